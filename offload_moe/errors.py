@@ -1,0 +1,50 @@
+"""Every error a user can meet.
+
+OffloadMoeError
+├── ConfigError            a flag, argument or environment variable is not usable
+├── CheckpointError        the source checkpoint is missing, damaged or not what its index says
+├── StoreError             the expert store cannot be used
+│   ├── StoreCorrupt       its bytes do not match its checksums
+│   └── StoreVersion       it was written by another format version
+├── BudgetError            the plan does not fit in VRAM, RAM or disk
+├── UnsupportedModelError  the model has a layer this version cannot bind
+└── TransferError          bytes could not be moved: disk read, H2D copy, download
+
+Messages follow one formula: what failed, the numbers, what to do.
+"""
+
+
+class OffloadMoeError(Exception):
+    """Base class: the command line prints it in one line and exits with 1."""
+
+
+class ConfigError(OffloadMoeError):
+    """A flag, argument or environment variable is not usable."""
+
+
+class CheckpointError(OffloadMoeError):
+    """The source checkpoint is missing, damaged or not what its index says."""
+
+
+class StoreError(OffloadMoeError):
+    """The expert store cannot be used."""
+
+
+class StoreCorrupt(StoreError):
+    """The store's bytes do not match its checksums."""
+
+
+class StoreVersion(StoreError):
+    """The store was written by another format version."""
+
+
+class BudgetError(OffloadMoeError):
+    """The plan does not fit in VRAM, RAM or disk."""
+
+
+class UnsupportedModelError(OffloadMoeError):
+    """The model has a layer this version cannot bind."""
+
+
+class TransferError(OffloadMoeError):
+    """Bytes could not be moved: a disk read, an H2D copy or a download failed."""

@@ -1,0 +1,34 @@
+"""Counters of the hierarchy: what was hit, what was waited for, what was moved."""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(slots=True, kw_only=True)
+class Counters:
+    """Running totals. Counts are routed experts at acquire, bytes are bytes, seconds are wall-clock seconds."""
+
+    num_hits: int = 0
+    num_delayed_hits: int = 0
+    num_misses: int = 0
+    num_evictions: int = 0
+    num_acquires: int = 0
+    num_waves: int = 0
+    stall_s: float = 0.0
+    disk_bytes: int = 0
+    h2d_bytes: int = 0
+
+    @property
+    def num_accesses(self) -> int:
+        return self.num_hits + self.num_delayed_hits + self.num_misses
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of routed experts that were resident at acquire, 0 to 1; 0 before the first access."""
+        return self.num_hits / self.num_accesses if self.num_accesses else 0.0
+
+    def copy(self) -> "Counters":
+        return Counters(**{f.name: getattr(self, f.name) for f in fields(self)})
+
+    def since(self, earlier: "Counters") -> "Counters":
+        """What happened between an earlier copy and now."""
+        return Counters(**{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)})
