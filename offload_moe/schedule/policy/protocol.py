@@ -1,0 +1,30 @@
+"""What the residency machine asks of a replacement policy, and what it tells it."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+
+class Policy(Protocol):
+    """Decides which resident expert is worth least. Pure Python: a test refuses an import of torch.
+
+    A key is `layer * num_experts + expert`. One policy serves one pool of slots: the slots of a single layer, or one
+    pool shared by all layers. Calls arrive in this order: `access` once per acquire, then for each miss `victim` and
+    `remove` (only when no slot is free) and `insert`. A prefetch calls `victim`, `remove` and `insert` without `access`.
+    """
+
+    name: str
+
+    def access(self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None) -> None:
+        """One acquire: the distinct routed experts of one layer, hits and misses alike, for one token or one chunk.
+
+        weights: the routing weights in the order of `keys`, where the caller has them; a policy may ignore them.
+        """
+
+    def insert(self, key: int) -> None:
+        """`key` became resident, by demand or by prefetch."""
+
+    def remove(self, key: int) -> None:
+        """`key` is no longer resident. Its history may be kept."""
+
+    def victim(self, leased: Callable[[int], bool]) -> int | None:
+        """The resident key worth least that is not leased, or None when all are leased. Changes no decision state."""
