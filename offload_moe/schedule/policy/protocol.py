@@ -9,7 +9,7 @@ class Policy(Protocol):
 
     A key is `layer * num_experts + expert`. One policy serves one pool of slots: the slots of a single layer, or one
     pool shared by all layers. Calls arrive in this order: `access` once per acquire, then for each miss `victim` and
-    `remove` (only when no slot is free) and `insert`. A prefetch calls `victim`, `remove` and `insert` without `access`.
+    `remove` (only when no slot is free) and `insert`. A prefetch makes the last three calls, without `access`.
     """
 
     name: str
