@@ -1,0 +1,30 @@
+"""bf16: the lossless codec. Values stay in the module's own layout, so that arithmetic on them is eager's."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from offload_moe.quant.layout import ExpertShape, RecordLayout, pack_planes
+
+
+class Bf16Codec:
+    """Every parameter as bfloat16; bit-exact for checkpoints in bfloat16, rounded for wider ones."""
+
+    name = "bf16"
+
+    def layout(self, shape: ExpertShape) -> RecordLayout:
+        return pack_planes(
+            [(f"{name}.values", torch.bfloat16, dims) for name, dims in shape.module_shapes().items()],
+        )
+
+    def encode(self, shape: ExpertShape, tensors: Mapping[str, Tensor]) -> Tensor:
+        layout = self.layout(shape)
+        record = torch.zeros(layout.record_bytes, dtype=torch.uint8)
+        for name in shape.module_shapes():
+            layout.view(record, f"{name}.values").copy_(tensors[name])
+        return record
+
+    def decode(self, shape: ExpertShape, record: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        layout = self.layout(shape)
+        return {name: layout.view(record, f"{name}.values").to(dtype) for name in shape.module_shapes()}

@@ -1,0 +1,82 @@
+"""What the quantizing codecs share: kernel layout, padding, bias planes.
+
+A quantizing codec only says how one padded matrix ``[O, P]`` becomes planes, and how planes become a matrix again.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from offload_moe.errors import CheckpointError
+from offload_moe.quant.layout import ExpertShape, Matrix, RecordLayout, pack_planes, round_up
+
+IN_ALIGNMENT = 64  # every codec's block length divides it, so a block never crosses a row
+
+PlaneSpec = tuple[str, torch.dtype, tuple[int, ...]]
+
+
+class BlockwiseCodec(ABC):
+    """Matrices quantized in blocks along padded rows; biases kept in fp32 beside them."""
+
+    name: str
+
+    def layout(self, shape: ExpertShape) -> RecordLayout:
+        specs: list[PlaneSpec] = []
+        biases = dict(shape.biases)
+        for matrix in shape.matrices:
+            planes = self.matrix_planes(matrix.out_features, round_up(matrix.in_features, IN_ALIGNMENT))
+            specs += [(f"{matrix.name}.{plane}", dtype, dims) for plane, dtype, dims in planes]
+            if length := biases.get(bias_of(matrix)):
+                specs.append((f"{bias_of(matrix)}.values", torch.float32, (length,)))
+        return pack_planes(specs)
+
+    def encode(self, shape: ExpertShape, tensors: Mapping[str, Tensor]) -> Tensor:
+        layout = self.layout(shape)
+        record = torch.zeros(layout.record_bytes, dtype=torch.uint8)
+        for matrix in shape.matrices:
+            rows = shape.to_kernel_rows(matrix.name, tensors[matrix.name])
+            padding = round_up(matrix.in_features, IN_ALIGNMENT) - matrix.in_features
+            planes = self.encode_matrix(torch.nn.functional.pad(rows, (0, padding)) if padding else rows)
+            if not torch.isfinite(planes[self.scale_plane].float()).all():
+                raise CheckpointError(f"{matrix.name} has NaN or infinite weights; {self.name} cannot encode them.")
+            for plane, value in planes.items():
+                layout.view(record, f"{matrix.name}.{plane}").copy_(value)
+        for name, _ in shape.biases:
+            layout.view(record, f"{name}.values").copy_(shape.to_kernel_rows(name, tensors[name]))
+        return record
+
+    def decode(self, shape: ExpertShape, record: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        layout = self.layout(shape)
+        tensors: dict[str, Tensor] = {}
+        for matrix in shape.matrices:
+            prefix = f"{matrix.name}."
+            planes = {p[len(prefix) :]: layout.view(record, p) for p in layout.planes if p.startswith(prefix)}
+            rows = self.decode_matrix(planes)[:, : matrix.in_features].to(dtype)
+            tensors[matrix.name] = shape.to_module_layout(matrix.name, rows)
+        for name, _ in shape.biases:
+            tensors[name] = shape.to_module_layout(name, layout.view(record, f"{name}.values").to(dtype))
+        return tensors
+
+    @property
+    @abstractmethod
+    def scale_plane(self) -> str:
+        """The plane that turns NaN when a weight is."""
+
+    @abstractmethod
+    def matrix_planes(self, out_features: int, padded_in: int) -> list[PlaneSpec]:
+        """Planes of one matrix ``[O, P]``, in record order."""
+
+    @abstractmethod
+    def encode_matrix(self, rows: Tensor) -> dict[str, Tensor]:
+        """``[O, P]`` of any floating dtype -> planes."""
+
+    @abstractmethod
+    def decode_matrix(self, planes: Mapping[str, Tensor]) -> Tensor:
+        """Planes -> fp32 ``[O, P]``."""
+
+
+def bias_of(matrix: Matrix) -> str:
+    """The bias parameter that belongs to a matrix: `down_proj` -> `down_proj_bias`, `weight` -> `bias`."""
+    return "bias" if matrix.name == "weight" else f"{matrix.name}_bias"
