@@ -1,0 +1,221 @@
+"""Acquire, wait, release: the one verb that crosses the border between arithmetic and bytes.
+
+    with scheduler.acquire(layer, experts) as lease:
+        for wave in lease:                      # resident experts first, then the others as they arrive
+            for expert, slot in wave: ...
+
+A wave's slots are leased until the next wave is asked for. When a layer routes to more experts than there are slots,
+the lease simply takes more waves; down to one slot it never deadlocks, because a lease never waits while holding one.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Literal, Protocol, Self
+
+from offload_moe.errors import TransferError
+from offload_moe.schedule.counters import Counters
+from offload_moe.schedule.residency import Residency
+
+STALL_LIMIT_S = 120.0  # a transfer that takes longer than this is reported instead of waited for
+
+Arrived = Callable[[int, int, BaseException | None], None]
+Wave = list[tuple[int, int]]
+
+
+class Mover(Protocol):
+    """Brings the record of an expert into a slot of this tier."""
+
+    def start(self, key: int, slot: int, arrived: Arrived) -> None:
+        """Begin the transfer. Calls ``arrived(slot, num_bytes, error)`` once, from any thread, never from `start`."""
+
+    def used(self, slot: int) -> None:
+        """Compute that reads the slot has been issued; the slot may be overwritten once that compute is done."""
+
+    def close(self) -> None:
+        """Stop the threads; transfers under way are finished or dropped."""
+
+
+class Scheduler:
+    """One tier: its slots, the mover that fills them, and who waits for what. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        residency: Residency,
+        mover: Mover,
+        *,
+        num_experts: int,
+        bytes_counter: Literal["disk_bytes", "h2d_bytes"] = "disk_bytes",
+        stall_limit_s: float = STALL_LIMIT_S,
+    ) -> None:
+        self.residency = residency
+        self.mover = mover
+        self.counters = Counters()
+        self.num_experts = num_experts
+        self.stall_limit_s = stall_limit_s
+        self.changed = threading.Condition()
+        self.failed: dict[int, BaseException] = {}
+        self._bytes_counter = bytes_counter
+
+    def acquire(self, layer: int, experts: Sequence[int], weights: Sequence[float] | None = None) -> "Lease":
+        """Lease what is resident, start loading what is not. Does not wait.
+
+        experts: distinct ids; weights: their routing weights, which a policy may use.
+        """
+        first = layer * self.num_experts
+        keys = [first + expert for expert in experts]
+        with self.changed:
+            self.residency.policy.access(layer, keys, weights)
+            return Lease(self, first, keys)
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> int:
+        """Start loading experts nobody asked for yet, as far as slots can be had. Returns how many were started."""
+        num_started = 0
+        with self.changed:
+            for expert in experts:
+                key = layer * self.num_experts + expert
+                if self.residency.find(key) is None and self.start(key) is not None:
+                    num_started += 1
+        return num_started
+
+    def start(self, key: int) -> int | None:
+        """Take a slot and begin the transfer (lock held). None when no slot can be had now."""
+        slot = self.residency.admit(key)
+        if slot is not None:
+            self.counters.num_evictions = self.residency.num_evictions
+            self.mover.start(key, slot, self._arrived)
+        return slot
+
+    def release(self, slots: Sequence[int]) -> None:
+        """End one lease on each slot (lock held); a slot whose transfer failed is freed by its last lessee."""
+        for slot in slots:
+            self.residency.release(slot)
+            if slot in self.failed and not self.residency.num_leases(slot):
+                del self.failed[slot]
+                self.residency.abandon(slot)
+        if slots:
+            self.changed.notify_all()
+
+    def close(self) -> None:
+        self.mover.close()
+
+    def _arrived(self, slot: int, num_bytes: int, error: BaseException | None) -> None:
+        with self.changed:
+            if error is None:
+                self.residency.loaded(slot)
+                setattr(self.counters, self._bytes_counter, getattr(self.counters, self._bytes_counter) + num_bytes)
+            elif self.residency.num_leases(slot):
+                self.failed[slot] = error
+            else:
+                self.residency.abandon(slot)
+            self.changed.notify_all()
+
+
+class Lease:
+    """The routed experts of one layer for one forward. Iterate it once; leaving the context releases what is held."""
+
+    def __init__(self, scheduler: Scheduler, first_key: int, keys: Sequence[int]) -> None:
+        self._scheduler = scheduler
+        self._first_key = first_key
+        self._absent: list[int] = []
+        self._ready: Wave = []
+        self._loading: Wave = []
+        self._held: Wave = []
+        counters = scheduler.counters
+        for key in keys:
+            if not self._join(key):
+                self._absent.append(key)
+        counters.num_acquires += 1
+        counters.num_hits += len(self._ready)
+        counters.num_delayed_hits += len(self._loading)
+        counters.num_misses += len(self._absent)
+        self._admit()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._scheduler.changed:
+            slots = [slot for wave in (self._held, self._ready, self._loading) for _, slot in wave]
+            self._release_held_to_mover()
+            self._held, self._ready, self._loading, self._absent = [], [], [], []
+            self._scheduler.release(slots)
+
+    def __iter__(self) -> Iterator[Wave]:
+        """Waves of ``(expert, slot)``; each wave holds every expert that is ready when it is asked for.
+
+        Raises: TransferError when an expert of this lease could not be loaded, or not in time.
+        """
+        while wave := self._next_wave():
+            yield wave
+
+    def _next_wave(self) -> Wave:
+        scheduler = self._scheduler
+        with scheduler.changed:
+            self._release_held_to_mover()
+            held, self._held = self._held, []
+            scheduler.release([slot for _, slot in held])
+            self._admit()
+            self._collect()
+            if not self._ready and (self._loading or self._absent):
+                self._wait()
+            self._held, self._ready = self._ready, []
+            scheduler.counters.num_waves += bool(self._held)
+            return self._held
+
+    def _wait(self) -> None:
+        """Until something of ours is resident (lock held)."""
+        scheduler = self._scheduler
+        began = time.monotonic()
+        while not self._ready:
+            remaining = began + scheduler.stall_limit_s - time.monotonic()
+            if remaining <= 0:
+                num_missing = len(self._loading) + len(self._absent)
+                raise TransferError(
+                    f"{num_missing} experts of layer {self._first_key // scheduler.num_experts} did not arrive within "
+                    f"{scheduler.stall_limit_s:.0f} s. Check the disk that holds the store, then ask again."
+                )
+            scheduler.changed.wait(remaining)
+            self._admit()
+            self._collect()
+        scheduler.counters.stall_s += time.monotonic() - began
+
+    def _admit(self) -> None:
+        """Find or start what is still absent, as far as slots can be had (lock held)."""
+        while self._absent:
+            key = self._absent[0]
+            if not self._join(key):
+                slot = self._scheduler.start(key)
+                if slot is None:
+                    return
+                self._scheduler.residency.lease(slot)
+                self._loading.append((key - self._first_key, slot))
+            self._absent.pop(0)
+
+    def _join(self, key: int) -> bool:
+        """Lease the slot that holds or is loading `key`, if there is one (lock held)."""
+        residency = self._scheduler.residency
+        slot = residency.find(key)
+        if slot is None:
+            return False
+        residency.lease(slot)
+        (self._ready if residency.is_resident(slot) else self._loading).append((key - self._first_key, slot))
+        return True
+
+    def _collect(self) -> None:
+        """Move what has arrived from loading to ready; raise what has failed (lock held)."""
+        scheduler = self._scheduler
+        for _, slot in self._loading:
+            if error := scheduler.failed.get(slot):
+                raise error
+        arrived = [entry for entry in self._loading if scheduler.residency.is_resident(entry[1])]
+        if arrived:
+            self._ready += arrived
+            self._loading = [entry for entry in self._loading if entry not in arrived]
+
+    def _release_held_to_mover(self) -> None:
+        for _, slot in self._held:
+            self._scheduler.mover.used(slot)

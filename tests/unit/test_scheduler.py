@@ -1,0 +1,167 @@
+"""Leases and waves with a mover whose transfers finish when, and in the order, the test says."""
+
+import random
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from offload_moe.errors import TransferError
+from offload_moe.schedule.policy import make_policy
+from offload_moe.schedule.residency import Residency
+from offload_moe.schedule.scheduler import Arrived, Scheduler
+
+NUM_LAYERS, NUM_EXPERTS = 4, 8
+
+
+class ManualMover:
+    """Writes the key into `memory[slot]` when told to; a lease must never see a slot before that."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.memory = [-1] * num_slots
+        self.pending: list[tuple[int, int, Arrived]] = []
+        self.on_start: Callable[[], None] = lambda: None
+
+    def start(self, key: int, slot: int, arrived: Arrived) -> None:
+        self.memory[slot] = -1
+        self.pending.append((key, slot, arrived))
+        self.on_start()
+
+    def finish(self, index: int = 0, error: BaseException | None = None) -> None:
+        key, slot, arrived = self.pending.pop(index)
+        if error is None:
+            self.memory[slot] = key
+        arrived(slot, 100, error)
+
+    def used(self, slot: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class ThreadMover(ManualMover):
+    """Finishes transfers from threads, in random order after random delays."""
+
+    def __init__(self, num_slots: int, seed: int) -> None:
+        super().__init__(num_slots)
+        self.random = random.Random(seed)
+        self.on_start = lambda: threading.Timer(self.random.random() * 0.002, self.finish_any).start()
+        self.lock = threading.Lock()
+
+    def finish_any(self) -> None:
+        with self.lock:
+            key, slot, arrived = self.pending.pop(self.random.randrange(len(self.pending)))
+        self.memory[slot] = key
+        arrived(slot, 100, None)
+
+
+def make_scheduler(num_slots: int, mover: ManualMover, **options: float) -> Scheduler:
+    policy = make_policy("lru", num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, num_slots=num_slots)
+    return Scheduler(Residency(num_slots, policy), mover, num_experts=NUM_EXPERTS, **options)
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 3, 7, 32])
+def test_every_expert_is_seen_once_with_its_own_bytes(num_slots: int) -> None:
+    mover = ThreadMover(num_slots, seed=num_slots)
+    scheduler = make_scheduler(num_slots, mover)
+    draw = random.Random(0)
+    for step in range(60):
+        layer, experts = step % NUM_LAYERS, sorted(draw.sample(range(NUM_EXPERTS), 4))
+        seen = []
+        with scheduler.acquire(layer, experts) as lease:
+            for wave in lease:
+                assert len(wave) <= num_slots
+                for expert, slot in wave:
+                    assert mover.memory[slot] == layer * NUM_EXPERTS + expert
+                    seen.append(expert)
+        assert sorted(seen) == experts
+    counters = scheduler.counters
+    assert counters.num_accesses == 240
+    assert counters.disk_bytes == 100 * (counters.num_misses + 0)
+    if num_slots == 32:
+        assert counters.num_evictions == 0
+        assert counters.num_misses <= 32
+
+
+def test_hits_come_first_and_misses_as_they_arrive() -> None:
+    mover = ManualMover(8)
+    scheduler = make_scheduler(8, mover)
+    with scheduler.acquire(0, [5]) as lease:
+        mover.finish()
+        assert [wave[0][0] for wave in lease] == [5]
+    with scheduler.acquire(0, [1, 2, 5]) as lease:
+        waves = iter(lease)
+        assert [expert for expert, _ in next(waves)] == [5]
+        mover.finish(1)
+        assert [expert for expert, _ in next(waves)] == [2]
+        mover.finish(0)
+        assert [expert for expert, _ in next(waves)] == [1]
+        assert next(waves, None) is None
+    assert (scheduler.counters.num_hits, scheduler.counters.num_misses) == (1, 3)
+
+
+def test_prefetch_in_flight_is_a_delayed_hit() -> None:
+    mover = ManualMover(4)
+    scheduler = make_scheduler(4, mover)
+    assert scheduler.prefetch(1, [3]) == 1
+    with scheduler.acquire(1, [3]) as lease:
+        mover.finish()
+        assert [[expert for expert, _ in wave] for wave in lease] == [[3]]
+    assert scheduler.counters.num_delayed_hits == 1
+
+
+def test_prefetch_never_takes_a_leased_slot() -> None:
+    mover = ManualMover(1)
+    scheduler = make_scheduler(1, mover)
+    with scheduler.acquire(0, [0]) as lease:
+        mover.finish()
+        for _ in lease:
+            assert scheduler.prefetch(0, [1]) == 0
+    assert scheduler.prefetch(0, [1]) == 1
+
+
+def test_a_failed_transfer_names_itself_and_the_next_acquire_works() -> None:
+    mover = ManualMover(2)
+    scheduler = make_scheduler(2, mover)
+    with pytest.raises(TransferError, match="disk gone"), scheduler.acquire(0, [0, 1]) as lease:
+        mover.finish(error=TransferError("disk gone"))
+        list(lease)
+    mover.finish()
+    with scheduler.acquire(0, [0, 1]) as lease:
+        mover.finish()
+        assert sorted(expert for wave in lease for expert, _ in wave) == [0, 1]
+
+
+def test_a_stalled_transfer_is_reported_not_waited_for() -> None:
+    mover = ManualMover(2)
+    scheduler = make_scheduler(2, mover, stall_limit_s=0.05)
+    with (
+        pytest.raises(TransferError, match="2 experts of layer 3 did not arrive"),
+        scheduler.acquire(3, [0, 1]) as lease,
+    ):
+        list(lease)
+
+
+def test_two_threads_share_two_slots() -> None:
+    mover = ThreadMover(2, seed=1)
+    scheduler = make_scheduler(2, mover)
+    errors: list[BaseException] = []
+
+    def work(layer: int) -> None:
+        try:
+            for _ in range(20):
+                with scheduler.acquire(layer, [0, 1, 2]) as lease:
+                    for wave in lease:
+                        for expert, slot in wave:
+                            assert mover.memory[slot] == layer * NUM_EXPERTS + expert
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(layer,)) for layer in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not errors
+    assert not any(thread.is_alive() for thread in threads)
