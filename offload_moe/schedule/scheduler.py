@@ -10,31 +10,18 @@ the lease simply takes more waves; down to one slot it never deadlocks, because 
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 from offload_moe.errors import TransferError
 from offload_moe.schedule.counters import Counters
 from offload_moe.schedule.residency import Residency
+from offload_moe.tiers.mover import Mover
 
 STALL_LIMIT_S = 120.0  # a transfer that takes longer than this is reported instead of waited for
 
-Arrived = Callable[[int, int, BaseException | None], None]
 Wave = list[tuple[int, int]]
-
-
-class Mover(Protocol):
-    """Brings the record of an expert into a slot of this tier."""
-
-    def start(self, key: int, slot: int, arrived: Arrived) -> None:
-        """Begin the transfer. Calls ``arrived(slot, num_bytes, error)`` once, from any thread, never from `start`."""
-
-    def used(self, slot: int) -> None:
-        """Compute that reads the slot has been issued; the slot may be overwritten once that compute is done."""
-
-    def close(self) -> None:
-        """Stop the threads; transfers under way are finished or dropped."""
 
 
 class Scheduler:

@@ -9,7 +9,8 @@ import pytest
 from offload_moe.errors import TransferError
 from offload_moe.schedule.policy import make_policy
 from offload_moe.schedule.residency import Residency
-from offload_moe.schedule.scheduler import Arrived, Scheduler
+from offload_moe.schedule.scheduler import Scheduler
+from offload_moe.tiers.mover import Arrived
 
 NUM_LAYERS, NUM_EXPERTS = 4, 8
 

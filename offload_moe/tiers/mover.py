@@ -1,0 +1,19 @@
+"""What every tier's mover offers the scheduler."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+Arrived = Callable[[int, int, BaseException | None], None]
+
+
+class Mover(Protocol):
+    """Brings the record of an expert into a slot of this tier."""
+
+    def start(self, key: int, slot: int, arrived: Arrived) -> None:
+        """Begin the transfer. Calls ``arrived(slot, num_bytes, error)`` once, from another thread, never from `start`."""
+
+    def used(self, slot: int) -> None:
+        """Compute that reads the slot has been issued; the slot may be overwritten once that compute is done."""
+
+    def close(self) -> None:
+        """Stop the threads; transfers under way are finished or dropped."""

@@ -1,0 +1,68 @@
+"""Arena and disk tier: alignment, real reads, short reads, missing files."""
+
+import threading
+from pathlib import Path
+
+import torch
+
+from offload_moe.errors import TransferError
+from offload_moe.tiers.arena import Arena
+from offload_moe.tiers.disk import DiskMover, RecordAddress
+
+RECORD = 8192
+
+
+def read(mover: DiskMover, key: int, slot: int) -> tuple[int, BaseException | None]:
+    done = threading.Event()
+    result: list[tuple[int, BaseException | None]] = []
+
+    def arrived(slot: int, num_bytes: int, error: BaseException | None) -> None:
+        result.append((num_bytes, error))
+        done.set()
+
+    mover.start(key, slot, arrived)
+    assert done.wait(10)
+    return result[0]
+
+
+def test_slots_are_page_aligned_and_do_not_overlap() -> None:
+    arena = Arena(num_slots=7, slot_bytes=5000, chunk_bytes=3 * 8192)
+    starts = [arena.slot(index).data_ptr() for index in range(7)]
+    assert all(start % 4096 == 0 for start in starts)
+    for index in range(7):
+        arena.slot(index).fill_(index)
+    assert [int(arena.slot(index).float().mean()) for index in range(7)] == list(range(7))
+    assert arena.num_bytes == 7 * 8192
+
+
+def test_records_arrive_whole(tmp_path: Path) -> None:
+    path = tmp_path / "experts.bin"
+    content = torch.randint(0, 256, (5 * RECORD,), dtype=torch.uint8)
+    path.write_bytes(content.numpy().tobytes())
+    arena = Arena(num_slots=2, slot_bytes=RECORD)
+    mover = DiskMover(arena, lambda key: RecordAddress(path=path, offset=key * RECORD, num_bytes=RECORD))
+    for key in (4, 0, 2):
+        assert read(mover, key, key % 2) == (RECORD, None)
+        assert torch.equal(arena.slot(key % 2), content[key * RECORD : (key + 1) * RECORD])
+    mover.close()
+
+
+def test_a_short_file_names_the_file_and_the_offset(tmp_path: Path) -> None:
+    path = tmp_path / "experts.bin"
+    path.write_bytes(b"x" * (RECORD + 100))
+    mover = DiskMover(Arena(1, RECORD), lambda key: RecordAddress(path=path, offset=key * RECORD, num_bytes=RECORD))
+    num_bytes, error = read(mover, 1, 0)
+    assert num_bytes == 0
+    assert isinstance(error, TransferError)
+    assert "experts.bin" in str(error)
+    assert "offset" in str(error)
+    assert read(mover, 0, 0) == (RECORD, None)
+    mover.close()
+
+
+def test_a_missing_file_is_a_transfer_error(tmp_path: Path) -> None:
+    path = tmp_path / "gone.bin"
+    mover = DiskMover(Arena(1, RECORD), lambda key: RecordAddress(path=path, offset=0, num_bytes=RECORD))
+    _, error = read(mover, 0, 0)
+    assert isinstance(error, TransferError)
+    mover.close()
