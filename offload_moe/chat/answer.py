@@ -1,0 +1,175 @@
+"""One answer in the making: prompt, token stream, text, reasoning, and what is in the cache afterwards."""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from offload_moe.chat.prefix import PrefixCache
+from offload_moe.chat.reasoning import Piece, make_splitter
+from offload_moe.chat.sampling import Sampling
+from offload_moe.chat.stats import Finish, TurnStats
+from offload_moe.chat.stream import TokenStream
+from offload_moe.chat.template import Message, PromptFormat
+from offload_moe.chat.text import IncrementalText
+from offload_moe.errors import ConfigError
+from offload_moe.schedule.counters import Counters
+
+# Where neither the user, the checkpoint nor the context says when to stop, a model that never stops has to be stopped.
+DEFAULT_MAX_NEW_TOKENS = 4096
+_CONTEXT_TOKENS = 8
+
+
+class Answer:
+    """The prompt is rendered, checked and matched with the cache at once; `pieces` computes.
+
+    Raises:
+        ConfigError: the prompt does not fit in the model's context.
+    """
+
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        prompt_format: PromptFormat,
+        prefix: PrefixCache,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        stop_event: threading.Event | None = None,
+    ) -> None:
+        self.text = ""
+        self.reasoning = ""
+        self.finish: Finish = "interrupted"
+        self._hf = hf
+        self._format = prompt_format
+        self._prefix = prefix
+        self._messages = messages
+        self._sampling = sampling
+        self._stop_event = stop_event
+        self._prompt = prompt_format.render(messages)
+        self._ids = prompt_format.encode(self._prompt)
+        self._max_new_tokens, self._end = _room(hf, len(self._ids), sampling)
+        self._num_reused, self._reuse = prefix.begin(self._ids)
+        self._num_in_cache = self._num_reused
+        self._opening_s = 0.0
+        self._stream: TokenStream | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt and the answer so far."""
+        return len(self._ids) + (len(self._stream.tokens) if self._stream is not None else 0)
+
+    def pieces(self) -> Iterator[Piece]:
+        """The answer as it streams. Closing it stops the model; the cache is up to date in every case."""
+        self._compute_opening()
+        if self._is_stopped():
+            return
+        with self._start(self._ids, self._max_new_tokens, self._sampling) as self._stream:
+            try:
+                for piece in self._split(self._stream):
+                    if piece.kind == "answer":
+                        self.text += piece.text
+                    else:
+                        self.reasoning += piece.text
+                    yield piece
+            finally:
+                self._stream.close()
+                tokens = self._stream.tokens
+                # The last token has been chosen but not computed.
+                in_cache = [*self._ids, *tokens][:-1] if tokens else self._ids[: self._num_in_cache]
+                self._prefix.commit(in_cache, is_whole=not self._stream.interrupted_forward)
+
+    def stats(self, counters: Counters | None, memory_bytes: Mapping[str, int]) -> TurnStats:
+        """What it cost, once it has ended."""
+        stream = self._stream
+        return TurnStats(
+            num_prompt_tokens=len(self._ids),
+            num_reused_tokens=self._num_reused,
+            reuse=self._reuse,
+            prompt_s=self._opening_s + (stream.prompt_s if stream is not None else 0.0),
+            num_decode_tokens=len(stream.tokens) if stream is not None else 0,
+            decode_s=stream.decode_s if stream is not None else 0.0,
+            finish=self.finish,
+            counters=counters,
+            memory_bytes=dict(memory_bytes),
+        )
+
+    def _split(self, stream: TokenStream) -> Iterator[Piece]:
+        tokenizer, special_tokens = self._format.tokenizer, self._format.special_tokens
+        splitter = make_splitter(
+            template=self._format.template, vocabulary=frozenset(tokenizer.get_added_vocab()), prompt=self._prompt
+        )
+        text = IncrementalText(tokenizer, self._ids[-_CONTEXT_TOKENS:])
+        is_stopped_by_model = False
+        for token in stream:
+            if is_stopped_by_model := token in self._format.stop_ids:
+                break
+            if (special := special_tokens.get(token)) is not None:
+                yield from splitter.text(text.flush())
+                yield from splitter.marker(special)
+            else:
+                yield from splitter.text(text.push(token))
+        yield from splitter.text(text.flush())
+        yield from splitter.flush()
+        self.finish = self._finish(is_stopped_by_model)
+
+    def _finish(self, is_stopped_by_model: bool) -> Finish:
+        assert self._stream is not None
+        if not is_stopped_by_model and len(self._stream.tokens) >= self._max_new_tokens:
+            return self._end
+        return "interrupted" if self._is_stopped() and not is_stopped_by_model else "stop"
+
+    def _compute_opening(self) -> None:
+        """Where a layer forgets, compute the part that the next prompt shares first and keep its state."""
+        if not self._prefix.wants_snapshot:
+            return
+        boundary = self._format.boundary(self._messages, self._ids)
+        if boundary <= self._num_reused:
+            return
+        is_whole = False
+        with self._start(self._ids[:boundary], 1, Sampling(temperature=0)) as stream:
+            try:
+                for _ in stream:
+                    is_whole = True
+            finally:
+                stream.close()
+                self._opening_s = stream.prompt_s
+                self._num_in_cache = boundary if is_whole else self._num_reused
+                self._prefix.commit(self._ids[: self._num_in_cache], is_whole=is_whole)
+        if is_whole:
+            self._prefix.take_snapshot()
+
+    def _start(self, ids: Sequence[int], max_new_tokens: int, sampling: Sampling) -> TokenStream:
+        return TokenStream(
+            self._hf,
+            torch.tensor([ids], device=self._hf.device),
+            sampling.generation_config(self._hf, stop_ids=self._format.stop_ids, max_new_tokens=max_new_tokens),
+            past_key_values=self._prefix.cache,
+            tokenizer=self._format.tokenizer,
+            seed=sampling.seed,
+            stop_event=self._stop_event,
+        )
+
+    def _is_stopped(self) -> bool:
+        return self._stop_event is not None and self._stop_event.is_set()
+
+
+def _room(hf: PreTrainedModel, num_prompt_tokens: int, sampling: Sampling) -> tuple[int, Finish]:
+    """How many tokens the answer may have, and what it means to reach that many."""
+    wanted = sampling.max_new_tokens or hf.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+    limit = context_limit(hf)
+    if limit is None or num_prompt_tokens + wanted <= limit:
+        return wanted, "length"
+    if num_prompt_tokens >= limit:
+        raise ConfigError(
+            f"The conversation is {num_prompt_tokens:,} tokens long and the model's context is {limit:,}. Shorten the "
+            "message, or start again with /reset."
+        )
+    return limit - num_prompt_tokens, "context"
+
+
+def context_limit(hf: PreTrainedModel) -> int | None:
+    """Tokens the model can attend to, prompt and answer together; None where it sets no bound."""
+    limit = getattr(hf.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    is_bound = isinstance(limit, int) and limit > 0 and not hf.config.is_encoder_decoder
+    return limit if is_bound else None

@@ -1,0 +1,142 @@
+"""Reusing the key/value cache of earlier turns: what the next prompt shares with it is not computed again."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+from offload_moe.chat.template import common_prefix
+
+Reuse = Literal["nothing cached", "continued", "cropped", "snapshot", "recomputed", "not supported"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """State after `length` tokens. Layers that can be cropped need no copy: they still hold it."""
+
+    length: int
+    layers: dict[int, CacheLayerMixin]
+
+
+class PrefixCache:
+    """The cache of one conversation and the tokens that are in it.
+
+    Layers with full attention are cropped to the longest common prefix. Sliding windows, recurrent and linear
+    attention forget, so they continue only from a state they were in: the end of the last turn, or the snapshot
+    taken before the last answer.
+    """
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        self._hf = hf
+        self._is_supported = _is_supported(hf)
+        self.clear()
+
+    def clear(self) -> None:
+        self._cache: Cache | None = None
+        self._ids: list[int] = []
+        self._snapshot: _Snapshot | None = None
+
+    @property
+    def cache(self) -> Cache | None:
+        """What to pass to generate(); None lets the model make its own."""
+        return self._cache
+
+    @property
+    def wants_snapshot(self) -> bool:
+        """Whether a layer forgets, so that a state must be kept before the answer."""
+        return self._cache is not None and not all(_is_plain(layer) for layer in self._cache.layers)
+
+    def begin(self, ids: Sequence[int]) -> tuple[int, Reuse]:
+        """Make the cache hold a prefix of `ids`, shorter than `ids`, and say how long it is and how it was had."""
+        if not self._is_supported:
+            return 0, "not supported"
+        shared = min(common_prefix(self._ids, ids), len(ids) - 1)
+        if self._cache is None or not self._ids:
+            self._start_over()
+            return 0, "nothing cached"
+        if shared == len(self._ids):
+            return shared, "continued"
+        if all(_can_crop(layer) for layer in self._cache.layers):
+            self._crop(shared)
+            return shared, "cropped" if shared else "recomputed"
+        if self._snapshot is not None and self._snapshot.length <= shared:
+            self._restore(self._snapshot)
+            return self._snapshot.length, "snapshot"
+        self._start_over()
+        return 0, "recomputed"
+
+    def commit(self, ids: Sequence[int], *, is_whole: bool) -> None:
+        """Note which tokens are in the cache now.
+
+        `is_whole` is False when a forward pass was left in the middle: some layers then hold more than `ids`.
+        """
+        if self._cache is None:
+            return
+        if is_whole:
+            self._ids = list(ids)
+            return
+        if all(_can_crop(layer) for layer in self._cache.layers):
+            self._ids = list(ids)
+            self._crop(len(ids))
+        elif self._snapshot is not None and self._snapshot.length <= len(ids):
+            self._ids = list(ids)
+            self._restore(self._snapshot)
+        else:
+            self.clear()
+
+    def take_snapshot(self) -> None:
+        """Keep the present state."""
+        assert self._cache is not None
+        layers = {index: copy.deepcopy(layer) for index, layer in enumerate(self._cache.layers) if not _is_plain(layer)}
+        self._snapshot = _Snapshot(len(self._ids), layers)
+
+    def _start_over(self) -> None:
+        self.clear()
+        self._cache = DynamicCache(config=self._hf.config.get_text_config(decoder=True))
+
+    def _crop(self, length: int) -> None:
+        assert self._cache is not None
+        for layer in self._cache.layers:
+            _crop_layer(layer, length)
+        self._ids = self._ids[:length]
+        if self._snapshot is not None and self._snapshot.length > length:
+            self._snapshot = None
+
+    def _restore(self, snapshot: _Snapshot) -> None:
+        assert self._cache is not None
+        for index, layer in enumerate(self._cache.layers):
+            if index in snapshot.layers:
+                self._cache.layers[index] = copy.deepcopy(snapshot.layers[index])
+            else:
+                _crop_layer(layer, snapshot.length)
+        self._ids = self._ids[: snapshot.length]
+
+
+def _is_supported(hf: PreTrainedModel) -> bool:
+    # "hybrid" is an old default of some checkpoints that generate() itself ignores.
+    return (
+        not hf.config.is_encoder_decoder
+        and "mamba" not in type(hf).__name__.lower()
+        and bool(hf._supports_default_dynamic_cache())
+        and hf.generation_config.cache_implementation in (None, "hybrid")
+    )
+
+
+def _is_plain(layer: CacheLayerMixin) -> bool:
+    # Exact types: a subclass may keep more than keys and values.
+    return type(layer) in (DynamicLayer, DummyLayer)
+
+
+def _can_crop(layer: CacheLayerMixin) -> bool:
+    if type(layer) is DynamicSlidingWindowLayer:
+        return bool(layer.get_seq_length() < layer.sliding_window)
+    return _is_plain(layer)
+
+
+def _crop_layer(layer: CacheLayerMixin, length: int) -> None:
+    if isinstance(layer, DynamicLayer) and (excess := layer.get_seq_length() - length) > 0:
+        # A negative number removes that many tokens; a positive one meant something else in older versions.
+        layer.crop(-excess)

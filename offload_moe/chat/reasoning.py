@@ -1,0 +1,150 @@
+"""Telling a model's reasoning from its answer while both stream.
+
+Two conventions are in use: a pair of tags around the reasoning at the start of an answer (`<think>...</think>` and its
+cousins), and the harmony format of gpt-oss, where every message names its channel.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Kind = Literal["answer", "reasoning"]
+
+TAG_PAIRS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|channel>thought", "<channel|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<seed:think>", "</seed:think>"),
+    ("◁think▷", "◁/think▷"),
+)
+HARMONY_MARKERS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|constrain|>")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of an answer as it streams."""
+
+    kind: Kind
+    text: str
+
+
+class Splitter(Protocol):
+    """Turns text and special tokens into pieces. Special tokens that it does not know are dropped."""
+
+    def text(self, text: str) -> list[Piece]: ...
+
+    def marker(self, token: str) -> list[Piece]: ...
+
+    def flush(self) -> list[Piece]: ...
+
+
+def make_splitter(*, template: str | None, vocabulary: frozenset[str], prompt: str) -> Splitter:
+    """The splitter for a chat template. `prompt` is the rendered prompt: a template may open the reasoning itself."""
+    if template is None:
+        return PlainSplitter()
+    if is_harmony(template):
+        return HarmonySplitter()
+    declared = [pair for pair in TAG_PAIRS if pair[0] in template or pair[0] in vocabulary]
+    opening, closing = (declared or list(TAG_PAIRS))[0]
+    return TagSplitter(opening, closing, is_open=prompt.rstrip().endswith(opening))
+
+
+def is_harmony(template: str) -> bool:
+    """Whether messages carry channels, as gpt-oss' do."""
+    return "<|channel|>" in template and "<|message|>" in template
+
+
+class PlainSplitter:
+    """Everything is answer, to the last space."""
+
+    def text(self, text: str) -> list[Piece]:
+        return [Piece("answer", text)] if text else []
+
+    def marker(self, token: str) -> list[Piece]:
+        return []
+
+    def flush(self) -> list[Piece]:
+        return []
+
+
+class TagSplitter:
+    """Reasoning between two tags before the answer. Tags further on are ordinary text: answers may talk about them."""
+
+    def __init__(self, opening: str, closing: str, *, is_open: bool) -> None:
+        self._opening = opening
+        self._closing = closing
+        self._state: Literal["start", "reasoning", "answer"] = "reasoning" if is_open else "start"
+        self._held = ""
+        self._has_begun = False
+
+    def text(self, text: str) -> list[Piece]:
+        self._held += text
+        pieces: list[Piece] = []
+        if self._state == "start":
+            self._leave_start()
+        if self._state == "reasoning":
+            pieces += self._reason()
+        if self._state == "answer":
+            pieces += self._give("answer", len(self._held))
+        return pieces
+
+    def marker(self, token: str) -> list[Piece]:
+        return self.text(token) if token in self._opening or token in self._closing else []
+
+    def flush(self) -> list[Piece]:
+        return self._give("reasoning" if self._state == "reasoning" else "answer", len(self._held))
+
+    def _leave_start(self) -> None:
+        begun = self._held.lstrip()
+        if begun.startswith(self._opening):
+            self._state, self._held = "reasoning", begun[len(self._opening) :]
+        elif not self._opening.startswith(begun):
+            self._state = "answer"
+
+    def _reason(self) -> list[Piece]:
+        end = self._held.find(self._closing)
+        if end < 0:
+            return self._give("reasoning", len(self._held) - _overlap(self._held, self._closing))
+        pieces = self._give("reasoning", end)
+        self._held = self._held[len(self._closing) :]
+        self._state, self._has_begun = "answer", False
+        return pieces
+
+    def _give(self, kind: Kind, length: int) -> list[Piece]:
+        """Give out the first characters held, less the blank ones that a section begins with."""
+        text, self._held = self._held[:length], self._held[length:]
+        if not self._has_begun:
+            text = text.lstrip()
+        self._has_begun = self._has_begun or bool(text)
+        return [Piece(kind, text)] if text else []
+
+
+class HarmonySplitter:
+    """`<|channel|>NAME<|message|>TEXT<|end|>`: the channel `final` is the answer, the others are reasoning."""
+
+    def __init__(self) -> None:
+        self._kind: Kind = "answer"
+        self._in_header = True
+        self._channel = ""
+
+    def text(self, text: str) -> list[Piece]:
+        if self._in_header:
+            self._channel += text
+            return []
+        return [Piece(self._kind, text)] if text else []
+
+    def marker(self, token: str) -> list[Piece]:
+        if token == "<|message|>":
+            is_aside = self._channel.strip().startswith(("analysis", "commentary"))
+            self._kind, self._in_header = ("reasoning" if is_aside else "answer"), False
+        elif token in HARMONY_MARKERS:
+            self._in_header, self._channel = True, ""
+        return []
+
+    def flush(self) -> list[Piece]:
+        return []
+
+
+def _overlap(text: str, tag: str) -> int:
+    """Length of the longest end of `text` that may be the beginning of `tag`."""
+    return next((size for size in range(min(len(text), len(tag) - 1), 0, -1) if tag.startswith(text[-size:])), 0)

@@ -1,0 +1,148 @@
+"""A conversation with a model: its messages, its cache, one answer at a time."""
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Unpack
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from offload_moe.chat.answer import Answer
+from offload_moe.chat.prefix import PrefixCache
+from offload_moe.chat.reasoning import Piece
+from offload_moe.chat.sampling import Sampling, SamplingArguments
+from offload_moe.chat.stats import TurnStats
+from offload_moe.chat.template import NO_TEMPLATE, Message, PromptFormat
+from offload_moe.chat.transcript import check_messages, read_transcript, write_transcript
+from offload_moe.errors import BudgetError, ConfigError
+from offload_moe.schedule.counters import Counters
+
+
+class ChatSession:
+    """One conversation. Earlier turns stay in the key/value cache and are not computed again.
+
+    `counters` are the model's running totals and `memory` its present use, for the statistics of each answer. `raw`
+    continues the text instead of answering it. `notice` is what the user must know before the first answer. Only one
+    session of a model may be answering at a time.
+    """
+
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        counters: Counters | None = None,
+        *,
+        memory: Callable[[], Mapping[str, int]] | None = None,
+        system: str | None = None,
+        raw: bool = False,
+    ) -> None:
+        self.system = system
+        self.messages: list[Message] = []
+        self.last_stats: TurnStats | None = None
+        self._hf = hf
+        self._format = PromptFormat(hf, tokenizer, raw=raw)
+        self._prefix = PrefixCache(hf)
+        self._counters = counters
+        self._memory = memory
+        self._withdrawn: Message | None = None
+        self._num_retries = 0
+        self.notice = None if raw or self._format.template is not None else NO_TEMPLATE
+        if self.notice is not None:
+            warnings.warn(self.notice, UserWarning, stacklevel=2)
+
+    def send(
+        self,
+        message: str | Sequence[Mapping[str, str]],
+        *,
+        stop_event: threading.Event | None = None,
+        **sampling: Unpack[SamplingArguments],
+    ) -> Iterator[Piece]:
+        """Stream the answer to one more user message, or to a whole conversation that replaces this one.
+
+        Closing the iterator, or an interrupt, stops the model and keeps what it has said. A message whose answer had
+        not begun is withdrawn; `retry` sends it again.
+
+        Raises:
+            ConfigError: a setting is out of range, or the prompt is longer than the model's context.
+            BudgetError: the device ran out of memory.
+        """
+        settings = Sampling.of(sampling)
+        if isinstance(message, str):
+            messages = [*self.messages, {"role": "user", "content": message}]
+        else:
+            messages = check_messages(message, "conversation")
+            if messages and messages[0]["role"] == "system":
+                self.system = messages.pop(0)["content"]
+            if not messages:
+                raise ConfigError("The conversation has no message to answer.")
+        self._num_retries = 0
+        return self._answer(messages, settings, stop_event)
+
+    def retry(
+        self, *, stop_event: threading.Event | None = None, **sampling: Unpack[SamplingArguments]
+    ) -> Iterator[Piece]:
+        """Answer the last user message again. With a seed, each retry draws differently and repeatably.
+
+        Raises:
+            ConfigError: there is nothing to answer again.
+        """
+        settings = Sampling.of(sampling)
+        messages = list(self.messages)
+        if self._withdrawn is not None:
+            messages.append(self._withdrawn)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise ConfigError("There is no answer to retry yet.")
+        self._num_retries += 1
+        if settings.seed is not None:
+            settings = replace(settings, seed=settings.seed + self._num_retries)
+        return self._answer(messages, settings, stop_event)
+
+    def reset(self) -> None:
+        """Forget the conversation and its cache; the system prompt stays."""
+        self.messages, self._withdrawn, self.last_stats = [], None, None
+        self._prefix.clear()
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation to a JSON file, whole or not at all."""
+        write_transcript(Path(path), system=self.system, messages=self.messages)
+
+    def load(self, path: str | Path) -> None:
+        """Take over a saved conversation; on an error the present one stays."""
+        self.system, self.messages = read_transcript(Path(path))
+        self._withdrawn = None
+
+    def _answer(
+        self, messages: list[Message], sampling: Sampling, stop_event: threading.Event | None
+    ) -> Iterator[Piece]:
+        prompt = messages if self.system is None else [{"role": "system", "content": self.system}, *messages]
+        before = self._counters.copy() if self._counters is not None else None
+        answer = Answer(self._hf, self._format, self._prefix, prompt, sampling, stop_event)
+        try:
+            yield from answer.pieces()
+        except torch.OutOfMemoryError as error:
+            raise BudgetError(
+                f"Out of device memory at {answer.num_tokens:,} tokens of context. Leave more room: a smaller --vram, "
+                "a shorter conversation (/reset), or fewer new tokens."
+            ) from error
+        finally:
+            self._keep(messages, answer)
+            used = self._counters.since(before) if self._counters is not None and before is not None else None
+            self.last_stats = answer.stats(used, self._memory() if self._memory is not None else {})
+
+    def _keep(self, messages: list[Message], answer: Answer) -> None:
+        self.messages = messages
+        if answer.text or answer.reasoning or answer.finish != "interrupted":
+            self._withdrawn = None
+            said = {"role": "assistant", "content": answer.text}
+            if answer.reasoning:
+                # The name that chat templates look for; most drop it from earlier turns.
+                said["reasoning_content"] = answer.reasoning
+            self.messages = [*messages, said]
+        elif messages[-1]["role"] == "user":
+            # Two user messages in a row are refused by many templates.
+            *self.messages, self._withdrawn = messages

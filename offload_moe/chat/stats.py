@@ -1,0 +1,52 @@
+"""What one answer cost."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from offload_moe.chat.prefix import Reuse
+from offload_moe.schedule.counters import Counters
+
+Finish = Literal["stop", "length", "context", "interrupted"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnStats:
+    """One answer: token counts, seconds, and what the expert tiers did meanwhile.
+
+    `finish` is why it ended: the model's own stop token, max_new_tokens, the end of the context, or the user.
+    """
+
+    num_prompt_tokens: int
+    num_reused_tokens: int
+    reuse: Reuse
+    prompt_s: float
+    num_decode_tokens: int
+    decode_s: float
+    finish: Finish
+    counters: Counters | None = None
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Prompt tokens that were not in the cache."""
+        return self.num_prompt_tokens - self.num_reused_tokens
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        """Computed prompt tokens per second until the first new token."""
+        return self.num_computed_tokens / self.prompt_s if self.prompt_s else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """New tokens per second after the first one, which belongs to the prompt's time."""
+        return (self.num_decode_tokens - 1) / self.decode_s if self.decode_s else 0.0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of routed experts that were resident, 0 to 1; None where no expert was asked for."""
+        return self.counters.hit_rate if self.counters is not None and self.counters.num_accesses else None
+
+    @property
+    def stall_s(self) -> float:
+        return self.counters.stall_s if self.counters is not None else 0.0

@@ -1,0 +1,172 @@
+"""A stream of tokens: transformers' own generate() in a worker thread, each token handed over as it is chosen."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+import torch
+from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+class TokenStream(Iterator[int]):
+    """Iterates over the new tokens of one sequence. Use it as a context manager, or call `close`.
+
+    An exception in the worker is raised at the consumer. `close` returns once the worker has ended: it stops at the
+    next decoder layer, even in the middle of a long prompt.
+    """
+
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        input_ids: torch.Tensor,
+        generation_config: GenerationConfig,
+        *,
+        past_key_values: Cache | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        seed: int | None = None,
+        stop_event: threading.Event | None = None,
+    ) -> None:
+        self.tokens: list[int] = []
+        self.interrupted_forward = False
+        self.start_s = time.perf_counter()
+        self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
+        self._is_closed = False
+        self._stop_event = stop_event
+        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._arguments = {
+            "generation_config": generation_config,
+            "streamer": _Handover(self._take),
+            "stopping_criteria": [_StopRequested(self._is_stopping)],
+        }
+        if past_key_values is not None:
+            self._arguments["past_key_values"] = past_key_values
+        if generation_config.stop_strings is not None:
+            self._arguments["tokenizer"] = tokenizer
+        self._worker = threading.Thread(
+            target=self._work, args=(hf, input_ids, seed), name="offload-moe-generate", daemon=True
+        )
+        self._worker.start()
+
+    @property
+    def prompt_s(self) -> float:
+        """Seconds until the first token, 0 before it."""
+        return self.first_token_s - self.start_s if self.first_token_s is not None else 0.0
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds from the first to the last token."""
+        if self.first_token_s is None or self.last_token_s is None:
+            return 0.0
+        return self.last_token_s - self.first_token_s
+
+    def __next__(self) -> int:
+        token = self._queue.get()
+        if token is not None:
+            return token
+        self._queue.put(None)
+        self._worker.join()
+        if self._error is not None:
+            raise self._error
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop the worker and wait until it has ended. Tokens it chose meanwhile are in `tokens`."""
+        self._is_closed = True
+        self._worker.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _is_stopping(self) -> bool:
+        return self._is_closed or (self._stop_event is not None and self._stop_event.is_set())
+
+    def _take(self, token: int) -> None:
+        self.last_token_s = time.perf_counter()
+        if self.first_token_s is None:
+            self.first_token_s = self.last_token_s
+        self.tokens.append(token)
+        self._queue.put(token)
+
+    def _work(self, hf: PreTrainedModel, input_ids: torch.Tensor, seed: int | None) -> None:
+        try:
+            with _stoppable(hf, self._is_stopping), _seeded(seed):
+                hf.generate(input_ids, **self._arguments)
+        except _StoppedInForwardError:
+            self.interrupted_forward = True
+        except BaseException as error:
+            # Whatever it is belongs to the consumer.
+            self.interrupted_forward = True
+            self._error = error
+        finally:
+            self._queue.put(None)
+
+
+class _StoppedInForwardError(Exception):
+    """Leaves generate() from the middle of a forward pass."""
+
+
+class _Handover(BaseStreamer):
+    """Passes each new token on; the first call of generate() carries the prompt."""
+
+    def __init__(self, take: Callable[[int], None]) -> None:
+        self._take = take
+        self._is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self._take(int(value.item()))
+
+    def end(self) -> None:
+        pass
+
+
+class _StopRequested(StoppingCriteria):
+    def __init__(self, is_stopping: Callable[[], bool]) -> None:
+        self._is_stopping = is_stopping
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self._is_stopping(), dtype=torch.bool, device=input_ids.device)
+
+
+@contextmanager
+def _stoppable(hf: PreTrainedModel, is_stopping: Callable[[], bool]) -> Iterator[None]:
+    """Raise at the next decoder layer once it is to stop: a prompt over a slow disk takes minutes per forward."""
+    worker = threading.get_ident()
+
+    def check(*_: object) -> None:
+        if is_stopping() and threading.get_ident() == worker:
+            raise _StoppedInForwardError
+
+    layers = [module for module in hf.modules() if isinstance(module, GradientCheckpointingLayer)]
+    handles = [layer.register_forward_pre_hook(check) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Draw from a seeded generator and put the caller's random state back."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
