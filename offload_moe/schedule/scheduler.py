@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 from offload_moe.errors import TransferError
 from offload_moe.schedule.counters import Counters
@@ -33,7 +33,7 @@ class Scheduler:
         mover: Mover,
         *,
         num_experts: int,
-        bytes_counter: Literal["disk_bytes", "h2d_bytes"] = "disk_bytes",
+        bytes_counter: str = "disk_bytes",
         stall_limit_s: float = STALL_LIMIT_S,
     ) -> None:
         self.residency = residency

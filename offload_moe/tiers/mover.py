@@ -10,7 +10,7 @@ class Mover(Protocol):
     """Brings the record of an expert into a slot of this tier."""
 
     def start(self, key: int, slot: int, arrived: Arrived) -> None:
-        """Begin the transfer. Calls ``arrived(slot, num_bytes, error)`` once, from another thread, never from `start`."""
+        """Begin the transfer. Calls ``arrived(slot, num_bytes, error)`` once, from a thread of the mover."""
 
     def used(self, slot: int) -> None:
         """Compute that reads the slot has been issued; the slot may be overwritten once that compute is done."""

@@ -1,0 +1,73 @@
+"""Binding the experts of a transformers model to our scheduler.
+
+transformers looks an experts function up by the name in the module's config; ours is registered once, is stateless, and
+calls what was bound to that very module. Two models in one process therefore never meet.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, cast
+
+from torch import Tensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from offload_moe.checkpoint.experts import ExpertsModule
+from offload_moe.moe.contract import ExpertsContract
+from offload_moe.moe.routing import Routing, group_by_expert
+from offload_moe.schedule.scheduler import Lease, Scheduler
+
+EXPERTS_FUNCTION = "offload_moe"
+
+
+class Arithmetic(Protocol):
+    """Computes the routed experts of one layer from the records a lease brings."""
+
+    def forward(
+        self, hidden: Tensor, weights: Tensor, routing: Routing, lease: Lease, record_of: Callable[[int], Tensor]
+    ) -> Tensor:
+        """hidden ``[T, H]``, weights ``[T, K]``, record_of: slot -> uint8 record. Returns ``[T, H]``."""
+        ...
+
+
+class BoundExperts:
+    """The routed experts of one MoE layer, wherever they are."""
+
+    def __init__(
+        self,
+        layer: int,
+        num_experts: int,
+        scheduler: Scheduler,
+        record_of: Callable[[int], Tensor],
+        arithmetic: Arithmetic,
+    ) -> None:
+        self._layer = layer
+        self._num_experts = num_experts
+        self._scheduler = scheduler
+        self._record_of = record_of
+        self._arithmetic = arithmetic
+
+    def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        routing = group_by_expert(top_k_index, self._num_experts)
+        with self._scheduler.acquire(self._layer, routing.experts) as lease:
+            return self._arithmetic.forward(hidden, top_k_weights, routing, lease, self._record_of)
+
+
+def offloaded_experts(module: ExpertsContract, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The function transformers calls in place of the eager experts."""
+    bound: BoundExperts = module._offload_moe
+    return bound(hidden, top_k_index, top_k_weights)
+
+
+def detach_parameters(layers: Sequence[ExpertsModule]) -> None:
+    """Delete the expert parameters: a wrong dispatch is then an AttributeError instead of silent garbage."""
+    for layer in layers:
+        for name in layer.shape.module_shapes():
+            delattr(layer.module, name)
+
+
+def attach(layers: Sequence[ExpertsModule], bound: Sequence[BoundExperts]) -> None:
+    """Bind each experts module to its layer. The model must own its config: modules share it."""
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, offloaded_experts)
+    for layer, experts in zip(layers, bound, strict=True):
+        module = cast(ExpertsContract, layer.module)
+        module._offload_moe = experts
+        module.config._experts_implementation = EXPERTS_FUNCTION

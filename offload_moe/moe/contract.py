@@ -1,0 +1,24 @@
+"""What transformers promises of an experts module (`transformers/integrations/moe.py`), as a type."""
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class ExpertsContract(Protocol):
+    """The attributes every decorated experts class has; `_offload_moe` is ours."""
+
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    is_concatenated: bool
+    has_post_expert_norm: bool
+    config: Any
+
+    _offload_moe: Any
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor: ...
+
+    def act_fn(self, x: Tensor) -> Tensor: ...
+
+    def post_expert_norm(self, x: Tensor) -> Tensor: ...

@@ -1,0 +1,60 @@
+"""The reference arithmetic: decode an expert, then exactly what transformers' eager experts do.
+
+Runs any codec on any device. It is slow on quantized experts; it is the oracle of the faster ones.
+T tokens, K top-k, H hidden, I intermediate.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from offload_moe.moe.contract import ExpertsContract
+from offload_moe.moe.routing import Routing
+from offload_moe.quant import Codec, ExpertShape
+from offload_moe.schedule.scheduler import Lease
+
+
+class ReferenceArithmetic:
+    """One expert at a time, through the experts module's own contract (gate, activation, post norm)."""
+
+    def __init__(self, module: ExpertsContract, shape: ExpertShape, codec: Codec) -> None:
+        self._module = module
+        self._shape = shape
+        self._codec = codec
+
+    def forward(
+        self, hidden: Tensor, weights: Tensor, routing: Routing, lease: Lease, record_of: Callable[[int], Tensor]
+    ) -> Tensor:
+        """hidden ``[T, H]``, weights ``[T, K]`` -> ``[T, H]`` in the hidden dtype.
+
+        Experts are computed as they arrive and added as eager adds them: by ascending id, in the hidden dtype.
+        """
+        tokens, places = routing.tokens.to(hidden.device), routing.places.to(hidden.device)
+        place_of = {expert: index for index, expert in enumerate(routing.experts)}
+        outputs: dict[int, Tensor] = {}
+        for wave in lease:
+            for expert, slot in wave:
+                pairs = routing.pairs(place_of[expert])
+                output = self.expert(hidden[tokens[pairs]], record_of(slot))
+                output = output * weights[tokens[pairs], places[pairs], None]
+                outputs[expert] = output.to(hidden.dtype)
+        total = torch.zeros_like(hidden)
+        for index, expert in enumerate(routing.experts):
+            total.index_add_(0, tokens[routing.pairs(index)], outputs[expert])
+        return total
+
+    def expert(self, x: Tensor, record: Tensor) -> Tensor:
+        """One expert on its tokens, ``[t, H] -> [t, H]``."""
+        tensors = self._codec.decode(self._shape, record, x.dtype)
+        first, last = self._shape.matrices
+        module = self._module
+        x = self._project(x, tensors, first.name)
+        x = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+        x = self._project(x, tensors, last.name)
+        return module.post_expert_norm(x) if module.has_post_expert_norm else x
+
+    def _project(self, x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
+        x = x @ tensors[name] if self._shape.is_transposed else nn.functional.linear(x, tensors[name])
+        bias = tensors.get(f"{name}_bias")
+        return x if bias is None else x + bias

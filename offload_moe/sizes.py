@@ -1,0 +1,20 @@
+"""Sizes as people write them."""
+
+import re
+
+from offload_moe.errors import ConfigError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_size(size: str | int) -> int:
+    """``"10GiB"``, ``"3.5G"``, ``"512MiB"`` or a number of bytes -> bytes. Raises: ConfigError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?\s*", str(size).upper())
+    if match is None:
+        raise ConfigError(f"Cannot read {size!r} as a size. Write it like 10GiB, 3.5G or 512MiB.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def format_size(num_bytes: float) -> str:
+    """Bytes as ``1.2 GiB`` or ``34 MiB``."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"

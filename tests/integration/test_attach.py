@@ -1,0 +1,96 @@
+"""Attached models against transformers eager: the experts come from records, through slots, in waves."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from support.offload import offload
+from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from offload_moe.moe.attach import BoundExperts
+from offload_moe.tiers.simulated import SimulatedCopier
+
+
+def prompt_and_decode(model: PreTrainedModel, batch: int) -> Tensor:
+    """Logits of a prompt, then of six decode steps with the cache."""
+    ids, mask = tiny_prompt(batch, 9)
+    with torch.inference_mode():
+        out = model(input_ids=ids, attention_mask=mask, use_cache=True)
+        logits = [out.logits]
+        for _ in range(6):
+            token = out.logits[:, -1:].argmax(-1)
+            mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+            out = model(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+            logits.append(out.logits)
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("num_slots", [1, 5, 24])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_lossless_codec_is_bit_equal_to_eager(family: str, num_slots: int, batch: int) -> None:
+    attached, oracle = offload(tiny_model(family), "bf16", num_slots)
+    expected = prompt_and_decode(oracle, batch)
+    assert expected.abs().max() > 0.1
+    assert torch.equal(prompt_and_decode(attached, batch), expected)
+
+
+@pytest.mark.parametrize(("num_ram_slots", "num_device_slots"), [(1, 1), (2, 5), (24, 3), (7, 24)])
+def test_the_device_tier_changes_no_bit(num_ram_slots: int, num_device_slots: int) -> None:
+    draw = random.Random(0)
+    copier = SimulatedCopier(delay_s=lambda: draw.random() * 0.001)
+    attached, oracle = offload(tiny_model("qwen3_moe"), "bf16", num_ram_slots, copier, num_device_slots)
+    assert torch.equal(prompt_and_decode(attached, 3), prompt_and_decode(oracle, 3))
+    copier.close()
+
+
+@pytest.mark.parametrize("codec", ["nf4", "int8"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_quantized_codecs_follow_eager_on_the_dequantized_experts(family: str, codec: str) -> None:
+    attached, oracle = offload(tiny_model(family), codec, 5)
+    torch.testing.assert_close(prompt_and_decode(attached, 3), prompt_and_decode(oracle, 3), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_bf16_compute_stays_within_tolerance(family: str) -> None:
+    attached, oracle = offload(tiny_model(family).to(torch.bfloat16), "bf16", 5)
+    got, expected = prompt_and_decode(attached, 3).float(), prompt_and_decode(oracle, 3).float()
+    assert (got - expected).norm() / expected.norm() < 0.01
+
+
+def swap_two_experts(attached: PreTrainedModel) -> None:
+    scheduler = find_bound(attached)[0]._scheduler
+    records = scheduler.mover.records
+    records[0], records[1] = records[1], records[0]
+
+
+def drop_the_last_pair(attached: PreTrainedModel) -> None:
+    for bound in find_bound(attached):
+        original: Callable[..., Tensor] = bound._arithmetic.expert
+        bound._arithmetic.expert = lambda x, record, original=original: original(x, record) * 0.999
+
+
+def find_bound(attached: PreTrainedModel) -> list[BoundExperts]:
+    return [module._offload_moe for module in attached.modules() if hasattr(module, "_offload_moe")]
+
+
+@pytest.mark.parametrize("mutation", [swap_two_experts, drop_the_last_pair])
+def test_a_mutation_is_noticed(mutation: Callable[[PreTrainedModel], None]) -> None:
+    attached, oracle = offload(tiny_model("mixtral"), "bf16", 5)
+    mutation(attached)
+    assert not torch.equal(prompt_and_decode(attached, 3), prompt_and_decode(oracle, 3))
+
+
+def test_two_models_in_one_process_from_one_config() -> None:
+    first, first_oracle = offload(tiny_model("qwen3_moe", seed=1), "bf16", 4)
+    second, second_oracle = offload(tiny_model("qwen3_moe", seed=2), "bf16", 7)
+    for model, oracle in ((first, first_oracle), (second, second_oracle), (first, first_oracle)):
+        assert torch.equal(prompt_and_decode(model, 1), prompt_and_decode(oracle, 1))
+
+
+def test_expert_parameters_are_gone() -> None:
+    attached, _ = offload(tiny_model("mixtral"), "bf16", 4)
+    assert not any("experts" in name for name, _ in attached.named_parameters())

@@ -1,0 +1,78 @@
+"""Attach a model to tiers whose RAM is filled from a dict, with or without a simulated device above it."""
+
+import copy
+import random
+import threading
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from offload_moe.checkpoint.experts import find_experts
+from offload_moe.moe.attach import BoundExperts, attach, detach_parameters
+from offload_moe.moe.reference import ReferenceArithmetic
+from offload_moe.quant import get_codec
+from offload_moe.schedule.hierarchy import Hierarchy, Pools
+from offload_moe.tiers.arena import Arena
+from offload_moe.tiers.copier import Copier
+from offload_moe.tiers.mover import Arrived
+
+
+class MemoryMover:
+    """Copies records from a dict, from threads, after random delays."""
+
+    def __init__(self, records: dict[int, Tensor], arena: Arena) -> None:
+        self.records, self.arena, self.random = records, arena, random.Random(0)
+
+    def start(self, key: int, slot: int, arrived: Arrived) -> None:
+        threading.Timer(self.random.random() * 0.0005, self._copy, (key, slot, arrived)).start()
+
+    def _copy(self, key: int, slot: int, arrived: Arrived) -> None:
+        self.arena.slot(slot).fill_(0xA5)
+        self.arena.slot(slot)[: self.records[key].numel()] = self.records[key]
+        arrived(slot, self.records[key].numel(), None)
+
+    def used(self, slot: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def offload(
+    model: PreTrainedModel, codec_name: str, num_slots: int, copier: Copier | None = None, num_device_slots: int = 0
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The attached model, and an eager one whose experts are the dequantized ones."""
+    codec = get_codec(codec_name)
+    oracle, attached = copy.deepcopy(model), copy.deepcopy(model)
+    layers = find_experts(attached)
+    num_experts = layers[0].num_experts
+    records: dict[int, Tensor] = {}
+    for ordinal, (layer, oracle_layer) in enumerate(zip(layers, find_experts(oracle), strict=True)):
+        for expert in range(num_experts):
+            tensors = {name: getattr(layer.module, name).data[expert] for name in layer.shape.module_shapes()}
+            record = codec.encode(layer.shape, tensors)
+            records[ordinal * num_experts + expert] = record
+            for name, value in codec.decode(layer.shape, record, torch.float32).items():
+                getattr(oracle_layer.module, name).data[expert] = value
+    pools = Pools(
+        num_layers=len(layers),
+        num_experts=num_experts,
+        slot_bytes=max(record.numel() for record in records.values()),
+        num_ram_slots=num_slots,
+        num_device_slots=num_device_slots,
+    )
+    hierarchy = Hierarchy(pools, lambda arena: MemoryMover(records, arena), copier)
+    detach_parameters(layers)
+    bound = [
+        BoundExperts(
+            ordinal,
+            num_experts,
+            hierarchy.scheduler,
+            hierarchy.record_of,
+            ReferenceArithmetic(layer.module, layer.shape, codec),
+        )
+        for ordinal, layer in enumerate(layers)
+    ]
+    attach(layers, bound)
+    return attached, oracle
