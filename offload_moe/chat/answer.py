@@ -96,9 +96,7 @@ class Answer:
 
     def _split(self, stream: TokenStream) -> Iterator[Piece]:
         tokenizer, special_tokens = self._format.tokenizer, self._format.special_tokens
-        splitter = make_splitter(
-            template=self._format.template, vocabulary=frozenset(tokenizer.get_added_vocab()), prompt=self._prompt
-        )
+        splitter = make_splitter(template=self._format.template, prompt=self._prompt)
         text = IncrementalText(tokenizer, self._ids[-_CONTEXT_TOKENS:])
         is_stopped_by_model = False
         for token in stream:

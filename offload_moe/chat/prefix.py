@@ -12,6 +12,14 @@ from offload_moe.chat.template import common_prefix
 
 Reuse = Literal["nothing cached", "continued", "cropped", "snapshot", "recomputed", "not supported"]
 
+# Exact types: a subclass may keep more than keys and values.
+ATTENTION_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+# Families with recurrent or compressed state whose code continues a state by several tokens at once as if it had read
+# everything in one pass. Others differ silently (Jamba in 5.23), so they compute every prompt from its beginning.
+CONTINUED_FAMILIES = frozenset(
+    {"deepseek_v4", "granitemoehybrid", "kimi_linear", "lfm2_moe", "nemotron_h", "qwen3_5_moe_text", "qwen3_next"}
+)
+
 
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
@@ -95,7 +103,7 @@ class PrefixCache:
 
     def _start_over(self) -> None:
         self.clear()
-        self._cache = DynamicCache(config=self._hf.config.get_text_config(decoder=True))
+        self._cache = _new_cache(self._hf)
 
     def _crop(self, length: int) -> None:
         assert self._cache is not None
@@ -117,16 +125,23 @@ class PrefixCache:
 
 def _is_supported(hf: PreTrainedModel) -> bool:
     # "hybrid" is an old default of some checkpoints that generate() itself ignores.
-    return (
-        not hf.config.is_encoder_decoder
-        and "mamba" not in type(hf).__name__.lower()
-        and bool(hf._supports_default_dynamic_cache())
-        and hf.generation_config.cache_implementation in (None, "hybrid")
-    )
+    if (
+        hf.config.is_encoder_decoder
+        or "mamba" in type(hf).__name__.lower()
+        or not hf._supports_default_dynamic_cache()
+        or hf.generation_config.cache_implementation not in (None, "hybrid")
+    ):
+        return False
+    layers = _new_cache(hf).layers
+    family = hf.config.get_text_config(decoder=True).model_type
+    return family in CONTINUED_FAMILIES or all(type(layer) in ATTENTION_LAYERS for layer in layers)
+
+
+def _new_cache(hf: PreTrainedModel) -> DynamicCache:
+    return DynamicCache(config=hf.config.get_text_config(decoder=True))
 
 
 def _is_plain(layer: CacheLayerMixin) -> bool:
-    # Exact types: a subclass may keep more than keys and values.
     return type(layer) in (DynamicLayer, DummyLayer)
 
 

@@ -38,15 +38,14 @@ class Splitter(Protocol):
     def flush(self) -> list[Piece]: ...
 
 
-def make_splitter(*, template: str | None, vocabulary: frozenset[str], prompt: str) -> Splitter:
+def make_splitter(*, template: str | None, prompt: str) -> Splitter:
     """The splitter for a chat template. `prompt` is the rendered prompt: a template may open the reasoning itself."""
     if template is None:
         return PlainSplitter()
     if is_harmony(template):
         return HarmonySplitter()
-    declared = [pair for pair in TAG_PAIRS if pair[0] in template or pair[0] in vocabulary]
-    opening, closing = (declared or list(TAG_PAIRS))[0]
-    return TagSplitter(opening, closing, is_open=prompt.rstrip().endswith(opening))
+    opened = next((pair for pair in TAG_PAIRS if prompt.rstrip().endswith(pair[0])), None)
+    return TagSplitter(closing=opened[1] if opened is not None else None)
 
 
 def is_harmony(template: str) -> bool:
@@ -70,10 +69,10 @@ class PlainSplitter:
 class TagSplitter:
     """Reasoning between two tags before the answer. Tags further on are ordinary text: answers may talk about them."""
 
-    def __init__(self, opening: str, closing: str, *, is_open: bool) -> None:
-        self._opening = opening
-        self._closing = closing
-        self._state: Literal["start", "reasoning", "answer"] = "reasoning" if is_open else "start"
+    def __init__(self, closing: str | None = None) -> None:
+        """`closing` is the tag that ends reasoning which the prompt has begun."""
+        self._state: Literal["start", "reasoning", "answer"] = "start" if closing is None else "reasoning"
+        self._closing = closing or ""
         self._held = ""
         self._has_begun = False
 
@@ -89,16 +88,19 @@ class TagSplitter:
         return pieces
 
     def marker(self, token: str) -> list[Piece]:
-        return self.text(token) if token in self._opening or token in self._closing else []
+        is_tag = any(token in opening or token in closing for opening, closing in TAG_PAIRS)
+        return self.text(token) if is_tag else []
 
     def flush(self) -> list[Piece]:
         return self._give("reasoning" if self._state == "reasoning" else "answer", len(self._held))
 
     def _leave_start(self) -> None:
         begun = self._held.lstrip()
-        if begun.startswith(self._opening):
-            self._state, self._held = "reasoning", begun[len(self._opening) :]
-        elif not self._opening.startswith(begun):
+        for opening, closing in TAG_PAIRS:
+            if begun.startswith(opening):
+                self._state, self._closing, self._held = "reasoning", closing, begun[len(opening) :]
+                return
+        if not any(opening.startswith(begun) for opening, _ in TAG_PAIRS):
             self._state = "answer"
 
     def _reason(self) -> list[Piece]:

@@ -1,8 +1,7 @@
 """How the next token is chosen: the user's settings over the model's own generation config."""
 
 import copy
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self, TypedDict
 
@@ -35,10 +34,8 @@ class Sampling:
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        _check_number(
-            "temperature", self.temperature, self.temperature is None or 0 <= self.temperature <= 100, "0 to 100"
-        )
-        _check_number("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0, at most 1")
+        _check_number("temperature", self.temperature, lambda value: 0 <= value <= 100, "from 0 to 100")
+        _check_number("top_p", self.top_p, lambda value: 0 < value <= 1, "above 0 and at most 1")
         _check_integer("top_k", self.top_k, 0)
         _check_integer("seed", self.seed, 0)
         _check_integer("max_new_tokens", self.max_new_tokens, 1)
@@ -85,11 +82,12 @@ class Sampling:
                 setattr(config, name, value)
 
 
-def _check_number(name: str, value: float | None, in_range: bool, wanted: str) -> None:
+def _check_number(name: str, value: float | None, is_in_range: Callable[[float], bool], wanted: str) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not in_range:
-        raise ConfigError(f"{name} is {value!r}. It must be a number, {wanted}.")
+    # NaN is in no range.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not is_in_range(value):
+        raise ConfigError(f"{name} is {value!r}. It must be a number {wanted}.")
 
 
 def _check_integer(name: str, value: int | None, least: int) -> None:
