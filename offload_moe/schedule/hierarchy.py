@@ -43,14 +43,13 @@ class Hierarchy:
             slots = DeviceSlots(copier, pools.num_device_slots, self.arena.slot_bytes)
             mover = DeviceMover(copier, slots, self._borrow)
             self.scheduler = self._scheduler(pools.num_device_slots, mover, "h2d_bytes")
+            self.ram.count_bytes_in(self.scheduler.counters)
             self.record_of = slots.slot
 
     @property
     def counters(self) -> Counters:
-        """Hits and stalls of the fast tier, and the bytes every tier has read."""
-        counters = self.scheduler.counters.copy()
-        counters.disk_bytes = self.ram.counters.disk_bytes
-        return counters
+        """Running totals: hits and stalls of the fast tier, bytes of every tier."""
+        return self.scheduler.counters
 
     def close(self) -> None:
         self.scheduler.close()

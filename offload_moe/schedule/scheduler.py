@@ -36,6 +36,7 @@ class Scheduler:
         bytes_counter: str = "disk_bytes",
         stall_limit_s: float = STALL_LIMIT_S,
     ) -> None:
+        """bytes_counter: the field of `Counters` that this tier's transfers add to."""
         self.residency = residency
         self.mover = mover
         self.counters = Counters()
@@ -44,6 +45,7 @@ class Scheduler:
         self.changed = threading.Condition()
         self.failed: dict[int, BaseException] = {}
         self._bytes_counter = bytes_counter
+        self._bytes_counters = self.counters
 
     def acquire(self, layer: int, experts: Sequence[int], weights: Sequence[float] | None = None) -> "Lease":
         """Lease what is resident, start loading what is not. Does not wait.
@@ -84,6 +86,10 @@ class Scheduler:
         if slots:
             self.changed.notify_all()
 
+    def count_bytes_in(self, counters: Counters) -> None:
+        """Add moved bytes to another tier's counters from now on."""
+        self._bytes_counters = counters
+
     def close(self) -> None:
         self.mover.close()
 
@@ -91,7 +97,8 @@ class Scheduler:
         with self.changed:
             if error is None:
                 self.residency.loaded(slot)
-                setattr(self.counters, self._bytes_counter, getattr(self.counters, self._bytes_counter) + num_bytes)
+                moved = getattr(self._bytes_counters, self._bytes_counter)
+                setattr(self._bytes_counters, self._bytes_counter, moved + num_bytes)
             elif self.residency.num_leases(slot):
                 self.failed[slot] = error
             else:

@@ -3,27 +3,33 @@
 from collections.abc import Callable
 
 from offload_moe.errors import ConfigError
+from offload_moe.schedule.policy.frequency import LFU, DecayedFrequency
 from offload_moe.schedule.policy.lru import LRU
+from offload_moe.schedule.policy.lru_2 import LRU2
 from offload_moe.schedule.policy.protocol import Policy
+from offload_moe.schedule.policy.slru import SLRU
 
 __all__ = ["DEFAULT_POLICY", "POLICY_NAMES", "Policy", "make_policy"]
 
-_FACTORIES: dict[str, Callable[[int, int, int], Policy]] = {
-    LRU.name: lambda num_layers, num_experts, num_slots: LRU(),
+_FACTORIES: dict[str, Callable[[range, int, int], Policy]] = {
+    LRU.name: lambda layers, num_experts, num_slots: LRU(),
+    LFU.name: lambda layers, num_experts, num_slots: LFU(),
+    DecayedFrequency.name: lambda layers, num_experts, num_slots: DecayedFrequency(),
+    SLRU.name: lambda layers, num_experts, num_slots: SLRU(num_slots),
+    LRU2.name: lambda layers, num_experts, num_slots: LRU2(),
 }
 POLICY_NAMES = tuple(_FACTORIES)
 DEFAULT_POLICY = LRU.name
 
 
-def make_policy(name: str, *, num_layers: int, num_experts: int, num_slots: int) -> Policy:
-    """A fresh policy for one pool of `num_slots` slots.
+def make_policy(name: str, *, num_layers: int, num_experts: int, num_slots: int, first_layer: int = 0) -> Policy:
+    """A fresh policy for one pool of `num_slots` slots that serves `num_layers` layers from `first_layer` on.
 
-    num_layers: layers of the model, also when the pool serves only one of them (keys stay model-wide).
-    num_experts: experts per layer, the stride of the keys.
+    num_experts: experts per layer, the stride of the keys (`layer * num_experts + expert`, also in a one-layer pool).
 
     Raises:
         ConfigError: the name is unknown.
     """
     if name not in _FACTORIES:
         raise ConfigError(f"Unknown policy {name!r}. Choose one of: {', '.join(POLICY_NAMES)}.")
-    return _FACTORIES[name](num_layers, num_experts, num_slots)
+    return _FACTORIES[name](range(first_layer, first_layer + num_layers), num_experts, num_slots)
