@@ -1,0 +1,28 @@
+"""Native CPU kernels: quantized matrices times a few tokens, whole MoE layers in one call.
+
+Optional: where no compiler was at hand, `available()` is False, `unavailable_reason()` says why, and torch serves.
+"""
+
+from offload_moe.kernels.experts import ExpertKernel
+from offload_moe.kernels.linear import LinearKernel
+from offload_moe.kernels.native import (
+    available,
+    instruction_set,
+    num_threads,
+    select_instruction_set,
+    set_threads,
+    unavailable_reason,
+)
+from offload_moe.kernels.planes import unsupported_reason
+
+__all__ = [
+    "ExpertKernel",
+    "LinearKernel",
+    "available",
+    "instruction_set",
+    "num_threads",
+    "select_instruction_set",
+    "set_threads",
+    "unavailable_reason",
+    "unsupported_reason",
+]

@@ -1,0 +1,38 @@
+/* Which kernel set serves: the best one that the machine runs, or the one asked for. */
+#include "om_kernels.h"
+
+#include <string.h>
+
+static const om_isa *active;
+
+#if defined(__x86_64__)
+static int runs_avx512(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+
+static int runs_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
+
+static const om_isa *find(const char *name) {
+    const int is_any = name[0] == '\0';
+#if defined(__x86_64__)
+    if ((is_any || strcmp(name, "avx512") == 0) && runs_avx512()) return &om_isa_avx512;
+    if ((is_any || strcmp(name, "avx2") == 0) && runs_avx2()) return &om_isa_avx2;
+#elif defined(__aarch64__)
+    if (is_any || strcmp(name, "neon") == 0) return &om_isa_neon;
+#endif
+    return is_any || strcmp(name, "portable") == 0 ? &om_isa_portable : NULL;
+}
+
+const om_isa *om_active_isa(void) { return active != NULL ? active : (active = find("")); }
+
+/* "" for the best. Returns 0, or -1 when this build or machine cannot run it. Not while a call is in progress. */
+OM_EXPORT int om_select(const char *name) {
+    const om_isa *found = find(name);
+    if (found == NULL) return -1;
+    active = found;
+    return 0;
+}
+
+OM_EXPORT const char *om_active_name(void) { return om_active_isa()->name; }

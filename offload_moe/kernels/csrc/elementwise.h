@@ -1,0 +1,161 @@
+/* Loops over 64 values that the compiler vectorizes; included once per instruction set. */
+#include "om_kernels.h"
+
+#include <math.h>
+
+#define OM_ROUND_MAGIC 12582912.0f /* 1.5 * 2^23: adding it rounds to the nearest even integer, for |x| < 2^22 */
+#define OM_SMALLEST_ABSMAX 1e-30f  /* below, 127 / absmax overflows; such a block counts as zero */
+
+OM_INLINE uint32_t float_bits(float value) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+OM_INLINE float bits_float(uint32_t bits) {
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* As integers, so that a NaN wins and reaches the result. */
+OM_INLINE float absmax_of(const float *values, const int count) {
+    int32_t largest = 0;
+    for (int i = 0; i < count; i++) {
+        const int32_t bits = (int32_t)(float_bits(values[i]) & 0x7fffffffu);
+        largest = bits > largest ? bits : largest;
+    }
+    return bits_float((uint32_t)largest);
+}
+
+/* int8 activations of one group; returns their sum. A group that is not finite makes its scale not finite. */
+OM_INLINE int32_t quantize_group(const float *values, const int count, int8_t *quants, float *scale) {
+    const float absmax = absmax_of(values, count);
+    const int usable = absmax >= OM_SMALLEST_ABSMAX && absmax < INFINITY;
+    const float inverse = usable ? 127.0f / absmax : 0.0f;
+    *scale = usable ? absmax / 127.0f : absmax < OM_SMALLEST_ABSMAX ? 0.0f : NAN;
+    if (!usable) {
+        for (int i = 0; i < count; i++) quants[i] = 0;
+        return 0;
+    }
+    int32_t sum = 0;
+    for (int i = 0; i < count; i++) {
+        const int32_t quant = (int32_t)float_bits(values[i] * inverse + OM_ROUND_MAGIC) - (int32_t)0x4b400000;
+        quants[i] = (int8_t)quant;
+        sum += quant;
+    }
+    return sum;
+}
+
+/* `low_first`: whether the low nibble of a byte is its even element. */
+OM_INLINE void split_nibbles_int8(const int8_t *natural, const int low_first, int8_t *split) {
+    for (int i = 0; i < OM_BLOCK / 2; i++) {
+        split[i] = natural[2 * i + 1 - low_first];
+        split[OM_BLOCK / 2 + i] = natural[2 * i + low_first];
+    }
+}
+
+static void quantize_blocks(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, om_token *token) {
+    const int groups = codec == OM_MXFP4 ? 2 : 1, length = OM_BLOCK / groups;
+    for (int64_t b = 0; b < num_blocks; b++) {
+        int8_t natural[OM_BLOCK];
+        int8_t *quants = token->quants + (first_block + b) * OM_BLOCK;
+        for (int g = 0; g < groups; g++) {
+            const int64_t at = (first_block + b) * groups + g;
+            const float *group = values + b * OM_BLOCK + g * length;
+            const int32_t sum = groups == 1 ? quantize_group(group, OM_BLOCK, natural, token->scales + at)
+                                            : quantize_group(group, OM_BLOCK / 2, natural + g * length, token->scales + at);
+            token->sums[at] = token->scales[at] * (float)sum;
+        }
+        if (codec == OM_INT8)
+            __builtin_memcpy(quants, natural, OM_BLOCK);
+        else if (codec == OM_NF4)
+            split_nibbles_int8(natural, 0, quants);
+        else
+            split_nibbles_int8(natural, 1, quants);
+    }
+}
+
+OM_INLINE void split_nibbles_float(const float *natural, const int low_first, float *split) {
+    for (int i = 0; i < OM_BLOCK / 4; i++) {
+        split[i] = natural[2 * i + 1 - low_first];
+        split[OM_BLOCK / 4 + i] = natural[2 * i + low_first];
+    }
+}
+
+static void pack_blocks(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, om_token *token) {
+    float *packed = token->values + first_block * OM_BLOCK;
+    if (codec == OM_INT8 || codec == OM_BF16) {
+        __builtin_memcpy(packed, values, (size_t)num_blocks * OM_BLOCK * sizeof(float));
+        return;
+    }
+    for (int64_t i = 0; i < num_blocks * OM_BLOCK; i += OM_BLOCK / 2) {
+        if (codec == OM_NF4)
+            split_nibbles_float(values + i, 0, packed + i);
+        else
+            split_nibbles_float(values + i, 1, packed + i);
+    }
+}
+
+/* exp with a relative error below 2e-7 (Cephes' polynomial); a NaN stays a NaN. */
+OM_INLINE float exp_approximate(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    const float shifted = x * 1.44269504088896341f + OM_ROUND_MAGIC;
+    const float exponent = shifted - OM_ROUND_MAGIC;
+    const float r = (x - exponent * 0.693359375f) - exponent * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = (p * r) * r + r + 1.0f;
+    return p * bits_float((float_bits(shifted) << 23) + 0x3f800000u);
+}
+
+OM_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_approximate(-x)); }
+
+OM_INLINE float activation_of(const int activation, float x) {
+    switch (activation) {
+    case OM_SILU: return x * sigmoid(x);
+    case OM_GELU: return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+    /* tanh(y) = 2 sigmoid(2 y) - 1 */
+    case OM_GELU_TANH: return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
+    case OM_RELU: return x < 0.0f ? 0.0f : x;
+    case OM_RELU2: return x < 0.0f ? 0.0f : x * x;
+    default: return x;
+    }
+}
+
+OM_INLINE void activate_as(const int activation, int has_gate, const float *gate, const float *up, float *result, int64_t n) {
+    if (has_gate)
+        for (int64_t i = 0; i < n; i++) result[i] = activation_of(activation, gate[i]) * up[i];
+    else
+        for (int64_t i = 0; i < n; i++) result[i] = activation_of(activation, gate[i]);
+}
+
+/* Source: GptOssExperts._apply_gate of transformers. */
+OM_INLINE void activate_gpt_oss(float alpha, float limit, const float *gate, const float *up, float *result, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        const float g = gate[i] > limit ? limit : gate[i];
+        const float low = up[i] < -limit ? -limit : up[i];
+        const float u = low > limit ? limit : low;
+        result[i] = (u + 1.0f) * (g * sigmoid(g * alpha));
+    }
+}
+
+static void activate(int32_t activation, float alpha, float limit, int has_gate, const float *gate, const float *up,
+                     float *result, int64_t n) {
+    switch (activation) {
+    case OM_SILU: activate_as(OM_SILU, has_gate, gate, up, result, n); break;
+    case OM_GELU: activate_as(OM_GELU, has_gate, gate, up, result, n); break;
+    case OM_GELU_TANH: activate_as(OM_GELU_TANH, has_gate, gate, up, result, n); break;
+    case OM_GPT_OSS: activate_gpt_oss(alpha, limit, gate, up, result, n); break;
+    case OM_RELU: activate_as(OM_RELU, has_gate, gate, up, result, n); break;
+    case OM_RELU2: activate_as(OM_RELU2, has_gate, gate, up, result, n); break;
+    default: activate_as(OM_IDENTITY, has_gate, gate, up, result, n); break;
+    }
+}
+
+#define OM_ELEMENTWISE_TABLE quantize_blocks, pack_blocks, activate

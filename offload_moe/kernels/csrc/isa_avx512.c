@@ -1,0 +1,92 @@
+/* AVX-512 with VNNI: one block of 64 weights is one register. */
+#include "levels.h"
+#include "om_kernels.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#include <immintrin.h>
+
+#define OM_LANES 16
+#define OM_UNSIGNED_WEIGHTS 1
+#define OM_EXACT_TILE 8
+
+typedef __m512 fvec;
+typedef __m512i qblock;
+typedef struct { fvec v[4]; } xblock;
+
+OM_INLINE fvec fv_zero(void) { return _mm512_setzero_ps(); }
+OM_INLINE fvec fv_load(const float *p) { return _mm512_loadu_ps(p); }
+OM_INLINE void fv_store(float *p, fvec v) { _mm512_storeu_ps(p, v); }
+OM_INLINE fvec fv_broadcast(float value) { return _mm512_set1_ps(value); }
+OM_INLINE fvec fv_add(fvec a, fvec b) { return _mm512_add_ps(a, b); }
+OM_INLINE fvec fv_mul(fvec a, fvec b) { return _mm512_mul_ps(a, b); }
+OM_INLINE fvec fv_fma(fvec a, fvec b, fvec c) { return _mm512_fmadd_ps(a, b, c); }
+OM_INLINE float fv_sum(fvec v) { return _mm512_reduce_add_ps(v); }
+
+OM_INLINE fvec fv_halves(const float *p) {
+    const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1);
+    return _mm512_permutexvar_ps(lane, _mm512_castps128_ps512(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p))));
+}
+
+OM_INLINE __m512i widen_bytes(const uint8_t *bytes) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)bytes));
+}
+
+OM_INLINE fvec fv_lookup(const float *map, const uint8_t *bytes) {
+    return _mm512_i32gather_ps(widen_bytes(bytes), map, 4);
+}
+
+/* Low nibbles in the lower half of the register, high nibbles in the upper one. */
+OM_INLINE __m512i spread_nibbles(const uint8_t *codes) {
+    const __m512i shift = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4);
+    const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)codes));
+    return _mm512_and_si512(_mm512_srlv_epi32(both, shift), _mm512_set1_epi8(15));
+}
+
+OM_INLINE __m512i look_up_levels(const uint8_t *codes, __m128i levels) {
+    const __m128i shifted = _mm_xor_si128(levels, _mm_set1_epi8(-128));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(shifted), spread_nibbles(codes));
+}
+
+OM_INLINE fvec fv_dot(qblock weights, const int8_t *quants) {
+    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), weights, _mm512_loadu_si512(quants)));
+}
+
+OM_INLINE xblock look_up_floats(const uint8_t *codes, fvec table) {
+    const __m512i first = widen_bytes(codes), second = widen_bytes(codes + 16); /* vpermps ignores bits above the index */
+    return (xblock){{_mm512_permutexvar_ps(first, table), _mm512_permutexvar_ps(_mm512_srli_epi32(first, 4), table),
+                     _mm512_permutexvar_ps(second, table), _mm512_permutexvar_ps(_mm512_srli_epi32(second, 4), table)}};
+}
+
+OM_INLINE fvec widen_signed(const uint8_t *codes) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)codes)));
+}
+
+OM_INLINE fvec widen_bf16(const uint8_t *values) {
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)values)), 16));
+}
+
+OM_INLINE xblock x_int8(const uint8_t *codes) {
+    return (xblock){{widen_signed(codes), widen_signed(codes + 16), widen_signed(codes + 32), widen_signed(codes + 48)}};
+}
+
+OM_INLINE xblock x_bf16(const uint8_t *values) {
+    return (xblock){{widen_bf16(values), widen_bf16(values + 32), widen_bf16(values + 64), widen_bf16(values + 96)}};
+}
+
+OM_INLINE qblock q_nf4(const uint8_t *codes) { return look_up_levels(codes, _mm_setr_epi8(OM_NF4_LEVELS)); }
+OM_INLINE qblock q_mxfp4(const uint8_t *codes) { return look_up_levels(codes, _mm_setr_epi8(OM_MXFP4_LEVELS)); }
+OM_INLINE qblock q_int8(const uint8_t *codes) {
+    return _mm512_xor_si512(_mm512_loadu_si512(codes), _mm512_set1_epi8(-128));
+}
+OM_INLINE xblock x_nf4(const uint8_t *codes) { return look_up_floats(codes, _mm512_loadu_ps(om_nf4_values)); }
+OM_INLINE xblock x_mxfp4(const uint8_t *codes) {
+    const fvec levels = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_setr_epi8(OM_MXFP4_LEVELS)));
+    return look_up_floats(codes, _mm512_mul_ps(levels, _mm512_set1_ps(1.0f / OM_MXFP4_UNIT)));
+}
+
+#include "elementwise.h"
+#include "rows.h"
+
+const om_isa om_isa_avx512 = {"avx512", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE};
+#endif

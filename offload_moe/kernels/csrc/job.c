@@ -1,0 +1,81 @@
+#include "job.h"
+
+om_weights om_resolve(const om_matrix *m, const uint8_t *record) {
+    const int is_bf16 = m->codec == OM_BF16;
+    om_weights w = {
+        .codes = record + m->codes,
+        .scales = m->scales < 0 ? NULL : record + m->scales,
+        .nested_scales = m->nested_scales < 0 ? NULL : (const float *)(record + m->nested_scales),
+        .nested_offset = m->nested_offset < 0 ? 0.0f : *(const float *)(record + m->nested_offset),
+        .bias = m->bias < 0 ? NULL : record + m->bias,
+        .rows = m->rows,
+        .cols = m->cols,
+        .blocks = is_bf16 ? m->cols / OM_BLOCK : m->padded / OM_BLOCK,
+        .row_bytes = is_bf16 ? 2 * m->cols : m->codec == OM_INT8 ? m->padded : m->padded / 2,
+        .codec = m->codec,
+        .bias_dtype = m->bias_dtype,
+    };
+    return w;
+}
+
+void om_lay_out_activations(om_activations *a, const om_matrix *m, int mode, int64_t num_tokens, uintptr_t *cursor) {
+    a->codec = m->codec;
+    a->has_values = mode == OM_EXACT || m->codec == OM_BF16;
+    a->blocks = om_divide_up(m->cols, OM_BLOCK);
+    a->scales = m->codec == OM_MXFP4 ? 2 * a->blocks : a->blocks;
+    if (a->has_values) {
+        a->values = om_take(cursor, num_tokens * a->blocks * OM_BLOCK * (int64_t)sizeof(float));
+        return;
+    }
+    a->quants = om_take(cursor, num_tokens * a->blocks * OM_BLOCK);
+    a->block_scales = om_take(cursor, num_tokens * a->scales * (int64_t)sizeof(float));
+    a->block_sums = om_take(cursor, num_tokens * a->scales * (int64_t)sizeof(float));
+}
+
+om_token om_activation_at(const om_activations *a, int64_t token) {
+    om_token result = {0};
+    if (a->has_values) {
+        result.values = a->values + token * a->blocks * OM_BLOCK;
+        return result;
+    }
+    result.quants = a->quants + token * a->blocks * OM_BLOCK;
+    result.scales = a->block_scales + token * a->scales;
+    result.sums = a->block_sums + token * a->scales;
+    return result;
+}
+
+void om_prepare_blocks(const om_activations *a, int64_t token, const float *values, int64_t first_block, int64_t num_blocks) {
+    const om_isa *isa = om_active_isa();
+    om_token target = om_activation_at(a, token);
+    (a->has_values ? isa->pack_blocks : isa->quantize_blocks)(a->codec, values, first_block, num_blocks, &target);
+}
+
+void om_prepare_row(const om_activations *a, int64_t token, const void *x, int32_t dtype, int64_t cols, float *buffer) {
+    const int64_t padded = a->blocks * OM_BLOCK;
+    const float *values = buffer;
+    if (dtype == OM_F32 && cols == padded) {
+        values = (const float *)x + token * cols;
+    } else {
+        for (int64_t i = 0; i < cols; i++)
+            buffer[i] = dtype == OM_F32 ? ((const float *)x)[token * cols + i]
+                                        : om_bf16_to_float(((const uint16_t *)x)[token * cols + i]);
+        for (int64_t i = cols; i < padded; i++) buffer[i] = 0.0f;
+    }
+    om_prepare_blocks(a, token, values, 0, a->blocks);
+}
+
+/* A row's scales and OM_TILE products of them, and a row of fp32 activations. */
+int64_t om_scratch_floats(const om_matrix *m) {
+    const int64_t blocks = om_divide_up(m->cols, OM_BLOCK);
+    return om_max((1 + OM_TILE) * 2 * blocks, blocks * OM_BLOCK);
+}
+
+float om_bias_at(const om_weights *w, int64_t row) {
+    if (w->bias == NULL) return 0.0f;
+    return w->bias_dtype == OM_F32 ? ((const float *)w->bias)[row] : om_bf16_to_float(((const uint16_t *)w->bias)[row]);
+}
+
+/* The start of a stream that the hardware cannot foresee. */
+void om_prefetch_rows(const om_weights *w, int64_t row) {
+    for (int64_t i = 0; i < OM_PREFETCH_BYTES; i += 64) OM_PREFETCH(w->codes + row * w->row_bytes + i);
+}

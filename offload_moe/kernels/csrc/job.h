@@ -1,0 +1,35 @@
+/* What the calls (`linear.c`, `moe.c`) share: prepared activations and scratch memory. */
+#ifndef OM_JOB_H
+#define OM_JOB_H
+
+#include "om_kernels.h"
+
+/* Activations of several tokens, ready for the rows of one matrix. */
+typedef struct {
+    int32_t codec, has_values;
+    int64_t blocks, scales; /* per token */
+    int8_t *quants;
+    float *block_scales, *block_sums, *values;
+} om_activations;
+
+/* Bytes of scratch are counted and then handed out by the same code: run it at address 0 first. */
+OM_INLINE void *om_take(uintptr_t *cursor, int64_t num_bytes) {
+    const uintptr_t at = *cursor;
+    *cursor = at + (((uintptr_t)num_bytes + 63) & ~(uintptr_t)63);
+    return (void *)at;
+}
+
+OM_INLINE int64_t om_min(int64_t a, int64_t b) { return a < b ? a : b; }
+OM_INLINE int64_t om_max(int64_t a, int64_t b) { return a > b ? a : b; }
+OM_INLINE int64_t om_divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+void om_lay_out_activations(om_activations *a, const om_matrix *matrix, int mode, int64_t num_tokens, uintptr_t *cursor);
+om_token om_activation_at(const om_activations *a, int64_t token);
+void om_prepare_blocks(const om_activations *a, int64_t token, const float *values, int64_t first_block, int64_t num_blocks);
+/* One row of x, fp32 or bf16, padded with zeros; `buffer` holds 64 floats per block. */
+void om_prepare_row(const om_activations *a, int64_t token, const void *x, int32_t dtype, int64_t cols, float *buffer);
+int64_t om_scratch_floats(const om_matrix *matrix);
+float om_bias_at(const om_weights *weights, int64_t row);
+void om_prefetch_rows(const om_weights *weights, int64_t row);
+
+#endif

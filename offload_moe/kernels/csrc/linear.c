@@ -1,0 +1,80 @@
+/* Dense linears: several matrices times the same tokens in one call. */
+#include "job.h"
+
+#define UNIT_ROWS 64
+
+typedef struct {
+    const om_matrix *matrices;
+    const uint8_t *const *records;
+    void *const *outs;
+    const void *x;
+    int64_t num_matrices, num_tokens, scratch_floats;
+    int32_t x_dtype, out_dtype, mode;
+    om_activations activations;
+    float *scratch; /* per thread */
+} linear_job;
+
+static void prepare_unit(void *context, int64_t token, int thread) {
+    const linear_job *job = context;
+    om_prepare_row(&job->activations, token, job->x, job->x_dtype, job->matrices[0].cols,
+                   job->scratch + thread * job->scratch_floats);
+}
+
+static void store_results(const linear_job *job, int64_t matrix, const om_weights *w, int64_t first_row, int64_t num_rows,
+                          int64_t first_token, int num_tokens, const float *results) {
+    for (int t = 0; t < num_tokens; t++)
+        for (int64_t r = 0; r < num_rows; r++) {
+            const float value = results[r * OM_TILE + t] + om_bias_at(w, first_row + r);
+            const int64_t at = (first_token + t) * w->rows + first_row + r;
+            if (job->out_dtype == OM_F32)
+                ((float *)job->outs[matrix])[at] = value;
+            else
+                ((uint16_t *)job->outs[matrix])[at] = om_float_to_bf16(value);
+        }
+}
+
+static void rows_unit(void *context, int64_t unit, int thread) {
+    const linear_job *job = context;
+    int64_t matrix = 0;
+    for (int64_t units; unit >= (units = om_divide_up(job->matrices[matrix].rows, UNIT_ROWS)); matrix++) unit -= units;
+    const om_weights w = om_resolve(&job->matrices[matrix], job->records[matrix]);
+    const int64_t first_row = unit * UNIT_ROWS, num_rows = om_min(UNIT_ROWS, w.rows - first_row);
+    const om_rows_fn rows = om_active_isa()->rows[job->mode][w.codec];
+    float *scratch = job->scratch + thread * job->scratch_floats;
+    float results[UNIT_ROWS * OM_TILE];
+    for (int64_t first = 0; first < job->num_tokens; first += OM_TILE) {
+        const int num_tokens = (int)om_min(OM_TILE, job->num_tokens - first);
+        om_token tokens[OM_TILE];
+        for (int t = 0; t < num_tokens; t++) tokens[t] = om_activation_at(&job->activations, first + t);
+        rows(&w, first_row, num_rows, tokens, num_tokens, results, scratch);
+        store_results(job, matrix, &w, first_row, num_rows, first, num_tokens, results);
+    }
+}
+
+static uintptr_t lay_out(linear_job *job, uintptr_t start) {
+    uintptr_t cursor = start;
+    om_lay_out_activations(&job->activations, &job->matrices[0], job->mode, job->num_tokens, &cursor);
+    job->scratch = om_take(&cursor, om_pool_threads() * job->scratch_floats * (int64_t)sizeof(float));
+    return cursor - start;
+}
+
+/* outs[i][T, rows of i] = x[T, K] times matrix i, plus its bias. All matrices have the codec and the columns of the first.
+ * Returns 0, or -1 when memory is short. */
+OM_EXPORT int om_linear_forward(const om_matrix *matrices, const uint8_t *const *records, void *const *outs,
+                                int64_t num_matrices, const void *x, int64_t num_tokens, int32_t x_dtype, int32_t out_dtype,
+                                int32_t mode) {
+    linear_job job = {.matrices = matrices, .records = records, .outs = outs, .x = x, .num_matrices = num_matrices,
+                      .num_tokens = num_tokens, .x_dtype = x_dtype, .out_dtype = out_dtype, .mode = mode};
+    job.scratch_floats = om_scratch_floats(&matrices[0]);
+    om_pool_begin();
+    uint8_t *arena = om_arena_reserve(lay_out(&job, 0));
+    if (arena != NULL) {
+        lay_out(&job, (uintptr_t)arena);
+        om_pool_run(prepare_unit, &job, num_tokens);
+        int64_t num_units = 0;
+        for (int64_t i = 0; i < num_matrices; i++) num_units += om_divide_up(matrices[i].rows, UNIT_ROWS);
+        om_pool_run(rows_unit, &job, num_units);
+    }
+    om_pool_end();
+    return arena == NULL ? -1 : 0;
+}

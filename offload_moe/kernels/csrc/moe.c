@@ -1,0 +1,223 @@
+/* One MoE layer: first matrix, activation, second matrix and the weighted sum, for every active expert in one call.
+ *
+ * A pair is a token routed to an expert. Each output element is the sum of its pairs in the order of the experts given,
+ * made by one thread, so the result depends neither on the number of threads nor on how the pairs are split into groups. */
+#include "job.h"
+
+#define CHUNK OM_BLOCK            /* intermediate features per unit of the first phase: one block of the next activations */
+#define MAX_OUT_ROWS 128          /* output features per unit of the second phase */
+#define MIN_OUT_ROWS 32
+#define GROUP_BYTES (48ll << 20)  /* intermediate activations kept at once */
+
+typedef struct {
+    om_matrix first, second;
+    int32_t activation, has_gate, is_interleaved;
+    float alpha, limit;
+} om_moe_layer;
+
+typedef struct {
+    int64_t expert, first_pair, num_pairs;
+} segment;
+
+typedef struct {
+    const om_moe_layer *layer;
+    const uint8_t *const *records;
+    const int32_t *offsets, *token_ids;
+    const float *pair_weights;
+    const void *x;
+    float *out;
+    int64_t num_experts, num_tokens, group_pairs, scratch_floats;
+    int32_t x_dtype, mode;
+    int is_first_write;
+    int64_t intermediate, num_chunks, out_rows;
+    om_activations inputs, hidden;
+    segment *segments; /* of the current group */
+    int64_t num_segments, group_first_pair;
+    float *scratch; /* per thread */
+} moe_job;
+
+static float *scratch_of(const moe_job *job, int thread) { return job->scratch + thread * job->scratch_floats; }
+
+static void prepare_unit(void *context, int64_t token, int thread) {
+    const moe_job *job = context;
+    om_prepare_row(&job->inputs, token, job->x, job->x_dtype, job->layer->first.cols, scratch_of(job, thread));
+}
+
+typedef struct {
+    float gate[2 * CHUNK * OM_TILE], up[CHUNK * OM_TILE];
+} chunk_results;
+
+static void first_rows(const moe_job *job, const om_weights *w, int64_t first_row, int64_t num_rows, const om_token *tokens,
+                       int num_tokens, chunk_results *results, float *scratch) {
+    const om_rows_fn rows = om_active_isa()->rows[job->mode][w->codec];
+    if (job->layer->has_gate && job->layer->is_interleaved) {
+        rows(w, 2 * first_row, 2 * num_rows, tokens, num_tokens, results->gate, scratch);
+        return;
+    }
+    if (job->layer->has_gate) om_prefetch_rows(w, job->intermediate + first_row);
+    rows(w, first_row, num_rows, tokens, num_tokens, results->gate, scratch);
+    if (job->layer->has_gate)
+        rows(w, job->intermediate + first_row, num_rows, tokens, num_tokens, results->up, scratch);
+}
+
+/* Bias and activation of one token's chunk, then into the form the second matrix wants. */
+static void finish_chunk(const moe_job *job, const om_weights *w, int64_t chunk, int64_t num_rows, const chunk_results *results,
+                         int tile_token, int64_t pair) {
+    const om_moe_layer *layer = job->layer;
+    const int64_t first_row = chunk * CHUNK;
+    float gate[CHUNK], up[CHUNK], hidden[CHUNK] = {0};
+    for (int64_t r = 0; r < num_rows; r++) {
+        if (layer->has_gate && layer->is_interleaved) {
+            gate[r] = results->gate[2 * r * OM_TILE + tile_token] + om_bias_at(w, 2 * (first_row + r));
+            up[r] = results->gate[(2 * r + 1) * OM_TILE + tile_token] + om_bias_at(w, 2 * (first_row + r) + 1);
+            continue;
+        }
+        gate[r] = results->gate[r * OM_TILE + tile_token] + om_bias_at(w, first_row + r);
+        if (layer->has_gate)
+            up[r] = results->up[r * OM_TILE + tile_token] + om_bias_at(w, job->intermediate + first_row + r);
+    }
+    om_active_isa()->activate(layer->activation, layer->alpha, layer->limit, layer->has_gate, gate, up, hidden, num_rows);
+    om_prepare_blocks(&job->hidden, pair - job->group_first_pair, hidden, chunk, 1);
+}
+
+static void first_unit(void *context, int64_t unit, int thread) {
+    const moe_job *job = context;
+    const segment *s = &job->segments[unit / job->num_chunks];
+    const int64_t chunk = unit % job->num_chunks, first_row = chunk * CHUNK;
+    const int64_t num_rows = om_min(CHUNK, job->intermediate - first_row);
+    const om_weights w = om_resolve(&job->layer->first, job->records[s->expert]);
+    chunk_results results;
+    for (int64_t first = s->first_pair, end = first + s->num_pairs; first < end; first += OM_TILE) {
+        const int num_tokens = (int)om_min(OM_TILE, end - first);
+        om_token tokens[OM_TILE];
+        for (int t = 0; t < num_tokens; t++) tokens[t] = om_activation_at(&job->inputs, job->token_ids[first + t]);
+        first_rows(job, &w, first_row, num_rows, tokens, num_tokens, &results, scratch_of(job, thread));
+        for (int t = 0; t < num_tokens; t++) finish_chunk(job, &w, chunk, num_rows, &results, t, first + t);
+    }
+}
+
+static void add_results(const moe_job *job, const om_weights *w, int64_t first_row, int64_t num_rows, int64_t pair,
+                        const float *results, int tile_token) {
+    const float weight = job->pair_weights[pair];
+    float *out = job->out + job->token_ids[pair] * w->rows + first_row;
+    for (int64_t r = 0; r < num_rows; r++)
+        out[r] += weight * (results[r * OM_TILE + tile_token] + om_bias_at(w, first_row + r));
+}
+
+static void second_segment(const moe_job *job, const segment *s, int64_t first_row, int64_t num_rows, float *scratch) {
+    const om_weights w = om_resolve(&job->layer->second, job->records[s->expert]);
+    const om_rows_fn rows = om_active_isa()->rows[job->mode][w.codec];
+    float results[MAX_OUT_ROWS * OM_TILE];
+    for (int64_t first = s->first_pair, end = first + s->num_pairs; first < end; first += OM_TILE) {
+        const int num_tokens = (int)om_min(OM_TILE, end - first);
+        om_token tokens[OM_TILE];
+        for (int t = 0; t < num_tokens; t++) tokens[t] = om_activation_at(&job->hidden, first + t - job->group_first_pair);
+        rows(&w, first_row, num_rows, tokens, num_tokens, results, scratch);
+        for (int t = 0; t < num_tokens; t++) add_results(job, &w, first_row, num_rows, first + t, results, t);
+    }
+}
+
+static void second_unit(void *context, int64_t unit, int thread) {
+    const moe_job *job = context;
+    const int64_t hidden = job->layer->second.rows, first_row = unit * job->out_rows;
+    const int64_t num_rows = om_min(job->out_rows, hidden - first_row);
+    if (job->is_first_write)
+        for (int64_t t = 0; t < job->num_tokens; t++)
+            for (int64_t r = 0; r < num_rows; r++) job->out[t * hidden + first_row + r] = 0.0f;
+    for (int64_t i = 0; i < job->num_segments; i++) {
+        if (i + 1 < job->num_segments) {
+            const om_weights next = om_resolve(&job->layer->second, job->records[job->segments[i + 1].expert]);
+            om_prefetch_rows(&next, first_row);
+        }
+        second_segment(job, &job->segments[i], first_row, num_rows, scratch_of(job, thread));
+    }
+}
+
+/* Take pairs from `pair` on, whole experts as far as the group has room. Returns the first pair left out. */
+static int64_t fill_group(moe_job *job, int64_t pair, int64_t *expert) {
+    const int64_t end = pair + job->group_pairs;
+    job->group_first_pair = pair;
+    job->num_segments = 0;
+    for (; *expert < job->num_experts && pair < end; ++*expert) {
+        const int64_t expert_end = job->offsets[*expert + 1], stop = om_min(expert_end, end);
+        if (stop > pair) job->segments[job->num_segments++] = (segment){*expert, pair, stop - pair};
+        pair = stop;
+        if (stop < expert_end) break;
+    }
+    return pair;
+}
+
+static void run_groups(moe_job *job) {
+    const int64_t num_pairs = job->offsets[job->num_experts];
+    int64_t pair = 0, expert = 0;
+    om_pool_run(prepare_unit, job, job->num_tokens);
+    do {
+        pair = fill_group(job, pair, &expert);
+        om_pool_run(first_unit, job, job->num_segments * job->num_chunks);
+        om_pool_run(second_unit, job, om_divide_up(job->layer->second.rows, job->out_rows));
+        job->is_first_write = 0;
+    } while (pair < num_pairs);
+}
+
+static void convert_out(const float *values, uint16_t *out, int64_t count) {
+    for (int64_t i = 0; i < count; i++) out[i] = om_float_to_bf16(values[i]);
+}
+
+static uintptr_t lay_out(moe_job *job, void **bf16_sums, uintptr_t start) {
+    const om_moe_layer *layer = job->layer;
+    uintptr_t cursor = start;
+    om_lay_out_activations(&job->inputs, &layer->first, job->mode, job->num_tokens, &cursor);
+    om_lay_out_activations(&job->hidden, &layer->second, job->mode, job->group_pairs, &cursor);
+    job->segments = om_take(&cursor, job->num_experts * (int64_t)sizeof(segment));
+    job->scratch = om_take(&cursor, om_pool_threads() * job->scratch_floats * (int64_t)sizeof(float));
+    if (*bf16_sums != NULL) *bf16_sums = om_take(&cursor, job->num_tokens * layer->second.rows * (int64_t)sizeof(float));
+    return cursor - start;
+}
+
+static void plan(moe_job *job) {
+    const om_moe_layer *layer = job->layer;
+    const int64_t bytes_per_pair = layer->second.cols * (job->mode == OM_EXACT || layer->second.codec == OM_BF16 ? 4 : 1);
+    const int64_t room = GROUP_BYTES / bytes_per_pair / OM_TILE * OM_TILE;
+    job->group_pairs = om_max(1, om_min(job->offsets[job->num_experts], om_max(OM_TILE, room)));
+    job->intermediate = layer->has_gate ? layer->first.rows / 2 : layer->first.rows;
+    job->num_chunks = om_divide_up(job->intermediate, CHUNK);
+    /* long streams where threads are few, enough units to share where they are many */
+    const int64_t share = layer->second.rows / (8 * om_pool_threads());
+    job->out_rows = om_max(MIN_OUT_ROWS, om_min(MAX_OUT_ROWS, share));
+    job->scratch_floats = om_max(om_scratch_floats(&layer->first), om_scratch_floats(&layer->second));
+}
+
+static int is_in_range(const int32_t *offsets, const int32_t *token_ids, int64_t num_experts, int64_t num_tokens) {
+    if (offsets[0] != 0) return 0;
+    for (int64_t e = 0; e < num_experts; e++)
+        if (offsets[e + 1] < offsets[e]) return 0;
+    for (int64_t i = 0; i < offsets[num_experts]; i++)
+        if (token_ids[i] < 0 || token_ids[i] >= num_tokens) return 0;
+    return 1;
+}
+
+/* out[T, H] = (accumulate: +=) the experts' weighted sum for x[T, H]. Pairs of expert e: offsets[e] .. offsets[e + 1] of
+ * token_ids and pair_weights. An `out` of bf16 is rounded once, at the end, and cannot be accumulated into.
+ * Returns 0, -1 when memory is short, -2 when a pair or a token id is out of range. */
+OM_EXPORT int om_moe_forward(const om_moe_layer *layer, const void *x, int64_t num_tokens, int32_t x_dtype,
+                             const uint8_t *const *records, const int32_t *offsets, const int32_t *token_ids,
+                             const float *pair_weights, int64_t num_experts, void *out, int32_t out_dtype,
+                             int32_t accumulate, int32_t mode) {
+    moe_job job = {.layer = layer, .records = records, .offsets = offsets, .token_ids = token_ids,
+                   .pair_weights = pair_weights, .x = x, .out = out, .num_experts = num_experts, .num_tokens = num_tokens,
+                   .x_dtype = x_dtype, .mode = mode, .is_first_write = !accumulate};
+    void *sums = out_dtype == OM_F32 ? NULL : out;
+    if (!is_in_range(offsets, token_ids, num_experts, num_tokens)) return -2;
+    om_pool_begin();
+    plan(&job);
+    uint8_t *arena = om_arena_reserve(lay_out(&job, &sums, 0));
+    if (arena != NULL) {
+        sums = out_dtype == OM_F32 ? NULL : out;
+        lay_out(&job, &sums, (uintptr_t)arena);
+        if (sums != NULL) job.out = sums;
+        run_groups(&job);
+        if (sums != NULL) convert_out(sums, out, num_tokens * layer->second.rows);
+    }
+    om_pool_end();
+    return arena == NULL ? -1 : 0;
+}

@@ -1,0 +1,115 @@
+/* What the translation units share.
+ *
+ * Shape legend: T tokens, O output rows, K input columns, P columns padded to 64, B blocks of 64 columns in a row.
+ * One kernel set per instruction set (`om_isa`); everything outside of it is plain C and knows no vector width. */
+#ifndef OM_KERNELS_H
+#define OM_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define OM_EXPORT __attribute__((visibility("default")))
+#define OM_INLINE static inline __attribute__((always_inline))
+#define OM_PREFETCH(address) __builtin_prefetch((const void *)(address), 0, 3)
+#else
+#define OM_EXPORT
+#define OM_INLINE static inline
+#define OM_PREFETCH(address) ((void)0)
+#endif
+
+enum { OM_NF4 = 0, OM_INT8 = 1, OM_MXFP4 = 2, OM_BF16 = 3 };
+enum { OM_EXACT = 0, OM_FAST = 1 };
+enum { OM_F32 = 0, OM_BF16_VALUES = 1 };
+enum { OM_SILU = 0, OM_GELU = 1, OM_GELU_TANH = 2, OM_GPT_OSS = 3, OM_RELU = 4, OM_RELU2 = 5, OM_IDENTITY = 6 };
+
+#define OM_BLOCK 64      /* weights that share an nf4 or int8 scale, and activations that share an int8 scale */
+#define OM_TILE 8        /* tokens that one pass over a row's codes serves */
+#define OM_PREFETCH_BYTES 1024
+
+/* Where one matrix lies inside a record: byte offsets, -1 where the codec has no such plane. */
+typedef struct {
+    int64_t rows, cols, padded;
+    int64_t codes, scales, nested_scales, nested_offset, bias;
+    int32_t codec, bias_dtype;
+} om_matrix;
+
+/* The same matrix in memory. */
+typedef struct {
+    const uint8_t *codes;
+    const uint8_t *scales;
+    const float *nested_scales;
+    const uint8_t *bias;
+    float nested_offset;
+    int64_t rows, cols, blocks, row_bytes;
+    int32_t codec, bias_dtype;
+} om_weights;
+
+/* One token's activations as a row kernel wants them. `fast`: `quants` (int8, one block's low-nibble elements before its
+ * high-nibble ones), `scales` and `sums` (scale times the sum of the block's quants), one per scale of a row. `exact`: `values`. */
+typedef struct {
+    int8_t *quants;
+    float *scales, *sums, *values;
+} om_token;
+
+/* results[row * OM_TILE + token]; scratch holds (1 + OM_TILE) * om_row_scales(weights) floats. */
+typedef void (*om_rows_fn)(const om_weights *weights, int64_t first_row, int64_t num_rows, const om_token *tokens,
+                           int num_tokens, float *results, float *scratch);
+
+typedef struct {
+    const char *name;
+    om_rows_fn rows[2][4]; /* [mode][codec] */
+    /* fp32 activations -> int8 (`quantize`) or reordered fp32 (`pack`), from block `first_block` of the token on. */
+    void (*quantize_blocks)(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, om_token *token);
+    void (*pack_blocks)(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, om_token *token);
+    void (*activate)(int32_t activation, float alpha, float limit, int has_gate, const float *gate, const float *up,
+                     float *result, int64_t count);
+} om_isa;
+
+extern const om_isa om_isa_portable;
+extern const om_isa om_isa_avx2;
+extern const om_isa om_isa_avx512;
+extern const om_isa om_isa_neon;
+
+extern const float om_nf4_values[16];
+extern const float om_dynamic_map[256];
+
+const om_isa *om_active_isa(void);
+
+/* Thread pool: `unit` runs once for each number below `num_units`, on any thread; returns when all have. */
+typedef void (*om_unit_fn)(void *context, int64_t unit, int thread);
+void om_pool_begin(void); /* one job at a time: hold this around a call's phases */
+void om_pool_end(void);
+void om_pool_run(om_unit_fn unit, void *context, int64_t num_units);
+int om_pool_threads(void);
+uint8_t *om_arena_reserve(size_t num_bytes); /* 64-byte aligned, valid until the next call; only between begin and end */
+
+om_weights om_resolve(const om_matrix *matrix, const uint8_t *record);
+
+/* Scales in a row: mxfp4 has one per 32 weights. */
+OM_INLINE int64_t om_row_scales(const om_weights *w) { return w->codec == OM_MXFP4 ? 2 * w->blocks : w->blocks; }
+
+OM_INLINE float om_bf16_to_float(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    __builtin_memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+/* Round to nearest even; a NaN stays a NaN. */
+OM_INLINE uint16_t om_float_to_bf16(float value) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 0x40u);
+    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+/* E8M0: 2^(byte - 127); 255 is NaN, 0 is a subnormal power. */
+OM_INLINE float om_e8m0(uint8_t exponent) {
+    uint32_t bits = exponent == 255 ? 0x7fc00000u : exponent ? (uint32_t)exponent << 23 : 0x00400000u;
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+#endif

@@ -1,0 +1,111 @@
+"""One native call per MoE layer."""
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from offload_moe.errors import ConfigError
+from offload_moe.kernels.native import MoeLayerStruct, library
+from offload_moe.kernels.planes import (
+    DTYPES,
+    MODES,
+    Mode,
+    address_of,
+    check_rows,
+    matrix_struct,
+    unsupported_reason,
+)
+from offload_moe.quant.layout import ExpertShape, RecordLayout
+
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gpt_oss": 3, "relu": 4, "relu2": 5, "identity": 6}
+_SHORT_OF_MEMORY = -1
+
+
+class ExpertKernel:
+    """The experts of one layer: first matrix, activation, second matrix, weighted sum.
+
+    Shape legend: T tokens, H hidden, N active experts, P pairs (a token routed to an expert).
+    """
+
+    def __init__(
+        self,
+        codec: str,
+        shape: ExpertShape,
+        layout: RecordLayout,
+        *,
+        activation: str,
+        has_gate: bool = True,
+        alpha: float = 1.702,
+        limit: float = 7.0,
+    ) -> None:
+        """`alpha` and `limit` are the parameters of the `gpt_oss` activation. Raises: ConfigError."""
+        if reason := unsupported_reason(codec, shape):
+            raise ConfigError(f"No native kernel for these experts: {reason}. Use torch's operators.")
+        if activation not in ACTIVATIONS:
+            raise ConfigError(f"Unknown activation {activation!r}. Choose one of: {', '.join(ACTIVATIONS)}.")
+        first, second = shape.matrices
+        self._hidden = second.out_features
+        self._layer = MoeLayerStruct(
+            first=matrix_struct(codec, first, layout),
+            second=matrix_struct(codec, second, layout),
+            activation=ACTIVATIONS[activation],
+            has_gate=has_gate,
+            is_interleaved=shape.is_interleaved and codec == "bf16",  # the other codecs store gate rows first
+            alpha=alpha,
+            limit=limit,
+        )
+        self._layer_address = ctypes.addressof(self._layer)
+        self._native = library().om_moe_forward
+
+    def forward(
+        self,
+        x: Tensor,
+        records: Sequence[Tensor | int],
+        offsets: Sequence[int] | Tensor,
+        token_ids: Sequence[int] | Tensor,
+        weights: Sequence[float] | Tensor,
+        out: Tensor,
+        *,
+        mode: Mode = "fast",
+        accumulate: bool = False,
+    ) -> None:
+        """Set `out` to, or with `accumulate` add to it, the weighted sum of the experts for `x`.
+
+        x: fp32 or bf16 ``[T, H]``. records: N records (uint8 tensors or addresses), in the order they are summed.
+        offsets ``[N + 1]``, token_ids ``[P]`` (int32 if tensors), weights ``[P]`` (fp32 if a tensor): the pairs of
+        expert n are ``offsets[n]:offsets[n + 1]``. out: ``[T, H]``, fp32, or bf16 without `accumulate`; it may not be `x`.
+        Raises: ConfigError.
+        """
+        check_rows("x", x, self._hidden)
+        check_rows("out", out, self._hidden)
+        if out.shape != x.shape or (accumulate and DTYPES[out.dtype]):
+            raise ConfigError(f"out is {out.dtype} {tuple(out.shape)}; x has {tuple(x.shape)}; only fp32 accumulates.")
+        if len(offsets) != len(records) + 1 or len(token_ids) != len(weights):
+            raise ConfigError(f"{len(records)} records, {len(offsets)} offsets, {len(token_ids)} pairs do not fit.")
+        addresses = array("Q", [address_of(record) for record in records])
+        offset_values, token_values, weight_values = _Array("i", offsets), _Array("i", token_ids), _Array("f", weights)
+        status = self._native(
+            *(self._layer_address, x.data_ptr(), x.shape[0], DTYPES[x.dtype], addresses.buffer_info()[0]),
+            *(offset_values.address, token_values.address, weight_values.address, len(records)),
+            *(out.data_ptr(), DTYPES[out.dtype], accumulate, MODES[mode]),
+        )
+        if status == _SHORT_OF_MEMORY:
+            raise MemoryError(f"No memory for the intermediate activations of {len(token_ids)} pairs.")
+        if status:
+            raise ConfigError(f"token_ids or offsets are out of range for {x.shape[0]} tokens, {len(token_ids)} pairs.")
+
+
+class _Array:
+    """A sequence or tensor as C memory, kept alive while the object is."""
+
+    __slots__ = ("_owner", "address")
+
+    def __init__(self, kind: str, values: Sequence[float] | Tensor) -> None:
+        if isinstance(values, Tensor):
+            self._owner: Tensor | array[float] = values.contiguous()
+            self.address = self._owner.data_ptr()
+        else:
+            self._owner = array(kind, values)
+            self.address = self._owner.buffer_info()[0]

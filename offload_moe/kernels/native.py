@@ -1,0 +1,110 @@
+"""Finding and loading the native library. It is called through ctypes, which releases the GIL for each call."""
+
+import ctypes
+import os
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from offload_moe.errors import ConfigError
+
+INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
+ENVIRONMENT_VARIABLE = "OFFLOAD_MOE_KERNEL"
+MAX_THREADS = 256
+
+
+class MatrixStruct(ctypes.Structure):
+    """`om_matrix`: where one matrix lies inside a record; -1 marks planes that the codec lacks."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "cols", "padded", "codes", "scales")),
+        *((name, ctypes.c_int64) for name in ("nested_scales", "nested_offset", "bias")),
+        *((name, ctypes.c_int32) for name in ("codec", "bias_dtype")),
+    )
+
+
+class MoeLayerStruct(ctypes.Structure):
+    """`om_moe_layer`."""
+
+    _fields_ = (
+        ("first", MatrixStruct),
+        ("second", MatrixStruct),
+        *((name, ctypes.c_int32) for name in ("activation", "has_gate", "is_interleaved")),
+        *((name, ctypes.c_float) for name in ("alpha", "limit")),
+    )
+
+
+def available() -> bool:
+    """Whether the native library was built and loads."""
+    return _load()[0] is not None
+
+
+def unavailable_reason() -> str | None:
+    """Why `available()` is False, in one line; None when it is True."""
+    return _load()[1]
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises: ConfigError when there is none."""
+    loaded, reason = _load()
+    if loaded is None:
+        raise ConfigError(f"The native CPU kernels are not available: {reason}")
+    return loaded
+
+
+def instruction_set() -> str:
+    """The kernel set in use: `avx512`, `avx2`, `neon` or `portable`."""
+    name: bytes = library().om_active_name()
+    return name.decode()
+
+
+def select_instruction_set(name: str | None) -> None:
+    """Use this kernel set from the next call on; None for the machine's best. Raises: ConfigError."""
+    if name is not None and name not in INSTRUCTION_SETS:
+        raise ConfigError(f"Unknown kernel set {name!r}. Choose one of: {', '.join(INSTRUCTION_SETS)}.")
+    if library().om_select((name or "").encode()) != 0:
+        raise ConfigError(f"This machine cannot run the {name} kernels. Unset {ENVIRONMENT_VARIABLE} for its best.")
+
+
+def set_threads(num_threads: int, *, pinned_to_cores: bool = False) -> None:
+    """Resize the kernels' own thread pool; the calling thread is one of them. Raises: ConfigError."""
+    if not 1 <= num_threads <= MAX_THREADS:
+        raise ConfigError(f"The kernels cannot use {num_threads} threads. Choose 1 to {MAX_THREADS}.")
+    library().om_configure_threads(num_threads, int(pinned_to_cores))
+
+
+def num_threads() -> int:
+    """Threads that a call uses, the caller included."""
+    return int(library().om_num_threads())
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    path = Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
+    if not path.exists():
+        return None, "they were not built; install a C compiler and reinstall the package."
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"{path.name} does not load ({error}); reinstall the package."
+    _declare(loaded)
+    loaded.om_configure_threads(min(torch.get_num_threads(), MAX_THREADS), 0)
+    wanted = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if loaded.om_select(wanted.encode()) != 0:
+        return None, f"{ENVIRONMENT_VARIABLE}={wanted} is not a kernel set that this machine runs."
+    return loaded, None
+
+
+def _declare(loaded: ctypes.CDLL) -> None:
+    pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    loaded.om_select.argtypes = [ctypes.c_char_p]
+    loaded.om_active_name.restype = ctypes.c_char_p
+    loaded.om_configure_threads.argtypes = [ctypes.c_int, ctypes.c_int]
+    loaded.om_linear_forward.argtypes = [pointer, pointer, pointer, int64, pointer, int64, int32, int32, int32]
+    loaded.om_moe_forward.argtypes = [
+        *(pointer, pointer, int64, int32),
+        *(pointer, pointer, pointer, pointer, int64),
+        *(pointer, int32, int32, int32),
+    ]
