@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offload_moe.moe.attach import BoundExperts
+from offload_moe.moe.per_expert import DeviceArithmetic
 from offload_moe.tiers.simulated import SimulatedCopier
 
 
@@ -52,6 +53,15 @@ def test_the_device_tier_changes_no_bit(num_ram_slots: int, num_device_slots: in
 def test_quantized_codecs_follow_eager_on_the_dequantized_experts(family: str, codec: str) -> None:
     attached, oracle = offload(tiny_model(family), codec, 5)
     torch.testing.assert_close(prompt_and_decode(attached, 3), prompt_and_decode(oracle, 3), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("codec", ["nf4", "int8", "bf16"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_device_arithmetic_follows_eager(family: str, codec: str) -> None:
+    copier = SimulatedCopier()
+    attached, oracle = offload(tiny_model(family), codec, 5, copier, 4, DeviceArithmetic)
+    torch.testing.assert_close(prompt_and_decode(attached, 3), prompt_and_decode(oracle, 3), rtol=1e-4, atol=1e-4)
+    copier.close()
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from offload_moe.checkpoint.experts import find_experts
 from offload_moe.moe.attach import BoundExperts, attach, detach_parameters
-from offload_moe.moe.reference import ReferenceArithmetic
+from offload_moe.moe.per_expert import PerExpertArithmetic, ReferenceArithmetic
 from offload_moe.quant import get_codec
 from offload_moe.schedule.hierarchy import Hierarchy, Pools
 from offload_moe.tiers.arena import Arena
@@ -40,7 +40,12 @@ class MemoryMover:
 
 
 def offload(
-    model: PreTrainedModel, codec_name: str, num_slots: int, copier: Copier | None = None, num_device_slots: int = 0
+    model: PreTrainedModel,
+    codec_name: str,
+    num_slots: int,
+    copier: Copier | None = None,
+    num_device_slots: int = 0,
+    arithmetic: type[PerExpertArithmetic] = ReferenceArithmetic,
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The attached model, and an eager one whose experts are the dequantized ones."""
     codec = get_codec(codec_name)
@@ -70,7 +75,7 @@ def offload(
             num_experts,
             hierarchy.scheduler,
             hierarchy.record_of,
-            ReferenceArithmetic(layer.module, layer.shape, codec),
+            arithmetic(layer.module, layer.shape, codec),
         )
         for ordinal, layer in enumerate(layers)
     ]
