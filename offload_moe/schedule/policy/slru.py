@@ -1,0 +1,43 @@
+"""Segmented LRU."""
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+
+PROTECTED_SHARE = 0.6
+
+
+class SLRU:
+    """LRU in two segments: what was used while resident is protected from what was used once. O(1).
+
+    Source: Karedla, Love and Wherry, "Caching strategies to improve disk system performance", Computer 27(3), 1994.
+    """
+
+    name = "slru"
+
+    def __init__(self, num_slots: int, protected_share: float = PROTECTED_SHARE) -> None:
+        self._max_protected = max(1, int(num_slots * protected_share))
+        self._probation: dict[int, None] = {}  # both: oldest first
+        self._protected: dict[int, None] = {}
+
+    def access(self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None) -> None:
+        for key in keys:
+            if key in self._protected:
+                del self._protected[key]
+            elif key in self._probation:
+                del self._probation[key]
+            else:
+                continue
+            self._protected[key] = None
+            if len(self._protected) > self._max_protected:
+                oldest = next(iter(self._protected))
+                del self._protected[oldest]
+                self._probation[oldest] = None
+
+    def insert(self, key: int) -> None:
+        self._probation[key] = None
+
+    def remove(self, key: int) -> None:
+        del (self._probation if key in self._probation else self._protected)[key]
+
+    def victim(self, leased: Callable[[int], bool]) -> int | None:
+        return next((key for key in chain(self._probation, self._protected) if not leased(key)), None)
