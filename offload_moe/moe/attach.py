@@ -5,27 +5,18 @@ calls what was bound to that very module. Two models in one process therefore ne
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from typing import cast
 
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from offload_moe.checkpoint.experts import ExpertsModule
+from offload_moe.moe.arithmetic import Arithmetic
 from offload_moe.moe.contract import ExpertsContract
-from offload_moe.moe.routing import Routing, group_by_expert
-from offload_moe.schedule.scheduler import Lease, Scheduler
+from offload_moe.moe.routing import group_by_expert
+from offload_moe.schedule.scheduler import Scheduler
 
 EXPERTS_FUNCTION = "offload_moe"
-
-
-class Arithmetic(Protocol):
-    """Computes the routed experts of one layer from the records a lease brings."""
-
-    def forward(
-        self, hidden: Tensor, weights: Tensor, routing: Routing, lease: Lease, record_of: Callable[[int], Tensor]
-    ) -> Tensor:
-        """hidden ``[T, H]``, weights ``[T, K]``, record_of: slot -> uint8 record. Returns ``[T, H]``."""
-        ...
 
 
 class BoundExperts:

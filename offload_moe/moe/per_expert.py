@@ -30,7 +30,8 @@ class PerExpertArithmetic(ABC):
         self, hidden: Tensor, weights: Tensor, routing: Routing, lease: Lease, record_of: Callable[[int], Tensor]
     ) -> Tensor:
         """hidden ``[T, H]``, weights ``[T, K]`` -> ``[T, H]`` in the hidden dtype."""
-        tokens, places = routing.tokens.to(hidden.device), routing.places.to(hidden.device)
+        tokens = torch.tensor(routing.tokens, device=hidden.device)
+        places = torch.tensor(routing.places, device=hidden.device)
         place_of = {expert: index for index, expert in enumerate(routing.experts)}
         outputs: dict[int, Tensor] = {}
         for wave in lease:

@@ -14,13 +14,13 @@ class Routing:
     """Routed pairs sorted by expert; within one expert in eager's order: by place in the top-k, then by token.
 
     experts: distinct ids, ascending. offsets: ``experts[i]`` owns pairs ``offsets[i] : offsets[i + 1]``.
-    tokens: int64 ``[P]``, the token of each pair. places: int64 ``[P]``, its column in the top-k.
+    tokens: the token of each pair. places: its column in the top-k.
     """
 
     experts: list[int]
     offsets: list[int]
-    tokens: Tensor
-    places: Tensor
+    tokens: list[int]
+    places: list[int]
 
     def pairs(self, index: int) -> slice:
         return slice(self.offsets[index], self.offsets[index + 1])
@@ -32,18 +32,32 @@ def group_by_expert(top_k_index: Tensor, num_experts: int) -> Routing:
     Ids of `num_experts` and above are sentinels of masked tokens and are dropped, as eager drops them.
     """
     ids = fetch_top_k(top_k_index)
-    num_tokens = ids.shape[0]
-    flat = ids.T.reshape(-1)  # place-major: eager finds its pairs with torch.where on [E, K, T]
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=num_experts)[:num_experts].tolist()
-    experts = [expert for expert, count in enumerate(counts) if count]
-    offsets = [0]
-    for expert in experts:
-        offsets.append(offsets[-1] + counts[expert])
-    order = order[: offsets[-1]]
-    return Routing(experts=experts, offsets=offsets, tokens=order % num_tokens, places=order // num_tokens)
+    return _one_token(ids[0].tolist(), num_experts) if len(ids) == 1 else _many_tokens(ids, num_experts)
 
 
 def fetch_top_k(top_k_index: Tensor) -> Tensor:
     """Bring the routed ids to the host. Tests under FakeTensorMode replace this one function."""
     return top_k_index.detach().to("cpu", torch.int64)
+
+
+def _one_token(ids: list[int], num_experts: int) -> Routing:
+    places = sorted((place for place, expert in enumerate(ids) if expert < num_experts), key=ids.__getitem__)
+    experts: list[int] = []
+    offsets = []
+    for pair, place in enumerate(places):
+        if not experts or experts[-1] != ids[place]:
+            experts.append(ids[place])
+            offsets.append(pair)
+    return Routing(experts=experts, offsets=[*offsets, len(places)], tokens=[0] * len(places), places=places)
+
+
+def _many_tokens(ids: Tensor, num_experts: int) -> Routing:
+    flat = ids.T.reshape(-1)  # place-major: eager finds its pairs with torch.where on [E, K, T]
+    counts = torch.bincount(flat, minlength=num_experts)[:num_experts].tolist()
+    experts = [expert for expert, count in enumerate(counts) if count]
+    offsets = [0]
+    for expert in experts:
+        offsets.append(offsets[-1] + counts[expert])
+    order = torch.argsort(flat, stable=True)[: offsets[-1]]
+    tokens, places = order % len(ids), order // len(ids)
+    return Routing(experts=experts, offsets=offsets, tokens=tokens.tolist(), places=places.tolist())

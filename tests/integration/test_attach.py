@@ -10,6 +10,8 @@ from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from offload_moe import kernels
+from offload_moe.moe.arithmetic import Arithmetic, choose_arithmetic
 from offload_moe.moe.attach import BoundExperts
 from offload_moe.moe.per_expert import DeviceArithmetic
 from offload_moe.tiers.simulated import SimulatedCopier
@@ -62,6 +64,28 @@ def test_device_arithmetic_follows_eager(family: str, codec: str) -> None:
     attached, oracle = offload(tiny_model(family), codec, 5, copier, 4, DeviceArithmetic)
     torch.testing.assert_close(prompt_and_decode(attached, 3), prompt_and_decode(oracle, 3), rtol=1e-4, atol=1e-4)
     copier.close()
+
+
+def native(is_exact: bool) -> Callable[..., Arithmetic]:
+    return lambda module, shape, codec: choose_arithmetic(module, shape, codec, torch.device("cpu"), is_exact=is_exact)
+
+
+@pytest.mark.skipif(not kernels.available(), reason=f"no native kernels: {kernels.unavailable_reason()}")
+@pytest.mark.parametrize("codec", ["nf4", "int8"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_native_arithmetic_follows_eager(family: str, codec: str) -> None:
+    attached, oracle = offload(tiny_model(family), codec, 24, arithmetic=native(is_exact=True))
+    torch.testing.assert_close(prompt_and_decode(attached, 3), prompt_and_decode(oracle, 3), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.skipif(not kernels.available(), reason=f"no native kernels: {kernels.unavailable_reason()}")
+@pytest.mark.parametrize("is_exact", [False, True])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_native_results_do_not_depend_on_the_number_of_slots(family: str, is_exact: bool) -> None:
+    expected = prompt_and_decode(offload(tiny_model(family), "nf4", 24, arithmetic=native(is_exact))[0], 3)
+    for num_slots in (1, 2, 5):
+        attached, _ = offload(tiny_model(family), "nf4", num_slots, arithmetic=native(is_exact))
+        assert torch.equal(prompt_and_decode(attached, 3), expected)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

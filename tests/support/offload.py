@@ -3,15 +3,18 @@
 import copy
 import random
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from offload_moe.checkpoint.experts import find_experts
+from offload_moe.moe.arithmetic import Arithmetic
 from offload_moe.moe.attach import BoundExperts, attach, detach_parameters
-from offload_moe.moe.per_expert import PerExpertArithmetic, ReferenceArithmetic
-from offload_moe.quant import get_codec
+from offload_moe.moe.contract import ExpertsContract
+from offload_moe.moe.per_expert import ReferenceArithmetic
+from offload_moe.quant import Codec, ExpertShape, get_codec
 from offload_moe.schedule.hierarchy import Hierarchy, Pools
 from offload_moe.tiers.arena import Arena
 from offload_moe.tiers.copier import Copier
@@ -45,7 +48,7 @@ def offload(
     num_slots: int,
     copier: Copier | None = None,
     num_device_slots: int = 0,
-    arithmetic: type[PerExpertArithmetic] = ReferenceArithmetic,
+    arithmetic: Callable[[ExpertsContract, ExpertShape, Codec], Arithmetic] = ReferenceArithmetic,
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The attached model, and an eager one whose experts are the dequantized ones."""
     codec = get_codec(codec_name)

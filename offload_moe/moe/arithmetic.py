@@ -1,0 +1,43 @@
+"""Which arithmetic computes a layer's experts."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from offload_moe import kernels
+from offload_moe.moe.activation import recognize_activation
+from offload_moe.moe.contract import ExpertsContract
+from offload_moe.moe.native import NativeArithmetic
+from offload_moe.moe.per_expert import DeviceArithmetic, ReferenceArithmetic
+from offload_moe.moe.routing import Routing
+from offload_moe.quant import Codec, ExpertShape
+from offload_moe.schedule.scheduler import Lease
+
+
+class Arithmetic(Protocol):
+    """Computes the routed experts of one layer from the records a lease brings."""
+
+    def forward(
+        self, hidden: Tensor, weights: Tensor, routing: Routing, lease: Lease, record_of: Callable[[int], Tensor]
+    ) -> Tensor:
+        """hidden ``[T, H]``, weights ``[T, K]``, record_of: slot -> uint8 record. Returns ``[T, H]``."""
+        ...
+
+
+def choose_arithmetic(
+    module: ExpertsContract, shape: ExpertShape, codec: Codec, device: torch.device, *, is_exact: bool = False
+) -> Arithmetic:
+    """The fastest arithmetic that fits: the device's, the native kernels, or torch where no kernel fits.
+
+    The lossless codec always takes the reference on the CPU: its promise is eager's bits. is_exact: the kernels keep
+    activations in full precision.
+    """
+    if device.type != "cpu":
+        return DeviceArithmetic(module, shape, codec)
+    if codec.name != "bf16" and kernels.available() and not module.has_post_expert_norm:
+        activation = recognize_activation(module, is_interleaved=shape.is_interleaved)
+        if activation is not None and kernels.unsupported_reason(codec.name, shape) is None:
+            return NativeArithmetic(shape, codec, activation, has_gate=module.has_gate, is_exact=is_exact)
+    return ReferenceArithmetic(module, shape, codec)

@@ -1,0 +1,94 @@
+"""The native arithmetic: one kernel call for all experts that are ready, in RAM, as they lie."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from offload_moe import kernels
+from offload_moe.kernels.planes import Mode
+from offload_moe.moe.activation import Activation
+from offload_moe.moe.routing import Routing
+from offload_moe.quant import Codec, ExpertShape
+from offload_moe.schedule.scheduler import Lease, Wave
+
+
+class NativeArithmetic:
+    """T tokens, K top-k, H hidden, P routed pairs.
+
+    The kernel adds experts in ascending order, in fp32. When experts arrive in several waves, each pair is computed on
+    its own and the pairs are added afterwards in that same order: the same bits, whatever arrived when.
+    """
+
+    def __init__(
+        self, shape: ExpertShape, codec: Codec, activation: Activation, *, has_gate: bool, is_exact: bool = False
+    ) -> None:
+        self._mode: Mode = "exact" if is_exact else "fast"
+        self._kernel = kernels.ExpertKernel(
+            codec.name,
+            shape,
+            codec.layout(shape),
+            activation=activation.name,
+            has_gate=has_gate,
+            alpha=activation.alpha,
+            limit=activation.limit,
+        )
+
+    def forward(
+        self, hidden: Tensor, weights: Tensor, routing: Routing, lease: Lease, record_of: Callable[[int], Tensor]
+    ) -> Tensor:
+        """hidden ``[T, H]``, weights ``[T, K]`` -> ``[T, H]`` in the hidden dtype."""
+        x = hidden.contiguous() if hidden.dtype in (torch.float32, torch.bfloat16) else hidden.float()
+        pair_weights = self._pair_weights(weights, routing)
+        waves = iter(lease)
+        first = next(waves, [])
+        if len(first) == len(routing.experts):
+            out = torch.empty_like(x)
+            records = [record_of(slot) for _, slot in sorted(first)]
+            self._kernel.forward(x, records, routing.offsets, routing.tokens, pair_weights, out, mode=self._mode)
+            return out.to(hidden.dtype)
+        pairs = torch.zeros(len(routing.tokens), x.shape[1])
+        x = x[torch.tensor(routing.tokens)]
+        self._compute_wave(first, x, pair_weights, routing, record_of, pairs)
+        for wave in waves:
+            self._compute_wave(wave, x, pair_weights, routing, record_of, pairs)
+        return self._add_pairs(pairs, routing, hidden)
+
+    def _compute_wave(
+        self,
+        wave: Wave,
+        x: Tensor,
+        pair_weights: list[float],
+        routing: Routing,
+        record_of: Callable[[int], Tensor],
+        pairs: Tensor,
+    ) -> None:
+        """Add the pairs of these experts to `pairs` ``[P, H]``; x is ``[P, H]`` too."""
+        place_of = {expert: index for index, expert in enumerate(routing.experts)}
+        offsets: list[int] = [0]
+        rows: list[int] = []
+        chosen: list[float] = []
+        for expert, _ in wave:
+            own = routing.pairs(place_of[expert])
+            rows += range(own.start, own.stop)
+            chosen += pair_weights[own]
+            offsets.append(len(rows))
+        records = [record_of(slot) for _, slot in wave]
+        self._kernel.forward(x, records, offsets, rows, chosen, pairs, mode=self._mode, accumulate=True)
+
+    @staticmethod
+    def _add_pairs(pairs: Tensor, routing: Routing, hidden: Tensor) -> Tensor:
+        total = torch.zeros(hidden.shape, dtype=torch.float32)
+        tokens = torch.tensor(routing.tokens)
+        for index in range(len(routing.experts)):
+            own = routing.pairs(index)
+            total.index_add_(0, tokens[own], pairs[own])
+        return total.to(hidden.dtype)
+
+    @staticmethod
+    def _pair_weights(weights: Tensor, routing: Routing) -> list[float]:
+        if len(weights) == 1:
+            row = weights[0].tolist()
+            return [row[place] for place in routing.places]
+        picked = weights.float()[torch.tensor(routing.tokens), torch.tensor(routing.places)]
+        return picked.tolist()

@@ -1,0 +1,71 @@
+"""Routing groups, recognized activations, and the choice of arithmetic."""
+
+import pytest
+import torch
+from support.tiny_models import FAMILIES, tiny_model
+
+from offload_moe import kernels
+from offload_moe.checkpoint.experts import find_experts
+from offload_moe.moe.activation import Activation, recognize_activation
+from offload_moe.moe.arithmetic import choose_arithmetic
+from offload_moe.moe.native import NativeArithmetic
+from offload_moe.moe.per_expert import DeviceArithmetic, ReferenceArithmetic
+from offload_moe.moe.routing import group_by_expert
+from offload_moe.quant import get_codec
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 7])
+def test_groups_are_those_of_eager(num_tokens: int) -> None:
+    top_k_index = torch.rand(num_tokens, 6).topk(3).indices
+    routing = group_by_expert(top_k_index, num_experts=6)
+    mask = torch.nn.functional.one_hot(top_k_index, 6).permute(2, 1, 0)
+    assert routing.experts == mask.sum((-1, -2)).nonzero().flatten().tolist()
+    for index, expert in enumerate(routing.experts):
+        places, tokens = torch.where(mask[expert])
+        assert routing.tokens[routing.pairs(index)] == tokens.tolist()
+        assert routing.places[routing.pairs(index)] == places.tolist()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_sentinels_of_masked_tokens_are_dropped(num_tokens: int) -> None:
+    routing = group_by_expert(torch.tensor([[4, 1], [4, 4]])[:num_tokens], num_experts=4)
+    assert routing.experts == [1]
+    assert (routing.tokens, routing.places, routing.offsets) == ([0], [1], [0, 1])
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_activations_of_real_families_are_recognized(family: str) -> None:
+    layer = find_experts(tiny_model(family))[0]
+    found = recognize_activation(layer.module, is_interleaved=layer.shape.is_interleaved)
+    assert found is not None
+    assert found.name == ("gpt_oss" if family == "gpt_oss" else "silu")
+
+
+@pytest.mark.parametrize(
+    ("function", "name"), [("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("relu2", "relu2")]
+)
+def test_activations_are_recognized_by_what_they_do(function: str, name: str) -> None:
+    from transformers.activations import ACT2FN
+
+    module = find_experts(tiny_model("mixtral"))[0].module
+    module.act_fn = ACT2FN[function]
+    assert recognize_activation(module, is_interleaved=False) == Activation(name=name)
+
+
+def test_an_unknown_activation_is_left_to_torch() -> None:
+    layer = find_experts(tiny_model("mixtral"))[0]
+    layer.module.act_fn = torch.nn.Softplus()
+    assert recognize_activation(layer.module, is_interleaved=False) is None
+    chosen = choose_arithmetic(layer.module, layer.shape, get_codec("nf4"), torch.device("cpu"))
+    assert isinstance(chosen, ReferenceArithmetic)
+
+
+def test_the_choice_of_arithmetic() -> None:
+    layer = find_experts(tiny_model("qwen3_moe"))[0]
+
+    def choose(codec: str, device: str) -> object:
+        return choose_arithmetic(layer.module, layer.shape, get_codec(codec), torch.device(device))
+
+    assert isinstance(choose("bf16", "cpu"), ReferenceArithmetic)
+    assert isinstance(choose("nf4", "cuda"), DeviceArithmetic)
+    assert isinstance(choose("nf4", "cpu"), NativeArithmetic if kernels.available() else ReferenceArithmetic)
