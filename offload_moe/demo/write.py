@@ -1,0 +1,118 @@
+"""Writing the split model as an ordinary Qwen2-MoE checkpoint folder.
+
+Qwen2-MoE adds the chosen experts with weights that sum to one, and the shared expert times a sigmoid. The split model
+wants plain sums, so `down_proj` carries the difference:
+
+- K router logits that are nearly equal give K weights of 1/K: each expert's `down_proj` is multiplied by K;
+- an all-zero `shared_expert_gate` gives sigmoid(0) = 1/2: the shared expert's `down_proj` is multiplied by 2.
+
+Shapes: H hidden, I intermediate, S shared, E experts, W neurons of one expert; E * W + S = I.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from offload_moe.demo.dense import DenseModel
+
+_DENSE_IN_LAYER = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSplit:
+    """How one feed-forward layer becomes experts.
+
+    `shared` int64 [S] and `routed` int64 [E, W] are neuron numbers; `router` fp32 [E, H]; `down` fp32 [H, I] replaces
+    the dense `down_proj`.
+    """
+
+    shared: Tensor
+    routed: Tensor
+    router: Tensor
+    down: Tensor
+
+
+def write_checkpoint(
+    folder: Path, dense: DenseModel, splits: Sequence[LayerSplit], top_k: int, dtype: torch.dtype
+) -> None:
+    """Write config, tokenizer, generation config and weights into the existing `folder`."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in moe_tensors(dense, splits, top_k)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_config(folder, dense, splits[0], top_k, dtype)
+    _write_tokenizer(folder, dense)
+
+
+def moe_tensors(dense: DenseModel, splits: Sequence[LayerSplit], top_k: int) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the checkpoint, by its Qwen2-MoE name."""
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+        if name in dense.tensors:
+            yield name, dense.tensors[name]
+    for layer, split in enumerate(splits):
+        prefix = f"model.layers.{layer}"
+        for module in _DENSE_IN_LAYER:
+            yield f"{prefix}.{module}.weight", dense.tensors[f"{prefix}.{module}.weight"]
+        gate = dense.tensors[f"{prefix}.mlp.gate_proj.weight"]
+        up = dense.tensors[f"{prefix}.mlp.up_proj.weight"]
+        yield f"{prefix}.mlp.gate.weight", split.router
+        yield f"{prefix}.mlp.shared_expert_gate.weight", torch.zeros(1, gate.shape[1])
+        groups = [("shared_expert", split.shared, 2.0)]
+        groups += [(f"experts.{expert}", neurons, float(top_k)) for expert, neurons in enumerate(split.routed)]
+        for module, neurons, scale in groups:
+            yield f"{prefix}.mlp.{module}.gate_proj.weight", gate[neurons]
+            yield f"{prefix}.mlp.{module}.up_proj.weight", up[neurons]
+            yield f"{prefix}.mlp.{module}.down_proj.weight", split.down[:, neurons] * scale
+
+
+def _write_config(folder: Path, dense: DenseModel, split: LayerSplit, top_k: int, dtype: torch.dtype) -> None:
+    from transformers import GenerationConfig, Qwen2MoeConfig
+
+    num_experts, expert_size = split.routed.shape
+    config = Qwen2MoeConfig(
+        **dense.config,
+        num_experts=num_experts,
+        num_experts_per_tok=top_k,
+        moe_intermediate_size=expert_size,
+        shared_expert_intermediate_size=len(split.shared),
+        norm_topk_prob=True,
+        qkv_bias=False,
+        architectures=["Qwen2MoeForCausalLM"],
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    config.save_pretrained(folder)
+    special = {key: dense.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    GenerationConfig(**special).save_pretrained(folder)
+
+
+def _write_tokenizer(folder: Path, dense: DenseModel) -> None:
+    """A tokenizer class that takes `tokenizer.json` as it is: GPT2Tokenizer would drop the splitting of digits."""
+    (folder / "tokenizer.json").write_text(dense.tokenizer, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(dense.chat_template, encoding="utf-8")
+    special = {name: _token(dense, dense.config[f"{name}_id"]) for name in ("bos_token", "eos_token", "pad_token")}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": dense.config["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _token(dense: DenseModel, number: int) -> str:
+    from tokenizers import Tokenizer
+
+    token = Tokenizer.from_str(dense.tokenizer).id_to_token(number)
+    assert token is not None
+    return str(token)

@@ -1,0 +1,28 @@
+"""Where this program keeps files between runs."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+CACHE_VARIABLE = "OFFLOAD_MOE_CACHE"
+
+
+def cache_dir(environ: Mapping[str, str] | None = None, platform: str | None = None) -> Path:
+    """The folder for files that can be rebuilt; it may not exist yet.
+
+    `OFFLOAD_MOE_CACHE` wins; then the platform's convention: `XDG_CACHE_HOME` or `~/.cache`, `~/Library/Caches` on
+    macOS, `%LOCALAPPDATA%` on Windows.
+    """
+    environ = os.environ if environ is None else environ
+    platform = sys.platform if platform is None else platform
+    if chosen := environ.get(CACHE_VARIABLE):
+        return Path(chosen).expanduser()
+    if platform == "win32":
+        local = environ.get("LOCALAPPDATA")
+        return (Path(local) if local else Path.home() / "AppData" / "Local") / "offload_moe" / "cache"
+    if platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "offload_moe"
+    base = environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification says that a relative path is to be ignored.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "offload_moe"
