@@ -4,7 +4,7 @@ Conversations that go on are `offload_moe.chat.ChatSession`.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Unpack
 
 import torch
@@ -39,7 +39,7 @@ def stream(
     *,
     raw: bool = False,
     **sampling: Unpack[SamplingArguments],
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """The answer as it comes, without its reasoning. `raw` continues the text instead of answering it."""
     for piece in stream_pieces(hf, tokenizer, prompt, raw=raw, **sampling):
         if piece.kind == "answer":
@@ -53,7 +53,7 @@ def stream_pieces(
     *,
     raw: bool = False,
     **sampling: Unpack[SamplingArguments],
-) -> Iterator[Piece]:
+) -> Generator[Piece, None, None]:
     """The answer and the reasoning as they come.
 
     Raises:

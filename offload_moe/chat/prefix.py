@@ -40,6 +40,7 @@ class PrefixCache:
     def __init__(self, hf: PreTrainedModel) -> None:
         self._hf = hf
         self._is_supported = _is_supported(hf)
+        self._is_open = False
         self.clear()
 
     def clear(self) -> None:
@@ -61,6 +62,10 @@ class PrefixCache:
         """Make the cache hold a prefix of `ids`, shorter than `ids`, and say how long it is and how it was had."""
         if not self._is_supported:
             return 0, "not supported"
+        if self._is_open:
+            # The last answer never said what it computed, and may still be computing.
+            self._start_over()
+        self._is_open = True
         shared = min(common_prefix(self._ids, ids), len(ids) - 1)
         if self._cache is None or not self._ids:
             self._start_over()
@@ -83,6 +88,7 @@ class PrefixCache:
         """
         if self._cache is None:
             return
+        self._is_open = False
         if is_whole:
             self._ids = list(ids)
             return

@@ -2,7 +2,7 @@
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
@@ -25,8 +25,8 @@ class ChatSession:
     """One conversation. Earlier turns stay in the key/value cache and are not computed again.
 
     `counters` are the model's running totals and `memory` its present use, for the statistics of each answer. `raw`
-    continues the text instead of answering it. `notice` is what the user must know before the first answer. Only one
-    session of a model may be answering at a time.
+    continues the text instead of answering it. `notice` is what the user must know before the first answer. Sessions
+    of one model take turns: an answer waits for the one before it.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ChatSession:
         *,
         stop_event: threading.Event | None = None,
         **sampling: Unpack[SamplingArguments],
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Stream the answer to one more user message, or to a whole conversation that replaces this one.
 
         Closing the iterator, or an interrupt, stops the model and keeps what it has said. A message whose answer had
@@ -83,7 +83,7 @@ class ChatSession:
 
     def retry(
         self, *, stop_event: threading.Event | None = None, **sampling: Unpack[SamplingArguments]
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Answer the last user message again. With a seed, each retry draws differently and repeatably.
 
         Raises:
@@ -118,7 +118,7 @@ class ChatSession:
 
     def _answer(
         self, messages: list[Message], sampling: Sampling, stop_event: threading.Event | None
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         prompt = messages if self.system is None else [{"role": "system", "content": self.system}, *messages]
         before = self._counters.copy() if self._counters is not None else None
         answer = Answer(self._hf, self._format, self._prefix, prompt, sampling, stop_event)

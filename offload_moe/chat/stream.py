@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+_LOCKS: WeakKeyDictionary[PreTrainedModel, threading.Lock] = WeakKeyDictionary()
 
 
 class TokenStream(Iterator[int]):
@@ -102,7 +105,7 @@ class TokenStream(Iterator[int]):
 
     def _work(self, hf: PreTrainedModel, input_ids: torch.Tensor, seed: int | None) -> None:
         try:
-            with _stoppable(hf, self._is_stopping), _seeded(seed):
+            with _turn(hf, self._is_stopping), _stoppable(hf, self._is_stopping), _seeded(seed):
                 hf.generate(input_ids, **self._arguments)
         except _StoppedInForwardError:
             self.interrupted_forward = True
@@ -141,6 +144,19 @@ class _StopRequested(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), self._is_stopping(), dtype=torch.bool, device=input_ids.device)
+
+
+@contextmanager
+def _turn(hf: PreTrainedModel, is_stopping: Callable[[], bool]) -> Iterator[None]:
+    """Wait until no other stream computes with this model."""
+    lock = _LOCKS.setdefault(hf, threading.Lock())
+    while not lock.acquire(timeout=0.1):
+        if is_stopping():
+            raise _StoppedInForwardError
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -1,0 +1,40 @@
+"""`offload-moe quantize`: a checkpoint becomes an expert store."""
+
+import argparse
+import sys
+
+from ..options import CODECS, Subparsers, add_common_flags
+from ..progress import reporter
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "quantize",
+        help="turn a checkpoint into an expert store",
+        description="Turn a Hugging Face checkpoint into an expert store. It can be stopped at any moment and resumed "
+        "by the same command.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="checkpoint folder, or hub id such as Qwen/Qwen3-30B-A3B")
+    parser.add_argument("store", metavar="STORE", help="folder to write")
+    parser.add_argument("--codec", choices=CODECS, default="nf4", help="format of the experts (default: nf4)")
+    parser.add_argument("--dense-codec", choices=CODECS, help="format of the other large weights (default: bf16)")
+    parser.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
+    add_common_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    with reporter() as report:
+        report("Loading libraries")
+        from offload_moe.quantize import quantize
+
+        quantize(
+            options.source,
+            options.store,
+            codec=options.codec,
+            dense_codec=options.dense_codec,
+            revision=options.revision,
+            progress=report,
+        )
+    print(f"Wrote {options.store}. Talk to it: offload-moe chat {options.store}", file=sys.stderr)
+    return 0

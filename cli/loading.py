@@ -1,0 +1,31 @@
+"""Loading a model for a command, with its progress on stderr."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from .options import load_arguments, sampling_arguments
+from .progress import reporter
+
+if TYPE_CHECKING:
+    from offload_moe.model import Model
+
+DEMO = "demo"
+
+
+@contextmanager
+def loaded_model(options: argparse.Namespace) -> "Iterator[Model]":
+    """The model the flags ask for, closed at the end. Settings are checked first: loading may take minutes."""
+    with reporter() as report:
+        report("Loading libraries")
+        from offload_moe.chat import Sampling
+        from offload_moe.model import load
+
+        Sampling.of(sampling_arguments(options))
+        report(f"Loading {options.model}")
+        model = load(options.model, progress=report, **load_arguments(options))
+    try:
+        yield model
+    finally:
+        model.close()

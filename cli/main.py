@@ -1,0 +1,84 @@
+"""Entry point: choose the command, run it, turn errors into one line and an exit code."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+from offload_moe.errors import OffloadMoeError
+
+from .commands import COMMANDS
+from .terminal import quiet_libraries
+
+EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. 0 done, 1 failed, 2 not understood, 130 interrupted, 141 the reader of stdout went away."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    is_debugging = "--debug" in arguments
+    try:
+        status = _run(arguments, is_debugging=is_debugging)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except Exception as error:
+        if is_debugging:
+            traceback.print_exc()
+        else:
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+        return EXIT_ERROR
+    return status
+
+
+def _run(arguments: Sequence[str], *, is_debugging: bool) -> int:
+    options = build_parser().parse_args(arguments)
+    if not is_debugging:
+        quiet_libraries()
+    status: int = options.run(options)
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every command. Command modules import what is heavy only when they run."""
+    parser = argparse.ArgumentParser(
+        prog="offload-moe",
+        description="Run large Mixture-of-Experts models: experts in 4 bits on disk, in RAM and on the GPU at once.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and leave")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = import_module(f".commands.{name}", __package__)
+        module.add_parser(subparsers)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        try:
+            number = version("offload-moe")
+        except PackageNotFoundError:
+            number = "(not installed)"
+        parser.exit(message=f"offload-moe {number}\n")
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OffloadMoeError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    first = next(iter(str(error).strip().splitlines()), "")
+    kind = type(error).__name__
+    return f"{kind}: {first}".removesuffix(": ").rstrip(".") + ". Run again with --debug for the traceback."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Flags that several commands share, and what they become."""
+
+import argparse
+from typing import Any, TypeAlias
+
+from offload_moe.sizes import parse_size
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+CODECS = ("nf4", "int8", "bf16")
+SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "seed": int, "max_new_tokens": int}
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and what libraries say")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Where the model's parts may live, and in which codec."""
+    group = parser.add_argument_group("memory")
+    group.add_argument(
+        "--vram", type=parse_size, metavar="SIZE", help="GPU memory to use, such as 10GiB (default: what is free)"
+    )
+    group.add_argument(
+        "--ram", type=parse_size, metavar="SIZE", help="RAM to use, such as 32GiB (default: what is free)"
+    )
+    group.add_argument("--policy", metavar="NAME", help="which experts to keep, such as lru")
+    add_codec_flags(parser)
+
+
+def add_codec_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("precision")
+    group.add_argument("--codec", choices=CODECS, help="format of the experts (default: nf4; a store has its own)")
+    group.add_argument("--dense-codec", choices=CODECS, help="format of the other large weights (default: what fits)")
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """How answers are drawn; the defaults are the model's own."""
+    group = parser.add_argument_group("sampling (defaults: the model's own)")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token each time")
+    group.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the likeliest tokens with this much probability"
+    )
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens, 0 from all")
+    group.add_argument("--seed", type=int, metavar="N", help="draw the same way each time")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
+    group.add_argument("--system", metavar="TEXT", help="system prompt")
+
+
+def load_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """What the user chose of `offload_moe.load`'s arguments; the rest keeps its defaults there."""
+    names = ("vram", "ram", "policy", "codec", "dense_codec")
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def sampling_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """What the user chose of `offload_moe.chat.Sampling`'s fields."""
+    return {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}

@@ -1,0 +1,95 @@
+"""The chat loop: read a message, stream the answer, say what it cost."""
+
+import sys
+from collections.abc import Mapping
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+from offload_moe.errors import OffloadMoeError
+
+from .lines import History, read_message, read_piped_line
+from .slash import LeaveError, dispatch
+from .status import status_line
+from .terminal import console, is_interactive, safe
+from .writer import AnswerWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from offload_moe.chat import ChatSession, Piece
+    from offload_moe.model import Model
+
+
+class Repl:
+    """One chat at the terminal, or over a pipe: there each line is a turn and stdout carries the answers only."""
+
+    def __init__(self, model: "Model", session: "ChatSession", sampling: Mapping[str, Any]) -> None:
+        self.model = model
+        self.session = session
+        self.sampling = dict(sampling)
+        self._is_interactive = is_interactive()
+        self._console = console(stderr=not self._is_interactive)
+
+    def run(self) -> int:
+        """Chat until the end of input or /exit."""
+        if not self._is_interactive:
+            return self._run_piped()
+        history = History()
+        history.open()
+        try:
+            self._run_interactive()
+        finally:
+            history.close()
+        return 0
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """Something that is not an answer."""
+        self._console.print(safe(text), style=style, soft_wrap=True)
+
+    def show(self, pieces: "Generator[Piece, None, None]") -> None:
+        """Stream an answer. An interrupt stops it; what was said stays in the conversation."""
+        writer = AnswerWriter(self._console if self._is_interactive else None)
+        try:
+            with closing(pieces):
+                for piece in pieces:
+                    writer.write(piece)
+        except KeyboardInterrupt:
+            if not self._is_interactive:
+                raise
+        finally:
+            writer.end()
+        if self._is_interactive and self.session.last_stats is not None:
+            self.say(status_line(self.session.last_stats, self._console.width), style="dim")
+
+    def _run_interactive(self) -> None:
+        while True:
+            try:
+                self._turn(read_message(input))
+            except KeyboardInterrupt:
+                # At the prompt: what was typed is thrown away.
+                self.say("")
+            except EOFError:
+                self.say("")
+                return
+            except LeaveError:
+                return
+            except OffloadMoeError as error:
+                self.say(f"error: {error}", style="red")
+
+    def _run_piped(self) -> int:
+        while True:
+            try:
+                self._turn(read_message(read_piped_line))
+            except (EOFError, LeaveError):
+                return 0
+
+    def _turn(self, message: str) -> None:
+        if not message.strip():
+            return
+        if message.startswith("/") and not message.startswith("//"):
+            dispatch(self, message)
+        else:
+            self.show(
+                self.session.send(message.removeprefix("/") if message.startswith("//") else message, **self.sampling)
+            )
+        sys.stdout.flush()

@@ -1,0 +1,75 @@
+"""What an answer cost, in one quiet line or in full."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from offload_moe.sizes import format_size
+
+if TYPE_CHECKING:
+    from offload_moe.chat import TurnStats
+
+ENDINGS = {
+    "length": "stopped at {tokens:,} tokens, see /set max_new_tokens",
+    "context": "the context is full, /reset begins anew",
+    "interrupted": "stopped",
+}
+REUSES = {
+    "recomputed": "the conversation was recomputed",
+    "not supported": "this model computes the conversation anew each time",
+}
+
+
+def status_line(stats: "TurnStats", width: int) -> str:
+    """Rates, hit rate, stall and memory; wrapped between its parts where the terminal is narrow."""
+    prompt = f"prompt {stats.num_computed_tokens:,} tok"
+    if stats.prompt_s:
+        prompt += f" {stats.prompt_tokens_per_s:.1f}/s"
+    if stats.num_reused_tokens:
+        prompt += f" (+{stats.num_reused_tokens:,} cached)"
+    parts = [prompt]
+    answer = f"answer {stats.num_decode_tokens:,} tok"
+    parts.append(f"{answer} {stats.decode_tokens_per_s:.1f}/s" if stats.decode_s else answer)
+    if stats.hit_rate is not None:
+        parts += [f"hits {stats.hit_rate:.1%}", f"stall {stats.stall_s:.1f} s"]
+    if stats.memory_bytes:
+        parts.append(format_size(sum(stats.memory_bytes.values())))
+    parts += [REUSES[stats.reuse]] if stats.reuse in REUSES and stats.num_prompt_tokens else []
+    parts += [ENDINGS[stats.finish].format(tokens=stats.num_decode_tokens)] if stats.finish in ENDINGS else []
+    return _wrap(parts, width)
+
+
+def full_statistics(stats: "TurnStats | None", memory_bytes: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Names and values of the last answer and of the memory in use."""
+    rows: list[tuple[str, str]] = []
+    if stats is not None:
+        rows += [
+            (
+                "prompt",
+                f"{stats.num_prompt_tokens:,} tokens, {stats.num_reused_tokens:,} from the cache ({stats.reuse})",
+            ),
+            ("prompt time", f"{stats.prompt_s:.2f} s, {stats.prompt_tokens_per_s:.1f} tokens/s"),
+            ("answer", f"{stats.num_decode_tokens:,} tokens ({stats.finish})"),
+            ("answer time", f"{stats.decode_s:.2f} s, {stats.decode_tokens_per_s:.1f} tokens/s"),
+        ]
+    if stats is not None and stats.counters is not None:
+        counters = stats.counters
+        rows += [
+            ("expert hits", f"{counters.num_hits:,} of {counters.num_accesses:,} ({counters.hit_rate:.1%})"),
+            ("delayed hits", f"{counters.num_delayed_hits:,}"),
+            ("misses", f"{counters.num_misses:,}, {counters.num_evictions:,} evictions"),
+            ("stall", f"{counters.stall_s:.2f} s"),
+            ("read from disk", format_size(counters.disk_bytes)),
+            ("sent to the device", format_size(counters.h2d_bytes)),
+        ]
+    return rows + [(f"memory: {name}", format_size(num_bytes)) for name, num_bytes in memory_bytes.items()]
+
+
+def _wrap(parts: list[str], width: int) -> str:
+    lines = [parts[0]]
+    for part in parts[1:]:
+        joined = f"{lines[-1]} · {part}"
+        if len(joined) <= width:
+            lines[-1] = joined
+        else:
+            lines.append(part)
+    return "\n".join(lines)

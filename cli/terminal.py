@@ -1,0 +1,51 @@
+"""The terminal: what it can show, and who may write to it."""
+
+import logging
+import os
+import re
+import sys
+import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Everything below a space but newline and tab, and the C1 range: a model must not drive the terminal.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def is_interactive() -> bool:
+    """Whether a person types and reads: both ends are a terminal."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def console(*, stderr: bool = False) -> "Console":
+    """A rich console without markup or highlighting; rich itself honours NO_COLOR and TERM=dumb."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+
+
+def announce(text: str) -> None:
+    """Say at once what begins, before rich or anything heavy is imported."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def safe(text: str) -> str:
+    """Text without control characters."""
+    return _CONTROLS.sub("", text)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' warnings, logs and progress bars off the terminal. Call it before they are imported."""
+    warnings.simplefilter("ignore")
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+    for name in ("bitsandbytes", "accelerate", "torch", "huggingface_hub", "filelock"):
+        logging.getLogger(name).setLevel(logging.ERROR)
