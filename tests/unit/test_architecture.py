@@ -15,6 +15,7 @@ FLOW = [
     "tiers",
     "schedule",
     "moe",
+    "dense",
     "demo",
     "quantize",
     "trace",
