@@ -65,7 +65,7 @@ static void quantize_blocks(int32_t codec, const float *values, int64_t first_bl
             const float *group = values + b * OM_BLOCK + g * length;
             const int32_t sum = groups == 1 ? quantize_group(group, OM_BLOCK, natural, token->scales + at)
                                             : quantize_group(group, OM_BLOCK / 2, natural + g * length, token->scales + at);
-            token->sums[at] = token->scales[at] * (float)sum;
+            token->corrections[at] = -128 * sum;
         }
         if (codec == OM_INT8)
             __builtin_memcpy(quants, natural, OM_BLOCK);

@@ -1,12 +1,14 @@
 /* AVX2 with FMA and F16C: one block of 64 weights is two registers. */
 #include "levels.h"
 #include "om_kernels.h"
+#include "signed_seed.h"
 
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 
 #define OM_LANES 8
-#define OM_UNSIGNED_WEIGHTS 0
+#define OM_FAST_ROWS(num_tokens) ((num_tokens) <= 2 ? 2 : 1)
+#define OM_EXACT_ROWS 1
 #define OM_EXACT_TILE 4
 
 typedef __m256 fvec;
@@ -28,7 +30,7 @@ OM_INLINE float fv_sum(fvec v) {
     return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
-OM_INLINE fvec fv_halves(const float *p) { return _mm256_set_m128(_mm_set1_ps(p[1]), _mm_set1_ps(p[0])); }
+OM_INLINE fvec fv_halves(float first, float second) { return _mm256_set_m128(_mm_set1_ps(second), _mm_set1_ps(first)); }
 
 /* Eight loads: faster than vgatherdps where that is microcoded, and level where it is not. */
 OM_INLINE fvec fv_lookup(const float *map, const uint8_t *bytes) {
@@ -57,7 +59,8 @@ OM_INLINE __m256i dot_bytes(__m256i size, __m256i weights, const int8_t *quants)
     return _mm256_madd_epi16(_mm256_maddubs_epi16(size, signed_quants), _mm256_set1_epi16(1));
 }
 
-OM_INLINE fvec fv_dot(qblock w, const int8_t *quants) {
+OM_INLINE fvec fv_dot(qblock w, const int8_t *quants, dot_seed seed) {
+    (void)seed;
     return _mm256_cvtepi32_ps(
         _mm256_add_epi32(dot_bytes(w.low_size, w.low, quants), dot_bytes(w.high_size, w.high, quants + 32)));
 }

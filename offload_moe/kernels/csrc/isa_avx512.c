@@ -6,8 +6,9 @@
 #include <immintrin.h>
 
 #define OM_LANES 16
-#define OM_UNSIGNED_WEIGHTS 1
-#define OM_EXACT_TILE 8
+#define OM_FAST_ROWS(num_tokens) 2
+#define OM_EXACT_ROWS 2
+#define OM_EXACT_TILE 4
 
 typedef __m512 fvec;
 typedef __m512i qblock;
@@ -22,9 +23,17 @@ OM_INLINE fvec fv_mul(fvec a, fvec b) { return _mm512_mul_ps(a, b); }
 OM_INLINE fvec fv_fma(fvec a, fvec b, fvec c) { return _mm512_fmadd_ps(a, b, c); }
 OM_INLINE float fv_sum(fvec v) { return _mm512_reduce_add_ps(v); }
 
-OM_INLINE fvec fv_halves(const float *p) {
-    const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1);
-    return _mm512_permutexvar_ps(lane, _mm512_castps128_ps512(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p))));
+#define SECOND_HALF 0xf0f0 /* the lanes that sum a block's weights 32..63 */
+
+OM_INLINE fvec fv_halves(float first, float second) {
+    return _mm512_mask_broadcastss_ps(_mm512_set1_ps(first), SECOND_HALF, _mm_set_ss(second));
+}
+
+/* Each correction goes to one lane of its half. */
+typedef __m512i dot_seed;
+OM_INLINE dot_seed seed_one(const int32_t *correction) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(*correction)); }
+OM_INLINE dot_seed seed_halves(const int32_t *first, const int32_t *second) {
+    return _mm512_mask_set1_epi32(seed_one(first), 1 << 4, *second);
 }
 
 OM_INLINE __m512i widen_bytes(const uint8_t *bytes) {
@@ -47,8 +56,8 @@ OM_INLINE __m512i look_up_levels(const uint8_t *codes, __m128i levels) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(shifted), spread_nibbles(codes));
 }
 
-OM_INLINE fvec fv_dot(qblock weights, const int8_t *quants) {
-    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), weights, _mm512_loadu_si512(quants)));
+OM_INLINE fvec fv_dot(qblock weights, const int8_t *quants, dot_seed seed) {
+    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(seed, weights, _mm512_loadu_si512(quants)));
 }
 
 OM_INLINE xblock look_up_floats(const uint8_t *codes, fvec table) {

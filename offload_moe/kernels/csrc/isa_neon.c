@@ -1,12 +1,14 @@
 /* NEON (AArch64); the dot-product instructions where the compiler may use them. */
 #include "levels.h"
 #include "om_kernels.h"
+#include "signed_seed.h"
 
 #if defined(__aarch64__) && defined(__ARM_NEON)
 #include <arm_neon.h>
 
 #define OM_LANES 4
-#define OM_UNSIGNED_WEIGHTS 0
+#define OM_FAST_ROWS(num_tokens) ((num_tokens) <= 4 ? 2 : 1)
+#define OM_EXACT_ROWS 1
 #define OM_EXACT_TILE 4
 
 typedef float32x4_t fvec;
@@ -21,7 +23,7 @@ OM_INLINE fvec fv_add(fvec a, fvec b) { return vaddq_f32(a, b); }
 OM_INLINE fvec fv_mul(fvec a, fvec b) { return vmulq_f32(a, b); }
 OM_INLINE fvec fv_fma(fvec a, fvec b, fvec c) { return vfmaq_f32(c, a, b); }
 OM_INLINE float fv_sum(fvec v) { return vaddvq_f32(v); }
-OM_INLINE fvec fv_halves(const float *p) { return vcombine_f32(vdup_n_f32(p[0]), vdup_n_f32(p[1])); }
+OM_INLINE fvec fv_halves(float first, float second) { return vcombine_f32(vdup_n_f32(first), vdup_n_f32(second)); }
 
 OM_INLINE fvec fv_lookup(const float *map, const uint8_t *bytes) {
     const float values[4] = {map[bytes[0]], map[bytes[1]], map[bytes[2]], map[bytes[3]]};
@@ -59,7 +61,8 @@ OM_INLINE int32x4_t add_products(int32x4_t sum, int8x16_t a, int8x16_t b) {
 #endif
 }
 
-OM_INLINE fvec fv_dot(qblock w, const int8_t *quants) {
+OM_INLINE fvec fv_dot(qblock w, const int8_t *quants, dot_seed seed) {
+    (void)seed;
     const int32x4_t zero = vdupq_n_s32(0);
     const int32x4_t first = add_products(add_products(zero, w.part[0], vld1q_s8(quants)), w.part[2], vld1q_s8(quants + 32));
     const int32x4_t second =

@@ -1,10 +1,12 @@
 /* Plain C: serves where no other set does, and is what the others are tested against. */
 #include "levels.h"
 #include "om_kernels.h"
+#include "signed_seed.h"
 
 #define OM_LANES 8
-#define OM_UNSIGNED_WEIGHTS 0
-#define OM_EXACT_TILE 8
+#define OM_FAST_ROWS(num_tokens) 1
+#define OM_EXACT_ROWS 1
+#define OM_EXACT_TILE 4
 
 typedef struct { float lane[OM_LANES]; } fvec;
 typedef struct { int8_t weight[OM_BLOCK]; } qblock;
@@ -43,9 +45,9 @@ OM_INLINE float fv_sum(fvec v) {
     return ((v.lane[0] + v.lane[4]) + (v.lane[2] + v.lane[6])) + ((v.lane[1] + v.lane[5]) + (v.lane[3] + v.lane[7]));
 }
 
-OM_INLINE fvec fv_halves(const float *p) {
+OM_INLINE fvec fv_halves(float first, float second) {
     fvec v;
-    OM_EACH_LANE v.lane[i] = p[i >= OM_LANES / 2];
+    OM_EACH_LANE v.lane[i] = i < OM_LANES / 2 ? first : second;
     return v;
 }
 
@@ -80,7 +82,8 @@ OM_INLINE qblock q_int8(const uint8_t *codes) {
     return block;
 }
 
-OM_INLINE fvec fv_dot(qblock weights, const int8_t *quants) {
+OM_INLINE fvec fv_dot(qblock weights, const int8_t *quants, dot_seed seed) {
+    (void)seed;
     fvec v;
     for (int lane = 0; lane < OM_LANES; lane++) {
         int32_t sum = 0;

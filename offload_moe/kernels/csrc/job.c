@@ -29,10 +29,10 @@ void om_lay_out_activations(om_activations *a, const om_matrix *m, int mode, int
     }
     a->quants = om_take(cursor, num_tokens * a->blocks * OM_BLOCK);
     a->block_scales = om_take(cursor, num_tokens * a->scales * (int64_t)sizeof(float));
-    a->block_sums = om_take(cursor, num_tokens * a->scales * (int64_t)sizeof(float));
+    a->corrections = om_take(cursor, num_tokens * a->scales * (int64_t)sizeof(int32_t));
 }
 
-om_token om_activation_at(const om_activations *a, int64_t token) {
+static om_token activation_at(const om_activations *a, int64_t token) {
     om_token result = {0};
     if (a->has_values) {
         result.values = a->values + token * a->blocks * OM_BLOCK;
@@ -40,13 +40,13 @@ om_token om_activation_at(const om_activations *a, int64_t token) {
     }
     result.quants = a->quants + token * a->blocks * OM_BLOCK;
     result.scales = a->block_scales + token * a->scales;
-    result.sums = a->block_sums + token * a->scales;
+    result.corrections = a->corrections + token * a->scales;
     return result;
 }
 
 void om_prepare_blocks(const om_activations *a, int64_t token, const float *values, int64_t first_block, int64_t num_blocks) {
     const om_isa *isa = om_active_isa();
-    om_token target = om_activation_at(a, token);
+    om_token target = activation_at(a, token);
     (a->has_values ? isa->pack_blocks : isa->quantize_blocks)(a->codec, values, first_block, num_blocks, &target);
 }
 
@@ -64,11 +64,43 @@ void om_prepare_row(const om_activations *a, int64_t token, const void *x, int32
     om_prepare_blocks(a, token, values, 0, a->blocks);
 }
 
-/* A row's scales and OM_TILE products of them, and a row of fp32 activations. */
-int64_t om_scratch_floats(const om_matrix *m) {
-    const int64_t blocks = om_divide_up(m->cols, OM_BLOCK);
-    return om_max((1 + OM_TILE) * 2 * blocks, blocks * OM_BLOCK);
+static void interleave_scales(const om_activations *a, const om_token *tokens, int num_tokens, om_tile *tile, float *buffer) {
+    const int stride = om_tile_stride(num_tokens);
+    int32_t *corrections = (int32_t *)(buffer + a->scales * stride);
+    for (int64_t i = 0; i < a->scales; i++)
+        for (int t = 0; t < stride; t++) {
+            buffer[i * stride + t] = t < num_tokens ? tokens[t].scales[i] : 0.0f;
+            corrections[i * stride + t] = t < num_tokens ? tokens[t].corrections[i] : 0;
+        }
+    tile->scales = buffer;
+    tile->corrections = corrections;
 }
+
+om_tile om_gather_tile(const om_activations *a, const int32_t *token_ids, int64_t first, int num_tokens, float *buffer) {
+    om_token tokens[OM_TILE] = {0};
+    om_tile tile = {.num_tokens = num_tokens};
+    for (int t = 0; t < num_tokens; t++) {
+        tokens[t] = activation_at(a, token_ids == NULL ? first + t : token_ids[first + t]);
+        tile.quants[t] = tokens[t].quants;
+        tile.values[t] = tokens[t].values;
+    }
+    if (a->has_values) return tile;
+    tile.scales = tokens[0].scales;
+    tile.corrections = tokens[0].corrections;
+    if (num_tokens > 1) interleave_scales(a, tokens, num_tokens, &tile, buffer);
+    return tile;
+}
+
+static int64_t rows_scratch(const om_matrix *m) {
+    const int64_t blocks = om_divide_up(m->cols, OM_BLOCK);
+    return om_max(OM_SCRATCH_PER_SCALE * 2 * blocks, blocks * OM_BLOCK); /* or a row of fp32 activations */
+}
+
+int64_t om_scratch_floats(const om_matrix *m) {
+    return rows_scratch(m) + 2 * OM_TILE * 2 * om_divide_up(m->cols, OM_BLOCK);
+}
+
+float *om_tile_buffer(const om_matrix *m, float *scratch) { return scratch + rows_scratch(m); }
 
 float om_bias_at(const om_weights *w, int64_t row) {
     if (w->bias == NULL) return 0.0f;

@@ -41,12 +41,11 @@ static void rows_unit(void *context, int64_t unit, int thread) {
     const int64_t first_row = unit * UNIT_ROWS, num_rows = om_min(UNIT_ROWS, w.rows - first_row);
     const om_rows_fn rows = om_active_isa()->rows[job->mode][w.codec];
     float *scratch = job->scratch + thread * job->scratch_floats;
-    float results[UNIT_ROWS * OM_TILE];
+    float *buffer = om_tile_buffer(&job->matrices[0], scratch), results[UNIT_ROWS * OM_TILE];
     for (int64_t first = 0; first < job->num_tokens; first += OM_TILE) {
         const int num_tokens = (int)om_min(OM_TILE, job->num_tokens - first);
-        om_token tokens[OM_TILE];
-        for (int t = 0; t < num_tokens; t++) tokens[t] = om_activation_at(&job->activations, first + t);
-        rows(&w, first_row, num_rows, tokens, num_tokens, results, scratch);
+        const om_tile tile = om_gather_tile(&job->activations, NULL, first, num_tokens, buffer);
+        rows(&w, first_row, num_rows, &tile, results, scratch);
         store_results(job, matrix, &w, first_row, num_rows, first, num_tokens, results);
     }
 }

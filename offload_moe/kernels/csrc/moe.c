@@ -47,17 +47,17 @@ typedef struct {
     float gate[2 * CHUNK * OM_TILE], up[CHUNK * OM_TILE];
 } chunk_results;
 
-static void first_rows(const moe_job *job, const om_weights *w, int64_t first_row, int64_t num_rows, const om_token *tokens,
-                       int num_tokens, chunk_results *results, float *scratch) {
+static void first_rows(const moe_job *job, const om_weights *w, int64_t first_row, int64_t num_rows, const om_tile *tile,
+                       chunk_results *results, float *scratch) {
     const om_rows_fn rows = om_active_isa()->rows[job->mode][w->codec];
     if (job->layer->has_gate && job->layer->is_interleaved) {
-        rows(w, 2 * first_row, 2 * num_rows, tokens, num_tokens, results->gate, scratch);
+        rows(w, 2 * first_row, 2 * num_rows, tile, results->gate, scratch);
         return;
     }
     if (job->layer->has_gate) om_prefetch_rows(w, job->intermediate + first_row);
-    rows(w, first_row, num_rows, tokens, num_tokens, results->gate, scratch);
+    rows(w, first_row, num_rows, tile, results->gate, scratch);
     if (job->layer->has_gate)
-        rows(w, job->intermediate + first_row, num_rows, tokens, num_tokens, results->up, scratch);
+        rows(w, job->intermediate + first_row, num_rows, tile, results->up, scratch);
 }
 
 /* Bias and activation of one token's chunk, then into the form the second matrix wants. */
@@ -86,12 +86,12 @@ static void first_unit(void *context, int64_t unit, int thread) {
     const int64_t chunk = unit % job->num_chunks, first_row = chunk * CHUNK;
     const int64_t num_rows = om_min(CHUNK, job->intermediate - first_row);
     const om_weights w = om_resolve(&job->layer->first, job->records[s->expert]);
+    float *scratch = scratch_of(job, thread), *buffer = om_tile_buffer(&job->layer->first, scratch);
     chunk_results results;
     for (int64_t first = s->first_pair, end = first + s->num_pairs; first < end; first += OM_TILE) {
         const int num_tokens = (int)om_min(OM_TILE, end - first);
-        om_token tokens[OM_TILE];
-        for (int t = 0; t < num_tokens; t++) tokens[t] = om_activation_at(&job->inputs, job->token_ids[first + t]);
-        first_rows(job, &w, first_row, num_rows, tokens, num_tokens, &results, scratch_of(job, thread));
+        const om_tile tile = om_gather_tile(&job->inputs, job->token_ids, first, num_tokens, buffer);
+        first_rows(job, &w, first_row, num_rows, &tile, &results, scratch);
         for (int t = 0; t < num_tokens; t++) finish_chunk(job, &w, chunk, num_rows, &results, t, first + t);
     }
 }
@@ -107,12 +107,11 @@ static void add_results(const moe_job *job, const om_weights *w, int64_t first_r
 static void second_segment(const moe_job *job, const segment *s, int64_t first_row, int64_t num_rows, float *scratch) {
     const om_weights w = om_resolve(&job->layer->second, job->records[s->expert]);
     const om_rows_fn rows = om_active_isa()->rows[job->mode][w.codec];
-    float results[MAX_OUT_ROWS * OM_TILE];
+    float *buffer = om_tile_buffer(&job->layer->second, scratch), results[MAX_OUT_ROWS * OM_TILE];
     for (int64_t first = s->first_pair, end = first + s->num_pairs; first < end; first += OM_TILE) {
         const int num_tokens = (int)om_min(OM_TILE, end - first);
-        om_token tokens[OM_TILE];
-        for (int t = 0; t < num_tokens; t++) tokens[t] = om_activation_at(&job->hidden, first + t - job->group_first_pair);
-        rows(&w, first_row, num_rows, tokens, num_tokens, results, scratch);
+        const om_tile tile = om_gather_tile(&job->hidden, NULL, first - job->group_first_pair, num_tokens, buffer);
+        rows(&w, first_row, num_rows, &tile, results, scratch);
         for (int t = 0; t < num_tokens; t++) add_results(job, &w, first_row, num_rows, first + t, results, t);
     }
 }

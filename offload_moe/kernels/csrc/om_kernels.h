@@ -45,16 +45,28 @@ typedef struct {
     int32_t codec, bias_dtype;
 } om_weights;
 
-/* One token's activations as a row kernel wants them. `fast`: `quants` (int8, one block's low-nibble elements before its
- * high-nibble ones), `scales` and `sums` (scale times the sum of the block's quants), one per scale of a row. `exact`: `values`. */
+/* One token's activations. `fast`: `quants` (int8, a block's low-nibble elements before its high-nibble ones), `scales` and
+ * `corrections` (-128 times the sum of the quants, for instruction sets that read weights plus 128), one per scale of a row.
+ * `exact`: `values`, per 32 the low-nibble elements before the high-nibble ones. */
 typedef struct {
     int8_t *quants;
-    float *scales, *sums, *values;
+    float *scales, *values;
+    int32_t *corrections;
 } om_token;
 
-/* results[row * OM_TILE + token]; scratch holds (1 + OM_TILE) * om_row_scales(weights) floats. */
-typedef void (*om_rows_fn)(const om_weights *weights, int64_t first_row, int64_t num_rows, const om_token *tokens,
-                           int num_tokens, float *results, float *scratch);
+/* Up to OM_TILE tokens: scale i of token t is at scales[i * om_tile_stride(num_tokens) + t], corrections alike. */
+typedef struct {
+    const int8_t *quants[OM_TILE];
+    const float *values[OM_TILE];
+    const float *scales;
+    const int32_t *corrections;
+    int num_tokens;
+} om_tile;
+
+/* results[row * OM_TILE + token]; scratch holds OM_SCRATCH_PER_SCALE floats per scale of a row. */
+typedef void (*om_rows_fn)(const om_weights *weights, int64_t first_row, int64_t num_rows, const om_tile *tile, float *results,
+                           float *scratch);
+#define OM_SCRATCH_PER_SCALE (2 + 2 * OM_TILE)
 
 typedef struct {
     const char *name;
@@ -88,6 +100,8 @@ om_weights om_resolve(const om_matrix *matrix, const uint8_t *record);
 
 /* Scales in a row: mxfp4 has one per 32 weights. */
 OM_INLINE int64_t om_row_scales(const om_weights *w) { return w->codec == OM_MXFP4 ? 2 * w->blocks : w->blocks; }
+
+OM_INLINE int om_tile_stride(int num_tokens) { return num_tokens <= 2 ? num_tokens : num_tokens <= 4 ? 4 : OM_TILE; }
 
 OM_INLINE float om_bf16_to_float(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;

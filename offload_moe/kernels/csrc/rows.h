@@ -2,13 +2,13 @@
  *
  * The including file defines the vector type and its primitives first:
  *   fvec                        OM_LANES floats; fv_zero, fv_load, fv_broadcast, fv_mul, fv_fma(a, b, c) = a * b + c, fv_sum
- *   fv_halves(p)                the scales p[0] and p[1] on the lanes that `fv_dot` gives a block's two halves of 32
+ *   fv_halves(first, second)    on the lanes that `fv_dot` gives a block's two halves of 32
  *   fv_lookup(map, bytes)       map[bytes[i]] for OM_LANES bytes
  *   qblock, q_nf4, q_int8, q_mxfp4(codes)    64 weights as 8-bit integers, the low-nibble ones first
- *   fv_dot(qblock, quants)      their products with 64 int8 activations, summed into the lanes
+ *   dot_seed, seed_one, seed_halves          the corrections that fv_dot starts from
+ *   fv_dot(qblock, quants, seed)             products with 64 int8 activations, summed into the lanes
  *   xblock {fvec v[]}, x_nf4, x_int8, x_mxfp4, x_bf16(codes)    64 weights as floats, per 32: low nibbles, high nibbles
- *   OM_UNSIGNED_WEIGHTS         1 where q_* add 128 (u8 times s8 instructions)
- *   OM_EXACT_TILE               tokens that fit the registers beside an xblock
+ *   OM_FAST_ROWS(num_tokens), OM_EXACT_ROWS, OM_EXACT_TILE      rows and tokens whose sums fit the registers
  *
  * A token's sum is built in the same order whatever the number of tokens beside it, so results do not depend on the batch. */
 #include "levels.h"
@@ -41,55 +41,62 @@ OM_INLINE const float *row_scales(const int codec, const om_weights *w, int64_t 
     return buffer;
 }
 
-/* products = weight scales times activation scales; returns the sum of weight scales times block sums. */
-OM_INLINE float scale_products(const float *scales, const om_token *token, int64_t count, float *products) {
-    fvec sums = fv_zero();
-    int64_t i = 0;
-    for (; i + OM_LANES <= count; i += OM_LANES) {
-        const fvec scale = fv_load(scales + i);
-        fv_store(products + i, fv_mul(scale, fv_load(token->scales + i)));
-        sums = fv_fma(scale, fv_load(token->sums + i), sums);
-    }
-    float sum = fv_sum(sums);
-    for (; i < count; i++) {
-        products[i] = scales[i] * token->scales[i];
-        sum += scales[i] * token->sums[i];
-    }
-    return sum;
+/* products[i * stride + t] = weight scale i times activation scale i of token t. */
+OM_INLINE void multiply_scales(const int stride, const float *scales, const float *token_scales, int64_t count, float *products) {
+    for (int64_t i = 0; i < count; i++)
+        for (int t = 0; t < stride; t++) products[i * stride + t] = scales[i] * token_scales[i * stride + t];
+}
+
+/* How far ahead to prefetch: the next group of rows, unless that is so far that it would push out what is in use. */
+OM_INLINE int64_t prefetch_distance(const om_weights *w, const int num_rows) {
+    const int64_t group_bytes = num_rows * w->row_bytes;
+    return group_bytes >= OM_PREFETCH_BYTES && group_bytes <= 8 * OM_PREFETCH_BYTES ? group_bytes : OM_PREFETCH_BYTES;
 }
 
 OM_INLINE qblock load_quantized(const int codec, const uint8_t *codes) {
     return codec == OM_NF4 ? q_nf4(codes) : codec == OM_INT8 ? q_int8(codes) : q_mxfp4(codes);
 }
 
-OM_INLINE void fast_row(const int codec, const int num_tokens, const om_weights *w, int64_t row, const om_token *tokens,
-                        float *results, float *scratch) {
-    const int64_t per_block = OM_SCALES_PER_BLOCK(codec), count = w->blocks * per_block;
-    const int64_t block_bytes = codec == OM_INT8 ? OM_BLOCK : OM_BLOCK / 2;
+OM_INLINE fvec add_block(const int codec, const int stride, const qblock *weights, const int8_t *quants, const float *product,
+                         const int32_t *correction, fvec sum) {
+    if (codec == OM_MXFP4) {
+        const dot_seed seed = seed_halves(correction, correction + stride);
+        return fv_fma(fv_dot(*weights, quants, seed), fv_halves(product[0], product[stride]), sum);
+    }
+    return fv_fma(fv_dot(*weights, quants, seed_one(correction)), fv_broadcast(*product), sum);
+}
+
+OM_INLINE void fast_rows(const int codec, const int num_tokens, const int num_rows, const om_weights *w, int64_t row,
+                         const om_tile *tile, float *results, float *scratch) {
+    const int stride = om_tile_stride(num_tokens), per_block = OM_SCALES_PER_BLOCK(codec);
+    const int64_t count = w->blocks * per_block, block_bytes = codec == OM_INT8 ? OM_BLOCK : OM_BLOCK / 2;
+    const int64_t ahead = prefetch_distance(w, num_rows);
     const uint8_t *codes = w->codes + row * w->row_bytes;
-    const float *scales = row_scales(codec, w, row, scratch);
     float *products = scratch + count;
     const int8_t *quants[OM_TILE];
-    float weighted_sums[OM_TILE];
-    fvec sums[OM_TILE];
+    fvec sums[2][OM_TILE];
+    for (int r = 0; r < num_rows; r++)
+        multiply_scales(stride, row_scales(codec, w, row + r, scratch), tile->scales, count, products + r * count * stride);
     for (int t = 0; t < num_tokens; t++) {
-        weighted_sums[t] = scale_products(scales, tokens + t, count, products + t * count);
-        quants[t] = tokens[t].quants;
-        sums[t] = fv_zero();
+        quants[t] = tile->quants[t];
+        for (int r = 0; r < num_rows; r++) sums[r][t] = fv_zero();
     }
     for (int64_t b = 0; b < w->blocks; b++) {
-        const uint8_t *block = codes + b * block_bytes;
-        OM_PREFETCH(block + OM_PREFETCH_BYTES);
-        const qblock weights = load_quantized(codec, block);
-        for (int t = 0; t < num_tokens; t++) {
-            const float *product = products + t * count + b * per_block;
-            const fvec scale = per_block == 1 ? fv_broadcast(*product) : fv_halves(product);
-            sums[t] = fv_fma(fv_dot(weights, quants[t] + b * OM_BLOCK), scale, sums[t]);
+        const int64_t at = b * per_block * stride;
+        qblock weights[2];
+        for (int r = 0; r < num_rows; r++) {
+            const uint8_t *block = codes + r * w->row_bytes + b * block_bytes;
+            OM_PREFETCH(block + ahead);
+            weights[r] = load_quantized(codec, block);
         }
+        for (int t = 0; t < num_tokens; t++)
+            for (int r = 0; r < num_rows; r++)
+                sums[r][t] = add_block(codec, stride, &weights[r], quants[t] + b * OM_BLOCK,
+                                       products + r * count * stride + at + t, tile->corrections + at + t, sums[r][t]);
     }
     const float unit = codec == OM_NF4 ? 1.0f / OM_NF4_UNIT : codec == OM_MXFP4 ? 1.0f / OM_MXFP4_UNIT : 1.0f;
-    const float zero = (codec == OM_NF4 ? OM_NF4_ZERO : 0.0f) + 128.0f * OM_UNSIGNED_WEIGHTS;
-    for (int t = 0; t < num_tokens; t++) results[t] = (fv_sum(sums[t]) - zero * weighted_sums[t]) * unit;
+    for (int r = 0; r < num_rows; r++)
+        for (int t = 0; t < num_tokens; t++) results[r * OM_TILE + t] = fv_sum(sums[r][t]) * unit;
 }
 
 OM_INLINE xblock load_floats(const int codec, const uint8_t *codes) {
@@ -123,62 +130,72 @@ OM_INLINE float bf16_tail(const om_weights *w, const uint8_t *codes, const float
     return sum;
 }
 
-OM_INLINE void exact_row(const int codec, const int num_tokens, const om_weights *w, int64_t row, const om_token *tokens,
-                         float *results, float *scratch) {
-    const int64_t per_block = OM_SCALES_PER_BLOCK(codec);
+OM_INLINE void exact_rows(const int codec, const int num_tokens, const int num_rows, const om_weights *w, int64_t row,
+                          const om_tile *tile, float *results, float *scratch) {
+    const int64_t per_block = OM_SCALES_PER_BLOCK(codec), ahead = prefetch_distance(w, num_rows);
     const int64_t block_bytes = codec == OM_BF16 ? 2 * OM_BLOCK : codec == OM_INT8 ? OM_BLOCK : OM_BLOCK / 2;
     const uint8_t *codes = w->codes + row * w->row_bytes;
-    const float *scales = codec == OM_BF16 ? scratch : row_scales(codec, w, row, scratch);
-    const float *values[OM_TILE];
-    fvec sums[OM_TILE];
+    const float *scales[2], *values[OM_EXACT_TILE];
+    fvec sums[2][OM_EXACT_TILE];
+    for (int r = 0; r < num_rows; r++)
+        scales[r] = codec == OM_BF16 ? scratch : row_scales(codec, w, row + r, scratch + r * w->blocks * per_block);
     for (int t = 0; t < num_tokens; t++) {
-        values[t] = tokens[t].values;
-        sums[t] = fv_zero();
+        values[t] = tile->values[t];
+        for (int r = 0; r < num_rows; r++) sums[r][t] = fv_zero();
     }
-    for (int64_t b = 0; b < w->blocks; b++) {
-        const uint8_t *block = codes + b * block_bytes;
-        OM_PREFETCH(block + OM_PREFETCH_BYTES);
-        if (codec == OM_BF16) OM_PREFETCH(block + OM_PREFETCH_BYTES + OM_BLOCK);
-        const xblock weights = load_floats(codec, block);
+    for (int64_t b = 0; b < w->blocks; b++)
+        for (int r = 0; r < num_rows; r++) {
+            const uint8_t *block = codes + r * w->row_bytes + b * block_bytes;
+            OM_PREFETCH(block + ahead);
+            if (codec == OM_BF16) OM_PREFETCH(block + ahead + OM_BLOCK);
+            const xblock weights = load_floats(codec, block);
+            for (int t = 0; t < num_tokens; t++)
+                sums[r][t] = exact_block(codec, &weights, values[t] + b * OM_BLOCK, scales[r] + b * per_block, sums[r][t]);
+        }
+    for (int r = 0; r < num_rows; r++)
         for (int t = 0; t < num_tokens; t++)
-            sums[t] = exact_block(codec, &weights, values[t] + b * OM_BLOCK, scales + b * per_block, sums[t]);
-    }
-    for (int t = 0; t < num_tokens; t++)
-        results[t] = fv_sum(sums[t]) + (codec == OM_BF16 ? bf16_tail(w, codes, values[t]) : 0.0f);
+            results[r * OM_TILE + t] =
+                fv_sum(sums[r][t]) + (codec == OM_BF16 ? bf16_tail(w, codes + r * w->row_bytes, values[t]) : 0.0f);
 }
 
-#define OM_ROW_CASE(ROW, CODEC, N) \
-    case N: \
-        for (int64_t r = 0; r < num_rows; r++) \
-            ROW(CODEC, N, weights, first_row + r, tokens, results + r * OM_TILE, scratch); \
-        break;
+/* Rows in groups, then the one that is left; N is a constant, so that the loops over tokens unroll. */
+#define OM_ROWS_CASE(ROWS, CODEC, N, GROUP) \
+    case N: { \
+        int64_t r = 0; \
+        for (; r + (GROUP) <= num_rows; r += (GROUP)) \
+            ROWS(CODEC, N, GROUP, weights, first_row + r, tile, results + r * OM_TILE, scratch); \
+        for (; r < num_rows; r++) ROWS(CODEC, N, 1, weights, first_row + r, tile, results + r * OM_TILE, scratch); \
+        break; \
+    }
 
-#define OM_ROW_PARAMETERS \
-    const om_weights *weights, int64_t first_row, int64_t num_rows, const om_token *tokens, int num_tokens, \
-        float *results, float *scratch
+#define OM_ROWS_PARAMETERS \
+    const om_weights *weights, int64_t first_row, int64_t num_rows, const om_tile *tile, float *results, float *scratch
 
+#define OM_FAST_CASE(CODEC, N) OM_ROWS_CASE(fast_rows, CODEC, N, OM_FAST_ROWS(N))
 #define OM_DEFINE_FAST(NAME, CODEC) \
-    static void NAME(OM_ROW_PARAMETERS) { \
-        switch (num_tokens) { \
-            OM_ROW_CASE(fast_row, CODEC, 1) OM_ROW_CASE(fast_row, CODEC, 2) OM_ROW_CASE(fast_row, CODEC, 3) \
-            OM_ROW_CASE(fast_row, CODEC, 4) OM_ROW_CASE(fast_row, CODEC, 5) OM_ROW_CASE(fast_row, CODEC, 6) \
-            OM_ROW_CASE(fast_row, CODEC, 7) OM_ROW_CASE(fast_row, CODEC, 8) \
+    static void NAME(OM_ROWS_PARAMETERS) { \
+        switch (tile->num_tokens) { \
+            OM_FAST_CASE(CODEC, 1) OM_FAST_CASE(CODEC, 2) OM_FAST_CASE(CODEC, 3) OM_FAST_CASE(CODEC, 4) \
+            OM_FAST_CASE(CODEC, 5) OM_FAST_CASE(CODEC, 6) OM_FAST_CASE(CODEC, 7) OM_FAST_CASE(CODEC, 8) \
         } \
     }
 
+OM_INLINE om_tile upper_tile(const om_tile *tile) {
+    om_tile upper = {.num_tokens = tile->num_tokens - OM_EXACT_TILE};
+    for (int t = 0; t < upper.num_tokens; t++) upper.values[t] = tile->values[OM_EXACT_TILE + t];
+    return upper;
+}
+
+#define OM_EXACT_CASE(CODEC, N) OM_ROWS_CASE(exact_rows, CODEC, N, OM_EXACT_ROWS)
 #define OM_DEFINE_EXACT(NAME, CODEC) \
-    static void NAME(OM_ROW_PARAMETERS) { \
-        if (num_tokens > OM_EXACT_TILE) { /* the second pass reads the codes from the cache */ \
-            NAME(weights, first_row, num_rows, tokens, OM_EXACT_TILE, results, scratch); \
-            NAME(weights, first_row, num_rows, tokens + OM_EXACT_TILE, num_tokens - OM_EXACT_TILE, \
-                 results + OM_EXACT_TILE, scratch); \
-            return; \
+    static void NAME(OM_ROWS_PARAMETERS) { \
+        switch (tile->num_tokens) { \
+            OM_EXACT_CASE(CODEC, 1) OM_EXACT_CASE(CODEC, 2) OM_EXACT_CASE(CODEC, 3) \
+            default: OM_EXACT_CASE(CODEC, OM_EXACT_TILE) \
         } \
-        switch (num_tokens) { \
-            OM_ROW_CASE(exact_row, CODEC, 1) OM_ROW_CASE(exact_row, CODEC, 2) OM_ROW_CASE(exact_row, CODEC, 3) \
-            OM_ROW_CASE(exact_row, CODEC, 4) OM_ROW_CASE(exact_row, CODEC, 5) OM_ROW_CASE(exact_row, CODEC, 6) \
-            OM_ROW_CASE(exact_row, CODEC, 7) OM_ROW_CASE(exact_row, CODEC, 8) \
-        } \
+        if (tile->num_tokens <= OM_EXACT_TILE) return; \
+        const om_tile upper = upper_tile(tile); /* its pass reads the codes from the cache */ \
+        NAME(weights, first_row, num_rows, &upper, results + OM_EXACT_TILE, scratch); \
     }
 
 OM_DEFINE_FAST(fast_nf4, OM_NF4)
