@@ -1,0 +1,160 @@
+"""A Hugging Face checkpoint, opened for reading expert by expert."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from offload_moe.checkpoint.convert import convert
+from offload_moe.checkpoint.expert_reader import ExpertReader
+from offload_moe.checkpoint.experts import ExpertsModule, find_experts
+from offload_moe.checkpoint.names import SourceGroup, map_names, required_names
+from offload_moe.checkpoint.shards import Shards
+from offload_moe.checkpoint.skeleton import build_skeleton, load_config, read_config_json
+from offload_moe.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+UNQUANTIZED_KEYS = ("quantization_config", "compression_config")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseTensor:
+    """A parameter or persistent buffer that is not a routed expert, under its name in the model."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """Names, shapes and pieces of a checkpoint folder; no more than a piece is ever in memory.
+
+    `model` is the skeleton on `meta`; `layers` are its experts modules in order; `dense` is everything else;
+    `ignored` are tensors transformers leaves out as well (multi-token prediction layers, old buffers).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Opens the folder and checks every header against the model.
+
+        Raises:
+            CheckpointError: not a model folder, or a tensor is missing, unexpected or not what it should be.
+            UnsupportedModelError: a dense model, or one with experts that cannot be bound.
+        """
+        self.folder = folder
+        _refuse_quantized(folder)
+        self.model: PreTrainedModel = build_skeleton(load_config(folder))
+        self.layers: tuple[ExpertsModule, ...] = tuple(find_experts(self.model))
+        self.shards = Shards(folder)
+        names = map_names(self.model, self.shards.entries)
+        if names.unexpected:
+            entry = self.shards.entries[names.unexpected[0]]
+            raise CheckpointError(
+                f"{entry.path}: tensor {entry.name} has no place in {type(self.model).__name__} "
+                f"({len(names.unexpected)} such tensors)."
+            )
+        self.ignored = names.ignored
+        self.dense: dict[str, DenseTensor] = {}
+        self._dense_groups: dict[str, SourceGroup] = {}
+        self._last_converted: tuple[SourceGroup | None, dict[str, Tensor]] = (None, {})
+        by_layer = self._sort_groups(names.groups)
+        missing = sorted(required_names(self.model) - set(self._dense_groups) - self._experts_parameters())
+        if missing:
+            raise CheckpointError(f"{folder}: no tensor brings {missing[0]} ({len(missing)} parameters are missing).")
+        self._readers = [
+            ExpertReader(layer, groups, self.model, self.shards)
+            for layer, groups in zip(self.layers, by_layer, strict=True)
+        ]
+
+    def expert(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """One expert's tensors by parameter name, in the module's layout and the checkpoint's dtype."""
+        return self._readers[layer].read(expert)
+
+    def dense_tensor(self, name: str) -> Tensor:
+        """One dense tensor whole, in the checkpoint's dtype."""
+        group = self._dense_groups[name]
+        if self._last_converted[0] is not group:  # tensors that are split from one source are asked for in a row
+            tensors = {p: [self.shards.read(source) for source in names] for p, names in group.sources.items()}
+            self._last_converted = (group, convert(group, tensors, self.model))
+        return self._last_converted[1][name]
+
+    def dense_chunks(self, name: str, chunk_bytes: int) -> Iterator[Tensor]:
+        """The bytes of one dense tensor, uint8; a tensor that is only renamed is never whole in memory."""
+        group = self._dense_groups[name]
+        if group.converter is None:
+            yield from self.shards.chunks(group.names[0], chunk_bytes)
+        else:
+            yield self.dense_tensor(name).contiguous().reshape(-1).view(torch.uint8)
+
+    def close(self) -> None:
+        self.shards.close()
+
+    def _experts_parameters(self) -> set[str]:
+        return {name for layer in self.layers for name in layer.parameter_names()}
+
+    def _sort_groups(self, groups: tuple[SourceGroup, ...]) -> list[list[SourceGroup]]:
+        """Split groups into each layer's and the dense ones, which are registered."""
+        owner = {name: index for index, layer in enumerate(self.layers) for name in layer.parameter_names()}
+        by_layer: list[list[SourceGroup]] = [[] for _ in self.layers]
+        state = self.model.state_dict()
+        for group in groups:
+            targets = _targets(group)
+            layers = sorted({owner[target] for target in targets if target in owner})
+            for layer in layers:
+                by_layer[layer].append(group)
+            if not layers:
+                self._register_dense(group, state)
+        return by_layer
+
+    def _register_dense(self, group: SourceGroup, state: dict[str, Tensor]) -> None:
+        entries = {name: self.shards.entries[name] for name in group.names}
+        metas = {
+            pattern: [torch.empty(entries[n].shape, dtype=entries[n].dtype, device="meta") for n in names]
+            for pattern, names in group.sources.items()
+        }
+        first = entries[group.names[0]]
+        for name, value in convert(group, metas, self.model).items():
+            expected = state.get(name)
+            if expected is None or expected.shape != value.shape:
+                raise CheckpointError(
+                    f"{first.path}: tensor {first.name} is {list(first.shape)}; {name} needs "
+                    f"{list(expected.shape) if expected is not None else 'no such parameter'}."
+                )
+            if not _compatible(value.dtype, expected.dtype):
+                raise CheckpointError(
+                    f"{first.path}: tensor {first.name} is {first.dtype}; {name} needs {expected.dtype}."
+                )
+            self.dense[name] = DenseTensor(name=name, dtype=value.dtype, shape=tuple(value.shape))
+            self._dense_groups[name] = group
+
+
+def _targets(group: SourceGroup) -> list[str]:
+    """Every parameter a group may become: its first target and those that differ in the target pattern."""
+    if group.converter is None:
+        return [group.target]
+    first = group.converter.target_patterns[0]
+    return [group.target.replace(first, pattern) for pattern in group.converter.target_patterns]
+
+
+def _compatible(found: torch.dtype, expected: torch.dtype) -> bool:
+    """Floating point weights may come in any width of 16 bits and more; integers and booleans as they are."""
+    if expected.is_floating_point:
+        return found.is_floating_point and found.itemsize >= 2
+    return found == expected
+
+
+def _refuse_quantized(folder: Path) -> None:
+    raw = read_config_json(folder)
+    configs = [raw, *(value for value in raw.values() if isinstance(value, dict))]
+    for key in UNQUANTIZED_KEYS:
+        for config in configs:
+            if config.get(key):
+                method = config[key].get("quant_method") if isinstance(config[key], dict) else config[key]
+                raise CheckpointError(
+                    f"{folder} is already quantized ({key}: {method}), which this version cannot read. "
+                    "Use a bf16, fp16 or fp32 version of the model."
+                )

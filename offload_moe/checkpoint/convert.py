@@ -1,0 +1,111 @@
+"""Run transformers' own weight conversions on a piece of a layer: one expert, or one dense parameter.
+
+The operations that touch experts work on each expert by itself, so a module list of length one, or one slice of a fused
+tensor, gives the same bits as the whole layer. `check_per_expert` refuses an operation for which that is not known.
+"""
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from offload_moe.checkpoint.names import SourceGroup
+from offload_moe.errors import CheckpointError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import ConversionOps
+
+
+class OneExpertModel:
+    """The model as a conversion sees it when it looks up shapes: experts parameters with one expert, ``[1, ...]``."""
+
+    def __init__(self, model: "PreTrainedModel", experts_parameters: set[str]) -> None:
+        self._model = model
+        self._experts_parameters = experts_parameters
+        self.config = model.config
+
+    def get_parameter(self, name: str) -> Tensor:
+        parameter = self._model.get_parameter(name)
+        return parameter[:1] if name in self._experts_parameters else parameter
+
+
+def convert(
+    group: SourceGroup, tensors: Mapping[str, list[Tensor]], model: "OneExpertModel | PreTrainedModel"
+) -> dict[str, Tensor]:
+    """The parameters that a group's tensors become. `tensors` holds the tensors of each source pattern.
+
+    Raises:
+        CheckpointError: the tensors do not fit together.
+    """
+    if group.converter is None:
+        return {group.target: next(iter(tensors.values()))[0]}
+    converter = copy.deepcopy(group.converter)  # it collects what it is given
+    for pattern, values in tensors.items():
+        for value in values:
+            converter.add_tensor(group.target, group.target, pattern, value)
+    try:
+        converted = converter.convert(group.target, model=model, config=model.config)
+    except (RuntimeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"Tensor {group.names[0]} (and {len(group.names) - 1} more) does not convert to {group.target}: {error}"
+        ) from error
+    return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+
+def is_module_list(group: SourceGroup) -> bool:
+    """Whether the checkpoint keeps one tensor per expert, rather than one for all of them."""
+    from transformers.core_model_loading import MergeModulelist
+
+    return any(isinstance(op, MergeModulelist) or op.supports_many_to_many for op in _operations(group))
+
+
+def num_targets(group: SourceGroup) -> int:
+    """Experts modules that share one module list: 1, or 2 for Ernie's text and vision experts."""
+    return len(group.converter.target_patterns) if group.converter is not None else 1
+
+
+def check_per_expert(group: SourceGroup) -> None:
+    """Raises: UnsupportedModelError for an operation that might mix experts."""
+    for position, op in enumerate(_operations(group)):
+        if not _acts_per_expert(op, position):
+            raise UnsupportedModelError(
+                f"{group.target} is converted by {op!r}, which is not known to work expert by expert."
+            )
+
+
+def check_module_list(group: SourceGroup, num_experts: int) -> None:
+    """Raises: CheckpointError naming the first expert tensor that is missing or too many."""
+    expected = set(range(num_experts))
+    for pattern in group.converter.source_patterns if group.converter is not None else ():
+        names = group.sources.get(pattern)
+        if not names:
+            raise CheckpointError(f"No tensor matches {pattern} for {group.target}.")
+        numbers = {int(match[1]): name for name in names if (match := re.search(r"experts\.(\d+)\.", name))}
+        for number in sorted(expected - set(numbers)):
+            missing = re.sub(r"experts\.\d+\.", f"experts.{number}.", names[0])
+            raise CheckpointError(f"Tensor {missing} is missing: expert {number} of {num_experts} for {group.target}.")
+        if len(names) != num_experts:
+            extra = next(name for number, name in numbers.items() if number not in expected)
+            raise CheckpointError(f"Tensor {extra} is one too many: {group.target} has {num_experts} experts.")
+
+
+def _acts_per_expert(op: "ConversionOps", position: int) -> bool:
+    from transformers import core_model_loading as ops
+
+    match op:
+        case ops.MergeModulelist():
+            return bool(op.dim == 0 and position == 0)
+        case ops.ErnieFuseAndSplitTextVisionExperts():
+            return bool(op.stack_dim == 0 and op.concat_dim > 0)
+        case ops.Concatenate() | ops.Chunk() | ops.Interleave():
+            return bool(op.dim > 0)
+        case ops.Transpose():
+            return bool(op.dim0 > 0 and op.dim1 > 0)
+    return False
+
+
+def _operations(group: SourceGroup) -> "list[ConversionOps]":
+    return group.converter.operations if group.converter is not None else []

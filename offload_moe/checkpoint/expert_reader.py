@@ -1,0 +1,105 @@
+"""One expert at a time out of a checkpoint, whether it keeps experts apart or fused."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from offload_moe.checkpoint.convert import (
+    OneExpertModel,
+    check_module_list,
+    check_per_expert,
+    convert,
+    is_module_list,
+    num_targets,
+)
+from offload_moe.checkpoint.experts import ExpertsModule
+from offload_moe.checkpoint.names import SourceGroup
+from offload_moe.checkpoint.shards import Shards
+from offload_moe.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class ExpertReader:
+    """Reads the experts of one MoE layer; everything is checked against the headers before the first read."""
+
+    def __init__(
+        self, layer: ExpertsModule, groups: list[SourceGroup], model: "PreTrainedModel", shards: Shards
+    ) -> None:
+        self._layer = layer
+        self._groups = groups
+        self._shards = shards
+        self._model = OneExpertModel(model, set(layer.parameter_names()))
+        self._targets: list[list[str]] = []
+        for group in groups:
+            check_per_expert(group)
+            if is_module_list(group):
+                check_module_list(group, layer.num_experts * num_targets(group))
+            self._check_sources(group)
+            self._targets.append(list(self._convert_meta(group)))
+        self._check_result()
+
+    def read(self, expert: int) -> dict[str, Tensor]:
+        """The tensors of one expert, keyed by the module's parameter names, each without the expert dimension."""
+        converted: dict[str, Tensor] = {}
+        for group, targets in zip(self._groups, self._targets, strict=True):
+            if is_module_list(group):
+                position = self._position(targets, expert)
+                one = {
+                    pattern: [self._shards.read(names[position])] * num_targets(group)
+                    for pattern, names in group.sources.items()
+                }
+            else:
+                one = {p: [self._shards.read_row(names[0], expert)] for p, names in group.sources.items()}
+            converted |= convert(group, one, self._model)
+        return {name: converted[f"{self._layer.name}.{name}"][0] for name in self._layer.shape.module_shapes()}
+
+    def _position(self, targets: list[str], expert: int) -> int:
+        """Where the expert's tensors are in the module list: modules that share one follow each other in it."""
+        mine = set(self._layer.parameter_names())
+        which = next(i for i, target in enumerate(targets) if target in mine)
+        return which * self._layer.num_experts + expert
+
+    def _convert_meta(self, group: SourceGroup) -> dict[str, Tensor]:
+        """The conversion of one expert on `meta`: names and shapes only."""
+        copies = num_targets(group) if is_module_list(group) else 1
+        metas = {}
+        for pattern, names in group.sources.items():
+            entry = self._shards.entries[names[0]]
+            shape = entry.shape if is_module_list(group) else (1, *entry.shape[1:])
+            metas[pattern] = [torch.empty(shape, dtype=entry.dtype, device="meta")] * copies
+        return convert(group, metas, self._model)
+
+    def _check_sources(self, group: SourceGroup) -> None:
+        """Every expert's tensor must look like the first one's, and a fused tensor must hold all experts."""
+        for names in group.sources.values():
+            first = self._shards.entries[names[0]]
+            for entry in (self._shards.entries[name] for name in names):
+                if entry.shape != first.shape or entry.dtype not in WEIGHT_DTYPES:
+                    raise CheckpointError(
+                        f"{entry.path}: tensor {entry.name} is {entry.dtype} {list(entry.shape)}, expected floating "
+                        f"point weights {list(first.shape)}."
+                    )
+            if not is_module_list(group) and first.shape[:1] != (self._layer.num_experts,):
+                raise CheckpointError(
+                    f"{first.path}: tensor {first.name} is {list(first.shape)}, expected "
+                    f"{self._layer.num_experts} experts in its first dimension."
+                )
+
+    def _check_result(self) -> None:
+        converted = {name: value for group in self._groups for name, value in self._convert_meta(group).items()}
+        for name, shape in self._layer.shape.module_shapes().items():
+            parameter = f"{self._layer.name}.{name}"
+            if parameter not in converted:
+                raise CheckpointError(f"No tensor of the checkpoint brings {parameter}.")
+            if tuple(converted[parameter].shape) != (1, *shape):
+                group = self._groups[[parameter in targets for targets in self._targets].index(True)]
+                entry = self._shards.entries[group.names[0]]
+                raise CheckpointError(
+                    f"{entry.path}: tensor {entry.name} is {list(entry.shape)}; {parameter} needs {list(shape)} per "
+                    f"expert and gets {list(converted[parameter].shape[1:])}."
+                )

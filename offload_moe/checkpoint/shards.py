@@ -1,0 +1,134 @@
+"""The tensors of a checkpoint folder, read by plain positioned reads.
+
+Reads rather than mapped files: mapped pages count as resident memory, and RAM must stay bounded by a few experts.
+"""
+
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from offload_moe.checkpoint.header import TensorEntry, read_header
+from offload_moe.errors import CheckpointError, TransferError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PICKLE_PATTERNS = ("*.bin", "*.pth", "*.pt", "*.ckpt")
+
+
+class Shards:
+    """Named tensors spread over the safetensors files of one folder. Reads may come from several threads."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads and checks every header. Raises: CheckpointError naming the file and the tensor."""
+        self.entries: dict[str, TensorEntry] = {}
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        promised = _weight_map(folder)
+        self.paths = tuple(safe_path(folder, name) for name in sorted(set(promised.values())))
+        for path in self.paths:
+            for name, entry in read_header(path).items():
+                if name in self.entries:
+                    raise CheckpointError(f"Tensor {name} is both in {self.entries[name].path} and in {path}.")
+                self.entries[name] = entry
+        for name, file_name in promised.items():
+            if name and (name not in self.entries or self.entries[name].path.name != Path(file_name).name):
+                raise CheckpointError(f"{folder / INDEX_NAME} says tensor {name} is in {file_name}; it is not.")
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor."""
+        entry = self.entries[name]
+        return self._read(entry, entry.offset, entry.num_bytes).view(entry.dtype).view(entry.shape)
+
+    def read_row(self, name: str, row: int) -> Tensor:
+        """One slice along the leading dimension, ``[1, ...]``: one expert of a fused tensor."""
+        entry = self.entries[name]
+        row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        data = self._read(entry, entry.offset + row * row_bytes, row_bytes)
+        return data.view(entry.dtype).view(1, *entry.shape[1:])
+
+    def chunks(self, name: str, chunk_bytes: int) -> Iterator[Tensor]:
+        """The tensor's bytes in order, uint8, at most `chunk_bytes` at a time."""
+        entry = self.entries[name]
+        for start in range(0, entry.num_bytes, chunk_bytes):
+            yield self._read(entry, entry.offset + start, min(chunk_bytes, entry.num_bytes - start))
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors = {}
+
+    def _descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = _open(path)
+            return self._descriptors[path]
+
+    def _read(self, entry: TensorEntry, offset: int, num_bytes: int) -> Tensor:
+        descriptor = self._descriptor(entry.path)
+        data = torch.empty(num_bytes, dtype=torch.uint8)
+        buffer = data.numpy().data
+        done = 0
+        while done < num_bytes:
+            try:
+                count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise TransferError(f"{entry.path}: reading tensor {entry.name} failed: {error.strerror}.") from error
+            if count == 0:
+                raise CheckpointError(
+                    f"{entry.path} is truncated inside tensor {entry.name}: {offset + num_bytes} bytes needed."
+                )
+            done += count
+        return data
+
+
+def safe_path(folder: Path, name: str) -> Path:
+    """`folder/name`, refusing names that lead out of the folder.
+
+    The hub's cache keeps a snapshot as links into `blobs/` next to it; only there may a link lead out.
+
+    Raises:
+        CheckpointError: the name escapes.
+    """
+    path = folder / name
+    root = folder.resolve()
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    real = path.resolve()
+    if Path(name).is_absolute() or ".." in Path(name).parts or not any(real.is_relative_to(a) for a in allowed):
+        raise CheckpointError(f"{folder}: the file name {name!r} leads out of the checkpoint folder; refused.")
+    return path
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> shard file name; a single file promises no names, so its entry has an empty one."""
+    index = folder / INDEX_NAME
+    if index.exists():
+        try:
+            weight_map = json.loads(safe_path(folder, INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
+            pairs = [(name, file_name) for name, file_name in weight_map.items() if isinstance(file_name, str)]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a shard index: {error!r}.") from error
+        if not pairs or len(pairs) != len(weight_map):
+            raise CheckpointError(f"{index} is not a shard index: its weight_map is empty or not made of file names.")
+        return dict(pairs)
+    if (folder / SINGLE_NAME).exists():
+        return {"": SINGLE_NAME}
+    pickles = sorted(path.name for pattern in PICKLE_PATTERNS for path in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{folder} has only a pickle checkpoint ({pickles[0]}): loading one can run any code, so it is refused. "
+            "Use a safetensors version of the model."
+        )
+    raise CheckpointError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}.")
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
