@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from offload_moe.errors import ConfigError
 from offload_moe.schedule.policy.frequency import LFU, DecayedFrequency
+from offload_moe.schedule.policy.knn import KNN
 from offload_moe.schedule.policy.lru import LRU
 from offload_moe.schedule.policy.lru_2 import LRU2
 from offload_moe.schedule.policy.protocol import Policy
@@ -17,9 +18,10 @@ _FACTORIES: dict[str, Callable[[range, int, int], Policy]] = {
     DecayedFrequency.name: lambda layers, num_experts, num_slots: DecayedFrequency(),
     SLRU.name: lambda layers, num_experts, num_slots: SLRU(num_slots),
     LRU2.name: lambda layers, num_experts, num_slots: LRU2(),
+    KNN.name: lambda layers, num_experts, num_slots: KNN(layers, num_experts),
 }
 POLICY_NAMES = tuple(_FACTORIES)
-DEFAULT_POLICY = LRU.name
+DEFAULT_POLICY = KNN.name
 
 
 def make_policy(name: str, *, num_layers: int, num_experts: int, num_slots: int, first_layer: int = 0) -> Policy:

@@ -1,0 +1,119 @@
+"""The default policy: keep what was used next when the routing last looked like this."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from offload_moe.schedule.policy.history import History
+from offload_moe.schedule.policy.reuse import ReuseModel
+
+DISCOUNT = 0.7  # per token until the next use
+LAYERS_PER_RANKING = 2  # that many layers are ranked at once: fewer calls, slightly staler ranks
+LOWEST_WORTH = 1e-4
+PREFETCH_WORTH = 0.8  # of an expert that a prefetch brought, until its layer has come round
+TOKENS_PER_REBASE = 256  # ranks are 32-bit floats at absolute times: move the origin before they lose digits
+FADE = -math.log(DISCOUNT)
+
+
+class KNN:
+    """Evicts the expert with the lowest expected `DISCOUNT ** (time to the next use)`, time in tokens with fractions.
+
+    An expert of the layer just passed cannot be used for a whole token, one of the next layer can be at once: that is
+    the fraction, and why one pool for all layers does better than one for each. Kept as logarithms at absolute times,
+    ranks stay comparable without being touched until their layer comes round again.
+
+    Each ranking costs a fixed number of numpy calls on arrays of M tokens and of one layer's experts; a victim is one
+    argmin over the pool's experts. A chunk that uses more than half of a layer's experts says nothing about what goes
+    with what, and stays out of the history.
+    """
+
+    name = "knn"
+
+    def __init__(self, layers: range, num_experts: int) -> None:
+        num_keys = len(layers) * num_experts
+        self._layers = layers
+        self._num_experts = num_experts
+        self._first_key = layers.start * num_experts
+        self._history = History(num_keys, DISCOUNT)
+        self._reuse = ReuseModel(num_keys, DISCOUNT)
+        self._due = np.repeat(np.arange(len(layers)) / len(layers) * FADE, num_experts).astype(np.float32)  # next visit
+        self._rank = math.log(LOWEST_WORTH) - self._due
+        self._absent = np.full(num_keys, np.inf, dtype=np.float32)  # 0 where resident
+        self._order = self._absent.copy()  # rank where resident, infinite elsewhere
+        self._pending: list[int] = []  # used by layers not ranked yet, from position `_ranked` on
+        self._ranked = 0
+        self._position = -1  # of the layer accessed last
+        self._token = 0
+        self._is_chunk = False
+        self._current: frozenset[int] = frozenset()
+
+    def access(self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None) -> None:
+        position = layer - self._layers.start
+        if position <= self._position:
+            self._next_token()
+        self._position = position
+        first_key = self._first_key
+        local = [key - first_key for key in keys] if first_key else keys
+        self._current = frozenset(local)
+        self._pending += local
+        self._is_chunk |= 2 * len(keys) > self._num_experts
+        if position + 1 - self._ranked >= LAYERS_PER_RANKING or position + 1 == len(self._layers):
+            self._rank_pending()
+
+    def insert(self, key: int) -> None:
+        local = key - self._first_key
+        self._absent[local] = 0.0
+        if local not in self._current:
+            self._rank[local] = math.log(PREFETCH_WORTH) - self._due[local]
+        self._order[local] = self._rank[local]
+
+    def remove(self, key: int) -> None:
+        local = key - self._first_key
+        self._absent[local] = self._order[local] = np.inf
+
+    def victim(self, leased: Callable[[int], bool]) -> int | None:
+        order, passed, chosen = self._order, [], None
+        while chosen is None:
+            local = int(order.argmin())
+            if order[local] == np.inf:
+                break
+            if leased(local + self._first_key):
+                passed.append(local)
+                order[local] = np.inf
+            else:
+                chosen = local + self._first_key
+        for local in passed:
+            order[local] = self._rank[local]
+        return chosen
+
+    def _rank_pending(self) -> None:
+        """Learn from the layers passed since the last ranking, and rank their experts for the next token."""
+        num_layers = self._position + 1 - self._ranked
+        first, end = self._ranked * self._num_experts, (self._position + 1) * self._num_experts
+        keys = np.array(self._pending)
+        used = np.zeros(end - first, dtype=np.float32)
+        used[keys - first] = 1.0
+        if not self._is_chunk:
+            self._history.observe(keys, num_layers)
+        foretold, trust = self._history.foretells(first, end)
+        worth = self._reuse.update(first, end, used, foretold, trust, learn=not self._is_chunk)
+        self._due[first:end] += FADE
+        rank = self._rank[first:end]
+        np.maximum(worth, LOWEST_WORTH, out=worth)
+        np.subtract(np.log(worth, out=worth), self._due[first:end], out=rank)
+        np.add(rank, self._absent[first:end], out=self._order[first:end])
+        self._pending = []
+        self._ranked = self._position + 1
+
+    def _next_token(self) -> None:
+        if self._pending:
+            self._rank_pending()
+        self._history.advance()
+        self._reuse.advance()
+        self._ranked = 0
+        self._is_chunk = False
+        self._token += 1
+        if self._token % TOKENS_PER_REBASE == 0:
+            for times, sign in ((self._due, -1), (self._rank, 1), (self._order, 1)):
+                times += sign * FADE * TOKENS_PER_REBASE

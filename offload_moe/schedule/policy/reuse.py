@@ -1,0 +1,66 @@
+"""How soon an expert is used again, learned while it runs.
+
+Shapes: X all experts of the pool, D features.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+SLOW_HALF_LIFE, FAST_HALF_LIFE = 50.0, 3.0  # tokens
+CONSTANT = 0.1
+SHRINKAGE = 0.05  # weight of the slow frequency among the neighbours
+PRIOR_WEIGHTS = (0.0, 0.5, 0.3, 0.05, 0.75, 1.0)
+PRIOR_SAMPLES = 200.0  # how much evidence the prior weights stand for
+WARM_UP = 8  # tokens before learning begins
+LEARN_EVERY, SOLVE_EVERY = 4, 16  # tokens
+
+Vector = NDArray[np.float32]
+
+
+class ReuseModel:
+    """Expected `discount ** (tokens until the next use)`, linear in six features, fitted by least squares.
+
+    The features of an expert: a constant; its use frequency with a long and with a short memory; whether this token
+    used it; what neighbours foretell; and the slow frequency once more where there are no good neighbours.
+
+    Source: least-squares temporal differences, Bradtke and Barto, Machine Learning 22, 1996; here a use ends the sum.
+    """
+
+    def __init__(self, num_keys: int, discount: float) -> None:
+        num_features = len(PRIOR_WEIGHTS)
+        self._discount = np.float32(discount)
+        self._features = np.zeros((num_features, num_keys), dtype=np.float32)  # [D, X]
+        self._features[0] = CONSTANT
+        self._weights = np.array(PRIOR_WEIGHTS, dtype=np.float32)
+        self._covariance = np.eye(num_features) * PRIOR_SAMPLES
+        self._evidence = np.array(PRIOR_WEIGHTS) * PRIOR_SAMPLES
+        self._num_tokens = 0
+
+    def update(self, first: int, end: int, used: Vector, foretold: Vector, trust: float, learn: bool) -> Vector:
+        """Expected discounted reuse of keys `first` to `end`, whose layers the present token has just passed.
+
+        used: 1.0 where this token used the expert; foretold, trust: from the neighbours.
+        """
+        features = self._features[:, first:end]
+        learn = learn and self._num_tokens > WARM_UP and self._num_tokens % LEARN_EVERY == 0
+        before = features.copy() if learn else features
+        frequencies = features[1:4]
+        frequencies += _STEPS * (used - frequencies)
+        share = 1.0 / (trust + SHRINKAGE)
+        np.multiply(foretold, share, out=features[4])
+        np.multiply(features[1], SHRINKAGE * share, out=features[5])
+        if learn:
+            self._covariance += before @ (before - (self._discount * (1.0 - used)) * features).T
+            self._evidence += before @ used
+        return self._weights @ features
+
+    def advance(self) -> None:
+        self._num_tokens += 1
+        if self._num_tokens % SOLVE_EVERY == 0:
+            self._weights = np.linalg.solve(self._covariance, self._evidence).astype(np.float32)
+
+
+_STEPS = np.array(
+    [[1 - 0.5 ** (1 / SLOW_HALF_LIFE)], [1 - 0.5 ** (1 / FAST_HALF_LIFE)], [1.0]],  # the third is `used` itself
+    dtype=np.float32,
+)
