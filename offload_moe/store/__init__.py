@@ -1,0 +1,7 @@
+"""The expert store on disk: layout, writer, reader."""
+
+from offload_moe.store.manifest import DenseEntry, Layer
+from offload_moe.store.progress import Progress
+from offload_moe.store.store import Record, Store, is_store
+
+__all__ = ["DenseEntry", "Layer", "Progress", "Record", "Store", "is_store"]

@@ -1,0 +1,62 @@
+"""What an expert store holds and where: the content of `store.json`."""
+
+from dataclasses import dataclass
+
+import torch
+
+from offload_moe.quant import ExpertShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One MoE layer: the experts module's name, how many experts, and what each is made of."""
+
+    name: str
+    num_experts: int
+    record_bytes: int
+    shape: ExpertShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A run of bytes in one file of the store, and its CRC-32."""
+
+    file: int
+    offset: int
+    num_bytes: int
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseEntry:
+    """A dense tensor, or the record of a quantized linear when `quantized` says what it holds."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    place: Place
+    quantized: ExpertShape | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFile:
+    """A file of the store: its size and the CRC-32 of its header (of all of it, for metadata files)."""
+
+    name: str
+    num_bytes: int
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """All of `store.json`. `experts` are places in flat order, layer after layer."""
+
+    source: str
+    revision: str | None
+    codec: str
+    dense_codec: str
+    layers: tuple[Layer, ...]
+    files: tuple[StoredFile, ...]
+    experts: tuple[Place, ...]
+    dense: tuple[DenseEntry, ...]
+    metadata: tuple[StoredFile, ...]

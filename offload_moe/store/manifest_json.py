@@ -1,0 +1,192 @@
+"""`store.json` as text, and back. Written last, so a folder without it is no store.
+
+See docs/formats.md for the format. What is read may come from a damaged or hostile file, so every field is checked
+before it is used as a size, an offset or a file name.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from offload_moe.checkpoint.header import DTYPES
+from offload_moe.errors import StoreCorrupt, StoreError, StoreVersion
+from offload_moe.quant import ExpertShape, Matrix
+from offload_moe.quant.layout import RECORD_ALIGNMENT
+from offload_moe.store.manifest import DenseEntry, Layer, Manifest, Place, StoredFile
+
+MANIFEST_NAME = "store.json"
+FORMAT_NAME = "offload-moe expert store"
+FORMAT_VERSION = 1
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_NUMBER = 1 << 53  # JSON numbers beyond it are not exact everywhere, and no model comes near
+
+
+def shape_to_json(shape: ExpertShape) -> dict[str, Any]:
+    return {
+        "matrices": [[m.name, m.out_features, m.in_features] for m in shape.matrices],
+        "biases": [list(bias) for bias in shape.biases],
+        "is_transposed": shape.is_transposed,
+        "is_interleaved": shape.is_interleaved,
+    }
+
+
+def manifest_to_json(manifest: Manifest) -> str:
+    """The text of `store.json`: the same bytes for the same store."""
+    document = {
+        "format": FORMAT_NAME,
+        "version": FORMAT_VERSION,
+        "source": manifest.source,
+        "revision": manifest.revision,
+        "codec": manifest.codec,
+        "dense_codec": manifest.dense_codec,
+        "layers": [
+            {
+                "name": layer.name,
+                "num_experts": layer.num_experts,
+                "record_bytes": layer.record_bytes,
+                "shape": shape_to_json(layer.shape),
+            }
+            for layer in manifest.layers
+        ],
+        "files": [[file.name, file.num_bytes, file.checksum] for file in manifest.files],
+        "experts": [[place.file, place.offset, place.checksum] for place in manifest.experts],
+        "dense": [
+            {
+                "name": entry.name,
+                "dtype": DTYPE_NAMES[entry.dtype],
+                "shape": list(entry.shape),
+                "place": [entry.place.file, entry.place.offset, entry.place.num_bytes, entry.place.checksum],
+                "quantized": shape_to_json(entry.quantized) if entry.quantized else None,
+            }
+            for entry in manifest.dense
+        ],
+        "metadata": [[file.name, file.num_bytes, file.checksum] for file in manifest.metadata],
+    }
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `store.json`.
+
+    Raises:
+        StoreError: not a store, or one that was not finished.
+        StoreVersion: written by another format version.
+        StoreCorrupt: malformed.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise StoreError(f"{folder} is not an expert store: it has no {MANIFEST_NAME}.") from None
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise StoreCorrupt(f"{path} is damaged: {error}. Quantize the model again.") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT_NAME:
+        raise StoreError(f"{path} does not describe an expert store.")
+    if document.get("version") != FORMAT_VERSION:
+        raise StoreVersion(
+            f"{folder} is a store of format version {document.get('version')}, this program reads version "
+            f"{FORMAT_VERSION}. Quantize the model again, or use the program that wrote it."
+        )
+    try:
+        return _manifest(document)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise StoreCorrupt(f"{path} is malformed ({error!r}). Quantize the model again.") from error
+
+
+def _manifest(document: dict[str, Any]) -> Manifest:
+    files = tuple(_file(fields, r"(dense|experts)-\d{5}\.safetensors") for fields in document["files"])
+    layers = tuple(_layer(fields) for fields in document["layers"])
+    record_bytes = [layer.record_bytes for layer in layers for _ in range(layer.num_experts)]
+    places = document["experts"]
+    if len(places) != len(record_bytes):
+        raise ValueError(f"{len(places)} experts listed, {len(record_bytes)} in the layer table")
+    dense = tuple(_dense(fields, files) for fields in document["dense"])
+    if len({entry.name for entry in dense}) != len(dense):
+        raise ValueError("a dense tensor is listed twice")
+    return Manifest(
+        source=_text(document["source"]),
+        revision=None if document["revision"] is None else _text(document["revision"]),
+        codec=_text(document["codec"]),
+        dense_codec=_text(document["dense_codec"]),
+        layers=layers,
+        files=files,
+        experts=tuple(
+            _place((file, offset, num_bytes, checksum), files, RECORD_ALIGNMENT)
+            for (file, offset, checksum), num_bytes in zip(places, record_bytes, strict=True)
+        ),
+        dense=dense,
+        metadata=tuple(_file(fields, r"(additional_chat_templates/)?[\w-][\w.-]*") for fields in document["metadata"]),
+    )
+
+
+def _layer(fields: dict[str, Any]) -> Layer:
+    num_experts, record_bytes = _number(fields["num_experts"]), _number(fields["record_bytes"])
+    if not 0 < num_experts <= 1 << 20:
+        raise ValueError(f"{num_experts} experts in one layer")
+    if record_bytes == 0 or record_bytes % RECORD_ALIGNMENT:
+        raise ValueError(f"records of {record_bytes} bytes are not aligned")
+    return Layer(
+        name=_text(fields["name"]),
+        num_experts=num_experts,
+        record_bytes=record_bytes,
+        shape=_shape(fields["shape"]),
+    )
+
+
+def _shape(fields: dict[str, Any]) -> ExpertShape:
+    flags = fields["is_transposed"], fields["is_interleaved"]
+    if not all(isinstance(flag, bool) for flag in flags):
+        raise TypeError("flags of an expert shape")
+    matrices = tuple(
+        Matrix(name=_text(name), out_features=_number(out_features), in_features=_number(in_features))
+        for name, out_features, in_features in fields["matrices"]
+    )
+    if not matrices or not all(m.out_features and m.in_features for m in matrices):
+        raise ValueError("an expert without weights")
+    biases = tuple((_text(name), _number(length)) for name, length in fields["biases"])
+    return ExpertShape(matrices=matrices, biases=biases, is_transposed=flags[0], is_interleaved=flags[1])
+
+
+def _dense(fields: dict[str, Any], files: tuple[StoredFile, ...]) -> DenseEntry:
+    quantized = None if fields["quantized"] is None else _shape(fields["quantized"])
+    entry = DenseEntry(
+        name=_text(fields["name"]),
+        dtype=DTYPES[fields["dtype"]],
+        shape=tuple(_number(size) for size in fields["shape"]),
+        place=_place(fields["place"], files, RECORD_ALIGNMENT if quantized else 1),
+        quantized=quantized,
+    )
+    if math.prod(entry.shape) * entry.dtype.itemsize != entry.place.num_bytes:
+        raise ValueError(f"{entry.name} is {list(entry.shape)} in {entry.place.num_bytes} bytes")
+    return entry
+
+
+def _place(fields: Sequence[object], files: tuple[StoredFile, ...], alignment: int) -> Place:
+    file, offset, num_bytes, checksum = (_number(field) for field in fields)
+    if offset % alignment or offset + num_bytes > files[file].num_bytes:
+        raise ValueError(f"bytes {offset} to {offset + num_bytes} of {files[file].name}")
+    return Place(file=file, offset=offset, num_bytes=num_bytes, checksum=checksum)
+
+
+def _file(fields: list[Any], pattern: str) -> StoredFile:
+    name, num_bytes, checksum = fields
+    if re.fullmatch(pattern, _text(name)) is None or name == MANIFEST_NAME:
+        raise ValueError(f"file name {name!r}")
+    return StoredFile(name=name, num_bytes=_number(num_bytes), checksum=_number(checksum))
+
+
+def _number(value: object) -> int:
+    if type(value) is not int or not 0 <= value < MAX_NUMBER:
+        raise ValueError(f"{value!r} where a count belongs")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} where a name belongs")
+    return value

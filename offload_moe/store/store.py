@@ -1,0 +1,198 @@
+"""The reading side of an expert store: where every record lies, and whether its bytes are the ones written."""
+
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from offload_moe.errors import ConfigError, StoreCorrupt, StoreError
+from offload_moe.quant import get_codec
+from offload_moe.store.manifest import DenseEntry, Layer, Manifest, Place
+from offload_moe.store.manifest_json import MANIFEST_NAME, read_manifest
+from offload_moe.store.progress import OnProgress, Progress, ignore_progress
+
+CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """Where one expert lies: `offset` and `num_bytes` are multiples of 4096."""
+
+    path: Path
+    offset: int
+    num_bytes: int
+    checksum: int
+
+
+def is_store(path: Path | str) -> bool:
+    """Whether a finished store is there; `Store.open` says whether it is usable."""
+    return (Path(path) / MANIFEST_NAME).is_file()
+
+
+class Store:
+    """A finished expert store. Nothing of it changes while it is open."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.source = manifest.source
+        self.revision = manifest.revision
+        self.codec = manifest.codec
+        self.dense_codec = manifest.dense_codec
+        self.layers: tuple[Layer, ...] = manifest.layers
+        self.dense: Mapping[str, DenseEntry] = {entry.name: entry for entry in manifest.dense}
+        self._manifest = manifest
+        self._first = [sum(layer.num_experts for layer in self.layers[:i]) for i in range(len(self.layers))]
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Store":
+        """Read the manifest and check that every file is there in full; checksums are left to `verify`.
+
+        Raises:
+            StoreError: not a store, or not finished.
+            StoreVersion: another format version wrote it.
+            StoreCorrupt: a file is missing or cut short, or the manifest contradicts itself.
+        """
+        folder = Path(path)
+        store = cls(folder, read_manifest(folder))
+        store._check_layouts()
+        for file in (*store._manifest.files, *store._manifest.metadata):
+            try:
+                found = (folder / file.name).stat().st_size
+            except OSError as error:
+                raise StoreCorrupt(f"{folder / file.name} is missing: {error.strerror}.") from error
+            if found != file.num_bytes:
+                raise StoreCorrupt(
+                    f"{folder / file.name} has {found} bytes, {file.num_bytes} were written. Quantize the model again."
+                )
+        return store
+
+    @property
+    def num_experts(self) -> int:
+        """The most experts any layer has: flat keys are ``layer * num_experts + expert``."""
+        return max(layer.num_experts for layer in self.layers)
+
+    @property
+    def experts_bytes(self) -> int:
+        return sum(place.num_bytes for place in self._manifest.experts)
+
+    @property
+    def dense_bytes(self) -> int:
+        return sum(entry.place.num_bytes for entry in self.dense.values())
+
+    def record(self, layer: int, expert: int) -> Record:
+        """Where an expert's record lies; `layer` is the ordinal of the MoE layer."""
+        place = self._place(layer, expert)
+        return Record(
+            path=self.path / self._manifest.files[place.file].name,
+            offset=place.offset,
+            num_bytes=place.num_bytes,
+            checksum=place.checksum,
+        )
+
+    def read_expert(self, layer: int, expert: int) -> Tensor:
+        """The record, uint8 ``[record_bytes]``, checked. Raises: StoreCorrupt naming the expert and its file."""
+        return self._read_checked(self._place(layer, expert), self._expert_name(layer, expert))
+
+    def read_dense(self, name: str) -> Tensor:
+        """A dense tensor, checked; where `dense[name].quantized` is set, the uint8 record of a linear.
+
+        Raises: StoreCorrupt naming the tensor and its file.
+        """
+        entry = self.dense[name]
+        data = self._read_checked(entry.place, name)
+        return data.view(entry.dtype).view(entry.shape)
+
+    def dense_tensors(self) -> Iterator[tuple[DenseEntry, Tensor]]:
+        """Every dense entry with its tensor, read one at a time in the order of the files."""
+        for entry in self.dense.values():
+            yield entry, self.read_dense(entry.name)
+
+    def verify(self, progress: OnProgress | None = None) -> None:
+        """Read everything and compare it with its checksum.
+
+        Raises: StoreCorrupt naming the first file and expert or tensor that differs.
+        """
+        report = progress or ignore_progress
+        total, done = self.experts_bytes + self.dense_bytes, 0
+        for file in self._manifest.metadata:
+            if zlib.crc32((self.path / file.name).read_bytes()) != file.checksum:
+                raise StoreCorrupt(f"{self.path / file.name} does not match its checksum. Quantize the model again.")
+        for place, what in self._places():
+            self._check(place, what)
+            done += place.num_bytes
+            report(Progress(phase="Verifying", done_bytes=done, total_bytes=total))
+
+    def _places(self) -> Iterator[tuple[Place, str]]:
+        for index, file in enumerate(self._manifest.files):
+            header_bytes = min(
+                (
+                    p.offset
+                    for p in (*self._manifest.experts, *(e.place for e in self.dense.values()))
+                    if p.file == index
+                ),
+                default=file.num_bytes,
+            )
+            yield Place(file=index, offset=0, num_bytes=header_bytes, checksum=file.checksum), "the header"
+        for entry in self.dense.values():
+            yield entry.place, entry.name
+        for layer, description in enumerate(self.layers):
+            for expert in range(description.num_experts):
+                yield self._place(layer, expert), self._expert_name(layer, expert)
+
+    def _place(self, layer: int, expert: int) -> Place:
+        assert 0 <= expert < self.layers[layer].num_experts
+        return self._manifest.experts[self._first[layer] + expert]
+
+    def _expert_name(self, layer: int, expert: int) -> str:
+        return f"expert {expert} of layer {layer} ({self.layers[layer].name})"
+
+    def _read_checked(self, place: Place, what: str) -> Tensor:
+        data = torch.empty(place.num_bytes, dtype=torch.uint8)
+        done = 0
+        for chunk in self._chunks(place, what):
+            data.numpy()[done : done + len(chunk)] = memoryview(chunk)
+            done += len(chunk)
+        if zlib.crc32(data.numpy().data) != place.checksum:
+            raise self._corrupt(place, what)
+        return data
+
+    def _check(self, place: Place, what: str) -> None:
+        checksum = 0
+        for chunk in self._chunks(place, what):
+            checksum = zlib.crc32(chunk, checksum)
+        if checksum != place.checksum:
+            raise self._corrupt(place, what)
+
+    def _chunks(self, place: Place, what: str) -> Iterator[bytes]:
+        path = self.path / self._manifest.files[place.file].name
+        try:
+            with path.open("rb", buffering=0) as file:
+                position, end = place.offset, place.offset + place.num_bytes
+                while position < end:
+                    chunk = os.pread(file.fileno(), min(CHUNK_BYTES, end - position), position)
+                    if not chunk:
+                        raise StoreCorrupt(f"{path} ends inside {what}. Quantize the model again.")
+                    position += len(chunk)
+                    yield chunk
+        except OSError as error:
+            raise StoreError(f"{path}: reading {what} failed: {error.strerror}.") from error
+
+    def _corrupt(self, place: Place, what: str) -> StoreCorrupt:
+        path = self.path / self._manifest.files[place.file].name
+        return StoreCorrupt(f"{path}: {what} does not match its checksum. Quantize the model again.")
+
+    def _check_layouts(self) -> None:
+        """Records must be as long as their codec says, or arithmetic would read past them."""
+        try:
+            experts, dense = get_codec(self.codec), get_codec(self.dense_codec)
+        except ConfigError as error:
+            raise StoreCorrupt(f"{self.path / MANIFEST_NAME}: {error}") from error
+        sizes = [(layer.name, layer.record_bytes, experts.layout(layer.shape)) for layer in self.layers]
+        sizes += [(e.name, e.place.num_bytes, dense.layout(e.quantized)) for e in self.dense.values() if e.quantized]
+        for name, num_bytes, layout in sizes:
+            if layout.record_bytes != num_bytes:
+                raise StoreCorrupt(f"{self.path / MANIFEST_NAME}: {name} has records of {num_bytes} bytes.")
