@@ -47,6 +47,10 @@ OM_INLINE int32_t quantize_group(const float *values, const int count, int8_t *q
     return sum;
 }
 
+OM_INLINE void append_sizes(int8_t *quants) {
+    for (int i = 0; i < OM_BLOCK; i++) quants[OM_BLOCK + i] = (int8_t)(quants[i] < 0 ? -quants[i] : quants[i]);
+}
+
 /* `low_first`: whether the low nibble of a byte is its even element. */
 OM_INLINE void split_nibbles_int8(const int8_t *natural, const int low_first, int8_t *split) {
     for (int i = 0; i < OM_BLOCK / 2; i++) {
@@ -59,7 +63,7 @@ static void quantize_blocks(int32_t codec, const float *values, int64_t first_bl
     const int groups = codec == OM_MXFP4 ? 2 : 1, length = OM_BLOCK / groups;
     for (int64_t b = 0; b < num_blocks; b++) {
         int8_t natural[OM_BLOCK];
-        int8_t *quants = token->quants + (first_block + b) * OM_BLOCK;
+        int8_t *quants = token->quants + (first_block + b) * OM_QUANT_BYTES;
         for (int g = 0; g < groups; g++) {
             const int64_t at = (first_block + b) * groups + g;
             const float *group = values + b * OM_BLOCK + g * length;
@@ -73,6 +77,7 @@ static void quantize_blocks(int32_t codec, const float *values, int64_t first_bl
             split_nibbles_int8(natural, 0, quants);
         else
             split_nibbles_int8(natural, 1, quants);
+        append_sizes(quants);
     }
 }
 

@@ -1,7 +1,7 @@
 /* AVX2 with FMA and F16C: one block of 64 weights is two registers. */
 #include "levels.h"
 #include "om_kernels.h"
-#include "signed_seed.h"
+#include "signed_weights.h"
 
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
@@ -12,8 +12,8 @@
 #define OM_EXACT_TILE 4
 
 typedef __m256 fvec;
-/* Magnitudes and signed weights: u8 times s8 with 8 bits on both sides saturates in vpmaddubsw, |w| times sign(x, w) cannot. */
-typedef struct { __m256i low_size, high_size, low, high; } qblock;
+/* u8 times s8 with 8 bits on both sides saturates in vpmaddubsw; |x| times sign(w, x) cannot, as both stay within 127. */
+typedef struct { __m256i low, high; } qblock;
 typedef struct { fvec v[8]; } xblock;
 
 OM_INLINE fvec fv_zero(void) { return _mm256_setzero_ps(); }
@@ -32,37 +32,27 @@ OM_INLINE float fv_sum(fvec v) {
 
 OM_INLINE fvec fv_halves(float first, float second) { return _mm256_set_m128(_mm_set1_ps(second), _mm_set1_ps(first)); }
 
-/* Eight loads: faster than vgatherdps where that is microcoded, and level where it is not. */
-OM_INLINE fvec fv_lookup(const float *map, const uint8_t *bytes) {
-    return _mm256_setr_ps(map[bytes[0]], map[bytes[1]], map[bytes[2]], map[bytes[3]], map[bytes[4]], map[bytes[5]],
-                          map[bytes[6]], map[bytes[7]]);
-}
-
 OM_INLINE __m256i load_bytes(const uint8_t *codes) { return _mm256_loadu_si256((const __m256i *)codes); }
-
-OM_INLINE qblock as_qblock(__m256i low, __m256i high) {
-    return (qblock){_mm256_abs_epi8(low), _mm256_abs_epi8(high), low, high};
-}
 
 OM_INLINE qblock look_up_levels(const uint8_t *codes, __m128i levels) {
     const __m256i table = _mm256_broadcastsi128_si256(levels), mask = _mm256_set1_epi8(15), both = load_bytes(codes);
-    return as_qblock(_mm256_shuffle_epi8(table, _mm256_and_si256(both, mask)),
-                     _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(both, 4), mask)));
+    return (qblock){_mm256_shuffle_epi8(table, _mm256_and_si256(both, mask)),
+                    _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(both, 4), mask))};
 }
 
 OM_INLINE qblock q_nf4(const uint8_t *codes) { return look_up_levels(codes, _mm_setr_epi8(OM_NF4_LEVELS)); }
 OM_INLINE qblock q_mxfp4(const uint8_t *codes) { return look_up_levels(codes, _mm_setr_epi8(OM_MXFP4_LEVELS)); }
-OM_INLINE qblock q_int8(const uint8_t *codes) { return as_qblock(load_bytes(codes), load_bytes(codes + 32)); }
+OM_INLINE qblock q_int8(const uint8_t *codes) { return (qblock){load_bytes(codes), load_bytes(codes + 32)}; }
 
-OM_INLINE __m256i dot_bytes(__m256i size, __m256i weights, const int8_t *quants) {
-    const __m256i signed_quants = _mm256_sign_epi8(load_bytes((const uint8_t *)quants), weights);
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(size, signed_quants), _mm256_set1_epi16(1));
+OM_INLINE __m256i dot_bytes(__m256i weights, const uint8_t *quants) {
+    const __m256i signed_weights = _mm256_sign_epi8(weights, load_bytes(quants));
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(load_bytes(quants + OM_BLOCK), signed_weights), _mm256_set1_epi16(1));
 }
 
 OM_INLINE fvec fv_dot(qblock w, const int8_t *quants, dot_seed seed) {
+    const uint8_t *bytes = (const uint8_t *)quants;
     (void)seed;
-    return _mm256_cvtepi32_ps(
-        _mm256_add_epi32(dot_bytes(w.low_size, w.low, quants), dot_bytes(w.high_size, w.high, quants + 32)));
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(dot_bytes(w.low, bytes), dot_bytes(w.high, bytes + 32)));
 }
 
 /* 16 floats by a 4-bit index: two 8-entry permutes, the index's top bit chooses. */

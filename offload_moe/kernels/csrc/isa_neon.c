@@ -1,7 +1,7 @@
 /* NEON (AArch64); the dot-product instructions where the compiler may use them. */
 #include "levels.h"
 #include "om_kernels.h"
-#include "signed_seed.h"
+#include "signed_weights.h"
 
 #if defined(__aarch64__) && defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -24,11 +24,6 @@ OM_INLINE fvec fv_mul(fvec a, fvec b) { return vmulq_f32(a, b); }
 OM_INLINE fvec fv_fma(fvec a, fvec b, fvec c) { return vfmaq_f32(c, a, b); }
 OM_INLINE float fv_sum(fvec v) { return vaddvq_f32(v); }
 OM_INLINE fvec fv_halves(float first, float second) { return vcombine_f32(vdup_n_f32(first), vdup_n_f32(second)); }
-
-OM_INLINE fvec fv_lookup(const float *map, const uint8_t *bytes) {
-    const float values[4] = {map[bytes[0]], map[bytes[1]], map[bytes[2]], map[bytes[3]]};
-    return vld1q_f32(values);
-}
 
 OM_INLINE qblock look_up_levels(const uint8_t *codes, const int8_t *levels) {
     const int8x16_t table = vld1q_s8(levels);

@@ -1,7 +1,7 @@
 /* Plain C: serves where no other set does, and is what the others are tested against. */
 #include "levels.h"
 #include "om_kernels.h"
-#include "signed_seed.h"
+#include "signed_weights.h"
 
 #define OM_LANES 8
 #define OM_FAST_ROWS(num_tokens) 1
@@ -48,12 +48,6 @@ OM_INLINE float fv_sum(fvec v) {
 OM_INLINE fvec fv_halves(float first, float second) {
     fvec v;
     OM_EACH_LANE v.lane[i] = i < OM_LANES / 2 ? first : second;
-    return v;
-}
-
-OM_INLINE fvec fv_lookup(const float *map, const uint8_t *bytes) {
-    fvec v;
-    OM_EACH_LANE v.lane[i] = map[bytes[i]];
     return v;
 }
 

@@ -27,7 +27,7 @@ void om_lay_out_activations(om_activations *a, const om_matrix *m, int mode, int
         a->values = om_take(cursor, num_tokens * a->blocks * OM_BLOCK * (int64_t)sizeof(float));
         return;
     }
-    a->quants = om_take(cursor, num_tokens * a->blocks * OM_BLOCK);
+    a->quants = om_take(cursor, num_tokens * a->blocks * OM_QUANT_BYTES);
     a->block_scales = om_take(cursor, num_tokens * a->scales * (int64_t)sizeof(float));
     a->corrections = om_take(cursor, num_tokens * a->scales * (int64_t)sizeof(int32_t));
 }
@@ -38,7 +38,7 @@ static om_token activation_at(const om_activations *a, int64_t token) {
         result.values = a->values + token * a->blocks * OM_BLOCK;
         return result;
     }
-    result.quants = a->quants + token * a->blocks * OM_BLOCK;
+    result.quants = a->quants + token * a->blocks * OM_QUANT_BYTES;
     result.scales = a->block_scales + token * a->scales;
     result.corrections = a->corrections + token * a->scales;
     return result;

@@ -24,6 +24,7 @@ enum { OM_F32 = 0, OM_BF16_VALUES = 1 };
 enum { OM_SILU = 0, OM_GELU = 1, OM_GELU_TANH = 2, OM_GPT_OSS = 3, OM_RELU = 4, OM_RELU2 = 5, OM_IDENTITY = 6 };
 
 #define OM_BLOCK 64      /* weights that share an nf4 or int8 scale, and activations that share an int8 scale */
+#define OM_QUANT_BYTES 128 /* a block's quants, then their magnitudes (for u8 times s8 instructions) */
 #define OM_TILE 8        /* tokens that one pass over a row's codes serves */
 #define OM_PREFETCH_BYTES 1024
 

@@ -3,7 +3,7 @@
  * The including file defines the vector type and its primitives first:
  *   fvec                        OM_LANES floats; fv_zero, fv_load, fv_broadcast, fv_mul, fv_fma(a, b, c) = a * b + c, fv_sum
  *   fv_halves(first, second)    on the lanes that `fv_dot` gives a block's two halves of 32
- *   fv_lookup(map, bytes)       map[bytes[i]] for OM_LANES bytes
+ *   look_up_scales(bytes, count, out)        out[i] = om_dynamic_map[bytes[i]]
  *   qblock, q_nf4, q_int8, q_mxfp4(codes)    64 weights as 8-bit integers, the low-nibble ones first
  *   dot_seed, seed_one, seed_halves          the corrections that fv_dot starts from
  *   fv_dot(qblock, quants, seed)             products with 64 int8 activations, summed into the lanes
@@ -27,14 +27,15 @@ OM_INLINE const float *row_scales(const int codec, const om_weights *w, int64_t 
         return buffer;
     }
     const fvec offset = fv_broadcast(w->nested_offset);
+    look_up_scales(bytes, count, buffer);
     while (i < count) {
         const int64_t left_in_group = 256 - ((first + i) & 255);
         const int64_t end = i + left_in_group < count ? i + left_in_group : count;
         const float scale = w->nested_scales[(first + i) >> 8];
         for (; i + OM_LANES <= end; i += OM_LANES)
-            fv_store(buffer + i, fv_add(fv_mul(fv_lookup(om_dynamic_map, bytes + i), fv_broadcast(scale)), offset));
+            fv_store(buffer + i, fv_add(fv_mul(fv_load(buffer + i), fv_broadcast(scale)), offset));
         for (; i < end; i++) {
-            const float product = om_dynamic_map[bytes[i]] * scale; /* two roundings, as bitsandbytes decodes */
+            const float product = buffer[i] * scale; /* two roundings, as bitsandbytes decodes */
             buffer[i] = product + w->nested_offset;
         }
     }
@@ -91,7 +92,7 @@ OM_INLINE void fast_rows(const int codec, const int num_tokens, const int num_ro
         }
         for (int t = 0; t < num_tokens; t++)
             for (int r = 0; r < num_rows; r++)
-                sums[r][t] = add_block(codec, stride, &weights[r], quants[t] + b * OM_BLOCK,
+                sums[r][t] = add_block(codec, stride, &weights[r], quants[t] + b * OM_QUANT_BYTES,
                                        products + r * count * stride + at + t, tile->corrections + at + t, sums[r][t]);
     }
     const float unit = codec == OM_NF4 ? 1.0f / OM_NF4_UNIT : codec == OM_MXFP4 ? 1.0f / OM_MXFP4_UNIT : 1.0f;
