@@ -1,5 +1,6 @@
 """A Hugging Face checkpoint, opened for reading expert by expert."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ class DenseTensor:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Checkpoint:
@@ -77,10 +82,13 @@ class Checkpoint:
     def dense_tensor(self, name: str) -> Tensor:
         """One dense tensor whole, in the checkpoint's dtype."""
         group = self._dense_groups[name]
-        if self._last_converted[0] is not group:  # tensors that are split from one source are asked for in a row
+        if group.converter is None:
+            return self.shards.read(group.names[0])
+        last = self._last_converted
+        if last[0] is not group:  # tensors that are split from one source are asked for in a row
             tensors = {p: [self.shards.read(source) for source in names] for p, names in group.sources.items()}
-            self._last_converted = (group, convert(group, tensors, self.model))
-        return self._last_converted[1][name]
+            last = self._last_converted = (group, convert(group, tensors, self.model))
+        return last[1][name]
 
     def dense_chunks(self, name: str, chunk_bytes: int) -> Iterator[Tensor]:
         """The bytes of one dense tensor, uint8; a tensor that is only renamed is never whole in memory."""

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from offload_moe.checkpoint.shards import safe_path
 from offload_moe.errors import CheckpointError, TransferError
 
 # What a model folder needs beside its weights: config, generation config, tokenizer, chat templates.
@@ -11,6 +12,8 @@ METADATA_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "add
 WEIGHT_PATTERNS = ("*.safetensors",)
 # The same weights again in other shapes: originals in subfolders, consolidated files.
 IGNORED_PATTERNS = ("consolidated*", "*/*.safetensors", "*/*.json", "*/*.model", "*/*.txt", "*/*.tiktoken")
+
+NOT_KEPT = {"store.json", "LICENSE.txt", "requirements.txt"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +46,13 @@ def resolve_source(source: str | Path, *, revision: str | None = None, token: st
         raise CheckpointError(f"{source} is neither a folder nor a hub id like organisation/model. Check the path.")
     snapshot = _download(str(source), revision, token)
     return Source(folder=snapshot, name=str(source), revision=snapshot.name)
+
+
+def metadata_files(folder: Path) -> dict[str, Path]:
+    """The small files of a model folder that its store keeps, by name relative to the folder, sorted."""
+    found = {str(p.relative_to(folder)) for pattern in METADATA_PATTERNS for p in folder.glob(pattern) if p.is_file()}
+    kept = sorted(name for name in found if not name.endswith(".index.json") and name not in NOT_KEPT)
+    return {name: safe_path(folder, name) for name in kept}
 
 
 def _download(repo_id: str, revision: str | None, token: str | None) -> Path:

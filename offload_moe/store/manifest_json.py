@@ -65,7 +65,14 @@ def manifest_to_json(manifest: Manifest) -> str:
         ],
         "metadata": [[file.name, file.num_bytes, file.checksum] for file in manifest.metadata],
     }
-    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(value)}" for key, value in document.items()) + "\n}\n"
+
+
+def _lines(value: object) -> str:
+    """JSON with one line per item of a list, so that a person can find an expert and a diff stays short."""
+    if isinstance(value, list) and value:
+        return "[\n " + ",\n ".join(json.dumps(item) for item in value) + "\n]"
+    return json.dumps(value)
 
 
 def read_manifest(folder: Path) -> Manifest:

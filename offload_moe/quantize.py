@@ -1,0 +1,210 @@
+"""`quantize`: from a Hugging Face checkpoint to an expert store, one expert at a time."""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload_moe.checkpoint.checkpoint import Checkpoint
+from offload_moe.checkpoint.linears import projection_linears
+from offload_moe.checkpoint.source import Source, metadata_files, resolve_source
+from offload_moe.errors import CheckpointError
+from offload_moe.quant import Codec, ExpertShape, Matrix, get_codec
+from offload_moe.store.manifest import DenseEntry, Layer, Manifest
+from offload_moe.store.manifest_json import FORMAT_VERSION, manifest_to_json
+from offload_moe.store.plan import Blob, PlannedFile, plan_files, record_blob
+from offload_moe.store.progress import OnProgress, Progress, ignore_progress
+from offload_moe.store.writer import Payload, StoreWriter, describe_metadata, stored_files
+
+LOSSLESS = "bf16"  # as a dense codec: every dense weight stays as the checkpoint has it
+NUM_WORKERS = 2  # one encodes while the other reads; more experts in memory would not be faster
+COPY_BYTES = 1 << 25
+
+Job = tuple[Blob, Callable[[], Payload]]
+
+
+def quantize(
+    source: str | Path,
+    store: str | Path,
+    *,
+    codec: str = "nf4",
+    dense_codec: str = LOSSLESS,
+    revision: str | None = None,
+    token: str | None = None,
+    progress: OnProgress | None = None,
+) -> Path:
+    """Convert a checkpoint folder or hub id into an expert store and return the store's folder.
+
+    Memory stays bounded by a few experts and the largest dense tensor that has to be converted. A conversion that was
+    stopped, by whatever means, is resumed by the same call.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: the source cannot be read or bound.
+        StoreError: the target folder is in use for something else.
+        BudgetError: the disk is too small, or became full.
+        TransferError: a download, a read or a write failed.
+    """
+    report = progress or ignore_progress
+    experts_codec, linears_codec = get_codec(codec), get_codec(dense_codec)
+    origin = resolve_source(source, revision=revision, token=token)
+    checkpoint = Checkpoint(origin.folder)
+    try:
+        dense = _dense_jobs(checkpoint, linears_codec)
+        experts = _expert_jobs(checkpoint, experts_codec)
+        files = plan_files("dense", (b for b, _ in dense)) + plan_files("experts", (b for b, _ in experts))
+        jobs = [job for _, job in dense + experts]
+        settings = _settings(origin, checkpoint, codec, dense_codec, files)
+        with StoreWriter(Path(store), files, settings) as writer:
+            sizes = [blob.num_bytes for file in files for blob in file.blobs]
+            done = sum(sizes[: writer.num_done])
+            report(Progress(phase="Quantizing", done_bytes=done, total_bytes=sum(sizes)))
+            for num_bytes in writer.write(_ahead(jobs[writer.num_done :])):
+                done += num_bytes
+                report(Progress(phase="Quantizing", done_bytes=done, total_bytes=sum(sizes)))
+            metadata = {name: path.read_bytes() for name, path in metadata_files(origin.folder).items()}
+            manifest = _manifest(origin, checkpoint, codec, dense_codec, files, writer, metadata)
+            writer.finish(manifest_to_json(manifest), metadata)
+    finally:
+        checkpoint.close()
+    return Path(store)
+
+
+def _expert_jobs(checkpoint: Checkpoint, codec: Codec) -> list[Job]:
+    """Every expert in flat order."""
+
+    def encode(ordinal: int, expert: int) -> Payload:
+        layer = checkpoint.layers[ordinal]
+        try:
+            record = codec.encode(layer.shape, checkpoint.expert(ordinal, expert))
+        except CheckpointError as error:
+            raise CheckpointError(f"Expert {expert} of {layer.name}: {error}") from error
+        return [_bytes(record)]
+
+    return [
+        (
+            record_blob(f"layers.{ordinal}.experts.{expert}", codec.layout(layer.shape).record_bytes),
+            partial(encode, ordinal, expert),
+        )
+        for ordinal, layer in enumerate(checkpoint.layers)
+        for expert in range(layer.num_experts)
+    ]
+
+
+def _dense_jobs(checkpoint: Checkpoint, codec: Codec) -> list[Job]:
+    """Records of quantized linears first, then wider dtypes before narrower ones, so that everything is aligned."""
+    shapes = {} if codec.name == LOSSLESS else _linear_shapes(checkpoint)
+
+    def encode(name: str) -> Payload:
+        shape = shapes[name]
+        tensors = {part: checkpoint.dense_tensor(f"{name}.{part}") for part in shape.module_shapes()}
+        return [_bytes(codec.encode(shape, tensors))]
+
+    def copy(name: str) -> Payload:
+        return (_bytes(chunk) for chunk in checkpoint.dense_chunks(name, COPY_BYTES))
+
+    inside = {f"{name}.{part}" for name, shape in shapes.items() for part in shape.module_shapes()}
+    plain = sorted((t for t in checkpoint.dense.values() if t.name not in inside), key=lambda t: -t.dtype.itemsize)
+    records: list[Job] = [
+        (
+            record_blob(f"{name}.weight", codec.layout(shape).record_bytes, quantized=shape),
+            partial(encode, name),
+        )
+        for name, shape in shapes.items()
+    ]
+    return records + [
+        (
+            Blob(name=t.name, dtype=t.dtype, shape=t.shape, num_bytes=t.num_bytes),
+            partial(copy, t.name),
+        )
+        for t in plain
+    ]
+
+
+def _linear_shapes(checkpoint: Checkpoint) -> dict[str, ExpertShape]:
+    """Module name -> the one-matrix shape of each linear that a dense codec quantizes, with its bias if it has one."""
+    shapes = {}
+    for name, linear in projection_linears(checkpoint.model).items():
+        if f"{name}.weight" in checkpoint.dense:
+            matrix = Matrix(name="weight", out_features=linear.out_features, in_features=linear.in_features)
+            biases = (("bias", linear.out_features),) if linear.bias is not None else ()
+            shapes[name] = ExpertShape(matrices=(matrix,), biases=biases)
+    return shapes
+
+
+def _ahead(jobs: Sequence[Callable[[], Payload]]) -> Iterator[Payload]:
+    """Run jobs in order, a few ahead of the one that is asked for."""
+    pool = ThreadPoolExecutor(NUM_WORKERS)
+    pending: deque[Future[Payload]] = deque()
+    waiting = iter(jobs)
+    try:
+        for _ in jobs:
+            for job in waiting:
+                pending.append(pool.submit(job))
+                if len(pending) > NUM_WORKERS:
+                    break
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _bytes(data: Tensor) -> memoryview:
+    return data.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _settings(
+    origin: Source, checkpoint: Checkpoint, codec: str, dense_codec: str, files: Iterable[PlannedFile]
+) -> dict[str, Any]:
+    """What must be the same for a conversion to be resumed; the keys are what its error message names."""
+    stats = [(path.name, path.stat()) for path in (*checkpoint.shards.paths, origin.folder / "config.json")]
+    state = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    plan = hashlib.sha256(b"".join(file.header for file in files)).hexdigest()
+    return {
+        "format version": FORMAT_VERSION,
+        "source": origin.name,
+        "revision": origin.revision,
+        "state of the source files": state,
+        "codec": codec,
+        "dense codec": dense_codec,
+        "layout": plan,
+    }
+
+
+def _manifest(
+    origin: Source,
+    checkpoint: Checkpoint,
+    codec: str,
+    dense_codec: str,
+    files: Sequence[PlannedFile],
+    writer: StoreWriter,
+    metadata: dict[str, bytes],
+) -> Manifest:
+    blobs = [blob for file in files for blob in file.blobs]
+    num_dense = len(blobs) - sum(layer.num_experts for layer in checkpoint.layers)
+    places = writer.places()
+    record_bytes = [get_codec(codec).layout(layer.shape).record_bytes for layer in checkpoint.layers]
+    return Manifest(
+        source=origin.name,
+        revision=origin.revision,
+        codec=codec,
+        dense_codec=dense_codec,
+        layers=tuple(
+            Layer(name=layer.name, num_experts=layer.num_experts, record_bytes=num_bytes, shape=layer.shape)
+            for layer, num_bytes in zip(checkpoint.layers, record_bytes, strict=True)
+        ),
+        files=stored_files(files),
+        experts=tuple(places[num_dense:]),
+        dense=tuple(
+            DenseEntry(name=blob.name, dtype=blob.dtype, shape=blob.shape, place=place, quantized=blob.quantized)
+            for blob, place in zip(blobs[:num_dense], places[:num_dense], strict=True)
+        ),
+        metadata=describe_metadata(metadata),
+    )
+
+
+__all__ = ["Progress", "quantize"]

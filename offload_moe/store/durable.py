@@ -1,0 +1,60 @@
+"""Writing files so that a kill or a power cut leaves either the old state or the new one."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from offload_moe.errors import BudgetError, TransferError
+
+PART = ".part"  # the ending of a file that is not finished
+
+
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """All of `data`, however many writes it takes."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def sync(descriptor: int) -> None:
+    """Until this returns, a power cut may undo writes."""
+    os.fsync(descriptor)
+
+
+def publish(part: Path, final: Path) -> None:
+    """Give a finished and synced file its name."""
+    os.replace(part, final)
+    directory = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """A small file, all or nothing."""
+    part = path.with_name(path.name + PART)
+    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        write_at(descriptor, data, 0)
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+    publish(part, path)
+
+
+@contextmanager
+def named_errors(folder: Path) -> Iterator[None]:
+    """Translate the errors of writing: a full disk is a matter of budget, the rest could not be moved."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BudgetError(
+                f"The disk of {folder} is full. What is converted is kept: free some space and run the same command "
+                "again to resume."
+            ) from error
+        raise TransferError(f"Writing to {folder} failed: {error.strerror}.") from error

@@ -1,0 +1,105 @@
+"""The record of how far a conversion has come: one line per finished blob, after a first line of settings."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from offload_moe.errors import StoreError
+from offload_moe.store import durable
+
+JOURNAL_NAME = "conversion.journal"
+LINE_BYTES = 9  # CRC-32 in hexadecimal and a newline
+
+
+class Journal:
+    """Claims a folder for one conversion and remembers the checksums of what is finished.
+
+    A torn last line is one that was never written. Lines may be ahead of the data after a power cut, so whoever resumes
+    checks the data against them.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        """Start a conversion, or continue one. Raises: StoreError when the folder is another's."""
+        self._path = folder / JOURNAL_NAME
+        first_line = json.dumps(settings, sort_keys=True).encode() + b"\n"
+        if not self._path.exists():
+            _refuse_foreign(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            durable.write_file(self._path, first_line)
+        self._file = os.open(self._path, os.O_RDWR)
+        try:
+            self._lock()
+            content = os.pread(self._file, os.fstat(self._file).st_size, 0)
+            if not content.startswith(first_line):
+                raise StoreError(_difference(folder, content, settings))
+        except BaseException:
+            os.close(self._file)
+            raise
+        self._start = len(first_line)
+        self.checksums = _checksums(content[self._start :])
+
+    def append(self, checksum: int) -> None:
+        """One more blob is finished."""
+        durable.write_at(self._file, b"%08x\n" % checksum, self._start + LINE_BYTES * len(self.checksums))
+        self.checksums.append(checksum)
+
+    def cut(self, count: int) -> None:
+        """Forget all but the first `count` blobs."""
+        del self.checksums[count:]
+        os.ftruncate(self._file, self._start + LINE_BYTES * count)
+
+    def sync(self) -> None:
+        durable.sync(self._file)
+
+    def remove(self) -> None:
+        """The conversion is finished."""
+        self._path.unlink()
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StoreError(f"{self._path.parent} is being written by another process. Wait for it to end.") from None
+
+
+def _checksums(lines: bytes) -> list[int]:
+    found = []
+    for start in range(0, len(lines) - LINE_BYTES + 1, LINE_BYTES):
+        line = lines[start : start + LINE_BYTES]
+        try:
+            found.append(int(line[:8], 16) if line.endswith(b"\n") else -1)
+        except ValueError:
+            found.append(-1)
+        if found[-1] < 0:
+            return found[:-1]
+    return found
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Only a new or empty folder is taken; a leftover of our own first write is no content."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise StoreError(f"{folder} is a file. Choose a new folder for the store.")
+    names = {path.name for path in folder.iterdir()} - {JOURNAL_NAME + durable.PART}
+    if "store.json" in names:
+        raise StoreError(f"{folder} is already a finished store. Use it, delete it, or choose another folder.")
+    if names:
+        raise StoreError(f"{folder} is not empty and not ours ({sorted(names)[0]}). Choose a new folder for the store.")
+
+
+def _difference(folder: Path, content: bytes, settings: dict[str, Any]) -> str:
+    try:
+        begun = json.loads(content.split(b"\n", 1)[0])
+        different = sorted(key for key in {*begun, *settings} if begun.get(key) != settings.get(key))
+    except (ValueError, TypeError, AttributeError):
+        different = ["everything"]
+    return (
+        f"{folder} holds a conversion that was begun with another {', '.join(different)}. "
+        "Repeat that command to resume it, or delete the folder."
+    )

@@ -1,0 +1,85 @@
+"""Which bytes go where in a store, known in full before the first of them is written.
+
+Every size follows from shapes and codecs, so headers are written first and an interrupted conversion always finds the
+same plan again.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from offload_moe.quant import ExpertShape
+from offload_moe.quant.layout import RECORD_ALIGNMENT, round_up
+from offload_moe.store.manifest_json import DTYPE_NAMES, FORMAT_NAME, FORMAT_VERSION
+
+FILE_BYTES = 4 << 30  # a file is closed before it grows past this, except for one larger tensor alone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blob:
+    """One tensor of the store to be: a record, or a dense tensor as it is."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    num_bytes: int
+    quantized: ExpertShape | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedFile:
+    """A safetensors file: its header, padded so that data starts on a record boundary, then its blobs in order."""
+
+    name: str
+    header: bytes
+    blobs: tuple[Blob, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.header) + sum(blob.num_bytes for blob in self.blobs)
+
+    def offsets(self) -> list[int]:
+        """Where each blob starts, from the start of the file."""
+        position = len(self.header)
+        offsets = []
+        for blob in self.blobs:
+            offsets.append(position)
+            position += blob.num_bytes
+        return offsets
+
+
+def record_blob(name: str, record_bytes: int, quantized: ExpertShape | None = None) -> Blob:
+    return Blob(name=name, dtype=torch.uint8, shape=(record_bytes,), num_bytes=record_bytes, quantized=quantized)
+
+
+def plan_files(prefix: str, blobs: Iterable[Blob], file_bytes: int = FILE_BYTES) -> list[PlannedFile]:
+    """Spread blobs over `prefix-NNNNN.safetensors`, in their order."""
+    batches: list[list[Blob]] = []
+    room = 0
+    for blob in blobs:
+        if not batches or blob.num_bytes > room:
+            batches.append([])
+            room = file_bytes
+        batches[-1].append(blob)
+        room -= blob.num_bytes
+    return [
+        PlannedFile(name=f"{prefix}-{number:05}.safetensors", header=_header(batch), blobs=tuple(batch))
+        for number, batch in enumerate(batches, start=1)
+    ]
+
+
+def _header(blobs: Sequence[Blob]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", "written_by": f"{FORMAT_NAME} {FORMAT_VERSION}"}}
+    position = 0
+    for blob in blobs:
+        entries[blob.name] = {
+            "dtype": DTYPE_NAMES[blob.dtype],
+            "shape": list(blob.shape),
+            "data_offsets": [position, position + blob.num_bytes],
+        }
+        position += blob.num_bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = text.ljust(round_up(len(text) + 8, RECORD_ALIGNMENT) - 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,193 @@
+"""The writing side of an expert store: resumable at the last finished record, and never half there.
+
+Data files are written under a `.part` name in the order of the plan; `store.json` comes last. A resumed conversion
+gives the same bytes as an undisturbed one.
+"""
+
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from offload_moe.errors import BudgetError
+from offload_moe.sizes import format_size
+from offload_moe.store import durable
+from offload_moe.store.journal import Journal
+from offload_moe.store.manifest import Place, StoredFile
+from offload_moe.store.manifest_json import MANIFEST_NAME
+from offload_moe.store.plan import PlannedFile
+
+READ_BYTES = 1 << 24
+FLUSH_BYTES = 256 << 20  # dirty pages beyond this only make the last sync of a file a long stall
+
+Payload = Iterable[memoryview]
+
+
+class StoreWriter:
+    """Writes planned files into a folder. Enter it to claim the folder and find out what is already there."""
+
+    def __init__(self, folder: Path, files: Sequence[PlannedFile], settings: dict[str, Any]) -> None:
+        """`settings` must be the same for a conversion to be resumed."""
+        self._folder = folder
+        self._files = files
+        with durable.named_errors(folder):
+            self._journal = Journal(folder, settings)
+            try:
+                self.num_done = self._recover()
+                self._journal.cut(self.num_done)
+                self._check_space()
+            except BaseException:
+                self._journal.close()
+                raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._journal.close()
+
+    def write(self, payloads: Iterator[Payload]) -> Iterator[int]:
+        """Write the blobs from `num_done` on, in the order of the plan; yields the bytes of each as it is finished.
+
+        Raises:
+            BudgetError: the disk is full.
+            TransferError: writing failed.
+        """
+        first = 0
+        for file in self._files:
+            skip = max(0, self.num_done - first)
+            first += len(file.blobs)
+            if skip < len(file.blobs):
+                yield from self._write_file(file, skip, payloads)
+
+    def places(self) -> list[Place]:
+        """Where every blob lies, in the order of the plan, once all are written."""
+        checksums = iter(self._journal.checksums)
+        return [
+            Place(file=index, offset=offset, num_bytes=blob.num_bytes, checksum=next(checksums))
+            for index, file in enumerate(self._files)
+            for blob, offset in zip(file.blobs, file.offsets(), strict=True)
+        ]
+
+    def finish(self, manifest: str, metadata: dict[str, bytes]) -> None:
+        """Add the small files and, last of all, the manifest: from here on the store loads."""
+        with durable.named_errors(self._folder):
+            for name, data in metadata.items():
+                (self._folder / name).parent.mkdir(exist_ok=True)
+                durable.write_file(self._folder / name, data)
+            durable.write_file(self._folder / MANIFEST_NAME, manifest.encode())
+            self._journal.remove()
+
+    def _write_file(self, file: PlannedFile, skip: int, payloads: Iterator[Payload]) -> Iterator[int]:
+        part = self._part(file)
+        with durable.named_errors(self._folder):
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            offset = file.offsets()[skip] if skip else 0
+            with durable.named_errors(self._folder):
+                os.ftruncate(descriptor, offset)
+                if not skip:
+                    durable.write_at(descriptor, file.header, 0)
+                    offset = len(file.header)
+            flushed = offset
+            for blob in file.blobs[skip:]:
+                payload = next(payloads)
+                with durable.named_errors(self._folder):
+                    self._write_blob(descriptor, payload, offset, blob.num_bytes)
+                    offset += blob.num_bytes
+                    if offset - flushed >= FLUSH_BYTES:
+                        durable.sync(descriptor)
+                        flushed = offset
+                yield blob.num_bytes
+            with durable.named_errors(self._folder):
+                self._complete(file, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _write_blob(self, descriptor: int, payload: Payload, offset: int, num_bytes: int) -> None:
+        checksum, end = 0, offset + num_bytes
+        for chunk in payload:
+            durable.write_at(descriptor, chunk, offset)
+            checksum = zlib.crc32(chunk, checksum)
+            offset += len(chunk)
+        assert offset == end, "a blob is not as long as planned"
+        self._journal.append(checksum)
+        self.num_done += 1
+
+    def _complete(self, file: PlannedFile, descriptor: int) -> None:
+        durable.sync(descriptor)
+        self._journal.sync()
+        durable.publish(self._part(file), self._folder / file.name)
+
+    def _recover(self) -> int:
+        """How many blobs are safely there, in order; a file that only lacks its name gets it."""
+        done = 0
+        for file in self._files:
+            expected = self._journal.checksums[done : done + len(file.blobs)]
+            final = self._folder / file.name
+            complete = len(expected) == len(file.blobs)
+            if complete and final.exists() and final.stat().st_size == file.num_bytes:
+                done += len(expected)
+                continue
+            intact = self._intact(file, expected)
+            done += intact
+            if intact < len(file.blobs):
+                break
+            descriptor = os.open(self._part(file), os.O_RDWR)
+            try:
+                os.ftruncate(descriptor, file.num_bytes)
+                self._complete(file, descriptor)
+            finally:
+                os.close(descriptor)
+        return done
+
+    def _intact(self, file: PlannedFile, checksums: list[int]) -> int:
+        """How many of the first blobs of an unfinished file match the journal."""
+        part = self._part(file)
+        if not checksums or not part.exists():
+            return 0
+        with part.open("rb", buffering=0) as stream:
+            if stream.read(len(file.header)) != file.header:
+                return 0
+            for count, (blob, offset, checksum) in enumerate(zip(file.blobs, file.offsets(), checksums, strict=False)):
+                if _checksum(stream.fileno(), offset, blob.num_bytes) != checksum:
+                    return count
+        return len(checksums)
+
+    def _check_space(self) -> None:
+        """Raises: BudgetError when the rest of the store does not fit on the disk."""
+        paths = [path for file in self._files for path in (self._folder / file.name, self._part(file))]
+        present = sum(path.stat().st_blocks * 512 for path in paths if path.exists())
+        needed = sum(file.num_bytes for file in self._files) - present
+        free = shutil.disk_usage(self._folder).free
+        if needed > free:
+            raise BudgetError(
+                f"The store needs {format_size(needed)} more on the disk of {self._folder}, {format_size(free)} is "
+                f"free. Free {format_size(needed - free)} or choose another folder."
+            )
+
+    def _part(self, file: PlannedFile) -> Path:
+        return self._folder / (file.name + durable.PART)
+
+
+def stored_files(files: Sequence[PlannedFile]) -> tuple[StoredFile, ...]:
+    """What the manifest says of the data files."""
+    return tuple(StoredFile(name=f.name, num_bytes=f.num_bytes, checksum=zlib.crc32(f.header)) for f in files)
+
+
+def describe_metadata(metadata: dict[str, bytes]) -> tuple[StoredFile, ...]:
+    """What the manifest says of the small files."""
+    return tuple(StoredFile(name=n, num_bytes=len(data), checksum=zlib.crc32(data)) for n, data in metadata.items())
+
+
+def _checksum(descriptor: int, offset: int, num_bytes: int) -> int:
+    checksum, end = 0, offset + num_bytes
+    while offset < end and (chunk := os.pread(descriptor, min(READ_BYTES, end - offset), offset)):
+        checksum = zlib.crc32(chunk, checksum)
+        offset += len(chunk)
+    return checksum if offset == end else -1
