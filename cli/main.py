@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from offload_moe.errors import OffloadMoeError
-
 from .commands import COMMANDS
+from .failures import one_line
 from .terminal import quiet_libraries
 
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 130, 141
@@ -33,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if is_debugging:
             traceback.print_exc()
-        else:
-            print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return EXIT_ERROR
     return status
 
@@ -67,17 +65,8 @@ class _Version(argparse.Action):
             number = version("offload-moe")
         except PackageNotFoundError:
             number = "(not installed)"
-        parser.exit(message=f"offload-moe {number}\n")
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OffloadMoeError):
-        return " ".join(str(error).split())
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    first = next(iter(str(error).strip().splitlines()), "")
-    kind = type(error).__name__
-    return f"{kind}: {first}".removesuffix(": ").rstrip(".") + ". Run again with --debug for the traceback."
+        print(f"offload-moe {number}")
+        parser.exit()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """The chat loop: read a message, stream the answer, say what it cost."""
 
-import sys
 from collections.abc import Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from offload_moe.errors import OffloadMoeError
-
+from .failures import one_line
 from .lines import History, read_message, read_piped_line
 from .slash import LeaveError, dispatch
 from .status import status_line
@@ -16,6 +14,8 @@ from .writer import AnswerWriter
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from rich.console import Console
+
     from offload_moe.chat import ChatSession, Piece
     from offload_moe.model import Model
 
@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 class Repl:
     """One chat at the terminal, or over a pipe: there each line is a turn and stdout carries the answers only."""
 
-    def __init__(self, model: "Model", session: "ChatSession", sampling: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: "Model", session: "ChatSession", sampling: Mapping[str, Any], *, is_debugging: bool = False
+    ) -> None:
         self.model = model
         self.session = session
         self.sampling = dict(sampling)
+        self._is_debugging = is_debugging
         self._is_interactive = is_interactive()
         self._console = console(stderr=not self._is_interactive)
 
@@ -47,19 +50,36 @@ class Repl:
         self._console.print(safe(text), style=style, soft_wrap=True)
 
     def show(self, pieces: "Generator[Piece, None, None]") -> None:
-        """Stream an answer. An interrupt stops it; what was said stays in the conversation."""
-        writer = AnswerWriter(self._console if self._is_interactive else None)
+        """Stream an answer. At the terminal an interrupt stops it, and what was said stays in the conversation."""
+        if not self._is_interactive:
+            self._stream(pieces)
+            return
+        try:
+            self._stream(pieces, self._console)
+        except KeyboardInterrupt:
+            pass
+        except Exception as error:
+            self._say_error(error)
+            return
+        finally:
+            if self.session.withdrawn is not None:
+                self.say("Your message has no answer and is taken back; /retry sends it again.", style="dim")
+        if self.session.last_stats is not None:
+            self.say(status_line(self.session.last_stats, self._console.width) + "\n", style="dim")
+
+    def _stream(self, pieces: "Generator[Piece, None, None]", reasoning: "Console | None" = None) -> None:
+        writer = AnswerWriter(reasoning)
         try:
             with closing(pieces):
                 for piece in pieces:
                     writer.write(piece)
-        except KeyboardInterrupt:
-            if not self._is_interactive:
-                raise
         finally:
             writer.end()
-        if self._is_interactive and self.session.last_stats is not None:
-            self.say(status_line(self.session.last_stats, self._console.width), style="dim")
+
+    def _say_error(self, error: Exception) -> None:
+        if self._is_debugging:
+            self._console.print_exception()
+        self.say(f"error: {one_line(error)}", style="red")
 
     def _run_interactive(self) -> None:
         while True:
@@ -73,8 +93,9 @@ class Repl:
                 return
             except LeaveError:
                 return
-            except OffloadMoeError as error:
-                self.say(f"error: {error}", style="red")
+            except Exception as error:
+                # Whatever went wrong with one line, the conversation is worth keeping.
+                self._say_error(error)
 
     def _run_piped(self) -> int:
         while True:
@@ -88,8 +109,7 @@ class Repl:
             return
         if message.startswith("/") and not message.startswith("//"):
             dispatch(self, message)
-        else:
-            self.show(
-                self.session.send(message.removeprefix("/") if message.startswith("//") else message, **self.sampling)
-            )
-        sys.stdout.flush()
+            return
+        # A doubled slash is how a message begins with one.
+        text = message[1:] if message.startswith("//") else message
+        self.show(self.session.send(text, **self.sampling))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload_moe.errors import ConfigError
@@ -93,12 +94,12 @@ def _stats(repl: "Repl", _: str) -> None:
 
 
 def _save(repl: "Repl", path: str) -> None:
-    repl.session.save(_path(path, "/save"))
+    repl.session.save(_file(path, "/save"))
     repl.say(f"Saved to {path}.")
 
 
 def _load(repl: "Repl", path: str) -> None:
-    repl.session.load(_path(path, "/load"))
+    repl.session.load(_file(path, "/load"))
     repl.say(f"Loaded {len(repl.session.messages)} messages.")
 
 
@@ -106,10 +107,10 @@ def _exit(repl: "Repl", _: str) -> None:
     raise LeaveError
 
 
-def _path(path: str, command: str) -> str:
+def _file(path: str, command: str) -> Path:
     if not path:
         raise ConfigError(f"{command} needs a file name, for example {command} talk.json.")
-    return path
+    return Path(path).expanduser()
 
 
 COMMANDS = {

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     with loaded_model(options) as model:
         from ..repl import Repl
 
-        repl = Repl(model, model.chat(system=options.system), sampling_arguments(options))
+        repl = Repl(model, model.chat(system=options.system), sampling_arguments(options), is_debugging=options.debug)
         if is_interactive():
             repl.say(f"{options.model} is ready. /help lists the commands, Ctrl-D leaves.", style="dim")
         if repl.session.notice is not None:

@@ -25,8 +25,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    if not options.raw:
-        prompt = prompt.strip()
+    prompt = prompt.removesuffix("\n") if options.raw else prompt.strip()
     if not prompt:
         raise ConfigError("The prompt is empty. Give it after the model, or pipe it in and write - in its place.")
     with loaded_model(options) as model:

@@ -47,11 +47,16 @@ class ChatSession:
         self._prefix = PrefixCache(hf)
         self._counters = counters
         self._memory = memory
-        self._withdrawn: Message | None = None
+        self._withdrawn_message: Message | None = None
         self._num_retries = 0
         self.notice = None if raw or self._format.template is not None else NO_TEMPLATE
         if self.notice is not None:
             warnings.warn(self.notice, UserWarning, stacklevel=2)
+
+    @property
+    def withdrawn(self) -> str | None:
+        """The last message, if its answer never began; `retry` sends it again."""
+        return self._withdrawn_message["content"] if self._withdrawn_message is not None else None
 
     def send(
         self,
@@ -91,8 +96,8 @@ class ChatSession:
         """
         settings = Sampling.of(sampling)
         messages = list(self.messages)
-        if self._withdrawn is not None:
-            messages.append(self._withdrawn)
+        if self._withdrawn_message is not None:
+            messages.append(self._withdrawn_message)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not messages:
@@ -104,7 +109,7 @@ class ChatSession:
 
     def reset(self) -> None:
         """Forget the conversation and its cache; the system prompt stays."""
-        self.messages, self._withdrawn, self.last_stats = [], None, None
+        self.messages, self._withdrawn_message, self.last_stats = [], None, None
         self._prefix.clear()
 
     def save(self, path: str | Path) -> None:
@@ -114,7 +119,7 @@ class ChatSession:
     def load(self, path: str | Path) -> None:
         """Take over a saved conversation; on an error the present one stays."""
         self.system, self.messages = read_transcript(Path(path))
-        self._withdrawn = None
+        self._withdrawn_message = None
 
     def _answer(
         self, messages: list[Message], sampling: Sampling, stop_event: threading.Event | None
@@ -137,7 +142,7 @@ class ChatSession:
     def _keep(self, messages: list[Message], answer: Answer) -> None:
         self.messages = messages
         if answer.text or answer.reasoning or answer.finish != "interrupted":
-            self._withdrawn = None
+            self._withdrawn_message = None
             said = {"role": "assistant", "content": answer.text}
             if answer.reasoning:
                 # The name that chat templates look for; most drop it from earlier turns.
@@ -145,4 +150,4 @@ class ChatSession:
             self.messages = [*messages, said]
         elif messages[-1]["role"] == "user":
             # Two user messages in a row are refused by many templates.
-            *self.messages, self._withdrawn = messages
+            *self.messages, self._withdrawn_message = messages

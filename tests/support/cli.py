@@ -100,12 +100,13 @@ def fake_load(source: str, *, progress: Any = None, **settings: Any) -> Any:
     )
 
 
-def install_fake_model() -> None:
+def fake_model_module() -> ModuleType:
+    """Stands in for `offload_moe.model`."""
     module = ModuleType("offload_moe.model")
     module.load = fake_load  # type: ignore[attr-defined]
-    sys.modules["offload_moe.model"] = module
+    return module
 
 
 if __name__ == "__main__":
-    install_fake_model()
+    sys.modules["offload_moe.model"] = fake_model_module()
     sys.exit(load_cli().main())

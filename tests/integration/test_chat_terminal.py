@@ -1,0 +1,98 @@
+"""The chat at a real terminal, keys and all, over a tiny model."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.cli import ROOT, command, environment
+from tests.support.terminal import Terminal
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX terminal")
+
+
+def open_chat(tmp_path: Path, source: str, **changes: str) -> Terminal:
+    return Terminal(command("chat", source), cwd=ROOT, env=environment(tmp_path, **changes))
+
+
+@pytest.fixture
+def thinker(tmp_path: Path) -> Iterator[Terminal]:
+    with open_chat(tmp_path, "thinker") as terminal:
+        yield terminal
+
+
+def test_a_conversation(tmp_path: Path, thinker: Terminal) -> None:
+    thinker.expect("Loading libraries")
+    thinker.expect("thinker is ready.")
+    thinker.expect("> ")
+    thinker.line("what is 1+1")
+    assert thinker.expect("hits 75.0%").split("\n\n")[0].endswith("Hm, 1+1.")
+    assert "It is 2 é🙂.\n" in thinker.raw.replace("\r", "")
+    assert "\x1b[2;3mH" in thinker.raw
+    thinker.expect("> ")
+
+    thinker.line('"""two')
+    thinker.expect(". ")
+    thinker.line('lines"""')
+    thinker.expect("cached) · answer")
+    thinker.expect("> ")
+
+    thinker.line("/frobnicate")
+    thinker.expect("error: There is no command /frobnicate.")
+    thinker.expect("> ")
+
+    thinker.send("half a thought\x03")
+    thinker.expect("> ")
+
+    thinker.line("/retry")
+    thinker.expect("It is 2 é🙂.")
+    thinker.expect("(+")
+    thinker.expect("> ")
+
+    thinker.line(f"/save {tmp_path}/talk.json")
+    thinker.expect("Saved to")
+    thinker.line("/reset")
+    thinker.expect("anew.")
+    thinker.line(f"/load {tmp_path}/talk.json")
+    thinker.expect("Loaded 4 messages.")
+    thinker.expect("> ")
+    thinker.send("\x04")
+    assert thinker.wait() == 0
+
+    messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    assert [message["content"] for message in messages] == ["what is 1+1", "It is 2 é🙂.", "two\nlines", "It is 2 é🙂."]
+    history = (tmp_path / "chat_history").read_text()
+    assert "/frobnicate" in history.replace("\\040", " ")
+
+
+def test_an_interrupt_stops_the_answer_and_keeps_the_conversation(tmp_path: Path) -> None:
+    with open_chat(tmp_path, "endless", NO_COLOR="1") as terminal:
+        terminal.expect("> ")
+        terminal.line("laugh")
+        terminal.expect("ha ha ha ha")
+        terminal.send("\x03")
+        terminal.expect("stopped")
+        terminal.expect("> ")
+        terminal.line(f"/save {tmp_path}/talk.json")
+        terminal.expect("Saved to")
+        terminal.line("/set max_new_tokens 4")
+        terminal.expect("max_new_tokens is 4.")
+        terminal.line("once more")
+        terminal.expect("cached)")
+        terminal.expect("stopped at 4 tokens")
+        terminal.line("/exit")
+        assert terminal.wait() == 0
+    assert not [code for code in ("\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[38;") if code in terminal.raw]
+    user, assistant = json.loads((tmp_path / "talk.json").read_text())["messages"]
+    assert user["content"] == "laugh"
+    assert assistant["content"].startswith("ha ha ha ha")
+
+
+def test_an_interrupt_while_loading_leaves(tmp_path: Path) -> None:
+    with open_chat(tmp_path, "tiny") as terminal:
+        terminal.expect("Loading libraries")
+        terminal.send("\x03")
+        assert terminal.wait() == 130
+    assert "Traceback" not in terminal.raw
