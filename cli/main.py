@@ -6,7 +6,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+
+import offload_moe
 
 from .commands import COMMANDS
 from .failures import one_line
@@ -61,11 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        try:
-            number = version("offload-moe")
-        except PackageNotFoundError:
-            number = "(not installed)"
-        print(f"offload-moe {number}")
+        print(f"offload-moe {offload_moe.__version__}")
         parser.exit()
 
 

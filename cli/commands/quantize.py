@@ -17,7 +17,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("source", metavar="SOURCE", help="checkpoint folder, or hub id such as Qwen/Qwen3-30B-A3B")
     parser.add_argument("store", metavar="STORE", help="folder to write")
     parser.add_argument("--codec", choices=CODECS, default="nf4", help="format of the experts (default: nf4)")
-    parser.add_argument("--dense-codec", choices=CODECS, help="format of the other large weights (default: bf16)")
+    parser.add_argument("--dense-codec", choices=CODECS, default="bf16", help="format of the rest (default: bf16)")
     parser.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
     add_common_flags(parser)
     parser.set_defaults(run=run)
@@ -28,13 +28,13 @@ def run(options: argparse.Namespace) -> int:
         report("Loading libraries")
         from offload_moe.quantize import quantize
 
-        quantize(
+        store = quantize(
             options.source,
             options.store,
             codec=options.codec,
             dense_codec=options.dense_codec,
             revision=options.revision,
-            progress=report,
+            progress=lambda progress: report(progress.phase, progress.done_bytes, progress.total_bytes),
         )
-    print(f"Wrote {options.store}. Talk to it: offload-moe chat {options.store}", file=sys.stderr)
+    print(f"Wrote {store}. Talk to it: offload-moe chat {store}", file=sys.stderr)
     return 0

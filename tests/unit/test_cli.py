@@ -5,10 +5,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from offload_moe.errors import BudgetError, ConfigError
+from offload_moe.store.progress import Progress
 from tests.support.cli import ROOT, command, environment, fake_model_module, load_cli, run_cli
 
 main = load_cli()
@@ -121,18 +123,20 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: 
     calls = []
     module = type(sys)("offload_moe.quantize")
 
-    def quantize(source: str, store: str, **settings: object) -> None:
-        settings.pop("progress")("Writing experts", 0.5)
+    def quantize(source: str, store: str, **settings: Any) -> str:
+        settings.pop("progress")(Progress(phase="Writing experts", done_bytes=1, total_bytes=2))
         calls.append((source, store, settings))
+        return store
 
     module.quantize = quantize
     monkeypatch.setitem(sys.modules, "offload_moe.quantize", module)
     monkeypatch.setattr(main, "quiet_libraries", lambda: None)
     assert main.main(["quantize", "org/model", "out", "--codec", "int8", "--revision", "v1"]) == 0
-    assert calls == [("org/model", "out", {"codec": "int8", "dense_codec": None, "revision": "v1"})]
+    assert calls == [("org/model", "out", {"codec": "int8", "dense_codec": "bf16", "revision": "v1"})]
     out, err = capsys.readouterr()
     assert out == ""
     assert "Writing experts ..." in err
+    assert "offload-moe chat out" in err
 
 
 @pytest.fixture
