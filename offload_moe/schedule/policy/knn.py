@@ -21,7 +21,8 @@ class KNN:
 
     An expert of the layer just passed cannot be used for a whole token, one of the next layer can be at once: that is
     the fraction, and why one pool for all layers does better than one for each. Kept as logarithms at absolute times,
-    ranks stay comparable without being touched until their layer comes round again.
+    ranks stay comparable without being touched until their layer comes round again. A token ends when an earlier layer
+    than the last is accessed, or in a pool of one layer with each access.
 
     Each ranking costs a fixed number of numpy calls on arrays of M tokens and of one layer's experts; a victim is one
     argmin over the pool's experts. A chunk that uses more than half of a layer's experts says nothing about what goes
@@ -46,12 +47,15 @@ class KNN:
         self._position = -1  # of the layer accessed last
         self._token = 0
         self._is_chunk = False
+        self._is_partial = False  # the layer accessed last is asked for expert by expert
         self._current: frozenset[int] = frozenset()
 
     def access(self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None) -> None:
         position = layer - self._layers.start
-        if position <= self._position:
+        if position < self._position or len(self._layers) == 1:
             self._next_token()
+        self._is_partial = position == self._position
+        self._ranked = min(self._ranked, position)
         self._position = position
         first_key = self._first_key
         local = [key - first_key for key in keys] if first_key else keys
@@ -97,7 +101,7 @@ class KNN:
         if not self._is_chunk:
             self._history.observe(keys, num_layers)
         foretold, trust = self._history.foretells(first, end)
-        worth = self._reuse.update(first, end, used, foretold, trust, learn=not self._is_chunk)
+        worth = self._reuse.update(first, end, used, foretold, trust, learn=not (self._is_chunk or self._is_partial))
         self._due[first:end] += FADE
         rank = self._rank[first:end]
         np.maximum(worth, LOWEST_WORTH, out=worth)
@@ -109,6 +113,7 @@ class KNN:
     def _next_token(self) -> None:
         if self._pending:
             self._rank_pending()
+        self._position = -1
         self._history.advance()
         self._reuse.advance()
         self._ranked = 0

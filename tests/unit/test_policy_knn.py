@@ -1,0 +1,166 @@
+"""The default policy: what it learns, and what it survives."""
+
+import numpy as np
+import pytest
+
+from offload_moe.profile.replay import replay
+from offload_moe.schedule.policy.history import NUM_AHEAD, History
+from offload_moe.schedule.policy.knn import TOKENS_PER_REBASE, KNN
+from offload_moe.schedule.policy.reuse import ReuseModel
+from offload_moe.trace import Trace
+
+NUM_LAYERS, NUM_EXPERTS, TOP_K = 4, 16, 2
+
+
+def nobody(key: int) -> bool:
+    return False
+
+
+def trace_of(experts: np.ndarray) -> Trace:
+    return Trace(experts=experts, num_experts=NUM_EXPERTS, sequence_lengths=np.array([len(experts)]))
+
+
+def random_routing(num_tokens: int, seed: int) -> np.ndarray:
+    scores = np.random.default_rng(seed).random((num_tokens, NUM_LAYERS, NUM_EXPERTS))
+    return np.argsort(scores, axis=-1)[..., :TOP_K]
+
+
+def sticky_routing(num_tokens: int) -> np.ndarray:
+    """Each token keeps the experts of the one before with probability 0.9."""
+    experts = random_routing(num_tokens, seed=1)
+    keeps = np.random.default_rng(2).random((num_tokens, NUM_LAYERS)) < 0.9
+    for token in range(1, num_tokens):
+        experts[token, keeps[token]] = experts[token - 1, keeps[token]]
+    return experts
+
+
+class TestHistory:
+    def test_recalls_what_followed_the_same_routing(self) -> None:
+        history = History(num_keys=8, discount=0.5, num_tokens=64)
+        for used in ([0, 1], [2, 3], [4, 5], [6, 7], [0, 1]):
+            history.observe(np.array(used), 1)
+            reuse, trust = history.foretells(0, 8)
+            history.advance()
+        assert trust > 0
+        assert reuse[2] == reuse[3] == pytest.approx(trust, rel=0.01)  # after (0, 1) came (2, 3): at once
+        assert reuse[4] == pytest.approx(trust / 2, rel=0.02)
+        assert reuse[6] == pytest.approx(trust / 4, rel=0.03)
+
+    def test_first_use_counts_not_the_last(self) -> None:
+        history = History(num_keys=8, discount=0.5, num_tokens=64)
+        for used in ([0], [1], [1], [1], [0]):
+            history.observe(np.array(used), 1)
+            reuse, trust = history.foretells(0, 8)
+            history.advance()
+        assert reuse[1] == pytest.approx(trust, rel=0.01)
+
+    def test_forgets_after_a_full_ring(self) -> None:
+        history = History(num_keys=8, discount=0.5, num_tokens=64)
+        for used, remembered in (([0], 0.0), ([2], 0.0), ([0], 1.0), *[([1], None)] * (64 + NUM_AHEAD), ([0], 0.0)):
+            history.observe(np.array(used), 1)
+            if remembered is not None:
+                reuse, trust = history.foretells(0, 8)
+                assert reuse[2] == pytest.approx(remembered * trust, rel=0.01)
+            history.advance()
+
+    def test_nothing_is_foretold_at_first(self) -> None:
+        history = History(num_keys=8, discount=0.5)
+        history.observe(np.array([0, 1]), 1)
+        reuse, trust = history.foretells(0, 8)
+        assert trust == 0.0
+        assert not reuse.any()
+
+
+class TestReuseModel:
+    def test_learns_which_feature_to_trust(self) -> None:
+        """Expert 0 is always used again at once, expert 1 never, and only the neighbours can tell them apart."""
+        model = ReuseModel(num_keys=2, discount=0.5)
+        random = np.random.default_rng(0)
+        coming = random.random((4000, 2)) < 0.3
+        for now, after in zip(coming, coming[1:], strict=False):
+            foretold = np.where(after, 1.0, 0.1).astype(np.float32)
+            worth = model.update(0, 2, now.astype(np.float32), foretold, 1.0, learn=True)
+            model.advance()
+        assert worth[after].min(initial=1.0) > 0.8
+        assert worth[~after].max(initial=0.0) < 0.5
+
+    def test_does_not_learn_from_chunks(self) -> None:
+        model = ReuseModel(num_keys=2, discount=0.5)
+        before = model._covariance.copy()
+        for _ in range(40):
+            model.update(0, 2, np.ones(2, np.float32), np.ones(2, np.float32), 1.0, learn=False)
+            model.advance()
+        assert (model._covariance == before).all()
+
+
+class TestKNN:
+    def test_repeated_text_is_foreseen(self) -> None:
+        """Fifty random tokens over and over: frequencies and recency say nothing, what followed last time says all."""
+        trace = trace_of(np.concatenate([random_routing(50, seed=0)] * 8))
+        num_slots = NUM_LAYERS * NUM_EXPERTS // 4
+        knn, lru, belady = (replay(trace, name, num_slots=num_slots).hit_rate for name in ("knn", "lru", "belady"))
+        assert lru < 0.3
+        assert knn > lru + 0.7 * (belady - lru)
+
+    def test_sticky_routing_is_no_worse_than_lru_per_layer(self) -> None:
+        trace = trace_of(sticky_routing(600))
+        num_slots = NUM_LAYERS * NUM_EXPERTS // 4
+        lru = replay(trace, "lru", num_slots=num_slots, pool="layer").hit_rate
+        assert replay(trace, "knn", num_slots=num_slots).hit_rate > lru - 0.01
+
+    def test_layer_just_passed_gives_way_before_the_layer_to_come(self) -> None:
+        """Equal statistics everywhere: what tells the experts apart is when their layer comes round."""
+        policy = KNN(range(NUM_LAYERS), NUM_EXPERTS)
+        for token in range(12):
+            for layer in range(NUM_LAYERS):
+                policy.access(layer, [layer * NUM_EXPERTS])
+                if not token:
+                    policy.insert(layer * NUM_EXPERTS)
+        for layer in (0, 1):
+            policy.access(layer, [layer * NUM_EXPERTS])
+        order = []
+        while (key := policy.victim(nobody)) is not None:
+            policy.remove(key)
+            order.append(key // NUM_EXPERTS)
+        assert order == [1, 0, 3, 2]
+
+    def test_prefetched_expert_is_kept_until_its_layer_has_come(self) -> None:
+        policy, every_fourth, never_used = KNN(range(NUM_LAYERS), NUM_EXPERTS), NUM_EXPERTS, 3 * NUM_EXPERTS + 7
+        for token in range(20):
+            for layer in range(NUM_LAYERS):
+                policy.access(layer, [layer * NUM_EXPERTS + token % 4])
+                if layer * NUM_EXPERTS + token == every_fourth:
+                    policy.insert(every_fourth)
+        policy.access(0, [0])
+        policy.access(1, [every_fourth])
+        policy.insert(never_used)
+        assert policy.victim(nobody) == every_fourth
+        policy.access(2, [2 * NUM_EXPERTS])
+        policy.access(3, [3 * NUM_EXPERTS])
+        assert policy.victim(nobody) == never_used
+
+    def test_experts_asked_for_one_by_one_are_one_token(self) -> None:
+        """A tier below another sees single misses; they must not look like tokens."""
+        policy = KNN(range(NUM_LAYERS), NUM_EXPERTS)
+        for _ in range(3):
+            for layer in range(NUM_LAYERS):
+                for expert in (3, 1, 2):
+                    policy.access(layer, [layer * NUM_EXPERTS + expert])
+        assert policy._token == 2
+
+    def test_a_prompt_chunk_is_not_remembered(self) -> None:
+        policy = KNN(range(1), NUM_EXPERTS)
+        for _ in range(5):
+            policy.access(0, list(range(NUM_EXPERTS)))
+        policy.access(0, [1, 2])
+        assert policy._history.foretells(0, NUM_EXPERTS)[1] == 0.0
+
+    def test_moving_the_origin_changes_no_order(self) -> None:
+        policy = KNN(range(1), NUM_EXPERTS)
+        for key in range(NUM_EXPERTS):
+            policy.insert(key)
+        random = np.random.default_rng(0)
+        for _ in range(3 * TOKENS_PER_REBASE):
+            policy.access(0, random.choice(NUM_EXPERTS, TOP_K, replace=False).tolist())
+        assert np.abs(policy._rank).max() < 2 * TOKENS_PER_REBASE
+        assert (policy._order == policy._rank).all()
