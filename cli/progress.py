@@ -33,7 +33,11 @@ class Reporter(Protocol):
 
 def reporter() -> Reporter:
     """The one that suits stderr."""
-    return BarReporter() if sys.stderr.isatty() else LineReporter()
+    if not sys.stderr.isatty():
+        return LineReporter()
+    # At once, before rich is imported; the bar takes the same line.
+    print("Starting", end="\r", file=sys.stderr, flush=True)
+    return BarReporter()
 
 
 class Meter:

@@ -26,11 +26,6 @@ def console(*, stderr: bool = False) -> "Console":
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
 
 
-def announce(text: str) -> None:
-    """Say at once what begins, before rich or anything heavy is imported."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def safe(text: str) -> str:
     """Text without control characters."""
     return _CONTROLS.sub("", text)

@@ -161,7 +161,7 @@ def _room(hf: PreTrainedModel, num_prompt_tokens: int, sampling: Sampling) -> tu
     if num_prompt_tokens >= limit:
         raise ConfigError(
             f"The conversation is {num_prompt_tokens:,} tokens long and the model's context is {limit:,}. Shorten the "
-            "message, or start again with /reset."
+            "message, or begin a new conversation (/reset)."
         )
     return limit - num_prompt_tokens, "context"
 

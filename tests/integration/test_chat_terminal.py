@@ -1,16 +1,16 @@
 """The chat at a real terminal, keys and all, over a tiny model."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.cli import ROOT, command, environment
-from tests.support.terminal import Terminal
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX terminal")
+pytest.importorskip("pty", reason="needs a POSIX terminal")
+
+from tests.support.terminal import Terminal
 
 
 def open_chat(tmp_path: Path, source: str, **changes: str) -> Terminal:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from offload_moe.chat import ChatSession, Piece
 from offload_moe.chat.prefix import CONTINUED_FAMILIES
+from offload_moe.chat.stream import TokenStream
 from offload_moe.errors import BudgetError, ConfigError
 from offload_moe.schedule.counters import Counters
 from tests.support.chat import CHATML, END_OF_TEXT, Scripted, byte_tokenizer, chat_model, ids_of
@@ -156,6 +157,37 @@ def test_a_message_without_an_answer_is_withdrawn_until_retry() -> None:
     list(session.retry(**GREEDY))
     assert session.messages[0] == {"role": "user", "content": "hello there!"}
     assert session.messages[1]["role"] == "assistant"
+
+
+def test_an_impatient_second_interrupt_costs_only_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = chat_model(), byte_tokenizer()
+    session = ChatSession(model, tokenizer)
+    pieces = session.send("hello there", temperature=0, max_new_tokens=300)
+    next(pieces)
+    close, num_calls = TokenStream.close, 0
+
+    def interrupted(stream: TokenStream) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 1:
+            raise KeyboardInterrupt
+        close(stream)
+
+    monkeypatch.setattr(TokenStream, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pieces.close()
+    answer = text_of(session.send("go on", **GREEDY))
+    assert session.last_stats.num_reused_tokens == 0
+    assert answer == fresh_answer(session, model, tokenizer, "go on")
+
+
+def test_sessions_of_one_model_take_turns() -> None:
+    model, tokenizer = chat_model(), byte_tokenizer()
+    alone = text_of(ChatSession(model, tokenizer).send("hello", temperature=0, max_new_tokens=60))
+    sessions = [ChatSession(model, tokenizer) for _ in range(3)]
+    streams = [session.send("hello", temperature=0, max_new_tokens=60) for session in sessions]
+    heads = [next(stream).text for stream in streams]
+    assert [head + text_of(stream) for head, stream in zip(heads, streams, strict=True)] == [alone] * 3
 
 
 def test_there_is_nothing_to_retry_at_first() -> None:
