@@ -5,6 +5,7 @@ Required: `experts` [T, L, K] and `num_experts`. Everything else is optional, an
 a file with more in it is still a trace. docs/decisions/030-policies.md has the table.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from offload_moe.errors import ConfigError
@@ -111,11 +113,14 @@ def load_trace(path: str | Path) -> Trace:
     Raises: ConfigError when the file is missing, is not an npz file, or is not a valid trace.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream:  # numpy leaves a damaged file open
+            file = np.load(stream, allow_pickle=False)
+            if not isinstance(file, NpzFile):
+                raise ValueError("it holds one bare array")
             arrays = {name: file[name] for name in file.files if name in _NAMES}
     except FileNotFoundError:
         raise ConfigError(f"Trace {path} does not exist.") from None
-    except (OSError, ValueError, BadZipFile, AttributeError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
         raise ConfigError(f"Trace {path} is not a readable npz file ({error}).") from error
     for name in ("experts", "num_experts"):
         if name not in arrays:

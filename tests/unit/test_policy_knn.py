@@ -1,11 +1,13 @@
 """The default policy: what it learns, and what it survives."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
 from offload_moe.profile.replay import replay
 from offload_moe.schedule.policy.history import NUM_AHEAD, History
-from offload_moe.schedule.policy.knn import TOKENS_PER_REBASE, KNN
+from offload_moe.schedule.policy.knn import KNN, TOKENS_PER_REBASE
 from offload_moe.schedule.policy.reuse import ReuseModel
 from offload_moe.trace import Trace
 
@@ -77,7 +79,7 @@ class TestReuseModel:
         model = ReuseModel(num_keys=2, discount=0.5)
         random = np.random.default_rng(0)
         coming = random.random((4000, 2)) < 0.3
-        for now, after in zip(coming, coming[1:], strict=False):
+        for now, after in pairwise(coming):
             foretold = np.where(after, 1.0, 0.1).astype(np.float32)
             worth = model.update(0, 2, now.astype(np.float32), foretold, 1.0, learn=True)
             model.advance()

@@ -10,7 +10,7 @@ SLOW_HALF_LIFE, FAST_HALF_LIFE = 50.0, 3.0  # tokens
 CONSTANT = 0.1
 SHRINKAGE = 0.05  # weight of the slow frequency among the neighbours
 PRIOR_WEIGHTS = (0.0, 0.5, 0.3, 0.05, 0.75, 1.0)
-PRIOR_SAMPLES = 200.0  # how much evidence the prior weights stand for
+PRIOR_SAMPLES = 50.0  # how much evidence the prior weights stand for
 WARM_UP = 8  # tokens before learning begins
 LEARN_EVERY, SOLVE_EVERY = 4, 16  # tokens
 
