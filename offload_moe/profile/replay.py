@@ -48,7 +48,7 @@ def parse_slots(slots: str | int, trace: Trace) -> int:
     text = str(slots).strip()
     try:
         num_slots = math.floor(float(text[:-1]) / 100 * num_all) if text.endswith("%") else int(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(f"Slots {slots!r} is neither a number nor a percentage such as 25%.") from None
     if num_slots < 1:
         raise ConfigError(f"Slots {slots!r} is {num_slots} of {num_all} experts. At least one slot is needed.")
