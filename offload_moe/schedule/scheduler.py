@@ -211,5 +211,5 @@ class Lease:
             self._loading = [entry for entry in self._loading if entry not in arrived]
 
     def _release_held_to_mover(self) -> None:
-        for _, slot in self._held:
-            self._scheduler.mover.used(slot)
+        if self._held:
+            self._scheduler.mover.used([slot for _, slot in self._held])

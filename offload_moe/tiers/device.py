@@ -1,11 +1,12 @@
 """The device tier: fills VRAM slots from the RAM tier."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
 from torch import Tensor
 
+from offload_moe.errors import TransferError
 from offload_moe.tiers.copier import Copier, Marker
 from offload_moe.tiers.mover import Arrived
 
@@ -18,17 +19,15 @@ class DeviceSlots:
     """VRAM slots of equal size, allocated in chunks."""
 
     def __init__(self, copier: Copier, num_slots: int, slot_bytes: int, chunk_bytes: int = 256 << 20) -> None:
-        self._slot_bytes = slot_bytes
-        self._per_chunk = max(1, chunk_bytes // slot_bytes)
-        self._chunks = [
-            copier.allocate(min(self._per_chunk, num_slots - first) * slot_bytes)
-            for first in range(0, num_slots, self._per_chunk)
-        ]
+        per_chunk = max(1, chunk_bytes // slot_bytes)
+        self._slots: list[Tensor] = []
+        for first in range(0, num_slots, per_chunk):
+            chunk = copier.allocate(min(per_chunk, num_slots - first) * slot_bytes)
+            self._slots += chunk.split(slot_bytes)
 
     def slot(self, index: int) -> Tensor:
         """uint8 ``[slot_bytes]`` on the device."""
-        chunk, place = divmod(index, self._per_chunk)
-        return self._chunks[chunk][place * self._slot_bytes : (place + 1) * self._slot_bytes]
+        return self._slots[index]
 
 
 class DeviceMover:
@@ -39,25 +38,41 @@ class DeviceMover:
         self._copier = copier
         self._slots = slots
         self._borrow = borrow
-        self._last_use: dict[int, Marker] = {}
+        self._readers: dict[int, dict[int, Marker]] = {}  # slot -> stream -> the point behind its last reader there
         self._pool = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="expert-h2d")
 
     def start(self, key: int, slot: int, arrived: Arrived) -> None:
-        self._pool.submit(self._load, key, slot, self._last_use.pop(slot, None), arrived)
+        self._pool.submit(self._load, key, slot, arrived)
 
-    def used(self, slot: int) -> None:
-        self._last_use[slot] = self._copier.mark()
+    def used(self, slots: Sequence[int]) -> None:
+        marker = self._copier.mark()
+        for slot in slots:
+            self._readers.setdefault(slot, {})[marker.stream_id] = marker
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._copier.close()
 
-    def _load(self, key: int, slot: int, last_use: Marker | None, arrived: Arrived) -> None:
+    def _load(self, key: int, slot: int, arrived: Arrived) -> None:
         try:
             with self._borrow(key) as record:
-                destination = self._slots.slot(slot)[: record.numel()]
-                self._copier.copy(record, destination, after=last_use).wait()
+                self._copy(key, slot, record)
                 num_bytes = record.numel()
         except BaseException as error:
             arrived(slot, 0, error)
         else:
             arrived(slot, num_bytes, None)
+
+    def _copy(self, key: int, slot: int, record: Tensor) -> None:
+        """The slot's readers are forgotten only once it is overwritten: a load that fails leaves them to the next."""
+        readers = self._readers.get(slot, {})
+        try:
+            arrival = self._copier.copy(record, self._slots.slot(slot)[: record.numel()], after=readers.values())
+            arrival.wait()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise TransferError(
+                f"Copying expert record {key} ({record.numel()} bytes) to the device failed: {reason}. "
+                "Load the model again; a smaller --vram helps if the device ran out of memory."
+            ) from error
+        readers.clear()

@@ -1,6 +1,6 @@
 """What every tier's mover offers the scheduler."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 Arrived = Callable[[int, int, BaseException | None], None]
@@ -12,8 +12,8 @@ class Mover(Protocol):
     def start(self, key: int, slot: int, arrived: Arrived) -> None:
         """Begin the transfer. Calls ``arrived(slot, num_bytes, error)`` once, from a thread of the mover."""
 
-    def used(self, slot: int) -> None:
-        """Compute that reads the slot has been issued; the slot may be overwritten once that compute is done."""
+    def used(self, slots: Sequence[int]) -> None:
+        """The calling thread has issued compute that reads the slots; they may be overwritten once it is done."""
 
     def close(self) -> None:
         """Stop the threads; transfers under way are finished or dropped."""

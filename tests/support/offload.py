@@ -3,7 +3,7 @@
 import copy
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class MemoryMover:
         self.arena.slot(slot)[: self.records[key].numel()] = self.records[key]
         arrived(slot, self.records[key].numel(), None)
 
-    def used(self, slot: int) -> None:
+    def used(self, slots: Sequence[int]) -> None:
         pass
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -34,7 +34,7 @@ class ManualMover:
             self.memory[slot] = key
         arrived(slot, 100, error)
 
-    def used(self, slot: int) -> None:
+    def used(self, slots: Sequence[int]) -> None:
         pass
 
     def close(self) -> None:
