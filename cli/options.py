@@ -15,7 +15,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Where the model's parts may live, and in which codec."""
+    """Where the model's parts may live, and how a checkpoint is read."""
     group = parser.add_argument_group("memory")
     group.add_argument(
         "--vram", type=parse_size, metavar="SIZE", help="GPU memory to use, such as 10GiB (default: what is free)"
@@ -24,13 +24,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--ram", type=parse_size, metavar="SIZE", help="RAM to use, such as 32GiB (default: what is free)"
     )
     group.add_argument("--policy", metavar="NAME", help="which experts to keep, such as lru")
-    add_codec_flags(parser)
-
-
-def add_codec_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("precision")
-    group.add_argument("--codec", choices=CODECS, help="format of the experts (default: nf4; a store has its own)")
-    group.add_argument("--dense-codec", choices=CODECS, help="format of the other large weights (default: what fits)")
+    group.add_argument("--device", metavar="NAME", help="where to compute, such as cuda or cpu (default: a GPU if any)")
+    group = parser.add_argument_group("reading a checkpoint (a store has its own)")
+    group.add_argument("--codec", choices=CODECS, help="format of the experts (default: nf4)")
+    group.add_argument("--dense-codec", choices=CODECS, help="format of the rest (default: bf16)")
+    group.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +46,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 def load_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """What the user chose of `offload_moe.load`'s arguments; the rest keeps its defaults there."""
-    names = ("vram", "ram", "policy", "codec", "dense_codec")
+    names = ("vram", "ram", "policy", "device", "codec", "dense_codec", "revision")
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 

@@ -89,8 +89,11 @@ def _retry(repl: "Repl", _: str) -> None:
 
 def _stats(repl: "Repl", _: str) -> None:
     rows = full_statistics(repl.session.last_stats, repl.model.memory)
-    for name, value in rows or [("statistics", "none before the first answer")]:
-        repl.say(f"{name:<20} {value}")
+    width = max(len(name) for name, _ in rows) if rows else 0
+    for name, value in rows:
+        repl.say(f"{name:<{width}}  {value}")
+    if repl.session.last_stats is None:
+        repl.say("There is no answer yet.")
 
 
 def _save(repl: "Repl", path: str) -> None:
