@@ -1,0 +1,30 @@
+"""Run large Mixture-of-Experts models on one consumer GPU, or none.
+
+>>> from offload_moe import load
+>>> model = load("demo")
+>>> model.generate("What is the capital of France?", max_new_tokens=20)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from offload_moe.errors import OffloadMoeError
+
+if TYPE_CHECKING:
+    from offload_moe.model import Model, load
+    from offload_moe.quantize import quantize
+
+__version__ = "0.1.0"
+__all__ = ["Model", "OffloadMoeError", "__version__", "load", "quantize"]
+
+
+def __getattr__(name: str) -> Any:
+    """Torch is imported with the first use, so that `import offload_moe` and `--help` stay quick."""
+    if name in ("Model", "load"):
+        from offload_moe import model
+
+        return getattr(model, name)
+    if name == "quantize":
+        from offload_moe.quantize import quantize
+
+        return quantize
+    raise AttributeError(f"module 'offload_moe' has no attribute {name!r}")

@@ -16,11 +16,16 @@ class QuantLinear(nn.Module):
     """
 
     record: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, record: Tensor, shape: ExpertShape, codec: Codec) -> None:
-        """shape: one matrix named `weight`, and a bias named `bias` where the layer has one."""
+        """shape: one matrix named `weight`, and a bias named `bias` where the record holds one.
+
+        A layer whose bias is kept outside the record sets `bias` afterwards.
+        """
         super().__init__()
         self.register_buffer("record", record, persistent=False)
+        self.register_parameter("bias", None)
         self.in_features = shape.matrices[0].in_features
         self.out_features = shape.matrices[0].out_features
         self._shape = shape
@@ -37,6 +42,8 @@ class QuantLinear(nn.Module):
             self._kernel.forward(rows.contiguous(), [self.record], [out])
         else:
             out = record_linear(rows, self.record, self._shape, self._codec, "weight")
+        if self.bias is not None:
+            out += self.bias
         return out.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

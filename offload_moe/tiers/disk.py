@@ -2,26 +2,18 @@
 
 import os
 import threading
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from offload_moe.errors import TransferError
 from offload_moe.quant.layout import RECORD_ALIGNMENT
+from offload_moe.store import Record
 from offload_moe.tiers.arena import Arena
 from offload_moe.tiers.mover import Arrived
 
 NUM_READERS = 4  # reads in flight; an NVMe disk wants a few, a slow disk is not hurt by them
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordAddress:
-    """Where one expert's record lies. `offset` and `num_bytes` are multiples of 4096."""
-
-    path: Path
-    offset: int
-    num_bytes: int
 
 
 class RecordFile:
@@ -69,12 +61,11 @@ class RecordFile:
 class DiskMover:
     """Fills arena slots from disk on threads; the read itself holds no lock of the interpreter."""
 
-    def __init__(
-        self, arena: Arena, address_of: Callable[[int], RecordAddress], num_readers: int = NUM_READERS
-    ) -> None:
-        """address_of: key -> where the record lies."""
+    def __init__(self, arena: Arena, record_of: Callable[[int], Record], num_readers: int = NUM_READERS) -> None:
+        """record_of: key -> where the record lies, and its checksum."""
         self._arena = arena
-        self._address_of = address_of
+        self._record_of = record_of
+        self._checked: set[int] = set()
         self._files: dict[Path, RecordFile] = {}
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(num_readers, thread_name_prefix="expert-read")
@@ -82,7 +73,7 @@ class DiskMover:
     def start(self, key: int, slot: int, arrived: Arrived) -> None:
         self._pool.submit(self._read, key, slot, arrived)
 
-    def used(self, slot: int) -> None:
+    def used(self, slots: Sequence[int]) -> None:
         """Compute on the CPU is finished when it returns: nothing to wait for."""
 
     def close(self) -> None:
@@ -93,13 +84,25 @@ class DiskMover:
 
     def _read(self, key: int, slot: int, arrived: Arrived) -> None:
         try:
-            address = self._address_of(key)
-            view = self._arena.slot(slot).numpy().data[: address.num_bytes]
-            self._file(address.path).read_into(view, address.offset)
+            record = self._record_of(key)
+            view = self._arena.slot(slot).numpy().data[: record.num_bytes]
+            self._file(record.path).read_into(view, record.offset)
+            self._check_once(key, view, record)
         except BaseException as error:
             arrived(slot, 0, error)
         else:
-            arrived(slot, address.num_bytes, None)
+            arrived(slot, record.num_bytes, None)
+
+    def _check_once(self, key: int, view: memoryview, record: Record) -> None:
+        """Compare the first read of every expert with its checksum; the file does not change afterwards."""
+        if key in self._checked:
+            return
+        if zlib.crc32(view) != record.checksum:
+            raise TransferError(
+                f"{record.path}: the expert at offset {record.offset} ({record.num_bytes} bytes) does not match its "
+                "checksum. Check the disk, then quantize the model again."
+            )
+        self._checked.add(key)
 
     def _file(self, path: Path) -> RecordFile:
         with self._lock:

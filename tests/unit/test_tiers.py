@@ -1,15 +1,23 @@
 """Arena and disk tier: alignment, real reads, short reads, missing files."""
 
 import threading
+import zlib
 from pathlib import Path
 
 import torch
 
 from offload_moe.errors import TransferError
+from offload_moe.store import Record
 from offload_moe.tiers.arena import Arena
-from offload_moe.tiers.disk import DiskMover, RecordAddress
+from offload_moe.tiers.disk import DiskMover
 
 RECORD = 8192
+
+
+def record(path: Path, key: int) -> Record:
+    """Where record `key` lies, with the checksum of what is there now."""
+    content = path.read_bytes()[key * RECORD : (key + 1) * RECORD] if path.exists() else b""
+    return Record(path=path, offset=key * RECORD, num_bytes=RECORD, checksum=zlib.crc32(content))
 
 
 def read(mover: DiskMover, key: int, slot: int) -> tuple[int, BaseException | None]:
@@ -40,7 +48,7 @@ def test_records_arrive_whole(tmp_path: Path) -> None:
     content = torch.randint(0, 256, (5 * RECORD,), dtype=torch.uint8)
     path.write_bytes(content.numpy().tobytes())
     arena = Arena(num_slots=2, slot_bytes=RECORD)
-    mover = DiskMover(arena, lambda key: RecordAddress(path=path, offset=key * RECORD, num_bytes=RECORD))
+    mover = DiskMover(arena, lambda key: record(path, key))
     for key in (4, 0, 2):
         assert read(mover, key, key % 2) == (RECORD, None)
         assert torch.equal(arena.slot(key % 2), content[key * RECORD : (key + 1) * RECORD])
@@ -50,7 +58,7 @@ def test_records_arrive_whole(tmp_path: Path) -> None:
 def test_a_short_file_names_the_file_and_the_offset(tmp_path: Path) -> None:
     path = tmp_path / "experts.bin"
     path.write_bytes(b"x" * (RECORD + 100))
-    mover = DiskMover(Arena(1, RECORD), lambda key: RecordAddress(path=path, offset=key * RECORD, num_bytes=RECORD))
+    mover = DiskMover(Arena(1, RECORD), lambda key: record(path, key))
     num_bytes, error = read(mover, 1, 0)
     assert num_bytes == 0
     assert isinstance(error, TransferError)
@@ -62,7 +70,20 @@ def test_a_short_file_names_the_file_and_the_offset(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_a_transfer_error(tmp_path: Path) -> None:
     path = tmp_path / "gone.bin"
-    mover = DiskMover(Arena(1, RECORD), lambda key: RecordAddress(path=path, offset=0, num_bytes=RECORD))
+    mover = DiskMover(Arena(1, RECORD), lambda key: record(path, key))
     _, error = read(mover, 0, 0)
     assert isinstance(error, TransferError)
+    mover.close()
+
+
+def test_a_flipped_bit_is_refused_with_file_and_offset(tmp_path: Path) -> None:
+    path = tmp_path / "experts.bin"
+    path.write_bytes(bytes(3 * RECORD))
+    records = [record(path, key) for key in range(3)]
+    path.write_bytes(bytes(RECORD) + b"\x01" + bytes(2 * RECORD - 1))
+    mover = DiskMover(Arena(1, RECORD), records.__getitem__)
+    _, error = read(mover, 1, 0)
+    assert isinstance(error, TransferError)
+    assert f"experts.bin: the expert at offset {RECORD}" in str(error)
+    assert read(mover, 2, 0) == (RECORD, None)
     mover.close()

@@ -1,0 +1,124 @@
+"""A transformers model from an expert store: skeleton, dense weights in place, expert parameters gone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload_moe.checkpoint.experts import ExpertsModule, find_experts
+from offload_moe.checkpoint.skeleton import build_skeleton, load_config
+from offload_moe.dense import QuantLinear
+from offload_moe.errors import StoreError
+from offload_moe.moe.attach import detach_parameters
+from offload_moe.quant import get_codec
+from offload_moe.store import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembled:
+    """The model without experts, and its experts modules in layer order."""
+
+    hf: Any
+    layers: list[ExpertsModule]
+
+
+class DtypePlan:
+    """Which dtype each dense tensor is computed in: the skeleton's, except what the model class keeps in fp32.
+
+    Source: transformers/core_model_loading.py, `convert_and_load_state_dict_in_model` step 3.
+    """
+
+    def __init__(self, hf: Any, dtype: torch.dtype) -> None:
+        from transformers.core_model_loading import build_glob_alternation
+
+        plan = hf._get_dtype_plan(dtype)
+        self._kept = build_glob_alternation(list(plan))[0] if plan else None
+
+    def of(self, name: str, skeleton_dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if self._kept is not None and self._kept.search(name) else skeleton_dtype
+
+
+def assemble(store: Store, device: torch.device, dtype: torch.dtype) -> Assembled:
+    """Build the model and load every dense weight, cast to the compute dtype, onto the device.
+
+    The config is read anew for each model, so that two models of one store share nothing.
+
+    Raises:
+        StoreError: the store does not hold what the model needs.
+        StoreCorrupt: a dense tensor does not match its checksum.
+    """
+    config = load_config(store.path)
+    config.dtype = dtype
+    hf = build_skeleton(config)
+    dtypes = DtypePlan(hf, dtype)
+    layers = find_experts(hf)
+    _check_layers(store, layers)
+    detach_parameters(layers)
+    for entry, tensor in store.dense_tensors():
+        if entry.quantized is not None:
+            linear = QuantLinear(tensor.to(device), entry.quantized, get_codec(store.dense_codec))
+            _replace(hf, entry.name.removesuffix(".weight"), linear)
+        else:
+            _set_tensor(hf, entry.name, tensor, device, dtypes)
+    hf.tie_weights()
+    hf.to(device)  # buffers the store does not hold, such as rotary frequencies
+    stranded = [name for name, value in [*hf.named_parameters(), *hf.named_buffers()] if value.is_meta]
+    if stranded:
+        raise StoreError(
+            f"{store.path} does not hold {stranded[0]} ({len(stranded)} tensors). Quantize the model again."
+        )
+    hf.generation_config = _generation_config(store, hf)
+    hf.requires_grad_(False)
+    return Assembled(hf=hf, layers=layers)
+
+
+def load_tokenizer(store: Store) -> Any:
+    """The store's tokenizer; None where it has none that transformers can read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(store.path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError):  # what transformers raises for absent or foreign files
+        return None
+
+
+def _generation_config(store: Store, hf: Any) -> Any:
+    from transformers import GenerationConfig
+
+    if (store.path / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(store.path)
+    return GenerationConfig.from_model_config(hf.config)
+
+
+def _check_layers(store: Store, layers: Sequence[ExpertsModule]) -> None:
+    found = [(layer.name, layer.num_experts, layer.shape) for layer in layers]
+    stored = [(layer.name, layer.num_experts, layer.shape) for layer in store.layers]
+    if found != stored:
+        raise StoreError(
+            f"{store.path} holds {len(stored)} MoE layers, this transformers builds {len(found)} others. "
+            "Quantize the model again with this version."
+        )
+
+
+def _set_tensor(hf: Any, name: str, tensor: Tensor, device: torch.device, dtypes: DtypePlan) -> None:
+    owner, leaf = _owner(hf, name)
+    value = tensor.to(device=device, dtype=dtypes.of(name, getattr(owner, leaf).dtype))
+    if leaf in owner._parameters:
+        setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+    else:
+        owner.register_buffer(leaf, value)
+
+
+def _replace(hf: Any, name: str, linear: QuantLinear) -> None:
+    owner, leaf = _owner(hf, name)
+    old = getattr(owner, leaf)
+    if old.bias is not None:
+        linear.bias = old.bias
+    setattr(owner, leaf, linear)
+
+
+def _owner(hf: Any, name: str) -> tuple[Any, str]:
+    owner, _, leaf = name.rpartition(".")
+    return hf.get_submodule(owner), leaf

@@ -1,0 +1,174 @@
+"""`load`: from a store to a transformers model whose experts come through the hierarchy."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, Unpack, cast
+
+import psutil
+import torch
+
+from offload_moe import generate as generation
+from offload_moe.assemble import Assembled, assemble, load_tokenizer
+from offload_moe.budget import plan_slots
+from offload_moe.chat import ChatSession
+from offload_moe.chat.sampling import SamplingArguments
+from offload_moe.generate import Prompt
+from offload_moe.moe.arithmetic import choose_arithmetic
+from offload_moe.moe.attach import BoundExperts, attach
+from offload_moe.moe.contract import ExpertsContract
+from offload_moe.quant import get_codec
+from offload_moe.schedule.counters import Counters
+from offload_moe.schedule.hierarchy import Hierarchy, Pools
+from offload_moe.schedule.policy import DEFAULT_POLICY
+from offload_moe.sizes import parse_size
+from offload_moe.sources import DEMO, Report, ensure_store, silent
+from offload_moe.store import Store
+from offload_moe.tiers.copier import AcceleratorCopier, compute_device, free_device_memory
+from offload_moe.tiers.disk import DiskMover
+
+
+class Model:
+    """A loaded model. `hf` is the transformers model itself: `hf.generate`, processors and samplers just work."""
+
+    def __init__(self, store: Store, assembled: Assembled, tokenizer: Any, hierarchy: Hierarchy) -> None:
+        self.store = store
+        self.hf = assembled.hf
+        self.tokenizer = tokenizer
+        self._hierarchy = hierarchy
+        self._dense_bytes = sum(t.nbytes for t in (*self.hf.parameters(), *self.hf.buffers()))
+
+    @property
+    def stats(self) -> Counters:
+        """Running totals since `load`: hits, misses, stalls, bytes."""
+        return self._hierarchy.counters
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes in use by part; the parts do not overlap."""
+        pools, ram = self._hierarchy.pools, self._hierarchy.ram
+        on_device = pools.num_device_slots > 0
+        parts = {
+            "dense weights": self._dense_bytes,
+            "expert slots in RAM": len(ram.residency.resident_keys()) * pools.slot_bytes,
+        }
+        in_ram = sum(parts.values()) - (self._dense_bytes if on_device else 0)
+        parts["rest of the process"] = max(0, psutil.Process().memory_info().rss - in_ram)
+        if on_device:
+            parts["expert slots in VRAM"] = pools.num_device_slots * pools.slot_bytes
+        return parts
+
+    def generate(self, prompt: Prompt, *, raw: bool = False, **sampling: Unpack[SamplingArguments]) -> str:
+        """The whole answer to a text or a list of messages. `raw` continues the text instead of answering it."""
+        return generation.generate(self.hf, self.tokenizer, prompt, raw=raw, **sampling)
+
+    def stream(self, prompt: Prompt, *, raw: bool = False, **sampling: Unpack[SamplingArguments]) -> Iterator[str]:
+        """The answer as it comes."""
+        return generation.stream(self.hf, self.tokenizer, prompt, raw=raw, **sampling)
+
+    def chat(self, *, system: str | None = None, raw: bool = False) -> ChatSession:
+        """A conversation whose earlier turns are not computed again."""
+        return ChatSession(self.hf, self.tokenizer, self.stats, memory=lambda: self.memory, system=system, raw=raw)
+
+    def close(self) -> None:
+        """Stop the reading threads and close the store's files. The model cannot be used afterwards."""
+        self._hierarchy.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load(
+    source: str | Path = DEMO,
+    *,
+    vram: str | int | None = None,
+    ram: str | int | None = None,
+    codec: str = "nf4",
+    dense_codec: str = "bf16",
+    policy: str = DEFAULT_POLICY,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    exact: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    progress: Report = silent,
+) -> Model:
+    """Load a store, a checkpoint folder, a hub id, or the embedded demo model.
+
+    A checkpoint is converted to a store in the user's cache folder first, once. `codec` and `dense_codec` are for that
+    conversion; a store keeps its own.
+
+    vram, ram: sizes such as ``"10GiB"`` that the process may use; None takes 90% of what is free.
+    device: None takes the accelerator when there is one. dtype: None takes bf16 on a device, fp32 on the CPU.
+    exact: CPU kernels keep activations in full precision, slower.
+
+    Raises:
+        OffloadMoeError: one of its kinds, see `offload_moe.errors`.
+    """
+    report = progress
+    ram_bytes = None if ram is None else parse_size(ram)
+    vram_bytes = None if vram is None else parse_size(vram)
+    where = compute_device(device)
+    path = ensure_store(source, codec=codec, dense_codec=dense_codec, revision=revision, token=token, report=report)
+    store = Store.open(path)
+    report("Planning memory")
+    compute_dtype = dtype or _default_dtype(where)
+    has_device = where.type != "cpu"
+    plan = plan_slots(
+        num_records=sum(layer.num_experts for layer in store.layers),
+        slot_bytes=max(layer.record_bytes for layer in store.layers),
+        dense_bytes=_loaded_dense_bytes(store, compute_dtype),
+        ram=ram_bytes,
+        vram=vram_bytes,
+        free_vram=free_device_memory(where) if has_device else None,
+    )
+    report("Loading dense weights")
+    assembled = assemble(store, where, compute_dtype)
+    pools = Pools(
+        num_layers=len(store.layers),
+        num_experts=store.num_experts,
+        slot_bytes=max(layer.record_bytes for layer in store.layers),
+        num_ram_slots=plan.num_ram_slots,
+        num_device_slots=plan.num_device_slots,
+        policy=policy,
+    )
+    copier = AcceleratorCopier(where) if has_device else None
+    hierarchy = Hierarchy(
+        pools, lambda arena: DiskMover(arena, lambda key: store.record(*divmod(key, store.num_experts))), copier
+    )
+    attach_experts(assembled, store, hierarchy, where, is_exact=exact)
+    return Model(store, assembled, load_tokenizer(store), hierarchy)
+
+
+def attach_experts(
+    assembled: Assembled, store: Store, hierarchy: Hierarchy, device: torch.device, *, is_exact: bool
+) -> None:
+    """Bind every MoE layer of the model to the hierarchy."""
+    codec = get_codec(store.codec)
+    bound = []
+    for ordinal, layer in enumerate(assembled.layers):
+        module = cast(ExpertsContract, layer.module)
+        arithmetic = choose_arithmetic(module, layer.shape, codec, device, is_exact=is_exact)
+        bound.append(BoundExperts(ordinal, layer.num_experts, hierarchy.scheduler, hierarchy.record_of, arithmetic))
+    attach(assembled.layers, bound)
+
+
+def _loaded_dense_bytes(store: Store, dtype: torch.dtype) -> int:
+    """Dense weights as they will lie in memory: records as they are, tensors in the compute dtype."""
+    return sum(
+        entry.place.num_bytes
+        if entry.quantized or not entry.dtype.is_floating_point
+        else entry.place.num_bytes * dtype.itemsize // entry.dtype.itemsize
+        for entry in store.dense.values()
+    )
+
+
+def _default_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16

@@ -1,0 +1,72 @@
+"""From what a user names (a store, a checkpoint folder, a hub id, the demo) to an expert store on disk."""
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+from offload_moe import demo
+from offload_moe.checkpoint.source import looks_like_hub_id
+from offload_moe.errors import CheckpointError
+from offload_moe.paths import cache_dir
+from offload_moe.quantize import quantize
+from offload_moe.store import Progress, is_store
+
+DEMO = "demo"
+
+
+class Report(Protocol):
+    """Told what is going on: `done` of `total` bytes, or a share from 0 to 1 without a total, or nobody knows (-1)."""
+
+    def __call__(self, phase: str, done: float = -1.0, total: float | None = None) -> None: ...
+
+
+def silent(phase: str, done: float = -1.0, total: float | None = None) -> None:
+    """The report of those who asked for none."""
+
+
+def ensure_store(
+    source: str | Path, *, codec: str, dense_codec: str, revision: str | None, token: str | None, report: Report
+) -> Path:
+    """The store of `source`; a checkpoint is converted into the user's cache folder first, once per codec.
+
+    Raises: CheckpointError when `source` is nothing that can be loaded; what `quantize` raises.
+    """
+    folder = Path(source).expanduser()
+    if is_store(folder):
+        return folder
+    if source == DEMO and not folder.exists():
+        folder = demo.checkpoint(progress=report)
+    elif not folder.exists() and not looks_like_hub_id(str(source)):
+        raise CheckpointError(
+            f"{source} is neither a folder, nor a hub id like organisation/model, nor {DEMO!r}. Check the path."
+        )
+    is_local = folder.exists()
+    target = (
+        cache_dir() / "stores" / _cache_name(folder if is_local else Path(str(source)), codec, dense_codec, revision)
+    )
+    if is_store(target):
+        return target
+
+    def forward(progress: Progress) -> None:
+        report(progress.phase, progress.done_bytes, progress.total_bytes)
+
+    return quantize(
+        folder if is_local else str(source),
+        target,
+        codec=codec,
+        dense_codec=dense_codec,
+        revision=revision,
+        token=token,
+        progress=forward,
+    )
+
+
+def _cache_name(source: Path, codec: str, dense_codec: str, revision: str | None) -> str:
+    """One name per source, its present state and the codecs: a checkpoint that changes is converted anew."""
+    identity = [str(source), revision or ""]
+    if source.is_dir():
+        files = [*sorted(source.glob("*.safetensors")), source / "config.json"]
+        stats = [(file.name, file.stat()) for file in files if file.exists()]
+        identity = [str(source.resolve()), *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)]
+    digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:12]
+    return f"{source.name}-{codec}-{dense_codec}-{digest}"

@@ -1,0 +1,118 @@
+"""`load`: checkpoint folder -> store -> model, against transformers on the same weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
+from transformers import AutoModelForCausalLM
+
+from offload_moe import load
+from offload_moe.budget import RUNTIME_BYTES
+from offload_moe.errors import BudgetError, CheckpointError
+from offload_moe.model import Model
+from offload_moe.quantize import quantize
+from offload_moe.store import Store
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A saved tiny checkpoint per family, in bf16."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for family in FAMILIES:
+        tiny_model(family).to(torch.bfloat16).save_pretrained(root / family)
+    return {family: root / family for family in FAMILIES}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path / "cache"))
+
+
+def ram_for(store: Path, num_slots: int, dense_bytes: int) -> int:
+    slot_bytes = max(layer.record_bytes for layer in Store.open(store).layers)
+    return RUNTIME_BYTES + dense_bytes + num_slots * slot_bytes
+
+
+def greedy(model: Model, batch: int) -> torch.Tensor:
+    ids, mask = tiny_prompt(batch, 9)
+    return model.hf.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None, disable_compile=True
+    )
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_lossless_logits_are_those_of_from_pretrained(family: str, checkpoints: dict[str, Path]) -> None:
+    oracle = AutoModelForCausalLM.from_pretrained(
+        checkpoints[family], dtype=torch.float32, experts_implementation="eager"
+    )
+    ids, mask = tiny_prompt(3, 9)
+    with load(checkpoints[family], codec="bf16") as model, torch.inference_mode():
+        expected = oracle(input_ids=ids, attention_mask=mask).logits
+        assert expected.abs().max() > 0.1
+        assert torch.equal(model.hf(input_ids=ids, attention_mask=mask).logits, expected)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_tokens_are_the_same_for_every_number_of_slots_and_across_restarts(
+    family: str, batch: int, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    store = quantize(checkpoints[family], tmp_path / "store", codec="nf4")
+    num_records = sum(layer.num_experts for layer in Store.open(store).layers)
+    with load(store) as model:
+        dense_bytes = model.memory["dense weights"]
+        expected = greedy(model, batch)
+    for num_slots in (1, 2, num_records // 2, num_records):
+        for policy in ("lru", "lfu"):
+            with load(store, ram=ram_for(store, num_slots, dense_bytes), policy=policy) as model:
+                assert torch.equal(greedy(model, batch), expected)
+                # buffers are not in the store's own count of dense bytes, so a slot more may have fitted
+                assert abs(model._hierarchy.pools.num_ram_slots - num_slots) <= 1
+
+
+def test_a_checkpoint_is_converted_once(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    phases: list[str] = []
+
+    def report(phase: str, done: float = -1.0, total: float | None = None) -> None:
+        phases.append(phase)
+
+    load(checkpoints["mixtral"], progress=report).close()
+    assert "Quantizing" in phases
+    phases.clear()
+    load(checkpoints["mixtral"], progress=report).close()
+    assert "Quantizing" not in phases
+
+
+def test_two_models_share_nothing(checkpoints: dict[str, Path]) -> None:
+    with load(checkpoints["mixtral"]) as alone:
+        expected = greedy(alone, 1)
+    with (
+        load(checkpoints["mixtral"]) as first,
+        load(checkpoints["qwen3_moe"]) as second,
+        load(checkpoints["mixtral"]) as third,
+    ):
+        greedy(second, 1)
+        assert torch.equal(greedy(first, 1), expected)
+        assert torch.equal(greedy(third, 1), expected)
+
+
+@pytest.mark.parametrize("dense_codec", ["nf4", "int8"])
+def test_quantized_dense_weights_stay_close(dense_codec: str, checkpoints: dict[str, Path]) -> None:
+    ids, mask = tiny_prompt(1, 9)
+    with load(checkpoints["qwen3_moe"], codec="bf16") as model, torch.inference_mode():
+        expected = model.hf(input_ids=ids, attention_mask=mask).logits
+    with load(checkpoints["qwen3_moe"], codec="bf16", dense_codec=dense_codec) as model, torch.inference_mode():
+        got = model.hf(input_ids=ids, attention_mask=mask).logits
+        assert "QuantLinear" in repr(model.hf)
+    assert 0 < (got - expected).norm() / expected.norm() < (0.5 if dense_codec == "nf4" else 0.1)
+
+
+def test_a_budget_below_one_expert_is_refused_with_the_numbers(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(BudgetError, match="One expert slot needs"):
+        load(checkpoints["mixtral"], ram="1MiB")
+
+
+def test_a_source_that_is_nothing_is_named() -> None:
+    with pytest.raises(CheckpointError, match="no/such/folder is neither"):
+        load("no/such/folder")
