@@ -95,6 +95,13 @@ class TestContract:
         policy.insert(9)
         assert policy.victim(nobody) == 9
 
+    def test_an_acquire_may_route_to_nothing(self, policy: Policy) -> None:
+        for _ in range(3):
+            policy.access(0, [])
+            policy.access(1, [])
+        policy.insert(2)
+        assert policy.victim(nobody) == 2
+
     def test_hot_expert_outlives_a_cold_one(self, policy: Policy) -> None:
         hot, cold = 0, 1
         policy.access(0, [hot, cold])

@@ -95,7 +95,7 @@ class KNN:
         """Learn from the layers passed since the last ranking, and rank their experts for the next token."""
         num_layers = self._position + 1 - self._ranked
         first, end = self._ranked * self._num_experts, (self._position + 1) * self._num_experts
-        keys = np.array(self._pending)
+        keys = np.array(self._pending, dtype=np.intp)
         used = np.zeros(end - first, dtype=np.float32)
         used[keys - first] = 1.0
         if not self._is_chunk:
