@@ -10,7 +10,7 @@ from offload_moe.schedule.policy.lru_2 import LRU2
 from offload_moe.schedule.policy.protocol import Policy
 from offload_moe.schedule.policy.slru import SLRU
 
-__all__ = ["DEFAULT_POLICY", "POLICY_NAMES", "Policy", "make_policy"]
+__all__ = ["DEFAULT_POLICY", "LRU", "POLICY_NAMES", "Policy", "make_policy"]
 
 _FACTORIES: dict[str, Callable[[range, int, int], Policy]] = {
     LRU.name: lambda layers, num_experts, num_slots: LRU(),

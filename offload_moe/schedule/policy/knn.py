@@ -38,8 +38,8 @@ class KNN:
         self._first_key = layers.start * num_experts
         self._history = History(num_keys, DISCOUNT)
         self._reuse = ReuseModel(num_keys, DISCOUNT)
-        self._due = np.repeat(np.arange(len(layers)) / len(layers) * FADE, num_experts).astype(np.float32)  # next visit
-        self._rank = math.log(LOWEST_WORTH) - self._due
+        self._layer_fade = np.repeat(np.arange(len(layers)) / len(layers) * FADE, num_experts).astype(np.float32)
+        self._rank = math.log(LOWEST_WORTH) - self._layer_fade
         self._absent = np.full(num_keys, np.inf, dtype=np.float32)  # 0 where resident
         self._order = self._absent.copy()  # rank where resident, infinite elsewhere
         self._pending: list[int] = []  # used by layers not ranked yet, from position `_ranked` on
@@ -69,7 +69,8 @@ class KNN:
         local = key - self._first_key
         self._absent[local] = 0.0
         if local not in self._current:
-            self._rank[local] = math.log(PREFETCH_WORTH) - self._due[local]
+            has_passed = local // self._num_experts <= self._position
+            self._rank[local] = math.log(PREFETCH_WORTH) - FADE * (self._token + has_passed) - self._layer_fade[local]
         self._order[local] = self._rank[local]
 
     def remove(self, key: int) -> None:
@@ -102,10 +103,11 @@ class KNN:
             self._history.observe(keys, num_layers)
         foretold, trust = self._history.foretells(first, end)
         worth = self._reuse.update(first, end, used, foretold, trust, learn=not (self._is_chunk or self._is_partial))
-        self._due[first:end] += FADE
-        rank = self._rank[first:end]
         np.maximum(worth, LOWEST_WORTH, out=worth)
-        np.subtract(np.log(worth, out=worth), self._due[first:end], out=rank)
+        np.log(worth, out=worth)
+        worth -= FADE * (self._token + 1)
+        rank = self._rank[first:end]
+        np.subtract(worth, self._layer_fade[first:end], out=rank)
         np.add(rank, self._absent[first:end], out=self._order[first:end])
         self._pending = []
         self._ranked = self._position + 1
@@ -119,6 +121,7 @@ class KNN:
         self._ranked = 0
         self._is_chunk = False
         self._token += 1
-        if self._token % TOKENS_PER_REBASE == 0:
-            for times, sign in ((self._due, -1), (self._rank, 1), (self._order, 1)):
-                times += sign * FADE * TOKENS_PER_REBASE
+        if self._token == TOKENS_PER_REBASE:
+            self._token = 0
+            self._rank += FADE * TOKENS_PER_REBASE
+            self._order += FADE * TOKENS_PER_REBASE
