@@ -53,8 +53,7 @@ def quantize(
     report = progress or ignore_progress
     experts_codec, linears_codec = get_codec(codec), get_codec(dense_codec)
     origin = resolve_source(source, revision=revision, token=token)
-    checkpoint = Checkpoint(origin.folder)
-    try:
+    with Checkpoint(origin.folder) as checkpoint:
         dense = _dense_jobs(checkpoint, linears_codec)
         experts = _expert_jobs(checkpoint, experts_codec)
         files = plan_files("dense", (b for b, _ in dense)) + plan_files("experts", (b for b, _ in experts))
@@ -70,8 +69,6 @@ def quantize(
             metadata = {name: path.read_bytes() for name, path in metadata_files(origin.folder).items()}
             manifest = _manifest(origin, checkpoint, codec, dense_codec, files, writer, metadata)
             writer.finish(manifest_to_json(manifest), metadata)
-    finally:
-        checkpoint.close()
     return Path(store)
 
 

@@ -62,10 +62,10 @@ def build_skeleton(config: "PreTrainedConfig") -> "PreTrainedModel":
     """
     from accelerate import init_empty_weights
 
-    auto_class = _auto_class(config)
+    model_class = auto_class(config)
     try:
         with init_empty_weights(include_buffers=False), _EmptyOnMeta():
-            model = auto_class.from_config(copy.deepcopy(config), trust_remote_code=False)
+            model = model_class.from_config(copy.deepcopy(config), trust_remote_code=False)
     except Exception as error:  # a model class fails in any way it likes on values it did not expect
         raise UnsupportedModelError(f"transformers cannot build this {config.model_type} model: {error}") from error
     stranded = [name for name, buffer in model.named_buffers() if buffer.is_meta]
@@ -92,11 +92,12 @@ class _EmptyOnMeta(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _auto_class(config: "PreTrainedConfig") -> "type[AutoModelForCausalLM]":
+def auto_class(config: "PreTrainedConfig") -> "type[AutoModelForCausalLM]":
+    """The auto class that builds a text-generating model of this config. Raises: UnsupportedModelError."""
     import transformers
 
     for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM"):
-        auto_class = getattr(transformers, name)
-        if type(config) in auto_class._model_mapping:
-            return auto_class
+        candidate = getattr(transformers, name)
+        if type(config) in candidate._model_mapping:
+            return candidate
     raise UnsupportedModelError(f"transformers has no text-generating model for model type {config.model_type!r}.")

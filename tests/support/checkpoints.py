@@ -1,0 +1,137 @@
+"""Tiny checkpoints of many families on disk, as `save_pretrained` writes them: in the layout of the hub."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from offload_moe.checkpoint.skeleton import auto_class
+
+COMMON: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+DEEPSEEK: dict[str, Any] = {
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_shared_experts": 1,
+    "num_key_value_heads": 4,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "depth": 1,
+    "num_heads": 4,
+    "num_attention_heads": 4,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+    "image_size": 16,
+    "deepstack_visual_indexes": [0],
+    "num_position_embeddings": 16,
+}
+WITH_VISION: dict[str, Any] = {"text_config": COMMON | DEEPSEEK, "vision_config": VISION}
+
+# What COMMON does not say; the families of issue 2 first.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {},
+    "qwen2_moe": {},
+    "qwen3_moe": {},
+    "deepseek_v3": DEEPSEEK,
+    "gpt_oss": {},
+    "granitemoe": {},
+    "olmoe": {},
+    "afmoe": {},
+    "aria_text": {},
+    "axk1": DEEPSEEK,
+    "axk2": DEEPSEEK,
+    "bailing_hybrid": {},
+    "beam": DEEPSEEK | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "cohere2_moe": {},
+    "deepseek_v2": DEEPSEEK | {"n_group": 1, "topk_method": "greedy"},
+    "deepseek_v32": DEEPSEEK,
+    "deepseek_v4": {},
+    "dots1": DEEPSEEK,
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "ernie4_5_moe": {},
+    "exaone_moe": {},
+    "flex_olmo": {},
+    "flint": {},
+    "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2, "vocab_size_per_layer_input": 64},
+    "glm4_moe": DEEPSEEK,
+    "glm4_moe_lite": DEEPSEEK,
+    "glm_moe_dsa": DEEPSEEK,
+    "granitemoe_swa": {},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
+    "granitemoeshared": {},
+    "hunyuan_v1_moe": {},
+    "hy_v3": {},
+    "hy_v4": {},
+    "inkling2_text": {},
+    "inkling_text": {},
+    "jamba": {},
+    "kimi_linear": DEEPSEEK,
+    "kolibri1": {},
+    "laguna": {},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "mellum": {},
+    "mimo_v2_flash": {},
+    "minimax": {},
+    "minimax_m2": {},
+    "minimax_m3_vl_text": {},
+    "nemotron_h": {},
+    "phimoe": {},
+    "qwen3_5_moe_text": {},
+    "qwen3_next": {},
+    "qwen4_exp_text": {},
+    "solar_open": {},
+    "zaya": {"num_experts_per_tok": 1},
+    "glm4v_moe": WITH_VISION,
+    "qwen3_vl_moe": WITH_VISION,
+}
+FEW = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "olmoe")
+
+
+def tiny_config(family: str, **changes: object) -> PreTrainedConfig:
+    settings = FAMILIES[family]
+    return AutoConfig.for_model(family, **(settings if "text_config" in settings else COMMON | settings) | changes)
+
+
+def write_checkpoint(
+    folder: Path,
+    family: str = "qwen3_moe",
+    shard_size: str = "40KB",
+    dtype: torch.dtype = torch.bfloat16,
+    **changes: object,
+) -> PreTrainedModel:
+    """Write a random model of that family; every weight differs from every other."""
+    config = tiny_config(family, **changes)
+    torch.manual_seed(0)
+    model = auto_class(config).from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and "inv_freq" not in name:
+                tensor.copy_(torch.randn(tensor.shape) * 0.1)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    return model
