@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from offload_moe.schedule.counters import Counters
-from offload_moe.schedule.policy import DEFAULT_POLICY, make_policy
+from offload_moe.schedule.policy import DEFAULT_POLICY, LRU, make_policy
 from offload_moe.schedule.residency import Residency
 from offload_moe.schedule.scheduler import Scheduler
 from offload_moe.tiers.arena import Arena
@@ -58,8 +58,13 @@ class Hierarchy:
 
     def _scheduler(self, num_slots: int, mover: Mover, bytes_counter: str) -> Scheduler:
         pools = self.pools
+        # A pool with a slot for every expert never evicts: the cheapest policy serves it.
+        never_evicts = num_slots >= pools.num_layers * pools.num_experts
         policy = make_policy(
-            pools.policy, num_layers=pools.num_layers, num_experts=pools.num_experts, num_slots=num_slots
+            LRU.name if never_evicts else pools.policy,
+            num_layers=pools.num_layers,
+            num_experts=pools.num_experts,
+            num_slots=num_slots,
         )
         residency = Residency(num_slots, policy)
         return Scheduler(residency, mover, num_experts=pools.num_experts, bytes_counter=bytes_counter)
