@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from ..options import CODECS, Subparsers, add_common_flags
 from ..progress import reporter
@@ -24,11 +25,21 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    try:
+        store = _convert(options)
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from here.", file=sys.stderr)
+        raise
+    print(f"Wrote {store}. Talk to it: offload-moe chat {store}", file=sys.stderr)
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> Path:
     with reporter() as report:
         report("Loading libraries")
         from offload_moe.quantize import quantize
 
-        store = quantize(
+        return quantize(
             options.source,
             options.store,
             codec=options.codec,
@@ -36,5 +47,3 @@ def run(options: argparse.Namespace) -> int:
             revision=options.revision,
             progress=lambda progress: report(progress.phase, progress.done_bytes, progress.total_bytes),
         )
-    print(f"Wrote {store}. Talk to it: offload-moe chat {store}", file=sys.stderr)
-    return 0

@@ -126,6 +126,8 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: 
     def quantize(source: str, store: str, **settings: Any) -> str:
         settings.pop("progress")(Progress(phase="Writing experts", done_bytes=1, total_bytes=2))
         calls.append((source, store, settings))
+        if source == "stopped":
+            raise KeyboardInterrupt
         return store
 
     module.quantize = quantize
@@ -137,6 +139,8 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert out == ""
     assert "Writing experts ..." in err
     assert "offload-moe chat out" in err
+    assert main.main(["quantize", "stopped", "out"]) == 130
+    assert "The same command goes on" in capsys.readouterr().err
 
 
 @pytest.fixture

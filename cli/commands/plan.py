@@ -1,0 +1,158 @@
+"""`offload-moe plan`: what a model needs and what it gets, before anything is downloaded."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from offload_moe.sizes import format_size, parse_size
+
+from ..options import Subparsers, add_codec_flags, add_common_flags
+from ..progress import reporter
+from ..terminal import console
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from offload_moe.plan import Plan
+    from offload_moe.plan.placement import Tier
+
+EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
+# What binds, as a reader who does not know the code would say it.
+BOTTLENECKS = {
+    "disk": "reading missed experts from disk",
+    "link": "sending missed experts to the GPU",
+    "dense weights": "reading dense weights and the cache",
+    "expert compute": "reading experts where they are computed",
+    "layer overhead": "what a layer takes beside its weights",
+}
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "plan",
+        help="what a model needs, before it is downloaded",
+        description="Show what a model needs, where it would go and how fast it could be, from its config alone. "
+        "Leaves with 0 when it fits and with 1 when it does not.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="hub id, checkpoint folder, store, or a config.json")
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--vram", type=parse_size, metavar="SIZE", help="GPU memory, such as 12GiB, or 0 (default: what is free here)"
+    )
+    group.add_argument(
+        "--ram", type=parse_size, metavar="SIZE", help="RAM, such as 64GiB (default: what is free here)"
+    )
+    parser.add_argument("--context", type=int, metavar="TOKENS", help="tokens of the conversation (default: 8192)")
+    add_codec_flags(parser)
+    parser.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_common_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    with reporter() as report:
+        report("Loading libraries")
+        from offload_moe.plan import make_plan, measure_machine, plan_to_json
+
+        report(f"Planning {options.model}")
+        plan = make_plan(
+            options.model,
+            measure_machine(vram=options.vram, ram=options.ram),
+            context=options.context,
+            codec=options.codec,
+            dense_codec=options.dense_codec,
+            revision=options.revision,
+        )
+    if options.json:
+        print(json.dumps(plan_to_json(plan), indent=2))
+    else:
+        _print(plan)
+    return EXIT_FITS if plan.fits else EXIT_DOES_NOT_FIT
+
+
+def _print(plan: "Plan") -> None:
+    out = console()
+    for line in _summary(plan):
+        out.print(line)
+    out.print(_memory_table(plan))
+    for line in (_speed_lines(plan) if plan.fits else _shortfall_lines(plan)):
+        out.print(line)
+
+
+def _summary(plan: "Plan") -> list[str]:
+    from offload_moe.plan.sizes import fp16_bytes
+
+    shape = plan.shape
+    about = "" if plan.checkpoint_is_exact else "about "
+    stores = ", ".join(f"{codec} {format_size(size)}" for codec, size in plan.store_bytes.items())
+    return [
+        f"{plan.name}: {shape.architecture}, {_billions(shape.total_parameters)} parameters, "
+        f"{_billions(shape.active_parameters)} active",
+        f"{len(shape.layers)} MoE layers, {shape.num_experts:,} experts, top-{shape.top_k}",
+        f"In fp16 {format_size(fp16_bytes(shape.total_parameters))}, "
+        f"active {format_size(fp16_bytes(shape.active_parameters))}",
+        f"Checkpoint {about}{format_size(plan.checkpoint_bytes)}; store by codec of the experts: {stores}",
+    ]
+
+
+def _memory_table(plan: "Plan") -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("memory", "what"):
+        table.add_column(name)
+    table.add_column("size", justify="right")
+    for tier in plan.placement.tiers:
+        for index, part in enumerate(tier.fixed):
+            what = f"{part.name}, {part.detail}" if part.detail else part.name
+            table.add_row(_tier_name(tier) if index == 0 else "", what, format_size(part.num_bytes))
+        if tier.slot_bytes:
+            slots = f"{tier.num_slots:,} expert slots of {format_size(tier.slot_bytes)}"
+            slots += f", {tier.num_slots / len(plan.shape.layers):.1f} per layer"
+            table.add_row("", slots, format_size(tier.num_slots * tier.slot_bytes))
+        if tier.fixed:
+            table.add_row("", "total", format_size(tier.used_bytes), end_section=True)
+    return table
+
+
+def _tier_name(tier: "Tier") -> str:
+    return tier.name if tier.budget_bytes is None else f"{tier.name} {format_size(tier.budget_bytes)}"
+
+
+def _speed_lines(plan: "Plan") -> list[str]:
+    from offload_moe.plan.speed import BASIS
+
+    assert plan.speed is not None
+    low, high = plan.speed.forecasts[0], plan.speed.forecasts[-1]
+    rates, fast = plan.machine.rates, plan.placement.fast.name
+    assumed = {"VRAM": rates.vram, "link": rates.link} if plan.machine.has_device else {"RAM": rates.ram}
+    bandwidths = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in {**assumed, "disk": rates.disk}.items())
+    lines = [
+        f"Decode {low.tokens_per_s:.1f} to {high.tokens_per_s:.1f} tokens/s ({BASIS}).",
+        f"Experts found in {fast}: {low.hit_rate:.0%} to {high.hit_rate:.0%}; read from disk: "
+        f"{high.disk_rate:.0%} to {low.disk_rate:.0%}.",
+        f"Hit rates as in {' and '.join(f.trace for f in (low, high))}; GB/s assumed: {bandwidths}.",
+        f"What binds: {BOTTLENECKS[plan.speed.bottleneck]}.",
+    ]
+    if plan.changes:
+        best = plan.changes[0]
+        lines.append(
+            f"What would help most: {best.name}, {plan.speed.tokens_per_s:.1f} to {best.tokens_per_s:.1f} tokens/s "
+            "in the mean."
+        )
+    return lines
+
+
+def _shortfall_lines(plan: "Plan") -> list[str]:
+    return [
+        f"Does not fit: {shortfall.memory} lacks {format_size(shortfall.missing_bytes)} "
+        f"({format_size(shortfall.needed_bytes)} needed, {format_size(shortfall.budget_bytes)} there). "
+        f"It would fit with {' or '.join(shortfall.remedies)}."
+        for shortfall in plan.shortfalls
+    ]
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.2f}B"
