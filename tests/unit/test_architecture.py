@@ -1,4 +1,4 @@
-"""The one-way flow of docs/design.md: a room imports only from rooms before it."""
+"""The one-way flow of docs/how-it-works.md: a room imports only from rooms before it."""
 
 import ast
 from pathlib import Path
