@@ -1,0 +1,133 @@
+"""Leases and waves under every order of completion Hypothesis can think of, with failures, down to one slot.
+
+Time is the test's: where a lease would wait, a transfer of Hypothesis' choice completes.
+"""
+
+import threading
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload_moe.errors import TransferError
+from offload_moe.schedule.policy import POLICY_NAMES, make_policy
+from offload_moe.schedule.residency import Residency, SlotState
+from offload_moe.schedule.scheduler import Scheduler
+from offload_moe.tiers.mover import Arrived
+
+NUM_LAYERS, NUM_EXPERTS = 2, 5
+EXPERTS = st.lists(st.integers(0, NUM_EXPERTS - 1), min_size=1, max_size=NUM_EXPERTS, unique=True).map(sorted)
+
+
+@dataclass
+class Order:
+    """Draws which pending transfer completes next, and whether it fails."""
+
+    data: st.DataObject
+    may_fail: bool
+    memory: list[int]
+    pending: list[tuple[int, int, Arrived]] = field(default_factory=list)
+
+    def start(self, key: int, slot: int, arrived: Arrived) -> None:
+        self.memory[slot] = -1
+        self.pending.append((key, slot, arrived))
+
+    def complete_one(self) -> None:
+        index = self.data.draw(st.integers(0, len(self.pending) - 1), label="completes")
+        key, slot, arrived = self.pending.pop(index)
+        if self.may_fail and self.data.draw(st.booleans(), label="fails"):
+            arrived(slot, 0, TransferError(f"expert {key} is gone"))
+        else:
+            self.memory[slot] = key
+            arrived(slot, 1, None)
+
+    def used(self, slot: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class PumpedCondition(threading.Condition):
+    """Waiting makes a transfer complete; waiting with none pending would be a deadlock."""
+
+    def __init__(self, order: Order) -> None:
+        super().__init__()
+        self._order = order
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert self._order.pending, "a lease waits although nothing is on its way: deadlock"
+        self._order.complete_one()
+        return True
+
+
+def make(num_slots: int, policy: str, data: st.DataObject, *, may_fail: bool) -> tuple[Scheduler, Order]:
+    order = Order(data, may_fail, [-1] * num_slots)
+    made = make_policy(policy, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, num_slots=num_slots)
+    scheduler = Scheduler(Residency(num_slots, made), order, num_experts=NUM_EXPERTS)
+    scheduler.changed = PumpedCondition(order)
+    return scheduler, order
+
+
+def check_nothing_is_held(scheduler: Scheduler) -> None:
+    residency = scheduler.residency
+    assert not any(residency.num_leases(slot) for slot in range(residency.num_slots))
+    assert not scheduler.failed
+
+
+@settings(max_examples=150, deadline=None)
+@given(num_slots=st.integers(1, 6), policy=st.sampled_from(POLICY_NAMES), data=st.data())
+def test_every_expert_comes_once_with_its_own_bytes(num_slots: int, policy: str, data: st.DataObject) -> None:
+    scheduler, order = make(num_slots, policy, data, may_fail=False)
+    for _ in range(data.draw(st.integers(1, 6))):
+        layer, experts = data.draw(st.integers(0, NUM_LAYERS - 1)), data.draw(EXPERTS)
+        if data.draw(st.booleans(), label="prefetches"):
+            scheduler.prefetch(data.draw(st.integers(0, NUM_LAYERS - 1)), data.draw(EXPERTS))
+        seen: list[int] = []
+        with scheduler.acquire(layer, experts) as lease:
+            for wave in lease:
+                assert 0 < len(wave) <= num_slots
+                if order.pending and data.draw(st.booleans(), label="during compute"):
+                    order.complete_one()
+                for expert, slot in wave:
+                    assert order.memory[slot] == layer * NUM_EXPERTS + expert
+                    assert scheduler.residency.num_leases(slot) == 1
+                    seen.append(expert)
+        assert sorted(seen) == experts
+        check_nothing_is_held(scheduler)
+
+
+@settings(max_examples=100, deadline=None)
+@given(num_slots=st.integers(1, 4), data=st.data())
+def test_failures_are_raised_and_leave_nothing_behind(num_slots: int, data: st.DataObject) -> None:
+    scheduler, order = make(num_slots, "lru", data, may_fail=True)
+    for _ in range(4):
+        layer, experts = data.draw(st.integers(0, NUM_LAYERS - 1)), data.draw(EXPERTS)
+        seen: list[int] = []
+        try:
+            with scheduler.acquire(layer, experts) as lease:
+                for wave in lease:
+                    for expert, slot in wave:
+                        assert order.memory[slot] == layer * NUM_EXPERTS + expert
+                        seen.append(expert)
+        except TransferError:
+            pass
+        else:
+            assert sorted(seen) == experts
+        while order.pending:
+            order.complete_one()
+        check_nothing_is_held(scheduler)
+        states = [scheduler.residency.state(slot) for slot in range(num_slots)]
+        assert SlotState.LOADING not in states
+
+
+def test_the_pump_notices_a_lost_transfer() -> None:
+    """The harness itself: a mover that forgets a transfer must be caught, not waited for."""
+    order = Order(None, False, [-1])  # type: ignore[arg-type]
+    order.start = lambda key, slot, arrived: None  # type: ignore[method-assign]
+    made = make_policy("lru", num_layers=1, num_experts=1, num_slots=1)
+    scheduler = Scheduler(Residency(1, made), order, num_experts=1)
+    scheduler.changed = PumpedCondition(order)
+    with pytest.raises(AssertionError, match="deadlock"), scheduler.acquire(0, [0]) as lease:
+        list(lease)
