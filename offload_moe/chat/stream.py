@@ -14,6 +14,8 @@ from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTok
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+# Waiting without an end cannot be interrupted on Windows.
+POLL_S = 0.1
 _LOCKS: WeakKeyDictionary[PreTrainedModel, threading.Lock] = WeakKeyDictionary()
 
 
@@ -71,7 +73,7 @@ class TokenStream(Iterator[int]):
         return self.last_token_s - self.first_token_s
 
     def __next__(self) -> int:
-        token = self._queue.get()
+        token = self._next()
         if token is not None:
             return token
         self._queue.put(None)
@@ -83,7 +85,8 @@ class TokenStream(Iterator[int]):
     def close(self) -> None:
         """Stop the worker and wait until it has ended. Tokens it chose meanwhile are in `tokens`."""
         self._is_closed = True
-        self._worker.join()
+        while self._worker.is_alive():
+            self._worker.join(POLL_S)
 
     def __enter__(self) -> Self:
         return self
@@ -92,6 +95,13 @@ class TokenStream(Iterator[int]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _next(self) -> int | None:
+        while True:
+            try:
+                return self._queue.get(timeout=POLL_S)
+            except queue.Empty:
+                continue
 
     def _is_stopping(self) -> bool:
         return self._is_closed or (self._stop_event is not None and self._stop_event.is_set())
@@ -150,7 +160,7 @@ class _StopRequested(StoppingCriteria):
 def _turn(hf: PreTrainedModel, is_stopping: Callable[[], bool]) -> Iterator[None]:
     """Wait until no other stream computes with this model."""
     lock = _LOCKS.setdefault(hf, threading.Lock())
-    while not lock.acquire(timeout=0.1):
+    while not lock.acquire(timeout=POLL_S):
         if is_stopping():
             raise _StoppedInForwardError
     try:

@@ -48,6 +48,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "kimi_linear": {
         "num_key_value_heads": 4,
         "num_experts_per_token": 2,
+        "linear_attn_config": {"head_dim": 16, "num_heads": 2},
         "kv_lora_rank": 16,
         "qk_nope_head_dim": 8,
         "qk_rope_head_dim": 8,
