@@ -10,57 +10,101 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from offload_moe.quant import Codec, ExpertShape, RecordLayout
-from offload_moe.quant.blockwise import bias_of
-from offload_moe.quant.layout import Matrix
+from offload_moe.quant import Codec, ExpertShape, Plane, get_codec
+from offload_moe.quant.blockwise import BlockwiseCodec, bias_of
 from offload_moe.quant.nf4 import BLOCK, dynamic_map
 
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def record_linear(x: Tensor, record: Tensor, shape: ExpertShape, codec: Codec, name: str) -> Tensor:
-    """``x [t, K] @ W.T + bias -> [t, O]`` with the matrix `name` of a record; rows in kernel order (gate before up).
+class RecordLinear:
+    """One matrix of a record, as a linear layer.
 
-    nf4 is multiplied as it lies by `gemm_4bit`; the other codecs are decoded first.
+    nf4 is multiplied as it lies by `gemm_4bit`, the other quantizing codecs are decoded first. The lossless codec does
+    what the module's eager code does with its own layout, to the bit.
     """
-    if codec.name == "nf4":
+
+    def __init__(self, shape: ExpertShape, codec: Codec, name: str) -> None:
         layout = codec.layout(shape)
-        matrix = next(m for m in shape.matrices if m.name == name)
-        return _nf4_linear(x, record, layout, matrix)
-    tensors = codec.decode(shape, record, x.dtype)
-    rows = shape.to_kernel_rows(name, tensors[name])
-    bias_name = "bias" if name == "weight" else f"{name}_bias"
-    bias = shape.to_kernel_rows(bias_name, tensors[bias_name]) if bias_name in tensors else None
-    return torch.nn.functional.linear(x, rows, bias)
+        self._codec = codec
+        self._matrix = next(matrix for matrix in shape.matrices if matrix.name == name)
+        self._is_transposed = shape.is_transposed
+        self._planes = {key.removeprefix(f"{name}."): plane for key, plane in layout.planes.items()}
+        self._bias = layout.planes.get(f"{bias_of(self._matrix)}.values")
+        self._record_bytes = layout.num_bytes
+
+    def __call__(self, x: Tensor, record: Tensor) -> Tensor:
+        """``x [t, K] -> [t, O]`` in the dtype of `x`, on its device. record: uint8, at least the layout's bytes."""
+        assert x.device == record.device, f"x is on {x.device}, the record on {record.device}"
+        assert x.dtype in COMPUTE_DTYPES, x.dtype
+        assert record.dtype == torch.uint8, record.dtype
+        assert record.numel() >= self._record_bytes, (record.shape, self._record_bytes)
+        bias = None if self._bias is None else _view(record, self._bias).to(x.dtype)
+        if self._codec.name == "nf4":
+            return self._nf4(x, record, bias)
+        if isinstance(self._codec, BlockwiseCodec):
+            planes = {name: _view(record, self._planes[name]) for name in self._codec_planes()}
+            rows = self._codec.decode_matrix(planes)[:, : self._matrix.in_features]
+            return functional.linear(x, rows.to(x.dtype), bias)
+        values = _view(record, self._planes["values"]).to(x.dtype)
+        x = x @ values if self._is_transposed else functional.linear(x, values)
+        return x if bias is None else x + bias
+
+    def _nf4(self, x: Tensor, record: Tensor, bias: Tensor | None) -> Tensor:
+        planes = self._planes
+        padded_in = planes["codes"].shape[1] * 2
+        if padded_in != self._matrix.in_features:
+            x = functional.pad(x, (0, padded_in - self._matrix.in_features))
+        out: Tensor = torch.ops.bitsandbytes.gemm_4bit(
+            x,
+            _view(record, planes["codes"]).view(-1, 1),
+            [self._matrix.out_features, padded_in],
+            _view(record, planes["absmax_scale"]),
+            BLOCK,
+            "nf4",
+            bias,
+            absmax_8bit=_view(record, planes["absmax"]),
+            absmax_code=_dynamic_map_on(x.device),
+            absmax_offset=_view(record, planes["absmax_offset"]).view(()),
+        )
+        return out
+
+    def _codec_planes(self) -> list[str]:
+        return [name for name in self._planes if "." not in name]
 
 
-def _nf4_linear(x: Tensor, record: Tensor, layout: RecordLayout, matrix: Matrix) -> Tensor:
-    assert x.device == record.device, f"x is on {x.device}, the record on {record.device}"
-    assert x.dtype in COMPUTE_DTYPES, x.dtype
-    codes = layout.view(record, f"{matrix.name}.codes")
-    padded_in = codes.shape[1] * 2
-    if padded_in != matrix.in_features:
-        x = torch.nn.functional.pad(x, (0, padded_in - matrix.in_features))
-    bias_plane = f"{bias_of(matrix)}.values"
-    bias = layout.view(record, bias_plane).to(x.dtype) if bias_plane in layout.planes else None
-    out: Tensor = torch.ops.bitsandbytes.gemm_4bit(
-        x,
-        codes.view(-1, 1),
-        [matrix.out_features, padded_in],
-        layout.view(record, f"{matrix.name}.absmax_scale"),
-        BLOCK,
-        "nf4",
-        bias,
-        absmax_8bit=layout.view(record, f"{matrix.name}.absmax"),
-        absmax_code=_dynamic_map_on(x.device),
-        absmax_offset=layout.view(record, f"{matrix.name}.absmax_offset").view(()),
-    )
-    return out
+def record_linear(x: Tensor, record: Tensor, shape: ExpertShape, codec: Codec, name: str) -> Tensor:
+    """``x [t, K] @ W.T + bias -> [t, O]`` with the matrix `name` of a record."""
+    return linear_of(shape, codec, name)(x, record)
+
+
+def linear_of(shape: ExpertShape, codec: Codec, name: str) -> RecordLinear:
+    """The linear of the matrix `name`; layers of one shape share it."""
+    return _linear_of(shape, codec.name, name)
+
+
+@cache
+def _linear_of(shape: ExpertShape, codec_name: str, name: str) -> RecordLinear:
+    return RecordLinear(shape, get_codec(codec_name), name)
+
+
+def keeps_module_order(codec: Codec) -> bool:
+    """Whether the first matrix gives gate and up as the module keeps them; otherwise gate comes before up."""
+    return not isinstance(codec, BlockwiseCodec)
+
+
+def _view(record: Tensor, plane: Plane) -> Tensor:
+    typed = record if plane.dtype == torch.uint8 else record.view(plane.dtype)
+    strides = (plane.shape[1], 1) if len(plane.shape) == 2 else (1,)
+    offset = typed.storage_offset() + plane.offset // plane.dtype.itemsize
+    return typed.as_strided(plane.shape, strides, offset)
 
 
 @cache
 def _dynamic_map_on(device: torch.device) -> Tensor:
     import bitsandbytes  # noqa: F401  # registers the operator
 
-    return dynamic_map().to(device)
+    with torch.inference_mode(False):
+        return dynamic_map().to(device)

@@ -9,8 +9,9 @@ from torch import Tensor
 from offload_moe import kernels
 from offload_moe.moe.activation import recognize_activation
 from offload_moe.moe.contract import ExpertsContract
+from offload_moe.moe.device import DeviceArithmetic
 from offload_moe.moe.native import NativeArithmetic
-from offload_moe.moe.per_expert import DeviceArithmetic, ReferenceArithmetic
+from offload_moe.moe.per_expert import ReferenceArithmetic
 from offload_moe.moe.routing import Routing
 from offload_moe.quant import Codec, ExpertShape
 from offload_moe.schedule.scheduler import Lease

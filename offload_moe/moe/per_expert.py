@@ -1,25 +1,26 @@
-"""Arithmetic that takes one expert at a time: the reference, and the device's.
+"""Arithmetic that takes one expert at a time: the reference.
 
-Both do exactly what transformers' eager experts do, in its order. The reference decodes an expert first; it runs any
-codec on any device, is slow on quantized experts, and is the oracle of the faster ones.
+It does exactly what transformers' eager experts do, in its order. It decodes an expert first, so it runs any codec on
+any device, is slow on quantized experts, and is the oracle of the faster ones.
 T tokens, K top-k, H hidden, I intermediate, t tokens routed to one expert.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from offload_moe.kernels.device import record_linear
 from offload_moe.moe.contract import ExpertsContract
 from offload_moe.moe.routing import Routing
 from offload_moe.quant import Codec, ExpertShape
 from offload_moe.schedule.scheduler import Lease
 
 
-class PerExpertArithmetic(ABC):
-    """Experts are computed as they arrive and added as eager adds them: by ascending id, in the hidden dtype."""
+class ReferenceArithmetic:
+    """Experts are computed as they arrive and added as eager adds them: by ascending id, in the hidden dtype.
+
+    Decoded, then the same torch operations as eager on the same layout: bit-equal for the lossless codec.
+    """
 
     def __init__(self, module: ExpertsContract, shape: ExpertShape, codec: Codec) -> None:
         self._module = module
@@ -45,9 +46,12 @@ class PerExpertArithmetic(ABC):
             total.index_add_(0, tokens[routing.pairs(index)], outputs[expert])
         return total
 
-    @abstractmethod
     def expert(self, x: Tensor, record: Tensor) -> Tensor:
         """One expert on its tokens, ``[t, H] -> [t, H]``."""
+        tensors = self._codec.decode(self._shape, record, x.dtype)
+        first, last = self._shape.matrices
+        x = self._activate(self._project(x, tensors, first.name))
+        return self._finish(self._project(x, tensors, last.name))
 
     def _activate(self, x: Tensor) -> Tensor:
         """The module's own gate and activation on its first projection, ``[t, 2I] -> [t, I]`` where it has a gate."""
@@ -56,29 +60,7 @@ class PerExpertArithmetic(ABC):
     def _finish(self, x: Tensor) -> Tensor:
         return self._module.post_expert_norm(x) if self._module.has_post_expert_norm else x
 
-
-class ReferenceArithmetic(PerExpertArithmetic):
-    """Decode, then the same torch operations as eager on the same layout: bit-equal for the lossless codec."""
-
-    def expert(self, x: Tensor, record: Tensor) -> Tensor:
-        tensors = self._codec.decode(self._shape, record, x.dtype)
-        first, last = self._shape.matrices
-        x = self._activate(self._project(x, tensors, first.name))
-        return self._finish(self._project(x, tensors, last.name))
-
     def _project(self, x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
         x = x @ tensors[name] if self._shape.is_transposed else nn.functional.linear(x, tensors[name])
         bias = tensors.get(f"{name}_bias")
         return x if bias is None else x + bias
-
-
-class DeviceArithmetic(PerExpertArithmetic):
-    """Records are multiplied as they lie in device memory."""
-
-    def expert(self, x: Tensor, record: Tensor) -> Tensor:
-        first, last = self._shape.matrices
-        x = record_linear(x, record, self._shape, self._codec, first.name)
-        if self._shape.is_interleaved:  # the module's gate wants its rows as it keeps them
-            x = torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2)
-        x = self._activate(x)
-        return self._finish(record_linear(x, record, self._shape, self._codec, last.name))

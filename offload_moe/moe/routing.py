@@ -5,8 +5,12 @@ T tokens, K top-k, P = T * K routed pairs.
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,9 +39,9 @@ def group_by_expert(top_k_index: Tensor, num_experts: int) -> Routing:
     return _one_token(ids[0].tolist(), num_experts) if len(ids) == 1 else _many_tokens(ids, num_experts)
 
 
-def fetch_top_k(top_k_index: Tensor) -> Tensor:
-    """Bring the routed ids to the host. Tests under FakeTensorMode replace this one function."""
-    return top_k_index.detach().to("cpu", torch.int64)
+def fetch_top_k(top_k_index: Tensor) -> Ids:
+    """Bring the routed ids to the host, ``[T, K]``. Tests under FakeTensorMode replace this one function."""
+    return top_k_index.detach().to("cpu", torch.int64).numpy()
 
 
 def _one_token(ids: list[int], num_experts: int) -> Routing:
@@ -51,13 +55,13 @@ def _one_token(ids: list[int], num_experts: int) -> Routing:
     return Routing(experts=experts, offsets=[*offsets, len(places)], tokens=[0] * len(places), places=places)
 
 
-def _many_tokens(ids: Tensor, num_experts: int) -> Routing:
+def _many_tokens(ids: Ids, num_experts: int) -> Routing:
     flat = ids.T.reshape(-1)  # place-major: eager finds its pairs with torch.where on [E, K, T]
-    counts = torch.bincount(flat, minlength=num_experts)[:num_experts].tolist()
+    counts = np.bincount(flat, minlength=num_experts)[:num_experts].tolist()
     experts = [expert for expert, count in enumerate(counts) if count]
     offsets = [0]
     for expert in experts:
         offsets.append(offsets[-1] + counts[expert])
-    order = torch.argsort(flat, stable=True)[: offsets[-1]]
+    order = np.argsort(flat, kind="stable")[: offsets[-1]]
     tokens, places = order % len(ids), order // len(ids)
     return Routing(experts=experts, offsets=offsets, tokens=tokens.tolist(), places=places.tolist())

@@ -10,6 +10,7 @@ allocated on one stream and used on another needs no `record_stream`.
 
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, Protocol
@@ -88,7 +89,7 @@ class StreamCopier(ABC):
     def __init__(self, page_lock: PageLock) -> None:
         self._page_lock = page_lock
         self._stream = self.new_stream()
-        self._ring: list[tuple[Tensor, Event]] = []
+        self._ring: deque[tuple[Tensor, Event]] = deque()  # buffers, each with the end of the last copy out of it
         self._ring_lock = threading.Lock()
 
     def copy(self, source: Tensor, destination: Tensor, after: Iterable[Marker]) -> Marker:
@@ -109,17 +110,14 @@ class StreamCopier(ABC):
 
     def _copy_through_ring(self, source: Tensor, destination: Tensor) -> None:
         with self._ring_lock:
-            if not self._ring:
-                self._ring = [
-                    (self.staging_buffer(STAGING_BYTES), self.new_event()) for _ in range(NUM_STAGING_BUFFERS)
-                ]
-            for piece, start in enumerate(range(0, source.numel(), STAGING_BYTES)):
-                buffer, last_read = self._ring[piece % NUM_STAGING_BUFFERS]
+            for _ in range(NUM_STAGING_BUFFERS - len(self._ring)):
+                self._ring.append((self.staging_buffer(STAGING_BYTES), self.new_event()))
+            for part, target in zip(source.split(STAGING_BYTES), destination.split(STAGING_BYTES), strict=True):
+                buffer, last_read = self._ring[0]
+                self._ring.rotate(-1)
                 last_read.synchronize()
-                part = source[start : start + STAGING_BYTES]
-                staged = buffer[: part.numel()]
-                staged.copy_(part)
-                self.issue_copy(staged, destination[start : start + part.numel()])
+                staged = buffer[: part.numel()].copy_(part)
+                self.issue_copy(staged, target)
                 last_read.record(self._stream)
 
     @abstractmethod

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from offload_moe import kernels
 from offload_moe.moe.arithmetic import Arithmetic, choose_arithmetic
 from offload_moe.moe.attach import BoundExperts
-from offload_moe.moe.per_expert import DeviceArithmetic
+from offload_moe.moe.device import DeviceArithmetic
 from offload_moe.tiers.simulated import SimulatedCopier
 
 

@@ -1,0 +1,171 @@
+"""Races between copies and compute, on the simulated accelerator, with every operation of the model deferred.
+
+Each timing is the worst for one kind of forgotten wait: late copies for compute that does not wait for its bytes, late
+compute for copies that do not wait for the last reader. `scripts/delete_waits` proves that none is forgotten here.
+"""
+
+import random
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from support.deferred import DeferredCompute, fetch_top_k_after_waiting
+from support.offload import offload
+from support.tiny_models import tiny_model, tiny_prompt
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from offload_moe.moe import routing
+from offload_moe.moe.attach import BoundExperts
+from offload_moe.moe.device import DeviceArithmetic
+from offload_moe.schedule.residency import SlotState
+from offload_moe.schedule.scheduler import Scheduler
+from offload_moe.tiers import copier as copier_module
+from offload_moe.tiers.copier import Copier
+from offload_moe.tiers.page_lock import PageLock
+from offload_moe.tiers.simulated import SimulatedCopier, SimulatedStream
+
+POOLS = [(1, 1), (1, 4), (3, 2), (5, 9), (24, 24)]
+
+draw = random.Random(0)
+
+
+def rarely(delay_s: float) -> Callable[[], float]:
+    return lambda: delay_s * draw.random() if draw.random() < 0.02 else 0.0
+
+
+TIMINGS: dict[str, Callable[[], SimulatedCopier]] = {
+    "late copies": lambda: SimulatedCopier(latency_s=0, lazy_copies=True),
+    "late compute": lambda: SimulatedCopier(latency_s=0, lazy_compute=True),
+    "late both": lambda: SimulatedCopier(latency_s=0, lazy_copies=True, lazy_compute=True),
+    "random": lambda: SimulatedCopier(delay_s=lambda: draw.random() * 0.001),
+}
+
+
+@pytest.fixture(autouse=True)
+def _ids_are_fetched_by_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "fetch_top_k", fetch_top_k_after_waiting)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model("qwen3_moe")
+
+
+def generate(model: PreTrainedModel, num_tokens: int = 3, seed: int = 0) -> Tensor:
+    """Logits of a prompt, then of decode steps with the cache."""
+    ids, mask = tiny_prompt(2, 7, seed)
+    logits = []
+    cache = None
+    with torch.inference_mode():
+        for _ in range(num_tokens):
+            out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits.append(out.logits)
+            ids = out.logits[:, -1:].argmax(-1)
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+    return torch.cat(logits, dim=1)
+
+
+def generate_later(model: PreTrainedModel, copier: SimulatedCopier, seed: int = 0) -> Tensor:
+    with DeferredCompute(copier.current_stream(), rarely(0.002)):
+        return generate(model, seed=seed)
+
+
+def experts_of(model: PreTrainedModel) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "_offload_moe")]
+
+
+def scheduler_of(model: PreTrainedModel) -> Scheduler:
+    bound: BoundExperts = experts_of(model)[0]._offload_moe
+    return bound._scheduler
+
+
+def overwrite_what_was_released(model: PreTrainedModel) -> None:
+    """After each layer, load other experts into every slot, while the compute of the layer may still be to come."""
+    scheduler = scheduler_of(model)
+    num_keys = len(experts_of(model)) * scheduler.num_experts
+
+    def overwrite(*_: object) -> None:
+        for key in draw.sample(range(num_keys), scheduler.residency.num_slots):
+            layer, expert = divmod(key, scheduler.num_experts)
+            scheduler.prefetch(layer, [expert])
+        with scheduler.changed:
+            assert scheduler.changed.wait_for(lambda: not is_loading(scheduler), timeout=20)
+
+    for module in experts_of(model):
+        module.register_forward_hook(overwrite)
+
+
+def is_loading(scheduler: Scheduler) -> bool:
+    residency = scheduler.residency
+    return any(residency.state(slot) is SlotState.LOADING for slot in range(residency.num_slots))
+
+
+def attach_to(
+    model: PreTrainedModel, copier: Copier, pools: tuple[int, int]
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    attached, oracle = offload(model, "bf16", pools[0], copier, pools[1], DeviceArithmetic)
+    overwrite_what_was_released(attached)
+    return attached, oracle
+
+
+@pytest.mark.parametrize("pools", POOLS, ids=str)
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_the_same_bits_at_any_timing(model: PreTrainedModel, timing: str, pools: tuple[int, int]) -> None:
+    copier = TIMINGS[timing]()
+    attached, oracle = attach_to(model, copier, pools)
+    assert torch.equal(generate_later(attached, copier), generate(oracle))
+    scheduler_of(attached).close()
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_the_same_bits_through_a_staging_ring(
+    model: PreTrainedModel, timing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copier_module, "STAGING_BYTES", 4096)
+    copier = TIMINGS[timing]()
+    copier._page_lock = PageLock(None)
+    attached, oracle = attach_to(model, copier, (3, 4))
+    assert torch.equal(generate_later(attached, copier), generate(oracle))
+    assert len(copier._ring) == copier_module.NUM_STAGING_BUFFERS
+    scheduler_of(attached).close()
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_two_threads_with_streams_of_their_own(model: PreTrainedModel, timing: str) -> None:
+    copier = TIMINGS[timing]()
+    attached, oracle = offload(model, "bf16", 3, copier, 5, DeviceArithmetic)
+    expected = [generate(oracle, seed=seed) for seed in range(2)]
+    found: dict[int, Tensor] = {}
+
+    def work(seed: int) -> None:
+        stream = SimulatedStream(is_lazy="compute" in timing or "both" in timing)
+        with stream:
+            found[seed] = generate_later(attached, copier, seed)
+        stream.close()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert all(torch.equal(found[seed], expected[seed]) for seed in range(2))
+    scheduler_of(attached).close()
+
+
+def test_the_fixture_is_sharp(model: PreTrainedModel) -> None:
+    """Deferred results are not there before somebody waits, and the ids are fetched once per MoE layer."""
+    copier = TIMINGS["late compute"]()
+    attached, oracle = offload(model, "bf16", 24, copier, 24, DeviceArithmetic)
+    ids, _ = tiny_prompt(1, 5)  # without its mask: transformers looks at the values of a mask on the host
+    with torch.inference_mode():
+        with DeferredCompute(copier.compute) as mode:
+            logits = attached(input_ids=ids).logits
+            early = logits.numpy().copy()
+            num_synchronizations = mode.num_synchronizations
+        assert torch.equal(logits, oracle(input_ids=ids).logits)
+    assert torch.tensor(early).isnan().all()
+    assert num_synchronizations == len(experts_of(attached))
+    scheduler_of(attached).close()

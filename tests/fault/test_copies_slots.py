@@ -1,0 +1,163 @@
+"""One slot, one mover: who may overwrite what, and what a failure leaves behind. Shares no model with `test_copies`."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from offload_moe.errors import TransferError
+from offload_moe.schedule.policy import make_policy
+from offload_moe.schedule.residency import Residency
+from offload_moe.schedule.scheduler import Scheduler
+from offload_moe.tiers.device import DeviceMover, DeviceSlots
+from offload_moe.tiers.simulated import SimulatedCopier, SimulatedStream
+
+RECORD = 4096
+
+
+class Records:
+    """A RAM tier of one slot: the record is overwritten as soon as nobody borrows it."""
+
+    def __init__(self) -> None:
+        self.memory = torch.zeros(RECORD, dtype=torch.uint8)
+        self.error: BaseException | None = None
+
+    @contextmanager
+    def borrow(self, key: int) -> Iterator[Tensor]:
+        if self.error is not None:
+            raise self.error
+        self.memory.fill_(key)
+        yield self.memory
+        self.memory.fill_(0xFF)
+
+
+class Arrivals:
+    def __init__(self) -> None:
+        self.errors: list[BaseException | None] = []
+        self.event = threading.Event()
+
+    def __call__(self, slot: int, num_bytes: int, error: BaseException | None) -> None:
+        self.errors.append(error)
+        self.event.set()
+
+    def wait(self) -> BaseException | None:
+        assert self.event.wait(10)
+        return self.errors[-1]
+
+
+@pytest.fixture
+def copier() -> Iterator[SimulatedCopier]:
+    copier = SimulatedCopier(latency_s=0, lazy_copies=True, lazy_compute=True)
+    yield copier
+    copier.close()
+
+
+def load(mover: DeviceMover, key: int, slot: int = 0) -> BaseException | None:
+    arrived = Arrivals()
+    mover.start(key, slot, arrived)
+    return arrived.wait()
+
+
+def read_later(stream: SimulatedStream, slot: Tensor) -> list[int]:
+    """Issue compute that reads the slot; what it has read once it ran."""
+    seen: list[int] = []
+    stream.issue(lambda: seen.append(int(slot[0])))
+    return seen
+
+
+def test_a_slot_is_overwritten_only_after_its_readers_on_every_stream(copier: SimulatedCopier) -> None:
+    records, slots = Records(), DeviceSlots(copier, 1, RECORD)
+    mover = DeviceMover(copier, slots, records.borrow)
+    assert load(mover, 1) is None
+    streams = [SimulatedStream(is_lazy=True) for _ in range(3)]
+    seen = []
+    for stream in streams:
+        with stream:
+            seen.append(read_later(stream, slots.slot(0)))
+            mover.used([0])
+    assert load(mover, 2) is None
+    assert seen == [[1], [1], [1]]
+    assert int(slots.slot(0)[0]) == 2
+
+
+def test_a_failed_load_does_not_forget_the_readers(copier: SimulatedCopier) -> None:
+    records, slots = Records(), DeviceSlots(copier, 1, RECORD)
+    mover = DeviceMover(copier, slots, records.borrow)
+    assert load(mover, 1) is None
+    seen = read_later(copier.compute, slots.slot(0))
+    mover.used([0])
+    records.error = TransferError("disk gone")
+    assert load(mover, 2) is records.error
+    records.error = None
+    assert load(mover, 3) is None
+    assert seen == [1]
+    assert slots.slot(0).eq(3).all()
+
+
+def test_a_device_that_fails_is_a_transfer_error(copier: SimulatedCopier, monkeypatch: pytest.MonkeyPatch) -> None:
+    mover = DeviceMover(copier, DeviceSlots(copier, 1, RECORD), Records().borrow)
+
+    def fail(source: Tensor, destination: Tensor) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access\nlong explanation")
+
+    monkeypatch.setattr(copier, "issue_copy", fail)
+    error = load(mover, 7)
+    assert isinstance(error, TransferError)
+    assert str(error).startswith("Copying expert record 7 (4096 bytes) to the device failed: CUDA error: an illegal")
+    assert "\n" not in str(error)
+    monkeypatch.undo()
+    assert load(mover, 7) is None
+
+
+def test_slots_do_not_overlap_and_may_be_made_in_inference_mode(copier: SimulatedCopier) -> None:
+    with torch.inference_mode():
+        slots = DeviceSlots(copier, 7, RECORD, chunk_bytes=3 * RECORD)
+    for index in range(7):
+        slots.slot(index).fill_(index)
+    assert [int(slots.slot(index).float().mean()) for index in range(7)] == list(range(7))
+
+
+def test_a_lazy_stream_runs_in_order_and_only_when_waited_for() -> None:
+    stream, done = SimulatedStream(is_lazy=True), list[int]()
+    for index in range(3):
+        stream.issue(lambda index=index: done.append(index))
+    assert not done
+    stream.wait_for(2)
+    assert done == [0, 1]
+    stream.close()
+    assert done == [0, 1, 2]
+
+
+def test_an_event_means_what_was_issued_when_it_was_recorded(copier: SimulatedCopier) -> None:
+    other, order = SimulatedStream(), list[str]()
+    event = copier.new_event()
+    event.synchronize()  # never recorded: done
+    copier.compute.issue(lambda: order.append("before"))
+    event.record(copier.compute)
+    other.wait_event(event)
+    other.issue(lambda: order.append("other"))
+    copier.compute.issue(lambda: order.append("after"))
+    event.record(copier.compute)
+    other.synchronize()
+    assert order == ["before", "other"]
+    event.synchronize()
+    assert order == ["before", "other", "after"]
+    other.close()
+
+
+def test_a_lease_that_is_left_in_the_middle_protects_what_it_read(copier: SimulatedCopier) -> None:
+    slots = DeviceSlots(copier, 1, RECORD)
+    mover = DeviceMover(copier, slots, Records().borrow)
+    policy = make_policy("lru", num_layers=1, num_experts=8, num_slots=1)
+    scheduler = Scheduler(Residency(1, policy), mover, num_experts=8)
+    with pytest.raises(KeyboardInterrupt), scheduler.acquire(0, [1, 2]) as lease:
+        next(iter(lease))
+        seen = read_later(copier.compute, slots.slot(0))
+        raise KeyboardInterrupt
+    with scheduler.acquire(0, [3]) as lease:
+        assert list(lease) == [[(3, 0)]]
+        assert slots.slot(0).eq(3).all()
+    assert seen == [1]
