@@ -1,6 +1,5 @@
 """The default policy: keep what was used next when the routing last looked like this."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,21 +9,15 @@ from offload_moe.schedule.policy.reuse import ReuseModel
 
 DISCOUNT = 0.7  # per token until the next use
 LAYERS_PER_RANKING = 2  # that many layers are ranked at once: fewer calls, slightly staler ranks
-LOWEST_WORTH = 1e-4
-PREFETCH_WORTH = 0.8  # of an expert that a prefetch brought, until its layer has come round
-TOKENS_PER_REBASE = 256  # ranks are 32-bit floats at absolute times: move the origin before they lose digits
-FADE = -math.log(DISCOUNT)
+PREFETCH_WORTH = 0.8  # of an expert that a prefetch brought, until its layer has been passed
 
 
 class KNN:
-    """Evicts the expert with the lowest expected `DISCOUNT ** (time to the next use)`, time in tokens with fractions.
+    """Evicts the expert with the lowest expected `DISCOUNT ** (tokens until the next use)`.
 
-    An expert of the layer just passed cannot be used for a whole token, one of the next layer can be at once: that is
-    the fraction, and why one pool for all layers does better than one for each. Kept as logarithms at absolute times,
-    ranks stay comparable without being touched until their layer comes round again. A token ends when an earlier layer
-    than the last is accessed, or in a pool of one layer with each access.
+    A token ends when an earlier layer than the last is accessed, or in a pool of one layer with each access.
 
-    Each ranking costs a fixed number of numpy calls on arrays of M tokens and of one layer's experts; a victim is one
+    Each ranking costs a fixed number of numpy calls on arrays of M tokens and of some layers' experts; a victim is one
     argmin over the pool's experts. A chunk that uses more than half of a layer's experts says nothing about what goes
     with what, and stays out of the history.
     """
@@ -38,14 +31,12 @@ class KNN:
         self._first_key = layers.start * num_experts
         self._history = History(num_keys, DISCOUNT)
         self._reuse = ReuseModel(num_keys, DISCOUNT)
-        self._layer_fade = np.repeat(np.arange(len(layers)) / len(layers) * FADE, num_experts).astype(np.float32)
-        self._rank = math.log(LOWEST_WORTH) - self._layer_fade
+        self._rank = np.zeros(num_keys, dtype=np.float32)
         self._absent = np.full(num_keys, np.inf, dtype=np.float32)  # 0 where resident
         self._order = self._absent.copy()  # rank where resident, infinite elsewhere
         self._pending: list[int] = []  # used by layers not ranked yet, from position `_ranked` on
         self._ranked = 0
         self._position = -1  # of the layer accessed last
-        self._token = 0
         self._is_chunk = False
         self._is_partial = False  # the layer accessed last is asked for expert by expert
         self._current: frozenset[int] = frozenset()
@@ -69,8 +60,7 @@ class KNN:
         local = key - self._first_key
         self._absent[local] = 0.0
         if local not in self._current:
-            has_passed = local // self._num_experts <= self._position
-            self._rank[local] = math.log(PREFETCH_WORTH) - FADE * (self._token + has_passed) - self._layer_fade[local]
+            self._rank[local] = PREFETCH_WORTH
         self._order[local] = self._rank[local]
 
     def remove(self, key: int) -> None:
@@ -102,12 +92,9 @@ class KNN:
         if not self._is_chunk:
             self._history.observe(keys, num_layers)
         foretold, trust = self._history.foretells(first, end)
-        worth = self._reuse.update(first, end, used, foretold, trust, learn=not (self._is_chunk or self._is_partial))
-        np.maximum(worth, LOWEST_WORTH, out=worth)
-        np.log(worth, out=worth)
-        worth -= FADE * (self._token + 1)
+        learn = not (self._is_chunk or self._is_partial)
         rank = self._rank[first:end]
-        np.subtract(worth, self._layer_fade[first:end], out=rank)
+        rank[:] = self._reuse.update(first, end, used, foretold, trust, learn)
         np.add(rank, self._absent[first:end], out=self._order[first:end])
         self._pending = []
         self._ranked = self._position + 1
@@ -120,8 +107,3 @@ class KNN:
         self._reuse.advance()
         self._ranked = 0
         self._is_chunk = False
-        self._token += 1
-        if self._token == TOKENS_PER_REBASE:
-            self._token = 0
-            self._rank += FADE * TOKENS_PER_REBASE
-            self._order += FADE * TOKENS_PER_REBASE
