@@ -61,28 +61,23 @@ def halves(trace: Trace, num_tokens: int) -> dict[str, Trace]:
 
 def measure(trace: Trace, options: argparse.Namespace) -> list[Row]:
     """Every policy, pool and size, and how much of the gap each closes."""
-    rows = []
+    pairs = {(policy, pool) for policy in options.policies for pool in options.pools}
+    pairs |= {(policy, pool) for policy in FRAME for pool in POOLS}
+    rows: list[Row] = []
     for slots in options.slots:
-        num_slots = parse_slots(slots, trace)
-        lru, belady = (replay(trace, policy, num_slots=num_slots, pool="layer").hit_rate for policy in FRAME)
-        pairs = {(policy, pool) for policy in options.policies for pool in options.pools}
-        pairs |= {(policy, pool) for policy in FRAME for pool in POOLS}
-        for policy, pool in sorted(pairs):
-            began = time.thread_time()
-            result = replay(trace, policy, num_slots=num_slots, pool=pool)
-            acquire_us = (time.thread_time() - began) / (trace.num_tokens * trace.num_layers) * 1e6
-            gap_closed = (result.hit_rate - lru) / (belady - lru) if belady > lru else None
-            rows.append(
-                {
-                    "policy": policy,
-                    "pool": pool,
-                    "slots": slots,
-                    "hit_rate": result.hit_rate,
-                    "gap_closed": gap_closed,
-                    "acquire_us": acquire_us,
-                }
-            )
+        measured = {pair: run(trace, *pair, slots) for pair in sorted(pairs)}
+        lru, belady = (measured[policy, "layer"]["hit_rate"] for policy in FRAME)
+        for row in measured.values():
+            row["gap_closed"] = (row["hit_rate"] - lru) / (belady - lru) if belady > lru else None
+        rows += measured.values()
     return rows
+
+
+def run(trace: Trace, policy: str, pool: Pool, slots: str) -> Row:
+    began = time.thread_time()
+    result = replay(trace, policy, num_slots=parse_slots(slots, trace), pool=pool)
+    acquire_us = (time.thread_time() - began) / (trace.num_tokens * trace.num_layers) * 1e6
+    return {"policy": policy, "pool": pool, "slots": slots, "hit_rate": result.hit_rate, "acquire_us": acquire_us}
 
 
 def print_table(title: str, rows: Sequence[Row], sizes: Sequence[str]) -> None:
