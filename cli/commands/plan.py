@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from offload_moe.sizes import format_size, parse_size
 
-from ..options import Subparsers, add_codec_flags, add_common_flags
+from ..options import CODECS, Subparsers, add_common_flags
 from ..progress import reporter
 from ..terminal import console
 
@@ -39,11 +39,10 @@ def add_parser(subparsers: Subparsers) -> None:
     group.add_argument(
         "--vram", type=parse_size, metavar="SIZE", help="GPU memory, such as 12GiB, or 0 (default: what is free here)"
     )
-    group.add_argument(
-        "--ram", type=parse_size, metavar="SIZE", help="RAM, such as 64GiB (default: what is free here)"
-    )
+    group.add_argument("--ram", type=parse_size, metavar="SIZE", help="RAM, such as 64GiB (default: what is free here)")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="tokens of the conversation (default: 8192)")
-    add_codec_flags(parser)
+    parser.add_argument("--codec", choices=CODECS, help="format of the experts (default: nf4; a store has its own)")
+    parser.add_argument("--dense-codec", choices=CODECS, help="format of the rest (default: the most exact that fits)")
     parser.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     add_common_flags(parser)
@@ -74,10 +73,10 @@ def run(options: argparse.Namespace) -> int:
 def _print(plan: "Plan") -> None:
     out = console()
     for line in _summary(plan):
-        out.print(line)
+        out.print(line, soft_wrap=True)
     out.print(_memory_table(plan))
-    for line in (_speed_lines(plan) if plan.fits else _shortfall_lines(plan)):
-        out.print(line)
+    for line in _speed_lines(plan) if plan.fits else _shortfall_lines(plan):
+        out.print(line, soft_wrap=True)
 
 
 def _summary(plan: "Plan") -> list[str]:
@@ -105,7 +104,7 @@ def _memory_table(plan: "Plan") -> "Table":
         table.add_column(name)
     table.add_column("size", justify="right")
     for tier in plan.placement.tiers:
-        for index, part in enumerate(tier.fixed):
+        for index, part in enumerate(part for part in tier.fixed if part.num_bytes):
             what = f"{part.name}, {part.detail}" if part.detail else part.name
             table.add_row(_tier_name(tier) if index == 0 else "", what, format_size(part.num_bytes))
         if tier.slot_bytes:
@@ -130,9 +129,9 @@ def _speed_lines(plan: "Plan") -> list[str]:
     assumed = {"VRAM": rates.vram, "link": rates.link} if plan.machine.has_device else {"RAM": rates.ram}
     bandwidths = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in {**assumed, "disk": rates.disk}.items())
     lines = [
-        f"Decode {low.tokens_per_s:.1f} to {high.tokens_per_s:.1f} tokens/s ({BASIS}).",
-        f"Experts found in {fast}: {low.hit_rate:.0%} to {high.hit_rate:.0%}; read from disk: "
-        f"{high.disk_rate:.0%} to {low.disk_rate:.0%}.",
+        f"Decode {_span(low.tokens_per_s, high.tokens_per_s, '.1f')} tokens/s ({BASIS}).",
+        f"Experts found in {fast}: {_span(low.hit_rate, high.hit_rate, '.0%')}; "
+        f"read from disk: {_span(high.disk_rate, low.disk_rate, '.0%')}.",
         f"Hit rates as in {' and '.join(f.trace for f in (low, high))}; GB/s assumed: {bandwidths}.",
         f"What binds: {BOTTLENECKS[plan.speed.bottleneck]}.",
     ]
@@ -152,6 +151,11 @@ def _shortfall_lines(plan: "Plan") -> list[str]:
         f"It would fit with {' or '.join(shortfall.remedies)}."
         for shortfall in plan.shortfalls
     ]
+
+
+def _span(low: float, high: float, form: str) -> str:
+    first, last = format(low, form), format(high, form)
+    return first if first == last else f"{first} to {last}"
 
 
 def _billions(count: int) -> str:

@@ -1,0 +1,107 @@
+"""What attention keeps per token and per layer, read off the modules and transformers' own choice of cache layers."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheLayer:
+    """Elements one layer's cache holds: `per_token` for the last `window` tokens (None: all), and a fixed state."""
+
+    per_token: int = 0
+    window: int | None = None
+    fixed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """The cache of all layers, and the widest layer's activations in elements per token.
+
+    `projected` is made anew for every token of a prompt chunk; `expanded` are keys and values of all heads, made for
+    every token of the context while a layer is computed.
+    """
+
+    cache_layers: tuple[CacheLayer, ...]
+    projected: int
+    expanded: int
+
+
+def describe_attention(model: "PreTrainedModel") -> AttentionShape:
+    modules = _modules_by_layer(model)
+    widths = [_widths(module) for found in modules.values() for module in found if _key_value_width(module)]
+    return AttentionShape(
+        cache_layers=_cache_layers(model.config.get_text_config(decoder=True), modules),
+        projected=max((projected for projected, _ in widths), default=0),
+        expanded=max((expanded for _, expanded in widths), default=0),
+    )
+
+
+def _cache_layers(config: "PreTrainedConfig", modules: dict[int, list[nn.Module]]) -> tuple[CacheLayer, ...]:
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, LinearAttentionCacheLayerMixin
+
+    layers = []
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        found = modules.get(index, [])
+        per_token, fixed = 0, 0
+        if isinstance(layer, DynamicLayer):
+            per_token = next((width for module in found if (width := _key_value_width(module))), 0)
+            per_token = per_token or _configured_width(config)
+        if isinstance(layer, DynamicIndexedLayer):  # sparse attention keeps the keys of its indexer too
+            per_token += config.index_head_dim
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            fixed = sum(_state_elements(module) for module in found)
+        layers.append(CacheLayer(per_token=per_token, window=getattr(layer, "sliding_window", None), fixed=fixed))
+    return tuple(layers)
+
+
+def _modules_by_layer(model: nn.Module) -> dict[int, list[nn.Module]]:
+    modules: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        if isinstance(index := getattr(module, "layer_idx", None), int):
+            modules.setdefault(index, []).append(module)
+    return modules
+
+
+def _key_value_width(module: nn.Module) -> int:
+    """Elements cached per token; 0 where this module caches none, or none that are known by name."""
+    if latent := _out_features(module, "kv_a_proj_with_mqa"):  # latent attention keeps what it compressed to
+        return latent
+    keys = _out_features(module, "k_proj")
+    return keys + (_out_features(module, "v_proj") or keys)
+
+
+def _configured_width(config: "PreTrainedConfig") -> int:
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * int(heads) * int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _state_elements(module: nn.Module) -> int:
+    """A gated delta rule's state: the last inputs of its convolution, and one matrix per head.
+
+    Source: transformers/models/qwen3_next/modeling_qwen3_next.py, `Qwen3NextGatedDeltaNet`.
+    """
+    sizes = [getattr(module, name, None) for name in ("num_v_heads", "head_k_dim", "head_v_dim")]
+    convolution = getattr(module, "conv1d", None)
+    if not isinstance(convolution, nn.Conv1d) or not all(isinstance(size, int) for size in sizes):
+        return 0
+    return convolution.weight.numel() + math.prod(size for size in sizes if isinstance(size, int))
+
+
+def _widths(module: nn.Module) -> tuple[int, int]:
+    linears = [child for child in module.children() if isinstance(child, nn.Linear)]
+    queries = _out_features(module, "q_proj") or _out_features(module, "q_b_proj")
+    output = getattr(module, "o_proj", None)
+    values = int(output.in_features) if isinstance(output, nn.Linear) else 0
+    return sum(linear.out_features for linear in linears), queries + values + _out_features(module, "kv_b_proj")
+
+
+def _out_features(module: nn.Module, name: str) -> int:
+    linear = getattr(module, name, None)
+    return int(linear.out_features) if isinstance(linear, nn.Linear) else 0

@@ -1,0 +1,73 @@
+"""The machine a plan is for: measured or described memory, and how fast its links are assumed to be."""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from offload_moe.budget import SHARE_OF_FREE, free_ram
+from offload_moe.paths import cache_dir
+from offload_moe.tiers.copier import compute_device, free_device_memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Bytes per second of each memory and link, and the seconds a layer takes beside them: assumptions, not measured.
+
+    vram: GeForce RTX 3060 12 GB, the slowest of the cards in wide use. Source: NVIDIA's specification.
+    ram: dual-channel DDR4-3200, 51.2 GB/s by its standard (JESD79-4), of which kernels reach about four fifths.
+    link: PCIe 4.0 x16 as pinned copies reach it; 31.5 GB/s by its standard. disk: docs/design.md reckons with this.
+    layer_s: transformers' Python on a desktop CPU, 0.7 to 1.1 ms measured for OLMoE's layers.
+    """
+
+    vram: float = 360e9
+    ram: float = 40e9
+    link: float = 25e9
+    disk: float = 1e9
+    layer_s: float = 0.9e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Bytes the process may use. vram_bytes: 0 without a device. disk_bytes: free, None where nobody knows."""
+
+    ram_bytes: int
+    vram_bytes: int = 0
+    disk_bytes: int | None = None
+    rates: Rates = field(default_factory=Rates)
+
+    @property
+    def has_device(self) -> bool:
+        return self.vram_bytes > 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in: `load` takes bf16 on a device and fp32 on the CPU."""
+        return torch.bfloat16 if self.has_device else torch.float32
+
+
+def measure_machine(*, vram: int | None = None, ram: int | None = None, rates: Rates | None = None) -> Machine:
+    """This machine, with the numbers that are given in place of its own; 0 bytes of VRAM mean no device.
+
+    The disk is looked at unless all memory is given: then the plan is for a machine elsewhere.
+
+    Raises: BudgetError when a device does not say what it has free.
+    """
+    is_described = vram is not None and ram is not None
+    return Machine(
+        vram_bytes=_free_vram() if vram is None else vram,
+        ram_bytes=int(free_ram() * SHARE_OF_FREE) if ram is None else ram,
+        disk_bytes=None if is_described else _free_disk(cache_dir()),
+        rates=rates or Rates(),
+    )
+
+
+def _free_vram() -> int:
+    device = compute_device()
+    return 0 if device.type == "cpu" else int(free_device_memory(device) * SHARE_OF_FREE)
+
+
+def _free_disk(folder: Path) -> int:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free

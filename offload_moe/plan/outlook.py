@@ -1,0 +1,41 @@
+"""Placement and speed together, so that one setting or one number of the machine can be changed and compared."""
+
+from dataclasses import dataclass
+
+from offload_moe.plan.machine import Machine
+from offload_moe.plan.parameters import ModelShape
+from offload_moe.plan.placement import Placement, Settings, place
+from offload_moe.plan.speed import Speed, forecast_speed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is to be planned. download_bytes: still to be fetched. is_store: it is converted already."""
+
+    shape: ModelShape
+    machine: Machine
+    settings: Settings
+    download_bytes: int = 0
+    is_store: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """speed: None where the model does not fit."""
+
+    placement: Placement
+    speed: Speed | None
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.speed.tokens_per_s if self.speed is not None else 0.0
+
+
+def look_ahead(task: Task) -> Outlook:
+    """Place the model and, where it fits, forecast its speed."""
+    placement = place(
+        task.shape, task.machine, task.settings, download_bytes=task.download_bytes, is_store=task.is_store
+    )
+    if not placement.fits:
+        return Outlook(placement=placement, speed=None)
+    return Outlook(placement=placement, speed=forecast_speed(task.shape, task.machine, task.settings, placement))

@@ -1,0 +1,162 @@
+"""What a model is made of, counted on its skeleton: nothing is downloaded and nothing is allocated.
+
+Active parameters are those a token meets: everything that is not a routed expert, embeddings included, and the top-k
+experts of every MoE layer. This is how model cards count them.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from offload_moe.checkpoint.experts import ExpertsModule, find_experts
+from offload_moe.checkpoint.linears import projection_linears
+from offload_moe.checkpoint.skeleton import build_skeleton
+from offload_moe.errors import UnsupportedModelError
+from offload_moe.plan.attention import AttentionShape, describe_attention
+from offload_moe.quant import ExpertShape, Matrix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# Most families say `num_experts_per_tok`, if only through an alias.
+TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeLayer:
+    """The routed experts of one layer."""
+
+    num_experts: int
+    expert: ExpertShape
+
+    @property
+    def expert_parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.expert.module_shapes().values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseWeight:
+    """A dense tensor of the checkpoint, or a projection with its bias where `linear` says what it holds."""
+
+    name: str
+    num_elements: int
+    dtype: torch.dtype
+    is_parameter: bool = True
+    linear: ExpertShape | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """Everything a plan needs to know of a model. H hidden; `num_layers` counts all layers, `layers` the MoE ones."""
+
+    architecture: str
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    max_context: int | None
+    top_k: int
+    layers: tuple[MoeLayer, ...]
+    dense: tuple[DenseWeight, ...]
+    lookup_elements: int  # of an embedding table of its own: stored, but only a row of it is read per token
+    attention: AttentionShape
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of all layers together."""
+        return sum(layer.num_experts for layer in self.layers)
+
+    @property
+    def dense_parameters(self) -> int:
+        return sum(weight.num_elements for weight in self.dense if weight.is_parameter)
+
+    @property
+    def total_parameters(self) -> int:
+        return self.dense_parameters + sum(layer.num_experts * layer.expert_parameters for layer in self.layers)
+
+    @property
+    def active_parameters(self) -> int:
+        routed = sum(min(self.top_k, layer.num_experts) * layer.expert_parameters for layer in self.layers)
+        return self.dense_parameters + routed
+
+
+def describe_model(config: "PreTrainedConfig") -> ModelShape:
+    """Builds the skeleton of a config, a second at most, and counts it.
+
+    Raises:
+        UnsupportedModelError: transformers cannot build it, or its experts cannot be bound.
+    """
+    model = build_skeleton(_with_dtype(config))
+    text_config = config.get_text_config(decoder=True)
+    experts = find_experts(model)
+    return ModelShape(
+        architecture=type(model).__name__,
+        model_type=config.model_type,
+        num_layers=text_config.num_hidden_layers,
+        hidden_size=text_config.hidden_size,
+        max_context=getattr(text_config, "max_position_embeddings", None),
+        top_k=_top_k(text_config),
+        layers=tuple(MoeLayer(num_experts=found.num_experts, expert=found.shape) for found in experts),
+        dense=_dense_weights(model, experts),
+        lookup_elements=_lookup_elements(model),
+        attention=describe_attention(model),
+    )
+
+
+def _with_dtype(config: "PreTrainedConfig") -> "PreTrainedConfig":
+    """A config that names no dtype is taken to be in bf16, as published MoE checkpoints are."""
+    if getattr(config, "dtype", None) is not None:
+        return config
+    config = copy.deepcopy(config)
+    config.dtype = torch.bfloat16
+    return config
+
+
+def linear_shape(linear: nn.Linear) -> ExpertShape:
+    """A projection as the dense codecs see it: one matrix, and its bias."""
+    matrix = Matrix(name="weight", out_features=linear.out_features, in_features=linear.in_features)
+    return ExpertShape(matrices=(matrix,), biases=(("bias", linear.out_features),) if linear.bias is not None else ())
+
+
+def _top_k(config: "PreTrainedConfig") -> int:
+    for name in TOP_K_NAMES:
+        value = getattr(config, name, None)
+        if isinstance(value, list | tuple):  # one per layer
+            value = max(value)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise UnsupportedModelError(f"The {config.model_type} config does not say how many experts a token is routed to.")
+
+
+def _dense_weights(model: "PreTrainedModel", experts: list[ExpertsModule]) -> tuple[DenseWeight, ...]:
+    routed = {name for layer in experts for name in layer.parameter_names()}
+    parameters = {name for name, _ in model.named_parameters()}
+    tied = set(getattr(model, "all_tied_weights_keys", ()))
+    linears = projection_linears(model)
+    inside = {f"{name}.{part}" for name, linear in linears.items() for part, _ in linear.named_parameters()}
+    weights = [
+        DenseWeight(
+            name=f"{name}.weight",
+            num_elements=sum(parameter.numel() for parameter in linear.parameters()),
+            dtype=linear.weight.dtype,
+            linear=linear_shape(linear),
+        )
+        for name, linear in linears.items()
+    ]
+    weights += [
+        DenseWeight(name=name, num_elements=tensor.numel(), dtype=tensor.dtype, is_parameter=name in parameters)
+        for name, tensor in model.state_dict().items()
+        if name not in routed and name not in tied and name not in inside
+    ]
+    return tuple(weights)
+
+
+def _lookup_elements(model: "PreTrainedModel") -> int:
+    """The input embeddings, unless the output head multiplies with the same table."""
+    embeddings = model.get_input_embeddings()
+    shared = set(getattr(model, "all_tied_weights_keys", {}).values())
+    is_shared = any(module is embeddings and f"{name}.weight" in shared for name, module in model.named_modules())
+    return 0 if is_shared else int(embeddings.weight.numel())

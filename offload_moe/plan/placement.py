@@ -1,0 +1,149 @@
+"""Where everything goes: what each memory must hold, and how many expert slots the rest makes."""
+
+from dataclasses import dataclass
+
+from offload_moe.budget import DEVICE_RESERVE_BYTES, RUNTIME_BYTES
+from offload_moe.plan.machine import Machine
+from offload_moe.plan.parameters import ModelShape
+from offload_moe.plan.sizes import dense_memory_bytes, dense_store_bytes, experts_bytes, slot_bytes
+from offload_moe.plan.working import activation_bytes, cache_bytes, tile_bytes
+from offload_moe.quantize import LOSSLESS
+
+DENSE_CODECS = (LOSSLESS, "int8", "nf4")  # from the most exact to the smallest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the user chose. context: tokens. dense_codec: None takes the most exact one that fits."""
+
+    context: int
+    codec: str
+    dense_codec: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Something that takes bytes. detail: what of it, such as a codec."""
+
+    name: str
+    num_bytes: int
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tier:
+    """One memory. fixed: what it must hold in any case; the rest of the budget is `num_slots` expert slots.
+
+    budget_bytes: None where nobody knows. least_bytes: what it needs at the very least, one slot included.
+    """
+
+    name: str
+    budget_bytes: int | None
+    fixed: tuple[Part, ...]
+    num_slots: int = 0
+    slot_bytes: int = 0
+
+    @property
+    def fixed_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.fixed)
+
+    @property
+    def least_bytes(self) -> int:
+        return self.fixed_bytes + self.slot_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        return self.fixed_bytes + self.num_slots * self.slot_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        """By how much it does not fit; 0 where it does."""
+        return 0 if self.budget_bytes is None else max(0, self.least_bytes - self.budget_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """All memories; `vram` is None without a device. Every expert in VRAM has its copy in the RAM tier or on disk."""
+
+    vram: Tier | None
+    ram: Tier
+    disk: Tier
+    dense_codec: str
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        return (self.vram, self.ram, self.disk) if self.vram is not None else (self.ram, self.disk)
+
+    @property
+    def fast(self) -> Tier:
+        """The tier that experts are computed from."""
+        return self.vram or self.ram
+
+    @property
+    def fits(self) -> bool:
+        return not any(tier.missing_bytes for tier in self.tiers)
+
+
+def place(shape: ModelShape, machine: Machine, settings: Settings, *, download_bytes: int, is_store: bool) -> Placement:
+    """Place a model. download_bytes: still to be fetched. is_store: nothing more has to be written to disk.
+
+    Without a chosen dense codec the most exact one is taken that leaves slots for the top-k experts of every layer in
+    the fast tier; where none does, the smallest.
+    """
+    codecs = (settings.dense_codec,) if settings.dense_codec is not None else DENSE_CODECS
+    wanted = sum(min(shape.top_k, layer.num_experts) for layer in shape.layers)
+    for dense_codec in codecs:
+        vram, ram = _memories(shape, machine, settings, dense_codec)
+        if (vram or ram).num_slots >= wanted:
+            break
+    to_write = () if is_store else _store_parts(shape, settings.codec, dense_codec)
+    to_fetch = (Part(name="download", num_bytes=download_bytes),) if download_bytes else ()
+    disk = Tier(name="disk", budget_bytes=machine.disk_bytes, fixed=(*to_write, *to_fetch))
+    return Placement(vram=vram, ram=ram, disk=disk, dense_codec=dense_codec)
+
+
+def _memories(shape: ModelShape, machine: Machine, settings: Settings, dense_codec: str) -> tuple[Tier | None, Tier]:
+    model = _model_parts(shape, machine, settings, dense_codec)
+    in_ram = (Part(name="runtime", num_bytes=RUNTIME_BYTES),)
+    if not machine.has_device:
+        return None, _fill("RAM", machine.ram_bytes, (*model, *in_ram), shape, settings.codec)
+    on_device = (Part(name="device context and workspaces", num_bytes=DEVICE_RESERVE_BYTES),)
+    return (
+        _fill("VRAM", machine.vram_bytes, (*model, *on_device), shape, settings.codec),
+        _fill("RAM", machine.ram_bytes, in_ram, shape, settings.codec),
+    )
+
+
+def _model_parts(shape: ModelShape, machine: Machine, settings: Settings, dense_codec: str) -> tuple[Part, ...]:
+    """What lies where the model computes."""
+    dtype = machine.dtype
+    tiles = tile_bytes(shape, settings.codec, dense_codec, dtype, has_device=machine.has_device)
+    return (
+        Part(name="dense weights", num_bytes=dense_memory_bytes(shape, dense_codec, dtype), detail=dense_codec),
+        Part(
+            name="key/value cache",
+            num_bytes=cache_bytes(shape, settings.context, dtype),
+            detail=f"{settings.context:,} tokens",
+        ),
+        Part(name="activations", num_bytes=activation_bytes(shape, settings.context, dtype)),
+        Part(name="dequantized tiles", num_bytes=tiles),
+    )
+
+
+def _store_parts(shape: ModelShape, codec: str, dense_codec: str) -> tuple[Part, ...]:
+    return (
+        Part(name="experts", num_bytes=experts_bytes(shape, codec), detail=codec),
+        Part(name="dense weights", num_bytes=dense_store_bytes(shape, dense_codec), detail=dense_codec),
+    )
+
+
+def _fill(name: str, budget: int, fixed: tuple[Part, ...], shape: ModelShape, codec: str) -> Tier:
+    each = slot_bytes(shape, codec)
+    room = budget - sum(part.num_bytes for part in fixed)
+    return Tier(
+        name=name,
+        budget_bytes=budget,
+        fixed=fixed,
+        num_slots=min(max(0, room // each), shape.num_experts),
+        slot_bytes=each,
+    )

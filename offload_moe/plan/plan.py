@@ -1,0 +1,116 @@
+"""The plan itself: one model, one machine, one choice of settings."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from offload_moe.errors import ConfigError
+from offload_moe.plan.advice import Change, Shortfall, best_changes, find_shortfalls
+from offload_moe.plan.machine import Machine
+from offload_moe.plan.outlook import Outlook, Task, look_ahead
+from offload_moe.plan.parameters import ModelShape, describe_model
+from offload_moe.plan.placement import DENSE_CODECS, Placement, Settings
+from offload_moe.plan.sizes import checkpoint_estimate, store_bytes_per_codec
+from offload_moe.plan.source import PlannedSource, open_source
+from offload_moe.plan.speed import Speed
+from offload_moe.quant import get_codec
+
+DEFAULT_CODEC = "nf4"
+DEFAULT_CONTEXT = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a model needs and what it gets. `checkpoint_is_exact`: from the files or their index, not from the dtype.
+
+    store_bytes: codec of the experts -> bytes on disk. changes: what would be faster, the most helpful first.
+    """
+
+    name: str
+    shape: ModelShape
+    machine: Machine
+    settings: Settings
+    checkpoint_bytes: int
+    checkpoint_is_exact: bool
+    store_bytes: dict[str, int]
+    placement: Placement
+    speed: Speed | None
+    changes: tuple[Change, ...]
+    shortfalls: tuple[Shortfall, ...]
+
+    @property
+    def fits(self) -> bool:
+        return not self.shortfalls
+
+
+def make_plan(
+    model: str | Path,
+    machine: Machine,
+    *,
+    context: int | None = None,
+    codec: str | None = None,
+    dense_codec: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Plan:
+    """Plan a store, a checkpoint folder, a config file or a hub id. Nothing but a hub id's config is downloaded.
+
+    context: tokens, 8,192 or what the model takes at most where it is None.
+
+    Raises:
+        ConfigError: a codec or the context is not usable, or contradicts the store.
+        CheckpointError, UnsupportedModelError, TransferError: the model cannot be read; see `open_source`.
+    """
+    source = open_source(model, revision=revision, token=token)
+    codec = _agreed("--codec", codec, source.codec) or DEFAULT_CODEC
+    dense_codec = _agreed("--dense-codec", dense_codec, source.dense_codec)
+    for name in (codec, dense_codec or DENSE_CODECS[0]):
+        get_codec(name)
+    shape = describe_model(source.config)
+    settings = Settings(context=_context(context, shape), codec=codec, dense_codec=dense_codec)
+    return _plan(source, shape, machine, settings)
+
+
+def _plan(source: PlannedSource, shape: ModelShape, machine: Machine, settings: Settings) -> Plan:
+    estimate = checkpoint_estimate(shape, source.config)
+    checkpoint_bytes = source.checkpoint_bytes if source.checkpoint_bytes is not None else estimate
+    task = Task(
+        shape=shape,
+        machine=machine,
+        settings=settings,
+        download_bytes=0 if source.is_local else checkpoint_bytes,
+        is_store=source.codec is not None,
+    )
+    outlook: Outlook = look_ahead(task)
+    return Plan(
+        name=source.name,
+        shape=shape,
+        machine=machine,
+        settings=settings,
+        checkpoint_bytes=checkpoint_bytes,
+        checkpoint_is_exact=source.checkpoint_bytes is not None,
+        store_bytes=store_bytes_per_codec(shape, outlook.placement.dense_codec),
+        placement=outlook.placement,
+        speed=outlook.speed,
+        changes=best_changes(task, outlook) if outlook.speed is not None else (),
+        shortfalls=find_shortfalls(task, outlook),
+    )
+
+
+def _agreed(flag: str, chosen: str | None, stored: str | None) -> str | None:
+    if chosen is not None and stored is not None and chosen != stored:
+        raise ConfigError(
+            f"The store has {stored}; {flag} {chosen} needs another one. Quantize the model again for it."
+        )
+    return chosen or stored
+
+
+def _context(context: int | None, shape: ModelShape) -> int:
+    if context is None:
+        return min(DEFAULT_CONTEXT, shape.max_context or DEFAULT_CONTEXT)
+    if context < 1:
+        raise ConfigError(f"A context of {context} tokens is not usable. It must be at least 1.")
+    if shape.max_context is not None and context > shape.max_context:
+        raise ConfigError(
+            f"The model takes at most {shape.max_context:,} tokens, --context is {context:,}. Choose a shorter one."
+        )
+    return context

@@ -1,0 +1,91 @@
+"""Bytes of the weights: in the checkpoint, in a store, and in memory."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from offload_moe.plan.parameters import DenseWeight, ModelShape
+from offload_moe.quant import CODECS, get_codec
+from offload_moe.quantize import LOSSLESS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+FP16_BYTES = 2
+MXFP4_BITS = 4.25  # 4-bit codes and an 8-bit scale per 32
+
+
+def slot_bytes(shape: ModelShape, codec: str) -> int:
+    """Bytes of one expert slot: every slot holds the largest record of any layer."""
+    return max(get_codec(codec).layout(layer.expert).record_bytes for layer in shape.layers)
+
+
+def experts_bytes(shape: ModelShape, codec: str) -> int:
+    """All expert records, as they lie in a store."""
+    layout = get_codec(codec).layout
+    return sum(layer.num_experts * layout(layer.expert).record_bytes for layer in shape.layers)
+
+
+def routed_bytes(shape: ModelShape, codec: str) -> int:
+    """The expert records one token is routed to, over all layers."""
+    layout = get_codec(codec).layout
+    return sum(min(shape.top_k, layer.num_experts) * layout(layer.expert).record_bytes for layer in shape.layers)
+
+
+def dense_store_bytes(shape: ModelShape, codec: str) -> int:
+    """Dense weights in a store: projections as records of the codec, the rest in the checkpoint's dtype."""
+    return sum(_weight_bytes(weight, codec, weight.dtype) for weight in shape.dense)
+
+
+def dense_memory_bytes(shape: ModelShape, codec: str, dtype: torch.dtype) -> int:
+    """Dense weights once loaded: records as they are, the rest in the compute dtype."""
+    return sum(_weight_bytes(weight, codec, dtype) for weight in shape.dense)
+
+
+def store_bytes(shape: ModelShape, codec: str, dense_codec: str) -> int:
+    """A whole store but for its headers, 4 KiB and a few hundred bytes per tensor."""
+    return experts_bytes(shape, codec) + dense_store_bytes(shape, dense_codec)
+
+
+def store_bytes_per_codec(shape: ModelShape, dense_codec: str) -> dict[str, int]:
+    """Codec -> bytes of the store with that codec for its experts."""
+    return {codec: store_bytes(shape, codec, dense_codec) for codec in CODECS}
+
+
+def checkpoint_estimate(shape: ModelShape, config: "PreTrainedConfig") -> int:
+    """About what the checkpoint weighs, where no file says: parameters in its dtype, fewer bits where it is quantized.
+
+    Layers that transformers leaves out, such as those for predicting several tokens, are not in it.
+    """
+    routed = shape.total_parameters - shape.dense_parameters
+    linear = sum(weight.num_elements for weight in shape.dense if weight.linear is not None)
+    plain = sum(weight.num_elements * weight.dtype.itemsize for weight in shape.dense if weight.linear is None)
+    itemsize = shape.dense[0].dtype.itemsize
+    bits = _quantized_bits(getattr(config, "quantization_config", None))
+    if bits is None:
+        return (routed + linear) * itemsize + plain
+    if bits == MXFP4_BITS:  # experts only
+        return int(routed * bits / 8) + linear * itemsize + plain
+    return int((routed + linear) * bits / 8) + plain
+
+
+def fp16_bytes(num_parameters: int) -> int:
+    return num_parameters * FP16_BYTES
+
+
+def _weight_bytes(weight: DenseWeight, codec: str, dtype: torch.dtype) -> int:
+    if weight.linear is not None and codec != LOSSLESS:
+        return get_codec(codec).layout(weight.linear).record_bytes
+    return weight.num_elements * (dtype if weight.dtype.is_floating_point else weight.dtype).itemsize
+
+
+def _quantized_bits(quantization: Any) -> float | None:
+    if not isinstance(quantization, dict):
+        return None
+    method = quantization.get("quant_method")
+    if method == "mxfp4":
+        return MXFP4_BITS
+    if method == "fp8":
+        return 8.0
+    bits = quantization.get("bits")
+    return float(bits) if isinstance(bits, int | float) else None

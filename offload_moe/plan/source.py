@@ -1,0 +1,136 @@
+"""What a user names, down to a config and the bytes to download; weights stay where they are."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from offload_moe.checkpoint.shards import INDEX_NAME
+from offload_moe.checkpoint.skeleton import load_config, read_config_json
+from offload_moe.checkpoint.source import looks_like_hub_id
+from offload_moe.errors import CheckpointError, OffloadMoeError, UnsupportedModelError
+from offload_moe.plan.hub import fetch_config
+from offload_moe.store import Store, is_store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+CONFIG_NAME = "config.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedSource:
+    """A model to be planned. codec and dense_codec: what a store has, None elsewhere.
+
+    checkpoint_bytes: of the weight files, None where nothing says. is_local: they are on this disk already.
+    """
+
+    name: str
+    config: "PreTrainedConfig"
+    checkpoint_bytes: int | None = None
+    is_local: bool = False
+    codec: str | None = None
+    dense_codec: str | None = None
+
+
+def open_source(model: str | Path, *, revision: str | None = None, token: str | None = None) -> PlannedSource:
+    """A store, a checkpoint folder, a config file, or a hub id, of which only the config is fetched.
+
+    Raises:
+        CheckpointError: it is none of these, or its config or index is not usable.
+        UnsupportedModelError: transformers does not know the model.
+        TransferError: the hub cannot be reached or refuses.
+    """
+    path = Path(model).expanduser()
+    if is_store(path):
+        store = Store.open(path)
+        config = planned_config(path)
+        return PlannedSource(
+            name=str(model), config=config, is_local=True, codec=store.codec, dense_codec=store.dense_codec
+        )
+    if path.is_dir():
+        num_bytes, is_local = _folder_bytes(path)
+        return PlannedSource(
+            name=str(model), config=planned_config(path), checkpoint_bytes=num_bytes, is_local=is_local
+        )
+    if path.is_file():
+        with _as_folder(path) as folder:
+            return PlannedSource(name=str(model), config=planned_config(folder))
+    if not looks_like_hub_id(str(model)):
+        raise CheckpointError(
+            f"{model} is neither a store, a model folder, a config.json nor a hub id like organisation/model. "
+            "Check the path."
+        )
+    folder, num_bytes = fetch_config(str(model), revision=revision, token=token)
+    return PlannedSource(name=str(model), config=planned_config(folder), checkpoint_bytes=num_bytes)
+
+
+def planned_config(folder: Path) -> "PreTrainedConfig":
+    """The folder's config; one with a model type of its own is read as the transformers architecture that it names.
+
+    Kimi K2 is such a one: its type is `kimi_k2`, its architecture is DeepSeek-V3's.
+    """
+    try:
+        return load_config(folder)
+    except UnsupportedModelError:
+        raw = read_config_json(folder)
+        config = _config_by_architecture(raw)
+        if config is None:
+            raise
+        return config
+
+
+def index_bytes(folder: Path) -> int | None:
+    """What the safetensors index says all tensors weigh; None without an index, or where it does not say.
+
+    Raises: CheckpointError when the index cannot be read.
+    """
+    path = folder / INDEX_NAME
+    if not path.is_file():
+        return None
+    try:
+        num_bytes = json.loads(path.read_text(encoding="utf-8")).get("metadata", {}).get("total_size")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a shard index: {error}.") from error
+    return int(num_bytes) if isinstance(num_bytes, int | float) and num_bytes > 0 else None
+
+
+def _folder_bytes(folder: Path) -> tuple[int | None, bool]:
+    """Bytes of the weights, and whether they are there and not just in the index."""
+    indexed = index_bytes(folder)
+    present = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if present and (indexed is None or present >= indexed):
+        return present, True
+    return indexed, False
+
+
+def _config_by_architecture(raw: dict[str, Any]) -> "PreTrainedConfig | None":
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    architecture = next(iter(raw.get("architectures") or ()), None)
+    known = {name: model_type for model_type, name in reversed(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())}
+    if architecture not in known:
+        return None
+    fields = {name: value for name, value in raw.items() if name not in ("model_type", "auto_map")}
+    try:
+        return AutoConfig.for_model(known[architecture], **fields)
+    except Exception as error:  # as in load_config: whatever a config class makes of foreign values
+        raise CheckpointError(f"The config is not usable as one of {architecture}: {error}") from error
+
+
+@contextmanager
+def _as_folder(config_file: Path) -> Iterator[Path]:
+    """A folder with a config file of any name as its `config.json`; errors name the file itself."""
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        shutil.copyfile(config_file, folder / CONFIG_NAME)
+        try:
+            yield folder
+        except OffloadMoeError as error:
+            message = str(error).replace(str(folder / CONFIG_NAME), str(config_file))
+            raise type(error)(message.replace(str(folder), str(config_file))) from error

@@ -1,0 +1,112 @@
+"""How fast a placement can be: simulated, from assumed rates and replayed hit rates.
+
+A token takes at least the sum over its MoE layers of A + max(E, X): A before the router, E expert compute, X transfer
+of the misses, which are known only after the router. Prefetch could hide X in part, and is not counted; nor are the
+differences between layers and tokens, which only make it slower. Source: docs/design.md, "Numbers to hold in mind".
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from offload_moe.plan.hit_rates import CURVES, HitCurve
+from offload_moe.plan.machine import Machine
+from offload_moe.plan.parameters import ModelShape
+from offload_moe.plan.placement import Placement, Settings
+from offload_moe.plan.sizes import dense_memory_bytes, routed_bytes
+from offload_moe.plan.working import cache_bytes
+
+BASIS = "simulated: hit rates of replayed traces, assumed bandwidths, no prefetch"
+
+Bottleneck = Literal["disk", "link", "dense weights", "expert compute", "layer overhead"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Decoding one token with the hit rates of one trace. Seconds are per token, over all layers.
+
+    hit_rate: routed experts found in the fast tier. disk_rate: routed experts that come from disk.
+    """
+
+    trace: str
+    hit_rate: float
+    disk_rate: float
+    overhead_s: float
+    dense_s: float
+    expert_s: float
+    link_s: float
+    disk_s: float
+
+    @property
+    def token_s(self) -> float:
+        return self.overhead_s + self.dense_s + max(self.expert_s, self.link_s, self.disk_s)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return 1 / self.token_s
+
+    @property
+    def bottleneck(self) -> Bottleneck:
+        """What the largest share of the time goes to."""
+        seconds: dict[Bottleneck, float] = {
+            "disk": self.disk_s,
+            "link": self.link_s,
+            "expert compute": self.expert_s,
+            "dense weights": self.dense_s,
+            "layer overhead": self.overhead_s,
+        }
+        return max(seconds, key=seconds.__getitem__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """One forecast per trace, the slowest first."""
+
+    forecasts: tuple[Forecast, ...]
+
+    @property
+    def bottleneck(self) -> Bottleneck:
+        """What binds in the slowest forecast."""
+        return self.forecasts[0].bottleneck
+
+    @property
+    def tokens_per_s(self) -> float:
+        """The geometric mean of the forecasts: what changes are compared by."""
+        return math.exp(sum(math.log(f.tokens_per_s) for f in self.forecasts) / len(self.forecasts))
+
+
+def forecast_speed(shape: ModelShape, machine: Machine, settings: Settings, placement: Placement) -> Speed:
+    forecasts = [_forecast(curve, shape, machine, settings, placement) for curve in CURVES]
+    return Speed(forecasts=tuple(sorted(forecasts, key=lambda forecast: forecast.tokens_per_s)))
+
+
+def _forecast(
+    curve: HitCurve, shape: ModelShape, machine: Machine, settings: Settings, placement: Placement
+) -> Forecast:
+    rates = machine.rates
+    memory = rates.vram if machine.has_device else rates.ram
+    num_top_k = sum(min(shape.top_k, layer.num_experts) for layer in shape.layers)
+
+    def hit_rate(num_slots: int) -> float:
+        return curve.at(num_slots, num_top_k=num_top_k, num_experts=shape.num_experts)
+
+    routed = routed_bytes(shape, settings.codec)
+    fast_rate = hit_rate(placement.fast.num_slots)
+    # The RAM tier sees only what the fast one missed, so it can never make things worse.
+    disk_rate = min(1 - fast_rate, 1 - hit_rate(placement.ram.num_slots))
+    lookup_bytes = shape.lookup_elements * machine.dtype.itemsize
+    read_bytes = (
+        dense_memory_bytes(shape, placement.dense_codec, machine.dtype)
+        - lookup_bytes
+        + cache_bytes(shape, settings.context, machine.dtype)
+    )
+    return Forecast(
+        trace=curve.trace,
+        hit_rate=fast_rate,
+        disk_rate=disk_rate,
+        overhead_s=shape.num_layers * rates.layer_s,
+        dense_s=read_bytes / memory,
+        expert_s=routed / memory,
+        link_s=(1 - fast_rate) * routed / rates.link if machine.has_device else 0.0,
+        disk_s=disk_rate * routed / rates.disk,
+    )

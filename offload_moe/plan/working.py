@@ -1,0 +1,73 @@
+"""Bytes beside the weights: the key/value cache of a context, activations of a prompt, decoded weights.
+
+T tokens computed at once, C context tokens, H hidden, K top-k, I intermediate.
+"""
+
+import torch
+
+from offload_moe.checkpoint.linears import PROJECTIONS
+from offload_moe.plan.parameters import ModelShape
+from offload_moe.quant import Matrix
+from offload_moe.quantize import LOSSLESS
+
+PROMPT_CHUNK_TOKENS = 2048  # the most prompt tokens that are planned to be computed at once
+FEED_FORWARD = ("gate_proj", "up_proj", "gate_up_proj")
+HEAD = "lm_head"
+
+
+def cache_bytes(shape: ModelShape, context: int, dtype: torch.dtype) -> int:
+    """The key/value cache of one sequence of `context` tokens."""
+    elements = sum(
+        layer.per_token * min(context, layer.window or context) + layer.fixed for layer in shape.attention.cache_layers
+    )
+    return elements * dtype.itemsize
+
+
+def activation_bytes(shape: ModelShape, context: int, dtype: torch.dtype) -> int:
+    """An upper estimate of what the widest layer holds while a prompt chunk goes through it.
+
+    Residual stream, its norm and their sums: 4 H. Beside them, one after the other: queries, keys, values and output of
+    the attention, with keys and values of the whole context expanded to all heads; gate, up and product of a dense
+    MLP, 3 I; the routed outputs of every token until they are added, K H, and one expert that all tokens chose, 3 I.
+    """
+    num_tokens = min(context, PROMPT_CHUNK_TOKENS)
+    attention = num_tokens * shape.attention.projected + context * shape.attention.expanded
+    dense = num_tokens * 3 * max((linear.out_features for linear in _matrices(shape, *FEED_FORWARD)), default=0)
+    intermediate = max(layer.expert.matrices[-1].in_features for layer in shape.layers)
+    routed = num_tokens * (shape.top_k * shape.hidden_size + 3 * intermediate)
+    return (num_tokens * 4 * shape.hidden_size + max(attention, dense, routed)) * dtype.itemsize
+
+
+def tile_bytes(shape: ModelShape, codec: str, dense_codec: str, dtype: torch.dtype, *, has_device: bool) -> int:
+    """The largest weights that are decoded before they are multiplied.
+
+    Native kernels on the CPU multiply records as they lie. On a device nf4 decodes a matrix when several tokens meet
+    it, as they never do in the output head; int8 decodes a whole expert or projection through fp32.
+    """
+    names = PROJECTIONS - {HEAD} if dense_codec == "nf4" else PROJECTIONS
+    linears = [] if dense_codec == LOSSLESS else [(matrix,) for matrix in _matrices(shape, *names)]
+    return max(
+        *(_decoded_bytes(layer.expert.matrices, codec, dtype, has_device=has_device) for layer in shape.layers),
+        *(_decoded_bytes(matrices, dense_codec, dtype, has_device=has_device) for matrices in linears),
+        0,
+    )
+
+
+def _decoded_bytes(matrices: tuple[Matrix, ...], codec: str, dtype: torch.dtype, *, has_device: bool) -> int:
+    sizes = [matrix.out_features * matrix.in_features for matrix in matrices]
+    if codec == LOSSLESS:
+        return 0 if dtype == torch.bfloat16 else sum(sizes) * dtype.itemsize
+    if not has_device:
+        return 0
+    if codec == "nf4":
+        return max(sizes) * dtype.itemsize
+    return sum(sizes) * (torch.float32.itemsize + dtype.itemsize)
+
+
+def _matrices(shape: ModelShape, *names: str) -> list[Matrix]:
+    """The dense projections of these names."""
+    return [
+        weight.linear.matrices[0]
+        for weight in shape.dense
+        if weight.linear is not None and weight.name.removesuffix(".weight").rpartition(".")[2] in names
+    ]

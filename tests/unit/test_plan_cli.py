@@ -1,0 +1,143 @@
+"""`offload-moe plan` as a user sees it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.cli import load_cli
+from tests.support.plan import CONFIGS
+
+MIXTRAL = str(CONFIGS / "Mixtral-8x7B-v0.1.json")
+DEEPSEEK = str(CONFIGS / "DeepSeek-V3.json")
+COMPLETE = {
+    "model": str,
+    "architecture": str,
+    "model_type": str,
+    "total_parameters": int,
+    "active_parameters": int,
+    "fp16_bytes": int,
+    "active_fp16_bytes": int,
+    "num_layers": int,
+    "num_moe_layers": int,
+    "num_experts": int,
+    "top_k": int,
+    "max_context": int,
+    "checkpoint_bytes": int,
+    "checkpoint_is_exact": bool,
+    "store_bytes": dict,
+    "context": int,
+    "codec": str,
+    "dense_codec": str,
+    "compute_dtype": str,
+    "memory": dict,
+    "fits": bool,
+    "shortfalls": list,
+    "speed": dict,
+    "changes": list,
+}
+TIER = {"budget_bytes", "used_bytes", "missing_bytes", "parts", "num_slots", "slots_per_layer", "slot_bytes"}
+SPEED = {"basis", "low_tokens_per_s", "high_tokens_per_s", "bottleneck", "rates", "forecasts"}
+
+
+def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    status: int = load_cli().main(["plan", *arguments])
+    return status, capsys.readouterr().out
+
+
+def plan_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
+    status, out = plan(capsys, *arguments, "--json")
+    return status, json.loads(out)
+
+
+def test_the_table_of_a_model_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out = plan(capsys, MIXTRAL, "--vram", "12GiB", "--ram", "64GiB")
+    assert status == 0
+    for text in (
+        "MixtralForCausalLM, 46.70B parameters, 12.88B active",
+        "32 MoE layers, 256 experts, top-2",
+        "In fp16 87.0 GiB, active 24.0 GiB",
+        "Checkpoint about 87.0 GiB; store by codec of the experts: nf4 24.7 GiB",
+        "key/value cache, 8,192 tokens",
+        "77 expert slots of 87 MiB, 2.4 per layer",
+        "simulated: hit rates of replayed traces, assumed bandwidths",
+        "What binds: sending missed experts to the GPU.",
+        "What would help most: twice the VRAM",
+    ):
+        assert text in out
+    assert "VRAM 12.0 GiB" in out
+    assert "disk" in out
+
+
+def test_the_parts_of_the_table_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = plan_json(capsys, MIXTRAL, "--vram", "12GiB", "--ram", "64GiB", "--context", "4096", "--codec", "int8")
+    for tier in found["memory"].values():
+        assert set(tier) == TIER
+        assert tier["used_bytes"] == sum(tier["parts"].values()) + tier["num_slots"] * tier["slot_bytes"]
+        assert tier["missing_bytes"] == 0
+    assert found["memory"]["vram"]["parts"]["key_value_cache"] == 4096 * 32 * 2 * 8 * 128 * 2
+    assert found["memory"]["disk"]["budget_bytes"] is None
+
+
+def test_the_json_document(capsys: pytest.CaptureFixture[str]) -> None:
+    status, found = plan_json(capsys, MIXTRAL, "--vram", "12GiB", "--ram", "64GiB")
+    assert status == 0
+    assert {name: type(value) for name, value in found.items()} == COMPLETE
+    assert found["total_parameters"] == 46_702_792_704
+    assert found["active_parameters"] == 12_879_925_248
+    assert found["fp16_bytes"] == 2 * found["total_parameters"]
+    assert set(found["memory"]) == {"vram", "ram", "disk"}
+    assert set(found["store_bytes"]) >= {"nf4", "int8", "bf16"}
+    assert set(found["speed"]) == SPEED
+    low, high = found["speed"]["forecasts"]
+    assert found["speed"]["low_tokens_per_s"] == low["tokens_per_s"] <= high["tokens_per_s"]
+    assert found["speed"]["basis"].startswith("simulated")
+
+
+def test_what_does_not_fit_leaves_with_1_and_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out = plan(capsys, DEEPSEEK, "--vram", "12GiB", "--ram", "64GiB")
+    assert status == 1
+    assert "Does not fit: VRAM lacks 3.6 GiB (15.6 GiB needed, 12.0 GiB there)." in out
+    assert "It would fit with --vram 0 (everything in RAM) or --vram 15.7GiB." in out
+    assert "tokens/s" not in out
+    status, found = plan_json(capsys, DEEPSEEK, "--vram", "12GiB", "--ram", "64GiB")
+    assert status == 1
+    assert (found["fits"], found["speed"], found["changes"]) == (False, None, [])
+    (shortfall,) = found["shortfalls"]
+    assert shortfall["missing_bytes"] == shortfall["needed_bytes"] - (12 << 30)
+    assert found["memory"]["vram"]["missing_bytes"] == shortfall["missing_bytes"]
+    assert plan(capsys, DEEPSEEK, "--vram", "15.7GiB", "--ram", "64GiB")[0] == 0
+
+
+def test_without_a_device_there_is_no_vram(capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = plan_json(capsys, MIXTRAL, "--vram", "0", "--ram", "64GiB", "--dense-codec", "nf4")
+    assert found["memory"]["vram"] is None
+    assert found["compute_dtype"] == "float32"
+    assert found["memory"]["ram"]["num_slots"] == 256
+    assert {forecast["hit_rate"] for forecast in found["speed"]["forecasts"]} == {1.0}
+
+
+def test_this_machine_is_measured_without_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = plan_json(capsys, str(CONFIGS / "granite-3.0-1b-a400m.json"))
+    assert found["memory"]["ram"]["budget_bytes"] > 0
+    assert found["memory"]["disk"]["budget_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-thing"], "is neither a store, a model folder, a config.json nor a hub id"),
+        ([str(CONFIGS / "GRIN-MoE.json")], "model type 'grinmoe' is not in transformers"),
+        ([MIXTRAL, "--context", "99999"], "takes at most 32,768 tokens, --context is 99,999"),
+        ([MIXTRAL, "--vram", "much"], "Cannot read 'much' as a size"),
+    ],
+)
+def test_errors_are_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    assert load_cli().main(["plan", *arguments]) == 1
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert message in streams.err.splitlines()[-1]
+    assert streams.err.splitlines()[-1].startswith("error: ")

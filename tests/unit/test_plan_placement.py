@@ -1,0 +1,161 @@
+"""Where everything goes, what does not fit, and what would make it."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from offload_moe.budget import DEVICE_RESERVE_BYTES, RUNTIME_BYTES, plan_slots
+from offload_moe.plan.advice import find_shortfalls
+from offload_moe.plan.machine import Machine, measure_machine
+from offload_moe.plan.outlook import Task, look_ahead
+from offload_moe.plan.parameters import ModelShape
+from offload_moe.plan.placement import Tier
+from offload_moe.plan.sizes import dense_memory_bytes, slot_bytes, store_bytes
+from offload_moe.plan.working import cache_bytes
+from offload_moe.sizes import format_size, parse_size
+from tests.support.plan import GIB, real_shape, task, tiny_shape
+
+
+@pytest.fixture(scope="module")
+def mixtral() -> ModelShape:
+    return real_shape("Mixtral-8x7B-v0.1")
+
+
+@pytest.fixture(scope="module")
+def deepseek() -> ModelShape:
+    return real_shape("DeepSeek-V3")
+
+
+def parts(tier: Tier | None) -> dict[str, int]:
+    assert tier is not None
+    return {part.name: part.num_bytes for part in tier.fixed}
+
+
+def test_without_a_device_everything_is_in_ram(mixtral: ModelShape) -> None:
+    placement = look_ahead(task(mixtral, Machine(ram_bytes=20 * GIB), dense_codec="nf4")).placement
+    ram = parts(placement.ram)
+    assert placement.vram is None
+    assert ram["runtime"] == RUNTIME_BYTES
+    assert ram["dense weights"] == dense_memory_bytes(mixtral, "nf4", torch.float32)
+    assert ram["key/value cache"] == cache_bytes(mixtral, 64, torch.float32)
+    assert placement.ram.num_slots == (20 * GIB - sum(ram.values())) // slot_bytes(mixtral, "nf4")
+    assert 20 * GIB - slot_bytes(mixtral, "nf4") < placement.ram.used_bytes <= 20 * GIB
+
+
+def test_with_a_device_ram_holds_experts_only(mixtral: ModelShape) -> None:
+    machine = Machine(vram_bytes=12 * GIB, ram_bytes=16 * GIB)
+    placement = look_ahead(task(mixtral, machine, dense_codec="int8")).placement
+    assert parts(placement.ram) == {"runtime": RUNTIME_BYTES}
+    vram = parts(placement.vram)
+    assert vram["device context and workspaces"] == DEVICE_RESERVE_BYTES
+    assert vram["dense weights"] == dense_memory_bytes(mixtral, "int8", torch.bfloat16)
+
+
+@pytest.mark.parametrize("vram", [0, 12 * GIB])
+def test_slots_are_counted_as_load_counts_them(mixtral: ModelShape, vram: int) -> None:
+    machine = Machine(vram_bytes=vram, ram_bytes=20 * GIB)
+    placement = look_ahead(task(mixtral, machine)).placement
+    fixed = placement.fast.fixed_bytes - (DEVICE_RESERVE_BYTES if vram else RUNTIME_BYTES)
+    expected = plan_slots(
+        num_records=mixtral.num_experts,
+        slot_bytes=slot_bytes(mixtral, "nf4"),
+        dense_bytes=fixed,
+        ram=machine.ram_bytes,
+        vram=vram,
+        free_vram=vram or None,
+    )
+    assert placement.ram.num_slots == expected.num_ram_slots
+    assert (placement.vram.num_slots if placement.vram else 0) == expected.num_device_slots
+
+
+def test_no_more_slots_than_experts() -> None:
+    shape = tiny_shape("mixtral")
+    assert look_ahead(task(shape, Machine(ram_bytes=GIB))).placement.ram.num_slots == 18
+
+
+def test_the_most_exact_dense_codec_is_taken_that_leaves_room_for_every_top_k(mixtral: ModelShape) -> None:
+    def chosen(gib: float) -> str:
+        machine = Machine(vram_bytes=int(gib * GIB), ram_bytes=64 * GIB)
+        return look_ahead(task(mixtral, machine)).placement.dense_codec
+
+    assert [chosen(gib) for gib in (24, 12, 9, 8, 3)] == ["bf16", "bf16", "int8", "nf4", "nf4"]
+
+
+def test_what_does_not_fit_says_by_how_much(deepseek: ModelShape) -> None:
+    machine = Machine(vram_bytes=12 * GIB, ram_bytes=64 * GIB)
+    planned = task(deepseek, machine, context=8192)
+    outlook = look_ahead(planned)
+    assert outlook.speed is None
+    (shortfall,) = find_shortfalls(planned, outlook)
+    assert shortfall.memory == "VRAM"
+    assert outlook.placement.vram is not None
+    fixed = sum(parts(outlook.placement.vram).values())
+    assert shortfall.needed_bytes == fixed + slot_bytes(deepseek, "nf4")
+    assert shortfall.missing_bytes == shortfall.needed_bytes - 12 * GIB
+    assert shortfall.remedies == ("--vram 0 (everything in RAM)", "--vram 15.7GiB")
+
+
+@pytest.mark.parametrize("vram", [0, 64 * GIB], ids=["ram", "vram"])
+@pytest.mark.parametrize(
+    ("settings", "smaller"),
+    [
+        ({"context": 8192, "dense_codec": "nf4"}, {"context": 3072, "dense_codec": "nf4"}),
+        ({"dense_codec": "bf16"}, {"dense_codec": "int8"}),
+        ({"codec": "int8", "dense_codec": "nf4"}, {"codec": "nf4", "dense_codec": "nf4"}),
+    ],
+    ids=["context", "dense codec", "codec"],
+)
+def test_every_remedy_makes_it_fit(
+    mixtral: ModelShape, vram: int, settings: dict[str, object], smaller: dict[str, object]
+) -> None:
+    """With exactly the memory that a smaller setting needs, that setting is one of the remedies."""
+    machine = Machine(vram_bytes=vram, ram_bytes=64 * GIB)
+    fast = look_ahead(task(mixtral, machine, **smaller)).placement.fast
+    tight = replace(machine, **{f"{fast.name.lower()}_bytes": fast.least_bytes})
+    planned = task(mixtral, tight, **settings)
+    (shortfall,) = find_shortfalls(planned, look_ahead(planned))
+    (changed,) = {(name, value) for name, value in smaller.items() if settings.get(name) != value}
+    flags = [remedy.split()[:2] for remedy in shortfall.remedies]
+    assert [f"--{changed[0].replace('_', '-')}", str(changed[1])] in flags
+    assert [flag for flag, _ in flags][-1] == f"--{fast.name.lower()}"
+    for remedy in shortfall.remedies:
+        assert look_ahead(apply(planned, remedy)).placement.fits, remedy
+
+
+def apply(planned: Task, remedy: str) -> Task:
+    match = re.match(r"--(\S+) (\S+)", remedy)
+    assert match is not None
+    flag, value = match.groups()
+    if flag in ("ram", "vram"):
+        return replace(planned, machine=replace(planned.machine, **{f"{flag}_bytes": parse_size(value)}))
+    name = flag.replace("-", "_")
+    return replace(planned, settings=replace(planned.settings, **{name: int(value) if flag == "context" else value}))
+
+
+def test_the_context_that_is_proposed_is_the_longest(mixtral: ModelShape) -> None:
+    planned = task(mixtral, Machine(vram_bytes=4 * GIB, ram_bytes=64 * GIB), context=16384)
+    (shortfall,) = find_shortfalls(planned, look_ahead(planned))
+    (context,) = [int(remedy.split()[1]) for remedy in shortfall.remedies if remedy.startswith("--context")]
+    longer = replace(planned, settings=replace(planned.settings, context=context + 1024))
+    assert not look_ahead(longer).placement.fits
+
+
+def test_the_disk_must_hold_the_download_and_the_store(mixtral: ModelShape) -> None:
+    machine = Machine(ram_bytes=32 * GIB, disk_bytes=100 * GIB)
+    planned = replace(task(mixtral, machine), download_bytes=87 * GIB)
+    (shortfall,) = find_shortfalls(planned, look_ahead(planned))
+    stored = store_bytes(mixtral, "nf4", look_ahead(planned).placement.dense_codec)
+    assert shortfall.memory == "disk"
+    assert shortfall.missing_bytes == stored + 87 * GIB - 100 * GIB
+    assert shortfall.remedies == (f"{format_size(shortfall.missing_bytes)} more free space",)
+    assert look_ahead(replace(planned, is_store=True, download_bytes=0)).placement.fits
+
+
+def test_measured_memory_is_used_where_none_is_named() -> None:
+    here = measure_machine(vram=0)
+    assert here.ram_bytes > 0
+    assert here.disk_bytes is not None
+    described = measure_machine(vram=12 * GIB, ram=64 * GIB)
+    assert described == Machine(vram_bytes=12 * GIB, ram_bytes=64 * GIB, disk_bytes=None)
