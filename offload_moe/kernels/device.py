@@ -34,6 +34,8 @@ class RecordLinear:
         self._planes = {key.removeprefix(f"{name}."): plane for key, plane in layout.planes.items()}
         self._bias = layout.planes.get(f"{bias_of(self._matrix)}.values")
         self._record_bytes = layout.num_bytes
+        if codec.name == "nf4":
+            import bitsandbytes  # noqa: F401  # registers the operator
 
     def __call__(self, x: Tensor, record: Tensor) -> Tensor:
         """``x [t, K] -> [t, O]`` in the dtype of `x`, on its device. record: uint8, at least the layout's bytes."""
@@ -104,7 +106,5 @@ def _view(record: Tensor, plane: Plane) -> Tensor:
 
 @cache
 def _dynamic_map_on(device: torch.device) -> Tensor:
-    import bitsandbytes  # noqa: F401  # registers the operator
-
     with torch.inference_mode(False):
         return dynamic_map().to(device)
