@@ -17,10 +17,12 @@ from offload_moe.generate import Prompt
 from offload_moe.moe.arithmetic import choose_arithmetic
 from offload_moe.moe.attach import BoundExperts, attach
 from offload_moe.moe.contract import ExpertsContract
+from offload_moe.moe.lookahead import DEFAULT_DEPTH, Lookahead, find_probes
 from offload_moe.quant import get_codec
 from offload_moe.schedule.counters import Counters
 from offload_moe.schedule.hierarchy import Hierarchy, Pools
 from offload_moe.schedule.policy import DEFAULT_POLICY
+from offload_moe.schedule.prefetch import PrefetchGovernor
 from offload_moe.sizes import parse_size
 from offload_moe.sources import DEMO, Report, ensure_store, silent
 from offload_moe.store import Store
@@ -94,6 +96,7 @@ def load(
     device: str | None = None,
     dtype: torch.dtype | None = None,
     exact: bool = False,
+    prefetch: int = DEFAULT_DEPTH,
     revision: str | None = None,
     token: str | None = None,
     progress: Report = silent,
@@ -106,6 +109,7 @@ def load(
     vram, ram: sizes such as ``"10GiB"`` that the process may use; None takes 90% of what is free.
     device: None takes the accelerator when there is one. dtype: None takes bf16 on a device, fp32 on the CPU.
     exact: CPU kernels keep activations in full precision, slower.
+    prefetch: MoE layers to look ahead; 0 turns prefetch off. It also turns itself off while it does not pay.
 
     Raises:
         OffloadMoeError: one of its kinds, see `offload_moe.errors`.
@@ -141,20 +145,26 @@ def load(
     hierarchy = Hierarchy(
         pools, lambda arena: DiskMover(arena, lambda key: store.record(*divmod(key, store.num_experts))), copier
     )
-    attach_experts(assembled, store, hierarchy, where, is_exact=exact)
+    attach_experts(assembled, store, hierarchy, where, is_exact=exact, prefetch=prefetch)
     return Model(store, assembled, load_tokenizer(store), hierarchy)
 
 
 def attach_experts(
-    assembled: Assembled, store: Store, hierarchy: Hierarchy, device: torch.device, *, is_exact: bool
+    assembled: Assembled, store: Store, hierarchy: Hierarchy, device: torch.device, *, is_exact: bool, prefetch: int
 ) -> None:
     """Bind every MoE layer of the model to the hierarchy."""
     codec = get_codec(store.codec)
+    lookahead = None
+    if prefetch and not hierarchy.holds_every_expert:
+        probes = find_probes(assembled.hf, assembled.layers)
+        lookahead = Lookahead(probes, hierarchy.scheduler, PrefetchGovernor(), prefetch)
     bound = []
     for ordinal, layer in enumerate(assembled.layers):
         module = cast(ExpertsContract, layer.module)
         arithmetic = choose_arithmetic(module, layer.shape, codec, device, is_exact=is_exact)
-        bound.append(BoundExperts(ordinal, layer.num_experts, hierarchy.scheduler, hierarchy.record_of, arithmetic))
+        bound.append(
+            BoundExperts(ordinal, layer.num_experts, hierarchy.scheduler, hierarchy.record_of, arithmetic, lookahead)
+        )
     attach(assembled.layers, bound)
 
 

@@ -13,6 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.moe.arithmetic import Arithmetic
 from offload_moe.moe.contract import ExpertsContract
+from offload_moe.moe.lookahead import Lookahead
 from offload_moe.moe.routing import group_by_expert
 from offload_moe.schedule.scheduler import Scheduler
 
@@ -29,16 +30,20 @@ class BoundExperts:
         scheduler: Scheduler,
         record_of: Callable[[int], Tensor],
         arithmetic: Arithmetic,
+        lookahead: Lookahead | None = None,
     ) -> None:
         self._layer = layer
         self._num_experts = num_experts
         self._scheduler = scheduler
         self._record_of = record_of
         self._arithmetic = arithmetic
+        self._lookahead = lookahead
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         routing = group_by_expert(top_k_index, self._num_experts)
         with self._scheduler.acquire(self._layer, routing.experts) as lease:
+            if self._lookahead is not None:
+                self._lookahead.after_acquire(self._layer, hidden, routing.experts, top_k_index.shape[-1])
             return self._arithmetic.forward(hidden, top_k_weights, routing, lease, self._record_of)
 
 

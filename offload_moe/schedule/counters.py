@@ -13,6 +13,8 @@ class Counters:
     num_evictions: int = 0
     num_acquires: int = 0
     num_waves: int = 0
+    num_prefetches: int = 0
+    num_useful_prefetches: int = 0
     stall_s: float = 0.0
     disk_bytes: int = 0
     h2d_bytes: int = 0

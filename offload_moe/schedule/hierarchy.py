@@ -51,6 +51,11 @@ class Hierarchy:
         """Running totals: hits and stalls of the fast tier, bytes of every tier."""
         return self.scheduler.counters
 
+    @property
+    def holds_every_expert(self) -> bool:
+        """Whether the fast tier has a slot for each: then nothing is ever evicted."""
+        return self._is_whole(self.scheduler.residency.num_slots)
+
     def close(self) -> None:
         self.scheduler.close()
         if self.ram is not self.scheduler:
@@ -59,15 +64,17 @@ class Hierarchy:
     def _scheduler(self, num_slots: int, mover: Mover, bytes_counter: str) -> Scheduler:
         pools = self.pools
         # A pool with a slot for every expert never evicts: the cheapest policy serves it.
-        never_evicts = num_slots >= pools.num_layers * pools.num_experts
         policy = make_policy(
-            LRU.name if never_evicts else pools.policy,
+            LRU.name if self._is_whole(num_slots) else pools.policy,
             num_layers=pools.num_layers,
             num_experts=pools.num_experts,
             num_slots=num_slots,
         )
         residency = Residency(num_slots, policy)
         return Scheduler(residency, mover, num_experts=pools.num_experts, bytes_counter=bytes_counter)
+
+    def _is_whole(self, num_slots: int) -> bool:
+        return num_slots >= self.pools.num_layers * self.pools.num_experts
 
     @contextmanager
     def _borrow(self, key: int) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ A slot is FREE, LOADING or RESIDENT, and counts its leases:
 A leased slot is never evicted. A LOADING slot is never evicted either: its bytes are on the way.
 """
 
+from collections.abc import Collection
 from enum import IntEnum
 
 from offload_moe.schedule.policy import Policy
@@ -66,13 +67,13 @@ class Residency:
         assert self._num_leases[slot] > 0
         self._num_leases[slot] -= 1
 
-    def admit(self, key: int) -> int | None:
-        """Take a free slot for `key`, or evict the least valuable unleased expert for it.
+    def admit(self, key: int, keep: Collection[int] = ()) -> int | None:
+        """Take a free slot for `key`, or evict the least valuable unleased expert for it, but none of `keep`.
 
-        Returns the slot, now LOADING and unleased; None when every slot is leased or loading.
+        Returns the slot, now LOADING and unleased; None when every slot is leased, loading or kept.
         """
         assert key not in self._slot_of
-        if not self._free and not self._evict_one():
+        if not self._free and not self._evict_one(keep):
             return None
         slot = self._free.pop()
         self._slot_of[key] = slot
@@ -92,8 +93,9 @@ class Residency:
         assert self._num_leases[slot] == 0
         self._vacate(slot)
 
-    def _evict_one(self) -> bool:
-        victim = self.policy.victim(self._is_leased)
+    def _evict_one(self, keep: Collection[int]) -> bool:
+        spared = (lambda key: key in keep or self._is_leased(key)) if keep else self._is_leased
+        victim = self.policy.victim(spared)
         if victim is None:
             return False
         slot = self._slot_of[victim]

@@ -10,7 +10,7 @@ the lease simply takes more waves; down to one slot it never deadlocks, because 
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -44,6 +44,7 @@ class Scheduler:
         self.stall_limit_s = stall_limit_s
         self.changed = threading.Condition()
         self.failed: dict[int, BaseException] = {}
+        self.unproven: set[int] = set()  # prefetched and not asked for since
         self._bytes_counter = bytes_counter
         self._bytes_counters = self.counters
 
@@ -58,23 +59,38 @@ class Scheduler:
             self.residency.policy.access(layer, keys, weights)
             return Lease(self, first, keys)
 
-    def prefetch(self, layer: int, experts: Sequence[int]) -> int:
-        """Start loading experts nobody asked for yet, as far as slots can be had. Returns how many were started."""
+    def prefetch(self, layer: int, experts: Sequence[int], keep: Collection[int] = ()) -> int:
+        """Start loading experts nobody asked for yet, as far as slots can be had. Returns how many were started.
+
+        Neither a leased expert is evicted for them, nor one of them, nor one of the keys in `keep`.
+        """
+        first = layer * self.num_experts
+        keys = [first + expert for expert in experts]
         num_started = 0
         with self.changed:
-            for expert in experts:
-                key = layer * self.num_experts + expert
-                if self.residency.find(key) is None and self.start(key) is not None:
+            spared = {*keep, *keys}
+            for key in keys:
+                if self.residency.find(key) is None:
+                    if self.start(key, spared, is_prefetch=True) is None:
+                        break
                     num_started += 1
+                    self.unproven.add(key)
+            self.counters.num_prefetches += num_started
         return num_started
 
-    def start(self, key: int) -> int | None:
+    def start(self, key: int, keep: Collection[int] = (), *, is_prefetch: bool = False) -> int | None:
         """Take a slot and begin the transfer (lock held). None when no slot can be had now."""
-        slot = self.residency.admit(key)
+        slot = self.residency.admit(key, keep)
         if slot is not None:
             self.counters.num_evictions = self.residency.num_evictions
-            self.mover.start(key, slot, self._arrived)
+            self.mover.start(key, slot, self._arrived, is_prefetch=is_prefetch)
         return slot
+
+    def demanded(self, key: int, *, is_here: bool) -> None:
+        """Count a prefetch that was worth it (lock held): its expert is asked for while it is here or on its way."""
+        if key in self.unproven:
+            self.unproven.discard(key)
+            self.counters.num_useful_prefetches += is_here
 
     def release(self, slots: Sequence[int]) -> None:
         """End one lease on each slot (lock held); a slot whose transfer failed is freed by its last lessee."""
@@ -193,10 +209,16 @@ class Lease:
         """Lease the slot that holds or is loading `key`, if there is one (lock held)."""
         residency = self._scheduler.residency
         slot = residency.find(key)
+        if self._scheduler.unproven:
+            self._scheduler.demanded(key, is_here=slot is not None)
         if slot is None:
             return False
         residency.lease(slot)
-        (self._ready if residency.is_resident(slot) else self._loading).append((key - self._first_key, slot))
+        if residency.is_resident(slot):
+            self._ready.append((key - self._first_key, slot))
+        else:
+            self._scheduler.mover.hurry(slot)
+            self._loading.append((key - self._first_key, slot))
         return True
 
     def _collect(self) -> None:

@@ -1,14 +1,15 @@
 """The device tier: fills VRAM slots from the RAM tier."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 
 from torch import Tensor
 
 from offload_moe.errors import TransferError
 from offload_moe.tiers.copier import Copier, Marker
 from offload_moe.tiers.mover import Arrived
+from offload_moe.tiers.workers import TransferWorkers
 
 NUM_LOADERS = 4  # experts on their way at once: each may be waiting for a disk read of its own
 
@@ -39,10 +40,13 @@ class DeviceMover:
         self._slots = slots
         self._borrow = borrow
         self._readers: dict[int, dict[int, Marker]] = {}  # slot -> stream -> the point behind its last reader there
-        self._pool = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="expert-h2d")
+        self._workers = TransferWorkers(NUM_LOADERS, "expert-h2d")
 
-    def start(self, key: int, slot: int, arrived: Arrived) -> None:
-        self._pool.submit(self._load, key, slot, arrived)
+    def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
+        self._workers.submit(slot, partial(self._load, key, slot, arrived), is_prefetch=is_prefetch)
+
+    def hurry(self, slot: int) -> None:
+        self._workers.hurry(slot)
 
     def used(self, slots: Sequence[int]) -> None:
         marker = self._copier.mark()
@@ -50,7 +54,7 @@ class DeviceMover:
             self._readers.setdefault(slot, {})[marker.stream_id] = marker
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._workers.close()
         self._copier.close()
 
     def _load(self, key: int, slot: int, arrived: Arrived) -> None:

@@ -4,7 +4,7 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from offload_moe.errors import TransferError
@@ -12,6 +12,7 @@ from offload_moe.quant.layout import RECORD_ALIGNMENT
 from offload_moe.store import Record
 from offload_moe.tiers.arena import Arena
 from offload_moe.tiers.mover import Arrived
+from offload_moe.tiers.workers import TransferWorkers
 
 NUM_READERS = 4  # reads in flight; an NVMe disk wants a few, a slow disk is not hurt by them
 
@@ -68,16 +69,19 @@ class DiskMover:
         self._checked: set[int] = set()
         self._files: dict[Path, RecordFile] = {}
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(num_readers, thread_name_prefix="expert-read")
+        self._workers = TransferWorkers(num_readers, "expert-read")
 
-    def start(self, key: int, slot: int, arrived: Arrived) -> None:
-        self._pool.submit(self._read, key, slot, arrived)
+    def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
+        self._workers.submit(slot, partial(self._read, key, slot, arrived), is_prefetch=is_prefetch)
+
+    def hurry(self, slot: int) -> None:
+        self._workers.hurry(slot)
 
     def used(self, slots: Sequence[int]) -> None:
         """Compute on the CPU is finished when it returns: nothing to wait for."""
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._workers.close()
         for file in self._files.values():
             file.close()
         self._files.clear()

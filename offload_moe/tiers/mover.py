@@ -9,8 +9,14 @@ Arrived = Callable[[int, int, BaseException | None], None]
 class Mover(Protocol):
     """Brings the record of an expert into a slot of this tier."""
 
-    def start(self, key: int, slot: int, arrived: Arrived) -> None:
-        """Begin the transfer. Calls ``arrived(slot, num_bytes, error)`` once, from a thread of the mover."""
+    def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
+        """Begin the transfer; a prefetch is lined up behind the demanded ones.
+
+        Calls ``arrived(slot, num_bytes, error)`` once, from a thread of the mover.
+        """
+
+    def hurry(self, slot: int) -> None:
+        """The expert that is being prefetched into the slot is demanded now."""
 
     def used(self, slots: Sequence[int]) -> None:
         """The calling thread has issued compute that reads the slots; they may be overwritten once it is done."""

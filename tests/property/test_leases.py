@@ -29,7 +29,7 @@ class Order:
     memory: list[int]
     pending: list[tuple[int, int, Arrived]] = field(default_factory=list)
 
-    def start(self, key: int, slot: int, arrived: Arrived) -> None:
+    def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
         self.memory[slot] = -1
         self.pending.append((key, slot, arrived))
 
@@ -41,6 +41,9 @@ class Order:
         else:
             self.memory[slot] = key
             arrived(slot, 1, None)
+
+    def hurry(self, slot: int) -> None:
+        pass
 
     def used(self, slot: int) -> None:
         pass
@@ -125,7 +128,7 @@ def test_failures_are_raised_and_leave_nothing_behind(num_slots: int, data: st.D
 def test_the_pump_notices_a_lost_transfer() -> None:
     """The harness itself: a mover that forgets a transfer must be caught, not waited for."""
     order = Order(None, False, [-1])  # type: ignore[arg-type]
-    order.start = lambda key, slot, arrived: None  # type: ignore[method-assign]
+    order.start = lambda key, slot, arrived, is_prefetch=False: None  # type: ignore[method-assign]
     made = make_policy("lru", num_layers=1, num_experts=1, num_slots=1)
     scheduler = Scheduler(Residency(1, made), order, num_experts=1)
     scheduler.changed = PumpedCondition(order)

@@ -27,13 +27,16 @@ class MemoryMover:
     def __init__(self, records: dict[int, Tensor], arena: Arena) -> None:
         self.records, self.arena, self.random = records, arena, random.Random(0)
 
-    def start(self, key: int, slot: int, arrived: Arrived) -> None:
+    def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
         threading.Timer(self.random.random() * 0.0005, self._copy, (key, slot, arrived)).start()
 
     def _copy(self, key: int, slot: int, arrived: Arrived) -> None:
         self.arena.slot(slot).fill_(0xA5)
         self.arena.slot(slot)[: self.records[key].numel()] = self.records[key]
         arrived(slot, self.records[key].numel(), None)
+
+    def hurry(self, slot: int) -> None:
+        pass
 
     def used(self, slots: Sequence[int]) -> None:
         pass

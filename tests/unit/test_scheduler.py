@@ -23,7 +23,7 @@ class ManualMover:
         self.pending: list[tuple[int, int, Arrived]] = []
         self.on_start: Callable[[], None] = lambda: None
 
-    def start(self, key: int, slot: int, arrived: Arrived) -> None:
+    def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
         self.memory[slot] = -1
         self.pending.append((key, slot, arrived))
         self.on_start()
@@ -33,6 +33,9 @@ class ManualMover:
         if error is None:
             self.memory[slot] = key
         arrived(slot, 100, error)
+
+    def hurry(self, slot: int) -> None:
+        pass
 
     def used(self, slots: Sequence[int]) -> None:
         pass

@@ -1,0 +1,56 @@
+"""Whether prefetching pays, found by trying. Pure Python, no torch.
+
+Tokens are timed in short blocks, with prefetch and without it in turn; the quicker way is taken for a long while, then
+tried again. Trials are few, so that even a predictor that is always wrong costs little.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+BLOCK_TOKENS = 6
+NUM_BLOCKS = 8  # of a trial, on and off in turn
+SETTLED_TOKENS = 512  # between trials
+LEAST_GAIN = 0.02  # prefetch must save this share of a token's time to be kept on
+
+
+class PrefetchGovernor:
+    """Call `begin_token` at the first layer of every decoded token."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.is_on = True
+        self.num_tokens = 0
+        self._clock = clock
+        self._began: float | None = None
+        self._times: dict[bool, list[float]] = {True: [], False: []}
+        self._trial_left = BLOCK_TOKENS * NUM_BLOCKS
+        self._settled_left = 0
+
+    def begin_token(self) -> bool:
+        """Whether to prefetch during this token."""
+        now = self._clock()
+        if self._began is not None and self._trial_left:
+            self._note(now - self._began)
+        self._began = now
+        self.num_tokens += 1
+        if not self._trial_left:
+            self._settled_left -= 1
+            if self._settled_left <= 0:
+                self._trial_left = BLOCK_TOKENS * NUM_BLOCKS
+                self._began = None
+        if self._trial_left:
+            self.is_on = (self._trial_left - 1) // BLOCK_TOKENS % 2 == 1
+        return self.is_on
+
+    def pause(self) -> None:
+        """A prompt or a wait for the user comes between tokens: the time until the next token says nothing."""
+        self._began = None
+
+    def _note(self, seconds: float) -> None:
+        self._times[self.is_on].append(seconds)
+        self._trial_left -= 1
+        if not self._trial_left:
+            on, off = statistics.median(self._times[True]), statistics.median(self._times[False])
+            self.is_on = on < off * (1 - LEAST_GAIN)
+            self._times = {True: [], False: []}
+            self._settled_left = SETTLED_TOKENS

@@ -1,0 +1,90 @@
+"""Lookahead prefetch on whole models: tokens never change, guesses are real, wrong ones are harmless."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
+
+from offload_moe import load
+from offload_moe.budget import RUNTIME_BYTES
+from offload_moe.model import Model
+from offload_moe.moe.lookahead import RouterProbe, find_probes
+from offload_moe.quantize import quantize
+from offload_moe.store import Store
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("stores")
+    for family in FAMILIES:
+        tiny_model(family).to(torch.bfloat16).save_pretrained(root / family)
+    return {family: quantize(root / family, root / f"{family}-store") for family in FAMILIES}
+
+
+def load_with_slots(store: Path, num_slots: int, prefetch: int) -> Model:
+    opened = Store.open(store)
+    slot_bytes = max(layer.record_bytes for layer in opened.layers)
+    with load(store) as model:
+        dense_bytes = model.memory["dense weights"]
+    return load(store, ram=RUNTIME_BYTES + dense_bytes + num_slots * slot_bytes, prefetch=prefetch)
+
+
+def greedy(model: Model) -> torch.Tensor:
+    ids, mask = tiny_prompt(1, 9)
+    return model.hf.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=40, do_sample=False, eos_token_id=None, disable_compile=True
+    )
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_tested_family_has_probes_whose_norm_is_the_right_one(family: str, stores: dict[str, Path]) -> None:
+    with load_with_slots(stores[family], 8, prefetch=2) as model:
+        greedy(model)
+        lookahead = next(m._offload_moe._lookahead for m in model.hf.modules() if hasattr(m, "_offload_moe"))
+        assert all(probe is not None for probe in lookahead._probes)
+        assert lookahead._trusted
+        assert all(lookahead._trusted.values())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_prefetch_changes_no_token(family: str, stores: dict[str, Path]) -> None:
+    with load_with_slots(stores[family], 8, prefetch=0) as model:
+        expected = greedy(model)
+        assert model.stats.num_prefetches == 0
+    with load_with_slots(stores[family], 8, prefetch=2) as model:
+        assert torch.equal(greedy(model), expected)
+        stats = model.stats
+        assert stats.num_prefetches > 0
+        assert 0 < stats.num_useful_prefetches <= stats.num_prefetches
+
+
+def test_a_predictor_that_is_always_wrong_changes_no_token(
+    stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load_with_slots(stores["qwen3_moe"], 8, prefetch=0) as model:
+        expected = greedy(model)
+    monkeypatch.setattr(RouterProbe, "predict", lambda self, residual, k: [0, 1, 2])
+    with load_with_slots(stores["qwen3_moe"], 8, prefetch=2) as model:
+        assert torch.equal(greedy(model), expected)
+
+
+def test_a_norm_that_is_not_the_right_one_is_noticed(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload_moe.moe.lookahead.NORM_NAMES", ("input_layernorm",))
+    with load_with_slots(stores["mixtral"], 4, prefetch=2) as model:
+        with torch.no_grad():
+            for layer in model.hf.model.layers:
+                layer.input_layernorm.weight.mul_(1.5)
+        greedy(model)
+        assert model.stats.num_prefetches == 0
+
+
+def test_a_family_without_a_router_beside_its_experts_has_no_probe() -> None:
+    model = tiny_model("mixtral")
+    from offload_moe.checkpoint.experts import find_experts
+
+    layers = find_experts(model)
+    for layer in model.model.layers:
+        layer.mlp.unusual = layer.mlp.gate
+        del layer.mlp.gate
+    assert find_probes(model, layers) == [None] * len(layers)
