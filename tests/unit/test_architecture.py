@@ -16,6 +16,7 @@ FLOW = [
     "schedule",
     "moe",
     "dense",
+    "lean",
     "demo",
     "quantize",
     "trace",
