@@ -7,6 +7,7 @@ before it is used as a size, an offset or a file name.
 import json
 import math
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def shape_to_json(shape: ExpertShape) -> dict[str, Any]:
 
 def manifest_to_json(manifest: Manifest) -> str:
     """The text of `store.json`: the same bytes for the same store."""
-    document = {
+    document: dict[str, Any] = {
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,
         "source": manifest.source,
@@ -65,7 +66,12 @@ def manifest_to_json(manifest: Manifest) -> str:
         ],
         "metadata": [[file.name, file.num_bytes, file.checksum] for file in manifest.metadata],
     }
+    document["checksum"] = _checksum(document)
     return "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(value)}" for key, value in document.items()) + "\n}\n"
+
+
+def _checksum(document: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(document, sort_keys=True).encode())
 
 
 def _lines(value: object) -> str:
@@ -99,9 +105,11 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} is a store of format version {document.get('version')}, this program reads version "
             f"{FORMAT_VERSION}. Quantize the model again, or use the program that wrote it."
         )
+    if document.pop("checksum", None) != _checksum(document):
+        raise StoreCorrupt(f"{path} does not match its own checksum. Quantize the model again.")
     try:
         return _manifest(document)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise StoreCorrupt(f"{path} is malformed ({error!r}). Quantize the model again.") from error
 
 
@@ -110,7 +118,7 @@ def _manifest(document: dict[str, Any]) -> Manifest:
     layers = tuple(_layer(fields) for fields in document["layers"])
     record_bytes = [layer.record_bytes for layer in layers for _ in range(layer.num_experts)]
     places = document["experts"]
-    if len(places) != len(record_bytes):
+    if not places or len(places) != len(record_bytes):
         raise ValueError(f"{len(places)} experts listed, {len(record_bytes)} in the layer table")
     dense = tuple(_dense(fields, files) for fields in document["dense"])
     if len({entry.name for entry in dense}) != len(dense):

@@ -1,21 +1,17 @@
 """The reading side of an expert store: where every record lies, and whether its bytes are the ones written."""
 
-import os
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from offload_moe.errors import ConfigError, StoreCorrupt, StoreError
+from offload_moe.errors import ConfigError, StoreCorrupt
 from offload_moe.quant import get_codec
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest, Place
 from offload_moe.store.manifest_json import MANIFEST_NAME, read_manifest
 from offload_moe.store.progress import OnProgress, Progress, ignore_progress
-
-CHUNK_BYTES = 1 << 24
+from offload_moe.store.reading import check, read_checked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +83,7 @@ class Store:
         """Where an expert's record lies; `layer` is the ordinal of the MoE layer."""
         place = self._place(layer, expert)
         return Record(
-            path=self.path / self._manifest.files[place.file].name,
+            path=self._file(place),
             offset=place.offset,
             num_bytes=place.num_bytes,
             checksum=place.checksum,
@@ -95,7 +91,8 @@ class Store:
 
     def read_expert(self, layer: int, expert: int) -> Tensor:
         """The record, uint8 ``[record_bytes]``, checked. Raises: StoreCorrupt naming the expert and its file."""
-        return self._read_checked(self._place(layer, expert), self._expert_name(layer, expert))
+        place = self._place(layer, expert)
+        return read_checked(self._file(place), place, self._expert_name(layer, expert))
 
     def read_dense(self, name: str) -> Tensor:
         """A dense tensor, checked; where `dense[name].quantized` is set, the uint8 record of a linear.
@@ -103,7 +100,7 @@ class Store:
         Raises: StoreCorrupt naming the tensor and its file.
         """
         entry = self.dense[name]
-        data = self._read_checked(entry.place, name)
+        data = read_checked(self._file(entry.place), entry.place, name)
         return data.view(entry.dtype).view(entry.shape)
 
     def dense_tensors(self) -> Iterator[tuple[DenseEntry, Tensor]]:
@@ -117,26 +114,22 @@ class Store:
         Raises: StoreCorrupt naming the first file and expert or tensor that differs.
         """
         report = progress or ignore_progress
-        total, done = self.experts_bytes + self.dense_bytes, 0
+        total, done = sum(file.num_bytes for file in self._manifest.files), 0
         for file in self._manifest.metadata:
-            if zlib.crc32((self.path / file.name).read_bytes()) != file.checksum:
-                raise StoreCorrupt(f"{self.path / file.name} does not match its checksum. Quantize the model again.")
+            whole = Place(file=0, offset=0, num_bytes=file.num_bytes, checksum=file.checksum)
+            check(self.path / file.name, whole, "the file")
         for place, what in self._places():
-            self._check(place, what)
+            check(self._file(place), place, what)
             done += place.num_bytes
             report(Progress(phase="Verifying", done_bytes=done, total_bytes=total))
 
     def _places(self) -> Iterator[tuple[Place, str]]:
+        header_bytes = [file.num_bytes for file in self._manifest.files]
+        for place in (*self._manifest.experts, *(entry.place for entry in self.dense.values())):
+            header_bytes[place.file] = min(header_bytes[place.file], place.offset)
         for index, file in enumerate(self._manifest.files):
-            header_bytes = min(
-                (
-                    p.offset
-                    for p in (*self._manifest.experts, *(e.place for e in self.dense.values()))
-                    if p.file == index
-                ),
-                default=file.num_bytes,
-            )
-            yield Place(file=index, offset=0, num_bytes=header_bytes, checksum=file.checksum), "the header"
+            place = Place(file=index, offset=0, num_bytes=header_bytes[index], checksum=file.checksum)
+            yield place, "the header"
         for entry in self.dense.values():
             yield entry.place, entry.name
         for layer, description in enumerate(self.layers):
@@ -150,40 +143,8 @@ class Store:
     def _expert_name(self, layer: int, expert: int) -> str:
         return f"expert {expert} of layer {layer} ({self.layers[layer].name})"
 
-    def _read_checked(self, place: Place, what: str) -> Tensor:
-        data = torch.empty(place.num_bytes, dtype=torch.uint8)
-        done = 0
-        for chunk in self._chunks(place, what):
-            data.numpy()[done : done + len(chunk)] = memoryview(chunk)
-            done += len(chunk)
-        if zlib.crc32(data.numpy().data) != place.checksum:
-            raise self._corrupt(place, what)
-        return data
-
-    def _check(self, place: Place, what: str) -> None:
-        checksum = 0
-        for chunk in self._chunks(place, what):
-            checksum = zlib.crc32(chunk, checksum)
-        if checksum != place.checksum:
-            raise self._corrupt(place, what)
-
-    def _chunks(self, place: Place, what: str) -> Iterator[bytes]:
-        path = self.path / self._manifest.files[place.file].name
-        try:
-            with path.open("rb", buffering=0) as file:
-                position, end = place.offset, place.offset + place.num_bytes
-                while position < end:
-                    chunk = os.pread(file.fileno(), min(CHUNK_BYTES, end - position), position)
-                    if not chunk:
-                        raise StoreCorrupt(f"{path} ends inside {what}. Quantize the model again.")
-                    position += len(chunk)
-                    yield chunk
-        except OSError as error:
-            raise StoreError(f"{path}: reading {what} failed: {error.strerror}.") from error
-
-    def _corrupt(self, place: Place, what: str) -> StoreCorrupt:
-        path = self.path / self._manifest.files[place.file].name
-        return StoreCorrupt(f"{path}: {what} does not match its checksum. Quantize the model again.")
+    def _file(self, place: Place) -> Path:
+        return self.path / self._manifest.files[place.file].name
 
     def _check_layouts(self) -> None:
         """Records must be as long as their codec says, or arithmetic would read past them."""

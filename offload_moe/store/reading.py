@@ -1,0 +1,47 @@
+"""Checked reads: bytes that do not match their checksum never leave this file."""
+
+import os
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from offload_moe.errors import StoreCorrupt, StoreError
+from offload_moe.store.manifest import Place
+
+CHUNK_BYTES = 1 << 24
+
+
+def read_checked(path: Path, place: Place, what: str) -> Tensor:
+    """The bytes, uint8 ``[num_bytes]``. Raises: StoreCorrupt, StoreError naming the file and `what` is read."""
+    data = torch.empty(place.num_bytes, dtype=torch.uint8)
+    _read(path, place, what, data.numpy().data)
+    return data
+
+
+def check(path: Path, place: Place, what: str) -> None:
+    """Read and compare without keeping. Raises: as `read_checked`."""
+    _read(path, place, what, None)
+
+
+def _read(path: Path, place: Place, what: str, target: memoryview | None) -> None:
+    scratch = memoryview(bytearray(min(CHUNK_BYTES, place.num_bytes))) if target is None else target
+    done = checksum = 0
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            while done < place.num_bytes:
+                wanted = min(CHUNK_BYTES, place.num_bytes - done)
+                view = scratch[:wanted] if target is None else target[done : done + wanted]
+                count = os.preadv(descriptor, [view], place.offset + done)
+                if count == 0:
+                    raise StoreCorrupt(f"{path} ends inside {what}. Quantize the model again.")
+                checksum = zlib.crc32(view[:count], checksum)
+                done += count
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise StoreError(f"{path}: reading {what} failed: {error.strerror}.") from error
+    if checksum != place.checksum:
+        raise StoreCorrupt(f"{path}: {what} does not match its checksum. Quantize the model again.")
