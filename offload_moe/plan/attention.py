@@ -12,11 +12,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheLayer:
-    """Elements one layer's cache holds: `per_token` for the last `window` tokens (None: all), and a fixed state."""
+    """Elements one layer's cache holds: `per_token` for the last `window` tokens (None: all), and a fixed state.
+
+    is_complete: False where the layer keeps something else as well, of a size that is not known here.
+    """
 
     per_token: int = 0
     window: int | None = None
     fixed: int = 0
+    is_complete: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +48,16 @@ def describe_attention(model: "PreTrainedModel") -> AttentionShape:
 
 def _cache_layers(config: "PreTrainedConfig", modules: dict[int, list[nn.Module]]) -> tuple[CacheLayer, ...]:
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, LinearAttentionCacheLayerMixin
+    from transformers.cache_utils import (
+        DummyLayer,
+        DynamicIndexedLayer,
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        LinearAttentionCacheLayerMixin,
+    )
 
+    # Exact types: a subclass may keep more than keys and values.
+    plain = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer, DummyLayer)
     layers = []
     for index, layer in enumerate(DynamicCache(config=config).layers):
         found = modules.get(index, [])
@@ -57,7 +69,14 @@ def _cache_layers(config: "PreTrainedConfig", modules: dict[int, list[nn.Module]
             per_token += config.index_head_dim
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             fixed = sum(_state_elements(module) for module in found)
-        layers.append(CacheLayer(per_token=per_token, window=getattr(layer, "sliding_window", None), fixed=fixed))
+        layers.append(
+            CacheLayer(
+                per_token=per_token,
+                window=getattr(layer, "sliding_window", None),
+                fixed=fixed,
+                is_complete=type(layer) in plain or fixed > 0,
+            )
+        )
     return tuple(layers)
 
 

@@ -123,11 +123,16 @@ def _model_parts(shape: ModelShape, machine: Machine, settings: Settings, dense_
         Part(
             name="key/value cache",
             num_bytes=cache_bytes(shape, settings.context, dtype),
-            detail=f"{settings.context:,} tokens",
+            detail=_cache_detail(shape, settings.context),
         ),
         Part(name="activations", num_bytes=activation_bytes(shape, settings.context, dtype)),
         Part(name="dequantized tiles", num_bytes=tiles),
     )
+
+
+def _cache_detail(shape: ModelShape, context: int) -> str:
+    is_complete = all(layer.is_complete for layer in shape.attention.cache_layers)
+    return f"{context:,} tokens" + ("" if is_complete else ", without recurrent states")
 
 
 def _store_parts(shape: ModelShape, codec: str, dense_codec: str) -> tuple[Part, ...]:

@@ -7,6 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from offload_moe.checkpoint.experts import find_experts
+from offload_moe.plan.machine import Machine
+from offload_moe.plan.outlook import look_ahead
 from offload_moe.plan.parameters import describe_model
 from offload_moe.plan.sizes import (
     checkpoint_estimate,
@@ -23,7 +25,7 @@ from offload_moe.plan.working import PROMPT_CHUNK_TOKENS, activation_bytes, cach
 from offload_moe.quant import CODECS, get_codec
 from offload_moe.quantize import quantize
 from offload_moe.store import Store
-from tests.support.plan import CONFIGS, real_shape, tiny_shape
+from tests.support.plan import CONFIGS, GIB, real_shape, task, tiny_shape
 from tests.support.tiny_models import COMMON, FAMILIES, tiny_model
 
 LINEAR_ATTENTION = {
@@ -125,6 +127,14 @@ def test_the_cache_of_other_kinds_of_attention(family: str, fields: dict[str, ob
     config = AutoConfig.for_model(family, **(COMMON | fields))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
     assert cache_bytes(describe_model(config), 20, torch.float32) == cached_bytes(model, 20)
+
+
+def test_states_of_unknown_size_are_owned_up_to() -> None:
+    config = AutoConfig.for_model("jamba", **(COMMON | {"num_hidden_layers": 8, "num_experts": 4}))
+    planned = task(describe_model(config), Machine(ram_bytes=GIB), context=64)
+    assert [part.detail for part in look_ahead(planned).placement.ram.fixed if "cache" in part.name] == [
+        "64 tokens, without recurrent states"
+    ]
 
 
 @pytest.mark.parametrize(
