@@ -8,7 +8,7 @@ from .failures import one_line
 from .lines import History, read_message, read_piped_line
 from .slash import LeaveError, dispatch
 from .status import status_line
-from .terminal import console, is_interactive, safe
+from .terminal import console, is_interactive, safe, silent_keys
 from .writer import AnswerWriter
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class Repl:
             self._stream(pieces)
             return
         try:
-            self._stream(pieces, self._console)
+            with silent_keys():
+                self._stream(pieces, self._console)
         except KeyboardInterrupt:
             pass
         except Exception as error:

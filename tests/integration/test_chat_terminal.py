@@ -72,6 +72,8 @@ def test_an_interrupt_stops_the_answer_and_keeps_the_conversation(tmp_path: Path
         terminal.expect("> ")
         terminal.line("laugh")
         terminal.expect("ha ha ha ha")
+        terminal.send("QQQ")
+        terminal.expect("ha ha ha ha")
         terminal.send("\x03")
         terminal.expect("stopped")
         terminal.expect("> ")
@@ -84,6 +86,8 @@ def test_an_interrupt_stops_the_answer_and_keeps_the_conversation(tmp_path: Path
         terminal.expect("stopped at 4 tokens")
         terminal.line("/exit")
         assert terminal.wait() == 0
+    # What is typed into an answer does not show in it.
+    assert "QQQ" not in terminal.raw
     assert not [code for code in ("\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[38;") if code in terminal.raw]
     user, assistant = json.loads((tmp_path / "talk.json").read_text())["messages"]
     assert user["content"] == "laugh"
