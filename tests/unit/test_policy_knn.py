@@ -110,6 +110,22 @@ class TestKNN:
         lru = replay(trace, "lru", num_slots=num_slots, pool="layer").hit_rate
         assert replay(trace, "knn", num_slots=num_slots).hit_rate > lru - 0.01
 
+    def test_layer_just_passed_gives_way_before_a_layer_to_come(self) -> None:
+        """Equal statistics everywhere: what tells the experts apart is when their layer comes round."""
+        policy = KNN(range(NUM_LAYERS), NUM_EXPERTS)
+        for token in range(12):
+            for layer in range(NUM_LAYERS):
+                policy.access(layer, [layer * NUM_EXPERTS])
+                if not token:
+                    policy.insert(layer * NUM_EXPERTS)
+        for layer in (0, 1):
+            policy.access(layer, [layer * NUM_EXPERTS])
+        order = []
+        while (key := policy.victim(nobody)) is not None:
+            policy.remove(key)
+            order.append(key // NUM_EXPERTS)
+        assert sorted(order[:2]) == [0, 1]
+
     def test_prefetched_expert_is_kept_until_its_layer_has_come(self) -> None:
         policy, every_fourth, never_used = KNN(range(NUM_LAYERS), NUM_EXPERTS), NUM_EXPERTS, 3 * NUM_EXPERTS + 7
         for token in range(20):

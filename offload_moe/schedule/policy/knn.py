@@ -15,6 +15,7 @@ PREFETCH_WORTH = 0.8  # of an expert that a prefetch brought, until its layer ha
 class KNN:
     """Evicts the expert with the lowest expected `DISCOUNT ** (tokens until the next use)`.
 
+    An expert whose layer this token has passed waits one token longer than its worth says, so it counts that much less.
     A token ends when an earlier layer than the last is accessed, or in a pool of one layer with each access.
 
     Each ranking costs a fixed number of numpy calls on arrays of M tokens and of some layers' experts; a victim is one
@@ -31,9 +32,9 @@ class KNN:
         self._first_key = layers.start * num_experts
         self._history = History(num_keys, DISCOUNT)
         self._reuse = ReuseModel(num_keys, DISCOUNT)
-        self._rank = np.zeros(num_keys, dtype=np.float32)
+        self._worth = np.zeros(num_keys, dtype=np.float32)  # when the token reaches the expert's layer
         self._absent = np.full(num_keys, np.inf, dtype=np.float32)  # 0 where resident
-        self._order = self._absent.copy()  # rank where resident, infinite elsewhere
+        self._order = self._absent.copy()  # worth now where resident, infinite elsewhere
         self._pending: list[int] = []  # used by layers not ranked yet, from position `_ranked` on
         self._ranked = 0
         self._position = -1  # of the layer accessed last
@@ -60,26 +61,28 @@ class KNN:
         local = key - self._first_key
         self._absent[local] = 0.0
         if local not in self._current:
-            self._rank[local] = PREFETCH_WORTH
-        self._order[local] = self._rank[local]
+            self._worth[local] = PREFETCH_WORTH
+        has_passed = local < self._ranked * self._num_experts
+        self._order[local] = self._worth[local] * (DISCOUNT if has_passed else 1.0)
 
     def remove(self, key: int) -> None:
         local = key - self._first_key
         self._absent[local] = self._order[local] = np.inf
 
     def victim(self, leased: Callable[[int], bool]) -> int | None:
-        order, passed, chosen = self._order, [], None
+        order, spared, chosen = self._order, [], None
         while chosen is None:
             local = int(order.argmin())
-            if order[local] == np.inf:
+            worth = order[local]
+            if worth == np.inf:
                 break
             if leased(local + self._first_key):
-                passed.append(local)
+                spared.append((local, worth))
                 order[local] = np.inf
             else:
                 chosen = local + self._first_key
-        for local in passed:
-            order[local] = self._rank[local]
+        for local, worth in spared:
+            order[local] = worth
         return chosen
 
     def _rank_pending(self) -> None:
@@ -93,15 +96,16 @@ class KNN:
             self._history.observe(keys, num_layers)
         foretold, trust = self._history.foretells(first, end)
         learn = not (self._is_chunk or self._is_partial)
-        rank = self._rank[first:end]
-        rank[:] = self._reuse.update(first, end, used, foretold, trust, learn)
-        np.add(rank, self._absent[first:end], out=self._order[first:end])
+        worth = self._reuse.update(first, end, used, foretold, trust, learn)
+        self._worth[first:end] = worth
+        np.add(worth * np.float32(DISCOUNT), self._absent[first:end], out=self._order[first:end])
         self._pending = []
         self._ranked = self._position + 1
 
     def _next_token(self) -> None:
         if self._pending:
             self._rank_pending()
+        np.add(self._worth, self._absent, out=self._order)
         self._position = -1
         self._history.advance()
         self._reuse.advance()
