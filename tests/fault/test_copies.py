@@ -12,15 +12,13 @@ import pytest
 import torch
 from support.deferred import DeferredCompute, fetch_top_k_after_waiting
 from support.offload import offload
+from support.pressure import experts_of, generate, overwrite_what_was_released, scheduler_of
 from support.tiny_models import tiny_model, tiny_prompt
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from offload_moe.moe import routing
-from offload_moe.moe.attach import BoundExperts
 from offload_moe.moe.device import DeviceArithmetic
-from offload_moe.schedule.residency import SlotState
-from offload_moe.schedule.scheduler import Scheduler
 from offload_moe.tiers import copier as copier_module
 from offload_moe.tiers.copier import Copier
 from offload_moe.tiers.page_lock import PageLock
@@ -53,54 +51,9 @@ def model() -> PreTrainedModel:
     return tiny_model("qwen3_moe")
 
 
-def generate(model: PreTrainedModel, num_tokens: int = 3, seed: int = 0) -> Tensor:
-    """Logits of a prompt, then of decode steps with the cache."""
-    ids, mask = tiny_prompt(2, 7, seed)
-    logits = []
-    cache = None
-    with torch.inference_mode():
-        for _ in range(num_tokens):
-            out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            logits.append(out.logits)
-            ids = out.logits[:, -1:].argmax(-1)
-            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-    return torch.cat(logits, dim=1)
-
-
 def generate_later(model: PreTrainedModel, copier: SimulatedCopier, seed: int = 0) -> Tensor:
     with DeferredCompute(copier.current_stream(), rarely(0.002)):
         return generate(model, seed=seed)
-
-
-def experts_of(model: PreTrainedModel) -> list[nn.Module]:
-    return [module for module in model.modules() if hasattr(module, "_offload_moe")]
-
-
-def scheduler_of(model: PreTrainedModel) -> Scheduler:
-    bound: BoundExperts = experts_of(model)[0]._offload_moe
-    return bound._scheduler
-
-
-def overwrite_what_was_released(model: PreTrainedModel) -> None:
-    """After each layer, load other experts into every slot, while the compute of the layer may still be to come."""
-    scheduler = scheduler_of(model)
-    num_keys = len(experts_of(model)) * scheduler.num_experts
-
-    def overwrite(*_: object) -> None:
-        for key in draw.sample(range(num_keys), scheduler.residency.num_slots):
-            layer, expert = divmod(key, scheduler.num_experts)
-            scheduler.prefetch(layer, [expert])
-        with scheduler.changed:
-            assert scheduler.changed.wait_for(lambda: not is_loading(scheduler), timeout=20)
-
-    for module in experts_of(model):
-        module.register_forward_hook(overwrite)
-
-
-def is_loading(scheduler: Scheduler) -> bool:
-    residency = scheduler.residency
-    return any(residency.state(slot) is SlotState.LOADING for slot in range(residency.num_slots))
 
 
 def attach_to(
