@@ -24,9 +24,8 @@ class History:
     def __init__(self, num_keys: int, discount: float, num_tokens: int = NUM_TOKENS) -> None:
         self._used = np.zeros(num_keys, dtype=np.uint8)  # [X]: by the present token, 0 or 1
         self._was_used = np.zeros((num_keys, num_tokens), dtype=np.uint8)  # [X, M]
-        self._future = np.zeros(
-            (num_tokens, num_keys), dtype=np.uint8
-        )  # [M, X]: 255 * discount^(wait of the first use)
+        # [M, X]: 255 * discount^(tokens from the token after until the first use)
+        self._future = np.zeros((num_tokens, num_keys), dtype=np.uint8)
         self._fading = [np.uint8(round(255 * discount**wait)) for wait in range(NUM_AHEAD)]
         self._matched = np.zeros(num_tokens, dtype=np.float32)  # [M]: decayed count of experts shared with the present
         self._matchable = 1e-6  # what a token with the same routing would have
