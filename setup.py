@@ -21,9 +21,12 @@ COMMON_FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
 ]
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 X86_FLAGS = {
-    "isa_avx2.c": ["-mavx2", "-mfma", "-mf16c"],
-    "isa_avx512.c": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"],
+    "isa_avx2.c": AVX2_FLAGS,
+    "isa_avx512.c": AVX512_FLAGS,
+    "isa_avx512_vbmi.c": [*AVX512_FLAGS, "-mavx512vbmi"],
 }
 
 

@@ -10,7 +10,7 @@ import torch
 
 from offload_moe.errors import ConfigError
 
-INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
+INSTRUCTION_SETS = ("avx512vbmi", "avx512", "avx2", "neon", "portable")
 ENVIRONMENT_VARIABLE = "OFFLOAD_MOE_KERNEL"
 MAX_THREADS = 256
 
@@ -102,6 +102,10 @@ def _declare(loaded: ctypes.CDLL) -> None:
     loaded.om_select.argtypes = [ctypes.c_char_p]
     loaded.om_active_name.restype = ctypes.c_char_p
     loaded.om_configure_threads.argtypes = [ctypes.c_int, ctypes.c_int]
+    for encoder in (loaded.om_encode_nf4, loaded.om_encode_int8):
+        encoder.argtypes, encoder.restype = [pointer, int32, int64, pointer, pointer], None
+    loaded.om_encode_nested.argtypes = [pointer, ctypes.c_float, int64, pointer, pointer]
+    loaded.om_encode_nested.restype = None
     loaded.om_linear_forward.argtypes = [pointer, pointer, pointer, int64, pointer, int64, int32, int32, int32]
     loaded.om_moe_forward.argtypes = [
         *(pointer, pointer, int64, int32),

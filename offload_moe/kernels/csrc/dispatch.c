@@ -17,6 +17,8 @@ static int runs_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_
 static const om_isa *find(const char *name) {
     const int is_any = name[0] == '\0';
 #if defined(__x86_64__)
+    if ((is_any || strcmp(name, "avx512vbmi") == 0) && runs_avx512() && __builtin_cpu_supports("avx512vbmi"))
+        return &om_isa_avx512_vbmi;
     if ((is_any || strcmp(name, "avx512") == 0) && runs_avx512()) return &om_isa_avx512;
     if ((is_any || strcmp(name, "avx2") == 0) && runs_avx2()) return &om_isa_avx2;
 #elif defined(__aarch64__)

@@ -163,4 +163,35 @@ static void activate(int32_t activation, float alpha, float limit, int has_gate,
     }
 }
 
-#define OM_ELEMENTWISE_TABLE quantize_blocks, pack_blocks, activate
+/* A code is the number of boundaries below the scaled value, as torch.bucketize counts; a NaN is above all of them.
+ * Boundaries are midpoints of neighbouring NF4 values. Source: bitsandbytes, backends/default/ops.py, quantize_4bit. */
+static float encode_nf4_block(const float *values, uint8_t *codes) {
+    const float absmax = absmax_of(values, OM_BLOCK);
+    const float inverse = 1.0f / (absmax < 1e-38f ? 1e-38f : absmax);
+    float scaled[OM_BLOCK];
+    int32_t counts[OM_BLOCK] = {0};
+    for (int i = 0; i < OM_BLOCK; i++) {
+        const float value = values[i] * inverse, raised = value < -1.0f ? -1.0f : value;
+        scaled[i] = raised > 1.0f ? 1.0f : raised;
+    }
+    for (int k = 0; k < 15; k++) {
+        const float boundary = (om_nf4_values[k] + om_nf4_values[k + 1]) / 2.0f;
+        for (int i = 0; i < OM_BLOCK; i++) counts[i] += !(boundary >= scaled[i]);
+    }
+    for (int i = 0; i < OM_BLOCK / 2; i++) codes[i] = (uint8_t)(counts[2 * i] << 4 | counts[2 * i + 1]);
+    return absmax;
+}
+
+/* round(value / scale), to even; a block that is not finite gets zeros and a scale that is not finite. */
+static float encode_int8_block(const float *values, int8_t *codes) {
+    const float scale = absmax_of(values, OM_BLOCK) / 127.0f, divisor = scale == 0.0f ? 1.0f : scale;
+    const int is_finite = scale < INFINITY;
+    for (int i = 0; i < OM_BLOCK; i++) {
+        const float quotient = is_finite ? values[i] / divisor : 0.0f;
+        const float raised = quotient < -127.0f ? -127.0f : quotient, clamped = raised > 127.0f ? 127.0f : raised;
+        codes[i] = (int8_t)((int32_t)float_bits(clamped + OM_ROUND_MAGIC) - (int32_t)0x4b400000);
+    }
+    return scale;
+}
+
+#define OM_ELEMENTWISE_TABLE quantize_blocks, pack_blocks, activate, encode_nf4_block, encode_int8_block

@@ -5,6 +5,14 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
 
+#if defined(__AVX512VBMI__)
+#define OM_AVX512_TABLE om_isa_avx512_vbmi
+#define OM_AVX512_NAME "avx512vbmi"
+#else
+#define OM_AVX512_TABLE om_isa_avx512
+#define OM_AVX512_NAME "avx512"
+#endif
+
 #define OM_LANES 16
 #define OM_FAST_ROWS(num_tokens) 2
 #define OM_EXACT_ROWS 2
@@ -64,16 +72,20 @@ OM_INLINE void look_up_scales(const uint8_t *bytes, int64_t count, float *out) {
     for (; i < count; i++) out[i] = om_dynamic_map[bytes[i]];
 }
 
-/* Low nibbles in the lower half of the register, high nibbles in the upper one. */
+/* Low nibbles in the lower half of the register, high nibbles in the upper one; other bits above them. */
 OM_INLINE __m512i spread_nibbles(const uint8_t *codes) {
     const __m512i shift = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4);
     const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)codes));
-    return _mm512_and_si512(_mm512_srlv_epi32(both, shift), _mm512_set1_epi8(15));
+    return _mm512_srlv_epi32(both, shift);
 }
 
 OM_INLINE __m512i look_up_levels(const uint8_t *codes, __m128i levels) {
-    const __m128i shifted = _mm_xor_si128(levels, _mm_set1_epi8(-128));
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(shifted), spread_nibbles(codes));
+    const __m512i table = _mm512_broadcast_i32x4(_mm_xor_si128(levels, _mm_set1_epi8(-128)));
+#if defined(__AVX512VBMI__)
+    return _mm512_permutexvar_epi8(spread_nibbles(codes), table); /* ignores what is above the nibble */
+#else
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(spread_nibbles(codes), _mm512_set1_epi8(15)));
+#endif
 }
 
 OM_INLINE fvec fv_dot(qblock weights, const int8_t *quants, dot_seed seed) {
@@ -117,5 +129,5 @@ OM_INLINE xblock x_mxfp4(const uint8_t *codes) {
 #include "elementwise.h"
 #include "rows.h"
 
-const om_isa om_isa_avx512 = {"avx512", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE};
+const om_isa OM_AVX512_TABLE = {OM_AVX512_NAME, OM_ROW_TABLE, OM_ELEMENTWISE_TABLE};
 #endif

@@ -1,5 +1,9 @@
 #include "job.h"
 
+static int64_t row_bytes(const om_matrix *m) {
+    return m->codec == OM_BF16 ? 2 * m->cols : m->codec == OM_INT8 ? m->padded : m->padded / 2;
+}
+
 om_weights om_resolve(const om_matrix *m, const uint8_t *record) {
     const int is_bf16 = m->codec == OM_BF16;
     om_weights w = {
@@ -11,7 +15,7 @@ om_weights om_resolve(const om_matrix *m, const uint8_t *record) {
         .rows = m->rows,
         .cols = m->cols,
         .blocks = is_bf16 ? m->cols / OM_BLOCK : m->padded / OM_BLOCK,
-        .row_bytes = is_bf16 ? 2 * m->cols : m->codec == OM_INT8 ? m->padded : m->padded / 2,
+        .row_bytes = row_bytes(m),
         .codec = m->codec,
         .bias_dtype = m->bias_dtype,
     };
@@ -64,13 +68,13 @@ void om_prepare_row(const om_activations *a, int64_t token, const void *x, int32
     om_prepare_blocks(a, token, values, 0, a->blocks);
 }
 
-static void interleave_scales(const om_activations *a, const om_token *tokens, int num_tokens, om_tile *tile, float *buffer) {
-    const int stride = om_tile_stride(num_tokens);
+static void interleave_scales(const om_activations *a, const om_token *tokens, om_tile *tile, float *buffer) {
+    const int stride = tile->num_tokens;
     int32_t *corrections = (int32_t *)(buffer + a->scales * stride);
     for (int64_t i = 0; i < a->scales; i++)
         for (int t = 0; t < stride; t++) {
-            buffer[i * stride + t] = t < num_tokens ? tokens[t].scales[i] : 0.0f;
-            corrections[i * stride + t] = t < num_tokens ? tokens[t].corrections[i] : 0;
+            buffer[i * stride + t] = tokens[t].scales[i];
+            corrections[i * stride + t] = tokens[t].corrections[i];
         }
     tile->scales = buffer;
     tile->corrections = corrections;
@@ -78,16 +82,17 @@ static void interleave_scales(const om_activations *a, const om_token *tokens, i
 
 om_tile om_gather_tile(const om_activations *a, const int32_t *token_ids, int64_t first, int num_tokens, float *buffer) {
     om_token tokens[OM_TILE] = {0};
-    om_tile tile = {.num_tokens = num_tokens};
-    for (int t = 0; t < num_tokens; t++) {
-        tokens[t] = activation_at(a, token_ids == NULL ? first + t : token_ids[first + t]);
+    om_tile tile = {.num_tokens = om_tile_stride(num_tokens)};
+    for (int t = 0; t < tile.num_tokens; t++) {
+        const int64_t pair = first + om_min(t, num_tokens - 1);
+        tokens[t] = activation_at(a, token_ids == NULL ? pair : token_ids[pair]);
         tile.quants[t] = tokens[t].quants;
         tile.values[t] = tokens[t].values;
     }
     if (a->has_values) return tile;
     tile.scales = tokens[0].scales;
     tile.corrections = tokens[0].corrections;
-    if (num_tokens > 1) interleave_scales(a, tokens, num_tokens, &tile, buffer);
+    if (num_tokens > 1) interleave_scales(a, tokens, &tile, buffer);
     return tile;
 }
 
@@ -107,7 +112,6 @@ float om_bias_at(const om_weights *w, int64_t row) {
     return w->bias_dtype == OM_F32 ? ((const float *)w->bias)[row] : om_bf16_to_float(((const uint16_t *)w->bias)[row]);
 }
 
-/* The start of a stream that the hardware cannot foresee. */
-void om_prefetch_rows(const om_weights *w, int64_t row) {
-    for (int64_t i = 0; i < OM_PREFETCH_BYTES; i += 64) OM_PREFETCH(w->codes + row * w->row_bytes + i);
+const uint8_t *om_codes_at(const om_matrix *m, const uint8_t *record, int64_t row) {
+    return record + m->codes + row * row_bytes(m);
 }

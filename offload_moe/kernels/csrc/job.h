@@ -33,6 +33,6 @@ void om_prepare_row(const om_activations *a, int64_t token, const void *x, int32
 int64_t om_scratch_floats(const om_matrix *matrix); /* per thread: `rows`, then a tile's buffer */
 float *om_tile_buffer(const om_matrix *matrix, float *scratch);
 float om_bias_at(const om_weights *weights, int64_t row);
-void om_prefetch_rows(const om_weights *weights, int64_t row);
+const uint8_t *om_codes_at(const om_matrix *matrix, const uint8_t *record, int64_t row);
 
 #endif

@@ -14,7 +14,8 @@ typedef struct {
     float *scratch; /* per thread */
 } linear_job;
 
-static void prepare_unit(void *context, int64_t token, int thread) {
+static void prepare_unit(void *context, int64_t token, int64_t next, int thread) {
+    (void)next;
     const linear_job *job = context;
     om_prepare_row(&job->activations, token, job->x, job->x_dtype, job->matrices[0].cols,
                    job->scratch + thread * job->scratch_floats);
@@ -33,11 +34,25 @@ static void store_results(const linear_job *job, int64_t matrix, const om_weight
         }
 }
 
-static void rows_unit(void *context, int64_t unit, int thread) {
-    const linear_job *job = context;
+/* The matrix of a unit; `unit` becomes the unit within it. */
+static int64_t find_matrix(const linear_job *job, int64_t *unit) {
     int64_t matrix = 0;
-    for (int64_t units; unit >= (units = om_divide_up(job->matrices[matrix].rows, UNIT_ROWS)); matrix++) unit -= units;
-    const om_weights w = om_resolve(&job->matrices[matrix], job->records[matrix]);
+    for (int64_t units; *unit >= (units = om_divide_up(job->matrices[matrix].rows, UNIT_ROWS)); matrix++) *unit -= units;
+    return matrix;
+}
+
+static const uint8_t *codes_of_unit(const linear_job *job, int64_t unit) {
+    if (unit < 0) return NULL;
+    const int64_t matrix = find_matrix(job, &unit);
+    return om_codes_at(&job->matrices[matrix], job->records[matrix], unit * UNIT_ROWS);
+}
+
+static void rows_unit(void *context, int64_t unit, int64_t next_unit, int thread) {
+    const linear_job *job = context;
+    const uint8_t *next_codes = codes_of_unit(job, next_unit);
+    const int64_t matrix = find_matrix(job, &unit);
+    om_weights w = om_resolve(&job->matrices[matrix], job->records[matrix]);
+    w.next_codes = next_codes;
     const int64_t first_row = unit * UNIT_ROWS, num_rows = om_min(UNIT_ROWS, w.rows - first_row);
     const om_rows_fn rows = om_active_isa()->rows[job->mode][w.codec];
     float *scratch = job->scratch + thread * job->scratch_floats;

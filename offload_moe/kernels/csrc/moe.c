@@ -38,7 +38,8 @@ typedef struct {
 
 static float *scratch_of(const moe_job *job, int thread) { return job->scratch + thread * job->scratch_floats; }
 
-static void prepare_unit(void *context, int64_t token, int thread) {
+static void prepare_unit(void *context, int64_t token, int64_t next, int thread) {
+    (void)next;
     const moe_job *job = context;
     om_prepare_row(&job->inputs, token, job->x, job->x_dtype, job->layer->first.cols, scratch_of(job, thread));
 }
@@ -47,17 +48,27 @@ typedef struct {
     float gate[2 * CHUNK * OM_TILE], up[CHUNK * OM_TILE];
 } chunk_results;
 
+static int is_interleaved(const om_moe_layer *layer) { return layer->has_gate && layer->is_interleaved; }
+
 static void first_rows(const moe_job *job, const om_weights *w, int64_t first_row, int64_t num_rows, const om_tile *tile,
                        chunk_results *results, float *scratch) {
     const om_rows_fn rows = om_active_isa()->rows[job->mode][w->codec];
-    if (job->layer->has_gate && job->layer->is_interleaved) {
+    if (is_interleaved(job->layer)) {
         rows(w, 2 * first_row, 2 * num_rows, tile, results->gate, scratch);
-        return;
-    }
-    if (job->layer->has_gate) om_prefetch_rows(w, job->intermediate + first_row);
-    rows(w, first_row, num_rows, tile, results->gate, scratch);
-    if (job->layer->has_gate)
+    } else if (job->layer->has_gate) {
+        om_weights gate = *w;
+        gate.next_codes = w->codes + (job->intermediate + first_row) * w->row_bytes;
+        rows(&gate, first_row, num_rows, tile, results->gate, scratch);
         rows(w, job->intermediate + first_row, num_rows, tile, results->up, scratch);
+    } else {
+        rows(w, first_row, num_rows, tile, results->gate, scratch);
+    }
+}
+
+static const uint8_t *first_codes_of_unit(const moe_job *job, int64_t unit) {
+    if (unit < 0) return NULL;
+    const int64_t row = unit % job->num_chunks * CHUNK * (is_interleaved(job->layer) ? 2 : 1);
+    return om_codes_at(&job->layer->first, job->records[job->segments[unit / job->num_chunks].expert], row);
 }
 
 /* Bias and activation of one token's chunk, then into the form the second matrix wants. */
@@ -67,7 +78,7 @@ static void finish_chunk(const moe_job *job, const om_weights *w, int64_t chunk,
     const int64_t first_row = chunk * CHUNK;
     float gate[CHUNK], up[CHUNK], hidden[CHUNK] = {0};
     for (int64_t r = 0; r < num_rows; r++) {
-        if (layer->has_gate && layer->is_interleaved) {
+        if (is_interleaved(layer)) {
             gate[r] = results->gate[2 * r * OM_TILE + tile_token] + om_bias_at(w, 2 * (first_row + r));
             up[r] = results->gate[(2 * r + 1) * OM_TILE + tile_token] + om_bias_at(w, 2 * (first_row + r) + 1);
             continue;
@@ -80,12 +91,13 @@ static void finish_chunk(const moe_job *job, const om_weights *w, int64_t chunk,
     om_prepare_blocks(&job->hidden, pair - job->group_first_pair, hidden, chunk, 1);
 }
 
-static void first_unit(void *context, int64_t unit, int thread) {
+static void first_unit(void *context, int64_t unit, int64_t next_unit, int thread) {
     const moe_job *job = context;
     const segment *s = &job->segments[unit / job->num_chunks];
     const int64_t chunk = unit % job->num_chunks, first_row = chunk * CHUNK;
     const int64_t num_rows = om_min(CHUNK, job->intermediate - first_row);
-    const om_weights w = om_resolve(&job->layer->first, job->records[s->expert]);
+    om_weights w = om_resolve(&job->layer->first, job->records[s->expert]);
+    w.next_codes = first_codes_of_unit(job, next_unit);
     float *scratch = scratch_of(job, thread), *buffer = om_tile_buffer(&job->layer->first, scratch);
     chunk_results results;
     for (int64_t first = s->first_pair, end = first + s->num_pairs; first < end; first += OM_TILE) {
@@ -104,8 +116,10 @@ static void add_results(const moe_job *job, const om_weights *w, int64_t first_r
         out[r] += weight * (results[r * OM_TILE + tile_token] + om_bias_at(w, first_row + r));
 }
 
-static void second_segment(const moe_job *job, const segment *s, int64_t first_row, int64_t num_rows, float *scratch) {
-    const om_weights w = om_resolve(&job->layer->second, job->records[s->expert]);
+static void second_segment(const moe_job *job, const segment *s, const uint8_t *next_codes, int64_t first_row,
+                           int64_t num_rows, float *scratch) {
+    om_weights w = om_resolve(&job->layer->second, job->records[s->expert]);
+    w.next_codes = next_codes;
     const om_rows_fn rows = om_active_isa()->rows[job->mode][w.codec];
     float *buffer = om_tile_buffer(&job->layer->second, scratch), results[MAX_OUT_ROWS * OM_TILE];
     for (int64_t first = s->first_pair, end = first + s->num_pairs; first < end; first += OM_TILE) {
@@ -116,7 +130,11 @@ static void second_segment(const moe_job *job, const segment *s, int64_t first_r
     }
 }
 
-static void second_unit(void *context, int64_t unit, int thread) {
+static const uint8_t *second_codes(const moe_job *job, int64_t segment_index, int64_t row) {
+    return om_codes_at(&job->layer->second, job->records[job->segments[segment_index].expert], row);
+}
+
+static void second_unit(void *context, int64_t unit, int64_t next_unit, int thread) {
     const moe_job *job = context;
     const int64_t hidden = job->layer->second.rows, first_row = unit * job->out_rows;
     const int64_t num_rows = om_min(job->out_rows, hidden - first_row);
@@ -124,11 +142,10 @@ static void second_unit(void *context, int64_t unit, int thread) {
         for (int64_t t = 0; t < job->num_tokens; t++)
             for (int64_t r = 0; r < num_rows; r++) job->out[t * hidden + first_row + r] = 0.0f;
     for (int64_t i = 0; i < job->num_segments; i++) {
-        if (i + 1 < job->num_segments) {
-            const om_weights next = om_resolve(&job->layer->second, job->records[job->segments[i + 1].expert]);
-            om_prefetch_rows(&next, first_row);
-        }
-        second_segment(job, &job->segments[i], first_row, num_rows, scratch_of(job, thread));
+        const uint8_t *next_codes = i + 1 < job->num_segments ? second_codes(job, i + 1, first_row)
+                                    : next_unit >= 0          ? second_codes(job, 0, next_unit * job->out_rows)
+                                                              : NULL;
+        second_segment(job, &job->segments[i], next_codes, first_row, num_rows, scratch_of(job, thread));
     }
 }
 

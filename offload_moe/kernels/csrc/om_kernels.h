@@ -26,7 +26,7 @@ enum { OM_SILU = 0, OM_GELU = 1, OM_GELU_TANH = 2, OM_GPT_OSS = 3, OM_RELU = 4, 
 #define OM_BLOCK 64      /* weights that share an nf4 or int8 scale, and activations that share an int8 scale */
 #define OM_QUANT_BYTES 128 /* a block's quants, then their magnitudes (for u8 times s8 instructions) */
 #define OM_TILE 8        /* tokens that one pass over a row's codes serves */
-#define OM_PREFETCH_BYTES 1024
+#define OM_PREFETCH_BYTES 16384 /* bandwidth times latency is 4 to 8 KiB a core; twice that, as rows of scales lie between */
 
 /* Where one matrix lies inside a record: byte offsets, -1 where the codec has no such plane. */
 typedef struct {
@@ -41,6 +41,7 @@ typedef struct {
     const uint8_t *scales;
     const float *nested_scales;
     const uint8_t *bias;
+    const uint8_t *next_codes; /* what the thread reads after the rows asked for; NULL where that is not known */
     float nested_offset;
     int64_t rows, cols, blocks, row_bytes;
     int32_t codec, bias_dtype;
@@ -55,7 +56,7 @@ typedef struct {
     int32_t *corrections;
 } om_token;
 
-/* Up to OM_TILE tokens: scale i of token t is at scales[i * om_tile_stride(num_tokens) + t], corrections alike. */
+/* 1, 2, 4 or 8 tokens (`om_tile_stride`; the last one repeated to fill it): scale i of token t is at scales[i * num_tokens + t], corrections alike. */
 typedef struct {
     const int8_t *quants[OM_TILE];
     const float *values[OM_TILE];
@@ -77,11 +78,15 @@ typedef struct {
     void (*pack_blocks)(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, om_token *token);
     void (*activate)(int32_t activation, float alpha, float limit, int has_gate, const float *gate, const float *up,
                      float *result, int64_t count);
+    /* 64 values -> 32 packed bytes, returns absmax; 64 values -> 64 codes, returns absmax / 127. */
+    float (*encode_nf4_block)(const float *values, uint8_t *codes);
+    float (*encode_int8_block)(const float *values, int8_t *codes);
 } om_isa;
 
 extern const om_isa om_isa_portable;
 extern const om_isa om_isa_avx2;
 extern const om_isa om_isa_avx512;
+extern const om_isa om_isa_avx512_vbmi;
 extern const om_isa om_isa_neon;
 
 extern const float om_nf4_values[16];
@@ -89,8 +94,9 @@ extern const float om_dynamic_map[256];
 
 const om_isa *om_active_isa(void);
 
-/* Thread pool: `unit` runs once for each number below `num_units`, on any thread; returns when all have. */
-typedef void (*om_unit_fn)(void *context, int64_t unit, int thread);
+/* Thread pool: `unit` runs once for each number below `num_units`, on any thread; returns when all have.
+ * `next_unit` is what the thread runs afterwards, -1 where that is open. */
+typedef void (*om_unit_fn)(void *context, int64_t unit, int64_t next_unit, int thread);
 void om_pool_begin(void); /* one job at a time: hold this around a call's phases */
 void om_pool_end(void);
 void om_pool_run(om_unit_fn unit, void *context, int64_t num_units);

@@ -50,12 +50,15 @@ static int64_t now_ns(void) {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
+static int64_t claim_unit(void) { return atomic_fetch_add_explicit(&pool.next_unit, 1, memory_order_relaxed); }
+
+/* Units are claimed one ahead, so that they can be prefetched; not the last ones, which any idle thread should take. */
 static void run_units(int thread) {
-    const int64_t end = pool.num_units;
-    for (;;) {
-        const int64_t unit = atomic_fetch_add_explicit(&pool.next_unit, 1, memory_order_relaxed);
-        if (unit >= end) return;
-        pool.unit(pool.context, unit, thread);
+    const int64_t end = pool.num_units, last_claimed_ahead = end - 2 * (pool.num_workers + 1);
+    for (int64_t unit = claim_unit(); unit < end;) {
+        const int64_t next = unit < last_claimed_ahead ? claim_unit() : -1;
+        pool.unit(pool.context, unit, next < end ? next : -1, thread);
+        unit = next >= 0 ? next : claim_unit();
     }
 }
 
@@ -164,7 +167,7 @@ int om_pool_threads(void) { return pool.wanted_threads; }
 
 void om_pool_run(om_unit_fn unit, void *context, int64_t num_units) {
     if (num_units <= 1 || pool.num_workers == 0) {
-        for (int64_t i = 0; i < num_units; i++) unit(context, i, 0);
+        for (int64_t i = 0; i < num_units; i++) unit(context, i, i + 1 < num_units ? i + 1 : -1, 0);
         return;
     }
     pool.unit = unit;

@@ -14,8 +14,10 @@
 #include "levels.h"
 #include "om_kernels.h"
 
+#define OM_UNROLL _Pragma("GCC unroll 16") /* sums stay in registers only where their indices are constants */
 #define OM_BLOCK_VECTORS (OM_BLOCK / OM_LANES)
 #define OM_SCALES_PER_BLOCK(codec) ((codec) == OM_MXFP4 ? 2 : 1)
+#define OM_BLOCK_BYTES(codec) ((codec) == OM_BF16 ? 2 * OM_BLOCK : (codec) == OM_INT8 ? OM_BLOCK : OM_BLOCK / 2)
 
 OM_INLINE const float *row_scales(const int codec, const om_weights *w, int64_t row, float *buffer) {
     const int64_t count = w->blocks * OM_SCALES_PER_BLOCK(codec), first = row * count;
@@ -48,10 +50,12 @@ OM_INLINE void multiply_scales(const int stride, const float *scales, const floa
         for (int t = 0; t < stride; t++) products[i * stride + t] = scales[i] * token_scales[i * stride + t];
 }
 
-/* How far ahead to prefetch: the next group of rows, unless that is so far that it would push out what is in use. */
-OM_INLINE int64_t prefetch_distance(const om_weights *w, const int num_rows) {
-    const int64_t group_bytes = num_rows * w->row_bytes;
-    return group_bytes >= OM_PREFETCH_BYTES && group_bytes <= 8 * OM_PREFETCH_BYTES ? group_bytes : OM_PREFETCH_BYTES;
+/* Where to prefetch from while a row is read: a fixed distance ahead in the rows asked for, then in what follows them. */
+OM_INLINE const uint8_t *prefetch_source(const om_weights *w, int64_t row, int64_t end_row) {
+    const uint8_t *codes = w->codes + row * w->row_bytes;
+    const int64_t beyond = OM_PREFETCH_BYTES - (end_row - row) * w->row_bytes;
+    if (beyond + w->row_bytes <= 0) return codes + OM_PREFETCH_BYTES;
+    return w->next_codes == NULL ? codes : w->next_codes + (beyond > 0 ? beyond : 0);
 }
 
 OM_INLINE qblock load_quantized(const int codec, const uint8_t *codes) {
@@ -67,37 +71,38 @@ OM_INLINE fvec add_block(const int codec, const int stride, const qblock *weight
     return fv_fma(fv_dot(*weights, quants, seed_one(correction)), fv_broadcast(*product), sum);
 }
 
+OM_INLINE void prefetch_lines(const int num_rows, const uint8_t *const *source, int64_t offset, const int num_bytes) {
+    for (int r = 0; r < num_rows; r++)
+        for (int i = 0; i < num_bytes; i += 64) OM_PREFETCH(source[r] + offset + i);
+}
+
 OM_INLINE void fast_rows(const int codec, const int num_tokens, const int num_rows, const om_weights *w, int64_t row,
-                         const om_tile *tile, float *results, float *scratch) {
-    const int stride = om_tile_stride(num_tokens), per_block = OM_SCALES_PER_BLOCK(codec);
-    const int64_t count = w->blocks * per_block, block_bytes = codec == OM_INT8 ? OM_BLOCK : OM_BLOCK / 2;
-    const int64_t ahead = prefetch_distance(w, num_rows);
-    const uint8_t *codes = w->codes + row * w->row_bytes;
+                         int64_t end_row, const om_tile *tile, float *results, float *scratch) {
+    const int stride = num_tokens, per_block = OM_SCALES_PER_BLOCK(codec);
+    const int64_t count = w->blocks * per_block;
+    const uint8_t *codes = w->codes + row * w->row_bytes, *source[2];
     float *products = scratch + count;
     const int8_t *quants[OM_TILE];
     fvec sums[2][OM_TILE];
-    for (int r = 0; r < num_rows; r++)
+    OM_UNROLL for (int r = 0; r < num_rows; r++) {
         multiply_scales(stride, row_scales(codec, w, row + r, scratch), tile->scales, count, products + r * count * stride);
-    for (int t = 0; t < num_tokens; t++) {
-        quants[t] = tile->quants[t];
-        for (int r = 0; r < num_rows; r++) sums[r][t] = fv_zero();
+        source[r] = prefetch_source(w, row + r, end_row);
+        OM_UNROLL for (int t = 0; t < num_tokens; t++) sums[r][t] = fv_zero();
     }
+    OM_UNROLL for (int t = 0; t < num_tokens; t++) quants[t] = tile->quants[t];
     for (int64_t b = 0; b < w->blocks; b++) {
-        const int64_t at = b * per_block * stride;
+        const int64_t at = b * per_block * stride, offset = b * OM_BLOCK_BYTES(codec);
         qblock weights[2];
-        for (int r = 0; r < num_rows; r++) {
-            const uint8_t *block = codes + r * w->row_bytes + b * block_bytes;
-            OM_PREFETCH(block + ahead);
-            weights[r] = load_quantized(codec, block);
-        }
-        for (int t = 0; t < num_tokens; t++)
-            for (int r = 0; r < num_rows; r++)
+        if (offset % 64 == 0) prefetch_lines(num_rows, source, offset, 64);
+        OM_UNROLL for (int r = 0; r < num_rows; r++) weights[r] = load_quantized(codec, codes + r * w->row_bytes + offset);
+        OM_UNROLL for (int t = 0; t < num_tokens; t++)
+            OM_UNROLL for (int r = 0; r < num_rows; r++)
                 sums[r][t] = add_block(codec, stride, &weights[r], quants[t] + b * OM_QUANT_BYTES,
                                        products + r * count * stride + at + t, tile->corrections + at + t, sums[r][t]);
     }
     const float unit = codec == OM_NF4 ? 1.0f / OM_NF4_UNIT : codec == OM_MXFP4 ? 1.0f / OM_MXFP4_UNIT : 1.0f;
-    for (int r = 0; r < num_rows; r++)
-        for (int t = 0; t < num_tokens; t++) results[r * OM_TILE + t] = fv_sum(sums[r][t]) * unit;
+    OM_UNROLL for (int r = 0; r < num_rows; r++)
+        OM_UNROLL for (int t = 0; t < num_tokens; t++) results[r * OM_TILE + t] = fv_sum(sums[r][t]) * unit;
 }
 
 OM_INLINE xblock load_floats(const int codec, const uint8_t *codes) {
@@ -132,29 +137,28 @@ OM_INLINE float bf16_tail(const om_weights *w, const uint8_t *codes, const float
 }
 
 OM_INLINE void exact_rows(const int codec, const int num_tokens, const int num_rows, const om_weights *w, int64_t row,
-                          const om_tile *tile, float *results, float *scratch) {
-    const int64_t per_block = OM_SCALES_PER_BLOCK(codec), ahead = prefetch_distance(w, num_rows);
-    const int64_t block_bytes = codec == OM_BF16 ? 2 * OM_BLOCK : codec == OM_INT8 ? OM_BLOCK : OM_BLOCK / 2;
-    const uint8_t *codes = w->codes + row * w->row_bytes;
+                          int64_t end_row, const om_tile *tile, float *results, float *scratch) {
+    const int64_t per_block = OM_SCALES_PER_BLOCK(codec);
+    const uint8_t *codes = w->codes + row * w->row_bytes, *source[2];
     const float *scales[2], *values[OM_EXACT_TILE];
     fvec sums[2][OM_EXACT_TILE];
-    for (int r = 0; r < num_rows; r++)
+    OM_UNROLL for (int r = 0; r < num_rows; r++) {
         scales[r] = codec == OM_BF16 ? scratch : row_scales(codec, w, row + r, scratch + r * w->blocks * per_block);
-    for (int t = 0; t < num_tokens; t++) {
-        values[t] = tile->values[t];
-        for (int r = 0; r < num_rows; r++) sums[r][t] = fv_zero();
+        source[r] = prefetch_source(w, row + r, end_row);
+        OM_UNROLL for (int t = 0; t < num_tokens; t++) sums[r][t] = fv_zero();
     }
-    for (int64_t b = 0; b < w->blocks; b++)
-        for (int r = 0; r < num_rows; r++) {
-            const uint8_t *block = codes + r * w->row_bytes + b * block_bytes;
-            OM_PREFETCH(block + ahead);
-            if (codec == OM_BF16) OM_PREFETCH(block + ahead + OM_BLOCK);
-            const xblock weights = load_floats(codec, block);
-            for (int t = 0; t < num_tokens; t++)
+    OM_UNROLL for (int t = 0; t < num_tokens; t++) values[t] = tile->values[t];
+    for (int64_t b = 0; b < w->blocks; b++) {
+        if (OM_BLOCK_BYTES(codec) >= 64 || b % 2 == 0)
+            prefetch_lines(num_rows, source, b * OM_BLOCK_BYTES(codec), OM_BLOCK_BYTES(codec));
+        OM_UNROLL for (int r = 0; r < num_rows; r++) {
+            const xblock weights = load_floats(codec, codes + r * w->row_bytes + b * OM_BLOCK_BYTES(codec));
+            OM_UNROLL for (int t = 0; t < num_tokens; t++)
                 sums[r][t] = exact_block(codec, &weights, values[t] + b * OM_BLOCK, scales[r] + b * per_block, sums[r][t]);
         }
-    for (int r = 0; r < num_rows; r++)
-        for (int t = 0; t < num_tokens; t++)
+    }
+    OM_UNROLL for (int r = 0; r < num_rows; r++)
+        OM_UNROLL for (int t = 0; t < num_tokens; t++)
             results[r * OM_TILE + t] =
                 fv_sum(sums[r][t]) + (codec == OM_BF16 ? bf16_tail(w, codes + r * w->row_bytes, values[t]) : 0.0f);
 }
@@ -162,40 +166,42 @@ OM_INLINE void exact_rows(const int codec, const int num_tokens, const int num_r
 /* Rows in groups, then the one that is left; N is a constant, so that the loops over tokens unroll. */
 #define OM_ROWS_CASE(ROWS, CODEC, N, GROUP) \
     case N: { \
-        int64_t r = 0; \
-        for (; r + (GROUP) <= num_rows; r += (GROUP)) \
-            ROWS(CODEC, N, GROUP, weights, first_row + r, tile, results + r * OM_TILE, scratch); \
-        for (; r < num_rows; r++) ROWS(CODEC, N, 1, weights, first_row + r, tile, results + r * OM_TILE, scratch); \
+        const int64_t end = first_row + num_rows; \
+        int64_t row = first_row; \
+        for (; row + (GROUP) <= end; row += (GROUP)) \
+            ROWS(CODEC, N, GROUP, weights, row, end, tile, results + (row - first_row) * OM_TILE, scratch); \
+        for (; row < end; row++) \
+            ROWS(CODEC, N, 1, weights, row, end, tile, results + (row - first_row) * OM_TILE, scratch); \
         break; \
     }
 
 #define OM_ROWS_PARAMETERS \
     const om_weights *weights, int64_t first_row, int64_t num_rows, const om_tile *tile, float *results, float *scratch
 
+/* The tokens of an exact tile from `first` on. */
+OM_INLINE om_tile upper_tile(const om_tile *tile, const int first) {
+    om_tile upper = {.num_tokens = tile->num_tokens - first};
+    for (int t = 0; t < upper.num_tokens; t++) upper.values[t] = tile->values[first + t];
+    return upper;
+}
+
 #define OM_FAST_CASE(CODEC, N) OM_ROWS_CASE(fast_rows, CODEC, N, OM_FAST_ROWS(N))
 #define OM_DEFINE_FAST(NAME, CODEC) \
     static void NAME(OM_ROWS_PARAMETERS) { \
         switch (tile->num_tokens) { \
-            OM_FAST_CASE(CODEC, 1) OM_FAST_CASE(CODEC, 2) OM_FAST_CASE(CODEC, 3) OM_FAST_CASE(CODEC, 4) \
-            OM_FAST_CASE(CODEC, 5) OM_FAST_CASE(CODEC, 6) OM_FAST_CASE(CODEC, 7) OM_FAST_CASE(CODEC, 8) \
+            OM_FAST_CASE(CODEC, 1) OM_FAST_CASE(CODEC, 2) OM_FAST_CASE(CODEC, 4) OM_FAST_CASE(CODEC, 8) \
         } \
     }
-
-OM_INLINE om_tile upper_tile(const om_tile *tile) {
-    om_tile upper = {.num_tokens = tile->num_tokens - OM_EXACT_TILE};
-    for (int t = 0; t < upper.num_tokens; t++) upper.values[t] = tile->values[OM_EXACT_TILE + t];
-    return upper;
-}
 
 #define OM_EXACT_CASE(CODEC, N) OM_ROWS_CASE(exact_rows, CODEC, N, OM_EXACT_ROWS)
 #define OM_DEFINE_EXACT(NAME, CODEC) \
     static void NAME(OM_ROWS_PARAMETERS) { \
         switch (tile->num_tokens) { \
-            OM_EXACT_CASE(CODEC, 1) OM_EXACT_CASE(CODEC, 2) OM_EXACT_CASE(CODEC, 3) \
+            OM_EXACT_CASE(CODEC, 1) OM_EXACT_CASE(CODEC, 2) \
             default: OM_EXACT_CASE(CODEC, OM_EXACT_TILE) \
         } \
         if (tile->num_tokens <= OM_EXACT_TILE) return; \
-        const om_tile upper = upper_tile(tile); /* its pass reads the codes from the cache */ \
+        const om_tile upper = upper_tile(tile, OM_EXACT_TILE); /* its pass reads the codes from the cache */ \
         NAME(weights, first_row, num_rows, &upper, results + OM_EXACT_TILE, scratch); \
     }
 
