@@ -138,8 +138,8 @@ def _speed_lines(plan: "Plan") -> list[str]:
     if plan.changes:
         best = plan.changes[0]
         lines.append(
-            f"What would help most: {best.name}, {plan.speed.tokens_per_s:.1f} to {best.tokens_per_s:.1f} tokens/s "
-            "in the mean."
+            f"What would help most: {best.name}, from {plan.speed.tokens_per_s:.1f} to "
+            f"{best.tokens_per_s:.1f} tokens/s on average."
         )
     return lines
 

@@ -18,7 +18,7 @@ class Rates:
     vram: GeForce RTX 3060 12 GB, the slowest of the cards in wide use. Source: NVIDIA's specification.
     ram: dual-channel DDR4-3200, 51.2 GB/s by its standard (JESD79-4), of which kernels reach about four fifths.
     link: PCIe 4.0 x16 as pinned copies reach it; 31.5 GB/s by its standard. disk: docs/design.md reckons with this.
-    layer_s: transformers' Python on a desktop CPU, 0.7 to 1.1 ms measured for OLMoE's layers.
+    layer_s: transformers' Python, 0.7 to 1.1 ms measured on two cores of an EPYC.
     """
 
     vram: float = 360e9

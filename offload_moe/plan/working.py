@@ -28,13 +28,13 @@ def activation_bytes(shape: ModelShape, context: int, dtype: torch.dtype) -> int
 
     Residual stream, its norm and their sums: 4 H. Beside them, one after the other: queries, keys, values and output of
     the attention, with keys and values of the whole context expanded to all heads; gate, up and product of a dense
-    MLP, 3 I; the routed outputs of every token until they are added, K H, and one expert that all tokens chose, 3 I.
+    MLP, 3 I; inputs and outputs of every routed pair, 2 K H, and one expert that all tokens chose, 3 I.
     """
     num_tokens = min(context, PROMPT_CHUNK_TOKENS)
     attention = num_tokens * shape.attention.projected + context * shape.attention.expanded
     dense = num_tokens * 3 * max((linear.out_features for linear in _matrices(shape, *FEED_FORWARD)), default=0)
     intermediate = max(layer.expert.matrices[-1].in_features for layer in shape.layers)
-    routed = num_tokens * (shape.top_k * shape.hidden_size + 3 * intermediate)
+    routed = num_tokens * (2 * shape.top_k * shape.hidden_size + 3 * intermediate)
     return (num_tokens * 4 * shape.hidden_size + max(attention, dense, routed)) * dtype.itemsize
 
 

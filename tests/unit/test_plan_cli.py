@@ -1,6 +1,7 @@
 """`offload-moe plan` as a user sees it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.support.plan import CONFIGS
 
 MIXTRAL = str(CONFIGS / "Mixtral-8x7B-v0.1.json")
 DEEPSEEK = str(CONFIGS / "DeepSeek-V3.json")
+PAGE = Path(__file__).parents[2] / "docs" / "plan.md"
 COMPLETE = {
     "model": str,
     "architecture": str,
@@ -52,6 +54,8 @@ def plan_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int,
 
 
 def test_the_table_of_a_model_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = plan_json(capsys, MIXTRAL, "--vram", "12GiB", "--ram", "64GiB")
+    num_slots = found["memory"]["vram"]["num_slots"]
     status, out = plan(capsys, MIXTRAL, "--vram", "12GiB", "--ram", "64GiB")
     assert status == 0
     for text in (
@@ -60,7 +64,7 @@ def test_the_table_of_a_model_that_fits(capsys: pytest.CaptureFixture[str]) -> N
         "In fp16 87.0 GiB, active 24.0 GiB",
         "Checkpoint about 87.0 GiB; store by codec of the experts: nf4 24.7 GiB",
         "key/value cache, 8,192 tokens",
-        "77 expert slots of 87 MiB, 2.4 per layer",
+        f"{num_slots} expert slots of 87 MiB, {num_slots / 32:.1f} per layer",
         "simulated: hit rates of replayed traces, assumed bandwidths",
         "What binds: sending missed experts to the GPU.",
         "What would help most: twice the VRAM",
@@ -141,3 +145,24 @@ def test_errors_are_one_line(
     assert streams.out == ""
     assert message in streams.err.splitlines()[-1]
     assert streams.err.splitlines()[-1].startswith("error: ")
+
+
+def test_the_page_about_plan_shows_what_it_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every `$ offload-moe plan` example of docs/plan.md; a line of dots stands for lines left out."""
+    monkeypatch.chdir(CONFIGS)
+    blocks = re.findall(r"^    \$ offload-moe plan (.*)\n((?:    .*\n|\n)+)", PAGE.read_text(), re.MULTILINE)
+    assert len(blocks) == 2
+    for arguments, shown in blocks:
+        _, out = plan(capsys, *arguments.split())
+        expected = [line.strip() for line in shown.splitlines() if line.strip() not in ("", "...")]
+        printed = [line.strip() for line in out.splitlines() if line.strip()]
+        assert printed[-len(expected) :] == expected
+
+
+def test_the_page_about_plan_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = plan_json(capsys, MIXTRAL, "--vram", "12GiB", "--ram", "64GiB")
+    page = PAGE.read_text()
+    for name in (*found, *TIER, *SPEED):
+        assert f"`{name}`" in page, name
