@@ -80,7 +80,7 @@ def _entry(path: Path, name: str, fields: dict[str, Any], data_start: int) -> Te
         raise CheckpointError(f"{path}: the header entry of tensor {name} is malformed.") from None
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise CheckpointError(f"{path}: the header entry of tensor {name} is malformed.")
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{path}: tensor {name} has dtype {dtype}, which this version cannot read.")
     entry = TensorEntry(name=name, path=path, dtype=DTYPES[dtype], shape=tuple(shape), offset=data_start + begin)
     if end - begin != entry.num_bytes:

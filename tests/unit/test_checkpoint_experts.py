@@ -1,0 +1,107 @@
+"""Which modules hold experts, and what one expert looks like."""
+
+import pytest
+import torch
+from torch import nn
+
+from offload_moe.checkpoint.convert import check_per_expert
+from offload_moe.checkpoint.experts import expert_shape, find_experts, undecorated_experts
+from offload_moe.checkpoint.linears import projection_linears
+from offload_moe.checkpoint.names import SourceGroup
+from offload_moe.checkpoint.skeleton import build_skeleton
+from offload_moe.errors import UnsupportedModelError
+from tests.support.checkpoints import tiny_config
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_a_layer_is_described_from_its_module() -> None:
+    model = build_skeleton(tiny_config("qwen3_moe"))
+    layers = find_experts(model)
+    assert [layer.name for layer in layers] == [f"model.layers.{i}.mlp.experts" for i in range(3)]
+    shape = layers[0].shape
+    assert layers[0].num_experts == 4
+    assert [(m.name, m.out_features, m.in_features) for m in shape.matrices] == [
+        ("gate_up_proj", 48, 32),
+        ("down_proj", 32, 24),
+    ]
+    assert (shape.biases, shape.is_transposed, shape.is_interleaved) == ((), False, False)
+    assert layers[2].parameter_names() == (
+        "model.layers.2.mlp.experts.gate_up_proj",
+        "model.layers.2.mlp.experts.down_proj",
+    )
+
+
+def test_transposed_interleaved_and_biased() -> None:
+    shape = find_experts(build_skeleton(tiny_config("gpt_oss")))[0].shape
+    assert shape.is_transposed
+    assert shape.is_interleaved
+    assert shape.biases == (("gate_up_proj_bias", 96), ("down_proj_bias", 32))
+    assert shape.module_shapes()["gate_up_proj"] == (32, 96)
+    assert shape.matrices[0].out_features == 96
+
+
+def test_experts_without_a_gate() -> None:
+    shape = find_experts(build_skeleton(tiny_config("nemotron_h")))[0].shape
+    assert [m.name for m in shape.matrices] == ["up_proj", "down_proj"]
+    assert not shape.is_interleaved
+
+
+def test_dense_layers_before_the_experts_do_not_count() -> None:
+    layers = find_experts(build_skeleton(tiny_config("deepseek_v3")))
+    assert [layer.name for layer in layers] == ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
+
+
+def test_module_shapes_are_the_parameters_without_the_experts() -> None:
+    for family in ("aria_text", "gpt_oss", "mixtral"):
+        for layer in find_experts(build_skeleton(tiny_config(family))):
+            for name, shape in layer.shape.module_shapes().items():
+                assert getattr(layer.module, name).shape == (layer.num_experts, *shape)
+
+
+def test_an_unknown_parameter_is_refused() -> None:
+    module = find_experts(build_skeleton(tiny_config("mixtral")))[0].module
+    module.register_parameter("expert_scale", nn.Parameter(torch.ones(4)))
+    with pytest.raises(UnsupportedModelError, match="expert_scale"):
+        expert_shape(module)
+
+
+def test_experts_beside_the_registry_are_found_by_their_looks() -> None:
+    model = build_skeleton(tiny_config("mixtral"))
+    assert undecorated_experts(model) == []
+    model.model.layers[1].experts = nn.ModuleList([nn.Linear(2, 2) for _ in range(3)])
+    assert undecorated_experts(model) == ["model.layers.1.experts"]
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.experts \(ModuleList\)"):
+        find_experts(model)
+
+
+def test_shared_experts_are_dense() -> None:
+    for family in ("qwen2_moe", "deepseek_v3"):
+        assert undecorated_experts(build_skeleton(tiny_config(family))) == []
+
+
+def test_nothing_of_a_skeleton_is_allocated_but_buffers() -> None:
+    config = tiny_config("deepseek_v3", n_routed_experts=256, num_local_experts=256, hidden_size=7168)
+    model = build_skeleton(config)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+
+
+def test_projections_and_nothing_delicate() -> None:
+    names = {name.rpartition(".")[2] for name in projection_linears(build_skeleton(tiny_config("deepseek_v3")))}
+    assert names == {"q_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
+    tied = projection_linears(build_skeleton(tiny_config("qwen3_moe", tie_word_embeddings=True)))
+    assert "lm_head" not in tied
+
+
+def test_an_operation_that_may_mix_experts_is_refused() -> None:
+    from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
+
+    def group(*operations: object) -> SourceGroup:
+        converter = WeightConverter("experts.*.w", "experts.up_proj", list(operations))
+        return SourceGroup(target="experts.up_proj", converter=converter)
+
+    check_per_expert(group(MergeModulelist(dim=0), Concatenate(dim=1), Transpose(1, 2)))
+    for operations in ([Concatenate(dim=0)], [Transpose(0, 1)], [Concatenate(dim=1), MergeModulelist(dim=0)]):
+        with pytest.raises(UnsupportedModelError, match="not known to work expert by expert"):
+            check_per_expert(group(*operations))
