@@ -3,6 +3,7 @@
 A host synchronization that is not the one at `fetch_top_k` cannot work here: there are no values to bring.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import cast
 
@@ -17,14 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from offload_moe.checkpoint.experts import find_experts
-from offload_moe.kernels.device import _dynamic_map_on, record_linear
+from offload_moe.kernels.device import record_linear
 from offload_moe.moe import routing
 from offload_moe.moe.arithmetic import choose_arithmetic
 from offload_moe.moe.attach import BoundExperts, attach, detach_parameters
 from offload_moe.moe.contract import ExpertsContract
 from offload_moe.moe.device import DeviceArithmetic
-from offload_moe.quant import CODECS, Codec, get_codec
-from offload_moe.quant.nf4 import dynamic_map
+from offload_moe.quant import CODECS, Codec, ExpertShape, Matrix, get_codec
 from offload_moe.schedule.policy import make_policy
 from offload_moe.schedule.residency import Residency
 from offload_moe.schedule.scheduler import Scheduler
@@ -69,10 +69,21 @@ class Fetches:
 def _fake_cuda() -> Iterator[None]:
     if reason := cuda_guard_missing():
         pytest.skip(reason)
-    dynamic_map()  # tables that are made once must be real ones
-    _dynamic_map_on.cache_clear()
+    clear_tables()
+    shape = ExpertShape(matrices=(Matrix(name="weight", out_features=64, in_features=64),))
+    for codec in CODECS.values():
+        codec.decode(shape, torch.zeros(codec.layout(shape).record_bytes, dtype=torch.uint8), torch.float32)
     yield
-    _dynamic_map_on.cache_clear()
+    clear_tables()
+
+
+def clear_tables() -> None:
+    """Tables that are made once must be neither fake nor made in inference mode, which a fake device cannot take."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("offload_moe.quant", "offload_moe.kernels")):
+            for value in list(vars(module).values()):
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
 
 
 def fake_model(family: str, codec: Codec, num_slots: int = NUM_SLOTS, **changes: object) -> PreTrainedModel:
