@@ -51,6 +51,7 @@ LATENT = {
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
 }
+INDEXED = FAMILIES["deepseek_v3"] | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}
 
 
 def test_a_tiny_mixtral_by_hand() -> None:
@@ -121,7 +122,9 @@ def test_the_cache_is_as_large_as_a_real_one(family: str, context: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "fields"), [("qwen3_next", LINEAR_ATTENTION), ("deepseek_v2", LATENT)], ids=["linear", "latent"]
+    ("family", "fields"),
+    [("qwen3_next", LINEAR_ATTENTION), ("deepseek_v2", LATENT), ("deepseek_v32", INDEXED)],
+    ids=["linear", "latent", "indexed"],
 )
 def test_the_cache_of_other_kinds_of_attention(family: str, fields: dict[str, object]) -> None:
     config = AutoConfig.for_model(family, **(COMMON | fields))
