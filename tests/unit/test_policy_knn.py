@@ -11,7 +11,7 @@ from offload_moe.schedule.policy.knn import KNN
 from offload_moe.schedule.policy.reuse import ReuseModel
 from offload_moe.trace import Trace
 
-NUM_LAYERS, NUM_EXPERTS, TOP_K = 4, 16, 2
+NUM_LAYERS, NUM_EXPERTS, TOP_K, NUM_SLOTS = 4, 16, 2, 16
 
 
 def nobody(key: int) -> bool:
@@ -112,7 +112,7 @@ class TestKNN:
 
     def test_layer_just_passed_gives_way_before_a_layer_to_come(self) -> None:
         """Equal statistics everywhere: what tells the experts apart is when their layer comes round."""
-        policy = KNN(range(NUM_LAYERS), NUM_EXPERTS)
+        policy = KNN(range(NUM_LAYERS), NUM_EXPERTS, NUM_SLOTS)
         for token in range(12):
             for layer in range(NUM_LAYERS):
                 policy.access(layer, [layer * NUM_EXPERTS])
@@ -127,7 +127,11 @@ class TestKNN:
         assert sorted(order[:2]) == [0, 1]
 
     def test_prefetched_expert_is_kept_until_its_layer_has_come(self) -> None:
-        policy, every_fourth, never_used = KNN(range(NUM_LAYERS), NUM_EXPERTS), NUM_EXPERTS, 3 * NUM_EXPERTS + 7
+        policy, every_fourth, never_used = (
+            KNN(range(NUM_LAYERS), NUM_EXPERTS, NUM_SLOTS),
+            NUM_EXPERTS,
+            3 * NUM_EXPERTS + 7,
+        )
         for token in range(20):
             for layer in range(NUM_LAYERS):
                 policy.access(layer, [layer * NUM_EXPERTS + token % 4])
@@ -143,7 +147,7 @@ class TestKNN:
 
     def test_experts_asked_for_one_by_one_are_one_token(self) -> None:
         """A tier below another sees single misses; they must not look like tokens."""
-        policy = KNN(range(NUM_LAYERS), NUM_EXPERTS)
+        policy = KNN(range(NUM_LAYERS), NUM_EXPERTS, NUM_SLOTS)
         for _ in range(3):
             for layer in range(NUM_LAYERS):
                 for expert in (3, 1, 2):
@@ -151,7 +155,7 @@ class TestKNN:
         assert policy._history._now == 2
 
     def test_a_prompt_chunk_is_not_remembered(self) -> None:
-        policy = KNN(range(1), NUM_EXPERTS)
+        policy = KNN(range(1), NUM_EXPERTS, NUM_SLOTS)
         for _ in range(5):
             policy.access(0, list(range(NUM_EXPERTS)))
         policy.access(0, [1, 2])

@@ -18,7 +18,7 @@ _FACTORIES: dict[str, Callable[[range, int, int], Policy]] = {
     DecayedFrequency.name: lambda layers, num_experts, num_slots: DecayedFrequency(),
     SLRU.name: lambda layers, num_experts, num_slots: SLRU(num_slots),
     LRU2.name: lambda layers, num_experts, num_slots: LRU2(),
-    KNN.name: lambda layers, num_experts, num_slots: KNN(layers, num_experts),
+    KNN.name: lambda layers, num_experts, num_slots: KNN(layers, num_experts, num_slots),
 }
 POLICY_NAMES = tuple(_FACTORIES)
 DEFAULT_POLICY = KNN.name

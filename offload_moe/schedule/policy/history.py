@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 NUM_TOKENS = 1024  # remembered; more finds rarer repetitions and costs time
 NUM_NEIGHBOURS = 8
-NUM_AHEAD = 8  # tokens after a neighbour that count as its future
+NUM_AHEAD = 16  # tokens after a neighbour that count as its future
 LAYER_DECAY = 0.9  # a match weighs this much less per layer it lies back
 TOKEN_DECAY = 0.6  # and this much less per token, beyond its layers
 NUM_COLUMNS = 64  # a divisor of NUM_TOKENS

@@ -7,14 +7,15 @@ import numpy as np
 from offload_moe.schedule.policy.history import History
 from offload_moe.schedule.policy.reuse import ReuseModel
 
-DISCOUNT = 0.7  # per token until the next use
+HALF_LIFE_PER_SHARE = 10.0  # tokens until a reuse is worth half, were there a slot for every expert
 LAYERS_PER_RANKING = 2  # that many layers are ranked at once: fewer calls, slightly staler ranks
 PREFETCH_WORTH = 0.8  # of an expert that a prefetch brought, until its layer has been passed
 
 
 class KNN:
-    """Evicts the expert with the lowest expected `DISCOUNT ** (tokens until the next use)`.
+    """Evicts the expert with the lowest expected `discount ** (tokens until the next use)`.
 
+    The more of the experts fit, the longer they stay, and the further ahead it pays to look: that sets the discount.
     An expert whose layer this token has passed waits one token longer than its worth says, so it counts that much less.
     A token ends when an earlier layer than the last is accessed, or in a pool of one layer with each access.
 
@@ -25,13 +26,15 @@ class KNN:
 
     name = "knn"
 
-    def __init__(self, layers: range, num_experts: int) -> None:
+    def __init__(self, layers: range, num_experts: int, num_slots: int) -> None:
         num_keys = len(layers) * num_experts
+        discount = 0.5 ** (num_keys / (num_slots * HALF_LIFE_PER_SHARE))
         self._layers = layers
         self._num_experts = num_experts
         self._first_key = layers.start * num_experts
-        self._history = History(num_keys, DISCOUNT)
-        self._reuse = ReuseModel(num_keys, DISCOUNT)
+        self._history = History(num_keys, discount)
+        self._reuse = ReuseModel(num_keys, discount)
+        self._discount = np.float32(discount)
         self._worth = np.zeros(num_keys, dtype=np.float32)  # when the token reaches the expert's layer
         self._absent = np.full(num_keys, np.inf, dtype=np.float32)  # 0 where resident
         self._order = self._absent.copy()  # worth now where resident, infinite elsewhere
@@ -63,7 +66,7 @@ class KNN:
         if local not in self._current:
             self._worth[local] = PREFETCH_WORTH
         has_passed = local < self._ranked * self._num_experts
-        self._order[local] = self._worth[local] * (DISCOUNT if has_passed else 1.0)
+        self._order[local] = self._worth[local] * (self._discount if has_passed else 1.0)
 
     def remove(self, key: int) -> None:
         local = key - self._first_key
@@ -98,7 +101,7 @@ class KNN:
         learn = not (self._is_chunk or self._is_partial)
         worth = self._reuse.update(first, end, used, foretold, trust, learn)
         self._worth[first:end] = worth
-        np.add(worth * np.float32(DISCOUNT), self._absent[first:end], out=self._order[first:end])
+        np.add(worth * self._discount, self._absent[first:end], out=self._order[first:end])
         self._pending = []
         self._ranked = self._position + 1
 
