@@ -1,12 +1,17 @@
 """What every benchmark shares: alternated trials, medians with their spread, the machine, one JSON line at the end."""
 
 import json
+import mmap
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -82,3 +87,64 @@ def _commit() -> str:
         ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
     )
     return run.stdout.strip() or "unknown"
+
+
+def run_json(command: Sequence[str], *, memory_limit: int | None = None, timeout_s: float = 1800) -> dict[str, Any]:
+    """Run a benchmark process, optionally in a memory cgroup of its own (needs root), and read its last line.
+
+    Raises: RuntimeError with the end of stderr when it failed.
+    """
+    with _memory_group(memory_limit) as group:
+
+        def enter() -> None:
+            if group is not None:
+                (group / "cgroup.procs").write_text(str(os.getpid()))
+
+        run = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, preexec_fn=enter)
+    if run.returncode:
+        raise RuntimeError(f"{' '.join(command)} exited with {run.returncode}: {run.stderr[-2000:]}")
+    return dict(json.loads(run.stdout.strip().splitlines()[-1]))
+
+
+@contextmanager
+def _memory_group(limit: int | None) -> Iterator[Path | None]:
+    """A cgroup v1 whose limit counts the page cache too, so that a file larger than memory really is."""
+    if limit is None:
+        yield None
+        return
+    group = Path("/sys/fs/cgroup/memory") / f"offload_moe_{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+        yield group
+    finally:
+        for _ in range(50):
+            try:
+                group.rmdir()
+                break
+            except OSError:
+                time.sleep(0.1)
+
+
+def random_read_bytes_per_s(path: Path, record_bytes: int, *, depth: int = 4, seconds: float = 3.0) -> float:
+    """Random direct reads of records of this size, `depth` at once: what a disk tier cannot do better than."""
+    num_records = path.stat().st_size // record_bytes - 1
+    deadline = time.perf_counter() + seconds
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+
+    def read(seed: int) -> int:
+        generator = random.Random(seed)
+        buffer = mmap.mmap(-1, record_bytes)
+        done = 0
+        while time.perf_counter() < deadline:
+            offset = generator.randrange(num_records) * record_bytes // 4096 * 4096
+            done += os.preadv(descriptor, [buffer], offset)
+        return done
+
+    began = time.perf_counter()
+    try:
+        with ThreadPoolExecutor(depth) as pool:
+            total = sum(pool.map(read, range(depth)))
+    finally:
+        os.close(descriptor)
+    return total / (time.perf_counter() - began)
