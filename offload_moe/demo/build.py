@@ -67,12 +67,14 @@ def _build(folder: Path, downloads: Path, recipe: Recipe, report: Progress) -> N
     report(f"reading {MODEL_NAME}", _FETCH_END)
     ids = calibration_ids(dense.tokenizer, recipe.num_sequences, recipe.num_positions)
     report("splitting layers into experts", _READ_END)
-    splits = []
-    for split in calibrate(dense, ids, recipe):
-        splits.append(split)
-        share = len(splits) / dense.config["num_hidden_layers"]
-        label = f"splitting layers into experts ({len(splits)} of {dense.config['num_hidden_layers']})"
+    num_layers = dense.config["num_hidden_layers"]
+
+    def on_layer(finished: int) -> None:
+        share = finished / num_layers
+        label = f"splitting layers into experts ({finished} of {num_layers})"
         report(label, _READ_END + (_CALIBRATE_END - _READ_END) * share)
+
+    splits = calibrate(dense, ids, recipe, on_layer)
     report("writing the demo model", _CALIBRATE_END)
     partial.mkdir()
     write_checkpoint(partial, dense, splits, recipe.top_k, torch.bfloat16)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offload_moe.demo.assign import assign_balanced
 from offload_moe.demo.recipe import Recipe
-from offload_moe.demo.router import fit_router, top_k_mask
+from offload_moe.demo.router import add_ridge, fit_router, top_k_mask
 
 
 def group_neurons(normed: Tensor, energy: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
@@ -24,7 +24,7 @@ def group_neurons(normed: Tensor, energy: Tensor, recipe: Recipe, generator: tor
     num_experts = recipe.num_experts
     expert_size = (energy.shape[1] - recipe.num_shared) // num_experts
     capacities = torch.tensor([expert_size] * num_experts + [recipe.num_shared])
-    groups = _first_groups(energy, recipe, generator)
+    groups = _first_groups(normed, energy, recipe, generator)
     for _ in range(recipe.num_routing_rounds):
         router = fit_router(normed, expert_energy(energy, groups, num_experts), recipe.router_ridge)
         mask = F.pad(top_k_mask(normed @ router.T, recipe.top_k), (0, 1), value=1.0)
@@ -40,12 +40,12 @@ def expert_energy(energy: Tensor, groups: Tensor, num_experts: int) -> Tensor:
     return energy @ F.one_hot(groups, num_experts + 1).to(energy.dtype)[:, :num_experts]
 
 
-def _first_groups(energy: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+def _first_groups(normed: Tensor, energy: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
     """Shared: the neurons with the largest mean contribution. Experts: balanced spherical k-means of the others."""
     order = energy.sqrt().mean(dim=0).argsort(descending=True, stable=True)
     groups = torch.full((energy.shape[1],), recipe.num_experts)
     rest = order[recipe.num_shared :]
-    profiles = F.normalize(energy[: recipe.num_kmeans_tokens, rest].sqrt().T, dim=1)
+    profiles = F.normalize(_predictable(normed, energy[:, rest].sqrt(), recipe.router_ridge), dim=1)
     capacities = torch.full((recipe.num_experts,), len(rest) // recipe.num_experts)
     centres = profiles[torch.randperm(len(rest), generator=generator)[: recipe.num_experts]]
     for _ in range(recipe.num_kmeans_rounds):
@@ -54,3 +54,14 @@ def _first_groups(energy: Tensor, recipe: Recipe, generator: torch.Generator) ->
         centres = F.normalize(members.T @ profiles, dim=1)
     groups[rest] = clusters
     return groups
+
+
+def _predictable(normed: Tensor, contribution: Tensor, ridge: float) -> Tensor:
+    """The part of each neuron's contribution norm that is linear in the hidden state, as coordinates [neurons, H].
+
+    A router sees nothing else, so neurons are alike when these are: inner products of the coordinates are those of the
+    ridge predictions.
+    """
+    factor = torch.linalg.cholesky(add_ridge(normed.T @ normed, ridge))
+    moment = normed.T @ (contribution - contribution.mean(dim=0))
+    return torch.linalg.solve_triangular(factor, moment, upper=False).T

@@ -28,3 +28,9 @@ def calibration_ids(tokenizer: str, num_sequences: int, num_positions: int) -> T
     """The first `num_sequences` sequences of the calibration text, [`num_sequences`, `num_positions`]."""
     documents = corpus_bytes().decode("utf-8").split(_DOCUMENT_BREAK)
     return pack_documents(tokenizer, documents, num_positions)[:num_sequences]
+
+
+def vocabulary_ids(vocab_size: int, num_sequences: int, num_positions: int, generator: torch.Generator) -> Tensor:
+    """Different tokens in random order, [`num_sequences`, `num_positions`]."""
+    order = torch.randperm(vocab_size, generator=generator)
+    return order[: num_sequences * num_positions].view(num_sequences, num_positions)

@@ -15,8 +15,9 @@ class Recipe:
     """How a dense feed-forward layer is split and calibrated.
 
     `num_shared` neurons form the shared expert; the others form `num_experts` experts of equal size, `top_k` of which
-    run for a token. Calibration reads `num_sequences` sequences of `num_positions` tokens; clustering looks at
-    `num_cluster_tokens` of them.
+    run for a token. Calibration reads `num_sequences` sequences of `num_positions` tokens of text and `num_vocabulary`
+    more of tokens drawn from the whole vocabulary, which count `vocabulary_weight`: the text has few rare words, and
+    the first layers know words rather than contexts. Clustering looks at `num_cluster_tokens` tokens.
     """
 
     num_shared: int = 512
@@ -24,12 +25,13 @@ class Recipe:
     top_k: int = 16
     num_sequences: int = 80
     num_positions: int = 256
-    num_cluster_tokens: int = 4096
-    num_kmeans_tokens: int = 1024
+    num_vocabulary: int = 24
+    vocabulary_weight: float = 0.3
+    num_cluster_tokens: int = 12288
     num_kmeans_rounds: int = 6
-    num_routing_rounds: int = 10
-    router_ridge: float = 0.01
-    down_ridge: float = 0.01
+    num_routing_rounds: int = 5
+    router_ridge: float = 0.001
+    down_ridge: float = 0.5
     seed: int = 0
 
     def digest(self) -> str:

@@ -42,6 +42,9 @@ def finish_router(router: Tensor, normed: Tensor, top_k: int, ridge: float) -> T
 
 def solve_ridge(gram: Tensor, moment: Tensor, ridge: float) -> Tensor:
     """Solve (gram + ridge * mean(diag gram) * I) x = moment."""
-    regular = gram.clone()
-    regular.diagonal().add_(ridge * gram.diagonal().mean())
-    return torch.cholesky_solve(moment, torch.linalg.cholesky(regular))
+    return torch.cholesky_solve(moment, torch.linalg.cholesky(add_ridge(gram, ridge)))
+
+
+def add_ridge(gram: Tensor, ridge: float) -> Tensor:
+    """gram + ridge * mean(diag gram) * I."""
+    return gram + ridge * gram.diagonal().mean() * torch.eye(len(gram))

@@ -1,0 +1,92 @@
+"""Building once, whatever happens."""
+
+import threading
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from offload_moe.demo import build, checkpoint
+from offload_moe.demo.recipe import RECIPE
+from tests.support.demo import TINY_RECIPE, tiny_dense
+
+
+@pytest.fixture
+def fetches(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The real build on a tiny dense model; the list grows with every fetch."""
+    calls: list[Path] = []
+
+    def fetch(downloads: Path, report: object) -> object:
+        calls.append(downloads)
+        return tiny_dense()
+
+    monkeypatch.setattr(build, "fetch_dense", fetch)
+    monkeypatch.setattr(build, "RECIPE", TINY_RECIPE)
+    return calls
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_builds_once_and_the_same_bytes_elsewhere(tmp_path: Path, fetches: list[Path]) -> None:
+    first = checkpoint(cache_dir=tmp_path / "a")
+    assert checkpoint(cache_dir=tmp_path / "a") == first
+    assert fetches == [tmp_path / "a" / "downloads"]
+    second = checkpoint(cache_dir=tmp_path / "b")
+    assert contents(first) == contents(second)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= contents(first).keys()
+
+
+def test_progress_starts_at_once_and_ends_at_one(tmp_path: Path, fetches: list[Path]) -> None:
+    steps: list[tuple[str, float]] = []
+    checkpoint(cache_dir=tmp_path, progress=lambda message, share: steps.append((message, share)))
+    assert steps[0] == ("fetching SmolLM2-135M-Instruct (93 MB)", 0.0)
+    assert steps[-1][1] == 1.0
+    assert [share for _, share in steps] == sorted(share for _, share in steps)
+    assert ("splitting layers into experts (3 of 3)", pytest.approx(0.97)) in steps
+
+
+def test_a_build_that_fails_leaves_nothing_that_loads(
+    tmp_path: Path, fetches: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = build.write_checkpoint
+
+    def fail(folder: Path, *rest: object) -> None:
+        written(folder, *rest)  # type: ignore[arg-type]
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build, "write_checkpoint", fail)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint(cache_dir=tmp_path)
+    assert not [path for path in (tmp_path / "demo").glob("[!.]*") if path.is_dir()]
+    monkeypatch.setattr(build, "write_checkpoint", written)
+    assert (checkpoint(cache_dir=tmp_path) / "config.json").exists()
+    assert not [path for path in (tmp_path / "demo").iterdir() if path.name.endswith(".partial")]
+
+
+def test_a_second_process_waits_and_uses_what_the_first_built(tmp_path: Path, fetches: list[Path]) -> None:
+    built = checkpoint(cache_dir=tmp_path)
+    hidden = built.rename(built.with_name("elsewhere"))
+    lock = FileLock(built.with_name(f"{built.name}.lock"))
+    lock.acquire()
+    waiting = threading.Event()
+    found: list[Path] = []
+
+    def progress(message: str, share: float) -> None:
+        if message.startswith("waiting for another process"):
+            waiting.set()
+
+    thread = threading.Thread(target=lambda: found.append(checkpoint(cache_dir=tmp_path, progress=progress)))
+    thread.start()
+    assert waiting.wait(10)
+    hidden.rename(built)
+    lock.release()
+    thread.join(10)
+    assert found == [built]
+    assert len(fetches) == 1
+
+
+def test_the_folder_is_named_after_the_recipe() -> None:
+    assert RECIPE.digest() != TINY_RECIPE.digest()
+    assert RECIPE.digest() == type(RECIPE)().digest()
