@@ -54,10 +54,7 @@ def quantize(
     experts_codec, linears_codec = get_codec(codec), get_codec(dense_codec)
     origin = resolve_source(source, revision=revision, token=token)
     with Checkpoint(origin.folder) as checkpoint:
-        dense = _dense_jobs(checkpoint, linears_codec)
-        experts = _expert_jobs(checkpoint, experts_codec)
-        files = plan_files("dense", (b for b, _ in dense)) + plan_files("experts", (b for b, _ in experts))
-        jobs = [job for _, job in dense + experts]
+        files, jobs = plan_conversion(checkpoint, experts_codec, linears_codec)
         settings = _settings(origin, checkpoint, codec, dense_codec, files)
         with StoreWriter(Path(store), files, settings) as writer:
             sizes = [blob.num_bytes for file in files for blob in file.blobs]
@@ -70,6 +67,16 @@ def quantize(
             manifest = _manifest(origin, checkpoint, codec, dense_codec, files, writer, metadata)
             writer.finish(manifest_to_json(manifest), metadata)
     return Path(store)
+
+
+def plan_conversion(
+    checkpoint: Checkpoint, experts_codec: Codec, linears_codec: Codec
+) -> tuple[list[PlannedFile], list[Callable[[], Payload]]]:
+    """The files of the store to be, and what makes the bytes of each of their blobs, in order."""
+    dense = _dense_jobs(checkpoint, linears_codec)
+    experts = _expert_jobs(checkpoint, experts_codec)
+    files = plan_files("dense", (b for b, _ in dense)) + plan_files("experts", (b for b, _ in experts))
+    return files, [job for _, job in dense + experts]
 
 
 def _expert_jobs(checkpoint: Checkpoint, codec: Codec) -> list[Job]:

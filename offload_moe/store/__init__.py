@@ -2,6 +2,6 @@
 
 from offload_moe.store.manifest import DenseEntry, Layer
 from offload_moe.store.progress import Progress
-from offload_moe.store.store import Record, Store, is_store
+from offload_moe.store.store import Piece, Record, Store, is_store
 
-__all__ = ["DenseEntry", "Layer", "Progress", "Record", "Store", "is_store"]
+__all__ = ["DenseEntry", "Layer", "Piece", "Progress", "Record", "Store", "is_store"]

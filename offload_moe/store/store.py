@@ -24,6 +24,19 @@ class Record:
     checksum: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A run of bytes with a checksum of its own; `name` says what it is."""
+
+    name: str
+    path: Path
+    place: Place
+
+    def check(self) -> None:
+        """Read and compare. Raises: StoreCorrupt, StoreError naming the file and the piece."""
+        check(self.path, self.place, self.name)
+
+
 def is_store(path: Path | str) -> bool:
     """Whether a finished store is there; `Store.open` says whether it is usable."""
     return (Path(path) / MANIFEST_NAME).is_file()
@@ -114,14 +127,20 @@ class Store:
         Raises: StoreCorrupt naming the first file and expert or tensor that differs.
         """
         report = progress or ignore_progress
-        total, done = sum(file.num_bytes for file in self._manifest.files), 0
+        pieces = list(self.pieces())
+        total, done = sum(piece.place.num_bytes for piece in pieces), 0
+        for piece in pieces:
+            piece.check()
+            done += piece.place.num_bytes
+            report(Progress(phase="Verifying", done_bytes=done, total_bytes=total))
+
+    def pieces(self) -> Iterator[Piece]:
+        """All of the store but its manifest: small files, headers, dense tensors, experts."""
         for file in self._manifest.metadata:
             whole = Place(file=0, offset=0, num_bytes=file.num_bytes, checksum=file.checksum)
-            check(self.path / file.name, whole, "the file")
-        for place, what in self._places():
-            check(self._file(place), place, what)
-            done += place.num_bytes
-            report(Progress(phase="Verifying", done_bytes=done, total_bytes=total))
+            yield Piece(name="the file", path=self.path / file.name, place=whole)
+        for place, name in self._places():
+            yield Piece(name=name, path=self._file(place), place=place)
 
     def _places(self) -> Iterator[tuple[Place, str]]:
         header_bytes = [file.num_bytes for file in self._manifest.files]
