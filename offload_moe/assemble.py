@@ -7,13 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offload_moe import kernels
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
+from offload_moe.checkpoint.linears import PROJECTIONS, projection_linears
 from offload_moe.checkpoint.skeleton import build_skeleton, load_config
-from offload_moe.dense import QuantLinear
+from offload_moe.dense import QuantLinear, quantize_linear, weight_shape
 from offload_moe.errors import StoreError
+from offload_moe.kernels.planes import Mode
 from offload_moe.moe.attach import detach_parameters
 from offload_moe.quant import get_codec
 from offload_moe.store import Store
+
+LOSSLESS = "bf16"
+CPU_DENSE_CODEC = "int8"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +46,15 @@ class DtypePlan:
         return torch.float32 if self._kept is not None and self._kept.search(name) else skeleton_dtype
 
 
-def assemble(store: Store, device: torch.device, dtype: torch.dtype) -> Assembled:
+def assemble(
+    store: Store, device: torch.device, dtype: torch.dtype, *, dense_codec: str | None = None, mode: Mode = "fast"
+) -> Assembled:
     """Build the model and load every dense weight, cast to the compute dtype, onto the device.
 
     The config is read anew for each model, so that two models of one store share nothing.
+
+    dense_codec: quantize the large projections and the output head that the store holds as numbers; None keeps them.
+    mode: of the native kernels under quantized linears.
 
     Raises:
         StoreError: the store does not hold what the model needs.
@@ -56,13 +67,19 @@ def assemble(store: Store, device: torch.device, dtype: torch.dtype) -> Assemble
     layers = find_experts(hf)
     _check_layers(store, layers)
     detach_parameters(layers)
+    to_quantize = projection_linears(hf).keys() if dense_codec else ()
     for entry, tensor in store.dense_tensors():
+        name = entry.name.removesuffix(".weight")
         if entry.quantized is not None:
-            linear = QuantLinear(tensor.to(device), entry.quantized, get_codec(store.dense_codec))
-            _replace(hf, entry.name.removesuffix(".weight"), linear)
+            linear = QuantLinear(tensor.to(device), entry.quantized, get_codec(store.dense_codec), mode=mode)
+            _replace(hf, name, linear)
+        elif dense_codec and name in to_quantize:
+            _replace(hf, name, quantize_linear(tensor, get_codec(dense_codec), mode=mode).to(device))
         else:
             _set_tensor(hf, entry.name, tensor, device, dtypes)
     hf.tie_weights()
+    if dense_codec:
+        _untie_head(hf, dense_codec, mode)
     hf.to(device)  # buffers the store does not hold, such as rotary frequencies
     stranded = [name for name, value in [*hf.named_parameters(), *hf.named_buffers()] if value.is_meta]
     if stranded:
@@ -82,6 +99,48 @@ def load_tokenizer(store: Store) -> Any:
         return AutoTokenizer.from_pretrained(store.path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError):  # what transformers raises for absent or foreign files
         return None
+
+
+def dense_codec_in_memory(store: Store, chosen: str | None, device: torch.device) -> str | None:
+    """What the large projections are quantized to while they load; None leaves them as the store has them.
+
+    The CPU reads an fp32 copy of a bf16 weight at 4 bytes per token, an int8 record at 1. A store whose experts are
+    lossless stays lossless.
+    """
+    is_lossless = store.codec == LOSSLESS or (chosen or CPU_DENSE_CODEC) == LOSSLESS
+    if device.type != "cpu" or store.dense_codec != LOSSLESS or is_lossless or not kernels.available():
+        return None
+    return chosen or CPU_DENSE_CODEC
+
+
+def loaded_dense_bytes(store: Store, dtype: torch.dtype, dense_codec: str | None) -> int:
+    """Dense weights as `assemble` will leave them in memory."""
+    total = 0
+    for entry in store.dense.values():
+        name = entry.name.removesuffix(".weight").rpartition(".")[2]
+        if entry.quantized or not entry.dtype.is_floating_point:
+            total += entry.place.num_bytes
+        elif dense_codec and name in PROJECTIONS and len(entry.shape) == 2:
+            total += get_codec(dense_codec).layout(weight_shape(*entry.shape)).num_bytes
+        else:
+            total += entry.place.num_bytes * dtype.itemsize // entry.dtype.itemsize
+    return total + (_head_copy_bytes(store, dense_codec) if dense_codec else 0)
+
+
+def _head_copy_bytes(store: Store, dense_codec: str) -> int:
+    """The quantized copy of a tied embedding: a model without a head of its own in the store."""
+    embeddings = [entry for entry in store.dense.values() if entry.name.endswith("embed_tokens.weight")]
+    if not embeddings or any(entry.name.endswith("lm_head.weight") for entry in store.dense.values()):
+        return 0
+    return get_codec(dense_codec).layout(weight_shape(*embeddings[0].shape)).num_bytes
+
+
+def _untie_head(hf: Any, dense_codec: str, mode: Mode) -> None:
+    """Multiply with a quantized copy of a tied embedding: reading all of it for every token costs more."""
+    head, embedding = hf.get_output_embeddings(), hf.get_input_embeddings()
+    if type(head) is nn.Linear and head.weight is getattr(embedding, "weight", None):
+        name = next(name for name, module in hf.named_modules() if module is head)
+        _replace(hf, name, quantize_linear(head.weight, get_codec(dense_codec), mode=mode))
 
 
 def _generation_config(store: Store, hf: Any) -> Any:
@@ -114,7 +173,7 @@ def _set_tensor(hf: Any, name: str, tensor: Tensor, device: torch.device, dtypes
 def _replace(hf: Any, name: str, linear: QuantLinear) -> None:
     owner, leaf = _owner(hf, name)
     old = getattr(owner, leaf)
-    if old.bias is not None:
+    if old.bias is not None and not linear.shape.biases:  # else the record holds it
         linear.bias = old.bias
     setattr(owner, leaf, linear)
 

@@ -5,7 +5,10 @@ from torch import Tensor, nn
 
 from offload_moe import kernels
 from offload_moe.kernels.device import record_linear
-from offload_moe.quant import Codec, ExpertShape
+from offload_moe.kernels.planes import Mode
+from offload_moe.quant import Codec, ExpertShape, Matrix
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class QuantLinear(nn.Module):
@@ -18,18 +21,19 @@ class QuantLinear(nn.Module):
     record: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, record: Tensor, shape: ExpertShape, codec: Codec) -> None:
+    def __init__(self, record: Tensor, shape: ExpertShape, codec: Codec, *, mode: Mode = "fast") -> None:
         """shape: one matrix named `weight`, and a bias named `bias` where the record holds one.
 
-        A layer whose bias is kept outside the record sets `bias` afterwards.
+        A layer whose bias is kept outside the record sets `bias` afterwards. mode: of the native kernel.
         """
         super().__init__()
         self.register_buffer("record", record, persistent=False)
         self.register_parameter("bias", None)
         self.in_features = shape.matrices[0].in_features
         self.out_features = shape.matrices[0].out_features
-        self._shape = shape
-        self._codec = codec
+        self.shape = shape
+        self.codec = codec
+        self.mode: Mode = mode
         self._kernel: kernels.LinearKernel | None = None
         if kernels.available() and kernels.unsupported_reason(codec.name, shape) is None:
             self._kernel = kernels.LinearKernel(codec.name, [shape], [codec.layout(shape)])
@@ -37,14 +41,34 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K] -> [..., O]`` in the dtype of `x`."""
         rows = x.reshape(-1, self.in_features)
-        if rows.is_cpu and self._kernel is not None and rows.dtype in (torch.float32, torch.bfloat16):
+        if self._kernel is not None and rows.is_cpu and rows.dtype in KERNEL_DTYPES:
             out = torch.empty(rows.shape[0], self.out_features, dtype=rows.dtype)
-            self._kernel.forward(rows.contiguous(), [self.record], [out])
+            self._kernel.forward(rows.contiguous(), [self.record], [out], mode=self.mode)
         else:
-            out = record_linear(rows, self.record, self._shape, self._codec, "weight")
+            out = record_linear(rows, self.record, self.shape, self.codec, "weight")
         if self.bias is not None:
             out += self.bias
         return out.view(*x.shape[:-1], self.out_features)
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the native kernels read its record, on the CPU."""
+        return self._kernel is not None and self.record.is_cpu
+
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, codec={self._codec.name}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, codec={self.codec.name}"
+
+
+def quantize_linear(weight: Tensor, codec: Codec, *, mode: Mode = "fast") -> QuantLinear:
+    """A linear layer of a weight ``[O, K]``, quantized now. Its bias, if it has one, stays outside the record.
+
+    Raises: CheckpointError when a weight is not finite.
+    """
+    shape = weight_shape(*weight.shape)
+    record = codec.encode(shape, {"weight": weight})
+    return QuantLinear(record[: codec.layout(shape).num_bytes].clone(), shape, codec, mode=mode)
+
+
+def weight_shape(out_features: int, in_features: int) -> ExpertShape:
+    """The record shape of one linear layer without its bias."""
+    return ExpertShape(matrices=(Matrix(name="weight", out_features=out_features, in_features=in_features),))

@@ -9,11 +9,19 @@ import psutil
 import torch
 
 from offload_moe import generate as generation
-from offload_moe.assemble import Assembled, assemble, load_tokenizer
+from offload_moe.assemble import (
+    LOSSLESS,
+    Assembled,
+    assemble,
+    dense_codec_in_memory,
+    load_tokenizer,
+    loaded_dense_bytes,
+)
 from offload_moe.budget import plan_slots
 from offload_moe.chat import ChatSession
 from offload_moe.chat.sampling import SamplingArguments
 from offload_moe.generate import Prompt
+from offload_moe.lean import make_lean
 from offload_moe.moe.arithmetic import choose_arithmetic
 from offload_moe.moe.attach import BoundExperts, attach
 from offload_moe.moe.contract import ExpertsContract
@@ -91,12 +99,13 @@ def load(
     vram: str | int | None = None,
     ram: str | int | None = None,
     codec: str = "nf4",
-    dense_codec: str = "bf16",
+    dense_codec: str | None = None,
     policy: str = DEFAULT_POLICY,
     device: str | None = None,
     dtype: torch.dtype | None = None,
     exact: bool = False,
     prefetch: int = DEFAULT_DEPTH,
+    lean: bool = True,
     revision: str | None = None,
     token: str | None = None,
     progress: Report = silent,
@@ -106,9 +115,12 @@ def load(
     A checkpoint is converted to a store in the user's cache folder first, once. `codec` and `dense_codec` are for that
     conversion; a store keeps its own.
 
+    dense_codec: None keeps dense weights in bf16 on disk; the CPU then computes its large projections in int8, unless
+    `codec` or the store is bf16 throughout or `exact` is asked for. "bf16" keeps them as they are everywhere.
     vram, ram: sizes such as ``"10GiB"`` that the process may use; None takes 90% of what is free.
     device: None takes the accelerator when there is one. dtype: None takes bf16 on a device, fp32 on the CPU.
     exact: CPU kernels keep activations in full precision, slower.
+    lean: decode steps without the detours of the model's own code, see `offload_moe.lean`.
     prefetch: MoE layers to look ahead; 0 turns prefetch off. It also turns itself off while it does not pay.
 
     Raises:
@@ -118,21 +130,23 @@ def load(
     ram_bytes = None if ram is None else parse_size(ram)
     vram_bytes = None if vram is None else parse_size(vram)
     where = compute_device(device)
-    path = ensure_store(source, codec=codec, dense_codec=dense_codec, revision=revision, token=token, report=report)
+    on_disk = dense_codec or LOSSLESS
+    path = ensure_store(source, codec=codec, dense_codec=on_disk, revision=revision, token=token, report=report)
     store = Store.open(path)
     report("Planning memory")
+    in_memory = None if exact else dense_codec_in_memory(store, dense_codec, where)
     compute_dtype = dtype or _default_dtype(where)
     has_device = where.type != "cpu"
     plan = plan_slots(
         num_records=sum(layer.num_experts for layer in store.layers),
         slot_bytes=max(layer.record_bytes for layer in store.layers),
-        dense_bytes=_loaded_dense_bytes(store, compute_dtype),
+        dense_bytes=loaded_dense_bytes(store, compute_dtype, in_memory),
         ram=ram_bytes,
         vram=vram_bytes,
         free_vram=free_device_memory(where) if has_device else None,
     )
     report("Loading dense weights")
-    assembled = assemble(store, where, compute_dtype)
+    assembled = assemble(store, where, compute_dtype, dense_codec=in_memory, mode="exact" if exact else "fast")
     pools = Pools(
         num_layers=len(store.layers),
         num_experts=store.num_experts,
@@ -146,6 +160,8 @@ def load(
         pools, lambda arena: DiskMover(arena, lambda key: store.record(*divmod(key, store.num_experts))), copier
     )
     attach_experts(assembled, store, hierarchy, where, is_exact=exact, prefetch=prefetch)
+    if lean:
+        make_lean(assembled.hf, is_exact=exact or store.codec == LOSSLESS)
     return Model(store, assembled, load_tokenizer(store), hierarchy)
 
 
@@ -166,16 +182,6 @@ def attach_experts(
             BoundExperts(ordinal, layer.num_experts, hierarchy.scheduler, hierarchy.record_of, arithmetic, lookahead)
         )
     attach(assembled.layers, bound)
-
-
-def _loaded_dense_bytes(store: Store, dtype: torch.dtype) -> int:
-    """Dense weights as they will lie in memory: records as they are, tensors in the compute dtype."""
-    return sum(
-        entry.place.num_bytes
-        if entry.quantized or not entry.dtype.is_floating_point
-        else entry.place.num_bytes * dtype.itemsize // entry.dtype.itemsize
-        for entry in store.dense.values()
-    )
 
 
 def _default_dtype(device: torch.device) -> torch.dtype:

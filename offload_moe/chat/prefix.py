@@ -9,6 +9,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from offload_moe.chat.template import common_prefix
+from offload_moe.lean.cache import RoomyLayer
 
 Reuse = Literal["nothing cached", "continued", "cropped", "snapshot", "recomputed", "not supported"]
 
@@ -148,7 +149,7 @@ def _new_cache(hf: PreTrainedModel) -> DynamicCache:
 
 
 def _is_plain(layer: CacheLayerMixin) -> bool:
-    return type(layer) in (DynamicLayer, DummyLayer)
+    return type(layer) in (DynamicLayer, RoomyLayer, DummyLayer)
 
 
 def _can_crop(layer: CacheLayerMixin) -> bool:

@@ -39,9 +39,12 @@ FAMILIES: dict[str, dict[str, object]] = {
 }
 
 
-def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A model in fp32 whose every weight is exact in bf16, large enough in scale that outputs differ between tokens."""
-    config = AutoConfig.for_model(family, **(COMMON | FAMILIES[family]))
+def tiny_model(family: str, seed: int = 0, **settings: object) -> PreTrainedModel:
+    """A model in fp32 whose every weight is exact in bf16, large enough in scale that outputs differ between tokens.
+
+    settings: of the config, over those of `FAMILIES`.
+    """
+    config = AutoConfig.for_model(family, **(COMMON | FAMILIES.get(family, {}) | settings))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
     for name, parameter in model.named_parameters():

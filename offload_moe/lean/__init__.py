@@ -1,0 +1,44 @@
+"""A lean token: what transformers' own code spends per layer on small operations, spent once or not at all.
+
+No model code is copied and nothing is compiled at run time. Each optimisation recognizes the modules it fits by probing
+what they compute, replaces a forward of that instance or the module, and leaves everything else as it is.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import Cache, PreTrainedModel
+
+from offload_moe.lean.cache import give_room
+from offload_moe.lean.mlp import fuse_mlps
+from offload_moe.lean.norm import fuse_norms
+from offload_moe.lean.shorten import shorten_attention
+
+__all__ = ["Lean", "make_lean"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lean:
+    """How many modules each optimisation recognized."""
+
+    num_norms: int
+    num_mlps: int
+    num_attentions: int
+
+
+def make_lean(hf: PreTrainedModel, *, is_exact: bool) -> Lean:
+    """Make the decode steps of a loaded model cheaper, in place.
+
+    is_exact: only what gives the same bits. Otherwise results may differ by the rounding of the dtype.
+    """
+    num_mlps = fuse_mlps(hf)
+    num_norms = fuse_norms(hf, is_exact=is_exact)
+    num_attentions = shorten_attention(hf, is_exact=is_exact)
+    hf.get_decoder().register_forward_pre_hook(_give_room, with_kwargs=True)
+    return Lean(num_norms=num_norms, num_mlps=num_mlps, num_attentions=num_attentions)
+
+
+def _give_room(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, Cache):
+        give_room(cache)

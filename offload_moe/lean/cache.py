@@ -1,0 +1,84 @@
+"""A key/value cache with room to grow: a decode step writes one row instead of copying all earlier ones.
+
+Shapes: B batch, N key/value heads, S cached tokens, C capacity, D head dim.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+GROWTH = 1.25
+STEP = 128  # tokens; capacities are multiples of it
+
+
+class RoomyLayer(DynamicLayer):
+    """transformers' growing layer whose keys and values are the beginnings of larger tensors.
+
+    Everything else (crop, reorder, select) is inherited: those replace `keys` by another tensor or by a shorter view,
+    and the next update sees whether it still lies at the beginning of the room.
+    """
+
+    keys: Tensor
+    values: Tensor
+    _room: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, layer: DynamicLayer) -> "RoomyLayer":
+        """The same contents; the old layer must not be used any more."""
+        roomy = cls()
+        roomy.__dict__.update(layer.__dict__)
+        return roomy
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append ``[B, N, T, D]``; returns all keys and values, ``[B, N, S + T, D]``."""
+        if key_states.requires_grad:  # a gradient must not see its input overwritten
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.keys.shape[-2] if self.keys.dim() == 4 else 0
+        total = length + key_states.shape[-2]
+        room = self._room
+        if room is None or total > room[0].shape[2] or not _begins(self.keys, room[0]):
+            self._room = room = self._make_room(key_states, value_states, length, total)
+        for place, new in zip(room, (key_states, value_states), strict=True):
+            place[:, :, length:total] = new
+        self.keys, self.values = room[0][:, :, :total], room[1][:, :, :total]
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        self._room = None
+        super().reset()
+
+    def _make_room(self, key_states: Tensor, value_states: Tensor, length: int, total: int) -> tuple[Tensor, Tensor]:
+        capacity = -(-int(total * GROWTH) // STEP) * STEP
+        places = []
+        for old, new in ((self.keys, key_states), (self.values, value_states)):
+            place = new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3])
+            if length:
+                place[:, :, :length] = old
+            places.append(place)
+        return places[0], places[1]
+
+
+def give_room(cache: Cache) -> None:
+    """Let every plain growing layer of a cache, and those it will add, grow in place."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = RoomyLayer.of(layer)
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = RoomyLayer
+
+
+def _begins(view: Tensor, room: Tensor) -> bool:
+    """Whether `view` is the beginning of `room` (a cropped view is; a copy for another batch is not)."""
+    is_writable = not room.is_inference() or torch.is_inference_mode_enabled()
+    return (
+        is_writable
+        and view.data_ptr() == room.data_ptr()
+        and view.stride() == room.stride()
+        and view.shape[:2] == room.shape[:2]
+        and view.dtype == room.dtype
+    )

@@ -1,0 +1,57 @@
+"""RMS norms in one call of torch's own function.
+
+Six operations become one. In fp32 the results are the same bits; in 16-bit formats torch rounds once where the modules
+round twice.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from offload_moe.lean.probe import agree, probes
+
+
+class FusedRMSNorm:
+    """The forward of one RMS norm module, ``[..., H] -> [..., H]``."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._weight = weight
+        self._shape = list(weight.shape)
+        self._eps = eps
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        return functional.rms_norm(hidden_states, self._shape, self._weight, self._eps)
+
+
+def fuse_norms(model: nn.Module, *, is_exact: bool) -> int:
+    """Give every RMS norm of the model the fused forward. Returns how many were recognized."""
+    num_fused = 0
+    for module in model.modules():
+        fused = _fused(module, is_exact=is_exact)
+        if fused is not None:
+            module.forward = fused
+            num_fused += 1
+    return num_fused
+
+
+@torch.inference_mode()
+def _fused(module: nn.Module, *, is_exact: bool) -> FusedRMSNorm | None:
+    parameters = dict(module.named_parameters())
+    if list(parameters) != ["weight"] or parameters["weight"].dim() != 1 or list(module.children()):
+        return None
+    weight = parameters["weight"]
+    for eps in (value for value in vars(module).values() if isinstance(value, float)):
+        fused = FusedRMSNorm(weight, eps)
+        if all(
+            _same(module, fused, x, is_exact=is_exact) for x in probes((3, len(weight)), weight.dtype, weight.device)
+        ):
+            return fused
+    return None
+
+
+def _same(module: nn.Module, fused: FusedRMSNorm, x: Tensor, *, is_exact: bool) -> bool:
+    try:
+        expected = module.forward(x)
+    except TypeError:  # it wants more than a hidden state: not a plain norm
+        return False
+    return isinstance(expected, Tensor) and agree(fused(x), expected, is_exact=is_exact)

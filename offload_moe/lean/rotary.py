@@ -1,0 +1,39 @@
+"""Rotary position embeddings of one decode step: prepared once per token, applied in three operations.
+
+``x * cos + rotate_half(x) * sin`` is ``x * cos + roll(x) * signed_sin``: the same products and the same sum, so the
+same bits. Shapes: B batch, N heads, D rotated dims.
+"""
+
+from torch import Tensor, cat
+
+
+class StepRotary:
+    """Shared by the attention modules of one model, which all get the same cos and sin in one forward.
+
+    is_half: the model's cos and sin are made for one half of the rotated dims (gpt-oss), not for both.
+    """
+
+    def __init__(self, *, is_half: bool) -> None:
+        self._is_half = is_half
+        self._prepared: tuple[object, Tensor, Tensor] = (None, Tensor(), Tensor())
+
+    def prepare(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """cos and sin ``[B, 1, D]``, or ``[B, 1, D / 2]`` -> cos and signed sin, ``[B, 1, 1, D]``."""
+        owner, cos, signed_sin = self._prepared
+        if owner is not position_embeddings:
+            cos, sin = position_embeddings
+            if self._is_half:
+                cos, first, second = cat((cos, cos), -1), sin, sin
+            else:
+                first, second = sin.chunk(2, dim=-1)
+            cos, signed_sin = cos.unsqueeze(1), cat((-first, second), -1).unsqueeze(1)
+            self._prepared = (position_embeddings, cos, signed_sin)
+        return cos, signed_sin
+
+
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """``[B, N, 1, D]`` with the halves of its last dimension rotated; dimensions beyond those of cos pass through."""
+    rotated_dims = cos.shape[-1]
+    if rotated_dims == x.shape[-1]:
+        return (x * cos).add_(x.roll(rotated_dims // 2, -1).mul_(signed_sin))
+    return cat((rotate(x[..., :rotated_dims], cos, signed_sin), x[..., rotated_dims:]), -1)

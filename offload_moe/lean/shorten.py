@@ -1,0 +1,105 @@
+"""Which attention modules take the short decode step: those that have its parts and whose results it gives."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from offload_moe.lean.attention import DecodeAttention
+from offload_moe.lean.probe import agree, probes
+from offload_moe.lean.projections import NAMES
+from offload_moe.lean.rotary import StepRotary
+
+CHILDREN = frozenset({*NAMES, "o_proj", "q_norm", "k_norm"})
+PARAMETERS = frozenset({"sinks"})
+ATTRIBUTES = ("head_dim", "scaling", "layer_idx", "config")
+NUM_CACHED = 5
+
+PositionEmbeddings = tuple[Tensor, Tensor]
+
+
+def shorten_attention(model: nn.Module, *, is_exact: bool) -> int:
+    """Give every attention module that is recognized the short decode step. Returns how many."""
+    positions = _positions(model)
+    embeddings = _position_embeddings(model, positions)
+    if embeddings is None:
+        return 0
+    num_shortened = 0
+    rotaries = [StepRotary(is_half=False), StepRotary(is_half=True)]
+    for module in [module for module in model.modules() if _is_candidate(module)]:
+        for rotary in rotaries:
+            step = DecodeAttention(module, rotary)
+            if _agrees(module, step, embeddings, positions, is_exact=is_exact):
+                module.forward = step
+                num_shortened += 1
+                break
+    return num_shortened
+
+
+def _positions(model: Any) -> Tensor:
+    """``[2, 1]``: an early position, and the last one, where scaling by position would show."""
+    last = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 4096) - 1
+    return torch.tensor([[NUM_CACHED], [last]])
+
+
+@torch.inference_mode()
+def _position_embeddings(model: nn.Module, positions: Tensor) -> PositionEmbeddings | None:
+    """cos and sin ``[2, 1, D]`` of the model's one rotary embedding; None where it has none or several."""
+    rotaries = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
+    if len(rotaries) != 1:
+        return None
+    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    try:
+        embeddings = rotaries[0](torch.zeros(1, dtype=weight.dtype, device=weight.device), positions.to(weight.device))
+    except TypeError:  # it wants to know the layer's type: the model mixes embeddings
+        return None
+    is_plain = isinstance(embeddings, tuple) and len(embeddings) == 2 and embeddings[0].dim() == 3
+    return embeddings if is_plain else None
+
+
+def _is_candidate(module: Any) -> bool:
+    names = {name for name, _ in module.named_children()}
+    if not {*NAMES, "o_proj"} <= names <= CHILDREN or not set(module._parameters) <= PARAMETERS:
+        return False
+    if not all(hasattr(module, name) for name in ATTRIBUTES):
+        return False
+    has_interface = hasattr(sys.modules[type(module).__module__], "eager_attention_forward")
+    is_clipped = getattr(module.config, "clip_qkv", None) is not None
+    is_gated = module.q_proj.out_features != module.o_proj.in_features
+    return has_interface and not is_clipped and not is_gated
+
+
+@torch.inference_mode()
+def _agrees(
+    module: Any, step: DecodeAttention, embeddings: PositionEmbeddings, positions: Tensor, *, is_exact: bool
+) -> bool:
+    """Whether module and step give the same on two sequences over a short random context, with and without a mask."""
+    device, dtype = embeddings[0].device, embeddings[0].dtype
+    mask = torch.zeros(2, 1, 1, NUM_CACHED + 1, device=device, dtype=dtype)
+    mask[1, :, :, :2] = torch.finfo(dtype).min
+    for hidden in probes((2, 1, module.q_proj.in_features), dtype, device):
+        for each_mask in (None, mask):
+            outs = [
+                forward(
+                    hidden_states=hidden,
+                    position_embeddings=embeddings,
+                    attention_mask=each_mask,
+                    past_key_values=_cache(module, hidden),
+                    position_ids=positions.to(device),
+                )[0]
+                for forward in (module.forward, step)
+            ]
+            if not agree(outs[1], outs[0], is_exact=is_exact):
+                return False
+    return True
+
+
+def _cache(module: Any, hidden: Tensor) -> DynamicCache:
+    """A few random keys and values in the module's own layer."""
+    cache = DynamicCache()
+    num_heads = module.k_proj.out_features // module.head_dim
+    keys, values, *_ = probes((2, num_heads, NUM_CACHED, module.head_dim), hidden.dtype, hidden.device)
+    cache.update(keys, values, module.layer_idx)
+    return cache

@@ -1,0 +1,144 @@
+"""A lean model against the same one in transformers' own code: prompts and decode steps, padded batches, all grades."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
+from torch import Tensor
+
+from offload_moe import load
+from offload_moe.lean.attention import DecodeAttention
+from offload_moe.lean.cache import RoomyLayer
+from offload_moe.lean.mlp import FusedMLP
+from offload_moe.lean.norm import FusedRMSNorm
+from offload_moe.model import Model
+
+SHARED = {
+    "qwen2_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "decoder_sparse_step": 2,
+        "qkv_bias": True,
+        "tie_word_embeddings": True,
+    }
+}
+ALL = sorted({*FAMILIES, *SHARED})
+STEPS = 6
+ROUNDING = 1e-4  # fp32, another order of additions
+# Rounding of an activation to int8 elsewhere by one step; see the decision on the lean token.
+INT8_ROUNDING = 5e-2
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A saved tiny checkpoint per family, in bf16, and a cache for its stores."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    for family in ALL:
+        tiny_model(family, **SHARED.get(family, {})).to(torch.bfloat16).save_pretrained(root / family)
+    return {family: root / family for family in ALL}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@torch.inference_mode()
+def logits_of(model: Model, batch: int) -> Tensor:
+    """Logits of a prompt's last token and of decode steps with given tokens, ``[batch, 1 + STEPS, V]``."""
+    ids, mask = tiny_prompt(batch, 9)
+    out = model.hf(input_ids=ids, attention_mask=mask, use_cache=True)
+    logits = [out.logits[:, -1:]]
+    for step in range(STEPS):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        tokens = torch.full((batch, 1), 5 + step)
+        positions = mask.sum(dim=1, keepdim=True) - 1
+        out = model.hf(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
+        logits.append(out.logits)
+    return torch.cat(logits, dim=1)
+
+
+def distance(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_a_lossless_model_keeps_its_bits(family: str, checkpoints: dict[str, Path]) -> None:
+    with load(checkpoints[family], codec="bf16", lean=False) as plain, load(checkpoints[family], codec="bf16") as lean:
+        assert not counts(plain.hf)
+        assert counts(lean.hf)["FusedRMSNorm"]
+        for batch in (1, 3):
+            expected = logits_of(plain, batch)
+            assert expected.abs().max() > 0.1
+            assert torch.equal(logits_of(lean, batch), expected)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_a_quantized_model_stays_within_rounding(family: str, checkpoints: dict[str, Path]) -> None:
+    with load(checkpoints[family], lean=False) as plain, load(checkpoints[family]) as lean:
+        for batch in (1, 3):
+            assert distance(logits_of(lean, batch), logits_of(plain, batch)) < INT8_ROUNDING
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_an_exact_model_stays_within_rounding(family: str, checkpoints: dict[str, Path]) -> None:
+    with (
+        load(checkpoints[family], dense_codec="int8", exact=True, lean=False) as plain,
+        load(checkpoints[family], dense_codec="int8", exact=True) as lean,
+    ):
+        for batch in (1, 3):
+            assert distance(logits_of(lean, batch), logits_of(plain, batch)) < ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("mixtral", {"DecodeAttention": 3, "FusedRMSNorm": 7}),
+        ("qwen3_moe", {"DecodeAttention": 3, "FusedRMSNorm": 13}),
+        ("gpt_oss", {"DecodeAttention": 3, "FusedRMSNorm": 7}),
+        ("qwen2_moe", {"DecodeAttention": 3, "FusedRMSNorm": 7, "FusedMLP": 3}),
+        ("deepseek_v3", {"FusedRMSNorm": 13, "FusedMLP": 3}),
+    ],
+)
+def test_every_family_gets_what_fits_it(family: str, expected: dict[str, int], checkpoints: dict[str, Path]) -> None:
+    with load(checkpoints[family]) as model:
+        assert counts(model.hf) == expected
+
+
+def counts(hf: torch.nn.Module) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for module in hf.modules():
+        for part in (module, vars(module).get("forward")):
+            if isinstance(part, DecodeAttention | FusedRMSNorm | FusedMLP):
+                found[type(part).__name__] = found.get(type(part).__name__, 0) + 1
+    return found
+
+
+def test_generate_fills_a_cache_with_room(checkpoints: dict[str, Path]) -> None:
+    ids, mask = tiny_prompt(3, 9)
+    with load(checkpoints["mixtral"]) as lean, load(checkpoints["mixtral"], lean=False) as plain:
+        results = [
+            model.hf.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=8,
+                do_sample=False,
+                eos_token_id=None,
+                disable_compile=True,
+                return_dict_in_generate=True,
+            )
+            for model in (lean, plain)
+        ]
+    assert torch.equal(results[0].sequences, results[1].sequences)
+    assert all(type(layer) is RoomyLayer for layer in results[0].past_key_values.layers)
