@@ -23,6 +23,12 @@ FILES = plan_files("dense", DENSE) + plan_files("experts", EXPERTS, file_bytes=3
 BLOBS = [blob for file in FILES for blob in file.blobs]
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Syncs are counted and interrupted here; what they do is the kernel's affair."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 class Killed(BaseException):
     """What no handler of ours may catch, as with SIGKILL."""
 
