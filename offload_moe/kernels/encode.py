@@ -39,7 +39,9 @@ def encode_int8(rows: Tensor) -> dict[str, Tensor]:
 
 def _blocks_of(rows: Tensor) -> tuple[Tensor, int]:
     if rows.device.type != "cpu" or rows.dim() != 2 or rows.shape[1] % BLOCK:
-        raise ConfigError(f"Cannot encode {tuple(rows.shape)} on {rows.device}: rows of a multiple of {BLOCK} on the CPU.")
+        raise ConfigError(
+            f"Cannot encode {tuple(rows.shape)} on {rows.device}: rows of a multiple of {BLOCK} on the CPU."
+        )
     values = rows.float() if rows.dtype == torch.float16 else rows
     if values.dtype not in DTYPES:
         raise ConfigError(f"Cannot encode {rows.dtype}: fp32, bf16 or fp16 expected.")

@@ -169,14 +169,17 @@ static float encode_nf4_block(const float *values, uint8_t *codes) {
     const float absmax = absmax_of(values, OM_BLOCK);
     const float inverse = 1.0f / (absmax < 1e-38f ? 1e-38f : absmax);
     float scaled[OM_BLOCK];
-    int32_t counts[OM_BLOCK] = {0};
+    float boundaries[15];
+    int32_t counts[OM_BLOCK];
     for (int i = 0; i < OM_BLOCK; i++) {
         const float value = values[i] * inverse, raised = value < -1.0f ? -1.0f : value;
         scaled[i] = raised > 1.0f ? 1.0f : raised;
     }
-    for (int k = 0; k < 15; k++) {
-        const float boundary = (om_nf4_values[k] + om_nf4_values[k + 1]) / 2.0f;
-        for (int i = 0; i < OM_BLOCK; i++) counts[i] += !(boundary >= scaled[i]);
+    for (int k = 0; k < 15; k++) boundaries[k] = (om_nf4_values[k] + om_nf4_values[k + 1]) / 2.0f;
+    for (int i = 0; i < OM_BLOCK; i++) {
+        int32_t count = 0;
+        for (int k = 0; k < 15; k++) count += !(boundaries[k] >= scaled[i]);
+        counts[i] = count;
     }
     for (int i = 0; i < OM_BLOCK / 2; i++) codes[i] = (uint8_t)(counts[2 * i] << 4 | counts[2 * i + 1]);
     return absmax;

@@ -55,19 +55,23 @@ OM_EXPORT void om_encode_int8(const void *values, int32_t dtype, int64_t num_blo
     encode(&job);
 }
 
-/* The entry nearest to a value, the lower one of two that are equally near. Source: bitsandbytes, csrc/cpu_ops.cpp. */
-static uint8_t nearest_dynamic(float value) {
-    int low = 0, high = 256; /* the first entry that is not below the value */
-    while (low < high) {
-        const int middle = (low + high) / 2;
-        if (om_dynamic_map[middle] < value)
-            low = middle + 1;
-        else
-            high = middle;
+/* bitsandbytes rounds to a grid of 65536 points first and takes the map's entry nearest to the point. */
+#define GRID 65536
+static uint8_t grid_codes[GRID];
+
+__attribute__((constructor)) static void fill_grid(void) {
+    int code = 0;
+    for (int i = 0; i < GRID; i++) {
+        const float point = -1.0f + (2.0f * (float)i) / (GRID - 1);
+        while (code < 255 && 0.5f * (om_dynamic_map[code] + om_dynamic_map[code + 1]) < point) code++;
+        grid_codes[i] = (uint8_t)code;
     }
-    if (low == 0) return 0;
-    if (low == 256) return 255;
-    return (uint8_t)(value - om_dynamic_map[low - 1] <= om_dynamic_map[low] - value ? low - 1 : low);
+}
+
+static uint8_t nested_code(float value) {
+    const float raised = value > -1.0f ? value : -1.0f; /* a NaN too */
+    const float clamped = raised < 1.0f ? raised : 1.0f;
+    return grid_codes[(int)((clamped + 1.0f) * 0.5f * (GRID - 1) + 0.5f)];
 }
 
 /* absmax minus offset -> 8-bit codes with a scale per 256. */
@@ -78,6 +82,6 @@ OM_EXPORT void om_encode_nested(const float *absmax, float offset, int64_t count
         for (int64_t i = first; i < end; i++) largest = fmaxf(largest, fabsf(absmax[i] - offset));
         scales[first / NESTED_BLOCK] = largest;
         const float inverse = 1.0f / largest;
-        for (int64_t i = first; i < end; i++) codes[i] = nearest_dynamic((absmax[i] - offset) * inverse);
+        for (int64_t i = first; i < end; i++) codes[i] = largest == 0.0f ? 0 : nested_code((absmax[i] - offset) * inverse);
     }
 }

@@ -1,0 +1,51 @@
+"""Any size, any batch, any number of threads: the fast and exact kernels stay near fp64 and near each other's sets."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload_moe import kernels
+from offload_moe.quant import ExpertShape, Matrix, get_codec
+from tests.support.kernels import SETS, needs_kernels
+
+pytestmark = needs_kernels
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 150),
+    columns=st.integers(1, 300),
+    num_tokens=st.integers(1, 20),
+    threads=st.integers(1, 4),
+    codec=st.sampled_from(["nf4", "int8"]),
+    instruction_set=st.sampled_from(SETS or [""]),
+)
+def test_linear_of_any_size(
+    rows: int, columns: int, num_tokens: int, threads: int, codec: str, instruction_set: str
+) -> None:
+    generator = torch.Generator().manual_seed(rows * 1000 + columns)
+    shape = ExpertShape(matrices=(Matrix(name="weight", out_features=rows, in_features=columns),))
+    coder = get_codec(codec)
+    record = coder.encode(shape, {"weight": torch.randn(rows, columns, generator=generator)})
+    weight = coder.decode(shape, record, torch.float32)["weight"].double()
+    x = torch.randn(num_tokens, columns, generator=generator)
+    kernel = kernels.LinearKernel(codec, [shape], [coder.layout(shape)])
+    out = torch.empty(num_tokens, rows)
+    before = kernels.num_threads()
+    kernels.select_instruction_set(instruction_set)
+    kernels.set_threads(threads)
+    try:
+        expected = x.double() @ weight.T
+        size = x.double().abs() @ weight.T.abs()  # a result may cancel; the error is bounded by what was added up
+        for mode, bound in (("exact", 1e-6), ("fast", 0.03)):
+            kernel.forward(x, [record], [out], mode=mode)
+            assert ((out - expected).abs() <= bound * size + 1e-12).all()
+    finally:
+        kernels.select_instruction_set(None)
+        kernels.set_threads(before)
+
+
+def test_threads_are_bounded() -> None:
+    with pytest.raises(kernels.native.ConfigError, match="cannot use 0 threads"):
+        kernels.set_threads(0)

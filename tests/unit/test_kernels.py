@@ -1,0 +1,198 @@
+"""Native kernels against fp64 on the decoded weights: every kernel set, codec, mode and batch size."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tests.support.kernels import SETS, Experts, make_experts, needs_kernels, reference, relative_error, route
+from torch import Tensor
+
+from offload_moe import kernels
+from offload_moe.errors import ConfigError
+from offload_moe.quant import CODECS, ExpertShape, Matrix, get_codec
+
+pytestmark = needs_kernels
+
+EXACT_ERROR = 1e-6
+FAST_ERROR = 0.025  # int8 activations twice and, for nf4, 8-bit levels: 1.6% on these sizes
+QUANTIZED = [name for name in ("nf4", "int8", "mxfp4") if name in CODECS]
+
+
+@pytest.fixture(autouse=True)
+def _restore() -> Iterator[None]:
+    threads = kernels.num_threads()
+    yield
+    kernels.select_instruction_set(None)
+    kernels.set_threads(threads)
+
+
+def run(experts: Experts, x: Tensor, *, mode: str = "exact", activation: str = "silu") -> Tensor:
+    kernel = kernels.ExpertKernel(experts.codec, experts.shape, experts.layout, activation=activation)
+    out = torch.full(x.shape, 9.0)
+    kernel.forward(x, experts.records, *route(len(x), len(experts.records)), out, mode=mode)
+    return out
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("codec", [*QUANTIZED, "bf16"])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(128, 64), (200, 97)])
+def test_layer_matches_fp64(instruction_set: str, codec: str, hidden: int, intermediate: int) -> None:
+    experts = make_experts(codec, hidden, intermediate)
+    kernels.select_instruction_set(instruction_set)
+    for num_tokens in (1, 2, 3, 5, 8, 9, 33):
+        x = torch.randn(num_tokens, hidden, generator=torch.Generator().manual_seed(num_tokens))
+        expected = reference(experts, x, route(num_tokens, 4))
+        assert expected.norm() > 0.1
+        assert relative_error(run(experts, x), expected) < EXACT_ERROR
+        assert relative_error(run(experts, x, mode="fast"), expected) < (EXACT_ERROR if codec == "bf16" else FAST_ERROR)
+
+
+@pytest.mark.parametrize("instruction_set", [name for name in SETS if name != "portable"])
+@pytest.mark.parametrize("codec", QUANTIZED)
+def test_fast_agrees_with_portable_far_below_its_own_error(instruction_set: str, codec: str) -> None:
+    experts = make_experts(codec, 192, 128)
+    x = torch.randn(9, 192, generator=torch.Generator().manual_seed(0))
+    kernels.select_instruction_set("portable")
+    expected = run(experts, x, mode="fast").double()
+    kernels.select_instruction_set(instruction_set)
+    assert relative_error(run(experts, x, mode="fast"), expected) < 1e-3  # a rounding of the hidden state may flip
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_bits_depend_neither_on_threads_nor_on_the_batch(mode: str) -> None:
+    experts = make_experts("nf4", 320, 192, count=2)
+    x = torch.randn(200, 320, generator=torch.Generator().manual_seed(1))
+    results = []
+    for threads in (1, 2, 3):
+        kernels.set_threads(threads)
+        results.append(run(experts, x, mode=mode))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    alone = run(experts, x[:1].contiguous(), mode=mode)  # both experts take every token, with other weights
+    kernel = kernels.ExpertKernel("nf4", experts.shape, experts.layout, activation="silu")
+    batch = torch.empty(200, 320)
+    weights = route(1, 2)[2]
+    pairs = [token for _ in range(2) for token in range(200)]
+    kernel.forward(x, experts.records, [0, 200, 400], pairs, [w for w in weights for _ in range(200)], batch, mode=mode)
+    assert torch.equal(batch[:1], alone)
+
+
+def test_waves_add_up_to_the_same_bits() -> None:
+    experts = make_experts("nf4", 128, 64)
+    x = torch.randn(6, 128)
+    offsets, token_ids, weights = route(6, 4)
+    kernel = kernels.ExpertKernel("nf4", experts.shape, experts.layout, activation="silu")
+    out = torch.empty(6, 128)
+    for wave in (slice(0, 1), slice(1, 4)):
+        first, last = offsets[wave.start], offsets[wave.stop]
+        local = [offset - first for offset in offsets[wave.start : wave.stop + 1]]
+        kernel.forward(
+            x, experts.records[wave], local, token_ids[first:last], weights[first:last], out, accumulate=wave.start > 0
+        )
+    assert torch.equal(out, run(experts, x, mode="fast"))
+
+
+def test_swapped_nibbles_are_noticed() -> None:
+    experts = make_experts("nf4", 128, 64)
+    for record in experts.records:
+        for matrix in experts.shape.matrices:
+            codes = experts.layout.view(record, f"{matrix.name}.codes")
+            codes.copy_((codes << 4) | (codes >> 4))
+    x = torch.randn(2, 128)
+    assert relative_error(run(experts, x), reference(experts, x, route(2, 4))) > 0.1
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "relu2", "gpt_oss"])
+def test_activations(activation: str) -> None:
+    functions = {
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": lambda g: torch.nn.functional.gelu(g, approximate="tanh"),
+        "relu": torch.relu,
+        "relu2": lambda g: torch.relu(g).square(),
+    }
+    experts = make_experts("int8", 64, 64, count=1)
+    x = torch.randn(1, 64) * 20
+    parts = experts.decoded[0]
+    gate, up = (parts["gate_up_proj"] @ x[0].double() + parts["gate_up_proj_bias"]).chunk(2)
+    if activation == "gpt_oss":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        hidden = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    else:
+        hidden = functions[activation](gate) * up
+    kernel = kernels.ExpertKernel("int8", experts.shape, experts.layout, activation=activation)
+    out = torch.empty(1, 64)
+    kernel.forward(x, experts.records, [0, 1], [0], [1.0], out, mode="exact")
+    assert relative_error(out[0], parts["down_proj"] @ hidden + parts["down_proj_bias"]) < EXACT_ERROR
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_a_nan_reaches_the_result(mode: str) -> None:
+    experts = make_experts("nf4", 128, 64)
+    x = torch.randn(2, 128)
+    x[1, 5] = torch.nan
+    out = run(experts, x, mode=mode)
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+
+
+def test_bf16_in_and_out() -> None:
+    experts = make_experts("nf4", 128, 64)
+    x = torch.randn(3, 128).bfloat16()
+    kernel = kernels.ExpertKernel("nf4", experts.shape, experts.layout, activation="silu")
+    out = torch.empty(3, 128, dtype=torch.bfloat16)
+    kernel.forward(x, [r.data_ptr() for r in experts.records], *route(3, 4), out, mode="exact")
+    assert torch.equal(out, run(experts, x.float()).bfloat16())
+
+
+def test_no_pairs_give_zeros() -> None:
+    experts = make_experts("nf4", 128, 64, count=1)
+    kernel = kernels.ExpertKernel("nf4", experts.shape, experts.layout, activation="silu")
+    out = torch.ones(2, 128)
+    kernel.forward(torch.randn(2, 128), [], [0], [], [], out)
+    assert not out.any()
+
+
+def test_pairs_out_of_range_are_refused() -> None:
+    experts = make_experts("nf4", 128, 64, count=1)
+    kernel = kernels.ExpertKernel("nf4", experts.shape, experts.layout, activation="silu")
+    with pytest.raises(ConfigError, match="out of range"):
+        kernel.forward(torch.randn(2, 128), experts.records, [0, 1], [2], [1.0], torch.empty(2, 128))
+
+
+@pytest.mark.parametrize("codec", QUANTIZED)
+def test_several_linears_in_one_call(codec: str) -> None:
+    shapes = [
+        ExpertShape(
+            matrices=(Matrix(name="weight", out_features=rows, in_features=150),),
+            biases=(("bias", rows),) if rows == 70 else (),
+        )
+        for rows in (70, 5, 129)
+    ]
+    coder = get_codec(codec)
+    records = [
+        coder.encode(shape, {name: torch.randn(dims) * 0.1 for name, dims in shape.module_shapes().items()})
+        for shape in shapes
+    ]
+    kernel = kernels.LinearKernel(codec, shapes, [coder.layout(shape) for shape in shapes])
+    x = torch.randn(9, 150)
+    outs = [torch.empty(9, shape.matrices[0].out_features) for shape in shapes]
+    for mode, bound in (("exact", EXACT_ERROR), ("fast", FAST_ERROR)):
+        kernel.forward(x, records, outs, mode=mode)
+        for shape, record, out in zip(shapes, records, outs, strict=True):
+            parts = {name: value.double() for name, value in coder.decode(shape, record, torch.float32).items()}
+            assert relative_error(out, x.double() @ parts["weight"].T + parts.get("bias", 0.0)) < bound
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_computes_the_same() -> None:
+    experts = make_experts("nf4", 128, 64)
+    x = torch.randn(3, 128)
+    kernels.set_threads(3)
+    expected = run(experts, x)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(run(experts, x), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch.equal(run(experts, x), expected)

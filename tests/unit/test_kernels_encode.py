@@ -1,0 +1,53 @@
+"""Native quantization gives the bytes of bitsandbytes and of the int8 codec."""
+
+import pytest
+import torch
+from bitsandbytes.functional import get_4bit_type, quantize_4bit
+from tests.support.kernels import needs_kernels
+from torch import Tensor
+
+from offload_moe import kernels
+from offload_moe.quant.int8 import Int8Codec
+
+pytestmark = needs_kernels
+
+
+def boundaries() -> Tensor:
+    code = get_4bit_type("nf4", device="cpu")
+    middles = (code[1:] + code[:-1]) / 2
+    block = torch.zeros(64)
+    block[:15], block[15], block[16:31] = middles, 1.0, -middles
+    return block.repeat(4, 4)
+
+
+CASES = {
+    "random": torch.randn(96, 448, generator=torch.Generator().manual_seed(0)),
+    "many": torch.randn(1024, 512, generator=torch.Generator().manual_seed(1)),
+    "outliers": torch.randn(64, 512, generator=torch.Generator().manual_seed(2)) ** 5,
+    "constant": torch.full((8, 256), 0.3),
+    "zero": torch.zeros(16, 256),
+    "subnormal": torch.randn(8, 256, generator=torch.Generator().manual_seed(3)) * 1e-40,
+    "all scales": torch.randn(64, 256, generator=torch.Generator().manual_seed(4))
+    * torch.logspace(-30, 3, 64)[:, None],
+    "one block": torch.randn(1, 64, generator=torch.Generator().manual_seed(5)),
+    "boundaries": boundaries(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_nf4_has_the_bits_of_bitsandbytes(case: str, dtype: torch.dtype) -> None:
+    values = CASES[case].to(dtype)
+    packed, state = quantize_4bit(values, blocksize=64, compress_statistics=True, quant_type="nf4")
+    planes = kernels.encode_nf4(values)
+    assert torch.equal(planes["codes"].flatten(), packed.flatten())
+    assert torch.equal(planes["absmax"], state.absmax)
+    assert torch.equal(planes["absmax_scale"], state.state2.absmax)
+    assert torch.equal(planes["absmax_offset"], state.offset.view(1))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_int8_has_the_bits_of_the_codec(case: str) -> None:
+    planes, expected = kernels.encode_int8(CASES[case]), Int8Codec().encode_matrix(CASES[case])
+    assert torch.equal(planes["codes"], expected["codes"])
+    assert torch.equal(planes["scales"], expected["scales"])
