@@ -10,6 +10,7 @@ from offload_moe.errors import CheckpointError
 from offload_moe.paths import cache_dir
 from offload_moe.quantize import quantize
 from offload_moe.store import Progress, is_store
+from offload_moe.stores import resolve
 
 DEMO = "demo"
 
@@ -31,14 +32,15 @@ def ensure_store(
 
     Raises: CheckpointError when `source` is nothing that can be loaded; what `quantize` raises.
     """
-    folder = Path(source).expanduser()
+    folder = resolve(source)
     if is_store(folder):
         return folder
     if source == DEMO and not folder.exists():
         folder = demo.checkpoint(progress=report)
     elif not folder.exists() and not looks_like_hub_id(str(source)):
         raise CheckpointError(
-            f"{source} is neither a folder, nor a hub id like organisation/model, nor {DEMO!r}. Check the path."
+            f"{source} is neither a folder, nor a hub id like organisation/model, nor {DEMO!r}, nor a name that "
+            "`offload-moe list` shows. Check the path."
         )
     is_local = folder.exists()
     target = (

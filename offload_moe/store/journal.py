@@ -67,6 +67,21 @@ class Journal:
             raise StoreError(f"{self._path.parent} is being written by another process. Wait for it to end.") from None
 
 
+def is_being_written(folder: Path) -> bool:
+    """Whether a conversion into the folder is running now."""
+    try:
+        journal = os.open(folder / JOURNAL_NAME, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(journal, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(journal)
+    return False
+
+
 def _checksums(lines: bytes) -> list[int]:
     found = []
     for start in range(0, len(lines) - LINE_BYTES + 1, LINE_BYTES):

@@ -19,14 +19,17 @@ FLOW = [
     "lean",
     "demo",
     "quantize",
+    "repair",
     "trace",
     "profile",
     "plan",
+    "stores",
     "sources",
     "assemble",
     "chat",
     "generate",
     "model",
+    "doctor",
 ]
 COMMON = {"budget", "errors", "sizes", "paths"}
 

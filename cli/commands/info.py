@@ -1,0 +1,76 @@
+"""`offload-moe info`: what one store holds."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from offload_moe.sizes import format_size
+
+from ..installed import entry_to_json, origin_text, state_text
+from ..options import Subparsers, add_common_flags
+
+if TYPE_CHECKING:
+    from offload_moe.stores import Installed
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "info",
+        help="what a store holds",
+        description="Show what a store holds: source and revision, codecs, layers, sizes, checksums. Reads the "
+        "manifest only; `offload-moe verify` reads everything.",
+    )
+    parser.add_argument("store", metavar="STORE", help="store, by path or by its name in `offload-moe list`")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_common_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from offload_moe.stores import find
+
+    entry = find(options.store)
+    details = _details(entry) if entry.kind == "store" else {}
+    if options.json:
+        print(json.dumps(entry_to_json(entry) | details, indent=2))
+        return 0
+    lines = [("name", entry.name), ("path", str(entry.path)), ("what", state_text(entry))]
+    lines += [("source", origin_text(entry)), ("size", format_size(entry.num_bytes)), *_lines(entry, details)]
+    lines += [("problem", " ".join((entry.problem or "").split()))]
+    for name, value in lines:
+        if value:
+            print(f"{name:<12} {value}")
+    return 0
+
+
+def _details(entry: "Installed") -> dict[str, Any]:
+    from offload_moe.store import Store
+    from offload_moe.stores import fingerprint
+
+    store = Store.open(entry.path)
+    return {
+        "fingerprint": fingerprint(entry.path),
+        "layers": [
+            {"name": layer.name, "num_experts": layer.num_experts, "record_bytes": layer.record_bytes}
+            for layer in store.layers
+        ],
+        "experts_bytes": store.experts_bytes,
+        "dense_bytes": store.dense_bytes,
+        "num_dense_tensors": len(store.dense),
+        "num_checksums": sum(1 for _ in store.pieces()),
+    }
+
+
+def _lines(entry: "Installed", details: dict[str, Any]) -> list[tuple[str, str]]:
+    if not details:
+        return [("codec", entry.codec or "")]
+    layers = details["layers"]
+    num_experts = sum(layer["num_experts"] for layer in layers)
+    largest = max(layer["record_bytes"] for layer in layers)
+    experts = f"{num_experts:,} in {len(layers)} layers, {entry.codec}, {format_size(details['experts_bytes'])}"
+    dense = f"{details['num_dense_tensors']:,} tensors, {entry.dense_codec}, {format_size(details['dense_bytes'])}"
+    return [
+        ("experts", f"{experts}, {largest / 2**20:.2f} MiB each"),
+        ("rest", dense),
+        ("checksums", f"{details['num_checksums']:,}, fingerprint {details['fingerprint']}"),
+    ]

@@ -1,0 +1,43 @@
+"""`offload-moe rm`: delete a store, a demo build or an unfinished conversion."""
+
+import argparse
+import sys
+
+from offload_moe.errors import ConfigError
+from offload_moe.sizes import format_size
+
+from ..installed import state_text
+from ..options import Subparsers, add_common_flags
+
+EXIT_REMOVED, EXIT_KEPT = 0, 1
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "rm",
+        help="delete a store",
+        description="Delete a store, a demo build or an unfinished conversion. Nothing else is deleted: a folder with "
+        "other files in it is left alone, and links are not followed.",
+    )
+    parser.add_argument("name", metavar="NAME", help="store, by its name in `offload-moe list` or by path")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    add_common_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from offload_moe.stores import find, remove
+
+    entry = find(options.name)
+    if not options.yes:
+        if not sys.stdin.isatty():
+            raise ConfigError(f"Nobody can be asked about deleting {entry.path}. Add --yes.")
+        print(
+            f"Delete the {state_text(entry)} {entry.path}, {format_size(entry.num_bytes)}? [y/N] ", end="", flush=True
+        )
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            print("Nothing was deleted.", file=sys.stderr)
+            return EXIT_KEPT
+    remove(entry)
+    print(f"Deleted {entry.path}, {format_size(entry.num_bytes)}.", file=sys.stderr)
+    return EXIT_REMOVED

@@ -1,0 +1,81 @@
+"""`offload-moe verify`: is a store still what was written, and can it be made so again?"""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from offload_moe.errors import ConfigError
+from offload_moe.sizes import format_size
+
+from ..options import Subparsers, add_common_flags
+from ..progress import Reporter, reporter
+
+if TYPE_CHECKING:
+    from offload_moe.repair import Damage
+    from offload_moe.store import Store
+
+EXIT_WHOLE, EXIT_DAMAGED = 0, 1
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "verify",
+        help="check a store, and repair it",
+        description="Read all of a store and compare it with its checksums. Leaves with 0 when everything matches and "
+        "with 1 when something does not. With --repair, damaged pieces are made again from the checkpoint.",
+    )
+    parser.add_argument("store", metavar="STORE", help="store, by path or by its name in `offload-moe list`")
+    parser.add_argument("--repair", action="store_true", help="make damaged pieces again from the source")
+    parser.add_argument(
+        "--source",
+        metavar="SOURCE",
+        help="checkpoint folder or hub id to repair from (default: the store's own hub id)",
+    )
+    add_common_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.source and not options.repair:
+        raise ConfigError("--source is what to repair from. Add --repair.")
+    with reporter() as report:
+        report("Loading libraries")
+        from offload_moe.repair import find_damage, restore_sizes
+        from offload_moe.store import Store
+        from offload_moe.stores import resolve
+
+        path = resolve(options.store)
+        if options.repair:
+            restore_sizes(path)
+        store = Store.open(path)
+        damages = find_damage(store, lambda p: report(p.phase, p.done_bytes, p.total_bytes))
+        remaining = _repair(store, damages, options.source, report) if options.repair and damages else damages
+    for damage in damages:
+        verb = "" if not options.repair else "repaired: " if damage not in remaining else "not repaired: "
+        print(f"{verb}{damage.piece.path.name}: {damage.piece.name}")
+    print(_verdict(store, damages, remaining, is_repair=options.repair), file=sys.stderr if damages else sys.stdout)
+    return EXIT_DAMAGED if remaining else EXIT_WHOLE
+
+
+def _repair(store: "Store", damages: "list[Damage]", source: str | None, report: Reporter) -> "list[Damage]":
+    from offload_moe.repair import repair
+
+    return repair(store, damages, source, progress=lambda p: report(p.phase, p.done_bytes, p.total_bytes))
+
+
+def _verdict(store: "Store", damages: "list[Damage]", remaining: "list[Damage]", *, is_repair: bool) -> str:
+    pieces = list(store.pieces())
+    if not damages:
+        size = format_size(sum(piece.place.num_bytes for piece in pieces))
+        return f"{store.path} is whole: {len(pieces):,} checksums match, {size}."
+    if not remaining:
+        return f"{store.path} is whole again."
+    if is_repair:
+        return (
+            f"{len(remaining)} of {len(damages)} damaged pieces could not be made again with the checksum on record: "
+            "the source is not the one this store came from, or another version encodes it. Quantize the model again."
+        )
+    return (
+        f"{store.path} is damaged: {len(damages)} of {len(pieces):,} pieces. Repair it with --repair --source "
+        "CHECKPOINT, and check the disk."
+    )

@@ -1,0 +1,32 @@
+"""What is installed, in words and as JSON."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from offload_moe.stores import Installed
+
+REVISION_DIGITS = 12
+
+
+def entry_to_json(entry: "Installed") -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "path": str(entry.path),
+        "kind": entry.kind,
+        "bytes": entry.num_bytes,
+        "codec": entry.codec,
+        "dense_codec": entry.dense_codec,
+        "source": entry.source,
+        "revision": entry.revision,
+        "problem": entry.problem,
+    }
+
+
+def state_text(entry: "Installed") -> str:
+    return {"conversion": "unfinished conversion", "demo": "demo checkpoint"}.get(entry.kind, entry.kind)
+
+
+def origin_text(entry: "Installed") -> str:
+    """`Qwen/Qwen3-30B-A3B@ad44e777bcd1`, as far as it is known."""
+    revision = f"@{entry.revision[:REVISION_DIGITS]}" if entry.revision else ""
+    return f"{entry.source}{revision}" if entry.source else ""

@@ -1,0 +1,1 @@
+"""Is this machine ready, and does the engine compute right on it?"""

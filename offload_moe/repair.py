@@ -1,0 +1,166 @@
+"""Finding what is damaged in a store, and making it again from the checkpoint it came from."""
+
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from offload_moe.checkpoint.checkpoint import Checkpoint
+from offload_moe.checkpoint.source import looks_like_hub_id, metadata_files, resolve_source
+from offload_moe.errors import ConfigError, StoreError
+from offload_moe.quant import get_codec
+from offload_moe.quantize import plan_conversion
+from offload_moe.store import Piece, Progress, Store, durable
+from offload_moe.store.manifest_json import read_manifest
+from offload_moe.store.progress import OnProgress, ignore_progress
+from offload_moe.store.writer import Payload
+
+NUM_READERS = 4  # one thread checks less than a fast disk reads
+
+_Payload = Callable[[], bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """A piece of the store that is not what was written, and what reading it said."""
+
+    piece: Piece
+    error: StoreError
+
+
+def find_damage(store: Store, progress: OnProgress | None = None) -> list[Damage]:
+    """Read everything from the disk and compare it with its checksum; several reads are in flight."""
+    report = progress or ignore_progress
+    pieces = list(store.pieces())
+    _forget_cached({piece.path for piece in pieces})
+    total, done = sum(piece.place.num_bytes for piece in pieces), 0
+    found = []
+    pool = ThreadPoolExecutor(NUM_READERS, "verify")
+    try:
+        for piece, error in zip(pieces, pool.map(_error_of, pieces), strict=True):
+            done += piece.place.num_bytes
+            report(Progress(phase="Verifying", done_bytes=done, total_bytes=total))
+            if error is not None:
+                found.append(Damage(piece=piece, error=error))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return found
+
+
+def restore_sizes(folder: Path) -> None:
+    """Bring files that are missing or cut short back to their length, so that the store opens and can be repaired.
+
+    Raises: StoreError when the manifest itself cannot be read, TransferError or BudgetError when writing fails.
+    """
+    manifest = read_manifest(folder)
+    for file in (*manifest.files, *manifest.metadata):
+        path = folder / file.name
+        if not path.is_file() or path.stat().st_size != file.num_bytes:
+            with durable.named_errors(folder):
+                path.parent.mkdir(exist_ok=True)
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                try:
+                    os.ftruncate(descriptor, file.num_bytes)
+                finally:
+                    os.close(descriptor)
+
+
+def repair(
+    store: Store,
+    damages: Sequence[Damage],
+    source: str | Path | None = None,
+    *,
+    token: str | None = None,
+    progress: OnProgress | None = None,
+) -> list[Damage]:
+    """Make damaged pieces again from the checkpoint; returns those that could not be, which are left as they are.
+
+    A piece is written only when its new bytes have the checksum on record.
+
+    source: checkpoint folder or hub id; None takes the hub id and revision the store names.
+
+    Raises:
+        ConfigError: the store does not say where it came from.
+        CheckpointError, TransferError: the source cannot be read.
+        TransferError, BudgetError: writing failed.
+    """
+    report = progress or ignore_progress
+    name, revision = _origin(store, source)
+    origin = resolve_source(name, revision=revision, token=token)
+    remaining = []
+    total, done = sum(damage.piece.place.num_bytes for damage in damages), 0
+    with Checkpoint(origin.folder) as checkpoint:
+        payloads = dict(_payloads(store, checkpoint))
+        for damage in damages:
+            place = damage.piece.place
+            payload = payloads.get((damage.piece.path, place.offset, place.num_bytes))
+            data = b"" if payload is None else payload()
+            if len(data) == place.num_bytes and zlib.crc32(data) == place.checksum:
+                _write(damage.piece, data)
+            else:
+                remaining.append(damage)
+            done += place.num_bytes
+            report(Progress(phase="Repairing", done_bytes=done, total_bytes=total))
+    return remaining
+
+
+def _origin(store: Store, source: str | Path | None) -> tuple[str | Path, str | None]:
+    if source is not None:
+        return source, store.revision if source == store.source else None
+    if not looks_like_hub_id(store.source):
+        raise ConfigError(
+            f"{store.path} was made from a folder named {store.source}, wherever that is. Name it with --source."
+        )
+    return store.source, store.revision
+
+
+def _payloads(store: Store, checkpoint: Checkpoint) -> Iterator[tuple[tuple[Path, int, int], _Payload]]:
+    """(file, offset, length) of every piece that this checkpoint can make, and how."""
+    files, jobs = plan_conversion(checkpoint, get_codec(store.codec), get_codec(store.dense_codec))
+    blobs = [(file, blob, offset) for file in files for blob, offset in zip(file.blobs, file.offsets(), strict=True)]
+    for (file, blob, offset), job in zip(blobs, jobs, strict=True):
+        yield (store.path / file.name, offset, blob.num_bytes), partial(_join, job)
+    for file in files:
+        yield (store.path / file.name, 0, len(file.header)), partial(bytes, file.header)
+    for name, path in metadata_files(checkpoint.folder).items():
+        yield (store.path / name, 0, path.stat().st_size), path.read_bytes
+
+
+def _join(job: Callable[[], Payload]) -> bytes:
+    return b"".join(job())
+
+
+def _error_of(piece: Piece) -> StoreError | None:
+    try:
+        piece.check()
+    except StoreError as error:
+        return error
+    return None
+
+
+def _write(piece: Piece, data: bytes) -> None:
+    """In place: what is overwritten is damaged already."""
+    with durable.named_errors(piece.path.parent):
+        descriptor = os.open(piece.path, os.O_RDWR)
+        try:
+            durable.write_at(descriptor, data, piece.place.offset)
+            durable.sync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _forget_cached(paths: set[Path]) -> None:
+    """The check is about what the disk holds, not what memory remembers of it."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in paths:
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
