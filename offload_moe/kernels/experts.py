@@ -75,7 +75,7 @@ class ExpertKernel:
 
         x: fp32 or bf16 ``[T, H]``. records: N records (uint8 tensors or addresses), in the order they are summed.
         offsets ``[N + 1]``, token_ids ``[P]`` (int32 if tensors), weights ``[P]`` (fp32 if a tensor): the pairs of
-        expert n are ``offsets[n]:offsets[n + 1]``. out: ``[T, H]``, fp32, or bf16 without `accumulate`; never `x` itself.
+        expert n are ``offsets[n]:offsets[n + 1]``. out: ``[T, H]``, fp32, or bf16 without `accumulate`; not `x`.
         Raises: ConfigError.
         """
         check_rows("x", x, self._hidden)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_moe import kernels
+from offload_moe.errors import ConfigError
 from offload_moe.quant import ExpertShape, Matrix, get_codec
 from tests.support.kernels import SETS, needs_kernels
 
@@ -37,15 +38,17 @@ def test_linear_of_any_size(
     kernels.set_threads(threads)
     try:
         expected = x.double() @ weight.T
-        size = x.double().abs() @ weight.T.abs()  # a result may cancel; the error is bounded by what was added up
-        for mode, bound in (("exact", 1e-6), ("fast", 0.03)):
+        # results may cancel: the errors are bounded by what was added up, that of int8 activations by the largest one
+        size = x.double().abs() @ weight.T.abs()
+        step = x.double().abs().amax(dim=1, keepdim=True) / 254 * weight.abs().sum(dim=1)
+        for mode, bound in (("exact", 1e-6 * size), ("fast", 0.03 * size + 1.1 * step)):
             kernel.forward(x, [record], [out], mode=mode)
-            assert ((out - expected).abs() <= bound * size + 1e-12).all()
+            assert ((out - expected).abs() <= bound + 1e-12).all()
     finally:
         kernels.select_instruction_set(None)
         kernels.set_threads(before)
 
 
 def test_threads_are_bounded() -> None:
-    with pytest.raises(kernels.native.ConfigError, match="cannot use 0 threads"):
+    with pytest.raises(ConfigError, match="cannot use 0 threads"):
         kernels.set_threads(0)

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tests.support.kernels import SETS, Experts, make_experts, needs_kernels, reference, relative_error, route
 from torch import Tensor
 
 from offload_moe import kernels
 from offload_moe.errors import ConfigError
 from offload_moe.quant import CODECS, ExpertShape, Matrix, get_codec
+from tests.support.kernels import SETS, Experts, make_experts, needs_kernels, reference, relative_error, route
 
 pytestmark = needs_kernels
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from bitsandbytes.functional import get_4bit_type, quantize_4bit
-from tests.support.kernels import needs_kernels
 from torch import Tensor
 
 from offload_moe import kernels
 from offload_moe.quant.int8 import Int8Codec
+from tests.support.kernels import needs_kernels
 
 pytestmark = needs_kernels
 
