@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from offload_moe.checkpoint.convert import convert
+from offload_moe.checkpoint.convert import convert, possible_targets
 from offload_moe.checkpoint.expert_reader import ExpertReader
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
 from offload_moe.checkpoint.names import SourceGroup, map_names, required_names
@@ -119,7 +119,7 @@ class Checkpoint:
         by_layer: list[list[SourceGroup]] = [[] for _ in self.layers]
         state = self.model.state_dict()
         for group in groups:
-            targets = _targets(group)
+            targets = possible_targets(group)
             layers = sorted({owner[target] for target in targets if target in owner})
             for layer in layers:
                 by_layer[layer].append(group)
@@ -147,14 +147,6 @@ class Checkpoint:
                 )
             self.dense[name] = DenseTensor(name=name, dtype=value.dtype, shape=tuple(value.shape))
             self._dense_groups[name] = group
-
-
-def _targets(group: SourceGroup) -> list[str]:
-    """Every parameter a group may become: its first target and those that differ in the target pattern."""
-    if group.converter is None:
-        return [group.target]
-    first = group.converter.target_patterns[0]
-    return [group.target.replace(first, pattern) for pattern in group.converter.target_patterns]
 
 
 def _compatible(found: torch.dtype, expected: torch.dtype) -> bool:

@@ -62,9 +62,12 @@ def is_module_list(group: SourceGroup) -> bool:
     return any(isinstance(op, MergeModulelist) or op.supports_many_to_many for op in _operations(group))
 
 
-def num_targets(group: SourceGroup) -> int:
-    """Experts modules that share one module list: 1, or 2 for Ernie's text and vision experts."""
-    return len(group.converter.target_patterns) if group.converter is not None else 1
+def possible_targets(group: SourceGroup) -> list[str]:
+    """Every parameter a group may become: several share one module list in Ernie's text and vision experts."""
+    if group.converter is None:
+        return [group.target]
+    first = group.converter.target_patterns[0]
+    return [group.target.replace(first, pattern) for pattern in group.converter.target_patterns]
 
 
 def check_per_expert(group: SourceGroup) -> None:

@@ -1,5 +1,6 @@
 """One expert at a time out of a checkpoint, whether it keeps experts apart or fused."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from offload_moe.checkpoint.convert import (
     check_per_expert,
     convert,
     is_module_list,
-    num_targets,
+    possible_targets,
 )
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.checkpoint.names import SourceGroup
@@ -31,42 +32,41 @@ class ExpertReader:
         self, layer: ExpertsModule, groups: list[SourceGroup], model: "PreTrainedModel", shards: Shards
     ) -> None:
         self._layer = layer
-        self._groups = groups
         self._shards = shards
         self._model = OneExpertModel(model, set(layer.parameter_names()))
-        self._targets: list[list[str]] = []
-        for group in groups:
-            check_per_expert(group)
-            if is_module_list(group):
-                check_module_list(group, layer.num_experts * num_targets(group))
+        self._groups = [self._mine(group) for group in groups]
+        for group in self._groups:
             self._check_sources(group)
-            self._targets.append(list(self._convert_meta(group)))
         self._check_result()
 
     def read(self, expert: int) -> dict[str, Tensor]:
         """The tensors of one expert, keyed by the module's parameter names, each without the expert dimension."""
         converted: dict[str, Tensor] = {}
-        for group, targets in zip(self._groups, self._targets, strict=True):
-            if is_module_list(group):
-                position = self._position(targets, expert)
-                one = {
-                    pattern: [self._shards.read(names[position])] * num_targets(group)
-                    for pattern, names in group.sources.items()
-                }
-            else:
-                one = {p: [self._shards.read_row(names[0], expert)] for p, names in group.sources.items()}
+        for group in self._groups:
+            one = {
+                pattern: [self._shards.read(names[expert])] * len(possible_targets(group))
+                if is_module_list(group)
+                else [self._shards.read_row(names[0], expert)]
+                for pattern, names in group.sources.items()
+            }
             converted |= convert(group, one, self._model)
         return {name: converted[f"{self._layer.name}.{name}"][0] for name in self._layer.shape.module_shapes()}
 
-    def _position(self, targets: list[str], expert: int) -> int:
-        """Where the expert's tensors are in the module list: modules that share one follow each other in it."""
+    def _mine(self, group: SourceGroup) -> SourceGroup:
+        """The part of a module list that is this layer's: modules that share one follow each other in it."""
+        check_per_expert(group)
+        if not is_module_list(group):
+            return group
+        targets, num_experts = possible_targets(group), self._layer.num_experts
+        check_module_list(group, num_experts * len(targets))
         mine = set(self._layer.parameter_names())
-        which = next(i for i, target in enumerate(targets) if target in mine)
-        return which * self._layer.num_experts + expert
+        first = num_experts * next(i for i, target in enumerate(targets) if target in mine)
+        sources = {pattern: names[first : first + num_experts] for pattern, names in group.sources.items()}
+        return replace(group, sources=sources)
 
     def _convert_meta(self, group: SourceGroup) -> dict[str, Tensor]:
         """The conversion of one expert on `meta`: names and shapes only."""
-        copies = num_targets(group) if is_module_list(group) else 1
+        copies = len(possible_targets(group)) if is_module_list(group) else 1
         metas = {}
         for pattern, names in group.sources.items():
             entry = self._shards.entries[names[0]]
@@ -97,7 +97,7 @@ class ExpertReader:
             if parameter not in converted:
                 raise CheckpointError(f"No tensor of the checkpoint brings {parameter}.")
             if tuple(converted[parameter].shape) != (1, *shape):
-                group = self._groups[[parameter in targets for targets in self._targets].index(True)]
+                group = next(group for group in self._groups if parameter in possible_targets(group))
                 entry = self._shards.entries[group.names[0]]
                 raise CheckpointError(
                     f"{entry.path}: tensor {entry.name} is {list(entry.shape)}; {parameter} needs {list(shape)} per "

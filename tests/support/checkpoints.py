@@ -51,6 +51,15 @@ VISION: dict[str, Any] = {
     "deepstack_visual_indexes": [0],
     "num_position_embeddings": 16,
 }
+ERNIE_TEXT: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 128,
+    "moe_num_experts": 4,
+    "moe_intermediate_size": [24, 12],
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+}
 WITH_VISION: dict[str, Any] = {"text_config": COMMON | DEEPSEEK, "vision_config": VISION}
 
 # What COMMON does not say; the families of issue 2 first.
@@ -108,7 +117,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "solar_open": {},
     "zaya": {"num_experts_per_tok": 1},
     "glm4v_moe": WITH_VISION,
+    "mistral_large4": WITH_VISION,
+    "qwen3_5_moe": WITH_VISION,
     "qwen3_vl_moe": WITH_VISION,
+    # Text and vision experts of different widths share one module list.
+    "ernie4_5_vl_moe": {"text_config": COMMON | ERNIE_TEXT, "vision_config": VISION},
 }
 FEW = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "olmoe")
 
