@@ -35,6 +35,7 @@ class DeviceArithmetic:
         self._last = linear_of(shape, codec, last)
         self._must_interleave = shape.is_interleaved and not keeps_module_order(codec)
 
+    @torch.no_grad()
     def forward(
         self, hidden: Tensor, weights: Tensor, routing: Routing, lease: Lease, record_of: Callable[[int], Tensor]
     ) -> Tensor:

@@ -161,3 +161,27 @@ def test_a_lease_that_is_left_in_the_middle_protects_what_it_read(copier: Simula
         assert list(lease) == [[(3, 0)]]
         assert slots.slot(0).eq(3).all()
     assert seen == [1]
+
+
+def test_a_stalled_link_is_reported_and_the_next_question_works(
+    copier: SimulatedCopier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = DeviceSlots(copier, 2, RECORD)
+    mover = DeviceMover(copier, slots, Records().borrow)
+    policy = make_policy("lru", num_layers=1, num_experts=8, num_slots=2)
+    scheduler = Scheduler(Residency(2, policy), mover, num_experts=8, stall_limit_s=0.05)
+    link_works = threading.Event()
+    issue_copy = copier.issue_copy
+
+    def stall(source: Tensor, destination: Tensor) -> None:
+        copier.current_stream().issue(lambda: link_works.wait(10) and None)
+        issue_copy(source, destination)
+
+    monkeypatch.setattr(copier, "issue_copy", stall)
+    with pytest.raises(TransferError, match="1 experts of layer 0 did not arrive"), scheduler.acquire(0, [1]) as lease:
+        list(lease)
+    link_works.set()
+    scheduler.stall_limit_s = 10
+    with scheduler.acquire(0, [1]) as lease:
+        ((_, slot),) = next(iter(lease))
+        assert slots.slot(slot).eq(1).all()

@@ -115,3 +115,12 @@ def test_an_expert_chosen_twice_counts_twice() -> None:
     layer, records = layer_and_records("mixtral", codec, torch.float32)
     inputs = torch.randn(1, 64), torch.tensor([[3, 1, 3]]), torch.tensor([[0.5, 0.25, 0.125]])
     assert torch.equal(compute(layer, codec, records, inputs), layer.module(*inputs))
+
+
+@torch.inference_mode(False)
+def test_a_model_that_was_not_told_to_infer_is_served_too() -> None:
+    codec = get_codec("nf4")
+    layer, records = layer_and_records("mixtral", codec, torch.float32)
+    hidden, ids, weights = routed(layer, 1, torch.float32)
+    expected = compute(layer, codec, records, (hidden, ids, weights))
+    assert torch.equal(compute(layer, codec, records, (hidden.requires_grad_(), ids, weights)), expected)
