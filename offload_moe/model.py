@@ -161,7 +161,7 @@ def load(
     )
     attach_experts(assembled, store, hierarchy, where, is_exact=exact, prefetch=prefetch)
     if lean:
-        make_lean(assembled.hf, is_exact=exact or store.codec == LOSSLESS)
+        make_lean(assembled.hf, is_exact=store.codec == LOSSLESS)
     return Model(store, assembled, load_tokenizer(store), hierarchy)
 
 

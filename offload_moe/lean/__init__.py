@@ -10,6 +10,7 @@ from typing import Any
 from transformers import Cache, PreTrainedModel
 
 from offload_moe.lean.cache import give_room
+from offload_moe.lean.latent import absorb_latents
 from offload_moe.lean.mlp import fuse_mlps
 from offload_moe.lean.norm import fuse_norms
 from offload_moe.lean.shorten import shorten_attention
@@ -24,6 +25,7 @@ class Lean:
     num_norms: int
     num_mlps: int
     num_attentions: int
+    num_latent_attentions: int
 
 
 def make_lean(hf: PreTrainedModel, *, is_exact: bool) -> Lean:
@@ -31,11 +33,17 @@ def make_lean(hf: PreTrainedModel, *, is_exact: bool) -> Lean:
 
     is_exact: only what gives the same bits. Otherwise results may differ by the rounding of the dtype.
     """
+    num_latent_attentions = 0 if is_exact else absorb_latents(hf)
     num_mlps = fuse_mlps(hf)
     num_norms = fuse_norms(hf, is_exact=is_exact)
     num_attentions = shorten_attention(hf, is_exact=is_exact)
     hf.get_decoder().register_forward_pre_hook(_give_room, with_kwargs=True)
-    return Lean(num_norms=num_norms, num_mlps=num_mlps, num_attentions=num_attentions)
+    return Lean(
+        num_norms=num_norms,
+        num_mlps=num_mlps,
+        num_attentions=num_attentions,
+        num_latent_attentions=num_latent_attentions,
+    )
 
 
 def _give_room(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

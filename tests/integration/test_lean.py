@@ -27,7 +27,7 @@ SHARED = {
 }
 ALL = sorted({*FAMILIES, *SHARED})
 STEPS = 6
-ROUNDING = 1e-4  # fp32, another order of additions
+ROUNDING = 1e-4  # fp32, another order of additions; absorbed attention
 # Rounding of an activation to int8 elsewhere by one step; see the decision on the lean token.
 INT8_ROUNDING = 5e-2
 
