@@ -16,5 +16,7 @@ def parse_size(size: str | int) -> int:
 
 
 def format_size(num_bytes: float) -> str:
-    """Bytes as ``1.2 GiB`` or ``34 MiB``."""
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+    """Bytes as ``1.2 GiB``, ``34 MiB`` or ``40 KiB``."""
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.1f} GiB"
+    return f"{num_bytes / 2**20:.0f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"

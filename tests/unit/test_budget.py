@@ -57,3 +57,4 @@ def test_bad_sizes_are_named(text: str) -> None:
 def test_sizes_are_shown_in_gib() -> None:
     assert format_size(5 << 29) == "2.5 GiB"
     assert format_size(300 << 20) == "300 MiB"
+    assert format_size(40960) == "40 KiB"
