@@ -65,7 +65,7 @@ def quantize_linear(weight: Tensor, codec: Codec, *, mode: Mode = "fast") -> Qua
     Raises: CheckpointError when a weight is not finite.
     """
     shape = weight_shape(*weight.shape)
-    record = codec.encode(shape, {"weight": weight})
+    record = kernels.fast_encoding(codec).encode(shape, {"weight": weight})
     return QuantLinear(record[: codec.layout(shape).num_bytes].clone(), shape, codec, mode=mode)
 
 

@@ -15,6 +15,7 @@ from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.linears import projection_linears
 from offload_moe.checkpoint.source import Source, metadata_files, resolve_source
 from offload_moe.errors import CheckpointError
+from offload_moe.kernels import fast_encoding
 from offload_moe.quant import Codec, ExpertShape, Matrix, get_codec
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest
 from offload_moe.store.manifest_json import FORMAT_VERSION, manifest_to_json
@@ -73,8 +74,8 @@ def plan_conversion(
     checkpoint: Checkpoint, experts_codec: Codec, linears_codec: Codec
 ) -> tuple[list[PlannedFile], list[Callable[[], Payload]]]:
     """The files of the store to be, and what makes the bytes of each of their blobs, in order."""
-    dense = _dense_jobs(checkpoint, linears_codec)
-    experts = _expert_jobs(checkpoint, experts_codec)
+    dense = _dense_jobs(checkpoint, fast_encoding(linears_codec))
+    experts = _expert_jobs(checkpoint, fast_encoding(experts_codec))
     files = plan_files("dense", (b for b, _ in dense)) + plan_files("experts", (b for b, _ in experts))
     return files, [job for _, job in dense + experts]
 

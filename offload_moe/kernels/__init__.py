@@ -3,6 +3,7 @@
 Optional: where no compiler was at hand, `available()` is False, `unavailable_reason()` says why, and torch serves.
 """
 
+from offload_moe.kernels.codecs import fast_encoding
 from offload_moe.kernels.encode import encode_int8, encode_nf4
 from offload_moe.kernels.experts import ExpertKernel
 from offload_moe.kernels.linear import LinearKernel
@@ -22,6 +23,7 @@ __all__ = [
     "available",
     "encode_int8",
     "encode_nf4",
+    "fast_encoding",
     "instruction_set",
     "num_threads",
     "select_instruction_set",

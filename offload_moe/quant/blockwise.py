@@ -37,6 +37,7 @@ class BlockwiseCodec(ABC):
         record = torch.zeros(layout.record_bytes, dtype=torch.uint8)
         for matrix in shape.matrices:
             rows = shape.to_kernel_rows(matrix.name, tensors[matrix.name])
+            rows = rows.float() if rows.dtype == torch.float64 else rows
             padding = round_up(matrix.in_features, IN_ALIGNMENT) - matrix.in_features
             planes = self.encode_matrix(torch.nn.functional.pad(rows, (0, padding)) if padding else rows)
             if not torch.isfinite(planes[self.scale_plane].float()).all():

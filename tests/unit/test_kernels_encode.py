@@ -6,6 +6,8 @@ from bitsandbytes.functional import get_4bit_type, quantize_4bit
 from torch import Tensor
 
 from offload_moe import kernels
+from offload_moe.errors import CheckpointError
+from offload_moe.quant import CODECS, ExpertShape, Matrix
 from offload_moe.quant.int8 import Int8Codec
 from tests.support.kernels import needs_kernels
 
@@ -51,3 +53,40 @@ def test_int8_has_the_bits_of_the_codec(case: str) -> None:
     planes, expected = kernels.encode_int8(CASES[case]), Int8Codec().encode_matrix(CASES[case])
     assert torch.equal(planes["codes"], expected["codes"])
     assert torch.equal(planes["scales"], expected["scales"])
+
+
+SHAPE = ExpertShape(
+    matrices=(
+        Matrix(name="gate_up_proj", out_features=48, in_features=80),
+        Matrix(name="down_proj", out_features=80, in_features=24),
+    ),
+    biases=(("gate_up_proj_bias", 48), ("down_proj_bias", 80)),
+    is_transposed=True,
+    is_interleaved=True,
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", sorted(CODECS))
+def test_a_whole_record_has_the_bytes_of_the_codec(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tensors = {parameter: torch.randn(dims).to(dtype) for parameter, dims in SHAPE.module_shapes().items()}
+    codec = CODECS[name]
+    record = codec.encode(SHAPE, tensors)
+    assert torch.equal(kernels.fast_encoding(codec).encode(SHAPE, tensors), record)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 63, -1])
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_one_weight_that_is_not_finite_is_refused_by_name(name: str, place: int, value: float) -> None:
+    tensors = {parameter: torch.ones(dims) for parameter, dims in SHAPE.module_shapes().items()}
+    tensors["down_proj"].view(-1)[place] = value
+    with pytest.raises(CheckpointError, match="down_proj has NaN or infinite weights"):
+        kernels.fast_encoding(CODECS[name]).encode(SHAPE, tensors)
+
+
+def test_without_kernels_the_codec_encodes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.fast_encoding(CODECS["nf4"]) is not CODECS["nf4"]
+    monkeypatch.setattr("offload_moe.kernels.codecs.available", lambda: False)
+    assert kernels.fast_encoding(CODECS["nf4"]) is CODECS["nf4"]
