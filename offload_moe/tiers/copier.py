@@ -175,7 +175,8 @@ class _CudaRuntime:
     """Page-locking through the runtime that torch itself has loaded."""
 
     def __init__(self, device: torch.device) -> None:
-        self._scratch = torch.zeros(1, device=device)
+        with torch.inference_mode(False):
+            self._scratch = torch.zeros(1, device=device)
 
     def register(self, address: int, num_bytes: int) -> int:
         portable = 1

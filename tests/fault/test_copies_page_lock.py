@@ -104,7 +104,9 @@ def test_a_refused_call_drains_the_error_it_left(monkeypatch: pytest.MonkeyPatch
             if latched:
                 raise RuntimeError(f"CUDA error {latched.pop()}")
 
-    runtime = _CudaRuntime(torch.device("cpu"))
+    with torch.inference_mode():
+        runtime = _CudaRuntime(torch.device("cpu"))
+    assert not runtime._scratch.is_inference()  # a loader thread could not write to it, and nothing would be drained
     monkeypatch.setattr(runtime, "_scratch", Launch())
     cudart = SimpleNamespace(cudaHostRegister=refuse, cudaHostUnregister=refuse)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
