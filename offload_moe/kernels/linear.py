@@ -4,6 +4,7 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from offload_moe.errors import ConfigError
@@ -30,6 +31,8 @@ class LinearKernel:
             )
         self._in_features = matrices[0].in_features
         self._out_features = [m.out_features for m in matrices]
+        self._starts = [sum(self._out_features[:index]) for index in range(len(matrices))]
+        self._sum_features = sum(self._out_features)
         structs = [matrix_struct(codec, m, layout) for m, layout in zip(matrices, layouts, strict=True)]
         self._matrices = (MatrixStruct * len(structs))(*structs)
         self._matrices_address = ctypes.addressof(self._matrices)
@@ -54,11 +57,26 @@ class LinearKernel:
                 raise ConfigError(
                     f"out is {out.dtype} {tuple(out.shape)}; {outs[0].dtype}, {x.shape[0]} rows expected."
                 )
+        self._call(x, records, [out.data_ptr() for out in outs], outs[0].dtype, mode)
+
+    def forward_row(self, x: Tensor, records: Sequence[Tensor | int], out: Tensor, *, mode: Mode = "fast") -> None:
+        """One token, all results in one buffer: x ``[1, K]``, out ``[1, sum of O_i]``. Raises: ConfigError."""
+        check_rows("x", x, self._in_features)
+        check_rows("out", out, self._sum_features)
+        if x.shape[0] != 1 or out.shape[0] != 1:
+            raise ConfigError(f"forward_row takes one token, not {x.shape[0]} into {out.shape[0]} rows.")
+        first = out.data_ptr()
+        targets = [first + start * out.element_size() for start in self._starts]
+        self._call(x, records, targets, out.dtype, mode)
+
+    def _call(
+        self, x: Tensor, records: Sequence[Tensor | int], targets: Sequence[int], dtype: torch.dtype, mode: Mode
+    ) -> None:
         addresses = array("Q", [address_of(record) for record in records])
-        targets = array("Q", [out.data_ptr() for out in outs])
+        places = array("Q", targets)
         status = self._native(
-            *(self._matrices_address, addresses.buffer_info()[0], targets.buffer_info()[0], len(addresses)),
-            *(x.data_ptr(), x.shape[0], DTYPES[x.dtype], DTYPES[outs[0].dtype], MODES[mode]),
+            *(self._matrices_address, addresses.buffer_info()[0], places.buffer_info()[0], len(addresses)),
+            *(x.data_ptr(), x.shape[0], DTYPES[x.dtype], DTYPES[dtype], MODES[mode]),
         )
         if status:
             raise MemoryError(f"No memory for the activations of {x.shape[0]} tokens.")

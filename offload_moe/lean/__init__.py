@@ -10,6 +10,7 @@ from typing import Any
 from transformers import Cache, PreTrainedModel
 
 from offload_moe.lean.cache import give_room
+from offload_moe.lean.experts import shorten_dispatch
 from offload_moe.lean.latent import absorb_latents
 from offload_moe.lean.mlp import fuse_mlps
 from offload_moe.lean.norm import fuse_norms
@@ -26,6 +27,7 @@ class Lean:
     num_mlps: int
     num_attentions: int
     num_latent_attentions: int
+    num_experts: int
 
 
 def make_lean(hf: PreTrainedModel, *, is_exact: bool) -> Lean:
@@ -43,6 +45,7 @@ def make_lean(hf: PreTrainedModel, *, is_exact: bool) -> Lean:
         num_mlps=num_mlps,
         num_attentions=num_attentions,
         num_latent_attentions=num_latent_attentions,
+        num_experts=shorten_dispatch(hf),
     )
 
 

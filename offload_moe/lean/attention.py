@@ -12,10 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from offload_moe.lean.projections import joint_or_separate
 from offload_moe.lean.rotary import StepRotary, rotate
+
+MAX_FLASH_DIM = 256  # above it transformers repeats the key/value heads itself
 
 
 class DecodeAttention:
@@ -60,13 +64,13 @@ class DecodeAttention:
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self._layer)
         out, weights = self._attend()(self._module, query, key, value, attention_mask, **{**kwargs, **self._arguments})
-        return self._module.o_proj(out.reshape(len(hidden_states), 1, -1)), weights
+        return self._module.o_proj(out.reshape(hidden_states.shape[0], 1, -1)), weights
 
     def _heads(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Query ``[B, N, 1, D]``, key and value ``[B, M, 1, D]``, rotated."""
-        shape = (len(hidden_states), -1, 1, self._head_dim)
+        shape = (hidden_states.shape[0], -1, 1, self._head_dim)
         query, key, value = self._project(hidden_states)
         query = query.view(shape) if self._q_norm is None else _normed(self._q_norm, query, shape)
         key = key.view(shape) if self._k_norm is None else _normed(self._k_norm, key, shape)
@@ -79,8 +83,24 @@ class DecodeAttention:
         if self._interface is None or name != self._interface_name:
             eager = vars(sys.modules[type(self._module).__module__])["eager_attention_forward"]
             self._interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+            if self._interface is sdpa_attention_forward and not self._arguments.keys() & {"s_aux"}:
+                self._interface = sdpa_step
             self._interface_name = name
         return self._interface
+
+
+def sdpa_step(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """transformers' sdpa attention for one token per sequence, without its case distinctions.
+
+    query ``[B, N, 1, D]``, key and value ``[B, M, S, D]`` -> ``[B, N, 1, D]``.
+    """
+    if attention_mask is None and key.shape[-1] <= MAX_FLASH_DIM:
+        is_grouped = query.shape[1] != key.shape[1]
+        return scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=is_grouped), None
+    out: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+    return out
 
 
 def _normed(norm: Any, states: Tensor, shape: tuple[int, ...]) -> Tensor:

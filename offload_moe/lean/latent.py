@@ -1,8 +1,8 @@
 """Absorbed multi-head latent attention (DeepSeek, Kimi and their relatives).
 
 Their cache holds one compressed latent per token. transformers expands the whole of it into keys and values of every
-head, in every layer, for every token. Since ``k = W_k c`` and ``v = W_v c``, scores are ``(W_k^T q) . c`` and the output
-is ``W_v`` times the mean of ``c``: queries move into the latent space instead, and nothing is expanded.
+head, in every layer, for every token. Since ``k = W_k c`` and ``v = W_v c``, scores are ``(W_k^T q) . c`` and the
+output is ``W_v`` times the mean of ``c``: queries move into the latent space instead, and nothing is expanded.
 
 Shapes: B batch, N heads, T new tokens, S all tokens, R latent rank, P rotated dims, K unrotated key dims, V value dims.
 

@@ -4,7 +4,7 @@ A dense MLP is an expert that every token is routed to with weight 1, so the exp
 T tokens, H hidden, I intermediate.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from offload_moe import kernels
 from offload_moe.dense import KERNEL_DTYPES, QuantLinear
-from offload_moe.lean.probe import agree, probes
+from offload_moe.lean.probe import agree, probes, structure
 from offload_moe.moe.activation import Activation, recognize_activation
 from offload_moe.moe.contract import ExpertsContract
 from offload_moe.quant import Codec, ExpertShape, Matrix
@@ -48,39 +48,47 @@ class FusedMLP(nn.Module):
         rows = x.reshape(-1, self.hidden_size).contiguous()
         if rows.dtype not in KERNEL_DTYPES:
             rows = rows.float()
-        num_tokens, out = len(rows), torch.empty_like(rows)
-        tokens: list[int] = list(range(num_tokens))
+        num_tokens, out = rows.shape[0], torch.empty_like(rows)
+        tokens = list(range(num_tokens))
         self._kernel.forward(rows, [self.record], [0, num_tokens], tokens, [1.0] * num_tokens, out, mode=self._mode)
         return out.to(x.dtype).view(x.shape)
 
 
 def fuse_mlps(model: nn.Module) -> int:
     """Replace every gated MLP of quantized linears that is recognized. Returns how many."""
+    activation_of: dict[Hashable, Activation | None] = {}
     num_fused = 0
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            fused = _fused(child)
-            if fused is not None:
-                setattr(parent, name, fused)
+        children: list[tuple[str, Any]] = list(parent.named_children())
+        for name, child in children:
+            if not _is_candidate(child):
+                continue
+            kind = structure(child)
+            if kind not in activation_of:
+                activation_of[kind] = _recognized_activation(child)
+            activation = activation_of[kind]
+            if activation is not None:
+                setattr(parent, name, FusedMLP(child.gate_proj, child.up_proj, child.down_proj, activation))
                 num_fused += 1
     return num_fused
 
 
+def _is_candidate(module: Any) -> bool:
+    linears: list[Any] = [getattr(module, name, None) for name in NAMES]
+    can_join = all(isinstance(linear, QuantLinear) and _can_join(linear) for linear in linears)
+    return can_join and callable(getattr(module, "act_fn", None)) and len({linear.mode for linear in linears}) == 1
+
+
 @torch.inference_mode()
-def _fused(module: Any) -> FusedMLP | None:
-    linears = [getattr(module, name, None) for name in NAMES]
-    if not all(isinstance(linear, QuantLinear) and _can_join(linear) for linear in linears):
-        return None
-    gate, up, down = cast(list[QuantLinear], linears)
-    if len({linear.mode for linear in (gate, up, down)}) > 1 or not callable(getattr(module, "act_fn", None)):
-        return None
+def _recognized_activation(module: Any) -> Activation | None:
+    """The activation with which the fused form gives the module's results."""
     activation = recognize_activation(cast(ExpertsContract, _Gated(module.act_fn)), is_interleaved=False)
     if activation is None:
         return None
-    fused = FusedMLP(gate, up, down, activation)
-    inputs = probes((3, gate.in_features), torch.float32, gate.record.device)
+    fused = FusedMLP(module.gate_proj, module.up_proj, module.down_proj, activation)
+    inputs = probes((3, fused.hidden_size), torch.float32, fused.record.device)
     same = all(agree(fused(x), module(x), is_exact=False, tolerance=TOLERANCE) for x in inputs)
-    return fused if same else None
+    return activation if same else None
 
 
 class _Gated:

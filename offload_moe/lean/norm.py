@@ -4,11 +4,14 @@ Six operations become one. In fp32 the results are the same bits; in 16-bit form
 round twice.
 """
 
+from collections.abc import Hashable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from offload_moe.lean.probe import agree, probes
+from offload_moe.lean.probe import agree, probes, structure
 
 
 class FusedRMSNorm:
@@ -25,27 +28,29 @@ class FusedRMSNorm:
 
 def fuse_norms(model: nn.Module, *, is_exact: bool) -> int:
     """Give every RMS norm of the model the fused forward. Returns how many were recognized."""
+    eps_of: dict[Hashable, float | None] = {}
     num_fused = 0
-    for module in model.modules():
-        fused = _fused(module, is_exact=is_exact)
-        if fused is not None:
-            module.forward = fused
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if list(module._parameters) != ["weight"] or module.weight.dim() != 1 or list(module.children()):
+            continue
+        kind = structure(module)
+        if kind not in eps_of:
+            eps_of[kind] = _recognized_eps(module, module.weight, is_exact=is_exact)
+        eps = eps_of[kind]
+        if eps is not None:
+            module.forward = FusedRMSNorm(module.weight, eps)
             num_fused += 1
     return num_fused
 
 
 @torch.inference_mode()
-def _fused(module: nn.Module, *, is_exact: bool) -> FusedRMSNorm | None:
-    parameters = dict(module.named_parameters())
-    if list(parameters) != ["weight"] or parameters["weight"].dim() != 1 or list(module.children()):
-        return None
-    weight = parameters["weight"]
+def _recognized_eps(module: nn.Module, weight: Tensor, *, is_exact: bool) -> float | None:
+    inputs = probes((3, len(weight)), weight.dtype, weight.device)
     for eps in (value for value in vars(module).values() if isinstance(value, float)):
         fused = FusedRMSNorm(weight, eps)
-        if all(
-            _same(module, fused, x, is_exact=is_exact) for x in probes((3, len(weight)), weight.dtype, weight.device)
-        ):
-            return fused
+        if all(_same(module, fused, x, is_exact=is_exact) for x in inputs):
+            return eps
     return None
 
 

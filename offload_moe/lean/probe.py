@@ -4,13 +4,27 @@ A replacement is put in place only where it gives the module's own results on pr
 decide. Where exactness is asked for, the results must be the same bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 SCALES = (1e-2, 1.0, 30.0)  # small enough that an epsilon counts, large enough to reach a clamp
+
+PLACES = frozenset({"layer_idx", "layer_index", "layer_id"})  # where a module is, not what it does
+
+
+def structure(module: nn.Module) -> Hashable:
+    """Equal for modules that compute the same with other weights: class, plain settings, children, shapes.
+
+    The layers of a model are alike; the first of a kind is probed.
+    """
+    plain = ((name, value) for name, value in vars(module).items() if isinstance(value, int | float | str))
+    settings = tuple(sorted((name, value) for name, value in plain if name not in PLACES))
+    own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    tensors = tuple((name, tuple(value.shape), value.dtype) for name, value in own)
+    return type(module), settings, tensors, tuple((name, structure(child)) for name, child in module.named_children())
 
 
 def agree(got: Tensor, expected: Tensor, *, is_exact: bool, tolerance: float | None = None) -> bool:

@@ -36,7 +36,10 @@ class JointProjections:
 
     def __init__(self, linears: list[QuantLinear]) -> None:
         self._linears = linears
+        self._records = [linear.record for linear in linears]
+        self._mode = linears[0].mode
         self._sizes = [linear.out_features for linear in linears]
+        self._has_bias = any(linear.bias is not None for linear in linears)
         self._kernel = kernels.LinearKernel(
             linears[0].codec.name,
             [linear.shape for linear in linears],
@@ -45,13 +48,18 @@ class JointProjections:
 
     def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows = hidden_states[:, 0].contiguous()
-        q, k, v = rows.new_empty(len(rows) * sum(self._sizes)).split([len(rows) * size for size in self._sizes])
-        outs = [out.view(len(rows), size) for out, size in zip((q, k, v), self._sizes, strict=True)]
-        self._kernel.forward(rows, [linear.record for linear in self._linears], outs, mode=self._linears[0].mode)
-        for out, linear in zip(outs, self._linears, strict=True):
-            if linear.bias is not None:
-                out += linear.bias
-        return outs[0], outs[1], outs[2]
+        if rows.shape[0] == 1:
+            out = rows.new_empty(1, sum(self._sizes))
+            self._kernel.forward_row(rows, self._records, out, mode=self._mode)
+            q, k, v = out.split(self._sizes, dim=1)
+        else:
+            q, k, v = (rows.new_empty(rows.shape[0], size) for size in self._sizes)
+            self._kernel.forward(rows, self._records, (q, k, v), mode=self._mode)
+        if self._has_bias:
+            for each, linear in zip((q, k, v), self._linears, strict=True):
+                if linear.bias is not None:
+                    each += linear.bias
+        return q, k, v
 
 
 def joint_or_separate(attention: nn.Module) -> Projections:

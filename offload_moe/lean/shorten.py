@@ -1,6 +1,7 @@
 """Which attention modules take the short decode step: those that have its parts and whose results it gives."""
 
 import sys
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from offload_moe.lean.attention import DecodeAttention
-from offload_moe.lean.probe import agree, probes
+from offload_moe.lean.probe import agree, probes, structure
 from offload_moe.lean.projections import NAMES
 from offload_moe.lean.rotary import StepRotary
 
@@ -26,15 +27,24 @@ def shorten_attention(model: nn.Module, *, is_exact: bool) -> int:
     embeddings = _position_embeddings(model, positions)
     if embeddings is None:
         return 0
+    rotaries = (StepRotary(is_half=False), StepRotary(is_half=True))
+    rotary_of: dict[Hashable, StepRotary | None] = {}
     num_shortened = 0
-    rotaries = [StepRotary(is_half=False), StepRotary(is_half=True)]
     for module in [module for module in model.modules() if _is_candidate(module)]:
-        for rotary in rotaries:
-            step = DecodeAttention(module, rotary)
-            if _agrees(module, step, embeddings, positions, is_exact=is_exact):
-                module.forward = step
-                num_shortened += 1
-                break
+        kind = structure(module)
+        if kind not in rotary_of:
+            rotary_of[kind] = next(
+                (
+                    rotary
+                    for rotary in rotaries
+                    if _agrees(module, DecodeAttention(module, rotary), embeddings, positions, is_exact=is_exact)
+                ),
+                None,
+            )
+        rotary = rotary_of[kind]
+        if rotary is not None:
+            module.forward = DecodeAttention(module, rotary)
+            num_shortened += 1
     return num_shortened
 
 

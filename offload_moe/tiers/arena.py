@@ -23,6 +23,7 @@ class Arena:
         self.slot_bytes = round_up(slot_bytes, RECORD_ALIGNMENT)
         self._slots_per_chunk = max(1, chunk_bytes // self.slot_bytes)
         self._chunks: list[Tensor] = []
+        self._slots: dict[int, Tensor] = {}  # a view costs a microsecond to make, and a layer asks for many
         for first in range(0, num_slots, self._slots_per_chunk):
             self._chunks.append(self._map(min(self._slots_per_chunk, num_slots - first) * self.slot_bytes))
 
@@ -32,8 +33,11 @@ class Arena:
 
     def slot(self, index: int) -> Tensor:
         """The slot's memory: uint8 ``[slot_bytes]``, aligned to a page."""
-        chunk, place = divmod(index, self._slots_per_chunk)
-        return self._chunks[chunk][place * self.slot_bytes : (place + 1) * self.slot_bytes]
+        slot = self._slots.get(index)
+        if slot is None:
+            chunk, place = divmod(index, self._slots_per_chunk)
+            slot = self._slots[index] = self._chunks[chunk][place * self.slot_bytes : (place + 1) * self.slot_bytes]
+        return slot
 
     def _map(self, num_bytes: int) -> Tensor:
         try:
