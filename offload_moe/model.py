@@ -1,6 +1,7 @@
 """`load`: from a store to a transformers model whose experts come through the hierarchy."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack, cast
@@ -26,6 +27,7 @@ from offload_moe.moe.arithmetic import choose_arithmetic
 from offload_moe.moe.attach import BoundExperts, attach
 from offload_moe.moe.contract import ExpertsContract
 from offload_moe.moe.lookahead import DEFAULT_DEPTH, Lookahead, find_probes
+from offload_moe.profile.recorder import RecordedTier, Recorder, Subject, record
 from offload_moe.quant import get_codec
 from offload_moe.schedule.counters import Counters
 from offload_moe.schedule.hierarchy import Hierarchy, Pools
@@ -45,6 +47,7 @@ class Model:
         self.store = store
         self.hf = assembled.hf
         self.tokenizer = tokenizer
+        self._layers = assembled.layers
         self._hierarchy = hierarchy
         self._dense_bytes = sum(t.nbytes for t in (*self.hf.parameters(), *self.hf.buffers()))
 
@@ -79,6 +82,27 @@ class Model:
     def chat(self, *, system: str | None = None, raw: bool = False) -> ChatSession:
         """A conversation whose earlier turns are not computed again."""
         return ChatSession(self.hf, self.tokenizer, self.stats, memory=lambda: self.memory, system=system, raw=raw)
+
+    @contextmanager
+    def trace(self) -> Iterator[Recorder]:
+        """Record routing, hits, stalls and times of what is computed meanwhile; then ask the recorder for its trace."""
+        hierarchy = self._hierarchy
+        tiers = [RecordedTier(name="ram", scheduler=hierarchy.ram, bytes_field="disk_bytes")]
+        if hierarchy.scheduler is not hierarchy.ram:
+            tiers.insert(0, RecordedTier(name="vram", scheduler=hierarchy.scheduler, bytes_field="h2d_bytes"))
+        metadata = {
+            "model": self.store.source,
+            "codec": self.store.codec,
+            "policy": hierarchy.pools.policy,
+            "num_slots": {tier.name: tier.scheduler.residency.num_slots for tier in tiers},
+            "slot_bytes": hierarchy.pools.slot_bytes,
+            "memory_bytes": self.memory,
+        }
+        subject = Subject(
+            hf=self.hf, layers=self._layers, tiers=tiers, num_experts=hierarchy.pools.num_experts, metadata=metadata
+        )
+        with record(subject) as recorder:
+            yield recorder
 
     def close(self) -> None:
         """Stop the reading threads and close the store's files. The model cannot be used afterwards."""

@@ -5,7 +5,7 @@ calls what was bound to that very module. Two models in one process therefore ne
 """
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Protocol, cast
 
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -18,6 +18,14 @@ from offload_moe.moe.routing import group_by_expert
 from offload_moe.schedule.scheduler import Scheduler
 
 EXPERTS_FUNCTION = "offload_moe"
+
+
+class LayerRecorder(Protocol):
+    """Told when the experts of a layer begin and end, and what they were asked for."""
+
+    def begin(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor) -> None: ...
+
+    def end(self) -> None: ...
 
 
 class BoundExperts:
@@ -38,8 +46,18 @@ class BoundExperts:
         self._record_of = record_of
         self._arithmetic = arithmetic
         self._lookahead = lookahead
+        self.recorder: LayerRecorder | None = None
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        recorder = self.recorder
+        if recorder is None:
+            return self._compute(hidden, top_k_index, top_k_weights)
+        recorder.begin(self._layer, top_k_index, top_k_weights)
+        result = self._compute(hidden, top_k_index, top_k_weights)
+        recorder.end()
+        return result
+
+    def _compute(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         routing = group_by_expert(top_k_index, self._num_experts)
         with self._scheduler.acquire(self._layer, routing.experts) as lease:
             if self._lookahead is not None:

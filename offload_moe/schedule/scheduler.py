@@ -16,6 +16,7 @@ from typing import Self
 
 from offload_moe.errors import TransferError
 from offload_moe.schedule.counters import Counters
+from offload_moe.schedule.observer import Observer
 from offload_moe.schedule.residency import Residency
 from offload_moe.tiers.mover import Mover
 
@@ -45,6 +46,7 @@ class Scheduler:
         self.changed = threading.Condition()
         self.failed: dict[int, BaseException] = {}
         self.unproven: set[int] = set()  # prefetched and not asked for since
+        self.observer: Observer | None = None
         self._bytes_counter = bytes_counter
         self._bytes_counters = self.counters
 
@@ -76,6 +78,8 @@ class Scheduler:
                     num_started += 1
                     self.unproven.add(key)
             self.counters.num_prefetches += num_started
+            if self.observer is not None:
+                self.observer.prefetched(layer, num_started)
         return num_started
 
     def start(self, key: int, keep: Collection[int] = (), *, is_prefetch: bool = False) -> int | None:
@@ -140,6 +144,10 @@ class Lease:
         counters.num_hits += len(self._ready)
         counters.num_delayed_hits += len(self._loading)
         counters.num_misses += len(self._absent)
+        if scheduler.observer is not None:
+            arriving = [expert for expert, _ in self._loading]
+            missing = [key - first_key for key in self._absent]
+            scheduler.observer.acquired(first_key // scheduler.num_experts, arriving, missing)
         self._admit()
 
     def __enter__(self) -> Self:

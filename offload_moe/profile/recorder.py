@@ -1,0 +1,202 @@
+"""Recording: what a model's routers choose while it runs, and what that costs.
+
+While the model computes, tensors and counters are only put aside; they become arrays every few forwards, see `columns`.
+T tokens of one forward, L MoE layers, K top-k, E experts per layer, R tiers.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from offload_moe.checkpoint.experts import ExpertsModule
+from offload_moe.errors import ConfigError
+from offload_moe.profile.columns import Columns, Forward, make_trace, to_columns
+from offload_moe.profile.routers import Router, find_router
+from offload_moe.schedule.scheduler import Scheduler
+from offload_moe.trace import Trace
+
+FORWARDS_PER_CHUNK = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedTier:
+    """bytes_field: the field of `Counters` that counts what is brought into this tier."""
+
+    name: str
+    scheduler: Scheduler
+    bytes_field: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is recorded. tiers: fastest first. metadata: goes into the trace, ready for `json.dumps`."""
+
+    hf: nn.Module
+    layers: Sequence[ExpertsModule]
+    tiers: Sequence[RecordedTier]
+    num_experts: int
+    metadata: Mapping[str, Any]
+
+
+class Recorder:
+    """Filled by the hooks of `record`. One sequence at a time; `group` names what the next sequences have in common."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.group = ""
+        self.num_dropped = 0  # forwards that were interrupted, or that did not pass through every MoE layer once
+        self._subject = subject
+        self._routers: list[Router | None] = []
+        self._counters = subject.tiers[0].scheduler.counters
+        self._stalled = [tier.scheduler.counters for tier in subject.tiers]
+        self._bytes_fields = [tier.bytes_field for tier in subject.tiers]
+        self._current: Forward | None = None
+        self._pending: list[Forward] = []
+        self._columns: list[Columns] = []
+        self._groups: list[str] = []
+        self._position = -1  # in its sequence, of the token after the last one recorded
+        self._ended = 0.0
+        self._between_s: list[float] = []
+
+    def trace(self) -> Trace:
+        """Everything recorded so far.
+
+        Raises: ConfigError when that is nothing.
+        """
+        self._settle()
+        if not self._columns:
+            raise ConfigError("Nothing was recorded: no forward passed through every MoE layer. Generate something.")
+        subject = self._subject
+        metadata = {
+            **subject.metadata,
+            "groups": self._groups,
+            "num_dropped_forwards": self.num_dropped,
+            "between_tokens_s": sum(self._between_s),
+            "num_between_tokens": len(self._between_s),
+        }
+        return make_trace(
+            self._columns,
+            num_experts=subject.num_experts,
+            tiers=tuple(tier.name for tier in subject.tiers),
+            metadata=json.dumps(metadata),
+        )
+
+    def begin(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+        forward = self._current
+        if forward is not None:
+            forward.layers.append(layer)
+            forward.index.append(top_k_index)
+            forward.weights.append(top_k_weights)
+            forward.begins.append(self._mark())
+
+    def end(self) -> None:
+        if self._current is not None:
+            self._current.ends.append(self._mark())
+
+    def _mark(self) -> tuple[float, ...]:
+        """Seconds, useful prefetches, then stall and bytes of every tier: running totals."""
+        counters = self._counters
+        if len(self._stalled) == 1:
+            return time.perf_counter(), counters.num_useful_prefetches, counters.stall_s, counters.disk_bytes
+        stalls = [tier.stall_s for tier in self._stalled]
+        moved = [getattr(counters, field) for field in self._bytes_fields]
+        return time.perf_counter(), counters.num_useful_prefetches, *stalls, *moved
+
+    def _begin_forward(self, input_ids: Tensor, start: int) -> None:
+        """input_ids: [1, T]; start: tokens of the sequence that the cache holds."""
+        if input_ids.shape[0] != 1:
+            raise ConfigError(f"One sequence can be recorded at a time, not a batch of {input_ids.shape[0]}.")
+        self.num_dropped += self._current is not None
+        is_continued = start > 0 and start == self._position
+        num_tiers = len(self._stalled)
+        self._current = Forward(input_ids=input_ids, start=start, is_new=not is_continued, num_tiers=num_tiers)
+        began = time.perf_counter()
+        if is_continued and input_ids.shape[1] == 1:
+            self._between_s.append(began - self._ended)
+        self._current.began = self._mark()
+
+    def _end_forward(self) -> None:
+        forward, self._current = self._current, None
+        if forward is None:
+            return
+        forward.ended = self._mark()
+        if not forward.is_complete(len(self._subject.layers)):
+            self.num_dropped += 1
+            return
+        self._position = forward.start + forward.input_ids.shape[1]
+        if forward.is_new:
+            self._groups.append(self.group)
+        self._pending.append(forward)
+        if len(self._pending) >= FORWARDS_PER_CHUNK:
+            self._settle()
+        self._ended = time.perf_counter()
+
+    def _settle(self) -> None:
+        """Turn what was put aside into arrays."""
+        if self._pending:
+            self._columns.append(to_columns(self._pending, self._routers, self._subject.num_experts))
+            self._pending = []
+
+
+class TierObserver:
+    """Passes what one tier's scheduler does to the forward under way."""
+
+    def __init__(self, recorder: Recorder, tier: int) -> None:
+        self._recorder = recorder
+        self._tier = tier
+
+    def acquired(self, layer: int, arriving: Sequence[int], missing: Sequence[int]) -> None:
+        forward = self._recorder._current
+        if forward is not None and (arriving or missing):
+            forward.outcomes[self._tier].append((layer, arriving, missing))
+
+    def prefetched(self, layer: int, num_started: int) -> None:
+        forward = self._recorder._current
+        if forward is not None:
+            forward.prefetches[self._tier].append((layer, num_started))
+
+
+@contextmanager
+def record(subject: Subject) -> Iterator[Recorder]:
+    """Record every forward of the model until the context ends; what was recorded stays in the recorder."""
+    recorder = Recorder(subject)
+    with ExitStack() as undo:
+        for number, tier in enumerate(subject.tiers):
+            tier.scheduler.observer = TierObserver(recorder, number)
+            undo.callback(setattr, tier.scheduler, "observer", None)
+        for ordinal, layer in enumerate(subject.layers):
+            bound: Any = layer.module._offload_moe
+            bound.recorder = recorder
+            undo.callback(setattr, bound, "recorder", None)
+            router = find_router(subject.hf, layer.name, layer.num_experts)
+            recorder._routers.append(router)
+            if router is not None:
+                handle = router.module.register_forward_hook(_router_hook(recorder, ordinal))
+                undo.callback(handle.remove)
+        for handle in _forward_hooks(recorder, subject.hf):
+            undo.callback(handle.remove)
+        yield recorder
+
+
+def _router_hook(recorder: Recorder, layer: int) -> Callable[[nn.Module, Any, Any], None]:
+    def keep(module: nn.Module, args: Any, out: Any) -> None:
+        if recorder._current is not None:
+            recorder._current.routers[layer] = out
+
+    return keep
+
+
+def _forward_hooks(recorder: Recorder, hf: nn.Module) -> list[Any]:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
+        cache = kwargs.get("past_key_values")
+        recorder._begin_forward(ids, 0 if cache is None else int(cache.get_seq_length()))
+
+    def after(module: nn.Module, args: Any, out: Any) -> None:
+        recorder._end_forward()
+
+    return [hf.register_forward_pre_hook(before, with_kwargs=True), hf.register_forward_hook(after)]

@@ -1,0 +1,54 @@
+"""The router in front of an experts module, and its distribution over the experts."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload_moe.moe.lookahead import ROUTER_NAMES
+
+SUM_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Router:
+    module: nn.Module
+    num_experts: int
+    is_sigmoid: bool
+
+    def probabilities(self, out: Any, num_tokens: int) -> Tensor | None:
+        """What the module returned -> fp32 ``[T, E]`` with rows that sum to one; None where it gives no scores.
+
+        Sigmoid scores are divided by their sum, as in DeepSeek-V3's balance loss (arXiv 2412.19437, equation 19).
+        """
+        parts = out if isinstance(out, tuple | list) else (out,)
+        size = num_tokens * self.num_experts
+        found = (part for part in parts if isinstance(part, Tensor) and part.is_floating_point())
+        scores = next((part for part in found if part.numel() == size and part.shape[-1] == self.num_experts), None)
+        if scores is None:
+            return None
+        scores = scores.detach().float().reshape(num_tokens, self.num_experts)
+        if bool((scores >= 0).all()) and bool(((scores.sum(-1) - 1).abs() < SUM_TOLERANCE).all()):
+            return scores
+        if not self.is_sigmoid:
+            return scores.softmax(-1)
+        scores = scores.sigmoid()
+        return scores / scores.sum(-1, keepdim=True)
+
+
+def find_router(hf: nn.Module, experts_name: str, num_experts: int) -> Router | None:
+    """The sibling of an experts module that routes for it, where the family has one."""
+    block = hf.get_submodule(experts_name.rpartition(".")[0])
+    module = next((child for name, child in block.named_children() if name in ROUTER_NAMES), None)
+    if module is None:
+        return None
+    config = getattr(hf, "config", None)
+    scoring = getattr(config, "scoring_func", None) or getattr(config, "score_function", None)
+    is_sigmoid = scoring == "sigmoid" or hasattr(module, "e_score_correction_bias")
+    return Router(module=module, num_experts=num_experts, is_sigmoid=is_sigmoid)
+
+
+def pad_experts(probabilities: Tensor, num_experts: int) -> Tensor:
+    """``[T, e] -> [T, E]``: a layer with fewer experts than the others has probability zero for the rest."""
+    return torch.nn.functional.pad(probabilities, (0, num_experts - probabilities.shape[-1]))
