@@ -2,8 +2,8 @@
 
     python benchmarks/decode_demo.py [--checkpoint FOLDER] [--threads N] [--tokens N] [--trials N] [--unpinned]
 
-Every candidate answers the same prompt greedily through `generate()`; the figure is tokens per second from the first new
-token to the last. Do not pin on a machine that is busy with other work: a pinned OpenMP team waits for its cores.
+Every candidate answers the same prompt greedily through `generate()`; the figure is tokens per second from the first
+new token to the last. Do not pin on a machine that is busy with other work: a pinned OpenMP team waits for its cores.
 """
 
 import argparse

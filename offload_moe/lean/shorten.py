@@ -27,17 +27,20 @@ def shorten_attention(model: nn.Module, *, is_exact: bool) -> int:
     embeddings = _position_embeddings(model, positions)
     if embeddings is None:
         return 0
-    rotaries = (StepRotary(is_half=False), StepRotary(is_half=True))
+    num_angles = embeddings[0].shape[-1]
+    rotaries = ((StepRotary(is_half=False), num_angles), (StepRotary(is_half=True), 2 * num_angles))
     rotary_of: dict[Hashable, StepRotary | None] = {}
     num_shortened = 0
-    for module in [module for module in model.modules() if _is_candidate(module)]:
+    modules: list[Any] = [module for module in model.modules() if _is_candidate(module)]
+    for module in modules:
         kind = structure(module)
         if kind not in rotary_of:
             rotary_of[kind] = next(
                 (
                     rotary
-                    for rotary in rotaries
-                    if _agrees(module, DecodeAttention(module, rotary), embeddings, positions, is_exact=is_exact)
+                    for rotary, rotated_dims in rotaries
+                    if rotated_dims <= module.head_dim
+                    and _agrees(module, DecodeAttention(module, rotary), embeddings, positions, is_exact=is_exact)
                 ),
                 None,
             )

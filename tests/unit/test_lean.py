@@ -1,0 +1,141 @@
+"""What lean recognizes, and what it must leave alone."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import tiny_model
+from torch import Tensor, nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from offload_moe import kernels
+from offload_moe.dense import quantize_linear
+from offload_moe.lean.mlp import FusedMLP, fuse_mlps
+from offload_moe.lean.norm import FusedRMSNorm, fuse_norms
+from offload_moe.lean.rotary import StepRotary, rotate
+from offload_moe.lean.shorten import shorten_attention
+from offload_moe.quant import get_codec
+
+needs_kernels = pytest.mark.skipif(not kernels.available(), reason="the native kernels are not built")
+
+
+def filled(norm: nn.Module) -> nn.Module:
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    return norm.requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_recognized_norm_gives_the_modules_results(dtype: torch.dtype) -> None:
+    norm = filled(LlamaRMSNorm(96, eps=1e-3)).to(dtype)
+    x = torch.randn(2, 5, 96).to(dtype)
+    expected = norm(x)
+    assert fuse_norms(norm, is_exact=dtype == torch.float32) == 1
+    assert isinstance(norm.forward, FusedRMSNorm)
+    if dtype == torch.float32:
+        assert torch.equal(norm(x), expected)
+    else:
+        assert torch.allclose(norm(x).float(), expected.float(), rtol=2e-2)
+
+
+class ClippedNorm(LlamaRMSNorm):
+    """Looks like an RMS norm, and is one, until its input is large."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states.clamp(-20, 20))
+
+
+class CenteredNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states - hidden_states.mean(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("norm", [ClippedNorm(64), CenteredNorm(64), nn.LayerNorm(64, bias=False), Gemma3RMSNorm(64)])
+def test_other_norms_stay_as_they_are(norm: nn.Module) -> None:
+    assert fuse_norms(filled(norm), is_exact=False) == 0
+    assert "forward" not in vars(norm)
+
+
+def test_norms_of_one_kind_keep_their_own_weights() -> None:
+    norms = nn.ModuleList([filled(LlamaRMSNorm(32)), filled(LlamaRMSNorm(32)), filled(LlamaRMSNorm(32, eps=0.5))])
+    x = torch.randn(3, 32)
+    expected = [norm(x) for norm in norms]
+    assert fuse_norms(norms, is_exact=True) == 3
+    assert all(torch.equal(norm(x), wanted) for norm, wanted in zip(norms, expected, strict=True))
+
+
+@pytest.mark.parametrize("is_half", [False, True])
+@pytest.mark.parametrize("head_dim", [8, 12])
+def test_rotation_is_the_textbook_one(is_half: bool, head_dim: int) -> None:
+    angles = torch.rand(2, 1, 4)
+    cos, sin = angles.cos(), angles.sin()
+    x = torch.randn(2, 3, 1, head_dim)
+    first, second, rest = x.split([4, 4, head_dim - 8], dim=-1)
+    c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+    expected = torch.cat((first * c - second * s, second * c + first * s, rest), -1)
+    embeddings = (cos, sin) if is_half else (torch.cat((cos, cos), -1), torch.cat((sin, sin), -1))
+    assert torch.equal(rotate(x, *StepRotary(is_half=is_half).prepare(embeddings)), expected)
+
+
+def test_rotary_prepares_anew_for_each_token() -> None:
+    rotary = StepRotary(is_half=False)
+    first, second = [(torch.rand(1, 1, 4), torch.rand(1, 1, 4)) for _ in range(2)]
+    kept = rotary.prepare(first)[0]
+    assert rotary.prepare(first)[0] is kept
+    assert torch.equal(rotary.prepare(second)[0], second[0].unsqueeze(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, act_fn: Any, codec: str = "int8") -> None:
+        super().__init__()
+        self.act_fn = act_fn
+        for name, shape in {"gate_proj": (96, 64), "up_proj": (96, 64), "down_proj": (64, 96)}.items():
+            setattr(self, name, quantize_linear(torch.randn(shape) * 0.1, get_codec(codec)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ScaledMLP(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 1.1
+
+
+@needs_kernels
+@pytest.mark.parametrize("act_fn", [nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_mlp_follows_its_three_linears(act_fn: nn.Module, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    parent = nn.ModuleDict({"mlp": MLP(act_fn)})
+    for x in (torch.randn(2, 3, 64), torch.randn(1, 64)):
+        expected = MLP.forward(parent["mlp"], x.to(dtype)) if isinstance(parent["mlp"], MLP) else None
+        fused = nn.ModuleDict({"mlp": parent["mlp"]})
+        assert fuse_mlps(fused) == 1
+        got = fused["mlp"](x.to(dtype))
+        assert isinstance(fused["mlp"], FusedMLP)
+        assert got.dtype == dtype
+        assert got.shape == x.shape
+        assert (got - expected).norm() / expected.norm() < 1e-2
+
+
+@needs_kernels
+@pytest.mark.parametrize("mlp", [ScaledMLP(nn.SiLU()), MLP(nn.Softplus()), MLP(nn.SiLU(), codec="nf4")])
+def test_other_mlps_stay_as_they_are(mlp: nn.Module) -> None:
+    parent = nn.ModuleDict({"mlp": mlp})
+    assert fuse_mlps(parent) == 0
+    assert parent["mlp"] is mlp
+
+
+def test_attention_that_scales_by_position_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("mixtral", num_hidden_layers=1).requires_grad_(False)
+    attention_class = type(model.model.layers[0].self_attn)
+    plain = attention_class.forward
+
+    def scaled(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out, weights = plain(self, hidden_states, *args, **kwargs)
+        return out * (1 + kwargs["position_ids"].div(500, rounding_mode="floor")).unsqueeze(-1), weights
+
+    monkeypatch.setattr(attention_class, "forward", scaled)
+    assert shorten_attention(model, is_exact=False) == 0
+    monkeypatch.undo()
+    assert shorten_attention(model, is_exact=True) == 1

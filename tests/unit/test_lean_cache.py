@@ -1,0 +1,132 @@
+"""The cache with room against transformers' growing one, over every operation a cache is put through."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from offload_moe.lean.cache import STEP, RoomyLayer, give_room
+
+OPERATIONS = st.one_of(
+    st.tuples(st.just("update"), st.integers(1, STEP)),
+    st.tuples(st.just("crop"), st.integers(0, 40)),
+    st.tuples(st.just("reorder"), st.integers(0, 5)),
+    st.tuples(st.just("select"), st.integers(1, 3)),
+    st.tuples(st.just("repeat"), st.integers(1, 2)),
+    st.tuples(st.just("copy"), st.just(0)),
+    st.tuples(st.just("reset"), st.just(0)),
+)
+
+
+def states(batch: int, num_tokens: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(batch, 2, num_tokens, 4, generator=generator)
+    return keys, torch.randn(batch, 2, num_tokens, 6, generator=generator)
+
+
+class Pair:
+    """A plain and a roomy layer that live the same life."""
+
+    def __init__(self) -> None:
+        self.plain, self.roomy, self.batch = DynamicLayer(), RoomyLayer(), 2
+
+    def apply(self, name: str, number: int, seed: int) -> None:
+        length = self.plain.get_seq_length()
+        if name == "update":
+            new = states(self.batch, number, seed)
+            for got, expected in zip(self.roomy.update(*new), self.plain.update(*new), strict=True):
+                assert torch.equal(got, expected)
+        elif name == "crop" and number < length:
+            self.plain.crop(-number)
+            self.roomy.crop(-number)
+        elif name == "reorder":
+            order = torch.randint(self.batch, (self.batch,), generator=torch.Generator().manual_seed(number))
+            self.plain.reorder_cache(order)
+            self.roomy.reorder_cache(order)
+        elif name == "select" and length:
+            chosen = torch.arange(min(number, self.batch))
+            self.batch = len(chosen)
+            self.plain.batch_select_indices(chosen)
+            self.roomy.batch_select_indices(chosen)
+        elif name == "repeat" and length and self.batch * number <= 4:
+            self.batch *= number
+            self.plain.batch_repeat_interleave(number)
+            self.roomy.batch_repeat_interleave(number)
+        elif name == "copy":
+            self.roomy, left_behind = copy.deepcopy(self.roomy), self.roomy
+            if length:
+                left_behind.update(*states(self.batch, 1, seed + 1))  # must not reach the copy
+        elif name == "reset":
+            self.plain.reset()
+            self.roomy.reset()
+
+    def check(self) -> None:
+        assert self.roomy.get_seq_length() == self.plain.get_seq_length()
+        assert self.roomy.get_mask_sizes(3) == self.plain.get_mask_sizes(3)
+        if self.plain.get_seq_length():
+            assert torch.equal(self.roomy.keys, self.plain.keys)
+            assert torch.equal(self.roomy.values, self.plain.values)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(OPERATIONS, max_size=14))
+def test_it_holds_what_the_growing_layer_holds(operations: list[tuple[str, int]]) -> None:
+    pair = Pair()
+    for seed, (name, number) in enumerate(operations):
+        pair.apply(name, number, seed)
+        pair.check()
+
+
+def test_a_decode_step_writes_in_place() -> None:
+    layer = RoomyLayer()
+    layer.update(*states(1, 10, 0))
+    places = [layer.keys.data_ptr(), layer.values.data_ptr()]
+    for step in range(STEP - 10):
+        layer.update(*states(1, 1, step))
+        assert [layer.keys.data_ptr(), layer.values.data_ptr()] == places
+    layer.update(*states(1, 1, 0))
+    assert layer.keys.data_ptr() != places[0]
+    assert layer.get_seq_length() == STEP + 1
+
+
+def test_a_cache_from_inference_mode_goes_on_outside() -> None:
+    layer = RoomyLayer()
+    with torch.inference_mode():
+        layer.update(*states(1, 3, 0))
+    layer.update(*states(1, 1, 1))
+    assert torch.equal(layer.keys, torch.cat([states(1, 3, 0)[0], states(1, 1, 1)[0]], dim=2))
+
+
+def test_gradients_flow_through_it() -> None:
+    layer = RoomyLayer()
+    keys, values = states(1, 2, 0)
+    keys.requires_grad_()
+    layer.update(keys, values)
+    layer.update(*states(1, 1, 1))
+    layer.keys.sum().backward()
+    assert keys.grad is not None
+    assert torch.equal(keys.grad, torch.ones_like(keys))
+
+
+def test_only_plain_growing_layers_get_room() -> None:
+    cache = DynamicCache()
+    cache.layers = [DynamicLayer(), DynamicSlidingWindowLayer(sliding_window=4)]
+    cache.layers[0].update(*states(1, 3, 0))
+    give_room(cache)
+    assert [type(layer) for layer in cache.layers] == [RoomyLayer, DynamicSlidingWindowLayer]
+    assert cache.get_seq_length() == 3
+    cache.update(*states(1, 1, 1), 2)
+    assert type(cache.layers[2]) is RoomyLayer
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_it_keeps_the_dtype(dtype: torch.dtype) -> None:
+    layer = RoomyLayer()
+    keys, values = states(1, 3, 0)
+    got, _ = layer.update(keys.to(dtype), values.to(dtype))
+    assert got.dtype == dtype
