@@ -2,8 +2,9 @@
 
     python benchmarks/demo_quality.py [--rebuild FOLDER] [--sequences N]
 
-Texts: `pydoc` (language reference topics), `docstrings`, `code` and `licence` come with Python; `prose` and `chat` are
-`offload_moe/demo/heldout.txt`. Sequences are as long as the calibration's. The last line of stdout is one JSON document.
+Texts: `pydoc` (language reference topics), `docstrings`, `code` and `licence` come with Python; `prose` and `chat`
+are `offload_moe/demo/heldout.txt`. Sequences are as long as the calibration's. The last line of stdout is one JSON
+document.
 """
 
 import argparse
@@ -92,7 +93,8 @@ def routing(model: PreTrainedModel, ids: Tensor) -> dict[str, float]:
         usage.append(chosen.mean(dim=0))
         agree.append((exact == chosen).all(dim=1).double())
 
-    hooks = [layer.mlp.gate.register_forward_hook(watch) for layer in model.model.layers]
+    routers = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    hooks = [router.register_forward_hook(watch) for router in routers]
     model(ids)
     for hook in hooks:
         hook.remove()
@@ -130,11 +132,15 @@ def measure(rebuild: Path | None, limit: int) -> dict[str, Any]:
     everything = torch.cat(list(ids.values()))
     moe = mixture.config
     shared, width = moe.shared_expert_intermediate_size, dense.config["intermediate_size"]
+    per_layer = (shared + moe.num_experts_per_tok * moe.moe_intermediate_size) / width
+    dense_share = len(moe.mlp_only_layers) / moe.num_hidden_layers
     return {
         "texts": texts,
         "ratio_mean": sum(text["ratio"] for text in texts.values()) / len(texts),
         "ratio_max": max(text["ratio"] for text in texts.values()),
-        "active_share": (shared + moe.num_experts_per_tok * moe.moe_intermediate_size) / width,
+        "active_share": dense_share + (1 - dense_share) * per_layer,
+        "active_share_of_moe_layer": per_layer,
+        "num_dense_layers": len(moe.mlp_only_layers),
         "shared_share": shared / width,
         "num_experts": moe.num_experts,
         "top_k": moe.num_experts_per_tok,

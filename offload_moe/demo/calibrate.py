@@ -20,9 +20,9 @@ from offload_moe.demo.write import LayerSplit
 
 
 def calibrate(dense: DenseModel, text: Tensor, recipe: Recipe, on_layer: Callable[[int], None]) -> list[LayerSplit]:
-    """Split every layer; `text` int64 [sequences, positions] is the calibration text's tokens.
+    """Split every layer but the first dense ones; `text` int64 [sequences, positions] is the calibration text's tokens.
 
-    `on_layer` is told how many layers are finished.
+    `on_layer` is told how many layers are finished, dense ones included.
     """
     splits: list[LayerSplit] = []
     with torch.inference_mode(), _fast_matmul():
@@ -35,13 +35,15 @@ def calibrate(dense: DenseModel, text: Tensor, recipe: Recipe, on_layer: Callabl
             hidden = forward.attend(layer, hidden)
             normed = forward.feed_forward_input(layer, hidden).flatten(0, 1)
             neurons = forward.activations(layer, normed)
-            # The next norm divides by the residual's size, so an error counts relative to it.
-            weight = trust / hidden.flatten(0, 1).square().mean(dim=1, keepdim=True)
             down = forward.weight(layer, "mlp.down_proj")
-            split, output = _split_layer(normed, neurons, down, weight / weight.mean(), recipe, generator)
+            output = neurons @ down.T
+            if layer >= recipe.num_dense_layers:
+                # The next norm divides by the residual's size, so an error counts relative to it.
+                weight = trust / (hidden.flatten(0, 1) + output).square().mean(dim=1, keepdim=True)
+                split, output = _split_layer(normed, neurons, down, weight / weight.mean(), recipe, generator)
+                splits.append(split)
             hidden = hidden + output.view_as(hidden)
-            splits.append(split)
-            on_layer(len(splits))
+            on_layer(layer + 1)
     return splits
 
 

@@ -27,6 +27,7 @@ _DENSE_IN_LAYER = (
     "self_attn.v_proj",
     "self_attn.o_proj",
 )
+_FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +47,15 @@ class LayerSplit:
 def write_checkpoint(
     folder: Path, dense: DenseModel, splits: Sequence[LayerSplit], top_k: int, dtype: torch.dtype
 ) -> None:
-    """Write config, tokenizer, generation config and weights into the existing `folder`."""
+    """Write config, tokenizer, generation config and weights into the existing `folder`.
+
+    `splits` are the last layers'; layers before them stay dense.
+    """
     from safetensors.torch import save_file
 
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in moe_tensors(dense, splits, top_k)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_config(folder, dense, splits[0], top_k, dtype)
+    _write_config(folder, dense, splits, top_k, dtype)
     _write_tokenizer(folder, dense)
 
 
@@ -60,32 +64,44 @@ def moe_tensors(dense: DenseModel, splits: Sequence[LayerSplit], top_k: int) -> 
     for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
         if name in dense.tensors:
             yield name, dense.tensors[name]
-    for layer, split in enumerate(splits):
+    num_layers = dense.config["num_hidden_layers"]
+    for layer in range(num_layers):
         prefix = f"model.layers.{layer}"
-        for module in _DENSE_IN_LAYER:
+        is_dense = layer < num_layers - len(splits)
+        for module in _DENSE_IN_LAYER + (_FEED_FORWARD if is_dense else ()):
             yield f"{prefix}.{module}.weight", dense.tensors[f"{prefix}.{module}.weight"]
-        gate = dense.tensors[f"{prefix}.mlp.gate_proj.weight"]
-        up = dense.tensors[f"{prefix}.mlp.up_proj.weight"]
-        yield f"{prefix}.mlp.gate.weight", split.router
-        yield f"{prefix}.mlp.shared_expert_gate.weight", torch.zeros(1, gate.shape[1])
-        groups = [("shared_expert", split.shared, 2.0)]
-        groups += [(f"experts.{expert}", neurons, float(top_k)) for expert, neurons in enumerate(split.routed)]
-        for module, neurons, scale in groups:
-            yield f"{prefix}.mlp.{module}.gate_proj.weight", gate[neurons]
-            yield f"{prefix}.mlp.{module}.up_proj.weight", up[neurons]
-            yield f"{prefix}.mlp.{module}.down_proj.weight", split.down[:, neurons] * scale
+        if not is_dense:
+            yield from _moe_layer(dense, prefix, splits[layer - num_layers], top_k)
 
 
-def _write_config(folder: Path, dense: DenseModel, split: LayerSplit, top_k: int, dtype: torch.dtype) -> None:
+def _moe_layer(dense: DenseModel, prefix: str, split: LayerSplit, top_k: int) -> Iterator[tuple[str, Tensor]]:
+    """Router, shared expert and experts of one layer."""
+    gate = dense.tensors[f"{prefix}.mlp.gate_proj.weight"]
+    up = dense.tensors[f"{prefix}.mlp.up_proj.weight"]
+    yield f"{prefix}.mlp.gate.weight", split.router
+    yield f"{prefix}.mlp.shared_expert_gate.weight", torch.zeros(1, gate.shape[1])
+    groups = [("shared_expert", split.shared, 2.0)]
+    groups += [(f"experts.{expert}", neurons, float(top_k)) for expert, neurons in enumerate(split.routed)]
+    for module, neurons, scale in groups:
+        yield f"{prefix}.mlp.{module}.gate_proj.weight", gate[neurons]
+        yield f"{prefix}.mlp.{module}.up_proj.weight", up[neurons]
+        yield f"{prefix}.mlp.{module}.down_proj.weight", split.down[:, neurons] * scale
+
+
+def _write_config(
+    folder: Path, dense: DenseModel, splits: Sequence[LayerSplit], top_k: int, dtype: torch.dtype
+) -> None:
     from transformers import GenerationConfig, Qwen2MoeConfig
 
-    num_experts, expert_size = split.routed.shape
+    num_experts, expert_size = splits[0].routed.shape
+    num_dense = dense.config["num_hidden_layers"] - len(splits)
     config = Qwen2MoeConfig(
         **dense.config,
         num_experts=num_experts,
         num_experts_per_tok=top_k,
         moe_intermediate_size=expert_size,
-        shared_expert_intermediate_size=len(split.shared),
+        shared_expert_intermediate_size=len(splits[0].shared),
+        mlp_only_layers=list(range(num_dense)),
         norm_topk_prob=True,
         qkv_bias=False,
         architectures=["Qwen2MoeForCausalLM"],

@@ -51,7 +51,7 @@ def test_with_every_expert_active_the_logits_are_the_dense_models(tmp_path: Path
     splits = calibrate(dense, IDS, TINY_RECIPE, lambda finished: None)
     # A zero router weighs all eight exactly alike.
     plain = [
-        replace(split, router=torch.zeros(8, 32), down=dense.tensors[f"model.layers.{layer}.mlp.down_proj.weight"])
+        replace(split, router=torch.zeros(8, 32), down=dense.tensors[f"model.layers.{layer + 1}.mlp.down_proj.weight"])
         for layer, split in enumerate(splits)
     ]
     write_checkpoint(tmp_path, dense, plain, 8, torch.float32)
@@ -64,7 +64,10 @@ def test_transformers_computes_what_calibration_meant(tmp_path: Path) -> None:
     dense, splits, model = split_and_load(tmp_path)
     forward = DenseForward(dense, IDS.shape[1])
     hidden = forward.embed(IDS)
-    for layer, split in enumerate(splits):
+    hidden = forward.attend(0, hidden)
+    neurons = forward.activations(0, forward.feed_forward_input(0, hidden))
+    hidden = hidden + neurons @ forward.weight(0, "mlp.down_proj").T
+    for layer, split in enumerate(splits, start=1):
         hidden = forward.attend(layer, hidden)
         normed = forward.feed_forward_input(layer, hidden)
         chosen = top_k_mask((normed @ split.router.T).flatten(0, 1), 4).view(*IDS.shape, 8)
@@ -83,7 +86,8 @@ def test_the_folder_has_the_names_of_real_qwen2_moe_checkpoints(tmp_path: Path) 
     _, _, model = split_and_load(tmp_path)
     names = load_file(tmp_path / "model.safetensors").keys()
     assert "model.layers.2.mlp.experts.7.gate_proj.weight" in names
-    assert "model.layers.0.mlp.shared_expert.down_proj.weight" in names
+    assert "model.layers.1.mlp.shared_expert.down_proj.weight" in names
+    assert "model.layers.0.mlp.down_proj.weight" in names, "the first layer stays dense"
     assert model.config.model_type == "qwen2_moe"
     assert model.generation_config.eos_token_id == 2
 
