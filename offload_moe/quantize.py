@@ -55,6 +55,10 @@ def quantize(
     experts_codec, linears_codec = get_codec(codec), get_codec(dense_codec)
     origin = resolve_source(source, revision=revision, token=token)
     with Checkpoint(origin.folder) as checkpoint:
+        if checkpoint.ignored:
+            what = f"{len(checkpoint.ignored)} tensors of multi-token prediction or of older versions"
+            phase = f"Skipping {what}, such as {checkpoint.ignored[0]}"
+            report(Progress(phase=phase, done_bytes=-1, total_bytes=0))
         files, jobs = plan_conversion(checkpoint, experts_codec, linears_codec)
         settings = _settings(origin, checkpoint, codec, dense_codec, files)
         with StoreWriter(Path(store), files, settings) as writer:
@@ -166,7 +170,7 @@ def _settings(
     origin: Source, checkpoint: Checkpoint, codec: str, dense_codec: str, files: Iterable[PlannedFile]
 ) -> dict[str, Any]:
     """What must be the same for a conversion to be resumed; the keys are what its error message names."""
-    stats = [(path.name, path.stat()) for path in (*checkpoint.shards.paths, origin.folder / "config.json")]
+    stats = [(path.name, path.stat()) for path in (*checkpoint.tensors.paths, origin.folder / "config.json")]
     state = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     plan = hashlib.sha256(b"".join(file.header for file in files)).hexdigest()
     return {

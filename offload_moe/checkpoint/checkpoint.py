@@ -13,15 +13,14 @@ from torch import Tensor
 from offload_moe.checkpoint.convert import convert, possible_targets
 from offload_moe.checkpoint.expert_reader import ExpertReader
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
+from offload_moe.checkpoint.formats import open_tensors
 from offload_moe.checkpoint.names import SourceGroup, map_names, required_names
-from offload_moe.checkpoint.shards import Shards
-from offload_moe.checkpoint.skeleton import build_skeleton, load_config, read_config_json
+from offload_moe.checkpoint.skeleton import build_skeleton, load_config
+from offload_moe.checkpoint.tensors import TensorSource
 from offload_moe.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-UNQUANTIZED_KEYS = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +51,12 @@ class Checkpoint:
             UnsupportedModelError: a dense model, or one with experts that cannot be bound.
         """
         self.folder = folder
-        _refuse_quantized(folder)
         self.model: PreTrainedModel = build_skeleton(load_config(folder))
         self.layers: tuple[ExpertsModule, ...] = tuple(find_experts(self.model))
-        self.shards = Shards(folder)
-        names = map_names(self.model, self.shards.entries)
+        self.tensors: TensorSource = open_tensors(folder)
+        names = map_names(self.model, self.tensors.entries)
         if names.unexpected:
-            entry = self.shards.entries[names.unexpected[0]]
+            entry = self.tensors.entries[names.unexpected[0]]
             raise CheckpointError(
                 f"{entry.path}: tensor {entry.name} has no place in {type(self.model).__name__} "
                 f"({len(names.unexpected)} such tensors)."
@@ -72,7 +70,7 @@ class Checkpoint:
         if missing:
             raise CheckpointError(f"{folder}: no tensor brings {missing[0]} ({len(missing)} parameters are missing).")
         self._readers = [
-            ExpertReader(layer, groups, self.model, self.shards)
+            ExpertReader(layer, groups, self.model, self.tensors)
             for layer, groups in zip(self.layers, by_layer, strict=True)
         ]
 
@@ -84,10 +82,10 @@ class Checkpoint:
         """One dense tensor whole, in the checkpoint's dtype."""
         group = self._dense_groups[name]
         if group.converter is None:
-            return self.shards.read(group.names[0])
+            return self.tensors.read(group.names[0])
         last = self._last_converted
         if last[0] is not group:  # tensors that are split from one source are asked for in a row
-            tensors = {p: [self.shards.read(source) for source in names] for p, names in group.sources.items()}
+            tensors = {p: [self.tensors.read(source) for source in names] for p, names in group.sources.items()}
             last = self._last_converted = (group, convert(group, tensors, self.model))
         return last[1][name]
 
@@ -95,12 +93,12 @@ class Checkpoint:
         """The bytes of one dense tensor, uint8; a tensor that is only renamed is never whole in memory."""
         group = self._dense_groups[name]
         if group.converter is None:
-            yield from self.shards.chunks(group.names[0], chunk_bytes)
+            yield from self.tensors.chunks(group.names[0], chunk_bytes)
         else:
             yield self.dense_tensor(name).contiguous().reshape(-1).view(torch.uint8)
 
     def close(self) -> None:
-        self.shards.close()
+        self.tensors.close()
 
     def __enter__(self) -> Self:
         return self
@@ -128,7 +126,7 @@ class Checkpoint:
         return by_layer
 
     def _register_dense(self, group: SourceGroup, state: dict[str, Tensor]) -> None:
-        entries = {name: self.shards.entries[name] for name in group.names}
+        entries = {name: self.tensors.entries[name] for name in group.names}
         metas = {
             pattern: [torch.empty(entries[n].shape, dtype=entries[n].dtype, device="meta") for n in names]
             for pattern, names in group.sources.items()
@@ -154,16 +152,3 @@ def _compatible(found: torch.dtype, expected: torch.dtype) -> bool:
     if expected.is_floating_point:
         return found.is_floating_point and found.itemsize >= 2
     return found == expected
-
-
-def _refuse_quantized(folder: Path) -> None:
-    raw = read_config_json(folder)
-    configs = [raw, *(value for value in raw.values() if isinstance(value, dict))]
-    for key in UNQUANTIZED_KEYS:
-        for config in configs:
-            if config.get(key):
-                method = config[key].get("quant_method") if isinstance(config[key], dict) else config[key]
-                raise CheckpointError(
-                    f"{folder} is already quantized ({key}: {method}), which this version cannot read. "
-                    "Use a bf16, fp16 or fp32 version of the model."
-                )

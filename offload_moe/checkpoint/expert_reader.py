@@ -16,7 +16,7 @@ from offload_moe.checkpoint.convert import (
 )
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.checkpoint.names import SourceGroup
-from offload_moe.checkpoint.shards import Shards
+from offload_moe.checkpoint.tensors import TensorSource
 from offload_moe.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -29,10 +29,10 @@ class ExpertReader:
     """Reads the experts of one MoE layer; everything is checked against the headers before the first read."""
 
     def __init__(
-        self, layer: ExpertsModule, groups: list[SourceGroup], model: "PreTrainedModel", shards: Shards
+        self, layer: ExpertsModule, groups: list[SourceGroup], model: "PreTrainedModel", tensors: TensorSource
     ) -> None:
         self._layer = layer
-        self._shards = shards
+        self._tensors = tensors
         self._model = OneExpertModel(model, set(layer.parameter_names()))
         self._groups = [self._mine(group) for group in groups]
         for group in self._groups:
@@ -44,9 +44,9 @@ class ExpertReader:
         converted: dict[str, Tensor] = {}
         for group in self._groups:
             one = {
-                pattern: [self._shards.read(names[expert])] * len(possible_targets(group))
+                pattern: [self._tensors.read(names[expert])] * len(possible_targets(group))
                 if is_module_list(group)
-                else [self._shards.read_row(names[0], expert)]
+                else [self._tensors.read_rows(names[0], expert, expert + 1)]
                 for pattern, names in group.sources.items()
             }
             converted |= convert(group, one, self._model)
@@ -69,7 +69,7 @@ class ExpertReader:
         copies = len(possible_targets(group)) if is_module_list(group) else 1
         metas = {}
         for pattern, names in group.sources.items():
-            entry = self._shards.entries[names[0]]
+            entry = self._tensors.entries[names[0]]
             shape = entry.shape if is_module_list(group) else (1, *entry.shape[1:])
             metas[pattern] = [torch.empty(shape, dtype=entry.dtype, device="meta")] * copies
         return convert(group, metas, self._model)
@@ -77,8 +77,8 @@ class ExpertReader:
     def _check_sources(self, group: SourceGroup) -> None:
         """Every expert's tensor must look like the first one's, and a fused tensor must hold all experts."""
         for names in group.sources.values():
-            first = self._shards.entries[names[0]]
-            for entry in (self._shards.entries[name] for name in names):
+            first = self._tensors.entries[names[0]]
+            for entry in (self._tensors.entries[name] for name in names):
                 if entry.shape != first.shape or entry.dtype not in WEIGHT_DTYPES:
                     raise CheckpointError(
                         f"{entry.path}: tensor {entry.name} is {entry.dtype} {list(entry.shape)}, expected floating "
@@ -98,7 +98,7 @@ class ExpertReader:
                 raise CheckpointError(f"No tensor of the checkpoint brings {parameter}.")
             if tuple(converted[parameter].shape) != (1, *shape):
                 group = next(group for group in self._groups if parameter in possible_targets(group))
-                entry = self._shards.entries[group.names[0]]
+                entry = self._tensors.entries[group.names[0]]
                 raise CheckpointError(
                     f"{entry.path}: tensor {entry.name} is {list(entry.shape)}; {parameter} needs {list(shape)} per "
                     f"expert and gets {list(converted[parameter].shape[1:])}."

@@ -99,7 +99,16 @@ def _unexpected_patterns(model: "PreTrainedModel") -> set[str]:
         patterns.add(r"rotary_emb\.inv_freq")
     if any(name.endswith("position_ids") for name in buffers):
         patterns.add(r"(^|\.)position_ids$")
-    return patterns
+    return patterns | _mtp_patterns(model)
+
+
+def _mtp_patterns(model: "PreTrainedModel") -> set[str]:
+    """Layers after the last one predict several tokens at once. transformers names them by number, per family."""
+    config = model.config.get_text_config()
+    first, count = getattr(config, "num_hidden_layers", None), getattr(config, "num_nextn_predict_layers", None)
+    if not isinstance(first, int) or not isinstance(count, int):
+        return set()
+    return {rf"(^|\.)layers\.{number}\." for number in range(first, first + count)}
 
 
 def _pattern(patterns: Iterable[str]) -> re.Pattern[str] | None:

@@ -45,12 +45,12 @@ class Shards:
         entry = self.entries[name]
         return self._read(entry, entry.offset, entry.num_bytes).view(entry.dtype).view(entry.shape)
 
-    def read_row(self, name: str, row: int) -> Tensor:
-        """One slice along the leading dimension, ``[1, ...]``: one expert of a fused tensor."""
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """A slice along the leading dimension, ``[stop - start, ...]``: one expert of a fused tensor."""
         entry = self.entries[name]
         row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
-        data = self._read(entry, entry.offset + row * row_bytes, row_bytes)
-        return data.view(entry.dtype).view(1, *entry.shape[1:])
+        data = self._read(entry, entry.offset + start * row_bytes, (stop - start) * row_bytes)
+        return data.view(entry.dtype).view(stop - start, *entry.shape[1:])
 
     def chunks(self, name: str, chunk_bytes: int) -> Iterator[Tensor]:
         """The tensor's bytes in order, uint8, at most `chunk_bytes` at a time."""

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def load_config(folder: Path) -> "PreTrainedConfig":
-    """The model's transformers config.
+    """The model's transformers config; a foreign model type is read as the transformers architecture that it names.
+
+    Kimi K2 is such a one: its type is `kimi_k2`, its architecture is DeepSeek-V3's.
 
     Raises:
         CheckpointError: not a model folder, or its `config.json` is not usable.
@@ -28,6 +30,8 @@ def load_config(folder: Path) -> "PreTrainedConfig":
     raw = read_config_json(folder)
     model_type = raw.get("model_type")
     if model_type not in CONFIG_MAPPING:
+        if (config := _config_by_architecture(folder, raw)) is not None:
+            return config
         if "auto_map" in raw:
             raise UnsupportedModelError(
                 f"{folder}: model type {model_type!r} is not in transformers and its config asks for remote code "
@@ -38,6 +42,22 @@ def load_config(folder: Path) -> "PreTrainedConfig":
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a config class makes of foreign values is the checkpoint's fault
         raise CheckpointError(f"{folder / 'config.json'} is not a usable {model_type} config: {error}") from error
+
+
+def _config_by_architecture(folder: Path, raw: dict[str, Any]) -> "PreTrainedConfig | None":
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    architectures = raw.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
+    known = {name: model_type for model_type, name in reversed(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())}
+    if not isinstance(architecture, str) or architecture not in known:
+        return None
+    fields = {name: value for name, value in raw.items() if name not in ("model_type", "auto_map")}
+    try:
+        return AutoConfig.for_model(known[architecture], **fields)
+    except Exception as error:  # as in load_config: whatever a config class makes of foreign values
+        raise CheckpointError(f"{folder / 'config.json'} is not a usable {architecture} config: {error}") from error
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
@@ -57,15 +77,20 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 def build_skeleton(config: "PreTrainedConfig") -> "PreTrainedModel":
     """The model of this config, parameters on `meta`, buffers real; the config itself is not touched.
 
+    The model is an unquantized one, whatever its checkpoint is: weights are read as numbers.
+
     Raises:
         UnsupportedModelError: transformers has no text-generating model for it, or cannot build it.
     """
     from accelerate import init_empty_weights
 
     model_class = auto_class(config)
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     try:
         with init_empty_weights(include_buffers=False), _EmptyOnMeta():
-            model = model_class.from_config(copy.deepcopy(config), trust_remote_code=False)
+            model = model_class.from_config(config, trust_remote_code=False)
     except Exception as error:  # a model class fails in any way it likes on values it did not expect
         raise UnsupportedModelError(f"transformers cannot build this {config.model_type} model: {error}") from error
     stranded = [name for name, buffer in model.named_buffers() if buffer.is_meta]

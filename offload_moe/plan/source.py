@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from offload_moe.checkpoint.shards import INDEX_NAME
-from offload_moe.checkpoint.skeleton import load_config, read_config_json
+from offload_moe.checkpoint.skeleton import load_config
 from offload_moe.checkpoint.source import looks_like_hub_id
-from offload_moe.errors import CheckpointError, OffloadMoeError, UnsupportedModelError
+from offload_moe.errors import CheckpointError, OffloadMoeError
 from offload_moe.plan.hub import fetch_config
 from offload_moe.store import Store, is_store
 
@@ -48,40 +48,23 @@ def open_source(model: str | Path, *, revision: str | None = None, token: str | 
     path = Path(model).expanduser()
     if is_store(path):
         store = Store.open(path)
-        config = planned_config(path)
+        config = load_config(path)
         return PlannedSource(
             name=str(model), config=config, is_local=True, codec=store.codec, dense_codec=store.dense_codec
         )
     if path.is_dir():
         num_bytes, is_local = _folder_bytes(path)
-        return PlannedSource(
-            name=str(model), config=planned_config(path), checkpoint_bytes=num_bytes, is_local=is_local
-        )
+        return PlannedSource(name=str(model), config=load_config(path), checkpoint_bytes=num_bytes, is_local=is_local)
     if path.is_file():
         with _as_folder(path) as folder:
-            return PlannedSource(name=str(model), config=planned_config(folder))
+            return PlannedSource(name=str(model), config=load_config(folder))
     if not looks_like_hub_id(str(model)):
         raise CheckpointError(
             f"{model} is neither a store, a model folder, a config.json nor a hub id like organisation/model. "
             "Check the path."
         )
     folder, num_bytes = fetch_config(str(model), revision=revision, token=token)
-    return PlannedSource(name=str(model), config=planned_config(folder), checkpoint_bytes=num_bytes)
-
-
-def planned_config(folder: Path) -> "PreTrainedConfig":
-    """The folder's config; one with a model type of its own is read as the transformers architecture that it names.
-
-    Kimi K2 is such a one: its type is `kimi_k2`, its architecture is DeepSeek-V3's.
-    """
-    try:
-        return load_config(folder)
-    except UnsupportedModelError:
-        raw = read_config_json(folder)
-        config = _config_by_architecture(raw)
-        if config is None:
-            raise
-        return config
+    return PlannedSource(name=str(model), config=load_config(folder), checkpoint_bytes=num_bytes)
 
 
 def index_bytes(folder: Path) -> int | None:
@@ -106,21 +89,6 @@ def _folder_bytes(folder: Path) -> tuple[int | None, bool]:
     if present and (indexed is None or present >= indexed):
         return present, True
     return indexed, False
-
-
-def _config_by_architecture(raw: dict[str, Any]) -> "PreTrainedConfig | None":
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    architecture = next(iter(raw.get("architectures") or ()), None)
-    known = {name: model_type for model_type, name in reversed(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())}
-    if architecture not in known:
-        return None
-    fields = {name: value for name, value in raw.items() if name not in ("model_type", "auto_map")}
-    try:
-        return AutoConfig.for_model(known[architecture], **fields)
-    except Exception as error:  # as in load_config: whatever a config class makes of foreign values
-        raise CheckpointError(f"The config is not usable as one of {architecture}: {error}") from error
 
 
 @contextmanager

@@ -206,7 +206,12 @@ def test_no_weights_at_all(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_config_that_asks_for_remote_code(model: Path, tmp_path: Path) -> None:
-    edit_json(model / "config.json", model_type="mystery_moe", auto_map={"AutoConfig": "configuration_mystery.Config"})
+    edit_json(
+        model / "config.json",
+        model_type="mystery_moe",
+        architectures=["MysteryModel"],
+        auto_map={"AutoConfig": "mystery.Config"},
+    )
     refused(model, tmp_path, UnsupportedModelError, "remote code .*trust_remote_code")
 
 
@@ -216,15 +221,21 @@ def test_remote_code_beside_a_known_model_type_is_never_run(model: Path, tmp_pat
     assert is_store(quantize(model, tmp_path / "store", codec="bf16"))
 
 
-def test_a_model_type_that_transformers_does_not_have(model: Path, tmp_path: Path) -> None:
-    edit_json(model / "config.json", model_type="mystery_moe")
+@pytest.mark.parametrize("architectures", [None, [], ["MysteryForCausalLM"], [5], "Qwen3MoeForCausalLM"])
+def test_a_model_type_that_transformers_does_not_have(model: Path, tmp_path: Path, architectures: object) -> None:
+    edit_json(model / "config.json", model_type="mystery_moe", architectures=architectures)
     refused(model, tmp_path, UnsupportedModelError, "'mystery_moe' is not in this version of transformers")
 
 
-@pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq"])
+@pytest.mark.parametrize("method", ["quark", "gptq"])
 def test_a_quantized_checkpoint(model: Path, tmp_path: Path, method: str) -> None:
     edit_json(model / "config.json", quantization_config={"quant_method": method})
-    refused(model, tmp_path, CheckpointError, f"already quantized .quantization_config: {method}")
+    refused(model, tmp_path, CheckpointError, rf"already quantized \({method}\), .* Use a version .*bf16")
+
+
+def test_a_quantization_config_that_is_none(model: Path, tmp_path: Path) -> None:
+    edit_json(model / "config.json", compression_config="fp8")
+    refused(model, tmp_path, CheckpointError, "compression_config is 'fp8', expected an object")
 
 
 def test_a_dense_model(tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""What a checkpoint is read from: named tensors, whether they lie in a file as they are or are made from others."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from offload_moe.checkpoint.header import TensorEntry
+from offload_moe.errors import CheckpointError
+
+
+class TensorSource(Protocol):
+    """Named tensors of one checkpoint folder. Reads may come from several threads."""
+
+    @property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """Every tensor by name; `dtype` and `shape` are what a read returns."""
+        ...
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that are read."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor."""
+        ...
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """A slice along the leading dimension, ``[stop - start, ...]``."""
+        ...
+
+    def chunks(self, name: str, chunk_bytes: int) -> Iterator[Tensor]:
+        """The tensor's bytes in order, uint8, about `chunk_bytes` at a time."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Recipe(Protocol):
+    """How one tensor is made from the ones that are stored."""
+
+    @property
+    def entry(self) -> TensorEntry:
+        """What is made; its `path` is the file of the first ingredient."""
+        ...
+
+    @property
+    def ingredients(self) -> tuple[str, ...]:
+        """Names of the stored tensors it is made from, and which are nothing by themselves."""
+        ...
+
+    def rows(self, stored: TensorSource, start: int, stop: int) -> Tensor:
+        """A slice along the leading dimension."""
+        ...
+
+
+class DequantizedTensors:
+    """A quantized checkpoint, read as the numbers that it stands for."""
+
+    def __init__(self, stored: TensorSource, recipes: Sequence[Recipe], unused: Iterable[str] = ()) -> None:
+        """unused: stored tensors that nothing is made of."""
+        self.stored = stored
+        self.recipes = {recipe.entry.name: recipe for recipe in recipes}
+        used = {name for recipe in recipes for name in recipe.ingredients} | set(unused)
+        plain = {name: entry for name, entry in stored.entries.items() if name not in used}
+        for recipe in recipes:
+            if recipe.entry.name in plain:
+                raise CheckpointError(f"{recipe.entry.path}: tensor {recipe.entry.name} is there twice.")
+        self.entries: Mapping[str, TensorEntry] = plain | {name: r.entry for name, r in self.recipes.items()}
+        self.paths = stored.paths
+
+    def read(self, name: str) -> Tensor:
+        if name not in self.recipes:
+            return self.stored.read(name)
+        return self.read_rows(name, 0, self.entries[name].shape[0])
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        recipe = self.recipes.get(name)
+        return recipe.rows(self.stored, start, stop) if recipe else self.stored.read_rows(name, start, stop)
+
+    def chunks(self, name: str, chunk_bytes: int) -> Iterator[Tensor]:
+        if name not in self.recipes:
+            yield from self.stored.chunks(name, chunk_bytes)
+            return
+        entry = self.entries[name]
+        row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        step = max(1, chunk_bytes // max(1, row_bytes))
+        for start in range(0, entry.shape[0], step):
+            rows = self.read_rows(name, start, min(start + step, entry.shape[0]))
+            yield rows.contiguous().reshape(-1).view(torch.uint8)
+
+    def close(self) -> None:
+        self.stored.close()
