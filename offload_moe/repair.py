@@ -4,7 +4,6 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from offload_moe.quantize import plan_conversion
 from offload_moe.store import Piece, Progress, Store, durable
 from offload_moe.store.manifest_json import read_manifest
 from offload_moe.store.progress import OnProgress, ignore_progress
+from offload_moe.store.reading import forget_cached
 from offload_moe.store.writer import Payload
 
 NUM_READERS = 4  # one thread checks less than a fast disk reads
@@ -36,7 +36,8 @@ def find_damage(store: Store, progress: OnProgress | None = None) -> list[Damage
     """Read everything from the disk and compare it with its checksum; several reads are in flight."""
     report = progress or ignore_progress
     pieces = list(store.pieces())
-    _forget_cached({piece.path for piece in pieces})
+    for path in {piece.path for piece in pieces}:
+        forget_cached(path)  # the check is about what the disk holds
     total, done = sum(piece.place.num_bytes for piece in pieces), 0
     found = []
     pool = ThreadPoolExecutor(NUM_READERS, "verify")
@@ -151,16 +152,3 @@ def _write(piece: Piece, data: bytes) -> None:
             durable.sync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _forget_cached(paths: set[Path]) -> None:
-    """The check is about what the disk holds, not what memory remembers of it."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for path in paths:
-        with suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)

@@ -2,6 +2,7 @@
 
 import os
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,6 +24,18 @@ def read_checked(path: Path, place: Place, what: str) -> Tensor:
 def check(path: Path, place: Place, what: str) -> None:
     """Read and compare without keeping. Raises: as `read_checked`."""
     _read(path, place, what, None)
+
+
+def forget_cached(path: Path) -> None:
+    """Drop what memory holds of a file, so that the next read is the disk's; a hint, where the system takes one."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def _read(path: Path, place: Place, what: str, target: memoryview | None) -> None:

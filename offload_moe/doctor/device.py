@@ -1,0 +1,125 @@
+"""The device: whether torch can use it, what it can compute in, and how much of its memory is free."""
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from offload_moe.doctor.check import Check, judge
+from offload_moe.doctor.nvidia import Nvidia
+from offload_moe.sizes import format_size
+from offload_moe.tiers.copier import free_device_memory, total_device_memory
+
+LITTLE_VRAM = 4 << 30
+MUCH_TAKEN = 1 << 30
+FIRST_WITH_BF16 = 8  # major compute capability of NVIDIA cards: Ampere; Turing is 7.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """capability: of an NVIDIA card, such as (7, 5)."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    capability: tuple[int, int] | None = None
+
+
+def find_device(device: torch.device) -> Device | None:
+    """None for the CPU."""
+    if device.type == "cpu":
+        return None
+    properties = torch.get_device_module(device).get_device_properties(device)
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return Device(
+        name=properties.name,
+        total_bytes=total_device_memory(device),
+        free_bytes=free_device_memory(device),
+        capability=(properties.major, properties.minor) if is_nvidia else None,
+    )
+
+
+def build_of_torch() -> str | None:
+    """What this torch was built for beside the CPU: `CUDA 13.0`, `ROCm 7.0`, `XPU`; None for a CPU-only build."""
+    if torch.version.cuda:
+        return f"CUDA {torch.version.cuda}"
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    return "XPU" if getattr(torch.version, "xpu", None) else None
+
+
+def check_torch_build(
+    nvidia: Nvidia | None,
+    build: str | None,
+    device: Device | None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    system: str | None = None,
+) -> Check:
+    """Whether the torch that is installed can use the card that is there."""
+    environ = os.environ if environ is None else environ
+    card = f"{nvidia.name or 'an NVIDIA GPU'}, driver {nvidia.driver or 'unknown'}" if nvidia else "no NVIDIA driver"
+    found = f"{build or 'CPU-only build'}, {card}"
+    problem = warning = ""
+    if nvidia is not None and device is None:
+        hidden = environ.get("CUDA_VISIBLE_DEVICES")
+        if build is None:
+            problem = f"This torch cannot use the GPU. {install_line(system or platform.system())}"
+        elif hidden is not None and not hidden.strip("-1, "):
+            warning = f"CUDA_VISIBLE_DEVICES={hidden} hides the GPU. Unset it."
+        else:
+            problem = (
+                f"torch does not see the GPU: the driver is older than {build} needs, or the container has no access. "
+                "Update the driver; start a container with --gpus all."
+            )
+    return judge("torch on the GPU", found, problem=problem, warning=warning)
+
+
+def install_line(system: str) -> str:
+    """How to replace a CPU-only torch by one for the card. The package index has CUDA builds for Linux only."""
+    release = torch.__version__.partition("+")[0]
+    if system == "Linux":
+        return f'Install the CUDA build: python -m pip install --force-reinstall "torch=={release}"'
+    return f"Install the CUDA build of torch {release}: pytorch.org/get-started/locally has the line for {system}."
+
+
+def check_device(device: Device | None) -> Check:
+    if device is None:
+        return judge("device", "none: experts are computed by the CPU, from RAM")
+    capability = f", compute capability {device.capability[0]}.{device.capability[1]}" if device.capability else ""
+    found = f"{device.name}{capability}"
+    if device.capability and device.capability[0] < FIRST_WITH_BF16:
+        return judge(
+            "device",
+            f"{found}, without bf16",
+            warning="bf16 is emulated on this card, slowly. Load with dtype=torch.float16; if answers turn to "
+            "nonsense (overflow), with torch.float32.",
+        )
+    return judge("device", found)
+
+
+def check_vram(device: Device) -> Check:
+    taken = device.total_bytes - device.free_bytes
+    found = f"{format_size(device.free_bytes)} free of {format_size(device.total_bytes)}"
+    problem = warning = ""
+    if device.free_bytes < LITTLE_VRAM // 2:
+        problem = "Too little for dense weights and a cache. Close what uses the card, or compute with --device cpu."
+    elif taken > MUCH_TAKEN:
+        warning = (
+            f"{format_size(taken)} is taken by the desktop or by other processes (`nvidia-smi` names them). If they "
+            "may grow, name a budget with --vram."
+        )
+    elif device.free_bytes < LITTLE_VRAM:
+        warning = "Only small models keep their dense weights here. `offload-moe plan MODEL` says which fit."
+    numbers = {"free_bytes": device.free_bytes, "total_bytes": device.total_bytes}
+    return judge("VRAM", found, problem=problem, warning=warning, numbers=numbers)
+
+
+def check_link(nvidia: Nvidia) -> Check:
+    """The PCIe link as the driver describes it."""
+    found = f"PCIe {nvidia.link_generation} x{nvidia.lanes}, the card could use x{nvidia.max_lanes}"
+    narrow = nvidia.lanes is not None and nvidia.max_lanes is not None and nvidia.lanes < nvidia.max_lanes
+    fix = "Missed experts cross this link. Move the card to a slot with more lanes." if narrow else ""
+    return judge("PCIe link", found, warning=fix)
