@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from offload_moe import kernels
 from offload_moe.dense import KERNEL_DTYPES, QuantLinear
-from offload_moe.lean.probe import agree, probes, structure
+from offload_moe.lean.probe import REFUSALS, agree, probes, structure
 from offload_moe.moe.activation import Activation, recognize_activation
 from offload_moe.moe.contract import ExpertsContract
 from offload_moe.quant import Codec, ExpertShape, Matrix
@@ -87,7 +87,10 @@ def _recognized_activation(module: Any) -> Activation | None:
         return None
     fused = FusedMLP(module.gate_proj, module.up_proj, module.down_proj, activation)
     inputs = probes((3, fused.hidden_size), torch.float32, fused.record.device)
-    same = all(agree(fused(x), module(x), is_exact=False, tolerance=TOLERANCE) for x in inputs)
+    try:
+        same = all(agree(fused(x), module(x), is_exact=False, tolerance=TOLERANCE) for x in inputs)
+    except REFUSALS:
+        return None
     return activation if same else None
 
 

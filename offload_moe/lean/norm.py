@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from offload_moe.lean.probe import agree, probes, structure
+from offload_moe.lean.probe import REFUSALS, agree, probes, structure
 
 
 class FusedRMSNorm:
@@ -57,6 +57,6 @@ def _recognized_eps(module: nn.Module, weight: Tensor, *, is_exact: bool) -> flo
 def _same(module: nn.Module, fused: FusedRMSNorm, x: Tensor, *, is_exact: bool) -> bool:
     try:
         expected = module.forward(x)
-    except TypeError:  # it wants more than a hidden state: not a plain norm
+    except REFUSALS:  # such as a gated norm, which wants more than a hidden state
         return False
     return isinstance(expected, Tensor) and agree(fused(x), expected, is_exact=is_exact)

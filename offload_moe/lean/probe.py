@@ -12,6 +12,8 @@ from torch import Tensor, nn
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 SCALES = (1e-2, 1.0, 30.0)  # small enough that an epsilon counts, large enough to reach a clamp
 
+# What a module raises on a probe that it is not made for. Then it is of another kind, and loading goes on without it.
+REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
 PLACES = frozenset({"layer_idx", "layer_index", "layer_id"})  # where a module is, not what it does
 
 

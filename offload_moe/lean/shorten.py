@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from offload_moe.lean.attention import DecodeAttention
-from offload_moe.lean.probe import agree, probes, structure
+from offload_moe.lean.probe import REFUSALS, agree, probes, structure
 from offload_moe.lean.projections import NAMES
 from offload_moe.lean.rotary import StepRotary
 
@@ -66,7 +66,7 @@ def _position_embeddings(model: nn.Module, positions: Tensor) -> PositionEmbeddi
     weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     try:
         embeddings = rotaries[0](torch.zeros(1, dtype=weight.dtype, device=weight.device), positions.to(weight.device))
-    except TypeError:  # it wants to know the layer's type: the model mixes embeddings
+    except REFUSALS:  # such as one that wants to know the layer's type: the model mixes embeddings
         return None
     is_plain = isinstance(embeddings, tuple) and len(embeddings) == 2 and embeddings[0].dim() == 3
     return embeddings if is_plain else None
@@ -94,17 +94,17 @@ def _agrees(
     mask[1, :, :, :2] = torch.finfo(dtype).min
     for hidden in probes((2, 1, module.q_proj.in_features), dtype, device):
         for each_mask in (None, mask):
-            outs = [
-                forward(
-                    hidden_states=hidden,
-                    position_embeddings=embeddings,
-                    attention_mask=each_mask,
-                    past_key_values=_cache(module, hidden),
-                    position_ids=positions.to(device),
-                )[0]
-                for forward in (module.forward, step)
-            ]
-            if not agree(outs[1], outs[0], is_exact=is_exact):
+            arguments = {"attention_mask": each_mask, "position_ids": positions.to(device)}
+            try:
+                expected, got = (
+                    forward(
+                        hidden, position_embeddings=embeddings, past_key_values=_cache(module, hidden), **arguments
+                    )[0]
+                    for forward in (module.forward, step)
+                )
+            except REFUSALS:
+                return False
+            if not agree(got, expected, is_exact=is_exact):
                 return False
     return True
 

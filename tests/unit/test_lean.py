@@ -50,7 +50,14 @@ class CenteredNorm(LlamaRMSNorm):
         return super().forward(hidden_states - hidden_states.mean(-1, keepdim=True))
 
 
-@pytest.mark.parametrize("norm", [ClippedNorm(64), CenteredNorm(64), nn.LayerNorm(64, bias=False), Gemma3RMSNorm(64)])
+class GatedNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(hidden_states) * gate.sigmoid()
+
+
+@pytest.mark.parametrize(
+    "norm", [ClippedNorm(64), CenteredNorm(64), GatedNorm(64), nn.LayerNorm(64, bias=False), Gemma3RMSNorm(64)]
+)
 def test_other_norms_stay_as_they_are(norm: nn.Module) -> None:
     assert fuse_norms(filled(norm), is_exact=False) == 0
     assert "forward" not in vars(norm)
@@ -135,7 +142,11 @@ def test_attention_that_scales_by_position_stays_as_it_is(monkeypatch: pytest.Mo
         out, weights = plain(self, hidden_states, *args, **kwargs)
         return out * (1 + kwargs["position_ids"].div(500, rounding_mode="floor")).unsqueeze(-1), weights
 
-    monkeypatch.setattr(attention_class, "forward", scaled)
-    assert shorten_attention(model, is_exact=False) == 0
+    def refusing(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        raise KeyError(self.layer_idx)
+
+    for forward in (scaled, refusing):
+        monkeypatch.setattr(attention_class, "forward", forward)
+        assert shorten_attention(model, is_exact=False) == 0
     monkeypatch.undo()
     assert shorten_attention(model, is_exact=True) == 1
