@@ -9,7 +9,6 @@ from typing import Any, Self, Unpack, cast
 import psutil
 import torch
 
-from offload_moe import generate as generation
 from offload_moe.assemble import (
     LOSSLESS,
     Assembled,
@@ -47,13 +46,13 @@ class Model:
         self.store = store
         self.hf = assembled.hf
         self.tokenizer = tokenizer
-        self._layers = assembled.layers
+        self.layers = assembled.layers
         self._hierarchy = hierarchy
         self._dense_bytes = sum(t.nbytes for t in (*self.hf.parameters(), *self.hf.buffers()))
 
     @property
     def stats(self) -> Counters:
-        """Running totals since `load`: hits, misses, stalls, bytes."""
+        """Running totals since `load`: hits, misses, stalls, bytes, tokens and their rates."""
         return self._hierarchy.counters
 
     @property
@@ -73,11 +72,13 @@ class Model:
 
     def generate(self, prompt: Prompt, *, raw: bool = False, **sampling: Unpack[SamplingArguments]) -> str:
         """The whole answer to a text or a list of messages. `raw` continues the text instead of answering it."""
-        return generation.generate(self.hf, self.tokenizer, prompt, raw=raw, **sampling)
+        return "".join(self.stream(prompt, raw=raw, **sampling))
 
     def stream(self, prompt: Prompt, *, raw: bool = False, **sampling: Unpack[SamplingArguments]) -> Iterator[str]:
-        """The answer as it comes."""
-        return generation.stream(self.hf, self.tokenizer, prompt, raw=raw, **sampling)
+        """The answer as it comes, without its reasoning."""
+        for piece in self.chat(raw=raw).send(prompt, **sampling):
+            if piece.kind == "answer":
+                yield piece.text
 
     def chat(self, *, system: str | None = None, raw: bool = False) -> ChatSession:
         """A conversation whose earlier turns are not computed again."""
@@ -99,7 +100,7 @@ class Model:
             "memory_bytes": self.memory,
         }
         subject = Subject(
-            hf=self.hf, layers=self._layers, tiers=tiers, num_experts=hierarchy.pools.num_experts, metadata=metadata
+            hf=self.hf, layers=self.layers, tiers=tiers, num_experts=hierarchy.pools.num_experts, metadata=metadata
         )
         with record(subject) as recorder:
             yield recorder
@@ -122,7 +123,7 @@ def load(
     *,
     vram: str | int | None = None,
     ram: str | int | None = None,
-    codec: str = "nf4",
+    codec: str | None = None,
     dense_codec: str | None = None,
     policy: str = DEFAULT_POLICY,
     device: str | None = None,
@@ -137,7 +138,7 @@ def load(
     """Load a store, a checkpoint folder, a hub id, or the embedded demo model.
 
     A checkpoint is converted to a store in the user's cache folder first, once. `codec` and `dense_codec` are for that
-    conversion; a store keeps its own.
+    conversion; a store keeps its own. codec: None takes mxfp4 for a checkpoint in MXFP4 and nf4 for any other.
 
     dense_codec: None keeps dense weights in bf16 on disk; the CPU then computes its large projections in int8, unless
     `codec` or the store is bf16 throughout or `exact` is asked for. "bf16" keeps them as they are everywhere.

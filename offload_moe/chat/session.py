@@ -138,6 +138,8 @@ class ChatSession:
             self._keep(messages, answer)
             used = self._counters.since(before) if self._counters is not None and before is not None else None
             self.last_stats = answer.stats(used, self._memory() if self._memory is not None else {})
+            if self._counters is not None:
+                self.last_stats.add_tokens_to(self._counters)
 
     def _keep(self, messages: list[Message], answer: Answer) -> None:
         self.messages = messages

@@ -50,3 +50,10 @@ class TurnStats:
     @property
     def stall_s(self) -> float:
         return self.counters.stall_s if self.counters is not None else 0.0
+
+    def add_tokens_to(self, totals: Counters) -> None:
+        """Count this answer's tokens and seconds in a model's running totals."""
+        totals.num_prompt_tokens += self.num_computed_tokens
+        totals.prompt_s += self.prompt_s
+        totals.num_decode_tokens += max(0, self.num_decode_tokens - 1)
+        totals.decode_s += self.decode_s

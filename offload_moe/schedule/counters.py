@@ -1,4 +1,4 @@
-"""Counters of the hierarchy: what was hit, what was waited for, what was moved."""
+"""Counters of a model: what was hit, what was waited for, what was moved, and how many tokens came of it."""
 
 from dataclasses import dataclass, fields
 
@@ -18,6 +18,10 @@ class Counters:
     stall_s: float = 0.0
     disk_bytes: int = 0
     h2d_bytes: int = 0
+    num_prompt_tokens: int = 0  # computed ones, not those found in the key/value cache
+    prompt_s: float = 0.0
+    num_decode_tokens: int = 0  # after the first of an answer, which belongs to the prompt's time
+    decode_s: float = 0.0
 
     @property
     def num_accesses(self) -> int:
@@ -27,6 +31,14 @@ class Counters:
     def hit_rate(self) -> float:
         """Share of routed experts that were resident at acquire, 0 to 1; 0 before the first access."""
         return self.num_hits / self.num_accesses if self.num_accesses else 0.0
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        return self.num_prompt_tokens / self.prompt_s if self.prompt_s else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        return self.num_decode_tokens / self.decode_s if self.decode_s else 0.0
 
     def copy(self) -> "Counters":
         return Counters(**{f.name: getattr(self, f.name) for f in fields(self)})
