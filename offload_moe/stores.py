@@ -94,7 +94,7 @@ def remove(entry: Installed) -> None:
 
     Raises: StoreError when the folder is a link, is in use, or holds files of others.
     """
-    path = entry.path
+    path = entry.path.absolute()  # also where the user is inside it and calls it "."
     if path.is_symlink():
         raise StoreError(f"{path} is a link to another folder, which is left alone. Delete the link by hand.")
     if entry.kind in ("demo", "unfinished demo"):

@@ -8,6 +8,7 @@ from offload_moe.sizes import format_size
 
 from ..installed import entry_to_json, origin_text, state_text
 from ..options import Subparsers, add_common_flags
+from ..terminal import safe
 
 if TYPE_CHECKING:
     from offload_moe.stores import Installed
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     lines += [("problem", " ".join((entry.problem or "").split()))]
     for name, value in lines:
         if value:
-            print(f"{name:<12} {value}")
+            print(safe(f"{name:<12} {value}"))
     return 0
 
 
@@ -70,7 +71,7 @@ def _lines(entry: "Installed", details: dict[str, Any]) -> list[tuple[str, str]]
     experts = f"{num_experts:,} in {len(layers)} layers, {entry.codec}, {format_size(details['experts_bytes'])}"
     dense = f"{details['num_dense_tensors']:,} tensors, {entry.dense_codec}, {format_size(details['dense_bytes'])}"
     return [
-        ("experts", f"{experts}, {largest / 2**20:.2f} MiB each"),
+        ("experts", f"{experts}, {format_size(largest)} each"),
         ("rest", dense),
         ("checksums", f"{details['num_checksums']:,}, fingerprint {details['fingerprint']}"),
     ]

@@ -9,6 +9,7 @@ from offload_moe.sizes import format_size
 
 from ..installed import entry_to_json, origin_text, state_text
 from ..options import Subparsers, add_common_flags
+from ..terminal import safe
 
 if TYPE_CHECKING:
     from offload_moe.stores import Installed
@@ -52,4 +53,4 @@ def _print(entries: "list[Installed]") -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for name, what, codec, size, source in rows:
         line = f"{name:<{widths[0]}}  {what:<{widths[1]}}  {codec:<{widths[2]}}  {size:>{widths[3]}}  {source}"
-        print(line.rstrip())
+        print(safe(line.rstrip()))

@@ -9,6 +9,7 @@ from offload_moe.sizes import format_size
 
 from ..options import Subparsers, add_common_flags
 from ..progress import Reporter, reporter
+from ..terminal import safe
 
 if TYPE_CHECKING:
     from offload_moe.repair import Damage
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
         remaining = _repair(store, damages, options.source, report) if options.repair and damages else damages
     for damage in damages:
         verb = "" if not options.repair else "repaired: " if damage not in remaining else "not repaired: "
-        print(f"{verb}{damage.piece.path.name}: {damage.piece.name}")
+        print(safe(f"{verb}{damage.piece.path.name}: {damage.piece.name}"))
     print(_verdict(store, damages, remaining, is_repair=options.repair), file=sys.stderr if damages else sys.stdout)
     return EXIT_DAMAGED if remaining else EXIT_WHOLE
 

@@ -14,10 +14,8 @@ from offload_moe.tiers.copier import Copier
 
 NUM_COPIES = 4
 MAX_TRIALS = 20  # other programs disturb; what runs one after the other never overlaps, however often one looks
-COPY_BYTES = {"cpu": 8 << 20}
-DEVICE_COPY_BYTES = 64 << 20
-MATRIX = {"cpu": 128}
-DEVICE_MATRIX = 4096
+SIMULATED_COPY_BYTES, DEVICE_COPY_BYTES = 8 << 20, 64 << 20
+HOST_MATRIX, DEVICE_MATRIX = 128, 4096
 HIDDEN_SHARE = 0.5  # of the shorter of the two, at least
 
 
@@ -53,9 +51,10 @@ class Times(NamedTuple):
 
 
 def _trials(device: torch.device, copier: Copier) -> Iterator[Times]:
-    num_bytes = COPY_BYTES.get(device.type, DEVICE_COPY_BYTES)
+    is_simulated = device.type == "cpu"
+    num_bytes = SIMULATED_COPY_BYTES if is_simulated else DEVICE_COPY_BYTES
     arena, target = Arena(NUM_COPIES, num_bytes), copier.allocate(num_bytes)
-    size = MATRIX.get(device.type, DEVICE_MATRIX)
+    size = HOST_MATRIX if is_simulated else DEVICE_MATRIX
     matrix = torch.ones(size, size, device=device)
 
     def copy() -> None:

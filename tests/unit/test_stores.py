@@ -16,6 +16,7 @@ from filelock import FileLock
 from offload_moe.errors import ConfigError, StoreCorrupt, StoreError
 from offload_moe.quantize import quantize
 from offload_moe.repair import find_damage, repair, restore_sizes
+from offload_moe.sizes import format_size
 from offload_moe.sources import ensure_store, silent
 from offload_moe.store import Progress, Store
 from offload_moe.stores import describe, find, installed, remove, resolve
@@ -117,6 +118,12 @@ def test_removing_leaves_the_rest(cache: Path, name: str) -> None:
 
 def find_path(cache: Path, name: str) -> list[Path]:
     return [folder / name for folder in (cache / "stores", cache / "demo") if (folder / name).exists()]
+
+
+def test_removing_from_inside(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(cache / "stores" / "tiny-nf4")
+    remove(find("."))
+    assert not find_path(cache, "tiny-nf4")
 
 
 def test_what_is_not_ours_is_not_found(cache: Path, tmp_path: Path) -> None:
@@ -247,7 +254,7 @@ def test_the_list(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert names == [entry.name for entry in installed()]
     assert "unfinished conversion" in out
     assert "org/half@abc" in out
-    assert err == f"4 in {cache}, 0 MiB.\n"
+    assert err == f"4 in {cache}, {format_size(sum(entry.num_bytes for entry in installed()))}.\n"
     document = json.loads(cli(capsys, "list", "--json")[1])
     assert document["cache"] == str(cache)
     assert [entry["name"] for entry in document["installed"]] == [entry.name for entry in installed()]
@@ -268,6 +275,15 @@ def test_the_info(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = cli(capsys, "info", "nothing")
     assert (status, out) == (1, "")
     assert err.startswith("error: nothing is no folder, and no name in the cache.")
+
+
+def test_a_store_does_not_drive_the_terminal(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun = {"source": "org/\x1b[2Jhalf", "revision": None, "codec": "int8", "dense codec": "bf16"}
+    (cache / "stores" / "half-int8" / "conversion.journal").write_text(json.dumps(begun) + "\n")
+    for arguments in (["list"], ["info", "half-int8"]):
+        out = cli(capsys, *arguments)[1]
+        assert "org/[2Jhalf" in out
+        assert "\x1b" not in out
 
 
 def test_verify_and_repair(cache: Path, made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
