@@ -6,7 +6,9 @@ from typing import Any, TypeAlias
 from offload_moe.sizes import parse_size
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-CODECS = ("nf4", "int8", "bf16")
+CODECS = ("nf4", "int8", "bf16", "mxfp4")
+DENSE_CODECS = ("nf4", "int8", "bf16")
+CODEC_HELP = "format of the experts (default: mxfp4 for a checkpoint in MXFP4, nf4 for any other)"
 SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "seed": int, "max_new_tokens": int}
 
 
@@ -26,8 +28,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--policy", metavar="NAME", help="which experts to keep, such as lru")
     group.add_argument("--device", metavar="NAME", help="where to compute, such as cuda or cpu (default: a GPU if any)")
     group = parser.add_argument_group("reading a checkpoint (a store has its own)")
-    group.add_argument("--codec", choices=CODECS, help="format of the experts (default: nf4)")
-    group.add_argument("--dense-codec", choices=CODECS, help="format of the rest (default: bf16)")
+    group.add_argument("--codec", choices=CODECS, help=CODEC_HELP)
+    group.add_argument("--dense-codec", choices=DENSE_CODECS, help="format of the rest (default: bf16)")
     group.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
+from offload_moe.checkpoint.formats import quantization_settings
 from offload_moe.checkpoint.linears import projection_linears
 from offload_moe.checkpoint.source import Source, metadata_files, resolve_source
-from offload_moe.errors import CheckpointError
+from offload_moe.errors import CheckpointError, ConfigError
 from offload_moe.kernels import fast_encoding
 from offload_moe.quant import Codec, ExpertShape, Matrix, get_codec
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest
@@ -23,6 +24,8 @@ from offload_moe.store.plan import Blob, PlannedFile, plan_files, record_blob
 from offload_moe.store.progress import OnProgress, Progress, ignore_progress
 from offload_moe.store.writer import Payload, StoreWriter, describe_metadata, stored_files
 
+DEFAULT = "nf4"
+MXFP4 = "mxfp4"
 LOSSLESS = "bf16"  # as a dense codec: every dense weight stays as the checkpoint has it
 NUM_WORKERS = 2  # one encodes while the other reads; more experts in memory would not be faster
 COPY_BYTES = 1 << 25
@@ -34,7 +37,7 @@ def quantize(
     source: str | Path,
     store: str | Path,
     *,
-    codec: str = "nf4",
+    codec: str | None = None,
     dense_codec: str = LOSSLESS,
     revision: str | None = None,
     token: str | None = None,
@@ -42,25 +45,33 @@ def quantize(
 ) -> Path:
     """Convert a checkpoint folder or hub id into an expert store and return the store's folder.
 
+    codec: of the experts; None takes mxfp4 for a checkpoint in MXFP4, whose bits it keeps, and nf4 for any other.
+    dense_codec: of the large dense projections.
+
     Memory stays bounded by a few experts and the largest dense tensor that has to be converted. A conversion that was
     stopped, by whatever means, is resumed by the same call.
 
     Raises:
+        ConfigError: there is no such codec, or it does not suit the source.
         CheckpointError, UnsupportedModelError: the source cannot be read or bound.
         StoreError: the target folder is in use for something else.
         BudgetError: the disk is too small, or became full.
         TransferError: a download, a read or a write failed.
     """
     report = progress or ignore_progress
-    experts_codec, linears_codec = get_codec(codec), get_codec(dense_codec)
+    linears_codec = _dense_codec(dense_codec)
+    if codec is not None:
+        get_codec(codec)  # before a download
     origin = resolve_source(source, revision=revision, token=token)
+    experts_codec = get_codec(codec or default_codec(origin.folder))
     with Checkpoint(origin.folder) as checkpoint:
+        _check_codec(experts_codec, checkpoint)
         if checkpoint.ignored:
             what = f"{len(checkpoint.ignored)} tensors of multi-token prediction or of older versions"
             phase = f"Skipping {what}, such as {checkpoint.ignored[0]}"
             report(Progress(phase=phase, done_bytes=-1, total_bytes=0))
         files, jobs = plan_conversion(checkpoint, experts_codec, linears_codec)
-        settings = _settings(origin, checkpoint, codec, dense_codec, files)
+        settings = _settings(origin, checkpoint, experts_codec.name, dense_codec, files)
         with StoreWriter(Path(store), files, settings) as writer:
             sizes = [blob.num_bytes for file in files for blob in file.blobs]
             done = sum(sizes[: writer.num_done])
@@ -69,9 +80,15 @@ def quantize(
                 done += num_bytes
                 report(Progress(phase="Quantizing", done_bytes=done, total_bytes=sum(sizes)))
             metadata = {name: path.read_bytes() for name, path in metadata_files(origin.folder).items()}
-            manifest = _manifest(origin, checkpoint, codec, dense_codec, files, writer, metadata)
+            manifest = _manifest(origin, checkpoint, experts_codec.name, dense_codec, files, writer, metadata)
             writer.finish(manifest_to_json(manifest), metadata)
     return Path(store)
+
+
+def default_codec(folder: Path) -> str:
+    """What the experts of a checkpoint folder become when nobody chose: its own format where that is a codec."""
+    settings = quantization_settings(folder)
+    return MXFP4 if settings is not None and settings.get("quant_method") == MXFP4 else DEFAULT
 
 
 def plan_conversion(
@@ -84,13 +101,29 @@ def plan_conversion(
     return files, [job for _, job in dense + experts]
 
 
+def _dense_codec(name: str) -> Codec:
+    if name == MXFP4:
+        raise ConfigError(f"{MXFP4} is a format of experts. Use another dense codec, such as int8.")
+    return get_codec(name)
+
+
+def _check_codec(codec: Codec, checkpoint: Checkpoint) -> None:
+    """Raises: ConfigError for MXFP4 of numbers that were never in it: nf4 is both smaller and more exact."""
+    if codec.name == MXFP4 and not checkpoint.is_mxfp4:
+        raise ConfigError(
+            f"{MXFP4} keeps the bits of checkpoints in MXFP4, which {checkpoint.folder} is not. Use {DEFAULT}: it is "
+            "smaller and closer to the original."
+        )
+
+
 def _expert_jobs(checkpoint: Checkpoint, codec: Codec) -> list[Job]:
     """Every expert in flat order."""
+    read = checkpoint.packed_expert if codec.name == MXFP4 and checkpoint.is_mxfp4 else checkpoint.expert
 
     def encode(ordinal: int, expert: int) -> Payload:
         layer = checkpoint.layers[ordinal]
         try:
-            record = codec.encode(layer.shape, checkpoint.expert(ordinal, expert))
+            record = codec.encode(layer.shape, read(ordinal, expert))
         except CheckpointError as error:
             raise CheckpointError(f"Expert {expert} of {layer.name}: {error}") from error
         return [_bytes(record)]

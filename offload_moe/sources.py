@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Protocol
 
 from offload_moe import demo
-from offload_moe.checkpoint.source import looks_like_hub_id
+from offload_moe.checkpoint.source import looks_like_hub_id, resolve_source
 from offload_moe.errors import CheckpointError
 from offload_moe.paths import cache_dir
-from offload_moe.quantize import quantize
+from offload_moe.quantize import DEFAULT, MXFP4, default_codec, quantize
 from offload_moe.store import Progress, is_store
 from offload_moe.stores import resolve
 
@@ -26,9 +26,11 @@ def silent(phase: str, done: float = -1.0, total: float | None = None) -> None:
 
 
 def ensure_store(
-    source: str | Path, *, codec: str, dense_codec: str, revision: str | None, token: str | None, report: Report
+    source: str | Path, *, codec: str | None, dense_codec: str, revision: str | None, token: str | None, report: Report
 ) -> Path:
     """The store of `source`; a checkpoint is converted into the user's cache folder first, once per codec.
+
+    codec: None takes what `quantize` does.
 
     Raises: CheckpointError when `source` is nothing that can be loaded; what `quantize` raises.
     """
@@ -43,18 +45,21 @@ def ensure_store(
             "`offload-moe list` shows. Check the path."
         )
     is_local = folder.exists()
-    target = (
-        cache_dir() / "stores" / _cache_name(folder if is_local else Path(str(source)), codec, dense_codec, revision)
-    )
-    if is_store(target):
-        return target
+    identity = folder if is_local else Path(str(source))
+    stores = cache_dir() / "stores"
+    for name in (codec,) if codec else (DEFAULT, MXFP4):
+        if is_store(store := stores / _cache_name(identity, name, dense_codec, revision)):
+            return store
+    if codec is None:
+        origin = folder if is_local else resolve_source(source, revision=revision, token=token).folder
+        codec = default_codec(origin)
 
     def forward(progress: Progress) -> None:
         report(progress.phase, progress.done_bytes, progress.total_bytes)
 
     return quantize(
         folder if is_local else str(source),
-        target,
+        stores / _cache_name(identity, codec, dense_codec, revision),
         codec=codec,
         dense_codec=dense_codec,
         revision=revision,

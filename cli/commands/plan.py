@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from offload_moe.sizes import format_size, parse_size
 
-from ..options import CODECS, Subparsers, add_common_flags
+from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_common_flags
 from ..progress import reporter
 from ..terminal import console
 
@@ -41,8 +41,10 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     group.add_argument("--ram", type=parse_size, metavar="SIZE", help="RAM, such as 64GiB (default: what is free here)")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="tokens of the conversation (default: 8192)")
-    parser.add_argument("--codec", choices=CODECS, help="format of the experts (default: nf4; a store has its own)")
-    parser.add_argument("--dense-codec", choices=CODECS, help="format of the rest (default: the most exact that fits)")
+    parser.add_argument("--codec", choices=CODECS, help=f"{CODEC_HELP}; a store has its own")
+    parser.add_argument(
+        "--dense-codec", choices=DENSE_CODECS, help="format of the rest (default: the most exact that fits)"
+    )
     parser.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     add_common_flags(parser)

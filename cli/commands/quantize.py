@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..options import CODECS, Subparsers, add_common_flags
+from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_common_flags
 from ..progress import reporter
 
 
@@ -17,8 +17,10 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("source", metavar="SOURCE", help="checkpoint folder, or hub id such as Qwen/Qwen3-30B-A3B")
     parser.add_argument("store", metavar="STORE", help="folder to write")
-    parser.add_argument("--codec", choices=CODECS, default="nf4", help="format of the experts (default: nf4)")
-    parser.add_argument("--dense-codec", choices=CODECS, default="bf16", help="format of the rest (default: bf16)")
+    parser.add_argument("--codec", choices=CODECS, help=CODEC_HELP)
+    parser.add_argument(
+        "--dense-codec", choices=DENSE_CODECS, default="bf16", help="format of the rest (default: bf16)"
+    )
     parser.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
     add_common_flags(parser)
     parser.set_defaults(run=run)

@@ -78,6 +78,15 @@ class Checkpoint:
         """One expert's tensors by parameter name, in the module's layout and the checkpoint's dtype."""
         return self._readers[layer].read(expert)
 
+    @property
+    def is_mxfp4(self) -> bool:
+        """Whether every expert is there in MXFP4."""
+        return all(reader.is_packed for reader in self._readers)
+
+    def packed_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """One expert as the MXFP4 codec takes it, without being dequantized. Only where `is_mxfp4`."""
+        return self._readers[layer].read_packed(expert)
+
     def dense_tensor(self, name: str) -> Tensor:
         """One dense tensor whole, in the checkpoint's dtype."""
         group = self._dense_groups[name]

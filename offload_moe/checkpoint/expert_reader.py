@@ -15,6 +15,7 @@ from offload_moe.checkpoint.convert import (
     possible_targets,
 )
 from offload_moe.checkpoint.experts import ExpertsModule
+from offload_moe.checkpoint.mxfp4 import BLOCKS, SCALES, Mxfp4Tensors
 from offload_moe.checkpoint.names import SourceGroup
 from offload_moe.checkpoint.tensors import TensorSource
 from offload_moe.errors import CheckpointError
@@ -51,6 +52,29 @@ class ExpertReader:
             }
             converted |= convert(group, one, self._model)
         return {name: converted[f"{self._layer.name}.{name}"][0] for name in self._layer.shape.module_shapes()}
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the checkpoint has every matrix of these experts in MXFP4."""
+        names = {f"{self._layer.name}.{matrix.name}": matrix for matrix in self._layer.shape.matrices}
+        found = [group for group in self._groups if group.target in names]
+        return (
+            isinstance(self._tensors, Mxfp4Tensors)
+            and len(found) == len(names)
+            and all(group.converter is None and group.names[0] in self._tensors.recipes for group in found)
+        )
+
+    def read_packed(self, expert: int) -> dict[str, Tensor]:
+        """One expert with its matrices as MXFP4 `_blocks` and `_scales`, biases as they are. Only where `is_packed`."""
+        assert isinstance(self._tensors, Mxfp4Tensors)
+        parts: dict[str, Tensor] = {}
+        for group in self._groups:
+            name, source = group.target.removeprefix(f"{self._layer.name}."), group.names[0]
+            if source in self._tensors.recipes:
+                parts[name + BLOCKS], parts[name + SCALES] = self._tensors.read_packed(source, expert)
+            else:
+                parts[name] = self._tensors.read_rows(source, expert, expert + 1)[0]
+        return parts
 
     def _mine(self, group: SourceGroup) -> SourceGroup:
         """The part of a module list that is this layer's: modules that share one follow each other in it."""

@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from offload_moe.checkpoint.fp8 import fp8_tensors
+from offload_moe.checkpoint.mxfp4 import Mxfp4Tensors
 from offload_moe.checkpoint.shards import Shards
 from offload_moe.checkpoint.skeleton import read_config_json
 from offload_moe.checkpoint.tensors import DequantizedTensors, TensorSource
 from offload_moe.errors import CheckpointError
 
 SETTINGS_KEYS = ("quantization_config", "compression_config")
-READERS: dict[str, Callable[[TensorSource, dict[str, Any]], DequantizedTensors]] = {"fp8": fp8_tensors}
+READERS: dict[str, Callable[[TensorSource, dict[str, Any]], DequantizedTensors]] = {
+    "fp8": fp8_tensors,
+    "mxfp4": Mxfp4Tensors,
+}
 
 
 def open_tensors(folder: Path) -> TensorSource:

@@ -9,12 +9,11 @@ from offload_moe.plan.machine import Machine
 from offload_moe.plan.outlook import Outlook, Task, look_ahead
 from offload_moe.plan.parameters import ModelShape, describe_model
 from offload_moe.plan.placement import DENSE_CODECS, Placement, Settings
-from offload_moe.plan.sizes import checkpoint_estimate, store_bytes_per_codec
+from offload_moe.plan.sizes import checkpoint_estimate, expert_codecs, store_bytes_per_codec
 from offload_moe.plan.source import PlannedSource, open_source
 from offload_moe.plan.speed import Speed
 from offload_moe.quant import get_codec
 
-DEFAULT_CODEC = "nf4"
 DEFAULT_CONTEXT = 8192
 
 
@@ -61,10 +60,10 @@ def make_plan(
         CheckpointError, UnsupportedModelError, TransferError: the model cannot be read; see `open_source`.
     """
     source = open_source(model, revision=revision, token=token)
-    codec = _agreed("--codec", codec, source.codec) or DEFAULT_CODEC
+    suitable = expert_codecs(source.config)
+    codec = _suitable("--codec", _agreed("--codec", codec, source.codec) or suitable[0], suitable)
     dense_codec = _agreed("--dense-codec", dense_codec, source.dense_codec)
-    for name in (codec, dense_codec or DENSE_CODECS[0]):
-        get_codec(name)
+    _suitable("--dense-codec", dense_codec or DENSE_CODECS[0], DENSE_CODECS)
     shape = describe_model(source.config)
     settings = Settings(context=_context(context, shape), codec=codec, dense_codec=dense_codec)
     return _plan(source, shape, machine, settings)
@@ -88,7 +87,7 @@ def _plan(source: PlannedSource, shape: ModelShape, machine: Machine, settings: 
         settings=settings,
         checkpoint_bytes=checkpoint_bytes,
         checkpoint_is_exact=source.checkpoint_bytes is not None,
-        store_bytes=store_bytes_per_codec(shape, outlook.placement.dense_codec),
+        store_bytes=store_bytes_per_codec(shape, outlook.placement.dense_codec, expert_codecs(source.config)),
         placement=outlook.placement,
         speed=outlook.speed,
         changes=best_changes(task, outlook) if outlook.speed is not None else (),
@@ -102,6 +101,13 @@ def _agreed(flag: str, chosen: str | None, stored: str | None) -> str | None:
             f"The store has {stored}; {flag} {chosen} needs another one. Quantize the model again for it."
         )
     return chosen or stored
+
+
+def _suitable(flag: str, codec: str, suitable: tuple[str, ...]) -> str:
+    get_codec(codec)
+    if codec not in suitable:
+        raise ConfigError(f"{flag} {codec} does not suit this model. Choose one of: {', '.join(suitable)}.")
+    return codec
 
 
 def _context(context: int | None, shape: ModelShape) -> int:

@@ -1,12 +1,13 @@
 """Bytes of the weights: in the checkpoint, in a store, and in memory."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from offload_moe.plan.parameters import DenseWeight, ModelShape
 from offload_moe.quant import CODECS, get_codec
-from offload_moe.quantize import LOSSLESS
+from offload_moe.quantize import LOSSLESS, MXFP4
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -47,9 +48,16 @@ def store_bytes(shape: ModelShape, codec: str, dense_codec: str) -> int:
     return experts_bytes(shape, codec) + dense_store_bytes(shape, dense_codec)
 
 
-def store_bytes_per_codec(shape: ModelShape, dense_codec: str) -> dict[str, int]:
+def store_bytes_per_codec(shape: ModelShape, dense_codec: str, codecs: Iterable[str]) -> dict[str, int]:
     """Codec -> bytes of the store with that codec for its experts."""
-    return {codec: store_bytes(shape, codec, dense_codec) for codec in CODECS}
+    return {codec: store_bytes(shape, codec, dense_codec) for codec in codecs}
+
+
+def expert_codecs(config: "PreTrainedConfig") -> tuple[str, ...]:
+    """What the experts of a checkpoint can become, the default first."""
+    others = tuple(name for name in CODECS if name != MXFP4)
+    settings = getattr(config, "quantization_config", None)
+    return (MXFP4, *others) if isinstance(settings, dict) and settings.get("quant_method") == MXFP4 else others
 
 
 def checkpoint_estimate(shape: ModelShape, config: "PreTrainedConfig") -> int:
@@ -83,7 +91,7 @@ def _quantized_bits(quantization: Any) -> float | None:
     if not isinstance(quantization, dict):
         return None
     method = quantization.get("quant_method")
-    if method == "mxfp4":
+    if method == MXFP4:
         return MXFP4_BITS
     if method == "fp8":
         return 8.0

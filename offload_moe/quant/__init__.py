@@ -5,9 +5,10 @@ from offload_moe.quant.bf16 import Bf16Codec
 from offload_moe.quant.codec import Codec
 from offload_moe.quant.int8 import Int8Codec
 from offload_moe.quant.layout import ExpertShape, Matrix, Plane, RecordLayout
+from offload_moe.quant.mxfp4 import Mxfp4Codec
 from offload_moe.quant.nf4 import Nf4Codec
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (Nf4Codec(), Int8Codec(), Bf16Codec())}
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (Nf4Codec(), Int8Codec(), Bf16Codec(), Mxfp4Codec())}
 
 
 def get_codec(name: str) -> Codec:

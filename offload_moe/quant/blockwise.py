@@ -36,11 +36,8 @@ class BlockwiseCodec(ABC):
         layout = self.layout(shape)
         record = torch.zeros(layout.record_bytes, dtype=torch.uint8)
         for matrix in shape.matrices:
-            rows = shape.to_kernel_rows(matrix.name, tensors[matrix.name])
-            rows = rows.float() if rows.dtype == torch.float64 else rows
-            padding = round_up(matrix.in_features, IN_ALIGNMENT) - matrix.in_features
-            planes = self.encode_matrix(torch.nn.functional.pad(rows, (0, padding)) if padding else rows)
-            if not torch.isfinite(planes[self.scale_plane].float()).all():
+            planes = self.planes_of(shape, matrix, tensors)
+            if not self.is_finite(planes):
                 raise CheckpointError(f"{matrix.name} has NaN or infinite weights; {self.name} cannot encode them.")
             for plane, value in planes.items():
                 layout.view(record, f"{matrix.name}.{plane}").copy_(value)
@@ -60,10 +57,16 @@ class BlockwiseCodec(ABC):
             tensors[name] = shape.to_module_layout(name, layout.view(record, f"{name}.values").to(dtype))
         return tensors
 
-    @property
+    def planes_of(self, shape: ExpertShape, matrix: Matrix, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The planes of one matrix of an expert."""
+        rows = shape.to_kernel_rows(matrix.name, tensors[matrix.name])
+        rows = rows.float() if rows.dtype == torch.float64 else rows
+        padding = round_up(matrix.in_features, IN_ALIGNMENT) - matrix.in_features
+        return self.encode_matrix(torch.nn.functional.pad(rows, (0, padding)) if padding else rows)
+
     @abstractmethod
-    def scale_plane(self) -> str:
-        """The plane that turns NaN when a weight is."""
+    def is_finite(self, planes: Mapping[str, Tensor]) -> bool:
+        """Whether every weight was a finite number: scales turn NaN where one is not."""
 
     @abstractmethod
     def matrix_planes(self, out_features: int, padded_in: int) -> list[PlaneSpec]:

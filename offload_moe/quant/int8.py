@@ -14,7 +14,6 @@ class Int8Codec(BlockwiseCodec):
     """``weight = code * scale`` with ``scale = absmax / 127``."""
 
     name = "int8"
-    scale_plane = "scales"
 
     def matrix_planes(self, out_features: int, padded_in: int) -> list[PlaneSpec]:
         return [
@@ -32,3 +31,6 @@ class Int8Codec(BlockwiseCodec):
     def decode_matrix(self, planes: Mapping[str, Tensor]) -> Tensor:
         codes = planes["codes"]
         return (codes.view(-1, BLOCK).float() * planes["scales"][:, None]).view(codes.shape)
+
+    def is_finite(self, planes: Mapping[str, Tensor]) -> bool:
+        return bool(planes["scales"].isfinite().all())

@@ -52,9 +52,13 @@ class ExpertShape:
     def to_kernel_rows(self, name: str, value: Tensor) -> Tensor:
         """A parameter as the kernels want it: ``[out, in]``, gate rows before up rows."""
         rows = value.T if self.is_transposed and value.dim() == 2 else value
+        return self.gate_before_up(name, rows).contiguous()
+
+    def gate_before_up(self, name: str, rows: Tensor) -> Tensor:
+        """Rows ``[out, ...]`` of a parameter in the kernels' order, whatever they hold."""
         if self.is_interleaved and self._is_gate_up(name):
-            rows = torch.cat([rows[0::2], rows[1::2]])
-        return rows.contiguous()
+            return torch.cat([rows[0::2], rows[1::2]])
+        return rows
 
     def to_module_layout(self, name: str, rows: Tensor) -> Tensor:
         """The inverse of `to_kernel_rows`."""

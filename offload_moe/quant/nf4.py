@@ -45,7 +45,6 @@ class Nf4Codec(BlockwiseCodec):
     """Weights in 16 levels of a normal distribution, scaled per block of 64 along a row."""
 
     name = "nf4"
-    scale_plane = "absmax_offset"
 
     def matrix_planes(self, out_features: int, padded_in: int) -> list[PlaneSpec]:
         num_blocks = out_features * padded_in // BLOCK
@@ -72,6 +71,9 @@ class Nf4Codec(BlockwiseCodec):
         table = torch.tensor(NF4_TABLE, device=codes.device)
         values = torch.stack([table[(codes >> 4).int()], table[(codes & 15).int()]], dim=-1)
         return (values.view(-1, BLOCK) * block_absmax(planes)[:, None]).view(codes.shape[0], -1)
+
+    def is_finite(self, planes: Mapping[str, Tensor]) -> bool:
+        return bool(planes["absmax_offset"].isfinite().all())
 
 
 def block_absmax(planes: Mapping[str, Tensor]) -> Tensor:

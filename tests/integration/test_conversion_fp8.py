@@ -13,6 +13,7 @@ from offload_moe.errors import CheckpointError
 from offload_moe.quantize import Progress, quantize
 from offload_moe.store import Store, is_store
 from tests.support.quantized import edit_json, edit_tensors, write_fp8_checkpoint
+from tests.support.stores import assert_same_stores
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # upstream's, of models outside their usual sizes
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
@@ -22,17 +23,6 @@ UNEVEN = {"hidden_size": 136, "moe_intermediate_size": 136, "intermediate_size":
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_fp8_checkpoint(tmp_path_factory.mktemp("even"))
-
-
-def assert_same_stores(first: Path, second: Path) -> None:
-    a, b = Store.open(first), Store.open(second)
-    assert list(a.dense) == list(b.dense)
-    for name in a.dense:
-        assert a.dense[name].dtype == b.dense[name].dtype
-        assert torch.equal(a.read_dense(name), b.read_dense(name)), name
-    for ordinal, layer in enumerate(b.layers):
-        for expert in range(layer.num_experts):
-            assert torch.equal(a.read_expert(ordinal, expert), b.read_expert(ordinal, expert)), (ordinal, expert)
 
 
 @pytest.mark.parametrize("codec", ["nf4", "int8", "bf16"])

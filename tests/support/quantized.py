@@ -81,3 +81,32 @@ def fp8_reference(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tens
     """The slow way round: every weight looks up its own scale."""
     rows, columns = (torch.arange(size) // length for size, length in zip(codes.shape, block, strict=True))
     return (codes.double() * scales.double()[rows[:, None], columns[None, :]]).float().to(torch.bfloat16)
+
+
+def write_mxfp4_checkpoint(folder: Path, **changes: object) -> tuple[Path, Path]:
+    """A gpt-oss as the hub has it, and the bf16 model that transformers makes of it."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    quantized, plain = folder / "mxfp4", folder / "bf16"
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16} | changes
+    write_checkpoint(plain, "gpt_oss", shard_size="1GB", **sizes)
+    shutil.copytree(plain, quantized)
+    edit_json(
+        quantized / "config.json",
+        quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
+    )
+    generator = torch.Generator().manual_seed(0)
+    stood_for: dict[str, Tensor] = {}
+
+    def quantize(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            num_experts, columns, rows = tensors.pop(name).shape
+            grid = (num_experts, rows, columns // 32)
+            blocks = torch.randint(0, 256, (*grid, 16), generator=generator, dtype=torch.uint8)
+            scales = torch.randint(119, 124, grid, generator=generator, dtype=torch.uint8)
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, scales
+            stood_for[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
+
+    edit_tensors(quantized, quantize)
+    edit_tensors(plain, lambda tensors: tensors | stood_for)
+    return quantized, plain

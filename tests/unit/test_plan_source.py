@@ -106,9 +106,19 @@ def test_a_known_architecture_with_unusable_values_is_refused(tmp_path: Path) ->
         make_plan(tmp_path, MACHINE)
 
 
+def test_a_checkpoint_in_mxfp4_keeps_its_format() -> None:
+    plan = make_plan(CONFIGS / "gpt-oss-120b.json", MACHINE)
+    assert plan.settings.codec == "mxfp4"
+    assert list(plan.store_bytes) == ["mxfp4", "nf4", "int8", "bf16"]
+    assert plan.store_bytes["mxfp4"] > plan.store_bytes["nf4"]
+    assert "mxfp4" not in make_plan(CONFIGS / "Mixtral-8x7B-v0.1.json", MACHINE).store_bytes
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"codec": "mxfp4"}, "--codec mxfp4 does not suit this model. Choose one of: nf4, int8, bf16"),
+        ({"dense_codec": "mxfp4"}, "--dense-codec mxfp4 does not suit this model"),
         ({"context": 0}, "A context of 0 tokens is not usable"),
         ({"context": 513}, "takes at most 512 tokens, --context is 513"),
         ({"codec": "q9"}, "Unknown codec 'q9'"),

@@ -6,6 +6,7 @@ import torch
 
 from offload_moe.errors import CheckpointError, ConfigError
 from offload_moe.quant import CODECS, ExpertShape, Matrix, get_codec
+from offload_moe.quant.mxfp4 import Mxfp4Codec, mxfp4_values
 from offload_moe.quant.nf4 import NF4_TABLE, dynamic_map
 
 GATED = ExpertShape(
@@ -28,7 +29,7 @@ def make_expert(shape: ExpertShape, dtype: torch.dtype = torch.bfloat16) -> dict
 
 
 @pytest.mark.parametrize("shape", [GATED, GPT_OSS], ids=["gated", "gpt_oss"])
-@pytest.mark.parametrize(("codec", "tolerance"), [("nf4", 0.12), ("int8", 0.006), ("bf16", 0.0)])
+@pytest.mark.parametrize(("codec", "tolerance"), [("nf4", 0.12), ("int8", 0.006), ("bf16", 0.0), ("mxfp4", 0.15)])
 def test_decode_returns_the_module_layout(codec: str, tolerance: float, shape: ExpertShape) -> None:
     expert = make_expert(shape)
     record = get_codec(codec).encode(shape, expert)
@@ -66,7 +67,7 @@ def test_kernel_rows_put_gate_before_up() -> None:
     assert torch.equal(shape.to_module_layout("gate_up_proj", rows), interleaved)
 
 
-@pytest.mark.parametrize("codec", ["nf4", "int8"])
+@pytest.mark.parametrize("codec", ["nf4", "int8", "mxfp4"])
 def test_nan_weights_are_refused_by_name(codec: str) -> None:
     expert = make_expert(GATED)
     expert["down_proj"][3, 3] = float("nan")
@@ -82,5 +83,67 @@ def test_zero_experts_decode_to_zero(codec: str) -> None:
 
 
 def test_unknown_codec_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="nf4, int8, bf16"):
+    with pytest.raises(ConfigError, match="nf4, int8, bf16, mxfp4"):
         get_codec("q4_0")
+
+
+def all_mxfp4(rows: int = 8, blocks: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random codes under scales that bf16 reaches; every code occurs."""
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 256, (rows, blocks * 16), generator=generator, dtype=torch.uint8)
+    return codes, torch.randint(10, 240, (rows, blocks), generator=generator, dtype=torch.uint8)
+
+
+def test_mxfp4_decodes_as_transformers_does() -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    codes, scales = all_mxfp4()
+    assert len(torch.unique(torch.stack([codes & 15, codes >> 4]))) == 16
+    theirs = convert_moe_packed_tensors(codes.view(1, 8, 6, 16), scales[None], dtype=torch.bfloat16)[0].T
+    ours = mxfp4_values(codes, scales)
+    assert torch.equal(ours.bfloat16(), theirs)
+    assert torch.equal(ours.signbit(), theirs.signbit())
+
+
+@pytest.mark.parametrize("shape", [GATED, GPT_OSS], ids=["gated", "gpt_oss"])
+def test_mxfp4_keeps_numbers_that_came_from_it(shape: ExpertShape) -> None:
+    expert = make_expert(shape)
+    matrix = shape.matrices[0]
+    rows = mxfp4_values(*all_mxfp4(matrix.out_features, 3))[:, : matrix.in_features]
+    expert[matrix.name] = shape.to_module_layout(matrix.name, rows)
+    decoded = get_codec("mxfp4").decode(shape, get_codec("mxfp4").encode(shape, expert), torch.float32)
+    assert torch.equal(decoded[matrix.name], expert[matrix.name])
+
+
+def test_mxfp4_rounds_to_the_nearest_and_ties_to_even() -> None:
+    values = torch.zeros(1, 64)
+    values[0, :17] = torch.tensor(
+        [6.0, 0.25, 0.26, 0.74, 0.75, 1.25, 1.26, 1.75, 1.7, 2.5, 2.6, 3.5, 3.4, 5.0, 5.1, 7.9, -0.75]
+    )
+    planes = Mxfp4Codec().encode_matrix(values)
+    expected = [6.0, 0.0, 0.5, 0.5, 1.0, 1.0, 1.5, 2.0, 1.5, 2.0, 3.0, 4.0, 3.0, 4.0, 6.0, 6.0, -1.0]
+    assert Mxfp4Codec().decode_matrix(planes)[0, :17].tolist() == expected
+
+
+@pytest.mark.parametrize("magnitude", [2.0**-126, 2.0**-149, 1e-30, 2.0**120])
+def test_mxfp4_at_the_ends_of_the_range(magnitude: float) -> None:
+    values = torch.full((1, 64), magnitude)
+    assert torch.isfinite(Mxfp4Codec().decode_matrix(Mxfp4Codec().encode_matrix(values))).all()
+
+
+@pytest.mark.parametrize("features", [64, 96])
+def test_mxfp4_takes_blocks_and_scales_as_they_are(features: int) -> None:
+    matrix = Matrix(name="gate_up_proj", out_features=6, in_features=features)
+    shape = ExpertShape(matrices=(matrix,), is_transposed=True, is_interleaved=True)
+    codes, scales = all_mxfp4(6, features // 32)
+    codec = get_codec("mxfp4")
+    record = codec.encode(shape, {"gate_up_proj_blocks": codes, "gate_up_proj_scales": scales})
+    layout = codec.layout(shape)
+    order = [0, 2, 4, 1, 3, 5]
+    assert torch.equal(layout.view(record, "gate_up_proj.codes")[:, : features // 2], codes[order])
+    assert torch.equal(layout.view(record, "gate_up_proj.scales").view(6, -1)[:, : features // 32], scales[order])
+    values = mxfp4_values(codes, scales)
+    assert torch.equal(codec.decode(shape, record, torch.float32)["gate_up_proj"], values.T)
+    scales[3, 1] = 255
+    with pytest.raises(CheckpointError, match="gate_up_proj has NaN"):
+        codec.encode(shape, {"gate_up_proj_blocks": codes, "gate_up_proj_scales": scales})
