@@ -338,3 +338,34 @@ def test_a_problem_leaves_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "problem  torch on the GPU  CPU-only build" in out
     assert "-> This torch cannot use the GPU." in out
     assert device_checks.build_of_torch() is None or torch.version.cuda or torch.version.hip
+
+
+def test_a_card_is_found_and_examined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With torch's answers about a card in place of a card."""
+    cuda = torch.device("cuda:0")
+    properties = SimpleNamespace(name="NVIDIA T4", major=7, minor=5)
+    module = SimpleNamespace(get_device_properties=lambda _: properties)
+    monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    monkeypatch.setattr(device_checks, "total_device_memory", lambda _: 16 * GIB)
+    monkeypatch.setattr(device_checks, "free_device_memory", lambda _: 15 * GIB)
+    monkeypatch.setattr("offload_moe.doctor.examination.compute_device", lambda: cuda)
+    monkeypatch.setattr("offload_moe.doctor.examination.find_nvidia", lambda: CARD)
+    transfers: list[torch.device] = []
+    monkeypatch.setattr(memory_speed, "check_transfers", lambda where: transfers.append(where) or [])
+    for slow in ("check_memory_read", "check_kernel_speed"):
+        monkeypatch.setattr(memory_speed, slow, lambda: [])
+    monkeypatch.setattr(storage, "check_disk_speed", lambda *_: [])
+    found = {check.name: check for check in examine()}
+    assert found["device"].found == "NVIDIA T4, compute capability 7.5, without bf16"
+    assert found["VRAM"].found == "15.0 GiB free of 16.0 GiB"
+    assert found["PCIe link"].verdict == "ok"
+    assert found["torch on the GPU"].verdict == "ok"
+    assert transfers == [cuda]
+    properties.name = None
+    monkeypatch.setattr(device_checks, "total_device_memory", refuse)
+    assert "could not be examined" in {check.name: check for check in examine()}["device"].found
+
+
+def refuse(_: torch.device) -> int:
+    raise RuntimeError("CUDA error: out of memory")
