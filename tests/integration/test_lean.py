@@ -8,6 +8,8 @@ from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
 from torch import Tensor
 
 from offload_moe import load
+from offload_moe.assemble import dense_codec_in_memory, loaded_dense_bytes
+from offload_moe.dense import QuantLinear
 from offload_moe.lean.attention import DecodeAttention
 from offload_moe.lean.cache import RoomyLayer
 from offload_moe.lean.mlp import FusedMLP
@@ -142,3 +144,30 @@ def test_generate_fills_a_cache_with_room(checkpoints: dict[str, Path]) -> None:
         ]
     assert torch.equal(results[0].sequences, results[1].sequences)
     assert all(type(layer) is RoomyLayer for layer in results[0].past_key_values.layers)
+
+
+@pytest.mark.parametrize("dense_codec", [None, "bf16", "nf4"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_the_plan_knows_what_dense_weights_will_take(
+    family: str, dense_codec: str | None, checkpoints: dict[str, Path]
+) -> None:
+    with load(checkpoints[family], dense_codec=dense_codec) as model:
+        in_memory = dense_codec_in_memory(model.store, dense_codec, torch.device("cpu"))
+        assert in_memory == ("int8" if dense_codec is None else None)
+        planned = loaded_dense_bytes(model.store, torch.float32, in_memory)
+        assert planned == pytest.approx(model.memory["dense weights"], rel=0.05)
+
+
+def test_dense_weights_stay_in_bf16_where_that_was_asked_for(checkpoints: dict[str, Path]) -> None:
+    for settings, num_linears in ({"exact": True}, 0), ({"dense_codec": "bf16"}, 0), ({"codec": "bf16"}, 0), ({}, 13):
+        with load(checkpoints["mixtral"], **settings) as model:
+            assert sum(isinstance(module, QuantLinear) for module in model.hf.modules()) == num_linears
+
+
+def test_a_tied_head_is_a_quantized_copy(checkpoints: dict[str, Path]) -> None:
+    with load(checkpoints["qwen2_moe"]) as model:
+        embedding, head = model.hf.get_input_embeddings(), model.hf.get_output_embeddings()
+        assert isinstance(head, QuantLinear)
+        assert embedding.weight.dtype == torch.float32
+        decoded = head.codec.decode(head.shape, head.record, torch.float32)["weight"]
+        assert 0 < distance(decoded, embedding.weight) < 0.01
