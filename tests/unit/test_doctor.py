@@ -354,7 +354,7 @@ def test_a_card_is_found_and_examined(monkeypatch: pytest.MonkeyPatch, tmp_path:
     transfers: list[torch.device] = []
     monkeypatch.setattr(memory_speed, "check_transfers", lambda where: transfers.append(where) or [])
     for slow in ("check_memory_read", "check_kernel_speed"):
-        monkeypatch.setattr(memory_speed, slow, lambda: [])
+        monkeypatch.setattr(memory_speed, slow, list)
     monkeypatch.setattr(storage, "check_disk_speed", lambda *_: [])
     found = {check.name: check for check in examine()}
     assert found["device"].found == "NVIDIA T4, compute capability 7.5, without bf16"
@@ -362,7 +362,6 @@ def test_a_card_is_found_and_examined(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert found["PCIe link"].verdict == "ok"
     assert found["torch on the GPU"].verdict == "ok"
     assert transfers == [cuda]
-    properties.name = None
     monkeypatch.setattr(device_checks, "total_device_memory", refuse)
     assert "could not be examined" in {check.name: check for check in examine()}["device"].found
 
