@@ -1,5 +1,6 @@
 """How many slots fit: what is needed, what there is, and the numbers of both when it does not."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +12,6 @@ from offload_moe.sizes import format_size
 RUNTIME_BYTES = 450 << 20  # interpreter, torch, activations: what a process holds beside weights and slots
 DEVICE_RESERVE_BYTES = 1 << 30  # CUDA context, workspaces, activations and a key/value cache of a few thousand tokens
 SHARE_OF_FREE = 0.9  # of what is free, taken when no budget is named
-
-_CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,15 +59,39 @@ def plan_slots(
 
 def free_ram() -> int:
     """Bytes of RAM this process may still take, container limits included."""
-    free = psutil.virtual_memory().available
-    for limit_file, usage_file in _CGROUP_FILES:
-        try:
-            limit, usage = Path(limit_file).read_text().strip(), Path(usage_file).read_text().strip()
-        except OSError:
+    return min(psutil.virtual_memory().available, *_free_in_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
+
+
+def _free_in_groups(root: Path, membership: Path) -> list[int]:
+    """What each memory cgroup around this process still allows; page cache that can be dropped counts as free."""
+    free = [sys.maxsize]
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return free
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        is_v2 = controllers == ""
+        if not is_v2 and "memory" not in controllers.split(","):
             continue
-        if limit.isdigit():
-            free = min(free, max(0, int(limit) - int(usage)))
-    return int(free)
+        names = ("memory.max", "memory.current") if is_v2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        top = root if is_v2 else root / "memory"
+        inner = top / path.lstrip("/")
+        for group in (inner, *inner.parents):
+            if group == top.parent:
+                break
+            free += _free_in_group(group, *names)
+    return free
+
+
+def _free_in_group(group: Path, limit_name: str, usage_name: str) -> list[int]:
+    try:
+        limit, usage = (group / limit_name).read_text().strip(), int((group / usage_name).read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return []
+    droppable = int(statistics.get("total_inactive_file", statistics.get("inactive_file", "0")))
+    return [max(0, int(limit) - usage + droppable)] if limit.isdigit() else []
 
 
 def _count_slots(memory: str, flag: str, budget: int, runtime_bytes: int, dense_bytes: int, slot_bytes: int) -> int:

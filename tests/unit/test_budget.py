@@ -1,8 +1,10 @@
 """Slots from budgets, and sizes as people write them."""
 
+from pathlib import Path
+
 import pytest
 
-from offload_moe.budget import DEVICE_RESERVE_BYTES, RUNTIME_BYTES, free_ram, plan_slots
+from offload_moe.budget import DEVICE_RESERVE_BYTES, RUNTIME_BYTES, _free_in_groups, free_ram, plan_slots
 from offload_moe.errors import BudgetError, ConfigError
 from offload_moe.sizes import format_size, parse_size
 
@@ -58,3 +60,28 @@ def test_sizes_are_shown_in_gib() -> None:
     assert format_size(5 << 29) == "2.5 GiB"
     assert format_size(300 << 20) == "300 MiB"
     assert format_size(40960) == "40 KiB"
+
+
+def write_group(folder: Path, limit: str, usage: int, inactive: int, *, is_v2: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    limit_name, usage_name = (
+        ("memory.max", "memory.current") if is_v2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    )
+    (folder / limit_name).write_text(f"{limit}\n")
+    (folder / usage_name).write_text(f"{usage}\n")
+    (folder / "memory.stat").write_text(f"cache 5\n{'' if is_v2 else 'total_'}inactive_file {inactive}\n")
+
+
+@pytest.mark.parametrize("is_v2", [True, False])
+def test_container_limits_count_and_droppable_cache_is_free(is_v2: bool, tmp_path: Path) -> None:
+    root = tmp_path / "cgroup"
+    top = root if is_v2 else root / "memory"
+    write_group(top / "pod", "1000", 300, 50, is_v2=is_v2)
+    write_group(top / "pod/task", "max" if is_v2 else str(2**63 - 4096), 200, 0, is_v2=is_v2)
+    membership = tmp_path / "membership"
+    membership.write_text("0::/pod/task\n" if is_v2 else "4:cpu:/x\n3:memory:/pod/task\n")
+    assert min(_free_in_groups(root, membership)) == 1000 - 300 + 50
+
+
+def test_no_container_no_limit(tmp_path: Path) -> None:
+    assert min(_free_in_groups(tmp_path, tmp_path / "none")) > 2**60
