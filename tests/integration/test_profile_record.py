@@ -51,10 +51,10 @@ class Spy:
     """What the experts modules and the routers were given, by hooks of our own."""
 
     def __init__(self, model: Model) -> None:
-        self.index: list[list[Any]] = [[] for _ in model._layers]
-        self.weights: list[list[Any]] = [[] for _ in model._layers]
-        self.logits: list[list[Any]] = [[] for _ in model._layers]
-        for number, layer in enumerate(model._layers):
+        self.index: list[list[Any]] = [[] for _ in model.layers]
+        self.weights: list[list[Any]] = [[] for _ in model.layers]
+        self.logits: list[list[Any]] = [[] for _ in model.layers]
+        for number, layer in enumerate(model.layers):
             layer.module.register_forward_pre_hook(self._keep_experts(number), with_kwargs=True)
             block = model.hf.get_submodule(layer.name.rpartition(".")[0])
             router = block.gate if hasattr(block, "gate") else block.router
@@ -209,7 +209,7 @@ def test_nothing_is_left_behind(stores: dict[str, Path]) -> None:
             pass
         assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules()]
         assert model._hierarchy.scheduler.observer is None
-        assert all(layer.module._offload_moe.recorder is None for layer in model._layers)
+        assert all(layer.module._offload_moe.recorder is None for layer in model.layers)
 
 
 def test_refusals(stores: dict[str, Path]) -> None:
@@ -225,7 +225,7 @@ def test_an_interrupted_forward_is_left_out(stores: dict[str, Path]) -> None:
     with open_model(stores["qwen3_moe"]) as model:
         ids, _ = tiny_prompt(1, 4)
         with model.trace() as recorder:
-            handle = model._layers[1].module.register_forward_pre_hook(lambda *_: 1 / 0)
+            handle = model.layers[1].module.register_forward_pre_hook(lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 model.hf(input_ids=ids)
             handle.remove()

@@ -1,0 +1,109 @@
+"""How evenly the routers load the experts, in the terms of the literature.
+
+T tokens, L MoE layers, E experts per layer, K top-k. f: an expert's share of the routed pairs; P: its mean router
+probability; both sum to one over a layer.
+Source of f, P and the loss: Fedus, Zoph and Shazeer 2021, "Switch Transformers" (arXiv 2101.03961), section 2.2,
+with top-k instead of top-1; of the capacity: Lepikhin et al. 2020, "GShard" (arXiv 2006.16668), section 2.2.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offload_moe.trace import Trace
+
+CAPACITY_FACTORS = (1.0, 1.1, 1.25, 1.5)
+HOT = 2.0  # times the mean load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerBalance:
+    """auxiliary_loss: E * sum(f * P), 1 when perfectly even; None without router probabilities.
+
+    entropy_share: of log2(E), 1 when even. dropped: share of the routed pairs beyond an expert's capacity, per factor.
+    """
+
+    layer: int
+    auxiliary_loss: float | None
+    entropy_bits: float
+    entropy_share: float
+    variation: float
+    busiest: int
+    busiest_share: float
+    busiest_quarter_share: float
+    num_dead: int
+    num_hot: int
+    dropped: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Balance:
+    """load, probability: [L][E]. num_dead_by_chance: per layer, were every choice of K as likely as any other."""
+
+    num_tokens: int
+    load: list[list[float]]
+    probability: list[list[float]] | None
+    num_dead_by_chance: float
+    layers: list[LayerBalance]
+
+
+def expert_counts(trace: Trace) -> NDArray[np.int64]:
+    """[L, E]: how many tokens were routed to each expert."""
+    counts = [np.bincount(trace.experts[:, layer].ravel(), minlength=trace.num_experts) for layer in _layers(trace)]
+    return np.stack(counts)
+
+
+def balance(trace: Trace) -> Balance:
+    counts = expert_counts(trace)
+    load = counts / (trace.num_tokens * trace.top_k)
+    known = trace.router_probabilities
+    probability = None if known is None else known.mean(axis=0, dtype=np.float64)
+    missed = 1 - trace.top_k / trace.num_experts
+    return Balance(
+        num_tokens=trace.num_tokens,
+        load=load.tolist(),
+        probability=None if probability is None else probability.tolist(),
+        num_dead_by_chance=trace.num_experts * missed**trace.num_tokens,
+        layers=[
+            _layer(layer, counts[layer], None if probability is None else probability[layer])
+            for layer in _layers(trace)
+        ],
+    )
+
+
+def _layer(layer: int, counts: NDArray[Any], probability: NDArray[Any] | None) -> LayerBalance:
+    num_pairs, num_experts = int(counts.sum()), len(counts)
+    load = counts / num_pairs
+    used = load[load > 0]
+    entropy = float(-(used * np.log2(used)).sum())
+    descending = np.sort(load)[::-1]
+    return LayerBalance(
+        layer=layer,
+        auxiliary_loss=None if probability is None else float(num_experts * (load * probability).sum()),
+        entropy_bits=entropy,
+        entropy_share=entropy / math.log2(num_experts) if num_experts > 1 else 1.0,
+        variation=float(load.std() / load.mean()),
+        busiest=int(load.argmax()),
+        busiest_share=float(descending[0]),
+        busiest_quarter_share=float(descending[: math.ceil(num_experts / 4)].sum()),
+        num_dead=int((counts == 0).sum()),
+        num_hot=int((load > HOT / num_experts).sum()),
+        dropped={str(factor): dropped_share(counts, factor) for factor in CAPACITY_FACTORS},
+    )
+
+
+def dropped_share(counts: NDArray[Any], factor: float) -> float:
+    """What would be dropped of the routed pairs were all of them one batch and each expert took at most its capacity.
+
+    Capacity: factor * pairs / E, rounded up.
+    """
+    num_pairs = int(counts.sum())
+    capacity = math.ceil(round(factor * num_pairs / len(counts), 6))
+    return float(np.maximum(counts - capacity, 0).sum() / num_pairs)
+
+
+def _layers(trace: Trace) -> range:
+    return range(trace.num_layers)

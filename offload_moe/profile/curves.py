@@ -1,0 +1,117 @@
+"""Hit rate against cache size, by replay, and what more memory would bring."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from offload_moe.profile.belady import Belady
+from offload_moe.profile.costs import Costs
+from offload_moe.profile.replay import Pool, parse_slots, replay
+from offload_moe.schedule.policy import DEFAULT_POLICY, LRU, POLICY_NAMES
+from offload_moe.trace import Trace
+
+VARIANTS: tuple[tuple[str, Pool], ...] = (
+    *((policy, "global") for policy in (*POLICY_NAMES, Belady.name)),
+    (LRU.name, "layer"),  # as most others do it
+)
+SIZES = ("12.5%", "25%", "37.5%", "50%", "75%")
+MORE_BYTES = 2 << 30
+MOST_ACQUIRES = 20_000  # of a replay: keeps a whole report under a minute
+
+Report = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """pool: "global" as the runtime has it, one for all layers, or one per "layer"."""
+
+    policy: str
+    pool: Pool
+    num_slots: int
+    share: float  # of all experts
+    hit_rate: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Now:
+    """What was recorded. hit_rate: measured, of generated tokens, None where not recorded."""
+
+    policy: str
+    num_slots: int
+    share: float
+    hit_rate: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoreMemory:
+    """Replayed with and without `more_bytes`; saved_s: per generated token, at the stall per miss that was recorded."""
+
+    more_bytes: int
+    num_slots: int
+    hit_rate_now: float
+    hit_rate: float
+    saved_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curves:
+    """All replays from a cold start, the first `num_tokens` tokens one by one. No points where a pool is too small."""
+
+    num_tokens: int
+    points: list[Point]
+    now: Now | None
+    more_memory: MoreMemory | None
+
+
+def curves(trace: Trace, *, now: Now | None, slot_bytes: int | None, spent: Costs | None, report: Report) -> Curves:
+    """Every policy at every size, and at the recorded one. report: told how much is done, 0 to 1."""
+    head = trace.head(max(1, MOST_ACQUIRES // trace.num_layers))
+    sizes = sorted({parse_slots(size, head) for size in SIZES} | ({now.num_slots} if now is not None else set()))
+    points = []
+    for number, num_slots in enumerate(sizes):
+        for place, (policy, pool) in enumerate(VARIANTS):
+            report("Replaying policies", (number + place / len(VARIANTS)) / len(sizes))
+            if pool == "global" or num_slots >= head.num_layers:
+                points.append(_point(head, policy, num_slots, pool))
+    return Curves(
+        num_tokens=head.num_tokens,
+        points=points,
+        now=now,
+        more_memory=None if now is None or not slot_bytes else _more(head, points, now, slot_bytes, spent),
+    )
+
+
+def curve_of(points: Sequence[Point], policy: str, pool: Pool = "global") -> list[Point]:
+    return [point for point in points if (point.policy, point.pool) == (policy, pool)]
+
+
+def variant_name(policy: str, pool: Pool) -> str:
+    return policy if pool == "global" else f"{policy} per {pool}"
+
+
+def _point(trace: Trace, policy: str, num_slots: int, pool: Pool = "global") -> Point:
+    hit_rate = replay(trace, policy, num_slots=num_slots, pool=pool).hit_rate
+    share = num_slots / (trace.num_layers * trace.num_experts)
+    return Point(policy=policy, pool=pool, num_slots=num_slots, share=share, hit_rate=hit_rate)
+
+
+def _more(trace: Trace, points: Sequence[Point], now: Now, slot_bytes: int, spent: Costs | None) -> MoreMemory:
+    num_all = trace.num_layers * trace.num_experts
+    num_slots = min(num_all, now.num_slots + MORE_BYTES // slot_bytes)
+    policy = now.policy if now.policy in POLICY_NAMES else DEFAULT_POLICY
+    before = next(p.hit_rate for p in curve_of(points, policy) if p.num_slots == now.num_slots)
+    after = _point(trace, policy, num_slots).hit_rate if num_slots > now.num_slots else before
+    return MoreMemory(
+        more_bytes=MORE_BYTES,
+        num_slots=num_slots,
+        hit_rate_now=before,
+        hit_rate=after,
+        saved_s=None if spent is None else _saved_s(spent, after - before, trace.num_layers * trace.top_k),
+    )
+
+
+def _saved_s(spent: Costs, gain: float, num_routed: int) -> float:
+    """Seconds per token: experts no longer missed, times what a missed one made compute wait."""
+    fastest = spent.total.tiers[0]
+    missed = (1 - fastest.hit_rate) * num_routed if fastest.hit_rate is not None else 0.0
+    waited = sum(spent.time.stall_s.values())
+    return min(waited, gain * num_routed * waited / missed) if missed else 0.0

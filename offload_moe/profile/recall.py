@@ -1,0 +1,80 @@
+"""How well later routers can be foretold from an earlier layer's hidden state, whether or not prefetch is on.
+
+A trace's forward says what was chosen; the same prompt is run once more, and each layer's residual is shown to the
+routers behind it. Depth 0 is a layer's own router: where it does not give its own choice, we asked it wrongly, and the
+layer is left out.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload_moe.checkpoint.experts import ExpertsModule
+from offload_moe.moe.lookahead import RouterProbe, find_probes
+from offload_moe.trace import Trace
+
+DEPTHS = (1, 2, 3)
+LEAST_OWN_RECALL = 0.9
+
+
+def measure_recall(
+    hf: nn.Module, layers: Sequence[ExpertsModule], forward: Callable[[], Trace]
+) -> dict[str, list[float | None]]:
+    """Recall by depth: for each layer, the share of its routed experts that the layer `depth` before it foretold.
+
+    forward: runs a prompt once and returns its trace.
+    """
+    probes = find_probes(hf, layers)
+    residuals: dict[int, Tensor] = {}
+    handles = [
+        probe.norm.register_forward_pre_hook(_keeper(residuals, layer))
+        for layer, probe in enumerate(probes)
+        if probe is not None
+    ]
+    try:
+        trace = forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    with torch.inference_mode():
+        return _recalls(probes, residuals, trace)
+
+
+def _recalls(
+    probes: Sequence[RouterProbe | None], residuals: dict[int, Tensor], trace: Trace
+) -> dict[str, list[float | None]]:
+    chosen = trace.experts.tolist()
+    own = [_recall(probe, residuals.get(layer), chosen, layer) for layer, probe in enumerate(probes)]
+    usable = [probe if (own[layer] or 0.0) >= LEAST_OWN_RECALL else None for layer, probe in enumerate(probes)]
+    found: dict[str, list[float | None]] = {}
+    for depth in DEPTHS:
+        found[str(depth)] = [
+            _recall(probe, residuals.get(layer - depth), chosen, layer)
+            if layer >= depth and usable[layer - depth]
+            # The earlier layer's own probe shows that its residual is the right one.
+            else None
+            for layer, probe in enumerate(usable)
+        ]
+    return found
+
+
+def _recall(
+    probe: RouterProbe | None, residual: Tensor | None, chosen: list[list[list[int]]], layer: int
+) -> float | None:
+    if probe is None or residual is None or len(residual) != len(chosen):
+        return None
+    num_right = num_routed = 0
+    for token, experts in enumerate(chosen):
+        guessed = probe.predict(residual[token : token + 1], len(experts[layer]))
+        num_right += len(set(guessed) & set(experts[layer]))
+        num_routed += len(experts[layer])
+    return num_right / num_routed
+
+
+def _keeper(residuals: dict[int, Tensor], layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        residuals[layer] = args[0].reshape(-1, args[0].shape[-1])
+
+    return keep

@@ -1,0 +1,104 @@
+"""Everything a trace tells, in one structure: the terminal, the JSON document and the page show the same numbers."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from offload_moe.profile.balance import Balance, balance
+from offload_moe.profile.behaviour import Coactivation, Overlap, Preference, coactivation, overlap, preferences
+from offload_moe.profile.costs import Costs, costs
+from offload_moe.profile.curves import Curves, Now, curves
+from offload_moe.profile.text import CLASSES, class_per_token
+from offload_moe.trace import Trace
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileReport:
+    """None and empty lists where the trace does not have what a part needs.
+
+    lookahead_recall: by depth, per layer. slot_bytes: of one expert. by_class, by_group: kinds of tokens and of text.
+    """
+
+    model: str
+    num_tokens: int
+    num_generated_tokens: int
+    num_sequences: int
+    num_layers: int
+    num_experts: int
+    top_k: int
+    slot_bytes: int | None
+    costs: Costs | None
+    lookahead_recall: dict[str, list[float | None]]
+    curves: Curves
+    balance: Balance
+    overlap: Overlap | None
+    by_class: list[Preference]
+    by_group: list[Preference]
+    coactivation: Coactivation
+
+
+def make_report(trace: Trace, *, progress: Progress) -> ProfileReport:
+    """progress: told the phase and how much of it is done, 0 to 1."""
+    metadata = json.loads(trace.metadata)
+    spent = costs(trace)
+    slot_bytes = metadata.get("slot_bytes")
+    progress("Looking at the routing", 0.0)
+    return ProfileReport(
+        model=str(metadata.get("model", "")),
+        num_tokens=trace.num_tokens,
+        num_generated_tokens=0 if trace.is_prompt is None else int((~trace.is_prompt).sum()),
+        num_sequences=len(trace.sequence_lengths),
+        num_layers=trace.num_layers,
+        num_experts=trace.num_experts,
+        top_k=trace.top_k,
+        slot_bytes=slot_bytes,
+        costs=spent,
+        lookahead_recall=metadata.get("lookahead_recall", {}),
+        balance=balance(trace),
+        overlap=overlap(trace),
+        by_class=_by_class(trace, metadata),
+        by_group=_by_group(trace, metadata),
+        coactivation=coactivation(trace),
+        curves=curves(trace, now=_now(trace, metadata, spent), slot_bytes=slot_bytes, spent=spent, report=progress),
+    )
+
+
+def report_to_json(report: ProfileReport) -> dict[str, Any]:
+    """Ready for `json.dumps`."""
+    return asdict(report)
+
+
+def _now(trace: Trace, metadata: dict[str, Any], spent: Costs | None) -> Now | None:
+    """The fastest tier while recording."""
+    slots = metadata.get("num_slots", {})
+    if not trace.tiers or trace.tiers[0] not in slots:
+        return None
+    num_all = trace.num_layers * trace.num_experts
+    num_slots = min(int(slots[trace.tiers[0]]), num_all)
+    return Now(
+        policy=str(metadata.get("policy", "")),
+        num_slots=num_slots,
+        share=num_slots / num_all,
+        hit_rate=None if spent is None else spent.total.tiers[0].hit_rate,
+    )
+
+
+def _by_class(trace: Trace, metadata: dict[str, Any]) -> list[Preference]:
+    classes = metadata.get("token_classes")
+    if not classes or trace.token_ids is None:
+        return []
+    return preferences(trace, CLASSES, class_per_token(trace.token_ids, classes))
+
+
+def _by_group(trace: Trace, metadata: dict[str, Any]) -> list[Preference]:
+    groups = metadata.get("groups", [])
+    kinds = list(dict.fromkeys(groups))
+    if len(groups) != len(trace.sequence_lengths) or len(kinds) < 2:
+        return []
+    numbers = np.array([kinds.index(group) for group in groups])
+    return preferences(trace, [kind or "no group" for kind in kinds], np.repeat(numbers, trace.sequence_lengths))
