@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from offload_moe.checkpoint.fp8 import fp8_tensors
+from offload_moe.checkpoint.integers import awq, compressed_tensors, gptq
 from offload_moe.checkpoint.mxfp4 import Mxfp4Tensors
 from offload_moe.checkpoint.shards import Shards
 from offload_moe.checkpoint.skeleton import read_config_json
@@ -15,6 +16,9 @@ SETTINGS_KEYS = ("quantization_config", "compression_config")
 READERS: dict[str, Callable[[TensorSource, dict[str, Any]], DequantizedTensors]] = {
     "fp8": fp8_tensors,
     "mxfp4": Mxfp4Tensors,
+    "compressed-tensors": compressed_tensors,
+    "gptq": gptq,
+    "awq": awq,
 }
 
 

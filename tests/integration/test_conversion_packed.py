@@ -1,0 +1,110 @@
+"""Checkpoints of packed integers become the stores of the models that they stand for, or are refused by name."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from offload_moe.checkpoint.checkpoint import Checkpoint
+from offload_moe.errors import CheckpointError
+from offload_moe.quantize import quantize
+from tests.support.packed import write_packed_checkpoint
+from tests.support.quantized import edit_json, edit_tensors
+from tests.support.stores import assert_same_stores
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # upstream's, of models outside their usual sizes
+METHODS = ("compressed-tensors", "gptq", "gptq_v2", "awq")
+PREFIX = "model.layers.1.mlp.experts.2.up_proj."
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_store_has_the_bytes_of_the_model_it_stands_for(method: str, tmp_path: Path) -> None:
+    packed, plain = write_packed_checkpoint(tmp_path, method)
+    for codec in ("nf4", "bf16"):
+        a, b = (quantize(source, tmp_path / f"{source.name}-{codec}", codec=codec) for source in (packed, plain))
+        assert_same_stores(a, b)
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "gptq", "gptq_v2"])
+def test_eight_bits(method: str, tmp_path: Path) -> None:
+    packed, plain = write_packed_checkpoint(tmp_path, method, bits=8)
+    assert_same_stores(quantize(packed, tmp_path / "a"), quantize(plain, tmp_path / "b"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_are_those_of_the_whole(method: str, tmp_path: Path) -> None:
+    with Checkpoint(write_packed_checkpoint(tmp_path, method)[0]) as checkpoint:
+        name = "model.layers.0.self_attn.q_proj.weight"
+        whole = checkpoint.dense_tensor(name)
+        assert torch.equal(checkpoint.tensors.read_rows(name, 3, 11), whole[3:11])
+        assert torch.equal(torch.cat([*checkpoint.dense_chunks(name, 500)]), whole.reshape(-1).view(torch.uint8))
+
+
+def refused(source: Path, tmp_path: Path, match: str) -> None:
+    with pytest.raises(CheckpointError, match=match):
+        quantize(source, tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "value", "match"),
+    [
+        ("compressed-tensors", "weight_scale", None, "weight_scale is missing"),
+        ("compressed-tensors", "weight_scale", torch.ones(24, 3), "do not fit together"),
+        ("compressed-tensors", "weight_scale", torch.ones(24, 0), "do not fit together"),
+        ("compressed-tensors", "weight_scale", torch.ones(24), "belongs to no matrix"),
+        ("compressed-tensors", "weight_shape", torch.tensor([24, 31]), r"weight_shape is not \[24, 32\]"),
+        ("compressed-tensors", "weight_packed", torch.zeros(24, 4), "do not fit together"),
+        ("compressed-tensors", "weight_g_idx", torch.zeros(32).int(), "reorders inputs"),
+        ("gptq", "g_idx", None, "g_idx is missing"),
+        ("gptq", "g_idx", torch.full((32,), 4).int(), "names groups that are not there"),
+        ("gptq", "g_idx", torch.full((32,), -1).int(), "names groups that are not there"),
+        ("gptq", "g_idx", torch.zeros(32), "do not fit together"),
+        ("gptq", "qzeros", torch.zeros(4, 2).int(), "do not fit together"),
+        ("awq", "scales", torch.ones(5, 24), "do not fit together"),
+        ("awq", "scales", torch.full((4, 24), torch.nan), "NaN or infinite weights"),
+        ("gptq", "scales", torch.full((4, 24), torch.inf), "NaN or infinite weights"),
+        ("compressed-tensors", "weight_scale", torch.full((24, 4), torch.nan), "NaN or infinite weights"),
+    ],
+)
+def test_damaged_parts(tmp_path: Path, method: str, part: str, value: torch.Tensor | None, match: str) -> None:
+    packed, _ = write_packed_checkpoint(tmp_path, method)
+    edit_tensors(packed, lambda t: {k: v for k, v in (t | {PREFIX + part: value}).items() if v is not None})
+    refused(packed, tmp_path, match)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        (
+            {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+            r"\(nvfp4-pack-quantized\), of which",
+        ),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"a": 5}}, None),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": {"a": {"weights": {"symmetric": False, "num_bits": 4}}},
+            },
+            "symmetric pack-quantized integers can be read. Use a version",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": {"a": {"weights": {"symmetric": True, "num_bits": 3}}},
+            },
+            "with 3 bits; 4 and 8 can be read. Use a version",
+        ),
+        ({"quant_method": "gptq", "bits": 3}, "GPTQ with 3 bits; 4 and 8 can be read. Use a version"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "in the gemv layout.* Use a version"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            r"already quantized \(bitsandbytes\), .* Use a version",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, settings: dict[str, object], match: str | None) -> None:
+    packed, _ = write_packed_checkpoint(tmp_path, "gptq")
+    edit_json(packed / "config.json", quantization_config=settings)
+    refused(packed, tmp_path, match or "")
