@@ -31,6 +31,8 @@ class ReferenceArithmetic:
         self, hidden: Tensor, weights: Tensor, routing: Routing, lease: Lease, record_of: Callable[[int], Tensor]
     ) -> Tensor:
         """hidden ``[T, H]``, weights ``[T, K]`` -> ``[T, H]`` in the hidden dtype."""
+        if len(hidden) == 1 and len(routing.places) == len(routing.experts):
+            return self._one_token(hidden, weights, routing, lease, record_of)
         tokens = torch.tensor(routing.tokens, device=hidden.device)
         places = torch.tensor(routing.places, device=hidden.device)
         place_of = {expert: index for index, expert in enumerate(routing.experts)}
@@ -44,6 +46,22 @@ class ReferenceArithmetic:
         total = torch.zeros_like(hidden)
         for index, expert in enumerate(routing.experts):
             total.index_add_(0, tokens[routing.pairs(index)], outputs[expert])
+        return total
+
+    def _one_token(
+        self, hidden: Tensor, weights: Tensor, routing: Routing, lease: Lease, record_of: Callable[[int], Tensor]
+    ) -> Tensor:
+        """The same sums for a decode step, whose pairs need no gathering and no scattering."""
+        place_of = dict(zip(routing.experts, routing.places, strict=True))
+        outputs: dict[int, Tensor] = {}
+        for wave in lease:
+            for expert, slot in wave:
+                place = place_of[expert]
+                output = self.expert(hidden, record_of(slot)) * weights[:, place : place + 1]
+                outputs[expert] = output.to(hidden.dtype)
+        total = torch.zeros_like(hidden)
+        for expert in routing.experts:
+            total += outputs[expert]
         return total
 
     def expert(self, x: Tensor, record: Tensor) -> Tensor:
