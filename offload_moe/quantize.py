@@ -145,10 +145,14 @@ def _dense_jobs(checkpoint: Checkpoint, codec: Codec) -> list[Job]:
     def encode(name: str) -> Payload:
         shape = shapes[name]
         tensors = {part: checkpoint.dense_tensor(f"{name}.{part}") for part in shape.module_shapes()}
-        return [_bytes(codec.encode(shape, tensors))]
+        try:
+            return [_bytes(codec.encode(shape, tensors))]
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}.weight: {error}") from error
 
     def copy(name: str) -> Payload:
-        return (_bytes(chunk) for chunk in checkpoint.dense_chunks(name, COPY_BYTES))
+        dtype = checkpoint.dense[name].dtype
+        return (_bytes(_checked(name, chunk, dtype)) for chunk in checkpoint.dense_chunks(name, COPY_BYTES))
 
     inside = {f"{name}.{part}" for name, shape in shapes.items() for part in shape.module_shapes()}
     plain = sorted((t for t in checkpoint.dense.values() if t.name not in inside), key=lambda t: -t.dtype.itemsize)
@@ -166,6 +170,17 @@ def _dense_jobs(checkpoint: Checkpoint, codec: Codec) -> list[Job]:
         )
         for t in plain
     ]
+
+
+def _checked(name: str, data: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bytes of numbers. Infinite ones may be meant: masks are kept with them. Raises: CheckpointError for NaN."""
+    if dtype.is_floating_point:
+        values = data.view(dtype)
+        if values.sum().isnan() and values.isnan().any():
+            raise CheckpointError(
+                f"{name}: it has NaN weights, which would spoil every answer. Download the model again."
+            )
+    return data
 
 
 def _linear_shapes(checkpoint: Checkpoint) -> dict[str, ExpertShape]:

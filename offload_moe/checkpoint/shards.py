@@ -98,7 +98,10 @@ def safe_path(folder: Path, name: str) -> Path:
     path = folder / name
     root = folder.resolve()
     allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    real = path.resolve()
+    try:
+        real = path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, links in a circle
+        raise CheckpointError(f"{folder}: {name!r} is no file name: {error}.") from error
     if Path(name).is_absolute() or ".." in Path(name).parts or not any(real.is_relative_to(a) for a in allowed):
         raise CheckpointError(f"{folder}: the file name {name!r} leads out of the checkpoint folder; refused.")
     return path

@@ -263,9 +263,25 @@ def test_an_unknown_codec(model: Path, tmp_path: Path) -> None:
         quantize(model, tmp_path / "store", codec="nf5")
 
 
+@pytest.mark.parametrize("codec", ["nf4", "int8", "bf16"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers(model: Path, tmp_path: Path, value: float) -> None:
+def test_weights_that_are_no_numbers(model: Path, tmp_path: Path, value: float, codec: str) -> None:
     edit_tensors(model, lambda tensors: tensors[EXPERT].view(-1)[5:6].fill_(value))
     with pytest.raises(CheckpointError, match=r"Expert 2 of model\.layers\.1\.mlp\.experts: gate_up_proj has NaN"):
-        quantize(model, tmp_path / "store", codec="nf4")
+        quantize(model, tmp_path / "store", codec=codec)
     assert not is_store(tmp_path / "store")
+
+
+@pytest.mark.parametrize("dense_codec", ["bf16", "int8"])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight"])
+def test_dense_weights_that_are_no_numbers(model: Path, tmp_path: Path, name: str, dense_codec: str) -> None:
+    edit_tensors(model, lambda tensors: tensors[name].view(-1)[-1:].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match=rf"{name}\W.*NaN"):
+        quantize(model, tmp_path / "store", dense_codec=dense_codec)
+    assert not is_store(tmp_path / "store")
+
+
+@pytest.mark.parametrize("name", ["a\0b.safetensors", "x" * 5000])
+def test_a_name_in_the_index_that_no_file_can_have(shards: Path, tmp_path: Path, name: str) -> None:
+    edit_index(shards, EXPERT, name)
+    refused(shards, tmp_path, CheckpointError, "is no file name|cannot be read")

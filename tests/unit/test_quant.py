@@ -67,7 +67,7 @@ def test_kernel_rows_put_gate_before_up() -> None:
     assert torch.equal(shape.to_module_layout("gate_up_proj", rows), interleaved)
 
 
-@pytest.mark.parametrize("codec", ["nf4", "int8", "mxfp4"])
+@pytest.mark.parametrize("codec", sorted(CODECS))
 def test_nan_weights_are_refused_by_name(codec: str) -> None:
     expert = make_expert(GATED)
     expert["down_proj"][3, 3] = float("nan")
