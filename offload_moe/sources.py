@@ -72,7 +72,8 @@ def _cache_name(source: Path, codec: str, dense_codec: str, revision: str | None
     """One name per source, its present state and the codecs: a checkpoint that changes is converted anew."""
     identity = [str(source), revision or ""]
     if source.is_dir():
-        files = [*sorted(source.glob("*.safetensors")), source / "config.json"]
+        weights = sorted(path for pattern in ("*.safetensors", "*.gguf") for path in source.glob(pattern))
+        files = [*weights, source / "config.json"]
         stats = [(file.name, file.stat()) for file in files if file.exists()]
         identity = [str(source.resolve()), *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)]
     digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:12]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from offload_moe.checkpoint.fp8 import fp8_tensors
+from offload_moe.checkpoint.gguf_tensors import GgufTensors
 from offload_moe.checkpoint.integers import awq, compressed_tensors, gptq
 from offload_moe.checkpoint.mxfp4 import Mxfp4Tensors
 from offload_moe.checkpoint.shards import Shards
@@ -28,6 +29,8 @@ def open_tensors(folder: Path) -> TensorSource:
     Raises:
         CheckpointError: the folder is damaged, or quantized in a way that cannot be read.
     """
+    if not any(folder.glob("*.safetensors*")) and any(folder.glob("*.gguf")):
+        return GgufTensors(folder, read_config_json(folder))
     settings = quantization_settings(folder)
     method = settings.get("quant_method") if settings else None
     if settings and method not in READERS:

@@ -41,7 +41,9 @@ def resolve_source(source: str | Path, *, revision: str | None = None, token: st
     if folder.is_dir():
         return Source(folder=folder, name=folder.resolve().name, revision=revision)
     if folder.exists():
-        raise CheckpointError(f"{source} is a file, not a model folder. Name the folder that holds config.json.")
+        raise CheckpointError(
+            f"{source} is a file, not a model folder. Name the folder that holds config.json and tokenizer beside it."
+        )
     if not looks_like_hub_id(str(source)):
         raise CheckpointError(f"{source} is neither a folder nor a hub id like organisation/model. Check the path.")
     snapshot = _download(str(source), revision, token)

@@ -86,12 +86,17 @@ class DequantizedTensors:
         if name not in self.recipes:
             yield from self.stored.chunks(name, chunk_bytes)
             return
-        entry = self.entries[name]
-        row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
-        step = max(1, chunk_bytes // max(1, row_bytes))
-        for start in range(0, entry.shape[0], step):
-            rows = self.read_rows(name, start, min(start + step, entry.shape[0]))
-            yield rows.contiguous().reshape(-1).view(torch.uint8)
+        yield from row_chunks(self, name, chunk_bytes)
 
     def close(self) -> None:
         self.stored.close()
+
+
+def row_chunks(source: TensorSource, name: str, chunk_bytes: int) -> Iterator[Tensor]:
+    """`TensorSource.chunks` by reading rows."""
+    entry = source.entries[name]
+    row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+    step = max(1, chunk_bytes // max(1, row_bytes))
+    for start in range(0, entry.shape[0], step):
+        rows = source.read_rows(name, start, min(start + step, entry.shape[0]))
+        yield rows.contiguous().reshape(-1).view(torch.uint8)
