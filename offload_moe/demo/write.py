@@ -28,6 +28,8 @@ _DENSE_IN_LAYER = (
     "self_attn.o_proj",
 )
 _FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+# A model this small repeats itself when it takes the likeliest token each time.
+_SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +111,7 @@ def _write_config(
     )
     config.save_pretrained(folder)
     special = {key: dense.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    GenerationConfig(**special).save_pretrained(folder)
+    GenerationConfig(**special, **_SAMPLING).save_pretrained(folder)
 
 
 def _write_tokenizer(folder: Path, dense: DenseModel) -> None:
