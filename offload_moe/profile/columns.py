@@ -58,23 +58,20 @@ class Forward:
 
 def to_columns(forwards: Sequence[Forward], routers: Sequence[Router | None], num_experts: int) -> Columns:
     """The arrays of some forwards, and how many tokens each had and whether a sequence began with it."""
-    experts = [_stack(forward.index).astype(np.min_scalar_type(num_experts)) for forward in forwards]
+    num_tokens = np.array([forward.input_ids.shape[1] for forward in forwards])
+    experts = _join([forward.index for forward in forwards]).numpy().astype(np.min_scalar_type(num_experts))
     columns = [_measured(forward, forward.num_tiers) for forward in forwards]
-    probabilities = [_probabilities(forward, routers, num_experts) for forward in forwards]
-    known = [found for found in probabilities if found is not None]
+    each = np.split(experts, np.cumsum(num_tokens)[:-1])
+    is_on_cpu = forwards[0].index[0].device.type == "cpu"
     return {
-        "experts": np.concatenate(experts),
-        "weights": np.concatenate([_stack(forward.weights).astype(np.float16) for forward in forwards]),
-        "router_probabilities": np.concatenate(known) if len(known) == len(forwards) else None,
-        "token_ids": np.concatenate([forward.input_ids[0].cpu().numpy().astype(np.int32) for forward in forwards]),
-        "outcomes": np.concatenate([_outcomes(f, ids, num_experts) for f, ids in zip(forwards, experts, strict=True)]),
-        "is_prompt": np.concatenate(
-            [np.full(len(ids), _is_prompt(f)) for f, ids in zip(forwards, experts, strict=True)]
-        ),
-        "computed_on_cpu": np.concatenate(
-            [np.full(ids.shape, f.index[0].device.type == "cpu") for f, ids in zip(forwards, experts, strict=True)]
-        ),
-        "num_tokens": np.array([len(ids) for ids in experts]),
+        "experts": experts,
+        "weights": _join([forward.weights for forward in forwards]).float().numpy().astype(np.float16),
+        "router_probabilities": _probabilities(forwards, routers, num_experts),
+        "token_ids": torch.cat([forward.input_ids[0] for forward in forwards]).cpu().numpy().astype(np.int32),
+        "outcomes": np.concatenate([_outcomes(f, ids, num_experts) for f, ids in zip(forwards, each, strict=True)]),
+        "is_prompt": np.repeat([_is_prompt(forward) for forward in forwards], num_tokens),
+        "computed_on_cpu": np.full(experts.shape, is_on_cpu),
+        "num_tokens": num_tokens,
         "is_new": np.array([forward.is_new for forward in forwards]),
         **{name: np.stack([column[name] for column in columns]) for name in PER_FORWARD},
     }
@@ -101,10 +98,10 @@ def make_trace(chunks: Sequence[Columns], *, num_experts: int, tiers: tuple[str,
     )
 
 
-def _stack(layers: Sequence[Tensor]) -> Array:
-    """L tensors ``[T, K]`` -> ``[T, L, K]``, brought to the host at once."""
-    stacked: Array = torch.stack([layer.detach() for layer in layers], dim=1).cpu().float().numpy()
-    return stacked
+def _join(forwards: Sequence[Sequence[Tensor]]) -> Tensor:
+    """For each forward L tensors ``[t, K]`` -> ``[T, L, K]``, brought to the host at once."""
+    layers = [torch.cat(layer) for layer in zip(*forwards, strict=True)]
+    return torch.stack(layers, dim=1).detach().cpu()
 
 
 def _is_prompt(forward: Forward) -> bool:
@@ -161,13 +158,16 @@ def _split_stall(waited: Array) -> Array:
     return split
 
 
-def _probabilities(forward: Forward, routers: Sequence[Router | None], num_experts: int) -> Array | None:
+def _probabilities(forwards: Sequence[Forward], routers: Sequence[Router | None], num_experts: int) -> Array | None:
     """[T, L, E] in fp16, or None where a layer has no router that gives scores."""
-    num_tokens, found = forward.input_ids.shape[1], []
+    found = []
     for layer, router in enumerate(routers):
-        scores = router.probabilities(forward.routers.get(layer), num_tokens) if router is not None else None
-        if scores is None:
+        if router is None:
             return None
-        found.append(pad_experts(scores, num_experts))
+        scores = [router.scores(forward.routers.get(layer), forward.input_ids.shape[1]) for forward in forwards]
+        known = [part for part in scores if part is not None]
+        if len(known) < len(forwards):
+            return None
+        found.append(pad_experts(router.probabilities(torch.cat(known)), num_experts))
     stacked: Array = torch.stack(found, dim=1).cpu().numpy().astype(np.float16)
     return stacked

@@ -17,18 +17,23 @@ class Router:
     num_experts: int
     is_sigmoid: bool
 
-    def probabilities(self, out: Any, num_tokens: int) -> Tensor | None:
-        """What the module returned -> fp32 ``[T, E]`` with rows that sum to one; None where it gives no scores.
+    def scores(self, out: Any, num_tokens: int) -> Tensor | None:
+        """``[T, E]`` among what the module returned; None where it gives no scores."""
+        shape = (num_tokens, self.num_experts)
+        for part in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(part, Tensor) and part.is_floating_point() and part.shape[-1] == self.num_experts:
+                if part.shape == shape:
+                    return part
+                if part.numel() == num_tokens * self.num_experts:
+                    return part.reshape(shape)
+        return None
 
-        Sigmoid scores are divided by their sum, as in DeepSeek-V3's balance loss (arXiv 2412.19437, equation 19).
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """``[T, E]`` as the module gave them -> fp32 with rows that sum to one.
+
+        Sigmoid scores are divided by their sum, as in DeepSeek-V3's balance loss (arXiv 2412.19437, section 2.1.2).
         """
-        parts = out if isinstance(out, tuple | list) else (out,)
-        size = num_tokens * self.num_experts
-        found = (part for part in parts if isinstance(part, Tensor) and part.is_floating_point())
-        scores = next((part for part in found if part.numel() == size and part.shape[-1] == self.num_experts), None)
-        if scores is None:
-            return None
-        scores = scores.detach().float().reshape(num_tokens, self.num_experts)
+        scores = scores.detach().float()
         if bool((scores >= 0).all()) and bool(((scores.sum(-1) - 1).abs() < SUM_TOLERANCE).all()):
             return scores
         if not self.is_sigmoid:

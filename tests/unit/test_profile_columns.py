@@ -95,21 +95,26 @@ class TestRouters:
         return Router(module=nn.Identity(), num_experts=4, is_sigmoid=is_sigmoid)
 
     def test_logits(self) -> None:
-        found = self.router().probabilities((self.LOGITS, torch.tensor([[2, 1]])), 1)
-        torch.testing.assert_close(found, self.LOGITS.softmax(-1))
+        found = self.router().scores((torch.tensor([[2, 1]]), self.LOGITS), 1)
+        assert found is not None
+        torch.testing.assert_close(self.router().probabilities(found), self.LOGITS.softmax(-1))
 
     def test_sigmoid_scores_are_normalized(self) -> None:
-        found = self.router(is_sigmoid=True).probabilities(self.LOGITS, 1)
-        assert found is not None
+        found = self.router(is_sigmoid=True).probabilities(self.LOGITS)
         torch.testing.assert_close(found, self.LOGITS.sigmoid() / self.LOGITS.sigmoid().sum())
 
     def test_probabilities_stay(self) -> None:
         ready = self.LOGITS.softmax(-1)
-        torch.testing.assert_close(self.router().probabilities(ready[None], 1), ready)
+        torch.testing.assert_close(self.router().probabilities(ready), ready)
 
-    @pytest.mark.parametrize("out", [None, (torch.tensor([[2, 1]]),), torch.ones(1, 2), torch.ones(4, 1)])
+    def test_scores_with_a_batch_dimension(self) -> None:
+        found = self.router().scores(self.LOGITS.repeat(3, 1)[None], 3)
+        assert found is not None
+        assert found.shape == (3, 4)
+
+    @pytest.mark.parametrize("out", [None, (torch.ones(1, 4, dtype=torch.long),), torch.ones(1, 2), torch.ones(4, 1)])
     def test_no_scores(self, out: Any) -> None:
-        assert self.router().probabilities(out, 1) is None
+        assert self.router().scores(out, 1) is None
 
     def test_layers_with_fewer_experts_are_padded(self) -> None:
         made = forward([7], 0, is_new=True)
