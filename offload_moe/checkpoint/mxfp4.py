@@ -18,6 +18,7 @@ from offload_moe.quant.mxfp4 import BLOCK, NOT_A_NUMBER, mxfp4_values
 
 BLOCKS, SCALES = "_blocks", "_scales"
 BLOCK_BYTES = BLOCK // 2
+ROWS = 64
 
 
 class Mxfp4Tensors(DequantizedTensors):
@@ -54,7 +55,9 @@ class Mxfp4Weight:
             blocks, scales = (stored.read_rows(part, expert, expert + 1)[0] for part in self.ingredients)
             if (scales == NOT_A_NUMBER).any():
                 raise CheckpointError(f"{self.entry.path}: tensor {self.entry.name}{SCALES} has NaN scales.")
-            values[expert - start] = mxfp4_values(blocks.flatten(1), scales).T
+            for row in range(0, len(scales), ROWS):  # what is in work fits into a cache
+                rows = slice(row, row + ROWS)
+                values[expert - start, :, rows] = mxfp4_values(blocks[rows].flatten(1), scales[rows]).T
         return values
 
 

@@ -6,6 +6,7 @@ standard says, which is exact for numbers that came from MXFP4.
 Source: OCP Microscaling Formats v1.0, sections 5.2 to 5.4 and 6.3; transformers/integrations/mxfp4.py.
 """
 
+import struct
 from collections.abc import Mapping
 
 import torch
@@ -21,6 +22,7 @@ E2M1_TABLE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2
 MIDDLES = (0.25, 0.75 * (1 - 2**-24), 1.25, 1.75 * (1 - 2**-24), 2.5, 3.5 * (1 - 2**-24), 5.0)
 BIAS = 127
 NOT_A_NUMBER = 255
+SMALLEST_SCALE = 1 << 22  # fp32 bits of 2^-127
 LARGEST_EXPONENT = 2  # of an E2M1 number: 6 is 1.5 * 2^2
 
 
@@ -70,7 +72,17 @@ class Mxfp4Codec(BlockwiseCodec):
 
 def mxfp4_values(codes: Tensor, scales: Tensor) -> Tensor:
     """codes uint8 ``[..., K/2]``, scales uint8 ``[..., K/32]`` -> fp32 ``[..., K]``, exact."""
-    table = torch.tensor(E2M1_TABLE, device=codes.device)
-    values = torch.stack([table[(codes & 15).int()], table[(codes >> 4).int()]], dim=-1).flatten(-2)
-    blocks = values.unflatten(-1, (-1, BLOCK))
-    return torch.ldexp(blocks, scales.int()[..., None] - BIAS).flatten(-2)
+    pairs = torch.tensor(_PAIRS, dtype=torch.int32, device=codes.device)[codes.int()]
+    blocks = pairs.view(torch.bfloat16).unflatten(-1, (-1, BLOCK))
+    exponents = scales.int()
+    bits = torch.where(exponents == 0, SMALLEST_SCALE, exponents << 23)  # fp32 with no mantissa is a power of two
+    return (blocks * bits.view(torch.float32)[..., None]).flatten(-2)
+
+
+def _pair(byte: int) -> int:
+    """Both numbers of a byte as bf16, the first in the low half of an int32."""
+    numbers = struct.pack("<ff", E2M1_TABLE[byte & 15], E2M1_TABLE[byte >> 4])
+    return int.from_bytes(numbers[2:4] + numbers[6:8], "little", signed=True)
+
+
+_PAIRS = [_pair(byte) for byte in range(256)]

@@ -105,6 +105,12 @@ def test_mxfp4_decodes_as_transformers_does() -> None:
     assert torch.equal(ours.signbit(), theirs.signbit())
 
 
+def test_mxfp4_scales_at_both_ends() -> None:
+    codes = torch.full((1, 32), 0x2A, dtype=torch.uint8)  # -1 and 1
+    values = mxfp4_values(codes, torch.tensor([[0, 254]], dtype=torch.uint8))[0]
+    assert values[[0, 1, 32, 33]].tolist() == [-(2.0**-127), 2.0**-127, -(2.0**127), 2.0**127]
+
+
 @pytest.mark.parametrize("shape", [GATED, GPT_OSS], ids=["gated", "gpt_oss"])
 def test_mxfp4_keeps_numbers_that_came_from_it(shape: ExpertShape) -> None:
     expert = make_expert(shape)
