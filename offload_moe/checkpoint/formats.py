@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from offload_moe.checkpoint.bitsandbytes4 import bitsandbytes
 from offload_moe.checkpoint.fp8 import fp8_tensors
 from offload_moe.checkpoint.gguf_tensors import GgufTensors
 from offload_moe.checkpoint.integers import awq, compressed_tensors, gptq
@@ -20,6 +21,7 @@ READERS: dict[str, Callable[[TensorSource, dict[str, Any]], DequantizedTensors]]
     "compressed-tensors": compressed_tensors,
     "gptq": gptq,
     "awq": awq,
+    "bitsandbytes": bitsandbytes,
 }
 
 

@@ -99,8 +99,8 @@ def test_damaged_parts(tmp_path: Path, method: str, part: str, value: torch.Tens
         ({"quant_method": "gptq", "bits": 3}, "GPTQ with 3 bits; 4 and 8 can be read. Use a version"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "in the gemv layout.* Use a version"),
         (
-            {"quant_method": "bitsandbytes", "load_in_4bit": True},
-            r"already quantized \(bitsandbytes\), .* Use a version",
+            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+            r"already quantized \(modelopt\), .* Use a version",
         ),
     ],
 )
