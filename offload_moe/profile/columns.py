@@ -3,7 +3,7 @@
 T tokens, F forwards, L MoE layers, K top-k, E experts per layer, R tiers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,20 +25,18 @@ SECONDS, USEFUL, STALL = 0, 1, 2  # columns of a mark; the stalls of R tiers are
 
 @dataclass(slots=True, kw_only=True)
 class Forward:
-    """One forward as it was put aside. A mark is a row of running totals, see `Recorder`."""
+    """One forward while it runs. A mark is a row of running totals, see `Recorder`."""
 
     input_ids: Tensor
     start: int
     is_new: bool
     num_tiers: int
     began: tuple[float, ...] = ()
-    ended: tuple[float, ...] = ()
     layers: list[int] = field(default_factory=list)
     index: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
-    begins: list[tuple[float, ...]] = field(default_factory=list)
-    ends: list[tuple[float, ...]] = field(default_factory=list)
-    routers: dict[int, Any] = field(default_factory=dict)
+    scores: dict[int, Tensor | None] = field(default_factory=dict)
+    marks: list[float] = field(default_factory=list)  # flat: begin and end of each layer
     outcomes: list[list[tuple[int, Sequence[int], Sequence[int]]]] = field(init=False)
     prefetches: list[list[tuple[int, int]]] = field(init=False)
 
@@ -51,29 +49,74 @@ class Forward:
         num_tokens = self.input_ids.shape[1]
         return (
             self.layers == list(range(num_layers))
-            and len(self.ends) == num_layers
+            and len(self.marks) == 2 * num_layers * len(self.began)
             and all(len(index) == num_tokens for index in self.index)
         )
 
+    def pack(self, ended: tuple[float, ...], num_experts: int) -> "PackedForward":
+        """Few large objects instead of many small ones, which the garbage collector would walk through."""
+        scores = [self.scores.get(layer) for layer in self.layers]
+        known = [score for score in scores if score is not None]
+        return PackedForward(
+            input_ids=self.input_ids[0],
+            is_prompt=self.start == 0 or self.input_ids.shape[1] > 1,
+            is_new=self.is_new,
+            experts=torch.stack(self.index, dim=1),
+            weights=torch.stack(self.weights, dim=1),
+            scores=torch.cat(known, dim=1) if len(known) == len(scores) else None,
+            ends=np.array([self.began, ended]),
+            marks=np.array(self.marks).reshape(len(self.layers), 2, len(self.began)),
+            codes=[self._codes(notes, num_experts) if notes else None for notes in self.outcomes],
+            issued=self._issued(),
+        )
 
-def to_columns(forwards: Sequence[Forward], routers: Sequence[Router | None], num_experts: int) -> Columns:
+    def _codes(self, notes: Iterable[tuple[int, Sequence[int], Sequence[int]]], num_experts: int) -> Array:
+        codes = np.full((len(self.layers), num_experts), HIT, dtype=np.uint8)
+        for layer, arriving, missing in notes:
+            codes[layer, arriving] = DELAYED_HIT
+            codes[layer, missing] = MISS
+        return codes
+
+    def _issued(self) -> Array:
+        issued = np.zeros((len(self.layers), self.num_tiers), dtype=np.int32)
+        for tier, notes in enumerate(self.prefetches):
+            for layer, num_started in notes:
+                issued[layer, tier] += num_started
+        return issued
+
+
+@dataclass(slots=True, kw_only=True)
+class PackedForward:
+    """One forward that is over. t: its tokens, e: the experts of all layers, C: the columns of a mark."""
+
+    input_ids: Tensor  # [t]
+    is_prompt: bool
+    is_new: bool
+    experts: Tensor  # [t, L, K]
+    weights: Tensor  # [t, L, K]
+    scores: Tensor | None  # [t, e] as the routers gave them, layer after layer
+    ends: Array  # [2, C]: the marks before and after the forward
+    marks: Array  # [L, 2, C]: before and after each layer
+    codes: list[Array | None]  # per tier [L, E]: HIT, DELAYED_HIT or MISS; None where all were hits
+    issued: Array  # [L, R] prefetches
+
+
+def to_columns(forwards: Sequence[PackedForward], routers: Sequence[Router | None], num_experts: int) -> Columns:
     """The arrays of some forwards, and how many tokens each had and whether a sequence began with it."""
-    num_tokens = np.array([forward.input_ids.shape[1] for forward in forwards])
-    experts = _join([forward.index for forward in forwards]).numpy().astype(np.min_scalar_type(num_experts))
-    columns = [_measured(forward, forward.num_tiers) for forward in forwards]
-    each = np.split(experts, np.cumsum(num_tokens)[:-1])
-    is_on_cpu = forwards[0].index[0].device.type == "cpu"
+    num_tokens = np.array([len(forward.input_ids) for forward in forwards])
+    experts = torch.cat([forward.experts for forward in forwards]).cpu().numpy().astype(np.min_scalar_type(num_experts))
+    weights = torch.cat([forward.weights for forward in forwards]).detach().cpu().float().numpy()
     return {
         "experts": experts,
-        "weights": _join([forward.weights for forward in forwards]).float().numpy().astype(np.float16),
+        "weights": weights.astype(np.float16),
         "router_probabilities": _probabilities(forwards, routers, num_experts),
-        "token_ids": torch.cat([forward.input_ids[0] for forward in forwards]).cpu().numpy().astype(np.int32),
-        "outcomes": np.concatenate([_outcomes(f, ids, num_experts) for f, ids in zip(forwards, each, strict=True)]),
-        "is_prompt": np.repeat([_is_prompt(forward) for forward in forwards], num_tokens),
-        "computed_on_cpu": np.full(experts.shape, is_on_cpu),
+        "token_ids": torch.cat([forward.input_ids for forward in forwards]).cpu().numpy().astype(np.int32),
+        "outcomes": _outcomes(forwards, experts),
+        "is_prompt": np.repeat([forward.is_prompt for forward in forwards], num_tokens),
+        "computed_on_cpu": np.full(experts.shape, forwards[0].experts.device.type == "cpu"),
         "num_tokens": num_tokens,
         "is_new": np.array([forward.is_new for forward in forwards]),
-        **{name: np.stack([column[name] for column in columns]) for name in PER_FORWARD},
+        **_measured(forwards),
     }
 
 
@@ -98,76 +141,62 @@ def make_trace(chunks: Sequence[Columns], *, num_experts: int, tiers: tuple[str,
     )
 
 
-def _join(forwards: Sequence[Sequence[Tensor]]) -> Tensor:
-    """For each forward L tensors ``[t, K]`` -> ``[T, L, K]``, brought to the host at once."""
-    layers = [torch.cat(layer) for layer in zip(*forwards, strict=True)]
-    return torch.stack(layers, dim=1).detach().cpu()
-
-
-def _is_prompt(forward: Forward) -> bool:
-    return forward.start == 0 or forward.input_ids.shape[1] > 1
-
-
-def _outcomes(forward: Forward, experts: Array, num_experts: int) -> Array:
+def _outcomes(forwards: Sequence[PackedForward], experts: Array) -> Array:
     """[T, L, K, R]. What a tier was not asked for, because a faster one had it, counts as a hit there."""
-    found = np.empty((*experts.shape, forward.num_tiers), dtype=np.uint8)
-    layers = np.arange(experts.shape[1])[:, None]
-    for tier, notes in enumerate(forward.outcomes):
-        codes = np.full((experts.shape[1], num_experts), HIT, dtype=np.uint8)
-        for layer, arriving, missing in notes:
-            codes[layer, arriving] = DELAYED_HIT
-            codes[layer, missing] = MISS
-        found[..., tier] = codes[layers, experts]
+    found = np.full((*experts.shape, len(forwards[0].codes)), HIT, dtype=np.uint8)
+    layers, row = np.arange(experts.shape[1])[:, None], 0
+    for forward in forwards:
+        rows = slice(row, row + len(forward.input_ids))
+        row = rows.stop
+        for tier, codes in enumerate(forward.codes):
+            if codes is not None:
+                found[rows, ..., tier] = codes[layers, experts[rows]]
     return found
 
 
-def _measured(forward: Forward, num_tiers: int) -> dict[str, Array]:
-    """Seconds and counts per layer; see the table of docs/profile.md for what belongs to which layer."""
-    begins, ends = np.array(forward.begins), np.array(forward.ends)
-    spent = ends - begins
-    first_bytes = STALL + num_tiers
-    marks = np.vstack([forward.began, begins[1:], forward.ended])
-    stall = _split_stall(spent[:, STALL:first_bytes])
-    issued = np.zeros((len(begins), num_tiers), dtype=np.int32)
-    for tier, notes in enumerate(forward.prefetches):
-        for layer, num_started in notes:
-            issued[layer, tier] += num_started
+def _measured(forwards: Sequence[PackedForward]) -> Columns:
+    """Seconds and counts per forward and layer; see the table of docs/profile.md for what belongs to which layer."""
+    first_bytes = STALL + len(forwards[0].codes)
+    marks, ends = np.stack([f.marks for f in forwards]), np.stack([f.ends for f in forwards])  # [F, L, 2, C], [F, 2, C]
+    spent = marks[:, :, 1] - marks[:, :, 0]
+    moved = np.concatenate([ends[:, :1], marks[:, 1:, 0], ends[:, 1:]], axis=1)[..., first_bytes:]
+    stall = _split_stall(spent[..., STALL:first_bytes])
+    issued = np.stack([forward.issued for forward in forwards])
     useful = np.zeros_like(issued)
-    useful[:, 0] = spent[:, USEFUL]
+    useful[..., 0] = spent[..., USEFUL]
     return {
         "stall_s": stall,
-        "loaded_bytes": np.diff(marks[:, first_bytes:], axis=0).astype(np.int64),
+        "loaded_bytes": np.diff(moved, axis=1).astype(np.int64),
         "prefetch_issued": issued,
         "prefetch_useful": useful,
-        "compute_s": spent[:, SECONDS] - stall.sum(axis=1),
-        "forward_s": np.float64(forward.ended[SECONDS] - forward.began[SECONDS]),
+        "compute_s": spent[..., SECONDS] - stall.sum(axis=-1),
+        "forward_s": ends[:, 1, SECONDS] - ends[:, 0, SECONDS],
     }
 
 
 def _split_stall(waited: Array) -> Array:
-    """[L, R]: what compute waited for the fastest tier, each second given to the slowest tier that was waited for.
+    """[F, L, R]: what compute waited for the fastest tier, each second given to the slowest tier that was waited for.
 
     A slower tier is waited for by several loaders at once, so its seconds may be more than compute lost.
     """
     split = np.zeros_like(waited)
-    left = waited[:, 0].copy()
-    for tier in range(waited.shape[1] - 1, 0, -1):
-        split[:, tier] = np.minimum(left, waited[:, tier])
-        left -= split[:, tier]
-    split[:, 0] = left
+    left = waited[..., 0].copy()
+    for tier in range(waited.shape[-1] - 1, 0, -1):
+        split[..., tier] = np.minimum(left, waited[..., tier])
+        left -= split[..., tier]
+    split[..., 0] = left
     return split
 
 
-def _probabilities(forwards: Sequence[Forward], routers: Sequence[Router | None], num_experts: int) -> Array | None:
+def _probabilities(
+    forwards: Sequence[PackedForward], routers: Sequence[Router | None], num_experts: int
+) -> Array | None:
     """[T, L, E] in fp16, or None where a layer has no router that gives scores."""
-    found = []
-    for layer, router in enumerate(routers):
-        if router is None:
-            return None
-        scores = [router.scores(forward.routers.get(layer), forward.input_ids.shape[1]) for forward in forwards]
-        known = [part for part in scores if part is not None]
-        if len(known) < len(forwards):
-            return None
-        found.append(pad_experts(router.probabilities(torch.cat(known)), num_experts))
+    known = [forward.scores for forward in forwards if forward.scores is not None]
+    present = [router for router in routers if router is not None]
+    if len(known) < len(forwards) or len(present) < len(routers):
+        return None
+    scores = torch.cat(known).split([router.num_experts for router in present], dim=1)
+    found = [pad_experts(r.probabilities(part), num_experts) for r, part in zip(present, scores, strict=True)]
     stacked: Array = torch.stack(found, dim=1).cpu().numpy().astype(np.float16)
     return stacked

@@ -1,6 +1,6 @@
 """Recording: what a model's routers choose while it runs, and what that costs.
 
-While the model computes, tensors and counters are only put aside; they become arrays every few forwards, see `columns`.
+While the model computes, tensors and counters are only put aside; they become arrays every 128 forwards, see `columns`.
 T tokens of one forward, L MoE layers, K top-k, E experts per layer, R tiers.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.errors import ConfigError
-from offload_moe.profile.columns import Columns, Forward, make_trace, to_columns
+from offload_moe.profile.columns import Columns, Forward, PackedForward, make_trace, to_columns
 from offload_moe.profile.routers import Router, find_router
 from offload_moe.schedule.scheduler import Scheduler
 from offload_moe.trace import Trace
@@ -55,7 +55,7 @@ class Recorder:
         self._stalled = [tier.scheduler.counters for tier in subject.tiers]
         self._bytes_fields = [tier.bytes_field for tier in subject.tiers]
         self._current: Forward | None = None
-        self._pending: list[Forward] = []
+        self._pending: list[PackedForward] = []
         self._columns: list[Columns] = []
         self._groups: list[str] = []
         self._position = -1  # in its sequence, of the token after the last one recorded
@@ -91,11 +91,11 @@ class Recorder:
             forward.layers.append(layer)
             forward.index.append(top_k_index)
             forward.weights.append(top_k_weights)
-            forward.begins.append(self._mark())
+            forward.marks.extend(self._mark())
 
     def end(self) -> None:
         if self._current is not None:
-            self._current.ends.append(self._mark())
+            self._current.marks.extend(self._mark())
 
     def _mark(self) -> tuple[float, ...]:
         """Seconds, useful prefetches, then stall and bytes of every tier: running totals."""
@@ -123,14 +123,14 @@ class Recorder:
         forward, self._current = self._current, None
         if forward is None:
             return
-        forward.ended = self._mark()
+        ended = self._mark()
         if not forward.is_complete(len(self._subject.layers)):
             self.num_dropped += 1
             return
         self._position = forward.start + forward.input_ids.shape[1]
         if forward.is_new:
             self._groups.append(self.group)
-        self._pending.append(forward)
+        self._pending.append(forward.pack(ended, self._subject.num_experts))
         if len(self._pending) >= FORWARDS_PER_CHUNK:
             self._settle()
         self._ended = time.perf_counter()
@@ -175,17 +175,18 @@ def record(subject: Subject) -> Iterator[Recorder]:
             router = find_router(subject.hf, layer.name, layer.num_experts)
             recorder._routers.append(router)
             if router is not None:
-                handle = router.module.register_forward_hook(_router_hook(recorder, ordinal))
+                handle = router.module.register_forward_hook(_router_hook(recorder, ordinal, router))
                 undo.callback(handle.remove)
         for handle in _forward_hooks(recorder, subject.hf):
             undo.callback(handle.remove)
         yield recorder
 
 
-def _router_hook(recorder: Recorder, layer: int) -> Callable[[nn.Module, Any, Any], None]:
+def _router_hook(recorder: Recorder, layer: int, router: Router) -> Callable[[nn.Module, Any, Any], None]:
     def keep(module: nn.Module, args: Any, out: Any) -> None:
-        if recorder._current is not None:
-            recorder._current.routers[layer] = out
+        forward = recorder._current
+        if forward is not None:
+            forward.scores[layer] = router.scores(out, forward.input_ids.shape[1])
 
     return keep
 

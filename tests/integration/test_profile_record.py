@@ -129,6 +129,21 @@ def test_sequences_prompts_and_forwards(recorded: tuple[Model, Trace, Spy]) -> N
     assert metadata["num_dropped_forwards"] == 0
 
 
+def test_a_cache_that_was_cut_begins_a_sequence(stores: dict[str, Path]) -> None:
+    """As when a conversation goes back to an earlier message."""
+    ids, _ = tiny_prompt(1, NUM_PROMPT)
+    with open_model(stores["qwen3_moe"]) as model, torch.inference_mode():
+        with model.trace() as recorder:
+            cache = model.hf(input_ids=ids[:, :6]).past_key_values
+            model.hf(input_ids=ids[:, 6:8], past_key_values=cache)
+            cache.crop(-4)
+            model.hf(input_ids=ids[:, 4:5], past_key_values=cache)
+        trace = recorder.trace()
+    assert trace.sequence_lengths.tolist() == [8, 1]
+    assert trace.is_prompt is not None
+    assert trace.is_prompt.tolist() == [True] * 8 + [False]
+
+
 def test_outcomes_bytes_and_stalls_are_those_of_the_counters(stores: dict[str, Path]) -> None:
     with open_model(stores["qwen3_moe"], num_slots=9) as model:
         ids, _ = tiny_prompt(1, 1)

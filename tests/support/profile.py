@@ -18,7 +18,7 @@ METADATA = {
     "policy": "lru",
     "num_slots": {"vram": 4, "ram": 8},
     "slot_bytes": 2**30,
-    "groups": ["prose", "code"],
+    "groups": ["prose", "a < b"],
     "token_classes": {"letters": [7, 8], "number": [9]},
     "between_tokens_s": 0.02,
     "num_between_tokens": 2,

@@ -10,6 +10,8 @@ from torch import nn
 from offload_moe.profile.columns import Forward, make_trace, to_columns
 from offload_moe.profile.routers import Router, find_router
 
+ENDED = (5.0, 3, 0.75, 0.75, 40, 20)
+
 
 def forward(tokens: list[int], start: int, *, is_new: bool) -> Forward:
     """Two layers, top-2 of 4, two tiers. A mark: seconds, useful, stall of vram and ram, bytes of vram and ram."""
@@ -18,16 +20,15 @@ def forward(tokens: list[int], start: int, *, is_new: bool) -> Forward:
     made.index = [torch.tensor([[0, 3]] * len(tokens)), torch.tensor([[2, 1]] * len(tokens))]
     made.weights = [torch.full((len(tokens), 2), 0.5, dtype=torch.bfloat16)] * 2
     made.began = (1.0, 0, 0.0, 0.0, 0, 0)
-    made.begins = [(2.0, 0, 0.0, 0.0, 10, 0), (4.0, 1, 0.5, 0.7, 10, 20)]
-    made.ends = [(3.0, 1, 0.5, 0.7, 10, 20), (4.5, 3, 0.75, 0.75, 30, 20)]
-    made.ended = (5.0, 3, 0.75, 0.75, 40, 20)
+    made.marks = [2.0, 0, 0.0, 0.0, 10, 0, 3.0, 1, 0.5, 0.7, 10, 20]  # begin and end of the first layer
+    made.marks += [4.0, 1, 0.5, 0.7, 10, 20, 4.5, 3, 0.75, 0.75, 30, 20]
     made.outcomes = [[(0, [], [3]), (1, [1], [])], [(0, [], [3])]]
     made.prefetches = [[(1, 2), (1, 1)], []]
     return made
 
 
 def columns(*forwards: Forward, routers: list[Router | None] | None = None) -> dict[str, Any]:
-    return to_columns(forwards, routers or [None, None], 4)
+    return to_columns([made.pack(ENDED, 4) for made in forwards], routers or [None, None], 4)
 
 
 class TestColumns:
@@ -118,7 +119,7 @@ class TestRouters:
 
     def test_layers_with_fewer_experts_are_padded(self) -> None:
         made = forward([7], 0, is_new=True)
-        made.routers = {0: self.LOGITS, 1: self.LOGITS[:, :2]}
+        made.scores = {0: self.LOGITS, 1: self.LOGITS[:, :2]}
         small = Router(module=nn.Identity(), num_experts=2, is_sigmoid=False)
         found = columns(made, routers=[self.router(), small])["router_probabilities"]
         assert found.shape == (1, 2, 4)
@@ -127,7 +128,7 @@ class TestRouters:
 
     def test_one_layer_without_scores_leaves_them_out(self) -> None:
         made = forward([7], 0, is_new=True)
-        made.routers = {0: self.LOGITS}
+        made.scores = {0: self.LOGITS, 1: None}
         assert columns(made, routers=[self.router(), None])["router_probabilities"] is None
 
     def test_a_family_without_a_router_module(self) -> None:

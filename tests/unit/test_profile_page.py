@@ -12,8 +12,10 @@ from offload_moe.profile.plots import PLOTS
 from offload_moe.profile.report import ProfileReport, make_report
 from offload_moe.profile.sections import make_sections, summary
 from offload_moe.profile.svg import (
+    BOTTOM,
     HEIGHT,
     LABEL_STEP,
+    TOP,
     Axis,
     Line,
     Mark,
@@ -128,12 +130,15 @@ class TestLineChart:
         assert len(self.points(svg, "c0")) == 2
         assert svg.count("<circle") == 1  # the point after the gap stands alone
 
-    def test_names_do_not_touch(self) -> None:
-        lines = [Line(name=f"n{i}", style="c0", x=[0, 1], y=[0.5, 0.5]) for i in range(8)]
+    @pytest.mark.parametrize("end", [0, 0.5, 1])
+    def test_names_do_not_touch_and_stay_in_the_plane(self, end: float) -> None:
+        lines = [Line(name=f"n{i}", style="c0", x=[0, 1], y=[0.5, end]) for i in range(8)]
         svg = line_chart("t", lines, UNIT, UNIT)
         heights = sorted(float(y) for y in re.findall(r'class="name c0" x="\d+" y="([\d.]+)"', svg))
         assert len(heights) == 8
         assert min(b - a for a, b in pairwise(heights)) >= LABEL_STEP - 0.2
+        assert TOP <= heights[0]
+        assert heights[-1] <= HEIGHT - BOTTOM + 4.1  # text is set by its baseline
 
     def test_a_mark_and_its_dot(self) -> None:
         svg = line_chart("t", [], UNIT, UNIT, [Mark(x=0.5, text="5 < 6", dot=0.25)])
