@@ -17,26 +17,25 @@ from offload_moe.trace import DELAYED_HIT, HIT, MISS, Trace
 
 Array = NDArray[Any]
 Columns = dict[str, Array | None]
+Mark = tuple[float, ...]  # seconds, useful prefetches, then stalls and bytes of every tier: running totals
 PER_TOKEN = ("experts", "weights", "router_probabilities", "token_ids", "is_prompt", "outcomes", "computed_on_cpu")
 PER_FORWARD = ("stall_s", "loaded_bytes", "prefetch_issued", "prefetch_useful", "compute_s", "forward_s")
 
-SECONDS, USEFUL, STALL = 0, 1, 2  # columns of a mark; the stalls of R tiers are followed by their bytes
+SECONDS, USEFUL, STALL = 0, 1, 2  # columns of a mark; R stalls are followed by R times bytes
 
 
 @dataclass(slots=True, kw_only=True)
 class Forward:
-    """One forward while it runs. A mark is a row of running totals, see `Recorder`."""
+    """One forward while it runs."""
 
     input_ids: Tensor
     start: int
     is_new: bool
     num_tiers: int
-    began: tuple[float, ...] = ()
-    layers: list[int] = field(default_factory=list)
-    index: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
+    began: Mark = ()
+    calls: list[tuple[int, Tensor, Tensor, Mark]] = field(default_factory=list)  # layer, top-k ids, weights, begin
+    ends: list[Mark] = field(default_factory=list)
     scores: dict[int, Tensor | None] = field(default_factory=dict)
-    marks: list[float] = field(default_factory=list)  # flat: begin and end of each layer
     outcomes: list[list[tuple[int, Sequence[int], Sequence[int]]]] = field(init=False)
     prefetches: list[list[tuple[int, int]]] = field(init=False)
 
@@ -48,37 +47,38 @@ class Forward:
         """Whether every MoE layer ran once, in order, on every token."""
         num_tokens = self.input_ids.shape[1]
         return (
-            self.layers == list(range(num_layers))
-            and len(self.marks) == 2 * num_layers * len(self.began)
-            and all(len(index) == num_tokens for index in self.index)
+            [call[0] for call in self.calls] == list(range(num_layers))
+            and len(self.ends) == num_layers
+            and all(len(call[1]) == num_tokens for call in self.calls)
         )
 
-    def pack(self, ended: tuple[float, ...], num_experts: int) -> "PackedForward":
+    def pack(self, ended: Mark, num_experts: int) -> "PackedForward":
         """Few large objects instead of many small ones, which the garbage collector would walk through."""
-        scores = [self.scores.get(layer) for layer in self.layers]
+        layers, index, weights, begins = zip(*self.calls, strict=True)
+        scores = [self.scores.get(layer) for layer in layers]
         known = [score for score in scores if score is not None]
         return PackedForward(
             input_ids=self.input_ids[0],
             is_prompt=self.start == 0 or self.input_ids.shape[1] > 1,
             is_new=self.is_new,
-            experts=torch.stack(self.index, dim=1),
-            weights=torch.stack(self.weights, dim=1),
+            experts=torch.stack(index, dim=1),
+            weights=torch.stack(weights, dim=1),
             scores=torch.cat(known, dim=1) if len(known) == len(scores) else None,
             ends=np.array([self.began, ended]),
-            marks=np.array(self.marks).reshape(len(self.layers), 2, len(self.began)),
+            marks=np.array([begins, self.ends]),
             codes=[self._codes(notes, num_experts) if notes else None for notes in self.outcomes],
             issued=self._issued(),
         )
 
     def _codes(self, notes: Iterable[tuple[int, Sequence[int], Sequence[int]]], num_experts: int) -> Array:
-        codes = np.full((len(self.layers), num_experts), HIT, dtype=np.uint8)
+        codes = np.full((len(self.calls), num_experts), HIT, dtype=np.uint8)
         for layer, arriving, missing in notes:
             codes[layer, arriving] = DELAYED_HIT
             codes[layer, missing] = MISS
         return codes
 
     def _issued(self) -> Array:
-        issued = np.zeros((len(self.layers), self.num_tiers), dtype=np.int32)
+        issued = np.zeros((len(self.calls), self.num_tiers), dtype=np.int32)
         for tier, notes in enumerate(self.prefetches):
             for layer, num_started in notes:
                 issued[layer, tier] += num_started
@@ -96,7 +96,7 @@ class PackedForward:
     weights: Tensor  # [t, L, K]
     scores: Tensor | None  # [t, e] as the routers gave them, layer after layer
     ends: Array  # [2, C]: the marks before and after the forward
-    marks: Array  # [L, 2, C]: before and after each layer
+    marks: Array  # [2, L, C]: before and after each layer
     codes: list[Array | None]  # per tier [L, E]: HIT, DELAYED_HIT or MISS; None where all were hits
     issued: Array  # [L, R] prefetches
 
@@ -157,9 +157,9 @@ def _outcomes(forwards: Sequence[PackedForward], experts: Array) -> Array:
 def _measured(forwards: Sequence[PackedForward]) -> Columns:
     """Seconds and counts per forward and layer; see the table of docs/profile.md for what belongs to which layer."""
     first_bytes = STALL + len(forwards[0].codes)
-    marks, ends = np.stack([f.marks for f in forwards]), np.stack([f.ends for f in forwards])  # [F, L, 2, C], [F, 2, C]
-    spent = marks[:, :, 1] - marks[:, :, 0]
-    moved = np.concatenate([ends[:, :1], marks[:, 1:, 0], ends[:, 1:]], axis=1)[..., first_bytes:]
+    marks, ends = np.stack([f.marks for f in forwards]), np.stack([f.ends for f in forwards])  # [F, 2, L, C], [F, 2, C]
+    spent = marks[:, 1] - marks[:, 0]
+    moved = np.concatenate([ends[:, :1], marks[:, 0, 1:], ends[:, 1:]], axis=1)[..., first_bytes:]
     stall = _split_stall(spent[..., STALL:first_bytes])
     issued = np.stack([forward.issued for forward in forwards])
     useful = np.zeros_like(issued)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.errors import ConfigError
-from offload_moe.profile.columns import Columns, Forward, PackedForward, make_trace, to_columns
+from offload_moe.profile.columns import Columns, Forward, Mark, PackedForward, make_trace, to_columns
 from offload_moe.profile.routers import Router, find_router
 from offload_moe.schedule.scheduler import Scheduler
 from offload_moe.trace import Trace
@@ -51,9 +51,7 @@ class Recorder:
         self.num_dropped = 0  # forwards that were interrupted, or that did not pass through every MoE layer once
         self._subject = subject
         self._routers: list[Router | None] = []
-        self._counters = subject.tiers[0].scheduler.counters
-        self._stalled = [tier.scheduler.counters for tier in subject.tiers]
-        self._bytes_fields = [tier.bytes_field for tier in subject.tiers]
+        self._mark = _marker(subject.tiers)
         self._current: Forward | None = None
         self._pending: list[PackedForward] = []
         self._columns: list[Columns] = []
@@ -88,23 +86,12 @@ class Recorder:
     def begin(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor) -> None:
         forward = self._current
         if forward is not None:
-            forward.layers.append(layer)
-            forward.index.append(top_k_index)
-            forward.weights.append(top_k_weights)
-            forward.marks.extend(self._mark())
+            forward.calls.append((layer, top_k_index, top_k_weights, self._mark()))
 
     def end(self) -> None:
-        if self._current is not None:
-            self._current.marks.extend(self._mark())
-
-    def _mark(self) -> tuple[float, ...]:
-        """Seconds, useful prefetches, then stall and bytes of every tier: running totals."""
-        counters = self._counters
-        if len(self._stalled) == 1:
-            return time.perf_counter(), counters.num_useful_prefetches, counters.stall_s, counters.disk_bytes
-        stalls = [tier.stall_s for tier in self._stalled]
-        moved = [getattr(counters, field) for field in self._bytes_fields]
-        return time.perf_counter(), counters.num_useful_prefetches, *stalls, *moved
+        forward = self._current
+        if forward is not None:
+            forward.ends.append(self._mark())
 
     def _begin_forward(self, input_ids: Tensor, start: int) -> None:
         """input_ids: [1, T]; start: tokens of the sequence that the cache holds."""
@@ -112,7 +99,7 @@ class Recorder:
             raise ConfigError(f"One sequence can be recorded at a time, not a batch of {input_ids.shape[0]}.")
         self.num_dropped += self._current is not None
         is_continued = start > 0 and start == self._position
-        num_tiers = len(self._stalled)
+        num_tiers = len(self._subject.tiers)
         self._current = Forward(input_ids=input_ids, start=start, is_new=not is_continued, num_tiers=num_tiers)
         began = time.perf_counter()
         if is_continued and input_ids.shape[1] == 1:
@@ -140,6 +127,20 @@ class Recorder:
         if self._pending:
             self._columns.append(to_columns(self._pending, self._routers, self._subject.num_experts))
             self._pending = []
+
+
+def _marker(tiers: Sequence[RecordedTier]) -> Callable[[], Mark]:
+    """Reads the clock and the running totals: useful prefetches, then stalls and bytes of every tier."""
+    counters, clock = tiers[0].scheduler.counters, time.perf_counter
+    if len(tiers) == 1 and tiers[0].bytes_field == "disk_bytes":
+        return lambda: (clock(), counters.num_useful_prefetches, counters.stall_s, counters.disk_bytes)
+    stalled, fields = [tier.scheduler.counters for tier in tiers], [tier.bytes_field for tier in tiers]
+    return lambda: (
+        clock(),
+        counters.num_useful_prefetches,
+        *(tier.stall_s for tier in stalled),
+        *(getattr(counters, field) for field in fields),
+    )
 
 
 class TierObserver:

@@ -16,12 +16,13 @@ ENDED = (5.0, 3, 0.75, 0.75, 40, 20)
 def forward(tokens: list[int], start: int, *, is_new: bool) -> Forward:
     """Two layers, top-2 of 4, two tiers. A mark: seconds, useful, stall of vram and ram, bytes of vram and ram."""
     made = Forward(input_ids=torch.tensor([tokens]), start=start, is_new=is_new, num_tiers=2)
-    made.layers = [0, 1]
-    made.index = [torch.tensor([[0, 3]] * len(tokens)), torch.tensor([[2, 1]] * len(tokens))]
-    made.weights = [torch.full((len(tokens), 2), 0.5, dtype=torch.bfloat16)] * 2
+    weights = torch.full((len(tokens), 2), 0.5, dtype=torch.bfloat16)
     made.began = (1.0, 0, 0.0, 0.0, 0, 0)
-    made.marks = [2.0, 0, 0.0, 0.0, 10, 0, 3.0, 1, 0.5, 0.7, 10, 20]  # begin and end of the first layer
-    made.marks += [4.0, 1, 0.5, 0.7, 10, 20, 4.5, 3, 0.75, 0.75, 30, 20]
+    made.calls = [
+        (0, torch.tensor([[0, 3]] * len(tokens)), weights, (2.0, 0, 0.0, 0.0, 10, 0)),
+        (1, torch.tensor([[2, 1]] * len(tokens)), weights, (4.0, 1, 0.5, 0.7, 10, 20)),
+    ]
+    made.ends = [(3.0, 1, 0.5, 0.7, 10, 20), (4.5, 3, 0.75, 0.75, 30, 20)]
     made.outcomes = [[(0, [], [3]), (1, [1], [])], [(0, [], [3])]]
     made.prefetches = [[(1, 2), (1, 1)], []]
     return made
@@ -80,12 +81,12 @@ class TestColumns:
     def test_forwards_that_are_not_one_pass(self, layers: list[int]) -> None:
         made = forward([7], 0, is_new=True)
         assert made.is_complete(2)
-        made.layers = layers
+        made.calls = [(layer, *call[1:]) for layer, call in zip(layers, made.calls, strict=False)]
         assert not made.is_complete(2)
 
     def test_layers_that_saw_other_tokens(self) -> None:
         made = forward([7], 0, is_new=True)
-        made.index[1] = torch.zeros(2, 2)
+        made.calls[1] = (1, torch.zeros(2, 2), *made.calls[1][2:])
         assert not made.is_complete(2)
 
 

@@ -85,6 +85,14 @@ class TestPage:
     def test_it_holds_the_numbers(self, page: str, number: str) -> None:
         assert number in text_of(page)
 
+    def test_the_sentence_on_more_memory(self, report: ProfileReport, page: str) -> None:
+        more = report.curves.more_memory
+        assert more is not None
+        assert more.saved_s is not None
+        points = 100 * more.hit_rate - 100 * more.hit_rate_now
+        assert points > 1
+        assert f"+{points:.1f} points, about {1000 * more.saved_s:.2f} ms less per token" in text_of(page)
+
     def test_every_table_row_is_as_long_as_its_head(self, page: str) -> None:
         tables = ElementTree.fromstring(page).findall(".//table")
         assert len(tables) >= 6
@@ -137,7 +145,7 @@ class TestLineChart:
         heights = sorted(float(y) for y in re.findall(r'class="name c0" x="\d+" y="([\d.]+)"', svg))
         assert len(heights) == 8
         assert min(b - a for a, b in pairwise(heights)) >= LABEL_STEP - 0.2
-        assert TOP <= heights[0]
+        assert heights[0] >= TOP
         assert heights[-1] <= HEIGHT - BOTTOM + 4.1  # text is set by its baseline
 
     def test_a_mark_and_its_dot(self) -> None:
