@@ -184,18 +184,29 @@ def record(subject: Subject) -> Iterator[Recorder]:
 
 
 def _router_hook(recorder: Recorder, layer: int, router: Router) -> Callable[[nn.Module, Any, Any], None]:
+    place: int | None = None  # of the scores in what the router returns, where they need no reshaping
+
     def keep(module: nn.Module, args: Any, out: Any) -> None:
+        nonlocal place
         forward = recorder._current
-        if forward is not None:
-            forward.scores[layer] = router.scores(out, forward.input_ids.shape[1])
+        if forward is None:
+            return
+        if place is None:
+            scores = router.scores(out, forward.input_ids.shape[1])
+            place = next((n for n, part in enumerate(out) if part is scores), None) if isinstance(out, tuple) else None
+            forward.scores[layer] = scores
+        else:
+            forward.scores[layer] = out[place]
 
     return keep
 
 
 def _forward_hooks(recorder: Recorder, hf: nn.Module) -> list[Any]:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
-        cache = kwargs.get("past_key_values")
+        ids, cache = kwargs.get("input_ids", args[0] if args else None), kwargs.get("past_key_values")
+        if ids is None:
+            recorder.num_dropped += 1  # embeddings instead of tokens
+            return
         recorder._begin_forward(ids, 0 if cache is None else int(cache.get_seq_length()))
 
     def after(module: nn.Module, args: Any, out: Any) -> None:

@@ -247,3 +247,12 @@ def test_an_interrupted_forward_is_left_out(stores: dict[str, Path]) -> None:
             model.hf(input_ids=ids)
         assert recorder.num_dropped == 1
         assert recorder.trace().num_tokens == 4
+
+
+def test_embeddings_instead_of_tokens_are_left_out(stores: dict[str, Path]) -> None:
+    ids, _ = tiny_prompt(1, 4)
+    with open_model(stores["qwen3_moe"]) as model, model.trace() as recorder:
+        model.hf(inputs_embeds=model.hf.get_input_embeddings()(ids))
+        model.hf(ids)
+    assert recorder.num_dropped == 1
+    assert recorder.trace().token_ids.tolist() == ids[0].tolist()  # type: ignore[union-attr]

@@ -85,8 +85,8 @@ class TestColumns:
         assert not made.is_complete(2)
 
     def test_layers_that_saw_other_tokens(self) -> None:
-        made = forward([7], 0, is_new=True)
-        made.calls[1] = (1, torch.zeros(2, 2), *made.calls[1][2:])
+        made = forward([7, 8], 0, is_new=True)
+        made.calls[1] = (1, torch.zeros(3, 2), *made.calls[1][2:])
         assert not made.is_complete(2)
 
 
