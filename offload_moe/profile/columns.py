@@ -54,17 +54,16 @@ class Forward:
         )
 
     def pack(self, ended: Mark, num_experts: int) -> "PackedForward":
-        """Few large objects instead of many small ones, which the garbage collector would walk through."""
+        """Keep what the arrays are made of: the garbage collector has less to walk through."""
         layers, index, weights, begins = zip(*self.calls, strict=True)
         scores = [self.scores.get(layer) for layer in layers]
-        known = [score for score in scores if score is not None]
         return PackedForward(
             input_ids=self.input_ids[0],
             is_prompt=self.start == 0 or self.input_ids.shape[1] > 1,
             is_new=self.is_new,
-            experts=torch.stack(index, dim=1),
-            weights=torch.stack(weights, dim=1),
-            scores=torch.cat(known, dim=1) if len(known) == len(scores) else None,
+            index=index,
+            weights=weights,
+            scores=scores,
             ends=np.array([self.began, ended]),
             marks=np.array([begins, self.ends]),
             codes=[self._codes(notes, num_experts) if notes else None for notes in self.outcomes],
@@ -88,14 +87,14 @@ class Forward:
 
 @dataclass(slots=True, kw_only=True)
 class PackedForward:
-    """One forward that is over. t: its tokens, e: the experts of all layers, C: the columns of a mark."""
+    """One forward that is over. t: its tokens, C: the columns of a mark."""
 
     input_ids: Tensor  # [t]
     is_prompt: bool
     is_new: bool
-    experts: Tensor  # [t, L, K]
-    weights: Tensor  # [t, L, K]
-    scores: Tensor | None  # [t, e] as the routers gave them, layer after layer
+    index: Sequence[Tensor]  # per layer [t, K]
+    weights: Sequence[Tensor]  # per layer [t, K]
+    scores: Sequence[Tensor | None]  # per layer [t, E] as the router gave them
     ends: Array  # [2, C]: the marks before and after the forward
     marks: Array  # [2, L, C]: before and after each layer
     codes: list[Array | None]  # per tier [L, E]: HIT, DELAYED_HIT or MISS; None where all were hits
@@ -105,8 +104,8 @@ class PackedForward:
 def to_columns(forwards: Sequence[PackedForward], routers: Sequence[Router | None], num_experts: int) -> Columns:
     """The arrays of some forwards, and how many tokens each had and whether a sequence began with it."""
     num_tokens = np.array([len(forward.input_ids) for forward in forwards])
-    experts = torch.cat([forward.experts for forward in forwards]).cpu().numpy().astype(np.min_scalar_type(num_experts))
-    weights = torch.cat([forward.weights for forward in forwards]).detach().cpu().float().numpy()
+    experts = _join([forward.index for forward in forwards]).numpy().astype(np.min_scalar_type(num_experts))
+    weights = _join([forward.weights for forward in forwards]).float().numpy()
     return {
         "experts": experts,
         "weights": weights.astype(np.float16),
@@ -114,7 +113,7 @@ def to_columns(forwards: Sequence[PackedForward], routers: Sequence[Router | Non
         "token_ids": torch.cat([forward.input_ids for forward in forwards]).cpu().numpy().astype(np.int32),
         "outcomes": _outcomes(forwards, experts),
         "is_prompt": np.repeat([forward.is_prompt for forward in forwards], num_tokens),
-        "computed_on_cpu": np.full(experts.shape, forwards[0].experts.device.type == "cpu"),
+        "computed_on_cpu": np.full(experts.shape, forwards[0].index[0].device.type == "cpu"),
         "num_tokens": num_tokens,
         "is_new": np.array([forward.is_new for forward in forwards]),
         **_measured(forwards),
@@ -140,6 +139,12 @@ def make_trace(chunks: Sequence[Columns], *, num_experts: int, tiers: tuple[str,
         metadata=metadata,
         **joined,
     )
+
+
+def _join(forwards: Sequence[Sequence[Tensor]]) -> Tensor:
+    """For each forward L tensors ``[t, K]`` -> ``[T, L, K]``, brought to the host at once."""
+    layers = [torch.cat(layer) for layer in zip(*forwards, strict=True)]
+    return torch.stack(layers, dim=1).detach().cpu()
 
 
 def _outcomes(forwards: Sequence[PackedForward], experts: Array) -> Array:
@@ -193,11 +198,11 @@ def _probabilities(
     forwards: Sequence[PackedForward], routers: Sequence[Router | None], num_experts: int
 ) -> Array | None:
     """[T, L, E] in fp16, or None where a layer has no router that gives scores."""
-    known = [forward.scores for forward in forwards if forward.scores is not None]
-    present = [router for router in routers if router is not None]
-    if len(known) < len(forwards) or len(present) < len(routers):
-        return None
-    scores = torch.cat(known).split([router.num_experts for router in present], dim=1)
-    found = [pad_experts(r.probabilities(part), num_experts) for r, part in zip(present, scores, strict=True)]
+    found = []
+    for layer, router in enumerate(routers):
+        known = [score for forward in forwards if (score := forward.scores[layer]) is not None]
+        if router is None or len(known) < len(forwards):
+            return None
+        found.append(pad_experts(router.probabilities(torch.cat(known)), num_experts))
     stacked: Array = torch.stack(found, dim=1).cpu().numpy().astype(np.float16)
     return stacked

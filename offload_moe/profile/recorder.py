@@ -1,6 +1,6 @@
 """Recording: what a model's routers choose while it runs, and what that costs.
 
-While the model computes, tensors and counters are only put aside; they become arrays every 128 forwards, see `columns`.
+While the model computes, tensors and counters are only put aside; they become arrays every 64 forwards, see `columns`.
 T tokens of one forward, L MoE layers, K top-k, E experts per layer, R tiers.
 """
 
@@ -20,7 +20,7 @@ from offload_moe.profile.routers import Router, find_router
 from offload_moe.schedule.scheduler import Scheduler
 from offload_moe.trace import Trace
 
-FORWARDS_PER_CHUNK = 128
+FORWARDS_PER_CHUNK = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Small plots as SVG text, to be put into a page as they are. Colours and fonts come from the page's style sheet."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -88,7 +89,7 @@ def heatmap(title: str, rows: Sequence[Sequence[float]], x_label: str, y_label: 
     """rows: values in units of their mean; exactly zero has a colour of its own. The first row is on top."""
     num_columns = len(rows[0])
     cell = min(24.0, (WIDTH - LEFT - 20) / num_columns)
-    high = min(cell, 18.0)
+    high = min(max(cell, 6.0), 18.0)  # many experts make narrow cells, not flat ones
     places: dict[str, list[str]] = {}
     for row, values in enumerate(rows):
         for column, value in enumerate(values):
@@ -112,7 +113,7 @@ def heat_style(value: float) -> str:
 
 def _heat_ticks(num_rows: int, num_columns: int, cell: float, high: float, bottom: float) -> list[str]:
     column_step = max(1, -(-num_columns // 16))
-    row_step = max(1, -(-12 // max(1, round(high))) if num_rows <= 40 else -(-num_rows // 24))
+    row_step = math.ceil(12 / high)
     ticks = [
         f'<text x="{LEFT + (column + 0.5) * cell:.1f}" y="{bottom + 16:.1f}" class="middle tick">{column}</text>'
         for column in range(0, num_columns, column_step)

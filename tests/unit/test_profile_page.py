@@ -175,6 +175,12 @@ class TestOtherPlots:
             "heat-6": 1,
         }
 
+    def test_row_numbers_do_not_touch(self) -> None:
+        svg = heatmap("t", [[1.0] * 256] * 58, "x", "y")
+        heights = [float(y) for y in re.findall(r'class="end tick"|x="50" y="([\d.]+)"', svg) if y]
+        assert len(heights) > 10
+        assert min(b - a for a, b in pairwise(heights)) >= 11
+
     @pytest.mark.parametrize(("top", "high"), [(0.024, 0.025), (7, 8), (1, 1), (100, 100), (0, 1)])
     def test_axes_end_at_round_numbers(self, top: float, high: float) -> None:
         assert even_axis("y", [top, 0]).high == pytest.approx(high)
