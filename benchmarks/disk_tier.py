@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from decode_cpu import ensure_files
-from harness import alternate, finish, paired_ratio, random_read_bytes_per_s, run_json, spread
+from harness import alternate, finish, forget_cached, paired_ratio, random_read_bytes_per_s, run_json, spread
 
 HERE = Path(__file__).parent
 
@@ -30,18 +30,20 @@ def main() -> None:
     store, gguf = ensure_files(options.config, options.folder)
     shared = ["--threads", str(options.threads), "--tokens", str(options.tokens)]
     shared += ["--prompt-tokens", str(options.prompt_tokens)]
-    # A tenth of the limit is left to the key/value cache, activations and what the kernel charges.
+    # A twentieth of the limit is left to what the kernel charges beside the process's own memory.
     ours = [sys.executable, str(HERE / "run_store.py"), str(store), *shared, "--ram", str(int(options.limit * 0.95))]
     ours += ["--policy", options.policy] if options.policy else []
     commands = {
         "offload_moe": ours,
         "llama.cpp": [sys.executable, str(HERE / "peers/run_llamacpp.py"), str(gguf), *shared, "--no-repack"],
     }
+    files = {"offload_moe": store, "llama.cpp": gguf}
     prompts: dict[str, list[float]] = {name: [] for name in commands}
     details: list[dict[str, float]] = []
     rates: list[float] = []
 
     def trial(name: str) -> float:
+        forget_cached(files[name])
         result = run_json(commands[name], memory_limit=options.limit)
         last = result["runs"][-1]
         print(name, last, file=sys.stderr, flush=True)
