@@ -151,31 +151,31 @@ def load(
     Raises:
         OffloadMoeError: one of its kinds, see `offload_moe.errors`.
     """
-    report = progress
     ram_bytes = None if ram is None else parse_size(ram)
     vram_bytes = None if vram is None else parse_size(vram)
     where = compute_device(device)
     on_disk = dense_codec or LOSSLESS
-    path = ensure_store(source, codec=codec, dense_codec=on_disk, revision=revision, token=token, report=report)
+    path = ensure_store(source, codec=codec, dense_codec=on_disk, revision=revision, token=token, report=progress)
     store = Store.open(path)
-    report("Planning memory")
+    progress("Planning memory")
     in_memory = None if exact else dense_codec_in_memory(store, dense_codec, where)
     compute_dtype = dtype or _default_dtype(where)
     has_device = where.type != "cpu"
+    slot_bytes = max(layer.record_bytes for layer in store.layers)
     plan = plan_slots(
         num_records=sum(layer.num_experts for layer in store.layers),
-        slot_bytes=max(layer.record_bytes for layer in store.layers),
+        slot_bytes=slot_bytes,
         dense_bytes=loaded_dense_bytes(store, compute_dtype, in_memory),
         ram=ram_bytes,
         vram=vram_bytes,
         free_vram=free_device_memory(where) if has_device else None,
     )
-    report("Loading dense weights")
+    progress("Loading dense weights")
     assembled = assemble(store, where, compute_dtype, dense_codec=in_memory, mode="exact" if exact else "fast")
     pools = Pools(
         num_layers=len(store.layers),
         num_experts=store.num_experts,
-        slot_bytes=max(layer.record_bytes for layer in store.layers),
+        slot_bytes=slot_bytes,
         num_ram_slots=plan.num_ram_slots,
         num_device_slots=plan.num_device_slots,
         policy=policy,
