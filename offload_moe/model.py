@@ -59,7 +59,8 @@ class Model:
     def memory(self) -> dict[str, int]:
         """Bytes in use by part; the parts do not overlap."""
         pools, ram = self._hierarchy.pools, self._hierarchy.ram
-        on_device = pools.num_device_slots > 0
+        num_device_slots = self._hierarchy.num_slots("vram")
+        on_device = num_device_slots > 0
         parts = {
             "dense weights": self._dense_bytes,
             "expert slots in RAM": len(ram.residency.resident_keys()) * pools.slot_bytes,
@@ -67,7 +68,7 @@ class Model:
         in_ram = sum(parts.values()) - (self._dense_bytes if on_device else 0)
         parts["rest of the process"] = max(0, psutil.Process().memory_info().rss - in_ram)
         if on_device:
-            parts["expert slots in VRAM"] = pools.num_device_slots * pools.slot_bytes
+            parts["expert slots in VRAM"] = num_device_slots * pools.slot_bytes
         return parts
 
     def generate(self, prompt: Prompt, *, raw: bool = False, **sampling: Unpack[SamplingArguments]) -> str:

@@ -1,24 +1,29 @@
 """The tiers of one model put together: disk -> RAM, and RAM -> device when there is one."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
 from offload_moe.schedule.counters import Counters
-from offload_moe.schedule.policy import DEFAULT_POLICY, LRU, make_policy
+from offload_moe.schedule.policy import DEFAULT_POLICY, LRU, Policy, make_policy
 from offload_moe.schedule.residency import Residency
 from offload_moe.schedule.scheduler import Scheduler
-from offload_moe.tiers.arena import Arena
+from offload_moe.tiers.arena import CHUNK_BYTES, Arena, whole_chunks
 from offload_moe.tiers.copier import Copier
 from offload_moe.tiers.device import DeviceMover, DeviceSlots
 from offload_moe.tiers.mover import Mover
 
+Tier = Literal["ram", "vram"]
+OUTGROWN = 1.5  # a policy is made for a number of slots; this many times more or fewer, and another is made
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pools:
-    """How many slots each tier has. Without a device tier, RAM is the fast tier and `num_device_slots` is 0."""
+    """How many slots each tier begins with. Without a device tier, RAM is the fast tier and `num_device_slots` is 0."""
 
     num_layers: int
     num_experts: int
@@ -26,6 +31,7 @@ class Pools:
     num_ram_slots: int
     num_device_slots: int = 0
     policy: str = DEFAULT_POLICY
+    chunk_bytes: int = CHUNK_BYTES  # what is allocated, locked and given back at once
 
 
 class Hierarchy:
@@ -34,17 +40,21 @@ class Hierarchy:
     def __init__(self, pools: Pools, make_mover: Callable[[Arena], Mover], copier: Copier | None = None) -> None:
         """make_mover: fills the RAM arena, from disk as a rule. copier: moves RAM slots to the device."""
         self.pools = pools
-        self.arena = Arena(pools.num_ram_slots, pools.slot_bytes)
+        self.arena = Arena(pools.num_ram_slots, pools.slot_bytes, pools.chunk_bytes)
+        self._resizing = threading.Lock()
+        self._made_for: dict[Scheduler, int] = {}  # the slots that a tier's policy was made for
         self.ram = self._scheduler(pools.num_ram_slots, make_mover(self.arena), "disk_bytes")
         self.scheduler = self.ram
         self.record_of: Callable[[int], Tensor] = self.arena.slot
-        if pools.num_device_slots:
-            assert copier is not None
-            slots = DeviceSlots(copier, pools.num_device_slots, self.arena.slot_bytes)
-            mover = DeviceMover(copier, slots, self._borrow)
-            self.scheduler = self._scheduler(pools.num_device_slots, mover, "h2d_bytes")
+        self._copier = copier if pools.num_device_slots else None
+        if self._copier is not None:
+            self._device_slots = DeviceSlots(
+                self._copier, pools.num_device_slots, self.arena.slot_bytes, pools.chunk_bytes
+            )
+            self._device_mover = DeviceMover(self._copier, self._device_slots, self._borrow)
+            self.scheduler = self._scheduler(pools.num_device_slots, self._device_mover, "h2d_bytes")
             self.ram.count_bytes_in(self.scheduler.counters)
-            self.record_of = slots.slot
+            self.record_of = self._device_slots.slot
 
     @property
     def counters(self) -> Counters:
@@ -56,22 +66,79 @@ class Hierarchy:
         """Whether the fast tier has a slot for each: then nothing is ever evicted."""
         return self._is_whole(self.scheduler.residency.num_slots)
 
+    def num_slots(self, tier: Tier) -> int:
+        """Slots of a tier now; 0 VRAM slots without a device tier."""
+        if tier == "ram":
+            return self.ram.residency.num_slots
+        return self.scheduler.residency.num_slots if self._copier is not None else 0
+
+    def resize(self, tier: Tier, num_slots: int) -> int:
+        """Give memory of a tier back, or take more. Returns the slots it has now.
+
+        Memory that the device uses comes and goes by chunks, so fewer slots than asked for may be left, but not fewer
+        than the first chunk has. What is leased meanwhile is waited for: call it between forwards, or from another
+        thread than the one that holds a lease. Experts in the slots that go are evicted, nothing else happens to them.
+
+        Raises:
+            TransferError: slots to be given up are still in use after the scheduler's limit; nothing has changed.
+            BudgetError: the memory to grow by cannot be had; nothing has changed.
+        """
+        with self._resizing:
+            return self._resize(tier, num_slots)
+
     def close(self) -> None:
         self.scheduler.close()
         if self.ram is not self.scheduler:
             self.ram.close()
 
+    def _resize(self, tier: Tier, num_slots: int) -> int:
+        pool = self._device_slots if tier == "vram" else self.arena
+        scheduler = self.scheduler if tier == "vram" else self.ram
+        num_slots = max(1, min(num_slots, self.pools.num_layers * self.pools.num_experts))
+        if self._copier is not None:
+            num_slots = whole_chunks(pool.chunk_sizes, num_slots)
+        num_before = pool.num_slots
+        if num_slots > num_before:
+            pool.grow(num_slots)
+            scheduler.grow(num_slots)
+        elif num_slots < num_before:
+            scheduler.shrink(num_slots)
+            self._settle(tier, num_slots, num_before)
+            pool.shrink(num_slots)
+        self._refit_policy(scheduler)
+        return num_slots
+
+    def _settle(self, tier: Tier, num_slots: int, num_before: int) -> None:
+        """Slots that no lease holds any more may still be read by the device's compute, or be page-locked."""
+        if tier == "vram":
+            self._device_mover.wait_for_readers(range(num_slots, num_before))
+        elif self._copier is not None:
+            for chunk in self.arena.chunks_behind(num_slots):
+                self._copier.unlock(chunk)
+
     def _scheduler(self, num_slots: int, mover: Mover, bytes_counter: str) -> Scheduler:
+        residency = Residency(num_slots, self._policy(num_slots))
+        scheduler = Scheduler(residency, mover, num_experts=self.pools.num_experts, bytes_counter=bytes_counter)
+        self._made_for[scheduler] = num_slots
+        return scheduler
+
+    def _policy(self, num_slots: int) -> Policy:
+        """A pool with a slot for every expert never evicts: the cheapest policy serves it."""
         pools = self.pools
-        # A pool with a slot for every expert never evicts: the cheapest policy serves it.
-        policy = make_policy(
+        return make_policy(
             LRU.name if self._is_whole(num_slots) else pools.policy,
             num_layers=pools.num_layers,
             num_experts=pools.num_experts,
             num_slots=num_slots,
         )
-        residency = Residency(num_slots, policy)
-        return Scheduler(residency, mover, num_experts=pools.num_experts, bytes_counter=bytes_counter)
+
+    def _refit_policy(self, scheduler: Scheduler) -> None:
+        """Replace a policy that was made for quite another number of slots; what it has learned goes with it."""
+        before, now = self._made_for[scheduler], scheduler.residency.num_slots
+        has_outgrown = max(before, now) > OUTGROWN * min(before, now)
+        if has_outgrown or self._is_whole(before) != self._is_whole(now):
+            scheduler.use_policy(self._policy(now))
+            self._made_for[scheduler] = now
 
     def _is_whole(self, num_slots: int) -> bool:
         return num_slots >= self.pools.num_layers * self.pools.num_experts

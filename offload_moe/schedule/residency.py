@@ -7,6 +7,8 @@ A slot is FREE, LOADING or RESIDENT, and counts its leases:
                        +----------------abandon---------------+
 
 A leased slot is never evicted. A LOADING slot is never evicted either: its bytes are on the way.
+
+The pool shrinks from its end: closed slots take no expert any more, and are given up once the last of them is FREE.
 """
 
 from collections.abc import Collection
@@ -37,9 +39,11 @@ class Residency:
         self._state = [SlotState.FREE] * num_slots
         self._num_leases = [0] * num_slots
         self._free = list(range(num_slots - 1, -1, -1))  # pop() hands out slot 0 first
+        self._num_open = num_slots
 
     @property
     def num_slots(self) -> int:
+        """Slots there are, closed ones included."""
         return len(self._key_of)
 
     def find(self, key: int) -> int | None:
@@ -93,24 +97,70 @@ class Residency:
         assert self._num_leases[slot] == 0
         self._vacate(slot)
 
+    def close_slots(self, first: int) -> None:
+        """No expert is admitted to slots from `first` on until they are opened again. At least one stays open."""
+        assert 1 <= first <= self._num_open
+        self._num_open = first
+        self._free = [slot for slot in self._free if slot < first]
+
+    def empty_closed_slots(self) -> bool:
+        """Evict what nobody leases from the closed slots. Returns whether all of them are FREE now."""
+        for slot in range(self._num_open, self.num_slots):
+            if self.is_resident(slot) and not self._num_leases[slot]:
+                self._evict(slot)
+        return all(state is SlotState.FREE for state in self._state[self._num_open :])
+
+    def open_slots(self) -> None:
+        """Closed slots take experts again, whatever became of them meanwhile."""
+        closed = range(self._num_open, self.num_slots)
+        self._free += [slot for slot in closed if self._state[slot] is SlotState.FREE]
+        self._num_open = self.num_slots
+
+    def cut(self) -> None:
+        """Give up the closed slots; all of them must be FREE."""
+        assert all(state is SlotState.FREE for state in self._state[self._num_open :])
+        for column in (self._key_of, self._state, self._num_leases):
+            del column[self._num_open :]
+
+    def grow(self, num_slots: int) -> None:
+        """Append FREE slots until there are `num_slots`. None may be closed."""
+        added = range(self.num_slots, num_slots)
+        assert self._num_open == self.num_slots <= num_slots
+        self._key_of += [-1 for _ in added]
+        self._state += [SlotState.FREE for _ in added]
+        self._num_leases += [0 for _ in added]
+        self._free += added
+        self._num_open = num_slots
+
+    def use_policy(self, policy: Policy) -> None:
+        """Let another policy decide from now on; it is told what is resident."""
+        for key in self.resident_keys():
+            policy.insert(key)
+        self.policy = policy
+
     def _evict_one(self, keep: Collection[int]) -> bool:
-        spared = (lambda key: key in keep or self._is_leased(key)) if keep else self._is_leased
+        spared = (lambda key: key in keep or self._must_stay(key)) if keep else self._must_stay
         victim = self.policy.victim(spared)
         if victim is None:
             return False
-        slot = self._slot_of[victim]
-        assert self._state[slot] is SlotState.RESIDENT
-        assert self._num_leases[slot] == 0
-        self.policy.remove(victim)
-        self._vacate(slot)
-        self.num_evictions += 1
+        self._evict(self._slot_of[victim])
         return True
 
-    def _is_leased(self, key: int) -> bool:
-        return self._num_leases[self._slot_of[key]] > 0
+    def _evict(self, slot: int) -> None:
+        assert self._state[slot] is SlotState.RESIDENT
+        assert self._num_leases[slot] == 0
+        self.policy.remove(self._key_of[slot])
+        self._vacate(slot)
+        self.num_evictions += 1
+
+    def _must_stay(self, key: int) -> bool:
+        """Whether it is leased, or in a closed slot, which would make no room."""
+        slot = self._slot_of[key]
+        return self._num_leases[slot] > 0 or slot >= self._num_open
 
     def _vacate(self, slot: int) -> None:
         del self._slot_of[self._key_of[slot]]
         self._key_of[slot] = -1
         self._state[slot] = SlotState.FREE
-        self._free.append(slot)
+        if slot < self._num_open:
+            self._free.append(slot)

@@ -17,6 +17,7 @@ from typing import Self
 from offload_moe.errors import TransferError
 from offload_moe.schedule.counters import Counters
 from offload_moe.schedule.observer import Observer
+from offload_moe.schedule.policy.protocol import Policy
 from offload_moe.schedule.residency import Residency
 from offload_moe.tiers.mover import Mover
 
@@ -105,6 +106,35 @@ class Scheduler:
                 self.residency.abandon(slot)
         if slots:
             self.changed.notify_all()
+
+    def shrink(self, num_slots: int) -> None:
+        """Empty the slots from `num_slots` on and give them up: what is leased is waited for, what arrives too.
+
+        Raises: TransferError when they are not free in time; nothing has changed then.
+        """
+        with self.changed:
+            self.residency.close_slots(num_slots)
+            is_empty = self.changed.wait_for(self.residency.empty_closed_slots, self.stall_limit_s)
+            self.counters.num_evictions = self.residency.num_evictions
+            if not is_empty:
+                self.residency.open_slots()
+                self.changed.notify_all()
+                raise TransferError(
+                    f"A pool cannot shrink to {num_slots} slots: some of the others are still leased or loading after "
+                    f"{self.stall_limit_s:.0f} s. Resize between answers, not while a layer is being computed."
+                )
+            self.residency.cut()
+
+    def grow(self, num_slots: int) -> None:
+        """Use slots up to `num_slots`, which the mover can fill already."""
+        with self.changed:
+            self.residency.grow(num_slots)
+            self.changed.notify_all()
+
+    def use_policy(self, policy: Policy) -> None:
+        """Let another policy decide from now on."""
+        with self.changed:
+            self.residency.use_policy(policy)
 
     def count_bytes_in(self, counters: Counters) -> None:
         """Add moved bytes to another tier's counters from now on."""

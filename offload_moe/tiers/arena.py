@@ -1,6 +1,8 @@
 """The RAM arena: equal slots of page-aligned memory, in chunks that no slot straddles."""
 
 import mmap
+from bisect import bisect_right
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,39 +16,92 @@ CHUNK_BYTES = 256 << 20
 class Arena:
     """``num_slots`` slots of ``slot_bytes`` bytes. Pages are committed when first written, not before.
 
-    Memory is mapped by us rather than by torch, whose pinned allocator rounds up to a power of two.
+    Memory is mapped by us rather than by torch, whose pinned allocator rounds up to a power of two. A slot that is
+    given up keeps its address and loses its pages, so a stale view of it reads zeros and nothing worse.
     """
 
     def __init__(self, num_slots: int, slot_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> None:
         """Raises: BudgetError when the address space cannot be had."""
-        self.num_slots = num_slots
+        self.num_slots = 0
         self.slot_bytes = round_up(slot_bytes, RECORD_ALIGNMENT)
         self._slots_per_chunk = max(1, chunk_bytes // self.slot_bytes)
+        self._mappings: list[mmap.mmap] = []
         self._chunks: list[Tensor] = []
+        self._firsts: list[int] = []  # the first slot of each chunk
         self._slots: dict[int, Tensor] = {}  # a view costs a microsecond to make, and a layer asks for many
-        for first in range(0, num_slots, self._slots_per_chunk):
-            self._chunks.append(self._map(min(self._slots_per_chunk, num_slots - first) * self.slot_bytes))
+        self.grow(num_slots)
 
     @property
     def num_bytes(self) -> int:
         return self.num_slots * self.slot_bytes
 
+    @property
+    def chunk_sizes(self) -> list[int]:
+        """Slots of each chunk, those given up included."""
+        return [chunk.numel() // self.slot_bytes for chunk in self._chunks]
+
     def slot(self, index: int) -> Tensor:
         """The slot's memory: uint8 ``[slot_bytes]``, aligned to a page."""
         slot = self._slots.get(index)
         if slot is None:
-            chunk, place = divmod(index, self._slots_per_chunk)
-            slot = self._slots[index] = self._chunks[chunk][place * self.slot_bytes : (place + 1) * self.slot_bytes]
+            chunk = bisect_right(self._firsts, index) - 1
+            first = (index - self._firsts[chunk]) * self.slot_bytes
+            slot = self._slots[index] = self._chunks[chunk][first : first + self.slot_bytes]
         return slot
 
-    def _map(self, num_bytes: int) -> Tensor:
+    def grow(self, num_slots: int) -> None:
+        """Raises: BudgetError when the address space cannot be had; `num_slots` has not changed then."""
+        while (missing := num_slots - sum(self.chunk_sizes)) > 0:
+            self._map(min(self._slots_per_chunk, missing), num_slots)
+        self.num_slots = num_slots
+
+    def shrink(self, num_slots: int) -> None:
+        """Give the pages of the slots from `num_slots` on back to the system. Nobody may use them, or have them locked.
+
+        A system without `madvise` (Windows) takes no part of a mapping back: there the pages stay.
+        """
+        self.num_slots = num_slots
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        for first_slot, mapping in zip(self._firsts, self._mappings, strict=True):
+            first = max(0, num_slots - first_slot) * self.slot_bytes
+            if first < len(mapping):
+                mapping.madvise(mmap.MADV_DONTNEED, first, len(mapping) - first)
+
+    def chunks_behind(self, num_slots: int) -> list[Tensor]:
+        """The chunks that hold a slot from `num_slots` on, whole."""
+        ends = [first + size for first, size in zip(self._firsts, self.chunk_sizes, strict=True)]
+        return [chunk for chunk, end in zip(self._chunks, ends, strict=True) if end > num_slots]
+
+    def _map(self, num_slots: int, num_wanted: int) -> None:
+        num_bytes = num_slots * self.slot_bytes
         try:
-            memory = mmap.mmap(-1, num_bytes)
+            mapping = _anonymous(num_bytes)
         except OSError as error:
             raise BudgetError(
-                f"The RAM arena needs {self.num_bytes / 2**30:.1f} GiB for {self.num_slots} slots and the system "
-                f"refused a chunk of {num_bytes / 2**20:.0f} MiB ({error.strerror}). Try a smaller --ram."
+                f"The RAM arena needs {num_wanted * self.slot_bytes / 2**30:.1f} GiB for {num_wanted} slots and the "
+                f"system refused a chunk of {num_bytes / 2**20:.0f} MiB ({error.strerror}). Try a smaller --ram."
             ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=torch.uint8)
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        self._firsts.append(sum(self.chunk_sizes))
+        self._mappings.append(mapping)
+        with torch.inference_mode(False):  # transfer threads write to it, whatever mode it was made in
+            self._chunks.append(torch.frombuffer(mapping, dtype=torch.uint8))
+
+
+def whole_chunks(chunk_sizes: Sequence[int], num_slots: int) -> int:
+    """The slots of the whole chunks within `num_slots`, and of the first chunk always; `num_slots` beyond them all."""
+    kept = chunk_sizes[0]
+    for size in chunk_sizes[1:]:
+        if kept + size > num_slots:
+            return kept
+        kept += size
+    return max(kept, num_slots)
+
+
+def _anonymous(num_bytes: int) -> mmap.mmap:
+    """Private pages: unlike those of a shared mapping, Python's default, they can be given back one by one."""
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, num_bytes)

@@ -4,8 +4,8 @@ Two orders must hold. Compute reads a slot only after its copy: the loader waits
 before the scheduler calls the slot resident. A copy overwrites a slot only after the compute that read it: the copy
 stream waits on the device for the markers of the slot's last readers.
 
-Slots are one static pool that is never handed back to torch's allocator while anything runs, so memory that is
-allocated on one stream and used on another needs no `record_stream`.
+Slots are handed back to torch's allocator only after the host has waited for their last copy and their last readers,
+so memory that is allocated on one stream and used on another needs no `record_stream`.
 """
 
 import threading
@@ -75,6 +75,14 @@ class Copier(Protocol):
         """The point behind all compute that the calling thread has issued so far."""
         ...
 
+    def free(self, memory: Tensor) -> None:
+        """Device memory is not used any more: neither a copy nor compute on it is to come or under way."""
+        ...
+
+    def unlock(self, memory: Tensor) -> None:
+        """The chunk of host memory this is a part of is about to be given back. No copy from it may be under way."""
+        ...
+
     def close(self) -> None:
         """Let go of page-locked memory. No copy may be under way."""
         ...
@@ -105,6 +113,9 @@ class StreamCopier(ABC):
     def mark(self) -> Marker:
         return Marker(self.current_stream(), self.new_event())
 
+    def unlock(self, memory: Tensor) -> None:
+        self._page_lock.unlock(memory)
+
     def close(self) -> None:
         self._page_lock.close()
 
@@ -123,6 +134,10 @@ class StreamCopier(ABC):
     @abstractmethod
     def allocate(self, num_bytes: int) -> Tensor:
         """Device memory: uint8 ``[num_bytes]``."""
+
+    @abstractmethod
+    def free(self, memory: Tensor) -> None:
+        """Nothing is to read or write this memory any more, nor does anything now."""
 
     @abstractmethod
     def staging_buffer(self, num_bytes: int) -> Tensor:
@@ -153,6 +168,9 @@ class AcceleratorCopier(StreamCopier):
     def allocate(self, num_bytes: int) -> Tensor:
         with torch.inference_mode(False):  # loader threads write to it, whatever mode it was allocated in
             return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+
+    def free(self, memory: Tensor) -> None:
+        """The allocator takes it back when its last view is gone."""
 
     def staging_buffer(self, num_bytes: int) -> Tensor:
         with torch.inference_mode(False):

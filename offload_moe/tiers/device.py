@@ -4,9 +4,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
+import torch
 from torch import Tensor
 
-from offload_moe.errors import TransferError
+from offload_moe.errors import BudgetError, TransferError
+from offload_moe.sizes import format_size
+from offload_moe.tiers.arena import CHUNK_BYTES
 from offload_moe.tiers.copier import Copier, Marker
 from offload_moe.tiers.mover import Arrived
 from offload_moe.tiers.workers import TransferWorkers
@@ -17,14 +20,51 @@ Borrow = Callable[[int], AbstractContextManager[Tensor]]
 
 
 class DeviceSlots:
-    """VRAM slots of equal size, allocated in chunks."""
+    """VRAM slots of equal size, allocated in chunks; the last chunks can be given back."""
 
-    def __init__(self, copier: Copier, num_slots: int, slot_bytes: int, chunk_bytes: int = 256 << 20) -> None:
-        per_chunk = max(1, chunk_bytes // slot_bytes)
+    def __init__(self, copier: Copier, num_slots: int, slot_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> None:
+        """Raises: BudgetError when the device has less memory."""
+        self._copier = copier
+        self._slot_bytes = slot_bytes
+        self._per_chunk = max(1, chunk_bytes // slot_bytes)
+        self._chunks: list[Tensor] = []
         self._slots: list[Tensor] = []
-        for first in range(0, num_slots, per_chunk):
-            chunk = copier.allocate(min(per_chunk, num_slots - first) * slot_bytes)
-            self._slots += chunk.split(slot_bytes)
+        self.grow(num_slots)
+
+    @property
+    def num_slots(self) -> int:
+        return len(self._slots)
+
+    @property
+    def chunk_sizes(self) -> list[int]:
+        """Slots of each chunk."""
+        return [chunk.numel() // self._slot_bytes for chunk in self._chunks]
+
+    def grow(self, num_slots: int) -> None:
+        """Raises: BudgetError when the device has less memory; nothing has changed then."""
+        num_before = self.num_slots
+        while (missing := num_slots - self.num_slots) > 0:
+            num_bytes = min(self._per_chunk, missing) * self._slot_bytes
+            try:
+                chunk = self._copier.allocate(num_bytes)
+            except torch.OutOfMemoryError as error:
+                num_had = self.num_slots
+                self.shrink(num_before)
+                raise BudgetError(
+                    f"{num_slots} expert slots need {format_size(num_slots * self._slot_bytes)} of VRAM, and the "
+                    f"device refused {format_size(num_bytes)} after {format_size(num_had * self._slot_bytes)}. "
+                    "Try a smaller --vram, or close what else uses the device."
+                ) from error
+            self._chunks.append(chunk)
+            self._slots += chunk.split(self._slot_bytes)
+
+    def shrink(self, num_slots: int) -> None:
+        """Give back the chunks behind the first `num_slots` slots. No copy or compute may be under way there."""
+        while self.num_slots > num_slots:
+            chunk = self._chunks.pop()
+            del self._slots[-(chunk.numel() // self._slot_bytes) :]
+            self._copier.free(chunk)
+        assert self.num_slots == num_slots
 
     def slot(self, index: int) -> Tensor:
         """uint8 ``[slot_bytes]`` on the device."""
@@ -52,6 +92,12 @@ class DeviceMover:
         marker = self._copier.mark()
         for slot in slots:
             self._readers.setdefault(slot, {})[marker.stream_id] = marker
+
+    def wait_for_readers(self, slots: Sequence[int]) -> None:
+        """Block until all compute that reads these slots is done."""
+        for slot in slots:
+            for marker in self._readers.pop(slot, {}).values():
+                marker.wait()
 
     def close(self) -> None:
         self._workers.close()

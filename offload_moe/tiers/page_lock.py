@@ -54,13 +54,22 @@ class PageLock:
                 self._try(address, chunk)
             return address in self._locked
 
+    def unlock(self, memory: Tensor) -> None:
+        """Unlock the chunk this tensor is a part of, if it is locked. It is locked again by the next question."""
+        with self._lock:
+            self._unlock(memory.untyped_storage().data_ptr())
+
     def close(self) -> None:
         with self._lock:
-            for address in self._locked:
-                assert self._runtime is not None
-                self._runtime.unregister(address)
-            self._locked.clear()
-            self._locked_bytes = 0
+            for address in list(self._locked):
+                self._unlock(address)
+
+    def _unlock(self, address: int) -> None:
+        chunk = self._locked.pop(address, None)
+        if chunk is not None:
+            assert self._runtime is not None
+            self._runtime.unregister(address)
+            self._locked_bytes -= chunk.nbytes()
 
     def _try(self, address: int, chunk: torch.UntypedStorage) -> None:
         if self._runtime is None or self._locked_bytes + chunk.nbytes() > self._limit_bytes:

@@ -144,6 +144,10 @@ class SimulatedCopier(StreamCopier):
         with torch.inference_mode(False):
             return torch.full((num_bytes,), POISON, dtype=torch.uint8)
 
+    def free(self, memory: Tensor) -> None:
+        """Somebody else owns the memory now, and writes to it."""
+        memory.numpy().fill(POISON)  # at once, whatever torch operations are deferred to
+
     def staging_buffer(self, num_bytes: int) -> Tensor:
         return self.allocate(num_bytes)
 

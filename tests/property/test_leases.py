@@ -73,6 +73,18 @@ def make(num_slots: int, policy: str, data: st.DataObject, *, may_fail: bool) ->
     return scheduler, order
 
 
+def resize(scheduler: Scheduler, order: Order, num_slots: int) -> int:
+    """What is on its way to a slot that goes is waited for; `order` may complete transfers while it is."""
+    if num_slots < scheduler.residency.num_slots:
+        scheduler.shrink(num_slots)
+        del order.memory[num_slots:]
+        assert all(slot < num_slots for _, slot, _ in order.pending)
+    else:
+        order.memory += [-1] * (num_slots - len(order.memory))
+        scheduler.grow(num_slots)
+    return num_slots
+
+
 def check_nothing_is_held(scheduler: Scheduler) -> None:
     residency = scheduler.residency
     assert not any(residency.num_leases(slot) for slot in range(residency.num_slots))
@@ -85,6 +97,8 @@ def test_every_expert_comes_once_with_its_own_bytes(num_slots: int, policy: str,
     scheduler, order = make(num_slots, policy, data, may_fail=False)
     for _ in range(data.draw(st.integers(1, 6))):
         layer, experts = data.draw(st.integers(0, NUM_LAYERS - 1)), data.draw(EXPERTS)
+        if data.draw(st.booleans(), label="resizes"):
+            num_slots = resize(scheduler, order, data.draw(st.integers(1, 7)))
         if data.draw(st.booleans(), label="prefetches"):
             scheduler.prefetch(data.draw(st.integers(0, NUM_LAYERS - 1)), data.draw(EXPERTS))
         seen: list[int] = []

@@ -1,4 +1,4 @@
-"""The residency machine against a dict model: leases, adversarial completion order, failures, down to one slot."""
+"""The residency machine against a dict model: leases, adversarial completion order, failures, resizing, one slot."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -19,6 +19,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         made = make_policy(policy, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, num_slots=num_slots)
         self.residency = Residency(num_slots, made)
         self.model: dict[int, list[int]] = {}
+        self.num_open = num_slots
 
     def loading(self) -> list[int]:
         return [key for key, entry in self.model.items() if entry[1]]
@@ -29,11 +30,15 @@ class ResidencyMachine(RuleBasedStateMachine):
             return
         self.residency.policy.access(key // NUM_EXPERTS, [key])
         slot = self.residency.admit(key)
-        movable = [k for k, (_, is_loading, leases) in self.model.items() if not is_loading and not leases]
-        is_full = len(self.model) == self.residency.num_slots
+        is_open = {k: entry[0] < self.num_open for k, entry in self.model.items()}
+        movable = [
+            k for k, (_, is_loading, leases) in self.model.items() if not is_loading and not leases and is_open[k]
+        ]
+        is_full = sum(is_open.values()) == self.num_open
         assert (slot is None) == (is_full and not movable)
         if slot is None:
             return
+        assert slot < self.num_open
         gone = [k for k, entry in self.model.items() if entry[0] == slot]
         assert gone == [] if not is_full else (len(gone) == 1 and gone[0] in movable)
         for k in gone:
@@ -65,6 +70,42 @@ class ResidencyMachine(RuleBasedStateMachine):
         key = data.draw(st.sampled_from(sorted(k for k, entry in self.model.items() if entry[2])))
         self.residency.release(self.model[key][0])
         self.model[key][2] -= 1
+
+    @precondition(lambda self: self.num_open == self.residency.num_slots)
+    @rule(data=st.data())
+    def close_slots(self, data: st.DataObject) -> None:
+        self.num_open = data.draw(st.integers(1, self.num_open))
+        self.residency.close_slots(self.num_open)
+
+    @precondition(lambda self: self.num_open < self.residency.num_slots)
+    @rule(gives_up=st.booleans())
+    def drain(self, gives_up: bool) -> None:
+        is_empty = self.residency.empty_closed_slots()
+        closed = [k for k, entry in self.model.items() if entry[0] >= self.num_open]
+        in_use = [k for k in closed if self.model[k][1] or self.model[k][2]]
+        assert is_empty == (not in_use)
+        for key in set(closed) - set(in_use):
+            del self.model[key]
+        if is_empty:
+            self.residency.cut()
+        elif gives_up:
+            self.residency.open_slots()
+        else:
+            return
+        self.num_open = self.residency.num_slots
+
+    @precondition(lambda self: self.num_open == self.residency.num_slots)
+    @rule(more=st.integers(0, 3))
+    def grow(self, more: int) -> None:
+        self.num_open += more
+        self.residency.grow(self.num_open)
+
+    @precondition(lambda self: self.model)
+    @rule(policy=st.sampled_from(POLICY_NAMES))
+    def change_policy(self, policy: str) -> None:
+        self.residency.use_policy(
+            make_policy(policy, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, num_slots=self.num_open)
+        )
 
     @invariant()
     def agrees_with_the_model(self) -> None:

@@ -15,6 +15,7 @@ from offload_moe.moe.attach import BoundExperts, attach, detach_parameters
 from offload_moe.moe.contract import ExpertsContract
 from offload_moe.moe.per_expert import ReferenceArithmetic
 from offload_moe.quant import Codec, ExpertShape, get_codec
+from offload_moe.quant.layout import RECORD_ALIGNMENT, round_up
 from offload_moe.schedule.hierarchy import Hierarchy, Pools
 from offload_moe.tiers.arena import Arena
 from offload_moe.tiers.copier import Copier
@@ -52,8 +53,9 @@ def offload(
     copier: Copier | None = None,
     num_device_slots: int = 0,
     arithmetic: Callable[[ExpertsContract, ExpertShape, Codec], Arithmetic] = ReferenceArithmetic,
+    slots_per_chunk: int = 1000,
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The attached model, and an eager one whose experts are the dequantized ones."""
+    """The attached model, with its `hierarchy`, and an eager one whose experts are the dequantized ones."""
     codec = get_codec(codec_name)
     oracle, attached = copy.deepcopy(model), copy.deepcopy(model)
     layers = find_experts(attached)
@@ -72,8 +74,9 @@ def offload(
         slot_bytes=max(record.numel() for record in records.values()),
         num_ram_slots=num_slots,
         num_device_slots=num_device_slots,
+        chunk_bytes=slots_per_chunk * round_up(max(record.numel() for record in records.values()), RECORD_ALIGNMENT),
     )
-    hierarchy = Hierarchy(pools, lambda arena: MemoryMover(records, arena), copier)
+    attached.hierarchy = hierarchy = Hierarchy(pools, lambda arena: MemoryMover(records, arena), copier)
     detach_parameters(layers)
     bound = [
         BoundExperts(
