@@ -10,9 +10,9 @@ the lease simply takes more waves; down to one slot it never deadlocks, because 
 
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from offload_moe.errors import TransferError
 from offload_moe.schedule.counters import Counters
@@ -26,6 +26,18 @@ STALL_LIMIT_S = 120.0  # a transfer that takes longer than this is reported inst
 Wave = list[tuple[int, int]]
 
 
+class Changed(Protocol):
+    """What is used of `threading.Condition`; the simulator has one whose waiting moves a virtual clock."""
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, *exception: object) -> object: ...
+
+    def wait(self, timeout: float) -> object: ...
+
+    def notify_all(self) -> None: ...
+
+
 class Scheduler:
     """One tier: its slots, the mover that fills them, and who waits for what. Safe to use from several threads."""
 
@@ -37,14 +49,17 @@ class Scheduler:
         num_experts: int,
         bytes_counter: str = "disk_bytes",
         stall_limit_s: float = STALL_LIMIT_S,
+        clock: Callable[[], float] = time.monotonic,
+        changed: Changed | None = None,
     ) -> None:
-        """bytes_counter: the field of `Counters` that this tier's transfers add to."""
+        """bytes_counter: the field of `Counters` that this tier's transfers add to. clock, changed: how to wait."""
         self.residency = residency
         self.mover = mover
         self.counters = Counters()
         self.num_experts = num_experts
         self.stall_limit_s = stall_limit_s
-        self.changed = threading.Condition()
+        self.clock = clock
+        self.changed: Changed = changed or threading.Condition()
         self.failed: dict[int, BaseException] = {}
         self.unproven: set[int] = set()  # prefetched and not asked for since
         self.observer: Observer | None = None
@@ -200,7 +215,11 @@ class Lease:
         while wave := self._next_wave():
             yield wave
 
-    def _next_wave(self) -> Wave:
+    def poll(self) -> Wave:
+        """The next wave if any of it is ready, else an empty one. Does not wait."""
+        return self._next_wave(may_wait=False)
+
+    def _next_wave(self, *, may_wait: bool = True) -> Wave:
         scheduler = self._scheduler
         with scheduler.changed:
             self._release_held_to_mover()
@@ -208,7 +227,7 @@ class Lease:
             scheduler.release([slot for _, slot in held])
             self._admit()
             self._collect()
-            if not self._ready and (self._loading or self._absent):
+            if may_wait and not self._ready and (self._loading or self._absent):
                 self._wait()
             self._held, self._ready = self._ready, []
             scheduler.counters.num_waves += bool(self._held)
@@ -217,9 +236,9 @@ class Lease:
     def _wait(self) -> None:
         """Until something of ours is resident (lock held)."""
         scheduler = self._scheduler
-        began = time.monotonic()
+        began = scheduler.clock()
         while not self._ready:
-            remaining = began + scheduler.stall_limit_s - time.monotonic()
+            remaining = began + scheduler.stall_limit_s - scheduler.clock()
             if remaining <= 0:
                 num_missing = len(self._loading) + len(self._absent)
                 raise TransferError(
@@ -229,7 +248,7 @@ class Lease:
             scheduler.changed.wait(remaining)
             self._admit()
             self._collect()
-        scheduler.counters.stall_s += time.monotonic() - began
+        scheduler.counters.stall_s += scheduler.clock() - began
 
     def _admit(self) -> None:
         """Find or start what is still absent, as far as slots can be had (lock held)."""
