@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from offload_moe.errors import TransferError
 from offload_moe.schedule.counters import Counters
@@ -24,18 +24,6 @@ from offload_moe.tiers.mover import Mover
 STALL_LIMIT_S = 120.0  # a transfer that takes longer than this is reported instead of waited for
 
 Wave = list[tuple[int, int]]
-
-
-class Changed(Protocol):
-    """What is used of `threading.Condition`; the simulator has one whose waiting moves a virtual clock."""
-
-    def __enter__(self) -> object: ...
-
-    def __exit__(self, *exception: object) -> object: ...
-
-    def wait(self, timeout: float) -> object: ...
-
-    def notify_all(self) -> None: ...
 
 
 class Scheduler:
@@ -50,7 +38,7 @@ class Scheduler:
         bytes_counter: str = "disk_bytes",
         stall_limit_s: float = STALL_LIMIT_S,
         clock: Callable[[], float] = time.monotonic,
-        changed: Changed | None = None,
+        changed: threading.Condition | None = None,
     ) -> None:
         """bytes_counter: the field of `Counters` that this tier's transfers add to. clock, changed: how to wait."""
         self.residency = residency
@@ -59,7 +47,7 @@ class Scheduler:
         self.num_experts = num_experts
         self.stall_limit_s = stall_limit_s
         self.clock = clock
-        self.changed: Changed = changed or threading.Condition()
+        self.changed = changed or threading.Condition()
         self.failed: dict[int, BaseException] = {}
         self.unproven: set[int] = set()  # prefetched and not asked for since
         self.observer: Observer | None = None

@@ -22,6 +22,7 @@ FLOW = [
     "repair",
     "trace",
     "profile",
+    "simulate",
     "plan",
     "stores",
     "sources",

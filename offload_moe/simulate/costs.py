@@ -1,0 +1,79 @@
+"""What a model costs on a machine: the one cost model, of the simulation and of the plan's closed form.
+
+T tokens of a forward, t tokens of one expert.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunCosts:
+    """Seconds. "Host" is the time of the calling thread; the rest is arithmetic, which on a device runs beside it.
+
+    token_host_s, token_s: per forward, outside the layers: embeddings, output head, choosing the token.
+    layer_host_s: per MoE layer and forward, transformers' Python and the acquire.
+    dense_s: reading a layer's dense weights and cache once; dense_token_s: its arithmetic per token. The larger counts.
+    wave_host_s: per wave of a lease; expert_host_s: per expert of a wave.
+    expert_s: reading one expert where it is computed; pair_s: its arithmetic per token. The larger counts.
+    probe_host_s: asking one later router.
+    has_device: arithmetic is queued, and the host waits for it once per layer, when it needs the routing.
+    """
+
+    token_host_s: float = 0.0
+    token_s: float = 0.0
+    layer_host_s: float = 0.0
+    dense_s: float = 0.0
+    dense_token_s: float = 0.0
+    wave_host_s: float = 0.0
+    expert_host_s: float = 0.0
+    expert_s: float = 0.0
+    pair_s: float = 0.0
+    probe_host_s: float = 0.0
+    has_device: bool = False
+
+    def dense(self, num_tokens: int) -> float:
+        return max(self.dense_s, num_tokens * self.dense_token_s)
+
+    def experts(self, num_tokens: list[int]) -> float:
+        """num_tokens: of each expert of a wave."""
+        return sum(max(self.expert_s, tokens * self.pair_s) for tokens in num_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskModel:
+    """Reads of parts of records, several at once.
+
+    latency_s: from the request to its first byte. bytes_per_s: of all reads together; stream_bytes_per_s: of one.
+    check_bytes_per_s: the checksum of an expert's first read, on the reading thread. num_readers: reads at once.
+    """
+
+    bytes_per_s: float
+    stream_bytes_per_s: float = float("inf")
+    latency_s: float = 100e-6
+    check_bytes_per_s: float = float("inf")
+    num_readers: int = 4
+    part_bytes: int = 1 << 20
+
+    def alone_s(self, num_bytes: int) -> float:
+        """One record with the disk to itself: its parts are read side by side."""
+        return self.latency_s + num_bytes / min(self.bytes_per_s, self.num_readers * self.stream_bytes_per_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkModel:
+    """Copies to the device, one after another. latency_s: per copy, the loader thread's part in it included."""
+
+    bytes_per_s: float
+    latency_s: float = 30e-6
+    num_loaders: int = 4
+
+    def alone_s(self, num_bytes: int) -> float:
+        return self.latency_s + num_bytes / self.bytes_per_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookaheadModel:
+    """recall: the share of a layer's experts that is foretold one, two ... MoE layers before it; empty: no prefetch."""
+
+    recall: tuple[float, ...] = ()
+    seed: int = 0

@@ -1,0 +1,138 @@
+"""The runtime in virtual time: its own schedulers, residencies, policies and prefetch governor, with virtual movers.
+
+T tokens of a forward, L MoE layers, K top-k.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offload_moe.schedule.policy import DEFAULT_POLICY, LRU, make_policy
+from offload_moe.schedule.prefetch import PrefetchGovernor
+from offload_moe.schedule.residency import Residency
+from offload_moe.schedule.scheduler import Scheduler
+from offload_moe.simulate.clock import VirtualClock, VirtualCondition
+from offload_moe.simulate.costs import DiskModel, LinkModel, LookaheadModel, RunCosts
+from offload_moe.simulate.disk import VirtualDisk
+from offload_moe.simulate.link import VirtualLink
+from offload_moe.simulate.processor import DeviceProcessor, Processor
+from offload_moe.tiers.mover import Mover
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VirtualPools:
+    """Slots of each tier, all layers together; 0 device slots: RAM is the fast tier."""
+
+    num_layers: int
+    num_experts: int  # per layer
+    slot_bytes: int
+    num_ram_slots: int
+    num_device_slots: int = 0
+    policy: str = DEFAULT_POLICY
+
+
+class VirtualRuntime:
+    """Forwards one after another, as `offload_moe.moe.attach.BoundExperts` computes them."""
+
+    def __init__(
+        self,
+        pools: VirtualPools,
+        costs: RunCosts,
+        disk: DiskModel,
+        link: LinkModel | None = None,
+        lookahead: LookaheadModel | None = None,
+    ) -> None:
+        """link: needed where there are device slots."""
+        self.clock = VirtualClock()
+        self.processor = (DeviceProcessor if costs.has_device else Processor)(self.clock)
+        self._pools = pools
+        self._costs = costs
+        reader = VirtualDisk(self.clock, disk, pools.slot_bytes)
+        self.ram = self._scheduler(pools.num_ram_slots, reader, "disk_bytes")
+        self.scheduler = self.ram
+        if pools.num_device_slots:
+            assert link is not None
+            mover = VirtualLink(self.clock, link, self.ram, self.processor, pools.slot_bytes)
+            self.scheduler = self._scheduler(pools.num_device_slots, mover, "h2d_bytes")
+        num_all = pools.num_layers * pools.num_experts
+        recall = lookahead.recall if lookahead and self.scheduler.residency.num_slots < num_all else ()
+        self._recall = recall
+        self._governor = PrefetchGovernor(self.clock)
+        self._is_prefetching = False
+        self._random = random.Random(lookahead.seed if lookahead else 0)
+
+    def forward(self, experts: NDArray[Any]) -> float:
+        """experts ``[T, L, K]``. Returns the seconds it took."""
+        began = self.clock.now
+        self.processor.run(self._costs.token_host_s, self._costs.token_s)
+        if len(experts) != 1:
+            self._governor.pause()
+        for layer in range(experts.shape[1]):
+            self._layer(layer, experts)
+        self.processor.synchronize()  # the next token is chosen from the result
+        return self.clock.now - began
+
+    def _layer(self, layer: int, experts: NDArray[Any]) -> None:
+        costs, num_tokens = self._costs, len(experts)
+        self.processor.run(costs.layer_host_s, costs.dense(num_tokens))
+        self.processor.synchronize()
+        tokens_of = _tokens_per_expert(experts[:, layer])
+        with self.scheduler.acquire(layer, list(tokens_of)) as lease:
+            if num_tokens == 1:
+                self._look_ahead(layer, experts[0], list(tokens_of))
+            for wave in lease:
+                host_s = costs.wave_host_s + len(wave) * costs.expert_host_s
+                self.processor.run(host_s, costs.experts([tokens_of[expert] for expert, _ in wave]))
+
+    def _look_ahead(self, layer: int, experts: NDArray[Any], present: Sequence[int]) -> None:
+        """experts ``[L, K]``. The guesses are the truth, each expert with the recall's probability, else another."""
+        if not self._recall:
+            return
+        if layer == 0:
+            self._is_prefetching = self._governor.begin_token()
+        if not self._is_prefetching:
+            return
+        num_experts = self._pools.num_experts
+        keep = {layer * num_experts + expert for expert in present}
+        for depth, recall in enumerate(self._recall, start=1):
+            ahead = layer + depth
+            if ahead < len(experts):
+                self.processor.run(self._costs.probe_host_s, 0.0)
+                guessed = self._guess(experts[ahead].tolist(), recall)
+                self.scheduler.prefetch(ahead, guessed, keep)
+                keep |= {ahead * num_experts + expert for expert in guessed}
+
+    def _guess(self, truth: Sequence[int], recall: float) -> list[int]:
+        draw, num_experts = self._random, self._pools.num_experts
+        guesses = {expert if draw.random() < recall else draw.randrange(num_experts) for expert in truth}
+        return sorted(guesses)
+
+    def _scheduler(self, num_slots: int, mover: Mover, bytes_counter: str) -> Scheduler:
+        pools = self._pools
+        is_whole = num_slots >= pools.num_layers * pools.num_experts
+        policy = make_policy(
+            LRU.name if is_whole else pools.policy,
+            num_layers=pools.num_layers,
+            num_experts=pools.num_experts,
+            num_slots=num_slots,
+        )
+        return Scheduler(
+            Residency(num_slots, policy),
+            mover,
+            num_experts=pools.num_experts,
+            bytes_counter=bytes_counter,
+            clock=self.clock,
+            changed=VirtualCondition(self.clock),
+        )
+
+
+def _tokens_per_expert(chosen: NDArray[Any]) -> dict[int, int]:
+    """chosen ``[T, K]`` -> expert, ascending, and how many tokens it has."""
+    if len(chosen) == 1:
+        return dict.fromkeys(sorted(chosen[0].tolist()), 1)
+    found, counts = np.unique(chosen, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
