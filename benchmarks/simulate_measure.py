@@ -1,0 +1,113 @@
+"""Decode of a store at several numbers of slots, for simulate_validation.py: the same answers every time."""
+
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from simulate_validation import disk_rates
+
+from offload_moe import kernels
+from offload_moe.assemble import assemble, dense_codec_in_memory, load_tokenizer
+from offload_moe.generate import stream_tokens
+from offload_moe.lean import make_lean
+from offload_moe.model import Model, attach_experts
+from offload_moe.schedule.hierarchy import Hierarchy, Pools
+from offload_moe.store import Store
+from offload_moe.tiers.disk import DiskMover
+from offload_moe.trace import save_trace
+
+CPU = torch.device("cpu")
+
+
+def measure(
+    folder: Path,
+    shares: Sequence[float],
+    trace_file: Path,
+    *,
+    num_trials: int,
+    num_answers: int,
+    num_warm_up: int,
+    num_threads: int,
+    tokens: int,
+    prompt_tokens: int,
+) -> dict[str, Any]:
+    """Budgets in turn within each trial, after one recorded run with everything resident."""
+    torch.set_num_threads(num_threads)
+    if kernels.available():
+        kernels.set_threads(num_threads)
+    store = Store.open(folder)
+    num_all = len(store.layers) * store.num_experts
+    answer_all = {"num_answers": num_answers, "num_warm_up": num_warm_up, "tokens": tokens, "prompt": prompt_tokens}
+    with build(store, num_all) as model:
+        answers(model, **answer_all)  # so that the recorded run finds everything resident
+        recorded = answers(model, **answer_all, trace_file=trace_file)
+    budgets: dict[str, list[dict[str, float]]] = {str(share): [] for share in shares}
+    rates = []
+    for _ in range(num_trials):
+        record_bytes = max(layer.record_bytes for layer in store.layers)
+        rates.append(disk_rates(next(folder.glob("experts-*")), record_bytes))
+        for share in shares:
+            num_slots = max(1, round(share * num_all))
+            with build(store, num_slots) as model:
+                result = {"num_slots": num_slots, **answers(model, **answer_all)}
+            budgets[str(share)].append(result)
+            print(folder.name, share, result, file=sys.stderr, flush=True)
+    return {
+        "num_layers": len(store.layers),
+        "num_experts": store.num_experts,
+        "slot_bytes": max(layer.record_bytes for layer in store.layers),
+        "recorded": recorded,
+        "disk": rates,
+        "budgets": budgets,
+    }
+
+
+def build(store: Store, num_slots: int) -> Model:
+    """As `load` does it, for so many slots."""
+    codec = dense_codec_in_memory(store, None, CPU)
+    assembled = assemble(store, CPU, torch.float32, dense_codec=codec)
+    pools = Pools(
+        num_layers=len(store.layers),
+        num_experts=store.num_experts,
+        slot_bytes=max(layer.record_bytes for layer in store.layers),
+        num_ram_slots=num_slots,
+    )
+    hierarchy = Hierarchy(
+        pools, lambda arena: DiskMover(arena, lambda key: store.record(*divmod(key, store.num_experts)))
+    )
+    attach_experts(assembled, store, hierarchy, CPU, is_exact=False, prefetch=0)
+    make_lean(assembled.hf, is_exact=False)
+    assembled.hf.generation_config.eos_token_id = None
+    return Model(store, assembled, load_tokenizer(store), hierarchy)
+
+
+def answers(
+    model: Model, *, num_answers: int, num_warm_up: int, tokens: int, prompt: int, trace_file: Path | None = None
+) -> dict[str, float]:
+    """Several answers, hot sampling; the sums of those that count, per decoded token."""
+    counted: list[dict[str, float]] = []
+    with model.trace() if trace_file is not None else nullcontext() as recorder:
+        for seed in range(num_answers):
+            ids = torch.tensor([[(i * 37 + seed * 101) % 20000 + 300 for i in range(prompt)]])
+            sampling = {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "seed": seed, "max_new_tokens": tokens}
+            with stream_tokens(model.hf, None, ids, **sampling) as stream:
+                next(iter(stream))
+                before = model.stats.copy()
+                num_decoded = sum(1 for _ in stream)
+                spent = model.stats.since(before)
+                counted.append({"tokens": num_decoded, "decode_s": stream.decode_s, "stall_s": spent.stall_s,
+                                "hits": spent.num_hits, "accesses": spent.num_accesses, "waves": spent.num_waves,
+                                "prompt_s": stream.prompt_s})  # fmt: skip
+    if trace_file is not None and recorder is not None:
+        save_trace(recorder.trace(), trace_file)
+    total = {name: sum(answer[name] for answer in counted[num_warm_up:]) for name in counted[0]}
+    return {
+        "decode_tokens_per_s": total["tokens"] / total["decode_s"],
+        "stall_s": total["stall_s"] / total["tokens"],
+        "waves": total["waves"] / total["tokens"],
+        "hit_rate": total["hits"] / total["accesses"],
+        "prompt_tokens_per_s": prompt * (num_answers - num_warm_up) / total["prompt_s"],
+    }

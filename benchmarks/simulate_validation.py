@@ -1,0 +1,130 @@
+"""How well the simulation predicts decode on this machine: constants fitted on some budgets, compared on others.
+
+    python benchmarks/simulate_validation.py --folder SCRATCH [--models demo olmoe] [--trials 3] [--predict-only]
+
+For each model and each share of its experts that has a slot in RAM, the real runtime answers the same prompts, prefetch
+off; the rest comes from disk. Every budget computes the same tokens, so one recorded trace serves all. From the
+budgets named in FITTED come all constants: the time of a token with everything resident, what a further wave costs the
+host, and the latency of a read; the disk's rate is measured by reads of its own. The budgets in VALIDATED are only
+compared. Measurements are kept in SCRATCH; the last line of stdout is one JSON document.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from harness import finish, random_read_bytes_per_s, spread
+
+HERE = Path(__file__).parent
+FITTED = (1.0, 0.3, 0.75)
+VALIDATED = (0.2, 0.4, 0.5, 0.9)
+NUM_ANSWERS, NUM_WARM_UP = 3, 1
+SETTINGS = {"demo": {"tokens": 64, "prompt_tokens": 16}, "olmoe": {"tokens": 24, "prompt_tokens": 16}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--predict-only", action="store_true", help="compare with what SCRATCH already holds")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if not options.predict_only:
+        from simulate_measure import measure
+
+        for name in options.models:
+            document = measure(
+                store_of(name, options.folder),
+                (*FITTED, *VALIDATED),
+                options.folder / f"{name}.npz",
+                num_trials=options.trials,
+                num_answers=NUM_ANSWERS,
+                num_warm_up=NUM_WARM_UP,
+                num_threads=options.threads,
+                **SETTINGS[name],
+            )
+            (options.folder / f"{name}.json").write_text(json.dumps(document))
+    rows = {name: validate(options.folder, name) for name in options.models}
+    finish({"benchmark": "simulate_validation", "label": "measured and simulated", "models": rows})
+
+
+def store_of(name: str, folder: Path) -> Path:
+    if name == "demo":
+        from offload_moe.sources import ensure_store, silent
+
+        return ensure_store("demo", codec=None, dense_codec="bf16", revision=None, token=None, report=silent)
+    store = folder / "OLMoE-1B-7B-0125-store"
+    if not (store / "store.json").exists():
+        from synthesize import synthesize
+
+        config = HERE / "configs/OLMoE-1B-7B-0125.json"
+        synthesize(config, store, codec="nf4", dense_codec="nf4", layers=None, seed=0)
+    return store
+
+
+def validate(folder: Path, name: str) -> dict[str, Any]:
+    from simulate_fit import Fitter
+
+    from offload_moe.trace import load_trace
+
+    measured = json.loads((folder / f"{name}.json").read_text())
+    fitter = Fitter(measured, load_trace(folder / f"{name}.npz"), num_warm_up=NUM_WARM_UP)
+    fitter.fit(FITTED)
+    rows = []
+    for share in sorted({*FITTED, *VALIDATED}):
+        trials = measured["budgets"][str(share)]
+        decode = spread([trial["decode_tokens_per_s"] for trial in trials])
+        simulation = fitter.simulate(share)
+        row = {
+            "share_of_experts": share,
+            "num_slots": trials[0]["num_slots"],
+            "is_fitted": share in FITTED,
+            "measured_decode_tokens_per_s": decode,
+            "simulated_decode_tokens_per_s": simulation.decode_tokens_per_s,
+            "error": simulation.decode_tokens_per_s / decode["median"] - 1,
+            "measured_hit_rate": statistics.median(trial["hit_rate"] for trial in trials),
+            "simulated_hit_rate": simulation.hit_rate,
+            "measured_stall_s": statistics.median(trial["stall_s"] for trial in trials),
+            "simulated_stall_s": simulation.stall_s,
+        }
+        rows.append(row)
+        print_row(name, row)
+    errors = [abs(row["error"]) for row in rows if not row["is_fitted"]]
+    return {
+        "budgets": rows,
+        "constants": fitter.constants(),
+        "largest_error_of_validated": max(errors),
+        "num_validated_within_15_percent": sum(error <= 0.15 for error in errors),
+        "num_validated": len(errors),
+    }
+
+
+def print_row(name: str, row: dict[str, Any]) -> None:
+    decode = row["measured_decode_tokens_per_s"]
+    print(
+        f"{name:6s} {row['share_of_experts']:5.0%} {'fitted   ' if row['is_fitted'] else 'validated'} "
+        f"measured {decode['median']:6.2f} ({decode['min']:.2f} to {decode['max']:.2f}) tok/s, "
+        f"simulated {row['simulated_decode_tokens_per_s']:6.2f}, error {row['error']:+.1%}; "
+        f"hit rate {row['measured_hit_rate']:.3f} / {row['simulated_hit_rate']:.3f}; "
+        f"stall ms/token {1e3 * row['measured_stall_s']:.1f} / {1e3 * row['simulated_stall_s']:.1f}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def disk_rates(file: Path, record_bytes: int) -> dict[str, float]:
+    """Whole records one at a time and four at once, and pages one at a time, for the latency."""
+    return {
+        "one_bytes_per_s": random_read_bytes_per_s(file, record_bytes, depth=1, seconds=2.0),
+        "four_bytes_per_s": random_read_bytes_per_s(file, record_bytes, depth=4, seconds=2.0),
+        "page_s": 4096 / random_read_bytes_per_s(file, 4096, depth=1, seconds=1.0),
+    }
+
+
+if __name__ == "__main__":
+    main()
