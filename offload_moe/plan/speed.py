@@ -2,7 +2,8 @@
 
 A token takes at least the sum over its MoE layers of A + max(E, X): A before the router, E expert compute, X transfer
 of the misses, which are known only after the router. Prefetch could hide X in part, and is not counted; nor are the
-differences between layers and tokens, which only make it slower. Source: docs/design.md, "Numbers to hold in mind".
+differences between layers and tokens, which only make it slower. `offload-moe simulate` has both, at the same costs.
+Source: docs/design.md, "Numbers to hold in mind".
 """
 
 import math
@@ -15,6 +16,7 @@ from offload_moe.plan.parameters import ModelShape
 from offload_moe.plan.placement import Placement, Settings
 from offload_moe.plan.sizes import dense_memory_bytes, routed_bytes
 from offload_moe.plan.working import cache_bytes
+from offload_moe.simulate.costs import RunCosts
 
 BASIS = "simulated: hit rates of replayed traces, assumed bandwidths, no prefetch"
 
@@ -83,8 +85,8 @@ def forecast_speed(shape: ModelShape, machine: Machine, settings: Settings, plac
 def _forecast(
     curve: HitCurve, shape: ModelShape, machine: Machine, settings: Settings, placement: Placement
 ) -> Forecast:
-    rates = machine.rates
-    memory = rates.vram if machine.has_device else rates.ram
+    rates, costs = machine.rates, run_costs(shape, machine, settings, placement)
+    num_layers = len(shape.layers)
     num_top_k = sum(min(shape.top_k, layer.num_experts) for layer in shape.layers)
 
     def hit_rate(num_slots: int) -> float:
@@ -94,19 +96,39 @@ def _forecast(
     fast_rate = hit_rate(placement.fast.num_slots)
     # The RAM tier sees only what the fast one missed, so it can never make things worse.
     disk_rate = min(1 - fast_rate, 1 - hit_rate(placement.ram.num_slots))
-    lookup_bytes = shape.lookup_elements * machine.dtype.itemsize
-    read_bytes = (
-        dense_memory_bytes(shape, placement.dense_codec, machine.dtype)
-        - lookup_bytes
-        + cache_bytes(shape, settings.context, machine.dtype)
-    )
     return Forecast(
         trace=curve.trace,
         hit_rate=fast_rate,
         disk_rate=disk_rate,
-        overhead_s=shape.num_layers * rates.layer_s,
-        dense_s=read_bytes / memory,
-        expert_s=routed / memory,
+        overhead_s=costs.token_host_s + num_layers * costs.layer_host_s,
+        dense_s=costs.token_s + num_layers * costs.dense_s,
+        expert_s=num_top_k * costs.expert_s,
         link_s=(1 - fast_rate) * routed / rates.link if machine.has_device else 0.0,
         disk_s=disk_rate * routed / rates.disk,
+    )
+
+
+def run_costs(shape: ModelShape, machine: Machine, settings: Settings, placement: Placement) -> RunCosts:
+    """What the model costs there, for the forecast above and for the simulation.
+
+    Dense weights of layers without experts, and the output head, are spread over the MoE layers.
+    """
+    rates, num_layers = machine.rates, len(shape.layers)
+    memory, flops = (rates.vram, rates.device_flops) if machine.has_device else (rates.ram, rates.cpu_flops)
+    num_routed = sum(min(shape.top_k, layer.num_experts) for layer in shape.layers)
+    read_bytes = (
+        dense_memory_bytes(shape, placement.dense_codec, machine.dtype)
+        - shape.lookup_elements * machine.dtype.itemsize
+        + cache_bytes(shape, settings.context, machine.dtype)
+    )
+    pair_parameters = sum(layer.expert_parameters for layer in shape.layers) / num_layers
+    return RunCosts(
+        layer_host_s=rates.layer_s * shape.num_layers / num_layers,
+        dense_s=read_bytes / memory / num_layers,
+        dense_token_s=2 * (shape.dense_parameters - shape.lookup_elements) / flops / num_layers,
+        wave_host_s=rates.wave_s,
+        expert_s=routed_bytes(shape, settings.codec) / num_routed / memory,
+        pair_s=2 * pair_parameters / flops,
+        probe_host_s=rates.probe_s,
+        has_device=machine.has_device,
     )

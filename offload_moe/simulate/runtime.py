@@ -4,6 +4,7 @@ T tokens of a forward, L MoE layers, K top-k.
 """
 
 import random
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from offload_moe.simulate.disk import VirtualDisk
 from offload_moe.simulate.link import VirtualLink
 from offload_moe.simulate.processor import DeviceProcessor, Processor
 from offload_moe.tiers.mover import Mover
+
+RECENT_TOKENS = 32  # that wrong guesses are taken from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +64,7 @@ class VirtualRuntime:
         num_all = pools.num_layers * pools.num_experts
         recall = lookahead.recall if lookahead and self.scheduler.residency.num_slots < num_all else ()
         self._recall = recall
+        self._recent: deque[NDArray[Any]] = deque(maxlen=RECENT_TOKENS)
         self._governor = PrefetchGovernor(self.clock)
         self._is_prefetching = False
         self._random = random.Random(lookahead.seed if lookahead else 0)
@@ -89,10 +93,11 @@ class VirtualRuntime:
                 self.processor.run(host_s, costs.experts([tokens_of[expert] for expert, _ in wave]))
 
     def _look_ahead(self, layer: int, experts: NDArray[Any], present: Sequence[int]) -> None:
-        """experts ``[L, K]``. The guesses are the truth, each expert with the recall's probability, else another."""
+        """experts ``[L, K]``. Guesses are the truth, each expert with the recall's probability, else a recent one."""
         if not self._recall:
             return
         if layer == 0:
+            self._recent.append(experts)
             self._is_prefetching = self._governor.begin_token()
         if not self._is_prefetching:
             return
@@ -102,14 +107,15 @@ class VirtualRuntime:
             ahead = layer + depth
             if ahead < len(experts):
                 self.processor.run(self._costs.probe_host_s, 0.0)
-                guessed = self._guess(experts[ahead].tolist(), recall)
+                guessed = self._guess(ahead, experts[ahead].tolist(), recall)
                 self.scheduler.prefetch(ahead, guessed, keep)
                 keep |= {ahead * num_experts + expert for expert in guessed}
 
-    def _guess(self, truth: Sequence[int], recall: float) -> list[int]:
-        draw, num_experts = self._random, self._pools.num_experts
-        guesses = {expert if draw.random() < recall else draw.randrange(num_experts) for expert in truth}
-        return sorted(guesses)
+    def _guess(self, layer: int, truth: Sequence[int], recall: float) -> list[int]:
+        """Wrong guesses are experts that this layer used lately, as routers that err prefer what they often choose."""
+        draw = self._random
+        wrong = draw.choice(self._recent)[layer].tolist()
+        return sorted({expert if draw.random() < recall else draw.choice(wrong) for expert in truth})
 
     def _scheduler(self, num_slots: int, mover: Mover, bytes_counter: str) -> Scheduler:
         pools = self._pools

@@ -1,0 +1,143 @@
+"""A planned model on its described machine, run in virtual time."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from offload_moe.errors import BudgetError, ConfigError
+from offload_moe.plan.parameters import ModelShape
+from offload_moe.plan.plan import Plan
+from offload_moe.plan.speed import run_costs
+from offload_moe.schedule.policy import DEFAULT_POLICY
+from offload_moe.simulate import (
+    DiskModel,
+    LinkModel,
+    LookaheadModel,
+    RunCosts,
+    Simulation,
+    VirtualPools,
+    answers_of,
+    simulate,
+    simulation_to_json,
+    synthetic_trace,
+)
+from offload_moe.simulate.synthetic import REUSE, SKEW
+from offload_moe.sizes import format_size
+from offload_moe.trace import Trace
+
+PROMPT_TOKENS, DECODE_TOKENS = 128, 128  # of each synthetic answer
+ASSUMED_RECALL = (0.75, 0.65)  # one and two MoE layers ahead, where the trace does not say: see docs/simulate.md
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSimulation:
+    """workload: what was run, in words. recall: of the lookahead, by depth."""
+
+    plan: Plan
+    pools: VirtualPools
+    costs: RunCosts
+    recall: tuple[float, ...]
+    workload: str
+    result: Simulation
+
+
+def simulate_plan(
+    plan: Plan,
+    trace: Trace | None = None,
+    *,
+    policy: str = DEFAULT_POLICY,
+    prefetch: bool = True,
+    prompt_tokens: int | None = None,
+    num_tokens: int | None = None,
+    skew: float | None = None,
+    reuse: float | None = None,
+) -> PlanSimulation:
+    """Run a trace, or a synthetic one, on the machine of a plan. The first of several answers warms up.
+
+    prompt_tokens: of each answer; None takes what the trace says, or 128. num_tokens: decoded in all, at most.
+
+    Raises:
+        BudgetError: the plan does not fit.
+        ConfigError: the trace is of another shape, or an unknown policy.
+    """
+    if not plan.fits:
+        lacking = ", ".join(f"{s.memory} lacks {format_size(s.missing_bytes)}" for s in plan.shortfalls)
+        raise BudgetError(f"{plan.name} does not fit: {lacking}. See `offload-moe plan` for what would make it fit.")
+    shape = plan.shape
+    if trace is None:
+        prompt_tokens = PROMPT_TOKENS if prompt_tokens is None else prompt_tokens
+        length = prompt_tokens + (num_tokens or DECODE_TOKENS)
+        trace = _synthetic(shape, length, SKEW if skew is None else skew, REUSE if reuse is None else reuse)
+        num_tokens = None
+    _check_shape(trace, shape)
+    answers = answers_of(trace, prompt_tokens=prompt_tokens, num_tokens=num_tokens)
+    rates, placement = plan.machine.rates, plan.placement
+    recall = _recall(trace) if prefetch else ()
+    pools = VirtualPools(
+        num_layers=len(shape.layers),
+        num_experts=trace.num_experts,
+        slot_bytes=placement.fast.slot_bytes,
+        num_ram_slots=placement.ram.num_slots,
+        num_device_slots=placement.vram.num_slots if placement.vram is not None else 0,
+        policy=policy,
+    )
+    costs = run_costs(shape, plan.machine, plan.settings, placement)
+    result = simulate(
+        answers,
+        pools,
+        costs,
+        DiskModel(bytes_per_s=rates.disk, latency_s=rates.disk_latency_s),
+        LinkModel(bytes_per_s=rates.link, latency_s=rates.link_latency_s),
+        LookaheadModel(recall=recall),
+        num_warm_up=1 if len(answers) > 1 else 0,
+    )
+    workload = str(json.loads(trace.metadata).get("model") or "a trace")
+    return PlanSimulation(plan=plan, pools=pools, costs=costs, recall=recall, workload=workload, result=result)
+
+
+def plan_simulation_to_json(simulation: PlanSimulation) -> dict[str, Any]:
+    """Ready for `json.dumps`; docs/simulate.md describes the keys."""
+    machine = simulation.plan.machine
+    return {
+        **simulation_to_json(simulation.result),
+        "model": simulation.plan.name,
+        "workload": simulation.workload,
+        "machine": {"vram_bytes": machine.vram_bytes, "ram_bytes": machine.ram_bytes, "rates": asdict(machine.rates)},
+        "pools": asdict(simulation.pools),
+        "costs": asdict(simulation.costs),
+        "lookahead_recall": list(simulation.recall),
+    }
+
+
+def _synthetic(shape: ModelShape, length: int, skew: float, reuse: float) -> Trace:
+    num_experts = max(layer.num_experts for layer in shape.layers)
+    return synthetic_trace(
+        num_layers=len(shape.layers),
+        num_experts=num_experts,
+        top_k=min(shape.top_k, num_experts),
+        num_tokens=length,
+        num_sequences=2,
+        skew=skew,
+        reuse=reuse,
+    )
+
+
+def _check_shape(trace: Trace, shape: ModelShape) -> None:
+    num_experts = max(layer.num_experts for layer in shape.layers)
+    has = (trace.num_layers, trace.num_experts, trace.top_k)
+    needs = (len(shape.layers), num_experts, min(shape.top_k, num_experts))
+    if has != needs:
+        raise ConfigError(
+            "The trace has {} MoE layers, {} experts and top-{}, ".format(*has)
+            + "the model {}, {} and top-{}. Record one of this model with `offload-moe profile`.".format(*needs)
+        )
+
+
+def _recall(trace: Trace) -> tuple[float, ...]:
+    """As recorded, mean over the layers; of the two depths the runtime uses."""
+    recorded = json.loads(trace.metadata).get("lookahead_recall", {})
+    found = []
+    for depth, assumed in enumerate(ASSUMED_RECALL, start=1):
+        values = [value for value in recorded.get(str(depth), []) if value is not None]
+        found.append(sum(values) / len(values) if values else assumed)
+    return tuple(found)
