@@ -9,7 +9,7 @@ from typing import Any
 from offload_moe.simulate import DiskModel, RunCosts, Simulation, VirtualPools, answers_of, simulate
 from offload_moe.trace import Trace
 
-STEPS = 14  # of a search by halves
+STEPS = 10  # of a search by halves
 
 
 class Fitter:
@@ -18,39 +18,30 @@ class Fitter:
         self._trace = trace
         self._answers = answers_of(trace)
         self._num_warm_up = num_warm_up
-        one, four, page = (
-            statistics.median(rate[name] for rate in measured["disk"])
-            for name in ("one_bytes_per_s", "four_bytes_per_s", "page_s")
-        )
-        alone_s = measured["slot_bytes"] / one
-        self._disk = DiskModel(
-            bytes_per_s=max(four, one),
-            stream_bytes_per_s=measured["slot_bytes"] / max(alone_s - page, 0.1 * alone_s),
-            latency_s=page,
-            part_bytes=1 << 40,  # a record is read by one reader
-        )
+        self._disk = DiskModel(bytes_per_s=1e9, part_bytes=1 << 40)  # a record is read by one reader
         self._costs = self._resident_costs()
 
     def fit(self, shares: Sequence[float]) -> None:
-        """What a wave costs the host, from the time beside stalls; then what is late about a read, from the stalls."""
+        """What incomplete waves cost the host, from the time beside stalls; the disk's rate, from the stalls."""
         partial = [share for share in shares if share < 1]
-        whole_s, resident = self._token_s(1.0), self._costs
+        whole_s = self._token_s(1.0)
 
         def busy_error(seconds: float) -> float:
-            # The first wave of a layer is in the time with everything resident already.
-            self._costs = replace(resident, wave_host_s=seconds, layer_host_s=resident.layer_host_s - seconds)
+            self._costs = replace(self._costs, partial_host_s=seconds)
             return self._mean_log(
                 partial,
                 lambda s: s.token_s - s.stall_s,
                 lambda share: max(whole_s, self._token_s(share) - self._median(share, "stall_s")),
             )
 
-        def stall_error(seconds: float) -> float:
-            self._disk = replace(self._disk, latency_s=seconds)
+        def stall_error(log_seconds_per_byte: float) -> float:
+            rate = math.exp(-log_seconds_per_byte)
+            self._disk = replace(self._disk, bytes_per_s=rate, stream_bytes_per_s=rate / 2)
             return self._mean_log(partial, lambda s: s.stall_s, lambda share: self._median(share, "stall_s"))
 
-        _search(busy_error, 0.0, 2e-3)
-        _search(stall_error, 0.0, 20e-3)
+        for _ in range(2):  # what is busy hides reads, and what is read late is no work
+            _search(busy_error, 0.0, 10e-3)
+            _search(stall_error, -math.log(50e9), -math.log(5e6))
 
     def simulate(self, share: float) -> Simulation:
         measured = self._measured
@@ -94,7 +85,9 @@ class Fitter:
         self, shares: Sequence[float], simulated: Callable[[Simulation], float], measured: Callable[[float], float]
     ) -> float:
         """Positive where the simulation is too slow."""
-        return statistics.mean(math.log(max(simulated(self.simulate(s)), 1e-9) / measured(s)) for s in shares)
+        return statistics.mean(
+            math.log(max(simulated(self.simulate(s)), 1e-6) / max(measured(s), 1e-6)) for s in shares
+        )
 
 
 def _search(error: Callable[[float], float], low: float, high: float) -> None:

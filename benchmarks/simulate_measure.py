@@ -1,5 +1,6 @@
 """Decode of a store at several numbers of slots, for simulate_validation.py: the same answers every time."""
 
+import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -7,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from simulate_validation import disk_rates
 
 from offload_moe import kernels
-from offload_moe.assemble import assemble, dense_codec_in_memory, load_tokenizer
+from offload_moe.assemble import Assembled, assemble, dense_codec_in_memory, load_tokenizer
 from offload_moe.generate import stream_tokens
 from offload_moe.lean import make_lean
 from offload_moe.model import Model, attach_experts
@@ -26,6 +26,7 @@ def measure(
     folder: Path,
     shares: Sequence[float],
     trace_file: Path,
+    result_file: Path,
     *,
     num_trials: int,
     num_answers: int,
@@ -34,41 +35,47 @@ def measure(
     tokens: int,
     prompt_tokens: int,
 ) -> dict[str, Any]:
-    """Budgets in turn within each trial, after one recorded run with everything resident."""
+    """Budgets in turn within each trial, after one recorded run with everything resident. Also written to a file."""
     torch.set_num_threads(num_threads)
     if kernels.available():
         kernels.set_threads(num_threads)
     store = Store.open(folder)
     num_all = len(store.layers) * store.num_experts
     answer_all = {"num_answers": num_answers, "num_warm_up": num_warm_up, "tokens": tokens, "prompt": prompt_tokens}
-    with build(store, num_all) as model:
-        answers(model, **answer_all)  # so that the recorded run finds everything resident
-        recorded = answers(model, **answer_all, trace_file=trace_file)
-    budgets: dict[str, list[dict[str, float]]] = {str(share): [] for share in shares}
-    rates = []
-    for _ in range(num_trials):
-        record_bytes = max(layer.record_bytes for layer in store.layers)
-        rates.append(disk_rates(next(folder.glob("experts-*")), record_bytes))
-        for share in shares:
-            num_slots = max(1, round(share * num_all))
-            with build(store, num_slots) as model:
-                result = {"num_slots": num_slots, **answers(model, **answer_all)}
-            budgets[str(share)].append(result)
-            print(folder.name, share, result, file=sys.stderr, flush=True)
-    return {
+    assembled = prepare(store)
+    model = build(store, assembled, num_all)
+    answers(model, **answer_all)  # so that the recorded run finds everything resident
+    recorded = answers(model, **answer_all, trace_file=trace_file)
+    model.close()
+    document: dict[str, Any] = {
         "num_layers": len(store.layers),
         "num_experts": store.num_experts,
         "slot_bytes": max(layer.record_bytes for layer in store.layers),
         "recorded": recorded,
-        "disk": rates,
-        "budgets": budgets,
+        "budgets": {str(share): [] for share in shares},
     }
+    for trial in range(num_trials):
+        for share in (*shares[trial % len(shares) :], *shares[: trial % len(shares)]):
+            num_slots = max(1, round(share * num_all))
+            model = build(store, assembled, num_slots)
+            result = {"num_slots": num_slots, **answers(model, **answer_all)}
+            model.close()
+            document["budgets"][str(share)].append(result)
+            print(folder.name, share, result, file=sys.stderr, flush=True)
+        result_file.write_text(json.dumps(document))  # whatever happens to the trials that follow
+    return document
 
 
-def build(store: Store, num_slots: int) -> Model:
+def prepare(store: Store) -> Assembled:
+    """The model without its experts, which every budget shares."""
+    assembled = assemble(store, CPU, torch.float32, dense_codec=dense_codec_in_memory(store, None, CPU))
+    make_lean(assembled.hf, is_exact=False)
+    assembled.hf.generation_config.eos_token_id = None
+    return assembled
+
+
+def build(store: Store, assembled: Assembled, num_slots: int) -> Model:
     """As `load` does it, for so many slots."""
-    codec = dense_codec_in_memory(store, None, CPU)
-    assembled = assemble(store, CPU, torch.float32, dense_codec=codec)
     pools = Pools(
         num_layers=len(store.layers),
         num_experts=store.num_experts,
@@ -79,8 +86,6 @@ def build(store: Store, num_slots: int) -> Model:
         pools, lambda arena: DiskMover(arena, lambda key: store.record(*divmod(key, store.num_experts)))
     )
     attach_experts(assembled, store, hierarchy, CPU, is_exact=False, prefetch=0)
-    make_lean(assembled.hf, is_exact=False)
-    assembled.hf.generation_config.eos_token_id = None
     return Model(store, assembled, load_tokenizer(store), hierarchy)
 
 

@@ -88,8 +88,12 @@ class VirtualRuntime:
         with self.scheduler.acquire(layer, list(tokens_of)) as lease:
             if num_tokens == 1:
                 self._look_ahead(layer, experts[0], list(tokens_of))
+            num_computed = 0
             for wave in lease:
                 host_s = costs.wave_host_s + len(wave) * costs.expert_host_s
+                if not num_computed and len(wave) < len(tokens_of):
+                    host_s += costs.partial_host_s
+                num_computed += len(wave)
                 self.processor.run(host_s, costs.experts([tokens_of[expert] for expert, _ in wave]))
 
     def _look_ahead(self, layer: int, experts: NDArray[Any], present: Sequence[int]) -> None:
