@@ -13,10 +13,10 @@ from offload_moe.tiers.copier import compute_device, free_device_memory
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """Bytes per second as they are reached, operations per second, and seconds: assumptions, not measured.
+    """Bytes per second, operations per second, and seconds: assumptions, not measured.
 
-    vram, device_flops: GeForce RTX 3060 12 GB, the slowest of the cards in wide use, 360 GB/s and 25.5 TFLOPS by
-    NVIDIA's specification; see `offload_moe.simulate.hardware` for the shares of it.
+    vram: GeForce RTX 3060 12 GB, the slowest of the cards in wide use. Source: NVIDIA's specification.
+    device_flops: two fifths of its 25.5 TFLOPS; see `offload_moe.simulate.hardware`.
     ram: dual-channel DDR4-3200, 51.2 GB/s by its standard (JESD79-4), of which kernels reach about four fifths.
     cpu_flops: eight cores at the 50 GFLOP/s that prompts reach on one core of a 2.5 GHz Xeon.
     link: PCIe 4.0 x16 as pinned copies reach it; 31.5 GB/s by its standard. disk: docs/design.md reckons with this.
@@ -24,7 +24,7 @@ class Rates:
     a layer. probe_s: asking a later router what it would choose. Latencies: per read, per copy.
     """
 
-    vram: float = 250e9
+    vram: float = 360e9
     ram: float = 40e9
     link: float = 25e9
     disk: float = 1e9
