@@ -1,4 +1,4 @@
-"""The default policy where it was not tuned: other orders, short traces, few large experts, many small ones, no repeats.
+"""The default policy where it was not tuned: other orders, short traces, few large experts, many small ones.
 
     python benchmarks/policy_robustness.py [TRACE.npz ...] [--slots 25%]
 
