@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, Unpack, cast
+from typing import Any, Self, Unpack
 
 import psutil
 import torch
@@ -24,7 +24,6 @@ from offload_moe.generate import Prompt
 from offload_moe.lean import make_lean
 from offload_moe.moe.arithmetic import choose_arithmetic
 from offload_moe.moe.attach import BoundExperts, attach
-from offload_moe.moe.contract import ExpertsContract
 from offload_moe.moe.lookahead import DEFAULT_DEPTH, Lookahead, find_probes
 from offload_moe.profile.recorder import RecordedTier, Recorder, Subject, record
 from offload_moe.quant import get_codec
@@ -202,8 +201,7 @@ def attach_experts(
         lookahead = Lookahead(probes, hierarchy.scheduler, PrefetchGovernor(), prefetch)
     bound = []
     for ordinal, layer in enumerate(assembled.layers):
-        module = cast(ExpertsContract, layer.module)
-        arithmetic = choose_arithmetic(module, layer.shape, codec, device, is_exact=is_exact)
+        arithmetic = choose_arithmetic(layer.contract, layer.shape, codec, device, is_exact=is_exact)
         bound.append(
             BoundExperts(ordinal, layer.num_experts, hierarchy.scheduler, hierarchy.record_of, arithmetic, lookahead)
         )

@@ -15,6 +15,7 @@ from offload_moe.checkpoint.expert_reader import ExpertReader
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
 from offload_moe.checkpoint.formats import open_tensors
 from offload_moe.checkpoint.names import SourceGroup, map_names, required_names
+from offload_moe.checkpoint.piece_reader import PieceReader
 from offload_moe.checkpoint.skeleton import build_skeleton, load_config
 from offload_moe.checkpoint.tensors import TensorSource
 from offload_moe.errors import CheckpointError
@@ -69,8 +70,10 @@ class Checkpoint:
         missing = sorted(required_names(self.model) - set(self._dense_groups) - self._experts_parameters())
         if missing:
             raise CheckpointError(f"{folder}: no tensor brings {missing[0]} ({len(missing)} parameters are missing).")
-        self._readers = [
+        self._readers: list[ExpertReader | PieceReader] = [
             ExpertReader(layer, groups, self.model, self.tensors)
+            if layer.is_stacked
+            else PieceReader(layer, groups, self.model, self.tensors)
             for layer, groups in zip(self.layers, by_layer, strict=True)
         ]
 

@@ -79,8 +79,11 @@ def check_per_expert(group: SourceGroup) -> None:
             )
 
 
-def check_module_list(group: SourceGroup, num_experts: int) -> None:
-    """Raises: CheckpointError naming the first expert tensor that is missing or too many."""
+def check_module_list(group: SourceGroup, num_experts: int, num_spare: int = 0) -> None:
+    """num_spare: experts after the others that may be there and mean nothing.
+
+    Raises: CheckpointError naming the first expert tensor that is missing or too many.
+    """
     expected = set(range(num_experts))
     for pattern in group.converter.source_patterns if group.converter is not None else ():
         names = group.sources.get(pattern)
@@ -90,8 +93,8 @@ def check_module_list(group: SourceGroup, num_experts: int) -> None:
         for number in sorted(expected - set(numbers)):
             missing = re.sub(r"experts\.\d+\.", f"experts.{number}.", names[0])
             raise CheckpointError(f"Tensor {missing} is missing: expert {number} of {num_experts} for {group.target}.")
-        if len(names) != num_experts:
-            extra = next(name for number, name in numbers.items() if number not in expected)
+        extra = next((name for number, name in numbers.items() if number >= num_experts + num_spare), None)
+        if extra is not None:
             raise CheckpointError(f"Tensor {extra} is one too many: {group.target} has {num_experts} experts.")
 
 

@@ -51,12 +51,12 @@ class ExpertReader:
                 for pattern, names in group.sources.items()
             }
             converted |= convert(group, one, self._model)
-        return {name: converted[f"{self._layer.name}.{name}"][0] for name in self._layer.shape.module_shapes()}
+        return {name: converted[self._layer.stacked_name(name)][0] for name in self._layer.shape.module_shapes()}
 
     @property
     def is_packed(self) -> bool:
         """Whether the checkpoint has every matrix of these experts in MXFP4."""
-        names = {f"{self._layer.name}.{matrix.name}": matrix for matrix in self._layer.shape.matrices}
+        names = {self._layer.stacked_name(matrix.name) for matrix in self._layer.shape.matrices}
         found = [group for group in self._groups if group.target in names]
         return (
             isinstance(self._tensors, Mxfp4Tensors)
@@ -68,8 +68,9 @@ class ExpertReader:
         """One expert with its matrices as MXFP4 `_blocks` and `_scales`, biases as they are. Only where `is_packed`."""
         assert isinstance(self._tensors, Mxfp4Tensors)
         parts: dict[str, Tensor] = {}
+        tensor_of = {self._layer.stacked_name(name): name for name in self._layer.shape.module_shapes()}
         for group in self._groups:
-            name, source = group.target.removeprefix(f"{self._layer.name}."), group.names[0]
+            name, source = tensor_of[group.target], group.names[0]
             if source in self._tensors.recipes:
                 parts[name + BLOCKS], parts[name + SCALES] = self._tensors.read_packed(source, expert)
             else:
@@ -82,7 +83,7 @@ class ExpertReader:
         if not is_module_list(group):
             return group
         targets, num_experts = possible_targets(group), self._layer.num_experts
-        check_module_list(group, num_experts * len(targets))
+        check_module_list(group, num_experts * len(targets), num_spare=self._layer.num_spare)
         mine = set(self._layer.parameter_names())
         first = num_experts * next(i for i, target in enumerate(targets) if target in mine)
         sources = {pattern: names[first : first + num_experts] for pattern, names in group.sources.items()}
@@ -108,16 +109,18 @@ class ExpertReader:
                         f"{entry.path}: tensor {entry.name} is {entry.dtype} {list(entry.shape)}, expected floating "
                         f"point weights {list(first.shape)}."
                     )
-            if not is_module_list(group) and first.shape[:1] != (self._layer.num_experts,):
+            num_experts, num_spare = self._layer.num_experts, self._layer.num_spare
+            num_found = first.shape[0] if first.shape else 0
+            if not is_module_list(group) and not num_experts <= num_found <= num_experts + num_spare:
                 raise CheckpointError(
                     f"{first.path}: tensor {first.name} is {list(first.shape)}, expected "
-                    f"{self._layer.num_experts} experts in its first dimension."
+                    f"{num_experts} experts in its first dimension."
                 )
 
     def _check_result(self) -> None:
         converted = {name: value for group in self._groups for name, value in self._convert_meta(group).items()}
         for name, shape in self._layer.shape.module_shapes().items():
-            parameter = f"{self._layer.name}.{name}"
+            parameter = self._layer.stacked_name(name)
             if parameter not in converted:
                 raise CheckpointError(f"No tensor of the checkpoint brings {parameter}.")
             if tuple(converted[parameter].shape) != (1, *shape):

@@ -1,25 +1,50 @@
 """Which modules of a transformers model hold routed experts, and what one expert is made of."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from offload_moe.adapters import Adapter, Part, find_adapter
+from offload_moe.checkpoint.overlooked import overlooked_experts
 from offload_moe.errors import UnsupportedModelError
 from offload_moe.quant.layout import ExpertShape, Matrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertsModule:
-    """The experts of one MoE layer; its place in `find_experts` is the layer's ordinal."""
+    """The experts of one MoE layer; its place in `find_experts` is the layer's ordinal.
+
+    contract: the activation between an expert's matrices, as transformers' registry describes it: the module itself
+    where its class is decorated. parts: the parameters that each tensor of a record is read from. num_spare: experts
+    that the parameters have room for and that have no weights. block_name: the module in front of whose experts the
+    router is. adapter: None for a decorated class.
+    """
 
     name: str
     module: nn.Module
     num_experts: int
     shape: ExpertShape
+    contract: Any
+    parts: Mapping[str, tuple[Part, ...]]
+    block_name: str
+    num_spare: int = 0
+    adapter: Adapter | None = None
 
     def parameter_names(self) -> tuple[str, ...]:
-        """Full names of the parameters that hold every expert of this layer, ``[num_experts, ...]``."""
-        return tuple(f"{self.name}.{parameter}" for parameter in self.shape.module_shapes())
+        """Full names of the parameters that hold the experts of this layer."""
+        parts = [part for tensor in self.shape.module_shapes() for part in self.parts[tensor]]
+        return tuple(f"{self.name}.{path}" for part in parts for path in part.paths(self.num_experts))
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether every tensor is one parameter ``[num_experts, ...]``."""
+        return all(len(parts) == 1 and parts[0].is_stacked for parts in self.parts.values())
+
+    def stacked_name(self, tensor: str) -> str:
+        """Full name of the parameter ``[num_experts, ...]`` of a tensor. Only where `is_stacked`."""
+        return f"{self.name}.{self.parts[tensor][0].parameter}"
 
 
 def is_experts_module(module: nn.Module) -> bool:
@@ -34,19 +59,29 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
     """Every experts module in execution order; parameters may be on `meta` but must still be there.
 
     Raises:
-        UnsupportedModelError: the model has no routed experts, or has some outside transformers' registry.
+        UnsupportedModelError: the model has no routed experts, or has some that nothing here can bind.
     """
-    found = [
-        ExpertsModule(name=name, module=module, num_experts=_num_experts(module), shape=expert_shape(module))
-        for name, module in model.named_modules()
-        if is_experts_module(module)
-    ]
-    if unbound := undecorated_experts(model):
+    found = []
+    for name, module in model.named_modules():
+        if is_experts_module(module):
+            found.append(_decorated(name, module))
+        elif (adapter := find_adapter(module)) is not None:
+            found.append(_adapted(name, module, adapter))
+    if unbound := overlooked_experts(model, [layer.name for layer in found]):
         more = f" and {len(unbound) - 1} more" if len(unbound) > 1 else ""
+        kind = type(model.get_submodule(unbound[0])).__name__
         raise UnsupportedModelError(
-            f"{type(model).__name__}: {unbound[0]} ({_class_name(model, unbound[0])}){more} holds experts outside "
-            "transformers' experts registry, so they cannot be offloaded. See `offload-moe models` for what works."
+            f"{type(model).__name__}: {unbound[0]} ({kind}){more} holds experts outside transformers' experts registry "
+            "and no adapter knows them, so they cannot be offloaded. See `offload-moe models` for what works."
         )
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for layer in found:
+        if layer.parameter_names()[0] in tied:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: {layer.name} shares its experts with another layer "
+                f"({tied[layer.parameter_names()[0]]}), as models that write by diffusion do. Only models that write "
+                "one token after another are supported."
+            )
     if not found:
         raise UnsupportedModelError(
             f"{type(model).__name__} is a dense model: it has no routed experts to offload. Run it with transformers."
@@ -81,31 +116,29 @@ def expert_shape(module: nn.Module) -> ExpertShape:
     )
 
 
-def undecorated_experts(model: nn.Module) -> list[str]:
-    """Names of outermost modules that look like routed experts but are not in transformers' registry.
-
-    Without this check such layers would silently run as they are, never offloaded.
-    """
-    found: list[str] = []
-    bound = [name for name, module in model.named_modules() if is_experts_module(module)]
-    for name, module in model.named_modules():
-        inside_another = any(name.startswith(f"{outer}.") for outer in (*bound, *found))
-        if name not in bound and not inside_another and _looks_like_experts(name, module):
-            found.append(name)
-    return found
-
-
-def _looks_like_experts(name: str, module: nn.Module) -> bool:
-    last = name.rpartition(".")[2].lower()
-    kind = type(module).__name__.lower()
-    if "shared" in last or "shared" in kind or not any(True for _ in module.parameters()):
-        return False
-    return "expert" in kind or ("experts" in last and isinstance(module, nn.ModuleList | nn.ModuleDict))
+def _decorated(name: str, module: nn.Module) -> ExpertsModule:
+    shape = expert_shape(module)
+    return ExpertsModule(
+        name=name,
+        module=module,
+        num_experts=int(next(module.parameters(recurse=False)).shape[0]),
+        shape=shape,
+        contract=module,
+        parts={tensor: (Part(parameter=tensor),) for tensor in shape.module_shapes()},
+        block_name=name.rpartition(".")[0],
+    )
 
 
-def _num_experts(module: nn.Module) -> int:
-    return int(next(module.parameters(recurse=False)).shape[0])
-
-
-def _class_name(model: nn.Module, name: str) -> str:
-    return type(model.get_submodule(name)).__name__
+def _adapted(name: str, module: nn.Module, adapter: Adapter) -> ExpertsModule:
+    found = adapter.describe(module)
+    return ExpertsModule(
+        name=name,
+        module=module,
+        num_experts=found.num_experts,
+        shape=found.shape,
+        contract=found.between,
+        parts=found.parts,
+        block_name=name if found.is_block else name.rpartition(".")[0],
+        num_spare=found.num_spare,
+        adapter=adapter,
+    )

@@ -7,7 +7,7 @@ what they compute, replaces a forward of that instance or the module, and leaves
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from offload_moe.lean.cache import give_room
 from offload_moe.lean.experts import shorten_dispatch
@@ -51,5 +51,7 @@ def make_lean(hf: PreTrainedModel, *, is_exact: bool) -> Lean:
 
 def _give_room(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("past_key_values")
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache  # the other one does not grow
     if isinstance(cache, Cache):
         give_room(cache)

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from offload_moe.checkpoint.experts import is_experts_module
 from offload_moe.moe.attach import EXPERTS_FUNCTION, BoundExperts
 
 
@@ -13,7 +14,11 @@ def shorten_dispatch(model: nn.Module) -> int:
     modules: list[Any] = list(model.modules())
     for module in modules:
         bound = module.__dict__.get("_offload_moe")
-        if isinstance(bound, BoundExperts) and module.config._experts_implementation == EXPERTS_FUNCTION:
+        if (
+            isinstance(bound, BoundExperts)
+            and is_experts_module(module)
+            and module.config._experts_implementation == EXPERTS_FUNCTION
+        ):
             module.forward = bound
             num_shortened += 1
     return num_shortened

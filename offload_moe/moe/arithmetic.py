@@ -8,7 +8,7 @@ from torch import Tensor
 
 from offload_moe import kernels
 from offload_moe.moe.activation import recognize_activation
-from offload_moe.moe.contract import ExpertsContract
+from offload_moe.moe.contract import ExpertsContract, quirks_of
 from offload_moe.moe.device import DeviceArithmetic
 from offload_moe.moe.native import NativeArithmetic
 from offload_moe.moe.per_expert import ReferenceArithmetic
@@ -40,5 +40,8 @@ def choose_arithmetic(
     if codec.name != "bf16" and kernels.available() and not module.has_post_expert_norm:
         activation = recognize_activation(module, is_interleaved=shape.is_interleaved)
         if activation is not None and kernels.unsupported_reason(codec.name, shape) is None:
-            return NativeArithmetic(shape, codec, activation, has_gate=module.has_gate, is_exact=is_exact)
+            scale = quirks_of(module).pair_scale
+            return NativeArithmetic(
+                shape, codec, activation, has_gate=module.has_gate, pair_scale=scale, is_exact=is_exact
+            )
     return ReferenceArithmetic(module, shape, codec)

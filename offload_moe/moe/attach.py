@@ -1,7 +1,8 @@
 """Binding the experts of a transformers model to our scheduler.
 
 transformers looks an experts function up by the name in the module's config; ours is registered once, is stateless, and
-calls what was bound to that very module. Two models in one process therefore never meet.
+calls what was bound to that very module. Two models in one process therefore never meet. Modules outside the registry
+get the forward of their adapter instead.
 """
 
 from collections.abc import Callable, Sequence
@@ -74,8 +75,9 @@ def offloaded_experts(module: ExpertsContract, hidden: Tensor, top_k_index: Tens
 def detach_parameters(layers: Sequence[ExpertsModule]) -> None:
     """Delete the expert parameters: a wrong dispatch is then an AttributeError instead of silent garbage."""
     for layer in layers:
-        for name in layer.shape.module_shapes():
-            delattr(layer.module, name)
+        for name in layer.parameter_names():
+            owner, _, leaf = name.removeprefix(f"{layer.name}.").rpartition(".")
+            delattr(layer.module.get_submodule(owner), leaf)
 
 
 def attach(layers: Sequence[ExpertsModule], bound: Sequence[BoundExperts]) -> None:
@@ -84,4 +86,7 @@ def attach(layers: Sequence[ExpertsModule], bound: Sequence[BoundExperts]) -> No
     for layer, experts in zip(layers, bound, strict=True):
         module = cast(ExpertsContract, layer.module)
         module._offload_moe = experts
-        module.config._experts_implementation = EXPERTS_FUNCTION
+        if layer.adapter is None:
+            module.config._experts_implementation = EXPERTS_FUNCTION
+        else:
+            layer.module.forward = layer.adapter.forward(layer.module, experts)

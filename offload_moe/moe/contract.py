@@ -4,6 +4,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from offload_moe.adapters import Quirks
+
 
 class ExpertsContract(Protocol):
     """The attributes every decorated experts class has; `_offload_moe` is ours."""
@@ -22,3 +24,8 @@ class ExpertsContract(Protocol):
     def act_fn(self, x: Tensor) -> Tensor: ...
 
     def post_expert_norm(self, x: Tensor) -> Tensor: ...
+
+
+def quirks_of(module: ExpertsContract) -> Quirks:
+    """What an adapter says of its family's eager code; decorated classes have none."""
+    return getattr(module, "quirks", None) or Quirks()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from offload_moe.kernels.device import keeps_module_order, linear_of
-from offload_moe.moe.contract import ExpertsContract
+from offload_moe.moe.contract import ExpertsContract, quirks_of
 from offload_moe.moe.routing import Routing
 from offload_moe.quant import Codec, ExpertShape
 from offload_moe.schedule.scheduler import Lease, Wave
@@ -31,6 +31,7 @@ class DeviceArithmetic:
     def __init__(self, module: ExpertsContract, shape: ExpertShape, codec: Codec) -> None:
         first, last = (matrix.name for matrix in shape.matrices)
         self._module = module
+        self._pair_scale = quirks_of(module).pair_scale
         self._first = linear_of(shape, codec, first)
         self._last = linear_of(shape, codec, last)
         self._must_interleave = shape.is_interleaved and not keeps_module_order(codec)
@@ -42,7 +43,7 @@ class DeviceArithmetic:
         """hidden ``[T, H]``, weights ``[T, K]`` -> ``[T, H]`` in the hidden dtype."""
         if not routing.experts:
             return torch.zeros_like(hidden)
-        pairs = RoutedPairs(hidden, weights, routing)
+        pairs = RoutedPairs(hidden, weights if self._pair_scale == 1 else weights * self._pair_scale, routing)
         total = AscendingSum(pairs, hidden)
         place_of = {expert: index for index, expert in enumerate(routing.experts)}
         for wave in lease:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from offload_moe.checkpoint.experts import ExpertsModule
+from offload_moe.checkpoint.overlooked import ROUTER_NAMES
 from offload_moe.schedule.prefetch import PrefetchGovernor
 from offload_moe.schedule.scheduler import Scheduler
 
 NORM_NAMES = ("post_attention_layernorm", "pre_feedforward_layernorm", "pre_mlp_layernorm", "ffn_norm", "norm2")
-ROUTER_NAMES = ("gate", "router")
 TOLERANCE = 1e-3
 DEFAULT_DEPTH = 2
 
@@ -98,11 +98,10 @@ class Lookahead:
 
 def find_probes(hf: nn.Module, layers: Sequence[ExpertsModule]) -> list[RouterProbe | None]:
     """The norm and the router in front of each experts module, where the family has them in the usual places."""
-    return [_find_probe(hf, layer.name) for layer in layers]
+    return [_find_probe(hf, layer.block_name) for layer in layers]
 
 
-def _find_probe(hf: nn.Module, experts_name: str) -> RouterProbe | None:
-    block_name = experts_name.rpartition(".")[0]
+def _find_probe(hf: nn.Module, block_name: str) -> RouterProbe | None:
     block, decoder_layer = hf.get_submodule(block_name), hf.get_submodule(block_name.rpartition(".")[0])
     router = next((child for name, child in block.named_children() if name in ROUTER_NAMES), None)
     norms = dict(decoder_layer.named_children())

@@ -21,9 +21,17 @@ class NativeArithmetic:
     """
 
     def __init__(
-        self, shape: ExpertShape, codec: Codec, activation: Activation, *, has_gate: bool, is_exact: bool = False
+        self,
+        shape: ExpertShape,
+        codec: Codec,
+        activation: Activation,
+        *,
+        has_gate: bool,
+        pair_scale: float = 1.0,
+        is_exact: bool = False,
     ) -> None:
         self._mode: Mode = "exact" if is_exact else "fast"
+        self._pair_scale = pair_scale
         self._kernel = kernels.ExpertKernel(
             codec.name,
             shape,
@@ -39,7 +47,7 @@ class NativeArithmetic:
     ) -> Tensor:
         """hidden ``[T, H]``, weights ``[T, K]`` -> ``[T, H]`` in the hidden dtype."""
         x = hidden.contiguous() if hidden.dtype in (torch.float32, torch.bfloat16) else hidden.float()
-        pair_weights = self._pair_weights(weights, routing)
+        pair_weights = self._pair_weights(weights if self._pair_scale == 1 else weights * self._pair_scale, routing)
         waves = iter(lease)
         first = next(waves, [])
         if len(first) == len(routing.experts):

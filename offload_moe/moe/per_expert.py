@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from offload_moe.moe.contract import ExpertsContract
+from offload_moe.moe.contract import ExpertsContract, quirks_of
 from offload_moe.moe.routing import Routing
 from offload_moe.quant import Codec, ExpertShape
 from offload_moe.schedule.scheduler import Lease
@@ -26,6 +26,7 @@ class ReferenceArithmetic:
         self._module = module
         self._shape = shape
         self._codec = codec
+        self._quirks = quirks_of(module)
 
     def forward(
         self, hidden: Tensor, weights: Tensor, routing: Routing, lease: Lease, record_of: Callable[[int], Tensor]
@@ -40,9 +41,8 @@ class ReferenceArithmetic:
         for wave in lease:
             for expert, slot in wave:
                 pairs = routing.pairs(place_of[expert])
-                output = self.expert(hidden[tokens[pairs]], record_of(slot))
-                output = output * weights[tokens[pairs], places[pairs], None]
-                outputs[expert] = output.to(hidden.dtype)
+                output = self._rows(hidden[tokens[pairs]], record_of(slot))
+                outputs[expert] = self._weighted(output, weights[tokens[pairs], places[pairs], None], hidden.dtype)
         total = torch.zeros_like(hidden)
         for index, expert in enumerate(routing.experts):
             total.index_add_(0, tokens[routing.pairs(index)], outputs[expert])
@@ -57,8 +57,8 @@ class ReferenceArithmetic:
         for wave in lease:
             for expert, slot in wave:
                 place = place_of[expert]
-                output = self.expert(hidden, record_of(slot)) * weights[:, place : place + 1]
-                outputs[expert] = output.to(hidden.dtype)
+                output = self.expert(hidden, record_of(slot))
+                outputs[expert] = self._weighted(output, weights[:, place : place + 1], hidden.dtype)
         total = torch.zeros_like(hidden)
         for expert in routing.experts:
             total += outputs[expert]
@@ -71,6 +71,18 @@ class ReferenceArithmetic:
         x = self._activate(self._project(x, tensors, first.name))
         return self._finish(self._project(x, tensors, last.name))
 
+    def _rows(self, x: Tensor, record: Tensor) -> Tensor:
+        """One expert on some of several tokens."""
+        if self._quirks.is_batched and len(x) == 1:
+            return self.expert(x.expand(2, -1), record)[:1]
+        return self.expert(x, record)
+
+    def _weighted(self, output: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        output = output * weights
+        if self._quirks.pair_scale != 1:
+            output = output * self._quirks.pair_scale
+        return output.to(dtype)
+
     def _activate(self, x: Tensor) -> Tensor:
         """The module's own gate and activation on its first projection, ``[t, 2I] -> [t, I]`` where it has a gate."""
         return self._module._apply_gate(x) if self._module.has_gate else self._module.act_fn(x)
@@ -79,6 +91,9 @@ class ReferenceArithmetic:
         return self._module.post_expert_norm(x) if self._module.has_post_expert_norm else x
 
     def _project(self, x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
-        x = x @ tensors[name] if self._shape.is_transposed else nn.functional.linear(x, tensors[name])
+        weight = tensors[name]
+        if self._quirks.has_untransposed_down and name == self._shape.matrices[1].name:
+            weight = weight.T.contiguous().T
+        x = x @ weight if self._shape.is_transposed else nn.functional.linear(x, weight)
         bias = tensors.get(f"{name}_bias")
         return x if bias is None else x + bias

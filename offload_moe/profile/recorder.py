@@ -173,7 +173,7 @@ def record(subject: Subject) -> Iterator[Recorder]:
             bound: Any = layer.module._offload_moe
             bound.recorder = recorder
             undo.callback(setattr, bound, "recorder", None)
-            router = find_router(subject.hf, layer.name, layer.num_experts)
+            router = find_router(subject.hf, layer.block_name, layer.num_experts)
             recorder._routers.append(router)
             if router is not None:
                 handle = router.module.register_forward_hook(_router_hook(recorder, ordinal, router))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload_moe.moe.lookahead import ROUTER_NAMES
+from offload_moe.checkpoint.overlooked import ROUTER_NAMES
 
 SUM_TOLERANCE = 1e-2
 
@@ -42,9 +42,9 @@ class Router:
         return scores / scores.sum(-1, keepdim=True)
 
 
-def find_router(hf: nn.Module, experts_name: str, num_experts: int) -> Router | None:
-    """The sibling of an experts module that routes for it, where the family has one."""
-    block = hf.get_submodule(experts_name.rpartition(".")[0])
+def find_router(hf: nn.Module, block_name: str, num_experts: int) -> Router | None:
+    """The child of an MoE block that routes for its experts, where the family has one."""
+    block = hf.get_submodule(block_name)
     module = next((child for name, child in block.named_children() if name in ROUTER_NAMES), None)
     if module is None:
         return None

@@ -60,6 +60,50 @@ ERNIE_TEXT: dict[str, Any] = {
     "moe_intermediate_size": [24, 12],
     "mlp_layer_types": ["dense", "sparse", "sparse"],
 }
+AUDIO: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "num_mel_bins": 8,
+    "output_dim": 32,
+    "downsample_hidden_size": 8,
+    "max_source_positions": 64,
+}
+SPARSE: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+SAM: dict[str, Any] = {
+    "hidden_size": 16,
+    "output_channels": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+    "window_size": 2,
+    "mlp_dim": 32,
+    "downsample_channels": [8, 8],
+    "global_attn_indexes": [0],
+}
+OCR: dict[str, Any] = {
+    "text_config": COMMON | {"num_key_value_heads": 4} | SPARSE,
+    "vision_config": {"sam_config": SAM, "encoder_config": COMMON | {"image_size": 32, "patch_size": 16}},
+}
+SEQ2SEQ: dict[str, Any] = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_heads": 4,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_sparse_encoder_layers": 1,
+    "num_sparse_decoder_layers": 1,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_sparse_step": 2,
+    "decoder_sparse_step": 2,
+    "decoder_start_token_id": 0,
+}
 WITH_VISION: dict[str, Any] = {"text_config": COMMON | DEEPSEEK, "vision_config": VISION}
 
 # What COMMON does not say; the families of issue 2 first.
@@ -120,6 +164,47 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral_large4": WITH_VISION,
     "qwen3_5_moe": WITH_VISION,
     "qwen3_vl_moe": WITH_VISION,
+    "deepseek_ocr2": OCR,
+    "diffusion_gemma": {"text_config": COMMON | {"top_k_experts": 2}, "vision_config": VISION},
+    "glm5_next": {"text_config": COMMON | DEEPSEEK | {"qk_rope_head_dim": 0} | SPARSE, "vision_config": VISION},
+    "mistral4": DEEPSEEK,
+    "muse_spark": {
+        "text_config": COMMON | {"moe_hidden_size": 24},
+        "vision_config": VISION | {"pos_emb_height": 4, "pos_emb_width": 4},
+        "audio_config": {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "out_hidden_size": 32},
+    },
+    "qwen3_omni_moe_thinker": {"text_config": COMMON, "vision_config": VISION, "audio_config": AUDIO},
+    "unlimited_ocr": OCR,
+    # Outside transformers' registry, see offload_moe.adapters.
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 3,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "jetmoe": {"kv_channels": 8, "num_attention_heads": 4},
+    "llama4_text": {"num_experts_per_tok": 1, "intermediate_size_mlp": 40},
+    "llama4": {
+        "text_config": COMMON | {"num_experts_per_tok": 1, "intermediate_size_mlp": 40, "interleave_moe_layer_step": 2},
+        "vision_config": VISION,
+    },
+    "longcat_flash": DEEPSEEK
+    | {
+        "ffn_hidden_size": 48,
+        "expert_ffn_hidden_size": 24,
+        "num_hidden_layers": 4,
+        "zero_expert_num": 2,
+        "moe_topk": 3,
+    },
+    "nllb-moe": SEQ2SEQ | {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "moe_token_dropout": 0.2},
+    "step3p7": {
+        "text_config": COMMON
+        | {"share_expert_dim": 24, "num_sliding_attention_heads": 4, "sliding_window": 16, "swiglu_limits": [0, 0.5, 0]}
+        | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+        "vision_config": VISION,
+    },
+    "switch_transformers": SEQ2SEQ | {"expert_capacity": 2},
     # Text and vision experts of different widths share one module list.
     "ernie4_5_vl_moe": {"text_config": COMMON | ERNIE_TEXT, "vision_config": VISION},
 }

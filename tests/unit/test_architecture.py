@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 FLOW = [
     "quant",
     "kernels",
+    "adapters",
     "checkpoint",
     "store",
     "tiers",

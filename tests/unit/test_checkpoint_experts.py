@@ -5,12 +5,18 @@ import torch
 from torch import nn
 
 from offload_moe.checkpoint.convert import check_per_expert
-from offload_moe.checkpoint.experts import expert_shape, find_experts, undecorated_experts
+from offload_moe.checkpoint.experts import expert_shape, find_experts, is_experts_module
 from offload_moe.checkpoint.linears import projection_linears
 from offload_moe.checkpoint.names import SourceGroup
+from offload_moe.checkpoint.overlooked import overlooked_experts
 from offload_moe.checkpoint.skeleton import build_skeleton
 from offload_moe.errors import UnsupportedModelError
 from tests.support.checkpoints import tiny_config
+
+
+def unbound(model: nn.Module) -> list[str]:
+    return overlooked_experts(model, [n for n, m in model.named_modules() if is_experts_module(m)])
+
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -68,16 +74,16 @@ def test_an_unknown_parameter_is_refused() -> None:
 
 def test_experts_beside_the_registry_are_found_by_their_looks() -> None:
     model = build_skeleton(tiny_config("mixtral"))
-    assert undecorated_experts(model) == []
+    assert unbound(model) == []
     model.model.layers[1].experts = nn.ModuleList([nn.Linear(2, 2) for _ in range(3)])
-    assert undecorated_experts(model) == ["model.layers.1.experts"]
+    assert unbound(model) == ["model.layers.1.experts"]
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.experts \(ModuleList\)"):
         find_experts(model)
 
 
 def test_shared_experts_are_dense() -> None:
     for family in ("qwen2_moe", "deepseek_v3"):
-        assert undecorated_experts(build_skeleton(tiny_config(family))) == []
+        assert unbound(build_skeleton(tiny_config(family))) == []
 
 
 def test_nothing_of_a_skeleton_is_allocated_but_buffers() -> None:

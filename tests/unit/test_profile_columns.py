@@ -134,4 +134,4 @@ class TestRouters:
 
     def test_a_family_without_a_router_module(self) -> None:
         model = nn.ModuleDict({"block": nn.ModuleDict({"experts": nn.Identity()})})
-        assert find_router(model, "block.experts", 4) is None
+        assert find_router(model, "block", 4) is None

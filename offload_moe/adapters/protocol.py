@@ -1,0 +1,114 @@
+"""What an adapter says of an experts class that transformers' registry does not know.
+
+Shape legend: T tokens, E experts, K top-k, H hidden, I intermediate.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from offload_moe.quant.layout import ExpertShape
+
+Bound = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""hidden ``[T, H]``, expert ids ``[T, K]``, weights ``[T, K]`` -> ``[T, H]``, summed by ascending id.
+
+Ids of E and above are nobody.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A parameter that one expert's tensor, or some of its rows, is read from.
+
+    parameter: path below the module; ``{}`` in it is the expert's number where each expert has a parameter of its own.
+    num_rows: of a parameter that has the experts one below the other, how many each owns; 0: its first dimension is E.
+    is_transposed: the record keeps it the other way round.
+    """
+
+    parameter: str
+    num_rows: int = 0
+    is_transposed: bool = False
+
+    @property
+    def is_apart(self) -> bool:
+        return "{}" in self.parameter
+
+    @property
+    def is_stacked(self) -> bool:
+        return not self.is_apart and not self.num_rows
+
+    def paths(self, num_experts: int) -> list[str]:
+        """Paths of every parameter that holds experts."""
+        return [self.parameter.format(e) for e in range(num_experts)] if self.is_apart else [self.parameter]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quirks:
+    """Where a family's eager code multiplies the same numbers in a way of its own: the reference follows it to the bit.
+
+    pair_scale: every weighted output is multiplied by it once more.
+    is_batched: every token is multiplied with every expert, so a lone row takes the kernel of several.
+    has_untransposed_down: the last matrix is kept as ``[I, H]`` though the first is not.
+    """
+
+    pair_scale: float = 1.0
+    is_batched: bool = False
+    has_untransposed_down: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Between:
+    """What happens between and after an expert's matrices, in the words of transformers' own contract."""
+
+    has_gate: bool
+    act_fn: Callable[[Tensor], Tensor]
+    apply_gate: Callable[[Tensor], Tensor] | None = None
+    quirks: Quirks = field(default_factory=Quirks)
+    has_post_expert_norm: bool = False
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        """``[t, 2I] -> [t, I]``."""
+        if self.apply_gate is not None:
+            return self.apply_gate(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """The routed experts of one module.
+
+    parts: for each tensor of the record, by name, the parameters it is read from, one below the other.
+    num_spare: experts that parameters have room for but that have no weights.
+    is_block: the module routes too; otherwise its parent does.
+    """
+
+    num_experts: int
+    shape: ExpertShape
+    parts: Mapping[str, tuple[Part, ...]]
+    between: Between
+    num_spare: int = 0
+    is_block: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """How one experts class outside transformers' registry is bound.
+
+    family, class_name: transformers' folder and class. describe: what the module holds, parameters may be on `meta`.
+    forward: what replaces the module's forward once its parameters are gone. left_alone: classes of the same family
+    that look like experts and stay dense. special: what a user should know.
+    """
+
+    family: str
+    class_name: str
+    describe: Callable[[Any], Description]
+    forward: Callable[[Any, Bound], Callable[..., Any]]
+    special: str
+    left_alone: tuple[str, ...] = ()
+
+    def fits(self, module: nn.Module) -> bool:
+        kind = type(module)
+        return kind.__name__ == self.class_name and f".models.{self.family}." in kind.__module__

@@ -1,0 +1,42 @@
+"""Modules that look like routed experts and that nothing binds. Unnoticed, they would run as they are."""
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from offload_moe.adapters import is_left_alone
+
+ROUTER_NAMES = ("gate", "router")
+ROUTER_CLASSES = ("router", "topk", "gating")
+
+
+def overlooked_experts(model: nn.Module, bound: Sequence[str]) -> list[str]:
+    """Names of the outermost modules that look like routed experts and are not among, in or around the bound ones."""
+    alone = [name for name, module in model.named_modules() if is_left_alone(module)]
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if _is_inside(name, (*bound, *alone, *found)) or any(_is_inside(inner, (name,)) for inner in bound):
+            continue
+        if _looks_like_experts(name, module) or _routes(module):
+            found.append(name)
+    return found
+
+
+def _is_inside(name: str, outer: Iterable[str]) -> bool:
+    return any(name == each or name.startswith(f"{each}.") for each in outer)
+
+
+def _looks_like_experts(name: str, module: nn.Module) -> bool:
+    last = name.rpartition(".")[2].lower()
+    kind = type(module).__name__.lower()
+    if "shared" in last or "shared" in kind or not any(True for _ in module.parameters()):
+        return False
+    return "expert" in kind or ("experts" in last and isinstance(module, nn.ModuleList | nn.ModuleDict))
+
+
+def _routes(module: nn.Module) -> bool:
+    """Whether a child is a router in name and in kind: then the experts it routes to must be somewhere inside."""
+    return any(
+        name in ROUTER_NAMES and any(word in type(child).__name__.lower() for word in ROUTER_CLASSES)
+        for name, child in module.named_children()
+    )
