@@ -5,6 +5,7 @@
 >>> model.generate("What is the capital of France?", max_new_tokens=20)
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from offload_moe.errors import OffloadMoeError
@@ -12,6 +13,10 @@ from offload_moe.errors import OffloadMoeError
 if TYPE_CHECKING:
     from offload_moe.model import Model, load
     from offload_moe.quantize import quantize
+
+# OpenMP's workers spin for milliseconds after each parallel operation of torch, on cores that the kernels' own threads
+# need. Read when torch is imported, so it must be said here; whoever sets it otherwise is left alone.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 __all__ = ["Model", "OffloadMoeError", "__version__", "load", "quantize"]

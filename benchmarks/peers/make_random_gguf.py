@@ -14,7 +14,6 @@ import gguf
 import numpy as np
 
 Q4 = gguf.GGMLQuantizationType.Q4_0
-VOCABULARY = 32000
 
 
 class RandomGguf:
@@ -28,10 +27,10 @@ class RandomGguf:
     def write(self) -> None:
         self._metadata()
         self._tokenizer()
-        hidden = self.config["hidden_size"]
-        self._quantized("token_embd.weight", VOCABULARY, hidden, std=1.0)
+        hidden, vocabulary = self.config["hidden_size"], self.config["vocab_size"]
+        self._quantized("token_embd.weight", vocabulary, hidden, std=1.0)
         self._norm("output_norm.weight", hidden)
-        self._quantized("output.weight", VOCABULARY, hidden)
+        self._quantized("output.weight", vocabulary, hidden)
         for layer in range(self.config["num_hidden_layers"]):
             self._layer(f"blk.{layer}.")
         self.writer.write_header_to_file()
@@ -51,14 +50,14 @@ class RandomGguf:
         w.add_value_length(c["head_dim"])
         w.add_layer_norm_rms_eps(1e-6)
         w.add_rope_freq_base(10000.0)
-        w.add_vocab_size(VOCABULARY)
+        w.add_vocab_size(c["vocab_size"])
         w.add_expert_count(c["num_experts"])
         w.add_expert_used_count(c["num_experts_per_tok"])
         w.add_expert_feed_forward_length(c["expert_intermediate"])
 
     def _tokenizer(self) -> None:
         """Any tokenizer will do: prompts are given as ids. llama.cpp wants the byte alphabet of GPT-2 all the same."""
-        tokens = [f"<t{index}>" for index in range(VOCABULARY)]
+        tokens = [f"<t{index}>" for index in range(self.config["vocab_size"])]
         extra = 0
         for byte in range(256):
             is_printable = 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255
@@ -67,7 +66,7 @@ class RandomGguf:
         self.writer.add_tokenizer_model("gpt2")
         self.writer.add_tokenizer_pre("default")
         self.writer.add_token_list(tokens)
-        self.writer.add_token_types([1] * VOCABULARY)
+        self.writer.add_token_types([1] * self.config["vocab_size"])
         self.writer.add_token_merges(["a b"])
         self.writer.add_bos_token_id(0)
         self.writer.add_eos_token_id(1)
@@ -105,7 +104,8 @@ def shape_of(config_file: Path) -> dict[str, int]:
     """The dimensions of a config.json, under the names used here."""
     config = json.loads(config_file.read_text())
     return {
-        **{k: config[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")},
+        **{k: config[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers")},
+        **{k: config[k] for k in ("num_attention_heads", "num_key_value_heads")},
         "num_experts": config.get("num_experts") or config["num_local_experts"],
         "num_experts_per_tok": config["num_experts_per_tok"],
         "expert_intermediate": config.get("moe_intermediate_size") or config["intermediate_size"],

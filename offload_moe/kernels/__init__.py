@@ -3,6 +3,7 @@
 Optional: where no compiler was at hand, `available()` is False, `unavailable_reason()` says why, and torch serves.
 """
 
+from offload_moe.kernels.attention import AttentionKernel, HeadNorm, Linear, RouterKernel
 from offload_moe.kernels.codecs import fast_encoding
 from offload_moe.kernels.encode import encode_int8, encode_nf4
 from offload_moe.kernels.experts import ExpertKernel
@@ -18,8 +19,12 @@ from offload_moe.kernels.native import (
 from offload_moe.kernels.planes import unsupported_reason
 
 __all__ = [
+    "AttentionKernel",
     "ExpertKernel",
+    "HeadNorm",
+    "Linear",
     "LinearKernel",
+    "RouterKernel",
     "available",
     "encode_int8",
     "encode_nf4",

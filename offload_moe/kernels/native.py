@@ -36,6 +36,35 @@ class MoeLayerStruct(ctypes.Structure):
     )
 
 
+class AttentionStruct(ctypes.Structure):
+    """`om_attention`."""
+
+    _fields_ = (
+        ("matrices", MatrixStruct * 4),
+        ("records", ctypes.c_void_p * 4),
+        ("biases", ctypes.c_void_p * 4),
+        ("norms", ctypes.c_void_p * 2),
+        ("sinks", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_heads", "num_kv_heads", "head_dim", "rotated_dims")),
+        ("norm_lengths", ctypes.c_int64 * 2),
+        ("epsilons", ctypes.c_float * 2),
+        ("scaling", ctypes.c_float),
+        ("mode", ctypes.c_int32),
+    )
+
+
+class RouterStruct(ctypes.Structure):
+    """`om_router`."""
+
+    _fields_ = (
+        ("matrix", MatrixStruct),
+        ("record", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("top_k", ctypes.c_int64),
+        ("is_of_chosen", ctypes.c_int32),
+    )
+
+
 def available() -> bool:
     """Whether the native library was built and loads."""
     return _load()[0] is not None
@@ -106,6 +135,8 @@ def _declare(loaded: ctypes.CDLL) -> None:
         encoder.argtypes, encoder.restype = [pointer, int32, int64, pointer, pointer], None
     loaded.om_encode_nested.argtypes = [pointer, ctypes.c_float, int64, pointer, pointer]
     loaded.om_encode_nested.restype = None
+    loaded.om_attention_step.argtypes = [*([pointer] * 6), int64, int64, pointer]
+    loaded.om_router_step.argtypes = [pointer] * 5
     loaded.om_linear_forward.argtypes = [pointer, pointer, pointer, int64, pointer, int64, int32, int32, int32]
     loaded.om_moe_forward.argtypes = [
         *(pointer, pointer, int64, int32),

@@ -9,11 +9,13 @@ from typing import Any
 
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
+from offload_moe import kernels
 from offload_moe.lean.cache import give_room
 from offload_moe.lean.experts import shorten_dispatch
 from offload_moe.lean.latent import absorb_latents
 from offload_moe.lean.mlp import fuse_mlps
 from offload_moe.lean.norm import fuse_norms
+from offload_moe.lean.router import shorten_routers
 from offload_moe.lean.shorten import shorten_attention
 
 __all__ = ["Lean", "make_lean"]
@@ -28,6 +30,7 @@ class Lean:
     num_attentions: int
     num_latent_attentions: int
     num_experts: int
+    num_routers: int
 
 
 def make_lean(hf: PreTrainedModel, *, is_exact: bool) -> Lean:
@@ -46,6 +49,7 @@ def make_lean(hf: PreTrainedModel, *, is_exact: bool) -> Lean:
         num_attentions=num_attentions,
         num_latent_attentions=num_latent_attentions,
         num_experts=shorten_dispatch(hf),
+        num_routers=0 if is_exact or not kernels.available() else shorten_routers(hf),
     )
 
 

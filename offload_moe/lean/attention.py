@@ -2,7 +2,7 @@
 
 The module's own parts do the work, in its own order: projections, head norms, rotary, cache, its attention function,
 output projection. What is saved: two of three kernel calls for query, key and value, and most small operations of the
-rotary embedding. Prompts take the module's own forward.
+rotary embedding; the usual step is one kernel call (`step.py`). Prompts take the module's own forward.
 
 Shapes: B batch, H hidden, N query heads, M key/value heads, D head dim, S cached tokens.
 """
@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from offload_moe.lean.projections import joint_or_separate
 from offload_moe.lean.rotary import StepRotary, rotate
+from offload_moe.lean.step import AttentionStep
 
 MAX_FLASH_DIM = 256  # above it transformers repeats the key/value heads itself
 
@@ -41,6 +42,7 @@ class DecodeAttention:
         }
         if hasattr(attention, "sinks"):
             self._arguments["s_aux"] = attention.sinks
+        self.step: AttentionStep | None = None  # set where it is known to give the same
         self._interface_name: str | None = None
         self._interface: Callable[..., tuple[Tensor, Tensor | None]] | None = None
 
@@ -60,6 +62,11 @@ class DecodeAttention:
                 past_key_values=past_key_values,
                 **kwargs,
             )
+        if self.step is not None and attention_mask is None and self.step.fits(hidden_states, past_key_values):
+            cos, signed_sin = self._rotary.prepare(position_embeddings)
+            stepped = self.step(hidden_states, cos, signed_sin, past_key_values)
+            if stepped is not None:
+                return stepped, None
         query, key, value = self._heads(hidden_states, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self._layer)

@@ -48,6 +48,19 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = room[0][:, :, :total], room[1][:, :, :total]
         return self.keys, self.values
 
+    def extend(self) -> tuple[Tensor, Tensor, int] | None:
+        """Count one more token of one sequence, whose key and value the caller writes into the room ``[1, N, C, D]``.
+
+        Returns the room of keys and of values, and the index of the token; None where `update` has to do it.
+        """
+        if not self.is_initialized or self.keys.dim() != 4 or self.keys.shape[0] != 1 or self.keys.requires_grad:
+            return None
+        length, room = self.keys.shape[2], self._room
+        if room is None or length >= room[0].shape[2] or not _begins(self.keys, room[0]):
+            self._room = room = self._make_room(self.keys[:, :, :0], self.values[:, :, :0], length, length + 1)
+        self.keys, self.values = room[0][:, :, : length + 1], room[1][:, :, : length + 1]
+        return *room, length
+
     def reset(self) -> None:
         self._room = None
         super().reset()

@@ -18,12 +18,12 @@ class FusedRMSNorm:
     """The forward of one RMS norm module, ``[..., H] -> [..., H]``."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        self._weight = weight
+        self.weight = weight
         self._shape = list(weight.shape)
-        self._eps = eps
+        self.eps = eps
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        return functional.rms_norm(hidden_states, self._shape, self._weight, self._eps)
+        return functional.rms_norm(hidden_states, self._shape, self.weight, self.eps)
 
 
 def fuse_norms(model: nn.Module, *, is_exact: bool) -> int:

@@ -26,7 +26,7 @@ class StepRotary:
                 cos, first, second = cat((cos, cos), -1), sin, sin
             else:
                 first, second = sin.chunk(2, dim=-1)
-            cos, signed_sin = cos.unsqueeze(1), cat((-first, second), -1).unsqueeze(1)
+            cos, signed_sin = cos.contiguous().unsqueeze(1), cat((-first, second), -1).unsqueeze(1)
             self._prepared = (position_embeddings, cos, signed_sin)
         return cos, signed_sin
 

@@ -9,14 +9,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from offload_moe.lean.attention import DecodeAttention
+from offload_moe.lean.cache import give_room
 from offload_moe.lean.probe import REFUSALS, agree, probes, structure
 from offload_moe.lean.projections import NAMES
 from offload_moe.lean.rotary import StepRotary
+from offload_moe.lean.step import AttentionStep, attention_step
 
 CHILDREN = frozenset({*NAMES, "o_proj", "q_norm", "k_norm"})
 PARAMETERS = frozenset({"sinks"})
 ATTRIBUTES = ("head_dim", "scaling", "layer_idx", "config")
 NUM_CACHED = 5
+STEP_TOLERANCE = 1e-2  # of a kernel call: a last bit before int8 activations may round one of them the other way
 
 PositionEmbeddings = tuple[Tensor, Tensor]
 
@@ -30,6 +33,7 @@ def shorten_attention(model: nn.Module, *, is_exact: bool) -> int:
     num_angles = embeddings[0].shape[-1]
     rotaries = ((StepRotary(is_half=False), num_angles), (StepRotary(is_half=True), 2 * num_angles))
     rotary_of: dict[Hashable, StepRotary | None] = {}
+    has_step: dict[Hashable, bool] = {}
     num_shortened = 0
     modules: list[Any] = [module for module in model.modules() if _is_candidate(module)]
     for module in modules:
@@ -46,7 +50,13 @@ def shorten_attention(model: nn.Module, *, is_exact: bool) -> int:
             )
         rotary = rotary_of[kind]
         if rotary is not None:
-            module.forward = DecodeAttention(module, rotary)
+            short = DecodeAttention(module, rotary)
+            rotated_dims = next(dims for each, dims in rotaries if each is rotary)
+            step = None if is_exact else attention_step(module, rotated_dims)
+            if step is not None and kind not in has_step:
+                has_step[kind] = _steps_alike(module, short, step, embeddings)
+            short.step = step if has_step.get(kind) else None
+            module.forward = short
             num_shortened += 1
     return num_shortened
 
@@ -109,10 +119,29 @@ def _agrees(
     return True
 
 
+@torch.inference_mode()
+def _steps_alike(module: Any, short: DecodeAttention, step: AttentionStep, embeddings: PositionEmbeddings) -> bool:
+    """Whether the kernel call gives what the separate operations give, and leaves the same in the cache."""
+    cos, sin = (part[1:] for part in embeddings)
+    for hidden in probes((1, 1, module.q_proj.in_features), cos.dtype, cos.device):
+        caches = [_cache(module, hidden), _cache(module, hidden)]
+        results = []
+        for cache, short.step in zip(caches, (None, step), strict=True):
+            give_room(cache)
+            results.append(short(hidden, position_embeddings=(cos, sin), past_key_values=cache)[0])
+        results += [part for cache in caches for part in (cache.layers[-1].keys, cache.layers[-1].values)]
+        got, expected = (results[1], *results[4:]), (results[0], *results[2:4])
+        pairs = zip(got, expected, strict=True)
+        if not all(agree(ours, theirs, is_exact=False, tolerance=STEP_TOLERANCE) for ours, theirs in pairs):
+            return False
+    return True
+
+
 def _cache(module: Any, hidden: Tensor) -> DynamicCache:
     """A few random keys and values in the module's own layer."""
     cache = DynamicCache()
     num_heads = module.k_proj.out_features // module.head_dim
-    keys, values, *_ = probes((2, num_heads, NUM_CACHED, module.head_dim), hidden.dtype, hidden.device)
+    shape = (hidden.shape[0], num_heads, NUM_CACHED, module.head_dim)
+    keys, values, *_ = probes(shape, hidden.dtype, hidden.device)
     cache.update(keys, values, module.layer_idx)
     return cache

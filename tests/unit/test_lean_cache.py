@@ -20,6 +20,7 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("repeat"), st.integers(1, 2)),
     st.tuples(st.just("copy"), st.just(0)),
     st.tuples(st.just("reset"), st.just(0)),
+    st.tuples(st.just("extend"), st.just(0)),
 )
 
 
@@ -35,12 +36,24 @@ class Pair:
     def __init__(self) -> None:
         self.plain, self.roomy, self.batch = DynamicLayer(), RoomyLayer(), 2
 
+    def extend(self, seed: int, length: int) -> None:
+        room = self.roomy.extend()
+        assert (room is not None) == (self.batch == 1 and length > 0)
+        if room is not None:
+            new = states(1, 1, seed)
+            assert room[2] == length
+            for place, value in zip(room[:2], new, strict=True):
+                place[:, :, length : length + 1] = value
+            self.plain.update(*new)
+
     def apply(self, name: str, number: int, seed: int) -> None:
         length = self.plain.get_seq_length()
         if name == "update":
             new = states(self.batch, number, seed)
             for got, expected in zip(self.roomy.update(*new), self.plain.update(*new), strict=True):
                 assert torch.equal(got, expected)
+        elif name == "extend":
+            self.extend(seed, length)
         elif name == "crop" and number < length:
             self.plain.crop(-number)
             self.roomy.crop(-number)

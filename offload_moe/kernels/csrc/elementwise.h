@@ -197,4 +197,6 @@ static float encode_int8_block(const float *values, int8_t *codes) {
     return scale;
 }
 
-#define OM_ELEMENTWISE_TABLE quantize_blocks, pack_blocks, activate, encode_nf4_block, encode_int8_block
+#include "attend.h"
+
+#define OM_ELEMENTWISE_TABLE quantize_blocks, pack_blocks, activate, encode_nf4_block, encode_int8_block, attend

@@ -35,4 +35,19 @@ float *om_tile_buffer(const om_matrix *matrix, float *scratch);
 float om_bias_at(const om_weights *weights, int64_t row);
 const uint8_t *om_codes_at(const om_matrix *matrix, const uint8_t *record, int64_t row);
 
+/* Several matrices on the same tokens, as a part of a call: with the pool held, and scratch laid out first. */
+typedef struct {
+    const om_matrix *matrices;
+    const uint8_t *const *records;
+    void *const *outs;
+    const void *x;
+    int64_t num_matrices, num_tokens, scratch_floats;
+    int32_t x_dtype, out_dtype, mode;
+    om_activations activations;
+    float *scratch; /* per thread */
+} om_linear_job;
+
+void om_lay_out_linear(om_linear_job *job, uintptr_t *cursor);
+void om_run_linear(om_linear_job *job);
+
 #endif

@@ -3,25 +3,14 @@
 
 #define UNIT_ROWS 64
 
-typedef struct {
-    const om_matrix *matrices;
-    const uint8_t *const *records;
-    void *const *outs;
-    const void *x;
-    int64_t num_matrices, num_tokens, scratch_floats;
-    int32_t x_dtype, out_dtype, mode;
-    om_activations activations;
-    float *scratch; /* per thread */
-} linear_job;
-
 static void prepare_unit(void *context, int64_t token, int64_t next, int thread) {
     (void)next;
-    const linear_job *job = context;
+    const om_linear_job *job = context;
     om_prepare_row(&job->activations, token, job->x, job->x_dtype, job->matrices[0].cols,
                    job->scratch + thread * job->scratch_floats);
 }
 
-static void store_results(const linear_job *job, int64_t matrix, const om_weights *w, int64_t first_row, int64_t num_rows,
+static void store_results(const om_linear_job *job, int64_t matrix, const om_weights *w, int64_t first_row, int64_t num_rows,
                           int64_t first_token, int num_tokens, const float *results) {
     for (int t = 0; t < num_tokens; t++)
         for (int64_t r = 0; r < num_rows; r++) {
@@ -35,20 +24,20 @@ static void store_results(const linear_job *job, int64_t matrix, const om_weight
 }
 
 /* The matrix of a unit; `unit` becomes the unit within it. */
-static int64_t find_matrix(const linear_job *job, int64_t *unit) {
+static int64_t find_matrix(const om_linear_job *job, int64_t *unit) {
     int64_t matrix = 0;
     for (int64_t units; *unit >= (units = om_divide_up(job->matrices[matrix].rows, UNIT_ROWS)); matrix++) *unit -= units;
     return matrix;
 }
 
-static const uint8_t *codes_of_unit(const linear_job *job, int64_t unit) {
+static const uint8_t *codes_of_unit(const om_linear_job *job, int64_t unit) {
     if (unit < 0) return NULL;
     const int64_t matrix = find_matrix(job, &unit);
     return om_codes_at(&job->matrices[matrix], job->records[matrix], unit * UNIT_ROWS);
 }
 
 static void rows_unit(void *context, int64_t unit, int64_t next_unit, int thread) {
-    const linear_job *job = context;
+    const om_linear_job *job = context;
     const uint8_t *next_codes = codes_of_unit(job, next_unit);
     const int64_t matrix = find_matrix(job, &unit);
     om_weights w = om_resolve(&job->matrices[matrix], job->records[matrix]);
@@ -65,11 +54,17 @@ static void rows_unit(void *context, int64_t unit, int64_t next_unit, int thread
     }
 }
 
-static uintptr_t lay_out(linear_job *job, uintptr_t start) {
-    uintptr_t cursor = start;
-    om_lay_out_activations(&job->activations, &job->matrices[0], job->mode, job->num_tokens, &cursor);
-    job->scratch = om_take(&cursor, om_pool_threads() * job->scratch_floats * (int64_t)sizeof(float));
-    return cursor - start;
+void om_lay_out_linear(om_linear_job *job, uintptr_t *cursor) {
+    job->scratch_floats = om_scratch_floats(&job->matrices[0]);
+    om_lay_out_activations(&job->activations, &job->matrices[0], job->mode, job->num_tokens, cursor);
+    job->scratch = om_take(cursor, om_pool_threads() * job->scratch_floats * (int64_t)sizeof(float));
+}
+
+void om_run_linear(om_linear_job *job) {
+    om_pool_run(prepare_unit, job, job->num_tokens);
+    int64_t num_units = 0;
+    for (int64_t i = 0; i < job->num_matrices; i++) num_units += om_divide_up(job->matrices[i].rows, UNIT_ROWS);
+    om_pool_run(rows_unit, job, num_units);
 }
 
 /* outs[i][T, rows of i] = x[T, K] times matrix i, plus its bias. All matrices have the codec and the columns of the first.
@@ -77,18 +72,17 @@ static uintptr_t lay_out(linear_job *job, uintptr_t start) {
 OM_EXPORT int om_linear_forward(const om_matrix *matrices, const uint8_t *const *records, void *const *outs,
                                 int64_t num_matrices, const void *x, int64_t num_tokens, int32_t x_dtype, int32_t out_dtype,
                                 int32_t mode) {
-    linear_job job = {.matrices = matrices, .records = records, .outs = outs, .x = x, .num_matrices = num_matrices,
-                      .num_tokens = num_tokens, .x_dtype = x_dtype, .out_dtype = out_dtype, .mode = mode};
-    job.scratch_floats = om_scratch_floats(&matrices[0]);
+    om_linear_job job = {.matrices = matrices, .records = records, .outs = outs, .x = x, .num_matrices = num_matrices,
+                         .num_tokens = num_tokens, .x_dtype = x_dtype, .out_dtype = out_dtype, .mode = mode};
+    uintptr_t num_bytes = 0;
     om_pool_begin();
-    uint8_t *arena = om_arena_reserve(lay_out(&job, 0));
-    if (arena != NULL) {
-        lay_out(&job, (uintptr_t)arena);
-        om_pool_run(prepare_unit, &job, num_tokens);
-        int64_t num_units = 0;
-        for (int64_t i = 0; i < num_matrices; i++) num_units += om_divide_up(matrices[i].rows, UNIT_ROWS);
-        om_pool_run(rows_unit, &job, num_units);
+    om_lay_out_linear(&job, &num_bytes);
+    uintptr_t arena = (uintptr_t)om_arena_reserve(num_bytes);
+    if (arena != 0) {
+        uintptr_t cursor = arena;
+        om_lay_out_linear(&job, &cursor);
+        om_run_linear(&job);
     }
     om_pool_end();
-    return arena == NULL ? -1 : 0;
+    return arena == 0 ? -1 : 0;
 }

@@ -81,6 +81,9 @@ typedef struct {
     /* 64 values -> 32 packed bytes, returns absmax; 64 values -> 64 codes, returns absmax / 127. */
     float (*encode_nf4_block)(const float *values, uint8_t *codes);
     float (*encode_int8_block)(const float *values, int8_t *codes);
+    /* One token's heads that share keys and values: q, out [num_heads, dim]; keys, values [length, dim]; sinks may be NULL. */
+    void (*attend)(const float *q, const float *keys, const float *values, const float *sinks, int64_t num_heads, int64_t dim,
+                   int64_t length, float scaling, float *scores, float *out);
 } om_isa;
 
 extern const om_isa om_isa_portable;

@@ -1,0 +1,124 @@
+"""One native call for a decode step of grouped-query attention, and one for a router."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from offload_moe.errors import ConfigError
+from offload_moe.kernels.native import AttentionStruct, MatrixStruct, RouterStruct, library
+from offload_moe.kernels.planes import MODES, Mode, matrix_struct
+from offload_moe.quant.layout import ExpertShape, RecordLayout
+
+HEAD_DIM_STEP = 16  # head dims are multiples of the widest vector
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """One projection: its record, and the bias that is kept outside of it."""
+
+    codec: str
+    shape: ExpertShape
+    layout: RecordLayout
+    record: Tensor
+    bias: Tensor | None = None
+
+    def struct(self) -> MatrixStruct:
+        return matrix_struct(self.codec, self.shape.matrices[0], self.layout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadNorm:
+    """An RMS norm of each head, or of all heads at once if its weight is that long."""
+
+    weight: Tensor
+    epsilon: float
+
+
+class AttentionKernel:
+    """Projections, head norms, rotary embedding, cache, attention and output projection of one token, in fp32.
+
+    Shape legend: H hidden, N query heads, M key/value heads, D head dim, R rotated dims, C room in the cache.
+    """
+
+    def __init__(
+        self,
+        linears: Sequence[Linear],
+        *,
+        head_dim: int,
+        rotated_dims: int,
+        scaling: float,
+        norms: Sequence[HeadNorm | None] = (None, None),
+        sinks: Tensor | None = None,
+        mode: Mode = "fast",
+    ) -> None:
+        """linears: query, key, value, output. norms: of query and key. Other tensors: fp32. Raises: ConfigError."""
+        outs = [linear.shape.matrices[0].out_features for linear in linears]
+        if head_dim % HEAD_DIM_STEP or rotated_dims % 2 or rotated_dims > head_dim:
+            raise ConfigError(f"The attention kernel takes no heads of {head_dim} with {rotated_dims} rotated.")
+        if outs[0] % outs[1] or outs[1] != outs[2] or any(out % head_dim for out in outs[:3]):
+            raise ConfigError(f"Projections of {outs[:3]} features are not heads of {head_dim} in equal groups.")
+        self._owned = (linears, norms, sinks)
+        addresses = [None if norm is None else norm.weight.data_ptr() for norm in norms]
+        self._struct = AttentionStruct(
+            matrices=(MatrixStruct * 4)(*(linear.struct() for linear in linears)),
+            records=(ctypes.c_void_p * 4)(*(linear.record.data_ptr() for linear in linears)),
+            biases=(ctypes.c_void_p * 4)(*(_address(linear.bias) for linear in linears)),
+            norms=(ctypes.c_void_p * 2)(*addresses),
+            sinks=_address(sinks),
+            num_heads=outs[0] // head_dim,
+            num_kv_heads=outs[1] // head_dim,
+            head_dim=head_dim,
+            rotated_dims=rotated_dims,
+            norm_lengths=(ctypes.c_int64 * 2)(*(head_dim if norm is None else len(norm.weight) for norm in norms)),
+            epsilons=(ctypes.c_float * 2)(*(0.0 if norm is None else norm.epsilon for norm in norms)),
+            scaling=scaling,
+            mode=MODES[mode],
+        )
+        self._struct_address = ctypes.addressof(self._struct)
+        self._native = library().om_attention_step
+
+    def step(
+        self, x: Tensor, cos: Tensor, signed_sin: Tensor, keys: Tensor, values: Tensor, length: int, out: Tensor
+    ) -> None:
+        """x ``[..., H]`` of one token -> out ``[..., H]``, all fp32 and contiguous; not checked, this is the hot path.
+
+        cos, signed_sin ``[R]``. keys, values ``[1, M, C, D]`` hold `length` tokens and get one more.
+        """
+        status = self._native(
+            *(self._struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),
+            *(keys.data_ptr(), values.data_ptr(), keys.shape[2], length, out.data_ptr()),
+        )
+        if status:
+            raise MemoryError(f"No memory for the scores of {length + 1} tokens.")
+
+
+class RouterKernel:
+    """Logits, softmax and top-k of one token, in fp32. Shape legend: H hidden, E experts, K top-k."""
+
+    def __init__(self, linear: Linear, *, top_k: int, is_of_chosen: bool) -> None:
+        """is_of_chosen: weights are shares among the K chosen experts, otherwise among all E. Raises: ConfigError."""
+        num_experts = linear.shape.matrices[0].out_features
+        if not 1 <= top_k <= num_experts:
+            raise ConfigError(f"A router of {num_experts} experts cannot choose {top_k}.")
+        self._owned = linear
+        self._struct = RouterStruct(
+            matrix=linear.struct(),
+            record=linear.record.data_ptr(),
+            bias=_address(linear.bias),
+            top_k=top_k,
+            is_of_chosen=is_of_chosen,
+        )
+        self._struct_address = ctypes.addressof(self._struct)
+        self._native = library().om_router_step
+
+    def step(self, x: Tensor, logits: Tensor, weights: Tensor, ids: Tensor) -> None:
+        """x ``[H]``, logits ``[E]``, weights ``[K]`` fp32, ids ``[K]`` int64: contiguous, not checked."""
+        status = self._native(self._struct_address, x.data_ptr(), logits.data_ptr(), weights.data_ptr(), ids.data_ptr())
+        if status:
+            raise MemoryError("No memory for a router's activations.")
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

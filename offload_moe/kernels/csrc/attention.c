@@ -1,0 +1,142 @@
+/* A decode step of grouped-query attention in one call: projections, head norms, rotary embedding, cache, attention, output.
+ *
+ * One token of one sequence, in fp32. N query heads, M key/value heads, D head dim, S cached tokens, C room in the cache. */
+#include "job.h"
+
+#include <math.h>
+
+enum { QUERY = 0, KEY = 1, VALUE = 2, OUTPUT = 3 };
+
+typedef struct {
+    om_matrix matrices[4];     /* query, key, value: one codec; output */
+    const uint8_t *records[4];
+    const float *biases[4];    /* those kept outside of the records, or NULL */
+    const float *norms[2];     /* weights of the query's and the key's RMS norm, or NULL */
+    const float *sinks;        /* [N] or NULL */
+    int64_t num_heads, num_kv_heads, head_dim, rotated_dims;
+    int64_t norm_lengths[2];   /* D: each head has its norm; more: one over all heads */
+    float epsilons[2];
+    float scaling;
+    int32_t mode;
+} om_attention;
+
+typedef struct {
+    const om_attention *attention;
+    const float *cos, *signed_sin;
+    float *keys, *values; /* [M, C, D] */
+    int64_t capacity, length, heads_per_unit;
+    om_linear_job projections, output;
+    void *heads[3]; /* query [N, D], key and value [M, D] */
+    float *mixed;   /* [N, D] */
+    float *scores;  /* per thread */
+    void *out;
+} attention_job;
+
+static void add_bias(float *values, const float *bias, int64_t count) {
+    if (bias != NULL)
+        for (int64_t i = 0; i < count; i++) values[i] += bias[i];
+}
+
+static void normalize(float *values, const float *weight, int64_t length, float epsilon) {
+    float parts[16] = {0};
+    for (int64_t i = 0; i < length; i += 16)
+        for (int j = 0; j < 16; j++) parts[j] += values[i + j] * values[i + j];
+    float sum = 0.0f;
+    for (int j = 0; j < 16; j++) sum += parts[j];
+    const float scale = 1.0f / sqrtf(sum / (float)length + epsilon);
+    for (int64_t i = 0; i < length; i++) values[i] = values[i] * scale * weight[i];
+}
+
+/* values * cos + roll(values) * signed_sin, over the first `dims` of a head. */
+static void rotate(float *head, const float *cos, const float *signed_sin, int64_t dims) {
+    const int64_t half = dims / 2;
+    for (int64_t i = 0; i < half; i++) {
+        const float first = head[i], second = head[i + half];
+        head[i] = first * cos[i] + second * signed_sin[i];
+        head[i + half] = second * cos[i + half] + first * signed_sin[i + half];
+    }
+}
+
+static void finish_heads(const attention_job *job, int which, int64_t num_heads) {
+    const om_attention *a = job->attention;
+    const int64_t dim = a->head_dim, count = num_heads * dim;
+    float *values = job->heads[which];
+    add_bias(values, a->biases[which], count);
+    if (which == VALUE) return;
+    if (a->norms[which] != NULL)
+        for (int64_t at = 0; at < count; at += a->norm_lengths[which])
+            normalize(values + at, a->norms[which], a->norm_lengths[which], a->epsilons[which]);
+    for (int64_t at = 0; at < count; at += dim) rotate(values + at, job->cos, job->signed_sin, a->rotated_dims);
+}
+
+static void append(const attention_job *job) {
+    const int64_t dim = job->attention->head_dim;
+    for (int64_t head = 0; head < job->attention->num_kv_heads; head++) {
+        const int64_t at = (head * job->capacity + job->length) * dim;
+        __builtin_memcpy(job->keys + at, (const float *)job->heads[KEY] + head * dim, (size_t)dim * sizeof(float));
+        __builtin_memcpy(job->values + at, (const float *)job->heads[VALUE] + head * dim, (size_t)dim * sizeof(float));
+    }
+}
+
+static void heads_unit(void *context, int64_t unit, int64_t next, int thread) {
+    (void)next;
+    const attention_job *job = context;
+    const om_attention *a = job->attention;
+    const int64_t head = unit * job->heads_per_unit, dim = a->head_dim;
+    const int64_t cached = head / (a->num_heads / a->num_kv_heads) * job->capacity * dim;
+    om_active_isa()->attend((const float *)job->heads[QUERY] + head * dim, job->keys + cached, job->values + cached,
+                            a->sinks == NULL ? NULL : a->sinks + head, job->heads_per_unit, dim, job->length + 1, a->scaling,
+                            job->scores + thread * job->heads_per_unit * job->capacity, job->mixed + head * dim);
+}
+
+static void lay_out(attention_job *job, uintptr_t *cursor) {
+    const om_attention *a = job->attention;
+    const int64_t query_bytes = a->num_heads * a->head_dim * (int64_t)sizeof(float);
+    const int64_t key_bytes = a->num_kv_heads * a->head_dim * (int64_t)sizeof(float);
+    om_lay_out_linear(&job->projections, cursor);
+    om_lay_out_linear(&job->output, cursor);
+    job->heads[QUERY] = om_take(cursor, query_bytes);
+    job->heads[KEY] = om_take(cursor, key_bytes);
+    job->heads[VALUE] = om_take(cursor, key_bytes);
+    job->mixed = om_take(cursor, query_bytes);
+    job->scores = om_take(cursor, om_pool_threads() * job->heads_per_unit * job->capacity * (int64_t)sizeof(float));
+    job->output.x = job->mixed;
+}
+
+static void run(attention_job *job) {
+    const om_attention *a = job->attention;
+    om_run_linear(&job->projections);
+    finish_heads(job, QUERY, a->num_heads);
+    finish_heads(job, KEY, a->num_kv_heads);
+    finish_heads(job, VALUE, a->num_kv_heads);
+    append(job);
+    om_pool_run(heads_unit, job, a->num_heads / job->heads_per_unit);
+    om_run_linear(&job->output);
+    add_bias(job->out, a->biases[OUTPUT], a->matrices[OUTPUT].rows);
+}
+
+/* x[H] -> out[H]. cos and signed_sin: [rotated_dims]. Writes the token's keys and values at `length` of `keys` and `values`,
+ * [M, capacity, D], and attends to `length` + 1 tokens. Returns 0, or -1 when memory is short. */
+OM_EXPORT int om_attention_step(const om_attention *attention, const float *x, const float *cos, const float *signed_sin,
+                                float *keys, float *values, int64_t capacity, int64_t length, float *out) {
+    const int64_t group = attention->num_heads / attention->num_kv_heads;
+    attention_job job = {.attention = attention, .cos = cos, .signed_sin = signed_sin, .keys = keys, .values = values,
+                         .capacity = capacity, .length = length, .out = out};
+    /* heads that share keys are computed together where that leaves work for every thread */
+    job.heads_per_unit = attention->num_kv_heads >= om_pool_threads() ? group : 1;
+    job.projections = (om_linear_job){.matrices = attention->matrices, .records = attention->records, .outs = job.heads,
+                                      .x = x, .num_matrices = 3, .num_tokens = 1, .mode = attention->mode};
+    job.output = (om_linear_job){.matrices = attention->matrices + OUTPUT, .records = attention->records + OUTPUT,
+                                 .outs = &job.out, .num_matrices = 1, .num_tokens = 1, .mode = attention->mode};
+    uintptr_t num_bytes = 0;
+    om_pool_begin();
+    lay_out(&job, &num_bytes);
+    uintptr_t arena = (uintptr_t)om_arena_reserve(num_bytes);
+    if (arena != 0) {
+        uintptr_t cursor = arena;
+        lay_out(&job, &cursor);
+        run(&job);
+    }
+    om_pool_end();
+    return arena == 0 ? -1 : 0;
+}

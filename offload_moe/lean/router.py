@@ -1,0 +1,98 @@
+"""Routers that choose the greatest of a softmax: one kernel call per decode step.
+
+T tokens, H hidden, E experts, K top-k.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload_moe import kernels
+from offload_moe.dense import weight_shape
+from offload_moe.lean.probe import REFUSALS, agree, probes, structure
+from offload_moe.quant import get_codec
+
+CODEC = "bf16"  # half the bytes of fp32, and the same numbers where the checkpoint was in bf16
+PARAMETERS = ({"weight"}, {"weight", "bias"})
+
+Routed = tuple[Tensor, Tensor, Tensor]
+
+
+class StepRouter:
+    """The forward of one router: one token is routed here, anything else by the module itself."""
+
+    def __init__(self, router: Any, *, top_k: int, is_of_chosen: bool) -> None:
+        self._prompt_forward: Callable[[Tensor], Routed] = router.forward
+        self._num_experts, self._hidden_size = router.weight.shape
+        self._top_k = top_k
+        shape = weight_shape(*router.weight.shape)
+        codec = get_codec(CODEC)
+        record = codec.encode(shape, {"weight": router.weight.detach()})
+        linear = kernels.Linear(
+            codec=CODEC, shape=shape, layout=codec.layout(shape), record=record, bias=getattr(router, "bias", None)
+        )
+        self._kernel = kernels.RouterKernel(linear, top_k=top_k, is_of_chosen=is_of_chosen)
+
+    def __call__(self, hidden_states: Tensor) -> Routed:
+        """hidden ``[..., H]`` -> logits ``[T, E]``, weights ``[T, K]``, ids ``[T, K]``."""
+        if hidden_states.numel() != self._hidden_size or hidden_states.dtype != torch.float32:
+            return self._prompt_forward(hidden_states)
+        logits = hidden_states.new_empty(1, self._num_experts)
+        weights = hidden_states.new_empty(1, self._top_k)
+        ids = torch.empty(1, self._top_k, dtype=torch.int64)
+        self._kernel.step(hidden_states.contiguous(), logits, weights, ids)
+        return logits, weights, ids
+
+
+def shorten_routers(model: nn.Module) -> int:
+    """Give every router that is recognized the short decode step. Returns how many. Results differ by rounding."""
+    is_of_chosen: dict[Hashable, bool | None] = {}
+    num_shortened = 0
+    modules: list[Any] = [module for module in model.modules() if _is_candidate(module)]
+    for module in modules:
+        kind = structure(module)
+        if kind not in is_of_chosen:
+            is_of_chosen[kind] = _recognized(module)
+        found = is_of_chosen[kind]
+        if found is not None and _is_in_bf16(module.weight):
+            module.forward = StepRouter(module, top_k=module.top_k, is_of_chosen=found)
+            num_shortened += 1
+    return num_shortened
+
+
+def _is_candidate(module: Any) -> bool:
+    if set(module._parameters) not in PARAMETERS or module._buffers or list(module.children()):
+        return False
+    weight = module.weight
+    is_plain = all(p is not None and p.dtype == torch.float32 and p.is_cpu for p in module._parameters.values())
+    top_k = getattr(module, "top_k", None)
+    return is_plain and weight.dim() == 2 and isinstance(top_k, int) and 1 <= top_k <= len(weight)
+
+
+def _is_in_bf16(weight: Tensor) -> bool:
+    return torch.equal(weight.bfloat16().float(), weight)
+
+
+@torch.inference_mode()
+def _recognized(module: Any) -> bool | None:
+    """Whether its weights are shares of the chosen experts or of all; None where it is another kind of router."""
+    inputs = probes((8, module.weight.shape[1]), torch.float32, module.weight.device)
+    for is_of_chosen in (True, False):
+        step = StepRouter(module, top_k=module.top_k, is_of_chosen=is_of_chosen)
+        if all(_same(module, step, x[None]) for each in inputs for x in each):
+            return is_of_chosen
+    return None
+
+
+def _same(module: nn.Module, step: StepRouter, x: Tensor) -> bool:
+    try:
+        expected = module.forward(x)
+    except REFUSALS:
+        return False
+    if not isinstance(expected, tuple) or len(expected) != 3 or not all(isinstance(part, Tensor) for part in expected):
+        return False
+    got = step(x)
+    is_close = all(agree(ours, theirs, is_exact=False) for ours, theirs in zip(got[:2], expected[:2], strict=True))
+    return is_close and torch.equal(got[2], expected[2])

@@ -1,0 +1,156 @@
+"""One call for a decode step of attention, and one for a router, against torch in fp64."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.kernels import SETS, needs_kernels
+from torch import Tensor
+from torch.nn import functional
+
+from offload_moe import kernels
+from offload_moe.dense import weight_shape
+from offload_moe.errors import ConfigError
+from offload_moe.quant import get_codec
+
+HIDDEN, CAPACITY = 96, 40
+pytestmark = needs_kernels
+
+
+@pytest.fixture(autouse=True)
+def best_kernels_afterwards() -> Iterator[None]:
+    before = kernels.num_threads()
+    yield
+    kernels.select_instruction_set(None)
+    kernels.set_threads(before)
+
+
+def linear(codec: str, out_features: int, in_features: int, *, has_bias: bool) -> tuple[kernels.Linear, Tensor]:
+    """A quantized linear, and its decoded weight in fp64."""
+    shape, coder = weight_shape(out_features, in_features), get_codec(codec)
+    record = coder.encode(shape, {"weight": torch.randn(out_features, in_features) * in_features**-0.5})
+    weight = coder.decode(shape, record, torch.float32)["weight"].double()
+    bias = torch.randn(out_features) if has_bias else None
+    return kernels.Linear(codec=codec, shape=shape, layout=coder.layout(shape), record=record, bias=bias), weight
+
+
+def rms_norm(x: Tensor, norm: kernels.HeadNorm) -> Tensor:
+    rows = x.view(-1, len(norm.weight))
+    return functional.rms_norm(rows, [rows.shape[1]], norm.weight.double(), norm.epsilon).view(x.shape)
+
+
+class Case:
+    """Projections, norms and a cache of random numbers."""
+
+    def __init__(self, codec: str, heads: int, kv_heads: int, dim: int, rotated: int, length: int, norm: str) -> None:
+        torch.manual_seed(heads * dim + length)
+        self.heads, self.kv_heads, self.dim, self.rotated, self.length = heads, kv_heads, dim, rotated, length
+        sizes = [(heads * dim, HIDDEN), (kv_heads * dim, HIDDEN), (kv_heads * dim, HIDDEN), (HIDDEN, heads * dim)]
+        pairs = [linear(codec, *size, has_bias=norm == "head") for size in sizes]
+        self.linears, self.weights = [p[0] for p in pairs], [p[1] for p in pairs]
+        lengths = {"none": [], "head": [dim, dim], "all": [heads * dim, kv_heads * dim]}[norm]
+        self.norms = [kernels.HeadNorm(weight=torch.rand(n) + 0.5, epsilon=1e-3) for n in lengths] or [None, None]
+        self.sinks = torch.randn(heads) if norm == "head" else None
+        self.x = torch.randn(1, 1, HIDDEN)
+        angles = torch.rand(rotated // 2)
+        self.cos = torch.cat([angles.cos()] * 2)
+        self.signed_sin = torch.cat((-angles.sin(), angles.sin()))
+        self.cache = [torch.randn(1, kv_heads, CAPACITY, dim) for _ in range(2)]
+
+    def step(self) -> tuple[Tensor, Tensor, Tensor]:
+        kernel = kernels.AttentionKernel(
+            self.linears,
+            head_dim=self.dim,
+            rotated_dims=self.rotated,
+            scaling=0.3,
+            norms=self.norms,
+            sinks=self.sinks,
+            mode="exact",
+        )
+        keys, values = (part.clone() for part in self.cache)
+        out = torch.full_like(self.x, torch.nan)
+        kernel.step(self.x, self.cos, self.signed_sin, keys, values, self.length, out)
+        return out, keys, values
+
+    def expected(self) -> tuple[Tensor, Tensor, Tensor]:
+        projected = []
+        for which in range(3):
+            bias = self.linears[which].bias
+            states = self.weights[which] @ self.x.flatten().double() + (0 if bias is None else bias)
+            if which < 2 and (norm := self.norms[which]) is not None:
+                states = rms_norm(states, norm)
+            states = states.view(-1, self.dim)
+            projected.append(states if which == 2 else torch.cat((self.turned(states), states[:, self.rotated :]), 1))
+        keys, values = (part.double() for part in self.cache)
+        keys[0, :, self.length], values[0, :, self.length] = projected[1:]
+        group, end = self.heads // self.kv_heads, self.length + 1
+        k, v = (part[0, :, :end].repeat_interleave(group, 0) for part in (keys, values))
+        scores = torch.einsum("nd,nsd->ns", projected[0], k) * 0.3
+        if self.sinks is not None:
+            scores = torch.cat((scores, self.sinks[:, None]), 1)
+        mixed = torch.einsum("ns,nsd->nd", scores.softmax(1)[:, :end], v).flatten()
+        out = self.weights[3] @ mixed + (0 if self.linears[3].bias is None else self.linears[3].bias)
+        return out.view(1, 1, -1), keys, values
+
+    def turned(self, states: Tensor) -> Tensor:
+        part = states[:, : self.rotated]
+        return part * self.cos + part.roll(self.rotated // 2, 1) * self.signed_sin
+
+
+CASES = [
+    ("nf4", 4, 4, 16, 16, 0, "none"),
+    ("int8", 6, 2, 32, 16, 7, "head"),
+    ("nf4", 4, 2, 80, 80, 33, "all"),
+    ("int8", 8, 1, 64, 64, CAPACITY - 1, "none"),
+]
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_is_attention(case: tuple[str, int, int, int, int, int, str], name: str) -> None:
+    kernels.select_instruction_set(name)
+    made = Case(*case)
+    results = []
+    for threads in (1, 2, 3):
+        kernels.set_threads(threads)
+        results.append(made.step())
+    for got, expected in zip(results[0], made.expected(), strict=True):
+        assert (got - expected).norm() <= 2e-6 * expected.norm()
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_heads_that_fit_no_vector_are_refused() -> None:
+    made = Case("int8", 4, 2, 16, 16, 3, "none")
+    for settings in ({"head_dim": 8, "rotated_dims": 8}, {"head_dim": 16, "rotated_dims": 32}):
+        with pytest.raises(ConfigError):
+            kernels.AttentionKernel(made.linears, scaling=1.0, **settings)
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("is_of_chosen", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_router_chooses_as_torch_does(has_bias: bool, is_of_chosen: bool, name: str) -> None:
+    kernels.select_instruction_set(name)
+    torch.manual_seed(3)
+    made, weight = linear("bf16", 40, 100, has_bias=has_bias)
+    kernel = kernels.RouterKernel(made, top_k=6, is_of_chosen=is_of_chosen)
+    for scale in (0.01, 1.0, 30.0):
+        x = torch.randn(100) * scale
+        logits, weights, ids = torch.empty(40), torch.empty(6), torch.empty(6, dtype=torch.int64)
+        kernel.step(x, logits, weights, ids)
+        expected = weight @ x.double() + (0 if made.bias is None else made.bias)
+        shares = expected.softmax(0)
+        assert torch.allclose(logits.double(), expected, rtol=1e-5, atol=1e-5 * scale)
+        assert ids.tolist() == expected.topk(6).indices.tolist()
+        chosen = shares[ids] / (shares[ids].sum() if is_of_chosen else 1)
+        assert torch.allclose(weights.double(), chosen, rtol=1e-4)
+
+
+def test_a_router_of_equal_or_unusable_logits_still_chooses_distinct_experts() -> None:
+    made, _ = linear("bf16", 8, 64, has_bias=False)
+    kernel = kernels.RouterKernel(made, top_k=3, is_of_chosen=True)
+    for x in (torch.zeros(64), torch.full((64,), torch.nan)):
+        logits, weights, ids = torch.empty(8), torch.empty(3), torch.empty(3, dtype=torch.int64)
+        kernel.step(x, logits, weights, ids)
+        assert ids.tolist() == [0, 1, 2]
