@@ -1,32 +1,55 @@
 """Decode and prompt speed on the CPU, everything in memory, against llama.cpp's Q4_0 on the same shape.
 
 Usage: python benchmarks/decode_cpu.py --config benchmarks/configs/OLMoE-1B-7B-0125.json --folder SCRATCH
-       [--threads 2] [--trials 5] [--prompt-tokens 512] [--tokens 32]
+       [--threads 2] [--trials 5] [--prompt-tokens 64] [--tokens 32] [--transformers] [--layers N]
 
-Both files are made in SCRATCH with random weights when they are not there yet. Processes alternate; the ratio is taken
-trial by trial. The last line of stdout is one JSON document.
+Files are made in SCRATCH with random weights when they are not there yet. Processes alternate, each bound to as many
+cores as threads; a trial is the last of two runs in a process, and the ratio is taken trial by trial.
+`--transformers` adds transformers in bf16 and with bitsandbytes' 4-bit linears on a checkpoint of the same shape;
+`--layers` makes every model that much shorter, where the whole one in bf16 does not fit. The last line of stdout is
+one JSON document.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from harness import alternate, finish, paired_ratio, run_json, spread
 
 HERE = Path(__file__).parent
+DISTINCT = ("distinct_experts_per_layer", "distinct_if_spread_evenly")
 
 
-def ensure_files(config: Path, folder: Path) -> tuple[Path, Path]:
-    """The store and the GGUF file of this shape."""
-    store, gguf = folder / f"{config.stem}-store", folder / f"{config.stem}.gguf"
-    if not (store / "store.json").exists():
-        subprocess.run([sys.executable, str(HERE / "synthesize.py"), str(config), str(store)], check=True)
-    if not gguf.exists():
-        part = gguf.with_suffix(".part")
-        subprocess.run([sys.executable, str(HERE / "peers/make_random_gguf.py"), str(config), str(part)], check=True)
-        part.rename(gguf)
-    return store, gguf
+def make(script: str, config: Path, target: Path, *arguments: str) -> None:
+    """Run one of the makers, unless its result is there."""
+    if not target.exists():
+        part = target.with_name(f"{target.name}.part")
+        subprocess.run([sys.executable, str(HERE / script), str(config), str(part), *arguments], check=True)
+        part.rename(target)
+
+
+def ensure_files(options: argparse.Namespace) -> dict[str, list[str]]:
+    """The command of each candidate, on files of this shape."""
+    config: Path = options.config
+    if options.layers is not None:
+        shorter = {**json.loads(config.read_text()), "num_hidden_layers": options.layers}
+        config = options.folder / f"{config.stem}-{options.layers}.json"
+        config.write_text(json.dumps(shorter))
+    store, gguf, checkpoint = (options.folder / f"{config.stem}{end}" for end in ("-store", ".gguf", "-bf16"))
+    make("synthesize.py", config, store)
+    make("peers/make_random_gguf.py", config, gguf)
+    commands = {
+        "offload_moe": [str(HERE / "run_store.py"), str(store)],
+        "llama.cpp": [str(HERE / "peers/run_llamacpp.py"), str(gguf)],
+    }
+    if options.transformers:
+        make("peers/make_random_checkpoint.py", config, checkpoint)
+        peer = [str(HERE / "peers/run_transformers.py"), str(checkpoint)]
+        commands |= {"transformers bf16": peer, "transformers bitsandbytes": [*peer, "--bitsandbytes"]}
+    return commands
 
 
 def main() -> None:
@@ -37,34 +60,41 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--transformers", action="store_true")
+    parser.add_argument("--layers", type=int)
     options = parser.parse_args()
-    store, gguf = ensure_files(options.config, options.folder)
     shared = ["--threads", str(options.threads), "--tokens", str(options.tokens)]
     shared += ["--prompt-tokens", str(options.prompt_tokens)]
-    commands = {
-        "offload_moe": [sys.executable, str(HERE / "run_store.py"), str(store), *shared],
-        "llama.cpp": [sys.executable, str(HERE / "peers/run_llamacpp.py"), str(gguf), *shared],
-    }
-    prompts: dict[str, list[float]] = {name: [] for name in commands}
+    commands = {name: [sys.executable, *command, *shared] for name, command in ensure_files(options).items()}
+    documents: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
 
     def trial(name: str) -> float:
-        last = run_json(commands[name])["runs"][-1]
-        prompts[name].append(last["prompt_tokens_per_s"])
-        print(name, last, file=sys.stderr, flush=True)
-        return float(last["decode_tokens_per_s"])
+        document = run_json(commands[name])
+        documents[name].append(document)
+        print(name, document["runs"][-1], file=sys.stderr, flush=True)
+        return float(document["runs"][-1]["decode_tokens_per_s"])
 
-    decodes = alternate({name: lambda name=name: trial(name) for name in commands}, num_trials=options.trials)
-    prompts = {name: values[-options.trials :] for name, values in prompts.items()}
+    decodes = alternate(
+        {name: lambda name=name: trial(name) for name in commands}, num_trials=options.trials, num_warmups=0
+    )
+    prompts = {name: [each["runs"][-1]["prompt_tokens_per_s"] for each in made] for name, made in documents.items()}
+    peers = [name for name in commands if name != "offload_moe"]
     finish(
         {
             "benchmark": "decode_cpu",
             "shape": options.config.stem,
+            "layers": options.layers,
             "threads": options.threads,
             "prompt_tokens": options.prompt_tokens,
+            "tokens": options.tokens,
             "decode_tokens_per_s": {name: spread(values) for name, values in decodes.items()},
             "prompt_tokens_per_s": {name: spread(values) for name, values in prompts.items()},
-            "decode_ratio_vs_llamacpp": paired_ratio(decodes, "offload_moe", "llama.cpp"),
-            "prompt_ratio_vs_llamacpp": paired_ratio(prompts, "offload_moe", "llama.cpp"),
+            "decode_ratios": {f"vs {name}": paired_ratio(decodes, "offload_moe", name) for name in peers},
+            "prompt_ratios": {f"vs {name}": paired_ratio(prompts, "offload_moe", name) for name in peers},
+            "offload_moe": {
+                name: spread([float(each[name]) for each in documents["offload_moe"]])
+                for name in ("import_s", "load_s", "first_token_s", *DISTINCT)
+            },
         }
     )
 

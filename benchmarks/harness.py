@@ -49,10 +49,15 @@ def paired_ratio(values: Mapping[str, list[float]], name: str, other: str) -> di
 
 def pin_threads(num_threads: int) -> None:
     """One core per thread, for us and for OpenMP; call it before torch is imported."""
-    cores = sorted(os.sched_getaffinity(0))[:num_threads]
-    os.sched_setaffinity(0, cores)
+    bind_to_cores(num_threads)
+    cores = sorted(os.sched_getaffinity(0))
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
     os.environ["GOMP_CPU_AFFINITY"] = " ".join(map(str, cores))
+
+
+def bind_to_cores(num_cores: int) -> None:
+    """Keep this process and its threads on the first cores, as every peer is kept."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num_cores])
 
 
 def machine() -> dict[str, Any]:

@@ -3,6 +3,8 @@
 Usage: python benchmarks/run_store.py STORE --threads 2 --tokens 32 --prompt-tokens 64 [--ram 2.4GiB] [--prefetch 2]
 
 The counterpart of peers/run_llamacpp.py: the same prompt, the same hot sampling, the same JSON on the last line.
+Before the runs: seconds from the end of the imports to the first token of a short prompt, with the experts still on
+disk. After them: how many distinct experts the decoded tokens used, beside what an even spread would give.
 """
 
 import argparse
@@ -10,11 +12,53 @@ import json
 import resource
 import time
 from pathlib import Path
+from typing import Any
+
+from harness import bind_to_cores
+
+SHORT_PROMPT = 4
 
 
 def read_bytes() -> int:
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
+
+
+class Distinct:
+    """Counts the distinct experts that decode steps of one layer use; in place of a layer's recorder."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.used: set[int] = set()
+        self.num_tokens = self.top_k = 0
+
+    def begin(self, layer: int, top_k_index: Any, top_k_weights: Any) -> None:
+        if len(top_k_index) == 1:
+            self.used |= set(top_k_index[0].tolist())
+            self.num_tokens += 1
+            self.top_k = top_k_index.shape[1]
+
+    def end(self) -> None:
+        pass
+
+    @property
+    def if_even(self) -> float:
+        return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** self.num_tokens)
+
+
+def distinct_experts(model: Any, generate: Any) -> dict[str, float]:
+    """Means over the layers, of one more run."""
+    bound = [layer.module._offload_moe for layer in model.layers]
+    counters = [Distinct(layer.num_experts) for layer in model.layers]
+    for experts, counter in zip(bound, counters, strict=True):
+        experts.recorder = counter
+    generate()
+    for experts in bound:
+        experts.recorder = None
+    return {
+        "distinct_experts_per_layer": sum(len(counter.used) for counter in counters) / len(counters),
+        "distinct_if_spread_evenly": sum(counter.if_even for counter in counters) / len(counters),
+    }
 
 
 def main() -> None:
@@ -29,6 +73,7 @@ def main() -> None:
     parser.add_argument("--prefetch", type=int, default=None)
     options = parser.parse_args()
 
+    bind_to_cores(options.threads)
     began = time.perf_counter()
     import torch
 
@@ -36,6 +81,10 @@ def main() -> None:
     from offload_moe.generate import stream_tokens
 
     import_s = time.perf_counter() - began
+
+    def prompt(seed: int, num_tokens: int) -> Any:
+        return torch.tensor([[(i * 37 + seed * 101) % 20000 + 300 for i in range(num_tokens)]])
+
     torch.set_num_threads(options.threads)
     if kernels.available():
         kernels.set_threads(options.threads)
@@ -43,13 +92,16 @@ def main() -> None:
     began = time.perf_counter()
     model = load(options.store, ram=options.ram, **chosen)
     load_s = time.perf_counter() - began
-    runs = []
+    model.hf.generation_config.eos_token_id = None
+    with stream_tokens(model.hf, None, prompt(options.tokens, SHORT_PROMPT), max_new_tokens=1) as tokens:
+        next(tokens)
+    first_token_s = time.perf_counter() - began
+    runs: list[dict[str, float]] = []
+    sampling: dict[str, Any] = {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": options.tokens}
     for seed in range(options.runs):
-        ids = torch.tensor([[(i * 37 + seed * 101) % 20000 + 300 for i in range(options.prompt_tokens)]])
+        ids = prompt(seed, options.prompt_tokens)
         before, counted = read_bytes(), model.stats.copy()
-        model.hf.generation_config.eos_token_id = None
-        sampling = {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "seed": seed, "max_new_tokens": options.tokens}
-        with stream_tokens(model.hf, None, ids, **sampling) as tokens:
+        with stream_tokens(model.hf, None, ids, seed=seed, **sampling) as tokens:
             num_tokens, prompt_counters = 0, counted
             for _ in tokens:
                 num_tokens += 1
@@ -69,6 +121,13 @@ def main() -> None:
                     "num_useful_prefetches": decoding.num_useful_prefetches,
                 }
             )
+
+    def once_more() -> None:
+        with stream_tokens(model.hf, None, prompt(0, SHORT_PROMPT), **sampling) as tokens:
+            for _ in tokens:
+                pass
+
+    spread = distinct_experts(model, once_more)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     pools = model._hierarchy.pools
     print(
@@ -76,6 +135,8 @@ def main() -> None:
             {
                 "import_s": import_s,
                 "load_s": load_s,
+                "first_token_s": first_token_s,
+                **spread,
                 "peak_rss_bytes": peak,
                 "num_ram_slots": pools.num_ram_slots,
                 "slot_bytes": pools.slot_bytes,

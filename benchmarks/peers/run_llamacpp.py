@@ -8,6 +8,7 @@ line of stdout is one JSON document.
 
 import argparse
 import json
+import os
 import resource
 import time
 from pathlib import Path
@@ -30,6 +31,7 @@ def main() -> None:
     # Repacked weights are private copies that would not fit under a memory limit.
     parser.add_argument("--no-repack", action="store_true")
     options = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     params = xllamacpp.CommonParams()
     params.model.path = options.model
     params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 2048, 1, False, 1

@@ -1,0 +1,80 @@
+"""Perplexity of the demo model per codec, with exact and with int8 activations: what speed costs in quality.
+
+    python benchmarks/codec_quality.py [--tokens 2048] [--length 256]
+
+Texts come with Python: language reference topics, which the demo's calibration did not see. The prompt's path is
+measured (chunks of `--length` tokens at once); experts in bf16 give eager's own numbers. The last line of stdout is
+one JSON document.
+"""
+
+import argparse
+import math
+import sys
+from importlib import import_module
+from typing import Any
+
+from harness import finish
+
+# Experts' codec, dense codec, exact activations.
+CANDIDATES: tuple[tuple[str, str | None, bool], ...] = (
+    ("bf16", None, False),
+    ("int8", "bf16", True),
+    ("int8", None, False),
+    ("nf4", "bf16", True),
+    ("nf4", "bf16", False),
+    ("nf4", None, False),
+    ("nf4", "nf4", False),
+)
+
+
+def chunks(tokenizer: Any, num_tokens: int, length: int) -> Any:
+    """``[B, length]`` of topics that are spread over the reference."""
+    import torch
+
+    topics: dict[str, str] = import_module("pydoc_data.topics").topics
+    ids: list[int] = []
+    for name in sorted(topics)[::5]:
+        ids += tokenizer(topics[name]).input_ids[:length]
+    return torch.tensor(ids[: min(num_tokens, len(ids)) // length * length]).view(-1, length)
+
+
+def perplexity(hf: Any, ids: Any) -> float:
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    total = 0.0
+    with torch.inference_mode():
+        for row in ids.split(1):
+            logits = hf(row, use_cache=False).logits[:, :-1].float()
+            total += float(cross_entropy(logits.flatten(0, 1), row[:, 1:].flatten(), reduction="sum"))
+    return math.exp(total / ids[:, 1:].numel())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--length", type=int, default=256)
+    options = parser.parse_args()
+    from offload_moe import load
+
+    rows = []
+    ids = None
+    for codec, dense_codec, is_exact in CANDIDATES:
+        with load("demo", codec=codec, dense_codec=dense_codec, exact=is_exact) as model:
+            if ids is None:
+                ids = chunks(model.tokenizer, options.tokens, options.length)
+            row = {
+                "experts": codec,
+                "dense": dense_codec or ("bf16" if codec == "bf16" else "int8 in memory"),
+                "activations": "fp32" if is_exact or codec == "bf16" else "int8",
+                "perplexity": perplexity(model.hf, ids),
+                "dense_bytes": model.memory["dense weights"],
+            }
+        rows.append(row)
+        print(row, file=sys.stderr, flush=True)
+    assert ids is not None
+    finish({"benchmark": "codec_quality", "tokens": ids.numel(), "length": options.length, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
