@@ -15,6 +15,7 @@ from offload_moe.lean.probe import REFUSALS, agree, probes, structure
 from offload_moe.quant import get_codec
 
 CODEC = "bf16"  # half the bytes of fp32, and the same numbers where the checkpoint was in bf16
+NEGLIGIBLE = 1e-30  # experts whose shares vanish are tied, and either choice of them adds nothing
 PARAMETERS = ({"weight"}, {"weight", "bias"})
 
 Routed = tuple[Tensor, Tensor, Tensor]
@@ -95,4 +96,5 @@ def _same(module: nn.Module, step: StepRouter, x: Tensor) -> bool:
         return False
     got = step(x)
     is_close = all(agree(ours, theirs, is_exact=False) for ours, theirs in zip(got[:2], expected[:2], strict=True))
-    return is_close and torch.equal(got[2], expected[2])
+    counts = expected[1] > NEGLIGIBLE
+    return is_close and torch.equal(got[2][counts], expected[2][counts])

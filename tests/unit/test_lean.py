@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.tiny_models import tiny_model
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -14,6 +15,7 @@ from offload_moe.dense import quantize_linear
 from offload_moe.lean.mlp import FusedMLP, fuse_mlps
 from offload_moe.lean.norm import FusedRMSNorm, fuse_norms
 from offload_moe.lean.rotary import StepRotary, rotate
+from offload_moe.lean.router import shorten_routers
 from offload_moe.lean.shorten import shorten_attention
 from offload_moe.quant import get_codec
 
@@ -150,3 +152,41 @@ def test_attention_that_scales_by_position_stays_as_it_is(monkeypatch: pytest.Mo
         assert shorten_attention(model, is_exact=False) == 0
     monkeypatch.undo()
     assert shorten_attention(model, is_exact=True) == 1
+
+
+class Router(nn.Module):
+    """transformers' usual router: the greatest of a softmax, as shares of all experts or of the chosen ones."""
+
+    def __init__(self, *, is_normalized: bool, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.top_k, self.is_normalized, self.temperature = 4, is_normalized, temperature
+        self.weight = nn.Parameter(torch.randn(24, 64).bfloat16().float(), requires_grad=False)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = functional.linear(hidden_states, self.weight)
+        values, ids = (logits / self.temperature).softmax(-1).topk(self.top_k)
+        return logits, values / values.sum(-1, keepdim=True) if self.is_normalized else values, ids
+
+
+@needs_kernels
+@pytest.mark.parametrize("is_normalized", [True, False])
+def test_a_recognized_router_gives_the_modules_results(is_normalized: bool) -> None:
+    router = Router(is_normalized=is_normalized)
+    inputs = [torch.randn(1, 64) for _ in range(20)]
+    expected = [router(x) for x in inputs]
+    assert shorten_routers(router) == 1
+    for x, wanted in zip(inputs, expected, strict=True):
+        logits, weights, ids = router(x)
+        assert torch.equal(ids, wanted[2])
+        assert torch.allclose(logits, wanted[0], atol=1e-4)
+        assert torch.allclose(weights, wanted[1], rtol=1e-4, atol=1e-7)
+    assert router(torch.randn(3, 64))[2].shape == (3, 4)
+
+
+@needs_kernels
+def test_other_routers_stay_as_they_are() -> None:
+    finer = Router(is_normalized=True)
+    finer.weight.data += 1e-4
+    for router in (Router(is_normalized=True, temperature=2.0), finer):
+        assert shorten_routers(router) == 0
+        assert "forward" not in vars(router)
