@@ -3,7 +3,7 @@
 Optional: where no compiler was at hand, `available()` is False, `unavailable_reason()` says why, and torch serves.
 """
 
-from offload_moe.kernels.attention import AttentionKernel, HeadNorm, Linear, RouterKernel
+from offload_moe.kernels.attention import AttentionKernel, HeadNorm, Linear, NormKernel, RouterKernel
 from offload_moe.kernels.codecs import fast_encoding
 from offload_moe.kernels.encode import encode_int8, encode_nf4
 from offload_moe.kernels.experts import ExpertKernel
@@ -24,6 +24,7 @@ __all__ = [
     "HeadNorm",
     "Linear",
     "LinearKernel",
+    "NormKernel",
     "RouterKernel",
     "available",
     "encode_int8",

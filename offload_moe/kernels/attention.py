@@ -1,4 +1,4 @@
-"""One native call for a decode step of grouped-query attention, and one for a router."""
+"""One native call for a decode step of grouped-query attention, one for a router, one for a norm."""
 
 import ctypes
 from collections.abc import Sequence
@@ -34,6 +34,20 @@ class HeadNorm:
 
     weight: Tensor
     epsilon: float
+
+
+class NormKernel:
+    """An RMS norm of one row, in fp32."""
+
+    def __init__(self, weight: Tensor, epsilon: float) -> None:
+        """weight: fp32 ``[H]``, contiguous, on the CPU."""
+        self._weight, self._epsilon, self._length = weight, epsilon, len(weight)
+        self._weight_address = weight.data_ptr()
+        self._native = library().om_rms_norm
+
+    def step(self, x: Tensor, out: Tensor) -> None:
+        """x and out: fp32 ``[..., H]`` of one row, contiguous; not checked, this is the hot path."""
+        self._native(x.data_ptr(), self._weight_address, self._length, self._epsilon, out.data_ptr())
 
 
 class AttentionKernel:

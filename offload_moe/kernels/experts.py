@@ -3,6 +3,7 @@
 import ctypes
 from array import array
 from collections.abc import Sequence
+from functools import cache
 
 from torch import Tensor
 
@@ -95,6 +96,34 @@ class ExpertKernel:
             raise MemoryError(f"No memory for the intermediate activations of {len(token_ids)} pairs.")
         if status:
             raise ConfigError(f"token_ids or offsets are out of range for {x.shape[0]} tokens, {len(token_ids)} pairs.")
+
+    def forward_token(
+        self, x: Tensor, addresses: Sequence[int], weights: Sequence[float], out: Tensor, *, mode: Mode = "fast"
+    ) -> None:
+        """`forward` for one token and an expert per weight: x, out ``[1, H]``, contiguous, of the same dtype; not checked.
+
+        Raises: MemoryError.
+        """
+        num_experts = len(addresses)
+        records, offsets = array("Q", addresses), _counting(num_experts + 1)
+        tokens, shares, dtype = _zeros(num_experts), array("f", weights), DTYPES[x.dtype]
+        status = self._native(
+            *(self._layer_address, x.data_ptr(), 1, dtype, records.buffer_info()[0]),
+            *(offsets.buffer_info()[0], tokens.buffer_info()[0], shares.buffer_info()[0], num_experts),
+            *(out.data_ptr(), dtype, 0, MODES[mode]),
+        )
+        if status:
+            raise MemoryError(f"No memory for the intermediate activations of {num_experts} experts.")
+
+
+@cache
+def _counting(length: int) -> "array[int]":
+    return array("i", range(length))
+
+
+@cache
+def _zeros(length: int) -> "array[int]":
+    return array("i", bytes(4 * length))
 
 
 class _Array:

@@ -136,6 +136,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
     loaded.om_encode_nested.argtypes = [pointer, ctypes.c_float, int64, pointer, pointer]
     loaded.om_encode_nested.restype = None
     loaded.om_attention_step.argtypes = [*([pointer] * 6), int64, int64, pointer]
+    loaded.om_rms_norm.argtypes, loaded.om_rms_norm.restype = [pointer, pointer, int64, ctypes.c_float, pointer], None
     loaded.om_router_step.argtypes = [pointer] * 5
     loaded.om_linear_forward.argtypes = [pointer, pointer, pointer, int64, pointer, int64, int32, int32, int32]
     loaded.om_moe_forward.argtypes = [

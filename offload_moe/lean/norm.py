@@ -11,18 +11,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from offload_moe import kernels
 from offload_moe.lean.probe import REFUSALS, agree, probes, structure
 
 
 class FusedRMSNorm:
     """The forward of one RMS norm module, ``[..., H] -> [..., H]``."""
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    def __init__(self, weight: Tensor, eps: float, *, is_exact: bool) -> None:
+        """is_exact: only what gives the module's own bits; otherwise one token in fp32 on the CPU is a kernel call."""
         self.weight = weight
         self._shape = list(weight.shape)
         self.eps = eps
+        self._length = weight.numel()
+        is_plain = weight.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous()
+        has_kernel = not is_exact and is_plain and kernels.available()
+        self._kernel = kernels.NormKernel(weight, eps) if has_kernel else None
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
+        kernel = self._kernel
+        if kernel is not None and hidden_states.numel() == self._length and hidden_states.dtype == torch.float32:
+            x = hidden_states.contiguous()
+            out = torch.empty_like(x)
+            kernel.step(x, out)
+            return out
         return functional.rms_norm(hidden_states, self._shape, self.weight, self.eps)
 
 
@@ -39,7 +51,7 @@ def fuse_norms(model: nn.Module, *, is_exact: bool) -> int:
             eps_of[kind] = _recognized_eps(module, module.weight, is_exact=is_exact)
         eps = eps_of[kind]
         if eps is not None:
-            module.forward = FusedRMSNorm(module.weight, eps)
+            module.forward = FusedRMSNorm(module.weight, eps, is_exact=is_exact)
             num_fused += 1
     return num_fused
 
@@ -48,8 +60,8 @@ def fuse_norms(model: nn.Module, *, is_exact: bool) -> int:
 def _recognized_eps(module: nn.Module, weight: Tensor, *, is_exact: bool) -> float | None:
     inputs = probes((3, len(weight)), weight.dtype, weight.device)
     for eps in (value for value in vars(module).values() if isinstance(value, float)):
-        fused = FusedRMSNorm(weight, eps)
-        if all(_same(module, fused, x, is_exact=is_exact) for x in inputs):
+        fused = FusedRMSNorm(weight, eps, is_exact=is_exact)
+        if all(_same(module, fused, x, is_exact=is_exact) for x in (*inputs, *(each[:1] for each in inputs))):
             return eps
     return None
 

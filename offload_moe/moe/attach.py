@@ -15,7 +15,8 @@ from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.moe.arithmetic import Arithmetic
 from offload_moe.moe.contract import ExpertsContract
 from offload_moe.moe.lookahead import Lookahead
-from offload_moe.moe.routing import group_by_expert
+from offload_moe.moe.native import NativeArithmetic
+from offload_moe.moe.routing import fetch_top_k, group_by_expert
 from offload_moe.schedule.scheduler import Scheduler
 
 EXPERTS_FUNCTION = "offload_moe"
@@ -59,11 +60,35 @@ class BoundExperts:
         return result
 
     def _compute(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if len(hidden) == 1 and isinstance(self._arithmetic, NativeArithmetic):
+            result = self._one_token(self._arithmetic, hidden, top_k_index, top_k_weights)
+            if result is not None:
+                return result
         routing = group_by_expert(top_k_index, self._num_experts)
         with self._scheduler.acquire(self._layer, routing.experts) as lease:
             if self._lookahead is not None:
                 self._lookahead.after_acquire(self._layer, hidden, routing.experts, top_k_index.shape[-1])
             return self._arithmetic.forward(hidden, top_k_weights, routing, lease, self._record_of)
+
+    def _one_token(
+        self, arithmetic: NativeArithmetic, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor | None:
+        """A decode step whose experts are all resident; None where the general way has to be taken."""
+        ids: list[int] = fetch_top_k(top_k_index)[0].tolist()
+        weight_of = dict(zip(ids, top_k_weights[0].tolist(), strict=True))
+        experts = sorted(weight_of)
+        if len(experts) < len(ids) or experts[-1] >= self._num_experts:
+            return None
+        slots = self._scheduler.hold(self._layer, experts)
+        if slots is None:
+            return None
+        try:
+            if self._lookahead is not None:
+                self._lookahead.after_acquire(self._layer, hidden, experts, len(ids))
+            records = [self._record_of(slot) for slot in slots]
+            return arithmetic.one_token(hidden, [weight_of[expert] for expert in experts], records)
+        finally:
+            self._scheduler.let_go(slots)
 
 
 def offloaded_experts(module: ExpertsContract, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The native arithmetic: one kernel call for all experts that are ready, in RAM, as they lie."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -61,6 +61,13 @@ class NativeArithmetic:
         for wave in waves:
             self._compute_wave(wave, x, pair_weights, routing, record_of, pairs)
         return self._add_pairs(pairs, routing, hidden)
+
+    def one_token(self, hidden: Tensor, weights: Sequence[float], records: Sequence[Tensor]) -> Tensor:
+        """hidden ``[1, H]``, a weight and a record per expert, by ascending id -> ``[1, H]``: the bits of `forward`."""
+        x = hidden.contiguous() if hidden.dtype in (torch.float32, torch.bfloat16) else hidden.float()
+        out = torch.empty_like(x)
+        self._kernel.forward_token(x, [record.data_ptr() for record in records], weights, out, mode=self._mode)
+        return out.to(hidden.dtype)
 
     def _compute_wave(
         self,

@@ -65,6 +65,38 @@ class Scheduler:
             self.residency.policy.access(layer, keys, weights)
             return Lease(self, first, keys)
 
+    def hold(self, layer: int, experts: Sequence[int]) -> list[int] | None:
+        """The slots of these experts, leased until `let_go`, where all are resident; otherwise None and nothing changed.
+
+        What `acquire` and one wave do, with the lock taken once: the usual decode step of a model that fits.
+        """
+        first, residency = layer * self.num_experts, self.residency
+        keys = [first + expert for expert in experts]
+        with self.changed:
+            slots: list[int] = []
+            for key in keys:
+                slot = residency.find(key)
+                if slot is None or not residency.is_resident(slot):
+                    return None
+                slots.append(slot)
+            residency.policy.access(layer, keys, None)
+            for key, slot in zip(keys, slots, strict=True):
+                residency.lease(slot)
+                self.demanded(key, is_here=True)
+            counters = self.counters
+            counters.num_acquires += 1
+            counters.num_waves += 1
+            counters.num_hits += len(keys)
+            if self.observer is not None:
+                self.observer.acquired(layer, [], [])
+        return slots
+
+    def let_go(self, slots: Sequence[int]) -> None:
+        """End the leases of `hold`; compute that reads the slots has been issued."""
+        with self.changed:
+            self.mover.used(slots)
+            self.release(slots)
+
     def prefetch(self, layer: int, experts: Sequence[int], keep: Collection[int] = ()) -> int:
         """Start loading experts nobody asked for yet, as far as slots can be had. Returns how many were started.
 

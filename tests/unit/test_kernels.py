@@ -196,3 +196,15 @@ def test_a_forked_child_computes_the_same() -> None:
         os._exit(0 if torch.equal(run(experts, x), expected) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert torch.equal(run(experts, x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_gets_the_bits_of_many(dtype: torch.dtype) -> None:
+    experts = make_experts("nf4", 128, 64)
+    kernel = kernels.ExpertKernel(experts.codec, experts.shape, experts.layout, activation="silu")
+    x, weights = torch.randn(1, 128).to(dtype), [0.5, 0.25, 0.125, 0.0625]
+    expected, got = torch.empty_like(x), torch.empty_like(x)
+    kernel.forward(x, experts.records, [0, 1, 2, 3, 4], [0] * 4, weights, expected)
+    kernel.forward_token(x, [record.data_ptr() for record in experts.records], weights, got)
+    assert expected.abs().max() > 0
+    assert torch.equal(got, expected)

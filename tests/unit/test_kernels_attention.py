@@ -154,3 +154,12 @@ def test_a_router_of_equal_or_unusable_logits_still_chooses_distinct_experts() -
         logits, weights, ids = torch.empty(8), torch.empty(3), torch.empty(3, dtype=torch.int64)
         kernel.step(x, logits, weights, ids)
         assert ids.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("length", [7, 64, 100])
+def test_a_norm_of_one_row(length: int) -> None:
+    weight, x = torch.rand(length) + 0.5, torch.randn(1, 1, length) * 30
+    out = torch.full_like(x, torch.nan)
+    kernels.NormKernel(weight, 1e-3).step(x, out)
+    expected = functional.rms_norm(x.double(), [length], weight.double(), 1e-3)
+    assert torch.allclose(out.double(), expected, rtol=1e-6)

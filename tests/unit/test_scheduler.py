@@ -169,3 +169,53 @@ def test_two_threads_share_two_slots() -> None:
         thread.join(30)
     assert not errors
     assert not any(thread.is_alive() for thread in threads)
+
+
+def test_what_is_resident_can_be_held_at_once() -> None:
+    mover = ManualMover(4)
+    scheduler = make_scheduler(4, mover)
+    assert scheduler.hold(1, [0, 3]) is None
+    assert not mover.pending
+    with scheduler.acquire(1, [0, 3]) as lease:
+        mover.finish()
+        mover.finish()
+        slots = {expert: slot for wave in lease for expert, slot in wave}
+    before = scheduler.counters.copy()
+    held = scheduler.hold(1, [0, 3])
+    assert held == [slots[0], slots[3]]
+    since = scheduler.counters.since(before)
+    assert (since.num_acquires, since.num_hits, since.num_waves, since.num_misses) == (1, 2, 1, 0)
+    assert all(scheduler.residency.num_leases(slot) == 1 for slot in held)
+    assert scheduler.prefetch(2, [0, 1, 2]) == 2  # two slots are free, the held ones are not evicted
+    assert scheduler.hold(2, [0]) is None  # on its way is not here
+    assert scheduler.hold(1, [0, 4]) is None  # one of them is not here: none is held
+    assert [scheduler.residency.num_leases(slot) for slot in held] == [1, 1]
+    scheduler.let_go(held)
+    assert all(scheduler.residency.num_leases(slot) == 0 for slot in held)
+    mover.finish()
+    assert scheduler.hold(2, [0]) is not None
+    assert scheduler.counters.num_useful_prefetches == 1
+
+
+def test_the_short_way_tells_the_observer() -> None:
+    mover = ManualMover(2)
+    scheduler = make_scheduler(2, mover)
+    with scheduler.acquire(0, [1]) as lease:
+        mover.finish()
+        list(lease)
+
+    class Observer:
+        def __init__(self) -> None:
+            self.calls: list[tuple[int, list[int], list[int]]] = []
+
+        def acquired(self, layer: int, arriving: list[int], missing: list[int]) -> None:
+            self.calls.append((layer, arriving, missing))
+
+        def prefetched(self, layer: int, num_started: int) -> None:
+            raise AssertionError
+
+    scheduler.observer = observer = Observer()
+    slots = scheduler.hold(0, [1])
+    assert slots is not None
+    scheduler.let_go(slots)
+    assert observer.calls == [(0, [], [])]

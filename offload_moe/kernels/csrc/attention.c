@@ -3,8 +3,6 @@
  * One token of one sequence, in fp32. N query heads, M key/value heads, D head dim, S cached tokens, C room in the cache. */
 #include "job.h"
 
-#include <math.h>
-
 enum { QUERY = 0, KEY = 1, VALUE = 2, OUTPUT = 3 };
 
 typedef struct {
@@ -37,16 +35,6 @@ static void add_bias(float *values, const float *bias, int64_t count) {
         for (int64_t i = 0; i < count; i++) values[i] += bias[i];
 }
 
-static void normalize(float *values, const float *weight, int64_t length, float epsilon) {
-    float parts[16] = {0};
-    for (int64_t i = 0; i < length; i += 16)
-        for (int j = 0; j < 16; j++) parts[j] += values[i + j] * values[i + j];
-    float sum = 0.0f;
-    for (int j = 0; j < 16; j++) sum += parts[j];
-    const float scale = 1.0f / sqrtf(sum / (float)length + epsilon);
-    for (int64_t i = 0; i < length; i++) values[i] = values[i] * scale * weight[i];
-}
-
 /* values * cos + roll(values) * signed_sin, over the first `dims` of a head. */
 static void rotate(float *head, const float *cos, const float *signed_sin, int64_t dims) {
     const int64_t half = dims / 2;
@@ -65,7 +53,7 @@ static void finish_heads(const attention_job *job, int which, int64_t num_heads)
     if (which == VALUE) return;
     if (a->norms[which] != NULL)
         for (int64_t at = 0; at < count; at += a->norm_lengths[which])
-            normalize(values + at, a->norms[which], a->norm_lengths[which], a->epsilons[which]);
+            om_rms_norm(values + at, a->norms[which], a->norm_lengths[which], a->epsilons[which], values + at);
     for (int64_t at = 0; at < count; at += dim) rotate(values + at, job->cos, job->signed_sin, a->rotated_dims);
 }
 

@@ -47,6 +47,7 @@ typedef struct {
     float *scratch; /* per thread */
 } om_linear_job;
 
+void om_rms_norm(const float *values, const float *weight, int64_t length, float epsilon, float *result);
 void om_lay_out_linear(om_linear_job *job, uintptr_t *cursor);
 void om_run_linear(om_linear_job *job);
 
