@@ -100,7 +100,7 @@ class ExpertKernel:
     def forward_token(
         self, x: Tensor, addresses: Sequence[int], weights: Sequence[float], out: Tensor, *, mode: Mode = "fast"
     ) -> None:
-        """`forward` for one token and an expert per weight: x, out ``[1, H]``, contiguous, of the same dtype; not checked.
+        """`forward` for one token, an expert per weight: x, out ``[1, H]``, contiguous, of one dtype; not checked.
 
         Raises: MemoryError.
         """

@@ -66,7 +66,7 @@ class Scheduler:
             return Lease(self, first, keys)
 
     def hold(self, layer: int, experts: Sequence[int]) -> list[int] | None:
-        """The slots of these experts, leased until `let_go`, where all are resident; otherwise None and nothing changed.
+        """The slots of these experts, leased until `let_go`, where all are resident; else None, and nothing changed.
 
         What `acquire` and one wave do, with the lock taken once: the usual decode step of a model that fits.
         """
