@@ -16,7 +16,7 @@ from offload_moe.moe.arithmetic import Arithmetic
 from offload_moe.moe.contract import ExpertsContract
 from offload_moe.moe.lookahead import Lookahead
 from offload_moe.moe.native import NativeArithmetic
-from offload_moe.moe.routing import fetch_top_k, group_by_expert
+from offload_moe.moe.routing import group_by_expert
 from offload_moe.schedule.scheduler import Scheduler
 
 EXPERTS_FUNCTION = "offload_moe"
@@ -74,8 +74,8 @@ class BoundExperts:
         self, arithmetic: NativeArithmetic, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor | None:
         """A decode step whose experts are all resident; None where the general way has to be taken."""
-        ids: list[int] = fetch_top_k(top_k_index)[0].tolist()
-        weight_of = dict(zip(ids, top_k_weights[0].tolist(), strict=True))
+        ids: list[int] = top_k_index.tolist()[0]
+        weight_of: dict[int, float] = dict(zip(ids, top_k_weights.tolist()[0], strict=True))
         experts = sorted(weight_of)
         if len(experts) < len(ids) or experts[-1] >= self._num_experts:
             return None

@@ -71,6 +71,23 @@ class Residency:
         assert self._num_leases[slot] > 0
         self._num_leases[slot] -= 1
 
+    def lease_all(self, keys: Collection[int]) -> list[int] | None:
+        """Lease the slots of these keys if all are RESIDENT; else None, and nothing changed."""
+        slots: list[int] = []
+        for key in keys:
+            slot = self._slot_of.get(key)
+            if slot is None or self._state[slot] is not SlotState.RESIDENT:
+                return None
+            slots.append(slot)
+        for slot in slots:
+            self._num_leases[slot] += 1
+        return slots
+
+    def release_all(self, slots: Collection[int]) -> None:
+        for slot in slots:
+            assert self._num_leases[slot] > 0
+            self._num_leases[slot] -= 1
+
     def admit(self, key: int, keep: Collection[int] = ()) -> int | None:
         """Take a free slot for `key`, or evict the least valuable unleased expert for it, but none of `keep`.
 

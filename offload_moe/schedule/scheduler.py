@@ -70,19 +70,16 @@ class Scheduler:
 
         What `acquire` and one wave do, with the lock taken once: the usual decode step of a model that fits.
         """
-        first, residency = layer * self.num_experts, self.residency
+        first = layer * self.num_experts
         keys = [first + expert for expert in experts]
         with self.changed:
-            slots: list[int] = []
-            for key in keys:
-                slot = residency.find(key)
-                if slot is None or not residency.is_resident(slot):
-                    return None
-                slots.append(slot)
-            residency.policy.access(layer, keys, None)
-            for key, slot in zip(keys, slots, strict=True):
-                residency.lease(slot)
-                self.demanded(key, is_here=True)
+            slots = self.residency.lease_all(keys)
+            if slots is None:
+                return None
+            self.residency.policy.access(layer, keys, None)
+            if self.unproven:
+                for key in keys:
+                    self.demanded(key, is_here=True)
             counters = self.counters
             counters.num_acquires += 1
             counters.num_waves += 1
@@ -95,7 +92,8 @@ class Scheduler:
         """End the leases of `hold`; compute that reads the slots has been issued."""
         with self.changed:
             self.mover.used(slots)
-            self.release(slots)
+            self.residency.release_all(slots)
+            self.changed.notify_all()
 
     def prefetch(self, layer: int, experts: Sequence[int], keep: Collection[int] = ()) -> int:
         """Start loading experts nobody asked for yet, as far as slots can be had. Returns how many were started.

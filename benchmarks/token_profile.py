@@ -1,0 +1,113 @@
+"""Where a decode token's time goes: inside native calls, and in Python and torch around them.
+
+    python benchmarks/token_profile.py [STORE] [--threads 1] [--tokens 32] [--plain]
+
+CPU time of the thread that generates, so that other work on the machine counts less; with one thread it is all there
+is. Every expert is read first. `--plain` loads without the lean token. The last line of stdout is one JSON document.
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from harness import bind_to_cores, finish
+
+NATIVE_CALLS = ("om_moe_forward", "om_linear_forward", "om_attention_step", "om_router_step", "om_rms_norm")
+
+
+class Clock:
+    """Seconds and calls per part, while it is on."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = time.thread_time()
+            result = function(*args, **kwargs)
+            self.seconds[part] += time.thread_time() - began
+            self.calls[part] += 1
+            return result
+
+        return call
+
+    def reset(self) -> None:
+        self.seconds.clear()
+        self.calls.clear()
+
+
+def watch(hf: Any, clock: Clock) -> None:
+    """Time the parts of every layer by the names of their classes, and the whole forward."""
+    for module in hf.modules():
+        name = type(module).__name__
+        kinds = {"RMSNorm": "norms", "Attention": "attention", "Router": "router", "Experts": "experts"}
+        part = next((part for end, part in kinds.items() if name.endswith(end)), None)
+        if name.endswith("DecoderLayer"):
+            part = "layers"
+        elif module is hf.get_output_embeddings():
+            part = "head"
+        if part is not None:
+            module.forward = clock.timed(part, module.forward)
+    hf.forward = clock.timed("forward", hf.forward)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", nargs="?", default="demo")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--plain", action="store_true")
+    options = parser.parse_args()
+    bind_to_cores(options.threads)
+    import torch
+
+    from offload_moe import kernels, load
+    from offload_moe.generate import stream_tokens
+    from offload_moe.kernels.native import library
+
+    clock = Clock()
+    for name in NATIVE_CALLS:  # before the kernels look their functions up
+        native = getattr(library(), name)
+        setattr(library(), name, clock.timed(name, native))
+    torch.set_num_threads(options.threads)
+    kernels.set_threads(options.threads)
+    model = load(options.store, lean=not options.plain)
+    for layer, stored in enumerate(model.store.layers):
+        with model._hierarchy.scheduler.acquire(layer, range(stored.num_experts)) as lease:
+            for _ in lease:
+                pass
+    watch(model.hf, clock)
+    model.hf.generation_config.eos_token_id = None
+    ids = torch.tensor([[i * 37 % 20000 + 300 for i in range(16)]])
+    for seed in range(2):
+        with stream_tokens(
+            model.hf, None, ids, temperature=50.0, top_k=0, top_p=1.0, seed=seed, max_new_tokens=options.tokens
+        ) as tokens:
+            for count, _ in enumerate(tokens, 1):
+                if count == 1:
+                    clock.reset()
+    num_tokens = options.tokens - 1
+    parts = {part: 1e3 * seconds / num_tokens for part, seconds in clock.seconds.most_common()}
+    in_native = sum(parts.get(name, 0.0) for name in NATIVE_CALLS)
+    for part, ms in parts.items():
+        calls = clock.calls[part] / num_tokens
+        print(f"{part:20s} {ms:8.3f} ms a token {calls:7.1f} calls {1e3 * ms / calls:9.1f} us a call", file=sys.stderr)
+    finish(
+        {
+            "benchmark": "token_profile",
+            "store": options.store,
+            "threads": options.threads,
+            "lean": not options.plain,
+            "ms_per_token": parts,
+            "share_outside_of_native_calls": 1 - in_native / parts["forward"],
+        }
+    )
+    model.close()
+
+
+if __name__ == "__main__":
+    main()
