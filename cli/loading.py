@@ -1,6 +1,7 @@
 """Loading a model for a command, with its progress on stderr."""
 
 import argparse
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ def loaded_model(options: argparse.Namespace) -> "Iterator[Model]":
         Sampling.of(sampling_arguments(options))
         report(f"Loading {options.model}")
         model = load(options.model, progress=report, **load_arguments(options))
+    print(model.summary, file=sys.stderr)
     try:
         yield model
     finally:

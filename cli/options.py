@@ -25,11 +25,18 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ram", type=parse_size, metavar="SIZE", help="RAM to use, such as 32GiB (default: what is free)"
     )
+    group.add_argument(
+        "--context", type=int, metavar="TOKENS", help="room for this many tokens (default: what fits, 8192 at most)"
+    )
     group.add_argument("--policy", metavar="NAME", help="which experts to keep, such as lru")
     group.add_argument("--device", metavar="NAME", help="where to compute, such as cuda or cpu (default: a GPU if any)")
     group = parser.add_argument_group("reading a checkpoint (a store has its own)")
     group.add_argument("--codec", choices=CODECS, help=CODEC_HELP)
-    group.add_argument("--dense-codec", choices=DENSE_CODECS, help="format of the rest (default: bf16)")
+    group.add_argument(
+        "--dense-codec",
+        choices=DENSE_CODECS,
+        help="format of the rest (default: bf16 on disk, in memory the most exact that fits)",
+    )
     group.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
 
 
@@ -48,7 +55,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 def load_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """What the user chose of `offload_moe.load`'s arguments; the rest keeps its defaults there."""
-    names = ("vram", "ram", "policy", "device", "codec", "dense_codec", "revision")
+    names = ("vram", "ram", "context", "policy", "device", "codec", "dense_codec", "revision")
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 

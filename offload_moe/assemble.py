@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload_moe import kernels
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
-from offload_moe.checkpoint.linears import PROJECTIONS, projection_linears
+from offload_moe.checkpoint.linears import projection_linears
 from offload_moe.checkpoint.skeleton import build_skeleton, load_config
-from offload_moe.dense import QuantLinear, quantize_linear, weight_shape
+from offload_moe.dense import QuantLinear, quantize_linear
 from offload_moe.errors import StoreError
 from offload_moe.kernels.planes import Mode
 from offload_moe.moe.attach import detach_parameters
@@ -19,7 +18,6 @@ from offload_moe.quant import get_codec
 from offload_moe.store import Store
 
 LOSSLESS = "bf16"
-CPU_DENSE_CODEC = "int8"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +44,25 @@ class DtypePlan:
         return torch.float32 if self._kept is not None and self._kept.search(name) else skeleton_dtype
 
 
+def skeleton_of(store: Store, dtype: torch.dtype) -> Any:
+    """The store's model without weights. The config is read anew, so that two models of one store share nothing."""
+    config = load_config(store.path)
+    config.dtype = dtype
+    return build_skeleton(config)
+
+
 def assemble(
-    store: Store, device: torch.device, dtype: torch.dtype, *, dense_codec: str | None = None, mode: Mode = "fast"
+    store: Store,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    dense_codec: str | None = None,
+    mode: Mode = "fast",
+    skeleton: Any = None,
 ) -> Assembled:
     """Build the model and load every dense weight, cast to the compute dtype, onto the device.
 
-    The config is read anew for each model, so that two models of one store share nothing.
-
+    skeleton: of `skeleton_of`, which becomes the model; None makes one.
     dense_codec: quantize the large projections and the output head that the store holds as numbers; None keeps them.
     mode: of the native kernels under quantized linears.
 
@@ -60,9 +70,7 @@ def assemble(
         StoreError: the store does not hold what the model needs.
         StoreCorrupt: a dense tensor does not match its checksum.
     """
-    config = load_config(store.path)
-    config.dtype = dtype
-    hf = build_skeleton(config)
+    hf = skeleton if skeleton is not None else skeleton_of(store, dtype)
     dtypes = DtypePlan(hf, dtype)
     layers = find_experts(hf)
     _check_layers(store, layers)
@@ -99,40 +107,6 @@ def load_tokenizer(store: Store) -> Any:
         return AutoTokenizer.from_pretrained(store.path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError):  # what transformers raises for absent or foreign files
         return None
-
-
-def dense_codec_in_memory(store: Store, chosen: str | None, device: torch.device) -> str | None:
-    """What the large projections are quantized to while they load; None leaves them as the store has them.
-
-    The CPU reads an fp32 copy of a bf16 weight at 4 bytes per token, an int8 record at 1. A store whose experts are
-    lossless stays lossless.
-    """
-    is_lossless = store.codec == LOSSLESS or (chosen or CPU_DENSE_CODEC) == LOSSLESS
-    if device.type != "cpu" or store.dense_codec != LOSSLESS or is_lossless or not kernels.available():
-        return None
-    return chosen or CPU_DENSE_CODEC
-
-
-def loaded_dense_bytes(store: Store, dtype: torch.dtype, dense_codec: str | None) -> int:
-    """Dense weights as `assemble` will leave them in memory."""
-    total = 0
-    for entry in store.dense.values():
-        name = entry.name.removesuffix(".weight").rpartition(".")[2]
-        if entry.quantized or not entry.dtype.is_floating_point:
-            total += entry.place.num_bytes
-        elif dense_codec and name in PROJECTIONS and len(entry.shape) == 2:
-            total += get_codec(dense_codec).layout(weight_shape(*entry.shape)).num_bytes
-        else:
-            total += entry.place.num_bytes * dtype.itemsize // entry.dtype.itemsize
-    return total + (_head_copy_bytes(store, dense_codec) if dense_codec else 0)
-
-
-def _head_copy_bytes(store: Store, dense_codec: str) -> int:
-    """The quantized copy of a tied embedding: a model without a head of its own in the store."""
-    embeddings = [entry for entry in store.dense.values() if entry.name.endswith("embed_tokens.weight")]
-    if not embeddings or any(entry.name.endswith("lm_head.weight") for entry in store.dense.values()):
-        return 0
-    return get_codec(dense_codec).layout(weight_shape(*embeddings[0].shape)).num_bytes
 
 
 def _untie_head(hf: Any, dense_codec: str, mode: Mode) -> None:

@@ -9,15 +9,8 @@ from typing import Any, Self, Unpack
 import psutil
 import torch
 
-from offload_moe.assemble import (
-    LOSSLESS,
-    Assembled,
-    assemble,
-    dense_codec_in_memory,
-    load_tokenizer,
-    loaded_dense_bytes,
-)
-from offload_moe.budget import plan_slots
+from offload_moe.assemble import LOSSLESS, Assembled, assemble, load_tokenizer, skeleton_of
+from offload_moe.budget import give_back_freed_memory
 from offload_moe.chat import ChatSession
 from offload_moe.chat.sampling import SamplingArguments
 from offload_moe.generate import Prompt
@@ -25,6 +18,10 @@ from offload_moe.lean import make_lean
 from offload_moe.moe.arithmetic import choose_arithmetic
 from offload_moe.moe.attach import BoundExperts, attach
 from offload_moe.moe.lookahead import DEFAULT_DEPTH, Lookahead, find_probes
+from offload_moe.plan.fit import fit, measure_load, summary
+from offload_moe.plan.machine import default_dtype
+from offload_moe.plan.parameters import describe_skeleton
+from offload_moe.plan.placement import Placement
 from offload_moe.profile.recorder import RecordedTier, Recorder, Subject, record
 from offload_moe.quant import get_codec
 from offload_moe.schedule.counters import Counters
@@ -34,14 +31,25 @@ from offload_moe.schedule.prefetch import PrefetchGovernor
 from offload_moe.sizes import parse_size
 from offload_moe.sources import DEMO, Report, ensure_store, silent
 from offload_moe.store import Store
-from offload_moe.tiers.copier import AcceleratorCopier, compute_device, free_device_memory
+from offload_moe.tiers.copier import AcceleratorCopier, compute_device
 from offload_moe.tiers.disk import DiskMover
 
 
 class Model:
     """A loaded model. `hf` is the transformers model itself: `hf.generate`, processors and samplers just work."""
 
-    def __init__(self, store: Store, assembled: Assembled, tokenizer: Any, hierarchy: Hierarchy) -> None:
+    def __init__(
+        self,
+        store: Store,
+        assembled: Assembled,
+        tokenizer: Any,
+        hierarchy: Hierarchy,
+        placement: Placement,
+        summary: str,
+    ) -> None:
+        """placement: where everything was planned to go. summary: that, in one line."""
+        self.placement = placement
+        self.summary = summary
         self.store = store
         self.hf = assembled.hf
         self.tokenizer = tokenizer
@@ -123,6 +131,7 @@ def load(
     *,
     vram: str | int | None = None,
     ram: str | int | None = None,
+    context: int | None = None,
     codec: str | None = None,
     dense_codec: str | None = None,
     policy: str = DEFAULT_POLICY,
@@ -140,10 +149,13 @@ def load(
     A checkpoint is converted to a store in the user's cache folder first, once. `codec` and `dense_codec` are for that
     conversion; a store keeps its own. codec: None takes mxfp4 for a checkpoint in MXFP4 and nf4 for any other.
 
-    dense_codec: None keeps dense weights in bf16 on disk; the CPU then computes its large projections in int8, unless
-    `codec` or the store is bf16 throughout or `exact` is asked for. "bf16" keeps them as they are everywhere.
+    dense_codec: None keeps dense weights in bf16 on disk, and in memory takes what fits: bf16 or int8 on a device, int8
+    on the CPU (bf16 where `codec` or the store is bf16 throughout or `exact` is asked for), nf4 only where nothing else
+    fits. "bf16" keeps them as they are everywhere.
     vram, ram: sizes such as ``"10GiB"`` that the process may use; None takes 90% of what is free.
-    device: None takes the accelerator when there is one. dtype: None takes bf16 on a device, fp32 on the CPU.
+    context: tokens of prompt and answer that memory is set aside for; None takes what fits, 8,192 at most.
+    device: None takes the accelerator when there is one. dtype: None takes bf16 on a device that has it, fp16 on an
+    older one, fp32 on the CPU.
     exact: CPU kernels keep activations in full precision, slower.
     lean: decode steps without the detours of the model's own code, see `offload_moe.lean`.
     prefetch: MoE layers to look ahead; 0 turns prefetch off. It also turns itself off while it does not pay.
@@ -153,41 +165,42 @@ def load(
     """
     ram_bytes = None if ram is None else parse_size(ram)
     vram_bytes = None if vram is None else parse_size(vram)
-    where = compute_device(device)
+    where = compute_device("cpu" if vram_bytes == 0 and device is None else device)
     on_disk = dense_codec or LOSSLESS
     path = ensure_store(source, codec=codec, dense_codec=on_disk, revision=revision, token=token, report=progress)
     store = Store.open(path)
     progress("Planning memory")
-    in_memory = None if exact else dense_codec_in_memory(store, dense_codec, where)
-    compute_dtype = dtype or _default_dtype(where)
-    has_device = where.type != "cpu"
-    slot_bytes = max(layer.record_bytes for layer in store.layers)
-    plan = plan_slots(
-        num_records=sum(layer.num_experts for layer in store.layers),
-        slot_bytes=slot_bytes,
-        dense_bytes=loaded_dense_bytes(store, compute_dtype, in_memory),
-        ram=ram_bytes,
-        vram=vram_bytes,
-        free_vram=free_device_memory(where) if has_device else None,
-    )
+    give_back_freed_memory()
+    compute_dtype = dtype or default_dtype(where)
+    skeleton = skeleton_of(store, compute_dtype)
+    shape = describe_skeleton(skeleton)
+    machine = measure_load(where, vram=vram_bytes, ram=ram_bytes, dtype=compute_dtype)
+    placement = fit(store, shape, machine, context=context, dense_codec=dense_codec, is_exact=exact)
     progress("Loading dense weights")
-    assembled = assemble(store, where, compute_dtype, dense_codec=in_memory, mode="exact" if exact else "fast")
+    assembled = assemble(
+        store,
+        where,
+        compute_dtype,
+        dense_codec=None if placement.dense_codec == store.dense_codec else placement.dense_codec,
+        mode="exact" if exact else "fast",
+        skeleton=skeleton,
+    )
     pools = Pools(
         num_layers=len(store.layers),
         num_experts=store.num_experts,
-        slot_bytes=slot_bytes,
-        num_ram_slots=plan.num_ram_slots,
-        num_device_slots=plan.num_device_slots,
+        slot_bytes=placement.ram.slot_bytes,
+        num_ram_slots=placement.ram.num_slots,
+        num_device_slots=placement.vram.num_slots if placement.vram else 0,
         policy=policy,
     )
-    copier = AcceleratorCopier(where) if has_device else None
+    copier = AcceleratorCopier(where) if placement.vram else None
     hierarchy = Hierarchy(
         pools, lambda arena: DiskMover(arena, lambda key: store.record(*divmod(key, store.num_experts))), copier
     )
     attach_experts(assembled, store, hierarchy, where, is_exact=exact, prefetch=prefetch)
     if lean:
-        make_lean(assembled.hf, is_exact=store.codec == LOSSLESS)
-    return Model(store, assembled, load_tokenizer(store), hierarchy)
+        make_lean(assembled.hf, is_exact=store.codec == LOSSLESS, context=placement.context)
+    return Model(store, assembled, load_tokenizer(store), hierarchy, placement, summary(shape, placement))
 
 
 def attach_experts(
@@ -206,9 +219,3 @@ def attach_experts(
             BoundExperts(ordinal, layer.num_experts, hierarchy.scheduler, hierarchy.record_of, arithmetic, lookahead)
         )
     attach(assembled.layers, bound)
-
-
-def _default_dtype(device: torch.device) -> torch.dtype:
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16

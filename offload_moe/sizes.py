@@ -1,5 +1,6 @@
 """Sizes as people write them."""
 
+import math
 import re
 
 from offload_moe.errors import ConfigError
@@ -20,3 +21,9 @@ def format_size(num_bytes: float) -> str:
     if num_bytes >= 2**30:
         return f"{num_bytes / 2**30:.1f} GiB"
     return f"{num_bytes / 2**20:.0f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"
+
+
+def typed_size(num_bytes: int, *, is_least: bool = False) -> str:
+    """Bytes as they can be typed, ``3.5GiB``, rounded down, or up where it is the least that will do."""
+    tenths = num_bytes * 10 / 2**30
+    return f"{(math.ceil(tenths) if is_least else math.floor(tenths)) / 10:.1f}GiB"

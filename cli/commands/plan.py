@@ -40,7 +40,9 @@ def add_parser(subparsers: Subparsers) -> None:
         "--vram", type=parse_size, metavar="SIZE", help="GPU memory, such as 12GiB, or 0 (default: what is free here)"
     )
     group.add_argument("--ram", type=parse_size, metavar="SIZE", help="RAM, such as 64GiB (default: what is free here)")
-    parser.add_argument("--context", type=int, metavar="TOKENS", help="tokens of the conversation (default: 8192)")
+    parser.add_argument(
+        "--context", type=int, metavar="TOKENS", help="tokens of the conversation (default: 8192, or what fits)"
+    )
     parser.add_argument("--codec", choices=CODECS, help=f"{CODEC_HELP}; a store has its own")
     parser.add_argument(
         "--dense-codec", choices=DENSE_CODECS, help="format of the rest (default: the most exact that fits)"
@@ -73,11 +75,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _print(plan: "Plan") -> None:
+    from offload_moe.plan.advice import explain
+
     out = console()
     for line in _summary(plan):
         out.print(line, soft_wrap=True)
     out.print(_memory_table(plan))
-    for line in _speed_lines(plan) if plan.fits else _shortfall_lines(plan):
+    for line in _speed_lines(plan) if plan.fits else map(explain, plan.shortfalls):
         out.print(line, soft_wrap=True)
 
 
@@ -144,15 +148,6 @@ def _speed_lines(plan: "Plan") -> list[str]:
             f"{best.tokens_per_s:.1f} tokens/s on average."
         )
     return lines
-
-
-def _shortfall_lines(plan: "Plan") -> list[str]:
-    return [
-        f"Does not fit: {shortfall.memory} lacks {format_size(shortfall.missing_bytes)} "
-        f"({format_size(shortfall.needed_bytes)} needed, {format_size(shortfall.budget_bytes)} there). "
-        f"It would fit with {' or '.join(shortfall.remedies)}."
-        for shortfall in plan.shortfalls
-    ]
 
 
 def _span(low: float, high: float, form: str) -> str:

@@ -1,9 +1,5 @@
 """The demo model, where it is built: many slots and few must say the same."""
 
-import torch
-
-from offload_moe.assemble import loaded_dense_bytes
-from offload_moe.budget import DEVICE_RESERVE_BYTES, RUNTIME_BYTES
 from offload_moe.demo.source import MODEL_NAME
 from offload_moe.doctor.outcome import Failed, Skipped
 from offload_moe.model import load
@@ -12,6 +8,7 @@ from offload_moe.stores import installed
 
 FEW_SLOTS = 20
 NUM_TOKENS = 12
+CONTEXT = 64
 PROMPT = "The capital of France is"
 
 
@@ -21,12 +18,11 @@ def check_demo() -> str:
     if not built:
         raise Skipped("not built yet; `offload-moe chat` builds it")
     store = Store.open(built[0].path)
-    slots_bytes = FEW_SLOTS * max(layer.record_bytes for layer in store.layers)
-    ram = RUNTIME_BYTES + loaded_dense_bytes(store, torch.float32, None) + slots_bytes
-    vram = DEVICE_RESERVE_BYTES + loaded_dense_bytes(store, torch.bfloat16, None) + slots_bytes
-    with load(store.path, exact=True) as model:
+    with load(store.path, exact=True, context=CONTEXT) as model:
         answers = [model.generate(PROMPT, raw=True, temperature=0.0, max_new_tokens=NUM_TOKENS)]
-    with load(store.path, exact=True, ram=ram, vram=vram) as model:
+        vram, ram = model.placement.vram, model.placement.ram
+    few = {"ram": ram.bytes_with(FEW_SLOTS), "vram": vram.bytes_with(FEW_SLOTS) if vram else None}
+    with load(store.path, exact=True, context=CONTEXT, **few) as model:
         answers.append(model.generate(PROMPT, raw=True, temperature=0.0, max_new_tokens=NUM_TOKENS))
         num_evictions = model.stats.num_evictions
     if answers[0] != answers[1] or not answers[0].strip():

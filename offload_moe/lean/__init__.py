@@ -5,6 +5,7 @@ what they compute, replaces a forward of that instance or the module, and leaves
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
@@ -33,16 +34,17 @@ class Lean:
     num_routers: int
 
 
-def make_lean(hf: PreTrainedModel, *, is_exact: bool) -> Lean:
+def make_lean(hf: PreTrainedModel, *, is_exact: bool, context: int | None = None) -> Lean:
     """Make the decode steps of a loaded model cheaper, in place.
 
-    is_exact: only what gives the same bits. Otherwise results may differ by the rounding of the dtype.
+    is_exact: only what gives the same bits. Otherwise results may differ by the rounding of the dtype. context: tokens
+    that memory was planned for.
     """
     num_latent_attentions = 0 if is_exact else absorb_latents(hf)
     num_mlps = fuse_mlps(hf)
     num_norms = fuse_norms(hf, is_exact=is_exact)
     num_attentions = shorten_attention(hf, is_exact=is_exact)
-    hf.get_decoder().register_forward_pre_hook(_give_room, with_kwargs=True)
+    hf.get_decoder().register_forward_pre_hook(partial(_give_room, context), with_kwargs=True)
     return Lean(
         num_norms=num_norms,
         num_mlps=num_mlps,
@@ -53,9 +55,9 @@ def make_lean(hf: PreTrainedModel, *, is_exact: bool) -> Lean:
     )
 
 
-def _give_room(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _give_room(context: int | None, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("past_key_values")
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache  # the other one does not grow
     if isinstance(cache, Cache):
-        give_room(cache)
+        give_room(cache, context)

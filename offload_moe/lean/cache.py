@@ -23,6 +23,7 @@ class RoomyLayer(DynamicLayer):
 
     keys: Tensor
     values: Tensor
+    context: int | None = None  # tokens that memory was planned for: no more room is made ahead than that
     _room: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -66,7 +67,9 @@ class RoomyLayer(DynamicLayer):
         super().reset()
 
     def _make_room(self, key_states: Tensor, value_states: Tensor, length: int, total: int) -> tuple[Tensor, Tensor]:
-        capacity = -(-int(total * GROWTH) // STEP) * STEP
+        capacity = _in_steps(int(total * GROWTH))
+        if self.context is not None:
+            capacity = min(capacity, max(_in_steps(total), _in_steps(self.context)))
         places = []
         for old, new in ((self.keys, key_states), (self.values, value_states)):
             place = new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3])
@@ -76,13 +79,21 @@ class RoomyLayer(DynamicLayer):
         return places[0], places[1]
 
 
-def give_room(cache: Cache) -> None:
-    """Let every plain growing layer of a cache, and those it will add, grow in place."""
+def give_room(cache: Cache, context: int | None = None) -> None:
+    """Let every plain growing layer of a cache, and those it will add, grow in place.
+
+    context: tokens that memory was planned for.
+    """
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[index] = RoomyLayer.of(layer)
+            cache.layers[index] = roomy = RoomyLayer.of(layer)
+            roomy.context = context
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = RoomyLayer
+
+
+def _in_steps(num_tokens: int) -> int:
+    return -(-num_tokens // STEP) * STEP
 
 
 def _begins(view: Tensor, room: Tensor) -> bool:

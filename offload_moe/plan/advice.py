@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from offload_moe.plan.outlook import Outlook, Task, look_ahead
-from offload_moe.plan.placement import DENSE_CODECS, Tier
-from offload_moe.sizes import format_size
+from offload_moe.plan.placement import DENSE_CODECS, LAST_RESORT, Tier
+from offload_moe.quantize import LOSSLESS
+from offload_moe.sizes import format_size, typed_size
 
 WORTH_SAYING = 1.02  # a change that gains less than this is noise beside the assumptions
 CONTEXT_STEP = 1024
@@ -33,6 +34,15 @@ class Shortfall:
         return self.needed_bytes - self.budget_bytes
 
 
+def explain(shortfall: Shortfall) -> str:
+    """By how much it does not fit, and what would make it."""
+    return (
+        f"Does not fit: {shortfall.memory} lacks {format_size(shortfall.missing_bytes)} "
+        f"({format_size(shortfall.needed_bytes)} needed, {format_size(shortfall.budget_bytes)} there). "
+        f"It would fit with {' or '.join(shortfall.remedies)}."
+    )
+
+
 def best_changes(task: Task, outlook: Outlook) -> tuple[Change, ...]:
     """What would make decoding faster, the most helpful first; hardware is counted by doubling it."""
     changes = [
@@ -58,15 +68,16 @@ def find_shortfalls(task: Task, outlook: Outlook) -> tuple[Shortfall, ...]:
 
 
 def _variants(task: Task, outlook: Outlook) -> Iterator[tuple[str, Task]]:
-    # A codec that was chosen for this machine stays: otherwise more memory could look slower for being more exact.
-    settings, machine = replace(task.settings, dense_codec=outlook.placement.dense_codec), task.machine
+    # What was chosen for this machine stays: otherwise more memory could look slower for being more exact.
+    placement, machine = outlook.placement, task.machine
+    settings = replace(task.settings, dense_codec=placement.dense_codec, context=placement.context)
     task = replace(task, settings=settings)
     for codec in _smaller_dense_codecs(task, outlook):
-        yield f"--dense-codec {codec}", replace(task, settings=replace(settings, dense_codec=codec))
+        yield _dense_codec_flag(codec), replace(task, settings=replace(settings, dense_codec=codec))
     if settings.codec != "nf4" and not task.is_store:
         yield "--codec nf4", replace(task, settings=replace(settings, codec="nf4"))
-    if settings.context >= 2 * CONTEXT_STEP:
-        half = settings.context // 2
+    if placement.context >= 2 * CONTEXT_STEP:
+        half = placement.context // 2
         yield f"--context {half}", replace(task, settings=replace(settings, context=half))
     if machine.has_device:
         yield "twice the VRAM", replace(task, machine=replace(machine, vram_bytes=2 * machine.vram_bytes))
@@ -84,27 +95,32 @@ def _remedies(task: Task, outlook: Outlook, tier: Tier) -> Iterator[str]:
         return
     for codec in _smaller_dense_codecs(task, outlook):
         if _has_room(replace(task, settings=replace(settings, dense_codec=codec)), tier.name):
-            yield f"--dense-codec {codec}"
+            yield _dense_codec_flag(codec)
             break
     smaller = replace(task, settings=replace(settings, codec="nf4"))
     if settings.codec != "nf4" and not task.is_store and _has_room(smaller, tier.name):
         yield "--codec nf4"
-    if context := _largest_context(task, tier.name):
+    if context := _largest_context(task, outlook.placement.context, tier.name):
         yield f"--context {context}"
     if tier.name == "VRAM" and _has_room(replace(task, machine=replace(task.machine, vram_bytes=0)), "RAM"):
         yield "--vram 0 (everything in RAM)"
-    yield f"--{tier.name.lower()} {_at_least(tier.least_bytes)}"
+    yield f"--{tier.name.lower()} {typed_size(tier.least_bytes, is_least=True)}"
+
+
+def _dense_codec_flag(codec: str) -> str:
+    return f"--dense-codec {codec}{' (costs quality)' if codec == LAST_RESORT else ''}"
 
 
 def _smaller_dense_codecs(task: Task, outlook: Outlook) -> tuple[str, ...]:
-    if task.is_store:
+    """That would be used if they were named."""
+    if task.settings.stored_dense_codec != LOSSLESS and task.is_store:
         return ()
     return DENSE_CODECS[DENSE_CODECS.index(outlook.placement.dense_codec) + 1 :]
 
 
-def _largest_context(task: Task, memory: str) -> int:
+def _largest_context(task: Task, context: int, memory: str) -> int:
     """The longest shorter context that fits, in steps; 0 where none does."""
-    longest = (task.settings.context - 1) // CONTEXT_STEP
+    longest = (context - 1) // CONTEXT_STEP
 
     def fits(steps: int) -> bool:
         settings = replace(task.settings, context=steps * CONTEXT_STEP)
@@ -119,8 +135,3 @@ def _largest_context(task: Task, memory: str) -> int:
 
 def _has_room(task: Task, memory: str) -> bool:
     return not any(tier.missing_bytes for tier in look_ahead(task).placement.tiers if tier.name == memory)
-
-
-def _at_least(num_bytes: int) -> str:
-    """A size that can be typed, rounded up."""
-    return f"{-(-num_bytes * 10 // 2**30) / 10:.1f}GiB"

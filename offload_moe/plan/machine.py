@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from offload_moe.budget import SHARE_OF_FREE, free_ram
+from offload_moe.budget import SHARE_OF_FREE, default_ram
 from offload_moe.paths import cache_dir
-from offload_moe.tiers.copier import compute_device, free_device_memory
+from offload_moe.tiers.copier import compute_device, free_device_memory, has_bf16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +39,16 @@ class Rates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Bytes the process may use. vram_bytes: 0 without a device. disk_bytes: free, None where nobody knows."""
+    """Bytes the process may use. vram_bytes: 0 without a device. disk_bytes: free, None where nobody knows.
+
+    chosen_dtype: what the model computes in; None takes `dtype`'s choice.
+    """
 
     ram_bytes: int
     vram_bytes: int = 0
     disk_bytes: int | None = None
     rates: Rates = field(default_factory=Rates)
+    chosen_dtype: torch.dtype | None = None
 
     @property
     def has_device(self) -> bool:
@@ -52,12 +56,28 @@ class Machine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in: `load` takes bf16 on a device and fp32 on the CPU."""
-        return torch.bfloat16 if self.has_device else torch.float32
+        """What the model computes in: bf16 on a device (`default_dtype` knows the exceptions) and fp32 on the CPU."""
+        return self.chosen_dtype or (torch.bfloat16 if self.has_device else torch.float32)
 
 
-def measure_machine(*, vram: int | None = None, ram: int | None = None, rates: Rates | None = None) -> Machine:
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What to compute in: fp32 on the CPU; on a device bf16, or fp16 where bf16 is only emulated."""
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if has_bf16(device) else torch.float16
+
+
+def measure_machine(
+    *,
+    vram: int | None = None,
+    ram: int | None = None,
+    rates: Rates | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Machine:
     """This machine, with the numbers that are given in place of its own; 0 bytes of VRAM mean no device.
+
+    device: None takes the accelerator when there is one.
 
     The disk is looked at unless all memory is given: then the plan is for a machine elsewhere.
 
@@ -65,15 +85,15 @@ def measure_machine(*, vram: int | None = None, ram: int | None = None, rates: R
     """
     is_described = vram is not None and ram is not None
     return Machine(
-        vram_bytes=_free_vram() if vram is None else vram,
-        ram_bytes=int(free_ram() * SHARE_OF_FREE) if ram is None else ram,
+        vram_bytes=_free_vram(device or compute_device()) if vram is None else vram,
+        ram_bytes=default_ram() if ram is None else ram,
         disk_bytes=None if is_described else _free_disk(cache_dir()),
         rates=rates or Rates(),
+        chosen_dtype=dtype,
     )
 
 
-def _free_vram() -> int:
-    device = compute_device()
+def _free_vram(device: torch.device) -> int:
     return 0 if device.type == "cpu" else int(free_device_memory(device) * SHARE_OF_FREE)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
 from offload_moe.checkpoint.linears import projection_linears
 from offload_moe.checkpoint.skeleton import build_skeleton
+from offload_moe.dense import weight_shape
 from offload_moe.errors import UnsupportedModelError
 from offload_moe.plan.attention import AttentionShape, describe_attention
 from offload_moe.quant import ExpertShape, Matrix
@@ -62,6 +63,7 @@ class ModelShape:
     layers: tuple[MoeLayer, ...]
     dense: tuple[DenseWeight, ...]
     lookup_elements: int  # of an embedding table of its own: stored, but only a row of it is read per token
+    tied_head: ExpertShape | None  # an output head that shares the embeddings: its own copy where heads are quantized
     attention: AttentionShape
 
     @property
@@ -89,12 +91,16 @@ def describe_model(config: "PreTrainedConfig") -> ModelShape:
     Raises:
         UnsupportedModelError: transformers cannot build it, or its experts cannot be bound.
     """
-    model = build_skeleton(_with_dtype(config))
-    text_config = config.get_text_config(decoder=True)
+    return describe_skeleton(build_skeleton(_with_dtype(config)))
+
+
+def describe_skeleton(model: "PreTrainedModel") -> ModelShape:
+    """Counts a skeleton. Raises: UnsupportedModelError when its experts cannot be bound."""
+    text_config = model.config.get_text_config(decoder=True)
     experts = find_experts(model)
     return ModelShape(
         architecture=type(model).__name__,
-        model_type=config.model_type,
+        model_type=model.config.model_type,
         num_layers=text_config.num_hidden_layers,
         hidden_size=text_config.hidden_size,
         max_context=getattr(text_config, "max_position_embeddings", None),
@@ -102,6 +108,7 @@ def describe_model(config: "PreTrainedConfig") -> ModelShape:
         layers=tuple(MoeLayer(num_experts=found.num_experts, expert=found.shape) for found in experts),
         dense=_dense_weights(model, experts),
         lookup_elements=_lookup_elements(model),
+        tied_head=_tied_head(model),
         attention=describe_attention(model),
     )
 
@@ -152,6 +159,13 @@ def _dense_weights(model: "PreTrainedModel", experts: list[ExpertsModule]) -> tu
         if name not in routed and name not in tied and name not in inside
     ]
     return tuple(weights)
+
+
+def _tied_head(model: "PreTrainedModel") -> ExpertShape | None:
+    """As `assemble` recognizes it: a plain linear layer that multiplies with the input embeddings."""
+    head, tied = model.get_output_embeddings(), set(getattr(model, "all_tied_weights_keys", ()))
+    is_tied = any(module is head and f"{name}.weight" in tied for name, module in model.named_modules())
+    return weight_shape(head.out_features, head.in_features) if type(head) is nn.Linear and is_tied else None
 
 
 def _lookup_elements(model: "PreTrainedModel") -> int:

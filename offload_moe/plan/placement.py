@@ -1,7 +1,12 @@
-"""Where everything goes: what each memory must hold, and how many expert slots the rest makes."""
+"""Where everything goes: what each memory must hold, and how many expert slots the rest makes.
+
+`offload-moe plan` and `load` both come here: there is no other formula.
+"""
 
 from dataclasses import dataclass
+from itertools import product
 
+from offload_moe import kernels
 from offload_moe.budget import DEVICE_RESERVE_BYTES, RUNTIME_BYTES
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.parameters import ModelShape
@@ -10,15 +15,23 @@ from offload_moe.plan.working import activation_bytes, cache_bytes, tile_bytes
 from offload_moe.quantize import LOSSLESS
 
 DENSE_CODECS = (LOSSLESS, "int8", "nf4")  # from the most exact to the smallest
+LAST_RESORT = "nf4"  # costs quality, see docs/decisions/060
+DEFAULT_CONTEXT, LEAST_CONTEXT = 8192, 1024  # tokens, where the user names no context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What the user chose. context: tokens. dense_codec: None takes the most exact one that fits."""
+    """What the user chose. context: tokens; None takes what fits, 8,192 at most.
 
-    context: int
+    dense_codec: of dense weights in memory; None takes the most exact one that fits. stored_dense_codec: on disk.
+    is_exact: the CPU does not round dense weights unless told to.
+    """
+
     codec: str
+    context: int | None = None
     dense_codec: str | None = None
+    stored_dense_codec: str = LOSSLESS
+    is_exact: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +62,15 @@ class Tier:
 
     @property
     def least_bytes(self) -> int:
-        return self.fixed_bytes + self.slot_bytes
+        return self.bytes_with(1)
 
     @property
     def used_bytes(self) -> int:
-        return self.fixed_bytes + self.num_slots * self.slot_bytes
+        return self.bytes_with(self.num_slots)
+
+    def bytes_with(self, num_slots: int) -> int:
+        """The budget that leaves exactly so many slots."""
+        return self.fixed_bytes + num_slots * self.slot_bytes
 
     @property
     def missing_bytes(self) -> int:
@@ -63,11 +80,15 @@ class Tier:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """All memories; `vram` is None without a device. Every expert in VRAM has its copy in the RAM tier or on disk."""
+    """All memories; `vram` is None without a device. Every expert in VRAM has its copy in the RAM tier or on disk.
+
+    context, dense_codec: what was planned with.
+    """
 
     vram: Tier | None
     ram: Tier
     disk: Tier
+    context: int
     dense_codec: str
 
     @property
@@ -87,23 +108,61 @@ class Placement:
 def place(shape: ModelShape, machine: Machine, settings: Settings, *, download_bytes: int, is_store: bool) -> Placement:
     """Place a model. download_bytes: still to be fetched. is_store: nothing more has to be written to disk.
 
-    Without a chosen dense codec the most exact one is taken that leaves slots for the top-k experts of every layer in
-    the fast tier; where none does, the smallest.
+    What the user left open is the longest context, and then the most exact dense codec, that leaves slots for the top-k
+    experts of every layer in the fast tier. Where none does, the least context, and nf4 only where nothing else fits.
     """
-    codecs = (settings.dense_codec,) if settings.dense_codec is not None else DENSE_CODECS
-    wanted = sum(min(shape.top_k, layer.num_experts) for layer in shape.layers)
-    for dense_codec in codecs:
-        vram, ram = _memories(shape, machine, settings, dense_codec)
-        if (vram or ram).num_slots >= wanted:
-            break
-    to_write = () if is_store else _store_parts(shape, settings.codec, dense_codec)
+    vram, ram, context, dense_codec = _settle(shape, machine, settings)
+    to_write = () if is_store else _store_parts(shape, settings.codec, settings.stored_dense_codec)
     to_fetch = (Part(name="download", num_bytes=download_bytes),) if download_bytes else ()
     disk = Tier(name="disk", budget_bytes=machine.disk_bytes, fixed=(*to_write, *to_fetch))
-    return Placement(vram=vram, ram=ram, disk=disk, dense_codec=dense_codec)
+    return Placement(vram=vram, ram=ram, disk=disk, context=context, dense_codec=dense_codec)
 
 
-def _memories(shape: ModelShape, machine: Machine, settings: Settings, dense_codec: str) -> tuple[Tier | None, Tier]:
-    model = _model_parts(shape, machine, settings, dense_codec)
+def dense_codecs(machine: Machine, settings: Settings) -> tuple[str, ...]:
+    """What dense weights may be in memory, the most exact first.
+
+    The CPU reads an fp32 copy of a bf16 weight at 4 bytes per token and an int8 record at 1, for no loss that can be
+    measured. A store whose experts are lossless stays lossless.
+    """
+    if settings.stored_dense_codec != LOSSLESS:
+        return (settings.stored_dense_codec,)
+    if settings.dense_codec is not None:
+        return (settings.dense_codec,)
+    if settings.codec == LOSSLESS:
+        return (LOSSLESS,)
+    if machine.has_device:
+        return DENSE_CODECS
+    return DENSE_CODECS[1:] if kernels.available() and not settings.is_exact else (LOSSLESS,)
+
+
+def _settle(shape: ModelShape, machine: Machine, settings: Settings) -> tuple[Tier | None, Tier, int, str]:
+    wanted = sum(min(shape.top_k, layer.num_experts) for layer in shape.layers)
+    codecs, contexts = dense_codecs(machine, settings), _contexts(shape, settings)
+    exact_enough = tuple(codec for codec in codecs if codec != LAST_RESORT) or codecs
+    for context, dense_codec in product(contexts, exact_enough):
+        vram, ram = _memories(shape, machine, settings, context, dense_codec)
+        if (vram or ram).num_slots >= wanted:
+            return vram, ram, context, dense_codec
+    for dense_codec in (exact_enough[-1], codecs[-1]):
+        vram, ram = _memories(shape, machine, settings, contexts[-1], dense_codec)
+        if (vram or ram).num_slots:
+            break
+    return vram, ram, contexts[-1], dense_codec
+
+
+def _contexts(shape: ModelShape, settings: Settings) -> tuple[int, ...]:
+    """Tokens to be tried, the longest first."""
+    if settings.context is not None:
+        return (settings.context,)
+    longest = min(DEFAULT_CONTEXT, shape.max_context or DEFAULT_CONTEXT)
+    shorter = [DEFAULT_CONTEXT >> halvings for halvings in range(1, 4)]
+    return (longest, *(context for context in shorter if LEAST_CONTEXT <= context < longest))
+
+
+def _memories(
+    shape: ModelShape, machine: Machine, settings: Settings, context: int, dense_codec: str
+) -> tuple[Tier | None, Tier]:
+    model = _model_parts(shape, machine, settings, context, dense_codec)
     in_ram = (Part(name="runtime", num_bytes=RUNTIME_BYTES),)
     if not machine.has_device:
         return None, _fill("RAM", machine.ram_bytes, (*model, *in_ram), shape, settings.codec)
@@ -114,18 +173,21 @@ def _memories(shape: ModelShape, machine: Machine, settings: Settings, dense_cod
     )
 
 
-def _model_parts(shape: ModelShape, machine: Machine, settings: Settings, dense_codec: str) -> tuple[Part, ...]:
+def _model_parts(
+    shape: ModelShape, machine: Machine, settings: Settings, context: int, dense_codec: str
+) -> tuple[Part, ...]:
     """What lies where the model computes."""
     dtype = machine.dtype
     tiles = tile_bytes(shape, settings.codec, dense_codec, dtype, has_device=machine.has_device)
+    dense_bytes = dense_memory_bytes(shape, dense_codec, dtype, stored=settings.stored_dense_codec)
     return (
-        Part(name="dense weights", num_bytes=dense_memory_bytes(shape, dense_codec, dtype), detail=dense_codec),
+        Part(name="dense weights", num_bytes=dense_bytes, detail=dense_codec),
         Part(
             name="key/value cache",
-            num_bytes=cache_bytes(shape, settings.context, dtype),
-            detail=_cache_detail(shape, settings.context),
+            num_bytes=cache_bytes(shape, context, dtype),
+            detail=_cache_detail(shape, context),
         ),
-        Part(name="activations", num_bytes=activation_bytes(shape, settings.context, dtype)),
+        Part(name="activations", num_bytes=activation_bytes(shape, context, dtype)),
         Part(name="dequantized tiles", num_bytes=tiles),
     )
 

@@ -13,8 +13,7 @@ from offload_moe.plan.sizes import checkpoint_estimate, expert_codecs, store_byt
 from offload_moe.plan.source import PlannedSource, open_source
 from offload_moe.plan.speed import Speed
 from offload_moe.quant import get_codec
-
-DEFAULT_CONTEXT = 8192
+from offload_moe.quantize import LOSSLESS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +52,7 @@ def make_plan(
 ) -> Plan:
     """Plan a store, a checkpoint folder, a config file or a hub id. Nothing but a hub id's config is downloaded.
 
-    context: tokens, 8,192 or what the model takes at most where it is None.
+    context: tokens; None takes what fits, 8,192 or what the model takes at most.
 
     Raises:
         ConfigError: a codec or the context is not usable, or contradicts the store.
@@ -62,10 +61,13 @@ def make_plan(
     source = open_source(model, revision=revision, token=token)
     suitable = expert_codecs(source.config)
     codec = _suitable("--codec", _agreed("--codec", codec, source.codec) or suitable[0], suitable)
-    dense_codec = _agreed("--dense-codec", dense_codec, source.dense_codec)
-    _suitable("--dense-codec", dense_codec or DENSE_CODECS[0], DENSE_CODECS)
+    if source.dense_codec not in (None, LOSSLESS):
+        dense_codec = _agreed("--dense-codec", dense_codec, source.dense_codec)
+    _suitable("--dense-codec", dense_codec or LOSSLESS, DENSE_CODECS)
+    stored = source.dense_codec or dense_codec or LOSSLESS
     shape = describe_model(source.config)
-    settings = Settings(context=_context(context, shape), codec=codec, dense_codec=dense_codec)
+    check_context(context, shape)
+    settings = Settings(codec=codec, context=context, dense_codec=dense_codec, stored_dense_codec=stored)
     return _plan(source, shape, machine, settings)
 
 
@@ -87,7 +89,7 @@ def _plan(source: PlannedSource, shape: ModelShape, machine: Machine, settings: 
         settings=settings,
         checkpoint_bytes=checkpoint_bytes,
         checkpoint_is_exact=source.checkpoint_bytes is not None,
-        store_bytes=store_bytes_per_codec(shape, outlook.placement.dense_codec, expert_codecs(source.config)),
+        store_bytes=store_bytes_per_codec(shape, settings.stored_dense_codec, expert_codecs(source.config)),
         placement=outlook.placement,
         speed=outlook.speed,
         changes=best_changes(task, outlook) if outlook.speed is not None else (),
@@ -110,13 +112,13 @@ def _suitable(flag: str, codec: str, suitable: tuple[str, ...]) -> str:
     return codec
 
 
-def _context(context: int | None, shape: ModelShape) -> int:
+def check_context(context: int | None, shape: ModelShape) -> None:
+    """Raises: ConfigError when the model cannot attend to that many tokens."""
     if context is None:
-        return min(DEFAULT_CONTEXT, shape.max_context or DEFAULT_CONTEXT)
+        return
     if context < 1:
         raise ConfigError(f"A context of {context} tokens is not usable. It must be at least 1.")
     if shape.max_context is not None and context > shape.max_context:
         raise ConfigError(
             f"The model takes at most {shape.max_context:,} tokens, --context is {context:,}. Choose a shorter one."
         )
-    return context

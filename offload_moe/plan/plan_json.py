@@ -29,7 +29,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "checkpoint_bytes": plan.checkpoint_bytes,
         "checkpoint_is_exact": plan.checkpoint_is_exact,
         "store_bytes": plan.store_bytes,
-        "context": plan.settings.context,
+        "context": placement.context,
         "codec": plan.settings.codec,
         "dense_codec": placement.dense_codec,
         "compute_dtype": str(plan.machine.dtype).removeprefix("torch."),

@@ -38,9 +38,15 @@ def dense_store_bytes(shape: ModelShape, codec: str) -> int:
     return sum(_weight_bytes(weight, codec, weight.dtype) for weight in shape.dense)
 
 
-def dense_memory_bytes(shape: ModelShape, codec: str, dtype: torch.dtype) -> int:
-    """Dense weights once loaded: records as they are, the rest in the compute dtype."""
-    return sum(_weight_bytes(weight, codec, dtype) for weight in shape.dense)
+def dense_memory_bytes(shape: ModelShape, codec: str, dtype: torch.dtype, *, stored: str = LOSSLESS) -> int:
+    """Dense weights once loaded: records as they are, the rest in the compute dtype.
+
+    stored: their codec in the store. Where it is another one they are quantized while they load, and an output head
+    that shares the embeddings becomes a copy.
+    """
+    total = sum(_weight_bytes(weight, codec, dtype) for weight in shape.dense)
+    has_own_head = codec != stored and shape.tied_head is not None
+    return total + (get_codec(codec).layout(shape.tied_head).num_bytes if has_own_head and shape.tied_head else 0)
 
 
 def store_bytes(shape: ModelShape, codec: str, dense_codec: str) -> int:

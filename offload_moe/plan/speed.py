@@ -117,9 +117,9 @@ def run_costs(shape: ModelShape, machine: Machine, settings: Settings, placement
     memory, flops = (rates.vram, rates.device_flops) if machine.has_device else (rates.ram, rates.cpu_flops)
     num_routed = sum(min(shape.top_k, layer.num_experts) for layer in shape.layers)
     read_bytes = (
-        dense_memory_bytes(shape, placement.dense_codec, machine.dtype)
+        dense_memory_bytes(shape, placement.dense_codec, machine.dtype, stored=settings.stored_dense_codec)
         - shape.lookup_elements * machine.dtype.itemsize
-        + cache_bytes(shape, settings.context, machine.dtype)
+        + cache_bytes(shape, placement.context, machine.dtype)
     )
     pair_parameters = sum(layer.expert_parameters for layer in shape.layers) / num_layers
     return RunCosts(

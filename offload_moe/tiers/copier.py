@@ -24,6 +24,7 @@ from offload_moe.tiers.page_lock import PageLock
 SUPPORTED = ("cuda", "xpu")  # ROCm calls itself cuda; MPS shares its memory with the CPU, so nothing is to be moved
 STAGING_BYTES = 4 << 20  # one buffer of the ring: a power of two, which torch's pinned allocator does not round up
 NUM_STAGING_BUFFERS = 4
+AMPERE = 8  # major compute capability; Turing is 7.5
 
 
 class Stream(Protocol):
@@ -228,6 +229,13 @@ def compute_device(name: str | None = None) -> torch.device:
     if full_name not in ("cpu", *offered):
         raise ConfigError(f"No device {name!r} here. Choose one of: {', '.join(['cpu', *offered])}.")
     return torch.device(full_name)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16 by itself: NVIDIA cards before Ampere, such as Turing's, emulate it."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device)[0] >= AMPERE
 
 
 def free_device_memory(device: torch.device) -> int:

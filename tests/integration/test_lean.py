@@ -8,7 +8,6 @@ from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
 from torch import Tensor
 
 from offload_moe import load
-from offload_moe.assemble import dense_codec_in_memory, loaded_dense_bytes
 from offload_moe.dense import QuantLinear
 from offload_moe.lean.attention import DecodeAttention
 from offload_moe.lean.cache import RoomyLayer
@@ -152,9 +151,8 @@ def test_the_plan_knows_what_dense_weights_will_take(
     family: str, dense_codec: str | None, checkpoints: dict[str, Path]
 ) -> None:
     with load(checkpoints[family], dense_codec=dense_codec) as model:
-        in_memory = dense_codec_in_memory(model.store, dense_codec, torch.device("cpu"))
-        assert in_memory == ("int8" if dense_codec is None else None)
-        planned = loaded_dense_bytes(model.store, torch.float32, in_memory)
+        assert model.placement.dense_codec == (dense_codec or "int8")
+        (planned,) = [part.num_bytes for part in model.placement.ram.fixed if part.name == "dense weights"]
         assert planned == pytest.approx(model.memory["dense weights"], rel=0.05)
 
 

@@ -7,11 +7,9 @@ import torch
 from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
 
 from offload_moe import load
-from offload_moe.budget import RUNTIME_BYTES
 from offload_moe.model import Model
 from offload_moe.moe.lookahead import RouterProbe, find_probes
 from offload_moe.quantize import quantize
-from offload_moe.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +21,9 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def load_with_slots(store: Path, num_slots: int, prefetch: int) -> Model:
-    opened = Store.open(store)
-    slot_bytes = max(layer.record_bytes for layer in opened.layers)
     with load(store) as model:
-        dense_bytes = model.memory["dense weights"]
-    return load(store, ram=RUNTIME_BYTES + dense_bytes + num_slots * slot_bytes, prefetch=prefetch)
+        ram = model.placement.ram.bytes_with(num_slots)
+    return load(store, ram=ram, prefetch=prefetch)
 
 
 def greedy(model: Model) -> torch.Tensor:

@@ -11,12 +11,10 @@ import torch
 from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
 
 from offload_moe import load
-from offload_moe.budget import RUNTIME_BYTES
 from offload_moe.errors import ConfigError
 from offload_moe.model import Model
 from offload_moe.profile import recorder as recorder_module
 from offload_moe.quantize import quantize
-from offload_moe.store import Store
 from offload_moe.trace import Trace, load_trace, save_trace
 
 NUM_PROMPT, NUM_NEW = 9, 12
@@ -34,9 +32,8 @@ def open_model(store: Path, num_slots: int | None = None, **settings: Any) -> Mo
     if num_slots is None:
         return load(store, **settings)
     with load(store) as model:
-        dense_bytes = model.memory["dense weights"]
-    slot_bytes = max(layer.record_bytes for layer in Store.open(store).layers)
-    return load(store, ram=RUNTIME_BYTES + dense_bytes + num_slots * slot_bytes, **settings)
+        ram = model.placement.ram.bytes_with(num_slots)
+    return load(store, ram=ram, **settings)
 
 
 def greedy(model: Model, seed: int = 0) -> list[int]:

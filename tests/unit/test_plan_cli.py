@@ -102,8 +102,8 @@ def test_the_json_document(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_does_not_fit_leaves_with_1_and_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
     status, out = plan(capsys, DEEPSEEK, "--vram", "12GiB", "--ram", "64GiB")
     assert status == 1
-    assert "Does not fit: VRAM lacks 3.6 GiB (15.6 GiB needed, 12.0 GiB there)." in out
-    assert "It would fit with --vram 0 (everything in RAM) or --vram 15.7GiB." in out
+    assert "Does not fit: VRAM lacks 2.0 GiB (14.0 GiB needed, 12.0 GiB there)." in out
+    assert "It would fit with --vram 0 (everything in RAM) or --vram 14.1GiB." in out
     assert "tokens/s" not in out
     status, found = plan_json(capsys, DEEPSEEK, "--vram", "12GiB", "--ram", "64GiB")
     assert status == 1
@@ -111,7 +111,7 @@ def test_what_does_not_fit_leaves_with_1_and_says_what_would(capsys: pytest.Capt
     (shortfall,) = found["shortfalls"]
     assert shortfall["missing_bytes"] == shortfall["needed_bytes"] - (12 << 30)
     assert found["memory"]["vram"]["missing_bytes"] == shortfall["missing_bytes"]
-    assert plan(capsys, DEEPSEEK, "--vram", "15.7GiB", "--ram", "64GiB")[0] == 0
+    assert plan(capsys, DEEPSEEK, "--vram", "14.1GiB", "--ram", "64GiB")[0] == 0
 
 
 def test_without_a_device_there_is_no_vram(capsys: pytest.CaptureFixture[str]) -> None:

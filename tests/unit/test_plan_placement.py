@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offload_moe.budget import DEVICE_RESERVE_BYTES, RUNTIME_BYTES, plan_slots
+from offload_moe.budget import DEVICE_RESERVE_BYTES, RUNTIME_BYTES
 from offload_moe.plan.advice import find_shortfalls
 from offload_moe.plan.machine import Machine, measure_machine
 from offload_moe.plan.outlook import Task, look_ahead
@@ -53,23 +53,6 @@ def test_with_a_device_ram_holds_experts_only(mixtral: ModelShape) -> None:
     assert vram["dense weights"] == dense_memory_bytes(mixtral, "int8", torch.bfloat16)
 
 
-@pytest.mark.parametrize("vram", [0, 12 * GIB])
-def test_slots_are_counted_as_load_counts_them(mixtral: ModelShape, vram: int) -> None:
-    machine = Machine(vram_bytes=vram, ram_bytes=20 * GIB)
-    placement = look_ahead(task(mixtral, machine)).placement
-    fixed = placement.fast.fixed_bytes - (DEVICE_RESERVE_BYTES if vram else RUNTIME_BYTES)
-    expected = plan_slots(
-        num_records=mixtral.num_experts,
-        slot_bytes=slot_bytes(mixtral, "nf4"),
-        dense_bytes=fixed,
-        ram=machine.ram_bytes,
-        vram=vram,
-        free_vram=vram or None,
-    )
-    assert placement.ram.num_slots == expected.num_ram_slots
-    assert (placement.vram.num_slots if placement.vram else 0) == expected.num_device_slots
-
-
 def test_no_more_slots_than_experts() -> None:
     shape = tiny_shape("mixtral")
     assert look_ahead(task(shape, Machine(ram_bytes=GIB))).placement.ram.num_slots == 18
@@ -80,7 +63,25 @@ def test_the_most_exact_dense_codec_is_taken_that_leaves_room_for_every_top_k(mi
         machine = Machine(vram_bytes=int(gib * GIB), ram_bytes=64 * GIB)
         return look_ahead(task(mixtral, machine)).placement.dense_codec
 
-    assert [chosen(gib) for gib in (24, 12, 9, 8, 3)] == ["bf16", "bf16", "int8", "nf4", "nf4"]
+    assert [chosen(gib) for gib in (24, 12, 9, 4, 2.6)] == ["bf16", "bf16", "int8", "int8", "nf4"]
+
+
+def test_the_cpu_takes_int8_and_nf4_only_where_nothing_else_fits(mixtral: ModelShape) -> None:
+    def chosen(gib: float, **settings: object) -> str:
+        return look_ahead(task(mixtral, Machine(ram_bytes=int(gib * GIB)), **settings)).placement.dense_codec
+
+    assert [chosen(gib) for gib in (64, 4, 2.5)] == ["int8", "int8", "nf4"]
+    assert chosen(64, is_exact=True) == chosen(64, codec="bf16") == "bf16"
+    assert chosen(2.5, stored_dense_codec="int8") == "int8"
+    assert chosen(64, dense_codec="nf4") == "nf4"
+
+
+def test_the_context_nobody_named_shrinks_before_experts_of_a_token_have_no_room(mixtral: ModelShape) -> None:
+    def planned(gib: float) -> int:
+        machine = Machine(vram_bytes=int(gib * GIB), ram_bytes=64 * GIB)
+        return look_ahead(task(mixtral, machine, context=None, dense_codec="bf16")).placement.context
+
+    assert [planned(gib) for gib in (24, 10.5, 3)] == [8192, 4096, 1024]
 
 
 def test_what_does_not_fit_says_by_how_much(deepseek: ModelShape) -> None:
@@ -146,7 +147,7 @@ def test_the_disk_must_hold_the_download_and_the_store(mixtral: ModelShape) -> N
     machine = Machine(ram_bytes=32 * GIB, disk_bytes=100 * GIB)
     planned = replace(task(mixtral, machine), download_bytes=87 * GIB)
     (shortfall,) = find_shortfalls(planned, look_ahead(planned))
-    stored = store_bytes(mixtral, "nf4", look_ahead(planned).placement.dense_codec)
+    stored = store_bytes(mixtral, "nf4", "bf16")
     assert shortfall.memory == "disk"
     assert shortfall.missing_bytes == stored + 87 * GIB - 100 * GIB
     assert shortfall.remedies == (f"{format_size(shortfall.missing_bytes)} more free space",)

@@ -131,9 +131,9 @@ def test_unusable_settings_are_named(folder: Path, settings: dict[str, object], 
 
 
 def test_the_context_is_8192_or_what_the_model_takes(folder: Path) -> None:
-    assert make_plan(folder, MACHINE).settings.context == 512
+    assert make_plan(folder, MACHINE).placement.context == 512
     big = Machine(ram_bytes=64 * GIB)
-    assert make_plan(CONFIGS / "Mixtral-8x7B-v0.1.json", big).settings.context == 8192
+    assert make_plan(CONFIGS / "Mixtral-8x7B-v0.1.json", big).placement.context == 8192
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -1,0 +1,79 @@
+"""The plan of a store that is about to be loaded: the same as `offload-moe plan` makes before the download."""
+
+from dataclasses import replace
+
+import torch
+
+from offload_moe.errors import BudgetError
+from offload_moe.plan.advice import explain, find_shortfalls
+from offload_moe.plan.machine import Machine, measure_machine
+from offload_moe.plan.outlook import Outlook, Task
+from offload_moe.plan.parameters import ModelShape
+from offload_moe.plan.placement import LAST_RESORT, Placement, Settings, Tier, place
+from offload_moe.plan.plan import check_context
+from offload_moe.sizes import format_size, typed_size
+from offload_moe.store import Store
+from offload_moe.tiers.copier import free_device_memory, total_device_memory
+
+
+def measure_load(device: torch.device, *, vram: int | None, ram: int | None, dtype: torch.dtype) -> Machine:
+    """This machine as `load` may use it. vram, ram: bytes the user named.
+
+    Raises: BudgetError when the device has less than that free.
+    """
+    if device.type == "cpu":
+        return measure_machine(vram=0, ram=ram, dtype=dtype)
+    free = free_device_memory(device)
+    if vram is not None and vram > free:
+        taken = format_size(total_device_memory(device) - free)
+        raise BudgetError(
+            f"--vram is {format_size(vram)} and {device} has {format_size(free)} free: {taken} is taken by the desktop "
+            f"or other processes. Leave --vram out, or name at most {typed_size(free)}."
+        )
+    return measure_machine(vram=vram, ram=ram, device=device, dtype=dtype)
+
+
+def fit(
+    store: Store,
+    shape: ModelShape,
+    machine: Machine,
+    *,
+    context: int | None = None,
+    dense_codec: str | None = None,
+    is_exact: bool = False,
+) -> Placement:
+    """Where everything of this store goes on this machine. shape: of the model that the store holds.
+
+    Raises:
+        BudgetError: not even one expert slot fits; says by how much, and what would make it fit.
+        ConfigError: the model cannot attend to that many tokens.
+    """
+    check_context(context, shape)
+    settings = Settings(
+        codec=store.codec,
+        context=context,
+        dense_codec=dense_codec,
+        stored_dense_codec=store.dense_codec,
+        is_exact=is_exact,
+    )
+    task = Task(shape=shape, machine=replace(machine, disk_bytes=None), settings=settings, is_store=True)
+    placement = place(shape, task.machine, settings, download_bytes=0, is_store=True)
+    if not placement.fits:
+        shortfalls = find_shortfalls(task, Outlook(placement=placement, speed=None))
+        raise BudgetError(" ".join(map(explain, shortfalls)))
+    return placement
+
+
+def summary(shape: ModelShape, placement: Placement) -> str:
+    """What was chosen, in one line."""
+    fast, where = placement.fast, f"VRAM {_tier(placement.vram)}, " if placement.vram else ""
+    share = fast.num_slots / shape.num_experts
+    line = (
+        f"{where}RAM {_tier(placement.ram)}; {share:.0%} of {shape.num_experts:,} experts in {fast.name}, "
+        f"dense weights in {placement.dense_codec}, room for {placement.context:,} tokens"
+    )
+    return f"{line}; nf4 dense weights cost quality" if placement.dense_codec == LAST_RESORT else line
+
+
+def _tier(tier: Tier) -> str:
+    return f"{format_size(tier.used_bytes)} of {format_size(tier.budget_bytes or 0)}"
