@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from offload_moe.errors import ConfigError
 
 from .options import SAMPLING
-from .status import full_statistics
+from .status import full_statistics, peak_rows
 
 if TYPE_CHECKING:
     from .repl import Repl
@@ -88,7 +88,7 @@ def _retry(repl: "Repl", _: str) -> None:
 
 
 def _stats(repl: "Repl", _: str) -> None:
-    rows = full_statistics(repl.session.last_stats, repl.model.memory)
+    rows = [*full_statistics(repl.session.last_stats, repl.model.memory), *peak_rows(repl.model.peaks)]
     width = max(len(name) for name, _ in rows) if rows else 0
     for name, value in rows:
         repl.say(f"{name:<{width}}  {value}")

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 ENDINGS = {
     "length": "stopped at {tokens:,} tokens, see /set max_new_tokens",
     "context": "the context is full, /reset begins anew",
+    "memory": "no memory for a longer context, /reset begins anew",
     "interrupted": "stopped",
 }
 REUSES = {
@@ -33,6 +34,8 @@ def status_line(stats: "TurnStats", width: int) -> str:
         parts += [f"hits {stats.hit_rate:.1%}", f"stall {stats.stall_s:.1f} s"]
     if stats.memory_bytes:
         parts.append(format_size(sum(stats.memory_bytes.values())))
+    if stats.num_slots_given_up:
+        parts.append(f"{stats.num_slots_given_up:,} expert slots gave way to the context")
     parts += [REUSES[stats.reuse]] if stats.reuse in REUSES and stats.num_prompt_tokens else []
     parts += [ENDINGS[stats.finish].format(tokens=stats.num_decode_tokens)] if stats.finish in ENDINGS else []
     return _wrap(parts, width)
@@ -62,6 +65,14 @@ def full_statistics(stats: "TurnStats | None", memory_bytes: Mapping[str, int]) 
             ("sent to the device", format_size(counters.h2d_bytes)),
         ]
     return rows + [(f"memory: {name}", format_size(num_bytes)) for name, num_bytes in memory_bytes.items()]
+
+
+def peak_rows(peaks: Mapping[str, tuple[int, int]]) -> list[tuple[str, str]]:
+    """What was planned, and the most that was in use."""
+    return [
+        (f"{memory} at its peak", f"{format_size(peak)}, planned {format_size(planned)} with the context full")
+        for memory, (planned, peak) in peaks.items()
+    ]
 
 
 def _wrap(parts: list[str], width: int) -> str:

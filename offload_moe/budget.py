@@ -37,6 +37,16 @@ def give_back_freed_memory() -> None:
             mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
+def peak_ram() -> int:
+    """The most bytes of RAM this process has held at once."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
 def free_ram() -> int:
     """Bytes of RAM this process may still take, container limits included."""
     return min(psutil.virtual_memory().available, *_free_in_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))

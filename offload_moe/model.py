@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -10,7 +11,7 @@ import psutil
 import torch
 
 from offload_moe.assemble import LOSSLESS, Assembled, assemble, load_tokenizer, skeleton_of
-from offload_moe.budget import give_back_freed_memory
+from offload_moe.budget import give_back_freed_memory, peak_ram
 from offload_moe.chat import ChatSession
 from offload_moe.chat.sampling import SamplingArguments
 from offload_moe.generate import Prompt
@@ -22,6 +23,7 @@ from offload_moe.plan.fit import fit, measure_load, summary
 from offload_moe.plan.machine import default_dtype
 from offload_moe.plan.parameters import describe_skeleton
 from offload_moe.plan.placement import Placement
+from offload_moe.plan.room import ContextRoom
 from offload_moe.profile.recorder import RecordedTier, Recorder, Subject, record
 from offload_moe.quant import get_codec
 from offload_moe.schedule.counters import Counters
@@ -31,7 +33,7 @@ from offload_moe.schedule.prefetch import PrefetchGovernor
 from offload_moe.sizes import parse_size
 from offload_moe.sources import DEMO, Report, ensure_store, silent
 from offload_moe.store import Store
-from offload_moe.tiers.copier import AcceleratorCopier, compute_device
+from offload_moe.tiers.copier import AcceleratorCopier, compute_device, peak_device_memory
 from offload_moe.tiers.disk import DiskMover
 
 
@@ -45,11 +47,13 @@ class Model:
         tokenizer: Any,
         hierarchy: Hierarchy,
         placement: Placement,
+        room: ContextRoom,
         summary: str,
     ) -> None:
-        """placement: where everything was planned to go. summary: that, in one line."""
+        """placement: where everything was planned to go. room: for contexts. summary: the plan in one line."""
         self.placement = placement
         self.summary = summary
+        self._room = room
         self.store = store
         self.hf = assembled.hf
         self.tokenizer = tokenizer
@@ -78,6 +82,14 @@ class Model:
             parts["expert slots in VRAM"] = num_device_slots * pools.slot_bytes
         return parts
 
+    @property
+    def peaks(self) -> dict[str, tuple[int, int]]:
+        """Memory -> bytes that were planned, for the whole planned context, and the most that were in use so far."""
+        peaks = {"RAM": (self.placement.ram.used_bytes, peak_ram())}
+        if self.placement.vram is not None:
+            peaks["VRAM"] = (self.placement.vram.used_bytes, peak_device_memory(self.hf.device))
+        return peaks
+
     def generate(self, prompt: Prompt, *, raw: bool = False, **sampling: Unpack[SamplingArguments]) -> str:
         """The whole answer to a text or a list of messages. `raw` continues the text instead of answering it."""
         return "".join(self.stream(prompt, raw=raw, **sampling))
@@ -90,7 +102,15 @@ class Model:
 
     def chat(self, *, system: str | None = None, raw: bool = False) -> ChatSession:
         """A conversation whose earlier turns are not computed again."""
-        return ChatSession(self.hf, self.tokenizer, self.stats, memory=lambda: self.memory, system=system, raw=raw)
+        return ChatSession(
+            self.hf,
+            self.tokenizer,
+            self.stats,
+            memory=lambda: self.memory,
+            room=self._room,
+            system=system,
+            raw=raw,
+        )
 
     @contextmanager
     def trace(self) -> Iterator[Recorder]:
@@ -200,7 +220,9 @@ def load(
     attach_experts(assembled, store, hierarchy, where, is_exact=exact, prefetch=prefetch)
     if lean:
         make_lean(assembled.hf, is_exact=store.codec == LOSSLESS, context=placement.context)
-    return Model(store, assembled, load_tokenizer(store), hierarchy, placement, summary(shape, placement))
+    room = ContextRoom(shape, compute_dtype, placement, partial(hierarchy.resize, "vram" if placement.vram else "ram"))
+    assembled.hf.get_decoder().register_forward_pre_hook(room.before_forward, with_kwargs=True)
+    return Model(store, assembled, load_tokenizer(store), hierarchy, placement, room, summary(shape, placement))
 
 
 def attach_experts(

@@ -13,7 +13,8 @@ from offload_moe.chat.stats import Finish, TurnStats
 from offload_moe.chat.stream import TokenStream
 from offload_moe.chat.template import Message, PromptFormat
 from offload_moe.chat.text import IncrementalText
-from offload_moe.errors import ConfigError
+from offload_moe.errors import BudgetError, ConfigError
+from offload_moe.plan.room import ContextRoom
 from offload_moe.schedule.counters import Counters
 
 # Where neither the user, the checkpoint nor the context says when to stop, a model that never stops has to be stopped.
@@ -26,6 +27,7 @@ class Answer:
 
     Raises:
         ConfigError: the prompt does not fit in the model's context.
+        BudgetError: the prompt does not fit in memory.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Answer:
         messages: Sequence[Message],
         sampling: Sampling,
         stop_event: threading.Event | None = None,
+        room: ContextRoom | None = None,
     ) -> None:
         self.text = ""
         self.reasoning = ""
@@ -50,6 +53,8 @@ class Answer:
         self._ids = prompt_format.encode(self._prompt)
         self._max_new_tokens, self._end = _room(hf, len(self._ids), sampling)
         self._num_reused, self._reuse = prefix.begin(self._ids)
+        if room is not None:
+            self._heed(room)
         self._num_in_cache = self._num_reused
         self._opening_s = 0.0
         self._stream: TokenStream | None = None
@@ -79,7 +84,9 @@ class Answer:
                 in_cache = [*self._ids, *tokens][:-1] if tokens else self._ids[: self._num_in_cache]
                 self._prefix.commit(in_cache, is_whole=not self._stream.interrupted_forward)
 
-    def stats(self, counters: Counters | None, memory_bytes: Mapping[str, int]) -> TurnStats:
+    def stats(
+        self, counters: Counters | None, memory_bytes: Mapping[str, int], num_slots_given_up: int = 0
+    ) -> TurnStats:
         """What it cost, once it has ended."""
         stream = self._stream
         return TurnStats(
@@ -92,7 +99,19 @@ class Answer:
             finish=self.finish,
             counters=counters,
             memory_bytes=dict(memory_bytes),
+            num_slots_given_up=num_slots_given_up,
         )
+
+    def _heed(self, room: ContextRoom) -> None:
+        """Refuse a prompt that memory has no room for, and end an answer before it runs out of it."""
+        num_tokens = len(self._ids)
+        try:
+            limit = room.limit(num_tokens, num_tokens - self._num_reused, self._prefix.cache)
+        except BudgetError:
+            self._prefix.commit(self._ids[: self._num_reused], is_whole=True)
+            raise
+        if limit - num_tokens < self._max_new_tokens:
+            self._max_new_tokens, self._end = limit - num_tokens, "memory"
 
     def _split(self, stream: TokenStream) -> Iterator[Piece]:
         tokenizer, special_tokens = self._format.tokenizer, self._format.special_tokens

@@ -18,15 +18,16 @@ from offload_moe.chat.stats import TurnStats
 from offload_moe.chat.template import NO_TEMPLATE, Message, PromptFormat
 from offload_moe.chat.transcript import check_messages, read_transcript, write_transcript
 from offload_moe.errors import BudgetError, ConfigError
+from offload_moe.plan.room import ContextRoom
 from offload_moe.schedule.counters import Counters
 
 
 class ChatSession:
     """One conversation. Earlier turns stay in the key/value cache and are not computed again.
 
-    `counters` are the model's running totals and `memory` its present use, for the statistics of each answer. `raw`
-    continues the text instead of answering it. `notice` is what the user must know before the first answer. Sessions
-    of one model take turns: an answer waits for the one before it.
+    `counters` are the model's running totals and `memory` its present use, for the statistics of each answer. `room`
+    knows how long the conversation may grow. `raw` continues the text instead of answering it. `notice` is what the
+    user must know before the first answer. Sessions of one model take turns: an answer waits for the one before it.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class ChatSession:
         counters: Counters | None = None,
         *,
         memory: Callable[[], Mapping[str, int]] | None = None,
+        room: ContextRoom | None = None,
         system: str | None = None,
         raw: bool = False,
     ) -> None:
@@ -47,6 +49,7 @@ class ChatSession:
         self._prefix = PrefixCache(hf)
         self._counters = counters
         self._memory = memory
+        self._room = room
         self._withdrawn_message: Message | None = None
         self._num_retries = 0
         self.notice = None if raw or self._format.template is not None else NO_TEMPLATE
@@ -72,7 +75,7 @@ class ChatSession:
 
         Raises:
             ConfigError: a setting is out of range, or the prompt is longer than the model's context.
-            BudgetError: the device ran out of memory.
+            BudgetError: memory has no room for the prompt, or the device ran out of it.
         """
         settings = Sampling.of(sampling)
         if isinstance(message, str):
@@ -126,7 +129,7 @@ class ChatSession:
     ) -> Generator[Piece, None, None]:
         prompt = messages if self.system is None else [{"role": "system", "content": self.system}, *messages]
         before = self._counters.copy() if self._counters is not None else None
-        answer = Answer(self._hf, self._format, self._prefix, prompt, sampling, stop_event)
+        answer = Answer(self._hf, self._format, self._prefix, prompt, sampling, stop_event, self._room)
         try:
             yield from answer.pieces()
         except torch.OutOfMemoryError as error:
@@ -137,7 +140,8 @@ class ChatSession:
         finally:
             self._keep(messages, answer)
             used = self._counters.since(before) if self._counters is not None and before is not None else None
-            self.last_stats = answer.stats(used, self._memory() if self._memory is not None else {})
+            given_up = self._room.num_slots_given_up if self._room is not None else 0
+            self.last_stats = answer.stats(used, self._memory() if self._memory is not None else {}, given_up)
             if self._counters is not None:
                 self.last_stats.add_tokens_to(self._counters)
 

@@ -7,14 +7,15 @@ from typing import Literal
 from offload_moe.chat.prefix import Reuse
 from offload_moe.schedule.counters import Counters
 
-Finish = Literal["stop", "length", "context", "interrupted"]
+Finish = Literal["stop", "length", "context", "memory", "interrupted"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnStats:
     """One answer: token counts, seconds, and what the expert tiers did meanwhile.
 
-    `finish` is why it ended: the model's own stop token, max_new_tokens, the end of the context, or the user.
+    `finish` is why it ended: the model's own stop token, max_new_tokens, the end of the context, no memory for a longer
+    one, or the user. `num_slots_given_up`: expert slots that made room for the context, beyond what was planned.
     """
 
     num_prompt_tokens: int
@@ -26,6 +27,7 @@ class TurnStats:
     finish: Finish
     counters: Counters | None = None
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
+    num_slots_given_up: int = 0
 
     @property
     def num_computed_tokens(self) -> int:

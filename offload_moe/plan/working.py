@@ -23,14 +23,16 @@ def cache_bytes(shape: ModelShape, context: int, dtype: torch.dtype) -> int:
     return elements * dtype.itemsize
 
 
-def activation_bytes(shape: ModelShape, context: int, dtype: torch.dtype) -> int:
+def activation_bytes(shape: ModelShape, context: int, dtype: torch.dtype, *, num_new: int | None = None) -> int:
     """An upper estimate of what the widest layer holds while a prompt chunk goes through it.
+
+    num_new: tokens that are computed at once; None takes a chunk of a prompt.
 
     Residual stream, its norm and their sums: 4 H. Beside them, one after the other: queries, keys, values and output of
     the attention, with keys and values of the whole context expanded to all heads; gate, up and product of a dense
     MLP, 3 I; inputs and outputs of every routed pair, 2 K H, and one expert that all tokens chose, 3 I.
     """
-    num_tokens = min(context, PROMPT_CHUNK_TOKENS)
+    num_tokens = min(context, PROMPT_CHUNK_TOKENS) if num_new is None else num_new
     attention = num_tokens * shape.attention.projected + context * shape.attention.expanded
     dense = num_tokens * 3 * max((linear.out_features for linear in _matrices(shape, *FEED_FORWARD)), default=0)
     intermediate = max(layer.expert.matrices[-1].in_features for layer in shape.layers)

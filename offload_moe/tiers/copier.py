@@ -247,6 +247,11 @@ def free_device_memory(device: torch.device) -> int:
     return _memory_info(device)[0] + unused
 
 
+def peak_device_memory(device: torch.device) -> int:
+    """The most bytes that torch has held on the device at once; the device's own context comes on top."""
+    return torch.accelerator.max_memory_reserved(device)
+
+
 def total_device_memory(device: torch.device) -> int:
     """Bytes of the device. Raises: BudgetError when it does not say."""
     return _memory_info(device)[1]

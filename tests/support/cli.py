@@ -92,6 +92,8 @@ def fake_load(source: str, *, progress: Any = None, **settings: Any) -> Any:
         tokenizer=tokenizer,
         counters=counters,
         memory=memory,
+        peaks={"RAM": (4 * 2**30, 3 * 2**30)},
+        summary="RAM 4.0 GiB of 16.0 GiB",
         settings=settings,
         chat=lambda *, system=None, raw=False: ChatSession(
             model, tokenizer, counters, memory=lambda: memory, system=system, raw=raw
