@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .options import load_arguments, sampling_arguments
 from .progress import reporter
+from .terminal import console
 
 if TYPE_CHECKING:
     from offload_moe.model import Model
@@ -26,6 +27,8 @@ def loaded_model(options: argparse.Namespace) -> "Iterator[Model]":
         Sampling.of(sampling_arguments(options))
         report(f"Loading {options.model}")
         model = load(options.model, progress=report, **load_arguments(options))
+    for notice in model.notices:
+        console(stderr=True).print(notice, style="bold yellow", soft_wrap=True)
     print(model.summary, file=sys.stderr)
     try:
         yield model

@@ -8,6 +8,7 @@ from offload_moe.sizes import parse_size
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 CODECS = ("nf4", "int8", "bf16", "mxfp4")
 DENSE_CODECS = ("nf4", "int8", "bf16")
+DTYPES = ("fp32", "bf16", "fp16")
 CODEC_HELP = "format of the experts (default: mxfp4 for a checkpoint in MXFP4, nf4 for any other)"
 SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "seed": int, "max_new_tokens": int}
 
@@ -30,6 +31,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--policy", metavar="NAME", help="which experts to keep, such as lru")
     group.add_argument("--device", metavar="NAME", help="where to compute, such as cuda or cpu (default: a GPU if any)")
+    group.add_argument("--dtype", choices=DTYPES, help="what to compute in (default: bf16 on a GPU, fp32 on the CPU)")
     group = parser.add_argument_group("reading a checkpoint (a store has its own)")
     group.add_argument("--codec", choices=CODECS, help=CODEC_HELP)
     group.add_argument(
@@ -55,7 +57,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 def load_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """What the user chose of `offload_moe.load`'s arguments; the rest keeps its defaults there."""
-    names = ("vram", "ram", "context", "policy", "device", "codec", "dense_codec", "revision")
+    names = ("vram", "ram", "context", "policy", "device", "dtype", "codec", "dense_codec", "revision")
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 

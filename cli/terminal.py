@@ -62,6 +62,7 @@ def quiet_libraries() -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
+        **({"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if sys.platform == "linux" else {}),  # caches that grow
     }.items():
         os.environ.setdefault(name, value)
     for name in ("bitsandbytes", "accelerate", "torch", "huggingface_hub", "filelock"):

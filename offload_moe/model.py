@@ -1,5 +1,6 @@
 """`load`: from a store to a transformers model whose experts come through the hierarchy."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,8 +20,9 @@ from offload_moe.lean import make_lean
 from offload_moe.moe.arithmetic import choose_arithmetic
 from offload_moe.moe.attach import BoundExperts, attach
 from offload_moe.moe.lookahead import DEFAULT_DEPTH, Lookahead, find_probes
+from offload_moe.overflow import watch_overflow
 from offload_moe.plan.fit import fit, measure_load, summary
-from offload_moe.plan.machine import default_dtype
+from offload_moe.plan.machine import compute_dtype
 from offload_moe.plan.parameters import describe_skeleton
 from offload_moe.plan.placement import Placement
 from offload_moe.plan.room import ContextRoom
@@ -35,6 +37,7 @@ from offload_moe.sources import DEMO, Report, ensure_store, silent
 from offload_moe.store import Store
 from offload_moe.tiers.copier import AcceleratorCopier, compute_device, peak_device_memory
 from offload_moe.tiers.disk import DiskMover
+from offload_moe.tiers.unused_card import notice_of_unused_card
 
 
 class Model:
@@ -53,6 +56,7 @@ class Model:
         """placement: where everything was planned to go. room: for contexts. summary: the plan in one line."""
         self.placement = placement
         self.summary = summary
+        self.notices: list[str] = []  # what the user must know
         self._room = room
         self.store = store
         self.hf = assembled.hf
@@ -156,7 +160,7 @@ def load(
     dense_codec: str | None = None,
     policy: str = DEFAULT_POLICY,
     device: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     exact: bool = False,
     prefetch: int = DEFAULT_DEPTH,
     lean: bool = True,
@@ -174,8 +178,8 @@ def load(
     fits. "bf16" keeps them as they are everywhere.
     vram, ram: sizes such as ``"10GiB"`` that the process may use; None takes 90% of what is free.
     context: tokens of prompt and answer that memory is set aside for; None takes what fits, 8,192 at most.
-    device: None takes the accelerator when there is one. dtype: None takes bf16 on a device that has it, fp16 on an
-    older one, fp32 on the CPU.
+    device: None takes the accelerator when there is one. dtype: "fp32", "bf16" or "fp16"; None takes bf16 on a device
+    that has it, fp16 on an older one, fp32 on the CPU.
     exact: CPU kernels keep activations in full precision, slower.
     lean: decode steps without the detours of the model's own code, see `offload_moe.lean`.
     prefetch: MoE layers to look ahead; 0 turns prefetch off. It also turns itself off while it does not pay.
@@ -191,20 +195,36 @@ def load(
     store = Store.open(path)
     progress("Planning memory")
     give_back_freed_memory()
-    compute_dtype = dtype or default_dtype(where)
-    skeleton = skeleton_of(store, compute_dtype)
+    computed_in = compute_dtype(dtype, where)
+    skeleton = skeleton_of(store, computed_in)
     shape = describe_skeleton(skeleton)
-    machine = measure_load(where, vram=vram_bytes, ram=ram_bytes, dtype=compute_dtype)
+    machine = measure_load(where, vram=vram_bytes, ram=ram_bytes, dtype=computed_in)
     placement = fit(store, shape, machine, context=context, dense_codec=dense_codec, is_exact=exact)
     progress("Loading dense weights")
     assembled = assemble(
         store,
         where,
-        compute_dtype,
+        computed_in,
         dense_codec=None if placement.dense_codec == store.dense_codec else placement.dense_codec,
         mode="exact" if exact else "fast",
         skeleton=skeleton,
     )
+    hierarchy = _make_hierarchy(store, placement, where, policy)
+    attach_experts(assembled, store, hierarchy, where, is_exact=exact, prefetch=prefetch)
+    if lean:
+        make_lean(assembled.hf, is_exact=store.codec == LOSSLESS, context=placement.context)
+    if computed_in == torch.float16:
+        watch_overflow(assembled.hf)
+    room = ContextRoom(shape, computed_in, placement, partial(hierarchy.resize, "vram" if placement.vram else "ram"))
+    assembled.hf.get_decoder().register_forward_pre_hook(room.before_forward, with_kwargs=True)
+    model = Model(store, assembled, load_tokenizer(store), hierarchy, placement, room, summary(shape, placement))
+    if where.type == "cpu" and device is None and vram_bytes != 0 and (notice := notice_of_unused_card()):
+        model.notices.append(notice)
+        warnings.warn(notice, UserWarning, stacklevel=2)
+    return model
+
+
+def _make_hierarchy(store: Store, placement: Placement, device: torch.device, policy: str) -> Hierarchy:
     pools = Pools(
         num_layers=len(store.layers),
         num_experts=store.num_experts,
@@ -213,16 +233,10 @@ def load(
         num_device_slots=placement.vram.num_slots if placement.vram else 0,
         policy=policy,
     )
-    copier = AcceleratorCopier(where) if placement.vram else None
-    hierarchy = Hierarchy(
+    copier = AcceleratorCopier(device) if placement.vram else None
+    return Hierarchy(
         pools, lambda arena: DiskMover(arena, lambda key: store.record(*divmod(key, store.num_experts))), copier
     )
-    attach_experts(assembled, store, hierarchy, where, is_exact=exact, prefetch=prefetch)
-    if lean:
-        make_lean(assembled.hf, is_exact=store.codec == LOSSLESS, context=placement.context)
-    room = ContextRoom(shape, compute_dtype, placement, partial(hierarchy.resize, "vram" if placement.vram else "ram"))
-    assembled.hf.get_decoder().register_forward_pre_hook(room.before_forward, with_kwargs=True)
-    return Model(store, assembled, load_tokenizer(store), hierarchy, placement, room, summary(shape, placement))
 
 
 def attach_experts(

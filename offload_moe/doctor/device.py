@@ -1,20 +1,19 @@
 """The device: whether torch can use it, what it can compute in, and how much of its memory is free."""
 
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from offload_moe.doctor.check import Check, judge
-from offload_moe.doctor.nvidia import Nvidia
 from offload_moe.sizes import format_size
-from offload_moe.tiers.copier import free_device_memory, total_device_memory
+from offload_moe.tiers.copier import AMPERE, free_device_memory, total_device_memory
+from offload_moe.tiers.nvidia import Nvidia
+from offload_moe.tiers.unused_card import is_hidden, why_unused
 
 LITTLE_VRAM = 4 << 30
 MUCH_TAKEN = 1 << 30
-FIRST_WITH_BF16 = 8  # major compute capability of NVIDIA cards: Ampere; Turing is 7.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,15 +40,6 @@ def find_device(device: torch.device) -> Device | None:
     )
 
 
-def build_of_torch() -> str | None:
-    """What this torch was built for beside the CPU: `CUDA 13.0`, `ROCm 7.0`, `XPU`; None for a CPU-only build."""
-    if torch.version.cuda:
-        return f"CUDA {torch.version.cuda}"
-    if torch.version.hip:
-        return f"ROCm {torch.version.hip}"
-    return "XPU" if getattr(torch.version, "xpu", None) else None
-
-
 def check_torch_build(
     nvidia: Nvidia | None,
     build: str | None,
@@ -64,25 +54,11 @@ def check_torch_build(
     found = f"{build or 'CPU-only build'}, {card}"
     problem = warning = ""
     if nvidia is not None and device is None:
-        hidden = environ.get("CUDA_VISIBLE_DEVICES")
-        if build is None:
-            problem = f"This torch cannot use the GPU. {install_line(system or platform.system())}"
-        elif hidden is not None and not hidden.strip("-1, "):
-            warning = f"CUDA_VISIBLE_DEVICES={hidden} hides the GPU. Unset it."
+        if build is not None and is_hidden(environ):
+            warning = f"CUDA_VISIBLE_DEVICES={environ.get('CUDA_VISIBLE_DEVICES')} hides the GPU. Unset it."
         else:
-            problem = (
-                f"torch does not see the GPU: the driver is older than {build} needs, or the container has no access. "
-                "Update the driver; start a container with --gpus all."
-            )
+            problem = why_unused(build, system)
     return judge("torch on the GPU", found, problem=problem, warning=warning)
-
-
-def install_line(system: str) -> str:
-    """How to replace a CPU-only torch by one for the card. The package index has CUDA builds for Linux only."""
-    release = torch.__version__.partition("+")[0]
-    if system == "Linux":
-        return f'Install the CUDA build: python -m pip install --force-reinstall "torch=={release}"'
-    return f"Install the CUDA build of torch {release}: pytorch.org/get-started/locally has the line for {system}."
 
 
 def check_device(device: Device | None) -> Check:
@@ -90,12 +66,11 @@ def check_device(device: Device | None) -> Check:
         return judge("device", "none: experts are computed by the CPU, from RAM")
     capability = f", compute capability {device.capability[0]}.{device.capability[1]}" if device.capability else ""
     found = f"{device.name}{capability}"
-    if device.capability and device.capability[0] < FIRST_WITH_BF16:
+    if device.capability and device.capability[0] < AMPERE:
         return judge(
             "device",
             f"{found}, without bf16",
-            warning="bf16 is emulated on this card, slowly. Load with dtype=torch.float16; if answers turn to "
-            "nonsense (overflow), with torch.float32.",
+            warning="Models compute in fp16 here, and stop with a message where that overflows. Then use --dtype fp32.",
         )
     return judge("device", found)
 

@@ -6,18 +6,18 @@ from offload_moe import kernels
 from offload_moe.doctor import machine, memory_speed, storage, versions
 from offload_moe.doctor.check import Check
 from offload_moe.doctor.device import (
-    build_of_torch,
     check_device,
     check_link,
     check_torch_build,
     check_vram,
     find_device,
 )
-from offload_moe.doctor.nvidia import find_nvidia
 from offload_moe.errors import OffloadMoeError
 from offload_moe.paths import cache_dir
 from offload_moe.store import Store
 from offload_moe.tiers.copier import compute_device
+from offload_moe.tiers.nvidia import find_nvidia
+from offload_moe.tiers.unused_card import build_of_torch
 
 Work = Callable[[], Check | list[Check]]
 

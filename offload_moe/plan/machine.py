@@ -7,8 +7,11 @@ from pathlib import Path
 import torch
 
 from offload_moe.budget import SHARE_OF_FREE, default_ram
+from offload_moe.errors import ConfigError
 from offload_moe.paths import cache_dir
 from offload_moe.tiers.copier import compute_device, free_device_memory, has_bf16
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,17 @@ class Machine:
     def dtype(self) -> torch.dtype:
         """What the model computes in: bf16 on a device (`default_dtype` knows the exceptions) and fp32 on the CPU."""
         return self.chosen_dtype or (torch.bfloat16 if self.has_device else torch.float32)
+
+
+def compute_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype to compute in. name: `fp32`, `bf16` or `fp16`; None takes `default_dtype`. Raises: ConfigError."""
+    if isinstance(name, torch.dtype):
+        return name
+    if name is None:
+        return default_dtype(device)
+    if name not in DTYPES:
+        raise ConfigError(f"There is no dtype {name!r} to compute in. Choose one of: {', '.join(DTYPES)}.")
+    return DTYPES[name]
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -18,6 +18,7 @@ from offload_moe.plan.working import activation_bytes, cache_bytes
 from offload_moe.sizes import format_size
 
 STEP = 128  # tokens that room is made for at once
+GROWING = ("key/value cache", "activations")  # parts of the plan
 UNBOUNDED = 1 << 24  # tokens, for models that set no bound
 
 Resize = Callable[[int], int]
@@ -36,7 +37,8 @@ class ContextRoom:
         wanted = sum(min(shape.top_k, layer.num_experts) for layer in shape.layers)
         self.num_slots = fast.num_slots
         self._least_slots = min(fast.num_slots, wanted)
-        self._planned_bytes = self._need(placement.context, None)
+        planned = (part.num_bytes for part in fast.fixed if part.name in GROWING)
+        self._planned_bytes = sum(planned)
 
     @property
     def num_slots_given_up(self) -> int:
@@ -80,8 +82,7 @@ class ContextRoom:
         if self._is_decoding and num_new == 1 and known // 2 <= num_tokens <= known:
             return  # but a much shorter conversation, or one whose prompt is computed, lets slots come back
         with self._lock:
-            room_for = -(-num_tokens // STEP) * STEP
-            extra = self._others(cache) + self._need(room_for, num_new) - self._planned_bytes
+            extra = self._others(cache) + self._need(num_tokens, num_new) - self._planned_bytes
             num_slots = self._placement.fast.num_slots - -(-max(0, extra) // self._placement.fast.slot_bytes)
             if num_slots != self.num_slots and num_slots >= self._least_slots:
                 self.num_slots = self._resize(num_slots)
@@ -91,7 +92,7 @@ class ContextRoom:
                     f"{self._placement.context:,}, and expert slots cannot give up that much. "
                     f"Raise --{self._placement.fast.name.lower()}, or name a longer --context."
                 )
-            self._tokens[cache], self._is_decoding = room_for, num_new == 1
+            self._tokens[cache], self._is_decoding = _in_steps(num_tokens), num_new == 1
 
     @property
     def _spare_bytes(self) -> int:
@@ -104,6 +105,10 @@ class ContextRoom:
             if other is not cache
         )
 
-    def _need(self, num_tokens: int, num_new: int | None) -> int:
+    def _need(self, num_tokens: int, num_new: int) -> int:
         activations = activation_bytes(self._shape, num_tokens, self._dtype, num_new=num_new)
-        return cache_bytes(self._shape, num_tokens, self._dtype) + activations
+        return cache_bytes(self._shape, _in_steps(num_tokens), self._dtype) + activations
+
+
+def _in_steps(num_tokens: int) -> int:
+    return -(-num_tokens // STEP) * STEP

@@ -93,6 +93,7 @@ def fake_load(source: str, *, progress: Any = None, **settings: Any) -> Any:
         counters=counters,
         memory=memory,
         peaks={"RAM": (4 * 2**30, 3 * 2**30)},
+        notices=["mind the card"] if source == "loud" else [],
         summary="RAM 4.0 GiB of 16.0 GiB",
         settings=settings,
         chat=lambda *, system=None, raw=False: ChatSession(

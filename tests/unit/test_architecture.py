@@ -30,6 +30,7 @@ FLOW = [
     "assemble",
     "chat",
     "generate",
+    "overflow",
     "model",
     "doctor",
 ]

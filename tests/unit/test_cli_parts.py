@@ -175,7 +175,7 @@ class FakeSession:
 
 @pytest.fixture
 def repl() -> Repl:
-    return Repl(SimpleNamespace(memory={"experts": 2**30}), FakeSession(), {"seed": 1})
+    return Repl(SimpleNamespace(peaks={"RAM": (2**31, 2**30)}, memory={"experts": 2**30}), FakeSession(), {"seed": 1})
 
 
 def test_chat_commands(repl: Repl, capsys: pytest.CaptureFixture[str]) -> None:

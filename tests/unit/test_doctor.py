@@ -17,9 +17,10 @@ from offload_moe.doctor import Check, Redactor, examine, machine, memory_speed, 
 from offload_moe.doctor import device as device_checks
 from offload_moe.doctor.device import Device, check_device, check_link, check_torch_build, check_vram
 from offload_moe.doctor.examination import guarded
-from offload_moe.doctor.nvidia import Nvidia, find_nvidia
 from offload_moe.doctor.versions import check_package
 from offload_moe.errors import TransferError
+from offload_moe.tiers.nvidia import Nvidia, find_nvidia
+from offload_moe.tiers.unused_card import build_of_torch
 from tests.support.cli import load_cli
 
 CARD = Nvidia(driver="580.1", name="NVIDIA GeForce RTX 3060", link_generation=4, lanes=16, max_lanes=16)
@@ -101,7 +102,7 @@ def test_the_device() -> None:
     assert check_device(device()).verdict == "ok"
     assert check_device(device(None)).verdict == "ok"
     turing = check_device(device((7, 5)))
-    assert (turing.verdict, "float16" in turing.fix) == ("warning", True)
+    assert (turing.verdict, "--dtype fp32" in turing.fix) == ("warning", True)
     assert check_vram(device()).verdict == "ok"
     assert "desktop" in check_vram(device(free=9 * GIB)).fix
     assert check_vram(device(total=4 * GIB, free=3 * GIB + GIB // 2)).verdict == "warning"
@@ -337,7 +338,7 @@ def test_a_problem_leaves_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     out = capsys.readouterr().out
     assert "problem  torch on the GPU  CPU-only build" in out
     assert "-> This torch cannot use the GPU." in out
-    assert device_checks.build_of_torch() is None or torch.version.cuda or torch.version.hip
+    assert build_of_torch() is None or torch.version.cuda or torch.version.hip
 
 
 def test_a_card_is_found_and_examined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
