@@ -21,8 +21,8 @@ def check_demo() -> str:
     with load(store.path, exact=True, context=CONTEXT) as model:
         answers = [model.generate(PROMPT, raw=True, temperature=0.0, max_new_tokens=NUM_TOKENS)]
         vram, ram = model.placement.vram, model.placement.ram
-    few = {"ram": ram.bytes_with(FEW_SLOTS), "vram": vram.bytes_with(FEW_SLOTS) if vram else None}
-    with load(store.path, exact=True, context=CONTEXT, **few) as model:
+    few_ram, few_vram = ram.bytes_with(FEW_SLOTS), vram.bytes_with(FEW_SLOTS) if vram else None
+    with load(store.path, exact=True, context=CONTEXT, ram=few_ram, vram=few_vram) as model:
         answers.append(model.generate(PROMPT, raw=True, temperature=0.0, max_new_tokens=NUM_TOKENS))
         num_evictions = model.stats.num_evictions
     if answers[0] != answers[1] or not answers[0].strip():

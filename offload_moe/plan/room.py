@@ -58,7 +58,6 @@ class ContextRoom:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self._need(middle, 1) <= room else (low, middle - 1)
         if low <= num_tokens or self._need(num_tokens, num_new) > room:
-            needed = self._need(num_tokens + 1, num_new)
             needed = format_size(self._need(num_tokens + 1, num_new))
             fast = self._placement.fast.name.lower()
             raise BudgetError(
