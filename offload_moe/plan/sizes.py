@@ -44,9 +44,11 @@ def dense_memory_bytes(shape: ModelShape, codec: str, dtype: torch.dtype, *, sto
     stored: their codec in the store. Where it is another one they are quantized while they load, and an output head
     that shares the embeddings becomes a copy.
     """
-    total = sum(_weight_bytes(weight, codec, dtype) for weight in shape.dense)
-    has_own_head = codec != stored and shape.tied_head is not None
-    return total + (get_codec(codec).layout(shape.tied_head).num_bytes if has_own_head and shape.tied_head else 0)
+    is_quantized_now = codec != stored
+    total = sum(_weight_bytes(weight, codec, dtype, is_padded=not is_quantized_now) for weight in shape.dense)
+    if is_quantized_now and shape.tied_head is not None:
+        total += get_codec(codec).layout(shape.tied_head).num_bytes
+    return total
 
 
 def store_bytes(shape: ModelShape, codec: str, dense_codec: str) -> int:
@@ -87,9 +89,11 @@ def fp16_bytes(num_parameters: int) -> int:
     return num_parameters * FP16_BYTES
 
 
-def _weight_bytes(weight: DenseWeight, codec: str, dtype: torch.dtype) -> int:
+def _weight_bytes(weight: DenseWeight, codec: str, dtype: torch.dtype, *, is_padded: bool = True) -> int:
+    """is_padded: to a whole record, as stores hold it."""
     if weight.linear is not None and codec != LOSSLESS:
-        return get_codec(codec).layout(weight.linear).record_bytes
+        layout = get_codec(codec).layout(weight.linear)
+        return layout.record_bytes if is_padded else layout.num_bytes
     return weight.num_elements * (dtype if weight.dtype.is_floating_point else weight.dtype).itemsize
 
 

@@ -157,7 +157,7 @@ def test_an_expert_read_from_the_wrong_place_is_found(model: SmallModel, monkeyp
 
 
 def test_an_evicted_lease_is_found(model: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Residency, "_is_leased", lambda *_: False)
+    monkeypatch.setattr(Residency, "_must_stay", lambda *_: False)
     found = failures(outcomes(model, but=["simulated device, races"]))
     assert found & {"CPU, any number of slots", "simulated device, any number of slots"}
 

@@ -156,7 +156,12 @@ def test_only_the_answer_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> N
     assert main.main(["run", "thinker", "what is 1+1"]) == 0
     out, err = capsys.readouterr()
     assert out == "It is 2 é🙂.\n"
-    assert err.splitlines() == ["Loading libraries ...", "Loading thinker ...", "Reading experts ..."]
+    assert err.splitlines() == [
+        "Loading libraries ...",
+        "Loading thinker ...",
+        "Reading experts ...",
+        "RAM 4.0 GiB of 16.0 GiB",
+    ]
 
 
 @pytest.mark.usefixtures("tiny")
@@ -212,7 +217,7 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
         assert process.stderr is not None
         assert process.stdout.read(9) == "ha ha ha "
         process.stdout.close()
-        assert process.stderr.read().splitlines()[-1] == "Reading experts ..."
+        assert process.stderr.read().splitlines()[-1] == "RAM 4.0 GiB of 16.0 GiB"
         assert process.wait(30) == 141
 
 
