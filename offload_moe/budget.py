@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-RUNTIME_BYTES = 450 << 20  # interpreter, torch, activations: what a process holds beside weights and slots
+RUNTIME_BYTES = 430 << 20  # interpreter, torch, transformers, tokenizer: what a process holds beside weights and slots
 DEVICE_RESERVE_BYTES = 1 << 30  # CUDA context, workspaces, activations and a key/value cache of a few thousand tokens
 SHARE_OF_FREE = 0.9  # of what is free, taken when no budget is named
 

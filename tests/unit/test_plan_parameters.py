@@ -33,6 +33,22 @@ def test_published_counts(name: str, total: float, active: float) -> None:
     assert fp16_bytes(shape.total_parameters) == 2 * shape.total_parameters
 
 
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [("DeepSeek-V4-Flash", 284.33, 13.80), ("GLM-5", 743.91, 41.78), ("Qwen3.5-35B-A3B", 34.66, 3.45)],
+)
+def test_newer_configs_are_planned(name: str, total: float, active: float) -> None:
+    """What transformers builds; no card confirms these counts, so a change of them is what this would notice."""
+    shape = real_shape(name)
+    assert (round(shape.total_parameters / 1e9, 2), round(shape.active_parameters / 1e9, 2)) == (total, active)
+
+
+@pytest.mark.parametrize("name", ["Kimi-K3", "GRIN-MoE"])
+def test_configs_that_need_code_of_their_own_are_refused_by_name(name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"is not in transformers .* never run"):
+        open_source(CONFIGS / f"{name}.json")
+
+
 def test_mixtral_to_the_last_parameter() -> None:
     vocabulary, hidden, intermediate, layers = 32000, 4096, 14336, 32
     expert = 3 * hidden * intermediate
