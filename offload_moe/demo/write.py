@@ -10,99 +10,78 @@ Shapes: H hidden, I intermediate, S shared, E experts, W neurons of one expert; 
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from offload_moe.demo.dense import DenseModel
+from offload_moe.demo.split import CORRECTED, Split
 
-_DENSE_IN_LAYER = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-)
-_FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
 # A model this small repeats itself when it takes the likeliest token each time.
 _SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerSplit:
-    """How one feed-forward layer becomes experts.
-
-    `shared` int64 [S] and `routed` int64 [E, W] are neuron numbers; `router` fp32 [E, H]; `down` fp32 [H, I] replaces
-    the dense `down_proj`.
-    """
-
-    shared: Tensor
-    routed: Tensor
-    router: Tensor
-    down: Tensor
-
-
-def write_checkpoint(
-    folder: Path, dense: DenseModel, splits: Sequence[LayerSplit], top_k: int, dtype: torch.dtype
-) -> None:
-    """Write config, tokenizer, generation config and weights into the existing `folder`.
-
-    `splits` are the last layers'; layers before them stay dense.
-    """
+def write_checkpoint(folder: Path, dense: DenseModel, split: Split, dtype: torch.dtype) -> None:
+    """Write config, tokenizer, generation config and weights into the existing `folder`."""
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in moe_tensors(dense, splits, top_k)}
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in moe_tensors(dense, split)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_config(folder, dense, splits, top_k, dtype)
+    _write_config(folder, dense, split, dtype)
     _write_tokenizer(folder, dense)
 
 
-def moe_tensors(dense: DenseModel, splits: Sequence[LayerSplit], top_k: int) -> Iterator[tuple[str, Tensor]]:
+def moe_tensors(dense: DenseModel, split: Split) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint, by its Qwen2-MoE name."""
-    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in dense.tensors:
             yield name, dense.tensors[name]
-    num_layers = dense.config["num_hidden_layers"]
-    for layer in range(num_layers):
+    yield "model.norm.weight", split.norms["norm"]
+    num_dense = dense.config["num_hidden_layers"] - split.num_layers
+    for layer in range(dense.config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
-        is_dense = layer < num_layers - len(splits)
-        for module in _DENSE_IN_LAYER + (_FEED_FORWARD if is_dense else ()):
+        for norm in _LAYER_NORMS:
+            yield f"{prefix}.{norm}.weight", split.norms[norm][layer]
+        for module in _ATTENTION:
             yield f"{prefix}.{module}.weight", dense.tensors[f"{prefix}.{module}.weight"]
-        if not is_dense:
-            yield from _moe_layer(dense, prefix, splits[layer - num_layers], top_k)
+        if layer < num_dense:
+            for module in CORRECTED:
+                yield f"{prefix}.mlp.{module}.weight", dense.tensors[f"{prefix}.mlp.{module}.weight"]
+        else:
+            yield from _moe_layer(dense, f"{prefix}.mlp", split, layer - num_dense)
 
 
-def _moe_layer(dense: DenseModel, prefix: str, split: LayerSplit, top_k: int) -> Iterator[tuple[str, Tensor]]:
+def _moe_layer(dense: DenseModel, prefix: str, split: Split, layer: int) -> Iterator[tuple[str, Tensor]]:
     """Router, shared expert and experts of one layer."""
-    gate = dense.tensors[f"{prefix}.mlp.gate_proj.weight"]
-    up = dense.tensors[f"{prefix}.mlp.up_proj.weight"]
-    yield f"{prefix}.mlp.gate.weight", split.router
-    yield f"{prefix}.mlp.shared_expert_gate.weight", torch.zeros(1, gate.shape[1])
-    groups = [("shared_expert", split.shared, 2.0)]
-    groups += [(f"experts.{expert}", neurons, float(top_k)) for expert, neurons in enumerate(split.routed)]
-    for module, neurons, scale in groups:
-        yield f"{prefix}.mlp.{module}.gate_proj.weight", gate[neurons]
-        yield f"{prefix}.mlp.{module}.up_proj.weight", up[neurons]
-        yield f"{prefix}.mlp.{module}.down_proj.weight", split.down[:, neurons] * scale
+    gate, up, down = (
+        split.corrected(layer, module, dense.tensors[f"{prefix}.{module}.weight"]) for module in CORRECTED
+    )
+    yield f"{prefix}.gate.weight", split.router[layer]
+    yield f"{prefix}.shared_expert_gate.weight", torch.zeros(1, gate.shape[1])
+    shared, routed = split.members(layer)
+    groups = [("shared_expert", shared, 2.0)]
+    groups += [(f"experts.{expert}", neurons, float(split.top_k)) for expert, neurons in enumerate(routed)]
+    for name, neurons, scale in groups:
+        yield f"{prefix}.{name}.gate_proj.weight", gate[neurons]
+        yield f"{prefix}.{name}.up_proj.weight", up[neurons]
+        yield f"{prefix}.{name}.down_proj.weight", down[:, neurons] * scale
 
 
-def _write_config(
-    folder: Path, dense: DenseModel, splits: Sequence[LayerSplit], top_k: int, dtype: torch.dtype
-) -> None:
+def _write_config(folder: Path, dense: DenseModel, split: Split, dtype: torch.dtype) -> None:
     from transformers import GenerationConfig, Qwen2MoeConfig
 
-    num_experts, expert_size = splits[0].routed.shape
-    num_dense = dense.config["num_hidden_layers"] - len(splits)
+    shared, routed = split.members(0)
+    num_dense = dense.config["num_hidden_layers"] - split.num_layers
     config = Qwen2MoeConfig(
         **dense.config,
-        num_experts=num_experts,
-        num_experts_per_tok=top_k,
-        moe_intermediate_size=expert_size,
-        shared_expert_intermediate_size=len(splits[0].shared),
+        num_experts=split.num_experts,
+        num_experts_per_tok=split.top_k,
+        moe_intermediate_size=routed.shape[1],
+        shared_expert_intermediate_size=len(shared),
         mlp_only_layers=list(range(num_dense)),
         norm_topk_prob=True,
         qkv_bias=False,

@@ -4,7 +4,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from offload_moe.demo.dense import DenseModel
-from offload_moe.demo.recipe import Recipe
+from offload_moe.demo.split import CORRECTED, Split
+from scripts.make_demo.recipe import Recipe
 
 TINY_RECIPE = Recipe(
     num_shared=16,
@@ -14,7 +15,38 @@ TINY_RECIPE = Recipe(
     num_positions=32,
     num_vocabulary=2,
     num_cluster_tokens=128,
+    rank=2,
+    num_steps=40,
+    learning_rate=0.01,
+    batch_size=2,
 )
+
+
+def tiny_split(seed: int = 0, *, correction: float = 0.02) -> Split:
+    """The last two layers of `tiny_dense` in eight experts of four neurons, four chosen, and sixteen shared neurons."""
+    generator = torch.Generator().manual_seed(seed)
+    owners = torch.cat([torch.arange(8).repeat_interleave(4), torch.full((16,), 8)])
+    groups = torch.stack([owners[torch.randperm(48, generator=generator)] for _ in range(2)]).to(torch.uint8)
+    shapes = {"gate_proj": (48, 32), "up_proj": (48, 32), "down_proj": (32, 48)}
+    corrections = {
+        module: (
+            correction * torch.randn(2, shapes[module][0], 2, generator=generator),
+            torch.randn(2, 2, shapes[module][1], generator=generator),
+        )
+        for module in CORRECTED
+    }
+    dense = tiny_dense()
+    norms = {
+        name: torch.stack([dense.tensors[f"model.layers.{layer}.{name}.weight"] for layer in range(3)])
+        for name in ("input_layernorm", "post_attention_layernorm")
+    }
+    return Split(
+        groups=groups,
+        router=0.001 * torch.randn(2, 8, 32, generator=generator),
+        corrections=corrections,
+        norms={**norms, "norm": dense.tensors["model.norm.weight"]},
+        top_k=4,
+    )
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from safetensors.torch import save
 
 from offload_moe.demo import build, checkpoint
-from offload_moe.demo.recipe import RECIPE
-from tests.support.demo import TINY_RECIPE, tiny_dense
+from offload_moe.demo.source import WHEEL_SHA256
+from offload_moe.demo.split import digest, parse_split, split_bytes
+from tests.support.demo import tiny_dense, tiny_split
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def fetches(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         return tiny_dense()
 
     monkeypatch.setattr(build, "fetch_dense", fetch)
-    monkeypatch.setattr(build, "RECIPE", TINY_RECIPE)
+    monkeypatch.setattr(build, "split_bytes", lambda: save(tiny_split().tensors()))
     return calls
 
 
@@ -44,7 +46,7 @@ def test_progress_starts_at_once_and_ends_at_one(tmp_path: Path, fetches: list[P
     assert steps[0] == ("fetching SmolLM2-135M-Instruct (93 MB)", 0.0)
     assert steps[-1][1] == 1.0
     assert [share for _, share in steps] == sorted(share for _, share in steps)
-    assert ("splitting layers into experts (3 of 3)", pytest.approx(0.97)) in steps
+    assert ("splitting layers into experts", 0.7) in steps
 
 
 def test_a_build_that_fails_leaves_nothing_that_loads(
@@ -87,6 +89,24 @@ def test_a_second_process_waits_and_uses_what_the_first_built(tmp_path: Path, fe
     assert len(fetches) == 1
 
 
-def test_the_folder_is_named_after_the_recipe() -> None:
-    assert RECIPE.digest() != TINY_RECIPE.digest()
-    assert RECIPE.digest() == type(RECIPE)().digest()
+def test_the_folder_is_named_after_the_shipped_split() -> None:
+    assert digest(split_bytes(), WHEEL_SHA256) == digest(split_bytes(), WHEEL_SHA256)
+    assert digest(split_bytes(), WHEEL_SHA256) != digest(save(tiny_split().tensors()), WHEEL_SHA256)
+
+
+def test_the_shipped_split_is_what_the_readme_says() -> None:
+    split = parse_split(split_bytes())
+    assert (split.num_layers, split.num_experts, split.top_k) == (29, 32, 15)
+    for layer in range(split.num_layers):
+        shared, routed = split.members(layer)
+        assert shared.shape == (512,)
+        assert routed.shape == (32, 32)
+        assert len(set(shared.tolist()) | set(routed.flatten().tolist())) == 1536
+
+
+def test_a_split_survives_its_file() -> None:
+    split = tiny_split()
+    read = parse_split(save(split.tensors()))
+    assert read.top_k == split.top_k
+    for name, tensor in split.tensors().items():
+        assert read.tensors()[name].equal(tensor), name

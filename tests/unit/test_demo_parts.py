@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from offload_moe.demo.assign import assign_balanced
-from offload_moe.demo.calibrate import refit_down
-from offload_moe.demo.router import finish_router, fit_router, top_k_mask
+from scripts.make_demo.assign import assign_balanced
+from scripts.make_demo.calibrate import refit_down
+from scripts.make_demo.router import finish_router, fit_router, top_k_mask
 
 
 def total(value: torch.Tensor, groups: torch.Tensor) -> float:

@@ -30,25 +30,37 @@ class DenseForward:
         """Token ids [B, T] to hidden states [B, T, H]."""
         return F.embedding(ids, self._dense.tensors["model.embed_tokens.weight"])
 
-    def attend(self, layer: int, hidden: Tensor) -> Tensor:
-        """The attention half, residual included: [B, T, H] to [B, T, H]."""
-        normed = self._norm(hidden, self.weight(layer, "input_layernorm"))
+    def attend(self, layer: int, hidden: Tensor, norm: Tensor | None = None) -> Tensor:
+        """The attention half, residual included: [B, T, H] to [B, T, H]; `norm` replaces the layer's own."""
+        normed = self.norm(hidden, self.weight(layer, "input_layernorm") if norm is None else norm)
         query = self._rotate(self._heads(layer, "q_proj", normed, self._num_heads))
         key = self._rotate(self._heads(layer, "k_proj", normed, self._num_kv_heads))
         value = self._heads(layer, "v_proj", normed, self._num_kv_heads)
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return hidden + F.linear(attended.transpose(1, 2).flatten(2), self.weight(layer, "self_attn.o_proj"))
 
-    def feed_forward_input(self, layer: int, hidden: Tensor) -> Tensor:
-        """What the feed-forward half sees: [..., H] to [..., H]."""
-        return self._norm(hidden, self.weight(layer, "post_attention_layernorm"))
+    def feed_forward_input(self, layer: int, hidden: Tensor, norm: Tensor | None = None) -> Tensor:
+        """What the feed-forward half sees: [..., H] to [..., H]; `norm` replaces the layer's own."""
+        return self.norm(hidden, self.weight(layer, "post_attention_layernorm") if norm is None else norm)
+
+    def feed_forward(self, layer: int, hidden: Tensor, norm: Tensor | None = None) -> Tensor:
+        """The dense feed-forward half, residual included: [..., H] to [..., H]."""
+        neurons = self.activations(layer, self.feed_forward_input(layer, hidden, norm))
+        return hidden + F.linear(neurons, self.weight(layer, "mlp.down_proj"))
+
+    def last_hidden(self, ids: Tensor) -> Tensor:
+        """Token ids [B, T] to the normed hidden states [B, T, H] that the output head reads."""
+        hidden = self.embed(ids)
+        for layer in range(self._dense.config["num_hidden_layers"]):
+            hidden = self.feed_forward(layer, self.attend(layer, hidden))
+        return self.norm(hidden, self._dense.tensors["model.norm.weight"])
 
     def activations(self, layer: int, normed: Tensor) -> Tensor:
         """SwiGLU neurons: [..., H] to [..., I]."""
-        gate = F.silu(F.linear(normed, self.weight(layer, "mlp.gate_proj")), inplace=True)
-        return gate.mul_(F.linear(normed, self.weight(layer, "mlp.up_proj")))
+        gate = F.silu(F.linear(normed, self.weight(layer, "mlp.gate_proj")))
+        return gate * F.linear(normed, self.weight(layer, "mlp.up_proj"))
 
-    def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+    def norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(hidden, (hidden.shape[-1],), weight, self._eps)
 
     def _heads(self, layer: int, module: str, normed: Tensor, num_heads: int) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offload_moe.demo.assign import assign_balanced
-from offload_moe.demo.recipe import Recipe
-from offload_moe.demo.router import add_ridge, fit_router, top_k_mask
+from scripts.make_demo.assign import assign_balanced
+from scripts.make_demo.recipe import Recipe
+from scripts.make_demo.router import add_ridge, fit_router, top_k_mask
 
 
 def group_neurons(normed: Tensor, energy: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:

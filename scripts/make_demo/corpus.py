@@ -1,17 +1,10 @@
-"""The calibration text that ships with the package; `docs/decisions/010-demo-model.md` says where it comes from."""
-
-from importlib.resources import files
+"""Texts as sequences of tokens; `docs/decisions/010-demo-model.md` says where the texts come from."""
 
 import torch
 from torch import Tensor
 
-_DOCUMENT_BREAK = "\n\f\n"
+DOCUMENT_BREAK = "\n\f\n"
 _END_OF_TEXT = "<|endoftext|>"
-
-
-def corpus_bytes() -> bytes:
-    """The shipped text as it lies in the package."""
-    return files("offload_moe.demo").joinpath("calibration.txt").read_bytes()
 
 
 def pack_documents(tokenizer: str, documents: list[str], num_positions: int) -> Tensor:
@@ -22,12 +15,6 @@ def pack_documents(tokenizer: str, documents: list[str], num_positions: int) -> 
     ids = torch.tensor([number for document in encoded for number in document.ids])
     num_sequences = len(ids) // num_positions
     return ids[: num_sequences * num_positions].view(num_sequences, num_positions)
-
-
-def calibration_ids(tokenizer: str, num_sequences: int, num_positions: int) -> Tensor:
-    """The first `num_sequences` sequences of the calibration text, [`num_sequences`, `num_positions`]."""
-    documents = corpus_bytes().decode("utf-8").split(_DOCUMENT_BREAK)
-    return pack_documents(tokenizer, documents, num_positions)[:num_sequences]
 
 
 def vocabulary_ids(vocab_size: int, num_sequences: int, num_positions: int, generator: torch.Generator) -> Tensor:

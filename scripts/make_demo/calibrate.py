@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offload_moe.demo.cluster import expert_energy, group_neurons
-from offload_moe.demo.corpus import vocabulary_ids
 from offload_moe.demo.dense import DenseModel
-from offload_moe.demo.forward import DenseForward
-from offload_moe.demo.recipe import Recipe
-from offload_moe.demo.router import finish_router, fit_router, solve_ridge, top_k_mask
-from offload_moe.demo.write import LayerSplit
+from scripts.make_demo.cluster import expert_energy, group_neurons
+from scripts.make_demo.corpus import vocabulary_ids
+from scripts.make_demo.forward import DenseForward
+from scripts.make_demo.layer_split import LayerSplit
+from scripts.make_demo.recipe import Recipe
+from scripts.make_demo.router import finish_router, fit_router, solve_ridge, top_k_mask
 
 
 def calibrate(dense: DenseModel, text: Tensor, recipe: Recipe, on_layer: Callable[[int], None]) -> list[LayerSplit]:
