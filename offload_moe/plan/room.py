@@ -38,7 +38,8 @@ class ContextRoom:
         self.num_slots = fast.num_slots
         self._least_slots = min(fast.num_slots, wanted)
         planned = (part.num_bytes for part in fast.fixed if part.name in GROWING)
-        self._planned_bytes = sum(planned)
+        left_over = max(0, (fast.budget_bytes or 0) - fast.used_bytes)  # where every expert has a slot
+        self._planned_bytes = sum(planned) + left_over
 
     @property
     def num_slots_given_up(self) -> int:

@@ -32,6 +32,8 @@ def test_tokens_stay_the_same_while_slots_give_way(store: Path) -> None:
         expected = model.hf.generate(**arguments)
         assert model._hierarchy.num_slots("ram") == 18
     with load(store, context=64) as model:
+        ram = model.placement.fast.bytes_with(18)
+    with load(store, context=64, ram=ram) as model:
         assert torch.equal(model.hf.generate(**arguments), expected)
         assert 6 <= model._hierarchy.num_slots("ram") < 18
 

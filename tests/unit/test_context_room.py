@@ -18,13 +18,17 @@ SHAPE = tiny_shape("mixtral", max_position_embeddings=100_000)  # 3 layers of 6 
 CONTEXT = 128
 
 
+def place_with(ram: int) -> Placement:
+    return look_ahead(task(SHAPE, Machine(ram_bytes=ram), context=CONTEXT, dense_codec="bf16")).placement
+
+
 class Forwards:
     """A room, the slots it leaves, and forwards that need no model."""
 
-    def __init__(self) -> None:
-        self.placement: Placement = look_ahead(
-            task(SHAPE, Machine(ram_bytes=GIB), context=CONTEXT, dense_codec="bf16")
-        ).placement
+    def __init__(self, left_over: int = 0) -> None:
+        """left_over: bytes of the budget that neither slots nor anything else is planned to use."""
+        ram = place_with(GIB).fast.bytes_with(18) + left_over
+        self.placement = place_with(ram)
         self.slots = self.placement.fast.num_slots
         self.room = ContextRoom(SHAPE, torch.float32, self.placement, self._resize)
 
@@ -73,6 +77,17 @@ def test_slots_give_way_before_the_cache_grows_and_come_back_afterwards(forwards
     del cache
     forwards.step(DynamicCache(), 10)
     assert forwards.slots == 18
+
+
+def test_what_the_budget_has_left_goes_first() -> None:
+    tight, ample = Forwards(), Forwards(left_over=1 << 20)
+    assert ample.placement.fast.num_slots == tight.placement.fast.num_slots == 18
+    assert ample.room.limit(50, 50) > tight.room.limit(50, 50)
+    cache = DynamicCache()
+    ample.step(cache, 50)
+    for _ in range(50, tight.room.limit(50, 50)):
+        ample.step(cache, 1)
+    assert ample.slots == 18
 
 
 def test_conversations_share_the_room(forwards: Forwards) -> None:
