@@ -1,19 +1,107 @@
 """A model larger than memory: decode from disk under a memory limit, against llama.cpp's mapped file under it.
 
-Usage: python benchmarks/disk_tier.py --folder SCRATCH [--limit 2500000000] [--trials 3] (needs root for the cgroup)
+Usage: python benchmarks/disk_tier.py --folder SCRATCH [--limit 2500000000] [--trials 5] [--trial-log FILE.jsonl]
+       [--accelerate 1] (needs root for the cgroup)
 
-The bound is missed bytes at the disk's own rate of random direct reads of whole records, measured in the same run. The
-last line of stdout is one JSON document.
+Both files are written first and their pages dropped before every run; the engines alternate. `share_of_bound`: the
+time that the needed bytes take at the disk's own rate of random direct reads of whole records, measured before and
+after each of our runs, over the time that decoding took. `hit_rate` counts what the cache held, not what a prefetch
+brought in time. `lru_hit_rate`: an LRU replay of the same routing with the slots that (limit - dense weights on disk -
+450 MB) leaves. A trial log lets several calls add trials to one result. The last line of stdout is one JSON document.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from decode_cpu import ensure_files
-from harness import alternate, finish, forget_cached, paired_ratio, random_read_bytes_per_s, run_json, spread
+from harness import finish, forget_cached, paired_ratio, random_read_bytes_per_s, run_json, spread
 
 HERE = Path(__file__).parent
+OURS, LLAMA, ACCELERATE = "offload_moe", "llama.cpp", "accelerate"
+RUNTIME_BYTES = 450_000_000  # of the LRU replay that we are compared with
+SHARE_OF_LIMIT = 0.97  # the rest is left to what the kernel charges beside the process's own memory
+
+Trial = dict[str, Any]
+
+
+def our_trial(store: Path, options: argparse.Namespace, shared: list[str], lru_slots: int) -> Trial:
+    """One run between two measurements of the disk."""
+    records = next(store.glob("experts-*"))
+    command = [sys.executable, str(HERE / "run_disk.py"), str(store), *shared]
+    command += ["--ram", str(int(options.limit * SHARE_OF_LIMIT)), "--lru-slots", str(lru_slots)]
+    command += ["--policy", options.policy] if options.policy else []
+    forget_cached(store)
+    before = random_read_bytes_per_s(records, options.record_bytes)
+    result = run_json(command, memory_limit=options.limit)
+    after = random_read_bytes_per_s(records, options.record_bytes)
+    rate = 2 / (1 / before + 1 / after)
+    last = result["runs"][-1]
+    kept = {name: result[name] for name in ("num_ram_slots", "slot_bytes", "peak_rss_bytes", "lru_hit_rate")}
+    share = last["decode_needed_bytes"] / rate / last["decode_s"]
+    return {**last, **kept, "disk_bytes_per_s": rate, "share_of_bound": share}
+
+
+def peer_trial(script: str, file: Path, options: argparse.Namespace, arguments: list[str]) -> Trial:
+    forget_cached(file)
+    result = run_json([sys.executable, str(HERE / "peers" / script), str(file), *arguments], memory_limit=options.limit)
+    return {**result["runs"][-1], "peak_rss_bytes": result["peak_rss_bytes"]}
+
+
+def run_trials(options: argparse.Namespace, store: Path, gguf: Path) -> list[dict[str, Trial]]:
+    """Those in the log and the ones run now; a trial is logged when it is complete."""
+    log: Path | None = options.trial_log
+    trials = [json.loads(line) for line in log.read_text().splitlines()] if log is not None and log.exists() else []
+    shared = ["--threads", str(options.threads), "--prompt-tokens", str(options.prompt_tokens), "--tokens"]
+    context = ["--context", str(options.prompt_tokens + options.tokens + 32), "--no-repack"]
+
+    def keep(trial: dict[str, Trial]) -> None:
+        print(json.dumps(trial), file=sys.stderr, flush=True)
+        trials.append(trial)
+        if log is not None:
+            with log.open("a") as file:
+                file.write(json.dumps(trial) + "\n")
+
+    for _ in range(options.trials):
+        trial = {
+            OURS: our_trial(store, options, [*shared, str(options.tokens)], options.lru_slots),
+            LLAMA: peer_trial("run_llamacpp.py", gguf, options, [*shared, str(options.peer_tokens), *context]),
+        }
+        keep(trial)
+    for _ in range(options.accelerate):
+        folder = options.folder / f"{options.config.stem}-accelerate"
+        keep({ACCELERATE: peer_trial("run_accelerate.py", folder, options, ["--config", str(options.config)])})
+    return trials
+
+
+def report(options: argparse.Namespace, trials: list[dict[str, Trial]]) -> dict[str, Any]:
+    def figures(name: str, engine: str = OURS) -> list[float]:
+        return [trial[engine][name] for trial in trials if engine in trial]
+
+    decodes = {engine: figures("decode_tokens_per_s", engine) for engine in (OURS, LLAMA, ACCELERATE)}
+    prompts = {engine: figures("prompt_tokens_per_s", engine) for engine in (OURS, LLAMA, ACCELERATE)}
+    return {
+        "benchmark": "disk_tier",
+        "shape": options.config.stem,
+        "limit_bytes": options.limit,
+        "threads": options.threads,
+        "num_trials": len(figures("share_of_bound")),
+        "prompt_tokens": options.prompt_tokens,
+        "decode_ratio_vs_llamacpp": paired_ratio(decodes, OURS, LLAMA),
+        "prompt_ratio_vs_llamacpp": paired_ratio(prompts, OURS, LLAMA),
+        "share_of_bound": spread(figures("share_of_bound")),
+        "hit_rate": spread(figures("decode_hit_rate")),
+        "hit_rate_with_prefetch": spread(figures("decode_hit_rate_with_prefetch")),
+        "lru_hit_rate": spread(figures("lru_hit_rate")),
+        "lru_slots": options.lru_slots,
+        "num_ram_slots": figures("num_ram_slots")[-1],
+        "peak_rss_bytes": max(figures("peak_rss_bytes")),
+        "disk_bytes_per_s": spread(figures("disk_bytes_per_s")),
+        "decode_tokens_per_s": {engine: spread(values) for engine, values in decodes.items() if values},
+        "prompt_tokens_per_s": {engine: spread(values) for engine, values in prompts.items() if values},
+    }
 
 
 def main() -> None:
@@ -22,55 +110,20 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=2_500_000_000)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--peer-tokens", type=int, default=12, help="of llama.cpp, which takes seconds for each")
     parser.add_argument("--policy", default=None)
+    parser.add_argument("--trial-log", type=Path)
+    parser.add_argument("--accelerate", type=int, default=0, help="runs of accelerate's disk offload, after the trials")
     options = parser.parse_args()
     store, gguf = ensure_files(options.config, options.folder)
-    shared = ["--threads", str(options.threads), "--tokens", str(options.tokens)]
-    shared += ["--prompt-tokens", str(options.prompt_tokens)]
-    # A twentieth of the limit is left to what the kernel charges beside the process's own memory.
-    ours = [sys.executable, str(HERE / "run_store.py"), str(store), *shared, "--ram", str(int(options.limit * 0.95))]
-    ours += ["--policy", options.policy] if options.policy else []
-    commands = {
-        "offload_moe": ours,
-        "llama.cpp": [sys.executable, str(HERE / "peers/run_llamacpp.py"), str(gguf), *shared, "--no-repack"],
-    }
-    files = {"offload_moe": store, "llama.cpp": gguf}
-    prompts: dict[str, list[float]] = {name: [] for name in commands}
-    details: list[dict[str, float]] = []
-    rates: list[float] = []
-
-    def trial(name: str) -> float:
-        forget_cached(files[name])
-        result = run_json(commands[name], memory_limit=options.limit)
-        last = result["runs"][-1]
-        print(name, last, file=sys.stderr, flush=True)
-        prompts[name].append(last["prompt_tokens_per_s"])
-        if name == "offload_moe":
-            rates.append(random_read_bytes_per_s(next(store.glob("experts-*")), result["slot_bytes"]))
-            details.append({**last, "num_ram_slots": result["num_ram_slots"]})
-        return float(last["decode_tokens_per_s"])
-
-    decodes = alternate({name: lambda name=name: trial(name) for name in commands}, num_trials=options.trials)
-    finish(
-        {
-            "benchmark": "disk_tier",
-            "shape": options.config.stem,
-            "limit_bytes": options.limit,
-            "threads": options.threads,
-            "decode_tokens_per_s": {name: spread(values) for name, values in decodes.items()},
-            "decode_ratio_vs_llamacpp": paired_ratio(decodes, "offload_moe", "llama.cpp"),
-            "prompt_ratio_vs_llamacpp": paired_ratio(prompts, "offload_moe", "llama.cpp"),
-            "disk_bytes_per_s": spread(rates),
-            "share_of_bound": spread(
-                [d["decode_disk_bytes"] / r / d["decode_s"] for r, d in zip(rates, details, strict=True)]
-            ),
-            "hit_rate": spread([detail["decode_hit_rate"] for detail in details]),
-            "num_ram_slots": details[-1]["num_ram_slots"],
-        }
-    )
+    manifest = json.loads((store / "store.json").read_text())
+    options.record_bytes = max(layer["record_bytes"] for layer in manifest["layers"])
+    dense_bytes = sum(file.stat().st_size for file in store.glob("dense-*"))
+    options.lru_slots = (options.limit - dense_bytes - RUNTIME_BYTES) // options.record_bytes
+    finish(report(options, run_trials(options, store, gguf)))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ def status_line(stats: "TurnStats", width: int) -> str:
     if stats.num_reused_tokens:
         prompt += f" (+{stats.num_reused_tokens:,} cached)"
     parts = [prompt]
+    if stats.time_to_first_token_s:
+        parts.append(f"first token {stats.time_to_first_token_s:.1f} s")
     answer = f"answer {stats.num_decode_tokens:,} tok"
     parts.append(f"{answer} {stats.decode_tokens_per_s:.1f}/s" if stats.decode_s else answer)
     if stats.hit_rate is not None:
@@ -51,6 +53,7 @@ def full_statistics(stats: "TurnStats | None", memory_bytes: Mapping[str, int]) 
                 f"{stats.num_prompt_tokens:,} tokens, {stats.num_reused_tokens:,} from the cache ({stats.reuse})",
             ),
             ("prompt time", f"{stats.prompt_s:.2f} s, {stats.prompt_tokens_per_s:.1f} tokens/s"),
+            ("time to first token", f"{stats.time_to_first_token_s:.2f} s"),
             ("answer", f"{stats.num_decode_tokens:,} tokens ({stats.finish})"),
             ("answer time", f"{stats.decode_s:.2f} s, {stats.decode_tokens_per_s:.1f} tokens/s"),
         ]

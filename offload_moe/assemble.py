@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
 from offload_moe.checkpoint.linears import projection_linears
 from offload_moe.checkpoint.skeleton import build_skeleton, load_config
-from offload_moe.dense import QuantLinear, quantize_linear
+from offload_moe.dense import QuantLinear, narrow_embeddings, quantize_linear
 from offload_moe.errors import StoreError
 from offload_moe.kernels.planes import Mode
 from offload_moe.moe.attach import detach_parameters
@@ -88,6 +88,7 @@ def assemble(
     hf.tie_weights()
     if dense_codec:
         _untie_head(hf, dense_codec, mode)
+    narrow_embeddings(hf)
     hf.to(device)  # buffers the store does not hold, such as rotary frequencies
     stranded = [name for name, value in [*hf.named_parameters(), *hf.named_buffers()] if value.is_meta]
     if stranded:

@@ -11,6 +11,7 @@ import psutil
 
 RUNTIME_BYTES = 430 << 20  # interpreter, torch, transformers, tokenizer: what a process holds beside weights and slots
 DEVICE_RESERVE_BYTES = 1 << 30  # CUDA context, workspaces, activations and a key/value cache of a few thousand tokens
+CPU_PROMPT_TOKENS, DEVICE_PROMPT_TOKENS = 512, 2048  # of a prompt, computed at once; by then compute hides the loads
 SHARE_OF_FREE = 0.9  # of what is free, taken when no budget is named
 
 M_MMAP_THRESHOLD = -3  # malloc.h

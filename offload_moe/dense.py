@@ -59,6 +59,46 @@ class QuantLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, codec={self.codec.name}"
 
 
+class NarrowEmbedding(nn.Module):
+    """An embedding of bf16 numbers that is widened row by row: the same values in half the memory.
+
+    The weight is a buffer: the model's dtype is that of its parameters.
+    """
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        """weight: bf16 ``[V, H]``; dtype: of what it returns."""
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``[...] -> [..., H]``."""
+        return nn.functional.embedding(ids, self.weight).to(self.dtype)
+
+
+def narrow_embeddings(model: nn.Module) -> None:
+    """Keep embeddings in bf16 where that loses nothing: plain ones whose weight nobody else multiplies with."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    for name, module in list(model.named_modules()):
+        # A subclass may scale what it looks up.
+        if type(module) is nn.Embedding and module.max_norm is None and owners[id(module.weight)] == 1:
+            weight = module.weight.detach()
+            narrow = weight.to(torch.bfloat16)
+            is_wider = weight.dtype == torch.float32 and weight.is_cpu
+            if is_wider and all(
+                torch.equal(n.float(), w) for n, w in zip(narrow.split(4096), weight.split(4096), strict=True)
+            ):
+                parent, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, NarrowEmbedding(narrow, weight.dtype))
+
+
 def quantize_linear(weight: Tensor, codec: Codec, *, mode: Mode = "fast") -> QuantLinear:
     """A linear layer of a weight ``[O, K]``, quantized now. Its bias, if it has one, stays outside the record.
 

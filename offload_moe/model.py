@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, Unpack, cast
 
 import psutil
 import torch
@@ -19,7 +19,9 @@ from offload_moe.generate import Prompt
 from offload_moe.lean import make_lean
 from offload_moe.moe.arithmetic import choose_arithmetic
 from offload_moe.moe.attach import BoundExperts, attach
-from offload_moe.moe.lookahead import DEFAULT_DEPTH, Lookahead, find_probes
+from offload_moe.moe.contract import ExpertsContract
+from offload_moe.moe.lookahead import DEFAULT_DEPTH, Lookahead
+from offload_moe.moe.probe import find_probes
 from offload_moe.overflow import watch_overflow
 from offload_moe.plan.fit import fit, measure_load, summary
 from offload_moe.plan.machine import compute_dtype
@@ -31,7 +33,8 @@ from offload_moe.quant import get_codec
 from offload_moe.schedule.counters import Counters
 from offload_moe.schedule.hierarchy import Hierarchy, Pools
 from offload_moe.schedule.policy import DEFAULT_POLICY
-from offload_moe.schedule.prefetch import PrefetchGovernor
+from offload_moe.schedule.popularity import remember, warm_start
+from offload_moe.schedule.prefetch import LayerTally, PrefetchGovernor
 from offload_moe.sizes import parse_size
 from offload_moe.sources import DEMO, Report, ensure_store, silent
 from offload_moe.store import Store
@@ -69,6 +72,12 @@ class Model:
     def stats(self) -> Counters:
         """Running totals since `load`: hits, misses, stalls, bytes, tokens and their rates."""
         return self._hierarchy.counters
+
+    @property
+    def lookahead_tallies(self) -> list[LayerTally]:
+        """For each MoE layer, how good the guesses for it were; empty where nothing is guessed."""
+        bound = cast(ExpertsContract, self.layers[0].module)._offload_moe
+        return bound.lookahead.tallies if bound.lookahead is not None else []
 
     @property
     def memory(self) -> dict[str, int]:
@@ -138,7 +147,11 @@ class Model:
             yield recorder
 
     def close(self) -> None:
-        """Stop the reading threads and close the store's files. The model cannot be used afterwards."""
+        """Stop the reading threads and close the store's files. The model cannot be used afterwards.
+
+        How often each expert was used is kept beside the store, where that may be written, for the next `load`.
+        """
+        remember(self._hierarchy, self.store.path)
         self._hierarchy.close()
 
     def __enter__(self) -> Self:
@@ -182,7 +195,8 @@ def load(
     that has it, fp16 on an older one, fp32 on the CPU.
     exact: CPU kernels keep activations in full precision, slower.
     lean: decode steps without the detours of the model's own code, see `offload_moe.lean`.
-    prefetch: MoE layers to look ahead; 0 turns prefetch off. It also turns itself off while it does not pay.
+    prefetch: MoE layers to look ahead; 0 turns prefetch and warm starts off. It also turns itself off while it does not
+    pay.
 
     Raises:
         OffloadMoeError: one of its kinds, see `offload_moe.errors`.
@@ -211,6 +225,8 @@ def load(
     )
     hierarchy = _make_hierarchy(store, placement, where, policy)
     attach_experts(assembled, store, hierarchy, where, is_exact=exact, prefetch=prefetch)
+    if prefetch:
+        warm_start(hierarchy, store.path)
     if lean:
         make_lean(assembled.hf, is_exact=store.codec == LOSSLESS, context=placement.context)
     if computed_in == torch.float16:
@@ -247,7 +263,7 @@ def attach_experts(
     lookahead = None
     if prefetch and not hierarchy.holds_every_expert:
         probes = find_probes(assembled.hf, assembled.layers)
-        lookahead = Lookahead(probes, hierarchy.scheduler, PrefetchGovernor(), prefetch)
+        lookahead = Lookahead(probes, hierarchy.scheduler, PrefetchGovernor(), prefetch, hierarchy.ram)
     bound = []
     for ordinal, layer in enumerate(assembled.layers):
         arithmetic = choose_arithmetic(layer.contract, layer.shape, codec, device, is_exact=is_exact)

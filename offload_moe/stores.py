@@ -16,6 +16,7 @@ from offload_moe.checkpoint.source import METADATA_PATTERNS
 from offload_moe.demo.source import HUB_REPOSITORY, MODEL_NAME
 from offload_moe.errors import OffloadMoeError, StoreError
 from offload_moe.paths import cache_dir
+from offload_moe.schedule.popularity import POPULARITY_NAME
 from offload_moe.store import Store, is_store
 from offload_moe.store.durable import PART
 from offload_moe.store.journal import JOURNAL_NAME, is_being_written
@@ -199,7 +200,7 @@ def _small_files(path: Path) -> set[str] | None:
 
 
 def _is_ours(name: str, small_files: set[str] | None) -> bool:
-    if name in (MANIFEST_NAME, JOURNAL_NAME) or _DATA_FILE.fullmatch(name):
+    if name in (MANIFEST_NAME, JOURNAL_NAME, POPULARITY_NAME) or _DATA_FILE.fullmatch(name):
         return True
     if small_files is not None:
         return name in small_files

@@ -28,13 +28,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--context", type=int, default=2048)
     # Repacked weights are private copies that would not fit under a memory limit.
     parser.add_argument("--no-repack", action="store_true")
     options = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     params = xllamacpp.CommonParams()
     params.model.path = options.model
-    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 2048, 1, False, 1
+    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = options.context, 1, False, 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads
     params.no_extra_bufts = options.no_repack
     began = time.perf_counter()

@@ -40,7 +40,7 @@ class PrefixCache:
 
     def __init__(self, hf: PreTrainedModel) -> None:
         self._hf = hf
-        self._is_supported = _is_supported(hf)
+        self._is_supported = continues_exactly(hf)
         self._is_open = False
         self.clear()
 
@@ -130,7 +130,8 @@ class PrefixCache:
         self._ids = self._ids[: snapshot.length]
 
 
-def _is_supported(hf: PreTrainedModel) -> bool:
+def continues_exactly(hf: PreTrainedModel) -> bool:
+    """Whether a sequence can be computed in several passes over one cache as in a single one."""
     # "hybrid" is an old default of some checkpoints that generate() itself ignores.
     if (
         hf.config.is_encoder_decoder

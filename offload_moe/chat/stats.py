@@ -35,6 +35,11 @@ class TurnStats:
         return self.num_prompt_tokens - self.num_reused_tokens
 
     @property
+    def time_to_first_token_s(self) -> float:
+        """Seconds from the question to the first new token; 0 where none came."""
+        return self.prompt_s if self.num_decode_tokens else 0.0
+
+    @property
     def prompt_tokens_per_s(self) -> float:
         """Computed prompt tokens per second until the first new token."""
         return self.num_computed_tokens / self.prompt_s if self.prompt_s else 0.0

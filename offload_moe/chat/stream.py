@@ -14,6 +14,8 @@ from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTok
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from offload_moe.chat.prompt_chunks import prompt_chunk_tokens
+
 # Waiting without an end cannot be interrupted on Windows.
 POLL_S = 0.1
 _LOCKS: WeakKeyDictionary[PreTrainedModel, threading.Lock] = WeakKeyDictionary()
@@ -55,6 +57,9 @@ class TokenStream(Iterator[int]):
             self._arguments["past_key_values"] = past_key_values
         if generation_config.stop_strings is not None:
             self._arguments["tokenizer"] = tokenizer
+        chunk = prompt_chunk_tokens(hf)
+        if chunk is not None and input_ids.shape[1] > chunk:
+            generation_config.prefill_chunk_size = chunk
         self._worker = threading.Thread(
             target=self._work, args=(hf, input_ids, seed), name="offload-moe-generate", daemon=True
         )

@@ -18,10 +18,12 @@ from offload_moe.store import Store
 from offload_moe.store.durable import write_at
 from offload_moe.store.reading import forget_cached
 from offload_moe.tiers.arena import Arena
-from offload_moe.tiers.disk import NUM_READERS, RecordFile
+from offload_moe.tiers.disk import readers_for
+from offload_moe.tiers.record_file import RecordFile
 
 FILE_BYTES = 128 << 20
 BLOCK_BYTES = 4 << 20  # a small expert
+NUM_READERS = readers_for(BLOCK_BYTES)
 MEASURE_S = 1.0
 LITTLE_SPACE = 20 << 30
 SLOW_BYTES_PER_S = 1e9

@@ -4,6 +4,7 @@ Optional: where no compiler was at hand, `available()` is False, `unavailable_re
 """
 
 from offload_moe.kernels.attention import AttentionKernel, HeadNorm, Linear, NormKernel, RouterKernel
+from offload_moe.kernels.checksum import crc32
 from offload_moe.kernels.codecs import fast_encoding
 from offload_moe.kernels.encode import encode_int8, encode_nf4
 from offload_moe.kernels.experts import ExpertKernel
@@ -27,6 +28,7 @@ __all__ = [
     "NormKernel",
     "RouterKernel",
     "available",
+    "crc32",
     "encode_int8",
     "encode_nf4",
     "fast_encoding",

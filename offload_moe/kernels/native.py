@@ -131,6 +131,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
     loaded.om_select.argtypes = [ctypes.c_char_p]
     loaded.om_active_name.restype = ctypes.c_char_p
     loaded.om_configure_threads.argtypes = [ctypes.c_int, ctypes.c_int]
+    loaded.om_crc32.argtypes, loaded.om_crc32.restype = [pointer, int64, ctypes.c_uint32], ctypes.c_uint32
     for encoder in (loaded.om_encode_nf4, loaded.om_encode_int8):
         encoder.argtypes, encoder.restype = [pointer, int32, int64, pointer, pointer], None
     loaded.om_encode_nested.argtypes = [pointer, ctypes.c_float, int64, pointer, pointer]

@@ -47,7 +47,7 @@ class BoundExperts:
         self._scheduler = scheduler
         self._record_of = record_of
         self._arithmetic = arithmetic
-        self._lookahead = lookahead
+        self.lookahead = lookahead
         self.recorder: LayerRecorder | None = None
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -66,8 +66,8 @@ class BoundExperts:
                 return result
         routing = group_by_expert(top_k_index, self._num_experts)
         with self._scheduler.acquire(self._layer, routing.experts) as lease:
-            if self._lookahead is not None:
-                self._lookahead.after_acquire(self._layer, hidden, routing.experts, top_k_index.shape[-1])
+            if self.lookahead is not None:
+                self.lookahead.after_acquire(self._layer, hidden, routing.experts, top_k_index.shape[-1])
             return self._arithmetic.forward(hidden, top_k_weights, routing, lease, self._record_of)
 
     def _one_token(
@@ -83,8 +83,8 @@ class BoundExperts:
         if slots is None:
             return None
         try:
-            if self._lookahead is not None:
-                self._lookahead.after_acquire(self._layer, hidden, experts, len(ids))
+            if self.lookahead is not None:
+                self.lookahead.after_acquire(self._layer, hidden, experts, len(ids))
             records = [self._record_of(slot) for slot in slots]
             return arithmetic.one_token(hidden, [weight_of[expert] for expert in experts], records)
         finally:

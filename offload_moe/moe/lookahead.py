@@ -1,7 +1,10 @@
-"""Lookahead: the next MoE layers' own routers, asked with the hidden state of this layer.
+"""Lookahead: which experts the next MoE layers will want, guessed and fetched before they say so.
 
 The residual stream changes slowly from layer to layer, so what a later router would choose now is a good guess of what
-it will choose. The guess is made after a layer's demands are on their way and before its experts are computed.
+it will choose. Where a router cannot be asked, what usually follows the experts of this layer is the guess. The guess
+is made after a layer's demands are on their way and before its experts are computed.
+
+A chunk of a prompt wants nearly every expert of every layer: the next layer's are fetched while this one computes.
 
 Source: Eliseev and Mazur 2023, "Fast Inference of Mixture-of-Experts Language Models with Offloading", section 3.2.
 """
@@ -12,72 +15,121 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload_moe.checkpoint.experts import ExpertsModule
-from offload_moe.checkpoint.overlooked import ROUTER_NAMES
-from offload_moe.schedule.prefetch import PrefetchGovernor
+from offload_moe.moe.probe import RouterProbe
+from offload_moe.schedule.co_occurrence import CoOccurrence
+from offload_moe.schedule.prefetch import LayerTally, PrefetchGovernor
 from offload_moe.schedule.scheduler import Scheduler
 
-NORM_NAMES = ("post_attention_layernorm", "pre_feedforward_layernorm", "pre_mlp_layernorm", "ffn_norm", "norm2")
 TOLERANCE = 1e-3
 DEFAULT_DEPTH = 2
-
-
-class RouterProbe:
-    """One layer's router behind that layer's norm, callable on a residual state that is not its own."""
-
-    def __init__(self, norm: nn.Module, router: nn.Module) -> None:
-        self.norm = norm
-        self._router = router
-
-    def predict(self, residual: Tensor, num_experts_per_token: int) -> list[int]:
-        """Residual ``[T, H]`` -> distinct expert ids."""
-        out: Any = self._router(self.norm.forward(residual))
-        parts = out if isinstance(out, tuple) else (out,)
-        ids = next((part for part in parts if isinstance(part, Tensor) and not part.is_floating_point()), None)
-        if ids is None:
-            scores = parts[0]
-            bias = getattr(self._router, "e_score_correction_bias", None)
-            if bias is not None:
-                scores = scores.sigmoid() + bias
-            ids = scores.topk(num_experts_per_token, dim=-1).indices
-        return sorted(set(ids.flatten().tolist()))
+DISK_DEPTH = 2  # further layers that the RAM tier looks ahead, beyond those of the device tier: a disk is slower
+LEAST_PRECISION = 0.5  # a depth whose guesses are wrong more often than this costs the disk more than it saves
+LEAST_GUESSES = 256  # before a depth is judged
+RETRY_TOKENS = 64  # every so many tokens a depth that was given up guesses again
+LEAST_CHUNK_SHARE = 0.8  # of a layer's experts that a chunk must be expected to use for all of them to be fetched
 
 
 class Lookahead:
-    """Prefetches for one model. A layer whose router cannot be asked this way is left out."""
+    """Prefetches for one model."""
 
     def __init__(
-        self, probes: Sequence[RouterProbe | None], scheduler: Scheduler, governor: PrefetchGovernor, depth: int
+        self,
+        probes: Sequence[RouterProbe | None],
+        scheduler: Scheduler,
+        governor: PrefetchGovernor,
+        depth: int,
+        ram: Scheduler | None = None,
     ) -> None:
-        """probes: one per MoE layer. depth: how many layers ahead."""
+        """probes: one per MoE layer, None where its router cannot be asked. depth: how many layers ahead.
+
+        scheduler: the tier that computes. ram: the tier behind it, where it is another one.
+        """
         self._probes = probes
         self._scheduler = scheduler
+        self._ram = ram if ram is not scheduler else None
         self._depth = depth
+        self._reach = depth + (DISK_DEPTH if self._ram is not None else 0)
         self.governor = governor
+        self.tallies = [LayerTally() for _ in probes]
+        self._by_depth = [LayerTally() for _ in range(self._reach)]
         self._is_on = False
         self._residuals: dict[int, Tensor] = {}
+        self._guesses: dict[int, dict[int, list[int]]] = {}  # layer -> how many layers ahead -> what was guessed
         self._trusted: dict[int, bool] = {}
+        self._habits: CoOccurrence | None = None
         for layer, probe in enumerate(probes):
             if probe is not None:
                 probe.norm.register_forward_pre_hook(self._keeper(layer))
+            else:
+                self._fall_back()
 
     def after_acquire(self, layer: int, hidden: Tensor, experts: Sequence[int], num_experts_per_token: int) -> None:
         """Guess and prefetch for the layers behind `layer`; hidden ``[T, H]`` is what its experts are given."""
         residual = self._residuals.pop(layer, None)
         if len(hidden) != 1:
             self.governor.pause()
+            self._guesses.clear()
+            self._prefetch_for_chunk(layer, len(hidden), experts, num_experts_per_token)
             return
+        if self._habits is not None:
+            self._habits.learn(layer, experts)
         if layer == 0:
             self._is_on = self.governor.begin_token()
-        if not self._is_on or residual is None or not self._is_trusted(layer, residual, hidden):
+            self._guesses.clear()
+        self._judge(layer, experts)
+        if not self._is_on:
             return
-        keep = {layer * self._scheduler.num_experts + expert for expert in experts}
-        for ahead in range(layer + 1, min(layer + 1 + self._depth, len(self._probes))):
-            probe = self._probes[ahead]
-            if probe is not None and self._trusted.get(ahead, True):
-                guessed = probe.predict(residual, num_experts_per_token)
-                self._scheduler.prefetch(ahead, guessed, keep)
-                keep |= {ahead * self._scheduler.num_experts + expert for expert in guessed}
+        if residual is not None and not self._is_trusted(layer, residual, hidden):
+            residual = None
+        keep = self._keys(layer, experts)
+        for ahead in range(layer + 1, min(layer + 1 + self._reach, len(self._probes))):
+            if not self._is_worth_guessing(ahead - layer):
+                break
+            guessed = self._guess(layer, ahead, residual, experts, num_experts_per_token)
+            if guessed:
+                self._fetch(layer, ahead, guessed, keep)
+                keep |= self._keys(ahead, guessed)
+
+    def _guess(self, layer: int, ahead: int, residual: Tensor | None, experts: Sequence[int], k: int) -> list[int]:
+        probe = self._probes[ahead]
+        if residual is not None and probe is not None and self._trusted.get(ahead, True):
+            return probe.predict(residual, k)
+        return self._habits.predict(layer, experts, ahead - layer, k) if self._habits is not None else []
+
+    def _judge(self, layer: int, experts: Sequence[int]) -> None:
+        """Compare what was guessed for this layer with what its router chose."""
+        for depth, guessed in self._guesses.pop(layer, {}).items():
+            self._by_depth[depth - 1].note(guessed, experts)
+            if depth == 1:
+                self.tallies[layer].note(guessed, experts)
+
+    def _is_worth_guessing(self, depth: int) -> bool:
+        tally = self._by_depth[depth - 1]
+        is_good = tally.num_guessed < LEAST_GUESSES or tally.precision >= LEAST_PRECISION
+        return is_good or self.governor.num_tokens % RETRY_TOKENS == 0
+
+    def _fetch(self, layer: int, ahead: int, guessed: list[int], keep: set[int]) -> None:
+        self._guesses.setdefault(ahead, {})[ahead - layer] = guessed
+        self._bring(ahead, guessed, keep, to_device=ahead - layer <= self._depth)
+
+    def _bring(self, layer: int, experts: Sequence[int], keep: set[int], *, to_device: bool = True) -> None:
+        """What is on disk comes to RAM first, so that no copy to the device waits for a read nobody demanded."""
+        if self._ram is not None:
+            self._ram.prefetch(layer, experts, keep)
+            experts = self._ram.resident(layer, experts)
+        if to_device:
+            self._scheduler.prefetch(layer, experts, keep)
+
+    def _prefetch_for_chunk(self, layer: int, num_tokens: int, experts: Sequence[int], k: int) -> None:
+        num_experts = self._scheduler.num_experts
+        used_share = 1 - (1 - k / num_experts) ** num_tokens
+        has_room = self._scheduler.residency.num_slots >= 2 * num_experts
+        if layer + 1 < len(self._probes) and used_share >= LEAST_CHUNK_SHARE and has_room:
+            self._bring(layer + 1, range(num_experts), self._keys(layer, experts))
+
+    def _keys(self, layer: int, experts: Sequence[int]) -> set[int]:
+        first = layer * self._scheduler.num_experts
+        return {first + expert for expert in experts}
 
     def _is_trusted(self, layer: int, residual: Tensor, hidden: Tensor) -> bool:
         """Whether the norm we found is the one before these experts: checked once, by its result."""
@@ -86,7 +138,14 @@ class Lookahead:
             assert probe is not None
             normed = probe.norm.forward(residual)
             self._trusted[layer] = torch.allclose(normed, hidden, rtol=TOLERANCE, atol=TOLERANCE)
+            if not self._trusted[layer]:
+                self._fall_back()
         return self._trusted[layer]
+
+    def _fall_back(self) -> None:
+        """Some layer's router cannot be asked: learn what usually follows."""
+        if self._habits is None:
+            self._habits = CoOccurrence(len(self._probes), self._scheduler.num_experts, self._depth)
 
     def _keeper(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -94,16 +153,3 @@ class Lookahead:
                 self._residuals[layer] = args[0].reshape(1, -1)
 
         return keep
-
-
-def find_probes(hf: nn.Module, layers: Sequence[ExpertsModule]) -> list[RouterProbe | None]:
-    """The norm and the router in front of each experts module, where the family has them in the usual places."""
-    return [_find_probe(hf, layer.block_name) for layer in layers]
-
-
-def _find_probe(hf: nn.Module, block_name: str) -> RouterProbe | None:
-    block, decoder_layer = hf.get_submodule(block_name), hf.get_submodule(block_name.rpartition(".")[0])
-    router = next((child for name, child in block.named_children() if name in ROUTER_NAMES), None)
-    norms = dict(decoder_layer.named_children())
-    norm = next((norms[name] for name in NORM_NAMES if name in norms), None)
-    return RouterProbe(norm, router) if router is not None and norm is not None else None

@@ -94,6 +94,10 @@ class NativeArithmetic:
     @staticmethod
     def _add_pairs(pairs: Tensor, routing: Routing, hidden: Tensor) -> Tensor:
         total = torch.zeros(hidden.shape, dtype=torch.float32)
+        if len(total) == 1:
+            for pair in pairs.split(1):
+                total += pair
+            return total.to(hidden.dtype)
         tokens = torch.tensor(routing.tokens)
         for index in range(len(routing.experts)):
             own = routing.pairs(index)

@@ -49,6 +49,7 @@ def fit(
         ConfigError: the model cannot attend to that many tokens.
     """
     check_context(context, shape)
+    shape = _with_narrow_embeddings(shape, store)
     settings = Settings(
         codec=store.codec,
         context=context,
@@ -62,6 +63,17 @@ def fit(
         shortfalls = find_shortfalls(task, Outlook(placement=placement, speed=None))
         raise BudgetError(" ".join(map(explain, shortfalls)))
     return placement
+
+
+def _with_narrow_embeddings(shape: ModelShape, store: Store) -> ModelShape:
+    """Mark the embeddings that the store holds in bf16: see `offload_moe.dense.NarrowEmbedding`."""
+
+    def is_narrow(name: str) -> bool:
+        entry = store.dense.get(name)
+        return name.endswith("embed_tokens.weight") and entry is not None and entry.dtype == torch.bfloat16
+
+    dense = tuple(replace(weight, stays_bf16=is_narrow(weight.name)) for weight in shape.dense)
+    return replace(shape, dense=dense)
 
 
 def summary(shape: ModelShape, placement: Placement) -> str:

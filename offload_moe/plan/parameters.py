@@ -48,6 +48,7 @@ class DenseWeight:
     dtype: torch.dtype
     is_parameter: bool = True
     linear: ExpertShape | None = None
+    stays_bf16: bool = False  # an embedding that is widened when looked up, where the CPU computes in fp32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,6 +46,8 @@ def dense_memory_bytes(shape: ModelShape, codec: str, dtype: torch.dtype, *, sto
     """
     is_quantized_now = codec != stored
     total = sum(_weight_bytes(weight, codec, dtype, is_padded=not is_quantized_now) for weight in shape.dense)
+    if dtype == torch.float32 and (is_quantized_now or shape.tied_head is None):  # else the head multiplies with them
+        total -= sum(weight.num_elements * 2 for weight in shape.dense if weight.stays_bf16)
     if is_quantized_now and shape.tied_head is not None:
         total += get_codec(codec).layout(shape.tied_head).num_bytes
     return total

@@ -5,12 +5,12 @@ T tokens computed at once, C context tokens, H hidden, K top-k, I intermediate.
 
 import torch
 
+from offload_moe.budget import CPU_PROMPT_TOKENS, DEVICE_PROMPT_TOKENS
 from offload_moe.checkpoint.linears import PROJECTIONS
 from offload_moe.plan.parameters import ModelShape
 from offload_moe.quant import Matrix
 from offload_moe.quantize import LOSSLESS
 
-PROMPT_CHUNK_TOKENS = 2048  # the most prompt tokens that are planned to be computed at once
 FEED_FORWARD = ("gate_proj", "up_proj", "gate_up_proj")
 HEAD = "lm_head"
 
@@ -32,7 +32,8 @@ def activation_bytes(shape: ModelShape, context: int, dtype: torch.dtype, *, num
     the attention, with keys and values of the whole context expanded to all heads; gate, up and product of a dense
     MLP, 3 I; inputs and outputs of every routed pair, 2 K H, and one expert that all tokens chose, 3 I.
     """
-    num_tokens = min(context, PROMPT_CHUNK_TOKENS) if num_new is None else num_new
+    chunk = CPU_PROMPT_TOKENS if dtype == torch.float32 else DEVICE_PROMPT_TOKENS  # the CPU computes in fp32
+    num_tokens = min(context, chunk) if num_new is None else num_new
     attention = num_tokens * shape.attention.projected + context * shape.attention.expanded
     dense = num_tokens * 3 * max((linear.out_features for linear in _matrices(shape, *FEED_FORWARD)), default=0)
     intermediate = max(layer.expert.matrices[-1].in_features for layer in shape.layers)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_moe.checkpoint.experts import ExpertsModule
-from offload_moe.moe.lookahead import RouterProbe, find_probes
+from offload_moe.moe.probe import RouterProbe, find_probes
 from offload_moe.trace import Trace
 
 DEPTHS = (1, 2, 3)

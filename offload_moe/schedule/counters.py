@@ -15,6 +15,7 @@ class Counters:
     num_waves: int = 0
     num_prefetches: int = 0
     num_useful_prefetches: int = 0
+    num_cancelled_prefetches: int = 0  # found wrong before they were read
     stall_s: float = 0.0
     disk_bytes: int = 0
     h2d_bytes: int = 0

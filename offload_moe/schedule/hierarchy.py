@@ -54,6 +54,7 @@ class Hierarchy:
             self._device_mover = DeviceMover(self._copier, self._device_slots, self._borrow)
             self.scheduler = self._scheduler(pools.num_device_slots, self._device_mover, "h2d_bytes")
             self.ram.count_bytes_in(self.scheduler.counters)
+            self.ram.is_asked_by_layer = False  # but for one expert at a time, by the device's loaders
             self.record_of = self._device_slots.slot
 
     @property

@@ -6,12 +6,43 @@ tried again. Trials are few, so that even a predictor that is always wrong costs
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 BLOCK_TOKENS = 6
 NUM_BLOCKS = 8  # of a trial, on and off in turn
 SETTLED_TOKENS = 512  # between trials
 LEAST_GAIN = 0.02  # prefetch must save this share of a token's time to be kept on
+MEMORY_GUESSES = 4096  # of a tally
+
+
+@dataclass(slots=True)
+class LayerTally:
+    """How good the guesses for one layer were, or those of one depth; counts of experts, recent ones mostly."""
+
+    num_guessed: int = 0
+    num_right: int = 0
+    num_routed: int = 0
+
+    def note(self, guessed: Sequence[int], routed: Sequence[int]) -> None:
+        """One token: what was guessed, and what the router then chose."""
+        if self.num_guessed >= MEMORY_GUESSES:  # the recent ones count more
+            self.num_guessed //= 2
+            self.num_right //= 2
+            self.num_routed //= 2
+        self.num_guessed += len(guessed)
+        self.num_right += len(set(guessed) & set(routed))
+        self.num_routed += len(routed)
+
+    @property
+    def recall(self) -> float:
+        """Share of the routed experts that had been guessed, 0 to 1."""
+        return self.num_right / self.num_routed if self.num_routed else 0.0
+
+    @property
+    def precision(self) -> float:
+        """Share of the guesses that were right, 0 to 1."""
+        return self.num_right / self.num_guessed if self.num_guessed else 0.0
 
 
 class PrefetchGovernor:

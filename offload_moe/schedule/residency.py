@@ -46,6 +46,10 @@ class Residency:
         """Slots there are, closed ones included."""
         return len(self._key_of)
 
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
     def find(self, key: int) -> int | None:
         """The slot that holds `key` or is loading it."""
         return self._slot_of.get(key)

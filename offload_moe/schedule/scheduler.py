@@ -10,7 +10,8 @@ the lease simply takes more waves; down to one slot it never deadlocks, because 
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -19,9 +20,12 @@ from offload_moe.schedule.counters import Counters
 from offload_moe.schedule.observer import Observer
 from offload_moe.schedule.policy.protocol import Policy
 from offload_moe.schedule.residency import Residency
+from offload_moe.schedule.uses import Uses
 from offload_moe.tiers.mover import Mover
 
 STALL_LIMIT_S = 120.0  # a transfer that takes longer than this is reported instead of waited for
+MAX_PREFETCHES = 64  # on their way at once; each holds a slot that nothing else can use
+FILL_DEPTH = 4  # reads of a warm start in flight: all that is not in flight can still be overtaken
 
 Wave = list[tuple[int, int]]
 
@@ -50,6 +54,12 @@ class Scheduler:
         self.changed = changed or threading.Condition()
         self.failed: dict[int, BaseException] = {}
         self.unproven: set[int] = set()  # prefetched and not asked for since
+        self.uses = Uses()
+        self.is_asked_by_layer = (
+            True  # an acquire names all that a layer wants: what it does not name was guessed wrong
+        )
+        self._flying: dict[int, int] = {}  # slot -> key of a prefetch on its way
+        self._wanted: deque[int] = deque()  # what a warm start still has to bring
         self.observer: Observer | None = None
         self._bytes_counter = bytes_counter
         self._bytes_counters = self.counters
@@ -62,7 +72,10 @@ class Scheduler:
         first = layer * self.num_experts
         keys = [first + expert for expert in experts]
         with self.changed:
+            if self._flying and self.is_asked_by_layer:
+                self._drop_wrong_guesses(layer, keys)
             self.residency.policy.access(layer, keys, weights)
+            self.uses.note(keys)
             return Lease(self, first, keys)
 
     def hold(self, layer: int, experts: Sequence[int]) -> list[int] | None:
@@ -76,7 +89,10 @@ class Scheduler:
             slots = self.residency.lease_all(keys)
             if slots is None:
                 return None
+            if self._flying and self.is_asked_by_layer:
+                self._drop_wrong_guesses(layer, keys)
             self.residency.policy.access(layer, keys, None)
+            self.uses.note(keys)
             if self.unproven:
                 for key in keys:
                     self.demanded(key, is_here=True)
@@ -107,7 +123,7 @@ class Scheduler:
             spared = {*keep, *keys}
             for key in keys:
                 if self.residency.find(key) is None:
-                    if self.start(key, spared, is_prefetch=True) is None:
+                    if len(self._flying) >= MAX_PREFETCHES or self.start(key, spared, is_prefetch=True) is None:
                         break
                     num_started += 1
                     self.unproven.add(key)
@@ -116,11 +132,50 @@ class Scheduler:
                 self.observer.prefetched(layer, num_started)
         return num_started
 
+    def resident(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Those of the experts whose bytes are here."""
+        first = layer * self.num_experts
+        with self.changed:
+            found = [(expert, self.residency.find(first + expert)) for expert in experts]
+            return [expert for expert, slot in found if slot is not None and self.residency.is_resident(slot)]
+
+    def fill(self, keys: Iterable[int]) -> None:
+        """Bring experts into slots that are free, the most valuable first, while nothing is demanded."""
+        with self.changed:
+            self._wanted = deque(keys)
+            for _ in range(FILL_DEPTH):
+                self._fill_one()
+
+    def _fill_one(self) -> None:
+        """Begin one transfer of a warm start (lock held); nothing is evicted for it."""
+        while self._wanted and self.residency.num_free:
+            key = self._wanted.popleft()
+            if self.residency.find(key) is None:
+                self.start(key, is_prefetch=True)
+                return
+        self._wanted.clear()
+
+    def _drop_wrong_guesses(self, layer: int, keys: Sequence[int]) -> None:
+        """Forget what was guessed up to this layer, is still waiting to be read and is not asked for (lock held)."""
+        end = (layer + 1) * self.num_experts
+        num_before = len(self._flying)
+        for slot, key in list(self._flying.items()):
+            is_wrong = key < end and key in self.unproven and key not in keys
+            if is_wrong and not self.residency.num_leases(slot) and self.mover.cancel(slot):
+                self.unproven.discard(key)
+                self._flying.pop(slot)
+                self.residency.abandon(slot)
+                self.counters.num_cancelled_prefetches += 1
+        if len(self._flying) < num_before:
+            self.changed.notify_all()  # slots have become free
+
     def start(self, key: int, keep: Collection[int] = (), *, is_prefetch: bool = False) -> int | None:
         """Take a slot and begin the transfer (lock held). None when no slot can be had now."""
         slot = self.residency.admit(key, keep)
         if slot is not None:
             self.counters.num_evictions = self.residency.num_evictions
+            if is_prefetch:
+                self._flying[slot] = key
             self.mover.start(key, slot, self._arrived, is_prefetch=is_prefetch)
         return slot
 
@@ -178,6 +233,7 @@ class Scheduler:
 
     def _arrived(self, slot: int, num_bytes: int, error: BaseException | None) -> None:
         with self.changed:
+            was_prefetch = self._flying.pop(slot, None) is not None
             if error is None:
                 self.residency.loaded(slot)
                 moved = getattr(self._bytes_counters, self._bytes_counter)
@@ -186,6 +242,8 @@ class Scheduler:
                 self.failed[slot] = error
             else:
                 self.residency.abandon(slot)
+            if was_prefetch and self._wanted and error is None:
+                self._fill_one()
             self.changed.notify_all()
 
 
@@ -247,9 +305,14 @@ class Lease:
             self._collect()
             if may_wait and not self._ready and (self._loading or self._absent):
                 self._wait()
-            self._held, self._ready = self._ready, []
+            self._held, self._ready = self._next_half() if self._absent and not self._loading else (self._ready, [])
             scheduler.counters.num_waves += bool(self._held)
             return self._held
+
+    def _next_half(self) -> tuple[Wave, Wave]:
+        """All slots are ours and all are here: compute half of them while the other half's successors are loaded."""
+        middle = (len(self._ready) + 1) // 2
+        return self._ready[:middle], self._ready[middle:]
 
     def _wait(self) -> None:
         """Until something of ours is resident (lock held)."""

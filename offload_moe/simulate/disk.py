@@ -62,6 +62,13 @@ class VirtualDisk:
             self._demanded[slot] = self._prefetches.pop(slot)
             self._begin_what_can()
 
+    def cancel(self, slot: int) -> bool:
+        read = self._prefetches.get(slot)
+        if read is None or read.num_left > len(read.waiting):
+            return False
+        del self._prefetches[slot]
+        return True
+
     def used(self, slots: Sequence[int]) -> None:
         pass
 

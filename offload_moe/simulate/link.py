@@ -52,6 +52,9 @@ class VirtualLink:
             self._demanded[slot] = self._prefetches.pop(slot)
             self._begin_what_can()
 
+    def cancel(self, slot: int) -> bool:
+        return self._prefetches.pop(slot, None) is not None
+
     def used(self, slots: Sequence[int]) -> None:
         for slot in slots:
             self._read_until[slot] = self._processor.done_at

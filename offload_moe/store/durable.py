@@ -15,7 +15,11 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     """All of `data`, however many writes it takes."""
     view = memoryview(data)
     while view:
-        count = os.pwrite(descriptor, view, offset)
+        if hasattr(os, "pwrite"):
+            count = os.pwrite(descriptor, view, offset)
+        else:  # Windows
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            count = os.write(descriptor, view)
         view, offset = view[count:], offset + count
 
 

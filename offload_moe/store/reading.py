@@ -1,7 +1,6 @@
 """Checked reads: bytes that do not match their checksum never leave this file."""
 
 import os
-import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,7 +8,9 @@ import torch
 from torch import Tensor
 
 from offload_moe.errors import StoreCorrupt, StoreError
+from offload_moe.kernels import crc32
 from offload_moe.store.manifest import Place
+from offload_moe.store.positioned import open_for_reading, read_at
 
 CHUNK_BYTES = 1 << 24
 
@@ -42,15 +43,15 @@ def _read(path: Path, place: Place, what: str, target: memoryview | None) -> Non
     scratch = memoryview(bytearray(min(CHUNK_BYTES, place.num_bytes))) if target is None else target
     done = checksum = 0
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_for_reading(path)
         try:
             while done < place.num_bytes:
                 wanted = min(CHUNK_BYTES, place.num_bytes - done)
                 view = scratch[:wanted] if target is None else target[done : done + wanted]
-                count = os.preadv(descriptor, [view], place.offset + done)
+                count = read_at(descriptor, view, place.offset + done)
                 if count == 0:
                     raise StoreCorrupt(f"{path} ends inside {what}. Quantize the model again.")
-                checksum = zlib.crc32(view[:count], checksum)
+                checksum = crc32(view[:count], checksum)
                 done += count
         finally:
             os.close(descriptor)

@@ -16,8 +16,9 @@ from offload_moe.store.reading import check, read_checked
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """Where one expert lies: `offset` and `num_bytes` are multiples of 4096."""
+    """Where one expert lies: `offset` and `num_bytes` are multiples of 4096. `name` is for messages."""
 
+    name: str
     path: Path
     offset: int
     num_bytes: int
@@ -96,6 +97,7 @@ class Store:
         """Where an expert's record lies; `layer` is the ordinal of the MoE layer."""
         place = self._place(layer, expert)
         return Record(
+            name=self._expert_name(layer, expert),
             path=self._file(place),
             offset=place.offset,
             num_bytes=place.num_bytes,

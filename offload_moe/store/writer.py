@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from offload_moe.errors import BudgetError
+from offload_moe.kernels import crc32
 from offload_moe.sizes import format_size
 from offload_moe.store import durable
 from offload_moe.store.journal import Journal
@@ -113,7 +114,7 @@ class StoreWriter:
         checksum, end = 0, offset + num_bytes
         for chunk in payload:
             durable.write_at(descriptor, chunk, offset)
-            checksum = zlib.crc32(chunk, checksum)
+            checksum = crc32(chunk, checksum)
             offset += len(chunk)
         assert offset == end, "a blob is not as long as planned"
         self._journal.append(checksum)
@@ -188,6 +189,6 @@ def describe_metadata(metadata: dict[str, bytes]) -> tuple[StoredFile, ...]:
 def _checksum(descriptor: int, offset: int, num_bytes: int) -> int:
     checksum, end = 0, offset + num_bytes
     while offset < end and (chunk := os.pread(descriptor, min(READ_BYTES, end - offset), offset)):
-        checksum = zlib.crc32(chunk, checksum)
+        checksum = crc32(chunk, checksum)
         offset += len(chunk)
     return checksum if offset == end else -1

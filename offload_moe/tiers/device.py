@@ -83,10 +83,13 @@ class DeviceMover:
         self._workers = TransferWorkers(NUM_LOADERS, "expert-h2d")
 
     def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
-        self._workers.submit(slot, partial(self._load, key, slot, arrived), is_prefetch=is_prefetch)
+        self._workers.submit(slot, [partial(self._load, key, slot, arrived)], is_prefetch=is_prefetch)
 
     def hurry(self, slot: int) -> None:
         self._workers.hurry(slot)
+
+    def cancel(self, slot: int) -> bool:
+        return self._workers.cancel(slot)
 
     def used(self, slots: Sequence[int]) -> None:
         marker = self._copier.mark()

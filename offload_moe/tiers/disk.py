@@ -1,115 +1,177 @@
 """The disk tier: whole-record reads straight into the RAM arena, several in flight."""
 
-import os
+import errno
 import threading
-import zlib
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from offload_moe.errors import TransferError
-from offload_moe.quant.layout import RECORD_ALIGNMENT
+from offload_moe.kernels import crc32
 from offload_moe.store import Record
 from offload_moe.tiers.arena import Arena
 from offload_moe.tiers.mover import Arrived
+from offload_moe.tiers.record_file import RecordFile
 from offload_moe.tiers.workers import TransferWorkers
 
-NUM_READERS = 4  # reads in flight; an NVMe disk wants a few, a slow disk is not hurt by them
+# Bytes in flight: enough for a fast disk, and no more, so that records arrive one after the other and one computes
+# while the next is read. Every read wakes a thread, which takes a core from the compute for a moment.
+FLIGHT_BYTES = 8 << 20
+PART_BYTES = 4 << 20
+PREFETCH_PART_BYTES = 1 << 20  # what a demand may have to wait for, and what a wrong guess may cost
+LEAST_READERS, MOST_READERS = 2, 8
+RETRY_PAUSES_S = (0.01, 0.2)  # before each further attempt
+PASSING = frozenset({errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EBADF})
 
 
-class RecordFile:
-    """One open file of records, read around the page cache where the file system allows it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.is_direct = False
-        try:
-            if hasattr(os, "O_DIRECT"):
-                try:
-                    self._fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-                    self.is_direct = True
-                except OSError:
-                    self._fd = os.open(path, os.O_RDONLY)
-            else:
-                self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        except OSError as error:
-            raise TransferError(
-                f"Cannot open {path}: {error.strerror}. Check that the store is still there."
-            ) from error
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill the buffer. Raises: TransferError on a read error or at the end of the file."""
-        done = 0
-        while done < len(buffer):
-            try:
-                count = os.preadv(self._fd, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise self._failed(offset + done, error.strerror) from error
-            if count == 0 or (self.is_direct and count % RECORD_ALIGNMENT and done + count < len(buffer)):
-                raise self._failed(offset + done, f"short read, {done + count} of {len(buffer)} bytes")
-            done += count
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-    def _failed(self, offset: int, why: str | None) -> TransferError:
-        return TransferError(
-            f"Reading {self.path} at offset {offset} failed: {why}. "
-            "Check the disk; `offload-moe verify` checks the store."
-        )
+def readers_for(record_bytes: int) -> int:
+    """Threads that read records of this size, one part each."""
+    return max(LEAST_READERS, min(MOST_READERS, FLIGHT_BYTES // min(record_bytes, PART_BYTES)))
 
 
 class DiskMover:
     """Fills arena slots from disk on threads; the read itself holds no lock of the interpreter."""
 
-    def __init__(self, arena: Arena, record_of: Callable[[int], Record], num_readers: int = NUM_READERS) -> None:
-        """record_of: key -> where the record lies, and its checksum."""
+    def __init__(self, arena: Arena, record_of: Callable[[int], Record], num_readers: int | None = None) -> None:
+        """record_of: key -> where the record lies, and its checksum. num_readers: None asks `readers_for`."""
         self._arena = arena
         self._record_of = record_of
         self._checked: set[int] = set()
-        self._files: dict[Path, RecordFile] = {}
-        self._lock = threading.Lock()
-        self._workers = TransferWorkers(num_readers, "expert-read")
+        self._files = _OpenFiles()
+        self._workers = TransferWorkers(num_readers or readers_for(arena.slot_bytes), "expert-read")
 
     def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
-        self._workers.submit(slot, partial(self._read, key, slot, arrived), is_prefetch=is_prefetch)
+        record = self._record_of(key)
+        part_bytes = PREFETCH_PART_BYTES if is_prefetch else PART_BYTES
+        starts = range(0, record.num_bytes, part_bytes)
+        reading = _Reading(key, slot, record, arrived, len(starts))
+        parts = [partial(self._read_part, reading, start, part_bytes) for start in starts]
+        self._workers.submit(slot, parts, is_prefetch=is_prefetch)
 
     def hurry(self, slot: int) -> None:
         self._workers.hurry(slot)
+
+    def cancel(self, slot: int) -> bool:
+        return self._workers.cancel(slot)
 
     def used(self, slots: Sequence[int]) -> None:
         """Compute on the CPU is finished when it returns: nothing to wait for."""
 
     def close(self) -> None:
-        self._workers.close()
-        for file in self._files.values():
+        if self._workers.close():  # a thread that is still reading needs its file
+            self._files.close()
+
+    def _read_part(self, reading: "_Reading", start: int, part_bytes: int) -> None:
+        record, error = reading.record, None
+        try:
+            view = self._arena.slot(reading.slot).numpy().data[start : min(start + part_bytes, record.num_bytes)]
+            self._read_patiently(view, record, start)
+        except Exception as raised:
+            error = raised
+        if not reading.is_last(error):
+            return
+        try:
+            if reading.error is not None:
+                raise reading.error
+            self._check_once(reading)
+        except Exception as raised:
+            reading.arrived(reading.slot, 0, raised)
+        else:
+            reading.arrived(reading.slot, record.num_bytes, None)
+
+    def _read_patiently(self, view: memoryview, record: Record, start: int) -> None:
+        """Read, and read again what may pass. Raises: TransferError naming the expert, the file and the offset."""
+        offset = record.offset + start
+        failure: OSError | None
+        for pause in (*RETRY_PAUSES_S, None):
+            try:
+                count = self._files.get(record.path).read_into(view, offset)
+            except OSError as error:
+                failure, why = error, error.strerror or str(error)
+                may_pass = error.errno in PASSING
+            else:
+                if count == len(view):
+                    return
+                failure, why, may_pass = None, f"short read, {count} of {len(view)} bytes", True
+            if pause is None or not may_pass:
+                raise _failed(record, offset, why) from failure
+            time.sleep(pause)
+            self._files.renew(record.path)
+
+    def _check_once(self, reading: "_Reading") -> None:
+        """Compare the first read of every expert with its checksum; the file does not change afterwards.
+
+        One that differs is read once more: a transfer can go wrong where the disk is right.
+        """
+        if reading.key in self._checked:
+            return
+        record = reading.record
+        view = self._arena.slot(reading.slot).numpy().data[: record.num_bytes]
+        if crc32(view) != record.checksum:
+            self._read_patiently(view, record, 0)
+            if crc32(view) != record.checksum:
+                raise TransferError(
+                    f"{record.name}, {record.path} at offset {record.offset} ({record.num_bytes} bytes): it does not "
+                    "match its checksum. Check the disk; `offload-moe verify` finds what is damaged."
+                )
+        self._checked.add(reading.key)
+
+
+@dataclass(slots=True)
+class _Reading:
+    """One record on its way, in parts."""
+
+    key: int
+    slot: int
+    record: Record
+    arrived: Arrived
+    num_left: int
+    error: Exception | None = None
+
+    def is_last(self, error: Exception | None) -> bool:
+        """Note that a part has ended; whether it was the last one."""
+        with _PARTS_LOCK:
+            self.error = self.error or error
+            self.num_left -= 1
+            return self.num_left == 0
+
+
+_PARTS_LOCK = threading.Lock()
+
+
+class _OpenFiles:
+    """Files opened when first read, and anew when another file has taken their place."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, RecordFile] = {}
+        self._replaced: list[RecordFile] = []  # threads may still be reading them
+        self._lock = threading.Lock()
+
+    def get(self, path: Path) -> RecordFile:
+        with self._lock:
+            file = self._files.get(path)
+            if file is None:
+                file = self._files[path] = RecordFile(path)
+            return file
+
+    def renew(self, path: Path) -> None:
+        """Open the path anew next time, where it leads to another file by now."""
+        with self._lock:
+            file = self._files.get(path)
+            if file is not None and not file.is_current():
+                self._replaced.append(self._files.pop(path))
+
+    def close(self) -> None:
+        for file in (*self._files.values(), *self._replaced):
             file.close()
         self._files.clear()
+        self._replaced.clear()
 
-    def _read(self, key: int, slot: int, arrived: Arrived) -> None:
-        try:
-            record = self._record_of(key)
-            view = self._arena.slot(slot).numpy().data[: record.num_bytes]
-            self._file(record.path).read_into(view, record.offset)
-            self._check_once(key, view, record)
-        except BaseException as error:
-            arrived(slot, 0, error)
-        else:
-            arrived(slot, record.num_bytes, None)
 
-    def _check_once(self, key: int, view: memoryview, record: Record) -> None:
-        """Compare the first read of every expert with its checksum; the file does not change afterwards."""
-        if key in self._checked:
-            return
-        if zlib.crc32(view) != record.checksum:
-            raise TransferError(
-                f"{record.path}: the expert at offset {record.offset} ({record.num_bytes} bytes) does not match its "
-                "checksum. Check the disk, then quantize the model again."
-            )
-        self._checked.add(key)
-
-    def _file(self, path: Path) -> RecordFile:
-        with self._lock:
-            if path not in self._files:
-                self._files[path] = RecordFile(path)
-            return self._files[path]
+def _failed(record: Record, offset: int, why: str) -> TransferError:
+    return TransferError(
+        f"Reading {record.name} from {record.path} at offset {offset} failed: {why}. Check that the store is still "
+        "there and its disk is well, then ask again; `offload-moe verify` checks the store."
+    )

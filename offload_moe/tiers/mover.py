@@ -18,6 +18,9 @@ class Mover(Protocol):
     def hurry(self, slot: int) -> None:
         """The expert that is being prefetched into the slot is demanded now."""
 
+    def cancel(self, slot: int) -> bool:
+        """Forget the prefetch into the slot, if nothing of it is under way. Whether it is: `arrived` is not called."""
+
     def used(self, slots: Sequence[int]) -> None:
         """The calling thread has issued compute that reads the slots; they may be overwritten once it is done."""
 

@@ -40,6 +40,9 @@ class MetadataMover:
     def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
         arrived(slot, 0, None)
 
+    def cancel(self, slot: int) -> bool:
+        return False
+
     def hurry(self, slot: int) -> None:
         pass
 

@@ -8,7 +8,8 @@ from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
 
 from offload_moe import load
 from offload_moe.model import Model
-from offload_moe.moe.lookahead import RouterProbe, find_probes
+from offload_moe.moe.lookahead import Lookahead
+from offload_moe.moe.probe import RouterProbe, find_probes
 from offload_moe.quantize import quantize
 
 
@@ -37,7 +38,7 @@ def greedy(model: Model) -> torch.Tensor:
 def test_every_tested_family_has_probes_whose_norm_is_the_right_one(family: str, stores: dict[str, Path]) -> None:
     with load_with_slots(stores[family], 8, prefetch=2) as model:
         greedy(model)
-        lookahead = next(m._offload_moe._lookahead for m in model.hf.modules() if hasattr(m, "_offload_moe"))
+        lookahead = lookahead_of(model)
         assert all(probe is not None for probe in lookahead._probes)
         assert lookahead._trusted
         assert all(lookahead._trusted.values())
@@ -65,14 +66,44 @@ def test_a_predictor_that_is_always_wrong_changes_no_token(
         assert torch.equal(greedy(model), expected)
 
 
+def lookahead_of(model: Model) -> Lookahead:
+    return next(m._offload_moe.lookahead for m in model.hf.modules() if hasattr(m, "_offload_moe"))
+
+
 def test_a_norm_that_is_not_the_right_one_is_noticed(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offload_moe.moe.lookahead.NORM_NAMES", ("input_layernorm",))
+    monkeypatch.setattr("offload_moe.moe.probe.NORM_NAMES", ("input_layernorm",))
+    asked: list[int] = []
+    monkeypatch.setattr(RouterProbe, "predict", lambda self, residual, k: asked.append(k) or [])
     with load_with_slots(stores["mixtral"], 4, prefetch=2) as model:
         with torch.no_grad():
             for layer in model.hf.model.layers:
                 layer.input_layernorm.weight.mul_(1.5)
         greedy(model)
-        assert model.stats.num_prefetches == 0
+        assert not any(lookahead_of(model)._trusted.values())
+        assert not asked
+
+
+def test_without_routers_to_ask_what_usually_follows_is_prefetched(
+    stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load_with_slots(stores["qwen3_moe"], 8, prefetch=0) as model:
+        expected = greedy(model)
+    monkeypatch.setattr("offload_moe.model.find_probes", lambda hf, layers: [None] * len(layers))
+    with load_with_slots(stores["qwen3_moe"], 8, prefetch=2) as model:
+        assert torch.equal(greedy(model), expected)
+        assert model.stats.num_useful_prefetches > 0
+        assert all(tally.num_routed > 0 for tally in lookahead_of(model).tallies[1:])
+
+
+def test_guesses_are_tallied_by_layer(stores: dict[str, Path]) -> None:
+    with load_with_slots(stores["qwen3_moe"], 8, prefetch=2) as model:
+        greedy(model)
+        first, *others = model.lookahead_tallies
+        assert first.num_guessed == 0  # nothing lies before the first layer
+        for tally in others:
+            assert 0 < tally.num_right <= tally.num_routed
+            assert 0 < tally.recall <= 1
+            assert 0 < tally.precision <= 1
 
 
 def test_a_family_without_a_router_beside_its_experts_has_no_probe() -> None:
@@ -84,3 +115,15 @@ def test_a_family_without_a_router_beside_its_experts_has_no_probe() -> None:
         layer.mlp.unusual = layer.mlp.gate
         del layer.mlp.gate
     assert find_probes(model, layers) == [None] * len(layers)
+
+
+def test_a_depth_whose_guesses_are_wrong_is_given_up(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload_moe.moe.lookahead.LEAST_GUESSES", 8)
+    monkeypatch.setattr("offload_moe.moe.lookahead.RETRY_TOKENS", 1000)
+    asked: list[int] = []
+    monkeypatch.setattr(RouterProbe, "predict", lambda self, residual, k: asked.append(1) or [])
+    monkeypatch.setattr("offload_moe.schedule.prefetch.LayerTally.precision", 0.0)
+    with load_with_slots(stores["qwen3_moe"], 8, prefetch=2) as model:
+        lookahead_of(model)._by_depth[0].num_guessed = 100
+        greedy(model)
+        assert not asked

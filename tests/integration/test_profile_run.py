@@ -13,7 +13,7 @@ from support.tiny_models import FAMILIES, tiny_model
 
 from offload_moe import load
 from offload_moe.model import Model
-from offload_moe.moe.lookahead import find_probes
+from offload_moe.moe.probe import find_probes
 from offload_moe.profile.prompts import GroupedPrompt
 from offload_moe.profile.recall import DEPTHS
 from offload_moe.profile.run import run_prompts

@@ -42,6 +42,13 @@ class Order:
             self.memory[slot] = key
             arrived(slot, 1, None)
 
+    def cancel(self, slot: int) -> bool:
+        index = next((index for index, entry in enumerate(self.pending) if entry[1] == slot), None)
+        if index is None or not self.data.draw(st.booleans(), label="is not under way"):
+            return False
+        del self.pending[index]
+        return True
+
     def hurry(self, slot: int) -> None:
         pass
 
@@ -101,6 +108,8 @@ def test_every_expert_comes_once_with_its_own_bytes(num_slots: int, policy: str,
             num_slots = resize(scheduler, order, data.draw(st.integers(1, 7)))
         if data.draw(st.booleans(), label="prefetches"):
             scheduler.prefetch(data.draw(st.integers(0, NUM_LAYERS - 1)), data.draw(EXPERTS))
+        if data.draw(st.booleans(), label="fills"):
+            scheduler.fill(data.draw(st.permutations(range(NUM_LAYERS * NUM_EXPERTS))))
         seen: list[int] = []
         with scheduler.acquire(layer, experts) as lease:
             for wave in lease:

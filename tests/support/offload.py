@@ -36,6 +36,9 @@ class MemoryMover:
         self.arena.slot(slot)[: self.records[key].numel()] = self.records[key]
         arrived(slot, self.records[key].numel(), None)
 
+    def cancel(self, slot: int) -> bool:
+        return False
+
     def hurry(self, slot: int) -> None:
         pass
 

@@ -131,12 +131,13 @@ def turn(**changes: Any) -> TurnStats:
 
 def test_the_status_line() -> None:
     assert status.status_line(turn(), 200) == (
-        "prompt 20 tok 40.0/s (+100 cached) · answer 11 tok 5.0/s · hits 75.0% · stall 0.2 s · 1.5 GiB"
+        "prompt 20 tok 40.0/s (+100 cached) · first token 0.5 s · answer 11 tok 5.0/s"
+        " · hits 75.0% · stall 0.2 s · 1.5 GiB"
     )
     assert all(len(line) <= 40 for line in status.status_line(turn(), 40).splitlines())
     bare = turn(counters=None, memory_bytes={}, num_reused_tokens=0, reuse="recomputed", decode_s=0.0, finish="length")
     assert status.status_line(bare, 200) == (
-        "prompt 120 tok 240.0/s · answer 11 tok · the conversation was recomputed"
+        "prompt 120 tok 240.0/s · first token 0.5 s · answer 11 tok · the conversation was recomputed"
         " · stopped at 11 tokens, see /set max_new_tokens"
     )
 

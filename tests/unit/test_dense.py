@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from offload_moe.dense import QuantLinear
+from offload_moe.dense import NarrowEmbedding, QuantLinear, narrow_embeddings
 from offload_moe.quant import ExpertShape, Matrix, get_codec
 
 
@@ -35,3 +35,22 @@ def test_it_is_not_a_parameter() -> None:
     layer = QuantLinear(record, shape, get_codec("nf4"))
     assert not list(layer.parameters())
     assert not layer.state_dict()
+
+
+def test_embeddings_are_kept_in_bf16_where_that_loses_nothing() -> None:
+    exact = nn.Embedding(10, 4)
+    exact.weight.data = exact.weight.data.to(torch.bfloat16).float()
+    tied = nn.Embedding(10, 4)
+    tied.weight.data = tied.weight.data.to(torch.bfloat16).float()
+    head = nn.Linear(4, 10, bias=False)
+    head.weight = tied.weight
+    model = nn.ModuleDict({"exact": exact, "lossy": nn.Embedding(10, 4), "tied": tied, "head": head})
+    ids = torch.tensor([[3, 0, 9]])
+    expected = exact(ids)
+    narrow_embeddings(model)
+    assert isinstance(model["exact"], NarrowEmbedding)
+    assert model["exact"].weight.dtype == torch.bfloat16
+    assert torch.equal(model["exact"](ids), expected)
+    assert model["exact"](ids).dtype == torch.float32
+    assert type(model["lossy"]) is nn.Embedding
+    assert type(model["tied"]) is nn.Embedding

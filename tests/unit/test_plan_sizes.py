@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from offload_moe.budget import DEVICE_PROMPT_TOKENS
 from offload_moe.checkpoint.experts import find_experts
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.outlook import look_ahead
@@ -21,7 +22,7 @@ from offload_moe.plan.sizes import (
     store_bytes_per_codec,
 )
 from offload_moe.plan.source import open_source
-from offload_moe.plan.working import PROMPT_CHUNK_TOKENS, activation_bytes, cache_bytes, tile_bytes
+from offload_moe.plan.working import activation_bytes, cache_bytes, tile_bytes
 from offload_moe.quant import CODECS, get_codec
 from offload_moe.quantize import quantize
 from offload_moe.store import Store
@@ -162,9 +163,9 @@ def test_activations_by_hand() -> None:
     # Attention: q 64, k 32, v 32, o 64 per token; q and o's input, 64 each, expanded over the context.
     # Experts: inputs and outputs of a top-2, and 3 x 96 of one expert. The experts are wider.
     assert activation_bytes(shape, 10, torch.float32) == 10 * (4 * 64 + 2 * 2 * 64 + 3 * 96) * 4
-    long = 100 * PROMPT_CHUNK_TOKENS
-    attention = PROMPT_CHUNK_TOKENS * (64 + 32 + 32 + 64) + long * 128
-    assert activation_bytes(shape, long, torch.bfloat16) == (PROMPT_CHUNK_TOKENS * 4 * 64 + attention) * 2
+    long = 100 * DEVICE_PROMPT_TOKENS
+    attention = DEVICE_PROMPT_TOKENS * (64 + 32 + 32 + 64) + long * 128
+    assert activation_bytes(shape, long, torch.bfloat16) == (DEVICE_PROMPT_TOKENS * 4 * 64 + attention) * 2
 
 
 def test_tiles_are_what_is_decoded_at_once() -> None:

@@ -160,3 +160,22 @@ class TestKNN:
             policy.access(0, list(range(NUM_EXPERTS)))
         policy.access(0, [1, 2])
         assert policy._history.foretells(0, NUM_EXPERTS)[1] == 0.0
+
+
+def test_a_chunk_evicts_what_it_has_passed_before_what_lies_ahead() -> None:
+    policy = KNN(range(NUM_LAYERS), NUM_EXPERTS, NUM_SLOTS)
+    for layer in range(NUM_LAYERS):  # a token that everything is resident for
+        policy.access(layer, [layer * NUM_EXPERTS])
+    for key in range(NUM_LAYERS * NUM_EXPERTS):
+        policy.insert(key)
+    for layer in range(NUM_LAYERS - 1):
+        policy.access(layer, range(layer * NUM_EXPERTS, (layer + 1) * NUM_EXPERTS))
+        victim = policy.victim(lambda key, now=layer: key // NUM_EXPERTS == now)
+        assert victim is not None
+        if layer >= 2:  # ranked two layers at a time
+            assert victim // NUM_EXPERTS < layer
+            policy.remove(victim)
+            policy.insert((layer + 1) * NUM_EXPERTS)  # fetched ahead of its layer
+            again = policy.victim(lambda key, now=layer: key // NUM_EXPERTS == now)
+            assert again is not None
+            assert again // NUM_EXPERTS < layer

@@ -68,10 +68,10 @@ def test_demands_overtake_prefetches_and_a_hurried_prefetch_is_a_demand() -> Non
     order: list[str] = []
     gate = threading.Event()
     workers = TransferWorkers(1, "test")
-    workers.submit(0, gate.wait, is_prefetch=False)
+    workers.submit(0, [gate.wait], is_prefetch=False)
     for slot, name in ((1, "first"), (2, "second"), (3, "third")):
-        workers.submit(slot, lambda name=name: order.append(name), is_prefetch=True)
-    workers.submit(4, lambda: order.append("demand"), is_prefetch=False)
+        workers.submit(slot, [lambda name=name: order.append(name)], is_prefetch=True)
+    workers.submit(4, [lambda: order.append("demand")], is_prefetch=False)
     workers.hurry(3)
     gate.set()
     deadline = time.monotonic() + 10
@@ -85,8 +85,8 @@ def test_prefetches_leave_a_thread_to_demands() -> None:
     gate, demanded = threading.Event(), threading.Event()
     workers = TransferWorkers(2, "test")
     for slot in range(5):
-        workers.submit(slot, gate.wait, is_prefetch=True)
-    workers.submit(9, demanded.set, is_prefetch=False)
+        workers.submit(slot, [gate.wait], is_prefetch=True)
+    workers.submit(9, [demanded.set], is_prefetch=False)
     assert demanded.wait(10)
     gate.set()
     workers.close()

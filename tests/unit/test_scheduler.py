@@ -9,7 +9,7 @@ import pytest
 from offload_moe.errors import TransferError
 from offload_moe.schedule.policy import make_policy
 from offload_moe.schedule.residency import Residency
-from offload_moe.schedule.scheduler import Scheduler
+from offload_moe.schedule.scheduler import FILL_DEPTH, Scheduler
 from offload_moe.tiers.mover import Arrived
 
 NUM_LAYERS, NUM_EXPERTS = 4, 8
@@ -21,6 +21,7 @@ class ManualMover:
     def __init__(self, num_slots: int) -> None:
         self.memory = [-1] * num_slots
         self.pending: list[tuple[int, int, Arrived]] = []
+        self.under_way: set[int] = set()
         self.on_start: Callable[[], None] = lambda: None
 
     def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
@@ -33,6 +34,11 @@ class ManualMover:
         if error is None:
             self.memory[slot] = key
         arrived(slot, 100, error)
+
+    def cancel(self, slot: int) -> bool:
+        waiting = [entry for entry in self.pending if entry[1] == slot and entry[0] not in self.under_way]
+        self.pending = [entry for entry in self.pending if entry not in waiting]
+        return bool(waiting)
 
     def hurry(self, slot: int) -> None:
         pass
@@ -219,3 +225,80 @@ def test_the_short_way_tells_the_observer() -> None:
     assert slots is not None
     scheduler.let_go(slots)
     assert observer.calls == [(0, [], [])]
+
+
+def key_of(layer: int, expert: int) -> int:
+    return layer * NUM_EXPERTS + expert
+
+
+def test_a_wrong_guess_is_dropped_unread_and_its_slot_is_free() -> None:
+    mover = ManualMover(3)
+    scheduler = make_scheduler(3, mover)
+    assert scheduler.prefetch(1, [3, 4, 5]) == 3
+    mover.under_way = {key_of(1, 5)}
+    with scheduler.acquire(1, [4]) as lease:
+        assert [key for key, _, _ in mover.pending] == [key_of(1, 4), key_of(1, 5)]  # too late for the last
+        mover.finish()
+        assert [[expert for expert, _ in wave] for wave in lease] == [[4]]
+    assert scheduler.counters.num_cancelled_prefetches == 1
+    assert scheduler.residency.num_free == 1
+    mover.finish()
+    assert scheduler.residency.find(key_of(1, 5)) is not None
+
+
+def test_guesses_for_later_layers_stay_and_stale_ones_go() -> None:
+    mover = ManualMover(4)
+    scheduler = make_scheduler(4, mover)
+    scheduler.prefetch(2, [3])
+    scheduler.prefetch(0, [5])
+    with scheduler.acquire(1, [4]):
+        assert [key for key, _, _ in mover.pending] == [key_of(2, 3), key_of(1, 4)]
+    assert scheduler.counters.num_cancelled_prefetches == 1
+
+
+def test_a_warm_start_is_no_guess() -> None:
+    mover = ManualMover(4)
+    scheduler = make_scheduler(4, mover)
+    scheduler.fill([key_of(1, 5)])
+    with scheduler.acquire(1, [4]):
+        assert [key for key, _, _ in mover.pending] == [key_of(1, 5), key_of(1, 4)]
+
+
+def test_half_of_a_full_pool_is_computed_while_what_follows_is_loaded() -> None:
+    mover = ManualMover(4)
+    scheduler = make_scheduler(4, mover)
+    with scheduler.acquire(0, range(8)) as lease:
+        for _ in range(4):
+            mover.finish()
+        waves = iter(lease)
+        assert len(next(waves)) == 2
+        assert not mover.pending
+        assert len(next(waves)) == 2
+        assert len(mover.pending) == 2  # on their way while the second half is computed
+        mover.finish()
+        mover.finish()
+        assert sorted(expert for expert, _ in next(waves)) == [4, 5]
+        assert len(mover.pending) == 2
+
+
+def test_a_warm_start_fills_free_slots_in_order_a_few_at_a_time_and_evicts_nothing() -> None:
+    mover = ManualMover(6)
+    scheduler = make_scheduler(6, mover)
+    scheduler.fill([9, 8, 7, 6, 5, 4, 3, 2])
+    arrived = []
+    while mover.pending:
+        assert len(mover.pending) <= FILL_DEPTH
+        arrived.append(mover.pending[0][0])
+        mover.finish()
+    assert arrived == [9, 8, 7, 6, 5, 4]
+    assert scheduler.residency.num_evictions == 0
+
+
+def test_a_demand_finds_room_during_a_warm_start() -> None:
+    mover = ManualMover(6)
+    scheduler = make_scheduler(6, mover)
+    scheduler.fill(range(8, 24))
+    with scheduler.acquire(0, [0]) as lease:
+        assert [key for key, _, _ in mover.pending][-1] == 0
+        mover.finish(len(mover.pending) - 1)
+        assert [[expert for expert, _ in wave] for wave in lease] == [[0]]

@@ -17,7 +17,7 @@ RECORD = 8192
 def record(path: Path, key: int) -> Record:
     """Where record `key` lies, with the checksum of what is there now."""
     content = path.read_bytes()[key * RECORD : (key + 1) * RECORD] if path.exists() else b""
-    return Record(path=path, offset=key * RECORD, num_bytes=RECORD, checksum=zlib.crc32(content))
+    return Record(name=f"expert {key}", path=path, offset=key * RECORD, num_bytes=RECORD, checksum=zlib.crc32(content))
 
 
 def read(mover: DiskMover, key: int, slot: int) -> tuple[int, BaseException | None]:
@@ -84,6 +84,7 @@ def test_a_flipped_bit_is_refused_with_file_and_offset(tmp_path: Path) -> None:
     mover = DiskMover(Arena(1, RECORD), records.__getitem__)
     _, error = read(mover, 1, 0)
     assert isinstance(error, TransferError)
-    assert f"experts.bin: the expert at offset {RECORD}" in str(error)
+    assert "expert 1" in str(error)
+    assert f"experts.bin at offset {RECORD}" in str(error)
     assert read(mover, 2, 0) == (RECORD, None)
     mover.close()

@@ -10,6 +10,7 @@ from offload_moe.schedule.policy.reuse import ReuseModel
 HALF_LIFE_PER_SHARE = 10.0  # tokens until a reuse is worth half, were there a slot for every expert
 LAYERS_PER_RANKING = 2  # that many layers are ranked at once: fewer calls, slightly staler ranks
 PREFETCH_WORTH = 0.8  # of an expert that a prefetch brought, until its layer has been passed
+AHEAD_OF_CHUNK = 1.0  # more than anything that waits for the next token is worth
 
 
 class KNN:
@@ -56,7 +57,10 @@ class KNN:
         local = [key - first_key for key in keys] if first_key else keys
         self._current = frozenset(local)
         self._pending += local
-        self._is_chunk |= 2 * len(keys) > self._num_experts
+        if 2 * len(keys) > self._num_experts and not self._is_chunk:
+            self._is_chunk = True
+            # A chunk uses nearly all of the layers that it has yet to pass, sooner than what it has passed.
+            self._order[(position + 1) * self._num_experts :] += AHEAD_OF_CHUNK
         if position + 1 - self._ranked >= LAYERS_PER_RANKING or position + 1 == len(self._layers):
             self._rank_pending()
 
@@ -66,7 +70,8 @@ class KNN:
         if local not in self._current:
             self._worth[local] = PREFETCH_WORTH
         has_passed = local < self._ranked * self._num_experts
-        self._order[local] = self._worth[local] * (self._discount if has_passed else 1.0)
+        is_awaited = self._is_chunk and local >= (self._position + 1) * self._num_experts
+        self._order[local] = self._worth[local] * (self._discount if has_passed else 1.0) + AHEAD_OF_CHUNK * is_awaited
 
     def remove(self, key: int) -> None:
         local = key - self._first_key

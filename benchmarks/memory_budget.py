@@ -1,0 +1,111 @@
+"""Peak memory of a process against the budget it was given, over many tokens, at several budgets.
+
+Usage: python benchmarks/memory_budget.py --folder SCRATCH [--layers 4] [--tokens 2000] [--budgets BYTES ...]
+
+Each budget is a process of its own, which writes a long answer with random weights and hot sampling. Reported: peak RSS
+over budget, growth from the second quarter of the tokens to the last, and the page cache charged to the memory cgroup
+(v1, needs root; null without). The last line of stdout is one JSON document.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from harness import finish, forget_cached, run_json
+
+HERE = Path(__file__).parent
+SAMPLES = 40  # of RSS during one answer
+
+
+def status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) * 1024
+
+
+def charged_cache_bytes() -> int | None:
+    """Page cache that the kernel counts against this process's memory cgroup."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        statistics = Path("/sys/fs/cgroup/memory") / path.lstrip("/") / "memory.stat"
+        if controllers == "memory" and statistics.exists():
+            values = dict(pair.split() for pair in statistics.read_text().splitlines())
+            return int(values["cache"])
+    return None
+
+
+def answer(store: str, ram: int, num_tokens: int) -> dict[str, Any]:
+    """Load under the budget, speak, and say what it took."""
+    import torch
+
+    from offload_moe import load
+    from offload_moe.generate import stream_tokens
+
+    torch.set_num_threads(2)
+    model = load(store, ram=ram, context=num_tokens + 64)
+    model.hf.generation_config.eos_token_id = None
+    model.hf.config.max_position_embeddings = max(num_tokens + 64, model.hf.config.max_position_embeddings)
+    ids = torch.arange(300, 332)[None]
+    sampling = {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "seed": 0, "max_new_tokens": num_tokens}
+    rss: list[int] = []
+    began = time.perf_counter()
+    with stream_tokens(model.hf, None, ids, **sampling) as tokens:
+        for number, _ in enumerate(tokens):
+            if number % max(1, num_tokens // SAMPLES) == 0:
+                rss.append(status_bytes("VmRSS"))
+    seconds = time.perf_counter() - began
+    quarter = len(rss) // 4
+    result = {
+        "budget_bytes": ram,
+        "peak_rss_bytes": status_bytes("VmHWM"),
+        "growth_bytes": max(rss[-quarter:]) - max(rss[quarter : 2 * quarter]),
+        "charged_page_cache_bytes": charged_cache_bytes(),
+        "num_ram_slots": model._hierarchy.ram.residency.num_slots,
+        "hit_rate": model.stats.hit_rate,
+        "tokens_per_s": num_tokens / seconds,
+    }
+    model.close()
+    return {**result, "peak_over_budget": result["peak_rss_bytes"] / ram}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=HERE / "configs/OLMoE-1B-7B-0125.json")
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=2000)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[1_000_000_000, 1_250_000_000, 1_500_000_000])
+    parser.add_argument("--group-limit", type=int, default=8_000_000_000, help="of the cgroup that counts page cache")
+    parser.add_argument("--one", help="measure this store at the first budget, in this process")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(answer(options.one, options.budgets[0], options.tokens)))
+        return
+    store = options.folder / f"{options.config.stem}-{options.layers}-layers"
+    if not (store / "store.json").exists():
+        made = [sys.executable, str(HERE / "synthesize.py"), str(options.config), str(store)]
+        subprocess.run([*made, "--layers", str(options.layers)], check=True)
+    results = []
+    for budget in options.budgets:
+        forget_cached(store)
+        command = [sys.executable, __file__, "--folder", str(options.folder), "--one", str(store)]
+        command += ["--tokens", str(options.tokens), "--budgets", str(budget)]
+        results.append(run_json(command, memory_limit=options.group_limit))
+        print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+    finish(
+        {
+            "benchmark": "memory_budget",
+            "shape": f"{options.config.stem}, {options.layers} layers",
+            "tokens": options.tokens,
+            "results": results,
+            "worst_peak_over_budget": max(result["peak_over_budget"] for result in results),
+            "least_peak_over_budget": min(result["peak_over_budget"] for result in results),
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Prompt and decode tokens per second of offload_moe from disk, in one process of its own, and what was read.
+
+Usage: python benchmarks/run_disk.py STORE --threads 2 --tokens 32 --prompt-tokens 64 [--ram 2.4GiB] [--prefetch 2]
+       [--lru-slots 500]
+
+The counterpart of peers/run_llamacpp.py: the same prompt, the same hot sampling, the same JSON on the last line.
+"""
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from offload_moe.model import Model
+    from offload_moe.schedule.counters import Counters
+
+Accesses = list[tuple[int, list[int]]]
+
+
+def read_bytes() -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
+
+
+def record_accesses(model: "Model") -> Accesses:
+    """The experts that every acquire asks for, as they are asked for."""
+    accesses: Accesses = []
+    policy: Any = model._hierarchy.ram.residency.policy
+    inner = policy.access
+
+    def access(layer: int, keys: Sequence[int], weights: Sequence[float] | None = None) -> None:
+        accesses.append((layer, list(keys)))
+        inner(layer, keys, weights)
+
+    policy.access = access
+    return accesses
+
+
+def replay_lru(accesses: Accesses, num_slots: int, first: int) -> float:
+    """Hit rate of an LRU pool of that many slots over the accesses from `first` on, after those before it."""
+    from offload_moe.schedule.policy import LRU
+    from offload_moe.schedule.residency import Residency
+
+    residency = Residency(num_slots, LRU())
+    num_hits = num_asked = 0
+    for index, (layer, keys) in enumerate(accesses):
+        residency.policy.access(layer, keys)
+        present = [key for key in keys if residency.find(key) is not None]
+        if index >= first:
+            num_hits, num_asked = num_hits + len(present), num_asked + len(keys)
+        for key in keys:
+            if residency.find(key) is None:
+                slot = residency.admit(key, keep=keys if len(keys) < num_slots else ())
+                assert slot is not None
+                residency.loaded(slot)
+    return num_hits / num_asked if num_asked else 0.0
+
+
+def describe(decoding: "Counters", slot_bytes: int) -> dict[str, float]:
+    """What decoding asked of the disk. Useful prefetches count as needed bytes, and not as hits of the cache."""
+    num_fetched = decoding.num_misses + decoding.num_useful_prefetches
+    return {
+        "decode_hit_rate": 1 - num_fetched / decoding.num_accesses,
+        "decode_hit_rate_with_prefetch": decoding.hit_rate,
+        "decode_needed_bytes": num_fetched * slot_bytes,
+        "decode_disk_bytes": decoding.disk_bytes,
+        "decode_stall_s": decoding.stall_s,
+        "num_prefetches": decoding.num_prefetches,
+        "num_useful_prefetches": decoding.num_useful_prefetches,
+        "num_cancelled_prefetches": decoding.num_cancelled_prefetches,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--ram", default=None)
+    parser.add_argument("--context", type=int, default=None)
+    parser.add_argument("--policy", default=None)
+    parser.add_argument("--prefetch", type=int, default=None)
+    parser.add_argument(
+        "--lru-slots", type=int, default=None, help="replay the last run through LRU with so many slots"
+    )
+    options = parser.parse_args()
+
+    began = time.perf_counter()
+    import torch
+
+    from offload_moe import kernels, load
+    from offload_moe.generate import stream_tokens
+
+    import_s = time.perf_counter() - began
+    torch.set_num_threads(options.threads)
+    if kernels.available():
+        kernels.set_threads(options.threads)
+    names = ("policy", "prefetch", "context")
+    chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    began = time.perf_counter()
+    model = load(options.store, ram=options.ram, **chosen)
+    load_s = time.perf_counter() - began
+    pools = model._hierarchy.pools
+    accesses = record_accesses(model)
+    runs = []
+    first_decode = 0
+    for seed in range(options.runs):
+        ids = torch.tensor([[(i * 37 + seed * 101) % 20000 + 300 for i in range(options.prompt_tokens)]])
+        before, counted = read_bytes(), model.stats.copy()
+        model.hf.generation_config.eos_token_id = None
+        sampling = {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "seed": seed, "max_new_tokens": options.tokens}
+        with stream_tokens(model.hf, None, ids, **sampling) as tokens:
+            num_tokens, prompt_counters = 0, counted
+            for _ in tokens:
+                num_tokens += 1
+                if num_tokens == 1:
+                    prompt_counters, first_decode = model.stats.copy(), len(accesses)
+            prompting, decoding = prompt_counters.since(counted), model.stats.since(prompt_counters)
+            runs.append(
+                {
+                    "prompt_tokens_per_s": options.prompt_tokens / tokens.prompt_s,
+                    "prompt_disk_bytes": prompting.disk_bytes,
+                    "prompt_s": tokens.prompt_s,
+                    "decode_tokens_per_s": (num_tokens - 1) / tokens.decode_s,
+                    "decode_s": tokens.decode_s,
+                    "disk_bytes": read_bytes() - before,
+                    **describe(decoding, pools.slot_bytes),
+                }
+            )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    document = {
+        "import_s": import_s,
+        "load_s": load_s,
+        "peak_rss_bytes": peak,
+        "num_ram_slots": pools.num_ram_slots,
+        "slot_bytes": pools.slot_bytes,
+        "runs": runs,
+    }
+    if options.lru_slots:
+        document["lru_hit_rate"] = replay_lru(accesses, options.lru_slots, first_decode)
+    print(json.dumps(document))
+    model.close()
+
+
+if __name__ == "__main__":
+    main()

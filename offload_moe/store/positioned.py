@@ -1,0 +1,22 @@
+"""Reading at an offset, also where the system has no `preadv` (Windows)."""
+
+import os
+import threading
+from pathlib import Path
+
+_POSITION = threading.Lock()  # without `preadv`, threads share the position of a descriptor
+
+
+def open_for_reading(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+
+def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Fill the buffer as far as one read does. Returns how many bytes it was; 0 at the end of the file."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], offset)
+    with _POSITION:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        data = os.read(descriptor, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)

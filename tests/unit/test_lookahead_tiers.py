@@ -1,0 +1,79 @@
+"""Lookahead over two tiers: the disk looks further ahead, and only what is in RAM is copied on to the device."""
+
+from collections.abc import Collection, Sequence
+
+import pytest
+import torch
+from torch import nn
+
+from offload_moe.moe.lookahead import DISK_DEPTH, Lookahead
+from offload_moe.moe.probe import RouterProbe
+from offload_moe.schedule.policy import LRU
+from offload_moe.schedule.prefetch import PrefetchGovernor
+from offload_moe.schedule.residency import Residency
+
+NUM_LAYERS, NUM_EXPERTS, HIDDEN = 6, 8, 4
+
+
+class FakeTier:
+    """Takes note of what is prefetched; only even experts are here."""
+
+    num_experts = NUM_EXPERTS
+
+    def __init__(self, num_slots: int = 64) -> None:
+        self.prefetched: dict[int, list[int]] = {}
+        self.residency = Residency(num_slots, LRU())
+
+    def prefetch(self, layer: int, experts: Sequence[int], keep: Collection[int] = ()) -> int:
+        self.prefetched[layer] = list(experts)
+        return len(experts)
+
+    def resident(self, layer: int, experts: Sequence[int]) -> list[int]:
+        return [expert for expert in experts if expert % 2 == 0]
+
+
+class Router(nn.Module):
+    """Wants experts 2 and 3, whatever it is asked."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[0.0, 0.0, 2.0, 1.0, 0.0, 0.0, 0.0, 0.0]])
+
+
+@pytest.fixture
+def tiers() -> tuple[FakeTier, FakeTier]:
+    return FakeTier(), FakeTier()
+
+
+@pytest.fixture
+def lookahead(tiers: tuple[FakeTier, FakeTier]) -> Lookahead:
+    device, ram = tiers
+    probes = [RouterProbe(nn.Identity(), Router()) for _ in range(NUM_LAYERS)]
+    return Lookahead(probes, device, PrefetchGovernor(), 1, ram)  # type: ignore[arg-type]
+
+
+def pass_layer(lookahead: Lookahead, layer: int, num_tokens: int = 1) -> None:
+    hidden = torch.ones(num_tokens, HIDDEN)
+    probe = lookahead._probes[layer]
+    assert probe is not None
+    probe.norm(hidden)  # the model's own call, which leaves the residual behind
+    lookahead.after_acquire(layer, hidden, [0, 1], 2)
+
+
+def test_the_disk_looks_further_than_the_device(lookahead: Lookahead, tiers: tuple[FakeTier, FakeTier]) -> None:
+    device, ram = tiers
+    pass_layer(lookahead, 0)
+    assert ram.prefetched == {layer: [2, 3] for layer in range(1, 2 + DISK_DEPTH)}
+    assert device.prefetched == {1: [2]}  # 3 is still on disk
+
+
+def test_a_chunk_brings_the_next_layer(lookahead: Lookahead, tiers: tuple[FakeTier, FakeTier]) -> None:
+    device, ram = tiers
+    pass_layer(lookahead, 0, num_tokens=64)
+    assert ram.prefetched == {1: list(range(NUM_EXPERTS))}
+    assert device.prefetched == {1: [0, 2, 4, 6]}
+
+
+def test_a_short_chunk_brings_nothing(lookahead: Lookahead, tiers: tuple[FakeTier, FakeTier]) -> None:
+    pass_layer(lookahead, 0, num_tokens=2)
+    assert not tiers[0].prefetched
+    assert not tiers[1].prefetched
