@@ -47,7 +47,9 @@ class DtypePlan:
 def skeleton_of(store: Store, dtype: torch.dtype) -> Any:
     """The store's model without weights. The config is read anew, so that two models of one store share nothing."""
     config = load_config(store.path)
-    config.dtype = dtype
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if part is not None:  # a multimodal model's language model has a dtype of its own
+            part.dtype = dtype
     return build_skeleton(config)
 
 

@@ -67,7 +67,7 @@ def quantize(
     with Checkpoint(origin.folder) as checkpoint:
         _check_codec(experts_codec, checkpoint)
         if checkpoint.ignored:
-            what = f"{len(checkpoint.ignored)} tensors of multi-token prediction or of older versions"
+            what = f"{len(checkpoint.ignored)} tensors of multi-token prediction, of images or of older versions"
             phase = f"Skipping {what}, such as {checkpoint.ignored[0]}"
             report(Progress(phase=phase, done_bytes=-1, total_bytes=0))
         files, jobs = plan_conversion(checkpoint, experts_codec, linears_codec)

@@ -1,3 +1,16 @@
 """One module per command, each with `add_parser(subparsers)` and `run(options) -> int`."""
 
-COMMANDS = ("chat", "run", "quantize", "plan", "simulate", "profile", "list", "info", "verify", "rm", "doctor")
+COMMANDS = (
+    "chat",
+    "run",
+    "quantize",
+    "plan",
+    "simulate",
+    "profile",
+    "models",
+    "list",
+    "info",
+    "verify",
+    "rm",
+    "doctor",
+)

@@ -1,7 +1,7 @@
 """JetMoE: the experts of the MLP are offloaded; those of its attention stay dense.
 
 Its attention routes too (query and output projections per expert, `JetMoeMoA`). A token needs them twice, before and
-after its keys are read, and they are an eighth of the weights: they stay on the device like any attention projection.
+after its keys are read, and they are a fifth of the experts' weights: they stay on the device like any projection.
 
 Source: transformers/models/jetmoe/modeling_jetmoe.py, `JetMoeMoE` and `JetMoeTopKGating`.
 """

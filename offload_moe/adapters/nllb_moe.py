@@ -48,4 +48,5 @@ ADAPTER = Adapter(
     describe=describe,
     forward=forward,
     special="top-2 with capacity; routes as trained, where transformers 5.23 only ever uses experts 0 and 1",
+    top_k=TOP_K,
 )

@@ -99,7 +99,8 @@ class Adapter:
 
     family, class_name: transformers' folder and class. describe: what the module holds, parameters may be on `meta`.
     forward: what replaces the module's forward once its parameters are gone. left_alone: classes of the same family
-    that look like experts and stay dense. special: what a user should know.
+    that look like experts and stay dense. special: what a user should know. top_k: experts per token,
+    where no config says so.
     """
 
     family: str
@@ -108,6 +109,7 @@ class Adapter:
     forward: Callable[[Any, Bound], Callable[..., Any]]
     special: str
     left_alone: tuple[str, ...] = ()
+    top_k: int | None = None
 
     def fits(self, module: nn.Module) -> bool:
         kind = type(module)

@@ -39,4 +39,5 @@ ADAPTER = Adapter(
     describe=describe,
     forward=forward,
     special="top-1 with capacity",
+    top_k=1,
 )

@@ -15,7 +15,7 @@ from offload_moe.chat.prefix import PrefixCache
 from offload_moe.chat.reasoning import Piece
 from offload_moe.chat.sampling import Sampling, SamplingArguments
 from offload_moe.chat.stats import TurnStats
-from offload_moe.chat.template import NO_TEMPLATE, Message, PromptFormat
+from offload_moe.chat.template import Message, PromptFormat
 from offload_moe.chat.transcript import check_messages, read_transcript, write_transcript
 from offload_moe.errors import BudgetError, ConfigError
 from offload_moe.plan.room import ContextRoom
@@ -52,7 +52,7 @@ class ChatSession:
         self._room = room
         self._withdrawn_message: Message | None = None
         self._num_retries = 0
-        self.notice = None if raw or self._format.template is not None else NO_TEMPLATE
+        self.notice = self._format.notice
         if self.notice is not None:
             warnings.warn(self.notice, UserWarning, stacklevel=2)
 

@@ -14,13 +14,17 @@ Message = dict[str, str]
 NO_TEMPLATE = (
     "This model has no chat template: it continues your text instead of answering it, and remembers the text so far."
 )
+ENCODER_DECODER = (
+    "This model turns one text into another: each message stands alone, without earlier ones or the system prompt."
+)
 _PROBE = ("first-question", "first-answer", "second-question")
 
 
 class PromptFormat:
     """How a conversation becomes a prompt.
 
-    Without a chat template, or where `raw` ignores it, the texts are joined and continued.
+    Without a chat template, or where `raw` ignores it, the texts are joined and continued. An encoder-decoder without
+    one reads the last text alone. `notice` is what the user must know of that.
     """
 
     def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, raw: bool = False) -> None:
@@ -33,6 +37,10 @@ class PromptFormat:
         self.template: str | None = None
         if tokenizer.chat_template is not None and not raw:
             self.template = tokenizer.get_chat_template()
+        self._reads_one_text = self.template is None and bool(hf.config.is_encoder_decoder)
+        self.notice: str | None = None
+        if self.template is None and not raw:
+            self.notice = ENCODER_DECODER if self._reads_one_text else NO_TEMPLATE
         self.special_tokens: dict[int, str] = {
             token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         }
@@ -44,6 +52,8 @@ class PromptFormat:
         Raises:
             ConfigError: the template refuses it, for example a system message.
         """
+        if self._reads_one_text:
+            return messages[-1]["content"]
         if self.template is None:
             return "\n".join(message["content"] for message in messages)
         try:

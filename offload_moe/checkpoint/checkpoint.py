@@ -41,7 +41,8 @@ class Checkpoint:
     """Names, shapes and pieces of a checkpoint folder; no more than a piece is ever in memory.
 
     `model` is the skeleton on `meta`; `layers` are its experts modules in order; `dense` is everything else;
-    `ignored` are tensors transformers leaves out as well (multi-token prediction layers, old buffers).
+    `ignored` are tensors transformers leaves out as well (multi-token prediction layers, old buffers,
+    whatever is not the language model where only that is built).
     """
 
     def __init__(self, folder: Path) -> None:

@@ -70,7 +70,15 @@ def map_names(model: "PreTrainedModel", names: Iterable[str]) -> NameMap:
             raise CheckpointError(f"Tensors {group.names[0]} and {name} both claim parameter {target}.")
         group.sources.setdefault(pattern or name, []).append(name)
     ignorable = _pattern(_unexpected_patterns(model))
-    ignored = tuple(name for name in unexpected if ignorable and ignorable.search(name))
+    prefix = f"{model.base_model_prefix}."
+    is_part = any(source.startswith(prefix) for group in groups.values() for source in group.names) and not any(
+        name.startswith(prefix) for name in state
+    )
+    ignored = tuple(
+        name
+        for name in unexpected
+        if (ignorable and ignorable.search(name)) or (is_part and not name.startswith(prefix))
+    )
     return NameMap(
         groups=tuple(groups.values()),
         unexpected=tuple(name for name in unexpected if name not in set(ignored)),

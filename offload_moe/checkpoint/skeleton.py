@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from offload_moe.errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+EXPERTS_SIZED = 1 << 24  # elements
 
 
 def load_config(folder: Path) -> "PreTrainedConfig":
@@ -102,7 +105,8 @@ def build_skeleton(config: "PreTrainedConfig") -> "PreTrainedModel":
 class _EmptyOnMeta(TorchFunctionMode):
     """Sends `torch.empty` to `meta` at once, so that not even one layer's experts are ever allocated.
 
-    accelerate moves a parameter to `meta` only after it was made: 30 GB for one layer of DeepSeek-V3.
+    accelerate moves a parameter to `meta` only after it was made: 30 GB for one layer of DeepSeek-V3. Llama 4 fills its
+    experts with zeros, 5 GB per layer; smaller zeros may be buffers, whose values count.
     """
 
     def __torch_function__(
@@ -112,9 +116,15 @@ class _EmptyOnMeta(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        if func is torch.empty:
+        if func is torch.empty or (func is torch.zeros and _num_elements(args) >= EXPERTS_SIZED):
             kwargs = {**(kwargs or {}), "device": "meta"}
         return func(*args, **(kwargs or {}))
+
+
+def _num_elements(size: tuple[Any, ...]) -> int:
+    """Of the tensor that a factory function makes of these arguments."""
+    dims = size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size
+    return math.prod(dims) if all(isinstance(dim, int) for dim in dims) else 0
 
 
 def auto_class(config: "PreTrainedConfig") -> "type[AutoModelForCausalLM]":

@@ -105,7 +105,7 @@ def describe_skeleton(model: "PreTrainedModel") -> ModelShape:
         num_layers=text_config.num_hidden_layers,
         hidden_size=text_config.hidden_size,
         max_context=getattr(text_config, "max_position_embeddings", None),
-        top_k=_top_k(text_config),
+        top_k=_top_k(text_config, experts[0]),
         layers=tuple(MoeLayer(num_experts=found.num_experts, expert=found.shape) for found in experts),
         dense=_dense_weights(model, experts),
         lookup_elements=_lookup_elements(model),
@@ -129,13 +129,16 @@ def linear_shape(linear: nn.Linear) -> ExpertShape:
     return ExpertShape(matrices=(matrix,), biases=(("bias", linear.out_features),) if linear.bias is not None else ())
 
 
-def _top_k(config: "PreTrainedConfig") -> int:
-    for name in TOP_K_NAMES:
-        value = getattr(config, name, None)
-        if isinstance(value, list | tuple):  # one per layer
-            value = max(value)
-        if isinstance(value, int) and value > 0:
-            return value
+def _top_k(config: "PreTrainedConfig", experts: ExpertsModule) -> int:
+    if experts.adapter is not None and experts.adapter.top_k is not None:
+        return experts.adapter.top_k
+    for part in (config, getattr(config, "ffn_config", None)):  # DBRX says it there
+        for name in TOP_K_NAMES:
+            value = getattr(part, name, None)
+            if isinstance(value, list | tuple):  # one per layer
+                value = max(value)
+            if isinstance(value, int) and value > 0:
+                return value
     raise UnsupportedModelError(f"The {config.model_type} config does not say how many experts a token is routed to.")
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import write_checkpoint
+from support.checkpoints import tiny_config, write_checkpoint
 from support.families import PROMPT, both, eager_model, prompt_and_decode, spoil_one_record
+from transformers import AutoModelForImageTextToText
 
 from offload_moe import load
 from offload_moe.adapters import ADAPTERS, find_adapter
@@ -58,6 +59,21 @@ def test_switch_drops_tokens_beyond_the_capacity(tmp_path: Path) -> None:
         router.register_forward_hook(lambda module, args, out: kept.append(int(out[0].sum())))
         prompt_and_decode(model.hf)
         assert 0 < kept[0] < PROMPT.numel()
+
+
+def test_llama4_writes_text_from_the_multimodal_checkpoint(tmp_path: Path) -> None:
+    """Its images' tensors are skipped with a word."""
+    torch.manual_seed(0)
+    whole = AutoModelForImageTextToText.from_config(tiny_config("llama4"), dtype=torch.bfloat16)
+    for name, tensor in whole.state_dict().items():
+        if "inv_freq" not in name:
+            tensor.copy_(torch.randn(tensor.shape) * 0.1)
+    whole.save_pretrained(tmp_path / "checkpoint")
+    oracle = type(whole).from_pretrained(tmp_path / "checkpoint", dtype=torch.float32).eval()
+    said: list[str] = []
+    with load(tmp_path / "checkpoint", codec="bf16", progress=lambda phase, *_: said.append(phase)) as model:
+        assert torch.equal(prompt_and_decode(model.hf), prompt_and_decode(oracle))
+    assert any("vision" in phase or "multi_modal" in phase for phase in said)
 
 
 def test_longcat_is_read_as_it_is_published(tmp_path: Path) -> None:

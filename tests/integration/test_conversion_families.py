@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
@@ -14,8 +15,6 @@ from tests.support.checkpoints import FAMILIES, FEW, write_checkpoint
 pytestmark = pytest.mark.filterwarnings("ignore")  # upstream's, of models outside their usual sizes
 REFUSED = ("diffusion_gemma",)  # see test_families_refused.py
 REST = [family for family in FAMILIES if family not in (*FEW, *REFUSED)]
-# transformers sets this buffer's last value anew after loading, whatever the checkpoint says.
-REINITIALIZED = ("balancing_biases",)
 
 
 def expert_of_the_whole(state: dict[str, Tensor], layer: ExpertsModule, name: str, expert: int) -> Tensor:
@@ -46,8 +45,7 @@ def assert_same_bits(folder: Path) -> None:
             value = checkpoint.dense_tensor(name)
             assert (value.dtype, tuple(value.shape)) == (tensor.dtype, tensor.shape)
             assert torch.equal(torch.cat([*checkpoint.dense_chunks(name, 1000)]), value.reshape(-1).view(torch.uint8))
-            if not name.endswith(REINITIALIZED):
-                assert torch.equal(value.to(state[name].dtype), state[name]), name
+            assert torch.equal(value.to(state[name].dtype), state[name]), name
             seen.add(name)
         assert set(state) - seen <= set(reference.all_tied_weights_keys)
 
@@ -86,10 +84,25 @@ def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
         assert "lm_head.weight" not in checkpoint.dense
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "olmoe"])
+def test_experts_apart_and_fused_are_the_same(family: str, tmp_path: Path) -> None:
+    """The same weights under the names of the model itself, which transformers reads too."""
+    model = write_checkpoint(tmp_path / "apart", family)
+    write_checkpoint(tmp_path / "fused", family, shard_size="1GB")
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / "fused" / "model.safetensors", metadata={"format": "pt"})
+    assert_same_bits(tmp_path / "fused")
+    with Checkpoint(tmp_path / "apart") as apart, Checkpoint(tmp_path / "fused") as fused:
+        assert any("experts.0." in name for name in apart.tensors.entries)
+        assert not any("experts.0." in name for name in fused.tensors.entries)
+        for ordinal, layer in enumerate(apart.layers):
+            for expert in range(layer.num_experts):
+                one, other = apart.expert(ordinal, expert), fused.expert(ordinal, expert)
+                assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_experts_stored_fused_and_transposed(tmp_path: Path) -> None:
     """qwen3_vl_moe keeps `[E, in, out]` on the hub and transposes where the full shape says so."""
-    from safetensors.torch import load_file, save_file
-
     write_checkpoint(tmp_path, "qwen3_vl_moe", shard_size="1GB")
     tensors = load_file(tmp_path / "model.safetensors")
     for name, tensor in tensors.items():

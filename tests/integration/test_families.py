@@ -11,7 +11,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # upstream's, of models outsi
 
 ADAPTED = ("dbrx", "jetmoe", "llama4", "longcat_flash", "step3p7", "switch_transformers")
 APART = ("nllb-moe", "diffusion_gemma")  # see test_adapters.py and test_families_refused.py
-DEFAULT = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", *ADAPTED)
+DEFAULT = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoehybrid", *ADAPTED)
 REST = [family for family in FAMILIES if family not in (*DEFAULT, *APART)]
 
 

@@ -70,6 +70,8 @@ AUDIO: dict[str, Any] = {
     "downsample_hidden_size": 8,
     "max_source_positions": 64,
 }
+FOUR_LAYERS: dict[str, Any] = {"num_hidden_layers": 4}  # where only every fourth one has a cache of keys
+HYBRID: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 SPARSE: dict[str, Any] = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
 SAM: dict[str, Any] = {
     "hidden_size": 16,
@@ -119,7 +121,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "aria_text": {},
     "axk1": DEEPSEEK,
     "axk2": DEEPSEEK,
-    "bailing_hybrid": {},
+    "bailing_hybrid": HYBRID | {"num_key_value_heads": 4},
     "beam": DEEPSEEK | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "cohere2_moe": {},
     "deepseek_v2": DEEPSEEK | {"n_group": 1, "topk_method": "greedy"},
@@ -136,15 +138,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": DEEPSEEK,
     "glm_moe_dsa": DEEPSEEK,
     "granitemoe_swa": {},
-    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
+    "granitemoehybrid": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "layer_types": ["mamba", "attention", "mamba"],
+    },
     "granitemoeshared": {},
     "hunyuan_v1_moe": {},
     "hy_v3": {},
     "hy_v4": {},
     "inkling2_text": {},
     "inkling_text": {},
-    "jamba": {},
-    "kimi_linear": DEEPSEEK,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": DEEPSEEK | HYBRID,
     "kolibri1": {},
     "laguna": {},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
@@ -155,18 +162,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax_m3_vl_text": {},
     "nemotron_h": {},
     "phimoe": {},
-    "qwen3_5_moe_text": {},
-    "qwen3_next": {},
-    "qwen4_exp_text": {},
+    "qwen3_5_moe_text": FOUR_LAYERS,
+    "qwen3_next": FOUR_LAYERS,
+    "qwen4_exp_text": FOUR_LAYERS
+    | {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8}
+    | {"indexer_compress_ratio": 2},
     "solar_open": {},
     "zaya": {"num_experts_per_tok": 1},
-    "glm4v_moe": WITH_VISION,
+    "glm4v_moe": {
+        "text_config": COMMON | DEEPSEEK | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 0]}},
+        "vision_config": VISION,
+    },
     "mistral_large4": WITH_VISION,
-    "qwen3_5_moe": WITH_VISION,
+    "qwen3_5_moe": {"text_config": COMMON | FOUR_LAYERS, "vision_config": VISION},
     "qwen3_vl_moe": WITH_VISION,
     "deepseek_ocr2": OCR,
     "diffusion_gemma": {"text_config": COMMON | {"top_k_experts": 2}, "vision_config": VISION},
-    "glm5_next": {"text_config": COMMON | DEEPSEEK | {"qk_rope_head_dim": 0} | SPARSE, "vision_config": VISION},
+    "glm5_next": {"text_config": COMMON | DEEPSEEK | FOUR_LAYERS | {"qk_rope_head_dim": 0}, "vision_config": VISION},
     "mistral4": DEEPSEEK,
     "muse_spark": {
         "text_config": COMMON | {"moe_hidden_size": 24},
@@ -208,6 +220,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # Text and vision experts of different widths share one module list.
     "ernie4_5_vl_moe": {"text_config": COMMON | ERNIE_TEXT, "vision_config": VISION},
 }
+KEPT = ("inv_freq", "balancing_biases")  # computed, or set anew by transformers after loading
 FEW = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "olmoe")
 
 
@@ -229,7 +242,7 @@ def write_checkpoint(
     model = auto_class(config).from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point() and "inv_freq" not in name:
+            if tensor.is_floating_point() and not name.endswith(KEPT):
                 tensor.copy_(torch.randn(tensor.shape) * 0.1)
     model.save_pretrained(folder, max_shard_size=shard_size)
     return model

@@ -1,5 +1,7 @@
 """Which modules hold experts, and what one expert looks like."""
 
+import resource
+
 import pytest
 import torch
 from torch import nn
@@ -91,6 +93,14 @@ def test_nothing_of_a_skeleton_is_allocated_but_buffers() -> None:
     model = build_skeleton(config)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not any(buffer.is_meta for buffer in model.buffers())
+
+
+def test_not_even_zeros_are_allocated() -> None:
+    """Llama 4 makes its experts of zeros: 5 GB for one layer of Scout."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    config = tiny_config("llama4_text", hidden_size=5120, intermediate_size=8192, num_local_experts=16)
+    assert all(parameter.is_meta for parameter in build_skeleton(config).parameters())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB on Linux
 
 
 def test_projections_and_nothing_delicate() -> None:

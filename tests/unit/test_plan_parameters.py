@@ -102,3 +102,19 @@ def test_a_model_without_a_transformers_architecture_is_refused_by_the_name_of_i
     path: Path = CONFIGS / "GRIN-MoE.json"
     with pytest.raises(UnsupportedModelError, match=rf"^{path}: model type 'grinmoe' is not in transformers"):
         open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("family", "top_k"), [("switch_transformers", 1), ("nllb-moe", 2), ("dbrx", 3), ("longcat_flash", 5), ("jetmoe", 2)]
+)
+def test_families_outside_the_registry_say_their_top_k_elsewhere(family: str, top_k: int) -> None:
+    changes: dict[str, object] = {
+        "dbrx": {
+            "attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0},
+            "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 3},
+        },
+        "longcat_flash": {"moe_topk": 5, "num_layers": 1, "hidden_size": 64, "ffn_hidden_size": 32},
+        "jetmoe": {"num_experts_per_tok": 2},
+    }.get(family, {})
+    sizes = {"d_model": 64, "d_ff": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    assert describe_model(AutoConfig.for_model(family, **sizes, **changes)).top_k == top_k

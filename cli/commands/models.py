@@ -1,0 +1,58 @@
+"""`offload-moe models`: the families that can be run, and how each is verified."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from ..options import Subparsers, add_common_flags
+from ..progress import reporter
+
+if TYPE_CHECKING:
+    from offload_moe.checkpoint.catalog import Family
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "models",
+        help="which model families run",
+        description="List every family of Mixture-of-Experts models in the installed transformers: whether it runs, "
+        "how that is verified, and what is special about it. "
+        "whole model: the tests compare tiny models of it with transformers, bit for bit, from prompt to decode. "
+        "contract only: its experts are compared, but transformers has no text-generating model around them. "
+        "refused: loading it is an error that says why.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_common_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    with reporter() as report:
+        report("Loading libraries")
+        import transformers
+
+        from offload_moe.checkpoint.catalog import families
+
+        found = families()
+    if options.json:
+        print(json.dumps({"transformers": transformers.__version__, "families": [_entry(f) for f in found]}, indent=2))
+        return 0
+    _print(found)
+    num_whole = sum(family.verified == "whole model" for family in found)
+    print(f"{len(found)} families in transformers {transformers.__version__}, {num_whole} run.", file=sys.stderr)
+    return 0
+
+
+def _entry(family: "Family") -> dict[str, object]:
+    return asdict(family) | {"runs": family.verified == "whole model"}
+
+
+def _print(found: "list[Family]") -> None:
+    """Columns as wide as they must be, as `offload-moe list` has them."""
+    rows = [("FAMILY", "VERIFIED", "EXPERTS", "SPECIAL")]
+    rows += [(f.name, f.verified, "adapter" if f.has_adapter else "registry", ", ".join(f.special)) for f in found]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for name, verified, experts, special in rows:
+        print(f"{name:<{widths[0]}}  {verified:<{widths[1]}}  {experts:<{widths[2]}}  {special}".rstrip())
