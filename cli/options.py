@@ -30,6 +30,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--context", type=int, metavar="TOKENS", help="room for this many tokens (default: what fits, 8192 at most)"
     )
     group.add_argument("--policy", metavar="NAME", help="which experts to keep, such as lru")
+    group.add_argument(
+        "--hybrid",
+        choices=("off", "auto", "on"),
+        help="with a GPU: let the CPU compute experts that the link would bring too late (default: auto)",
+    )
     group.add_argument("--device", metavar="NAME", help="where to compute, such as cuda or cpu (default: a GPU if any)")
     group.add_argument("--dtype", choices=DTYPES, help="what to compute in (default: bf16 on a GPU, fp32 on the CPU)")
     group = parser.add_argument_group("reading a checkpoint (a store has its own)")
@@ -57,7 +62,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 def load_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """What the user chose of `offload_moe.load`'s arguments; the rest keeps its defaults there."""
-    names = ("vram", "ram", "context", "policy", "device", "dtype", "codec", "dense_codec", "revision")
+    names = ("vram", "ram", "context", "policy", "hybrid", "device", "dtype", "codec", "dense_codec", "revision")
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 

@@ -7,6 +7,7 @@ from offload_moe.sizes import format_size
 
 if TYPE_CHECKING:
     from offload_moe.chat import TurnStats
+    from offload_moe.schedule.counters import Counters
 
 ENDINGS = {
     "length": "stopped at {tokens:,} tokens, see /set max_new_tokens",
@@ -63,6 +64,7 @@ def full_statistics(stats: "TurnStats | None", memory_bytes: Mapping[str, int]) 
             ("expert hits", f"{counters.num_hits:,} of {counters.num_accesses:,} ({counters.hit_rate:.1%})"),
             ("delayed hits", f"{counters.num_delayed_hits:,}"),
             ("misses", f"{counters.num_misses:,}, {counters.num_evictions:,} evictions"),
+            *_hybrid_rows(counters),
             ("stall", f"{counters.stall_s:.2f} s"),
             ("read from disk", format_size(counters.disk_bytes)),
             ("sent to the device", format_size(counters.h2d_bytes)),
@@ -75,6 +77,17 @@ def peak_rows(peaks: Mapping[str, tuple[int, int]]) -> list[tuple[str, str]]:
     return [
         (f"{memory} at its peak", f"{format_size(peak)}, planned {format_size(planned)} with the context full")
         for memory, (planned, peak) in peaks.items()
+    ]
+
+
+def _hybrid_rows(counters: "Counters") -> list[tuple[str, str]]:
+    """What the CPU took off the link, and how well the times were foreseen."""
+    if not counters.num_computed_on_cpu:
+        return []
+    return [
+        ("computed on the CPU", f"{counters.num_computed_on_cpu:,} of the misses"),
+        ("CPU's share", f"{counters.cpu_s:.2f} s, {counters.cpu_predicted_s:.2f} s predicted"),
+        ("link's share", f"{counters.link_s:.2f} s, {counters.link_predicted_s:.2f} s predicted"),
     ]
 
 

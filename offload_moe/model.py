@@ -19,7 +19,7 @@ from offload_moe.generate import Prompt
 from offload_moe.lean import make_lean
 from offload_moe.moe.arithmetic import choose_arithmetic
 from offload_moe.moe.attach import BoundExperts, attach
-from offload_moe.moe.contract import ExpertsContract
+from offload_moe.moe.hybrid import Hybrid, HybridBinder
 from offload_moe.moe.lookahead import DEFAULT_DEPTH, Lookahead
 from offload_moe.moe.probe import find_probes
 from offload_moe.overflow import watch_overflow
@@ -176,6 +176,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     exact: bool = False,
     prefetch: int = DEFAULT_DEPTH,
+    hybrid: Hybrid = "auto",
     lean: bool = True,
     revision: str | None = None,
     token: str | None = None,
@@ -195,6 +196,8 @@ def load(
     that has it, fp16 on an older one, fp32 on the CPU.
     exact: CPU kernels keep activations in full precision, slower.
     lean: decode steps without the detours of the model's own code, see `offload_moe.lean`.
+    hybrid: with a device, whether the CPU computes some of the misses while others are copied: "auto" where kernels and
+    codec allow it, "on" or an error, "off" for results that never depend on where an expert was.
     prefetch: MoE layers to look ahead; 0 turns prefetch and warm starts off. It also turns itself off while it does not
     pay.
 
@@ -224,7 +227,7 @@ def load(
         skeleton=skeleton,
     )
     hierarchy = _make_hierarchy(store, placement, where, policy)
-    attach_experts(assembled, store, hierarchy, where, is_exact=exact, prefetch=prefetch)
+    attach_experts(assembled, store, hierarchy, where, is_exact=exact, prefetch=prefetch, hybrid=hybrid)
     if prefetch:
         warm_start(hierarchy, store.path)
     if lean:
@@ -256,18 +259,31 @@ def _make_hierarchy(store: Store, placement: Placement, device: torch.device, po
 
 
 def attach_experts(
-    assembled: Assembled, store: Store, hierarchy: Hierarchy, device: torch.device, *, is_exact: bool, prefetch: int
+    assembled: Assembled,
+    store: Store,
+    hierarchy: Hierarchy,
+    device: torch.device,
+    *,
+    is_exact: bool,
+    prefetch: int,
+    hybrid: Hybrid = "off",
 ) -> None:
-    """Bind every MoE layer of the model to the hierarchy."""
+    """Bind every MoE layer of the model to the hierarchy.
+
+    Raises: ConfigError when `hybrid` is on and cannot be.
+    """
     codec = get_codec(store.codec)
     lookahead = None
     if prefetch and not hierarchy.holds_every_expert:
         probes = find_probes(assembled.hf, assembled.layers)
         lookahead = Lookahead(probes, hierarchy.scheduler, PrefetchGovernor(), prefetch, hierarchy.ram)
+    bind = HybridBinder(hierarchy, codec, hybrid, lookahead) if hierarchy.num_slots("vram") else None
     bound = []
     for ordinal, layer in enumerate(assembled.layers):
         arithmetic = choose_arithmetic(layer.contract, layer.shape, codec, device, is_exact=is_exact)
+        split = bind(ordinal, layer, arithmetic) if bind is not None else None
         bound.append(
-            BoundExperts(ordinal, layer.num_experts, hierarchy.scheduler, hierarchy.record_of, arithmetic, lookahead)
+            split
+            or BoundExperts(ordinal, layer.num_experts, hierarchy.scheduler, hierarchy.record_of, arithmetic, lookahead)
         )
     attach(assembled.layers, bound)

@@ -37,11 +37,18 @@ def choose_arithmetic(
     """
     if device.type != "cpu":
         return DeviceArithmetic(module, shape, codec)
-    if codec.name != "bf16" and kernels.available() and not module.has_post_expert_norm:
-        activation = recognize_activation(module, is_interleaved=shape.is_interleaved)
-        if activation is not None and kernels.unsupported_reason(codec.name, shape) is None:
-            scale = quirks_of(module).pair_scale
-            return NativeArithmetic(
-                shape, codec, activation, has_gate=module.has_gate, pair_scale=scale, is_exact=is_exact
-            )
-    return ReferenceArithmetic(module, shape, codec)
+    native = native_arithmetic(module, shape, codec, is_exact=is_exact) if codec.name != "bf16" else None
+    return native or ReferenceArithmetic(module, shape, codec)
+
+
+def native_arithmetic(
+    module: ExpertsContract, shape: ExpertShape, codec: Codec, *, is_exact: bool
+) -> NativeArithmetic | None:
+    """The native kernels for these experts; None where they do not fit, or are not installed."""
+    if not kernels.available() or module.has_post_expert_norm or kernels.unsupported_reason(codec.name, shape):
+        return None
+    activation = recognize_activation(module, is_interleaved=shape.is_interleaved)
+    if activation is None:
+        return None
+    scale = quirks_of(module).pair_scale
+    return NativeArithmetic(shape, codec, activation, has_gate=module.has_gate, pair_scale=scale, is_exact=is_exact)

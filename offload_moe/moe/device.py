@@ -43,20 +43,20 @@ class DeviceArithmetic:
         """hidden ``[T, H]``, weights ``[T, K]`` -> ``[T, H]`` in the hidden dtype."""
         if not routing.experts:
             return torch.zeros_like(hidden)
-        pairs = RoutedPairs(hidden, weights if self._pair_scale == 1 else weights * self._pair_scale, routing)
-        total = AscendingSum(pairs, hidden)
-        place_of = {expert: index for index, expert in enumerate(routing.experts)}
+        layer = self.begin(hidden, weights, routing, record_of)
         for wave in lease:
-            for group in _groups(wave, place_of, routing):
-                outputs = self._compute([(pairs.rows(index), record_of(slot)) for index, slot in group])
-                scaled = torch.empty_like(outputs, dtype=hidden.dtype)
-                torch.mul(outputs, pairs.weights([index for index, _ in group]), out=scaled)
-                sizes = [routing.offsets[index + 1] - routing.offsets[index] for index, _ in group]
-                for (index, _), rows in zip(group, scaled.split(sizes), strict=True):
-                    total.add(index, rows)
-        return total.value()
+            layer.add_wave(wave)
+        return layer.value()
 
-    def _compute(self, group: list[tuple[Tensor, Tensor]]) -> Tensor:
+    @torch.no_grad()
+    def begin(
+        self, hidden: Tensor, weights: Tensor, routing: Routing, record_of: Callable[[int], Tensor]
+    ) -> "DeviceLayer":
+        """The layer with no expert computed yet; there is at least one."""
+        weights = weights if self._pair_scale == 1 else weights * self._pair_scale
+        return DeviceLayer(self, hidden, weights, routing, record_of)
+
+    def compute(self, group: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Rows ``[t, H]`` and record of each expert -> their outputs ``[p, H]``, one below the other."""
         x = _concatenate([self._first(rows, record) for rows, record in group])
         if self._must_interleave:
@@ -69,6 +69,52 @@ class DeviceArithmetic:
         if self._module.has_post_expert_norm:
             outputs = [self._module.post_expert_norm(output) for output in outputs]
         return _concatenate(outputs)
+
+
+class DeviceLayer:
+    """One layer of one forward: experts are added in any order, on the device or computed elsewhere."""
+
+    def __init__(
+        self,
+        arithmetic: DeviceArithmetic,
+        hidden: Tensor,
+        weights: Tensor,
+        routing: Routing,
+        record_of: Callable[[int], Tensor],
+    ) -> None:
+        self._arithmetic = arithmetic
+        self._hidden = hidden
+        self._routing = routing
+        self._record_of = record_of
+        self._pairs = RoutedPairs(hidden, weights, routing)
+        self._total = AscendingSum(self._pairs, hidden)
+        self._place_of = {expert: index for index, expert in enumerate(routing.experts)}
+
+    @property
+    def device(self) -> torch.device:
+        return self._hidden.device
+
+    @torch.no_grad()
+    def add_wave(self, wave: Wave) -> None:
+        """Compute these experts from their slots."""
+        for group in _groups(wave, self._place_of, self._routing):
+            indices = [index for index, _ in group]
+            records = [(self._pairs.rows(index), self._record_of(slot)) for index, slot in group]
+            self.add_outputs(indices, self._arithmetic.compute(records))
+
+    @torch.no_grad()
+    def add_outputs(self, indices: list[int], outputs: Tensor) -> None:
+        """outputs ``[p, H]`` of ``routing.experts[index]``, one below the other, before their routing weights."""
+        scaled = torch.empty_like(outputs, dtype=self._hidden.dtype)
+        torch.mul(outputs, self._pairs.weights(indices), out=scaled)
+        offsets = self._routing.offsets
+        sizes = [offsets[index + 1] - offsets[index] for index in indices]
+        for index, rows in zip(indices, scaled.split(sizes), strict=True):
+            self._total.add(index, rows)
+
+    def value(self) -> Tensor:
+        """``[T, H]`` in the hidden dtype, once every expert is added."""
+        return self._total.value()
 
 
 class RoutedPairs:

@@ -69,6 +69,23 @@ class NativeArithmetic:
         self._kernel.forward_token(x, [record.data_ptr() for record in records], weights, out, mode=self._mode)
         return out.to(hidden.dtype)
 
+    def outputs(self, hidden: Tensor, routing: Routing, indices: list[int], records: list[Tensor]) -> Tensor:
+        """What ``routing.experts[index]`` make of their tokens, before routing weights: fp32 ``[p, H]``, one by one.
+
+        hidden: ``[T, H]`` on the CPU. records: of the same experts in the same order.
+        """
+        tokens: list[int] = []
+        offsets = [0]
+        for index in indices:
+            tokens += routing.tokens[routing.pairs(index)]
+            offsets.append(len(tokens))
+        x = hidden[torch.tensor(tokens)]
+        x = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+        out = torch.zeros(len(tokens), x.shape[1])
+        rows, weights = range(len(tokens)), [1.0] * len(tokens)
+        self._kernel.forward(x, records, offsets, rows, weights, out, mode=self._mode, accumulate=True)
+        return out
+
     def _compute_wave(
         self,
         wave: Wave,

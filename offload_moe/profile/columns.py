@@ -38,6 +38,7 @@ class Forward:
     scores: dict[int, Tensor | None] = field(default_factory=dict)
     outcomes: list[list[tuple[int, Sequence[int], Sequence[int]]]] = field(init=False)
     prefetches: list[list[tuple[int, int]]] = field(init=False)
+    on_cpu: list[tuple[int, Sequence[int]]] = field(default_factory=list)  # layer, experts: with a device tier
 
     def __post_init__(self) -> None:
         self.outcomes = [[] for _ in range(self.num_tiers)]
@@ -68,6 +69,9 @@ class Forward:
             marks=np.array([begins, self.ends]),
             codes=[self._codes(notes, num_experts) if notes else None for notes in self.outcomes],
             issued=self._issued(),
+            on_cpu=self._codes(((layer, [], experts) for layer, experts in self.on_cpu), num_experts) == MISS
+            if self.on_cpu
+            else None,
         )
 
     def _codes(self, notes: Iterable[tuple[int, Sequence[int], Sequence[int]]], num_experts: int) -> Array:
@@ -99,6 +103,7 @@ class PackedForward:
     marks: Array  # [2, L, C]: before and after each layer
     codes: list[Array | None]  # per tier [L, E]: HIT, DELAYED_HIT or MISS; None where all were hits
     issued: Array  # [L, R] prefetches
+    on_cpu: Array | None  # [L, E] bool: computed on the CPU beside a device; None where no expert was
 
 
 def to_columns(forwards: Sequence[PackedForward], routers: Sequence[Router | None], num_experts: int) -> Columns:
@@ -113,7 +118,7 @@ def to_columns(forwards: Sequence[PackedForward], routers: Sequence[Router | Non
         "token_ids": torch.cat([forward.input_ids for forward in forwards]).cpu().numpy().astype(np.int32),
         "outcomes": _outcomes(forwards, experts),
         "is_prompt": np.repeat([forward.is_prompt for forward in forwards], num_tokens),
-        "computed_on_cpu": np.full(experts.shape, forwards[0].index[0].device.type == "cpu"),
+        "computed_on_cpu": _computed_on_cpu(forwards, experts),
         "num_tokens": num_tokens,
         "is_new": np.array([forward.is_new for forward in forwards]),
         **_measured(forwards),
@@ -157,6 +162,19 @@ def _outcomes(forwards: Sequence[PackedForward], experts: Array) -> Array:
         for tier, codes in enumerate(forward.codes):
             if codes is not None:
                 found[rows, ..., tier] = codes[layers, experts[rows]]
+    return found
+
+
+def _computed_on_cpu(forwards: Sequence[PackedForward], experts: Array) -> Array:
+    """[T, L, K] bool. With a device tier (two tiers) only what was split off; without one, everything."""
+    has_device = len(forwards[0].codes) > 1
+    found = np.full(experts.shape, not has_device)
+    layers, row = np.arange(experts.shape[1])[:, None], 0
+    for forward in forwards:
+        rows = slice(row, row + len(forward.input_ids))
+        row = rows.stop
+        if forward.on_cpu is not None:
+            found[rows] = forward.on_cpu[layers, experts[rows]]
     return found
 
 

@@ -155,6 +155,12 @@ class TierObserver:
         if forward is not None and (arriving or missing):
             forward.outcomes[self._tier].append((layer, arriving, missing))
 
+    def computed_on_cpu(self, layer: int, experts: Sequence[int]) -> None:
+        forward = self._recorder._current
+        if forward is not None:
+            forward.outcomes[self._tier].append((layer, [], experts))
+            forward.on_cpu.append((layer, experts))
+
     def prefetched(self, layer: int, num_started: int) -> None:
         forward = self._recorder._current
         if forward is not None:

@@ -16,6 +16,11 @@ class Counters:
     num_prefetches: int = 0
     num_useful_prefetches: int = 0
     num_cancelled_prefetches: int = 0  # found wrong before they were read
+    num_computed_on_cpu: int = 0  # of the misses, with a device tier
+    cpu_s: float = 0.0  # until the CPU's share of the misses was computed, and what was predicted
+    cpu_predicted_s: float = 0.0
+    link_s: float = 0.0  # until the others had been copied, in layers that were split, and what was predicted
+    link_predicted_s: float = 0.0
     stall_s: float = 0.0
     disk_bytes: int = 0
     h2d_bytes: int = 0

@@ -16,6 +16,7 @@ from offload_moe.tiers.arena import CHUNK_BYTES, Arena, whole_chunks
 from offload_moe.tiers.copier import Copier
 from offload_moe.tiers.device import DeviceMover, DeviceSlots
 from offload_moe.tiers.mover import Mover
+from offload_moe.tiers.pace import LinkPace
 
 Tier = Literal["ram", "vram"]
 OUTGROWN = 1.5  # a policy is made for a number of slots; this many times more or fewer, and another is made
@@ -66,6 +67,11 @@ class Hierarchy:
     def holds_every_expert(self) -> bool:
         """Whether the fast tier has a slot for each: then nothing is ever evicted."""
         return self._is_whole(self.scheduler.residency.num_slots)
+
+    @property
+    def link(self) -> LinkPace:
+        """What copies to the device cost lately; only with a device tier."""
+        return self._device_mover.pace
 
     def num_slots(self, tier: Tier) -> int:
         """Slots of a tier now; 0 VRAM slots without a device tier."""

@@ -64,18 +64,30 @@ class Scheduler:
         self._bytes_counter = bytes_counter
         self._bytes_counters = self.counters
 
-    def acquire(self, layer: int, experts: Sequence[int], weights: Sequence[float] | None = None) -> "Lease":
+    def acquire(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        weights: Sequence[float] | None = None,
+        *,
+        on_cpu: Sequence[int] = (),
+    ) -> "Lease":
         """Lease what is resident, start loading what is not. Does not wait.
 
-        experts: distinct ids; weights: their routing weights, which a policy may use.
+        experts: distinct ids; weights: their routing weights, which a policy may use. on_cpu: other experts of the
+        layer that are computed from the tier below: they are routed to and missed here, but not loaded.
         """
         first = layer * self.num_experts
         keys = [first + expert for expert in experts]
         with self.changed:
+            seen = keys
+            if on_cpu:
+                self._note_on_cpu(layer, on_cpu)
+                seen = sorted([*keys, *(first + expert for expert in on_cpu)])
             if self._flying and self.is_asked_by_layer:
-                self._drop_wrong_guesses(layer, keys)
-            self.residency.policy.access(layer, keys, weights)
-            self.uses.note(keys)
+                self._drop_wrong_guesses(layer, seen)
+            self.residency.policy.access(layer, seen, None if on_cpu else weights)
+            self.uses.note(seen)
             return Lease(self, first, keys)
 
     def hold(self, layer: int, experts: Sequence[int]) -> list[int] | None:
@@ -110,6 +122,15 @@ class Scheduler:
             self.mover.used(slots)
             self.residency.release_all(slots)
             self.changed.notify_all()
+
+    def is_resident(self, layer: int, expert: int) -> bool:
+        """Whether the expert is in a slot and complete (lock held by whoever relies on it)."""
+        slot = self.residency.find(layer * self.num_experts + expert)
+        return slot is not None and self.residency.is_resident(slot)
+
+    def is_known(self, layer: int, expert: int) -> bool:
+        """Whether the expert is in a slot or on its way to one (lock held by whoever relies on it)."""
+        return self.residency.find(layer * self.num_experts + expert) is not None
 
     def prefetch(self, layer: int, experts: Sequence[int], keep: Collection[int] = ()) -> int:
         """Start loading experts nobody asked for yet, as far as slots can be had. Returns how many were started.
@@ -223,6 +244,12 @@ class Scheduler:
         """Let another policy decide from now on."""
         with self.changed:
             self.residency.use_policy(policy)
+
+    def _note_on_cpu(self, layer: int, experts: Sequence[int]) -> None:
+        self.counters.num_misses += len(experts)
+        self.counters.num_computed_on_cpu += len(experts)
+        if self.observer is not None:
+            self.observer.computed_on_cpu(layer, experts)
 
     def count_bytes_in(self, counters: Counters) -> None:
         """Add moved bytes to another tier's counters from now on."""

@@ -12,6 +12,7 @@ from offload_moe.sizes import format_size
 from offload_moe.tiers.arena import CHUNK_BYTES
 from offload_moe.tiers.copier import Copier, Marker
 from offload_moe.tiers.mover import Arrived
+from offload_moe.tiers.pace import LinkPace
 from offload_moe.tiers.workers import TransferWorkers
 
 NUM_LOADERS = 4  # experts on their way at once: each may be waiting for a disk read of its own
@@ -79,6 +80,7 @@ class DeviceMover:
         self._copier = copier
         self._slots = slots
         self._borrow = borrow
+        self.pace = LinkPace()
         self._readers: dict[int, dict[int, Marker]] = {}  # slot -> stream -> the point behind its last reader there
         self._workers = TransferWorkers(NUM_LOADERS, "expert-h2d")
 
@@ -119,13 +121,17 @@ class DeviceMover:
     def _copy(self, key: int, slot: int, record: Tensor) -> None:
         """The slot's readers are forgotten only once it is overwritten: a load that fails leaves them to the next."""
         readers = self._readers.get(slot, {})
+        began, has_arrived = self.pace.begin(), False
         try:
             arrival = self._copier.copy(record, self._slots.slot(slot)[: record.numel()], after=readers.values())
             arrival.wait()
+            has_arrived = True
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise TransferError(
                 f"Copying expert record {key} ({record.numel()} bytes) to the device failed: {reason}. "
                 "Load the model again; a smaller --vram helps if the device ran out of memory."
             ) from error
+        finally:
+            self.pace.end(began, has_arrived=has_arrived)
         readers.clear()

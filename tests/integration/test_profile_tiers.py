@@ -7,7 +7,9 @@ import pytest
 from support.offload import offload
 from support.tiny_models import tiny_model, tiny_prompt
 
+from offload_moe import kernels
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
+from offload_moe.moe.device import DeviceArithmetic
 from offload_moe.profile.costs import costs
 from offload_moe.profile.recorder import RecordedTier, Subject, record
 from offload_moe.schedule.counters import Counters
@@ -89,3 +91,20 @@ def test_the_report_has_both_tiers(run: Any) -> None:
     assert found.time.token_s == pytest.approx(
         found.time.experts_s + sum(found.time.stall_s.values()) + found.time.rest_s + found.time.between_s
     )
+
+
+@pytest.mark.skipif(not kernels.available(), reason="the CPU's share needs the native kernels")
+def test_what_the_cpu_computed_is_in_the_trace() -> None:
+    original = tiny_model("qwen3_moe")
+    copier = SimulatedCopier(latency_s=0.005)
+    model, _ = offload(original, "nf4", NUM_RAM, copier, NUM_DEVICE, DeviceArithmetic, hybrid="on")
+    subject, hierarchy = subject_of(model, find_experts(original))
+    with record(subject) as recorder:
+        model.generate(input_ids=tiny_prompt(1, 1)[0], max_new_tokens=20, do_sample=False, eos_token_id=None)
+    hierarchy.close()
+    trace = recorder.trace()
+    assert trace.computed_on_cpu is not None
+    assert trace.outcomes is not None
+    assert trace.computed_on_cpu.sum() == hierarchy.counters.num_computed_on_cpu > 0
+    assert (trace.outcomes[trace.computed_on_cpu, 0] == MISS).all()
+    assert (trace.outcomes[..., 0] == MISS).sum() == hierarchy.counters.num_misses

@@ -13,6 +13,7 @@ from offload_moe.checkpoint.experts import find_experts
 from offload_moe.moe.arithmetic import Arithmetic
 from offload_moe.moe.attach import BoundExperts, attach, detach_parameters
 from offload_moe.moe.contract import ExpertsContract
+from offload_moe.moe.hybrid import Hybrid, HybridBinder
 from offload_moe.moe.per_expert import ReferenceArithmetic
 from offload_moe.quant import Codec, ExpertShape, get_codec
 from offload_moe.quant.layout import RECORD_ALIGNMENT, round_up
@@ -57,6 +58,7 @@ def offload(
     num_device_slots: int = 0,
     arithmetic: Callable[[ExpertsContract, ExpertShape, Codec], Arithmetic] = ReferenceArithmetic,
     slots_per_chunk: int = 1000,
+    hybrid: Hybrid = "off",
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The attached model, with its `hierarchy`, and an eager one whose experts are the dequantized ones."""
     codec = get_codec(codec_name)
@@ -81,15 +83,13 @@ def offload(
     )
     attached.hierarchy = hierarchy = Hierarchy(pools, lambda arena: MemoryMover(records, arena), copier)
     detach_parameters(layers)
-    bound = [
-        BoundExperts(
-            ordinal,
-            num_experts,
-            hierarchy.scheduler,
-            hierarchy.record_of,
-            arithmetic(layer.module, layer.shape, codec),
+    bind = HybridBinder(hierarchy, codec, hybrid) if num_device_slots else None
+    bound = []
+    for ordinal, layer in enumerate(layers):
+        made = arithmetic(layer.module, layer.shape, codec)
+        bound.append(
+            (bind and bind(ordinal, layer, made))
+            or BoundExperts(ordinal, num_experts, hierarchy.scheduler, hierarchy.record_of, made)
         )
-        for ordinal, layer in enumerate(layers)
-    ]
     attach(layers, bound)
     return attached, oracle

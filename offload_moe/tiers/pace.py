@@ -1,0 +1,49 @@
+"""What things cost lately: seconds per record on the link, measured while everything else runs too."""
+
+import threading
+import time
+
+NEWEST_SHARE = 0.2  # of the newest measurement in the running estimate
+
+
+class RunningCost:
+    """Seconds of one piece of work, as measured lately; None before the first measurement."""
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None
+
+    def note(self, seconds: float) -> None:
+        self.seconds = seconds if self.seconds is None else self.seconds + NEWEST_SHARE * (seconds - self.seconds)
+
+
+class LinkPace:
+    """Copies queue behind one another: one costs the time since it began, or since the one before it arrived."""
+
+    def __init__(self) -> None:
+        self.cost = RunningCost()
+        self.last_arrival = 0.0  # time.perf_counter()
+        self._began: list[float] = []
+        self._lock = threading.Lock()
+
+    def begin(self) -> float:
+        """A copy is issued now. Returns what `end` wants to know."""
+        with self._lock:
+            began = time.perf_counter()
+            self._began.append(began)
+            return began
+
+    def end(self, began: float, *, has_arrived: bool) -> None:
+        with self._lock:
+            self._began.remove(began)
+            if has_arrived:
+                now = time.perf_counter()
+                self.cost.note(now - max(began, self.last_arrival))
+                self.last_arrival = now
+
+    def busy_s(self) -> float:
+        """Seconds until the copies under way should have arrived; 0 when the link is idle."""
+        with self._lock:
+            if not self._began:
+                return 0.0
+            since = time.perf_counter() - max(self._began[0], self.last_arrival)
+            return max(1e-6, len(self._began) * (self.cost.seconds or 0.0) - since)
