@@ -30,7 +30,7 @@ class Int8Codec(BlockwiseCodec):
 
     def decode_matrix(self, planes: Mapping[str, Tensor]) -> Tensor:
         codes = planes["codes"]
-        return (codes.view(-1, BLOCK).float() * planes["scales"][:, None]).view(codes.shape)
+        return (codes.view(-1, BLOCK) * planes["scales"][:, None]).view(codes.shape)
 
     def is_finite(self, planes: Mapping[str, Tensor]) -> bool:
         return bool(planes["scales"].isfinite().all())
