@@ -167,7 +167,7 @@ class Rig:
                 EXPERTS,
                 self.scheduler,
                 self.hierarchy.record_of,
-                choose_arithmetic(layer.module, layer.shape, codec, torch.device("cpu")),
+                choose_arithmetic(layer.contract, layer.shape, codec, torch.device("cpu")),
                 lookahead,
             )
             for ordinal, layer in enumerate(layers)

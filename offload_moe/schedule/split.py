@@ -66,8 +66,11 @@ class Balance:
 
     def _trial(self, absent: Sequence[int], unread: Sequence[int], busy_s: float, link: float) -> Split:
         """One expert for the CPU, whose cost is not known or was measured long ago."""
-        tried, *copied = [*absent, *unread] or [None]
-        if tried is None:
+        waiting = [*absent, *unread]
+        if not waiting:
             return Split(link_s=busy_s)
         self._num_splits_without_cpu = 0
-        return Split(copied=copied, on_cpu=[tried], link_s=busy_s + link * len(copied), cpu_s=self.cpu.seconds or 0.0)
+        copied = waiting[1:]
+        return Split(
+            copied=copied, on_cpu=waiting[:1], link_s=busy_s + link * len(copied), cpu_s=self.cpu.seconds or 0.0
+        )
