@@ -75,7 +75,7 @@ class BoundExperts:
     ) -> Tensor | None:
         """A decode step whose experts are all resident; None where the general way has to be taken."""
         ids: list[int] = top_k_index.tolist()[0]
-        weight_of: dict[int, float] = dict(zip(ids, top_k_weights.tolist()[0], strict=True))
+        weight_of: dict[int, float] = dict(zip(ids, arithmetic.scaled(top_k_weights).tolist()[0], strict=True))
         experts = sorted(weight_of)
         if len(experts) < len(ids) or experts[-1] >= self._num_experts:
             return None

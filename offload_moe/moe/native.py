@@ -47,7 +47,7 @@ class NativeArithmetic:
     ) -> Tensor:
         """hidden ``[T, H]``, weights ``[T, K]`` -> ``[T, H]`` in the hidden dtype."""
         x = hidden.contiguous() if hidden.dtype in (torch.float32, torch.bfloat16) else hidden.float()
-        pair_weights = self._pair_weights(weights if self._pair_scale == 1 else weights * self._pair_scale, routing)
+        pair_weights = self._pair_weights(self.scaled(weights), routing)
         waves = iter(lease)
         first = next(waves, [])
         if len(first) == len(routing.experts):
@@ -61,6 +61,10 @@ class NativeArithmetic:
         for wave in waves:
             self._compute_wave(wave, x, pair_weights, routing, record_of, pairs)
         return self._add_pairs(pairs, routing, hidden)
+
+    def scaled(self, weights: Tensor) -> Tensor:
+        """Routing weights as the family applies them."""
+        return weights if self._pair_scale == 1 else weights * self._pair_scale
 
     def one_token(self, hidden: Tensor, weights: Sequence[float], records: Sequence[Tensor]) -> Tensor:
         """hidden ``[1, H]``, a weight and a record per expert, by ascending id -> ``[1, H]``: the bits of `forward`."""

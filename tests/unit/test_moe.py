@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.offload import offload
 from support.tiny_models import FAMILIES, tiny_model
 
 from offload_moe import kernels
@@ -70,3 +71,25 @@ def test_the_choice_of_arithmetic() -> None:
     assert isinstance(choose("bf16", "cpu"), ReferenceArithmetic)
     assert isinstance(choose("nf4", "cuda"), DeviceArithmetic)
     assert isinstance(choose("nf4", "cpu"), NativeArithmetic if kernels.available() else ReferenceArithmetic)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="needs the native kernels")
+def test_a_familys_scale_holds_for_a_single_token_too() -> None:
+    """One resident token takes a way of its own through the kernel, which once forgot the scale."""
+
+    def run(scale: float) -> torch.Tensor:
+        attached, _ = offload(
+            tiny_model("qwen3_moe"),
+            "nf4",
+            24,
+            arithmetic=lambda module, shape, codec: NativeArithmetic(
+                shape, codec, Activation(name="silu"), has_gate=True, pair_scale=scale
+            ),
+        )
+        bound = next(module._offload_moe for module in attached.modules() if hasattr(module, "_offload_moe"))
+        routed = torch.ones(1, 64), torch.tensor([[0, 2, 5]]), torch.full((1, 3), 0.3)
+        bound(*routed)
+        return bound(*routed)
+
+    assert torch.allclose(run(0.5), 0.5 * run(1.0), rtol=1e-5)
+    assert run(1.0).any()
