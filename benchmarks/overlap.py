@@ -131,7 +131,8 @@ class Rig:
 
         from offload_moe.moe.arithmetic import choose_arithmetic
         from offload_moe.moe.attach import BoundExperts, attach
-        from offload_moe.moe.lookahead import Lookahead, find_probes
+        from offload_moe.moe.lookahead import Lookahead
+        from offload_moe.moe.probe import find_probes
         from offload_moe.quant import get_codec
         from offload_moe.schedule.hierarchy import Hierarchy, Pools
 

@@ -19,6 +19,7 @@ from offload_moe.generate import Prompt
 from offload_moe.lean import make_lean
 from offload_moe.moe.arithmetic import choose_arithmetic
 from offload_moe.moe.attach import BoundExperts, attach
+from offload_moe.moe.contract import ExpertsContract
 from offload_moe.moe.hybrid import Hybrid, HybridBinder
 from offload_moe.moe.lookahead import DEFAULT_DEPTH, Lookahead
 from offload_moe.moe.probe import find_probes

@@ -62,8 +62,8 @@ class HybridExperts(BoundExperts):
             num_hits = sum(self._scheduler.is_resident(self._layer, expert) for expert in on_device)
             lease = self._scheduler.acquire(self._layer, on_device, on_cpu=split.on_cpu)
         with lease:
-            if self._lookahead is not None:
-                self._lookahead.after_acquire(self._layer, hidden, routing.experts, top_k_index.shape[-1])
+            if self.lookahead is not None:
+                self.lookahead.after_acquire(self._layer, hidden, routing.experts, top_k_index.shape[-1])
             layer = self._device.begin(hidden, top_k_weights, routing, self._record_of)
             waves = iter(lease)
             if num_hits:
@@ -133,7 +133,7 @@ class HybridBinder:
         self._is_required = hybrid == "on"
         # A lossless store promises the same bits wherever an expert is computed.
         self._is_wanted = self._is_required or (hybrid == "auto" and codec.name != "bf16")
-        self._lookahead = lookahead
+        self.lookahead = lookahead
         self._balance = Balance(hierarchy.link.cost)
 
     def __call__(self, ordinal: int, layer: ExpertsModule, arithmetic: Arithmetic) -> HybridExperts | None:
@@ -143,7 +143,7 @@ class HybridBinder:
         cpu = native_arithmetic(layer.contract, layer.shape, self._codec, is_exact=True)
         if cpu is not None and isinstance(arithmetic, DeviceArithmetic):
             return HybridExperts(
-                ordinal, layer.num_experts, self._hierarchy, arithmetic, cpu, self._balance, self._lookahead
+                ordinal, layer.num_experts, self._hierarchy, arithmetic, cpu, self._balance, self.lookahead
             )
         if self._is_required:
             reason = (
