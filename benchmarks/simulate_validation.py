@@ -21,8 +21,8 @@ from harness import finish, spread
 HERE = Path(__file__).parent
 FITTED = (1.0, 0.3, 0.75)
 VALIDATED = (0.2, 0.4, 0.5, 0.9)
-NUM_ANSWERS, NUM_WARM_UP = 2, 1
-SETTINGS = {"demo": {"tokens": 32, "prompt_tokens": 16}, "olmoe": {"tokens": 20, "prompt_tokens": 16}}
+NUM_ANSWERS, NUM_WARM_UP = 3, 1
+SETTINGS = {"demo": {"tokens": 64, "prompt_tokens": 16}, "olmoe": {"tokens": 24, "prompt_tokens": 16}}
 
 
 def main() -> None:
