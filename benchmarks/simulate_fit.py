@@ -9,7 +9,8 @@ from typing import Any
 from offload_moe.simulate import DiskModel, RunCosts, Simulation, VirtualPools, answers_of, simulate
 from offload_moe.trace import Trace
 
-STEPS = 10  # of a search by halves
+STEPS = 6  # of a search by halves
+PROBE_S = 1e-3
 
 
 class Fitter:
@@ -26,22 +27,25 @@ class Fitter:
         partial = [share for share in shares if share < 1]
         whole_s = self._token_s(1.0)
 
-        def busy_error(seconds: float) -> float:
-            self._costs = replace(self._costs, partial_host_s=seconds)
-            return self._mean_log(
-                partial,
-                lambda s: s.token_s - s.stall_s,
-                lambda share: max(whole_s, self._token_s(share) - self._median(share, "stall_s")),
-            )
+        def busy_s() -> float:
+            """Simulated, beside stalls: it grows by the same for every second a partial layer costs, or nearly."""
+            return statistics.mean(s.token_s - s.stall_s for s in self._simulations(partial))
 
         def stall_error(log_seconds_per_byte: float) -> float:
             rate = math.exp(-log_seconds_per_byte)
             self._disk = replace(self._disk, bytes_per_s=rate, stream_bytes_per_s=rate / 2)
-            return self._mean_log(partial, lambda s: s.stall_s, lambda share: self._median(share, "stall_s"))
+            return statistics.mean(s.stall_s for s in self._simulations(partial)) - stalled
 
-        for _ in range(2):  # what is busy hides reads, and what is read late is no work
-            _search(busy_error, 0.0, 10e-3)
-            _search(stall_error, -math.log(50e9), -math.log(5e6))
+        busy = statistics.mean(max(whole_s, self._token_s(s) - self._median(s, "stall_s")) for s in partial)
+        stalled = statistics.mean(self._median(share, "stall_s") for share in partial)
+        without = busy_s()
+        self._costs = replace(self._costs, partial_host_s=PROBE_S)
+        with_probe = busy_s()
+        self._costs = replace(self._costs, partial_host_s=max(0.0, (busy - without) / (with_probe - without)) * PROBE_S)
+        _search(stall_error, -math.log(20e9), -math.log(20e6))
+
+    def _simulations(self, shares: Sequence[float]) -> list[Simulation]:
+        return [self.simulate(share) for share in shares]
 
     def simulate(self, share: float) -> Simulation:
         measured = self._measured
@@ -80,14 +84,6 @@ class Fitter:
 
     def _median(self, share: float, name: str) -> float:
         return statistics.median(trial[name] for trial in self._measured["budgets"][str(share)])
-
-    def _mean_log(
-        self, shares: Sequence[float], simulated: Callable[[Simulation], float], measured: Callable[[float], float]
-    ) -> float:
-        """Positive where the simulation is too slow."""
-        return statistics.mean(
-            math.log(max(simulated(self.simulate(s)), 1e-6) / max(measured(s), 1e-6)) for s in shares
-        )
 
 
 def _search(error: Callable[[float], float], low: float, high: float) -> None:
