@@ -10,11 +10,12 @@ from pathlib import Path
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.source import looks_like_hub_id, metadata_files, resolve_source
+from offload_moe.conversion import plan_conversion
 from offload_moe.errors import ConfigError, StoreError
 from offload_moe.quant import get_codec
-from offload_moe.quantize import plan_conversion
 from offload_moe.store import Piece, Progress, Store, durable
 from offload_moe.store.manifest_json import read_manifest
+from offload_moe.store.plan import Blob, header_of
 from offload_moe.store.progress import OnProgress, ignore_progress
 from offload_moe.store.reading import forget_cached
 from offload_moe.store.writer import Payload
@@ -121,18 +122,22 @@ def _origin(store: Store, source: str | Path | None) -> tuple[str | Path, str | 
 
 def _payloads(store: Store, checkpoint: Checkpoint) -> Iterator[tuple[tuple[Path, int, int], _Payload]]:
     """(file, offset, length) of every piece that this checkpoint can make, and how."""
-    files, jobs = plan_conversion(checkpoint, get_codec(store.codec), get_codec(store.dense_codec))
-    blobs = [(file, blob, offset) for file in files for blob, offset in zip(file.blobs, file.offsets(), strict=True)]
-    for (file, blob, offset), job in zip(blobs, jobs, strict=True):
-        yield (store.path / file.name, offset, blob.num_bytes), partial(_join, job)
-    for file in files:
-        yield (store.path / file.name, 0, len(file.header)), partial(bytes, file.header)
+    _, jobs = plan_conversion(checkpoint, get_codec(store.codec), get_codec(store.dense_codec))
+    blobs: dict[Path, list[tuple[int, Blob]]] = {}
+    for job in jobs:
+        if (found := store.place_of(job.blob.name)) is not None:
+            path, offset, num_bytes = found
+            blobs.setdefault(path, []).append((offset, job.blob))
+            yield (path, offset, num_bytes), partial(_join, job.make)
+    for path, inside in blobs.items():
+        header = header_of([blob for _, blob in sorted(inside, key=lambda pair: pair[0])])
+        yield (path, 0, len(header)), partial(bytes, header)
     for name, path in metadata_files(checkpoint.folder).items():
         yield (store.path / name, 0, path.stat().st_size), path.read_bytes
 
 
-def _join(job: Callable[[], Payload]) -> bytes:
-    return b"".join(job())
+def _join(make: Callable[[], Payload]) -> bytes:
+    return b"".join(make())
 
 
 def _error_of(piece: Piece) -> StoreError | None:

@@ -22,6 +22,11 @@ def add_parser(subparsers: Subparsers) -> None:
         "--dense-codec", choices=DENSE_CODECS, default="bf16", help="format of the rest (default: bf16)"
     )
     parser.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
+    parser.add_argument(
+        "--delete-source-shards",
+        action="store_true",
+        help="of a hub id: download shard by shard beside the store, and delete each shard once it is converted",
+    )
     add_common_flags(parser)
     parser.set_defaults(run=run)
 
@@ -47,5 +52,6 @@ def _convert(options: argparse.Namespace) -> Path:
             codec=options.codec,
             dense_codec=options.dense_codec,
             revision=options.revision,
+            delete_source_shards=options.delete_source_shards,
             progress=lambda progress: report(progress.phase, progress.done_bytes, progress.total_bytes),
         )

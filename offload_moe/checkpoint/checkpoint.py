@@ -16,6 +16,7 @@ from offload_moe.checkpoint.experts import ExpertsModule, find_experts
 from offload_moe.checkpoint.formats import open_tensors
 from offload_moe.checkpoint.names import SourceGroup, map_names, required_names
 from offload_moe.checkpoint.piece_reader import PieceReader
+from offload_moe.checkpoint.shards import Remote
 from offload_moe.checkpoint.skeleton import build_skeleton, load_config
 from offload_moe.checkpoint.tensors import TensorSource
 from offload_moe.errors import CheckpointError
@@ -45,8 +46,10 @@ class Checkpoint:
     whatever is not the language model where only that is built).
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, remote: Remote | None = None) -> None:
         """Opens the folder and checks every header against the model.
+
+        remote: brings shards that are not there when they are read.
 
         Raises:
             CheckpointError: not a model folder, or a tensor is missing, unexpected or not what it should be.
@@ -55,7 +58,7 @@ class Checkpoint:
         self.folder = folder
         self.model: PreTrainedModel = build_skeleton(load_config(folder))
         self.layers: tuple[ExpertsModule, ...] = tuple(find_experts(self.model))
-        self.tensors: TensorSource = open_tensors(folder)
+        self.tensors: TensorSource = open_tensors(folder, remote)
         names = map_names(self.model, self.tensors.entries)
         if names.unexpected:
             entry = self.tensors.entries[names.unexpected[0]]
@@ -81,6 +84,14 @@ class Checkpoint:
     def expert(self, layer: int, expert: int) -> dict[str, Tensor]:
         """One expert's tensors by parameter name, in the module's layout and the checkpoint's dtype."""
         return self._readers[layer].read(expert)
+
+    def expert_paths(self, layer: int, expert: int) -> frozenset[Path]:
+        """The shards that reading this expert needs."""
+        return frozenset().union(*(self.tensors.paths_of(name) for name in self._readers[layer].names(expert)))
+
+    def dense_paths(self, name: str) -> frozenset[Path]:
+        """The shards that reading this dense tensor needs."""
+        return frozenset().union(*(self.tensors.paths_of(source) for source in self._dense_groups[name].names))
 
     @property
     def is_mxfp4(self) -> bool:

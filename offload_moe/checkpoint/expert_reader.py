@@ -53,6 +53,12 @@ class ExpertReader:
             converted |= convert(group, one, self._model)
         return {name: converted[self._layer.stacked_name(name)][0] for name in self._layer.shape.module_shapes()}
 
+    def names(self, expert: int) -> list[str]:
+        """The checkpoint's tensors that hold this expert."""
+        return [
+            names[expert if is_module_list(group) else 0] for group in self._groups for names in group.sources.values()
+        ]
+
     @property
     def is_packed(self) -> bool:
         """Whether the checkpoint has every matrix of these experts in MXFP4."""

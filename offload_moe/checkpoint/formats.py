@@ -9,7 +9,7 @@ from offload_moe.checkpoint.fp8 import fp8_tensors
 from offload_moe.checkpoint.gguf_tensors import GgufTensors
 from offload_moe.checkpoint.integers import awq, compressed_tensors, gptq
 from offload_moe.checkpoint.mxfp4 import Mxfp4Tensors
-from offload_moe.checkpoint.shards import Shards
+from offload_moe.checkpoint.shards import Remote, Shards
 from offload_moe.checkpoint.skeleton import read_config_json
 from offload_moe.checkpoint.tensors import DequantizedTensors, TensorSource
 from offload_moe.errors import CheckpointError
@@ -24,14 +24,18 @@ READERS: dict[str, Callable[[TensorSource, dict[str, Any]], DequantizedTensors]]
     "bitsandbytes": bitsandbytes,
 }
 
+READ_WHEN_OPENED = ("bitsandbytes",)
 
-def open_tensors(folder: Path) -> TensorSource:
+
+def open_tensors(folder: Path, remote: Remote | None = None) -> TensorSource:
     """The tensors of a checkpoint folder as numbers, whatever they are stored as.
+
+    remote: brings shards that are not there.
 
     Raises:
         CheckpointError: the folder is damaged, or quantized in a way that cannot be read.
     """
-    if not any(folder.glob("*.safetensors*")) and any(folder.glob("*.gguf")):
+    if remote is None and not any(folder.glob("*.safetensors*")) and any(folder.glob("*.gguf")):
         return GgufTensors(folder, read_config_json(folder))
     settings = quantization_settings(folder)
     method = settings.get("quant_method") if settings else None
@@ -40,7 +44,12 @@ def open_tensors(folder: Path) -> TensorSource:
             f"{folder} is already quantized ({method}), which this version cannot read. Use a version of the model in "
             f"bf16, fp16, fp32 or one of: {', '.join(READERS)}."
         )
-    stored = Shards(folder)
+    if remote is not None and method in READ_WHEN_OPENED:
+        raise CheckpointError(
+            f"A checkpoint quantized by {method} cannot be converted shard by shard: opening it reads them all. "
+            "Convert it without --delete-source-shards."
+        )
+    stored = Shards(folder, remote)
     return READERS[str(method)](stored, settings) if settings else stored
 
 

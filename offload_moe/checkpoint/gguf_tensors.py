@@ -48,6 +48,12 @@ class GgufTensors:
         self._parts = {name: _permuted(name, part, architecture, config) for name, part in _parts(tensors)}
         self.entries: Mapping[str, TensorEntry] = {name: _entry(name, part) for name, part in self._parts.items()}
 
+    def paths_of(self, name: str) -> frozenset[Path]:
+        return frozenset(tensor.path for tensor in self._parts[name].tensors)
+
+    def release(self, path: Path) -> None:
+        """Nothing stays open between reads."""
+
     def read(self, name: str) -> Tensor:
         return self.read_rows(name, 0, self.entries[name].shape[0])
 

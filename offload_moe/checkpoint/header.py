@@ -48,15 +48,25 @@ class TensorEntry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeaderCopy:
+    """The beginning of a safetensors file that is not there itself, and how long that file is."""
+
+    path: Path
+    file_bytes: int
+
+
+def read_header(path: Path, copy: HeaderCopy | None = None) -> dict[str, TensorEntry]:
     """Every tensor of a safetensors file.
+
+    copy: read instead of the file.
 
     Raises:
         CheckpointError: the file is missing, truncated or malformed; the message names it and the tensor.
     """
     try:
-        with path.open("rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
+        with (copy.path if copy else path).open("rb") as file:
+            file_bytes = copy.file_bytes if copy else os.fstat(file.fileno()).st_size
             header_bytes = int.from_bytes(file.read(8), "little")
             if file_bytes < 8 or header_bytes > min(file_bytes - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(f"{path} is truncated or not a safetensors file: {file_bytes} bytes.")

@@ -7,13 +7,14 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from offload_moe.checkpoint.header import TensorEntry, read_header
+from offload_moe.checkpoint.header import HeaderCopy, TensorEntry, read_header
 from offload_moe.errors import CheckpointError, TransferError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -21,18 +22,29 @@ SINGLE_NAME = "model.safetensors"
 PICKLE_PATTERNS = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 
 
+class Remote(Protocol):
+    """Where shards come from that are not in the folder."""
+
+    def header_of(self, path: Path) -> HeaderCopy: ...
+
+    def provide(self, path: Path) -> None:
+        """Bring the file, unless it is there."""
+        ...
+
+
 class Shards:
     """Named tensors spread over the safetensors files of one folder. Reads may come from several threads."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, remote: Remote | None = None) -> None:
         """Reads and checks every header. Raises: CheckpointError naming the file and the tensor."""
+        self._remote = remote
         self.entries: dict[str, TensorEntry] = {}
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
-        promised = _weight_map(folder)
+        promised = _weight_map(folder, is_single=remote is not None)
         self.paths = tuple(safe_path(folder, name) for name in sorted(set(promised.values())))
         for path in self.paths:
-            for name, entry in read_header(path).items():
+            for name, entry in read_header(path, remote.header_of(path) if remote else None).items():
                 if name in self.entries:
                     raise CheckpointError(f"Tensor {name} is both in {self.entries[name].path} and in {path}.")
                 self.entries[name] = entry
@@ -58,14 +70,24 @@ class Shards:
         for start in range(0, entry.num_bytes, chunk_bytes):
             yield self._read(entry, entry.offset + start, min(chunk_bytes, entry.num_bytes - start))
 
+    def paths_of(self, name: str) -> frozenset[Path]:
+        return frozenset({self.entries[name].path})
+
+    def release(self, path: Path) -> None:
+        """Close a shard that is not read any more, so that deleting it frees the disk."""
+        with self._lock:
+            if (descriptor := self._descriptors.pop(path, None)) is not None:
+                os.close(descriptor)
+
     def close(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors = {}
+        for path in list(self._descriptors):
+            self.release(path)
 
     def _descriptor(self, path: Path) -> int:
         with self._lock:
             if path not in self._descriptors:
+                if self._remote is not None:
+                    self._remote.provide(path)
                 self._descriptors[path] = _open(path)
             return self._descriptors[path]
 
@@ -85,6 +107,20 @@ class Shards:
                 )
             done += count
         return data
+
+
+def shard_names(folder: Path, present: Container[str]) -> list[Path]:
+    """The shards that the index of a folder names, or the single file; `present` says which files there are.
+
+    Raises: CheckpointError when one is missing or leads out of the folder.
+    """
+    if not (folder / INDEX_NAME).exists() and SINGLE_NAME not in present:
+        raise CheckpointError(f"{folder} has no safetensors. Choose a model that has.")
+    names = sorted(set(_weight_map(folder).values())) if (folder / INDEX_NAME).exists() else [SINGLE_NAME]
+    for name in names:
+        if name not in present:
+            raise CheckpointError(f"{folder / INDEX_NAME} names {name}, which is not there.")
+    return [safe_path(folder, name) for name in names]
 
 
 def safe_path(folder: Path, name: str) -> Path:
@@ -107,7 +143,7 @@ def safe_path(folder: Path, name: str) -> Path:
     return path
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
+def _weight_map(folder: Path, is_single: bool = False) -> dict[str, str]:
     """Tensor name -> shard file name; a single file promises no names, so its entry has an empty one."""
     index = folder / INDEX_NAME
     if index.exists():
@@ -119,7 +155,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         if not pairs or len(pairs) != len(weight_map):
             raise CheckpointError(f"{index} is not a shard index: its weight_map is empty or not made of file names.")
         return dict(pairs)
-    if (folder / SINGLE_NAME).exists():
+    if (folder / SINGLE_NAME).exists() or is_single:
         return {"": SINGLE_NAME}
     pickles = sorted(path.name for pattern in PICKLE_PATTERNS for path in folder.glob(pattern))
     if pickles:

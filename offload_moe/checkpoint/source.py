@@ -1,11 +1,14 @@
 """Where a checkpoint comes from: a local folder, or the hub, of which only the needed files are fetched."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from offload_moe.checkpoint.download import Download, OnDownload
+from offload_moe.checkpoint.hub import hub_errors
 from offload_moe.checkpoint.shards import safe_path
-from offload_moe.errors import CheckpointError, TransferError
+from offload_moe.errors import CheckpointError, ConfigError
 
 # What a model folder needs beside its weights: config, generation config, tokenizer, chat templates.
 METADATA_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*.jinja")
@@ -57,11 +60,40 @@ def metadata_files(folder: Path) -> dict[str, Path]:
     return {name: safe_path(folder, name) for name in kept}
 
 
+def open_download(
+    repo_id: str | Path, folder: Path, *, revision: str | None, token: str | None, on_download: OnDownload
+) -> Download:
+    """A hub repository of which `folder` holds everything but the shards, which come when they are read.
+
+    Raises: ConfigError for anything but a hub id, and what `Download` raises.
+    """
+    if Path(repo_id).expanduser().exists() or not looks_like_hub_id(str(repo_id)):
+        raise ConfigError(
+            f"{repo_id} is no hub id. Only shards that were downloaded for the conversion are deleted: convert a "
+            "folder without --delete-source-shards."
+        )
+    download = Download(folder, str(repo_id), revision=revision, token=token, on_download=on_download)
+    try:
+        download.fetch_metadata(wanted_files(download.repository.files, METADATA_PATTERNS))
+        download.fetch_headers()
+    except BaseException:
+        download.close()
+        raise
+    return download
+
+
+def wanted_files(names: Iterable[str], patterns: tuple[str, ...]) -> list[str]:
+    """Those files of a repository that a download takes, by the rules of the hub client."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    return sorted(filter_repo_objects(names, allow_patterns=list(patterns), ignore_patterns=list(IGNORED_PATTERNS)))
+
+
 def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
-    try:
+    advice = "Run the same command again to resume."
+    with hub_errors(f"Downloading {repo_id}", repo_id, revision, advice=advice):
         snapshot = snapshot_download(
             repo_id,
             revision=revision,
@@ -69,13 +101,4 @@ def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
             allow_patterns=[*METADATA_PATTERNS, *WEIGHT_PATTERNS],
             ignore_patterns=list(IGNORED_PATTERNS),
         )
-    except GatedRepoError as error:
-        raise TransferError(f"{repo_id} is gated: accept its terms on the hub and pass a token.") from error
-    except RevisionNotFoundError as error:
-        raise TransferError(f"{repo_id} has no revision {revision!r}.") from error
-    except RepositoryNotFoundError as error:
-        raise TransferError(f"{repo_id} is not on the hub, or is private and needs a token.") from error
-    except (OSError, HFValidationError) as error:  # every HTTP error of the hub client is an OSError
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TransferError(f"Downloading {repo_id} failed: {reason} Run the same command again to resume.") from error
     return Path(snapshot)

@@ -25,6 +25,14 @@ class TensorSource(Protocol):
         """The files that are read."""
         ...
 
+    def paths_of(self, name: str) -> frozenset[Path]:
+        """The files that reading this tensor needs."""
+        ...
+
+    def release(self, path: Path) -> None:
+        """Close a file that is not read any more."""
+        ...
+
     def read(self, name: str) -> Tensor:
         """The whole tensor."""
         ...
@@ -72,6 +80,14 @@ class DequantizedTensors:
                 raise CheckpointError(f"{recipe.entry.path}: tensor {recipe.entry.name} is there twice.")
         self.entries: Mapping[str, TensorEntry] = plain | {name: r.entry for name, r in self.recipes.items()}
         self.paths = stored.paths
+
+    def paths_of(self, name: str) -> frozenset[Path]:
+        recipe = self.recipes.get(name)
+        parts = recipe.ingredients if recipe else (name,)
+        return frozenset().union(*(self.stored.paths_of(part) for part in parts))
+
+    def release(self, path: Path) -> None:
+        self.stored.release(path)
 
     def read(self, name: str) -> Tensor:
         if name not in self.recipes:

@@ -3,8 +3,9 @@
 from fnmatch import fnmatch
 from pathlib import Path
 
+from offload_moe.checkpoint.hub import hub_errors
 from offload_moe.checkpoint.source import IGNORED_PATTERNS, WEIGHT_PATTERNS
-from offload_moe.errors import CheckpointError, TransferError
+from offload_moe.errors import CheckpointError
 
 
 def fetch_config(repo_id: str, *, revision: str | None, token: str | None) -> tuple[Path, int | None]:
@@ -15,33 +16,16 @@ def fetch_config(repo_id: str, *, revision: str | None, token: str | None) -> tu
         TransferError: it is not there, not open to this token, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    try:
+    with hub_errors(f"Asking the hub for {repo_id}", repo_id, revision):
         info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
-        config = hf_hub_download(repo_id, "config.json", revision=info.sha, token=token)
-    except GatedRepoError as error:
-        raise TransferError(f"{repo_id} is gated: accept its terms on the hub and pass a token.") from error
-    except RevisionNotFoundError as error:
-        raise TransferError(f"{repo_id} has no revision {revision!r}.") from error
-    except RepositoryNotFoundError as error:
-        raise TransferError(f"{repo_id} is not on the hub, or is private and needs a token.") from error
-    except (
-        EntryNotFoundError,
-        OSError,
-        HFValidationError,
-    ) as error:  # every HTTP error of the hub client is an OSError
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        try:
+            config = hf_hub_download(repo_id, "config.json", revision=info.sha, token=token)
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError as error:
             raise CheckpointError(f"{repo_id} is not a transformers model: it has no config.json.") from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TransferError(f"Asking the hub for {repo_id} failed: {reason}") from error
     sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or () if _is_weights(sibling.rfilename)}
     known = [size for size in sizes.values() if size is not None]
     return Path(config).parent, sum(known) if known and len(known) == len(sizes) else None

@@ -8,11 +8,11 @@ from itertools import product
 
 from offload_moe import kernels
 from offload_moe.budget import DEVICE_RESERVE_BYTES, RUNTIME_BYTES
+from offload_moe.conversion import LOSSLESS
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.parameters import ModelShape
 from offload_moe.plan.sizes import dense_memory_bytes, dense_store_bytes, experts_bytes, slot_bytes
 from offload_moe.plan.working import activation_bytes, cache_bytes, tile_bytes
-from offload_moe.quantize import LOSSLESS
 
 DENSE_CODECS = (LOSSLESS, "int8", "nf4")  # from the most exact to the smallest
 LAST_RESORT = "nf4"  # costs quality, see docs/decisions/060

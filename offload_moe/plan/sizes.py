@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from offload_moe.conversion import LOSSLESS, MXFP4
 from offload_moe.plan.parameters import DenseWeight, ModelShape
 from offload_moe.quant import CODECS, get_codec
-from offload_moe.quantize import LOSSLESS, MXFP4
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

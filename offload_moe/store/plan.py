@@ -54,8 +54,10 @@ def record_blob(name: str, record_bytes: int, quantized: ExpertShape | None = No
     return Blob(name=name, dtype=torch.uint8, shape=(record_bytes,), num_bytes=record_bytes, quantized=quantized)
 
 
-def plan_files(prefix: str, blobs: Iterable[Blob], file_bytes: int = FILE_BYTES) -> list[PlannedFile]:
-    """Spread blobs over `prefix-NNNNN.safetensors`, in their order."""
+def plan_files(
+    prefix: str, blobs: Iterable[Blob], file_bytes: int = FILE_BYTES, *, first: int = 1
+) -> list[PlannedFile]:
+    """Spread blobs over `prefix-NNNNN.safetensors`, in their order. first: the number of the first file."""
     batches: list[list[Blob]] = []
     room = 0
     for blob in blobs:
@@ -65,12 +67,13 @@ def plan_files(prefix: str, blobs: Iterable[Blob], file_bytes: int = FILE_BYTES)
         batches[-1].append(blob)
         room -= blob.num_bytes
     return [
-        PlannedFile(name=f"{prefix}-{number:05}.safetensors", header=_header(batch), blobs=tuple(batch))
-        for number, batch in enumerate(batches, start=1)
+        PlannedFile(name=f"{prefix}-{number:05}.safetensors", header=header_of(batch), blobs=tuple(batch))
+        for number, batch in enumerate(batches, start=first)
     ]
 
 
-def _header(blobs: Sequence[Blob]) -> bytes:
+def header_of(blobs: Sequence[Blob]) -> bytes:
+    """The beginning of a file of these blobs: the same bytes for the same blobs."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt", "written_by": f"{FORMAT_NAME} {FORMAT_VERSION}"}}
     position = 0
     for blob in blobs:

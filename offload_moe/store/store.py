@@ -1,5 +1,6 @@
 """The reading side of an expert store: where every record lies, and whether its bytes are the ones written."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,19 @@ class Store:
             num_bytes=place.num_bytes,
             checksum=place.checksum,
         )
+
+    def place_of(self, name: str) -> tuple[Path, int, int] | None:
+        """File, offset and length of what is called `name` in a data file: a dense tensor, or an expert's record."""
+        if name in self.dense:
+            place = self.dense[name].place
+        elif match := re.fullmatch(r"layers\.(\d{1,9})\.experts\.(\d{1,9})", name):
+            layer, expert = int(match[1]), int(match[2])
+            if layer >= len(self.layers) or expert >= self.layers[layer].num_experts:
+                return None
+            place = self._place(layer, expert)
+        else:
+            return None
+        return self._file(place), place.offset, place.num_bytes
 
     def read_expert(self, layer: int, expert: int) -> Tensor:
         """The record, uint8 ``[record_bytes]``, checked. Raises: StoreCorrupt naming the expert and its file."""

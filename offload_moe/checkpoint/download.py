@@ -1,0 +1,195 @@
+"""Shards of a hub repository that come when they are needed and go when they are done with.
+
+For disks that cannot hold a checkpoint and its store: all headers are fetched first, then one shard at a time.
+Everything lies in a folder of ours, which is known by the note in it; nothing else is ever deleted.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from offload_moe.checkpoint.header import MAX_HEADER_BYTES, HeaderCopy
+from offload_moe.checkpoint.hub import PARTIAL, HubFile, Repository, fetch, fetch_beginning, open_repository
+from offload_moe.checkpoint.shards import safe_path, shard_names
+from offload_moe.errors import BudgetError, CheckpointError, StoreError, TransferError
+from offload_moe.sizes import format_size
+
+NOTE_NAME = "offload-moe-download.json"
+HEADERS = "headers"
+FIRST_BYTES = 1 << 17  # most headers are shorter, so that one request brings all of one
+
+OnDownload = Callable[[str, int, int], None]  # file name, bytes there, bytes in all
+
+
+class Download:
+    """A folder that stands for one commit of a repository. Close it, or enter it, to let another process have it."""
+
+    def __init__(
+        self, folder: Path, repo_id: str, *, revision: str | None, token: str | None, on_download: OnDownload
+    ) -> None:
+        """Claims the folder; a new one asks the hub what the revision is now, one that was begun stays with its commit.
+
+        Raises:
+            StoreError: the folder is not ours, is in use, or was begun for something else.
+            TransferError: the hub refuses or cannot be reached.
+        """
+        self.folder = folder
+        self._on_download = on_download
+        self._lock = _claim(folder)
+        try:
+            note = _read_note(folder, {"repo_id": repo_id, "revision": revision})
+            self.repository = (
+                Repository(
+                    repo_id=repo_id,
+                    commit=note["commit"],
+                    files={name: HubFile(**fields) for name, fields in note["files"].items()},
+                    token=token,
+                )
+                if note
+                else open_repository(repo_id, revision=revision, token=token)
+            )
+            if not note:
+                _write_note(folder, self.repository, revision)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def commit(self) -> str:
+        return self.repository.commit
+
+    def fetch_metadata(self, names: Iterable[str]) -> None:
+        """The small files: those of `names` that are not there yet.
+
+        Raises: CheckpointError for a name that leads out of the folder, TransferError.
+        """
+        for name in names:
+            path = safe_path(self.folder, name)
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                fetch(self.repository, name, path, lambda done: None)
+
+    def fetch_headers(self) -> None:
+        """The headers of all shards, so that the checkpoint can be opened without them.
+
+        Raises: CheckpointError when the repository has no safetensors or lacks a shard, TransferError.
+        """
+        for path in shard_names(self.folder, self.repository.files):
+            copy = self._header_path(path.name)
+            if not copy.exists():
+                self._on_download(f"headers, {path.name}", 0, 0)
+                copy.parent.mkdir(exist_ok=True)
+                data = self._beginning(path)
+                partial = copy.with_name(copy.name + PARTIAL)
+                partial.write_bytes(data)
+                os.replace(partial, copy)
+
+    def header_of(self, path: Path) -> HeaderCopy:
+        """What `read_header` needs of a shard that is not there."""
+        return HeaderCopy(path=self._header_path(path.name), file_bytes=self.repository.files[path.name].num_bytes)
+
+    def provide(self, path: Path) -> None:
+        """Fetch a shard unless it is there. Raises: BudgetError when the disk has no room for it, TransferError."""
+        if path.exists():
+            return
+        name, size = path.name, self.repository.files[path.name].num_bytes
+        partial = path.with_name(path.name + PARTIAL)
+        needed = size - (partial.stat().st_size if partial.exists() else 0)
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise BudgetError(
+                f"Shard {name} needs {format_size(needed)} more on the disk of {self.folder}, {format_size(free)} is "
+                f"free. Free {format_size(needed - free)} and run the same command again to resume."
+            )
+        self._on_download(name, size - needed, size)
+        fetch(self.repository, name, path, lambda done: self._on_download(name, done, size))
+
+    def discard(self, path: Path) -> None:
+        """Delete a shard; reading from it again would fetch it again."""
+        assert path.parent == self.folder, "only what was downloaded here is deleted"
+        path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Delete the folder: the conversion is finished. What is not ours in it stays."""
+        for path in [*self.folder.glob(f"{HEADERS}/*"), *(self.folder / name for name in self.repository.files)]:
+            path.unlink(missing_ok=True)
+        (self.folder / NOTE_NAME).unlink()
+        for folder in sorted({self.folder / HEADERS, *(p for p in self.folder.iterdir() if p.is_dir()), self.folder})[
+            ::-1
+        ]:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    def close(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _header_path(self, name: str) -> Path:
+        return self.folder / HEADERS / name
+
+    def _beginning(self, path: Path) -> bytes:
+        """A shard's header with its length before it."""
+        if path.exists():
+            with path.open("rb") as stream:
+                length = stream.read(8)
+                return length + stream.read(min(int.from_bytes(length, "little"), MAX_HEADER_BYTES))
+        data = fetch_beginning(self.repository, path.name, FIRST_BYTES)
+        needed = 8 + int.from_bytes(data[:8], "little")
+        if needed > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path.name} of {self.repository.repo_id} is not a safetensors file.")
+        return data[:needed] if needed <= len(data) else fetch_beginning(self.repository, path.name, needed)
+
+
+def _claim(folder: Path) -> int:
+    """A new, empty or earlier folder of ours, locked. Raises: StoreError."""
+    if folder.exists() and not (folder / NOTE_NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StoreError(f"{folder} is there already and is no download of ours. Move it, or name another store.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / NOTE_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise TransferError(f"{folder} cannot be written: {error.strerror}.") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise StoreError(f"{folder} is in use by another process. Wait for it to end.") from None
+    return lock
+
+
+def _read_note(folder: Path, wanted: dict[str, str | None]) -> dict[str, Any] | None:
+    """What a download that was begun says of itself; None for a new one. Raises: StoreError."""
+    text = (folder / NOTE_NAME).read_text(encoding="utf-8")
+    if not text:
+        return None
+    try:
+        note: dict[str, Any] = json.loads(text)
+        begun = {key: note[key] for key in wanted}
+        complete = isinstance(note["commit"], str) and isinstance(note["files"], dict)
+    except (ValueError, KeyError, TypeError):
+        begun, complete = {}, False
+    if not complete:
+        raise StoreError(f"{folder / NOTE_NAME} is damaged. Delete that folder and start again.")
+    if begun != wanted:
+        raise StoreError(
+            f"{folder} holds a download of {begun['repo_id']} at {begun['revision'] or 'its newest revision'}. "
+            "Repeat that command to resume it, or delete the folder."
+        )
+    return note
+
+
+def _write_note(folder: Path, repository: Repository, revision: str | None) -> None:
+    """In place, since it is locked: a note that was cut short is damaged, and nothing else is there yet."""
+    note = {
+        "repo_id": repository.repo_id,
+        "revision": revision,
+        "commit": repository.commit,
+        "files": {name: asdict(file) for name, file in repository.files.items()},
+    }
+    (folder / NOTE_NAME).write_text(json.dumps(note, indent=1), encoding="utf-8")

@@ -1,0 +1,176 @@
+"""The hub, as far as a checkpoint needs it: what a repository holds, one file of it, or the beginning of one."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offload_moe.errors import CheckpointError, TransferError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+    from huggingface_hub.utils import tqdm
+
+PARTIAL = ".partial"  # the ending of a file that is still coming
+
+OnBytes = Callable[[int], None]  # told how many bytes of a file are there
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubFile:
+    """sha256: of the content, where the hub keeps the file outside of git."""
+
+    num_bytes: int
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repository:
+    """One commit of a model repository, and every file in it. token: None takes the one that is logged in."""
+
+    repo_id: str
+    commit: str
+    files: dict[str, HubFile]
+    token: str | None
+
+    def url(self, name: str) -> str:
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(self.repo_id, name, revision=self.commit)
+
+    def headers(self) -> dict[str, str]:
+        from huggingface_hub.utils import build_hf_headers
+
+        return {**build_hf_headers(token=self.token), "Accept-Encoding": "identity"}
+
+
+@contextmanager
+def hub_errors(doing: str, repo_id: str, revision: str | None, *, advice: str = "") -> Iterator[None]:
+    """Translate the errors of the hub client. doing: the beginning of a sentence, such as "Downloading org/model".
+
+    Raises: TransferError.
+    """
+    from httpx2 import HTTPError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise TransferError(f"{repo_id} is gated: accept its terms on the hub and pass a token.") from error
+    except RevisionNotFoundError as error:
+        raise TransferError(f"{repo_id} has no revision {revision!r}.") from error
+    except RepositoryNotFoundError as error:
+        raise TransferError(f"{repo_id} is not on the hub, or is private and needs a token.") from error
+    except (OSError, HTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TransferError(f"{doing} failed: {reason.rstrip('.')}. {advice}".rstrip()) from error
+
+
+def open_repository(repo_id: str, *, revision: str | None, token: str | None) -> Repository:
+    """Ask the hub what a revision is and holds. Raises: TransferError."""
+    from huggingface_hub import HfApi
+
+    with hub_errors(f"Asking the hub for {repo_id}", repo_id, revision):
+        info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
+    files = {
+        sibling.rfilename: HubFile(num_bytes=sibling.size, sha256=sibling.lfs.sha256 if sibling.lfs else None)
+        for sibling in info.siblings or ()
+        if sibling.size is not None
+    }
+    if info.sha is None:
+        raise TransferError(f"The hub names no commit for {repo_id}.")
+    return Repository(repo_id=repo_id, commit=info.sha, files=files, token=token)
+
+
+def fetch_beginning(repository: Repository, name: str, num_bytes: int) -> bytes:
+    """The first bytes of a file, or all of a shorter one. Raises: TransferError."""
+    from huggingface_hub.file_download import http_get
+
+    beginning = _Beginning(num_bytes)
+    doing = f"Reading the header of {name} from {repository.repo_id}"
+    with hub_errors(doing, repository.repo_id, repository.commit), suppress(_Enough):
+        http_get(
+            repository.url(name),
+            beginning,
+            headers={**repository.headers(), "Range": f"bytes=0-{num_bytes - 1}"},
+            tqdm_class=_reporting(lambda done: None, 0),
+        )
+    return beginning.getvalue()[:num_bytes]
+
+
+class _Enough(Exception):
+    """The beginning of a file is there; a server that knows no ranges would go on."""
+
+
+class _Beginning(BytesIO):
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__()
+        self._num_bytes = num_bytes
+
+    def write(self, data: "ReadableBuffer") -> int:
+        count = super().write(data)
+        if self.tell() >= self._num_bytes:
+            raise _Enough
+        return count
+
+
+def fetch(repository: Repository, name: str, target: Path, on_bytes: OnBytes) -> None:
+    """Download a file, continuing where an earlier attempt of any process stopped; `target` appears when it is whole.
+
+    A commit never changes, so what an earlier attempt left fits; a file that was continued is compared with the hub's
+    own hash nevertheless.
+
+    Raises: TransferError; CheckpointError when a continued file has another content than the hub says.
+    """
+    from huggingface_hub.file_download import http_get
+
+    file, partial = repository.files[name], target.with_name(target.name + PARTIAL)
+    present = partial.stat().st_size if partial.exists() else 0
+    if present > file.num_bytes:
+        partial.unlink()
+        present = 0
+    advice = "Run the same command again to resume."
+    with (
+        hub_errors(f"Downloading {name} of {repository.repo_id}", repository.repo_id, repository.commit, advice=advice),
+        partial.open("ab") as stream,
+    ):
+        http_get(
+            repository.url(name),
+            stream,
+            resume_size=present,
+            headers=repository.headers(),
+            expected_size=file.num_bytes,
+            tqdm_class=_reporting(on_bytes, present),
+        )
+        stream.flush()
+        os.fsync(stream.fileno())
+    if present and file.sha256 is not None and _sha256(partial) != file.sha256:
+        partial.unlink()
+        raise CheckpointError(f"{target} was damaged while it was downloaded. Run the same command again.")
+    os.replace(partial, target)
+
+
+def _reporting(on_bytes: OnBytes, present: int) -> "type[tqdm]":
+    """A progress bar, as the hub client wants one, that shows nothing and tells us."""
+    from huggingface_hub.utils import tqdm
+
+    class Reporting(tqdm):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            self._done = present
+            super().__init__(*arguments, **{**settings, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            self._done += int(n or 0)
+            on_bytes(self._done)
+
+    return Reporting
+
+
+def _sha256(path: Path) -> str:
+    import hashlib
+
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,150 @@
+"""The work of a conversion: what makes each part of a store, which file it goes into, and in which order."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from offload_moe.checkpoint.checkpoint import Checkpoint
+from offload_moe.checkpoint.linears import projection_linears
+from offload_moe.errors import CheckpointError
+from offload_moe.kernels import fast_encoding
+from offload_moe.quant import Codec, ExpertShape, Matrix
+from offload_moe.store.plan import Blob, PlannedFile, plan_files, record_blob
+from offload_moe.store.writer import Payload
+
+MXFP4 = "mxfp4"
+LOSSLESS = "bf16"  # as a dense codec: every dense weight stays as the checkpoint has it
+COPY_BYTES = 1 << 25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One part of the store: `make` gives its bytes, and reads the checkpoint's files at `paths` for it."""
+
+    blob: Blob
+    make: Callable[[], Payload]
+    paths: frozenset[Path]
+
+
+def plan_conversion(
+    checkpoint: Checkpoint, experts_codec: Codec, linears_codec: Codec, *, by_shard: bool = False
+) -> tuple[list[PlannedFile], list[Job]]:
+    """The files of the store to be, and the jobs that fill them, in order.
+
+    by_shard: what can be made of the first shard comes first, in files of its own, then what needs the second.
+    """
+    number = {path: index for index, path in enumerate(checkpoint.tensors.paths)} if by_shard else {}
+    stages: dict[int, dict[str, list[Job]]] = {}
+    for prefix, made in (
+        ("dense", dense_jobs(checkpoint, linears_codec)),
+        ("experts", expert_jobs(checkpoint, experts_codec)),
+    ):
+        for job in made:
+            stage = max((number.get(path, 0) for path in job.paths), default=0)
+            stages.setdefault(stage, {"dense": [], "experts": []})[prefix].append(job)
+    files: list[PlannedFile] = []
+    jobs: list[Job] = []
+    first = {"dense": 1, "experts": 1}
+    for _, stage_jobs in sorted(stages.items()):
+        for prefix, made in stage_jobs.items():
+            planned = plan_files(prefix, (job.blob for job in made), first=first[prefix])
+            first[prefix] += len(planned)
+            files += planned
+            jobs += made
+    return files, jobs
+
+
+def expert_jobs(checkpoint: Checkpoint, codec: Codec) -> list[Job]:
+    """Every expert in flat order."""
+    codec = fast_encoding(codec)
+    read = checkpoint.packed_expert if codec.name == MXFP4 and checkpoint.is_mxfp4 else checkpoint.expert
+
+    def encode(ordinal: int, expert: int) -> Payload:
+        layer = checkpoint.layers[ordinal]
+        try:
+            record = codec.encode(layer.shape, read(ordinal, expert))
+        except CheckpointError as error:
+            raise CheckpointError(f"Expert {expert} of {layer.name}: {error}") from error
+        return [_bytes(record)]
+
+    return [
+        Job(
+            blob=record_blob(expert_name(ordinal, expert), codec.layout(layer.shape).record_bytes),
+            make=partial(encode, ordinal, expert),
+            paths=checkpoint.expert_paths(ordinal, expert),
+        )
+        for ordinal, layer in enumerate(checkpoint.layers)
+        for expert in range(layer.num_experts)
+    ]
+
+
+def dense_jobs(checkpoint: Checkpoint, codec: Codec) -> list[Job]:
+    """Records of quantized linears first, then wider dtypes before narrower ones, so that everything is aligned."""
+    codec = fast_encoding(codec)
+    shapes = {} if codec.name == LOSSLESS else _linear_shapes(checkpoint)
+
+    def encode(name: str) -> Payload:
+        shape = shapes[name]
+        tensors = {part: checkpoint.dense_tensor(f"{name}.{part}") for part in shape.module_shapes()}
+        try:
+            return [_bytes(codec.encode(shape, tensors))]
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}.weight: {error}") from error
+
+    def copy(name: str) -> Payload:
+        dtype = checkpoint.dense[name].dtype
+        return (_bytes(_checked(name, chunk, dtype)) for chunk in checkpoint.dense_chunks(name, COPY_BYTES))
+
+    inside = {f"{name}.{part}" for name, shape in shapes.items() for part in shape.module_shapes()}
+    plain = sorted((t for t in checkpoint.dense.values() if t.name not in inside), key=lambda t: -t.dtype.itemsize)
+    records = [
+        Job(
+            blob=record_blob(f"{name}.weight", codec.layout(shape).record_bytes, quantized=shape),
+            make=partial(encode, name),
+            paths=frozenset().union(*(checkpoint.dense_paths(f"{name}.{part}") for part in shape.module_shapes())),
+        )
+        for name, shape in shapes.items()
+    ]
+    return records + [
+        Job(
+            blob=Blob(name=t.name, dtype=t.dtype, shape=t.shape, num_bytes=t.num_bytes),
+            make=partial(copy, t.name),
+            paths=checkpoint.dense_paths(t.name),
+        )
+        for t in plain
+    ]
+
+
+def expert_name(layer: int, expert: int) -> str:
+    """What a record is called in its file; `layer` is the ordinal of the MoE layer."""
+    return f"layers.{layer}.experts.{expert}"
+
+
+def _checked(name: str, data: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bytes of numbers. Infinite ones may be meant: masks are kept with them. Raises: CheckpointError for NaN."""
+    if dtype.is_floating_point:
+        values = data.view(dtype)
+        if values.sum().isnan() and values.isnan().any():
+            raise CheckpointError(
+                f"{name}: it has NaN weights, which would spoil every answer. Download the model again."
+            )
+    return data
+
+
+def _linear_shapes(checkpoint: Checkpoint) -> dict[str, ExpertShape]:
+    """Module name -> the one-matrix shape of each linear that a dense codec quantizes, with its bias if it has one."""
+    shapes = {}
+    for name, linear in projection_linears(checkpoint.model).items():
+        if f"{name}.weight" in checkpoint.dense:
+            matrix = Matrix(name="weight", out_features=linear.out_features, in_features=linear.in_features)
+            biases = (("bias", linear.out_features),) if linear.bias is not None else ()
+            shapes[name] = ExpertShape(matrices=(matrix,), biases=biases)
+    return shapes
+
+
+def _bytes(data: Tensor) -> memoryview:
+    return data.reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,298 @@
+"""Hub ids against a hub on 127.0.0.1: what is fetched, resumed, refused, and deleted when it is converted."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import dot_natural_key
+
+from offload_moe.errors import BudgetError, CheckpointError, ConfigError, OffloadMoeError, StoreError, TransferError
+from offload_moe.quantize import Progress, quantize
+from offload_moe.repair import find_damage, repair
+from offload_moe.store import Store, is_store
+from tests.support.checkpoints import write_checkpoint
+from tests.support.hub import COMMIT, Hub, running
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub") / "tiny"
+    write_checkpoint(folder, num_hidden_layers=2, num_experts=6)
+    spread(folder, per_shard=5)
+    (folder / "README.md").write_text("not needed")
+    (folder / "modeling_tiny.py").write_text("raise SystemExit('code of a checkpoint was run')")
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    return folder
+
+
+def spread(folder: Path, per_shard: int) -> None:
+    """Write a checkpoint anew in many shards, an expert's matrices now and then in two."""
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+        path.unlink()
+    names = sorted(tensors, key=dot_natural_key)
+    weight_map = {name: f"model-{index // per_shard:05}.safetensors" for index, name in enumerate(names)}
+    for shard in set(weight_map.values()):
+        save_file({name: tensors[name] for name in names if weight_map[name] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.fixture
+def hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the hub client waits between attempts
+    with running(Hub(checkpoint)) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        huggingface_hub.close_session()
+        yield hub
+        huggingface_hub.close_session()
+
+
+@pytest.fixture
+def shards(hub: Hub) -> list[str]:
+    return sorted(name for name in hub.files if name.endswith(".safetensors"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Everything that a store holds, by name, wherever it lies."""
+    store = Store.open(folder)
+    found = {name: bytes(store.read_dense(name).reshape(-1).view(torch.uint8).numpy()) for name in store.dense}
+    for ordinal, layer in enumerate(store.layers):
+        for expert in range(layer.num_experts):
+            found[f"{ordinal} {expert}"] = bytes(store.read_expert(ordinal, expert).numpy())
+    return found
+
+
+def test_a_hub_id_is_fetched_into_the_cache_and_converted(
+    hub: Hub, checkpoint: Path, shards: list[str], tmp_path: Path
+) -> None:
+    quantize("org/tiny", tmp_path / "store")
+    quantize(checkpoint, tmp_path / "local")
+    assert contents(tmp_path / "store") == contents(tmp_path / "local")
+    assert (Store.open(tmp_path / "store").source, Store.open(tmp_path / "store").revision) == ("org/tiny", COMMIT)
+    assert not {"README.md", "modeling_tiny.py", "pytorch_model.bin"} & hub.sent.keys()
+    assert {name: hub.sent[name] for name in shards} == {name: len(hub.files[name]) for name in shards}
+
+
+def test_shards_are_converted_one_by_one_and_deleted(
+    hub: Hub, checkpoint: Path, shards: list[str], tmp_path: Path
+) -> None:
+    most, phases = 0, set()
+
+    def watch(progress: Progress) -> None:
+        nonlocal most
+        most = max(most, len(list((tmp_path / "store.download").glob("*.safetensors"))))
+        phases.add(progress.phase.split()[0])
+
+    quantize("org/tiny", tmp_path / "store", dense_codec="int8", delete_source_shards=True, progress=watch)
+    quantize(checkpoint, tmp_path / "local", dense_codec="int8")
+    assert len(shards) > 8
+    assert 1 <= most <= 5, "a layer's embedding or head may straddle shards, the others must be gone"
+    assert contents(tmp_path / "store") == contents(tmp_path / "local")
+    assert not (tmp_path / "store.download").exists()
+    assert {"Downloading", "Quantizing"} <= phases
+    assert not find_damage(Store.open(tmp_path / "store"))
+
+
+def test_a_store_made_shard_by_shard_is_repaired_like_any_other(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
+    quantize("org/tiny", tmp_path / "store", delete_source_shards=True)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()}
+    for path in (tmp_path / "store").glob("*.safetensors"):
+        path.write_bytes(bytes(path.stat().st_size))
+    store = Store.open(tmp_path / "store")
+    assert repair(store, find_damage(store), checkpoint) == []
+    assert {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()} == before
+
+
+def test_a_resumed_conversion_does_not_need_the_deleted_shards(
+    hub: Hub, checkpoint: Path, shards: list[str], tmp_path: Path
+) -> None:
+    """Stopped after each of its steps; what was deleted is never asked for again."""
+    kept = dict(hub.files)
+    folder = tmp_path / "store.download"
+    attempts = 0
+    while True:
+        attempts += 1
+        steps = 0
+
+        def stop(progress: Progress) -> None:
+            nonlocal steps
+            steps += progress.phase == "Quantizing"
+            if steps > 7:
+                raise KeyboardInterrupt
+
+        before = {path.name for path in folder.glob("*.safetensors")}
+        try:
+            quantize("org/tiny", tmp_path / "store", delete_source_shards=True, progress=stop)
+        except KeyboardInterrupt:
+            gone = {name for name in shards if hub.sent.get(name, 0) > len(kept[name])} - before
+            for name in gone - {path.name for path in folder.glob("*.safetensors")}:
+                hub.files.pop(name, None)  # the hub has it no more
+        else:
+            break
+    assert attempts > 3
+    hub.files.update(kept)
+    quantize(checkpoint, tmp_path / "local")
+    assert contents(tmp_path / "store") == contents(tmp_path / "local")
+    assert not folder.exists()
+
+
+def test_a_download_is_continued_where_it_stopped(
+    hub: Hub, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client gives up, as after a kill; the next run asks for the rest only."""
+    size = len(hub.files[shards[3]])
+
+    def stop(progress: Progress) -> None:
+        if progress.phase == f"Downloading {shards[3]}" and progress.done_bytes > 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 5_000)
+    with pytest.raises(KeyboardInterrupt):
+        quantize("org/tiny", tmp_path / "store", delete_source_shards=True, progress=stop)
+    partial = (tmp_path / "store.download" / f"{shards[3]}.partial").stat().st_size
+    assert 0 <= partial < size
+    (tmp_path / "store.download" / f"{shards[3]}.partial").write_bytes(hub.files[shards[3]][:3_000])
+    quantize("org/tiny", tmp_path / "store", delete_source_shards=True)
+    assert (shards[3], "bytes=3000-") in hub.ranges
+
+
+def test_a_dropped_connection_is_taken_up_again(
+    hub: Hub, checkpoint: Path, shards: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1_000)  # what came after the last whole chunk is lost
+    hub.cut[shards[2]] = 3_000
+    quantize("org/tiny", tmp_path / "store", delete_source_shards=True)
+    quantize(checkpoint, tmp_path / "local")
+    assert contents(tmp_path / "store") == contents(tmp_path / "local")
+    assert (shards[2], "bytes=3000-") in hub.ranges
+
+
+@pytest.mark.slow
+def test_a_hub_without_ranges_works_too(hub: Hub, checkpoint: Path, tmp_path: Path) -> None:
+    hub.ignores_ranges = True
+    quantize("org/tiny", tmp_path / "store", delete_source_shards=True)
+    quantize(checkpoint, tmp_path / "local")
+    assert contents(tmp_path / "store") == contents(tmp_path / "local")
+
+
+def test_a_continued_file_with_another_content_is_refused_and_fetched_anew(
+    hub: Hub, shards: list[str], tmp_path: Path
+) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.phase == f"Downloading {shards[0]}":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize("org/tiny", tmp_path / "store", delete_source_shards=True, progress=stop)
+    (tmp_path / "store.download" / f"{shards[0]}.partial").write_bytes(bytes(1000))
+    with pytest.raises(CheckpointError, match="damaged while it was downloaded"):
+        quantize("org/tiny", tmp_path / "store", delete_source_shards=True)
+    assert is_store(quantize("org/tiny", tmp_path / "store", delete_source_shards=True))
+
+
+@pytest.mark.parametrize("delete", [False, True])
+def test_a_private_repository_needs_its_token(hub: Hub, tmp_path: Path, delete: bool) -> None:
+    hub.token = "hf_secret"
+    with pytest.raises(TransferError, match="not on the hub, or is private and needs a token"):
+        quantize("org/tiny", tmp_path / "store", delete_source_shards=delete)
+    hub.is_gated = True
+    with pytest.raises(TransferError, match="org/tiny is gated"):
+        quantize("org/tiny", tmp_path / "store", delete_source_shards=delete)
+    assert is_store(quantize("org/tiny", tmp_path / "store", token="hf_secret", delete_source_shards=delete))
+
+
+@pytest.mark.parametrize("delete", [False, True])
+def test_a_wrong_revision_is_named(hub: Hub, tmp_path: Path, delete: bool) -> None:
+    with pytest.raises(TransferError, match="org/tiny has no revision 'v9'"):
+        quantize("org/tiny", tmp_path / "store", revision="v9", delete_source_shards=delete)
+    with pytest.raises(TransferError, match="org/other is not on the hub"):
+        quantize("org/other", tmp_path / "store2", delete_source_shards=delete)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_hub_that_is_down_is_one_line(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "ENDPOINT", nowhere)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere + "/{repo_id}/resolve/{revision}/{filename}")
+    for delete in (False, True):
+        with pytest.raises(TransferError, match=r"org/tiny failed: .*") as caught:
+            quantize("org/tiny", tmp_path / "store", delete_source_shards=delete)
+        assert "\n" not in str(caught.value)
+
+
+def test_shards_of_a_users_folder_are_never_deleted(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Only shards that were downloaded"):
+        quantize(checkpoint, tmp_path / "store", delete_source_shards=True)
+    assert list(checkpoint.glob("*.safetensors"))
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(hub: Hub, tmp_path: Path) -> None:
+    foreign = tmp_path / "store.download"
+    foreign.mkdir()
+    (foreign / "model.safetensors").write_bytes(b"precious")
+    with pytest.raises(StoreError, match="no download of ours"):
+        quantize("org/tiny", tmp_path / "store", delete_source_shards=True)
+    assert (foreign / "model.safetensors").read_bytes() == b"precious"
+
+
+def test_a_begun_download_stays_with_its_commit(hub: Hub, tmp_path: Path) -> None:
+    def stop(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize("org/tiny", tmp_path / "store", delete_source_shards=True, progress=stop)
+    with pytest.raises(StoreError, match="holds a download of org/tiny at its newest revision"):
+        quantize("org/tiny", tmp_path / "store", revision="v2", delete_source_shards=True)
+    note = json.loads((tmp_path / "store.download" / "offload-moe-download.json").read_text())
+    assert note["commit"] == COMMIT
+
+
+def test_a_full_disk_is_named_before_the_download(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload_moe.checkpoint.download.shutil.disk_usage", lambda folder: type("", (), {"free": 10}))
+    with pytest.raises(BudgetError, match=r"is free\. Free"):
+        quantize("org/tiny", tmp_path / "store", delete_source_shards=True)
+
+
+@pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/passwd", "a/../../evil.safetensors"])
+def test_an_index_that_leads_out_of_the_folder_is_refused(hub: Hub, tmp_path: Path, name: str) -> None:
+    hub.files["model.safetensors.index.json"] = json.dumps({"weight_map": {"x": name}}).encode()
+    hub.files[name] = b"x" * 10
+    with pytest.raises(OffloadMoeError):
+        quantize("org/tiny", tmp_path / "store", delete_source_shards=True)
+    assert not list(tmp_path.rglob("evil*"))
+
+
+@pytest.mark.slow
+def test_the_command_line_uses_the_endpoint_and_token_of_the_environment(checkpoint: Path, tmp_path: Path) -> None:
+    with running(Hub(checkpoint)) as hub:
+        hub.token = "hf_secret"
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-m", "offload_moe_cli.main", "quantize", "org/tiny", str(tmp_path / "store")]
+
+        def run(*flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [*command, *flags], env={**environment, **variables}, capture_output=True, text=True, check=False
+            )
+
+        refused = run("--delete-source-shards")
+        assert refused.returncode == 1
+        assert refused.stderr.strip().splitlines()[-1].startswith("error: org/tiny is not on the hub, or is private")
+        assert "Traceback" not in refused.stderr
+        done = run("--delete-source-shards", HF_TOKEN="hf_secret")
+        assert done.returncode == 0, done.stderr
+        assert is_store(tmp_path / "store")
+        assert not (tmp_path / "store.download").exists()
