@@ -8,7 +8,7 @@ from offload_moe.checkpoint.bitsandbytes4 import bitsandbytes
 from offload_moe.checkpoint.fp8 import fp8_tensors
 from offload_moe.checkpoint.gguf_tensors import GgufTensors
 from offload_moe.checkpoint.integers import awq, compressed_tensors, gptq
-from offload_moe.checkpoint.mxfp4 import Mxfp4Tensors
+from offload_moe.checkpoint.mxfp4 import BLOCKS, Mxfp4Tensors
 from offload_moe.checkpoint.shards import Remote, Shards
 from offload_moe.checkpoint.skeleton import read_config_json
 from offload_moe.checkpoint.tensors import DequantizedTensors, TensorSource
@@ -36,7 +36,8 @@ def open_tensors(folder: Path, remote: Remote | None = None) -> TensorSource:
         CheckpointError: the folder is damaged, or quantized in a way that cannot be read.
     """
     if remote is None and not any(folder.glob("*.safetensors*")) and any(folder.glob("*.gguf")):
-        return GgufTensors(folder, read_config_json(folder))
+        found = GgufTensors(folder, read_config_json(folder))
+        return Mxfp4Tensors(found, {}) if any(name.endswith(BLOCKS) for name in found.entries) else found
     settings = quantization_settings(folder)
     method = settings.get("quant_method") if settings else None
     if settings and method not in READERS:

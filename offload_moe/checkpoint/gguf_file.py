@@ -32,10 +32,18 @@ class GgufTensor:
     def dtype(self) -> torch.dtype:
         return KEPT_DTYPES.get(self.kind, torch.bfloat16)
 
+    @property
+    def row_bytes(self) -> int:
+        """Of the last dimension."""
+        return self.num_bytes // math.prod(self.shape[:-1])
+
+    def raw(self, start: int, stop: int) -> Tensor:
+        """The bytes of a slice along the leading dimension, uint8 ``[stop - start, ..., row_bytes]``."""
+        return self._slice(start, stop).view(stop - start, *self.shape[1:-1], self.row_bytes)
+
     def rows(self, start: int, stop: int) -> Tensor:
         """A slice along the leading dimension. Raises: CheckpointError, TransferError."""
-        row_bytes = self.num_bytes // self.shape[0]
-        data = self._read(self.offset + start * row_bytes, (stop - start) * row_bytes)
+        data = self._slice(start, stop)
         shape = (stop - start, *self.shape[1:])
         if self.kind in KEPT_DTYPES:
             return data.view(self.dtype).view(shape)
@@ -44,6 +52,10 @@ class GgufTensor:
         kind = gguf.GGMLQuantizationType[self.kind]
         values = gguf.dequantize(data.view(math.prod(shape[:-1]), -1).numpy(), kind)
         return torch.from_numpy(values).view(shape).to(self.dtype)
+
+    def _slice(self, start: int, stop: int) -> Tensor:
+        item_bytes = self.num_bytes // self.shape[0]
+        return self._read(self.offset + start * item_bytes, (stop - start) * item_bytes)
 
     def _read(self, offset: int, num_bytes: int) -> Tensor:
         data = torch.empty(num_bytes, dtype=torch.uint8)

@@ -5,8 +5,8 @@ Source: gguf-py, gguf/constants.py and tensor_mapping.py; llama.cpp, convert_hf_
 
 import re
 
-# llama.cpp's names. Its `llama` is Mixtral here: a dense model is refused later.
-ARCHITECTURES = ("llama", "qwen2moe", "qwen3moe", "olmoe")
+# llama.cpp's names. Its `llama` is Mixtral here, its `deepseek2` any DeepSeek since V2; a dense model is refused later.
+ARCHITECTURES = ("llama", "qwen2moe", "qwen3moe", "olmoe", "deepseek2", "gpt-oss")
 PERMUTED = ("llama",)  # rows of query and key are in the order of another rotary embedding
 
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -29,11 +29,30 @@ _IN_BLOCK = {
     "ffn_down": "mlp.down_proj",
     "ffn_down_exps": "mlp.experts.down_proj",
 }
+_IN_BLOCK_OF = {
+    "deepseek2": {
+        "attn_q_a": "self_attn.q_a_proj",
+        "attn_q_a_norm": "self_attn.q_a_layernorm",
+        "attn_q_b": "self_attn.q_b_proj",
+        "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+        "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+        "attn_kv_b": "self_attn.kv_b_proj",
+        "exp_probs_b": "mlp.gate.e_score_correction",
+        "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+        "ffn_up_shexp": "mlp.shared_experts.up_proj",
+        "ffn_down_shexp": "mlp.shared_experts.down_proj",
+    },
+    "gpt-oss": {
+        "post_attention_norm": "post_attention_layernorm",
+        "attn_sinks": "self_attn.sinks",
+        "ffn_gate_inp": "mlp.router",
+    },
+}
 _UNUSED = re.compile(r"rope_freqs\.weight")
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
-def transformers_name(name: str) -> str | None:
+def transformers_name(name: str, architecture: str) -> str | None:
     """The name in transformers; one that does not change is unknown, None is not needed."""
     if _UNUSED.fullmatch(name):
         return None
@@ -41,16 +60,34 @@ def transformers_name(name: str) -> str | None:
     if stem in _WHOLE:
         return f"{_WHOLE[stem]}.{kind}"
     match = _BLOCK.fullmatch(name)
-    if match is None or match[2] not in _IN_BLOCK:
+    if match is None:
+        return re.sub(r"^blk\.(\d+)\.", r"model.layers.\1.", name)  # of a layer for multi-token prediction, perhaps
+    known = _IN_BLOCK | _IN_BLOCK_OF.get(architecture, {})
+    if match[2] not in known:
         return name
-    inside = _IN_BLOCK[match[2]]
-    prefix = f"model.layers.{match[1]}.{inside}"
-    return prefix if inside.startswith("mlp.experts.") else f"{prefix}.{match[3]}"
+    inside = known[match[2]]
+    return f"model.layers.{match[1]}.{inside}{_ending(inside, match[3])}"
+
+
+def _ending(inside: str, kind: str) -> str:
+    """Fused experts, sinks and corrections are parameters themselves, not modules with a weight and a bias."""
+    if inside.startswith("mlp.experts.") or inside.endswith("score_correction"):
+        return "_bias" if kind == "bias" else ""
+    return "" if inside.endswith("sinks") else f".{kind}"
 
 
 def fused_experts(name: str) -> tuple[str, str] | None:
     """For the gate half of fused experts: the name of the up half, and of both in transformers."""
-    match = re.fullmatch(r"blk\.(\d+)\.ffn_gate_exps\.weight", name)
+    match = re.fullmatch(r"blk\.(\d+)\.ffn_gate_exps\.(weight|bias)", name)
     if match is None:
         return None
-    return f"blk.{match[1]}.ffn_up_exps.weight", f"model.layers.{match[1]}.mlp.experts.gate_up_proj"
+    both = f"model.layers.{match[1]}.mlp.experts.gate_up_proj" + ("_bias" if match[2] == "bias" else "")
+    return f"blk.{match[1]}.ffn_up_exps.{match[2]}", both
+
+
+def split_latent(name: str) -> tuple[str, str] | None:
+    """For the key half of what makes keys and values of the latent: the value half, and the name of both."""
+    match = re.fullmatch(r"blk\.(\d+)\.attn_k_b\.weight", name)
+    if match is None:
+        return None
+    return f"blk.{match[1]}.attn_v_b.weight", f"model.layers.{match[1]}.self_attn.kv_b_proj.weight"

@@ -1,36 +1,18 @@
 """GGUF files beside the original model's config and tokenizer, read under transformers' names."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from offload_moe.checkpoint.gguf_file import GgufTensor, read_gguf
-from offload_moe.checkpoint.gguf_names import ARCHITECTURES, PERMUTED, fused_experts, transformers_name
+from offload_moe.checkpoint.gguf_file import read_gguf
+from offload_moe.checkpoint.gguf_names import ARCHITECTURES
+from offload_moe.checkpoint.gguf_parts import GgufPart, parts
 from offload_moe.checkpoint.header import TensorEntry
 from offload_moe.checkpoint.shards import safe_path
 from offload_moe.checkpoint.tensors import row_chunks
 from offload_moe.errors import CheckpointError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GgufPart:
-    """Tensors that are one in transformers: gate before up along the rows. num_heads: of a permuted query or key."""
-
-    tensors: tuple[GgufTensor, ...]
-    num_heads: int = 0
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        if len(self.tensors) > 1:
-            return torch.cat([tensor.rows(start, stop) for tensor in self.tensors], dim=1)
-        if not self.num_heads:
-            return self.tensors[0].rows(start, stop)
-        whole = self.tensors[0].rows(0, self.tensors[0].shape[0])
-        halves = whole.unflatten(0, (self.num_heads, -1, 2))  # llama.cpp turns pairs of neighbours, transformers halves
-        return halves.transpose(1, 2).flatten(0, 2)[start:stop]
 
 
 class GgufTensors:
@@ -45,7 +27,7 @@ class GgufTensors:
                 f"{self.paths[0]} is a GGUF file of architecture {architecture!r}; {', '.join(ARCHITECTURES)} can be "
                 "read. Use a safetensors version of the model."
             )
-        self._parts = {name: _permuted(name, part, architecture, config) for name, part in _parts(tensors)}
+        self._parts = dict(parts(tensors, architecture, config))
         self.entries: Mapping[str, TensorEntry] = {name: _entry(name, part) for name, part in self._parts.items()}
 
     def paths_of(self, name: str) -> frozenset[Path]:
@@ -79,32 +61,6 @@ def _parts_of_one_model(folder: Path) -> tuple[Path, ...]:
     return tuple(safe_path(folder, path.name) for path in paths)
 
 
-def _parts(tensors: Mapping[str, GgufTensor]) -> Iterator[tuple[str, GgufPart]]:
-    for name, tensor in tensors.items():
-        if both := fused_experts(name):
-            up = tensors.get(both[0])
-            if up is None or up.shape != tensor.shape or up.dtype != tensor.dtype:
-                raise CheckpointError(f"{tensor.path}: tensor {name} has no {both[0]} of its shape.")
-            yield both[1], GgufPart(tensors=(tensor, up))
-        elif ".ffn_up_exps." not in name and (known := transformers_name(name)) is not None:
-            is_vector = known.endswith("mlp.shared_expert_gate.weight") and len(tensor.shape) == 1
-            yield known, GgufPart(tensors=(replace(tensor, shape=(1, *tensor.shape)) if is_vector else tensor,))
-
-
-def _permuted(name: str, part: GgufPart, architecture: str, config: Mapping[str, Any]) -> GgufPart:
-    is_key = name.endswith("self_attn.k_proj.weight")
-    if architecture not in PERMUTED or not (is_key or name.endswith("self_attn.q_proj.weight")):
-        return part
-    num_heads = config.get("num_key_value_heads" if is_key else "num_attention_heads")
-    rows = part.tensors[0].shape[0]
-    if type(num_heads) is not int or num_heads <= 0 or rows % (2 * num_heads):
-        raise CheckpointError(f"{part.tensors[0].path}: {name} has {rows} rows, config.json says {num_heads} heads.")
-    return GgufPart(tensors=part.tensors, num_heads=num_heads)
-
-
 def _entry(name: str, part: GgufPart) -> TensorEntry:
     first = part.tensors[0]
-    shape = first.shape
-    if len(part.tensors) > 1:
-        shape = (shape[0], shape[1] * len(part.tensors), *shape[2:])
-    return TensorEntry(name=name, path=first.path, dtype=first.dtype, shape=shape, offset=first.offset)
+    return TensorEntry(name=name, path=first.path, dtype=part.dtype, shape=part.shape(), offset=first.offset)

@@ -12,9 +12,10 @@ from offload_moe import load
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.errors import CheckpointError
 from offload_moe.quantize import quantize
+from offload_moe.store import Store
 from tests.support.checkpoints import tiny_config
-from tests.support.gguf_files import ARCHITECTURES, SIZES, write_gguf
-from tests.support.quantized import edit_json
+from tests.support.gguf_files import ARCHITECTURES, sizes_of, write_gguf, write_mxfp4_gguf
+from tests.support.quantized import edit_json, write_mxfp4_checkpoint
 from tests.support.stores import assert_same_stores
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # upstream's, of models outside their usual sizes
@@ -32,6 +33,27 @@ def test_a_store_has_the_bytes_of_the_model_it_stands_for(family: str, codec: st
 def test_types_of_tensors(kind: Kind, tmp_path: Path) -> None:
     source, plain = write_gguf(tmp_path, "mixtral", kind)
     assert_same_stores(quantize(source, tmp_path / "a"), quantize(plain, tmp_path / "b"))
+
+
+@pytest.mark.parametrize("codec", ["mxfp4", "nf4"])
+def test_mxfp4_in_gguf_keeps_its_bits(codec: str, tmp_path: Path) -> None:
+    """Against the same bits as gpt-oss itself has them: blocks and scales in safetensors."""
+    plain, _ = write_mxfp4_checkpoint(tmp_path)
+    source = write_mxfp4_gguf(tmp_path / "gguf", plain)
+    chosen = None if codec == "mxfp4" else codec
+    store = quantize(source, tmp_path / "a", codec=chosen)
+    assert_same_stores(store, quantize(plain, tmp_path / "b", codec=chosen))
+    assert Store.open(store).codec == codec
+
+
+def test_an_older_file_has_keys_and_values_of_the_latent_in_one(tmp_path: Path) -> None:
+    source, plain = write_gguf(tmp_path, "deepseek_v3", Kind.F32, is_latent_split=False)
+    assert_same_stores(quantize(source, tmp_path / "a"), quantize(plain, tmp_path / "b"))
+
+
+def test_a_half_that_is_missing(tmp_path: Path) -> None:
+    source, _ = write_gguf(tmp_path, "deepseek_v2", without="blk.1.attn_v_b.weight")
+    refused(source, tmp_path, "attn_k_b.weight has no blk.1.attn_v_b.weight")
 
 
 def test_a_model_in_several_files(tmp_path: Path) -> None:
@@ -59,7 +81,7 @@ def test_transformers_reads_the_same_numbers(family: str, tmp_path: Path) -> Non
 
 def test_queries_and_keys_are_turned_back_as_transformers_does(tmp_path: Path) -> None:
     source, _ = write_gguf(tmp_path, "mixtral", Kind.F32)
-    config = tiny_config("mixtral", **SIZES)
+    config = tiny_config("mixtral", **sizes_of("mixtral"))
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(source / "model.gguf").tensors}
     processor = LlamaTensorProcessor(config=config.to_dict())
     with Checkpoint(source) as checkpoint:
@@ -94,8 +116,8 @@ def refused(source: Path, tmp_path: Path, match: str) -> None:
 
 
 def test_an_architecture_that_is_not_known(tmp_path: Path) -> None:
-    source, _ = write_gguf(tmp_path, "qwen3_moe", architecture="deepseek2")
-    refused(source, tmp_path, "architecture 'deepseek2'; llama, .* can be read. Use a safetensors version")
+    source, _ = write_gguf(tmp_path, "qwen3_moe", architecture="grok")
+    refused(source, tmp_path, "architecture 'grok'; llama, .* can be read. Use a safetensors version")
 
 
 def test_two_models_in_one_folder(tmp_path: Path) -> None:

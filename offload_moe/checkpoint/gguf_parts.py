@@ -1,0 +1,156 @@
+"""How one tensor of transformers is put together from those in a GGUF file.
+
+Source: llama.cpp, convert_hf_to_gguf.py and conversion/, whose steps are run backwards; ggml-common.h, `block_mxfp4`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload_moe.checkpoint.gguf_file import GgufTensor
+from offload_moe.checkpoint.gguf_names import PERMUTED, fused_experts, split_latent, transformers_name
+from offload_moe.checkpoint.mxfp4 import BLOCKS, SCALES
+from offload_moe.errors import CheckpointError
+
+GPT_OSS = "gpt-oss"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufPart:
+    """Tensors that are one in transformers. join: of the same rows of each, or of all rows of each where `is_whole`.
+
+    is_raw: the tensors' bytes are taken as they lie, uint8 ``[..., bytes of a row]``.
+    """
+
+    tensors: tuple[GgufTensor, ...]
+    join: Callable[..., Tensor]
+    is_whole: bool = False
+    is_raw: bool = False
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        if self.is_whole:
+            return self.join(*(tensor.rows(0, tensor.shape[0]) for tensor in self.tensors))[start:stop]
+        return self.join(
+            *(tensor.raw(start, stop) if self.is_raw else tensor.rows(start, stop) for tensor in self.tensors)
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.uint8 if self.is_raw else self.tensors[0].dtype
+
+    def shape(self) -> tuple[int, ...]:
+        """Raises: CheckpointError when the tensors do not fit together."""
+        shapes = [(*t.shape[:-1], t.row_bytes) if self.is_raw else t.shape for t in self.tensors]
+        try:
+            return tuple(self.join(*(torch.empty(shape, device="meta") for shape in shapes)).shape)
+        except RuntimeError as error:
+            names = " and ".join(tensor.name for tensor in self.tensors)
+            raise CheckpointError(f"{self.tensors[0].path}: {names} do not fit together: {shapes}.") from error
+
+
+def parts(
+    tensors: Mapping[str, GgufTensor], architecture: str, config: Mapping[str, Any]
+) -> Iterator[tuple[str, GgufPart]]:
+    """Every tensor of the model under its name in transformers.
+
+    Raises: CheckpointError when a half is missing, or heads do not fit.
+    """
+    is_gpt_oss = architecture == GPT_OSS
+    for name, tensor in tensors.items():
+        if ".ffn_up_exps." in name or ".attn_v_b." in name:
+            continue  # comes with its other half
+        if both := fused_experts(name) or split_latent(name):
+            pair = (tensor, _half(tensors, tensor, both[0]))
+            yield from _pair(both[1], pair, is_gpt_oss)
+        elif (known := transformers_name(name, architecture)) is None:
+            continue
+        elif is_gpt_oss and ".ffn_down_exps.weight" in name:
+            yield from _gpt_oss_experts(known, (tensor,))
+        elif known.endswith("mlp.shared_expert_gate.weight") and len(tensor.shape) == 1:
+            yield known, GgufPart(tensors=(replace(tensor, shape=(1, *tensor.shape)),), join=_same)
+        else:
+            yield known, _permuted(known, tensor, architecture, config)
+
+
+def _half(tensors: Mapping[str, GgufTensor], first: GgufTensor, name: str) -> GgufTensor:
+    other = tensors.get(name)
+    if other is None or other.dtype != first.dtype:
+        raise CheckpointError(f"{first.path}: tensor {first.name} has no {name} of its type.")
+    if ".attn_v_b." not in name and (other.shape != first.shape or other.kind != first.kind):
+        raise CheckpointError(f"{first.path}: tensor {first.name} has no {name} of its shape.")
+    return other
+
+
+def _pair(name: str, pair: tuple[GgufTensor, GgufTensor], is_gpt_oss: bool) -> Iterator[tuple[str, GgufPart]]:
+    if name.endswith("kv_b_proj.weight"):
+        yield name, GgufPart(tensors=pair, join=_join_latent, is_whole=True)
+    elif not is_gpt_oss:
+        yield name, GgufPart(tensors=pair, join=_gate_before_up)
+    elif name.endswith("_bias"):
+        yield name, GgufPart(tensors=pair, join=_interleave)
+    else:
+        yield from _gpt_oss_experts(name, pair)
+
+
+def _gpt_oss_experts(name: str, tensors: tuple[GgufTensor, ...]) -> Iterator[tuple[str, GgufPart]]:
+    """transformers keeps these matrices as [in, out], gate and up rows in turn; MXFP4 keeps its bits."""
+    if tensors[0].kind == "MXFP4":
+        yield name + BLOCKS, GgufPart(tensors=tensors, join=_blocks, is_raw=True)
+        yield name + SCALES, GgufPart(tensors=tensors, join=_scales, is_raw=True)
+    else:
+        yield name, GgufPart(tensors=tensors, join=_turned)
+
+
+def _permuted(name: str, tensor: GgufTensor, architecture: str, config: Mapping[str, Any]) -> GgufPart:
+    is_key = name.endswith("self_attn.k_proj.weight")
+    if architecture not in PERMUTED or not (is_key or name.endswith("self_attn.q_proj.weight")):
+        return GgufPart(tensors=(tensor,), join=_same)
+    num_heads = config.get("num_key_value_heads" if is_key else "num_attention_heads")
+    rows = tensor.shape[0]
+    if type(num_heads) is not int or num_heads <= 0 or rows % (2 * num_heads):
+        raise CheckpointError(f"{tensor.path}: {name} has {rows} rows, config.json says {num_heads} heads.")
+    return GgufPart(tensors=(tensor,), join=partial(_halves, num_heads), is_whole=True)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _halves(num_heads: int, whole: Tensor) -> Tensor:
+    """llama.cpp turns pairs of neighbours, transformers halves."""
+    return whole.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _gate_before_up(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.cat([gate, up], dim=1)
+
+
+def _join_latent(keys: Tensor, values: Tensor) -> Tensor:
+    """keys ``[heads, latent, K]`` and values ``[heads, V, latent]`` -> ``[heads * (K + V), latent]``."""
+    return torch.cat([keys.transpose(1, 2), values], dim=1).flatten(0, 1)
+
+
+def _interleave(*rows: Tensor) -> Tensor:
+    """``[E, R, ...]`` of gate and of up -> ``[E, 2 R, ...]``, in turn."""
+    return torch.stack(rows, dim=2).flatten(1, 2)
+
+
+def _turned(*rows: Tensor) -> Tensor:
+    return _interleave(*rows).transpose(1, 2)
+
+
+def _blocks(*raw: Tensor) -> Tensor:
+    """ggml has elements 0 to 15 of a block in low nibbles and 16 to 31 in high ones; MXFP4 has neighbours in a byte."""
+    bytes_ = _interleave(*raw).unflatten(-1, (-1, 17))[..., 1:]
+    if bytes_.is_meta:
+        return bytes_
+    codes = torch.cat([bytes_ & 15, bytes_ >> 4], dim=-1)
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+def _scales(*raw: Tensor) -> Tensor:
+    return _interleave(*raw).unflatten(-1, (-1, 17))[..., 0]
