@@ -44,11 +44,18 @@ class PieceReader:
             found[name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return found
 
+    def names(self, expert: int) -> list[str]:
+        """The checkpoint's tensors that hold this expert."""
+        return [self._source(part, expert) for parts in self._layer.parts.values() for part in parts]
+
     def read_packed(self, expert: int) -> dict[str, Tensor]:
         raise AssertionError("only where is_packed")
 
+    def _source(self, part: Part, expert: int) -> str:
+        return self._sources[f"{self._layer.name}.{part.parameter.format(expert)}"]
+
     def _piece(self, part: Part, expert: int) -> Tensor:
-        source = self._sources[f"{self._layer.name}.{part.parameter.format(expert)}"]
+        source = self._source(part, expert)
         if part.is_apart:
             piece = self._tensors.read(source)
         elif part.num_rows:

@@ -11,14 +11,12 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import load_file, save_file
-from transformers.core_model_loading import dot_natural_key
 
 from offload_moe.errors import BudgetError, CheckpointError, ConfigError, OffloadMoeError, StoreError, TransferError
 from offload_moe.quantize import Progress, quantize
 from offload_moe.repair import find_damage, repair
 from offload_moe.store import Store, is_store
-from tests.support.checkpoints import write_checkpoint
+from tests.support.checkpoints import spread, write_checkpoint
 from tests.support.hub import COMMIT, Hub, running
 
 
@@ -31,19 +29,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "modeling_tiny.py").write_text("raise SystemExit('code of a checkpoint was run')")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
     return folder
-
-
-def spread(folder: Path, per_shard: int) -> None:
-    """Write a checkpoint anew in many shards, an expert's matrices now and then in two."""
-    tensors = {}
-    for path in folder.glob("*.safetensors"):
-        tensors |= load_file(path)
-        path.unlink()
-    names = sorted(tensors, key=dot_natural_key)
-    weight_map = {name: f"model-{index // per_shard:05}.safetensors" for index, name in enumerate(names)}
-    for shard in set(weight_map.values()):
-        save_file({name: tensors[name] for name in names if weight_map[name] == shard}, folder / shard)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
 """Tiny checkpoints of many families on disk, as `save_pretrained` writes them: in the layout of the hub."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import dot_natural_key
 
 from offload_moe.checkpoint.skeleton import auto_class
 
@@ -246,3 +249,16 @@ def write_checkpoint(
                 tensor.copy_(torch.randn(tensor.shape) * 0.1)
     model.save_pretrained(folder, max_shard_size=shard_size)
     return model
+
+
+def spread(folder: Path, per_shard: int) -> None:
+    """Write a checkpoint anew in many shards, an expert's matrices now and then in two."""
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+        path.unlink()
+    names = sorted(tensors, key=dot_natural_key)
+    weight_map = {name: f"model-{index // per_shard:05}.safetensors" for index, name in enumerate(names)}
+    for shard in set(weight_map.values()):
+        save_file({name: tensors[name] for name in names if weight_map[name] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

@@ -1,0 +1,32 @@
+"""Which shards each part of a store needs, and the order that follows from it."""
+
+from pathlib import Path
+
+import pytest
+
+from offload_moe.checkpoint.checkpoint import Checkpoint
+from offload_moe.checkpoint.shards import Shards
+from offload_moe.conversion import plan_conversion
+from offload_moe.quant import get_codec
+from tests.support.checkpoints import spread, write_checkpoint
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "switch_transformers", "dbrx"])
+def test_a_part_reads_only_the_shards_it_names_and_comes_with_the_last_of_them(family: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, family)
+    spread(tmp_path, per_shard=3)
+    codecs = get_codec("bf16"), get_codec("int8")
+    with Checkpoint(tmp_path) as checkpoint:
+        files, jobs = plan_conversion(checkpoint, *codecs, by_shard=True)
+        assert [blob for file in files for blob in file.blobs] == [job.blob for job in jobs]
+        assert len({file.name for file in files}) == len(files)
+        assert {job.blob.name for job in jobs} == {job.blob.name for job in plan_conversion(checkpoint, *codecs)[1]}
+        stages = [max(checkpoint.tensors.paths.index(path) for path in job.paths) for job in jobs]
+        assert stages == sorted(stages)
+        assert isinstance(checkpoint.tensors, Shards)
+        for job in jobs:
+            checkpoint.tensors.close()
+            for _ in job.make():
+                pass
+            opened = set(checkpoint.tensors._descriptors)
+            assert not opened or opened == job.paths  # the other half of a split tensor was kept
