@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ class Download:
         Raises: CheckpointError when the repository has no safetensors or lacks a shard, TransferError.
         """
         for path in shard_names(self.folder, self.repository.files):
+            if path.parent != self.folder:
+                raise CheckpointError(f"{path} is in a folder of its own. Convert it without --delete-source-shards.")
             copy = self._header_path(path.name)
             if not copy.exists():
                 self._on_download(f"headers, {path.name}", 0, 0)
@@ -116,14 +119,14 @@ class Download:
 
     def remove(self) -> None:
         """Delete the folder: the conversion is finished. What is not ours in it stays."""
-        for path in [*self.folder.glob(f"{HEADERS}/*"), *(self.folder / name for name in self.repository.files)]:
-            path.unlink(missing_ok=True)
-        (self.folder / NOTE_NAME).unlink()
-        for folder in sorted({self.folder / HEADERS, *(p for p in self.folder.iterdir() if p.is_dir()), self.folder})[
-            ::-1
-        ]:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        ours = {*self.repository.files, *(name + PARTIAL for name in self.repository.files), NOTE_NAME}
+        found = sorted(self.folder.rglob("*"), reverse=True)  # a folder after what is in it
+        for path in [*found, self.folder]:
+            if path.is_dir() and not path.is_symlink():
+                with suppress(OSError):  # not empty
+                    path.rmdir()
+            elif path.parent == self.folder / HEADERS or path.relative_to(self.folder).as_posix() in ours:
+                path.unlink()
 
     def close(self) -> None:
         if self._lock >= 0:

@@ -261,6 +261,27 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(hub: Hub, tmp_path: Pa
     assert not list(tmp_path.rglob("evil*"))
 
 
+def test_only_what_was_downloaded_is_deleted(hub: Hub, tmp_path: Path) -> None:
+    """Not what a listing names outside of the folder, nor what somebody else put into it."""
+    (tmp_path / "victim.bin").write_bytes(b"precious")
+    hub.files["../victim.bin"] = b"x"
+
+    def add(progress: Progress) -> None:
+        if progress.phase == "Quantizing":
+            (tmp_path / "store.download" / "mine.bin").write_bytes(b"mine")
+
+    quantize("org/tiny", tmp_path / "store", delete_source_shards=True, progress=add)
+    assert (tmp_path / "victim.bin").read_bytes() == b"precious"
+    assert [path.name for path in (tmp_path / "store.download").iterdir()] == ["mine.bin"]
+
+
+def test_shards_in_a_folder_of_their_own_are_refused(hub: Hub, tmp_path: Path) -> None:
+    hub.files["model.safetensors.index.json"] = json.dumps({"weight_map": {"x": "a/b.safetensors"}}).encode()
+    hub.files["a/b.safetensors"] = b"x" * 10
+    with pytest.raises(CheckpointError, match="in a folder of its own"):
+        quantize("org/tiny", tmp_path / "store", delete_source_shards=True)
+
+
 @pytest.mark.slow
 def test_the_command_line_uses_the_endpoint_and_token_of_the_environment(checkpoint: Path, tmp_path: Path) -> None:
     with running(Hub(checkpoint)) as hub:
