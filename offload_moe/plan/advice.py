@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from offload_moe.conversion import LOSSLESS
 from offload_moe.plan.outlook import Outlook, Task, look_ahead
 from offload_moe.plan.placement import DENSE_CODECS, LAST_RESORT, Tier
-from offload_moe.quantize import LOSSLESS
 from offload_moe.sizes import format_size, typed_size
 
 WORTH_SAYING = 1.02  # a change that gains less than this is noise beside the assumptions

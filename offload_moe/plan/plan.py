@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from offload_moe.conversion import LOSSLESS
 from offload_moe.errors import ConfigError
 from offload_moe.plan.advice import Change, Shortfall, best_changes, find_shortfalls
 from offload_moe.plan.machine import Machine
@@ -13,7 +14,6 @@ from offload_moe.plan.sizes import checkpoint_estimate, expert_codecs, store_byt
 from offload_moe.plan.source import PlannedSource, open_source
 from offload_moe.plan.speed import Speed
 from offload_moe.quant import get_codec
-from offload_moe.quantize import LOSSLESS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
