@@ -19,6 +19,8 @@ FLOW = [
     "dense",
     "lean",
     "demo",
+    "conversion",
+    "source_shards",
     "quantize",
     "repair",
     "trace",
