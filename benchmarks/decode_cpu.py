@@ -8,6 +8,9 @@ cores as threads; a trial is the last of two runs in a process, and the ratio is
 `--transformers` adds transformers in bf16 and with bitsandbytes' 4-bit linears on a checkpoint of the same shape;
 `--layers` makes every model that much shorter, where the whole one in bf16 does not fit. The last line of stdout is
 one JSON document.
+
+On a machine that is busy with other work, wall-clock rates of spinning thread pools mean little; CPU milliseconds per
+token with `--threads 1` still do.
 """
 
 import argparse
@@ -78,6 +81,7 @@ def main() -> None:
         {name: lambda name=name: trial(name) for name in commands}, num_trials=options.trials, num_warmups=0
     )
     prompts = {name: [each["runs"][-1]["prompt_tokens_per_s"] for each in made] for name, made in documents.items()}
+    cpu = {name: [each["runs"][-1].get("decode_cpu_ms", 0.0) for each in made] for name, made in documents.items()}
     peers = [name for name in commands if name != "offload_moe"]
     finish(
         {
@@ -90,6 +94,8 @@ def main() -> None:
             "decode_tokens_per_s": {name: spread(values) for name, values in decodes.items()},
             "prompt_tokens_per_s": {name: spread(values) for name, values in prompts.items()},
             "decode_ratios": {f"vs {name}": paired_ratio(decodes, "offload_moe", name) for name in peers},
+            "decode_cpu_ms": {name: spread(cpu[name]) for name in ("offload_moe", "llama.cpp")},
+            "decode_cpu_ratio_llamacpp_over_ours": paired_ratio(cpu, "llama.cpp", "offload_moe"),
             "prompt_ratios": {f"vs {name}": paired_ratio(prompts, "offload_moe", name) for name in peers},
             "offload_moe": {
                 name: spread([float(each[name]) for each in documents["offload_moe"]])

@@ -102,16 +102,18 @@ def main() -> None:
         ids = prompt(seed, options.prompt_tokens)
         before, counted = read_bytes(), model.stats.copy()
         with stream_tokens(model.hf, None, ids, seed=seed, **sampling) as tokens:
-            num_tokens, prompt_counters = 0, counted
+            num_tokens, prompt_counters, prompt_cpu_s = 0, counted, 0.0
             for _ in tokens:
                 num_tokens += 1
                 if num_tokens == 1:
-                    prompt_counters = model.stats.copy()
+                    prompt_counters, prompt_cpu_s = model.stats.copy(), time.process_time()
+            decode_cpu_s = time.process_time() - prompt_cpu_s
             decoding = model.stats.since(prompt_counters)
             runs.append(
                 {
                     "prompt_tokens_per_s": options.prompt_tokens / tokens.prompt_s,
                     "decode_tokens_per_s": (num_tokens - 1) / tokens.decode_s,
+                    "decode_cpu_ms": 1e3 * decode_cpu_s / (num_tokens - 1),
                     "disk_bytes": read_bytes() - before,
                     "decode_hit_rate": decoding.hit_rate,
                     "decode_disk_bytes": decoding.disk_bytes,

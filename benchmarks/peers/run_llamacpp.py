@@ -46,7 +46,6 @@ def main() -> None:
         before = read_bytes()
         request = {
             "prompt": [(i * 37 + seed * 101) % 20000 + 300 for i in range(options.prompt_tokens)],
-            "n_predict": options.tokens,
             "temperature": 50.0,
             "top_k": 0,
             "top_p": 1.0,
@@ -55,12 +54,17 @@ def main() -> None:
             "ignore_eos": True,
             "cache_prompt": False,
         }
-        answer = server.handle_completions(request)
+        marks = [time.process_time()]
+        for num_tokens in (1, options.tokens):  # the first is there to tell the prompt's CPU time from that of decoding
+            answer = server.handle_completions({**request, "n_predict": num_tokens})
+            marks.append(time.process_time())
+        decode_cpu_s = (marks[2] - marks[1]) - (marks[1] - marks[0])
         timings = (json.loads(answer) if isinstance(answer, str) else answer)["timings"]
         runs.append(
             {
                 "prompt_tokens_per_s": timings["prompt_per_second"],
                 "decode_tokens_per_s": timings["predicted_per_second"],
+                "decode_cpu_ms": 1e3 * decode_cpu_s / (options.tokens - 1),
                 "disk_bytes": read_bytes() - before,
             }
         )
