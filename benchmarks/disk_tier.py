@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from decode_cpu import ensure_files
+from decode_cpu import make
 from harness import finish, forget_cached, paired_ratio, random_read_bytes_per_s, run_json, spread
 
 HERE = Path(__file__).parent
@@ -55,7 +55,7 @@ def run_trials(options: argparse.Namespace, store: Path, gguf: Path) -> list[dic
     log: Path | None = options.trial_log
     trials = [json.loads(line) for line in log.read_text().splitlines()] if log is not None and log.exists() else []
     shared = ["--threads", str(options.threads), "--prompt-tokens", str(options.prompt_tokens), "--tokens"]
-    context = ["--context", str(options.prompt_tokens + options.tokens + 32), "--no-repack"]
+    context = ["--context", str(options.prompt_tokens + options.tokens + 32)]
 
     def keep(trial: dict[str, Trial]) -> None:
         print(json.dumps(trial), file=sys.stderr, flush=True)
@@ -66,8 +66,10 @@ def run_trials(options: argparse.Namespace, store: Path, gguf: Path) -> list[dic
 
     for _ in range(options.trials):
         trial = {
-            OURS: our_trial(store, options, [*shared, str(options.tokens)], options.lru_slots),
-            LLAMA: peer_trial("run_llamacpp.py", gguf, options, [*shared, str(options.peer_tokens), *context]),
+            OURS: our_trial(store, options, [*shared, str(options.tokens), *context], options.lru_slots),
+            LLAMA: peer_trial(
+                "run_llamacpp.py", gguf, options, [*shared, str(options.peer_tokens), *context, "--no-repack"]
+            ),
         }
         keep(trial)
     for _ in range(options.accelerate):
@@ -118,7 +120,9 @@ def main() -> None:
     parser.add_argument("--trial-log", type=Path)
     parser.add_argument("--accelerate", type=int, default=0, help="runs of accelerate's disk offload, after the trials")
     options = parser.parse_args()
-    store, gguf = ensure_files(options.config, options.folder)
+    store, gguf = (options.folder / f"{options.config.stem}{end}" for end in ("-store", ".gguf"))
+    make("synthesize.py", options.config, store)
+    make("peers/make_random_gguf.py", options.config, gguf)
     manifest = json.loads((store / "store.json").read_text())
     options.record_bytes = max(layer["record_bytes"] for layer in manifest["layers"])
     dense_bytes = sum(file.stat().st_size for file in store.glob("dense-*"))
