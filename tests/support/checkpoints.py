@@ -124,7 +124,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "aria_text": {},
     "axk1": DEEPSEEK,
     "axk2": DEEPSEEK,
-    "bailing_hybrid": HYBRID | {"num_key_value_heads": 4},
+    "bailing_hybrid": DEEPSEEK | HYBRID,
     "beam": DEEPSEEK | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "cohere2_moe": {},
     "deepseek_v2": DEEPSEEK | {"n_group": 1, "topk_method": "greedy"},
