@@ -22,7 +22,7 @@ COMMON_FLAGS = [
     "-fno-trapping-math",
 ]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
-AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
+AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd", "-mavx512vnni"]
 X86_FLAGS = {
     "isa_avx2.c": AVX2_FLAGS,
     "isa_avx512.c": AVX512_FLAGS,

@@ -47,58 +47,69 @@ OM_INLINE int32_t quantize_group(const float *values, const int count, int8_t *q
     return sum;
 }
 
-OM_INLINE void append_sizes(int8_t *quants) {
-    for (int i = 0; i < OM_BLOCK; i++) quants[OM_BLOCK + i] = (int8_t)(quants[i] < 0 ? -quants[i] : quants[i]);
+/* Where the units of a codec put a block's elements: see OM_UNIT_BLOCKS in rows.h. */
+#define OM_ARE_NIBBLES(codec) ((codec) == OM_NF4 || (codec) == OM_MXFP4)
+
+OM_INLINE void place_quants(const int codec, const int8_t *natural, int64_t block, int8_t *quants) {
+    if (codec == OM_INT8) {
+        quants += block * OM_QUANT_BYTES;
+        __builtin_memcpy(quants, natural, OM_BLOCK);
+        if (OM_KEEPS_MAGNITUDES)
+            for (int i = 0; i < OM_BLOCK; i++) quants[OM_BLOCK + i] = (int8_t)(natural[i] < 0 ? -natural[i] : natural[i]);
+        return;
+    }
+    const int half = OM_BLOCK / 2, low_is_odd = codec == OM_NF4; /* which element is in the low nibble */
+    int8_t *low = quants + block / OM_UNIT_BLOCKS * OM_UNIT_BLOCKS * OM_QUANT_BYTES + block % OM_UNIT_BLOCKS * half;
+    int8_t *high = low + half * OM_UNIT_BLOCKS;
+    for (int i = 0; i < half; i++) {
+        low[i] = natural[2 * i + low_is_odd];
+        high[i] = natural[2 * i + 1 - low_is_odd];
+    }
+    if (OM_KEEPS_MAGNITUDES)
+        for (int i = 0; i < OM_BLOCK; i++) low[OM_BLOCK + i] = (int8_t)(low[i] < 0 ? -low[i] : low[i]);
 }
 
-/* `low_first`: whether the low nibble of a byte is its even element. */
-OM_INLINE void split_nibbles_int8(const int8_t *natural, const int low_first, int8_t *split) {
-    for (int i = 0; i < OM_BLOCK / 2; i++) {
-        split[i] = natural[2 * i + 1 - low_first];
-        split[OM_BLOCK / 2 + i] = natural[2 * i + low_first];
+OM_INLINE void quantize_blocks_as(const int codec, const float *values, int64_t first_block, int64_t num_blocks, om_token *token) {
+    const int groups = codec == OM_MXFP4 ? 2 : 1;
+    for (int64_t b = first_block; b < first_block + num_blocks; b++, values += OM_BLOCK) {
+        int8_t natural[OM_BLOCK];
+        for (int g = 0; g < groups; g++) {
+            const int length = codec == OM_MXFP4 ? OM_BLOCK / 2 : OM_BLOCK;
+            const int64_t at = b * groups + g;
+            const int32_t sum = quantize_group(values + g * length, length, natural + g * length, token->scales + at);
+            token->corrections[at] = (float)(-OM_WEIGHT_OFFSET * sum);
+        }
+        place_quants(codec, natural, b, token->quants);
     }
 }
 
 static void quantize_blocks(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, om_token *token) {
-    const int groups = codec == OM_MXFP4 ? 2 : 1, length = OM_BLOCK / groups;
-    for (int64_t b = 0; b < num_blocks; b++) {
-        int8_t natural[OM_BLOCK];
-        int8_t *quants = token->quants + (first_block + b) * OM_QUANT_BYTES;
-        for (int g = 0; g < groups; g++) {
-            const int64_t at = (first_block + b) * groups + g;
-            const float *group = values + b * OM_BLOCK + g * length;
-            const int32_t sum = groups == 1 ? quantize_group(group, OM_BLOCK, natural, token->scales + at)
-                                            : quantize_group(group, OM_BLOCK / 2, natural + g * length, token->scales + at);
-            token->corrections[at] = -128 * sum;
-        }
-        if (codec == OM_INT8)
-            __builtin_memcpy(quants, natural, OM_BLOCK);
-        else if (codec == OM_NF4)
-            split_nibbles_int8(natural, 0, quants);
-        else
-            split_nibbles_int8(natural, 1, quants);
-        append_sizes(quants);
+    switch (codec) {
+    case OM_NF4: quantize_blocks_as(OM_NF4, values, first_block, num_blocks, token); break;
+    case OM_INT8: quantize_blocks_as(OM_INT8, values, first_block, num_blocks, token); break;
+    default: quantize_blocks_as(OM_MXFP4, values, first_block, num_blocks, token); break;
     }
 }
 
-OM_INLINE void split_nibbles_float(const float *natural, const int low_first, float *split) {
-    for (int i = 0; i < OM_BLOCK / 4; i++) {
-        split[i] = natural[2 * i + 1 - low_first];
-        split[OM_BLOCK / 4 + i] = natural[2 * i + low_first];
-    }
+/* A unit has 8 * OM_UNIT_BLOCKS dwords of codes: nibble k of dword j meets element k * dwords + j of the packed values. */
+OM_INLINE void pack_nibbles(const int codec, const float *values, float *unit, int block_in_unit) {
+    const int dwords = 8 * OM_UNIT_BLOCKS, low_is_odd = codec == OM_NF4;
+    for (int k = 0; k < 8; k++)
+        for (int j = 0; j < 8; j++)
+            unit[k * dwords + block_in_unit * 8 + j] = values[8 * j + k / 2 * 2 + ((k & 1) ^ low_is_odd)];
 }
 
 static void pack_blocks(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, om_token *token) {
-    float *packed = token->values + first_block * OM_BLOCK;
-    if (codec == OM_INT8 || codec == OM_BF16) {
-        __builtin_memcpy(packed, values, (size_t)num_blocks * OM_BLOCK * sizeof(float));
+    if (!OM_ARE_NIBBLES(codec)) {
+        __builtin_memcpy(token->values + first_block * OM_BLOCK, values, (size_t)num_blocks * OM_BLOCK * sizeof(float));
         return;
     }
-    for (int64_t i = 0; i < num_blocks * OM_BLOCK; i += OM_BLOCK / 2) {
+    for (int64_t b = first_block; b < first_block + num_blocks; b++, values += OM_BLOCK) {
+        float *unit = token->values + b / OM_UNIT_BLOCKS * OM_UNIT_BLOCKS * OM_BLOCK;
         if (codec == OM_NF4)
-            split_nibbles_float(values + i, 0, packed + i);
+            pack_nibbles(OM_NF4, values, unit, (int)(b % OM_UNIT_BLOCKS));
         else
-            split_nibbles_float(values + i, 1, packed + i);
+            pack_nibbles(OM_MXFP4, values, unit, (int)(b % OM_UNIT_BLOCKS));
     }
 }
 

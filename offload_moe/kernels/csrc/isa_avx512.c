@@ -1,8 +1,8 @@
-/* AVX-512 with VNNI: one block of 64 weights is one register. */
+/* AVX-512 with VNNI: one unit of 4-bit codes is one register, 128 weights. */
 #include "levels.h"
 #include "om_kernels.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512CD__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
 
 #if defined(__AVX512VBMI__)
@@ -14,13 +14,15 @@
 #endif
 
 #define OM_LANES 16
-#define OM_FAST_ROWS(num_tokens) 2
-#define OM_EXACT_ROWS 2
+#define OM_UNIT_BLOCKS 2
+#define OM_QUANT_BYTES OM_BLOCK
+#define OM_WEIGHT_OFFSET 128 /* vpdpbusd multiplies unsigned weights with signed activations */
+#define OM_KEEPS_MAGNITUDES 0
 #define OM_EXACT_TILE 4
 
 typedef __m512 fvec;
-typedef __m512i qblock;
-typedef struct { fvec v[4]; } xblock;
+typedef __m512i x_raw;
+typedef struct { __m512i low, high; } qunit;
 
 OM_INLINE fvec fv_zero(void) { return _mm512_setzero_ps(); }
 OM_INLINE fvec fv_load(const float *p) { return _mm512_loadu_ps(p); }
@@ -31,71 +33,75 @@ OM_INLINE fvec fv_mul(fvec a, fvec b) { return _mm512_mul_ps(a, b); }
 OM_INLINE fvec fv_fma(fvec a, fvec b, fvec c) { return _mm512_fmadd_ps(a, b, c); }
 OM_INLINE float fv_sum(fvec v) { return _mm512_reduce_add_ps(v); }
 
-#define SECOND_HALF 0xf0f0 /* the lanes that sum a block's weights 32..63 */
-
-OM_INLINE fvec fv_halves(float first, float second) {
-    return _mm512_mask_broadcastss_ps(_mm512_set1_ps(first), SECOND_HALF, _mm_set_ss(second));
+OM_INLINE __mmask16 first_lanes(int count) { return (__mmask16)((1u << count) - 1); }
+OM_INLINE fvec fv_pick(fvec a, fvec b, int count) { return _mm512_mask_blend_ps(first_lanes(count), b, a); }
+OM_INLINE fvec fv_load_some(const float *p, int count) {
+    return count == OM_LANES ? fv_load(p) : _mm512_maskz_loadu_ps(first_lanes(count), p);
 }
 
-/* Each correction goes to one lane of its half. */
-typedef __m512i dot_seed;
-OM_INLINE dot_seed seed_one(const int32_t *correction) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(*correction)); }
-OM_INLINE dot_seed seed_halves(const int32_t *first, const int32_t *second) {
-    return _mm512_mask_set1_epi32(seed_one(first), 1 << 4, *second);
+OM_INLINE __m512i widen_bytes(const uint8_t *bytes, int count) {
+    const __m128i narrow = count == OM_LANES ? _mm_loadu_si128((const __m128i *)bytes)
+                                             : _mm_maskz_loadu_epi8(first_lanes(count), bytes);
+    return _mm512_cvtepu8_epi32(narrow);
 }
 
-OM_INLINE __m512i widen_bytes(const uint8_t *bytes) {
-    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)bytes));
+/* By the piece of the map that an entry's distance from the middle, 1..128, lies on. */
+OM_INLINE fvec dynamic_map(const uint8_t *bytes, int count) {
+    const __m512i centred = _mm512_sub_epi32(widen_bytes(bytes, count), _mm512_set1_epi32(127));
+    const __m512i distance = _mm512_abs_epi32(centred), zeros = _mm512_lzcnt_epi32(distance); /* 24 for 128, 31 for 1, 32 for 0 */
+    static const float starts[16] = {OM_MAP_START_0, 0, 0, 0, 0, 0, 0, 0, OM_MAP_STARTS_DOWN};
+    static const float steps[16] = {OM_MAP_STEP_0, 0, 0, 0, 0, 0, 0, 0, OM_MAP_STEPS_DOWN};
+    const fvec start = _mm512_permutexvar_ps(zeros, fv_load(starts)), step = _mm512_permutexvar_ps(zeros, fv_load(steps));
+    const fvec size = _mm512_fmadd_ps(step, _mm512_cvtepi32_ps(distance), start);
+    const __m512i sign = _mm512_set1_epi32(INT32_MIN); /* size | (centred & sign) */
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(size), centred, sign, 0xf8));
 }
 
-OM_INLINE fvec permute_32(const float *table, __m512i index) {
-    return _mm512_permutex2var_ps(_mm512_loadu_ps(table), index, _mm512_loadu_ps(table + 16));
+OM_INLINE fvec powers_of_two(const uint8_t *bytes, int count) {
+    const __m512i exponents = widen_bytes(bytes, count), bits = _mm512_slli_epi32(exponents, 23);
+    const __m512i tiny = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(exponents, exponents), _mm512_set1_epi32(0x00400000));
+    const __mmask16 is_nan = _mm512_cmpeq_epi32_mask(exponents, _mm512_set1_epi32(255));
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(tiny, is_nan, _mm512_set1_epi32(0x7fc00000)));
 }
 
-/* The map is odd around entry 127 but for its last entry, 1: half of it in registers, three times as fast as a gather. */
-OM_INLINE fvec look_up_16_scales(const uint8_t *bytes) {
-    const float *positive = om_dynamic_map + 127;
-    const __m512i centred = _mm512_sub_epi32(widen_bytes(bytes), _mm512_set1_epi32(127)), index = _mm512_abs_epi32(centred);
-    const __mmask16 bit5 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
-    const __mmask16 bit6 = _mm512_test_epi32_mask(index, _mm512_set1_epi32(64));
-    const fvec low = _mm512_mask_blend_ps(bit5, permute_32(positive, index), permute_32(positive + 32, index));
-    const fvec high = _mm512_mask_blend_ps(bit5, permute_32(positive + 64, index), permute_32(positive + 96, index));
-    const __mmask16 is_last = _mm512_cmpeq_epi32_mask(index, _mm512_set1_epi32(128));
-    const fvec size = _mm512_mask_blend_ps(is_last, _mm512_mask_blend_ps(bit6, low, high), _mm512_set1_ps(1.0f));
-    const __m512i sign = _mm512_and_si512(centred, _mm512_set1_epi32(INT32_MIN));
-    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(size), sign));
+OM_INLINE __m512i load_raw(const int codec, const uint8_t *codes, const int num_blocks) {
+    if (OM_UNIT_BLOCKS == num_blocks || codec == OM_INT8) return _mm512_loadu_si512(codes);
+    return _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)codes));
 }
 
-OM_INLINE void look_up_scales(const uint8_t *bytes, int64_t count, float *out) {
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16) _mm512_storeu_ps(out + i, look_up_16_scales(bytes + i));
-    for (; i < count; i++) out[i] = om_dynamic_map[bytes[i]];
-}
-
-/* Low nibbles in the lower half of the register, high nibbles in the upper one; other bits above them. */
-OM_INLINE __m512i spread_nibbles(const uint8_t *codes) {
-    const __m512i shift = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4);
-    const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)codes));
-    return _mm512_srlv_epi32(both, shift);
-}
-
-OM_INLINE __m512i look_up_levels(const uint8_t *codes, __m128i levels) {
+/* `index`: the nibble, other bits above it. */
+OM_INLINE __m512i look_up_levels(__m128i levels, __m512i index) {
     const __m512i table = _mm512_broadcast_i32x4(_mm_xor_si128(levels, _mm_set1_epi8(-128)));
 #if defined(__AVX512VBMI__)
-    return _mm512_permutexvar_epi8(spread_nibbles(codes), table); /* ignores what is above the nibble */
+    return _mm512_permutexvar_epi8(index, table); /* four copies of the table: two of the bits above are ignored thus */
 #else
-    return _mm512_shuffle_epi8(table, _mm512_and_si512(spread_nibbles(codes), _mm512_set1_epi8(15)));
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(index, _mm512_set1_epi8(15)));
 #endif
 }
 
-OM_INLINE fvec fv_dot(qblock weights, const int8_t *quants, dot_seed seed) {
-    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(seed, weights, _mm512_loadu_si512(quants)));
+OM_INLINE qunit load_quantized(const int codec, const uint8_t *codes, const int num_blocks) {
+    const __m512i raw = load_raw(codec, codes, num_blocks);
+    if (codec == OM_INT8) return (qunit){_mm512_xor_si512(raw, _mm512_set1_epi8(-128)), raw};
+    const __m128i levels = codec == OM_NF4 ? _mm_setr_epi8(OM_NF4_LEVELS) : _mm_setr_epi8(OM_MXFP4_LEVELS);
+    return (qunit){look_up_levels(levels, raw), look_up_levels(levels, _mm512_srli_epi16(raw, 4))};
 }
 
-OM_INLINE xblock look_up_floats(const uint8_t *codes, fvec table) {
-    const __m512i first = widen_bytes(codes), second = widen_bytes(codes + 16); /* vpermps ignores bits above the index */
-    return (xblock){{_mm512_permutexvar_ps(first, table), _mm512_permutexvar_ps(_mm512_srli_epi32(first, 4), table),
-                     _mm512_permutexvar_ps(second, table), _mm512_permutexvar_ps(_mm512_srli_epi32(second, 4), table)}};
+OM_INLINE fvec fv_dot(const int codec, qunit weights, const int8_t *quants) {
+    __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights.low, _mm512_loadu_si512(quants));
+    if (codec != OM_INT8) sum = _mm512_dpbusd_epi32(sum, weights.high, _mm512_loadu_si512(quants + OM_BLOCK));
+    return _mm512_cvtepi32_ps(sum);
+}
+
+#define LANES_OF_2(a, b) {a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b}
+#define LANES_OF_4(a, b, c, d) {a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d}
+
+OM_INLINE fvec spread(const int codec, const float *scales, const int unit) {
+    static const int32_t pairs[8][16] = {LANES_OF_2(0, 1), LANES_OF_2(2, 3),   LANES_OF_2(4, 5),   LANES_OF_2(6, 7),
+                                         LANES_OF_2(8, 9), LANES_OF_2(10, 11), LANES_OF_2(12, 13), LANES_OF_2(14, 15)};
+    static const int32_t fours[4][16] = {LANES_OF_4(0, 1, 2, 3), LANES_OF_4(4, 5, 6, 7), LANES_OF_4(8, 9, 10, 11),
+                                         LANES_OF_4(12, 13, 14, 15)};
+    if (codec == OM_INT8) return fv_broadcast(scales[unit]);
+    return _mm512_permutexvar_ps(_mm512_loadu_si512(codec == OM_NF4 ? pairs[unit] : fours[unit]), fv_load(scales));
 }
 
 OM_INLINE fvec widen_signed(const uint8_t *codes) {
@@ -107,23 +113,12 @@ OM_INLINE fvec widen_bf16(const uint8_t *values) {
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)values)), 16));
 }
 
-OM_INLINE xblock x_int8(const uint8_t *codes) {
-    return (xblock){{widen_signed(codes), widen_signed(codes + 16), widen_signed(codes + 32), widen_signed(codes + 48)}};
-}
-
-OM_INLINE xblock x_bf16(const uint8_t *values) {
-    return (xblock){{widen_bf16(values), widen_bf16(values + 32), widen_bf16(values + 64), widen_bf16(values + 96)}};
-}
-
-OM_INLINE qblock q_nf4(const uint8_t *codes) { return look_up_levels(codes, _mm_setr_epi8(OM_NF4_LEVELS)); }
-OM_INLINE qblock q_mxfp4(const uint8_t *codes) { return look_up_levels(codes, _mm_setr_epi8(OM_MXFP4_LEVELS)); }
-OM_INLINE qblock q_int8(const uint8_t *codes) {
-    return _mm512_xor_si512(_mm512_loadu_si512(codes), _mm512_set1_epi8(-128));
-}
-OM_INLINE xblock x_nf4(const uint8_t *codes) { return look_up_floats(codes, _mm512_loadu_ps(om_nf4_values)); }
-OM_INLINE xblock x_mxfp4(const uint8_t *codes) {
+OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const int k) {
+    if (codec == OM_INT8) return widen_signed(codes + 16 * k);
+    if (codec == OM_BF16) return widen_bf16(codes + 32 * k);
     const fvec levels = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_setr_epi8(OM_MXFP4_LEVELS)));
-    return look_up_floats(codes, _mm512_mul_ps(levels, _mm512_set1_ps(1.0f / OM_MXFP4_UNIT)));
+    const fvec table = codec == OM_NF4 ? fv_load(om_nf4_values) : _mm512_mul_ps(levels, _mm512_set1_ps(1.0f / OM_MXFP4_UNIT));
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(raw, (unsigned)(4 * k)), table); /* ignores bits above the nibble */
 }
 
 #include "elementwise.h"

@@ -1,50 +1,43 @@
 /* NEON (AArch64); the dot-product instructions where the compiler may use them. */
+#include "lanes8.h"
 #include "levels.h"
 #include "om_kernels.h"
-#include "signed_weights.h"
 
 #if defined(__aarch64__) && defined(__ARM_NEON)
 #include <arm_neon.h>
 
-#define OM_LANES 4
-#define OM_FAST_ROWS(num_tokens) ((num_tokens) <= 4 ? 2 : 1)
-#define OM_EXACT_ROWS 1
+#define OM_QUANT_BYTES OM_BLOCK
+#define OM_KEEPS_MAGNITUDES 0
 #define OM_EXACT_TILE 4
 
-typedef float32x4_t fvec;
-typedef struct { int8x16_t part[4]; } qblock; /* low nibbles of bytes 0..15 and 16..31, then the high ones */
-typedef struct { fvec v[16]; } xblock;
+typedef struct { float32x4_t low, high; } fvec;
+typedef struct { int8x16_t part[4]; } qunit; /* low nibbles of bytes 0..15 and 16..31, then the high ones */
+typedef uint32x4x2_t x_raw;
 
-OM_INLINE fvec fv_zero(void) { return vdupq_n_f32(0.0f); }
-OM_INLINE fvec fv_load(const float *p) { return vld1q_f32(p); }
-OM_INLINE void fv_store(float *p, fvec v) { vst1q_f32(p, v); }
-OM_INLINE fvec fv_broadcast(float value) { return vdupq_n_f32(value); }
-OM_INLINE fvec fv_add(fvec a, fvec b) { return vaddq_f32(a, b); }
-OM_INLINE fvec fv_mul(fvec a, fvec b) { return vmulq_f32(a, b); }
-OM_INLINE fvec fv_fma(fvec a, fvec b, fvec c) { return vfmaq_f32(c, a, b); }
-OM_INLINE float fv_sum(fvec v) { return vaddvq_f32(v); }
-OM_INLINE fvec fv_halves(float first, float second) { return vcombine_f32(vdup_n_f32(first), vdup_n_f32(second)); }
-
-OM_INLINE qblock look_up_levels(const uint8_t *codes, const int8_t *levels) {
-    const int8x16_t table = vld1q_s8(levels);
-    const uint8x16_t mask = vdupq_n_u8(15), first = vld1q_u8(codes), second = vld1q_u8(codes + 16);
-    return (qblock){{vqtbl1q_s8(table, vandq_u8(first, mask)), vqtbl1q_s8(table, vandq_u8(second, mask)),
-                     vqtbl1q_s8(table, vshrq_n_u8(first, 4)), vqtbl1q_s8(table, vshrq_n_u8(second, 4))}};
+OM_INLINE fvec fv_zero(void) { return (fvec){vdupq_n_f32(0.0f), vdupq_n_f32(0.0f)}; }
+OM_INLINE fvec fv_load(const float *p) { return (fvec){vld1q_f32(p), vld1q_f32(p + 4)}; }
+OM_INLINE void fv_store(float *p, fvec v) { vst1q_f32(p, v.low), vst1q_f32(p + 4, v.high); }
+OM_INLINE fvec fv_halves(float first, float second) { return (fvec){vdupq_n_f32(first), vdupq_n_f32(second)}; }
+OM_INLINE fvec fv_broadcast(float value) { return fv_halves(value, value); }
+OM_INLINE fvec fv_add(fvec a, fvec b) { return (fvec){vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
+OM_INLINE fvec fv_mul(fvec a, fvec b) { return (fvec){vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
+OM_INLINE fvec fv_fma(fvec a, fvec b, fvec c) {
+    return (fvec){vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)};
 }
+OM_INLINE float fv_sum(fvec v) { return vaddvq_f32(vaddq_f32(v.low, v.high)); }
 
-OM_INLINE qblock q_nf4(const uint8_t *codes) {
-    static const int8_t levels[16] = {OM_NF4_LEVELS};
-    return look_up_levels(codes, levels);
-}
+OM_DEFINE_CHUNK_END
+OM_DEFINE_SCALES_BY_TABLE
 
-OM_INLINE qblock q_mxfp4(const uint8_t *codes) {
-    static const int8_t levels[16] = {OM_MXFP4_LEVELS};
-    return look_up_levels(codes, levels);
-}
-
-OM_INLINE qblock q_int8(const uint8_t *codes) {
+OM_INLINE qunit load_quantized(const int codec, const uint8_t *codes, const int num_blocks) {
+    static const int8_t nf4_levels[16] = {OM_NF4_LEVELS}, mxfp4_levels[16] = {OM_MXFP4_LEVELS};
     const int8_t *p = (const int8_t *)codes;
-    return (qblock){{vld1q_s8(p), vld1q_s8(p + 16), vld1q_s8(p + 32), vld1q_s8(p + 48)}};
+    (void)num_blocks, (void)whole_bytes;
+    if (codec == OM_INT8) return (qunit){{vld1q_s8(p), vld1q_s8(p + 16), vld1q_s8(p + 32), vld1q_s8(p + 48)}};
+    const int8x16_t table = vld1q_s8(codec == OM_NF4 ? nf4_levels : mxfp4_levels);
+    const uint8x16_t mask = vdupq_n_u8(15), first = vld1q_u8(codes), second = vld1q_u8(codes + 16);
+    return (qunit){{vqtbl1q_s8(table, vandq_u8(first, mask)), vqtbl1q_s8(table, vandq_u8(second, mask)),
+                    vqtbl1q_s8(table, vshrq_n_u8(first, 4)), vqtbl1q_s8(table, vshrq_n_u8(second, 4))}};
 }
 
 OM_INLINE int32x4_t add_products(int32x4_t sum, int8x16_t a, int8x16_t b) {
@@ -56,67 +49,42 @@ OM_INLINE int32x4_t add_products(int32x4_t sum, int8x16_t a, int8x16_t b) {
 #endif
 }
 
-OM_INLINE fvec fv_dot(qblock w, const int8_t *quants, dot_seed seed) {
-    (void)seed;
+OM_INLINE fvec fv_dot(const int codec, qunit w, const int8_t *quants) {
+    (void)codec;
     const int32x4_t zero = vdupq_n_s32(0);
     const int32x4_t first = add_products(add_products(zero, w.part[0], vld1q_s8(quants)), w.part[2], vld1q_s8(quants + 32));
     const int32x4_t second =
         add_products(add_products(zero, w.part[1], vld1q_s8(quants + 16)), w.part[3], vld1q_s8(quants + 48));
-    return vcvtq_f32_s32(vpaddq_s32(first, second));
+    return (fvec){vcvtq_f32_s32(first), vcvtq_f32_s32(second)};
 }
 
-/* 16 int8 -> 16 floats */
-OM_INLINE void widen_int8(int8x16_t bytes, fvec *out) {
-    const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
-    out[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(low)));
-    out[1] = vcvtq_f32_s32(vmovl_high_s16(low));
-    out[2] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(high)));
-    out[3] = vcvtq_f32_s32(vmovl_high_s16(high));
+OM_INLINE x_raw load_raw(const int codec, const uint8_t *codes, const int num_blocks) {
+    (void)codec, (void)num_blocks;
+    return (x_raw){{vreinterpretq_u32_u8(vld1q_u8(codes)), vreinterpretq_u32_u8(vld1q_u8(codes + 16))}};
 }
 
-/* A float table of 16 is 64 bytes: four-register byte lookups at 4 * index + {0, 1, 2, 3}. */
-OM_INLINE void look_up_16(uint8x16x4_t table, uint8x16_t index, fvec *out) {
-    const uint8x16_t base = vshlq_n_u8(index, 2);
-    const uint8x16_t pairs[2] = {vzip1q_u8(base, base), vzip2q_u8(base, base)};
-    const uint8x16_t byte = vreinterpretq_u8_u32(vdupq_n_u32(0x03020100u));
-    for (int i = 0; i < 4; i++) {
-        const uint8x16_t pair = pairs[i / 2];
-        const uint8x16_t quad = i % 2 ? vzip2q_u8(pair, pair) : vzip1q_u8(pair, pair);
-        out[i] = vreinterpretq_f32_u8(vqtbl4q_u8(table, vaddq_u8(quad, byte)));
+/* Four floats by the nibbles at bit 4 k: byte lookups at 4 * nibble + {0, 1, 2, 3} in the 64 bytes of the table. */
+OM_INLINE float32x4_t look_up_floats(uint8x16x4_t table, uint32x4_t raw, const int k) {
+    const uint32x4_t nibbles = vandq_u32(vshlq_u32(raw, vdupq_n_s32(-4 * k)), vdupq_n_u32(15));
+    const uint32x4_t places = vmlaq_n_u32(vdupq_n_u32(0x03020100u), nibbles, 0x04040404u);
+    return vreinterpretq_f32_u8(vqtbl4q_u8(table, vreinterpretq_u8_u32(places)));
+}
+
+OM_INLINE float32x4_t widen_bf16(const uint8_t *values) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(values)), 16));
+}
+
+OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const int k) {
+    static const float mxfp4_values[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                                           -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+    if (codec == OM_INT8) {
+        const int16x8_t wide = vmovl_s8(vld1_s8((const int8_t *)codes + 8 * k));
+        return (fvec){vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_high_s16(wide))};
     }
-}
-
-OM_INLINE xblock look_up_floats(const uint8_t *codes, const float *values) {
-    uint8x16x4_t table;
-    for (int i = 0; i < 4; i++) table.val[i] = vld1q_u8((const uint8_t *)values + 16 * i);
-    xblock block;
-    for (int half = 0; half < 2; half++) {
-        const uint8x16_t both = vld1q_u8(codes + 16 * half);
-        look_up_16(table, vandq_u8(both, vdupq_n_u8(15)), block.v + 8 * half);
-        look_up_16(table, vshrq_n_u8(both, 4), block.v + 8 * half + 4);
-    }
-    return block;
-}
-
-OM_INLINE xblock x_nf4(const uint8_t *codes) { return look_up_floats(codes, om_nf4_values); }
-
-OM_INLINE xblock x_mxfp4(const uint8_t *codes) {
-    static const float values[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
-                                     -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
-    return look_up_floats(codes, values);
-}
-
-OM_INLINE xblock x_int8(const uint8_t *codes) {
-    xblock block;
-    for (int i = 0; i < 4; i++) widen_int8(vld1q_s8((const int8_t *)codes + 16 * i), block.v + 4 * i);
-    return block;
-}
-
-OM_INLINE xblock x_bf16(const uint8_t *values) {
-    xblock block;
-    for (int i = 0; i < 16; i++)
-        block.v[i] = vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(values + 8 * i)), 16));
-    return block;
+    if (codec == OM_BF16) return (fvec){widen_bf16(codes + 16 * k), widen_bf16(codes + 16 * k + 8)};
+    const uint8_t *values = (const uint8_t *)(codec == OM_NF4 ? om_nf4_values : mxfp4_values);
+    const uint8x16x4_t table = {{vld1q_u8(values), vld1q_u8(values + 16), vld1q_u8(values + 32), vld1q_u8(values + 48)}};
+    return (fvec){look_up_floats(table, raw.val[0], k), look_up_floats(table, raw.val[1], k)};
 }
 
 #include "elementwise.h"

@@ -1,16 +1,15 @@
 /* Plain C: serves where no other set does, and is what the others are tested against. */
+#include "lanes8.h"
 #include "levels.h"
 #include "om_kernels.h"
-#include "signed_weights.h"
 
-#define OM_LANES 8
-#define OM_FAST_ROWS(num_tokens) 1
-#define OM_EXACT_ROWS 1
+#define OM_QUANT_BYTES OM_BLOCK
+#define OM_KEEPS_MAGNITUDES 0
 #define OM_EXACT_TILE 4
 
 typedef struct { float lane[OM_LANES]; } fvec;
-typedef struct { int8_t weight[OM_BLOCK]; } qblock;
-typedef struct { fvec v[OM_BLOCK / OM_LANES]; } xblock;
+typedef struct { int8_t weight[OM_BLOCK]; } qunit;
+typedef int x_raw;
 
 #define OM_EACH_LANE for (int i = 0; i < OM_LANES; i++)
 
@@ -51,34 +50,28 @@ OM_INLINE fvec fv_halves(float first, float second) {
     return v;
 }
 
-OM_INLINE qblock look_up_levels(const uint8_t *codes, const int8_t *levels) {
-    qblock block;
-    for (int i = 0; i < OM_BLOCK / 2; i++) {
-        block.weight[i] = levels[codes[i] & 15];
-        block.weight[OM_BLOCK / 2 + i] = levels[codes[i] >> 4];
+OM_DEFINE_CHUNK_END
+OM_DEFINE_SCALES_BY_TABLE
+
+OM_INLINE qunit load_quantized(const int codec, const uint8_t *codes, const int num_blocks) {
+    static const int8_t nf4_levels[16] = {OM_NF4_LEVELS}, mxfp4_levels[16] = {OM_MXFP4_LEVELS};
+    const int8_t *levels = codec == OM_NF4 ? nf4_levels : mxfp4_levels;
+    qunit unit;
+    (void)num_blocks, (void)whole_bytes;
+    if (codec == OM_INT8) {
+        __builtin_memcpy(&unit, codes, sizeof unit);
+        return unit;
     }
-    return block;
+    for (int i = 0; i < OM_BLOCK / 2; i++) {
+        unit.weight[i] = levels[codes[i] & 15];
+        unit.weight[OM_BLOCK / 2 + i] = levels[codes[i] >> 4];
+    }
+    return unit;
 }
 
-OM_INLINE qblock q_nf4(const uint8_t *codes) {
-    static const int8_t levels[16] = {OM_NF4_LEVELS};
-    return look_up_levels(codes, levels);
-}
-
-OM_INLINE qblock q_mxfp4(const uint8_t *codes) {
-    static const int8_t levels[16] = {OM_MXFP4_LEVELS};
-    return look_up_levels(codes, levels);
-}
-
-OM_INLINE qblock q_int8(const uint8_t *codes) {
-    qblock block;
-    __builtin_memcpy(&block, codes, sizeof block);
-    return block;
-}
-
-OM_INLINE fvec fv_dot(qblock weights, const int8_t *quants, dot_seed seed) {
-    (void)seed;
+OM_INLINE fvec fv_dot(const int codec, qunit weights, const int8_t *quants) {
     fvec v;
+    (void)codec;
     for (int lane = 0; lane < OM_LANES; lane++) {
         int32_t sum = 0;
         for (int i = 4 * lane; i < 4 * lane + 4; i++)
@@ -88,40 +81,28 @@ OM_INLINE fvec fv_dot(qblock weights, const int8_t *quants, dot_seed seed) {
     return v;
 }
 
-OM_INLINE xblock look_up_floats(const uint8_t *codes, const float *table) {
-    float values[OM_BLOCK];
-    for (int i = 0; i < OM_BLOCK / 2; i++) {
-        const int at = (i & 15) + (i & 16) * 2;
-        values[at] = table[codes[i] & 15];
-        values[at + 16] = table[codes[i] >> 4];
+OM_INLINE x_raw load_raw(const int codec, const uint8_t *codes, const int num_blocks) {
+    return (void)codec, (void)codes, num_blocks;
+}
+
+OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const int k) {
+    static const float mxfp4_values[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
+                                           -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+    fvec v;
+    (void)raw;
+    for (int lane = 0; lane < OM_LANES; lane++) {
+        if (codec == OM_INT8) {
+            v.lane[lane] = (float)(int8_t)codes[OM_LANES * k + lane];
+        } else if (codec == OM_BF16) {
+            uint16_t bits;
+            __builtin_memcpy(&bits, codes + 2 * (OM_LANES * k + lane), 2);
+            v.lane[lane] = om_bf16_to_float(bits);
+        } else {
+            const int nibble = codes[4 * lane + k / 2] >> (k % 2 * 4) & 15;
+            v.lane[lane] = (codec == OM_NF4 ? om_nf4_values : mxfp4_values)[nibble];
+        }
     }
-    xblock block;
-    __builtin_memcpy(&block, values, sizeof block);
-    return block;
-}
-
-OM_INLINE xblock x_nf4(const uint8_t *codes) { return look_up_floats(codes, om_nf4_values); }
-
-OM_INLINE xblock x_mxfp4(const uint8_t *codes) {
-    static const float values[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
-                                     -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
-    return look_up_floats(codes, values);
-}
-
-OM_INLINE xblock x_int8(const uint8_t *codes) {
-    xblock block;
-    for (int i = 0; i < OM_BLOCK; i++) block.v[i / OM_LANES].lane[i % OM_LANES] = (float)(int8_t)codes[i];
-    return block;
-}
-
-OM_INLINE xblock x_bf16(const uint8_t *values) {
-    xblock block;
-    for (int i = 0; i < OM_BLOCK; i++) {
-        uint16_t bits;
-        __builtin_memcpy(&bits, values + 2 * i, 2);
-        block.v[i / OM_LANES].lane[i % OM_LANES] = om_bf16_to_float(bits);
-    }
-    return block;
+    return v;
 }
 
 #include "elementwise.h"

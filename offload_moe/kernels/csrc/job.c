@@ -22,36 +22,53 @@ om_weights om_resolve(const om_matrix *m, const uint8_t *record) {
     return w;
 }
 
+int64_t om_padded_columns(const om_matrix *m) { return om_divide_up(m->cols, OM_BLOCK) * OM_BLOCK; }
+
 void om_lay_out_activations(om_activations *a, const om_matrix *m, int mode, int64_t num_tokens, uintptr_t *cursor) {
+    const om_isa *isa = om_active_isa();
     a->codec = m->codec;
     a->has_values = mode == OM_EXACT || m->codec == OM_BF16;
     a->blocks = om_divide_up(m->cols, OM_BLOCK);
+    a->padded_blocks = om_divide_up(a->blocks, isa->unit_blocks) * isa->unit_blocks;
     a->scales = m->codec == OM_MXFP4 ? 2 * a->blocks : a->blocks;
+    a->padded_scales = om_divide_up(a->scales, OM_SCALE_PADDING) * OM_SCALE_PADDING;
     if (a->has_values) {
-        a->values = om_take(cursor, num_tokens * a->blocks * OM_BLOCK * (int64_t)sizeof(float));
+        a->values = om_take(cursor, num_tokens * a->padded_blocks * OM_BLOCK * (int64_t)sizeof(float));
         return;
     }
-    a->quants = om_take(cursor, num_tokens * a->blocks * OM_QUANT_BYTES);
-    a->block_scales = om_take(cursor, num_tokens * a->scales * (int64_t)sizeof(float));
-    a->corrections = om_take(cursor, num_tokens * a->scales * (int64_t)sizeof(int32_t));
+    a->quants = om_take(cursor, num_tokens * a->padded_blocks * isa->quant_bytes);
+    a->block_scales = om_take(cursor, num_tokens * a->padded_scales * (int64_t)sizeof(float));
+    a->corrections = om_take(cursor, num_tokens * a->padded_scales * (int64_t)sizeof(float));
 }
 
 static om_token activation_at(const om_activations *a, int64_t token) {
     om_token result = {0};
     if (a->has_values) {
-        result.values = a->values + token * a->blocks * OM_BLOCK;
+        result.values = a->values + token * a->padded_blocks * OM_BLOCK;
         return result;
     }
-    result.quants = a->quants + token * a->blocks * OM_QUANT_BYTES;
-    result.scales = a->block_scales + token * a->scales;
-    result.corrections = a->corrections + token * a->scales;
+    result.quants = a->quants + token * a->padded_blocks * om_active_isa()->quant_bytes;
+    result.scales = a->block_scales + token * a->padded_scales;
+    result.corrections = a->corrections + token * a->padded_scales;
     return result;
+}
+
+/* What a row reads past a token's last block counts as zero. */
+static void pad_token(const om_activations *a, om_token *token) {
+    static const float zeros[OM_BLOCK];
+    const om_isa *isa = om_active_isa();
+    if (a->has_values) {
+        if (a->padded_blocks > a->blocks) isa->pack_blocks(a->codec, zeros, a->blocks, a->padded_blocks - a->blocks, token);
+        return;
+    }
+    for (int64_t i = a->scales; i < a->padded_scales; i++) token->scales[i] = token->corrections[i] = 0.0f;
 }
 
 void om_prepare_blocks(const om_activations *a, int64_t token, const float *values, int64_t first_block, int64_t num_blocks) {
     const om_isa *isa = om_active_isa();
     om_token target = activation_at(a, token);
     (a->has_values ? isa->pack_blocks : isa->quantize_blocks)(a->codec, values, first_block, num_blocks, &target);
+    if (first_block + num_blocks == a->blocks) pad_token(a, &target);
 }
 
 void om_prepare_row(const om_activations *a, int64_t token, const void *x, int32_t dtype, int64_t cols, float *buffer) {
@@ -68,44 +85,18 @@ void om_prepare_row(const om_activations *a, int64_t token, const void *x, int32
     om_prepare_blocks(a, token, values, 0, a->blocks);
 }
 
-static void interleave_scales(const om_activations *a, const om_token *tokens, om_tile *tile, float *buffer) {
-    const int stride = tile->num_tokens;
-    int32_t *corrections = (int32_t *)(buffer + a->scales * stride);
-    for (int64_t i = 0; i < a->scales; i++)
-        for (int t = 0; t < stride; t++) {
-            buffer[i * stride + t] = tokens[t].scales[i];
-            corrections[i * stride + t] = tokens[t].corrections[i];
-        }
-    tile->scales = buffer;
-    tile->corrections = corrections;
-}
-
-om_tile om_gather_tile(const om_activations *a, const int32_t *token_ids, int64_t first, int num_tokens, float *buffer) {
-    om_token tokens[OM_TILE] = {0};
+om_tile om_gather_tile(const om_activations *a, const int32_t *token_ids, int64_t first, int num_tokens) {
     om_tile tile = {.num_tokens = om_tile_stride(num_tokens)};
     for (int t = 0; t < tile.num_tokens; t++) {
         const int64_t pair = first + om_min(t, num_tokens - 1);
-        tokens[t] = activation_at(a, token_ids == NULL ? pair : token_ids[pair]);
-        tile.quants[t] = tokens[t].quants;
-        tile.values[t] = tokens[t].values;
+        const om_token token = activation_at(a, token_ids == NULL ? pair : token_ids[pair]);
+        tile.quants[t] = token.quants;
+        tile.scales[t] = token.scales;
+        tile.corrections[t] = token.corrections;
+        tile.values[t] = token.values;
     }
-    if (a->has_values) return tile;
-    tile.scales = tokens[0].scales;
-    tile.corrections = tokens[0].corrections;
-    if (num_tokens > 1) interleave_scales(a, tokens, &tile, buffer);
     return tile;
 }
-
-static int64_t rows_scratch(const om_matrix *m) {
-    const int64_t blocks = om_divide_up(m->cols, OM_BLOCK);
-    return om_max(OM_SCRATCH_PER_SCALE * 2 * blocks, blocks * OM_BLOCK); /* or a row of fp32 activations */
-}
-
-int64_t om_scratch_floats(const om_matrix *m) {
-    return rows_scratch(m) + 2 * OM_TILE * 2 * om_divide_up(m->cols, OM_BLOCK);
-}
-
-float *om_tile_buffer(const om_matrix *m, float *scratch) { return scratch + rows_scratch(m); }
 
 float om_bias_at(const om_weights *w, int64_t row) {
     if (w->bias == NULL) return 0.0f;

@@ -7,10 +7,9 @@
 /* Activations of several tokens, ready for the rows of one matrix. */
 typedef struct {
     int32_t codec, has_values;
-    int64_t blocks, scales; /* per token */
+    int64_t blocks, padded_blocks, scales, padded_scales; /* per token */
     int8_t *quants;
-    float *block_scales, *values;
-    int32_t *corrections;
+    float *block_scales, *corrections, *values;
 } om_activations;
 
 /* Bytes of scratch are counted and then handed out by the same code: run it at address 0 first. */
@@ -25,13 +24,12 @@ OM_INLINE int64_t om_max(int64_t a, int64_t b) { return a > b ? a : b; }
 OM_INLINE int64_t om_divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void om_lay_out_activations(om_activations *a, const om_matrix *matrix, int mode, int64_t num_tokens, uintptr_t *cursor);
-/* A tile of tokens[0..num_tokens), or of consecutive ones from `first` where `token_ids` is NULL. `buffer` backs its scales. */
-om_tile om_gather_tile(const om_activations *a, const int32_t *token_ids, int64_t first, int num_tokens, float *buffer);
+/* A tile of token_ids[first..first + num_tokens), or of consecutive tokens from `first` where `token_ids` is NULL. */
+om_tile om_gather_tile(const om_activations *a, const int32_t *token_ids, int64_t first, int num_tokens);
 void om_prepare_blocks(const om_activations *a, int64_t token, const float *values, int64_t first_block, int64_t num_blocks);
 /* One row of x, fp32 or bf16, padded with zeros; `buffer` holds 64 floats per block. */
 void om_prepare_row(const om_activations *a, int64_t token, const void *x, int32_t dtype, int64_t cols, float *buffer);
-int64_t om_scratch_floats(const om_matrix *matrix); /* per thread: `rows`, then a tile's buffer */
-float *om_tile_buffer(const om_matrix *matrix, float *scratch);
+int64_t om_padded_columns(const om_matrix *matrix);
 float om_bias_at(const om_weights *weights, int64_t row);
 const uint8_t *om_codes_at(const om_matrix *matrix, const uint8_t *record, int64_t row);
 

@@ -37,6 +37,7 @@ static const uint8_t *codes_of_unit(const om_linear_job *job, int64_t unit) {
 }
 
 static void rows_unit(void *context, int64_t unit, int64_t next_unit, int thread) {
+    (void)thread;
     const om_linear_job *job = context;
     const uint8_t *next_codes = codes_of_unit(job, next_unit);
     const int64_t matrix = find_matrix(job, &unit);
@@ -44,18 +45,17 @@ static void rows_unit(void *context, int64_t unit, int64_t next_unit, int thread
     w.next_codes = next_codes;
     const int64_t first_row = unit * UNIT_ROWS, num_rows = om_min(UNIT_ROWS, w.rows - first_row);
     const om_rows_fn rows = om_active_isa()->rows[job->mode][w.codec];
-    float *scratch = job->scratch + thread * job->scratch_floats;
-    float *buffer = om_tile_buffer(&job->matrices[0], scratch), results[UNIT_ROWS * OM_TILE];
+    float results[UNIT_ROWS * OM_TILE];
     for (int64_t first = 0; first < job->num_tokens; first += OM_TILE) {
         const int num_tokens = (int)om_min(OM_TILE, job->num_tokens - first);
-        const om_tile tile = om_gather_tile(&job->activations, NULL, first, num_tokens, buffer);
-        rows(&w, first_row, num_rows, &tile, results, scratch);
+        const om_tile tile = om_gather_tile(&job->activations, NULL, first, num_tokens);
+        rows(&w, first_row, num_rows, &tile, results);
         store_results(job, matrix, &w, first_row, num_rows, first, num_tokens, results);
     }
 }
 
 void om_lay_out_linear(om_linear_job *job, uintptr_t *cursor) {
-    job->scratch_floats = om_scratch_floats(&job->matrices[0]);
+    job->scratch_floats = om_padded_columns(&job->matrices[0]);
     om_lay_out_activations(&job->activations, &job->matrices[0], job->mode, job->num_tokens, cursor);
     job->scratch = om_take(cursor, om_pool_threads() * job->scratch_floats * (int64_t)sizeof(float));
 }

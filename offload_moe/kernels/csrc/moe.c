@@ -51,17 +51,17 @@ typedef struct {
 static int is_interleaved(const om_moe_layer *layer) { return layer->has_gate && layer->is_interleaved; }
 
 static void first_rows(const moe_job *job, const om_weights *w, int64_t first_row, int64_t num_rows, const om_tile *tile,
-                       chunk_results *results, float *scratch) {
+                       chunk_results *results) {
     const om_rows_fn rows = om_active_isa()->rows[job->mode][w->codec];
     if (is_interleaved(job->layer)) {
-        rows(w, 2 * first_row, 2 * num_rows, tile, results->gate, scratch);
+        rows(w, 2 * first_row, 2 * num_rows, tile, results->gate);
     } else if (job->layer->has_gate) {
         om_weights gate = *w;
         gate.next_codes = w->codes + (job->intermediate + first_row) * w->row_bytes;
-        rows(&gate, first_row, num_rows, tile, results->gate, scratch);
-        rows(w, job->intermediate + first_row, num_rows, tile, results->up, scratch);
+        rows(&gate, first_row, num_rows, tile, results->gate);
+        rows(w, job->intermediate + first_row, num_rows, tile, results->up);
     } else {
-        rows(w, first_row, num_rows, tile, results->gate, scratch);
+        rows(w, first_row, num_rows, tile, results->gate);
     }
 }
 
@@ -92,18 +92,18 @@ static void finish_chunk(const moe_job *job, const om_weights *w, int64_t chunk,
 }
 
 static void first_unit(void *context, int64_t unit, int64_t next_unit, int thread) {
+    (void)thread;
     const moe_job *job = context;
     const segment *s = &job->segments[unit / job->num_chunks];
     const int64_t chunk = unit % job->num_chunks, first_row = chunk * CHUNK;
     const int64_t num_rows = om_min(CHUNK, job->intermediate - first_row);
     om_weights w = om_resolve(&job->layer->first, job->records[s->expert]);
     w.next_codes = first_codes_of_unit(job, next_unit);
-    float *scratch = scratch_of(job, thread), *buffer = om_tile_buffer(&job->layer->first, scratch);
     chunk_results results;
     for (int64_t first = s->first_pair, end = first + s->num_pairs; first < end; first += OM_TILE) {
         const int num_tokens = (int)om_min(OM_TILE, end - first);
-        const om_tile tile = om_gather_tile(&job->inputs, job->token_ids, first, num_tokens, buffer);
-        first_rows(job, &w, first_row, num_rows, &tile, &results, scratch);
+        const om_tile tile = om_gather_tile(&job->inputs, job->token_ids, first, num_tokens);
+        first_rows(job, &w, first_row, num_rows, &tile, &results);
         for (int t = 0; t < num_tokens; t++) finish_chunk(job, &w, chunk, num_rows, &results, t, first + t);
     }
 }
@@ -117,15 +117,15 @@ static void add_results(const moe_job *job, const om_weights *w, int64_t first_r
 }
 
 static void second_segment(const moe_job *job, const segment *s, const uint8_t *next_codes, int64_t first_row,
-                           int64_t num_rows, float *scratch) {
+                           int64_t num_rows) {
     om_weights w = om_resolve(&job->layer->second, job->records[s->expert]);
     w.next_codes = next_codes;
     const om_rows_fn rows = om_active_isa()->rows[job->mode][w.codec];
-    float *buffer = om_tile_buffer(&job->layer->second, scratch), results[MAX_OUT_ROWS * OM_TILE];
+    float results[MAX_OUT_ROWS * OM_TILE];
     for (int64_t first = s->first_pair, end = first + s->num_pairs; first < end; first += OM_TILE) {
         const int num_tokens = (int)om_min(OM_TILE, end - first);
-        const om_tile tile = om_gather_tile(&job->hidden, NULL, first - job->group_first_pair, num_tokens, buffer);
-        rows(&w, first_row, num_rows, &tile, results, scratch);
+        const om_tile tile = om_gather_tile(&job->hidden, NULL, first - job->group_first_pair, num_tokens);
+        rows(&w, first_row, num_rows, &tile, results);
         for (int t = 0; t < num_tokens; t++) add_results(job, &w, first_row, num_rows, first + t, results, t);
     }
 }
@@ -135,6 +135,7 @@ static const uint8_t *second_codes(const moe_job *job, int64_t segment_index, in
 }
 
 static void second_unit(void *context, int64_t unit, int64_t next_unit, int thread) {
+    (void)thread;
     const moe_job *job = context;
     const int64_t hidden = job->layer->second.rows, first_row = unit * job->out_rows;
     const int64_t num_rows = om_min(job->out_rows, hidden - first_row);
@@ -145,7 +146,7 @@ static void second_unit(void *context, int64_t unit, int64_t next_unit, int thre
         const uint8_t *next_codes = i + 1 < job->num_segments ? second_codes(job, i + 1, first_row)
                                     : next_unit >= 0          ? second_codes(job, 0, next_unit * job->out_rows)
                                                               : NULL;
-        second_segment(job, &job->segments[i], next_codes, first_row, num_rows, scratch_of(job, thread));
+        second_segment(job, &job->segments[i], next_codes, first_row, num_rows);
     }
 }
 
@@ -200,7 +201,7 @@ static void plan(moe_job *job) {
     /* long streams where threads are few, enough units to share where they are many */
     const int64_t share = layer->second.rows / (8 * om_pool_threads());
     job->out_rows = om_max(MIN_OUT_ROWS, om_min(MAX_OUT_ROWS, share));
-    job->scratch_floats = om_max(om_scratch_floats(&layer->first), om_scratch_floats(&layer->second));
+    job->scratch_floats = om_max(om_padded_columns(&layer->first), om_padded_columns(&layer->second));
 }
 
 static int is_in_range(const int32_t *offsets, const int32_t *token_ids, int64_t num_experts, int64_t num_tokens) {

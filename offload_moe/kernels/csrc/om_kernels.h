@@ -24,9 +24,9 @@ enum { OM_F32 = 0, OM_BF16_VALUES = 1 };
 enum { OM_SILU = 0, OM_GELU = 1, OM_GELU_TANH = 2, OM_GPT_OSS = 3, OM_RELU = 4, OM_RELU2 = 5, OM_IDENTITY = 6 };
 
 #define OM_BLOCK 64      /* weights that share an nf4 or int8 scale, and activations that share an int8 scale */
-#define OM_QUANT_BYTES 128 /* a block's quants, then their magnitudes (for u8 times s8 instructions) */
+#define OM_SCALE_PADDING 16 /* a token's scales are followed by zeros up to a multiple of this */
 #define OM_TILE 8        /* tokens that one pass over a row's codes serves */
-#define OM_PREFETCH_BYTES 16384 /* bandwidth times latency is 4 to 8 KiB a core; twice that, as rows of scales lie between */
+#define OM_PREFETCH_BYTES 4096 /* bandwidth times latency is 4 to 8 KiB a core; twice that, as rows of scales lie between */
 
 /* Where one matrix lies inside a record: byte offsets, -1 where the codec has no such plane. */
 typedef struct {
@@ -47,32 +47,27 @@ typedef struct {
     int32_t codec, bias_dtype;
 } om_weights;
 
-/* One token's activations. `fast`: `quants` (int8, a block's low-nibble elements before its high-nibble ones), `scales` and
- * `corrections` (-128 times the sum of the quants, for instruction sets that read weights plus 128), one per scale of a row.
- * `exact`: `values`, per 32 the low-nibble elements before the high-nibble ones. */
+/* One token's activations. `fast`: `quants` (int8, in the order of the set's units), one scale per scale of a row, and
+ * `corrections` (minus the sum of the quants times what the set's weights have too much). `exact`: `values`, in that order too. */
 typedef struct {
     int8_t *quants;
-    float *scales, *values;
-    int32_t *corrections;
+    float *scales, *corrections, *values;
 } om_token;
 
-/* 1, 2, 4 or 8 tokens (`om_tile_stride`; the last one repeated to fill it): scale i of token t is at scales[i * num_tokens + t], corrections alike. */
+/* 1, 2, 4 or 8 tokens (`om_tile_stride`); the last one is repeated to fill it. */
 typedef struct {
     const int8_t *quants[OM_TILE];
-    const float *values[OM_TILE];
-    const float *scales;
-    const int32_t *corrections;
+    const float *scales[OM_TILE], *corrections[OM_TILE], *values[OM_TILE];
     int num_tokens;
 } om_tile;
 
-/* results[row * OM_TILE + token]; scratch holds OM_SCRATCH_PER_SCALE floats per scale of a row. */
-typedef void (*om_rows_fn)(const om_weights *weights, int64_t first_row, int64_t num_rows, const om_tile *tile, float *results,
-                           float *scratch);
-#define OM_SCRATCH_PER_SCALE (2 + 2 * OM_TILE)
+/* results[row * OM_TILE + token] */
+typedef void (*om_rows_fn)(const om_weights *weights, int64_t first_row, int64_t num_rows, const om_tile *tile, float *results);
 
 typedef struct {
     const char *name;
     om_rows_fn rows[2][4]; /* [mode][codec] */
+    int unit_blocks, quant_bytes; /* blocks that are packed together where codes have 4 bits; bytes of a block's quants */
     /* fp32 activations -> int8 (`quantize`) or reordered fp32 (`pack`), from block `first_block` of the token on. */
     void (*quantize_blocks)(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, om_token *token);
     void (*pack_blocks)(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, om_token *token);

@@ -1,128 +1,152 @@
 /* Rows of a quantized matrix times 1..OM_TILE tokens: the inner loops, written once for every instruction set.
  *
- * The including file defines the vector type and its primitives first:
- *   fvec                        OM_LANES floats; fv_zero, fv_load, fv_broadcast, fv_mul, fv_fma(a, b, c) = a * b + c, fv_sum
- *   fv_halves(first, second)    on the lanes that `fv_dot` gives a block's two halves of 32
- *   look_up_scales(bytes, count, out)        out[i] = om_dynamic_map[bytes[i]]
- *   qblock, q_nf4, q_int8, q_mxfp4(codes)    64 weights as 8-bit integers, the low-nibble ones first
- *   dot_seed, seed_one, seed_halves          the corrections that fv_dot starts from
- *   fv_dot(qblock, quants, seed)             products with 64 int8 activations, summed into the lanes
- *   xblock {fvec v[]}, x_nf4, x_int8, x_mxfp4, x_bf16(codes)    64 weights as floats, per 32: low nibbles, high nibbles
- *   OM_FAST_ROWS(num_tokens), OM_EXACT_ROWS, OM_EXACT_TILE      rows and tokens whose sums fit the registers
+ * A unit is the codes that one vector of OM_LANES dwords holds: OM_UNIT_BLOCKS blocks where codes have 4 bits, one block
+ * otherwise. A chunk is OM_LANES scales and the units they belong to. The including file defines before:
+ *   fvec                          OM_LANES floats; fv_zero, fv_load, fv_load_some, fv_store, fv_broadcast, fv_add, fv_mul,
+ *                                 fv_fma(a, b, c) = a * b + c, fv_pick(a, b, n): the first n lanes of a, the others of b, fv_sum
+ *   dynamic_map(bytes, count)     om_dynamic_map[bytes[i]] to 3e-7, without reading past `count`; powers_of_two alike, by om_e8m0
+ *   qunit load_quantized(codec, codes, num_blocks)   a unit as 8-bit integers
+ *   fv_dot(codec, qunit, quants)  its products with int8 activations; each lane sums products of weights of one scale
+ *   spread(codec, scales, unit)   the scale of each of those lanes, from the chunk's
+ *   x_raw load_raw(codes, num_blocks), x_vector(codec, raw, codes, k)   vector k of a unit's weights as floats
+ *   OM_WEIGHT_OFFSET              what fv_dot's weights have too much; OM_EXACT_TILE tokens whose sums fit the registers
  *
- * A token's sum is built in the same order whatever the number of tokens beside it, so results do not depend on the batch. */
+ * A token's sum is built in the same order whatever the number of tokens beside it, so results do not depend on the batch.
+ * Rows are read one after another: a single stream comes nearer to the memory's bandwidth than several at once. */
 #include "levels.h"
 #include "om_kernels.h"
 
 #define OM_UNROLL _Pragma("GCC unroll 16") /* sums stay in registers only where their indices are constants */
-#define OM_BLOCK_VECTORS (OM_BLOCK / OM_LANES)
-#define OM_SCALES_PER_BLOCK(codec) ((codec) == OM_MXFP4 ? 2 : 1)
-#define OM_BLOCK_BYTES(codec) ((codec) == OM_BF16 ? 2 * OM_BLOCK : (codec) == OM_INT8 ? OM_BLOCK : OM_BLOCK / 2)
+#define OM_SPAN 64
+#define OM_IS_NIBBLES(codec) ((codec) == OM_NF4 || (codec) == OM_MXFP4)
+#define OM_BLOCKS_PER_UNIT(codec) (OM_IS_NIBBLES(codec) ? OM_UNIT_BLOCKS : 1)
+#define OM_SCALES_PER_UNIT(codec) ((codec) == OM_MXFP4 ? 2 * OM_UNIT_BLOCKS : OM_BLOCKS_PER_UNIT(codec))
+#define OM_UNIT_BYTES(codec) (OM_IS_NIBBLES(codec) ? OM_UNIT_BLOCKS * OM_BLOCK / 2 : (codec) == OM_INT8 ? OM_BLOCK : 2 * OM_BLOCK)
+#define OM_UNITS_PER_LINE(codec) (OM_UNIT_BYTES(codec) < 64 ? 64 / OM_UNIT_BYTES(codec) : 1) /* of the cache */
+#define OM_UNIT_VECTORS(codec) (OM_BLOCKS_PER_UNIT(codec) * OM_BLOCK / OM_LANES)
 
-OM_INLINE const float *row_scales(const int codec, const om_weights *w, int64_t row, float *buffer) {
-    const int64_t count = w->blocks * OM_SCALES_PER_BLOCK(codec), first = row * count;
-    if (codec == OM_INT8) return (const float *)w->scales + first;
-    const uint8_t *bytes = w->scales + first;
-    int64_t i = 0;
-    if (codec == OM_MXFP4) {
-        for (; i < count; i++) buffer[i] = om_e8m0(bytes[i]);
-        return buffer;
-    }
-    const fvec offset = fv_broadcast(w->nested_offset);
-    look_up_scales(bytes, count, buffer);
-    while (i < count) {
-        const int64_t left_in_group = 256 - ((first + i) & 255);
-        const int64_t end = i + left_in_group < count ? i + left_in_group : count;
-        const float scale = w->nested_scales[(first + i) >> 8];
-        for (; i + OM_LANES <= end; i += OM_LANES)
-            fv_store(buffer + i, fv_add(fv_mul(fv_load(buffer + i), fv_broadcast(scale)), offset));
-        for (; i < end; i++) {
-            const float product = buffer[i] * scale; /* two roundings, as bitsandbytes decodes */
-            buffer[i] = product + w->nested_offset;
-        }
-    }
-    return buffer;
-}
+/* Where a row is read and what to prefetch meanwhile. */
+typedef struct {
+    const uint8_t *codes, *ahead;
+    int64_t first_scale;
+} row_place;
 
-/* products[i * stride + t] = weight scale i times activation scale i of token t. */
-OM_INLINE void multiply_scales(const int stride, const float *scales, const float *token_scales, int64_t count, float *products) {
-    for (int64_t i = 0; i < count; i++)
-        for (int t = 0; t < stride; t++) products[i * stride + t] = scales[i] * token_scales[i * stride + t];
-}
-
-/* Where to prefetch from while a row is read: a fixed distance ahead in the rows asked for, then in what follows them. */
-OM_INLINE const uint8_t *prefetch_source(const om_weights *w, int64_t row, int64_t end_row) {
+/* A fixed distance ahead in the rows asked for, then in what follows them. */
+OM_INLINE row_place place_of_row(const om_weights *w, int64_t row, int64_t end_row, int64_t scales) {
     const uint8_t *codes = w->codes + row * w->row_bytes;
     const int64_t beyond = OM_PREFETCH_BYTES - (end_row - row) * w->row_bytes;
-    if (beyond + w->row_bytes <= 0) return codes + OM_PREFETCH_BYTES;
-    return w->next_codes == NULL ? codes : w->next_codes + (beyond > 0 ? beyond : 0);
+    row_place place = {.codes = codes, .ahead = codes, .first_scale = row * scales};
+    if (beyond + w->row_bytes <= 0)
+        place.ahead = codes + OM_PREFETCH_BYTES;
+    else if (w->next_codes != NULL)
+        place.ahead = w->next_codes + (beyond > 0 ? beyond : 0);
+    return place;
 }
 
-OM_INLINE qblock load_quantized(const int codec, const uint8_t *codes) {
-    return codec == OM_NF4 ? q_nf4(codes) : codec == OM_INT8 ? q_int8(codes) : q_mxfp4(codes);
+/* As integers, which keeps the vector units free. */
+OM_INLINE fvec dynamic_map_entries(const uint8_t *bytes, const int count) {
+    float entries[OM_LANES] = {0};
+    for (int i = 0; i < count; i++) __builtin_memcpy(entries + i, om_dynamic_map + bytes[i], sizeof *entries);
+    return fv_load(entries);
 }
 
-OM_INLINE fvec add_block(const int codec, const int stride, const qblock *weights, const int8_t *quants, const float *product,
-                         const int32_t *correction, fvec sum) {
-    if (codec == OM_MXFP4) {
-        const dot_seed seed = seed_halves(correction, correction + stride);
-        return fv_fma(fv_dot(*weights, quants, seed), fv_halves(product[0], product[stride]), sum);
+/* `exact` rounds as bitsandbytes decodes: offset and product may cancel. */
+OM_INLINE fvec chunk_scales(const int codec, const int mode, const om_weights *w, int64_t first, const int count) {
+    if (codec == OM_INT8) return fv_load_some((const float *)w->scales + first, count);
+    if (codec == OM_MXFP4) return powers_of_two(w->scales + first, count);
+    const int left_in_group = 256 - (int)(first & 255);
+    const float *group = w->nested_scales + (first >> 8);
+    fvec step = fv_broadcast(group[0]);
+    if (left_in_group < count) step = fv_pick(step, fv_broadcast(group[1]), left_in_group);
+    const uint8_t *bytes = w->scales + first;
+    const fvec entries = mode == OM_EXACT ? dynamic_map_entries(bytes, count) : dynamic_map(bytes, count);
+    return fv_add(fv_mul(entries, step), fv_broadcast(w->nested_offset));
+}
+
+OM_INLINE void prefetch_lines(const uint8_t *ahead, const int num_bytes) {
+    for (int i = 0; i < num_bytes; i += 64) OM_PREFETCH(ahead + i);
+}
+
+/* `offset`: of the unit's quants in a token's; products[t * OM_SPAN + i]: of the unit's chunk. */
+OM_INLINE void fast_unit(const int codec, const int num_tokens, const uint8_t *codes, const om_tile *tile, int64_t offset,
+                         const float *products, const int unit, const int num_blocks, fvec *sums) {
+    const qunit weights = load_quantized(codec, codes, num_blocks);
+    OM_UNROLL for (int t = 0; t < num_tokens; t++) {
+        const fvec scale = spread(codec, products + t * OM_SPAN, unit);
+        sums[t] = fv_fma(fv_dot(codec, weights, tile->quants[t] + offset), scale, sums[t]);
     }
-    return fv_fma(fv_dot(*weights, quants, seed_one(correction)), fv_broadcast(*product), sum);
 }
 
-OM_INLINE void prefetch_lines(const int num_rows, const uint8_t *const *source, int64_t offset, const int num_bytes) {
-    for (int r = 0; r < num_rows; r++)
-        for (int i = 0; i < num_bytes; i += 64) OM_PREFETCH(source[r] + offset + i);
+OM_INLINE void fast_chunk(const int codec, const int num_tokens, const row_place *place, const om_tile *tile, int64_t first,
+                          const int count, const float *products, fvec *sums) {
+    const int per_unit = OM_SCALES_PER_UNIT(codec), unit_bytes = OM_UNIT_BYTES(codec), per_line = OM_UNITS_PER_LINE(codec);
+    const int unit_quants = OM_BLOCKS_PER_UNIT(codec) * OM_QUANT_BYTES;
+    const int64_t start = first / per_unit;
+    const uint8_t *codes = place->codes + start * unit_bytes, *ahead = place->ahead + start * unit_bytes;
+    for (int u = 0; u * per_unit < count; u++) {
+        const int is_whole = OM_BLOCKS_PER_UNIT(codec) == 1 || (u + 1) * per_unit <= count;
+        if (u % per_line == 0) prefetch_lines(ahead + u * unit_bytes, per_line * unit_bytes);
+        fast_unit(codec, num_tokens, codes + u * unit_bytes, tile, (start + u) * unit_quants, products, u,
+                  is_whole ? OM_BLOCKS_PER_UNIT(codec) : 1, sums);
+    }
 }
 
-OM_INLINE void fast_rows(const int codec, const int num_tokens, const int num_rows, const om_weights *w, int64_t row,
-                         int64_t end_row, const om_tile *tile, float *results, float *scratch) {
-    const int stride = num_tokens, per_block = OM_SCALES_PER_BLOCK(codec);
-    const int64_t count = w->blocks * per_block;
-    const uint8_t *codes = w->codes + row * w->row_bytes, *source[2];
-    float *products = scratch + count;
-    const int8_t *quants[OM_TILE];
-    fvec sums[2][OM_TILE];
-    OM_UNROLL for (int r = 0; r < num_rows; r++) {
-        multiply_scales(stride, row_scales(codec, w, row + r, scratch), tile->scales, count, products + r * count * stride);
-        source[r] = prefetch_source(w, row + r, end_row);
-        OM_UNROLL for (int t = 0; t < num_tokens; t++) sums[r][t] = fv_zero();
+/* The scales of a span first, all of them: each takes some forty cycles, which overlap only among themselves. */
+OM_INLINE void fast_span(const int codec, const int num_tokens, const om_weights *w, const row_place *place,
+                         const om_tile *tile, int64_t first, const int count, fvec *sums) {
+    float products[OM_TILE * OM_SPAN];
+    for (int i = 0; i < count; i += OM_LANES) {
+        const fvec scales = chunk_scales(codec, OM_FAST, w, place->first_scale + first + i, count - i < OM_LANES ? count - i : OM_LANES);
+        OM_UNROLL for (int t = 0; t < num_tokens; t++) {
+            const fvec product = fv_mul(scales, fv_load(tile->scales[t] + first + i));
+            fv_store(products + t * OM_SPAN + i, product);
+            if (OM_WEIGHT_OFFSET) sums[t] = fv_fma(product, fv_load(tile->corrections[t] + first + i), sums[t]);
+        }
     }
-    OM_UNROLL for (int t = 0; t < num_tokens; t++) quants[t] = tile->quants[t];
-    for (int64_t b = 0; b < w->blocks; b++) {
-        const int64_t at = b * per_block * stride, offset = b * OM_BLOCK_BYTES(codec);
-        qblock weights[2];
-        if (offset % 64 == 0) prefetch_lines(num_rows, source, offset, 64);
-        OM_UNROLL for (int r = 0; r < num_rows; r++) weights[r] = load_quantized(codec, codes + r * w->row_bytes + offset);
-        OM_UNROLL for (int t = 0; t < num_tokens; t++)
-            OM_UNROLL for (int r = 0; r < num_rows; r++)
-                sums[r][t] = add_block(codec, stride, &weights[r], quants[t] + b * OM_QUANT_BYTES,
-                                       products + r * count * stride + at + t, tile->corrections + at + t, sums[r][t]);
-    }
+    int i = 0;
+    for (; i + OM_LANES <= count; i += OM_LANES)
+        fast_chunk(codec, num_tokens, place, tile, first + i, OM_LANES, products + i, sums);
+    if (i < count) fast_chunk(codec, num_tokens, place, tile, first + i, count - i, products + i, sums);
+}
+
+OM_INLINE void fast_row(const int codec, const int num_tokens, const om_weights *w, int64_t row, int64_t end_row,
+                        const om_tile *tile, float *results) {
+    const int64_t count = w->blocks * (codec == OM_MXFP4 ? 2 : 1);
+    const row_place place = place_of_row(w, row, end_row, count);
+    fvec sums[OM_TILE];
+    OM_UNROLL for (int t = 0; t < num_tokens; t++) sums[t] = fv_zero();
+    for (int64_t i = 0; i < count; i += OM_SPAN)
+        fast_span(codec, num_tokens, w, &place, tile, i, (int)(count - i < OM_SPAN ? count - i : OM_SPAN), sums);
     const float unit = codec == OM_NF4 ? 1.0f / OM_NF4_UNIT : codec == OM_MXFP4 ? 1.0f / OM_MXFP4_UNIT : 1.0f;
-    OM_UNROLL for (int r = 0; r < num_rows; r++)
-        OM_UNROLL for (int t = 0; t < num_tokens; t++) results[r * OM_TILE + t] = fv_sum(sums[r][t]) * unit;
+    OM_UNROLL for (int t = 0; t < num_tokens; t++) results[t] = fv_sum(sums[t]) * unit;
 }
 
-OM_INLINE xblock load_floats(const int codec, const uint8_t *codes) {
-    return codec == OM_NF4 ? x_nf4(codes) : codec == OM_INT8 ? x_int8(codes) : codec == OM_MXFP4 ? x_mxfp4(codes) : x_bf16(codes);
-}
-
-OM_INLINE fvec float_dot(const xblock *weights, const float *values, const int first, const int end) {
-    fvec sum = fv_mul(weights->v[first], fv_load(values + first * OM_LANES));
-    for (int i = first + 1; i < end; i++) sum = fv_fma(weights->v[i], fv_load(values + i * OM_LANES), sum);
-    return sum;
-}
-
-OM_INLINE fvec exact_block(const int codec, const xblock *weights, const float *values, const float *scale, fvec sum) {
-    if (codec == OM_MXFP4) {
-        const int half = OM_BLOCK_VECTORS / 2;
-        sum = fv_fma(float_dot(weights, values, 0, half), fv_broadcast(scale[0]), sum);
-        return fv_fma(float_dot(weights, values, half, OM_BLOCK_VECTORS), fv_broadcast(scale[1]), sum);
+OM_INLINE void exact_unit(const int codec, const int num_tokens, const row_place *place, const om_tile *tile, int64_t unit,
+                          const int num_blocks, fvec *dots) {
+    const uint8_t *codes = place->codes + unit * OM_UNIT_BYTES(codec);
+    if (OM_UNIT_BYTES(codec) >= 64 || unit % 2 == 0) prefetch_lines(place->ahead + unit * OM_UNIT_BYTES(codec), OM_UNIT_BYTES(codec));
+    const x_raw raw = load_raw(codec, codes, num_blocks);
+    OM_UNROLL for (int k = 0; k < OM_UNIT_VECTORS(codec); k++) {
+        const fvec weights = x_vector(codec, raw, codes, k);
+        OM_UNROLL for (int t = 0; t < num_tokens; t++) {
+            const fvec values = fv_load(tile->values[t] + (unit * OM_UNIT_VECTORS(codec) + k) * OM_LANES);
+            dots[t] = k ? fv_fma(weights, values, dots[t]) : fv_mul(weights, values);
+        }
     }
-    const fvec dot = float_dot(weights, values, 0, OM_BLOCK_VECTORS);
-    return codec == OM_BF16 ? fv_add(dot, sum) : fv_fma(dot, fv_broadcast(*scale), sum);
+}
+
+OM_INLINE void exact_chunk(const int codec, const int num_tokens, const om_weights *w, const row_place *place,
+                           const om_tile *tile, int64_t first, const int count, fvec *sums) {
+    const int per_unit = OM_SCALES_PER_UNIT(codec), num_units = (count + per_unit - 1) / per_unit;
+    float scales[OM_LANES];
+    fv_store(scales, chunk_scales(codec, OM_EXACT, w, place->first_scale + first, count));
+    for (int u = 0; u < num_units; u++) {
+        fvec dots[OM_EXACT_TILE];
+        const int is_whole = (u + 1) * per_unit <= count || OM_BLOCKS_PER_UNIT(codec) == 1;
+        exact_unit(codec, num_tokens, place, tile, first / per_unit + u, is_whole ? OM_BLOCKS_PER_UNIT(codec) : 1, dots);
+        const fvec scale = spread(codec, scales, u);
+        OM_UNROLL for (int t = 0; t < num_tokens; t++) sums[t] = fv_fma(dots[t], scale, sums[t]);
+    }
 }
 
 /* bf16 rows are not padded: the columns past the last whole block. */
@@ -136,47 +160,39 @@ OM_INLINE float bf16_tail(const om_weights *w, const uint8_t *codes, const float
     return sum;
 }
 
-OM_INLINE void exact_rows(const int codec, const int num_tokens, const int num_rows, const om_weights *w, int64_t row,
-                          int64_t end_row, const om_tile *tile, float *results, float *scratch) {
-    const int64_t per_block = OM_SCALES_PER_BLOCK(codec);
-    const uint8_t *codes = w->codes + row * w->row_bytes, *source[2];
-    const float *scales[2], *values[OM_EXACT_TILE];
-    fvec sums[2][OM_EXACT_TILE];
-    OM_UNROLL for (int r = 0; r < num_rows; r++) {
-        scales[r] = codec == OM_BF16 ? scratch : row_scales(codec, w, row + r, scratch + r * w->blocks * per_block);
-        source[r] = prefetch_source(w, row + r, end_row);
-        OM_UNROLL for (int t = 0; t < num_tokens; t++) sums[r][t] = fv_zero();
-    }
-    OM_UNROLL for (int t = 0; t < num_tokens; t++) values[t] = tile->values[t];
-    for (int64_t b = 0; b < w->blocks; b++) {
-        if (OM_BLOCK_BYTES(codec) >= 64 || b % 2 == 0)
-            prefetch_lines(num_rows, source, b * OM_BLOCK_BYTES(codec), OM_BLOCK_BYTES(codec));
-        OM_UNROLL for (int r = 0; r < num_rows; r++) {
-            const xblock weights = load_floats(codec, codes + r * w->row_bytes + b * OM_BLOCK_BYTES(codec));
-            OM_UNROLL for (int t = 0; t < num_tokens; t++)
-                sums[r][t] = exact_block(codec, &weights, values[t] + b * OM_BLOCK, scales[r] + b * per_block, sums[r][t]);
+OM_INLINE void exact_row(const int codec, const int num_tokens, const om_weights *w, int64_t row, int64_t end_row,
+                         const om_tile *tile, float *results) {
+    const int64_t count = w->blocks * (codec == OM_MXFP4 ? 2 : 1);
+    const row_place place = place_of_row(w, row, end_row, count);
+    fvec sums[OM_EXACT_TILE];
+    int64_t i = 0;
+    OM_UNROLL for (int t = 0; t < num_tokens; t++) sums[t] = fv_zero();
+    if (codec == OM_BF16)
+        for (; i < count; i++) {
+            fvec dots[OM_EXACT_TILE];
+            exact_unit(codec, num_tokens, &place, tile, i, 1, dots);
+            OM_UNROLL for (int t = 0; t < num_tokens; t++) sums[t] = fv_add(sums[t], dots[t]);
         }
-    }
-    OM_UNROLL for (int r = 0; r < num_rows; r++)
-        OM_UNROLL for (int t = 0; t < num_tokens; t++)
-            results[r * OM_TILE + t] =
-                fv_sum(sums[r][t]) + (codec == OM_BF16 ? bf16_tail(w, codes + r * w->row_bytes, values[t]) : 0.0f);
+    for (; i + OM_LANES <= count; i += OM_LANES) exact_chunk(codec, num_tokens, w, &place, tile, i, OM_LANES, sums);
+    if (i < count) exact_chunk(codec, num_tokens, w, &place, tile, i, (int)(count - i), sums);
+    OM_UNROLL for (int t = 0; t < num_tokens; t++)
+        results[t] = fv_sum(sums[t]) + (codec == OM_BF16 ? bf16_tail(w, place.codes, tile->values[t]) : 0.0f);
 }
 
-/* Rows in groups, then the one that is left; N is a constant, so that the loops over tokens unroll. */
-#define OM_ROWS_CASE(ROWS, CODEC, N, GROUP) \
-    case N: { \
-        const int64_t end = first_row + num_rows; \
-        int64_t row = first_row; \
-        for (; row + (GROUP) <= end; row += (GROUP)) \
-            ROWS(CODEC, N, GROUP, weights, row, end, tile, results + (row - first_row) * OM_TILE, scratch); \
-        for (; row < end; row++) \
-            ROWS(CODEC, N, 1, weights, row, end, tile, results + (row - first_row) * OM_TILE, scratch); \
-        break; \
-    }
+#define OM_ROWS_PARAMETERS const om_weights *w, int64_t first_row, int64_t num_rows, const om_tile *tile, float *results
+#define OM_ROWS_CASE(FUNCTION, CODEC, N) \
+    case N: \
+        for (int64_t i = 0, end = first_row + num_rows; i < num_rows; i++) \
+            FUNCTION(CODEC, N, w, first_row + i, end, tile, results + i * OM_TILE); \
+        break;
 
-#define OM_ROWS_PARAMETERS \
-    const om_weights *weights, int64_t first_row, int64_t num_rows, const om_tile *tile, float *results, float *scratch
+#define OM_DEFINE_FAST(NAME, CODEC) \
+    static void NAME(OM_ROWS_PARAMETERS) { \
+        switch (tile->num_tokens) { \
+            OM_ROWS_CASE(fast_row, CODEC, 1) OM_ROWS_CASE(fast_row, CODEC, 2) \
+            OM_ROWS_CASE(fast_row, CODEC, 4) OM_ROWS_CASE(fast_row, CODEC, 8) \
+        } \
+    }
 
 /* The tokens of an exact tile from `first` on. */
 OM_INLINE om_tile upper_tile(const om_tile *tile, const int first) {
@@ -185,24 +201,15 @@ OM_INLINE om_tile upper_tile(const om_tile *tile, const int first) {
     return upper;
 }
 
-#define OM_FAST_CASE(CODEC, N) OM_ROWS_CASE(fast_rows, CODEC, N, OM_FAST_ROWS(N))
-#define OM_DEFINE_FAST(NAME, CODEC) \
-    static void NAME(OM_ROWS_PARAMETERS) { \
-        switch (tile->num_tokens) { \
-            OM_FAST_CASE(CODEC, 1) OM_FAST_CASE(CODEC, 2) OM_FAST_CASE(CODEC, 4) OM_FAST_CASE(CODEC, 8) \
-        } \
-    }
-
-#define OM_EXACT_CASE(CODEC, N) OM_ROWS_CASE(exact_rows, CODEC, N, OM_EXACT_ROWS)
 #define OM_DEFINE_EXACT(NAME, CODEC) \
     static void NAME(OM_ROWS_PARAMETERS) { \
         switch (tile->num_tokens) { \
-            OM_EXACT_CASE(CODEC, 1) OM_EXACT_CASE(CODEC, 2) \
-            default: OM_EXACT_CASE(CODEC, OM_EXACT_TILE) \
+            OM_ROWS_CASE(exact_row, CODEC, 1) OM_ROWS_CASE(exact_row, CODEC, 2) \
+            default: OM_ROWS_CASE(exact_row, CODEC, OM_EXACT_TILE) \
         } \
         if (tile->num_tokens <= OM_EXACT_TILE) return; \
         const om_tile upper = upper_tile(tile, OM_EXACT_TILE); /* its pass reads the codes from the cache */ \
-        NAME(weights, first_row, num_rows, &upper, results + OM_EXACT_TILE, scratch); \
+        NAME(w, first_row, num_rows, &upper, results + OM_EXACT_TILE); \
     }
 
 OM_DEFINE_FAST(fast_nf4, OM_NF4)
@@ -214,4 +221,4 @@ OM_DEFINE_EXACT(exact_mxfp4, OM_MXFP4)
 OM_DEFINE_EXACT(exact_bf16, OM_BF16)
 
 #define OM_ROW_TABLE \
-    {{exact_nf4, exact_int8, exact_mxfp4, exact_bf16}, {fast_nf4, fast_int8, fast_mxfp4, exact_bf16}}
+    {{exact_nf4, exact_int8, exact_mxfp4, exact_bf16}, {fast_nf4, fast_int8, fast_mxfp4, exact_bf16}}, OM_UNIT_BLOCKS, OM_QUANT_BYTES
