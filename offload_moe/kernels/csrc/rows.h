@@ -121,18 +121,23 @@ OM_INLINE void fast_row(const int codec, const int num_tokens, const om_weights 
     OM_UNROLL for (int t = 0; t < num_tokens; t++) results[t] = fv_sum(sums[t]) * unit;
 }
 
+/* Two chains of additions a token: one would wait for itself. */
 OM_INLINE void exact_unit(const int codec, const int num_tokens, const row_place *place, const om_tile *tile, int64_t unit,
                           const int num_blocks, fvec *dots) {
     const uint8_t *codes = place->codes + unit * OM_UNIT_BYTES(codec);
+    const int64_t at = unit * OM_UNIT_VECTORS(codec) * OM_LANES;
     if (OM_UNIT_BYTES(codec) >= 64 || unit % 2 == 0) prefetch_lines(place->ahead + unit * OM_UNIT_BYTES(codec), OM_UNIT_BYTES(codec));
     const x_raw raw = load_raw(codec, codes, num_blocks);
+    fvec odd_dots[OM_EXACT_TILE];
     OM_UNROLL for (int k = 0; k < OM_UNIT_VECTORS(codec); k++) {
         const fvec weights = x_vector(codec, raw, codes, k);
         OM_UNROLL for (int t = 0; t < num_tokens; t++) {
-            const fvec values = fv_load(tile->values[t] + (unit * OM_UNIT_VECTORS(codec) + k) * OM_LANES);
-            dots[t] = k ? fv_fma(weights, values, dots[t]) : fv_mul(weights, values);
+            fvec *sum = k % 2 ? odd_dots + t : dots + t;
+            const fvec values = fv_load(tile->values[t] + at + k * OM_LANES);
+            *sum = k < 2 ? fv_mul(weights, values) : fv_fma(weights, values, *sum);
         }
     }
+    OM_UNROLL for (int t = 0; t < num_tokens; t++) dots[t] = fv_add(dots[t], odd_dots[t]);
 }
 
 OM_INLINE void exact_chunk(const int codec, const int num_tokens, const om_weights *w, const row_place *place,

@@ -1,0 +1,19 @@
+"""The NEON kernels against the portable ones, in an emulator where one is installed."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts/emulate_neon"
+TOOLS = ("aarch64-linux-gnu-gcc", "qemu-aarch64")
+MISSING = [tool for tool in TOOLS if shutil.which(tool) is None]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(MISSING), reason=f"the NEON kernels need {' and '.join(MISSING)} to be run here")
+def test_neon_agrees_with_portable() -> None:
+    run = subprocess.run([SCRIPT], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("neon: 0 of 320 cases differ") == 2  # with and without the dot-product instructions
