@@ -17,7 +17,7 @@ from offload_moe.chat import ChatSession
 from offload_moe.chat.sampling import SamplingArguments
 from offload_moe.generate import Prompt
 from offload_moe.lean import make_lean
-from offload_moe.moe.arithmetic import choose_arithmetic
+from offload_moe.moe.arithmetic import choose_arithmetic, keeps_eagers_bits
 from offload_moe.moe.attach import BoundExperts, attach
 from offload_moe.moe.contract import ExpertsContract
 from offload_moe.moe.hybrid import Hybrid, HybridBinder
@@ -195,7 +195,7 @@ def load(
     context: tokens of prompt and answer that memory is set aside for; None takes what fits, 8,192 at most.
     device: None takes the accelerator when there is one. dtype: "fp32", "bf16" or "fp16"; None takes bf16 on a device
     that has it, fp16 on an older one, fp32 on the CPU.
-    exact: CPU kernels keep activations in full precision, slower.
+    exact: CPU kernels keep activations in full precision, slower. A bf16 store gives eager's bits with it, and in fp32.
     lean: decode steps without the detours of the model's own code, see `offload_moe.lean`.
     hybrid: with a device, whether the CPU computes some of the misses while others are copied: "auto" where kernels and
     codec allow it, "on" or an error, "off" for results that never depend on where an expert was.
@@ -228,11 +228,14 @@ def load(
         skeleton=skeleton,
     )
     hierarchy = _make_hierarchy(store, placement, where, policy)
-    attach_experts(assembled, store, hierarchy, where, is_exact=exact, prefetch=prefetch, hybrid=hybrid)
+    attach_experts(
+        assembled, store, hierarchy, where, dtype=computed_in, is_exact=exact, prefetch=prefetch, hybrid=hybrid
+    )
     if prefetch:
         warm_start(hierarchy, store.path)
     if lean:
-        make_lean(assembled.hf, is_exact=store.codec == LOSSLESS, context=placement.context)
+        keeps_bits = keeps_eagers_bits(store.codec, where, computed_in, is_exact=exact)
+        make_lean(assembled.hf, is_exact=keeps_bits, context=placement.context)
     if computed_in == torch.float16:
         watch_overflow(assembled.hf)
     room = ContextRoom(shape, computed_in, placement, partial(hierarchy.resize, "vram" if placement.vram else "ram"))
@@ -265,6 +268,7 @@ def attach_experts(
     hierarchy: Hierarchy,
     device: torch.device,
     *,
+    dtype: torch.dtype,
     is_exact: bool,
     prefetch: int,
     hybrid: Hybrid = "off",
@@ -281,7 +285,7 @@ def attach_experts(
     bind = HybridBinder(hierarchy, codec, hybrid, lookahead) if hierarchy.num_slots("vram") else None
     bound = []
     for ordinal, layer in enumerate(assembled.layers):
-        arithmetic = choose_arithmetic(layer.contract, layer.shape, codec, device, is_exact=is_exact)
+        arithmetic = choose_arithmetic(layer.contract, layer.shape, codec, device, dtype=dtype, is_exact=is_exact)
         split = bind(ordinal, layer, arithmetic) if bind is not None else None
         bound.append(
             split

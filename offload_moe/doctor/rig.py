@@ -63,7 +63,15 @@ def running(store: Store, setting: Setting, dtype: torch.dtype = torch.float32) 
     # A simulated device computes on the CPU with the arithmetic of a real one; its type is all that chooses.
     arithmetic = torch.device("cuda") if copier and setting.device.type == "cpu" else setting.device
     try:
-        attach_experts(assembled, store, hierarchy, arithmetic, is_exact=setting.is_exact, prefetch=setting.prefetch)
+        attach_experts(
+            assembled,
+            store,
+            hierarchy,
+            arithmetic,
+            dtype=dtype,
+            is_exact=setting.is_exact,
+            prefetch=setting.prefetch,
+        )
         yield Rig(hf=assembled.hf, experts=[layer.module for layer in assembled.layers], hierarchy=hierarchy)
     finally:
         hierarchy.close()

@@ -28,16 +28,22 @@ class Arithmetic(Protocol):
 
 
 def choose_arithmetic(
-    module: ExpertsContract, shape: ExpertShape, codec: Codec, device: torch.device, *, is_exact: bool = False
+    module: ExpertsContract,
+    shape: ExpertShape,
+    codec: Codec,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float32,
+    is_exact: bool = False,
 ) -> Arithmetic:
     """The fastest arithmetic that fits: the device's, the native kernels, or torch where no kernel fits.
 
-    The lossless codec always takes the reference on the CPU: its promise is eager's bits. is_exact: the kernels keep
-    activations in full precision.
+    dtype: of the hidden state. is_exact: the kernels keep activations in full precision; see also `keeps_eagers_bits`.
     """
     if device.type != "cpu":
         return DeviceArithmetic(module, shape, codec)
-    native = native_arithmetic(module, shape, codec, is_exact=is_exact) if codec.name != "bf16" else None
+    wants_kernels = not keeps_eagers_bits(codec.name, device, dtype, is_exact=is_exact)
+    native = native_arithmetic(module, shape, codec, is_exact=is_exact) if wants_kernels else None
     return native or ReferenceArithmetic(module, shape, codec)
 
 
@@ -52,3 +58,12 @@ def native_arithmetic(
         return None
     scale = quirks_of(module).pair_scale
     return NativeArithmetic(shape, codec, activation, has_gate=module.has_gate, pair_scale=scale, is_exact=is_exact)
+
+
+def keeps_eagers_bits(codec: str, device: torch.device, dtype: torch.dtype, *, is_exact: bool) -> bool:
+    """Whether results are to be eager's to the bit.
+
+    The lossless codec promises that, except where the CPU computes in bf16: eager rounds everywhere there, and the
+    kernels, which sum in fp32, are quicker and nearer to the truth. `is_exact` asks for eager's bits there too.
+    """
+    return codec == "bf16" and (device.type != "cpu" or is_exact or dtype != torch.bfloat16)

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from offload_moe import kernels
 from offload_moe.moe.arithmetic import Arithmetic, choose_arithmetic
 from offload_moe.moe.attach import BoundExperts
+from offload_moe.moe.contract import ExpertsContract
 from offload_moe.moe.device import DeviceArithmetic
+from offload_moe.quant import Codec, ExpertShape
 from offload_moe.tiers.simulated import SimulatedCopier
 
 
@@ -93,6 +95,22 @@ def test_bf16_compute_stays_within_tolerance(family: str) -> None:
     attached, oracle = offload(tiny_model(family).to(torch.bfloat16), "bf16", 5)
     got, expected = prompt_and_decode(attached, 3).float(), prompt_and_decode(oracle, 3).float()
     assert (got - expected).norm() / expected.norm() < 0.01
+
+
+@pytest.mark.skipif(not kernels.available(), reason=f"no native kernels: {kernels.unavailable_reason()}")
+def test_lossless_kernels_in_bf16_follow_eager_whatever_the_slots() -> None:
+    def in_bf16(module: ExpertsContract, shape: ExpertShape, codec: Codec) -> Arithmetic:
+        return choose_arithmetic(module, shape, codec, torch.device("cpu"), dtype=torch.bfloat16)
+
+    model = tiny_model("qwen3_moe").to(torch.bfloat16)
+    results = []
+    for num_slots in (24, 5, 1):
+        attached, oracle = offload(model, "bf16", num_slots, arithmetic=in_bf16)
+        results.append(prompt_and_decode(attached, 3))
+    expected = prompt_and_decode(oracle, 3).float()
+    assert (results[0].float() - expected).norm() / expected.norm() < 0.02
+    assert torch.equal(results[1], results[0])
+    assert torch.equal(results[2], results[0])
 
 
 def swap_two_experts(attached: PreTrainedModel) -> None:

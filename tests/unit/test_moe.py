@@ -65,12 +65,15 @@ def test_an_unknown_activation_is_left_to_torch() -> None:
 def test_the_choice_of_arithmetic() -> None:
     layer = find_experts(tiny_model("qwen3_moe"))[0]
 
-    def choose(codec: str, device: str) -> object:
-        return choose_arithmetic(layer.module, layer.shape, get_codec(codec), torch.device(device))
+    def choose(codec: str, device: str, **options: object) -> object:
+        return choose_arithmetic(layer.module, layer.shape, get_codec(codec), torch.device(device), **options)
 
+    native = NativeArithmetic if kernels.available() else ReferenceArithmetic
     assert isinstance(choose("bf16", "cpu"), ReferenceArithmetic)
+    assert isinstance(choose("bf16", "cpu", dtype=torch.bfloat16), native)
+    assert isinstance(choose("bf16", "cpu", dtype=torch.bfloat16, is_exact=True), ReferenceArithmetic)
     assert isinstance(choose("nf4", "cuda"), DeviceArithmetic)
-    assert isinstance(choose("nf4", "cpu"), NativeArithmetic if kernels.available() else ReferenceArithmetic)
+    assert isinstance(choose("nf4", "cpu"), native)
 
 
 @pytest.mark.skipif(not kernels.available(), reason="needs the native kernels")
