@@ -3,10 +3,10 @@
     python benchmarks/kernel.py [--trials 7] [--threads 1,2] [--rows 14336] [--columns 4096] [--tokens 1]
                                 [--codecs nf4,int8,mxfp4,bf16] [--unpinned] [--peers]
 
-Every trial runs each contender once, in turn, over the same weights, right after a plain read of them; ratios are taken
-trial by trial. The weights are several matrices, so that none is in the cache when its turn comes, in huge pages as in the
-RAM arena. `cached` is the rate on a matrix that stays in the cache: what the instructions allow where memory is no limit.
-`error` is against fp64 on the decoded weights. The last line is one JSON document.
+Every trial runs each contender once, in turn, over the same weights, right after a plain read of them; ratios are
+taken trial by trial. The weights are several matrices, so that none is in the cache when its turn comes, in huge pages
+as in the RAM arena. `cached` is the rate on a matrix that stays in the cache: what the instructions allow where memory
+is no limit. `error` is against fp64 on the decoded weights. The last line is one JSON document.
 """
 
 import argparse
