@@ -85,7 +85,7 @@ def build(store: Store, assembled: Assembled, num_slots: int) -> Model:
     hierarchy = Hierarchy(
         pools, lambda arena: DiskMover(arena, lambda key: store.record(*divmod(key, store.num_experts)))
     )
-    attach_experts(assembled, store, hierarchy, CPU, is_exact=False, prefetch=0)
+    attach_experts(assembled, store, hierarchy, CPU, dtype=torch.float32, is_exact=False, prefetch=0)
     return Model(store, assembled, load_tokenizer(store), hierarchy)
 
 
