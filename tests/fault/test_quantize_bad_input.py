@@ -248,16 +248,6 @@ def test_a_dense_model(tmp_path: Path) -> None:
     refused(tmp_path / "model", tmp_path, UnsupportedModelError, "LlamaForCausalLM is a dense model")
 
 
-def test_experts_outside_the_registry(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, JetMoeConfig
-
-    config = JetMoeConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_key_value_heads=2, kv_channels=8, vocab_size=64
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    refused(tmp_path / "model", tmp_path, UnsupportedModelError, r"model\.layers\.0\.\S+ \(JetMoe\w+\)")
-
-
 def test_an_unknown_codec(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nf5"):
         quantize(model, tmp_path / "store", codec="nf5")

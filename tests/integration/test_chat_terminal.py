@@ -36,7 +36,7 @@ def test_a_conversation(tmp_path: Path, thinker: Terminal) -> None:
     thinker.line('"""two')
     thinker.expect(". ")
     thinker.line('lines"""')
-    thinker.expect("cached) · answer")
+    thinker.expect("cached) · first token")
     thinker.expect("> ")
 
     thinker.line("/frobnicate")

