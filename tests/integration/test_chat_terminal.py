@@ -43,7 +43,9 @@ def test_a_conversation(tmp_path: Path, thinker: Terminal) -> None:
     thinker.expect("error: There is no command /frobnicate.")
     thinker.expect("> ")
 
-    thinker.send("half a thought\x03")
+    thinker.send("half a thought")
+    thinker.expect("half a thought")
+    thinker.send("\x03")
     thinker.expect("> ")
 
     thinker.line("/retry")
