@@ -52,13 +52,17 @@ def parse() -> argparse.Namespace:
 
 
 def load_all(checkpoint: Path) -> dict[str, Any]:
-    """Ours with the default store, with the lossless store, and transformers' own."""
+    """Ours with the default store, with the lossless store in bf16 and in fp32, and transformers' own in bf16."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from offload_moe import load
 
-    models = {"ours nf4": load(checkpoint).hf, "ours bf16": load(checkpoint, codec="bf16").hf}
+    models = {
+        "ours nf4": load(checkpoint).hf,
+        "ours bf16": load(checkpoint, codec="bf16", dtype="bf16").hf,
+        "ours bf16 in fp32": load(checkpoint, codec="bf16").hf,
+    }
     for name in IMPLEMENTATIONS:
         hf = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, experts_implementation=name)
         models[f"transformers {name}"] = hf.eval().requires_grad_(False)

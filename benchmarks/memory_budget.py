@@ -2,9 +2,10 @@
 
 Usage: python benchmarks/memory_budget.py --folder SCRATCH [--layers 4] [--tokens 2000] [--budgets BYTES ...]
 
-Each budget is a process of its own, which writes a long answer with random weights and hot sampling. Reported: peak RSS
-over budget, growth from the second quarter of the tokens to the last, and the page cache charged to the memory cgroup
-(v1, needs root; null without). The last line of stdout is one JSON document.
+Each budget is a process of its own, which reads a prompt of 512 tokens and writes a long answer with random weights and
+hot sampling; tokens count both. Reported: peak RSS over budget, growth from the second quarter of the answer to the
+last, without that of keys and values, and the page cache charged to the memory cgroup (v1, needs root; null without).
+The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 from harness import finish, forget_cached, run_json
 
 HERE = Path(__file__).parent
+PROMPT_TOKENS = 512  # a whole chunk: activations are part of the budget
 SAMPLES = 40  # of RSS during one answer
 
 
@@ -45,11 +47,11 @@ def answer(store: str, ram: int, num_tokens: int) -> dict[str, Any]:
     from offload_moe.generate import stream_tokens
 
     torch.set_num_threads(2)
-    model = load(store, ram=ram, context=num_tokens + 64)
+    model = load(store, ram=ram, context=num_tokens)
     model.hf.generation_config.eos_token_id = None
-    model.hf.config.max_position_embeddings = max(num_tokens + 64, model.hf.config.max_position_embeddings)
-    ids = torch.arange(300, 332)[None]
-    sampling = {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "seed": 0, "max_new_tokens": num_tokens}
+    model.hf.config.max_position_embeddings = max(num_tokens, model.hf.config.max_position_embeddings)
+    ids = torch.arange(300, 300 + PROMPT_TOKENS)[None]
+    sampling = {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "seed": 0, "max_new_tokens": num_tokens - PROMPT_TOKENS}
     rss: list[int] = []
     began = time.perf_counter()
     with stream_tokens(model.hf, None, ids, **sampling) as tokens:
@@ -58,14 +60,17 @@ def answer(store: str, ram: int, num_tokens: int) -> dict[str, Any]:
                 rss.append(status_bytes("VmRSS"))
     seconds = time.perf_counter() - began
     quarter = len(rss) // 4
+    per_token = next(p.num_bytes for p in model.placement.ram.fixed if p.name == "key/value cache") / num_tokens
     result = {
         "budget_bytes": ram,
         "peak_rss_bytes": status_bytes("VmHWM"),
-        "growth_bytes": max(rss[-quarter:]) - max(rss[quarter : 2 * quarter]),
+        "growth_bytes": max(rss[-quarter:])
+        - max(rss[quarter : 2 * quarter])
+        - per_token * sampling["max_new_tokens"] / 2,
         "charged_page_cache_bytes": charged_cache_bytes(),
         "num_ram_slots": model._hierarchy.ram.residency.num_slots,
         "hit_rate": model.stats.hit_rate,
-        "tokens_per_s": num_tokens / seconds,
+        "tokens_per_s": sampling["max_new_tokens"] / seconds,
     }
     model.close()
     return {**result, "peak_over_budget": result["peak_rss_bytes"] / ram}
@@ -77,7 +82,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2000)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[1_000_000_000, 1_250_000_000, 1_500_000_000])
+    parser.add_argument("--budgets", type=int, nargs="+", default=[1_100_000_000, 1_300_000_000, 1_500_000_000])
     parser.add_argument("--group-limit", type=int, default=8_000_000_000, help="of the cgroup that counts page cache")
     parser.add_argument("--one", help="measure this store at the first budget, in this process")
     options = parser.parse_args()

@@ -30,7 +30,9 @@ class DecayedScores:
         self.sums = np.zeros(num_keys)
         self._resident = np.full(num_keys, np.inf)
 
-    def access(self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None) -> None:
+    def access(
+        self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None, num_tokens: int = 1
+    ) -> None:
         pass
 
     def insert(self, key: int) -> None:

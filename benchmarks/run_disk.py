@@ -32,9 +32,9 @@ def record_accesses(model: "Model") -> Accesses:
     policy: Any = model._hierarchy.ram.residency.policy
     inner = policy.access
 
-    def access(layer: int, keys: Sequence[int], weights: Sequence[float] | None = None) -> None:
+    def access(layer: int, keys: Sequence[int], weights: Sequence[float] | None = None, num_tokens: int = 1) -> None:
         accesses.append((layer, list(keys)))
-        inner(layer, keys, weights)
+        inner(layer, keys, weights, num_tokens)
 
     policy.access = access
     return accesses

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
 from offload_moe.checkpoint.linears import projection_linears
 from offload_moe.checkpoint.skeleton import build_skeleton, load_config
-from offload_moe.dense import QuantLinear, narrow_embeddings, quantize_linear
+from offload_moe.dense import NarrowEmbedding, QuantLinear, lookup_tables, quantize_linear
 from offload_moe.errors import StoreError
 from offload_moe.kernels.planes import Mode
 from offload_moe.moe.attach import detach_parameters
@@ -78,19 +78,27 @@ def assemble(
     _check_layers(store, layers)
     detach_parameters(layers)
     to_quantize = projection_linears(hf).keys() if dense_codec else ()
+    hf.tie_weights()
+    head = _tied_head(hf) if dense_codec else None
+    lookups = lookup_tables(hf, head.name if head else None) if device.type == "cpu" else set()
+    after_tying: dict[str, nn.Module] = {}
     for entry, tensor in store.dense_tensors():
         name = entry.name.removesuffix(".weight")
+        if head is not None and name == head.embedding:
+            # Multiply with a quantized copy of a tied embedding: reading all of it for every token costs more.
+            after_tying[head.name] = quantize_linear(tensor, get_codec(dense_codec or ""), mode=mode).to(device)
         if entry.quantized is not None:
             linear = QuantLinear(tensor.to(device), entry.quantized, get_codec(store.dense_codec), mode=mode)
             _replace(hf, name, linear)
         elif dense_codec and name in to_quantize:
             _replace(hf, name, quantize_linear(tensor, get_codec(dense_codec), mode=mode).to(device))
+        elif name in lookups and tensor.dtype == torch.bfloat16 and _dtype_of(hf, entry.name, dtypes) == torch.float32:
+            after_tying[name] = NarrowEmbedding(tensor, torch.float32)
         else:
             _set_tensor(hf, entry.name, tensor, device, dtypes)
     hf.tie_weights()
-    if dense_codec:
-        _untie_head(hf, dense_codec, mode)
-    narrow_embeddings(hf)
+    for name, module in after_tying.items():
+        hf.set_submodule(name, module)
     hf.to(device)  # buffers the store does not hold, such as rotary frequencies
     stranded = [name for name, value in [*hf.named_parameters(), *hf.named_buffers()] if value.is_meta]
     if stranded:
@@ -112,12 +120,20 @@ def load_tokenizer(store: Store) -> Any:
         return None
 
 
-def _untie_head(hf: Any, dense_codec: str, mode: Mode) -> None:
-    """Multiply with a quantized copy of a tied embedding: reading all of it for every token costs more."""
+@dataclass(frozen=True, slots=True)
+class _TiedHead:
+    """Names of an output head and of the embedding whose weight it shares."""
+
+    name: str
+    embedding: str
+
+
+def _tied_head(hf: Any) -> _TiedHead | None:
     head, embedding = hf.get_output_embeddings(), hf.get_input_embeddings()
-    if type(head) is nn.Linear and head.weight is getattr(embedding, "weight", None):
-        name = next(name for name, module in hf.named_modules() if module is head)
-        _replace(hf, name, quantize_linear(head.weight, get_codec(dense_codec), mode=mode))
+    if type(head) is not nn.Linear or head.weight is not getattr(embedding, "weight", None):
+        return None
+    names = {id(module): name for name, module in hf.named_modules()}
+    return _TiedHead(names[id(head)], names[id(embedding)])
 
 
 def _generation_config(store: Store, hf: Any) -> Any:
@@ -138,9 +154,14 @@ def _check_layers(store: Store, layers: Sequence[ExpertsModule]) -> None:
         )
 
 
+def _dtype_of(hf: Any, name: str, dtypes: DtypePlan) -> torch.dtype:
+    owner, leaf = _owner(hf, name)
+    return dtypes.of(name, getattr(owner, leaf).dtype)
+
+
 def _set_tensor(hf: Any, name: str, tensor: Tensor, device: torch.device, dtypes: DtypePlan) -> None:
     owner, leaf = _owner(hf, name)
-    value = tensor.to(device=device, dtype=dtypes.of(name, getattr(owner, leaf).dtype))
+    value = tensor.to(device=device, dtype=_dtype_of(hf, name, dtypes))
     if leaf in owner._parameters:
         setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
     else:

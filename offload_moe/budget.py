@@ -9,13 +9,20 @@ from pathlib import Path
 
 import psutil
 
-RUNTIME_BYTES = 430 << 20  # interpreter, torch, transformers, tokenizer: what a process holds beside weights and slots
+PROCESS_BYTES = 380 << 20  # interpreter, torch, transformers: what a process holds beside weights and slots
+TOKEN_BYTES = 1000  # of a tokenizer, per entry of its vocabulary
+RUNTIME_BYTES = 430 << 20  # both, with a vocabulary of 50,000
 DEVICE_RESERVE_BYTES = 1 << 30  # CUDA context, workspaces, activations and a key/value cache of a few thousand tokens
 CPU_PROMPT_TOKENS, DEVICE_PROMPT_TOKENS = 512, 2048  # of a prompt, computed at once; by then compute hides the loads
 SHARE_OF_FREE = 0.9  # of what is free, taken when no budget is named
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 LARGE_BLOCK_BYTES = 1 << 20
+
+
+def runtime_bytes(vocabulary: int) -> int:
+    """What a process holds beside weights and slots. vocabulary: entries of its tokenizer."""
+    return PROCESS_BYTES + vocabulary * TOKEN_BYTES
 
 
 def default_ram() -> int:

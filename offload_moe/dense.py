@@ -1,5 +1,7 @@
 """Dense linear layers whose weight stays in its codec's record."""
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 
@@ -60,7 +62,7 @@ class QuantLinear(nn.Module):
 
 
 class NarrowEmbedding(nn.Module):
-    """An embedding of bf16 numbers that is widened row by row: the same values in half the memory.
+    """An embedding of bf16 numbers whose rows are widened when they are looked up: the same values in half the memory.
 
     The weight is a buffer: the model's dtype is that of its parameters.
     """
@@ -79,24 +81,23 @@ class NarrowEmbedding(nn.Module):
         return nn.functional.embedding(ids, self.weight).to(self.dtype)
 
 
-def narrow_embeddings(model: nn.Module) -> None:
-    """Keep embeddings in bf16 where that loses nothing: plain ones whose weight nobody else multiplies with."""
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    for name, module in list(model.named_modules()):
+def lookup_tables(model: nn.Module, ignored: str | None = None) -> set[str]:
+    """Names of the embeddings that are only looked up: plain ones whose weight no other module has.
+
+    ignored: a module that will get a weight of its own, such as a head that is about to be quantized.
+    """
+    owners = Counter(
+        id(parameter)
+        for name, module in model.named_modules()
+        for parameter in module._parameters.values()
+        if name != ignored and parameter is not None
+    )
+    return {
+        name
+        for name, module in model.named_modules()
         # A subclass may scale what it looks up.
-        if type(module) is nn.Embedding and module.max_norm is None and owners[id(module.weight)] == 1:
-            weight = module.weight.detach()
-            narrow = weight.to(torch.bfloat16)
-            is_wider = weight.dtype == torch.float32 and weight.is_cpu
-            if is_wider and all(
-                torch.equal(n.float(), w) for n, w in zip(narrow.split(4096), weight.split(4096), strict=True)
-            ):
-                parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, NarrowEmbedding(narrow, weight.dtype))
+        if type(module) is nn.Embedding and module.max_norm is None and owners[id(module.weight)] == 1
+    }
 
 
 def quantize_linear(weight: Tensor, codec: Codec, *, mode: Mode = "fast") -> QuantLinear:

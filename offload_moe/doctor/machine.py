@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from offload_moe.budget import RUNTIME_BYTES, free_ram
+from offload_moe.cores import usable_cores
 from offload_moe.doctor.check import Check, judge
 from offload_moe.sizes import format_size
 
@@ -30,7 +31,7 @@ def is_wsl(release: str | None = None) -> bool:
 
 def check_processor() -> Check:
     """Threads that may be used, which a container or a mask may hold below what the machine has."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = len(usable_cores()) or os.cpu_count() or 1
     found = f"{_processor_name()}, usable cores: {usable}, threads of torch: {torch.get_num_threads()}"
     crowded = torch.get_num_threads() > usable
     fix = f"More threads than cores wait for each other. Set OMP_NUM_THREADS={usable}." if crowded else ""

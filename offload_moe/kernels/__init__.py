@@ -7,7 +7,7 @@ from offload_moe.kernels.attention import AttentionKernel, HeadNorm, Linear, Nor
 from offload_moe.kernels.checksum import crc32
 from offload_moe.kernels.codecs import fast_encoding
 from offload_moe.kernels.encode import encode_int8, encode_nf4
-from offload_moe.kernels.experts import ExpertKernel
+from offload_moe.kernels.experts import ExpertKernel, add_rows
 from offload_moe.kernels.linear import LinearKernel
 from offload_moe.kernels.native import (
     available,
@@ -27,6 +27,7 @@ __all__ = [
     "LinearKernel",
     "NormKernel",
     "RouterKernel",
+    "add_rows",
     "available",
     "crc32",
     "encode_int8",

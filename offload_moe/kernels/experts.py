@@ -5,6 +5,7 @@ from array import array
 from collections.abc import Sequence
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from offload_moe.errors import ConfigError
@@ -71,25 +72,33 @@ class ExpertKernel:
         *,
         mode: Mode = "fast",
         accumulate: bool = False,
+        out_ids: Sequence[int] | None = None,
     ) -> None:
         """Set `out` to, or with `accumulate` add to it, the weighted sum of the experts for `x`.
 
         x: fp32 or bf16 ``[T, H]``. records: N records (uint8 tensors or addresses), in the order they are summed.
         offsets ``[N + 1]``, token_ids ``[P]`` (int32 if tensors), weights ``[P]`` (fp32 if a tensor): the pairs of
         expert n are ``offsets[n]:offsets[n + 1]``. out: ``[T, H]``, fp32, or bf16 without `accumulate`; not `x`.
+        out_ids ``[P]``: with `accumulate`, the row of `out` ``[R, H]`` that each pair is added to, not its token's.
         Raises: ConfigError.
         """
         check_rows("x", x, self._hidden)
         check_rows("out", out, self._hidden)
-        if out.shape != x.shape or (accumulate and DTYPES[out.dtype]):
+        if (accumulate and DTYPES[out.dtype]) or (out_ids is None and out.shape != x.shape):
             raise ConfigError(f"out is {out.dtype} {tuple(out.shape)}; x has {tuple(x.shape)}; only fp32 accumulates.")
+        if out_ids is not None and not (accumulate and len(out_ids) == len(token_ids) and max(out_ids) < len(out)):
+            raise ConfigError(
+                f"{len(out_ids)} rows of out for {len(token_ids)} pairs, of {len(out)}, to accumulate in."
+            )
         if len(offsets) != len(records) + 1 or len(token_ids) != len(weights):
             raise ConfigError(f"{len(records)} records, {len(offsets)} offsets, {len(token_ids)} pairs do not fit.")
         addresses = array("Q", [address_of(record) for record in records])
         offset_values, token_values, weight_values = _Array("i", offsets), _Array("i", token_ids), _Array("f", weights)
+        rows = _Array("i", out_ids) if out_ids is not None else None
         status = self._native(
             *(self._layer_address, x.data_ptr(), x.shape[0], DTYPES[x.dtype], addresses.buffer_info()[0]),
-            *(offset_values.address, token_values.address, weight_values.address, len(records)),
+            *(offset_values.address, token_values.address, rows.address if rows else None, weight_values.address),
+            len(records),
             *(out.data_ptr(), DTYPES[out.dtype], accumulate, MODES[mode]),
         )
         if status == _SHORT_OF_MEMORY:
@@ -98,22 +107,38 @@ class ExpertKernel:
             raise ConfigError(f"token_ids or offsets are out of range for {x.shape[0]} tokens, {len(token_ids)} pairs.")
 
     def forward_token(
-        self, x: Tensor, addresses: Sequence[int], weights: Sequence[float], out: Tensor, *, mode: Mode = "fast"
+        self,
+        x: Tensor,
+        addresses: Sequence[int],
+        weights: Sequence[float],
+        out: Tensor,
+        rows: Sequence[int] | None = None,
+        *,
+        mode: Mode = "fast",
     ) -> None:
         """`forward` for one token, an expert per weight: x, out ``[1, H]``, contiguous, of one dtype; not checked.
 
-        Raises: MemoryError.
+        rows: add to these rows of `out`, fp32 ``[R, H]``, one per expert, instead. Raises: MemoryError.
         """
         num_experts = len(addresses)
         records, offsets = array("Q", addresses), _counting(num_experts + 1)
-        tokens, shares, dtype = _zeros(num_experts), array("f", weights), DTYPES[x.dtype]
+        tokens, shares = _zeros(num_experts), array("f", weights)
+        places = array("i", rows) if rows is not None else None
         status = self._native(
-            *(self._layer_address, x.data_ptr(), 1, dtype, records.buffer_info()[0]),
-            *(offsets.buffer_info()[0], tokens.buffer_info()[0], shares.buffer_info()[0], num_experts),
-            *(out.data_ptr(), dtype, 0, MODES[mode]),
+            *(self._layer_address, x.data_ptr(), 1, DTYPES[x.dtype], records.buffer_info()[0]),
+            *(offsets.buffer_info()[0], tokens.buffer_info()[0], places and places.buffer_info()[0]),
+            *(shares.buffer_info()[0], num_experts),
+            *(out.data_ptr(), DTYPES[out.dtype], rows is not None, MODES[mode]),
         )
         if status:
             raise MemoryError(f"No memory for the intermediate activations of {num_experts} experts.")
+
+
+def add_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[N, H]`` fp32, contiguous -> ``[1, H]``: the first row plus the second plus the third, and so on, in fp32."""
+    out = torch.empty(1, rows.shape[1], dtype=dtype)
+    library().om_sum_rows(rows.data_ptr(), len(rows), rows.shape[1], out.data_ptr(), DTYPES[dtype])
+    return out
 
 
 @cache

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from offload_moe.cores import are_threads_bound, usable_cores
 from offload_moe.errors import ConfigError
 
 INSTRUCTION_SETS = ("avx512vbmi", "avx512", "avx2", "neon", "portable")
@@ -119,6 +120,9 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     except OSError as error:
         return None, f"{path.name} does not load ({error}); reinstall the package."
     _declare(loaded)
+    if are_threads_bound():  # else new threads would inherit the one core of this thread
+        cores = sorted(usable_cores())
+        loaded.om_use_cores((ctypes.c_int * len(cores))(*cores), len(cores))
     loaded.om_configure_threads(min(torch.get_num_threads(), MAX_THREADS), 0)
     wanted = os.environ.get(ENVIRONMENT_VARIABLE, "")
     if loaded.om_select(wanted.encode()) != 0:
@@ -131,6 +135,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
     loaded.om_select.argtypes = [ctypes.c_char_p]
     loaded.om_active_name.restype = ctypes.c_char_p
     loaded.om_configure_threads.argtypes = [ctypes.c_int, ctypes.c_int]
+    loaded.om_use_cores.argtypes, loaded.om_use_cores.restype = [pointer, ctypes.c_int], None
     loaded.om_crc32.argtypes, loaded.om_crc32.restype = [pointer, int64, ctypes.c_uint32], ctypes.c_uint32
     for encoder in (loaded.om_encode_nf4, loaded.om_encode_int8):
         encoder.argtypes, encoder.restype = [pointer, int32, int64, pointer, pointer], None
@@ -142,6 +147,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
     loaded.om_linear_forward.argtypes = [pointer, pointer, pointer, int64, pointer, int64, int32, int32, int32]
     loaded.om_moe_forward.argtypes = [
         *(pointer, pointer, int64, int32),
-        *(pointer, pointer, pointer, pointer, int64),
+        *(pointer, pointer, pointer, pointer, pointer, int64),
         *(pointer, int32, int32, int32),
     ]
+    loaded.om_sum_rows.argtypes, loaded.om_sum_rows.restype = [pointer, int64, int64, pointer, int32], None

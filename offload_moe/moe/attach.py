@@ -65,7 +65,8 @@ class BoundExperts:
             if result is not None:
                 return result
         routing = group_by_expert(top_k_index, self._num_experts)
-        with self._scheduler.acquire(self._layer, routing.experts) as lease:
+        num_tokens = len(hidden)
+        with self._scheduler.acquire(self._layer, routing.experts, routing.shares(num_tokens), num_tokens) as lease:
             if self.lookahead is not None:
                 self.lookahead.after_acquire(self._layer, hidden, routing.experts, top_k_index.shape[-1])
             return self._arithmetic.forward(hidden, top_k_weights, routing, lease, self._record_of)
@@ -73,22 +74,27 @@ class BoundExperts:
     def _one_token(
         self, arithmetic: NativeArithmetic, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor | None:
-        """A decode step whose experts are all resident; None where the general way has to be taken."""
+        """A decode step; None where the general way has to be taken."""
         ids: list[int] = top_k_index.tolist()[0]
         weight_of: dict[int, float] = dict(zip(ids, arithmetic.scaled(top_k_weights).tolist()[0], strict=True))
         experts = sorted(weight_of)
         if len(experts) < len(ids) or experts[-1] >= self._num_experts:
             return None
+        weights = [weight_of[expert] for expert in experts]
         slots = self._scheduler.hold(self._layer, experts)
         if slots is None:
-            return None
+            with self._scheduler.acquire(self._layer, experts) as lease:
+                self._look_ahead(hidden, experts)
+                return arithmetic.one_token_in_waves(hidden, experts, weights, lease, self._record_of)
         try:
-            if self.lookahead is not None:
-                self.lookahead.after_acquire(self._layer, hidden, experts, len(ids))
-            records = [self._record_of(slot) for slot in slots]
-            return arithmetic.one_token(hidden, [weight_of[expert] for expert in experts], records)
+            self._look_ahead(hidden, experts)
+            return arithmetic.one_token(hidden, weights, [self._record_of(slot) for slot in slots])
         finally:
             self._scheduler.let_go(slots)
+
+    def _look_ahead(self, hidden: Tensor, experts: Sequence[int]) -> None:
+        if self.lookahead is not None:
+            self.lookahead.after_acquire(self._layer, hidden, experts, len(experts))
 
 
 def offloaded_experts(module: ExpertsContract, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -56,7 +56,6 @@ class NativeArithmetic:
             self._kernel.forward(x, records, routing.offsets, routing.tokens, pair_weights, out, mode=self._mode)
             return out.to(hidden.dtype)
         pairs = torch.zeros(len(routing.tokens), x.shape[1])
-        x = x[torch.tensor(routing.tokens)]
         self._compute_wave(first, x, pair_weights, routing, record_of, pairs)
         for wave in waves:
             self._compute_wave(wave, x, pair_weights, routing, record_of, pairs)
@@ -73,6 +72,24 @@ class NativeArithmetic:
         self._kernel.forward_token(x, [record.data_ptr() for record in records], weights, out, mode=self._mode)
         return out.to(hidden.dtype)
 
+    def one_token_in_waves(
+        self,
+        hidden: Tensor,
+        experts: Sequence[int],
+        weights: Sequence[float],
+        lease: Lease,
+        record_of: Callable[[int], Tensor],
+    ) -> Tensor:
+        """`one_token` while records still arrive: the same bits. experts: ascending ids."""
+        x = hidden.contiguous() if hidden.dtype in (torch.float32, torch.bfloat16) else hidden.float()
+        pairs = torch.zeros(len(experts), x.shape[1])
+        row_of = {expert: row for row, expert in enumerate(experts)}
+        for wave in lease:
+            rows = [row_of[expert] for expert, _ in wave]
+            addresses = [record_of(slot).data_ptr() for _, slot in wave]
+            self._kernel.forward_token(x, addresses, [weights[row] for row in rows], pairs, rows, mode=self._mode)
+        return kernels.add_rows(pairs, x.dtype).to(hidden.dtype)
+
     def outputs(self, hidden: Tensor, routing: Routing, indices: list[int], records: list[Tensor]) -> Tensor:
         """What ``routing.experts[index]`` make of their tokens, before routing weights: fp32 ``[p, H]``, one by one.
 
@@ -83,11 +100,14 @@ class NativeArithmetic:
         for index in indices:
             tokens += routing.tokens[routing.pairs(index)]
             offsets.append(len(tokens))
-        x = hidden[torch.tensor(tokens)]
-        x = x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
+        x = hidden if hidden.dtype in (torch.float32, torch.bfloat16) else hidden.float()
         out = torch.zeros(len(tokens), x.shape[1])
-        rows, weights = range(len(tokens)), [1.0] * len(tokens)
-        self._kernel.forward(x, records, offsets, rows, weights, out, mode=self._mode, accumulate=True)
+        self._kernel.forward(
+            *(x.contiguous(), records, offsets, tokens, [1.0] * len(tokens), out),
+            mode=self._mode,
+            accumulate=True,
+            out_ids=range(len(tokens)),
+        )
         return out
 
     def _compute_wave(
@@ -99,18 +119,22 @@ class NativeArithmetic:
         record_of: Callable[[int], Tensor],
         pairs: Tensor,
     ) -> None:
-        """Add the pairs of these experts to `pairs` ``[P, H]``; x is ``[P, H]`` too."""
+        """Add the pairs of these experts to `pairs` ``[P, H]``."""
         place_of = {expert: index for index, expert in enumerate(routing.experts)}
         offsets: list[int] = [0]
         rows: list[int] = []
+        tokens: list[int] = []
         chosen: list[float] = []
         for expert, _ in wave:
             own = routing.pairs(place_of[expert])
             rows += range(own.start, own.stop)
+            tokens += routing.tokens[own]
             chosen += pair_weights[own]
             offsets.append(len(rows))
         records = [record_of(slot) for _, slot in wave]
-        self._kernel.forward(x, records, offsets, rows, chosen, pairs, mode=self._mode, accumulate=True)
+        self._kernel.forward(
+            *(x, records, offsets, tokens, chosen, pairs), mode=self._mode, accumulate=True, out_ids=rows
+        )
 
     @staticmethod
     def _add_pairs(pairs: Tensor, routing: Routing, hidden: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ T tokens, K top-k, P = T * K routed pairs.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,10 @@ class Routing:
 
     def pairs(self, index: int) -> slice:
         return slice(self.offsets[index], self.offsets[index + 1])
+
+    def shares(self, num_tokens: int) -> list[float]:
+        """The part of the tokens that chose each expert."""
+        return [(end - start) / num_tokens for start, end in pairwise(self.offsets)]
 
 
 def group_by_expert(top_k_index: Tensor, num_experts: int) -> Routing:

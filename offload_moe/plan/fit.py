@@ -50,6 +50,8 @@ def fit(
     """
     check_context(context, shape)
     shape = _with_narrow_embeddings(shape, store)
+    if not store.has_tokenizer:
+        shape = replace(shape, vocabulary=0)
     settings = Settings(
         codec=store.codec,
         context=context,

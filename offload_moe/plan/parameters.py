@@ -66,6 +66,7 @@ class ModelShape:
     lookup_elements: int  # of an embedding table of its own: stored, but only a row of it is read per token
     tied_head: ExpertShape | None  # an output head that shares the embeddings: its own copy where heads are quantized
     attention: AttentionShape
+    vocabulary: int = 0  # entries of the tokenizer
 
     @property
     def num_experts(self) -> int:
@@ -111,6 +112,7 @@ def describe_skeleton(model: "PreTrainedModel") -> ModelShape:
         lookup_elements=_lookup_elements(model),
         tied_head=_tied_head(model),
         attention=describe_attention(model),
+        vocabulary=text_config.vocab_size,
     )
 
 

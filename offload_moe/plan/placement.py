@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from offload_moe import kernels
-from offload_moe.budget import DEVICE_RESERVE_BYTES, RUNTIME_BYTES
+from offload_moe.budget import DEVICE_RESERVE_BYTES, runtime_bytes
 from offload_moe.conversion import LOSSLESS
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.parameters import ModelShape
@@ -163,7 +163,7 @@ def _memories(
     shape: ModelShape, machine: Machine, settings: Settings, context: int, dense_codec: str
 ) -> tuple[Tier | None, Tier]:
     model = _model_parts(shape, machine, settings, context, dense_codec)
-    in_ram = (Part(name="runtime", num_bytes=RUNTIME_BYTES),)
+    in_ram = (Part(name="runtime", num_bytes=runtime_bytes(shape.vocabulary)),)
     if not machine.has_device:
         return None, _fill("RAM", machine.ram_bytes, (*model, *in_ram), shape, settings.codec)
     on_device = (Part(name="device context and workspaces", num_bytes=DEVICE_RESERVE_BYTES),)

@@ -25,7 +25,9 @@ class Belady:
         self._resident: set[int] = set()
         self._heap: list[tuple[int, int]] = []  # (-next use, key); outdated entries are dropped when they surface
 
-    def access(self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None) -> None:
+    def access(
+        self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None, num_tokens: int = 1
+    ) -> None:
         for key, next_use in zip(keys, next(self._next_uses), strict=True):
             self._next_use[key] = next_use
             if key in self._resident:

@@ -69,13 +69,14 @@ class Scheduler:
         layer: int,
         experts: Sequence[int],
         weights: Sequence[float] | None = None,
+        num_tokens: int = 1,
         *,
         on_cpu: Sequence[int] = (),
     ) -> "Lease":
         """Lease what is resident, start loading what is not. Does not wait.
 
-        experts: distinct ids; weights: their routing weights, which a policy may use. on_cpu: other experts of the
-        layer that are computed from the tier below: they are routed to and missed here, but not loaded.
+        experts: distinct ids. weights, num_tokens: as `Policy.access` takes them. on_cpu: other experts of the layer,
+        computed from the tier below: they are routed to and missed here, but not loaded.
         """
         first = layer * self.num_experts
         keys = [first + expert for expert in experts]
@@ -86,7 +87,7 @@ class Scheduler:
                 seen = sorted([*keys, *(first + expert for expert in on_cpu)])
             if self._flying and self.is_asked_by_layer:
                 self._drop_wrong_guesses(layer, seen)
-            self.residency.policy.access(layer, seen, None if on_cpu else weights)
+            self.residency.policy.access(layer, seen, None if on_cpu else weights, num_tokens)
             self.uses.note(seen)
             return Lease(self, first, keys)
 
@@ -103,7 +104,7 @@ class Scheduler:
                 return None
             if self._flying and self.is_asked_by_layer:
                 self._drop_wrong_guesses(layer, keys)
-            self.residency.policy.access(layer, keys, None)
+            self.residency.policy.access(layer, keys)
             self.uses.note(keys)
             if self.unproven:
                 for key in keys:

@@ -85,7 +85,8 @@ class VirtualRuntime:
         self.processor.run(costs.layer_host_s, costs.dense(num_tokens))
         self.processor.synchronize()
         tokens_of = _tokens_per_expert(experts[:, layer])
-        with self.scheduler.acquire(layer, list(tokens_of)) as lease:
+        shares = [count / num_tokens for count in tokens_of.values()]
+        with self.scheduler.acquire(layer, list(tokens_of), shares, num_tokens) as lease:
             if num_tokens == 1:
                 self._look_ahead(layer, experts[0], list(tokens_of))
             num_computed = 0

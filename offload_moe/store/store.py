@@ -87,6 +87,10 @@ class Store:
         return max(layer.num_experts for layer in self.layers)
 
     @property
+    def has_tokenizer(self) -> bool:
+        return any(file.name.startswith(("tokenizer", "vocab", "tekken")) for file in self._manifest.metadata)
+
+    @property
     def experts_bytes(self) -> int:
         return sum(place.num_bytes for place in self._manifest.experts)
 
@@ -133,8 +137,8 @@ class Store:
         return data.view(entry.dtype).view(entry.shape)
 
     def dense_tensors(self) -> Iterator[tuple[DenseEntry, Tensor]]:
-        """Every dense entry with its tensor, read one at a time in the order of the files."""
-        for entry in self.dense.values():
+        """Every dense entry with its tensor, read one at a time: the largest first, while nothing else is in memory."""
+        for entry in sorted(self.dense.values(), key=lambda entry: -entry.place.num_bytes):
             yield entry, self.read_dense(entry.name)
 
     def verify(self, progress: OnProgress | None = None) -> None:

@@ -38,8 +38,8 @@ FAMILIES: dict[str, dict[str, object]] = {
         **LATENT,
         "num_experts": 8,
         "num_experts_per_token": 2,
-        "num_hidden_layers": 6,
-        "layer_types": ["full_attention", "linear_attention"] * 3,
+        "num_hidden_layers": 4,
+        "layer_types": ["full_attention", "linear_attention", "full_attention", "full_attention"],
     },
 }
 

@@ -78,7 +78,7 @@ class NeverWaiting(SimulatedCopier):
     """Says that a copy has arrived when it is only issued."""
 
     def copy(self, *arguments: Any, **settings: Any) -> Marker:
-        self._delay_s = lambda: 0.02  # else a copy is sometimes there in time by luck
+        self._delay_s = lambda: 0.005  # else a copy is sometimes there in time by luck
         marker = super().copy(*arguments, **settings)
         marker.wait = lambda: None  # type: ignore[method-assign]
         return marker

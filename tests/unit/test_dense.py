@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from offload_moe.dense import NarrowEmbedding, QuantLinear, narrow_embeddings
+from offload_moe.dense import NarrowEmbedding, QuantLinear, lookup_tables
 from offload_moe.quant import ExpertShape, Matrix, get_codec
 
 
@@ -37,20 +37,19 @@ def test_it_is_not_a_parameter() -> None:
     assert not layer.state_dict()
 
 
-def test_embeddings_are_kept_in_bf16_where_that_loses_nothing() -> None:
+def test_embeddings_that_are_only_looked_up_are_found() -> None:
+    tied, head = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
+    head.weight = tied.weight
+    scaled = type("ScaledEmbedding", (nn.Embedding,), {})(10, 4)
+    model = nn.ModuleDict({"plain": nn.Embedding(10, 4), "scaled": scaled, "tied": tied, "head": head})
+    assert lookup_tables(model) == {"plain"}
+    assert lookup_tables(model, "head") == {"plain", "tied"}
+
+
+def test_a_narrow_embedding_gives_the_same_values() -> None:
     exact = nn.Embedding(10, 4)
     exact.weight.data = exact.weight.data.to(torch.bfloat16).float()
-    tied = nn.Embedding(10, 4)
-    tied.weight.data = tied.weight.data.to(torch.bfloat16).float()
-    head = nn.Linear(4, 10, bias=False)
-    head.weight = tied.weight
-    model = nn.ModuleDict({"exact": exact, "lossy": nn.Embedding(10, 4), "tied": tied, "head": head})
+    narrow = NarrowEmbedding(exact.weight.detach().to(torch.bfloat16), torch.float32)
     ids = torch.tensor([[3, 0, 9]])
-    expected = exact(ids)
-    narrow_embeddings(model)
-    assert isinstance(model["exact"], NarrowEmbedding)
-    assert model["exact"].weight.dtype == torch.bfloat16
-    assert torch.equal(model["exact"](ids), expected)
-    assert model["exact"](ids).dtype == torch.float32
-    assert type(model["lossy"]) is nn.Embedding
-    assert type(model["tied"]) is nn.Embedding
+    assert torch.equal(narrow(ids), exact(ids))
+    assert narrow(ids).dtype == torch.float32

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offload_moe.budget import DEVICE_RESERVE_BYTES, RUNTIME_BYTES
+from offload_moe.budget import DEVICE_RESERVE_BYTES, runtime_bytes
 from offload_moe.plan.advice import find_shortfalls
 from offload_moe.plan.machine import Machine, measure_machine
 from offload_moe.plan.outlook import Task, look_ahead
@@ -37,7 +37,7 @@ def test_without_a_device_everything_is_in_ram(mixtral: ModelShape) -> None:
     placement = look_ahead(task(mixtral, Machine(ram_bytes=20 * GIB), dense_codec="nf4")).placement
     ram = parts(placement.ram)
     assert placement.vram is None
-    assert ram["runtime"] == RUNTIME_BYTES
+    assert ram["runtime"] == runtime_bytes(32_000)
     assert ram["dense weights"] == dense_memory_bytes(mixtral, "nf4", torch.float32)
     assert ram["key/value cache"] == cache_bytes(mixtral, 64, torch.float32)
     assert placement.ram.num_slots == (20 * GIB - sum(ram.values())) // slot_bytes(mixtral, "nf4")
@@ -47,7 +47,7 @@ def test_without_a_device_everything_is_in_ram(mixtral: ModelShape) -> None:
 def test_with_a_device_ram_holds_experts_only(mixtral: ModelShape) -> None:
     machine = Machine(vram_bytes=12 * GIB, ram_bytes=16 * GIB)
     placement = look_ahead(task(mixtral, machine, dense_codec="int8")).placement
-    assert parts(placement.ram) == {"runtime": RUNTIME_BYTES}
+    assert parts(placement.ram) == {"runtime": runtime_bytes(32_000)}
     vram = parts(placement.vram)
     assert vram["device context and workspaces"] == DEVICE_RESERVE_BYTES
     assert vram["dense weights"] == dense_memory_bytes(mixtral, "int8", torch.bfloat16)

@@ -162,6 +162,23 @@ class TestKNN:
         assert policy._history.foretells(0, NUM_EXPERTS)[1] == 0.0
 
 
+def test_a_chunk_tells_which_experts_its_tokens_like() -> None:
+    policy = KNN(range(1), NUM_EXPERTS, NUM_SLOTS)
+    everyone = list(range(NUM_EXPERTS))
+    liked = 3
+    policy.access(0, everyone, [0.9 if expert == liked else 0.05 for expert in everyone], num_tokens=64)
+    for key in everyone:
+        policy.insert(key)
+    policy.access(0, [0])
+    victims = []
+    for _ in range(NUM_EXPERTS - 2):
+        victim = policy.victim(nobody)
+        assert victim is not None
+        policy.remove(victim)
+        victims.append(victim)
+    assert liked not in victims
+
+
 def test_a_chunk_evicts_what_it_has_passed_before_what_lies_ahead() -> None:
     policy = KNN(range(NUM_LAYERS), NUM_EXPERTS, NUM_SLOTS)
     for layer in range(NUM_LAYERS):  # a token that everything is resident for

@@ -22,7 +22,7 @@ typedef struct {
 typedef struct {
     const om_moe_layer *layer;
     const uint8_t *const *records;
-    const int32_t *offsets, *token_ids;
+    const int32_t *offsets, *token_ids, *out_ids;
     const float *pair_weights;
     const void *x;
     float *out;
@@ -111,7 +111,7 @@ static void first_unit(void *context, int64_t unit, int64_t next_unit, int threa
 static void add_results(const moe_job *job, const om_weights *w, int64_t first_row, int64_t num_rows, int64_t pair,
                         const float *results, int tile_token) {
     const float weight = job->pair_weights[pair];
-    float *out = job->out + job->token_ids[pair] * w->rows + first_row;
+    float *out = job->out + job->out_ids[pair] * w->rows + first_row;
     for (int64_t r = 0; r < num_rows; r++)
         out[r] += weight * (results[r * OM_TILE + tile_token] + om_bias_at(w, first_row + r));
 }
@@ -215,13 +215,14 @@ static int is_in_range(const int32_t *offsets, const int32_t *token_ids, int64_t
 
 /* out[T, H] = (accumulate: +=) the experts' weighted sum for x[T, H]. Pairs of expert e: offsets[e] .. offsets[e + 1] of
  * token_ids and pair_weights. An `out` of bf16 is rounded once, at the end, and cannot be accumulated into.
+ * out_ids: the row of `out` that each pair is added to, with `accumulate`; NULL: its token's.
  * Returns 0, -1 when memory is short, -2 when a pair or a token id is out of range. */
 OM_EXPORT int om_moe_forward(const om_moe_layer *layer, const void *x, int64_t num_tokens, int32_t x_dtype,
                              const uint8_t *const *records, const int32_t *offsets, const int32_t *token_ids,
-                             const float *pair_weights, int64_t num_experts, void *out, int32_t out_dtype,
-                             int32_t accumulate, int32_t mode) {
+                             const int32_t *out_ids, const float *pair_weights, int64_t num_experts, void *out,
+                             int32_t out_dtype, int32_t accumulate, int32_t mode) {
     moe_job job = {.layer = layer, .records = records, .offsets = offsets, .token_ids = token_ids,
-                   .pair_weights = pair_weights, .x = x, .out = out, .num_experts = num_experts, .num_tokens = num_tokens,
+                   .out_ids = out_ids != NULL ? out_ids : token_ids, .pair_weights = pair_weights, .x = x, .out = out, .num_experts = num_experts, .num_tokens = num_tokens,
                    .x_dtype = x_dtype, .mode = mode, .is_first_write = !accumulate};
     void *sums = out_dtype == OM_F32 ? NULL : out;
     if (!is_in_range(offsets, token_ids, num_experts, num_tokens)) return -2;
@@ -237,4 +238,14 @@ OM_EXPORT int om_moe_forward(const om_moe_layer *layer, const void *x, int64_t n
     }
     om_pool_end();
     return arena == NULL ? -1 : 0;
+}
+
+/* out[H] = the rows of pairs[num_rows, H], added one after the other. */
+OM_EXPORT void om_sum_rows(const float *pairs, int64_t num_rows, int64_t num_columns, void *out, int32_t out_dtype) {
+    for (int64_t c = 0; c < num_columns; c++) {
+        float sum = 0.0f;
+        for (int64_t r = 0; r < num_rows; r++) sum += pairs[r * num_columns + c];
+        if (out_dtype == OM_F32) ((float *)out)[c] = sum;
+        else ((uint16_t *)out)[c] = om_float_to_bf16(sum);
+    }
 }

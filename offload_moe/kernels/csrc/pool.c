@@ -107,22 +107,25 @@ static void announce(void) {
     pthread_mutex_unlock(&pool.sleep_mutex);
 }
 
-static void pin_worker(int thread) {
 #if defined(__linux__)
-    cpu_set_t allowed, one;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
-    const int num_cpus = CPU_COUNT(&allowed);
+static cpu_set_t cores; /* where workers may run; empty: wherever the caller may */
+
+/* The caller is thread 0, on the first core if it is pinned at all. */
+static void keep_one(cpu_set_t *allowed, int thread) {
+    const int wanted = thread % CPU_COUNT(allowed);
     for (int cpu = 0, seen = 0; cpu < CPU_SETSIZE; cpu++)
-        if (CPU_ISSET(cpu, &allowed) && seen++ == thread % num_cpus) {
-            CPU_ZERO(&one);
-            CPU_SET(cpu, &one);
-            pthread_setaffinity_np(pool.workers[thread - 1], sizeof one, &one);
-            return;
-        }
-#else
-    (void)thread;
-#endif
+        if (CPU_ISSET(cpu, allowed) && seen++ != wanted) CPU_CLR(cpu, allowed);
 }
+
+static void place_worker(int thread) {
+    cpu_set_t allowed = cores;
+    if (CPU_COUNT(&cores) == 0 && sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+    if (pool.is_pinned) keep_one(&allowed, thread);
+    pthread_setaffinity_np(pool.workers[thread - 1], sizeof allowed, &allowed);
+}
+#else
+static void place_worker(int thread) { (void)thread; }
+#endif
 
 static void stop_workers(void) {
     atomic_store(&pool.is_stopping, 1);
@@ -138,7 +141,7 @@ static void start_workers(void) {
         const int thread = pool.num_workers + 1;
         if (pthread_create(&pool.workers[thread - 1], NULL, worker, (void *)(intptr_t)thread) != 0) return;
         pool.num_workers = thread;
-        if (pool.is_pinned) pin_worker(thread);
+        place_worker(thread);
     }
 }
 
@@ -204,6 +207,17 @@ OM_EXPORT int om_configure_threads(int num_threads, int is_pinned) {
     }
     pthread_mutex_unlock(&pool.job_mutex);
     return 0;
+}
+
+/* For workers to come: a calling thread that OpenMP bound to one core would pass that on to them. */
+OM_EXPORT void om_use_cores(const int *cpus, int num_cpus) {
+#if defined(__linux__)
+    CPU_ZERO(&cores);
+    for (int i = 0; i < num_cpus; i++)
+        if (cpus[i] >= 0 && cpus[i] < CPU_SETSIZE) CPU_SET(cpus[i], &cores);
+#else
+    (void)cpus, (void)num_cpus;
+#endif
 }
 
 OM_EXPORT int om_num_threads(void) { return pool.wanted_threads; }

@@ -31,9 +31,11 @@ class DecayedFrequency(Ranked):
         self._half_life = half_life
         self._num_accesses: dict[int, int] = {}
 
-    def access(self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None) -> None:
+    def access(
+        self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None, num_tokens: int = 1
+    ) -> None:
         self._num_accesses[layer] = self._num_accesses.get(layer, 0) + 1
-        super().access(layer, keys, weights)
+        super().access(layer, keys, weights, num_tokens)
 
     def raise_rank(self, layer: int, key: int) -> float:
         gain = self._num_accesses[layer] / self._half_life

@@ -22,7 +22,7 @@ class KNN:
 
     Each ranking costs a fixed number of numpy calls on arrays of M tokens and of some layers' experts; a victim is one
     argmin over the pool's experts. A chunk that uses more than half of a layer's experts says nothing about what goes
-    with what, and stays out of the history.
+    with what, and stays out of the history; how many of its tokens chose each expert is what it tells.
     """
 
     name = "knn"
@@ -40,13 +40,17 @@ class KNN:
         self._absent = np.full(num_keys, np.inf, dtype=np.float32)  # 0 where resident
         self._order = self._absent.copy()  # worth now where resident, infinite elsewhere
         self._pending: list[int] = []  # used by layers not ranked yet, from position `_ranked` on
+        self._shares: list[float] = []  # of the tokens that used them
+        self._num_tokens = 1  # accessed at once
         self._ranked = 0
         self._position = -1  # of the layer accessed last
         self._is_chunk = False
         self._is_partial = False  # the layer accessed last is asked for expert by expert
         self._current: frozenset[int] = frozenset()
 
-    def access(self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None) -> None:
+    def access(
+        self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None, num_tokens: int = 1
+    ) -> None:
         position = layer - self._layers.start
         if position < self._position or len(self._layers) == 1:
             self._next_token()
@@ -57,6 +61,8 @@ class KNN:
         local = [key - first_key for key in keys] if first_key else keys
         self._current = frozenset(local)
         self._pending += local
+        self._shares += weights if weights and num_tokens > 1 else [1.0] * len(keys)
+        self._num_tokens = num_tokens
         if 2 * len(keys) > self._num_experts and not self._is_chunk:
             self._is_chunk = True
             # A chunk uses nearly all of the layers that it has yet to pass, sooner than what it has passed.
@@ -99,15 +105,15 @@ class KNN:
         first, end = self._ranked * self._num_experts, (self._position + 1) * self._num_experts
         keys = np.array(self._pending, dtype=np.intp)
         used = np.zeros(end - first, dtype=np.float32)
-        used[keys - first] = 1.0
+        used[keys - first] = self._shares
         if not self._is_chunk:
             self._history.observe(keys, num_layers)
         foretold, trust = self._history.foretells(first, end)
         learn = not (self._is_chunk or self._is_partial)
-        worth = self._reuse.update(first, end, used, foretold, trust, learn)
+        worth = self._reuse.update(first, end, used, foretold, trust, learn, self._num_tokens)
         self._worth[first:end] = worth
         np.add(worth * self._discount, self._absent[first:end], out=self._order[first:end])
-        self._pending = []
+        self._pending, self._shares = [], []
         self._ranked = self._position + 1
 
     def _next_token(self) -> None:

@@ -11,7 +11,9 @@ class LRU:
     def __init__(self) -> None:
         self._resident: dict[int, None] = {}  # oldest use first: a dict keeps insertion order
 
-    def access(self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None) -> None:
+    def access(
+        self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None, num_tokens: int = 1
+    ) -> None:
         resident = self._resident
         for key in keys:
             if key in resident:

@@ -14,10 +14,13 @@ class Policy(Protocol):
 
     name: str
 
-    def access(self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None) -> None:
+    def access(
+        self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None, num_tokens: int = 1
+    ) -> None:
         """One acquire: the distinct routed experts of one layer, hits and misses alike, for one token or one chunk.
 
-        weights: the routing weights in the order of `keys`, where the caller has them; a policy may ignore them.
+        weights: in the order of `keys`, where the caller has them: of one token the routing weights, of a chunk the
+        share of its `num_tokens` that chose each expert. A policy may ignore them.
         """
 
     def insert(self, key: int) -> None:

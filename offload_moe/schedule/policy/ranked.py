@@ -28,7 +28,9 @@ class Ranked(ABC):
     def raise_rank(self, layer: int, key: int) -> float:
         """The rank of `key` after one more use in `layer`."""
 
-    def access(self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None) -> None:
+    def access(
+        self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None, num_tokens: int = 1
+    ) -> None:
         for key in keys:
             self._rank[key] = self.raise_rank(layer, key)
             self._last_use[key] = next(self._clock)

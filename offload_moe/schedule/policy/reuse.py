@@ -36,16 +36,20 @@ class ReuseModel:
         self._evidence = np.array(PRIOR_WEIGHTS) * PRIOR_SAMPLES
         self._num_tokens = 0
 
-    def update(self, first: int, end: int, used: Vector, foretold: Vector, trust: float, learn: bool) -> Vector:
+    def update(
+        self, first: int, end: int, used: Vector, foretold: Vector, trust: float, learn: bool, num_tokens: int = 1
+    ) -> Vector:
         """Expected discounted reuse of keys `first` to `end`, whose layers the present token has just passed.
 
-        used: 1.0 where this token used the expert; foretold, trust: from the neighbours.
+        used: 1.0 where this token used the expert, or the share of a chunk's tokens that did; foretold, trust: from the
+        neighbours.
         """
         features = self._features[:, first:end]
         learn = learn and self._num_tokens > WARM_UP and self._num_tokens % LEARN_EVERY == 0
         before = features.copy() if learn else features
         frequencies = features[1:4]
-        frequencies += _STEPS * (used - frequencies)
+        steps = _STEPS if num_tokens == 1 else 1.0 - (1.0 - _STEPS) ** num_tokens
+        frequencies += steps * (used - frequencies)
         share = 1.0 / (trust + SHRINKAGE)
         np.multiply(foretold, share, out=features[4])
         np.multiply(features[1], SHRINKAGE * share, out=features[5])

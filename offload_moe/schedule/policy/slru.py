@@ -19,7 +19,9 @@ class SLRU:
         self._probation: dict[int, None] = {}  # both: oldest first
         self._protected: dict[int, None] = {}
 
-    def access(self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None) -> None:
+    def access(
+        self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None, num_tokens: int = 1
+    ) -> None:
         for key in keys:
             if key in self._protected:
                 del self._protected[key]
