@@ -23,8 +23,8 @@ from offload_moe.schedule.scheduler import Scheduler
 TOLERANCE = 1e-3
 DEFAULT_DEPTH = 2
 DISK_DEPTH = 2  # further layers that the RAM tier looks ahead, beyond those of the device tier: a disk is slower
-LEAST_PRECISION = 0.5  # a depth whose guesses are wrong more often than this costs the disk more than it saves
-LEAST_GUESSES = 256  # before a depth is judged
+LEAST_PRECISION = 0.4  # a depth whose fetches are wrong more often than this costs the disk more than it saves
+LEAST_FETCHES = 64  # before a depth is judged
 RETRY_TOKENS = 64  # every so many tokens a depth that was given up guesses again
 LEAST_CHUNK_SHARE = 0.8  # of a layer's experts that a chunk must be expected to use for all of them to be fetched
 
@@ -51,10 +51,11 @@ class Lookahead:
         self._reach = depth + (DISK_DEPTH if self._ram is not None else 0)
         self.governor = governor
         self.tallies = [LayerTally() for _ in probes]
-        self._by_depth = [LayerTally() for _ in range(self._reach)]
+        self._by_depth = [LayerTally() for _ in range(self._reach)]  # of what had to be fetched only
         self._is_on = False
         self._residuals: dict[int, Tensor] = {}
-        self._guesses: dict[int, dict[int, list[int]]] = {}  # layer -> how many layers ahead -> what was guessed
+        self._guesses: dict[int, list[int]] = {}  # layer -> what was guessed one layer before
+        self._fetched: dict[int, dict[int, list[int]]] = {}  # layer -> how many layers before -> guesses not there then
         self._trusted: dict[int, bool] = {}
         self._habits: CoOccurrence | None = None
         for layer, probe in enumerate(probes):
@@ -68,14 +69,14 @@ class Lookahead:
         residual = self._residuals.pop(layer, None)
         if len(hidden) != 1:
             self.governor.pause()
-            self._guesses.clear()
+            self._forget_guesses()
             self._prefetch_for_chunk(layer, len(hidden), experts, num_experts_per_token)
             return
         if self._habits is not None:
             self._habits.learn(layer, experts)
         if layer == 0:
             self._is_on = self.governor.begin_token()
-            self._guesses.clear()
+            self._forget_guesses()
         self._judge(layer, experts)
         if not self._is_on:
             return
@@ -98,19 +99,28 @@ class Lookahead:
 
     def _judge(self, layer: int, experts: Sequence[int]) -> None:
         """Compare what was guessed for this layer with what its router chose."""
-        for depth, guessed in self._guesses.pop(layer, {}).items():
-            self._by_depth[depth - 1].note(guessed, experts)
-            if depth == 1:
-                self.tallies[layer].note(guessed, experts)
+        for depth, fetched in self._fetched.pop(layer, {}).items():
+            self._by_depth[depth - 1].note(fetched, experts)
+        if (guessed := self._guesses.pop(layer, None)) is not None:
+            self.tallies[layer].note(guessed, experts)
+
+    def _forget_guesses(self) -> None:
+        self._guesses.clear()
+        self._fetched.clear()
 
     def _is_worth_guessing(self, depth: int) -> bool:
         tally = self._by_depth[depth - 1]
-        is_good = tally.num_guessed < LEAST_GUESSES or tally.precision >= LEAST_PRECISION
+        is_good = tally.num_guessed < LEAST_FETCHES or tally.precision >= LEAST_PRECISION
         return is_good or self.governor.num_tokens % RETRY_TOKENS == 0
 
     def _fetch(self, layer: int, ahead: int, guessed: list[int], keep: set[int]) -> None:
-        self._guesses.setdefault(ahead, {})[ahead - layer] = guessed
-        self._bring(ahead, guessed, keep, to_device=ahead - layer <= self._depth)
+        depth = ahead - layer
+        if depth == 1:
+            self._guesses[ahead] = guessed
+        tier = self._scheduler if depth <= self._depth or self._ram is None else self._ram
+        absent = [expert for expert in guessed if not tier.is_known(ahead, expert)]
+        self._fetched.setdefault(ahead, {})[depth] = absent
+        self._bring(ahead, guessed, keep, to_device=depth <= self._depth)
 
     def _bring(self, layer: int, experts: Sequence[int], keep: set[int], *, to_device: bool = True) -> None:
         """What is on disk comes to RAM first, so that no copy to the device waits for a read nobody demanded."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 BLOCK_TOKENS = 6
 NUM_BLOCKS = 8  # of a trial, on and off in turn
 SETTLED_TOKENS = 512  # between trials
-LEAST_GAIN = 0.02  # prefetch must save this share of a token's time to be kept on
+LEAST_LOSS = 0.01  # prefetch must cost this share of a token's time to be turned off
 MEMORY_GUESSES = 4096  # of a tally
 
 
@@ -82,6 +82,6 @@ class PrefetchGovernor:
         self._trial_left -= 1
         if not self._trial_left:
             on, off = statistics.median(self._times[True]), statistics.median(self._times[False])
-            self.is_on = on < off * (1 - LEAST_GAIN)
+            self.is_on = on < off * (1 + LEAST_LOSS)
             self._times = {True: [], False: []}
             self._settled_left = SETTLED_TOKENS

@@ -20,7 +20,7 @@ from offload_moe.tiers.workers import TransferWorkers
 # while the next is read. Every read wakes a thread, which takes a core from the compute for a moment.
 FLIGHT_BYTES = 8 << 20
 PART_BYTES = 4 << 20
-PREFETCH_PART_BYTES = 1 << 20  # what a demand may have to wait for, and what a wrong guess may cost
+PREFETCH_PART_BYTES = 2 << 20  # what a demand may have to wait for, and what a wrong guess may cost
 LEAST_READERS, MOST_READERS = 2, 8
 RETRY_PAUSES_S = (0.01, 0.2)  # before each further attempt
 PASSING = frozenset({errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EBADF})
@@ -66,8 +66,9 @@ class DiskMover:
     def _read_part(self, reading: "_Reading", start: int, part_bytes: int) -> None:
         record, error = reading.record, None
         try:
-            view = self._arena.slot(reading.slot).numpy().data[start : min(start + part_bytes, record.num_bytes)]
-            self._read_patiently(view, record, start)
+            if reading.view is None:
+                reading.view = self._arena.slot(reading.slot).numpy().data[: record.num_bytes]
+            self._read_patiently(reading.view[start : start + part_bytes], record, start)
         except Exception as raised:
             error = raised
         if not reading.is_last(error):
@@ -107,8 +108,8 @@ class DiskMover:
         """
         if reading.key in self._checked:
             return
-        record = reading.record
-        view = self._arena.slot(reading.slot).numpy().data[: record.num_bytes]
+        record, view = reading.record, reading.view
+        assert view is not None
         if crc32(view) != record.checksum:
             self._read_patiently(view, record, 0)
             if crc32(view) != record.checksum:
@@ -129,6 +130,7 @@ class _Reading:
     arrived: Arrived
     num_left: int
     error: Exception | None = None
+    view: memoryview | None = None
 
     def is_last(self, error: Exception | None) -> bool:
         """Note that a part has ended; whether it was the last one."""

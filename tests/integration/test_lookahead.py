@@ -118,7 +118,7 @@ def test_a_family_without_a_router_beside_its_experts_has_no_probe() -> None:
 
 
 def test_a_depth_whose_guesses_are_wrong_is_given_up(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offload_moe.moe.lookahead.LEAST_GUESSES", 8)
+    monkeypatch.setattr("offload_moe.moe.lookahead.LEAST_FETCHES", 8)
     monkeypatch.setattr("offload_moe.moe.lookahead.RETRY_TOKENS", 1000)
     asked: list[int] = []
     monkeypatch.setattr(RouterProbe, "predict", lambda self, residual, k: asked.append(1) or [])

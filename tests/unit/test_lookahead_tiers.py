@@ -28,6 +28,9 @@ class FakeTier:
         self.prefetched[layer] = list(experts)
         return len(experts)
 
+    def is_known(self, layer: int, expert: int) -> bool:
+        return expert % 2 == 0
+
     def resident(self, layer: int, experts: Sequence[int]) -> list[int]:
         return [expert for expert in experts if expert % 2 == 0]
 
