@@ -211,6 +211,7 @@ def load(
     on_disk = dense_codec or LOSSLESS
     path = ensure_store(source, codec=codec, dense_codec=on_disk, revision=revision, token=token, report=progress)
     store = Store.open(path)
+    store.read_ahead()
     progress("Planning memory")
     give_back_freed_memory()
     computed_in = compute_dtype(dtype, where)

@@ -1,5 +1,6 @@
 """A stream of tokens: transformers' own generate() in a worker thread, each token handed over as it is chosen."""
 
+import atexit
 import queue
 import threading
 import time
@@ -64,6 +65,7 @@ class TokenStream(Iterator[int]):
             target=self._work, args=(hf, input_ids, seed), name="offload-moe-generate", daemon=True
         )
         self._worker.start()
+        atexit.register(self.close)  # a thread that the interpreter stops inside torch takes the process with it
 
     @property
     def prompt_s(self) -> float:
@@ -130,6 +132,7 @@ class TokenStream(Iterator[int]):
             self.interrupted_forward = True
             self._error = error
         finally:
+            atexit.unregister(self.close)
             self._queue.put(None)
 
 

@@ -1,6 +1,7 @@
 """Checked reads: bytes that do not match their checksum never leave this file."""
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from offload_moe.store.manifest import Place
 from offload_moe.store.positioned import open_for_reading, read_at
 
 CHUNK_BYTES = 1 << 24
+TOUCH_BYTES = 1 << 22
 
 
 def read_checked(path: Path, place: Place, what: str) -> Tensor:
@@ -37,6 +39,19 @@ def forget_cached(path: Path) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
+
+
+def touch(places: Iterable[tuple[Path, Place]]) -> None:
+    """Read and forget, so that the next read finds the bytes in memory; what cannot be read is left to that one."""
+    scratch = memoryview(bytearray(TOUCH_BYTES))
+    for path, place in places:
+        with suppress(OSError):
+            descriptor = open_for_reading(path)
+            try:
+                for start in range(0, place.num_bytes, TOUCH_BYTES):
+                    read_at(descriptor, scratch[: place.num_bytes - start], place.offset + start)
+            finally:
+                os.close(descriptor)
 
 
 def _read(path: Path, place: Place, what: str, target: memoryview | None) -> None:

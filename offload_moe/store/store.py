@@ -1,6 +1,7 @@
 """The reading side of an expert store: where every record lies, and whether its bytes are the ones written."""
 
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from offload_moe.quant import get_codec
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest, Place
 from offload_moe.store.manifest_json import MANIFEST_NAME, read_manifest
 from offload_moe.store.progress import OnProgress, Progress, ignore_progress
-from offload_moe.store.reading import check, read_checked
+from offload_moe.store.reading import check, read_checked, touch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,8 +139,16 @@ class Store:
 
     def dense_tensors(self) -> Iterator[tuple[DenseEntry, Tensor]]:
         """Every dense entry with its tensor, read one at a time: the largest first, while nothing else is in memory."""
-        for entry in sorted(self.dense.values(), key=lambda entry: -entry.place.num_bytes):
+        for entry in self._largest_first():
             yield entry, self.read_dense(entry.name)
+
+    def read_ahead(self) -> None:
+        """Have the system read the dense tensors in the background, while the caller is busy with other things."""
+        places = [(self._file(entry.place), entry.place) for entry in self._largest_first()]
+        threading.Thread(target=touch, args=(places,), name="read-ahead", daemon=True).start()
+
+    def _largest_first(self) -> list[DenseEntry]:
+        return sorted(self.dense.values(), key=lambda entry: -entry.place.num_bytes)
 
     def verify(self, progress: OnProgress | None = None) -> None:
         """Read everything and compare it with its checksum.

@@ -114,7 +114,7 @@ class _CachedPages:
         return self._are_present(last, end) and self._are_present(start, end)
 
     def _are_present(self, start: int, end: int) -> bool:
-        assert self._base is not None and self._mincore is not None
+        assert self._mincore is not None
         present = np.zeros(round_up(end - start, mmap.PAGESIZE) // mmap.PAGESIZE, dtype=np.uint8)
         is_known = self._mincore(self._address + start, end - start, present.ctypes.data) == 0
         return is_known and bool((present & 1).all())

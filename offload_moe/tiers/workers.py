@@ -1,5 +1,6 @@
 """Threads for transfers: demanded ones first, prefetches when nothing is demanded."""
 
+import atexit
 import threading
 import time
 from collections import OrderedDict, deque
@@ -37,6 +38,7 @@ class TransferWorkers:
         ]
         for thread in self._threads:
             thread.start()
+        atexit.register(self.close)  # a daemon thread that the interpreter stops inside torch takes the process with it
 
     def submit(self, slot: int, parts: Sequence[Job], *, is_prefetch: bool) -> None:
         """Line up a transfer; its parts may run at the same time."""
@@ -62,6 +64,7 @@ class TransferWorkers:
 
     def close(self) -> bool:
         """Drop what is waiting, finish what is running. False when a thread is still stuck in its job."""
+        atexit.unregister(self.close)
         with self._changed:
             self._is_closed = True
             self._demanded.clear()

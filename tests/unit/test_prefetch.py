@@ -1,5 +1,7 @@
 """Prefetch: demand first, nothing needed is evicted, and it turns itself off while it does not pay."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -90,6 +92,18 @@ def test_prefetches_leave_a_thread_to_demands() -> None:
     assert demanded.wait(10)
     gate.set()
     workers.close()
+
+
+def test_threads_end_before_the_interpreter_does() -> None:
+    """A daemon thread that is stopped inside torch's own code aborts the process."""
+    code = """
+import atexit, threading, time
+atexit.register(lambda: print([t.name for t in threading.enumerate() if t.name.startswith("reader")]))
+from offload_moe.tiers.workers import TransferWorkers
+TransferWorkers(2, "reader").submit(0, [lambda: time.sleep(0.2)], is_prefetch=False)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout.strip()) == (0, "[]")
 
 
 def test_what_is_kept_is_not_evicted() -> None:
