@@ -65,12 +65,10 @@ def run_trials(options: argparse.Namespace, store: Path, gguf: Path) -> list[dic
                 file.write(json.dumps(trial) + "\n")
 
     for _ in range(options.trials):
-        trial = {
-            OURS: our_trial(store, options, [*shared, str(options.tokens), *context], options.lru_slots),
-            LLAMA: peer_trial(
-                "run_llamacpp.py", gguf, options, [*shared, str(options.peer_tokens), *context, "--no-repack"]
-            ),
-        }
+        trial = {OURS: our_trial(store, options, [*shared, str(options.tokens), *context], options.lru_slots)}
+        if options.peer_tokens:
+            arguments = [*shared, str(options.peer_tokens), *context, "--no-repack"]
+            trial[LLAMA] = peer_trial("run_llamacpp.py", gguf, options, arguments)
         keep(trial)
     for _ in range(options.accelerate):
         folder = options.folder / f"{options.config.stem}-accelerate"
@@ -91,8 +89,8 @@ def report(options: argparse.Namespace, trials: list[dict[str, Trial]]) -> dict[
         "threads": options.threads,
         "num_trials": len(figures("share_of_bound")),
         "prompt_tokens": options.prompt_tokens,
-        "decode_ratio_vs_llamacpp": paired_ratio(decodes, OURS, LLAMA),
-        "prompt_ratio_vs_llamacpp": paired_ratio(prompts, OURS, LLAMA),
+        "decode_ratio_vs_llamacpp": paired_ratio(decodes, OURS, LLAMA) if decodes[LLAMA] else None,
+        "prompt_ratio_vs_llamacpp": paired_ratio(prompts, OURS, LLAMA) if prompts[LLAMA] else None,
         "share_of_bound": spread(figures("share_of_bound")),
         "hit_rate": spread(figures("decode_hit_rate")),
         "hit_rate_with_prefetch": spread(figures("decode_hit_rate_with_prefetch")),
@@ -115,14 +113,15 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--peer-tokens", type=int, default=12, help="of llama.cpp, which takes seconds for each")
+    parser.add_argument("--peer-tokens", type=int, default=12, help="of llama.cpp, seconds for each; 0: without it")
     parser.add_argument("--policy", default=None)
     parser.add_argument("--trial-log", type=Path)
     parser.add_argument("--accelerate", type=int, default=0, help="runs of accelerate's disk offload, after the trials")
     options = parser.parse_args()
     store, gguf = (options.folder / f"{options.config.stem}{end}" for end in ("-store", ".gguf"))
     make("synthesize.py", options.config, store)
-    make("peers/make_random_gguf.py", options.config, gguf)
+    if options.peer_tokens:
+        make("peers/make_random_gguf.py", options.config, gguf)
     manifest = json.loads((store / "store.json").read_text())
     options.record_bytes = max(layer["record_bytes"] for layer in manifest["layers"])
     dense_bytes = sum(file.stat().st_size for file in store.glob("dense-*"))

@@ -45,8 +45,9 @@ class RandomRecords:
         record = torch.zeros(layout.record_bytes, dtype=torch.uint8)
         for matrix in shape.matrices:
             codes = layout.view(record, f"{matrix.name}.codes").view(torch.uint8).view(-1)
-            start = int(self._random.integers(0, POOL_BYTES - codes.numel()))
-            codes.copy_(self._pool[start : start + codes.numel()])
+            for piece in codes.split(POOL_BYTES // 2):  # a large vocabulary's head is longer than the pool
+                start = int(self._random.integers(0, POOL_BYTES - piece.numel()))
+                piece.copy_(self._pool[start : start + piece.numel()])
             std = 1 / math.sqrt(matrix.in_features)
             if self.codec.name == "nf4":
                 layout.view(record, f"{matrix.name}.absmax").fill_(int((dynamic_map() == 0).nonzero()))

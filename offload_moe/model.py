@@ -76,7 +76,7 @@ class Model:
 
     @property
     def lookahead_tallies(self) -> list[LayerTally]:
-        """For each MoE layer, how good the guesses for it were; empty where nothing is guessed."""
+        """For each MoE layer, how good the guesses for it were and what they moved; empty where nothing is guessed."""
         bound = cast(ExpertsContract, self.layers[0].module)._offload_moe
         return bound.lookahead.tallies if bound.lookahead is not None else []
 

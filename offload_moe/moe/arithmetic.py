@@ -14,7 +14,7 @@ from offload_moe.moe.native import NativeArithmetic
 from offload_moe.moe.per_expert import ReferenceArithmetic
 from offload_moe.moe.routing import Routing
 from offload_moe.quant import Codec, ExpertShape
-from offload_moe.schedule.scheduler import Lease
+from offload_moe.schedule.lease import Lease
 
 
 class Arithmetic(Protocol):

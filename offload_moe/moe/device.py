@@ -15,7 +15,7 @@ from offload_moe.kernels.device import keeps_module_order, linear_of
 from offload_moe.moe.contract import ExpertsContract, quirks_of
 from offload_moe.moe.routing import Routing
 from offload_moe.quant import Codec, ExpertShape
-from offload_moe.schedule.scheduler import Lease, Wave
+from offload_moe.schedule.lease import Lease, Wave
 
 GROUP_PAIRS = 256  # beyond it one expert is work enough for the device, and a group only costs memory
 ROW_ALIGNMENT = 256  # bytes; a library may choose another kernel, and other bits, for a matrix that lies unaligned

@@ -101,6 +101,7 @@ class Lookahead:
         """Compare what was guessed for this layer with what its router chose."""
         for depth, fetched in self._fetched.pop(layer, {}).items():
             self._by_depth[depth - 1].note(fetched, experts)
+            self.tallies[layer].note_fetched(fetched, experts)
         if (guessed := self._guesses.pop(layer, None)) is not None:
             self.tallies[layer].note(guessed, experts)
 

@@ -10,7 +10,7 @@ from offload_moe.kernels.planes import Mode
 from offload_moe.moe.activation import Activation
 from offload_moe.moe.routing import Routing
 from offload_moe.quant import Codec, ExpertShape
-from offload_moe.schedule.scheduler import Lease, Wave
+from offload_moe.schedule.lease import Lease, Wave
 
 
 class NativeArithmetic:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from offload_moe.moe.contract import ExpertsContract, quirks_of
 from offload_moe.moe.routing import Routing
 from offload_moe.quant import Codec, ExpertShape
-from offload_moe.schedule.scheduler import Lease
+from offload_moe.schedule.lease import Lease
 
 
 class ReferenceArithmetic:

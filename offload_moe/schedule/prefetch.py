@@ -18,11 +18,17 @@ MEMORY_GUESSES = 4096  # of a tally
 
 @dataclass(slots=True)
 class LayerTally:
-    """How good the guesses for one layer were, or those of one depth; counts of experts, recent ones mostly."""
+    """How good the guesses for one layer were, or those of one depth; counts of experts, recent ones mostly.
+
+    num_fetched, num_useful: of all guesses, those that were not there yet, and those of them that were wanted; times
+    the bytes of a record they are what the lookahead moved, and what of it was useful.
+    """
 
     num_guessed: int = 0
     num_right: int = 0
     num_routed: int = 0
+    num_fetched: int = 0
+    num_useful: int = 0
 
     def note(self, guessed: Sequence[int], routed: Sequence[int]) -> None:
         """One token: what was guessed, and what the router then chose."""
@@ -33,6 +39,11 @@ class LayerTally:
         self.num_guessed += len(guessed)
         self.num_right += len(set(guessed) & set(routed))
         self.num_routed += len(routed)
+
+    def note_fetched(self, fetched: Sequence[int], routed: Sequence[int]) -> None:
+        """One token: which guesses had to be brought, and what the router then chose."""
+        self.num_fetched += len(fetched)
+        self.num_useful += len(set(fetched) & set(routed))
 
     @property
     def recall(self) -> float:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from offload_moe.schedule.scheduler import Lease, Scheduler
+from offload_moe.schedule.lease import Lease
+from offload_moe.schedule.scheduler import Scheduler
 from offload_moe.simulate.clock import VirtualClock, VirtualCondition
 from offload_moe.simulate.costs import LinkModel
 from offload_moe.simulate.processor import Processor

@@ -15,7 +15,7 @@ from offload_moe.moe.contract import ExpertsContract
 from offload_moe.moe.device import DeviceArithmetic
 from offload_moe.moe.routing import group_by_expert
 from offload_moe.quant import CODECS, Codec, get_codec
-from offload_moe.schedule.scheduler import Lease, Wave
+from offload_moe.schedule.lease import Lease, Wave
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 

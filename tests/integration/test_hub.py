@@ -302,3 +302,45 @@ def test_the_command_line_uses_the_endpoint_and_token_of_the_environment(checkpo
         assert done.returncode == 0, done.stderr
         assert is_store(tmp_path / "store")
         assert not (tmp_path / "store.download").exists()
+
+
+# Forks children that convert shard by shard and kills each after its delay; prints one status per child.
+KILLER = """
+import os, random, signal, sys, time
+import huggingface_hub, torch
+torch.set_num_threads(1)
+from offload_moe.quantize import quantize
+
+def start(folder):
+    huggingface_hub.close_session()
+    child = os.fork()
+    if child == 0:
+        quantize("org/tiny", folder, delete_source_shards=True)
+        os._exit(0)
+    return child
+
+begun = time.perf_counter()
+os.waitpid(start(sys.argv[1] + "/undisturbed"), 0)
+whole = time.perf_counter() - begun
+chosen = random.Random(1)
+for index in range(int(sys.argv[2])):
+    child = start(f"{sys.argv[1]}/{index}")
+    time.sleep(chosen.random() * whole)
+    os.kill(child, signal.SIGKILL)
+    print(os.waitpid(child, 0)[1])
+    os.waitpid(start(f"{sys.argv[1]}/{index}"), 0)
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_while_shards_come_and_go(checkpoint: Path, tmp_path: Path) -> None:
+    count = 20
+    with running(Hub(checkpoint)) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", KILLER, str(tmp_path), str(count)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    undisturbed = {path.name: path.read_bytes() for path in (tmp_path / "undisturbed").iterdir()}
+    for index in range(count):
+        assert {path.name: path.read_bytes() for path in (tmp_path / str(index)).iterdir()} == undisturbed, index
+        assert not (tmp_path / f"{index}.download").exists()
+    assert sum(int(status) == 9 for status in result.stdout.split()) >= count // 2

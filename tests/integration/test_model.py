@@ -12,6 +12,7 @@ from offload_moe.errors import BudgetError, CheckpointError
 from offload_moe.model import Model
 from offload_moe.quantize import quantize
 from offload_moe.store import Store
+from tests.support.checkpoints import write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,30 @@ def test_a_checkpoint_is_converted_once(checkpoints: dict[str, Path], monkeypatc
     phases.clear()
     load(checkpoints["mixtral"], progress=report).close()
     assert "Quantizing" not in phases
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_one_file_or_shards_tied_or_not_and_without_a_generation_config(is_tied: bool, tmp_path: Path) -> None:
+    """The same model in every shape that checkpoints come in."""
+    logits = []
+    for name, shard_size in (("one", "1GB"), ("shards", "40KB")):
+        folder = tmp_path / name
+        write_checkpoint(folder, shard_size=shard_size, tie_word_embeddings=is_tied)
+        (folder / "generation_config.json").unlink()
+        oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+        ids, mask = tiny_prompt(1, 9)
+        ids %= oracle.config.vocab_size
+        for dense_codec in (None, "int8"):
+            with load(folder, codec="bf16", dense_codec=dense_codec) as model, torch.inference_mode():
+                found = model.hf(input_ids=ids, attention_mask=mask).logits
+                if dense_codec is None:
+                    assert torch.equal(found, oracle(input_ids=ids, attention_mask=mask).logits)
+                logits.append(found)
+                assert model.hf.generation_config.eos_token_id == model.hf.config.eos_token_id
+        assert (len(list(folder.glob("*.safetensors"))) == 1) == (name == "one")
+    assert torch.equal(logits[0], logits[2])
+    assert torch.equal(logits[1], logits[3])
+    assert not torch.equal(logits[0], logits[1])
 
 
 def test_two_models_share_nothing(checkpoints: dict[str, Path]) -> None:

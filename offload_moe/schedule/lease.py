@@ -1,0 +1,144 @@
+"""The routed experts of one layer while it is computed: who is ready, who is on the way, who waits for a slot.
+
+A wave's slots are leased until the next wave is asked for. When a layer routes to more experts than there are slots,
+the lease simply takes more waves; down to one slot it never deadlocks, because a lease never waits while holding one.
+"""
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from offload_moe.errors import TransferError
+
+if TYPE_CHECKING:
+    from offload_moe.schedule.scheduler import Scheduler
+
+Wave = list[tuple[int, int]]
+
+
+class Lease:
+    """The routed experts of one layer for one forward. Iterate it once; leaving the context releases what is held."""
+
+    def __init__(self, scheduler: "Scheduler", first_key: int, keys: Sequence[int]) -> None:
+        self._scheduler = scheduler
+        self._first_key = first_key
+        self._absent: list[int] = []
+        self._ready: Wave = []
+        self._loading: Wave = []
+        self._held: Wave = []
+        counters = scheduler.counters
+        for key in keys:
+            if not self._join(key):
+                self._absent.append(key)
+        counters.num_acquires += 1
+        counters.num_hits += len(self._ready)
+        counters.num_delayed_hits += len(self._loading)
+        counters.num_misses += len(self._absent)
+        if scheduler.observer is not None:
+            arriving = [expert for expert, _ in self._loading]
+            missing = [key - first_key for key in self._absent]
+            scheduler.observer.acquired(first_key // scheduler.num_experts, arriving, missing)
+        self._admit()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._scheduler.changed:
+            slots = [slot for wave in (self._held, self._ready, self._loading) for _, slot in wave]
+            self._release_held_to_mover()
+            self._held, self._ready, self._loading, self._absent = [], [], [], []
+            self._scheduler.release(slots)
+
+    def __iter__(self) -> Iterator[Wave]:
+        """Waves of ``(expert, slot)``; each wave holds every expert that is ready when it is asked for.
+
+        Raises: TransferError when an expert of this lease could not be loaded, or not in time.
+        """
+        while wave := self._next_wave():
+            yield wave
+
+    def poll(self) -> Wave:
+        """The next wave if any of it is ready, else an empty one. Does not wait."""
+        return self._next_wave(may_wait=False)
+
+    def _next_wave(self, *, may_wait: bool = True) -> Wave:
+        scheduler = self._scheduler
+        with scheduler.changed:
+            self._release_held_to_mover()
+            held, self._held = self._held, []
+            scheduler.release([slot for _, slot in held])
+            self._admit()
+            self._collect()
+            if may_wait and not self._ready and (self._loading or self._absent):
+                self._wait()
+            self._held, self._ready = self._next_half() if self._absent and not self._loading else (self._ready, [])
+            scheduler.counters.num_waves += bool(self._held)
+            return self._held
+
+    def _next_half(self) -> tuple[Wave, Wave]:
+        """All slots are ours and all are here: compute half of them while the other half's successors are loaded."""
+        middle = (len(self._ready) + 1) // 2
+        return self._ready[:middle], self._ready[middle:]
+
+    def _wait(self) -> None:
+        """Until something of ours is resident (lock held)."""
+        scheduler = self._scheduler
+        began = scheduler.clock()
+        while not self._ready:
+            remaining = began + scheduler.stall_limit_s - scheduler.clock()
+            if remaining <= 0:
+                num_missing = len(self._loading) + len(self._absent)
+                raise TransferError(
+                    f"{num_missing} experts of layer {self._first_key // scheduler.num_experts} did not arrive within "
+                    f"{scheduler.stall_limit_s:.0f} s. Check the disk that holds the store, then ask again."
+                )
+            scheduler.changed.wait(remaining)
+            self._admit()
+            self._collect()
+        scheduler.counters.stall_s += scheduler.clock() - began
+
+    def _admit(self) -> None:
+        """Find or start what is still absent, as far as slots can be had (lock held)."""
+        while self._absent:
+            key = self._absent[0]
+            if not self._join(key):
+                slot = self._scheduler.start(key)
+                if slot is None:
+                    return
+                self._scheduler.residency.lease(slot)
+                self._loading.append((key - self._first_key, slot))
+            self._absent.pop(0)
+
+    def _join(self, key: int) -> bool:
+        """Lease the slot that holds or is loading `key`, if there is one (lock held)."""
+        residency = self._scheduler.residency
+        slot = residency.find(key)
+        if self._scheduler.unproven:
+            self._scheduler.demanded(key, is_here=slot is not None)
+        if slot is None:
+            return False
+        residency.lease(slot)
+        if residency.is_resident(slot):
+            self._ready.append((key - self._first_key, slot))
+        else:
+            self._scheduler.mover.hurry(slot)
+            self._loading.append((key - self._first_key, slot))
+        return True
+
+    def _collect(self) -> None:
+        """Move what has arrived from loading to ready; raise what has failed (lock held)."""
+        scheduler = self._scheduler
+        for _, slot in self._loading:
+            if error := scheduler.failed.get(slot):
+                raise error
+        arrived = [entry for entry in self._loading if scheduler.residency.is_resident(entry[1])]
+        if arrived:
+            self._ready += arrived
+            self._loading = [entry for entry in self._loading if entry not in arrived]
+
+    def _release_held_to_mover(self) -> None:
+        if self._held:
+            self._scheduler.mover.used([slot for _, slot in self._held])
