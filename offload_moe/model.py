@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from offload_moe.assemble import LOSSLESS, Assembled, assemble, load_tokenizer, skeleton_of
-from offload_moe.budget import give_back_freed_memory, peak_ram
+from offload_moe.budget import forget_peak, give_back_freed_memory, peak_ram
 from offload_moe.chat import ChatSession
 from offload_moe.chat.sampling import SamplingArguments
 from offload_moe.generate import Prompt
@@ -209,11 +209,13 @@ def load(
     vram_bytes = None if vram is None else parse_size(vram)
     where = compute_device("cpu" if vram_bytes == 0 and device is None else device)
     on_disk = dense_codec or LOSSLESS
+    give_back_freed_memory()  # of a conversion in this process
     path = ensure_store(source, codec=codec, dense_codec=on_disk, revision=revision, token=token, report=progress)
     store = Store.open(path)
     store.read_ahead()
     progress("Planning memory")
     give_back_freed_memory()
+    forget_peak()
     computed_in = compute_dtype(dtype, where)
     skeleton = skeleton_of(store, computed_in)
     shape = describe_skeleton(skeleton)
