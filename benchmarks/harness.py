@@ -1,5 +1,6 @@
 """What every benchmark shares: alternated trials, medians with their spread, the machine, one JSON line at the end."""
 
+import argparse
 import json
 import mmap
 import os
@@ -58,6 +59,26 @@ def pin_threads(num_threads: int) -> None:
 def bind_to_cores(num_cores: int) -> None:
     """Keep this process and its threads on the first cores, as every peer is kept."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num_cores])
+
+
+def read_bytes() -> int:
+    """What this process has read from disk so far."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
+
+
+def runner_arguments(description: str) -> argparse.ArgumentParser:
+    """What every process takes that runs one store."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--ram", default=None)
+    parser.add_argument("--policy", default=None)
+    parser.add_argument("--prefetch", type=int, default=None)
+    return parser
 
 
 def machine() -> dict[str, Any]:

@@ -6,24 +6,19 @@ Usage: python benchmarks/run_disk.py STORE --threads 2 --tokens 32 --prompt-toke
 The counterpart of peers/run_llamacpp.py: the same prompt, the same hot sampling, the same JSON on the last line.
 """
 
-import argparse
 import json
 import resource
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from harness import read_bytes, runner_arguments
 
 if TYPE_CHECKING:
     from offload_moe.model import Model
     from offload_moe.schedule.counters import Counters
 
 Accesses = list[tuple[int, list[int]]]
-
-
-def read_bytes() -> int:
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
 
 
 def record_accesses(model: "Model") -> Accesses:
@@ -76,16 +71,8 @@ def describe(decoding: "Counters", slot_bytes: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--runs", type=int, default=2)
-    parser.add_argument("--ram", default=None)
+    parser = runner_arguments(__doc__ or "")
     parser.add_argument("--context", type=int, default=None)
-    parser.add_argument("--policy", default=None)
-    parser.add_argument("--prefetch", type=int, default=None)
     parser.add_argument(
         "--lru-slots", type=int, default=None, help="replay the last run through LRU with so many slots"
     )

@@ -8,21 +8,14 @@ disk; then every slot is filled. After them: how many distinct experts the decod
 spread would give.
 """
 
-import argparse
 import json
 import resource
 import time
-from pathlib import Path
 from typing import Any
 
-from harness import bind_to_cores
+from harness import bind_to_cores, read_bytes, runner_arguments
 
 SHORT_PROMPT = 4
-
-
-def read_bytes() -> int:
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
 
 
 class Distinct:
@@ -72,15 +65,7 @@ def fill(model: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--runs", type=int, default=2)
-    parser.add_argument("--ram", default=None)
-    parser.add_argument("--policy", default=None)
-    parser.add_argument("--prefetch", type=int, default=None)
+    parser = runner_arguments(__doc__ or "")
     options = parser.parse_args()
 
     bind_to_cores(options.threads)

@@ -78,27 +78,30 @@ def assemble(
     _check_layers(store, layers)
     detach_parameters(layers)
     to_quantize = projection_linears(hf).keys() if dense_codec else ()
-    hf.tie_weights()
+    hf.tie_weights()  # so that it can be seen what shares a weight
     head = _tied_head(hf) if dense_codec else None
     lookups = lookup_tables(hf, head.name if head else None) if device.type == "cpu" else set()
-    after_tying: dict[str, nn.Module] = {}
+    untied: QuantLinear | None = None
+    narrow: dict[str, NarrowEmbedding] = {}
     for entry, tensor in store.dense_tensors():
         name = entry.name.removesuffix(".weight")
-        if head is not None and name == head.embedding:
+        if dense_codec and head is not None and name == head.embedding:
             # Multiply with a quantized copy of a tied embedding: reading all of it for every token costs more.
-            after_tying[head.name] = quantize_linear(tensor, get_codec(dense_codec or ""), mode=mode).to(device)
+            untied = quantize_linear(tensor, get_codec(dense_codec), mode=mode).to(device)
         if entry.quantized is not None:
             linear = QuantLinear(tensor.to(device), entry.quantized, get_codec(store.dense_codec), mode=mode)
             _replace(hf, name, linear)
         elif dense_codec and name in to_quantize:
             _replace(hf, name, quantize_linear(tensor, get_codec(dense_codec), mode=mode).to(device))
         elif name in lookups and tensor.dtype == torch.bfloat16 and _dtype_of(hf, entry.name, dtypes) == torch.float32:
-            after_tying[name] = NarrowEmbedding(tensor, torch.float32)
+            narrow[name] = NarrowEmbedding(tensor, torch.float32)
         else:
             _set_tensor(hf, entry.name, tensor, device, dtypes)
     hf.tie_weights()
-    for name, module in after_tying.items():
-        hf.set_submodule(name, module)
+    if head is not None and untied is not None:
+        _replace(hf, head.name, untied)
+    for name, table in narrow.items():
+        hf.set_submodule(name, table)
     hf.to(device)  # buffers the store does not hold, such as rotary frequencies
     stranded = [name for name, value in [*hf.named_parameters(), *hf.named_buffers()] if value.is_meta]
     if stranded:

@@ -64,8 +64,8 @@ class TokenStream(Iterator[int]):
         self._worker = threading.Thread(
             target=self._work, args=(hf, input_ids, seed), name="offload-moe-generate", daemon=True
         )
-        self._worker.start()
         atexit.register(self.close)  # a thread that the interpreter stops inside torch takes the process with it
+        self._worker.start()
 
     @property
     def prompt_s(self) -> float:

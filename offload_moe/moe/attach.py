@@ -67,8 +67,7 @@ class BoundExperts:
         routing = group_by_expert(top_k_index, self._num_experts)
         num_tokens = len(hidden)
         with self._scheduler.acquire(self._layer, routing.experts, routing.shares(num_tokens), num_tokens) as lease:
-            if self.lookahead is not None:
-                self.lookahead.after_acquire(self._layer, hidden, routing.experts, top_k_index.shape[-1])
+            self._look_ahead(hidden, routing.experts, top_k_index)
             return self._arithmetic.forward(hidden, top_k_weights, routing, lease, self._record_of)
 
     def _one_token(
@@ -84,17 +83,17 @@ class BoundExperts:
         slots = self._scheduler.hold(self._layer, experts)
         if slots is None:
             with self._scheduler.acquire(self._layer, experts) as lease:
-                self._look_ahead(hidden, experts)
+                self._look_ahead(hidden, experts, top_k_index)
                 return arithmetic.one_token_in_waves(hidden, experts, weights, lease, self._record_of)
         try:
-            self._look_ahead(hidden, experts)
+            self._look_ahead(hidden, experts, top_k_index)
             return arithmetic.one_token(hidden, weights, [self._record_of(slot) for slot in slots])
         finally:
             self._scheduler.let_go(slots)
 
-    def _look_ahead(self, hidden: Tensor, experts: Sequence[int]) -> None:
+    def _look_ahead(self, hidden: Tensor, experts: Sequence[int], top_k_index: Tensor) -> None:
         if self.lookahead is not None:
-            self.lookahead.after_acquire(self._layer, hidden, experts, len(experts))
+            self.lookahead.after_acquire(self._layer, hidden, experts, top_k_index.shape[-1])
 
 
 def offloaded_experts(module: ExpertsContract, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

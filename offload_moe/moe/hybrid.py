@@ -62,8 +62,7 @@ class HybridExperts(BoundExperts):
             num_hits = sum(self._scheduler.is_resident(self._layer, expert) for expert in on_device)
             lease = self._scheduler.acquire(self._layer, on_device, on_cpu=split.on_cpu)
         with lease:
-            if self.lookahead is not None:
-                self.lookahead.after_acquire(self._layer, hidden, routing.experts, top_k_index.shape[-1])
+            self._look_ahead(hidden, routing.experts, top_k_index)
             layer = self._device.begin(hidden, top_k_weights, routing, self._record_of)
             waves = iter(lease)
             if num_hits:

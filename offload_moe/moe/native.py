@@ -46,7 +46,7 @@ class NativeArithmetic:
         self, hidden: Tensor, weights: Tensor, routing: Routing, lease: Lease, record_of: Callable[[int], Tensor]
     ) -> Tensor:
         """hidden ``[T, H]``, weights ``[T, K]`` -> ``[T, H]`` in the hidden dtype."""
-        x = hidden.contiguous() if hidden.dtype in (torch.float32, torch.bfloat16) else hidden.float()
+        x = _kernel_input(hidden)
         pair_weights = self._pair_weights(self.scaled(weights), routing)
         waves = iter(lease)
         first = next(waves, [])
@@ -67,7 +67,7 @@ class NativeArithmetic:
 
     def one_token(self, hidden: Tensor, weights: Sequence[float], records: Sequence[Tensor]) -> Tensor:
         """hidden ``[1, H]``, a weight and a record per expert, by ascending id -> ``[1, H]``: the bits of `forward`."""
-        x = hidden.contiguous() if hidden.dtype in (torch.float32, torch.bfloat16) else hidden.float()
+        x = _kernel_input(hidden)
         out = torch.empty_like(x)
         self._kernel.forward_token(x, [record.data_ptr() for record in records], weights, out, mode=self._mode)
         return out.to(hidden.dtype)
@@ -81,7 +81,7 @@ class NativeArithmetic:
         record_of: Callable[[int], Tensor],
     ) -> Tensor:
         """`one_token` while records still arrive: the same bits. experts: ascending ids."""
-        x = hidden.contiguous() if hidden.dtype in (torch.float32, torch.bfloat16) else hidden.float()
+        x = _kernel_input(hidden)
         pairs = torch.zeros(len(experts), x.shape[1])
         row_of = {expert: row for row, expert in enumerate(experts)}
         for wave in lease:
@@ -95,18 +95,15 @@ class NativeArithmetic:
 
         hidden: ``[T, H]`` on the CPU. records: of the same experts in the same order.
         """
-        tokens: list[int] = []
-        offsets = [0]
-        for index in indices:
-            tokens += routing.tokens[routing.pairs(index)]
-            offsets.append(len(tokens))
-        x = hidden if hidden.dtype in (torch.float32, torch.bfloat16) else hidden.float()
-        out = torch.zeros(len(tokens), x.shape[1])
+        offsets, pairs = _pairs_of(routing, indices)
+        x = _kernel_input(hidden)
+        out = torch.zeros(len(pairs), x.shape[1])
+        tokens = [routing.tokens[pair] for pair in pairs]
         self._kernel.forward(
-            *(x.contiguous(), records, offsets, tokens, [1.0] * len(tokens), out),
+            *(x, records, offsets, tokens, [1.0] * len(pairs), out),
             mode=self._mode,
             accumulate=True,
-            out_ids=range(len(tokens)),
+            out_ids=range(len(pairs)),
         )
         return out
 
@@ -121,16 +118,8 @@ class NativeArithmetic:
     ) -> None:
         """Add the pairs of these experts to `pairs` ``[P, H]``."""
         place_of = {expert: index for index, expert in enumerate(routing.experts)}
-        offsets: list[int] = [0]
-        rows: list[int] = []
-        tokens: list[int] = []
-        chosen: list[float] = []
-        for expert, _ in wave:
-            own = routing.pairs(place_of[expert])
-            rows += range(own.start, own.stop)
-            tokens += routing.tokens[own]
-            chosen += pair_weights[own]
-            offsets.append(len(rows))
+        offsets, rows = _pairs_of(routing, [place_of[expert] for expert, _ in wave])
+        tokens, chosen = [routing.tokens[row] for row in rows], [pair_weights[row] for row in rows]
         records = [record_of(slot) for _, slot in wave]
         self._kernel.forward(
             *(x, records, offsets, tokens, chosen, pairs), mode=self._mode, accumulate=True, out_ids=rows
@@ -138,11 +127,9 @@ class NativeArithmetic:
 
     @staticmethod
     def _add_pairs(pairs: Tensor, routing: Routing, hidden: Tensor) -> Tensor:
+        if len(hidden) == 1:
+            return kernels.add_rows(pairs, torch.float32).to(hidden.dtype)
         total = torch.zeros(hidden.shape, dtype=torch.float32)
-        if len(total) == 1:
-            for pair in pairs.split(1):
-                total += pair
-            return total.to(hidden.dtype)
         tokens = torch.tensor(routing.tokens)
         for index in range(len(routing.experts)):
             own = routing.pairs(index)
@@ -156,3 +143,18 @@ class NativeArithmetic:
             return [row[place] for place in routing.places]
         picked = weights.float()[torch.tensor(routing.tokens), torch.tensor(routing.places)]
         return picked.tolist()
+
+
+def _kernel_input(hidden: Tensor) -> Tensor:
+    """Contiguous, in a dtype that the kernel reads."""
+    return hidden.contiguous() if hidden.dtype in (torch.float32, torch.bfloat16) else hidden.float().contiguous()
+
+
+def _pairs_of(routing: Routing, indices: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The pairs of ``routing.experts[index]``, expert by expert, and where each expert's begin: offsets, pairs."""
+    offsets: list[int] = [0]
+    pairs: list[int] = []
+    for index in indices:
+        pairs += range(routing.offsets[index], routing.offsets[index + 1])
+        offsets.append(len(pairs))
+    return offsets, pairs

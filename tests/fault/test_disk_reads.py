@@ -20,6 +20,7 @@ from offload_moe.tiers.arena import Arena
 from offload_moe.tiers.disk import PART_BYTES, DiskMover
 from offload_moe.tiers.record_file import RecordFile
 from offload_moe.tiers.workers import TransferWorkers
+from tests.support.disk import read
 
 RECORD = 8192
 
@@ -60,20 +61,6 @@ def mover(file: Path, arena: Arena) -> Iterator[DiskMover]:
     mover = DiskMover(arena, record_in(file, file.read_bytes()))
     yield mover
     mover.close()
-
-
-def read(mover: DiskMover, key: int, slot: int = 0) -> tuple[int, BaseException | None]:
-    done = threading.Event()
-    result: list[tuple[int, BaseException | None]] = []
-
-    def arrived(slot: int, num_bytes: int, error: BaseException | None) -> None:
-        result.append((num_bytes, error))
-        done.set()
-
-    mover.start(key, slot, arrived)
-    assert done.wait(10)
-    assert len(result) == 1
-    return result[0]
 
 
 def failing(times: int, number: int) -> Callable[..., int]:

@@ -1,6 +1,5 @@
 """Arena and disk tier: alignment, real reads, short reads, missing files."""
 
-import threading
 import zlib
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from offload_moe.errors import TransferError
 from offload_moe.store import Record
 from offload_moe.tiers.arena import Arena
 from offload_moe.tiers.disk import DiskMover
+from tests.support.disk import read
 
 RECORD = 8192
 
@@ -18,19 +18,6 @@ def record(path: Path, key: int) -> Record:
     """Where record `key` lies, with the checksum of what is there now."""
     content = path.read_bytes()[key * RECORD : (key + 1) * RECORD] if path.exists() else b""
     return Record(name=f"expert {key}", path=path, offset=key * RECORD, num_bytes=RECORD, checksum=zlib.crc32(content))
-
-
-def read(mover: DiskMover, key: int, slot: int) -> tuple[int, BaseException | None]:
-    done = threading.Event()
-    result: list[tuple[int, BaseException | None]] = []
-
-    def arrived(slot: int, num_bytes: int, error: BaseException | None) -> None:
-        result.append((num_bytes, error))
-        done.set()
-
-    mover.start(key, slot, arrived)
-    assert done.wait(10)
-    return result[0]
 
 
 def test_slots_are_page_aligned_and_do_not_overlap() -> None:
