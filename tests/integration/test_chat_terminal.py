@@ -45,7 +45,7 @@ def test_a_conversation(tmp_path: Path, thinker: Terminal) -> None:
 
     thinker.send("half a thought")
     thinker.expect("half a thought")
-    thinker.send("\x03")
+    thinker.interrupt_prompt()
     thinker.expect("> ")
 
     thinker.line("/retry")

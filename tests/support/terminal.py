@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
+
 _ESCAPES = re.compile(r"\x1b(?:\[[0-9;?]*[A-Za-z]|\][^\x07]*\x07|[=>])")
 
 
@@ -28,12 +30,26 @@ class Terminal:
             env=dict(env),
             start_new_session=True,
             stdin=subprocess.DEVNULL,
+            # Tests that were started in the background of a shell would pass on that interrupts are ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         self.raw = ""
         self._seen = 0
 
     def send(self, text: str) -> None:
         os.write(self._master, text.encode())
+
+    def interrupt_prompt(self) -> None:
+        """Ctrl-C once the line editor waits for a key: one that comes while it still echoes is seen with the next key.
+
+        Source: CPython, Modules/readline.c, `readline_until_enter_or_signal`: nothing interrupts it before `select`.
+        """
+        program, deadline = psutil.Process(self.process.pid), time.monotonic() + 10
+        num_asleep = 0
+        while num_asleep < 3 and time.monotonic() < deadline:
+            num_asleep = num_asleep + 1 if program.status() == psutil.STATUS_SLEEPING else 0
+            time.sleep(0.01)
+        self.send("\x03")
 
     def line(self, text: str) -> None:
         self.send(text + "\r")
