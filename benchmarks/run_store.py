@@ -35,6 +35,9 @@ class Distinct:
     def end(self) -> None:
         pass
 
+    def ran(self, layer: int, top_k_index: Any, top_k_weights: Any, began: float, ended: float) -> None:
+        self.begin(layer, top_k_index, top_k_weights)
+
     @property
     def if_even(self) -> float:
         return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** self.num_tokens)

@@ -238,7 +238,7 @@ def load(
         warm_start(hierarchy, store.path)
     if lean:
         keeps_bits = keeps_eagers_bits(store.codec, where, computed_in, is_exact=exact)
-        make_lean(assembled.hf, is_exact=keeps_bits, context=placement.context)
+        make_lean(assembled.hf, is_exact=keeps_bits, context=placement.context, hierarchy=hierarchy)
     if computed_in == torch.float16:
         watch_overflow(assembled.hf)
     room = ContextRoom(shape, computed_in, placement, partial(hierarchy.resize, "vram" if placement.vram else "ram"))

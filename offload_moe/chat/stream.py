@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from offload_moe.chat.prompt_chunks import prompt_chunk_tokens
+from offload_moe.hooks import Onlooker
 
 # Waiting without an end cannot be interrupted on Windows.
 POLL_S = 0.1
@@ -178,15 +179,21 @@ def _turn(hf: PreTrainedModel, is_stopping: Callable[[], bool]) -> Iterator[None
         lock.release()
 
 
+class _StopCheck(Onlooker):
+    """Raises in the thread that made it."""
+
+    def __init__(self, is_stopping: Callable[[], bool]) -> None:
+        self._is_stopping, self._worker = is_stopping, threading.get_ident()
+
+    def __call__(self, *_: object) -> None:
+        if self._is_stopping() and threading.get_ident() == self._worker:
+            raise _StoppedInForwardError
+
+
 @contextmanager
 def _stoppable(hf: PreTrainedModel, is_stopping: Callable[[], bool]) -> Iterator[None]:
     """Raise at the next decoder layer once it is to stop: a prompt over a slow disk takes minutes per forward."""
-    worker = threading.get_ident()
-
-    def check(*_: object) -> None:
-        if is_stopping() and threading.get_ident() == worker:
-            raise _StoppedInForwardError
-
+    check = _StopCheck(is_stopping)
     layers = [module for module in hf.modules() if isinstance(module, GradientCheckpointingLayer)]
     handles = [layer.register_forward_pre_hook(check) for layer in layers]
     try:

@@ -3,7 +3,7 @@
 Optional: where no compiler was at hand, `available()` is False, `unavailable_reason()` says why, and torch serves.
 """
 
-from offload_moe.kernels.attention import AttentionKernel, HeadNorm, Linear, NormKernel, RouterKernel
+from offload_moe.kernels.attention import AttentionKernel, HeadNorm, LayerKernel, Linear, NormKernel, RouterKernel
 from offload_moe.kernels.checksum import crc32
 from offload_moe.kernels.codecs import fast_encoding
 from offload_moe.kernels.encode import encode_int8, encode_nf4
@@ -18,15 +18,20 @@ from offload_moe.kernels.native import (
     unavailable_reason,
 )
 from offload_moe.kernels.planes import unsupported_reason
+from offload_moe.kernels.run import RunKernel, RunLayer, RunToken
 
 __all__ = [
     "AttentionKernel",
     "ExpertKernel",
     "HeadNorm",
+    "LayerKernel",
     "Linear",
     "LinearKernel",
     "NormKernel",
     "RouterKernel",
+    "RunKernel",
+    "RunLayer",
+    "RunToken",
     "add_rows",
     "available",
     "crc32",

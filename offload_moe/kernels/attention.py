@@ -1,4 +1,4 @@
-"""One native call for a decode step of grouped-query attention, one for a router, one for a norm."""
+"""Native calls of a decode step: grouped-query attention, a router, a norm, and all of them as one."""
 
 import ctypes
 from collections.abc import Sequence
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from offload_moe.errors import ConfigError
-from offload_moe.kernels.native import AttentionStruct, MatrixStruct, RouterStruct, library
+from offload_moe.kernels.native import library
 from offload_moe.kernels.planes import MODES, Mode, matrix_struct
+from offload_moe.kernels.structs import AttentionStruct, LayerStruct, MatrixStruct, RouterStruct
 from offload_moe.quant.layout import ExpertShape, RecordLayout
 
 HEAD_DIM_STEP = 16  # head dims are multiples of the widest vector
@@ -41,13 +42,13 @@ class NormKernel:
 
     def __init__(self, weight: Tensor, epsilon: float) -> None:
         """weight: fp32 ``[H]``, contiguous, on the CPU."""
-        self._weight, self._epsilon, self._length = weight, epsilon, len(weight)
-        self._weight_address = weight.data_ptr()
+        self._weight, self.epsilon, self.length = weight, epsilon, len(weight)
+        self.weight_address = weight.data_ptr()
         self._native = library().om_rms_norm
 
     def step(self, x: Tensor, out: Tensor) -> None:
         """x and out: fp32 ``[..., H]`` of one row, contiguous; not checked, this is the hot path."""
-        self._native(x.data_ptr(), self._weight_address, self._length, self._epsilon, out.data_ptr())
+        self._native(x.data_ptr(), self.weight_address, self.length, self.epsilon, out.data_ptr())
 
 
 class AttentionKernel:
@@ -90,7 +91,7 @@ class AttentionKernel:
             scaling=scaling,
             mode=MODES[mode],
         )
-        self._struct_address = ctypes.addressof(self._struct)
+        self.struct_address = ctypes.addressof(self._struct)
         self._native = library().om_attention_step
 
     def step(
@@ -101,7 +102,7 @@ class AttentionKernel:
         cos, signed_sin ``[R]``. keys, values ``[1, M, C, D]`` hold `length` tokens and get one more.
         """
         status = self._native(
-            *(self._struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),
+            *(self.struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),
             *(keys.data_ptr(), values.data_ptr(), keys.shape[2], length, out.data_ptr()),
         )
         if status:
@@ -124,14 +125,60 @@ class RouterKernel:
             top_k=top_k,
             is_of_chosen=is_of_chosen,
         )
-        self._struct_address = ctypes.addressof(self._struct)
+        self.struct_address = ctypes.addressof(self._struct)
         self._native = library().om_router_step
 
     def step(self, x: Tensor, logits: Tensor, weights: Tensor, ids: Tensor) -> None:
         """x ``[H]``, logits ``[E]``, weights ``[K]`` fp32, ids ``[K]`` int64: contiguous, not checked."""
-        status = self._native(self._struct_address, x.data_ptr(), logits.data_ptr(), weights.data_ptr(), ids.data_ptr())
+        status = self._native(self.struct_address, x.data_ptr(), logits.data_ptr(), weights.data_ptr(), ids.data_ptr())
         if status:
             raise MemoryError("No memory for a router's activations.")
+
+
+class LayerKernel:
+    """A decoder layer up to its experts, for one token: norm, attention, residual sum, norm, and router if it has one.
+
+    The bits of the separate calls. Shape legend: H hidden, E experts, K top-k; others as `AttentionKernel` has them.
+    """
+
+    def __init__(
+        self, norms: tuple[NormKernel, NormKernel], attention: AttentionKernel, router: RouterKernel | None
+    ) -> None:
+        """norms: before attention, and before the router."""
+        self._owned = (norms, attention, router)
+        self._struct = LayerStruct(
+            attention=attention.struct_address,
+            router=None if router is None else router.struct_address,
+            norms=(ctypes.c_void_p * 2)(*(norm.weight_address for norm in norms)),
+            epsilons=(ctypes.c_float * 2)(*(norm.epsilon for norm in norms)),
+            hidden=norms[0].length,
+        )
+        self.struct_address = ctypes.addressof(self._struct)
+        self._native = library().om_layer_step
+
+    def step(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        signed_sin: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        length: int,
+        residual: Tensor,
+        normed: Tensor,
+        routed: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> None:
+        """x ``[..., H]`` -> residual and normed ``[..., H]``, and logits, weights and ids as `RouterKernel` has them.
+
+        Contiguous, not checked, this is the hot path. routed: None without a router.
+        """
+        status = self._native(
+            *(self.struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),
+            *(keys.data_ptr(), values.data_ptr(), keys.shape[2], length, residual.data_ptr(), normed.data_ptr()),
+            *((None, None, None) if routed is None else (part.data_ptr() for part in routed)),
+        )
+        if status:
+            raise MemoryError(f"No memory for the scores of {length + 1} tokens.")
 
 
 def _address(tensor: Tensor | None) -> int | None:

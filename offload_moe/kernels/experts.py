@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from offload_moe.errors import ConfigError
-from offload_moe.kernels.native import MoeLayerStruct, library
+from offload_moe.kernels.native import library
 from offload_moe.kernels.planes import (
     DTYPES,
     MODES,
@@ -19,6 +19,7 @@ from offload_moe.kernels.planes import (
     matrix_struct,
     unsupported_reason,
 )
+from offload_moe.kernels.structs import MoeLayerStruct
 from offload_moe.quant.layout import ExpertShape, RecordLayout
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gpt_oss": 3, "relu": 4, "relu2": 5, "identity": 6}
@@ -58,7 +59,7 @@ class ExpertKernel:
             alpha=alpha,
             limit=limit,
         )
-        self._layer_address = ctypes.addressof(self._layer)
+        self.struct_address = ctypes.addressof(self._layer)
         self._native = library().om_moe_forward
 
     def forward(
@@ -96,7 +97,7 @@ class ExpertKernel:
         offset_values, token_values, weight_values = _Array("i", offsets), _Array("i", token_ids), _Array("f", weights)
         rows = _Array("i", out_ids) if out_ids is not None else None
         status = self._native(
-            *(self._layer_address, x.data_ptr(), x.shape[0], DTYPES[x.dtype], addresses.buffer_info()[0]),
+            *(self.struct_address, x.data_ptr(), x.shape[0], DTYPES[x.dtype], addresses.buffer_info()[0]),
             *(offset_values.address, token_values.address, rows.address if rows else None, weight_values.address),
             len(records),
             *(out.data_ptr(), DTYPES[out.dtype], accumulate, MODES[mode]),
@@ -125,7 +126,7 @@ class ExpertKernel:
         tokens, shares = _zeros(num_experts), array("f", weights)
         places = array("i", rows) if rows is not None else None
         status = self._native(
-            *(self._layer_address, x.data_ptr(), 1, DTYPES[x.dtype], records.buffer_info()[0]),
+            *(self.struct_address, x.data_ptr(), 1, DTYPES[x.dtype], records.buffer_info()[0]),
             *(offsets.buffer_info()[0], tokens.buffer_info()[0], places and places.buffer_info()[0]),
             *(shares.buffer_info()[0], num_experts),
             *(out.data_ptr(), DTYPES[out.dtype], rows is not None, MODES[mode]),

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from offload_moe.errors import ConfigError
-from offload_moe.kernels.native import MatrixStruct, library
+from offload_moe.kernels.native import library
 from offload_moe.kernels.planes import DTYPES, MODES, Mode, address_of, check_rows, matrix_struct, unsupported_reason
+from offload_moe.kernels.structs import MatrixStruct
 from offload_moe.quant.layout import ExpertShape, RecordLayout
 
 

@@ -16,56 +16,6 @@ ENVIRONMENT_VARIABLE = "OFFLOAD_MOE_KERNEL"
 MAX_THREADS = 256
 
 
-class MatrixStruct(ctypes.Structure):
-    """`om_matrix`: where one matrix lies inside a record; -1 marks planes that the codec lacks."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "cols", "padded", "codes", "scales")),
-        *((name, ctypes.c_int64) for name in ("nested_scales", "nested_offset", "bias")),
-        *((name, ctypes.c_int32) for name in ("codec", "bias_dtype")),
-    )
-
-
-class MoeLayerStruct(ctypes.Structure):
-    """`om_moe_layer`."""
-
-    _fields_ = (
-        ("first", MatrixStruct),
-        ("second", MatrixStruct),
-        *((name, ctypes.c_int32) for name in ("activation", "has_gate", "is_interleaved")),
-        *((name, ctypes.c_float) for name in ("alpha", "limit")),
-    )
-
-
-class AttentionStruct(ctypes.Structure):
-    """`om_attention`."""
-
-    _fields_ = (
-        ("matrices", MatrixStruct * 4),
-        ("records", ctypes.c_void_p * 4),
-        ("biases", ctypes.c_void_p * 4),
-        ("norms", ctypes.c_void_p * 2),
-        ("sinks", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("num_heads", "num_kv_heads", "head_dim", "rotated_dims")),
-        ("norm_lengths", ctypes.c_int64 * 2),
-        ("epsilons", ctypes.c_float * 2),
-        ("scaling", ctypes.c_float),
-        ("mode", ctypes.c_int32),
-    )
-
-
-class RouterStruct(ctypes.Structure):
-    """`om_router`."""
-
-    _fields_ = (
-        ("matrix", MatrixStruct),
-        ("record", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("top_k", ctypes.c_int64),
-        ("is_of_chosen", ctypes.c_int32),
-    )
-
-
 def available() -> bool:
     """Whether the native library was built and loads."""
     return _load()[0] is not None
@@ -144,6 +94,8 @@ def _declare(loaded: ctypes.CDLL) -> None:
     loaded.om_attention_step.argtypes = [*([pointer] * 6), int64, int64, pointer]
     loaded.om_rms_norm.argtypes, loaded.om_rms_norm.restype = [pointer, pointer, int64, ctypes.c_float, pointer], None
     loaded.om_router_step.argtypes = [pointer] * 5
+    loaded.om_layer_step.argtypes = [*([pointer] * 6), int64, int64, *([pointer] * 5)]
+    loaded.om_run_step.argtypes, loaded.om_run_step.restype = [pointer, pointer, pointer, int64], int64
     loaded.om_linear_forward.argtypes = [pointer, pointer, pointer, int64, pointer, int64, int32, int32, int32]
     loaded.om_moe_forward.argtypes = [
         *(pointer, pointer, int64, int32),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from offload_moe.errors import ConfigError
-from offload_moe.kernels.native import MatrixStruct
+from offload_moe.kernels.structs import MatrixStruct
 from offload_moe.quant.layout import ExpertShape, Matrix, RecordLayout, round_up
 
 Mode = Literal["exact", "fast"]

@@ -14,10 +14,12 @@ from offload_moe import kernels
 from offload_moe.lean.cache import give_room
 from offload_moe.lean.experts import shorten_dispatch
 from offload_moe.lean.latent import absorb_latents
+from offload_moe.lean.layer import shorten_layers
 from offload_moe.lean.mlp import fuse_mlps
 from offload_moe.lean.norm import fuse_norms
 from offload_moe.lean.router import shorten_routers
 from offload_moe.lean.shorten import shorten_attention
+from offload_moe.schedule.hierarchy import Hierarchy
 
 __all__ = ["Lean", "make_lean"]
 
@@ -32,26 +34,33 @@ class Lean:
     num_latent_attentions: int
     num_experts: int
     num_routers: int
+    num_layers: int
 
 
-def make_lean(hf: PreTrainedModel, *, is_exact: bool, context: int | None = None) -> Lean:
+def make_lean(
+    hf: PreTrainedModel, *, is_exact: bool, context: int | None = None, hierarchy: Hierarchy | None = None
+) -> Lean:
     """Make the decode steps of a loaded model cheaper, in place.
 
     is_exact: only what gives the same bits. Otherwise results may differ by the rounding of the dtype. context: tokens
-    that memory was planned for.
+    that memory was planned for. hierarchy: where the experts are.
     """
     num_latent_attentions = 0 if is_exact else absorb_latents(hf)
     num_mlps = fuse_mlps(hf)
     num_norms = fuse_norms(hf, is_exact=is_exact)
     num_attentions = shorten_attention(hf, is_exact=is_exact)
     hf.get_decoder().register_forward_pre_hook(partial(_give_room, context), with_kwargs=True)
+    has_kernels = not is_exact and kernels.available()
+    num_experts = shorten_dispatch(hf)
+    num_routers = shorten_routers(hf) if has_kernels else 0
     return Lean(
         num_norms=num_norms,
         num_mlps=num_mlps,
         num_attentions=num_attentions,
         num_latent_attentions=num_latent_attentions,
-        num_experts=shorten_dispatch(hf),
-        num_routers=0 if is_exact or not kernels.available() else shorten_routers(hf),
+        num_experts=num_experts,
+        num_routers=num_routers,
+        num_layers=shorten_layers(hf, hierarchy) if has_kernels else 0,  # of the parts made before
     )
 
 

@@ -29,7 +29,7 @@ class DecodeAttention:
     def __init__(self, attention: Any, rotary: StepRotary) -> None:
         self._module = attention
         self._prompt_forward = attention.forward
-        self._rotary = rotary
+        self.rotary = rotary
         self._project = joint_or_separate(attention)
         self._head_dim: int = attention.head_dim
         self._layer: int = attention.layer_idx
@@ -63,7 +63,7 @@ class DecodeAttention:
                 **kwargs,
             )
         if self.step is not None and attention_mask is None and self.step.fits(hidden_states, past_key_values):
-            cos, signed_sin = self._rotary.prepare(position_embeddings)
+            cos, signed_sin = self.rotary.prepare(position_embeddings)
             stepped = self.step(hidden_states, cos, signed_sin, past_key_values)
             if stepped is not None:
                 return stepped, None
@@ -81,7 +81,7 @@ class DecodeAttention:
         query, key, value = self._project(hidden_states)
         query = query.view(shape) if self._q_norm is None else _normed(self._q_norm, query, shape)
         key = key.view(shape) if self._k_norm is None else _normed(self._k_norm, key, shape)
-        cos, signed_sin = self._rotary.prepare(position_embeddings)
+        cos, signed_sin = self.rotary.prepare(position_embeddings)
         return rotate(query, cos, signed_sin), rotate(key, cos, signed_sin), value.view(shape)
 
     def _attend(self) -> Callable[..., tuple[Tensor, Tensor | None]]:

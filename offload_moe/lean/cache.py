@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+Room = tuple[Tensor, Tensor, int]  # of keys and of values, [1, N, C, D], and the tokens there were
+
 GROWTH = 1.25
 STEP = 128  # tokens; capacities are multiples of it
 
@@ -49,12 +51,17 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = room[0][:, :, :total], room[1][:, :, :total]
         return self.keys, self.values
 
-    def extend(self) -> tuple[Tensor, Tensor, int] | None:
+    @property
+    def can_extend(self) -> bool:
+        """Whether `extend` has a sequence to append to."""
+        return self.is_initialized and self.keys.dim() == 4 and len(self.keys) == 1 and not self.keys.requires_grad
+
+    def extend(self) -> Room | None:
         """Count one more token of one sequence, whose key and value the caller writes into the room ``[1, N, C, D]``.
 
         Returns the room of keys and of values, and the index of the token; None where `update` has to do it.
         """
-        if not self.is_initialized or self.keys.dim() != 4 or self.keys.shape[0] != 1 or self.keys.requires_grad:
+        if not self.can_extend:
             return None
         length, room = self.keys.shape[2], self._room
         if room is None or length >= room[0].shape[2] or not _begins(self.keys, room[0]):

@@ -27,10 +27,10 @@ class FusedRMSNorm:
         self._length = weight.numel()
         is_plain = weight.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous()
         has_kernel = not is_exact and is_plain and kernels.available()
-        self._kernel = kernels.NormKernel(weight, eps) if has_kernel else None
+        self.kernel = kernels.NormKernel(weight, eps) if has_kernel else None
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        kernel = self._kernel
+        kernel = self.kernel
         if kernel is not None and hidden_states.numel() == self._length and hidden_states.dtype == torch.float32:
             x = hidden_states.contiguous()
             out = torch.empty_like(x)

@@ -26,25 +26,28 @@ class StepRouter:
 
     def __init__(self, router: Any, *, top_k: int, is_of_chosen: bool) -> None:
         self._prompt_forward: Callable[[Tensor], Routed] = router.forward
-        self._num_experts, self._hidden_size = router.weight.shape
-        self._top_k = top_k
+        self.num_experts, self.hidden_size = router.weight.shape
+        self.top_k = top_k
         shape = weight_shape(*router.weight.shape)
         codec = get_codec(CODEC)
         record = codec.encode(shape, {"weight": router.weight.detach()})
         linear = kernels.Linear(
             codec=CODEC, shape=shape, layout=codec.layout(shape), record=record, bias=getattr(router, "bias", None)
         )
-        self._kernel = kernels.RouterKernel(linear, top_k=top_k, is_of_chosen=is_of_chosen)
+        self.kernel = kernels.RouterKernel(linear, top_k=top_k, is_of_chosen=is_of_chosen)
 
     def __call__(self, hidden_states: Tensor) -> Routed:
         """hidden ``[..., H]`` -> logits ``[T, E]``, weights ``[T, K]``, ids ``[T, K]``."""
-        if hidden_states.numel() != self._hidden_size or hidden_states.dtype != torch.float32:
+        if hidden_states.numel() != self.hidden_size or hidden_states.dtype != torch.float32:
             return self._prompt_forward(hidden_states)
-        logits = hidden_states.new_empty(1, self._num_experts)
-        weights = hidden_states.new_empty(1, self._top_k)
-        ids = torch.empty(1, self._top_k, dtype=torch.int64)
-        self._kernel.step(hidden_states.contiguous(), logits, weights, ids)
-        return logits, weights, ids
+        routed = self.empty()
+        self.kernel.step(hidden_states.contiguous(), *routed)
+        return routed
+
+    def empty(self) -> Routed:
+        """Room for what one token is given: logits ``[1, E]``, weights ``[1, K]``, ids ``[1, K]``."""
+        k = self.top_k
+        return torch.empty(1, self.num_experts), torch.empty(1, k), torch.empty(1, k, dtype=torch.int64)
 
 
 def shorten_routers(model: nn.Module) -> int:

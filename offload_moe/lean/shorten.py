@@ -26,8 +26,8 @@ PositionEmbeddings = tuple[Tensor, Tensor]
 
 def shorten_attention(model: nn.Module, *, is_exact: bool) -> int:
     """Give every attention module that is recognized the short decode step. Returns how many."""
-    positions = _positions(model)
-    embeddings = _position_embeddings(model, positions)
+    positions = probe_positions(model)
+    embeddings = position_embeddings(model, positions)
     if embeddings is None:
         return 0
     num_angles = embeddings[0].shape[-1]
@@ -61,14 +61,14 @@ def shorten_attention(model: nn.Module, *, is_exact: bool) -> int:
     return num_shortened
 
 
-def _positions(model: Any) -> Tensor:
+def probe_positions(model: Any) -> Tensor:
     """``[2, 1]``: an early position, and the last one, where scaling by position would show."""
     last = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 4096) - 1
     return torch.tensor([[NUM_CACHED], [last]])
 
 
 @torch.inference_mode()
-def _position_embeddings(model: nn.Module, positions: Tensor) -> PositionEmbeddings | None:
+def position_embeddings(model: nn.Module, positions: Tensor) -> PositionEmbeddings | None:
     """cos and sin ``[2, 1, D]`` of the model's one rotary embedding; None where it has none or several."""
     rotaries = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
     if len(rotaries) != 1:
@@ -108,7 +108,7 @@ def _agrees(
             try:
                 expected, got = (
                     forward(
-                        hidden, position_embeddings=embeddings, past_key_values=_cache(module, hidden), **arguments
+                        hidden, position_embeddings=embeddings, past_key_values=probe_cache(module, hidden), **arguments
                     )[0]
                     for forward in (module.forward, step)
                 )
@@ -124,7 +124,7 @@ def _steps_alike(module: Any, short: DecodeAttention, step: AttentionStep, embed
     """Whether the kernel call gives what the separate operations give, and leaves the same in the cache."""
     cos, sin = (part[1:] for part in embeddings)
     for hidden in probes((1, 1, module.q_proj.in_features), cos.dtype, cos.device):
-        caches = [_cache(module, hidden), _cache(module, hidden)]
+        caches = [probe_cache(module, hidden), probe_cache(module, hidden)]
         results = []
         for cache, short.step in zip(caches, (None, step), strict=True):
             give_room(cache)
@@ -137,7 +137,7 @@ def _steps_alike(module: Any, short: DecodeAttention, step: AttentionStep, embed
     return True
 
 
-def _cache(module: Any, hidden: Tensor) -> DynamicCache:
+def probe_cache(module: Any, hidden: Tensor) -> DynamicCache:
     """A few random keys and values in the module's own layer."""
     cache = DynamicCache()
     num_heads = module.k_proj.out_features // module.head_dim

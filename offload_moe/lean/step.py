@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from offload_moe import kernels
 from offload_moe.dense import QuantLinear
 from offload_moe.errors import ConfigError
-from offload_moe.lean.cache import RoomyLayer
+from offload_moe.hooks import hooks_of
+from offload_moe.lean.cache import Room, RoomyLayer
 from offload_moe.lean.norm import FusedRMSNorm
 from offload_moe.lean.projections import NAMES
 
@@ -20,12 +21,13 @@ class AttentionStep:
     """One token of one sequence in fp32, without a mask and over the whole cache: the usual decode step."""
 
     def __init__(self, attention: Any, kernel: kernels.AttentionKernel) -> None:
+        self.module = attention
         self._layer: int = attention.layer_idx
-        self._kernel = kernel
-        self._parts: list[Any] = [attention, *attention.children()]
+        self.kernel = kernel
+        self._hooks = hooks_of(attention.modules())
 
     def fits(self, hidden_states: Tensor, cache: Any) -> bool:
-        """Whether this call is such a step; hooks on the module's parts want to see them called."""
+        """Whether this call is such a step, and nobody waits for the module's parts to be called."""
         return (
             hidden_states.shape[0] == 1
             and hidden_states.dtype == torch.float32
@@ -33,20 +35,29 @@ class AttentionStep:
             and cache is not None
             and self._layer < len(cache.layers)
             and type(cache.layers[self._layer]) is RoomyLayer
-            and not any(part._forward_hooks or part._forward_pre_hooks for part in self._parts)
+            and not any(self._hooks)
         )
 
     def __call__(self, hidden_states: Tensor, cos: Tensor, signed_sin: Tensor, cache: Any) -> Tensor | None:
         """hidden ``[1, 1, H]`` -> ``[1, 1, H]``; None when the cache cannot be appended to in place."""
-        layer: RoomyLayer = cache.layers[self._layer]
-        room = layer.extend()  # its keys and values now count the token that the kernel will write
+        room = self.extend(cache)
         if room is None:
             return None
-        keys, values, length = room
-        assert keys.dtype == values.dtype == torch.float32
         out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-        self._kernel.step(hidden_states.contiguous(), cos, signed_sin, keys, values, length, out)
+        self.kernel.step(hidden_states.contiguous(), cos, signed_sin, *room, out)
         return out
+
+    def can_extend(self, cache: Any) -> bool:
+        """Whether `extend` will do it; the cache `fits`."""
+        layer: RoomyLayer = cache.layers[self._layer]
+        return layer.can_extend
+
+    def extend(self, cache: Any) -> Room | None:
+        """The room of keys and of values, which now count the token that the kernel will write, and its index."""
+        layer: RoomyLayer = cache.layers[self._layer]
+        room = layer.extend()
+        assert room is None or room[0].dtype == room[1].dtype == torch.float32
+        return room
 
 
 def attention_step(attention: Any, rotated_dims: int) -> AttentionStep | None:

@@ -29,6 +29,9 @@ class LayerRecorder(Protocol):
 
     def end(self) -> None: ...
 
+    def ran(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor, began: float, ended: float) -> None:
+        """`begin` and `end` of experts that were all resident, afterwards. began, ended: of `time.perf_counter`."""
+
 
 class BoundExperts:
     """The routed experts of one MoE layer, wherever they are."""
@@ -42,11 +45,11 @@ class BoundExperts:
         arithmetic: Arithmetic,
         lookahead: Lookahead | None = None,
     ) -> None:
-        self._layer = layer
+        self.layer = layer
         self._num_experts = num_experts
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self._record_of = record_of
-        self._arithmetic = arithmetic
+        self.arithmetic = arithmetic
         self.lookahead = lookahead
         self.recorder: LayerRecorder | None = None
 
@@ -54,21 +57,21 @@ class BoundExperts:
         recorder = self.recorder
         if recorder is None:
             return self._compute(hidden, top_k_index, top_k_weights)
-        recorder.begin(self._layer, top_k_index, top_k_weights)
+        recorder.begin(self.layer, top_k_index, top_k_weights)
         result = self._compute(hidden, top_k_index, top_k_weights)
         recorder.end()
         return result
 
     def _compute(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if len(hidden) == 1 and isinstance(self._arithmetic, NativeArithmetic):
-            result = self._one_token(self._arithmetic, hidden, top_k_index, top_k_weights)
+        if len(hidden) == 1 and isinstance(self.arithmetic, NativeArithmetic):
+            result = self._one_token(self.arithmetic, hidden, top_k_index, top_k_weights)
             if result is not None:
                 return result
         routing = group_by_expert(top_k_index, self._num_experts)
         num_tokens = len(hidden)
-        with self._scheduler.acquire(self._layer, routing.experts, routing.shares(num_tokens), num_tokens) as lease:
+        with self.scheduler.acquire(self.layer, routing.experts, routing.shares(num_tokens), num_tokens) as lease:
             self._look_ahead(hidden, routing.experts, top_k_index)
-            return self._arithmetic.forward(hidden, top_k_weights, routing, lease, self._record_of)
+            return self.arithmetic.forward(hidden, top_k_weights, routing, lease, self._record_of)
 
     def _one_token(
         self, arithmetic: NativeArithmetic, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -80,20 +83,20 @@ class BoundExperts:
         if len(experts) < len(ids) or experts[-1] >= self._num_experts:
             return None
         weights = [weight_of[expert] for expert in experts]
-        slots = self._scheduler.hold(self._layer, experts)
+        slots = self.scheduler.hold(self.layer, experts)
         if slots is None:
-            with self._scheduler.acquire(self._layer, experts) as lease:
+            with self.scheduler.acquire(self.layer, experts) as lease:
                 self._look_ahead(hidden, experts, top_k_index)
                 return arithmetic.one_token_in_waves(hidden, experts, weights, lease, self._record_of)
         try:
             self._look_ahead(hidden, experts, top_k_index)
             return arithmetic.one_token(hidden, weights, [self._record_of(slot) for slot in slots])
         finally:
-            self._scheduler.let_go(slots)
+            self.scheduler.let_go(slots)
 
     def _look_ahead(self, hidden: Tensor, experts: Sequence[int], top_k_index: Tensor) -> None:
         if self.lookahead is not None:
-            self.lookahead.after_acquire(self._layer, hidden, experts, top_k_index.shape[-1])
+            self.lookahead.after_acquire(self.layer, hidden, experts, top_k_index.shape[-1])
 
 
 def offloaded_experts(module: ExpertsContract, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -56,11 +56,11 @@ class HybridExperts(BoundExperts):
         if not routing.experts:
             return torch.zeros_like(hidden)
         began = time.perf_counter()
-        with self._scheduler.changed:
+        with self.scheduler.changed:
             split = self._split(routing.experts)
             on_device = [expert for expert in routing.experts if expert not in split.on_cpu]
-            num_hits = sum(self._scheduler.is_resident(self._layer, expert) for expert in on_device)
-            lease = self._scheduler.acquire(self._layer, on_device, on_cpu=split.on_cpu)
+            num_hits = sum(self.scheduler.is_resident(self.layer, expert) for expert in on_device)
+            lease = self.scheduler.acquire(self.layer, on_device, on_cpu=split.on_cpu)
         with lease:
             self._look_ahead(hidden, routing.experts, top_k_index)
             layer = self._device.begin(hidden, top_k_weights, routing, self._record_of)
@@ -78,7 +78,7 @@ class HybridExperts(BoundExperts):
 
     def _split(self, experts: Sequence[int]) -> Split:
         """Who takes the experts that are not resident (the device tier's lock is held)."""
-        device, ram, layer = self._scheduler, self._hierarchy.ram, self._layer
+        device, ram, layer = self.scheduler, self._hierarchy.ram, self.layer
         missing = [expert for expert in experts if not device.is_resident(layer, expert)]
         if not missing:
             return Split()
@@ -92,7 +92,7 @@ class HybridExperts(BoundExperts):
     def _compute_on_cpu(self, layer: DeviceLayer, hidden: Tensor, routing: Routing, split: Split, began: float) -> None:
         """In this thread: the loaders copy meanwhile, and the device computes what was resident."""
         place_of = {expert: index for index, expert in enumerate(routing.experts)}
-        with self._hierarchy.ram.acquire(self._layer, split.on_cpu) as lease:
+        with self._hierarchy.ram.acquire(self.layer, split.on_cpu) as lease:
             for wave in lease:
                 started = time.perf_counter()
                 indices = [place_of[expert] for expert, _ in wave]
@@ -100,13 +100,13 @@ class HybridExperts(BoundExperts):
                 outputs = self._cpu.outputs(hidden, routing, indices, records)
                 self._balance.cpu.note((time.perf_counter() - started) / len(wave))
                 layer.add_outputs(indices, outputs.to(layer.device, non_blocking=True))
-        counters = self._scheduler.counters
+        counters = self.scheduler.counters
         counters.cpu_s += time.perf_counter() - began
         counters.cpu_predicted_s += split.cpu_s
 
     def _note(self, split: Split, began: float) -> None:
         if split.copied:
-            counters = self._scheduler.counters
+            counters = self.scheduler.counters
             counters.link_s += max(0.0, self._hierarchy.link.last_arrival - began)
             counters.link_predicted_s += split.link_s
 
@@ -115,10 +115,10 @@ class HybridExperts(BoundExperts):
 
         One at a time, and behind whatever is demanded: the next layer's misses should not wait for it.
         """
-        scheduler, first = self._scheduler, self._layer * self._num_experts
+        scheduler, first = self.scheduler, self.layer * self._num_experts
         with scheduler.changed:
             if self._hierarchy.link.busy_s() == 0.0:
-                absent = (first + expert for expert in computed if not scheduler.is_known(self._layer, expert))
+                absent = (first + expert for expert in computed if not scheduler.is_known(self.layer, expert))
                 if (key := next(absent, None)) is not None:
                     scheduler.start(key, [first + expert for expert in experts], is_prefetch=True)
 

@@ -9,13 +9,12 @@ A chunk of a prompt wants nearly every expert of every layer: the next layer's a
 Source: Eliseev and Mazur 2023, "Fast Inference of Mixture-of-Experts Language Models with Offloading", section 3.2.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from offload_moe.moe.probe import RouterProbe
+from offload_moe.moe.probe import ResidualKeeper, RouterProbe
 from offload_moe.schedule.co_occurrence import CoOccurrence
 from offload_moe.schedule.prefetch import LayerTally, PrefetchGovernor
 from offload_moe.schedule.scheduler import Scheduler
@@ -60,7 +59,7 @@ class Lookahead:
         self._habits: CoOccurrence | None = None
         for layer, probe in enumerate(probes):
             if probe is not None:
-                probe.norm.register_forward_pre_hook(self._keeper(layer))
+                probe.norm.register_forward_pre_hook(ResidualKeeper(self._residuals, layer))
             else:
                 self._fall_back()
 
@@ -157,10 +156,3 @@ class Lookahead:
         """Some layer's router cannot be asked: learn what usually follows."""
         if self._habits is None:
             self._habits = CoOccurrence(len(self._probes), self._scheduler.num_experts, self._depth)
-
-    def _keeper(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor) and args[0].numel() == args[0].shape[-1]:
-                self._residuals[layer] = args[0].reshape(1, -1)
-
-        return keep

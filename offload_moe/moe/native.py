@@ -30,9 +30,9 @@ class NativeArithmetic:
         pair_scale: float = 1.0,
         is_exact: bool = False,
     ) -> None:
-        self._mode: Mode = "exact" if is_exact else "fast"
-        self._pair_scale = pair_scale
-        self._kernel = kernels.ExpertKernel(
+        self.mode: Mode = "exact" if is_exact else "fast"
+        self.pair_scale = pair_scale
+        self.kernel = kernels.ExpertKernel(
             codec.name,
             shape,
             codec.layout(shape),
@@ -53,7 +53,7 @@ class NativeArithmetic:
         if len(first) == len(routing.experts):
             out = torch.empty_like(x)
             records = [record_of(slot) for _, slot in sorted(first)]
-            self._kernel.forward(x, records, routing.offsets, routing.tokens, pair_weights, out, mode=self._mode)
+            self.kernel.forward(x, records, routing.offsets, routing.tokens, pair_weights, out, mode=self.mode)
             return out.to(hidden.dtype)
         pairs = torch.zeros(len(routing.tokens), x.shape[1])
         self._compute_wave(first, x, pair_weights, routing, record_of, pairs)
@@ -63,13 +63,13 @@ class NativeArithmetic:
 
     def scaled(self, weights: Tensor) -> Tensor:
         """Routing weights as the family applies them."""
-        return weights if self._pair_scale == 1 else weights * self._pair_scale
+        return weights if self.pair_scale == 1 else weights * self.pair_scale
 
     def one_token(self, hidden: Tensor, weights: Sequence[float], records: Sequence[Tensor]) -> Tensor:
         """hidden ``[1, H]``, a weight and a record per expert, by ascending id -> ``[1, H]``: the bits of `forward`."""
         x = _kernel_input(hidden)
         out = torch.empty_like(x)
-        self._kernel.forward_token(x, [record.data_ptr() for record in records], weights, out, mode=self._mode)
+        self.kernel.forward_token(x, [record.data_ptr() for record in records], weights, out, mode=self.mode)
         return out.to(hidden.dtype)
 
     def one_token_in_waves(
@@ -87,7 +87,7 @@ class NativeArithmetic:
         for wave in lease:
             rows = [row_of[expert] for expert, _ in wave]
             addresses = [record_of(slot).data_ptr() for _, slot in wave]
-            self._kernel.forward_token(x, addresses, [weights[row] for row in rows], pairs, rows, mode=self._mode)
+            self.kernel.forward_token(x, addresses, [weights[row] for row in rows], pairs, rows, mode=self.mode)
         return kernels.add_rows(pairs, x.dtype).to(hidden.dtype)
 
     def outputs(self, hidden: Tensor, routing: Routing, indices: list[int], records: list[Tensor]) -> Tensor:
@@ -99,9 +99,9 @@ class NativeArithmetic:
         x = _kernel_input(hidden)
         out = torch.zeros(len(pairs), x.shape[1])
         tokens = [routing.tokens[pair] for pair in pairs]
-        self._kernel.forward(
+        self.kernel.forward(
             *(x, records, offsets, tokens, [1.0] * len(pairs), out),
-            mode=self._mode,
+            mode=self.mode,
             accumulate=True,
             out_ids=range(len(pairs)),
         )
@@ -121,8 +121,8 @@ class NativeArithmetic:
         offsets, rows = _pairs_of(routing, [place_of[expert] for expert, _ in wave])
         tokens, chosen = [routing.tokens[row] for row in rows], [pair_weights[row] for row in rows]
         records = [record_of(slot) for _, slot in wave]
-        self._kernel.forward(
-            *(x, records, offsets, tokens, chosen, pairs), mode=self._mode, accumulate=True, out_ids=rows
+        self.kernel.forward(
+            *(x, records, offsets, tokens, chosen, pairs), mode=self.mode, accumulate=True, out_ids=rows
         )
 
     @staticmethod

@@ -1,6 +1,6 @@
 """A layer's router behind that layer's norm, asked with the residual state of an earlier layer."""
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +30,17 @@ class RouterProbe:
                 scores = scores.sigmoid() + bias
             ids = scores.topk(num_experts_per_token, dim=-1).indices
         return list(dict.fromkeys(ids.flatten().tolist()))
+
+
+class ResidualKeeper:
+    """A forward pre-hook of a layer's norm that keeps what it is given, ``[T, H]``, and changes nothing."""
+
+    def __init__(self, residuals: MutableMapping[int, Tensor], layer: int) -> None:
+        self._residuals, self._layer = residuals, layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            self._residuals[self._layer] = args[0].reshape(-1, args[0].shape[-1])
 
 
 def find_probes(hf: nn.Module, layers: Sequence[ExpertsModule]) -> list[RouterProbe | None]:

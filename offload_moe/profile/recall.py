@@ -6,13 +6,12 @@ layer is left out.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from offload_moe.checkpoint.experts import ExpertsModule
-from offload_moe.moe.probe import RouterProbe, find_probes
+from offload_moe.moe.probe import ResidualKeeper, RouterProbe, find_probes
 from offload_moe.trace import Trace
 
 DEPTHS = (1, 2, 3)
@@ -29,7 +28,7 @@ def measure_recall(
     probes = find_probes(hf, layers)
     residuals: dict[int, Tensor] = {}
     handles = [
-        probe.norm.register_forward_pre_hook(_keeper(residuals, layer))
+        probe.norm.register_forward_pre_hook(ResidualKeeper(residuals, layer))
         for layer, probe in enumerate(probes)
         if probe is not None
     ]
@@ -71,10 +70,3 @@ def _recall(
         num_right += len(set(guessed) & set(experts[layer]))
         num_routed += len(experts[layer])
     return num_right / num_routed
-
-
-def _keeper(residuals: dict[int, Tensor], layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-        residuals[layer] = args[0].reshape(-1, args[0].shape[-1])
-
-    return keep

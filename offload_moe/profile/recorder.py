@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.errors import ConfigError
+from offload_moe.hooks import Onlooker
 from offload_moe.profile.columns import Columns, Forward, Mark, PackedForward, make_trace, to_columns
 from offload_moe.profile.routers import Router, find_router
 from offload_moe.schedule.scheduler import Scheduler
@@ -92,6 +93,13 @@ class Recorder:
         forward = self._current
         if forward is not None:
             forward.ends.append(self._mark())
+
+    def ran(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor, began: float, ended: float) -> None:
+        forward = self._current
+        if forward is not None:
+            totals = self._mark()[1:]
+            forward.calls.append((layer, top_k_index, top_k_weights, (began, *totals)))
+            forward.ends.append((ended, *totals))
 
     def _begin_forward(self, input_ids: Tensor, start: int) -> None:
         """input_ids: [1, T]; start: tokens of the sequence that the cache holds."""
@@ -182,29 +190,30 @@ def record(subject: Subject) -> Iterator[Recorder]:
             router = find_router(subject.hf, layer.block_name, layer.num_experts)
             recorder._routers.append(router)
             if router is not None:
-                handle = router.module.register_forward_hook(_router_hook(recorder, ordinal, router))
+                handle = router.module.register_forward_hook(ScoreKeeper(recorder, ordinal, router))
                 undo.callback(handle.remove)
         for handle in _forward_hooks(recorder, subject.hf):
             undo.callback(handle.remove)
         yield recorder
 
 
-def _router_hook(recorder: Recorder, layer: int, router: Router) -> Callable[[nn.Module, Any, Any], None]:
-    place: int | None = None  # of the scores in what the router returns, where they need no reshaping
+class ScoreKeeper(Onlooker):
+    """Puts aside what a layer's router gives."""
 
-    def keep(module: nn.Module, args: Any, out: Any) -> None:
-        nonlocal place
-        forward = recorder._current
+    def __init__(self, recorder: Recorder, layer: int, router: Router) -> None:
+        self._recorder, self._layer, self._router = recorder, layer, router
+        self._place: int | None = None  # of the scores in what the router returns, where they need no reshaping
+
+    def __call__(self, module: nn.Module, args: Any, out: Any) -> None:
+        forward = self._recorder._current
         if forward is None:
             return
-        if place is None:
-            scores = router.scores(out, forward.input_ids.shape[1])
-            place = next((n for n, part in enumerate(out) if part is scores), None) if isinstance(out, tuple) else None
-            forward.scores[layer] = scores
-        else:
-            forward.scores[layer] = out[place]
-
-    return keep
+        if self._place is not None:
+            forward.scores[self._layer] = out[self._place]
+            return
+        scores = forward.scores[self._layer] = self._router.scores(out, forward.input_ids.shape[1])
+        if isinstance(out, tuple):
+            self._place = next((place for place, part in enumerate(out) if part is scores), None)
 
 
 def _forward_hooks(recorder: Recorder, hf: nn.Module) -> list[Any]:

@@ -124,7 +124,8 @@ class Hierarchy:
                 self._copier.unlock(chunk)
 
     def _scheduler(self, num_slots: int, mover: Mover, bytes_counter: str) -> Scheduler:
-        residency = Residency(num_slots, self._policy(num_slots))
+        num_keys = self.pools.num_layers * self.pools.num_experts
+        residency = Residency(num_slots, self._policy(num_slots), num_keys=num_keys)
         scheduler = Scheduler(residency, mover, num_experts=self.pools.num_experts, bytes_counter=bytes_counter)
         self._made_for[scheduler] = num_slots
         return scheduler

@@ -8,9 +8,12 @@ A slot is FREE, LOADING or RESIDENT, and counts its leases:
 
 A leased slot is never evicted. A LOADING slot is never evicted either: its bytes are on the way.
 
+All slots at once can be leased too, for a run of layers whose experts are not known beforehand.
+
 The pool shrinks from its end: closed slots take no expert any more, and are given up once the last of them is FREE.
 """
 
+from array import array
 from collections.abc import Collection
 from enum import IntEnum
 
@@ -29,11 +32,14 @@ class Residency:
     Keys are ``layer * num_experts + expert``; slots are ``0 .. num_slots - 1``.
     """
 
-    def __init__(self, num_slots: int, policy: Policy) -> None:
+    def __init__(self, num_slots: int, policy: Policy, *, num_keys: int = 0) -> None:
+        """num_keys: keys that `table` covers."""
         if num_slots < 1:
             raise ValueError(f"a pool needs at least one slot, got {num_slots}")
         self.policy = policy
         self.num_evictions = 0
+        self.table = array("i", [-1]) * num_keys  # by key: the slot where it is RESIDENT, else -1
+        self._num_pool_leases = 0
         self._slot_of: dict[int, int] = {}
         self._key_of = [-1] * num_slots
         self._state = [SlotState.FREE] * num_slots
@@ -75,6 +81,14 @@ class Residency:
         assert self._num_leases[slot] > 0
         self._num_leases[slot] -= 1
 
+    def lease_pool(self) -> None:
+        """Protect every slot from eviction until `release_pool`."""
+        self._num_pool_leases += 1
+
+    def release_pool(self) -> None:
+        assert self._num_pool_leases > 0
+        self._num_pool_leases -= 1
+
     def lease_all(self, keys: Collection[int]) -> list[int] | None:
         """Lease the slots of these keys if all are RESIDENT; else None, and nothing changed."""
         slots: list[int] = []
@@ -98,7 +112,7 @@ class Residency:
         Returns the slot, now LOADING and unleased; None when every slot is leased, loading or kept.
         """
         assert key not in self._slot_of
-        if not self._free and not self._evict_one(keep):
+        if not self._free and (self._num_pool_leases or not self._evict_one(keep)):
             return None
         slot = self._free.pop()
         self._slot_of[key] = slot
@@ -110,6 +124,8 @@ class Residency:
         """The bytes have arrived: LOADING -> RESIDENT."""
         assert self._state[slot] is SlotState.LOADING
         self._state[slot] = SlotState.RESIDENT
+        if self.table:
+            self.table[self._key_of[slot]] = slot
         self.policy.insert(self._key_of[slot])
 
     def abandon(self, slot: int) -> None:
@@ -127,7 +143,7 @@ class Residency:
     def empty_closed_slots(self) -> bool:
         """Evict what nobody leases from the closed slots. Returns whether all of them are FREE now."""
         for slot in range(self._num_open, self.num_slots):
-            if self.is_resident(slot) and not self._num_leases[slot]:
+            if self.is_resident(slot) and not self._num_leases[slot] and not self._num_pool_leases:
                 self._evict(slot)
         return all(state is SlotState.FREE for state in self._state[self._num_open :])
 
@@ -180,6 +196,8 @@ class Residency:
         return self._num_leases[slot] > 0 or slot >= self._num_open
 
     def _vacate(self, slot: int) -> None:
+        if self.table:
+            self.table[self._key_of[slot]] = -1
         del self._slot_of[self._key_of[slot]]
         self._key_of[slot] = -1
         self._state[slot] = SlotState.FREE

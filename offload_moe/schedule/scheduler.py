@@ -9,6 +9,7 @@ What a lease is and does is in `lease.py`.
 
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 
@@ -96,21 +97,8 @@ class Scheduler:
         keys = [first + expert for expert in experts]
         with self.changed:
             slots = self.residency.lease_all(keys)
-            if slots is None:
-                return None
-            if self._flying and self.is_asked_by_layer:
-                self._drop_wrong_guesses(layer, keys)
-            self.residency.policy.access(layer, keys)
-            self.uses.note(keys)
-            if self.unproven:
-                for key in keys:
-                    self.demanded(key, is_here=True)
-            counters = self.counters
-            counters.num_acquires += 1
-            counters.num_waves += 1
-            counters.num_hits += len(keys)
-            if self.observer is not None:
-                self.observer.acquired(layer, [], [])
+            if slots is not None:
+                self._note_hits(layer, keys)
         return slots
 
     def let_go(self, slots: Sequence[int]) -> None:
@@ -118,6 +106,24 @@ class Scheduler:
         with self.changed:
             self.mover.used(slots)
             self.residency.release_all(slots)
+            self.changed.notify_all()
+
+    def hold_pool(self) -> "array[int]":
+        """Lease every slot until `let_go_pool`, and say which expert is in which: `Residency.table` as it is now.
+
+        For layers that choose among what is resident without asking one by one.
+        """
+        with self.changed:
+            self.residency.lease_pool()
+            return self.residency.table[:]
+
+    def let_go_pool(self, layer: int, experts: Sequence[Sequence[int]]) -> None:
+        """End `hold_pool`. experts: what the layers from `layer` on were found to have: as many calls of `hold`."""
+        with self.changed:
+            self.residency.release_pool()
+            for number, chosen in enumerate(experts, layer):
+                first = number * self.num_experts
+                self._note_hits(number, [first + expert for expert in chosen])
             self.changed.notify_all()
 
     def is_resident(self, layer: int, expert: int) -> bool:
@@ -156,6 +162,22 @@ class Scheduler:
         with self.changed:
             found = [(expert, self.residency.find(first + expert)) for expert in experts]
             return [expert for expert, slot in found if slot is not None and self.residency.is_resident(slot)]
+
+    def _note_hits(self, layer: int, keys: Sequence[int]) -> None:
+        """One acquire whose experts are all here (lock held)."""
+        if self._flying and self.is_asked_by_layer:
+            self._drop_wrong_guesses(layer, keys)
+        self.residency.policy.access(layer, keys)
+        self.uses.note(keys)
+        if self.unproven:
+            for key in keys:
+                self.demanded(key, is_here=True)
+        counters = self.counters
+        counters.num_acquires += 1
+        counters.num_waves += 1
+        counters.num_hits += len(keys)
+        if self.observer is not None:
+            self.observer.acquired(layer, [], [])
 
     def fill(self, keys: Iterable[int]) -> None:
         """Bring experts into slots that are free, the most valuable first, while nothing is demanded."""

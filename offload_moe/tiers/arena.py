@@ -1,6 +1,7 @@
 """The RAM arena: equal slots of page-aligned memory, in chunks that no slot straddles."""
 
 import mmap
+from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 
@@ -28,6 +29,7 @@ class Arena:
         self._mappings: list[mmap.mmap] = []
         self._chunks: list[Tensor] = []
         self._firsts: list[int] = []  # the first slot of each chunk
+        self.addresses = array("Q")  # of every slot
         self._slots: dict[int, Tensor] = {}  # a view costs a microsecond to make, and a layer asks for many
         self.grow(num_slots)
 
@@ -87,7 +89,8 @@ class Arena:
         self._firsts.append(sum(self.chunk_sizes))
         self._mappings.append(mapping)
         with torch.inference_mode(False):  # transfer threads write to it, whatever mode it was made in
-            self._chunks.append(torch.frombuffer(mapping, dtype=torch.uint8))
+            self._chunks.append(chunk := torch.frombuffer(mapping, dtype=torch.uint8))
+        self.addresses.extend(range(chunk.data_ptr(), chunk.data_ptr() + num_bytes, self.slot_bytes))
 
 
 def whole_chunks(chunk_sizes: Sequence[int], num_slots: int) -> int:

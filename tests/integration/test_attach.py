@@ -114,15 +114,15 @@ def test_lossless_kernels_in_bf16_follow_eager_whatever_the_slots() -> None:
 
 
 def swap_two_experts(attached: PreTrainedModel) -> None:
-    scheduler = find_bound(attached)[0]._scheduler
+    scheduler = find_bound(attached)[0].scheduler
     records = scheduler.mover.records
     records[0], records[1] = records[1], records[0]
 
 
 def drop_the_last_pair(attached: PreTrainedModel) -> None:
     for bound in find_bound(attached):
-        original: Callable[..., Tensor] = bound._arithmetic.expert
-        bound._arithmetic.expert = lambda x, record, original=original: original(x, record) * 0.999
+        original: Callable[..., Tensor] = bound.arithmetic.expert
+        bound.arithmetic.expert = lambda x, record, original=original: original(x, record) * 0.999
 
 
 def find_bound(attached: PreTrainedModel) -> list[BoundExperts]:

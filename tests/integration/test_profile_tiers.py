@@ -24,7 +24,7 @@ def subject_of(model: Any, layers: list[ExpertsModule]) -> tuple[Subject, Hierar
     found = [
         dataclasses.replace(layer, module=model.get_submodule(layer.name)) for layer in layers
     ]  # the attached copy has no expert parameters to be found by
-    device = found[0].module._offload_moe._scheduler
+    device = found[0].module._offload_moe.scheduler
     hierarchy: Hierarchy = device.mover._borrow.__self__
     tiers = (
         RecordedTier(name="vram", scheduler=device, bytes_field="h2d_bytes"),

@@ -35,7 +35,7 @@ def experts_of(model: PreTrainedModel) -> list[nn.Module]:
 
 def scheduler_of(model: PreTrainedModel) -> Scheduler:
     bound: BoundExperts = experts_of(model)[0]._offload_moe
-    return bound._scheduler
+    return bound.scheduler
 
 
 def overwrite_what_was_released(model: PreTrainedModel) -> None:

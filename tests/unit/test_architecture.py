@@ -36,7 +36,7 @@ FLOW = [
     "model",
     "doctor",
 ]
-COMMON = {"budget", "cores", "errors", "sizes", "paths"}
+COMMON = {"budget", "cores", "errors", "hooks", "sizes", "paths"}
 
 
 def imports_of(path: Path) -> set[str]:

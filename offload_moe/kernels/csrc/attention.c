@@ -5,7 +5,7 @@
 
 enum { QUERY = 0, KEY = 1, VALUE = 2, OUTPUT = 3 };
 
-typedef struct {
+struct om_attention {
     om_matrix matrices[4];     /* query, key, value: one codec; output */
     const uint8_t *records[4];
     const float *biases[4];    /* those kept outside of the records, or NULL */
@@ -16,7 +16,7 @@ typedef struct {
     float epsilons[2];
     float scaling;
     int32_t mode;
-} om_attention;
+};
 
 typedef struct {
     const om_attention *attention;

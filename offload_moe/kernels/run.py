@@ -1,0 +1,111 @@
+"""Decode steps of consecutive decoder layers in one native call, as long as their experts are resident.
+
+H hidden, E experts per layer, K top-k, L layers of the run.
+"""
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offload_moe.errors import ConfigError
+from offload_moe.kernels.attention import LayerKernel
+from offload_moe.kernels.experts import ExpertKernel
+from offload_moe.kernels.native import library
+from offload_moe.kernels.planes import MODES, Mode
+from offload_moe.kernels.structs import ResidentsStruct, RunLayerStruct, RunStruct, RunTokenStruct
+
+MAX_TOP_K = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunLayer:
+    """A layer with a router, and its experts. first_key: of its experts in the table of slots."""
+
+    step: LayerKernel
+    experts: ExpertKernel
+    first_key: int
+    weight_scale: float = 1.0
+    mode: Mode = "fast"
+
+
+class RunToken:
+    """What one token needs and leaves: hidden states of one token ``[H]``, and what every router said.
+
+    logits ``[L, E]``, weights ``[L, K]`` fp32, ids ``[L, K]`` int64. times ``[L, 2]`` fp64: seconds since the call when
+    a layer's experts began and ended.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        rooms: Sequence[tuple[Tensor, Tensor, int]],
+        rotary: tuple[Tensor, Tensor],
+        *,
+        num_experts: int,
+        top_k: int,
+    ) -> None:
+        """x: fp32 of one token, contiguous, overwritten. rotary: cos and signed sin.
+
+        rooms: keys and values ``[1, M, C, D]`` and the number of tokens before this one, per layer.
+        """
+        num_layers = len(rooms)
+        self.x, self.residual, self.normed = x, torch.empty_like(x), torch.empty_like(x)
+        self.logits, self.weights = torch.empty(num_layers, num_experts), torch.empty(num_layers, top_k)
+        self.ids = torch.empty(num_layers, top_k, dtype=torch.int64)
+        self.times = torch.zeros(num_layers, 2, dtype=torch.float64)
+        keys = array("Q", [room[0].data_ptr() for room in rooms])
+        values = array("Q", [room[1].data_ptr() for room in rooms])
+        capacities = array("q", [room[0].shape[2] for room in rooms])
+        lengths = array("q", [room[2] for room in rooms])
+        self._owned = (rooms, rotary, keys, values, capacities, lengths)
+        tensors = (*rotary, x, self.residual, self.normed, self.logits, self.weights, self.ids, self.times)
+        cos, signed_sin, *rest = (tensor.data_ptr() for tensor in tensors)
+        arrays = (part.buffer_info()[0] for part in (keys, values, capacities, lengths))
+        self.struct = RunTokenStruct(cos, signed_sin, *arrays, *rest)
+
+
+class RunKernel:
+    """The layers of one run."""
+
+    def __init__(self, layers: Sequence[RunLayer], *, hidden: int, num_experts: int, top_k: int) -> None:
+        """num_experts, top_k: of every layer. Raises: ConfigError."""
+        if top_k > MAX_TOP_K:
+            raise ConfigError(f"A run of layers takes no more than {MAX_TOP_K} experts per token, not {top_k}.")
+        self._layers = layers
+        self._structs = (RunLayerStruct * len(layers))(
+            *(
+                RunLayerStruct(
+                    layer=layer.step.struct_address,
+                    experts=layer.experts.struct_address,
+                    first_key=layer.first_key,
+                    weight_scale=layer.weight_scale,
+                    mode=MODES[layer.mode],
+                )
+                for layer in layers
+            )
+        )
+        self._struct = RunStruct(
+            layers=ctypes.addressof(self._structs),
+            num_layers=len(layers),
+            hidden=hidden,
+            num_experts=num_experts,
+            top_k=top_k,
+        )
+        self._native = library().om_run_step
+
+    def step(self, token: RunToken, slots: "array[int]", records: "array[int]", first: int) -> int:
+        """Take the token through the layers from `first` on. Returns how many of all are done.
+
+        One that is not lacks its experts only: set x to residual + experts(normed) and go on behind it.
+        slots: by key (int32), -1 where not resident. records: addresses by slot (uint64).
+        """
+        residents = ResidentsStruct(slots.buffer_info()[0], records.buffer_info()[0])
+        structs = (ctypes.addressof(struct) for struct in (self._struct, token.struct, residents))
+        num_done: int = self._native(*structs, first)
+        if num_done < 0:
+            raise MemoryError("No memory for the activations of a decode step.")
+        return num_done

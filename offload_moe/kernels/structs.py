@@ -1,0 +1,101 @@
+"""The structs of the native library as ctypes has them. What they mean stands in the C files, by the names given."""
+
+import ctypes
+
+
+class MatrixStruct(ctypes.Structure):
+    """`om_matrix`: where one matrix lies inside a record; -1 marks planes that the codec lacks."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "cols", "padded", "codes", "scales")),
+        *((name, ctypes.c_int64) for name in ("nested_scales", "nested_offset", "bias")),
+        *((name, ctypes.c_int32) for name in ("codec", "bias_dtype")),
+    )
+
+
+class MoeLayerStruct(ctypes.Structure):
+    """`om_moe_layer`."""
+
+    _fields_ = (
+        ("first", MatrixStruct),
+        ("second", MatrixStruct),
+        *((name, ctypes.c_int32) for name in ("activation", "has_gate", "is_interleaved")),
+        *((name, ctypes.c_float) for name in ("alpha", "limit")),
+    )
+
+
+class AttentionStruct(ctypes.Structure):
+    """`om_attention`."""
+
+    _fields_ = (
+        ("matrices", MatrixStruct * 4),
+        ("records", ctypes.c_void_p * 4),
+        ("biases", ctypes.c_void_p * 4),
+        ("norms", ctypes.c_void_p * 2),
+        ("sinks", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_heads", "num_kv_heads", "head_dim", "rotated_dims")),
+        ("norm_lengths", ctypes.c_int64 * 2),
+        ("epsilons", ctypes.c_float * 2),
+        ("scaling", ctypes.c_float),
+        ("mode", ctypes.c_int32),
+    )
+
+
+class RouterStruct(ctypes.Structure):
+    """`om_router`."""
+
+    _fields_ = (
+        ("matrix", MatrixStruct),
+        ("record", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("top_k", ctypes.c_int64),
+        ("is_of_chosen", ctypes.c_int32),
+    )
+
+
+class LayerStruct(ctypes.Structure):
+    """`om_layer`."""
+
+    _fields_ = (
+        ("attention", ctypes.c_void_p),
+        ("router", ctypes.c_void_p),
+        ("norms", ctypes.c_void_p * 2),
+        ("epsilons", ctypes.c_float * 2),
+        ("hidden", ctypes.c_int64),
+    )
+
+
+class RunLayerStruct(ctypes.Structure):
+    """`om_run_layer`."""
+
+    _fields_ = (
+        ("layer", ctypes.c_void_p),
+        ("experts", ctypes.c_void_p),
+        ("first_key", ctypes.c_int64),
+        ("weight_scale", ctypes.c_float),
+        ("mode", ctypes.c_int32),
+    )
+
+
+class RunStruct(ctypes.Structure):
+    """`om_run`."""
+
+    _fields_ = (
+        ("layers", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_layers", "hidden", "num_experts", "top_k")),
+    )
+
+
+class RunTokenStruct(ctypes.Structure):
+    """`om_run_token`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("cos", "signed_sin", "keys", "values", "capacities", "lengths")),
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "normed", "logits", "weights", "ids", "times")),
+    )
+
+
+class ResidentsStruct(ctypes.Structure):
+    """`om_residents`."""
+
+    _fields_ = (("slots", ctypes.c_void_p), ("records", ctypes.c_void_p))
