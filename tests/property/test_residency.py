@@ -17,8 +17,9 @@ class ResidencyMachine(RuleBasedStateMachine):
     @initialize(num_slots=st.integers(1, 6), policy=st.sampled_from(POLICY_NAMES))
     def start(self, num_slots: int, policy: str) -> None:
         made = make_policy(policy, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, num_slots=num_slots)
-        self.residency = Residency(num_slots, made)
+        self.residency = Residency(num_slots, made, num_keys=NUM_LAYERS * NUM_EXPERTS)
         self.model: dict[int, list[int]] = {}
+        self.num_pool_leases = 0
         self.num_open = num_slots
 
     def loading(self) -> list[int]:
@@ -32,7 +33,9 @@ class ResidencyMachine(RuleBasedStateMachine):
         slot = self.residency.admit(key)
         is_open = {k: entry[0] < self.num_open for k, entry in self.model.items()}
         movable = [
-            k for k, (_, is_loading, leases) in self.model.items() if not is_loading and not leases and is_open[k]
+            k
+            for k, (_, is_loading, leases) in self.model.items()
+            if not is_loading and not leases and is_open[k] and not self.num_pool_leases
         ]
         is_full = sum(is_open.values()) == self.num_open
         assert (slot is None) == (is_full and not movable)
@@ -71,6 +74,17 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.residency.release(self.model[key][0])
         self.model[key][2] -= 1
 
+    @rule()
+    def lease_pool(self) -> None:
+        self.residency.lease_pool()
+        self.num_pool_leases += 1
+
+    @precondition(lambda self: self.num_pool_leases)
+    @rule()
+    def release_pool(self) -> None:
+        self.residency.release_pool()
+        self.num_pool_leases -= 1
+
     @precondition(lambda self: self.num_open == self.residency.num_slots)
     @rule(data=st.data())
     def close_slots(self, data: st.DataObject) -> None:
@@ -82,7 +96,7 @@ class ResidencyMachine(RuleBasedStateMachine):
     def drain(self, gives_up: bool) -> None:
         is_empty = self.residency.empty_closed_slots()
         closed = [k for k, entry in self.model.items() if entry[0] >= self.num_open]
-        in_use = [k for k in closed if self.model[k][1] or self.model[k][2]]
+        in_use = [k for k in closed if self.model[k][1] or self.model[k][2] or self.num_pool_leases]
         assert is_empty == (not in_use)
         for key in set(closed) - set(in_use):
             del self.model[key]
@@ -119,6 +133,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             if entry:
                 assert self.residency.state(entry[0]) == (SlotState.LOADING if entry[1] else SlotState.RESIDENT)
                 assert self.residency.num_leases(entry[0]) == entry[2]
+            assert self.residency.table[key] == (entry[0] if entry and not entry[1] else -1)
         assert sorted(self.residency.resident_keys()) == sorted(k for k, entry in self.model.items() if not entry[1])
 
 

@@ -1,0 +1,243 @@
+"""Rows of layers done at once: the same tokens, counters and traces as layer by layer, and only where nobody looks."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.kernels import needs_kernels
+from support.tiny_models import tiny_model, tiny_prompt
+from torch import Tensor
+
+from offload_moe import load
+from offload_moe.hooks import Onlooker
+from offload_moe.lean import layer as lean_layer
+from offload_moe.lean.layer import LayerStep
+from offload_moe.lean.run import LayerRun
+from offload_moe.model import Model
+from offload_moe.quantize import quantize
+from offload_moe.schedule.scheduler import Scheduler
+
+pytestmark = needs_kernels
+FAMILIES = ("mixtral", "qwen3_moe")
+NUM_PROMPT, NUM_NEW, NUM_LAYERS = 9, 12, 3
+INT8_ROUNDING = 5e-2  # see test_lean
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("stores")
+    for family in FAMILIES:
+        tiny_model(family).to(torch.bfloat16).save_pretrained(root / family)
+    return {family: quantize(root / family, root / f"{family}-nf4", codec="nf4") for family in FAMILIES}
+
+
+@pytest.fixture
+def num_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every run."""
+    calls: list[int] = []
+    call = LayerRun.__call__
+
+    def counted(self: LayerRun, *args: Any) -> Tensor:
+        calls.append(len(self._steps))
+        return call(self, *args)
+
+    monkeypatch.setattr(LayerRun, "__call__", counted)
+    return calls
+
+
+@pytest.fixture
+def layer_by_layer() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lean_layer, "can_run", lambda hierarchy, step: False)
+        yield patch
+
+
+def open_model(store: Path, num_slots: int | None = None, **settings: Any) -> Model:
+    if num_slots is None:
+        return load(store, **settings)
+    with load(store) as model:
+        ram = model.placement.ram.bytes_with(num_slots)
+    return load(store, ram=ram, **settings)
+
+
+def generate(model: Model, seed: int = 0, **settings: Any) -> Any:
+    ids, _ = tiny_prompt(1, NUM_PROMPT, seed)
+    settings = {"max_new_tokens": NUM_NEW, "output_logits": True, **settings}
+    return model.hf.generate(
+        input_ids=ids,
+        do_sample=False,
+        eos_token_id=None,
+        disable_compile=True,
+        return_dict_in_generate=True,
+        **settings,
+    )
+
+
+def logits(model: Model, **settings: Any) -> Tensor:
+    out = generate(model, **settings)
+    result = torch.stack(out.logits)
+    assert result.abs().max() > 0.1
+    return result
+
+
+def counted(model: Model) -> dict[str, int]:
+    counters = model.stats
+    return {name: getattr(counters, name) for name in ("num_acquires", "num_hits", "num_misses", "num_evictions")}
+
+
+def uses(model: Model) -> Counter[int]:
+    """How often each expert was asked for; earlier sessions count too."""
+    return Counter({key: int(count) for key, count in model._hierarchy.scheduler.uses.counts.items()})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_gives_the_bits_and_the_counts_of_its_layers(
+    family: str, stores: dict[str, Path], num_runs: list[int], layer_by_layer: pytest.MonkeyPatch
+) -> None:
+    with open_model(stores[family]) as model:
+        before = uses(model)
+        expected, counts = logits(model), counted(model)
+        used = uses(model) - before
+        assert not num_runs
+    layer_by_layer.undo()
+    with open_model(stores[family]) as model:
+        before = uses(model)
+        assert torch.equal(logits(model), expected)
+        # the prompt, and the token that showed that layers follow each other, are done layer by layer
+        assert num_runs == [NUM_LAYERS] * (NUM_NEW - 2)
+        assert counted(model)["num_acquires"] == counts["num_acquires"]
+        assert uses(model) - before == used
+
+
+@pytest.mark.parametrize("num_slots", [1, 4, 12])
+def test_what_is_missing_is_acquired_in_between(num_slots: int, stores: dict[str, Path], num_runs: list[int]) -> None:
+    with open_model(stores["qwen3_moe"]) as model:
+        expected = logits(model)
+    num_runs.clear()
+    with open_model(stores["qwen3_moe"], num_slots, prefetch=0) as model:
+        before = model.stats.copy()
+        assert torch.equal(logits(model), expected)
+        seen = model.stats.since(before)
+        assert num_runs
+        assert seen.num_misses > NUM_LAYERS * model.store.num_experts  # some in the prompt, others behind it
+        assert seen.num_acquires == NUM_LAYERS * NUM_NEW
+        residency = model._hierarchy.scheduler.residency
+        assert not any(residency.num_leases(slot) for slot in range(residency.num_slots))
+        assert residency._num_pool_leases == 0
+
+
+def test_no_run_where_layers_are_looked_at(stores: dict[str, Path], num_runs: list[int]) -> None:
+    with open_model(stores["qwen3_moe"]) as model:
+        expected = logits(model)
+        num_runs.clear()
+        out = generate(model, output_hidden_states=True)
+        assert not num_runs
+        hidden = out.hidden_states[-1]
+        assert len({tuple(each.flatten().tolist()) for each in hidden}) == NUM_LAYERS + 1
+        distance = (torch.stack(out.logits) - expected).norm() / expected.norm()
+        assert distance < INT8_ROUNDING  # modules that are looked at compute by themselves
+
+
+@pytest.mark.parametrize("part", ["layer", "attention", "norm", "router", "block", "experts"])
+def test_a_stranger_s_hook_is_called(part: str, stores: dict[str, Path], num_runs: list[int]) -> None:
+    with open_model(stores["qwen3_moe"]) as model:
+        logits(model)
+        num_runs.clear()
+        layer = model.hf.model.layers[1]
+        block = layer.mlp
+        modules = {
+            "layer": layer,
+            "attention": layer.self_attn,
+            "norm": layer.post_attention_layernorm,
+            "router": block.gate,
+            "block": block,
+            "experts": block.experts,
+        }
+        calls: list[int] = []
+        handle = modules[part].register_forward_hook(lambda *_: calls.append(1))
+        logits(model)
+        assert len(calls) == NUM_NEW
+        assert not num_runs
+        handle.remove()
+        logits(model)
+        assert num_runs
+
+
+def test_a_recorder_sees_in_a_run_what_it_sees_in_its_layers(
+    stores: dict[str, Path], num_runs: list[int], layer_by_layer: pytest.MonkeyPatch
+) -> None:
+    traces = []
+    for _ in range(2):
+        with open_model(stores["qwen3_moe"], 12, prefetch=0) as model, model.trace() as recorder:
+            generate(model)
+            traces.append(recorder.trace())
+        layer_by_layer.undo()
+    assert num_runs
+    expected, got = traces
+    for name in ("experts", "weights", "router_probabilities", "outcomes", "token_ids"):
+        assert np.array_equal(getattr(got, name), getattr(expected, name)), name
+    assert (got.compute_s > 0).all()
+    assert (got.compute_s.sum(axis=1) < got.forward_s.reshape(-1)).all()
+
+
+def test_layers_that_are_not_handed_on_as_they_are_make_no_run(stores: dict[str, Path], num_runs: list[int]) -> None:
+    with open_model(stores["qwen3_moe"]) as model:
+        expected = logits(model)
+        num_runs.clear()
+    with open_model(stores["qwen3_moe"]) as model:
+        second = model.hf.model.layers[1]
+        step = second.forward
+        second.forward = lambda hidden, *args, **kwargs: step(hidden * 1.5, *args, **kwargs)
+        changed = logits(model)
+        assert not num_runs
+        assert not torch.equal(changed, expected)
+
+
+def test_nothing_is_evicted_while_a_run_is_under_way(
+    stores: dict[str, Path], num_runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefetches of everything, started while the pool is held, find no slot."""
+    started: list[int] = []
+    hold_pool = Scheduler.hold_pool
+
+    def held(self: Scheduler) -> Any:
+        table = hold_pool(self)
+        started.extend(self.prefetch(layer, range(self.num_experts)) for layer in range(NUM_LAYERS))
+        return table
+
+    with open_model(stores["qwen3_moe"]) as model:
+        expected = logits(model)
+    with open_model(stores["qwen3_moe"], 6, prefetch=0) as model:
+        logits(model)
+        residency = model._hierarchy.scheduler.residency
+        assert residency.num_free == 0
+        monkeypatch.setattr(Scheduler, "hold_pool", held)
+        assert torch.equal(logits(model), expected)
+        assert started
+        assert not any(started)
+
+
+def test_a_stop_within_a_token_is_heard_where_an_expert_is_missing(stores: dict[str, Path]) -> None:
+    with open_model(stores["qwen3_moe"], 4, prefetch=0) as model:
+        logits(model)
+        steps = [layer.forward for layer in model.hf.model.layers]
+        assert all(isinstance(step, LayerStep) and step.run is not None for step in steps)
+        told: list[int] = []
+
+        class Watch(Onlooker):
+            def __init__(self, number: int) -> None:
+                self.number = number
+
+            def __call__(self, *_: object) -> None:
+                told.append(self.number)
+
+        for number, layer in enumerate(model.hf.model.layers):
+            layer.register_forward_pre_hook(Watch(number))
+        out = generate(model, max_new_tokens=2)
+        assert out.sequences.shape[1] == NUM_PROMPT + 2
+        assert told[:NUM_LAYERS] == [0, 1, 2]  # the prompt
+        assert len(told) > 2 * NUM_LAYERS  # the token: each layer once, and once more where an expert was missing

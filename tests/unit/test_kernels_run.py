@@ -1,0 +1,163 @@
+"""Layers of a decode step in one call, and rows of such layers, against the separate calls: the same bits."""
+
+from array import array
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.kernels import SETS, Experts, make_experts, needs_kernels
+from torch import Tensor
+
+from offload_moe import kernels
+from offload_moe.dense import weight_shape
+from offload_moe.errors import ConfigError
+from offload_moe.quant import get_codec
+
+HIDDEN, HEADS, DIM, CAPACITY, LENGTH = 128, 4, 32, 16, 5
+NUM_EXPERTS, TOP_K, NUM_LAYERS = 6, 3, 3
+SCALE = 0.75
+pytestmark = needs_kernels
+
+
+@pytest.fixture(autouse=True)
+def best_kernels_afterwards() -> Iterator[None]:
+    before = kernels.num_threads()
+    yield
+    kernels.select_instruction_set(None)
+    kernels.set_threads(before)
+
+
+def linear(codec: str, out_features: int, in_features: int) -> kernels.Linear:
+    shape, coder = weight_shape(out_features, in_features), get_codec(codec)
+    record = coder.encode(shape, {"weight": torch.randn(out_features, in_features) * in_features**-0.5})
+    return kernels.Linear(codec=codec, shape=shape, layout=coder.layout(shape), record=record)
+
+
+class Layer:
+    """A decoder layer of random weights, with its cache."""
+
+    def __init__(self, number: int) -> None:
+        torch.manual_seed(number)
+        self.norms = (kernels.NormKernel(torch.rand(HIDDEN) + 0.5, 1e-3), kernels.NormKernel(torch.rand(HIDDEN), 1e-5))
+        projections = [linear("int8", HEADS * DIM, HIDDEN) for _ in range(3)]
+        self.attention = kernels.AttentionKernel(
+            [*projections, linear("int8", HIDDEN, HEADS * DIM)], head_dim=DIM, rotated_dims=DIM, scaling=0.3
+        )
+        self.router = kernels.RouterKernel(linear("bf16", NUM_EXPERTS, HIDDEN), top_k=TOP_K, is_of_chosen=True)
+        self.step = kernels.LayerKernel(self.norms, self.attention, self.router)
+        self.experts: Experts = make_experts("nf4", HIDDEN, 64 * (number + 1), count=NUM_EXPERTS)
+        self.kernel = kernels.ExpertKernel("nf4", self.experts.shape, self.experts.layout, activation="silu")
+        self.keys, self.values = (torch.randn(1, HEADS, CAPACITY, DIM) for _ in range(2))
+
+    def separately(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Residual, normed, and what the router says."""
+        normed, residual = torch.empty_like(x), torch.empty_like(x)
+        self.norms[0].step(x, normed)
+        self.attention.step(normed, cos, sin, self.keys, self.values, LENGTH, residual)
+        residual = residual + x
+        self.norms[1].step(residual, normed)
+        routed = torch.empty(1, NUM_EXPERTS), torch.empty(1, TOP_K), torch.empty(1, TOP_K, dtype=torch.int64)
+        self.router.step(normed, *routed)
+        return residual, normed, routed
+
+    def add_experts(self, residual: Tensor, normed: Tensor, routed: tuple[Tensor, ...]) -> Tensor:
+        _, weights, ids = routed
+        weight_of = dict(zip(ids[0].tolist(), (weights[0] * SCALE).tolist(), strict=True))
+        chosen, out = sorted(weight_of), torch.empty_like(normed)
+        addresses = [self.experts.records[expert].data_ptr() for expert in chosen]
+        self.kernel.forward_token(normed, addresses, [weight_of[expert] for expert in chosen], out)
+        return residual + out
+
+
+def rotary() -> tuple[Tensor, Tensor]:
+    angles = torch.rand(DIM // 2, generator=torch.Generator().manual_seed(9))
+    return torch.cat([angles.cos()] * 2), torch.cat((-angles.sin(), angles.sin()))
+
+
+def one_token() -> Tensor:
+    return torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(8))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_layer_is_its_parts(name: str) -> None:
+    kernels.select_instruction_set(name)
+    layer, x = Layer(0), one_token()
+    residual, normed, routed = layer.separately(x, *rotary())
+    got = torch.empty_like(x), torch.empty_like(x)
+    said = torch.empty(1, NUM_EXPERTS), torch.empty(1, TOP_K), torch.empty(1, TOP_K, dtype=torch.int64)
+    cache = layer.keys.clone(), layer.values.clone()
+    layer.keys[0, :, LENGTH], layer.values[0, :, LENGTH] = 0, 0
+    layer.step.step(x, *rotary(), layer.keys, layer.values, LENGTH, *got, said)
+    for ours, theirs in zip((*got, *said, layer.keys, layer.values), (residual, normed, *routed, *cache), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_layer_without_a_router_leaves_it_to_the_caller() -> None:
+    layer, x = Layer(0), one_token()
+    residual, normed, _ = layer.separately(x, *rotary())
+    got = torch.empty_like(x), torch.empty_like(x)
+    step = kernels.LayerKernel(layer.norms, layer.attention, None)
+    step.step(x, *rotary(), layer.keys, layer.values, LENGTH, *got, None)
+    assert torch.equal(got[0], residual)
+    assert torch.equal(got[1], normed)
+
+
+class Run:
+    """A row of layers whose experts lie in slots in reverse order."""
+
+    def __init__(self) -> None:
+        self.layers = [Layer(number) for number in range(NUM_LAYERS)]
+        runs = [
+            kernels.RunLayer(
+                step=layer.step, experts=layer.kernel, first_key=number * NUM_EXPERTS, weight_scale=SCALE, mode="fast"
+            )
+            for number, layer in enumerate(self.layers)
+        ]
+        self.kernel = kernels.RunKernel(runs, hidden=HIDDEN, num_experts=NUM_EXPERTS, top_k=TOP_K)
+        records = [record for layer in self.layers for record in layer.experts.records]
+        self.records = array("Q", [record.data_ptr() for record in reversed(records)])
+        self.slots = array("i", range(len(records) - 1, -1, -1))
+        rooms = [(layer.keys, layer.values, LENGTH) for layer in self.layers]
+        self.token = kernels.RunToken(one_token(), rooms, rotary(), num_experts=NUM_EXPERTS, top_k=TOP_K)
+
+    def step(self, first: int) -> int:
+        return self.kernel.step(self.token, self.slots, self.records, first)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", SETS)
+def test_a_run_is_its_layers(name: str, threads: int) -> None:
+    kernels.select_instruction_set(name)
+    kernels.set_threads(threads)
+    run, x = Run(), one_token()
+    said = []
+    for layer in run.layers:
+        residual, normed, routed = layer.separately(x, *rotary())
+        x = layer.add_experts(residual, normed, routed)
+        said.append(routed)
+    assert len({tuple(routed[2][0].tolist()) for routed in said}) > 1
+    assert run.step(0) == NUM_LAYERS
+    assert torch.equal(run.token.x, x)
+    for got, parts in zip((run.token.logits, run.token.weights, run.token.ids), zip(*said, strict=True), strict=True):
+        assert torch.equal(got, torch.cat(parts))
+    begins, ends = run.token.times.T
+    assert (begins < ends).all()
+    assert (ends[:-1] <= begins[1:]).all()
+
+
+def test_a_run_stops_at_a_missing_expert_and_goes_on_behind_it() -> None:
+    whole, run = Run(), Run()
+    assert whole.step(0) == NUM_LAYERS
+    missing = int(whole.token.ids[1, -1])
+    run.slots[NUM_EXPERTS + missing] = -1
+    assert run.step(0) == 1
+    token, layer = run.token, run.layers[1]
+    routed = token.logits[1:2], token.weights[1:2], token.ids[1:2]
+    token.x.copy_(layer.add_experts(token.residual, token.normed, routed))
+    assert run.step(2) == NUM_LAYERS
+    assert torch.equal(token.x, whole.token.x)
+
+
+def test_a_run_takes_no_more_experts_than_it_has_room_for() -> None:
+    with pytest.raises(ConfigError, match="64"):
+        kernels.RunKernel([], hidden=HIDDEN, num_experts=128, top_k=65)
