@@ -3,7 +3,8 @@
     python benchmarks/token_profile.py [STORE] [--threads 1] [--tokens 32] [--plain]
 
 CPU time of the thread that generates, so that other work on the machine counts less; with one thread it is all there
-is. Every expert is read first. `--plain` loads without the lean token. The last line of stdout is one JSON document.
+is. Every expert is read first, so that layers are done in runs; their parts, which nothing calls then, show in a
+profile with `--layer-by-layer`. `--plain` loads without the lean token. The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -15,7 +16,10 @@ from typing import Any
 
 from harness import bind_to_cores, finish
 
-NATIVE_CALLS = ("om_moe_forward", "om_linear_forward", "om_attention_step", "om_router_step", "om_rms_norm")
+NATIVE_CALLS = (
+    *("om_run_step", "om_layer_step", "om_moe_forward", "om_linear_forward"),
+    *("om_attention_step", "om_router_step", "om_rms_norm", "om_add_shared"),
+)
 
 
 class Clock:
@@ -61,6 +65,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--layer-by-layer", action="store_true", help="no run of layers in one kernel call")
     options = parser.parse_args()
     bind_to_cores(options.threads)
     import torch
@@ -75,6 +80,10 @@ def main() -> None:
         setattr(library(), name, clock.timed(name, native))
     torch.set_num_threads(options.threads)
     kernels.set_threads(options.threads)
+    if options.layer_by_layer:
+        from offload_moe.lean import layer
+
+        layer.can_run = lambda hierarchy, step: False
     model = load(options.store, lean=not options.plain)
     for layer, stored in enumerate(model.store.layers):
         with model._hierarchy.scheduler.acquire(layer, range(stored.num_experts)) as lease:
@@ -102,6 +111,7 @@ def main() -> None:
             "store": options.store,
             "threads": options.threads,
             "lean": not options.plain,
+            "in_runs": not (options.plain or options.layer_by_layer),
             "ms_per_token": parts,
             "share_outside_of_native_calls": 1 - in_native / parts["forward"],
         }

@@ -18,7 +18,7 @@ from offload_moe.kernels.native import (
     unavailable_reason,
 )
 from offload_moe.kernels.planes import unsupported_reason
-from offload_moe.kernels.run import RunKernel, RunLayer, RunToken
+from offload_moe.kernels.run import RunKernel, RunLayer, RunToken, SharedKernel
 
 __all__ = [
     "AttentionKernel",
@@ -32,6 +32,7 @@ __all__ = [
     "RunKernel",
     "RunLayer",
     "RunToken",
+    "SharedKernel",
     "add_rows",
     "available",
     "crc32",

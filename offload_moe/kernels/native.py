@@ -95,6 +95,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
     loaded.om_rms_norm.argtypes, loaded.om_rms_norm.restype = [pointer, pointer, int64, ctypes.c_float, pointer], None
     loaded.om_router_step.argtypes = [pointer] * 5
     loaded.om_layer_step.argtypes = [*([pointer] * 6), int64, int64, *([pointer] * 5)]
+    loaded.om_add_shared.argtypes = [pointer] * 3
     loaded.om_run_step.argtypes, loaded.om_run_step.restype = [pointer, pointer, pointer, int64], int64
     loaded.om_linear_forward.argtypes = [pointer, pointer, pointer, int64, pointer, int64, int32, int32, int32]
     loaded.om_moe_forward.argtypes = [

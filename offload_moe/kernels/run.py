@@ -16,9 +16,31 @@ from offload_moe.kernels.attention import LayerKernel
 from offload_moe.kernels.experts import ExpertKernel
 from offload_moe.kernels.native import library
 from offload_moe.kernels.planes import MODES, Mode
-from offload_moe.kernels.structs import ResidentsStruct, RunLayerStruct, RunStruct, RunTokenStruct
+from offload_moe.kernels.structs import ResidentsStruct, RunLayerStruct, RunStruct, RunTokenStruct, SharedStruct
 
 MAX_TOP_K = 64
+
+
+class SharedKernel:
+    """A shared expert for one token, in fp32."""
+
+    def __init__(self, expert: ExpertKernel, record: Tensor, gate: Tensor | None, *, hidden: int, mode: Mode) -> None:
+        """gate: fp32 ``[H]``, contiguous, whose product with the token decides, through a sigmoid, how much counts."""
+        self._owned = (expert, record, gate)
+        self._struct = SharedStruct(
+            expert=expert.struct_address,
+            record=record.data_ptr(),
+            gate=None if gate is None else gate.data_ptr(),
+            hidden=hidden,
+            mode=MODES[mode],
+        )
+        self.struct_address = ctypes.addressof(self._struct)
+        self._native = library().om_add_shared
+
+    def add(self, x: Tensor, out: Tensor) -> None:
+        """Add it to `out`. x, out: of one token, contiguous, not checked."""
+        if self._native(self.struct_address, x.data_ptr(), out.data_ptr()):
+            raise MemoryError("No memory for the activations of a shared expert.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +49,7 @@ class RunLayer:
 
     step: LayerKernel
     experts: ExpertKernel
+    shared: SharedKernel | None = None
     first_key: int
     weight_scale: float = 1.0
     mode: Mode = "fast"
@@ -81,6 +104,7 @@ class RunKernel:
                 RunLayerStruct(
                     layer=layer.step.struct_address,
                     experts=layer.experts.struct_address,
+                    shared=None if layer.shared is None else layer.shared.struct_address,
                     first_key=layer.first_key,
                     weight_scale=layer.weight_scale,
                     mode=MODES[layer.mode],
@@ -100,7 +124,8 @@ class RunKernel:
     def step(self, token: RunToken, slots: "array[int]", records: "array[int]", first: int) -> int:
         """Take the token through the layers from `first` on. Returns how many of all are done.
 
-        One that is not lacks its experts only: set x to residual + experts(normed) and go on behind it.
+        One that is not lacks its experts only: set x to residual + experts(normed), and a shared expert's share, and go
+        on behind it.
         slots: by key (int32), -1 where not resident. records: addresses by slot (uint64).
         """
         residents = ResidentsStruct(slots.buffer_info()[0], records.buffer_info()[0])

@@ -65,12 +65,23 @@ class LayerStruct(ctypes.Structure):
     )
 
 
+class SharedStruct(ctypes.Structure):
+    """`om_shared`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("expert", "record", "gate")),
+        ("hidden", ctypes.c_int64),
+        ("mode", ctypes.c_int32),
+    )
+
+
 class RunLayerStruct(ctypes.Structure):
     """`om_run_layer`."""
 
     _fields_ = (
         ("layer", ctypes.c_void_p),
         ("experts", ctypes.c_void_p),
+        ("shared", ctypes.c_void_p),
         ("first_key", ctypes.c_int64),
         ("weight_scale", ctypes.c_float),
         ("mode", ctypes.c_int32),

@@ -3,7 +3,8 @@
     residual = x + attention(norm(x));  residual + block(norm(residual))
 
 is what a layer of most families does. Where the block is a router and experts, the router is part of the first call;
-any other block is called as it is. The same kernels as before run in the same order: the same bits.
+any other block is called as it is. The same kernels as before run in the same order: the same bits, but for the gate
+of a shared expert.
 
 Layers of the first kind in a row are one call, as long as their experts are resident: see `run.py`.
 
@@ -21,10 +22,10 @@ from torch import Tensor, nn
 from offload_moe import kernels
 from offload_moe.hooks import have_only_onlookers, hooks_of
 from offload_moe.lean.attention import DecodeAttention
+from offload_moe.lean.block import plain_block
 from offload_moe.lean.cache import Room, give_room
 from offload_moe.lean.norm import FusedRMSNorm
-from offload_moe.lean.probe import REFUSALS, probes, structure
-from offload_moe.lean.router import StepRouter
+from offload_moe.lean.probe import REFUSALS, agree, probes, structure
 from offload_moe.lean.run import LayerRun, Rotary, can_run
 from offload_moe.lean.shorten import position_embeddings, probe_cache, probe_positions
 from offload_moe.moe.attach import BoundExperts
@@ -50,18 +51,17 @@ class LayerStep:
         self._layer_forward = layer.forward
         self._rotary = attention.rotary
         self._block = block
-        self.router, self.experts = _router_and_experts(block)
-        self.route: StepRouter | None = None if self.router is None else _forward(self.router)
-        self.kernel = kernels.LayerKernel(
-            (_norm_kernel(first), _norm_kernel(self._norm)),
-            self.attention.kernel,
-            None if self.route is None else self.route.kernel,
-        )
+        self.plain = plain = plain_block(block)
+        router = None if plain is None else plain.route.kernel
+        norms = (_norm_kernel(first), _norm_kernel(self._norm))
+        self.kernel = kernels.LayerKernel(norms, self.attention.kernel, router)
         # What is not called must not be watched, but by those who are told: keepers of residuals, a router's onlookers.
         self._hooks = hooks_of([first, attentions[0]])
         self._hooks += [self._norm._forward_hooks, self._norm._forward_pre_hooks_with_kwargs]
-        if self.router is not None:
-            self._hooks += [*hooks_of([block]), self.router._forward_pre_hooks, self.router._forward_hooks_with_kwargs]
+        if plain is not None:
+            others = [module for module in block.children() if module not in (plain.router, plain.experts)]
+            self._hooks += [*hooks_of([block, *others])]
+            self._hooks += [plain.router._forward_pre_hooks, plain.router._forward_hooks_with_kwargs]
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not args and hidden_states.shape[1] == 1:
@@ -76,7 +76,7 @@ class LayerStep:
         return (
             not any(self._hooks)
             and (not keepers or all(isinstance(hook, ResidualKeeper) for hook in keepers.values()))
-            and (self.router is None or have_only_onlookers([self.router._forward_hooks]))
+            and (self.plain is None or have_only_onlookers([self.plain.router._forward_hooks]))
             and self.attention.fits(hidden_states, cache)
         )
 
@@ -107,18 +107,18 @@ class LayerStep:
 
     def _step(self, x: Tensor, rotary: Rotary, room: Room) -> Tensor:
         residual, normed = torch.empty_like(x), torch.empty_like(x)
-        routed = None if self.route is None else self.route.empty()
+        plain = self.plain
+        routed = None if plain is None else plain.route.empty()
         (cos, signed_sin), (keys, values, length) = rotary, room
         self.kernel.step(x, cos, signed_sin, keys, values, length, residual, normed, routed)
         for keeper in self._norm._forward_pre_hooks.values():
             keeper(self._norm, (residual,))
-        if routed is None:
+        if plain is None or routed is None:
             out = self._block(normed)
             return residual + (out[0] if isinstance(out, tuple) else out)
-        rows = normed[0]
-        for onlooker in self.router._forward_hooks.values():
-            onlooker(self.router, (rows,), routed)
-        return residual + self.experts(rows, routed[2], routed[1])
+        for onlooker in plain.router._forward_hooks.values():
+            onlooker(plain.router, (), routed)
+        return residual + plain.compute(normed[0], routed)
 
     @property
     def is_kept(self) -> bool:
@@ -127,7 +127,7 @@ class LayerStep:
 
 
 def shorten_layers(model: nn.Module, hierarchy: Hierarchy | None) -> int:
-    """Give every decoder layer that is recognized the short decode step. Returns how many. The same bits."""
+    """Give every decoder layer that is recognized the short decode step. Returns how many."""
     embeddings = position_embeddings(model, probe_positions(model))
     if embeddings is None:
         return 0
@@ -171,18 +171,13 @@ def _norm_kernel(module: nn.Module) -> kernels.NormKernel:
     return norm.kernel
 
 
-def _router_and_experts(block: nn.Module) -> tuple[Any, Any]:
-    """The two children of a block that has no others; None, None where it is of another kind."""
-    children = list(block.children())
-    routers = [child for child in children if isinstance(_forward(child), StepRouter)]
-    experts = [child for child in children if isinstance(_forward(child), BoundExperts)]
-    is_plain = len(children) == 2 and len(routers) == len(experts) == 1
-    return (routers[0], experts[0]) if is_plain else (None, None)
-
-
 @torch.inference_mode()
 def _steps_alike(layer: Any, step: LayerStep, embeddings: Rotary) -> bool:
-    """Whether step and layer give the same bits, here and in the cache. No expert is read: others stand in for them."""
+    """Whether step and layer give the same, here and in the cache. No expert is read: others stand in for them.
+
+    The same bits, unless a shared expert's gate is computed in another order of additions.
+    """
+    is_exact = step.plain is None or step.plain.shared is None
     cos, sin = (part[1:] for part in embeddings)
     stand_ins = [module for module in layer.modules() if isinstance(_forward(module), BoundExperts)]
     bound = [module.forward for module in stand_ins]
@@ -198,7 +193,7 @@ def _steps_alike(layer: Any, step: LayerStep, embeddings: Rotary) -> bool:
                 out = forward(hidden, position_embeddings=(cos, sin), **settings)
                 results.append([out, cache.layers[-1].keys, cache.layers[-1].values])
             pairs = zip(*results, strict=True)
-            if not all(isinstance(theirs, Tensor) and torch.equal(ours, theirs) for theirs, ours in pairs):
+            if not all(isinstance(theirs, Tensor) and agree(ours, theirs, is_exact=is_exact) for theirs, ours in pairs):
                 return False
     except REFUSALS:
         return False

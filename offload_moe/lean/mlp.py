@@ -30,7 +30,7 @@ class FusedMLP(nn.Module):
     def __init__(self, gate: QuantLinear, up: QuantLinear, down: QuantLinear, activation: Activation) -> None:
         """The three records are copied into one, bit by bit."""
         super().__init__()
-        codec, self._mode = gate.codec, gate.mode
+        codec, self.mode = gate.codec, gate.mode
         self.hidden_size = gate.in_features
         shape = ExpertShape(
             matrices=(
@@ -39,7 +39,7 @@ class FusedMLP(nn.Module):
             )
         )
         self.register_buffer("record", _join(codec, shape, gate, up, down), persistent=False)
-        self._kernel = kernels.ExpertKernel(
+        self.kernel = kernels.ExpertKernel(
             codec.name, shape, codec.layout(shape), activation=activation.name, has_gate=True
         )
 
@@ -50,7 +50,7 @@ class FusedMLP(nn.Module):
             rows = rows.float()
         num_tokens, out = rows.shape[0], torch.empty_like(rows)
         tokens = list(range(num_tokens))
-        self._kernel.forward(rows, [self.record], [0, num_tokens], tokens, [1.0] * num_tokens, out, mode=self._mode)
+        self.kernel.forward(rows, [self.record], [0, num_tokens], tokens, [1.0] * num_tokens, out, mode=self.mode)
         return out.to(x.dtype).view(x.shape)
 
 

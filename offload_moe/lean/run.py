@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from offload_moe import kernels
 from offload_moe.hooks import have_only_onlookers, hooks_of
+from offload_moe.lean.block import PlainBlock
 from offload_moe.lean.cache import Room
-from offload_moe.lean.router import StepRouter
+from offload_moe.lean.router import Routed
 from offload_moe.lean.step import AttentionStep
 from offload_moe.moe.attach import BoundExperts
 from offload_moe.moe.native import NativeArithmetic
@@ -32,9 +33,7 @@ class Step(Protocol):
 
     layer: nn.Module
     attention: AttentionStep
-    router: Any
-    route: StepRouter | None
-    experts: Any
+    plain: PlainBlock | None
     kernel: kernels.LayerKernel
 
     @property
@@ -65,14 +64,14 @@ class LayerRun:
         self._steps = steps
         self._arena = hierarchy.arena
         self._scheduler = hierarchy.scheduler
-        self._bound: list[BoundExperts] = [step.experts.forward for step in steps]
+        self._blocks = [cast(PlainBlock, step.plain) for step in steps]
+        self._bound = [block.bound for block in self._blocks]
         self._is_chain = False  # until a token has shown it
         self._seen: _Seen | None = None
         self._passed: tuple[Tensor | None, int] = (None, 0)  # what the last run gave, and how many layers know
         self._layer_hooks = hooks_of(step.layer for step in steps)
-        self._expert_hooks = hooks_of(step.experts for step in steps)
-        route = steps[0].route
-        assert route is not None
+        self._expert_hooks = hooks_of(block.experts for block in self._blocks)
+        route = self._blocks[0].route
         self._num_experts, self._top_k = route.num_experts, route.top_k
         self._kernel = kernels.RunKernel(
             [_run_layer(step, hierarchy.pools.num_experts) for step in steps],
@@ -147,12 +146,12 @@ class LayerRun:
 
     def _acquire(self, token: kernels.RunToken, at: int) -> None:
         """The experts of a layer that are not all resident."""
-        step, row = self._steps[at], slice(at, at + 1)
+        step = self._steps[at]
         for onlooker in step.layer._forward_pre_hooks.values():
             onlooker(step.layer, ())
         self._tell_router(token, at)
-        out = step.experts(token.normed.view(1, -1), token.ids[row], token.weights[row])
-        torch.add(token.residual, out.view_as(token.residual), out=token.x)
+        out = self._blocks[at].compute(token.normed[0], self._routed(token, at))
+        torch.add(token.residual[0], out, out=token.x[0])
 
     def _tell(self, token: kernels.RunToken, first: int, end: int, began: float) -> None:
         """Routers' onlookers and the recorder are told what happened meanwhile."""
@@ -161,31 +160,38 @@ class LayerRun:
         for at in range(first, end):
             self._tell_router(token, at)
             if recorder is not None:
-                row, (begin, ended) = slice(at, at + 1), times[at]
-                recorder.ran(self._bound[at].layer, token.ids[row], token.weights[row], began + begin, began + ended)
+                (begin, ended), (_, weights, ids) = times[at], self._routed(token, at)
+                recorder.ran(self._bound[at].layer, ids, weights, began + begin, began + ended)
 
     def _tell_router(self, token: kernels.RunToken, at: int) -> None:
-        step, row = self._steps[at], slice(at, at + 1)
-        for onlooker in step.router._forward_hooks.values():
-            onlooker(step.router, (), (token.logits[row], token.weights[row], token.ids[row]))
+        router = self._blocks[at].router
+        for onlooker in router._forward_hooks.values():
+            onlooker(router, (), self._routed(token, at))
+
+    @staticmethod
+    def _routed(token: kernels.RunToken, at: int) -> Routed:
+        row = slice(at, at + 1)
+        return token.logits[row], token.weights[row], token.ids[row]
 
 
 def can_run(hierarchy: Hierarchy, step: Any) -> bool:
     """Whether this is a `Step` whose experts are computed by the native kernels out of the RAM arena."""
-    if getattr(step, "route", None) is None or hierarchy.num_slots("vram"):
+    plain: PlainBlock | None = getattr(step, "plain", None)
+    if plain is None or hierarchy.num_slots("vram"):
         return False
-    bound = step.experts.forward
+    bound = plain.bound
     return type(bound) is BoundExperts and isinstance(bound.arithmetic, NativeArithmetic)
 
 
 def _run_layer(step: Step, num_experts: int) -> kernels.RunLayer:
-    bound: BoundExperts = step.experts.forward
-    arithmetic = bound.arithmetic
+    block = cast(PlainBlock, step.plain)
+    arithmetic = block.bound.arithmetic
     assert isinstance(arithmetic, NativeArithmetic)
     return kernels.RunLayer(
         step=step.kernel,
         experts=arithmetic.kernel,
-        first_key=bound.layer * num_experts,
+        shared=block.shared,
+        first_key=block.bound.layer * num_experts,
         weight_scale=arithmetic.pair_scale,
         mode=arithmetic.mode,
     )

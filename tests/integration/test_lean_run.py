@@ -22,7 +22,13 @@ from offload_moe.quantize import quantize
 from offload_moe.schedule.scheduler import Scheduler
 
 pytestmark = needs_kernels
-FAMILIES = ("mixtral", "qwen3_moe")
+FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe")
+SHARED = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+}
 NUM_PROMPT, NUM_NEW, NUM_LAYERS = 9, 12, 3
 INT8_ROUNDING = 5e-2  # see test_lean
 
@@ -31,7 +37,9 @@ INT8_ROUNDING = 5e-2  # see test_lean
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("stores")
     for family in FAMILIES:
-        tiny_model(family).to(torch.bfloat16).save_pretrained(root / family)
+        tiny_model(family, **(SHARED if family == "qwen2_moe" else {})).to(torch.bfloat16).save_pretrained(
+            root / family
+        )
     return {family: quantize(root / family, root / f"{family}-nf4", codec="nf4") for family in FAMILIES}
 
 
@@ -94,7 +102,7 @@ def uses(model: Model) -> Counter[int]:
     return Counter({key: int(count) for key, count in model._hierarchy.scheduler.uses.counts.items()})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_a_run_gives_the_bits_and_the_counts_of_its_layers(
     family: str, stores: dict[str, Path], num_runs: list[int], layer_by_layer: pytest.MonkeyPatch
 ) -> None:
@@ -114,11 +122,14 @@ def test_a_run_gives_the_bits_and_the_counts_of_its_layers(
 
 
 @pytest.mark.parametrize("num_slots", [1, 4, 12])
-def test_what_is_missing_is_acquired_in_between(num_slots: int, stores: dict[str, Path], num_runs: list[int]) -> None:
-    with open_model(stores["qwen3_moe"]) as model:
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
+def test_what_is_missing_is_acquired_in_between(
+    family: str, num_slots: int, stores: dict[str, Path], num_runs: list[int]
+) -> None:
+    with open_model(stores[family]) as model:
         expected = logits(model)
     num_runs.clear()
-    with open_model(stores["qwen3_moe"], num_slots, prefetch=0) as model:
+    with open_model(stores[family], num_slots, prefetch=0) as model:
         before = model.stats.copy()
         assert torch.equal(logits(model), expected)
         seen = model.stats.since(before)
@@ -142,9 +153,9 @@ def test_no_run_where_layers_are_looked_at(stores: dict[str, Path], num_runs: li
         assert distance < INT8_ROUNDING  # modules that are looked at compute by themselves
 
 
-@pytest.mark.parametrize("part", ["layer", "attention", "norm", "router", "block", "experts"])
+@pytest.mark.parametrize("part", ["layer", "attention", "norm", "router", "block", "experts", "shared", "gate"])
 def test_a_stranger_s_hook_is_called(part: str, stores: dict[str, Path], num_runs: list[int]) -> None:
-    with open_model(stores["qwen3_moe"]) as model:
+    with open_model(stores["qwen2_moe"]) as model:
         logits(model)
         num_runs.clear()
         layer = model.hf.model.layers[1]
@@ -156,6 +167,8 @@ def test_a_stranger_s_hook_is_called(part: str, stores: dict[str, Path], num_run
             "router": block.gate,
             "block": block,
             "experts": block.experts,
+            "shared": block.shared_expert,
+            "gate": block.shared_expert_gate,
         }
         calls: list[int] = []
         handle = modules[part].register_forward_hook(lambda *_: calls.append(1))

@@ -102,6 +102,20 @@ def test_a_layer_without_a_router_leaves_it_to_the_caller() -> None:
     assert torch.equal(got[1], normed)
 
 
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_a_shared_expert_is_added_as_much_as_its_gate_says(has_gate: bool) -> None:
+    experts, x = make_experts("int8", HIDDEN, 64, count=1, has_bias=False), one_token()
+    kernel = kernels.ExpertKernel("int8", experts.shape, experts.layout, activation="silu")
+    gate = torch.randn(HIDDEN) * 0.2 if has_gate else None
+    out, alone = torch.ones(1, HIDDEN), torch.empty(1, HIDDEN)
+    kernel.forward_token(x, [experts.records[0].data_ptr()], [1.0], alone)
+    kernels.SharedKernel(kernel, experts.records[0], gate, hidden=HIDDEN, mode="fast").add(x, out)
+    share = 1.0 if gate is None else (gate.double() @ x[0].double()).sigmoid().item()
+    assert alone.norm() > 0.1
+    assert gate is None or 0.1 < share < 0.9
+    assert torch.allclose(out, 1 + share * alone, rtol=1e-5, atol=1e-6)
+
+
 class Run:
     """A row of layers whose experts lie in slots in reverse order."""
 

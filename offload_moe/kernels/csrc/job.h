@@ -53,6 +53,7 @@ typedef struct om_attention om_attention;
 typedef struct om_router om_router;
 typedef struct om_layer om_layer;
 typedef struct om_moe_layer om_moe_layer;
+typedef struct om_shared om_shared;
 void om_rms_norm(const float *values, const float *weight, int64_t length, float epsilon, float *result);
 int om_attention_step(const om_attention *attention, const float *x, const float *cos, const float *signed_sin, float *keys,
                       float *values, int64_t capacity, int64_t length, float *out);
@@ -62,5 +63,6 @@ int om_layer_step(const om_layer *layer, const float *x, const float *cos, const
 int om_moe_forward(const om_moe_layer *layer, const void *x, int64_t num_tokens, int32_t x_dtype, const uint8_t *const *records,
                    const int32_t *offsets, const int32_t *token_ids, const int32_t *out_ids, const float *pair_weights,
                    int64_t num_experts, void *out, int32_t out_dtype, int32_t accumulate, int32_t mode);
+int om_add_shared(const om_shared *shared, const float *x, float *out);
 
 #endif

@@ -10,6 +10,7 @@
 typedef struct {
     const om_layer *layer; /* with a router */
     const om_moe_layer *experts;
+    const om_shared *shared; /* NULL where there is none */
     int64_t first_key; /* of the layer's experts in `slots` */
     float weight_scale;
     int32_t mode;
@@ -74,7 +75,7 @@ static int run_experts(const om_run *run, const om_run_token *token, int64_t at,
 }
 
 /* x goes through the layers from `first` on. Returns how many of all are done; one that is not done lacks its experts only:
- * the caller sets x to residual + experts(normed) and goes on behind it. Or -1 when memory is short. */
+ * the caller sets x to residual + experts(normed) (+ shared) and goes on behind it. Or -1 when memory is short. */
 OM_EXPORT int64_t om_run_step(const om_run *run, const om_run_token *token, const om_residents *residents, int64_t first) {
     const double began = seconds();
     for (int64_t at = first; at < run->num_layers; at++) {
@@ -88,6 +89,7 @@ OM_EXPORT int64_t om_run_step(const om_run *run, const om_run_token *token, cons
         if (!gather(run, token, at, residents, records, weights)) return at;
         if (token->times != NULL) token->times[2 * at] = seconds() - began;
         if (run_experts(run, token, at, records, weights) != 0) return -1;
+        if (run->layers[at].shared != NULL && om_add_shared(run->layers[at].shared, token->normed, token->x) != 0) return -1;
         for (int64_t i = 0; i < run->hidden; i++) token->x[i] += token->residual[i];
         if (token->times != NULL) token->times[2 * at + 1] = seconds() - began;
     }
