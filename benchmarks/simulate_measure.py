@@ -9,17 +9,11 @@ from typing import Any
 
 import torch
 
-from offload_moe import kernels
-from offload_moe.assemble import Assembled, assemble, dense_codec_in_memory, load_tokenizer
+from offload_moe import kernels, load
 from offload_moe.generate import stream_tokens
-from offload_moe.lean import make_lean
-from offload_moe.model import Model, attach_experts
-from offload_moe.schedule.hierarchy import Hierarchy, Pools
+from offload_moe.model import Model
 from offload_moe.store import Store
-from offload_moe.tiers.disk import DiskMover
 from offload_moe.trace import save_trace
-
-CPU = torch.device("cpu")
 
 
 def measure(
@@ -42,11 +36,12 @@ def measure(
     store = Store.open(folder)
     num_all = len(store.layers) * store.num_experts
     answer_all = {"num_answers": num_answers, "num_warm_up": num_warm_up, "tokens": tokens, "prompt": prompt_tokens}
-    assembled = prepare(store)
-    model = build(store, assembled, num_all)
-    answers(model, **answer_all)  # so that the recorded run finds everything resident
-    recorded = answers(model, **answer_all, trace_file=trace_file)
-    model.close()
+    context = prompt_tokens + tokens + 1
+    counts = {share: max(1, round(share * num_all)) for share in shares}
+    budgets = dict(zip(shares, bytes_of(folder, list(counts.values()), context), strict=True))
+    with open_model(folder, num_all, bytes_of(folder, [num_all], context)[0], context) as model:
+        answers(model, **answer_all)  # so that the recorded run finds everything resident
+        recorded = answers(model, **answer_all, trace_file=trace_file)
     document: dict[str, Any] = {
         "num_layers": len(store.layers),
         "num_experts": store.num_experts,
@@ -56,37 +51,25 @@ def measure(
     }
     for trial in range(num_trials):
         for share in (*shares[trial % len(shares) :], *shares[: trial % len(shares)]):
-            num_slots = max(1, round(share * num_all))
-            model = build(store, assembled, num_slots)
-            result = {"num_slots": num_slots, **answers(model, **answer_all)}
-            model.close()
+            with open_model(folder, counts[share], budgets[share], context) as model:
+                result = {"num_slots": counts[share], **answers(model, **answer_all)}
             document["budgets"][str(share)].append(result)
             print(folder.name, share, result, file=sys.stderr, flush=True)
         result_file.write_text(json.dumps(document))  # whatever happens to the trials that follow
     return document
 
 
-def prepare(store: Store) -> Assembled:
-    """The model without its experts, which every budget shares."""
-    assembled = assemble(store, CPU, torch.float32, dense_codec=dense_codec_in_memory(store, None, CPU))
-    make_lean(assembled.hf, is_exact=False)
-    assembled.hf.generation_config.eos_token_id = None
-    return assembled
+def bytes_of(folder: Path, num_slots: Sequence[int], context: int) -> list[int]:
+    """The RAM budgets that give so many slots."""
+    with load(folder, context=context, prefetch=0) as model:
+        return [model.placement.ram.bytes_with(count) for count in num_slots]
 
 
-def build(store: Store, assembled: Assembled, num_slots: int) -> Model:
-    """As `load` does it, for so many slots."""
-    pools = Pools(
-        num_layers=len(store.layers),
-        num_experts=store.num_experts,
-        slot_bytes=max(layer.record_bytes for layer in store.layers),
-        num_ram_slots=num_slots,
-    )
-    hierarchy = Hierarchy(
-        pools, lambda arena: DiskMover(arena, lambda key: store.record(*divmod(key, store.num_experts)))
-    )
-    attach_experts(assembled, store, hierarchy, CPU, dtype=torch.float32, is_exact=False, prefetch=0)
-    return Model(store, assembled, load_tokenizer(store), hierarchy)
+def open_model(folder: Path, num_slots: int, ram: int, context: int) -> Model:
+    model = load(folder, ram=ram, context=context, prefetch=0)
+    assert model._hierarchy.num_slots("ram") == num_slots
+    model.hf.generation_config.eos_token_id = None
+    return model
 
 
 def answers(

@@ -7,6 +7,7 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class RunToken:
     """What one token needs and leaves: hidden states of one token ``[H]``, and what every router said.
 
     logits ``[L, E]``, weights ``[L, K]`` fp32, ids ``[L, K]`` int64. times ``[L, 2]`` fp64: seconds since the call when
-    a layer's experts began and ended.
+    a layer's experts began and ended. guesses ``[L, A, K]``: what the A next layers' routers said to its residual.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class RunToken:
         *,
         num_experts: int,
         top_k: int,
+        num_ahead: int = 0,
     ) -> None:
         """x: fp32 of one token, contiguous, overwritten. rotary: cos and signed sin.
 
@@ -80,15 +82,23 @@ class RunToken:
         self.logits, self.weights = torch.empty(num_layers, num_experts), torch.empty(num_layers, top_k)
         self.ids = torch.empty(num_layers, top_k, dtype=torch.int64)
         self.times = torch.zeros(num_layers, 2, dtype=torch.float64)
+        self.guesses = torch.empty(num_layers, num_ahead, top_k, dtype=torch.int64)
+        guess_space = torch.empty(x.numel() + num_experts + top_k)
         keys = array("Q", [room[0].data_ptr() for room in rooms])
         values = array("Q", [room[1].data_ptr() for room in rooms])
         capacities = array("q", [room[0].shape[2] for room in rooms])
         lengths = array("q", [room[2] for room in rooms])
-        self._owned = (rooms, rotary, keys, values, capacities, lengths)
+        self._owned = (rooms, rotary, keys, values, capacities, lengths, guess_space)
         tensors = (*rotary, x, self.residual, self.normed, self.logits, self.weights, self.ids, self.times)
         cos, signed_sin, *rest = (tensor.data_ptr() for tensor in tensors)
         arrays = (part.buffer_info()[0] for part in (keys, values, capacities, lengths))
-        self.struct = RunTokenStruct(cos, signed_sin, *arrays, *rest)
+        guesses = (self.guesses.data_ptr(), guess_space.data_ptr())
+        self.struct = RunTokenStruct(cos, signed_sin, *arrays, *rest, num_ahead, *guesses)
+
+    @cached_property
+    def routed(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Logits ``[1, E]``, weights and ids ``[1, K]`` of each layer."""
+        return list(zip(self.logits.split(1), self.weights.split(1), self.ids.split(1), strict=True))
 
 
 class RunKernel:
@@ -124,9 +134,9 @@ class RunKernel:
     def step(self, token: RunToken, slots: "array[int]", records: "array[int]", first: int) -> int:
         """Take the token through the layers from `first` on. Returns how many of all are done.
 
-        One that is not lacks its experts only: set x to residual + experts(normed), and a shared expert's share, and go
-        on behind it.
-        slots: by key (int32), -1 where not resident. records: addresses by slot (uint64).
+        One that is not, for want of an expert of its own or of one that was guessed, lacks its experts only: set x to
+        residual + experts(normed), and a shared expert's share, and go on behind it.
+        slots: as `Residency.table` has them. records: addresses by slot (uint64).
         """
         residents = ResidentsStruct(slots.buffer_info()[0], records.buffer_info()[0])
         structs = (ctypes.addressof(struct) for struct in (self._struct, token.struct, residents))

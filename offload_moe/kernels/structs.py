@@ -103,6 +103,8 @@ class RunTokenStruct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("cos", "signed_sin", "keys", "values", "capacities", "lengths")),
         *((name, ctypes.c_void_p) for name in ("x", "residual", "normed", "logits", "weights", "ids", "times")),
+        ("num_ahead", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("guesses", "guess_space")),
     )
 
 

@@ -111,8 +111,7 @@ class LayerStep:
         routed = None if plain is None else plain.route.empty()
         (cos, signed_sin), (keys, values, length) = rotary, room
         self.kernel.step(x, cos, signed_sin, keys, values, length, residual, normed, routed)
-        for keeper in self._norm._forward_pre_hooks.values():
-            keeper(self._norm, (residual,))
+        self.keep(residual)
         if plain is None or routed is None:
             out = self._block(normed)
             return residual + (out[0] if isinstance(out, tuple) else out)
@@ -121,9 +120,14 @@ class LayerStep:
         return residual + plain.compute(normed[0], routed)
 
     @property
-    def is_kept(self) -> bool:
-        """Whether somebody wants to know the layer's residual."""
-        return bool(self._norm._forward_pre_hooks)
+    def num_keepers(self) -> int:
+        """How many want to know the layer's residual."""
+        return len(self._norm._forward_pre_hooks)
+
+    def keep(self, residual: Tensor) -> None:
+        """Tell them."""
+        for keeper in self._norm._forward_pre_hooks.values():
+            keeper(self._norm, (residual,))
 
 
 def shorten_layers(model: nn.Module, hierarchy: Hierarchy | None) -> int:

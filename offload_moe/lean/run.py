@@ -2,7 +2,7 @@
 
 A token streams so many bytes of weights through the caches that whatever Python does between two kernel calls finds its
 code and data in none: about half a millisecond per layer. A run is called once per token. The call returns at a layer
-that lacks an expert, which is then acquired as usual, and goes on behind it.
+that lacks an expert, or whose guess for the next layers does, which is then done as usual, and goes on behind it.
 
 While a run is under way the whole pool is leased. What it used is accounted for afterwards, layer by layer.
 """
@@ -19,7 +19,6 @@ from offload_moe import kernels
 from offload_moe.hooks import have_only_onlookers, hooks_of
 from offload_moe.lean.block import PlainBlock
 from offload_moe.lean.cache import Room
-from offload_moe.lean.router import Routed
 from offload_moe.lean.step import AttentionStep
 from offload_moe.moe.attach import BoundExperts
 from offload_moe.moe.native import NativeArithmetic
@@ -37,7 +36,9 @@ class Step(Protocol):
     kernel: kernels.LayerKernel
 
     @property
-    def is_kept(self) -> bool: ...
+    def num_keepers(self) -> int: ...
+
+    def keep(self, residual: Tensor) -> None: ...
 
     def fits(self, hidden_states: Tensor, cache: Any) -> bool: ...
 
@@ -110,47 +111,62 @@ class LayerRun:
         self._seen = _Seen(num_layers, result, result.clone(), settings) if is_on else None
 
     def fits(self, hidden_states: Tensor, cache: Any) -> bool:
-        """Whether all layers can be done at once: nobody looks in between, guesses ahead, or waits for a module."""
-        recorder = self._bound[0].recorder
+        """Whether all layers can be done at once: nobody looks in between, or waits for a module.
+
+        Lookahead goes along where the run may ask the routers for it.
+        """
+        recorder, lookahead = self._bound[0].recorder, self._bound[0].lookahead
         return (
             self._is_chain
-            and all(bound.lookahead is None and bound.recorder is recorder for bound in self._bound)
+            and all(bound.lookahead is lookahead and bound.recorder is recorder for bound in self._bound)
             and not any(self._expert_hooks)
             and have_only_onlookers(self._layer_hooks)
-            and not any(step.is_kept for step in self._steps)
+            and all(step.num_keepers == (lookahead is not None) for step in self._steps)
             and all(step.fits(hidden_states, cache) and step.attention.can_extend(cache) for step in self._steps)
+            and (self._num_ahead() == 0 or lookahead is None or lookahead.can_be_run(len(self._steps)))
         )
 
     def __call__(self, hidden_states: Tensor, rotary: Rotary, cache: Any) -> Tensor:
         """``[1, 1, H]`` -> ``[1, 1, H]``."""
         rooms = [cast(Room, step.attention.extend(cache)) for step in self._steps]
         x = hidden_states.clone(memory_format=torch.contiguous_format)
-        token = kernels.RunToken(x, rooms, rotary, num_experts=self._num_experts, top_k=self._top_k)
-        num_done, num_layers = 0, len(self._steps)
-        while (num_done := self._advance(token, num_done)) < num_layers:
-            self._acquire(token, num_done)
-            num_done += 1
+        shape = {"num_experts": self._num_experts, "top_k": self._top_k, "num_ahead": self._num_ahead()}
+        token = kernels.RunToken(x, rooms, rotary, **shape)
+        at, num_layers = 0, len(self._steps)
+        while at < num_layers:
+            at = self._advance(token, at)
+            if at < num_layers:
+                self._acquire(token, at)
+                at += 1
         self._passed = (x, 1) if num_layers > 1 else (None, 0)
         return x
 
     def _advance(self, token: kernels.RunToken, first: int) -> int:
-        """Through the layers from `first` on whose experts are resident. Returns how many of all are done."""
-        began, num_done = time.perf_counter(), first
+        """Through the layers from `first` on where nothing is missing. Returns how many of all are done."""
+        began, chosen = time.perf_counter(), []
         slots = self._scheduler.hold_pool()
         try:
             num_done = self._kernel.step(token, slots, self._arena.addresses, first)
+            chosen = token.ids[first:num_done].tolist()
         finally:
-            self._scheduler.let_go_pool(self._bound[0].layer + first, token.ids[first:num_done].tolist())
+            self._scheduler.let_go_pool(self._bound[first].layer, chosen)
+        lookahead = self._bound[0].lookahead
+        if lookahead is not None:
+            for at, experts in enumerate(chosen, first):
+                lookahead.passed(self._bound[at].layer, experts, self._guesses(token, at))
         self._tell(token, first, num_done, began)
         return num_done
 
     def _acquire(self, token: kernels.RunToken, at: int) -> None:
-        """The experts of a layer that are not all resident."""
-        step = self._steps[at]
+        """The experts of a layer where something is missing."""
+        step, bound = self._steps[at], self._bound[at]
         for onlooker in step.layer._forward_pre_hooks.values():
             onlooker(step.layer, ())
         self._tell_router(token, at)
-        out = self._blocks[at].compute(token.normed[0], self._routed(token, at))
+        if bound.lookahead is not None:
+            step.keep(token.residual)
+            bound.lookahead.foretell(bound.layer, self._guesses(token, at))
+        out = self._blocks[at].compute(token.normed[0], token.routed[at])
         torch.add(token.residual[0], out, out=token.x[0])
 
     def _tell(self, token: kernels.RunToken, first: int, end: int, began: float) -> None:
@@ -160,18 +176,21 @@ class LayerRun:
         for at in range(first, end):
             self._tell_router(token, at)
             if recorder is not None:
-                (begin, ended), (_, weights, ids) = times[at], self._routed(token, at)
+                (begin, ended), (_, weights, ids) = times[at], token.routed[at]
                 recorder.ran(self._bound[at].layer, ids, weights, began + begin, began + ended)
 
     def _tell_router(self, token: kernels.RunToken, at: int) -> None:
         router = self._blocks[at].router
         for onlooker in router._forward_hooks.values():
-            onlooker(router, (), self._routed(token, at))
+            onlooker(router, (), token.routed[at])
 
-    @staticmethod
-    def _routed(token: kernels.RunToken, at: int) -> Routed:
-        row = slice(at, at + 1)
-        return token.logits[row], token.weights[row], token.ids[row]
+    def _num_ahead(self) -> int:
+        lookahead = self._bound[0].lookahead
+        return 0 if lookahead is None else lookahead.num_ahead(self._bound[0].layer)
+
+    def _guesses(self, token: kernels.RunToken, at: int) -> list[list[int]]:
+        guesses: list[list[int]] = token.guesses[at].tolist()
+        return guesses[: len(self._steps) - 1 - at]
 
 
 def can_run(hierarchy: Hierarchy, step: Any) -> bool:

@@ -51,10 +51,11 @@ class Lookahead:
         self.governor = governor
         self.tallies = [LayerTally() for _ in probes]
         self._by_depth = [LayerTally() for _ in range(self._reach)]  # of what had to be fetched only
-        self._is_on = False
+        self._is_on = self._has_begun = False
         self._residuals: dict[int, Tensor] = {}
         self._guesses: dict[int, list[int]] = {}  # layer -> what was guessed one layer before
         self._fetched: dict[int, dict[int, list[int]]] = {}  # layer -> how many layers before -> guesses not there then
+        self._foretold: dict[int, Sequence[list[int]]] = {}  # layer -> what a run has asked the layers behind it
         self._trusted: dict[int, bool] = {}
         self._habits: CoOccurrence | None = None
         for layer, probe in enumerate(probes):
@@ -71,12 +72,7 @@ class Lookahead:
             self._forget_guesses()
             self._prefetch_for_chunk(layer, len(hidden), experts, num_experts_per_token)
             return
-        if self._habits is not None:
-            self._habits.learn(layer, experts)
-        if layer == 0:
-            self._is_on = self.governor.begin_token()
-            self._forget_guesses()
-        self._judge(layer, experts)
+        self._note(layer, experts)
         if not self._is_on:
             return
         if residual is not None and not self._is_trusted(layer, residual, hidden):
@@ -89,8 +85,52 @@ class Lookahead:
             if guessed:
                 self._fetch(layer, ahead, guessed, keep)
                 keep |= self._keys(ahead, guessed)
+        self._foretold.pop(layer, None)
+
+    def num_ahead(self, layer: int) -> int:
+        """How many layers are to be guessed from this one now. Asked of layer 0, a token begins."""
+        if layer == 0:
+            self._begin_token()
+        if not self._is_on:
+            return 0
+        return next((ahead for ahead in range(self._reach) if not self._is_worth_guessing(ahead + 1)), self._reach)
+
+    def can_be_run(self, num_layers: int) -> bool:
+        """Whether every layer's own router is a good guesser, as far as its norm goes, so that a run may ask it."""
+        is_whole = num_layers == len(self._probes) and self._habits is None
+        return is_whole and all(self._trusted.get(layer, False) for layer in range(num_layers))
+
+    def foretell(self, layer: int, guesses: Sequence[list[int]]) -> None:
+        """What `after_acquire` would ask the next layers' routers, one list per layer; it will not ask them itself."""
+        self._foretold[layer] = guesses
+
+    def passed(self, layer: int, experts: Sequence[int], guesses: Sequence[list[int]]) -> None:
+        """`after_acquire` of a layer in a run where everything was there, its experts and what was guessed."""
+        self._note(layer, experts)
+        for depth, guessed in enumerate(guesses, 1):
+            if depth == 1:
+                self._guesses[layer + 1] = guessed
+            self._fetched.setdefault(layer + depth, {})[depth] = []
+
+    def _note(self, layer: int, experts: Sequence[int]) -> None:
+        """What a layer's router chose for one token."""
+        if self._habits is not None:
+            self._habits.learn(layer, experts)
+        if layer == 0:
+            self._begin_token()
+            self._has_begun = False
+            self._forget_guesses()
+        self._judge(layer, experts)
+
+    def _begin_token(self) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            self._is_on = self.governor.begin_token()
 
     def _guess(self, layer: int, ahead: int, residual: Tensor | None, experts: Sequence[int], k: int) -> list[int]:
+        foretold = self._foretold.get(layer, ())
+        if ahead - layer <= len(foretold):
+            return foretold[ahead - layer - 1]
         probe = self._probes[ahead]
         if residual is not None and probe is not None and self._trusted.get(ahead, True):
             return probe.predict(residual, k)

@@ -38,7 +38,7 @@ class Residency:
             raise ValueError(f"a pool needs at least one slot, got {num_slots}")
         self.policy = policy
         self.num_evictions = 0
-        self.table = array("i", [-1]) * num_keys  # by key: the slot where it is RESIDENT, else -1
+        self.table = array("i", [-1]) * num_keys  # by key: its slot if RESIDENT, -2 - its slot if LOADING, else -1
         self._num_pool_leases = 0
         self._slot_of: dict[int, int] = {}
         self._key_of = [-1] * num_slots
@@ -118,6 +118,8 @@ class Residency:
         self._slot_of[key] = slot
         self._key_of[slot] = key
         self._state[slot] = SlotState.LOADING
+        if self.table:
+            self.table[key] = -2 - slot
         return slot
 
     def loaded(self, slot: int) -> None:

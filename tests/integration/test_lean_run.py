@@ -18,6 +18,7 @@ from offload_moe.lean import layer as lean_layer
 from offload_moe.lean.layer import LayerStep
 from offload_moe.lean.run import LayerRun
 from offload_moe.model import Model
+from offload_moe.moe.lookahead import Lookahead
 from offload_moe.quantize import quantize
 from offload_moe.schedule.scheduler import Scheduler
 
@@ -139,6 +140,47 @@ def test_what_is_missing_is_acquired_in_between(
         residency = model._hierarchy.scheduler.residency
         assert not any(residency.num_leases(slot) for slot in range(residency.num_slots))
         assert residency._num_pool_leases == 0
+
+
+@pytest.mark.parametrize("num_slots", [4, 12, 18])
+def test_lookahead_goes_along(
+    num_slots: int,
+    stores: dict[str, Path],
+    num_runs: list[int],
+    layer_by_layer: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a run as layer by layer: the same guesses, judged alike, and the same tokens."""
+    seen, passed = [], []
+    note_passed = Lookahead.passed
+    monkeypatch.setattr(Lookahead, "passed", lambda *args: (passed.append(1), note_passed(*args)))
+    for _ in range(2):
+        with open_model(stores["qwen3_moe"], num_slots, prefetch=1) as model:
+            lookahead = model.layers[0].module._offload_moe.lookahead
+            lookahead.governor = AlwaysOn()
+            out = logits(model)
+            tallies = [(tally.num_guessed, tally.num_right) for tally in lookahead.tallies]
+            seen.append((out, tallies, lookahead.governor.num_tokens))
+        layer_by_layer.undo()
+    assert num_runs
+    assert passed or num_slots < 18
+    (expected, tallies, num_tokens), (got, in_run, num_in_run) = seen
+    assert torch.equal(got, expected)
+    assert in_run == tallies
+    assert all(num_guessed for num_guessed, _ in tallies[1:])
+    assert num_in_run == num_tokens == NUM_NEW - 1
+
+
+class AlwaysOn:
+    """A governor that does not govern."""
+
+    num_tokens = 0
+
+    def begin_token(self) -> bool:
+        self.num_tokens += 1
+        return True
+
+    def pause(self) -> None: ...
 
 
 def test_no_run_where_layers_are_looked_at(stores: dict[str, Path], num_runs: list[int]) -> None:

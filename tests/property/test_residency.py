@@ -133,7 +133,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             if entry:
                 assert self.residency.state(entry[0]) == (SlotState.LOADING if entry[1] else SlotState.RESIDENT)
                 assert self.residency.num_leases(entry[0]) == entry[2]
-            assert self.residency.table[key] == (entry[0] if entry and not entry[1] else -1)
+            assert self.residency.table[key] == (-1 if not entry else -2 - entry[0] if entry[1] else entry[0])
         assert sorted(self.residency.resident_keys()) == sorted(k for k, entry in self.model.items() if not entry[1])
 
 

@@ -119,7 +119,7 @@ def test_a_shared_expert_is_added_as_much_as_its_gate_says(has_gate: bool) -> No
 class Run:
     """A row of layers whose experts lie in slots in reverse order."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_ahead: int = 0) -> None:
         self.layers = [Layer(number) for number in range(NUM_LAYERS)]
         runs = [
             kernels.RunLayer(
@@ -132,7 +132,8 @@ class Run:
         self.records = array("Q", [record.data_ptr() for record in reversed(records)])
         self.slots = array("i", range(len(records) - 1, -1, -1))
         rooms = [(layer.keys, layer.values, LENGTH) for layer in self.layers]
-        self.token = kernels.RunToken(one_token(), rooms, rotary(), num_experts=NUM_EXPERTS, top_k=TOP_K)
+        shape = {"num_experts": NUM_EXPERTS, "top_k": TOP_K, "num_ahead": num_ahead}
+        self.token = kernels.RunToken(one_token(), rooms, rotary(), **shape)
 
     def step(self, first: int) -> int:
         return self.kernel.step(self.token, self.slots, self.records, first)
@@ -170,6 +171,29 @@ def test_a_run_stops_at_a_missing_expert_and_goes_on_behind_it() -> None:
     token.x.copy_(layer.add_experts(token.residual, token.normed, routed))
     assert run.step(2) == NUM_LAYERS
     assert torch.equal(token.x, whole.token.x)
+
+
+def test_a_run_asks_the_next_layers_and_stops_where_they_want_what_is_absent() -> None:
+    run = Run(num_ahead=2)
+    assert run.step(0) == NUM_LAYERS
+    token, x = run.token, one_token()
+    for number, layer in enumerate(run.layers):
+        residual, normed, routed = layer.separately(x, *rotary())
+        x = layer.add_experts(residual, normed, routed)
+        for ahead, other in enumerate(run.layers[number + 1 :]):
+            normed = torch.empty_like(residual)
+            other.norms[1].step(residual, normed)
+            said = torch.empty(1, NUM_EXPERTS), torch.empty(1, TOP_K), torch.empty(1, TOP_K, dtype=torch.int64)
+            other.router.step(normed, *said)
+            assert torch.equal(token.guesses[number, ahead], said[2][0])
+    assert torch.equal(token.x, x)
+    guessed = int(token.guesses[0, 0, 0])
+    run = Run(num_ahead=2)
+    run.slots[NUM_EXPERTS + guessed] = -1
+    assert run.step(0) == 0
+    run = Run(num_ahead=2)
+    run.slots[NUM_EXPERTS + guessed] = -7  # on its way: nothing to ask for, but not there when it is wanted
+    assert run.step(0) in {1, NUM_LAYERS}
 
 
 def test_a_run_takes_no_more_experts_than_it_has_room_for() -> None:

@@ -60,6 +60,7 @@ int om_attention_step(const om_attention *attention, const float *x, const float
 int om_router_step(const om_router *router, const float *x, float *logits, float *weights, int64_t *ids);
 int om_layer_step(const om_layer *layer, const float *x, const float *cos, const float *signed_sin, float *keys, float *values,
                   int64_t capacity, int64_t length, float *residual, float *normed, float *logits, float *weights, int64_t *ids);
+int om_layer_guess(const om_layer *layer, const float *residual, float *normed, float *logits, float *weights, int64_t *ids);
 int om_moe_forward(const om_moe_layer *layer, const void *x, int64_t num_tokens, int32_t x_dtype, const uint8_t *const *records,
                    const int32_t *offsets, const int32_t *token_ids, const int32_t *out_ids, const float *pair_weights,
                    int64_t num_experts, void *out, int32_t out_dtype, int32_t accumulate, int32_t mode);

@@ -22,3 +22,9 @@ OM_EXPORT int om_layer_step(const om_layer *layer, const float *x, const float *
     om_rms_norm(residual, layer->norms[1], layer->hidden, layer->epsilons[1], normed);
     return layer->router == NULL ? 0 : om_router_step(layer->router, normed, logits, weights, ids);
 }
+
+/* What the layer's router would choose were this another layer's residual[H] its own. The rest as `om_layer_step` has it. */
+int om_layer_guess(const om_layer *layer, const float *residual, float *normed, float *logits, float *weights, int64_t *ids) {
+    om_rms_norm(residual, layer->norms[1], layer->hidden, layer->epsilons[1], normed);
+    return om_router_step(layer->router, normed, logits, weights, ids);
+}

@@ -28,7 +28,10 @@ typedef struct {
     float *x, *residual, *normed;       /* [H] */
     float *logits, *weights;            /* [layers, E], [layers, K] */
     int64_t *ids;                       /* [layers, K] */
-    double *times; /* [layers, 2] or NULL: seconds since the call when the experts of a layer began and when they ended */
+    double *times;      /* [layers, 2]: seconds since the call when the experts of a layer began and when they ended */
+    int64_t num_ahead;  /* layers behind each one whose routers are asked ahead */
+    int64_t *guesses;   /* [layers, num_ahead, K]: what they say */
+    float *guess_space; /* [H + E + K] */
 } om_run_token;
 
 static double seconds(void) {
@@ -38,7 +41,7 @@ static double seconds(void) {
 }
 
 typedef struct {
-    const int32_t *slots;          /* by key; -1 where the expert is not resident */
+    const int32_t *slots;          /* by key: the slot where the expert is resident, -1 where it is absent, else on its way */
     const uint8_t *const *records; /* by slot */
 } om_residents;
 
@@ -64,6 +67,19 @@ static int gather(const om_run *run, const om_run_token *token, int64_t at, cons
     return 1;
 }
 
+/* Ask the routers of the layers behind. Returns whether all that they name is resident or on its way; -1 without memory. */
+static int guess(const om_run *run, const om_run_token *token, int64_t at, const om_residents *residents) {
+    float *normed = token->guess_space, *logits = normed + run->hidden, *weights = logits + run->num_experts;
+    int are_known = 1;
+    for (int64_t ahead = 0; ahead < token->num_ahead && at + 1 + ahead < run->num_layers; ahead++) {
+        const om_run_layer *layer = run->layers + at + 1 + ahead;
+        int64_t *ids = token->guesses + (at * token->num_ahead + ahead) * run->top_k;
+        if (om_layer_guess(layer->layer, token->residual, normed, logits, weights, ids) != 0) return -1;
+        for (int64_t k = 0; k < run->top_k; k++) are_known &= residents->slots[layer->first_key + ids[k]] != -1;
+    }
+    return are_known;
+}
+
 static int run_experts(const om_run *run, const om_run_token *token, int64_t at, const uint8_t *const *records,
                        const float *weights) {
     static const int32_t token_ids[MAX_TOP_K] = {0};
@@ -74,8 +90,9 @@ static int run_experts(const om_run *run, const om_run_token *token, int64_t at,
                           token->x, OM_F32, 0, layer->mode);
 }
 
-/* x goes through the layers from `first` on. Returns how many of all are done; one that is not done lacks its experts only:
- * the caller sets x to residual + experts(normed) (+ shared) and goes on behind it. Or -1 when memory is short. */
+/* x goes through the layers from `first` on. Returns how many of all are done; one that is not done lacks its experts only,
+ * because one of them is not resident or one that was guessed is absent: the caller sets x to residual + experts(normed) (+ shared)
+ * and goes on behind it. Or -1 when memory is short. */
 OM_EXPORT int64_t om_run_step(const om_run *run, const om_run_token *token, const om_residents *residents, int64_t first) {
     const double began = seconds();
     for (int64_t at = first; at < run->num_layers; at++) {
@@ -86,12 +103,14 @@ OM_EXPORT int64_t om_run_step(const om_run *run, const om_run_token *token, cons
                           token->logits + at * run->num_experts, token->weights + at * run->top_k,
                           token->ids + at * run->top_k) != 0)
             return -1;
-        if (!gather(run, token, at, residents, records, weights)) return at;
-        if (token->times != NULL) token->times[2 * at] = seconds() - began;
+        const int are_known = guess(run, token, at, residents);
+        if (are_known < 0) return -1;
+        if (!gather(run, token, at, residents, records, weights) || !are_known) return at;
+        token->times[2 * at] = seconds() - began;
         if (run_experts(run, token, at, records, weights) != 0) return -1;
         if (run->layers[at].shared != NULL && om_add_shared(run->layers[at].shared, token->normed, token->x) != 0) return -1;
         for (int64_t i = 0; i < run->hidden; i++) token->x[i] += token->residual[i];
-        if (token->times != NULL) token->times[2 * at + 1] = seconds() - began;
+        token->times[2 * at + 1] = seconds() - began;
     }
     return run->num_layers;
 }
