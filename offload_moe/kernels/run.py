@@ -71,29 +71,31 @@ class RunToken:
         *,
         num_experts: int,
         top_k: int,
-        num_ahead: int = 0,
+        ranks: Sequence[int] = (),
     ) -> None:
         """x: fp32 of one token, contiguous, overwritten. rotary: cos and signed sin.
 
-        rooms: keys and values ``[1, M, C, D]`` and the number of tokens before this one, per layer.
+        rooms: keys and values ``[1, M, C, D]`` and the number of tokens before this one, per layer. ranks ``[A]``: how
+        many of the likeliest guesses must not be absent, per layer ahead.
         """
         num_layers = len(rooms)
         self.x, self.residual, self.normed = x, torch.empty_like(x), torch.empty_like(x)
         self.logits, self.weights = torch.empty(num_layers, num_experts), torch.empty(num_layers, top_k)
         self.ids = torch.empty(num_layers, top_k, dtype=torch.int64)
         self.times = torch.zeros(num_layers, 2, dtype=torch.float64)
-        self.guesses = torch.empty(num_layers, num_ahead, top_k, dtype=torch.int64)
+        self.guesses = torch.empty(num_layers, len(ranks), top_k, dtype=torch.int64)
         guess_space = torch.empty(x.numel() + num_experts + top_k)
         keys = array("Q", [room[0].data_ptr() for room in rooms])
         values = array("Q", [room[1].data_ptr() for room in rooms])
         capacities = array("q", [room[0].shape[2] for room in rooms])
         lengths = array("q", [room[2] for room in rooms])
-        self._owned = (rooms, rotary, keys, values, capacities, lengths, guess_space)
+        leading = array("q", ranks)
+        self._owned = (rooms, rotary, keys, values, capacities, lengths, leading, guess_space)
         tensors = (*rotary, x, self.residual, self.normed, self.logits, self.weights, self.ids, self.times)
         cos, signed_sin, *rest = (tensor.data_ptr() for tensor in tensors)
         arrays = (part.buffer_info()[0] for part in (keys, values, capacities, lengths))
-        guesses = (self.guesses.data_ptr(), guess_space.data_ptr())
-        self.struct = RunTokenStruct(cos, signed_sin, *arrays, *rest, num_ahead, *guesses)
+        guesses = (leading.buffer_info()[0], self.guesses.data_ptr(), guess_space.data_ptr())
+        self.struct = RunTokenStruct(cos, signed_sin, *arrays, *rest, len(ranks), *guesses)
 
     @cached_property
     def routed(self) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -104,7 +104,7 @@ class RunTokenStruct(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("cos", "signed_sin", "keys", "values", "capacities", "lengths")),
         *((name, ctypes.c_void_p) for name in ("x", "residual", "normed", "logits", "weights", "ids", "times")),
         ("num_ahead", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("guesses", "guess_space")),
+        *((name, ctypes.c_void_p) for name in ("ranks", "guesses", "guess_space")),
     )
 
 

@@ -123,15 +123,15 @@ class LayerRun:
             and have_only_onlookers(self._layer_hooks)
             and all(step.num_keepers == (lookahead is not None) for step in self._steps)
             and all(step.fits(hidden_states, cache) and step.attention.can_extend(cache) for step in self._steps)
-            and (self._num_ahead() == 0 or lookahead is None or lookahead.can_be_run(len(self._steps)))
+            and (lookahead is None or not self._ranks() or lookahead.can_be_run(len(self._steps)))
         )
 
     def __call__(self, hidden_states: Tensor, rotary: Rotary, cache: Any) -> Tensor:
         """``[1, 1, H]`` -> ``[1, 1, H]``."""
         rooms = [cast(Room, step.attention.extend(cache)) for step in self._steps]
         x = hidden_states.clone(memory_format=torch.contiguous_format)
-        shape = {"num_experts": self._num_experts, "top_k": self._top_k, "num_ahead": self._num_ahead()}
-        token = kernels.RunToken(x, rooms, rotary, **shape)
+        shape = {"num_experts": self._num_experts, "top_k": self._top_k}
+        token = kernels.RunToken(x, rooms, rotary, **shape, ranks=self._ranks())
         at, num_layers = 0, len(self._steps)
         while at < num_layers:
             at = self._advance(token, at)
@@ -184,9 +184,10 @@ class LayerRun:
         for onlooker in router._forward_hooks.values():
             onlooker(router, (), token.routed[at])
 
-    def _num_ahead(self) -> int:
+    def _ranks(self) -> list[int]:
+        """How many guesses are wanted of each layer, per layer behind it."""
         lookahead = self._bound[0].lookahead
-        return 0 if lookahead is None else lookahead.num_ahead(self._bound[0].layer)
+        return [] if lookahead is None else lookahead.num_ranks(self._bound[0].layer, self._top_k)
 
     def _guesses(self, token: kernels.RunToken, at: int) -> list[list[int]]:
         guesses: list[list[int]] = token.guesses[at].tolist()

@@ -4,28 +4,39 @@ The residual stream changes slowly from layer to layer, so what a later router w
 it will choose. Where a router cannot be asked, what usually follows the experts of this layer is the guess. The guess
 is made after a layer's demands are on their way and before its experts are computed.
 
+The likeliest of a guess are right far more often than the others. Only those ranks are fetched that have been right
+often enough where they were absent; the others are judged too, without being fetched.
+
 A chunk of a prompt wants nearly every expert of every layer: the next layer's are fetched while this one computes.
 
 Source: Eliseev and Mazur 2023, "Fast Inference of Mixture-of-Experts Language Models with Offloading", section 3.2.
 """
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from offload_moe.moe.probe import ResidualKeeper, RouterProbe
 from offload_moe.schedule.co_occurrence import CoOccurrence
-from offload_moe.schedule.prefetch import LayerTally, PrefetchGovernor
+from offload_moe.schedule.prefetch import LayerTally, PrefetchGovernor, RankTally
 from offload_moe.schedule.scheduler import Scheduler
 
 TOLERANCE = 1e-3
 DEFAULT_DEPTH = 2
 DISK_DEPTH = 2  # further layers that the RAM tier looks ahead, beyond those of the device tier: a disk is slower
-LEAST_PRECISION = 0.4  # a depth whose fetches are wrong more often than this costs the disk more than it saves
-LEAST_FETCHES = 64  # before a depth is judged
 RETRY_TOKENS = 64  # every so many tokens a depth that was given up guesses again
 LEAST_CHUNK_SHARE = 0.8  # of a layer's experts that a chunk must be expected to use for all of them to be fetched
+
+
+@dataclass(frozen=True, slots=True)
+class _Absent:
+    """What of a guess was not there when it was made: ranks and experts, and which of them were fetched."""
+
+    guesses: list[tuple[int, int]]
+    fetched: list[int]
 
 
 class Lookahead:
@@ -50,11 +61,11 @@ class Lookahead:
         self._reach = depth + (DISK_DEPTH if self._ram is not None else 0)
         self.governor = governor
         self.tallies = [LayerTally() for _ in probes]
-        self._by_depth = [LayerTally() for _ in range(self._reach)]  # of what had to be fetched only
+        self._by_rank: list[list[RankTally]] = [[] for _ in range(self._reach)]  # one list per depth
         self._is_on = self._has_begun = False
         self._residuals: dict[int, Tensor] = {}
         self._guesses: dict[int, list[int]] = {}  # layer -> what was guessed one layer before
-        self._fetched: dict[int, dict[int, list[int]]] = {}  # layer -> how many layers before -> guesses not there then
+        self._absent: dict[int, dict[int, _Absent]] = {}  # layer -> how many layers before -> guesses not there then
         self._foretold: dict[int, Sequence[list[int]]] = {}  # layer -> what a run has asked the layers behind it
         self._trusted: dict[int, bool] = {}
         self._habits: CoOccurrence | None = None
@@ -79,21 +90,25 @@ class Lookahead:
             residual = None
         keep = self._keys(layer, experts)
         for ahead in range(layer + 1, min(layer + 1 + self._reach, len(self._probes))):
-            if not self._is_worth_guessing(ahead - layer):
+            num_ranks = self._num_ranks(ahead - layer, num_experts_per_token)
+            if not num_ranks:
                 break
             guessed = self._guess(layer, ahead, residual, experts, num_experts_per_token)
             if guessed:
-                self._fetch(layer, ahead, guessed, keep)
+                self._fetch(layer, ahead, guessed, num_ranks, keep)
                 keep |= self._keys(ahead, guessed)
         self._foretold.pop(layer, None)
 
-    def num_ahead(self, layer: int) -> int:
-        """How many layers are to be guessed from this one now. Asked of layer 0, a token begins."""
+    def num_ranks(self, layer: int, num_experts_per_token: int) -> list[int]:
+        """How many of the likeliest experts are to be guessed now, per layer behind this one.
+
+        Asked of layer 0, a token begins.
+        """
         if layer == 0:
             self._begin_token()
-        if not self._is_on:
-            return 0
-        return next((ahead for ahead in range(self._reach) if not self._is_worth_guessing(ahead + 1)), self._reach)
+        depths = range(1, self._reach + 1 if self._is_on else 1)
+        ranks = (self._num_ranks(depth, num_experts_per_token) for depth in depths)
+        return list(itertools.takewhile(bool, ranks))
 
     def can_be_run(self, num_layers: int) -> bool:
         """Whether every layer's own router is a good guesser, as far as its norm goes, so that a run may ask it."""
@@ -108,9 +123,7 @@ class Lookahead:
         """`after_acquire` of a layer in a run where everything was there, its experts and what was guessed."""
         self._note(layer, experts)
         for depth, guessed in enumerate(guesses, 1):
-            if depth == 1:
-                self._guesses[layer + 1] = guessed
-            self._fetched.setdefault(layer + depth, {})[depth] = []
+            self._note_guess(layer, layer + depth, guessed, 0)
 
     def _note(self, layer: int, experts: Sequence[int]) -> None:
         """What a layer's router chose for one token."""
@@ -138,29 +151,39 @@ class Lookahead:
 
     def _judge(self, layer: int, experts: Sequence[int]) -> None:
         """Compare what was guessed for this layer with what its router chose."""
-        for depth, fetched in self._fetched.pop(layer, {}).items():
-            self._by_depth[depth - 1].note(fetched, experts)
-            self.tallies[layer].note_fetched(fetched, experts)
+        for depth, absent in self._absent.pop(layer, {}).items():
+            tallies = self._by_rank[depth - 1]
+            for rank, expert in absent.guesses:
+                tallies += [RankTally() for _ in range(rank + 1 - len(tallies))]
+                tallies[rank].note(is_right=expert in experts)
+            self.tallies[layer].note_fetched(absent.fetched, experts)
         if (guessed := self._guesses.pop(layer, None)) is not None:
             self.tallies[layer].note(guessed, experts)
 
     def _forget_guesses(self) -> None:
         self._guesses.clear()
-        self._fetched.clear()
+        self._absent.clear()
 
-    def _is_worth_guessing(self, depth: int) -> bool:
-        tally = self._by_depth[depth - 1]
-        is_good = tally.num_guessed < LEAST_FETCHES or tally.precision >= LEAST_PRECISION
-        return is_good or self.governor.num_tokens % RETRY_TOKENS == 0
+    def _num_ranks(self, depth: int, num_experts_per_token: int) -> int:
+        """How many of the likeliest guesses, so many layers ahead, are worth fetching; none: it is not even guessed."""
+        tallies = self._by_rank[depth - 1]
+        num_worth = next((rank for rank, tally in enumerate(tallies) if not tally.is_worth_fetching), None)
+        is_retried = num_worth == 0 and self.governor.num_tokens % RETRY_TOKENS == 0
+        return num_experts_per_token if num_worth is None or is_retried else num_worth
 
-    def _fetch(self, layer: int, ahead: int, guessed: list[int], keep: set[int]) -> None:
+    def _fetch(self, layer: int, ahead: int, guessed: list[int], num_ranks: int, keep: set[int]) -> None:
+        self._note_guess(layer, ahead, guessed, num_ranks)
+        self._bring(ahead, guessed[:num_ranks], keep, to_device=ahead - layer <= self._depth)
+
+    def _note_guess(self, layer: int, ahead: int, guessed: list[int], num_ranks: int) -> None:
+        """Keep a guess until it can be judged. num_ranks: the likeliest of it are fetched where they are absent."""
         depth = ahead - layer
         if depth == 1:
             self._guesses[ahead] = guessed
         tier = self._scheduler if depth <= self._depth or self._ram is None else self._ram
-        absent = [expert for expert in guessed if not tier.is_known(ahead, expert)]
-        self._fetched.setdefault(ahead, {})[depth] = absent
-        self._bring(ahead, guessed, keep, to_device=depth <= self._depth)
+        absent = [(rank, expert) for rank, expert in enumerate(guessed) if not tier.is_known(ahead, expert)]
+        fetched = [expert for rank, expert in absent if rank < num_ranks]
+        self._absent.setdefault(ahead, {})[depth] = _Absent(absent, fetched)
 
     def _bring(self, layer: int, experts: Sequence[int], keep: set[int], *, to_device: bool = True) -> None:
         """What is on disk comes to RAM first, so that no copy to the device waits for a read nobody demanded."""

@@ -14,14 +14,17 @@ NUM_BLOCKS = 8  # of a trial, on and off in turn
 SETTLED_TOKENS = 512  # between trials
 LEAST_LOSS = 0.01  # prefetch must cost this share of a token's time to be turned off
 MEMORY_GUESSES = 4096  # of a tally
+RANK_MEMORY = 256
+LEAST_GUESSES = 16  # before a rank is judged
+LEAST_PRECISION = 0.5  # below it a fetch takes the disk or the link from others more often than it helps
 
 
 @dataclass(slots=True)
 class LayerTally:
-    """How good the guesses for one layer were, or those of one depth; counts of experts, recent ones mostly.
+    """How good the guesses for one layer were; counts of experts, recent ones mostly.
 
-    num_fetched, num_useful: of all guesses, those that were not there yet, and those of them that were wanted; times
-    the bytes of a record they are what the lookahead moved, and what of it was useful.
+    num_fetched, num_useful: of all guesses ever, those that were brought, and those of them that were wanted; times the
+    bytes of a record they are what the lookahead moved, and what of it was useful.
     """
 
     num_guessed: int = 0
@@ -54,6 +57,25 @@ class LayerTally:
     def precision(self) -> float:
         """Share of the guesses that were right, 0 to 1."""
         return self.num_right / self.num_guessed if self.num_guessed else 0.0
+
+
+@dataclass(slots=True)
+class RankTally:
+    """How often the n-th likeliest guess, where it was not there, was wanted; recent guesses mostly."""
+
+    num_guessed: int = 0
+    num_right: int = 0
+
+    def note(self, *, is_right: bool) -> None:
+        if self.num_guessed >= RANK_MEMORY:
+            self.num_guessed //= 2
+            self.num_right //= 2
+        self.num_guessed += 1
+        self.num_right += is_right
+
+    @property
+    def is_worth_fetching(self) -> bool:
+        return self.num_guessed < LEAST_GUESSES or self.num_right >= LEAST_PRECISION * self.num_guessed
 
 
 class PrefetchGovernor:

@@ -1,6 +1,7 @@
 """Lookahead prefetch on whole models: tokens never change, guesses are real, wrong ones are harmless."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from offload_moe.model import Model
 from offload_moe.moe.lookahead import Lookahead
 from offload_moe.moe.probe import RouterProbe, find_probes
 from offload_moe.quantize import quantize
+from offload_moe.schedule.prefetch import LEAST_GUESSES, RankTally
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,7 @@ def test_a_predictor_that_is_always_wrong_changes_no_token(
 ) -> None:
     with load_with_slots(stores["qwen3_moe"], 8, prefetch=0) as model:
         expected = greedy(model)
+    monkeypatch.setattr("offload_moe.lean.layer.can_run", lambda hierarchy, step: False)  # a run asks routers itself
     monkeypatch.setattr(RouterProbe, "predict", lambda self, residual, k: [0, 1, 2])
     with load_with_slots(stores["qwen3_moe"], 8, prefetch=2) as model:
         assert torch.equal(greedy(model), expected)
@@ -120,12 +123,31 @@ def test_a_family_without_a_router_beside_its_experts_has_no_probe() -> None:
 
 
 def test_a_depth_whose_guesses_are_wrong_is_given_up(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offload_moe.moe.lookahead.LEAST_FETCHES", 8)
     monkeypatch.setattr("offload_moe.moe.lookahead.RETRY_TOKENS", 1000)
     asked: list[int] = []
     monkeypatch.setattr(RouterProbe, "predict", lambda self, residual, k: asked.append(1) or [])
-    monkeypatch.setattr("offload_moe.schedule.prefetch.LayerTally.precision", 0.0)
     with load_with_slots(stores["qwen3_moe"], 8, prefetch=2) as model:
-        lookahead_of(model)._by_depth[0].num_guessed = 100
+        lookahead_of(model)._by_rank[0] = [RankTally(num_guessed=LEAST_GUESSES)]
         greedy(model)
         assert not asked
+
+
+def test_only_ranks_that_are_often_right_are_fetched(stores: dict[str, Path]) -> None:
+    """The second likeliest guess has been wrong: what is fetched is the likeliest, and all are judged."""
+    with load_with_slots(stores["qwen3_moe"], 8, prefetch=1) as model:
+        lookahead = lookahead_of(model)
+        fetched: list[int] = []
+        bring = lookahead._bring
+
+        def counted(layer: int, experts: Any, keep: set[int], *, to_device: bool = True) -> None:
+            if len(experts) < lookahead._scheduler.num_experts:  # not the whole layer, as for a prompt
+                fetched.append(len(experts))
+            bring(layer, experts, keep, to_device=to_device)
+
+        lookahead._bring = counted
+        tallies = [RankTally(), RankTally(num_guessed=10_000), RankTally()]
+        lookahead._by_rank[0] = tallies
+        greedy(model)
+        assert set(fetched) == {1}
+        assert all(tally.num_guessed > 0 for tally in tallies)
+        assert tallies[1].num_guessed < 10_000  # recent guesses count more

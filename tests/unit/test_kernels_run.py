@@ -1,7 +1,7 @@
 """Layers of a decode step in one call, and rows of such layers, against the separate calls: the same bits."""
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -119,7 +119,7 @@ def test_a_shared_expert_is_added_as_much_as_its_gate_says(has_gate: bool) -> No
 class Run:
     """A row of layers whose experts lie in slots in reverse order."""
 
-    def __init__(self, num_ahead: int = 0) -> None:
+    def __init__(self, ranks: Sequence[int] = ()) -> None:
         self.layers = [Layer(number) for number in range(NUM_LAYERS)]
         runs = [
             kernels.RunLayer(
@@ -132,8 +132,8 @@ class Run:
         self.records = array("Q", [record.data_ptr() for record in reversed(records)])
         self.slots = array("i", range(len(records) - 1, -1, -1))
         rooms = [(layer.keys, layer.values, LENGTH) for layer in self.layers]
-        shape = {"num_experts": NUM_EXPERTS, "top_k": TOP_K, "num_ahead": num_ahead}
-        self.token = kernels.RunToken(one_token(), rooms, rotary(), **shape)
+        shape = {"num_experts": NUM_EXPERTS, "top_k": TOP_K}
+        self.token = kernels.RunToken(one_token(), rooms, rotary(), **shape, ranks=ranks)
 
     def step(self, first: int) -> int:
         return self.kernel.step(self.token, self.slots, self.records, first)
@@ -174,7 +174,7 @@ def test_a_run_stops_at_a_missing_expert_and_goes_on_behind_it() -> None:
 
 
 def test_a_run_asks_the_next_layers_and_stops_where_they_want_what_is_absent() -> None:
-    run = Run(num_ahead=2)
+    run = Run(ranks=[TOP_K, TOP_K])
     assert run.step(0) == NUM_LAYERS
     token, x = run.token, one_token()
     for number, layer in enumerate(run.layers):
@@ -187,13 +187,16 @@ def test_a_run_asks_the_next_layers_and_stops_where_they_want_what_is_absent() -
             other.router.step(normed, *said)
             assert torch.equal(token.guesses[number, ahead], said[2][0])
     assert torch.equal(token.x, x)
-    guessed = int(token.guesses[0, 0, 0])
-    run = Run(num_ahead=2)
-    run.slots[NUM_EXPERTS + guessed] = -1
-    assert run.step(0) == 0
-    run = Run(num_ahead=2)
-    run.slots[NUM_EXPERTS + guessed] = -7  # on its way: nothing to ask for, but not there when it is wanted
-    assert run.step(0) in {1, NUM_LAYERS}
+    guessed, chosen = int(token.guesses[0, 0, 1]), token.ids[1].tolist()
+    stops_later = 1 if guessed in chosen else NUM_LAYERS
+    for ranks, slot, expected in (
+        ([TOP_K], -1, 0),
+        ([1], -1, stops_later),  # the second likeliest does not count
+        ([TOP_K], -7, stops_later),  # on its way: nothing to ask for, but not there when it is wanted
+    ):
+        run = Run(ranks=ranks)
+        run.slots[NUM_EXPERTS + guessed] = slot
+        assert run.step(0) == expected
 
 
 def test_a_run_takes_no_more_experts_than_it_has_room_for() -> None:

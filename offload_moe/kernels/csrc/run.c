@@ -30,6 +30,7 @@ typedef struct {
     int64_t *ids;                       /* [layers, K] */
     double *times;      /* [layers, 2]: seconds since the call when the experts of a layer began and when they ended */
     int64_t num_ahead;  /* layers behind each one whose routers are asked ahead */
+    const int64_t *ranks; /* [num_ahead]: how many of the likeliest of what they say count */
     int64_t *guesses;   /* [layers, num_ahead, K]: what they say */
     float *guess_space; /* [H + E + K] */
 } om_run_token;
@@ -75,7 +76,7 @@ static int guess(const om_run *run, const om_run_token *token, int64_t at, const
         const om_run_layer *layer = run->layers + at + 1 + ahead;
         int64_t *ids = token->guesses + (at * token->num_ahead + ahead) * run->top_k;
         if (om_layer_guess(layer->layer, token->residual, normed, logits, weights, ids) != 0) return -1;
-        for (int64_t k = 0; k < run->top_k; k++) are_known &= residents->slots[layer->first_key + ids[k]] != -1;
+        for (int64_t k = 0; k < token->ranks[ahead]; k++) are_known &= residents->slots[layer->first_key + ids[k]] != -1;
     }
     return are_known;
 }
