@@ -35,7 +35,7 @@ class Distinct:
     def end(self) -> None:
         pass
 
-    def ran(self, layer: int, top_k_index: Any, top_k_weights: Any, began: float, ended: float) -> None:
+    def ran(self, layer: int, top_k_index: Any, top_k_weights: Any, begin: Any, end: Any) -> None:
         self.begin(layer, top_k_index, top_k_weights)
 
     @property

@@ -10,6 +10,7 @@ While a run is under way the whole pool is leased. What it used is accounted for
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol, cast
 
 import torch
@@ -143,18 +144,18 @@ class LayerRun:
 
     def _advance(self, token: kernels.RunToken, first: int) -> int:
         """Through the layers from `first` on where nothing is missing. Returns how many of all are done."""
-        began, chosen = time.perf_counter(), []
+        began, chosen, num_useful = time.perf_counter(), [], [0]
         slots = self._scheduler.hold_pool()
         try:
             num_done = self._kernel.step(token, slots, self._arena.addresses, first)
             chosen = token.ids[first:num_done].tolist()
         finally:
-            self._scheduler.let_go_pool(self._bound[first].layer, chosen)
+            num_useful = self._scheduler.let_go_pool(self._bound[first].layer, chosen)
         lookahead = self._bound[0].lookahead
         if lookahead is not None:
             for at, experts in enumerate(chosen, first):
                 lookahead.passed(self._bound[at].layer, experts, self._guesses(token, at))
-        self._tell(token, first, num_done, began)
+        self._tell(token, first, began, num_useful)
         return num_done
 
     def _acquire(self, token: kernels.RunToken, at: int) -> None:
@@ -169,15 +170,16 @@ class LayerRun:
         out = self._blocks[at].compute(token.normed[0], token.routed[at])
         torch.add(token.residual[0], out, out=token.x[0])
 
-    def _tell(self, token: kernels.RunToken, first: int, end: int, began: float) -> None:
+    def _tell(self, token: kernels.RunToken, first: int, began: float, num_useful: Sequence[int]) -> None:
         """Routers' onlookers and the recorder are told what happened meanwhile."""
         recorder = self._bound[0].recorder
-        times = token.times.tolist() if recorder is not None else []
-        for at in range(first, end):
+        times = (token.times + began).tolist() if recorder is not None else []
+        for at, useful in enumerate(pairwise(num_useful), first):
             self._tell_router(token, at)
             if recorder is not None:
-                (begin, ended), (_, weights, ids) = times[at], token.routed[at]
-                recorder.ran(self._bound[at].layer, ids, weights, began + begin, began + ended)
+                _, weights, ids = token.routed[at]
+                begin, end = zip(times[at], useful, strict=True)
+                recorder.ran(self._bound[at].layer, ids, weights, begin, end)
 
     def _tell_router(self, token: kernels.RunToken, at: int) -> None:
         router = self._blocks[at].router

@@ -22,6 +22,9 @@ from offload_moe.schedule.scheduler import Scheduler
 EXPERTS_FUNCTION = "offload_moe"
 
 
+Moment = tuple[float, int]  # of `time.perf_counter`, and `Counters.num_useful_prefetches` then
+
+
 class LayerRecorder(Protocol):
     """Told when the experts of a layer begin and end, and what they were asked for."""
 
@@ -29,8 +32,8 @@ class LayerRecorder(Protocol):
 
     def end(self) -> None: ...
 
-    def ran(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor, began: float, ended: float) -> None:
-        """`begin` and `end` of experts that were all resident, afterwards. began, ended: of `time.perf_counter`."""
+    def ran(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor, begin: Moment, end: Moment) -> None:
+        """`begin` and `end` of experts that were all resident, afterwards."""
 
 
 class BoundExperts:

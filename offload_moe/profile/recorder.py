@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.errors import ConfigError
 from offload_moe.hooks import Onlooker
+from offload_moe.moe.attach import Moment
 from offload_moe.profile.columns import Columns, Forward, Mark, PackedForward, make_trace, to_columns
 from offload_moe.profile.routers import Router, find_router
 from offload_moe.schedule.scheduler import Scheduler
@@ -94,12 +95,12 @@ class Recorder:
         if forward is not None:
             forward.ends.append(self._mark())
 
-    def ran(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor, began: float, ended: float) -> None:
+    def ran(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor, begin: Moment, end: Moment) -> None:
         forward = self._current
         if forward is not None:
-            totals = self._mark()[1:]
-            forward.calls.append((layer, top_k_index, top_k_weights, (began, *totals)))
-            forward.ends.append((ended, *totals))
+            totals = self._mark()[2:]
+            forward.calls.append((layer, top_k_index, top_k_weights, (*begin, *totals)))
+            forward.ends.append((*end, *totals))
 
     def _begin_forward(self, input_ids: Tensor, start: int) -> None:
         """input_ids: [1, T]; start: tokens of the sequence that the cache holds."""

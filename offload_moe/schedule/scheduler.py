@@ -117,14 +117,20 @@ class Scheduler:
             self.residency.lease_pool()
             return self.residency.table[:]
 
-    def let_go_pool(self, layer: int, experts: Sequence[Sequence[int]]) -> None:
-        """End `hold_pool`. experts: what the layers from `layer` on were found to have: as many calls of `hold`."""
+    def let_go_pool(self, layer: int, experts: Sequence[Sequence[int]]) -> list[int]:
+        """End `hold_pool`. experts: what the layers from `layer` on were found to have: as many calls of `hold`.
+
+        Returns `Counters.num_useful_prefetches` as it was before them, and after each.
+        """
         with self.changed:
             self.residency.release_pool()
+            num_useful = [self.counters.num_useful_prefetches]
             for number, chosen in enumerate(experts, layer):
                 first = number * self.num_experts
                 self._note_hits(number, [first + expert for expert in chosen])
+                num_useful.append(self.counters.num_useful_prefetches)
             self.changed.notify_all()
+            return num_useful
 
     def is_resident(self, layer: int, expert: int) -> bool:
         """Whether the expert is in a slot and complete (lock held by whoever relies on it)."""
