@@ -10,6 +10,7 @@ spread would give.
 
 import json
 import resource
+import statistics
 import time
 from typing import Any
 
@@ -19,43 +20,45 @@ SHORT_PROMPT = 4
 
 
 class Distinct:
-    """Counts the distinct experts that decode steps of one layer use; in place of a layer's recorder."""
+    """Counts the distinct experts that decode steps use in each layer; in place of a recorder."""
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: list[int]) -> None:
         self.num_experts = num_experts
-        self.used: set[int] = set()
+        self.used: list[set[int]] = [set() for _ in num_experts]
         self.num_tokens = self.top_k = 0
 
     def begin(self, layer: int, top_k_index: Any, top_k_weights: Any) -> None:
         if len(top_k_index) == 1:
-            self.used |= set(top_k_index[0].tolist())
-            self.num_tokens += 1
+            self.used[layer] |= set(top_k_index[0].tolist())
+            self.num_tokens += layer == 0
             self.top_k = top_k_index.shape[1]
 
     def end(self) -> None:
         pass
 
-    def ran(self, layer: int, top_k_index: Any, top_k_weights: Any, begin: Any, end: Any) -> None:
-        self.begin(layer, top_k_index, top_k_weights)
+    def ran(self, layers: Any) -> None:
+        for layer, ids in enumerate(layers.ids.split(1), layers.first_layer):
+            self.begin(layer, ids, None)
 
-    @property
-    def if_even(self) -> float:
-        return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** self.num_tokens)
+    def means(self) -> dict[str, float]:
+        """Over the layers, beside what an even spread would give."""
+        if_even = [count * (1 - (1 - self.top_k / count) ** self.num_tokens) for count in self.num_experts]
+        return {
+            "distinct_experts_per_layer": statistics.mean(len(used) for used in self.used),
+            "distinct_if_spread_evenly": statistics.mean(if_even),
+        }
 
 
 def distinct_experts(model: Any, generate: Any) -> dict[str, float]:
-    """Means over the layers, of one more run."""
+    """Of one more run."""
     bound = [layer.module._offload_moe for layer in model.layers]
-    counters = [Distinct(layer.num_experts) for layer in model.layers]
-    for experts, counter in zip(bound, counters, strict=True):
+    counter = Distinct([layer.num_experts for layer in model.layers])
+    for experts in bound:
         experts.recorder = counter
     generate()
     for experts in bound:
         experts.recorder = None
-    return {
-        "distinct_experts_per_layer": sum(len(counter.used) for counter in counters) / len(counters),
-        "distinct_if_spread_evenly": sum(counter.if_even for counter in counters) / len(counters),
-    }
+    return counter.means()
 
 
 def fill(model: Any) -> None:

@@ -6,11 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from offload_moe.simulate import DiskModel, RunCosts, Simulation, VirtualPools, answers_of, simulate
 from offload_moe.trace import Trace
 
 STEPS = 6  # of a search by halves
 PROBE_S = 1e-3
+HOST_COSTS = ("partial_host_s", "late_host_s")
 
 
 class Fitter:
@@ -23,26 +27,41 @@ class Fitter:
         self._costs = self._resident_costs()
 
     def fit(self, shares: Sequence[float]) -> None:
-        """What incomplete waves cost the host, from the time beside stalls; the disk's rate, from the stalls."""
+        """What partial layers and late experts cost the host, from the time beside stalls; the disk, from stalls."""
         partial = [share for share in shares if share < 1]
         whole_s = self._token_s(1.0)
-
-        def busy_s() -> float:
-            """Simulated, beside stalls: it grows by the same for every second a partial layer costs, or nearly."""
-            return statistics.mean(s.token_s - s.stall_s for s in self._simulations(partial))
 
         def stall_error(log_seconds_per_byte: float) -> float:
             rate = math.exp(-log_seconds_per_byte)
             self._disk = replace(self._disk, bytes_per_s=rate, stream_bytes_per_s=rate / 2)
             return statistics.mean(s.stall_s for s in self._simulations(partial)) - stalled
 
-        busy = statistics.mean(max(whole_s, self._token_s(s) - self._median(s, "stall_s")) for s in partial)
+        busy = [max(whole_s, self._token_s(share) - self._median(share, "stall_s")) for share in partial]
         stalled = statistics.mean(self._median(share, "stall_s") for share in partial)
-        without = busy_s()
-        self._costs = replace(self._costs, partial_host_s=PROBE_S)
-        with_probe = busy_s()
-        self._costs = replace(self._costs, partial_host_s=max(0.0, (busy - without) / (with_probe - without)) * PROBE_S)
+        self._costs = replace(self._costs, **self._host_costs(partial, busy))
         _search(stall_error, -math.log(20e9), -math.log(20e6))
+
+    def _host_costs(self, shares: Sequence[float], busy: Sequence[float]) -> dict[str, float]:
+        """The non-negative pair that comes nearest to the seconds beside stalls, which grow linearly with both."""
+        base = self._costs
+        without = self._busy(shares)
+        columns = []
+        for name in HOST_COSTS:
+            self._costs = replace(base, **{name: PROBE_S})
+            columns.append((self._busy(shares) - without) / PROBE_S)
+        self._costs = base
+        wanted, slopes = np.array(busy) - without, np.stack(columns, axis=1)
+        found = np.linalg.lstsq(slopes, wanted, rcond=None)[0]
+        if found.min() < 0:  # one of the two explains it alone
+            only = int(found.argmax())
+            column = slopes[:, only]
+            found = np.zeros(len(HOST_COSTS))
+            found[only] = max(0.0, column @ wanted / (column @ column))
+        return dict(zip(HOST_COSTS, found.tolist(), strict=True))
+
+    def _busy(self, shares: Sequence[float]) -> NDArray[np.float64]:
+        """Simulated seconds of a token beside stalls."""
+        return np.array([simulation.token_s - simulation.stall_s for simulation in self._simulations(shares)])
 
     def _simulations(self, shares: Sequence[float]) -> list[Simulation]:
         return [self.simulate(share) for share in shares]

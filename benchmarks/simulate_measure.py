@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from run_store import fill
 
 from offload_moe import kernels, load
 from offload_moe.generate import stream_tokens
@@ -52,6 +53,7 @@ def measure(
     for trial in range(num_trials):
         for share in (*shares[trial % len(shares) :], *shares[: trial % len(shares)]):
             with open_model(folder, counts[share], budgets[share], context) as model:
+                prepare(model, is_whole=counts[share] == num_all)
                 result = {"num_slots": counts[share], **answers(model, **answer_all)}
             document["budgets"][str(share)].append(result)
             print(folder.name, share, result, file=sys.stderr, flush=True)
@@ -70,6 +72,15 @@ def open_model(folder: Path, num_slots: int, ram: int, context: int) -> Model:
     assert model._hierarchy.num_slots("ram") == num_slots
     model.hf.generation_config.eos_token_id = None
     return model
+
+
+def prepare(model: Model, *, is_whole: bool) -> None:
+    """Touch the memory of the slots, which costs as much as a read the first time; fill it where it holds all."""
+    arena = model._hierarchy.arena
+    for slot in range(arena.num_slots):
+        arena.slot(slot).zero_()
+    if is_whole:
+        fill(model)
 
 
 def answers(

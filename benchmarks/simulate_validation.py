@@ -4,9 +4,10 @@
 
 For each model and each share of its experts that has a slot in RAM, the real runtime answers the same prompts, prefetch
 off; the rest comes from disk. Every budget computes the same tokens, so one recorded trace serves all. From the
-budgets named in FITTED come all constants: the time of a token with everything resident; what a layer costs the host
-when its experts do not come all at once, from the time beside stalls; and the rate of the disk, from the stalls. The
-budgets in VALIDATED are only compared. Measurements are kept in SCRATCH; the last line of stdout is one JSON document.
+budgets named in FITTED come all constants: the time of a token with everything resident; what a layer whose experts do
+not come all at once costs the host, and each of those that come late, from the time beside stalls; and the rate of the
+disk, from the stalls. The budgets in VALIDATED are only compared. Measurements are kept in SCRATCH; the last line of
+stdout is one JSON document.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def validate(folder: Path, name: str) -> dict[str, Any]:
     fitter = Fitter(measured, load_trace(folder / f"{name}.npz"), num_warm_up=NUM_WARM_UP)
     fitter.fit(FITTED)
     rows = []
-    for share in sorted({*FITTED, *VALIDATED}):
+    for share in sorted({*FITTED, *VALIDATED} - {1.0}):  # with everything resident there is nothing to simulate
         trials = measured["budgets"][str(share)]
         decode = spread([trial["decode_tokens_per_s"] for trial in trials])
         simulation = fitter.simulate(share)

@@ -10,7 +10,6 @@ While a run is under way the whole pool is leased. What it used is accounted for
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Protocol, cast
 
 import torch
@@ -21,7 +20,7 @@ from offload_moe.hooks import have_only_onlookers, hooks_of
 from offload_moe.lean.block import PlainBlock
 from offload_moe.lean.cache import Room
 from offload_moe.lean.step import AttentionStep
-from offload_moe.moe.attach import BoundExperts
+from offload_moe.moe.attach import BoundExperts, RanLayers
 from offload_moe.moe.native import NativeArithmetic
 from offload_moe.schedule.hierarchy import Hierarchy
 
@@ -171,15 +170,23 @@ class LayerRun:
         torch.add(token.residual[0], out, out=token.x[0])
 
     def _tell(self, token: kernels.RunToken, first: int, began: float, num_useful: Sequence[int]) -> None:
-        """Routers' onlookers and the recorder are told what happened meanwhile."""
-        recorder = self._bound[0].recorder
-        times = (token.times + began).tolist() if recorder is not None else []
-        for at, useful in enumerate(pairwise(num_useful), first):
-            self._tell_router(token, at)
-            if recorder is not None:
-                _, weights, ids = token.routed[at]
-                begin, end = zip(times[at], useful, strict=True)
-                recorder.ran(self._bound[at].layer, ids, weights, begin, end)
+        """The recorder, or else the routers' onlookers, are told what happened meanwhile."""
+        recorder, num_layers = self._bound[0].recorder, len(num_useful) - 1
+        if recorder is None:
+            for at in range(first, first + num_layers):
+                self._tell_router(token, at)
+        elif num_layers:
+            rows = slice(first, first + num_layers)
+            recorder.ran(
+                RanLayers(
+                    first_layer=self._bound[first].layer,
+                    logits=token.logits[rows],
+                    weights=token.weights[rows],
+                    ids=token.ids[rows],
+                    times=token.times[rows] + began,
+                    num_useful=num_useful,
+                )
+            )
 
     def _tell_router(self, token: kernels.RunToken, at: int) -> None:
         router = self._blocks[at].router

@@ -6,6 +6,7 @@ get the forward of their adapter instead.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 from torch import Tensor
@@ -22,7 +23,21 @@ from offload_moe.schedule.scheduler import Scheduler
 EXPERTS_FUNCTION = "offload_moe"
 
 
-Moment = tuple[float, int]  # of `time.perf_counter`, and `Counters.num_useful_prefetches` then
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RanLayers:
+    """Layers that were done in one run, one token through n of them, every expert being resident.
+
+    logits ``[n, E]``, weights and ids ``[n, K]``: what their routers said. times ``[n, 2]``: of `time.perf_counter`,
+    when the experts of a layer began and when they ended. num_useful ``[n + 1]``: useful prefetches counted before and
+    after each.
+    """
+
+    first_layer: int
+    logits: Tensor
+    weights: Tensor
+    ids: Tensor
+    times: Tensor
+    num_useful: Sequence[int]
 
 
 class LayerRecorder(Protocol):
@@ -32,8 +47,8 @@ class LayerRecorder(Protocol):
 
     def end(self) -> None: ...
 
-    def ran(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor, begin: Moment, end: Moment) -> None:
-        """`begin` and `end` of experts that were all resident, afterwards."""
+    def ran(self, layers: RanLayers) -> None:
+        """In place of `begin` and `end`, and of the routers' own hooks."""
 
 
 class BoundExperts:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offload_moe.moe.attach import RanLayers
 from offload_moe.profile.routers import Router, pad_experts
 from offload_moe.trace import DELAYED_HIT, HIT, MISS, Trace
 
@@ -32,6 +33,7 @@ class Forward:
     start: int
     is_new: bool
     num_tiers: int
+    num_layers: int
     began: Mark = ()
     calls: list[tuple[int, Tensor, Tensor, Mark]] = field(default_factory=list)  # layer, top-k ids, weights, begin
     ends: list[Mark] = field(default_factory=list)
@@ -39,13 +41,29 @@ class Forward:
     outcomes: list[list[tuple[int, Sequence[int], Sequence[int]]]] = field(init=False)
     prefetches: list[list[tuple[int, int]]] = field(init=False)
     on_cpu: list[tuple[int, Sequence[int]]] = field(default_factory=list)  # layer, experts: with a device tier
+    whole: tuple[RanLayers, Mark] | None = None  # all layers at once, with the totals afterwards
 
     def __post_init__(self) -> None:
         self.outcomes = [[] for _ in range(self.num_tiers)]
         self.prefetches = [[] for _ in range(self.num_tiers)]
 
-    def is_complete(self, num_layers: int) -> bool:
+    def add_run(self, layers: RanLayers, mark: Mark) -> None:
+        """One token through several layers; mark: the totals afterwards."""
+        if not self.calls and self.whole is None and len(layers.ids) == self.num_layers:
+            self.whole = layers, mark
+            return
+        marks = _marks_of(layers, mark).tolist()
+        said = (part.split(1) for part in (layers.ids, layers.weights, layers.logits))
+        for layer, (ids, weights, logits, begin, end) in enumerate(zip(*said, *marks, strict=True), layers.first_layer):
+            self.scores[layer] = logits
+            self.calls.append((layer, ids, weights, tuple(begin)))
+            self.ends.append(tuple(end))
+
+    def is_complete(self) -> bool:
         """Whether every MoE layer ran once, in order, on every token."""
+        if self.whole is not None:
+            return not self.calls
+        num_layers = self.num_layers
         num_tokens = self.input_ids.shape[1]
         checked = self.calls if num_tokens > 1 else self.calls[:1]  # a look at every tensor costs as much as the rest
         return (
@@ -56,8 +74,16 @@ class Forward:
 
     def pack(self, ended: Mark, num_experts: int) -> "PackedForward":
         """Keep what the arrays are made of: the garbage collector has less to walk through."""
-        layers, index, weights, begins = zip(*self.calls, strict=True)
-        scores = [self.scores.get(layer) for layer in layers]
+        scores: Sequence[Tensor | None]
+        if self.whole is not None:
+            ran, mark = self.whole
+            index, weights, scores = ran.ids[None], ran.weights[None], ran.logits[None].unbind(1)
+            marks = _marks_of(ran, mark)
+        else:
+            layers, all_ids, all_weights, begins = zip(*self.calls, strict=True)
+            index, weights = torch.stack(all_ids, dim=1), torch.stack(all_weights, dim=1)
+            scores = [self.scores.get(layer) for layer in layers]
+            marks = np.array([begins, self.ends])
         return PackedForward(
             input_ids=self.input_ids[0],
             is_prompt=self.start == 0 or self.input_ids.shape[1] > 1,
@@ -66,7 +92,7 @@ class Forward:
             weights=weights,
             scores=scores,
             ends=np.array([self.began, ended]),
-            marks=np.array([begins, self.ends]),
+            marks=marks,
             codes=[self._codes(notes, num_experts) if notes else None for notes in self.outcomes],
             issued=self._issued(),
             on_cpu=self._codes(((layer, [], experts) for layer, experts in self.on_cpu), num_experts) == MISS
@@ -75,18 +101,27 @@ class Forward:
         )
 
     def _codes(self, notes: Iterable[tuple[int, Sequence[int], Sequence[int]]], num_experts: int) -> Array:
-        codes = np.full((len(self.calls), num_experts), HIT, dtype=np.uint8)
+        codes = np.full((self.num_layers, num_experts), HIT, dtype=np.uint8)
         for layer, arriving, missing in notes:
             codes[layer, arriving] = DELAYED_HIT
             codes[layer, missing] = MISS
         return codes
 
     def _issued(self) -> Array:
-        issued = np.zeros((len(self.calls), self.num_tiers), dtype=np.int32)
+        issued = np.zeros((self.num_layers, self.num_tiers), dtype=np.int32)
         for tier, notes in enumerate(self.prefetches):
             for layer, num_started in notes:
                 issued[layer, tier] += num_started
         return issued
+
+
+def _marks_of(ran: RanLayers, mark: Mark) -> Array:
+    """[2, L, C]: the marks before and after each layer of a run; what no layer waits for is as it is afterwards."""
+    marks = np.empty((2, len(ran.ids), len(mark)))
+    marks[:] = mark
+    marks[:, :, SECONDS] = ran.times.numpy().T
+    marks[0, :, USEFUL], marks[1, :, USEFUL] = ran.num_useful[:-1], ran.num_useful[1:]
+    return marks
 
 
 @dataclass(slots=True, kw_only=True)
@@ -96,8 +131,8 @@ class PackedForward:
     input_ids: Tensor  # [t]
     is_prompt: bool
     is_new: bool
-    index: Sequence[Tensor]  # per layer [t, K]
-    weights: Sequence[Tensor]  # per layer [t, K]
+    index: Tensor  # [t, L, K]
+    weights: Tensor  # [t, L, K]
     scores: Sequence[Tensor | None]  # per layer [t, E] as the router gave them
     ends: Array  # [2, C]: the marks before and after the forward
     marks: Array  # [2, L, C]: before and after each layer
@@ -146,10 +181,9 @@ def make_trace(chunks: Sequence[Columns], *, num_experts: int, tiers: tuple[str,
     )
 
 
-def _join(forwards: Sequence[Sequence[Tensor]]) -> Tensor:
-    """For each forward L tensors ``[t, K]`` -> ``[T, L, K]``, brought to the host at once."""
-    layers = [torch.cat(layer) for layer in zip(*forwards, strict=True)]
-    return torch.stack(layers, dim=1).detach().cpu()
+def _join(forwards: Sequence[Tensor]) -> Tensor:
+    """For each forward ``[t, L, K]`` -> ``[T, L, K]``, brought to the host at once."""
+    return torch.cat(tuple(forwards)).detach().cpu()
 
 
 def _outcomes(forwards: Sequence[PackedForward], experts: Array) -> Array:

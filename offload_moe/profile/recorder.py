@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.errors import ConfigError
 from offload_moe.hooks import Onlooker
-from offload_moe.moe.attach import Moment
+from offload_moe.moe.attach import RanLayers
 from offload_moe.profile.columns import Columns, Forward, Mark, PackedForward, make_trace, to_columns
 from offload_moe.profile.routers import Router, find_router
 from offload_moe.schedule.scheduler import Scheduler
@@ -95,12 +95,10 @@ class Recorder:
         if forward is not None:
             forward.ends.append(self._mark())
 
-    def ran(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor, begin: Moment, end: Moment) -> None:
+    def ran(self, layers: RanLayers) -> None:
         forward = self._current
         if forward is not None:
-            totals = self._mark()[2:]
-            forward.calls.append((layer, top_k_index, top_k_weights, (*begin, *totals)))
-            forward.ends.append((*end, *totals))
+            forward.add_run(layers, self._mark())
 
     def _begin_forward(self, input_ids: Tensor, start: int) -> None:
         """input_ids: [1, T]; start: tokens of the sequence that the cache holds."""
@@ -108,8 +106,14 @@ class Recorder:
             raise ConfigError(f"One sequence can be recorded at a time, not a batch of {input_ids.shape[0]}.")
         self.num_dropped += self._current is not None
         is_continued = start > 0 and start == self._position
-        num_tiers = len(self._subject.tiers)
-        self._current = Forward(input_ids=input_ids, start=start, is_new=not is_continued, num_tiers=num_tiers)
+        subject = self._subject
+        self._current = Forward(
+            input_ids=input_ids,
+            start=start,
+            is_new=not is_continued,
+            num_tiers=len(subject.tiers),
+            num_layers=len(subject.layers),
+        )
         began = time.perf_counter()
         if is_continued and input_ids.shape[1] == 1:
             self._between_s.append(began - self._ended)
@@ -120,7 +124,7 @@ class Recorder:
         if forward is None:
             return
         ended = self._mark()
-        if not forward.is_complete(len(self._subject.layers)):
+        if not forward.is_complete():
             self.num_dropped += 1
             return
         self._position = forward.start + forward.input_ids.shape[1]

@@ -14,7 +14,7 @@ class RunCosts:
     layer_host_s: per MoE layer and forward, transformers' Python and the acquire.
     dense_s: reading a layer's dense weights and cache once; dense_token_s: its arithmetic per token. The larger counts.
     wave_host_s: per wave of a lease; expert_host_s: per expert of a wave; partial_host_s: per layer whose experts do
-    not all come in one wave, which are added up apart.
+    not all come in one wave, which are added up apart; late_host_s: per expert behind the first wave of such a layer.
     expert_s: reading one expert where it is computed; pair_s: its arithmetic per token. The larger counts.
     probe_host_s: asking one later router.
     has_device: arithmetic is queued, and the host waits for it once per layer, when it needs the routing.
@@ -28,6 +28,7 @@ class RunCosts:
     wave_host_s: float = 0.0
     expert_host_s: float = 0.0
     partial_host_s: float = 0.0
+    late_host_s: float = 0.0
     expert_s: float = 0.0
     pair_s: float = 0.0
     probe_host_s: float = 0.0

@@ -92,7 +92,9 @@ class VirtualRuntime:
             num_computed = 0
             for wave in lease:
                 host_s = costs.wave_host_s + len(wave) * costs.expert_host_s
-                if not num_computed and len(wave) < len(tokens_of):
+                if num_computed:
+                    host_s += len(wave) * costs.late_host_s
+                elif len(wave) < len(tokens_of):
                     host_s += costs.partial_host_s
                 num_computed += len(wave)
                 self.processor.run(host_s, costs.experts([tokens_of[expert] for expert, _ in wave]))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from offload_moe.moe.attach import RanLayers
 from offload_moe.profile.columns import Forward, make_trace, to_columns
 from offload_moe.profile.routers import Router, find_router
 
@@ -15,7 +16,7 @@ ENDED = (5.0, 3, 0.75, 0.75, 40, 20)
 
 def forward(tokens: list[int], start: int, *, is_new: bool) -> Forward:
     """Two layers, top-2 of 4, two tiers. A mark: seconds, useful, stall of vram and ram, bytes of vram and ram."""
-    made = Forward(input_ids=torch.tensor([tokens]), start=start, is_new=is_new, num_tiers=2)
+    made = Forward(input_ids=torch.tensor([tokens]), start=start, is_new=is_new, num_tiers=2, num_layers=2)
     weights = torch.full((len(tokens), 2), 0.5, dtype=torch.bfloat16)
     made.began = (1.0, 0, 0.0, 0.0, 0, 0)
     made.calls = [
@@ -80,14 +81,14 @@ class TestColumns:
     @pytest.mark.parametrize("layers", [[0], [0, 0], [1, 0]])
     def test_forwards_that_are_not_one_pass(self, layers: list[int]) -> None:
         made = forward([7], 0, is_new=True)
-        assert made.is_complete(2)
+        assert made.is_complete()
         made.calls = [(layer, *call[1:]) for layer, call in zip(layers, made.calls, strict=False)]
-        assert not made.is_complete(2)
+        assert not made.is_complete()
 
     def test_layers_that_saw_other_tokens(self) -> None:
         made = forward([7, 8], 0, is_new=True)
         made.calls[1] = (1, torch.zeros(3, 2), *made.calls[1][2:])
-        assert not made.is_complete(2)
+        assert not made.is_complete()
 
 
 class TestRouters:
@@ -135,3 +136,43 @@ class TestRouters:
     def test_a_family_without_a_router_module(self) -> None:
         model = nn.ModuleDict({"block": nn.ModuleDict({"experts": nn.Identity()})})
         assert find_router(model, "block", 4) is None
+
+
+class TestRuns:
+    @staticmethod
+    def layers(first_layer: int, num_layers: int) -> RanLayers:
+        every = slice(first_layer, first_layer + num_layers)
+        return RanLayers(
+            first_layer=first_layer,
+            logits=torch.tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 2.0, 1.0, 0.0]])[every],
+            weights=torch.full((num_layers, 2), 0.5),
+            ids=torch.tensor([[0, 3], [2, 1]])[every],
+            times=torch.tensor([[2.0, 3.0], [4.0, 4.5]], dtype=torch.float64)[every],
+            num_useful=[0, 1, 3][first_layer : first_layer + num_layers + 1],
+        )
+
+    def test_a_run_is_its_layers(self) -> None:
+        """Done at once, or in two parts, or layer by layer: the same arrays."""
+        marks = (9.0, 3, 0.25, 0.25, 30, 20)
+        found = []
+        for parts in ([(0, 2)], [(0, 1), (1, 1)]):
+            made = Forward(input_ids=torch.tensor([[7]]), start=3, is_new=False, num_tiers=2, num_layers=2)
+            made.began = (1.0, 0, 0.25, 0.25, 10, 0)
+            for first_layer, num_layers in parts:
+                made.add_run(self.layers(first_layer, num_layers), marks)
+            assert made.is_complete()
+            routers = [Router(module=nn.Identity(), num_experts=4, is_sigmoid=False)] * 2
+            found.append(to_columns([made.pack((5.0, 3, 0.25, 0.25, 40, 20), 4)], routers, 4))
+        at_once, apart = found
+        for name, values in at_once.items():
+            assert np.array_equal(values, apart[name]), name
+        assert at_once["experts"].tolist() == [[[0, 3], [2, 1]]]
+        assert at_once["prefetch_useful"][0, :, 0].tolist() == [1, 2]
+        assert at_once["compute_s"][0].tolist() == [1.0, 0.5]
+        assert at_once["loaded_bytes"].sum() == (40 - 10) + 20
+        assert at_once["router_probabilities"][0, 0].argmax() == 3
+
+    def test_half_a_run_is_not_complete(self) -> None:
+        made = Forward(input_ids=torch.tensor([[7]]), start=3, is_new=False, num_tiers=2, num_layers=2)
+        made.add_run(self.layers(0, 1), (9.0, 3, 0.25, 0.25, 30, 20))
+        assert not made.is_complete()
