@@ -15,6 +15,7 @@ from offload_moe.conversion import LOSSLESS, MXFP4, expert_name, plan_conversion
 from offload_moe.errors import ConfigError
 from offload_moe.quant import Codec, get_codec
 from offload_moe.source_shards import SourceShards
+from offload_moe.store.journal import check_target
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest
 from offload_moe.store.manifest_json import FORMAT_VERSION, manifest_to_json
 from offload_moe.store.plan import PlannedFile
@@ -59,6 +60,7 @@ def quantize(
     if codec is not None:
         get_codec(codec)  # before a download
     target = Path(store)
+    check_target(target)
     with ExitStack() as stack:
         download = None
         if delete_source_shards:
@@ -99,9 +101,7 @@ def quantize(
             shards.delete_until(writer.num_done)
             metadata = {name: path.read_bytes() for name, path in metadata_files(origin.folder).items()}
             manifest = _manifest(origin, checkpoint, experts_codec.name, dense_codec, files, writer, metadata)
-            writer.finish(manifest_to_json(manifest), metadata)
-        if download is not None:
-            download.remove()
+            writer.finish(manifest_to_json(manifest), metadata, download.remove if download is not None else None)
     return target
 
 
