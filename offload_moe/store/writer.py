@@ -78,7 +78,7 @@ class StoreWriter:
     def finish(self, manifest: str, metadata: dict[str, bytes], clean_up: Callable[[], None] | None = None) -> None:
         """Add the small files and, after them, the manifest: from here on the store loads.
 
-        clean_up: what is left to do then. The conversion can be resumed until it is done, so a kill leaves nothing behind.
+        clean_up: what is left to do then. Until it is done the conversion can be resumed: a kill leaves nothing behind.
         """
         with durable.named_errors(self._folder):
             for name, data in metadata.items():
