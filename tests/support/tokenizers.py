@@ -103,9 +103,6 @@ PACKAGED: dict[str, tuple[str, Files]] = {
     ),
 }
 CODED: dict[str, tuple[str, Files]] = {
-    "remote code": (
-        "mixtral",
-        {"tiktoken.model": _tiktoken(), "tokenizer_config.json": _config("TinyTokenizer", **REMOTE)},
-    ),
+    "remote code": ("mixtral", {"tokenizer_config.json": _config("TinyTokenizer", **REMOTE)}),
 }
 KINDS = PLAIN | PACKAGED | CODED
