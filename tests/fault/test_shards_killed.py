@@ -58,10 +58,11 @@ class Steps:
 
         return call
 
-    def run(self, store: Path, last: int | None = None) -> None:
+    def run(self, source: str | Path, store: Path, last: int | None = None) -> None:
+        """A hub id's shards are deleted, a folder's are not."""
         self.names, self.last = [], last
         try:
-            quantize("org/tiny", store, delete_source_shards=True)
+            quantize(source, store, dense_codec="int8", delete_source_shards=isinstance(source, str))
         finally:
             self.last = None
 
@@ -74,33 +75,42 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def kill_and_resume(steps: Steps, tmp_path: Path, choose: Callable[[list[str]], list[int]]) -> None:
-    steps.run(tmp_path / "undisturbed")
+def kill_and_resume(steps: Steps, source: str | Path, tmp_path: Path, choose: Callable[[list[str]], list[int]]) -> None:
+    steps.run(source, tmp_path / "undisturbed")
     names, undisturbed = steps.names, content(tmp_path / "undisturbed")
     chosen = choose(names)
     assert len(chosen) > 4
     for last in chosen:
         store, download = tmp_path / str(last), tmp_path / f"{last}.download"
         with pytest.raises(Killed):
-            steps.run(store, last)
-        steps.run(store)
+            steps.run(source, store, last)
+        steps.run(source, store)
         assert content(store) == undisturbed, names[last - 1]
         assert not download.exists(), names[last - 1]
 
 
+def after_the_manifest(names: list[str]) -> list[int]:
+    """When there is nothing left to do but to clean up."""
+    manifest = next(index for index, name in enumerate(names) if name.endswith("store.json.part"))
+    return list(range(manifest, len(names)))
+
+
+def all_of_them(names: list[str]) -> list[int]:
+    return list(range(1, len(names)))
+
+
 def test_killed_at_any_step_of_the_end(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the manifest on, when there is nothing left to do but to clean up."""
-
-    def choose(names: list[str]) -> list[int]:
-        manifest = next(index for index, name in enumerate(names) if name.endswith("store.json.part"))
-        return list(range(manifest, len(names)))
-
-    kill_and_resume(Steps(monkeypatch), tmp_path, choose)
+    kill_and_resume(Steps(monkeypatch), "org/tiny", tmp_path, after_the_manifest)
 
 
 @pytest.mark.slow
 def test_killed_at_any_step(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kill_and_resume(Steps(monkeypatch), tmp_path, lambda names: list(range(1, len(names))))
+    kill_and_resume(Steps(monkeypatch), "org/tiny", tmp_path, all_of_them)
+
+
+@pytest.mark.slow
+def test_a_folder_killed_at_any_step(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kill_and_resume(Steps(monkeypatch), checkpoint, tmp_path, all_of_them)
 
 
 def test_a_note_that_was_cut_short_is_written_anew(hub: Hub, tmp_path: Path) -> None:
