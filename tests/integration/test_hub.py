@@ -272,6 +272,17 @@ def test_shards_in_a_folder_of_their_own_are_refused(hub: Hub, tmp_path: Path) -
         quantize("org/tiny", tmp_path / "store", delete_source_shards=True)
 
 
+def test_a_format_that_is_read_when_it_is_opened_is_refused_before_a_shard_comes(
+    hub: Hub, shards: list[str], tmp_path: Path
+) -> None:
+    config = json.loads(hub.files["config.json"])
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    hub.files["config.json"] = json.dumps(config | {"quantization_config": settings}).encode()
+    with pytest.raises(CheckpointError, match="bitsandbytes cannot be converted shard by shard.*without --delete"):
+        quantize("org/tiny", tmp_path / "store", delete_source_shards=True)
+    assert not set(shards) & {path.name for path in (tmp_path / "store.download").iterdir()}
+
+
 @pytest.mark.slow
 def test_the_command_line_uses_the_endpoint_and_token_of_the_environment(checkpoint: Path, tmp_path: Path) -> None:
     with running(Hub(checkpoint)) as hub:
