@@ -278,7 +278,7 @@ def test_a_format_that_is_read_when_it_is_opened_is_refused_before_a_shard_comes
     config = json.loads(hub.files["config.json"])
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     hub.files["config.json"] = json.dumps(config | {"quantization_config": settings}).encode()
-    with pytest.raises(CheckpointError, match="bitsandbytes cannot be converted shard by shard.*without --delete"):
+    with pytest.raises(CheckpointError, match=r"bitsandbytes cannot be converted shard by shard.*without --delete"):
         quantize("org/tiny", tmp_path / "store", delete_source_shards=True)
     assert not set(shards) & {path.name for path in (tmp_path / "store.download").iterdir()}
 
