@@ -45,7 +45,8 @@ def main() -> int:
     parser.add_argument("--experts-per-layer", type=int, default=8)
     options = parser.parse_args()
     torch.set_grad_enabled(False)
-    found = errors(options.checkpoint or demo.checkpoint(), options.experts_per_layer)
+    folder = options.checkpoint or demo.checkpoint()
+    found = errors(folder, options.experts_per_layer)
     summary = {}
     for codec, matrices in found.items():
         for matrix, values in matrices.items():
@@ -55,7 +56,7 @@ def main() -> int:
                 "worst": worst[1],
             }
             print(f"{codec:6} {matrix:13} {summary[f'{codec} {matrix}']}")
-    harness.finish({"benchmark": "relative error of codecs", "checkpoint": "demo", "errors": summary})
+    harness.finish({"benchmark": "relative error of codecs", "checkpoint": folder.name, "errors": summary})
     return 0
 
 

@@ -1,6 +1,6 @@
 """Models that are larger than the machine, one MoE layer at a time: true width, true number of experts.
 
-Usage: python benchmarks/real_sizes.py SCRATCH_FOLDER NAME [NAME ...] [--whole] [--ram 8GiB]
+Usage: python benchmarks/real_sizes.py SCRATCH_FOLDER NAME [NAME ...] [--whole] [--ram 8GiB] [--configs FOLDER]
 
 For each: write a checkpoint with random weights (one MoE layer, and a dense one where the model has them; every layer
 with --whole), quantize it, run a prompt and ten tokens, delete it. What is checked: peak resident memory of
@@ -41,14 +41,14 @@ def run(*command: str) -> dict[str, Any]:
     return json.loads(output.splitlines()[-1])
 
 
-def measure(name: str, scratch: Path, *, is_whole: bool, ram: str | None) -> dict[str, Any]:
+def measure(name: str, scratch: Path, configs: Path, *, is_whole: bool, ram: str | None) -> dict[str, Any]:
     checkpoint, store = scratch / f"{name}-checkpoint", scratch / f"{name}-store"
     layers, dense = (None, None) if is_whole else CUTS[name]
     cut = [] if layers is None else ["--layers", str(layers)]
     cut += [] if dense is None else ["--dense-layers", str(dense)]
     try:
         began = time.perf_counter()
-        config = str(HERE / "configs" / f"{name}.json")
+        config = str(configs / f"{name}.json")
         subprocess.run(
             [sys.executable, str(HERE / "synthesize_checkpoint.py"), config, str(checkpoint), *cut], check=True
         )
@@ -83,14 +83,17 @@ def bf16_expert_bytes(store: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scratch", type=Path)
-    parser.add_argument("names", nargs="+")
+    parser.add_argument("names", nargs="+", metavar="NAME", help=f"a file of the configs: {', '.join(CUTS)}")
     parser.add_argument("--whole", action="store_true", help="every layer")
     parser.add_argument("--ram", help="of the run, such as 8GiB")
+    parser.add_argument("--configs", type=Path, default=HERE / "configs", help="of other sizes under the same names")
     options = parser.parse_args()
+    if unknown := [name for name in options.names if not options.whole and name not in CUTS]:
+        parser.error(f"{unknown[0]} has no cut, only --whole")
     options.scratch.mkdir(parents=True, exist_ok=True)
     results = {}
     for name in options.names:
-        results[name] = measure(name, options.scratch, is_whole=options.whole, ram=options.ram)
+        results[name] = measure(name, options.scratch, options.configs, is_whole=options.whole, ram=options.ram)
         print(name, json.dumps(results[name]), file=sys.stderr)
     harness.finish({"benchmark": "real sizes", "is_whole": options.whole, "models": results})
     return 0

@@ -113,16 +113,6 @@ def assemble(
     return Assembled(hf=hf, layers=layers)
 
 
-def load_tokenizer(store: Store) -> Any:
-    """The store's tokenizer; None where it has none that transformers can read."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(store.path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError):  # what transformers raises for absent or foreign files
-        return None
-
-
 @dataclass(frozen=True, slots=True)
 class _TiedHead:
     """Names of an output head and of the embedding whose weight it shares."""

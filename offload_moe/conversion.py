@@ -13,12 +13,15 @@ from offload_moe.checkpoint.linears import projection_linears
 from offload_moe.errors import CheckpointError
 from offload_moe.kernels import fast_encoding
 from offload_moe.quant import Codec, ExpertShape, Matrix
+from offload_moe.quant.blockwise import BlockwiseCodec
+from offload_moe.quant.pieces import encode_pieces
 from offload_moe.store.plan import Blob, PlannedFile, plan_files, record_blob
 from offload_moe.store.writer import Payload
 
 MXFP4 = "mxfp4"
 LOSSLESS = "bf16"  # as a dense codec: every dense weight stays as the checkpoint has it
-COPY_BYTES = 1 << 25
+WHOLE_BYTES = 1 << 26  # a larger dense matrix is read and encoded by runs of rows
+RUN_BYTES = 1 << 24  # of a dense tensor at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,15 +92,26 @@ def dense_jobs(checkpoint: Checkpoint, codec: Codec) -> list[Job]:
 
     def encode(name: str) -> Payload:
         shape = shapes[name]
+        if checkpoint.dense[f"{name}.weight"].num_bytes > WHOLE_BYTES:
+            return encode_runs(name, shape)
         tensors = {part: checkpoint.dense_tensor(f"{name}.{part}") for part in shape.module_shapes()}
         try:
             return [_bytes(codec.encode(shape, tensors))]
         except CheckpointError as error:
             raise CheckpointError(f"{name}.weight: {error}") from error
 
+    def encode_runs(name: str, shape: ExpertShape) -> Payload:
+        assert isinstance(codec, BlockwiseCodec)
+        bias = checkpoint.dense_tensor(f"{name}.bias") if shape.biases else None
+        try:
+            for piece in encode_pieces(codec, shape, checkpoint.dense_rows(f"{name}.weight", RUN_BYTES), bias):
+                yield _bytes(piece)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}.weight: {error}") from error
+
     def copy(name: str) -> Payload:
         dtype = checkpoint.dense[name].dtype
-        return (_bytes(_checked(name, chunk, dtype)) for chunk in checkpoint.dense_chunks(name, COPY_BYTES))
+        return (_bytes(_checked(name, chunk, dtype)) for chunk in checkpoint.dense_chunks(name, RUN_BYTES))
 
     inside = {f"{name}.{part}" for name, shape in shapes.items() for part in shape.module_shapes()}
     plain = sorted((t for t in checkpoint.dense.values() if t.name not in inside), key=lambda t: -t.dtype.itemsize)

@@ -11,10 +11,12 @@ from typing import Any, Self, Unpack, cast
 import psutil
 import torch
 
-from offload_moe.assemble import LOSSLESS, Assembled, assemble, load_tokenizer, skeleton_of
+from offload_moe.assemble import LOSSLESS, Assembled, assemble, skeleton_of
 from offload_moe.budget import forget_peak, give_back_freed_memory, peak_ram
 from offload_moe.chat import ChatSession
 from offload_moe.chat.sampling import SamplingArguments
+from offload_moe.checkpoint.tokenizer import load_tokenizer
+from offload_moe.errors import ConfigError
 from offload_moe.generate import Prompt
 from offload_moe.lean import make_lean
 from offload_moe.moe.arithmetic import choose_arithmetic, keeps_eagers_bits
@@ -51,20 +53,23 @@ class Model:
         self,
         store: Store,
         assembled: Assembled,
-        tokenizer: Any,
+        tokenizer: tuple[Any, str],
         hierarchy: Hierarchy,
         placement: Placement,
         room: ContextRoom,
         summary: str,
     ) -> None:
-        """placement: where everything was planned to go. room: for contexts. summary: the plan in one line."""
+        """tokenizer: None has a reason beside it. placement: where everything was planned to go. room: for contexts.
+
+        summary: the plan in one line.
+        """
         self.placement = placement
         self.summary = summary
         self.notices: list[str] = []  # what the user must know
         self._room = room
         self.store = store
         self.hf = assembled.hf
-        self.tokenizer = tokenizer
+        self.tokenizer, self._no_tokenizer = tokenizer
         self.layers = assembled.layers
         self._hierarchy = hierarchy
         self._dense_bytes = sum(t.nbytes for t in (*self.hf.parameters(), *self.hf.buffers()))
@@ -115,7 +120,9 @@ class Model:
                 yield piece.text
 
     def chat(self, *, system: str | None = None, raw: bool = False) -> ChatSession:
-        """A conversation whose earlier turns are not computed again."""
+        """A conversation whose earlier turns are not computed again. Raises: ConfigError without a tokenizer."""
+        if self.tokenizer is None:
+            raise ConfigError(f"{self._no_tokenizer} model.hf.generate takes token ids.")
         return ChatSession(
             self.hf,
             self.tokenizer,
@@ -243,7 +250,7 @@ def load(
         watch_overflow(assembled.hf)
     room = ContextRoom(shape, computed_in, placement, partial(hierarchy.resize, "vram" if placement.vram else "ram"))
     assembled.hf.get_decoder().register_forward_pre_hook(room.before_forward, with_kwargs=True)
-    model = Model(store, assembled, load_tokenizer(store), hierarchy, placement, room, summary(shape, placement))
+    model = Model(store, assembled, load_tokenizer(store.path), hierarchy, placement, room, summary(shape, placement))
     if where.type == "cpu" and device is None and vram_bytes != 0 and (notice := notice_of_unused_card()):
         model.notices.append(notice)
         warnings.warn(notice, UserWarning, stacklevel=2)

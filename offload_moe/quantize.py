@@ -11,10 +11,12 @@ from typing import Any
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.formats import quantization_settings
 from offload_moe.checkpoint.source import Source, metadata_files, open_download, resolve_source
+from offload_moe.checkpoint.tokenizer import obstacle
 from offload_moe.conversion import LOSSLESS, MXFP4, expert_name, plan_conversion
 from offload_moe.errors import ConfigError
 from offload_moe.quant import Codec, get_codec
 from offload_moe.source_shards import SourceShards
+from offload_moe.store.journal import check_target
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest
 from offload_moe.store.manifest_json import FORMAT_VERSION, manifest_to_json
 from offload_moe.store.plan import PlannedFile
@@ -44,8 +46,9 @@ def quantize(
     delete_source_shards: download a hub id shard by shard into a folder beside the store, and delete each once
         everything in it is safely in the store. Needs the disk for the store and about two shards.
 
-    Memory stays bounded by a few experts and the largest dense tensor that has to be converted. A conversion that was
-    stopped, by whatever means, is resumed by the same call.
+    Memory stays bounded by a few experts: large dense matrices are read, copied and encoded by runs of rows. Whole in
+    memory is only what transformers splits or merges, or what is packed the other way round (GPTQ, AWQ, bitsandbytes).
+    A conversion that was stopped, by whatever means, is resumed by the same call.
 
     Raises:
         ConfigError: there is no such codec, it does not suit the source, or shards of a folder are to be deleted.
@@ -59,6 +62,7 @@ def quantize(
     if codec is not None:
         get_codec(codec)  # before a download
     target = Path(store)
+    check_target(target)
     with ExitStack() as stack:
         download = None
         if delete_source_shards:
@@ -82,6 +86,8 @@ def quantize(
             what = f"{len(checkpoint.ignored)} tensors of multi-token prediction, of images or of older versions"
             phase = f"Skipping {what}, such as {checkpoint.ignored[0]}"
             report(Progress(phase=phase, done_bytes=-1, total_bytes=0))
+        if notice := obstacle(origin.folder):
+            report(Progress(phase=notice, done_bytes=-1, total_bytes=0))
         files, jobs = plan_conversion(checkpoint, experts_codec, linears_codec, by_shard=download is not None)
         settings = _settings(
             origin, checkpoint, experts_codec.name, dense_codec, files, is_download=download is not None
@@ -99,9 +105,7 @@ def quantize(
             shards.delete_until(writer.num_done)
             metadata = {name: path.read_bytes() for name, path in metadata_files(origin.folder).items()}
             manifest = _manifest(origin, checkpoint, experts_codec.name, dense_codec, files, writer, metadata)
-            writer.finish(manifest_to_json(manifest), metadata)
-        if download is not None:
-            download.remove()
+            writer.finish(manifest_to_json(manifest), metadata, download.remove if download is not None else None)
     return target
 
 

@@ -8,7 +8,7 @@ Source: bitsandbytes/functional.py, `QuantState.as_dict` and `from_dict`.
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ def bitsandbytes(stored: TensorSource, settings: dict[str, Any]) -> DequantizedT
 class Weight4Bit:
     """A weight and the tensors of its state."""
 
+    is_by_rows: ClassVar[bool] = False
     entry: TensorEntry
     ingredients: tuple[str, ...]
 

@@ -18,7 +18,7 @@ from offload_moe.checkpoint.names import SourceGroup, map_names, required_names
 from offload_moe.checkpoint.piece_reader import PieceReader
 from offload_moe.checkpoint.shards import Remote
 from offload_moe.checkpoint.skeleton import build_skeleton, load_config
-from offload_moe.checkpoint.tensors import TensorSource
+from offload_moe.checkpoint.tensors import TensorSource, row_runs
 from offload_moe.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -112,6 +112,14 @@ class Checkpoint:
             tensors = {p: [self.tensors.read(source) for source in names] for p, names in group.sources.items()}
             last = self._last_converted = (group, convert(group, tensors, self.model))
         return last[1][name]
+
+    def dense_rows(self, name: str, run_bytes: int) -> Iterator[Tensor]:
+        """Runs of a dense tensor's rows; whole where it is converted, or where its format cannot be read by rows."""
+        group = self._dense_groups[name]
+        if group.converter is None and self.tensors.is_by_rows(group.names[0]):
+            yield from row_runs(self.tensors, group.names[0], run_bytes)
+        else:
+            yield self.dense_tensor(name)
 
     def dense_chunks(self, name: str, chunk_bytes: int) -> Iterator[Tensor]:
         """The bytes of one dense tensor, uint8; a tensor that is only renamed is never whole in memory."""

@@ -118,15 +118,20 @@ class Download:
         path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Delete the folder: the conversion is finished. What is not ours in it stays."""
-        ours = {*self.repository.files, *(name + PARTIAL for name in self.repository.files), NOTE_NAME}
-        found = sorted(self.folder.rglob("*"), reverse=True)  # a folder after what is in it
-        for path in [*found, self.folder]:
+        """Delete the folder: the conversion is finished. What is not ours in it stays.
+
+        The note goes last: without it nobody could tell what is left after a kill.
+        """
+        ours = {*self.repository.files, *(name + PARTIAL for name in self.repository.files)} - {NOTE_NAME}
+        for path in sorted(self.folder.rglob("*"), reverse=True):  # a folder after what is in it
             if path.is_dir() and not path.is_symlink():
                 with suppress(OSError):  # not empty
                     path.rmdir()
             elif path.parent == self.folder / HEADERS or path.relative_to(self.folder).as_posix() in ours:
                 path.unlink()
+        (self.folder / NOTE_NAME).unlink()
+        with suppress(OSError):
+            self.folder.rmdir()
 
     def close(self) -> None:
         if self._lock >= 0:
@@ -177,6 +182,8 @@ def _read_note(folder: Path, wanted: dict[str, str | None]) -> dict[str, Any] | 
         complete = isinstance(note["commit"], str) and isinstance(note["files"], dict)
     except (ValueError, KeyError, TypeError):
         begun, complete = {}, False
+    if not complete and [path.name for path in folder.iterdir()] == [NOTE_NAME]:
+        return None  # its writing was cut short
     if not complete:
         raise StoreError(f"{folder / NOTE_NAME} is damaged. Delete that folder and start again.")
     if begun != wanted:
@@ -188,11 +195,14 @@ def _read_note(folder: Path, wanted: dict[str, str | None]) -> dict[str, Any] | 
 
 
 def _write_note(folder: Path, repository: Repository, revision: str | None) -> None:
-    """In place, since it is locked: a note that was cut short is damaged, and nothing else is there yet."""
+    """In place, since it is locked, and before anything else comes: a note that was cut short is alone."""
     note = {
         "repo_id": repository.repo_id,
         "revision": revision,
         "commit": repository.commit,
         "files": {name: asdict(file) for name, file in repository.files.items()},
     }
-    (folder / NOTE_NAME).write_text(json.dumps(note, indent=1), encoding="utf-8")
+    with (folder / NOTE_NAME).open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(note, indent=1))
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -7,7 +7,7 @@ Source: DeepSeek-V3's inference/kernel.py, `weight_dequant`; transformers/integr
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ def fp8_tensors(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTe
 class Fp8Weight:
     """A weight and its scales; `block` is rows and columns that share one."""
 
+    is_by_rows: ClassVar[bool] = True
     entry: TensorEntry
     scale: str
     block: tuple[int, int]

@@ -42,6 +42,9 @@ class GgufTensors:
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         return self._parts[name].rows(start, stop)
 
+    def is_by_rows(self, name: str) -> bool:
+        return True
+
     def chunks(self, name: str, chunk_bytes: int) -> Iterator[Tensor]:
         return row_chunks(self, name, chunk_bytes)
 

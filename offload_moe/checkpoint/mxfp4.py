@@ -6,7 +6,7 @@ Source: transformers/integrations/mxfp4.py, `convert_moe_packed_tensors`.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class Mxfp4Tensors(DequantizedTensors):
 class Mxfp4Weight:
     """A fused weight and what it is stored as."""
 
+    is_by_rows: ClassVar[bool] = True
     entry: TensorEntry
 
     @property

@@ -8,6 +8,7 @@ Source: compressed-tensors, compressors/pack_quantized; AutoGPTQ, nn_modules/qli
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where each output's code is in a word
 class CompressedWeight:
     """compressed-tensors: ``_packed [O, K/8]``, ``_scale [O, G]``, ``_shape [2]``; zero is the middle code."""
 
+    is_by_rows: ClassVar[bool] = True
     entry: TensorEntry
     bits: int
 
@@ -50,6 +52,7 @@ class GptqWeight:
     zero_offset: what is added to a stored zero.
     """
 
+    is_by_rows: ClassVar[bool] = False
     entry: TensorEntry
     bits: int
     zero_offset: int
@@ -74,6 +77,7 @@ class GptqWeight:
 class AwqWeight:
     """AWQ in its GEMM layout, 4 bits: ``qweight [K, O/8]``, ``qzeros [G, O/8]``, ``scales [G, O]``."""
 
+    is_by_rows: ClassVar[bool] = False
     entry: TensorEntry
 
     @property

@@ -64,6 +64,9 @@ class Shards:
         data = self._read(entry, entry.offset + start * row_bytes, (stop - start) * row_bytes)
         return data.view(entry.dtype).view(stop - start, *entry.shape[1:])
 
+    def is_by_rows(self, name: str) -> bool:
+        return True
+
     def chunks(self, name: str, chunk_bytes: int) -> Iterator[Tensor]:
         """The tensor's bytes in order, uint8, at most `chunk_bytes` at a time."""
         entry = self.entries[name]

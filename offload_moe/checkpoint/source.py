@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from offload_moe.checkpoint.download import Download, OnDownload
+from offload_moe.checkpoint.download import NOTE_NAME, Download, OnDownload
 from offload_moe.checkpoint.hub import hub_errors
 from offload_moe.checkpoint.shards import safe_path
 from offload_moe.errors import CheckpointError, ConfigError
@@ -16,7 +16,7 @@ WEIGHT_PATTERNS = ("*.safetensors",)
 # The same weights again in other shapes: originals in subfolders, consolidated files.
 IGNORED_PATTERNS = ("consolidated*", "*/*.safetensors", "*/*.json", "*/*.model", "*/*.txt", "*/*.tiktoken")
 
-NOT_KEPT = {"store.json", "LICENSE.txt", "requirements.txt"}
+NOT_KEPT = {"store.json", NOTE_NAME, "LICENSE.txt", "requirements.txt"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

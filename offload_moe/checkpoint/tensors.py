@@ -41,6 +41,10 @@ class TensorSource(Protocol):
         """A slice along the leading dimension, ``[stop - start, ...]``."""
         ...
 
+    def is_by_rows(self, name: str) -> bool:
+        """Whether reading a few rows takes the memory of a few rows."""
+        ...
+
     def chunks(self, name: str, chunk_bytes: int) -> Iterator[Tensor]:
         """The tensor's bytes in order, uint8, about `chunk_bytes` at a time."""
         ...
@@ -50,6 +54,11 @@ class TensorSource(Protocol):
 
 class Recipe(Protocol):
     """How one tensor is made from the ones that are stored."""
+
+    @property
+    def is_by_rows(self) -> bool:
+        """Whether a few rows are made of a few rows, not of everything."""
+        ...
 
     @property
     def entry(self) -> TensorEntry:
@@ -98,6 +107,10 @@ class DequantizedTensors:
         recipe = self.recipes.get(name)
         return recipe.rows(self.stored, start, stop) if recipe else self.stored.read_rows(name, start, stop)
 
+    def is_by_rows(self, name: str) -> bool:
+        recipe = self.recipes.get(name)
+        return recipe.is_by_rows if recipe else self.stored.is_by_rows(name)
+
     def chunks(self, name: str, chunk_bytes: int) -> Iterator[Tensor]:
         if name not in self.recipes:
             yield from self.stored.chunks(name, chunk_bytes)
@@ -110,9 +123,14 @@ class DequantizedTensors:
 
 def row_chunks(source: TensorSource, name: str, chunk_bytes: int) -> Iterator[Tensor]:
     """`TensorSource.chunks` by reading rows."""
+    for rows in row_runs(source, name, chunk_bytes):
+        yield rows.contiguous().reshape(-1).view(torch.uint8)
+
+
+def row_runs(source: TensorSource, name: str, run_bytes: int) -> Iterator[Tensor]:
+    """A tensor's rows in order, about `run_bytes` at a time."""
     entry = source.entries[name]
     row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
-    step = max(1, chunk_bytes // max(1, row_bytes))
+    step = max(1, run_bytes // max(1, row_bytes))
     for start in range(0, entry.shape[0], step):
-        rows = source.read_rows(name, start, min(start + step, entry.shape[0]))
-        yield rows.contiguous().reshape(-1).view(torch.uint8)
+        yield source.read_rows(name, start, min(start + step, entry.shape[0]))

@@ -60,9 +60,7 @@ class BlockwiseCodec(ABC):
     def planes_of(self, shape: ExpertShape, matrix: Matrix, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The planes of one matrix of an expert."""
         rows = shape.to_kernel_rows(matrix.name, tensors[matrix.name])
-        rows = rows.float() if rows.dtype == torch.float64 else rows
-        padding = round_up(matrix.in_features, IN_ALIGNMENT) - matrix.in_features
-        return self.encode_matrix(torch.nn.functional.pad(rows, (0, padding)) if padding else rows)
+        return self.encode_matrix(pad_rows(rows))
 
     @abstractmethod
     def is_finite(self, planes: Mapping[str, Tensor]) -> bool:
@@ -79,6 +77,13 @@ class BlockwiseCodec(ABC):
     @abstractmethod
     def decode_matrix(self, planes: Mapping[str, Tensor]) -> Tensor:
         """Planes -> fp32 ``[O, P]``."""
+
+
+def pad_rows(rows: Tensor) -> Tensor:
+    """``[O, K] -> [O, P]``, in a dtype that codecs encode."""
+    rows = rows.float() if rows.dtype == torch.float64 else rows
+    padding = round_up(rows.shape[1], IN_ALIGNMENT) - rows.shape[1]
+    return torch.nn.functional.pad(rows, (0, padding)) if padding else rows
 
 
 def bias_of(matrix: Matrix) -> str:

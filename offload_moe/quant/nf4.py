@@ -76,6 +76,15 @@ class Nf4Codec(BlockwiseCodec):
         return bool(planes["absmax_offset"].isfinite().all())
 
 
+def nested_absmax(absmax: Tensor) -> dict[str, Tensor]:
+    """The planes of fp32 scales ``[blocks]``, as `quantize_4bit` nests them."""
+    from bitsandbytes.functional import quantize_blockwise
+
+    offset = absmax.mean()
+    nested, state = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+    return {"absmax": nested, "absmax_scale": state.absmax, "absmax_offset": offset.view(1)}
+
+
 def block_absmax(planes: Mapping[str, Tensor]) -> Tensor:
     """Expand the nested absmax: one fp32 per block of 64 weights."""
     nested = dynamic_map().to(planes["absmax"].device)[planes["absmax"].int()]

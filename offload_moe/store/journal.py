@@ -24,8 +24,8 @@ class Journal:
         """Start a conversion, or continue one. Raises: StoreError when the folder is another's."""
         self._path = folder / JOURNAL_NAME
         first_line = json.dumps(settings, sort_keys=True).encode() + b"\n"
+        check_target(folder)
         if not self._path.exists():
-            _refuse_foreign(folder)
             folder.mkdir(parents=True, exist_ok=True)
             durable.write_file(self._path, first_line)
         self._file = os.open(self._path, os.O_RDWR)
@@ -95,9 +95,12 @@ def _checksums(lines: bytes) -> list[int]:
     return found
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """Only a new or empty folder is taken; a leftover of our own first write is no content."""
-    if not folder.exists():
+def check_target(folder: Path) -> None:
+    """Whether a conversion may begin in this folder, or go on. Raises: StoreError.
+
+    Only a new or empty folder is taken; a leftover of our own first write is no content.
+    """
+    if (folder / JOURNAL_NAME).exists() or not folder.exists():
         return
     if not folder.is_dir():
         raise StoreError(f"{folder} is a file. Choose a new folder for the store.")

@@ -89,7 +89,8 @@ class Store:
 
     @property
     def has_tokenizer(self) -> bool:
-        return any(file.name.startswith(("tokenizer", "vocab", "tekken")) for file in self._manifest.metadata)
+        names = [file.name for file in self._manifest.metadata]
+        return any(n.startswith(("tokenizer", "vocab", "tekken")) or n.endswith((".model", ".tiktoken")) for n in names)
 
     @property
     def experts_bytes(self) -> int:

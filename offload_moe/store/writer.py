@@ -7,7 +7,7 @@ gives the same bytes as an undisturbed one.
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -75,13 +75,19 @@ class StoreWriter:
             for blob, offset in zip(file.blobs, file.offsets(), strict=True)
         ]
 
-    def finish(self, manifest: str, metadata: dict[str, bytes]) -> None:
-        """Add the small files and, last of all, the manifest: from here on the store loads."""
+    def finish(self, manifest: str, metadata: dict[str, bytes], clean_up: Callable[[], None] | None = None) -> None:
+        """Add the small files and, after them, the manifest: from here on the store loads.
+
+        clean_up: what is left to do then. Until it is done the conversion can be resumed: a kill leaves nothing behind.
+        """
         with durable.named_errors(self._folder):
             for name, data in metadata.items():
                 (self._folder / name).parent.mkdir(exist_ok=True)
                 durable.write_file(self._folder / name, data)
             durable.write_file(self._folder / MANIFEST_NAME, manifest.encode())
+        if clean_up is not None:
+            clean_up()
+        with durable.named_errors(self._folder):
             self._journal.remove()
 
     def _write_file(self, file: PlannedFile, skip: int, payloads: Iterator[Payload]) -> Iterator[int]:

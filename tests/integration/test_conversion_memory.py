@@ -1,12 +1,38 @@
-"""Memory of a conversion is bounded by a few experts, not by a layer, even where a layer is one fused tensor."""
+"""Memory of a conversion is bounded by a few experts, not by a layer or the largest tensor."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
 from offload_moe.quantize import Progress, quantize
+from offload_moe.store import Store
 from tests.support.checkpoints import write_checkpoint
+
+VOCABULARY, HIDDEN = 1 << 16, 1024
+# Quantizes a small checkpoint first, then measures how far the peak rises above that, once per dense codec.
+MEASURE = """
+import json, sys
+from pathlib import Path
+import bitsandbytes  # imported late otherwise
+from offload_moe.quantize import quantize
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+folder, growth = Path(sys.argv[1]), {}
+for codec in ("bf16", "int8", "nf4"):
+    quantize(folder / "warm", folder / f"warm-{codec}", dense_codec=codec)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = status("VmRSS")
+    quantize(folder / "model", folder / codec, dense_codec=codec)
+    growth[codec] = status("VmHWM") - before
+print(json.dumps(growth))
+"""
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -25,3 +51,20 @@ def test_resident_memory_stays_within_a_few_experts(tmp_path: Path) -> None:
 
     quantize(tmp_path / "model", tmp_path / "store", codec="bf16", progress=report)
     assert max(growth) < 20 * expert_bytes, "a layer has 64 experts in one tensor"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures with Linux' /proc")
+def test_the_peak_stays_below_an_embedding_and_a_head(tmp_path: Path) -> None:
+    """Both are copied, or encoded, by rows: one of them in bf16 is already more than what is allowed."""
+    write_checkpoint(tmp_path / "warm")
+    size = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": 1}
+    write_checkpoint(tmp_path / "model", shard_size="1GB", **size)
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    output = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True).stdout
+    tensor_bytes = 2 * VOCABULARY * HIDDEN
+    for codec, growth in json.loads(output.splitlines()[-1]).items():
+        store = Store.open(tmp_path / codec)
+        assert store.dense["model.embed_tokens.weight"].place.num_bytes == tensor_bytes
+        assert (store.dense["lm_head.weight"].quantized is None) == (codec == "bf16")
+        assert growth < tensor_bytes, codec

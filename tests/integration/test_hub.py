@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
@@ -17,7 +16,7 @@ from offload_moe.quantize import Progress, quantize
 from offload_moe.repair import find_damage, repair
 from offload_moe.store import Store, is_store
 from tests.support.checkpoints import spread, write_checkpoint
-from tests.support.hub import COMMIT, Hub, running
+from tests.support.hub import COMMIT, Hub, hub_in_use, running
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +32,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the hub client waits between attempts
-    with running(Hub(checkpoint)) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        huggingface_hub.close_session()
+    with hub_in_use(checkpoint, tmp_path / "cache", monkeypatch) as hub:
         yield hub
-        huggingface_hub.close_session()
 
 
 @pytest.fixture
@@ -282,6 +272,17 @@ def test_shards_in_a_folder_of_their_own_are_refused(hub: Hub, tmp_path: Path) -
         quantize("org/tiny", tmp_path / "store", delete_source_shards=True)
 
 
+def test_a_format_that_is_read_when_it_is_opened_is_refused_before_a_shard_comes(
+    hub: Hub, shards: list[str], tmp_path: Path
+) -> None:
+    config = json.loads(hub.files["config.json"])
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    hub.files["config.json"] = json.dumps(config | {"quantization_config": settings}).encode()
+    with pytest.raises(CheckpointError, match=r"bitsandbytes cannot be converted shard by shard.*without --delete"):
+        quantize("org/tiny", tmp_path / "store", delete_source_shards=True)
+    assert not set(shards) & {path.name for path in (tmp_path / "store.download").iterdir()}
+
+
 @pytest.mark.slow
 def test_the_command_line_uses_the_endpoint_and_token_of_the_environment(checkpoint: Path, tmp_path: Path) -> None:
     with running(Hub(checkpoint)) as hub:
@@ -302,48 +303,3 @@ def test_the_command_line_uses_the_endpoint_and_token_of_the_environment(checkpo
         assert done.returncode == 0, done.stderr
         assert is_store(tmp_path / "store")
         assert not (tmp_path / "store.download").exists()
-
-
-# Forks children that convert shard by shard and kills each after its delay; prints one status per child.
-KILLER = """
-import os, random, signal, sys, time
-import huggingface_hub, torch
-torch.set_num_threads(1)
-from offload_moe.quantize import quantize
-
-def start(folder):
-    huggingface_hub.close_session()
-    child = os.fork()
-    if child == 0:
-        quantize("org/tiny", folder, delete_source_shards=True)
-        os._exit(0)
-    return child
-
-begun = time.perf_counter()
-os.waitpid(start(sys.argv[1] + "/undisturbed"), 0)
-whole = time.perf_counter() - begun
-chosen = random.Random(1)
-for index in range(int(sys.argv[2])):
-    child = start(f"{sys.argv[1]}/{index}")
-    time.sleep(chosen.random() * whole)
-    os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    print(status)
-    if status and os.waitpid(start(f"{sys.argv[1]}/{index}"), 0)[1]:
-        sys.exit(f"number {index} was not resumed")
-"""
-
-
-@pytest.mark.slow
-def test_kill_9_while_shards_come_and_go(checkpoint: Path, tmp_path: Path) -> None:
-    count = 20
-    with running(Hub(checkpoint)) as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-        command = [sys.executable, "-c", KILLER, str(tmp_path), str(count)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    undisturbed = {path.name: path.read_bytes() for path in (tmp_path / "undisturbed").iterdir()}
-    for index in range(count):
-        assert {path.name: path.read_bytes() for path in (tmp_path / str(index)).iterdir()} == undisturbed, index
-        assert not (tmp_path / f"{index}.download").exists()
-    assert sum(int(status) == 9 for status in result.stdout.split()) >= count // 2

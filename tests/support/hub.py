@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 GIT_BYTES = 4_000  # larger files are kept outside of git, as the real hub keeps weights
 
@@ -58,6 +62,22 @@ def running(hub: Hub) -> Iterator[Hub]:
         hub.server.shutdown()
         hub.server.server_close()
         thread.join()
+
+
+@contextmanager
+def hub_in_use(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with the files of `folder`, which the hub client of this process asks from now on."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the hub client waits between attempts
+    with running(Hub(folder)) as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        huggingface_hub.close_session()
+        yield hub
+        huggingface_hub.close_session()
 
 
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:

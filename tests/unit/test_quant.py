@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from offload_moe.errors import CheckpointError, ConfigError
+from offload_moe.kernels import fast_encoding
 from offload_moe.quant import CODECS, ExpertShape, Matrix, get_codec
 from offload_moe.quant.mxfp4 import Mxfp4Codec, mxfp4_values
 from offload_moe.quant.nf4 import NF4_TABLE, dynamic_map
+from offload_moe.quant.pieces import encode_pieces
 
 GATED = ExpertShape(
     matrices=(
@@ -153,3 +155,29 @@ def test_mxfp4_takes_blocks_and_scales_as_they_are(features: int) -> None:
     scales[3, 1] = 255
     with pytest.raises(CheckpointError, match="gate_up_proj has NaN"):
         codec.encode(shape, {"gate_up_proj_blocks": codes, "gate_up_proj_scales": scales})
+
+
+@pytest.mark.parametrize("is_native", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_pieces_are_the_bytes_of_the_whole(name: str, dtype: torch.dtype, has_bias: bool, is_native: bool) -> None:
+    """Blocks of scales are cut through: 100 columns make two blocks a row, 256 of which share a nested scale."""
+    torch.manual_seed(0)
+    biases = (("bias", 300),) if has_bias else ()
+    shape = ExpertShape(matrices=(Matrix(name="weight", out_features=300, in_features=100),), biases=biases)
+    rows, bias = torch.randn(300, 100).to(dtype), torch.randn(300)
+    codec = fast_encoding(get_codec(name)) if is_native else get_codec(name)
+    whole = codec.encode(shape, {"weight": rows, "bias": bias})
+    pieces = encode_pieces(codec, shape, rows.split(77), bias if has_bias else None)
+    assert torch.equal(torch.cat([*pieces]), whole)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_pieces_with_weights_that_are_no_numbers_are_refused(name: str, value: float) -> None:
+    shape = ExpertShape(matrices=(Matrix(name="weight", out_features=8, in_features=64),))
+    rows = torch.ones(8, 64)
+    rows[1, 5] = value
+    with pytest.raises(CheckpointError, match=f"weight has NaN or infinite weights; {name} cannot encode them"):
+        list(encode_pieces(get_codec(name), shape, rows.split(3)))
