@@ -126,6 +126,19 @@ def test_every_check_of_the_first_hour_exists() -> None:
             assert f"def {name}(" in tests, name
 
 
+def test_every_message_of_the_troubleshooting_page_is_said() -> None:
+    """Messages in italics; dots stand for what differs."""
+    files = [path for folder in ("offload_moe", "cli") for path in (ROOT / folder).rglob("*.py")]
+    # Strings that are continued on the next line are one.
+    code = re.sub(r'"\n\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in files))
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = [message for message in re.findall(r"(?<!\*)\*([^*\n]+)\*(?!\*)", page) if message != "italics"]
+    assert len(messages) > 8
+    for message in messages:
+        for part in message.split("..."):
+            assert part.strip() in code, message
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(page.read_text(encoding="utf-8")):
