@@ -14,12 +14,13 @@ from harness import finish, machine, run_json
 from offload_moe.sizes import format_size, parse_size
 
 CHILD = """
-import json, sys
+import json, random, string, sys
 from offload_moe.model import load
 source, ram, context = sys.argv[1], int(sys.argv[2]) or None, int(sys.argv[3])
 with load(source, ram=ram, context=context) as model:
     answer = 16
-    ids = model.tokenizer(" the cat sat on a mat" * context, add_special_tokens=False).input_ids[: context - answer]
+    letters = "".join(random.Random(0).choices(string.ascii_letters + " ", k=8 * context))  # to every expert
+    ids = model.tokenizer(letters, add_special_tokens=False).input_ids[: context - answer]
     text = model.tokenizer.decode(ids)
     session = model.chat(raw=True)
     for _ in session.send(text, max_new_tokens=answer, temperature=0):

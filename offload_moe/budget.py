@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 
-PROCESS_BYTES = 380 << 20  # interpreter, torch, transformers: what a process holds beside weights and slots
+PROCESS_BYTES = 370 << 20  # interpreter, torch, transformers: what a process holds beside weights and slots
 TOKEN_BYTES = 1000  # of a tokenizer, per entry of its vocabulary
-RUNTIME_BYTES = 430 << 20  # both, with a vocabulary of 50,000
+RUNTIME_BYTES = 420 << 20  # both, with a vocabulary of 50,000
 DEVICE_RESERVE_BYTES = 1 << 30  # CUDA context, workspaces, activations and a key/value cache of a few thousand tokens
 CPU_PROMPT_TOKENS, DEVICE_PROMPT_TOKENS = 512, 2048  # of a prompt, computed at once; by then compute hides the loads
 SHARE_OF_FREE = 0.9  # of what is free, taken when no budget is named

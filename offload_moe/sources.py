@@ -26,6 +26,21 @@ def silent(phase: str, done: float = -1.0, total: float | None = None) -> None:
     """The report of those who asked for none."""
 
 
+def find_source(name: str | Path) -> str | Path:
+    """What can be planned: a folder or file, the entry of the cache folder with that name, or the name itself.
+
+    Raises: CheckpointError when it is the demo, and nobody has built it yet.
+    """
+    path = resolve(name)
+    if path.exists():
+        return path
+    if name != DEMO:
+        return name
+    if not (folder := demo.checkpoint_folder(cache_dir())).exists():
+        raise CheckpointError("The demo model is not built yet. `offload-moe chat` builds it, from a 93 MB download.")
+    return folder
+
+
 def ensure_store(
     source: str | Path, *, codec: str | None, dense_codec: str, revision: str | None, token: str | None, report: Report
 ) -> Path:

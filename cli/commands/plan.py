@@ -34,7 +34,7 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Show what a model needs, where it would go and how fast it could be, from its config alone. "
         "Leaves with 0 when it fits and with 1 when it does not.",
     )
-    parser.add_argument("model", metavar="MODEL", help="hub id, checkpoint folder, store, or a config.json")
+    parser.add_argument("model", metavar="MODEL", help="hub id, checkpoint folder, store, demo, or a config.json")
     group = parser.add_argument_group("machine")
     group.add_argument(
         "--vram", type=parse_size, metavar="SIZE", help="GPU memory, such as 12GiB, or 0 (default: what is free here)"
@@ -57,10 +57,11 @@ def run(options: argparse.Namespace) -> int:
     with reporter() as report:
         report("Loading libraries")
         from offload_moe.plan import make_plan, measure_machine, plan_to_json
+        from offload_moe.sources import find_source
 
         report(f"Planning {options.model}")
         plan = make_plan(
-            options.model,
+            find_source(options.model),
             measure_machine(vram=options.vram, ram=options.ram),
             context=options.context,
             codec=options.codec,

@@ -25,7 +25,9 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Predict prompt and decode tokens/s on a described machine: the runtime's own scheduler, in "
         "virtual time, on a recorded routing trace or a synthetic one. Every figure is simulated.",
     )
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="hub id, checkpoint folder, store, or a config.json")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="hub id, checkpoint folder, store, demo, or a config.json"
+    )
     group = parser.add_argument_group("machine")
     group.add_argument("--gpu", metavar="NAME", help="a card of the table, such as rtx-4090 (default: no GPU)")
     group.add_argument("--cards", action="store_true", help="show the table of cards and leave")
@@ -68,12 +70,13 @@ def run(options: argparse.Namespace) -> int:
         from offload_moe.plan import make_plan
         from offload_moe.plan.simulation import plan_simulation_to_json, simulate_plan
         from offload_moe.schedule.policy import DEFAULT_POLICY
+        from offload_moe.sources import find_source
         from offload_moe.trace import load_trace
 
         trace = load_trace(options.trace) if options.trace else None
         report(f"Planning {options.model}")
         plan = make_plan(
-            options.model,
+            find_source(options.model),
             _machine(options),
             context=options.context,
             codec=options.codec,

@@ -12,6 +12,8 @@ from ..progress import Reporter, reporter
 from ..terminal import safe
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from offload_moe.repair import Damage
     from offload_moe.store import Store
 
@@ -30,7 +32,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--source",
         metavar="SOURCE",
-        help="checkpoint folder or hub id to repair from (default: the store's own hub id)",
+        help="folder, name in the cache, or hub id of the checkpoint (default: where the store came from)",
     )
     add_common_flags(parser)
     parser.set_defaults(run=run)
@@ -50,21 +52,35 @@ def run(options: argparse.Namespace) -> int:
             restore_sizes(path)
         store = Store.open(path)
         damages = find_damage(store, lambda p: report(p.phase, p.done_bytes, p.total_bytes))
-        remaining = _repair(store, damages, options.source, report) if options.repair and damages else damages
+        source = _source(store, options.source)
+        remaining = _repair(store, damages, source, report) if options.repair and damages else damages
     for damage in damages:
         verb = "" if not options.repair else "repaired: " if damage not in remaining else "not repaired: "
         print(safe(f"{verb}{damage.piece.path.name}: {damage.piece.name}"))
-    print(_verdict(store, damages, remaining, is_repair=options.repair), file=sys.stderr if damages else sys.stdout)
+    line = _verdict(store, damages, remaining, source, is_repair=options.repair)
+    print(line, file=sys.stderr if damages else sys.stdout)
     return EXIT_DAMAGED if remaining else EXIT_WHOLE
 
 
-def _repair(store: "Store", damages: "list[Damage]", source: str | None, report: Reporter) -> "list[Damage]":
+def _source(store: "Store", named: str | None) -> "Path | str | None":
+    """Where to repair from: what is named, or else the store's source, where that is in the cache, as the demo is."""
+    from offload_moe.stores import resolve
+
+    folder = resolve(named or store.source)
+    return folder if folder.is_dir() else named
+
+
+def _repair(store: "Store", damages: "list[Damage]", source: "Path | str | None", report: Reporter) -> "list[Damage]":
     from offload_moe.repair import repair
 
     return repair(store, damages, source, progress=lambda p: report(p.phase, p.done_bytes, p.total_bytes))
 
 
-def _verdict(store: "Store", damages: "list[Damage]", remaining: "list[Damage]", *, is_repair: bool) -> str:
+def _verdict(
+    store: "Store", damages: "list[Damage]", remaining: "list[Damage]", source: "Path | str | None", *, is_repair: bool
+) -> str:
+    from offload_moe.checkpoint.source import looks_like_hub_id
+
     pieces = list(store.pieces())
     if not damages:
         size = format_size(sum(piece.place.num_bytes for piece in pieces))
@@ -76,7 +92,6 @@ def _verdict(store: "Store", damages: "list[Damage]", remaining: "list[Damage]",
             f"{len(remaining)} of {len(damages)} damaged pieces could not be made again with the checksum on record: "
             "the source is not the one this store came from, or another version encodes it. Quantize the model again."
         )
-    return (
-        f"{store.path} is damaged: {len(damages)} of {len(pieces):,} pieces. Repair it with --repair --source "
-        "CHECKPOINT, and check the disk."
-    )
+    is_known = source is not None or looks_like_hub_id(store.source)
+    flags = "--repair" if is_known else f"--repair --source FOLDER (the checkpoint, which was named {store.source})"
+    return f"{store.path} is damaged: {len(damages)} of {len(pieces):,} pieces. Check the disk, and add {flags}."

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from offload_moe.chat.prefix import PrefixCache
+from offload_moe.chat.prompt_chunks import prompt_chunk_tokens
 from offload_moe.chat.reasoning import Piece, make_splitter
 from offload_moe.chat.sampling import Sampling
 from offload_moe.chat.stats import Finish, TurnStats
@@ -105,8 +106,9 @@ class Answer:
     def _heed(self, room: ContextRoom) -> None:
         """Refuse a prompt that memory has no room for, and end an answer before it runs out of it."""
         num_tokens = len(self._ids)
+        num_new = num_tokens - self._num_reused
         try:
-            limit = room.limit(num_tokens, num_tokens - self._num_reused, self._prefix.cache)
+            limit = room.limit(num_tokens, min(num_new, prompt_chunk_tokens(self._hf) or num_new), self._prefix.cache)
         except BudgetError:
             self._prefix.commit(self._ids[: self._num_reused], is_whole=True)
             raise

@@ -1,5 +1,5 @@
 """The embedded demo model: SmolLM2-135M-Instruct turned into a real Mixture of Experts."""
 
-from offload_moe.demo.build import checkpoint
+from offload_moe.demo.build import checkpoint, checkpoint_folder
 
-__all__ = ["checkpoint"]
+__all__ = ["checkpoint", "checkpoint_folder"]

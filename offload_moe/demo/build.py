@@ -30,7 +30,7 @@ def checkpoint(*, progress: Progress | None = None, cache_dir: Path | None = Non
     """
     report = progress or _silent
     root = paths.cache_dir() if cache_dir is None else cache_dir
-    folder = root / "demo" / f"{MODEL_NAME}-MoE-{digest(split_bytes(), WHEEL_SHA256, _REVISION)}"
+    folder = checkpoint_folder(root)
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +38,11 @@ def checkpoint(*, progress: Progress | None = None, cache_dir: Path | None = Non
         if not folder.exists():
             _build(folder, root / "downloads", report)
     return folder
+
+
+def checkpoint_folder(cache_dir: Path) -> Path:
+    """Where the demo model of this version lies in a cache folder, once it is built."""
+    return cache_dir / "demo" / f"{MODEL_NAME}-MoE-{digest(split_bytes(), WHEEL_SHA256, _REVISION)}"
 
 
 def _silent(message: str, share: float) -> None:

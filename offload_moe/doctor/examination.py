@@ -12,8 +12,10 @@ from offload_moe.doctor.device import (
     check_vram,
     find_device,
 )
+from offload_moe.doctor.device_kernels import check_device_kernels
 from offload_moe.errors import OffloadMoeError
 from offload_moe.paths import cache_dir
+from offload_moe.plan.machine import default_dtype
 from offload_moe.store import Store
 from offload_moe.tiers.copier import compute_device
 from offload_moe.tiers.nvidia import find_nvidia
@@ -69,6 +71,7 @@ def _measured(store: Store | None) -> Iterator[tuple[str, Work]]:
         yield "CPU kernel speed", memory_speed.check_kernel_speed
     where = compute_device()
     if where.type != "cpu":
+        yield "device kernels", lambda: check_device_kernels(where, default_dtype(where))
         yield "transfers", lambda: memory_speed.check_transfers(where)
 
 

@@ -10,6 +10,7 @@ from offload_moe.sizes import format_size, typed_size
 
 WORTH_SAYING = 1.02  # a change that gains less than this is noise beside the assumptions
 CONTEXT_STEP = 1024
+SHARDS_AT_ONCE = 2  # that a conversion keeps when it deletes the others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +92,10 @@ def _variants(task: Task, outlook: Outlook) -> Iterator[tuple[str, Task]]:
 def _remedies(task: Task, outlook: Outlook, tier: Tier) -> Iterator[str]:
     settings = task.settings
     if tier.name == "disk":
+        if task.shard_bytes is not None:
+            needed = tier.least_bytes - task.download_bytes + SHARDS_AT_ONCE * task.shard_bytes
+            if needed <= (tier.budget_bytes or 0):
+                yield f"offload-moe quantize --delete-source-shards (about {format_size(needed)} needed)"
         yield f"{format_size(tier.missing_bytes)} more free space"
         return
     for codec in _smaller_dense_codecs(task, outlook):

@@ -1,6 +1,7 @@
 """The plan of a store that is about to be loaded: the same as `offload-moe plan` makes before the download."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -8,9 +9,10 @@ from offload_moe.errors import BudgetError
 from offload_moe.plan.advice import explain, find_shortfalls
 from offload_moe.plan.machine import Machine, measure_machine
 from offload_moe.plan.outlook import Outlook, Task
-from offload_moe.plan.parameters import ModelShape
+from offload_moe.plan.parameters import DenseWeight, ModelShape
 from offload_moe.plan.placement import LAST_RESORT, Placement, Settings, Tier, place
 from offload_moe.plan.plan import check_context
+from offload_moe.plan.sizes import with_narrow_embeddings
 from offload_moe.sizes import format_size, typed_size
 from offload_moe.store import Store
 from offload_moe.tiers.copier import free_device_memory, total_device_memory
@@ -49,7 +51,7 @@ def fit(
         ConfigError: the model cannot attend to that many tokens.
     """
     check_context(context, shape)
-    shape = _with_narrow_embeddings(shape, store)
+    shape = with_narrow_embeddings(shape, partial(_is_bf16, store))
     if not store.has_tokenizer:
         shape = replace(shape, vocabulary=0)
     settings = Settings(
@@ -67,15 +69,9 @@ def fit(
     return placement
 
 
-def _with_narrow_embeddings(shape: ModelShape, store: Store) -> ModelShape:
-    """Mark the embeddings that the store holds in bf16: see `offload_moe.dense.NarrowEmbedding`."""
-
-    def is_narrow(name: str) -> bool:
-        entry = store.dense.get(name)
-        return name.endswith("embed_tokens.weight") and entry is not None and entry.dtype == torch.bfloat16
-
-    dense = tuple(replace(weight, stays_bf16=is_narrow(weight.name)) for weight in shape.dense)
-    return replace(shape, dense=dense)
+def _is_bf16(store: Store, weight: DenseWeight) -> bool:
+    entry = store.dense.get(weight.name)
+    return entry is not None and entry.dtype == torch.bfloat16
 
 
 def summary(shape: ModelShape, placement: Placement) -> str:

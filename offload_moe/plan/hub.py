@@ -8,8 +8,8 @@ from offload_moe.checkpoint.source import IGNORED_PATTERNS, WEIGHT_PATTERNS
 from offload_moe.errors import CheckpointError
 
 
-def fetch_config(repo_id: str, *, revision: str | None, token: str | None) -> tuple[Path, int | None]:
-    """The folder that holds `config.json`, and the bytes of the weight files that a download would fetch.
+def fetch_config(repo_id: str, *, revision: str | None, token: str | None) -> tuple[Path, tuple[int, ...] | None]:
+    """The folder that holds `config.json`, and the bytes of each weight file that a download would fetch.
 
     Raises:
         CheckpointError: the repository has no config.
@@ -27,8 +27,8 @@ def fetch_config(repo_id: str, *, revision: str | None, token: str | None) -> tu
         except EntryNotFoundError as error:
             raise CheckpointError(f"{repo_id} is not a transformers model: it has no config.json.") from error
     sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or () if _is_weights(sibling.rfilename)}
-    known = [size for size in sizes.values() if size is not None]
-    return Path(config).parent, sum(known) if known and len(known) == len(sizes) else None
+    known = tuple(size for size in sizes.values() if size is not None)
+    return Path(config).parent, known if known and len(known) == len(sizes) else None
 
 
 def _is_weights(name: str) -> bool:

@@ -10,13 +10,17 @@ from offload_moe.plan.speed import Speed, forecast_speed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What is to be planned. download_bytes: still to be fetched. is_store: it is converted already."""
+    """What is to be planned. download_bytes: still to be fetched. is_store: it is converted already.
+
+    shard_bytes: of the largest file of the download, None where nobody knows.
+    """
 
     shape: ModelShape
     machine: Machine
     settings: Settings
     download_bytes: int = 0
     is_store: bool = False
+    shard_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

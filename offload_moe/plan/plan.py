@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from offload_moe.conversion import LOSSLESS
 from offload_moe.errors import ConfigError
 from offload_moe.plan.advice import Change, Shortfall, best_changes, find_shortfalls
@@ -10,7 +12,12 @@ from offload_moe.plan.machine import Machine
 from offload_moe.plan.outlook import Outlook, Task, look_ahead
 from offload_moe.plan.parameters import ModelShape, describe_model
 from offload_moe.plan.placement import DENSE_CODECS, Placement, Settings
-from offload_moe.plan.sizes import checkpoint_estimate, expert_codecs, store_bytes_per_codec
+from offload_moe.plan.sizes import (
+    checkpoint_estimate,
+    expert_codecs,
+    store_bytes_per_codec,
+    with_narrow_embeddings,
+)
 from offload_moe.plan.source import PlannedSource, open_source
 from offload_moe.plan.speed import Speed
 from offload_moe.quant import get_codec
@@ -65,7 +72,7 @@ def make_plan(
         dense_codec = _agreed("--dense-codec", dense_codec, source.dense_codec)
     _suitable("--dense-codec", dense_codec or LOSSLESS, DENSE_CODECS)
     stored = source.dense_codec or dense_codec or LOSSLESS
-    shape = describe_model(source.config)
+    shape = with_narrow_embeddings(describe_model(source.config), lambda weight: weight.dtype == torch.bfloat16)
     check_context(context, shape)
     settings = Settings(codec=codec, context=context, dense_codec=dense_codec, stored_dense_codec=stored)
     return _plan(source, shape, machine, settings)
@@ -80,6 +87,7 @@ def _plan(source: PlannedSource, shape: ModelShape, machine: Machine, settings: 
         settings=settings,
         download_bytes=0 if source.is_local else checkpoint_bytes,
         is_store=source.codec is not None,
+        shard_bytes=source.shard_bytes,
     )
     outlook: Outlook = look_ahead(task)
     return Plan(

@@ -48,7 +48,7 @@ class ContextRoom:
     def limit(self, num_tokens: int, num_new: int, cache: Cache | None = None) -> int:
         """The most tokens, prompt and answer together, that a conversation may grow to.
 
-        num_tokens: of the prompt. num_new: those of them that are not in `cache` yet.
+        num_tokens: of the prompt. num_new: those of them that are computed at once.
 
         Raises: BudgetError when memory has no room for the prompt and a first token.
         """

@@ -1,6 +1,7 @@
 """Bytes of the weights: in the checkpoint, in a store, and in memory."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +52,15 @@ def dense_memory_bytes(shape: ModelShape, codec: str, dtype: torch.dtype, *, sto
     if is_quantized_now and shape.tied_head is not None:
         total += get_codec(codec).layout(shape.tied_head).num_bytes
     return total
+
+
+def with_narrow_embeddings(shape: ModelShape, is_bf16: Callable[[DenseWeight], bool]) -> ModelShape:
+    """Mark the embeddings that are bf16 on disk: `offload_moe.dense.NarrowEmbedding` keeps them so."""
+    dense = tuple(
+        replace(weight, stays_bf16=weight.name.endswith("embed_tokens.weight") and is_bf16(weight))
+        for weight in shape.dense
+    )
+    return replace(shape, dense=dense)
 
 
 def store_bytes(shape: ModelShape, codec: str, dense_codec: str) -> int:

@@ -27,12 +27,14 @@ class PlannedSource:
     """A model to be planned. codec and dense_codec: what a store has, None elsewhere.
 
     checkpoint_bytes: of the weight files, None where nothing says. is_local: they are on this disk already.
+    shard_bytes: of the largest file of a hub id, None elsewhere.
     """
 
     name: str
     config: "PreTrainedConfig"
     checkpoint_bytes: int | None = None
     is_local: bool = False
+    shard_bytes: int | None = None
     codec: str | None = None
     dense_codec: str | None = None
 
@@ -63,8 +65,13 @@ def open_source(model: str | Path, *, revision: str | None = None, token: str | 
             f"{model} is neither a store, a model folder, a config.json nor a hub id like organisation/model. "
             "Check the path."
         )
-    folder, num_bytes = fetch_config(str(model), revision=revision, token=token)
-    return PlannedSource(name=str(model), config=load_config(folder), checkpoint_bytes=num_bytes)
+    folder, sizes = fetch_config(str(model), revision=revision, token=token)
+    return PlannedSource(
+        name=str(model),
+        config=load_config(folder),
+        checkpoint_bytes=sum(sizes) if sizes else None,
+        shard_bytes=max(sizes) if sizes else None,
+    )
 
 
 def index_bytes(folder: Path) -> int | None:

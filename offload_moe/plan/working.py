@@ -30,14 +30,14 @@ def activation_bytes(shape: ModelShape, context: int, dtype: torch.dtype, *, num
 
     Residual stream, its norm and their sums: 4 H. Beside them, one after the other: queries, keys, values and output of
     the attention, with keys and values of the whole context expanded to all heads; gate, up and product of a dense
-    MLP, 3 I; inputs and outputs of every routed pair, 2 K H, and one expert that all tokens chose, 3 I.
+    MLP, 3 I; outputs of every routed pair, K H, and one expert that all tokens chose, with its inputs, H + 3 I.
     """
     chunk = CPU_PROMPT_TOKENS if dtype == torch.float32 else DEVICE_PROMPT_TOKENS  # the CPU computes in fp32
     num_tokens = min(context, chunk) if num_new is None else num_new
     attention = num_tokens * shape.attention.projected + context * shape.attention.expanded
     dense = num_tokens * 3 * max((linear.out_features for linear in _matrices(shape, *FEED_FORWARD)), default=0)
     intermediate = max(layer.expert.matrices[-1].in_features for layer in shape.layers)
-    routed = num_tokens * (2 * shape.top_k * shape.hidden_size + 3 * intermediate)
+    routed = num_tokens * ((shape.top_k + 1) * shape.hidden_size + 3 * intermediate)
     return (num_tokens * 4 * shape.hidden_size + max(attention, dense, routed)) * dtype.itemsize
 
 

@@ -26,4 +26,5 @@ def test_the_card_is_examined() -> None:
     checks = {check.name: check for check in examine()}
     assert not any("could not be examined" in check.found for check in checks.values())
     assert checks["torch on the GPU"].verdict == "ok"
+    assert checks["device kernels"].verdict == "ok"
     assert checks["H2D, page-locked"].numbers["h2d_page_locked_bytes_per_s"] > 1e9

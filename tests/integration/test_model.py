@@ -12,6 +12,7 @@ from offload_moe.errors import BudgetError, CheckpointError
 from offload_moe.model import Model
 from offload_moe.quantize import quantize
 from offload_moe.store import Store
+from offload_moe.tiers.nvidia import Nvidia
 from tests.support.checkpoints import write_checkpoint
 
 
@@ -129,6 +130,20 @@ def test_quantized_dense_weights_stay_close(dense_codec: str, checkpoints: dict[
 def test_a_budget_below_one_expert_is_refused_with_the_numbers(checkpoints: dict[str, Path]) -> None:
     with pytest.raises(BudgetError, match=r"RAM lacks \d+ MiB .* It would fit with --ram"):
         load(checkpoints["mixtral"], ram="1MiB")
+
+
+def test_a_card_that_is_not_used_is_said_at_load(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(
+        "offload_moe.tiers.unused_card.find_nvidia", lambda: Nvidia(driver="580.1", name="NVIDIA GeForce RTX 3060")
+    )
+    with pytest.warns(UserWarning, match=r"RTX 3060 is not used\. .*Install"):
+        model = load(checkpoints["mixtral"])
+    (notice,) = model.notices
+    assert "RTX 3060 is not used" in notice
+    model.close()
+    with load(checkpoints["mixtral"], device="cpu") as chosen:
+        assert chosen.notices == []
 
 
 def test_a_source_that_is_nothing_is_named() -> None:

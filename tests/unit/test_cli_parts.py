@@ -140,6 +140,8 @@ def test_the_status_line() -> None:
         "prompt 120 tok 240.0/s · first token 0.5 s · answer 11 tok · the conversation was recomputed"
         " · stopped at 11 tokens, see /set max_new_tokens"
     )
+    crowded = status.status_line(turn(num_slots_given_up=1200, finish="memory"), 300)
+    assert "1,200 expert slots gave way to the context · no memory for a longer context" in crowded
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
@@ -207,6 +209,7 @@ def test_chat_commands(repl: Repl, capsys: pytest.CaptureFixture[str]) -> None:
     assert out == "again\n"
     assert all(name in err for name in slash.COMMANDS)
     assert "memory: experts" in err
+    assert "RAM at its peak  1.0 GiB, planned 2.0 GiB with the context full" in err
 
 
 @pytest.mark.parametrize(

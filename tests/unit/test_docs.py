@@ -1,23 +1,33 @@
 """The documentation: its reference is what the parsers say, and its examples run."""
 
+import io
 import re
 import runpy
 import shlex
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from offload_moe.demo import checkpoint_folder
 from offload_moe.model import Model, load
 from offload_moe.plan import make_plan
 from offload_moe.quantize import quantize
+from offload_moe.store import Store
 from tests.support.chat import byte_tokenizer, chat_model
 from tests.support.cli import load_cli
 from tests.support.plan import CONFIGS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"^(?:    |\$ )+(?:\S+ && )?(?:\S*/)?offload-moe (.+)$", re.MULTILINE)
+# A line of shell: what is piped in, and the command up to a comment, a pipe or a file it is written to.
+COMMAND = re.compile(
+    r"^(?:    |\$ )+(?:printf '(?P<typed>.*)' \| )?(?:\S+ && )?(?:\S*/)?offload-moe "
+    r"(?P<command>.+?)(?:\s+#.*|\s[|>]\s.*)?$",
+    re.MULTILINE,
+)
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)")
 
 
@@ -28,31 +38,105 @@ def test_the_reference_is_what_the_parsers_say() -> None:
     assert reference(load_cli().build_parser()) == said, "run scripts/cli_reference"
 
 
-def commands() -> list[str]:
-    return [match for page in PAGES if page.name != "cli.md" for match in COMMAND.findall(page.read_text())]
+@dataclass(frozen=True)
+class Shown:
+    """A command of a page, and what is piped into it."""
+
+    page: str
+    command: str
+    typed: str
+
+    @property
+    def is_usage(self) -> bool:
+        return bool(re.search(r"[\[|]|\b[A-Z]{4,}\b|\.\.\.", self.command))
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of a usage line, all that it names, and the first of each choice."""
+        command = re.sub(r"[\[\]]|\.\.\.|\|\S+", " ", self.command) if self.is_usage else self.command
+        return shlex.split(command)
 
 
-def test_every_command_that_is_shown_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = [command for command in commands() if "[" not in command and "..." not in command]
-    assert len(shown) > 10
-    parser = load_cli().build_parser()
-    for command in shown:
-        arguments = shlex.split(re.split(r"\s+#|\s[|>]\s", command)[0])
-        if arguments == ["--help"]:
-            continue
-        try:
-            parser.parse_args(arguments)
-        except SystemExit:
-            pytest.fail(f"offload-moe {command}: {capsys.readouterr().err}")
+SHOWN = [
+    Shown(page.name, match["command"], (match["typed"] or "").replace(r"\n", "\n"))
+    for page in PAGES
+    if page.name != "cli.md"
+    for match in COMMAND.finditer(page.read_text(encoding="utf-8"))
+]
+EXAMPLES_OF_COMMANDS = sorted({(shown.command, shown.typed) for shown in SHOWN if not shown.is_usage})
+# Held by a test of its own: tests/integration/test_doctor_self_test.py, for it takes ten seconds.
+LONG = ("doctor --self-test",)
+
+
+@pytest.mark.parametrize("shown", SHOWN, ids=lambda shown: f"{shown.page}: {shown.command}")
+def test_every_command_that_is_shown_is_understood(shown: Shown, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        load_cli().build_parser().parse_args(shown.arguments)
+    except SystemExit:
+        pytest.fail(f"offload-moe {shown.command}: {capsys.readouterr().err}")
+
+
+@pytest.fixture
+def folder_of_the_reader(small_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the commands of the pages find what they name: small models in place of large ones, the real configs."""
+    monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for copy in (checkpoint_folder(tmp_path / "cache"), Path("mistralai/Mixtral-8x7B-Instruct-v0.1")):
+        shutil.copytree(small_demo.with_name("model"), copy)
+    shutil.copytree(small_demo, "mixtral-store")
+    for name in ("Mixtral-8x7B-v0.1", "DeepSeek-V3"):
+        shutil.copy(CONFIGS / f"{name}.json", tmp_path)
+    Path("deepseek-ai/DeepSeek-V3").mkdir(parents=True)
+    shutil.copy(CONFIGS / "DeepSeek-V3.json", "deepseek-ai/DeepSeek-V3/config.json")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("command", "typed"), EXAMPLES_OF_COMMANDS)
+def test_every_command_that_is_shown_runs(
+    command: str,
+    typed: str,
+    folder_of_the_reader: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if command in LONG:
+        pytest.skip("has a test of its own")
+    if command.startswith("quantize"):
+        shutil.rmtree("mixtral-store")
+    monkeypatch.setattr("offload_moe.doctor.examination._measured", lambda _: [])
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed or "Hello.\n"))
+    status = load_cli().main(shlex.split(command))
+    streams = capsys.readouterr()
+    assert status == ("Does not fit" in streams.out), streams.err
+    if command.startswith("quantize"):
+        assert Store.open("mixtral-store").num_experts == 4
+    else:
+        assert streams.out.strip()
 
 
 def test_every_check_of_the_first_hour_exists() -> None:
     tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     page = (ROOT / "docs" / "first-hour.md").read_text(encoding="utf-8")
-    named = re.findall(r"`(test_\w+)` \|$", page, re.MULTILINE)
-    assert len(named) == page.count("\n| ") - 1  # all lines but the head
-    for name in named:
-        assert f"def {name}(" in tests, name
+    _, *lines = re.findall(r"^\| .* \| (.*) \|$", page, re.MULTILINE)
+    assert len(lines) > 10
+    for line in lines:
+        named = re.findall(r"`(test_\w+)`", line)
+        assert named, line
+        for name in named:
+            assert f"def {name}(" in tests, name
+
+
+def test_every_message_of_the_troubleshooting_page_is_said() -> None:
+    """Messages in italics; dots stand for what differs."""
+    files = [path for folder in ("offload_moe", "cli") for path in (ROOT / folder).rglob("*.py")]
+    # Strings that are continued on the next line are one.
+    code = re.sub(r'"\n\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in files))
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = [message for message in re.findall(r"(?<!\*)\*([^*\n]+)\*(?!\*)", page) if message != "italics"]
+    assert len(messages) > 8
+    for message in messages:
+        for part in message.split("..."):
+            assert part.strip() in code, message
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -71,9 +155,10 @@ EXAMPLES = [
 
 @pytest.fixture(scope="module")
 def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stands in for the demo model, which takes minutes to build."""
+    """The store of what stands in for the demo model; its checkpoint lies beside it."""
     folder = tmp_path_factory.mktemp("docs") / "model"
-    model = chat_model("mixtral", num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=4096)
+    model = chat_model("mixtral", num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=16384)
+    model.generation_config.max_new_tokens = 8
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return quantize(folder, folder.parent / "store")

@@ -13,7 +13,7 @@ import torch
 from packaging.requirements import Requirement
 
 from offload_moe import kernels
-from offload_moe.doctor import Check, Redactor, examine, machine, memory_speed, storage
+from offload_moe.doctor import Check, Redactor, device_kernels, examine, machine, memory_speed, storage
 from offload_moe.doctor import device as device_checks
 from offload_moe.doctor.device import Device, check_device, check_link, check_torch_build, check_vram
 from offload_moe.doctor.examination import guarded
@@ -209,6 +209,25 @@ def test_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checks["H2D, pageable"].verdict == "ok"
 
 
+def test_device_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, where bitsandbytes has them too."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        check = device_kernels.check_device_kernels(torch.device("cpu"), dtype)
+        assert check.verdict == "ok"
+        assert (check.numbers["error"] > 0) == (dtype != torch.float32)
+    right = device_kernels.record_linear
+    monkeypatch.setattr(device_kernels, "record_linear", lambda *arguments: 1.05 * right(*arguments))
+    assert "Answers would be wrong" in device_kernels.check_device_kernels(torch.device("cpu"), torch.float32).fix
+
+    def missing(*_: object) -> torch.Tensor:
+        raise NotImplementedError("Could not run 'bitsandbytes::gemm_4bit' with arguments from the 'CUDA' backend.")
+
+    monkeypatch.setattr(device_kernels, "record_linear", missing)
+    check = device_kernels.check_device_kernels(torch.device("cpu"), torch.float32)
+    assert (check.verdict, "from the 'CUDA' backend" in check.found) == ("problem", True)
+    assert "pip install" in check.fix
+
+
 KINDS = ("page-locked", "pageable")
 
 
@@ -356,6 +375,10 @@ def test_a_card_is_found_and_examined(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(memory_speed, "check_transfers", lambda where: transfers.append(where) or [])
     for slow in ("check_memory_read", "check_kernel_speed"):
         monkeypatch.setattr(memory_speed, slow, list)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.version, "hip", None)
+    used: list[tuple[torch.device, torch.dtype]] = []
+    monkeypatch.setattr("offload_moe.doctor.examination.check_device_kernels", lambda *given: used.append(given) or [])
     monkeypatch.setattr(storage, "check_disk_speed", lambda *_: [])
     found = {check.name: check for check in examine()}
     assert found["device"].found == "NVIDIA T4, compute capability 7.5, without bf16"
@@ -363,6 +386,7 @@ def test_a_card_is_found_and_examined(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert found["PCIe link"].verdict == "ok"
     assert found["torch on the GPU"].verdict == "ok"
     assert transfers == [cuda]
+    assert used == [(cuda, torch.float16)]
     monkeypatch.setattr(device_checks, "total_device_memory", refuse)
     assert "could not be examined" in {check.name: check for check in examine()}["device"].found
 

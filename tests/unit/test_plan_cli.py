@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from offload_moe.demo import checkpoint_folder
 from tests.support.cli import load_cli
 from tests.support.plan import CONFIGS
 
@@ -120,6 +122,19 @@ def test_without_a_device_there_is_no_vram(capsys: pytest.CaptureFixture[str]) -
     assert found["compute_dtype"] == "float32"
     assert found["memory"]["ram"]["num_slots"] == 256
     assert {forecast["hit_rate"] for forecast in found["speed"]["forecasts"]} == {1.0}
+
+
+def test_names_in_the_cache_and_the_demo_are_found(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path))
+    assert load_cli().main(["plan", "demo"]) == 1
+    assert "The demo model is not built yet." in capsys.readouterr().err
+    folder = checkpoint_folder(tmp_path)
+    folder.mkdir(parents=True)
+    shutil.copy(CONFIGS / "granite-3.0-1b-a400m.json", folder / "config.json")
+    for name in ("demo", folder.name):
+        assert plan_json(capsys, name, "--vram", "0", "--ram", "8GiB")[1]["architecture"] == "GraniteMoeForCausalLM"
 
 
 def test_this_machine_is_measured_without_flags(capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,6 +154,16 @@ def test_the_disk_must_hold_the_download_and_the_store(mixtral: ModelShape) -> N
     assert look_ahead(replace(planned, is_store=True, download_bytes=0)).placement.fits
 
 
+def test_shards_that_are_deleted_on_the_way_need_less_disk(mixtral: ModelShape) -> None:
+    needed = store_bytes(mixtral, "nf4", "bf16") + 2 * 5 * GIB
+    for disk_bytes, num_remedies in ((needed, 2), (needed - 1, 1)):
+        machine = Machine(ram_bytes=32 * GIB, disk_bytes=disk_bytes)
+        planned = replace(task(mixtral, machine), download_bytes=87 * GIB, shard_bytes=5 * GIB)
+        (shortfall,) = find_shortfalls(planned, look_ahead(planned))
+        assert len(shortfall.remedies) == num_remedies
+    assert look_ahead(replace(planned, download_bytes=0)).placement.fits
+
+
 def test_measured_memory_is_used_where_none_is_named() -> None:
     here = measure_machine(vram=0)
     assert here.ram_bytes > 0

@@ -161,8 +161,8 @@ def test_windows_end_the_growth_of_half_the_layers() -> None:
 def test_activations_by_hand() -> None:
     shape = tiny_shape("mixtral")
     # Attention: q 64, k 32, v 32, o 64 per token; q and o's input, 64 each, expanded over the context.
-    # Experts: inputs and outputs of a top-2, and 3 x 96 of one expert. The experts are wider.
-    assert activation_bytes(shape, 10, torch.float32) == 10 * (4 * 64 + 2 * 2 * 64 + 3 * 96) * 4
+    # Experts: outputs of a top-2, and inputs and 3 x 96 of one expert. The experts are wider.
+    assert activation_bytes(shape, 10, torch.float32) == 10 * (4 * 64 + (2 + 1) * 64 + 3 * 96) * 4
     long = 100 * DEVICE_PROMPT_TOKENS
     attention = DEVICE_PROMPT_TOKENS * (64 + 32 + 32 + 64) + long * 128
     assert activation_bytes(shape, long, torch.bfloat16) == (DEVICE_PROMPT_TOKENS * 4 * 64 + attention) * 2

@@ -295,12 +295,24 @@ def test_verify_and_repair(cache: Path, made: tuple[Path, Path], capsys: pytest.
     flip(record.path, record.offset + 7)
     status, out, err = cli(capsys, "verify", "tiny-nf4")
     assert (status, out.partition(" (")[0]) == (1, "experts-00001.safetensors: expert 1 of layer 2")
-    assert "1 of" in err.splitlines()[-1]
+    assert err.endswith("add --repair --source FOLDER (the checkpoint, which was named model).\n")
     assert cli(capsys, "verify", "tiny-nf4", "--source", "x")[2].endswith("Add --repair.\n")
     status, out, err = cli(capsys, "verify", "tiny-nf4", "--repair", "--source", str(made[0]))
     assert (status, out.partition(" (")[0]) == (0, "repaired: experts-00001.safetensors: expert 1 of layer 2")
     assert err.endswith("is whole again.\n")
     assert cli(capsys, "verify", "tiny-nf4")[0] == 0
+
+
+def test_a_checkpoint_in_the_cache_repairs_its_store_unasked(
+    cache: Path, made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(made[0], cache / "demo" / "model")
+    record = Store.open(cache / "stores" / "tiny-nf4").record(2, 1)
+    for arguments in ([], ["--source", "model"]):
+        flip(record.path, record.offset + 7)
+        assert cli(capsys, "verify", "tiny-nf4")[2].endswith("Check the disk, and add --repair.\n")
+        assert cli(capsys, "verify", "tiny-nf4", "--repair", *arguments)[0] == 0
+        assert cli(capsys, "verify", "tiny-nf4")[0] == 0
 
 
 class Typed(io.StringIO):
