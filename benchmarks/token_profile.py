@@ -83,7 +83,7 @@ def main() -> None:
     if options.layer_by_layer:
         from offload_moe.lean import layer
 
-        layer.can_run = lambda hierarchy, step: False
+        layer.can_run = lambda hierarchy, step: None
     model = load(options.store, lean=not options.plain)
     for layer, stored in enumerate(model.store.layers):
         with model._hierarchy.scheduler.acquire(layer, range(stored.num_experts)) as lease:

@@ -18,9 +18,10 @@ from offload_moe.kernels.native import (
     unavailable_reason,
 )
 from offload_moe.kernels.planes import unsupported_reason
-from offload_moe.kernels.run import RunKernel, RunLayer, RunToken, SharedKernel
+from offload_moe.kernels.run import MAX_TOP_K, RunKernel, RunLayer, RunToken, SharedKernel
 
 __all__ = [
+    "MAX_TOP_K",
     "AttentionKernel",
     "ExpertKernel",
     "HeadNorm",

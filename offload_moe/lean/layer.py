@@ -156,8 +156,8 @@ def shorten_layers(model: nn.Module, hierarchy: Hierarchy | None) -> int:
 def _join(model: nn.Module, hierarchy: Hierarchy) -> None:
     """Make a run of each row of layers that follow each other and can take part."""
     for siblings in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
-        for is_able, row in groupby((_forward(layer) for layer in siblings), key=partial(can_run, hierarchy)):
-            if is_able:
+        for shape, row in groupby((_forward(layer) for layer in siblings), key=partial(can_run, hierarchy)):
+            if shape is not None:
                 steps = list(row)
                 run = LayerRun(steps, hierarchy)
                 for step in steps:

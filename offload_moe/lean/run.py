@@ -61,7 +61,7 @@ class LayerRun:
     """The decode step of these layers; the first of them calls it, and the others find their work done."""
 
     def __init__(self, steps: Sequence[Step], hierarchy: Hierarchy) -> None:
-        """steps: `can_run` of each, layers that follow each other, with routers of one shape. Raises: ConfigError."""
+        """steps: layers that follow each other, for which `can_run` says the same."""
         self._steps = steps
         self._arena = hierarchy.arena
         self._scheduler = hierarchy.scheduler
@@ -203,13 +203,17 @@ class LayerRun:
         return guesses[: len(self._steps) - 1 - at]
 
 
-def can_run(hierarchy: Hierarchy, step: Any) -> bool:
-    """Whether this is a `Step` whose experts are computed by the native kernels out of the RAM arena."""
+def can_run(hierarchy: Hierarchy, step: Any) -> tuple[int, int] | None:
+    """Experts and top-k of a `Step` whose experts the native kernels compute out of the RAM arena; None for others.
+
+    Layers of one run have the same.
+    """
     plain: PlainBlock | None = getattr(step, "plain", None)
-    if plain is None or hierarchy.num_slots("vram"):
-        return False
-    bound = plain.bound
-    return type(bound) is BoundExperts and isinstance(bound.arithmetic, NativeArithmetic)
+    if plain is None or hierarchy.num_slots("vram") or plain.route.top_k > kernels.MAX_TOP_K:
+        return None
+    bound, route = plain.bound, plain.route
+    is_native = type(bound) is BoundExperts and isinstance(bound.arithmetic, NativeArithmetic)
+    return (route.num_experts, route.top_k) if is_native else None
 
 
 def _run_layer(step: Step, num_experts: int) -> kernels.RunLayer:

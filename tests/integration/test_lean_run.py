@@ -14,9 +14,10 @@ from torch import Tensor
 
 from offload_moe import load
 from offload_moe.hooks import Onlooker
+from offload_moe.kernels import MAX_TOP_K
 from offload_moe.lean import layer as lean_layer
 from offload_moe.lean.layer import LayerStep
-from offload_moe.lean.run import LayerRun
+from offload_moe.lean.run import LayerRun, can_run
 from offload_moe.model import Model
 from offload_moe.moe.lookahead import Lookahead
 from offload_moe.quantize import quantize
@@ -61,7 +62,7 @@ def num_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def layer_by_layer() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lean_layer, "can_run", lambda hierarchy, step: False)
+        patch.setattr(lean_layer, "can_run", lambda hierarchy, step: None)
         yield patch
 
 
@@ -296,3 +297,15 @@ def test_a_stop_within_a_token_is_heard_where_an_expert_is_missing(stores: dict[
         assert out.sequences.shape[1] == NUM_PROMPT + 2
         assert told[:NUM_LAYERS] == [0, 1, 2]  # the prompt
         assert len(told) > 2 * NUM_LAYERS  # the token: each layer once, and once more where an expert was missing
+
+
+def test_layers_with_other_routers_are_no_part_of_a_run(stores: dict[str, Path]) -> None:
+    with open_model(stores["qwen3_moe"]) as model:
+        steps = [layer.forward for layer in model.hf.model.layers]
+        assert len({id(step.run) for step in steps}) == 1
+        steps[2].plain.route.top_k = 2
+        lean_layer._join(model.hf, model._hierarchy)
+        assert steps[0].run is steps[1].run
+        assert steps[2].run is not steps[1].run
+        steps[1].plain.route.top_k = MAX_TOP_K + 1
+        assert can_run(model._hierarchy, steps[1]) is None

@@ -63,7 +63,7 @@ def test_a_predictor_that_is_always_wrong_changes_no_token(
 ) -> None:
     with load_with_slots(stores["qwen3_moe"], 8, prefetch=0) as model:
         expected = greedy(model)
-    monkeypatch.setattr("offload_moe.lean.layer.can_run", lambda hierarchy, step: False)  # a run asks routers itself
+    monkeypatch.setattr("offload_moe.lean.layer.can_run", lambda hierarchy, step: None)  # a run asks routers itself
     monkeypatch.setattr(RouterProbe, "predict", lambda self, residual, k: [0, 1, 2])
     with load_with_slots(stores["qwen3_moe"], 8, prefetch=2) as model:
         assert torch.equal(greedy(model), expected)
