@@ -1,5 +1,19 @@
 """Shared by all tests: tiny models are fastest, and timings steadiest, on one thread."""
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 
+from offload_moe import kernels
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def best_kernels_afterwards() -> Iterator[None]:
+    """A test may choose a kernel set and a number of threads."""
+    before = kernels.num_threads()
+    yield
+    kernels.select_instruction_set(None)
+    kernels.set_threads(before)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from support.kernels import needs_kernels
+from support.models import open_model
 from support.tiny_models import tiny_model, tiny_prompt
 from torch import Tensor
 
-from offload_moe import load
 from offload_moe.hooks import Onlooker
 from offload_moe.kernels import MAX_TOP_K
 from offload_moe.lean import layer as lean_layer
@@ -64,14 +64,6 @@ def layer_by_layer() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lean_layer, "can_run", lambda hierarchy, step: None)
         yield patch
-
-
-def open_model(store: Path, num_slots: int | None = None, **settings: Any) -> Model:
-    if num_slots is None:
-        return load(store, **settings)
-    with load(store) as model:
-        ram = model.placement.ram.bytes_with(num_slots)
-    return load(store, ram=ram, **settings)
 
 
 def generate(model: Model, seed: int = 0, **settings: Any) -> Any:

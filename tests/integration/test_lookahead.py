@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.models import open_model
 from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
 
-from offload_moe import load
 from offload_moe.model import Model
 from offload_moe.moe.lookahead import Lookahead
 from offload_moe.moe.probe import RouterProbe, find_probes
@@ -23,12 +23,6 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: quantize(root / family, root / f"{family}-store") for family in FAMILIES}
 
 
-def load_with_slots(store: Path, num_slots: int, prefetch: int) -> Model:
-    with load(store) as model:
-        ram = model.placement.ram.bytes_with(num_slots)
-    return load(store, ram=ram, prefetch=prefetch)
-
-
 def greedy(model: Model) -> torch.Tensor:
     ids, mask = tiny_prompt(1, 9)
     return model.hf.generate(
@@ -38,7 +32,7 @@ def greedy(model: Model) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_tested_family_has_probes_whose_norm_is_the_right_one(family: str, stores: dict[str, Path]) -> None:
-    with load_with_slots(stores[family], 8, prefetch=2) as model:
+    with open_model(stores[family], 8, prefetch=2) as model:
         greedy(model)
         lookahead = lookahead_of(model)
         assert all(probe is not None for probe in lookahead._probes)
@@ -48,10 +42,10 @@ def test_every_tested_family_has_probes_whose_norm_is_the_right_one(family: str,
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_prefetch_changes_no_token(family: str, stores: dict[str, Path]) -> None:
-    with load_with_slots(stores[family], 8, prefetch=0) as model:
+    with open_model(stores[family], 8, prefetch=0) as model:
         expected = greedy(model)
         assert model.stats.num_prefetches == 0
-    with load_with_slots(stores[family], 8, prefetch=2) as model:
+    with open_model(stores[family], 8, prefetch=2) as model:
         assert torch.equal(greedy(model), expected)
         stats = model.stats
         assert stats.num_prefetches > 0
@@ -61,11 +55,11 @@ def test_prefetch_changes_no_token(family: str, stores: dict[str, Path]) -> None
 def test_a_predictor_that_is_always_wrong_changes_no_token(
     stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with load_with_slots(stores["qwen3_moe"], 8, prefetch=0) as model:
+    with open_model(stores["qwen3_moe"], 8, prefetch=0) as model:
         expected = greedy(model)
     monkeypatch.setattr("offload_moe.lean.layer.can_run", lambda hierarchy, step: None)  # a run asks routers itself
     monkeypatch.setattr(RouterProbe, "predict", lambda self, residual, k: [0, 1, 2])
-    with load_with_slots(stores["qwen3_moe"], 8, prefetch=2) as model:
+    with open_model(stores["qwen3_moe"], 8, prefetch=2) as model:
         assert torch.equal(greedy(model), expected)
 
 
@@ -77,7 +71,7 @@ def test_a_norm_that_is_not_the_right_one_is_noticed(stores: dict[str, Path], mo
     monkeypatch.setattr("offload_moe.moe.probe.NORM_NAMES", ("input_layernorm",))
     asked: list[int] = []
     monkeypatch.setattr(RouterProbe, "predict", lambda self, residual, k: asked.append(k) or [])
-    with load_with_slots(stores["mixtral"], 4, prefetch=2) as model:
+    with open_model(stores["mixtral"], 4, prefetch=2) as model:
         with torch.no_grad():
             for layer in model.hf.model.layers:
                 layer.input_layernorm.weight.mul_(1.5)
@@ -89,17 +83,17 @@ def test_a_norm_that_is_not_the_right_one_is_noticed(stores: dict[str, Path], mo
 def test_without_routers_to_ask_what_usually_follows_is_prefetched(
     stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with load_with_slots(stores["qwen3_moe"], 8, prefetch=0) as model:
+    with open_model(stores["qwen3_moe"], 8, prefetch=0) as model:
         expected = greedy(model)
     monkeypatch.setattr("offload_moe.model.find_probes", lambda hf, layers: [None] * len(layers))
-    with load_with_slots(stores["qwen3_moe"], 8, prefetch=2) as model:
+    with open_model(stores["qwen3_moe"], 8, prefetch=2) as model:
         assert torch.equal(greedy(model), expected)
         assert model.stats.num_useful_prefetches > 0
         assert all(tally.num_routed > 0 for tally in lookahead_of(model).tallies[1:])
 
 
 def test_guesses_are_tallied_by_layer(stores: dict[str, Path]) -> None:
-    with load_with_slots(stores["qwen3_moe"], 8, prefetch=2) as model:
+    with open_model(stores["qwen3_moe"], 8, prefetch=2) as model:
         greedy(model)
         first, *others = model.lookahead_tallies
         assert first.num_guessed == 0  # nothing lies before the first layer
@@ -126,7 +120,7 @@ def test_a_depth_whose_guesses_are_wrong_is_given_up(stores: dict[str, Path], mo
     monkeypatch.setattr("offload_moe.moe.lookahead.RETRY_TOKENS", 1000)
     asked: list[int] = []
     monkeypatch.setattr(RouterProbe, "predict", lambda self, residual, k: asked.append(1) or [])
-    with load_with_slots(stores["qwen3_moe"], 8, prefetch=2) as model:
+    with open_model(stores["qwen3_moe"], 8, prefetch=2) as model:
         lookahead_of(model)._by_rank[0] = [RankTally(num_guessed=LEAST_GUESSES)]
         greedy(model)
         assert not asked
@@ -134,7 +128,7 @@ def test_a_depth_whose_guesses_are_wrong_is_given_up(stores: dict[str, Path], mo
 
 def test_only_ranks_that_are_often_right_are_fetched(stores: dict[str, Path]) -> None:
     """The second likeliest guess has been wrong: what is fetched is the likeliest, and all are judged."""
-    with load_with_slots(stores["qwen3_moe"], 8, prefetch=1) as model:
+    with open_model(stores["qwen3_moe"], 8, prefetch=1) as model:
         lookahead = lookahead_of(model)
         fetched: list[int] = []
         bring = lookahead._bring

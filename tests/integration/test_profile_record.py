@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.models import open_model
 from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
 
-from offload_moe import load
 from offload_moe.errors import ConfigError
 from offload_moe.model import Model
 from offload_moe.profile import recorder as recorder_module
@@ -26,14 +26,6 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for family in FAMILIES:
         tiny_model(family).to(torch.bfloat16).save_pretrained(root / family)
     return {family: quantize(root / family, root / f"{family}-nf4", codec="nf4") for family in FAMILIES}
-
-
-def open_model(store: Path, num_slots: int | None = None, **settings: Any) -> Model:
-    if num_slots is None:
-        return load(store, **settings)
-    with load(store) as model:
-        ram = model.placement.ram.bytes_with(num_slots)
-    return load(store, ram=ram, **settings)
 
 
 def greedy(model: Model, seed: int = 0) -> list[int]:

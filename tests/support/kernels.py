@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from offload_moe import kernels
+from offload_moe.dense import weight_shape
 from offload_moe.errors import ConfigError
 from offload_moe.kernels.native import INSTRUCTION_SETS
 from offload_moe.quant import ExpertShape, Matrix, RecordLayout, get_codec
@@ -84,3 +85,11 @@ def reference(experts: Experts, x: Tensor, routing: tuple[list[int], list[int], 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
     return float((value.double() - expected).norm() / expected.norm())
+
+
+def make_linear(codec: str, out_features: int, in_features: int, *, has_bias: bool = False) -> kernels.Linear:
+    """A quantized linear of random weights."""
+    shape, coder = weight_shape(out_features, in_features), get_codec(codec)
+    record = coder.encode(shape, {"weight": torch.randn(out_features, in_features) * in_features**-0.5})
+    bias = torch.randn(out_features) if has_bias else None
+    return kernels.Linear(codec=codec, shape=shape, layout=coder.layout(shape), record=record, bias=bias)

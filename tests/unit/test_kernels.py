@@ -1,7 +1,6 @@
 """Native kernels against fp64 on the decoded weights: every kernel set, codec, mode and batch size."""
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,19 +11,11 @@ from offload_moe.errors import ConfigError
 from offload_moe.quant import CODECS, ExpertShape, Matrix, get_codec
 from tests.support.kernels import SETS, Experts, make_experts, needs_kernels, reference, relative_error, route
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, pytest.mark.usefixtures("best_kernels_afterwards")]
 
 EXACT_ERROR = 1e-6
 FAST_ERROR = 0.025  # int8 activations twice and, for nf4, 8-bit levels: 1.6% on these sizes
 QUANTIZED = [name for name in ("nf4", "int8", "mxfp4") if name in CODECS]
-
-
-@pytest.fixture(autouse=True)
-def _restore() -> Iterator[None]:
-    threads = kernels.num_threads()
-    yield
-    kernels.select_instruction_set(None)
-    kernels.set_threads(threads)
 
 
 def run(experts: Experts, x: Tensor, *, mode: str = "exact", activation: str = "silu") -> Tensor:

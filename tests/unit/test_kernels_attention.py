@@ -1,37 +1,24 @@
 """One call for a decode step of attention, and one for a router, against torch in fp64."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from support.kernels import SETS, needs_kernels
+from support.kernels import SETS, make_linear, needs_kernels
 from torch import Tensor
 from torch.nn import functional
 
 from offload_moe import kernels
-from offload_moe.dense import weight_shape
 from offload_moe.errors import ConfigError
 from offload_moe.quant import get_codec
 
 HIDDEN, CAPACITY = 96, 40
-pytestmark = needs_kernels
-
-
-@pytest.fixture(autouse=True)
-def best_kernels_afterwards() -> Iterator[None]:
-    before = kernels.num_threads()
-    yield
-    kernels.select_instruction_set(None)
-    kernels.set_threads(before)
+pytestmark = [needs_kernels, pytest.mark.usefixtures("best_kernels_afterwards")]
 
 
 def linear(codec: str, out_features: int, in_features: int, *, has_bias: bool) -> tuple[kernels.Linear, Tensor]:
     """A quantized linear, and its decoded weight in fp64."""
-    shape, coder = weight_shape(out_features, in_features), get_codec(codec)
-    record = coder.encode(shape, {"weight": torch.randn(out_features, in_features) * in_features**-0.5})
-    weight = coder.decode(shape, record, torch.float32)["weight"].double()
-    bias = torch.randn(out_features) if has_bias else None
-    return kernels.Linear(codec=codec, shape=shape, layout=coder.layout(shape), record=record, bias=bias), weight
+    made = make_linear(codec, out_features, in_features, has_bias=has_bias)
+    weight = get_codec(codec).decode(made.shape, made.record, torch.float32)["weight"].double()
+    return made, weight
 
 
 def rms_norm(x: Tensor, norm: kernels.HeadNorm) -> Tensor:

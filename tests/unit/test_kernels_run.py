@@ -1,36 +1,20 @@
 """Layers of a decode step in one call, and rows of such layers, against the separate calls: the same bits."""
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
-from support.kernels import SETS, Experts, make_experts, needs_kernels
+from support.kernels import SETS, Experts, make_experts, make_linear, needs_kernels
 from torch import Tensor
 
 from offload_moe import kernels
-from offload_moe.dense import weight_shape
 from offload_moe.errors import ConfigError
-from offload_moe.quant import get_codec
 
 HIDDEN, HEADS, DIM, CAPACITY, LENGTH = 128, 4, 32, 16, 5
 NUM_EXPERTS, TOP_K, NUM_LAYERS = 6, 3, 3
 SCALE = 0.75
-pytestmark = needs_kernels
-
-
-@pytest.fixture(autouse=True)
-def best_kernels_afterwards() -> Iterator[None]:
-    before = kernels.num_threads()
-    yield
-    kernels.select_instruction_set(None)
-    kernels.set_threads(before)
-
-
-def linear(codec: str, out_features: int, in_features: int) -> kernels.Linear:
-    shape, coder = weight_shape(out_features, in_features), get_codec(codec)
-    record = coder.encode(shape, {"weight": torch.randn(out_features, in_features) * in_features**-0.5})
-    return kernels.Linear(codec=codec, shape=shape, layout=coder.layout(shape), record=record)
+pytestmark = [needs_kernels, pytest.mark.usefixtures("best_kernels_afterwards")]
 
 
 class Layer:
@@ -39,11 +23,11 @@ class Layer:
     def __init__(self, number: int) -> None:
         torch.manual_seed(number)
         self.norms = (kernels.NormKernel(torch.rand(HIDDEN) + 0.5, 1e-3), kernels.NormKernel(torch.rand(HIDDEN), 1e-5))
-        projections = [linear("int8", HEADS * DIM, HIDDEN) for _ in range(3)]
+        projections = [make_linear("int8", HEADS * DIM, HIDDEN) for _ in range(3)]
         self.attention = kernels.AttentionKernel(
-            [*projections, linear("int8", HIDDEN, HEADS * DIM)], head_dim=DIM, rotated_dims=DIM, scaling=0.3
+            [*projections, make_linear("int8", HIDDEN, HEADS * DIM)], head_dim=DIM, rotated_dims=DIM, scaling=0.3
         )
-        self.router = kernels.RouterKernel(linear("bf16", NUM_EXPERTS, HIDDEN), top_k=TOP_K, is_of_chosen=True)
+        self.router = kernels.RouterKernel(make_linear("bf16", NUM_EXPERTS, HIDDEN), top_k=TOP_K, is_of_chosen=True)
         self.step = kernels.LayerKernel(self.norms, self.attention, self.router)
         self.experts: Experts = make_experts("nf4", HIDDEN, 64 * (number + 1), count=NUM_EXPERTS)
         self.kernel = kernels.ExpertKernel("nf4", self.experts.shape, self.experts.layout, activation="silu")

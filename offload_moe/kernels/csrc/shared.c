@@ -3,8 +3,6 @@
 
 #include <math.h>
 
-#define PARTS 16 /* partial sums, so that the compiler can vectorize */
-
 struct om_shared {
     const om_moe_layer *expert;
     const uint8_t *record;
@@ -13,20 +11,10 @@ struct om_shared {
     int32_t mode;
 };
 
-static float gate_of(const om_shared *shared, const float *x) {
-    float parts[PARTS] = {0}, sum = 0.0f;
-    int64_t i = 0;
-    for (; i + PARTS <= shared->hidden; i += PARTS)
-        for (int j = 0; j < PARTS; j++) parts[j] += x[i + j] * shared->gate[i + j];
-    for (; i < shared->hidden; i++) sum += x[i] * shared->gate[i];
-    for (int j = 0; j < PARTS; j++) sum += parts[j];
-    return 1.0f / (1.0f + expf(-sum));
-}
-
 /* out[H] += expert(x[H]) * gate. Returns 0, or -1 when memory is short. */
 OM_EXPORT int om_add_shared(const om_shared *shared, const float *x, float *out) {
     static const int32_t offsets[] = {0, 1}, token = 0;
-    const float weight = shared->gate == NULL ? 1.0f : gate_of(shared, x);
+    const float weight = shared->gate == NULL ? 1.0f : 1.0f / (1.0f + expf(-om_dot(x, shared->gate, shared->hidden)));
     return om_moe_forward(shared->expert, x, 1, OM_F32, &shared->record, offsets, &token, NULL, &weight, 1, out, OM_F32, 1,
                           shared->mode);
 }
