@@ -18,7 +18,8 @@ from offload_moe.kernels.native import (
     unavailable_reason,
 )
 from offload_moe.kernels.planes import unsupported_reason
-from offload_moe.kernels.run import MAX_TOP_K, RunKernel, RunLayer, RunToken, SharedKernel
+from offload_moe.kernels.residents import Residents
+from offload_moe.kernels.run import MAX_TOP_K, Ride, RunKernel, RunLayer, RunToken, SharedKernel
 
 __all__ = [
     "MAX_TOP_K",
@@ -30,6 +31,8 @@ __all__ = [
     "LinearKernel",
     "NormKernel",
     "RouterKernel",
+    "Residents",
+    "Ride",
     "RunKernel",
     "RunLayer",
     "RunToken",

@@ -96,7 +96,14 @@ def _declare(loaded: ctypes.CDLL) -> None:
     loaded.om_router_step.argtypes = [pointer] * 5
     loaded.om_layer_step.argtypes = [*([pointer] * 6), int64, int64, *([pointer] * 5)]
     loaded.om_add_shared.argtypes = [pointer] * 3
-    loaded.om_run_step.argtypes, loaded.om_run_step.restype = [pointer, pointer, pointer, int64], int64
+    loaded.om_residents_open.argtypes, loaded.om_residents_open.restype = [pointer] * 2, pointer
+    loaded.om_residents_close.argtypes, loaded.om_residents_close.restype = [pointer], None
+    loaded.om_residents_put.argtypes, loaded.om_residents_put.restype = [pointer, int64, pointer], None
+    loaded.om_residents_withdraw.argtypes = [pointer, int64]
+    loaded.om_ride_start.argtypes, loaded.om_ride_start.restype = [pointer] * 3, pointer
+    loaded.om_ride_next.argtypes, loaded.om_ride_next.restype = [pointer, int64], int64
+    loaded.om_ride_num_routed.argtypes, loaded.om_ride_num_routed.restype = [pointer], int64
+    loaded.om_ride_end.argtypes, loaded.om_ride_end.restype = [pointer], None
     loaded.om_linear_forward.argtypes = [pointer, pointer, pointer, int64, pointer, int64, int32, int32, int32]
     loaded.om_moe_forward.argtypes = [
         *(pointer, pointer, int64, int32),

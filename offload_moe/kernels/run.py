@@ -1,4 +1,4 @@
-"""Decode steps of consecutive decoder layers in one native call, as long as their experts are resident.
+"""Decode steps of consecutive decoder layers on a native thread, which asks for the experts it lacks.
 
 H hidden, E experts per layer, K top-k, L layers of the run.
 """
@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from offload_moe.kernels.attention import LayerKernel
 from offload_moe.kernels.experts import ExpertKernel
 from offload_moe.kernels.native import library
 from offload_moe.kernels.planes import MODES, Mode
-from offload_moe.kernels.structs import ResidentsStruct, RunLayerStruct, RunStruct, RunTokenStruct, SharedStruct
+from offload_moe.kernels.residents import Residents
+from offload_moe.kernels.structs import RunLayerStruct, RunStruct, RunTokenStruct, SharedStruct
 
 MAX_TOP_K = 64
 
@@ -46,7 +48,7 @@ class SharedKernel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunLayer:
-    """A layer with a router, and its experts. first_key: of its experts in the table of slots."""
+    """A layer with a router, and its experts. first_key: of its experts among the residents."""
 
     step: LayerKernel
     experts: ExpertKernel
@@ -59,8 +61,8 @@ class RunLayer:
 class RunToken:
     """What one token needs and leaves: hidden states of one token ``[H]``, and what every router said.
 
-    logits ``[L, E]``, weights ``[L, K]`` fp32, ids ``[L, K]`` int64. times ``[L, 2]`` fp64: seconds since the call when
-    a layer's experts began and ended. guesses ``[L, A, K]``: what the A next layers' routers said to its residual.
+    logits ``[L, E]``, weights ``[L, K]`` fp32, ids ``[L, K]`` int64. times ``[L, 2]`` fp64: seconds since the start when
+    a layer's experts began and ended. stalls ``[L]`` fp64: seconds that it waited for experts. guesses ``[L, A, K]``: what the A next layers' routers said to its residual.
     """
 
     def __init__(
@@ -83,15 +85,17 @@ class RunToken:
         self.logits, self.weights = torch.empty(num_layers, num_experts), torch.empty(num_layers, top_k)
         self.ids = torch.empty(num_layers, top_k, dtype=torch.int64)
         self.times = torch.zeros(num_layers, 2, dtype=torch.float64)
+        self.stalls = torch.zeros(num_layers, dtype=torch.float64)
         self.guesses = torch.empty(num_layers, len(ranks), top_k, dtype=torch.int64)
-        guess_space = torch.empty(x.numel() + num_experts + top_k)
+        guess_space, row_space = torch.empty(x.numel() + num_experts + top_k), torch.empty(top_k, x.numel())
         keys = array("Q", [room[0].data_ptr() for room in rooms])
         values = array("Q", [room[1].data_ptr() for room in rooms])
         capacities = array("q", [room[0].shape[2] for room in rooms])
         lengths = array("q", [room[2] for room in rooms])
         leading = array("q", ranks)
-        self._owned = (rooms, rotary, keys, values, capacities, lengths, leading, guess_space)
-        tensors = (*rotary, x, self.residual, self.normed, self.logits, self.weights, self.ids, self.times)
+        self._owned = (rooms, rotary, keys, values, capacities, lengths, leading, guess_space, row_space)
+        said = (self.logits, self.weights, self.ids, self.times, self.stalls)
+        tensors = (*rotary, x, self.residual, self.normed, *said, row_space)
         cos, signed_sin, *rest = (tensor.data_ptr() for tensor in tensors)
         arrays = (part.buffer_info()[0] for part in (keys, values, capacities, lengths))
         guesses = (leading.buffer_info()[0], self.guesses.data_ptr(), guess_space.data_ptr())
@@ -131,18 +135,43 @@ class RunKernel:
             num_experts=num_experts,
             top_k=top_k,
         )
-        self._native = library().om_run_step
 
-    def step(self, token: RunToken, slots: "array[int]", records: "array[int]", first: int) -> int:
-        """Take the token through the layers from `first` on. Returns how many of all are done.
+    def start(self, token: RunToken, residents: Residents) -> "Ride":
+        """Send the token through the layers, on a thread of its own. End the ride before anything it uses goes."""
+        structs = (ctypes.addressof(self._struct), ctypes.addressof(token.struct))
+        handle = library().om_ride_start(*structs, residents.handle)
+        if not handle:
+            raise MemoryError("No memory for a thread that runs a decode step.")
+        return Ride(handle, (self, token, residents))
 
-        One that is not, for want of an expert of its own or of one that was guessed, lacks its experts only: set x to
-        residual + experts(normed), and a shared expert's share, and go on behind it.
-        slots: as `Residency.table` has them. records: addresses by slot (uint64).
+
+class Ride:
+    """A token on its way through a run. As a context: left early, it is stopped."""
+
+    def __init__(self, handle: int, owned: tuple[Any, ...]) -> None:
+        self._handle = handle
+        self._owned = owned
+        self._next = library().om_ride_next
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        library().om_ride_end(self._handle)
+
+    def next(self, first: int) -> int:
+        """Wait for the first layer from `first` on that lacks an expert of its own or one that counts of its guesses.
+
+        Returns that layer, or the number of layers when all are done. The ride does not go on without what a layer
+        chose: bring that. Layers before the one returned are done.
         """
-        residents = ResidentsStruct(slots.buffer_info()[0], records.buffer_info()[0])
-        structs = (ctypes.addressof(struct) for struct in (self._struct, token.struct, residents))
-        num_done: int = self._native(*structs, first)
-        if num_done < 0:
+        at: int = self._next(self._handle, first)
+        if at < 0:
             raise MemoryError("No memory for the activations of a decode step.")
-        return num_done
+        return at
+
+    @property
+    def num_routed(self) -> int:
+        """Layers whose routers have spoken by now."""
+        num_routed: int = library().om_ride_num_routed(self._handle)
+        return num_routed

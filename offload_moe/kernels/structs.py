@@ -102,13 +102,7 @@ class RunTokenStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("cos", "signed_sin", "keys", "values", "capacities", "lengths")),
-        *((name, ctypes.c_void_p) for name in ("x", "residual", "normed", "logits", "weights", "ids", "times")),
+        *((name, ctypes.c_void_p) for name in ("x", "residual", "normed", "logits", "weights", "ids", "times", "stalls", "rows")),
         ("num_ahead", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("ranks", "guesses", "guess_space")),
     )
-
-
-class ResidentsStruct(ctypes.Structure):
-    """`om_residents`."""
-
-    _fields_ = (("slots", ctypes.c_void_p), ("records", ctypes.c_void_p))

@@ -1,14 +1,16 @@
-"""A run: consecutive decoder layers whose decode step is one kernel call, as long as their experts are resident.
+"""A run: consecutive decoder layers whose decode step is done by a native thread, from the first layer to the last.
 
 A token streams so many bytes of weights through the caches that whatever Python does between two kernel calls finds its
-code and data in none: about half a millisecond per layer. A run is called once per token. The call returns at a layer
-that lacks an expert, or whose guess for the next layers does, which is then done as usual, and goes on behind it.
+code and data in none: about half a millisecond per layer where all is there, two where experts are missing. So the
+thread goes on by itself, leases what is resident, and says what it lacks. Python brings that meanwhile: it decides what
+is evicted and what is read, as ever, while the experts that are there are computed.
 
-While a run is under way the whole pool is leased. What it used is accounted for afterwards, layer by layer.
+What the thread found without asking is accounted for as soon as Python hears of it, layer by layer, in their order.
 """
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -23,8 +25,10 @@ from offload_moe.lean.step import AttentionStep
 from offload_moe.moe.attach import BoundExperts, RanLayers
 from offload_moe.moe.native import NativeArithmetic
 from offload_moe.schedule.hierarchy import Hierarchy
+from offload_moe.schedule.lease import Lease
 
 Rotary = tuple[Tensor, Tensor]
+ROOM = 2  # a layer's experts must all find a slot, beside those of a layer that another thread is in
 
 
 class Step(Protocol):
@@ -37,8 +41,6 @@ class Step(Protocol):
 
     @property
     def num_keepers(self) -> int: ...
-
-    def keep(self, residual: Tensor) -> None: ...
 
     def fits(self, hidden_states: Tensor, cache: Any) -> bool: ...
 
@@ -63,7 +65,8 @@ class LayerRun:
     def __init__(self, steps: Sequence[Step], hierarchy: Hierarchy) -> None:
         """steps: layers that follow each other, for which `can_run` says the same."""
         self._steps = steps
-        self._arena = hierarchy.arena
+        assert hierarchy.residents is not None
+        self._residents = hierarchy.residents
         self._scheduler = hierarchy.scheduler
         self._blocks = [cast(PlainBlock, step.plain) for step in steps]
         self._bound = [block.bound for block in self._blocks]
@@ -111,13 +114,14 @@ class LayerRun:
         self._seen = _Seen(num_layers, result, result.clone(), settings) if is_on else None
 
     def fits(self, hidden_states: Tensor, cache: Any) -> bool:
-        """Whether all layers can be done at once: nobody looks in between, or waits for a module.
+        """Whether all layers can be done at once: nobody looks in between, or waits for a module; there is room.
 
         Lookahead goes along where the run may ask the routers for it.
         """
         recorder, lookahead = self._bound[0].recorder, self._bound[0].lookahead
         return (
             self._is_chain
+            and self._scheduler.residency.num_slots >= ROOM * self._top_k
             and all(bound.lookahead is lookahead and bound.recorder is recorder for bound in self._bound)
             and not any(self._expert_hooks)
             and have_only_onlookers(self._layer_hooks)
@@ -127,68 +131,79 @@ class LayerRun:
         )
 
     def __call__(self, hidden_states: Tensor, rotary: Rotary, cache: Any) -> Tensor:
-        """``[1, 1, H]`` -> ``[1, 1, H]``."""
+        """``[1, 1, H]`` -> ``[1, 1, H]``. Raises: TransferError."""
         rooms = [cast(Room, step.attention.extend(cache)) for step in self._steps]
         x = hidden_states.clone(memory_format=torch.contiguous_format)
         shape = {"num_experts": self._num_experts, "top_k": self._top_k}
         token = kernels.RunToken(x, rooms, rotary, **shape, ranks=self._ranks())
-        at, num_layers = 0, len(self._steps)
-        while at < num_layers:
-            at = self._advance(token, at)
-            if at < num_layers:
-                self._acquire(token, at)
-                at += 1
-        self._passed = (x, 1) if num_layers > 1 else (None, 0)
+        self._ride(token)
+        self._passed = (x, 1) if len(self._steps) > 1 else (None, 0)
         return x
 
-    def _advance(self, token: kernels.RunToken, first: int) -> int:
-        """Through the layers from `first` on where nothing is missing. Returns how many of all are done."""
-        began, chosen, num_useful = time.perf_counter(), [], [0]
-        slots = self._scheduler.hold_pool()
-        try:
-            num_done = self._kernel.step(token, slots, self._arena.addresses, first)
-            chosen = token.ids[first:num_done].tolist()
-        finally:
-            num_useful = self._scheduler.let_go_pool(self._bound[first].layer, chosen)
-        lookahead = self._bound[0].lookahead
-        if lookahead is not None:
-            for at, experts in enumerate(chosen, first):
-                lookahead.passed(self._bound[at].layer, experts, self._guesses(token, at))
-        self._tell(token, first, began, num_useful)
-        return num_done
+    def _ride(self, token: kernels.RunToken) -> None:
+        """Through all layers, and account for them in their order."""
+        began, marks = time.perf_counter(), [self._mark()]
+        counters, num_layers, num_told = self._scheduler.counters, len(self._steps), 0
+        with ExitStack() as held, self._kernel.start(token, self._residents) as ride:
+            while num_told < num_layers:
+                at = ride.next(num_told)
+                held.close()
+                for passed in range(num_told, at):
+                    self._note_passed(token, passed)
+                    marks.append(self._mark())
+                num_told = at
+                if at < num_layers:
+                    lease = held.enter_context(self._acquire(token, at, ride))
+                    lease.bring()
+                    marks.append(self._mark())
+                    num_told += 1
+            ride.next(num_layers)
+        counters.stall_s += token.stalls.sum().item()
+        recorder = self._bound[0].recorder
+        if recorder is not None:
+            recorder.ran(self._ran(token, began, marks))
 
-    def _acquire(self, token: kernels.RunToken, at: int) -> None:
-        """The experts of a layer where something is missing."""
-        step, bound = self._steps[at], self._bound[at]
-        for onlooker in step.layer._forward_pre_hooks.values():
-            onlooker(step.layer, ())
-        self._tell_router(token, at)
+    def _note_passed(self, token: kernels.RunToken, at: int) -> None:
+        """A layer where nothing was missing."""
+        bound, experts = self._bound[at], token.ids[at].tolist()
+        self._scheduler.passed(bound.layer, experts)
         if bound.lookahead is not None:
-            step.keep(token.residual)
-            bound.lookahead.foretell(bound.layer, self._guesses(token, at))
-        out = self._blocks[at].compute(token.normed[0], token.routed[at])
-        torch.add(token.residual[0], out, out=token.x[0])
+            bound.lookahead.passed(bound.layer, experts, self._guesses(token, at))
+        self._tell_router(token, at)
 
-    def _tell(self, token: kernels.RunToken, first: int, began: float, num_useful: Sequence[int]) -> None:
-        """The recorder, or else the routers' onlookers, are told what happened meanwhile."""
-        recorder, num_layers = self._bound[0].recorder, len(num_useful) - 1
-        if recorder is None:
-            for at in range(first, first + num_layers):
-                self._tell_router(token, at)
-        elif num_layers:
-            rows = slice(first, first + num_layers)
-            recorder.ran(
-                RanLayers(
-                    first_layer=self._bound[first].layer,
-                    logits=token.logits[rows],
-                    weights=token.weights[rows],
-                    ids=token.ids[rows],
-                    times=token.times[rows] + began,
-                    num_useful=num_useful,
-                )
-            )
+    def _acquire(self, token: kernels.RunToken, at: int, ride: kernels.Ride) -> Lease:
+        """The experts of a layer where something is missing, of its own or of what is guessed for the next."""
+        bound, layer = self._bound[at], self._steps[at].layer
+        for onlooker in layer._forward_pre_hooks.values():
+            onlooker(layer, ())
+        experts = sorted(token.ids[at].tolist())
+        lease = self._scheduler.acquire(bound.layer, experts)
+        if bound.lookahead is not None:
+            num_begun = ride.num_routed - 1 - at  # layers behind this one that need no guess any more
+            bound.lookahead.wanted(bound.layer, experts, self._guesses(token, at), num_begun)
+        self._tell_router(token, at)
+        return lease
+
+    def _mark(self) -> tuple[int, int]:
+        counters = self._scheduler.counters
+        return counters.num_useful_prefetches, counters.disk_bytes
+
+    def _ran(self, token: kernels.RunToken, began: float, marks: Sequence[tuple[int, int]]) -> RanLayers:
+        num_useful, disk_bytes = zip(*marks, strict=True)
+        return RanLayers(
+            first_layer=self._bound[0].layer,
+            logits=token.logits,
+            weights=token.weights,
+            ids=token.ids,
+            times=token.times + began,
+            stalls=token.stalls,
+            num_useful=num_useful,
+            disk_bytes=disk_bytes,
+        )
 
     def _tell_router(self, token: kernels.RunToken, at: int) -> None:
+        if self._bound[at].recorder is not None:
+            return  # it is told of all layers at once
         router = self._blocks[at].router
         for onlooker in router._forward_hooks.values():
             onlooker(router, (), token.routed[at])
@@ -209,7 +224,7 @@ def can_run(hierarchy: Hierarchy, step: Any) -> tuple[int, int] | None:
     Layers of one run have the same.
     """
     plain: PlainBlock | None = getattr(step, "plain", None)
-    if plain is None or hierarchy.num_slots("vram") or plain.route.top_k > kernels.MAX_TOP_K:
+    if plain is None or hierarchy.residents is None or plain.route.top_k > kernels.MAX_TOP_K:
         return None
     bound, route = plain.bound, plain.route
     is_native = type(bound) is BoundExperts and isinstance(bound.arithmetic, NativeArithmetic)

@@ -25,11 +25,11 @@ EXPERTS_FUNCTION = "offload_moe"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RanLayers:
-    """Layers that were done in one run, one token through n of them, every expert being resident.
+    """Layers that were done in one run, one token through n of them.
 
     logits ``[n, E]``, weights and ids ``[n, K]``: what their routers said. times ``[n, 2]``: of `time.perf_counter`,
-    when the experts of a layer began and when they ended. num_useful ``[n + 1]``: useful prefetches counted before and
-    after each.
+    when the experts of a layer began and when they ended. stalls ``[n]``: seconds between them that it waited.
+    num_useful, disk_bytes ``[n + 1]``: useful prefetches and bytes read, counted before and after each.
     """
 
     first_layer: int
@@ -37,7 +37,9 @@ class RanLayers:
     weights: Tensor
     ids: Tensor
     times: Tensor
+    stalls: Tensor
     num_useful: Sequence[int]
+    disk_bytes: Sequence[int]
 
 
 class LayerRecorder(Protocol):

@@ -66,7 +66,6 @@ class Lookahead:
         self._residuals: dict[int, Tensor] = {}
         self._guesses: dict[int, list[int]] = {}  # layer -> what was guessed one layer before
         self._absent: dict[int, dict[int, _Absent]] = {}  # layer -> how many layers before -> guesses not there then
-        self._foretold: dict[int, Sequence[list[int]]] = {}  # layer -> what a run has asked the layers behind it
         self._trusted: dict[int, bool] = {}
         self._habits: CoOccurrence | None = None
         for layer, probe in enumerate(probes):
@@ -97,7 +96,6 @@ class Lookahead:
             if guessed:
                 self._fetch(layer, ahead, guessed, num_ranks, keep)
                 keep |= self._keys(ahead, guessed)
-        self._foretold.pop(layer, None)
 
     def num_ranks(self, layer: int, num_experts_per_token: int) -> list[int]:
         """How many of the likeliest experts are to be guessed now, per layer behind this one.
@@ -115,15 +113,21 @@ class Lookahead:
         is_whole = num_layers == len(self._probes) and self._habits is None
         return is_whole and all(self._trusted.get(layer, False) for layer in range(num_layers))
 
-    def foretell(self, layer: int, guesses: Sequence[list[int]]) -> None:
-        """What `after_acquire` would ask the next layers' routers, one list per layer; it will not ask them itself."""
-        self._foretold[layer] = guesses
-
     def passed(self, layer: int, experts: Sequence[int], guesses: Sequence[list[int]]) -> None:
         """`after_acquire` of a layer in a run where everything was there, its experts and what was guessed."""
+        self.wanted(layer, experts, guesses, len(guesses))
+
+    def wanted(self, layer: int, experts: Sequence[int], guesses: Sequence[list[int]], num_begun: int) -> None:
+        """`after_acquire` in a run, which has asked the next layers' routers itself: a list per layer.
+
+        num_begun: how many of the next layers have said what they want, so that nothing is fetched for them any more.
+        """
         self._note(layer, experts)
+        keep = self._keys(layer, experts)
         for depth, guessed in enumerate(guesses, 1):
-            self._note_guess(layer, layer + depth, guessed, 0)
+            num_ranks = self._num_ranks(depth, len(guessed)) if depth > num_begun else 0
+            self._fetch(layer, layer + depth, guessed, num_ranks, keep)
+            keep |= self._keys(layer + depth, guessed)
 
     def _note(self, layer: int, experts: Sequence[int]) -> None:
         """What a layer's router chose for one token."""
@@ -141,9 +145,6 @@ class Lookahead:
             self._is_on = self.governor.begin_token()
 
     def _guess(self, layer: int, ahead: int, residual: Tensor | None, experts: Sequence[int], k: int) -> list[int]:
-        foretold = self._foretold.get(layer, ())
-        if ahead - layer <= len(foretold):
-            return foretold[ahead - layer - 1]
         probe = self._probes[ahead]
         if residual is not None and probe is not None and self._trusted.get(ahead, True):
             return probe.predict(residual, k)
@@ -173,7 +174,8 @@ class Lookahead:
 
     def _fetch(self, layer: int, ahead: int, guessed: list[int], num_ranks: int, keep: set[int]) -> None:
         self._note_guess(layer, ahead, guessed, num_ranks)
-        self._bring(ahead, guessed[:num_ranks], keep, to_device=ahead - layer <= self._depth)
+        if num_ranks:
+            self._bring(ahead, guessed[:num_ranks], keep, to_device=ahead - layer <= self._depth)
 
     def _note_guess(self, layer: int, ahead: int, guessed: list[int], num_ranks: int) -> None:
         """Keep a guess until it can be judged. num_ranks: the likeliest of it are fetched where they are absent."""

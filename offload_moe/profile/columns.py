@@ -116,11 +116,13 @@ class Forward:
 
 
 def _marks_of(ran: RanLayers, mark: Mark) -> Array:
-    """[2, L, C]: the marks before and after each layer of a run; what no layer waits for is as it is afterwards."""
+    """[2, L, C]: the marks before and after each layer of a run; mark: afterwards. Runs know one tier."""
     marks = np.empty((2, len(ran.ids), len(mark)))
-    marks[:] = mark
+    stalled = mark[STALL] - ran.stalls.sum().item() + np.cumsum(ran.stalls.numpy())
     marks[:, :, SECONDS] = ran.times.numpy().T
     marks[0, :, USEFUL], marks[1, :, USEFUL] = ran.num_useful[:-1], ran.num_useful[1:]
+    marks[0, :, STALL], marks[1, :, STALL] = stalled - ran.stalls.numpy(), stalled
+    marks[0, :, STALL + 1], marks[1, :, STALL + 1] = ran.disk_bytes[:-1], ran.disk_bytes[1:]
     return marks
 
 

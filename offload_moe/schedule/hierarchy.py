@@ -8,9 +8,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from offload_moe import kernels
 from offload_moe.schedule.counters import Counters
 from offload_moe.schedule.policy import DEFAULT_POLICY, LRU, Policy, make_policy
-from offload_moe.schedule.residency import Residency
+from offload_moe.schedule.residency import Lookup, Residency
 from offload_moe.schedule.scheduler import Scheduler
 from offload_moe.tiers.arena import CHUNK_BYTES, Arena, whole_chunks
 from offload_moe.tiers.copier import Copier
@@ -44,10 +45,13 @@ class Hierarchy:
         self.arena = Arena(pools.num_ram_slots, pools.slot_bytes, pools.chunk_bytes)
         self._resizing = threading.Lock()
         self._made_for: dict[Scheduler, int] = {}  # the slots that a tier's policy was made for
-        self.ram = self._scheduler(pools.num_ram_slots, make_mover(self.arena), "disk_bytes")
+        self._copier = copier if pools.num_device_slots else None
+        self.residents: kernels.Residents | None = None  # of the fast tier, for native runs
+        if self._copier is None and kernels.available():
+            self.residents = kernels.Residents(pools.num_layers * pools.num_experts, self.arena.addresses)
+        self.ram = self._scheduler(pools.num_ram_slots, make_mover(self.arena), "disk_bytes", self.residents)
         self.scheduler = self.ram
         self.record_of: Callable[[int], Tensor] = self.arena.slot
-        self._copier = copier if pools.num_device_slots else None
         if self._copier is not None:
             self._device_slots = DeviceSlots(
                 self._copier, pools.num_device_slots, self.arena.slot_bytes, pools.chunk_bytes
@@ -123,9 +127,10 @@ class Hierarchy:
             for chunk in self.arena.chunks_behind(num_slots):
                 self._copier.unlock(chunk)
 
-    def _scheduler(self, num_slots: int, mover: Mover, bytes_counter: str) -> Scheduler:
-        num_keys = self.pools.num_layers * self.pools.num_experts
-        residency = Residency(num_slots, self._policy(num_slots), num_keys=num_keys)
+    def _scheduler(
+        self, num_slots: int, mover: Mover, bytes_counter: str, lookup: Lookup | None = None
+    ) -> Scheduler:
+        residency = Residency(num_slots, self._policy(num_slots), lookup)
         scheduler = Scheduler(residency, mover, num_experts=self.pools.num_experts, bytes_counter=bytes_counter)
         self._made_for[scheduler] = num_slots
         return scheduler

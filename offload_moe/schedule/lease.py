@@ -64,6 +64,18 @@ class Lease:
         """The next wave if any of it is ready, else an empty one. Does not wait."""
         return self._next_wave(may_wait=False)
 
+    def bring(self) -> None:
+        """Wait until all of them are resident, and leave them leased: for compute that finds them by itself.
+
+        There must be slots for all at once. Raises: TransferError, as iterating does.
+        """
+        scheduler = self._scheduler
+        with scheduler.changed:
+            self._collect()
+            if self._loading or self._absent:
+                self._wait(for_all=True)
+            scheduler.counters.num_waves += 1
+
     def _next_wave(self, *, may_wait: bool = True) -> Wave:
         scheduler = self._scheduler
         with scheduler.changed:
@@ -73,7 +85,7 @@ class Lease:
             self._admit()
             self._collect()
             if may_wait and not self._ready and (self._loading or self._absent):
-                self._wait()
+                scheduler.counters.stall_s += self._wait()
             self._held, self._ready = self._next_half() if self._absent and not self._loading else (self._ready, [])
             scheduler.counters.num_waves += bool(self._held)
             return self._held
@@ -83,11 +95,11 @@ class Lease:
         middle = (len(self._ready) + 1) // 2
         return self._ready[:middle], self._ready[middle:]
 
-    def _wait(self) -> None:
-        """Until something of ours is resident (lock held)."""
+    def _wait(self, *, for_all: bool = False) -> float:
+        """Until something of ours is resident, or all (lock held). Returns the seconds it took."""
         scheduler = self._scheduler
         began = scheduler.clock()
-        while not self._ready:
+        while (self._loading or self._absent) if for_all else not self._ready:
             remaining = began + scheduler.stall_limit_s - scheduler.clock()
             if remaining <= 0:
                 num_missing = len(self._loading) + len(self._absent)
@@ -98,7 +110,7 @@ class Lease:
             scheduler.changed.wait(remaining)
             self._admit()
             self._collect()
-        scheduler.counters.stall_s += scheduler.clock() - began
+        return scheduler.clock() - began
 
     def _admit(self) -> None:
         """Find or start what is still absent, as far as slots can be had (lock held)."""

@@ -8,14 +8,14 @@ A slot is FREE, LOADING or RESIDENT, and counts its leases:
 
 A leased slot is never evicted. A LOADING slot is never evicted either: its bytes are on the way.
 
-All slots at once can be leased too, for a run of layers whose experts are not known beforehand.
+Compute that chooses among the resident experts without asking has a `Lookup`, in which it leases by itself.
 
 The pool shrinks from its end: closed slots take no expert any more, and are given up once the last of them is FREE.
 """
 
-from array import array
 from collections.abc import Collection
 from enum import IntEnum
+from typing import Protocol
 
 from offload_moe.schedule.policy import Policy
 
@@ -26,20 +26,32 @@ class SlotState(IntEnum):
     RESIDENT = 2
 
 
+class Lookup(Protocol):
+    """Where other threads find what is resident; theirs are the leases counted there."""
+
+    def coming(self, key: int) -> None: ...
+
+    def publish(self, key: int, slot: int) -> None:
+        """The expert is resident in this slot."""
+
+    def withdraw(self, key: int) -> bool:
+        """The expert is gone; False, and nothing changed, where it is leased there."""
+
+    def is_leased(self, key: int) -> bool: ...
+
+
 class Residency:
     """The slots of one pool. The caller serializes access (the scheduler holds a lock).
 
     Keys are ``layer * num_experts + expert``; slots are ``0 .. num_slots - 1``.
     """
 
-    def __init__(self, num_slots: int, policy: Policy, *, num_keys: int = 0) -> None:
-        """num_keys: keys that `table` covers."""
+    def __init__(self, num_slots: int, policy: Policy, lookup: Lookup | None = None) -> None:
         if num_slots < 1:
             raise ValueError(f"a pool needs at least one slot, got {num_slots}")
         self.policy = policy
         self.num_evictions = 0
-        self.table = array("i", [-1]) * num_keys  # by key: its slot if RESIDENT, -2 - its slot if LOADING, else -1
-        self._num_pool_leases = 0
+        self.lookup = lookup
         self._slot_of: dict[int, int] = {}
         self._key_of = [-1] * num_slots
         self._state = [SlotState.FREE] * num_slots
@@ -81,14 +93,6 @@ class Residency:
         assert self._num_leases[slot] > 0
         self._num_leases[slot] -= 1
 
-    def lease_pool(self) -> None:
-        """Protect every slot from eviction until `release_pool`."""
-        self._num_pool_leases += 1
-
-    def release_pool(self) -> None:
-        assert self._num_pool_leases > 0
-        self._num_pool_leases -= 1
-
     def lease_all(self, keys: Collection[int]) -> list[int] | None:
         """Lease the slots of these keys if all are RESIDENT; else None, and nothing changed."""
         slots: list[int] = []
@@ -112,28 +116,30 @@ class Residency:
         Returns the slot, now LOADING and unleased; None when every slot is leased, loading or kept.
         """
         assert key not in self._slot_of
-        if not self._free and (self._num_pool_leases or not self._evict_one(keep)):
+        if not self._free and not self._evict_one(keep):
             return None
         slot = self._free.pop()
         self._slot_of[key] = slot
         self._key_of[slot] = key
         self._state[slot] = SlotState.LOADING
-        if self.table:
-            self.table[key] = -2 - slot
+        if self.lookup is not None:
+            self.lookup.coming(key)
         return slot
 
     def loaded(self, slot: int) -> None:
         """The bytes have arrived: LOADING -> RESIDENT."""
         assert self._state[slot] is SlotState.LOADING
         self._state[slot] = SlotState.RESIDENT
-        if self.table:
-            self.table[self._key_of[slot]] = slot
+        if self.lookup is not None:
+            self.lookup.publish(self._key_of[slot], slot)
         self.policy.insert(self._key_of[slot])
 
     def abandon(self, slot: int) -> None:
         """The transfer failed: LOADING -> FREE, once nobody leases it."""
         assert self._state[slot] is SlotState.LOADING
         assert self._num_leases[slot] == 0
+        if self.lookup is not None:
+            self.lookup.withdraw(self._key_of[slot])
         self._vacate(slot)
 
     def close_slots(self, first: int) -> None:
@@ -145,7 +151,7 @@ class Residency:
     def empty_closed_slots(self) -> bool:
         """Evict what nobody leases from the closed slots. Returns whether all of them are FREE now."""
         for slot in range(self._num_open, self.num_slots):
-            if self.is_resident(slot) and not self._num_leases[slot] and not self._num_pool_leases:
+            if self.is_resident(slot) and not self._num_leases[slot]:
                 self._evict(slot)
         return all(state is SlotState.FREE for state in self._state[self._num_open :])
 
@@ -179,27 +185,29 @@ class Residency:
 
     def _evict_one(self, keep: Collection[int]) -> bool:
         spared = (lambda key: key in keep or self._must_stay(key)) if keep else self._must_stay
-        victim = self.policy.victim(spared)
-        if victim is None:
-            return False
-        self._evict(self._slot_of[victim])
-        return True
+        while (victim := self.policy.victim(spared)) is not None:
+            if self._evict(self._slot_of[victim]):
+                return True
+        return False
 
-    def _evict(self, slot: int) -> None:
+    def _evict(self, slot: int) -> bool:
+        """False where it has been leased in the lookup meanwhile."""
         assert self._state[slot] is SlotState.RESIDENT
         assert self._num_leases[slot] == 0
+        if self.lookup is not None and not self.lookup.withdraw(self._key_of[slot]):
+            return False
         self.policy.remove(self._key_of[slot])
         self._vacate(slot)
         self.num_evictions += 1
+        return True
 
     def _must_stay(self, key: int) -> bool:
         """Whether it is leased, or in a closed slot, which would make no room."""
         slot = self._slot_of[key]
-        return self._num_leases[slot] > 0 or slot >= self._num_open
+        is_leased = self._num_leases[slot] > 0 or (self.lookup is not None and self.lookup.is_leased(key))
+        return is_leased or slot >= self._num_open
 
     def _vacate(self, slot: int) -> None:
-        if self.table:
-            self.table[self._key_of[slot]] = -1
         del self._slot_of[self._key_of[slot]]
         self._key_of[slot] = -1
         self._state[slot] = SlotState.FREE

@@ -9,7 +9,6 @@ What a lease is and does is in `lease.py`.
 
 import threading
 import time
-from array import array
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 
@@ -108,29 +107,12 @@ class Scheduler:
             self.residency.release_all(slots)
             self.changed.notify_all()
 
-    def hold_pool(self) -> "array[int]":
-        """Lease every slot until `let_go_pool`, and say which expert is in which: `Residency.table` as it is now.
-
-        For layers that choose among what is resident without asking one by one.
-        """
+    def passed(self, layer: int, experts: Sequence[int]) -> None:
+        """Count a layer that found all its experts in the residency's lookup, and is done: as `hold` would have."""
+        first = layer * self.num_experts
         with self.changed:
-            self.residency.lease_pool()
-            return self.residency.table[:]
-
-    def let_go_pool(self, layer: int, experts: Sequence[Sequence[int]]) -> list[int]:
-        """End `hold_pool`. experts: what the layers from `layer` on were found to have: as many calls of `hold`.
-
-        Returns `Counters.num_useful_prefetches` as it was before them, and after each.
-        """
-        with self.changed:
-            self.residency.release_pool()
-            num_useful = [self.counters.num_useful_prefetches]
-            for number, chosen in enumerate(experts, layer):
-                first = number * self.num_experts
-                self._note_hits(number, [first + expert for expert in chosen])
-                num_useful.append(self.counters.num_useful_prefetches)
+            self._note_hits(layer, [first + expert for expert in experts])
             self.changed.notify_all()
-            return num_useful
 
     def is_resident(self, layer: int, expert: int) -> bool:
         """Whether the expert is in a slot and complete (lock held by whoever relies on it)."""

@@ -75,6 +75,7 @@ int om_layer_guess(const om_layer *layer, const float *residual, float *normed, 
 int om_moe_forward(const om_moe_layer *layer, const void *x, int64_t num_tokens, int32_t x_dtype, const uint8_t *const *records,
                    const int32_t *offsets, const int32_t *token_ids, const int32_t *out_ids, const float *pair_weights,
                    int64_t num_experts, void *out, int32_t out_dtype, int32_t accumulate, int32_t mode);
+void om_sum_rows(const float *pairs, int64_t num_rows, int64_t num_columns, void *out, int32_t out_dtype);
 int om_add_shared(const om_shared *shared, const float *x, float *out);
 
 #endif

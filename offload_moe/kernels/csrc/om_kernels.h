@@ -6,6 +6,7 @@
 #define OM_KERNELS_H
 
 #include <stddef.h>
+#include <pthread.h>
 #include <stdint.h>
 
 #if defined(__GNUC__)
@@ -98,6 +99,7 @@ typedef void (*om_unit_fn)(void *context, int64_t unit, int64_t next_unit, int t
 void om_pool_begin(void); /* one job at a time: hold this around a call's phases */
 void om_pool_end(void);
 void om_pool_run(om_unit_fn unit, void *context, int64_t num_units);
+void om_pool_place_caller(pthread_t thread); /* where a thread that makes such calls belongs */
 int om_pool_threads(void);
 uint8_t *om_arena_reserve(size_t num_bytes); /* 64-byte aligned, valid until the next call; only between begin and end */
 

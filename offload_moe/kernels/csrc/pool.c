@@ -117,15 +117,17 @@ static void keep_one(cpu_set_t *allowed, int thread) {
         if (CPU_ISSET(cpu, allowed) && seen++ != wanted) CPU_CLR(cpu, allowed);
 }
 
-static void place_worker(int thread) {
+static void place(pthread_t handle, int thread) {
     cpu_set_t allowed = cores;
     if (CPU_COUNT(&cores) == 0 && sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
     if (pool.is_pinned) keep_one(&allowed, thread);
-    pthread_setaffinity_np(pool.workers[thread - 1], sizeof allowed, &allowed);
+    pthread_setaffinity_np(handle, sizeof allowed, &allowed);
 }
 #else
-static void place_worker(int thread) { (void)thread; }
+static void place(pthread_t handle, int thread) { (void)handle, (void)thread; }
 #endif
+
+void om_pool_place_caller(pthread_t handle) { place(handle, 0); }
 
 static void stop_workers(void) {
     atomic_store(&pool.is_stopping, 1);
@@ -141,7 +143,7 @@ static void start_workers(void) {
         const int thread = pool.num_workers + 1;
         if (pthread_create(&pool.workers[thread - 1], NULL, worker, (void *)(intptr_t)thread) != 0) return;
         pool.num_workers = thread;
-        place_worker(thread);
+        place(pool.workers[thread - 1], thread);
     }
 }
 

@@ -1,8 +1,11 @@
-/* A decode step of consecutive decoder layers in one call, for as long as their experts are resident.
+/* A decode step of consecutive decoder layers on a thread of its own, which asks for the experts that it lacks.
  *
- * One token of one sequence, in fp32; per layer the calls of `layer.c` and `moe.c`. H hidden, E experts, K chosen. */
+ * One token of one sequence, in fp32; per layer the calls of `layer.c` and `moe.c`. H hidden, E experts, K chosen.
+ * The thread never waits for an answer as long as it has something to compute. */
 #include "job.h"
+#include "residents.h"
 
+#include <stdlib.h>
 #include <time.h>
 
 #define MAX_TOP_K 64
@@ -11,7 +14,7 @@ typedef struct {
     const om_layer *layer; /* with a router */
     const om_moe_layer *experts;
     const om_shared *shared; /* NULL where there is none */
-    int64_t first_key; /* of the layer's experts in `slots` */
+    int64_t first_key; /* of the layer's experts */
     float weight_scale;
     int32_t mode;
 } om_run_layer;
@@ -28,12 +31,35 @@ typedef struct {
     float *x, *residual, *normed;       /* [H] */
     float *logits, *weights;            /* [layers, E], [layers, K] */
     int64_t *ids;                       /* [layers, K] */
-    double *times;      /* [layers, 2]: seconds since the call when the experts of a layer began and when they ended */
+    double *times;      /* [layers, 2]: seconds since the start when the experts of a layer began and when they ended */
+    double *stalls;     /* [layers]: seconds that a layer waited for experts */
+    float *rows;        /* [K, H] */
     int64_t num_ahead;  /* layers behind each one whose routers are asked ahead */
     const int64_t *ranks; /* [num_ahead]: how many of the likeliest of what they say count */
     int64_t *guesses;   /* [layers, num_ahead, K]: what they say */
     float *guess_space; /* [H + E + K] */
 } om_run_token;
+
+typedef struct {
+    const om_run *run;
+    const om_run_token *token;
+    om_residents *residents; /* its lock guards what follows */
+    pthread_t thread;
+    pthread_cond_t told;
+    int64_t num_routed;      /* layers whose routers have spoken */
+    int64_t result;          /* how many of all layers are done, or -1 when memory was short; OM_UNDER_WAY until then */
+    int is_stopped;
+    uint8_t lacks[];         /* [layers]: whether a layer, or what was guessed there, lacked an expert */
+} om_ride;
+
+#define OM_UNDER_WAY (-2)
+
+/* The experts of one token in ascending order. */
+typedef struct {
+    int64_t keys[MAX_TOP_K];
+    float weights[MAX_TOP_K];
+    uint8_t is_leased[MAX_TOP_K];
+} om_chosen;
 
 static double seconds(void) {
     struct timespec now;
@@ -41,77 +67,202 @@ static double seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-typedef struct {
-    const int32_t *slots;          /* by key: the slot where the expert is resident, -1 where it is absent, else on its way */
-    const uint8_t *const *records; /* by slot */
-} om_residents;
-
-/* The experts of one token in ascending order. Returns whether all are resident. */
-static int gather(const om_run *run, const om_run_token *token, int64_t at, const om_residents *residents,
-                  const uint8_t **records, float *weights) {
+static void sort_chosen(const om_run *run, const om_run_token *token, int64_t at, om_chosen *chosen) {
     const om_run_layer *layer = run->layers + at;
-    const int64_t *ids = token->ids + at * run->top_k;
-    int64_t sorted[MAX_TOP_K];
     for (int64_t k = 0; k < run->top_k; k++) {
-        const int32_t slot = residents->slots[layer->first_key + ids[k]];
-        if (slot < 0) return 0;
+        const int64_t key = layer->first_key + token->ids[at * run->top_k + k];
         int64_t place = k;
-        for (; place > 0 && sorted[place - 1] > ids[k]; place--) {
-            sorted[place] = sorted[place - 1];
-            records[place] = records[place - 1];
-            weights[place] = weights[place - 1];
+        for (; place > 0 && chosen->keys[place - 1] > key; place--) {
+            chosen->keys[place] = chosen->keys[place - 1];
+            chosen->weights[place] = chosen->weights[place - 1];
         }
-        sorted[place] = ids[k];
-        records[place] = residents->records[slot];
-        weights[place] = token->weights[at * run->top_k + k] * layer->weight_scale;
+        chosen->keys[place] = key;
+        chosen->weights[place] = token->weights[at * run->top_k + k] * layer->weight_scale;
+        chosen->is_leased[k] = 0;
+    }
+}
+
+/* Ask the routers of the layers behind. Returns 0, or -1 when memory is short. */
+static int guess(const om_run *run, const om_run_token *token, int64_t at) {
+    float *normed = token->guess_space, *logits = normed + run->hidden, *weights = logits + run->num_experts;
+    for (int64_t ahead = 0; ahead < token->num_ahead && at + 1 + ahead < run->num_layers; ahead++) {
+        int64_t *ids = token->guesses + (at * token->num_ahead + ahead) * run->top_k;
+        if (om_layer_guess(run->layers[at + 1 + ahead].layer, token->residual, normed, logits, weights, ids) != 0) return -1;
+    }
+    return 0;
+}
+
+/* Whether all that was guessed and counts is resident or on its way (lock held). */
+static int are_guesses_known(const om_ride *ride, int64_t at) {
+    const om_run *run = ride->run;
+    const om_run_token *token = ride->token;
+    for (int64_t ahead = 0; ahead < token->num_ahead && at + 1 + ahead < run->num_layers; ahead++) {
+        const int64_t *ids = token->guesses + (at * token->num_ahead + ahead) * run->top_k;
+        for (int64_t k = 0; k < token->ranks[ahead]; k++)
+            if (ride->residents->records[run->layers[at + 1 + ahead].first_key + ids[k]] == NULL) return 0;
     }
     return 1;
 }
 
-/* Ask the routers of the layers behind. Returns whether all that they name is resident or on its way; -1 without memory. */
-static int guess(const om_run *run, const om_run_token *token, int64_t at, const om_residents *residents) {
-    float *normed = token->guess_space, *logits = normed + run->hidden, *weights = logits + run->num_experts;
-    int are_known = 1;
-    for (int64_t ahead = 0; ahead < token->num_ahead && at + 1 + ahead < run->num_layers; ahead++) {
-        const om_run_layer *layer = run->layers + at + 1 + ahead;
-        int64_t *ids = token->guesses + (at * token->num_ahead + ahead) * run->top_k;
-        if (om_layer_guess(layer->layer, token->residual, normed, logits, weights, ids) != 0) return -1;
-        for (int64_t k = 0; k < token->ranks[ahead]; k++) are_known &= residents->slots[layer->first_key + ids[k]] != -1;
-    }
-    return are_known;
+/* Lease what is resident and not leased yet (lock held). Returns how many those are; places: which of the chosen. */
+static int64_t lease_resident(const om_ride *ride, om_chosen *chosen, int32_t *places) {
+    int64_t num_leased = 0;
+    for (int32_t k = 0; k < ride->run->top_k; k++)
+        if (!chosen->is_leased[k] && om_is_resident(ride->residents, chosen->keys[k])) {
+            ride->residents->leases[chosen->keys[k]]++;
+            chosen->is_leased[k] = 1;
+            places[num_leased++] = k;
+        }
+    return num_leased;
 }
 
-static int run_experts(const om_run *run, const om_run_token *token, int64_t at, const uint8_t *const *records,
-                       const float *weights) {
-    static const int32_t token_ids[MAX_TOP_K] = {0};
-    const om_run_layer *layer = run->layers + at;
-    int32_t offsets[MAX_TOP_K + 1];
-    for (int64_t k = 0; k <= run->top_k; k++) offsets[k] = (int32_t)k;
-    return om_moe_forward(layer->experts, token->normed, 1, OM_F32, records, offsets, token_ids, NULL, weights, run->top_k,
-                          token->x, OM_F32, 0, layer->mode);
+static void release(const om_ride *ride, const om_chosen *chosen) {
+    pthread_mutex_lock(&ride->residents->lock);
+    for (int64_t k = 0; k < ride->run->top_k; k++)
+        if (chosen->is_leased[k]) ride->residents->leases[chosen->keys[k]]--;
+    pthread_mutex_unlock(&ride->residents->lock);
 }
 
-/* x goes through the layers from `first` on. Returns how many of all are done; one that is not done lacks its experts only,
- * because one of them is not resident or one that was guessed is absent: the caller sets x to residual + experts(normed) (+ shared)
- * and goes on behind it. Or -1 when memory is short. */
-OM_EXPORT int64_t om_run_step(const om_run *run, const om_run_token *token, const om_residents *residents, int64_t first) {
+/* What a layer has of its experts when its router has spoken; the other side is told what it lacks. */
+static int64_t begin_layer(om_ride *ride, int64_t at, om_chosen *chosen, int32_t *places) {
+    pthread_mutex_lock(&ride->residents->lock);
+    const int64_t num_leased = lease_resident(ride, chosen, places);
+    ride->num_routed = at + 1;
+    ride->lacks[at] = num_leased < ride->run->top_k || !are_guesses_known(ride, at);
+    if (ride->lacks[at]) pthread_cond_signal(&ride->told);
+    pthread_mutex_unlock(&ride->residents->lock);
+    return num_leased;
+}
+
+/* Wait until something more of the layer is resident. Returns how many those are; 0: the ride is stopped. */
+static int64_t wait_for_more(om_ride *ride, int64_t at, om_chosen *chosen, int32_t *places) {
     const double began = seconds();
-    for (int64_t at = first; at < run->num_layers; at++) {
-        const uint8_t *records[MAX_TOP_K];
-        float weights[MAX_TOP_K];
-        if (om_layer_step(run->layers[at].layer, token->x, token->cos, token->signed_sin, token->keys[at], token->values[at],
-                          token->capacities[at], token->lengths[at], token->residual, token->normed,
-                          token->logits + at * run->num_experts, token->weights + at * run->top_k,
-                          token->ids + at * run->top_k) != 0)
-            return -1;
-        const int are_known = guess(run, token, at, residents);
-        if (are_known < 0) return -1;
-        if (!gather(run, token, at, residents, records, weights) || !are_known) return at;
-        token->times[2 * at] = seconds() - began;
-        if (run_experts(run, token, at, records, weights) != 0) return -1;
-        if (run->layers[at].shared != NULL && om_add_shared(run->layers[at].shared, token->normed, token->x) != 0) return -1;
-        for (int64_t i = 0; i < run->hidden; i++) token->x[i] += token->residual[i];
-        token->times[2 * at + 1] = seconds() - began;
+    int64_t num_leased = 0;
+    pthread_mutex_lock(&ride->residents->lock);
+    while (!ride->is_stopped && (num_leased = lease_resident(ride, chosen, places)) == 0)
+        pthread_cond_wait(&ride->residents->arrived, &ride->residents->lock);
+    pthread_mutex_unlock(&ride->residents->lock);
+    ride->token->stalls[at] += seconds() - began;
+    return num_leased;
+}
+
+/* out[H] = their weighted sum; with `rows`, each is added to its row instead. The same bits once the rows are summed. */
+static int compute(const om_ride *ride, int64_t at, const om_chosen *chosen, const int32_t *places, int64_t num_experts,
+                   float *rows) {
+    static const int32_t token_ids[MAX_TOP_K] = {0};
+    const om_run_layer *layer = ride->run->layers + at;
+    const uint8_t *records[MAX_TOP_K];
+    float weights[MAX_TOP_K];
+    int32_t offsets[MAX_TOP_K + 1] = {0};
+    for (int64_t n = 0; n < num_experts; n++) {
+        records[n] = ride->residents->records[chosen->keys[places[n]]];
+        weights[n] = chosen->weights[places[n]];
+        offsets[n + 1] = (int32_t)n + 1;
     }
-    return run->num_layers;
+    return om_moe_forward(layer->experts, ride->token->normed, 1, OM_F32, records, offsets, token_ids, rows == NULL ? NULL : places,
+                          weights, num_experts, rows == NULL ? ride->token->x : rows, OM_F32, rows != NULL, layer->mode);
+}
+
+/* x = the experts of the layer, those that are there first. Returns 0, -1 when memory is short, 1 when the ride is stopped. */
+static int run_experts(om_ride *ride, int64_t at, om_chosen *chosen) {
+    const om_run *run = ride->run;
+    int32_t places[MAX_TOP_K];
+    int64_t num_leased = begin_layer(ride, at, chosen, places), num_done = 0;
+    if (num_leased == run->top_k) return compute(ride, at, chosen, places, num_leased, NULL);
+    float *rows = ride->token->rows;
+    for (int64_t i = 0; i < run->top_k * run->hidden; i++) rows[i] = 0.0f;
+    for (;;) {
+        if (num_leased > 0 && compute(ride, at, chosen, places, num_leased, rows) != 0) return -1;
+        num_done += num_leased;
+        if (num_done == run->top_k) break;
+        num_leased = wait_for_more(ride, at, chosen, places);
+        if (num_leased == 0) return 1;
+    }
+    om_sum_rows(rows, run->top_k, run->hidden, ride->token->x, OM_F32);
+    return 0;
+}
+
+static int step_layer(om_ride *ride, int64_t at, double began) {
+    const om_run *run = ride->run;
+    const om_run_token *token = ride->token;
+    const om_run_layer *layer = run->layers + at;
+    om_chosen chosen;
+    if (om_layer_step(layer->layer, token->x, token->cos, token->signed_sin, token->keys[at], token->values[at],
+                      token->capacities[at], token->lengths[at], token->residual, token->normed,
+                      token->logits + at * run->num_experts, token->weights + at * run->top_k, token->ids + at * run->top_k) != 0 ||
+        guess(run, token, at) != 0)
+        return -1;
+    sort_chosen(run, token, at, &chosen);
+    token->times[2 * at] = seconds() - began;
+    const int status = run_experts(ride, at, &chosen);
+    release(ride, &chosen);
+    if (status != 0) return status;
+    if (layer->shared != NULL && om_add_shared(layer->shared, token->normed, token->x) != 0) return -1;
+    for (int64_t i = 0; i < run->hidden; i++) token->x[i] += token->residual[i];
+    token->times[2 * at + 1] = seconds() - began;
+    return 0;
+}
+
+static void *ride_through(void *argument) {
+    om_ride *ride = argument;
+    const double began = seconds();
+    int64_t at = 0;
+    int status = 0;
+    while (at < ride->run->num_layers && (status = step_layer(ride, at, began)) == 0) at++;
+    pthread_mutex_lock(&ride->residents->lock);
+    ride->result = status < 0 ? -1 : at;
+    pthread_cond_signal(&ride->told);
+    pthread_mutex_unlock(&ride->residents->lock);
+    return NULL;
+}
+
+/* x goes through all layers on another thread. NULL when that cannot be had. */
+OM_EXPORT om_ride *om_ride_start(const om_run *run, const om_run_token *token, om_residents *residents) {
+    om_ride *ride = calloc(1, sizeof *ride + (size_t)run->num_layers);
+    if (ride == NULL) return NULL;
+    ride->run = run;
+    ride->token = token;
+    ride->residents = residents;
+    ride->result = OM_UNDER_WAY;
+    pthread_cond_init(&ride->told, NULL);
+    if (pthread_create(&ride->thread, NULL, ride_through, ride) == 0) {
+        om_pool_place_caller(ride->thread);
+        return ride;
+    }
+    pthread_cond_destroy(&ride->told);
+    free(ride);
+    return NULL;
+}
+
+/* Wait for the first layer from `first` on that lacks an expert. Returns it; the number of layers when all are done; -1 when
+ * memory was short. Bring the experts that it chose, or the ride does not go on; and those it guessed, if that pays. */
+OM_EXPORT int64_t om_ride_next(om_ride *ride, int64_t first) {
+    int64_t at = first;
+    pthread_mutex_lock(&ride->residents->lock);
+    for (;;) {
+        while (at < ride->num_routed && !ride->lacks[at]) at++;
+        if (at < ride->num_routed || ride->result != OM_UNDER_WAY) break;
+        pthread_cond_wait(&ride->told, &ride->residents->lock);
+    }
+    if (at >= ride->num_routed && ride->result < 0) at = -1;
+    pthread_mutex_unlock(&ride->residents->lock);
+    return at;
+}
+
+OM_EXPORT int64_t om_ride_num_routed(om_ride *ride) {
+    pthread_mutex_lock(&ride->residents->lock);
+    const int64_t num_routed = ride->num_routed;
+    pthread_mutex_unlock(&ride->residents->lock);
+    return num_routed;
+}
+
+/* Stop it at the next expert that it waits for, if it is not over, and free it. */
+OM_EXPORT void om_ride_end(om_ride *ride) {
+    pthread_mutex_lock(&ride->residents->lock);
+    ride->is_stopped = 1;
+    pthread_cond_broadcast(&ride->residents->arrived);
+    pthread_mutex_unlock(&ride->residents->lock);
+    pthread_join(ride->thread, NULL);
+    pthread_cond_destroy(&ride->told);
+    free(ride);
 }

@@ -1,0 +1,36 @@
+#include "residents.h"
+
+#include <stdlib.h>
+
+/* The arrays belong to the caller. NULL when memory is short. */
+OM_EXPORT om_residents *om_residents_open(const uint8_t **records, int32_t *leases) {
+    om_residents *residents = malloc(sizeof *residents);
+    if (residents == NULL) return NULL;
+    pthread_mutex_init(&residents->lock, NULL);
+    pthread_cond_init(&residents->arrived, NULL);
+    residents->records = records;
+    residents->leases = leases;
+    return residents;
+}
+
+OM_EXPORT void om_residents_close(om_residents *residents) {
+    pthread_cond_destroy(&residents->arrived);
+    pthread_mutex_destroy(&residents->lock);
+    free(residents);
+}
+
+OM_EXPORT void om_residents_put(om_residents *residents, int64_t key, const uint8_t *record) {
+    pthread_mutex_lock(&residents->lock);
+    residents->records[key] = record;
+    if (record > OM_COMING) pthread_cond_broadcast(&residents->arrived);
+    pthread_mutex_unlock(&residents->lock);
+}
+
+/* Returns whether the expert is absent now; not while a run computes with it. */
+OM_EXPORT int om_residents_withdraw(om_residents *residents, int64_t key) {
+    pthread_mutex_lock(&residents->lock);
+    const int is_free = residents->leases[key] == 0;
+    if (is_free) residents->records[key] = NULL;
+    pthread_mutex_unlock(&residents->lock);
+    return is_free;
+}

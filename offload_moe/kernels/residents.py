@@ -1,0 +1,40 @@
+"""The table in which native runs find resident experts and lease them by themselves."""
+
+from array import array
+from collections.abc import Sequence
+
+from offload_moe.kernels.native import library
+
+_COMING = 1  # in place of an address
+
+
+class Residents:
+    """One per pool; see `schedule.residency.Lookup`. Safe to use from several threads."""
+
+    def __init__(self, num_keys: int, addresses: Sequence[int]) -> None:
+        """addresses: of the slots' records, live."""
+        self._addresses = addresses
+        self._records, self._leases = array("Q", bytes(8 * num_keys)), array("i", bytes(4 * num_keys))
+        native = library()
+        self._put, self._withdraw, self._close = (
+            getattr(native, f"om_residents_{name}") for name in ("put", "withdraw", "close")
+        )
+        self.handle = native.om_residents_open(self._records.buffer_info()[0], self._leases.buffer_info()[0])
+        if not self.handle:
+            raise MemoryError("No memory for the table of resident experts.")
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            self._close(self.handle)
+
+    def coming(self, key: int) -> None:
+        self._put(self.handle, key, _COMING)
+
+    def publish(self, key: int, slot: int) -> None:
+        self._put(self.handle, key, self._addresses[slot])
+
+    def withdraw(self, key: int) -> bool:
+        return bool(self._withdraw(self.handle, key))
+
+    def is_leased(self, key: int) -> bool:
+        return self._leases[key] > 0
