@@ -18,21 +18,49 @@ from offload_moe.kernels.native import (
     unavailable_reason,
 )
 from offload_moe.kernels.planes import unsupported_reason
+from offload_moe.kernels.reads import DONE, DROPPED, MAX_SLOTS, READING, File, Place, Reads, ReadSizes
 from offload_moe.kernels.residents import Residents
-from offload_moe.kernels.run import MAX_TOP_K, Ride, RunKernel, RunLayer, RunToken, SharedKernel
+from offload_moe.kernels.run import (
+    ARRIVING,
+    FETCHED,
+    HIT,
+    MAX_TOP_K,
+    MISSING,
+    NEEDS_EXPERTS,
+    NEEDS_SLOTS,
+    Ride,
+    RunKernel,
+    RunLayer,
+    RunToken,
+    SharedKernel,
+)
 
 __all__ = [
+    "ARRIVING",
+    "DONE",
+    "DROPPED",
+    "FETCHED",
+    "HIT",
+    "MAX_SLOTS",
     "MAX_TOP_K",
+    "MISSING",
+    "NEEDS_EXPERTS",
+    "NEEDS_SLOTS",
+    "READING",
     "AttentionKernel",
     "ExpertKernel",
+    "File",
     "HeadNorm",
     "LayerKernel",
     "Linear",
     "LinearKernel",
     "NormKernel",
-    "RouterKernel",
+    "Place",
+    "ReadSizes",
+    "Reads",
     "Residents",
     "Ride",
+    "RouterKernel",
     "RunKernel",
     "RunLayer",
     "RunToken",

@@ -98,11 +98,16 @@ def _declare(loaded: ctypes.CDLL) -> None:
     loaded.om_add_shared.argtypes = [pointer] * 3
     loaded.om_residents_open.argtypes, loaded.om_residents_open.restype = [pointer] * 2, pointer
     loaded.om_residents_close.argtypes, loaded.om_residents_close.restype = [pointer], None
-    loaded.om_residents_put.argtypes, loaded.om_residents_put.restype = [pointer, int64, pointer], None
-    loaded.om_residents_withdraw.argtypes = [pointer, int64]
-    loaded.om_ride_start.argtypes, loaded.om_ride_start.restype = [pointer] * 3, pointer
-    loaded.om_ride_next.argtypes, loaded.om_ride_next.restype = [pointer, int64], int64
-    loaded.om_ride_num_routed.argtypes, loaded.om_ride_num_routed.restype = [pointer], int64
+    loaded.om_residents_publish.argtypes, loaded.om_residents_publish.restype = [pointer, int64, pointer], None
+    loaded.om_residents_claim.argtypes = loaded.om_residents_withdraw.argtypes = [pointer, int64]
+    loaded.om_reads_open.argtypes, loaded.om_reads_open.restype = [pointer] * 2, pointer
+    loaded.om_reads_close.argtypes = [pointer, ctypes.c_double]
+    loaded.om_reads_lend.argtypes, loaded.om_reads_lend.restype = [pointer, int32, pointer], None
+    loaded.om_reads_take_back.argtypes = [pointer]
+    loaded.om_reads_news.argtypes, loaded.om_reads_news.restype = [pointer, pointer, int64], int64
+    loaded.om_ride_start.argtypes, loaded.om_ride_start.restype = [pointer] * 4, pointer
+    loaded.om_ride_next.argtypes = [pointer, int64, ctypes.c_double, pointer]
+    loaded.om_ride_next.restype = int64
     loaded.om_ride_end.argtypes, loaded.om_ride_end.restype = [pointer], None
     loaded.om_linear_forward.argtypes = [pointer, pointer, pointer, int64, pointer, int64, int32, int32, int32]
     loaded.om_moe_forward.argtypes = [

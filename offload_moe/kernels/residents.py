@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 from offload_moe.kernels.native import library
 
-_COMING = 1  # in place of an address
-
 
 class Residents:
     """One per pool; see `schedule.residency.Lookup`. Safe to use from several threads."""
@@ -16,9 +14,8 @@ class Residents:
         self._addresses = addresses
         self._records, self._leases = array("Q", bytes(8 * num_keys)), array("i", bytes(4 * num_keys))
         native = library()
-        self._put, self._withdraw, self._close = (
-            getattr(native, f"om_residents_{name}") for name in ("put", "withdraw", "close")
-        )
+        self._claim, self._publish = native.om_residents_claim, native.om_residents_publish
+        self._withdraw, self._close = native.om_residents_withdraw, native.om_residents_close
         self.handle = native.om_residents_open(self._records.buffer_info()[0], self._leases.buffer_info()[0])
         if not self.handle:
             raise MemoryError("No memory for the table of resident experts.")
@@ -27,11 +24,14 @@ class Residents:
         if getattr(self, "handle", None):
             self._close(self.handle)
 
-    def coming(self, key: int) -> None:
-        self._put(self.handle, key, _COMING)
+    def address(self, slot: int) -> int:
+        return self._addresses[slot]
+
+    def claim(self, key: int) -> bool:
+        return bool(self._claim(self.handle, key))
 
     def publish(self, key: int, slot: int) -> None:
-        self._put(self.handle, key, self._addresses[slot])
+        self._publish(self.handle, key, self._addresses[slot])
 
     def withdraw(self, key: int) -> bool:
         return bool(self._withdraw(self.handle, key))

@@ -18,10 +18,15 @@ from offload_moe.kernels.attention import LayerKernel
 from offload_moe.kernels.experts import ExpertKernel
 from offload_moe.kernels.native import library
 from offload_moe.kernels.planes import MODES, Mode
+from offload_moe.kernels.reads import Reads
 from offload_moe.kernels.residents import Residents
 from offload_moe.kernels.structs import RunLayerStruct, RunStruct, RunTokenStruct, SharedStruct
 
 MAX_TOP_K = 64
+HIT, ARRIVING, MISSING, FETCHED = range(4)  # how an expert was found
+NEEDS_EXPERTS, NEEDS_SLOTS = 1, 2
+LISTEN_S = 0.1  # how long a wait for a ride may keep signals from being heard
+_NOT_YET = -2
 
 
 class SharedKernel:
@@ -61,8 +66,10 @@ class RunLayer:
 class RunToken:
     """What one token needs and leaves: hidden states of one token ``[H]``, and what every router said.
 
-    logits ``[L, E]``, weights ``[L, K]`` fp32, ids ``[L, K]`` int64. times ``[L, 2]`` fp64: seconds since the start when
-    a layer's experts began and ended. stalls ``[L]`` fp64: seconds that it waited for experts. guesses ``[L, A, K]``: what the A next layers' routers said to its residual.
+    logits ``[L, E]``, weights ``[L, K]`` fp32, ids ``[L, K]`` int64. times ``[L, 2]`` fp64: seconds since the start
+    when a layer's experts began and ended. stalls ``[L]`` fp64: seconds that it waited for experts.
+    guesses ``[L, A, K]``: what the A next layers' routers said to its residual.
+    found ``[L, K]``, guesses_found ``[L, A, K]`` uint8: HIT, ARRIVING, MISSING or, of guesses, FETCHED.
     """
 
     def __init__(
@@ -87,6 +94,8 @@ class RunToken:
         self.times = torch.zeros(num_layers, 2, dtype=torch.float64)
         self.stalls = torch.zeros(num_layers, dtype=torch.float64)
         self.guesses = torch.empty(num_layers, len(ranks), top_k, dtype=torch.int64)
+        self.found = torch.zeros(num_layers, top_k, dtype=torch.uint8)
+        self.guesses_found = torch.zeros(num_layers, len(ranks), top_k, dtype=torch.uint8)
         guess_space, row_space = torch.empty(x.numel() + num_experts + top_k), torch.empty(top_k, x.numel())
         keys = array("Q", [room[0].data_ptr() for room in rooms])
         values = array("Q", [room[1].data_ptr() for room in rooms])
@@ -98,7 +107,8 @@ class RunToken:
         tensors = (*rotary, x, self.residual, self.normed, *said, row_space)
         cos, signed_sin, *rest = (tensor.data_ptr() for tensor in tensors)
         arrays = (part.buffer_info()[0] for part in (keys, values, capacities, lengths))
-        guesses = (leading.buffer_info()[0], self.guesses.data_ptr(), guess_space.data_ptr())
+        asked = (self.guesses, self.found, self.guesses_found, guess_space)
+        guesses = (leading.buffer_info()[0], *(tensor.data_ptr() for tensor in asked))
         self.struct = RunTokenStruct(cos, signed_sin, *arrays, *rest, len(ranks), *guesses)
 
     @cached_property
@@ -136,13 +146,16 @@ class RunKernel:
             top_k=top_k,
         )
 
-    def start(self, token: RunToken, residents: Residents) -> "Ride":
-        """Send the token through the layers, on a thread of its own. End the ride before anything it uses goes."""
+    def start(self, token: RunToken, residents: Residents, reads: Reads | None = None) -> "Ride":
+        """Send the token through the layers, on a thread of its own. End the ride before anything it uses goes.
+
+        reads: fetches what is missing as long as it has slots; without, the ride asks for everything.
+        """
         structs = (ctypes.addressof(self._struct), ctypes.addressof(token.struct))
-        handle = library().om_ride_start(*structs, residents.handle)
+        handle = library().om_ride_start(*structs, residents.handle, None if reads is None else reads.handle)
         if not handle:
             raise MemoryError("No memory for a thread that runs a decode step.")
-        return Ride(handle, (self, token, residents))
+        return Ride(handle, (self, token, residents, reads))
 
 
 class Ride:
@@ -152,6 +165,7 @@ class Ride:
         self._handle = handle
         self._owned = owned
         self._next = library().om_ride_next
+        self._needs = ctypes.c_int32()
 
     def __enter__(self) -> Self:
         return self
@@ -159,19 +173,15 @@ class Ride:
     def __exit__(self, *_: object) -> None:
         library().om_ride_end(self._handle)
 
-    def next(self, first: int) -> int:
-        """Wait for the first layer from `first` on that lacks an expert of its own or one that counts of its guesses.
+    def next(self, first: int) -> tuple[int, int] | None:
+        """The first layer from `first` on that needs something, and what, told once; the number of layers at the end.
 
-        Returns that layer, or the number of layers when all are done. The ride does not go on without what a layer
-        chose: bring that. Layers before the one returned are done.
+        NEEDS_EXPERTS: bring what it chose, or the ride does not go on. NEEDS_SLOTS: lend some to its reads. Layers
+        before the one returned are done. None after `LISTEN_S` seconds: nothing yet. Raises: MemoryError.
         """
-        at: int = self._next(self._handle, first)
+        at: int = self._next(self._handle, first, LISTEN_S, ctypes.addressof(self._needs))
+        if at == _NOT_YET:
+            return None
         if at < 0:
             raise MemoryError("No memory for the activations of a decode step.")
-        return at
-
-    @property
-    def num_routed(self) -> int:
-        """Layers whose routers have spoken by now."""
-        num_routed: int = library().om_ride_num_routed(self._handle)
-        return num_routed
+        return at, self._needs.value

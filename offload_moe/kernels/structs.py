@@ -102,7 +102,46 @@ class RunTokenStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("cos", "signed_sin", "keys", "values", "capacities", "lengths")),
-        *((name, ctypes.c_void_p) for name in ("x", "residual", "normed", "logits", "weights", "ids", "times", "stalls", "rows")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("x", "residual", "normed", "logits", "weights", "ids", "times", "stalls", "rows")
+        ),
         ("num_ahead", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("ranks", "guesses", "guess_space")),
+        *((name, ctypes.c_void_p) for name in ("ranks", "guesses", "found", "guesses_found", "guess_space")),
     )
+
+
+class PlaceStruct(ctypes.Structure):
+    """`om_place`."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("offset", "num_bytes")),
+        ("file", ctypes.c_int32),
+        ("checksum", ctypes.c_uint32),
+    )
+
+
+class FileStruct(ctypes.Structure):
+    """`om_file`."""
+
+    _fields_ = (
+        ("pages", ctypes.c_void_p),
+        ("num_bytes", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("direct", "cached")),
+    )
+
+
+class ReadsOptionsStruct(ctypes.Structure):
+    """`om_reads_options`."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("num_keys", "part_bytes", "prefetch_part_bytes")),
+        *((name, ctypes.c_void_p) for name in ("places", "files", "is_checked")),
+        *((name, ctypes.c_int32) for name in ("num_threads", "least_spares")),
+    )
+
+
+class NewsStruct(ctypes.Structure):
+    """`om_news`."""
+
+    _fields_ = (("key", ctypes.c_int64), *((name, ctypes.c_int32) for name in ("slot", "state", "was_prefetch")))

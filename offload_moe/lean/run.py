@@ -2,10 +2,9 @@
 
 A token streams so many bytes of weights through the caches that whatever Python does between two kernel calls finds its
 code and data in none: about half a millisecond per layer where all is there, two where experts are missing. So the
-thread goes on by itself, leases what is resident, and says what it lacks. Python brings that meanwhile: it decides what
-is evicted and what is read, as ever, while the experts that are there are computed.
-
-What the thread found without asking is accounted for as soon as Python hears of it, layer by layer, in their order.
+thread goes on by itself: it leases what is resident and fetches what is not into slots that were lent to it (see
+`schedule/loans.py`). Python decides what is evicted for them, lends more when they run out, and brings experts that
+could not be fetched. What the thread did is accounted for when Python hears of it, layer by layer, in their order.
 """
 
 import time
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_moe import kernels
+from offload_moe.errors import TransferError
 from offload_moe.hooks import have_only_onlookers, hooks_of
 from offload_moe.lean.block import PlainBlock
 from offload_moe.lean.cache import Room
@@ -26,6 +26,7 @@ from offload_moe.moe.attach import BoundExperts, RanLayers
 from offload_moe.moe.native import NativeArithmetic
 from offload_moe.schedule.hierarchy import Hierarchy
 from offload_moe.schedule.lease import Lease
+from offload_moe.schedule.loans import note_passed
 
 Rotary = tuple[Tensor, Tensor]
 ROOM = 2  # a layer's experts must all find a slot, beside those of a layer that another thread is in
@@ -59,6 +60,14 @@ class _Seen:
         return is_same and given is self.result and torch.equal(given, self.copy)
 
 
+@dataclass(slots=True)
+class _Account:
+    """When a ride began, and what `_mark` said before the first layer and after each."""
+
+    began: float
+    marks: list[tuple[int, int]]
+
+
 class LayerRun:
     """The decode step of these layers; the first of them calls it, and the others find their work done."""
 
@@ -67,7 +76,9 @@ class LayerRun:
         self._steps = steps
         assert hierarchy.residents is not None
         self._residents = hierarchy.residents
+        self._loans = hierarchy.loans()
         self._scheduler = hierarchy.scheduler
+        self._hierarchy = hierarchy
         self._blocks = [cast(PlainBlock, step.plain) for step in steps]
         self._bound = [block.bound for block in self._blocks]
         self._is_chain = False  # until a token has shown it
@@ -142,60 +153,100 @@ class LayerRun:
 
     def _ride(self, token: kernels.RunToken) -> None:
         """Through all layers, and account for them in their order."""
-        began, marks = time.perf_counter(), [self._mark()]
-        counters, num_layers, num_told = self._scheduler.counters, len(self._steps), 0
-        with ExitStack() as held, self._kernel.start(token, self._residents) as ride:
+        reads = None if self._loans is None else self._loans.reads
+        account = _Account(began=time.perf_counter(), marks=[self._mark()])
+        with self._kernel.start(token, self._residents, reads) as ride:
+            try:
+                self._lend()
+                self._go_along(ride, token, account)
+            finally:
+                if self._loans is not None:
+                    self._loans.take_back()
+        self._scheduler.counters.stall_s += token.stalls.sum().item()
+        recorder = self._bound[0].recorder
+        if recorder is not None:
+            recorder.ran(self._ran(token, account))
+
+    def _go_along(self, ride: kernels.Ride, token: kernels.RunToken, account: "_Account") -> None:
+        """Give the ride what it needs until it is over."""
+        num_layers, num_told = len(self._steps), 0
+        heard = time.perf_counter()
+        with ExitStack() as held:
             while num_told < num_layers:
-                at = ride.next(num_told)
+                said = ride.next(num_told)
+                if said is None:
+                    self._wait_on(num_told, time.perf_counter() - heard)
+                    continue
+                heard = time.perf_counter()
+                at, needs = said
                 held.close()
                 for passed in range(num_told, at):
                     self._note_passed(token, passed)
-                    marks.append(self._mark())
+                    account.marks.append(self._mark())
                 num_told = at
-                if at < num_layers:
-                    lease = held.enter_context(self._acquire(token, at, ride))
-                    lease.bring()
-                    marks.append(self._mark())
+                if needs & kernels.NEEDS_EXPERTS:
+                    held.enter_context(self._acquire(token, at)).bring()
+                    account.marks.append(self._mark())
                     num_told += 1
-            ride.next(num_layers)
-        counters.stall_s += token.stalls.sum().item()
-        recorder = self._bound[0].recorder
-        if recorder is not None:
-            recorder.ran(self._ran(token, began, marks))
+                if needs & kernels.NEEDS_SLOTS:
+                    self._lend()
+            while ride.next(num_layers) is None:
+                self._wait_on(num_layers - 1, time.perf_counter() - heard)
 
-    def _note_passed(self, token: kernels.RunToken, at: int) -> None:
-        """A layer where nothing was missing."""
-        bound, experts = self._bound[at], token.ids[at].tolist()
-        self._scheduler.passed(bound.layer, experts)
-        if bound.lookahead is not None:
-            bound.lookahead.passed(bound.layer, experts, self._guesses(token, at))
-        self._tell_router(token, at)
+    def _lend(self) -> None:
+        if self._loans is not None:
+            self._loans.lend(may_evict=not self._hierarchy.holds_every_expert)
 
-    def _acquire(self, token: kernels.RunToken, at: int, ride: kernels.Ride) -> Lease:
-        """The experts of a layer where something is missing, of its own or of what is guessed for the next."""
-        bound, layer = self._bound[at], self._steps[at].layer
+    def _wait_on(self, at: int, waited_s: float) -> None:
+        """Nothing was heard of layers from this one on: whoever wants to stop may say so. Raises: TransferError."""
+        self._tell_layer(at)
+        if waited_s > self._scheduler.stall_limit_s:
+            raise TransferError(
+                f"Experts of layer {self._bound[at].layer} or of one behind it did not arrive within {waited_s:.0f} s. "
+                "Check the disk that holds the store, then ask again."
+            )
+
+    def _tell_layer(self, at: int) -> None:
+        layer = self._steps[at].layer
         for onlooker in layer._forward_pre_hooks.values():
             onlooker(layer, ())
+
+    def _note_passed(self, token: kernels.RunToken, at: int) -> None:
+        """A layer that asked for no expert."""
+        bound, experts = self._bound[at], token.ids[at].tolist()
+        note_passed(self._scheduler, bound.layer, experts, token.found[at].tolist())
+        self._note_guesses(token, at, experts)
+        self._tell_router(token, at)
+
+    def _acquire(self, token: kernels.RunToken, at: int) -> Lease:
+        """The experts of a layer that could not fetch them all."""
+        bound = self._bound[at]
+        self._tell_layer(at)
         experts = sorted(token.ids[at].tolist())
         lease = self._scheduler.acquire(bound.layer, experts)
-        if bound.lookahead is not None:
-            num_begun = ride.num_routed - 1 - at  # layers behind this one that need no guess any more
-            bound.lookahead.wanted(bound.layer, experts, self._guesses(token, at), num_begun)
+        self._note_guesses(token, at, experts)
         self._tell_router(token, at)
         return lease
+
+    def _note_guesses(self, token: kernels.RunToken, at: int, experts: Sequence[int]) -> None:
+        lookahead = self._bound[at].lookahead
+        if lookahead is not None:
+            num_ahead = len(self._steps) - 1 - at
+            guesses, found = token.guesses[at, :num_ahead].tolist(), token.guesses_found[at, :num_ahead].tolist()
+            lookahead.passed(self._bound[at].layer, experts, guesses, found)
 
     def _mark(self) -> tuple[int, int]:
         counters = self._scheduler.counters
         return counters.num_useful_prefetches, counters.disk_bytes
 
-    def _ran(self, token: kernels.RunToken, began: float, marks: Sequence[tuple[int, int]]) -> RanLayers:
-        num_useful, disk_bytes = zip(*marks, strict=True)
+    def _ran(self, token: kernels.RunToken, account: "_Account") -> RanLayers:
+        num_useful, disk_bytes = zip(*account.marks, strict=True)
         return RanLayers(
             first_layer=self._bound[0].layer,
             logits=token.logits,
             weights=token.weights,
             ids=token.ids,
-            times=token.times + began,
+            times=token.times + account.began,
             stalls=token.stalls,
             num_useful=num_useful,
             disk_bytes=disk_bytes,
@@ -212,10 +263,6 @@ class LayerRun:
         """How many guesses are wanted of each layer, per layer behind it."""
         lookahead = self._bound[0].lookahead
         return [] if lookahead is None else lookahead.num_ranks(self._bound[0].layer, self._top_k)
-
-    def _guesses(self, token: kernels.RunToken, at: int) -> list[list[int]]:
-        guesses: list[list[int]] = token.guesses[at].tolist()
-        return guesses[: len(self._steps) - 1 - at]
 
 
 def can_run(hierarchy: Hierarchy, step: Any) -> tuple[int, int] | None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offload_moe.kernels import FETCHED, MISSING
 from offload_moe.moe.probe import ResidualKeeper, RouterProbe
 from offload_moe.schedule.co_occurrence import CoOccurrence
 from offload_moe.schedule.prefetch import LayerTally, PrefetchGovernor, RankTally
@@ -113,21 +114,20 @@ class Lookahead:
         is_whole = num_layers == len(self._probes) and self._habits is None
         return is_whole and all(self._trusted.get(layer, False) for layer in range(num_layers))
 
-    def passed(self, layer: int, experts: Sequence[int], guesses: Sequence[list[int]]) -> None:
-        """`after_acquire` of a layer in a run where everything was there, its experts and what was guessed."""
-        self.wanted(layer, experts, guesses, len(guesses))
+    def passed(
+        self, layer: int, experts: Sequence[int], guesses: Sequence[list[int]], found: Sequence[Sequence[int]]
+    ) -> None:
+        """`after_acquire` of a layer in a run, which has asked the next layers' routers and fetched what is worth it.
 
-    def wanted(self, layer: int, experts: Sequence[int], guesses: Sequence[list[int]], num_begun: int) -> None:
-        """`after_acquire` in a run, which has asked the next layers' routers itself: a list per layer.
-
-        num_begun: how many of the next layers have said what they want, so that nothing is fetched for them any more.
+        guesses: one list per layer behind this one. found: how each of them was found.
         """
         self._note(layer, experts)
-        keep = self._keys(layer, experts)
-        for depth, guessed in enumerate(guesses, 1):
-            num_ranks = self._num_ranks(depth, len(guessed)) if depth > num_begun else 0
-            self._fetch(layer, layer + depth, guessed, num_ranks, keep)
-            keep |= self._keys(layer + depth, guessed)
+        for ahead, (guessed, states) in enumerate(zip(guesses, found, strict=True), layer + 1):
+            if ahead == layer + 1:
+                self._guesses[ahead] = guessed
+            absent = [(rank, guessed[rank]) for rank, state in enumerate(states) if state in (MISSING, FETCHED)]
+            fetched = [guessed[rank] for rank, state in enumerate(states) if state == FETCHED]
+            self._absent.setdefault(ahead, {})[ahead - layer] = _Absent(absent, fetched)
 
     def _note(self, layer: int, experts: Sequence[int]) -> None:
         """What a layer's router chose for one token."""
@@ -174,8 +174,7 @@ class Lookahead:
 
     def _fetch(self, layer: int, ahead: int, guessed: list[int], num_ranks: int, keep: set[int]) -> None:
         self._note_guess(layer, ahead, guessed, num_ranks)
-        if num_ranks:
-            self._bring(ahead, guessed[:num_ranks], keep, to_device=ahead - layer <= self._depth)
+        self._bring(ahead, guessed[:num_ranks], keep, to_device=ahead - layer <= self._depth)
 
     def _note_guess(self, layer: int, ahead: int, guessed: list[int], num_ranks: int) -> None:
         """Keep a guess until it can be judged. num_ranks: the likeliest of it are fetched where they are absent."""

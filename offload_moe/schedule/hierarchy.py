@@ -10,12 +10,14 @@ from torch import Tensor
 
 from offload_moe import kernels
 from offload_moe.schedule.counters import Counters
+from offload_moe.schedule.loans import Loans, loans_for
 from offload_moe.schedule.policy import DEFAULT_POLICY, LRU, Policy, make_policy
 from offload_moe.schedule.residency import Lookup, Residency
 from offload_moe.schedule.scheduler import Scheduler
 from offload_moe.tiers.arena import CHUNK_BYTES, Arena, whole_chunks
 from offload_moe.tiers.copier import Copier
 from offload_moe.tiers.device import DeviceMover, DeviceSlots
+from offload_moe.tiers.disk import DiskMover
 from offload_moe.tiers.mover import Mover
 from offload_moe.tiers.pace import LinkPace
 
@@ -61,6 +63,17 @@ class Hierarchy:
             self.ram.count_bytes_in(self.scheduler.counters)
             self.ram.is_asked_by_layer = False  # but for one expert at a time, by the device's loaders
             self.record_of = self._device_slots.slot
+
+    def loans(self) -> Loans | None:
+        """What native runs fetch experts with; None where they have to ask for each."""
+        mover, residents = self.ram.mover, self.residents
+        if self.ram.loans is None and residents is not None and isinstance(mover, DiskMover):
+            num_keys = self.pools.num_layers * self.pools.num_experts
+            least_slots = loans_for(self.ram.residency.num_slots) // 2
+            self.ram.loans = Loans(
+                self.ram, mover.native_reads(residents, num_keys, least_slots), self.pools.slot_bytes
+            )
+        return self.ram.loans
 
     @property
     def counters(self) -> Counters:
@@ -127,9 +140,7 @@ class Hierarchy:
             for chunk in self.arena.chunks_behind(num_slots):
                 self._copier.unlock(chunk)
 
-    def _scheduler(
-        self, num_slots: int, mover: Mover, bytes_counter: str, lookup: Lookup | None = None
-    ) -> Scheduler:
+    def _scheduler(self, num_slots: int, mover: Mover, bytes_counter: str, lookup: Lookup | None = None) -> Scheduler:
         residency = Residency(num_slots, self._policy(num_slots), lookup)
         scheduler = Scheduler(residency, mover, num_experts=self.pools.num_experts, bytes_counter=bytes_counter)
         self._made_for[scheduler] = num_slots

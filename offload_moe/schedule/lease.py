@@ -107,7 +107,7 @@ class Lease:
                     f"{num_missing} experts of layer {self._first_key // scheduler.num_experts} did not arrive within "
                     f"{scheduler.stall_limit_s:.0f} s. Check the disk that holds the store, then ask again."
                 )
-            scheduler.changed.wait(remaining)
+            scheduler.wait(remaining)
             self._admit()
             self._collect()
         return scheduler.clock() - began

@@ -29,7 +29,8 @@ class SlotState(IntEnum):
 class Lookup(Protocol):
     """Where other threads find what is resident; theirs are the leases counted there."""
 
-    def coming(self, key: int) -> None: ...
+    def claim(self, key: int) -> bool:
+        """The expert is on its way; False, and nothing changed, where it is already, or resident."""
 
     def publish(self, key: int, slot: int) -> None:
         """The expert is resident in this slot."""
@@ -58,6 +59,12 @@ class Residency:
         self._num_leases = [0] * num_slots
         self._free = list(range(num_slots - 1, -1, -1))  # pop() hands out slot 0 first
         self._num_open = num_slots
+        self._lent: set[int] = set()
+
+    @property
+    def num_lent(self) -> int:
+        """Slots that are lent and not being filled, as far as is known here."""
+        return len(self._lent)
 
     @property
     def num_slots(self) -> int:
@@ -113,18 +120,43 @@ class Residency:
     def admit(self, key: int, keep: Collection[int] = ()) -> int | None:
         """Take a free slot for `key`, or evict the least valuable unleased expert for it, but none of `keep`.
 
-        Returns the slot, now LOADING and unleased; None when every slot is leased, loading or kept.
+        Returns the slot, now LOADING and unleased; None when every slot is leased, loading, lent or kept.
         """
         assert key not in self._slot_of
         if not self._free and not self._evict_one(keep):
             return None
+        if self.lookup is not None and not self.lookup.claim(key):
+            return None  # a run is fetching it
         slot = self._free.pop()
-        self._slot_of[key] = slot
-        self._key_of[slot] = key
-        self._state[slot] = SlotState.LOADING
-        if self.lookup is not None:
-            self.lookup.coming(key)
+        self._begin(key, slot)
         return slot
+
+    def lend(self, *, may_evict: bool) -> int | None:
+        """Set a slot aside that whoever has the lookup fills by himself; None where none can be had."""
+        if not self._free and not (may_evict and self._evict_one(())):
+            return None
+        slot = self._free.pop()
+        self._lent.add(slot)
+        return slot
+
+    def admit_lent(self, key: int, slot: int) -> None:
+        """A lent slot is being filled: LOADING, and nobody's lease."""
+        self._lent.remove(slot)
+        self._begin(key, slot)
+
+    def lend_again(self, slot: int) -> None:
+        """What was filling a lent slot is not coming; the lookup knows."""
+        assert self._state[slot] is SlotState.LOADING
+        del self._slot_of[self._key_of[slot]]
+        self._key_of[slot] = -1
+        self._state[slot] = SlotState.FREE
+        self._lent.add(slot)
+
+    def take_back(self, slot: int) -> None:
+        """A lent slot is FREE again."""
+        self._lent.remove(slot)
+        if slot < self._num_open:
+            self._free.append(slot)
 
     def loaded(self, slot: int) -> None:
         """The bytes have arrived: LOADING -> RESIDENT."""
@@ -153,12 +185,13 @@ class Residency:
         for slot in range(self._num_open, self.num_slots):
             if self.is_resident(slot) and not self._num_leases[slot]:
                 self._evict(slot)
-        return all(state is SlotState.FREE for state in self._state[self._num_open :])
+        is_lent = any(slot >= self._num_open for slot in self._lent)
+        return not is_lent and all(state is SlotState.FREE for state in self._state[self._num_open :])
 
     def open_slots(self) -> None:
         """Closed slots take experts again, whatever became of them meanwhile."""
         closed = range(self._num_open, self.num_slots)
-        self._free += [slot for slot in closed if self._state[slot] is SlotState.FREE]
+        self._free += [slot for slot in closed if self._state[slot] is SlotState.FREE and slot not in self._lent]
         self._num_open = self.num_slots
 
     def cut(self) -> None:
@@ -182,6 +215,11 @@ class Residency:
         for key in self.resident_keys():
             policy.insert(key)
         self.policy = policy
+
+    def _begin(self, key: int, slot: int) -> None:
+        self._slot_of[key] = slot
+        self._key_of[slot] = key
+        self._state[slot] = SlotState.LOADING
 
     def _evict_one(self, keep: Collection[int]) -> bool:
         spared = (lambda key: key in keep or self._must_stay(key)) if keep else self._must_stay

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from offload_moe.errors import TransferError
 from offload_moe.schedule.counters import Counters
 from offload_moe.schedule.lease import Lease
+from offload_moe.schedule.loans import Loans
 from offload_moe.schedule.observer import Observer
 from offload_moe.schedule.policy.protocol import Policy
 from offload_moe.schedule.residency import Residency
@@ -57,6 +58,7 @@ class Scheduler:
         self._flying: dict[int, int] = {}  # slot -> key of a prefetch on its way
         self._wanted: deque[int] = deque()  # what a warm start still has to bring
         self.observer: Observer | None = None
+        self.loans: Loans | None = None
         self._bytes_counter = bytes_counter
         self._bytes_counters = self.counters
 
@@ -77,6 +79,7 @@ class Scheduler:
         first = layer * self.num_experts
         keys = [first + expert for expert in experts]
         with self.changed:
+            self.hear()
             seen = keys
             if on_cpu:
                 self._note_on_cpu(layer, on_cpu)
@@ -95,6 +98,7 @@ class Scheduler:
         first = layer * self.num_experts
         keys = [first + expert for expert in experts]
         with self.changed:
+            self.hear()
             slots = self.residency.lease_all(keys)
             if slots is not None:
                 self._note_hits(layer, keys)
@@ -105,13 +109,6 @@ class Scheduler:
         with self.changed:
             self.mover.used(slots)
             self.residency.release_all(slots)
-            self.changed.notify_all()
-
-    def passed(self, layer: int, experts: Sequence[int]) -> None:
-        """Count a layer that found all its experts in the residency's lookup, and is done: as `hold` would have."""
-        first = layer * self.num_experts
-        with self.changed:
-            self._note_hits(layer, [first + expert for expert in experts])
             self.changed.notify_all()
 
     def is_resident(self, layer: int, expert: int) -> bool:
@@ -132,6 +129,7 @@ class Scheduler:
         keys = [first + expert for expert in experts]
         num_started = 0
         with self.changed:
+            self.hear()
             spared = {*keep, *keys}
             for key in keys:
                 if self.residency.find(key) is None:
@@ -150,6 +148,17 @@ class Scheduler:
         with self.changed:
             found = [(expert, self.residency.find(first + expert)) for expert in experts]
             return [expert for expert, slot in found if slot is not None and self.residency.is_resident(slot)]
+
+    def hear(self) -> None:
+        """Learn what native runs have fetched by themselves (lock held)."""
+        if self.loans is not None:
+            self.loans.hear()
+
+    def wait(self, limit_s: float) -> None:
+        """Until something may have changed (lock held)."""
+        hear_s = self.loans.hear_s if self.loans is not None else None
+        self.changed.wait(limit_s if hear_s is None else min(limit_s, hear_s))
+        self.hear()
 
     def _note_hits(self, layer: int, keys: Sequence[int]) -> None:
         """One acquire whose experts are all here (lock held)."""
@@ -263,7 +272,8 @@ class Scheduler:
         self._bytes_counters = counters
 
     def close(self) -> None:
-        self.mover.close()
+        if self.loans is None or self.loans.close():
+            self.mover.close()
 
     def _arrived(self, slot: int, num_bytes: int, error: BaseException | None) -> None:
         with self.changed:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from offload_moe.errors import TransferError
-from offload_moe.kernels import crc32
+from offload_moe.kernels import Place, Reads, ReadSizes, Residents, crc32
 from offload_moe.store import Record
 from offload_moe.tiers.arena import Arena
 from offload_moe.tiers.mover import Arrived
@@ -58,6 +58,27 @@ class DiskMover:
 
     def used(self, slots: Sequence[int]) -> None:
         """Compute on the CPU is finished when it returns: nothing to wait for."""
+
+    def native_reads(self, residents: Residents, num_keys: int, least_slots: int) -> Reads:
+        """Reads of the same records into the same arena that native runs begin by themselves."""
+        records = [self._record_of(key) for key in range(num_keys)]
+        paths = list(dict.fromkeys(record.path for record in records))
+        places = [
+            Place(
+                file=paths.index(record.path),
+                offset=record.offset,
+                num_bytes=record.num_bytes,
+                checksum=record.checksum,
+            )
+            for record in records
+        ]
+        files = [self._files.get(path).native() for path in paths]
+        sizes = ReadSizes(
+            num_threads=readers_for(self._arena.slot_bytes),
+            part_bytes=PART_BYTES,
+            prefetch_part_bytes=PREFETCH_PART_BYTES,
+        )
+        return Reads(residents, files, places, sizes, least_slots, owner=(self._arena, self._files))
 
     def close(self) -> None:
         if self._workers.close():  # a thread that is still reading needs its file

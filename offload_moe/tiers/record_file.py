@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from offload_moe.kernels import File
 from offload_moe.quant.layout import RECORD_ALIGNMENT, round_up
 from offload_moe.store.positioned import open_for_reading, read_at
 
@@ -57,6 +58,12 @@ class RecordFile:
                 self._say_buffered(f"direct reads are refused ({error.strerror})")
         return self._fill(self._cached, buffer, offset)
 
+    def native(self) -> File:
+        """For reads by native threads; valid until `close`."""
+        pages = self._pages.address if self._pages is not None else 0
+        direct = -1 if self._direct is None else self._direct
+        return File(direct=direct, cached=self._cached, pages=pages, num_bytes=self.identity[2])
+
     def close(self) -> None:
         os.close(self._cached)
         if self._direct is not None:
@@ -100,6 +107,11 @@ class _CachedPages:
             # Address space only: no page is ever touched through it. The array keeps the mapping alive.
             self._base = np.frombuffer(mmap.mmap(descriptor, size, prot=mmap.PROT_READ), dtype=np.uint8)
             self._address = self._base.ctypes.data
+
+    @property
+    def address(self) -> int:
+        """Where the file is mapped; 0 where nobody may know what is cached."""
+        return 0 if self._base is None else self._address
 
     def hold(self, offset: int, num_bytes: int) -> bool:
         """Whether all of the range is cached."""

@@ -1,4 +1,5 @@
-"""The residency machine against a dict model: leases, adversarial completion order, failures, resizing, one slot."""
+"""The residency machine against a dict model: leases, here and in the lookup, lent slots, adversarial completion order,
+failures, resizing, one slot."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -11,15 +12,42 @@ NUM_LAYERS, NUM_EXPERTS = 3, 5
 KEYS = st.integers(0, NUM_LAYERS * NUM_EXPERTS - 1)
 
 
+class FakeLookup:
+    """What kernels would find, with leases that the residency only hears of when it wants to evict."""
+
+    def __init__(self) -> None:
+        self.slot_of: dict[int, int | None] = {}  # None: on its way
+        self.leased: set[int] = set()
+
+    def claim(self, key: int) -> bool:
+        if key in self.slot_of:
+            return False
+        self.slot_of[key] = None
+        return True
+
+    def publish(self, key: int, slot: int) -> None:
+        self.slot_of[key] = slot
+
+    def withdraw(self, key: int) -> bool:
+        if key in self.leased:
+            return False
+        self.slot_of.pop(key, None)
+        return True
+
+    def is_leased(self, key: int) -> bool:
+        return key in self.leased and key % 2 == 0  # of the others it hears too late: when it withdraws them
+
+
 class ResidencyMachine(RuleBasedStateMachine):
     """The model: key -> [slot, is_loading, num_leases]."""
 
     @initialize(num_slots=st.integers(1, 6), policy=st.sampled_from(POLICY_NAMES))
     def start(self, num_slots: int, policy: str) -> None:
         made = make_policy(policy, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, num_slots=num_slots)
-        self.residency = Residency(num_slots, made, num_keys=NUM_LAYERS * NUM_EXPERTS)
+        self.lookup = FakeLookup()
+        self.residency = Residency(num_slots, made, self.lookup)
         self.model: dict[int, list[int]] = {}
-        self.num_pool_leases = 0
+        self.lent: set[int] = set()
         self.num_open = num_slots
 
     def loading(self) -> list[int]:
@@ -30,23 +58,61 @@ class ResidencyMachine(RuleBasedStateMachine):
         if key in self.model:
             return
         self.residency.policy.access(key // NUM_EXPERTS, [key])
-        slot = self.residency.admit(key)
+        slot = self.take(self.residency.admit(key), may_evict=True)
+        if slot is not None:
+            self.model[key] = [slot, 1, 0]
+
+    def take(self, slot: int | None, *, may_evict: bool) -> int | None:
+        """A slot was asked for: whether it is one that may be had, and what went for it."""
         is_open = {k: entry[0] < self.num_open for k, entry in self.model.items()}
         movable = [
             k
             for k, (_, is_loading, leases) in self.model.items()
-            if not is_loading and not leases and is_open[k] and not self.num_pool_leases
+            if not is_loading and not leases and is_open[k] and k not in self.lookup.leased
         ]
-        is_full = sum(is_open.values()) == self.num_open
-        assert (slot is None) == (is_full and not movable)
+        is_full = sum(is_open.values()) + sum(each < self.num_open for each in self.lent) == self.num_open
+        assert (slot is None) == (is_full and not (movable and may_evict))
         if slot is None:
-            return
+            return None
         assert slot < self.num_open
+        assert slot not in self.lent
         gone = [k for k, entry in self.model.items() if entry[0] == slot]
         assert gone == [] if not is_full else (len(gone) == 1 and gone[0] in movable)
         for k in gone:
             del self.model[k]
+        return slot
+
+    @rule(may_evict=st.booleans())
+    def lend(self, may_evict: bool) -> None:
+        slot = self.take(self.residency.lend(may_evict=may_evict), may_evict=may_evict)
+        if slot is not None:
+            self.lent.add(slot)
+
+    @precondition(lambda self: self.lent)
+    @rule(key=KEYS, data=st.data())
+    def fill_lent(self, key: int, data: st.DataObject) -> None:
+        if not self.lookup.claim(key):
+            return
+        slot = data.draw(st.sampled_from(sorted(self.lent)))
+        self.residency.admit_lent(key, slot)
+        self.lent.remove(slot)
         self.model[key] = [slot, 1, 0]
+
+    @precondition(lambda self: any(entry[1] and not entry[2] for entry in self.model.values()))
+    @rule(data=st.data())
+    def drop_lent(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(k for k, entry in self.model.items() if entry[1] and not entry[2])))
+        self.lookup.withdraw(key)
+        slot = self.model.pop(key)[0]
+        self.residency.lend_again(slot)
+        self.lent.add(slot)
+
+    @precondition(lambda self: self.lent)
+    @rule(data=st.data())
+    def take_back(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.lent)))
+        self.residency.take_back(slot)
+        self.lent.remove(slot)
 
     @precondition(lambda self: self.loading())
     @rule(data=st.data(), fails=st.booleans())
@@ -74,16 +140,15 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.residency.release(self.model[key][0])
         self.model[key][2] -= 1
 
-    @rule()
-    def lease_pool(self) -> None:
-        self.residency.lease_pool()
-        self.num_pool_leases += 1
+    @precondition(lambda self: any(not entry[1] for entry in self.model.values()))
+    @rule(data=st.data())
+    def lease_in_the_lookup(self, data: st.DataObject) -> None:
+        resident = sorted(key for key, entry in self.model.items() if not entry[1])
+        self.lookup.leased.add(data.draw(st.sampled_from(resident)))
 
-    @precondition(lambda self: self.num_pool_leases)
     @rule()
-    def release_pool(self) -> None:
-        self.residency.release_pool()
-        self.num_pool_leases -= 1
+    def release_in_the_lookup(self) -> None:
+        self.lookup.leased.clear()
 
     @precondition(lambda self: self.num_open == self.residency.num_slots)
     @rule(data=st.data())
@@ -96,8 +161,8 @@ class ResidencyMachine(RuleBasedStateMachine):
     def drain(self, gives_up: bool) -> None:
         is_empty = self.residency.empty_closed_slots()
         closed = [k for k, entry in self.model.items() if entry[0] >= self.num_open]
-        in_use = [k for k in closed if self.model[k][1] or self.model[k][2] or self.num_pool_leases]
-        assert is_empty == (not in_use)
+        in_use = [k for k in closed if self.model[k][1] or self.model[k][2] or k in self.lookup.leased]
+        assert is_empty == (not in_use and all(slot < self.num_open for slot in self.lent))
         for key in set(closed) - set(in_use):
             del self.model[key]
         if is_empty:
@@ -133,7 +198,9 @@ class ResidencyMachine(RuleBasedStateMachine):
             if entry:
                 assert self.residency.state(entry[0]) == (SlotState.LOADING if entry[1] else SlotState.RESIDENT)
                 assert self.residency.num_leases(entry[0]) == entry[2]
-            assert self.residency.table[key] == (-1 if not entry else -2 - entry[0] if entry[1] else entry[0])
+            assert (key in self.lookup.slot_of) == bool(entry)
+            assert self.lookup.slot_of.get(key) == (entry[0] if entry and not entry[1] else None)
+        assert self.residency.num_lent == len(self.lent)
         assert sorted(self.residency.resident_keys()) == sorted(k for k, entry in self.model.items() if not entry[1])
 
 

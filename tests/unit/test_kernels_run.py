@@ -1,7 +1,7 @@
-"""Layers of a decode step in one call, and rows of such layers, against the separate calls: the same bits."""
+"""Layers of a decode step in one call, and rows of layers on a thread, against the separate calls: the same bits."""
 
-from array import array
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 
 import pytest
 import torch
@@ -103,7 +103,8 @@ def test_a_shared_expert_is_added_as_much_as_its_gate_says(has_gate: bool) -> No
 class Run:
     """A row of layers whose experts lie in slots in reverse order."""
 
-    def __init__(self, ranks: Sequence[int] = ()) -> None:
+    def __init__(self, ranks: Sequence[int] = (), absent: Collection[int] = ()) -> None:
+        """absent: keys of experts that are not there."""
         self.layers = [Layer(number) for number in range(NUM_LAYERS)]
         runs = [
             kernels.RunLayer(
@@ -113,14 +114,39 @@ class Run:
         ]
         self.kernel = kernels.RunKernel(runs, hidden=HIDDEN, num_experts=NUM_EXPERTS, top_k=TOP_K)
         records = [record for layer in self.layers for record in layer.experts.records]
-        self.records = array("Q", [record.data_ptr() for record in reversed(records)])
-        self.slots = array("i", range(len(records) - 1, -1, -1))
+        self.residents = kernels.Residents(len(records), [record.data_ptr() for record in reversed(records)])
+        for key in set(range(len(records))) - set(absent):
+            self.bring(key)
         rooms = [(layer.keys, layer.values, LENGTH) for layer in self.layers]
         shape = {"num_experts": NUM_EXPERTS, "top_k": TOP_K}
         self.token = kernels.RunToken(one_token(), rooms, rotary(), **shape, ranks=ranks)
 
-    def step(self, first: int) -> int:
-        return self.kernel.step(self.token, self.slots, self.records, first)
+    def bring(self, key: int) -> None:
+        self.residents.publish(key, NUM_LAYERS * NUM_EXPERTS - 1 - key)
+
+    def chosen(self, layer: int) -> list[int]:
+        """Keys, once the router has spoken."""
+        return [layer * NUM_EXPERTS + expert for expert in self.token.ids[layer].tolist()]
+
+    def go(self) -> list[tuple[int, int]]:
+        """Through all layers; what they needed, which is brought one by one, the last one first."""
+        needs: list[tuple[int, int]] = []
+        with self.kernel.start(self.token, self.residents) as ride:
+            while (said := wait(ride, needs[-1][0] + 1 if needs else 0))[0] < NUM_LAYERS:
+                needs.append(said)
+                for key in reversed(self.chosen(said[0])):
+                    time.sleep(0.002)
+                    self.bring(key)
+        return needs
+
+
+def wait(ride: kernels.Ride, first: int) -> tuple[int, int]:
+    """What it says next, within ten seconds."""
+    for _ in range(100):
+        said = ride.next(first)
+        if said is not None:
+            return said
+    raise AssertionError("the ride says nothing")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -135,31 +161,69 @@ def test_a_run_is_its_layers(name: str, threads: int) -> None:
         x = layer.add_experts(residual, normed, routed)
         said.append(routed)
     assert len({tuple(routed[2][0].tolist()) for routed in said}) > 1
-    assert run.step(0) == NUM_LAYERS
+    assert run.go() == []
     assert torch.equal(run.token.x, x)
     for got, parts in zip((run.token.logits, run.token.weights, run.token.ids), zip(*said, strict=True), strict=True):
         assert torch.equal(got, torch.cat(parts))
     begins, ends = run.token.times.T
     assert (begins < ends).all()
     assert (ends[:-1] <= begins[1:]).all()
+    assert not run.token.found.any()
+    assert not run.token.stalls.any()
 
 
-def test_a_run_stops_at_a_missing_expert_and_goes_on_behind_it() -> None:
-    whole, run = Run(), Run()
-    assert whole.step(0) == NUM_LAYERS
-    missing = int(whole.token.ids[1, -1])
-    run.slots[NUM_EXPERTS + missing] = -1
-    assert run.step(0) == 1
-    token, layer = run.token, run.layers[1]
-    routed = token.logits[1:2], token.weights[1:2], token.ids[1:2]
-    token.x.copy_(layer.add_experts(token.residual, token.normed, routed))
-    assert run.step(2) == NUM_LAYERS
-    assert torch.equal(token.x, whole.token.x)
+@pytest.mark.parametrize("num_missing", [1, 2, 3])
+@pytest.mark.parametrize("name", SETS)
+def test_what_is_missing_is_asked_for_once_and_waited_for(name: str, num_missing: int) -> None:
+    kernels.select_instruction_set(name)
+    whole = Run()
+    assert whole.go() == []
+    absent = whole.chosen(1)[:num_missing]
+    run = Run(absent=[*absent, *whole.chosen(2)])
+    assert run.go() == [(1, kernels.NEEDS_EXPERTS), (2, kernels.NEEDS_EXPERTS)]
+    assert torch.equal(run.token.x, whole.token.x)
+    assert run.token.found[1].tolist() == [kernels.MISSING if key in absent else kernels.HIT for key in whole.chosen(1)]
+    assert run.token.stalls[0] == 0
+    assert (run.token.stalls[1:] > 0.002).all()
 
 
-def test_a_run_asks_the_next_layers_and_stops_where_they_want_what_is_absent() -> None:
+def test_what_a_run_computes_with_cannot_be_withdrawn() -> None:
+    whole = Run()
+    whole.go()
+    missing, *others = whole.chosen(1)
+    run = Run(absent=[missing])
+    with run.kernel.start(run.token, run.residents) as ride:
+        assert wait(ride, 0) == (1, kernels.NEEDS_EXPERTS)
+        assert all(run.residents.is_leased(key) and not run.residents.withdraw(key) for key in others)
+        assert all(run.residents.withdraw(key) for key in run.chosen(0))
+        run.bring(missing)
+        assert wait(ride, 2) == (NUM_LAYERS, 0)
+    assert torch.equal(run.token.x, whole.token.x)
+    assert not any(run.residents.is_leased(key) for key in range(NUM_LAYERS * NUM_EXPERTS))
+
+
+def test_a_ride_that_is_left_stops_where_it_waits() -> None:
+    whole = Run()
+    whole.go()
+    run = Run(absent=whole.chosen(1)[:1])
+    with run.kernel.start(run.token, run.residents) as ride:
+        assert wait(ride, 0) == (1, kernels.NEEDS_EXPERTS)
+        assert ride.next(2) is None
+    assert not any(run.residents.is_leased(key) for key in range(NUM_LAYERS * NUM_EXPERTS))
+
+
+def test_an_expert_is_claimed_once() -> None:
+    residents = Run(absent=[3]).residents
+    assert not residents.claim(2)
+    assert residents.claim(3)
+    assert not residents.claim(3)
+    assert residents.withdraw(3)
+    assert residents.claim(3)
+
+
+def test_a_run_asks_the_next_layers_and_notes_what_was_there() -> None:
     run = Run(ranks=[TOP_K, TOP_K])
-    assert run.step(0) == NUM_LAYERS
+    assert run.go() == []
     token, x = run.token, one_token()
     for number, layer in enumerate(run.layers):
         residual, normed, routed = layer.separately(x, *rotary())
@@ -171,16 +235,11 @@ def test_a_run_asks_the_next_layers_and_stops_where_they_want_what_is_absent() -
             other.router.step(normed, *said)
             assert torch.equal(token.guesses[number, ahead], said[2][0])
     assert torch.equal(token.x, x)
-    guessed, chosen = int(token.guesses[0, 0, 1]), token.ids[1].tolist()
-    stops_later = 1 if guessed in chosen else NUM_LAYERS
-    for ranks, slot, expected in (
-        ([TOP_K], -1, 0),
-        ([1], -1, stops_later),  # the second likeliest does not count
-        ([TOP_K], -7, stops_later),  # on its way: nothing to ask for, but not there when it is wanted
-    ):
-        run = Run(ranks=ranks)
-        run.slots[NUM_EXPERTS + guessed] = slot
-        assert run.step(0) == expected
+    assert not token.guesses_found.any()
+    guessed = int(token.guesses[0, 0, 1])
+    without = Run(ranks=[TOP_K], absent=[NUM_EXPERTS + guessed])
+    without.go()
+    assert without.token.guesses_found[0, 0].tolist() == [kernels.HIT, kernels.MISSING, kernels.HIT]
 
 
 def test_a_run_takes_no_more_experts_than_it_has_room_for() -> None:

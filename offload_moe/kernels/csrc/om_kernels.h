@@ -100,6 +100,7 @@ void om_pool_begin(void); /* one job at a time: hold this around a call's phases
 void om_pool_end(void);
 void om_pool_run(om_unit_fn unit, void *context, int64_t num_units);
 void om_pool_place_caller(pthread_t thread); /* where a thread that makes such calls belongs */
+void om_pool_place_anywhere(pthread_t thread);
 int om_pool_threads(void);
 uint8_t *om_arena_reserve(size_t num_bytes); /* 64-byte aligned, valid until the next call; only between begin and end */
 

@@ -123,8 +123,12 @@ static void place(pthread_t handle, int thread) {
     if (pool.is_pinned) keep_one(&allowed, thread);
     pthread_setaffinity_np(handle, sizeof allowed, &allowed);
 }
+void om_pool_place_anywhere(pthread_t thread) {
+    if (CPU_COUNT(&cores) > 0) pthread_setaffinity_np(thread, sizeof cores, &cores);
+}
 #else
 static void place(pthread_t handle, int thread) { (void)handle, (void)thread; }
+void om_pool_place_anywhere(pthread_t thread) { (void)thread; }
 #endif
 
 void om_pool_place_caller(pthread_t handle) { place(handle, 0); }

@@ -19,10 +19,19 @@ OM_EXPORT void om_residents_close(om_residents *residents) {
     free(residents);
 }
 
-OM_EXPORT void om_residents_put(om_residents *residents, int64_t key, const uint8_t *record) {
+/* The expert is on its way now. Returns 0 where it was already, or is resident. */
+OM_EXPORT int om_residents_claim(om_residents *residents, int64_t key) {
+    pthread_mutex_lock(&residents->lock);
+    const int is_absent = residents->records[key] == NULL;
+    if (is_absent) residents->records[key] = OM_COMING;
+    pthread_mutex_unlock(&residents->lock);
+    return is_absent;
+}
+
+OM_EXPORT void om_residents_publish(om_residents *residents, int64_t key, const uint8_t *record) {
     pthread_mutex_lock(&residents->lock);
     residents->records[key] = record;
-    if (record > OM_COMING) pthread_cond_broadcast(&residents->arrived);
+    pthread_cond_broadcast(&residents->arrived);
     pthread_mutex_unlock(&residents->lock);
 }
 

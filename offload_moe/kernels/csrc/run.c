@@ -1,9 +1,9 @@
-/* A decode step of consecutive decoder layers on a thread of its own, which asks for the experts that it lacks.
+/* A decode step of consecutive decoder layers on a thread of its own, which fetches the experts that it lacks.
  *
  * One token of one sequence, in fp32; per layer the calls of `layer.c` and `moe.c`. H hidden, E experts, K chosen.
- * The thread never waits for an answer as long as it has something to compute. */
+ * Where it cannot fetch by itself it asks, and goes on with what it has meanwhile. */
 #include "job.h"
-#include "residents.h"
+#include "reads.h"
 
 #include <stdlib.h>
 #include <time.h>
@@ -37,19 +37,26 @@ typedef struct {
     int64_t num_ahead;  /* layers behind each one whose routers are asked ahead */
     const int64_t *ranks; /* [num_ahead]: how many of the likeliest of what they say count */
     int64_t *guesses;   /* [layers, num_ahead, K]: what they say */
+    uint8_t *found, *guesses_found; /* [layers, K], [layers, num_ahead, K]: see below */
     float *guess_space; /* [H + E + K] */
 } om_run_token;
+
+/* How an expert was found when it was chosen, or guessed. */
+enum { OM_HIT, OM_ARRIVING, OM_MISSING, OM_FETCHED /* guessed, absent, and fetched */ };
+/* What a layer wants of the other side: experts that it could not fetch; slots, as there are few left. */
+enum { OM_NEEDS_EXPERTS = 1, OM_NEEDS_SLOTS = 2 };
 
 typedef struct {
     const om_run *run;
     const om_run_token *token;
     om_residents *residents; /* its lock guards what follows */
+    om_reads *reads;         /* NULL: it asks for everything */
     pthread_t thread;
     pthread_cond_t told;
     int64_t num_routed;      /* layers whose routers have spoken */
     int64_t result;          /* how many of all layers are done, or -1 when memory was short; OM_UNDER_WAY until then */
     int is_stopped;
-    uint8_t lacks[];         /* [layers]: whether a layer, or what was guessed there, lacked an expert */
+    uint8_t needs[];         /* [layers]: what is still to be told of them */
 } om_ride;
 
 #define OM_UNDER_WAY (-2)
@@ -58,7 +65,9 @@ typedef struct {
 typedef struct {
     int64_t keys[MAX_TOP_K];
     float weights[MAX_TOP_K];
+    int32_t rank[MAX_TOP_K]; /* among what the router chose */
     uint8_t is_leased[MAX_TOP_K];
+    int has_asked; /* the other side for what could not be fetched */
 } om_chosen;
 
 static double seconds(void) {
@@ -69,14 +78,17 @@ static double seconds(void) {
 
 static void sort_chosen(const om_run *run, const om_run_token *token, int64_t at, om_chosen *chosen) {
     const om_run_layer *layer = run->layers + at;
+    chosen->has_asked = 0;
     for (int64_t k = 0; k < run->top_k; k++) {
         const int64_t key = layer->first_key + token->ids[at * run->top_k + k];
         int64_t place = k;
         for (; place > 0 && chosen->keys[place - 1] > key; place--) {
             chosen->keys[place] = chosen->keys[place - 1];
             chosen->weights[place] = chosen->weights[place - 1];
+            chosen->rank[place] = chosen->rank[place - 1];
         }
         chosen->keys[place] = key;
+        chosen->rank[place] = (int32_t)k;
         chosen->weights[place] = token->weights[at * run->top_k + k] * layer->weight_scale;
         chosen->is_leased[k] = 0;
     }
@@ -92,16 +104,43 @@ static int guess(const om_run *run, const om_run_token *token, int64_t at) {
     return 0;
 }
 
-/* Whether all that was guessed and counts is resident or on its way (lock held). */
-static int are_guesses_known(const om_ride *ride, int64_t at) {
+/* Fetch those guesses that count and are absent, and note what was there (lock held). */
+static void fetch_guesses(const om_ride *ride, int64_t at) {
     const om_run *run = ride->run;
     const om_run_token *token = ride->token;
     for (int64_t ahead = 0; ahead < token->num_ahead && at + 1 + ahead < run->num_layers; ahead++) {
-        const int64_t *ids = token->guesses + (at * token->num_ahead + ahead) * run->top_k;
-        for (int64_t k = 0; k < token->ranks[ahead]; k++)
-            if (ride->residents->records[run->layers[at + 1 + ahead].first_key + ids[k]] == NULL) return 0;
+        const int64_t first = (at * token->num_ahead + ahead) * run->top_k;
+        for (int64_t k = 0; k < run->top_k; k++) {
+            const int64_t key = run->layers[at + 1 + ahead].first_key + token->guesses[first + k];
+            uint8_t *found = token->guesses_found + first + k;
+            if (ride->residents->records[key] != NULL) *found = OM_HIT;
+            else *found = k < token->ranks[ahead] && ride->reads != NULL && om_reads_fetch(ride->reads, key, 1) ? OM_FETCHED : OM_MISSING;
+        }
     }
-    return 1;
+}
+
+/* Fetch what a layer chose and lacks (lock held). Returns whether that went well. */
+static int fetch_chosen(const om_ride *ride, int64_t at, const om_chosen *chosen) {
+    uint8_t *found = ride->token->found + at * ride->run->top_k;
+    int is_well = 1;
+    for (int64_t k = 0; k < ride->run->top_k; k++) {
+        const int64_t key = chosen->keys[k];
+        uint8_t *mine = found + chosen->rank[k];
+        *mine = chosen->is_leased[k] ? OM_HIT : ride->residents->records[key] == OM_COMING ? OM_ARRIVING : OM_MISSING;
+        if (*mine == OM_ARRIVING && ride->reads != NULL) om_reads_hurry(ride->reads, key);
+        if (*mine == OM_MISSING) is_well &= ride->reads != NULL && om_reads_fetch(ride->reads, key, 0);
+    }
+    return is_well;
+}
+
+static void need(om_ride *ride, int64_t at, int what) {
+    ride->needs[at] |= (uint8_t)what;
+    pthread_cond_signal(&ride->told);
+}
+
+static void ask_for_experts(om_ride *ride, int64_t at, om_chosen *chosen) {
+    if (!chosen->has_asked) need(ride, at, OM_NEEDS_EXPERTS);
+    chosen->has_asked = 1;
 }
 
 /* Lease what is resident and not leased yet (lock held). Returns how many those are; places: which of the chosen. */
@@ -123,15 +162,26 @@ static void release(const om_ride *ride, const om_chosen *chosen) {
     pthread_mutex_unlock(&ride->residents->lock);
 }
 
-/* What a layer has of its experts when its router has spoken; the other side is told what it lacks. */
+/* A router has spoken. Returns how many of the experts are there. */
 static int64_t begin_layer(om_ride *ride, int64_t at, om_chosen *chosen, int32_t *places) {
+    const int64_t end = ride->run->layers[at].first_key + ride->run->num_experts;
     pthread_mutex_lock(&ride->residents->lock);
     const int64_t num_leased = lease_resident(ride, chosen, places);
+    if (ride->reads != NULL) om_reads_drop_wrong(ride->reads, end, chosen->keys, ride->run->top_k);
+    const int is_well = fetch_chosen(ride, at, chosen);
+    fetch_guesses(ride, at);
     ride->num_routed = at + 1;
-    ride->lacks[at] = num_leased < ride->run->top_k || !are_guesses_known(ride, at);
-    if (ride->lacks[at]) pthread_cond_signal(&ride->told);
+    if (!is_well) ask_for_experts(ride, at, chosen);
+    if (ride->reads != NULL && om_reads_are_short(ride->reads)) need(ride, at, OM_NEEDS_SLOTS);
     pthread_mutex_unlock(&ride->residents->lock);
     return num_leased;
+}
+
+/* Whether something of the layer is neither here nor on its way any more: a read has failed (lock held). */
+static int has_lost(const om_ride *ride, const om_chosen *chosen) {
+    for (int64_t k = 0; k < ride->run->top_k; k++)
+        if (!chosen->is_leased[k] && ride->residents->records[chosen->keys[k]] == NULL) return 1;
+    return 0;
 }
 
 /* Wait until something more of the layer is resident. Returns how many those are; 0: the ride is stopped. */
@@ -139,8 +189,10 @@ static int64_t wait_for_more(om_ride *ride, int64_t at, om_chosen *chosen, int32
     const double began = seconds();
     int64_t num_leased = 0;
     pthread_mutex_lock(&ride->residents->lock);
-    while (!ride->is_stopped && (num_leased = lease_resident(ride, chosen, places)) == 0)
+    while (!ride->is_stopped && (num_leased = lease_resident(ride, chosen, places)) == 0) {
+        if (has_lost(ride, chosen)) ask_for_experts(ride, at, chosen);
         pthread_cond_wait(&ride->residents->arrived, &ride->residents->lock);
+    }
     pthread_mutex_unlock(&ride->residents->lock);
     ride->token->stalls[at] += seconds() - began;
     return num_leased;
@@ -216,13 +268,14 @@ static void *ride_through(void *argument) {
     return NULL;
 }
 
-/* x goes through all layers on another thread. NULL when that cannot be had. */
-OM_EXPORT om_ride *om_ride_start(const om_run *run, const om_run_token *token, om_residents *residents) {
+/* x goes through all layers on another thread. reads: may be NULL. NULL when the thread cannot be had. */
+OM_EXPORT om_ride *om_ride_start(const om_run *run, const om_run_token *token, om_residents *residents, om_reads *reads) {
     om_ride *ride = calloc(1, sizeof *ride + (size_t)run->num_layers);
     if (ride == NULL) return NULL;
     ride->run = run;
     ride->token = token;
     ride->residents = residents;
+    ride->reads = reads;
     ride->result = OM_UNDER_WAY;
     pthread_cond_init(&ride->told, NULL);
     if (pthread_create(&ride->thread, NULL, ride_through, ride) == 0) {
@@ -234,29 +287,34 @@ OM_EXPORT om_ride *om_ride_start(const om_run *run, const om_run_token *token, o
     return NULL;
 }
 
-/* Wait for the first layer from `first` on that lacks an expert. Returns it; the number of layers when all are done; -1 when
- * memory was short. Bring the experts that it chose, or the ride does not go on; and those it guessed, if that pays. */
-OM_EXPORT int64_t om_ride_next(om_ride *ride, int64_t first) {
+/* Wait, but not for ever, for the first layer from `first` on that needs something. Returns it, and what that is, once; the
+ * number of layers when all are done; -1 when memory was short; -2 when there is nothing yet. */
+OM_EXPORT int64_t om_ride_next(om_ride *ride, int64_t first, double limit_s, int32_t *needs) {
+    struct timespec deadline;
+    timespec_get(&deadline, TIME_UTC);
+    deadline.tv_nsec += (long)(limit_s * 1e9);
+    deadline.tv_sec += deadline.tv_nsec / 1000000000;
+    deadline.tv_nsec %= 1000000000;
     int64_t at = first;
+    int has_time = 1;
     pthread_mutex_lock(&ride->residents->lock);
     for (;;) {
-        while (at < ride->num_routed && !ride->lacks[at]) at++;
-        if (at < ride->num_routed || ride->result != OM_UNDER_WAY) break;
-        pthread_cond_wait(&ride->told, &ride->residents->lock);
+        while (at < ride->num_routed && !ride->needs[at]) at++;
+        if (at < ride->num_routed || ride->result != OM_UNDER_WAY || !has_time) break;
+        has_time = pthread_cond_timedwait(&ride->told, &ride->residents->lock, &deadline) == 0;
     }
-    if (at >= ride->num_routed && ride->result < 0) at = -1;
+    *needs = 0;
+    if (at >= ride->num_routed) {
+        at = ride->result;
+    } else {
+        *needs = ride->needs[at];
+        ride->needs[at] = 0;
+    }
     pthread_mutex_unlock(&ride->residents->lock);
     return at;
 }
 
-OM_EXPORT int64_t om_ride_num_routed(om_ride *ride) {
-    pthread_mutex_lock(&ride->residents->lock);
-    const int64_t num_routed = ride->num_routed;
-    pthread_mutex_unlock(&ride->residents->lock);
-    return num_routed;
-}
-
-/* Stop it at the next expert that it waits for, if it is not over, and free it. */
+/* Stop it where it waits for an expert, if it is not over, and free it. */
 OM_EXPORT void om_ride_end(om_ride *ride) {
     pthread_mutex_lock(&ride->residents->lock);
     ride->is_stopped = 1;

@@ -1,0 +1,20 @@
+/* Experts that a run fetches by itself: slots lent to it, and threads that read records into them.
+ *
+ * All of it is guarded by the lock of the residents. What has happened is told to the other side when it asks. */
+#ifndef OM_READS_H
+#define OM_READS_H
+
+#include "residents.h"
+
+typedef struct om_reads om_reads;
+
+/* Take a lent slot and line up the read of an absent expert (lock held). Returns 0 where there is no slot or no place in line. */
+int om_reads_fetch(om_reads *reads, int64_t key, int is_prefetch);
+/* The expert on its way is demanded now (lock held). */
+void om_reads_hurry(om_reads *reads, int64_t key);
+/* Forget guesses with keys below `end` that are not among these, as far as they are not being read (lock held). */
+void om_reads_drop_wrong(om_reads *reads, int64_t end, const int64_t *keys, int64_t num_keys);
+/* Whether slots are running out (lock held). */
+int om_reads_are_short(const om_reads *reads);
+
+#endif

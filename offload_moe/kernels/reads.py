@@ -1,0 +1,105 @@
+"""Reads that a native run begins by itself, into slots that were lent for them."""
+
+import ctypes
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from offload_moe.kernels.native import library
+from offload_moe.kernels.residents import Residents
+from offload_moe.kernels.structs import FileStruct, NewsStruct, PlaceStruct, ReadsOptionsStruct
+
+READING, DONE, DROPPED = 1, 2, 3
+MAX_SLOTS = 64  # lent at once
+_NEWS_ROOM = 256
+_STUCK: list["Reads"] = []  # a thread of theirs may still write to their memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class File:
+    """An open file of records. direct: -1 where it cannot be read around the page cache. pages: its mapping, or 0."""
+
+    direct: int
+    cached: int
+    pages: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where the record of an expert lies. file: which one."""
+
+    file: int
+    offset: int
+    num_bytes: int
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadSizes:
+    """Threads that read, and bytes that each of them reads at once."""
+
+    num_threads: int
+    part_bytes: int
+    prefetch_part_bytes: int
+
+
+class Reads:
+    """A queue of its own for one pool, beside the one of its mover. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        residents: Residents,
+        files: Sequence[File],
+        places: Sequence[Place],
+        sizes: ReadSizes,
+        least_slots: int,
+        owner: object = None,
+    ) -> None:
+        """places: by key. least_slots: with fewer lent ones left, a ride asks for more. owner: of memory and files."""
+        self._files = (FileStruct * len(files))(
+            *(FileStruct(file.pages, file.num_bytes, file.direct, file.cached) for file in files)
+        )
+        self._places = (PlaceStruct * len(places))(
+            *(PlaceStruct(place.offset, place.num_bytes, place.file, place.checksum) for place in places)
+        )
+        self._is_checked = array("B", bytes(len(places)))
+        self._news = (NewsStruct * _NEWS_ROOM)()
+        self._residents, self._owner = residents, owner
+        options = ReadsOptionsStruct(
+            num_keys=len(places),
+            part_bytes=sizes.part_bytes,
+            prefetch_part_bytes=sizes.prefetch_part_bytes,
+            places=ctypes.addressof(self._places),
+            files=ctypes.addressof(self._files),
+            is_checked=self._is_checked.buffer_info()[0],
+            num_threads=sizes.num_threads,
+            least_spares=least_slots,
+        )
+        self.handle = library().om_reads_open(residents.handle, ctypes.addressof(options))
+        if not self.handle:
+            raise MemoryError("No memory for the threads that read experts.")
+
+    def lend(self, slot: int) -> None:
+        library().om_reads_lend(self.handle, slot, self._residents.address(slot))
+
+    def take_back(self) -> Iterator[int]:
+        """Slots that were lent and are not in use."""
+        while (slot := library().om_reads_take_back(self.handle)) >= 0:
+            yield slot
+
+    def news(self) -> Iterator[NewsStruct]:
+        """What has happened since it was last asked, in an order that makes sense.
+
+        READING: a lent slot is being filled. DONE: its expert is resident. DROPPED: it is lent again, and empty.
+        """
+        while count := library().om_reads_news(self.handle, ctypes.addressof(self._news), _NEWS_ROOM):
+            yield from self._news[:count]
+
+    def close(self, limit_s: float) -> bool:
+        """Finish what is being read. False where that takes too long: then its memory and files must stay."""
+        handle, self.handle = self.handle, None
+        if handle and not library().om_reads_close(handle, limit_s):
+            _STUCK.append(self)
+            return False
+        return True

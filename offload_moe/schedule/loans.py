@@ -1,0 +1,117 @@
+"""Slots of a tier that native runs fill by themselves: lent in advance, and accounted for when Python hears of it.
+
+A run decides only what it fetches, never what is evicted for it: that is done when a slot is lent.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from offload_moe.kernels import ARRIVING, DONE, MAX_SLOTS, MISSING, READING, Reads
+
+if TYPE_CHECKING:
+    from offload_moe.schedule.scheduler import Scheduler
+
+SLOTS_PER_LOAN = 24  # one slot of so many is lent, and empty until a run needs it
+MOST_LOANS = 12
+HEAR_S = 0.002  # how often one who waits for a run's read asks whether it is done
+CLOSE_LIMIT_S = 5.0
+
+
+def loans_for(num_slots: int) -> int:
+    """How many slots of a pool are lent at a time."""
+    return max(1, min(MOST_LOANS, MAX_SLOTS, num_slots // SLOTS_PER_LOAN))
+
+
+class Loans:
+    """Of one tier, which computes where it lies."""
+
+    def __init__(self, scheduler: "Scheduler", reads: Reads, slot_bytes: int) -> None:
+        self.reads = reads
+        self._scheduler = scheduler
+        self._slot_bytes = slot_bytes
+        self._num_reading = 0
+
+    @property
+    def hear_s(self) -> float | None:
+        """How long to wait before hearing again; None: nothing is on its way."""
+        return HEAR_S if self._num_reading else None
+
+    def lend(self, *, may_evict: bool) -> None:
+        """Lend slots again up to the usual number; may_evict: for want of free ones, what is worth least goes."""
+        scheduler = self._scheduler
+        with scheduler.changed:
+            self.hear()
+            residency = scheduler.residency
+            while residency.num_lent < loans_for(residency.num_slots):
+                slot = residency.lend(may_evict=may_evict)
+                if slot is None:
+                    break
+                self.reads.lend(slot)
+            scheduler.counters.num_evictions = residency.num_evictions
+
+    def take_back(self) -> None:
+        """What was lent and is not in use; what is being read comes later."""
+        scheduler = self._scheduler
+        with scheduler.changed:
+            for slot in self.reads.take_back():
+                self.hear()
+                scheduler.residency.take_back(slot)
+            self.hear()
+            scheduler.changed.notify_all()
+
+    def hear(self) -> None:
+        """Learn what has been fetched (lock held)."""
+        scheduler, has_changed = self._scheduler, False
+        residency, counters = scheduler.residency, scheduler.counters
+        for news in self.reads.news():
+            key, slot, was_prefetch = news.key, news.slot, bool(news.was_prefetch)
+            if news.state == READING:
+                residency.admit_lent(key, slot)
+                self._num_reading += 1
+                if was_prefetch:
+                    scheduler.unproven.add(key)
+                    counters.num_prefetches += 1
+                    if scheduler.observer is not None:
+                        scheduler.observer.prefetched(key // scheduler.num_experts, 1)
+                continue
+            self._num_reading -= 1
+            has_changed = True
+            if news.state == DONE:
+                residency.loaded(slot)
+                counters.disk_bytes += self._slot_bytes
+            else:
+                residency.lend_again(slot)
+                if was_prefetch:
+                    scheduler.unproven.discard(key)
+                    counters.num_cancelled_prefetches += 1
+        if has_changed:
+            scheduler.changed.notify_all()
+
+    def close(self) -> bool:
+        """False: a read has not ended, and needs its file."""
+        return self.reads.close(CLOSE_LIMIT_S)
+
+
+def note_passed(scheduler: "Scheduler", layer: int, experts: Sequence[int], found: Sequence[int]) -> None:
+    """Count a layer that a run has done by itself as an `acquire` would have been. found: how each expert was found."""
+    first = layer * scheduler.num_experts
+    keys = [first + expert for expert in experts]
+    num_missing, num_arriving = found.count(MISSING), found.count(ARRIVING)
+    with scheduler.changed:
+        scheduler.hear()
+        scheduler.residency.policy.access(layer, keys)
+        scheduler.uses.note(keys)
+        if scheduler.unproven:
+            for key, how in zip(keys, found, strict=True):
+                scheduler.demanded(key, is_here=how != MISSING)
+        counters = scheduler.counters
+        counters.num_acquires += 1
+        counters.num_waves += 1
+        counters.num_hits += len(keys) - num_missing - num_arriving
+        counters.num_delayed_hits += num_arriving
+        counters.num_misses += num_missing
+        if scheduler.observer is not None:
+            arriving = [expert for expert, how in zip(experts, found, strict=True) if how == ARRIVING]
+            missing = [expert for expert, how in zip(experts, found, strict=True) if how == MISSING]
+            scheduler.observer.acquired(layer, arriving, missing)
+        scheduler.changed.notify_all()

@@ -1,0 +1,164 @@
+"""Reads that a run begins by itself: what it fetches, guesses, drops and gives up, and what Python hears of it."""
+
+import time
+import zlib
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from support.kernels import needs_kernels
+
+from offload_moe import kernels
+from offload_moe.quant.layout import round_up
+from offload_moe.tiers.arena import Arena
+from offload_moe.tiers.record_file import RecordFile
+from tests.unit.test_kernels_run import NUM_EXPERTS, NUM_LAYERS, TOP_K, Run, wait
+
+NUM_KEYS, NUM_SLOTS = NUM_LAYERS * NUM_EXPERTS, 6
+pytestmark = [needs_kernels, pytest.mark.usefixtures("best_kernels_afterwards")]
+News = list[tuple[int, int, int, bool]]
+
+
+class Disk:
+    """The records of a run in a file; some of its experts are only there."""
+
+    def __init__(self, path: Path, run: Run, part_bytes: int = 4096) -> None:
+        self.path = path
+        records = [record for layer in run.layers for record in layer.experts.records]
+        self.num_bytes = round_up(max(record.numel() for record in records), 4096)
+        self.arena = Arena(NUM_SLOTS, self.num_bytes)
+        self.content = [bytes(record.numpy().tobytes().ljust(self.num_bytes, b"\0")) for record in records]
+        path.write_bytes(b"".join(self.content))
+        self.checksums = [zlib.crc32(each) for each in self.content]
+        self.part_bytes = part_bytes
+        run.residents._addresses = self.arena.addresses
+
+    @contextmanager
+    def reads(self, run: Run, num_lent: int, least_slots: int = 0, num_threads: int = 2) -> Iterator[kernels.Reads]:
+        file = RecordFile(self.path)
+        places = [
+            kernels.Place(file=0, offset=key * self.num_bytes, num_bytes=self.num_bytes, checksum=self.checksums[key])
+            for key in range(NUM_KEYS)
+        ]
+        sizes = kernels.ReadSizes(
+            num_threads=num_threads, part_bytes=self.part_bytes, prefetch_part_bytes=self.part_bytes
+        )
+        reads = kernels.Reads(run.residents, [file.native()], places, sizes, least_slots)
+        for slot in range(num_lent):
+            reads.lend(slot)
+        yield reads
+        assert reads.close(5.0)
+        file.close()
+
+
+def news_of(reads: kernels.Reads) -> News:
+    return [(each.key, each.slot, each.state, bool(each.was_prefetch)) for each in reads.news()]
+
+
+def whole_run(ranks: Sequence[int] = ()) -> Run:
+    run = Run(ranks)
+    run.go()
+    return run
+
+
+def go(run: Run, reads: kernels.Reads, expected: Collection[tuple[int, int]] = ()) -> None:
+    """Through all layers, which need this and nothing else."""
+    needs: list[tuple[int, int]] = []
+    with run.kernel.start(run.token, run.residents, reads) as ride:
+        while (said := wait(ride, needs[-1][0] + 1 if needs else 0))[0] < NUM_LAYERS:
+            needs.append(said)
+    assert needs == list(expected)
+
+
+@pytest.mark.parametrize("part_bytes", [4096, 1 << 20])
+def test_what_is_missing_is_fetched_without_asking(tmp_path: Path, part_bytes: int) -> None:
+    whole = whole_run()
+    absent = [*whole.chosen(0)[:1], *whole.chosen(1), *whole.chosen(2)[1:2]]
+    run = Run(absent=absent)
+    disk = Disk(tmp_path / "experts", run, part_bytes)
+    with disk.reads(run, NUM_SLOTS) as reads:
+        go(run, reads)
+        assert torch.equal(run.token.x, whole.token.x)
+        news = news_of(reads)
+        assert {key for key, *_ in news} == set(absent)
+        for key in absent:
+            mine = [(slot, state, was_prefetch) for of, slot, state, was_prefetch in news if of == key]
+            slot = mine[0][0]
+            assert mine == [(slot, kernels.READING, False), (slot, kernels.DONE, False)]
+            assert disk.arena.slot(slot).numpy().tobytes() == disk.content[key]
+        assert news_of(reads) == []
+        assert sorted(reads.take_back()) == sorted(set(range(NUM_SLOTS)) - {slot for _, slot, *_ in news})
+
+
+def test_a_ride_says_that_its_slots_run_out_and_asks_for_what_it_cannot_fetch(tmp_path: Path) -> None:
+    whole = whole_run()
+    run = Run(absent=whole.chosen(1))
+    disk = Disk(tmp_path / "experts", run)
+    with (
+        disk.reads(run, num_lent=2, least_slots=1) as reads,
+        run.kernel.start(run.token, run.residents, reads) as ride,
+    ):
+        assert wait(ride, 0) == (1, kernels.NEEDS_EXPERTS | kernels.NEEDS_SLOTS)
+        left = [key for key in run.chosen(1) if run.residents.claim(key)]
+        assert len(left) == 1
+        disk.arena.slot(5).copy_(torch.frombuffer(bytearray(disk.content[left[0]]), dtype=torch.uint8))
+        run.residents.publish(left[0], 5)
+        assert wait(ride, 2)[0] == 2  # still short
+        assert wait(ride, 3)[0] == NUM_LAYERS
+    assert torch.equal(run.token.x, whole.token.x)
+
+
+@pytest.mark.parametrize("damage", ["short", "flipped"])
+def test_a_read_that_fails_leaves_its_expert_absent_and_is_asked_for(tmp_path: Path, damage: str) -> None:
+    whole = whole_run()
+    missing = whole.chosen(1)[0]
+    run = Run(absent=[missing])
+    disk = Disk(tmp_path / "experts", run)
+    if damage == "short":
+        disk.path.write_bytes(disk.path.read_bytes()[: missing * disk.num_bytes + 100])
+    else:
+        disk.checksums[missing] ^= 1
+    with disk.reads(run, 1) as reads:
+        with run.kernel.start(run.token, run.residents, reads) as ride:
+            assert wait(ride, 0) == (1, kernels.NEEDS_EXPERTS)
+            assert [state for _, _, state, _ in news_of(reads)] == [kernels.READING, kernels.DROPPED]
+            assert run.residents.claim(missing)
+            disk.arena.slot(5).copy_(torch.frombuffer(bytearray(disk.content[missing]), dtype=torch.uint8))
+            run.residents.publish(missing, 5)
+            assert wait(ride, 2)[0] == NUM_LAYERS
+        assert list(reads.take_back()) == [0]
+    assert torch.equal(run.token.x, whole.token.x)
+
+
+def test_guesses_that_count_are_fetched_and_wrong_ones_are_no_loss(tmp_path: Path) -> None:
+    """All that the first layer guesses for the second is absent; what of it the second wants is there or on its way."""
+    whole = whole_run([TOP_K])
+    guessed = [NUM_EXPERTS + expert for expert in whole.token.guesses[0, 0].tolist()]
+    run = Run([2], absent=guessed)
+    with Disk(tmp_path / "experts", run).reads(run, NUM_SLOTS) as reads:
+        go(run, reads)
+        assert torch.equal(run.token.x, whole.token.x)
+        assert run.token.guesses_found[0, 0].tolist() == [kernels.FETCHED, kernels.FETCHED, kernels.MISSING]
+        deadline, news = time.monotonic() + 10, news_of(reads)
+        while time.monotonic() < deadline and sum(state != kernels.READING for _, _, state, _ in news) < 2:
+            news += news_of(reads)
+        fetched = {key for key, _, state, was_prefetch in news if state == kernels.READING and was_prefetch}
+        assert fetched == set(guessed[:2])
+        wanted = fetched & set(run.chosen(1))
+        ended = {key: state for key, _, state, _ in news if state != kernels.READING}
+        assert all(ended[key] == kernels.DONE for key in wanted)
+        assert set(ended) == fetched | (set(run.chosen(1)) & set(guessed))
+
+
+def test_prefetches_leave_the_last_slots_to_what_is_demanded(tmp_path: Path) -> None:
+    whole = whole_run([TOP_K])
+    guessed = [NUM_EXPERTS + expert for expert in whole.token.guesses[0, 0].tolist()]
+    run = Run([TOP_K], absent=guessed)
+    with (
+        Disk(tmp_path / "experts", run).reads(run, num_lent=2, least_slots=4) as reads,
+        run.kernel.start(run.token, run.residents, reads) as ride,
+    ):
+        assert wait(ride, 0)[0] == 0
+        assert run.token.guesses_found[0, 0].tolist() == [kernels.MISSING] * TOP_K
