@@ -105,6 +105,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
     loaded.om_reads_lend.argtypes, loaded.om_reads_lend.restype = [pointer, int32, pointer], None
     loaded.om_reads_take_back.argtypes = [pointer]
     loaded.om_reads_news.argtypes, loaded.om_reads_news.restype = [pointer, pointer, int64], int64
+    loaded.om_run_pass.argtypes, loaded.om_run_pass.restype = [pointer] * 3, int64
     loaded.om_ride_start.argtypes, loaded.om_ride_start.restype = [pointer] * 4, pointer
     loaded.om_ride_next.argtypes = [pointer, int64, ctypes.c_double, pointer]
     loaded.om_ride_next.restype = int64

@@ -146,6 +146,12 @@ class RunKernel:
             top_k=top_k,
         )
 
+    def pass_through(self, token: RunToken, residents: Residents) -> None:
+        """Take the token through the layers, every expert of which is resident for good. Raises: MemoryError."""
+        structs = (ctypes.addressof(self._struct), ctypes.addressof(token.struct))
+        if library().om_run_pass(*structs, residents.handle) < 0:
+            raise MemoryError("No memory for the activations of a decode step.")
+
     def start(self, token: RunToken, residents: Residents, reads: Reads | None = None) -> "Ride":
         """Send the token through the layers, on a thread of its own. End the ride before anything it uses goes.
 

@@ -26,7 +26,7 @@ from offload_moe.moe.attach import BoundExperts, RanLayers
 from offload_moe.moe.native import NativeArithmetic
 from offload_moe.schedule.hierarchy import Hierarchy
 from offload_moe.schedule.lease import Lease
-from offload_moe.schedule.loans import note_passed
+from offload_moe.schedule.loans import Mark, mark, note_passed
 
 Rotary = tuple[Tensor, Tensor]
 ROOM = 2  # a layer's experts must all find a slot, beside those of a layer that another thread is in
@@ -62,10 +62,10 @@ class _Seen:
 
 @dataclass(slots=True)
 class _Account:
-    """When a ride began, and what `_mark` said before the first layer and after each."""
+    """When a ride began, and what `mark` said before the first layer and after each."""
 
     began: float
-    marks: list[tuple[int, int]]
+    marks: list[Mark]
 
 
 class LayerRun:
@@ -153,8 +153,20 @@ class LayerRun:
 
     def _ride(self, token: kernels.RunToken) -> None:
         """Through all layers, and account for them in their order."""
+        account = _Account(began=time.perf_counter(), marks=[mark(self._scheduler)])
+        if self._hierarchy.has_every_expert:
+            self._kernel.pass_through(token, self._residents)
+            self._note_passed(token, 0, len(self._steps), account)
+        else:
+            self._ride_along(token, account)
+        self._scheduler.counters.stall_s += token.stalls.sum().item()
+        recorder = self._bound[0].recorder
+        if recorder is not None:
+            recorder.ran(self._ran(token, account))
+
+    def _ride_along(self, token: kernels.RunToken, account: "_Account") -> None:
+        """On a thread of its own, with slots to fill."""
         reads = None if self._loans is None else self._loans.reads
-        account = _Account(began=time.perf_counter(), marks=[self._mark()])
         with self._kernel.start(token, self._residents, reads) as ride:
             try:
                 self._lend()
@@ -162,10 +174,6 @@ class LayerRun:
             finally:
                 if self._loans is not None:
                     self._loans.take_back()
-        self._scheduler.counters.stall_s += token.stalls.sum().item()
-        recorder = self._bound[0].recorder
-        if recorder is not None:
-            recorder.ran(self._ran(token, account))
 
     def _go_along(self, ride: kernels.Ride, token: kernels.RunToken, account: "_Account") -> None:
         """Give the ride what it needs until it is over."""
@@ -180,13 +188,11 @@ class LayerRun:
                 heard = time.perf_counter()
                 at, needs = said
                 held.close()
-                for passed in range(num_told, at):
-                    self._note_passed(token, passed)
-                    account.marks.append(self._mark())
+                self._note_passed(token, num_told, at, account)
                 num_told = at
                 if needs & kernels.NEEDS_EXPERTS:
                     held.enter_context(self._acquire(token, at)).bring()
-                    account.marks.append(self._mark())
+                    account.marks.append(mark(self._scheduler))
                     num_told += 1
                 if needs & kernels.NEEDS_SLOTS:
                     self._lend()
@@ -211,12 +217,15 @@ class LayerRun:
         for onlooker in layer._forward_pre_hooks.values():
             onlooker(layer, ())
 
-    def _note_passed(self, token: kernels.RunToken, at: int) -> None:
-        """A layer that asked for no expert."""
-        bound, experts = self._bound[at], token.ids[at].tolist()
-        note_passed(self._scheduler, bound.layer, experts, token.found[at].tolist())
-        self._note_guesses(token, at, experts)
-        self._tell_router(token, at)
+    def _note_passed(self, token: kernels.RunToken, first: int, end: int, account: "_Account") -> None:
+        """Layers that asked for no expert."""
+        if first == end:
+            return
+        experts, found = token.ids[first:end].tolist(), token.found[first:end].tolist()
+        account.marks += note_passed(self._scheduler, self._bound[first].layer, experts, found)
+        for at, chosen in enumerate(experts, first):
+            self._note_guesses(token, at, chosen)
+            self._tell_router(token, at)
 
     def _acquire(self, token: kernels.RunToken, at: int) -> Lease:
         """The experts of a layer that could not fetch them all."""
@@ -234,10 +243,6 @@ class LayerRun:
             num_ahead = len(self._steps) - 1 - at
             guesses, found = token.guesses[at, :num_ahead].tolist(), token.guesses_found[at, :num_ahead].tolist()
             lookahead.passed(self._bound[at].layer, experts, guesses, found)
-
-    def _mark(self) -> tuple[int, int]:
-        counters = self._scheduler.counters
-        return counters.num_useful_prefetches, counters.disk_bytes
 
     def _ran(self, token: kernels.RunToken, account: "_Account") -> RanLayers:
         num_useful, disk_bytes = zip(*account.marks, strict=True)

@@ -50,7 +50,7 @@ class Hierarchy:
         self._copier = copier if pools.num_device_slots else None
         self.residents: kernels.Residents | None = None  # of the fast tier, for native runs
         if self._copier is None and kernels.available():
-            self.residents = kernels.Residents(pools.num_layers * pools.num_experts, self.arena.addresses)
+            self.residents = kernels.Residents(self._num_keys, self.arena.addresses)
         self.ram = self._scheduler(pools.num_ram_slots, make_mover(self.arena), "disk_bytes", self.residents)
         self.scheduler = self.ram
         self.record_of: Callable[[int], Tensor] = self.arena.slot
@@ -68,10 +68,9 @@ class Hierarchy:
         """What native runs fetch experts with; None where they have to ask for each."""
         mover, residents = self.ram.mover, self.residents
         if self.ram.loans is None and residents is not None and isinstance(mover, DiskMover):
-            num_keys = self.pools.num_layers * self.pools.num_experts
             least_slots = loans_for(self.ram.residency.num_slots) // 2
             self.ram.loans = Loans(
-                self.ram, mover.native_reads(residents, num_keys, least_slots), self.pools.slot_bytes
+                self.ram, mover.native_reads(residents, self._num_keys, least_slots), self.pools.slot_bytes
             )
         return self.ram.loans
 
@@ -84,6 +83,15 @@ class Hierarchy:
     def holds_every_expert(self) -> bool:
         """Whether the fast tier has a slot for each: then nothing is ever evicted."""
         return self._is_whole(self.scheduler.residency.num_slots)
+
+    @property
+    def has_every_expert(self) -> bool:
+        """Whether each is resident in the fast tier, for good."""
+        return self.holds_every_expert and self.scheduler.residency.num_resident == self._num_keys
+
+    @property
+    def _num_keys(self) -> int:
+        return self.pools.num_layers * self.pools.num_experts
 
     @property
     def link(self) -> LinkPace:
@@ -118,7 +126,7 @@ class Hierarchy:
     def _resize(self, tier: Tier, num_slots: int) -> int:
         pool = self._device_slots if tier == "vram" else self.arena
         scheduler = self.scheduler if tier == "vram" else self.ram
-        num_slots = max(1, min(num_slots, self.pools.num_layers * self.pools.num_experts))
+        num_slots = max(1, min(num_slots, self._num_keys))
         if self._copier is not None:
             num_slots = whole_chunks(pool.chunk_sizes, num_slots)
         num_before = pool.num_slots
@@ -165,7 +173,7 @@ class Hierarchy:
             self._made_for[scheduler] = now
 
     def _is_whole(self, num_slots: int) -> bool:
-        return num_slots >= self.pools.num_layers * self.pools.num_experts
+        return num_slots >= self._num_keys
 
     @contextmanager
     def _borrow(self, key: int) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ from offload_moe.kernels import ARRIVING, DONE, MAX_SLOTS, MISSING, READING, Rea
 if TYPE_CHECKING:
     from offload_moe.schedule.scheduler import Scheduler
 
+Mark = tuple[int, int]
 SLOTS_PER_LOAN = 24  # one slot of so many is lent, and empty until a run needs it
 MOST_LOANS = 12
 HEAR_S = 0.002  # how often one who waits for a run's read asks whether it is done
@@ -92,26 +93,43 @@ class Loans:
         return self.reads.close(CLOSE_LIMIT_S)
 
 
-def note_passed(scheduler: "Scheduler", layer: int, experts: Sequence[int], found: Sequence[int]) -> None:
-    """Count a layer that a run has done by itself as an `acquire` would have been. found: how each expert was found."""
-    first = layer * scheduler.num_experts
-    keys = [first + expert for expert in experts]
-    num_missing, num_arriving = found.count(MISSING), found.count(ARRIVING)
+def mark(scheduler: "Scheduler") -> Mark:
+    """Useful prefetches and bytes read so far."""
+    return scheduler.counters.num_useful_prefetches, scheduler.counters.disk_bytes
+
+
+def note_passed(
+    scheduler: "Scheduler", layer: int, experts: Sequence[Sequence[int]], found: Sequence[Sequence[int]]
+) -> list[Mark]:
+    """Count layers, from this one on, that a run has done by itself, as an `acquire` of each would have been.
+
+    found: how each expert was found. Returns what `mark` says after each.
+    """
+    marks = []
     with scheduler.changed:
         scheduler.hear()
-        scheduler.residency.policy.access(layer, keys)
-        scheduler.uses.note(keys)
-        if scheduler.unproven:
-            for key, how in zip(keys, found, strict=True):
-                scheduler.demanded(key, is_here=how != MISSING)
-        counters = scheduler.counters
-        counters.num_acquires += 1
-        counters.num_waves += 1
-        counters.num_hits += len(keys) - num_missing - num_arriving
-        counters.num_delayed_hits += num_arriving
-        counters.num_misses += num_missing
-        if scheduler.observer is not None:
-            arriving = [expert for expert, how in zip(experts, found, strict=True) if how == ARRIVING]
-            missing = [expert for expert, how in zip(experts, found, strict=True) if how == MISSING]
-            scheduler.observer.acquired(layer, arriving, missing)
+        for number, (chosen, states) in enumerate(zip(experts, found, strict=True), layer):
+            _note_one(scheduler, number, chosen, states)
+            marks.append(mark(scheduler))
         scheduler.changed.notify_all()
+    return marks
+
+
+def _note_one(scheduler: "Scheduler", layer: int, experts: Sequence[int], found: Sequence[int]) -> None:
+    first = layer * scheduler.num_experts
+    keys = [first + expert for expert in experts]
+    scheduler.residency.policy.access(layer, keys)
+    scheduler.uses.note(keys)
+    if scheduler.unproven:
+        for key, how in zip(keys, found, strict=True):
+            scheduler.demanded(key, is_here=how != MISSING)
+    counters = scheduler.counters
+    counters.num_acquires += 1
+    counters.num_waves += 1
+    arriving = [expert for expert, how in zip(experts, found, strict=True) if how == ARRIVING]
+    missing = [expert for expert, how in zip(experts, found, strict=True) if how == MISSING]
+    counters.num_hits += len(keys) - len(missing) - len(arriving)
+    counters.num_delayed_hits += len(arriving)
+    counters.num_misses += len(missing)
+    if scheduler.observer is not None:
+        scheduler.observer.acquired(layer, arriving, missing)

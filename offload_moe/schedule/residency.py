@@ -52,6 +52,7 @@ class Residency:
             raise ValueError(f"a pool needs at least one slot, got {num_slots}")
         self.policy = policy
         self.num_evictions = 0
+        self.num_resident = 0
         self.lookup = lookup
         self._slot_of: dict[int, int] = {}
         self._key_of = [-1] * num_slots
@@ -162,6 +163,7 @@ class Residency:
         """The bytes have arrived: LOADING -> RESIDENT."""
         assert self._state[slot] is SlotState.LOADING
         self._state[slot] = SlotState.RESIDENT
+        self.num_resident += 1
         if self.lookup is not None:
             self.lookup.publish(self._key_of[slot], slot)
         self.policy.insert(self._key_of[slot])
@@ -237,6 +239,7 @@ class Residency:
         self.policy.remove(self._key_of[slot])
         self._vacate(slot)
         self.num_evictions += 1
+        self.num_resident -= 1
         return True
 
     def _must_stay(self, key: int) -> bool:

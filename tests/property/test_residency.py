@@ -201,6 +201,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             assert (key in self.lookup.slot_of) == bool(entry)
             assert self.lookup.slot_of.get(key) == (entry[0] if entry and not entry[1] else None)
         assert self.residency.num_lent == len(self.lent)
+        assert self.residency.num_resident == sum(not entry[1] for entry in self.model.values())
         assert sorted(self.residency.resident_keys()) == sorted(k for k, entry in self.model.items() if not entry[1])
 
 

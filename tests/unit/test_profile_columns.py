@@ -148,31 +148,33 @@ class TestRuns:
             weights=torch.full((num_layers, 2), 0.5),
             ids=torch.tensor([[0, 3], [2, 1]])[every],
             times=torch.tensor([[2.0, 3.0], [4.0, 4.5]], dtype=torch.float64)[every],
+            stalls=torch.tensor([0.0, 0.25], dtype=torch.float64)[every],
             num_useful=[0, 1, 3][first_layer : first_layer + num_layers + 1],
+            disk_bytes=[10, 20, 35][first_layer : first_layer + num_layers + 1],
         )
 
     def test_a_run_is_its_layers(self) -> None:
         """Done at once, or in two parts, or layer by layer: the same arrays."""
-        marks = (9.0, 3, 0.25, 0.25, 30, 20)
         found = []
-        for parts in ([(0, 2)], [(0, 1), (1, 1)]):
-            made = Forward(input_ids=torch.tensor([[7]]), start=3, is_new=False, num_tiers=2, num_layers=2)
-            made.began = (1.0, 0, 0.25, 0.25, 10, 0)
-            for first_layer, num_layers in parts:
-                made.add_run(self.layers(first_layer, num_layers), marks)
+        for parts in ([(0, 2, 0.75)], [(0, 1, 0.5), (1, 1, 0.75)]):
+            made = Forward(input_ids=torch.tensor([[7]]), start=3, is_new=False, num_tiers=1, num_layers=2)
+            made.began = (1.0, 0, 0.5, 10)
+            for first_layer, num_layers, stalled in parts:
+                made.add_run(self.layers(first_layer, num_layers), (9.0, 3, stalled, 35))
             assert made.is_complete()
             routers = [Router(module=nn.Identity(), num_experts=4, is_sigmoid=False)] * 2
-            found.append(to_columns([made.pack((5.0, 3, 0.25, 0.25, 40, 20), 4)], routers, 4))
+            found.append(to_columns([made.pack((5.0, 3, 0.75, 40), 4)], routers, 4))
         at_once, apart = found
         for name, values in at_once.items():
             assert np.array_equal(values, apart[name]), name
         assert at_once["experts"].tolist() == [[[0, 3], [2, 1]]]
         assert at_once["prefetch_useful"][0, :, 0].tolist() == [1, 2]
-        assert at_once["compute_s"][0].tolist() == [1.0, 0.5]
-        assert at_once["loaded_bytes"].sum() == (40 - 10) + 20
+        assert at_once["stall_s"][0, :, 0].tolist() == [0, 0.25]
+        assert at_once["compute_s"][0].tolist() == [1.0, 0.25]
+        assert at_once["loaded_bytes"][0, :, 0].tolist() == [10, 20]
         assert at_once["router_probabilities"][0, 0].argmax() == 3
 
     def test_half_a_run_is_not_complete(self) -> None:
-        made = Forward(input_ids=torch.tensor([[7]]), start=3, is_new=False, num_tiers=2, num_layers=2)
-        made.add_run(self.layers(0, 1), (9.0, 3, 0.25, 0.25, 30, 20))
+        made = Forward(input_ids=torch.tensor([[7]]), start=3, is_new=False, num_tiers=1, num_layers=2)
+        made.add_run(self.layers(0, 1), (9.0, 3, 0.5, 20))
         assert not made.is_complete()

@@ -255,6 +255,23 @@ static int step_layer(om_ride *ride, int64_t at, double began) {
     return 0;
 }
 
+static om_ride *new_ride(const om_run *run, const om_run_token *token, om_residents *residents, om_reads *reads) {
+    om_ride *ride = calloc(1, sizeof *ride + (size_t)run->num_layers);
+    if (ride == NULL) return NULL;
+    ride->run = run;
+    ride->token = token;
+    ride->residents = residents;
+    ride->reads = reads;
+    ride->result = OM_UNDER_WAY;
+    pthread_cond_init(&ride->told, NULL);
+    return ride;
+}
+
+static void delete_ride(om_ride *ride) {
+    pthread_cond_destroy(&ride->told);
+    free(ride);
+}
+
 static void *ride_through(void *argument) {
     om_ride *ride = argument;
     const double began = seconds();
@@ -268,22 +285,25 @@ static void *ride_through(void *argument) {
     return NULL;
 }
 
+/* x goes through all layers; nothing may be missing. Returns the number of layers, or -1 when memory is short. */
+OM_EXPORT int64_t om_run_pass(const om_run *run, const om_run_token *token, om_residents *residents) {
+    om_ride *ride = new_ride(run, token, residents, NULL);
+    if (ride == NULL) return -1;
+    ride_through(ride);
+    const int64_t result = ride->result;
+    delete_ride(ride);
+    return result;
+}
+
 /* x goes through all layers on another thread. reads: may be NULL. NULL when the thread cannot be had. */
 OM_EXPORT om_ride *om_ride_start(const om_run *run, const om_run_token *token, om_residents *residents, om_reads *reads) {
-    om_ride *ride = calloc(1, sizeof *ride + (size_t)run->num_layers);
+    om_ride *ride = new_ride(run, token, residents, reads);
     if (ride == NULL) return NULL;
-    ride->run = run;
-    ride->token = token;
-    ride->residents = residents;
-    ride->reads = reads;
-    ride->result = OM_UNDER_WAY;
-    pthread_cond_init(&ride->told, NULL);
     if (pthread_create(&ride->thread, NULL, ride_through, ride) == 0) {
         om_pool_place_caller(ride->thread);
         return ride;
     }
-    pthread_cond_destroy(&ride->told);
-    free(ride);
+    delete_ride(ride);
     return NULL;
 }
 
@@ -321,6 +341,5 @@ OM_EXPORT void om_ride_end(om_ride *ride) {
     pthread_cond_broadcast(&ride->residents->arrived);
     pthread_mutex_unlock(&ride->residents->lock);
     pthread_join(ride->thread, NULL);
-    pthread_cond_destroy(&ride->told);
-    free(ride);
+    delete_ride(ride);
 }
