@@ -56,20 +56,21 @@ def answer(store: str, ram: int, num_tokens: int, num_prompt: int) -> dict[str, 
     ids = torch.arange(300, 300 + num_prompt)[None]
     num_new = num_tokens - num_prompt
     sampling = {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "seed": 0, "max_new_tokens": num_new}
-    rss: list[int] = []
+    rss: list[tuple[int, int]] = []  # and the token it was sampled at
     began = time.perf_counter()
     with stream_tokens(model.hf, None, ids, **sampling) as tokens:
         for number, _ in enumerate(tokens):
             if number % max(1, num_new // SAMPLES) == 0:
-                rss.append(status_bytes("VmRSS"))
+                rss.append((status_bytes("VmRSS"), number))
     seconds = time.perf_counter() - began
     quarter = len(rss) // 4
+    early, late = max(rss[quarter : 2 * quarter]), max(rss[-quarter:])
     per_token = next(p.num_bytes for p in model.placement.ram.fixed if p.name == "key/value cache") / num_tokens
     result = {
         "budget_bytes": ram,
         "num_prompt_tokens": num_prompt,
         "peak_rss_bytes": status_bytes("VmHWM"),
-        "growth_bytes": max(rss[-quarter:]) - max(rss[quarter : 2 * quarter]) - per_token * num_new / 2,
+        "growth_bytes": late[0] - early[0] - per_token * (late[1] - early[1]),
         "charged_page_cache_bytes": charged_cache_bytes(),
         "num_ram_slots": model._hierarchy.ram.residency.num_slots,
         "hit_rate": model.stats.hit_rate,
