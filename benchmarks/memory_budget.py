@@ -1,11 +1,14 @@
 """Peak memory of a process against the budget it was given, over many tokens, at several budgets.
 
 Usage: python benchmarks/memory_budget.py --folder SCRATCH [--layers 4] [--tokens 2000] [--budgets BYTES ...]
+           [--prompts 1900 512]
 
-Each budget is a process of its own, which reads a prompt of 512 tokens and writes a long answer with random weights and
-hot sampling; tokens count both. Reported: peak RSS over budget, growth from the second quarter of the answer to the
-last, without that of keys and values, and the page cache charged to the memory cgroup (v1, needs root; null without).
-The last line of stdout is one JSON document.
+Each budget and prompt is a process of its own, which reads the prompt and writes the rest of the tokens with random
+weights and hot sampling. The budget has room for a chunk of a prompt that ends where the context ends, so a prompt
+that nearly fills the context is the case that was planned for; with a short one the room for that chunk's activations
+stays empty. Reported: peak RSS over budget, growth from the second quarter of the answer to the last, without that of
+keys and values, and the page cache charged to the memory cgroup (v1, needs root; null without). The last line of
+stdout is one JSON document.
 """
 
 import argparse
@@ -13,13 +16,13 @@ import json
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from harness import finish, forget_cached, run_json
 
 HERE = Path(__file__).parent
-PROMPT_TOKENS = 512  # a whole chunk: activations are part of the budget
 SAMPLES = 40  # of RSS during one answer
 
 
@@ -39,8 +42,8 @@ def charged_cache_bytes() -> int | None:
     return None
 
 
-def answer(store: str, ram: int, num_tokens: int) -> dict[str, Any]:
-    """Load under the budget, speak, and say what it took."""
+def answer(store: str, ram: int, num_tokens: int, num_prompt: int) -> dict[str, Any]:
+    """Load under the budget, speak, and say what it took. num_tokens: prompt and answer, and the planned context."""
     import torch
 
     from offload_moe import load
@@ -50,27 +53,28 @@ def answer(store: str, ram: int, num_tokens: int) -> dict[str, Any]:
     model = load(store, ram=ram, context=num_tokens)
     model.hf.generation_config.eos_token_id = None
     model.hf.config.max_position_embeddings = max(num_tokens, model.hf.config.max_position_embeddings)
-    ids = torch.arange(300, 300 + PROMPT_TOKENS)[None]
-    sampling = {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "seed": 0, "max_new_tokens": num_tokens - PROMPT_TOKENS}
-    rss: list[int] = []
+    ids = torch.arange(300, 300 + num_prompt)[None]
+    num_new = num_tokens - num_prompt
+    sampling = {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "seed": 0, "max_new_tokens": num_new}
+    rss: list[tuple[int, int]] = []  # and the token it was sampled at
     began = time.perf_counter()
     with stream_tokens(model.hf, None, ids, **sampling) as tokens:
         for number, _ in enumerate(tokens):
-            if number % max(1, num_tokens // SAMPLES) == 0:
-                rss.append(status_bytes("VmRSS"))
+            if number % max(1, num_new // SAMPLES) == 0:
+                rss.append((status_bytes("VmRSS"), number))
     seconds = time.perf_counter() - began
     quarter = len(rss) // 4
+    early, late = max(rss[quarter : 2 * quarter]), max(rss[-quarter:])
     per_token = next(p.num_bytes for p in model.placement.ram.fixed if p.name == "key/value cache") / num_tokens
     result = {
         "budget_bytes": ram,
+        "num_prompt_tokens": num_prompt,
         "peak_rss_bytes": status_bytes("VmHWM"),
-        "growth_bytes": max(rss[-quarter:])
-        - max(rss[quarter : 2 * quarter])
-        - per_token * sampling["max_new_tokens"] / 2,
+        "growth_bytes": late[0] - early[0] - per_token * (late[1] - early[1]),
         "charged_page_cache_bytes": charged_cache_bytes(),
         "num_ram_slots": model._hierarchy.ram.residency.num_slots,
         "hit_rate": model.stats.hit_rate,
-        "tokens_per_s": sampling["max_new_tokens"] / seconds,
+        "tokens_per_s": num_new / seconds,
     }
     model.close()
     return {**result, "peak_over_budget": result["peak_rss_bytes"] / ram}
@@ -83,21 +87,22 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--budgets", type=int, nargs="+", default=[1_100_000_000, 1_300_000_000, 1_500_000_000])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[1900, 512], help="tokens of the prompt")
     parser.add_argument("--group-limit", type=int, default=8_000_000_000, help="of the cgroup that counts page cache")
-    parser.add_argument("--one", help="measure this store at the first budget, in this process")
+    parser.add_argument("--one", help="measure this store at the first budget and prompt, in this process")
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(answer(options.one, options.budgets[0], options.tokens)))
+        print(json.dumps(answer(options.one, options.budgets[0], options.tokens, options.prompts[0])))
         return
     store = options.folder / f"{options.config.stem}-{options.layers}-layers"
     if not (store / "store.json").exists():
         made = [sys.executable, str(HERE / "synthesize.py"), str(options.config), str(store)]
         subprocess.run([*made, "--layers", str(options.layers)], check=True)
     results = []
-    for budget in options.budgets:
+    for prompt, budget in product(options.prompts, options.budgets):
         forget_cached(store)
         command = [sys.executable, __file__, "--folder", str(options.folder), "--one", str(store)]
-        command += ["--tokens", str(options.tokens), "--budgets", str(budget)]
+        command += ["--tokens", str(options.tokens), "--budgets", str(budget), "--prompts", str(prompt)]
         results.append(run_json(command, memory_limit=options.group_limit))
         print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     finish(
@@ -106,8 +111,10 @@ def main() -> None:
             "shape": f"{options.config.stem}, {options.layers} layers",
             "tokens": options.tokens,
             "results": results,
-            "worst_peak_over_budget": max(result["peak_over_budget"] for result in results),
-            "least_peak_over_budget": min(result["peak_over_budget"] for result in results),
+            "peak_over_budget": {
+                str(prompt): [r["peak_over_budget"] for r in results if r["num_prompt_tokens"] == prompt]
+                for prompt in options.prompts
+            },
         }
     )
 

@@ -8,7 +8,8 @@ does not use the CPU's memory bandwidth. A: seconds of a layer outside its exper
 with every expert resident, trials alternated; X: missed bytes / rate.
 
 Lookahead off is compared with the sum over layers of A + max(E, X); lookahead on with an event replay fed with the
-copies that were really asked for, in their order; prompts with max(all compute, all transfer).
+copies that were really asked for, in their order; prompts with max(all compute, all transfer). `saved_in_parts` is
+the share of a token that the replay would save, lookahead off, if each matrix were computed as it arrives.
 Figures are simulated. Last line: JSON with, per rate, `off`, `on`, `gap_closed`, `recall`, `prompt`, and the rate where
 compute equals transfer.
 """
@@ -28,6 +29,7 @@ from harness import finish, pin_threads
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 6, 32, 8, 2048, 1024  # experts as large as OLMoE's
 SHARE_RESIDENT = 0.375
+MATRICES = 3  # of an expert: parts that could be computed one by one
 PROMPT_TOKENS = 48
 PROMPT_TRIALS = 3
 LEAST_GAP = 0.05  # of a token's time, between what lookahead could save and nothing: below it there is no gap to close
@@ -306,7 +308,7 @@ def measure(model: RandomModel, rate: float, options: argparse.Namespace) -> dic
     for rig in rigs.values():
         rig.decode(ids)
     transfer = rigs["off"].record.numel() / bytes_per_s
-    values: dict[str, list[float]] = {name: [] for name in ("off", "on", "gap", "prompt", "recall", "balance")}
+    values: dict[str, list[float]] = {name: [] for name in ("off", "on", "gap", "prompt", "recall", "balance", "parts")}
     for trial in range(options.trials):
         resident_s = rigs["resident"].decode(ids)
         outside, inside = shares(rigs["resident"].layers, resident_s)
@@ -318,6 +320,8 @@ def measure(model: RandomModel, rate: float, options: argparse.Namespace) -> dic
             bound = sum(outside + max(inside, transfer * len(layer.demands)) for layer in layers)
             if name == "off":
                 values["off"].append(seconds / bound)
+                in_parts = replay(layers, outside, inside, transfer, MATRICES)
+                values["parts"].append(1 - in_parts / replay(layers, outside, inside, transfer))
                 values["balance"].append(misses * rigs["off"].record.numel() / resident_s / 1e9)
                 off_s = seconds
             else:
@@ -337,7 +341,7 @@ def measure(model: RandomModel, rate: float, options: argparse.Namespace) -> dic
     row = {name: statistics.median(figures) if figures else math.nan for name, figures in values.items()}
     print(
         f"{rate:5.1f} GB/s  off {row['off']:.2f}  on {row['on']:.2f}  gap closed {row['gap']:.2f} "
-        f"(recall {row['recall']:.2f})  prompt {row['prompt']:.2f}",
+        f"(recall {row['recall']:.2f})  prompt {row['prompt']:.2f}  saved in parts {max(0.0, row['parts']):.1%}",
         flush=True,
     )
     return {
@@ -347,6 +351,7 @@ def measure(model: RandomModel, rate: float, options: argparse.Namespace) -> dic
         "gap_closed": row["gap"] if values["gap"] else None,
         "recall": row["recall"],
         "prompt": row["prompt"],
+        "saved_in_parts": row["parts"],
         "rate_of_balance_gb_per_s": row["balance"],
         "spread": {name: [min(figures), max(figures)] for name, figures in values.items() if figures},
     }
@@ -358,10 +363,11 @@ def shares(layers: Sequence[Layer], total_s: float) -> tuple[float, float]:
     return max(0.0, total_s / len(layers) - inside), inside
 
 
-def replay(layers: Sequence[Layer], outside: float, inside: float, transfer: float) -> float:
+def replay(layers: Sequence[Layer], outside: float, inside: float, transfer: float, num_parts: int = 1) -> float:
     """Seconds if nothing cost anything but compute and the link: demands go first, prefetches fill the gaps in order.
 
     A copy that has begun is not interrupted. A layer's experts are computed as they arrive, those that are here first.
+    num_parts: equal parts of a record, each of which is computed as it arrives, for nothing more.
     """
     now = link_free = 0.0
     waiting: dict[int, float] = {}  # prefetches that have not begun, and when they were asked for
@@ -382,7 +388,8 @@ def replay(layers: Sequence[Layer], outside: float, inside: float, transfer: flo
         each = inside / TOP_K
         now += each * (TOP_K - len(needed))
         for arrival in needed:
-            now = max(now, arrival) + each
+            for later in reversed(range(num_parts)):  # parts that are still to come
+                now = max(now, arrival - later * transfer / num_parts) + each / num_parts
     return now
 
 

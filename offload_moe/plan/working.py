@@ -29,7 +29,8 @@ def activation_bytes(shape: ModelShape, context: int, dtype: torch.dtype, *, num
     num_new: tokens that are computed at once; None takes a chunk of a prompt.
 
     Residual stream, its norm and their sums: 4 H. Beside them, one after the other: queries, keys, values and output of
-    the attention, with keys and values of the whole context expanded to all heads; gate, up and product of a dense
+    the attention, with keys and values of the whole context expanded to all heads (before that, and also where every
+    head has its own, room for the copy of one layer's cache that outgrows its place); gate, up and product of a dense
     MLP, 3 I; outputs of every routed pair, K H, and one expert that all tokens chose, with its inputs, H + 3 I.
     """
     chunk = CPU_PROMPT_TOKENS if dtype == torch.float32 else DEVICE_PROMPT_TOKENS  # the CPU computes in fp32

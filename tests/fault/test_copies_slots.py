@@ -163,6 +163,21 @@ def test_a_lease_that_is_left_in_the_middle_protects_what_it_read(copier: Simula
     assert seen == [1]
 
 
+def test_a_hold_protects_what_it_read(copier: SimulatedCopier) -> None:
+    slots = DeviceSlots(copier, 1, RECORD)
+    policy = make_policy("lru", num_layers=1, num_experts=8, num_slots=1)
+    scheduler = Scheduler(Residency(1, policy), DeviceMover(copier, slots, Records().borrow), num_experts=8)
+    with scheduler.acquire(0, [1]) as lease:
+        list(lease)
+    held = scheduler.hold(0, [1])
+    assert held == [0]
+    seen = read_later(copier.compute, slots.slot(0))
+    scheduler.let_go(held)
+    with scheduler.acquire(0, [2]) as lease:
+        assert list(lease) == [[(2, 0)]]
+    assert seen == [1]
+
+
 def test_a_stalled_link_is_reported_and_the_next_question_works(
     copier: SimulatedCopier, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Misses shared between the link and the CPU, on the simulated accelerator: the numbers, the choice, the balance."""
+"""Misses shared between the link and the CPU, on the simulated accelerator: the numbers and the choice."""
 
 import time
 from typing import Any
@@ -86,17 +86,16 @@ def test_a_slow_cpu_leaves_misses_to_the_link(model: PreTrainedModel, monkeypatc
     assert 1 <= counters.num_computed_on_cpu < 0.05 * counters.num_misses  # those that measure it
 
 
-def test_both_finish_together_as_predicted(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An expert costs either side the same, so each takes about half, and what is predicted comes true."""
+def test_seconds_of_both_sides_and_what_was_predicted_are_counted(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With real threads; how far the two are apart is held in virtual time, see `test_hybrid_balance.py`."""
     cpu_that_takes(RECORD_S, monkeypatch)
     _, counters = run(model, SimulatedCopier(latency_s=RECORD_S), hybrid="auto", pools=(24, 2), num_tokens=16)
-    assert 0.1 < counters.num_computed_on_cpu / counters.num_misses < 0.95
-    for found, predicted in (  # limits for a machine that is busy with other work, which delays either side
-        (counters.cpu_s, counters.cpu_predicted_s),
-        (counters.link_s, counters.link_predicted_s),
-        (counters.cpu_s, counters.link_s),
-    ):
-        assert 0.3 < found / predicted < 3.3
+    assert counters.cpu_s >= RECORD_S * counters.num_computed_on_cpu > 0
+    assert counters.link_s >= RECORD_S
+    assert counters.cpu_predicted_s >= RECORD_S
+    assert counters.link_predicted_s >= RECORD_S
 
 
 def test_experts_the_cpu_computed_come_later_while_the_link_is_idle(
