@@ -9,9 +9,10 @@ from offload_moe.kernels.native import library
 from offload_moe.kernels.residents import Residents
 from offload_moe.kernels.structs import FileStruct, NewsStruct, PlaceStruct, ReadsOptionsStruct
 
-READING, DONE, DROPPED = 1, 2, 3
+READING, DONE, DROPPED, FAILED = range(1, 5)
 MAX_SLOTS = 64  # lent at once
 _NEWS_ROOM = 256
+_CLOSE_LIMIT_S = 5.0  # a thread that is stuck in a dead disk must not keep the process from ending
 _STUCK: list["Reads"] = []  # a thread of theirs may still write to their memory
 
 
@@ -83,6 +84,10 @@ class Reads:
     def lend(self, slot: int) -> None:
         library().om_reads_lend(self.handle, slot, self._residents.address(slot))
 
+    def demand(self, key: int) -> None:
+        """Somebody waits for the expert if it is on its way: it is not dropped any more."""
+        library().om_reads_demand(self.handle, key)
+
     def take_back(self) -> Iterator[int]:
         """Slots that were lent and are not in use."""
         while (slot := library().om_reads_take_back(self.handle)) >= 0:
@@ -92,11 +97,16 @@ class Reads:
         """What has happened since it was last asked, in an order that makes sense.
 
         READING: a lent slot is being filled. DONE: its expert is resident. DROPPED: it is lent again, and empty.
+        FAILED: it is not lent any more; the expert counts as on its way until it is published or withdrawn.
         """
         while count := library().om_reads_news(self.handle, ctypes.addressof(self._news), _NEWS_ROOM):
             yield from self._news[:count]
 
-    def close(self, limit_s: float) -> bool:
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            self.close(_CLOSE_LIMIT_S)
+
+    def close(self, limit_s: float = _CLOSE_LIMIT_S) -> bool:
         """Finish what is being read. False where that takes too long: then its memory and files must stay."""
         handle, self.handle = self.handle, None
         if handle and not library().om_reads_close(handle, limit_s):

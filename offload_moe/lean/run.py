@@ -21,12 +21,14 @@ from offload_moe.errors import TransferError
 from offload_moe.hooks import have_only_onlookers, hooks_of
 from offload_moe.lean.block import PlainBlock
 from offload_moe.lean.cache import Room
+from offload_moe.lean.chain import Chain
 from offload_moe.lean.step import AttentionStep
 from offload_moe.moe.attach import BoundExperts, RanLayers
 from offload_moe.moe.native import NativeArithmetic
+from offload_moe.schedule.accounts import Mark, mark, note_passed
 from offload_moe.schedule.hierarchy import Hierarchy
 from offload_moe.schedule.lease import Lease
-from offload_moe.schedule.loans import Mark, mark, note_passed
+from offload_moe.schedule.scheduler import Scheduler
 
 Rotary = tuple[Tensor, Tensor]
 ROOM = 2  # a layer's experts must all find a slot, beside those of a layer that another thread is in
@@ -46,26 +48,27 @@ class Step(Protocol):
     def fits(self, hidden_states: Tensor, cache: Any) -> bool: ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """A row of layers, from the first of the run on, of which each was given what the one before it gave."""
-
-    num_layers: int
-    result: Tensor
-    copy: Tensor
-    settings: tuple[Any, ...]
-
-    def leads_to(self, given: Tensor, settings: tuple[Any, ...]) -> bool:
-        is_same = all(mine is theirs for mine, theirs in zip(self.settings, settings, strict=True))
-        return is_same and given is self.result and torch.equal(given, self.copy)
-
-
 @dataclass(slots=True)
 class _Account:
     """When a ride began, and what `mark` said before the first layer and after each."""
 
     began: float
     marks: list[Mark]
+
+
+class _Patience:
+    """How long a ride has made no progress."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._clock = scheduler.clock
+        self._progress: tuple[int, ...] = ()
+        self._began = self._clock()
+
+    def since(self, progress: tuple[int, ...]) -> float:
+        """Seconds for which this has been the progress."""
+        if progress != self._progress:
+            self._progress, self._began = progress, self._clock()
+        return self._clock() - self._began
 
 
 class LayerRun:
@@ -81,8 +84,7 @@ class LayerRun:
         self._hierarchy = hierarchy
         self._blocks = [cast(PlainBlock, step.plain) for step in steps]
         self._bound = [block.bound for block in self._blocks]
-        self._is_chain = False  # until a token has shown it
-        self._seen: _Seen | None = None
+        self._chain = Chain(steps)
         self._passed: tuple[Tensor | None, int] = (None, 0)  # what the last run gave, and how many layers know
         self._layer_hooks = hooks_of(step.layer for step in steps)
         self._expert_hooks = hooks_of(block.experts for block in self._blocks)
@@ -107,22 +109,8 @@ class LayerRun:
         return True
 
     def watch(self, step: Step, given: Tensor, result: Tensor, settings: tuple[Any, ...]) -> None:
-        """Learn from a token done layer by layer whether the model hands on what each layer gives, as it is.
-
-        settings: what else the layers are given, which must be the same objects for all of them.
-        """
-        if self._is_chain:
-            return
-        seen = self._seen
-        if step is self._steps[0]:
-            num_layers = 1
-        elif seen is not None and step is self._steps[seen.num_layers] and seen.leads_to(given, settings):
-            num_layers = seen.num_layers + 1
-        else:
-            num_layers = 0
-        self._is_chain = num_layers == len(self._steps)
-        is_on = 0 < num_layers < len(self._steps)
-        self._seen = _Seen(num_layers, result, result.clone(), settings) if is_on else None
+        """See `Chain.watch`."""
+        self._chain.watch(step, given, result, settings)
 
     def fits(self, hidden_states: Tensor, cache: Any) -> bool:
         """Whether all layers can be done at once: nobody looks in between, or waits for a module; there is room.
@@ -131,7 +119,7 @@ class LayerRun:
         """
         recorder, lookahead = self._bound[0].recorder, self._bound[0].lookahead
         return (
-            self._is_chain
+            self._chain.is_known
             and self._scheduler.residency.num_slots >= ROOM * self._top_k
             and all(bound.lookahead is lookahead and bound.recorder is recorder for bound in self._bound)
             and not any(self._expert_hooks)
@@ -177,15 +165,13 @@ class LayerRun:
 
     def _go_along(self, ride: kernels.Ride, token: kernels.RunToken, account: "_Account") -> None:
         """Give the ride what it needs until it is over."""
-        num_layers, num_told = len(self._steps), 0
-        heard = time.perf_counter()
+        num_layers, num_told, patience = len(self._steps), 0, _Patience(self._scheduler)
         with ExitStack() as held:
             while num_told < num_layers:
                 said = ride.next(num_told)
                 if said is None:
-                    self._wait_on(num_told, time.perf_counter() - heard)
+                    self._wait_on(token, num_told, patience)
                     continue
-                heard = time.perf_counter()
                 at, needs = said
                 held.close()
                 self._note_passed(token, num_told, at, account)
@@ -197,18 +183,22 @@ class LayerRun:
                 if needs & kernels.NEEDS_SLOTS:
                     self._lend()
             while ride.next(num_layers) is None:
-                self._wait_on(num_layers - 1, time.perf_counter() - heard)
+                self._wait_on(token, num_layers - 1, patience)
 
     def _lend(self) -> None:
         if self._loans is not None:
             self._loans.lend(may_evict=not self._hierarchy.holds_every_expert)
 
-    def _wait_on(self, at: int, waited_s: float) -> None:
-        """Nothing was heard of layers from this one on: whoever wants to stop may say so. Raises: TransferError."""
+    def _wait_on(self, token: kernels.RunToken, at: int, patience: "_Patience") -> None:
+        """Nothing was needed by layers from this one on: whoever wants to stop may say so. Raises: TransferError."""
         self._tell_layer(at)
+        with self._scheduler.changed:
+            self._scheduler.hear()
+        num_begun = int((token.times[:, 0] > 0).sum())
+        waited_s = patience.since((num_begun, self._scheduler.counters.disk_bytes))
         if waited_s > self._scheduler.stall_limit_s:
             raise TransferError(
-                f"Experts of layer {self._bound[at].layer} or of one behind it did not arrive within {waited_s:.0f} s. "
+                f"Experts of layer {self._bound[max(0, num_begun - 1)].layer} did not arrive within {waited_s:.0f} s. "
                 "Check the disk that holds the store, then ask again."
             )
 

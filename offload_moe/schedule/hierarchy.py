@@ -69,9 +69,11 @@ class Hierarchy:
         mover, residents = self.ram.mover, self.residents
         if self.ram.loans is None and residents is not None and isinstance(mover, DiskMover):
             least_slots = loans_for(self.ram.residency.num_slots) // 2
-            self.ram.loans = Loans(
-                self.ram, mover.native_reads(residents, self._num_keys, least_slots), self.pools.slot_bytes
-            )
+            try:
+                reads = mover.native_reads(residents, self._num_keys, least_slots)
+            except OSError:
+                return None  # the mover will say what is wrong with the file, once an expert is wanted
+            self.ram.loans = Loans(self.ram, reads, self.pools.slot_bytes)
         return self.ram.loans
 
     @property

@@ -128,6 +128,9 @@ class Lease:
         """Lease the slot that holds or is loading `key`, if there is one (lock held)."""
         residency = self._scheduler.residency
         slot = residency.find(key)
+        if slot is not None and not residency.is_resident(slot):
+            self._scheduler.hurry(key, slot)
+            slot = residency.find(key)
         if self._scheduler.unproven:
             self._scheduler.demanded(key, is_here=slot is not None)
         if slot is None:
@@ -136,7 +139,6 @@ class Lease:
         if residency.is_resident(slot):
             self._ready.append((key - self._first_key, slot))
         else:
-            self._scheduler.mover.hurry(slot)
             self._loading.append((key - self._first_key, slot))
         return True
 

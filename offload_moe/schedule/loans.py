@@ -3,19 +3,16 @@
 A run decides only what it fetches, never what is evicted for it: that is done when a slot is lent.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from offload_moe.kernels import ARRIVING, DONE, MAX_SLOTS, MISSING, READING, Reads
+from offload_moe.kernels import DONE, FAILED, MAX_SLOTS, READING, Reads
 
 if TYPE_CHECKING:
     from offload_moe.schedule.scheduler import Scheduler
 
-Mark = tuple[int, int]
 SLOTS_PER_LOAN = 24  # one slot of so many is lent, and empty until a run needs it
 MOST_LOANS = 12
 HEAR_S = 0.002  # how often one who waits for a run's read asks whether it is done
-CLOSE_LIMIT_S = 5.0
 
 
 def loans_for(num_slots: int) -> int:
@@ -80,6 +77,8 @@ class Loans:
             if news.state == DONE:
                 residency.loaded(slot)
                 counters.disk_bytes += self._slot_bytes
+            elif news.state == FAILED:
+                scheduler.read_again(key, slot)
             else:
                 residency.lend_again(slot)
                 if was_prefetch:
@@ -88,48 +87,10 @@ class Loans:
         if has_changed:
             scheduler.changed.notify_all()
 
-    def close(self) -> bool:
-        """False: a read has not ended, and needs its file."""
-        return self.reads.close(CLOSE_LIMIT_S)
+    def demand(self, key: int) -> None:
+        """Somebody waits for this expert (lock held): from now on a run's read of it is not dropped."""
+        self.reads.demand(key)
+        self.hear()
 
-
-def mark(scheduler: "Scheduler") -> Mark:
-    """Useful prefetches and bytes read so far."""
-    return scheduler.counters.num_useful_prefetches, scheduler.counters.disk_bytes
-
-
-def note_passed(
-    scheduler: "Scheduler", layer: int, experts: Sequence[Sequence[int]], found: Sequence[Sequence[int]]
-) -> list[Mark]:
-    """Count layers, from this one on, that a run has done by itself, as an `acquire` of each would have been.
-
-    found: how each expert was found. Returns what `mark` says after each.
-    """
-    marks = []
-    with scheduler.changed:
-        scheduler.hear()
-        for number, (chosen, states) in enumerate(zip(experts, found, strict=True), layer):
-            _note_one(scheduler, number, chosen, states)
-            marks.append(mark(scheduler))
-        scheduler.changed.notify_all()
-    return marks
-
-
-def _note_one(scheduler: "Scheduler", layer: int, experts: Sequence[int], found: Sequence[int]) -> None:
-    first = layer * scheduler.num_experts
-    keys = [first + expert for expert in experts]
-    scheduler.residency.policy.access(layer, keys)
-    scheduler.uses.note(keys)
-    if scheduler.unproven:
-        for key, how in zip(keys, found, strict=True):
-            scheduler.demanded(key, is_here=how != MISSING)
-    counters = scheduler.counters
-    counters.num_acquires += 1
-    counters.num_waves += 1
-    arriving = [expert for expert, how in zip(experts, found, strict=True) if how == ARRIVING]
-    missing = [expert for expert, how in zip(experts, found, strict=True) if how == MISSING]
-    counters.num_hits += len(keys) - len(missing) - len(arriving)
-    counters.num_delayed_hits += len(arriving)
-    counters.num_misses += len(missing)
-    if scheduler.observer is not None:
-        scheduler.observer.acquired(layer, arriving, missing)
+    def close(self) -> None:
+        self.reads.close()

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from offload_moe.errors import TransferError
+from offload_moe.schedule.accounts import note_hits
 from offload_moe.schedule.counters import Counters
 from offload_moe.schedule.lease import Lease
 from offload_moe.schedule.loans import Loans
@@ -84,8 +85,7 @@ class Scheduler:
             if on_cpu:
                 self._note_on_cpu(layer, on_cpu)
                 seen = sorted([*keys, *(first + expert for expert in on_cpu)])
-            if self._flying and self.is_asked_by_layer:
-                self._drop_wrong_guesses(layer, seen)
+            self.drop_wrong_guesses(layer, seen)
             self.residency.policy.access(layer, seen, None if on_cpu else weights, num_tokens)
             self.uses.note(seen)
             return Lease(self, first, keys)
@@ -101,7 +101,7 @@ class Scheduler:
             self.hear()
             slots = self.residency.lease_all(keys)
             if slots is not None:
-                self._note_hits(layer, keys)
+                note_hits(self, layer, keys)
         return slots
 
     def let_go(self, slots: Sequence[int]) -> None:
@@ -160,21 +160,15 @@ class Scheduler:
         self.changed.wait(limit_s if hear_s is None else min(limit_s, hear_s))
         self.hear()
 
-    def _note_hits(self, layer: int, keys: Sequence[int]) -> None:
-        """One acquire whose experts are all here (lock held)."""
-        if self._flying and self.is_asked_by_layer:
-            self._drop_wrong_guesses(layer, keys)
-        self.residency.policy.access(layer, keys)
-        self.uses.note(keys)
-        if self.unproven:
-            for key in keys:
-                self.demanded(key, is_here=True)
-        counters = self.counters
-        counters.num_acquires += 1
-        counters.num_waves += 1
-        counters.num_hits += len(keys)
-        if self.observer is not None:
-            self.observer.acquired(layer, [], [])
+    def hurry(self, key: int, slot: int) -> None:
+        """The expert on its way is demanded (lock held). It may turn out to have been dropped just before."""
+        self.mover.hurry(slot)
+        if self.loans is not None:
+            self.loans.demand(key)
+
+    def read_again(self, key: int, slot: int) -> None:
+        """A run's read of it has failed (lock held): the mover has more patience, and words for what is wrong."""
+        self.mover.start(key, slot, self._arrived)
 
     def fill(self, keys: Iterable[int]) -> None:
         """Bring experts into slots that are free, the most valuable first, while nothing is demanded."""
@@ -192,8 +186,10 @@ class Scheduler:
                 return
         self._wanted.clear()
 
-    def _drop_wrong_guesses(self, layer: int, keys: Sequence[int]) -> None:
+    def drop_wrong_guesses(self, layer: int, keys: Sequence[int]) -> None:
         """Forget what was guessed up to this layer, is still waiting to be read and is not asked for (lock held)."""
+        if not self._flying or not self.is_asked_by_layer:
+            return
         end = (layer + 1) * self.num_experts
         num_before = len(self._flying)
         for slot, key in list(self._flying.items()):
@@ -239,7 +235,9 @@ class Scheduler:
         """
         with self.changed:
             self.residency.close_slots(num_slots)
-            is_empty = self.changed.wait_for(self.residency.empty_closed_slots, self.stall_limit_s)
+            deadline = self.clock() + self.stall_limit_s
+            while not (is_empty := self.residency.empty_closed_slots()) and self.clock() < deadline:
+                self.wait(deadline - self.clock())
             self.counters.num_evictions = self.residency.num_evictions
             if not is_empty:
                 self.residency.open_slots()
@@ -272,8 +270,9 @@ class Scheduler:
         self._bytes_counters = counters
 
     def close(self) -> None:
-        if self.loans is None or self.loans.close():
-            self.mover.close()
+        if self.loans is not None:
+            self.loans.close()
+        self.mover.close()
 
     def _arrived(self, slot: int, num_bytes: int, error: BaseException | None) -> None:
         with self.changed:

@@ -1,6 +1,6 @@
 /* Records are read in parts, demanded ones first, by threads of their own; see `tiers/disk.py` for the sizes of parts.
  *
- * A read that fails is not tried again here: its expert is absent again, and who asks for it next has the patience. */
+ * A read that fails is not tried again here: the expert stays on its way until the other side, which is told, has tried. */
 #define _GNU_SOURCE
 #include "reads.h"
 
@@ -28,7 +28,7 @@ typedef struct {
     uint32_t checksum;
 } om_place;
 
-enum { NOTHING, READING, DONE, DROPPED };
+enum { NOTHING, READING, DONE, DROPPED, FAILED };
 
 typedef struct {
     uint8_t *record;
@@ -37,7 +37,8 @@ typedef struct {
     uint8_t state, is_prefetch, was_prefetch, is_told, is_wrong, has_failed;
 } om_fetch;
 
-/* What the other side is told: a fetch has begun (READING), its expert is resident (DONE) or its slot is lent again (DROPPED). */
+/* What the other side is told: a fetch has begun (READING), its expert is resident (DONE), its slot is lent again (DROPPED), or
+ * the slot is the other side's, to read the expert again (FAILED). */
 typedef struct {
     int64_t key;
     int32_t slot, state, was_prefetch;
@@ -94,6 +95,13 @@ int om_reads_fetch(om_reads *reads, int64_t key, int is_prefetch) {
     return 0;
 }
 
+/* The expert on its way is demanded, so that it is not dropped any more. */
+OM_EXPORT void om_reads_demand(om_reads *reads, int64_t key) {
+    pthread_mutex_lock(&reads->residents->lock);
+    om_reads_hurry(reads, key);
+    pthread_mutex_unlock(&reads->residents->lock);
+}
+
 void om_reads_hurry(om_reads *reads, int64_t key) {
     for (int at = 0; at < MAX_FETCHES; at++) {
         om_fetch *fetch = reads->fetches + at;
@@ -109,7 +117,6 @@ static void drop(om_reads *reads, om_fetch *fetch) {
     reads->residents->records[fetch->key] = NULL;
     give_spare(reads, fetch->slot, fetch->record);
     fetch->state = DROPPED;
-    pthread_cond_broadcast(&reads->residents->arrived); /* who waits for it has to ask */
 }
 
 void om_reads_drop_wrong(om_reads *reads, int64_t end, const int64_t *keys, int64_t num_keys) {
@@ -182,7 +189,7 @@ static void finish(om_reads *reads, om_fetch *fetch) {
         fetch->has_failed = !is_right;
     }
     if (fetch->has_failed) {
-        drop(reads, fetch);
+        fetch->state = FAILED;
         return;
     }
     reads->residents->records[fetch->key] = fetch->record;

@@ -39,6 +39,7 @@ OM_EXPORT void om_residents_publish(om_residents *residents, int64_t key, const 
 OM_EXPORT int om_residents_withdraw(om_residents *residents, int64_t key) {
     pthread_mutex_lock(&residents->lock);
     const int is_free = residents->leases[key] == 0;
+    if (is_free && residents->records[key] == OM_COMING) pthread_cond_broadcast(&residents->arrived); /* who waits has to ask */
     if (is_free) residents->records[key] = NULL;
     pthread_mutex_unlock(&residents->lock);
     return is_free;

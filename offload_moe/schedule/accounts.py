@@ -1,0 +1,76 @@
+"""What a layer that found its experts is counted as: in policy, popularity and counters, and for an observer.
+
+The lock of the scheduler is held, but by `note_passed`, which takes it.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from offload_moe.kernels import ARRIVING, MISSING
+
+if TYPE_CHECKING:
+    from offload_moe.schedule.scheduler import Scheduler
+
+Mark = tuple[int, int]
+
+
+def mark(scheduler: "Scheduler") -> Mark:
+    """Useful prefetches and bytes read so far."""
+    return scheduler.counters.num_useful_prefetches, scheduler.counters.disk_bytes
+
+
+def note_hits(scheduler: "Scheduler", layer: int, keys: Sequence[int]) -> None:
+    """One acquire whose experts are all here."""
+    scheduler.drop_wrong_guesses(layer, keys)
+    scheduler.residency.policy.access(layer, keys)
+    scheduler.uses.note(keys)
+    if scheduler.unproven:
+        for key in keys:
+            scheduler.demanded(key, is_here=True)
+    counters = scheduler.counters
+    counters.num_acquires += 1
+    counters.num_waves += 1
+    counters.num_hits += len(keys)
+    if scheduler.observer is not None:
+        scheduler.observer.acquired(layer, [], [])
+
+
+def note_passed(
+    scheduler: "Scheduler", layer: int, experts: Sequence[Sequence[int]], found: Sequence[Sequence[int]]
+) -> list[Mark]:
+    """Count layers, from this one on, that a run has done by itself, as an `acquire` of each would have been.
+
+    found: how each expert was found. Returns what `mark` says after each.
+    """
+    marks = []
+    with scheduler.changed:
+        scheduler.hear()
+        for number, (chosen, states) in enumerate(zip(experts, found, strict=True), layer):
+            first = number * scheduler.num_experts
+            if any(states):
+                _note_fetched(scheduler, number, [first + expert for expert in chosen], states)
+            else:
+                note_hits(scheduler, number, [first + expert for expert in chosen])
+            marks.append(mark(scheduler))
+        scheduler.changed.notify_all()
+    return marks
+
+
+def _note_fetched(scheduler: "Scheduler", layer: int, keys: Sequence[int], found: Sequence[int]) -> None:
+    """One acquire, some of whose experts a run had fetched or was fetching."""
+    scheduler.drop_wrong_guesses(layer, keys)
+    scheduler.residency.policy.access(layer, keys)
+    scheduler.uses.note(keys)
+    for key, how in zip(keys, found, strict=True):
+        scheduler.demanded(key, is_here=how != MISSING)
+    first = layer * scheduler.num_experts
+    arriving = [key - first for key, how in zip(keys, found, strict=True) if how == ARRIVING]
+    missing = [key - first for key, how in zip(keys, found, strict=True) if how == MISSING]
+    counters = scheduler.counters
+    counters.num_acquires += 1
+    counters.num_waves += 1
+    counters.num_hits += len(keys) - len(missing) - len(arriving)
+    counters.num_delayed_hits += len(arriving)
+    counters.num_misses += len(missing)
+    if scheduler.observer is not None:
+        scheduler.observer.acquired(layer, arriving, missing)
