@@ -1,0 +1,154 @@
+"""A disk that fails, lies or stops while a native run reads from it: a named error, and the next question works."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from support.chat import byte_tokenizer, chat_model
+from support.kernels import needs_kernels
+
+from offload_moe import load
+from offload_moe.chat import ChatSession
+from offload_moe.errors import TransferError
+from offload_moe.kernels import Ride
+from offload_moe.lean.run import LayerRun
+from offload_moe.model import Model
+from offload_moe.quantize import quantize
+from offload_moe.tiers import disk
+
+pytestmark = needs_kernels
+NUM_SLOTS = 5
+NAMED = r"expert \d of layer \d .*experts-00001.safetensors at offset \d+"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("store")
+    model = chat_model("qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16)
+    model.to(torch.bfloat16).save_pretrained(root / "model")
+    byte_tokenizer().save_pretrained(root / "model")
+    return quantize(root / "model", root / "store")
+
+
+@pytest.fixture
+def model(store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
+    """Slots for a run, but so few that every token reads from disk. One answer has shown that layers make a chain."""
+    monkeypatch.setattr(disk, "RETRY_PAUSES_S", (0.001, 0.001))
+    with load(store) as whole:
+        ram = whole.placement.ram.bytes_with(NUM_SLOTS)
+    with load(store, ram=ram, prefetch=0) as model:
+        assert model._hierarchy.ram.residency.num_slots == NUM_SLOTS
+        say(model.chat(), "Hello")
+        yield model
+        residency = model._hierarchy.ram.residency
+        assert residency.num_lent == 0
+        assert not any(residency.num_leases(slot) for slot in range(NUM_SLOTS))
+
+
+def say(session: ChatSession, text: str) -> str:
+    return "".join(piece.text for piece in session.send(text, temperature=0, max_new_tokens=12))
+
+
+@contextmanager
+def broken(model: Model) -> Iterator[None]:
+    """The open files of the store lead to a pipe, of which nobody reads at an offset."""
+    (file,) = model._hierarchy.ram.mover._files._files.values()
+    descriptors = [each for each in (file._direct, file._cached) if each is not None]
+    kept = [os.dup(each) for each in descriptors]
+    ends = os.pipe()
+    for each in descriptors:
+        os.dup2(ends[0], each)
+    try:
+        yield
+    finally:
+        for each, copy in zip(descriptors, kept, strict=True):
+            os.dup2(copy, each)
+        for each in (*kept, *ends):
+            os.close(each)
+
+
+def break_in_run(monkeypatch: pytest.MonkeyPatch, model: Model, after: int) -> list[int]:
+    """The disk fails from so many runs on, for as long as each lasts. Returns what counts the runs."""
+    runs: list[int] = []
+    call = LayerRun._ride_along
+
+    def ride(self: LayerRun, *args: object) -> None:
+        runs.append(1)
+        if len(runs) <= after:
+            call(self, *args)
+        else:
+            with broken(model):
+                call(self, *args)
+
+    monkeypatch.setattr(LayerRun, "_ride_along", ride)
+    return runs
+
+
+def test_a_disk_that_fails_in_a_run(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = model.chat()
+    expected = say(model.chat(), "Hello")
+    with monkeypatch.context() as patch:
+        runs = break_in_run(patch, model, after=3)
+        with pytest.raises(TransferError, match=NAMED):
+            say(session, "Hello")
+        assert len(runs) > 3
+    session.reset()
+    assert say(session, "Hello") == expected
+
+
+def test_what_a_run_cannot_read_the_mover_reads(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It opens the file anew."""
+    expected = say(model.chat(), "Hello")
+    mover, by_mover = model._hierarchy.ram.mover, []
+    start = mover.start
+
+    def start_and_note(key: int, *args: object, **settings: object) -> None:
+        by_mover.append(key)
+        start(key, *args, **settings)
+
+    with broken(model):
+        mover._files._replaced += mover._files._files.values()
+        mover._files._files.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(mover, "start", start_and_note)
+            assert say(model.chat(), "Hello") == expected
+    assert by_mover
+
+
+def test_damage_is_named_though_a_run_read_it(store: Path, model: Model) -> None:
+    expected = say(model.chat(), "Hello")
+    loans = model._hierarchy.ram.loans
+    assert loans is not None
+    (path,) = store.glob("experts-*")
+    content = path.read_bytes()
+    num_keys = len(loans.reads._is_checked)
+    records = [model.store.record(*divmod(key, 8)) for key in range(num_keys)]
+    damaged = bytearray(content)
+    for record in records:
+        damaged[record.offset] ^= 1
+    model._hierarchy.ram.mover._checked.clear()
+    for key in range(num_keys):
+        loans.reads._is_checked[key] = 0
+    with path.open("r+b") as file:
+        file.write(damaged)
+    try:
+        with pytest.raises(TransferError, match=r"expert \d of layer \d.*checksum"):
+            say(model.chat(), "Hello")
+    finally:
+        with path.open("r+b") as file:
+            file.write(content)
+    assert say(model.chat(), "Hello") == expected
+
+
+def test_a_run_that_makes_no_progress_is_given_up(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = say(model.chat(), "Hello")
+    model._hierarchy.ram.stall_limit_s = 0.05
+    with monkeypatch.context() as patch:
+        patch.setattr(Ride, "next", lambda self, first: None)
+        with pytest.raises(TransferError, match="did not arrive within"):
+            say(model.chat(), "Hello")
+    model._hierarchy.ram.stall_limit_s = 60
+    assert say(model.chat(), "Hello") == expected
