@@ -18,7 +18,7 @@ from offload_moe.kernels.native import (
     unavailable_reason,
 )
 from offload_moe.kernels.planes import unsupported_reason
-from offload_moe.kernels.reads import DONE, DROPPED, FAILED, MAX_SLOTS, READING, File, Place, Reads, ReadSizes
+from offload_moe.kernels.reads import DONE, DROPPED, FAILED, READING, File, Place, Reads, ReadSizes
 from offload_moe.kernels.residents import Residents
 from offload_moe.kernels.run import (
     ARRIVING,
@@ -42,7 +42,6 @@ __all__ = [
     "FAILED",
     "FETCHED",
     "HIT",
-    "MAX_SLOTS",
     "MAX_TOP_K",
     "MISSING",
     "NEEDS_EXPERTS",

@@ -103,6 +103,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
     loaded.om_reads_open.argtypes, loaded.om_reads_open.restype = [pointer] * 2, pointer
     loaded.om_reads_close.argtypes = [pointer, ctypes.c_double]
     loaded.om_reads_lend.argtypes, loaded.om_reads_lend.restype = [pointer, int32, pointer], None
+    loaded.om_reads_ask_below.argtypes, loaded.om_reads_ask_below.restype = [pointer, int32], None
     loaded.om_reads_demand.argtypes, loaded.om_reads_demand.restype = [pointer, int64], None
     loaded.om_reads_take_back.argtypes = [pointer]
     loaded.om_reads_news.argtypes, loaded.om_reads_news.restype = [pointer, pointer, int64], int64

@@ -10,7 +10,6 @@ from offload_moe.kernels.residents import Residents
 from offload_moe.kernels.structs import FileStruct, NewsStruct, PlaceStruct, ReadsOptionsStruct
 
 READING, DONE, DROPPED, FAILED = range(1, 5)
-MAX_SLOTS = 64  # lent at once
 _NEWS_ROOM = 256
 _CLOSE_LIMIT_S = 5.0  # a thread that is stuck in a dead disk must not keep the process from ending
 _STUCK: list["Reads"] = []  # a thread of theirs may still write to their memory
@@ -54,10 +53,9 @@ class Reads:
         files: Sequence[File],
         places: Sequence[Place],
         sizes: ReadSizes,
-        least_slots: int,
         owner: object = None,
     ) -> None:
-        """places: by key. least_slots: with fewer lent ones left, a ride asks for more. owner: of memory and files."""
+        """places: by key. owner: of memory and files."""
         self._files = (FileStruct * len(files))(
             *(FileStruct(file.pages, file.num_bytes, file.direct, file.cached) for file in files)
         )
@@ -75,14 +73,22 @@ class Reads:
             files=ctypes.addressof(self._files),
             is_checked=self._is_checked.buffer_info()[0],
             num_threads=sizes.num_threads,
-            least_spares=least_slots,
         )
         self.handle = library().om_reads_open(residents.handle, ctypes.addressof(options))
         if not self.handle:
             raise MemoryError("No memory for the threads that read experts.")
 
+    def num_bytes(self, key: int) -> int:
+        """Of the expert's record."""
+        return int(self._places[key].num_bytes)
+
     def lend(self, slot: int) -> None:
+        """No more than 128 at a time."""
         library().om_reads_lend(self.handle, slot, self._residents.address(slot))
+
+    def ask_below(self, least_slots: int) -> None:
+        """With fewer lent slots left a ride asks for more; guesses leave half of so many."""
+        library().om_reads_ask_below(self.handle, least_slots)
 
     def demand(self, key: int) -> None:
         """Somebody waits for the expert if it is on its way: it is not dropped any more."""

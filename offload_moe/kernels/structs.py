@@ -137,7 +137,7 @@ class ReadsOptionsStruct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("num_keys", "part_bytes", "prefetch_part_bytes")),
         *((name, ctypes.c_void_p) for name in ("places", "files", "is_checked")),
-        *((name, ctypes.c_int32) for name in ("num_threads", "least_spares")),
+        ("num_threads", ctypes.c_int32),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from offload_moe import kernels
 from offload_moe.schedule.counters import Counters
-from offload_moe.schedule.loans import Loans, loans_for
+from offload_moe.schedule.loans import Loans
 from offload_moe.schedule.policy import DEFAULT_POLICY, LRU, Policy, make_policy
 from offload_moe.schedule.residency import Lookup, Residency
 from offload_moe.schedule.scheduler import Scheduler
@@ -68,12 +68,11 @@ class Hierarchy:
         """What native runs fetch experts with; None where they have to ask for each."""
         mover, residents = self.ram.mover, self.residents
         if self.ram.loans is None and residents is not None and isinstance(mover, DiskMover):
-            least_slots = loans_for(self.ram.residency.num_slots) // 2
             try:
-                reads = mover.native_reads(residents, self._num_keys, least_slots)
+                reads = mover.native_reads(residents, self._num_keys)
             except OSError:
                 return None  # the mover will say what is wrong with the file, once an expert is wanted
-            self.ram.loans = Loans(self.ram, reads, self.pools.slot_bytes)
+            self.ram.loans = Loans(self.ram, reads)
         return self.ram.loans
 
     @property

@@ -5,7 +5,7 @@ A run decides only what it fetches, never what is evicted for it: that is done w
 
 from typing import TYPE_CHECKING
 
-from offload_moe.kernels import DONE, FAILED, MAX_SLOTS, READING, Reads
+from offload_moe.kernels import DONE, FAILED, READING, Reads
 
 if TYPE_CHECKING:
     from offload_moe.schedule.scheduler import Scheduler
@@ -17,16 +17,15 @@ HEAR_S = 0.002  # how often one who waits for a run's read asks whether it is do
 
 def loans_for(num_slots: int) -> int:
     """How many slots of a pool are lent at a time."""
-    return max(1, min(MOST_LOANS, MAX_SLOTS, num_slots // SLOTS_PER_LOAN))
+    return max(1, min(MOST_LOANS, num_slots // SLOTS_PER_LOAN))
 
 
 class Loans:
     """Of one tier, which computes where it lies."""
 
-    def __init__(self, scheduler: "Scheduler", reads: Reads, slot_bytes: int) -> None:
+    def __init__(self, scheduler: "Scheduler", reads: Reads) -> None:
         self.reads = reads
         self._scheduler = scheduler
-        self._slot_bytes = slot_bytes
         self._num_reading = 0
 
     @property
@@ -40,11 +39,10 @@ class Loans:
         with scheduler.changed:
             self.hear()
             residency = scheduler.residency
-            while residency.num_lent < loans_for(residency.num_slots):
-                slot = residency.lend(may_evict=may_evict)
-                if slot is None:
-                    break
+            num_wanted = loans_for(residency.num_slots)
+            while residency.num_lent < num_wanted and (slot := residency.lend(may_evict=may_evict)) is not None:
                 self.reads.lend(slot)
+            self.reads.ask_below(num_wanted // 2 if residency.num_lent == num_wanted else 0)  # as there are no more
             scheduler.counters.num_evictions = residency.num_evictions
 
     def take_back(self) -> None:
@@ -76,7 +74,7 @@ class Loans:
             has_changed = True
             if news.state == DONE:
                 residency.loaded(slot)
-                counters.disk_bytes += self._slot_bytes
+                counters.disk_bytes += self.reads.num_bytes(key)
             elif news.state == FAILED:
                 scheduler.read_again(key, slot)
             else:

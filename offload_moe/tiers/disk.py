@@ -59,7 +59,7 @@ class DiskMover:
     def used(self, slots: Sequence[int]) -> None:
         """Compute on the CPU is finished when it returns: nothing to wait for."""
 
-    def native_reads(self, residents: Residents, num_keys: int, least_slots: int) -> Reads:
+    def native_reads(self, residents: Residents, num_keys: int) -> Reads:
         """Reads of the same records into the same arena that native runs begin by themselves."""
         records = [self._record_of(key) for key in range(num_keys)]
         paths = list(dict.fromkeys(record.path for record in records))
@@ -78,7 +78,7 @@ class DiskMover:
             part_bytes=PART_BYTES,
             prefetch_part_bytes=PREFETCH_PART_BYTES,
         )
-        return Reads(residents, files, places, sizes, least_slots, owner=(self._arena, self._files))
+        return Reads(residents, files, places, sizes, owner=(self._arena, self._files))
 
     def close(self) -> None:
         if self._workers.close():  # a thread that is still reading needs its file

@@ -45,7 +45,8 @@ class Disk:
         sizes = kernels.ReadSizes(
             num_threads=num_threads, part_bytes=self.part_bytes, prefetch_part_bytes=self.part_bytes
         )
-        reads = kernels.Reads(run.residents, [file.native()], places, sizes, least_slots)
+        reads = kernels.Reads(run.residents, [file.native()], places, sizes)
+        reads.ask_below(least_slots)
         for slot in range(num_lent):
             reads.lend(slot)
         yield reads

@@ -34,7 +34,7 @@ typedef struct {
     uint8_t *record;
     int64_t key, sequence, next; /* next: the first byte that is not asked for yet */
     int32_t slot, num_running;
-    uint8_t state, is_prefetch, was_prefetch, is_told, is_wrong, has_failed;
+    uint8_t state, is_prefetch, was_prefetch, is_told, is_wrong, is_checked, has_failed; /* is_checked: or being so */
 } om_fetch;
 
 /* What the other side is told: a fetch has begun (READING), its expert is resident (DONE), its slot is lent again (DROPPED), or
@@ -49,7 +49,7 @@ typedef struct {
     const om_place *places; /* by key */
     om_file *files;
     uint8_t *is_checked; /* by key: whether its checksum was compared */
-    int32_t num_threads, least_spares;
+    int32_t num_threads;
 } om_reads_options;
 
 struct om_reads {
@@ -58,7 +58,7 @@ struct om_reads {
     pthread_cond_t work, ended;
     om_fetch fetches[MAX_FETCHES];
     int64_t num_fetched;
-    int32_t num_threads, num_prefetching, num_spares, is_closed;
+    int32_t num_threads, num_prefetching, num_spares, least_spares, is_closed;
     struct {
         uint8_t *record;
         int32_t slot;
@@ -67,7 +67,7 @@ struct om_reads {
 
 static int64_t bytes_of(const om_reads *reads, const om_fetch *fetch) { return reads->options.places[fetch->key].num_bytes; }
 
-int om_reads_are_short(const om_reads *reads) { return reads->num_spares < reads->options.least_spares; }
+int om_reads_are_short(const om_reads *reads) { return reads->num_spares < reads->least_spares; }
 
 static void give_spare(om_reads *reads, int32_t slot, uint8_t *record) {
     reads->spares[reads->num_spares].slot = slot;
@@ -76,7 +76,7 @@ static void give_spare(om_reads *reads, int32_t slot, uint8_t *record) {
 
 int om_reads_fetch(om_reads *reads, int64_t key, int is_prefetch) {
     /* the last spares are for what is demanded */
-    if (reads->num_spares <= (is_prefetch ? reads->options.least_spares / 2 : 0)) return 0;
+    if (reads->num_spares <= (is_prefetch ? reads->least_spares / 2 : 0)) return 0;
     for (int at = 0; at < MAX_FETCHES; at++) {
         om_fetch *fetch = reads->fetches + at;
         if (fetch->state != NOTHING) continue;
@@ -127,7 +127,7 @@ void om_reads_drop_wrong(om_reads *reads, int64_t end, const int64_t *keys, int6
         for (int64_t k = 0; k < num_keys; k++) is_wanted |= keys[k] == fetch->key;
         if (is_wanted) continue;
         fetch->is_wrong = 1;
-        if (fetch->num_running == 0) drop(reads, fetch);
+        if (fetch->num_running == 0 && !fetch->is_checked) drop(reads, fetch);
     }
 }
 
@@ -179,12 +179,11 @@ static om_fetch *pick(om_reads *reads) {
 /* The last part has ended (lock held, but let go while the checksum is made). */
 static void finish(om_reads *reads, om_fetch *fetch) {
     const om_place *place = reads->options.places + fetch->key;
+    fetch->is_checked = 1;
     if (!fetch->has_failed && !reads->options.is_checked[fetch->key]) {
-        fetch->num_running = 1; /* nobody may drop it */
         pthread_mutex_unlock(&reads->residents->lock);
         const int is_right = om_crc32(fetch->record, place->num_bytes, 0) == place->checksum;
         pthread_mutex_lock(&reads->residents->lock);
-        fetch->num_running = 0;
         reads->options.is_checked[fetch->key] = (uint8_t)is_right;
         fetch->has_failed = !is_right;
     }
@@ -270,6 +269,13 @@ OM_EXPORT int om_reads_close(om_reads *reads, double limit_s) {
 OM_EXPORT void om_reads_lend(om_reads *reads, int32_t slot, uint8_t *record) {
     pthread_mutex_lock(&reads->residents->lock);
     give_spare(reads, slot, record);
+    pthread_mutex_unlock(&reads->residents->lock);
+}
+
+/* Rides ask for slots when fewer than these are left; until the next call. */
+OM_EXPORT void om_reads_ask_below(om_reads *reads, int32_t least_spares) {
+    pthread_mutex_lock(&reads->residents->lock);
+    reads->least_spares = least_spares;
     pthread_mutex_unlock(&reads->residents->lock);
 }
 
