@@ -13,6 +13,7 @@ class Residents:
         """addresses: of the slots' records, live."""
         self._addresses = addresses
         self._records, self._leases = array("Q", bytes(8 * num_keys)), array("i", bytes(4 * num_keys))
+        self._num_holds = 0
         native = library()
         self._claim, self._publish = native.om_residents_claim, native.om_residents_publish
         self._withdraw, self._close = native.om_residents_withdraw, native.om_residents_close
@@ -34,7 +35,14 @@ class Residents:
         self._publish(self.handle, key, self._addresses[slot])
 
     def withdraw(self, key: int) -> bool:
-        return bool(self._withdraw(self.handle, key))
+        return not self._num_holds and bool(self._withdraw(self.handle, key))
 
     def is_leased(self, key: int) -> bool:
-        return self._leases[key] > 0
+        return self._num_holds > 0 or self._leases[key] > 0
+
+    def hold_all(self) -> None:
+        """Nothing is withdrawn until `let_go_all`. Under the lock that whoever withdraws holds."""
+        self._num_holds += 1
+
+    def let_go_all(self) -> None:
+        self._num_holds -= 1

@@ -142,8 +142,10 @@ class LayerRun:
     def _ride(self, token: kernels.RunToken) -> None:
         """Through all layers, and account for them in their order."""
         account = _Account(began=time.perf_counter(), marks=[mark(self._scheduler)])
-        if self._hierarchy.has_every_expert:
-            self._kernel.pass_through(token, self._residents)
+        with self._hierarchy.every_expert() as are_here:
+            if are_here:
+                self._kernel.pass_through(token, self._residents)
+        if are_here:
             self._note_passed(token, 0, len(self._steps), account)
         else:
             self._ride_along(token, account)

@@ -85,10 +85,21 @@ class Hierarchy:
         """Whether the fast tier has a slot for each: then nothing is ever evicted."""
         return self._is_whole(self.scheduler.residency.num_slots)
 
-    @property
-    def has_every_expert(self) -> bool:
-        """Whether each is resident in the fast tier, for good."""
-        return self.holds_every_expert and self.scheduler.residency.num_resident == self._num_keys
+    @contextmanager
+    def every_expert(self) -> Iterator[bool]:
+        """Whether each is resident in the fast tier; then they stay as long as the context lasts."""
+        assert self.residents is not None
+        with self.scheduler.changed:
+            are_here = self.scheduler.residency.num_resident == self._num_keys
+            if are_here:
+                self.residents.hold_all()
+        try:
+            yield are_here
+        finally:
+            if are_here:
+                with self.scheduler.changed:
+                    self.residents.let_go_all()
+                    self.scheduler.changed.notify_all()
 
     @property
     def _num_keys(self) -> int:

@@ -1,6 +1,7 @@
 """Rows of layers done at once: the same tokens, counters and traces as layer by layer, and only where nobody looks."""
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -296,6 +297,34 @@ def test_what_others_bring_meanwhile_takes_nothing_from_a_run(
             others.join()
         assert num_runs
         assert num_started[0] > 3 * NUM_NEW
+
+
+def test_a_pool_that_holds_every_expert_shrinks_between_tokens_only(
+    stores: dict[str, Path], num_runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody gives memory back while a token passes: he waits for it, and the tokens are the same."""
+    started, shrinkers = threading.Event(), []
+    pass_through = kernels_run.RunKernel.pass_through
+
+    def and_shrink(self: kernels_run.RunKernel, *args: Any) -> None:
+        if not started.is_set():
+            started.set()
+            shrinkers.append(threading.Thread(target=model._hierarchy.resize, args=["ram", 12]))
+            shrinkers[0].start()
+            time.sleep(0.05)
+            assert model._hierarchy.num_slots("ram") == NUM_LAYERS * model.store.num_experts
+        pass_through(self, *args)
+
+    with open_model(stores["qwen3_moe"]) as model:
+        expected = logits(model)
+        for layer in range(NUM_LAYERS):
+            with model._hierarchy.scheduler.acquire(layer, range(model.store.num_experts)) as lease:
+                lease.bring()
+        monkeypatch.setattr(kernels_run.RunKernel, "pass_through", and_shrink)
+        assert torch.equal(logits(model), expected)
+        shrinkers[0].join()
+        assert model._hierarchy.num_slots("ram") == 12
+        assert torch.equal(logits(model), expected)
 
 
 def test_a_stop_within_a_token_is_heard(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

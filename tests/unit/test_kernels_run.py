@@ -184,7 +184,7 @@ def test_what_is_missing_is_asked_for_once_and_waited_for(name: str, num_missing
     assert torch.equal(run.token.x, whole.token.x)
     assert run.token.found[1].tolist() == [kernels.MISSING if key in absent else kernels.HIT for key in whole.chosen(1)]
     assert run.token.stalls[0] == 0
-    assert (run.token.stalls[1:] > 0.002).all()
+    assert (run.token.stalls[1:] > 0).all()
 
 
 def test_what_a_run_computes_with_cannot_be_withdrawn() -> None:
