@@ -224,10 +224,15 @@ class Residency:
         self._state[slot] = SlotState.LOADING
 
     def _evict_one(self, keep: Collection[int]) -> bool:
-        spared = (lambda key: key in keep or self._must_stay(key)) if keep else self._must_stay
-        while (victim := self.policy.victim(spared)) is not None:
+        refused: set[int] = set()  # leased in the lookup since they were chosen
+
+        def is_spared(key: int) -> bool:
+            return key in keep or key in refused or self._must_stay(key)
+
+        while (victim := self.policy.victim(is_spared)) is not None:
             if self._evict(self._slot_of[victim]):
                 return True
+            refused.add(victim)
         return False
 
     def _evict(self, slot: int) -> bool:
