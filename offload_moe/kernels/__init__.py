@@ -18,7 +18,7 @@ from offload_moe.kernels.native import (
     unavailable_reason,
 )
 from offload_moe.kernels.planes import unsupported_reason
-from offload_moe.kernels.reads import DONE, DROPPED, FAILED, READING, File, Place, Reads, ReadSizes
+from offload_moe.kernels.reads import DONE, DROPPED, FAILED, READING, Reads, ReadSizes
 from offload_moe.kernels.residents import Residents
 from offload_moe.kernels.run import (
     ARRIVING,
@@ -34,6 +34,7 @@ from offload_moe.kernels.run import (
     RunToken,
     SharedKernel,
 )
+from offload_moe.kernels.structs import FileStruct, PlaceStruct
 
 __all__ = [
     "ARRIVING",
@@ -49,13 +50,13 @@ __all__ = [
     "READING",
     "AttentionKernel",
     "ExpertKernel",
-    "File",
+    "FileStruct",
     "HeadNorm",
     "LayerKernel",
     "Linear",
     "LinearKernel",
     "NormKernel",
-    "Place",
+    "PlaceStruct",
     "ReadSizes",
     "Reads",
     "Residents",

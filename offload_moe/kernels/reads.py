@@ -16,26 +16,6 @@ _STUCK: list["Reads"] = []  # a thread of theirs may still write to their memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class File:
-    """An open file of records. direct: -1 where it cannot be read around the page cache. pages: its mapping, or 0."""
-
-    direct: int
-    cached: int
-    pages: int
-    num_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where the record of an expert lies. file: which one."""
-
-    file: int
-    offset: int
-    num_bytes: int
-    checksum: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ReadSizes:
     """Threads that read, and bytes that each of them reads at once."""
 
@@ -50,23 +30,18 @@ class Reads:
     def __init__(
         self,
         residents: Residents,
-        files: Sequence[File],
-        places: Sequence[Place],
+        files: Sequence[FileStruct],
+        places: Sequence[PlaceStruct],
         sizes: ReadSizes,
         owner: object = None,
     ) -> None:
         """places: by key. owner: of memory and files."""
-        self._files = (FileStruct * len(files))(
-            *(FileStruct(file.pages, file.num_bytes, file.direct, file.cached) for file in files)
-        )
-        self._places = (PlaceStruct * len(places))(
-            *(PlaceStruct(place.offset, place.num_bytes, place.file, place.checksum) for place in places)
-        )
+        self._files = (FileStruct * len(files))(*files)
+        self._places = (PlaceStruct * len(places))(*places)
         self._is_checked = array("B", bytes(len(places)))
         self._news = (NewsStruct * _NEWS_ROOM)()
         self._residents, self._owner = residents, owner
         options = ReadsOptionsStruct(
-            num_keys=len(places),
             part_bytes=sizes.part_bytes,
             prefetch_part_bytes=sizes.prefetch_part_bytes,
             places=ctypes.addressof(self._places),

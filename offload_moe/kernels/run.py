@@ -1,4 +1,4 @@
-"""Decode steps of consecutive decoder layers on a native thread, which asks for the experts it lacks.
+"""Decode steps of consecutive decoder layers on a native thread, which fetches the experts it lacks or asks for them.
 
 H hidden, E experts per layer, K top-k, L layers of the run.
 """

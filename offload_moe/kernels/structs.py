@@ -112,7 +112,7 @@ class RunTokenStruct(ctypes.Structure):
 
 
 class PlaceStruct(ctypes.Structure):
-    """`om_place`."""
+    """`om_place`: where the record of an expert lies, and in which of the files."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("offset", "num_bytes")),
@@ -122,7 +122,7 @@ class PlaceStruct(ctypes.Structure):
 
 
 class FileStruct(ctypes.Structure):
-    """`om_file`."""
+    """`om_file`. direct: -1 where it cannot be read around the page cache. pages: its mapping, or 0."""
 
     _fields_ = (
         ("pages", ctypes.c_void_p),
@@ -135,7 +135,7 @@ class ReadsOptionsStruct(ctypes.Structure):
     """`om_reads_options`."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("num_keys", "part_bytes", "prefetch_part_bytes")),
+        *((name, ctypes.c_int64) for name in ("part_bytes", "prefetch_part_bytes")),
         *((name, ctypes.c_void_p) for name in ("places", "files", "is_checked")),
         ("num_threads", ctypes.c_int32),
     )

@@ -123,11 +123,9 @@ class Lookahead:
         """
         self._note(layer, experts)
         for ahead, (guessed, states) in enumerate(zip(guesses, found, strict=True), layer + 1):
-            if ahead == layer + 1:
-                self._guesses[ahead] = guessed
             absent = [(rank, guessed[rank]) for rank, state in enumerate(states) if state in (MISSING, FETCHED)]
             fetched = [guessed[rank] for rank, state in enumerate(states) if state == FETCHED]
-            self._absent.setdefault(ahead, {})[ahead - layer] = _Absent(absent, fetched)
+            self._keep_guess(layer, ahead, guessed, _Absent(absent, fetched))
 
     def _note(self, layer: int, experts: Sequence[int]) -> None:
         """What a layer's router chose for one token."""
@@ -179,12 +177,15 @@ class Lookahead:
     def _note_guess(self, layer: int, ahead: int, guessed: list[int], num_ranks: int) -> None:
         """Keep a guess until it can be judged. num_ranks: the likeliest of it are fetched where they are absent."""
         depth = ahead - layer
-        if depth == 1:
-            self._guesses[ahead] = guessed
         tier = self._scheduler if depth <= self._depth or self._ram is None else self._ram
         absent = [(rank, expert) for rank, expert in enumerate(guessed) if not tier.is_known(ahead, expert)]
         fetched = [expert for rank, expert in absent if rank < num_ranks]
-        self._absent.setdefault(ahead, {})[depth] = _Absent(absent, fetched)
+        self._keep_guess(layer, ahead, guessed, _Absent(absent, fetched))
+
+    def _keep_guess(self, layer: int, ahead: int, guessed: list[int], absent: _Absent) -> None:
+        if ahead == layer + 1:
+            self._guesses[ahead] = guessed
+        self._absent.setdefault(ahead, {})[ahead - layer] = absent
 
     def _bring(self, layer: int, experts: Sequence[int], keep: set[int], *, to_device: bool = True) -> None:
         """What is on disk comes to RAM first, so that no copy to the device waits for a read nobody demanded."""

@@ -19,20 +19,29 @@ def mark(scheduler: "Scheduler") -> Mark:
     return scheduler.counters.num_useful_prefetches, scheduler.counters.disk_bytes
 
 
-def note_hits(scheduler: "Scheduler", layer: int, keys: Sequence[int]) -> None:
-    """One acquire whose experts are all here."""
+def note_layer(
+    scheduler: "Scheduler",
+    layer: int,
+    keys: Sequence[int],
+    arriving: Sequence[int] = (),
+    missing: Sequence[int] = (),
+) -> None:
+    """One acquire. arriving, missing: experts that were on their way, or absent; all others were here."""
     scheduler.drop_wrong_guesses(layer, keys)
     scheduler.residency.policy.access(layer, keys)
     scheduler.uses.note(keys)
     if scheduler.unproven:
+        first = layer * scheduler.num_experts
         for key in keys:
-            scheduler.demanded(key, is_here=True)
+            scheduler.demanded(key, is_here=key - first not in missing)
     counters = scheduler.counters
     counters.num_acquires += 1
     counters.num_waves += 1
-    counters.num_hits += len(keys)
+    counters.num_hits += len(keys) - len(missing) - len(arriving)
+    counters.num_delayed_hits += len(arriving)
+    counters.num_misses += len(missing)
     if scheduler.observer is not None:
-        scheduler.observer.acquired(layer, [], [])
+        scheduler.observer.acquired(layer, [*arriving], [*missing])
 
 
 def note_passed(
@@ -47,30 +56,9 @@ def note_passed(
         scheduler.hear()
         for number, (chosen, states) in enumerate(zip(experts, found, strict=True), layer):
             first = number * scheduler.num_experts
-            if any(states):
-                _note_fetched(scheduler, number, [first + expert for expert in chosen], states)
-            else:
-                note_hits(scheduler, number, [first + expert for expert in chosen])
+            arriving = [expert for expert, how in zip(chosen, states, strict=True) if how == ARRIVING]
+            missing = [expert for expert, how in zip(chosen, states, strict=True) if how == MISSING]
+            note_layer(scheduler, number, [first + expert for expert in chosen], arriving, missing)
             marks.append(mark(scheduler))
         scheduler.changed.notify_all()
     return marks
-
-
-def _note_fetched(scheduler: "Scheduler", layer: int, keys: Sequence[int], found: Sequence[int]) -> None:
-    """One acquire, some of whose experts a run had fetched or was fetching."""
-    scheduler.drop_wrong_guesses(layer, keys)
-    scheduler.residency.policy.access(layer, keys)
-    scheduler.uses.note(keys)
-    for key, how in zip(keys, found, strict=True):
-        scheduler.demanded(key, is_here=how != MISSING)
-    first = layer * scheduler.num_experts
-    arriving = [key - first for key, how in zip(keys, found, strict=True) if how == ARRIVING]
-    missing = [key - first for key, how in zip(keys, found, strict=True) if how == MISSING]
-    counters = scheduler.counters
-    counters.num_acquires += 1
-    counters.num_waves += 1
-    counters.num_hits += len(keys) - len(missing) - len(arriving)
-    counters.num_delayed_hits += len(arriving)
-    counters.num_misses += len(missing)
-    if scheduler.observer is not None:
-        scheduler.observer.acquired(layer, arriving, missing)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from offload_moe.errors import TransferError
-from offload_moe.schedule.accounts import note_hits
+from offload_moe.schedule.accounts import note_layer
 from offload_moe.schedule.counters import Counters
 from offload_moe.schedule.lease import Lease
 from offload_moe.schedule.loans import Loans
@@ -101,7 +101,7 @@ class Scheduler:
             self.hear()
             slots = self.residency.lease_all(keys)
             if slots is not None:
-                note_hits(self, layer, keys)
+                note_layer(self, layer, keys)
         return slots
 
     def let_go(self, slots: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from offload_moe.errors import TransferError
-from offload_moe.kernels import Place, Reads, ReadSizes, Residents, crc32
+from offload_moe.kernels import PlaceStruct, Reads, ReadSizes, Residents, crc32
 from offload_moe.store import Record
 from offload_moe.tiers.arena import Arena
 from offload_moe.tiers.mover import Arrived
@@ -64,7 +64,7 @@ class DiskMover:
         records = [self._record_of(key) for key in range(num_keys)]
         paths = list(dict.fromkeys(record.path for record in records))
         places = [
-            Place(
+            PlaceStruct(
                 file=paths.index(record.path),
                 offset=record.offset,
                 num_bytes=record.num_bytes,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from offload_moe.kernels import File
+from offload_moe.kernels import FileStruct
 from offload_moe.quant.layout import RECORD_ALIGNMENT, round_up
 from offload_moe.store.positioned import open_for_reading, read_at
 
@@ -58,11 +58,11 @@ class RecordFile:
                 self._say_buffered(f"direct reads are refused ({error.strerror})")
         return self._fill(self._cached, buffer, offset)
 
-    def native(self) -> File:
+    def native(self) -> FileStruct:
         """For reads by native threads; valid until `close`."""
         pages = self._pages.address if self._pages is not None else 0
         direct = -1 if self._direct is None else self._direct
-        return File(direct=direct, cached=self._cached, pages=pages, num_bytes=self.identity[2])
+        return FileStruct(direct=direct, cached=self._cached, pages=pages, num_bytes=self.identity[2])
 
     def close(self) -> None:
         os.close(self._cached)

@@ -8,14 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from support.chat import byte_tokenizer, chat_model
+from support.chat import chat_store, say
 
 from offload_moe import load
-from offload_moe.chat import ChatSession
 from offload_moe.errors import TransferError
 from offload_moe.model import Model
-from offload_moe.quantize import quantize
 from offload_moe.store import Store
 from offload_moe.tiers import disk
 
@@ -25,11 +22,7 @@ Preadv = Callable[[int, list[memoryview], int], int]
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("store")
-    model = chat_model("qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16)
-    model.to(torch.bfloat16).save_pretrained(root / "model")
-    byte_tokenizer().save_pretrained(root / "model")
-    return quantize(root / "model", root / "store")
+    return chat_store(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture
@@ -41,10 +34,6 @@ def model(store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
     with load(store, ram=ram, prefetch=0) as model:
         assert model._hierarchy.ram.residency.num_slots == NUM_SLOTS
         yield model
-
-
-def say(session: ChatSession, text: str) -> str:
-    return "".join(piece.text for piece in session.send(text, temperature=0, max_new_tokens=12))
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, spoiled: Callable[[Preadv], Preadv], after: int = 20) -> threading.Event:

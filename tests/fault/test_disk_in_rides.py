@@ -6,17 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
-from support.chat import byte_tokenizer, chat_model
+from support.chat import chat_store, say
 from support.kernels import needs_kernels
 
 from offload_moe import load
-from offload_moe.chat import ChatSession
 from offload_moe.errors import TransferError
 from offload_moe.kernels import Ride
 from offload_moe.lean.run import LayerRun
 from offload_moe.model import Model
-from offload_moe.quantize import quantize
 from offload_moe.tiers import disk
 
 pytestmark = needs_kernels
@@ -26,11 +23,7 @@ NAMED = r"expert \d of layer \d .*experts-00001.safetensors at offset \d+"
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("store")
-    model = chat_model("qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16)
-    model.to(torch.bfloat16).save_pretrained(root / "model")
-    byte_tokenizer().save_pretrained(root / "model")
-    return quantize(root / "model", root / "store")
+    return chat_store(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture
@@ -46,10 +39,6 @@ def model(store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
         residency = model._hierarchy.ram.residency
         assert residency.num_lent == 0
         assert not any(residency.num_leases(slot) for slot in range(NUM_SLOTS))
-
-
-def say(session: ChatSession, text: str) -> str:
-    return "".join(piece.text for piece in session.send(text, temperature=0, max_new_tokens=12))
 
 
 @contextmanager

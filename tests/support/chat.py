@@ -1,8 +1,13 @@
 """A byte-level tokenizer with a ChatML template, and tiny models that speak its vocabulary."""
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from offload_moe.chat import ChatSession
+from offload_moe.quantize import quantize
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -86,3 +91,16 @@ class Scripted:
 
 def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def chat_store(folder: Path) -> Path:
+    """A store of a tiny Qwen3-MoE with eight experts per layer, two of them chosen, that can be chatted with."""
+    model = chat_model("qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16)
+    model.to(torch.bfloat16).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    return quantize(folder / "model", folder / "store")
+
+
+def say(session: ChatSession, text: str) -> str:
+    """The greedy answer, cut short."""
+    return "".join(piece.text for piece in session.send(text, temperature=0, max_new_tokens=12))

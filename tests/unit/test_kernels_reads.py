@@ -39,7 +39,9 @@ class Disk:
     def reads(self, run: Run, num_lent: int, least_slots: int = 0, num_threads: int = 2) -> Iterator[kernels.Reads]:
         file = RecordFile(self.path)
         places = [
-            kernels.Place(file=0, offset=key * self.num_bytes, num_bytes=self.num_bytes, checksum=self.checksums[key])
+            kernels.PlaceStruct(
+                file=0, offset=key * self.num_bytes, num_bytes=self.num_bytes, checksum=self.checksums[key]
+            )
             for key in range(NUM_KEYS)
         ]
         sizes = kernels.ReadSizes(

@@ -45,7 +45,7 @@ typedef struct {
 } om_news;
 
 typedef struct {
-    int64_t num_keys, part_bytes, prefetch_part_bytes;
+    int64_t part_bytes, prefetch_part_bytes;
     const om_place *places; /* by key */
     om_file *files;
     uint8_t *is_checked; /* by key: whether its checksum was compared */
