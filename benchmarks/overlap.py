@@ -276,20 +276,50 @@ class SameRecord:
 
 
 def silent_link(bytes_per_s: float) -> Any:
-    """A simulated copier whose link takes the time of every byte and moves none, and whose sleeps do not add up."""
+    """A simulated copier whose link takes the time of every byte, and neither moves one nor needs a thread for it."""
     from offload_moe.tiers.simulated import SimulatedCopier
 
-    class SilentLink(SimulatedCopier):
+    class TimedStream:
+        """Copies one behind the other; `free_at` is when the last one is done."""
+
+        stream_id = 1
         free_at = 0.0
 
+        def wait_event(self, event: "TimedEvent") -> None: ...  # of compute that was done when its call returned
+
+        def close(self) -> None: ...
+
+        def __enter__(self) -> "TimedStream":
+            return self
+
+        def __exit__(self, *exception: object) -> None: ...
+
+    class TimedEvent:
+        at = 0.0
+
+        def record(self, stream: Any) -> None:
+            self.at = getattr(stream, "free_at", 0.0)
+
+        def synchronize(self, limit_s: float | None = None) -> None:
+            while (left := self.at - time.perf_counter()) > 0:
+                time.sleep(left)
+
+    class SilentLink(SimulatedCopier):
+        def new_stream(self) -> Any:
+            return TimedStream()
+
+        def new_event(self) -> Any:
+            return TimedEvent()
+
         def issue_copy(self, source: Any, destination: Any) -> None:
-            issued = time.perf_counter()
+            self._stream.free_at = max(time.perf_counter(), self._stream.free_at) + source.numel() / bytes_per_s
 
-            def transfer() -> None:
-                self.free_at = max(issued, self.free_at) + source.numel() / bytes_per_s
-                time.sleep(max(0.0, self.free_at - time.perf_counter()))
+        def follow(self, copied: Any, limit_s: float) -> bool:
+            copied.wait()
+            return True
 
-            self.current_stream().issue(transfer)
+        def close(self) -> None:
+            self.compute.close()
 
     return SilentLink()
 

@@ -87,6 +87,7 @@ class BoundExperts:
             result = self._one_token(self.arithmetic, hidden, top_k_index, top_k_weights)
             if result is not None:
                 return result
+        self.scheduler.settle()
         routing = group_by_expert(top_k_index, self._num_experts)
         num_tokens = len(hidden)
         with self.scheduler.acquire(self.layer, routing.experts, routing.shares(num_tokens), num_tokens) as lease:

@@ -6,6 +6,7 @@ results are added as always, by ascending expert, so they differ from the device
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -49,6 +50,8 @@ class HybridExperts(BoundExperts):
         self._balance = balance
 
     def _compute(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        self.scheduler.settle()
+        self._balance.finish()
         if len(hidden) > MAX_TOKENS:
             return super()._compute(hidden, top_k_index, top_k_weights)
         on_host = hidden.to("cpu", non_blocking=True)  # issued before the ids: the wait for them covers both
@@ -72,8 +75,7 @@ class HybridExperts(BoundExperts):
             for wave in waves:
                 layer.add_wave(wave)
         if split.on_cpu:
-            self._note(split, began)
-            self._bring_later(split.on_cpu, routing.experts)
+            self._balance.unfinished = partial(self._finish, split, began, routing.experts)
         return layer.value()
 
     def _split(self, experts: Sequence[int]) -> Split:
@@ -104,21 +106,18 @@ class HybridExperts(BoundExperts):
         counters.cpu_s += time.perf_counter() - began
         counters.cpu_predicted_s += split.cpu_s
 
-    def _note(self, split: Split, began: float) -> None:
-        if split.copied:
-            counters = self.scheduler.counters
-            counters.link_s += max(0.0, self._hierarchy.link.last_arrival - began)
-            counters.link_predicted_s += split.link_s
-
-    def _bring_later(self, computed: Sequence[int], experts: Sequence[int]) -> None:
-        """While the link is idle, bring one of the experts that the CPU computed, as a copied miss would have come.
+    def _finish(self, split: Split, began: float, experts: Sequence[int]) -> None:
+        """Count what the copies took, and bring one of the experts that the CPU computed, as a copied miss would come.
 
         One at a time, and behind whatever is demanded: the next layer's misses should not wait for it.
         """
         scheduler, first = self.scheduler, self.layer * self._num_experts
+        if split.copied:
+            scheduler.counters.link_s += max(0.0, self._hierarchy.link.last_demanded_arrival - began)
+            scheduler.counters.link_predicted_s += split.link_s
         with scheduler.changed:
             if self._hierarchy.link.busy_s() == 0.0:
-                absent = (first + expert for expert in computed if not scheduler.is_known(self.layer, expert))
+                absent = (first + expert for expert in split.on_cpu if not scheduler.is_known(self.layer, expert))
                 if (key := next(absent, None)) is not None:
                     scheduler.start(key, [first + expert for expert in experts], is_prefetch=True)
 

@@ -12,6 +12,7 @@ from offload_moe import kernels
 from offload_moe.schedule.counters import Counters
 from offload_moe.schedule.loans import Loans
 from offload_moe.schedule.policy import DEFAULT_POLICY, LRU, Policy, make_policy
+from offload_moe.schedule.records import RamRecords
 from offload_moe.schedule.residency import Lookup, Residency
 from offload_moe.schedule.scheduler import Scheduler
 from offload_moe.tiers.arena import CHUNK_BYTES, Arena, whole_chunks
@@ -58,8 +59,10 @@ class Hierarchy:
             self._device_slots = DeviceSlots(
                 self._copier, pools.num_device_slots, self.arena.slot_bytes, pools.chunk_bytes
             )
-            self._device_mover = DeviceMover(self._copier, self._device_slots, self._borrow)
+            records = RamRecords(self.ram, self.arena)
+            self._device_mover = DeviceMover(self._copier, self._device_slots, records)
             self.scheduler = self._scheduler(pools.num_device_slots, self._device_mover, "h2d_bytes")
+            self.scheduler.flights = self._device_mover.flights
             self.ram.count_bytes_in(self.scheduler.counters)
             self.ram.is_asked_by_layer = False  # but for one expert at a time, by the device's loaders
             self.record_of = self._device_slots.slot
@@ -186,11 +189,3 @@ class Hierarchy:
 
     def _is_whole(self, num_slots: int) -> bool:
         return num_slots >= self._num_keys
-
-    @contextmanager
-    def _borrow(self, key: int) -> Iterator[Tensor]:
-        """Lease one record in RAM for as long as the context lasts."""
-        layer, expert = divmod(key, self.pools.num_experts)
-        with self.ram.acquire(layer, [expert]) as lease:
-            for ((_, slot),) in lease:
-                yield self.arena.slot(slot)

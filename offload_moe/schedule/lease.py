@@ -78,17 +78,48 @@ class Lease:
 
     def _next_wave(self, *, may_wait: bool = True) -> Wave:
         scheduler = self._scheduler
-        with scheduler.changed:
-            self._release_held_to_mover()
-            held, self._held = self._held, []
-            scheduler.release([slot for _, slot in held])
-            self._admit()
-            self._collect()
-            if may_wait and not self._ready and (self._loading or self._absent):
-                scheduler.counters.stall_s += self._wait()
-            self._held, self._ready = self._next_half() if self._absent and not self._loading else (self._ready, [])
-            scheduler.counters.num_waves += bool(self._held)
-            return self._held
+        while True:
+            with scheduler.changed:
+                self._release_held_to_mover()
+                held, self._held = self._held, []
+                scheduler.release([slot for _, slot in held])
+                self._admit()
+                self._collect()
+                if may_wait and not self._ready and (self._loading or self._absent):
+                    scheduler.counters.stall_s += self._wait()
+                followed = self._first_flying() if may_wait and not self._ready else None
+                if followed is None:
+                    return self._take_ready()
+            if self._follow(followed):
+                with scheduler.changed:
+                    self._loading.remove(followed)
+                    self._ready.append(followed)
+                    self._collect()
+                    return self._take_ready()
+
+    def _take_ready(self) -> Wave:
+        """What is ready is held from now on (lock held)."""
+        self._held, self._ready = self._next_half() if self._absent and not self._loading else (self._ready, [])
+        self._scheduler.counters.num_waves += bool(self._held)
+        return self._held
+
+    def _first_flying(self) -> tuple[int, int] | None:
+        """The one of ours that the link brings first (lock held): compute can follow its copy."""
+        flights = self._scheduler.flights
+        slot = flights.first(slot for _, slot in self._loading) if flights is not None else None
+        return next((entry for entry in self._loading if entry[1] == slot), None)
+
+    def _follow(self, entry: tuple[int, int]) -> bool:
+        """Compute that is issued from now on comes after its copy. No lock is held: the host may have to wait."""
+        scheduler = self._scheduler
+        assert scheduler.flights is not None
+        began = scheduler.clock()
+        try:
+            return scheduler.flights.follow(entry[1], scheduler.stall_limit_s)
+        except TimeoutError:
+            raise self._late(1) from None
+        finally:
+            scheduler.counters.stall_s += scheduler.clock() - began
 
     def _next_half(self) -> tuple[Wave, Wave]:
         """All slots are ours and all are here: compute half of them while the other half's successors are loaded."""
@@ -96,21 +127,20 @@ class Lease:
         return self._ready[:middle], self._ready[middle:]
 
     def _wait(self, *, for_all: bool = False) -> float:
-        """Until something of ours is resident, or all (lock held). Returns the seconds it took."""
+        """Until something of ours is resident or flying, or all is resident (lock held). Returns the seconds."""
         scheduler = self._scheduler
         began = scheduler.clock()
-        while (self._loading or self._absent) if for_all else not self._ready:
+        while self._loading or self._absent if for_all else not self._ready and self._first_flying() is None:
             remaining = began + scheduler.stall_limit_s - scheduler.clock()
             if remaining <= 0:
-                num_missing = len(self._loading) + len(self._absent)
-                raise TransferError(
-                    f"{num_missing} experts of layer {self._first_key // scheduler.num_experts} did not arrive within "
-                    f"{scheduler.stall_limit_s:.0f} s. Check the disk that holds the store, then ask again."
-                )
+                raise self._late(len(self._loading) + len(self._absent))
             scheduler.wait(remaining)
             self._admit()
             self._collect()
         return scheduler.clock() - began
+
+    def _late(self, num_missing: int) -> TransferError:
+        return self._scheduler.late(f"{num_missing} experts of layer {self._first_key // self._scheduler.num_experts}")
 
     def _admit(self) -> None:
         """Find or start what is still absent, as far as slots can be had (lock held)."""

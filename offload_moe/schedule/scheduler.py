@@ -21,6 +21,7 @@ from offload_moe.schedule.observer import Observer
 from offload_moe.schedule.policy.protocol import Policy
 from offload_moe.schedule.residency import Residency
 from offload_moe.schedule.uses import Uses
+from offload_moe.tiers.flights import Flights
 from offload_moe.tiers.mover import Mover
 
 STALL_LIMIT_S = 120.0  # a transfer that takes longer than this is reported instead of waited for
@@ -60,6 +61,7 @@ class Scheduler:
         self._wanted: deque[int] = deque()  # what a warm start still has to bring
         self.observer: Observer | None = None
         self.loans: Loans | None = None
+        self.flights: Flights | None = None  # where compute can follow copies that are still on their way
         self._bytes_counter = bytes_counter
         self._bytes_counters = self.counters
 
@@ -110,6 +112,24 @@ class Scheduler:
             self.mover.used(slots)
             self.residency.release_all(slots)
             self.changed.notify_all()
+
+    def settle(self) -> None:
+        """Wait for the copies that compute was told to follow. Where that compute is waited for next, this is free.
+
+        Raises: TransferError when they do not land in time.
+        """
+        if self.flights is not None:
+            try:
+                self.counters.stall_s += self.flights.settle(self.stall_limit_s)
+            except TimeoutError:
+                raise self.late("Copies of experts to the device") from None
+
+    def late(self, what: str) -> TransferError:
+        """What is said of transfers that are not waited for any longer."""
+        return TransferError(
+            f"{what} did not arrive within {self.stall_limit_s:.0f} s. "
+            "Check the disk that holds the store, then ask again."
+        )
 
     def is_resident(self, layer: int, expert: int) -> bool:
         """Whether the expert is in a slot and complete (lock held by whoever relies on it)."""

@@ -3,7 +3,7 @@
 Pure Python: seconds and experts, no bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from offload_moe.tiers.pace import RunningCost
@@ -27,7 +27,14 @@ class Balance:
     def __init__(self, link: RunningCost) -> None:
         self.link = link
         self.cpu = RunningCost()
+        self.unfinished: Callable[[], None] | None = None  # what is left to do once a layer's copies have landed
         self._num_splits_without_cpu = 0
+
+    def finish(self) -> None:
+        """The copies of the layer before have landed."""
+        if self.unfinished is not None:
+            self.unfinished()
+            self.unfinished = None
 
     def split(
         self, absent: Sequence[int], arriving: Sequence[int] = (), unread: Sequence[int] = (), busy_s: float = 0.0

@@ -1,8 +1,8 @@
 """The only file with streams and events: copies from host to device, and the order between copies and compute.
 
-Two orders must hold. Compute reads a slot only after its copy: the loader waits on the host for the copy's marker
-before the scheduler calls the slot resident. A copy overwrites a slot only after the compute that read it: the copy
-stream waits on the device for the markers of the slot's last readers.
+Two orders must hold. Compute reads a slot only after its copy: either its stream waits on the device for the copy's
+marker, or the host has waited for it and the scheduler calls the slot resident. A copy overwrites a slot only after the
+compute that read it: the copy stream waits on the device for the markers of the slot's last readers.
 
 Slots are handed back to torch's allocator only after the host has waited for their last copy and their last readers,
 so memory that is allocated on one stream and used on another needs no `record_stream`.
@@ -72,6 +72,17 @@ class Copier(Protocol):
         """Issue a copy that starts once `after` is done. The source must stay as it is until the marker is done."""
         ...
 
+    def is_direct(self, source: Tensor) -> bool:
+        """Whether the device reads this memory by itself, so that `copy` returns at once."""
+        ...
+
+    def follow(self, copied: Marker, limit_s: float) -> bool:
+        """Compute that the calling thread issues from now on comes after the copy. Whether the host has waited for it.
+
+        Raises: TimeoutError where it waited for longer than that.
+        """
+        ...
+
     def mark(self) -> Marker:
         """The point behind all compute that the calling thread has issued so far."""
         ...
@@ -105,11 +116,18 @@ class StreamCopier(ABC):
         with self._stream:  # in this thread, which also gets the stream's device
             for marker in after:
                 self._stream.wait_event(marker.event)
-            if self._page_lock.holds(source):
+            if self.is_direct(source):
                 self.issue_copy(source, destination)
             else:
                 self._copy_through_ring(source, destination)
             return Marker(self._stream, self.new_event())
+
+    def is_direct(self, source: Tensor) -> bool:
+        return self._page_lock.holds(source)
+
+    def follow(self, copied: Marker, limit_s: float) -> bool:
+        self.current_stream().wait_event(copied.event)
+        return False
 
     def mark(self) -> Marker:
         return Marker(self.current_stream(), self.new_event())

@@ -1,8 +1,12 @@
 """The device tier: fills VRAM slots from the RAM tier."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,13 +15,13 @@ from offload_moe.errors import BudgetError, TransferError
 from offload_moe.sizes import format_size
 from offload_moe.tiers.arena import CHUNK_BYTES
 from offload_moe.tiers.copier import Copier, Marker
+from offload_moe.tiers.flights import Flight, Flights
 from offload_moe.tiers.mover import Arrived
 from offload_moe.tiers.pace import LinkPace
 from offload_moe.tiers.workers import TransferWorkers
 
-NUM_LOADERS = 4  # experts on their way at once: each may be waiting for a disk read of its own
-
-Borrow = Callable[[int], AbstractContextManager[Tensor]]
+NUM_LOADERS = 4  # each may be waiting for a disk read of its own
+MAX_PREFETCHES_FLYING = 2  # a copy that was issued cannot be overtaken
 
 
 class DeviceSlots:
@@ -72,26 +76,64 @@ class DeviceSlots:
         return self._slots[index]
 
 
-class DeviceMover:
-    """Copies records from the RAM tier; a RAM slot stays leased until its copy is done."""
+class Records(Protocol):
+    """The RAM tier, as far as copies out of it go. A record stays where it is as long as its context lasts."""
 
-    def __init__(self, copier: Copier, slots: DeviceSlots, borrow: Borrow) -> None:
-        """borrow: key -> context manager that leases the record in the RAM tier, reading it from disk if need be."""
+    def borrow(self, key: int) -> AbstractContextManager[Tensor]:
+        """Read it from disk if need be. Raises: TransferError, when the context is entered."""
+
+    def borrow_resident(self, key: int) -> AbstractContextManager[Tensor] | None:
+        """None where it would have to be read, or waited for."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    key: int
+    slot: int
+    arrived: Arrived
+    is_prefetch: bool
+
+
+class DeviceMover:
+    """Copies records from the RAM tier; a RAM slot stays leased until its copy has landed.
+
+    What is resident in RAM is issued at once by whoever asks for it; few prefetches at a time, so that a demand waits
+    for few. What has to be read first, or has to pass through the staging ring, is left to threads.
+    """
+
+    def __init__(self, copier: Copier, slots: DeviceSlots, records: Records) -> None:
         self._copier = copier
         self._slots = slots
-        self._borrow = borrow
+        self._records = records
         self.pace = LinkPace()
+        self.flights = Flights(copier, self.pace, self._issue_prefetches)
         self._readers: dict[int, dict[int, Marker]] = {}  # slot -> stream -> the point behind its last reader there
-        self._workers = TransferWorkers(NUM_LOADERS, "expert-h2d")
+        self._prefetches: OrderedDict[int, _Load] = OrderedDict()  # by slot: not issued
+        self._lock = threading.Lock()
+        self._loaders = TransferWorkers(NUM_LOADERS, "expert-h2d")
 
     def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
-        self._workers.submit(slot, [partial(self._load, key, slot, arrived)], is_prefetch=is_prefetch)
+        load = _Load(key, slot, arrived, is_prefetch)
+        if is_prefetch:
+            with self._lock:
+                self._prefetches[slot] = load
+            self._issue_prefetches()
+        else:
+            self._issue(load)
 
     def hurry(self, slot: int) -> None:
-        self._workers.hurry(slot)
+        with self._lock:
+            load = self._prefetches.pop(slot, None)
+        if load is not None:
+            self._issue(replace(load, is_prefetch=False))
+        else:
+            self._loaders.hurry(slot)
 
     def cancel(self, slot: int) -> bool:
-        return self._workers.cancel(slot)
+        with self._lock:
+            if self._prefetches.pop(slot, None) is not None:
+                return True
+        return self._loaders.cancel(slot)
 
     def used(self, slots: Sequence[int]) -> None:
         marker = self._copier.mark()
@@ -105,33 +147,70 @@ class DeviceMover:
                 marker.wait()
 
     def close(self) -> None:
-        self._workers.close()
+        with self._lock:
+            self._prefetches.clear()
+        self._loaders.close()
+        self.flights.close()
         self._copier.close()
 
-    def _load(self, key: int, slot: int, arrived: Arrived) -> None:
-        try:
-            with self._borrow(key) as record:
-                self._copy(key, slot, record)
-                num_bytes = record.numel()
-        except BaseException as error:
-            arrived(slot, 0, error)
-        else:
-            arrived(slot, num_bytes, None)
+    def _issue_prefetches(self) -> None:
+        while len(self.flights) < MAX_PREFETCHES_FLYING:
+            with self._lock:
+                if not self._prefetches:
+                    return
+                _, load = self._prefetches.popitem(last=False)
+            self._issue(load)
 
-    def _copy(self, key: int, slot: int, record: Tensor) -> None:
-        """The slot's readers are forgotten only once it is overwritten: a load that fails leaves them to the next."""
-        readers = self._readers.get(slot, {})
-        began, has_arrived = self.pace.begin(), False
+    def _issue(self, load: _Load) -> None:
+        """Issue the copy here if that takes no waiting, else have a thread do it."""
+        with ExitStack() as borrowed:
+            resident = self._records.borrow_resident(load.key)
+            if resident is not None:
+                record = borrowed.enter_context(resident)
+                if self._copier.is_direct(record):
+                    self._fly(load, record, borrowed.pop_all())
+                    return
+        self._loaders.submit(load.slot, [partial(self._fetch, load)], is_prefetch=load.is_prefetch)
+
+    def _fetch(self, load: _Load) -> None:
+        with ExitStack() as borrowed:
+            try:
+                record = borrowed.enter_context(self._records.borrow(load.key))
+            except BaseException as error:
+                load.arrived(load.slot, 0, error)
+            else:
+                self._fly(load, record, borrowed.pop_all())
+
+    def _fly(self, load: _Load, record: Tensor, borrowed: ExitStack) -> None:
+        """Issue the copy; what was borrowed is given back once it has landed.
+
+        The slot's readers are forgotten only when a copy over them is issued: one that fails leaves them to the next.
+        """
+        readers = self._readers.get(load.slot, {})
+        target = self._slots.slot(load.slot)[: record.numel()]
+        flight = Flight(
+            slot=load.slot,
+            land=partial(self._land, load, record.numel(), borrowed),
+            is_prefetch=load.is_prefetch,
+            began=self.pace.begin(),
+        )
         try:
-            arrival = self._copier.copy(record, self._slots.slot(slot)[: record.numel()], after=readers.values())
-            arrival.wait()
-            has_arrived = True
+            flight = replace(flight, marker=self._copier.copy(record, target, after=readers.values()))
+            readers.clear()
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise TransferError(
-                f"Copying expert record {key} ({record.numel()} bytes) to the device failed: {reason}. "
-                "Load the model again; a smaller --vram helps if the device ran out of memory."
-            ) from error
-        finally:
-            self.pace.end(began, has_arrived=has_arrived)
-        readers.clear()
+            self.pace.fail(flight.began)
+            flight = replace(flight, error=error)
+        self.flights.add(flight)
+
+    @staticmethod
+    def _land(load: _Load, num_bytes: int, borrowed: ExitStack, error: BaseException | None) -> None:
+        borrowed.close()
+        if error is None:
+            load.arrived(load.slot, num_bytes, None)
+            return
+        failed = TransferError(
+            f"Copying expert record {load.key} ({num_bytes} bytes) to the device failed: {str(error).splitlines()[0]}. "
+            "Load the model again; a smaller --vram helps if the device ran out of memory."
+        )
+        failed.__cause__ = error
+        load.arrived(load.slot, 0, failed)

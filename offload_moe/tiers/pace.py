@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Sequence
 
 NEWEST_SHARE = 0.2  # of the newest measurement in the running estimate
 
@@ -21,7 +22,7 @@ class LinkPace:
 
     def __init__(self) -> None:
         self.cost = RunningCost()
-        self.last_arrival = 0.0  # time.perf_counter()
+        self.last_arrival = self.last_demanded_arrival = 0.0  # time.perf_counter()
         self._began: list[float] = []
         self._lock = threading.Lock()
 
@@ -32,13 +33,24 @@ class LinkPace:
             self._began.append(began)
             return began
 
-    def end(self, began: float, *, has_arrived: bool) -> None:
+    def end(self, began: Sequence[float], *, are_demanded: bool = True) -> None:
+        """These copies have arrived, one behind the other, the last of them just now."""
+        if not began:
+            return
+        with self._lock:
+            now = time.perf_counter()
+            each = (now - max(min(began), self.last_arrival)) / len(began)
+            for one in began:
+                self._began.remove(one)
+                self.cost.note(each)
+            self.last_arrival = now
+            if are_demanded:
+                self.last_demanded_arrival = now
+
+    def fail(self, began: float) -> None:
+        """This copy will not arrive."""
         with self._lock:
             self._began.remove(began)
-            if has_arrived:
-                now = time.perf_counter()
-                self.cost.note(now - max(began, self.last_arrival))
-                self.last_arrival = now
 
     def busy_s(self) -> float:
         """Seconds until the copies under way should have arrived; 0 when the link is idle."""

@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from offload_moe.tiers.copier import StreamCopier
+from offload_moe.tiers.copier import Marker, StreamCopier
 from offload_moe.tiers.page_lock import LockRuntime, PageLock
 
 POISON = 0xA5  # fresh device memory is not zero
@@ -52,12 +52,13 @@ class SimulatedStream:
         """What is issued from now on runs after the event's point."""
         self.issue(event.as_recorded())
 
-    def wait_for(self, position: int) -> None:
-        """Block the calling thread until the first `position` jobs are done."""
+    def wait_for(self, position: int, limit_s: float | None = None) -> None:
+        """Block the calling thread until the first `position` jobs are done. Raises: TimeoutError."""
         with self._changed:
             self._demanded = max(self._demanded, position)
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._num_done >= position)
+            if not self._changed.wait_for(lambda: self._num_done >= position, limit_s):
+                raise TimeoutError
 
     def synchronize(self) -> None:
         self.wait_for(self.num_issued)
@@ -106,20 +107,20 @@ class SimulatedEvent:
     def record(self, stream: SimulatedStream) -> None:
         self._stream, self._position = stream, stream.num_issued
 
-    def synchronize(self) -> None:
-        self.as_recorded()()
+    def synchronize(self, limit_s: float | None = None) -> None:
+        self.as_recorded(limit_s)()
 
-    def as_recorded(self) -> Callable[[], None]:
-        """A wait for the point as it is now, whatever is recorded later."""
+    def as_recorded(self, limit_s: float | None = None) -> Callable[[], None]:
+        """A wait for the point as it is now, whatever is recorded later. It raises TimeoutError."""
         stream, position = self._stream, self._position
-        return lambda: stream.wait_for(position) if stream is not None else None
+        return lambda: stream.wait_for(position, limit_s) if stream is not None else None
 
 
 class SimulatedCopier(StreamCopier):
     """Copies one after another, as one link does.
 
-    Compute that runs on the calling thread is done when it returns; what is issued to `compute` runs when that stream
-    comes to it.
+    Compute that runs on the calling thread is done when it returns, so that thread has to wait for copies itself. With
+    `defers_compute` it is issued to the current stream instead, and runs when that comes to it.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class SimulatedCopier(StreamCopier):
         *,
         lazy_copies: bool = False,
         lazy_compute: bool = False,
+        defers_compute: bool = False,
         page_lock: PageLock | None = None,
     ) -> None:
         """delay_s: extra seconds before each copy completes, for tests with adversarial timing."""
@@ -137,8 +139,16 @@ class SimulatedCopier(StreamCopier):
         self._latency_s = latency_s
         self._delay_s = delay_s
         self._lazy_copies = lazy_copies
+        self._defers_compute = defers_compute
         self.compute = SimulatedStream(is_lazy=lazy_compute)
         super().__init__(page_lock or PageLock(EveryLock()))
+
+    def follow(self, copied: Marker, limit_s: float) -> bool:
+        if self._defers_compute:
+            return super().follow(copied, limit_s)
+        assert isinstance(copied.event, SimulatedEvent)
+        copied.event.synchronize(limit_s)
+        return True
 
     def allocate(self, num_bytes: int) -> Tensor:
         with torch.inference_mode(False):

@@ -34,10 +34,10 @@ def rarely(delay_s: float) -> Callable[[], float]:
 
 
 TIMINGS: dict[str, Callable[[], SimulatedCopier]] = {
-    "late copies": lambda: SimulatedCopier(latency_s=0, lazy_copies=True),
-    "late compute": lambda: SimulatedCopier(latency_s=0, lazy_compute=True),
-    "late both": lambda: SimulatedCopier(latency_s=0, lazy_copies=True, lazy_compute=True),
-    "random": lambda: SimulatedCopier(delay_s=lambda: draw.random() * 0.001),
+    "late copies": lambda: SimulatedCopier(latency_s=0, lazy_copies=True, defers_compute=True),
+    "late compute": lambda: SimulatedCopier(latency_s=0, lazy_compute=True, defers_compute=True),
+    "late both": lambda: SimulatedCopier(latency_s=0, lazy_copies=True, lazy_compute=True, defers_compute=True),
+    "random": lambda: SimulatedCopier(delay_s=lambda: draw.random() * 0.001, defers_compute=True),
 }
 
 

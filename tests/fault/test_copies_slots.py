@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from offload_moe.schedule.policy import make_policy
 from offload_moe.schedule.residency import Residency
 from offload_moe.schedule.scheduler import Scheduler
 from offload_moe.tiers.device import DeviceMover, DeviceSlots
-from offload_moe.tiers.simulated import SimulatedCopier, SimulatedStream
+from offload_moe.tiers.simulated import SimulatedCopier, SimulatedEvent, SimulatedStream
 
 RECORD = 4096
 
@@ -21,17 +21,36 @@ RECORD = 4096
 class Records:
     """A RAM tier of one slot: the record is overwritten as soon as nobody borrows it."""
 
+    are_resident = False
+
     def __init__(self) -> None:
         self.memory = torch.zeros(RECORD, dtype=torch.uint8)
         self.error: BaseException | None = None
+        self.is_free = threading.Semaphore()  # one copy at a time
 
-    @contextmanager
-    def borrow(self, key: int) -> Iterator[Tensor]:
+    def borrow(self, key: int) -> AbstractContextManager[Tensor]:
         if self.error is not None:
             raise self.error
+        self.is_free.acquire()
+        return self._filled(key)
+
+    def borrow_resident(self, key: int) -> AbstractContextManager[Tensor] | None:
+        is_here = self.are_resident and self.error is None and self.is_free.acquire(blocking=False)
+        return self._filled(key) if is_here else None
+
+    @contextmanager
+    def _filled(self, key: int) -> Iterator[Tensor]:
         self.memory.fill_(key)
         yield self.memory
         self.memory.fill_(0xFF)
+        self.is_free.release()
+
+
+class EqualRecords(Records):
+    """Records that all lie in the same memory, which nobody overwrites."""
+
+    def borrow_resident(self, key: int) -> AbstractContextManager[Tensor]:
+        return nullcontext(self.memory)
 
 
 class Arrivals:
@@ -48,9 +67,14 @@ class Arrivals:
         return self.errors[-1]
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["to be read", "in RAM"])
+def _are_resident(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Records, "are_resident", request.param)
+
+
 @pytest.fixture
 def copier() -> Iterator[SimulatedCopier]:
-    copier = SimulatedCopier(latency_s=0, lazy_copies=True, lazy_compute=True)
+    copier = SimulatedCopier(latency_s=0, lazy_copies=True, lazy_compute=True, defers_compute=True)
     yield copier
     copier.close()
 
@@ -70,7 +94,7 @@ def read_later(stream: SimulatedStream, slot: Tensor) -> list[int]:
 
 def test_a_slot_is_overwritten_only_after_its_readers_on_every_stream(copier: SimulatedCopier) -> None:
     records, slots = Records(), DeviceSlots(copier, 1, RECORD)
-    mover = DeviceMover(copier, slots, records.borrow)
+    mover = DeviceMover(copier, slots, records)
     assert load(mover, 1) is None
     streams = [SimulatedStream(is_lazy=True) for _ in range(3)]
     seen = []
@@ -85,7 +109,7 @@ def test_a_slot_is_overwritten_only_after_its_readers_on_every_stream(copier: Si
 
 def test_a_failed_load_does_not_forget_the_readers(copier: SimulatedCopier) -> None:
     records, slots = Records(), DeviceSlots(copier, 1, RECORD)
-    mover = DeviceMover(copier, slots, records.borrow)
+    mover = DeviceMover(copier, slots, records)
     assert load(mover, 1) is None
     seen = read_later(copier.compute, slots.slot(0))
     mover.used([0])
@@ -98,7 +122,7 @@ def test_a_failed_load_does_not_forget_the_readers(copier: SimulatedCopier) -> N
 
 
 def test_a_device_that_fails_is_a_transfer_error(copier: SimulatedCopier, monkeypatch: pytest.MonkeyPatch) -> None:
-    mover = DeviceMover(copier, DeviceSlots(copier, 1, RECORD), Records().borrow)
+    mover = DeviceMover(copier, DeviceSlots(copier, 1, RECORD), Records())
 
     def fail(source: Tensor, destination: Tensor) -> None:
         raise RuntimeError("CUDA error: an illegal memory access\nlong explanation")
@@ -148,43 +172,70 @@ def test_an_event_means_what_was_issued_when_it_was_recorded(copier: SimulatedCo
     other.close()
 
 
+def make_scheduler(copier: SimulatedCopier, num_slots: int, stall_limit_s: float = 10) -> tuple[Scheduler, DeviceSlots]:
+    slots = DeviceSlots(copier, num_slots, RECORD)
+    mover = DeviceMover(copier, slots, Records())
+    policy = make_policy("lru", num_layers=1, num_experts=8, num_slots=num_slots)
+    scheduler = Scheduler(Residency(num_slots, policy), mover, num_experts=8, stall_limit_s=stall_limit_s)
+    scheduler.flights = mover.flights
+    return scheduler, slots
+
+
+def test_compute_follows_a_copy_that_the_host_does_not_wait_for(copier: SimulatedCopier) -> None:
+    scheduler, slots = make_scheduler(copier, 2)
+    with scheduler.acquire(0, [1, 2]) as lease:
+        seen = {expert: read_later(copier.compute, slots.slot(slot)) for wave in lease for expert, slot in wave}
+    assert seen == {1: [], 2: []}
+    copier.compute.synchronize()
+    assert seen == {1: [1], 2: [2]}
+    scheduler.settle()
+    assert scheduler.resident(0, range(8)) == [1, 2]
+
+
+def test_compute_on_the_host_waits_for_each_copy_by_itself() -> None:
+    copier = SimulatedCopier(latency_s=0.01)
+    scheduler, slots = make_scheduler(copier, 3)
+    with scheduler.acquire(0, [1, 2, 3]) as lease:
+        found = {expert: int(slots.slot(slot)[0]) for wave in lease for expert, slot in wave}
+    assert found == {1: 1, 2: 2, 3: 3}
+    assert scheduler.counters.stall_s > 0.01
+    scheduler.close()
+
+
 def test_a_lease_that_is_left_in_the_middle_protects_what_it_read(copier: SimulatedCopier) -> None:
-    slots = DeviceSlots(copier, 1, RECORD)
-    mover = DeviceMover(copier, slots, Records().borrow)
-    policy = make_policy("lru", num_layers=1, num_experts=8, num_slots=1)
-    scheduler = Scheduler(Residency(1, policy), mover, num_experts=8)
+    scheduler, slots = make_scheduler(copier, 1)
     with pytest.raises(KeyboardInterrupt), scheduler.acquire(0, [1, 2]) as lease:
         next(iter(lease))
         seen = read_later(copier.compute, slots.slot(0))
         raise KeyboardInterrupt
     with scheduler.acquire(0, [3]) as lease:
         assert list(lease) == [[(3, 0)]]
+        copier.compute.synchronize()
         assert slots.slot(0).eq(3).all()
     assert seen == [1]
 
 
 def test_a_hold_protects_what_it_read(copier: SimulatedCopier) -> None:
-    slots = DeviceSlots(copier, 1, RECORD)
-    policy = make_policy("lru", num_layers=1, num_experts=8, num_slots=1)
-    scheduler = Scheduler(Residency(1, policy), DeviceMover(copier, slots, Records().borrow), num_experts=8)
+    scheduler, _ = make_scheduler(copier, 1)
     with scheduler.acquire(0, [1]) as lease:
         list(lease)
+    scheduler.settle()
     held = scheduler.hold(0, [1])
     assert held == [0]
-    seen = read_later(copier.compute, slots.slot(0))
+    seen = read_later(copier.compute, scheduler.mover._slots.slot(0))
     scheduler.let_go(held)
     with scheduler.acquire(0, [2]) as lease:
         assert list(lease) == [[(2, 0)]]
+    scheduler.settle()
     assert seen == [1]
 
 
+@pytest.mark.parametrize("defers_compute", [False, True])
 def test_a_stalled_link_is_reported_and_the_next_question_works(
-    copier: SimulatedCopier, monkeypatch: pytest.MonkeyPatch
+    defers_compute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slots = DeviceSlots(copier, 2, RECORD)
-    mover = DeviceMover(copier, slots, Records().borrow)
-    policy = make_policy("lru", num_layers=1, num_experts=8, num_slots=2)
-    scheduler = Scheduler(Residency(2, policy), mover, num_experts=8, stall_limit_s=0.05)
+    copier = SimulatedCopier(latency_s=0, defers_compute=defers_compute)
+    scheduler, slots = make_scheduler(copier, 2, stall_limit_s=0.05)
     link_works = threading.Event()
     issue_copy = copier.issue_copy
 
@@ -193,10 +244,58 @@ def test_a_stalled_link_is_reported_and_the_next_question_works(
         issue_copy(source, destination)
 
     monkeypatch.setattr(copier, "issue_copy", stall)
-    with pytest.raises(TransferError, match="1 experts of layer 0 did not arrive"), scheduler.acquire(0, [1]) as lease:
-        list(lease)
+    expected = "Copies of experts to the device" if defers_compute else "1 experts of layer 0"
+    with pytest.raises(TransferError, match=f"{expected} did not arrive"):
+        with scheduler.acquire(0, [1]) as lease:
+            list(lease)
+        scheduler.settle()
     link_works.set()
     scheduler.stall_limit_s = 10
     with scheduler.acquire(0, [1]) as lease:
         ((_, slot),) = next(iter(lease))
+        copier.compute.synchronize()
         assert slots.slot(slot).eq(1).all()
+    scheduler.close()
+
+
+def test_a_copy_that_fails_under_way_is_reported_and_tried_again(
+    copier: SimulatedCopier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, slots = make_scheduler(copier, 2)
+
+    def fail(event: SimulatedEvent, limit_s: float | None = None) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(SimulatedEvent, "synchronize", fail)
+    scheduler.flights = None  # whoever waits for the slot to be resident
+    with pytest.raises(TransferError, match=r"record 1 .* failed: CUDA error"), scheduler.acquire(0, [1]) as lease:
+        list(lease)
+    monkeypatch.undo()
+    with scheduler.acquire(0, [1]) as lease:
+        ((_, slot),) = next(iter(lease))
+        assert slots.slot(slot).eq(1).all()
+
+
+def test_few_prefetches_are_issued_at_once_and_demands_overtake_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    copier, link_works, order = SimulatedCopier(), threading.Event(), list[int]()
+    slots = DeviceSlots(copier, 6, RECORD)
+    mover, arrived = DeviceMover(copier, slots, EqualRecords()), Arrivals()
+    slot_of = {slots.slot(slot).data_ptr(): slot for slot in range(6)}
+
+    def stall(source: Tensor, destination: Tensor) -> None:
+        order.append(slot_of[destination.data_ptr()])
+        copier.current_stream().issue(lambda: link_works.wait(10) and None)
+
+    monkeypatch.setattr(copier, "issue_copy", stall)
+    for slot in range(5):
+        mover.start(slot, slot, arrived, is_prefetch=True)
+    mover.start(5, 5, arrived)
+    mover.hurry(3)
+    assert mover.cancel(2)
+    assert not mover.cancel(0)
+    assert order == [0, 1, 5, 3]
+    link_works.set()
+    while len(arrived.errors) < 5:
+        assert arrived.wait() is None
+    assert order == [0, 1, 5, 3, 4]
+    mover.close()

@@ -27,9 +27,9 @@ SLOT = 4096
 NUM_EXPERTS = 8
 
 TIMINGS: dict[str, Callable[[], SimulatedCopier]] = {
-    "late copies": lambda: SimulatedCopier(latency_s=0, lazy_copies=True),
-    "late compute": lambda: SimulatedCopier(latency_s=0, lazy_compute=True),
-    "random": lambda: SimulatedCopier(delay_s=lambda: random.random() * 0.001),
+    "late copies": lambda: SimulatedCopier(latency_s=0, lazy_copies=True, defers_compute=True),
+    "late compute": lambda: SimulatedCopier(latency_s=0, lazy_compute=True, defers_compute=True),
+    "random": lambda: SimulatedCopier(delay_s=lambda: random.random() * 0.001, defers_compute=True),
 }
 
 

@@ -24,6 +24,7 @@ from offload_moe.moe.device import DeviceArithmetic
 from offload_moe.moe.native import NativeArithmetic
 from offload_moe.schedule.counters import Counters
 from offload_moe.schedule.hierarchy import Hierarchy
+from offload_moe.schedule.records import RamRecords
 from offload_moe.simulate.clock import VirtualClock, VirtualCondition
 from offload_moe.tiers import pace
 from offload_moe.tiers.mover import Arrived
@@ -46,7 +47,7 @@ class VirtualCopies:
     def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
         began = self._hierarchy.link.begin()
         self._free_at = max(self._free_at, self._clock.now) + self.seconds
-        self._clock.at(self._free_at, partial(self._end, key, slot, began, arrived))
+        self._clock.at(self._free_at, partial(self._end, key, slot, began, arrived, is_prefetch))
 
     def hurry(self, slot: int) -> None: ...
 
@@ -57,11 +58,11 @@ class VirtualCopies:
 
     def close(self) -> None: ...
 
-    def _end(self, key: int, slot: int, began: float, arrived: Arrived) -> None:
+    def _end(self, key: int, slot: int, began: float, arrived: Arrived, is_prefetch: bool) -> None:
         hierarchy = self._hierarchy
-        with hierarchy._borrow(key) as record:
+        with RamRecords(hierarchy.ram, hierarchy.arena).borrow(key) as record:
             hierarchy.record_of(slot).copy_(record)
-        hierarchy.link.end(began, has_arrived=True)
+        hierarchy.link.end([began], are_demanded=not is_prefetch)
         arrived(slot, record.numel(), None)
 
 
@@ -105,7 +106,9 @@ class Machine:
         counters, busy_s = scheduler_of(self.attached).counters, self.hierarchy.link.busy_s()
         before = counters.copy()
         with torch.inference_mode():
-            found = experts_of(self.attached)[layer]._offload_moe(*arguments)
+            experts = experts_of(self.attached)[layer]._offload_moe
+            found = experts(*arguments)
+            experts._balance.finish()
             expected = self.oracle.model.layers[layer].mlp.experts(*arguments)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         added = counters.since(before)

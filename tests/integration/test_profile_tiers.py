@@ -25,7 +25,7 @@ def subject_of(model: Any, layers: list[ExpertsModule]) -> tuple[Subject, Hierar
         dataclasses.replace(layer, module=model.get_submodule(layer.name)) for layer in layers
     ]  # the attached copy has no expert parameters to be found by
     device = found[0].module._offload_moe.scheduler
-    hierarchy: Hierarchy = device.mover._borrow.__self__
+    hierarchy: Hierarchy = model.hierarchy
     tiers = (
         RecordedTier(name="vram", scheduler=device, bytes_field="h2d_bytes"),
         RecordedTier(name="ram", scheduler=hierarchy.ram, bytes_field="disk_bytes"),

@@ -68,13 +68,29 @@ def test_copies_that_queue_cost_the_time_since_the_one_before(monkeypatch: pytes
     assert link.busy_s() == 0.0
     first, second, third = link.begin(), link.begin(), link.begin()
     now = 12.0
-    link.end(first, has_arrived=True)
+    link.end([first])
     assert link.cost.seconds == 2.0
     now = 13.0
     assert link.busy_s() == pytest.approx(3.0)
     now = 14.0
-    link.end(second, has_arrived=True)
+    link.end([second])
     assert link.cost.seconds == 2.0
-    link.end(third, has_arrived=False)
+    link.fail(third)
     assert link.cost.seconds == 2.0
+    assert link.busy_s() == 0.0
+
+
+def test_copies_noticed_together_share_the_time_and_prefetches_end_no_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 10.0
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now)
+    link = LinkPace()
+    began = [link.begin() for _ in range(4)]
+    prefetch = link.begin()
+    now = 16.0
+    link.end(began)
+    assert link.cost.seconds == pytest.approx(1.5)
+    now = 17.5
+    link.end([prefetch], are_demanded=False)
+    assert link.cost.seconds == pytest.approx(1.5)
+    assert (link.last_demanded_arrival, link.last_arrival) == (16.0, 17.5)
     assert link.busy_s() == 0.0

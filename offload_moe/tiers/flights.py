@@ -1,0 +1,136 @@
+"""Copies that were issued to the link and have not landed.
+
+Compute does not wait for a landing, it follows a copy: on a device the host goes on at once, and the compute it issues
+begins when the copy is done. One thread notices landings, and then the slot is resident for everybody.
+"""
+
+import atexit
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import takewhile
+
+from offload_moe.tiers.copier import Copier, Marker
+from offload_moe.tiers.pace import LinkPace
+
+CLOSE_LIMIT_S = 5.0  # a copy that never ends must not keep the process from ending
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Flight:
+    """land: called once, with what went wrong, from the thread that notices landings. marker: None if not issued."""
+
+    slot: int
+    land: Callable[[BaseException | None], None]
+    marker: Marker | None = None
+    began: float = 0.0  # what `LinkPace.begin` said
+    error: BaseException | None = None
+    is_prefetch: bool = False
+
+
+class Flights:
+    """In the order in which they were issued. Safe to use from several threads."""
+
+    def __init__(self, copier: Copier, pace: LinkPace, after_landing: Callable[[], None]) -> None:
+        """after_landing: called by the thread that notices landings, with no lock held."""
+        self._copier = copier
+        self._pace = pace
+        self._after_landing = after_landing
+        self._flying: OrderedDict[int, Flight] = OrderedDict()  # by slot
+        self._followed: set[Flight] = set()  # compute is to follow them, and the host has gone on
+        self._followed_at: float | None = None  # when compute was told so first
+        self._landed_at = 0.0
+        self._is_closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._notice_landings, name="expert-landings", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)  # as with `TransferWorkers`
+
+    def __len__(self) -> int:
+        return len(self._flying)
+
+    def add(self, flight: Flight) -> None:
+        with self._changed:
+            self._flying[flight.slot] = flight
+            self._changed.notify_all()
+
+    def first(self, slots: Iterable[int]) -> int | None:
+        """The one of these slots whose copy was issued before those of the others; None where none is on its way."""
+        with self._changed:
+            wanted = set(slots)
+            return next((slot for slot, flight in self._flying.items() if slot in wanted and flight.marker), None)
+
+    def follow(self, slot: int, limit_s: float) -> bool:
+        """Compute that the calling thread issues from now on comes after the copy to the slot.
+
+        False when that copy is not on its way any more: it has arrived, or is about to be called failed.
+        Raises: TimeoutError where the host itself has to wait, and waits longer than that.
+        """
+        with self._changed:
+            flight = self._flying.get(slot)
+        if flight is None or flight.marker is None:
+            return False
+        if not self._copier.follow(flight.marker, limit_s):
+            with self._changed:
+                if self._flying.get(slot) is not flight:
+                    return False
+                self._followed.add(flight)
+                self._followed_at = self._followed_at or time.perf_counter()
+        return True
+
+    def settle(self, limit_s: float) -> float:
+        """Wait for the landing of all that compute was told to follow. Returns the seconds from the first to the last.
+
+        Raises: TimeoutError.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._followed, limit_s):
+                raise TimeoutError
+            began, self._followed_at = self._followed_at, None
+            return 0.0 if began is None else max(0.0, self._landed_at - began)
+
+    def close(self) -> bool:
+        """Wait for what is flying. False when a copy does not end."""
+        atexit.unregister(self.close)
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        self._thread.join(CLOSE_LIMIT_S)
+        return not self._thread.is_alive()
+
+    def _notice_landings(self) -> None:
+        while flights := self._next_to_land():
+            errors = [flight.error or _wait(flight.marker) for flight in reversed(flights)]
+            self._land(flights, errors[::-1])
+            self._after_landing()
+
+    def _next_to_land(self) -> list[Flight]:
+        """The first on the link, or all demanded ones up to a prefetch, to be woken once. None when closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._flying or self._is_closed)
+            flying = [*self._flying.values()]
+            return [*takewhile(lambda flight: not flight.is_prefetch, flying)] or flying[:1]
+
+    def _land(self, flights: list[Flight], errors: list[BaseException | None]) -> None:
+        began = [flight.began for flight, error in zip(flights, errors, strict=True) if error is None]
+        self._pace.end(began, are_demanded=not flights[0].is_prefetch)
+        with self._changed:
+            self._landed_at = time.perf_counter()
+            for flight in flights:
+                del self._flying[flight.slot]  # before it lands: then the slot may be taken for another copy
+        for flight, error in zip(flights, errors, strict=True):
+            flight.land(error)
+        with self._changed:
+            self._followed.difference_update(flights)
+            self._changed.notify_all()
+
+
+def _wait(marker: Marker | None) -> BaseException | None:
+    try:
+        if marker is not None:
+            marker.wait()
+    except RuntimeError as error:
+        return error
+    return None
