@@ -79,6 +79,7 @@ class BoundExperts:
             return self._compute(hidden, top_k_index, top_k_weights)
         recorder.begin(self.layer, top_k_index, top_k_weights)
         result = self._compute(hidden, top_k_index, top_k_weights)
+        self.scheduler.settle()
         recorder.end()
         return result
 

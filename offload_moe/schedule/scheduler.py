@@ -114,7 +114,7 @@ class Scheduler:
             self.changed.notify_all()
 
     def settle(self) -> None:
-        """Wait for the copies that compute was told to follow. Where that compute is waited for next, this is free.
+        """Wait for the copies that were demanded. Where the compute that follows them is waited for next, this is free.
 
         Raises: TransferError when they do not land in time.
         """

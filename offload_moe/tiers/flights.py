@@ -39,7 +39,7 @@ class Flights:
         self._pace = pace
         self._after_landing = after_landing
         self._flying: OrderedDict[int, Flight] = OrderedDict()  # by slot
-        self._followed: set[Flight] = set()  # compute is to follow them, and the host has gone on
+        self._awaited: set[Flight] = set()  # demanded, or followed by compute, and not landed
         self._followed_at: float | None = None  # when compute was told so first
         self._landed_at = 0.0
         self._is_closed = False
@@ -54,6 +54,8 @@ class Flights:
     def add(self, flight: Flight) -> None:
         with self._changed:
             self._flying[flight.slot] = flight
+            if not flight.is_prefetch:
+                self._awaited.add(flight)
             self._changed.notify_all()
 
     def first(self, slots: Iterable[int]) -> int | None:
@@ -76,17 +78,17 @@ class Flights:
             with self._changed:
                 if self._flying.get(slot) is not flight:
                     return False
-                self._followed.add(flight)
+                self._awaited.add(flight)
                 self._followed_at = self._followed_at or time.perf_counter()
         return True
 
     def settle(self, limit_s: float) -> float:
-        """Wait for the landing of all that compute was told to follow. Returns the seconds from the first to the last.
+        """Wait until all that was demanded has landed. Returns the seconds since compute was told to follow the first.
 
         Raises: TimeoutError.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: not self._followed, limit_s):
+            if not self._changed.wait_for(lambda: not self._awaited, limit_s):
                 raise TimeoutError
             began, self._followed_at = self._followed_at, None
             return 0.0 if began is None else max(0.0, self._landed_at - began)
@@ -123,7 +125,7 @@ class Flights:
         for flight, error in zip(flights, errors, strict=True):
             flight.land(error)
         with self._changed:
-            self._followed.difference_update(flights)
+            self._awaited.difference_update(flights)
             self._changed.notify_all()
 
 
