@@ -89,10 +89,10 @@ class BoundExperts:
             if result is not None:
                 return result
         self.scheduler.settle()
-        routing = group_by_expert(top_k_index, self._num_experts)
+        routing = group_by_expert(top_k_index, self._num_experts, self._ask(hidden, top_k_index))
         num_tokens = len(hidden)
         with self.scheduler.acquire(self.layer, routing.experts, routing.shares(num_tokens), num_tokens) as lease:
-            self._look_ahead(hidden, routing.experts, top_k_index)
+            self._look_ahead(hidden, routing.experts, top_k_index, routing.answers)
             return self.arithmetic.forward(hidden, top_k_weights, routing, lease, self._record_of)
 
     def _one_token(
@@ -108,17 +108,29 @@ class BoundExperts:
         slots = self.scheduler.hold(self.layer, experts)
         if slots is None:
             with self.scheduler.acquire(self.layer, experts) as lease:
-                self._look_ahead(hidden, experts, top_k_index)
+                self._ask_and_look_ahead(hidden, experts, top_k_index)
                 return arithmetic.one_token_in_waves(hidden, experts, weights, lease, self._record_of)
         try:
-            self._look_ahead(hidden, experts, top_k_index)
+            self._ask_and_look_ahead(hidden, experts, top_k_index)
             return arithmetic.one_token(hidden, weights, [self._record_of(slot) for slot in slots])
         finally:
             self.scheduler.let_go(slots)
 
-    def _look_ahead(self, hidden: Tensor, experts: Sequence[int], top_k_index: Tensor) -> None:
+    def _ask(self, hidden: Tensor, top_k_index: Tensor) -> list[Tensor]:
+        """Routers of later layers; on a device this is issued before the host waits for this layer's own ids."""
+        return [] if self.lookahead is None else self.lookahead.ask(self.layer, hidden, top_k_index.shape[-1])
+
+    def _look_ahead(
+        self, hidden: Tensor, experts: Sequence[int], top_k_index: Tensor, answers: Sequence[list[int]]
+    ) -> None:
         if self.lookahead is not None:
-            self.lookahead.after_acquire(self.layer, hidden, experts, top_k_index.shape[-1])
+            self.lookahead.after_acquire(self.layer, len(hidden), experts, top_k_index.shape[-1], answers)
+
+    def _ask_and_look_ahead(self, hidden: Tensor, experts: Sequence[int], top_k_index: Tensor) -> None:
+        """On the host, where asking takes time that this layer's misses should not wait for."""
+        if self.lookahead is not None:
+            answers = [ids.tolist()[0] for ids in self._ask(hidden, top_k_index)]
+            self._look_ahead(hidden, experts, top_k_index, answers)
 
 
 def offloaded_experts(module: ExpertsContract, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class HybridExperts(BoundExperts):
         if len(hidden) > MAX_TOKENS:
             return super()._compute(hidden, top_k_index, top_k_weights)
         on_host = hidden.to("cpu", non_blocking=True)  # issued before the ids: the wait for them covers both
-        routing = group_by_expert(top_k_index, self._num_experts)
+        routing = group_by_expert(top_k_index, self._num_experts, self._ask(hidden, top_k_index))
         if not routing.experts:
             return torch.zeros_like(hidden)
         began = time.perf_counter()
@@ -65,7 +65,7 @@ class HybridExperts(BoundExperts):
             num_hits = sum(self.scheduler.is_resident(self.layer, expert) for expert in on_device)
             lease = self.scheduler.acquire(self.layer, on_device, on_cpu=split.on_cpu)
         with lease:
-            self._look_ahead(hidden, routing.experts, top_k_index)
+            self._look_ahead(hidden, routing.experts, top_k_index, routing.answers)
             layer = self._device.begin(hidden, top_k_weights, routing, self._record_of)
             waves = iter(lease)
             if num_hits:

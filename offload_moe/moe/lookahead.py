@@ -75,28 +75,61 @@ class Lookahead:
             else:
                 self._fall_back()
 
-    def after_acquire(self, layer: int, hidden: Tensor, experts: Sequence[int], num_experts_per_token: int) -> None:
-        """Guess and prefetch for the layers behind `layer`; hidden ``[T, H]`` is what its experts are given."""
+    def ask(self, layer: int, hidden: Tensor, num_experts_per_token: int) -> list[Tensor]:
+        """What the next layers' routers would choose now: ids ``[1, K]`` each, as far as they can be asked.
+
+        hidden: ``[T, H]``, what this layer's experts are given. Asked of layer 0, a token begins.
+        """
         residual = self._residuals.pop(layer, None)
         if len(hidden) != 1:
+            return []
+        if layer == 0:
+            self._begin_token()
+        if not self._is_on or residual is None or not self._is_trusted(layer, residual, hidden):
+            return []
+        asked: list[Tensor] = []
+        for ahead in self._worth_guessing(layer, num_experts_per_token):
+            probe = self._probes[ahead]
+            if probe is None or not self._trusted.get(ahead, True):
+                break
+            asked.append(probe.ask(residual, num_experts_per_token))
+        return asked
+
+    def after_acquire(
+        self,
+        layer: int,
+        num_tokens: int,
+        experts: Sequence[int],
+        num_experts_per_token: int,
+        answers: Sequence[list[int]] = (),
+    ) -> None:
+        """Guess and prefetch for the layers behind `layer`, whose experts have been acquired. answers: to `ask`."""
+        if num_tokens != 1:
             self.governor.pause()
             self._forget_guesses()
-            self._prefetch_for_chunk(layer, len(hidden), experts, num_experts_per_token)
+            self._prefetch_for_chunk(layer, num_tokens, experts, num_experts_per_token)
             return
         self._note(layer, experts)
         if not self._is_on:
             return
-        if residual is not None and not self._is_trusted(layer, residual, hidden):
-            residual = None
         keep = self._keys(layer, experts)
-        for ahead in range(layer + 1, min(layer + 1 + self._reach, len(self._probes))):
-            num_ranks = self._num_ranks(ahead - layer, num_experts_per_token)
-            if not num_ranks:
-                break
-            guessed = self._guess(layer, ahead, residual, experts, num_experts_per_token)
+        for ahead in self._worth_guessing(layer, num_experts_per_token):
+            depth = ahead - layer
+            if depth <= len(answers):
+                guessed = list(dict.fromkeys(answers[depth - 1]))
+            else:
+                guessed = self._guess_by_habit(layer, experts, depth, num_experts_per_token)
             if guessed:
-                self._fetch(layer, ahead, guessed, num_ranks, keep)
+                self._fetch(layer, ahead, guessed, self._num_ranks(depth, num_experts_per_token), keep)
                 keep |= self._keys(ahead, guessed)
+
+    def _worth_guessing(self, layer: int, k: int) -> list[int]:
+        """Layers behind this one, down to a depth from which guesses have not been worth fetching."""
+        behind = range(layer + 1, min(layer + 1 + self._reach, len(self._probes)))
+        return list(itertools.takewhile(lambda ahead: self._num_ranks(ahead - layer, k), behind))
+
+    def _guess_by_habit(self, layer: int, experts: Sequence[int], depth: int, k: int) -> list[int]:
+        return self._habits.predict(layer, experts, depth, k) if self._habits is not None else []
 
     def num_ranks(self, layer: int, num_experts_per_token: int) -> list[int]:
         """How many of the likeliest experts are to be guessed now, per layer behind this one.
@@ -141,12 +174,6 @@ class Lookahead:
         if not self._has_begun:
             self._has_begun = True
             self._is_on = self.governor.begin_token()
-
-    def _guess(self, layer: int, ahead: int, residual: Tensor | None, experts: Sequence[int], k: int) -> list[int]:
-        probe = self._probes[ahead]
-        if residual is not None and probe is not None and self._trusted.get(ahead, True):
-            return probe.predict(residual, k)
-        return self._habits.predict(layer, experts, ahead - layer, k) if self._habits is not None else []
 
     def _judge(self, layer: int, experts: Sequence[int]) -> None:
         """Compare what was guessed for this layer with what its router chose."""

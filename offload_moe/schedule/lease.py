@@ -106,7 +106,9 @@ class Lease:
     def _first_flying(self) -> tuple[int, int] | None:
         """The one of ours that the link brings first (lock held): compute can follow its copy."""
         flights = self._scheduler.flights
-        slot = flights.first(slot for _, slot in self._loading) if flights is not None else None
+        if flights is None or not self._loading:
+            return None
+        slot = flights.first([slot for _, slot in self._loading])
         return next((entry for entry in self._loading if entry[1] == slot), None)
 
     def _follow(self, entry: tuple[int, int]) -> bool:

@@ -186,21 +186,23 @@ class DeviceMover:
 
         The slot's readers are forgotten only when a copy over them is issued: one that fails leaves them to the next.
         """
-        readers = self._readers.get(load.slot, {})
-        target = self._slots.slot(load.slot)[: record.numel()]
-        flight = Flight(
-            slot=load.slot,
-            land=partial(self._land, load, record.numel(), borrowed),
-            is_prefetch=load.is_prefetch,
-            began=self.pace.begin(),
-        )
+        readers = self._readers.get(load.slot)
+        marker, failed, began = None, None, self.pace.begin()
         try:
-            flight = replace(flight, marker=self._copier.copy(record, target, after=readers.values()))
-            readers.clear()
+            marker = self._copier.copy(
+                record, self._target(load.slot, record), after=readers.values() if readers else ()
+            )
+            if readers:
+                readers.clear()
         except RuntimeError as error:
-            self.pace.fail(flight.began)
-            flight = replace(flight, error=error)
-        self.flights.add(flight)
+            self.pace.fail(began)
+            failed = error
+        land = partial(self._land, load, record.numel(), borrowed)
+        self.flights.add(Flight(load.slot, land, marker, began, failed, load.is_prefetch))
+
+    def _target(self, slot: int, record: Tensor) -> Tensor:
+        memory = self._slots.slot(slot)
+        return memory if len(memory) == len(record) else memory[: len(record)]
 
     @staticmethod
     def _land(load: _Load, num_bytes: int, borrowed: ExitStack, error: BaseException | None) -> None:

@@ -8,7 +8,7 @@ import atexit
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -18,7 +18,7 @@ from offload_moe.tiers.pace import LinkPace
 CLOSE_LIMIT_S = 5.0  # a copy that never ends must not keep the process from ending
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Flight:
     """land: called once, with what went wrong, from the thread that notices landings. marker: None if not issued."""
 
@@ -58,11 +58,10 @@ class Flights:
                 self._awaited.add(flight)
             self._changed.notify_all()
 
-    def first(self, slots: Iterable[int]) -> int | None:
+    def first(self, slots: Collection[int]) -> int | None:
         """The one of these slots whose copy was issued before those of the others; None where none is on its way."""
         with self._changed:
-            wanted = set(slots)
-            return next((slot for slot, flight in self._flying.items() if slot in wanted and flight.marker), None)
+            return next((slot for slot, flight in self._flying.items() if slot in slots and flight.marker), None)
 
     def follow(self, slot: int, limit_s: float) -> bool:
         """Compute that the calling thread issues from now on comes after the copy to the slot.

@@ -58,7 +58,7 @@ def test_a_predictor_that_is_always_wrong_changes_no_token(
     with open_model(stores["qwen3_moe"], 8, prefetch=0) as model:
         expected = greedy(model)
     monkeypatch.setattr("offload_moe.lean.layer.can_run", lambda hierarchy, step: None)  # a run asks routers itself
-    monkeypatch.setattr(RouterProbe, "predict", lambda self, residual, k: [0, 1, 2])
+    monkeypatch.setattr(RouterProbe, "ask", lambda self, residual, k: torch.tensor([[0, 1, 2][:k]]))
     with open_model(stores["qwen3_moe"], 8, prefetch=2) as model:
         assert torch.equal(greedy(model), expected)
 
@@ -70,7 +70,7 @@ def lookahead_of(model: Model) -> Lookahead:
 def test_a_norm_that_is_not_the_right_one_is_noticed(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offload_moe.moe.probe.NORM_NAMES", ("input_layernorm",))
     asked: list[int] = []
-    monkeypatch.setattr(RouterProbe, "predict", lambda self, residual, k: asked.append(k) or [])
+    monkeypatch.setattr(RouterProbe, "ask", lambda self, residual, k: asked.append(k))
     with open_model(stores["mixtral"], 4, prefetch=2) as model:
         with torch.no_grad():
             for layer in model.hf.model.layers:

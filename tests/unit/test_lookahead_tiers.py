@@ -59,7 +59,8 @@ def pass_layer(lookahead: Lookahead, layer: int, num_tokens: int = 1) -> None:
     probe = lookahead._probes[layer]
     assert probe is not None
     probe.norm(hidden)  # the model's own call, which leaves the residual behind
-    lookahead.after_acquire(layer, hidden, [0, 1], 2)
+    answers = [ids.tolist()[0] for ids in lookahead.ask(layer, hidden, 2)]
+    lookahead.after_acquire(layer, num_tokens, [0, 1], 2, answers)
 
 
 def test_the_disk_looks_further_than_the_device(lookahead: Lookahead, tiers: tuple[FakeTier, FakeTier]) -> None:
