@@ -160,7 +160,7 @@ class Rig:
                 for _ in lease:
                     pass
         lookahead = None
-        self._foretold: dict[int, list[int]] = {}
+        self._foretold: dict[int, Any] = {}
         if depth:
             probes = [self.noting(ordinal, probe) for ordinal, probe in enumerate(find_probes(self.hf, layers))]
             lookahead = Lookahead(probes, self.scheduler, AlwaysOn(), depth)
@@ -189,20 +189,20 @@ class Rig:
         if (foretold := self._foretold.pop(layer, None)) is not None:
             routed = set(top_k_index.flatten().tolist())
             self.num_routed += len(routed)
-            self.num_foretold += len(routed & set(foretold))
+            self.num_foretold += len(routed & set(foretold.flatten().tolist()))
 
     def end(self) -> None:
         self.layers[-1].end = time.perf_counter()
 
     def noting(self, layer: int, probe: Any) -> Any:
         """The probe; what it foretold last is what the layer is compared with."""
-        predict = probe.predict
+        ask = probe.ask
 
-        def noted(residual: Any, num_experts_per_token: int) -> list[int]:
-            self._foretold[layer] = predict(residual, num_experts_per_token)
+        def noted(residual: Any, num_experts_per_token: int) -> Any:
+            self._foretold[layer] = ask(residual, num_experts_per_token)
             return self._foretold[layer]
 
-        probe.predict = noted
+        probe.ask = noted
         return probe
 
     def acquired(self, layer: int, arriving: Sequence[int], missing: Sequence[int]) -> None:

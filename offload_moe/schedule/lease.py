@@ -46,6 +46,10 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of everything."""
         with self._scheduler.changed:
             slots = [slot for wave in (self._held, self._ready, self._loading) for _, slot in wave]
             self._release_held_to_mover()

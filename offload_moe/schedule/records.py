@@ -1,12 +1,10 @@
 """The RAM tier as the device tier sees it: records to copy from."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-
-from torch import Tensor
+from functools import partial
 
 from offload_moe.schedule.scheduler import Scheduler
 from offload_moe.tiers.arena import Arena
+from offload_moe.tiers.device import Borrowed
 
 
 class RamRecords:
@@ -16,23 +14,19 @@ class RamRecords:
         self._ram = ram
         self._arena = arena
 
-    @contextmanager
-    def borrow(self, key: int) -> Iterator[Tensor]:
-        """Read it from disk if need be. Raises: TransferError, when the context is entered."""
+    def borrow(self, key: int) -> Borrowed:
+        """Read it from disk if need be. Raises: TransferError."""
         layer, expert = divmod(key, self._ram.num_experts)
-        with self._ram.acquire(layer, [expert]) as lease:
-            for ((_, slot),) in lease:
-                yield self._arena.slot(slot)
+        lease = self._ram.acquire(layer, [expert])
+        try:
+            ((_, slot),) = next(iter(lease))
+        except BaseException:
+            lease.close()
+            raise
+        return self._arena.slot(slot), lease.close
 
-    def borrow_resident(self, key: int) -> AbstractContextManager[Tensor] | None:
-        """None where it would have to be read, or waited for. The context has to be entered."""
+    def borrow_resident(self, key: int) -> Borrowed | None:
+        """None where it would have to be read, or waited for."""
         layer, expert = divmod(key, self._ram.num_experts)
         slots = self._ram.hold(layer, [expert])
-        return self._held(slots) if slots is not None else None
-
-    @contextmanager
-    def _held(self, slots: list[int]) -> Iterator[Tensor]:
-        try:
-            yield self._arena.slot(slots[0])
-        finally:
-            self._ram.let_go(slots)
+        return None if slots is None else (self._arena.slot(slots[0]), partial(self._ram.let_go, slots))

@@ -2,8 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -76,13 +75,16 @@ class DeviceSlots:
         return self._slots[index]
 
 
+Borrowed = tuple[Tensor, Callable[[], None]]  # a record, which stays where it is until the function is called
+
+
 class Records(Protocol):
-    """The RAM tier, as far as copies out of it go. A record stays where it is as long as its context lasts."""
+    """The RAM tier, as far as copies out of it go."""
 
-    def borrow(self, key: int) -> AbstractContextManager[Tensor]:
-        """Read it from disk if need be. Raises: TransferError, when the context is entered."""
+    def borrow(self, key: int) -> Borrowed:
+        """Read it from disk if need be. Raises: TransferError."""
 
-    def borrow_resident(self, key: int) -> AbstractContextManager[Tensor] | None:
+    def borrow_resident(self, key: int) -> Borrowed | None:
         """None where it would have to be read, or waited for."""
 
 
@@ -163,25 +165,24 @@ class DeviceMover:
 
     def _issue(self, load: _Load) -> None:
         """Issue the copy here if that takes no waiting, else have a thread do it."""
-        with ExitStack() as borrowed:
-            resident = self._records.borrow_resident(load.key)
-            if resident is not None:
-                record = borrowed.enter_context(resident)
-                if self._copier.is_direct(record):
-                    self._fly(load, record, borrowed.pop_all())
-                    return
+        borrowed = self._records.borrow_resident(load.key)
+        if borrowed is not None:
+            record, give_back = borrowed
+            if self._copier.is_direct(record):
+                self._fly(load, record, give_back)
+                return
+            give_back()
         self._loaders.submit(load.slot, [partial(self._fetch, load)], is_prefetch=load.is_prefetch)
 
     def _fetch(self, load: _Load) -> None:
-        with ExitStack() as borrowed:
-            try:
-                record = borrowed.enter_context(self._records.borrow(load.key))
-            except BaseException as error:
-                load.arrived(load.slot, 0, error)
-            else:
-                self._fly(load, record, borrowed.pop_all())
+        try:
+            record, give_back = self._records.borrow(load.key)
+        except BaseException as error:
+            load.arrived(load.slot, 0, error)
+        else:
+            self._fly(load, record, give_back)
 
-    def _fly(self, load: _Load, record: Tensor, borrowed: ExitStack) -> None:
+    def _fly(self, load: _Load, record: Tensor, give_back: Callable[[], None]) -> None:
         """Issue the copy; what was borrowed is given back once it has landed.
 
         The slot's readers are forgotten only when a copy over them is issued: one that fails leaves them to the next.
@@ -197,7 +198,7 @@ class DeviceMover:
         except RuntimeError as error:
             self.pace.fail(began)
             failed = error
-        land = partial(self._land, load, record.numel(), borrowed)
+        land = partial(self._land, load, record.numel(), give_back)
         self.flights.add(Flight(load.slot, land, marker, began, failed, load.is_prefetch))
 
     def _target(self, slot: int, record: Tensor) -> Tensor:
@@ -205,8 +206,8 @@ class DeviceMover:
         return memory if len(memory) == len(record) else memory[: len(record)]
 
     @staticmethod
-    def _land(load: _Load, num_bytes: int, borrowed: ExitStack, error: BaseException | None) -> None:
-        borrowed.close()
+    def _land(load: _Load, num_bytes: int, give_back: Callable[[], None], error: BaseException | None) -> None:
+        give_back()
         if error is None:
             load.arrived(load.slot, num_bytes, None)
             return

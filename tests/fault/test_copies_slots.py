@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from offload_moe.errors import TransferError
 from offload_moe.schedule.policy import make_policy
 from offload_moe.schedule.residency import Residency
 from offload_moe.schedule.scheduler import Scheduler
-from offload_moe.tiers.device import DeviceMover, DeviceSlots
+from offload_moe.tiers.device import Borrowed, DeviceMover, DeviceSlots
 from offload_moe.tiers.simulated import SimulatedCopier, SimulatedEvent, SimulatedStream
 
 RECORD = 4096
@@ -28,20 +27,21 @@ class Records:
         self.error: BaseException | None = None
         self.is_free = threading.Semaphore()  # one copy at a time
 
-    def borrow(self, key: int) -> AbstractContextManager[Tensor]:
+    def borrow(self, key: int) -> Borrowed:
         if self.error is not None:
             raise self.error
         self.is_free.acquire()
         return self._filled(key)
 
-    def borrow_resident(self, key: int) -> AbstractContextManager[Tensor] | None:
+    def borrow_resident(self, key: int) -> Borrowed | None:
         is_here = self.are_resident and self.error is None and self.is_free.acquire(blocking=False)
         return self._filled(key) if is_here else None
 
-    @contextmanager
-    def _filled(self, key: int) -> Iterator[Tensor]:
+    def _filled(self, key: int) -> Borrowed:
         self.memory.fill_(key)
-        yield self.memory
+        return self.memory, self._give_back
+
+    def _give_back(self) -> None:
         self.memory.fill_(0xFF)
         self.is_free.release()
 
@@ -49,8 +49,8 @@ class Records:
 class EqualRecords(Records):
     """Records that all lie in the same memory, which nobody overwrites."""
 
-    def borrow_resident(self, key: int) -> AbstractContextManager[Tensor]:
-        return nullcontext(self.memory)
+    def borrow_resident(self, key: int) -> Borrowed:
+        return self.memory, lambda: None
 
 
 class Arrivals:

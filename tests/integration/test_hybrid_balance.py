@@ -60,8 +60,9 @@ class VirtualCopies:
 
     def _end(self, key: int, slot: int, began: float, arrived: Arrived, is_prefetch: bool) -> None:
         hierarchy = self._hierarchy
-        with RamRecords(hierarchy.ram, hierarchy.arena).borrow(key) as record:
-            hierarchy.record_of(slot).copy_(record)
+        record, give_back = RamRecords(hierarchy.ram, hierarchy.arena).borrow(key)
+        hierarchy.record_of(slot).copy_(record)
+        give_back()
         hierarchy.link.end([began], are_demanded=not is_prefetch)
         arrived(slot, record.numel(), None)
 
