@@ -3,9 +3,9 @@
     python benchmarks/overlap.py [--rates 1 2 4 8 16 25] [--tokens N] [--trials N] [--threads N]
 
 A random model with a dominant residual stream (so that routers can be asked ahead) runs its experts with the native
-kernel out of the memory of a simulated accelerator. The link takes bytes / rate for a record and moves none: a real one
-does not use the CPU's memory bandwidth. A: seconds of a layer outside its experts, E: of its experts, both measured
-with every expert resident, trials alternated; X: missed bytes / rate.
+kernel out of the memory of a simulated accelerator. The link takes bytes / rate for a record, moves none and needs no
+thread: a real one does not use the CPU. A: seconds of a layer outside its experts, E: of its experts, both measured
+with every expert resident, taking turns token by token with the others; X: missed bytes / rate.
 
 Lookahead off is compared with the sum over layers of A + max(E, X); lookahead on with an event replay fed with the
 copies that were really asked for, in their order; prompts with max(all compute, all transfer). `saved_in_parts` is
@@ -218,17 +218,22 @@ class Rig:
             self.layers[-1].prefetches.append(key)
         self._start(key, slot, arrived, is_prefetch=is_prefetch)
 
-    def decode(self, ids: Sequence[int]) -> float:
-        """Seconds of the tokens, one by one with a cache; the notes are of these tokens alone."""
+    def read(self, ids: Sequence[int]) -> None:
+        """Begin a conversation; the notes are of what follows."""
+        self._cache = self._forward(ids, None)
+        self.layers = []
+
+    def step(self, token: int) -> float:
+        """Seconds of one token."""
+        began = time.perf_counter()
+        self._cache = self._forward([token], self._cache)
+        return time.perf_counter() - began
+
+    def _forward(self, ids: Sequence[int], cache: Any) -> Any:
         import torch
 
         with torch.inference_mode():
-            out = self.hf(input_ids=torch.tensor([ids[:4]]), use_cache=True)
-            self.layers = []
-            began = time.perf_counter()
-            for token in ids[4:]:
-                out = self.hf(input_ids=torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
-            return time.perf_counter() - began
+            return self.hf(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True).past_key_values
 
     def prompt(self, ids: Sequence[int]) -> float:
         import torch
@@ -241,6 +246,17 @@ class Rig:
 
     def close(self) -> None:
         self.hierarchy.close()
+
+
+def decode(rigs: dict[str, Rig], ids: Sequence[int]) -> dict[str, float]:
+    """Seconds of the tokens in each rig, which take turns token by token: so the machine is the same for all."""
+    for rig in rigs.values():
+        rig.read(ids[:4])
+    seconds = dict.fromkeys(rigs, 0.0)
+    for token in ids[4:]:
+        for name, rig in rigs.items():
+            seconds[name] += rig.step(token)
+    return seconds
 
 
 class AlwaysOn:
@@ -335,16 +351,15 @@ def measure(model: RandomModel, rate: float, options: argparse.Namespace) -> dic
         "off": Rig(model, bytes_per_s, SHARE_RESIDENT, 0),
         "on": Rig(model, bytes_per_s, SHARE_RESIDENT, 2),
     }
-    for rig in rigs.values():
-        rig.decode(ids)
+    decode(rigs, ids)
     transfer = rigs["off"].record.numel() / bytes_per_s
     values: dict[str, list[float]] = {name: [] for name in ("off", "on", "gap", "prompt", "recall", "balance", "parts")}
     for trial in range(options.trials):
-        resident_s = rigs["resident"].decode(ids)
+        taken = decode(rigs, ids)
+        resident_s, off_s = taken["resident"], taken["off"]
         outside, inside = shares(rigs["resident"].layers, resident_s)
         for name in ("off", "on"):
-            seconds = rigs[name].decode(ids)
-            layers = rigs[name].layers
+            seconds, layers = taken[name], rigs[name].layers
             misses = sum(len(layer.demands) for layer in layers)
             brought = misses + sum(len(layer.prefetches) for layer in layers)
             bound = sum(outside + max(inside, transfer * len(layer.demands)) for layer in layers)
@@ -353,7 +368,6 @@ def measure(model: RandomModel, rate: float, options: argparse.Namespace) -> dic
                 in_parts = replay(layers, outside, inside, transfer, MATRICES)
                 values["parts"].append(1 - in_parts / replay(layers, outside, inside, transfer))
                 values["balance"].append(misses * rigs["off"].record.numel() / resident_s / 1e9)
-                off_s = seconds
             else:
                 values["on"].append(seconds / replay(layers, outside, inside, transfer))
                 least = max(resident_s, transfer * brought)
