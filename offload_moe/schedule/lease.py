@@ -22,14 +22,11 @@ class Lease:
     def __init__(self, scheduler: "Scheduler", first_key: int, keys: Sequence[int]) -> None:
         self._scheduler = scheduler
         self._first_key = first_key
-        self._absent: list[int] = []
         self._ready: Wave = []
         self._loading: Wave = []
         self._held: Wave = []
         counters = scheduler.counters
-        for key in keys:
-            if not self._join(key):
-                self._absent.append(key)
+        self._absent = [key for key in keys if not self._join(key)]
         counters.num_acquires += 1
         counters.num_hits += len(self._ready)
         counters.num_delayed_hits += len(self._loading)

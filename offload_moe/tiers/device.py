@@ -99,8 +99,8 @@ class _Load:
 class DeviceMover:
     """Copies records from the RAM tier; a RAM slot stays leased until its copy has landed.
 
-    What is resident in RAM is issued at once by whoever asks for it; few prefetches at a time, so that a demand waits
-    for few. What has to be read first, or has to pass through the staging ring, is left to threads.
+    What is resident in RAM is issued at once by whoever demands it. Prefetches are issued behind the caller's back, few
+    at a time, so that a demand waits for few. What has to be read first, or has to pass through the staging ring, is left to threads.
     """
 
     def __init__(self, copier: Copier, slots: DeviceSlots, records: Records) -> None:
@@ -119,7 +119,7 @@ class DeviceMover:
         if is_prefetch:
             with self._lock:
                 self._prefetches[slot] = load
-            self._issue_prefetches()
+            self.flights.ask_for_more()
         else:
             self._issue(load)
 

@@ -33,11 +33,12 @@ class Flight:
 class Flights:
     """In the order in which they were issued. Safe to use from several threads."""
 
-    def __init__(self, copier: Copier, pace: LinkPace, after_landing: Callable[[], None]) -> None:
-        """after_landing: called by the thread that notices landings, with no lock held."""
+    def __init__(self, copier: Copier, pace: LinkPace, issue_more: Callable[[], None]) -> None:
+        """issue_more: called after landings and when asked for, by the thread that notices landings; no lock is held."""
         self._copier = copier
         self._pace = pace
-        self._after_landing = after_landing
+        self._issue_more = issue_more
+        self._is_asked_for_more = False
         self._flying: OrderedDict[int, Flight] = OrderedDict()  # by slot
         self._awaited: set[Flight] = set()  # demanded, or followed by compute, and not landed
         self._followed_at: float | None = None  # when compute was told so first
@@ -56,6 +57,12 @@ class Flights:
             self._flying[flight.slot] = flight
             if not flight.is_prefetch:
                 self._awaited.add(flight)
+            self._changed.notify_all()
+
+    def ask_for_more(self) -> None:
+        """There is something to issue that need not be issued by the calling thread."""
+        with self._changed:
+            self._is_asked_for_more = True
             self._changed.notify_all()
 
     def first(self, slots: Collection[int]) -> int | None:
@@ -102,19 +109,28 @@ class Flights:
         return not self._thread.is_alive()
 
     def _notice_landings(self) -> None:
-        while flights := self._next_to_land():
+        while (flights := self._next_to_land()) is not None:
             errors = [flight.error or _wait(flight.marker) for flight in reversed(flights)]
             self._land(flights, errors[::-1])
-            self._after_landing()
+            self._issue_more()
 
-    def _next_to_land(self) -> list[Flight]:
-        """The first on the link, or all demanded ones up to a prefetch, to be woken once. None when closed."""
+    def _next_to_land(self) -> list[Flight] | None:
+        """The first on the link, or all demanded ones up to a prefetch, to be woken once.
+
+        Empty when there is more to issue first, None when there is nothing left to do.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._flying or self._is_closed)
+            self._changed.wait_for(lambda: self._flying or self._is_asked_for_more or self._is_closed)
+            if self._is_asked_for_more:
+                self._is_asked_for_more = False
+                return []
             flying = [*self._flying.values()]
-            return [*takewhile(lambda flight: not flight.is_prefetch, flying)] or flying[:1]
+            demanded = [*takewhile(lambda flight: not flight.is_prefetch, flying)]
+            return demanded or flying[:1] or None
 
     def _land(self, flights: list[Flight], errors: list[BaseException | None]) -> None:
+        if not flights:
+            return
         began = [flight.began for flight, error in zip(flights, errors, strict=True) if error is None]
         self._pace.end(began, are_demanded=not flights[0].is_prefetch)
         with self._changed:

@@ -278,17 +278,21 @@ def test_a_copy_that_fails_under_way_is_reported_and_tried_again(
 
 def test_few_prefetches_are_issued_at_once_and_demands_overtake_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     copier, link_works, order = SimulatedCopier(), threading.Event(), list[int]()
+    are_issued = threading.Semaphore(0)
     slots = DeviceSlots(copier, 6, RECORD)
     mover, arrived = DeviceMover(copier, slots, EqualRecords()), Arrivals()
     slot_of = {slots.slot(slot).data_ptr(): slot for slot in range(6)}
 
     def stall(source: Tensor, destination: Tensor) -> None:
         order.append(slot_of[destination.data_ptr()])
+        are_issued.release()
         copier.current_stream().issue(lambda: link_works.wait(10) and None)
 
     monkeypatch.setattr(copier, "issue_copy", stall)
     for slot in range(5):
         mover.start(slot, slot, arrived, is_prefetch=True)
+    assert are_issued.acquire(timeout=10)
+    assert are_issued.acquire(timeout=10)
     mover.start(5, 5, arrived)
     mover.hurry(3)
     assert mover.cancel(2)
