@@ -19,6 +19,7 @@ from offload_moe.tiers.arena import CHUNK_BYTES, Arena, whole_chunks
 from offload_moe.tiers.copier import Copier
 from offload_moe.tiers.device import DeviceMover, DeviceSlots
 from offload_moe.tiers.disk import DiskMover
+from offload_moe.tiers.flights import Flights
 from offload_moe.tiers.mover import Mover
 from offload_moe.tiers.pace import LinkPace
 
@@ -61,8 +62,8 @@ class Hierarchy:
             )
             records = RamRecords(self.ram, self.arena)
             self._device_mover = DeviceMover(self._copier, self._device_slots, records)
-            self.scheduler = self._scheduler(pools.num_device_slots, self._device_mover, "h2d_bytes")
-            self.scheduler.flights = self._device_mover.flights
+            flights = self._device_mover.flights
+            self.scheduler = self._scheduler(pools.num_device_slots, self._device_mover, "h2d_bytes", flights=flights)
             self.ram.count_bytes_in(self.scheduler.counters)
             self.ram.is_asked_by_layer = False  # but for one expert at a time, by the device's loaders
             self.record_of = self._device_slots.slot
@@ -163,9 +164,17 @@ class Hierarchy:
             for chunk in self.arena.chunks_behind(num_slots):
                 self._copier.unlock(chunk)
 
-    def _scheduler(self, num_slots: int, mover: Mover, bytes_counter: str, lookup: Lookup | None = None) -> Scheduler:
+    def _scheduler(
+        self,
+        num_slots: int,
+        mover: Mover,
+        bytes_counter: str,
+        lookup: Lookup | None = None,
+        flights: Flights | None = None,
+    ) -> Scheduler:
         residency = Residency(num_slots, self._policy(num_slots), lookup)
-        scheduler = Scheduler(residency, mover, num_experts=self.pools.num_experts, bytes_counter=bytes_counter)
+        num_experts = self.pools.num_experts
+        scheduler = Scheduler(residency, mover, num_experts=num_experts, bytes_counter=bytes_counter, flights=flights)
         self._made_for[scheduler] = num_slots
         return scheduler
 

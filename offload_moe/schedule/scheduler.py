@@ -42,15 +42,20 @@ class Scheduler:
         stall_limit_s: float = STALL_LIMIT_S,
         clock: Callable[[], float] = time.monotonic,
         changed: threading.Condition | None = None,
+        flights: Flights | None = None,
     ) -> None:
-        """bytes_counter: the field of `Counters` that this tier's transfers add to. clock, changed: how to wait."""
+        """bytes_counter: the field of `Counters` that this tier's transfers add to. clock, changed: how to wait.
+
+        flights: the mover's, where compute can follow copies that are still on their way.
+        """
         self.residency = residency
         self.mover = mover
         self.counters = Counters()
         self.num_experts = num_experts
         self.stall_limit_s = stall_limit_s
         self.clock = clock
-        self.changed = changed or threading.Condition()
+        self.flights = flights
+        self.changed = changed or (flights.changed if flights is not None else threading.Condition())
         self.failed: dict[int, BaseException] = {}
         self.unproven: set[int] = set()  # prefetched and not asked for since
         self.uses = Uses()
@@ -61,7 +66,6 @@ class Scheduler:
         self._wanted: deque[int] = deque()  # what a warm start still has to bring
         self.observer: Observer | None = None
         self.loans: Loans | None = None
-        self.flights: Flights | None = None  # where compute can follow copies that are still on their way
         self._bytes_counter = bytes_counter
         self._bytes_counters = self.counters
 

@@ -1,9 +1,8 @@
 """The device tier: fills VRAM slots from the RAM tier."""
 
-import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -99,8 +98,9 @@ class _Load:
 class DeviceMover:
     """Copies records from the RAM tier; a RAM slot stays leased until its copy has landed.
 
-    What is resident in RAM is issued at once by whoever demands it. Prefetches are issued behind the caller's back, few
-    at a time, so that a demand waits for few. What has to be read first, or has to pass through the staging ring, is left to threads.
+    A demand whose record is in RAM is issued at once where that brings the link to work. What follows is issued behind
+    the caller's back, who has experts to compute: demands first, then prefetches, few at a time, so that a later demand
+    waits for few. What has to be read first, or has to pass through the staging ring, is left to other threads.
     """
 
     def __init__(self, copier: Copier, slots: DeviceSlots, records: Records) -> None:
@@ -108,31 +108,34 @@ class DeviceMover:
         self._slots = slots
         self._records = records
         self.pace = LinkPace()
-        self.flights = Flights(copier, self.pace, self._issue_prefetches)
+        self.flights = Flights(copier, self.pace, self._issue_more)
         self._readers: dict[int, dict[int, Marker]] = {}  # slot -> stream -> the point behind its last reader there
-        self._prefetches: OrderedDict[int, _Load] = OrderedDict()  # by slot: not issued
-        self._lock = threading.Lock()
+        self._demands: deque[_Load] = deque()  # not issued, and so are these, by slot:
+        self._prefetches: OrderedDict[int, _Load] = OrderedDict()
         self._loaders = TransferWorkers(NUM_LOADERS, "expert-h2d")
 
     def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
         load = _Load(key, slot, arrived, is_prefetch)
-        if is_prefetch:
-            with self._lock:
+        with self.flights.changed:
+            if is_prefetch:
                 self._prefetches[slot] = load
+            elif self.flights.keep_link_busy:
+                self._demands.append(load)
+            else:
+                self._issue(load)
+                return
             self.flights.ask_for_more()
-        else:
-            self._issue(load)
 
     def hurry(self, slot: int) -> None:
-        with self._lock:
+        with self.flights.changed:
             load = self._prefetches.pop(slot, None)
         if load is not None:
-            self._issue(replace(load, is_prefetch=False))
+            self.start(load.key, slot, load.arrived)
         else:
             self._loaders.hurry(slot)
 
     def cancel(self, slot: int) -> bool:
-        with self._lock:
+        with self.flights.changed:
             if self._prefetches.pop(slot, None) is not None:
                 return True
         return self._loaders.cancel(slot)
@@ -149,19 +152,24 @@ class DeviceMover:
                 marker.wait()
 
     def close(self) -> None:
-        with self._lock:
+        with self.flights.changed:
+            self._demands.clear()
             self._prefetches.clear()
         self._loaders.close()
         self.flights.close()
         self._copier.close()
 
-    def _issue_prefetches(self) -> None:
-        while len(self.flights) < MAX_PREFETCHES_FLYING:
-            with self._lock:
-                if not self._prefetches:
-                    return
-                _, load = self._prefetches.popitem(last=False)
+    def _issue_more(self) -> None:
+        while load := self._next_load():
             self._issue(load)
+
+    def _next_load(self) -> _Load | None:
+        with self.flights.changed:
+            if self._demands:
+                return self._demands.popleft()
+            if self._prefetches and len(self.flights) < MAX_PREFETCHES_FLYING:
+                return self._prefetches.popitem(last=False)[1]
+            return None
 
     def _issue(self, load: _Load) -> None:
         """Issue the copy here if that takes no waiting, else have a thread do it."""

@@ -34,17 +34,19 @@ class Flights:
     """In the order in which they were issued. Safe to use from several threads."""
 
     def __init__(self, copier: Copier, pace: LinkPace, issue_more: Callable[[], None]) -> None:
-        """issue_more: called after landings and when asked for, by the thread that notices landings; no lock is held."""
+        """issue_more: called after landings and when asked for, by the thread that notices them; no lock is held."""
         self._copier = copier
         self._pace = pace
         self._issue_more = issue_more
         self._is_asked_for_more = False
+        self._is_watching = False  # the thread waits for a landing, and does nothing else before
         self._flying: OrderedDict[int, Flight] = OrderedDict()  # by slot
         self._awaited: set[Flight] = set()  # demanded, or followed by compute, and not landed
         self._followed_at: float | None = None  # when compute was told so first
         self._landed_at = 0.0
         self._is_closed = False
-        self._changed = threading.Condition()
+        self.changed = threading.Condition()  # shared with the scheduler: a thread woken in an acquire runs after it
+        self._has_work = threading.Condition(self.changed._lock)  # type: ignore[attr-defined]
         self._thread = threading.Thread(target=self._notice_landings, name="expert-landings", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # as with `TransferWorkers`
@@ -52,22 +54,28 @@ class Flights:
     def __len__(self) -> int:
         return len(self._flying)
 
+    @property
+    def keep_link_busy(self) -> bool:
+        """Whether copies are under way, and more will be issued before they land if that is asked for (lock held)."""
+        return bool(self._flying) and not self._is_watching
+
     def add(self, flight: Flight) -> None:
-        with self._changed:
+        with self.changed:
             self._flying[flight.slot] = flight
             if not flight.is_prefetch:
                 self._awaited.add(flight)
-            self._changed.notify_all()
+            self._has_work.notify()
+            self.changed.notify_all()
 
     def ask_for_more(self) -> None:
         """There is something to issue that need not be issued by the calling thread."""
-        with self._changed:
+        with self.changed:
             self._is_asked_for_more = True
-            self._changed.notify_all()
+            self._has_work.notify()
 
     def first(self, slots: Collection[int]) -> int | None:
         """The one of these slots whose copy was issued before those of the others; None where none is on its way."""
-        with self._changed:
+        with self.changed:
             return next((slot for slot, flight in self._flying.items() if slot in slots and flight.marker), None)
 
     def follow(self, slot: int, limit_s: float) -> bool:
@@ -76,12 +84,12 @@ class Flights:
         False when that copy is not on its way any more: it has arrived, or is about to be called failed.
         Raises: TimeoutError where the host itself has to wait, and waits longer than that.
         """
-        with self._changed:
+        with self.changed:
             flight = self._flying.get(slot)
         if flight is None or flight.marker is None:
             return False
         if not self._copier.follow(flight.marker, limit_s):
-            with self._changed:
+            with self.changed:
                 if self._flying.get(slot) is not flight:
                     return False
                 self._awaited.add(flight)
@@ -93,8 +101,8 @@ class Flights:
 
         Raises: TimeoutError.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: not self._awaited, limit_s):
+        with self.changed:
+            if not self.changed.wait_for(lambda: not self._awaited, limit_s):
                 raise TimeoutError
             began, self._followed_at = self._followed_at, None
             return 0.0 if began is None else max(0.0, self._landed_at - began)
@@ -102,9 +110,9 @@ class Flights:
     def close(self) -> bool:
         """Wait for what is flying. False when a copy does not end."""
         atexit.unregister(self.close)
-        with self._changed:
+        with self.changed:
             self._is_closed = True
-            self._changed.notify_all()
+            self._has_work.notify()
         self._thread.join(CLOSE_LIMIT_S)
         return not self._thread.is_alive()
 
@@ -119,13 +127,14 @@ class Flights:
 
         Empty when there is more to issue first, None when there is nothing left to do.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self._flying or self._is_asked_for_more or self._is_closed)
+        with self.changed:
+            self._has_work.wait_for(lambda: self._flying or self._is_asked_for_more or self._is_closed)
             if self._is_asked_for_more:
                 self._is_asked_for_more = False
                 return []
             flying = [*self._flying.values()]
             demanded = [*takewhile(lambda flight: not flight.is_prefetch, flying)]
+            self._is_watching = bool(flying)
             return demanded or flying[:1] or None
 
     def _land(self, flights: list[Flight], errors: list[BaseException | None]) -> None:
@@ -133,15 +142,16 @@ class Flights:
             return
         began = [flight.began for flight, error in zip(flights, errors, strict=True) if error is None]
         self._pace.end(began, are_demanded=not flights[0].is_prefetch)
-        with self._changed:
+        with self.changed:
+            self._is_watching = False
             self._landed_at = time.perf_counter()
             for flight in flights:
                 del self._flying[flight.slot]  # before it lands: then the slot may be taken for another copy
         for flight, error in zip(flights, errors, strict=True):
             flight.land(error)
-        with self._changed:
+        with self.changed:
             self._awaited.difference_update(flights)
-            self._changed.notify_all()
+            self.changed.notify_all()
 
 
 def _wait(marker: Marker | None) -> BaseException | None:

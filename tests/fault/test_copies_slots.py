@@ -176,8 +176,9 @@ def make_scheduler(copier: SimulatedCopier, num_slots: int, stall_limit_s: float
     slots = DeviceSlots(copier, num_slots, RECORD)
     mover = DeviceMover(copier, slots, Records())
     policy = make_policy("lru", num_layers=1, num_experts=8, num_slots=num_slots)
-    scheduler = Scheduler(Residency(num_slots, policy), mover, num_experts=8, stall_limit_s=stall_limit_s)
-    scheduler.flights = mover.flights
+    scheduler = Scheduler(
+        Residency(num_slots, policy), mover, num_experts=8, stall_limit_s=stall_limit_s, flights=mover.flights
+    )
     return scheduler, slots
 
 
