@@ -6,18 +6,21 @@ compute for copies that do not wait for the last reader. `scripts/delete_waits` 
 
 import random
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
 import torch
 from support.deferred import DeferredCompute, fetch_top_k_after_waiting
 from support.offload import offload
-from support.pressure import experts_of, generate, overwrite_what_was_released, scheduler_of
+from support.pressure import experts_of, generate, is_loading, overwrite_what_was_released, scheduler_of
 from support.tiny_models import tiny_model, tiny_prompt
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from offload_moe.errors import TransferError
 from offload_moe.moe import routing
+from offload_moe.moe.attach import RanLayers
 from offload_moe.moe.device import DeviceArithmetic
 from offload_moe.tiers import copier as copier_module
 from offload_moe.tiers.copier import Copier
@@ -105,6 +108,55 @@ def test_two_threads_with_streams_of_their_own(model: PreTrainedModel, timing: s
     for thread in threads:
         thread.join(60)
     assert all(torch.equal(found[seed], expected[seed]) for seed in range(2))
+    scheduler_of(attached).close()
+
+
+def test_a_stalled_link_ends_an_answer_instead_of_the_session(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compute that follows a stalled copy never ends: whoever waited for its routed ids would wait for ever."""
+    copier, link_works = TIMINGS["random"](), threading.Event()
+    attached, oracle = offload(model, "bf16", 24, copier, 9, DeviceArithmetic)
+    expected = generate(oracle)
+    scheduler, issue_copy = scheduler_of(attached), copier.issue_copy
+
+    def stall(source: Tensor, destination: Tensor) -> None:
+        copier.current_stream().issue(lambda: link_works.wait(20) and None)
+        issue_copy(source, destination)
+
+    monkeypatch.setattr(copier, "issue_copy", stall)
+    scheduler.stall_limit_s = 0.2
+    began = time.monotonic()
+    try:
+        with pytest.raises(TransferError, match="did not arrive within"), DeferredCompute(copier.compute) as mode:
+            mode.ends_without_waiting = True
+            generate(attached)
+        assert time.monotonic() - began < 10
+    finally:
+        link_works.set()
+    scheduler.stall_limit_s = 60
+    assert torch.equal(generate_later(attached, copier), expected)
+    scheduler.close()
+
+
+def test_a_recorded_layer_ends_with_its_copies_landed(model: PreTrainedModel) -> None:
+    copier = TIMINGS["random"]()
+    attached, _ = offload(model, "bf16", 24, copier, 3, DeviceArithmetic)
+    landed = []
+
+    class Recorder:
+        def begin(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor) -> None: ...
+
+        def end(self) -> None:
+            landed.append(not is_loading(scheduler_of(attached)))
+
+        def ran(self, layers: RanLayers) -> None: ...
+
+    for module in experts_of(attached):
+        module._offload_moe.recorder = Recorder()
+    generate_later(attached, copier)
+    assert len(landed) > 3
+    assert all(landed)
     scheduler_of(attached).close()
 
 

@@ -31,11 +31,13 @@ class DeferredCompute(TorchDispatchMode):
         self.stream = stream
         self.delay_s = delay_s
         self.num_synchronizations = 0
+        self.ends_without_waiting = False
         self.errors: list[BaseException] = []
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self.synchronize()
+        if not self.ends_without_waiting:
+            self.synchronize()
 
     def synchronize(self) -> None:
         self.num_synchronizations += 1
