@@ -10,7 +10,7 @@ with every expert resident, taking turns token by token with the others; X: miss
 Lookahead off is compared with the sum over layers of A + max(E, X); lookahead on with an event replay fed with the
 copies that were really asked for, in their order; prompts with max(all compute, all transfer). `saved_in_parts` is
 the share of a token that the replay would save, lookahead off, if each matrix were computed as it arrives.
-Figures are simulated. Last line: JSON with, per rate, `off`, `on`, `gap_closed`, `recall`, `prompt`, and the rate where
+Figures are simulated. Last line: JSON with, per rate, `off`, `on`, `gap_closed`, `recall`, `prompt`, `prompt_off`, and the rate where
 compute equals transfer.
 """
 
@@ -353,7 +353,9 @@ def measure(model: RandomModel, rate: float, options: argparse.Namespace) -> dic
     }
     decode(rigs, ids)
     transfer = rigs["off"].record.numel() / bytes_per_s
-    values: dict[str, list[float]] = {name: [] for name in ("off", "on", "gap", "prompt", "recall", "balance", "parts")}
+    values: dict[str, list[float]] = {
+        name: [] for name in ("off", "on", "gap", "prompt", "prompt_off", "recall", "balance", "parts")
+    }
     for trial in range(options.trials):
         taken = decode(rigs, ids)
         resident_s, off_s = taken["resident"], taken["off"]
@@ -377,15 +379,16 @@ def measure(model: RandomModel, rate: float, options: argparse.Namespace) -> dic
         if trial >= PROMPT_TRIALS:
             continue
         resident_s = rigs["resident"].prompt(prompt)
-        seconds = rigs["off"].prompt(prompt)
-        copies = sum(len(layer.demands) for layer in rigs["off"].layers)
-        values["prompt"].append(seconds / max(resident_s, transfer * copies))
+        for name, column in (("on", "prompt"), ("off", "prompt_off")):
+            seconds = rigs[name].prompt(prompt)
+            copies = sum(len(layer.demands) + len(layer.prefetches) for layer in rigs[name].layers)
+            values[column].append(seconds / max(resident_s, transfer * copies))
     for rig in rigs.values():
         rig.close()
     row = {name: statistics.median(figures) if figures else math.nan for name, figures in values.items()}
     print(
         f"{rate:5.1f} GB/s  off {row['off']:.2f}  on {row['on']:.2f}  gap closed {row['gap']:.2f} "
-        f"(recall {row['recall']:.2f})  prompt {row['prompt']:.2f}  saved in parts {max(0.0, row['parts']):.1%}",
+        f"(recall {row['recall']:.2f})  prompt {row['prompt']:.2f}, off {row['prompt_off']:.2f}  saved in parts {max(0.0, row['parts']):.1%}",
         flush=True,
     )
     return {
@@ -395,6 +398,7 @@ def measure(model: RandomModel, rate: float, options: argparse.Namespace) -> dic
         "gap_closed": row["gap"] if values["gap"] else None,
         "recall": row["recall"],
         "prompt": row["prompt"],
+        "prompt_off": row["prompt_off"],
         "saved_in_parts": row["parts"],
         "rate_of_balance_gb_per_s": row["balance"],
         "spread": {name: [min(figures), max(figures)] for name, figures in values.items() if figures},

@@ -10,11 +10,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 
 from offload_moe.tiers.copier import Copier, Marker
 from offload_moe.tiers.pace import LinkPace
 
+MOST_TOGETHER = 4  # landings that are noticed at once; a slot whose copy has landed unnoticed cannot be used again
 CLOSE_LIMIT_S = 5.0  # a copy that never ends must not keep the process from ending
 
 
@@ -123,7 +124,7 @@ class Flights:
             self._issue_more()
 
     def _next_to_land(self) -> list[Flight] | None:
-        """The first on the link, or all demanded ones up to a prefetch, to be woken once.
+        """The first on the link, or the first few where they are demanded, to be woken once.
 
         Empty when there is more to issue first, None when there is nothing left to do.
         """
@@ -132,7 +133,7 @@ class Flights:
             if self._is_asked_for_more:
                 self._is_asked_for_more = False
                 return []
-            flying = [*self._flying.values()]
+            flying = [*islice(self._flying.values(), MOST_TOGETHER)]
             demanded = [*takewhile(lambda flight: not flight.is_prefetch, flying)]
             self._is_watching = bool(flying)
             return demanded or flying[:1] or None
