@@ -10,8 +10,8 @@ with every expert resident, taking turns token by token with the others; X: miss
 Lookahead off is compared with the sum over layers of A + max(E, X); lookahead on with an event replay fed with the
 copies that were really asked for, in their order; prompts with max(all compute, all transfer). `saved_in_parts` is
 the share of a token that the replay would save, lookahead off, if each matrix were computed as it arrives.
-Figures are simulated. Last line: JSON with, per rate, `off`, `on`, `gap_closed`, `recall`, `prompt`, `prompt_off`, and the rate where
-compute equals transfer.
+Figures are simulated. Last line: JSON with, per rate, `off`, `on`, `gap_closed`, `recall`, `prompt`, `prompt_off`, and
+the rate where compute equals transfer.
 """
 
 import argparse
@@ -388,7 +388,8 @@ def measure(model: RandomModel, rate: float, options: argparse.Namespace) -> dic
     row = {name: statistics.median(figures) if figures else math.nan for name, figures in values.items()}
     print(
         f"{rate:5.1f} GB/s  off {row['off']:.2f}  on {row['on']:.2f}  gap closed {row['gap']:.2f} "
-        f"(recall {row['recall']:.2f})  prompt {row['prompt']:.2f}, off {row['prompt_off']:.2f}  saved in parts {max(0.0, row['parts']):.1%}",
+        f"(recall {row['recall']:.2f})  prompt {row['prompt']:.2f}, off {row['prompt_off']:.2f}  "
+        f"saved in parts {max(0.0, row['parts']):.1%}",
         flush=True,
     )
     return {
