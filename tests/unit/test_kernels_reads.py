@@ -1,5 +1,7 @@
 """Reads that a run begins by itself: what it fetches, guesses, drops and gives up, and what Python hears of it."""
 
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Collection, Iterator, Sequence
@@ -182,3 +184,19 @@ def test_prefetches_leave_the_last_slots_to_what_is_demanded(tmp_path: Path) -> 
     ):
         assert wait(ride, 0)[0] == 0
         assert run.token.guesses_found[0, 0].tolist() == [kernels.MISSING] * TOP_K
+
+
+FORGOTTEN = """
+import gc
+from offload_moe import kernels
+residents = kernels.Residents(1, [0])
+sizes = kernels.ReadSizes(num_threads=2, part_bytes=4096, prefetch_part_bytes=4096)
+residents.cycle = kernels.Reads(residents, [], [], sizes)
+del residents
+gc.collect()
+"""
+
+
+def test_a_model_that_was_not_closed_is_forgotten_in_any_order() -> None:
+    """What reads use goes after them. A process of its own, as one that got it wrong hung."""
+    subprocess.run([sys.executable, "-c", FORGOTTEN], check=True, timeout=60)

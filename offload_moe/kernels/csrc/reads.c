@@ -233,6 +233,7 @@ static void *read_all(void *argument) {
 OM_EXPORT om_reads *om_reads_open(om_residents *residents, const om_reads_options *options) {
     om_reads *reads = calloc(1, sizeof *reads);
     if (reads == NULL) return NULL;
+    om_residents_use(residents);
     reads->residents = residents;
     reads->options = *options;
     pthread_cond_init(&reads->work, NULL);
@@ -247,6 +248,7 @@ OM_EXPORT om_reads *om_reads_open(om_residents *residents, const om_reads_option
         pthread_mutex_unlock(&residents->lock);
     }
     if (reads->num_threads > 0) return reads;
+    om_residents_close(residents);
     free(reads);
     return NULL;
 }
@@ -262,8 +264,10 @@ OM_EXPORT int om_reads_close(om_reads *reads, double limit_s) {
     while (reads->num_threads > 0 && pthread_cond_timedwait(&reads->ended, &reads->residents->lock, &deadline) == 0) {}
     const int has_ended = reads->num_threads == 0;
     pthread_mutex_unlock(&reads->residents->lock);
-    if (has_ended) free(reads);
-    return has_ended;
+    if (!has_ended) return 0;
+    om_residents_close(reads->residents);
+    free(reads);
+    return 1;
 }
 
 OM_EXPORT void om_reads_lend(om_reads *reads, int32_t slot, uint8_t *record) {

@@ -10,10 +10,22 @@ OM_EXPORT om_residents *om_residents_open(const uint8_t **records, int32_t *leas
     pthread_cond_init(&residents->arrived, NULL);
     residents->records = records;
     residents->leases = leases;
+    residents->num_users = 1;
     return residents;
 }
 
+void om_residents_use(om_residents *residents) {
+    pthread_mutex_lock(&residents->lock);
+    residents->num_users++;
+    pthread_mutex_unlock(&residents->lock);
+}
+
+/* By whoever opened it, and by each other user: the last one frees it. */
 OM_EXPORT void om_residents_close(om_residents *residents) {
+    pthread_mutex_lock(&residents->lock);
+    const int is_used = --residents->num_users > 0;
+    pthread_mutex_unlock(&residents->lock);
+    if (is_used) return;
     pthread_cond_destroy(&residents->arrived);
     pthread_mutex_destroy(&residents->lock);
     free(residents);

@@ -15,7 +15,11 @@ typedef struct {
     pthread_cond_t arrived;
     const uint8_t **records; /* by key: where the expert is resident, OM_COMING on its way, NULL absent */
     int32_t *leases;         /* by key: how many runs compute with it */
+    int64_t num_users;       /* in whatever order Python forgets them, the last of them frees it */
 } om_residents;
+
+void om_residents_use(om_residents *residents);
+void om_residents_close(om_residents *residents);
 
 OM_INLINE int om_is_resident(const om_residents *residents, int64_t key) { return residents->records[key] > OM_COMING; }
 
