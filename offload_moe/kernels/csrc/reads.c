@@ -89,7 +89,7 @@ int om_reads_fetch(om_reads *reads, int64_t key, int is_prefetch) {
                             .is_prefetch = (uint8_t)is_prefetch,
                             .was_prefetch = (uint8_t)is_prefetch};
         reads->residents->records[key] = OM_COMING;
-        pthread_cond_broadcast(&reads->work);
+        pthread_cond_signal(&reads->work); /* all of them at once would take the cores from those who compute */
         return 1;
     }
     return 0;
@@ -202,6 +202,7 @@ static void read_next(om_reads *reads, om_fetch *fetch) {
     const int64_t wanted = fetch->is_prefetch ? reads->options.prefetch_part_bytes : reads->options.part_bytes;
     const int64_t num_bytes = left < wanted ? left : wanted;
     fetch->next += num_bytes;
+    if (num_bytes < left) pthread_cond_signal(&reads->work);
     fetch->num_running++;
     reads->num_prefetching += fetch->is_prefetch;
     pthread_mutex_unlock(&reads->residents->lock);
