@@ -157,15 +157,16 @@ def test_attention_that_scales_by_position_stays_as_it_is(monkeypatch: pytest.Mo
 class Router(nn.Module):
     """transformers' usual router: the greatest of a softmax, as shares of all experts or of the chosen ones."""
 
-    def __init__(self, *, is_normalized: bool, temperature: float = 1.0) -> None:
+    def __init__(self, *, is_normalized: bool, temperature: float = 1.0, shift: int = 0) -> None:
         super().__init__()
-        self.top_k, self.is_normalized, self.temperature = 4, is_normalized, temperature
+        self.top_k, self.is_normalized, self.temperature, self.shift = 4, is_normalized, temperature, shift
         self.weight = nn.Parameter(torch.randn(24, 64).bfloat16().float(), requires_grad=False)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = functional.linear(hidden_states, self.weight)
         values, ids = (logits / self.temperature).softmax(-1).topk(self.top_k)
-        return logits, values / values.sum(-1, keepdim=True) if self.is_normalized else values, ids
+        weights = values / values.sum(-1, keepdim=True) if self.is_normalized else values
+        return logits, weights, (ids + self.shift) % len(self.weight)
 
 
 @needs_kernels
@@ -184,9 +185,18 @@ def test_a_recognized_router_gives_the_modules_results(is_normalized: bool) -> N
 
 
 @needs_kernels
+@pytest.mark.parametrize("share", [1.0, 2**-10, 2**-20])
+def test_a_router_is_recognized_where_only_rounding_tells_its_experts_apart(share: float) -> None:
+    """The demo's are such: nearly equal logits, some of whose shares round to the same number."""
+    router = Router(is_normalized=True)
+    router.weight.mul_(share)
+    assert shorten_routers(router) == 1
+
+
+@needs_kernels
 def test_other_routers_stay_as_they_are() -> None:
     finer = Router(is_normalized=True)
     finer.weight.data += 1e-4
-    for router in (Router(is_normalized=True, temperature=2.0), finer):
+    for router in (Router(is_normalized=True, temperature=2.0), Router(is_normalized=True, shift=1), finer):
         assert shorten_routers(router) == 0
         assert "forward" not in vars(router)
