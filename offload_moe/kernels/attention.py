@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.kernels.native import library
 from offload_moe.kernels.planes import MODES, Mode, matrix_struct
 from offload_moe.kernels.structs import AttentionStruct, LayerStruct, MatrixStruct, RouterStruct
-from offload_moe.quant.layout import ExpertShape, RecordLayout
+from offload_moe.quant.layout import ExpertShape, RecordLayout, pack_planes
 
 HEAD_DIM_STEP = 16  # head dims are multiples of the widest vector
 
@@ -24,6 +25,12 @@ class Linear:
     layout: RecordLayout
     record: Tensor
     bias: Tensor | None = None
+
+    @classmethod
+    def of_fp32(cls, shape: ExpertShape, weight: Tensor, bias: Tensor | None = None) -> Self:
+        """Of the numbers themselves: weight ``[O, K]``, fp32 and contiguous, is read where it lies."""
+        layout = pack_planes([("weight.values", weight.dtype, tuple(weight.shape))])
+        return cls(codec="fp32", shape=shape, layout=layout, record=weight, bias=bias)
 
     def struct(self) -> MatrixStruct:
         return matrix_struct(self.codec, self.shape.matrices[0], self.layout)

@@ -12,7 +12,8 @@ from offload_moe.quant.layout import ExpertShape, Matrix, RecordLayout, round_up
 Mode = Literal["exact", "fast"]
 
 MODES = {"exact": 0, "fast": 1}
-CODECS = {"nf4": 0, "int8": 1, "mxfp4": 2, "bf16": 3}
+CODECS = {"nf4": 0, "int8": 1, "mxfp4": 2, "bf16": 3, "fp32": 4}
+VALUES = ("bf16", "fp32")  # no codes
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 BLOCK = 64
 ABSENT = -1
@@ -22,8 +23,8 @@ def unsupported_reason(codec: str, shape: ExpertShape) -> str | None:
     """Why the kernels cannot compute experts of this shape, or None when they can."""
     if codec not in CODECS:
         return f"codec {codec} has no native kernel"
-    if codec == "bf16" and shape.is_transposed:
-        return "bf16 records keep the module's [in, out] matrices, the kernels read [out, in]"
+    if codec in VALUES and shape.is_transposed:
+        return f"{codec} records keep the module's [in, out] matrices, the kernels read [out, in]"
     return None
 
 
@@ -66,6 +67,6 @@ _PLANES = {
     },
     "int8": {"codes": "codes", "scales": "scales"},
     "mxfp4": {"codes": "codes", "scales": "scales"},
-    "bf16": {"codes": "values"},
+    **{codec: {"codes": "values"} for codec in VALUES},
 }
 _OPTIONAL_FIELDS = ("scales", "nested_scales", "nested_offset")

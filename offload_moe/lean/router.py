@@ -14,7 +14,6 @@ from offload_moe.dense import weight_shape
 from offload_moe.lean.probe import REFUSALS, TOLERANCE, agree, probes, structure
 from offload_moe.quant import get_codec
 
-CODEC = "bf16"  # half the bytes of fp32, and the same numbers where the checkpoint was in bf16
 NEGLIGIBLE = 1e-30  # experts whose shares vanish are tied, and either choice of them adds nothing
 TIED = 1e-6  # logits nearer than that have shares that may round to the same number
 PARAMETERS = ({"weight"}, {"weight", "bias"})
@@ -29,12 +28,7 @@ class StepRouter:
         self._prompt_forward: Callable[[Tensor], Routed] = router.forward
         self.num_experts, self.hidden_size = router.weight.shape
         self.top_k = top_k
-        shape = weight_shape(*router.weight.shape)
-        codec = get_codec(CODEC)
-        record = codec.encode(shape, {"weight": router.weight.detach()})
-        linear = kernels.Linear(
-            codec=CODEC, shape=shape, layout=codec.layout(shape), record=record, bias=getattr(router, "bias", None)
-        )
+        linear = _linear(router.weight.detach(), getattr(router, "bias", None))
         self.kernel = kernels.RouterKernel(linear, top_k=top_k, is_of_chosen=is_of_chosen)
 
     def __call__(self, hidden_states: Tensor) -> Routed:
@@ -61,7 +55,7 @@ def shorten_routers(model: nn.Module) -> int:
         if kind not in is_of_chosen:
             is_of_chosen[kind] = _recognized(module)
         found = is_of_chosen[kind]
-        if found is not None and _is_in_bf16(module.weight):
+        if found is not None:
             module.forward = StepRouter(module, top_k=module.top_k, is_of_chosen=found)
             num_shortened += 1
     return num_shortened
@@ -76,8 +70,13 @@ def _is_candidate(module: Any) -> bool:
     return is_plain and weight.dim() == 2 and isinstance(top_k, int) and 1 <= top_k <= len(weight)
 
 
-def _is_in_bf16(weight: Tensor) -> bool:
-    return torch.equal(weight.bfloat16().float(), weight)
+def _linear(weight: Tensor, bias: Tensor | None) -> kernels.Linear:
+    """In bf16 where the numbers are the same, as they are where the checkpoint was: half the bytes."""
+    shape, codec = weight_shape(*weight.shape), get_codec("bf16")
+    if not torch.equal(weight.bfloat16().float(), weight):
+        return kernels.Linear.of_fp32(shape, weight.contiguous(), bias)
+    record = codec.encode(shape, {"weight": weight})
+    return kernels.Linear(codec=codec.name, shape=shape, layout=codec.layout(shape), record=record, bias=bias)
 
 
 @torch.inference_mode()

@@ -142,6 +142,23 @@ def test_what_is_missing_is_brought_meanwhile(
         assert seen.disk_bytes >= seen.num_misses * model._hierarchy.pools.slot_bytes
 
 
+@pytest.mark.parametrize("factor", [1.001, 1e-5])
+def test_routers_of_other_weights_take_part(factor: float, tmp_path: Path, num_runs: list[int]) -> None:
+    """Weights that are no bf16 values, and experts that only rounding tells apart, as the demo's."""
+    made = tiny_model("qwen3_moe")
+    for layer in made.model.layers:
+        layer.mlp.gate.weight.data.mul_(factor)
+    made.save_pretrained(tmp_path / "source")
+    store = quantize(tmp_path / "source", tmp_path / "store", codec="nf4")
+    with open_model(store) as model:
+        expected = logits(model)
+    assert num_runs == [NUM_LAYERS] * (NUM_NEW - 2)
+    for num_slots in (1, LEAST_SLOTS):
+        with open_model(store, num_slots) as model:
+            assert torch.equal(logits(model), expected)
+    assert num_runs == [NUM_LAYERS] * (NUM_NEW - 2) * 2
+
+
 @pytest.mark.parametrize("num_slots", [LEAST_SLOTS, 12, 18])
 def test_lookahead_goes_along(
     num_slots: int,

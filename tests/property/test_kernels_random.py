@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from offload_moe import kernels
 from offload_moe.errors import ConfigError
-from offload_moe.quant import ExpertShape, Matrix, get_codec
-from tests.support.kernels import SETS, needs_kernels
+from tests.support.kernels import SETS, decoded, make_linear, needs_kernels
 
 pytestmark = needs_kernels
 
@@ -19,19 +18,17 @@ pytestmark = needs_kernels
     columns=st.integers(1, 300),
     num_tokens=st.integers(1, 20),
     threads=st.integers(1, 4),
-    codec=st.sampled_from(["nf4", "int8"]),
+    codec=st.sampled_from(["nf4", "int8", "bf16", "fp32"]),
     instruction_set=st.sampled_from(SETS or [""]),
 )
 def test_linear_of_any_size(
     rows: int, columns: int, num_tokens: int, threads: int, codec: str, instruction_set: str
 ) -> None:
-    generator = torch.Generator().manual_seed(rows * 1000 + columns)
-    shape = ExpertShape(matrices=(Matrix(name="weight", out_features=rows, in_features=columns),))
-    coder = get_codec(codec)
-    record = coder.encode(shape, {"weight": torch.randn(rows, columns, generator=generator)})
-    weight = coder.decode(shape, record, torch.float32)["weight"].double()
-    x = torch.randn(num_tokens, columns, generator=generator)
-    kernel = kernels.LinearKernel(codec, [shape], [coder.layout(shape)])
+    torch.manual_seed(rows * 1000 + columns)
+    linear = make_linear(codec, rows, columns)
+    weight = decoded(linear)
+    x = torch.randn(num_tokens, columns)
+    kernel = kernels.LinearKernel(codec, [linear.shape], [linear.layout])
     out = torch.empty(num_tokens, rows)
     before = kernels.num_threads()
     kernels.select_instruction_set(instruction_set)
@@ -42,7 +39,7 @@ def test_linear_of_any_size(
         size = x.double().abs() @ weight.T.abs()
         step = x.double().abs().amax(dim=1, keepdim=True) / 254 * weight.abs().sum(dim=1)
         for mode, bound in (("exact", 1e-6 * size), ("fast", 0.03 * size + 1.1 * step)):
-            kernel.forward(x, [record], [out], mode=mode)
+            kernel.forward(x, [linear.record], [out], mode=mode)
             assert ((out - expected).abs() <= bound + 1e-12).all()
     finally:
         kernels.select_instruction_set(None)

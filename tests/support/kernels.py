@@ -88,8 +88,19 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 
 
 def make_linear(codec: str, out_features: int, in_features: int, *, has_bias: bool = False) -> kernels.Linear:
-    """A quantized linear of random weights."""
-    shape, coder = weight_shape(out_features, in_features), get_codec(codec)
-    record = coder.encode(shape, {"weight": torch.randn(out_features, in_features) * in_features**-0.5})
+    """A linear of random weights, quantized or in fp32."""
+    shape = weight_shape(out_features, in_features)
+    weight = torch.randn(out_features, in_features) * in_features**-0.5
     bias = torch.randn(out_features) if has_bias else None
+    if codec == "fp32":
+        return kernels.Linear.of_fp32(shape, weight, bias)
+    coder = get_codec(codec)
+    record = coder.encode(shape, {"weight": weight})
     return kernels.Linear(codec=codec, shape=shape, layout=coder.layout(shape), record=record, bias=bias)
+
+
+def decoded(linear: kernels.Linear) -> Tensor:
+    """Its weight ``[O, K]`` in fp64."""
+    if linear.codec == "fp32":
+        return linear.record.double()
+    return get_codec(linear.codec).decode(linear.shape, linear.record, torch.float32)["weight"].double()

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from support.kernels import SETS, make_linear, needs_kernels
+from support.kernels import SETS, decoded, make_linear, needs_kernels
 from torch import Tensor
 from torch.nn import functional
 
 from offload_moe import kernels
 from offload_moe.errors import ConfigError
-from offload_moe.quant import get_codec
 
 HIDDEN, CAPACITY = 96, 40
 pytestmark = [needs_kernels, pytest.mark.usefixtures("best_kernels_afterwards")]
@@ -17,8 +16,7 @@ pytestmark = [needs_kernels, pytest.mark.usefixtures("best_kernels_afterwards")]
 def linear(codec: str, out_features: int, in_features: int, *, has_bias: bool) -> tuple[kernels.Linear, Tensor]:
     """A quantized linear, and its decoded weight in fp64."""
     made = make_linear(codec, out_features, in_features, has_bias=has_bias)
-    weight = get_codec(codec).decode(made.shape, made.record, torch.float32)["weight"].double()
-    return made, weight
+    return made, decoded(made)
 
 
 def rms_norm(x: Tensor, norm: kernels.HeadNorm) -> Tensor:
@@ -117,10 +115,11 @@ def test_heads_that_fit_no_vector_are_refused() -> None:
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("is_of_chosen", [True, False])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_a_router_chooses_as_torch_does(has_bias: bool, is_of_chosen: bool, name: str) -> None:
+@pytest.mark.parametrize("codec", ["bf16", "fp32"])
+def test_a_router_chooses_as_torch_does(codec: str, has_bias: bool, is_of_chosen: bool, name: str) -> None:
     kernels.select_instruction_set(name)
     torch.manual_seed(3)
-    made, weight = linear("bf16", 40, 100, has_bias=has_bias)
+    made, weight = linear(codec, 40, 100, has_bias=has_bias)
     kernel = kernels.RouterKernel(made, top_k=6, is_of_chosen=is_of_chosen)
     for scale in (0.01, 1.0, 30.0):
         x = torch.randn(100) * scale

@@ -115,6 +115,7 @@ OM_INLINE fvec widen_bf16(const uint8_t *values) {
 
 OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const int k) {
     if (codec == OM_INT8) return widen_signed(codes + 16 * k);
+    if (codec == OM_FP32) return fv_load((const float *)codes + OM_LANES * k);
     if (codec == OM_BF16) return widen_bf16(codes + 32 * k);
     const fvec levels = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_setr_epi8(OM_MXFP4_LEVELS)));
     const fvec table = codec == OM_NF4 ? fv_load(om_nf4_values) : _mm512_mul_ps(levels, _mm512_set1_ps(1.0f / OM_MXFP4_UNIT));

@@ -81,6 +81,7 @@ OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const 
         const int16x8_t wide = vmovl_s8(vld1_s8((const int8_t *)codes + 8 * k));
         return (fvec){vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_high_s16(wide))};
     }
+    if (codec == OM_FP32) return fv_load((const float *)codes + OM_LANES * k);
     if (codec == OM_BF16) return (fvec){widen_bf16(codes + 16 * k), widen_bf16(codes + 16 * k + 8)};
     const uint8_t *values = (const uint8_t *)(codec == OM_NF4 ? om_nf4_values : mxfp4_values);
     const uint8x16x4_t table = {{vld1q_u8(values), vld1q_u8(values + 16), vld1q_u8(values + 32), vld1q_u8(values + 48)}};

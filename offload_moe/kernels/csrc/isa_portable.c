@@ -90,6 +90,7 @@ OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const 
                                            -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
     fvec v;
     (void)raw;
+    if (codec == OM_FP32) return fv_load((const float *)codes + OM_LANES * k);
     for (int lane = 0; lane < OM_LANES; lane++) {
         if (codec == OM_INT8) {
             v.lane[lane] = (float)(int8_t)codes[OM_LANES * k + lane];

@@ -1,11 +1,11 @@
 #include "job.h"
 
 static int64_t row_bytes(const om_matrix *m) {
-    return m->codec == OM_BF16 ? 2 * m->cols : m->codec == OM_INT8 ? m->padded : m->padded / 2;
+    if (OM_ARE_VALUES(m->codec)) return (m->codec == OM_FP32 ? 4 : 2) * m->cols;
+    return m->codec == OM_INT8 ? m->padded : m->padded / 2;
 }
 
 om_weights om_resolve(const om_matrix *m, const uint8_t *record) {
-    const int is_bf16 = m->codec == OM_BF16;
     om_weights w = {
         .codes = record + m->codes,
         .scales = m->scales < 0 ? NULL : record + m->scales,
@@ -14,7 +14,7 @@ om_weights om_resolve(const om_matrix *m, const uint8_t *record) {
         .bias = m->bias < 0 ? NULL : record + m->bias,
         .rows = m->rows,
         .cols = m->cols,
-        .blocks = is_bf16 ? m->cols / OM_BLOCK : m->padded / OM_BLOCK,
+        .blocks = (OM_ARE_VALUES(m->codec) ? m->cols : m->padded) / OM_BLOCK,
         .row_bytes = row_bytes(m),
         .codec = m->codec,
         .bias_dtype = m->bias_dtype,
@@ -27,7 +27,7 @@ int64_t om_padded_columns(const om_matrix *m) { return om_divide_up(m->cols, OM_
 void om_lay_out_activations(om_activations *a, const om_matrix *m, int mode, int64_t num_tokens, uintptr_t *cursor) {
     const om_isa *isa = om_active_isa();
     a->codec = m->codec;
-    a->has_values = mode == OM_EXACT || m->codec == OM_BF16;
+    a->has_values = mode == OM_EXACT || OM_ARE_VALUES(m->codec);
     a->blocks = om_divide_up(m->cols, OM_BLOCK);
     a->padded_blocks = om_divide_up(a->blocks, isa->unit_blocks) * isa->unit_blocks;
     a->scales = m->codec == OM_MXFP4 ? 2 * a->blocks : a->blocks;

@@ -193,7 +193,7 @@ static uintptr_t lay_out(moe_job *job, void **bf16_sums, uintptr_t start) {
 
 static void plan(moe_job *job) {
     const om_moe_layer *layer = job->layer;
-    const int64_t bytes_per_pair = layer->second.cols * (job->mode == OM_EXACT || layer->second.codec == OM_BF16 ? 4 : 1);
+    const int64_t bytes_per_pair = layer->second.cols * (job->mode == OM_EXACT || OM_ARE_VALUES(layer->second.codec) ? 4 : 1);
     const int64_t room = GROUP_BYTES / bytes_per_pair / OM_TILE * OM_TILE;
     job->group_pairs = om_max(1, om_min(job->offsets[job->num_experts], om_max(OM_TILE, room)));
     job->intermediate = layer->has_gate ? layer->first.rows / 2 : layer->first.rows;

@@ -19,7 +19,8 @@
 #define OM_PREFETCH(address) ((void)0)
 #endif
 
-enum { OM_NF4 = 0, OM_INT8 = 1, OM_MXFP4 = 2, OM_BF16 = 3 };
+enum { OM_NF4 = 0, OM_INT8 = 1, OM_MXFP4 = 2, OM_BF16 = 3, OM_FP32 = 4 };
+#define OM_ARE_VALUES(codec) ((codec) == OM_BF16 || (codec) == OM_FP32) /* no codes: rows without padding or scales */
 enum { OM_EXACT = 0, OM_FAST = 1 };
 enum { OM_F32 = 0, OM_BF16_VALUES = 1 };
 enum { OM_SILU = 0, OM_GELU = 1, OM_GELU_TANH = 2, OM_GPT_OSS = 3, OM_RELU = 4, OM_RELU2 = 5, OM_IDENTITY = 6 };
@@ -67,7 +68,7 @@ typedef void (*om_rows_fn)(const om_weights *weights, int64_t first_row, int64_t
 
 typedef struct {
     const char *name;
-    om_rows_fn rows[2][4]; /* [mode][codec] */
+    om_rows_fn rows[2][5]; /* [mode][codec] */
     int unit_blocks, quant_bytes; /* blocks that are packed together where codes have 4 bits; bytes of a block's quants */
     /* fp32 activations -> int8 (`quantize`) or reordered fp32 (`pack`), from block `first_block` of the token on. */
     void (*quantize_blocks)(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, om_token *token);
