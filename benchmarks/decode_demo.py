@@ -1,9 +1,12 @@
 """Decode of the demo model, all experts in memory: ours against transformers' three experts implementations in bf16.
 
     python benchmarks/decode_demo.py [--checkpoint FOLDER] [--threads N] [--tokens N] [--trials N] [--unpinned]
+    python benchmarks/decode_demo.py --resident 0.5 ...
 
 Every candidate answers the same prompt greedily through `generate()`; the figure is tokens per second from the first
-new token to the last. Do not pin on a machine that is busy with other work: a pinned OpenMP team waits for its cores.
+new token to the last. `--resident`: ours alone, with slots for that share of the experts, beside all of them resident
+and beside going layer by layer, as a model does when somebody hooks its layers. Do not pin on a machine that is busy
+with other work: a pinned OpenMP team waits for its cores.
 """
 
 import argparse
@@ -16,6 +19,7 @@ from typing import Any
 from harness import alternate, finish, paired_ratio, pin_threads, spread
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+RESIDENT, PARTLY, BY_LAYER = "ours resident", "ours partly", "ours partly, by layer"
 PROMPT = "The history of the city begins with a river, a bridge and a market. In the first century"
 
 
@@ -29,7 +33,7 @@ def main() -> None:
     from offload_moe import demo, kernels
 
     checkpoint = options.checkpoint or demo.checkpoint()
-    models = load_all(checkpoint)
+    models = load_all(checkpoint) if options.resident is None else load_partly(checkpoint, options.resident)
     kernels.set_threads(options.threads, pinned_to_cores=not options.unpinned)
     from transformers import AutoTokenizer
 
@@ -48,6 +52,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--unpinned", action="store_true")
+    parser.add_argument("--resident", type=float, help="share of the experts for which there are slots")
     return parser.parse_args()
 
 
@@ -67,6 +72,18 @@ def load_all(checkpoint: Path) -> dict[str, Any]:
         hf = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, experts_implementation=name)
         models[f"transformers {name}"] = hf.eval().requires_grad_(False)
     return models
+
+
+def load_partly(checkpoint: Path, share: float) -> dict[str, Any]:
+    """Ours with the default store: all experts resident, and so many, with and without runs of layers."""
+    from offload_moe import load
+
+    models = {name: load(checkpoint) for name in (RESIDENT, PARTLY, BY_LAYER)}
+    for name in (PARTLY, BY_LAYER):
+        hierarchy = models[name]._hierarchy
+        hierarchy.resize("ram", round(share * hierarchy.pools.num_layers * hierarchy.pools.num_experts))
+    models[BY_LAYER].hf.model.layers[-1].register_forward_hook(lambda *_: None)
+    return {name: model.hf for name, model in models.items()}
 
 
 def decode_rate(hf: Any, ids: Any, num_tokens: int) -> float:
@@ -107,8 +124,9 @@ class Clock:
 
 def report(rates: dict[str, list[float]], options: argparse.Namespace) -> None:
     medians = {name: spread(values) for name, values in rates.items()}
-    fastest = max((f"transformers {name}" for name in IMPLEMENTATIONS), key=lambda name: medians[name]["median"])
-    ratios = {name: paired_ratio(rates, name, fastest) for name in rates if name.startswith("ours")}
+    peers = [name for name in rates if name == BY_LAYER or not name.startswith("ours")]
+    fastest = max(peers, key=lambda name: medians[name]["median"])
+    ratios = {name: paired_ratio(rates, name, fastest) for name in rates if name not in peers}
     for name, value in medians.items():
         print(f"{name:25s} {value['median']:7.1f} tok/s  ({value['min']:.1f} to {value['max']:.1f})", file=sys.stderr)
     for name, value in ratios.items():
@@ -120,6 +138,7 @@ def report(rates: dict[str, list[float]], options: argparse.Namespace) -> None:
             "threads": options.threads,
             "tokens": options.tokens,
             "pinned": not options.unpinned,
+            "resident": options.resident,
             "rates": medians,
             "fastest_peer": fastest,
             "ratios": ratios,
