@@ -41,6 +41,9 @@ class DecayedScores:
     def remove(self, key: int) -> None:
         self._resident[key] = np.inf
 
+    def resize(self, num_slots: int) -> None:
+        """Does not ask how many there are."""
+
     def victim(self, leased: Callable[[int], bool]) -> int | None:
         order = self.sums + self._resident
         for key in np.argsort(order).tolist():

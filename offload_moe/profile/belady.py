@@ -40,6 +40,9 @@ class Belady:
     def remove(self, key: int) -> None:
         self._resident.remove(key)
 
+    def resize(self, num_slots: int) -> None:
+        """Does not ask how many there are."""
+
     def victim(self, leased: Callable[[int], bool]) -> int | None:
         heap, passed, chosen = self._heap, [], None
         while heap and chosen is None:

@@ -24,7 +24,6 @@ from offload_moe.tiers.mover import Mover
 from offload_moe.tiers.pace import LinkPace
 
 Tier = Literal["ram", "vram"]
-OUTGROWN = 1.5  # a policy is made for a number of slots; this many times more or fewer, and another is made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +47,7 @@ class Hierarchy:
         self.pools = pools
         self.arena = Arena(pools.num_ram_slots, pools.slot_bytes, pools.chunk_bytes)
         self._resizing = threading.Lock()
-        self._made_for: dict[Scheduler, int] = {}  # the slots that a tier's policy was made for
+        self._began_whole: set[Scheduler] = set()  # the tiers that were given a slot for every expert
         self._copier = copier if pools.num_device_slots else None
         self.residents: kernels.Residents | None = None  # of the fast tier, for native runs
         if self._copier is None and kernels.available():
@@ -153,7 +152,7 @@ class Hierarchy:
             scheduler.shrink(num_slots)
             self._settle(tier, num_slots, num_before)
             pool.shrink(num_slots)
-        self._refit_policy(scheduler)
+        self._refit_policy(scheduler, num_before)
         return num_slots
 
     def _settle(self, tier: Tier, num_slots: int, num_before: int) -> None:
@@ -175,7 +174,8 @@ class Hierarchy:
         residency = Residency(num_slots, self._policy(num_slots), lookup)
         num_experts = self.pools.num_experts
         scheduler = Scheduler(residency, mover, num_experts=num_experts, bytes_counter=bytes_counter, flights=flights)
-        self._made_for[scheduler] = num_slots
+        if self._is_whole(num_slots):
+            self._began_whole.add(scheduler)
         return scheduler
 
     def _policy(self, num_slots: int) -> Policy:
@@ -188,13 +188,14 @@ class Hierarchy:
             num_slots=num_slots,
         )
 
-    def _refit_policy(self, scheduler: Scheduler) -> None:
-        """Replace a policy that was made for quite another number of slots; what it has learned goes with it."""
-        before, now = self._made_for[scheduler], scheduler.residency.num_slots
-        has_outgrown = max(before, now) > OUTGROWN * min(before, now)
-        if has_outgrown or self._is_whole(before) != self._is_whole(now):
+    def _refit_policy(self, scheduler: Scheduler, num_before: int) -> None:
+        """A pool that was to hold every expert needs a policy that chooses only while it does not.
+
+        Any other keeps its policy, and with it what was learned, also while borrowed slots make it hold them all.
+        """
+        now = scheduler.residency.num_slots
+        if scheduler in self._began_whole and self._is_whole(num_before) != self._is_whole(now):
             scheduler.use_policy(self._policy(now))
-            self._made_for[scheduler] = now
 
     def _is_whole(self, num_slots: int) -> bool:
         return num_slots >= self._num_keys

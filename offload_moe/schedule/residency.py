@@ -201,6 +201,7 @@ class Residency:
         assert all(state is SlotState.FREE for state in self._state[self._num_open :])
         for column in (self._key_of, self._state, self._num_leases):
             del column[self._num_open :]
+        self.policy.resize(self.num_slots)
 
     def grow(self, num_slots: int) -> None:
         """Append FREE slots until there are `num_slots`. None may be closed."""
@@ -211,6 +212,7 @@ class Residency:
         self._num_leases += [0 for _ in added]
         self._free += added
         self._num_open = num_slots
+        self.policy.resize(num_slots)
 
     def use_policy(self, policy: Policy) -> None:
         """Let another policy decide from now on; it is told what is resident."""

@@ -239,3 +239,14 @@ def test_a_pool_that_no_longer_holds_every_expert_gets_a_policy_that_chooses() -
     hierarchy.resize("ram", 16)
     assert hierarchy.ram.residency.policy.name == "lru"
     hierarchy.close()
+
+
+def test_what_a_policy_has_learned_survives_every_size() -> None:
+    """Also sizes with a slot for every expert, where slots were only borrowed."""
+    hierarchy = make(4)
+    policy = hierarchy.ram.residency.policy
+    for num_slots in (5, 9, 16, 3, 4):
+        hierarchy.resize("ram", num_slots)
+        assert hierarchy.ram.residency.policy is policy
+        check_all_experts(hierarchy)
+    hierarchy.close()

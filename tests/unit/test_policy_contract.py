@@ -112,6 +112,20 @@ class TestContract:
             policy.access(1, [NUM_EXPERTS])
         assert policy.victim(nobody) == cold
 
+    def test_a_pool_of_another_size_forgets_nothing(self) -> None:
+        for name in POLICY_NAMES:
+            one, two = make(name), make(name)
+            for policy in (one, two):
+                for token in range(30):
+                    policy.access(0, [token * token % 8, 7])
+                    policy.access(1, [8 + token % 3])
+                for key in range(11):
+                    policy.insert(key)
+                if policy is two:
+                    policy.resize(16)
+                    policy.resize(4)
+            assert drain(one) == drain(two)
+
     def test_same_calls_give_the_same_victims(self) -> None:
         for name in POLICY_NAMES:
             one, two = make(name), make(name)
@@ -190,6 +204,15 @@ def test_slru_returns_the_oldest_protected_to_probation() -> None:
     for key in (1, 2, 3):
         policy.access(0, [key])
     assert drain(policy) == [1, 2, 3]
+
+
+def test_slru_protects_fewer_in_a_smaller_pool() -> None:
+    policy = make("slru", num_slots=8)  # room for four protected
+    use(policy, 1, 2, 3)
+    policy.access(0, [1])
+    policy.access(0, [2])
+    policy.resize(2)
+    assert drain(policy) == [3, 1, 2]
 
 
 def test_lru_2_evicts_by_the_second_last_use() -> None:

@@ -126,6 +126,12 @@ class TestKNN:
             order.append(key // NUM_EXPERTS)
         assert sorted(order[:2]) == [0, 1]
 
+    def test_a_larger_pool_looks_further_ahead(self) -> None:
+        resized, made_so = (KNN(range(NUM_LAYERS), NUM_EXPERTS, num_slots) for num_slots in (8, 32))
+        resized.resize(32)
+        assert resized._discount == made_so._discount == resized._reuse._discount
+        assert resized._history._fading == made_so._history._fading
+
     def test_prefetched_expert_is_kept_until_its_layer_has_come(self) -> None:
         policy, every_fourth, never_used = (
             KNN(range(NUM_LAYERS), NUM_EXPERTS, NUM_SLOTS),

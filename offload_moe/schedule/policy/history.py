@@ -26,10 +26,14 @@ class History:
         self._was_used = np.zeros((num_keys, num_tokens), dtype=np.uint8)  # [X, M]
         # [M, X]: 255 * discount^(tokens from the token after until the first use)
         self._future = np.zeros((num_tokens, num_keys), dtype=np.uint8)
-        self._fading = [np.uint8(round(255 * discount**wait)) for wait in range(NUM_AHEAD)]
+        self.use_discount(discount)
         self._matched = np.zeros(num_tokens, dtype=np.float32)  # [M]: decayed count of experts shared with the present
         self._matchable = 1e-6  # what a token with the same routing would have
         self._now = 0
+
+    def use_discount(self, discount: float) -> None:
+        """Of the uses from now on; what is remembered keeps the one it had."""
+        self._fading = [np.uint8(round(255 * discount**wait)) for wait in range(NUM_AHEAD)]
 
     def observe(self, keys: NDArray[np.intp], num_layers: int) -> None:
         """Compare the past with what `num_layers` layers of the present token used, and remember that."""

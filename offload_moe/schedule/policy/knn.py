@@ -29,7 +29,7 @@ class KNN:
 
     def __init__(self, layers: range, num_experts: int, num_slots: int) -> None:
         num_keys = len(layers) * num_experts
-        discount = 0.5 ** (num_keys / (num_slots * HALF_LIFE_PER_SHARE))
+        discount = _discount(num_keys, num_slots)
         self._layers = layers
         self._num_experts = num_experts
         self._first_key = layers.start * num_experts
@@ -83,6 +83,13 @@ class KNN:
         local = key - self._first_key
         self._absent[local] = self._order[local] = np.inf
 
+    def resize(self, num_slots: int) -> None:
+        """Look further ahead, or less far, from now on; what was learned with the discount before fades by itself."""
+        discount = _discount(len(self._worth), num_slots)
+        self._discount = np.float32(discount)
+        self._history.use_discount(discount)
+        self._reuse.use_discount(discount)
+
     def victim(self, leased: Callable[[int], bool]) -> int | None:
         order, spared, chosen = self._order, [], None
         while chosen is None:
@@ -125,3 +132,8 @@ class KNN:
         self._reuse.advance()
         self._ranked = 0
         self._is_chunk = False
+
+
+def _discount(num_keys: int, num_slots: int) -> float:
+    """Of one token, for a pool of `num_slots` slots."""
+    return float(0.5 ** (num_keys / (num_slots * HALF_LIFE_PER_SHARE)))

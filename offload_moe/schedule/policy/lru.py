@@ -26,5 +26,8 @@ class LRU:
     def remove(self, key: int) -> None:
         del self._resident[key]
 
+    def resize(self, num_slots: int) -> None:
+        """Does not ask how many there are."""
+
     def victim(self, leased: Callable[[int], bool]) -> int | None:
         return next((key for key in self._resident if not leased(key)), None)

@@ -29,5 +29,8 @@ class Policy(Protocol):
     def remove(self, key: int) -> None:
         """`key` is no longer resident. Its history may be kept."""
 
+    def resize(self, num_slots: int) -> None:
+        """The pool has that many slots from now on. Nothing that was learned is lost."""
+
     def victim(self, leased: Callable[[int], bool]) -> int | None:
         """The resident key worth least that is not leased, or None when all are leased. Changes no decision state."""

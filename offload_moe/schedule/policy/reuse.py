@@ -28,13 +28,17 @@ class ReuseModel:
 
     def __init__(self, num_keys: int, discount: float) -> None:
         num_features = len(PRIOR_WEIGHTS)
-        self._discount = np.float32(discount)
+        self.use_discount(discount)
         self._features = np.zeros((num_features, num_keys), dtype=np.float32)  # [D, X]
         self._features[0] = CONSTANT
         self._weights = np.array(PRIOR_WEIGHTS, dtype=np.float32)
         self._covariance = np.eye(num_features) * PRIOR_SAMPLES
         self._evidence = np.array(PRIOR_WEIGHTS) * PRIOR_SAMPLES
         self._num_tokens = 0
+
+    def use_discount(self, discount: float) -> None:
+        """Of what is learned from now on."""
+        self._discount = np.float32(discount)
 
     def update(
         self, first: int, end: int, used: Vector, foretold: Vector, trust: float, learn: bool, num_tokens: int = 1

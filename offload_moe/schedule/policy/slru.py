@@ -15,9 +15,11 @@ class SLRU:
     name = "slru"
 
     def __init__(self, num_slots: int, protected_share: float = PROTECTED_SHARE) -> None:
-        self._max_protected = max(1, int(num_slots * protected_share))
+        self._protected_share = protected_share
+        self._max_protected = 0
         self._probation: dict[int, None] = {}  # both: oldest first
         self._protected: dict[int, None] = {}
+        self.resize(num_slots)
 
     def access(
         self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None, num_tokens: int = 1
@@ -30,10 +32,7 @@ class SLRU:
             else:
                 continue
             self._protected[key] = None
-            if len(self._protected) > self._max_protected:
-                oldest = next(iter(self._protected))
-                del self._protected[oldest]
-                self._probation[oldest] = None
+            self._demote()
 
     def insert(self, key: int) -> None:
         self._probation[key] = None
@@ -41,5 +40,16 @@ class SLRU:
     def remove(self, key: int) -> None:
         del (self._probation if key in self._probation else self._protected)[key]
 
+    def resize(self, num_slots: int) -> None:
+        self._max_protected = max(1, int(num_slots * self._protected_share))
+        self._demote()
+
     def victim(self, leased: Callable[[int], bool]) -> int | None:
         return next((key for key in chain(self._probation, self._protected) if not leased(key)), None)
+
+    def _demote(self) -> None:
+        """The oldest of those that are protected beyond their share are on probation again."""
+        while len(self._protected) > self._max_protected:
+            oldest = next(iter(self._protected))
+            del self._protected[oldest]
+            self._probation[oldest] = None
