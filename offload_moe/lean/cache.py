@@ -19,7 +19,7 @@ STEP = 128  # tokens; capacities are multiples of it
 class RoomyLayer(DynamicLayer):
     """transformers' growing layer whose keys and values are the beginnings of larger tensors.
 
-    Everything else (crop, reorder, select) is inherited: those replace `keys` by another tensor or by a shorter view,
+    Everything else (reorder, select) is inherited: those replace `keys` by another tensor or by a shorter view,
     and the next update sees whether it still lies at the beginning of the room.
     """
 
@@ -68,6 +68,12 @@ class RoomyLayer(DynamicLayer):
             self._room = room = self._make_room(self.keys[:, :, :0], self.values[:, :, :0], length, length + 1)
         self.keys, self.values = room[0][:, :, : length + 1], room[1][:, :, : length + 1]
         return *room, length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens; the room is given back once no more than half of it is used."""
+        super().crop(tokens_to_remove)
+        if self._room is not None and 2 * self.get_seq_length() <= self._room[0].shape[2]:
+            self.keys, self.values, self._room = self.keys.clone(), self.values.clone(), None
 
     def reset(self) -> None:
         self._room = None

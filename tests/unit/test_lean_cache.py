@@ -107,6 +107,17 @@ def test_a_decode_step_writes_in_place() -> None:
     assert layer.get_seq_length() == STEP + 1
 
 
+def test_a_cropped_cache_gives_its_room_back_once_half_of_it_is_empty() -> None:
+    layer = RoomyLayer()
+    layer.update(*states(1, 4 * STEP, 0))
+    room = layer.keys.untyped_storage().nbytes()
+    layer.crop(-STEP)
+    assert layer.keys.untyped_storage().nbytes() == room
+    layer.crop(-STEP)
+    assert layer.keys.untyped_storage().nbytes() < room
+    assert torch.equal(layer.keys, states(1, 4 * STEP, 0)[0][:, :, : 2 * STEP])
+
+
 def test_a_cache_from_inference_mode_goes_on_outside() -> None:
     layer = RoomyLayer()
     with torch.inference_mode():
