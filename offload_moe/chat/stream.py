@@ -134,6 +134,7 @@ class TokenStream(Iterator[int]):
             self._error = error
         finally:
             atexit.unregister(self.close)
+            self._arguments.clear()  # they know this stream, and would keep the cache until the next collection
             self._queue.put(None)
 
 

@@ -1,13 +1,15 @@
 """Token streams: the same tokens as generate(), stopped at once, errors and randomness where they belong."""
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from offload_moe.chat.sampling import Sampling
 from offload_moe.errors import ConfigError
@@ -72,6 +74,19 @@ def test_closing_stops_before_the_next_layer(model: PreTrainedModel, tokenizer: 
     assert len(computed) == 1
     assert tokens.interrupted_forward
     assert not model.model.layers[0]._forward_pre_hooks
+
+
+def test_a_cache_is_freed_with_its_last_holder(model: PreTrainedModel) -> None:
+    cache = DynamicCache(config=model.config)
+    is_alive = weakref.ref(cache)
+    gc.disable()
+    try:
+        with stream_tokens(model, None, torch.arange(1, 9)[None], past_key_values=cache, max_new_tokens=3) as tokens:
+            assert len(list(tokens)) == 3
+        del cache
+        assert is_alive() is None
+    finally:
+        gc.enable()
 
 
 def test_a_stop_event_ends_the_stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
