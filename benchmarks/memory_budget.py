@@ -5,10 +5,10 @@ Usage: python benchmarks/memory_budget.py --folder SCRATCH [--layers 4] [--token
 
 Each budget and prompt is a process of its own, which reads the prompt and writes the rest of the tokens with random
 weights and hot sampling. The budget has room for a chunk of a prompt that ends where the context ends, so a prompt
-that nearly fills the context is the case that was planned for; with a short one the room for that chunk's activations
-stays empty. Reported: peak RSS over budget, growth from the second quarter of the answer to the last, without that of
-keys and values, and the page cache charged to the memory cgroup (v1, needs root; null without). The last line of
-stdout is one JSON document.
+that nearly fills the context is the case that was planned for; with a short one expert slots borrow the room until it
+is needed. Reported: peak RSS over budget; growth from the second quarter of the answer to the last, without that of
+keys and values and of slots; the least and the most slots during the answer; the page cache charged to the memory
+cgroup (v1, needs root; null without). The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -56,23 +56,25 @@ def answer(store: str, ram: int, num_tokens: int, num_prompt: int) -> dict[str, 
     ids = torch.arange(300, 300 + num_prompt)[None]
     num_new = num_tokens - num_prompt
     sampling = {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "seed": 0, "max_new_tokens": num_new}
-    rss: list[tuple[int, int]] = []  # and the token it was sampled at
+    rss: list[tuple[int, int, int]] = []  # the token it was sampled at, and the slots there were
     began = time.perf_counter()
     with stream_tokens(model.hf, None, ids, **sampling) as tokens:
         for number, _ in enumerate(tokens):
             if number % max(1, num_new // SAMPLES) == 0:
-                rss.append((status_bytes("VmRSS"), number))
+                rss.append((status_bytes("VmRSS"), number, model._hierarchy.num_slots("ram")))
     seconds = time.perf_counter() - began
     quarter = len(rss) // 4
     early, late = max(rss[quarter : 2 * quarter]), max(rss[-quarter:])
     per_token = next(p.num_bytes for p in model.placement.ram.fixed if p.name == "key/value cache") / num_tokens
+    slot_bytes = model.placement.ram.slot_bytes
     result = {
         "budget_bytes": ram,
         "num_prompt_tokens": num_prompt,
         "peak_rss_bytes": status_bytes("VmHWM"),
-        "growth_bytes": late[0] - early[0] - per_token * (late[1] - early[1]),
+        "growth_bytes": late[0] - early[0] - per_token * (late[1] - early[1]) - slot_bytes * (late[2] - early[2]),
         "charged_page_cache_bytes": charged_cache_bytes(),
-        "num_ram_slots": model._hierarchy.ram.residency.num_slots,
+        "num_planned_slots": model.placement.ram.num_slots,
+        "num_slots": [min(slots for *_, slots in rss), max(slots for *_, slots in rss)],
         "hit_rate": model.stats.hit_rate,
         "tokens_per_s": num_new / seconds,
     }

@@ -125,7 +125,7 @@ def main() -> None:
         "import_s": import_s,
         "load_s": load_s,
         "peak_rss_bytes": peak,
-        "num_ram_slots": pools.num_ram_slots,
+        "num_ram_slots": model._hierarchy.num_slots("ram"),
         "slot_bytes": pools.slot_bytes,
         "runs": runs,
     }

@@ -30,7 +30,7 @@ from offload_moe.plan.fit import fit, measure_load, summary
 from offload_moe.plan.machine import compute_dtype
 from offload_moe.plan.parameters import describe_skeleton
 from offload_moe.plan.placement import Placement
-from offload_moe.plan.room import ContextRoom
+from offload_moe.plan.room import ContextRoom, may_lend
 from offload_moe.profile.recorder import RecordedTier, Recorder, Subject, record
 from offload_moe.quant import get_codec
 from offload_moe.schedule.counters import Counters
@@ -144,7 +144,6 @@ class Model:
             "model": self.store.source,
             "codec": self.store.codec,
             "policy": hierarchy.pools.policy,
-            "num_slots": {tier.name: tier.scheduler.residency.num_slots for tier in tiers},
             "slot_bytes": hierarchy.pools.slot_bytes,
             "memory_bytes": self.memory,
         }
@@ -248,7 +247,9 @@ def load(
         make_lean(assembled.hf, is_exact=keeps_bits, context=placement.context, hierarchy=hierarchy)
     if computed_in == torch.float16:
         watch_overflow(assembled.hf)
-    room = ContextRoom(shape, computed_in, placement, partial(hierarchy.resize, "vram" if placement.vram else "ram"))
+    resize = partial(hierarchy.resize, "vram" if placement.vram else "ram")
+    lends = may_lend(assembled.hf, shape, placement)
+    room = ContextRoom(shape, computed_in, placement, resize, lends=lends)
     assembled.hf.get_decoder().register_forward_pre_hook(room.before_forward, with_kwargs=True)
     model = Model(store, assembled, load_tokenizer(store.path), hierarchy, placement, room, summary(shape, placement))
     if where.type == "cpu" and device is None and vram_bytes != 0 and (notice := notice_of_unused_card()):

@@ -1,17 +1,21 @@
 """Room for contexts that grow: what keys and values need beyond the plan, expert slots give up in time.
 
+Where RAM is the fast tier, slots also borrow what is planned and not needed yet, and give it back in time.
+
 Asked before a prompt is computed, and before every forward, when no expert is leased by it.
 """
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
-from offload_moe.errors import BudgetError
+from offload_moe.budget import give_back_freed_memory
+from offload_moe.errors import BudgetError, TransferError
 from offload_moe.plan.parameters import ModelShape
 from offload_moe.plan.placement import Placement
 from offload_moe.plan.working import activation_bytes, cache_bytes
@@ -19,6 +23,8 @@ from offload_moe.sizes import format_size
 
 STEP = 128  # tokens that room is made for at once
 GROWING = ("key/value cache", "activations")  # parts of the plan
+NEVER_LENT_BYTES = 12 << 20  # blocks too small to go back at once when a forward frees them: 4 to 15 MB were found
+DOUBT = 0.25  # of the activations that are expected: so much more is not lent
 UNBOUNDED = 1 << 24  # tokens, for models that set no bound
 
 Resize = Callable[[int], int]
@@ -27,9 +33,15 @@ Resize = Callable[[int], int]
 class ContextRoom:
     """The fast tier's slots against the caches that are alive. Safe to use from several threads."""
 
-    def __init__(self, shape: ModelShape, dtype: torch.dtype, placement: Placement, resize: Resize) -> None:
-        """resize: changes the number of the fast tier's slots, and returns how many there are then."""
+    def __init__(
+        self, shape: ModelShape, dtype: torch.dtype, placement: Placement, resize: Resize, *, lends: bool = False
+    ) -> None:
+        """resize: changes the number of the fast tier's slots, and returns how many there are then.
+
+        lends: slots may borrow the room that is planned for a context and not needed yet.
+        """
         self._shape, self._dtype, self._placement, self._resize = shape, dtype, placement, resize
+        self.lends = lends
         self._tokens: WeakKeyDictionary[Cache, int] = WeakKeyDictionary()  # room was made for, batch included
         self._is_decoding = False  # whether room was last made for a single token
         self._lock = threading.Lock()
@@ -43,7 +55,8 @@ class ContextRoom:
 
     @property
     def num_slots_given_up(self) -> int:
-        return self._placement.fast.num_slots - self.num_slots
+        """How many fewer there are than were planned."""
+        return max(0, self._placement.fast.num_slots - self.num_slots)
 
     def limit(self, num_tokens: int, num_new: int, cache: Cache | None = None) -> int:
         """The most tokens, prompt and answer together, that a conversation may grow to.
@@ -73,26 +86,63 @@ class ContextRoom:
         cache = kwargs.get("past_key_values")
         inputs = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
         inputs = args[0] if inputs is None and args else inputs
-        if isinstance(cache, Cache) and inputs is not None:
-            batch, num_new = inputs.shape[:2]
+        if inputs is None:
+            return
+        batch, num_new = inputs.shape[:2]
+        if isinstance(cache, Cache):
             self._admit(cache, batch * (cache.get_seq_length() + num_new), batch * num_new)
+        else:
+            self._pass(batch * num_new)
 
     def _admit(self, cache: Cache, num_tokens: int, num_new: int) -> None:
         known = self._tokens.get(cache, 0)
-        if self._is_decoding and num_new == 1 and known // 2 <= num_tokens <= known:
+        num_tokens = _held(known, num_tokens, num_new)
+        if self._is_decoding and num_new == 1 and num_tokens == known:
             return  # but a much shorter conversation, or one whose prompt is computed, lets slots come back
         with self._lock:
             extra = self._others(cache) + self._need(num_tokens, num_new) - self._planned_bytes
-            num_slots = self._placement.fast.num_slots - -(-max(0, extra) // self._placement.fast.slot_bytes)
-            if num_slots != self.num_slots and num_slots >= self._least_slots:
-                self.num_slots = self._resize(num_slots)
-            if self.num_slots > num_slots:
+            if not self._have(self._slots_beside(extra, self._activations(num_tokens, num_new))):
                 raise BudgetError(
                     f"{num_tokens:,} tokens of context need {format_size(extra)} more than was planned for "
                     f"{self._placement.context:,}, and expert slots cannot give up that much. "
                     f"Raise --{self._placement.fast.name.lower()}, or name a longer --context."
                 )
-            self._tokens[cache], self._is_decoding = _in_steps(num_tokens), num_new == 1
+            self._tokens[cache], self._is_decoding = self._in_steps(num_tokens), num_new == 1
+
+    def _pass(self, num_new: int) -> None:
+        """A forward that keeps nothing here: planned room that it needs is not lent meanwhile."""
+        with self._lock:
+            extra = self._others(None) + self._need(num_new, num_new) - self._planned_bytes
+            num_slots = self._slots_beside(extra, self._activations(num_new, num_new))
+            self._have(min(self.num_slots, max(self._placement.fast.num_slots, num_slots)))
+            self._is_decoding = False
+
+    def _slots_beside(self, extra: int, activations: int) -> int:
+        """How many slots there may be beside so many bytes more, or fewer, than were planned for contexts.
+
+        activations: bytes of them in `extra`, an estimate: what is lent keeps its distance.
+        """
+        fast = self._placement.fast
+        num_missing = -(-max(0, extra) // fast.slot_bytes)
+        num_lent = max(0, -extra - NEVER_LENT_BYTES - int(DOUBT * activations)) // fast.slot_bytes
+        most_slots = self._shape.num_experts if self.lends else fast.num_slots
+        return min(most_slots, fast.num_slots - num_missing + num_lent)
+
+    def _have(self, num_slots: int) -> bool:
+        """Have so many slots. False: there cannot be so few.
+
+        Slots that another thread computes with, or that the system has no memory for, end no answer: they are asked for
+        again when the context has grown.
+        """
+        if num_slots < self._least_slots:
+            return False
+        if num_slots != self.num_slots:
+            give_back_freed_memory()  # of the forward before, which was perhaps a prompt
+            try:
+                self.num_slots = self._resize(num_slots)
+            except (BudgetError, TransferError):
+                return True
+        return self.num_slots <= num_slots
 
     @property
     def _spare_bytes(self) -> int:
@@ -106,9 +156,37 @@ class ContextRoom:
         )
 
     def _need(self, num_tokens: int, num_new: int) -> int:
-        activations = activation_bytes(self._shape, num_tokens, self._dtype, num_new=num_new)
-        return cache_bytes(self._shape, _in_steps(num_tokens), self._dtype) + activations
+        kept = cache_bytes(self._shape, self._in_steps(num_tokens), self._dtype)
+        return kept + self._activations(num_tokens, num_new)
+
+    def _activations(self, num_tokens: int, num_new: int) -> int:
+        return activation_bytes(self._shape, self._in_steps(num_tokens), self._dtype, num_new=num_new)
+
+    def _in_steps(self, num_tokens: int) -> int:
+        """As many tokens at least; no more than planned where that suffices."""
+        steps, planned = -(-num_tokens // STEP) * STEP, self._placement.context
+        return min(steps, planned) if num_tokens <= planned else steps
 
 
-def _in_steps(num_tokens: int) -> int:
-    return -(-num_tokens // STEP) * STEP
+def may_lend(hf: PreTrainedModel, shape: ModelShape, placement: Placement) -> bool:
+    """Whether slots may borrow what a context does not need yet: what it will need is known, and comes back in time.
+
+    Not with a device, whose memory comes and goes by chunks. Not where a layer keeps anything else than keys and values
+    of all tokens, or attention writes down its scores, as it does for latents, whose values are narrower than their
+    keys: the plan does not know of all that, and unused room covers it.
+    """
+    config = hf.config.get_text_config(decoder=True)
+    layers = shape.attention.cache_layers
+    are_plain = all(layer.is_complete and layer.window is None and not layer.fixed for layer in layers)
+    writes_no_scores = config._attn_implementation == "sdpa" and getattr(config, "kv_lora_rank", None) is None
+    gives_back = sys.platform.startswith("linux")  # `Arena.shrink`, and what forwards free
+    return placement.vram is None and are_plain and writes_no_scores and gives_back and not hf.config.is_encoder_decoder
+
+
+def _held(known: int, num_tokens: int, num_new: int) -> int:
+    """Tokens whose memory a cache has: one that was cropped keeps it until half is empty, see `RoomyLayer.crop`.
+
+    known: the tokens that room was made for before.
+    """
+    has_let_go = 2 * (num_tokens - num_new) <= known - STEP
+    return num_tokens if has_let_go else max(known, num_tokens)

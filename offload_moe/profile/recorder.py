@@ -73,6 +73,7 @@ class Recorder:
         subject = self._subject
         metadata = {
             **subject.metadata,
+            "num_slots": {tier.name: tier.scheduler.residency.num_slots for tier in subject.tiers},  # at the end
             "groups": self._groups,
             "num_dropped_forwards": self.num_dropped,
             "between_tokens_s": sum(self._between_s),

@@ -1,14 +1,20 @@
 """A loaded model whose conversation outgrows the planned context."""
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from offload_moe.errors import BudgetError
-from offload_moe.model import load
+from offload_moe.model import Model, load
+from offload_moe.plan import room
+from offload_moe.plan.room import may_lend
 from offload_moe.quantize import quantize
 from tests.support.chat import byte_tokenizer, chat_model
+from tests.support.plan import tiny_shape
 from tests.support.tiny_models import tiny_model, tiny_prompt
 
 
@@ -37,6 +43,62 @@ def test_tokens_stay_the_same_while_slots_give_way(store: Path) -> None:
     with load(store, context=64, ram=ram) as model:
         assert torch.equal(model.hf.generate(**arguments), expected)
         assert 6 <= model._hierarchy.num_slots("ram") < 18
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_tokens_stay_the_same_while_slots_borrow_room_and_give_it_back(
+    tmp_path: Path, lean: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two prompts and two answers in one cache; 24 of 192 experts have a slot of their own."""
+    monkeypatch.setattr(room, "NEVER_LENT_BYTES", 0)
+    hf = tiny_model("mixtral", num_local_experts=64, max_position_embeddings=1024).to(torch.bfloat16)
+    hf.save_pretrained(tmp_path / "model")
+    store, context = quantize(tmp_path / "model", tmp_path / "store"), 640
+    with load(store, context=context, lean=lean) as model:
+        expected, ram = _two_answers(model), model.placement.fast.bytes_with(24)
+    with load(store, context=context, ram=ram, lean=lean) as model:
+        sizes: list[int] = []
+        model.hf.get_decoder().register_forward_hook(lambda *_: sizes.append(model._hierarchy.num_slots("ram")))
+        assert torch.equal(_two_answers(model), expected)
+        first, second = sizes[0], sizes[CHUNKS_AND_TOKENS]
+        assert sizes[1] > first > 24  # with the prompt computed, its activations are free
+        assert 24 <= second < sizes[CHUNKS_AND_TOKENS - 1]  # before the next one is computed, they are not
+        assert 24 <= sizes[-1] < sizes[1]
+        assert len({*sizes}) < len(sizes) / 8
+
+
+CHUNKS_AND_TOKENS = 60  # forwards of the first answer: one chunk, and a token fewer than were written
+
+
+def _two_answers(model: Model) -> torch.Tensor:
+    """``[1, T]``: prompts of 9 and 400 tokens, answers of 60."""
+    cache = DynamicCache(config=model.hf.config)
+    ids = tiny_prompt(1, 9)[0]
+    for more in (0, 400):
+        ids = torch.cat([ids, tiny_prompt(1, more, seed=more)[0]], dim=1)
+        ids = model.hf.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=CHUNKS_AND_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            disable_compile=True,
+        )
+    return ids
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere memory does not come back at once")
+def test_room_is_lent_only_where_it_is_known_what_a_context_needs(store: Path) -> None:
+    with load(store, context=64) as model:
+        placement = model.placement
+        assert model._room.lends
+    shapes = {family: (tiny_model(family), tiny_shape(family)) for family in ("mixtral", "gpt_oss", "deepseek_v3")}
+    assert [may_lend(hf, shape, placement) for hf, shape in shapes.values()] == [True, False, False]
+    hf, shape = shapes["mixtral"]
+    assert not may_lend(hf, shape, replace(placement, vram=placement.ram))
+    hf.set_attn_implementation("eager")
+    assert not may_lend(hf, shape, placement)
 
 
 def test_generation_beyond_all_room_is_refused_by_name(store: Path) -> None:

@@ -6,9 +6,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from offload_moe.errors import BudgetError
+from offload_moe.budget import CPU_PROMPT_TOKENS
+from offload_moe.errors import BudgetError, TransferError
+from offload_moe.plan import room
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.outlook import look_ahead
+from offload_moe.plan.parameters import ModelShape
 from offload_moe.plan.placement import Placement
 from offload_moe.plan.room import ContextRoom
 from offload_moe.plan.working import activation_bytes, cache_bytes
@@ -16,21 +19,28 @@ from tests.support.plan import GIB, task, tiny_shape
 
 SHAPE = tiny_shape("mixtral", max_position_embeddings=100_000)  # 3 layers of 6 experts, top-2
 CONTEXT = 128
+MANY_EXPERTS = tiny_shape("mixtral", max_position_embeddings=100_000, num_local_experts=200)  # more than fit
 
 
-def place_with(ram: int) -> Placement:
-    return look_ahead(task(SHAPE, Machine(ram_bytes=ram), context=CONTEXT, dense_codec="bf16")).placement
+def place_with(ram: int, context: int = CONTEXT, shape: ModelShape = SHAPE) -> Placement:
+    return look_ahead(task(shape, Machine(ram_bytes=ram), context=context, dense_codec="bf16")).placement
 
 
 class Forwards:
     """A room, the slots it leaves, and forwards that need no model."""
 
+    shape = SHAPE
+
     def __init__(self, left_over: int = 0) -> None:
         """left_over: bytes of the budget that neither slots nor anything else is planned to use."""
-        ram = place_with(GIB).fast.bytes_with(18) + left_over
-        self.placement = place_with(ram)
+        self._begin(place_with(place_with(GIB).fast.bytes_with(18) + left_over), lends=False)
+
+    def _begin(self, placement: Placement, *, lends: bool) -> None:
+        self.placement = placement
         self.slots = self.placement.fast.num_slots
-        self.room = ContextRoom(SHAPE, torch.float32, self.placement, self._resize)
+        self.num_resizes = 0
+        self.is_busy = False  # another thread has leased all slots
+        self.room = ContextRoom(self.shape, torch.float32, placement, self._resize, lends=lends)
 
     def step(self, cache: DynamicCache, num_new: int) -> None:
         ids = torch.zeros(1, num_new, dtype=torch.long)
@@ -38,12 +48,23 @@ class Forwards:
         states = torch.zeros(1, 1, num_new, 1)
         cache.update(states, states, 0)
 
+    def read(self, cache: DynamicCache, num_new: int) -> None:
+        """A prompt, in chunks."""
+        for first in range(0, num_new, CPU_PROMPT_TOKENS):
+            self.step(cache, min(CPU_PROMPT_TOKENS, num_new - first))
+
     def _resize(self, num_slots: int) -> int:
+        if self.is_busy:
+            raise TransferError("Some slots are still leased.")
+        self.num_resizes += 1
         self.slots = num_slots
         return num_slots
 
-    def budget_is_kept(self, *caches: DynamicCache) -> bool:
-        held = sum(cache_bytes(SHAPE, cache.get_seq_length(), torch.float32) for cache in caches)
+    def budget_is_kept(self, *caches: DynamicCache, num_new: int = 0) -> bool:
+        """num_new: of the forward that comes, whose activations count too."""
+        held = sum(cache_bytes(self.shape, cache.get_seq_length(), torch.float32) for cache in caches)
+        if num_new:
+            held += activation_bytes(self.shape, caches[-1].get_seq_length(), torch.float32, num_new=num_new)
         fast = self.placement.fast
         used = fast.fixed_bytes + self.slots * fast.slot_bytes
         planned = sum(part.num_bytes for part in fast.fixed if part.name in ("key/value cache", "activations"))
@@ -53,6 +74,23 @@ class Forwards:
 @pytest.fixture
 def forwards() -> Forwards:
     return Forwards()
+
+
+class Lending(Forwards):
+    """Planned beside 2,000 tokens: slots for 50 of 600 experts."""
+
+    shape = MANY_EXPERTS
+
+    def __init__(self, num_slots: int = 50, *, lends: bool = True) -> None:
+        ram = place_with(GIB, 2000, self.shape).fast.bytes_with(num_slots)
+        self._begin(place_with(ram, 2000, self.shape), lends=lends)
+
+
+@pytest.fixture
+def lending(monkeypatch: pytest.MonkeyPatch) -> Forwards:
+    monkeypatch.setattr(room, "NEVER_LENT_BYTES", 0)
+    monkeypatch.setattr(room, "DOUBT", 0.0)
+    return Lending()
 
 
 def test_nothing_moves_within_the_planned_context(forwards: Forwards) -> None:
@@ -134,3 +172,89 @@ def test_what_is_no_cache_is_left_alone(forwards: Forwards) -> None:
     forwards.room.before_forward(None, (), {"input_ids": torch.zeros(1, 9999), "past_key_values": None})
     forwards.room.before_forward(None, (), {"past_key_values": SimpleNamespace()})
     assert forwards.slots == 18
+
+
+def test_slots_borrow_what_a_context_does_not_need_yet_and_give_it_back_in_time(lending: Forwards) -> None:
+    cache, seen = DynamicCache(), []
+    lending.step(cache, 100)
+    assert lending.budget_is_kept(cache, num_new=100)
+    for _ in range(100, 2000):
+        lending.step(cache, 1)
+        assert lending.budget_is_kept(cache, num_new=1)
+        seen.append(lending.slots)
+    assert seen == sorted(seen, reverse=True)
+    assert seen[0] > 200 > seen[-1] >= 50
+    assert lending.num_resizes <= 17
+    assert lending.room.num_slots_given_up == 0
+
+
+def test_a_prompt_finds_the_room_for_its_activations(lending: Forwards) -> None:
+    cache = DynamicCache()
+    lending.read(cache, 600)
+    lending.step(cache, 1)
+    decoding = lending.slots
+    lending.step(cache, 512)
+    assert 50 <= lending.slots < decoding
+    assert lending.budget_is_kept(cache, num_new=512)
+    lending.step(cache, 1)
+    assert lending.slots > 50
+
+
+def test_a_forward_without_a_cache_takes_back_what_was_borrowed_and_no_more(lending: Forwards) -> None:
+    cache = DynamicCache()
+    lending.step(cache, 10)
+    lending.step(cache, 1)
+    assert lending.slots > 50
+    lending.room.before_forward(None, (torch.zeros(1, 9999),), {"past_key_values": None})
+    assert lending.slots == 50
+    lending.step(cache, 1)
+    assert lending.slots > 50
+
+
+def test_what_one_conversation_borrowed_another_takes_back(lending: Forwards) -> None:
+    caches = [DynamicCache() for _ in range(3)]
+    for cache in caches:
+        lending.read(cache, 600)
+        lending.step(cache, 1)
+        assert lending.budget_is_kept(*caches[: caches.index(cache) + 1], num_new=1)
+    lending.step(caches[0], 1)
+    assert lending.budget_is_kept(*caches, num_new=1)
+
+
+def test_a_cropped_cache_is_counted_whole_until_half_of_it_is_empty(lending: Forwards) -> None:
+    cache = DynamicCache()
+    lending.read(cache, 1900)
+    lending.step(cache, 1)
+    slots = lending.slots
+    cache.crop(-500)
+    lending.step(cache, 1)
+    assert lending.slots == slots
+    cache.crop(-900)
+    lending.step(cache, 1)
+    assert lending.slots > slots
+
+
+def test_slots_that_another_thread_holds_come_back_later(lending: Forwards) -> None:
+    cache = DynamicCache()
+    lending.step(cache, 10)
+    borrowed = lending.slots
+    lending.is_busy = True
+    lending.read(cache, 1900)
+    assert lending.slots == lending.room.num_slots == borrowed
+    lending.is_busy = False
+    lending.step(cache, 64)
+    assert 50 <= lending.slots == lending.room.num_slots < borrowed
+    assert lending.budget_is_kept(cache, num_new=64)
+
+
+def test_some_room_is_never_lent() -> None:
+    forwards = Lending()
+    forwards.step(DynamicCache(), 10)
+    assert forwards.room._planned_bytes < room.NEVER_LENT_BYTES
+    assert forwards.num_resizes == 0
+
+
+def test_nothing_is_lent_unless_asked_for_or_where_every_expert_has_a_slot(lending: Forwards) -> None:
+    for forwards in (Lending(lends=False), Lending(600)):
+        forwards.step(DynamicCache(), 10)
+        assert forwards.num_resizes == 0
