@@ -260,7 +260,7 @@ class Scheduler:
         with self.changed:
             self.residency.close_slots(num_slots)
             deadline = self.clock() + self.stall_limit_s
-            while not (is_empty := self.residency.empty_closed_slots()) and self.clock() < deadline:
+            while not (is_empty := self._empty_closed_slots()) and self.clock() < deadline:
                 self.wait(deadline - self.clock())
             self.counters.num_evictions = self.residency.num_evictions
             if not is_empty:
@@ -271,6 +271,12 @@ class Scheduler:
                     f"{self.stall_limit_s:.0f} s. Resize between answers, not while a layer is being computed."
                 )
             self.residency.cut()
+
+    def _empty_closed_slots(self) -> bool:
+        """Whether all of them are free (lock held); a wrong guess, dropped after its run, leaves its slot lent."""
+        if self.loans is not None:
+            self.loans.take_back()
+        return self.residency.empty_closed_slots()
 
     def grow(self, num_slots: int) -> None:
         """Use slots up to `num_slots`, which the mover can fill already."""

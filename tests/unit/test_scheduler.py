@@ -2,11 +2,15 @@
 
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from offload_moe.errors import TransferError
+from offload_moe.kernels import DROPPED, READING, Reads
+from offload_moe.schedule.loans import Loans
 from offload_moe.schedule.policy import make_policy
 from offload_moe.schedule.residency import Residency
 from offload_moe.schedule.scheduler import FILL_DEPTH, Scheduler
@@ -302,3 +306,42 @@ def test_a_demand_finds_room_during_a_warm_start() -> None:
         assert [key for key, _, _ in mover.pending][-1] == 0
         mover.finish(len(mover.pending) - 1)
         assert [[expert for expert, _ in wave] for wave in lease] == [[0]]
+
+
+class LentSlots:
+    """Slots that runs would fill, and what became of a guess after its run had ended."""
+
+    def __init__(self) -> None:
+        self.lent: list[int] = []
+        self.untold: list[SimpleNamespace] = []
+
+    def lend(self, slot: int) -> None:
+        self.lent.append(slot)
+
+    def ask_below(self, least_slots: int) -> None:
+        pass
+
+    def take_back(self) -> Iterator[int]:
+        while self.lent:
+            yield self.lent.pop()
+
+    def news(self) -> list[SimpleNamespace]:
+        told, self.untold = self.untold, []
+        return told
+
+
+def test_a_pool_shrinks_though_a_guess_is_dropped_after_its_run() -> None:
+    scheduler = make_scheduler(8, ManualMover(8), stall_limit_s=0.5)
+    reads = LentSlots()
+    scheduler.loans = loans = Loans(scheduler, cast(Reads, reads))
+    for slot in range(8):
+        scheduler.residency.lend(may_evict=False)
+        reads.lend(slot)
+    guessed = reads.lent.pop()
+    reads.untold.append(SimpleNamespace(key=3, slot=guessed, state=READING, was_prefetch=1))
+    loans.take_back()  # the run has ended
+    reads.untold.append(SimpleNamespace(key=3, slot=guessed, state=DROPPED, was_prefetch=1))
+    reads.lend(guessed)
+    scheduler.shrink(guessed)
+    assert scheduler.residency.num_slots == guessed == 7
+    assert scheduler.residency.num_lent == 0
