@@ -25,7 +25,7 @@ from offload_moe.lean.chain import Chain
 from offload_moe.lean.step import AttentionStep
 from offload_moe.moe.attach import BoundExperts, RanLayers
 from offload_moe.moe.native import NativeArithmetic
-from offload_moe.schedule.accounts import Mark, mark, note_passed
+from offload_moe.schedule.accounts import Mark, mark, note_passed, sort_found
 from offload_moe.schedule.hierarchy import Hierarchy
 from offload_moe.schedule.lease import Lease
 from offload_moe.schedule.scheduler import Scheduler
@@ -223,8 +223,10 @@ class LayerRun:
         """The experts of a layer that could not fetch them all."""
         bound = self._bound[at]
         self._tell_layer(at)
-        experts = sorted(token.ids[at].tolist())
-        lease = self._scheduler.acquire(bound.layer, experts)
+        chosen = token.ids[at].tolist()
+        experts = sorted(chosen)
+        found = sort_found(chosen, token.found[at].tolist())
+        lease = self._scheduler.acquire(bound.layer, experts, found=found)
         self._note_guesses(token, at, experts)
         self._tell_router(token, at)
         return lease

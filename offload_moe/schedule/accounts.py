@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from offload_moe.kernels import ARRIVING, MISSING
 
 if TYPE_CHECKING:
+    from offload_moe.schedule.lease import Found
     from offload_moe.schedule.scheduler import Scheduler
 
 Mark = tuple[int, int]
@@ -44,6 +45,13 @@ def note_layer(
         scheduler.observer.acquired(layer, [*arriving], [*missing])
 
 
+def sort_found(chosen: Sequence[int], states: Sequence[int]) -> "Found":
+    """states: how a run found each expert."""
+    found = list(zip(chosen, states, strict=True))
+    arriving = [expert for expert, how in found if how == ARRIVING]
+    return arriving, [expert for expert, how in found if how == MISSING]
+
+
 def note_passed(
     scheduler: "Scheduler", layer: int, experts: Sequence[Sequence[int]], found: Sequence[Sequence[int]]
 ) -> list[Mark]:
@@ -56,8 +64,7 @@ def note_passed(
         scheduler.hear()
         for number, (chosen, states) in enumerate(zip(experts, found, strict=True), layer):
             first = number * scheduler.num_experts
-            arriving = [expert for expert, how in zip(chosen, states, strict=True) if how == ARRIVING]
-            missing = [expert for expert, how in zip(chosen, states, strict=True) if how == MISSING]
+            arriving, missing = sort_found(chosen, states)
             note_layer(scheduler, number, [first + expert for expert in chosen], arriving, missing)
             marks.append(mark(scheduler))
         scheduler.changed.notify_all()

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from offload_moe.schedule.scheduler import Scheduler
 
 Wave = list[tuple[int, int]]
+Found = tuple[list[int], list[int]]  # experts that were on their way, and that were absent; all others were here
 
 
 class Lease:
     """The routed experts of one layer for one forward. Iterate it once; leaving the context releases what is held."""
 
-    def __init__(self, scheduler: "Scheduler", first_key: int, keys: Sequence[int]) -> None:
+    def __init__(self, scheduler: "Scheduler", first_key: int, keys: Sequence[int], found: Found | None = None) -> None:
+        """found: how the layer's experts were found before, where this is not the first who asks."""
         self._scheduler = scheduler
         self._first_key = first_key
         self._ready: Wave = []
@@ -27,13 +29,15 @@ class Lease:
         self._held: Wave = []
         counters = scheduler.counters
         self._absent = [key for key in keys if not self._join(key)]
+        arriving, missing = found or (
+            [expert for expert, _ in self._loading],
+            [key - first_key for key in self._absent],
+        )
         counters.num_acquires += 1
-        counters.num_hits += len(self._ready)
-        counters.num_delayed_hits += len(self._loading)
-        counters.num_misses += len(self._absent)
+        counters.num_hits += len(keys) - len(arriving) - len(missing)
+        counters.num_delayed_hits += len(arriving)
+        counters.num_misses += len(missing)
         if scheduler.observer is not None:
-            arriving = [expert for expert, _ in self._loading]
-            missing = [key - first_key for key in self._absent]
             scheduler.observer.acquired(first_key // scheduler.num_experts, arriving, missing)
         self._admit()
 

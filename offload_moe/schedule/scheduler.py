@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from offload_moe.errors import TransferError
 from offload_moe.schedule.accounts import note_layer
 from offload_moe.schedule.counters import Counters
-from offload_moe.schedule.lease import Lease
+from offload_moe.schedule.lease import Found, Lease
 from offload_moe.schedule.loans import Loans
 from offload_moe.schedule.observer import Observer
 from offload_moe.schedule.policy.protocol import Policy
@@ -77,11 +77,13 @@ class Scheduler:
         num_tokens: int = 1,
         *,
         on_cpu: Sequence[int] = (),
+        found: Found | None = None,
     ) -> Lease:
         """Lease what is resident, start loading what is not. Does not wait.
 
         experts: distinct ids. weights, num_tokens: as `Policy.access` takes them. on_cpu: other experts of the layer,
-        computed from the tier below: they are routed to and missed here, but not loaded.
+        computed from the tier below: they are routed to and missed here, but not loaded. found: how a run found them,
+        which has fetched some of them since.
         """
         first = layer * self.num_experts
         keys = [first + expert for expert in experts]
@@ -94,7 +96,7 @@ class Scheduler:
             self.drop_wrong_guesses(layer, seen)
             self.residency.policy.access(layer, seen, None if on_cpu else weights, num_tokens)
             self.uses.note(seen)
-            return Lease(self, first, keys)
+            return Lease(self, first, keys, found)
 
     def hold(self, layer: int, experts: Sequence[int]) -> list[int] | None:
         """The slots of these experts, leased until `let_go`, where all are resident; else None, and nothing changed.
