@@ -119,7 +119,7 @@ class DeviceMover:
         with self.flights.changed:
             if is_prefetch:
                 self._prefetches[slot] = load
-            elif self.flights.keep_link_busy:
+            elif self.flights.can_issue_in_time:
                 self._demands.append(load)
             else:
                 self._issue(load)
@@ -204,7 +204,6 @@ class DeviceMover:
             if readers:
                 readers.clear()
         except RuntimeError as error:
-            self.pace.fail(began)
             failed = error
         land = partial(self._land, load, record.numel(), give_back)
         self.flights.add(Flight(load.slot, land, marker, began, failed, load.is_prefetch))

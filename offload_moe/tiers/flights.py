@@ -46,8 +46,8 @@ class Flights:
         self._followed_at: float | None = None  # when compute was told so first
         self._landed_at = 0.0
         self._is_closed = False
-        self.changed = threading.Condition()  # shared with the scheduler: a thread woken in an acquire runs after it
-        self._has_work = threading.Condition(self.changed._lock)  # type: ignore[attr-defined]
+        lock = threading.RLock()  # shared with the scheduler: a thread that is woken in an acquire runs after it
+        self.changed, self._has_work = threading.Condition(lock), threading.Condition(lock)
         self._thread = threading.Thread(target=self._notice_landings, name="expert-landings", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # as with `TransferWorkers`
@@ -56,7 +56,7 @@ class Flights:
         return len(self._flying)
 
     @property
-    def keep_link_busy(self) -> bool:
+    def can_issue_in_time(self) -> bool:
         """Whether copies are under way, and more will be issued before they land if that is asked for (lock held)."""
         return bool(self._flying) and not self._is_watching
 
@@ -141,8 +141,7 @@ class Flights:
     def _land(self, flights: list[Flight], errors: list[BaseException | None]) -> None:
         if not flights:
             return
-        began = [flight.began for flight, error in zip(flights, errors, strict=True) if error is None]
-        self._pace.end(began, are_demanded=not flights[0].is_prefetch)
+        self._note_pace(flights, errors)
         with self.changed:
             self._is_watching = False
             self._landed_at = time.perf_counter()
@@ -153,6 +152,13 @@ class Flights:
         with self.changed:
             self._awaited.difference_update(flights)
             self.changed.notify_all()
+
+    def _note_pace(self, flights: list[Flight], errors: list[BaseException | None]) -> None:
+        landed = [flight.began for flight, error in zip(flights, errors, strict=True) if error is None]
+        self._pace.end(landed, are_demanded=not flights[0].is_prefetch)
+        for flight, error in zip(flights, errors, strict=True):
+            if error is not None:
+                self._pace.fail(flight.began)
 
 
 def _wait(marker: Marker | None) -> BaseException | None:

@@ -275,6 +275,7 @@ def test_a_copy_that_fails_under_way_is_reported_and_tried_again(
     with scheduler.acquire(0, [1]) as lease:
         ((_, slot),) = next(iter(lease))
         assert slots.slot(slot).eq(1).all()
+    assert scheduler.mover.pace.busy_s() == 0.0
 
 
 def test_few_prefetches_are_issued_at_once_and_demands_overtake_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
