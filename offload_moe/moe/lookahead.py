@@ -92,7 +92,10 @@ class Lookahead:
             probe = self._probes[ahead]
             if probe is None or not self._trusted.get(ahead, True):
                 break
-            asked.append(probe.ask(residual, num_experts_per_token))
+            ids = probe.ask(residual, num_experts_per_token).reshape(1, -1)
+            if ids.shape[1] != num_experts_per_token:
+                break
+            asked.append(ids)
         return asked
 
     def after_acquire(

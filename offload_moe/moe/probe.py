@@ -52,7 +52,8 @@ class RouterProbe:
         """An RMS norm and the greatest logits, in three operations: modules take a dozen and more for the same ids."""
         router: Any = self._router
         norm: Any = self.norm
-        normed = F.rms_norm(residual, residual.shape[-1:], norm.weight, getattr(norm, "variance_epsilon", None))
+        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        normed = F.rms_norm(residual, residual.shape[-1:], norm.weight, eps)
         return F.linear(normed, router.weight, getattr(router, "bias", None)).topk(k, dim=-1).indices
 
     def _is_recognized(self, residual: Tensor, k: int) -> bool:

@@ -18,10 +18,14 @@ from support.tiny_models import tiny_model, tiny_prompt
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from offload_moe.checkpoint.experts import find_experts
 from offload_moe.errors import TransferError
 from offload_moe.moe import routing
 from offload_moe.moe.attach import RanLayers
 from offload_moe.moe.device import DeviceArithmetic
+from offload_moe.moe.lookahead import Lookahead
+from offload_moe.moe.probe import find_probes
+from offload_moe.schedule.prefetch import PrefetchGovernor
 from offload_moe.tiers import copier as copier_module
 from offload_moe.tiers.copier import Copier
 from offload_moe.tiers.page_lock import PageLock
@@ -109,6 +113,34 @@ def test_two_threads_with_streams_of_their_own(model: PreTrainedModel, timing: s
         thread.join(60)
     assert all(torch.equal(found[seed], expected[seed]) for seed in range(2))
     scheduler_of(attached).close()
+
+
+def test_lookahead_costs_no_synchronization_of_its_own(model: PreTrainedModel) -> None:
+    copier = TIMINGS["late both"]()
+    attached, oracle = offload(model, "bf16", 24, copier, 20, DeviceArithmetic)
+    scheduler, layers = scheduler_of(attached), experts_of(attached)
+    lookahead = Lookahead(find_probes(attached, find_experts(model)), scheduler, PrefetchGovernor(), 2)
+    for module in layers:
+        module._offload_moe.lookahead = lookahead
+    counts: list[int] = []
+
+    def last_logits(model: PreTrainedModel, count: Callable[[], None]) -> Tensor:
+        tokens = tiny_prompt(1, 9)[0]
+        out = model(input_ids=tokens[:, :4], use_cache=True)
+        for place in range(4, 9):
+            count()
+            out = model(input_ids=tokens[:, place : place + 1], past_key_values=out.past_key_values, use_cache=True)
+        count()
+        return out.logits
+
+    with torch.inference_mode():
+        with DeferredCompute(copier.compute) as mode:
+            found = last_logits(attached, lambda: counts.append(mode.num_synchronizations))
+        assert torch.equal(found, last_logits(oracle, lambda: None))
+    assert counts[-1] - counts[-2] == len(layers)  # the first token tries the probes, which looks at values
+    assert scheduler.counters.num_prefetches > 0
+    assert any(probe is not None and probe._is_plain for probe in lookahead._probes)
+    scheduler.close()
 
 
 def test_a_stalled_link_ends_an_answer_instead_of_the_session(

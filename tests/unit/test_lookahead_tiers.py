@@ -81,3 +81,46 @@ def test_a_short_chunk_brings_nothing(lookahead: Lookahead, tiers: tuple[FakeTie
     pass_layer(lookahead, 0, num_tokens=2)
     assert not tiers[0].prefetched
     assert not tiers[1].prefetched
+
+
+class Chooser(nn.Module):
+    """Chooses three experts by itself, however many are wanted."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[1, 2, 3]])
+
+
+def test_answers_of_another_size_are_not_taken(tiers: tuple[FakeTier, FakeTier]) -> None:
+    device, ram = tiers
+    probes = [RouterProbe(nn.Identity(), Chooser()) for _ in range(NUM_LAYERS)]
+    lookahead = Lookahead(probes, device, PrefetchGovernor(), 1, ram)  # type: ignore[arg-type]
+    pass_layer(lookahead, 0)
+    assert not ram.prefetched
+
+
+def test_a_norm_of_another_kind_is_asked_itself() -> None:
+    """Gemma's norms multiply by one plus their weight."""
+
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.linspace(-0.9, 3, 64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.rms_norm(x, (64,), 1 + self.weight)
+
+    class Softmax(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.weight).softmax(-1)
+
+    residual = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
+    own, plain = RouterProbe(Norm(), Softmax()), RouterProbe(nn.RMSNorm(64), Softmax())
+    with torch.no_grad():
+        for probe in (own, plain):
+            expected = probe._router(probe.norm(residual)).topk(4).indices
+            assert torch.equal(probe.ask(residual, 4), expected)
+    assert (own._is_plain, plain._is_plain) == (False, True)
