@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from offload_moe import kernels
-from offload_moe.errors import TransferError
 from offload_moe.hooks import have_only_onlookers, hooks_of
 from offload_moe.lean.block import PlainBlock
 from offload_moe.lean.cache import Room
@@ -199,10 +198,7 @@ class LayerRun:
         num_begun = int((token.times[:, 0] > 0).sum())
         waited_s = patience.since((num_begun, self._scheduler.counters.disk_bytes))
         if waited_s > self._scheduler.stall_limit_s:
-            raise TransferError(
-                f"Experts of layer {self._bound[max(0, num_begun - 1)].layer} did not arrive within {waited_s:.0f} s. "
-                "Check the disk that holds the store, then ask again."
-            )
+            raise self._scheduler.late(f"Experts of layer {self._bound[max(0, num_begun - 1)].layer}")
 
     def _tell_layer(self, at: int) -> None:
         layer = self._steps[at].layer

@@ -79,7 +79,7 @@ class BoundExperts:
             return self._compute(hidden, top_k_index, top_k_weights)
         recorder.begin(self.layer, top_k_index, top_k_weights)
         result = self._compute(hidden, top_k_index, top_k_weights)
-        self.scheduler.settle()
+        self._settle()
         recorder.end()
         return result
 
@@ -88,7 +88,7 @@ class BoundExperts:
             result = self._one_token(self.arithmetic, hidden, top_k_index, top_k_weights)
             if result is not None:
                 return result
-        self.scheduler.settle()
+        self._settle()
         routing = group_by_expert(top_k_index, self._num_experts, self._ask(hidden, top_k_index))
         num_tokens = len(hidden)
         with self.scheduler.acquire(self.layer, routing.experts, routing.shares(num_tokens), num_tokens) as lease:
@@ -115,6 +115,10 @@ class BoundExperts:
             return arithmetic.one_token(hidden, weights, [self._record_of(slot) for slot in slots])
         finally:
             self.scheduler.let_go(slots)
+
+    def _settle(self) -> None:
+        """What was demanded before has arrived, and is accounted for."""
+        self.scheduler.settle()
 
     def _ask(self, hidden: Tensor, top_k_index: Tensor) -> list[Tensor]:
         """Routers of later layers; on a device this is issued before the host waits for this layer's own ids."""

@@ -50,10 +50,9 @@ class HybridExperts(BoundExperts):
         self._balance = balance
 
     def _compute(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        self.scheduler.settle()
-        self._balance.finish()
         if len(hidden) > MAX_TOKENS:
             return super()._compute(hidden, top_k_index, top_k_weights)
+        self._settle()
         on_host = hidden.to("cpu", non_blocking=True)  # issued before the ids: the wait for them covers both
         routing = group_by_expert(top_k_index, self._num_experts, self._ask(hidden, top_k_index))
         if not routing.experts:
@@ -77,6 +76,10 @@ class HybridExperts(BoundExperts):
         if split.on_cpu:
             self._balance.unfinished = partial(self._finish, split, began, routing.experts)
         return layer.value()
+
+    def _settle(self) -> None:
+        super()._settle()
+        self._balance.finish()
 
     def _split(self, experts: Sequence[int]) -> Split:
         """Who takes the experts that are not resident (the device tier's lock is held)."""

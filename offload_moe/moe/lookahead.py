@@ -104,7 +104,7 @@ class Lookahead:
         num_tokens: int,
         experts: Sequence[int],
         num_experts_per_token: int,
-        answers: Sequence[list[int]] = (),
+        answers: Sequence[list[int]],
     ) -> None:
         """Guess and prefetch for the layers behind `layer`, whose experts have been acquired. answers: to `ask`."""
         if num_tokens != 1:

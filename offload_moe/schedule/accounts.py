@@ -35,10 +35,17 @@ def note_layer(
         first = layer * scheduler.num_experts
         for key in keys:
             scheduler.demanded(key, is_here=key - first not in missing)
+    scheduler.counters.num_waves += 1
+    count_found(scheduler, layer, len(keys), arriving, missing)
+
+
+def count_found(
+    scheduler: "Scheduler", layer: int, num_experts: int, arriving: Sequence[int], missing: Sequence[int]
+) -> None:
+    """One acquire of so many experts, and how they were found."""
     counters = scheduler.counters
     counters.num_acquires += 1
-    counters.num_waves += 1
-    counters.num_hits += len(keys) - len(missing) - len(arriving)
+    counters.num_hits += num_experts - len(missing) - len(arriving)
     counters.num_delayed_hits += len(arriving)
     counters.num_misses += len(missing)
     if scheduler.observer is not None:

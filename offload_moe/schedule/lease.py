@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from offload_moe.errors import TransferError
+from offload_moe.schedule.accounts import count_found
 
 if TYPE_CHECKING:
     from offload_moe.schedule.scheduler import Scheduler
@@ -27,18 +28,12 @@ class Lease:
         self._ready: Wave = []
         self._loading: Wave = []
         self._held: Wave = []
-        counters = scheduler.counters
         self._absent = [key for key in keys if not self._join(key)]
         arriving, missing = found or (
             [expert for expert, _ in self._loading],
             [key - first_key for key in self._absent],
         )
-        counters.num_acquires += 1
-        counters.num_hits += len(keys) - len(arriving) - len(missing)
-        counters.num_delayed_hits += len(arriving)
-        counters.num_misses += len(missing)
-        if scheduler.observer is not None:
-            scheduler.observer.acquired(first_key // scheduler.num_experts, arriving, missing)
+        count_found(scheduler, first_key // scheduler.num_experts, len(keys), arriving, missing)
         self._admit()
 
     def __enter__(self) -> Self:

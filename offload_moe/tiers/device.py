@@ -199,7 +199,7 @@ class DeviceMover:
         marker, failed, began = None, None, self.pace.begin()
         try:
             marker = self._copier.copy(
-                record, self._target(load.slot, record), after=readers.values() if readers else ()
+                record, self._slots.slot(load.slot)[: record.numel()], after=readers.values() if readers else ()
             )
             if readers:
                 readers.clear()
@@ -207,10 +207,6 @@ class DeviceMover:
             failed = error
         land = partial(self._land, load, record.numel(), give_back)
         self.flights.add(Flight(load.slot, land, marker, began, failed, load.is_prefetch))
-
-    def _target(self, slot: int, record: Tensor) -> Tensor:
-        memory = self._slots.slot(slot)
-        return memory if len(memory) == len(record) else memory[: len(record)]
 
     @staticmethod
     def _land(load: _Load, num_bytes: int, give_back: Callable[[], None], error: BaseException | None) -> None:

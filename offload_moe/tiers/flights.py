@@ -14,9 +14,9 @@ from itertools import islice, takewhile
 
 from offload_moe.tiers.copier import Copier, Marker
 from offload_moe.tiers.pace import LinkPace
+from offload_moe.tiers.workers import CLOSE_LIMIT_S
 
 MOST_TOGETHER = 4  # landings that are noticed at once; a slot whose copy has landed unnoticed cannot be used again
-CLOSE_LIMIT_S = 5.0  # a copy that never ends must not keep the process from ending
 
 
 @dataclass(slots=True, eq=False)
@@ -108,14 +108,13 @@ class Flights:
             began, self._followed_at = self._followed_at, None
             return 0.0 if began is None else max(0.0, self._landed_at - began)
 
-    def close(self) -> bool:
-        """Wait for what is flying. False when a copy does not end."""
+    def close(self) -> None:
+        """Wait for what is flying, but not for a copy that never ends."""
         atexit.unregister(self.close)
         with self.changed:
             self._is_closed = True
             self._has_work.notify()
         self._thread.join(CLOSE_LIMIT_S)
-        return not self._thread.is_alive()
 
     def _notice_landings(self) -> None:
         while (flights := self._next_to_land()) is not None:

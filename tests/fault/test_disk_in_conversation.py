@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.chat import chat_store, say
+from support.chat import chat_store, say, short_of_slots
 
-from offload_moe import load
 from offload_moe.errors import TransferError
 from offload_moe.model import Model
 from offload_moe.store import Store
-from offload_moe.tiers import disk
 
 NUM_SLOTS = 3
 Preadv = Callable[[int, list[memoryview], int], int]
@@ -26,13 +24,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def model(store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
-    """With so few slots that every token reads from disk."""
-    monkeypatch.setattr(disk, "RETRY_PAUSES_S", (0.001, 0.001))
-    with load(store) as whole:
-        ram = whole.placement.ram.bytes_with(NUM_SLOTS)
-    with load(store, ram=ram, prefetch=0) as model:
-        assert model._hierarchy.ram.residency.num_slots == NUM_SLOTS
+def model(store: Path) -> Iterator[Model]:
+    with short_of_slots(store, NUM_SLOTS) as model:
         yield model
 
 

@@ -6,15 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support.chat import chat_store, say
+from support.chat import chat_store, say, short_of_slots
 from support.kernels import needs_kernels
 
-from offload_moe import load
 from offload_moe.errors import TransferError
 from offload_moe.kernels import Ride
 from offload_moe.lean.run import LayerRun
 from offload_moe.model import Model
-from offload_moe.tiers import disk
 
 pytestmark = needs_kernels
 NUM_SLOTS = 5
@@ -27,13 +25,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def model(store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Model]:
-    """Slots for a run, but so few that every token reads from disk. One answer has shown that layers make a chain."""
-    monkeypatch.setattr(disk, "RETRY_PAUSES_S", (0.001, 0.001))
-    with load(store) as whole:
-        ram = whole.placement.ram.bytes_with(NUM_SLOTS)
-    with load(store, ram=ram, prefetch=0) as model:
-        assert model._hierarchy.ram.residency.num_slots == NUM_SLOTS
+def model(store: Path) -> Iterator[Model]:
+    """With slots for a run. One answer has shown that layers make a chain."""
+    with short_of_slots(store, NUM_SLOTS) as model:
         say(model.chat(), "Hello")
         yield model
         residency = model._hierarchy.ram.residency
