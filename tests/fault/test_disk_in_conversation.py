@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.chat import chat_store, say, short_of_slots
+from support.chat import chat_store, say
+from support.short_of_slots import short_of_slots
 
 from offload_moe.errors import TransferError
 from offload_moe.model import Model

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support.chat import chat_store, say, short_of_slots
+from support.chat import chat_store, say
 from support.kernels import needs_kernels
+from support.short_of_slots import short_of_slots
 
 from offload_moe.errors import TransferError
 from offload_moe.kernels import Ride

@@ -1,19 +1,13 @@
 """A byte-level tokenizer with a ChatML template, and tiny models that speak its vocabulary."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from offload_moe import load
 from offload_moe.chat import ChatSession
-from offload_moe.model import Model
 from offload_moe.quantize import quantize
-from offload_moe.tiers import disk
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -105,18 +99,6 @@ def chat_store(folder: Path) -> Path:
     model.to(torch.bfloat16).save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
     return quantize(folder / "model", folder / "store")
-
-
-@contextmanager
-def short_of_slots(store: Path, num_slots: int) -> Iterator[Model]:
-    """Loaded with so few slots that every token reads from disk, in which reads that fail are repeated at once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(disk, "RETRY_PAUSES_S", (0.001, 0.001))
-        with load(store) as whole:
-            ram = whole.placement.ram.bytes_with(num_slots)
-        with load(store, ram=ram, prefetch=0) as model:
-            assert model._hierarchy.ram.residency.num_slots == num_slots
-            yield model
 
 
 def say(session: ChatSession, text: str) -> str:
