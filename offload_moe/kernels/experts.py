@@ -119,7 +119,7 @@ class ExpertKernel:
     ) -> None:
         """`forward` for one token, an expert per weight: x, out ``[1, H]``, contiguous, of one dtype; not checked.
 
-        rows: add to these rows of `out`, fp32 ``[R, H]``, one per expert, instead. Raises: MemoryError.
+        rows: set these rows of `out`, fp32 ``[R, H]``, one per expert, instead. Raises: MemoryError.
         """
         num_experts = len(addresses)
         records, offsets = array("Q", addresses), _counting(num_experts + 1)
@@ -129,7 +129,7 @@ class ExpertKernel:
             *(self.struct_address, x.data_ptr(), 1, DTYPES[x.dtype], records.buffer_info()[0]),
             *(offsets.buffer_info()[0], tokens.buffer_info()[0], places and places.buffer_info()[0]),
             *(shares.buffer_info()[0], num_experts),
-            *(out.data_ptr(), DTYPES[out.dtype], rows is not None, MODES[mode]),
+            *(out.data_ptr(), DTYPES[out.dtype], False, MODES[mode]),
         )
         if status:
             raise MemoryError(f"No memory for the intermediate activations of {num_experts} experts.")

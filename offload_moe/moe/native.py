@@ -41,6 +41,7 @@ class NativeArithmetic:
             alpha=activation.alpha,
             limit=activation.limit,
         )
+        self._spare_pairs: list[Tensor] = []  # for whoever computes in waves next
 
     def forward(
         self, hidden: Tensor, weights: Tensor, routing: Routing, lease: Lease, record_of: Callable[[int], Tensor]
@@ -80,15 +81,23 @@ class NativeArithmetic:
         lease: Lease,
         record_of: Callable[[int], Tensor],
     ) -> Tensor:
-        """`one_token` while records still arrive: the same bits. experts: ascending ids."""
+        """`one_token` while records still arrive: the same bits. experts: ascending ids.
+
+        Up to the first kernel call nothing lets go of the GIL, as a new tensor would: who issues copies would take it,
+        and does better beside the kernel.
+        """
         x = _kernel_input(hidden)
-        pairs = torch.zeros(len(experts), x.shape[1])
+        pairs = self._spare_pairs.pop() if self._spare_pairs else torch.empty(0)
+        if pairs.shape != (len(experts), x.shape[1]):
+            pairs = torch.empty(len(experts), x.shape[1])
         row_of = {expert: row for row, expert in enumerate(experts)}
         for wave in lease:
             rows = [row_of[expert] for expert, _ in wave]
             addresses = [record_of(slot).data_ptr() for _, slot in wave]
             self.kernel.forward_token(x, addresses, [weights[row] for row in rows], pairs, rows, mode=self.mode)
-        return kernels.add_rows(pairs, x.dtype).to(hidden.dtype)
+        result = kernels.add_rows(pairs, x.dtype).to(hidden.dtype)
+        self._spare_pairs.append(pairs)
+        return result
 
     def outputs(self, hidden: Tensor, routing: Routing, indices: list[int], records: list[Tensor]) -> Tensor:
         """What ``routing.experts[index]`` make of their tokens, before routing weights: fp32 ``[p, H]``, one by one.

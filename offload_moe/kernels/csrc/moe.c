@@ -4,6 +4,8 @@
  * made by one thread, so the result depends neither on the number of threads nor on how the pairs are split into groups. */
 #include "job.h"
 
+#include <string.h>
+
 #define CHUNK OM_BLOCK            /* intermediate features per unit of the first phase: one block of the next activations */
 #define MAX_OUT_ROWS 128          /* output features per unit of the second phase */
 #define MIN_OUT_ROWS 32
@@ -28,7 +30,7 @@ typedef struct {
     float *out;
     int64_t num_experts, num_tokens, group_pairs, scratch_floats;
     int32_t x_dtype, mode;
-    int is_first_write;
+    int is_first_write, has_out_ids;
     int64_t intermediate, num_chunks, out_rows;
     om_activations inputs, hidden;
     segment *segments; /* of the current group */
@@ -134,14 +136,21 @@ static const uint8_t *second_codes(const moe_job *job, int64_t segment_index, in
     return om_codes_at(&job->layer->second, job->records[job->segments[segment_index].expert], row);
 }
 
+/* Some columns of every row that is about to be written. */
+static void clear_rows(const moe_job *job, int64_t first_column, int64_t num_columns) {
+    const int64_t num_rows = job->has_out_ids ? job->offsets[job->num_experts] : job->num_tokens;
+    for (int64_t i = 0; i < num_rows; i++) {
+        float *out = job->out + (job->has_out_ids ? job->out_ids[i] : i) * job->layer->second.rows + first_column;
+        for (int64_t c = 0; c < num_columns; c++) out[c] = 0.0f;
+    }
+}
+
 static void second_unit(void *context, int64_t unit, int64_t next_unit, int thread) {
     (void)thread;
     const moe_job *job = context;
     const int64_t hidden = job->layer->second.rows, first_row = unit * job->out_rows;
     const int64_t num_rows = om_min(job->out_rows, hidden - first_row);
-    if (job->is_first_write)
-        for (int64_t t = 0; t < job->num_tokens; t++)
-            for (int64_t r = 0; r < num_rows; r++) job->out[t * hidden + first_row + r] = 0.0f;
+    if (job->is_first_write) clear_rows(job, first_row, num_rows);
     for (int64_t i = 0; i < job->num_segments; i++) {
         const uint8_t *next_codes = i + 1 < job->num_segments ? second_codes(job, i + 1, first_row)
                                     : next_unit >= 0          ? second_codes(job, 0, next_unit * job->out_rows)
@@ -215,15 +224,16 @@ static int is_in_range(const int32_t *offsets, const int32_t *token_ids, int64_t
 
 /* out[T, H] = (accumulate: +=) the experts' weighted sum for x[T, H]. Pairs of expert e: offsets[e] .. offsets[e + 1] of
  * token_ids and pair_weights. An `out` of bf16 is rounded once, at the end, and cannot be accumulated into.
- * out_ids: the row of `out` that each pair is added to, with `accumulate`; NULL: its token's.
+ * out_ids: the row of `out`, then of fp32, that each pair goes to; NULL: its token's.
  * Returns 0, -1 when memory is short, -2 when a pair or a token id is out of range. */
 OM_EXPORT int om_moe_forward(const om_moe_layer *layer, const void *x, int64_t num_tokens, int32_t x_dtype,
                              const uint8_t *const *records, const int32_t *offsets, const int32_t *token_ids,
                              const int32_t *out_ids, const float *pair_weights, int64_t num_experts, void *out,
                              int32_t out_dtype, int32_t accumulate, int32_t mode) {
     moe_job job = {.layer = layer, .records = records, .offsets = offsets, .token_ids = token_ids,
-                   .out_ids = out_ids != NULL ? out_ids : token_ids, .pair_weights = pair_weights, .x = x, .out = out, .num_experts = num_experts, .num_tokens = num_tokens,
-                   .x_dtype = x_dtype, .mode = mode, .is_first_write = !accumulate};
+                   .out_ids = out_ids != NULL ? out_ids : token_ids, .has_out_ids = out_ids != NULL,
+                   .pair_weights = pair_weights, .x = x, .out = out, .num_experts = num_experts,
+                   .num_tokens = num_tokens, .x_dtype = x_dtype, .mode = mode, .is_first_write = !accumulate};
     void *sums = out_dtype == OM_F32 ? NULL : out;
     if (!is_in_range(offsets, token_ids, num_experts, num_tokens)) return -2;
     om_pool_begin();
@@ -242,10 +252,12 @@ OM_EXPORT int om_moe_forward(const om_moe_layer *layer, const void *x, int64_t n
 
 /* out[H] = the rows of pairs[num_rows, H], added one after the other. */
 OM_EXPORT void om_sum_rows(const float *pairs, int64_t num_rows, int64_t num_columns, void *out, int32_t out_dtype) {
-    for (int64_t c = 0; c < num_columns; c++) {
-        float sum = 0.0f;
-        for (int64_t r = 0; r < num_rows; r++) sum += pairs[r * num_columns + c];
-        if (out_dtype == OM_F32) ((float *)out)[c] = sum;
-        else ((uint16_t *)out)[c] = om_float_to_bf16(sum);
+    for (int64_t first = 0; first < num_columns; first += OM_BLOCK) {
+        const int64_t count = om_min(OM_BLOCK, num_columns - first);
+        float sums[OM_BLOCK] = {0};
+        for (int64_t r = 0; r < num_rows; r++)
+            for (int64_t c = 0; c < count; c++) sums[c] += pairs[r * num_columns + first + c];
+        if (out_dtype == OM_F32) memcpy((float *)out + first, sums, count * sizeof(float));
+        else convert_out(sums, (uint16_t *)out + first, count);
     }
 }

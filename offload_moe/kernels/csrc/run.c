@@ -198,7 +198,7 @@ static int64_t wait_for_more(om_ride *ride, int64_t at, om_chosen *chosen, int32
     return num_leased;
 }
 
-/* out[H] = their weighted sum; with `rows`, each is added to its row instead. The same bits once the rows are summed. */
+/* out[H] = their weighted sum; with `rows`, each sets its row instead. The same bits once the rows are summed. */
 static int compute(const om_ride *ride, int64_t at, const om_chosen *chosen, const int32_t *places, int64_t num_experts,
                    float *rows) {
     static const int32_t token_ids[MAX_TOP_K] = {0};
@@ -212,7 +212,7 @@ static int compute(const om_ride *ride, int64_t at, const om_chosen *chosen, con
         offsets[n + 1] = (int32_t)n + 1;
     }
     return om_moe_forward(layer->experts, ride->token->normed, 1, OM_F32, records, offsets, token_ids, rows == NULL ? NULL : places,
-                          weights, num_experts, rows == NULL ? ride->token->x : rows, OM_F32, rows != NULL, layer->mode);
+                          weights, num_experts, rows == NULL ? ride->token->x : rows, OM_F32, 0, layer->mode);
 }
 
 /* x = the experts of the layer, those that are there first. Returns 0, -1 when memory is short, 1 when the ride is stopped. */
@@ -222,7 +222,6 @@ static int run_experts(om_ride *ride, int64_t at, om_chosen *chosen) {
     int64_t num_leased = begin_layer(ride, at, chosen, places), num_done = 0;
     if (num_leased == run->top_k) return compute(ride, at, chosen, places, num_leased, NULL);
     float *rows = ride->token->rows;
-    for (int64_t i = 0; i < run->top_k * run->hidden; i++) rows[i] = 0.0f;
     for (;;) {
         if (num_leased > 0 && compute(ride, at, chosen, places, num_leased, rows) != 0) return -1;
         num_done += num_leased;
