@@ -1,15 +1,14 @@
-"""Finding and loading the native library. It is called through ctypes, which releases the GIL for each call."""
+"""Setting the native library up. It is called through ctypes, which releases the GIL for each call."""
 
 import ctypes
 import os
-import sysconfig
 from functools import cache
-from pathlib import Path
 
 import torch
 
 from offload_moe.cores import are_threads_bound, usable_cores
 from offload_moe.errors import ConfigError
+from offload_moe.native import load_library
 
 INSTRUCTION_SETS = ("avx512vbmi", "avx512", "avx2", "neon", "portable")
 ENVIRONMENT_VARIABLE = "OFFLOAD_MOE_KERNEL"
@@ -62,13 +61,9 @@ def num_threads() -> int:
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    path = Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
-    if not path.exists():
-        return None, "they were not built; install a C compiler and reinstall the package."
-    try:
-        loaded = ctypes.CDLL(str(path))
-    except OSError as error:
-        return None, f"{path.name} does not load ({error}); reinstall the package."
+    loaded, reason = load_library()
+    if loaded is None:
+        return None, reason
     _declare(loaded)
     if are_threads_bound():  # else new threads would inherit the one core of this thread
         cores = sorted(usable_cores())

@@ -5,10 +5,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from offload_moe.native import load_for_short_calls
 from offload_moe.profile.replay import replay
+from offload_moe.schedule.policy import native_ranking
 from offload_moe.schedule.policy.history import NUM_AHEAD, History
 from offload_moe.schedule.policy.knn import KNN
-from offload_moe.schedule.policy.reuse import ReuseModel
+from offload_moe.schedule.policy.native_ranking import NativeRanking
+from offload_moe.schedule.policy.reuse import PRIOR_WEIGHTS, ReuseModel
 from offload_moe.trace import Trace
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K, NUM_SLOTS = 4, 16, 2, 16
@@ -88,11 +91,11 @@ class TestReuseModel:
 
     def test_does_not_learn_from_chunks(self) -> None:
         model = ReuseModel(num_keys=2, discount=0.5)
-        before = model._covariance.copy()
+        before = model.covariance.copy()
         for _ in range(40):
             model.update(0, 2, np.ones(2, np.float32), np.ones(2, np.float32), 1.0, learn=False)
             model.advance()
-        assert (model._covariance == before).all()
+        assert (model.covariance == before).all()
 
 
 class TestKNN:
@@ -129,8 +132,9 @@ class TestKNN:
     def test_a_larger_pool_looks_further_ahead(self) -> None:
         resized, made_so = (KNN(range(NUM_LAYERS), NUM_EXPERTS, num_slots) for num_slots in (8, 32))
         resized.resize(32)
-        assert resized._discount == made_so._discount == resized._reuse._discount
-        assert resized._history._fading == made_so._history._fading
+        for policy in (resized, made_so):
+            assert policy.ranking.discount == policy.ranking.reuse.discount == made_so.ranking.discount
+            assert policy.ranking.history._fading == made_so.ranking.history._fading
 
     def test_prefetched_expert_is_kept_until_its_layer_has_come(self) -> None:
         policy, every_fourth, never_used = (
@@ -158,14 +162,14 @@ class TestKNN:
             for layer in range(NUM_LAYERS):
                 for expert in (3, 1, 2):
                     policy.access(layer, [layer * NUM_EXPERTS + expert])
-        assert policy._history._now == 2
+        assert policy.ranking.history._now == 2
 
     def test_a_prompt_chunk_is_not_remembered(self) -> None:
         policy = KNN(range(1), NUM_EXPERTS, NUM_SLOTS)
         for _ in range(5):
             policy.access(0, list(range(NUM_EXPERTS)))
         policy.access(0, [1, 2])
-        assert policy._history.foretells(0, NUM_EXPERTS)[1] == 0.0
+        assert policy.ranking.history.foretells(0, NUM_EXPERTS)[1] == 0.0
 
 
 def test_a_chunk_tells_which_experts_its_tokens_like() -> None:
@@ -202,3 +206,49 @@ def test_a_chunk_evicts_what_it_has_passed_before_what_lies_ahead() -> None:
             again = policy.victim(lambda key, now=layer: key // NUM_EXPERTS == now)
             assert again is not None
             assert again // NUM_EXPERTS < layer
+
+
+@pytest.mark.skipif(load_for_short_calls() is None, reason="the native library was not built")
+class TestNativeRanking:
+    """Against the ranking in numpy."""
+
+    def test_the_same_numbers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Steps, chunks, experts that come and go, and a pool that grows: both are told the same."""
+        native, plain = policy_with(monkeypatch, is_native=True), policy_with(monkeypatch, is_native=False)
+        assert isinstance(native.ranking, NativeRanking)
+        assert not isinstance(plain.ranking, NativeRanking)
+        random = np.random.default_rng(3)
+        for token, routed in enumerate(sticky_routing(80)):
+            is_chunk = token % 30 == 7
+            for layer, experts in enumerate(routed):
+                used = range(NUM_EXPERTS) if is_chunk else experts.tolist()
+                keys = [layer * NUM_EXPERTS + expert for expert in used]
+                shares = random.random(len(keys)).tolist()
+                for policy in (native, plain):
+                    policy.access(layer, keys, shares, 20 if is_chunk else 1)
+                    if token == 0:
+                        policy.insert(keys[0])
+                assert native.victim(nobody) == plain.victim(nobody)
+                assert native.ranking.worth == pytest.approx(plain.ranking.worth, rel=1e-3, abs=1e-4)
+            for policy in (native, plain):
+                if token == 40:
+                    policy.resize(2 * NUM_SLOTS)
+        assert native.ranking.reuse.weights == pytest.approx(plain.ranking.reuse.weights, rel=1e-2, abs=1e-3)
+        assert native.ranking.reuse.weights != pytest.approx(PRIOR_WEIGHTS, abs=1e-2)
+
+    def test_as_many_hits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        trace = trace_of(np.concatenate([sticky_routing(200), random_routing(50, seed=0), sticky_routing(200)]))
+        rates = []
+        for is_native in (True, False):
+            use_native(monkeypatch, is_native=is_native)
+            rates.append(replay(trace, "knn", num_slots=NUM_SLOTS).hit_rate)
+        assert rates[0] == pytest.approx(rates[1], abs=0.005)
+
+
+def use_native(monkeypatch: pytest.MonkeyPatch, *, is_native: bool) -> None:
+    monkeypatch.setattr(native_ranking, "load_for_short_calls", load_for_short_calls if is_native else lambda: None)
+
+
+def policy_with(monkeypatch: pytest.MonkeyPatch, *, is_native: bool) -> KNN:
+    use_native(monkeypatch, is_native=is_native)
+    return KNN(range(NUM_LAYERS), NUM_EXPERTS, NUM_SLOTS)

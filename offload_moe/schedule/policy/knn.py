@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from offload_moe.schedule.policy.history import History
-from offload_moe.schedule.policy.reuse import ReuseModel
+from offload_moe.schedule.policy.native_ranking import make_ranking
 
 HALF_LIFE_PER_SHARE = 10.0  # tokens until a reuse is worth half, were there a slot for every expert
 LAYERS_PER_RANKING = 2  # that many layers are ranked at once: fewer calls, slightly staler ranks
@@ -20,25 +19,18 @@ class KNN:
     An expert whose layer this token has passed waits one token longer than its worth says, so it counts that much less.
     A token ends when an earlier layer than the last is accessed, or in a pool of one layer with each access.
 
-    Each ranking costs a fixed number of numpy calls on arrays of M tokens and of some layers' experts; a victim is one
-    argmin over the pool's experts. A chunk that uses more than half of a layer's experts says nothing about what goes
-    with what, and stays out of the history; how many of its tokens chose each expert is what it tells.
+    A victim is one argmin over the pool's experts. A chunk that uses more than half of a layer's experts says nothing
+    about what goes with what, and stays out of the history; how many of its tokens chose each expert is what it tells.
     """
 
     name = "knn"
 
     def __init__(self, layers: range, num_experts: int, num_slots: int) -> None:
-        num_keys = len(layers) * num_experts
-        discount = _discount(num_keys, num_slots)
+        self._num_keys = len(layers) * num_experts
         self._layers = layers
         self._num_experts = num_experts
         self._first_key = layers.start * num_experts
-        self._history = History(num_keys, discount)
-        self._reuse = ReuseModel(num_keys, discount)
-        self._discount = np.float32(discount)
-        self._worth = np.zeros(num_keys, dtype=np.float32)  # when the token reaches the expert's layer
-        self._absent = np.full(num_keys, np.inf, dtype=np.float32)  # 0 where resident
-        self._order = self._absent.copy()  # worth now where resident, infinite elsewhere
+        self.ranking = make_ranking(self._num_keys, _discount(self._num_keys, num_slots))
         self._pending: list[int] = []  # used by layers not ranked yet, from position `_ranked` on
         self._shares: list[float] = []  # of the tokens that used them
         self._num_tokens = 1  # accessed at once
@@ -66,32 +58,31 @@ class KNN:
         if 2 * len(keys) > self._num_experts and not self._is_chunk:
             self._is_chunk = True
             # A chunk uses nearly all of the layers that it has yet to pass, sooner than what it has passed.
-            self._order[(position + 1) * self._num_experts :] += AHEAD_OF_CHUNK
+            self.ranking.order[(position + 1) * self._num_experts :] += AHEAD_OF_CHUNK
         if position + 1 - self._ranked >= LAYERS_PER_RANKING or position + 1 == len(self._layers):
             self._rank_pending()
 
     def insert(self, key: int) -> None:
         local = key - self._first_key
-        self._absent[local] = 0.0
+        ranking = self.ranking
+        ranking.absent[local] = 0.0
         if local not in self._current:
-            self._worth[local] = PREFETCH_WORTH
+            ranking.worth[local] = PREFETCH_WORTH
         has_passed = local < self._ranked * self._num_experts
         is_awaited = self._is_chunk and local >= (self._position + 1) * self._num_experts
-        self._order[local] = self._worth[local] * (self._discount if has_passed else 1.0) + AHEAD_OF_CHUNK * is_awaited
+        worth = ranking.worth[local] * (ranking.discount if has_passed else 1.0)
+        ranking.order[local] = worth + AHEAD_OF_CHUNK * is_awaited
 
     def remove(self, key: int) -> None:
         local = key - self._first_key
-        self._absent[local] = self._order[local] = np.inf
+        self.ranking.absent[local] = self.ranking.order[local] = np.inf
 
     def resize(self, num_slots: int) -> None:
         """Look further ahead, or less far, from now on; what was learned with the discount before fades by itself."""
-        discount = _discount(len(self._worth), num_slots)
-        self._discount = np.float32(discount)
-        self._history.use_discount(discount)
-        self._reuse.use_discount(discount)
+        self.ranking.use_discount(_discount(self._num_keys, num_slots))
 
     def victim(self, leased: Callable[[int], bool]) -> int | None:
-        order, spared, chosen = self._order, [], None
+        order, spared, chosen = self.ranking.order, [], None
         while chosen is None:
             local = int(order.argmin())
             worth = order[local]
@@ -108,28 +99,25 @@ class KNN:
 
     def _rank_pending(self) -> None:
         """Learn from the layers passed since the last ranking, and rank their experts for the next token."""
-        num_layers = self._position + 1 - self._ranked
-        first, end = self._ranked * self._num_experts, (self._position + 1) * self._num_experts
-        keys = np.array(self._pending, dtype=np.intp)
-        used = np.zeros(end - first, dtype=np.float32)
-        used[keys - first] = self._shares
-        if not self._is_chunk:
-            self._history.observe(keys, num_layers)
-        foretold, trust = self._history.foretells(first, end)
-        learn = not (self._is_chunk or self._is_partial)
-        worth = self._reuse.update(first, end, used, foretold, trust, learn, self._num_tokens)
-        self._worth[first:end] = worth
-        np.add(worth * self._discount, self._absent[first:end], out=self._order[first:end])
+        first, end = self._ranked, self._position + 1
+        self.ranking.rank(
+            self._pending,
+            self._shares,
+            first * self._num_experts,
+            end * self._num_experts,
+            end - first,
+            observes=not self._is_chunk,
+            learns=not (self._is_chunk or self._is_partial),
+            num_tokens=self._num_tokens,
+        )
         self._pending, self._shares = [], []
         self._ranked = self._position + 1
 
     def _next_token(self) -> None:
         if self._pending:
             self._rank_pending()
-        np.add(self._worth, self._absent, out=self._order)
+        self.ranking.advance()
         self._position = -1
-        self._history.advance()
-        self._reuse.advance()
         self._ranked = 0
         self._is_chunk = False
 

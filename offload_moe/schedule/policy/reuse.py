@@ -29,16 +29,16 @@ class ReuseModel:
     def __init__(self, num_keys: int, discount: float) -> None:
         num_features = len(PRIOR_WEIGHTS)
         self.use_discount(discount)
-        self._features = np.zeros((num_features, num_keys), dtype=np.float32)  # [D, X]
-        self._features[0] = CONSTANT
-        self._weights = np.array(PRIOR_WEIGHTS, dtype=np.float32)
-        self._covariance = np.eye(num_features) * PRIOR_SAMPLES
-        self._evidence = np.array(PRIOR_WEIGHTS) * PRIOR_SAMPLES
+        self.features = np.zeros((num_features, num_keys), dtype=np.float32)  # [D, X]
+        self.features[0] = CONSTANT
+        self.weights = np.array(PRIOR_WEIGHTS, dtype=np.float32)
+        self.covariance = np.eye(num_features) * PRIOR_SAMPLES
+        self.evidence = np.array(PRIOR_WEIGHTS) * PRIOR_SAMPLES
         self._num_tokens = 0
 
     def use_discount(self, discount: float) -> None:
         """Of what is learned from now on."""
-        self._discount = np.float32(discount)
+        self.discount = np.float32(discount)
 
     def update(
         self, first: int, end: int, used: Vector, foretold: Vector, trust: float, learn: bool, num_tokens: int = 1
@@ -48,27 +48,31 @@ class ReuseModel:
         used: 1.0 where this token used the expert, or the share of a chunk's tokens that did; foretold, trust: from the
         neighbours.
         """
-        features = self._features[:, first:end]
-        learn = learn and self._num_tokens > WARM_UP and self._num_tokens % LEARN_EVERY == 0
+        features = self.features[:, first:end]
+        learn = learn and self.is_learning
         before = features.copy() if learn else features
         frequencies = features[1:4]
-        steps = _STEPS if num_tokens == 1 else 1.0 - (1.0 - _STEPS) ** num_tokens
-        frequencies += steps * (used - frequencies)
+        slow_step, fast_step = self.steps(num_tokens)
+        frequencies += np.array([[slow_step], [fast_step], [1.0]], np.float32) * (used - frequencies)
         share = 1.0 / (trust + SHRINKAGE)
         np.multiply(foretold, share, out=features[4])
         np.multiply(features[1], SHRINKAGE * share, out=features[5])
         if learn:
-            self._covariance += before @ (before - (self._discount * (1.0 - used)) * features).T
-            self._evidence += before @ used
-        return self._weights @ features
+            self.covariance += before @ (before - (self.discount * (1.0 - used)) * features).T
+            self.evidence += before @ used
+        return self.weights @ features
 
     def advance(self) -> None:
         self._num_tokens += 1
         if self._num_tokens % SOLVE_EVERY == 0:
-            self._weights = np.linalg.solve(self._covariance, self._evidence).astype(np.float32)
+            self.weights[:] = np.linalg.solve(self.covariance, self.evidence)
 
+    @property
+    def is_learning(self) -> bool:
+        """Whether this token's uses are learned from."""
+        return self._num_tokens > WARM_UP and self._num_tokens % LEARN_EVERY == 0
 
-_STEPS = np.array(
-    [[1 - 0.5 ** (1 / SLOW_HALF_LIFE)], [1 - 0.5 ** (1 / FAST_HALF_LIFE)], [1.0]],  # the third is `used` itself
-    dtype=np.float32,
-)
+    @staticmethod
+    def steps(num_tokens: int) -> tuple[float, float]:
+        """How far so many tokens move the slow and the fast frequency."""
+        return 1 - 0.5 ** (num_tokens / SLOW_HALF_LIFE), 1 - 0.5 ** (num_tokens / FAST_HALF_LIFE)

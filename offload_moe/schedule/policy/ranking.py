@@ -1,0 +1,62 @@
+"""What every expert of a pool is worth, and which of the resident ones least: the numbers of the default policy.
+
+Shapes: X all experts of the pool.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from offload_moe.schedule.policy.history import History
+from offload_moe.schedule.policy.reuse import ReuseModel
+
+
+class Ranking:
+    """In numpy, a fixed number of calls on arrays of M tokens and of some layers' experts."""
+
+    def __init__(self, num_keys: int, discount: float) -> None:
+        self.history = History(num_keys, discount)
+        self.reuse = ReuseModel(num_keys, discount)
+        self.worth = np.zeros(num_keys, dtype=np.float32)  # [X]: when the token reaches the expert's layer
+        self.absent = np.full(num_keys, np.inf, dtype=np.float32)  # [X]: 0 where resident
+        self.order = self.absent.copy()  # [X]: worth now where resident, infinite elsewhere
+        self.use_discount(discount)
+
+    def use_discount(self, discount: float) -> None:
+        """From now on; what was learned with the one before fades by itself."""
+        self.discount = np.float32(discount)
+        self.history.use_discount(discount)
+        self.reuse.use_discount(discount)
+
+    def rank(
+        self,
+        keys: Sequence[int],
+        shares: Sequence[float],
+        first: int,
+        end: int,
+        num_layers: int,
+        *,
+        observes: bool,
+        learns: bool,
+        num_tokens: int,
+    ) -> None:
+        """Learn from layers that were passed, and rank their experts, `first` to `end`, for the next token.
+
+        keys: what these layers used. shares: of the `num_tokens` tokens that used them. observes: keep it as this
+        token's routing. learns: let it change what the features are worth.
+        """
+        used_keys = np.array(keys, dtype=np.intp)
+        used = np.zeros(end - first, dtype=np.float32)
+        used[used_keys - first] = shares
+        if observes:
+            self.history.observe(used_keys, num_layers)
+        foretold, trust = self.history.foretells(first, end)
+        worth = self.reuse.update(first, end, used, foretold, trust, learns, num_tokens)
+        self.worth[first:end] = worth
+        np.add(worth * self.discount, self.absent[first:end], out=self.order[first:end])
+
+    def advance(self) -> None:
+        """Go on to the next token."""
+        np.add(self.worth, self.absent, out=self.order)
+        self.history.advance()
+        self.reuse.advance()
