@@ -11,7 +11,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.kernels.native import library
 from offload_moe.kernels.planes import MODES, Mode, matrix_struct
 from offload_moe.kernels.structs import AttentionStruct, LayerStruct, MatrixStruct, RouterStruct
-from offload_moe.quant.layout import ExpertShape, RecordLayout, pack_planes
+from offload_moe.quant.layout import ExpertShape, Matrix, RecordLayout, pack_planes
 
 HEAD_DIM_STEP = 16  # head dims are multiples of the widest vector
 
@@ -27,8 +27,10 @@ class Linear:
     bias: Tensor | None = None
 
     @classmethod
-    def of_fp32(cls, shape: ExpertShape, weight: Tensor, bias: Tensor | None = None) -> Self:
+    def of_fp32(cls, weight: Tensor, bias: Tensor | None = None) -> Self:
         """Of the numbers themselves: weight ``[O, K]``, fp32 and contiguous, is read where it lies."""
+        out_features, in_features = weight.shape
+        shape = ExpertShape(matrices=(Matrix(name="weight", out_features=out_features, in_features=in_features),))
         layout = pack_planes([("weight.values", weight.dtype, tuple(weight.shape))])
         return cls(codec="fp32", shape=shape, layout=layout, record=weight, bias=bias)
 

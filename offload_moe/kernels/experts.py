@@ -5,7 +5,6 @@ from array import array
 from collections.abc import Sequence
 from functools import cache
 
-import torch
 from torch import Tensor
 
 from offload_moe.errors import ConfigError
@@ -135,11 +134,9 @@ class ExpertKernel:
             raise MemoryError(f"No memory for the intermediate activations of {num_experts} experts.")
 
 
-def add_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[N, H]`` fp32, contiguous -> ``[1, H]``: the first row plus the second plus the third, and so on, in fp32."""
-    out = torch.empty(1, rows.shape[1], dtype=dtype)
-    library().om_sum_rows(rows.data_ptr(), len(rows), rows.shape[1], out.data_ptr(), DTYPES[dtype])
-    return out
+def add_rows(rows: Tensor, out: Tensor) -> None:
+    """out ``[1, H]`` = the first of rows ``[N, H]`` plus the second plus the third, and so on, in fp32; contiguous."""
+    library().om_sum_rows(rows.data_ptr(), len(rows), rows.shape[1], out.data_ptr(), DTYPES[out.dtype])
 
 
 @cache

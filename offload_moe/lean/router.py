@@ -72,9 +72,9 @@ def _is_candidate(module: Any) -> bool:
 
 def _linear(weight: Tensor, bias: Tensor | None) -> kernels.Linear:
     """In bf16 where the numbers are the same, as they are where the checkpoint was: half the bytes."""
-    shape, codec = weight_shape(*weight.shape), get_codec("bf16")
     if not torch.equal(weight.bfloat16().float(), weight):
-        return kernels.Linear.of_fp32(shape, weight.contiguous(), bias)
+        return kernels.Linear.of_fp32(weight.contiguous(), bias)
+    shape, codec = weight_shape(*weight.shape), get_codec("bf16")
     record = codec.encode(shape, {"weight": weight})
     return kernels.Linear(codec=codec.name, shape=shape, layout=codec.layout(shape), record=record, bias=bias)
 

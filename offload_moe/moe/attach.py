@@ -105,14 +105,15 @@ class BoundExperts:
         if len(experts) < len(ids) or experts[-1] >= self._num_experts:
             return None
         weights = [weight_of[expert] for expert in experts]
+        step = arithmetic.new_step(hidden, len(experts))
         slots = self.scheduler.hold(self.layer, experts)
         if slots is None:
             with self.scheduler.acquire(self.layer, experts) as lease:
                 self._ask_and_look_ahead(hidden, experts, top_k_index)
-                return arithmetic.one_token_in_waves(hidden, experts, weights, lease, self._record_of)
+                return arithmetic.one_token_in_waves(step, experts, weights, lease, self._record_of)
         try:
             self._ask_and_look_ahead(hidden, experts, top_k_index)
-            return arithmetic.one_token(hidden, weights, [self._record_of(slot) for slot in slots])
+            return arithmetic.one_token(step, weights, [self._record_of(slot) for slot in slots])
         finally:
             self.scheduler.let_go(slots)
 

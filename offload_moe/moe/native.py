@@ -1,6 +1,7 @@
 """The native arithmetic: one kernel call for all experts that are ready, in RAM, as they lie."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,16 @@ from offload_moe.moe.activation import Activation
 from offload_moe.moe.routing import Routing
 from offload_moe.quant import Codec, ExpertShape
 from offload_moe.schedule.lease import Lease, Wave
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """x, out ``[1, H]``, in a dtype of the kernel; pairs: fp32 ``[K, H]``, for waves; dtype: of the result."""
+
+    x: Tensor
+    out: Tensor
+    pairs: Tensor
+    dtype: torch.dtype
 
 
 class NativeArithmetic:
@@ -41,7 +52,7 @@ class NativeArithmetic:
             alpha=activation.alpha,
             limit=activation.limit,
         )
-        self._spare_pairs: list[Tensor] = []  # for whoever computes in waves next
+        self._spare_pairs: list[Tensor] = []  # of steps that are done
 
     def forward(
         self, hidden: Tensor, weights: Tensor, routing: Routing, lease: Lease, record_of: Callable[[int], Tensor]
@@ -66,38 +77,47 @@ class NativeArithmetic:
         """Routing weights as the family applies them."""
         return weights if self.pair_scale == 1 else weights * self.pair_scale
 
-    def one_token(self, hidden: Tensor, weights: Sequence[float], records: Sequence[Tensor]) -> Tensor:
-        """hidden ``[1, H]``, a weight and a record per expert, by ascending id -> ``[1, H]``: the bits of `forward`."""
+    def new_step(self, hidden: Tensor, num_experts: int) -> Step:
+        """All the memory that a decode step takes, for hidden ``[1, H]``.
+
+        To be had before copies are asked for: a new tensor lets go of the GIL, and who issues the copies would take it
+        for longer than the step can wait. He does better beside the kernel.
+        """
         x = _kernel_input(hidden)
-        out = torch.empty_like(x)
-        self.kernel.forward_token(x, [record.data_ptr() for record in records], weights, out, mode=self.mode)
-        return out.to(hidden.dtype)
+        shape = (num_experts, x.shape[1])
+        pairs = self._spare_pairs.pop() if self._spare_pairs else None
+        if pairs is None or pairs.shape != shape:
+            pairs = torch.empty(shape)
+        return Step(x, torch.empty_like(x), pairs, hidden.dtype)
+
+    def one_token(self, step: Step, weights: Sequence[float], records: Sequence[Tensor]) -> Tensor:
+        """A weight and a record per expert, by ascending id -> ``[1, H]``: the bits of `forward`."""
+        addresses = [record.data_ptr() for record in records]
+        self.kernel.forward_token(step.x, addresses, weights, step.out, mode=self.mode)
+        return self._end(step)
 
     def one_token_in_waves(
         self,
-        hidden: Tensor,
+        step: Step,
         experts: Sequence[int],
         weights: Sequence[float],
         lease: Lease,
         record_of: Callable[[int], Tensor],
     ) -> Tensor:
-        """`one_token` while records still arrive: the same bits. experts: ascending ids.
-
-        Up to the first kernel call nothing lets go of the GIL, as a new tensor would: who issues copies would take it,
-        and does better beside the kernel.
-        """
-        x = _kernel_input(hidden)
-        pairs = self._spare_pairs.pop() if self._spare_pairs else torch.empty(0)
-        if pairs.shape != (len(experts), x.shape[1]):
-            pairs = torch.empty(len(experts), x.shape[1])
+        """`one_token` while records still arrive: the same bits. experts: ascending ids."""
         row_of = {expert: row for row, expert in enumerate(experts)}
         for wave in lease:
             rows = [row_of[expert] for expert, _ in wave]
             addresses = [record_of(slot).data_ptr() for _, slot in wave]
-            self.kernel.forward_token(x, addresses, [weights[row] for row in rows], pairs, rows, mode=self.mode)
-        result = kernels.add_rows(pairs, x.dtype).to(hidden.dtype)
-        self._spare_pairs.append(pairs)
-        return result
+            self.kernel.forward_token(
+                step.x, addresses, [weights[row] for row in rows], step.pairs, rows, mode=self.mode
+            )
+        kernels.add_rows(step.pairs, step.out)
+        return self._end(step)
+
+    def _end(self, step: Step) -> Tensor:
+        self._spare_pairs.append(step.pairs)
+        return step.out.to(step.dtype)
 
     def outputs(self, hidden: Tensor, routing: Routing, indices: list[int], records: list[Tensor]) -> Tensor:
         """What ``routing.experts[index]`` make of their tokens, before routing weights: fp32 ``[p, H]``, one by one.
@@ -137,7 +157,9 @@ class NativeArithmetic:
     @staticmethod
     def _add_pairs(pairs: Tensor, routing: Routing, hidden: Tensor) -> Tensor:
         if len(hidden) == 1:
-            return kernels.add_rows(pairs, torch.float32).to(hidden.dtype)
+            out = torch.empty(1, pairs.shape[1])
+            kernels.add_rows(pairs, out)
+            return out.to(hidden.dtype)
         total = torch.zeros(hidden.shape, dtype=torch.float32)
         tokens = torch.tensor(routing.tokens)
         for index in range(len(routing.experts)):

@@ -1,19 +1,23 @@
 """A layer's router behind that layer's norm, asked with the residual state of an earlier layer."""
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from offload_moe import kernels
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.checkpoint.overlooked import ROUTER_NAMES
+from offload_moe.errors import ConfigError
 
 NORM_NAMES = ("post_attention_layernorm", "pre_feedforward_layernorm", "pre_mlp_layernorm", "ffn_norm", "norm2")
 
 TRIED_TOKENS = 16
 LEAST_SAME = 0.95  # of the ids; ties and roundings differ
+
+Way = Callable[[Tensor], Tensor]  # residual ``[T, H]`` -> ids ``[T, K]``
 
 
 class RouterProbe:
@@ -22,7 +26,7 @@ class RouterProbe:
     def __init__(self, norm: nn.Module, router: nn.Module) -> None:
         self.norm = norm
         self._router = router
-        self._is_plain: bool | None = None  # whether norm and router are what `_ask_plainly` computes; None: not tried
+        self._ways: dict[int, Way] = {}  # K -> the shortest way to the router's ids
 
     def predict(self, residual: Tensor, num_experts_per_token: int) -> list[int]:
         """Residual ``[T, H]`` -> distinct expert ids; the likeliest first where T is 1."""
@@ -30,11 +34,10 @@ class RouterProbe:
 
     def ask(self, residual: Tensor, num_experts_per_token: int) -> Tensor:
         """Residual ``[T, H]`` -> expert ids ``[T, K]`` where the residual is; each token's likeliest first."""
-        if self._is_plain is None:
-            self._is_plain = self._is_recognized(residual, num_experts_per_token)
-        if self._is_plain:
-            return self._ask_plainly(residual, num_experts_per_token)
-        return self._ask_modules(residual, num_experts_per_token)
+        way = self._ways.get(num_experts_per_token)
+        if way is None:
+            way = self._ways[num_experts_per_token] = self._find_way(residual, num_experts_per_token)
+        return way(residual)
 
     def _ask_modules(self, residual: Tensor, k: int) -> Tensor:
         out: Any = self._router(self.norm.forward(residual))
@@ -48,29 +51,74 @@ class RouterProbe:
             scores = scores.sigmoid() + bias
         return scores.topk(k, dim=-1).indices
 
-    def _ask_plainly(self, residual: Tensor, k: int) -> Tensor:
-        """An RMS norm and the greatest logits, in three operations: modules take a dozen and more for the same ids."""
-        router: Any = self._router
-        norm: Any = self.norm
-        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-        normed = F.rms_norm(residual, residual.shape[-1:], norm.weight, eps)
-        return F.linear(normed, router.weight, getattr(router, "bias", None)).topk(k, dim=-1).indices
+    def _find_way(self, residual: Tensor, k: int) -> Way:
+        """By trying shorter ones on noise as large as the residual: most ids have to be the same."""
 
-    def _is_recognized(self, residual: Tensor, k: int) -> bool:
-        """Found by trying, on noise as large as the residual: most ids have to be the same."""
+        def ask_modules(residual: Tensor) -> Tensor:
+            return self._ask_modules(residual, k)
+
         if "forward" in vars(self._router):
-            return False  # it has a short step of its own
+            return ask_modules  # it has a short step of its own
         generator = torch.Generator(residual.device).manual_seed(0)
         noise = torch.randn(TRIED_TOKENS, residual.shape[-1], generator=generator, device=residual.device)
         tried = (noise * residual.float().std()).to(residual.dtype)
-        try:
-            expected, found = self._ask_modules(tried, k), self._ask_plainly(tried, k)
-        except (TypeError, ValueError, RuntimeError, AttributeError):
-            return False
-        if expected.shape != found.shape:
-            return False
-        num_same = (expected[..., None] == found[..., None, :]).sum()
-        return bool(num_same >= LEAST_SAME * expected.numel())
+        for kind in (NativeRouter, PlainRouter):
+            try:
+                way = kind(self.norm, self._router, k)
+                expected, found = ask_modules(tried), way(tried)
+            except (TypeError, ValueError, RuntimeError, AttributeError, ConfigError):
+                continue
+            if expected.shape != found.shape:
+                continue
+            num_same = (expected[..., None] == found[..., None, :]).sum()
+            if bool(num_same >= LEAST_SAME * expected.numel()):
+                return way
+        return ask_modules
+
+
+class PlainRouter:
+    """An RMS norm and the greatest logits, in three operations: modules take a dozen and more for the same ids."""
+
+    def __init__(self, norm: Any, router: Any, k: int) -> None:
+        """Raises: AttributeError where they are something else."""
+        self._norm, self._router, self._k = norm.weight, router.weight, k
+        self._bias = getattr(router, "bias", None)
+        self._epsilon = _epsilon(norm)
+
+    def __call__(self, residual: Tensor) -> Tensor:
+        normed = F.rms_norm(residual, residual.shape[-1:], self._norm, self._epsilon)
+        return F.linear(normed, self._router, self._bias).topk(self._k, dim=-1).indices
+
+
+class NativeRouter:
+    """The same in fp32 on the CPU, in two native calls for a token."""
+
+    def __init__(self, norm: Any, router: Any, k: int) -> None:
+        """Raises: AttributeError where they are something else, ConfigError where there is no kernel for them."""
+        weights = [norm.weight, router.weight, *([] if getattr(router, "bias", None) is None else [router.bias])]
+        if not all(weight.is_cpu and weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights):
+            raise ConfigError("The kernels take norms and routers in fp32, on the CPU.")
+        norm_weight, weight, *bias = (each.detach() for each in weights)
+        self._norm = kernels.NormKernel(norm_weight, _epsilon(norm))
+        linear = kernels.Linear.of_fp32(weight, *bias)
+        self._router = kernels.RouterKernel(linear, top_k=k, is_of_chosen=True)
+        self._normed, self._logits, self._weights = (torch.empty(1, n) for n in (*weight.shape[::-1], k))
+
+    def __call__(self, residual: Tensor) -> Tensor:
+        if residual.dtype != torch.float32:
+            raise TypeError(f"A residual in {residual.dtype}, where the kernels read fp32.")
+        return self._ask(residual) if len(residual) == 1 else torch.cat([self._ask(row) for row in residual.split(1)])
+
+    def _ask(self, residual: Tensor) -> Tensor:
+        ids = torch.empty(self._weights.shape, dtype=torch.int64)
+        self._norm.step(residual, self._normed)
+        self._router.step(self._normed, self._logits, self._weights, ids)
+        return ids
+
+
+def _epsilon(norm: Any) -> float:
+    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return torch.finfo(norm.weight.dtype).eps if epsilon is None else float(epsilon)
 
 
 class ResidualKeeper:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from offload_moe import kernels
 from offload_moe.moe.lookahead import DISK_DEPTH, Lookahead
-from offload_moe.moe.probe import RouterProbe
+from offload_moe.moe.probe import NativeRouter, PlainRouter, RouterProbe
 from offload_moe.schedule.policy import LRU
 from offload_moe.schedule.prefetch import PrefetchGovernor
 from offload_moe.schedule.residency import Residency
@@ -98,29 +99,40 @@ def test_answers_of_another_size_are_not_taken(tiers: tuple[FakeTier, FakeTier])
     assert not ram.prefetched
 
 
-def test_a_norm_of_another_kind_is_asked_itself() -> None:
+class OnePlusNorm(nn.Module):
     """Gemma's norms multiply by one plus their weight."""
 
-    class Norm(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.linspace(-0.9, 3, 64))
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-0.9, 3, 64))
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return nn.functional.rms_norm(x, (64,), 1 + self.weight)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x, (64,), 1 + self.weight)
 
-    class Softmax(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return nn.functional.linear(x, self.weight).softmax(-1)
+class Softmax(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
 
-    residual = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
-    own, plain = RouterProbe(Norm(), Softmax()), RouterProbe(nn.RMSNorm(64), Softmax())
-    with torch.no_grad():
-        for probe in (own, plain):
-            expected = probe._router(probe.norm(residual)).topk(4).indices
-            assert torch.equal(probe.ask(residual, 4), expected)
-    assert (own._is_plain, plain._is_plain) == (False, True)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight).softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("norm", "dtype", "kind"),
+    [
+        (nn.RMSNorm(64), torch.float32, NativeRouter if kernels.available() else PlainRouter),
+        (nn.RMSNorm(64, eps=1e-2), torch.float32, NativeRouter if kernels.available() else PlainRouter),
+        (nn.RMSNorm(64), torch.bfloat16, PlainRouter),
+        (OnePlusNorm(), torch.float32, None),
+    ],
+)
+@torch.no_grad()
+def test_the_shortest_way_to_the_same_experts_is_taken(norm: nn.Module, dtype: torch.dtype, kind: type | None) -> None:
+    probe = RouterProbe(norm.to(dtype), Softmax().to(dtype))
+    residuals = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for residual in (residuals[:1], residuals):
+        assert torch.equal(probe.ask(residual, 4), probe._router(norm(residual)).topk(4).indices)
+    assert isinstance(probe._ways[4], PlainRouter | NativeRouter) == (kind is not None)
+    assert kind is None or isinstance(probe._ways[4], kind)
