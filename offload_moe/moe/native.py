@@ -117,7 +117,7 @@ class NativeArithmetic:
 
     def _end(self, step: Step) -> Tensor:
         self._spare_pairs.append(step.pairs)
-        return step.out.to(step.dtype)
+        return step.out if step.out.dtype is step.dtype else step.out.to(step.dtype)
 
     def outputs(self, hidden: Tensor, routing: Routing, indices: list[int], records: list[Tensor]) -> Tensor:
         """What ``routing.experts[index]`` make of their tokens, before routing weights: fp32 ``[p, H]``, one by one.
@@ -178,7 +178,8 @@ class NativeArithmetic:
 
 def _kernel_input(hidden: Tensor) -> Tensor:
     """Contiguous, in a dtype that the kernel reads."""
-    return hidden.contiguous() if hidden.dtype in (torch.float32, torch.bfloat16) else hidden.float().contiguous()
+    x = hidden if hidden.dtype in (torch.float32, torch.bfloat16) else hidden.float()
+    return x if x.is_contiguous() else x.contiguous()
 
 
 def _pairs_of(routing: Routing, indices: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -1,7 +1,8 @@
 """The routed experts of one layer while it is computed: who is ready, who is on the way, who waits for a slot.
 
-A wave's slots are leased until the next wave is asked for. When a layer routes to more experts than there are slots,
-the lease simply takes more waves; down to one slot it never deadlocks, because a lease never waits while holding one.
+A wave's slots are leased until the lease ends, or, while others of the layer still want slots, until the next wave is
+asked for. When a layer routes to more experts than there are slots, the lease simply takes more waves; down to one slot
+it never deadlocks, because a lease never waits for a slot while holding one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -47,18 +48,17 @@ class Lease:
     def close(self) -> None:
         """Let go of everything."""
         with self._scheduler.changed:
-            slots = [slot for wave in (self._held, self._ready, self._loading) for _, slot in wave]
-            self._release_held_to_mover()
-            self._held, self._ready, self._loading, self._absent = [], [], [], []
-            self._scheduler.release(slots)
+            self._release_held()
+            self._scheduler.release([slot for wave in (self._ready, self._loading) for _, slot in wave])
+            self._ready, self._loading, self._absent = [], [], []
 
     def __iter__(self) -> Iterator[Wave]:
         """Waves of ``(expert, slot)``; each wave holds every expert that is ready when it is asked for.
 
         Raises: TransferError when an expert of this lease could not be loaded, or not in time.
         """
-        while wave := self._next_wave():
-            yield wave
+        while self._ready or self._loading or self._absent:
+            yield self._next_wave()
 
     def poll(self) -> Wave:
         """The next wave if any of it is ready, else an empty one. Does not wait."""
@@ -80,10 +80,9 @@ class Lease:
         scheduler = self._scheduler
         while True:
             with scheduler.changed:
-                self._release_held_to_mover()
-                held, self._held = self._held, []
-                scheduler.release([slot for _, slot in held])
-                self._admit()
+                if self._absent:
+                    self._release_held()
+                    self._admit()
                 self._collect()
                 if may_wait and not self._ready and (self._loading or self._absent):
                     scheduler.counters.stall_s += self._wait()
@@ -99,9 +98,10 @@ class Lease:
 
     def _take_ready(self) -> Wave:
         """What is ready is held from now on (lock held)."""
-        self._held, self._ready = self._next_half() if self._absent and not self._loading else (self._ready, [])
-        self._scheduler.counters.num_waves += bool(self._held)
-        return self._held
+        wave, self._ready = self._next_half() if self._absent and not self._loading else (self._ready, [])
+        self._held += wave
+        self._scheduler.counters.num_waves += bool(wave)
+        return wave
 
     def _first_flying(self) -> tuple[int, int] | None:
         """The one of ours that the link brings first (lock held): compute can follow its copy."""
@@ -185,6 +185,10 @@ class Lease:
             self._ready += arrived
             self._loading = [entry for entry in self._loading if entry not in arrived]
 
-    def _release_held_to_mover(self) -> None:
+    def _release_held(self) -> None:
+        """Compute that reads these slots has been issued (lock held)."""
         if self._held:
-            self._scheduler.mover.used([slot for _, slot in self._held])
+            slots = [slot for _, slot in self._held]
+            self._held = []
+            self._scheduler.mover.used(slots)
+            self._scheduler.release(slots)

@@ -24,7 +24,7 @@ from offload_moe.moe import routing
 from offload_moe.moe.attach import RanLayers
 from offload_moe.moe.device import DeviceArithmetic
 from offload_moe.moe.lookahead import Lookahead
-from offload_moe.moe.probe import find_probes
+from offload_moe.moe.probe import PlainRouter, find_probes
 from offload_moe.schedule.prefetch import PrefetchGovernor
 from offload_moe.tiers import copier as copier_module
 from offload_moe.tiers.copier import Copier
@@ -139,7 +139,8 @@ def test_lookahead_costs_no_synchronization_of_its_own(model: PreTrainedModel) -
         assert torch.equal(found, last_logits(oracle, lambda: None))
     assert counts[-1] - counts[-2] == len(layers)  # the first token tries the probes, which looks at values
     assert scheduler.counters.num_prefetches > 0
-    assert any(probe is not None and probe._is_plain for probe in lookahead._probes)
+    ways = [way for probe in lookahead._probes if probe is not None for way in probe._ways.values()]
+    assert any(isinstance(way, PlainRouter) for way in ways)
     scheduler.close()
 
 

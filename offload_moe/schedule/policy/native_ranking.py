@@ -38,6 +38,8 @@ class NativeRanking(Ranking):
             shrinkage=SHRINKAGE,
             **{name: values.ctypes.data for name, values in arrays.items()},
         )
+        self._passed = _PassedStruct()
+        self._addresses = ctypes.addressof(self._struct), ctypes.addressof(self._passed)
         self._native = library.om_rank
         self._native.argtypes, self._native.restype = [ctypes.c_void_p] * 2, None
 
@@ -54,23 +56,16 @@ class NativeRanking(Ranking):
         num_tokens: int,
     ) -> None:
         used_keys, used_shares = array("i", keys), array("f", shares)
-        slow_step, fast_step = self.reuse.steps(num_tokens)
-        decay = self.history.fade(len(keys), num_layers) if observes else 1.0
-        passed = _PassedStruct(
-            used_keys.buffer_info()[0],
-            used_shares.buffer_info()[0],
-            len(keys),
-            first,
-            end,
-            decay,
-            self.history.matchable,
-            slow_step,
-            fast_step,
-            self.discount,
-            observes,
-            learns and self.reuse.is_learning,
-        )
-        self._native(ctypes.addressof(self._struct), ctypes.addressof(passed))
+        passed = self._passed
+        passed.keys, passed.num_keys = used_keys.buffer_info()
+        passed.shares = used_shares.buffer_info()[0]
+        passed.first, passed.end = first, end
+        passed.decay = self.history.fade(len(keys), num_layers) if observes else 1.0
+        passed.matchable = self.history.matchable
+        passed.slow_step, passed.fast_step = self.reuse.steps(num_tokens)
+        passed.discount = self.discount
+        passed.observes, passed.learns = observes, learns and self.reuse.is_learning
+        self._native(*self._addresses)
 
 
 class _RankingStruct(ctypes.Structure):

@@ -75,4 +75,11 @@ class ReuseModel:
     @staticmethod
     def steps(num_tokens: int) -> tuple[float, float]:
         """How far so many tokens move the slow and the fast frequency."""
-        return 1 - 0.5 ** (num_tokens / SLOW_HALF_LIFE), 1 - 0.5 ** (num_tokens / FAST_HALF_LIFE)
+        return _STEPS if num_tokens == 1 else (_step(num_tokens, SLOW_HALF_LIFE), _step(num_tokens, FAST_HALF_LIFE))
+
+
+def _step(num_tokens: int, half_life: float) -> float:
+    return float(1 - 0.5 ** (num_tokens / half_life))
+
+
+_STEPS = _step(1, SLOW_HALF_LIFE), _step(1, FAST_HALF_LIFE)  # of a decode step
