@@ -93,7 +93,7 @@ class Model:
         on_device = num_device_slots > 0
         parts = {
             "dense weights": self._dense_bytes,
-            "expert slots in RAM": len(ram.residency.resident_keys()) * pools.slot_bytes,
+            "expert slots in RAM": ram.residency.num_resident * pools.slot_bytes,
         }
         in_ram = sum(parts.values()) - (self._dense_bytes if on_device else 0)
         parts["rest of the process"] = max(0, psutil.Process().memory_info().rss - in_ram)

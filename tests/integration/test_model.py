@@ -116,6 +116,24 @@ def test_two_models_share_nothing(checkpoints: dict[str, Path]) -> None:
         assert torch.equal(greedy(third, 1), expected)
 
 
+def test_memory_is_told_while_experts_come_and_go(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warm start brings experts while the user asks: going through them takes the lock."""
+    with load(checkpoints["qwen3_moe"]) as model:
+        greedy(model, 1)
+        ram = model._hierarchy.ram
+        resident_keys = ram.residency.resident_keys
+        num_resident = len(resident_keys())
+
+        def with_the_lock() -> list[int]:
+            assert ram.changed._is_owned()
+            return resident_keys()
+
+        monkeypatch.setattr(ram.residency, "resident_keys", with_the_lock)
+        assert model.memory["expert slots in RAM"] == num_resident * model._hierarchy.pools.slot_bytes > 0
+
+
 @pytest.mark.parametrize("dense_codec", ["nf4", "int8"])
 def test_quantized_dense_weights_stay_close(dense_codec: str, checkpoints: dict[str, Path]) -> None:
     ids, mask = tiny_prompt(1, 9)
