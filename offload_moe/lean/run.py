@@ -154,15 +154,18 @@ class LayerRun:
             recorder.ran(self._ran(token, account))
 
     def _ride_along(self, token: kernels.RunToken, account: "_Account") -> None:
-        """On a thread of its own, with slots to fill."""
+        """On a thread of its own, with slots to fill.
+
+        They are taken back once it has ended, which whoever waits for a slot is told: then it leases none any more.
+        """
         reads = None if self._loans is None else self._loans.reads
-        with self._kernel.start(token, self._residents, reads) as ride:
-            try:
+        try:
+            with self._kernel.start(token, self._residents, reads) as ride:
                 self._lend()
                 self._go_along(ride, token, account)
-            finally:
-                if self._loans is not None:
-                    self._loans.take_back()
+        finally:
+            if self._loans is not None:
+                self._loans.take_back()
 
     def _go_along(self, ride: kernels.Ride, token: kernels.RunToken, account: "_Account") -> None:
         """Give the ride what it needs until it is over."""

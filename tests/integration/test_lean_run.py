@@ -307,8 +307,10 @@ def test_what_others_bring_meanwhile_takes_nothing_from_a_run(
         others = threading.Thread(target=prefetch_all, args=[model._hierarchy.scheduler])
         others.start()
         try:
-            for _ in range(3):
+            for number in range(40):
                 assert torch.equal(logits(model), expected)
+                if number >= 2 and num_started[0] > 3 * NUM_NEW:
+                    break
         finally:
             is_over.set()
             others.join()
@@ -345,7 +347,14 @@ def test_a_pool_that_holds_every_expert_shrinks_between_tokens_only(
 
 
 def test_a_stop_within_a_token_is_heard(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels_run, "LISTEN_S", 1e-5)
+    """Every other time a run has nothing to say."""
+    calls, say = [], kernels_run.Ride.next
+
+    def say_at_times(ride: kernels_run.Ride, first: int) -> tuple[int, int] | None:
+        calls.append(1)
+        return say(ride, first) if len(calls) % 2 == 0 else None
+
+    monkeypatch.setattr(kernels_run.Ride, "next", say_at_times)
     with open_model(stores["qwen3_moe"], LEAST_SLOTS, prefetch=0) as model:
         logits(model)
         steps = [layer.forward for layer in model.hf.model.layers]
@@ -365,6 +374,36 @@ def test_a_stop_within_a_token_is_heard(stores: dict[str, Path], monkeypatch: py
         assert out.sequences.shape[1] == NUM_PROMPT + 2
         assert told[:NUM_LAYERS] == [0, 1, 2]  # the prompt
         assert len(told) > 2 * NUM_LAYERS  # the token: each layer once, and again while it is waited for
+
+
+def test_who_waits_for_slots_gets_them_when_a_run_is_left(
+    stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody gives memory back while a run waits for an expert, and the run is interrupted."""
+    end = kernels_run.Ride.__exit__
+    shrinkers: list[threading.Thread] = []
+
+    def leave(self: LayerRun, ride: kernels_run.Ride, *args: Any) -> None:
+        residency = self._scheduler.residency
+        assert ride.next(0) is not None
+        assert any(residency.find(key) for key in residency.resident_keys() if self._residents.is_leased(key))
+        shrinkers.append(threading.Thread(target=self._hierarchy.resize, args=["ram", 1]))
+        shrinkers[0].start()
+        raise KeyboardInterrupt
+
+    def end_late(ride: kernels_run.Ride, *args: object) -> None:
+        time.sleep(0.2)  # who has been told too early looks in vain
+        end(ride, *args)
+
+    with open_model(stores["qwen3_moe"], 18, prefetch=0) as model:
+        logits(model)
+        monkeypatch.setattr(LayerRun, "_lend", lambda self: None)
+        monkeypatch.setattr(LayerRun, "_go_along", leave)
+        monkeypatch.setattr(kernels_run.Ride, "__exit__", end_late)
+        with pytest.raises(KeyboardInterrupt):
+            logits(model, max_new_tokens=2)
+        shrinkers[0].join(60)
+        assert model._hierarchy.num_slots("ram") == 1
 
 
 def test_layers_with_other_routers_are_no_part_of_a_run(stores: dict[str, Path]) -> None:
