@@ -2,6 +2,7 @@
  *
  * One token of one sequence, in fp32; per layer the calls of `layer.c` and `moe.c`. H hidden, E experts, K chosen.
  * Where it cannot fetch by itself it asks, and goes on with what it has meanwhile. */
+#define _GNU_SOURCE
 #include "job.h"
 #include "reads.h"
 
@@ -66,13 +67,13 @@ typedef struct {
     int64_t keys[MAX_TOP_K];
     float weights[MAX_TOP_K];
     int32_t rank[MAX_TOP_K]; /* among what the router chose */
-    uint8_t is_leased[MAX_TOP_K];
+    const uint8_t *records[MAX_TOP_K]; /* of those that are leased; NULL until then */
     int has_asked; /* the other side for what could not be fetched */
 } om_chosen;
 
 static double seconds(void) {
     struct timespec now;
-    timespec_get(&now, TIME_UTC);
+    clock_gettime(CLOCK_MONOTONIC, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
@@ -90,7 +91,7 @@ static void sort_chosen(const om_run *run, const om_run_token *token, int64_t at
         chosen->keys[place] = key;
         chosen->rank[place] = (int32_t)k;
         chosen->weights[place] = token->weights[at * run->top_k + k] * layer->weight_scale;
-        chosen->is_leased[k] = 0;
+        chosen->records[k] = NULL;
     }
 }
 
@@ -126,7 +127,7 @@ static int fetch_chosen(const om_ride *ride, int64_t at, const om_chosen *chosen
     for (int64_t k = 0; k < ride->run->top_k; k++) {
         const int64_t key = chosen->keys[k];
         uint8_t *mine = found + chosen->rank[k];
-        *mine = chosen->is_leased[k] ? OM_HIT : ride->residents->records[key] == OM_COMING ? OM_ARRIVING : OM_MISSING;
+        *mine = chosen->records[k] != NULL ? OM_HIT : ride->residents->records[key] == OM_COMING ? OM_ARRIVING : OM_MISSING;
         if (*mine == OM_ARRIVING && ride->reads != NULL) om_reads_hurry(ride->reads, key);
         if (*mine == OM_MISSING) is_well &= ride->reads != NULL && om_reads_fetch(ride->reads, key, 0);
     }
@@ -147,9 +148,9 @@ static void ask_for_experts(om_ride *ride, int64_t at, om_chosen *chosen) {
 static int64_t lease_resident(const om_ride *ride, om_chosen *chosen, int32_t *places) {
     int64_t num_leased = 0;
     for (int32_t k = 0; k < ride->run->top_k; k++)
-        if (!chosen->is_leased[k] && om_is_resident(ride->residents, chosen->keys[k])) {
+        if (chosen->records[k] == NULL && om_is_resident(ride->residents, chosen->keys[k])) {
             ride->residents->leases[chosen->keys[k]]++;
-            chosen->is_leased[k] = 1;
+            chosen->records[k] = ride->residents->records[chosen->keys[k]];
             places[num_leased++] = k;
         }
     return num_leased;
@@ -158,7 +159,7 @@ static int64_t lease_resident(const om_ride *ride, om_chosen *chosen, int32_t *p
 static void release(const om_ride *ride, const om_chosen *chosen) {
     pthread_mutex_lock(&ride->residents->lock);
     for (int64_t k = 0; k < ride->run->top_k; k++)
-        if (chosen->is_leased[k]) ride->residents->leases[chosen->keys[k]]--;
+        if (chosen->records[k] != NULL) ride->residents->leases[chosen->keys[k]]--;
     pthread_mutex_unlock(&ride->residents->lock);
 }
 
@@ -180,7 +181,7 @@ static int64_t begin_layer(om_ride *ride, int64_t at, om_chosen *chosen, int32_t
 /* Whether something of the layer is neither here nor on its way any more: a read has failed (lock held). */
 static int has_lost(const om_ride *ride, const om_chosen *chosen) {
     for (int64_t k = 0; k < ride->run->top_k; k++)
-        if (!chosen->is_leased[k] && ride->residents->records[chosen->keys[k]] == NULL) return 1;
+        if (chosen->records[k] == NULL && ride->residents->records[chosen->keys[k]] == NULL) return 1;
     return 0;
 }
 
@@ -207,7 +208,7 @@ static int compute(const om_ride *ride, int64_t at, const om_chosen *chosen, con
     float weights[MAX_TOP_K];
     int32_t offsets[MAX_TOP_K + 1] = {0};
     for (int64_t n = 0; n < num_experts; n++) {
-        records[n] = ride->residents->records[chosen->keys[places[n]]];
+        records[n] = chosen->records[places[n]];
         weights[n] = chosen->weights[places[n]];
         offsets[n + 1] = (int32_t)n + 1;
     }
