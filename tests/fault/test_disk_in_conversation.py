@@ -3,14 +3,15 @@
 import errno
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from support.chat import chat_store, say
+from support.pressure import wait_until_quiet
 from support.short_of_slots import short_of_slots
 
+from offload_moe.chat import ChatSession
 from offload_moe.errors import TransferError
 from offload_moe.model import Model
 from offload_moe.store import Store
@@ -46,6 +47,13 @@ def spoil(monkeypatch: pytest.MonkeyPatch, spoiled: Callable[[Preadv], Preadv], 
     return begun
 
 
+def ask_anew(model: Model, session: ChatSession, expected: str) -> None:
+    """Once the reads have ended that were under way when the answer failed."""
+    wait_until_quiet(model._hierarchy.ram)
+    session.reset()
+    assert say(session, "Hello") == expected
+
+
 def refuse(number: int) -> Callable[[Preadv], Preadv]:
     def wrong(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         raise OSError(number, os.strerror(number))
@@ -62,8 +70,7 @@ def test_a_disk_that_fails_in_an_answer(model: Model, monkeypatch: pytest.Monkey
         with pytest.raises(TransferError, match=r"expert \d of layer \d .*experts-00001.safetensors at offset \d+"):
             say(session, "Hello")
         assert begun.is_set()
-    session.reset()
-    assert say(session, "Hello") == expected
+    ask_anew(model, session, expected)
 
 
 def test_the_answer_can_be_asked_for_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +82,7 @@ def test_the_answer_can_be_asked_for_again(model: Model, monkeypatch: pytest.Mon
         spoil(patch, refuse(errno.EIO), after=0)
         with pytest.raises(TransferError):
             say(session, "Two")
+    wait_until_quiet(model._hierarchy.ram)
     again = "".join(piece.text for piece in session.retry(temperature=0, max_new_tokens=12))
     assert again == expected
 
@@ -86,7 +94,7 @@ def test_a_disk_that_stops_answering(model: Model, monkeypatch: pytest.MonkeyPat
 
     def stuck(real: Preadv) -> Preadv:
         def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-            gate.wait(30)
+            gate.wait(30)  # then it answers, and no error is raised any more
             return real(descriptor, buffers, offset)
 
         return preadv
@@ -94,13 +102,11 @@ def test_a_disk_that_stops_answering(model: Model, monkeypatch: pytest.MonkeyPat
     model._hierarchy.ram.stall_limit_s = 0.2
     with monkeypatch.context() as patch:
         spoil(patch, stuck)
-        began = time.monotonic()
         with pytest.raises(TransferError, match="did not arrive within"):
             say(session, "Hello")
-        assert time.monotonic() - began < 10
         gate.set()  # the disk is back
-    session.reset()
-    assert say(session, "Hello") == expected
+    model._hierarchy.ram.stall_limit_s = 60
+    ask_anew(model, session, expected)
 
 
 def test_a_store_that_is_replaced_by_nothing_and_comes_back(
@@ -118,8 +124,7 @@ def test_a_store_that_is_replaced_by_nothing_and_comes_back(
                 say(session, "Hello")
         finally:
             hidden.rename(store)
-    session.reset()
-    assert say(session, "Hello") == expected
+    ask_anew(model, session, expected)
 
 
 def test_damage_on_the_disk_is_named_and_other_experts_go_on(store: Path, model: Model) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.chat import chat_store, say
 from support.kernels import needs_kernels
+from support.pressure import wait_until_quiet
 from support.short_of_slots import short_of_slots
 
 from offload_moe.errors import TransferError
@@ -79,6 +80,7 @@ def test_a_disk_that_fails_in_a_run(model: Model, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(TransferError, match=NAMED):
             say(session, "Hello")
         assert len(runs) > 3
+    wait_until_quiet(model._hierarchy.ram)
     session.reset()
     assert say(session, "Hello") == expected
 
@@ -121,6 +123,7 @@ def test_damage_is_named_though_a_run_read_it(store: Path, model: Model) -> None
     try:
         with pytest.raises(TransferError, match=r"expert \d of layer \d.*checksum"):
             say(model.chat(), "Hello")
+        wait_until_quiet(model._hierarchy.ram)
     finally:
         with path.open("r+b") as file:
             file.write(content)

@@ -1,6 +1,7 @@
 """Short conversations under eviction pressure: every slot is overwritten as soon as that is allowed."""
 
 import random
+import time
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +48,19 @@ def overwrite_what_was_released(model: PreTrainedModel) -> None:
         for key in draw.sample(range(num_keys), scheduler.residency.num_slots):
             layer, expert = divmod(key, scheduler.num_experts)
             scheduler.prefetch(layer, [expert])
-        with scheduler.changed:
-            assert scheduler.changed.wait_for(lambda: not is_loading(scheduler), timeout=20)
+        wait_until_quiet(scheduler)
 
     for module in experts_of(model):
         module.register_forward_hook(overwrite)
+
+
+def wait_until_quiet(scheduler: Scheduler) -> None:
+    """Until nothing is on its way any more."""
+    deadline = time.monotonic() + 60
+    with scheduler.changed:
+        while is_loading(scheduler):
+            assert time.monotonic() < deadline
+            scheduler.wait(1.0)
 
 
 def is_loading(scheduler: Scheduler) -> bool:
