@@ -6,7 +6,6 @@ compute for copies that do not wait for the last reader. `scripts/delete_waits` 
 
 import random
 import threading
-import time
 from collections.abc import Callable
 
 import pytest
@@ -159,12 +158,10 @@ def test_a_stalled_link_ends_an_answer_instead_of_the_session(
 
     monkeypatch.setattr(copier, "issue_copy", stall)
     scheduler.stall_limit_s = 0.2
-    began = time.monotonic()
     try:
         with pytest.raises(TransferError, match="did not arrive within"), DeferredCompute(copier.compute) as mode:
             mode.ends_without_waiting = True
             generate(attached)
-        assert time.monotonic() - began < 10
     finally:
         link_works.set()
     scheduler.stall_limit_s = 60

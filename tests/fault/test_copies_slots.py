@@ -11,6 +11,7 @@ from offload_moe.errors import TransferError
 from offload_moe.schedule.policy import make_policy
 from offload_moe.schedule.residency import Residency
 from offload_moe.schedule.scheduler import Scheduler
+from offload_moe.tiers.copier import Marker
 from offload_moe.tiers.device import Borrowed, DeviceMover, DeviceSlots
 from offload_moe.tiers.simulated import SimulatedCopier, SimulatedEvent, SimulatedStream
 
@@ -172,14 +173,11 @@ def test_an_event_means_what_was_issued_when_it_was_recorded(copier: SimulatedCo
     other.close()
 
 
-def make_scheduler(copier: SimulatedCopier, num_slots: int, stall_limit_s: float = 10) -> tuple[Scheduler, DeviceSlots]:
+def make_scheduler(copier: SimulatedCopier, num_slots: int) -> tuple[Scheduler, DeviceSlots]:
     slots = DeviceSlots(copier, num_slots, RECORD)
     mover = DeviceMover(copier, slots, Records())
     policy = make_policy("lru", num_layers=1, num_experts=8, num_slots=num_slots)
-    scheduler = Scheduler(
-        Residency(num_slots, policy), mover, num_experts=8, stall_limit_s=stall_limit_s, flights=mover.flights
-    )
-    return scheduler, slots
+    return Scheduler(Residency(num_slots, policy), mover, num_experts=8, flights=mover.flights), slots
 
 
 def test_compute_follows_a_copy_that_the_host_does_not_wait_for(copier: SimulatedCopier) -> None:
@@ -193,13 +191,20 @@ def test_compute_follows_a_copy_that_the_host_does_not_wait_for(copier: Simulate
     assert scheduler.resident(0, range(8)) == [1, 2]
 
 
-def test_compute_on_the_host_waits_for_each_copy_by_itself() -> None:
-    copier = SimulatedCopier(latency_s=0.01)
+def test_compute_on_the_host_waits_for_each_copy_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_awaited, follow = threading.Event(), SimulatedCopier.follow
+
+    def let_it_come(self: SimulatedCopier, copied: Marker, limit_s: float) -> bool:
+        is_awaited.set()
+        return follow(self, copied, limit_s)
+
+    monkeypatch.setattr(SimulatedCopier, "follow", let_it_come)
+    copier = SimulatedCopier(latency_s=0.01, delay_s=lambda: is_awaited.wait(60) * 0.0)
     scheduler, slots = make_scheduler(copier, 3)
     with scheduler.acquire(0, [1, 2, 3]) as lease:
         found = {expert: int(slots.slot(slot)[0]) for wave in lease for expert, slot in wave}
     assert found == {1: 1, 2: 2, 3: 3}
-    assert scheduler.counters.stall_s > 0.01
+    assert scheduler.counters.stall_s >= 0.01
     scheduler.close()
 
 
@@ -236,22 +241,24 @@ def test_a_stalled_link_is_reported_and_the_next_question_works(
     defers_compute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copier = SimulatedCopier(latency_s=0, defers_compute=defers_compute)
-    scheduler, slots = make_scheduler(copier, 2, stall_limit_s=0.05)
+    scheduler, slots = make_scheduler(copier, 2)
     link_works = threading.Event()
     issue_copy = copier.issue_copy
 
     def stall(source: Tensor, destination: Tensor) -> None:
-        copier.current_stream().issue(lambda: link_works.wait(10) and None)
+        copier.current_stream().issue(lambda: link_works.wait(60) and None)
         issue_copy(source, destination)
+        scheduler.stall_limit_s = 0.05  # not before: reading takes what it takes
 
-    monkeypatch.setattr(copier, "issue_copy", stall)
     expected = "Copies of experts to the device" if defers_compute else "1 experts of layer 0"
-    with pytest.raises(TransferError, match=f"{expected} did not arrive"):
-        with scheduler.acquire(0, [1]) as lease:
-            list(lease)
-        scheduler.settle()
+    with monkeypatch.context() as patch:
+        patch.setattr(copier, "issue_copy", stall)
+        with pytest.raises(TransferError, match=f"{expected} did not arrive"):
+            with scheduler.acquire(0, [1]) as lease:
+                list(lease)
+            scheduler.settle()
     link_works.set()
-    scheduler.stall_limit_s = 10
+    scheduler.stall_limit_s = 60
     with scheduler.acquire(0, [1]) as lease:
         ((_, slot),) = next(iter(lease))
         copier.compute.synchronize()
@@ -288,11 +295,12 @@ def test_few_prefetches_are_issued_at_once_and_demands_overtake_the_others(monke
     def stall(source: Tensor, destination: Tensor) -> None:
         order.append(slot_of[destination.data_ptr()])
         are_issued.release()
-        copier.current_stream().issue(lambda: link_works.wait(10) and None)
+        copier.current_stream().issue(lambda: link_works.wait(60) and None)
 
     monkeypatch.setattr(copier, "issue_copy", stall)
-    for slot in range(5):
-        mover.start(slot, slot, arrived, is_prefetch=True)
+    with mover.flights.changed:  # the thread that would watch the first one's copy finds all of them
+        for slot in range(5):
+            mover.start(slot, slot, arrived, is_prefetch=True)
     for _ in range(2):
         assert are_issued.acquire(timeout=10)
     mover.start(5, 5, arrived)

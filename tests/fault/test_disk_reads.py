@@ -218,11 +218,9 @@ def test_closing_does_not_wait_for_a_dead_disk(mover: DiskMover, monkeypatch: py
     monkeypatch.setattr(workers, "CLOSE_LIMIT_S", 0.05)
     gate, begun = threading.Event(), threading.Event()
     stuck = TransferWorkers(2, "stuck")
-    stuck.submit(0, [lambda: (begun.set(), gate.wait())[0]], is_prefetch=False)
+    stuck.submit(0, [lambda: (begun.set(), gate.wait(30))[0]], is_prefetch=False)
     assert begun.wait(10)
-    began = time.monotonic()
-    assert stuck.close() is False
-    assert time.monotonic() - began < 5
+    assert stuck.close() is False  # once the disk answered, it would be True
     gate.set()
 
 

@@ -97,7 +97,7 @@ def test_an_interrupt_stops_the_answer_and_keeps_the_conversation(tmp_path: Path
 
 
 def test_an_interrupt_while_loading_leaves(tmp_path: Path) -> None:
-    with open_chat(tmp_path, "tiny") as terminal:
+    with open_chat(tmp_path, "stuck") as terminal:
         terminal.expect("Loading libraries")
         terminal.send("\x03")
         assert terminal.wait() == 130

@@ -1,6 +1,7 @@
 """Misses shared between the link and the CPU, on the simulated accelerator: the numbers and the choice."""
 
 import time
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,12 @@ from transformers import PreTrainedModel
 
 from offload_moe import kernels
 from offload_moe.errors import ConfigError
-from offload_moe.moe import routing
+from offload_moe.moe import hybrid, routing
 from offload_moe.moe.device import DeviceArithmetic
 from offload_moe.moe.native import NativeArithmetic
 from offload_moe.schedule.counters import Counters
 from offload_moe.schedule.split import Balance, Split
+from offload_moe.tiers import pace
 from offload_moe.tiers.simulated import SimulatedCopier
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the CPU's share needs the native kernels")
@@ -52,6 +54,10 @@ def cpu_that_takes(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NativeArithmetic, "outputs", slow)
 
 
+def nothing_takes_time_in(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+
+
 @pytest.mark.parametrize(
     ("codec", "pools"),
     [("nf4", (24, 6)), ("nf4", (2, 2)), ("nf4", (1, 1)), ("nf4", (5, 8)), ("int8", (24, 6)), ("bf16", (24, 6))],
@@ -74,14 +80,16 @@ def test_off_is_bit_identical_whatever_the_link(model: PreTrainedModel) -> None:
     assert torch.equal(found, expected)
 
 
-def test_a_slow_link_leaves_misses_to_the_cpu(model: PreTrainedModel) -> None:
-    _, counters = run(model, SimulatedCopier(latency_s=0.02), hybrid="auto", num_tokens=16)
+def test_a_slow_link_leaves_misses_to_the_cpu(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing_takes_time_in(hybrid, monkeypatch)
+    _, counters = run(model, SimulatedCopier(latency_s=0.001), hybrid="auto", num_tokens=16)
     decode_misses = counters.num_misses - 24  # the prompt's are copied
     assert counters.num_computed_on_cpu > 0.6 * decode_misses
 
 
 def test_a_slow_cpu_leaves_misses_to_the_link(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu_that_takes(0.02, monkeypatch)
+    cpu_that_takes(0.001, monkeypatch)
+    nothing_takes_time_in(pace, monkeypatch)
     _, counters = run(model, SimulatedCopier(latency_s=0), hybrid="auto", num_tokens=16)
     assert 1 <= counters.num_computed_on_cpu < 0.05 * counters.num_misses  # those that measure it
 
@@ -106,20 +114,21 @@ def test_experts_the_cpu_computed_come_later_while_the_link_is_idle(
         Balance, "split", lambda self, absent, arriving, unread, busy: Split(on_cpu=[*absent, *arriving, *unread])
     )
     attached, _ = offload(model, "nf4", 24, SimulatedCopier(latency_s=0.001), 24, DeviceArithmetic, hybrid="on")
-    bound, counters = experts_of(attached)[0]._offload_moe, scheduler_of(attached).counters
+    bound, scheduler = experts_of(attached)[0]._offload_moe, scheduler_of(attached)
+    counters, residency = scheduler.counters, scheduler.residency
     hidden, ids, weights = torch.randn(1, 64), torch.tensor([[0, 3, 5]]), torch.full((1, 3), 0.3)
     with torch.inference_mode():
         first = bound(hidden, ids, weights)
-        deadline = time.monotonic() + 10
-        while scheduler_of(attached).residency.resident_keys() != [0, 3, 5] and time.monotonic() < deadline:
-            time.sleep(0.002)
+        for here in ([0], [0, 3], [0, 3, 5]):  # one at a time
             torch.testing.assert_close(bound(hidden, ids, weights), first, rtol=1e-4, atol=1e-5)
+            with scheduler.changed:
+                assert scheduler.changed.wait_for(lambda here=here: residency.resident_keys() == here, 60)
         before = counters.copy()
         bound(hidden, ids, weights)
     assert before.num_computed_on_cpu >= 3
     assert (before.num_prefetches, before.num_delayed_hits) == (0, 0)
     assert counters.since(before).num_computed_on_cpu == 0
-    scheduler_of(attached).close()
+    scheduler.close()
 
 
 @pytest.mark.parametrize("lazy", ["copies", "compute"])

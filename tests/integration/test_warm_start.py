@@ -2,7 +2,7 @@
 
 import json
 import os
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from offload_moe import load
 from offload_moe.model import Model
 from offload_moe.quantize import quantize
 from offload_moe.schedule.popularity import POPULARITY_NAME, read_popularity, write_popularity
+from offload_moe.schedule.scheduler import Scheduler
 from offload_moe.stores import describe, remove
 
 
@@ -29,12 +30,9 @@ def greedy(model: Model) -> torch.Tensor:
     )
 
 
-def wait_for(condition: object, seconds: float = 10.0) -> None:
-    assert callable(condition)
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    assert condition()
+def wait_for(condition: Callable[[], bool], scheduler: Scheduler) -> None:
+    with scheduler.changed:
+        assert scheduler.changed.wait_for(condition, 60)
 
 
 def test_the_second_session_begins_warm_and_says_the_same(store: Path) -> None:
@@ -44,8 +42,8 @@ def test_the_second_session_begins_warm_and_says_the_same(store: Path) -> None:
         assert model.stats.num_misses > 0
     assert (store / POPULARITY_NAME).is_file()
     with load(store) as model:
-        residency = model._hierarchy.ram.residency
-        wait_for(lambda: used <= set(residency.resident_keys()))
+        ram = model._hierarchy.ram
+        wait_for(lambda: used <= set(ram.residency.resident_keys()), ram)
         assert model.stats.num_misses == 0
         assert torch.equal(greedy(model), cold)
         assert model.stats.num_misses == 0
@@ -61,8 +59,9 @@ def test_the_most_used_come_first_and_nothing_is_evicted(store: Path) -> None:
         scheduler.uses.restore(counts)
         assert list(scheduler.uses.most_used()) == sorted(counts)
         scheduler.fill(scheduler.uses.most_used())
-        wait_for(lambda: len(scheduler.residency.resident_keys()) == min(len(counts), scheduler.residency.num_slots))
-        assert scheduler.residency.num_evictions == 0
+        residency = scheduler.residency
+        wait_for(lambda: residency.num_resident == min(len(counts), residency.num_slots), scheduler)
+        assert residency.num_evictions == 0
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format version": 99, "uses": []}', "\x00\xff", None])

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -68,6 +69,8 @@ def fake_load(source: str, *, progress: Any = None, **settings: Any) -> Any:
     if source == "crash":
         raise ValueError("the sky fell\nin two lines")
     progress("Reading experts", 0.5)
+    if source == "stuck":
+        threading.Event().wait()
     progress("Reading experts", 2**30, 2**31)
     model = chat_model(max_position_embeddings=100_000)
     tokenizer = byte_tokenizer(None) if source == "no-template" else byte_tokenizer()

@@ -185,8 +185,8 @@ def test_an_impatient_second_interrupt_costs_only_the_cache(monkeypatch: pytest.
 
 def test_sessions_of_one_model_take_turns() -> None:
     model, tokenizer = chat_model(), byte_tokenizer()
-    threads: list[int] = []
-    model.register_forward_pre_hook(lambda *_: threads.append(threading.get_ident()))
+    threads: list[threading.Thread] = []  # the number of one that has ended is given to another
+    model.register_forward_pre_hook(lambda *_: threads.append(threading.current_thread()))
     sessions = [ChatSession(model, tokenizer) for _ in range(3)]
     streams = [session.send("hello", temperature=0, max_new_tokens=60) for session in sessions]
     heads = [next(stream).text for stream in streams]

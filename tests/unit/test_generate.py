@@ -2,9 +2,9 @@
 
 import gc
 import threading
-import time
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -55,19 +55,33 @@ def test_a_seed_repeats_and_leaves_the_callers_random_state(
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_closing_stops_before_the_next_layer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    entered, leave = threading.Event(), threading.Event()
+@pytest.fixture
+def is_awaited(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set once somebody waits for a thread: whoever closes a stream has told it to stop by then."""
+    is_awaited, join = threading.Event(), threading.Thread.join
+
+    def set_and_join(self: threading.Thread, timeout: float | None = None) -> None:
+        is_awaited.set()
+        join(self, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", set_and_join)
+    return is_awaited
+
+
+def test_closing_stops_before_the_next_layer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, is_awaited: threading.Event
+) -> None:
+    entered = threading.Event()
     computed = []
 
     def wait(*_: object) -> None:
         computed.append(1)
         entered.set()
-        assert leave.wait(10)
+        assert is_awaited.wait(60)
 
     layers = [layer.register_forward_hook(wait) for layer in model.model.layers]
     tokens = stream_tokens(model, tokenizer, torch.tensor([[1, 2, 3]]), max_new_tokens=1000)
-    assert entered.wait(10)
-    threading.Timer(0.05, leave.set).start()
+    assert entered.wait(60)
     tokens.close()
     for handle in layers:
         handle.remove()
@@ -91,18 +105,39 @@ def test_a_cache_is_freed_with_its_last_holder(model: PreTrainedModel) -> None:
 
 def test_a_stop_event_ends_the_stream(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     stop = threading.Event()
-    with stream_tokens(model, tokenizer, torch.tensor([[1]]), max_new_tokens=400, stop_event=stop) as tokens:
+    with (
+        forwards_that_wait(model, stop, first=1),
+        stream_tokens(model, tokenizer, torch.tensor([[1]]), max_new_tokens=400, stop_event=stop) as tokens,
+    ):
         next(tokens)
         stop.set()
-        assert len(list(tokens)) < 399
+        assert list(tokens) == []
 
 
-def test_dropping_the_text_iterator_ends_the_worker(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    pieces = stream(model, tokenizer, "hello", max_new_tokens=400)
-    next(pieces)
-    begin = time.perf_counter()
-    pieces.close()
-    assert time.perf_counter() - begin < 2
+def test_dropping_the_text_iterator_ends_the_worker(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, is_awaited: threading.Event
+) -> None:
+    with forwards_that_wait(model, is_awaited, first=20) as forwards:
+        pieces = stream(model, tokenizer, "hello", max_new_tokens=400, seed=0)
+        next(pieces)
+        pieces.close()
+    assert len(forwards) <= 21
+
+
+@contextmanager
+def forwards_that_wait(model: PreTrainedModel, event: threading.Event, *, first: int) -> Iterator[list[int]]:
+    """For the event, all but so many of them; what grows with each."""
+    forwards: list[int] = []
+
+    def wait(*_: object) -> None:
+        forwards.append(1)
+        assert len(forwards) <= first or event.wait(60)
+
+    handle = model.register_forward_pre_hook(wait)
+    try:
+        yield forwards
+    finally:
+        handle.remove()
 
 
 def test_an_error_in_the_worker_reaches_the_consumer(
