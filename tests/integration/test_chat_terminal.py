@@ -97,8 +97,10 @@ def test_an_interrupt_stops_the_answer_and_keeps_the_conversation(tmp_path: Path
 
 
 def test_an_interrupt_while_loading_leaves(tmp_path: Path) -> None:
+    """Not while libraries are imported: what becomes of an interrupt there is theirs to say."""
     with open_chat(tmp_path, "stuck") as terminal:
         terminal.expect("Loading libraries")
+        terminal.expect("Reading experts")
         terminal.send("\x03")
         assert terminal.wait() == 130
     assert "Traceback" not in terminal.raw
