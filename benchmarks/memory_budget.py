@@ -1,7 +1,7 @@
 """Peak memory of a process against the budget it was given, over many tokens, at several budgets.
 
-Usage: python benchmarks/memory_budget.py --folder SCRATCH [--layers 4] [--tokens 2000] [--budgets BYTES ...]
-           [--prompts 1900 512]
+Usage: python benchmarks/memory_budget.py --folder SCRATCH [--config benchmarks/configs/OLMoE-1B-7B-0125.json]
+           [--layers 4] [--tokens 2000] [--budgets BYTES ...] [--prompts 1900 512]
 
 Each budget and prompt is a process of its own, which reads the prompt and writes the rest of the tokens with random
 weights and hot sampling. The budget has room for a chunk of a prompt that ends where the context ends, so a prompt

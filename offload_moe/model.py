@@ -224,7 +224,8 @@ def load(
     forget_peak()
     computed_in = compute_dtype(dtype, where)
     skeleton = skeleton_of(store, computed_in)
-    shape = describe_skeleton(skeleton)
+    keeps_bits = keeps_eagers_bits(store.codec, where, computed_in, is_exact=exact)
+    shape = describe_skeleton(skeleton, is_lean=lean and not keeps_bits)
     machine = measure_load(where, vram=vram_bytes, ram=ram_bytes, dtype=computed_in)
     placement = fit(store, shape, machine, context=context, dense_codec=dense_codec, is_exact=exact)
     progress("Loading dense weights")
@@ -243,7 +244,6 @@ def load(
     if prefetch:
         warm_start(hierarchy, store.path)
     if lean:
-        keeps_bits = keeps_eagers_bits(store.codec, where, computed_in, is_exact=exact)
         make_lean(assembled.hf, is_exact=keeps_bits, context=placement.context, hierarchy=hierarchy)
     if computed_in == torch.float16:
         watch_overflow(assembled.hf)

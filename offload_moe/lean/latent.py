@@ -38,7 +38,12 @@ class LatentAttention:
             if pays(module, query.shape[2], key.shape[2]) and (attention_mask is not None or query.shape[2] == 1):
                 return absorbed(module, query, key, value, attention_mask, kwargs["scaling"]), None
             key, value = type(module).expand_kv(module, key, value)
-        return self._attend(module)(module, query, key, value, attention_mask, **kwargs)
+        width = value.shape[-1]
+        if query.is_cpu and self._base == "sdpa" and width < key.shape[-1]:
+            # With values as wide as keys torch writes no scores [B, N, T, S] down on the CPU, and is quicker.
+            value = nn.functional.pad(value, (0, key.shape[-1] - width))
+        out, shares = self._attend(module)(module, query, key, value, attention_mask, **kwargs)
+        return out[..., :width], shares
 
     def _attend(self, module: Any) -> Callable[..., Attended]:
         eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
@@ -115,20 +120,23 @@ def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def absorb_latents(model: nn.Module) -> int:
-    """Let every latent attention that is recognized keep its latents. Returns how many.
-
-    Sparse relatives (an `indexer` child) read the name of the attention function and are left alone.
-    """
-    modules: list[Any] = [module for module in model.modules() if _is_candidate(module)]
-    if any(hasattr(module, "indexer") for module in modules):
-        return 0
+    """Let every latent attention that is recognized keep its latents. Returns how many."""
     num_absorbed = 0
-    for module in modules:
+    for module in find_latents(model):
         if _expands_as_expected(module):
             module.config._attn_implementation = _registered(module.config._attn_implementation)
             module.expand_kv = KeptLatents(module)
             num_absorbed += 1
     return num_absorbed
+
+
+def find_latents(model: nn.Module) -> list[Any]:
+    """Latent attentions that may be absorbed.
+
+    Sparse relatives (an `indexer` child) read the name of the attention function and are left alone.
+    """
+    modules: list[Any] = [module for module in model.modules() if _is_candidate(module)]
+    return [] if any(hasattr(module, "indexer") for module in modules) else modules
 
 
 def _registered(base: str) -> str:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from offload_moe.plan.attention_work import AttentionWork, describe_work, out_features
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -25,24 +27,29 @@ class CacheLayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """The cache of all layers, and the widest layer's activations in elements per token.
-
-    `projected` is made anew for every token of a prompt chunk; `expanded` are keys and values of all heads, made for
-    every token of the context while a layer is computed.
-    """
+    """The cache of all layers, what each kind of attention computes with, and whether latents are absorbed."""
 
     cache_layers: tuple[CacheLayer, ...]
-    projected: int
-    expanded: int
+    works: tuple[AttentionWork, ...]
+    is_absorbed: bool
 
 
-def describe_attention(model: "PreTrainedModel") -> AttentionShape:
+def describe_attention(model: "PreTrainedModel", *, is_lean: bool) -> AttentionShape:
+    """is_lean: latent attention is absorbed where it can be."""
+    from offload_moe.lean.latent import find_latents
+
     modules = _modules_by_layer(model)
-    widths = [_widths(module) for found in modules.values() for module in found if _key_value_width(module)]
+    is_absorbed = is_lean and bool(find_latents(model))
+    works = {
+        describe_work(module, is_absorbed=is_absorbed)
+        for found in modules.values()
+        for module in found
+        if _key_value_width(module)
+    }
     return AttentionShape(
         cache_layers=_cache_layers(model.config.get_text_config(decoder=True), modules),
-        projected=max((projected for projected, _ in widths), default=0),
-        expanded=max((expanded for _, expanded in widths), default=0),
+        works=tuple(works),
+        is_absorbed=is_absorbed,
     )
 
 
@@ -90,10 +97,10 @@ def _modules_by_layer(model: nn.Module) -> dict[int, list[nn.Module]]:
 
 def _key_value_width(module: nn.Module) -> int:
     """Elements cached per token; 0 where this module caches none, or none that are known by name."""
-    if latent := _out_features(module, "kv_a_proj_with_mqa"):  # latent attention keeps what it compressed to
+    if latent := out_features(module, "kv_a_proj_with_mqa"):  # latent attention keeps what it compressed to
         return latent
-    keys = _out_features(module, "k_proj")
-    return keys + (_out_features(module, "v_proj") or keys)
+    keys = out_features(module, "k_proj")
+    return keys + (out_features(module, "v_proj") or keys)
 
 
 def _configured_width(config: "PreTrainedConfig") -> int:
@@ -111,16 +118,3 @@ def _state_elements(module: nn.Module) -> int:
     if not isinstance(convolution, nn.Conv1d) or not all(isinstance(size, int) for size in sizes):
         return 0
     return convolution.weight.numel() + math.prod(size for size in sizes if isinstance(size, int))
-
-
-def _widths(module: nn.Module) -> tuple[int, int]:
-    linears = [child for child in module.children() if isinstance(child, nn.Linear)]
-    queries = _out_features(module, "q_proj") or _out_features(module, "q_b_proj")
-    output = getattr(module, "o_proj", None)
-    values = int(output.in_features) if isinstance(output, nn.Linear) else 0
-    return sum(linear.out_features for linear in linears), queries + values + _out_features(module, "kv_b_proj")
-
-
-def _out_features(module: nn.Module, name: str) -> int:
-    linear = getattr(module, name, None)
-    return int(linear.out_features) if isinstance(linear, nn.Linear) else 0

@@ -87,17 +87,20 @@ class ModelShape:
         return self.dense_parameters + routed
 
 
-def describe_model(config: "PreTrainedConfig") -> ModelShape:
-    """Builds the skeleton of a config, a second at most, and counts it.
+def describe_model(config: "PreTrainedConfig", *, is_lean: bool = True) -> ModelShape:
+    """Builds the skeleton of a config, a second at most, and counts it. is_lean: see `describe_skeleton`.
 
     Raises:
         UnsupportedModelError: transformers cannot build it, or its experts cannot be bound.
     """
-    return describe_skeleton(build_skeleton(_with_dtype(config)))
+    return describe_skeleton(build_skeleton(_with_dtype(config)), is_lean=is_lean)
 
 
-def describe_skeleton(model: "PreTrainedModel") -> ModelShape:
-    """Counts a skeleton. Raises: UnsupportedModelError when its experts cannot be bound."""
+def describe_skeleton(model: "PreTrainedModel", *, is_lean: bool) -> ModelShape:
+    """Counts a skeleton. is_lean: it is computed with `offload_moe.lean`, beyond what keeps eager's bits.
+
+    Raises: UnsupportedModelError when its experts cannot be bound.
+    """
     text_config = model.config.get_text_config(decoder=True)
     experts = find_experts(model)
     return ModelShape(
@@ -111,7 +114,7 @@ def describe_skeleton(model: "PreTrainedModel") -> ModelShape:
         dense=_dense_weights(model, experts),
         lookup_elements=_lookup_elements(model),
         tied_head=_tied_head(model),
-        attention=describe_attention(model),
+        attention=describe_attention(model, is_lean=is_lean),
         vocabulary=text_config.vocab_size,
     )
 

@@ -72,7 +72,8 @@ def make_plan(
         dense_codec = _agreed("--dense-codec", dense_codec, source.dense_codec)
     _suitable("--dense-codec", dense_codec or LOSSLESS, DENSE_CODECS)
     stored = source.dense_codec or dense_codec or LOSSLESS
-    shape = with_narrow_embeddings(describe_model(source.config), lambda weight: weight.dtype == torch.bfloat16)
+    shape = describe_model(source.config, is_lean=_is_lean(codec, machine))
+    shape = with_narrow_embeddings(shape, lambda weight: weight.dtype == torch.bfloat16)
     check_context(context, shape)
     settings = Settings(codec=codec, context=context, dense_codec=dense_codec, stored_dense_codec=stored)
     return _plan(source, shape, machine, settings)
@@ -103,6 +104,14 @@ def _plan(source: PlannedSource, shape: ModelShape, machine: Machine, settings: 
         changes=best_changes(task, outlook) if outlook.speed is not None else (),
         shortfalls=find_shortfalls(task, outlook),
     )
+
+
+def _is_lean(codec: str, machine: Machine) -> bool:
+    """As `load` has it where nothing else is asked for."""
+    from offload_moe.moe.arithmetic import keeps_eagers_bits
+
+    where = torch.device("cuda" if machine.has_device else "cpu")
+    return not keeps_eagers_bits(codec, where, machine.dtype, is_exact=False)
 
 
 def _agreed(flag: str, chosen: str | None, stored: str | None) -> str | None:

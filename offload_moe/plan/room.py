@@ -172,13 +172,14 @@ def may_lend(hf: PreTrainedModel, shape: ModelShape, placement: Placement) -> bo
     """Whether slots may borrow what a context does not need yet: what it will need is known, and comes back in time.
 
     Not with a device, whose memory comes and goes by chunks. Not where a layer keeps anything else than keys and values
-    of all tokens, or attention writes down its scores, as it does for latents, whose values are narrower than their
-    keys: the plan does not know of all that, and unused room covers it.
+    of all tokens, or attention writes down its scores, as it does for latents that are not absorbed: the plan does not
+    know of all that, and unused room covers it.
     """
     config = hf.config.get_text_config(decoder=True)
     layers = shape.attention.cache_layers
     are_plain = all(layer.is_complete and layer.window is None and not layer.fixed for layer in layers)
-    writes_no_scores = config._attn_implementation == "sdpa" and getattr(config, "kv_lora_rank", None) is None
+    has_no_latents = getattr(config, "kv_lora_rank", None) is None
+    writes_no_scores = config._attn_implementation.endswith("sdpa") and (has_no_latents or shape.attention.is_absorbed)
     gives_back = sys.platform.startswith("linux")  # `Arena.shrink`, and what forwards free
     return placement.vram is None and are_plain and writes_no_scores and gives_back and not hf.config.is_encoder_decoder
 

@@ -30,12 +30,15 @@ def activation_bytes(shape: ModelShape, context: int, dtype: torch.dtype, *, num
 
     Residual stream, its norm and their sums: 4 H. Beside them, one after the other: queries, keys, values and output of
     the attention, with keys and values of the whole context expanded to all heads (before that, and also where every
-    head has its own, room for the copy of one layer's cache that outgrows its place); gate, up and product of a dense
-    MLP, 3 I; outputs of every routed pair, K H, and one expert that all tokens chose, with its inputs, H + 3 I.
+    head has its own, room for the copy of one layer's cache that outgrows its place), and what latent attention adds,
+    see `AttentionWork`; gate, up and product of a dense MLP, 3 I; outputs of every routed pair, K H, and one expert
+    that all tokens chose, with its inputs, H + 3 I.
     """
-    chunk = CPU_PROMPT_TOKENS if dtype == torch.float32 else DEVICE_PROMPT_TOKENS  # the CPU computes in fp32
+    on_cpu = dtype == torch.float32
+    chunk = CPU_PROMPT_TOKENS if on_cpu else DEVICE_PROMPT_TOKENS
     num_tokens = min(context, chunk) if num_new is None else num_new
-    attention = num_tokens * shape.attention.projected + context * shape.attention.expanded
+    works = shape.attention.works
+    attention = max((work.elements(num_tokens, context, on_cpu=on_cpu) for work in works), default=0)
     dense = num_tokens * 3 * max((linear.out_features for linear in _matrices(shape, *FEED_FORWARD)), default=0)
     intermediate = max(layer.expert.matrices[-1].in_features for layer in shape.layers)
     routed = num_tokens * ((shape.top_k + 1) * shape.hidden_size + 3 * intermediate)

@@ -1,0 +1,94 @@
+"""What latent attention holds while it computes: by hand, and against torch's own count of its allocations."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, DynamicCache, PreTrainedModel
+
+from offload_moe.lean.cache import give_room
+from offload_moe.lean.latent import absorb_latents
+from offload_moe.plan.attention import describe_attention
+from offload_moe.plan.parameters import describe_model
+from offload_moe.plan.working import activation_bytes, cache_bytes
+from tests.support.plan import real_shape, tiny_shape
+from tests.support.tiny_models import COMMON, FAMILIES, tiny_model
+
+# Attention is by far the widest part; H 64, N 4, R 64, P 16, K 32, V 32.
+NARROW: dict[str, Any] = {
+    **FAMILIES["deepseek_v3"],
+    "q_lora_rank": None,
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 8,
+    "moe_intermediate_size": 8,
+    "max_position_embeddings": 2048,
+}
+CONTEXT = 1024
+
+
+def test_works_by_hand() -> None:
+    queries, values, expansion, compressed, output = 4 * 48, 4 * 32, 4 * 64, 80, 64
+    config = AutoConfig.for_model("deepseek_v3", **(COMMON | NARROW))
+    for is_lean in (True, False):
+        (work,) = describe_model(config, is_lean=is_lean).attention.works
+        assert work.projected == compressed + output + 3 * queries
+        assert work.expanded == expansion + queries + values
+        assert work.decoded == 2 * 4 + (compressed if is_lean else expansion + 2 * queries)
+        assert work.scores == (1 if is_lean else 2 * 4 + 3)
+        assert work.elements(1, 10, on_cpu=False) == work.projected + 10 * work.decoded
+        assert work.elements(5, 10, on_cpu=False) == 5 * work.projected + 10 * work.expanded
+        padded = expansion + 2 * queries
+        assert work.elements(5, 10, on_cpu=True) == 5 * work.projected + 10 * padded + 50 * work.scores
+
+
+@pytest.mark.parametrize("is_lean", [True, False])
+@pytest.mark.parametrize("num_new", [512, 128, 1])
+def test_latents_need_what_is_planned(is_lean: bool, num_new: int) -> None:
+    model = tiny_model("deepseek_v3", **NARROW)
+    shape = describe_model(model.config, is_lean=is_lean)
+    if is_lean:
+        assert absorb_latents(model) == 2
+    planned = activation_bytes(shape, CONTEXT, torch.float32, num_new=num_new)
+    peak = _peak_of_last(model, num_new)
+    assert peak <= planned + cache_bytes(shape, CONTEXT, torch.float32)  # the cache may be copied meanwhile
+    if num_new == 512:
+        assert peak >= 0.85 * planned
+
+
+def _peak_of_last(model: PreTrainedModel, num_new: int) -> int:
+    """Bytes that are allocated at once while the last tokens of the context are computed."""
+    cache = DynamicCache(config=model.config)
+    ids = torch.full((1, CONTEXT), 3)
+    with torch.inference_mode():
+        model(ids[:, :-num_new], past_key_values=cache)
+        give_room(cache, CONTEXT)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            model(ids[:, -num_new:], past_key_values=cache, logits_to_keep=1)
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def test_scores_are_planned_where_they_are_written_down() -> None:
+    sparse = (
+        tiny_shape("deepseek_v3").attention,
+        describe_attention(
+            tiny_model("deepseek_v32", **FAMILIES["deepseek_v3"], index_n_heads=2, index_head_dim=16, index_topk=8),
+            is_lean=True,
+        ),
+    )
+    assert [attention.is_absorbed for attention in sparse] == [True, False]
+    assert [work.scores for attention in sparse for work in attention.works] == [1, 2 * 4 + 3]
+
+
+@pytest.mark.parametrize("name", ["Mixtral-8x7B-v0.1", "Qwen3-235B-A22B", "gpt-oss-120b"])
+def test_others_write_none(name: str) -> None:
+    assert {work.scores for work in real_shape(name).attention.works} == {0}
