@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
 
         store = _open(options.store)
         report("Examining this machine")
-        checks = examine(store, is_measuring=not options.self_test)
+        checks = examine(store)
         where, outcomes = _test(report) if options.self_test else (None, [])
     lines = _lines(checks, outcomes, where)
     if options.json:

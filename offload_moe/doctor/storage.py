@@ -1,6 +1,7 @@
 """The disks of the cache folder and of the store: which file system, how much room, how fast."""
 
 import os
+import random
 import shutil
 import tempfile
 import time
@@ -10,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from offload_moe.doctor.check import Check, format_rate, judge
@@ -21,10 +23,13 @@ from offload_moe.tiers.arena import Arena
 from offload_moe.tiers.disk import readers_for
 from offload_moe.tiers.record_file import RecordFile
 
-FILE_BYTES = 128 << 20
+FILE_BYTES, LEAST_FILE_BYTES = 1 << 30, 128 << 20  # of a temporary file: what a disk's own cache does not hold
+PIECE_BYTES = 64 << 20  # written and flushed at once
+WRITE_S = 5.0  # then the file is as long as it is
 BLOCK_BYTES = 4 << 20  # a small expert
 NUM_READERS = readers_for(BLOCK_BYTES)
 MEASURE_S = 1.0
+SPARE = 4  # times as much room as the file takes
 LITTLE_SPACE = 20 << 30
 SLOW_BYTES_PER_S = 1e9
 VERY_SLOW_BYTES_PER_S = 150e6
@@ -34,10 +39,11 @@ IN_MEMORY = ("tmpfs", "ramfs")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskSpeed:
-    """is_direct: the page cache was out of the way."""
+    """is_direct: the page cache was out of the way. file_bytes: of the file that was read here and there."""
 
     bytes_per_s: float
     is_direct: bool
+    file_bytes: int
 
 
 def check_file_system(name: str, folder: Path) -> Check:
@@ -75,36 +81,43 @@ def check_disk_speed(folder: Path, store: Store | None = None) -> Check:
     """Reads as the engine reads experts: the store's own, or a temporary file's."""
     name = "disk read"
     files = sorted(store.path.glob("experts-*.safetensors"), key=lambda path: path.stat().st_size) if store else []
-    if files and files[-1].stat().st_size >= FILE_BYTES:
+    if files and files[-1].stat().st_size >= LEAST_FILE_BYTES:
         return _judge_speed(name, measure_read(files[-1]))
     folder = existing(store.path if store else folder)
-    if shutil.disk_usage(folder).free < 8 * FILE_BYTES:
-        return judge(name, "not measured", warning=f"Free {format_size(8 * FILE_BYTES)} for a temporary file.")
+    if shutil.disk_usage(folder).free < SPARE * FILE_BYTES:
+        return judge(name, "not measured", warning=f"Free {format_size(SPARE * FILE_BYTES)} for a temporary file.")
     with tempfile.NamedTemporaryFile(dir=folder, prefix="offload-moe-doctor-") as file:
-        block = os.urandom(BLOCK_BYTES)
-        for offset in range(0, FILE_BYTES, BLOCK_BYTES):
-            write_at(file.fileno(), block, offset)
-        os.fsync(file.fileno())
+        write_noise(file.fileno())
         return _judge_speed(name, measure_read(Path(file.name)))
 
 
-def measure_read(path: Path, clock: Callable[[], float] = time.perf_counter) -> DiskSpeed:
-    """Several blocks in flight around the page cache, for about a second. path: of at least one block.
+def write_noise(descriptor: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    """Bytes that no disk can shorten, for as long as that takes a few seconds, and a little in any case."""
+    begun, noise = clock(), np.random.default_rng()
+    for offset in range(0, FILE_BYTES, PIECE_BYTES):
+        if offset >= LEAST_FILE_BYTES and clock() - begun > WRITE_S:
+            break
+        write_at(descriptor, noise.bytes(PIECE_BYTES), offset)
+        os.fsync(descriptor)
 
-    Raises: TransferError.
+
+def measure_read(path: Path, clock: Callable[[], float] = time.perf_counter) -> DiskSpeed:
+    """Several blocks in flight around the page cache, here and there and none twice, for a second at most.
+
+    path: of at least one block. Raises: TransferError.
     """
-    num_blocks = path.stat().st_size // BLOCK_BYTES
+    num_bytes = path.stat().st_size
+    order = random.sample(range(num_bytes // BLOCK_BYTES), num_bytes // BLOCK_BYTES)
     arena = Arena(NUM_READERS, BLOCK_BYTES)
-    with closing(RecordFile(path)) as file:
+    with closing(RecordFile(path, uses_cached=False)) as file:
         if not file.is_direct:
             forget_cached(path)
-        num_read = 0
         begun = clock()
 
         def read(reader: int) -> int:
             view = arena.slot(reader).numpy().data
             done = 0
-            for block in range(reader, num_blocks, NUM_READERS):
+            for block in order[reader::NUM_READERS]:
                 if clock() - begun > MEASURE_S:
                     break
                 file.read_into(view, block * BLOCK_BYTES)
@@ -112,15 +125,15 @@ def measure_read(path: Path, clock: Callable[[], float] = time.perf_counter) -> 
             return done
 
         with ThreadPoolExecutor(NUM_READERS) as pool:
-            while num_read == 0 or (file.is_direct and clock() - begun < MEASURE_S / 2):
-                num_read += sum(pool.map(read, range(NUM_READERS)))
-        elapsed_s = clock() - begun
-        return DiskSpeed(bytes_per_s=num_read * BLOCK_BYTES / elapsed_s, is_direct=file.is_direct)
+            num_read = sum(pool.map(read, range(NUM_READERS)))
+        rate = num_read * BLOCK_BYTES / (clock() - begun)
+        return DiskSpeed(bytes_per_s=rate, is_direct=file.is_direct, file_bytes=num_bytes)
 
 
 def _judge_speed(name: str, speed: DiskSpeed) -> Check:
     how = "direct" if speed.is_direct else "through the page cache: this file system has no direct reads"
-    found = f"{format_rate(speed.bytes_per_s)}, {how}, {NUM_READERS} reads of {format_size(BLOCK_BYTES)} in flight"
+    reads = f"{NUM_READERS} reads of {format_size(BLOCK_BYTES)} in flight"
+    found = f"{format_rate(speed.bytes_per_s)}, {how}, {reads}, here and there in {format_size(speed.file_bytes)}"
     problem = warning = ""
     if speed.bytes_per_s < VERY_SLOW_BYTES_PER_S:
         problem = "Missed experts would take seconds per token. Put the store on an SSD: set OFFLOAD_MOE_CACHE."

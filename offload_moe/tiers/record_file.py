@@ -23,11 +23,12 @@ logger = logging.getLogger(__name__)
 class RecordFile:
     """Raises: OSError from every call; `TransferError` is made of it by those who know the expert."""
 
-    def __init__(self, path: Path, *, allow_direct: bool = True) -> None:
+    def __init__(self, path: Path, *, allow_direct: bool = True, uses_cached: bool = True) -> None:
+        """uses_cached: what is in the page cache already is copied from there."""
         self._path = path
         self._cached = open_for_reading(path)
         self._direct = _open_direct(path) if allow_direct else None
-        self._pages = _CachedPages(self._cached) if self._direct is not None else None
+        self._pages = _CachedPages(self._cached) if self._direct is not None and uses_cached else None
         if allow_direct and self._direct is None:
             self._say_buffered("the file system does not offer direct reads")
         status = os.fstat(self._cached)

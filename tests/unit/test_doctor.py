@@ -15,11 +15,14 @@ from packaging.requirements import Requirement
 from offload_moe import kernels
 from offload_moe.doctor import Check, Redactor, device_kernels, examine, machine, memory_speed, storage
 from offload_moe.doctor import device as device_checks
+from offload_moe.doctor.check import judge
 from offload_moe.doctor.device import Device, check_device, check_link, check_torch_build, check_vram
 from offload_moe.doctor.examination import guarded
+from offload_moe.doctor.outcome import run_check
 from offload_moe.doctor.versions import check_package
 from offload_moe.errors import TransferError
 from offload_moe.tiers.nvidia import Nvidia, find_nvidia
+from offload_moe.tiers.record_file import RecordFile
 from offload_moe.tiers.unused_card import build_of_torch
 from tests.support.cli import load_cli
 
@@ -167,16 +170,62 @@ def test_file_systems(kind: str, verdict: str, tmp_path: Path, monkeypatch: pyte
 
 def test_the_disk_is_measured_and_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "FILE_BYTES", 16 << 20)
+    monkeypatch.setattr(storage, "PIECE_BYTES", 4 << 20)
     monkeypatch.setattr(storage, "MEASURE_S", 0.1)
     check = storage.check_disk_speed(tmp_path / "cache")
     assert check.numbers["disk_bytes_per_s"] > 0
     assert list(tmp_path.iterdir()) == []
     for rate, verdict in ((5e9, "ok"), (5e8, "warning"), (8e7, "problem")):
-        speed = storage.DiskSpeed(bytes_per_s=rate, is_direct=True)
+        speed = storage.DiskSpeed(bytes_per_s=rate, is_direct=True, file_bytes=1 << 30)
         monkeypatch.setattr(storage, "measure_read", lambda _, speed=speed: speed)
         assert storage.check_disk_speed(tmp_path).verdict == verdict
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert storage.check_disk_speed(tmp_path).found == "not measured"
+
+
+def test_a_file_that_takes_long_to_write_stays_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("FILE_BYTES", 1 << 20), ("LEAST_FILE_BYTES", 256 << 10), ("PIECE_BYTES", 64 << 10)):
+        monkeypatch.setattr(storage, name, size)
+    for seconds, num_bytes in ((0.0, 1 << 20), (10.0, 256 << 10), (3.0, 320 << 10)):
+        with (tmp_path / "noise").open("wb") as file:
+            storage.write_noise(file.fileno(), iter(seconds * call for call in range(100)).__next__)
+        assert (tmp_path / "noise").stat().st_size == num_bytes
+
+
+def test_what_memory_holds_of_a_file_does_not_make_its_disk_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page cache is not looked at, and no block is read twice, which a drive would have kept."""
+    path = tmp_path / "records"
+    path.write_bytes(os.urandom(5 << 20))
+    path.read_bytes()
+    reads: list[tuple[int | None, int]] = []
+    fill = RecordFile._fill
+
+    def watched(self: RecordFile, descriptor: int, buffer: memoryview, offset: int) -> int:
+        reads.append((descriptor == self._direct, offset))
+        return fill(self, descriptor, buffer, offset)
+
+    monkeypatch.setattr(RecordFile, "_fill", watched)
+    monkeypatch.setattr(storage, "BLOCK_BYTES", 1 << 20)
+    speed = storage.measure_read(path)
+    assert speed.file_bytes == 5 << 20
+    assert {direct for direct, _ in reads} == {speed.is_direct}
+    assert sorted(offset for _, offset in reads) == [block << 20 for block in range(5)]
+
+
+def test_the_self_test_says_what_was_measured_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path))
+    measured = judge("RAM read", "32.3 GB/s")
+    monkeypatch.setattr("offload_moe.doctor.examination._measured", lambda _: [("RAM read", lambda: measured)])
+    monkeypatch.setattr(
+        "offload_moe.doctor.self_test.self_test", lambda *_: iter([run_check("store", lambda: "whole")])
+    )
+    load_cli().main(["doctor", "--self-test"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if "32.3 GB/s" in line or "whole" in line] == ["ok", "pass"]
 
 
 def test_a_rate_is_bytes_of_the_best_trial_by_its_seconds() -> None:
@@ -254,7 +303,8 @@ def test_a_check_that_fails_is_a_finding() -> None:
 
 def test_the_whole_examination(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path))
-    asked = [check.name for check in examine(is_measuring=False)]
+    monkeypatch.setattr("offload_moe.doctor.examination._measured", lambda _: [])
+    asked = [check.name for check in examine()]
     for name in (
         "program",
         "torch",
@@ -302,7 +352,7 @@ def test_a_report_keeps_secrets_names_and_paths_to_itself() -> None:
     ):
         assert private not in text, private
     for kept in (
-        "838 MB/s, direct, 4 reads of 4 MiB in flight",
+        "838 MB/s, direct, 4 reads of 4 MiB in flight, here and there in 1.0 GiB",
         "PCIe 4 x16; bf16 and/or fp16, H2D/D2H",
         'python -m pip install --force-reinstall "torch==2.13.0"',
         "NVIDIA GeForce RTX 3060, driver 580.1, 11.5 GiB free of 12.0 GiB",
