@@ -82,6 +82,8 @@ def _print(plan: "Plan") -> None:
     for line in _summary(plan):
         out.print(line, soft_wrap=True)
     out.print(_memory_table(plan))
+    if plan.placement.warning:
+        out.print(f"Warning: {plan.placement.warning}.", soft_wrap=True)
     for line in _speed_lines(plan) if plan.fits else map(explain, plan.shortfalls):
         out.print(line, soft_wrap=True)
 

@@ -10,7 +10,7 @@ from offload_moe.plan.advice import explain, find_shortfalls
 from offload_moe.plan.machine import Machine, measure_machine
 from offload_moe.plan.outlook import Outlook, Task
 from offload_moe.plan.parameters import DenseWeight, ModelShape
-from offload_moe.plan.placement import LAST_RESORT, Placement, Settings, Tier, place
+from offload_moe.plan.placement import Placement, Settings, Tier, place
 from offload_moe.plan.plan import check_context
 from offload_moe.plan.sizes import with_narrow_embeddings
 from offload_moe.sizes import format_size, typed_size
@@ -82,7 +82,7 @@ def summary(shape: ModelShape, placement: Placement) -> str:
         f"{where}RAM {_tier(placement.ram)}; {share:.0%} of {shape.num_experts:,} experts in {fast.name}, "
         f"dense weights in {placement.dense_codec}, room for {placement.context:,} tokens"
     )
-    return f"{line}; nf4 dense weights cost quality" if placement.dense_codec == LAST_RESORT else line
+    return f"{line}; {placement.warning}" if placement.warning else line
 
 
 def _tier(tier: Tier) -> str:

@@ -101,6 +101,11 @@ class Placement:
         return self.vram or self.ram
 
     @property
+    def warning(self) -> str:
+        """What the user should know before relying on it; empty where all is well."""
+        return "nf4 dense weights cost quality" if self.dense_codec == LAST_RESORT else ""
+
+    @property
     def fits(self) -> bool:
         return not any(tier.missing_bytes for tier in self.tiers)
 

@@ -116,6 +116,13 @@ def test_what_does_not_fit_leaves_with_1_and_says_what_would(capsys: pytest.Capt
     assert plan(capsys, DEEPSEEK, "--vram", "14.1GiB", "--ram", "64GiB")[0] == 0
 
 
+def test_weights_that_cost_quality_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "Warning: nf4 dense weights cost quality."
+    for dense_codec, is_said in (("nf4", True), ("int8", False)):
+        _, out = plan(capsys, MIXTRAL, "--vram", "0", "--ram", "64GiB", "--dense-codec", dense_codec)
+        assert (line in out) == is_said
+
+
 def test_without_a_device_there_is_no_vram(capsys: pytest.CaptureFixture[str]) -> None:
     _, found = plan_json(capsys, MIXTRAL, "--vram", "0", "--ram", "64GiB", "--dense-codec", "nf4")
     assert found["memory"]["vram"] is None
