@@ -28,6 +28,7 @@ from offload_moe.schedule.accounts import Mark, mark, note_passed, sort_found
 from offload_moe.schedule.hierarchy import Hierarchy
 from offload_moe.schedule.lease import Lease
 from offload_moe.schedule.scheduler import Scheduler
+from offload_moe.tiers.waiting import STEP_S
 
 Rotary = tuple[Tensor, Tensor]
 ROOM = 2  # a layer's experts must all find a slot, beside those of a layer that another thread is in
@@ -56,18 +57,19 @@ class _Account:
 
 
 class _Patience:
-    """How long a ride has made no progress."""
+    """How long a ride has made no progress, asked every tenth of a second unless the process is stopped."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._clock = scheduler.clock
         self._progress: tuple[int, ...] = ()
-        self._began = self._clock()
+        self._waited_s, self._asked_at = 0.0, self._clock()
 
     def since(self, progress: tuple[int, ...]) -> float:
-        """Seconds for which this has been the progress."""
-        if progress != self._progress:
-            self._progress, self._began = progress, self._clock()
-        return self._clock() - self._began
+        """Seconds for which this has been the progress, as far as they count against a limit."""
+        before, self._asked_at = self._asked_at, self._clock()
+        is_new, self._progress = progress != self._progress, progress
+        self._waited_s = 0.0 if is_new else self._waited_s + min(self._asked_at - before, STEP_S)
+        return self._waited_s
 
 
 class LayerRun:

@@ -131,12 +131,11 @@ class Lease:
     def _wait(self, *, for_all: bool = False) -> float:
         """Until something of ours is resident or flying, or all is resident (lock held). Returns the seconds."""
         scheduler = self._scheduler
-        began = scheduler.clock()
+        began, left_s = scheduler.clock(), scheduler.stall_limit_s
         while self._loading or self._absent if for_all else not self._ready and self._first_flying() is None:
-            remaining = began + scheduler.stall_limit_s - scheduler.clock()
-            if remaining <= 0:
+            if left_s <= 0:
                 raise self._late(len(self._loading) + len(self._absent))
-            scheduler.wait(remaining)
+            left_s -= scheduler.wait(left_s)
             self._admit()
             self._collect()
         return scheduler.clock() - began

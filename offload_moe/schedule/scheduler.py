@@ -23,6 +23,7 @@ from offload_moe.schedule.residency import Residency
 from offload_moe.schedule.uses import Uses
 from offload_moe.tiers.flights import Flights
 from offload_moe.tiers.mover import Mover
+from offload_moe.tiers.waiting import wait_step
 
 STALL_LIMIT_S = 120.0  # a transfer that takes longer than this is reported instead of waited for
 MAX_PREFETCHES = 64  # on their way at once; each holds a slot that nothing else can use
@@ -180,11 +181,12 @@ class Scheduler:
         if self.loans is not None:
             self.loans.hear()
 
-    def wait(self, limit_s: float) -> None:
-        """Until something may have changed (lock held)."""
+    def wait(self, limit_s: float) -> float:
+        """Until something may have changed (lock held). Returns the seconds that count against a limit."""
         hear_s = self.loans.hear_s if self.loans is not None else None
-        self.changed.wait(limit_s if hear_s is None else min(limit_s, hear_s))
+        waited_s = wait_step(self.changed, limit_s if hear_s is None else min(limit_s, hear_s), self.clock)
         self.hear()
+        return waited_s
 
     def hurry(self, key: int, slot: int) -> None:
         """The expert on its way is demanded (lock held). It may turn out to have been dropped just before."""
@@ -261,9 +263,9 @@ class Scheduler:
         """
         with self.changed:
             self.residency.close_slots(num_slots)
-            deadline = self.clock() + self.stall_limit_s
-            while not (is_empty := self._empty_closed_slots()) and self.clock() < deadline:
-                self.wait(deadline - self.clock())
+            left_s = self.stall_limit_s
+            while not (is_empty := self._empty_closed_slots()) and left_s > 0:
+                left_s -= self.wait(left_s)
             self.counters.num_evictions = self.residency.num_evictions
             if not is_empty:
                 self.residency.open_slots()

@@ -14,6 +14,7 @@ from itertools import islice, takewhile
 
 from offload_moe.tiers.copier import Copier, Marker
 from offload_moe.tiers.pace import LinkPace
+from offload_moe.tiers.waiting import wait_step
 from offload_moe.tiers.workers import CLOSE_LIMIT_S
 
 MOST_TOGETHER = 4  # landings that are noticed at once; a slot whose copy has landed unnoticed cannot be used again
@@ -103,8 +104,10 @@ class Flights:
         Raises: TimeoutError.
         """
         with self.changed:
-            if not self.changed.wait_for(lambda: not self._awaited, limit_s):
-                raise TimeoutError
+            while self._awaited:
+                if limit_s <= 0:
+                    raise TimeoutError
+                limit_s -= wait_step(self.changed, limit_s, time.monotonic)
             began, self._followed_at = self._followed_at, None
             return 0.0 if began is None else max(0.0, self._landed_at - began)
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.chat import chat_store, say
@@ -13,7 +14,7 @@ from support.short_of_slots import short_of_slots
 
 from offload_moe.errors import TransferError
 from offload_moe.kernels import Ride
-from offload_moe.lean.run import LayerRun
+from offload_moe.lean.run import LayerRun, _Patience
 from offload_moe.model import Model
 
 pytestmark = needs_kernels
@@ -128,6 +129,13 @@ def test_damage_is_named_though_a_run_read_it(store: Path, model: Model) -> None
         with path.open("r+b") as file:
             file.write(content)
     assert say(model.chat(), "Hello") == expected
+
+
+def test_a_run_in_a_process_that_was_stopped_is_not_given_up() -> None:
+    seconds = iter((0.0, 0.1, 3600.0, 3600.1, 3600.2, 3600.4))
+    patience = _Patience(SimpleNamespace(clock=lambda: next(seconds)))
+    found = [patience.since(progress) for progress in ((1,), (1,), (1,), (2,), (2,))]
+    assert found == pytest.approx([0.0, 1.0, 1.1, 0.0, 0.2])
 
 
 def test_a_run_that_makes_no_progress_is_given_up(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,10 @@
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -15,6 +16,7 @@ from offload_moe.schedule.policy import make_policy
 from offload_moe.schedule.residency import Residency
 from offload_moe.schedule.scheduler import FILL_DEPTH, Scheduler
 from offload_moe.tiers.mover import Arrived
+from offload_moe.tiers.waiting import STEP_S
 
 NUM_LAYERS, NUM_EXPERTS = 4, 8
 
@@ -70,7 +72,7 @@ class ThreadMover(ManualMover):
         arrived(slot, 100, None)
 
 
-def make_scheduler(num_slots: int, mover: ManualMover, **options: float) -> Scheduler:
+def make_scheduler(num_slots: int, mover: ManualMover, **options: Any) -> Scheduler:
     policy = make_policy("lru", num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, num_slots=num_slots)
     return Scheduler(Residency(num_slots, policy), mover, num_experts=NUM_EXPERTS, **options)
 
@@ -155,6 +157,44 @@ def test_a_stalled_transfer_is_reported_not_waited_for() -> None:
         scheduler.acquire(3, [0, 1]) as lease,
     ):
         list(lease)
+
+
+def test_time_in_which_the_process_was_stopped_is_no_stall() -> None:
+    """The clock jumps by an hour in the first wait, and the expert arrives in the second."""
+    mover = ManualMover(2)
+    scheduler = make_scheduler(2, mover, clock=lambda: time.monotonic() + jumps[0], stall_limit_s=30)
+    jumps, wait = [0.0], scheduler.changed.wait
+
+    def stopped(limit_s: float) -> bool:
+        assert limit_s <= STEP_S
+        if jumps[0]:
+            mover.finish()
+            return True
+        jumps[0] = 3600.0
+        return wait(0)
+
+    scheduler.changed.wait = stopped
+    with scheduler.acquire(3, [1]) as lease:
+        assert [expert for wave in lease for expert, _ in wave] == [1]
+
+
+def test_a_pool_that_shrinks_does_not_count_time_in_which_the_process_was_stopped() -> None:
+    mover = ManualMover(2)
+    times = iter(range(0, 10**6, 3600))
+    scheduler = make_scheduler(2, mover, clock=lambda: float(next(times)), stall_limit_s=30)
+    scheduler.prefetch(0, [0, 1])
+    calls = []
+
+    def stopped(limit_s: float) -> bool:
+        calls.append(limit_s)
+        if len(calls) == 2:
+            mover.finish()
+            mover.finish()
+        return True
+
+    scheduler.changed.wait = stopped
+    scheduler.shrink(1)
+    assert len(calls) == 2
 
 
 def test_two_threads_share_two_slots() -> None:
