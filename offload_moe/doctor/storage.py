@@ -118,10 +118,10 @@ def measure_read(path: Path, clock: Callable[[], float] = time.perf_counter) -> 
             view = arena.slot(reader).numpy().data
             done = 0
             for block in order[reader::NUM_READERS]:
-                if clock() - begun > MEASURE_S:
-                    break
                 file.read_into(view, block * BLOCK_BYTES)
                 done += 1
+                if clock() - begun > MEASURE_S:
+                    break
             return done
 
         with ThreadPoolExecutor(NUM_READERS) as pool:

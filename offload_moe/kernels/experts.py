@@ -79,17 +79,18 @@ class ExpertKernel:
         x: fp32 or bf16 ``[T, H]``. records: N records (uint8 tensors or addresses), in the order they are summed.
         offsets ``[N + 1]``, token_ids ``[P]`` (int32 if tensors), weights ``[P]`` (fp32 if a tensor): the pairs of
         expert n are ``offsets[n]:offsets[n + 1]``. out: ``[T, H]``, fp32, or bf16 without `accumulate`; not `x`.
-        out_ids ``[P]``: with `accumulate`, the row of `out` ``[R, H]`` that each pair is added to, not its token's.
+        out_ids ``[P]``: the row of `out`, then fp32 ``[R, H]``, that each pair goes to in place of its token's; others
+        stay as they are.
         Raises: ConfigError.
         """
         check_rows("x", x, self._hidden)
         check_rows("out", out, self._hidden)
         if (accumulate and DTYPES[out.dtype]) or (out_ids is None and out.shape != x.shape):
             raise ConfigError(f"out is {out.dtype} {tuple(out.shape)}; x has {tuple(x.shape)}; only fp32 accumulates.")
-        if out_ids is not None and not (accumulate and len(out_ids) == len(token_ids) and max(out_ids) < len(out)):
-            raise ConfigError(
-                f"{len(out_ids)} rows of out for {len(token_ids)} pairs, of {len(out)}, to accumulate in."
-            )
+        if out_ids is not None and (
+            DTYPES[out.dtype] or len(out_ids) != len(token_ids) or max(out_ids, default=0) >= len(out)
+        ):
+            raise ConfigError(f"{len(out_ids)} rows of out for {len(token_ids)} pairs, of {len(out)} in {out.dtype}.")
         if len(offsets) != len(records) + 1 or len(token_ids) != len(weights):
             raise ConfigError(f"{len(records)} records, {len(offsets)} offsets, {len(token_ids)} pairs do not fit.")
         addresses = array("Q", [address_of(record) for record in records])

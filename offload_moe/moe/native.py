@@ -24,6 +24,9 @@ class Step:
     dtype: torch.dtype
 
 
+_spare_pairs: list[Tensor] = []  # of steps that are done, in whatever model; as many as steps were under way at once
+
+
 class NativeArithmetic:
     """T tokens, K top-k, H hidden, P routed pairs.
 
@@ -52,7 +55,6 @@ class NativeArithmetic:
             alpha=activation.alpha,
             limit=activation.limit,
         )
-        self._spare_pairs: list[Tensor] = []  # of steps that are done
 
     def forward(
         self, hidden: Tensor, weights: Tensor, routing: Routing, lease: Lease, record_of: Callable[[int], Tensor]
@@ -67,7 +69,7 @@ class NativeArithmetic:
             records = [record_of(slot) for _, slot in sorted(first)]
             self.kernel.forward(x, records, routing.offsets, routing.tokens, pair_weights, out, mode=self.mode)
             return out.to(hidden.dtype)
-        pairs = torch.zeros(len(routing.tokens), x.shape[1])
+        pairs = torch.empty(len(routing.tokens), x.shape[1], dtype=torch.float32)
         self._compute_wave(first, x, pair_weights, routing, record_of, pairs)
         for wave in waves:
             self._compute_wave(wave, x, pair_weights, routing, record_of, pairs)
@@ -85,9 +87,12 @@ class NativeArithmetic:
         """
         x = _kernel_input(hidden)
         shape = (num_experts, x.shape[1])
-        pairs = self._spare_pairs.pop() if self._spare_pairs else None
+        try:
+            pairs = _spare_pairs.pop()
+        except IndexError:
+            pairs = None
         if pairs is None or pairs.shape != shape:
-            pairs = torch.empty(shape)
+            pairs = torch.empty(shape, dtype=torch.float32)
         return Step(x, torch.empty_like(x), pairs, hidden.dtype)
 
     def one_token(self, step: Step, weights: Sequence[float], records: Sequence[Tensor]) -> Tensor:
@@ -116,7 +121,7 @@ class NativeArithmetic:
         return self._end(step)
 
     def _end(self, step: Step) -> Tensor:
-        self._spare_pairs.append(step.pairs)
+        _spare_pairs.append(step.pairs)
         return step.out if step.out.dtype is step.dtype else step.out.to(step.dtype)
 
     def outputs(self, hidden: Tensor, routing: Routing, indices: list[int], records: list[Tensor]) -> Tensor:
@@ -126,13 +131,10 @@ class NativeArithmetic:
         """
         offsets, pairs = _pairs_of(routing, indices)
         x = _kernel_input(hidden)
-        out = torch.zeros(len(pairs), x.shape[1])
+        out = torch.empty(len(pairs), x.shape[1], dtype=torch.float32)
         tokens = [routing.tokens[pair] for pair in pairs]
         self.kernel.forward(
-            *(x, records, offsets, tokens, [1.0] * len(pairs), out),
-            mode=self.mode,
-            accumulate=True,
-            out_ids=range(len(pairs)),
+            *(x, records, offsets, tokens, [1.0] * len(pairs), out), mode=self.mode, out_ids=range(len(pairs))
         )
         return out
 
@@ -145,19 +147,17 @@ class NativeArithmetic:
         record_of: Callable[[int], Tensor],
         pairs: Tensor,
     ) -> None:
-        """Add the pairs of these experts to `pairs` ``[P, H]``."""
+        """Set the rows of these experts' pairs in `pairs` ``[P, H]``."""
         place_of = {expert: index for index, expert in enumerate(routing.experts)}
         offsets, rows = _pairs_of(routing, [place_of[expert] for expert, _ in wave])
         tokens, chosen = [routing.tokens[row] for row in rows], [pair_weights[row] for row in rows]
         records = [record_of(slot) for _, slot in wave]
-        self.kernel.forward(
-            *(x, records, offsets, tokens, chosen, pairs), mode=self.mode, accumulate=True, out_ids=rows
-        )
+        self.kernel.forward(*(x, records, offsets, tokens, chosen, pairs), mode=self.mode, out_ids=rows)
 
     @staticmethod
     def _add_pairs(pairs: Tensor, routing: Routing, hidden: Tensor) -> Tensor:
         if len(hidden) == 1:
-            out = torch.empty(1, pairs.shape[1])
+            out = torch.empty(1, pairs.shape[1], dtype=torch.float32)
             kernels.add_rows(pairs, out)
             return out.to(hidden.dtype)
         total = torch.zeros(hidden.shape, dtype=torch.float32)

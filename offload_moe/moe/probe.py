@@ -99,19 +99,22 @@ class NativeRouter:
         if not all(weight.is_cpu and weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights):
             raise ConfigError("The kernels take norms and routers in fp32, on the CPU.")
         norm_weight, weight, *bias = (each.detach() for each in weights)
+        if norm_weight.shape != weight.shape[1:] or any(each.shape != weight.shape[:1] for each in bias):
+            raise ConfigError(f"A norm of {tuple(norm_weight.shape)} before a router of {tuple(weight.shape)}.")
         self._norm = kernels.NormKernel(norm_weight, _epsilon(norm))
         linear = kernels.Linear.of_fp32(weight, *bias)
         self._router = kernels.RouterKernel(linear, top_k=k, is_of_chosen=True)
-        self._normed, self._logits, self._weights = (torch.empty(1, n) for n in (*weight.shape[::-1], k))
+        sizes = (*weight.shape[::-1], k)
+        self._normed, self._logits, self._weights = (torch.empty(1, n, dtype=torch.float32) for n in sizes)
 
     def __call__(self, residual: Tensor) -> Tensor:
-        if residual.dtype != torch.float32:
-            raise TypeError(f"A residual in {residual.dtype}, where the kernels read fp32.")
+        if residual.dtype != torch.float32 or residual.shape[1:] != self._normed.shape[1:]:
+            raise TypeError(f"A residual {tuple(residual.shape)} in {residual.dtype}, where the kernels read fp32.")
         return self._ask(residual) if len(residual) == 1 else torch.cat([self._ask(row) for row in residual.split(1)])
 
     def _ask(self, residual: Tensor) -> Tensor:
         ids = torch.empty(self._weights.shape, dtype=torch.int64)
-        self._norm.step(residual, self._normed)
+        self._norm.step(residual if residual.is_contiguous() else residual.contiguous(), self._normed)
         self._router.step(self._normed, self._logits, self._weights, ids)
         return ids
 

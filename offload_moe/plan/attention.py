@@ -27,11 +27,10 @@ class CacheLayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """The cache of all layers, what each kind of attention computes with, and whether latents are absorbed."""
+    """The cache of all layers, and what each kind of attention computes with."""
 
     cache_layers: tuple[CacheLayer, ...]
     works: tuple[AttentionWork, ...]
-    is_absorbed: bool
 
 
 def describe_attention(model: "PreTrainedModel", *, is_lean: bool) -> AttentionShape:
@@ -49,7 +48,6 @@ def describe_attention(model: "PreTrainedModel", *, is_lean: bool) -> AttentionS
     return AttentionShape(
         cache_layers=_cache_layers(model.config.get_text_config(decoder=True), modules),
         works=tuple(works),
-        is_absorbed=is_absorbed,
     )
 
 

@@ -16,6 +16,7 @@ from transformers import Cache, PreTrainedModel
 
 from offload_moe.budget import give_back_freed_memory
 from offload_moe.errors import BudgetError, TransferError
+from offload_moe.lean.latent import NAME as LATENT_ATTENTION
 from offload_moe.plan.parameters import ModelShape
 from offload_moe.plan.placement import Placement
 from offload_moe.plan.working import activation_bytes, cache_bytes
@@ -178,8 +179,8 @@ def may_lend(hf: PreTrainedModel, shape: ModelShape, placement: Placement) -> bo
     config = hf.config.get_text_config(decoder=True)
     layers = shape.attention.cache_layers
     are_plain = all(layer.is_complete and layer.window is None and not layer.fixed for layer in layers)
-    has_no_latents = getattr(config, "kv_lora_rank", None) is None
-    writes_no_scores = config._attn_implementation.endswith("sdpa") and (has_no_latents or shape.attention.is_absorbed)
+    attention, has_latents = config._attn_implementation, getattr(config, "kv_lora_rank", None) is not None
+    writes_no_scores = attention == (f"{LATENT_ATTENTION}_sdpa" if has_latents else "sdpa")
     gives_back = sys.platform.startswith("linux")  # `Arena.shrink`, and what forwards free
     return placement.vram is None and are_plain and writes_no_scores and gives_back and not hf.config.is_encoder_decoder
 

@@ -188,6 +188,6 @@ class Lease:
         """Compute that reads these slots has been issued (lock held)."""
         if self._held:
             slots = [slot for _, slot in self._held]
-            self._held = []
             self._scheduler.mover.used(slots)
+            self._held = []
             self._scheduler.release(slots)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.pressure import wait_until_quiet
 from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
 from transformers import AutoModelForCausalLM
 
@@ -123,8 +124,10 @@ def test_memory_is_told_while_experts_come_and_go(
     with load(checkpoints["qwen3_moe"]) as model:
         greedy(model, 1)
         ram = model._hierarchy.ram
+        wait_until_quiet(ram)
         resident_keys = ram.residency.resident_keys
-        num_resident = len(resident_keys())
+        with ram.changed:
+            num_resident = len(resident_keys())
 
         def with_the_lock() -> list[int]:
             assert ram.changed._is_owned()

@@ -199,3 +199,20 @@ def test_one_token_gets_the_bits_of_many(dtype: torch.dtype) -> None:
     kernel.forward_token(x, [record.data_ptr() for record in experts.records], weights, got)
     assert expected.abs().max() > 0
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_in_waves_gets_the_bits_of_one_call(dtype: torch.dtype) -> None:
+    """Rows are set, whatever was there before, and the others left alone; 96 columns are a block and a half."""
+    experts = make_experts("nf4", 96, 64)
+    kernel = kernels.ExpertKernel(experts.codec, experts.shape, experts.layout, activation="silu")
+    x, weights = torch.randn(1, 96).to(dtype), [0.5, 0.25, 0.125, 0.0625]
+    addresses = [record.data_ptr() for record in experts.records]
+    pairs, expected, got = torch.full((5, 96), torch.nan), torch.empty_like(x), torch.empty_like(x)
+    kernel.forward_token(x, addresses, weights, expected)
+    for rows in ([2], [0, 3], [1]):
+        kernel.forward_token(x, [addresses[row] for row in rows], [weights[row] for row in rows], pairs, rows)
+        assert torch.isfinite(pairs[rows]).all()
+    assert pairs[4].isnan().all()
+    kernels.add_rows(pairs[:4], got)
+    assert torch.equal(got, expected)

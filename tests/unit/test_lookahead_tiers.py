@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from offload_moe import kernels
+from offload_moe.errors import ConfigError
 from offload_moe.moe.lookahead import DISK_DEPTH, Lookahead
 from offload_moe.moe.probe import NativeRouter, PlainRouter, RouterProbe
 from offload_moe.schedule.policy import LRU
@@ -136,3 +137,14 @@ def test_the_shortest_way_to_the_same_experts_is_taken(norm: nn.Module, dtype: t
         assert torch.equal(probe.ask(residual, 4), probe._router(norm(residual)).topk(4).indices)
     assert isinstance(probe._ways[4], PlainRouter | NativeRouter) == (kind is not None)
     assert kind is None or isinstance(probe._ways[4], kind)
+
+
+@torch.no_grad()
+def test_a_router_of_another_width_is_no_business_of_the_kernels() -> None:
+    """They would write as many numbers as the norm has."""
+    residual = torch.randn(1, 64)
+    for router in (nn.Linear(32, 16), nn.Linear(64, 16).to(torch.bfloat16)):
+        with pytest.raises(ConfigError, match="router"):
+            NativeRouter(nn.RMSNorm(64), router, 4)
+    with pytest.raises(TypeError, match="fp32"):
+        NativeRouter(nn.RMSNorm(64), nn.Linear(64, 16), 4)(residual.bfloat16())

@@ -85,7 +85,6 @@ def test_scores_are_planned_where_they_are_written_down() -> None:
             is_lean=True,
         ),
     )
-    assert [attention.is_absorbed for attention in sparse] == [True, False]
     assert [work.scores for attention in sparse for work in attention.works] == [1, 2 * 4 + 3]
 
 

@@ -164,6 +164,19 @@ class TestKNN:
                     policy.access(layer, [layer * NUM_EXPERTS + expert])
         assert policy.ranking.history._now == 2
 
+    @pytest.mark.parametrize("is_native", [True, False])
+    def test_chunks_without_end_leave_a_victim(self, is_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What could be matched fades with every token that is not remembered, and must not fade to nothing."""
+        use_native(monkeypatch, is_native=is_native)
+        policy = KNN(range(NUM_LAYERS), NUM_EXPERTS, NUM_SLOTS)
+        policy.access(0, [1, 2])
+        policy.insert(1)
+        for _ in range(400):
+            for layer in range(NUM_LAYERS):
+                policy.access(layer, [layer * NUM_EXPERTS + expert for expert in range(NUM_EXPERTS)], num_tokens=9)
+        assert np.isfinite(policy.ranking.worth).all()
+        assert policy.victim(nobody) == 1
+
     def test_a_prompt_chunk_is_not_remembered(self) -> None:
         policy = KNN(range(1), NUM_EXPERTS, NUM_SLOTS)
         for _ in range(5):
@@ -212,24 +225,29 @@ def test_a_chunk_evicts_what_it_has_passed_before_what_lies_ahead() -> None:
 class TestNativeRanking:
     """Against the ranking in numpy."""
 
-    def test_the_same_numbers(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Steps, chunks, experts that come and go, and a pool that grows: both are told the same."""
-        native, plain = policy_with(monkeypatch, is_native=True), policy_with(monkeypatch, is_native=False)
+    @pytest.mark.parametrize("num_experts", [NUM_EXPERTS, 48])
+    def test_the_same_numbers(self, num_experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Steps, chunks, a layer asked twice, and a pool that grows: both are told the same."""
+        layers, first_key = range(3, 3 + NUM_LAYERS), 3 * num_experts
+        native, plain = (policy_with(monkeypatch, layers, num_experts, is_native=is_native) for is_native in (1, 0))
         assert isinstance(native.ranking, NativeRanking)
         assert not isinstance(plain.ranking, NativeRanking)
         random = np.random.default_rng(3)
         for token, routed in enumerate(sticky_routing(80)):
             is_chunk = token % 30 == 7
-            for layer, experts in enumerate(routed):
-                used = range(NUM_EXPERTS) if is_chunk else experts.tolist()
-                keys = [layer * NUM_EXPERTS + expert for expert in used]
+            for position, experts in enumerate(routed):
+                used = range(num_experts) if is_chunk else (experts * (num_experts // NUM_EXPERTS)).tolist()
+                keys = [first_key + position * num_experts + expert for expert in used]
                 shares = random.random(len(keys)).tolist()
                 for policy in (native, plain):
-                    policy.access(layer, keys, shares, 20 if is_chunk else 1)
-                    if token == 0:
+                    policy.access(layers[position], keys, shares, 20 if is_chunk else 1)
+                    if token % 10 == 3:
+                        policy.access(layers[position], keys[:1])
+                    if token < 8 and keys[0] - first_key not in np.flatnonzero(policy.ranking.absent == 0):
                         policy.insert(keys[0])
                 assert native.victim(nobody) == plain.victim(nobody)
                 assert native.ranking.worth == pytest.approx(plain.ranking.worth, rel=1e-3, abs=1e-4)
+                assert native.ranking.order == pytest.approx(plain.ranking.order, rel=1e-3, abs=1e-4)
             for policy in (native, plain):
                 if token == 40:
                     policy.resize(2 * NUM_SLOTS)
@@ -249,6 +267,6 @@ def use_native(monkeypatch: pytest.MonkeyPatch, *, is_native: bool) -> None:
     monkeypatch.setattr(native_ranking, "load_for_short_calls", load_for_short_calls if is_native else lambda: None)
 
 
-def policy_with(monkeypatch: pytest.MonkeyPatch, *, is_native: bool) -> KNN:
+def policy_with(monkeypatch: pytest.MonkeyPatch, layers: range, num_experts: int, *, is_native: bool) -> KNN:
     use_native(monkeypatch, is_native=is_native)
-    return KNN(range(NUM_LAYERS), NUM_EXPERTS, NUM_SLOTS)
+    return KNN(layers, num_experts, NUM_SLOTS)

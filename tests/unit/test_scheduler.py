@@ -28,6 +28,7 @@ class ManualMover:
         self.memory = [-1] * num_slots
         self.pending: list[tuple[int, int, Arrived]] = []
         self.under_way: set[int] = set()
+        self.num_used = 0
         self.on_start: Callable[[], None] = lambda: None
 
     def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
@@ -50,7 +51,7 @@ class ManualMover:
         pass
 
     def used(self, slots: Sequence[int]) -> None:
-        pass
+        self.num_used += len(slots)
 
     def close(self) -> None:
         pass
@@ -115,6 +116,37 @@ def test_hits_come_first_and_misses_as_they_arrive() -> None:
         assert [expert for expert, _ in next(waves)] == [1]
         assert next(waves, None) is None
     assert (scheduler.counters.num_hits, scheduler.counters.num_misses) == (1, 3)
+
+
+def test_what_is_computed_stays_leased_while_nobody_of_the_layer_wants_its_slot() -> None:
+    mover = ManualMover(2)
+    scheduler = make_scheduler(2, mover)
+    with scheduler.acquire(0, [1, 2]) as lease:
+        waves = iter(lease)
+        mover.finish()
+        assert [expert for expert, _ in next(waves)] == [1]
+        mover.finish()
+        assert [expert for expert, _ in next(waves)] == [2]
+        assert mover.num_used == 0
+        assert scheduler.prefetch(1, [3]) == 0
+        assert next(waves, None) is None
+    assert mover.num_used == 2
+    assert scheduler.prefetch(1, [3]) == 1
+
+
+def test_what_is_computed_makes_room_for_others_of_the_layer() -> None:
+    mover = ManualMover(2)
+    scheduler = make_scheduler(2, mover)
+    with scheduler.acquire(0, [1, 2, 3]) as lease:
+        waves = iter(lease)
+        mover.finish()
+        assert [expert for expert, _ in next(waves)] == [1]
+        mover.finish()
+        assert [expert for expert, _ in next(waves)] == [2]
+        assert (mover.num_used, [key for key, *_ in mover.pending]) == (1, [3])
+        mover.finish()
+        assert [expert for expert, _ in next(waves)] == [3]
+    assert mover.num_used == 3
 
 
 def test_prefetch_in_flight_is_a_delayed_hit() -> None:

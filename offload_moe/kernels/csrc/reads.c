@@ -4,11 +4,12 @@
 #define _GNU_SOURCE
 #include "reads.h"
 
+#include "deadline.h"
+
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
 #define MAX_FETCHES 128
@@ -238,7 +239,7 @@ OM_EXPORT om_reads *om_reads_open(om_residents *residents, const om_reads_option
     reads->residents = residents;
     reads->options = *options;
     pthread_cond_init(&reads->work, NULL);
-    pthread_cond_init(&reads->ended, NULL);
+    om_init_condition(&reads->ended);
     for (int n = 0; n < options->num_threads; n++) {
         pthread_t thread;
         if (pthread_create(&thread, NULL, read_all, reads) != 0) break;
@@ -256,9 +257,7 @@ OM_EXPORT om_reads *om_reads_open(om_residents *residents, const om_reads_option
 
 /* Finish what is being read and begin nothing more. Returns whether all has ended in time: else it still uses its memory. */
 OM_EXPORT int om_reads_close(om_reads *reads, double limit_s) {
-    struct timespec deadline;
-    timespec_get(&deadline, TIME_UTC);
-    deadline.tv_sec += (time_t)limit_s;
+    const struct timespec deadline = om_deadline(limit_s);
     pthread_mutex_lock(&reads->residents->lock);
     reads->is_closed = 1;
     pthread_cond_broadcast(&reads->work);

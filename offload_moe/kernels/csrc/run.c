@@ -3,6 +3,7 @@
  * One token of one sequence, in fp32; per layer the calls of `layer.c` and `moe.c`. H hidden, E experts, K chosen.
  * Where it cannot fetch by itself it asks, and goes on with what it has meanwhile. */
 #define _GNU_SOURCE
+#include "deadline.h"
 #include "job.h"
 #include "reads.h"
 
@@ -263,7 +264,7 @@ static om_ride *new_ride(const om_run *run, const om_run_token *token, om_reside
     ride->residents = residents;
     ride->reads = reads;
     ride->result = OM_UNDER_WAY;
-    pthread_cond_init(&ride->told, NULL);
+    om_init_condition(&ride->told);
     return ride;
 }
 
@@ -310,11 +311,7 @@ OM_EXPORT om_ride *om_ride_start(const om_run *run, const om_run_token *token, o
 /* Wait, but not for ever, for the first layer from `first` on that needs something. Returns it, and what that is, once; the
  * number of layers when all are done; -1 when memory was short; -2 when there is nothing yet. */
 OM_EXPORT int64_t om_ride_next(om_ride *ride, int64_t first, double limit_s, int32_t *needs) {
-    struct timespec deadline;
-    timespec_get(&deadline, TIME_UTC);
-    deadline.tv_nsec += (long)(limit_s * 1e9);
-    deadline.tv_sec += deadline.tv_nsec / 1000000000;
-    deadline.tv_nsec %= 1000000000;
+    const struct timespec deadline = om_deadline(limit_s);
     int64_t at = first;
     int has_time = 1;
     pthread_mutex_lock(&ride->residents->lock);

@@ -12,6 +12,7 @@ NUM_AHEAD = 16  # tokens after a neighbour that count as its future
 LAYER_DECAY = 0.9  # a match weighs this much less per layer it lies back
 TOKEN_DECAY = 0.6  # and this much less per token, beyond its layers
 NUM_COLUMNS = 64  # a divisor of NUM_TOKENS
+LEAST_MATCHABLE = 1e-6
 SHARPNESS = 6  # exponent that turns a matched share into a neighbour's weight
 
 
@@ -28,7 +29,7 @@ class History:
         self.future = np.zeros((num_tokens, num_keys), dtype=np.uint8)
         self.use_discount(discount)
         self.matched = np.zeros(num_tokens, dtype=np.float32)  # [M]: decayed count of experts shared with the present
-        self.matchable = 1e-6  # what a token with the same routing would have
+        self.matchable = LEAST_MATCHABLE  # what a token with the same routing would have
         self._now = 0
 
     def use_discount(self, discount: float) -> None:
@@ -72,7 +73,7 @@ class History:
         carried = self.matched * np.float32(TOKEN_DECAY)
         self.matched[1:], self.matched[0] = carried[:-1], carried[-1]
         self.matched[now] = 0.0  # its future is still unknown
-        self.matchable *= TOKEN_DECAY
+        self.matchable = max(self.matchable * TOKEN_DECAY, LEAST_MATCHABLE)  # chunks observe nothing
         self._now = (now + 1) % len(self.matched)
 
 

@@ -1,4 +1,6 @@
-"""The ranking as one native call, on the arrays that the one in numpy has: the same numbers up to rounding.
+"""The ranking as one native call, on the arrays that the one in numpy has.
+
+The same numbers, up to rounding and to which of equally near neighbours is taken.
 
 A decode step's experts have just passed through the caches, and thirty calls of numpy are slow behind them.
 """
@@ -55,6 +57,7 @@ class NativeRanking(Ranking):
         learns: bool,
         num_tokens: int,
     ) -> None:
+        assert len(keys) == len(shares)
         used_keys, used_shares = array("i", keys), array("f", shares)
         passed = self._passed
         passed.keys, passed.num_keys = used_keys.buffer_info()

@@ -12,7 +12,10 @@ from offload_moe.schedule.policy.reuse import ReuseModel
 
 
 class Ranking:
-    """In numpy, a fixed number of calls on arrays of M tokens and of some layers' experts."""
+    """In numpy, a fixed number of calls on arrays of M tokens and of some layers' experts.
+
+    All arrays are written in place: native code has their addresses.
+    """
 
     def __init__(self, num_keys: int, discount: float) -> None:
         self.history = History(num_keys, discount)
