@@ -1,6 +1,5 @@
 """Constants of this machine for the simulation, from measurements at some budgets. See simulate_validation.py."""
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -12,9 +11,11 @@ from numpy.typing import NDArray
 from offload_moe.simulate import DiskModel, RunCosts, Simulation, VirtualPools, answers_of, simulate
 from offload_moe.trace import Trace
 
-STEPS = 6  # of a search by halves
+STEPS, NEAR = 4, 0.02  # of a search along secants, and the relative error that ends it
 PROBE_S = 1e-3
 HOST_COSTS = ("partial_host_s", "late_host_s")
+BYTE_S = (0.05e-9, 1e-9, 50e-9)  # least, expected and most seconds per byte of a disk
+STREAMS = (1.0, 1.4, 2.0)  # that it takes to reach the rate of a disk
 
 
 class Fitter:
@@ -23,23 +24,54 @@ class Fitter:
         self._trace = trace
         self._answers = answers_of(trace)
         self._num_warm_up = num_warm_up
-        self._disk = DiskModel(bytes_per_s=1e9, part_bytes=1 << 40)  # a record is read by one reader
+        # a record is read by one reader
+        self._disk = DiskModel(bytes_per_s=1e9, part_bytes=1 << 40, num_readers=measured["num_readers"])
         self._costs = self._resident_costs()
 
     def fit(self, shares: Sequence[float]) -> None:
-        """What partial layers and late experts cost the host, from the time beside stalls; the disk, from stalls."""
+        """What Python takes to help a run, as watched; partial layers and late experts, from the time beside stalls;
+        the disk, from stalls.
+        """
         partial = [share for share in shares if share < 1]
+        rides = any(trial["num_rides"] for share in partial for trial in self._trials(share))
+        ask_host_s, turn_s = self._asking(partial)
+        self._costs = replace(self._costs, rides=rides, ask_host_s=ask_host_s)
+        self._disk = replace(self._disk, turn_s=turn_s)
         whole_s = self._token_s(1.0)
-
-        def stall_error(log_seconds_per_byte: float) -> float:
-            rate = math.exp(-log_seconds_per_byte)
-            self._disk = replace(self._disk, bytes_per_s=rate, stream_bytes_per_s=rate / 2)
-            return statistics.mean(s.stall_s for s in self._simulations(partial)) - stalled
-
         busy = [max(whole_s, self._token_s(share) - self._median(share, "stall_s")) for share in partial]
-        stalled = statistics.mean(self._median(share, "stall_s") for share in partial)
         self._costs = replace(self._costs, **self._host_costs(partial, busy))
-        _search(stall_error, -math.log(20e9), -math.log(20e6))
+        self._fit_disk(partial)
+
+    def _asking(self, shares: Sequence[float]) -> tuple[float, float]:
+        """Seconds until a request is heard, and of each read that follows: the line through the medians."""
+        delays = np.array([delay for share in shares for trial in self._trials(share) for delay in trial["ask_delays"]])
+        if len(delays) == 0:
+            return 0.0, 0.0
+        num_reads, counts, seconds = delays.T
+        if len(set(num_reads)) == 1:
+            return float(np.average(seconds, weights=counts)), 0.0
+        slope, start = np.polyfit(num_reads, seconds, 1, w=np.sqrt(counts))
+        return max(0.0, float(start)), max(0.0, float(slope))
+
+    def _fit_disk(self, shares: Sequence[float]) -> None:
+        """Where little is missing, a read is alone and takes a stream's time; where much is, reads share the disk."""
+        stalled = np.array([self._median(share, "stall_s") for share in shares])
+        found: list[tuple[float, DiskModel]] = []
+
+        def error(byte_s: float) -> float:
+            self._disk = replace(self._disk, bytes_per_s=1 / byte_s, stream_bytes_per_s=1 / byte_s / num_streams)
+            stalls = self._stalls(shares)
+            found.append((float(np.square(stalls / stalled - 1).sum()), self._disk))
+            return float(stalls.mean() / stalled.mean() - 1)
+
+        for num_streams in STREAMS:
+            if num_streams <= self._disk.num_readers:
+                _search(error, *BYTE_S)
+        _, self._disk = min(found, key=lambda pair: pair[0])
+
+    def _stalls(self, shares: Sequence[float]) -> NDArray[np.float64]:
+        """Simulated, of a token."""
+        return np.array([simulation.stall_s for simulation in self._simulations(shares)])
 
     def _host_costs(self, shares: Sequence[float], busy: Sequence[float]) -> dict[str, float]:
         """The non-negative pair that comes nearest to the seconds beside stalls, which grow linearly with both."""
@@ -72,7 +104,7 @@ class Fitter:
             num_layers=measured["num_layers"],
             num_experts=measured["num_experts"],
             slot_bytes=measured["slot_bytes"],
-            num_ram_slots=measured["budgets"][str(share)][0]["num_slots"],
+            num_ram_slots=self._trials(share)[0]["num_slots"],
         )
         return simulate(self._answers, pools, self._costs, self._disk, num_warm_up=self._num_warm_up)
 
@@ -102,12 +134,20 @@ class Fitter:
         return 1 / self._median(share, "decode_tokens_per_s")
 
     def _median(self, share: float, name: str) -> float:
-        return statistics.median(trial[name] for trial in self._measured["budgets"][str(share)])
+        return statistics.median(trial[name] for trial in self._trials(share))
+
+    def _trials(self, share: float) -> list[dict[str, Any]]:
+        trials: list[dict[str, Any]] = self._measured["budgets"][str(share)]
+        return trials
 
 
-def _search(error: Callable[[float], float], low: float, high: float) -> None:
-    """The value where an ascending error changes sign; it stays set."""
+def _search(error: Callable[[float], float], least: float, guess: float, most: float) -> None:
+    """Close in on where an ascending, nearly straight error changes sign."""
+    last, value = guess, 1.5 * guess
+    last_error = error(last)
     for _ in range(STEPS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if error(middle) > 0 else (middle, high)
-    error((low + high) / 2)
+        value_error = error(value)
+        if abs(value_error) < NEAR or value_error == last_error:
+            return
+        following = value - value_error * (value - last) / (value_error - last_error)
+        last, last_error, value = value, value_error, min(most, max(least, following))

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ask_watch import AskWatch
 from run_store import fill
 
 from offload_moe import kernels, load
 from offload_moe.generate import stream_tokens
 from offload_moe.model import Model
 from offload_moe.store import Store
+from offload_moe.tiers.disk import readers_for
 from offload_moe.trace import save_trace
 
 
@@ -47,6 +49,7 @@ def measure(
         "num_layers": len(store.layers),
         "num_experts": store.num_experts,
         "slot_bytes": max(layer.record_bytes for layer in store.layers),
+        "num_readers": readers_for(max(layer.record_bytes for layer in store.layers)),
         "recorded": recorded,
         "budgets": {str(share): [] for share in shares},
     }
@@ -54,7 +57,10 @@ def measure(
         for share in (*shares[trial % len(shares) :], *shares[: trial % len(shares)]):
             with open_model(folder, counts[share], budgets[share], context) as model:
                 prepare(model, is_whole=counts[share] == num_all)
-                result = {"num_slots": counts[share], **answers(model, **answer_all)}
+                watch = AskWatch(document["num_readers"])
+                with watch.watching():
+                    result = {"num_slots": counts[share], **answers(model, **answer_all)}
+                result |= {"num_rides": watch.num_rides, "ask_delays": watch.delays()}
             document["budgets"][str(share)].append(result)
             print(folder.name, share, result, file=sys.stderr, flush=True)
         result_file.write_text(json.dumps(document))  # whatever happens to the trials that follow

@@ -5,9 +5,9 @@
 For each model and each share of its experts that has a slot in RAM, the real runtime answers the same prompts, prefetch
 off; the rest comes from disk. Every budget computes the same tokens, so one recorded trace serves all. From the
 budgets named in FITTED come all constants: the time of a token with everything resident; what a layer whose experts do
-not come all at once costs the host, and each of those that come late, from the time beside stalls; and the rate of the
-disk, from the stalls. The budgets in VALIDATED are only compared. Measurements are kept in SCRATCH; the last line of
-stdout is one JSON document.
+not come all at once costs the host, and each of those that come late, from the time beside stalls; what Python takes to
+help a run, as watched while it does; and the rates of the disk and of one of its reads, from the stalls. The budgets in
+VALIDATED are only compared. Measurements are kept in SCRATCH; the last line of stdout is one JSON document.
 """
 
 import argparse

@@ -168,13 +168,13 @@ def _print(simulation: "PlanSimulation") -> None:
     for row in rows:
         table.add_row(*row)
     out.print(table)
-    rates = machine.rates
+    rates, python_s = machine.rates, simulation.costs.layer_host_s
     assumed = [f"{fast} {(rates.vram if machine.has_device else rates.ram) / 1e9:.0f}", f"disk {rates.disk / 1e9:.1f}"]
     if machine.has_device:
         assumed.insert(1, f"link {rates.link / 1e9:.0f}")
     recall = ", ".join(f"{value:.0%}" for value in simulation.recall) or "no prefetch"
     out.print(f"Routing: {simulation.workload}; lookahead recall {recall}; policy {pools.policy}.", soft_wrap=True)
-    out.print(f"GB/s assumed: {', '.join(assumed)}. {rates.layer_s * 1e3:.1f} ms of Python per layer.", soft_wrap=True)
+    out.print(f"GB/s assumed: {', '.join(assumed)}. {python_s * 1e3:.2g} ms of Python per layer.", soft_wrap=True)
 
 
 def _print_cards() -> None:

@@ -23,6 +23,7 @@ from offload_moe.simulate import (
 )
 from offload_moe.simulate.synthetic import REUSE, SKEW
 from offload_moe.sizes import format_size
+from offload_moe.tiers.disk import PART_BYTES, readers_for
 from offload_moe.trace import Trace
 
 PROMPT_TOKENS, DECODE_TOKENS = 128, 128  # of each synthetic answer
@@ -86,7 +87,13 @@ def simulate_plan(
         answers,
         pools,
         costs,
-        DiskModel(bytes_per_s=rates.disk, latency_s=rates.disk_latency_s),
+        DiskModel(
+            bytes_per_s=rates.disk,
+            latency_s=rates.disk_latency_s,
+            num_readers=readers_for(pools.slot_bytes),
+            part_bytes=PART_BYTES,
+            turn_s=rates.turn_s if costs.rides else 0.0,
+        ),
         LinkModel(bytes_per_s=rates.link, latency_s=rates.link_latency_s),
         LookaheadModel(recall=recall),
         num_warm_up=1 if len(answers) > 1 else 0,

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from offload_moe.plan.hit_rates import CURVES, HitCurve
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.parameters import ModelShape
@@ -121,14 +123,26 @@ def run_costs(shape: ModelShape, machine: Machine, settings: Settings, placement
         - shape.lookup_elements * machine.dtype.itemsize
         + cache_bytes(shape, placement.context, machine.dtype)
     )
+    is_ridden = takes_rides(shape, machine)
+    layer_s = rates.ride_layer_s if is_ridden else rates.layer_s
     pair_parameters = sum(layer.expert_parameters for layer in shape.layers) / num_layers
     return RunCosts(
-        layer_host_s=rates.layer_s * shape.num_layers / num_layers,
+        layer_host_s=layer_s * shape.num_layers / num_layers,
         dense_s=read_bytes / memory / num_layers,
         dense_token_s=2 * (shape.dense_parameters - shape.lookup_elements) / flops / num_layers,
         wave_host_s=rates.wave_s,
         expert_s=routed_bytes(shape, settings.codec) / num_routed / memory,
         pair_s=2 * pair_parameters / flops,
         probe_host_s=rates.probe_s,
+        rides=is_ridden,
+        ask_host_s=rates.ask_s,
         has_device=machine.has_device,
     )
+
+
+def takes_rides(shape: ModelShape, machine: Machine) -> bool:
+    """Whether a decode step is one native call for all layers, see `offload_moe.lean.run`, as far as a config tells."""
+    caches = shape.attention.cache_layers
+    are_plain = all(layer.is_complete and layer.window is None and not layer.fixed for layer in caches)
+    has_latents = any("kv_a_proj" in weight.name for weight in shape.dense)
+    return not machine.has_device and machine.dtype == torch.float32 and are_plain and not has_latents

@@ -64,6 +64,13 @@ class Lease:
         """The next wave if any of it is ready, else an empty one. Does not wait."""
         return self._next_wave(may_wait=False)
 
+    def have_come(self) -> bool:
+        """Whether all of them are resident by now; they stay leased, as after `bring`. Does not wait."""
+        with self._scheduler.changed:
+            self._admit()
+            self._collect()
+            return not self._loading and not self._absent
+
     def bring(self) -> None:
         """Wait until all of them are resident, and leave them leased: for compute that finds them by itself.
 

@@ -17,6 +17,8 @@ class RunCosts:
     not all come in one wave, which are added up apart; late_host_s: per expert behind the first wave of such a layer.
     expert_s: reading one expert where it is computed; pair_s: its arithmetic per token. The larger counts.
     probe_host_s: asking one later router.
+    rides: a decode step is one native call for all layers where the slots allow it, so that `wave_host_s` and
+    `expert_host_s` are prompts' only; ask_host_s: Python's part of each request of such a ride.
     has_device: arithmetic is queued, and the host waits for it once per layer, when it needs the routing.
     """
 
@@ -32,6 +34,8 @@ class RunCosts:
     expert_s: float = 0.0
     pair_s: float = 0.0
     probe_host_s: float = 0.0
+    rides: bool = False
+    ask_host_s: float = 0.0
     has_device: bool = False
 
     def dense(self, num_tokens: int) -> float:
@@ -48,6 +52,7 @@ class DiskModel:
 
     latency_s: from the request to its first byte. bytes_per_s: of all reads together; stream_bytes_per_s: of one.
     check_bytes_per_s: the checksum of an expert's first read, on the reading thread. num_readers: reads at once.
+    turn_s: the interpreter's time for a read that Python begins; such reads take turns with it.
     """
 
     bytes_per_s: float
@@ -56,6 +61,7 @@ class DiskModel:
     check_bytes_per_s: float = float("inf")
     num_readers: int = 4
     part_bytes: int = 1 << 20
+    turn_s: float = 0.0
 
     def alone_s(self, num_bytes: int) -> float:
         """One record with the disk to itself: its parts are read side by side."""

@@ -18,13 +18,17 @@ HALF_A_BYTE = 0.5
 
 @dataclass(slots=True)
 class _Read:
-    """One record on its way. waiting: bytes of its parts that have not begun; num_left: parts that have not ended."""
+    """One record on its way. waiting: bytes of its parts that have not begun; num_left: parts that have not ended.
+
+    turn_s: what each part costs those that begin after it.
+    """
 
     key: int
     slot: int
     arrived: Arrived
     waiting: list[int]
     num_left: int
+    turn_s: float
 
 
 @dataclass(slots=True)
@@ -35,27 +39,28 @@ class _Part:
 
 
 class VirtualDisk:
-    """A mover. Every record has `record_bytes`."""
+    """A mover, whose reads take turns with the interpreter, and the reads of native runs, which do not."""
 
     def __init__(self, clock: VirtualClock, model: DiskModel, record_bytes: int) -> None:
         self._clock = clock
         self._model = model
-        self._record_bytes = record_bytes
+        self.record_bytes = record_bytes
         self._demanded: OrderedDict[int, _Read] = OrderedDict()
         self._prefetches: OrderedDict[int, _Read] = OrderedDict()
         self._flowing: list[_Part] = []
         self._num_busy = 0
         self._num_prefetching = 0
         self._settled_at = 0.0
+        self._turn_at = 0.0  # when the interpreter is free for another read
         self._version = 0  # of the present division of the bandwidth
         self._checked: set[int] = set()
 
     def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
-        whole, rest = divmod(self._record_bytes, self._model.part_bytes)
-        parts = [self._model.part_bytes] * whole + ([rest] if rest else [])
-        queue = self._prefetches if is_prefetch else self._demanded
-        queue[slot] = _Read(key, slot, arrived, parts, len(parts))
-        self._begin_what_can()
+        self._line_up(key, slot, arrived, is_prefetch, self._model.turn_s)
+
+    def fetch(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
+        """`start`, by a native thread."""
+        self._line_up(key, slot, arrived, is_prefetch, turn_s=0.0)
 
     def hurry(self, slot: int) -> None:
         if slot in self._prefetches:
@@ -75,6 +80,13 @@ class VirtualDisk:
     def close(self) -> None:
         pass
 
+    def _line_up(self, key: int, slot: int, arrived: Arrived, is_prefetch: bool, turn_s: float) -> None:
+        whole, rest = divmod(self.record_bytes, self._model.part_bytes)
+        parts = [self._model.part_bytes] * whole + ([rest] if rest else [])
+        queue = self._prefetches if is_prefetch else self._demanded
+        queue[slot] = _Read(key, slot, arrived, parts, len(parts), turn_s)
+        self._begin_what_can()
+
     def _begin_what_can(self) -> None:
         model = self._model
         while self._num_busy < model.num_readers:
@@ -90,7 +102,14 @@ class VirtualDisk:
                 del queue[slot]
             self._num_busy += 1
             self._num_prefetching += is_prefetch
-            self._clock.after(model.latency_s, partial(self._flow, part))
+            self._clock.at(self._turn(read.turn_s) + model.latency_s, partial(self._flow, part))
+
+    def _turn(self, seconds: float) -> float:
+        """When a read that takes so much of the interpreter's time has had it."""
+        if not seconds:
+            return self._clock.now
+        self._turn_at = max(self._turn_at, self._clock.now) + seconds
+        return self._turn_at
 
     def _flow(self, part: _Part) -> None:
         self._settle()
@@ -125,7 +144,7 @@ class VirtualDisk:
         for part in ended:
             part.read.num_left -= 1
             is_first_read = part.read.num_left == 0 and part.read.key not in self._checked
-            check_s = self._record_bytes / self._model.check_bytes_per_s if is_first_read else 0.0
+            check_s = self.record_bytes / self._model.check_bytes_per_s if is_first_read else 0.0
             self._clock.after(check_s, partial(self._end, part))
 
     def _end(self, part: _Part) -> None:
@@ -135,5 +154,5 @@ class VirtualDisk:
         if read.num_left == 0:
             read.num_left = -1  # several parts may end at the same moment: the record arrives once
             self._checked.add(read.key)
-            read.arrived(read.slot, self._record_bytes, None)
+            read.arrived(read.slot, self.record_bytes, None)
         self._begin_what_can()

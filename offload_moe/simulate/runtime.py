@@ -3,8 +3,6 @@
 T tokens of a forward, L MoE layers, K top-k.
 """
 
-import random
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,17 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload_moe.schedule.policy import DEFAULT_POLICY, LRU, make_policy
-from offload_moe.schedule.prefetch import PrefetchGovernor
-from offload_moe.schedule.residency import Residency
+from offload_moe.schedule.residency import Lookup, Residency
 from offload_moe.schedule.scheduler import Scheduler
 from offload_moe.simulate.clock import VirtualClock, VirtualCondition
 from offload_moe.simulate.costs import DiskModel, LinkModel, LookaheadModel, RunCosts
 from offload_moe.simulate.disk import VirtualDisk
+from offload_moe.simulate.guesses import Guesser
 from offload_moe.simulate.link import VirtualLink
 from offload_moe.simulate.processor import DeviceProcessor, Processor
+from offload_moe.simulate.reads import VirtualResidents
+from offload_moe.simulate.ride import VirtualRides
 from offload_moe.tiers.mover import Mover
 
-RECENT_TOKENS = 32  # that wrong guesses are taken from
+SLOTS_OF_A_RIDE = 2  # for each of a layer's experts, as `offload_moe.lean.run` wants them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class VirtualPools:
 
 
 class VirtualRuntime:
-    """Forwards one after another, as `offload_moe.moe.attach.BoundExperts` computes them."""
+    """Forwards one after another: prompts as `offload_moe.moe.attach.BoundExperts` computes them, tokens in rides."""
 
     def __init__(
         self,
@@ -55,28 +55,30 @@ class VirtualRuntime:
         self._pools = pools
         self._costs = costs
         reader = VirtualDisk(self.clock, disk, pools.slot_bytes)
-        self.ram = self._scheduler(pools.num_ram_slots, reader, "disk_bytes")
+        residents = VirtualResidents() if costs.rides and not pools.num_device_slots else None
+        self.ram = self._scheduler(pools.num_ram_slots, reader, "disk_bytes", residents)
         self.scheduler = self.ram
+        self._rides = VirtualRides(self.clock, self.processor, costs, self.ram, reader) if residents else None
         if pools.num_device_slots:
             assert link is not None
             mover = VirtualLink(self.clock, link, self.ram, self.processor, pools.slot_bytes)
             self.scheduler = self._scheduler(pools.num_device_slots, mover, "h2d_bytes")
-        num_all = pools.num_layers * pools.num_experts
-        recall = lookahead.recall if lookahead and self.scheduler.residency.num_slots < num_all else ()
-        self._recall = recall
-        self._recent: deque[NDArray[Any]] = deque(maxlen=RECENT_TOKENS)
-        self._governor = PrefetchGovernor(self.clock)
-        self._is_prefetching = False
-        self._random = random.Random(lookahead.seed if lookahead else 0)
+        is_whole = self.scheduler.residency.num_slots >= pools.num_layers * pools.num_experts
+        self._guesser = Guesser(self.clock, LookaheadModel() if lookahead is None or is_whole else lookahead)
 
     def forward(self, experts: NDArray[Any]) -> float:
         """experts ``[T, L, K]``. Returns the seconds it took."""
         began = self.clock.now
         self.processor.run(self._costs.token_host_s, self._costs.token_s)
-        if len(experts) != 1:
-            self._governor.pause()
-        for layer in range(experts.shape[1]):
-            self._layer(layer, experts)
+        num_tokens, num_layers, top_k = experts.shape
+        if num_tokens != 1:
+            self._guesser.pause()
+        rides = self._rides
+        if num_tokens == 1 and rides is not None and self.ram.residency.num_slots >= SLOTS_OF_A_RIDE * top_k:
+            rides.forward(experts[0], lambda layer: self._guess(layer, experts[0]))
+        else:
+            for layer in range(num_layers):
+                self._layer(layer, experts)
         self.processor.synchronize()  # the next token is chosen from the result
         return self.clock.now - began
 
@@ -100,31 +102,20 @@ class VirtualRuntime:
                 self.processor.run(host_s, costs.experts([tokens_of[expert] for expert, _ in wave]))
 
     def _look_ahead(self, layer: int, experts: NDArray[Any], present: Sequence[int]) -> None:
-        """experts ``[L, K]``. Guesses are the truth, each expert with the recall's probability, else a recent one."""
-        if not self._recall:
-            return
-        if layer == 0:
-            self._recent.append(experts)
-            self._is_prefetching = self._governor.begin_token()
-        if not self._is_prefetching:
-            return
+        """experts ``[L, K]``."""
         num_experts = self._pools.num_experts
         keep = {layer * num_experts + expert for expert in present}
-        for depth, recall in enumerate(self._recall, start=1):
-            ahead = layer + depth
-            if ahead < len(experts):
-                self.processor.run(self._costs.probe_host_s, 0.0)
-                guessed = self._guess(ahead, experts[ahead].tolist(), recall)
-                self.scheduler.prefetch(ahead, guessed, keep)
-                keep |= {ahead * num_experts + expert for expert in guessed}
+        for ahead, guessed in self._guess(layer, experts):
+            self.scheduler.prefetch(ahead, guessed, keep)
+            keep |= {ahead * num_experts + expert for expert in guessed}
 
-    def _guess(self, layer: int, truth: Sequence[int], recall: float) -> list[int]:
-        """Wrong guesses are experts that this layer used lately, as routers that err prefer what they often choose."""
-        draw = self._random
-        wrong = draw.choice(self._recent)[layer].tolist()
-        return sorted({expert if draw.random() < recall else draw.choice(wrong) for expert in truth})
+    def _guess(self, layer: int, experts: NDArray[Any]) -> list[tuple[int, list[int]]]:
+        """experts ``[L, K]``."""
+        guesses = self._guesser.guesses(layer, experts)
+        self.processor.run(len(guesses) * self._costs.probe_host_s, 0.0)
+        return guesses
 
-    def _scheduler(self, num_slots: int, mover: Mover, bytes_counter: str) -> Scheduler:
+    def _scheduler(self, num_slots: int, mover: Mover, bytes_counter: str, lookup: Lookup | None = None) -> Scheduler:
         pools = self._pools
         is_whole = num_slots >= pools.num_layers * pools.num_experts
         policy = make_policy(
@@ -134,7 +125,7 @@ class VirtualRuntime:
             num_slots=num_slots,
         )
         return Scheduler(
-            Residency(num_slots, policy),
+            Residency(num_slots, policy, lookup),
             mover,
             num_experts=pools.num_experts,
             bytes_counter=bytes_counter,

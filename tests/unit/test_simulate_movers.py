@@ -70,6 +70,19 @@ def test_prefetches_leave_half_of_the_readers_to_demands_and_one_that_is_demande
     assert read(model, 10 * MB, 0, prefetches=3, hurry=2) == pytest.approx([0.3] * 3)
 
 
+def test_reads_that_python_begins_take_turns_and_native_ones_do_not() -> None:
+    model = DiskModel(bytes_per_s=1e15, latency_s=0.01, part_bytes=WHOLE, turn_s=0.1)
+    assert read(model, MB, 3) == pytest.approx([0.11, 0.21, 0.31])
+    clock = VirtualClock()
+    disk, arrivals = VirtualDisk(clock, model, MB), Arrivals(clock)
+    disk.start(0, 0, arrivals)
+    for slot in (1, 2):
+        disk.fetch(slot, slot, arrivals)
+    while clock.run_next():
+        pass
+    assert [arrivals.at[slot] for slot in range(3)] == pytest.approx([0.11, 0.01, 0.01])
+
+
 def test_only_the_first_read_of_an_expert_is_checked() -> None:
     clock = VirtualClock()
     model = DiskModel(bytes_per_s=100 * MB, check_bytes_per_s=50 * MB, latency_s=0.0, part_bytes=WHOLE)

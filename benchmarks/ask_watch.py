@@ -1,0 +1,81 @@
+"""What it takes until experts that a native run asks Python for are being read, for simulate_validation.py."""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+from unittest.mock import patch
+
+from offload_moe.kernels import Ride, RunKernel
+from offload_moe.lean.run import LayerRun
+from offload_moe.tiers.disk import DiskMover
+
+
+@dataclass(slots=True)
+class _Ask:
+    at: float
+    begun: list[float] = field(default_factory=list)
+
+
+class AskWatch:
+    """num_readers: of Python's reads; those that begin later wait for the disk."""
+
+    def __init__(self, num_readers: int) -> None:
+        self.num_rides = 0
+        self._num_readers = num_readers
+        self._began = self._waiting_since = 0.0
+        self._asks: list[_Ask] = []
+        self._is_asked = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Of all models, so there should be one."""
+        seen = {
+            (RunKernel, "start"): self._see_start,
+            (Ride, "next"): self._see_wait,
+            (LayerRun, "_acquire"): self._see_ask,
+            (DiskMover, "_read_patiently"): self._see_read,
+        }
+        with ExitStack() as stack:
+            for (owner, name), see in seen.items():
+                stack.enter_context(patch.object(owner, name, _seen_by(see, getattr(owner, name))))
+            yield
+
+    def delays(self) -> list[tuple[int, int, float]]:
+        """How many reads, how many asks had so many, and the median of the seconds until the last of them began."""
+        delays: dict[int, list[float]] = defaultdict(list)
+        for ask in self._asks:
+            if ask.begun:
+                num_reads = min(len(ask.begun), self._num_readers)
+                delays[num_reads].append(ask.begun[num_reads - 1] - ask.at)
+        return [(count, len(seconds), statistics.median(seconds)) for count, seconds in sorted(delays.items())]
+
+    def _see_start(self, *_: Any) -> None:
+        self.num_rides += 1
+        self._began, self._is_asked = time.perf_counter(), False
+
+    def _see_wait(self, *_: Any) -> None:
+        self._waiting_since, self._is_asked = time.perf_counter(), False
+
+    def _see_ask(self, run: LayerRun, token: Any, at: int) -> None:
+        asked_at = self._began + token.times[at, 0].item()
+        self._is_asked = asked_at > self._waiting_since  # else it first waited for what Python was doing
+        if self._is_asked:
+            self._asks.append(_Ask(asked_at))
+
+    def _see_read(self, *_: Any) -> None:
+        if self._is_asked:
+            self._asks[-1].begun.append(time.perf_counter())
+
+
+def _seen_by(see: Any, function: Any) -> Any:
+    @wraps(function)
+    def watched(*arguments: Any) -> Any:
+        see(*arguments)
+        return function(*arguments)
+
+    return watched

@@ -1,0 +1,126 @@
+"""What a native run finds and fetches, in virtual time: the counterparts of `csrc/residents.c` and `csrc/reads.c`."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from offload_moe.kernels import DONE, DROPPED, READING
+from offload_moe.simulate.disk import VirtualDisk
+
+
+class VirtualResidents:
+    """Which experts are here or on their way, by key: a `residency.Lookup`."""
+
+    def __init__(self) -> None:
+        self._is_here: dict[int, bool] = {}  # False: on its way
+        self._leases: Counter[int] = Counter()
+
+    def claim(self, key: int) -> bool:
+        is_absent = key not in self._is_here
+        self._is_here.setdefault(key, False)
+        return is_absent
+
+    def publish(self, key: int, slot: int) -> None:
+        self._is_here[key] = True
+
+    def withdraw(self, key: int) -> bool:
+        if self.is_leased(key):
+            return False
+        self._is_here.pop(key, None)
+        return True
+
+    def is_leased(self, key: int) -> bool:
+        return self._leases[key] > 0
+
+    def is_known(self, key: int) -> bool:
+        """Whether it is here or on its way."""
+        return key in self._is_here
+
+    def lease_those_here(self, keys: Iterable[int]) -> list[int]:
+        """Returns which of them."""
+        here = [key for key in keys if self._is_here.get(key, False)]
+        self._leases.update(here)
+        return here
+
+    def release(self, keys: Iterable[int]) -> None:
+        self._leases.subtract(keys)
+
+
+@dataclass(frozen=True, slots=True)
+class _News:
+    key: int
+    slot: int
+    state: int
+    was_prefetch: bool
+
+
+class VirtualReads:
+    """What `schedule.loans.Loans` asks of `kernels.Reads`, and what a ride does with it. The disk is the mover's."""
+
+    def __init__(self, residents: VirtualResidents, disk: VirtualDisk, record_bytes: int) -> None:
+        self._residents = residents
+        self._disk = disk
+        self._record_bytes = record_bytes
+        self._spares: list[int] = []
+        self._least_spares = 0
+        self._reading: dict[int, _News] = {}  # by slot
+        self._news: list[_News] = []
+
+    @property
+    def are_short(self) -> bool:
+        """Whether a ride should ask for more slots."""
+        return len(self._spares) < self._least_spares
+
+    def fetch(self, key: int, *, is_prefetch: bool = False) -> bool:
+        """Begin to read the absent expert into a lent slot, if there is one; the last are for what is demanded."""
+        if len(self._spares) <= (self._least_spares // 2 if is_prefetch else 0):
+            return False
+        slot = self._spares.pop()
+        self._residents.claim(key)
+        self._reading[slot] = self._say(key, slot, READING, is_prefetch)
+        self._disk.fetch(key, slot, self._arrived, is_prefetch=is_prefetch)
+        return True
+
+    def demand(self, key: int) -> None:
+        for slot, read in self._reading.items():
+            if read.key == key:
+                self._disk.hurry(slot)
+
+    def drop_wrong(self, end: int, wanted: Collection[int]) -> None:
+        """Forget guesses for layers before that key which nobody wants, as far as their reads have not begun."""
+        for slot, read in list(self._reading.items()):
+            if read.was_prefetch and read.key < end and read.key not in wanted and self._disk.cancel(slot):
+                del self._reading[slot]
+                self._residents.withdraw(read.key)
+                self._spares.append(slot)
+                self._say(read.key, slot, DROPPED, was_prefetch=True)
+
+    def lend(self, slot: int) -> None:
+        self._spares.append(slot)
+
+    def ask_below(self, least_slots: int) -> None:
+        self._least_spares = least_slots
+
+    def take_back(self) -> Iterator[int]:
+        while self._spares:
+            yield self._spares.pop()
+
+    def news(self) -> Sequence[_News]:
+        news, self._news = self._news, []
+        return news
+
+    def num_bytes(self, key: int) -> int:
+        return self._record_bytes
+
+    def close(self) -> None:
+        pass
+
+    def _arrived(self, slot: int, num_bytes: int, error: BaseException | None) -> None:
+        read = self._reading.pop(slot)
+        self._residents.publish(read.key, slot)
+        self._say(read.key, slot, DONE, read.was_prefetch)
+
+    def _say(self, key: int, slot: int, state: int, was_prefetch: bool) -> _News:
+        news = _News(key, slot, state, was_prefetch)
+        self._news.append(news)
+        return news

@@ -1,0 +1,107 @@
+"""A decode step that takes all layers in one native call: the counterpart of `csrc/run.c`.
+
+L MoE layers, K top-k.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from numpy.typing import NDArray
+
+from offload_moe.kernels import ARRIVING, HIT, MISSING, NEEDS_EXPERTS, NEEDS_SLOTS, Reads
+from offload_moe.schedule.loans import Loans
+from offload_moe.schedule.scheduler import Scheduler
+from offload_moe.simulate.clock import VirtualClock
+from offload_moe.simulate.costs import RunCosts
+from offload_moe.simulate.disk import VirtualDisk
+from offload_moe.simulate.helper import Helper
+from offload_moe.simulate.processor import Processor
+from offload_moe.simulate.reads import VirtualReads, VirtualResidents
+
+Guesses = Sequence[tuple[int, Sequence[int]]]  # layers behind, and which of their experts
+
+
+class VirtualRides:
+    """Tokens through all layers, by a thread that fetches what is missing into slots that were lent to it."""
+
+    def __init__(
+        self, clock: VirtualClock, processor: Processor, costs: RunCosts, scheduler: Scheduler, disk: VirtualDisk
+    ) -> None:
+        """scheduler: of a residency whose lookup is a `VirtualResidents`. disk: its mover."""
+        self._clock = clock
+        self._processor = processor
+        self._costs = costs
+        self._scheduler = scheduler
+        residents = scheduler.residency.lookup
+        assert isinstance(residents, VirtualResidents)
+        self._residents = residents
+        self._reads = VirtualReads(residents, disk, disk.record_bytes)
+        loans = Loans(scheduler, cast(Reads, self._reads))  # which it is, but for the C behind it
+        scheduler.loans = loans
+        self._helper = Helper(clock, scheduler, loans, costs.ask_host_s)
+
+    def forward(self, experts: NDArray[Any], guess: Callable[[int], Guesses]) -> None:
+        """experts ``[L, K]``. guess: what a layer foretells of those behind it."""
+        num_layers, num_experts = len(experts), self._scheduler.num_experts
+        self._helper.begin(may_evict=self._scheduler.residency.num_slots < num_layers * num_experts)
+        for layer, chosen in enumerate(experts.tolist()):
+            self._layer(layer, chosen, guess)
+        self._helper.end()
+
+    def _layer(self, layer: int, chosen: Sequence[int], guess: Callable[[int], Guesses]) -> None:
+        self._processor.run(self._costs.layer_host_s, self._costs.dense(1))
+        guesses = guess(layer)
+        num_experts = self._scheduler.num_experts
+        keys = [layer * num_experts + expert for expert in sorted(chosen)]
+        here = self._residents.lease_those_here(keys)
+        self._reads.drop_wrong((layer + 1) * num_experts, keys)
+        found, needs = self._fetch(keys, here)
+        for ahead, guessed in guesses:
+            self._fetch_guesses([ahead * num_experts + expert for expert in guessed])
+        if self._reads.are_short:
+            needs |= NEEDS_SLOTS
+        self._helper.routed(sorted(chosen), found)
+        if needs:
+            self._helper.need(needs)
+        self._compute(keys, here, has_asked=bool(needs & NEEDS_EXPERTS))
+        self._residents.release(keys)
+
+    def _fetch(self, keys: Sequence[int], here: Sequence[int]) -> tuple[list[int], int]:
+        """Fetch what is missing. Returns how each was found, and whether there were slots for all."""
+        found, needs = [], 0
+        for key in keys:
+            if key in here:
+                found.append(HIT)
+            elif self._residents.is_known(key):
+                found.append(ARRIVING)
+                self._reads.demand(key)
+            else:
+                found.append(MISSING)
+                needs |= 0 if self._reads.fetch(key) else NEEDS_EXPERTS
+        return found, needs
+
+    def _fetch_guesses(self, keys: Sequence[int]) -> None:
+        for key in keys:
+            if not self._residents.is_known(key):
+                self._reads.fetch(key, is_prefetch=True)
+
+    def _compute(self, keys: Sequence[int], here: Sequence[int], *, has_asked: bool) -> None:
+        """In waves, each with all that has come meanwhile. has_asked: for those that could not be fetched."""
+        costs, left = self._costs, [key for key in keys if key not in here]
+        self._processor.run(costs.partial_host_s if left else 0.0, costs.experts([1] * len(here)))
+        while left:
+            if not has_asked and not all(self._residents.is_known(key) for key in left):
+                self._helper.need(NEEDS_EXPERTS)  # one has come and gone while the others were computed
+                has_asked = True
+            here = self._wait(left)
+            left = [key for key in left if key not in here]
+            self._processor.run(len(here) * costs.late_host_s, costs.experts([1] * len(here)))
+
+    def _wait(self, keys: Sequence[int]) -> list[int]:
+        """Until some of them are here."""
+        began = self._clock.now
+        while not (here := self._residents.lease_those_here(keys)):
+            has_happened = self._clock.run_next()
+            assert has_happened, "nobody brings what a ride waits for"
+        self._scheduler.counters.stall_s += self._clock.now - began
+        return here
