@@ -18,6 +18,7 @@ from offload_moe.tiers.disk import DiskMover
 @dataclass(slots=True)
 class _Ask:
     at: float
+    num_layers: int
     begun: list[float] = field(default_factory=list)
 
 
@@ -30,6 +31,7 @@ class AskWatch:
         self._began = self._waiting_since = 0.0
         self._asks: list[_Ask] = []
         self._is_asked = False
+        self._num_layers = 0  # accounted for last
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -37,6 +39,7 @@ class AskWatch:
         seen = {
             (RunKernel, "start"): self._see_start,
             (Ride, "next"): self._see_wait,
+            (LayerRun, "_note_passed"): self._see_account,
             (LayerRun, "_acquire"): self._see_ask,
             (DiskMover, "_read_patiently"): self._see_read,
         }
@@ -45,14 +48,16 @@ class AskWatch:
                 stack.enter_context(patch.object(owner, name, _seen_by(see, getattr(owner, name))))
             yield
 
-    def delays(self) -> list[tuple[int, int, float]]:
-        """How many reads, how many asks had so many, and the median of the seconds until the last of them began."""
-        delays: dict[int, list[float]] = defaultdict(list)
+    def delays(self) -> list[tuple[int, int, int, float]]:
+        """Layers that were accounted for first, reads, how many asks had so many of both, and the median of the seconds
+        until the last of the reads began.
+        """
+        delays: dict[tuple[int, int], list[float]] = defaultdict(list)
         for ask in self._asks:
             if ask.begun:
                 num_reads = min(len(ask.begun), self._num_readers)
-                delays[num_reads].append(ask.begun[num_reads - 1] - ask.at)
-        return [(count, len(seconds), statistics.median(seconds)) for count, seconds in sorted(delays.items())]
+                delays[ask.num_layers, num_reads].append(ask.begun[num_reads - 1] - ask.at)
+        return [(*kind, len(seconds), statistics.median(seconds)) for kind, seconds in sorted(delays.items())]
 
     def _see_start(self, *_: Any) -> None:
         self.num_rides += 1
@@ -65,7 +70,10 @@ class AskWatch:
         asked_at = self._began + token.times[at, 0].item()
         self._is_asked = asked_at > self._waiting_since  # else it first waited for what Python was doing
         if self._is_asked:
-            self._asks.append(_Ask(asked_at))
+            self._asks.append(_Ask(asked_at, self._num_layers))
+
+    def _see_account(self, run: LayerRun, token: Any, first: int, end: int, account: Any) -> None:
+        self._num_layers = end - first
 
     def _see_read(self, *_: Any) -> None:
         if self._is_asked:

@@ -26,32 +26,35 @@ class Fitter:
         self._num_warm_up = num_warm_up
         # a record is read by one reader
         self._disk = DiskModel(bytes_per_s=1e9, part_bytes=1 << 40, num_readers=measured["num_readers"])
-        self._costs = self._resident_costs()
+        self._busy_s: dict[float, float] = {}  # of a token, beside stalls
+        self._costs = RunCosts()
 
     def fit(self, shares: Sequence[float]) -> None:
         """What Python takes to help a run, as watched; partial layers and late experts, from the time beside stalls;
         the disk, from stalls.
         """
         partial = [share for share in shares if share < 1]
+        descending = sorted(shares, reverse=True)
+        busy_s = [self._token_s(share) - self._median(share, "stall_s") for share in descending]
+        self._busy_s = dict(zip(descending, _ascending(busy_s), strict=True))
+        self._costs = self._resident_costs()
         rides = any(trial["num_rides"] for share in partial for trial in self._trials(share))
-        ask_host_s, turn_s = self._asking(partial)
-        self._costs = replace(self._costs, rides=rides, ask_host_s=ask_host_s)
+        ask_host_s, account_host_s, turn_s = self._asking(partial)
+        self._costs = replace(self._costs, rides=rides, ask_host_s=ask_host_s, account_host_s=account_host_s)
         self._disk = replace(self._disk, turn_s=turn_s)
-        whole_s = self._token_s(1.0)
-        busy = [max(whole_s, self._token_s(share) - self._median(share, "stall_s")) for share in partial]
+        busy = [self._busy_s[share] for share in partial]
         self._costs = replace(self._costs, **self._host_costs(partial, busy))
         self._fit_disk(partial)
 
-    def _asking(self, shares: Sequence[float]) -> tuple[float, float]:
-        """Seconds until a request is heard, and of each read that follows: the line through the medians."""
+    def _asking(self, shares: Sequence[float]) -> list[float]:
+        """Seconds until a request is heard, more for each layer before it, and for each read that follows."""
         delays = np.array([delay for share in shares for trial in self._trials(share) for delay in trial["ask_delays"]])
         if len(delays) == 0:
-            return 0.0, 0.0
-        num_reads, counts, seconds = delays.T
-        if len(set(num_reads)) == 1:
-            return float(np.average(seconds, weights=counts)), 0.0
-        slope, start = np.polyfit(num_reads, seconds, 1, w=np.sqrt(counts))
-        return max(0.0, float(start)), max(0.0, float(slope))
+            return [0.0, 0.0, 0.0]
+        num_layers, num_reads, counts, seconds = delays.T
+        columns, weights = np.stack([np.ones_like(counts), num_layers, num_reads], axis=1), np.sqrt(counts)
+        found = np.linalg.lstsq(columns * weights[:, None], seconds * weights, rcond=None)[0]
+        return [max(0.0, value) for value in found.tolist()]
 
     def _fit_disk(self, shares: Sequence[float]) -> None:
         """Where little is missing, a read is alone and takes a stream's time; where much is, reads share the disk."""
@@ -121,7 +124,7 @@ class Fitter:
         forwards = trace.forwards[~trace.is_prompt]
         experts_s = float(trace.compute_s[forwards].sum() / len(forwards))
         forward_s = float(trace.forward_s[forwards].sum() / len(forwards))
-        whole_s = self._token_s(1.0)
+        whole_s = self._busy_s[1.0]
         scale = min(1.0, whole_s / forward_s)
         num_layers = trace.num_layers
         return RunCosts(
@@ -139,6 +142,16 @@ class Fitter:
     def _trials(self, share: float) -> list[dict[str, Any]]:
         trials: list[dict[str, Any]] = self._measured["budgets"][str(share)]
         return trials
+
+
+def _ascending(values: Sequence[float]) -> list[float]:
+    """The nearest that ascend: what is missing makes no token quicker, so where it seems to, both are the mean."""
+    groups: list[list[float]] = []
+    for value in values:
+        groups.append([value])
+        while len(groups) > 1 and statistics.mean(groups[-2]) > statistics.mean(groups[-1]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [statistics.mean(group) for group in groups for _ in group]
 
 
 def _search(error: Callable[[float], float], least: float, guess: float, most: float) -> None:

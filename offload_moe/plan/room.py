@@ -82,6 +82,11 @@ class ContextRoom:
             )
         return low
 
+    def slots_for(self, num_tokens: int, num_new: int) -> int:
+        """How many slots one conversation has while a forward brings it to `num_tokens` by `num_new`."""
+        extra = self._need(num_tokens, num_new) - self._planned_bytes
+        return max(self._least_slots, self._slots_beside(extra, self._activations(num_tokens, num_new)))
+
     def before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the decoder: makes room for what this forward adds."""
         cache = kwargs.get("past_key_values")

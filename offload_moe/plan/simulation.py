@@ -7,7 +7,8 @@ from typing import Any
 from offload_moe.errors import BudgetError, ConfigError
 from offload_moe.plan.parameters import ModelShape
 from offload_moe.plan.plan import Plan
-from offload_moe.plan.speed import run_costs
+from offload_moe.plan.room import ContextRoom
+from offload_moe.plan.speed import keeps_keys_and_values, run_costs
 from offload_moe.schedule.policy import DEFAULT_POLICY
 from offload_moe.simulate import (
     DiskModel,
@@ -21,6 +22,7 @@ from offload_moe.simulate import (
     simulation_to_json,
     synthetic_trace,
 )
+from offload_moe.simulate.run import SlotsFor
 from offload_moe.simulate.synthetic import REUSE, SKEW
 from offload_moe.sizes import format_size
 from offload_moe.tiers.disk import PART_BYTES, readers_for
@@ -97,6 +99,7 @@ def simulate_plan(
         LinkModel(bytes_per_s=rates.link, latency_s=rates.link_latency_s),
         LookaheadModel(recall=recall),
         num_warm_up=1 if len(answers) > 1 else 0,
+        slots_for=_lent_room(plan),
     )
     workload = str(json.loads(trace.metadata).get("model") or "a trace")
     return PlanSimulation(plan=plan, pools=pools, costs=costs, recall=recall, workload=workload, result=result)
@@ -138,6 +141,13 @@ def _check_shape(trace: Trace, shape: ModelShape) -> None:
             "The trace has {} MoE layers, {} experts and top-{}, ".format(*has)
             + "the model {}, {} and top-{}. Record one of this model with `offload-moe profile`.".format(*needs)
         )
+
+
+def _lent_room(plan: Plan) -> SlotsFor | None:
+    """Slots borrow the room of a context that is not there yet, see `offload_moe.plan.room.may_lend`."""
+    if plan.machine.has_device or not keeps_keys_and_values(plan.shape):
+        return None
+    return ContextRoom(plan.shape, plan.machine.dtype, plan.placement, resize=int, lends=True).slots_for
 
 
 def _recall(trace: Trace) -> tuple[float, ...]:

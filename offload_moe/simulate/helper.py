@@ -9,17 +9,17 @@ from offload_moe.schedule.lease import Lease
 from offload_moe.schedule.loans import HEAR_S, Loans
 from offload_moe.schedule.scheduler import Scheduler
 from offload_moe.simulate.clock import VirtualClock, VirtualCondition
+from offload_moe.simulate.costs import RunCosts
 
 
 class Helper:
     """Gives a ride what it asks for, one thing after another; whoever asks meanwhile waits."""
 
-    def __init__(self, clock: VirtualClock, scheduler: Scheduler, loans: Loans, ask_host_s: float) -> None:
-        """ask_host_s: from being asked until the scheduler is."""
+    def __init__(self, clock: VirtualClock, scheduler: Scheduler, loans: Loans, costs: RunCosts) -> None:
         self._clock = clock
         self._scheduler = scheduler
         self._loans = loans
-        self._ask_host_s = ask_host_s
+        self._costs = costs
         self._chosen: list[Sequence[int]] = []  # of each layer of the ride, what its router chose
         self._found: list[Sequence[int]] = []  # and how it was found
         self._num_told = 0  # layers that have been accounted for
@@ -34,7 +34,7 @@ class Helper:
         self._chosen, self._found, self._num_told = [], [], 0
         self._may_evict = may_evict
         self._is_busy = True
-        self._clock.after(self._ask_host_s, self._lend)
+        self._clock.after(self._costs.ask_host_s, self._lend)
 
     def routed(self, chosen: Sequence[int], found: Sequence[int]) -> None:
         """The next layer has looked for its experts."""
@@ -58,7 +58,8 @@ class Helper:
     def _attend(self) -> None:
         if not self._is_busy and self._needs:
             self._is_busy = True
-            self._clock.after(self._ask_host_s, self._give)
+            num_layers = max(0, min(self._needs) - self._num_told)
+            self._clock.after(self._costs.ask_host_s + num_layers * self._costs.account_host_s, self._give)
 
     def _give(self) -> None:
         at = min(self._needs)

@@ -38,7 +38,7 @@ class VirtualRides:
         self._reads = VirtualReads(residents, disk, disk.record_bytes)
         loans = Loans(scheduler, cast(Reads, self._reads))  # which it is, but for the C behind it
         scheduler.loans = loans
-        self._helper = Helper(clock, scheduler, loans, costs.ask_host_s)
+        self._helper = Helper(clock, scheduler, loans, costs)
 
     def forward(self, experts: NDArray[Any], guess: Callable[[int], Guesses]) -> None:
         """experts ``[L, K]``. guess: what a layer foretells of those behind it."""

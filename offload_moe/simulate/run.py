@@ -1,7 +1,10 @@
 """Answers through the virtual runtime, and what came of it."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
 
 from offload_moe.schedule.counters import Counters
 from offload_moe.simulate.costs import DiskModel, LinkModel, LookaheadModel, RunCosts
@@ -9,12 +12,15 @@ from offload_moe.simulate.result import Simulation
 from offload_moe.simulate.runtime import VirtualPools, VirtualRuntime
 from offload_moe.simulate.workload import Answer
 
+SlotsFor = Callable[[int, int], int]
+
 
 class _Totals:
     """Sums over the answers that count."""
 
-    def __init__(self, runtime: VirtualRuntime) -> None:
+    def __init__(self, runtime: VirtualRuntime, slots_for: SlotsFor | None) -> None:
         self._runtime = runtime
+        self._slots_for = slots_for
         self.prompt_s: list[float] = []
         self.token_s: list[float] = []
         self.num_prompt_tokens = 0
@@ -24,16 +30,22 @@ class _Totals:
     def add(self, answer: Answer, chunk_tokens: int) -> None:
         runtime = self._runtime
         chunks = range(0, len(answer.prompt), chunk_tokens)
-        seconds = sum(runtime.forward(answer.prompt[start : start + chunk_tokens]) for start in chunks)
+        seconds = sum(self._forward(answer.prompt[start : start + chunk_tokens], start) for start in chunks)
         if chunks:
             self.prompt_s.append(seconds)
             self.num_prompt_tokens += len(answer.prompt)
         fast, ram, waited = runtime.scheduler.counters.copy(), runtime.ram.counters.copy(), runtime.processor.waited_s
         for row in range(len(answer.decode)):
-            self.token_s.append(runtime.forward(answer.decode[row : row + 1]))
+            self.token_s.append(self._forward(answer.decode[row : row + 1], len(answer.prompt) + row))
         self.fast = _add(self.fast, runtime.scheduler.counters.since(fast))
         self.ram = _add(self.ram, runtime.ram.counters.since(ram))
         self.device_wait_s += runtime.processor.waited_s - waited
+
+    def _forward(self, experts: NDArray[Any], num_before: int) -> float:
+        """experts ``[T, L, K]``, behind so many tokens. Returns the seconds it took."""
+        if self._slots_for is not None:
+            self._runtime.resize(self._slots_for(num_before + len(experts), len(experts)))
+        return self._runtime.forward(experts)
 
 
 def simulate(
@@ -46,15 +58,17 @@ def simulate(
     *,
     num_warm_up: int = 0,
     chunk_tokens: int = 1 << 30,
+    slots_for: SlotsFor | None = None,
 ) -> Simulation:
     """Answer one after another from a cold start. num_warm_up: answers at the beginning that are not counted.
 
-    chunk_tokens: the most prompt tokens of one forward.
+    chunk_tokens: the most prompt tokens of one forward. slots_for: how many slots of the fast tier there are while a
+    forward brings a context to so many tokens by so many; None: always those of the pools.
     """
     runtime = VirtualRuntime(pools, costs, disk, link, lookahead)
     for answer in answers[:num_warm_up]:
-        _Totals(runtime).add(answer, chunk_tokens)
-    totals = _Totals(runtime)
+        _Totals(runtime, slots_for).add(answer, chunk_tokens)
+    totals = _Totals(runtime, slots_for)
     for answer in answers[num_warm_up:]:
         totals.add(answer, chunk_tokens)
     return _summary(totals, has_device=pools.num_device_slots > 0)

@@ -66,6 +66,15 @@ class VirtualRuntime:
         is_whole = self.scheduler.residency.num_slots >= pools.num_layers * pools.num_experts
         self._guesser = Guesser(self.clock, LookaheadModel() if lookahead is None or is_whole else lookahead)
 
+    def resize(self, num_slots: int) -> None:
+        """Have so many slots in the fast tier, as `offload_moe.schedule.hierarchy.Hierarchy.resize` does."""
+        num_slots = min(num_slots, self._pools.num_layers * self._pools.num_experts)
+        num_before = self.scheduler.residency.num_slots
+        if num_slots > num_before:
+            self.scheduler.grow(num_slots)
+        elif num_slots < num_before:
+            self.scheduler.shrink(num_slots)
+
     def forward(self, experts: NDArray[Any]) -> float:
         """experts ``[T, L, K]``. Returns the seconds it took."""
         began = self.clock.now

@@ -100,6 +100,22 @@ def test_more_slots_and_a_faster_disk_are_faster(trace: Trace) -> None:
     assert slow.decode_tokens_per_s < speeds[1]
 
 
+def test_slots_come_and_go_with_the_context(trace: Trace) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def slots_for(num_tokens: int, num_new: int) -> int:
+        asked.append((num_tokens, num_new))
+        return 40 if num_tokens <= 30 else 10
+
+    answers = answers_of(trace, prompt_tokens=20)
+    result = simulate(answers, pools(10 / 64), COSTS, DISK, chunk_tokens=16, slots_for=slots_for)
+    assert asked[:4] == [(16, 16), (20, 4), (21, 1), (22, 1)]
+    few, many = (simulate(answers, pools(count / 64), COSTS, DISK, chunk_tokens=16) for count in (10, 40))
+    assert few.hit_rate < result.hit_rate < many.hit_rate
+    rides = simulate(answers, pools(10 / 64), replace(COSTS, rides=True), DISK, slots_for=slots_for)
+    assert few.hit_rate < rides.hit_rate < many.hit_rate
+
+
 def test_one_slot_is_enough(trace: Trace) -> None:
     result = run(trace, replace(pools(1.0), num_ram_slots=1))
     assert result.hit_rate < 0.1

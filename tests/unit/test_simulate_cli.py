@@ -61,6 +61,15 @@ def test_a_trace_of_another_model_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert "2 MoE layers, 8 experts and top-2" in capsys.readouterr().err
 
 
+def test_slots_borrow_the_room_of_a_context_that_is_not_there_yet() -> None:
+    config = str(CONFIGS / "granite-3.0-1b-a400m.json")
+    short, long = (make_plan(config, Machine(ram_bytes=GIB), context=context) for context in (128, 2048))
+    rates = [simulate_plan(plan, prompt_tokens=8, num_tokens=8).result.hit_rate for plan in (short, long)]
+    num_planned = [plan.placement.ram.num_slots for plan in (short, long)]
+    assert num_planned[1] < 0.9 * num_planned[0]
+    assert rates[1] > 0.98 * rates[0]
+
+
 def test_the_plan_and_the_simulation_agree_where_nothing_is_missed() -> None:
     plan = make_plan(MIXTRAL, Machine(ram_bytes=64 * GIB), context=1024)
     assert plan.speed is not None

@@ -87,6 +87,8 @@ def test_lent_slots_cost_hits_and_few() -> None:
 def test_the_longer_an_ask_takes_the_slower_the_token() -> None:
     speeds = [run(0.3, replace(COSTS, ask_host_s=seconds)).decode_tokens_per_s for seconds in (4e-3, 1e-3, 1e-5)]
     assert speeds == sorted(speeds)
+    slow_accounts = run(0.3, replace(COSTS, account_host_s=2e-3)).decode_tokens_per_s
+    assert slow_accounts < run(0.3).decode_tokens_per_s
     slow_turns = run(0.3, disk=replace(DISK, turn_s=2e-3)).decode_tokens_per_s
     assert slow_turns < run(0.3).decode_tokens_per_s
 
