@@ -49,7 +49,7 @@ class AskWatch:
             yield
 
     def delays(self) -> list[tuple[int, int, int, float]]:
-        """Layers that were accounted for first, reads, how many asks had so many of both, and the median of the seconds
+        """Layers that were accounted for first, reads, how many asks had so many of both, and the mean of the seconds
         until the last of the reads began.
         """
         delays: dict[tuple[int, int], list[float]] = defaultdict(list)
@@ -57,7 +57,7 @@ class AskWatch:
             if ask.begun:
                 num_reads = min(len(ask.begun), self._num_readers)
                 delays[ask.num_layers, num_reads].append(ask.begun[num_reads - 1] - ask.at)
-        return [(*kind, len(seconds), statistics.median(seconds)) for kind, seconds in sorted(delays.items())]
+        return [(*kind, len(seconds), statistics.mean(seconds)) for kind, seconds in sorted(delays.items())]
 
     def _see_start(self, *_: Any) -> None:
         self.num_rides += 1

@@ -47,14 +47,13 @@ class Fitter:
         self._fit_disk(partial)
 
     def _asking(self, shares: Sequence[float]) -> list[float]:
-        """Seconds until a request is heard, more for each layer before it, and for each read that follows."""
-        delays = np.array([delay for share in shares for trial in self._trials(share) for delay in trial["ask_delays"]])
-        if len(delays) == 0:
-            return [0.0, 0.0, 0.0]
-        num_layers, num_reads, counts, seconds = delays.T
-        columns, weights = np.stack([np.ones_like(counts), num_layers, num_reads], axis=1), np.sqrt(counts)
-        found = np.linalg.lstsq(columns * weights[:, None], seconds * weights, rcond=None)[0]
-        return [max(0.0, value) for value in found.tolist()]
+        """Seconds until a request is heard, more for each layer before it, and for each read that follows.
+
+        Means of each trial, as those make a token's time, and the median of the trials.
+        """
+        trials = zip(*(self._trials(share) for share in shares), strict=True)
+        found = [_plane([delay for trial in same for delay in trial["ask_delays"]]) for same in trials]
+        return [statistics.median(values) for values in zip(*found, strict=True)]
 
     def _fit_disk(self, shares: Sequence[float]) -> None:
         """Where little is missing, a read is alone and takes a stream's time; where much is, reads share the disk."""
@@ -115,7 +114,9 @@ class Fitter:
         return {"costs": asdict(self._costs), "disk": asdict(self._disk)}
 
     def _resident_costs(self) -> RunCosts:
-        """Parts as recorded with everything resident, scaled to what a token took without recording."""
+        """Parts as recorded with everything resident, all of them scaled to what a token took without recording: the
+        machine was slower or quicker then, not its work between layers.
+        """
         trace = self._trace
         assert trace.forwards is not None
         assert trace.is_prompt is not None
@@ -124,11 +125,11 @@ class Fitter:
         forwards = trace.forwards[~trace.is_prompt]
         experts_s = float(trace.compute_s[forwards].sum() / len(forwards))
         forward_s = float(trace.forward_s[forwards].sum() / len(forwards))
-        whole_s = self._busy_s[1.0]
-        scale = min(1.0, whole_s / forward_s)
+        outside_s = max(0.0, 1 / self._measured["recorded"]["decode_tokens_per_s"] - forward_s)
+        scale = self._busy_s[1.0] / (forward_s + outside_s)
         num_layers = trace.num_layers
         return RunCosts(
-            token_host_s=whole_s - scale * forward_s,
+            token_host_s=scale * outside_s,
             layer_host_s=scale * (forward_s - experts_s) / num_layers,
             expert_s=scale * experts_s / num_layers / trace.top_k,
         )
@@ -142,6 +143,16 @@ class Fitter:
     def _trials(self, share: float) -> list[dict[str, Any]]:
         trials: list[dict[str, Any]] = self._measured["budgets"][str(share)]
         return trials
+
+
+def _plane(delays: Sequence[Sequence[float]]) -> list[float]:
+    """What `AskWatch.delays` grows by: at all, per layer, and per read."""
+    if not delays:
+        return [0.0, 0.0, 0.0]
+    num_layers, num_reads, counts, seconds = np.array(delays).T
+    columns, weights = np.stack([np.ones_like(counts), num_layers, num_reads], axis=1), np.sqrt(counts)
+    found = np.linalg.lstsq(columns * weights[:, None], seconds * weights, rcond=None)[0]
+    return [max(0.0, value) for value in found.tolist()]
 
 
 def _ascending(values: Sequence[float]) -> list[float]:
