@@ -28,7 +28,7 @@ class AskWatch:
     def __init__(self, num_readers: int) -> None:
         self.num_rides = 0
         self._num_readers = num_readers
-        self._began = self._waiting_since = 0.0
+        self._heard_at = 0.0
         self._asks: list[_Ask] = []
         self._is_asked = False
         self._num_layers = 0  # accounted for last
@@ -38,7 +38,6 @@ class AskWatch:
         """Of all models, so there should be one."""
         seen = {
             (RunKernel, "start"): self._see_start,
-            (Ride, "next"): self._see_wait,
             (LayerRun, "_note_passed"): self._see_account,
             (LayerRun, "_acquire"): self._see_ask,
             (DiskMover, "_read_patiently"): self._see_read,
@@ -46,31 +45,34 @@ class AskWatch:
         with ExitStack() as stack:
             for (owner, name), see in seen.items():
                 stack.enter_context(patch.object(owner, name, _seen_by(see, getattr(owner, name))))
+            stack.enter_context(patch.object(Ride, "next", self._heard_from(Ride.next)))
             yield
 
     def delays(self) -> list[tuple[int, int, int, float]]:
-        """Layers that were accounted for first, reads, how many asks had so many of both, and the mean of the seconds
-        until the last of the reads began.
+        """Layers that were accounted for first, reads, how many asks had so many of both, and the median of the seconds
+        from hearing of it until the last of the reads began.
         """
         delays: dict[tuple[int, int], list[float]] = defaultdict(list)
         for ask in self._asks:
             if ask.begun:
                 num_reads = min(len(ask.begun), self._num_readers)
                 delays[ask.num_layers, num_reads].append(ask.begun[num_reads - 1] - ask.at)
-        return [(*kind, len(seconds), statistics.mean(seconds)) for kind, seconds in sorted(delays.items())]
+        return [(*kind, len(seconds), statistics.median(seconds)) for kind, seconds in sorted(delays.items())]
 
     def _see_start(self, *_: Any) -> None:
         self.num_rides += 1
-        self._began, self._is_asked = time.perf_counter(), False
 
-    def _see_wait(self, *_: Any) -> None:
-        self._waiting_since, self._is_asked = time.perf_counter(), False
+    def _heard_from(self, listen: Any) -> Any:
+        def heard(*arguments: Any) -> Any:
+            said = listen(*arguments)
+            self._heard_at, self._is_asked = time.perf_counter(), False
+            return said
 
-    def _see_ask(self, run: LayerRun, token: Any, at: int) -> None:
-        asked_at = self._began + token.times[at, 0].item()
-        self._is_asked = asked_at > self._waiting_since  # else it first waited for what Python was doing
-        if self._is_asked:
-            self._asks.append(_Ask(asked_at, self._num_layers))
+        return heard
+
+    def _see_ask(self, *_: Any) -> None:
+        self._is_asked = True
+        self._asks.append(_Ask(self._heard_at, self._num_layers))
 
     def _see_account(self, run: LayerRun, token: Any, first: int, end: int, account: Any) -> None:
         self._num_layers = end - first

@@ -47,10 +47,7 @@ class Fitter:
         self._fit_disk(partial)
 
     def _asking(self, shares: Sequence[float]) -> list[float]:
-        """Seconds until a request is heard, more for each layer before it, and for each read that follows.
-
-        Means of each trial, as those make a token's time, and the median of the trials.
-        """
+        """Seconds that a request takes, more for each layer before it, and for each read. The median of the trials."""
         trials = zip(*(self._trials(share) for share in shares), strict=True)
         found = [_plane([delay for trial in same for delay in trial["ask_delays"]]) for same in trials]
         return [statistics.median(values) for values in zip(*found, strict=True)]
@@ -123,9 +120,9 @@ class Fitter:
         assert trace.forward_s is not None
         assert trace.compute_s is not None
         forwards = trace.forwards[~trace.is_prompt]
-        experts_s = float(trace.compute_s[forwards].sum() / len(forwards))
-        forward_s = float(trace.forward_s[forwards].sum() / len(forwards))
-        outside_s = max(0.0, 1 / self._measured["recorded"]["decode_tokens_per_s"] - forward_s)
+        experts_s = float(np.median(trace.compute_s[forwards].sum(axis=1)))
+        forward_s = float(np.median(trace.forward_s[forwards]))
+        outside_s = max(0.0, self._measured["recorded"]["median_token_s"] - forward_s)
         scale = self._busy_s[1.0] / (forward_s + outside_s)
         num_layers = trace.num_layers
         return RunCosts(

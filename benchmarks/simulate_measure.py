@@ -1,9 +1,12 @@
 """Decode of a store at several numbers of slots, for simulate_validation.py: the same answers every time."""
 
 import json
+import statistics
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +98,7 @@ def answers(
 ) -> dict[str, float]:
     """Several answers, hot sampling; the sums of those that count, per decoded token."""
     counted: list[dict[str, float]] = []
+    gaps: list[float] = []
     with model.trace() if trace_file is not None else nullcontext() as recorder:
         for seed in range(num_answers):
             ids = torch.tensor([[(i * 37 + seed * 101) % 20000 + 300 for i in range(prompt)]])
@@ -102,8 +106,10 @@ def answers(
             with stream_tokens(model.hf, None, ids, **sampling) as stream:
                 next(iter(stream))
                 before = model.stats.copy()
-                num_decoded = sum(1 for _ in stream)
+                times = [time.perf_counter() for _ in stream]
+                num_decoded = len(times)
                 spent = model.stats.since(before)
+                gaps += [late - early for early, late in pairwise(times)] if seed >= num_warm_up else []
                 counted.append({"tokens": num_decoded, "decode_s": stream.decode_s, "stall_s": spent.stall_s,
                                 "hits": spent.num_hits, "accesses": spent.num_accesses, "waves": spent.num_waves,
                                 "prompt_s": stream.prompt_s})  # fmt: skip
@@ -112,6 +118,7 @@ def answers(
     total = {name: sum(answer[name] for answer in counted[num_warm_up:]) for name in counted[0]}
     return {
         "decode_tokens_per_s": total["tokens"] / total["decode_s"],
+        "median_token_s": statistics.median(gaps),
         "stall_s": total["stall_s"] / total["tokens"],
         "waves": total["waves"] / total["tokens"],
         "hit_rate": total["hits"] / total["accesses"],
