@@ -39,8 +39,8 @@ class Rates:
     wave_s: float = 0.1e-3
     probe_s: float = 0.1e-3
     ride_layer_s: float = 0.15e-3
-    ask_s: float = 1e-3
-    turn_s: float = 0.3e-3
+    ask_s: float = 0.5e-3
+    turn_s: float = 0.2e-3
     disk_latency_s: float = 0.1e-3
     link_latency_s: float = 30e-6
 
