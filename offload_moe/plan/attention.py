@@ -32,6 +32,20 @@ class AttentionShape:
     cache_layers: tuple[CacheLayer, ...]
     works: tuple[AttentionWork, ...]
 
+    @property
+    def keeps_all_tokens(self) -> bool:
+        """Whether keys and values, or latents, of all tokens are all that layers keep."""
+        return all(layer.is_complete and layer.window is None and not layer.fixed for layer in self.cache_layers)
+
+    @property
+    def has_latents(self) -> bool:
+        return any(work.scores for work in self.works)
+
+    @property
+    def writes_scores(self) -> bool:
+        """Of all heads, on the CPU."""
+        return any(work.scores > 1 for work in self.works)
+
 
 def describe_attention(model: "PreTrainedModel", *, is_lean: bool) -> AttentionShape:
     """is_lean: latent attention is absorbed where it can be."""

@@ -182,12 +182,16 @@ def may_lend(hf: PreTrainedModel, shape: ModelShape, placement: Placement) -> bo
     know of all that, and unused room covers it.
     """
     config = hf.config.get_text_config(decoder=True)
-    layers = shape.attention.cache_layers
-    are_plain = all(layer.is_complete and layer.window is None and not layer.fixed for layer in layers)
     attention, has_latents = config._attn_implementation, getattr(config, "kv_lora_rank", None) is not None
     writes_no_scores = attention == (f"{LATENT_ATTENTION}_sdpa" if has_latents else "sdpa")
     gives_back = sys.platform.startswith("linux")  # `Arena.shrink`, and what forwards free
-    return placement.vram is None and are_plain and writes_no_scores and gives_back and not hf.config.is_encoder_decoder
+    return (
+        placement.vram is None
+        and shape.attention.keeps_all_tokens
+        and writes_no_scores
+        and gives_back
+        and not hf.config.is_encoder_decoder
+    )
 
 
 def _held(known: int, num_tokens: int, num_new: int) -> int:

@@ -8,7 +8,7 @@ from offload_moe.errors import BudgetError, ConfigError
 from offload_moe.plan.parameters import ModelShape
 from offload_moe.plan.plan import Plan
 from offload_moe.plan.room import ContextRoom
-from offload_moe.plan.speed import keeps_keys_and_values, run_costs
+from offload_moe.plan.speed import run_costs
 from offload_moe.schedule.policy import DEFAULT_POLICY
 from offload_moe.simulate import (
     DiskModel,
@@ -145,7 +145,8 @@ def _check_shape(trace: Trace, shape: ModelShape) -> None:
 
 def _lent_room(plan: Plan) -> SlotsFor | None:
     """Slots borrow the room of a context that is not there yet, see `offload_moe.plan.room.may_lend`."""
-    if plan.machine.has_device or not keeps_keys_and_values(plan.shape):
+    attention = plan.shape.attention
+    if plan.machine.has_device or not attention.keeps_all_tokens or attention.writes_scores:
         return None
     return ContextRoom(plan.shape, plan.machine.dtype, plan.placement, resize=int, lends=True).slots_for
 

@@ -143,12 +143,5 @@ def run_costs(shape: ModelShape, machine: Machine, settings: Settings, placement
 
 def takes_rides(shape: ModelShape, machine: Machine) -> bool:
     """Whether a decode step is one native call for all layers, see `offload_moe.lean.run`, as far as a config tells."""
-    return not machine.has_device and machine.dtype == torch.float32 and keeps_keys_and_values(shape)
-
-
-def keeps_keys_and_values(shape: ModelShape) -> bool:
-    """Whether that is all that the layers keep, of all tokens, and as they are."""
-    caches = shape.attention.cache_layers
-    are_plain = all(layer.is_complete and layer.window is None and not layer.fixed for layer in caches)
-    has_latents = any("kv_a_proj" in weight.name for weight in shape.dense)
-    return are_plain and not has_latents
+    is_plain = shape.attention.keeps_all_tokens and not shape.attention.has_latents
+    return not machine.has_device and machine.dtype == torch.float32 and is_plain

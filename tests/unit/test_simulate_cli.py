@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from offload_moe.plan import Machine, make_plan
-from offload_moe.plan.simulation import simulate_plan
+from offload_moe.plan.simulation import _lent_room, simulate_plan
+from offload_moe.plan.speed import takes_rides
 from offload_moe.simulate import synthetic_trace
 from offload_moe.trace import save_trace
 from tests.support.plan import GIB
@@ -68,6 +69,19 @@ def test_slots_borrow_the_room_of_a_context_that_is_not_there_yet() -> None:
     num_planned = [plan.placement.ram.num_slots for plan in (short, long)]
     assert num_planned[1] < 0.9 * num_planned[0]
     assert rates[1] > 0.98 * rates[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "lends", "rides"),
+    [("Mixtral-8x7B-v0.1", True, True), ("DeepSeek-V2", True, False), ("gpt-oss-120b", False, False)],
+)
+def test_what_layers_keep_decides_over_lent_room_and_rides(name: str, lends: bool, rides: bool) -> None:
+    """Latents are lent room as in the model, and taken layer by layer; sliding windows neither way."""
+    plan = make_plan(str(CONFIGS / f"{name}.json"), Machine(ram_bytes=64 * GIB))
+    assert (_lent_room(plan) is not None, takes_rides(plan.shape, plan.machine)) == (lends, rides)
+    assert (
+        _lent_room(make_plan(str(CONFIGS / f"{name}.json"), Machine(ram_bytes=64 * GIB, vram_bytes=12 * GIB))) is None
+    )
 
 
 def test_the_plan_and_the_simulation_agree_where_nothing_is_missed() -> None:
