@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from offload_moe import kernels
 from offload_moe.kernels.device import record_linear
 from offload_moe.kernels.planes import Mode
-from offload_moe.quant import Codec, ExpertShape, Matrix
+from offload_moe.quant import Codec, ExpertShape
+from offload_moe.quant.layout import weight_shape
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -108,8 +109,3 @@ def quantize_linear(weight: Tensor, codec: Codec, *, mode: Mode = "fast") -> Qua
     shape = weight_shape(*weight.shape)
     record = kernels.fast_encoding(codec).encode(shape, {"weight": weight})
     return QuantLinear(record[: codec.layout(shape).num_bytes].clone(), shape, codec, mode=mode)
-
-
-def weight_shape(out_features: int, in_features: int) -> ExpertShape:
-    """The record shape of one linear layer without its bias."""
-    return ExpertShape(matrices=(Matrix(name="weight", out_features=out_features, in_features=in_features),))

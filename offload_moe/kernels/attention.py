@@ -11,7 +11,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.kernels.native import library
 from offload_moe.kernels.planes import MODES, Mode, matrix_struct
 from offload_moe.kernels.structs import AttentionStruct, LayerStruct, MatrixStruct, RouterStruct
-from offload_moe.quant.layout import ExpertShape, Matrix, RecordLayout, pack_planes
+from offload_moe.quant.layout import ExpertShape, RecordLayout, pack_planes, weight_shape
 
 HEAD_DIM_STEP = 16  # head dims are multiples of the widest vector
 
@@ -29,10 +29,8 @@ class Linear:
     @classmethod
     def of_fp32(cls, weight: Tensor, bias: Tensor | None = None) -> Self:
         """Of the numbers themselves: weight ``[O, K]``, fp32 and contiguous, is read where it lies."""
-        out_features, in_features = weight.shape
-        shape = ExpertShape(matrices=(Matrix(name="weight", out_features=out_features, in_features=in_features),))
         layout = pack_planes([("weight.values", weight.dtype, tuple(weight.shape))])
-        return cls(codec="fp32", shape=shape, layout=layout, record=weight, bias=bias)
+        return cls(codec="fp32", shape=weight_shape(*weight.shape), layout=layout, record=weight, bias=bias)
 
     def struct(self) -> MatrixStruct:
         return matrix_struct(self.codec, self.shape.matrices[0], self.layout)

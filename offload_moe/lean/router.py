@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from offload_moe import kernels
-from offload_moe.dense import weight_shape
 from offload_moe.lean.probe import REFUSALS, TOLERANCE, agree, probes, structure
 from offload_moe.quant import get_codec
+from offload_moe.quant.layout import weight_shape
 
 NEGLIGIBLE = 1e-30  # experts whose shares vanish are tied, and either choice of them adds nothing
 TIED = 1e-6  # logits nearer than that have shares that may round to the same number

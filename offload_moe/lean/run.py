@@ -27,11 +27,11 @@ from offload_moe.moe.native import NativeArithmetic
 from offload_moe.schedule.accounts import Mark, mark, note_passed, sort_found
 from offload_moe.schedule.hierarchy import Hierarchy
 from offload_moe.schedule.lease import Lease
+from offload_moe.schedule.loans import SLOTS_PER_CHOICE
 from offload_moe.schedule.scheduler import Scheduler
 from offload_moe.tiers.waiting import STEP_S
 
 Rotary = tuple[Tensor, Tensor]
-ROOM = 2  # a layer's experts must all find a slot, beside those of a layer that another thread is in
 
 
 class Step(Protocol):
@@ -121,7 +121,7 @@ class LayerRun:
         recorder, lookahead = self._bound[0].recorder, self._bound[0].lookahead
         return (
             self._chain.is_known
-            and self._scheduler.residency.num_slots >= ROOM * self._top_k
+            and self._scheduler.residency.num_slots >= SLOTS_PER_CHOICE * self._top_k
             and all(bound.lookahead is lookahead and bound.recorder is recorder for bound in self._bound)
             and not any(self._expert_hooks)
             and have_only_onlookers(self._layer_hooks)

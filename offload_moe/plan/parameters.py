@@ -15,10 +15,10 @@ from torch import nn
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
 from offload_moe.checkpoint.linears import projection_linears
 from offload_moe.checkpoint.skeleton import build_skeleton
-from offload_moe.dense import weight_shape
 from offload_moe.errors import UnsupportedModelError
 from offload_moe.plan.attention import AttentionShape, describe_attention
 from offload_moe.quant import ExpertShape, Matrix
+from offload_moe.quant.layout import weight_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

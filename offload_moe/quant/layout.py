@@ -114,3 +114,8 @@ def pack_planes(planes: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> Recor
 
 def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+def weight_shape(out_features: int, in_features: int) -> ExpertShape:
+    """The record shape of one linear layer without its bias."""
+    return ExpertShape(matrices=(Matrix(name="weight", out_features=out_features, in_features=in_features),))

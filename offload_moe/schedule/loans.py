@@ -10,6 +10,7 @@ from offload_moe.kernels import DONE, FAILED, READING, Reads
 if TYPE_CHECKING:
     from offload_moe.schedule.scheduler import Scheduler
 
+SLOTS_PER_CHOICE = 2  # that a run wants: for a layer's experts, beside those of a layer that another thread is in
 SLOTS_PER_LOAN = 24  # one slot of so many is lent, and empty until a run needs it
 MOST_LOANS = 12
 HEAR_S = 0.002  # how often one who waits for a run's read asks whether it is done

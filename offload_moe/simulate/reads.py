@@ -57,10 +57,9 @@ class _News:
 class VirtualReads:
     """What `schedule.loans.Loans` asks of `kernels.Reads`, and what a ride does with it. The disk is the mover's."""
 
-    def __init__(self, residents: VirtualResidents, disk: VirtualDisk, record_bytes: int) -> None:
+    def __init__(self, residents: VirtualResidents, disk: VirtualDisk) -> None:
         self._residents = residents
         self._disk = disk
-        self._record_bytes = record_bytes
         self._spares: list[int] = []
         self._least_spares = 0
         self._reading: dict[int, _News] = {}  # by slot
@@ -110,7 +109,7 @@ class VirtualReads:
         return news
 
     def num_bytes(self, key: int) -> int:
-        return self._record_bytes
+        return self._disk.record_bytes
 
     def close(self) -> None:
         pass

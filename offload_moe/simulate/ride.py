@@ -35,7 +35,7 @@ class VirtualRides:
         residents = scheduler.residency.lookup
         assert isinstance(residents, VirtualResidents)
         self._residents = residents
-        self._reads = VirtualReads(residents, disk, disk.record_bytes)
+        self._reads = VirtualReads(residents, disk)
         loans = Loans(scheduler, cast(Reads, self._reads))  # which it is, but for the C behind it
         scheduler.loans = loans
         self._helper = Helper(clock, scheduler, loans, costs)

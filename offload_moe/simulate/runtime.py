@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from offload_moe.schedule.loans import SLOTS_PER_CHOICE
 from offload_moe.schedule.policy import DEFAULT_POLICY, LRU, make_policy
 from offload_moe.schedule.residency import Lookup, Residency
 from offload_moe.schedule.scheduler import Scheduler
@@ -22,8 +23,6 @@ from offload_moe.simulate.processor import DeviceProcessor, Processor
 from offload_moe.simulate.reads import VirtualResidents
 from offload_moe.simulate.ride import VirtualRides
 from offload_moe.tiers.mover import Mover
-
-SLOTS_OF_A_RIDE = 2  # for each of a layer's experts, as `offload_moe.lean.run` wants them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +82,7 @@ class VirtualRuntime:
         if num_tokens != 1:
             self._guesser.pause()
         rides = self._rides
-        if num_tokens == 1 and rides is not None and self.ram.residency.num_slots >= SLOTS_OF_A_RIDE * top_k:
+        if num_tokens == 1 and rides is not None and self.ram.residency.num_slots >= SLOTS_PER_CHOICE * top_k:
             rides.forward(experts[0], lambda layer: self._guess(layer, experts[0]))
         else:
             for layer in range(num_layers):

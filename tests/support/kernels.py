@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from offload_moe import kernels
-from offload_moe.dense import weight_shape
 from offload_moe.errors import ConfigError
 from offload_moe.kernels.native import INSTRUCTION_SETS
 from offload_moe.quant import ExpertShape, Matrix, RecordLayout, get_codec
+from offload_moe.quant.layout import weight_shape
 
 
 def runnable_sets() -> list[str]:

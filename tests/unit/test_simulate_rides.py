@@ -109,7 +109,7 @@ def test_guesses_are_fetched_by_the_ride() -> None:
 
 def test_a_wrong_guess_that_is_not_being_read_leaves_its_slot_lent() -> None:
     clock, residents = VirtualClock(), VirtualResidents()
-    reads = VirtualReads(residents, VirtualDisk(clock, replace(DISK, num_readers=1), RECORD), RECORD)
+    reads = VirtualReads(residents, VirtualDisk(clock, replace(DISK, num_readers=1), RECORD))
     for slot in (7, 8):
         reads.lend(slot)
     assert all(reads.fetch(key, is_prefetch=True) for key in (3, 4))
