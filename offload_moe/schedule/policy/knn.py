@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from offload_moe.schedule.policy.native_ranking import make_ranking
+from offload_moe.schedule.policy.ranking import Passed
 
 HALF_LIFE_PER_SHARE = 10.0  # tokens until a reuse is worth half, were there a slot for every expert
 LAYERS_PER_RANKING = 2  # that many layers are ranked at once: fewer calls, slightly staler ranks
@@ -101,14 +102,16 @@ class KNN:
         """Learn from the layers passed since the last ranking, and rank their experts for the next token."""
         first, end = self._ranked, self._position + 1
         self.ranking.rank(
-            self._pending,
-            self._shares,
-            first * self._num_experts,
-            end * self._num_experts,
-            end - first,
-            observes=not self._is_chunk,
-            learns=not (self._is_chunk or self._is_partial),
-            num_tokens=self._num_tokens,
+            Passed(
+                keys=self._pending,
+                shares=self._shares,
+                first=first * self._num_experts,
+                end=end * self._num_experts,
+                num_layers=end - first,
+                num_tokens=self._num_tokens,
+                observes=not self._is_chunk,
+                learns=not (self._is_chunk or self._is_partial),
+            )
         )
         self._pending, self._shares = [], []
         self._ranked = self._position + 1

@@ -7,11 +7,10 @@ A decode step's experts have just passed through the caches, and thirty calls of
 
 import ctypes
 from array import array
-from collections.abc import Sequence
 
 from offload_moe.native import load_for_short_calls
 from offload_moe.schedule.policy.history import NUM_NEIGHBOURS, SHARPNESS
-from offload_moe.schedule.policy.ranking import Ranking
+from offload_moe.schedule.policy.ranking import Passed, Ranking
 from offload_moe.schedule.policy.reuse import SHRINKAGE
 
 
@@ -40,34 +39,23 @@ class NativeRanking(Ranking):
             shrinkage=SHRINKAGE,
             **{name: values.ctypes.data for name, values in arrays.items()},
         )
-        self._passed = _PassedStruct()
-        self._addresses = ctypes.addressof(self._struct), ctypes.addressof(self._passed)
+        self._given = _PassedStruct()
+        self._addresses = ctypes.addressof(self._struct), ctypes.addressof(self._given)
         self._native = library.om_rank
         self._native.argtypes, self._native.restype = [ctypes.c_void_p] * 2, None
 
-    def rank(
-        self,
-        keys: Sequence[int],
-        shares: Sequence[float],
-        first: int,
-        end: int,
-        num_layers: int,
-        *,
-        observes: bool,
-        learns: bool,
-        num_tokens: int,
-    ) -> None:
-        assert len(keys) == len(shares)
-        used_keys, used_shares = array("i", keys), array("f", shares)
-        passed = self._passed
-        passed.keys, passed.num_keys = used_keys.buffer_info()
-        passed.shares = used_shares.buffer_info()[0]
-        passed.first, passed.end = first, end
-        passed.decay = self.history.fade(len(keys), num_layers) if observes else 1.0
-        passed.matchable = self.history.matchable
-        passed.slow_step, passed.fast_step = self.reuse.steps(num_tokens)
-        passed.discount = self.discount
-        passed.observes, passed.learns = observes, learns and self.reuse.is_learning
+    def rank(self, passed: Passed) -> None:
+        assert len(passed.keys) == len(passed.shares)
+        keys, shares = array("i", passed.keys), array("f", passed.shares)
+        given = self._given
+        given.keys, given.num_keys = keys.buffer_info()
+        given.shares = shares.buffer_info()[0]
+        given.first, given.end = passed.first, passed.end
+        given.decay = self.history.fade(len(keys), passed.num_layers) if passed.observes else 1.0
+        given.matchable = self.history.matchable
+        given.slow_step, given.fast_step = self.reuse.steps(passed.num_tokens)
+        given.discount = self.discount
+        given.observes, given.learns = passed.observes, passed.learns and self.reuse.is_learning
         self._native(*self._addresses)
 
 

@@ -4,11 +4,29 @@ Shapes: X all experts of the pool.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from offload_moe.schedule.policy.history import History
 from offload_moe.schedule.policy.reuse import ReuseModel
+
+
+class Passed(NamedTuple):
+    """Layers that were passed: their experts are `first` to `end`.
+
+    keys: what they used. shares: of the `num_tokens` tokens that used them. observes: keep it as this token's routing.
+    learns: let it change what the features are worth.
+    """
+
+    keys: Sequence[int]
+    shares: Sequence[float]
+    first: int
+    end: int
+    num_layers: int
+    num_tokens: int
+    observes: bool
+    learns: bool
 
 
 class Ranking:
@@ -31,30 +49,16 @@ class Ranking:
         self.history.use_discount(discount)
         self.reuse.use_discount(discount)
 
-    def rank(
-        self,
-        keys: Sequence[int],
-        shares: Sequence[float],
-        first: int,
-        end: int,
-        num_layers: int,
-        *,
-        observes: bool,
-        learns: bool,
-        num_tokens: int,
-    ) -> None:
-        """Learn from layers that were passed, and rank their experts, `first` to `end`, for the next token.
-
-        keys: what these layers used. shares: of the `num_tokens` tokens that used them. observes: keep it as this
-        token's routing. learns: let it change what the features are worth.
-        """
-        used_keys = np.array(keys, dtype=np.intp)
+    def rank(self, passed: Passed) -> None:
+        """Learn from layers that were passed, and rank their experts for the next token."""
+        first, end = passed.first, passed.end
+        keys = np.array(passed.keys, dtype=np.intp)
         used = np.zeros(end - first, dtype=np.float32)
-        used[used_keys - first] = shares
-        if observes:
-            self.history.observe(used_keys, num_layers)
+        used[keys - first] = passed.shares
+        if passed.observes:
+            self.history.observe(keys, passed.num_layers)
         foretold, trust = self.history.foretells(first, end)
-        worth = self.reuse.update(first, end, used, foretold, trust, learns, num_tokens)
+        worth = self.reuse.update(first, end, used, foretold, trust, passed.learns, passed.num_tokens)
         self.worth[first:end] = worth
         np.add(worth * self.discount, self.absent[first:end], out=self.order[first:end])
 
