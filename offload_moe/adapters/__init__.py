@@ -7,7 +7,7 @@ place. Model code stays transformers' own: only the forward of the module that o
 from torch import nn
 
 from offload_moe.adapters import dbrx, jetmoe, llama4, longcat_flash, nllb_moe, step3p7, switch_transformers
-from offload_moe.adapters.protocol import Adapter, Between, Bound, Description, Part, Quirks
+from offload_moe.adapters.protocol import Adapter, Between, Bound, Description, Part
 
 ADAPTERS: tuple[Adapter, ...] = (
     dbrx.ADAPTER,
@@ -31,4 +31,4 @@ def is_left_alone(module: nn.Module) -> bool:
     return any(kind.__name__ in adapter.left_alone and f".{adapter.family}." in kind.__module__ for adapter in ADAPTERS)
 
 
-__all__ = ["ADAPTERS", "Adapter", "Between", "Bound", "Description", "Part", "Quirks", "find_adapter", "is_left_alone"]
+__all__ = ["ADAPTERS", "Adapter", "Between", "Bound", "Description", "Part", "find_adapter", "is_left_alone"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from offload_moe.adapters.protocol import Adapter, Between, Bound, Description, Part, Quirks
+from offload_moe.adapters.protocol import Adapter, Between, Bound, Description, Part
 from offload_moe.adapters.shapes import DOWN, GATED, gated_shape
 
 
@@ -26,7 +26,7 @@ def describe(module: Any) -> Description:
             GATED: (Part(parameter="mlp.w1", num_rows=num_rows), Part(parameter="mlp.v1", num_rows=num_rows)),
             DOWN: (Part(parameter="mlp.w2", num_rows=num_rows, is_transposed=True),),
         },
-        between=Between(has_gate=True, act_fn=act_fn, apply_gate=apply_gate, quirks=Quirks(has_untransposed_down=True)),
+        between=Between(has_gate=True, act_fn=act_fn, apply_gate=apply_gate),
     )
 
 

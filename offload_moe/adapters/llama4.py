@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload_moe.adapters.protocol import Adapter, Between, Bound, Description, Part, Quirks
+from offload_moe.adapters.protocol import Adapter, Between, Bound, Description, Part
 from offload_moe.adapters.shapes import DOWN, GATED, gated_shape
 
 
@@ -24,7 +24,7 @@ def describe(module: Any) -> Description:
         num_experts=experts.num_experts,
         shape=gated_shape(experts.hidden_size, experts.expert_dim, is_transposed=True),
         parts={GATED: (Part(parameter="experts.gate_up_proj"),), DOWN: (Part(parameter="experts.down_proj"),)},
-        between=Between(has_gate=True, act_fn=experts.act_fn, apply_gate=apply_gate, quirks=Quirks(is_batched=True)),
+        between=Between(has_gate=True, act_fn=experts.act_fn, apply_gate=apply_gate),
         is_block=True,
     )
 

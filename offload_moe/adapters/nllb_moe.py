@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from offload_moe.adapters.protocol import Adapter, Between, Bound, Description, Part, Quirks
+from offload_moe.adapters.protocol import Adapter, Between, Bound, Description, Part
 from offload_moe.adapters.shapes import DOWN, PLAIN, plain_shape
 
 TOP_K = 2
@@ -29,7 +29,7 @@ def describe(module: Any) -> Description:
             f"{PLAIN}_bias": (Part(parameter="expert_{}.fc1.bias"),),
             f"{DOWN}_bias": (Part(parameter="expert_{}.fc2.bias"),),
         },
-        between=Between(has_gate=False, act_fn=first.act, quirks=Quirks(pair_scale=1 - module.moe_token_dropout)),
+        between=Between(has_gate=False, act_fn=first.act, pair_scale=1 - module.moe_token_dropout),
     )
 
 

@@ -4,7 +4,7 @@ Shape legend: T tokens, E experts, K top-k, H hidden, I intermediate.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,27 +45,16 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quirks:
-    """Where a family's eager code multiplies the same numbers in a way of its own: the reference follows it to the bit.
-
-    pair_scale: every weighted output is multiplied by it once more.
-    is_batched: every token is multiplied with every expert, so a lone row takes the kernel of several.
-    has_untransposed_down: the last matrix is kept as ``[I, H]`` though the first is not.
-    """
-
-    pair_scale: float = 1.0
-    is_batched: bool = False
-    has_untransposed_down: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Between:
-    """What happens between and after an expert's matrices, in the words of transformers' own contract."""
+    """What happens between and after an expert's matrices, in the words of transformers' own contract.
+
+    pair_scale: every weighted output is multiplied by it once more; decorated classes have none.
+    """
 
     has_gate: bool
     act_fn: Callable[[Tensor], Tensor]
     apply_gate: Callable[[Tensor], Tensor] | None = None
-    quirks: Quirks = field(default_factory=Quirks)
+    pair_scale: float = 1.0
     has_post_expert_norm: bool = False
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:

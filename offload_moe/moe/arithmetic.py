@@ -8,7 +8,7 @@ from torch import Tensor
 
 from offload_moe import kernels
 from offload_moe.moe.activation import recognize_activation
-from offload_moe.moe.contract import ExpertsContract, quirks_of
+from offload_moe.moe.contract import ExpertsContract, pair_scale_of
 from offload_moe.moe.device import DeviceArithmetic
 from offload_moe.moe.native import NativeArithmetic
 from offload_moe.moe.per_expert import ReferenceArithmetic
@@ -56,14 +56,16 @@ def native_arithmetic(
     activation = recognize_activation(module, is_interleaved=shape.is_interleaved)
     if activation is None:
         return None
-    scale = quirks_of(module).pair_scale
+    scale = pair_scale_of(module)
     return NativeArithmetic(shape, codec, activation, has_gate=module.has_gate, pair_scale=scale, is_exact=is_exact)
 
 
 def keeps_eagers_bits(codec: str, device: torch.device, dtype: torch.dtype, *, is_exact: bool) -> bool:
-    """Whether results are to be eager's to the bit.
+    """Whether the operations are to be eager's own, on the same operands and in its order.
 
-    The lossless codec promises that, except where the CPU computes in bf16: eager rounds everywhere there, and the
-    kernels, which sum in fp32, are quicker and nearer to the truth. `is_exact` asks for eager's bits there too.
+    Results then have eager's bits as far as the math library's product of a row depends on its operands alone
+    (MKL's may change with the number of rows). The lossless codec promises that, except where the CPU computes in
+    bf16: eager rounds everywhere there, and the kernels, which sum in fp32, are quicker and nearer to the truth.
+    `is_exact` asks for eager's bits there too.
     """
     return codec == "bf16" and (device.type != "cpu" or is_exact or dtype != torch.bfloat16)

@@ -4,8 +4,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from offload_moe.adapters import Quirks
-
 
 class ExpertsContract(Protocol):
     """The attributes every decorated experts class has; `_offload_moe` is ours."""
@@ -26,6 +24,7 @@ class ExpertsContract(Protocol):
     def post_expert_norm(self, x: Tensor) -> Tensor: ...
 
 
-def quirks_of(module: ExpertsContract) -> Quirks:
-    """What an adapter says of its family's eager code; decorated classes have none."""
-    return getattr(module, "quirks", None) or Quirks()
+def pair_scale_of(module: ExpertsContract) -> float:
+    """What every weighted output is multiplied by once more; only an adapter's module says so."""
+    scale: float = getattr(module, "pair_scale", 1.0)
+    return scale

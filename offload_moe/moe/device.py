@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from offload_moe.kernels.device import keeps_module_order, linear_of
-from offload_moe.moe.contract import ExpertsContract, quirks_of
+from offload_moe.moe.contract import ExpertsContract, pair_scale_of
 from offload_moe.moe.routing import Routing
 from offload_moe.quant import Codec, ExpertShape
 from offload_moe.schedule.lease import Lease, Wave
@@ -31,7 +31,7 @@ class DeviceArithmetic:
     def __init__(self, module: ExpertsContract, shape: ExpertShape, codec: Codec) -> None:
         first, last = (matrix.name for matrix in shape.matrices)
         self._module = module
-        self._pair_scale = quirks_of(module).pair_scale
+        self._pair_scale = pair_scale_of(module)
         self._first = linear_of(shape, codec, first)
         self._last = linear_of(shape, codec, last)
         self._must_interleave = shape.is_interleaved and not keeps_module_order(codec)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from offload_moe.moe.contract import ExpertsContract, quirks_of
+from offload_moe.moe.contract import ExpertsContract, pair_scale_of
 from offload_moe.moe.routing import Routing
 from offload_moe.quant import Codec, ExpertShape
 from offload_moe.schedule.lease import Lease
@@ -19,14 +19,15 @@ from offload_moe.schedule.lease import Lease
 class ReferenceArithmetic:
     """Experts are computed as they arrive and added as eager adds them: by ascending id, in the hidden dtype.
 
-    Decoded, then the same torch operations as eager on the same layout: bit-equal for the lossless codec.
+    Decoded, then the same torch operations as eager: for the lossless codec the same operands, so the same bits
+    wherever the math library's products depend on their operands alone.
     """
 
     def __init__(self, module: ExpertsContract, shape: ExpertShape, codec: Codec) -> None:
         self._module = module
         self._shape = shape
         self._codec = codec
-        self._quirks = quirks_of(module)
+        self._pair_scale = pair_scale_of(module)
 
     def forward(
         self, hidden: Tensor, weights: Tensor, routing: Routing, lease: Lease, record_of: Callable[[int], Tensor]
@@ -41,7 +42,7 @@ class ReferenceArithmetic:
         for wave in lease:
             for expert, slot in wave:
                 pairs = routing.pairs(place_of[expert])
-                output = self._rows(hidden[tokens[pairs]], record_of(slot))
+                output = self.expert(hidden[tokens[pairs]], record_of(slot))
                 outputs[expert] = self._weighted(output, weights[tokens[pairs], places[pairs], None], hidden.dtype)
         total = torch.zeros_like(hidden)
         for index, expert in enumerate(routing.experts):
@@ -71,16 +72,10 @@ class ReferenceArithmetic:
         x = self._activate(self._project(x, tensors, first.name))
         return self._finish(self._project(x, tensors, last.name))
 
-    def _rows(self, x: Tensor, record: Tensor) -> Tensor:
-        """One expert on some of several tokens."""
-        if self._quirks.is_batched and len(x) == 1:
-            return self.expert(x.expand(2, -1), record)[:1]
-        return self.expert(x, record)
-
     def _weighted(self, output: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
         output = output * weights
-        if self._quirks.pair_scale != 1:
-            output = output * self._quirks.pair_scale
+        if self._pair_scale != 1:
+            output = output * self._pair_scale
         return output.to(dtype)
 
     def _activate(self, x: Tensor) -> Tensor:
@@ -92,8 +87,6 @@ class ReferenceArithmetic:
 
     def _project(self, x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
         weight = tensors[name]
-        if self._quirks.has_untransposed_down and name == self._shape.matrices[1].name:
-            weight = weight.T.contiguous().T
         x = x @ weight if self._shape.is_transposed else nn.functional.linear(x, weight)
         bias = tensors.get(f"{name}_bias")
         return x if bias is None else x + bias

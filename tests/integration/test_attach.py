@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.offload import offload
+from support.products import products_of_operands_alone
 from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,6 +20,7 @@ from offload_moe.quant import Codec, ExpertShape
 from offload_moe.tiers.simulated import SimulatedCopier
 
 
+@products_of_operands_alone()
 def prompt_and_decode(model: PreTrainedModel, batch: int) -> Tensor:
     """Logits of a prompt, then of six decode steps with the cache."""
     ids, mask = tiny_prompt(batch, 9)

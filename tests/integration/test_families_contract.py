@@ -7,11 +7,13 @@ import pytest
 import torch
 from support.families import Holder, decorated_classes, tiny_experts
 from support.offload import offload
+from support.products import products_of_operands_alone
 from torch import Tensor, nn
 
 CLASSES = decorated_classes()
 
 
+@products_of_operands_alone()
 def compute(model: nn.Module, num_tokens: int) -> Tensor:
     experts = model.experts
     generator = torch.Generator().manual_seed(num_tokens)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.products import products_of_operands_alone
 from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
 from torch import Tensor
 
@@ -50,6 +51,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @torch.inference_mode()
+@products_of_operands_alone()
 def logits_of(model: Model, batch: int) -> Tensor:
     """Logits of a prompt's last token and of decode steps with given tokens, ``[batch, 1 + STEPS, V]``."""
     ids, mask = tiny_prompt(batch, 9)

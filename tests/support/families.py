@@ -16,6 +16,7 @@ from offload_moe import load
 from offload_moe.checkpoint.skeleton import auto_class
 from offload_moe.model import Model
 from support.checkpoints import write_checkpoint
+from support.products import products_of_operands_alone
 
 PROMPT = torch.tensor([[5, 9, 31, 4, 22, 8, 17, 40, 11], [3, 3, 27, 6, 50, 14, 9, 9, 33]])
 NUM_DECODED = 3
@@ -39,6 +40,7 @@ def both(folder: Path, family: str) -> Iterator[tuple[Model, Any]]:
 
 
 @torch.inference_mode()
+@products_of_operands_alone()
 def prompt_and_decode(hf: Any, prompt: Tensor = PROMPT) -> Tensor:
     """Logits of a prompt and of a few decode steps with the cache, all places of the sequence below each other."""
     if hf.config.is_encoder_decoder:
