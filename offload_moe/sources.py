@@ -6,10 +6,10 @@ from typing import Protocol
 
 from offload_moe import demo
 from offload_moe.checkpoint.source import looks_like_hub_id, resolve_source
-from offload_moe.conversion import MXFP4
+from offload_moe.convert.jobs import MXFP4
+from offload_moe.convert.quantize import DEFAULT, default_codec, quantize
 from offload_moe.errors import CheckpointError
 from offload_moe.paths import cache_dir
-from offload_moe.quantize import DEFAULT, default_codec, quantize
 from offload_moe.store import Progress, is_store
 from offload_moe.stores import resolve
 

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> Path:
     with reporter() as report:
         report("Loading libraries")
-        from offload_moe.quantize import quantize
+        from offload_moe.convert.quantize import quantize
 
         return quantize(
             options.source,

@@ -14,7 +14,7 @@ from ..terminal import safe
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from offload_moe.repair import Damage
+    from offload_moe.convert.repair import Damage
     from offload_moe.store import Store
 
 EXIT_WHOLE, EXIT_DAMAGED = 0, 1
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--source is what to repair from. Add --repair.")
     with reporter() as report:
         report("Loading libraries")
-        from offload_moe.repair import find_damage, restore_sizes
+        from offload_moe.convert.repair import find_damage, restore_sizes
         from offload_moe.store import Store
         from offload_moe.stores import resolve
 
@@ -71,7 +71,7 @@ def _source(store: "Store", named: str | None) -> "Path | str | None":
 
 
 def _repair(store: "Store", damages: "list[Damage]", source: "Path | str | None", report: Reporter) -> "list[Damage]":
-    from offload_moe.repair import repair
+    from offload_moe.convert.repair import repair
 
     return repair(store, damages, source, progress=lambda p: report(p.phase, p.done_bytes, p.total_bytes))
 

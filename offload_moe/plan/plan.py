@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from offload_moe.conversion import LOSSLESS
+from offload_moe.convert.jobs import LOSSLESS
 from offload_moe.errors import ConfigError
 from offload_moe.plan.advice import Change, Shortfall, best_changes, find_shortfalls
 from offload_moe.plan.machine import Machine

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from offload_moe.convert.quantize import quantize
 from offload_moe.errors import CheckpointError, ConfigError, OffloadMoeError, UnsupportedModelError
-from offload_moe.quantize import quantize
 from offload_moe.store import is_store
 from tests.support.checkpoints import write_checkpoint
 

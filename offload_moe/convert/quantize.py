@@ -12,10 +12,10 @@ from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.formats import quantization_settings
 from offload_moe.checkpoint.source import Source, metadata_files, open_download, resolve_source
 from offload_moe.checkpoint.tokenizer import obstacle
-from offload_moe.conversion import LOSSLESS, MXFP4, expert_name, plan_conversion
+from offload_moe.convert.jobs import LOSSLESS, MXFP4, expert_name, plan_conversion
+from offload_moe.convert.source_shards import SourceShards
 from offload_moe.errors import ConfigError
 from offload_moe.quant import Codec, get_codec
-from offload_moe.source_shards import SourceShards
 from offload_moe.store.journal import check_target
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest
 from offload_moe.store.manifest_json import FORMAT_VERSION, manifest_to_json

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.source import looks_like_hub_id, metadata_files, resolve_source
-from offload_moe.conversion import plan_conversion
+from offload_moe.convert.jobs import plan_conversion
 from offload_moe.errors import ConfigError, StoreError
 from offload_moe.quant import get_codec
 from offload_moe.store import Piece, Progress, Store, durable
