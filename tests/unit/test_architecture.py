@@ -33,7 +33,7 @@ FLOW = [
     "model",
     "doctor",
 ]
-COMMON = {"budget", "cores", "errors", "hooks", "native", "sizes", "paths"}
+COMMON = {"budget", "cores", "errors", "hooks", "locks", "native", "open_files", "paths", "sizes", "token_ids"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -142,6 +142,7 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(main, "quiet_libraries", lambda: None)
     assert main.main(["quantize", "org/model", "out", "--codec", "int8", "--revision", "v1"]) == 0
     options = {"codec": "int8", "dense_codec": "bf16", "revision": "v1", "delete_source_shards": False}
+    options["follow_links"] = False
     assert calls == [("org/model", "out", options)]
     out, err = capsys.readouterr()
     assert out == ""

@@ -10,7 +10,7 @@ from threading import Thread
 import pytest
 import torch
 
-from offload_moe.checkpoint.shards import INDEX_NAME
+from offload_moe.checkpoint.weight_files import INDEX_NAME
 from offload_moe.convert.quantize import quantize
 from offload_moe.errors import CheckpointError, ConfigError, TransferError, UnsupportedModelError
 from offload_moe.plan import Machine, make_plan
