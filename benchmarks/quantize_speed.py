@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--codec", default="nf4")
     options = parser.parse_args()
-    from offload_moe.quantize import quantize
+    from offload_moe.convert.quantize import quantize
 
     store = options.folder / "quantize-speed-store"
     shutil.rmtree(store, ignore_errors=True)

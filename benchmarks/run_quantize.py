@@ -55,7 +55,7 @@ def main() -> None:
     options = parser.parse_args()
     import transformers.conversion_mapping  # noqa: F401  imports are not what is measured
 
-    from offload_moe.quantize import quantize
+    from offload_moe.convert.quantize import quantize
     from offload_moe.store import Store
 
     watch = Stopwatch()

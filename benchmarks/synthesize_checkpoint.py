@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from offload_moe.checkpoint.experts import find_experts
-from offload_moe.checkpoint.shards import INDEX_NAME
 from offload_moe.checkpoint.skeleton import build_skeleton, load_config
+from offload_moe.checkpoint.weight_files import INDEX_NAME
 from offload_moe.store.plan import Blob, PlannedFile, plan_files
 
 POOL_ITEMS = 32 << 20

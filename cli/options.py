@@ -45,6 +45,16 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="format of the rest (default: bf16 on disk, in memory the most exact that fits)",
     )
     group.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
+    add_link_flag(group)
+
+
+def add_link_flag(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        default=None,
+        help="also read what links in a checkpoint folder lead to where that is another user's",
+    )
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +72,10 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 def load_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """What the user chose of `offload_moe.load`'s arguments; the rest keeps its defaults there."""
-    names = ("vram", "ram", "context", "policy", "hybrid", "device", "dtype", "codec", "dense_codec", "revision")
+    names = (
+        *("vram", "ram", "context", "policy", "hybrid", "device", "dtype"),
+        *("codec", "dense_codec", "revision", "follow_links"),
+    )
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 

@@ -24,6 +24,10 @@ class Reporter(Protocol):
 
     def __call__(self, phase: str, done: float = -1.0, total: float | None = None) -> None: ...
 
+    def notice(self, text: str) -> None:
+        """A line that stays."""
+        ...
+
     def __enter__(self) -> Self: ...
 
     def __exit__(
@@ -82,6 +86,9 @@ class LineReporter:
             self._said_s = now
             print(f"{phase}: {self._meter.text(done, total)}", file=sys.stderr, flush=True)
 
+    def notice(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
     def __enter__(self) -> Self:
         return self
 
@@ -119,6 +126,9 @@ class BarReporter:
         if done >= 0:
             figures = self._meter.text(done, total)
             self._bar.update(self._task, completed=done, total=total or 1.0, figures=figures)
+
+    def notice(self, text: str) -> None:
+        self._bar.console.print(text, style="bold yellow", soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._bar.start()

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from offload_moe.errors import OffloadMoeError
 
 if TYPE_CHECKING:
+    from offload_moe.convert.quantize import quantize
     from offload_moe.model import Model, load
-    from offload_moe.quantize import quantize
 
 # OpenMP's workers spin for milliseconds after each parallel operation of torch, on cores that the kernels' own threads
 # need. Read when torch is imported, so it must be said here; whoever sets it otherwise is left alone.
@@ -29,7 +29,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(model, name)
     if name == "quantize":
-        from offload_moe.quantize import quantize
+        from offload_moe.convert.quantize import quantize
 
         return quantize
     raise AttributeError(f"module 'offload_moe' has no attribute {name!r}")

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
+from offload_moe.checkpoint.generation import load_generation_config
 from offload_moe.checkpoint.linears import projection_linears
 from offload_moe.checkpoint.skeleton import build_skeleton, load_config
+from offload_moe.checkpoint.ties import share_tied_weights, untie
 from offload_moe.dense import NarrowEmbedding, QuantLinear, lookup_tables, quantize_linear
 from offload_moe.errors import StoreError
 from offload_moe.kernels.planes import Mode
@@ -22,10 +24,11 @@ LOSSLESS = "bf16"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assembled:
-    """The model without experts, and its experts modules in layer order."""
+    """The model without experts, and its experts modules in layer order. notices: what the user must know of it."""
 
     hf: Any
     layers: list[ExpertsModule]
+    notices: tuple[str, ...] = ()
 
 
 class DtypePlan:
@@ -50,7 +53,9 @@ def skeleton_of(store: Store, dtype: torch.dtype) -> Any:
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if part is not None:  # a multimodal model's language model has a dtype of its own
             part.dtype = dtype
-    return build_skeleton(config)
+    skeleton = build_skeleton(config)
+    untie(skeleton, store.dense)
+    return skeleton
 
 
 def assemble(
@@ -78,7 +83,7 @@ def assemble(
     _check_layers(store, layers)
     detach_parameters(layers)
     to_quantize = projection_linears(hf).keys() if dense_codec else ()
-    hf.tie_weights()  # so that it can be seen what shares a weight
+    share_tied_weights(hf)  # so that it can be seen what shares a weight
     head = _tied_head(hf) if dense_codec else None
     lookups = lookup_tables(hf, head.name if head else None) if device.type == "cpu" else set()
     untied: QuantLinear | None = None
@@ -97,7 +102,7 @@ def assemble(
             narrow[name] = NarrowEmbedding(tensor, torch.float32)
         else:
             _set_tensor(hf, entry.name, tensor, device, dtypes)
-    hf.tie_weights()
+    share_tied_weights(hf)
     if head is not None and untied is not None:
         _replace(hf, head.name, untied)
     for name, table in narrow.items():
@@ -108,9 +113,9 @@ def assemble(
         raise StoreError(
             f"{store.path} does not hold {stranded[0]} ({len(stranded)} tensors). Quantize the model again."
         )
-    hf.generation_config = _generation_config(store, hf)
+    hf.generation_config, notice = load_generation_config(store.path)
     hf.requires_grad_(False)
-    return Assembled(hf=hf, layers=layers)
+    return Assembled(hf=hf, layers=layers, notices=(notice,) if notice else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,14 +132,6 @@ def _tied_head(hf: Any) -> _TiedHead | None:
         return None
     names = {id(module): name for name, module in hf.named_modules()}
     return _TiedHead(names[id(head)], names[id(embedding)])
-
-
-def _generation_config(store: Store, hf: Any) -> Any:
-    from transformers import GenerationConfig
-
-    if (store.path / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(store.path)
-    return GenerationConfig.from_model_config(hf.config)
 
 
 def _check_layers(store: Store, layers: Sequence[ExpertsModule]) -> None:

@@ -16,6 +16,7 @@ from offload_moe.chat.sampling import Sampling, SamplingArguments
 from offload_moe.chat.session import ChatSession
 from offload_moe.chat.stream import TokenStream
 from offload_moe.chat.template import PromptFormat, model_stop_ids
+from offload_moe.token_ids import check_ids, num_embeddings
 
 Prompt = str | Sequence[Mapping[str, str]]
 
@@ -76,8 +77,12 @@ def stream_tokens(
     Args:
         input_ids: [1, T], the whole sequence, also where `past_key_values` holds its beginning.
         sampling: see `Sampling`.
+
+    Raises:
+        ConfigError: a setting is out of range, or an id is none of the embedding's rows.
     """
     settings = Sampling.of(sampling)
+    check_ids(input_ids.flatten().tolist(), num_embeddings(hf), tokenizer)
     stop_ids = model_stop_ids(hf, None) if tokenizer is None else PromptFormat(hf, tokenizer).stop_ids
     max_new_tokens = settings.max_new_tokens or hf.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     config = settings.generation_config(hf, stop_ids=stop_ids, max_new_tokens=max_new_tokens)

@@ -15,7 +15,7 @@ from offload_moe.assemble import LOSSLESS, Assembled, assemble, skeleton_of
 from offload_moe.budget import forget_peak, give_back_freed_memory, peak_ram
 from offload_moe.chat import ChatSession
 from offload_moe.chat.sampling import SamplingArguments
-from offload_moe.checkpoint.tokenizer import load_tokenizer
+from offload_moe.checkpoint.tokenizer import load_tokenizer, tokenizer_notices
 from offload_moe.errors import ConfigError
 from offload_moe.generate import Prompt
 from offload_moe.lean import make_lean
@@ -44,6 +44,7 @@ from offload_moe.store import Store
 from offload_moe.tiers.copier import AcceleratorCopier, compute_device, peak_device_memory
 from offload_moe.tiers.disk import DiskMover
 from offload_moe.tiers.unused_card import notice_of_unused_card
+from offload_moe.token_ids import watch_ids
 
 
 class Model:
@@ -187,6 +188,7 @@ def load(
     lean: bool = True,
     revision: str | None = None,
     token: str | None = None,
+    follow_links: bool = False,
     progress: Report = silent,
 ) -> Model:
     """Load a store, a checkpoint folder, a hub id, or the embedded demo model.
@@ -207,6 +209,7 @@ def load(
     codec allow it, "on" or an error, "off" for results that never depend on where an expert was.
     prefetch: MoE layers to look ahead; 0 turns prefetch and warm starts off. It also turns itself off while it does not
     pay.
+    follow_links: see `quantize`.
 
     Raises:
         OffloadMoeError: one of its kinds, see `offload_moe.errors`.
@@ -216,7 +219,17 @@ def load(
     where = compute_device("cpu" if vram_bytes == 0 and device is None else device)
     on_disk = dense_codec or LOSSLESS
     give_back_freed_memory()  # of a conversion in this process
-    path = ensure_store(source, codec=codec, dense_codec=on_disk, revision=revision, token=token, report=progress)
+    notices: list[str] = []
+    path = ensure_store(
+        source,
+        codec=codec,
+        dense_codec=on_disk,
+        revision=revision,
+        token=token,
+        report=progress,
+        follow_links=follow_links,
+        on_notice=notices.append,
+    )
     store = Store.open(path)
     store.read_ahead()
     progress("Planning memory")
@@ -247,11 +260,16 @@ def load(
         make_lean(assembled.hf, is_exact=keeps_bits, context=placement.context, hierarchy=hierarchy)
     if computed_in == torch.float16:
         watch_overflow(assembled.hf)
+    watch_ids(assembled.hf)
     resize = partial(hierarchy.resize, "vram" if placement.vram else "ram")
     lends = may_lend(assembled.hf, shape, placement)
     room = ContextRoom(shape, computed_in, placement, resize, lends=lends)
     assembled.hf.get_decoder().register_forward_pre_hook(room.before_forward, with_kwargs=True)
-    model = Model(store, assembled, load_tokenizer(store.path), hierarchy, placement, room, summary(shape, placement))
+    tokenizer = load_tokenizer(store.path)
+    model = Model(store, assembled, tokenizer, hierarchy, placement, room, summary(shape, placement))
+    notices += assembled.notices
+    notices += tokenizer_notices(tokenizer[0], assembled.hf) if tokenizer[0] is not None else []
+    model.notices += [text for text in dict.fromkeys(notices) if text != tokenizer[1]]  # which `chat` raises
     if where.type == "cpu" and device is None and vram_bytes != 0 and (notice := notice_of_unused_card()):
         model.notices.append(notice)
         warnings.warn(notice, UserWarning, stacklevel=2)

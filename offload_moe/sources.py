@@ -1,15 +1,16 @@
 """From what a user names (a store, a checkpoint folder, a hub id, the demo) to an expert store on disk."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from offload_moe import demo
-from offload_moe.checkpoint.source import looks_like_hub_id, resolve_source
-from offload_moe.conversion import MXFP4
+from offload_moe.checkpoint.source import check_folder, looks_like_hub_id, resolve_source
+from offload_moe.convert.jobs import MXFP4
+from offload_moe.convert.quantize import DEFAULT, default_codec, quantize
 from offload_moe.errors import CheckpointError
 from offload_moe.paths import cache_dir
-from offload_moe.quantize import DEFAULT, default_codec, quantize
 from offload_moe.store import Progress, is_store
 from offload_moe.stores import resolve
 
@@ -24,6 +25,10 @@ class Report(Protocol):
 
 def silent(phase: str, done: float = -1.0, total: float | None = None) -> None:
     """The report of those who asked for none."""
+
+
+def ignore_notice(text: str) -> None:
+    """For those who read the reports."""
 
 
 def find_source(name: str | Path) -> str | Path:
@@ -42,11 +47,19 @@ def find_source(name: str | Path) -> str | Path:
 
 
 def ensure_store(
-    source: str | Path, *, codec: str | None, dense_codec: str, revision: str | None, token: str | None, report: Report
+    source: str | Path,
+    *,
+    codec: str | None,
+    dense_codec: str,
+    revision: str | None,
+    token: str | None,
+    report: Report,
+    follow_links: bool = False,
+    on_notice: Callable[[str], None] = ignore_notice,
 ) -> Path:
     """The store of `source`; a checkpoint is converted into the user's cache folder first, once per codec.
 
-    codec: None takes what `quantize` does.
+    codec: None takes what `quantize` does. on_notice: gets what the user must know of a conversion.
 
     Raises: CheckpointError when `source` is nothing that can be loaded; what `quantize` raises.
     """
@@ -61,6 +74,8 @@ def ensure_store(
             "`offload-moe list` shows. Check the path."
         )
     is_local = folder.exists()
+    if folder.is_dir():
+        check_folder(folder, follow_links=follow_links)  # also where an earlier conversion is there
     identity = folder if is_local else Path(str(source))
     stores = cache_dir() / "stores"
     for name in (codec,) if codec else (DEFAULT, MXFP4):
@@ -71,6 +86,8 @@ def ensure_store(
         codec = default_codec(origin)
 
     def forward(progress: Progress) -> None:
+        if progress.is_notice:
+            on_notice(progress.phase)
         report(progress.phase, progress.done_bytes, progress.total_bytes)
 
     return quantize(
@@ -80,6 +97,7 @@ def ensure_store(
         dense_codec=dense_codec,
         revision=revision,
         token=token,
+        follow_links=follow_links,
         progress=forward,
     )
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock, Timeout
-
 from offload_moe.checkpoint.source import METADATA_PATTERNS
 from offload_moe.demo.source import HUB_REPOSITORY, MODEL_NAME
 from offload_moe.errors import OffloadMoeError, StoreError
+from offload_moe.locks import lock_file
 from offload_moe.paths import cache_dir
 from offload_moe.schedule.popularity import POPULARITY_NAME
 from offload_moe.store import Store, is_store
@@ -211,8 +210,7 @@ def _is_ours(name: str, small_files: set[str] | None) -> bool:
 def _remove_demo(path: Path) -> None:
     unfinished = _UNFINISHED_DEMO.fullmatch(path.name)
     final = path.with_name(unfinished[1]) if unfinished else path
-    try:
-        with FileLock(final.with_name(f"{final.name}.lock"), timeout=0):
-            shutil.rmtree(path)
-    except Timeout:
-        raise StoreError(f"{path} is being built by another process. Stop it first.") from None
+    with lock_file(final.with_name(f"{final.name}.lock")) as state:
+        if state == "held elsewhere":
+            raise StoreError(f"{path} is being built by another process. Stop it first.")
+        shutil.rmtree(path)

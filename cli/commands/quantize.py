@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_common_flags
+from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_common_flags, add_link_flag
 from ..progress import reporter
 
 
@@ -27,6 +27,7 @@ def add_parser(subparsers: Subparsers) -> None:
         action="store_true",
         help="of a hub id: download shard by shard beside the store, and delete each shard once it is converted",
     )
+    add_link_flag(parser)
     add_common_flags(parser)
     parser.set_defaults(run=run)
 
@@ -44,7 +45,14 @@ def run(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> Path:
     with reporter() as report:
         report("Loading libraries")
-        from offload_moe.quantize import quantize
+        from offload_moe.convert.quantize import quantize
+        from offload_moe.store import Progress
+
+        def on_progress(progress: Progress) -> None:
+            if progress.is_notice:
+                report.notice(progress.phase)
+            else:
+                report(progress.phase, progress.done_bytes, progress.total_bytes)
 
         return quantize(
             options.source,
@@ -53,5 +61,6 @@ def _convert(options: argparse.Namespace) -> Path:
             dense_codec=options.dense_codec,
             revision=options.revision,
             delete_source_shards=options.delete_source_shards,
-            progress=lambda progress: report(progress.phase, progress.done_bytes, progress.total_bytes),
+            follow_links=bool(options.follow_links),
+            progress=on_progress,
         )

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from offload_moe.errors import ConfigError
 from offload_moe.sizes import format_size
 
-from ..options import Subparsers, add_common_flags
+from ..options import Subparsers, add_common_flags, add_link_flag
 from ..progress import Reporter, reporter
 from ..terminal import safe
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from offload_moe.repair import Damage
+    from offload_moe.convert.repair import Damage
     from offload_moe.store import Store
 
 EXIT_WHOLE, EXIT_DAMAGED = 0, 1
@@ -34,6 +34,7 @@ def add_parser(subparsers: Subparsers) -> None:
         metavar="SOURCE",
         help="folder, name in the cache, or hub id of the checkpoint (default: where the store came from)",
     )
+    add_link_flag(parser)
     add_common_flags(parser)
     parser.set_defaults(run=run)
 
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--source is what to repair from. Add --repair.")
     with reporter() as report:
         report("Loading libraries")
-        from offload_moe.repair import find_damage, restore_sizes
+        from offload_moe.convert.repair import find_damage, restore_sizes
         from offload_moe.store import Store
         from offload_moe.stores import resolve
 
@@ -53,7 +54,9 @@ def run(options: argparse.Namespace) -> int:
         store = Store.open(path)
         damages = find_damage(store, lambda p: report(p.phase, p.done_bytes, p.total_bytes))
         source = _source(store, options.source)
-        remaining = _repair(store, damages, source, report) if options.repair and damages else damages
+        remaining = damages
+        if options.repair and damages:
+            remaining = _repair(store, damages, source, report, follow_links=bool(options.follow_links))
     for damage in damages:
         verb = "" if not options.repair else "repaired: " if damage not in remaining else "not repaired: "
         print(safe(f"{verb}{damage.piece.path.name}: {damage.piece.name}"))
@@ -70,10 +73,18 @@ def _source(store: "Store", named: str | None) -> "Path | str | None":
     return folder if folder.is_dir() else named
 
 
-def _repair(store: "Store", damages: "list[Damage]", source: "Path | str | None", report: Reporter) -> "list[Damage]":
-    from offload_moe.repair import repair
+def _repair(
+    store: "Store", damages: "list[Damage]", source: "Path | str | None", report: Reporter, *, follow_links: bool
+) -> "list[Damage]":
+    from offload_moe.convert.repair import repair
 
-    return repair(store, damages, source, progress=lambda p: report(p.phase, p.done_bytes, p.total_bytes))
+    return repair(
+        store,
+        damages,
+        source,
+        follow_links=follow_links,
+        progress=lambda p: report(p.phase, p.done_bytes, p.total_bytes),
+    )
 
 
 def _verdict(

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offload_moe.chat.reasoning import is_harmony
 from offload_moe.errors import ConfigError
+from offload_moe.token_ids import check_ids, num_embeddings
 
 Message = dict[str, str]
 
@@ -34,6 +35,7 @@ class PromptFormat:
                 "tokenizer.json beside the weights."
             )
         self.tokenizer = tokenizer
+        self._num_rows = num_embeddings(hf)
         self.template: str | None = None
         if tokenizer.chat_template is not None and not raw:
             self.template = tokenizer.get_chat_template()
@@ -68,8 +70,12 @@ class PromptFormat:
         return text
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a rendered prompt; a template has placed its own special tokens already."""
+        """Token ids of a rendered prompt; a template has placed its own special tokens already.
+
+        Raises: ConfigError for a token that the model has no embedding for.
+        """
         ids: list[int] = self.tokenizer(text, add_special_tokens=self.template is None)["input_ids"]
+        check_ids(ids, self._num_rows, self.tokenizer)
         return ids
 
     def boundary(self, messages: Sequence[Message], ids: Sequence[int]) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -19,10 +19,13 @@ from offload_moe.checkpoint.piece_reader import PieceReader
 from offload_moe.checkpoint.shards import Remote
 from offload_moe.checkpoint.skeleton import build_skeleton, load_config
 from offload_moe.checkpoint.tensors import TensorSource, row_runs
+from offload_moe.checkpoint.ties import untie
 from offload_moe.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+COMPARED_BYTES = 1 << 22  # of a tensor at a time, for each byte of a number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +46,7 @@ class Checkpoint:
 
     `model` is the skeleton on `meta`; `layers` are its experts modules in order; `dense` is everything else;
     `ignored` are tensors transformers leaves out as well (multi-token prediction layers, old buffers,
-    whatever is not the language model where only that is built).
+    whatever is not the language model where only that is built). `notices` are what the user must know of the folder.
     """
 
     def __init__(self, folder: Path, remote: Remote | None = None) -> None:
@@ -69,11 +72,11 @@ class Checkpoint:
         self.ignored = names.ignored
         self.dense: dict[str, DenseTensor] = {}
         self._dense_groups: dict[str, SourceGroup] = {}
+        self._brought_as: dict[str, str] = {}
         self._last_converted: tuple[SourceGroup | None, dict[str, Tensor]] = (None, {})
         by_layer = self._sort_groups(names.groups)
-        missing = sorted(required_names(self.model) - set(self._dense_groups) - self._experts_parameters())
-        if missing:
-            raise CheckpointError(f"{folder}: no tensor brings {missing[0]} ({len(missing)} parameters are missing).")
+        self.notices = (*self.tensors.notices, *self._settle_ties(can_compare=remote is None))
+        self._check_complete()
         self._readers: list[ExpertReader | PieceReader] = [
             ExpertReader(layer, groups, self.model, self.tensors)
             if layer.is_stacked
@@ -111,12 +114,12 @@ class Checkpoint:
         if last[0] is not group:  # tensors that are split from one source are asked for in a row
             tensors = {p: [self.tensors.read(source) for source in names] for p, names in group.sources.items()}
             last = self._last_converted = (group, convert(group, tensors, self.model))
-        return last[1][name]
+        return last[1][self._brought_as.get(name, name)]
 
     def dense_rows(self, name: str, run_bytes: int) -> Iterator[Tensor]:
         """Runs of a dense tensor's rows; whole where it is converted, or where its format cannot be read by rows."""
         group = self._dense_groups[name]
-        if group.converter is None and self.tensors.is_by_rows(group.names[0]):
+        if self._is_by_rows(name):
             yield from row_runs(self.tensors, group.names[0], run_bytes)
         else:
             yield self.dense_tensor(name)
@@ -139,6 +142,51 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _is_by_rows(self, name: str) -> bool:
+        group = self._dense_groups[name]
+        return group.converter is None and self.tensors.is_by_rows(group.names[0])
+
+    def _settle_ties(self, *, can_compare: bool) -> Iterator[str]:
+        """Keep one tensor of those that share a weight, under the name that the others are tied to.
+
+        Tensors that differ are not tied. can_compare: else they are taken to differ.
+        """
+        tied = self.model.all_tied_weights_keys
+        for target, source in list(tied.items()):
+            if target not in self.dense:
+                continue
+            if source not in self.dense:
+                self.dense[source] = replace(self.dense.pop(target), name=source)
+                self._dense_groups[source] = self._dense_groups.pop(target)
+                self._brought_as[source] = target
+            elif can_compare and self._are_equal(target, source):
+                del self.dense[target], self._dense_groups[target]
+            else:
+                untie(self.model, (target, source))
+                yield (
+                    f"The config ties {target} to {source}, but the checkpoint brings both: each keeps its own values, "
+                    "as transformers has it."
+                )
+
+    def _are_equal(self, one: str, other: str) -> bool:
+        """Reads no further than the first difference."""
+        if self._is_by_rows(one) and self._is_by_rows(other):
+            both = [self.dense_rows(name, COMPARED_BYTES * self.dense[name].dtype.itemsize) for name in (one, other)]
+        else:
+            both = [iter((self.dense_tensor(name),)) for name in (one, other)]
+        return all(torch.equal(left.float(), right.float()) for left, right in zip(*both, strict=True))
+
+    def _check_complete(self) -> None:
+        missing = sorted(required_names(self.model) - set(self._dense_groups) - self._experts_parameters())
+        if not missing:
+            return
+        could_share = set(self.model._tied_weights_keys or ()) & set(missing)
+        hint = f' If {missing[0]} is the embedding, config.json must say "tie_word_embeddings": true.'
+        raise CheckpointError(
+            f"{self.folder}: no tensor brings {missing[0]} ({len(missing)} parameters are missing)."
+            f"{hint if could_share == set(missing) else ''}"
+        )
 
     def _experts_parameters(self) -> set[str]:
         return {name for layer in self.layers for name in layer.parameter_names()}

@@ -4,11 +4,10 @@ For disks that cannot hold a checkpoint and its store: all headers are fetched f
 Everything lies in a folder of ours, which is known by the note in it; nothing else is ever deleted.
 """
 
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any
 
 from offload_moe.checkpoint.header import MAX_HEADER_BYTES, HeaderCopy
 from offload_moe.checkpoint.hub import PARTIAL, HubFile, Repository, fetch, fetch_beginning, open_repository
-from offload_moe.checkpoint.shards import safe_path, shard_names
+from offload_moe.checkpoint.weight_files import choose_weights, require, safe_path
 from offload_moe.errors import BudgetError, CheckpointError, StoreError, TransferError
+from offload_moe.locks import try_lock
 from offload_moe.sizes import format_size
 
 NOTE_NAME = "offload-moe-download.json"
@@ -64,6 +64,10 @@ class Download:
     def commit(self) -> str:
         return self.repository.commit
 
+    @property
+    def file_names(self) -> Collection[str]:
+        return self.repository.files.keys()
+
     def fetch_metadata(self, names: Iterable[str]) -> None:
         """The small files: those of `names` that are not there yet.
 
@@ -80,7 +84,9 @@ class Download:
 
         Raises: CheckpointError when the repository has no safetensors or lacks a shard, TransferError.
         """
-        for path in shard_names(self.folder, self.repository.files):
+        weights = choose_weights(self.folder, self.repository.files)
+        require(self.folder, weights, self.repository.files)
+        for path in (self.folder / name for name in weights.names):
             if path.parent != self.folder:
                 raise CheckpointError(f"{path} is in a folder of its own. Convert it without --delete-source-shards.")
             copy = self._header_path(path.name)
@@ -163,11 +169,9 @@ def _claim(folder: Path) -> int:
         lock = os.open(folder / NOTE_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise TransferError(f"{folder} cannot be written: {error.strerror}.") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if try_lock(lock) == "held elsewhere":
         os.close(lock)
-        raise StoreError(f"{folder} is in use by another process. Wait for it to end.") from None
+        raise StoreError(f"{folder} is in use by another process. Wait for it to end.")
     return lock
 
 

@@ -10,13 +10,15 @@ from offload_moe.checkpoint.gguf_file import read_gguf
 from offload_moe.checkpoint.gguf_names import ARCHITECTURES
 from offload_moe.checkpoint.gguf_parts import GgufPart, parts
 from offload_moe.checkpoint.header import TensorEntry
-from offload_moe.checkpoint.shards import safe_path
 from offload_moe.checkpoint.tensors import row_chunks
+from offload_moe.checkpoint.weight_files import safe_path
 from offload_moe.errors import CheckpointError
 
 
 class GgufTensors:
     """A model in GGUF, whole or split. Quantized tensors are read as bf16."""
+
+    notices: tuple[str, ...] = ()
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         """Raises: CheckpointError when there are several models, or one of an unknown architecture."""

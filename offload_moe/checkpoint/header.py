@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from offload_moe.errors import CheckpointError
+from offload_moe.open_files import open_descriptor
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -65,7 +66,7 @@ def read_header(path: Path, copy: HeaderCopy | None = None) -> dict[str, TensorE
         CheckpointError: the file is missing, truncated or malformed; the message names it and the tensor.
     """
     try:
-        with (copy.path if copy else path).open("rb") as file:
+        with os.fdopen(open_descriptor(copy.path if copy else path), "rb") as file:
             file_bytes = copy.file_bytes if copy else os.fstat(file.fileno()).st_size
             header_bytes = int.from_bytes(file.read(8), "little")
             if file_bytes < 8 or header_bytes > min(file_bytes - 8, MAX_HEADER_BYTES):

@@ -3,11 +3,9 @@
 Reads rather than mapped files: mapped pages count as resident memory, and RAM must stay bounded by a few experts.
 """
 
-import json
 import math
 import os
-import threading
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -15,15 +13,16 @@ import torch
 from torch import Tensor
 
 from offload_moe.checkpoint.header import HeaderCopy, TensorEntry, read_header
+from offload_moe.checkpoint.weight_files import WeightFiles, choose_weights, file_names, listing, require
 from offload_moe.errors import CheckpointError, TransferError
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-PICKLE_PATTERNS = ("*.bin", "*.pth", "*.pt", "*.ckpt")
+from offload_moe.open_files import OpenFiles
 
 
 class Remote(Protocol):
-    """Where shards come from that are not in the folder."""
+    """Where shards come from that are not in the folder. file_names: of all files there are."""
+
+    @property
+    def file_names(self) -> Collection[str]: ...
 
     def header_of(self, path: Path) -> HeaderCopy: ...
 
@@ -38,19 +37,23 @@ class Shards:
     def __init__(self, folder: Path, remote: Remote | None = None) -> None:
         """Reads and checks every header. Raises: CheckpointError naming the file and the tensor."""
         self._remote = remote
+        self._files = OpenFiles()
+        present = remote.file_names if remote is not None else None
+        weights = choose_weights(folder, present)
+        require(folder, weights, present)
+        self.paths = tuple(folder / name for name in weights.names)
         self.entries: dict[str, TensorEntry] = {}
-        self._descriptors: dict[Path, int] = {}
-        self._lock = threading.Lock()
-        promised = _weight_map(folder, is_single=remote is not None)
-        self.paths = tuple(safe_path(folder, name) for name in sorted(set(promised.values())))
+        repeated = []
         for path in self.paths:
-            for name, entry in read_header(path, remote.header_of(path) if remote else None).items():
-                if name in self.entries:
-                    raise CheckpointError(f"Tensor {name} is both in {self.entries[name].path} and in {path}.")
-                self.entries[name] = entry
-        for name, file_name in promised.items():
-            if name and (name not in self.entries or self.entries[name].path.name != Path(file_name).name):
-                raise CheckpointError(f"{folder / INDEX_NAME} says tensor {name} is in {file_name}; it is not.")
+            found = read_header(path, remote.header_of(path) if remote else None)
+            repeated += [name for name in found if name in self.entries]
+            self.entries |= found  # the last file has the last word, as in transformers
+        unused = weights.unused(file_names(folder)) if remote is None else None
+        self.notices = tuple(notice for notice in (unused, *_contradictions(folder, weights, self.entries)) if notice)
+        if repeated:
+            self.notices += (
+                f"In several files, the last of which is read, as transformers does: {listing(repeated)}.",
+            )
 
     def read(self, name: str) -> Tensor:
         """The whole tensor."""
@@ -78,99 +81,41 @@ class Shards:
 
     def release(self, path: Path) -> None:
         """Close a shard that is not read any more, so that deleting it frees the disk."""
-        with self._lock:
-            if (descriptor := self._descriptors.pop(path, None)) is not None:
-                os.close(descriptor)
+        self._files.release(path)
 
     def close(self) -> None:
-        for path in list(self._descriptors):
-            self.release(path)
-
-    def _descriptor(self, path: Path) -> int:
-        with self._lock:
-            if path not in self._descriptors:
-                if self._remote is not None:
-                    self._remote.provide(path)
-                self._descriptors[path] = _open(path)
-            return self._descriptors[path]
+        self._files.close()
 
     def _read(self, entry: TensorEntry, offset: int, num_bytes: int) -> Tensor:
-        descriptor = self._descriptor(entry.path)
-        data = torch.empty(num_bytes, dtype=torch.uint8)
-        buffer = data.numpy().data
-        done = 0
-        while done < num_bytes:
-            try:
-                count = os.preadv(descriptor, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise TransferError(f"{entry.path}: reading tensor {entry.name} failed: {error.strerror}.") from error
-            if count == 0:
-                raise CheckpointError(
-                    f"{entry.path} is truncated inside tensor {entry.name}: {offset + num_bytes} bytes needed."
-                )
-            done += count
-        return data
-
-
-def shard_names(folder: Path, present: Container[str]) -> list[Path]:
-    """The shards that the index of a folder names, or the single file; `present` says which files there are.
-
-    Raises: CheckpointError when one is missing or leads out of the folder.
-    """
-    if not (folder / INDEX_NAME).exists() and SINGLE_NAME not in present:
-        raise CheckpointError(f"{folder} has no safetensors. Choose a model that has.")
-    names = sorted(set(_weight_map(folder).values())) if (folder / INDEX_NAME).exists() else [SINGLE_NAME]
-    for name in names:
-        if name not in present:
-            raise CheckpointError(f"{folder / INDEX_NAME} names {name}, which is not there.")
-    return [safe_path(folder, name) for name in names]
-
-
-def safe_path(folder: Path, name: str) -> Path:
-    """`folder/name`, refusing names that lead out of the folder.
-
-    The hub's cache keeps a snapshot as links into `blobs/` next to it; only there may a link lead out.
-
-    Raises:
-        CheckpointError: the name escapes.
-    """
-    path = folder / name
-    root = folder.resolve()
-    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    try:
-        real = path.resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, links in a circle
-        raise CheckpointError(f"{folder}: {name!r} is no file name: {error}.") from error
-    if Path(name).is_absolute() or ".." in Path(name).parts or not any(real.is_relative_to(a) for a in allowed):
-        raise CheckpointError(f"{folder}: the file name {name!r} leads out of the checkpoint folder; refused.")
-    return path
-
-
-def _weight_map(folder: Path, is_single: bool = False) -> dict[str, str]:
-    """Tensor name -> shard file name; a single file promises no names, so its entry has an empty one."""
-    index = folder / INDEX_NAME
-    if index.exists():
+        if self._remote is not None:
+            self._remote.provide(entry.path)
         try:
-            weight_map = json.loads(safe_path(folder, INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
-            pairs = [(name, file_name) for name, file_name in weight_map.items() if isinstance(file_name, str)]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is not a shard index: {error!r}.") from error
-        if not pairs or len(pairs) != len(weight_map):
-            raise CheckpointError(f"{index} is not a shard index: its weight_map is empty or not made of file names.")
-        return dict(pairs)
-    if (folder / SINGLE_NAME).exists() or is_single:
-        return {"": SINGLE_NAME}
-    pickles = sorted(path.name for pattern in PICKLE_PATTERNS for path in folder.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"{folder} has only a pickle checkpoint ({pickles[0]}): loading one can run any code, so it is refused. "
-            "Use a safetensors version of the model."
-        )
-    raise CheckpointError(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}.")
+            with self._files.reading(entry.path) as descriptor:
+                return _fill(descriptor, entry, offset, num_bytes)
+        except OSError as error:
+            raise TransferError(f"{entry.path}: reading tensor {entry.name} failed: {error.strerror}.") from error
 
 
-def _open(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+def _fill(descriptor: int, entry: TensorEntry, offset: int, num_bytes: int) -> Tensor:
+    """The bytes. Raises: OSError, CheckpointError at the end of the file."""
+    data = torch.empty(num_bytes, dtype=torch.uint8)
+    buffer = data.numpy().data
+    done = 0
+    while done < num_bytes:
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if count == 0:
+            raise CheckpointError(
+                f"{entry.path} is truncated inside tensor {entry.name}: {offset + num_bytes} bytes needed."
+            )
+        done += count
+    return data
+
+
+def _contradictions(folder: Path, weights: WeightFiles, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
+    """Notices of what the index says and the files do not. What a model needs and nothing brings is an error later."""
+    elsewhere = [n for n, file in weights.promised.items() if n in entries and entries[n].path != folder / file]
+    if elsewhere:
+        yield f"In other files than {weights.index} says, and read from there: {listing(elsewhere)}."
+    absent = [name for name in weights.promised if name not in entries]
+    if absent:
+        yield f"{weights.index} lists tensors that are in no file: {listing(absent)}."

@@ -7,12 +7,19 @@ from pathlib import Path
 
 from offload_moe.checkpoint.download import NOTE_NAME, Download, OnDownload
 from offload_moe.checkpoint.hub import hub_errors
-from offload_moe.checkpoint.shards import safe_path
+from offload_moe.checkpoint.links import check_links
+from offload_moe.checkpoint.weight_files import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    WEIGHT_NAMES,
+    choose_weights,
+    file_names,
+    refuse_adapter,
+)
 from offload_moe.errors import CheckpointError, ConfigError
 
 # What a model folder needs beside its weights: config, generation config, tokenizer, chat templates.
 METADATA_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*.jinja")
-WEIGHT_PATTERNS = ("*.safetensors",)
 # The same weights again in other shapes: originals in subfolders, consolidated files.
 IGNORED_PATTERNS = ("consolidated*", "*/*.safetensors", "*/*.json", "*/*.model", "*/*.txt", "*/*.tiktoken")
 
@@ -33,15 +40,20 @@ def looks_like_hub_id(text: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", text) is not None and ".." not in text
 
 
-def resolve_source(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Source:
+def resolve_source(
+    source: str | Path, *, revision: str | None = None, token: str | None = None, follow_links: bool = False
+) -> Source:
     """The folder of a checkpoint, downloaded into the hub's own cache if it must be.
 
+    follow_links: also links to files of other users, see `check_links`.
+
     Raises:
-        CheckpointError: neither a folder nor a hub id.
+        CheckpointError: neither a folder nor a hub id, or with an adapter or with links that are not followed.
         TransferError: the download failed.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
+        check_folder(folder, follow_links=follow_links)
         return Source(folder=folder, name=folder.resolve().name, revision=revision)
     if folder.exists():
         raise CheckpointError(
@@ -53,11 +65,26 @@ def resolve_source(source: str | Path, *, revision: str | None = None, token: st
     return Source(folder=snapshot, name=str(source), revision=snapshot.name)
 
 
+def check_folder(folder: Path, *, follow_links: bool = False) -> None:
+    """Check what can be seen without opening a file.
+
+    Raises: CheckpointError for an adapter, and for links that are not followed.
+    """
+    refuse_adapter(folder, file_names(folder))
+    small = [path.relative_to(folder).as_posix() for pattern in METADATA_PATTERNS for path in folder.glob(pattern)]
+    check_links(folder, small, follow_links=follow_links)
+    try:
+        weights: Iterable[str] = choose_weights(folder).names
+    except CheckpointError:  # reported by those who read them, unless it is for a link
+        weights = [path.name for pattern in WEIGHT_NAMES for path in folder.glob(pattern)]
+    check_links(folder, weights, follow_links=follow_links)
+
+
 def metadata_files(folder: Path) -> dict[str, Path]:
     """The small files of a model folder that its store keeps, by name relative to the folder, sorted."""
-    found = {str(p.relative_to(folder)) for pattern in METADATA_PATTERNS for p in folder.glob(pattern) if p.is_file()}
-    kept = sorted(name for name in found if not name.endswith(".index.json") and name not in NOT_KEPT)
-    return {name: safe_path(folder, name) for name in kept}
+    paths = {path for pattern in METADATA_PATTERNS for path in folder.glob(pattern) if path.is_file()}
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    return {n: names[n] for n in sorted(names) if not n.endswith(".index.json") and n not in NOT_KEPT}
 
 
 def open_download(
@@ -74,6 +101,7 @@ def open_download(
         )
     download = Download(folder, str(repo_id), revision=revision, token=token, on_download=on_download)
     try:
+        refuse_adapter(str(repo_id), download.repository.files)
         download.fetch_metadata(wanted_files(download.repository.files, METADATA_PATTERNS))
         download.fetch_headers()
     except BaseException:
@@ -90,15 +118,26 @@ def wanted_files(names: Iterable[str], patterns: tuple[str, ...]) -> list[str]:
 
 
 def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
+    """The small files, then the weights that transformers would load: a single file, or else what the index names."""
     from huggingface_hub import snapshot_download
 
-    advice = "Run the same command again to resume."
-    with hub_errors(f"Downloading {repo_id}", repo_id, revision, advice=advice):
-        snapshot = snapshot_download(
-            repo_id,
-            revision=revision,
-            token=token,
-            allow_patterns=[*METADATA_PATTERNS, *WEIGHT_PATTERNS],
-            ignore_patterns=list(IGNORED_PATTERNS),
-        )
-    return Path(snapshot)
+    def fetch(revision: str | None, names: Iterable[str], ignored: Iterable[str] = ()) -> Path:
+        with hub_errors(f"Downloading {repo_id}", repo_id, revision, advice="Run the same command again to resume."):
+            return Path(
+                snapshot_download(
+                    repo_id,
+                    revision=revision,
+                    token=token,
+                    allow_patterns=list(names),
+                    ignore_patterns=list(ignored) or None,
+                )
+            )
+
+    snapshot = fetch(revision, METADATA_PATTERNS, IGNORED_PATTERNS)
+    present = file_names(snapshot)
+    refuse_adapter(repo_id, present)
+    first = choose_weights(snapshot, {*present, SINGLE_NAME}).names
+    fetch(snapshot.name, first)
+    if not (snapshot / first[0]).is_file() and INDEX_NAME in present:
+        fetch(snapshot.name, choose_weights(snapshot).names)
+    return snapshot

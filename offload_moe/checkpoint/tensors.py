@@ -25,6 +25,11 @@ class TensorSource(Protocol):
         """The files that are read."""
         ...
 
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user must know of the files."""
+        ...
+
     def paths_of(self, name: str) -> frozenset[Path]:
         """The files that reading this tensor needs."""
         ...
@@ -89,6 +94,7 @@ class DequantizedTensors:
                 raise CheckpointError(f"{recipe.entry.path}: tensor {recipe.entry.name} is there twice.")
         self.entries: Mapping[str, TensorEntry] = plain | {name: r.entry for name, r in self.recipes.items()}
         self.paths = stored.paths
+        self.notices = stored.notices
 
     def paths_of(self, name: str) -> frozenset[Path]:
         recipe = self.recipes.get(name)

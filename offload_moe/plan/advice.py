@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from offload_moe.conversion import LOSSLESS
+from offload_moe.convert.jobs import LOSSLESS
 from offload_moe.plan.outlook import Outlook, Task, look_ahead
 from offload_moe.plan.placement import DENSE_CODECS, LAST_RESORT, Tier
 from offload_moe.sizes import format_size, typed_size

@@ -1,18 +1,35 @@
 """A hub repository's config and the size of its weights, without the weights."""
 
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 from offload_moe.checkpoint.hub import hub_errors
-from offload_moe.checkpoint.source import IGNORED_PATTERNS, WEIGHT_PATTERNS
+from offload_moe.checkpoint.source import IGNORED_PATTERNS
+from offload_moe.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME, choose_weights, refuse_adapter
 from offload_moe.errors import CheckpointError
 
+CONFIG_NAME = "config.json"
 
-def fetch_config(repo_id: str, *, revision: str | None, token: str | None) -> tuple[Path, tuple[int, ...] | None]:
-    """The folder that holds `config.json`, and the bytes of each weight file that a download would fetch.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubModel:
+    """folder: with the config. sizes: bytes of each weight file that a download would fetch, None where unknown.
+
+    tensor_names: of a safetensors index; empty where there is none.
+    """
+
+    folder: Path
+    sizes: tuple[int, ...] | None
+    tensor_names: Collection[str]
+
+
+def fetch_config(repo_id: str, *, revision: str | None, token: str | None) -> HubModel:
+    """The config, and the index where there is one.
 
     Raises:
-        CheckpointError: the repository has no config.
+        CheckpointError: the repository has no config, or an adapter.
         TransferError: it is not there, not open to this token, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi, hf_hub_download
@@ -20,19 +37,38 @@ def fetch_config(repo_id: str, *, revision: str | None, token: str | None) -> tu
 
     with hub_errors(f"Asking the hub for {repo_id}", repo_id, revision):
         info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
+        sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
+        refuse_adapter(repo_id, sizes)
+
+        def fetch(name: str) -> Path:
+            return Path(hf_hub_download(repo_id, name, revision=info.sha, token=token))
+
         try:
-            config = hf_hub_download(repo_id, "config.json", revision=info.sha, token=token)
+            folder = fetch(CONFIG_NAME).parent
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError as error:
             raise CheckpointError(f"{repo_id} is not a transformers model: it has no config.json.") from error
-    sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or () if _is_weights(sibling.rfilename)}
-    known = tuple(size for size in sizes.values() if size is not None)
-    return Path(config).parent, known if known and len(known) == len(sizes) else None
+        names, tensor_names = _chosen(folder, sizes, fetch)
+    known = tuple(size for name in names if (size := sizes.get(name)) is not None)
+    return HubModel(
+        folder=folder, sizes=known if known and len(known) == len(names) else None, tensor_names=tensor_names
+    )
+
+
+def _chosen(
+    folder: Path, present: Mapping[str, int | None], fetch: Callable[[str], Path]
+) -> tuple[Collection[str], Collection[str]]:
+    """The weight files that a download takes, and the names of the tensors as far as an index has them."""
+    if SINGLE_NAME not in present and INDEX_NAME in present:
+        fetch(INDEX_NAME)
+    try:
+        weights = choose_weights(folder, present.keys())
+    except CheckpointError:  # no model to convert; what looks like weights tells its size
+        return [name for name in present if _is_weights(name)], ()
+    return weights.names, weights.promised.keys()
 
 
 def _is_weights(name: str) -> bool:
-    """Whether a download takes this file; `/` is matched by `*`, as the hub client does."""
-    return any(fnmatch(name, pattern) for pattern in WEIGHT_PATTERNS) and not any(
-        fnmatch(name, pattern) for pattern in IGNORED_PATTERNS
-    )
+    """`/` is matched by `*`, as the hub client does."""
+    return name.endswith(".safetensors") and not any(fnmatch(name, pattern) for pattern in IGNORED_PATTERNS)

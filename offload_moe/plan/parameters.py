@@ -6,6 +6,7 @@ experts of every MoE layer. This is how model cards count them.
 
 import copy
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from torch import nn
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
 from offload_moe.checkpoint.linears import projection_linears
 from offload_moe.checkpoint.skeleton import build_skeleton
+from offload_moe.checkpoint.ties import untie
 from offload_moe.errors import UnsupportedModelError
 from offload_moe.plan.attention import AttentionShape, describe_attention
 from offload_moe.quant import ExpertShape, Matrix
@@ -87,13 +89,19 @@ class ModelShape:
         return self.dense_parameters + routed
 
 
-def describe_model(config: "PreTrainedConfig", *, is_lean: bool = True) -> ModelShape:
+def describe_model(
+    config: "PreTrainedConfig", *, is_lean: bool = True, dense_names: Collection[str] = ()
+) -> ModelShape:
     """Builds the skeleton of a config, a second at most, and counts it. is_lean: see `describe_skeleton`.
+
+    dense_names: of what there is to be loaded, since the config may tie weights of which each has values of its own.
 
     Raises:
         UnsupportedModelError: transformers cannot build it, or its experts cannot be bound.
     """
-    return describe_skeleton(build_skeleton(_with_dtype(config)), is_lean=is_lean)
+    skeleton = build_skeleton(_with_dtype(config))
+    untie(skeleton, dense_names)
+    return describe_skeleton(skeleton, is_lean=is_lean)
 
 
 def describe_skeleton(model: "PreTrainedModel", *, is_lean: bool) -> ModelShape:

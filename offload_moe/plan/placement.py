@@ -8,7 +8,7 @@ from itertools import product
 
 from offload_moe import kernels
 from offload_moe.budget import DEVICE_RESERVE_BYTES, runtime_bytes
-from offload_moe.conversion import LOSSLESS
+from offload_moe.convert.jobs import LOSSLESS
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.parameters import ModelShape
 from offload_moe.plan.sizes import dense_memory_bytes, dense_store_bytes, experts_bytes, slot_bytes

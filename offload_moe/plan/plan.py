@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from offload_moe.conversion import LOSSLESS
+from offload_moe.convert.jobs import LOSSLESS
 from offload_moe.errors import ConfigError
 from offload_moe.plan.advice import Change, Shortfall, best_changes, find_shortfalls
 from offload_moe.plan.machine import Machine
@@ -72,7 +72,7 @@ def make_plan(
         dense_codec = _agreed("--dense-codec", dense_codec, source.dense_codec)
     _suitable("--dense-codec", dense_codec or LOSSLESS, DENSE_CODECS)
     stored = source.dense_codec or dense_codec or LOSSLESS
-    shape = describe_model(source.config, is_lean=_is_lean(codec, machine))
+    shape = describe_model(source.config, is_lean=_is_lean(codec, machine), dense_names=source.dense_names)
     shape = with_narrow_embeddings(shape, lambda weight: weight.dtype == torch.bfloat16)
     check_context(context, shape)
     settings = Settings(codec=codec, context=context, dense_codec=dense_codec, stored_dense_codec=stored)

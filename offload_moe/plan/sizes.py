@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offload_moe.conversion import LOSSLESS, MXFP4
+from offload_moe.convert.jobs import LOSSLESS, MXFP4
 from offload_moe.plan.parameters import DenseWeight, ModelShape
 from offload_moe.quant import CODECS, get_codec
 

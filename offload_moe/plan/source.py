@@ -2,16 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from offload_moe.checkpoint.shards import INDEX_NAME
-from offload_moe.checkpoint.skeleton import load_config
+from offload_moe.checkpoint.checkpoint import Checkpoint
+from offload_moe.checkpoint.names import map_names
+from offload_moe.checkpoint.skeleton import build_skeleton, load_config
 from offload_moe.checkpoint.source import looks_like_hub_id
+from offload_moe.checkpoint.weight_files import INDEX_NAME, choose_weights, file_names, refuse_adapter
 from offload_moe.errors import CheckpointError, OffloadMoeError
 from offload_moe.plan.hub import fetch_config
 from offload_moe.store import Store, is_store
@@ -27,7 +29,8 @@ class PlannedSource:
     """A model to be planned. codec and dense_codec: what a store has, None elsewhere.
 
     checkpoint_bytes: of the weight files, None where nothing says. is_local: they are on this disk already.
-    shard_bytes: of the largest file of a hub id, None elsewhere.
+    shard_bytes: of the largest file of a hub id, None elsewhere. dense_names: of what there is to be loaded beside the
+    experts; empty where that is not known, or does not matter because the model ties no weights.
     """
 
     name: str
@@ -37,6 +40,7 @@ class PlannedSource:
     shard_bytes: int | None = None
     codec: str | None = None
     dense_codec: str | None = None
+    dense_names: Collection[str] = ()
 
 
 def open_source(model: str | Path, *, revision: str | None = None, token: str | None = None) -> PlannedSource:
@@ -52,11 +56,24 @@ def open_source(model: str | Path, *, revision: str | None = None, token: str | 
         store = Store.open(path)
         config = load_config(path)
         return PlannedSource(
-            name=str(model), config=config, is_local=True, codec=store.codec, dense_codec=store.dense_codec
+            name=str(model),
+            config=config,
+            is_local=True,
+            codec=store.codec,
+            dense_codec=store.dense_codec,
+            dense_names=store.dense.keys(),
         )
     if path.is_dir():
+        refuse_adapter(path, file_names(path))
         num_bytes, is_local = _folder_bytes(path)
-        return PlannedSource(name=str(model), config=load_config(path), checkpoint_bytes=num_bytes, is_local=is_local)
+        config = load_config(path)
+        return PlannedSource(
+            name=str(model),
+            config=config,
+            checkpoint_bytes=num_bytes,
+            is_local=is_local,
+            dense_names=_dense_names(path) if is_local and _may_tie(config) else (),
+        )
     if path.is_file():
         with _as_folder(path) as folder:
             return PlannedSource(name=str(model), config=load_config(folder))
@@ -65,12 +82,14 @@ def open_source(model: str | Path, *, revision: str | None = None, token: str | 
             f"{model} is neither a store, a model folder, a config.json nor a hub id like organisation/model. "
             "Check the path."
         )
-    folder, sizes = fetch_config(str(model), revision=revision, token=token)
+    hub = fetch_config(str(model), revision=revision, token=token)
+    config = load_config(hub.folder)
     return PlannedSource(
         name=str(model),
-        config=load_config(folder),
-        checkpoint_bytes=sum(sizes) if sizes else None,
-        shard_bytes=max(sizes) if sizes else None,
+        config=config,
+        checkpoint_bytes=sum(hub.sizes) if hub.sizes else None,
+        shard_bytes=max(hub.sizes) if hub.sizes else None,
+        dense_names=_mapped(config, hub.tensor_names) if hub.tensor_names and _may_tie(config) else (),
     )
 
 
@@ -91,11 +110,34 @@ def index_bytes(folder: Path) -> int | None:
 
 def _folder_bytes(folder: Path) -> tuple[int | None, bool]:
     """Bytes of the weights, and whether they are there and not just in the index."""
-    indexed = index_bytes(folder)
-    present = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if present and (indexed is None or present >= indexed):
-        return present, True
-    return indexed, False
+    try:
+        paths = [folder / name for name in choose_weights(folder).names]
+    except CheckpointError:  # an index that cannot be read is named below
+        paths = []
+    if paths and all(path.is_file() for path in paths):
+        return sum(path.stat().st_size for path in paths), True
+    return index_bytes(folder), False
+
+
+def _may_tie(config: "PreTrainedConfig") -> bool:
+    parts = (config, *(getattr(config, name, None) for name in config.sub_configs))
+    return any(getattr(part, "tie_word_embeddings", False) for part in parts)
+
+
+def _dense_names(folder: Path) -> Collection[str]:
+    try:
+        with Checkpoint(folder) as checkpoint:
+            return checkpoint.dense.keys()
+    except OffloadMoeError:  # a plan needs no more than the config; a conversion will name the fault
+        return ()
+
+
+def _mapped(config: "PreTrainedConfig", tensor_names: Collection[str]) -> Collection[str]:
+    try:
+        groups = map_names(build_skeleton(config), tensor_names).groups
+    except OffloadMoeError:  # as above
+        return ()
+    return {group.target for group in groups}
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 
 from offload_moe.budget import CPU_PROMPT_TOKENS, DEVICE_PROMPT_TOKENS
 from offload_moe.checkpoint.linears import PROJECTIONS
-from offload_moe.conversion import LOSSLESS
+from offload_moe.convert.jobs import LOSSLESS
 from offload_moe.plan.parameters import ModelShape
 from offload_moe.quant import Matrix
 

@@ -1,12 +1,12 @@
 """The record of how far a conversion has come: one line per finished blob, after a first line of settings."""
 
-import fcntl
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from offload_moe.errors import StoreError
+from offload_moe.locks import no_locks, try_lock
 from offload_moe.store import durable
 
 JOURNAL_NAME = "conversion.journal"
@@ -23,6 +23,7 @@ class Journal:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         """Start a conversion, or continue one. Raises: StoreError when the folder is another's."""
         self._path = folder / JOURNAL_NAME
+        self.notice: str | None = None  # what the user must know of the claim
         first_line = json.dumps(settings, sort_keys=True).encode() + b"\n"
         check_target(folder)
         if not self._path.exists():
@@ -61,25 +62,23 @@ class Journal:
         os.close(self._file)
 
     def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StoreError(f"{self._path.parent} is being written by another process. Wait for it to end.") from None
+        state = try_lock(self._file)
+        if state == "held elsewhere":
+            raise StoreError(f"{self._path.parent} is being written by another process. Wait for it to end.")
+        if state == "unavailable":
+            self.notice = no_locks(self._path.parent)
 
 
 def is_being_written(folder: Path) -> bool:
-    """Whether a conversion into the folder is running now."""
+    """Whether a conversion into the folder is known to be running now."""
     try:
         journal = os.open(folder / JOURNAL_NAME, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(journal, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
+        return try_lock(journal, is_shared=True) == "held elsewhere"
     finally:
         os.close(journal)
-    return False
 
 
 def _checksums(lines: bytes) -> list[int]:

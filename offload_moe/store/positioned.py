@@ -4,11 +4,14 @@ import os
 import threading
 from pathlib import Path
 
+from offload_moe.open_files import open_descriptor
+
 _POSITION = threading.Lock()  # without `preadv`, threads share the position of a descriptor
 
 
 def open_for_reading(path: Path) -> int:
-    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    """Raises: OSError."""
+    return open_descriptor(path)
 
 
 def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:

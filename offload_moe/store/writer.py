@@ -36,6 +36,7 @@ class StoreWriter:
         self._files = files
         with durable.named_errors(folder):
             self._journal = Journal(folder, settings)
+            self.notice = self._journal.notice
             try:
                 self.num_done = self._recover()
                 self._journal.cut(self.num_done)

@@ -72,7 +72,10 @@ class DiskMover:
             )
             for record in records
         ]
-        files = [self._files.get(path).native() for path in paths]
+        try:
+            files = [self._files.get(path).native() for path in paths]
+        except OSError as error:
+            raise TransferError(f"{error.filename} cannot be read: {error.strerror}.") from error
         sizes = ReadSizes(
             num_threads=readers_for(self._arena.slot_bytes),
             part_bytes=PART_BYTES,

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from offload_moe.kernels import FileStruct
+from offload_moe.open_files import open_descriptor
 from offload_moe.quant.layout import RECORD_ALIGNMENT, round_up
 from offload_moe.store.positioned import open_for_reading, read_at
 
@@ -87,7 +88,7 @@ def _open_direct(path: Path) -> int | None:
     if not hasattr(os, "O_DIRECT") or not hasattr(os, "preadv"):
         return None
     try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECT)
+        return open_descriptor(path, os.O_RDONLY | os.O_DIRECT)
     except OSError:
         return None
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from offload_moe.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Shards
+from offload_moe.checkpoint.shards import Shards
+from offload_moe.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
+from offload_moe.convert.quantize import quantize
 from offload_moe.errors import OffloadMoeError
-from offload_moe.quantize import quantize
 from offload_moe.store import Store
 from offload_moe.store.journal import JOURNAL_NAME, Journal
 from offload_moe.store.manifest_json import MANIFEST_NAME

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from offload_moe.convert.quantize import quantize
 from offload_moe.errors import CheckpointError, ConfigError, OffloadMoeError, UnsupportedModelError
-from offload_moe.quantize import quantize
 from offload_moe.store import is_store
 from tests.support.checkpoints import write_checkpoint
 
@@ -122,7 +122,7 @@ def test_a_truncated_file(model: Path, tmp_path: Path) -> None:
 def test_a_missing_shard(shards: Path, tmp_path: Path) -> None:
     shard = sorted(shards.glob("model-*.safetensors"))[1]
     shard.unlink()
-    refused(shards, tmp_path, CheckpointError, f"{shard.name} cannot be read: No such file")
+    refused(shards, tmp_path, CheckpointError, f"index.json names {shard.name}, which is not there")
 
 
 def edit_index(folder: Path, name: str, file_name: object) -> None:
@@ -132,33 +132,11 @@ def edit_index(folder: Path, name: str, file_name: object) -> None:
     index.write_text(json.dumps(document))
 
 
-def test_an_index_that_lies(shards: Path, tmp_path: Path) -> None:
-    last = sorted(shards.glob("model-*.safetensors"))[-1]
-    edit_index(shards, "model.embed_tokens.weight", last.name)
-    refused(shards, tmp_path, CheckpointError, rf"model\.embed_tokens\.weight is in {last.name}; it is not")
-
-
 @pytest.mark.parametrize("path", ["../outside.safetensors", "/etc/passwd", "sub/../../outside.safetensors"])
 def test_an_index_that_leads_out_of_the_folder(shards: Path, tmp_path: Path, path: str) -> None:
     shutil.copy(next(shards.glob("*.safetensors")), tmp_path / "outside.safetensors")
     edit_index(shards, "model.norm.weight", path)
     refused(shards, tmp_path, CheckpointError, "leads out of the checkpoint folder; refused")
-
-
-def test_a_link_that_leads_out_of_the_folder(model: Path, tmp_path: Path) -> None:
-    (model / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
-    (model / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
-    refused(model, tmp_path, CheckpointError, "leads out of the checkpoint folder; refused")
-
-
-def test_the_links_of_the_hub_cache_are_followed(model: Path, tmp_path: Path) -> None:
-    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "c0ffee"
-    blobs.mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    for number, path in enumerate(model.iterdir()):
-        path.rename(blobs / str(number))
-        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
-    assert is_store(quantize(snapshot, tmp_path / "store", codec="bf16"))
 
 
 @pytest.mark.parametrize("weight_map", [[], {}, {"a": 1}, None])

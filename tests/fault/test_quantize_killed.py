@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from offload_moe.quantize import Progress, quantize
+from offload_moe.convert.quantize import Progress, quantize
 from offload_moe.store import is_store
 from tests.support.checkpoints import write_checkpoint
 
@@ -18,7 +18,7 @@ KILLER = """
 import os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
-from offload_moe.quantize import quantize
+from offload_moe.convert.quantize import quantize
 
 source, folder, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from offload_moe.checkpoint.download import NOTE_NAME
+from offload_moe.convert.quantize import quantize
 from offload_moe.errors import StoreError
-from offload_moe.quantize import quantize
 from offload_moe.store import Store, is_store
 from tests.support.checkpoints import spread, write_checkpoint
 from tests.support.hub import Hub, hub_in_use, running
@@ -140,7 +140,7 @@ KILLER = """
 import os, random, signal, sys, time
 import huggingface_hub, torch
 torch.set_num_threads(1)
-from offload_moe.quantize import quantize
+from offload_moe.convert.quantize import quantize
 
 def start(folder):
     huggingface_hub.close_session()

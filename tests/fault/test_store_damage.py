@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from offload_moe.convert.quantize import quantize
 from offload_moe.errors import StoreCorrupt
-from offload_moe.quantize import quantize
 from offload_moe.store import Store
 from tests.support.checkpoints import write_checkpoint
 

@@ -8,8 +8,8 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 
+from offload_moe.convert.quantize import quantize
 from offload_moe.errors import CheckpointError
-from offload_moe.quantize import quantize
 from tests.support.checkpoints import write_checkpoint
 from tests.support.quantized import DELICATE, edit_json, edit_tensors
 from tests.support.stores import assert_same_stores

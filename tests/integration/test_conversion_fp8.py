@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from offload_moe import load
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.fp8 import fp8_values
+from offload_moe.convert.quantize import Progress, quantize
 from offload_moe.errors import CheckpointError
-from offload_moe.quantize import Progress, quantize
 from offload_moe.store import Store, is_store
 from tests.support.quantized import edit_json, edit_tensors, write_fp8_checkpoint
 from tests.support.stores import assert_same_stores

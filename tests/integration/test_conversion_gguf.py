@@ -10,8 +10,8 @@ from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor, load_
 
 from offload_moe import load
 from offload_moe.checkpoint.checkpoint import Checkpoint
+from offload_moe.convert.quantize import quantize
 from offload_moe.errors import CheckpointError
-from offload_moe.quantize import quantize
 from offload_moe.store import Store
 from tests.support.checkpoints import tiny_config
 from tests.support.gguf_files import ARCHITECTURES, sizes_of, write_gguf, write_mxfp4_gguf

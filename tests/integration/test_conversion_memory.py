@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from offload_moe.quantize import Progress, quantize
+from offload_moe.convert.quantize import Progress, quantize
 from offload_moe.store import Store
 from tests.support.checkpoints import write_checkpoint
 
@@ -18,7 +18,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import bitsandbytes  # imported late otherwise
-from offload_moe.quantize import quantize
+from offload_moe.convert.quantize import quantize
 
 def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from offload_moe import load
 from offload_moe.checkpoint.checkpoint import Checkpoint
+from offload_moe.convert.quantize import quantize
 from offload_moe.errors import CheckpointError, ConfigError
 from offload_moe.quant import get_codec
-from offload_moe.quantize import quantize
 from offload_moe.store import Store, is_store
 from tests.support.checkpoints import write_checkpoint
 from tests.support.quantized import WEIGHTS, edit_tensors, write_mxfp4_checkpoint

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
+from offload_moe.convert.quantize import quantize
 from offload_moe.errors import CheckpointError
-from offload_moe.quantize import quantize
 from tests.support.packed import write_packed_checkpoint
 from tests.support.quantized import edit_json, edit_tensors
 from tests.support.stores import assert_same_stores

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from offload_moe import kernels
+from offload_moe.convert.quantize import quantize
 from offload_moe.doctor import self_test as self_test_module
 from offload_moe.doctor.copiers import Copiers, simulated_copiers
 from offload_moe.doctor.demo_check import check_demo
@@ -20,7 +21,6 @@ from offload_moe.doctor.self_test import Tests as SelfTests
 from offload_moe.doctor.small_model import NUM_EXPERTS, NUM_LAYERS, SmallModel, logits_of
 from offload_moe.moe.device import DeviceArithmetic
 from offload_moe.moe.native import NativeArithmetic
-from offload_moe.quantize import quantize
 from offload_moe.schedule.residency import Residency
 from offload_moe.store import Store
 from offload_moe.tiers.copier import Marker

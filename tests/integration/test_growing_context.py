@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from offload_moe.convert.quantize import quantize
 from offload_moe.errors import BudgetError
 from offload_moe.lean.latent import absorb_latents
 from offload_moe.model import Model, load
 from offload_moe.plan import room
 from offload_moe.plan.room import may_lend
-from offload_moe.quantize import quantize
 from tests.support.chat import byte_tokenizer, chat_model
 from tests.support.plan import tiny_shape
 from tests.support.tiny_models import tiny_model, tiny_prompt

@@ -11,9 +11,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from offload_moe.convert.quantize import Progress, quantize
+from offload_moe.convert.repair import find_damage, repair
 from offload_moe.errors import BudgetError, CheckpointError, ConfigError, OffloadMoeError, StoreError, TransferError
-from offload_moe.quantize import Progress, quantize
-from offload_moe.repair import find_damage, repair
 from offload_moe.store import Store, is_store
 from tests.support.checkpoints import spread, write_checkpoint
 from tests.support.hub import COMMIT, Hub, hub_in_use, running

@@ -15,6 +15,7 @@ from support.models import open_model
 from support.tiny_models import tiny_model, tiny_prompt
 from torch import Tensor
 
+from offload_moe.convert.quantize import quantize
 from offload_moe.hooks import Onlooker
 from offload_moe.kernels import MAX_TOP_K
 from offload_moe.kernels import run as kernels_run
@@ -23,7 +24,6 @@ from offload_moe.lean.layer import LayerStep
 from offload_moe.lean.run import LayerRun, can_run
 from offload_moe.model import Model
 from offload_moe.moe.lookahead import Lookahead
-from offload_moe.quantize import quantize
 from offload_moe.schedule.scheduler import Scheduler
 from offload_moe.trace import DELAYED_HIT, HIT, MISS
 

@@ -8,10 +8,10 @@ import torch
 from support.models import open_model
 from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
 
+from offload_moe.convert.quantize import quantize
 from offload_moe.model import Model
 from offload_moe.moe.lookahead import Lookahead
 from offload_moe.moe.probe import RouterProbe, find_probes
-from offload_moe.quantize import quantize
 from offload_moe.schedule.prefetch import LEAST_GUESSES, RankTally
 
 

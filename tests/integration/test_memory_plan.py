@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from offload_moe.convert.quantize import quantize
 from offload_moe.plan import Machine, make_plan
-from offload_moe.quantize import quantize
 from tests.support.chat import byte_tokenizer, chat_model
 from tests.support.cli import ROOT, environment
 

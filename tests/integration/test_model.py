@@ -9,9 +9,9 @@ from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
 from transformers import AutoModelForCausalLM
 
 from offload_moe import load
+from offload_moe.convert.quantize import quantize
 from offload_moe.errors import BudgetError, CheckpointError
 from offload_moe.model import Model
-from offload_moe.quantize import quantize
 from offload_moe.store import Store
 from offload_moe.tiers.nvidia import Nvidia
 from tests.support.checkpoints import write_checkpoint

@@ -9,8 +9,8 @@ from support.chat import byte_tokenizer, chat_model
 
 from offload_moe import load
 from offload_moe.chat import prompt_chunks
+from offload_moe.convert.quantize import quantize
 from offload_moe.model import Model
-from offload_moe.quantize import quantize
 from offload_moe.tiers.disk import DiskMover
 from offload_moe.tiers.mover import Arrived
 

@@ -9,8 +9,8 @@ import torch
 from offload_moe import load
 from offload_moe.checkpoint import tokenizer as module
 from offload_moe.checkpoint.tokenizer import INSTALL, PACKAGES, load_tokenizer, obstacle
+from offload_moe.convert.quantize import Progress, quantize
 from offload_moe.errors import ConfigError
-from offload_moe.quantize import Progress, quantize
 from offload_moe.store import Store
 from tests.support.chat import CHATML
 from tests.support.checkpoints import write_checkpoint

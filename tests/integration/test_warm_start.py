@@ -10,8 +10,8 @@ import torch
 from support.tiny_models import tiny_model, tiny_prompt
 
 from offload_moe import load
+from offload_moe.convert.quantize import quantize
 from offload_moe.model import Model
-from offload_moe.quantize import quantize
 from offload_moe.schedule.popularity import POPULARITY_NAME, read_popularity, write_popularity
 from offload_moe.schedule.scheduler import Scheduler
 from offload_moe.stores import describe, remove

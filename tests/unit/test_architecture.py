@@ -19,10 +19,7 @@ FLOW = [
     "dense",
     "lean",
     "demo",
-    "conversion",
-    "source_shards",
-    "quantize",
-    "repair",
+    "convert",
     "trace",
     "profile",
     "simulate",
@@ -36,7 +33,7 @@ FLOW = [
     "model",
     "doctor",
 ]
-COMMON = {"budget", "cores", "errors", "hooks", "native", "sizes", "paths"}
+COMMON = {"budget", "cores", "errors", "hooks", "locks", "native", "open_files", "paths", "sizes", "token_ids"}
 
 
 def imports_of(path: Path) -> set[str]:

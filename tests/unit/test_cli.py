@@ -128,7 +128,7 @@ def test_flags_become_arguments_only_where_given() -> None:
 
 def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = []
-    module = type(sys)("offload_moe.quantize")
+    module = type(sys)("offload_moe.convert.quantize")
 
     def quantize(source: str, store: str, **settings: Any) -> str:
         settings.pop("progress")(Progress(phase="Writing experts", done_bytes=1, total_bytes=2))
@@ -138,10 +138,11 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: 
         return store
 
     module.quantize = quantize
-    monkeypatch.setitem(sys.modules, "offload_moe.quantize", module)
+    monkeypatch.setitem(sys.modules, "offload_moe.convert.quantize", module)
     monkeypatch.setattr(main, "quiet_libraries", lambda: None)
     assert main.main(["quantize", "org/model", "out", "--codec", "int8", "--revision", "v1"]) == 0
     options = {"codec": "int8", "dense_codec": "bf16", "revision": "v1", "delete_source_shards": False}
+    options["follow_links"] = False
     assert calls == [("org/model", "out", options)]
     out, err = capsys.readouterr()
     assert out == ""

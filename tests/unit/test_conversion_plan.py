@@ -6,7 +6,7 @@ import pytest
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.shards import Shards
-from offload_moe.conversion import plan_conversion
+from offload_moe.convert.jobs import plan_conversion
 from offload_moe.quant import get_codec
 from tests.support.checkpoints import spread, write_checkpoint
 

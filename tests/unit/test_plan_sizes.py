@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from offload_moe.budget import DEVICE_PROMPT_TOKENS
 from offload_moe.checkpoint.experts import find_experts
+from offload_moe.convert.quantize import quantize
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.outlook import look_ahead
 from offload_moe.plan.parameters import describe_model
@@ -24,7 +25,6 @@ from offload_moe.plan.sizes import (
 from offload_moe.plan.source import open_source
 from offload_moe.plan.working import activation_bytes, cache_bytes, tile_bytes
 from offload_moe.quant import CODECS, get_codec
-from offload_moe.quantize import quantize
 from offload_moe.store import Store
 from tests.support.plan import CONFIGS, GIB, real_shape, task, tiny_shape
 from tests.support.tiny_models import COMMON, FAMILIES, tiny_model

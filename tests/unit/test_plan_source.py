@@ -10,11 +10,11 @@ from threading import Thread
 import pytest
 import torch
 
-from offload_moe.checkpoint.shards import INDEX_NAME
+from offload_moe.checkpoint.weight_files import INDEX_NAME
+from offload_moe.convert.quantize import quantize
 from offload_moe.errors import CheckpointError, ConfigError, TransferError, UnsupportedModelError
 from offload_moe.plan import Machine, make_plan
 from offload_moe.plan.source import index_bytes, open_source
-from offload_moe.quantize import quantize
 from tests.support.plan import CONFIGS, GIB
 from tests.support.tiny_models import tiny_model
 

@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
+from offload_moe.convert.quantize import Progress, quantize
 from offload_moe.errors import StoreCorrupt, StoreError, StoreVersion
 from offload_moe.quant import get_codec
-from offload_moe.quantize import Progress, quantize
 from offload_moe.store import Store, is_store
 from tests.support.checkpoints import write_checkpoint
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from filelock import FileLock
 
+from offload_moe.convert.quantize import quantize
+from offload_moe.convert.repair import find_damage, repair, restore_sizes
 from offload_moe.errors import ConfigError, StoreCorrupt, StoreError
-from offload_moe.quantize import quantize
-from offload_moe.repair import find_damage, repair, restore_sizes
 from offload_moe.sizes import format_size
 from offload_moe.sources import ensure_store, silent
 from offload_moe.store import Progress, Store

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
+from offload_moe.checkpoint.download import Download
 from offload_moe.checkpoint.formats import quantization_settings
-from offload_moe.checkpoint.source import Source, metadata_files, open_download, resolve_source
-from offload_moe.checkpoint.tokenizer import obstacle
-from offload_moe.conversion import LOSSLESS, MXFP4, expert_name, plan_conversion
+from offload_moe.checkpoint.small_files import SmallFiles, read_small_files
+from offload_moe.checkpoint.source import Source, open_download, resolve_source
+from offload_moe.convert.jobs import LOSSLESS, MXFP4, Job, expert_name, plan_conversion
+from offload_moe.convert.source_shards import SourceShards
 from offload_moe.errors import ConfigError
 from offload_moe.quant import Codec, get_codec
-from offload_moe.source_shards import SourceShards
 from offload_moe.store.journal import check_target
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest
 from offload_moe.store.manifest_json import FORMAT_VERSION, manifest_to_json
 from offload_moe.store.plan import PlannedFile
-from offload_moe.store.progress import OnProgress, Progress, ignore_progress
+from offload_moe.store.progress import OnProgress, Progress, ignore_progress, notice
 from offload_moe.store.writer import Payload, StoreWriter, describe_metadata, stored_files
 
 DEFAULT = "nf4"
@@ -37,6 +38,7 @@ def quantize(
     revision: str | None = None,
     token: str | None = None,
     delete_source_shards: bool = False,
+    follow_links: bool = False,
     progress: OnProgress | None = None,
 ) -> Path:
     """Convert a checkpoint folder or hub id into an expert store and return the store's folder.
@@ -45,6 +47,8 @@ def quantize(
     dense_codec: of the large dense projections.
     delete_source_shards: download a hub id shard by shard into a folder beside the store, and delete each once
         everything in it is safely in the store. Needs the disk for the store and about two shards.
+    follow_links: also read what symbolic links in a folder lead to where that belongs to another user than the link.
+    progress: gets every step, and notices of what is not used or not as it should be, which are logged without it.
 
     Memory stays bounded by a few experts: large dense matrices are read, copied and encoded by runs of rows. Whole in
     memory is only what transformers splits or merges, or what is packed the other way round (GPTQ, AWQ, bitsandbytes).
@@ -66,47 +70,64 @@ def quantize(
     with ExitStack() as stack:
         download = None
         if delete_source_shards:
-            download = open_download(
-                source,
-                target.with_name(target.name + DOWNLOAD),
-                revision=revision,
-                token=token,
-                on_download=lambda name, done, total: report(
-                    Progress(phase=f"Downloading {name}", done_bytes=done, total_bytes=total)
-                ),
-            )
+            download = _begin_download(source, target, revision, token, report)
             stack.callback(download.close)
             origin = Source(folder=download.folder, name=str(source), revision=download.commit)
         else:
-            origin = resolve_source(source, revision=revision, token=token)
+            origin = resolve_source(source, revision=revision, token=token, follow_links=follow_links)
         experts_codec = get_codec(codec or default_codec(origin.folder))
         checkpoint = stack.enter_context(Checkpoint(origin.folder, download))
         _check_codec(experts_codec, checkpoint)
-        if checkpoint.ignored:
-            what = f"{len(checkpoint.ignored)} tensors of multi-token prediction, of images or of older versions"
-            phase = f"Skipping {what}, such as {checkpoint.ignored[0]}"
-            report(Progress(phase=phase, done_bytes=-1, total_bytes=0))
-        if notice := obstacle(origin.folder):
-            report(Progress(phase=notice, done_bytes=-1, total_bytes=0))
+        small_files = read_small_files(origin.folder, checkpoint.model)
+        _report_notices(checkpoint, small_files, report)
         files, jobs = plan_conversion(checkpoint, experts_codec, linears_codec, by_shard=download is not None)
         settings = _settings(
             origin, checkpoint, experts_codec.name, dense_codec, files, is_download=download is not None
         )
         with StoreWriter(target, files, settings) as writer:
-            shards = SourceShards(download, checkpoint.tensors, files, jobs)
-            shards.delete_until(writer.num_done)
-            done = sum(job.blob.num_bytes for job in jobs[: writer.num_done])
-            total = sum(job.blob.num_bytes for job in jobs)
-            report(Progress(phase="Quantizing", done_bytes=done, total_bytes=total))
-            for num_bytes in writer.write(_ahead(shards.makers(writer.num_done))):
-                done += num_bytes
-                shards.delete_until(writer.num_done - 1)  # the file that the last one ends may not be synced yet
-                report(Progress(phase="Quantizing", done_bytes=done, total_bytes=total))
-            shards.delete_until(writer.num_done)
-            metadata = {name: path.read_bytes() for name, path in metadata_files(origin.folder).items()}
+            _fill(writer, SourceShards(download, checkpoint.tensors, files, jobs), jobs, report)
+            metadata = small_files.contents
             manifest = _manifest(origin, checkpoint, experts_codec.name, dense_codec, files, writer, metadata)
             writer.finish(manifest_to_json(manifest), metadata, download.remove if download is not None else None)
     return target
+
+
+def _begin_download(
+    source: str | Path, target: Path, revision: str | None, token: str | None, report: OnProgress
+) -> Download:
+    return open_download(
+        source,
+        target.with_name(target.name + DOWNLOAD),
+        revision=revision,
+        token=token,
+        on_download=lambda name, done, total: report(
+            Progress(phase=f"Downloading {name}", done_bytes=done, total_bytes=total)
+        ),
+    )
+
+
+def _report_notices(checkpoint: Checkpoint, small_files: SmallFiles, report: OnProgress) -> None:
+    if checkpoint.ignored:
+        what = f"{len(checkpoint.ignored)} tensors of multi-token prediction, of images or of older versions"
+        phase = f"Skipping {what}, such as {checkpoint.ignored[0]}"
+        report(Progress(phase=phase, done_bytes=-1, total_bytes=0))
+    for text in (*checkpoint.notices, *small_files.notices):
+        report(notice(text))
+
+
+def _fill(writer: StoreWriter, shards: SourceShards, jobs: Sequence[Job], report: OnProgress) -> None:
+    """Write what is not written yet."""
+    if writer.notice is not None:
+        report(notice(writer.notice))
+    shards.delete_until(writer.num_done)
+    done = sum(job.blob.num_bytes for job in jobs[: writer.num_done])
+    total = sum(job.blob.num_bytes for job in jobs)
+    report(Progress(phase="Quantizing", done_bytes=done, total_bytes=total))
+    for num_bytes in writer.write(_ahead(shards.makers(writer.num_done))):
+        done += num_bytes
+        shards.delete_until(writer.num_done - 1)  # the file that the last one ends may not be synced yet
+        report(Progress(phase="Quantizing", done_bytes=done, total_bytes=total))
+    shards.delete_until(writer.num_done)
 
 
 def default_codec(folder: Path) -> str:

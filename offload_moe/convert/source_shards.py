@@ -5,7 +5,7 @@ from pathlib import Path
 
 from offload_moe.checkpoint.download import Download
 from offload_moe.checkpoint.tensors import TensorSource
-from offload_moe.conversion import Job
+from offload_moe.convert.jobs import Job
 from offload_moe.store.plan import PlannedFile
 from offload_moe.store.writer import Payload
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.source import looks_like_hub_id, metadata_files, resolve_source
-from offload_moe.conversion import plan_conversion
+from offload_moe.convert.jobs import plan_conversion
 from offload_moe.errors import ConfigError, StoreError
 from offload_moe.quant import get_codec
 from offload_moe.store import Piece, Progress, Store, durable
@@ -77,6 +77,7 @@ def repair(
     source: str | Path | None = None,
     *,
     token: str | None = None,
+    follow_links: bool = False,
     progress: OnProgress | None = None,
 ) -> list[Damage]:
     """Make damaged pieces again from the checkpoint; returns those that could not be, which are left as they are.
@@ -84,6 +85,7 @@ def repair(
     A piece is written only when its new bytes have the checksum on record.
 
     source: checkpoint folder or hub id; None takes the hub id and revision the store names.
+    follow_links: see `quantize`.
 
     Raises:
         ConfigError: the store does not say where it came from.
@@ -92,7 +94,7 @@ def repair(
     """
     report = progress or ignore_progress
     name, revision = _origin(store, source)
-    origin = resolve_source(name, revision=revision, token=token)
+    origin = resolve_source(name, revision=revision, token=token, follow_links=follow_links)
     remaining = []
     total, done = sum(damage.piece.place.num_bytes for damage in damages), 0
     with Checkpoint(origin.folder) as checkpoint:

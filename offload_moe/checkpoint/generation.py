@@ -1,0 +1,29 @@
+"""How a model answers where the user does not say: `generation_config.json`, or what the model's config says of it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+def load_generation_config(folder: Path) -> "tuple[GenerationConfig, str | None]":
+    """The settings, and a notice where the file is there and cannot be used: then it is left out, as in transformers.
+
+    Source: transformers/generation/utils.py, `adjust_generation_fn`.
+    """
+    from transformers import GenerationConfig
+
+    notice = None
+    if (folder / GENERATION_CONFIG).is_file():
+        try:
+            return GenerationConfig.from_pretrained(folder), None
+        except Exception as error:  # whatever the class makes of foreign values
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            notice = (
+                f"{folder / GENERATION_CONFIG} cannot be used ({reason.rstrip('.')}) and is left out, as transformers "
+                "does: answers are drawn with its defaults. Download that file again for the model's own."
+            )
+    return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True), notice

@@ -1,0 +1,53 @@
+"""Locks between processes, on file systems that have them: the system releases them when a process is killed.
+
+Some have none (Lustre mounted without flock, CIFS, NFS without its lock service). There work goes on without a lock.
+"""
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+HELD_ERRORS = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+POLL_S = 0.1
+
+State = Literal["locked", "held elsewhere", "unavailable"]
+
+
+def try_lock(descriptor: int, *, is_shared: bool = False) -> State:
+    """Lock an open file, until it is closed, if that can be had at once."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return "unavailable"
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        return "held elsewhere" if error.errno in HELD_ERRORS else "unavailable"
+    return "locked"
+
+
+def no_locks(folder: Path) -> str:
+    """What a user must know where locks are unavailable."""
+    return f"The file system of {folder} has no file locks. Do not let another process write to that folder meanwhile."
+
+
+@contextmanager
+def lock_file(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[State]:
+    """Try to lock a file, which is made where it is missing.
+
+    on_wait: called once if another process holds the lock, which is then waited for.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        state = try_lock(descriptor)
+        if state == "held elsewhere" and on_wait is not None:
+            on_wait()
+            while (state := try_lock(descriptor)) == "held elsewhere":
+                time.sleep(POLL_S)
+        yield state
+    finally:
+        os.close(descriptor)

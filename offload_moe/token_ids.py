@@ -1,0 +1,43 @@
+"""Token ids that a model has an embedding for. Others read beyond it: an error on the CPU, the end of a device."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload_moe.errors import ConfigError
+
+
+def num_embeddings(model: Any) -> int:
+    """Rows of the input embeddings: token ids are below it."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def check_ids(ids: Sequence[int], num_rows: int, tokenizer: Any = None) -> None:
+    """num_rows: of the embedding. Raises: ConfigError for an id that is none of its rows."""
+    wrong = next((token_id for token_id in ids if not 0 <= token_id < num_rows), None)
+    if wrong is None:
+        return
+    token = f"{tokenizer.convert_ids_to_tokens(wrong)!r} " if tokenizer is not None and wrong >= 0 else ""
+    raise ConfigError(
+        f"The prompt has token {token}({wrong}), but the model's embedding has {num_rows:,} rows, for tokens 0 to "
+        f"{num_rows - 1:,}. Leave it out, or use the tokenizer that belongs to these weights."
+    )
+
+
+def watch_ids(hf: Any) -> None:
+    """Refuse such ids in every call of the model; on a device in prompts only, since looking at them waits for it."""
+    num_rows = num_embeddings(hf)
+
+    def check(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        ids = keywords.get("input_ids", arguments[0] if arguments else None)
+        if not isinstance(ids, torch.Tensor) or ids.numel() == 0 or ids.is_floating_point():
+            return
+        if ids.device.type == "cpu" or ids.shape[-1] > 1:
+            least, most = ids.aminmax()
+            check_ids((int(least), int(most)), num_rows)
+
+    halves = [hf.get_decoder(), *([hf.get_encoder()] if hf.config.is_encoder_decoder else [])]
+    for half in halves:
+        half.register_forward_pre_hook(check, with_kwargs=True)
