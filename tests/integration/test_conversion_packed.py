@@ -51,13 +51,15 @@ def refused(source: Path, tmp_path: Path, match: str) -> None:
         ("compressed-tensors", "weight_scale", None, "weight_scale is missing"),
         ("compressed-tensors", "weight_scale", torch.ones(24, 3), "do not fit together"),
         ("compressed-tensors", "weight_scale", torch.ones(24, 0), "do not fit together"),
-        ("compressed-tensors", "weight_scale", torch.ones(24), "belongs to no matrix"),
+        ("compressed-tensors", "weight_scale", torch.ones(24), "belongs to no compressed-tensors matrix"),
         ("compressed-tensors", "weight_shape", torch.tensor([24, 31]), r"weight_shape is not \[24, 32\]"),
         ("compressed-tensors", "weight_packed", torch.zeros(24, 4), "do not fit together"),
-        ("compressed-tensors", "weight_g_idx", torch.zeros(32).int(), "reorders inputs"),
+        ("compressed-tensors", "weight_g_idx", torch.full((32,), 4).int(), "names groups that are not there"),
+        ("compressed-tensors", "weight_g_idx", torch.zeros(31).int(), "do not fit together"),
+        ("compressed-tensors", "weight_zero_point", torch.zeros(24, 4).int(), "do not fit together"),
         ("gptq", "g_idx", None, "g_idx is missing"),
-        ("gptq", "g_idx", torch.full((32,), 4).int(), "names groups that are not there"),
-        ("gptq", "g_idx", torch.full((32,), -1).int(), "names groups that are not there"),
+        ("gptq", "g_idx", torch.full((32,), 4).int(), "names GPTQ groups that are not there"),
+        ("gptq", "g_idx", torch.full((32,), -1).int(), "names GPTQ groups that are not there"),
         ("gptq", "g_idx", torch.zeros(32), "do not fit together"),
         ("gptq", "qzeros", torch.zeros(4, 2).int(), "do not fit together"),
         ("awq", "scales", torch.ones(5, 24), "do not fit together"),
@@ -77,34 +79,48 @@ def test_damaged_parts(tmp_path: Path, method: str, part: str, value: torch.Tens
     [
         (
             {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
-            r"\(nvfp4-pack-quantized\), of which",
-        ),
-        ({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"a": 5}}, None),
-        (
-            {
-                "quant_method": "compressed-tensors",
-                "format": "pack-quantized",
-                "config_groups": {"a": {"weights": {"symmetric": False, "num_bits": 4}}},
-            },
-            "symmetric pack-quantized integers can be read. Use a version",
+            r"\(nvfp4-pack-quantized\), of which .* can be read. Use a version",
         ),
         (
-            {
-                "quant_method": "compressed-tensors",
-                "format": "pack-quantized",
-                "config_groups": {"a": {"weights": {"symmetric": True, "num_bits": 3}}},
-            },
-            "with 3 bits; 4 and 8 can be read. Use a version",
+            {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
+            r"\(sparse-24-bitmask\), of which .* Use a version",
         ),
-        ({"quant_method": "gptq", "bits": 3}, "GPTQ with 3 bits; 4 and 8 can be read. Use a version"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "in the marlin layout; gptq and gptq_v2 .* Use"),
+        ({"quant_method": "gptq", "is_marlin_format": True}, "in the marlin layout; gptq and gptq_v2 .* Use"),
+        ({"quant_method": "gptq", "format": "gptq_p", "bits": 3}, "in the gptq_p layout; gptq and gptq_v2 .* Use"),
+        ({"quant_method": "auto-round", "packing_format": "mlx"}, "AutoRound in the mlx layout, .* Use a version"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "in the gemv layout.* Use a version"),
         (
             {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-            r"already quantized \(modelopt\), .* Use a version",
+            r"with ModelOpt \(NVFP4\), of which FP8 can be read. Use a version",
         ),
+        *(
+            ({"quant_method": method}, rf"already quantized \({method}\), .* Use a version of the model in bf16")
+            for method in ("hqq", "aqlm", "vptq", "eetq", "quanto", "torchao", "spqr", "bitnet", "quark", "exl3")
+        ),
+        ({"bits": 4, "group_size": 8}, r"already quantized \(in a way without a name\), .* Use a version"),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path: Path, settings: dict[str, object], match: str | None) -> None:
+def test_what_cannot_be_read_is_named(tmp_path: Path, settings: dict[str, object], match: str) -> None:
     packed, _ = write_packed_checkpoint(tmp_path, "gptq")
     edit_json(packed / "config.json", quantization_config=settings)
-    refused(packed, tmp_path, match or "")
+    refused(packed, tmp_path, match)
+
+
+def test_mlx_is_named(tmp_path: Path) -> None:
+    """It writes the same settings twice, neither of them with a name."""
+    packed, _ = write_packed_checkpoint(tmp_path, "gptq")
+    settings = {"bits": 4, "group_size": 8}
+    edit_json(packed / "config.json", quantization=settings, quantization_config=settings)
+    refused(packed, tmp_path, r"already quantized \(MLX\), .* Use a version")
+
+
+@pytest.mark.parametrize("bits", [3, 0])
+def test_bits_of_compressed_tensors(tmp_path: Path, bits: int) -> None:
+    packed, _ = write_packed_checkpoint(tmp_path, "compressed-tensors")
+    groups = {"a": {"targets": ["Linear"], "weights": {"num_bits": bits}}}
+    settings = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    edit_json(packed / "config.json", quantization_config=settings)
+    refused(
+        packed, tmp_path, f"weight_packed is compressed-tensors with {bits} bits; 4 and 8 can be read. Use a version"
+    )
