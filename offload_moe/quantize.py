@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
-from offload_moe.checkpoint.formats import quantization_settings
+from offload_moe.checkpoint.formats import is_mxfp4
 from offload_moe.checkpoint.source import Source, metadata_files, open_download, resolve_source
 from offload_moe.checkpoint.tokenizer import obstacle
 from offload_moe.conversion import LOSSLESS, MXFP4, expert_name, plan_conversion
@@ -111,8 +111,7 @@ def quantize(
 
 def default_codec(folder: Path) -> str:
     """What the experts of a checkpoint folder become when nobody chose: its own format where that is a codec."""
-    settings = quantization_settings(folder)
-    return MXFP4 if settings is not None and settings.get("quant_method") == MXFP4 else DEFAULT
+    return MXFP4 if is_mxfp4(folder) else DEFAULT
 
 
 def _dense_codec(name: str) -> Codec:

@@ -46,7 +46,7 @@ def open_tensors(folder: Path, remote: Remote | None = None) -> TensorSource:
     Raises:
         CheckpointError: the folder is damaged, or quantized in a way that cannot be read.
     """
-    if remote is None and not any(folder.glob("*.safetensors*")) and any(folder.glob("*.gguf")):
+    if remote is None and _is_gguf(folder):
         found = GgufTensors(folder, read_config_json(folder))
         return Mxfp4Tensors(found, {}) if any(name.endswith(BLOCKS) for name in found.entries) else found
     settings = quantization_settings(folder)
@@ -66,6 +66,18 @@ def open_tensors(folder: Path, remote: Remote | None = None) -> TensorSource:
             "Convert it without --delete-source-shards."
         )
     return READERS[method](Shards(folder, remote), settings)
+
+
+def is_mxfp4(folder: Path) -> bool:
+    """Whether the experts of a checkpoint are in MXFP4. A GGUF file beside the config may have them in another type."""
+    settings = quantization_settings(folder)
+    if settings is None or settings["quant_method"] != "mxfp4":
+        return False
+    return not _is_gguf(folder) or GgufTensors(folder, read_config_json(folder)).is_mxfp4
+
+
+def _is_gguf(folder: Path) -> bool:
+    return not any(folder.glob("*.safetensors*")) and any(folder.glob("*.gguf"))
 
 
 def quantization_settings(folder: Path) -> dict[str, Any] | None:
