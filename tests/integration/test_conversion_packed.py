@@ -1,15 +1,18 @@
 """Checkpoints of packed integers become the stores of the models that they stand for, or are refused by name."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
+from offload_moe.checkpoint.unused import with_a_meaning
 from offload_moe.errors import CheckpointError
 from offload_moe.quantize import quantize
-from tests.support.packed import write_packed_checkpoint
-from tests.support.quantized import edit_json, edit_tensors
+from tests.support.packed import Parts, write_packed_checkpoint
+from tests.support.quantized import WEIGHTS, edit_json, edit_tensors
 from tests.support.stores import assert_same_stores
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # upstream's, of models outside their usual sizes
@@ -124,3 +127,85 @@ def test_bits_of_compressed_tensors(tmp_path: Path, bits: int) -> None:
     refused(
         packed, tmp_path, f"weight_packed is compressed-tensors with {bits} bits; 4 and 8 can be read. Use a version"
     )
+
+
+def zero_biases(tensors: Parts) -> Parts:
+    """As AutoGPTQ writes them: beside every quantized projection."""
+    found = {name: value for name, value in tensors.items() if name.endswith("qweight")}
+    return tensors | {
+        name.replace("qweight", "bias"): torch.zeros(value.shape[1], dtype=torch.float16)
+        for name, value in found.items()
+    }
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptq_v2"])
+def test_biases_of_zeros_mean_nothing(method: str, tmp_path: Path) -> None:
+    packed, plain = write_packed_checkpoint(tmp_path, method)
+    edit_tensors(packed, zero_biases)
+    assert_same_stores(quantize(packed, tmp_path / "a"), quantize(plain, tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (f"{PREFIX}bias", 1e-7),
+        (f"{PREFIX}bias", torch.nan),
+        ("model.layers.0.self_attn.o_proj.bias", -1.0),
+        (f"{PREFIX}lora_A", 0.0),
+    ],
+)
+def test_a_bias_that_is_not_zero_is_foreign(tmp_path: Path, name: str, value: float) -> None:
+    packed, _ = write_packed_checkpoint(tmp_path, "gptq")
+
+    def add(tensors: Parts) -> Parts:
+        foreign = torch.zeros(24)
+        foreign[5] = value
+        return zero_biases(tensors) | {name: foreign}
+
+    edit_tensors(packed, add)
+    refused(packed, tmp_path, f"tensor {name} has no place in Qwen3MoeForCausalLM .1 such")
+
+
+def test_biases_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    """Shard by shard, nothing is read before its turn."""
+    packed, _ = write_packed_checkpoint(tmp_path, "gptq")
+    edit_tensors(packed, zero_biases)
+    with Checkpoint(packed) as checkpoint:
+        found = [name for name in checkpoint.tensors.entries if name.startswith(PREFIX) and name.endswith("bias")]
+        with pytest.raises(CheckpointError, match=r"Convert it without --delete-source-shards"):
+            with_a_meaning(checkpoint.tensors, found, may_read=False)
+        assert with_a_meaning(checkpoint.tensors, found, may_read=True) == ()
+
+
+@pytest.mark.parametrize("dynamic", [{"+:.*down_proj.*": {"bits": 8}}, {r"-:.*experts\.2\..*": {}}])
+def test_layers_of_other_bits_and_layers_left_out(tmp_path: Path, dynamic: dict[str, object]) -> None:
+    """GPTQModel's `dynamic`: what it says is in the tensors, so that rules need not be matched."""
+    eight, eight_plain = write_packed_checkpoint(tmp_path / "8", "gptq", bits=8)
+    four, four_plain = write_packed_checkpoint(tmp_path / "4", "gptq")
+    left_out = next(iter(dynamic)).startswith("-")
+    others, part = load_file((eight_plain if left_out else eight) / WEIGHTS), "experts.2." if left_out else "down_proj"
+
+    def exchanged(tensors: Parts) -> Parts:
+        kept = {name: value for name, value in tensors.items() if part not in name}
+        return kept | {name: value for name, value in others.items() if part in name}
+
+    edit_tensors(four, exchanged)
+    plain = load_file(eight_plain / WEIGHTS)
+    edit_tensors(four_plain, lambda tensors: tensors | {name: plain[name] for name in tensors if part in name})
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 8, "dynamic": dynamic}
+    edit_json(four / "config.json", quantization_config=settings)
+    assert_same_stores(quantize(four, tmp_path / "a", codec="bf16"), quantize(four_plain, tmp_path / "b", codec="bf16"))
+
+
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
+def test_settings_beside_the_config(tmp_path: Path, name: str) -> None:
+    packed, plain = write_packed_checkpoint(tmp_path, "gptq" if name == "quantize_config.json" else "awq")
+    config = json.loads((packed / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    del settings["quant_method"]
+    (packed / name).write_text(json.dumps(settings))
+    (packed / "config.json").write_text(json.dumps(config))
+    with Checkpoint(packed) as found, Checkpoint(plain) as expected:
+        for part, value in expected.expert(1, 2).items():
+            assert value.abs().sum() > 0
+            assert torch.equal(found.expert(1, 2)[part], value)
