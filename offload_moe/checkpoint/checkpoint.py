@@ -65,7 +65,7 @@ class Checkpoint:
             entry = self.tensors.entries[unexpected[0]]
             raise CheckpointError(
                 f"{entry.path}: tensor {entry.name} has no place in {type(self.model).__name__} "
-                f"({len(unexpected)} such tensors)."
+                f"({len(unexpected)} such tensors). Use another version of the model, such as its authors' own."
             )
         self.ignored = names.ignored
         self.dense: dict[str, DenseTensor] = {}

@@ -35,7 +35,15 @@ READ_WHEN_OPENED = ("bitsandbytes",)
 # Settings by which a quantization is known that leaves its name out.
 SIGNS = {"config_groups": "compressed-tensors", "load_in_4bit": "bitsandbytes", "load_in_8bit": "bitsandbytes"}
 # The last part of the names of tensors that stand for no number by themselves.
-MARKS = {"qweight": "GPTQ or AWQ", "weight_packed": "compressed-tensors", "SCB": "bitsandbytes"}
+MARKS = {
+    "qweight": "GPTQ or AWQ",
+    "weight_packed": "compressed-tensors",
+    "SCB": "bitsandbytes",
+    "bitsandbytes__nf4": "bitsandbytes",
+    "bitsandbytes__fp4": "bitsandbytes",
+    "q_weight": "EXL2",
+    "trellis": "EXL3",
+}
 
 
 def open_tensors(folder: Path, remote: Remote | None = None) -> TensorSource:
@@ -98,6 +106,9 @@ def quantization_settings(folder: Path) -> dict[str, Any] | None:
                 # MLX writes the same object under two keys.
                 default = "MLX" if config.get("quantization") == settings else default
                 return {"quant_method": default} | _lower(settings)
+    of_mlx = raw.get("quantization")
+    if isinstance(of_mlx, dict) and {"bits", "group_size"} <= of_mlx.keys():
+        return {"quant_method": "MLX"} | of_mlx
     return _settings_beside(folder)
 
 
@@ -131,5 +142,6 @@ def _check_is_plain(stored: Shards, folder: Path) -> None:
         if kind is not None:
             raise CheckpointError(
                 f"{entry.path}: tensor {name} is quantized ({kind}), but neither config.json nor one of "
-                f"{', '.join(SETTINGS_FILES)} in {folder} says how. Download the original's config.json again."
+                f"{', '.join(SETTINGS_FILES)} in {folder} says how. Take the config.json that was published with these "
+                "weights, or use a version of the model in bf16."
             )

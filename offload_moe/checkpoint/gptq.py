@@ -54,8 +54,10 @@ def auto_round(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTen
     """AutoRound, which writes its weights as GPTQ or AWQ does. Raises: CheckpointError for its other layouts."""
     layout = str(settings.get("packing_format") or "auto_round:auto_gptq")
     match layout.rpartition(":")[2]:
-        case "auto_gptq" | "gptq" | "auto_round" | "auto":
-            return gptq(stored, {})
+        case "auto_gptq" | "gptq" | "auto":
+            return gptq(stored, {"checkpoint_format": "gptq"})
+        case "auto_round" | "gptqmodel":
+            return gptq(stored, {"checkpoint_format": "gptq_v2"})
         case "auto_awq" | "awq":
             return awq(stored, {})
     raise CheckpointError(f"The checkpoint is AutoRound in the {layout} layout, which cannot be read. {ADVICE}")

@@ -110,11 +110,12 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, settings: dict[str, object
     refused(packed, tmp_path, match)
 
 
-def test_mlx_is_named(tmp_path: Path) -> None:
-    """It writes the same settings twice, neither of them with a name."""
+@pytest.mark.parametrize("is_there_twice", [True, False])
+def test_mlx_is_named(tmp_path: Path, is_there_twice: bool) -> None:
+    """It writes the same settings once or twice, neither of them with a name."""
     packed, _ = write_packed_checkpoint(tmp_path, "gptq")
     settings = {"bits": 4, "group_size": 8}
-    edit_json(packed / "config.json", quantization=settings, quantization_config=settings)
+    edit_json(packed / "config.json", quantization=settings, quantization_config=settings if is_there_twice else None)
     refused(packed, tmp_path, r"already quantized \(MLX\), .* Use a version")
 
 

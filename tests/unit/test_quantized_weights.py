@@ -107,13 +107,16 @@ def test_awq(tmp_path: Path, settings: dict[str, object], num_groups: int) -> No
 
 
 @pytest.mark.parametrize("method", ["auto-round", "intel/auto-round"])
-@pytest.mark.parametrize("layout", ["auto_round:auto_gptq", "auto_round:gptq", None])
-def test_auto_round(tmp_path: Path, method: str, layout: str | None) -> None:
-    """As GPTQ's first version, with bits that its `extra_config` has layer by layer."""
+@pytest.mark.parametrize(
+    ("layout", "less"),
+    [("auto_round:auto_gptq", 1), ("auto_round:gptq", 1), (None, 1), ("auto_round", 0), ("auto_round:gptqmodel", 0)],
+)
+def test_auto_round(tmp_path: Path, method: str, layout: str | None, less: int) -> None:
+    """As one of GPTQ's versions, with bits that its `extra_config` has layer by layer."""
     codes, zeros, scales = random_codes(8), random_codes(8, ROWS, 1, seed=1), random_scales(ROWS, 1)
     parts = {
         f"{NAME}qweight": pack(codes, 8).T,
-        f"{NAME}qzeros": pack((zeros.T - 1) % 256, 8),
+        f"{NAME}qzeros": pack((zeros.T - less) % 256, 8),
         f"{NAME}scales": scales.T,
     }
     settings = {"quant_method": method, "bits": 4, "packing_format": layout, "extra_config": {"x": {"bits": 8}}}
@@ -175,6 +178,8 @@ def test_a_model_that_is_no_longer_quantized(tmp_path: Path) -> None:
         ("weight_packed", torch.ones(4, 4, dtype=torch.int32), "compressed-tensors"),
         ("weight", torch.ones(4, 4).to(FP8), "FP8"),
         ("SCB", torch.ones(4), "bitsandbytes"),
+        ("weight.quant_state.bitsandbytes__nf4", torch.ones(4, dtype=torch.uint8), "bitsandbytes"),
+        ("q_weight", torch.ones(4, 4, dtype=torch.int32), "EXL2"),
     ],
 )
 def test_nothing_says_how_a_weight_is_quantized(tmp_path: Path, part: str, value: Tensor, kind: str) -> None:
