@@ -1,8 +1,10 @@
-"""bitsandbytes' 4-bit weights: ``weight`` uint8 ``[N/2, 1]`` with its quantization state in tensors named after it.
+"""bitsandbytes' weights. 4 bits: ``weight [N/2, 1]`` with its quantization state in tensors named after it.
 
-The state's last part, ``weight.quant_state.bitsandbytes__nf4`` (or fp4), is JSON in bytes: shape, dtype and block size.
+The bytes may be under any dtype (`bnb_4bit_quant_storage`, for FSDP). The state's last part, named
+``weight.quant_state.bitsandbytes__nf4`` (or fp4), is JSON in bytes: shape, dtype and block size. Fused experts have
+three dimensions (bitsandbytes.nn.parametrize). 8 bits: ``weight`` int8 with ``SCB``.
 
-Source: bitsandbytes/functional.py, `QuantState.as_dict` and `from_dict`.
+Source: bitsandbytes/functional.py, `QuantState.as_dict` and `from_dict`; nn/parametrize.py.
 """
 
 import json
@@ -14,78 +16,134 @@ import torch
 from torch import Tensor
 
 from offload_moe.checkpoint.header import TensorEntry
+from offload_moe.checkpoint.int8 import llm_int8_weight
+from offload_moe.checkpoint.packed import DAMAGED, finite
 from offload_moe.checkpoint.tensors import DequantizedTensors, TensorSource
 from offload_moe.errors import CheckpointError
 
 STATE = ".quant_state.bitsandbytes__"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def bitsandbytes(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTensors:
-    """Raises: CheckpointError for 8-bit weights, or a damaged state."""
-    if not settings.get("load_in_4bit", settings.get("_load_in_4bit")):
-        raise CheckpointError(
-            "The checkpoint is quantized with bitsandbytes to 8 bits, which cannot be read. Use a version of the model "
-            "in bf16 or 4 bits."
-        )
-    states = [name for name in stored.entries if STATE in name]
-    return DequantizedTensors(stored, [_recipe(stored, state) for state in states])
+    """Raises: CheckpointError for a damaged state."""
+    in_4_bits = [_recipe(stored, name) for name in stored.entries if STATE in name]
+    in_8_bits = [llm_int8_weight(stored, name) for name in stored.entries if name.endswith(".SCB")]
+    return DequantizedTensors(stored, [*in_4_bits, *in_8_bits])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight4Bit:
-    """A weight and the tensors of its state."""
+    """A weight, the tensors of its state, and what that says of blocks.
 
-    is_by_rows: ClassVar[bool] = False
+    nested_block: 0 where absmax is not nested.
+    """
+
+    is_by_rows: ClassVar[bool] = True
     entry: TensorEntry
     ingredients: tuple[str, ...]
+    kind: str
+    block: int
+    nested_block: int
+    nested_offset: float
 
     def rows(self, stored: TensorSource, start: int, stop: int) -> Tensor:
-        """Raises: CheckpointError when the state does not fit the weight."""
+        """Raises: CheckpointError when a scale is not a finite number."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        prefix = f"{self.entry.name}."
-        parts = {name.removeprefix(prefix): stored.read(name) for name in self.ingredients if name != self.entry.name}
-        try:
-            state = QuantState.from_dict(parts, device=torch.device("cpu"))
-            values = dequantize_4bit(stored.read(self.entry.name), state).view(self.entry.shape)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-            raise CheckpointError(
-                f"{self.entry.path}: tensor {self.entry.name} has a damaged state: {error}."
-            ) from error
-        if not torch.isfinite(values).all():
-            raise CheckpointError(f"{self.entry.path}: tensor {self.entry.name} has NaN or infinite weights.")
-        return values[start:stop]
+        # As one long row: bitsandbytes' kernel for the CPU is wrong where rows are not whole blocks.
+        row_length = math.prod(self.entry.shape[1:])
+        first, last = start * row_length, stop * row_length
+        block, end_block = first // self.block, -(-last // self.block)
+        begin, end = block * self.block, min(end_block * self.block, math.prod(self.entry.shape))
+        state = QuantState(
+            absmax=self._absmax(stored, block, end_block),
+            shape=torch.Size([end - begin]),
+            blocksize=self.block,
+            quant_type=self.kind,
+            dtype=self.entry.dtype,
+        )
+        values = dequantize_4bit(_bytes(stored, self.entry.name, begin // 2, -(-end // 2)).view(-1, 1), state)
+        return finite(self.entry, values.flatten()[first - begin : last - begin].view(-1, *self.entry.shape[1:]))
+
+    def _absmax(self, stored: TensorSource, first: int, last: int) -> Tensor:
+        """fp32, of the blocks from first to last."""
+        name = f"{self.entry.name}.absmax"
+        if not self.nested_block:
+            return stored.read_rows(name, first, last).float()
+        from bitsandbytes.functional import dequantize_blockwise
+
+        block = first // self.nested_block
+        begin = block * self.nested_block
+        absmax = dequantize_blockwise(
+            stored.read_rows(name, begin, last),
+            absmax=stored.read_rows(f"{self.entry.name}.nested_absmax", block, -(-last // self.nested_block)),
+            code=stored.read(f"{self.entry.name}.nested_quant_map"),
+            blocksize=self.nested_block,
+        )
+        absmax += self.nested_offset
+        return absmax[first - begin :]
+
+
+def _bytes(stored: TensorSource, name: str, begin: int, end: int) -> Tensor:
+    """Of a tensor ``[N, 1]`` or ``[1, N]`` whose items may be wider."""
+    entry = stored.entries[name]
+    width = entry.dtype.itemsize
+    if entry.shape[0] == 1:
+        return stored.read(name).contiguous().view(-1).view(torch.uint8)[begin:end]
+    items = stored.read_rows(name, begin // width, -(-end // width))
+    return items.contiguous().view(-1).view(torch.uint8)[begin % width :][: end - begin]
 
 
 def _recipe(stored: TensorSource, state: str) -> Weight4Bit:
-    name = state.split(STATE)[0]
+    name, _, kind = state.partition(STATE)
     packed = stored.entries.get(name)
     if packed is None:
-        raise CheckpointError(f"{stored.entries[state].path}: tensor {state} describes {name}, which is missing.")
+        raise CheckpointError(
+            f"{stored.entries[state].path}: tensor {state} describes {name}, which is missing. {DAMAGED}"
+        )
     try:
         described = json.loads(bytes(stored.read(state).tolist()))
-        shape, dtype = tuple(described["shape"]), DTYPES[described["dtype"]]
-        lengths = _lengths(math.prod(shape), described["blocksize"], described.get("nested_blocksize"))
+        shape, dtype, block = tuple(described["shape"]), DTYPES[described["dtype"]], described["blocksize"]
+        nested = described.get("nested_blocksize") or 0
+        offset = float(described["nested_offset"]) if nested else 0.0
+        lengths = _lengths(math.prod(shape), block, nested)
+        if kind not in ("nf4", "fp4") or block not in BLOCK_SIZES or not _are_sizes(*shape, block, nested or 1):
+            raise ValueError(f"{kind}, shape {shape}, blocks of {block} and {nested}")
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{packed.path}: tensor {state} is not a quantization state: {error!r}.") from error
-    if len(shape) != 2 or packed.dtype != torch.uint8 or math.prod(shape) != packed.num_bytes * 2 or min(shape) <= 0:
-        raise CheckpointError(f"{packed.path}: tensor {name} has {packed.num_bytes} bytes for weights {list(shape)}.")
+        raise CheckpointError(
+            f"{packed.path}: tensor {state} is not a quantization state of bitsandbytes: {error!r}. {DAMAGED}"
+        ) from error
+    if len(shape) not in (2, 3) or -(-math.prod(shape) // 2) != packed.num_bytes:
+        raise CheckpointError(
+            f"{packed.path}: tensor {name} has {packed.num_bytes} bytes for weights {list(shape)} in 4 bits "
+            f"(bitsandbytes). {DAMAGED}"
+        )
     for part, length in lengths.items():
         found = stored.entries.get(f"{name}.{part}")
-        if found is None or math.prod(found.shape) != length:
-            what = "is missing" if found is None else f"is {list(found.shape)}, expected {length} numbers"
-            raise CheckpointError(f"{packed.path}: tensor {name}.{part} {what}.")
+        is_code = part == "absmax" and nested > 0
+        if found is None or found.shape != (length,) or (found.dtype == torch.uint8) != is_code:
+            what = f"is {found.dtype} {list(found.shape)}, expected {length} numbers" if found else "is missing"
+            raise CheckpointError(f"{packed.path}: tensor {name}.{part} (bitsandbytes) {what}. {DAMAGED}")
     return Weight4Bit(
         entry=TensorEntry(name=name, path=packed.path, dtype=dtype, shape=shape, offset=packed.offset),
         ingredients=(name, state, *(f"{name}.{part}" for part in lengths)),
+        kind=kind,
+        block=block,
+        nested_block=nested,
+        nested_offset=offset,
     )
 
 
-def _lengths(num_weights: int, block: int, nested_block: int | None) -> dict[str, int]:
+def _are_sizes(*numbers: object) -> bool:
+    return all(type(number) is int and number > 0 for number in numbers)
+
+
+def _lengths(num_weights: int, block: int, nested_block: int) -> dict[str, int]:
     """How many numbers each part must have: bitsandbytes reads on without looking."""
     num_blocks = -(-num_weights // block)
     lengths = {"absmax": num_blocks, "quant_map": 16}
-    if nested_block is None:
+    if not nested_block:
         return lengths
     return lengths | {"nested_absmax": -(-num_blocks // nested_block), "nested_quant_map": 256}

@@ -20,6 +20,7 @@ from offload_moe.checkpoint.shards import Remote
 from offload_moe.checkpoint.skeleton import build_skeleton, load_config
 from offload_moe.checkpoint.tensors import TensorSource, row_runs
 from offload_moe.checkpoint.ties import untie
+from offload_moe.checkpoint.unused import with_a_meaning
 from offload_moe.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -63,11 +64,11 @@ class Checkpoint:
         self.layers: tuple[ExpertsModule, ...] = tuple(find_experts(self.model))
         self.tensors: TensorSource = open_tensors(folder, remote)
         names = map_names(self.model, self.tensors.entries)
-        if names.unexpected:
-            entry = self.tensors.entries[names.unexpected[0]]
+        if unexpected := with_a_meaning(self.tensors, names.unexpected, may_read=remote is None):
+            entry = self.tensors.entries[unexpected[0]]
             raise CheckpointError(
                 f"{entry.path}: tensor {entry.name} has no place in {type(self.model).__name__} "
-                f"({len(names.unexpected)} such tensors)."
+                f"({len(unexpected)} such tensors). Use another version of the model, such as its authors' own."
             )
         self.ignored = names.ignored
         self.dense: dict[str, DenseTensor] = {}

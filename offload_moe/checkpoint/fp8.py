@@ -1,11 +1,16 @@
-"""FP8 weights with one scale per block of rows and columns: DeepSeek-V3 and R1, Kimi K2, MiniMax M2.
+"""FP8 weights with one scale per block of rows and columns, per output channel, or per weight.
 
-A weight ``[R, C]`` in float8_e4m3fn comes with ``weight_scale_inv [ceil(R/128), ceil(C/128)]`` in fp32, which despite
-its name is multiplied. Values are bf16, as transformers dequantizes them. Fused experts have a leading dimension.
+A weight ``[R, C]`` in float8_e4m3fn (or e5m2) comes with scales that are multiplied, whatever their name says:
+``weight_scale_inv [ceil(R/128), ceil(C/128)]`` (DeepSeek-V3, Kimi K2, MiniMax M2), ``weight_scale`` of one number or
+``[R, 1]`` (AutoFP8, vLLM, ModelOpt, FBGEMM, compressed-tensors), ``scale`` (DeepSeek-V4). Values are bf16, as
+transformers dequantizes them. Fused experts have a leading dimension.
 
-Source: DeepSeek-V3's inference/kernel.py, `weight_dequant`; transformers/integrations/finegrained_fp8.py.
+Source: DeepSeek-V3's inference/kernel.py, `weight_dequant`; transformers/integrations, finegrained_fp8.py and
+fbgemm_fp8.py.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -13,20 +18,25 @@ import torch
 from torch import Tensor
 
 from offload_moe.checkpoint.header import TensorEntry
-from offload_moe.checkpoint.tensors import DequantizedTensors, TensorSource
+from offload_moe.checkpoint.mxfp4 import packed_rows
+from offload_moe.checkpoint.packed import ADVICE
+from offload_moe.checkpoint.tensors import DequantizedTensors, Recipe, TensorSource
 from offload_moe.errors import CheckpointError
 
-SCALE_SUFFIX = "_scale_inv"
-# Scales of activations, for engines that multiply in FP8.
-UNUSED_SUFFIXES = (".input_scale", ".activation_scale")
+# After the name of the weight; in place of its last part.
+SCALE_SUFFIXES = ("_scale_inv", "_scale", "_weight_scale")
+SCALE_NAMES = (".scale", ".qscale_weight")
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 BF16_FIELDS = 0x87F0 - 0x10000  # the sign, the low four bits of the exponent, the high three of the mantissa
 NAN_AS_NUMBER = 480.0  # what the code of NaN would be; the largest number is 448
-SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
+POWERS_OF_TWO = (torch.float8_e8m0fnu, torch.uint8)  # the same bits
+MX_BLOCK = (1, 32)
+ROWS = 128  # what is in work fits into a cache
 
 
 def fp8_tensors(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTensors:
-    """settings: the config's `quantization_config`. Without a `weight_block_size` one scale serves a whole weight.
+    """settings: the config's `quantization_config`.
 
     Raises:
         CheckpointError: a weight has no scales, or scales that do not fit.
@@ -34,22 +44,47 @@ def fp8_tensors(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTe
     block = settings.get("weight_block_size")
     if block is not None and not _is_block(block):
         raise CheckpointError(f"quantization_config: weight_block_size {block!r} is not a pair of lengths.")
-    recipes = [
-        _recipe(stored, entry, tuple(block) if block else entry.shape[-2:])
-        for entry in stored.entries.values()
-        if entry.dtype in FP8_DTYPES and not entry.name.endswith(SCALE_SUFFIX)
-    ]
-    return DequantizedTensors(stored, recipes, unused=[n for n in stored.entries if n.endswith(UNUSED_SUFFIXES)])
+    return DequantizedTensors(stored, list(_recipes(stored, (block[0], block[1]) if block else None)))
+
+
+def fbgemm(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTensors:
+    """FBGEMM: one scale per output channel; fused experts are matrices ``[in, out]``. Raises: as `fp8_tensors`."""
+    return DequantizedTensors(stored, list(_recipes(stored, None, is_turned=True)))
+
+
+def modelopt(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTensors:
+    """What NVIDIA's ModelOpt keeps in FP8. Raises: CheckpointError for NVFP4 and its other formats."""
+    nested = settings.get("quantization")
+    settings = nested if isinstance(nested, dict) else settings
+    nvfp4 = next((name for name in stored.entries if name.endswith("weight_scale_2")), None)
+    algorithm = settings.get("quant_algo")
+    if nvfp4 or not str(algorithm).startswith(("FP8", "MXFP8", "MIXED_PRECISION")):
+        where = f": tensor {nvfp4} belongs to NVFP4" if nvfp4 else ""
+        raise CheckpointError(
+            f"The checkpoint is quantized with ModelOpt ({algorithm}){where}, of which FP8 can be read. {ADVICE}"
+        )
+    return DequantizedTensors(stored, list(_recipes(stored, None)))
+
+
+def _recipes(stored: TensorSource, block: tuple[int, int] | None, *, is_turned: bool = False) -> Iterator[Recipe]:
+    for entry in stored.entries.values():
+        if entry.name.endswith((*SCALE_SUFFIXES, *SCALE_NAMES)):
+            continue
+        if entry.dtype in FP8_DTYPES:
+            yield fp8_weight(stored, entry, block, is_turned=is_turned)
+        elif entry.dtype in (torch.int8, torch.uint8) and entry.name.endswith(".weight"):
+            yield packed_rows(stored, entry.name, _scale_name(stored, entry.name), entry.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fp8Weight:
-    """A weight and its scales; `block` is rows and columns that share one."""
+    """A weight and its scales. block: rows and columns that share one; grid: how many there are of each."""
 
     is_by_rows: ClassVar[bool] = True
     entry: TensorEntry
     scale: str
     block: tuple[int, int]
+    grid: tuple[int, int]
 
     @property
     def ingredients(self) -> tuple[str, ...]:
@@ -60,32 +95,33 @@ class Fp8Weight:
         weight = stored.read_rows(self.entry.name, start, stop)
         values = torch.empty(weight.shape, dtype=torch.bfloat16)
         if weight.dim() == 2:
-            scale = stored.read(self.scale).reshape(-1, -(-weight.shape[1] // self.block[1]))
-            _dequantize(weight, scale.float(), self.block, start, values)
+            _dequantize(weight, _numbers(stored.read(self.scale)).reshape(self.grid), self.block, start, values)
         else:
-            scales = stored.read_rows(self.scale, start, stop).float()
-            for matrix, scale, target in zip(weight, scales, values, strict=True):
+            for matrix, scale, target in zip(weight, self._scales(stored, start, stop), values, strict=True):
                 _dequantize(matrix, scale, self.block, 0, target)
         if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():  # a finite sum is the quick proof
             raise CheckpointError(f"{self.entry.path}: tensor {self.entry.name} has NaN or infinite weights.")
         return values
 
+    def _scales(self, stored: TensorSource, start: int, stop: int) -> Tensor:
+        """``[stop - start, *grid]`` of fused experts, which may all share one number."""
+        if math.prod(stored.entries[self.scale].shape) == 1:
+            return _numbers(stored.read(self.scale)).reshape(1, 1, 1).expand(stop - start, 1, 1)
+        return _numbers(stored.read_rows(self.scale, start, stop)).reshape(-1, *self.grid)
+
 
 def _dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int], first: int, out: Tensor) -> None:
-    """``weight [R, C]``, the rows from `first` on, into `out`; one row of blocks at a time, as caches are small."""
+    """``weight [R, C]``, the rows from `first` on, into `out`; a few rows at a time, as caches are small."""
     height, width = block
     full, rest = divmod(weight.shape[1], width)
-    row = 0
-    while row < weight.shape[0]:
-        blocks = (first + row) // height
-        end = min(weight.shape[0], (blocks + 1) * height - first)
-        values = fp8_values(weight[row:end])
+    for row in range(0, weight.shape[0], ROWS):
+        values = fp8_values(weight[row : row + ROWS])
+        scales = scale[(first + row + torch.arange(len(values))) // height]
         if full:
-            values[:, : full * width].unflatten(1, (full, width)).mul_(scale[blocks, :full, None])
+            values[:, : full * width].unflatten(1, (full, width)).mul_(scales[:, :full, None])
         if rest:
-            values[:, full * width :].mul_(scale[blocks, full])
-        out[row:end] = values
-        row = end
+            values[:, full * width :].mul_(scales[:, full:])
+        out[row : row + ROWS] = values
 
 
 def fp8_values(weight: Tensor) -> Tensor:
@@ -100,23 +136,76 @@ def fp8_values(weight: Tensor) -> Tensor:
     return values
 
 
-def _recipe(stored: TensorSource, entry: TensorEntry, block: tuple[int, ...]) -> Fp8Weight:
-    name = entry.name + SCALE_SUFFIX
+def fp8_weight(
+    stored: TensorSource, entry: TensorEntry, block: tuple[int, int] | None, *, is_turned: bool = False
+) -> Fp8Weight:
+    """block: rows and columns of a block where the config names them; else one scale per weight or per channel.
+
+    is_turned: fused experts are ``[in, out]``, so that a channel is a column.
+
+    Raises: CheckpointError when there are no scales, or they do not fit.
+    """
+    name = _scale_name(stored, entry.name)
     scale = stored.entries.get(name)
     if scale is None:
-        raise CheckpointError(f"{entry.path}: tensor {entry.name} is {entry.dtype} without scales: {name} is missing.")
+        raise CheckpointError(
+            f"{entry.path}: tensor {entry.name} is {entry.dtype} without scales: {name} is missing. {ADVICE}"
+        )
     if len(entry.shape) not in (2, 3) or 0 in entry.shape:
         raise CheckpointError(f"{entry.path}: tensor {entry.name} is FP8 {list(entry.shape)}, expected a matrix.")
-    grid = tuple(-(-size // length) for size, length in zip(entry.shape[-2:], block, strict=True))
-    expected = (*entry.shape[:-2], *grid)
-    is_single = len(entry.shape) == 2 and expected == (1, 1) and scale.shape in ((), (1,))
-    if (scale.shape != expected and not is_single) or scale.dtype not in SCALE_DTYPES:
-        raise CheckpointError(
-            f"{scale.path}: tensor {name} is {scale.dtype} {list(scale.shape)}, expected one scale per block of "
-            f"{list(block)}: {list(expected)}."
+    found = _block_of(entry.shape, scale, block, is_turned)
+    if found is None or scale.dtype not in SCALE_DTYPES:
+        expected = (
+            f"one scale per block of {list(block)}: {[*entry.shape[:-2], *_grid(entry.shape, block)]}"
+            if block
+            else f"one scale for the FP8 weight {list(entry.shape)} or for each of its rows"
         )
-    virtual = replace(entry, dtype=torch.bfloat16)
-    return Fp8Weight(entry=virtual, scale=name, block=(block[0], block[1]))
+        raise CheckpointError(
+            f"{scale.path}: tensor {name} is {scale.dtype} {list(scale.shape)}, expected {expected}. {ADVICE}"
+        )
+    return Fp8Weight(
+        entry=replace(entry, dtype=torch.bfloat16), scale=name, block=found, grid=_grid(entry.shape, found)
+    )
+
+
+def _block_of(
+    shape: tuple[int, ...], scale: TensorEntry, block: tuple[int, int] | None, is_turned: bool
+) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, by the shape of the scales; None where they fit nothing."""
+    *experts, num_rows, num_columns = shape
+    whole, per_row, per_column = (num_rows, num_columns), (1, num_columns), (num_rows, 1)
+    if block and scale.shape == (*experts, *_grid(shape, block)):
+        return block
+    if scale.dtype in POWERS_OF_TWO and scale.shape == (*experts, *_grid(shape, MX_BLOCK)):
+        return MX_BLOCK
+    if block and _grid(shape, block) != (1, 1):
+        return None
+    if math.prod(scale.shape) == 1 or (experts and scale.shape in _with_ones(experts)):
+        return whole
+    if experts and scale.shape == (*experts, 1, num_columns):
+        return per_column
+    if experts and is_turned:
+        return per_column if scale.shape == (*experts, num_columns, 1) else None
+    return per_row if scale.shape in ((*experts, num_rows, 1), (*experts, num_rows)) else None
+
+
+def _with_ones(experts: list[int]) -> tuple[tuple[int, ...], ...]:
+    return (*experts,), (*experts, 1), (*experts, 1, 1)
+
+
+def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
+    return -(-shape[-2] // block[0]), -(-shape[-1] // block[1])
+
+
+def _scale_name(stored: TensorSource, name: str) -> str:
+    """Of the scales of a weight; the usual one where there are none."""
+    candidates = [f"{name}{suffix}" for suffix in SCALE_SUFFIXES]
+    candidates += [f"{name.removesuffix('.weight')}{last}" for last in SCALE_NAMES]
+    return next((candidate for candidate in candidates if candidate in stored.entries), candidates[0])
+
+
+def _numbers(scale: Tensor) -> Tensor:
+    return (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
 
 
 def _is_block(block: object) -> bool:

@@ -15,11 +15,18 @@ from torch import Tensor
 from offload_moe.errors import CheckpointError, TransferError
 
 KEPT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Read in big-endian files. The gguf package writes any other type with bytes as they are, its gguf_convert_endian swaps
+# them, and a file does not say which of the two wrote it. MXFP4 is made of single bytes.
+BIG_ENDIAN = ("F32", "F16", "MXFP4")
+ADVICE = "Use another quantization of the model, or a safetensors version."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufTensor:
-    """Where one tensor lies; `kind` is the name of its type, such as Q4_K. Quantized ones are read as bf16."""
+    """Where one tensor lies; `kind` is the name of its type, such as Q4_K. Quantized ones are read as bf16.
+
+    is_swapped: its numbers are in the other byte order than this machine's.
+    """
 
     path: Path
     name: str
@@ -27,6 +34,11 @@ class GgufTensor:
     shape: tuple[int, ...]
     offset: int
     num_bytes: int
+    is_swapped: bool = False
+
+    @property
+    def paths(self) -> frozenset[Path]:
+        return frozenset({self.path})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,6 +58,8 @@ class GgufTensor:
         data = self._slice(start, stop)
         shape = (stop - start, *self.shape[1:])
         if self.kind in KEPT_DTYPES:
+            if self.is_swapped:
+                data = data.view(-1, self.dtype.itemsize).flip(1).contiguous().view(-1)
             return data.view(self.dtype).view(shape)
         import gguf
 
@@ -71,36 +85,75 @@ class GgufTensor:
         return data
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufFile:
+    """One file: its tensors, and what it says of the model; num_parts is 0 where it does not say."""
+
+    architecture: str
+    num_parts: int
+    tensors: tuple[GgufTensor, ...]
+
+
 def read_gguf(paths: Iterable[Path]) -> tuple[str, dict[str, GgufTensor]]:
     """The architecture and every tensor of the parts of one model.
 
     Raises:
-        CheckpointError: a file is damaged, cut short or of a type that cannot be dequantized.
+        CheckpointError: a file is damaged, cut short, of a type that cannot be dequantized, or one part of several.
     """
-    import gguf
-
-    architecture, tensors = "", {}
+    paths = tuple(paths)
+    architecture = ""
+    tensors: dict[str, GgufTensor] = {}
     for path in paths:
-        try:
-            reader = gguf.GGUFReader(path)
-            field = reader.fields.get("general.architecture")
-            architecture = str(field.contents()) if field else architecture
-            found = [_tensor(path, tensor) for tensor in reader.tensors]
-        except Exception as error:  # the package trusts its file, so a damaged one fails in any way it likes
+        file = _read(path)
+        architecture = file.architecture or architecture
+        if file.num_parts > len(paths):
             raise CheckpointError(
-                f"{path} is not a GGUF file, or a damaged one: {error!r}. Download it again."
-            ) from error
+                f"{path} is one part of a GGUF file in {file.num_parts}, of which {len(paths)} are there. Put the "
+                "others beside it, all under the names that they were published with."
+            )
         size = path.stat().st_size
-        for tensor in found:
+        for tensor in file.tensors:
             if tensor.offset + tensor.num_bytes > size or tensor.name in tensors or 0 in tensor.shape:
                 raise CheckpointError(f"{path}: tensor {tensor.name} is empty, cut short or there twice.")
-            if not _is_readable(tensor.kind):
-                raise CheckpointError(f"{path}: tensor {tensor.name} is {tensor.kind}, which cannot be dequantized.")
+            _check_is_readable(tensor)
             tensors[tensor.name] = tensor
     return architecture, tensors
 
 
-def _tensor(path: Path, tensor: Any) -> GgufTensor:
+def _read(path: Path) -> GgufFile:
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        architecture, num_parts = (reader.fields.get(key) for key in ("general.architecture", "split.count"))
+        return GgufFile(
+            architecture=str(architecture.contents()) if architecture else "",
+            num_parts=int(num_parts.contents()) if num_parts else 0,
+            tensors=tuple(_tensor(path, tensor, reader.byte_order == "S") for tensor in reader.tensors),
+        )
+    except Exception as error:  # the package trusts its file, so a damaged one fails in any way it likes
+        if "is not a valid GGMLQuantizationType" in str(error):
+            raise CheckpointError(
+                f"{path} is a GGUF file with a type of tensors that the gguf package does not know ({error}), as forks "
+                f"of llama.cpp have them. {ADVICE}"
+            ) from error
+        raise CheckpointError(f"{path} is not a GGUF file, or a damaged one: {error!r}. Download it again.") from error
+
+
+def _check_is_readable(tensor: GgufTensor) -> None:
+    if tensor.kind == "NVFP4" or not _is_dequantized(tensor.kind):
+        raise CheckpointError(
+            f"{tensor.path}: tensor {tensor.name} is {tensor.kind}, which cannot be dequantized. {ADVICE}"
+        )
+    if tensor.is_swapped and tensor.kind not in BIG_ENDIAN:
+        raise CheckpointError(
+            f"{tensor.path} is a big-endian GGUF file. Its tensor {tensor.name} is {tensor.kind}, whose bytes programs "
+            f"write in either order; {', '.join(BIG_ENDIAN)} can be read. Use a little-endian file, or a safetensors "
+            "version of the model."
+        )
+
+
+def _tensor(path: Path, tensor: Any, is_swapped: bool) -> GgufTensor:
     return GgufTensor(
         path=path,
         name=str(tensor.name),
@@ -108,11 +161,12 @@ def _tensor(path: Path, tensor: Any) -> GgufTensor:
         shape=tuple(int(size) for size in reversed(tensor.shape)),
         offset=int(tensor.data_offset),
         num_bytes=int(tensor.n_bytes),
+        is_swapped=is_swapped,
     )
 
 
 @cache
-def _is_readable(kind: str) -> bool:
+def _is_dequantized(kind: str) -> bool:
     import gguf
 
     quantized = gguf.GGMLQuantizationType[kind]

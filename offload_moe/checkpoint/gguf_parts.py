@@ -4,19 +4,21 @@ Source: llama.cpp, convert_hf_to_gguf.py and conversion/, whose steps are run ba
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from offload_moe.checkpoint.gguf_experts import GgufExperts, stacked
 from offload_moe.checkpoint.gguf_file import GgufTensor
 from offload_moe.checkpoint.gguf_names import PERMUTED, fused_experts, split_latent, transformers_name
 from offload_moe.checkpoint.mxfp4 import BLOCKS, SCALES
 from offload_moe.errors import CheckpointError
 
 GPT_OSS = "gpt-oss"
+Stored = GgufTensor | GgufExperts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,21 +28,23 @@ class GgufPart:
     is_raw: the tensors' bytes are taken as they lie, uint8 ``[..., bytes of a row]``.
     """
 
-    tensors: tuple[GgufTensor, ...]
+    tensors: tuple[Stored, ...]
     join: Callable[..., Tensor]
     is_whole: bool = False
     is_raw: bool = False
 
     def rows(self, start: int, stop: int) -> Tensor:
+        if self.is_raw:
+            return self.join(*(tensor.raw(start, stop) for tensor in self.tensors))
         if self.is_whole:
-            return self.join(*(tensor.rows(0, tensor.shape[0]) for tensor in self.tensors))[start:stop]
-        return self.join(
-            *(tensor.raw(start, stop) if self.is_raw else tensor.rows(start, stop) for tensor in self.tensors)
-        )
+            return self.join(*(tensor.rows(0, tensor.shape[0]).to(self.dtype) for tensor in self.tensors))[start:stop]
+        return self.join(*(tensor.rows(start, stop).to(self.dtype) for tensor in self.tensors))
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.uint8 if self.is_raw else self.tensors[0].dtype
+        """The narrowest that holds the numbers of all: tensors may be of several types."""
+        dtypes = (tensor.dtype for tensor in self.tensors)
+        return torch.uint8 if self.is_raw else reduce(torch.promote_types, dtypes)
 
     def shape(self) -> tuple[int, ...]:
         """Raises: CheckpointError when the tensors do not fit together."""
@@ -60,32 +64,37 @@ def parts(
     Raises: CheckpointError when a half is missing, or heads do not fit.
     """
     is_gpt_oss = architecture == GPT_OSS
-    for name, tensor in tensors.items():
+    found = stacked(tensors)
+    for name, tensor in found.items():
         if ".ffn_up_exps." in name or ".attn_v_b." in name:
+            _half(found, tensor, name.replace("ffn_up", "ffn_gate").replace("attn_v", "attn_k"))
             continue  # comes with its other half
         if both := fused_experts(name) or split_latent(name):
-            pair = (tensor, _half(tensors, tensor, both[0]))
+            pair = (tensor, _half(found, tensor, both[0]))
             yield from _pair(both[1], pair, is_gpt_oss)
         elif (known := transformers_name(name, architecture)) is None:
             continue
         elif is_gpt_oss and ".ffn_down_exps.weight" in name:
             yield from _gpt_oss_experts(known, (tensor,))
         elif known.endswith("mlp.shared_expert_gate.weight") and len(tensor.shape) == 1:
-            yield known, GgufPart(tensors=(replace(tensor, shape=(1, *tensor.shape)),), join=_same)
+            yield known, GgufPart(tensors=(tensor,), join=_one_row, is_whole=True)
         else:
             yield known, _permuted(known, tensor, architecture, config)
 
 
-def _half(tensors: Mapping[str, GgufTensor], first: GgufTensor, name: str) -> GgufTensor:
+def _half(tensors: Mapping[str, Stored], first: Stored, name: str) -> Stored:
     other = tensors.get(name)
-    if other is None or other.dtype != first.dtype:
-        raise CheckpointError(f"{first.path}: tensor {first.name} has no {name} of its type.")
-    if ".attn_v_b." not in name and (other.shape != first.shape or other.kind != first.kind):
-        raise CheckpointError(f"{first.path}: tensor {first.name} has no {name} of its shape.")
+    if other is None:
+        raise CheckpointError(f"{first.path}: tensor {first.name} has no {name} beside it. Download the file again.")
+    if ".ffn_" in name and other.shape != first.shape:
+        raise CheckpointError(
+            f"{first.path}: tensor {first.name} is {list(first.shape)}, but {name} {list(other.shape)}. Download the "
+            "file again."
+        )
     return other
 
 
-def _pair(name: str, pair: tuple[GgufTensor, GgufTensor], is_gpt_oss: bool) -> Iterator[tuple[str, GgufPart]]:
+def _pair(name: str, pair: tuple[Stored, Stored], is_gpt_oss: bool) -> Iterator[tuple[str, GgufPart]]:
     if name.endswith("kv_b_proj.weight"):
         yield name, GgufPart(tensors=pair, join=_join_latent, is_whole=True)
     elif not is_gpt_oss:
@@ -96,16 +105,16 @@ def _pair(name: str, pair: tuple[GgufTensor, GgufTensor], is_gpt_oss: bool) -> I
         yield from _gpt_oss_experts(name, pair)
 
 
-def _gpt_oss_experts(name: str, tensors: tuple[GgufTensor, ...]) -> Iterator[tuple[str, GgufPart]]:
+def _gpt_oss_experts(name: str, tensors: tuple[Stored, ...]) -> Iterator[tuple[str, GgufPart]]:
     """transformers keeps these matrices as [in, out], gate and up rows in turn; MXFP4 keeps its bits."""
-    if tensors[0].kind == "MXFP4":
+    if all(tensor.kind == "MXFP4" for tensor in tensors):
         yield name + BLOCKS, GgufPart(tensors=tensors, join=_blocks, is_raw=True)
         yield name + SCALES, GgufPart(tensors=tensors, join=_scales, is_raw=True)
     else:
         yield name, GgufPart(tensors=tensors, join=_turned)
 
 
-def _permuted(name: str, tensor: GgufTensor, architecture: str, config: Mapping[str, Any]) -> GgufPart:
+def _permuted(name: str, tensor: Stored, architecture: str, config: Mapping[str, Any]) -> GgufPart:
     is_key = name.endswith("self_attn.k_proj.weight")
     if architecture not in PERMUTED or not (is_key or name.endswith("self_attn.q_proj.weight")):
         return GgufPart(tensors=(tensor,), join=_same)
@@ -118,6 +127,10 @@ def _permuted(name: str, tensor: GgufTensor, architecture: str, config: Mapping[
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _one_row(vector: Tensor) -> Tensor:
+    return vector[None]
 
 
 def _halves(num_heads: int, whole: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from offload_moe.quant.mxfp4 import BLOCK, NOT_A_NUMBER, mxfp4_values
 
 BLOCKS, SCALES = "_blocks", "_scales"
 BLOCK_BYTES = BLOCK // 2
+BYTES = (torch.uint8, torch.float8_e8m0fnu)
 ROWS = 64
 
 
@@ -60,6 +61,42 @@ class Mxfp4Weight:
                 rows = slice(row, row + ROWS)
                 values[expert - start, :, rows] = mxfp4_values(blocks[rows].flatten(1), scales[rows]).T
         return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedRows:
+    """One matrix in MXFP4: codes in bytes ``[R, C/2]``, scales in bytes ``[R, C/32]``, for ``[R, C]`` in bf16.
+
+    compressed-tensors' mxfp4-pack-quantized, and the experts of DeepSeek-V4.
+    """
+
+    is_by_rows: ClassVar[bool] = True
+    entry: TensorEntry
+    ingredients: tuple[str, ...]
+
+    def rows(self, stored: TensorSource, start: int, stop: int) -> Tensor:
+        """bf16. Raises: CheckpointError for a scale that is no number."""
+        codes, scales = (stored.read_rows(name, start, stop).view(torch.uint8) for name in self.ingredients)
+        if (scales == NOT_A_NUMBER).any():
+            raise CheckpointError(f"{self.entry.path}: tensor {self.ingredients[1]} has NaN scales.")
+        return mxfp4_values(codes, scales).to(torch.bfloat16)
+
+
+def packed_rows(stored: TensorSource, codes_name: str, scales_name: str, name: str) -> PackedRows:
+    """The weight `name`. Raises: CheckpointError when its scales are missing, or are not one byte per 32 weights."""
+    codes, scales = stored.entries[codes_name], stored.entries.get(scales_name)
+    found = "no such tensor" if scales is None else f"{scales.dtype} {list(scales.shape)}"
+    expected = (*codes.shape[:-1], codes.shape[-1] // BLOCK_BYTES) if len(codes.shape) == 2 else ()
+    if scales is None or not expected or scales.dtype not in BYTES or scales.shape != expected or 0 in expected:
+        raise CheckpointError(
+            f"{codes.path}: tensor {codes_name} is {codes.dtype} {list(codes.shape)}, which can be read as MXFP4 with "
+            f"one byte per 32 weights in {scales_name}; that is {found}. Use a version of the model in bf16 or FP8."
+        )
+    shape = (codes.shape[0], codes.shape[1] * 2)
+    return PackedRows(
+        entry=TensorEntry(name=name, path=codes.path, dtype=torch.bfloat16, shape=shape, offset=codes.offset),
+        ingredients=(codes_name, scales_name),
+    )
 
 
 def _recipe(stored: TensorSource, blocks: TensorEntry) -> Mxfp4Weight:

@@ -1,7 +1,7 @@
 """What a checkpoint is read from: named tensors, whether they lie in a file as they are or are made from others."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -83,11 +83,11 @@ class Recipe(Protocol):
 class DequantizedTensors:
     """A quantized checkpoint, read as the numbers that it stands for."""
 
-    def __init__(self, stored: TensorSource, recipes: Sequence[Recipe], unused: Iterable[str] = ()) -> None:
-        """unused: stored tensors that nothing is made of."""
+    def __init__(self, stored: TensorSource, recipes: Sequence[Recipe]) -> None:
+        """Raises: CheckpointError when a weight is there both quantized and as it is."""
         self.stored = stored
         self.recipes = {recipe.entry.name: recipe for recipe in recipes}
-        used = {name for recipe in recipes for name in recipe.ingredients} | set(unused)
+        used = {name for recipe in recipes for name in recipe.ingredients}
         plain = {name: entry for name, entry in stored.entries.items() if name not in used}
         for recipe in recipes:
             if recipe.entry.name in plain:

@@ -10,7 +10,7 @@ from typing import Any
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.download import Download
-from offload_moe.checkpoint.formats import quantization_settings
+from offload_moe.checkpoint.formats import is_mxfp4
 from offload_moe.checkpoint.small_files import SmallFiles, read_small_files
 from offload_moe.checkpoint.source import Source, open_download, resolve_source
 from offload_moe.convert.jobs import LOSSLESS, MXFP4, Job, expert_name, plan_conversion
@@ -132,8 +132,7 @@ def _fill(writer: StoreWriter, shards: SourceShards, jobs: Sequence[Job], report
 
 def default_codec(folder: Path) -> str:
     """What the experts of a checkpoint folder become when nobody chose: its own format where that is a codec."""
-    settings = quantization_settings(folder)
-    return MXFP4 if settings is not None and settings.get("quant_method") == MXFP4 else DEFAULT
+    return MXFP4 if is_mxfp4(folder) else DEFAULT
 
 
 def _dense_codec(name: str) -> Codec:

@@ -205,7 +205,7 @@ def test_a_model_type_that_transformers_does_not_have(model: Path, tmp_path: Pat
     refused(model, tmp_path, UnsupportedModelError, "'mystery_moe' is not in this version of transformers")
 
 
-@pytest.mark.parametrize("method", ["quark", "modelopt"])
+@pytest.mark.parametrize("method", ["quark", "hqq"])
 def test_a_quantized_checkpoint(model: Path, tmp_path: Path, method: str) -> None:
     edit_json(model / "config.json", quantization_config={"quant_method": method})
     refused(model, tmp_path, CheckpointError, rf"already quantized \({method}\), .* Use a version .*bf16")

@@ -102,6 +102,53 @@ def test_one_scale_for_a_whole_weight(tmp_path: Path) -> None:
     assert_same_stores(quantize(fp8, tmp_path / "a"), quantize(plain, tmp_path / "b"))
 
 
+SCALES = (
+    ("k_scale", "v_scale", "q_scale", "prob_scale"),
+    ("kv_scale", "kv_cache_scaling_factor"),
+    ("k_proj.k_scale", "v_proj.v_scale", "attn.k_scale", "k_zero_point"),
+    ("k_proj.output_scale", "prob_output_scale", "q_proj.input_scale", "q_proj.input_zero_point"),
+    ("o_proj.input_scale_ub", "o_proj.activation_scale", "q_proj.input_global_scale"),
+)
+
+
+@pytest.mark.parametrize("names", SCALES)
+def test_scales_of_activations_and_caches_are_left_out(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """Engines that round activations, keys and values use them; the weights stand for the same numbers without."""
+    fp8, plain = write_fp8_checkpoint(tmp_path)
+    scales = {f"model.layers.1.self_attn.{name}": torch.tensor(0.02) for name in names}
+    edit_tensors(fp8, lambda tensors: tensors | scales)
+    assert_same_stores(quantize(fp8, tmp_path / "a"), quantize(plain, tmp_path / "b"))
+
+
+def test_scales_of_the_cache_of_a_model_in_bf16(tmp_path: Path) -> None:
+    _, plain = write_fp8_checkpoint(tmp_path)
+    expected = quantize(plain, tmp_path / "a")
+    edit_tensors(plain, lambda tensors: tensors | {"model.layers.1.self_attn.k_scale": torch.tensor(0.02)})
+    assert_same_stores(quantize(plain, tmp_path / "b"), expected)
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "x_scale", "k_scaled", "scale", "my.k_scale.weight"])
+def test_other_foreign_scales_are_refused(tmp_path: Path, name: str) -> None:
+    fp8, _ = write_fp8_checkpoint(tmp_path)
+    edit_tensors(fp8, lambda tensors: tensors | {f"model.layers.1.self_attn.{name}": torch.tensor(0.02)})
+    refused(fp8, tmp_path, f"tensor model.layers.1.self_attn.{name} has no place in")
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (-1, 1)])
+def test_scales_as_vllm_writes_them(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """One per weight or per row, ``weight_scale``, with a scale of its inputs."""
+    fp8, plain = write_fp8_checkpoint(tmp_path, (1, 1000) if shape == (-1, 1) else (1000, 1000))
+    edit_json(fp8 / "config.json", quantization_config={"quant_method": "fp8", "activation_scheme": "static"})
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("_scale_inv")]:
+            tensors[name.removesuffix("_inv")] = tensors.pop(name).reshape(shape)
+            tensors[name.replace("weight_scale_inv", "input_scale")] = torch.tensor(0.01)
+
+    edit_tensors(fp8, rename)
+    assert_same_stores(quantize(fp8, tmp_path / "a"), quantize(plain, tmp_path / "b"))
+
+
 def refused(fp8: Path, tmp_path: Path, match: str) -> None:
     with pytest.raises(CheckpointError, match=match):
         quantize(fp8, tmp_path / "store")
