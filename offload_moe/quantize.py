@@ -14,6 +14,7 @@ from offload_moe.checkpoint.source import Source, metadata_files, open_download,
 from offload_moe.checkpoint.tokenizer import obstacle
 from offload_moe.conversion import LOSSLESS, MXFP4, expert_name, plan_conversion
 from offload_moe.errors import ConfigError
+from offload_moe.kernels import use_torch_after_fork
 from offload_moe.quant import Codec, get_codec
 from offload_moe.source_shards import SourceShards
 from offload_moe.store.journal import check_target
@@ -57,6 +58,7 @@ def quantize(
         BudgetError: the disk is too small, or became full.
         TransferError: a download, a read or a write failed.
     """
+    use_torch_after_fork()
     report = progress or ignore_progress
     linears_codec = _dense_codec(dense_codec)
     if codec is not None:
