@@ -8,7 +8,8 @@ OffloadMoeError
 │   └── StoreVersion       it was written by another format version
 ├── BudgetError            the plan does not fit in VRAM, RAM or disk
 ├── UnsupportedModelError  the model has a layer this version cannot bind
-└── TransferError          bytes could not be moved: disk read, H2D copy, download
+├── TransferError          bytes could not be moved: disk read, H2D copy, download
+└── ModelClosed            the model was closed, or stayed in the parent of a forked process
 
 Messages follow one formula: what failed, the numbers, what to do.
 """
@@ -48,3 +49,7 @@ class UnsupportedModelError(OffloadMoeError):
 
 class TransferError(OffloadMoeError):
     """Bytes could not be moved: a disk read, an H2D copy or a download failed."""
+
+
+class ModelClosed(OffloadMoeError):
+    """The model was closed, or was loaded before this process was forked."""

@@ -1,5 +1,6 @@
 """`load`: from a store to a transformers model whose experts come through the hierarchy."""
 
+import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from offload_moe.chat.sampling import SamplingArguments
 from offload_moe.checkpoint.tokenizer import load_tokenizer, tokenizer_notices
 from offload_moe.errors import ConfigError
 from offload_moe.generate import Prompt
+from offload_moe.kernels import use_torch_after_fork
 from offload_moe.lean import make_lean
 from offload_moe.moe.arithmetic import choose_arithmetic, keeps_eagers_bits
 from offload_moe.moe.attach import BoundExperts, attach
@@ -92,14 +94,15 @@ class Model:
         pools, ram = self._hierarchy.pools, self._hierarchy.ram
         num_device_slots = self._hierarchy.num_slots("vram")
         on_device = num_device_slots > 0
+        slot_bytes = pools.slot_bytes if self._hierarchy.lifecycle.is_open else 0
         parts = {
             "dense weights": self._dense_bytes,
-            "expert slots in RAM": ram.residency.num_resident * pools.slot_bytes,
+            "expert slots in RAM": ram.residency.num_resident * slot_bytes,
         }
         in_ram = sum(parts.values()) - (self._dense_bytes if on_device else 0)
         parts["rest of the process"] = max(0, psutil.Process().memory_info().rss - in_ram)
         if on_device:
-            parts["expert slots in VRAM"] = num_device_slots * pools.slot_bytes
+            parts["expert slots in VRAM"] = num_device_slots * slot_bytes
         return parts
 
     @property
@@ -121,7 +124,11 @@ class Model:
                 yield piece.text
 
     def chat(self, *, system: str | None = None, raw: bool = False) -> ChatSession:
-        """A conversation whose earlier turns are not computed again. Raises: ConfigError without a tokenizer."""
+        """A conversation whose earlier turns are not computed again.
+
+        Raises: ConfigError without a tokenizer, ModelClosed.
+        """
+        self._hierarchy.lifecycle.check()
         if self.tokenizer is None:
             raise ConfigError(f"{self._no_tokenizer} model.hf.generate takes token ids.")
         return ChatSession(
@@ -138,6 +145,7 @@ class Model:
     def trace(self) -> Iterator[Recorder]:
         """Record routing, hits, stalls and times of what is computed meanwhile; then ask the recorder for its trace."""
         hierarchy = self._hierarchy
+        hierarchy.lifecycle.check()
         tiers = [RecordedTier(name="ram", scheduler=hierarchy.ram, bytes_field="disk_bytes")]
         if hierarchy.scheduler is not hierarchy.ram:
             tiers.insert(0, RecordedTier(name="vram", scheduler=hierarchy.scheduler, bytes_field="h2d_bytes"))
@@ -155,12 +163,15 @@ class Model:
             yield recorder
 
     def close(self) -> None:
-        """Stop the reading threads and close the store's files. The model cannot be used afterwards.
+        """Free experts, threads and files. What is being computed ends at its next layer; every use raises ModelClosed.
 
-        How often each expert was used is kept beside the store, where that may be written, for the next `load`.
+        May be called again, and from any thread or signal handler. How often each expert was used is kept beside the
+        store, where that may be written, for the next `load`. A model that is dropped is freed, too, without that note.
         """
-        remember(self._hierarchy, self.store.path)
+        was_open = self._hierarchy.lifecycle.is_open
         self._hierarchy.close()
+        if was_open:
+            remember(self._hierarchy, self.store.path)
 
     def __enter__(self) -> Self:
         return self
@@ -214,10 +225,12 @@ def load(
     Raises:
         OffloadMoeError: one of its kinds, see `offload_moe.errors`.
     """
+    use_torch_after_fork()
     ram_bytes = None if ram is None else parse_size(ram)
     vram_bytes = None if vram is None else parse_size(vram)
     where = compute_device("cpu" if vram_bytes == 0 and device is None else device)
     on_disk = dense_codec or LOSSLESS
+    gc.collect()  # a model that was dropped
     give_back_freed_memory()  # of a conversion in this process
     notices: list[str] = []
     path = ensure_store(
@@ -250,23 +263,23 @@ def load(
         mode="exact" if exact else "fast",
         skeleton=skeleton,
     )
-    hierarchy = _make_hierarchy(store, placement, where, policy)
-    attach_experts(
-        assembled, store, hierarchy, where, dtype=computed_in, is_exact=exact, prefetch=prefetch, hybrid=hybrid
-    )
-    if prefetch:
-        warm_start(hierarchy, store.path)
-    if lean:
-        make_lean(assembled.hf, is_exact=keeps_bits, context=placement.context, hierarchy=hierarchy)
-    if computed_in == torch.float16:
-        watch_overflow(assembled.hf)
-    watch_ids(assembled.hf)
-    resize = partial(hierarchy.resize, "vram" if placement.vram else "ram")
-    lends = may_lend(assembled.hf, shape, placement)
-    room = ContextRoom(shape, computed_in, placement, resize, lends=lends)
-    assembled.hf.get_decoder().register_forward_pre_hook(room.before_forward, with_kwargs=True)
-    tokenizer = load_tokenizer(store.path)
-    model = Model(store, assembled, tokenizer, hierarchy, placement, room, summary(shape, placement))
+    with _closed_on_error(_make_hierarchy(store, placement, where, policy)) as hierarchy:
+        _refuse_once_closed(assembled.hf, hierarchy)
+        attach_experts(
+            assembled, store, hierarchy, where, dtype=computed_in, is_exact=exact, prefetch=prefetch, hybrid=hybrid
+        )
+        if prefetch:
+            warm_start(hierarchy, store.path)
+        if lean:
+            make_lean(assembled.hf, is_exact=keeps_bits, context=placement.context, hierarchy=hierarchy)
+        if computed_in == torch.float16:
+            watch_overflow(assembled.hf)
+        watch_ids(assembled.hf)
+        resize = partial(hierarchy.resize, "vram" if placement.vram else "ram")
+        room = ContextRoom(shape, computed_in, placement, resize, lends=may_lend(assembled.hf, shape, placement))
+        assembled.hf.get_decoder().register_forward_pre_hook(room.before_forward, with_kwargs=True)
+        tokenizer = load_tokenizer(store.path)
+        model = Model(store, assembled, tokenizer, hierarchy, placement, room, summary(shape, placement))
     notices += assembled.notices
     notices += tokenizer_notices(tokenizer[0], assembled.hf) if tokenizer[0] is not None else []
     model.notices += [text for text in dict.fromkeys(notices) if text != tokenizer[1]]  # which `chat` raises
@@ -289,6 +302,22 @@ def _make_hierarchy(store: Store, placement: Placement, device: torch.device, po
     return Hierarchy(
         pools, lambda arena: DiskMover(arena, lambda key: store.record(*divmod(key, store.num_experts))), copier
     )
+
+
+@contextmanager
+def _closed_on_error(hierarchy: Hierarchy) -> Iterator[Hierarchy]:
+    try:
+        yield hierarchy
+    except BaseException:
+        hierarchy.close()
+        raise
+
+
+def _refuse_once_closed(hf: Any, hierarchy: Hierarchy) -> None:
+    """Before anything is computed; the experts themselves refuse, too."""
+    encoder = [hf.get_encoder()] if hf.config.is_encoder_decoder else []
+    for module in (*encoder, hf.get_decoder()):
+        module.register_forward_pre_hook(lambda *_: hierarchy.lifecycle.begin_forward())
 
 
 def attach_experts(

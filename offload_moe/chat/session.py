@@ -1,11 +1,14 @@
 """A conversation with a model: its messages, its cache, one answer at a time."""
 
+import atexit
 import threading
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
+from weakref import WeakSet
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +23,8 @@ from offload_moe.chat.transcript import check_messages, read_transcript, write_t
 from offload_moe.errors import BudgetError, ConfigError
 from offload_moe.plan.room import ContextRoom
 from offload_moe.schedule.counters import Counters
+
+_answers: WeakSet[Generator[Piece, None, None]] = WeakSet()
 
 
 class ChatSession:
@@ -87,7 +92,7 @@ class ChatSession:
             if not messages:
                 raise ConfigError("The conversation has no message to answer.")
         self._num_retries = 0
-        return self._answer(messages, settings, stop_event)
+        return self._begin(messages, settings, stop_event)
 
     def retry(
         self, *, stop_event: threading.Event | None = None, **sampling: Unpack[SamplingArguments]
@@ -108,7 +113,7 @@ class ChatSession:
         self._num_retries += 1
         if settings.seed is not None:
             settings = replace(settings, seed=settings.seed + self._num_retries)
-        return self._answer(messages, settings, stop_event)
+        return self._begin(messages, settings, stop_event)
 
     def reset(self) -> None:
         """Forget the conversation and its cache; the system prompt stays."""
@@ -123,6 +128,13 @@ class ChatSession:
         """Take over a saved conversation; on an error the present one stays."""
         self.system, self.messages = read_transcript(Path(path))
         self._withdrawn_message = None
+
+    def _begin(
+        self, messages: list[Message], sampling: Sampling, stop_event: threading.Event | None
+    ) -> Generator[Piece, None, None]:
+        answer = self._answer(messages, sampling, stop_event)
+        _answers.add(answer)
+        return answer
 
     def _answer(
         self, messages: list[Message], sampling: Sampling, stop_event: threading.Event | None
@@ -157,3 +169,11 @@ class ChatSession:
         elif messages[-1]["role"] == "user":
             # Two user messages in a row are refused by many templates.
             *self.messages, self._withdrawn_message = messages
+
+
+@atexit.register
+def _close_answers() -> None:
+    """Those that are held: later there are no modules left to close them with."""
+    for answer in list(_answers):
+        with suppress(ValueError):  # another thread is in it
+            answer.close()

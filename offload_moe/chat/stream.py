@@ -1,6 +1,7 @@
 """A stream of tokens: transformers' own generate() in a worker thread, each token handed over as it is chosen."""
 
 import atexit
+import os
 import queue
 import threading
 import time
@@ -16,11 +17,15 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from offload_moe.chat.prompt_chunks import prompt_chunk_tokens
+from offload_moe.errors import ModelClosed
 from offload_moe.hooks import Onlooker
+from offload_moe.lifecycle import FORKED
 
 # Waiting without an end cannot be interrupted on Windows.
 POLL_S = 0.1
 _LOCKS: WeakKeyDictionary[PreTrainedModel, threading.Lock] = WeakKeyDictionary()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_LOCKS.clear)  # their holders stayed in the parent
 
 
 class TokenStream(Iterator[int]):
@@ -47,6 +52,7 @@ class TokenStream(Iterator[int]):
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
         self._is_closed = False
+        self._process = os.getpid()
         self._stop_event = stop_event
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
@@ -109,7 +115,8 @@ class TokenStream(Iterator[int]):
             try:
                 return self._queue.get(timeout=POLL_S)
             except queue.Empty:
-                continue
+                if os.getpid() != self._process:
+                    raise ModelClosed(FORKED) from None
 
     def _is_stopping(self) -> bool:
         return self._is_closed or (self._stop_event is not None and self._stop_event.is_set())

@@ -16,6 +16,7 @@ from offload_moe.checkpoint.source import Source, open_download, resolve_source
 from offload_moe.convert.jobs import LOSSLESS, MXFP4, Job, expert_name, plan_conversion
 from offload_moe.convert.source_shards import SourceShards
 from offload_moe.errors import ConfigError
+from offload_moe.kernels import use_torch_after_fork
 from offload_moe.quant import Codec, get_codec
 from offload_moe.store.journal import check_target
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest
@@ -61,6 +62,7 @@ def quantize(
         BudgetError: the disk is too small, or became full.
         TransferError: a download, a read or a write failed.
     """
+    use_torch_after_fork()
     report = progress or ignore_progress
     linears_codec = _dense_codec(dense_codec)
     if codec is not None:

@@ -16,6 +16,7 @@ from offload_moe.kernels.native import (
     select_instruction_set,
     set_threads,
     unavailable_reason,
+    use_torch_after_fork,
 )
 from offload_moe.kernels.planes import unsupported_reason
 from offload_moe.kernels.reads import DONE, DROPPED, FAILED, READING, Reads, ReadSizes
@@ -78,4 +79,5 @@ __all__ = [
     "set_threads",
     "unavailable_reason",
     "unsupported_reason",
+    "use_torch_after_fork",
 ]

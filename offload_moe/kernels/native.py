@@ -8,6 +8,7 @@ import torch
 
 from offload_moe.cores import are_threads_bound, usable_cores
 from offload_moe.errors import ConfigError
+from offload_moe.lifecycle import was_forked_with_torch
 from offload_moe.native import load_library
 
 INSTRUCTION_SETS = ("avx512vbmi", "avx512", "avx2", "neon", "portable")
@@ -57,6 +58,17 @@ def set_threads(num_threads: int, *, pinned_to_cores: bool = False) -> None:
 def num_threads() -> int:
     """Threads that a call uses, the caller included."""
     return int(library().om_num_threads())
+
+
+def use_torch_after_fork() -> None:
+    """Make torch usable in a process that was forked from one that used it.
+
+    The threads of OpenMP stayed in the parent: the next parallel operation of the thread that forked crashes or hangs.
+    With one thread there is none. The kernels, which make their threads anew, keep as many.
+    """
+    if was_forked_with_torch():
+        available()  # so that they have been given as many as torch had
+        torch.set_num_threads(1)
 
 
 @cache

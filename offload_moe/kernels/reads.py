@@ -5,14 +5,16 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from offload_moe.errors import ModelClosed
 from offload_moe.kernels.native import library
 from offload_moe.kernels.residents import Residents
 from offload_moe.kernels.structs import FileStruct, NewsStruct, PlaceStruct, ReadsOptionsStruct
+from offload_moe.lifecycle import CLOSED, finalize
 
 READING, DONE, DROPPED, FAILED = range(1, 5)
 _NEWS_ROOM = 256
 _CLOSE_LIMIT_S = 5.0  # a thread that is stuck in a dead disk must not keep the process from ending
-_STUCK: list["Reads"] = []  # a thread of theirs may still write to their memory
+_STUCK: list[object] = []  # memory and files that a thread may still use
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +51,19 @@ class Reads:
             is_checked=self._is_checked.buffer_info()[0],
             num_threads=sizes.num_threads,
         )
-        self.handle = library().om_reads_open(residents.handle, ctypes.addressof(options))
-        if not self.handle:
+        handle = library().om_reads_open(residents.handle, ctypes.addressof(options))
+        if not handle:
             raise MemoryError("No memory for the threads that read experts.")
+        self._handle = handle
+        used = (self._files, self._places, self._is_checked, residents.memory, owner)
+        self._close = finalize(self, _close, handle, used)
+
+    @property
+    def handle(self) -> int:
+        """Raises: ModelClosed."""
+        if not self._close.alive:
+            raise ModelClosed(CLOSED)
+        return self._handle
 
     def num_bytes(self, key: int) -> int:
         """Of the expert's record."""
@@ -83,14 +95,13 @@ class Reads:
         while count := library().om_reads_news(self.handle, ctypes.addressof(self._news), _NEWS_ROOM):
             yield from self._news[:count]
 
-    def __del__(self) -> None:
-        if getattr(self, "handle", None):
-            self.close(_CLOSE_LIMIT_S)
+    def close(self) -> bool:
+        """Finish what is being read. False where that takes too long: then its memory and files stay in use."""
+        return self._close() is not False
 
-    def close(self, limit_s: float = _CLOSE_LIMIT_S) -> bool:
-        """Finish what is being read. False where that takes too long: then its memory and files must stay."""
-        handle, self.handle = self.handle, None
-        if handle and not library().om_reads_close(handle, limit_s):
-            _STUCK.append(self)
-            return False
+
+def _close(handle: int, used: object) -> bool:
+    if library().om_reads_close(handle, _CLOSE_LIMIT_S):
         return True
+    _STUCK.append(used)
+    return False

@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Sequence
 
 from offload_moe.kernels.native import library
+from offload_moe.lifecycle import finalize
 
 
 class Residents:
@@ -13,17 +14,15 @@ class Residents:
         """addresses: of the slots' records, live."""
         self._addresses = addresses
         self._records, self._leases = array("Q", bytes(8 * num_keys)), array("i", bytes(4 * num_keys))
+        self.memory = (self._records, self._leases)  # what those who use the table keep
         self._num_holds = 0
         native = library()
         self._claim, self._publish = native.om_residents_claim, native.om_residents_publish
-        self._withdraw, self._close = native.om_residents_withdraw, native.om_residents_close
+        self._withdraw = native.om_residents_withdraw
         self.handle = native.om_residents_open(self._records.buffer_info()[0], self._leases.buffer_info()[0])
         if not self.handle:
             raise MemoryError("No memory for the table of resident experts.")
-
-    def __del__(self) -> None:
-        if getattr(self, "handle", None):
-            self._close(self.handle)
+        finalize(self, native.om_residents_close, self.handle).atexit = False  # runs of daemon threads may use it
 
     def address(self, slot: int) -> int:
         return self._addresses[slot]

@@ -131,7 +131,11 @@ class LayerRun:
         )
 
     def __call__(self, hidden_states: Tensor, rotary: Rotary, cache: Any) -> Tensor:
-        """``[1, 1, H]`` -> ``[1, 1, H]``. Raises: TransferError."""
+        """``[1, 1, H]`` -> ``[1, 1, H]``. Raises: TransferError, ModelClosed."""
+        with self._hierarchy.lifecycle:
+            return self._pass(hidden_states, rotary, cache)
+
+    def _pass(self, hidden_states: Tensor, rotary: Rotary, cache: Any) -> Tensor:
         rooms = [cast(Room, step.attention.extend(cache)) for step in self._steps]
         x = hidden_states.clone(memory_format=torch.contiguous_format)
         shape = {"num_experts": self._num_experts, "top_k": self._top_k}
@@ -196,7 +200,11 @@ class LayerRun:
             self._loans.lend(may_evict=not self._hierarchy.holds_every_expert)
 
     def _wait_on(self, token: kernels.RunToken, at: int, patience: "_Patience") -> None:
-        """Nothing was needed by layers from this one on: whoever wants to stop may say so. Raises: TransferError."""
+        """Nothing was needed by layers from this one on: whoever wants to stop may say so.
+
+        Raises: TransferError, ModelClosed.
+        """
+        self._hierarchy.lifecycle.check_waiting()
         self._tell_layer(at)
         with self._scheduler.changed:
             self._scheduler.hear()

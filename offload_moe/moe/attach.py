@@ -74,14 +74,15 @@ class BoundExperts:
         self.recorder: LayerRecorder | None = None
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        recorder = self.recorder
-        if recorder is None:
-            return self._compute(hidden, top_k_index, top_k_weights)
-        recorder.begin(self.layer, top_k_index, top_k_weights)
-        result = self._compute(hidden, top_k_index, top_k_weights)
-        self._settle()
-        recorder.end()
-        return result
+        with self.scheduler.lifecycle:
+            recorder = self.recorder
+            if recorder is None:
+                return self._compute(hidden, top_k_index, top_k_weights)
+            recorder.begin(self.layer, top_k_index, top_k_weights)
+            result = self._compute(hidden, top_k_index, top_k_weights)
+            self._settle()
+            recorder.end()
+            return result
 
     def _compute(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if len(hidden) == 1 and isinstance(self.arithmetic, NativeArithmetic):

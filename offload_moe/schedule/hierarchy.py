@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from offload_moe import kernels
+from offload_moe.lifecycle import Lifecycle
 from offload_moe.schedule.counters import Counters
 from offload_moe.schedule.loans import Loans
 from offload_moe.schedule.policy import DEFAULT_POLICY, LRU, Policy, make_policy
@@ -45,6 +46,7 @@ class Hierarchy:
     def __init__(self, pools: Pools, make_mover: Callable[[Arena], Mover], copier: Copier | None = None) -> None:
         """make_mover: fills the RAM arena, from disk as a rule. copier: moves RAM slots to the device."""
         self.pools = pools
+        self.lifecycle = Lifecycle()
         self.arena = Arena(pools.num_ram_slots, pools.slot_bytes, pools.chunk_bytes)
         self._resizing = threading.Lock()
         self._began_whole: set[Scheduler] = set()  # the tiers that were given a slot for every expert
@@ -129,14 +131,22 @@ class Hierarchy:
         Raises:
             TransferError: slots to be given up are still in use after the scheduler's limit; nothing has changed.
             BudgetError: the memory to grow by cannot be had; nothing has changed.
+            ModelClosed: there is no memory any more.
         """
-        with self._resizing:
+        with self.lifecycle, self._resizing:
             return self._resize(tier, num_slots)
 
     def close(self) -> None:
+        """Wait for passes in flight, stop all threads, close files, give slots back. Again: nothing."""
+        self.lifecycle.end(self._release)
+
+    def _release(self) -> None:
         self.scheduler.close()
         if self.ram is not self.scheduler:
             self.ram.close()
+            self._device_mover.wait_for_readers(range(self._device_slots.num_slots))
+            self._device_slots.shrink(0)
+        self.arena.shrink(0)
 
     def _resize(self, tier: Tier, num_slots: int) -> int:
         pool = self._device_slots if tier == "vram" else self.arena
@@ -173,7 +183,14 @@ class Hierarchy:
     ) -> Scheduler:
         residency = Residency(num_slots, self._policy(num_slots), lookup)
         num_experts = self.pools.num_experts
-        scheduler = Scheduler(residency, mover, num_experts=num_experts, bytes_counter=bytes_counter, flights=flights)
+        scheduler = Scheduler(
+            residency,
+            mover,
+            num_experts=num_experts,
+            bytes_counter=bytes_counter,
+            flights=flights,
+            lifecycle=self.lifecycle,
+        )
         if self._is_whole(num_slots):
             self._began_whole.add(scheduler)
         return scheduler

@@ -90,6 +90,3 @@ class Loans:
         """Somebody waits for this expert (lock held): from now on a run's read of it is not dropped."""
         self.reads.demand(key)
         self.hear()
-
-    def close(self) -> None:
-        self.reads.close()

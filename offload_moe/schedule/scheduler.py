@@ -9,10 +9,12 @@ What a lease is and does is in `lease.py`.
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from offload_moe.errors import TransferError
+from offload_moe.lifecycle import Lifecycle
 from offload_moe.schedule.accounts import note_layer
 from offload_moe.schedule.counters import Counters
 from offload_moe.schedule.lease import Found, Lease
@@ -22,7 +24,7 @@ from offload_moe.schedule.policy.protocol import Policy
 from offload_moe.schedule.residency import Residency
 from offload_moe.schedule.uses import Uses
 from offload_moe.tiers.flights import Flights
-from offload_moe.tiers.mover import Mover
+from offload_moe.tiers.mover import Arrived, Mover
 from offload_moe.tiers.waiting import wait_step
 
 STALL_LIMIT_S = 120.0  # a transfer that takes longer than this is reported instead of waited for
@@ -44,11 +46,13 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         changed: threading.Condition | None = None,
         flights: Flights | None = None,
+        lifecycle: Lifecycle | None = None,
     ) -> None:
         """bytes_counter: the field of `Counters` that this tier's transfers add to. clock, changed: how to wait.
 
-        flights: the mover's, where compute can follow copies that are still on their way.
+        flights: the mover's, where compute can follow copies that are still on their way. lifecycle: of the model.
         """
+        self.lifecycle = lifecycle or Lifecycle()
         self.residency = residency
         self.mover = mover
         self.counters = Counters()
@@ -69,6 +73,7 @@ class Scheduler:
         self.loans: Loans | None = None
         self._bytes_counter = bytes_counter
         self._bytes_counters = self.counters
+        self._on_arrival = _on_arrival(weakref.ref(self))
 
     def acquire(
         self,
@@ -89,6 +94,7 @@ class Scheduler:
         first = layer * self.num_experts
         keys = [first + expert for expert in experts]
         with self.changed:
+            self.lifecycle.check_waiting()
             self.hear()
             seen = keys
             if on_cpu:
@@ -107,6 +113,7 @@ class Scheduler:
         first = layer * self.num_experts
         keys = [first + expert for expert in experts]
         with self.changed:
+            self.lifecycle.check_waiting()
             self.hear()
             slots = self.residency.lease_all(keys)
             if slots is not None:
@@ -182,7 +189,11 @@ class Scheduler:
             self.loans.hear()
 
     def wait(self, limit_s: float) -> float:
-        """Until something may have changed (lock held). Returns the seconds that count against a limit."""
+        """Until something may have changed (lock held). Returns the seconds that count against a limit.
+
+        Raises: ModelClosed.
+        """
+        self.lifecycle.check_waiting()
         hear_s = self.loans.hear_s if self.loans is not None else None
         waited_s = wait_step(self.changed, limit_s if hear_s is None else min(limit_s, hear_s), self.clock)
         self.hear()
@@ -196,7 +207,7 @@ class Scheduler:
 
     def read_again(self, key: int, slot: int) -> None:
         """A run's read of it has failed (lock held): the mover has more patience, and words for what is wrong."""
-        self.mover.start(key, slot, self._arrived)
+        self.mover.start(key, slot, self._on_arrival)
 
     def fill(self, keys: Iterable[int]) -> None:
         """Bring experts into slots that are free, the most valuable first, while nothing is demanded."""
@@ -237,7 +248,7 @@ class Scheduler:
             self.counters.num_evictions = self.residency.num_evictions
             if is_prefetch:
                 self._flying[slot] = key
-            self.mover.start(key, slot, self._arrived, is_prefetch=is_prefetch)
+            self.mover.start(key, slot, self._on_arrival, is_prefetch=is_prefetch)
         return slot
 
     def demanded(self, key: int, *, is_here: bool) -> None:
@@ -305,7 +316,7 @@ class Scheduler:
 
     def close(self) -> None:
         if self.loans is not None:
-            self.loans.close()
+            self.loans.reads.close()
         self.mover.close()
 
     def _arrived(self, slot: int, num_bytes: int, error: BaseException | None) -> None:
@@ -322,3 +333,14 @@ class Scheduler:
             if was_prefetch and self._wanted and error is None:
                 self._fill_one()
             self.changed.notify_all()
+
+
+def _on_arrival(reference: "weakref.ref[Scheduler]") -> Arrived:
+    """What a transfer calls at its end, and does not keep the scheduler alive with meanwhile."""
+
+    def arrived(slot: int, num_bytes: int, error: BaseException | None) -> None:
+        scheduler = reference()
+        if scheduler is not None:
+            scheduler._arrived(slot, num_bytes, error)
+
+    return arrived

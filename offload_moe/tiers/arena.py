@@ -1,9 +1,11 @@
 """The RAM arena: equal slots of page-aligned memory, in chunks that no slot straddles."""
 
 import mmap
+import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from offload_moe.errors import BudgetError
 from offload_moe.quant.layout import RECORD_ALIGNMENT, round_up
 
 CHUNK_BYTES = 256 << 20
+MADV_WIPEONFORK = 18  # Linux 4.14, asm-generic/mman-common.h
 
 
 class Arena:
@@ -86,6 +89,7 @@ class Arena:
             ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
             mapping.madvise(mmap.MADV_HUGEPAGE)
+        _keep_from_children(mapping)
         self._firsts.append(sum(self.chunk_sizes))
         self._mappings.append(mapping)
         with torch.inference_mode(False):  # transfer threads write to it, whatever mode it was made in
@@ -101,6 +105,17 @@ def whole_chunks(chunk_sizes: Sequence[int], num_slots: int) -> int:
             return kept
         kept += size
     return max(kept, num_slots)
+
+
+def _keep_from_children(mapping: mmap.mmap) -> None:
+    """A forked process finds zeros.
+
+    Pages that it shared would be copied when they are next written, and direct reads under way go to the copy that is
+    the child's: see open(2) on O_DIRECT and fork.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError):  # an older kernel
+            mapping.madvise(MADV_WIPEONFORK)
 
 
 def _anonymous(num_bytes: int) -> mmap.mmap:

@@ -4,7 +4,7 @@ import errno
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -46,8 +46,8 @@ class DiskMover:
         record = self._record_of(key)
         part_bytes = PREFETCH_PART_BYTES if is_prefetch else PART_BYTES
         starts = range(0, record.num_bytes, part_bytes)
-        reading = _Reading(key, slot, record, arrived, len(starts))
-        parts = [partial(self._read_part, reading, start, part_bytes) for start in starts]
+        reading = _Reading(key, slot, record, self._arena, self._files, self._checked, arrived, len(starts))
+        parts = [partial(reading.read_part, start, part_bytes) for start in starts]  # which do not keep the mover alive
         self._workers.submit(slot, parts, is_prefetch=is_prefetch)
 
     def hurry(self, slot: int) -> None:
@@ -87,32 +87,56 @@ class DiskMover:
         if self._workers.close():  # a thread that is still reading needs its file
             self._files.close()
 
-    def _read_part(self, reading: "_Reading", start: int, part_bytes: int) -> None:
-        record, error = reading.record, None
+
+@dataclass(slots=True)
+class _Reading:
+    """One record on its way, in parts. checked: keys whose checksum was compared."""
+
+    key: int
+    slot: int
+    record: Record
+    arena: Arena
+    files: "_OpenFiles"
+    checked: set[int]
+    arrived: Arrived
+    num_left: int
+    error: Exception | None = None
+    view: memoryview | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def read_part(self, start: int, part_bytes: int) -> None:
+        error = None
         try:
-            if reading.view is None:
-                reading.view = self._arena.slot(reading.slot).numpy().data[: record.num_bytes]
-            self._read_patiently(reading.view[start : start + part_bytes], record, start)
+            if self.view is None:
+                self.view = self.arena.slot(self.slot).numpy().data[: self.record.num_bytes]
+            self._read_patiently(self.view[start : start + part_bytes], start)
         except Exception as raised:
             error = raised
-        if not reading.is_last(error):
+        if not self._is_last(error):
             return
         try:
-            if reading.error is not None:
-                raise reading.error
-            self._check_once(reading)
+            if self.error is not None:
+                raise self.error
+            self._check_once()
         except Exception as raised:
-            reading.arrived(reading.slot, 0, raised)
+            self.arrived(self.slot, 0, raised)
         else:
-            reading.arrived(reading.slot, record.num_bytes, None)
+            self.arrived(self.slot, self.record.num_bytes, None)
 
-    def _read_patiently(self, view: memoryview, record: Record, start: int) -> None:
+    def _is_last(self, error: Exception | None) -> bool:
+        """Note that a part has ended; whether it was the last one."""
+        with self.lock:
+            self.error = self.error or error
+            self.num_left -= 1
+            return self.num_left == 0
+
+    def _read_patiently(self, view: memoryview, start: int) -> None:
         """Read, and read again what may pass. Raises: TransferError naming the expert, the file and the offset."""
-        offset = record.offset + start
+        record, offset = self.record, self.record.offset + start
         failure: OSError | None
         for pause in (*RETRY_PAUSES_S, None):
             try:
-                count = self._files.get(record.path).read_into(view, offset)
+                count = self.files.get(record.path).read_into(view, offset)
             except OSError as error:
                 failure, why = error, error.strerror or str(error)
                 may_pass = error.errno in PASSING
@@ -123,48 +147,25 @@ class DiskMover:
             if pause is None or not may_pass:
                 raise _failed(record, offset, why) from failure
             time.sleep(pause)
-            self._files.renew(record.path)
+            self.files.renew(record.path)
 
-    def _check_once(self, reading: "_Reading") -> None:
+    def _check_once(self) -> None:
         """Compare the first read of every expert with its checksum; the file does not change afterwards.
 
         One that differs is read once more: a transfer can go wrong where the disk is right.
         """
-        if reading.key in self._checked:
+        if self.key in self.checked:
             return
-        record, view = reading.record, reading.view
+        record, view = self.record, self.view
         assert view is not None
         if crc32(view) != record.checksum:
-            self._read_patiently(view, record, 0)
+            self._read_patiently(view, 0)
             if crc32(view) != record.checksum:
                 raise TransferError(
                     f"{record.name}, {record.path} at offset {record.offset} ({record.num_bytes} bytes): it does not "
                     "match its checksum. Check the disk; `offload-moe verify` finds what is damaged."
                 )
-        self._checked.add(reading.key)
-
-
-@dataclass(slots=True)
-class _Reading:
-    """One record on its way, in parts."""
-
-    key: int
-    slot: int
-    record: Record
-    arrived: Arrived
-    num_left: int
-    error: Exception | None = None
-    view: memoryview | None = None
-
-    def is_last(self, error: Exception | None) -> bool:
-        """Note that a part has ended; whether it was the last one."""
-        with _PARTS_LOCK:
-            self.error = self.error or error
-            self.num_left -= 1
-            return self.num_left == 0
-
-
-_PARTS_LOCK = threading.Lock()
+        self.checked.add(self.key)
 
 
 class _OpenFiles:

@@ -4,14 +4,15 @@ Compute does not wait for a landing, it follows a copy: on a device the host goe
 begins when the copy is done. One thread notices landings, and then the slot is resident for everybody.
 """
 
-import atexit
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import islice, takewhile
 
+from offload_moe.lifecycle import finalize
 from offload_moe.tiers.copier import Copier, Marker
 from offload_moe.tiers.pace import LinkPace
 from offload_moe.tiers.waiting import wait_step
@@ -46,12 +47,13 @@ class Flights:
         self._awaited: set[Flight] = set()  # demanded, or followed by compute, and not landed
         self._followed_at: float | None = None  # when compute was told so first
         self._landed_at = 0.0
-        self._is_closed = False
+        self._is_closed = threading.Event()
         lock = threading.RLock()  # shared with the scheduler: a thread that is woken in an acquire runs after it
         self.changed, self._has_work = threading.Condition(lock), threading.Condition(lock)
-        self._thread = threading.Thread(target=self._notice_landings, name="expert-landings", daemon=True)
-        self._thread.start()
-        atexit.register(self.close)  # as with `TransferWorkers`
+        known = (weakref.ref(self), self._has_work, self._is_closed)
+        thread = threading.Thread(target=_notice_landings, args=known, name="expert-landings", daemon=True)
+        thread.start()
+        self._close = finalize(self, _close, self._has_work, self._is_closed, thread)  # as with `TransferWorkers`
 
     def __len__(self) -> int:
         return len(self._flying)
@@ -113,25 +115,27 @@ class Flights:
 
     def close(self) -> None:
         """Wait for what is flying, but not for a copy that never ends."""
-        atexit.unregister(self.close)
-        with self.changed:
-            self._is_closed = True
-            self._has_work.notify()
-        self._thread.join(CLOSE_LIMIT_S)
+        self._close()
 
-    def _notice_landings(self) -> None:
+    def notice_landings(self) -> bool:
+        """By the thread that does so, while there are any, or something to issue. False: there will be none."""
         while (flights := self._next_to_land()) is not None:
             errors = [flight.error or _wait(flight.marker) for flight in reversed(flights)]
             self._land(flights, errors[::-1])
             self._issue_more()
+        return not self._is_closed.is_set()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether something flies or is to be issued (lock held)."""
+        return bool(self._flying) or self._is_asked_for_more
 
     def _next_to_land(self) -> list[Flight] | None:
         """The first on the link, or the first few where they are demanded, to be woken once.
 
-        Empty when there is more to issue first, None when there is nothing left to do.
+        Empty when there is more to issue first, None when there is nothing to do.
         """
         with self.changed:
-            self._has_work.wait_for(lambda: self._flying or self._is_asked_for_more or self._is_closed)
             if self._is_asked_for_more:
                 self._is_asked_for_more = False
                 return []
@@ -161,6 +165,28 @@ class Flights:
         for flight, error in zip(flights, errors, strict=True):
             if error is not None:
                 self._pace.fail(flight.began)
+
+
+def _notice_landings(
+    reference: "weakref.ref[Flights]", has_work: threading.Condition, is_closed: threading.Event
+) -> None:
+    """While nothing flies the thread does not keep the flights alive."""
+    flights = reference()
+    while flights is not None and flights.notice_landings():
+        with has_work:
+            if not flights.has_work:
+                flights = None
+                if not is_closed.is_set():
+                    has_work.wait()
+                flights = reference()
+
+
+def _close(has_work: threading.Condition, is_closed: threading.Event, thread: threading.Thread) -> None:
+    with has_work:
+        is_closed.set()
+        has_work.notify()
+    if thread is not threading.current_thread():
+        thread.join(CLOSE_LIMIT_S)
 
 
 def _wait(marker: Marker | None) -> BaseException | None:

@@ -12,6 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from offload_moe.lifecycle import finalize
 from offload_moe.sizes import format_size
 
 SHARE_OF_RAM = 0.75  # locked pages are taken from everybody; the operating system keeps the rest to itself
@@ -40,6 +41,8 @@ class PageLock:
         self._locked: dict[int, torch.UntypedStorage] = {}  # kept alive: freeing locked memory would leave it locked
         self._refused: set[int] = set()
         self._lock = threading.Lock()
+        if runtime is not None:
+            finalize(self, _unlock_all, runtime, self._locked).atexit = False  # the end of the process unlocks, too
 
     @property
     def locked_bytes(self) -> int:
@@ -88,3 +91,8 @@ class PageLock:
         else:
             self._locked[address] = chunk
             self._locked_bytes += chunk.nbytes()
+
+
+def _unlock_all(runtime: LockRuntime, locked: dict[int, torch.UntypedStorage]) -> None:
+    while locked:
+        runtime.unregister(locked.popitem()[0])

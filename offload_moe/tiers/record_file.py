@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from offload_moe.kernels import FileStruct
+from offload_moe.lifecycle import finalize
 from offload_moe.open_files import open_descriptor
 from offload_moe.quant.layout import RECORD_ALIGNMENT, round_up
 from offload_moe.store.positioned import open_for_reading, read_at
@@ -28,7 +29,11 @@ class RecordFile:
         """uses_cached: what is in the page cache already is copied from there."""
         self._path = path
         self._cached = open_for_reading(path)
+        descriptors = [self._cached]
+        self._close = finalize(self, _close_all, descriptors)  # also where it is dropped
         self._direct = _open_direct(path) if allow_direct else None
+        if self._direct is not None:
+            descriptors.append(self._direct)
         self._pages = _CachedPages(self._cached) if self._direct is not None and uses_cached else None
         if allow_direct and self._direct is None:
             self._say_buffered("the file system does not offer direct reads")
@@ -67,9 +72,7 @@ class RecordFile:
         return FileStruct(direct=direct, cached=self._cached, pages=pages, num_bytes=self.identity[2])
 
     def close(self) -> None:
-        os.close(self._cached)
-        if self._direct is not None:
-            os.close(self._direct)
+        self._close()
 
     def _fill(self, descriptor: int, buffer: memoryview, offset: int) -> int:
         done = 0
@@ -82,6 +85,11 @@ class RecordFile:
 
     def _say_buffered(self, why: str) -> None:
         logger.warning("%s: %s; experts are read through the page cache.", self._path, why)
+
+
+def _close_all(descriptors: list[int]) -> None:
+    while descriptors:
+        os.close(descriptors.pop())
 
 
 def _open_direct(path: Path) -> int | None:

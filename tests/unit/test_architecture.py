@@ -33,7 +33,19 @@ FLOW = [
     "model",
     "doctor",
 ]
-COMMON = {"budget", "cores", "errors", "hooks", "locks", "native", "open_files", "paths", "sizes", "token_ids"}
+COMMON = {
+    "budget",
+    "cores",
+    "errors",
+    "hooks",
+    "lifecycle",
+    "locks",
+    "native",
+    "open_files",
+    "paths",
+    "sizes",
+    "token_ids",
+}
 
 
 def imports_of(path: Path) -> set[str]:

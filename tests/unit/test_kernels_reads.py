@@ -54,7 +54,7 @@ class Disk:
         for slot in range(num_lent):
             reads.lend(slot)
         yield reads
-        assert reads.close(5.0)
+        assert reads.close()
         file.close()
 
 

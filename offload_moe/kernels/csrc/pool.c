@@ -151,7 +151,7 @@ static void start_workers(void) {
     }
 }
 
-/* Only the forking thread lives on in the child: no workers, and locks that another thread may have held. */
+/* Only the forking thread lives on in the child: no workers, and locks and an arena that another thread may have been using. */
 static void after_fork_in_child(void) {
     const pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
     const pthread_cond_t condition = PTHREAD_COND_INITIALIZER;
@@ -159,6 +159,9 @@ static void after_fork_in_child(void) {
     pool.sleep_mutex = mutex;
     pool.wake = condition;
     pool.num_workers = 0;
+    pool.arena = NULL;
+    pool.arena_bytes = 0;
+    atomic_store(&pool.is_stopping, 0);
     atomic_store(&pool.num_sleeping, 0);
     atomic_store(&pool.members, 0);
 }

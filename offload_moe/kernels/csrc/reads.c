@@ -59,7 +59,7 @@ struct om_reads {
     pthread_cond_t work, ended;
     om_fetch fetches[MAX_FETCHES];
     int64_t num_fetched;
-    int32_t num_threads, num_prefetching, num_spares, least_spares, is_closed;
+    int32_t num_threads, num_prefetching, num_spares, least_spares, is_closed, num_users;
     struct {
         uint8_t *record;
         int32_t slot;
@@ -70,6 +70,23 @@ static int64_t bytes_of(const om_reads *reads, const om_fetch *fetch) { return r
 
 int om_reads_are_short(const om_reads *reads) { return reads->num_spares < reads->least_spares; }
 
+void om_reads_use(om_reads *reads) {
+    pthread_mutex_lock(&reads->residents->lock);
+    reads->num_users++;
+    pthread_mutex_unlock(&reads->residents->lock);
+}
+
+void om_reads_leave(om_reads *reads) {
+    pthread_mutex_lock(&reads->residents->lock);
+    const int is_used = --reads->num_users > 0;
+    pthread_mutex_unlock(&reads->residents->lock);
+    if (is_used) return;
+    om_residents_close(reads->residents);
+    pthread_cond_destroy(&reads->work);
+    pthread_cond_destroy(&reads->ended);
+    free(reads);
+}
+
 static void give_spare(om_reads *reads, int32_t slot, uint8_t *record) {
     reads->spares[reads->num_spares].slot = slot;
     reads->spares[reads->num_spares++].record = record;
@@ -77,7 +94,7 @@ static void give_spare(om_reads *reads, int32_t slot, uint8_t *record) {
 
 int om_reads_fetch(om_reads *reads, int64_t key, int is_prefetch) {
     /* the last spares are for what is demanded */
-    if (reads->num_spares <= (is_prefetch ? reads->least_spares / 2 : 0)) return 0;
+    if (reads->is_closed || reads->num_spares <= (is_prefetch ? reads->least_spares / 2 : 0)) return 0;
     for (int at = 0; at < MAX_FETCHES; at++) {
         om_fetch *fetch = reads->fetches + at;
         if (fetch->state != NOTHING) continue;
@@ -238,6 +255,7 @@ OM_EXPORT om_reads *om_reads_open(om_residents *residents, const om_reads_option
     om_residents_use(residents);
     reads->residents = residents;
     reads->options = *options;
+    reads->num_users = 1;
     pthread_cond_init(&reads->work, NULL);
     om_init_condition(&reads->ended);
     for (int n = 0; n < options->num_threads; n++) {
@@ -250,8 +268,7 @@ OM_EXPORT om_reads *om_reads_open(om_residents *residents, const om_reads_option
         pthread_mutex_unlock(&residents->lock);
     }
     if (reads->num_threads > 0) return reads;
-    om_residents_close(residents);
-    free(reads);
+    om_reads_leave(reads);
     return NULL;
 }
 
@@ -264,10 +281,8 @@ OM_EXPORT int om_reads_close(om_reads *reads, double limit_s) {
     while (reads->num_threads > 0 && pthread_cond_timedwait(&reads->ended, &reads->residents->lock, &deadline) == 0) {}
     const int has_ended = reads->num_threads == 0;
     pthread_mutex_unlock(&reads->residents->lock);
-    if (!has_ended) return 0;
-    om_residents_close(reads->residents);
-    free(reads);
-    return 1;
+    if (has_ended) om_reads_leave(reads);
+    return has_ended;
 }
 
 OM_EXPORT void om_reads_lend(om_reads *reads, int32_t slot, uint8_t *record) {

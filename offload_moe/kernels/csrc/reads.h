@@ -8,6 +8,10 @@
 
 typedef struct om_reads om_reads;
 
+/* A ride uses them from begin to end: closed meanwhile, they fetch nothing more and are freed by the last user. */
+void om_reads_use(om_reads *reads);
+void om_reads_leave(om_reads *reads);
+
 /* Take a lent slot and line up the read of an absent expert (lock held). Returns 0 where there is no slot or no place in line. */
 int om_reads_fetch(om_reads *reads, int64_t key, int is_prefetch);
 /* The expert on its way is demanded now (lock held). */

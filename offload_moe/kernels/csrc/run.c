@@ -265,10 +265,14 @@ static om_ride *new_ride(const om_run *run, const om_run_token *token, om_reside
     ride->reads = reads;
     ride->result = OM_UNDER_WAY;
     om_init_condition(&ride->told);
+    om_residents_use(residents);
+    if (reads != NULL) om_reads_use(reads);
     return ride;
 }
 
 static void delete_ride(om_ride *ride) {
+    if (ride->reads != NULL) om_reads_leave(ride->reads);
+    om_residents_close(ride->residents);
     pthread_cond_destroy(&ride->told);
     free(ride);
 }
