@@ -14,6 +14,7 @@ import torch
 from offload_moe.assemble import LOSSLESS, Assembled, assemble, skeleton_of
 from offload_moe.budget import forget_peak, give_back_freed_memory, peak_ram
 from offload_moe.chat import ChatSession
+from offload_moe.chat.recompute import recompute_of
 from offload_moe.chat.sampling import SamplingArguments
 from offload_moe.checkpoint.tokenizer import load_tokenizer
 from offload_moe.errors import ConfigError
@@ -245,6 +246,7 @@ def load(
         warm_start(hierarchy, store.path)
     if lean:
         make_lean(assembled.hf, is_exact=keeps_bits, context=placement.context, hierarchy=hierarchy)
+    recompute_of(assembled.hf)
     if computed_in == torch.float16:
         watch_overflow(assembled.hf)
     resize = partial(hierarchy.resize, "vram" if placement.vram else "ram")
