@@ -19,6 +19,10 @@ REUSES = {
     "recomputed": "the conversation was recomputed",
     "not supported": "this model computes the conversation anew each time",
 }
+CROSSED = (
+    "the context passed {window:,} tokens: this model rotates keys differently beyond that, so the conversation was "
+    "computed anew"
+)
 
 
 def status_line(stats: "TurnStats", width: int) -> str:
@@ -39,7 +43,10 @@ def status_line(stats: "TurnStats", width: int) -> str:
         parts.append(format_size(sum(stats.memory_bytes.values())))
     if stats.num_slots_given_up:
         parts.append(f"{stats.num_slots_given_up:,} expert slots gave way to the context")
-    parts += [REUSES[stats.reuse]] if stats.reuse in REUSES and stats.num_prompt_tokens else []
+    if stats.crossed_window is not None:
+        parts.append(CROSSED.format(window=stats.crossed_window))
+    elif stats.reuse in REUSES and stats.num_prompt_tokens:
+        parts.append(REUSES[stats.reuse])
     parts += [ENDINGS[stats.finish].format(tokens=stats.num_decode_tokens)] if stats.finish in ENDINGS else []
     return _wrap(parts, width)
 

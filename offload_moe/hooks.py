@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from transformers.utils import output_capturing
 
 Hooks = Mapping[int, Any]
 
@@ -17,10 +18,25 @@ class Onlooker:
 
 
 def hooks_of(modules: Iterable[nn.Module]) -> list[Hooks]:
-    """The registries of these modules and those of all modules, live: `any` of them says that a module is watched."""
+    """The registries of these modules and those of all modules, live; for `are_watched`."""
     own = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
     return [_global_forward_hooks, _global_forward_pre_hooks, *own]
 
 
+def are_watched(registries: Iterable[Hooks]) -> bool:
+    """Whether any hook in them takes something from a module in this call."""
+    return any(not _is_idle(hook) for hooks in registries if hooks for hook in hooks.values())
+
+
 def have_only_onlookers(registries: Iterable[Hooks]) -> bool:
-    return all(isinstance(hook, Onlooker) for hooks in registries if hooks for hook in hooks.values())
+    return all(isinstance(hook, Onlooker) or _is_idle(hook) for hooks in registries if hooks for hook in hooks.values())
+
+
+def _is_idle(hook: object) -> bool:
+    """Whether it is one of the hooks that transformers captures outputs with, and this thread's call captures nothing.
+
+    They are installed by the first call that asks for hidden states, attentions or router logits, and stay.
+    """
+    return (
+        getattr(hook, "__module__", None) == output_capturing.__name__ and not output_capturing._active_collector.get()
+    )

@@ -15,6 +15,7 @@ import torch
 from offload_moe.assemble import LOSSLESS, Assembled, assemble, skeleton_of
 from offload_moe.budget import forget_peak, give_back_freed_memory, peak_ram
 from offload_moe.chat import ChatSession
+from offload_moe.chat.recompute import recompute_of
 from offload_moe.chat.sampling import SamplingArguments
 from offload_moe.checkpoint.tokenizer import load_tokenizer, tokenizer_notices
 from offload_moe.errors import ConfigError
@@ -275,6 +276,7 @@ def load(
         if computed_in == torch.float16:
             watch_overflow(assembled.hf)
         watch_ids(assembled.hf)
+        recompute_of(assembled.hf)
         resize = partial(hierarchy.resize, "vram" if placement.vram else "ram")
         room = ContextRoom(shape, computed_in, placement, resize, lends=may_lend(assembled.hf, shape, placement))
         assembled.hf.get_decoder().register_forward_pre_hook(room.before_forward, with_kwargs=True)

@@ -101,6 +101,7 @@ class Answer:
             counters=counters,
             memory_bytes=dict(memory_bytes),
             num_slots_given_up=num_slots_given_up,
+            crossed_window=self._prefix.crossed_window or (stream.crossed_window if stream is not None else None),
         )
 
     def _heed(self, room: ContextRoom) -> None:
@@ -143,7 +144,7 @@ class Answer:
         if not self._prefix.wants_snapshot:
             return
         boundary = self._format.boundary(self._messages, self._ids)
-        if boundary <= self._num_reused:
+        if boundary <= self._num_reused or not self._prefix.is_kept_at(boundary, len(self._ids)):
             return
         is_whole = False
         with self._start(self._ids[:boundary], 1, Sampling(temperature=0)) as stream:

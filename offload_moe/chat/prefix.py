@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, 
 
 from offload_moe.chat.template import common_prefix
 from offload_moe.lean.cache import RoomyLayer
+from offload_moe.rotation import Factors, kept_factors, rotation_keeper
 
 Reuse = Literal["nothing cached", "continued", "cropped", "snapshot", "recomputed", "not supported"]
 
@@ -28,6 +29,7 @@ class _Snapshot:
 
     length: int
     layers: dict[int, CacheLayerMixin]
+    factors: Factors | None
 
 
 class PrefixCache:
@@ -41,6 +43,8 @@ class PrefixCache:
     def __init__(self, hf: PreTrainedModel) -> None:
         self._hf = hf
         self._is_supported = continues_exactly(hf)
+        self._keeper = rotation_keeper(hf)
+        self.crossed_window: int | None = None
         self._is_open = False
         self.clear()
 
@@ -60,7 +64,11 @@ class PrefixCache:
         return self._cache is not None and not all(_is_plain(layer) for layer in self._cache.layers)
 
     def begin(self, ids: Sequence[int]) -> tuple[int, Reuse]:
-        """Make the cache hold a prefix of `ids`, shorter than `ids`, and say how long it is and how it was had."""
+        """Make the cache hold a prefix of `ids`, shorter than `ids`, and say how long it is and how it was had.
+
+        `crossed_window` is then the length beyond which the model rotates otherwise, if that is why nothing is left.
+        """
+        self.crossed_window = None
         if not self._is_supported:
             return 0, "not supported"
         if self._is_open:
@@ -71,6 +79,11 @@ class PrefixCache:
         if self._cache is None or not self._ids:
             self._start_over()
             return 0, "nothing cached"
+        if self._keeper is not None:
+            self.crossed_window = self._keeper.window_between(self._cache, len(ids))
+            if self.crossed_window is not None:
+                self._start_over()
+                return 0, "recomputed"
         if shared == len(self._ids):
             return shared, "continued"
         if all(_can_crop(layer) for layer in self._cache.layers):
@@ -90,9 +103,13 @@ class PrefixCache:
         if self._cache is None:
             return
         self._is_open = False
+        if self._snapshot is not None and self._snapshot.factors != kept_factors(self._cache):
+            self._snapshot = None
         if is_whole:
             self._ids = list(ids)
             return
+        if self._keeper is not None:
+            ids = ids[: self._num_held()]
         if all(_can_crop(layer) for layer in self._cache.layers):
             self._ids = list(ids)
             self._crop(len(ids))
@@ -106,7 +123,18 @@ class PrefixCache:
         """Keep the present state."""
         assert self._cache is not None
         layers = {index: copy.deepcopy(layer) for index, layer in enumerate(self._cache.layers) if not _is_plain(layer)}
-        self._snapshot = _Snapshot(len(self._ids), layers)
+        self._snapshot = _Snapshot(len(self._ids), layers, kept_factors(self._cache))
+
+    def is_kept_at(self, length: int, total: int) -> bool:
+        """Whether a state after `length` tokens serves a sequence of `total` tokens as well."""
+        keeper = self._keeper
+        return keeper is None or keeper.rotation.factors(length) == keeper.rotation.factors(total)
+
+    def _num_held(self) -> int:
+        """Tokens that all layers hold; fewer than before where they were being computed anew."""
+        assert self._cache is not None
+        held = [layer.get_seq_length() for layer in self._cache.layers if isinstance(layer, DynamicLayer)]
+        return min(held, default=0)
 
     def _start_over(self) -> None:
         self.clear()

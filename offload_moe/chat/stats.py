@@ -16,6 +16,8 @@ class TurnStats:
 
     `finish` is why it ended: the model's own stop token, max_new_tokens, the end of the context, no memory for a longer
     one, or the user. `num_slots_given_up`: expert slots that made room for the context, beyond what was planned.
+    `crossed_window`: tokens beyond which this model rotates keys by other factors, where the conversation came across
+    them in this turn and all of it was computed anew.
     """
 
     num_prompt_tokens: int
@@ -28,6 +30,7 @@ class TurnStats:
     counters: Counters | None = None
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
     num_slots_given_up: int = 0
+    crossed_window: int | None = None
 
     @property
     def num_computed_tokens(self) -> int:

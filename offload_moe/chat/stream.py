@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from offload_moe.chat.prompt_chunks import prompt_chunk_tokens
+from offload_moe.chat.recompute import recompute_of
 from offload_moe.errors import ModelClosed
 from offload_moe.hooks import Onlooker
 from offload_moe.lifecycle import FORKED
@@ -51,6 +52,8 @@ class TokenStream(Iterator[int]):
         self.start_s = time.perf_counter()
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
+        self.crossed_window: int | None = None  # tokens beyond which all keys were rotated, and so computed, anew
+        self._recompute = recompute_of(hf)
         self._is_closed = False
         self._process = os.getpid()
         self._stop_event = stop_event
@@ -140,6 +143,7 @@ class TokenStream(Iterator[int]):
             self.interrupted_forward = True
             self._error = error
         finally:
+            self.crossed_window = None if self._recompute is None else self._recompute.crossed_window
             atexit.unregister(self.close)
             self._arguments.clear()  # they know this stream, and would keep the cache until the next collection
             self._queue.put(None)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_moe import kernels
-from offload_moe.hooks import have_only_onlookers, hooks_of
+from offload_moe.hooks import are_watched, have_only_onlookers, hooks_of
 from offload_moe.lean.attention import DecodeAttention
 from offload_moe.lean.block import plain_block
 from offload_moe.lean.cache import Room, give_room
@@ -74,7 +74,7 @@ class LayerStep:
         """Whether this call is such a step, and nobody waits for a module that would not be called."""
         keepers = self._norm._forward_pre_hooks
         return (
-            not any(self._hooks)
+            not are_watched(self._hooks)
             and (not keepers or all(isinstance(hook, ResidualKeeper) for hook in keepers.values()))
             and (self.plain is None or have_only_onlookers([self.plain.router._forward_hooks]))
             and self.attention.fits(hidden_states, cache)

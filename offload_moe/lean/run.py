@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_moe import kernels
-from offload_moe.hooks import have_only_onlookers, hooks_of
+from offload_moe.hooks import are_watched, have_only_onlookers, hooks_of
 from offload_moe.lean.block import PlainBlock
 from offload_moe.lean.cache import Room
 from offload_moe.lean.chain import Chain
@@ -123,7 +123,7 @@ class LayerRun:
             self._chain.is_known
             and self._scheduler.residency.num_slots >= SLOTS_PER_CHOICE * self._top_k
             and all(bound.lookahead is lookahead and bound.recorder is recorder for bound in self._bound)
-            and not any(self._expert_hooks)
+            and not are_watched(self._expert_hooks)
             and have_only_onlookers(self._layer_hooks)
             and all(step.num_keepers == (lookahead is not None) for step in self._steps)
             and all(step.fits(hidden_states, cache) and step.attention.can_extend(cache) for step in self._steps)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from offload_moe import kernels
 from offload_moe.dense import QuantLinear
 from offload_moe.errors import ConfigError
-from offload_moe.hooks import hooks_of
+from offload_moe.hooks import are_watched, hooks_of
 from offload_moe.lean.cache import Room, RoomyLayer
 from offload_moe.lean.norm import FusedRMSNorm
 from offload_moe.lean.projections import NAMES
@@ -35,7 +35,7 @@ class AttentionStep:
             and cache is not None
             and self._layer < len(cache.layers)
             and type(cache.layers[self._layer]) is RoomyLayer
-            and not any(self._hooks)
+            and not are_watched(self._hooks)
         )
 
     def __call__(self, hidden_states: Tensor, cos: Tensor, signed_sin: Tensor, cache: Any) -> Tensor | None:

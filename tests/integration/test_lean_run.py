@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from support.kernels import needs_kernels
 from support.models import open_model
 from support.tiny_models import tiny_model, tiny_prompt
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from offload_moe.convert.quantize import quantize
 from offload_moe.hooks import Onlooker
@@ -210,6 +212,94 @@ def test_no_run_where_layers_are_looked_at(stores: dict[str, Path], num_runs: li
         assert len({tuple(each.flatten().tolist()) for each in hidden}) == NUM_LAYERS + 1
         distance = (torch.stack(out.logits) - expected).norm() / expected.norm()
         assert distance < INT8_ROUNDING  # modules that are looked at compute by themselves
+
+
+def capture(model: Model, **flags: Any) -> Any:
+    ids, _ = tiny_prompt(1, NUM_PROMPT, seed=3)
+    return model.hf(input_ids=ids, **flags)
+
+
+@pytest.mark.parametrize("flag", ["output_hidden_states", "output_router_logits", "output_attentions"])
+def test_what_one_call_captures_changes_no_later_one(flag: str, stores: dict[str, Path], num_runs: list[int]) -> None:
+    """transformers leaves the hooks that it captures with where they are."""
+    with open_model(stores["qwen2_moe"]) as model:
+        logits(model)
+        num_runs.clear()
+        expected, num_expected = logits(model), len(num_runs)
+        assert num_expected > 0
+        captured = capture(model, **{flag: True})[flag.removeprefix("output_")]
+        assert flag == "output_attentions" or all(each.abs().max() > 0 for each in captured)
+        num_runs.clear()
+        assert torch.equal(logits(model), expected)
+        assert len(num_runs) == num_expected
+        generate(model, **{flag: True})
+        assert len(num_runs) == num_expected  # each step of this one is captured
+        assert torch.equal(logits(model), expected)
+
+
+def test_a_flag_in_the_config_counts_as_long_as_it_is_set(stores: dict[str, Path], num_runs: list[int]) -> None:
+    with open_model(stores["qwen3_moe"]) as model:
+        expected = logits(model)
+        model.hf.config.output_hidden_states = True
+        num_runs.clear()
+        assert len(capture(model).hidden_states) == NUM_LAYERS + 1
+        generate(model)
+        assert not num_runs
+        model.hf.config.output_hidden_states = False
+        assert torch.equal(logits(model), expected)
+        assert num_runs
+
+
+def test_a_captured_call_that_fails_leaves_nothing_behind(stores: dict[str, Path], num_runs: list[int]) -> None:
+    with open_model(stores["qwen3_moe"]) as model:
+        expected = logits(model)
+
+        def fail(*_: Any) -> None:
+            raise RuntimeError("in the middle")
+
+        handle = model.hf.model.layers[1].register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            capture(model, output_hidden_states=True)
+        handle.remove()
+        num_runs.clear()
+        assert torch.equal(logits(model), expected)
+        assert num_runs
+
+
+def test_a_thread_that_captures_does_not_slow_another_one(stores: dict[str, Path], num_runs: list[int]) -> None:
+    with open_model(stores["qwen3_moe"]) as model:
+        expected = logits(model)
+        capture(model, output_hidden_states=True)
+        others: list[Tensor] = []
+
+        def look_on(*_: Any) -> None:
+            if not others:
+                others.append(torch.empty(0))
+                thread = threading.Thread(target=lambda: others.append(logits(model)))
+                thread.start()
+                thread.join()
+
+        handle = model.hf.model.norm.register_forward_pre_hook(look_on)
+        num_runs.clear()
+        hidden = capture(model, output_hidden_states=True).hidden_states
+        handle.remove()
+        assert len(hidden) == NUM_LAYERS + 1
+        assert torch.equal(others[1], expected)
+        assert num_runs
+
+
+def test_captured_steps_are_those_of_transformers(tmp_path: Path) -> None:
+    """Without a loss every bit is, in a prompt and in decode steps, also after others that were not captured."""
+    tiny_model("qwen3_moe").to(torch.bfloat16).save_pretrained(tmp_path)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, experts_implementation="eager")
+    with open_model(tmp_path, codec="bf16", exact=True) as model:
+        settings = {"output_hidden_states": True, "output_router_logits": True, "max_new_tokens": 4}
+        for _ in range(2):
+            ours, theirs = generate(model, **settings), generate(SimpleNamespace(hf=reference.eval()), **settings)
+            for got, expected in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+                assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+            assert torch.stack(ours.logits).abs().max() > 0.1
+            generate(model)
 
 
 @pytest.mark.parametrize("part", ["layer", "attention", "norm", "router", "block", "experts", "shared", "gate"])

@@ -17,6 +17,7 @@ FLOW = [
     "schedule",
     "moe",
     "dense",
+    "rotation",
     "lean",
     "demo",
     "convert",
