@@ -1,13 +1,19 @@
 """How the next token is chosen: the user's settings over the model's own generation config."""
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self, TypedDict
 
 from transformers import GenerationConfig, PreTrainedModel
 
 from offload_moe.errors import ConfigError
+
+# Logits divided by less overflow.
+LEAST_TEMPERATURE, GREATEST_TEMPERATURE = 1e-6, 100
+GREATEST_COUNT = 2**31 - 1
+NUM_SEEDS = 2**64
+MAX_SHOWN_BITS = 256
 
 
 class SamplingArguments(TypedDict, total=False):
@@ -34,11 +40,11 @@ class Sampling:
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, lambda value: 0 <= value <= 100, "from 0 to 100")
-        _check_number("top_p", self.top_p, lambda value: 0 < value <= 1, "above 0 and at most 1")
-        _check_integer("top_k", self.top_k, 0)
-        _check_integer("seed", self.seed, 0)
-        _check_integer("max_new_tokens", self.max_new_tokens, 1)
+        _check_temperature(self.temperature)
+        _check_top_p(self.top_p)
+        _check_integer("top_k", self.top_k, 0, GREATEST_COUNT)
+        _check_integer("seed", self.seed, 0, NUM_SEEDS - 1)
+        _check_integer("max_new_tokens", self.max_new_tokens, 1, GREATEST_COUNT)
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
@@ -77,21 +83,40 @@ class Sampling:
             # Neutral values: generate() warns about filters that greedy search does not use.
             config.do_sample, config.temperature, config.top_p, config.top_k = False, 1.0, 1.0, 50
             return
-        for name, value in zip(("temperature", "top_p", "top_k"), chosen, strict=True):
-            if value is not None:
-                setattr(config, name, value)
+        if self.temperature is not None:
+            config.temperature = float(self.temperature)
+        if self.top_p is not None:
+            config.top_p = float(self.top_p)
+        if self.top_k is not None:
+            config.top_k = self.top_k
 
 
-def _check_number(name: str, value: float | None, is_in_range: Callable[[float], bool], wanted: str) -> None:
-    if value is None:
-        return
+def _check_temperature(value: float | None) -> None:
     # NaN is in no range.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not is_in_range(value):
-        raise ConfigError(f"{name} is {value!r}. It must be a number {wanted}.")
-
-
-def _check_integer(name: str, value: int | None, least: int) -> None:
-    if value is None:
+    if value is None or (_is_number(value) and (value == 0 or LEAST_TEMPERATURE <= value <= GREATEST_TEMPERATURE)):
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} is {value!r}. It must be a whole number, at least {least}.")
+    raise ConfigError(
+        f"temperature is {_shown(value)}. It must be 0 or a number from {LEAST_TEMPERATURE:f} to {GREATEST_TEMPERATURE}."
+    )
+
+
+def _check_top_p(value: float | None) -> None:
+    if value is not None and not (_is_number(value) and 0 < value <= 1):
+        raise ConfigError(f"top_p is {_shown(value)}. It must be a number above 0 and at most 1.")
+
+
+def _check_integer(name: str, value: int | None, least: int, greatest: int) -> None:
+    if value is None or (_is_number(value) and isinstance(value, int) and least <= value <= greatest):
+        return
+    raise ConfigError(f"{name} is {_shown(value)}. It must be a whole number from {least} to {greatest}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    """Python refuses to write integers of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > MAX_SHOWN_BITS:
+        return f"an integer of {value.bit_length():,} bits"
+    return repr(value)
