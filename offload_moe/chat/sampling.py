@@ -96,7 +96,8 @@ def _check_temperature(value: float | None) -> None:
     if value is None or (_is_number(value) and (value == 0 or LEAST_TEMPERATURE <= value <= GREATEST_TEMPERATURE)):
         return
     raise ConfigError(
-        f"temperature is {_shown(value)}. It must be 0 or a number from {LEAST_TEMPERATURE:f} to {GREATEST_TEMPERATURE}."
+        f"temperature is {_shown(value)}. It must be 0, or a number from {LEAST_TEMPERATURE:f} to "
+        f"{GREATEST_TEMPERATURE}."
     )
 
 
