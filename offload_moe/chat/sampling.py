@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self, TypedDict
+from typing import Any, Self, TypedDict, TypeGuard
 
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -13,6 +13,14 @@ from offload_moe.errors import ConfigError
 LEAST_TEMPERATURE, GREATEST_TEMPERATURE = 1e-6, 100
 GREATEST_COUNT = 2**31 - 1
 NUM_SEEDS = 2**64
+# What each setting may be, in words.
+RANGES = {
+    "temperature": f"0, or a number from {LEAST_TEMPERATURE:f} to {GREATEST_TEMPERATURE}",
+    "top_p": "a number above 0 and at most 1",
+    "top_k": f"a whole number from 0 to {GREATEST_COUNT}",
+    "seed": f"a whole number from 0 to {NUM_SEEDS - 1}",
+    "max_new_tokens": f"a whole number from 1 to {GREATEST_COUNT}",
+}
 MAX_SHOWN_BITS = 256
 
 
@@ -40,11 +48,16 @@ class Sampling:
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        _check_temperature(self.temperature)
-        _check_top_p(self.top_p)
-        _check_integer("top_k", self.top_k, 0, GREATEST_COUNT)
-        _check_integer("seed", self.seed, 0, NUM_SEEDS - 1)
-        _check_integer("max_new_tokens", self.max_new_tokens, 1, GREATEST_COUNT)
+        # NaN is in no range.
+        _check("temperature", self.temperature, _is_temperature(self.temperature))
+        _check("top_p", self.top_p, _is_number(self.top_p) and 0 < self.top_p <= 1)
+        _check("top_k", self.top_k, _is_integer(self.top_k) and 0 <= self.top_k <= GREATEST_COUNT)
+        _check("seed", self.seed, _is_integer(self.seed) and 0 <= self.seed < NUM_SEEDS)
+        _check(
+            "max_new_tokens",
+            self.max_new_tokens,
+            _is_integer(self.max_new_tokens) and 1 <= self.max_new_tokens <= GREATEST_COUNT,
+        )
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
@@ -91,29 +104,21 @@ class Sampling:
             config.top_k = self.top_k
 
 
-def _check_temperature(value: float | None) -> None:
-    # NaN is in no range.
-    if value is None or (_is_number(value) and (value == 0 or LEAST_TEMPERATURE <= value <= GREATEST_TEMPERATURE)):
-        return
-    raise ConfigError(
-        f"temperature is {_shown(value)}. It must be 0, or a number from {LEAST_TEMPERATURE:f} to "
-        f"{GREATEST_TEMPERATURE}."
-    )
+def _check(name: str, value: object, is_in_range: bool) -> None:
+    if value is not None and not is_in_range:
+        raise ConfigError(f"{name} is {_shown(value)}. It must be {RANGES[name]}.")
 
 
-def _check_top_p(value: float | None) -> None:
-    if value is not None and not (_is_number(value) and 0 < value <= 1):
-        raise ConfigError(f"top_p is {_shown(value)}. It must be a number above 0 and at most 1.")
+def _is_temperature(value: object) -> bool:
+    return _is_number(value) and (value == 0 or LEAST_TEMPERATURE <= value <= GREATEST_TEMPERATURE)
 
 
-def _check_integer(name: str, value: int | None, least: int, greatest: int) -> None:
-    if value is None or (_is_number(value) and isinstance(value, int) and least <= value <= greatest):
-        return
-    raise ConfigError(f"{name} is {_shown(value)}. It must be a whole number from {least} to {greatest}.")
-
-
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _shown(value: object) -> str:
