@@ -1,7 +1,9 @@
 """`offload-moe chat`: talk to a model."""
 
 import argparse
+from contextlib import ExitStack, nullcontext
 
+from ..chat.keyboard import quiet_keyboard
 from ..loading import DEMO, loaded_model
 from ..options import (
     Subparsers,
@@ -11,6 +13,7 @@ from ..options import (
     add_sampling_flags,
     sampling_arguments,
 )
+from ..terminal import is_interactive
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -30,19 +33,18 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    with loaded_model(options) as model:
+    with ExitStack() as stack:
+        # What is typed or pasted meanwhile is for the prompt.
+        with quiet_keyboard() if is_interactive() else nullcontext():
+            model = stack.enter_context(loaded_model(options))
+            session = model.chat(system=options.system)
         from ..chat.repl import run_chat
         from ..chat.talk import Talk
 
-        talk = Talk(
-            model,
-            model.chat(system=options.system),
-            sampling_arguments(options),
-            is_plain=options.plain,
-            is_debugging=options.debug,
-        )
+        arguments = sampling_arguments(options)
+        talk = Talk(model, session, arguments, is_plain=options.plain, is_debugging=options.debug)
         if talk.is_interactive:
             talk.say(f"{options.model} is ready. /help lists the commands, Ctrl-D leaves.", style="dim")
-        if talk.session.notice is not None:
-            talk.say(talk.session.notice, style="bold yellow")
+        if session.notice is not None:
+            talk.say(session.notice, style="bold yellow")
         return run_chat(talk)

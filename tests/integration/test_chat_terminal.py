@@ -25,9 +25,9 @@ def thinker(tmp_path: Path) -> Iterator[Terminal]:
 
 def test_a_conversation(tmp_path: Path, thinker: Terminal) -> None:
     thinker.expect("Loading libraries")
+    thinker.send("\x1b[200~what is\n1+1\x1b[201~\r")
     thinker.expect("thinker is ready.")
     thinker.expect("\n>", 15)
-    thinker.line("what is 1+1")
     assert thinker.expect("hits 75.0%").split("\n\n")[0].endswith("Hm, 1+1.")
     assert "It is 2 é🙂.\n" in thinker.raw.replace("\r", "")
     assert "\x1b[2;3mH" in thinker.raw
@@ -70,9 +70,14 @@ def test_a_conversation(tmp_path: Path, thinker: Terminal) -> None:
     assert thinker.wait() == 0
 
     messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
-    assert [message["content"] for message in messages] == ["what is 1+1", "It is 2 é🙂.", "two\nlines", "It is 2 é🙂."]
+    assert [message["content"] for message in messages] == [
+        "what is\n1+1",
+        "It is 2 é🙂.",
+        "two\nlines",
+        "It is 2 é🙂.",
+    ]
     history = [json.loads(line) for line in (tmp_path / "chat_history.jsonl").read_text().splitlines()]
-    assert history[:3] == ["what is 1+1", "two\nlines", "/relod"]
+    assert history[:3] == ["what is\n1+1", "two\nlines", "/relod"]
 
 
 def test_an_interrupt_stops_the_answer_and_keeps_the_conversation(tmp_path: Path) -> None:
