@@ -2,7 +2,7 @@
 
 import re
 
-from rich.cells import cell_len, split_graphemes
+from rich.cells import cell_len
 
 _PART = re.compile(
     r"\x1b\[(?P<arguments>[0-9;]*)(?P<command>[A-Za-z])|(?P<control>[\x00-\x1f\x7f-\x9f])|[^\x00-\x1f\x7f-\x9f]+"
@@ -29,8 +29,8 @@ class FakeScreen:
             elif part["control"]:
                 self._control(part["control"])
             else:
-                for start, end, cells in split_graphemes(part[0])[0]:
-                    self._letter(part[0][start:end], cells)
+                for letter in part[0]:
+                    self._letter(letter)
         return len(text)
 
     def flush(self) -> None:
@@ -55,9 +55,10 @@ class FakeScreen:
             self.row += 1
             self.rows += [""] * (self.row + 1 - len(self.rows))
 
-    def _letter(self, letter: str, cells: int) -> None:
-        if self.column + cells > self.width:
-            self._control("\n")
+    def _letter(self, letter: str) -> None:
         assert cell_len(self.rows[self.row]) == self.column, "written over what is there"
+        # A letter that joins the one before it adds no cells.
+        if cell_len(self.rows[self.row] + letter) > self.width:
+            self._control("\n")
         self.rows[self.row] += letter
-        self.column += cells
+        self.column = cell_len(self.rows[self.row])
