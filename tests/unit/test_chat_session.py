@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -117,13 +118,20 @@ def test_a_prompt_reports_how_far_it_is(family: str) -> None:
     model = chat_model(family)
     session, seen = ChatSession(model, byte_tokenizer()), []
     list(session.send("hello there", **GREEDY))
-    layers = model.get_submodule("model.layers")
-    layers[-1].register_forward_hook(lambda *_: seen.append(session.prompt_progress))
+
+    def see(*_: object) -> None:
+        deadline = time.monotonic() + 10
+        # The worker may be here before the consumer knows of it.
+        while not session.prompt_progress[0] and time.monotonic() < deadline:
+            time.sleep(0.001)
+        seen.append(session.prompt_progress)
+
+    model.get_submodule("model.layers")[-1].register_forward_hook(see)
     list(session.send("x" * 60, **GREEDY))
     done, total = seen[0]
     assert total == session.last_stats.num_computed_tokens > 60
     assert 0 < done <= total
-    assert seen[1][0] == total
+    assert seen[-1] == (total, total)
     assert session.prompt_progress == (0, 0)
 
 
