@@ -1,17 +1,11 @@
-"""Reading messages: single lines, `\"\"\"` blocks and lines that end in a backslash, with history on a terminal."""
+"""Reading messages: single lines, `\"\"\"` blocks and lines that end in a backslash."""
 
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from importlib import import_module
-from pathlib import Path
-from types import ModuleType
-
-from offload_moe.paths import cache_dir
 
 QUOTES = '"""'
 PROMPT, CONTINUATION = "> ", ". "
-MAX_HISTORY = 1000
 
 
 def read_message(read_line: Callable[[str], str]) -> str:
@@ -42,29 +36,3 @@ def read_piped_line(_: str) -> str:
     if not line:
         raise EOFError
     return line.rstrip("\n")
-
-
-class History:
-    """What was typed, kept between runs where the platform has readline."""
-
-    def __init__(self, path: Path | None = None) -> None:
-        self._path = path or cache_dir() / "chat_history"
-        self._readline: ModuleType | None = None
-
-    def open(self) -> None:
-        """Read the file; a missing or unreadable one is an empty history."""
-        with suppress(ImportError):
-            self._readline = import_module("readline")
-        if self._readline is not None:
-            self._readline.set_history_length(MAX_HISTORY)
-            with suppress(OSError):
-                self._readline.read_history_file(self._path)
-
-    def close(self) -> None:
-        """Write the file, readable by its owner only. A history that cannot be written is not worth an error."""
-        if self._readline is None:
-            return
-        with suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.touch(mode=0o600)
-            self._readline.write_history_file(self._path)

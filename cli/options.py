@@ -17,6 +17,10 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and what libraries say")
 
 
+def add_display_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plain", action="store_true", help="show answers as they are: no Markdown on a terminal")
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Where the model's parts may live, and how a checkpoint is read."""
     group = parser.add_argument_group("memory")

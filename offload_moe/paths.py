@@ -26,3 +26,16 @@ def cache_dir(environ: Mapping[str, str] | None = None, platform: str | None = N
     base = environ.get("XDG_CACHE_HOME", "")
     # The XDG specification says that a relative path is to be ignored.
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "offload_moe"
+
+
+def state_dir(environ: Mapping[str, str] | None = None, platform: str | None = None) -> Path:
+    """The folder for what cannot be rebuilt, such as what was typed in chats; it may not exist yet.
+
+    On Linux `XDG_STATE_HOME` or `~/.local/state`; with `OFFLOAD_MOE_CACHE`, and elsewhere, the folder of the cache.
+    """
+    environ = os.environ if environ is None else environ
+    platform = sys.platform if platform is None else platform
+    if environ.get(CACHE_VARIABLE) or platform in ("win32", "darwin"):
+        return cache_dir(environ, platform)
+    base = environ.get("XDG_STATE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state") / "offload_moe"

@@ -1,9 +1,18 @@
 """`offload-moe chat`: talk to a model."""
 
 import argparse
+from contextlib import ExitStack, nullcontext
 
+from ..chat.keyboard import quiet_keyboard
 from ..loading import DEMO, loaded_model
-from ..options import Subparsers, add_common_flags, add_model_flags, add_sampling_flags, sampling_arguments
+from ..options import (
+    Subparsers,
+    add_common_flags,
+    add_display_flags,
+    add_model_flags,
+    add_sampling_flags,
+    sampling_arguments,
+)
 from ..terminal import is_interactive
 
 
@@ -18,17 +27,24 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     add_sampling_flags(parser)
     add_model_flags(parser)
+    add_display_flags(parser)
     add_common_flags(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    with loaded_model(options) as model:
-        from ..repl import Repl
+    with ExitStack() as stack:
+        # What is typed or pasted meanwhile is for the prompt.
+        with quiet_keyboard() if is_interactive() else nullcontext():
+            model = stack.enter_context(loaded_model(options))
+            session = model.chat(system=options.system)
+        from ..chat.repl import run_chat
+        from ..chat.talk import Talk
 
-        repl = Repl(model, model.chat(system=options.system), sampling_arguments(options), is_debugging=options.debug)
-        if is_interactive():
-            repl.say(f"{options.model} is ready. /help lists the commands, Ctrl-D leaves.", style="dim")
-        if repl.session.notice is not None:
-            repl.say(repl.session.notice, style="bold yellow")
-        return repl.run()
+        arguments = sampling_arguments(options)
+        talk = Talk(model, session, arguments, is_plain=options.plain, is_debugging=options.debug)
+        if talk.is_interactive:
+            talk.say(f"{options.model} is ready. /help lists the commands, Ctrl-D leaves.", style="dim")
+        if session.notice is not None:
+            talk.say(session.notice, style="bold yellow")
+        return run_chat(talk)

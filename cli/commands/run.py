@@ -6,7 +6,15 @@ import sys
 from offload_moe.errors import ConfigError
 
 from ..loading import loaded_model
-from ..options import Subparsers, add_common_flags, add_model_flags, add_sampling_flags, sampling_arguments
+from ..options import (
+    Subparsers,
+    add_common_flags,
+    add_display_flags,
+    add_model_flags,
+    add_sampling_flags,
+    sampling_arguments,
+)
+from ..waiting import show_answer
 from ..writer import AnswerWriter
 
 
@@ -19,6 +27,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--raw", action="store_true", help="continue the text instead of answering it")
     add_sampling_flags(parser)
     add_model_flags(parser)
+    add_display_flags(parser)
     add_common_flags(parser)
     parser.set_defaults(run=run)
 
@@ -32,10 +41,6 @@ def run(options: argparse.Namespace) -> int:
         session = model.chat(system=options.system, raw=options.raw)
         if session.notice is not None:
             print(session.notice, file=sys.stderr)
-        writer = AnswerWriter()
-        try:
-            for piece in session.send(prompt, **sampling_arguments(options)):
-                writer.write(piece)
-        finally:
-            writer.end()
+        pieces = session.send(prompt, **sampling_arguments(options))
+        show_answer(session, pieces, AnswerWriter(is_plain=options.plain or options.raw))
     return 0

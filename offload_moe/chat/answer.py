@@ -59,11 +59,25 @@ class Answer:
         self._num_in_cache = self._num_reused
         self._opening_s = 0.0
         self._stream: TokenStream | None = None
+        self._prompt_stream: TokenStream | None = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the prompt and the answer so far."""
         return len(self._ids) + (len(self._stream.tokens) if self._stream is not None else 0)
+
+    @property
+    def prompt_progress(self) -> tuple[int, int]:
+        """Prompt tokens computed so far, and how many are to be computed."""
+        total = len(self._ids) - self._num_reused
+        if self._prompt_stream is None:
+            return 0, total
+        begun_at = self._num_in_cache - self._num_reused
+        chunk = prompt_chunk_tokens(self._hf) or total
+        num_chunks, share = divmod(self._prompt_stream.num_passes, 1.0)
+        done = begun_at + int(num_chunks) * chunk
+        done += int(share * min(chunk, max(total - done, 0)))
+        return min(done, total), total
 
     def pieces(self) -> Iterator[Piece]:
         """The answer as it streams. Closing it stops the model; the cache is up to date in every case."""
@@ -71,6 +85,7 @@ class Answer:
         if self._is_stopped():
             return
         with self._start(self._ids, self._max_new_tokens, self._sampling) as self._stream:
+            self._prompt_stream = self._stream
             try:
                 for piece in self._split(self._stream):
                     if piece.kind == "answer":
@@ -148,6 +163,7 @@ class Answer:
             return
         is_whole = False
         with self._start(self._ids[:boundary], 1, Sampling(temperature=0)) as stream:
+            self._prompt_stream = stream
             try:
                 for _ in stream:
                     is_whole = True

@@ -1,13 +1,27 @@
 """How the next token is chosen: the user's settings over the model's own generation config."""
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self, TypedDict
+from typing import Any, Self, TypedDict, TypeGuard
 
 from transformers import GenerationConfig, PreTrainedModel
 
 from offload_moe.errors import ConfigError
+
+# Logits divided by less overflow.
+LEAST_TEMPERATURE, GREATEST_TEMPERATURE = 1e-6, 100
+GREATEST_COUNT = 2**31 - 1
+NUM_SEEDS = 2**64
+# What each setting may be, in words.
+RANGES = {
+    "temperature": f"0, or a number from {LEAST_TEMPERATURE:f} to {GREATEST_TEMPERATURE}",
+    "top_p": "a number above 0 and at most 1",
+    "top_k": f"a whole number from 0 to {GREATEST_COUNT}",
+    "seed": f"a whole number from 0 to {NUM_SEEDS - 1}",
+    "max_new_tokens": f"a whole number from 1 to {GREATEST_COUNT}",
+}
+MAX_SHOWN_BITS = 256
 
 
 class SamplingArguments(TypedDict, total=False):
@@ -34,11 +48,16 @@ class Sampling:
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, lambda value: 0 <= value <= 100, "from 0 to 100")
-        _check_number("top_p", self.top_p, lambda value: 0 < value <= 1, "above 0 and at most 1")
-        _check_integer("top_k", self.top_k, 0)
-        _check_integer("seed", self.seed, 0)
-        _check_integer("max_new_tokens", self.max_new_tokens, 1)
+        # NaN is in no range.
+        _check("temperature", self.temperature, _is_temperature(self.temperature))
+        _check("top_p", self.top_p, _is_number(self.top_p) and 0 < self.top_p <= 1)
+        _check("top_k", self.top_k, _is_integer(self.top_k) and 0 <= self.top_k <= GREATEST_COUNT)
+        _check("seed", self.seed, _is_integer(self.seed) and 0 <= self.seed < NUM_SEEDS)
+        _check(
+            "max_new_tokens",
+            self.max_new_tokens,
+            _is_integer(self.max_new_tokens) and 1 <= self.max_new_tokens <= GREATEST_COUNT,
+        )
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
@@ -77,21 +96,33 @@ class Sampling:
             # Neutral values: generate() warns about filters that greedy search does not use.
             config.do_sample, config.temperature, config.top_p, config.top_k = False, 1.0, 1.0, 50
             return
-        for name, value in zip(("temperature", "top_p", "top_k"), chosen, strict=True):
-            if value is not None:
-                setattr(config, name, value)
+        if self.temperature is not None:
+            config.temperature = float(self.temperature)
+        if self.top_p is not None:
+            config.top_p = float(self.top_p)
+        if self.top_k is not None:
+            config.top_k = self.top_k
 
 
-def _check_number(name: str, value: float | None, is_in_range: Callable[[float], bool], wanted: str) -> None:
-    if value is None:
-        return
-    # NaN is in no range.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not is_in_range(value):
-        raise ConfigError(f"{name} is {value!r}. It must be a number {wanted}.")
+def _check(name: str, value: object, is_in_range: bool) -> None:
+    if value is not None and not is_in_range:
+        raise ConfigError(f"{name} is {_shown(value)}. It must be {RANGES[name]}.")
 
 
-def _check_integer(name: str, value: int | None, least: int) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} is {value!r}. It must be a whole number, at least {least}.")
+def _is_temperature(value: object) -> bool:
+    return _is_number(value) and (value == 0 or LEAST_TEMPERATURE <= value <= GREATEST_TEMPERATURE)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    """Python refuses to write integers of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > MAX_SHOWN_BITS:
+        return f"an integer of {value.bit_length():,} bits"
+    return repr(value)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from offload_moe.chat.answer import Answer
 from offload_moe.chat.prefix import PrefixCache
 from offload_moe.chat.reasoning import Piece
-from offload_moe.chat.sampling import Sampling, SamplingArguments
+from offload_moe.chat.sampling import NUM_SEEDS, Sampling, SamplingArguments
 from offload_moe.chat.stats import TurnStats
 from offload_moe.chat.template import Message, PromptFormat
 from offload_moe.chat.transcript import check_messages, read_transcript, write_transcript
@@ -57,6 +57,7 @@ class ChatSession:
         self._room = room
         self._withdrawn_message: Message | None = None
         self._num_retries = 0
+        self._answer_in_progress: Answer | None = None
         self.notice = self._format.notice
         if self.notice is not None:
             warnings.warn(self.notice, UserWarning, stacklevel=2)
@@ -65,6 +66,12 @@ class ChatSession:
     def withdrawn(self) -> str | None:
         """The last message, if its answer never began; `retry` sends it again."""
         return self._withdrawn_message["content"] if self._withdrawn_message is not None else None
+
+    @property
+    def prompt_progress(self) -> tuple[int, int]:
+        """Prompt tokens computed and to be computed of the answer in progress; (0, 0) where there is none."""
+        answer = self._answer_in_progress
+        return answer.prompt_progress if answer is not None else (0, 0)
 
     def send(
         self,
@@ -112,7 +119,7 @@ class ChatSession:
             raise ConfigError("There is no answer to retry yet.")
         self._num_retries += 1
         if settings.seed is not None:
-            settings = replace(settings, seed=settings.seed + self._num_retries)
+            settings = replace(settings, seed=(settings.seed + self._num_retries) % NUM_SEEDS)
         return self._begin(messages, settings, stop_event)
 
     def reset(self) -> None:
@@ -142,6 +149,7 @@ class ChatSession:
         prompt = messages if self.system is None else [{"role": "system", "content": self.system}, *messages]
         before = self._counters.copy() if self._counters is not None else None
         answer = Answer(self._hf, self._format, self._prefix, prompt, sampling, stop_event, self._room)
+        self._answer_in_progress = answer
         try:
             yield from answer.pieces()
         except torch.OutOfMemoryError as error:
@@ -150,6 +158,7 @@ class ChatSession:
                 "a shorter conversation (/reset), or fewer new tokens."
             ) from error
         finally:
+            self._answer_in_progress = None
             self._keep(messages, answer)
             used = self._counters.since(before) if self._counters is not None and before is not None else None
             given_up = self._room.num_slots_given_up if self._room is not None else 0

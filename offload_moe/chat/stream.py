@@ -33,7 +33,8 @@ class TokenStream(Iterator[int]):
     """Iterates over the new tokens of one sequence. Use it as a context manager, or call `close`.
 
     An exception in the worker is raised at the consumer. `close` returns once the worker has ended: it stops at the
-    next decoder layer, even in the middle of a long prompt.
+    next decoder layer, even in the middle of a long prompt. `num_passes` counts the passes through the decoder layers
+    whose modules compute, in fractions: how far a long prompt is.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class TokenStream(Iterator[int]):
     ) -> None:
         self.tokens: list[int] = []
         self.interrupted_forward = False
+        self.num_passes = 0.0
         self.start_s = time.perf_counter()
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
@@ -62,7 +64,7 @@ class TokenStream(Iterator[int]):
         self._arguments = {
             "generation_config": generation_config,
             "streamer": _Handover(self._take),
-            "stopping_criteria": [_StopRequested(self._is_stopping)],
+            "stopping_criteria": [_StopRequested(self.is_stopping)],
         }
         if past_key_values is not None:
             self._arguments["past_key_values"] = past_key_values
@@ -121,8 +123,21 @@ class TokenStream(Iterator[int]):
                 if os.getpid() != self._process:
                     raise ModelClosed(FORKED) from None
 
-    def _is_stopping(self) -> bool:
+    def is_stopping(self) -> bool:
+        """Whether the worker is to end at its next chance."""
         return self._is_closed or (self._stop_event is not None and self._stop_event.is_set())
+
+    @contextmanager
+    def _watched(self, hf: PreTrainedModel) -> Iterator[None]:
+        """Stop at the next decoder layer once it is wanted: a prompt over a slow disk takes minutes per forward."""
+        layers = [module for module in hf.modules() if isinstance(module, GradientCheckpointingLayer)]
+        watch = _LayerWatch(self, 1 / max(len(layers), 1))
+        handles = [layer.register_forward_pre_hook(watch) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _take(self, token: int) -> None:
         self.last_token_s = time.perf_counter()
@@ -134,7 +149,7 @@ class TokenStream(Iterator[int]):
     def _work(self, hf: PreTrainedModel, input_ids: torch.Tensor, seed: int | None) -> None:
         try:
             # generate() itself only turns gradients off; inference mode also saves their bookkeeping, 7% of a token.
-            with torch.inference_mode(), _turn(hf, self._is_stopping), _stoppable(hf, self._is_stopping), _seeded(seed):
+            with torch.inference_mode(), _turn(hf, self.is_stopping), self._watched(hf), _seeded(seed):
                 hf.generate(input_ids, **self._arguments)
         except _StoppedInForwardError:
             self.interrupted_forward = True
@@ -191,28 +206,18 @@ def _turn(hf: PreTrainedModel, is_stopping: Callable[[], bool]) -> Iterator[None
         lock.release()
 
 
-class _StopCheck(Onlooker):
-    """Raises in the thread that made it."""
+class _LayerWatch(Onlooker):
+    """Called before each decoder layer; raises in the thread that made it once it is to stop."""
 
-    def __init__(self, is_stopping: Callable[[], bool]) -> None:
-        self._is_stopping, self._worker = is_stopping, threading.get_ident()
+    def __init__(self, stream: TokenStream, share: float) -> None:
+        self._stream, self._share, self._worker = stream, share, threading.get_ident()
 
     def __call__(self, *_: object) -> None:
-        if self._is_stopping() and threading.get_ident() == self._worker:
+        if threading.get_ident() != self._worker:
+            return
+        if self._stream.is_stopping():
             raise _StoppedInForwardError
-
-
-@contextmanager
-def _stoppable(hf: PreTrainedModel, is_stopping: Callable[[], bool]) -> Iterator[None]:
-    """Raise at the next decoder layer once it is to stop: a prompt over a slow disk takes minutes per forward."""
-    check = _StopCheck(is_stopping)
-    layers = [module for module in hf.modules() if isinstance(module, GradientCheckpointingLayer)]
-    handles = [layer.register_forward_pre_hook(check) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        self._stream.num_passes += self._share
 
 
 @contextmanager

@@ -25,60 +25,71 @@ def thinker(tmp_path: Path) -> Iterator[Terminal]:
 
 def test_a_conversation(tmp_path: Path, thinker: Terminal) -> None:
     thinker.expect("Loading libraries")
+    thinker.send("\x1b[200~what is\n1+1\x1b[201~\r")
     thinker.expect("thinker is ready.")
-    thinker.expect("> ")
-    thinker.line("what is 1+1")
+    thinker.expect("\n>", 15)
     assert thinker.expect("hits 75.0%").split("\n\n")[0].endswith("Hm, 1+1.")
     assert "It is 2 é🙂.\n" in thinker.raw.replace("\r", "")
     assert "\x1b[2;3mH" in thinker.raw
-    thinker.expect("> ")
+    thinker.expect("\n>", 15)
 
-    thinker.line('"""two')
-    thinker.expect(". ")
-    thinker.line('lines"""')
+    thinker.send("\x1b[200~two\nlines\x1b[201~")
+    thinker.expect("lines")
+    thinker.send("\r")
     thinker.expect("cached) · first token")
-    thinker.expect("> ")
+    thinker.expect("\n>", 15)
 
-    thinker.line("/frobnicate")
-    thinker.expect("error: There is no command /frobnicate.")
-    thinker.expect("> ")
+    thinker.line("/relod")
+    thinker.expect("error: There is no command /relod. Did you mean /load?")
+    thinker.expect("\n>", 15)
 
     thinker.send("half a thought")
     thinker.expect("half a thought")
     thinker.interrupt_prompt()
-    thinker.expect("> ")
+    thinker.expect("\n>", 15)
 
-    thinker.line("/retry")
+    thinker.send("/ret\t")
+    thinker.expect("/retry")
+    thinker.send("\r")
     thinker.expect("It is 2 é🙂.")
     thinker.expect("(+")
-    thinker.expect("> ")
+    thinker.expect("\n>", 15)
 
     thinker.line(f"/save {tmp_path}/talk.json")
     thinker.expect("Saved to")
+    thinker.line(f"/save {tmp_path}/talk.json")
+    thinker.expect("[y/N]")
+    thinker.line("")
+    thinker.expect("Not saved.")
     thinker.line("/reset")
     thinker.expect("anew.")
     thinker.line(f"/load {tmp_path}/talk.json")
     thinker.expect("Loaded 4 messages.")
-    thinker.expect("> ")
+    thinker.expect("\n>", 15)
     thinker.send("\x04")
     assert thinker.wait() == 0
 
     messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
-    assert [message["content"] for message in messages] == ["what is 1+1", "It is 2 é🙂.", "two\nlines", "It is 2 é🙂."]
-    history = (tmp_path / "chat_history").read_text()
-    assert "/frobnicate" in history.replace("\\040", " ")
+    assert [message["content"] for message in messages] == [
+        "what is\n1+1",
+        "It is 2 é🙂.",
+        "two\nlines",
+        "It is 2 é🙂.",
+    ]
+    history = [json.loads(line) for line in (tmp_path / "chat_history.jsonl").read_text().splitlines()]
+    assert history[:3] == ["what is\n1+1", "two\nlines", "/relod"]
 
 
 def test_an_interrupt_stops_the_answer_and_keeps_the_conversation(tmp_path: Path) -> None:
     with open_chat(tmp_path, "endless", NO_COLOR="1") as terminal:
-        terminal.expect("> ")
+        terminal.expect("\n>", 15)
         terminal.line("laugh")
         terminal.expect("ha ha ha ha")
         terminal.send("QQQ")
         terminal.expect("ha ha ha ha")
         terminal.send("\x03")
         terminal.expect("stopped")
-        terminal.expect("> ")
+        terminal.expect("\n>", 15)
         terminal.line(f"/save {tmp_path}/talk.json")
         terminal.expect("Saved to")
         terminal.line("/set max_new_tokens 4")

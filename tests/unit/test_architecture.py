@@ -94,3 +94,23 @@ def test_streams_and_events_live_in_one_file() -> None:
 def test_the_command_line_is_the_last_room() -> None:
     for file in (ROOT / "offload_moe").rglob("*.py"):
         assert not any(name.startswith("offload_moe_cli") for name in imports_of(file)), file
+
+
+def test_no_two_files_of_the_command_line_import_each_other() -> None:
+    """Directly or through others, and not for types only either."""
+    files = {path.relative_to(ROOT / "cli").with_suffix("").parts: path for path in (ROOT / "cli").rglob("*.py")}
+    waiting = {name: relative_imports(name, path) & set(files) - {name} for name, path in files.items()}
+    assert sum(map(len, waiting.values())) > len(files)
+    while free := [name for name, needed in waiting.items() if not needed & set(waiting)]:
+        for name in free:
+            del waiting[name]
+    assert not waiting
+
+
+def relative_imports(name: tuple[str, ...], path: Path) -> set[tuple[str, ...]]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (*name[: len(name) - node.level], *(node.module.split(".") if node.module else ()))
+            found |= {base, *((*base, alias.name) for alias in node.names)}
+    return found

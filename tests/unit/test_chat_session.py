@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -104,6 +105,34 @@ def test_retry_with_a_seed_draws_anew_and_repeatably() -> None:
     session.reset()
     assert draws[0] != draws[1]
     assert draws == [text_of(session.send("hello", **settings)), text_of(session.retry(**settings))]
+
+
+def test_retry_of_the_greatest_seed_draws_anew() -> None:
+    session = ChatSession(chat_model(), byte_tokenizer())
+    settings = {"temperature": 2.0, "top_k": 0, "max_new_tokens": 12, "seed": 2**64 - 1}
+    assert text_of(session.send("hello", **settings)) != text_of(session.retry(**settings))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_a_prompt_reports_how_far_it_is(family: str) -> None:
+    model = chat_model(family)
+    session, seen = ChatSession(model, byte_tokenizer()), []
+    list(session.send("hello there", **GREEDY))
+
+    def see(*_: object) -> None:
+        deadline = time.monotonic() + 10
+        # The worker may be here before the consumer knows of it.
+        while not session.prompt_progress[0] and time.monotonic() < deadline:
+            time.sleep(0.001)
+        seen.append(session.prompt_progress)
+
+    model.get_submodule("model.layers")[-1].register_forward_hook(see)
+    list(session.send("x" * 60, **GREEDY))
+    done, total = seen[0]
+    assert total == session.last_stats.num_computed_tokens > 60
+    assert 0 < done <= total
+    assert seen[-1] == (total, total)
+    assert session.prompt_progress == (0, 0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_oss", "qwen3_next"])

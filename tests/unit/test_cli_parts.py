@@ -1,21 +1,17 @@
 """Progress, status lines, message reading and chat commands, each by itself."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from offload_moe.chat import Piece, TurnStats
-from offload_moe.errors import ConfigError
+from offload_moe.chat import TurnStats
 from offload_moe.schedule.counters import Counters
 from tests.support.cli import load_cli
 
 load_cli()
 
-from offload_moe_cli import lines, progress, slash, status, terminal  # noqa: E402
-from offload_moe_cli.repl import Repl  # noqa: E402
+from offload_moe_cli import lines, progress, status, terminal  # noqa: E402
 
 
 class Clock:
@@ -57,21 +53,6 @@ def test_messages_may_span_lines(typed: list[str], message: str) -> None:
 def test_the_end_of_input_is_the_end() -> None:
     with pytest.raises(EOFError):
         lines.read_message(reader())
-
-
-def test_history_survives_and_is_private(tmp_path: Path) -> None:
-    readline = pytest.importorskip("readline")
-    readline.clear_history()
-    history = lines.History(tmp_path / "deep" / "history")
-    history.open()
-    readline.add_history("what is an expert")
-    history.close()
-    assert (tmp_path / "deep" / "history").stat().st_mode & 0o777 == 0o600
-    readline.clear_history()
-    history.open()
-    assert readline.get_history_item(1) == "what is an expert"
-    readline.clear_history()
-    lines.History(Path("/proc/nowhere/history")).close()
 
 
 def test_rate_and_time_left() -> None:
@@ -146,91 +127,6 @@ def test_the_status_line() -> None:
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
     assert terminal.safe("a\x1b[2Jb\tc\nd\r\x07\x9b") == "a[2Jb\tc\nd"
-
-
-class FakeSession:
-    """The surface of a chat session that the loop uses."""
-
-    def __init__(self) -> None:
-        self.system: str | None = None
-        self.messages: list[dict[str, str]] = []
-        self.last_stats: TurnStats | None = None
-        self.withdrawn: str | None = None
-        self.calls: list[tuple[Any, ...]] = []
-
-    def send(self, text: str, **sampling: Any) -> Iterator[Piece]:
-        self.calls.append(("send", text, sampling))
-        yield Piece("answer", f"you said {text}")
-
-    def retry(self, **sampling: Any) -> Iterator[Piece]:
-        self.calls.append(("retry", sampling))
-        yield Piece("answer", "again")
-
-    def reset(self) -> None:
-        self.calls.append(("reset",))
-
-    def save(self, path: Path) -> None:
-        self.calls.append(("save", path))
-
-    def load(self, path: Path) -> None:
-        self.calls.append(("load", path))
-
-
-@pytest.fixture
-def repl() -> Repl:
-    return Repl(SimpleNamespace(peaks={"RAM": (2**31, 2**30)}, memory={"experts": 2**30}), FakeSession(), {"seed": 1})
-
-
-def test_chat_commands(repl: Repl, capsys: pytest.CaptureFixture[str]) -> None:
-    session: Any = repl.session
-    for line in (
-        "/reset",
-        "/retry",
-        "/save a b.json",
-        "/load ~/x.json",
-        "/system Be kind.",
-        "/set top_k 3",
-        "/set seed default",
-    ):
-        slash.dispatch(repl, line)
-    assert session.calls == [
-        ("reset",),
-        ("retry", {"seed": 1}),
-        ("save", Path("a b.json")),
-        ("load", Path("~/x.json").expanduser()),
-    ]
-    assert session.system == "Be kind."
-    assert repl.sampling == {"top_k": 3}
-    slash.dispatch(repl, "/system -")
-    assert session.system is None
-    for line in ("/help", "/stats", "/set", "/system"):
-        slash.dispatch(repl, line)
-    out, err = capsys.readouterr()
-    assert out == "again\n"
-    assert all(name in err for name in slash.COMMANDS)
-    assert "memory: experts" in err
-    assert "RAM at its peak  1.0 GiB, planned 2.0 GiB with the context full" in err
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("/frob", "no command /frob"),
-        ("/save", "needs a file name"),
-        ("/set warmth 1", "no setting warmth"),
-        ("/set top_k lots", "'lots'"),
-        ("/set top_p 3", "top_p is 3.0"),
-    ],
-)
-def test_commands_that_cannot_be_done_say_why(repl: Repl, line: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        slash.dispatch(repl, line)
-    assert repl.sampling == {"seed": 1}
-
-
-def test_leaving(repl: Repl) -> None:
-    with pytest.raises(slash.LeaveError):
-        slash.dispatch(repl, "/exit")
 
 
 def test_full_statistics_of_a_turn() -> None:

@@ -201,12 +201,18 @@ def test_the_models_own_sampling_is_the_default() -> None:
     [
         {"temperature": -1},
         {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": 1e-300},
         {"temperature": "hot"},
         {"top_p": 0},
         {"top_p": 1.5},
         {"top_k": -1},
         {"top_k": 2.5},
+        {"top_k": 2**31},
+        {"top_p": float("nan")},
         {"seed": -4},
+        {"seed": 2**64},
+        {"seed": 10**5000},
         {"max_new_tokens": 0},
         {"max_new_tokens": True},
         {"warmth": 1},
@@ -215,6 +221,17 @@ def test_the_models_own_sampling_is_the_default() -> None:
 def test_a_setting_out_of_range_is_refused_by_name(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         Sampling.of(settings)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 2}, {"temperature": 1e-6}, {"top_p": 1}, {"seed": 2**64 - 1}])
+def test_the_ends_of_the_ranges_work(settings: dict[str, Any]) -> None:
+    settings = {"temperature": 1.0, "seed": 3} | settings
+    assert len(generate(chat_model(), byte_tokenizer(), "hi", max_new_tokens=6, **settings)) > 0
+
+
+def test_a_seed_out_of_range_says_the_range() -> None:
+    with pytest.raises(ConfigError, match=r"seed is 18446744073709551616.*from 0 to 18446744073709551615"):
+        generate(chat_model(), byte_tokenizer(), "hi", seed=2**64)
 
 
 def test_an_encoder_decoder_streams_too() -> None:

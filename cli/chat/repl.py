@@ -1,0 +1,65 @@
+"""The chat loop: read a message, stream the answer, say what it cost."""
+
+from offload_moe.paths import state_dir
+
+from ..lines import read_message, read_piped_line
+from .commands import LeaveError, dispatch, is_command
+from .talk import Talk
+
+
+def run_chat(talk: Talk) -> int:
+    """Chat until the end of input or /exit. Over a pipe each line is a turn and stdout carries the answers only."""
+    try:
+        if talk.is_interactive:
+            _run_interactive(talk)
+        else:
+            _run_piped(talk)
+    except LeaveError:
+        pass
+    return 0
+
+
+def take_turn(talk: Talk, message: str) -> None:
+    """Run a command, or answer a message. A doubled slash is how a message begins with one."""
+    if not message.strip():
+        return
+    if is_command(message):
+        dispatch(talk, message)
+        return
+    text = message[1:] if message.startswith("//") else message
+    talk.show(talk.session.send(text, **talk.sampling))
+
+
+def _run_interactive(talk: Talk) -> None:
+    from .history import MessageHistory
+    from .prompt import CancelledError, Prompt
+
+    prompt = Prompt(MessageHistory(state_dir() / "chat_history.jsonl"))
+    talk.confirm = prompt.confirm
+    was_cancelled = False
+    while True:
+        try:
+            take_turn(talk, prompt.read())
+            was_cancelled = False
+        except CancelledError as cancelled:
+            if cancelled.was_empty and was_cancelled:
+                raise LeaveError from None
+            if cancelled.was_empty:
+                talk.say("Ctrl-C again or Ctrl-D leaves.", style="dim")
+            was_cancelled = True
+        except EOFError:
+            raise LeaveError from None
+        except LeaveError:
+            raise
+        except Exception as error:
+            # Whatever went wrong with one line, the conversation is worth keeping.
+            talk.say_error(error)
+
+
+def _run_piped(talk: Talk) -> None:
+    while True:
+        try:
+            message = read_message(read_piped_line)
+        except EOFError:
+            return
+        take_turn(talk, message)

@@ -1,0 +1,65 @@
+"""A conversation and what it is shown on: what the loop and the commands work with."""
+
+from collections.abc import Callable, Generator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..failures import one_line
+from ..status import status_line
+from ..terminal import console, is_interactive, safe
+from ..waiting import show_answer
+from ..writer import AnswerWriter
+from .keyboard import quiet_keyboard
+
+if TYPE_CHECKING:
+    from offload_moe.chat import ChatSession, Piece
+    from offload_moe.model import Model
+
+
+class Talk:
+    """One chat. `confirm` puts a question to the person at the terminal; None where nobody is there."""
+
+    def __init__(
+        self,
+        model: "Model",
+        session: "ChatSession",
+        sampling: Mapping[str, Any],
+        *,
+        is_plain: bool = False,
+        is_debugging: bool = False,
+    ) -> None:
+        self.model = model
+        self.session = session
+        self.sampling = dict(sampling)
+        self.confirm: Callable[[str], bool] | None = None
+        self.is_interactive = is_interactive()
+        self._is_plain = is_plain
+        self._is_debugging = is_debugging
+        self._console = console(stderr=not self.is_interactive)
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """Something that is not an answer."""
+        self._console.print(safe(text), style=style, soft_wrap=not self.is_interactive)
+
+    def say_error(self, error: Exception) -> None:
+        if self._is_debugging:
+            self._console.print_exception()
+        self.say(f"error: {one_line(error)}", style="red")
+
+    def show(self, pieces: "Generator[Piece, None, None]") -> None:
+        """Stream an answer. At the terminal an interrupt stops it, and what was said stays in the conversation."""
+        if not self.is_interactive:
+            show_answer(self.session, pieces, AnswerWriter())
+            return
+        try:
+            with quiet_keyboard():
+                show_answer(self.session, pieces, AnswerWriter(self._console, is_plain=self._is_plain))
+        except KeyboardInterrupt:
+            pass
+        except Exception as error:
+            self.say_error(error)
+            return
+        finally:
+            if self.session.withdrawn is not None:
+                self.say("Your message has no answer and is taken back; /retry sends it again.", style="dim")
+        if self.session.last_stats is not None:
+            self.say(status_line(self.session.last_stats, self._console.width) + "\n", style="dim")

@@ -1,0 +1,74 @@
+"""A line that says how far a long prompt is, and the answer after it."""
+
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING
+
+from .writer import AnswerWriter
+
+if TYPE_CHECKING:
+    from offload_moe.chat import ChatSession, Piece
+
+DELAY_S, INTERVAL_S = 1.0, 0.2
+
+
+def show_answer(session: "ChatSession", pieces: "Generator[Piece, None, None]", writer: AnswerWriter) -> None:
+    """Write an answer as it comes; until it begins, a terminal on stderr shows how far the prompt is."""
+    try:
+        with closing(pieces):
+            with prompt_progress(session):
+                first = next(pieces, None)
+            if first is not None:
+                writer.write(first)
+            for piece in pieces:
+                writer.write(piece)
+    finally:
+        writer.end()
+
+
+@contextmanager
+def prompt_progress(session: "ChatSession") -> Iterator[None]:
+    """Keep one line on stderr up to date while this lasts longer than a second, and take it away."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    is_over = threading.Event()
+    thread = threading.Thread(target=_report, args=(session, is_over), name="offload-moe-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def _report(session: "ChatSession", is_over: threading.Event) -> None:
+    line = ""
+    delay_s = DELAY_S
+    while not is_over.wait(delay_s):
+        delay_s = INTERVAL_S
+        before, line = line, progress_text(*session.prompt_progress)[: shutil.get_terminal_size().columns - 1]
+        if line != before:
+            _put(f"\r{line:<{len(before)}}\r" if _is_dumb() else f"\r{line}\x1b[K")
+    if line:
+        _put(f"\r{'':<{len(line)}}\r" if _is_dumb() else "\r\x1b[K")
+
+
+def progress_text(num_done: int, num_tokens: int) -> str:
+    """`Reading the prompt: 1,024 of 6,200 tokens, 16%`."""
+    if not num_tokens:
+        return "Waiting"
+    return f"Reading the prompt: {num_done:,} of {num_tokens:,} tokens, {num_done / num_tokens:.0%}"
+
+
+def _is_dumb() -> bool:
+    return os.environ.get("TERM", "") in ("dumb", "unknown")
+
+
+def _put(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
