@@ -237,6 +237,37 @@ def test_what_one_call_captures_changes_no_later_one(flag: str, stores: dict[str
         assert torch.equal(logits(model), expected)
 
 
+def test_runs_rotate_by_the_length_of_the_sequence(tmp_path: Path, num_runs: list[int]) -> None:
+    """Native steps around the window of a LongRoPE model, against the layers' own code on the whole sequence."""
+    window, half = 32, 8
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "original_max_position_embeddings": window,
+        "short_factor": [1.0] * half,
+        "long_factor": [8.0] * half,
+    }
+    tiny_model("qwen3_moe", rope_parameters=rope).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    store = quantize(tmp_path / "model", tmp_path / "store", codec="nf4")
+    ids, _ = tiny_prompt(1, window - 4)
+    with open_model(store) as model:
+        out = model.hf.generate(
+            ids,
+            max_new_tokens=10,
+            do_sample=False,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            output_logits=True,
+            disable_compile=True,
+        )
+        assert len(num_runs) > 5
+    for step, got in enumerate(out.logits):
+        with open_model(store, lean=False) as model:
+            expected = model.hf(out.sequences[:, : ids.shape[1] + step]).logits[:, -1]
+        assert expected.abs().max() > 0.1
+        assert (got - expected).norm() < INT8_ROUNDING * expected.norm(), step
+
+
 def test_a_flag_in_the_config_counts_as_long_as_it_is_set(stores: dict[str, Path], num_runs: list[int]) -> None:
     with open_model(stores["qwen3_moe"]) as model:
         expected = logits(model)

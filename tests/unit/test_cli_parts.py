@@ -121,6 +121,11 @@ def test_the_status_line() -> None:
         "prompt 120 tok 240.0/s · first token 0.5 s · answer 11 tok · the conversation was recomputed"
         " · stopped at 11 tokens, see /set max_new_tokens"
     )
+    crossing = status.status_line(turn(reuse="recomputed", crossed_window=4096), 300)
+    assert crossing.endswith(
+        "the context passed 4,096 tokens: this model rotates keys differently beyond that, so the conversation was "
+        "computed anew"
+    )
     crowded = status.status_line(turn(num_slots_given_up=1200, finish="memory"), 300)
     assert "1,200 expert slots gave way to the context · no memory for a longer context" in crowded
 

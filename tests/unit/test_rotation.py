@@ -184,6 +184,12 @@ def test_other_models_are_left_alone() -> None:
     assert not hf.get_decoder()._forward_pre_hooks
 
 
+def test_hunyuan_calls_a_fixed_rotation_dynamic() -> None:
+    rope = DYNAMIC | {"alpha": 1000.0}
+    hf = chat_model("hunyuan_v1_moe", num_experts=4, moe_topk=2, moe_intermediate_size=16, rope_parameters=rope)
+    assert recompute_of(hf) is None
+
+
 def test_every_kind_of_rotary_embedding_is_known() -> None:
     """Of these only longrope and dynamic look at the length; a new kind in transformers has to be looked at."""
     assert set(ROPE_INIT_FUNCTIONS) == {"linear", "dynamic", "yarn", "longrope", "llama3", "proportional"}
