@@ -5,7 +5,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from .failures import one_line
-from .lines import History, read_message, read_piped_line
+from .lines import History, UnreadableMessageError, read_message, read_piped_line
 from .slash import LeaveError, dispatch
 from .status import status_line
 from .terminal import console, is_interactive, safe, silent_keys
@@ -99,11 +99,15 @@ class Repl:
                 self._say_error(error)
 
     def _run_piped(self) -> int:
+        status = 0
         while True:
             try:
                 self._turn(read_message(read_piped_line))
+            except UnreadableMessageError as error:
+                self._say_error(error)
+                status = 1
             except (EOFError, LeaveError):
-                return 0
+                return status
 
     def _turn(self, message: str) -> None:
         if not message.strip():

@@ -16,6 +16,7 @@ from offload_moe.chat.sampling import Sampling, SamplingArguments
 from offload_moe.chat.session import ChatSession
 from offload_moe.chat.stream import TokenStream
 from offload_moe.chat.template import PromptFormat, model_stop_ids
+from offload_moe.errors import ConfigError
 
 Prompt = str | Sequence[Mapping[str, str]]
 
@@ -76,7 +77,12 @@ def stream_tokens(
     Args:
         input_ids: [1, T], the whole sequence, also where `past_key_values` holds its beginning.
         sampling: see `Sampling`.
+
+    Raises:
+        ConfigError: `input_ids` has no token.
     """
+    if input_ids.numel() == 0:
+        raise ConfigError("The prompt has no tokens, so there is nothing to continue. Give at least one.")
     settings = Sampling.of(sampling)
     stop_ids = model_stop_ids(hf, None) if tokenizer is None else PromptFormat(hf, tokenizer).stop_ids
     max_new_tokens = settings.max_new_tokens or hf.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS

@@ -4,6 +4,7 @@ import argparse
 
 from ..loading import DEMO, loaded_model
 from ..options import Subparsers, add_common_flags, add_model_flags, add_sampling_flags, sampling_arguments
+from ..prompts import read_argument
 from ..terminal import is_interactive
 
 
@@ -23,6 +24,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.system is not None:
+        options.system = read_argument(options.system, "--system")
     with loaded_model(options) as model:
         from ..repl import Repl
 

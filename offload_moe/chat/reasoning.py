@@ -38,12 +38,18 @@ class Splitter(Protocol):
     def flush(self) -> list[Piece]: ...
 
 
-def make_splitter(*, template: str | None, prompt: str) -> Splitter:
-    """The splitter for a chat template. `prompt` is the rendered prompt: a template may open the reasoning itself."""
+def make_splitter(*, template: str | None, prompt: str, unfinished: str | None = None) -> Splitter:
+    """The splitter for a chat template. `prompt` is the rendered prompt: a template may open the reasoning itself.
+
+    unfinished: the beginning of the answer, where the model continues one.
+    """
     if template is None:
         return PlainSplitter()
     if is_harmony(template):
-        return HarmonySplitter()
+        return HarmonySplitter(is_in_answer=unfinished is not None)
+    if unfinished is not None:
+        closing = _unclosed(unfinished)
+        return PlainSplitter() if closing is None else TagSplitter(closing)
     opened = next((pair for pair in TAG_PAIRS if prompt.rstrip().endswith(pair[0])), None)
     return TagSplitter(closing=opened[1] if opened is not None else None)
 
@@ -124,9 +130,9 @@ class TagSplitter:
 class HarmonySplitter:
     """`<|channel|>NAME<|message|>TEXT<|end|>`: the channel `final` is the answer, the others are reasoning."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_in_answer: bool = False) -> None:
         self._kind: Kind = "answer"
-        self._in_header = True
+        self._in_header = not is_in_answer
         self._channel = ""
 
     def text(self, text: str) -> list[Piece]:
@@ -145,6 +151,11 @@ class HarmonySplitter:
 
     def flush(self) -> list[Piece]:
         return []
+
+
+def _unclosed(text: str) -> str | None:
+    """The tag that ends the reasoning which `text` has begun and not ended."""
+    return next((closing for opening, closing in TAG_PAIRS if text.rfind(opening) > text.rfind(closing)), None)
 
 
 def _overlap(text: str, tag: str) -> int:

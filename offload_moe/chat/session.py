@@ -11,11 +11,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offload_moe.chat.answer import Answer
+from offload_moe.chat.chat_template import Message
 from offload_moe.chat.prefix import PrefixCache
 from offload_moe.chat.reasoning import Piece
 from offload_moe.chat.sampling import Sampling, SamplingArguments
 from offload_moe.chat.stats import TurnStats
-from offload_moe.chat.template import Message, PromptFormat
+from offload_moe.chat.template import PromptFormat
 from offload_moe.chat.transcript import check_messages, read_transcript, write_transcript
 from offload_moe.errors import BudgetError, ConfigError
 from offload_moe.plan.room import ContextRoom
@@ -69,6 +70,9 @@ class ChatSession:
         **sampling: Unpack[SamplingArguments],
     ) -> Generator[Piece, None, None]:
         """Stream the answer to one more user message, or to a whole conversation that replaces this one.
+
+        A conversation that ends with an assistant message is continued there: the stream is what follows it, and the
+        session keeps both as one message. An empty one is left out.
 
         Closing the iterator, or an interrupt, stops the model and keeps what it has said. A message whose answer had
         not begun is withdrawn; `retry` sends it again.
@@ -150,6 +154,9 @@ class ChatSession:
         if answer.text or answer.reasoning or answer.finish != "interrupted":
             self._withdrawn_message = None
             said = {"role": "assistant", "content": answer.text}
+            if messages[-1]["role"] == "assistant":
+                *messages, begun = messages
+                said = begun | {"content": begun["content"] + answer.text}
             if answer.reasoning:
                 # The name that chat templates look for; most drop it from earlier turns.
                 said["reasoning_content"] = answer.reasoning

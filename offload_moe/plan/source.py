@@ -13,13 +13,16 @@ from offload_moe.checkpoint.shards import INDEX_NAME
 from offload_moe.checkpoint.skeleton import load_config
 from offload_moe.checkpoint.source import looks_like_hub_id
 from offload_moe.errors import CheckpointError, OffloadMoeError
+from offload_moe.paths import file_advice
 from offload_moe.plan.hub import fetch_config
 from offload_moe.store import Store, is_store
+from offload_moe.store.manifest_json import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 CONFIG_NAME = "config.json"
+CONFIG_SUFFIXES = (".json", ".txt", "")  # a config file may have any name, but weights are none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,8 @@ def open_source(model: str | Path, *, revision: str | None = None, token: str | 
     if path.is_dir():
         num_bytes, is_local = _folder_bytes(path)
         return PlannedSource(name=str(model), config=load_config(path), checkpoint_bytes=num_bytes, is_local=is_local)
+    if path.is_file() and (path.suffix.lower() not in CONFIG_SUFFIXES or path.name == MANIFEST_NAME):
+        raise CheckpointError(file_advice(path))
     if path.is_file():
         with _as_folder(path) as folder:
             return PlannedSource(name=str(model), config=load_config(folder))

@@ -36,7 +36,7 @@ FLOW = [
     "model",
     "doctor",
 ]
-COMMON = {"budget", "cores", "errors", "hooks", "native", "sizes", "paths"}
+COMMON = {"budget", "cores", "errors", "hooks", "native", "sizes", "paths", "texts"}
 
 
 def imports_of(path: Path) -> set[str]:
