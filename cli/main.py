@@ -8,6 +8,7 @@ from importlib import import_module
 
 import offload_moe
 
+from .command_parser import CommandParser
 from .commands import COMMANDS
 from .failures import one_line
 from .streams import discard_unwritten, flush_streams, prepare_streams, say_on_stderr
@@ -60,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Run large Mixture-of-Experts models: experts in 4 bits on disk, in RAM and on the GPU at once.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and leave")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
     for name in COMMANDS:
         module = import_module(f".commands.{name}", __package__)
         module.add_parser(subparsers)

@@ -48,8 +48,8 @@ def make_splitter(*, template: str | None, prompt: str, unfinished: str | None =
     if is_harmony(template):
         return HarmonySplitter(is_in_answer=unfinished is not None)
     if unfinished is not None:
-        closing = _unclosed(unfinished)
-        return PlainSplitter() if closing is None else TagSplitter(closing)
+        _, thought, closing = split_unfinished(unfinished)
+        return PlainSplitter() if closing is None else TagSplitter(closing, has_begun=bool(thought.strip()))
     opened = next((pair for pair in TAG_PAIRS if prompt.rstrip().endswith(pair[0])), None)
     return TagSplitter(closing=opened[1] if opened is not None else None)
 
@@ -75,12 +75,12 @@ class PlainSplitter:
 class TagSplitter:
     """Reasoning between two tags before the answer. Tags further on are ordinary text: answers may talk about them."""
 
-    def __init__(self, closing: str | None = None) -> None:
-        """`closing` is the tag that ends reasoning which the prompt has begun."""
+    def __init__(self, closing: str | None = None, *, has_begun: bool = False) -> None:
+        """`closing` is the tag that ends reasoning which the prompt has opened, and `has_begun` with more than that."""
         self._state: Literal["start", "reasoning", "answer"] = "start" if closing is None else "reasoning"
         self._closing = closing or ""
         self._held = ""
-        self._has_begun = False
+        self._has_begun = has_begun
 
     def text(self, text: str) -> list[Piece]:
         self._held += text
@@ -153,9 +153,13 @@ class HarmonySplitter:
         return []
 
 
-def _unclosed(text: str) -> str | None:
-    """The tag that ends the reasoning which `text` has begun and not ended."""
-    return next((closing for opening, closing in TAG_PAIRS if text.rfind(opening) > text.rfind(closing)), None)
+def split_unfinished(text: str) -> tuple[str, str, str | None]:
+    """Answer and reasoning of the beginning of an answer, and the tag that would end the reasoning, if it is open."""
+    for opening, closing in TAG_PAIRS:
+        if text.rfind(opening) > text.rfind(closing):
+            answer, _, reasoning = text.rpartition(opening)
+            return answer, reasoning, closing
+    return text, "", None
 
 
 def _overlap(text: str, tag: str) -> int:

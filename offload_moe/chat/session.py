@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from offload_moe.chat.answer import Answer
 from offload_moe.chat.chat_template import Message
 from offload_moe.chat.prefix import PrefixCache
-from offload_moe.chat.reasoning import Piece
+from offload_moe.chat.reasoning import Piece, split_unfinished
 from offload_moe.chat.sampling import Sampling, SamplingArguments
 from offload_moe.chat.stats import TurnStats
 from offload_moe.chat.template import PromptFormat
@@ -153,13 +153,15 @@ class ChatSession:
         self.messages = messages
         if answer.text or answer.reasoning or answer.finish != "interrupted":
             self._withdrawn_message = None
-            said = {"role": "assistant", "content": answer.text}
+            said, reasoning = {"role": "assistant", "content": answer.text}, answer.reasoning
             if messages[-1]["role"] == "assistant":
                 *messages, begun = messages
-                said = begun | {"content": begun["content"] + answer.text}
-            if answer.reasoning:
+                text, thought, _ = split_unfinished(begun["content"])
+                said = begun | {"content": text + answer.text}
+                reasoning = begun.get("reasoning_content", "") + thought + reasoning
+            if reasoning:
                 # The name that chat templates look for; most drop it from earlier turns.
-                said["reasoning_content"] = answer.reasoning
+                said["reasoning_content"] = reasoning
             self.messages = [*messages, said]
         elif messages[-1]["role"] == "user":
             # Two user messages in a row are refused by many templates.
