@@ -4,12 +4,28 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 
+from offload_moe.errors import ConfigError
+from offload_moe.texts import unescape
+
 QUOTES = '"""'
 PROMPT, CONTINUATION = "> ", ". "
 
 
 def read_message(read_line: Callable[[str], str]) -> str:
-    """The next message. Raises: EOFError at the end of input, unless a message has begun."""
+    """The next message.
+
+    Raises:
+        EOFError: the input has ended, and no message has begun.
+        UnreadableMessageError: the message is in another encoding; the next one can be read.
+    """
+    message = _read_message(read_line)
+    try:
+        return unescape(message, "This message", getattr(sys.stdin, "encoding", None) or "utf-8")
+    except ConfigError as error:
+        raise UnreadableMessageError(str(error)) from None
+
+
+def _read_message(read_line: Callable[[str], str]) -> str:
     line = read_line(PROMPT)
     if line.lstrip().startswith(QUOTES):
         return _read_block(line.lstrip()[len(QUOTES) :], read_line)
@@ -19,6 +35,10 @@ def read_message(read_line: Callable[[str], str]) -> str:
             lines[-1] = lines[-1][:-1]
             lines.append(read_line(CONTINUATION))
     return "\n".join(lines)
+
+
+class UnreadableMessageError(ConfigError):
+    """A message that cannot be decoded."""
 
 
 def _read_block(first: str, read_line: Callable[[str], str]) -> str:
@@ -35,4 +55,4 @@ def read_piped_line(_: str) -> str:
     line = sys.stdin.readline()
     if not line:
         raise EOFError
-    return line.rstrip("\n")
+    return line.removeprefix("\ufeff").rstrip("\n")

@@ -1,7 +1,6 @@
 """Entry point: choose the command, run it, turn errors into one line and an exit code."""
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -9,40 +8,49 @@ from importlib import import_module
 
 import offload_moe
 
+from .command_parser import CommandParser
 from .commands import COMMANDS
 from .failures import one_line
+from .streams import discard_unwritten, flush_streams, prepare_streams, say_on_stderr
 from .terminal import quiet_libraries
 
 EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. 0 done, 1 failed, 2 not understood, 130 interrupted, 141 the reader of stdout went away."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    """Run one command. 0 done, 1 failed, 2 not understood, 130 interrupted, 141 the reader of a stream went away."""
+    prepare_streams()
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            flush_streams()
+    except BrokenPipeError:
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        say_on_stderr(f"error: {one_line(error)}")
+        return EXIT_ERROR
+    finally:
+        discard_unwritten()
+
+
+def _run(arguments: Sequence[str]) -> int:
     is_debugging = "--debug" in arguments
     try:
-        status = _run(arguments, is_debugging=is_debugging)
-        sys.stdout.flush()
+        options = build_parser().parse_args(arguments)
+        if not is_debugging:
+            quiet_libraries()
+        status: int = options.run(options)
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        say_on_stderr("")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+        raise
     except Exception as error:
         if is_debugging:
             traceback.print_exc()
         print(f"error: {one_line(error)}", file=sys.stderr)
         return EXIT_ERROR
-    return status
-
-
-def _run(arguments: Sequence[str], *, is_debugging: bool) -> int:
-    options = build_parser().parse_args(arguments)
-    if not is_debugging:
-        quiet_libraries()
-    status: int = options.run(options)
     return status
 
 
@@ -53,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Run large Mixture-of-Experts models: experts in 4 bits on disk, in RAM and on the GPU at once.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and leave")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
     for name in COMMANDS:
         module = import_module(f".commands.{name}", __package__)
         module.add_parser(subparsers)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from offload_moe.sizes import format_size
 
+from .streams import uses_unicode
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
@@ -107,7 +109,7 @@ class BarReporter:
         from .terminal import console
 
         columns = (
-            SpinnerColumn(),
+            SpinnerColumn("dots" if uses_unicode(sys.stderr) else "line"),
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             TextColumn("{task.fields[figures]}", style="dim"),

@@ -23,7 +23,12 @@ def console(*, stderr: bool = False) -> "Console":
     """A rich console without markup or highlighting; rich itself honours NO_COLOR and TERM=dumb."""
     from rich.console import Console
 
-    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    class PipedConsole(Console):
+        def on_broken_pipe(self) -> None:
+            """Leave it to `main`; rich would exit with 1."""
+            raise
+
+    return PipedConsole(stderr=stderr, markup=False, highlight=False, emoji=False)
 
 
 def safe(text: str) -> str:

@@ -16,6 +16,7 @@ from offload_moe.chat.sampling import Sampling, SamplingArguments
 from offload_moe.chat.session import ChatSession
 from offload_moe.chat.stream import TokenStream
 from offload_moe.chat.template import PromptFormat, model_stop_ids
+from offload_moe.errors import ConfigError
 from offload_moe.token_ids import check_ids, num_embeddings
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -79,8 +80,10 @@ def stream_tokens(
         sampling: see `Sampling`.
 
     Raises:
-        ConfigError: a setting is out of range, or an id is none of the embedding's rows.
+        ConfigError: a setting is out of range, `input_ids` has no token, or one is none of the embedding's rows.
     """
+    if input_ids.numel() == 0:
+        raise ConfigError("The prompt has no tokens, so there is nothing to continue. Give at least one.")
     settings = Sampling.of(sampling)
     check_ids(input_ids.flatten().tolist(), num_embeddings(hf), tokenizer)
     stop_ids = model_stop_ids(hf, None) if tokenizer is None else PromptFormat(hf, tokenizer).stop_ids

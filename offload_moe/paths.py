@@ -39,3 +39,16 @@ def state_dir(environ: Mapping[str, str] | None = None, platform: str | None = N
         return cache_dir(environ, platform)
     base = environ.get("XDG_STATE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state") / "offload_moe"
+
+
+def file_advice(path: Path) -> str:
+    """What to do with a file where a model's folder is wanted."""
+    folder = path.absolute().parent
+    if path.suffix.lower() == ".gguf":
+        return (
+            f"{path} is a GGUF file, which is converted first. Put config.json and tokenizer of the original model "
+            f"beside it, and all parts of a split file, but no second model. Then `offload-moe quantize {folder} STORE`"
+            " and `offload-moe chat STORE`."
+        )
+    what = "the manifest of a store, whose folder is" if path.name == "store.json" else "a file, not a model folder:"
+    return f"{path} is {what} {folder}. Name the folder, which holds config.json and tokenizer beside the weights."

@@ -10,7 +10,7 @@ from offload_moe.checkpoint.source import check_folder, looks_like_hub_id, resol
 from offload_moe.convert.jobs import MXFP4
 from offload_moe.convert.quantize import DEFAULT, default_codec, quantize
 from offload_moe.errors import CheckpointError
-from offload_moe.paths import cache_dir
+from offload_moe.paths import cache_dir, file_advice
 from offload_moe.store import Progress, is_store
 from offload_moe.stores import resolve
 
@@ -66,6 +66,8 @@ def ensure_store(
     folder = resolve(source)
     if is_store(folder):
         return folder
+    if folder.is_file():
+        raise CheckpointError(file_advice(folder))
     if source == DEMO and not folder.exists():
         folder = demo.checkpoint(progress=report)
     elif not folder.exists() and not looks_like_hub_id(str(source)):

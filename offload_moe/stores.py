@@ -14,7 +14,7 @@ from offload_moe.checkpoint.source import METADATA_PATTERNS
 from offload_moe.demo.source import HUB_REPOSITORY, MODEL_NAME
 from offload_moe.errors import OffloadMoeError, StoreError
 from offload_moe.locks import lock_file
-from offload_moe.paths import cache_dir
+from offload_moe.paths import cache_dir, file_advice
 from offload_moe.schedule.popularity import POPULARITY_NAME
 from offload_moe.store import Store, is_store
 from offload_moe.store.durable import PART
@@ -80,6 +80,8 @@ def resolve(name: str | Path, cache: Path | None = None) -> Path:
 def find(name: str | Path, cache: Path | None = None) -> Installed:
     """The store, demo build or conversion of that name or path. Raises: StoreError."""
     path = resolve(name, cache)
+    if path.is_file():
+        raise StoreError(file_advice(path))
     found = describe(path) if path.is_dir() else None
     if found is None:
         what = "neither a store nor a conversion" if path.exists() else "no folder, and no name in the cache"

@@ -2,7 +2,7 @@
 
 from offload_moe.paths import state_dir
 
-from ..lines import read_message, read_piped_line
+from ..lines import UnreadableMessageError, read_message, read_piped_line
 from .commands import LeaveError, dispatch, is_command
 from .talk import Talk
 
@@ -13,7 +13,7 @@ def run_chat(talk: Talk) -> int:
         if talk.is_interactive:
             _run_interactive(talk)
         else:
-            _run_piped(talk)
+            return _run_piped(talk)
     except LeaveError:
         pass
     return 0
@@ -56,10 +56,14 @@ def _run_interactive(talk: Talk) -> None:
             talk.say_error(error)
 
 
-def _run_piped(talk: Talk) -> None:
+def _run_piped(talk: Talk) -> int:
+    """A line that is not in stdin's encoding is reported, and the next one is read."""
+    status = 0
     while True:
         try:
-            message = read_message(read_piped_line)
-        except EOFError:
-            return
-        take_turn(talk, message)
+            take_turn(talk, read_message(read_piped_line))
+        except UnreadableMessageError as error:
+            talk.say_error(error)
+            status = 1
+        except (EOFError, LeaveError):
+            return status

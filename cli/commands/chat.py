@@ -13,6 +13,7 @@ from ..options import (
     add_sampling_flags,
     sampling_arguments,
 )
+from ..prompts import read_argument
 from ..terminal import is_interactive
 
 
@@ -33,6 +34,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.system is not None:
+        options.system = read_argument(options.system, "--system")
     with ExitStack() as stack:
         # What is typed or pasted meanwhile is for the prompt.
         with quiet_keyboard() if is_interactive() else nullcontext():

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from offload_moe.errors import ConfigError
 
@@ -14,6 +15,7 @@ from ..options import (
     add_sampling_flags,
     sampling_arguments,
 )
+from ..prompts import STDIN, join, read_argument, read_files, read_piped_if_ready, read_stdin, wait_for_piped
 from ..waiting import show_answer
 from ..writer import AnswerWriter
 
@@ -23,24 +25,52 @@ def add_parser(subparsers: Subparsers) -> None:
         "run", help="answer one prompt", description="Answer one prompt. Only the answer goes to stdout."
     )
     parser.add_argument("model", metavar="MODEL", help="store, checkpoint folder, hub id, or demo")
-    parser.add_argument("prompt", metavar="PROMPT", help="the prompt, or - to read it from stdin")
+    parser.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        nargs="?",
+        help="the prompt; what is piped in comes before it (- or none: all of it)",
+    )
+    parser.add_argument(
+        "-f",
+        "--file",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="text that comes before the prompt, repeatable",
+    )
     parser.add_argument("--raw", action="store_true", help="continue the text instead of answering it")
     add_sampling_flags(parser)
     add_model_flags(parser)
     add_display_flags(parser)
     add_common_flags(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, usage_error=parser.error)
 
 
 def run(options: argparse.Namespace) -> int:
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    prompt = prompt.removesuffix("\n") if options.raw else prompt.strip()
-    if not prompt:
-        raise ConfigError("The prompt is empty. Give it after the model, or pipe it in and write - in its place.")
+    is_piped = options.prompt == STDIN or (options.prompt is None and not options.file)
+    if is_piped and sys.stdin.isatty() and options.prompt is None:
+        options.usage_error("give a PROMPT, -f FILE, or pipe one in")
+    before = read_files(options.file)
+    after = "" if is_piped else read_argument(options.prompt or "", "PROMPT")
+    if options.system is not None:
+        options.system = read_argument(options.system, "--system")
+    piped = read_stdin() if is_piped else read_piped_if_ready()
+    prompt = None if piped is None else _prompt(options, before, piped, after)
     with loaded_model(options) as model:
+        if prompt is None:
+            prompt = _prompt(options, before, wait_for_piped(), after)
         session = model.chat(system=options.system, raw=options.raw)
         if session.notice is not None:
             print(session.notice, file=sys.stderr)
         pieces = session.send(prompt, **sampling_arguments(options))
         show_answer(session, pieces, AnswerWriter(is_plain=options.plain or options.raw))
     return 0
+
+
+def _prompt(options: argparse.Namespace, before: Sequence[str], piped: str, after: str) -> str:
+    text = join([*before, piped, after])
+    prompt = text if options.raw else text.strip()
+    if not prompt:
+        raise ConfigError("The prompt is empty. Give it after the model, pipe it in, or name a file with -f.")
+    return prompt

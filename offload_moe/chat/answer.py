@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
+from offload_moe.chat.chat_template import Message, unfinished
 from offload_moe.chat.prefix import PrefixCache
 from offload_moe.chat.prompt_chunks import prompt_chunk_tokens
 from offload_moe.chat.reasoning import Piece, make_splitter
 from offload_moe.chat.sampling import Sampling
 from offload_moe.chat.stats import Finish, TurnStats
 from offload_moe.chat.stream import TokenStream
-from offload_moe.chat.template import Message, PromptFormat
+from offload_moe.chat.template import PromptFormat
 from offload_moe.chat.text import IncrementalText
 from offload_moe.errors import BudgetError, ConfigError
 from offload_moe.plan.room import ContextRoom
@@ -133,7 +134,9 @@ class Answer:
 
     def _split(self, stream: TokenStream) -> Iterator[Piece]:
         tokenizer, special_tokens = self._format.tokenizer, self._format.special_tokens
-        splitter = make_splitter(template=self._format.template, prompt=self._prompt)
+        splitter = make_splitter(
+            template=self._format.template, prompt=self._prompt, unfinished=unfinished(self._messages)
+        )
         text = IncrementalText(tokenizer, self._ids[-_CONTEXT_TOKENS:])
         is_stopped_by_model = False
         for token in stream:

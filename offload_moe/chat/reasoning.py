@@ -38,12 +38,18 @@ class Splitter(Protocol):
     def flush(self) -> list[Piece]: ...
 
 
-def make_splitter(*, template: str | None, prompt: str) -> Splitter:
-    """The splitter for a chat template. `prompt` is the rendered prompt: a template may open the reasoning itself."""
+def make_splitter(*, template: str | None, prompt: str, unfinished: str | None = None) -> Splitter:
+    """The splitter for a chat template. `prompt` is the rendered prompt: a template may open the reasoning itself.
+
+    unfinished: the beginning of the answer, where the model continues one.
+    """
     if template is None:
         return PlainSplitter()
     if is_harmony(template):
-        return HarmonySplitter()
+        return HarmonySplitter(is_in_answer=unfinished is not None)
+    if unfinished is not None:
+        _, thought, closing = split_unfinished(unfinished)
+        return PlainSplitter() if closing is None else TagSplitter(closing, has_begun=bool(thought.strip()))
     opened = next((pair for pair in TAG_PAIRS if prompt.rstrip().endswith(pair[0])), None)
     return TagSplitter(closing=opened[1] if opened is not None else None)
 
@@ -69,12 +75,12 @@ class PlainSplitter:
 class TagSplitter:
     """Reasoning between two tags before the answer. Tags further on are ordinary text: answers may talk about them."""
 
-    def __init__(self, closing: str | None = None) -> None:
-        """`closing` is the tag that ends reasoning which the prompt has begun."""
+    def __init__(self, closing: str | None = None, *, has_begun: bool = False) -> None:
+        """`closing` is the tag that ends reasoning which the prompt has opened, and `has_begun` with more than that."""
         self._state: Literal["start", "reasoning", "answer"] = "start" if closing is None else "reasoning"
         self._closing = closing or ""
         self._held = ""
-        self._has_begun = False
+        self._has_begun = has_begun
 
     def text(self, text: str) -> list[Piece]:
         self._held += text
@@ -124,9 +130,9 @@ class TagSplitter:
 class HarmonySplitter:
     """`<|channel|>NAME<|message|>TEXT<|end|>`: the channel `final` is the answer, the others are reasoning."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_in_answer: bool = False) -> None:
         self._kind: Kind = "answer"
-        self._in_header = True
+        self._in_header = not is_in_answer
         self._channel = ""
 
     def text(self, text: str) -> list[Piece]:
@@ -145,6 +151,15 @@ class HarmonySplitter:
 
     def flush(self) -> list[Piece]:
         return []
+
+
+def split_unfinished(text: str) -> tuple[str, str, str | None]:
+    """Answer and reasoning of the beginning of an answer, and the tag that would end the reasoning, if it is open."""
+    for opening, closing in TAG_PAIRS:
+        if text.rfind(opening) > text.rfind(closing):
+            answer, _, reasoning = text.rpartition(opening)
+            return answer, reasoning, closing
+    return text, "", None
 
 
 def _overlap(text: str, tag: str) -> int:

@@ -14,11 +14,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offload_moe.chat.answer import Answer
+from offload_moe.chat.chat_template import Message
 from offload_moe.chat.prefix import PrefixCache
-from offload_moe.chat.reasoning import Piece
+from offload_moe.chat.reasoning import Piece, split_unfinished
 from offload_moe.chat.sampling import NUM_SEEDS, Sampling, SamplingArguments
 from offload_moe.chat.stats import TurnStats
-from offload_moe.chat.template import Message, PromptFormat
+from offload_moe.chat.template import PromptFormat
 from offload_moe.chat.transcript import check_messages, read_transcript, write_transcript
 from offload_moe.errors import BudgetError, ConfigError
 from offload_moe.plan.room import ContextRoom
@@ -81,6 +82,9 @@ class ChatSession:
         **sampling: Unpack[SamplingArguments],
     ) -> Generator[Piece, None, None]:
         """Stream the answer to one more user message, or to a whole conversation that replaces this one.
+
+        A conversation that ends with an assistant message is continued there: the stream is what follows it, and the
+        session keeps both as one message. An empty one is left out.
 
         Closing the iterator, or an interrupt, stops the model and keeps what it has said. A message whose answer had
         not begun is withdrawn; `retry` sends it again.
@@ -170,10 +174,15 @@ class ChatSession:
         self.messages = messages
         if answer.text or answer.reasoning or answer.finish != "interrupted":
             self._withdrawn_message = None
-            said = {"role": "assistant", "content": answer.text}
-            if answer.reasoning:
+            said, reasoning = {"role": "assistant", "content": answer.text}, answer.reasoning
+            if messages[-1]["role"] == "assistant":
+                *messages, begun = messages
+                text, thought, _ = split_unfinished(begun["content"])
+                said = begun | {"content": text + answer.text}
+                reasoning = begun.get("reasoning_content", "") + thought + reasoning
+            if reasoning:
                 # The name that chat templates look for; most drop it from earlier turns.
-                said["reasoning_content"] = answer.reasoning
+                said["reasoning_content"] = reasoning
             self.messages = [*messages, said]
         elif messages[-1]["role"] == "user":
             # Two user messages in a row are refused by many templates.

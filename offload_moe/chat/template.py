@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from itertools import takewhile
 
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from offload_moe.chat.chat_template import ChatTemplate, Message
 from offload_moe.chat.reasoning import is_harmony
 from offload_moe.errors import ConfigError
+from offload_moe.texts import check_text
 from offload_moe.token_ids import check_ids, num_embeddings
-
-Message = dict[str, str]
 
 NO_TEMPLATE = (
     "This model has no chat template: it continues your text instead of answering it, and remembers the text so far."
@@ -18,7 +17,12 @@ NO_TEMPLATE = (
 ENCODER_DECODER = (
     "This model turns one text into another: each message stands alone, without earlier ones or the system prompt."
 )
-_PROBE = ("first-question", "first-answer", "second-question")
+FORGETFUL_TEMPLATE = "The model's chat template leaves earlier turns out: each message stands alone."
+_PROBE: tuple[Message, ...] = (
+    {"role": "user", "content": "first-question"},
+    {"role": "assistant", "content": "first-answer"},
+    {"role": "user", "content": "second-question"},
+)
 
 
 class PromptFormat:
@@ -35,46 +39,47 @@ class PromptFormat:
                 "tokenizer.json beside the weights."
             )
         self.tokenizer = tokenizer
+        has_template = tokenizer.chat_template is not None and not raw
         self._num_rows = num_embeddings(hf)
-        self.template: str | None = None
-        if tokenizer.chat_template is not None and not raw:
-            self.template = tokenizer.get_chat_template()
-        self._reads_one_text = self.template is None and bool(hf.config.is_encoder_decoder)
-        self.notice: str | None = None
-        if self.template is None and not raw:
-            self.notice = ENCODER_DECODER if self._reads_one_text else NO_TEMPLATE
+        self._chat_template = ChatTemplate(tokenizer) if has_template else None
+        self._reads_one_text = self._chat_template is None and bool(hf.config.is_encoder_decoder)
+        self.notice = None if raw else self._notice()
         self.special_tokens: dict[int, str] = {
             token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         }
         self.stop_ids = model_stop_ids(hf, tokenizer) | self._turn_ids()
 
+    @property
+    def template(self) -> str | None:
+        """The template's source."""
+        return self._chat_template.source if self._chat_template is not None else None
+
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The conversation as the model reads it.
+        """The conversation as the model reads it. With a generation prompt, a last assistant message is continued.
 
         Raises:
-            ConfigError: the template refuses it, for example a system message.
+            ConfigError: the template cannot render it, for example a system message; or a content is no text.
         """
+        for message in messages:
+            check_text(message["content"], f"The {message['role']} message")
         if self._reads_one_text:
             return messages[-1]["content"]
-        if self.template is None:
+        if self._chat_template is None:
             return "\n".join(message["content"] for message in messages)
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
-            )
-        except TemplateError as error:
-            raise ConfigError(
-                f"The model's chat template refuses this conversation: {error}. It may have no system role, or want "
-                "question and answer in turn."
-            ) from error
-        return text
+        return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered prompt; a template has placed its own special tokens already.
 
-        Raises: ConfigError for a token that the model has no embedding for.
+        Raises:
+            ConfigError: there are none, so the model has nothing to go on from, or it has no embedding for one.
         """
         ids: list[int] = self.tokenizer(text, add_special_tokens=self.template is None)["input_ids"]
+        if not ids:
+            raise ConfigError(
+                f"The prompt has no tokens ({len(text):,} characters, of which the tokenizer keeps none), and this "
+                "tokenizer begins no text by itself. Give a prompt that is not empty."
+            )
         check_ids(ids, self._num_rows, self.tokenizer)
         return ids
 
@@ -88,6 +93,13 @@ class PromptFormat:
         without = self.encode(self.render(messages, add_generation_prompt=False))
         return min(common_prefix(without, ids), len(ids) - 1)
 
+    def _notice(self) -> str | None:
+        if self._reads_one_text:
+            return ENCODER_DECODER
+        if self._chat_template is None:
+            return NO_TEMPLATE
+        return FORGETFUL_TEMPLATE if min(self._chat_template.left_out(_PROBE), default=2) < 2 else None
+
     def _turn_ids(self) -> set[int]:
         """Special tokens the template puts between an answer and the next question: end of turn and role markers.
 
@@ -95,17 +107,12 @@ class PromptFormat:
         """
         if self.template is None or is_harmony(self.template):
             return set()
-        question, answer, follow_up = _PROBE
-        conversation = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-            {"role": "user", "content": follow_up},
-        ]
         try:
-            text = self.render(conversation)
+            text = self.render(_PROBE)
         except ConfigError:
             return set()
-        between = text.partition(answer)[2].partition(follow_up)[0]
+        _, answer, follow_up = _PROBE
+        between = text.partition(answer["content"])[2].partition(follow_up["content"])[0]
         return {token_id for token_id, token in self.special_tokens.items() if token in between}
 
 

@@ -6,8 +6,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from offload_moe.chat.template import Message
+from offload_moe.chat.chat_template import Message
 from offload_moe.errors import ConfigError
+from offload_moe.texts import check_text, read_text
 
 FORMAT = "offload-moe chat 1"
 ROLES = ("system", "user", "assistant", "tool")
@@ -17,8 +18,10 @@ def write_transcript(path: Path, *, system: str | None, messages: Sequence[Messa
     """Write the conversation, whole or not at all.
 
     Raises:
-        ConfigError: the file cannot be written.
+        ConfigError: the file cannot be written, or the system prompt is no text.
     """
+    if system is not None:
+        check_text(system, "The system prompt")
     document = {"format": FORMAT, "system": system, "messages": list(messages)}
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -42,10 +45,8 @@ def read_transcript(path: Path) -> tuple[str | None, list[Message]]:
         ConfigError: the file cannot be read or is not a conversation.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"Cannot load the conversation from {path}: {error.strerror}.") from error
-    except ValueError as error:
+        document = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not a saved conversation: it is not JSON ({error}).") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ConfigError(f"{path} is not a saved conversation: its format is not '{FORMAT}'.")
@@ -70,4 +71,6 @@ def check_messages(messages: object, source: str) -> list[Message]:
                 f"{source}: message {number} is not usable. Each needs a 'role' ({', '.join(ROLES)}) and a text as "
                 "'content'."
             )
+        for name, text in message.items():
+            check_text(text, f"{source}: the {name} of message {number}")
     return [dict(message) for message in messages]

@@ -17,6 +17,7 @@ from offload_moe.checkpoint.weight_files import (
     refuse_adapter,
 )
 from offload_moe.errors import CheckpointError, ConfigError
+from offload_moe.paths import file_advice
 
 # What a model folder needs beside its weights: config, generation config, tokenizer, chat templates.
 METADATA_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*.jinja")
@@ -56,9 +57,7 @@ def resolve_source(
         check_folder(folder, follow_links=follow_links)
         return Source(folder=folder, name=folder.resolve().name, revision=revision)
     if folder.exists():
-        raise CheckpointError(
-            f"{source} is a file, not a model folder. Name the folder that holds config.json and tokenizer beside it."
-        )
+        raise CheckpointError(file_advice(folder))
     if not looks_like_hub_id(str(source)):
         raise CheckpointError(f"{source} is neither a folder nor a hub id like organisation/model. Check the path.")
     snapshot = _download(str(source), revision, token)

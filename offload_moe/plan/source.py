@@ -15,13 +15,16 @@ from offload_moe.checkpoint.skeleton import build_skeleton, load_config
 from offload_moe.checkpoint.source import looks_like_hub_id
 from offload_moe.checkpoint.weight_files import INDEX_NAME, choose_weights, file_names, refuse_adapter
 from offload_moe.errors import CheckpointError, OffloadMoeError
+from offload_moe.paths import file_advice
 from offload_moe.plan.hub import fetch_config
 from offload_moe.store import Store, is_store
+from offload_moe.store.manifest_json import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 CONFIG_NAME = "config.json"
+CONFIG_SUFFIXES = (".json", ".txt", "")  # a config file may have any name, but weights are none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +77,8 @@ def open_source(model: str | Path, *, revision: str | None = None, token: str | 
             is_local=is_local,
             dense_names=_dense_names(path) if is_local and _may_tie(config) else (),
         )
+    if path.is_file() and (path.suffix.lower() not in CONFIG_SUFFIXES or path.name == MANIFEST_NAME):
+        raise CheckpointError(file_advice(path))
     if path.is_file():
         with _as_folder(path) as folder:
             return PlannedSource(name=str(model), config=load_config(folder))

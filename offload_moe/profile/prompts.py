@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offload_moe.errors import ConfigError
+from offload_moe.texts import read_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +40,7 @@ def read_prompts(path: str | Path) -> list[GroupedPrompt]:
 
     Raises: ConfigError when the file cannot be read, has no prompt, or has an object without one.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Prompts {path} cannot be read ({error}). Give a UTF-8 text file.") from error
+    lines = read_text(Path(path)).splitlines()
     prompts = [_prompt(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise ConfigError(f"Prompts {path} is empty. Write one prompt per line.")

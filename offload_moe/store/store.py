@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from offload_moe.errors import ConfigError, StoreCorrupt
+from offload_moe.errors import ConfigError, StoreCorrupt, StoreError
+from offload_moe.paths import file_advice
 from offload_moe.quant import get_codec
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest, Place
 from offload_moe.store.manifest_json import MANIFEST_NAME, read_manifest
@@ -69,6 +70,8 @@ class Store:
             StoreCorrupt: a file is missing or cut short, or the manifest contradicts itself.
         """
         folder = Path(path)
+        if folder.is_file():
+            raise StoreError(file_advice(folder))
         store = cls(folder, read_manifest(folder))
         store._check_layouts()
         for file in (*store._manifest.files, *store._manifest.metadata):

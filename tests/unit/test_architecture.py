@@ -45,6 +45,7 @@ COMMON = {
     "open_files",
     "paths",
     "sizes",
+    "texts",
     "token_ids",
 }
 

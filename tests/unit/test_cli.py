@@ -60,7 +60,9 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     [
         [],
         ["frobnicate"],
-        ["run", "demo"],
+        ["run"],
+        ["run", "demo", "--frobnicate"],
+        ["run", "demo", "--raw", "x", "y"],
         ["run", "demo", "x", "--codec", "q9"],
         ["run", "demo", "x", "--top-k", "many"],
     ],
@@ -124,6 +126,22 @@ def test_flags_become_arguments_only_where_given() -> None:
     )
     assert load_arguments(options) == {"vram": 2**30, "policy": "lru"}
     assert sampling_arguments(options) == {"temperature": 0.0, "top_k": 5}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prompt"),
+    [
+        (["m", "p", "--raw"], "p"),
+        (["m", "--raw", "p"], "p"),
+        (["--raw", "m", "--top-k", "5", "p"], "p"),
+        (["m", "--raw", "-"], "-"),
+        (["m", "--raw", "--", "-p"], "-p"),
+        (["m", "--raw"], None),
+    ],
+)
+def test_a_prompt_may_stand_after_flags(arguments: list[str], prompt: str | None) -> None:
+    options = main.build_parser().parse_args(["run", *arguments])
+    assert (options.model, options.prompt, options.raw) == ("m", prompt, True)
 
 
 def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,7 @@ def test_lines_and_json_lines(tmp_path: Path) -> None:
         (b"\n \n", "is empty"),
         (b'ok\n{"group": "a"}\n', r'line 2 has no "prompt"'),
         (b'{"prompt": 3}\n', r'line 1 has no "prompt"'),
-        (b"\xff\xfe", "cannot be read"),
+        (b"\xff\xff", "is not UTF-8: byte 0xff"),
     ],
 )
 def test_prompts_that_cannot_be_run(tmp_path: Path, content: bytes, message: str) -> None:

@@ -1,0 +1,102 @@
+"""The prompt of one run: files, what is piped in, and the argument."""
+
+import codecs
+import os
+import select
+import stat
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from offload_moe.errors import ConfigError
+from offload_moe.texts import decode, read_text, unescape
+
+from .streams import say_on_stderr
+
+STDIN = "-"
+# After the model has loaded: a program before us in the pipe, which may be another model, has had that long as well.
+GRACE_S = 10.0
+
+
+def read_stdin() -> str:
+    """All of stdin, to its end.
+
+    Raises: ConfigError when it cannot be read or decoded.
+    """
+    buffer = getattr(sys.stdin, "buffer", None)
+    try:
+        data: bytes | str = sys.stdin.read() if buffer is None else buffer.read()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"stdin cannot be read: {error}. Give the prompt after the model, or -f FILE.") from error
+    return data if isinstance(data, str) else decode(data, "stdin", _encoding())
+
+
+def read_files(names: Sequence[str]) -> list[str]:
+    """The texts of files, `-` for stdin. Raises: ConfigError when one cannot be read or decoded."""
+    return [read_stdin() if name == STDIN else read_text(Path(name).expanduser()) for name in names]
+
+
+def read_argument(text: str, what: str) -> str:
+    """An argument as the user typed it: Python keeps bytes that are not in the locale's encoding as surrogates.
+
+    Raises: ConfigError when it is not UTF-8 either.
+    """
+    return unescape(text, what, sys.getfilesystemencoding())
+
+
+def read_piped_if_ready() -> str | None:
+    """What is piped in beside a prompt that is given; None if nothing has come yet.
+
+    Raises: ConfigError when it cannot be decoded.
+    """
+    if not _may_be_material():
+        return ""
+    return read_stdin() if _is_ready(0.0) else None
+
+
+def wait_for_piped() -> str:
+    """What comes on stdin, if it begins to within `GRACE_S`: services and `ssh` leave a pipe open that says nothing.
+
+    Raises: ConfigError when it cannot be read or decoded.
+    """
+    if not _is_ready(0.0):
+        say_on_stderr(f"Waiting {GRACE_S:.0f} s for the pipe on stdin. </dev/null goes without it.")
+    if _is_ready(GRACE_S):
+        return read_stdin()
+    say_on_stderr("Nothing has come on stdin, so the prompt goes without it. With -f - it is waited for.")
+    return ""
+
+
+def join(parts: Sequence[str]) -> str:
+    """Material first, the instruction last, with an empty line between."""
+    return "\n\n".join(text for part in parts if (text := part.removesuffix("\n")))
+
+
+def _may_be_material() -> bool:
+    """Whether stdin may carry text for a prompt that is given as well.
+
+    Not a terminal and no device, and no file that others read too: in `while read line; do offload-moe run MODEL
+    "$line"; done < list` it is the rest of the list.
+    """
+    try:
+        descriptor = sys.stdin.fileno()
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISREG(mode):
+            return os.lseek(descriptor, 0, os.SEEK_CUR) == 0
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+def _is_ready(timeout_s: float) -> bool:
+    """Whether stdin has something to read, or has ended, within that time."""
+    try:
+        return bool(select.select([sys.stdin], [], [], timeout_s)[0])
+    except (OSError, ValueError):
+        return True  # Windows can only tell of sockets
+
+
+def _encoding() -> str:
+    """What stdin is in. An ASCII locale says nothing, so there it is UTF-8 as well."""
+    name = codecs.lookup(sys.stdin.encoding or "utf-8").name
+    return "utf-8" if name == "ascii" else name

@@ -1,0 +1,133 @@
+"""A model's chat template: what it makes of messages, and what it leaves out of them."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from offload_moe.errors import ConfigError
+
+Message = dict[str, str]
+MAX_ERROR_CHARACTERS = 300
+
+
+class ChatTemplate:
+    """Renders messages. Contents are strings; templates that only know lists of parts get those.
+
+    Raises: ConfigError when the tokenizer has several templates and none is the default.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        try:
+            self.source: str = tokenizer.get_chat_template()
+        except ValueError as error:
+            names = ", ".join(sorted(tokenizer.chat_template))
+            raise ConfigError(
+                f"The tokenizer has the chat templates {names}, and none is the default. Choose one in Python "
+                "(model.tokenizer.chat_template = model.tokenizer.chat_template[NAME]), or continue text with --raw."
+            ) from error
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """The conversation as the model reads it. With a generation prompt, a last assistant message is continued.
+
+        Raises:
+            ConfigError: the template refuses the conversation, fails on it, or leaves out what is to be answered.
+        """
+        as_parts, left_out = self._fit(messages)
+        _check_left_out(messages, left_out)
+        is_continued = add_generation_prompt and unfinished(messages) is not None
+        if add_generation_prompt and not is_continued and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        try:
+            return self._apply(
+                _contents(messages, as_parts),
+                add_generation_prompt=add_generation_prompt and not is_continued,
+                continue_final_message=is_continued,
+            )
+        except Exception as error:  # whatever the operations in a template raise
+            raise ConfigError(_failure(error)) from error
+
+    def left_out(self, messages: Sequence[Message]) -> list[int]:
+        """Which messages' contents the template leaves out."""
+        return self._fit(messages)[1]
+
+    def _fit(self, messages: Sequence[Message]) -> tuple[Collection[int], list[int]]:
+        """Which messages are to be lists of parts, and which are left out even so.
+
+        Found with markers as contents, since a template may trim or escape the text itself. A template that refuses
+        every form is left to refuse the conversation itself.
+        """
+        everything = range(len(messages))
+        best: Collection[int] = ()
+        fewest = missing = self._missing(messages, best)
+        for as_parts in (
+            everything if missing is None else missing,
+            [index for index in everything if messages[index]["role"] != "system"],
+            everything,
+        ):
+            if fewest == []:
+                break
+            missing = self._missing(messages, as_parts)
+            if missing is not None and (fewest is None or len(missing) < len(fewest)):
+                best, fewest = as_parts, missing
+        return best, fewest or []
+
+    def _missing(self, messages: Sequence[Message], as_parts: Collection[int]) -> list[int] | None:
+        """Which contents do not appear in the rendered text; None where it cannot be rendered."""
+        markers = [f"zq{index}qz" for index in range(len(messages))]
+        marked = [message | {"content": marker} for message, marker in zip(messages, markers, strict=True)]
+        try:
+            text = self._apply(_contents(marked, as_parts), add_generation_prompt=False).lower()
+        except Exception:  # as in `render`
+            return None
+        return [index for index, marker in enumerate(markers) if marker not in text]
+
+    def _apply(self, messages: list[dict[str, Any]], **settings: bool) -> str:
+        text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **settings)
+        return text
+
+
+def unfinished(messages: Sequence[Message]) -> str | None:
+    """The beginning of an answer that a conversation ends with."""
+    last = messages[-1] if messages else {"role": "user"}
+    return last["content"] if last["role"] == "assistant" and last["content"].strip() else None
+
+
+def _contents(messages: Sequence[Message], as_parts: Collection[int]) -> list[dict[str, Any]]:
+    return [
+        message | {"content": [{"type": "text", "text": message["content"]}]} if index in as_parts else dict(message)
+        for index, message in enumerate(messages)
+    ]
+
+
+def _check_left_out(messages: Sequence[Message], left_out: Sequence[int]) -> None:
+    """Refuse to go without the system prompt, and without what follows the last finished answer."""
+    answers = [index for index, message in enumerate(messages[:-1]) if message["role"] == "assistant"]
+    last_answer = answers[-1] if answers else -1
+    for index in left_out:
+        role = messages[index]["role"]
+        if role == "system":
+            raise ConfigError(
+                "The model's chat template leaves the system prompt out, so it would have no effect. Put it into the "
+                "first message."
+            )
+        if index > last_answer:
+            raise ConfigError(
+                f"The model's chat template leaves the text of the last {role} message out, as a string and as a list "
+                "of parts. Continue text without the template (--raw), or take a checkpoint whose template is for text."
+            )
+
+
+def _failure(error: Exception) -> str:
+    words = next(iter(str(error).strip().splitlines()), "")[:MAX_ERROR_CHARACTERS].rstrip(".")
+    if type(error) is TemplateError:  # what `raise_exception` in a template raises
+        return (
+            f"The model's chat template refuses this conversation: {words}. It may have no system role, or want "
+            "question and answer in turn."
+        )
+    return (
+        f"The model's chat template fails on this conversation ({type(error).__name__}: {words}). Try a newer revision "
+        "of the checkpoint, or continue text without the template (--raw)."
+    )
