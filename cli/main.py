@@ -39,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str], *, is_debugging: bool) -> int:
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    if not arguments:
+        parser.print_help()
+        return EXIT_OK
+    options = parser.parse_args(arguments)
     if not is_debugging:
         quiet_libraries()
     status: int = options.run(options)

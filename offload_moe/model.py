@@ -25,21 +25,24 @@ from offload_moe.moe.contract import ExpertsContract
 from offload_moe.moe.hybrid import Hybrid, HybridBinder
 from offload_moe.moe.lookahead import DEFAULT_DEPTH, Lookahead
 from offload_moe.moe.probe import find_probes
+from offload_moe.names import DEMO
 from offload_moe.overflow import watch_overflow
-from offload_moe.plan.fit import fit, measure_load, summary
+from offload_moe.plan.fit import fit, measure_load, notices_of_budget, summary
 from offload_moe.plan.machine import compute_dtype
 from offload_moe.plan.parameters import describe_skeleton
 from offload_moe.plan.placement import Placement
+from offload_moe.plan.plan import check_context
 from offload_moe.plan.room import ContextRoom, may_lend
 from offload_moe.profile.recorder import RecordedTier, Recorder, Subject, record
 from offload_moe.quant import get_codec
+from offload_moe.saving import refuse_saving, refuse_to_save
 from offload_moe.schedule.counters import Counters
 from offload_moe.schedule.hierarchy import Hierarchy, Pools
-from offload_moe.schedule.policy import DEFAULT_POLICY
+from offload_moe.schedule.policy import DEFAULT_POLICY, check_policy
 from offload_moe.schedule.popularity import remember, warm_start
 from offload_moe.schedule.prefetch import LayerTally, PrefetchGovernor
 from offload_moe.sizes import parse_size
-from offload_moe.sources import DEMO, Report, ensure_store, silent
+from offload_moe.sources import Report, ensure_store, silent
 from offload_moe.store import Store
 from offload_moe.tiers.copier import AcceleratorCopier, compute_device, peak_device_memory
 from offload_moe.tiers.disk import DiskMover
@@ -161,6 +164,8 @@ class Model:
         remember(self._hierarchy, self.store.path)
         self._hierarchy.close()
 
+    __reduce_ex__ = refuse_to_save  # pickle and copy
+
     def __enter__(self) -> Self:
         return self
 
@@ -211,6 +216,8 @@ def load(
     Raises:
         OffloadMoeError: one of its kinds, see `offload_moe.errors`.
     """
+    check_policy(policy)
+    check_context(context)
     ram_bytes = None if ram is None else parse_size(ram)
     vram_bytes = None if vram is None else parse_size(vram)
     where = compute_device("cpu" if vram_bytes == 0 and device is None else device)
@@ -238,6 +245,7 @@ def load(
         skeleton=skeleton,
     )
     hierarchy = _make_hierarchy(store, placement, where, policy)
+    refuse_saving(assembled.hf)
     attach_experts(
         assembled, store, hierarchy, where, dtype=computed_in, is_exact=exact, prefetch=prefetch, hybrid=hybrid
     )
@@ -252,8 +260,10 @@ def load(
     room = ContextRoom(shape, computed_in, placement, resize, lends=lends)
     assembled.hf.get_decoder().register_forward_pre_hook(room.before_forward, with_kwargs=True)
     model = Model(store, assembled, load_tokenizer(store.path), hierarchy, placement, room, summary(shape, placement))
+    model.notices += notices_of_budget(where, vram=vram_bytes, ram=ram_bytes)
     if where.type == "cpu" and device is None and vram_bytes != 0 and (notice := notice_of_unused_card()):
         model.notices.append(notice)
+    for notice in model.notices:
         warnings.warn(notice, UserWarning, stacklevel=2)
     return model
 

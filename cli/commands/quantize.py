@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from offload_moe.names import check_source, hub_name
+
 from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_common_flags
 from ..progress import reporter
 
@@ -42,16 +44,18 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> Path:
+    source, revision = hub_name(options.source, options.revision)
+    check_source(source)
     with reporter() as report:
         report("Loading libraries")
         from offload_moe.quantize import quantize
 
         return quantize(
-            options.source,
+            source,
             options.store,
             codec=options.codec,
             dense_codec=options.dense_codec,
-            revision=options.revision,
+            revision=revision,
             delete_source_shards=options.delete_source_shards,
             progress=lambda progress: report(progress.phase, progress.done_bytes, progress.total_bytes),
         )

@@ -1,6 +1,5 @@
 """Where a checkpoint comes from: a local folder, or the hub, of which only the needed files are fetched."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,8 @@ from offload_moe.checkpoint.download import NOTE_NAME, Download, OnDownload
 from offload_moe.checkpoint.hub import hub_errors
 from offload_moe.checkpoint.shards import safe_path
 from offload_moe.errors import CheckpointError, ConfigError
+from offload_moe.names import check_source, hub_name
+from offload_moe.names import looks_like_hub_id as looks_like_hub_id
 
 # What a model folder needs beside its weights: config, generation config, tokenizer, chat templates.
 METADATA_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*.jinja")
@@ -28,11 +29,6 @@ class Source:
     revision: str | None = None
 
 
-def looks_like_hub_id(text: str) -> bool:
-    """Whether `text` may be a hub id: `organisation/model`."""
-    return re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", text) is not None and ".." not in text
-
-
 def resolve_source(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Source:
     """The folder of a checkpoint, downloaded into the hub's own cache if it must be.
 
@@ -40,6 +36,7 @@ def resolve_source(source: str | Path, *, revision: str | None = None, token: st
         CheckpointError: neither a folder nor a hub id.
         TransferError: the download failed.
     """
+    source, revision = hub_name(source, revision)
     folder = Path(source).expanduser()
     if folder.is_dir():
         return Source(folder=folder, name=folder.resolve().name, revision=revision)
@@ -47,8 +44,7 @@ def resolve_source(source: str | Path, *, revision: str | None = None, token: st
         raise CheckpointError(
             f"{source} is a file, not a model folder. Name the folder that holds config.json and tokenizer beside it."
         )
-    if not looks_like_hub_id(str(source)):
-        raise CheckpointError(f"{source} is neither a folder nor a hub id like organisation/model. Check the path.")
+    check_source(source)
     snapshot = _download(str(source), revision, token)
     return Source(folder=snapshot, name=str(source), revision=snapshot.name)
 

@@ -36,7 +36,7 @@ FLOW = [
     "model",
     "doctor",
 ]
-COMMON = {"budget", "cores", "errors", "hooks", "native", "sizes", "paths"}
+COMMON = {"budget", "cores", "errors", "hooks", "native", "sizes", "paths", "names", "saving"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -153,7 +153,7 @@ def test_this_machine_is_measured_without_flags(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no-such-thing"], "is neither a store, a model folder, a config.json nor a hub id"),
+        (["no-such-thing"], "is neither a file or folder, nor a hub id"),
         ([str(CONFIGS / "GRIN-MoE.json")], "model type 'grinmoe' is not in transformers"),
         ([MIXTRAL, "--context", "99999"], "takes at most 32,768 tokens, --context is 99,999"),
         ([MIXTRAL, "--vram", "much"], "Cannot read 'much' as a size"),
