@@ -6,6 +6,7 @@ import re
 from offload_moe.errors import ConfigError
 
 MOST_BYTES = 1 << 50
+SURELY_BYTES = 1 << 16  # a number that is no count of GiB
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -18,7 +19,8 @@ def parse_size(size: str | int) -> int:
         raise ConfigError(f"Cannot read {size!r} as a size. Write it like 10GiB, 3.5G or 512MiB.")
     number = float(match[1])
     if number and not match[2] and not match[3]:
-        raise ConfigError(f"{size!r} has no unit. Did you mean {match[1]}GiB?")
+        unit = "GiB" if number < SURELY_BYTES else "B"
+        raise ConfigError(f"{size!r} has no unit. Did you mean {match[1]}{unit}?")
     return _bounded(number * _UNITS[match[2]], str(size))
 
 

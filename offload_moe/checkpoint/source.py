@@ -63,6 +63,7 @@ def open_download(
 
     Raises: ConfigError for anything but a hub id, and what `Download` raises.
     """
+    repo_id, revision = hub_name(repo_id, revision)
     if Path(repo_id).expanduser().exists() or not looks_like_hub_id(str(repo_id)):
         raise ConfigError(
             f"{repo_id} is no hub id. Only shards that were downloaded for the conversion are deleted: convert a "

@@ -36,7 +36,9 @@ def test_bad_sizes_are_named(text: str) -> None:
         parse_size(text)
 
 
-@pytest.mark.parametrize(("text", "meant"), [("64", "64GiB"), ("1.5", "1.5GiB"), (" 8 ", "8GiB")])
+@pytest.mark.parametrize(
+    ("text", "meant"), [("64", "64GiB"), ("1.5", "1.5GiB"), (" 8 ", "8GiB"), ("492259648", "492259648B")]
+)
 def test_a_size_needs_a_unit(text: str, meant: str) -> None:
     with pytest.raises(ConfigError, match=f"has no unit. Did you mean {meant}"):
         parse_size(text)
