@@ -31,7 +31,7 @@ def our_trial(store: Path, options: argparse.Namespace, shared: list[str], lru_s
     """One run between two measurements of the disk."""
     records = next(store.glob("experts-*"))
     command = [sys.executable, str(HERE / "run_disk.py"), str(store), *shared]
-    command += ["--ram", str(int(options.limit * SHARE_OF_LIMIT)), "--lru-slots", str(lru_slots)]
+    command += ["--ram", f"{int(options.limit * SHARE_OF_LIMIT)}B", "--lru-slots", str(lru_slots)]
     command += ["--policy", options.policy] if options.policy else []
     forget_cached(store)
     before = random_read_bytes_per_s(records, options.record_bytes)

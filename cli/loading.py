@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from offload_moe.names import check_model
+
 from .options import load_arguments, sampling_arguments
 from .progress import reporter
 from .terminal import console
@@ -20,6 +22,7 @@ DEMO = "demo"
 @contextmanager
 def loaded_model(options: argparse.Namespace) -> "Iterator[Model]":
     """The model the flags ask for, closed at the end. Settings are checked first: loading may take minutes."""
+    check_model(options.model, options.revision)
     with reporter() as report:
         report("Loading libraries")
         with _no_garbage_collection():

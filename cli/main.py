@@ -37,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     is_debugging = "--debug" in arguments
     try:
-        options = build_parser().parse_args(arguments)
+        parser = build_parser()
+        if not arguments:
+            parser.print_help()
+            return EXIT_OK
+        options = parser.parse_args(arguments)
         if not is_debugging:
             quiet_libraries()
         status: int = options.run(options)

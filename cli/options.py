@@ -3,13 +3,18 @@
 import argparse
 from typing import Any, TypeAlias
 
+from offload_moe.errors import ConfigError
+from offload_moe.names import choice
 from offload_moe.sizes import parse_size
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 CODECS = ("nf4", "int8", "bf16", "mxfp4")
 DENSE_CODECS = ("nf4", "int8", "bf16")
 DTYPES = ("fp32", "bf16", "fp16")
+POLICIES = ("lru", "lfu", "decayed", "slru", "lru-2", "knn")
+REPLAYS = (*POLICIES, "belady", "all")  # what `profile --replay` takes
 CODEC_HELP = "format of the experts (default: mxfp4 for a checkpoint in MXFP4, nf4 for any other)"
+MOST_TOKENS = 1 << 31
 SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "seed": int, "max_new_tokens": int}
 
 
@@ -31,9 +36,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--ram", type=parse_size, metavar="SIZE", help="RAM to use, such as 32GiB (default: what is free)"
     )
     group.add_argument(
-        "--context", type=int, metavar="TOKENS", help="room for this many tokens (default: what fits, 8192 at most)"
+        "--context",
+        type=context_tokens,
+        metavar="TOKENS",
+        help="room for this many tokens (default: what fits, 8192 at most)",
     )
-    group.add_argument("--policy", metavar="NAME", help="which experts to keep, such as lru")
+    group.add_argument(
+        "--policy", type=policy_name, metavar="NAME", help=f"which experts to keep, one of {', '.join(POLICIES)}"
+    )
     group.add_argument(
         "--hybrid",
         choices=("off", "auto", "on"),
@@ -41,6 +51,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--device", metavar="NAME", help="where to compute, such as cuda or cpu (default: a GPU if any)")
     group.add_argument("--dtype", choices=DTYPES, help="what to compute in (default: bf16 on a GPU, fp32 on the CPU)")
+    group.add_argument(
+        "--exact",
+        action="store_true",
+        default=None,
+        help="keep activations in full precision on the CPU, slower; bf16 experts then give transformers' bits",
+    )
     group = parser.add_argument_group("reading a checkpoint (a store has its own)")
     group.add_argument("--codec", choices=CODECS, help=CODEC_HELP)
     group.add_argument(
@@ -61,6 +77,21 @@ def add_link_flag(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -
     )
 
 
+def policy_name(text: str) -> str:
+    """Raises: ConfigError. With `profile --replay` more names are policies; loading refuses those."""
+    return choice("policy", text, REPLAYS if text in REPLAYS else POLICIES)
+
+
+def context_tokens(text: str) -> int:
+    """A number of tokens, such as 8192 or 8,192. Raises: ConfigError."""
+    digits = text.replace(",", "").replace("_", "")
+    if not (digits.isascii() and digits.isdigit()) or not 0 < int(digits[:20]) < MOST_TOKENS:
+        raise ConfigError(
+            f"A context of {text!r} tokens is not usable. It must be a whole number from 1, such as 8192."
+        )
+    return int(digits)
+
+
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """How answers are drawn; the defaults are the model's own."""
     group = parser.add_argument_group("sampling (defaults: the model's own)")
@@ -78,7 +109,7 @@ def load_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """What the user chose of `offload_moe.load`'s arguments; the rest keeps its defaults there."""
     names = (
         *("vram", "ram", "context", "policy", "hybrid", "device", "dtype"),
-        *("codec", "dense_codec", "revision", "follow_links"),
+        *("codec", "dense_codec", "revision", "follow_links", "exact"),
     )
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 

@@ -6,6 +6,7 @@ What is done with it is `offload_moe.plan`.
 import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ DEVICE_RESERVE_BYTES = 1 << 30  # CUDA context, workspaces, activations and a ke
 CPU_PROMPT_TOKENS, DEVICE_PROMPT_TOKENS = 512, 2048  # of a prompt, computed at once; by then compute hides the loads
 SHARE_OF_FREE = 0.9  # of what is free, taken when no budget is named
 
+CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 M_MMAP_THRESHOLD = -3  # malloc.h
 LARGE_BLOCK_BYTES = 1 << 20
 
@@ -71,16 +73,29 @@ def peak_ram() -> int:
 
 def free_ram() -> int:
     """Bytes of RAM this process may still take, container limits included."""
-    return min(psutil.virtual_memory().available, *_free_in_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
+    return min(psutil.virtual_memory().available, *_free_in_groups(CGROUPS, MEMBERSHIP))
+
+
+def total_ram() -> int:
+    """Bytes of RAM that this machine has, or that the container around this process may use."""
+    total = psutil.virtual_memory().total
+    for group, limit_name, _ in _memory_groups(CGROUPS, MEMBERSHIP):
+        with contextlib.suppress(OSError, ValueError):  # "max" where there is none
+            total = min(total, int((group / limit_name).read_text()))
+    return total
 
 
 def _free_in_groups(root: Path, membership: Path) -> list[int]:
     """What each memory cgroup around this process still allows; page cache that can be dropped counts as free."""
-    free = [sys.maxsize]
+    return [sys.maxsize, *(free for group in _memory_groups(root, membership) for free in _free_in_group(*group))]
+
+
+def _memory_groups(root: Path, membership: Path) -> Iterator[tuple[Path, str, str]]:
+    """The memory cgroups around this process, with the names of the files that hold limit and usage."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
-        return free
+        return
     for line in lines:
         _, controllers, path = line.split(":", 2)
         is_v2 = controllers == ""
@@ -92,8 +107,7 @@ def _free_in_groups(root: Path, membership: Path) -> list[int]:
         for group in (inner, *inner.parents):
             if group == top.parent:
                 break
-            free += _free_in_group(group, *names)
-    return free
+            yield group, *names
 
 
 def _free_in_group(group: Path, limit_name: str, usage_name: str) -> list[int]:

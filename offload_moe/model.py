@@ -28,21 +28,24 @@ from offload_moe.moe.contract import ExpertsContract
 from offload_moe.moe.hybrid import Hybrid, HybridBinder
 from offload_moe.moe.lookahead import DEFAULT_DEPTH, Lookahead
 from offload_moe.moe.probe import find_probes
+from offload_moe.names import DEMO
 from offload_moe.overflow import watch_overflow
-from offload_moe.plan.fit import fit, measure_load, summary
+from offload_moe.plan.fit import fit, measure_load, notices_of_budget, summary
 from offload_moe.plan.machine import compute_dtype
 from offload_moe.plan.parameters import describe_skeleton
 from offload_moe.plan.placement import Placement
+from offload_moe.plan.plan import check_context
 from offload_moe.plan.room import ContextRoom, may_lend
 from offload_moe.profile.recorder import RecordedTier, Recorder, Subject, record
 from offload_moe.quant import get_codec
+from offload_moe.saving import refuse_saving, refuse_to_save
 from offload_moe.schedule.counters import Counters
 from offload_moe.schedule.hierarchy import Hierarchy, Pools
-from offload_moe.schedule.policy import DEFAULT_POLICY
+from offload_moe.schedule.policy import DEFAULT_POLICY, check_policy
 from offload_moe.schedule.popularity import remember, warm_start
 from offload_moe.schedule.prefetch import LayerTally, PrefetchGovernor
 from offload_moe.sizes import parse_size
-from offload_moe.sources import DEMO, Report, ensure_store, silent
+from offload_moe.sources import Report, ensure_store, silent
 from offload_moe.store import Store
 from offload_moe.tiers.copier import AcceleratorCopier, compute_device, peak_device_memory
 from offload_moe.tiers.disk import DiskMover
@@ -174,6 +177,8 @@ class Model:
         if was_open:
             remember(self._hierarchy, self.store.path)
 
+    __reduce_ex__ = refuse_to_save  # pickle and copy
+
     def __enter__(self) -> Self:
         return self
 
@@ -227,6 +232,8 @@ def load(
         OffloadMoeError: one of its kinds, see `offload_moe.errors`.
     """
     use_torch_after_fork()
+    check_policy(policy)
+    check_context(context)
     ram_bytes = None if ram is None else parse_size(ram)
     vram_bytes = None if vram is None else parse_size(vram)
     where = compute_device("cpu" if vram_bytes == 0 and device is None else device)
@@ -266,6 +273,7 @@ def load(
     )
     with _closed_on_error(_make_hierarchy(store, placement, where, policy)) as hierarchy:
         _refuse_once_closed(assembled.hf, hierarchy)
+        refuse_saving(assembled.hf)
         attach_experts(
             assembled, store, hierarchy, where, dtype=computed_in, is_exact=exact, prefetch=prefetch, hybrid=hybrid
         )
@@ -285,8 +293,10 @@ def load(
     notices += assembled.notices
     notices += tokenizer_notices(tokenizer[0], assembled.hf) if tokenizer[0] is not None else []
     model.notices += [text for text in dict.fromkeys(notices) if text != tokenizer[1]]  # which `chat` raises
+    model.notices += notices_of_budget(where, vram=vram_bytes, ram=ram_bytes)
     if where.type == "cpu" and device is None and vram_bytes != 0 and (notice := notice_of_unused_card()):
         model.notices.append(notice)
+    for notice in model.notices:
         warnings.warn(notice, UserWarning, stacklevel=2)
     return model
 

@@ -5,15 +5,29 @@ import re
 
 from offload_moe.errors import ConfigError
 
+MOST_BYTES = 1 << 50
+SURELY_BYTES = 1 << 16  # a number that is no count of GiB
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 def parse_size(size: str | int) -> int:
-    """``"10GiB"``, ``"3.5G"``, ``"512MiB"`` or a number of bytes -> bytes. Raises: ConfigError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?\s*", str(size).upper())
+    """``"10GiB"``, ``"3.5G"``, ``"512MiB"``, ``"0"`` or an int, of bytes -> bytes. Raises: ConfigError."""
+    if isinstance(size, int) and not isinstance(size, bool):
+        return _bounded(size, str(size))
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?|)(B?)\s*", str(size).upper(), re.ASCII)
     if match is None:
         raise ConfigError(f"Cannot read {size!r} as a size. Write it like 10GiB, 3.5G or 512MiB.")
-    return int(float(match[1]) * _UNITS[match[2]])
+    number = float(match[1])
+    if number and not match[2] and not match[3]:
+        unit = "GiB" if number < SURELY_BYTES else "B"
+        raise ConfigError(f"{size!r} has no unit. Did you mean {match[1]}{unit}?")
+    return _bounded(number * _UNITS[match[2]], str(size))
+
+
+def _bounded(num_bytes: float, text: str) -> int:
+    if not 0 <= num_bytes <= MOST_BYTES:
+        raise ConfigError(f"{text[:40]} is no size of a memory. It must lie between 0 and {MOST_BYTES >> 40}TiB.")
+    return int(num_bytes)
 
 
 def format_size(num_bytes: float) -> str:

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Protocol
 
 from offload_moe import demo
-from offload_moe.checkpoint.source import check_folder, looks_like_hub_id, resolve_source
+from offload_moe.checkpoint.source import check_folder, resolve_source
 from offload_moe.convert.jobs import MXFP4
 from offload_moe.convert.quantize import DEFAULT, default_codec, quantize
 from offload_moe.errors import CheckpointError
+from offload_moe.names import DEMO, check_model, hub_name, resolve
 from offload_moe.paths import cache_dir, file_advice
 from offload_moe.store import Progress, is_store
-from offload_moe.stores import resolve
-
-DEMO = "demo"
+from offload_moe.stores import DEMO_IS_NOT_BUILT, check_finished
 
 
 class Report(Protocol):
@@ -37,12 +36,13 @@ def find_source(name: str | Path) -> str | Path:
     Raises: CheckpointError when it is the demo, and nobody has built it yet.
     """
     path = resolve(name)
+    check_finished(path)
     if path.exists():
         return path
     if name != DEMO:
         return name
     if not (folder := demo.checkpoint_folder(cache_dir())).exists():
-        raise CheckpointError("The demo model is not built yet. `offload-moe chat` builds it, from a 93 MB download.")
+        raise CheckpointError(DEMO_IS_NOT_BUILT)
     return folder
 
 
@@ -63,18 +63,16 @@ def ensure_store(
 
     Raises: CheckpointError when `source` is nothing that can be loaded; what `quantize` raises.
     """
+    check_model(source, revision)
+    source, revision = hub_name(source, revision)
     folder = resolve(source)
     if is_store(folder):
         return folder
     if folder.is_file():
         raise CheckpointError(file_advice(folder))
+    check_finished(folder)
     if source == DEMO and not folder.exists():
         folder = demo.checkpoint(progress=report)
-    elif not folder.exists() and not looks_like_hub_id(str(source)):
-        raise CheckpointError(
-            f"{source} is neither a folder, nor a hub id like organisation/model, nor {DEMO!r}, nor a name that "
-            "`offload-moe list` shows. Check the path."
-        )
     is_local = folder.exists()
     if folder.is_dir():
         check_folder(folder, follow_links=follow_links)  # also where an earlier conversion is there

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 from offload_moe.checkpoint.source import METADATA_PATTERNS
+from offload_moe.demo import checkpoint_folder
 from offload_moe.demo.source import HUB_REPOSITORY, MODEL_NAME
 from offload_moe.errors import OffloadMoeError, StoreError
 from offload_moe.locks import lock_file
+from offload_moe.names import DEMO, DEMOS, STORES, check_installed, looks_like_hub_id, resolve
 from offload_moe.paths import cache_dir, file_advice
 from offload_moe.schedule.popularity import POPULARITY_NAME
 from offload_moe.store import Store, is_store
@@ -21,7 +23,7 @@ from offload_moe.store.durable import PART
 from offload_moe.store.journal import JOURNAL_NAME, is_being_written
 from offload_moe.store.manifest_json import MANIFEST_NAME, read_manifest
 
-STORES, DEMOS = "stores", "demo"
+DEMO_IS_NOT_BUILT = "The demo model is not built yet. `offload-moe chat` builds it, from a 93 MB download."
 Kind = Literal["store", "demo", "conversion", "damaged store", "unfinished demo"]
 
 _DATA_FILE = re.compile(r"(dense|experts)-\d{5}\.safetensors")
@@ -65,27 +67,51 @@ def describe(path: Path) -> Installed | None:
     return None
 
 
-def resolve(name: str | Path, cache: Path | None = None) -> Path:
-    """The folder a user means: a path that exists, else the entry of the cache folder with that name, else the path."""
-    path = Path(name).expanduser()
-    if path.exists() or path.name != str(name) or path.name in ("", ".."):
+def resolve_installed(name: str | Path, cache: Path | None = None) -> Path:
+    """As `resolve`; of the demo its store, or what is built of it as long as it has none.
+
+    Raises: StoreError when the name could mean several.
+    """
+    path = resolve(name, cache)
+    if name != DEMO or path.exists():
         return path
     root = cache_dir() if cache is None else cache
-    for folder in (STORES, DEMOS):
-        if (root / folder / path.name).is_dir():
-            return root / folder / path.name
-    return path
+    built = checkpoint_folder(root)
+    try:
+        store = resolve(f"{built.name}-", root)
+    except StoreError as error:
+        raise StoreError(f"The demo has several stores. {error}") from None
+    return store if store.exists() else built
+
+
+def check_finished(path: Path) -> None:
+    """Raises: StoreError when a conversion to this folder was begun and not finished."""
+    found = _describe_conversion(path) if (path / JOURNAL_NAME).is_file() and not is_store(path) else None
+    if found is not None:
+        raise StoreError(f"{path} is an unfinished conversion. {resume_advice(found)}")
+
+
+def resume_advice(entry: Installed) -> str:
+    """How an unfinished conversion goes on."""
+    source = entry.source or "SOURCE"
+    flags = {"--codec": entry.codec, "--dense-codec": entry.dense_codec}
+    flags["--revision"] = entry.revision if looks_like_hub_id(source) else None
+    chosen = "".join(f" {flag} {value}" for flag, value in flags.items() if value)
+    folder = "" if looks_like_hub_id(source) else f" ({source}: the folder of the checkpoint)"
+    return f"Resume it with: offload-moe quantize {source} {entry.path}{chosen}{folder}"
 
 
 def find(name: str | Path, cache: Path | None = None) -> Installed:
     """The store, demo build or conversion of that name or path. Raises: StoreError."""
-    path = resolve(name, cache)
+    check_installed(name)
+    path = resolve_installed(name, cache)
+    if not path.exists():
+        raise StoreError(f"{DEMO_IS_NOT_BUILT}")
     if path.is_file():
         raise StoreError(file_advice(path))
     found = describe(path) if path.is_dir() else None
     if found is None:
-        what = "neither a store nor a conversion" if path.exists() else "no folder, and no name in the cache"
-        raise StoreError(f"{name} is {what}. `offload-moe list` shows what is installed.")
+        raise StoreError(f"{name} is neither a store nor a conversion. `offload-moe list` shows what is installed.")
     return found
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from offload_moe.names import check_installed
 from offload_moe.sizes import format_size
 
 from ..installed import entry_to_json, origin_text, state_text
@@ -28,7 +29,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from offload_moe.stores import find
+    check_installed(options.store)
+    from offload_moe.stores import find, resume_advice
 
     entry = find(options.store)
     details = _details(entry) if entry.kind == "store" else {}
@@ -38,6 +40,7 @@ def run(options: argparse.Namespace) -> int:
     lines = [("name", entry.name), ("path", str(entry.path)), ("what", state_text(entry))]
     lines += [("source", origin_text(entry)), ("size", format_size(entry.num_bytes)), *_lines(entry, details)]
     lines += [("problem", " ".join((entry.problem or "").split()))]
+    lines += [("next", resume_advice(entry) if entry.kind == "conversion" else "")]
     for name, value in lines:
         if value:
             print(safe(f"{name:<12} {value}"))

@@ -2,18 +2,20 @@
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING
 
+from offload_moe.names import check_model
 from offload_moe.sizes import format_size, parse_size
 
-from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_common_flags
+from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_common_flags, context_tokens
 from ..progress import reporter
 from ..terminal import console
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from offload_moe.plan import Plan
+    from offload_moe.plan import Machine, Plan
     from offload_moe.plan.placement import Tier
 
 EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
@@ -36,12 +38,16 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="hub id, checkpoint folder, store, demo, or a config.json")
     group = parser.add_argument_group("machine")
+    group.add_argument("--gpu", metavar="NAME", help="a card of the table of `simulate --cards`, such as rtx-4090")
     group.add_argument(
         "--vram", type=parse_size, metavar="SIZE", help="GPU memory, such as 12GiB, or 0 (default: what is free here)"
     )
     group.add_argument("--ram", type=parse_size, metavar="SIZE", help="RAM, such as 64GiB (default: what is free here)")
     parser.add_argument(
-        "--context", type=int, metavar="TOKENS", help="tokens of the conversation (default: 8192, or what fits)"
+        "--context",
+        type=context_tokens,
+        metavar="TOKENS",
+        help="tokens of the conversation (default: what fits, 8192 at most)",
     )
     parser.add_argument("--codec", choices=CODECS, help=f"{CODEC_HELP}; a store has its own")
     parser.add_argument(
@@ -54,25 +60,48 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    check_model(options.model, options.revision)
     with reporter() as report:
         report("Loading libraries")
-        from offload_moe.plan import make_plan, measure_machine, plan_to_json
+        from offload_moe.plan import make_plan, plan_to_json
         from offload_moe.sources import find_source
 
         report(f"Planning {options.model}")
         plan = make_plan(
             find_source(options.model),
-            measure_machine(vram=options.vram, ram=options.ram),
+            _machine(options),
             context=options.context,
             codec=options.codec,
             dense_codec=options.dense_codec,
             revision=options.revision,
         )
+    if notice := _notice_of_another_machine(options):
+        print(notice, file=sys.stderr)
     if options.json:
         print(json.dumps(plan_to_json(plan), indent=2))
     else:
         _print(plan)
     return EXIT_FITS if plan.fits else EXIT_DOES_NOT_FIT
+
+
+def _machine(options: argparse.Namespace) -> "Machine":
+    from offload_moe.plan import measure_machine, with_card
+
+    if options.gpu is None:
+        return measure_machine(vram=options.vram, ram=options.ram)
+    return with_card(measure_machine(vram=0, ram=options.ram), options.gpu, vram=options.vram)
+
+
+def _notice_of_another_machine(options: argparse.Namespace) -> str:
+    from offload_moe.budget import total_ram
+    from offload_moe.tiers.copier import compute_device
+
+    named = []
+    if options.gpu is None and options.vram and compute_device().type == "cpu":
+        named.append(f"{format_size(options.vram)} of GPU memory, and here is no GPU")
+    if options.ram is not None and options.ram > total_ram():
+        named.append(f"{format_size(options.ram)} of RAM, and here are {format_size(total_ram())}")
+    return f"Planned for another machine: {'; '.join(named)}." if named else ""
 
 
 def _print(plan: "Plan") -> None:
@@ -141,7 +170,9 @@ def _speed_lines(plan: "Plan") -> list[str]:
         f"Decode {_span(low.tokens_per_s, high.tokens_per_s, '.1f')} tokens/s ({BASIS}).",
         f"Experts found in {fast}: {_span(low.hit_rate, high.hit_rate, '.0%')}; "
         f"read from disk: {_span(high.disk_rate, low.disk_rate, '.0%')}.",
-        f"Hit rates as in {' and '.join(f.trace for f in (low, high))}; GB/s assumed: {bandwidths}.",
+        f"Hit rates as in {' and '.join(f.trace for f in (low, high))}; GB/s assumed, not measured: {bandwidths}.",
+        f"A run differs where the machine does (`offload-moe doctor` measures it), and is faster while the "
+        f"conversation is shorter than {plan.placement.context:,} tokens.",
         f"What binds: {BOTTLENECKS[plan.speed.bottleneck]}.",
     ]
     if plan.changes:
@@ -153,8 +184,8 @@ def _speed_lines(plan: "Plan") -> list[str]:
     return lines
 
 
-def _span(low: float, high: float, form: str) -> str:
-    first, last = format(low, form), format(high, form)
+def _span(one: float, other: float, form: str) -> str:
+    first, last = (format(value, form) for value in sorted((one, other)))
     return first if first == last else f"{first} to {last}"
 
 

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from offload_moe.names import check_source, hub_name
+
 from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_common_flags, add_link_flag
 from ..progress import reporter
 
@@ -43,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> Path:
+    source, revision = hub_name(options.source, options.revision)
+    check_source(source)
     with reporter() as report:
         report("Loading libraries")
         from offload_moe.convert.quantize import quantize
@@ -55,11 +59,11 @@ def _convert(options: argparse.Namespace) -> Path:
                 report(progress.phase, progress.done_bytes, progress.total_bytes)
 
         return quantize(
-            options.source,
+            source,
             options.store,
             codec=options.codec,
             dense_codec=options.dense_codec,
-            revision=options.revision,
+            revision=revision,
             delete_source_shards=options.delete_source_shards,
             follow_links=bool(options.follow_links),
             progress=on_progress,

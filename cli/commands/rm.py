@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from offload_moe.errors import ConfigError
+from offload_moe.names import check_installed
 from offload_moe.sizes import format_size
 
 from ..installed import state_text
@@ -26,6 +27,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    check_installed(options.name)
     from offload_moe.stores import find, remove
 
     entry = find(options.name)

@@ -5,9 +5,10 @@ import json
 from typing import TYPE_CHECKING
 
 from offload_moe.errors import ConfigError
+from offload_moe.names import check_model
 from offload_moe.sizes import format_size, parse_size
 
-from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_common_flags
+from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_common_flags, policy_name
 from ..progress import reporter
 from ..terminal import console
 
@@ -46,7 +47,7 @@ def add_parser(subparsers: Subparsers) -> None:
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens that are decoded")
     group = parser.add_argument_group("runtime")
     group.add_argument("--context", type=int, metavar="TOKENS", help="tokens of the conversation (default: 8192)")
-    group.add_argument("--policy", metavar="NAME", help="which experts to keep, such as lru")
+    group.add_argument("--policy", type=policy_name, metavar="NAME", help="which experts to keep, such as lru")
     group.add_argument("--no-prefetch", action="store_true", help="without lookahead")
     group.add_argument("--codec", choices=CODECS, help=f"{CODEC_HELP}; a store has its own")
     group.add_argument("--dense-codec", choices=DENSE_CODECS, help="format of the rest")
@@ -65,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
     if options.trace and (options.skew is not None or options.reuse is not None):
         options.usage_error("--skew and --reuse make a synthetic trace; leave them out with --trace")
     _check(options)
+    check_model(options.model, options.revision)
     with reporter() as report:
         report("Loading libraries")
         from offload_moe.plan import make_plan
@@ -117,8 +119,7 @@ def _check(options: argparse.Namespace) -> None:
 def _machine(options: argparse.Namespace) -> "Machine":
     from dataclasses import replace
 
-    from offload_moe.budget import SHARE_OF_FREE
-    from offload_moe.plan import Machine, Rates
+    from offload_moe.plan import Machine, Rates, with_card
     from offload_moe.simulate import hardware
 
     rates = Rates()
@@ -127,17 +128,8 @@ def _machine(options: argparse.Namespace) -> "Machine":
     if options.disk_gbps is not None:
         rates = replace(rates, disk=hardware.gigabytes_per_s("--disk-gbps", options.disk_gbps))
     ram_bytes = parse_size(DEFAULT_RAM) if options.ram is None else options.ram
-    if options.gpu is None:
-        return Machine(ram_bytes=ram_bytes, rates=rates)
-    card = hardware.card_named(options.gpu)
-    rates = replace(
-        rates,
-        vram=card.memory_gbps * 1e9 * hardware.GPU_SHARE,
-        device_flops=card.tflops * 1e12 * hardware.FLOPS_SHARE,
-        link=hardware.link_bytes_per_s(options.pcie or card.link),
-    )
-    vram_bytes = int((card.vram_gib << 30) * SHARE_OF_FREE) if options.vram is None else options.vram
-    return Machine(ram_bytes=ram_bytes, vram_bytes=vram_bytes, rates=rates)
+    machine = Machine(ram_bytes=ram_bytes, rates=rates)
+    return machine if options.gpu is None else with_card(machine, options.gpu, vram=options.vram, link=options.pcie)
 
 
 def _print(simulation: "PlanSimulation") -> None:

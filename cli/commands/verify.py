@@ -5,6 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from offload_moe.errors import ConfigError
+from offload_moe.names import check_installed
 from offload_moe.sizes import format_size
 
 from ..options import Subparsers, add_common_flags, add_link_flag
@@ -42,13 +43,15 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.source and not options.repair:
         raise ConfigError("--source is what to repair from. Add --repair.")
+    check_installed(options.store)
     with reporter() as report:
         report("Loading libraries")
         from offload_moe.convert.repair import find_damage, restore_sizes
         from offload_moe.store import Store
-        from offload_moe.stores import resolve
+        from offload_moe.stores import check_finished, resolve_installed
 
-        path = resolve(options.store)
+        path = resolve_installed(options.store)
+        check_finished(path)
         if options.repair:
             restore_sizes(path)
         store = Store.open(path)
@@ -67,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _source(store: "Store", named: str | None) -> "Path | str | None":
     """Where to repair from: what is named, or else the store's source, where that is in the cache, as the demo is."""
-    from offload_moe.stores import resolve
+    from offload_moe.names import resolve
 
     folder = resolve(named or store.source)
     return folder if folder.is_dir() else named
@@ -90,7 +93,7 @@ def _repair(
 def _verdict(
     store: "Store", damages: "list[Damage]", remaining: "list[Damage]", source: "Path | str | None", *, is_repair: bool
 ) -> str:
-    from offload_moe.checkpoint.source import looks_like_hub_id
+    from offload_moe.names import looks_like_hub_id
 
     pieces = list(store.pieces())
     if not damages:

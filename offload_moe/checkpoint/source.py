@@ -1,6 +1,5 @@
 """Where a checkpoint comes from: a local folder, or the hub, of which only the needed files are fetched."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from offload_moe.checkpoint.weight_files import (
     refuse_adapter,
 )
 from offload_moe.errors import CheckpointError, ConfigError
+from offload_moe.names import check_source, hub_name
+from offload_moe.names import looks_like_hub_id as looks_like_hub_id
 from offload_moe.paths import file_advice
 
 # What a model folder needs beside its weights: config, generation config, tokenizer, chat templates.
@@ -36,11 +37,6 @@ class Source:
     revision: str | None = None
 
 
-def looks_like_hub_id(text: str) -> bool:
-    """Whether `text` may be a hub id: `organisation/model`."""
-    return re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", text) is not None and ".." not in text
-
-
 def resolve_source(
     source: str | Path, *, revision: str | None = None, token: str | None = None, follow_links: bool = False
 ) -> Source:
@@ -52,14 +48,14 @@ def resolve_source(
         CheckpointError: neither a folder nor a hub id, or with an adapter or with links that are not followed.
         TransferError: the download failed.
     """
+    source, revision = hub_name(source, revision)
     folder = Path(source).expanduser()
     if folder.is_dir():
         check_folder(folder, follow_links=follow_links)
         return Source(folder=folder, name=folder.resolve().name, revision=revision)
     if folder.exists():
         raise CheckpointError(file_advice(folder))
-    if not looks_like_hub_id(str(source)):
-        raise CheckpointError(f"{source} is neither a folder nor a hub id like organisation/model. Check the path.")
+    check_source(source)
     snapshot = _download(str(source), revision, token)
     return Source(folder=snapshot, name=str(source), revision=snapshot.name)
 
@@ -93,6 +89,7 @@ def open_download(
 
     Raises: ConfigError for anything but a hub id, and what `Download` raises.
     """
+    repo_id, revision = hub_name(repo_id, revision)
     if Path(repo_id).expanduser().exists() or not looks_like_hub_id(str(repo_id)):
         raise ConfigError(
             f"{repo_id} is no hub id. Only shards that were downloaded for the conversion are deleted: convert a "

@@ -6,6 +6,8 @@ so the wrapper does.
 t tokens, O out features, K in features, P padded in features.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -17,13 +19,14 @@ from offload_moe.quant.blockwise import BlockwiseCodec, bias_of
 from offload_moe.quant.nf4 import BLOCK, dynamic_map
 
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TILE_WEIGHTS = 1 << 24  # that are decoded at once, by rows: an output head may have forty times as many
 
 
 class RecordLinear:
     """One matrix of a record, as a linear layer.
 
-    nf4 is multiplied as it lies by `gemm_4bit`, the other quantizing codecs are decoded first. The lossless codec does
-    what the module's eager code does with its own layout, to the bit.
+    nf4 is multiplied as it lies by `gemm_4bit`, the other quantizing codecs are decoded first, a large matrix by tiles
+    of rows. The lossless codec does what the module's eager code does with its own layout, to the bit.
     """
 
     def __init__(self, shape: ExpertShape, codec: Codec, name: str) -> None:
@@ -47,9 +50,7 @@ class RecordLinear:
         if self._codec.name == "nf4":
             return self._nf4(x, record, bias)
         if isinstance(self._codec, BlockwiseCodec):
-            planes = {name: _view(record, self._planes[name]) for name in self._codec_planes()}
-            rows = self._codec.decode_matrix(planes)[:, : self._matrix.in_features]
-            return functional.linear(x, rows.to(x.dtype), bias)
+            return self._decoded(x, record, bias)
         values = _view(record, self._planes["values"]).to(x.dtype)
         x = x @ values if self._is_transposed else functional.linear(x, values)
         return x if bias is None else x + bias
@@ -73,8 +74,33 @@ class RecordLinear:
         )
         return out
 
-    def _codec_planes(self) -> list[str]:
-        return [name for name in self._planes if "." not in name]
+    def _decoded(self, x: Tensor, record: Tensor, bias: Tensor | None) -> Tensor:
+        num_rows = self._matrix.out_features
+        if num_rows <= tile_rows(self._matrix.in_features):
+            return functional.linear(x, self._rows(record, slice(0, num_rows), x.dtype), bias)
+        out = x.new_empty(len(x), num_rows)
+        for tile in self._tiles():
+            part = None if bias is None else bias[tile]
+            out[:, tile] = functional.linear(x, self._rows(record, tile, x.dtype), part)
+        return out
+
+    def _rows(self, record: Tensor, tile: slice, dtype: torch.dtype) -> Tensor:
+        """Decoded rows ``[o, K]``."""
+        assert isinstance(self._codec, BlockwiseCodec)
+        num_rows = self._matrix.out_features
+        planes = {
+            name: _view(record, _part(plane, tile, num_rows)) for name, plane in self._planes.items() if "." not in name
+        }
+        return self._codec.decode_matrix(planes)[:, : self._matrix.in_features].to(dtype)
+
+    def _tiles(self) -> Iterator[slice]:
+        num_rows, step = self._matrix.out_features, tile_rows(self._matrix.in_features)
+        return (slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step))
+
+
+def tile_rows(in_features: int) -> int:
+    """How many rows of a matrix are decoded at once, at most."""
+    return max(1, TILE_WEIGHTS // in_features)
 
 
 def record_linear(x: Tensor, record: Tensor, shape: ExpertShape, codec: Codec, name: str) -> Tensor:
@@ -95,6 +121,14 @@ def _linear_of(shape: ExpertShape, codec_name: str, name: str) -> RecordLinear:
 def keeps_module_order(codec: Codec) -> bool:
     """Whether the first matrix gives gate and up as the module keeps them; otherwise gate comes before up."""
     return not isinstance(codec, BlockwiseCodec)
+
+
+def _part(plane: Plane, tile: slice, num_rows: int) -> Plane:
+    """What a plane holds of some of a matrix's rows. Blocks never cross a row."""
+    each = plane.shape[0] // num_rows
+    skipped = tile.start * plane.num_bytes // num_rows
+    shape = ((tile.stop - tile.start) * each, *plane.shape[1:])
+    return replace(plane, offset=plane.offset + skipped, shape=shape)
 
 
 def _view(record: Tensor, plane: Plane) -> Tensor:

@@ -1,7 +1,7 @@
 """Planning before loading: what a model needs, where it goes, and how fast it can be, from its config alone."""
 
-from offload_moe.plan.machine import Machine, Rates, measure_machine
+from offload_moe.plan.machine import Machine, Rates, measure_machine, with_card
 from offload_moe.plan.plan import Plan, make_plan
 from offload_moe.plan.plan_json import plan_to_json
 
-__all__ = ["Machine", "Plan", "Rates", "make_plan", "measure_machine", "plan_to_json"]
+__all__ = ["Machine", "Plan", "Rates", "make_plan", "measure_machine", "plan_to_json", "with_card"]

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from offload_moe.budget import total_ram
 from offload_moe.errors import BudgetError
 from offload_moe.plan.advice import explain, find_shortfalls
 from offload_moe.plan.machine import Machine, measure_machine
@@ -33,6 +34,19 @@ def measure_load(device: torch.device, *, vram: int | None, ram: int | None, dty
             f"or other processes. Leave --vram out, or name at most {typed_size(free)}."
         )
     return measure_machine(vram=vram, ram=ram, device=device, dtype=dtype)
+
+
+def notices_of_budget(where: torch.device, *, vram: int | None, ram: int | None) -> list[str]:
+    """What the user named and the machine does not have: it is loaded all the same, as less may be needed."""
+    notices = []
+    if ram is not None and ram > total_ram():
+        notices.append(
+            f"--ram is {format_size(ram)}, and this machine has {format_size(total_ram())}. What needs more is swapped "
+            f"or killed: name at most {typed_size(total_ram())}."
+        )
+    if vram and where.type == "cpu":
+        notices.append(f"--vram is {format_size(vram)}, and no GPU is used: everything is computed on the CPU.")
+    return notices
 
 
 def fit(

@@ -1,7 +1,7 @@
 """The machine a plan is for: measured or described memory, and how fast its links are assumed to be."""
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -9,6 +9,8 @@ import torch
 from offload_moe.budget import SHARE_OF_FREE, default_ram
 from offload_moe.errors import ConfigError
 from offload_moe.paths import cache_dir
+from offload_moe.simulate import hardware
+from offload_moe.sizes import format_size
 from offload_moe.tiers.copier import compute_device, free_device_memory, has_bf16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,6 +68,26 @@ class Machine:
     def dtype(self) -> torch.dtype:
         """What the model computes in: bf16 on a device (`default_dtype` knows the exceptions) and fp32 on the CPU."""
         return self.chosen_dtype or (torch.bfloat16 if self.has_device else torch.float32)
+
+
+def with_card(machine: Machine, name: str, *, vram: int | None = None, link: str | None = None) -> Machine:
+    """The machine with a card of the table in it.
+
+    vram: bytes of the card to use; None takes 90%. link: such as `4x16`; None takes the card's own.
+
+    Raises: ConfigError when the table does not have the card, or the link or more memory than the card has is named.
+    """
+    card = hardware.card_named(name)
+    card_bytes = card.vram_gib << 30
+    if vram is not None and vram > card_bytes:
+        raise ConfigError(f"--vram is {format_size(vram)}, and a {card.name} has {card.vram_gib} GiB. Name less.")
+    rates = replace(
+        machine.rates,
+        vram=card.memory_gbps * 1e9 * hardware.GPU_SHARE,
+        device_flops=card.tflops * 1e12 * hardware.FLOPS_SHARE,
+        link=hardware.link_bytes_per_s(link or card.link),
+    )
+    return replace(machine, vram_bytes=int(card_bytes * SHARE_OF_FREE) if vram is None else vram, rates=rates)
 
 
 def compute_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -3,8 +3,8 @@
 `offload-moe plan` and `load` both come here: there is no other formula.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 
 from offload_moe import kernels
 from offload_moe.budget import DEVICE_RESERVE_BYTES, runtime_bytes
@@ -113,8 +113,9 @@ class Placement:
 def place(shape: ModelShape, machine: Machine, settings: Settings, *, download_bytes: int, is_store: bool) -> Placement:
     """Place a model. download_bytes: still to be fetched. is_store: nothing more has to be written to disk.
 
-    What the user left open is the longest context, and then the most exact dense codec, that leaves slots for the top-k
-    experts of every layer in the fast tier. Where none does, the least context, and nf4 only where nothing else fits.
+    What the user left open is settled in steps: from 1,024 tokens and the smallest dense codec, to twice the context or
+    a more exact codec, whichever needs less memory, up to 8,192 tokens, as long as one expert slot is left in the fast
+    tier; for bf16 where int8 is possible, slots for the top-k experts of every layer.
     """
     vram, ram, context, dense_codec = _settle(shape, machine, settings)
     to_write = () if is_store else _store_parts(shape, settings.codec, settings.stored_dense_codec)
@@ -141,27 +142,49 @@ def dense_codecs(machine: Machine, settings: Settings) -> tuple[str, ...]:
 
 
 def _settle(shape: ModelShape, machine: Machine, settings: Settings) -> tuple[Tier | None, Tier, int, str]:
-    wanted = sum(min(shape.top_k, layer.num_experts) for layer in shape.layers)
-    codecs, contexts = dense_codecs(machine, settings), _contexts(shape, settings)
-    exact_enough = tuple(codec for codec in codecs if codec != LAST_RESORT) or codecs
-    for context, dense_codec in product(contexts, exact_enough):
-        vram, ram = _memories(shape, machine, settings, context, dense_codec)
-        if (vram or ram).num_slots >= wanted:
-            return vram, ram, context, dense_codec
-    for dense_codec in (exact_enough[-1], codecs[-1]):
-        vram, ram = _memories(shape, machine, settings, contexts[-1], dense_codec)
-        if (vram or ram).num_slots:
+    """What the user left open grows in steps, from the least of each, always by the step that needs less memory.
+
+    One order of steps for all machines: more memory gives neither a shorter context nor coarser weights.
+    """
+    codecs, contexts = dense_codecs(machine, settings)[::-1], _contexts(shape, settings)
+    chosen = _Choice(shape, machine, settings, contexts[0], codecs[0])
+    while steps := [_Choice(shape, machine, settings, *step) for step in _steps(chosen, contexts, codecs)]:
+        step = min(steps, key=lambda step: step.needed_bytes)
+        if step.needed_bytes > (step.fast.budget_bytes or 0):
             break
-    return vram, ram, contexts[-1], dense_codec
+        chosen = step
+    return chosen.vram, chosen.ram, chosen.context, chosen.dense_codec
+
+
+class _Choice:
+    """The memories with one context and one dense codec."""
+
+    def __init__(self, shape: ModelShape, machine: Machine, settings: Settings, context: int, dense_codec: str) -> None:
+        self.context, self.dense_codec = context, dense_codec
+        self.vram, self.ram = _memories(shape, machine, settings, context, dense_codec)
+        self.fast = self.vram or self.ram
+        # bf16 is worth less than slots for the top-k experts of every layer, where int8 can be had.
+        is_luxury = dense_codec == LOSSLESS and len(dense_codecs(machine, settings)) > 1
+        top_k = sum(min(shape.top_k, layer.num_experts) for layer in shape.layers)
+        self.needed_bytes = self.fast.bytes_with(top_k if is_luxury else 1)
+
+
+def _steps(chosen: _Choice, contexts: tuple[int, ...], codecs: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    """A longer context, or a more exact dense codec."""
+    longer, finer = contexts.index(chosen.context) + 1, codecs.index(chosen.dense_codec) + 1
+    if longer < len(contexts):
+        yield contexts[longer], chosen.dense_codec
+    if finer < len(codecs):
+        yield chosen.context, codecs[finer]
 
 
 def _contexts(shape: ModelShape, settings: Settings) -> tuple[int, ...]:
-    """Tokens to be tried, the longest first."""
+    """Tokens that may be chosen, ascending."""
     if settings.context is not None:
         return (settings.context,)
     longest = min(DEFAULT_CONTEXT, shape.max_context or DEFAULT_CONTEXT)
-    shorter = [DEFAULT_CONTEXT >> halvings for halvings in range(1, 4)]
-    return (longest, *(context for context in shorter if LEAST_CONTEXT <= context < longest))
+    shorter = [DEFAULT_CONTEXT >> halvings for halvings in (3, 2, 1)]
+    return (*(context for context in shorter if LEAST_CONTEXT <= context < longest), longest)
 
 
 def _memories(

@@ -129,12 +129,14 @@ def _suitable(flag: str, codec: str, suitable: tuple[str, ...]) -> str:
     return codec
 
 
-def check_context(context: int | None, shape: ModelShape) -> None:
-    """Raises: ConfigError when the model cannot attend to that many tokens."""
+def check_context(context: int | None, shape: ModelShape | None = None) -> None:
+    """Raises: ConfigError when it is no number of tokens, or more than the model can attend to."""
     if context is None:
         return
-    if context < 1:
-        raise ConfigError(f"A context of {context} tokens is not usable. It must be at least 1.")
+    if not isinstance(context, int) or context < 1:
+        raise ConfigError(f"A context of {context!r} tokens is not usable. It must be a whole number from 1.")
+    if shape is None:
+        return
     if shape.max_context is not None and context > shape.max_context:
         raise ConfigError(
             f"The model takes at most {shape.max_context:,} tokens, --context is {context:,}. Choose a shorter one."

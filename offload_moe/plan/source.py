@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.names import map_names
 from offload_moe.checkpoint.skeleton import build_skeleton, load_config
-from offload_moe.checkpoint.source import looks_like_hub_id
 from offload_moe.checkpoint.weight_files import INDEX_NAME, choose_weights, file_names, refuse_adapter
 from offload_moe.errors import CheckpointError, OffloadMoeError
+from offload_moe.names import check_model, hub_name, resolve
 from offload_moe.paths import file_advice
 from offload_moe.plan.hub import fetch_config
 from offload_moe.store import Store, is_store
@@ -54,7 +54,9 @@ def open_source(model: str | Path, *, revision: str | None = None, token: str | 
         UnsupportedModelError: transformers does not know the model.
         TransferError: the hub cannot be reached or refuses.
     """
-    path = Path(model).expanduser()
+    check_model(model, revision)
+    model, revision = hub_name(model, revision)
+    path = resolve(model)
     if is_store(path):
         store = Store.open(path)
         config = load_config(path)
@@ -82,11 +84,6 @@ def open_source(model: str | Path, *, revision: str | None = None, token: str | 
     if path.is_file():
         with _as_folder(path) as folder:
             return PlannedSource(name=str(model), config=load_config(folder))
-    if not looks_like_hub_id(str(model)):
-        raise CheckpointError(
-            f"{model} is neither a store, a model folder, a config.json nor a hub id like organisation/model. "
-            "Check the path."
-        )
     hub = fetch_config(str(model), revision=revision, token=token)
     config = load_config(hub.folder)
     return PlannedSource(

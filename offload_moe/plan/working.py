@@ -8,6 +8,7 @@ import torch
 from offload_moe.budget import CPU_PROMPT_TOKENS, DEVICE_PROMPT_TOKENS
 from offload_moe.checkpoint.linears import PROJECTIONS
 from offload_moe.convert.jobs import LOSSLESS
+from offload_moe.kernels.device import tile_rows
 from offload_moe.plan.parameters import ModelShape
 from offload_moe.quant import Matrix
 
@@ -49,7 +50,7 @@ def tile_bytes(shape: ModelShape, codec: str, dense_codec: str, dtype: torch.dty
     """The largest weights that are decoded before they are multiplied.
 
     Native kernels on the CPU multiply records as they lie. On a device nf4 decodes a matrix when several tokens meet
-    it, as they never do in the output head; int8 decodes a whole expert or projection through fp32.
+    it, as they never do in the output head; other codecs decode a matrix through fp32, a large one by tiles of rows.
     """
     names = PROJECTIONS - {HEAD} if dense_codec == "nf4" else PROJECTIONS
     linears = [] if dense_codec == LOSSLESS else [(matrix,) for matrix in _matrices(shape, *names)]
@@ -62,13 +63,14 @@ def tile_bytes(shape: ModelShape, codec: str, dense_codec: str, dtype: torch.dty
 
 def _decoded_bytes(matrices: tuple[Matrix, ...], codec: str, dtype: torch.dtype, *, has_device: bool) -> int:
     sizes = [matrix.out_features * matrix.in_features for matrix in matrices]
+    tiles = [min(matrix.out_features, tile_rows(matrix.in_features)) * matrix.in_features for matrix in matrices]
     if codec == LOSSLESS:
         return 0 if dtype == torch.bfloat16 else sum(sizes) * dtype.itemsize
     if not has_device:
         return 0
     if codec == "nf4":
         return max(sizes) * dtype.itemsize
-    return sum(sizes) * (torch.float32.itemsize + dtype.itemsize)
+    return sum(tiles) * (torch.float32.itemsize + dtype.itemsize)
 
 
 def _matrices(shape: ModelShape, *names: str) -> list[Matrix]:

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 from offload_moe.errors import ConfigError
+from offload_moe.names import choice
 
 GPU_SHARE = 0.7  # of a card's memory bandwidth, by matrix-vector kernels that read 4-bit weights: assumed
 FLOPS_SHARE = 0.4  # of a card's matrix arithmetic, by prompts of some hundred tokens: assumed
@@ -61,11 +62,19 @@ CARDS = {
 
 
 def card_named(name: str) -> Card:
-    """Raises: ConfigError when the table does not have it."""
-    found = CARDS.get(name.lower().removeprefix("nvidia-").removeprefix("geforce-"))
-    if found is None:
-        raise ConfigError(f"No card {name!r} in the table. Choose one of: {', '.join(CARDS)}.")
-    return found
+    """A card of the table, however its name is written: `rtx-4090`, `4090`, `NVIDIA GeForce RTX 4090`.
+
+    Raises: ConfigError when the table does not have it.
+    """
+    cards = {_plain(known): known for known in CARDS}
+    known = cards.get(_plain(name))
+    return CARDS[choice("card", name if known is None else known, CARDS)]
+
+
+def _plain(name: str) -> str:
+    """A card's name without its maker, its line and what separates the words."""
+    words = re.sub(r"[^a-z0-9]", "", name.lower())
+    return re.sub(r"^(nvidia)?(geforce|tesla)?(rtx)?", "", words)
 
 
 def link_bytes_per_s(text: str) -> float:

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from offload_moe.quantize import quantize
+from offload_moe.convert.quantize import quantize
 from torch import Tensor
 
 from offload_moe.checkpoint.checkpoint import Checkpoint

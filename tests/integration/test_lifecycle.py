@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from offload_moe.quantize import quantize
+from offload_moe.convert.quantize import quantize
 from support.chat import chat_store
 from support.models import open_model
 from support.tiny_models import FAMILIES, tiny_model

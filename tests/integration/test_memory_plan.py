@@ -44,7 +44,7 @@ def test_the_peak_is_what_was_planned_within_5_percent(folder: Path, share: floa
     num_slots = int(share * plan.shape.num_experts)
     planned_bytes = plan.placement.ram.bytes_with(num_slots)
     command = [sys.executable, str(ROOT / "benchmarks" / "memory_plan.py"), str(folder / "store")]
-    command += ["--budgets", str(planned_bytes), "--contexts", str(CONTEXT)]
+    command += ["--budgets", f"{planned_bytes}B", "--contexts", str(CONTEXT)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(tmp_path), timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(done.stdout.splitlines()[-1])["results"]

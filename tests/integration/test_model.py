@@ -1,5 +1,8 @@
 """`load`: checkpoint folder -> store -> model, against transformers on the same weights."""
 
+import copy
+import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from offload_moe import load
 from offload_moe.convert.quantize import quantize
-from offload_moe.errors import BudgetError, CheckpointError
+from offload_moe.errors import BudgetError, CheckpointError, ConfigError
 from offload_moe.model import Model
 from offload_moe.store import Store
 from offload_moe.tiers.nvidia import Nvidia
@@ -151,6 +154,36 @@ def test_quantized_dense_weights_stay_close(dense_codec: str, checkpoints: dict[
 def test_a_budget_below_one_expert_is_refused_with_the_numbers(checkpoints: dict[str, Path]) -> None:
     with pytest.raises(BudgetError, match=r"RAM lacks \d+ MiB .* It would fit with --ram"):
         load(checkpoints["mixtral"], ram="1MiB")
+
+
+def test_what_would_write_a_model_without_its_experts_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    with load(checkpoints["mixtral"]) as model:
+        for write in (
+            lambda: model.hf.save_pretrained(tmp_path / "saved"),
+            lambda: model.hf.push_to_hub("org/model"),
+            lambda: torch.save(model.hf, tmp_path / "saved.pt"),
+            lambda: copy.deepcopy(model.hf),
+            lambda: pickle.dumps(model),
+        ):
+            with pytest.raises(ConfigError, match=r"experts stay in the store.*model\.store\.path"):
+                write()
+        assert not (tmp_path / "saved").exists()
+        assert greedy(model, 1).shape[1] > 9
+
+
+def test_memory_that_is_named_and_not_there_is_said(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload_moe.plan.fit.total_ram", lambda: 2 << 30)
+    for settings, said in (
+        ({"ram": "3GiB"}, r"--ram is 3\.0 GiB, and this machine has 2\.0 GiB"),
+        ({"vram": "1GiB"}, r"--vram is 1\.0 GiB, and no GPU is used"),
+    ):
+        with pytest.warns(UserWarning, match=said):
+            model = load(checkpoints["mixtral"], device="cpu", **settings)
+        (notice,) = model.notices
+        assert re.match(said, notice)
+        model.close()
 
 
 def test_a_card_that_is_not_used_is_said_at_load(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,5 +114,7 @@ def fake_model_module() -> ModuleType:
 
 
 if __name__ == "__main__":
+    load_cli()
+    importlib.import_module("offload_moe_cli.loading").check_model = lambda *_: None  # type: ignore[attr-defined]
     sys.modules["offload_moe.model"] = fake_model_module()
     sys.exit(load_cli().main())

@@ -16,7 +16,15 @@ def test_without_a_budget_most_of_what_is_free_is_taken() -> None:
 
 @pytest.mark.parametrize(
     ("text", "num_bytes"),
-    [("10GiB", 10 << 30), ("3.5G", 3_500_000_000), ("512 MiB", 512 << 20), ("7", 7), (4096, 4096), ("1kB", 1000)],
+    [
+        ("10GiB", 10 << 30),
+        ("3.5G", 3_500_000_000),
+        ("512 MiB", 512 << 20),
+        ("7B", 7),
+        ("0", 0),
+        (4096, 4096),
+        ("1kB", 1e3),
+    ],
 )
 def test_sizes(text: str | int, num_bytes: int) -> None:
     assert parse_size(text) == num_bytes
@@ -26,6 +34,20 @@ def test_sizes(text: str | int, num_bytes: int) -> None:
 def test_bad_sizes_are_named(text: str) -> None:
     with pytest.raises(ConfigError, match="10GiB"):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"), [("64", "64GiB"), ("1.5", "1.5GiB"), (" 8 ", "8GiB"), ("492259648", "492259648B")]
+)
+def test_a_size_needs_a_unit(text: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"has no unit. Did you mean {meant}"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("size", ["1" + "0" * 400 + "GiB", "99999TiB", -1, 1 << 60])
+def test_sizes_that_no_memory_has_are_refused(size: str | int) -> None:
+    with pytest.raises(ConfigError, match="no size of a memory"):
+        parse_size(size)
 
 
 def test_sizes_are_shown_in_gib() -> None:

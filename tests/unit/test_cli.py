@@ -58,7 +58,6 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["frobnicate"],
         ["run"],
         ["run", "demo", "--frobnicate"],
@@ -71,6 +70,14 @@ def test_what_is_not_understood_exits_with_2(arguments: list[str], capsys: pytes
     with pytest.raises(SystemExit, match="2"):
         main.main(arguments)
     assert "usage: offload-moe" in capsys.readouterr().err
+
+
+def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main([]) == 0
+    streams = capsys.readouterr()
+    assert "usage: offload-moe" in streams.out
+    assert "quantize" in streams.out
+    assert streams.err == ""
 
 
 def test_a_size_that_cannot_be_read_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,6 +132,7 @@ def test_flags_become_arguments_only_where_given() -> None:
         ["run", "m", "p", "--vram", "1GiB", "--policy", "lru", "--temperature", "0", "--top-k", "5"]
     )
     assert load_arguments(options) == {"vram": 2**30, "policy": "lru"}
+    assert load_arguments(main.build_parser().parse_args(["chat", "m", "--exact"])) == {"exact": True}
     assert sampling_arguments(options) == {"temperature": 0.0, "top_k": 5}
 
 
@@ -151,7 +159,7 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: 
     def quantize(source: str, store: str, **settings: Any) -> str:
         settings.pop("progress")(Progress(phase="Writing experts", done_bytes=1, total_bytes=2))
         calls.append((source, store, settings))
-        if source == "stopped":
+        if source == "org/stopped":
             raise KeyboardInterrupt
         return store
 
@@ -166,7 +174,7 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert out == ""
     assert "Writing experts ..." in err
     assert "offload-moe chat out" in err
-    assert main.main(["quantize", "stopped", "out"]) == 130
+    assert main.main(["quantize", "org/stopped", "out"]) == 130
     assert "The same command goes on" in capsys.readouterr().err
 
 
@@ -174,6 +182,7 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: 
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line in this process, over tiny models."""
     monkeypatch.setitem(sys.modules, "offload_moe.model", fake_model_module())
+    monkeypatch.setattr("offload_moe_cli.loading.check_model", lambda *_: None)
     monkeypatch.setattr(main, "quiet_libraries", lambda: None)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
 
@@ -258,11 +267,13 @@ def test_piped_chat_answers_line_by_line(tmp_path: Path) -> None:
 
 
 def test_names_of_settings_match_the_library() -> None:
-    from offload_moe_cli.options import SAMPLING
+    from offload_moe_cli.options import POLICIES, SAMPLING
 
     from offload_moe.chat.sampling import SamplingArguments
+    from offload_moe.schedule.policy import POLICY_NAMES
 
     assert set(SAMPLING) == set(SamplingArguments.__annotations__)
+    assert POLICIES == POLICY_NAMES
     with pytest.raises(ConfigError, match="warmth"):
         from offload_moe.chat import Sampling
 

@@ -1,10 +1,14 @@
 """QuantLinear against the linear layer it replaces."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import nn
 
 from offload_moe.dense import NarrowEmbedding, QuantLinear, lookup_tables
+from offload_moe.kernels import device
+from offload_moe.kernels.device import record_linear
 from offload_moe.quant import ExpertShape, Matrix, get_codec
 
 
@@ -27,6 +31,45 @@ def test_a_quantized_linear_follows_the_decoded_one(codec: str, has_bias: bool, 
     got = quantized(x)
     assert got.dtype == dtype
     assert (got.float() - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 3, 40])
+@pytest.mark.parametrize(("codec", "has_bias"), [("int8", True), ("int8", False), ("mxfp4", True)])
+def test_tiles_of_rows_give_the_bits_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, codec: str, has_bias: bool, num_tokens: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    matrix = Matrix(name="weight", out_features=300, in_features=72)
+    shape = ExpertShape(matrices=(matrix,), biases=(("bias", 300),) if has_bias else ())
+    weights = {"weight": torch.randn(300, 72), "bias": torch.randn(300)}
+    record = get_codec(codec).encode(shape, weights)
+    x = torch.randn(num_tokens, 72).to(dtype)
+    whole = record_linear(x, record, shape, get_codec(codec), "weight")
+    assert whole.float().abs().mean() > 1
+    monkeypatch.setattr(device, "TILE_WEIGHTS", 64 * 72 + 5)  # five tiles, the last one shorter
+    assert torch.equal(record_linear(x, record, shape, get_codec(codec), "weight"), whole)
+
+
+def test_a_large_head_is_never_decoded_as_a_whole() -> None:
+    torch.manual_seed(0)
+    shape = ExpertShape(matrices=(Matrix(name="weight", out_features=20_000, in_features=1024),))
+    codec = get_codec("int8")
+    record = torch.randint(0, 3, (codec.layout(shape).num_bytes,), dtype=torch.uint8)
+    codec.layout(shape).view(record, "weight.scales").uniform_(0.5, 1.5)
+    sizes = []
+
+    class Watched(type(codec)):  # type: ignore[misc]
+        def decode_matrix(self, planes: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            sizes.append(planes["codes"].numel())
+            return super().decode_matrix(planes)
+
+    x = torch.randn(2, 1024)
+    got = device.RecordLinear(shape, Watched(), "weight")(x, record)
+    assert sizes == [16_384 * 1024, (20_000 - 16_384) * 1024]
+    expected = x @ codec.decode(shape, record, torch.float32)["weight"].T
+    assert expected.abs().mean() > 1
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-2)
 
 
 def test_it_is_not_a_parameter() -> None:

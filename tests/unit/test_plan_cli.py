@@ -153,7 +153,7 @@ def test_this_machine_is_measured_without_flags(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no-such-thing"], "is neither a store, a model folder, a config.json nor a hub id"),
+        (["no-such-thing"], "is neither a file or folder, nor a hub id"),
         ([str(CONFIGS / "GRIN-MoE.json")], "model type 'grinmoe' is not in transformers"),
         ([MIXTRAL, "--context", "99999"], "takes at most 32,768 tokens, --context is 99,999"),
         ([MIXTRAL, "--vram", "much"], "Cannot read 'much' as a size"),
@@ -188,3 +188,29 @@ def test_the_page_about_plan_names_every_key(capsys: pytest.CaptureFixture[str])
     page = PAGE.read_text()
     for name in (*found, *TIER, *SPEED):
         assert f"`{name}`" in page, name
+
+
+def test_a_card_of_the_table_can_be_planned_for(capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = plan_json(capsys, MIXTRAL, "--gpu", "RTX 4090", "--ram", "8GiB")
+    assert found["memory"]["vram"]["budget_bytes"] == int(0.9 * (24 << 30))
+    assert found["speed"]["rates"]["vram"] == pytest.approx(0.7 * 1008e9)
+    _, less = plan_json(capsys, MIXTRAL, "--gpu", "4090", "--vram", "12GiB", "--ram", "8GiB")
+    assert less["memory"]["vram"]["budget_bytes"] == 12 << 30
+    assert plan(capsys, MIXTRAL, "--gpu", "rtx3060", "--vram", "13GiB")[0] == 1
+
+
+def test_memory_of_another_machine_is_said_and_planned(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload_moe.budget.total_ram", lambda: 16 << 30)
+    for ram, is_said in (("64GiB", True), ("16GiB", False)):
+        assert load_cli().main(["plan", MIXTRAL, "--vram", "0", "--ram", ram]) == 0
+        said = "Planned for another machine: 64.0 GiB of RAM, and here are 16.0 GiB." in capsys.readouterr().err
+        assert said == is_said
+
+
+def test_ranges_are_printed_ascending(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out = plan(capsys, MIXTRAL, "--vram", "8GiB", "--ram", "8GiB")
+    ranges = [(float(low), float(high)) for low, high in re.findall(r"([\d.]+)%? to ([\d.]+)", out.split("Decode")[1])]
+    assert len(ranges) >= 2
+    assert all(low < high for low, high in ranges[:3])

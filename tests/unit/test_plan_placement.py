@@ -11,7 +11,7 @@ from offload_moe.plan.advice import find_shortfalls
 from offload_moe.plan.machine import Machine, measure_machine
 from offload_moe.plan.outlook import Task, look_ahead
 from offload_moe.plan.parameters import ModelShape
-from offload_moe.plan.placement import Tier
+from offload_moe.plan.placement import Settings, Tier, place
 from offload_moe.plan.sizes import dense_memory_bytes, slot_bytes, store_bytes
 from offload_moe.plan.working import cache_bytes
 from offload_moe.sizes import format_size, parse_size
@@ -76,12 +76,42 @@ def test_the_cpu_takes_int8_and_nf4_only_where_nothing_else_fits(mixtral: ModelS
     assert chosen(64, dense_codec="nf4") == "nf4"
 
 
-def test_the_context_nobody_named_shrinks_before_experts_of_a_token_have_no_room(mixtral: ModelShape) -> None:
+def test_a_usable_context_comes_before_many_slots(mixtral: ModelShape) -> None:
     def planned(gib: float) -> int:
         machine = Machine(vram_bytes=int(gib * GIB), ram_bytes=64 * GIB)
         return look_ahead(task(mixtral, machine, context=None, dense_codec="bf16")).placement.context
 
-    assert [planned(gib) for gib in (24, 10.5, 3)] == [8192, 4096, 1024]
+    assert [planned(gib) for gib in (24, 10.5, 6, 5.5, 5, 3)] == [8192, 8192, 8192, 4096, 2048, 1024]
+
+
+@pytest.mark.parametrize("has_device", [True, False], ids=["vram", "ram"])
+@pytest.mark.parametrize("name", ["Mixtral-8x7B-v0.1", "GLM-4.5-Air"])
+def test_more_memory_never_gives_less(name: str, has_device: bool) -> None:
+    """Neither a shorter context nor coarser weights; and whoever names the context that was chosen gets no better."""
+    shape, found = real_shape(name), set()
+    fits, context, exactness = False, 0, 0
+    for num_bytes in (int(GIB * 1.15**step) for step in range(5, 25)):
+        machine = Machine(ram_bytes=num_bytes)
+        if has_device:
+            machine = Machine(vram_bytes=num_bytes, ram_bytes=64 * GIB)
+        placement = place(shape, machine, Settings(codec="nf4"), download_bytes=0, is_store=True)
+        least = (fits, context, exactness)
+        fits, context = placement.fits, placement.context
+        exactness = ("nf4", "int8", "bf16").index(placement.dense_codec)
+        assert all(now >= before for now, before in zip((fits, context, exactness), least, strict=True))
+        named = place(shape, machine, Settings(codec="nf4", context=context), download_bytes=0, is_store=True)
+        assert named == placement
+        found.add((fits, context, exactness))
+    assert len(found) > 3
+    assert (fits, context) == (True, 8192)
+
+
+def test_a_large_head_in_int8_does_not_push_the_context_out() -> None:
+    """The head of GLM-4.5-Air, 151,552 rows, would take 3.5 GiB where it is decoded as a whole."""
+    machine = Machine(vram_bytes=12 * GIB, ram_bytes=64 * GIB)
+    placement = look_ahead(task(real_shape("GLM-4.5-Air"), machine, context=None)).placement
+    assert (placement.context, placement.dense_codec, placement.fits) == (8192, "int8", True)
+    assert parts(placement.vram)["dequantized tiles"] == 4096 * 4096 * (4 + 2)
 
 
 def test_what_does_not_fit_says_by_how_much(deepseek: ModelShape) -> None:

@@ -79,7 +79,7 @@ def test_a_store_keeps_its_codecs(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing/model/here", "is neither a store, a model folder, a config.json nor a hub id"),
+        ("missing/model/here", "is neither a file or folder, nor a hub id"),
         ("", "is not a model folder: it has no config.json"),
         ("broken.json", r"broken\.json cannot be read"),
         ("typeless.json", r"typeless\.json is not a model config"),

@@ -92,7 +92,7 @@ class TestRefusals:
         ("arguments", "message"),
         [
             (["--replay", "absent.npz"], "absent.npz does not exist"),
-            (["--replay", str(REAL), "--policy", "magic"], "Unknown policy 'magic'"),
+            (["--replay", str(REAL), "--policy", "magic"], "There is no policy 'magic'."),
             (["--replay", str(REAL), "--slots", "many"], "neither a number nor a percentage"),
             (["--replay", str(REAL), "--html", "no/such/folder/r.html"], "its folder does not exist"),
             (["demo", "--trace", "no/such/folder/t.npz"], "its folder does not exist"),

@@ -44,7 +44,7 @@ def test_text_says_that_it_is_simulated(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([MIXTRAL, "--gpu", "voodoo"], "No card 'voodoo'"),
+        ([MIXTRAL, "--gpu", "voodoo"], "There is no card 'voodoo'"),
         ([MIXTRAL, "--pcie", "4x16"], "--gpu"),
         ([MIXTRAL, "--ram", "1GiB"], "does not fit: RAM lacks"),
         ([MIXTRAL, "--reuse", "1.5"], "--reuse 1.5"),

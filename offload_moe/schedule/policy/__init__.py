@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from offload_moe.errors import ConfigError
+from offload_moe.names import choice
 from offload_moe.schedule.policy.frequency import LFU, DecayedFrequency
 from offload_moe.schedule.policy.knn import KNN
 from offload_moe.schedule.policy.lru import LRU
@@ -10,7 +10,7 @@ from offload_moe.schedule.policy.lru_2 import LRU2
 from offload_moe.schedule.policy.protocol import Policy
 from offload_moe.schedule.policy.slru import SLRU
 
-__all__ = ["DEFAULT_POLICY", "LRU", "POLICY_NAMES", "Policy", "make_policy"]
+__all__ = ["DEFAULT_POLICY", "LRU", "POLICY_NAMES", "Policy", "check_policy", "make_policy"]
 
 _FACTORIES: dict[str, Callable[[range, int, int], Policy]] = {
     LRU.name: lambda layers, num_experts, num_slots: LRU(),
@@ -24,6 +24,11 @@ POLICY_NAMES = tuple(_FACTORIES)
 DEFAULT_POLICY = KNN.name
 
 
+def check_policy(name: str) -> None:
+    """Raises: ConfigError when the name is unknown."""
+    choice("policy", name, POLICY_NAMES)
+
+
 def make_policy(name: str, *, num_layers: int, num_experts: int, num_slots: int, first_layer: int = 0) -> Policy:
     """A fresh policy for one pool of `num_slots` slots that serves `num_layers` layers from `first_layer` on.
 
@@ -32,6 +37,5 @@ def make_policy(name: str, *, num_layers: int, num_experts: int, num_slots: int,
     Raises:
         ConfigError: the name is unknown.
     """
-    if name not in _FACTORIES:
-        raise ConfigError(f"Unknown policy {name!r}. Choose one of: {', '.join(POLICY_NAMES)}.")
+    check_policy(name)
     return _FACTORIES[name](range(first_layer, first_layer + num_layers), num_experts, num_slots)
