@@ -201,6 +201,15 @@ def test_a_single_file_goes_before_an_older_index(
     assert plan.checkpoint_bytes == len(hub.files["model.safetensors"])
 
 
+def test_what_was_fetched_is_converted_without_the_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize("org/tiny", tmp_path / "store", codec="bf16")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    quantize("org/tiny", tmp_path / "again", codec="bf16")
+    assert contents(tmp_path / "again") == contents(tmp_path / "store")
+
+
 def test_a_plan_counts_the_shards_of_the_index(hub: Hub, shards: list[str]) -> None:
     hub.files["model-older.safetensors"] = bytes(10_000)
     plan = make_plan("org/tiny", Machine(ram_bytes=1 << 30))
