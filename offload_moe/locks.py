@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 HELD_ERRORS = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # errors that say nothing else
 POLL_S = 0.1
 
 State = Literal["locked", "held elsewhere", "unavailable"]

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from offload_moe import demo
 from offload_moe.checkpoint.source import check_folder, resolve_source
+from offload_moe.checkpoint.weight_files import choose_weights
 from offload_moe.convert.jobs import MXFP4
 from offload_moe.convert.quantize import DEFAULT, default_codec, quantize
 from offload_moe.errors import CheckpointError
@@ -107,8 +108,20 @@ def _cache_name(source: Path, codec: str, dense_codec: str, revision: str | None
     identity = [str(source), revision or ""]
     if source.is_dir():
         weights = sorted(path for pattern in ("*.safetensors", "*.gguf") for path in source.glob(pattern))
-        files = [*weights, source / "config.json"]
+        files = [*weights, source / "config.json", *_deciding(source, {path.name for path in weights})]
         stats = [(file.name, file.stat()) for file in files if file.exists()]
         identity = [str(source.resolve()), *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)]
     digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:12]
     return f"{source.name}-{codec}-{dense_codec}-{digest}"
+
+
+def _deciding(folder: Path, weights: set[str]) -> list[Path]:
+    """Files that make a difference where not just all weights right in the folder are read: the index, and shards."""
+    try:
+        chosen = choose_weights(folder)
+    except CheckpointError:
+        return []
+    if set(chosen.names) == weights:
+        return []
+    index = [folder / chosen.index] if chosen.index else []
+    return index + [folder / name for name in chosen.names if name not in weights]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload_moe.errors import CheckpointError, TransferError
+from offload_moe.locks import NO_LOCKS
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -66,6 +67,8 @@ def hub_errors(doing: str, repo_id: str, revision: str | None, *, advice: str = 
         raise TransferError(f"{repo_id} is not on the hub, or is private and needs a token.") from error
     except (OSError, HTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, OSError) and error.errno in NO_LOCKS:
+            advice = "The hub's cache is on a disk without file locks: name a folder on another one with HF_HOME."
         raise TransferError(f"{doing} failed: {reason.rstrip('.')}. {advice}".rstrip()) from error
 
 

@@ -1,6 +1,7 @@
 """The tokenizer of a folder, or why there is none: a checkpoint's code is never run, and some formats need packages."""
 
 import json
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,9 @@ def tokenizer_notices(tokenizer: Any, model: Any) -> list[str]:
 
 
 def _tokens_beyond(tokenizer: Any, num_rows: int) -> str | None:
-    if max((tokenizer.vocab_size - 1, *tokenizer.added_tokens_decoder)) < num_rows:
-        return None
+    with suppress(NotImplementedError):  # of tokenizers that keep no such table
+        if max((tokenizer.vocab_size - 1, *tokenizer.added_tokens_decoder)) < num_rows:
+            return None
     beyond = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items() if token_id >= num_rows)
     if not beyond:
         return None

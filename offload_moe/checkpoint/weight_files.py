@@ -4,6 +4,7 @@ Source: transformers/modeling_utils.py, `_get_resolved_checkpoint_files`; utils/
 """
 
 import json
+import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -18,6 +19,7 @@ PICKLE_PATTERNS = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 ADAPTER_NAMES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # Files that look like weights of the model itself, also when nothing reads them.
 WEIGHT_NAMES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
+MAX_NAME_BYTES = 255  # of one file, wherever it may lie
 NUM_NAMED = 3  # of many files, in a message
 
 
@@ -98,9 +100,16 @@ def safe_path(folder: Path, name: str) -> Path:
     parts = PurePosixPath(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts or ".." in Path(name).parts:
         raise CheckpointError(f"{folder}: the file name {name!r} leads out of the checkpoint folder; refused.")
-    if "\0" in name or any(len(part.encode()) > 255 for part in parts):
+    if "\0" in name or not all(map(_can_be_a_name, parts)):
         raise CheckpointError(f"{folder}: {name[:80]!r} is no file name.")
     return folder / name
+
+
+def _can_be_a_name(part: str) -> bool:
+    try:
+        return len(os.fsencode(part)) <= MAX_NAME_BYTES
+    except UnicodeEncodeError:
+        return False
 
 
 def listing(names: Collection[str]) -> str:

@@ -1,5 +1,7 @@
 """Hub ids against a hub on 127.0.0.1: what is fetched, resumed, refused, and deleted when it is converted."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -10,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 from offload_moe.convert.quantize import Progress, quantize
 from offload_moe.convert.repair import find_damage, repair
 from offload_moe.errors import BudgetError, CheckpointError, ConfigError, OffloadMoeError, StoreError, TransferError
+from offload_moe.plan import Machine, make_plan
 from offload_moe.store import Store, is_store
 from tests.support.checkpoints import spread, write_checkpoint
 from tests.support.hub import COMMIT, Hub, hub_in_use, running
@@ -176,6 +180,66 @@ def test_a_continued_file_with_another_content_is_refused_and_fetched_anew(
     (tmp_path / "store.download" / f"{shards[0]}.partial").write_bytes(bytes(1000))
     with pytest.raises(CheckpointError, match="damaged while it was downloaded"):
         quantize("org/tiny", tmp_path / "store", delete_source_shards=True)
+    assert is_store(quantize("org/tiny", tmp_path / "store", delete_source_shards=True))
+
+
+@pytest.mark.parametrize("delete", [False, True])
+def test_a_single_file_goes_before_an_older_index(
+    hub: Hub, checkpoint: Path, shards: list[str], tmp_path: Path, delete: bool
+) -> None:
+    """As transformers has it, and nothing else is fetched."""
+    tensors = {
+        name: t.flip(0).contiguous() for path in checkpoint.glob("*.safetensors") for name, t in load_file(path).items()
+    }
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    hub.files["model.safetensors"] = (tmp_path / "model.safetensors").read_bytes()
+    quantize("org/tiny", tmp_path / "store", codec="bf16", delete_source_shards=delete)
+    dense = Store.open(tmp_path / "store").read_dense("model.embed_tokens.weight")
+    assert dense.equal(tensors["model.embed_tokens.weight"])
+    assert not set(shards) & hub.sent.keys()
+    plan = make_plan("org/tiny", Machine(ram_bytes=1 << 30))
+    assert plan.checkpoint_bytes == len(hub.files["model.safetensors"])
+
+
+def test_what_was_fetched_is_converted_without_the_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize("org/tiny", tmp_path / "store", codec="bf16")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    quantize("org/tiny", tmp_path / "again", codec="bf16")
+    assert contents(tmp_path / "again") == contents(tmp_path / "store")
+
+
+def test_a_plan_counts_the_shards_of_the_index(hub: Hub, shards: list[str]) -> None:
+    hub.files["model-older.safetensors"] = bytes(10_000)
+    plan = make_plan("org/tiny", Machine(ram_bytes=1 << 30))
+    assert plan.checkpoint_bytes == sum(len(hub.files[name]) for name in shards)
+    assert not set(shards) & hub.sent.keys()
+
+
+def test_a_plan_of_a_hub_id_knows_a_head_of_its_own(hub: Hub) -> None:
+    untied = make_plan("org/tiny", Machine(ram_bytes=1 << 30)).shape
+    config = json.loads(hub.files["config.json"])
+    assert config["tie_word_embeddings"] is False
+    hub.files["config.json"] = json.dumps(config | {"tie_word_embeddings": True}).encode()
+    assert make_plan("org/tiny", Machine(ram_bytes=1 << 30)).shape == untied
+
+
+@pytest.mark.parametrize("delete", [False, True])
+def test_an_adapter_is_refused_before_anything_large_comes(hub: Hub, tmp_path: Path, delete: bool) -> None:
+    hub.files["adapter_config.json"] = b"{}"
+    with pytest.raises(CheckpointError, match="org/tiny holds a PEFT adapter"):
+        quantize("org/tiny", tmp_path / "store", delete_source_shards=delete)
+    with pytest.raises(CheckpointError, match="org/tiny holds a PEFT adapter"):
+        make_plan("org/tiny", Machine(ram_bytes=1 << 30))
+    assert not [name for name in hub.sent if name.endswith(".safetensors")]
+
+
+def test_a_download_goes_on_without_file_locks(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
     assert is_store(quantize("org/tiny", tmp_path / "store", delete_source_shards=True))
 
 

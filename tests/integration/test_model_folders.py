@@ -233,3 +233,23 @@ def test_a_notice_of_the_conversion_is_the_models_too(
     (single / "pytorch_model.bin").write_bytes(b"never read")
     with load(single, codec="bf16", context=64) as model:
         assert model.notices == ["Not used, as transformers reads model.safetensors: pytorch_model.bin."]
+
+
+def test_another_index_over_the_same_files_is_another_model(
+    sharded: tuple[Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from offload_moe import load
+
+    monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path / "cache"))
+    folder, weight_map = sharded
+    other = {FIRST: "other-1.safetensors", SECOND: "other-2.safetensors"}
+    for name, target in other.items():
+        save_file(other_values(load_file(folder / name)), folder / target, metadata={"format": "pt"})
+
+    def embedding() -> torch.Tensor:
+        with load(folder, codec="bf16", context=64) as model:
+            return model.store.read_dense(EMBEDDING)
+
+    before = embedding()
+    write_index(folder, {tensor: other[name] for tensor, name in weight_map.items()})
+    assert embedding().equal(before.flip(0))

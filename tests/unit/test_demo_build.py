@@ -4,12 +4,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from safetensors.torch import save
 
 from offload_moe.demo import build, checkpoint
 from offload_moe.demo.source import WHEEL_SHA256
 from offload_moe.demo.split import digest, parse_split, split_bytes
+from offload_moe.locks import lock_file
 from tests.support.demo import tiny_dense, tiny_split
 
 
@@ -70,8 +70,6 @@ def test_a_build_that_fails_leaves_nothing_that_loads(
 def test_a_second_process_waits_and_uses_what_the_first_built(tmp_path: Path, fetches: list[Path]) -> None:
     built = checkpoint(cache_dir=tmp_path)
     hidden = built.rename(built.with_name("elsewhere"))
-    lock = FileLock(built.with_name(f"{built.name}.lock"))
-    lock.acquire()
     waiting = threading.Event()
     found: list[Path] = []
 
@@ -80,10 +78,10 @@ def test_a_second_process_waits_and_uses_what_the_first_built(tmp_path: Path, fe
             waiting.set()
 
     thread = threading.Thread(target=lambda: found.append(checkpoint(cache_dir=tmp_path, progress=progress)))
-    thread.start()
-    assert waiting.wait(10)
-    hidden.rename(built)
-    lock.release()
+    with lock_file(built.with_name(f"{built.name}.lock")):
+        thread.start()
+        assert waiting.wait(10)
+        hidden.rename(built)
     thread.join(10)
     assert found == [built]
     assert len(fetches) == 1

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 
 from offload_moe.convert.quantize import quantize
 from offload_moe.convert.repair import find_damage, repair, restore_sizes
 from offload_moe.errors import ConfigError, StoreCorrupt, StoreError
+from offload_moe.locks import lock_file
 from offload_moe.sizes import format_size
 from offload_moe.sources import ensure_store, silent
 from offload_moe.store import Progress, Store
@@ -167,7 +167,7 @@ def test_links_are_not_followed(cache: Path, made: tuple[Path, Path], tmp_path: 
 def test_what_is_being_written_stays(cache: Path) -> None:
     journal = os.open(cache / "stores" / "half-int8" / "conversion.journal", os.O_RDWR)
     fcntl.flock(journal, fcntl.LOCK_EX)
-    with FileLock(cache / "demo" / f"{DEMO}.lock"):
+    with lock_file(cache / "demo" / f"{DEMO}.lock"):
         for name in ("half-int8", DEMO):
             with pytest.raises(StoreError, match="by another process"):
                 remove(find(name))
