@@ -25,7 +25,7 @@ AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where each output's code is in a word
 
 def gptq(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTensors:
     """GPTQ with or without reordered inputs. Raises: CheckpointError for other layouts of its tensors."""
-    layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+    layout = str(settings.get("checkpoint_format") or settings.get("format") or "gptq").lower()
     if settings.get("is_marlin_format"):
         layout = "marlin"
     if layout not in ZERO_OFFSETS:
