@@ -111,7 +111,7 @@ def _recipe(stored: TensorSource, state: str) -> Weight4Bit:
         lengths = _lengths(math.prod(shape), block, nested)
         if kind not in ("nf4", "fp4") or block not in BLOCK_SIZES or not _are_sizes(*shape, block, nested or 1):
             raise ValueError(f"{kind}, shape {shape}, blocks of {block} and {nested}")
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
         raise CheckpointError(
             f"{packed.path}: tensor {state} is not a quantization state of bitsandbytes: {error!r}. {DAMAGED}"
         ) from error

@@ -40,7 +40,7 @@ def compressed_tensors(stored: TensorSource, settings: dict[str, Any]) -> Dequan
     """Raises: CheckpointError for formats that are not among `FORMATS`, and for damaged parts."""
     sparsity = settings.get("sparsity_config")
     for found in (settings, sparsity if isinstance(sparsity, dict) else {}):
-        layout = found.get("format", "dense")
+        layout = found.get("format") or "dense"
         if layout not in FORMATS:
             raise CheckpointError(
                 f"The checkpoint is quantized with compressed-tensors ({layout}), of which {', '.join(FORMATS)} can be "

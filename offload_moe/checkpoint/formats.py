@@ -119,7 +119,7 @@ def _settings_beside(folder: Path) -> dict[str, Any] | None:
             continue
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}. Download it again.") from error
         if not isinstance(settings, dict):
             raise CheckpointError(f"{path} is {type(settings).__name__}, expected an object. Download it again.")

@@ -17,21 +17,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from offload_moe.checkpoint.fp8_scales import SCALE_DTYPES, as_numbers, block_of, grid_of, is_scale, scale_name
 from offload_moe.checkpoint.header import TensorEntry
 from offload_moe.checkpoint.mxfp4 import packed_rows
-from offload_moe.checkpoint.packed import ADVICE
+from offload_moe.checkpoint.packed import ADVICE, DAMAGED
 from offload_moe.checkpoint.tensors import DequantizedTensors, Recipe, TensorSource
 from offload_moe.errors import CheckpointError
 
-# After the name of the weight; in place of its last part.
-SCALE_SUFFIXES = ("_scale_inv", "_scale", "_weight_scale")
-SCALE_NAMES = (".scale", ".qscale_weight")
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 BF16_FIELDS = 0x87F0 - 0x10000  # the sign, the low four bits of the exponent, the high three of the mantissa
 NAN_AS_NUMBER = 480.0  # what the code of NaN would be; the largest number is 448
-SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
-POWERS_OF_TWO = (torch.float8_e8m0fnu, torch.uint8)  # the same bits
-MX_BLOCK = (1, 32)
 ROWS = 128  # what is in work fits into a cache
 
 
@@ -68,12 +63,12 @@ def modelopt(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTenso
 
 def _recipes(stored: TensorSource, block: tuple[int, int] | None, *, is_turned: bool = False) -> Iterator[Recipe]:
     for entry in stored.entries.values():
-        if entry.name.endswith((*SCALE_SUFFIXES, *SCALE_NAMES)):
+        if is_scale(entry.name):
             continue
         if entry.dtype in FP8_DTYPES:
             yield fp8_weight(stored, entry, block, is_turned=is_turned)
         elif entry.dtype in (torch.int8, torch.uint8) and entry.name.endswith(".weight"):
-            yield packed_rows(stored, entry.name, _scale_name(stored, entry.name), entry.name)
+            yield packed_rows(stored, entry.name, scale_name(stored, entry.name), entry.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,19 +90,19 @@ class Fp8Weight:
         weight = stored.read_rows(self.entry.name, start, stop)
         values = torch.empty(weight.shape, dtype=torch.bfloat16)
         if weight.dim() == 2:
-            _dequantize(weight, _numbers(stored.read(self.scale)).reshape(self.grid), self.block, start, values)
+            _dequantize(weight, as_numbers(stored.read(self.scale)).reshape(self.grid), self.block, start, values)
         else:
             for matrix, scale, target in zip(weight, self._scales(stored, start, stop), values, strict=True):
                 _dequantize(matrix, scale, self.block, 0, target)
         if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():  # a finite sum is the quick proof
-            raise CheckpointError(f"{self.entry.path}: tensor {self.entry.name} has NaN or infinite weights.")
+            raise CheckpointError(f"{self.entry.path}: tensor {self.entry.name} has NaN or infinite weights. {DAMAGED}")
         return values
 
     def _scales(self, stored: TensorSource, start: int, stop: int) -> Tensor:
         """``[stop - start, *grid]`` of fused experts, which may all share one number."""
         if math.prod(stored.entries[self.scale].shape) == 1:
-            return _numbers(stored.read(self.scale)).reshape(1, 1, 1).expand(stop - start, 1, 1)
-        return _numbers(stored.read_rows(self.scale, start, stop)).reshape(-1, *self.grid)
+            return as_numbers(stored.read(self.scale)).reshape(1, 1, 1).expand(stop - start, 1, 1)
+        return as_numbers(stored.read_rows(self.scale, start, stop)).reshape(-1, *self.grid)
 
 
 def _dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int], first: int, out: Tensor) -> None:
@@ -145,18 +140,20 @@ def fp8_weight(
 
     Raises: CheckpointError when there are no scales, or they do not fit.
     """
-    name = _scale_name(stored, entry.name)
+    name = scale_name(stored, entry.name)
     scale = stored.entries.get(name)
     if scale is None:
         raise CheckpointError(
             f"{entry.path}: tensor {entry.name} is {entry.dtype} without scales: {name} is missing. {ADVICE}"
         )
     if len(entry.shape) not in (2, 3) or 0 in entry.shape:
-        raise CheckpointError(f"{entry.path}: tensor {entry.name} is FP8 {list(entry.shape)}, expected a matrix.")
-    found = _block_of(entry.shape, scale, block, is_turned)
+        raise CheckpointError(
+            f"{entry.path}: tensor {entry.name} is FP8 {list(entry.shape)}, expected a matrix. {ADVICE}"
+        )
+    found = block_of(entry.shape, scale, block, is_turned)
     if found is None or scale.dtype not in SCALE_DTYPES:
         expected = (
-            f"one scale per block of {list(block)}: {[*entry.shape[:-2], *_grid(entry.shape, block)]}"
+            f"one scale per block of {list(block)}: {[*entry.shape[:-2], *grid_of(entry.shape, block)]}"
             if block
             else f"one scale for the FP8 weight {list(entry.shape)} or for each of its rows"
         )
@@ -164,48 +161,8 @@ def fp8_weight(
             f"{scale.path}: tensor {name} is {scale.dtype} {list(scale.shape)}, expected {expected}. {ADVICE}"
         )
     return Fp8Weight(
-        entry=replace(entry, dtype=torch.bfloat16), scale=name, block=found, grid=_grid(entry.shape, found)
+        entry=replace(entry, dtype=torch.bfloat16), scale=name, block=found, grid=grid_of(entry.shape, found)
     )
-
-
-def _block_of(
-    shape: tuple[int, ...], scale: TensorEntry, block: tuple[int, int] | None, is_turned: bool
-) -> tuple[int, int] | None:
-    """Rows and columns that share a scale, by the shape of the scales; None where they fit nothing."""
-    *experts, num_rows, num_columns = shape
-    whole, per_row, per_column = (num_rows, num_columns), (1, num_columns), (num_rows, 1)
-    if block and scale.shape == (*experts, *_grid(shape, block)):
-        return block
-    if scale.dtype in POWERS_OF_TWO and scale.shape == (*experts, *_grid(shape, MX_BLOCK)):
-        return MX_BLOCK
-    if block and _grid(shape, block) != (1, 1):
-        return None
-    if math.prod(scale.shape) == 1 or (experts and scale.shape in _with_ones(experts)):
-        return whole
-    if experts and scale.shape == (*experts, 1, num_columns):
-        return per_column
-    if experts and is_turned:
-        return per_column if scale.shape == (*experts, num_columns, 1) else None
-    return per_row if scale.shape in ((*experts, num_rows, 1), (*experts, num_rows)) else None
-
-
-def _with_ones(experts: list[int]) -> tuple[tuple[int, ...], ...]:
-    return (*experts,), (*experts, 1), (*experts, 1, 1)
-
-
-def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
-    return -(-shape[-2] // block[0]), -(-shape[-1] // block[1])
-
-
-def _scale_name(stored: TensorSource, name: str) -> str:
-    """Of the scales of a weight; the usual one where there are none."""
-    candidates = [f"{name}{suffix}" for suffix in SCALE_SUFFIXES]
-    candidates += [f"{name.removesuffix('.weight')}{last}" for last in SCALE_NAMES]
-    return next((candidate for candidate in candidates if candidate in stored.entries), candidates[0])
-
-
-def _numbers(scale: Tensor) -> Tensor:
-    return (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
 
 
 def _is_block(block: object) -> bool:

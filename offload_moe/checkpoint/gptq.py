@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from offload_moe.checkpoint.header import TensorEntry
-from offload_moe.checkpoint.packed import ADVICE, check_fit, find_parts, finite, made_of, unpack
+from offload_moe.checkpoint.packed import ADVICE, DAMAGED, check_fit, find_parts, finite, made_of, unpack
 from offload_moe.checkpoint.tensors import DequantizedTensors, TensorSource
 from offload_moe.errors import CheckpointError
 
@@ -25,7 +25,7 @@ AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where each output's code is in a word
 
 def gptq(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTensors:
     """GPTQ with or without reordered inputs. Raises: CheckpointError for other layouts of its tensors."""
-    layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+    layout = str(settings.get("checkpoint_format") or settings.get("format") or "gptq").lower()
     if settings.get("is_marlin_format"):
         layout = "marlin"
     if layout not in ZERO_OFFSETS:
@@ -83,7 +83,7 @@ class GptqWeight:
         groups = named[0].long() if named else torch.arange(num_inputs) // (num_inputs // len(scales))
         if not 0 <= groups.min() <= groups.max() < len(scales):
             raise CheckpointError(
-                f"{self.entry.path}: tensor {self.ingredients[3]} names GPTQ groups that are not there. {ADVICE}"
+                f"{self.entry.path}: tensor {self.ingredients[3]} names GPTQ groups that are not there. {DAMAGED}"
             )
         codes = unpack(words.T[start:stop], self.bits).int()
         zeros = (unpack(zero_words, self.bits).int() + self.zero_offset) & ((1 << self.bits) - 1)
@@ -131,7 +131,7 @@ def gptq_weight(stored: TensorSource, prefix: str, zero_offset: int, is_reordere
     fits = bits in GPTQ_BITS and num_inputs * bits == words.shape[0] * 32 and zeros.dtype == torch.int32
     fits = fits and scales.shape[1] == num_rows and zeros.shape[0] == num_groups > 0
     if groups:
-        fits = fits and groups[0].shape == (num_inputs,) and groups[0].dtype == torch.int32
+        fits = fits and groups[0].shape == (num_inputs,) and groups[0].dtype in (torch.int32, torch.int64)
     else:
         fits = fits and num_inputs % num_groups == 0
     check_fit("GPTQ", parts, scales, fits)

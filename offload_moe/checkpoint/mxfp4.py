@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from offload_moe.checkpoint.header import TensorEntry
+from offload_moe.checkpoint.packed import ADVICE, DAMAGED
 from offload_moe.checkpoint.tensors import DequantizedTensors, TensorSource
 from offload_moe.errors import CheckpointError
 from offload_moe.quant.mxfp4 import BLOCK, NOT_A_NUMBER, mxfp4_values
@@ -56,7 +57,9 @@ class Mxfp4Weight:
         for expert in range(start, stop):
             blocks, scales = (stored.read_rows(part, expert, expert + 1)[0] for part in self.ingredients)
             if (scales == NOT_A_NUMBER).any():
-                raise CheckpointError(f"{self.entry.path}: tensor {self.entry.name}{SCALES} has NaN scales.")
+                raise CheckpointError(
+                    f"{self.entry.path}: tensor {self.entry.name}{SCALES} has NaN scales (MXFP4). {DAMAGED}"
+                )
             for row in range(0, len(scales), ROWS):  # what is in work fits into a cache
                 rows = slice(row, row + ROWS)
                 values[expert - start, :, rows] = mxfp4_values(blocks[rows].flatten(1), scales[rows]).T
@@ -78,7 +81,7 @@ class PackedRows:
         """bf16. Raises: CheckpointError for a scale that is no number."""
         codes, scales = (stored.read_rows(name, start, stop).view(torch.uint8) for name in self.ingredients)
         if (scales == NOT_A_NUMBER).any():
-            raise CheckpointError(f"{self.entry.path}: tensor {self.ingredients[1]} has NaN scales.")
+            raise CheckpointError(f"{self.entry.path}: tensor {self.ingredients[1]} has NaN scales (MXFP4). {DAMAGED}")
         return mxfp4_values(codes, scales).to(torch.bfloat16)
 
 
@@ -90,7 +93,7 @@ def packed_rows(stored: TensorSource, codes_name: str, scales_name: str, name: s
     if scales is None or not expected or scales.dtype not in BYTES or scales.shape != expected or 0 in expected:
         raise CheckpointError(
             f"{codes.path}: tensor {codes_name} is {codes.dtype} {list(codes.shape)}, which can be read as MXFP4 with "
-            f"one byte per 32 weights in {scales_name}; that is {found}. Use a version of the model in bf16 or FP8."
+            f"one byte per 32 weights in {scales_name}; that is {found}. {ADVICE}"
         )
     shape = (codes.shape[0], codes.shape[1] * 2)
     return PackedRows(
@@ -103,15 +106,18 @@ def _recipe(stored: TensorSource, blocks: TensorEntry) -> Mxfp4Weight:
     name = blocks.name.removesuffix(BLOCKS)
     scales = stored.entries.get(name + SCALES)
     if scales is None:
-        raise CheckpointError(f"{blocks.path}: tensor {blocks.name} has no scales: {name + SCALES} is missing.")
+        raise CheckpointError(
+            f"{blocks.path}: tensor {blocks.name} has no scales (MXFP4): {name + SCALES} is missing. {DAMAGED}"
+        )
     if len(blocks.shape) != 4 or blocks.shape[3] != BLOCK_BYTES or 0 in blocks.shape:
         raise CheckpointError(
-            f"{blocks.path}: tensor {blocks.name} is {list(blocks.shape)}, expected [experts, rows, groups, 16]."
+            f"{blocks.path}: tensor {blocks.name} (MXFP4) is {list(blocks.shape)}, expected "
+            f"[experts, rows, groups, 16]. {DAMAGED}"
         )
     if scales.shape != blocks.shape[:3] or scales.dtype != torch.uint8:
         raise CheckpointError(
             f"{scales.path}: tensor {scales.name} is {scales.dtype} {list(scales.shape)}, expected one byte per group: "
-            f"{list(blocks.shape[:3])}."
+            f"{list(blocks.shape[:3])} (MXFP4). {DAMAGED}"
         )
     experts, rows, groups, _ = blocks.shape
     shape = (experts, groups * BLOCK, rows)

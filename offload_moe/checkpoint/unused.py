@@ -12,7 +12,7 @@ from offload_moe.errors import CheckpointError
 # AutoFP8; ModelOpt; Quark; transformers, integrations/fbgemm_fp8.py and finegrained_fp8.py.
 ROUNDED = ("input", "output", "activation", "kv", "k", "v", "q", "kv_cache", "prob", "prob_output", "softmax", "attn")
 KINDS = ("scale", "zero_point", "global_scale", "scale_ub", "scaling_factor")
-ACTIVATIONS = re.compile(rf"(?:.*[._])?(?:{'|'.join(ROUNDED)})_(?:{'|'.join(KINDS)})")
+ACTIVATIONS = re.compile(rf"(?:.*(?:\.|_proj_))?(?:{'|'.join(ROUNDED)})_(?:{'|'.join(KINDS)})")
 
 
 def with_a_meaning(stored: TensorSource, names: Iterable[str], *, may_read: bool) -> tuple[str, ...]:

@@ -107,7 +107,7 @@ SCALES = (
     ("kv_scale", "kv_cache_scaling_factor"),
     ("k_proj.k_scale", "v_proj.v_scale", "attn.k_scale", "k_zero_point"),
     ("k_proj.output_scale", "prob_output_scale", "q_proj.input_scale", "q_proj.input_zero_point"),
-    ("o_proj.input_scale_ub", "o_proj.activation_scale", "q_proj.input_global_scale"),
+    ("o_proj.input_scale_ub", "o_proj.activation_scale", "qkv_proj_input_scale"),
 )
 
 
@@ -127,7 +127,9 @@ def test_scales_of_the_cache_of_a_model_in_bf16(tmp_path: Path) -> None:
     assert_same_stores(quantize(plain, tmp_path / "b"), expected)
 
 
-@pytest.mark.parametrize("name", ["weight_scale", "x_scale", "k_scaled", "scale", "my.k_scale.weight"])
+@pytest.mark.parametrize(
+    "name", ["weight_scale", "x_scale", "layer_output_scale", "k_scaled", "scale", "my.k_scale.weight"]
+)
 def test_other_foreign_scales_are_refused(tmp_path: Path, name: str) -> None:
     fp8, _ = write_fp8_checkpoint(tmp_path)
     edit_tensors(fp8, lambda tensors: tensors | {f"model.layers.1.self_attn.{name}": torch.tensor(0.02)})

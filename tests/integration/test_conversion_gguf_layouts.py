@@ -243,3 +243,35 @@ def test_a_config_that_says_mxfp4_does_not_choose_the_codec_of_other_types(tmp_p
         edit_json(source / "config.json", quantization_config={"quant_method": "mxfp4"})
     assert_same_stores(quantize(source, tmp_path / "a"), quantize(plain, tmp_path / "b"))
     assert Store.open(tmp_path / "a").codec == "nf4"
+
+
+def test_keys_and_values_of_the_latent_of_two_types(tmp_path: Path) -> None:
+    original, _ = write_gguf(tmp_path, "deepseek_v3", Kind.F32)
+    folder = rewrite(original, tmp_path / "mixed", as_kinds(attn_v_b=Kind.Q8_0))
+    name = "model.layers.0.self_attn.kv_b_proj.weight"
+    with Checkpoint(original) as plain, Checkpoint(folder) as mixed:
+        config = mixed.model.config
+        sizes = [config.qk_nope_head_dim, config.v_head_dim]
+        heads = plain.dense_tensor(name).unflatten(0, (config.num_attention_heads, -1))
+        keys, values = heads.split(sizes, dim=1)
+        values = rounded(values.contiguous(), Kind.Q8_0).float()
+        expected = torch.cat([keys, values], dim=1).flatten(0, 1)
+        assert torch.equal(mixed.dense_tensor(name), expected)
+        assert not torch.equal(expected, plain.dense_tensor(name))
+
+
+def test_experts_of_gpt_oss_of_which_some_are_mxfp4(tmp_path: Path) -> None:
+    """Halves of two types are read as numbers, and so is the other matrix beside them."""
+    original, _ = write_gguf(tmp_path, "gpt_oss", Kind.F32)
+    kinds = as_kinds(ffn_gate_exps=Kind.MXFP4, ffn_up_exps=Kind.Q8_0, ffn_down_exps=Kind.MXFP4)
+    folder = rewrite(original, tmp_path / "mixed", kinds)
+    edit_json(folder / "config.json", quantization_config={"quant_method": "mxfp4"})
+    with Checkpoint(original) as plain, Checkpoint(folder) as mixed:
+        assert not mixed.is_mxfp4
+        exact, found = plain.expert(0, 1), mixed.expert(0, 1)
+        gate, up = (exact["gate_up_proj"][:, half::2].T.contiguous() for half in (0, 1))
+        parts = [rounded(gate, Kind.MXFP4), rounded(up, Kind.Q8_0)]
+        assert torch.equal(found["gate_up_proj"], torch.stack(parts, dim=1).flatten(0, 1).T)
+        down = exact["down_proj"].T.contiguous()
+        assert torch.equal(found["down_proj"], rounded(down, Kind.MXFP4).T)
+    assert Store.open(quantize(folder, tmp_path / "store")).codec == "nf4"

@@ -89,6 +89,7 @@ def test_damaged_parts(tmp_path: Path, method: str, part: str, value: torch.Tens
             r"\(sparse-24-bitmask\), of which .* Use a version",
         ),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "in the marlin layout; gptq and gptq_v2 .* Use"),
+        ({"quant_method": "gptq", "checkpoint_format": ["x"]}, r"in the \['x'\] layout; gptq and gptq_v2 .* Use"),
         ({"quant_method": "gptq", "is_marlin_format": True}, "in the marlin layout; gptq and gptq_v2 .* Use"),
         ({"quant_method": "gptq", "format": "gptq_p", "bits": 3}, "in the gptq_p layout; gptq and gptq_v2 .* Use"),
         ({"quant_method": "auto-round", "packing_format": "mlx"}, "AutoRound in the mlx layout, .* Use a version"),
