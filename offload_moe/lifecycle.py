@@ -87,7 +87,7 @@ class Lifecycle:
         with self._changed:
             self._ended = self._ended or CLOSED
             self._release = release
-            while self._passes and threading.get_ident() not in self._passes:
+            while self._passes and self._ended != EXITING and threading.get_ident() not in self._passes:
                 self._changed.wait(_STEP_S)
         self._release_when_idle()
 

@@ -8,10 +8,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from offload_moe.convert.quantize import quantize
 from torch import Tensor
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
+from offload_moe.convert.quantize import quantize
 from offload_moe.errors import CheckpointError
 from offload_moe.store import Store
 from tests.support.gguf_files import write_gguf

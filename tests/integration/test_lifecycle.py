@@ -11,13 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from offload_moe.convert.quantize import quantize
 from support.chat import chat_store
 from support.models import open_model
 from support.tiny_models import FAMILIES, tiny_model
 
 from offload_moe import load
 from offload_moe import model as model_module
+from offload_moe.convert.quantize import quantize
 from offload_moe.errors import ModelClosed, OffloadMoeError
 from offload_moe.model import Model
 
