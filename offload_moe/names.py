@@ -49,13 +49,10 @@ def resolve(name: str | Path, cache: Path | None = None) -> Path:
 
     Raises: StoreError when several stores begin like that.
     """
-    path = Path(name).expanduser()
-    if path.exists() or path.name != str(name) or path.name in ("", "..", DEMO):
+    path = resolve_whole(name, cache)
+    if path.exists() or not _is_name(name):
         return path
     root = cache_dir() if cache is None else cache
-    for folder in (STORES, DEMOS):
-        if (root / folder / path.name).is_dir():
-            return root / folder / path.name
     for folder in (STORES, DEMOS):
         found = [entry for entry in _entries(root / folder) if entry.startswith(path.name)]
         if len(found) == 1:
@@ -63,6 +60,22 @@ def resolve(name: str | Path, cache: Path | None = None) -> Path:
         if found:
             raise StoreError(f"{name} could be any of: {_list(found)}. Write more of the name.")
     return path
+
+
+def resolve_whole(name: str | Path, cache: Path | None = None) -> Path:
+    """As `resolve`, of a name that is whole, as a store has it of its source."""
+    path = Path(name).expanduser()
+    if path.exists() or not _is_name(name):
+        return path
+    root = cache_dir() if cache is None else cache
+    entries = (root / folder / path.name for folder in (STORES, DEMOS))
+    return next((entry for entry in entries if entry.is_dir()), path)
+
+
+def _is_name(name: str | Path) -> bool:
+    """Whether it may be of an entry of the cache folder: no path, and not the demo."""
+    path = Path(name)
+    return path.name == str(name) and path.name not in ("", "..", DEMO)
 
 
 def check_model(name: str | Path, revision: str | None = None) -> None:

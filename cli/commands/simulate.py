@@ -8,7 +8,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.names import check_model
 from offload_moe.sizes import format_size, parse_size
 
-from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_common_flags, policy_name
+from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_common_flags, context_tokens, policy_name
 from ..progress import reporter
 from ..terminal import console
 
@@ -46,7 +46,9 @@ def add_parser(subparsers: Subparsers) -> None:
     group.add_argument("--prompt-tokens", type=int, metavar="N", help="tokens of each prompt")
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens that are decoded")
     group = parser.add_argument_group("runtime")
-    group.add_argument("--context", type=int, metavar="TOKENS", help="tokens of the conversation (default: 8192)")
+    group.add_argument(
+        "--context", type=context_tokens, metavar="TOKENS", help="tokens of the conversation (default: 8192)"
+    )
     group.add_argument("--policy", type=policy_name, metavar="NAME", help="which experts to keep, such as lru")
     group.add_argument("--no-prefetch", action="store_true", help="without lookahead")
     group.add_argument("--codec", choices=CODECS, help=f"{CODEC_HELP}; a store has its own")

@@ -70,9 +70,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _source(store: "Store", named: str | None) -> "Path | str | None":
     """Where to repair from: what is named, or else the store's source, where that is in the cache, as the demo is."""
-    from offload_moe.names import resolve
+    from offload_moe.names import resolve_whole
 
-    folder = resolve(named or store.source)
+    folder = resolve_whole(named or store.source)
     return folder if folder.is_dir() else named
 
 

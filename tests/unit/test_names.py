@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from offload_moe.errors import CheckpointError, ConfigError, OffloadMoeError, StoreError
-from offload_moe.names import check_installed, check_model, choice, hub_name, resolve
+from offload_moe.names import check_installed, check_model, choice, hub_name, resolve, resolve_whole
 from offload_moe.simulate.hardware import CARDS, card_named
 from offload_moe.sources import ensure_store, find_source, silent
 from offload_moe.stores import find, resolve_installed
@@ -72,6 +72,8 @@ def test_the_beginning_of_one_name_will_do(cache: Path) -> None:
     with pytest.raises(StoreError, match=r"could be any of: Mixtral-8x7B-int8-bf16-bb, Mixtral-8x7B-nf4-bf16-aa\."):
         resolve("Mixtral")
     assert resolve("tral-8x7B") == Path("tral-8x7B")
+    assert resolve_whole("OLM") == Path("OLM")
+    assert resolve_whole(STORES[0]) == cache / "stores" / STORES[0]
 
 
 @pytest.mark.parametrize(
