@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import json
+import math
 import mmap
 import os
 import platform
@@ -137,9 +138,17 @@ def machine() -> dict[str, Any]:
 
 
 def finish(document: Mapping[str, Any]) -> None:
-    """Print the result as the last line of stdout."""
+    """Print the result as the last line of stdout; what is infinite or not a number is null, which JSON knows."""
     sys.stdout.flush()
-    print(json.dumps({**document, "machine": machine()}))
+    print(json.dumps(_as_json({**document, "machine": machine()}), allow_nan=False))
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _as_json(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cpu_name() -> str:
