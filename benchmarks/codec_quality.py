@@ -1,6 +1,6 @@
-"""Perplexity of the demo model per codec, with exact and with int8 activations: what speed costs in quality.
+"""Perplexity of the demo, or of another model, per codec, with exact and with int8 activations: what speed costs.
 
-    python benchmarks/codec_quality.py [--tokens 2048] [--length 256]
+    python benchmarks/codec_quality.py [MODEL] [--tokens 2048] [--length 256]
 
 Texts come with Python: language reference topics, which the demo's calibration did not see. The prompt's path is
 measured (chunks of `--length` tokens at once); experts in bf16 give eager's own numbers. The last line of stdout is
@@ -52,6 +52,7 @@ def perplexity(hf: Any, ids: Any) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="demo", help="a checkpoint with a tokenizer, or a hub id")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--length", type=int, default=256)
     options = parser.parse_args()
@@ -60,7 +61,7 @@ def main() -> None:
     rows = []
     ids = None
     for codec, dense_codec, is_exact in CANDIDATES:
-        with load("demo", codec=codec, dense_codec=dense_codec, exact=is_exact) as model:
+        with load(options.model, codec=codec, dense_codec=dense_codec, exact=is_exact) as model:
             if ids is None:
                 ids = chunks(model.tokenizer, options.tokens, options.length)
             row = {
@@ -73,7 +74,8 @@ def main() -> None:
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
     assert ids is not None
-    finish({"benchmark": "codec_quality", "tokens": ids.numel(), "length": options.length, "rows": rows})
+    names = {"model": options.model, "length": options.length}
+    finish({"benchmark": "codec_quality", **names, "tokens": ids.numel(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Files are made in SCRATCH with random weights when they are not there yet. Proce
 cores as threads; a trial is the last of two runs in a process, and the ratio is taken trial by trial.
 `--transformers` adds transformers in bf16 and with bitsandbytes' 4-bit linears on a checkpoint of the same shape;
 `--layers` makes every model that much shorter, where the whole one in bf16 does not fit. The last line of stdout is
-one JSON document.
+one JSON document. Without llama.cpp (`pip install xllamacpp`) its columns are missing.
 
 On a machine that is busy with other work, wall-clock rates of spinning thread pools mean little; CPU milliseconds per
 token with `--threads 1` still do.
@@ -15,23 +15,14 @@ token with `--threads 1` still do.
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from harness import alternate, finish, paired_ratio, run_json, spread
+from harness import HERE, alternate, finish, has_llamacpp, make, paired_ratio, run_json, spread
 
-HERE = Path(__file__).parent
+LLAMA = "llama.cpp"
 DISTINCT = ("distinct_experts_per_layer", "distinct_if_spread_evenly")
-
-
-def make(script: str, config: Path, target: Path, *arguments: str) -> None:
-    """Run one of the makers, unless its result is there."""
-    if not target.exists():
-        part = target.with_name(f"{target.name}.part")
-        subprocess.run([sys.executable, str(HERE / script), str(config), str(part), *arguments], check=True)
-        part.rename(target)
 
 
 def ensure_files(options: argparse.Namespace) -> dict[str, list[str]]:
@@ -43,11 +34,10 @@ def ensure_files(options: argparse.Namespace) -> dict[str, list[str]]:
         config.write_text(json.dumps(shorter))
     store, gguf, checkpoint = (options.folder / f"{config.stem}{end}" for end in ("-store", ".gguf", "-bf16"))
     make("synthesize.py", config, store)
-    make("peers/make_random_gguf.py", config, gguf)
-    commands = {
-        "offload_moe": [str(HERE / "run_store.py"), str(store)],
-        "llama.cpp": [str(HERE / "peers/run_llamacpp.py"), str(gguf)],
-    }
+    commands = {"offload_moe": [str(HERE / "run_store.py"), str(store)]}
+    if has_llamacpp():
+        make("peers/make_random_gguf.py", config, gguf)
+        commands[LLAMA] = [str(HERE / "peers/run_llamacpp.py"), str(gguf)]
     if options.transformers:
         make("peers/make_random_checkpoint.py", config, checkpoint)
         peer = [str(HERE / "peers/run_transformers.py"), str(checkpoint)]
@@ -94,8 +84,8 @@ def main() -> None:
             "decode_tokens_per_s": {name: spread(values) for name, values in decodes.items()},
             "prompt_tokens_per_s": {name: spread(values) for name, values in prompts.items()},
             "decode_ratios": {f"vs {name}": paired_ratio(decodes, "offload_moe", name) for name in peers},
-            "decode_cpu_ms": {name: spread(cpu[name]) for name in ("offload_moe", "llama.cpp")},
-            "decode_cpu_ratio_llamacpp_over_ours": paired_ratio(cpu, "llama.cpp", "offload_moe"),
+            "decode_cpu_ms": {name: spread(cpu[name]) for name in ("offload_moe", LLAMA) if name in cpu},
+            "decode_cpu_ratio_llamacpp_over_ours": paired_ratio(cpu, LLAMA, "offload_moe") if LLAMA in cpu else None,
             "prompt_ratios": {f"vs {name}": paired_ratio(prompts, "offload_moe", name) for name in peers},
             "offload_moe": {
                 name: spread([float(each[name]) for each in documents["offload_moe"]])

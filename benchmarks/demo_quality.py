@@ -1,6 +1,6 @@
 """What the split costs: the demo Mixture of Experts against its dense origin, on text that calibration did not see.
 
-    python benchmarks/demo_quality.py [--rebuild FOLDER] [--sequences N]
+    python benchmarks/demo_quality.py [--rebuild FOLDER] [--sequences N] [--dense FOLDER --mixture FOLDER]
 
 Texts: `pydoc` (language reference topics), `docstrings`, `code` and `licence` come with Python; `prose` and `chat`
 are `benchmarks/heldout.txt`. Sequences are as long as the calibration's. The last line of stdout is one JSON
@@ -9,9 +9,7 @@ document.
 
 import argparse
 import inspect
-import json
 import math
-import platform
 import sys
 import sysconfig
 import time
@@ -22,12 +20,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from harness import finish
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from offload_moe import paths
 from offload_moe.demo import checkpoint
-from offload_moe.demo.dense import DenseModel
+from offload_moe.demo.dense import DenseModel, read_safetensors
 from offload_moe.demo.source import fetch_dense
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -117,9 +116,17 @@ def say(message: str, share: float = 0.0) -> None:
     print(f"{100 * share:3.0f}% {message}", file=sys.stderr)
 
 
-def measure(rebuild: Path | None, limit: int) -> dict[str, Any]:
+def pair(options: argparse.Namespace) -> tuple[DenseModel, Path, float | None]:
+    """The dense origin, the folder of the mixture, and the seconds that building it took."""
+    if options.dense is not None:
+        return read_safetensors(options.dense), options.mixture, None
+    rebuild: Path | None = options.rebuild
     folder, build_s = timed(lambda: checkpoint(progress=say, cache_dir=rebuild))
     dense = fetch_dense((rebuild or paths.cache_dir()) / "downloads", lambda share: None)
+    return dense, folder, build_s if rebuild else None
+
+
+def measure(dense: DenseModel, folder: Path, limit: int) -> dict[str, Any]:
     ids = sequences(dense, limit)
     config = LlamaConfig(**dense.config)
     origin = LlamaForCausalLM(config).eval()
@@ -146,8 +153,7 @@ def measure(rebuild: Path | None, limit: int) -> dict[str, Any]:
         "num_experts": moe.num_experts,
         "top_k": moe.num_experts_per_tok,
         **routing(mixture.to(torch.bfloat16), everything),
-        "build_s": build_s if rebuild else None,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -155,8 +161,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rebuild", type=Path, metavar="FOLDER", help="build into this empty cache folder and time it")
     parser.add_argument("--sequences", type=int, default=6, help="sequences of each kind of text (default: 6)")
-    arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.rebuild, arguments.sequences)))
+    parser.add_argument("--dense", type=Path, metavar="FOLDER", help="another dense Llama than the demo's origin")
+    parser.add_argument("--mixture", type=Path, metavar="FOLDER", help="the Qwen2-MoE checkpoint made of it")
+    options = parser.parse_args()
+    if (options.dense is None) != (options.mixture is None):
+        parser.error("--dense and --mixture go together")
+    dense, folder, build_s = pair(options)
+    finish({"benchmark": "demo_quality", **measure(dense, folder, options.sequences), "build_s": build_s})
 
 
 if __name__ == "__main__":

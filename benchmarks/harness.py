@@ -1,7 +1,9 @@
 """What every benchmark shares: alternated trials, medians with their spread, the machine, one JSON line at the end."""
 
 import argparse
+import ctypes
 import json
+import math
 import mmap
 import os
 import platform
@@ -14,12 +16,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+HERE = Path(__file__).parent
 PACKAGES = ("torch", "transformers", "bitsandbytes", "numpy")
+# Hot on purpose: with random weights, greedy decoding repeats one token and so one set of experts.
+HOT_SAMPLING: dict[str, Any] = {"temperature": 50.0, "top_k": 0, "top_p": 1.0}
+CGROUP = Path("/sys/fs/cgroup/memory")  # version 1, whose limit counts the page cache too
 
 
 def alternate(
@@ -61,10 +68,46 @@ def bind_to_cores(num_cores: int) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num_cores])
 
 
-def read_bytes() -> int:
-    """What this process has read from disk so far."""
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
+def io_bytes() -> dict[str, int]:
+    """What this process has read from disk and written to it so far."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return {"from_disk": int(fields["read_bytes"]), "to_disk": int(fields["write_bytes"])}
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process now."""
+    return _status_bytes("VmRSS")
+
+
+def peak_rss_bytes() -> int:
+    """Of this process alone: unlike `ru_maxrss`, the high-water mark starts anew with the program."""
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
+
+
+def prompt_ids(seed: int, num_tokens: int) -> list[int]:
+    """The prompt that every engine reads, for vocabularies of more than 20,300 tokens."""
+    return [(index * 37 + seed * 101) % 20000 + 300 for index in range(num_tokens)]
+
+
+def make(script: str, config: Path, target: Path, *arguments: str) -> None:
+    """Run one of the makers, unless its result is there."""
+    if not target.exists():
+        part = target.with_name(f"{target.name}.part")
+        run_json([sys.executable, str(HERE / script), str(config), str(part), *arguments], timeout_s=None)
+        part.rename(target)
+
+
+def has_llamacpp() -> bool:
+    """Whether the peer is installed; says so where it is not."""
+    is_here = find_spec("xllamacpp") is not None
+    if not is_here:
+        print("llama.cpp is not here, so it is left out: pip install xllamacpp", file=sys.stderr)
+    return is_here
 
 
 def runner_arguments(description: str) -> argparse.ArgumentParser:
@@ -86,6 +129,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cores": psutil.cpu_count(logical=True),
+        "instruction_set": _instruction_set(),
         "ram_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "python": platform.python_version(),
         "commit": _commit(),
@@ -94,9 +138,17 @@ def machine() -> dict[str, Any]:
 
 
 def finish(document: Mapping[str, Any]) -> None:
-    """Print the result as the last line of stdout."""
+    """Print the result as the last line of stdout; what is infinite or not a number is null, which JSON knows."""
     sys.stdout.flush()
-    print(json.dumps({**document, "machine": machine()}))
+    print(json.dumps(_as_json({**document, "machine": machine()}), allow_nan=False))
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _as_json(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cpu_name() -> str:
@@ -108,15 +160,35 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
+def _instruction_set() -> str | None:
+    """What the native kernels use here; None where they are not built. Imports no torch, for a peer has none."""
+    from offload_moe.native import load_library
+
+    library, _ = load_library()
+    if library is None:
+        return None
+    library.om_select(os.environ.get("OFFLOAD_MOE_KERNEL", "").encode())  # as every process that we started did
+    library.om_active_name.restype = ctypes.c_char_p
+    return str(library.om_active_name().decode())
+
+
 def _commit() -> str:
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     return run.stdout.strip() or "unknown"
 
 
-def run_json(command: Sequence[str], *, memory_limit: int | None = None, timeout_s: float = 1800) -> dict[str, Any]:
-    """Run a benchmark process, optionally in a memory cgroup of its own (needs root), and read its last line.
+def can_limit_memory() -> bool:
+    """Whether `run_json` can put a process into a memory cgroup of its own, which needs root; says so if not."""
+    can = os.access(CGROUP / "memory.limit_in_bytes", os.R_OK) and os.access(CGROUP, os.W_OK)
+    if not can:
+        print(f"{CGROUP} cannot be written, so the memory limit is not enforced: cgroup v1 and root", file=sys.stderr)
+    return can
+
+
+def run_json(
+    command: Sequence[str], *, memory_limit: int | None = None, timeout_s: float | None = 1800
+) -> dict[str, Any]:
+    """Run a benchmark process, optionally in a memory cgroup of its own, and read its last line; the machine is ours.
 
     Raises: RuntimeError with the end of stderr when it failed.
     """
@@ -129,16 +201,18 @@ def run_json(command: Sequence[str], *, memory_limit: int | None = None, timeout
         run = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, preexec_fn=enter)
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} exited with {run.returncode}: {run.stderr[-2000:]}")
-    return dict(json.loads(run.stdout.strip().splitlines()[-1]))
+    document = dict(json.loads(run.stdout.strip().splitlines()[-1]))
+    document.pop("machine", None)
+    return document
 
 
 @contextmanager
 def _memory_group(limit: int | None) -> Iterator[Path | None]:
-    """A cgroup v1 whose limit counts the page cache too, so that a file larger than memory really is."""
+    """A cgroup whose limit counts the page cache too, so that a file larger than memory really is."""
     if limit is None:
         yield None
         return
-    group = Path("/sys/fs/cgroup/memory") / f"offload_moe_{os.getpid()}"
+    group = CGROUP / f"offload_moe_{os.getpid()}"
     group.mkdir()
     try:
         (group / "memory.limit_in_bytes").write_text(str(limit))

@@ -85,7 +85,7 @@ class CodecBench:
         self._records = [self._arena.slot(index) for index in range(NUM_MATRICES)]
         for slot in self._records:
             slot[: record.numel()] = record
-        self._cached_rows = max(8, CACHED_BYTES * rows // record.numel())
+        self._cached_rows = min(rows, max(8, CACHED_BYTES * rows // record.numel()))
         self._cached_kernel, self._cached = self._encode(self._weight[: self._cached_rows])
 
     def _encode(self, weight: Tensor) -> tuple[kernels.LinearKernel, Tensor]:

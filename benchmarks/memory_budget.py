@@ -13,29 +13,33 @@ cgroup (v1, needs root; null without). The last line of stdout is one JSON docum
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from harness import finish, forget_cached, run_json
+from harness import (
+    CGROUP,
+    HERE,
+    HOT_SAMPLING,
+    can_limit_memory,
+    finish,
+    forget_cached,
+    make,
+    peak_rss_bytes,
+    rss_bytes,
+    run_json,
+)
 
-HERE = Path(__file__).parent
 SAMPLES = 40  # of RSS during one answer
-
-
-def status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) * 1024
 
 
 def charged_cache_bytes() -> int | None:
     """Page cache that the kernel counts against this process's memory cgroup."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        statistics = Path("/sys/fs/cgroup/memory") / path.lstrip("/") / "memory.stat"
+        statistics = CGROUP / path.lstrip("/") / "memory.stat"
         if controllers == "memory" and statistics.exists():
             values = dict(pair.split() for pair in statistics.read_text().splitlines())
             return int(values["cache"])
@@ -55,13 +59,13 @@ def answer(store: str, ram: int, num_tokens: int, num_prompt: int) -> dict[str, 
     model.hf.config.max_position_embeddings = max(num_tokens, model.hf.config.max_position_embeddings)
     ids = torch.arange(300, 300 + num_prompt)[None]
     num_new = num_tokens - num_prompt
-    sampling = {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "seed": 0, "max_new_tokens": num_new}
+    sampling = HOT_SAMPLING | {"seed": 0, "max_new_tokens": num_new}
     rss: list[tuple[int, int, int]] = []  # the token it was sampled at, and the slots there were
     began = time.perf_counter()
     with stream_tokens(model.hf, None, ids, **sampling) as tokens:
         for number, _ in enumerate(tokens):
             if number % max(1, num_new // SAMPLES) == 0:
-                rss.append((status_bytes("VmRSS"), number, model._hierarchy.num_slots("ram")))
+                rss.append((rss_bytes(), number, model._hierarchy.num_slots("ram")))
     seconds = time.perf_counter() - began
     quarter = len(rss) // 4
     early, late = max(rss[quarter : 2 * quarter]), max(rss[-quarter:])
@@ -70,7 +74,7 @@ def answer(store: str, ram: int, num_tokens: int, num_prompt: int) -> dict[str, 
     result = {
         "budget_bytes": ram,
         "num_prompt_tokens": num_prompt,
-        "peak_rss_bytes": status_bytes("VmHWM"),
+        "peak_rss_bytes": peak_rss_bytes(),
         "growth_bytes": late[0] - early[0] - per_token * (late[1] - early[1]) - slot_bytes * (late[2] - early[2]),
         "charged_page_cache_bytes": charged_cache_bytes(),
         "num_planned_slots": model.placement.ram.num_slots,
@@ -94,18 +98,17 @@ def main() -> None:
     parser.add_argument("--one", help="measure this store at the first budget and prompt, in this process")
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(answer(options.one, options.budgets[0], options.tokens, options.prompts[0])))
+        finish(answer(options.one, options.budgets[0], options.tokens, options.prompts[0]))
         return
     store = options.folder / f"{options.config.stem}-{options.layers}-layers"
-    if not (store / "store.json").exists():
-        made = [sys.executable, str(HERE / "synthesize.py"), str(options.config), str(store)]
-        subprocess.run([*made, "--layers", str(options.layers)], check=True)
+    make("synthesize.py", options.config, store, "--layers", str(options.layers))
+    limit = options.group_limit if can_limit_memory() else None
     results = []
     for prompt, budget in product(options.prompts, options.budgets):
         forget_cached(store)
         command = [sys.executable, __file__, "--folder", str(options.folder), "--one", str(store)]
         command += ["--tokens", str(options.tokens), "--budgets", str(budget), "--prompts", str(prompt)]
-        results.append(run_json(command, memory_limit=options.group_limit))
+        results.append(run_json(command, memory_limit=limit))
         print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     finish(
         {

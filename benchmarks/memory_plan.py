@@ -9,7 +9,7 @@ import argparse
 import sys
 from typing import Any
 
-from harness import finish, machine, run_json
+from harness import finish, run_json
 
 from offload_moe.sizes import format_size, parse_size
 
@@ -62,7 +62,7 @@ def main() -> None:
                 f"ratio {found['ratio']:.3f}, {found['num_slots']} slots",
                 file=sys.stderr,
             )
-    finish({"benchmark": "memory_plan", "source": options.source, "machine": machine(), "results": results})
+    finish({"benchmark": "memory_plan", "source": options.source, "results": results})
 
 
 if __name__ == "__main__":

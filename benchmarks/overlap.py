@@ -1,6 +1,7 @@
 """Do copies hide behind compute? Simulated link, real CPU compute, against the bounds that no scheduler can beat.
 
     python benchmarks/overlap.py [--rates 1 2 4 8 16 25] [--tokens N] [--trials N] [--threads N]
+        [--hidden N --intermediate N]
 
 A random model with a dominant residual stream (so that routers can be asked ahead) runs its experts with the native
 kernel out of the memory of a simulated accelerator. The link takes bytes / rate for a record, moves none and needs no
@@ -28,8 +29,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness import finish, pin_threads
+from overlap_link import AlwaysOn, SameRecord, silent_link
 
-LAYERS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 6, 32, 8, 2048, 1024  # experts as large as OLMoE's
+LAYERS, EXPERTS, TOP_K = 6, 32, 8
 SHARE_RESIDENT = 0.375
 MATRICES = 3  # of an expert: parts that could be computed one by one
 PROMPT_TOKENS = 48
@@ -50,7 +52,7 @@ def main() -> None:
     wake_on_time()
     torch.set_num_threads(options.threads)
     kernels.set_threads(options.threads, pinned_to_cores=options.pinned)
-    model = random_model()
+    model = random_model(options.hidden, options.intermediate)
     rows = [measure(model, rate, options) for rate in options.rates]
     crossing = statistics.median(row["rate_of_balance_gb_per_s"] for row in rows)
     print(f"compute equals transfer at {crossing:.2f} GB/s")
@@ -72,6 +74,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="leave a core to the link: a real one needs none")
     parser.add_argument("--pinned", action="store_true", help="on a machine that nothing else uses")
+    parser.add_argument("--hidden", type=int, default=2048, help="experts are as large as OLMoE's")
+    parser.add_argument("--intermediate", type=int, default=1024)
     return parser.parse_args()
 
 
@@ -84,7 +88,7 @@ class RandomModel:
     record: Any
 
 
-def random_model() -> RandomModel:
+def random_model(hidden: int, intermediate: int) -> RandomModel:
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -95,8 +99,8 @@ def random_model() -> RandomModel:
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=512,
-        hidden_size=HIDDEN,
-        moe_intermediate_size=INTERMEDIATE,
+        hidden_size=hidden,
+        moe_intermediate_size=intermediate,
         num_hidden_layers=LAYERS,
         num_experts=EXPERTS,
         num_experts_per_tok=TOP_K,
@@ -264,87 +268,6 @@ def decode(rigs: dict[str, Rig], ids: Sequence[int]) -> dict[str, float]:
         for name, rig in rigs.items():
             seconds[name] += rig.step(token)
     return seconds
-
-
-class AlwaysOn:
-    """A governor that does not govern: the bound is for prefetch as it is asked for."""
-
-    def begin_token(self) -> bool:
-        return True
-
-    def pause(self) -> None: ...
-
-
-class SameRecord:
-    """A RAM tier whose every record is the same, and already there when it is asked for."""
-
-    def __init__(self, arena: Any, record: Any) -> None:
-        from offload_moe.tiers.workers import TransferWorkers
-
-        self._arena, self._record = arena, record
-        self._workers = TransferWorkers(1, "same-record")
-
-    def start(self, key: int, slot: int, arrived: Any, *, is_prefetch: bool = False) -> None:
-        self._workers.submit(slot, [lambda: arrived(slot, self._record.numel(), None)], is_prefetch=is_prefetch)
-
-    def hurry(self, slot: int) -> None: ...
-
-    def cancel(self, slot: int) -> bool:
-        return False
-
-    def used(self, slots: Sequence[int]) -> None: ...
-
-    def close(self) -> None:
-        self._workers.close()
-
-
-def silent_link(bytes_per_s: float) -> Any:
-    """A simulated copier whose link takes the time of every byte, and neither moves one nor needs a thread for it."""
-    from offload_moe.tiers.simulated import SimulatedCopier
-
-    class TimedStream:
-        """Copies one behind the other; `free_at` is when the last one is done."""
-
-        stream_id = 1
-        free_at = 0.0
-
-        def wait_event(self, event: "TimedEvent") -> None: ...  # of compute that was done when its call returned
-
-        def close(self) -> None: ...
-
-        def __enter__(self) -> "TimedStream":
-            return self
-
-        def __exit__(self, *exception: object) -> None: ...
-
-    class TimedEvent:
-        at = 0.0
-
-        def record(self, stream: Any) -> None:
-            self.at = getattr(stream, "free_at", 0.0)
-
-        def synchronize(self, limit_s: float | None = None) -> None:
-            while (left := self.at - time.perf_counter()) > 0:
-                time.sleep(left)
-
-    class SilentLink(SimulatedCopier):
-        def new_stream(self) -> Any:
-            return TimedStream()
-
-        def new_event(self) -> Any:
-            return TimedEvent()
-
-        def issue_copy(self, source: Any, destination: Any) -> None:
-            self._stream.free_at = max(time.perf_counter(), self._stream.free_at) + source.numel() / bytes_per_s
-
-        def follow(self, copied: Any, limit_s: float) -> bool:
-            copied.wait()
-            return True
-
-        def close(self) -> None:
-            self.compute.close()
-
-    return SilentLink()
 
 
 def measure(model: RandomModel, rate: float, options: argparse.Namespace) -> dict[str, Any]:

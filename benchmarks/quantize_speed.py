@@ -9,13 +9,12 @@ JSON document.
 
 import argparse
 import os
-import resource
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from harness import alternate, finish, forget_cached, spread
+from harness import alternate, finish, forget_cached, peak_rss_bytes, spread
 
 CHUNK = 1 << 24
 
@@ -94,7 +93,7 @@ def main() -> None:
             "cpu_s": spread(cpu),
             "share_of_the_slower_limit": spread([max(read, write) / own for own, read, write in trials]),
             "share_of_both_one_after_the_other": spread([(read + write) / own for own, read, write in trials]),
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_rss_bytes": peak_rss_bytes(),
         }
     )
 

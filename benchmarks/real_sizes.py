@@ -10,15 +10,13 @@ with --whole), quantize it, run a prompt and ten tokens, delete it. What is chec
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import harness
+from harness import HERE, finish, run_json
 
-HERE = Path(__file__).parent
 LIMIT_BYTES = 1_500_000_000
 PROMPT_TOKENS, NEW_TOKENS = 32, 10
 # name -> decoder layers to keep, of which dense
@@ -36,9 +34,9 @@ CUTS = {
 
 
 def run(*command: str) -> dict[str, Any]:
-    """The JSON on the last line of a benchmark in a process of its own."""
-    output = subprocess.run([sys.executable, *command], check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
+    """The JSON on the last line of a benchmark in a process of its own, which may take hours."""
+    script, *arguments = command
+    return run_json([sys.executable, str(HERE / script), *arguments], timeout_s=None)
 
 
 def measure(name: str, scratch: Path, configs: Path, *, is_whole: bool, ram: str | None) -> dict[str, Any]:
@@ -49,15 +47,13 @@ def measure(name: str, scratch: Path, configs: Path, *, is_whole: bool, ram: str
     try:
         began = time.perf_counter()
         config = str(configs / f"{name}.json")
-        subprocess.run(
-            [sys.executable, str(HERE / "synthesize_checkpoint.py"), config, str(checkpoint), *cut], check=True
-        )
+        run("synthesize_checkpoint.py", config, str(checkpoint), *cut)
         synthesize_s = time.perf_counter() - began
-        quantized = run(str(HERE / "run_quantize.py"), str(checkpoint), str(store))
+        quantized = run("run_quantize.py", str(checkpoint), str(store))
         shutil.rmtree(checkpoint)
         limit = LIMIT_BYTES + 4 * bf16_expert_bytes(store)
         ran = run(
-            str(HERE / "run_store.py"),
+            "run_store.py",
             str(store),
             *("--runs", "1", "--prompt-tokens", str(PROMPT_TOKENS), "--tokens", str(NEW_TOKENS)),
             *(("--ram", ram) if ram else ()),
@@ -95,7 +91,7 @@ def main() -> int:
     for name in options.names:
         results[name] = measure(name, options.scratch, options.configs, is_whole=options.whole, ram=options.ram)
         print(name, json.dumps(results[name]), file=sys.stderr)
-    harness.finish({"benchmark": "real sizes", "is_whole": options.whole, "models": results})
+    finish({"benchmark": "real sizes", "is_whole": options.whole, "models": results})
     return 0
 
 

@@ -89,6 +89,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=400)
     options = parser.parse_args()
     trace = load_trace(options.trace).head(options.tokens)
+    if trace.router_probabilities is None:
+        sys.exit(f"{options.trace} holds no router probabilities: record one with `offload-moe profile --trace`.")
     num_slots = parse_slots(options.slots, trace)
     rates = {
         "uses": hit_rate(trace, num_slots, options.half_life, 0.0),

@@ -6,13 +6,11 @@ Usage: python benchmarks/run_disk.py STORE --threads 2 --tokens 32 --prompt-toke
 The counterpart of peers/run_llamacpp.py: the same prompt, the same hot sampling, the same JSON on the last line.
 """
 
-import json
-import resource
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from harness import read_bytes, runner_arguments
+from harness import HOT_SAMPLING, finish, io_bytes, peak_rss_bytes, prompt_ids, runner_arguments
 
 if TYPE_CHECKING:
     from offload_moe.model import Model
@@ -98,10 +96,10 @@ def main() -> None:
     runs = []
     first_decode = 0
     for seed in range(options.runs):
-        ids = torch.tensor([[(i * 37 + seed * 101) % 20000 + 300 for i in range(options.prompt_tokens)]])
-        before, counted = read_bytes(), model.stats.copy()
+        ids = torch.tensor([prompt_ids(seed, options.prompt_tokens)])
+        before, counted = io_bytes()["from_disk"], model.stats.copy()
         model.hf.generation_config.eos_token_id = None
-        sampling = {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "seed": seed, "max_new_tokens": options.tokens}
+        sampling = HOT_SAMPLING | {"seed": seed, "max_new_tokens": options.tokens}
         with stream_tokens(model.hf, None, ids, **sampling) as tokens:
             num_tokens, prompt_counters = 0, counted
             for _ in tokens:
@@ -116,22 +114,21 @@ def main() -> None:
                     "prompt_s": tokens.prompt_s,
                     "decode_tokens_per_s": (num_tokens - 1) / tokens.decode_s,
                     "decode_s": tokens.decode_s,
-                    "disk_bytes": read_bytes() - before,
+                    "disk_bytes": io_bytes()["from_disk"] - before,
                     **describe(decoding, pools.slot_bytes),
                 }
             )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     document = {
         "import_s": import_s,
         "load_s": load_s,
-        "peak_rss_bytes": peak,
+        "peak_rss_bytes": peak_rss_bytes(),
         "num_ram_slots": model._hierarchy.num_slots("ram"),
         "slot_bytes": pools.slot_bytes,
         "runs": runs,
     }
     if options.lru_slots:
         document["lru_hit_rate"] = replay_lru(accesses, options.lru_slots, first_decode)
-    print(json.dumps(document))
+    finish(document)
     model.close()
 
 

@@ -7,13 +7,14 @@ with encoding in other threads. `disk_share` is that sum over wall time.
 """
 
 import argparse
-import json
 import os
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from harness import finish, io_bytes, peak_rss_bytes
 
 
 class Stopwatch:
@@ -34,17 +35,6 @@ class Stopwatch:
                     self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
         return timed
-
-
-def peak_rss_bytes() -> int:
-    """Of this process alone: unlike `ru_maxrss`, the high-water mark starts anew with the program."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-
-
-def io_bytes() -> dict[str, int]:
-    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return {"from_disk": int(fields["read_bytes"]), "to_disk": int(fields["write_bytes"])}
 
 
 def main() -> None:
@@ -84,7 +74,7 @@ def main() -> None:
         "rss_after_imports_bytes": imported,
         "peak_rss_bytes": peak_rss_bytes(),
     }
-    print(json.dumps(document))
+    finish(document)
 
 
 if __name__ == "__main__":

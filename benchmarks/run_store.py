@@ -8,13 +8,11 @@ disk; then every slot is filled. After them: how many distinct experts the decod
 spread would give.
 """
 
-import json
-import resource
 import statistics
 import time
 from typing import Any
 
-from harness import bind_to_cores, read_bytes, runner_arguments
+from harness import HOT_SAMPLING, bind_to_cores, finish, io_bytes, peak_rss_bytes, prompt_ids, runner_arguments
 
 SHORT_PROMPT = 4
 
@@ -84,7 +82,7 @@ def main() -> None:
     import_s = time.perf_counter() - began
 
     def prompt(seed: int, num_tokens: int) -> Any:
-        return torch.tensor([[(i * 37 + seed * 101) % 20000 + 300 for i in range(num_tokens)]])
+        return torch.tensor([prompt_ids(seed, num_tokens)])
 
     torch.set_num_threads(options.threads)
     if kernels.available():
@@ -99,10 +97,10 @@ def main() -> None:
     first_token_s = time.perf_counter() - began
     fill(model)
     runs: list[dict[str, float]] = []
-    sampling: dict[str, Any] = {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": options.tokens}
+    sampling: dict[str, Any] = HOT_SAMPLING | {"max_new_tokens": options.tokens}
     for seed in range(options.runs):
         ids = prompt(seed, options.prompt_tokens)
-        before, counted = read_bytes(), model.stats.copy()
+        before, counted = io_bytes()["from_disk"], model.stats.copy()
         with stream_tokens(model.hf, None, ids, seed=seed, **sampling) as tokens:
             num_tokens, prompt_counters, prompt_cpu_s = 0, counted, 0.0
             for _ in tokens:
@@ -116,7 +114,7 @@ def main() -> None:
                     "prompt_tokens_per_s": options.prompt_tokens / tokens.prompt_s,
                     "decode_tokens_per_s": (num_tokens - 1) / tokens.decode_s,
                     "decode_cpu_ms": 1e3 * decode_cpu_s / (num_tokens - 1),
-                    "disk_bytes": read_bytes() - before,
+                    "disk_bytes": io_bytes()["from_disk"] - before,
                     "decode_hit_rate": decoding.hit_rate,
                     "decode_disk_bytes": decoding.disk_bytes,
                     "decode_stall_s": decoding.stall_s,
@@ -131,22 +129,19 @@ def main() -> None:
             for _ in tokens:
                 pass
 
-    spread = distinct_experts(model, once_more)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    distinct = distinct_experts(model, once_more)
     pools = model._hierarchy.pools
-    print(
-        json.dumps(
-            {
-                "import_s": import_s,
-                "load_s": load_s,
-                "first_token_s": first_token_s,
-                **spread,
-                "peak_rss_bytes": peak,
-                "num_ram_slots": pools.num_ram_slots,
-                "slot_bytes": pools.slot_bytes,
-                "runs": runs,
-            }
-        )
+    finish(
+        {
+            "import_s": import_s,
+            "load_s": load_s,
+            "first_token_s": first_token_s,
+            **distinct,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "num_ram_slots": pools.num_ram_slots,
+            "slot_bytes": pools.slot_bytes,
+            "runs": runs,
+        }
     )
     model.close()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from ask_watch import AskWatch
+from harness import HOT_SAMPLING, prompt_ids
 from run_store import fill
 
 from offload_moe import kernels, load
@@ -101,8 +102,8 @@ def answers(
     gaps: list[float] = []
     with model.trace() if trace_file is not None else nullcontext() as recorder:
         for seed in range(num_answers):
-            ids = torch.tensor([[(i * 37 + seed * 101) % 20000 + 300 for i in range(prompt)]])
-            sampling = {"temperature": 50.0, "top_k": 0, "top_p": 1.0, "seed": seed, "max_new_tokens": tokens}
+            ids = torch.tensor([prompt_ids(seed, prompt)])
+            sampling = HOT_SAMPLING | {"seed": seed, "max_new_tokens": tokens}
             with stream_tokens(model.hf, None, ids, **sampling) as stream:
                 next(iter(stream))
                 before = model.stats.copy()

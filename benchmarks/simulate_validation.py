@@ -1,6 +1,7 @@
 """How well the simulation predicts decode on this machine: constants fitted on some budgets, compared on others.
 
-    python benchmarks/simulate_validation.py --folder SCRATCH [--models demo olmoe] [--trials 3] [--predict-only]
+    python benchmarks/simulate_validation.py --folder SCRATCH [--models demo olmoe] [--config FILE]
+           [--trials 3] [--tokens N] [--predict-only]
 
 For each model and each share of its experts that has a slot in RAM, the real runtime answers the same prompts, prefetch
 off; the rest comes from disk. Every budget computes the same tokens, so one recorded trace serves all. From the
@@ -17,9 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import finish, spread
+from harness import HERE, finish, make, spread
 
-HERE = Path(__file__).parent
 FITTED = (1.0, 0.3, 0.75)
 VALIDATED = (0.2, 0.4, 0.5, 0.9)
 NUM_ANSWERS, NUM_WARM_UP = 3, 1
@@ -30,7 +30,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--models", nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--config", type=Path, default=HERE / "configs/OLMoE-1B-7B-0125.json", help="of `olmoe`")
     parser.add_argument("--trials", type=int, default=5)
+    parser.add_argument("--tokens", type=int, help="of an answer, instead of what is usual for the model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--predict-only", action="store_true", help="compare with what SCRATCH already holds")
     options = parser.parse_args()
@@ -39,8 +41,9 @@ def main() -> None:
         from simulate_measure import measure
 
         for name in options.models:
+            settings = SETTINGS[name] | ({"tokens": options.tokens} if options.tokens else {})
             measure(
-                store_of(name, options.folder),
+                store_of(name, options.folder, options.config),
                 (*FITTED, *VALIDATED),
                 options.folder / f"{name}.npz",
                 options.folder / f"{name}.json",
@@ -48,23 +51,19 @@ def main() -> None:
                 num_answers=NUM_ANSWERS,
                 num_warm_up=NUM_WARM_UP,
                 num_threads=options.threads,
-                **SETTINGS[name],
+                **settings,
             )
     rows = {name: validate(options.folder, name) for name in options.models}
     finish({"benchmark": "simulate_validation", "label": "measured and simulated", "models": rows})
 
 
-def store_of(name: str, folder: Path) -> Path:
+def store_of(name: str, folder: Path, config: Path) -> Path:
     if name == "demo":
         from offload_moe.sources import ensure_store, silent
 
         return ensure_store("demo", codec=None, dense_codec="bf16", revision=None, token=None, report=silent)
-    store = folder / "OLMoE-1B-7B-0125-store"
-    if not (store / "store.json").exists():
-        from synthesize import synthesize
-
-        config = HERE / "configs/OLMoE-1B-7B-0125.json"
-        synthesize(config, store, codec="nf4", dense_codec="nf4", layers=None, seed=0)
+    store = folder / f"{config.stem}-store"
+    make("synthesize.py", config, store)
     return store
 
 

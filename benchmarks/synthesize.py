@@ -10,11 +10,12 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from harness import finish
 from torch import Tensor
 
 from offload_moe.checkpoint.experts import find_experts
@@ -34,8 +35,10 @@ ROUTER_GAIN = 2.0  # router logits of this spread give a top-k that differs from
 class RandomRecords:
     """Records whose codes are runs of one pool of random bytes, so that writing is as fast as the disk."""
 
-    def __init__(self, codec_name: str, seed: int) -> None:
+    def __init__(self, codec_name: str, seed: int, shapes: Sequence[ExpertShape]) -> None:
+        """shapes: of all records, for few bytes need no large pool."""
         self.codec = get_codec(codec_name)
+        self._pool_bytes = min(POOL_BYTES, sum(self.codec.layout(shape).record_bytes for shape in shapes))
         self._random = np.random.default_rng(seed)
         codes = {"nf4": self._nf4_codes, "int8": self._int8_codes}[codec_name]
         self._pool = torch.from_numpy(codes())
@@ -45,8 +48,8 @@ class RandomRecords:
         record = torch.zeros(layout.record_bytes, dtype=torch.uint8)
         for matrix in shape.matrices:
             codes = layout.view(record, f"{matrix.name}.codes").view(torch.uint8).view(-1)
-            for piece in codes.split(POOL_BYTES // 2):  # a large vocabulary's head is longer than the pool
-                start = int(self._random.integers(0, POOL_BYTES - piece.numel()))
+            for piece in codes.split(self._pool_bytes // 2):  # a large vocabulary's head is longer than the pool
+                start = int(self._random.integers(0, self._pool_bytes - piece.numel()))
                 piece.copy_(self._pool[start : start + piece.numel()])
             std = 1 / math.sqrt(matrix.in_features)
             if self.codec.name == "nf4":
@@ -67,12 +70,12 @@ class RandomRecords:
             low, high = (tilt, high) if (weights * table).sum() > 0 else (low, tilt)
         share = weights / weights.sum()
         self._code_std = math.sqrt((share * table**2).sum())
-        nibbles = self._random.choice(16, size=2 * POOL_BYTES, p=share).astype(np.uint8)
+        nibbles = self._random.choice(16, size=2 * self._pool_bytes, p=share).astype(np.uint8)
         return nibbles[::2] << 4 | nibbles[1::2]
 
     def _int8_codes(self) -> np.ndarray:
         self._code_std = 40.0
-        return self._random.normal(0, 40, POOL_BYTES).round().clip(-127, 127).astype(np.int8).view(np.uint8)
+        return self._random.normal(0, 40, self._pool_bytes).round().clip(-127, 127).astype(np.int8).view(np.uint8)
 
 
 def dense_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -94,7 +97,6 @@ def synthesize(config_file: Path, folder: Path, *, codec: str, dense_codec: str,
     (config_folder / "config.json").write_text(json.dumps(raw, indent=1))
     model = build_skeleton(load_config(config_folder))
     experts = find_experts(model)
-    records, dense_records = RandomRecords(codec, seed), RandomRecords(dense_codec, seed + 1)
     linears = {
         name: ExpertShape(
             matrices=(Matrix(name="weight", out_features=linear.out_features, in_features=linear.in_features),),
@@ -102,6 +104,8 @@ def synthesize(config_file: Path, folder: Path, *, codec: str, dense_codec: str,
         )
         for name, linear in projection_linears(model).items()
     }
+    records = RandomRecords(codec, seed, [layer.shape for layer in experts for _ in range(layer.num_experts)])
+    dense_records = RandomRecords(dense_codec, seed + 1, list(linears.values()))
     inside = {name for layer in experts for name in layer.parameter_names()}
     inside |= {f"{name}.{part}" for name, shape in linears.items() for part in shape.module_shapes()}
     tied = set(model.all_tied_weights_keys)
@@ -179,6 +183,8 @@ def main() -> int:
         layers=options.layers,
         seed=options.seed,
     )
+    num_bytes = sum(file.stat().st_size for file in options.store.iterdir())
+    finish({"benchmark": "synthesize", "shape": options.config.stem, "store_bytes": num_bytes})
     return 0
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from harness import finish
 from torch import Tensor
 
 from offload_moe.checkpoint.experts import find_experts
@@ -175,9 +176,10 @@ def main() -> int:
     parser.add_argument("--dense-layers", type=int, help="of which that many without experts, where the model has such")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    synthesize(
+    num_bytes = synthesize(
         options.config, options.folder, layers=options.layers, dense_layers=options.dense_layers, seed=options.seed
     )
+    finish({"benchmark": "synthesize_checkpoint", "shape": options.config.stem, "checkpoint_bytes": num_bytes})
     return 0
 
 

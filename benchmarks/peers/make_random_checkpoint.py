@@ -8,6 +8,7 @@ For models whose experts are called gate_proj, up_proj and down_proj (OLMoE, Qwe
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from offload_moe.checkpoint.experts import find_experts
 from offload_moe.checkpoint.skeleton import build_skeleton, load_config
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness import finish
 
 POOL = 1 << 26
 
@@ -34,7 +38,9 @@ class RandomWeights:
             )
         count = math.prod(shape)
         start = int(torch.randint(POOL, (), generator=self._generator))
-        numbers = self._pool.roll(-start).repeat(-(-count // POOL))[:count].view(shape)
+        fits = start + count <= POOL
+        run = self._pool[start:] if fits else self._pool.roll(-start).repeat(-(-count // POOL))
+        numbers = run[:count].view(shape)
         gain = 2.0 if name.endswith("gate.weight") else 1.0
         return numbers * (gain if "embed" in name else gain / math.sqrt(shape[-1]))
 
@@ -80,6 +86,8 @@ def main() -> None:
         )
     document = {"metadata": {}, "weight_map": index}
     (options.folder / "model.safetensors.index.json").write_text(json.dumps(document))
+    num_bytes = sum(file.stat().st_size for file in options.folder.iterdir())
+    finish({"benchmark": "make_random_checkpoint", "shape": options.config.stem, "checkpoint_bytes": num_bytes})
 
 
 if __name__ == "__main__":

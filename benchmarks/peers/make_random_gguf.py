@@ -6,12 +6,16 @@ OLMoE's shape is written as Qwen3-MoE too: same matrices, one norm more per head
 weights have zero mean: with a mean, every token collapses onto the same experts.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness import finish
 
 Q4 = gguf.GGMLQuantizationType.Q4_0
 
@@ -113,5 +117,15 @@ def shape_of(config_file: Path) -> dict[str, int]:
     }
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("gguf", type=Path)
+    options = parser.parse_args()
+    RandomGguf(options.gguf, shape_of(options.config)).write()
+    num_bytes = options.gguf.stat().st_size
+    finish({"benchmark": "make_random_gguf", "shape": options.config.stem, "gguf_bytes": num_bytes})
+
+
 if __name__ == "__main__":
-    RandomGguf(Path(sys.argv[2]), shape_of(Path(sys.argv[1]))).write()
+    main()

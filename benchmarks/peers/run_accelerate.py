@@ -8,12 +8,14 @@ reads nearly all of it, so a few tokens say enough. The last line of stdout is o
 
 import argparse
 import json
-import resource
+import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness import finish, peak_rss_bytes, prompt_ids
 
 
 def write_weights(model: torch.nn.Module, folder: Path) -> None:
@@ -52,12 +54,13 @@ def main() -> None:
     if not (options.folder / "index.json").exists():
         write_weights(model, options.folder)
     if options.write_only:
+        finish({"checkpoint_bytes": sum(file.stat().st_size for file in options.folder.iterdir())})
         return
     disk_offload(model, options.folder, execution_device=torch.device("cpu"), offload_buffers=False)
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:  # rotary frequencies
             raise SystemExit(f"{name} has no value")
-    ids = torch.from_numpy(np.arange(options.prompt_tokens)[None] * 37 % 20000 + 300)
+    ids = torch.tensor([prompt_ids(0, options.prompt_tokens)])
     began = time.perf_counter()
     with torch.inference_mode():
         cache = model(input_ids=ids, use_cache=True)
@@ -71,8 +74,7 @@ def main() -> None:
         "prompt_tokens_per_s": options.prompt_tokens / prompt_s,
         "decode_tokens_per_s": options.tokens / decode_s,
     }
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"peak_rss_bytes": peak, "runs": [run]}))
+    finish({"peak_rss_bytes": peak_rss_bytes(), "runs": [run]})
 
 
 if __name__ == "__main__":

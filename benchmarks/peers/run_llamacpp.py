@@ -2,23 +2,17 @@
 
 Usage: python benchmarks/peers/run_llamacpp.py MODEL.gguf --threads 2 --tokens 32 --prompt-tokens 64 [--no-repack]
 
-Sampling is hot on purpose: with random weights, greedy decoding repeats one token and so one set of experts. The last
-line of stdout is one JSON document.
+The last line of stdout is one JSON document.
 """
 
 import argparse
 import json
-import os
-import resource
+import sys
 import time
 from pathlib import Path
 
-import xllamacpp
-
-
-def read_bytes() -> int:
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness import HOT_SAMPLING, bind_to_cores, finish, has_llamacpp, io_bytes, peak_rss_bytes, prompt_ids
 
 
 def main() -> None:
@@ -32,7 +26,11 @@ def main() -> None:
     # Repacked weights are private copies that would not fit under a memory limit.
     parser.add_argument("--no-repack", action="store_true")
     options = parser.parse_args()
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    if not has_llamacpp():
+        sys.exit(1)
+    import xllamacpp
+
+    bind_to_cores(options.threads)
     params = xllamacpp.CommonParams()
     params.model.path = options.model
     params.n_ctx, params.n_parallel, params.warmup, params.verbosity = options.context, 1, False, 1
@@ -43,12 +41,10 @@ def main() -> None:
     load_s = time.perf_counter() - began
     runs = []
     for seed in range(options.runs):
-        before = read_bytes()
+        before = io_bytes()["from_disk"]
         request = {
-            "prompt": [(i * 37 + seed * 101) % 20000 + 300 for i in range(options.prompt_tokens)],
-            "temperature": 50.0,
-            "top_k": 0,
-            "top_p": 1.0,
+            "prompt": prompt_ids(seed, options.prompt_tokens),
+            **HOT_SAMPLING,
             "min_p": 0.0,
             "seed": seed,
             "ignore_eos": True,
@@ -65,11 +61,10 @@ def main() -> None:
                 "prompt_tokens_per_s": timings["prompt_per_second"],
                 "decode_tokens_per_s": timings["predicted_per_second"],
                 "decode_cpu_ms": 1e3 * decode_cpu_s / (options.tokens - 1),
-                "disk_bytes": read_bytes() - before,
+                "disk_bytes": io_bytes()["from_disk"] - before,
             }
         )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"load_s": load_s, "peak_rss_bytes": peak, "runs": runs}))
+    finish({"load_s": load_s, "peak_rss_bytes": peak_rss_bytes(), "runs": runs})
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ line as run_llamacpp.py.
 """
 
 import argparse
-import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -19,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from decode_demo import Clock
-from harness import bind_to_cores
+from harness import HOT_SAMPLING, bind_to_cores, finish, peak_rss_bytes, prompt_ids
 
 
 def main() -> None:
@@ -45,7 +43,7 @@ def main() -> None:
     load_s = time.perf_counter() - began
     runs = []
     for seed in range(options.runs):
-        ids = torch.tensor([[(i * 37 + seed * 101) % 20000 + 300 for i in range(options.prompt_tokens)]])
+        ids = torch.tensor([prompt_ids(seed, options.prompt_tokens)])
         clock = Clock()
         torch.manual_seed(seed)
         began = time.perf_counter()
@@ -56,9 +54,7 @@ def main() -> None:
                 min_new_tokens=options.tokens,
                 max_new_tokens=options.tokens,
                 do_sample=True,
-                temperature=50.0,
-                top_k=0,
-                top_p=1.0,
+                **HOT_SAMPLING,
                 disable_compile=True,
                 streamer=clock,
             )
@@ -68,8 +64,7 @@ def main() -> None:
                 "decode_tokens_per_s": (options.tokens - 1) / (clock.times[-1] - clock.times[0]),
             }
         )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"load_s": load_s, "peak_rss_bytes": peak, "runs": runs}))
+    finish({"load_s": load_s, "peak_rss_bytes": peak_rss_bytes(), "runs": runs})
 
 
 if __name__ == "__main__":

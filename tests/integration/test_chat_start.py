@@ -14,8 +14,10 @@ START = """
 import sys
 sys.argv[0] = "offload-moe"
 from tests.support.cli import fake_model_module, load_cli
+main = load_cli()
+sys.modules["offload_moe_cli.loading"].check_model = lambda *_: None
 sys.modules["offload_moe.model"] = fake_model_module()
-sys.exit(load_cli().main())
+sys.exit(main.main())
 """
 
 

@@ -14,6 +14,7 @@ from offload_moe.store import is_store
 from tests.support.chat import byte_tokenizer, chat_model
 from tests.support.reference import converted, edit_config
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # the notices, which are asserted by themselves
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 

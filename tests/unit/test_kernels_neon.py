@@ -1,5 +1,6 @@
 """The NEON kernels against the portable ones, in an emulator where one is installed."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,4 +17,6 @@ MISSING = [tool for tool in TOOLS if shutil.which(tool) is None]
 def test_neon_agrees_with_portable() -> None:
     run = subprocess.run([SCRIPT], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("neon: 0 of 320 cases differ") == 2  # with and without the dot-product instructions
+    assert (
+        len(re.findall(r"neon: 0 of [1-9]\d+ cases differ", run.stdout)) == 2
+    )  # with and without the dot-product instructions

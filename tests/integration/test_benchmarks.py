@@ -1,0 +1,256 @@
+"""Every script in `benchmarks/` runs on a tiny model, so that none is stale when needed: `scripts/test_benchmarks`.
+
+What they print here are no measurements.
+"""
+
+from argparse import Namespace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import offload_moe.model
+from offload_moe.plan.placement import Placement
+from offload_moe.schedule.hierarchy import Hierarchy, Pools
+from offload_moe.store import Store
+from offload_moe.tiers.disk import DiskMover
+from offload_moe.tiers.simulated import SimulatedCopier
+from tests.support.benchmarks import BENCHMARKS, Files, figures_at, last_line, run_script
+
+DECODE = "--threads 1 --tokens 4 --prompt-tokens 4"
+RUN = ("runs.*.decode_tokens_per_s", "runs.*.prompt_tokens_per_s", "peak_rss_bytes")
+# Script, arguments, and the figures that are not zero.
+CASES: list[tuple[str, str, tuple[str, ...]]] = [
+    (
+        "codec_error.py",
+        "{checkpoint} --experts-per-layer 1",
+        ("errors.nf4 down_proj.median", "errors.int8 down_proj.max"),
+    ),
+    (
+        "codec_quality.py",
+        "{checkpoint} --tokens 64 --length 32",
+        ("tokens", "rows.*.perplexity", "rows.*.dense_bytes"),
+    ),
+    (
+        "decode_cpu.py",
+        "--config {config} --folder {folder} --trials 1 --layers 2 --transformers " + DECODE,
+        (
+            "decode_tokens_per_s.*.median",
+            "decode_ratios.vs transformers bf16.median",
+            "decode_cpu_ms.offload_moe.median",
+            "offload_moe.first_token_s.median",
+            "offload_moe.distinct_experts_per_layer.median",
+        ),
+    ),
+    (
+        "decode_demo.py",
+        "--checkpoint {checkpoint} --threads 1 --tokens 4 --trials 1 --unpinned",
+        ("rates.*.median", "ratios.ours nf4.median"),
+    ),
+    (
+        "decode_demo.py",
+        "--checkpoint {checkpoint} --threads 1 --tokens 4 --trials 1 --unpinned --resident 0.5",
+        ("rates.*.median", "ratios.*.median"),
+    ),
+    (
+        "demo_quality.py",
+        "--dense {dense} --mixture {mixture} --sequences 1",
+        ("texts.*.ratio", "ratio_mean", "active_share", "expert_usage_max", "bf16_top_k_agreement"),
+    ),
+    (
+        "disk_tier.py",
+        "--config {config} --folder {folder} --trials 1 --peer-tokens 2 --accelerate 1 " + DECODE,
+        ("decode_tokens_per_s.*.median", "prompt_tokens_per_s.*.median", "disk_bytes_per_s.median", "num_ram_slots"),
+    ),
+    (
+        "kernel.py",
+        "--trials 1 --threads 1 --rows 1024 --columns 128 --unpinned --peers",
+        ("results.*.gb_per_s.median", "results.0.of_read.median", "results.0.error"),
+    ),
+    (
+        "memory_budget.py",
+        "--config {config} --folder {folder} --layers 2 --tokens 64 --prompts 8 --budgets 1500000000",
+        ("results.*.peak_rss_bytes", "results.*.tokens_per_s", "peak_over_budget.8.0"),
+    ),
+    (
+        "memory_plan.py",
+        "{store} --contexts 64",
+        ("results.*.ratio", "results.*.num_slots", "results.*.num_tokens"),
+    ),
+    (
+        "overlap.py",
+        "--rates 1 --tokens 2 --trials 1 --hidden 128 --intermediate 64",
+        ("rates.*.off", "rates.*.on", "rates.*.prompt", "rates.*.recall", "compute_equals_transfer_gb_per_s"),
+    ),
+    ("peers/make_random_checkpoint.py", "{config} {folder}/made", ("checkpoint_bytes",)),
+    ("peers/make_random_gguf.py", "{config} {folder}/made.gguf", ("gguf_bytes",)),
+    ("peers/run_accelerate.py", "{folder}/offloaded --config {config} --threads 1 --prompt-tokens 4 --tokens 2", RUN),
+    ("peers/run_transformers.py", "{checkpoint} --bitsandbytes --runs 1 " + DECODE, RUN),
+    (
+        "policies.py",
+        "{trace} --tokens 4 --slots 25%",
+        ("hit_rate.lru", "hit_rate.belady", "rows.*.acquire_us"),
+    ),
+    ("policy_robustness.py", "{trace} --tokens 4", ("rows.*.lru_per_layer",)),
+    (
+        "quantize_speed.py",
+        "{checkpoint} --folder {folder} --trials 1",
+        ("seconds.*.median", "cpu_s.median", "store_bytes", "share_of_the_slower_limit.median"),
+    ),
+    (
+        "real_sizes.py",
+        "{folder}/scratch tiny --configs {root} --whole",
+        ("models.tiny.quantize.peak_rss_bytes", "models.tiny.run.runs.*.decode_tokens_per_s"),
+    ),
+    (
+        "recording_cost.py",
+        "{store} --pairs 1 --tokens 12",
+        ("num_tokens", "token_cpu_s.plain", "token_cpu_s.recorded", "extra"),
+    ),
+    (
+        "router_scores.py",
+        "{trace} --tokens 8",
+        ("hit_rate.uses", "hit_rate.probabilities", "hit_rate.belady"),
+    ),
+    (
+        "run_disk.py",
+        "{store} --runs 1 --lru-slots 40 " + DECODE,
+        (*RUN, "lru_hit_rate", "num_ram_slots"),
+    ),
+    (
+        "run_quantize.py",
+        "{checkpoint} {folder}/made",
+        ("wall_s", "cpu_s", "source_bytes_per_s", "num_experts", "disk_s.read_s", "disk_s.sum", "peak_rss_bytes"),
+    ),
+    (
+        "run_store.py",
+        "{store} --runs 1 " + DECODE,
+        (*RUN, "first_token_s", "distinct_experts_per_layer"),
+    ),
+    (
+        "scheduler.py",
+        "--layers 2 --experts 8 --top-k 2 --trials 1",
+        ("us_per_layer.*.median", "goal_us"),
+    ),
+    (
+        "simulate_validation.py",
+        "--folder {folder} --models olmoe --config {config} --trials 1 --threads 1 --tokens 12",
+        (
+            "models.olmoe.budgets.*.simulated_decode_tokens_per_s",
+            "models.olmoe.constants.costs.expert_s",
+            "models.olmoe.budgets.*.measured_decode_tokens_per_s.median",
+            "models.olmoe.num_validated",
+        ),
+    ),
+    ("synthesize.py", "{config} {folder}/made --layers 1 --dense-codec int8", ("store_bytes",)),
+    ("synthesize_checkpoint.py", "{config} {folder}/made --layers 1", ("checkpoint_bytes",)),
+    (
+        "token_profile.py",
+        "{store} --tokens 4",
+        ("ms_per_token.om_run_pass", "share_outside_of_native_calls"),
+    ),
+    (
+        "token_profile.py",
+        "{store} --tokens 4 --plain",
+        ("ms_per_token.experts", "share_outside_of_native_calls"),
+    ),
+    (
+        "token_profile.py",
+        "{store} --tokens 4 --layer-by-layer",
+        ("ms_per_token.om_layer_step", "ms_per_token.layers", "share_outside_of_native_calls"),
+    ),
+]
+BY_THEMSELVES = {"gpu_decode.py", "peers/run_llamacpp.py"}
+
+
+def test_every_script_is_run() -> None:
+    scripts = {
+        str(path.relative_to(BENCHMARKS)) for path in BENCHMARKS.rglob("*.py") if '"__main__"' in path.read_text()
+    }
+    assert scripts == {name for name, *_ in CASES} | BY_THEMSELVES
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    files = Files(tmp_path_factory.mktemp("files"))
+    files.make()
+    return files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "arguments", "figures"), CASES)
+def test_a_script_ends_with_its_figures(
+    name: str, arguments: str, figures: tuple[str, ...], files: Files, tmp_path: Path
+) -> None:
+    done = run_script(name, arguments, files, tmp_path)
+    assert done.returncode == 0, done.stderr
+    document = last_line(done.stdout)
+    assert document["machine"].keys() >= {"cpu", "cores", "instruction_set", "commit", "torch"}
+    for path in figures:
+        assert all(figures_at(document, path)), f"{path}: a figure is zero"
+
+
+@pytest.mark.slow
+def test_llamacpp_runs_where_it_is_installed(files: Files, tmp_path: Path) -> None:
+    if find_spec("xllamacpp") is None:
+        done = run_script("peers/run_llamacpp.py", "absent.gguf", files, tmp_path)
+        assert done.returncode == 1
+        assert done.stderr == "llama.cpp is not here, so it is left out: pip install xllamacpp\n"
+        return
+    made = run_script("peers/make_random_gguf.py", "{config} {folder}/made.gguf", files, tmp_path)
+    assert made.returncode == 0, made.stderr
+    done = run_script("peers/run_llamacpp.py", "{folder}/made.gguf --runs 1 " + DECODE, files, tmp_path)
+    assert done.returncode == 0, done.stderr
+    for path in RUN:
+        assert all(figures_at(last_line(done.stdout), path))
+
+
+@pytest.mark.slow
+def test_gpu_decode_says_that_there_is_no_card(files: Files, tmp_path: Path) -> None:
+    done = run_script("gpu_decode.py", "{store} --tokens 2", files, tmp_path)
+    if torch.cuda.is_available():
+        assert done.returncode == 0, done.stderr
+        assert all(figures_at(last_line(done.stdout), "rows.*.tokens_per_s.median"))
+    else:
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "No GPU that torch can use is here" in done.stderr
+
+
+@pytest.mark.slow
+def test_gpu_decode_measures_a_simulated_device(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    gpu_decode = import_module("gpu_decode")
+    monkeypatch.setattr(gpu_decode, "LINK_BYTES", 1 << 20)
+    monkeypatch.setattr("offload_moe.tiers.copier.AcceleratorCopier", lambda device: SimulatedCopier())
+    monkeypatch.setattr(offload_moe.model, "_make_hierarchy", _with_simulated_device)
+    cpu = torch.device("cpu")
+    link = gpu_decode.link_bytes_per_s(cpu)
+    options = Namespace(model=files.store, ram=None, trials=1, tokens=6)
+    for hybrid in ("off", "auto"):
+        row = gpu_decode.measure(options, cpu, 0.25, hybrid, link)
+        assert row["num_slots"] == 12
+        assert 0 < row["hit_rate"] < 1
+        assert row["tokens_per_s"]["median"] > 0
+        assert row["link_s_per_token"] > 0
+
+
+def _with_simulated_device(store: Store, placement: Placement, device: Any, policy: str) -> Hierarchy:
+    """A slot for every expert in RAM and on the device."""
+    num_records = len(store.layers) * store.num_experts
+    pools = Pools(
+        num_layers=len(store.layers),
+        num_experts=store.num_experts,
+        slot_bytes=placement.ram.slot_bytes,
+        num_ram_slots=num_records,
+        num_device_slots=num_records,
+        policy=policy,
+        chunk_bytes=placement.ram.slot_bytes,
+    )
+    return Hierarchy(
+        pools,
+        lambda arena: DiskMover(arena, lambda key: store.record(*divmod(key, store.num_experts))),
+        SimulatedCopier(latency_s=0),
+    )
