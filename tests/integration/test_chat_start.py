@@ -11,11 +11,11 @@ from tests.support.cli import ROOT, environment
 pytest.importorskip("pty", reason="needs a POSIX terminal")
 
 START = """
-import sys
+import importlib, sys
 sys.argv[0] = "offload-moe"
 from tests.support.cli import fake_model_module, load_cli
 main = load_cli()
-sys.modules["offload_moe_cli.loading"].check_model = lambda *_: None
+importlib.import_module("offload_moe_cli.loading").check_model = lambda *_: None
 sys.modules["offload_moe.model"] = fake_model_module()
 sys.exit(main.main())
 """
