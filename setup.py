@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError
 
-SOURCES = Path("offload_moe/kernels/csrc")
+SOURCES = Path("offload_moe/native/csrc")
 COMMON_FLAGS = [
     "-std=c11",
     "-O3",
@@ -59,7 +59,7 @@ class BuildKernels(build_ext):
 setup(
     ext_modules=[
         Extension(
-            "offload_moe.kernels._native",
+            "offload_moe.native._native",
             sources=[str(path) for path in sorted(SOURCES.glob("*.c"))],
             depends=[str(path) for path in sorted(SOURCES.glob("*.h"))],
             optional=True,

@@ -10,9 +10,9 @@ from functools import wraps
 from typing import Any
 from unittest.mock import patch
 
-from offload_moe.kernels import Ride, RunKernel
-from offload_moe.lean.run import LayerRun
-from offload_moe.tiers.disk import DiskMover
+from offload_moe.decode.run import LayerRun
+from offload_moe.memory.disk import DiskMover
+from offload_moe.native.kernels import Ride, RunKernel
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ import torch
 
 from offload_moe import demo
 from offload_moe.checkpoint.checkpoint import Checkpoint
-from offload_moe.kernels import fast_encoding
+from offload_moe.native.kernels import fast_encoding
 from offload_moe.quant import get_codec
 
 CODECS = ("bf16", "int8", "nf4", "mxfp4")

@@ -30,7 +30,8 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(options.threads)
-    from offload_moe import demo, kernels
+    from offload_moe import demo
+    from offload_moe.native import kernels
 
     checkpoint = options.checkpoint or demo.checkpoint()
     models = load_all(checkpoint) if options.resident is None else load_partly(checkpoint, options.resident)

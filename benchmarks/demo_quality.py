@@ -24,10 +24,10 @@ from harness import finish
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from offload_moe import paths
 from offload_moe.demo import checkpoint
 from offload_moe.demo.dense import DenseModel, read_safetensors
 from offload_moe.demo.source import fetch_dense
+from offload_moe.system import paths
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.make_demo.corpus import DOCUMENT_BREAK, pack_documents

@@ -23,7 +23,7 @@ def main() -> int:
     options = parse()
     import torch
 
-    from offload_moe.tiers.copier import compute_device
+    from offload_moe.memory.copier import compute_device
 
     device = compute_device()
     if device.type == "cpu":
@@ -60,8 +60,8 @@ def parse() -> argparse.Namespace:
 
 
 def link_bytes_per_s(device: Any) -> float:
-    from offload_moe.tiers.arena import Arena
-    from offload_moe.tiers.copier import AcceleratorCopier
+    from offload_moe.memory.arena import Arena
+    from offload_moe.memory.copier import AcceleratorCopier
 
     copier, arena = AcceleratorCopier(device), Arena(1, LINK_BYTES)
     target, times = copier.allocate(LINK_BYTES), []

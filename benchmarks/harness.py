@@ -162,7 +162,7 @@ def _cpu_name() -> str:
 
 def _instruction_set() -> str | None:
     """What the native kernels use here; None where they are not built. Imports no torch, for a peer has none."""
-    from offload_moe.native import load_library
+    from offload_moe.native.library import load_library
 
     library, _ = load_library()
     if library is None:

@@ -20,10 +20,10 @@ import torch
 from harness import finish, spread
 from torch import Tensor
 
-from offload_moe import kernels
 from offload_moe.errors import ConfigError
+from offload_moe.memory.arena import Arena
+from offload_moe.native import kernels
 from offload_moe.quant import ExpertShape, Matrix, get_codec
-from offload_moe.tiers.arena import Arena
 
 NUM_MATRICES = 4
 CACHED_BYTES = 400_000

@@ -51,7 +51,7 @@ def answer(store: str, ram: int, num_tokens: int, num_prompt: int) -> dict[str, 
     import torch
 
     from offload_moe import load
-    from offload_moe.generate import stream_tokens
+    from offload_moe.chat.prompt import stream_tokens
 
     torch.set_num_threads(2)
     model = load(store, ram=ram, context=num_tokens)

@@ -47,7 +47,7 @@ def main() -> None:
         pin_threads(options.threads)
     import torch
 
-    from offload_moe import kernels
+    from offload_moe.native import kernels
 
     wake_on_time()
     torch.set_num_threads(options.threads)
@@ -93,7 +93,7 @@ def random_model(hidden: int, intermediate: int) -> RandomModel:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     from offload_moe.checkpoint.experts import find_experts
-    from offload_moe.moe.attach import detach_parameters
+    from offload_moe.experts.attach import detach_parameters
     from offload_moe.quant import get_codec
 
     torch.manual_seed(0)
@@ -145,12 +145,12 @@ class Rig:
 
         import torch
 
-        from offload_moe.moe.arithmetic import choose_arithmetic
-        from offload_moe.moe.attach import BoundExperts, attach
-        from offload_moe.moe.lookahead import Lookahead
-        from offload_moe.moe.probe import find_probes
+        from offload_moe.experts.arithmetic import choose_arithmetic
+        from offload_moe.experts.attach import BoundExperts, attach
+        from offload_moe.experts.lookahead import Lookahead
+        from offload_moe.experts.probe import find_probes
         from offload_moe.quant import get_codec
-        from offload_moe.schedule.hierarchy import Hierarchy, Pools
+        from offload_moe.residency.hierarchy import Hierarchy, Pools
 
         codec = get_codec("nf4")
         self.hf = copy.deepcopy(model.hf)

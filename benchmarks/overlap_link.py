@@ -18,7 +18,7 @@ class SameRecord:
     """A RAM tier whose every record is the same, and already there when it is asked for."""
 
     def __init__(self, arena: Any, record: Any) -> None:
-        from offload_moe.tiers.workers import TransferWorkers
+        from offload_moe.memory.workers import TransferWorkers
 
         self._arena, self._record = arena, record
         self._workers = TransferWorkers(1, "same-record")
@@ -39,7 +39,7 @@ class SameRecord:
 
 def silent_link(bytes_per_s: float) -> Any:
     """A simulated copier whose link takes the time of every byte, and neither moves one nor needs a thread for it."""
-    from offload_moe.tiers.simulated import SimulatedCopier
+    from offload_moe.memory.simulated import SimulatedCopier
 
     class TimedStream:
         """Copies one behind the other; `free_at` is when the last one is done."""

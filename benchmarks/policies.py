@@ -19,8 +19,8 @@ from harness import finish
 
 from offload_moe.errors import OffloadMoeError
 from offload_moe.profile.replay import Pool, parse_slots, replay
-from offload_moe.schedule.policy import POLICY_NAMES
-from offload_moe.trace import Trace, load_trace
+from offload_moe.profile.trace import Trace, load_trace
+from offload_moe.residency.policy import POLICY_NAMES
 
 POOLS: tuple[Pool, ...] = ("layer", "global")
 FRAME = ("lru", "belady")

@@ -15,9 +15,9 @@ from typing import Any
 from harness import finish
 
 from offload_moe.profile.replay import parse_slots, replay
-from offload_moe.schedule.policy import DEFAULT_POLICY
+from offload_moe.profile.trace import Trace, load_trace
+from offload_moe.residency.policy import DEFAULT_POLICY
 from offload_moe.simulate.synthetic import synthetic_trace
-from offload_moe.trace import Trace, load_trace
 
 SHAPES = {"top-2 of 8": (32, 8, 2), "top-4 of 32": (24, 32, 4), "top-8 of 256": (12, 256, 8)}
 ROUTING = {

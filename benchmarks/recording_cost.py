@@ -26,7 +26,8 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    from offload_moe import kernels, load
+    from offload_moe import load
+    from offload_moe.native import kernels
 
     torch.set_num_threads(1)
     if kernels.available():
@@ -64,7 +65,7 @@ def token_cpu_s(model: Any, num_tokens: int, is_recorded: bool) -> tuple[list[fl
     """CPU seconds of every token after the first; if recorded, of making arrays of what was put aside, per token."""
     import torch
 
-    from offload_moe.generate import stream_tokens
+    from offload_moe.chat.prompt import stream_tokens
 
     ids = torch.arange(300, 308)[None]
     seconds = []

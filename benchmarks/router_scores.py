@@ -16,9 +16,9 @@ import numpy as np
 from harness import finish
 
 from offload_moe.profile.replay import parse_slots, replay
-from offload_moe.schedule.policy import DEFAULT_POLICY
-from offload_moe.schedule.residency import Residency
-from offload_moe.trace import Trace, load_trace
+from offload_moe.profile.trace import Trace, load_trace
+from offload_moe.residency.policy import DEFAULT_POLICY
+from offload_moe.residency.residency import Residency
 
 
 class DecayedScores:

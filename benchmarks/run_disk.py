@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from harness import HOT_SAMPLING, finish, io_bytes, peak_rss_bytes, prompt_ids, runner_arguments
 
 if TYPE_CHECKING:
-    from offload_moe.model import Model
-    from offload_moe.schedule.counters import Counters
+    from offload_moe.engine.model import Model
+    from offload_moe.residency.counters import Counters
 
 Accesses = list[tuple[int, list[int]]]
 
@@ -35,8 +35,8 @@ def record_accesses(model: "Model") -> Accesses:
 
 def replay_lru(accesses: Accesses, num_slots: int, first: int) -> float:
     """Hit rate of an LRU pool of that many slots over the accesses from `first` on, after those before it."""
-    from offload_moe.schedule.policy import LRU
-    from offload_moe.schedule.residency import Residency
+    from offload_moe.residency.policy import LRU
+    from offload_moe.residency.residency import Residency
 
     residency = Residency(num_slots, LRU())
     num_hits = num_asked = 0
@@ -79,8 +79,9 @@ def main() -> None:
     began = time.perf_counter()
     import torch
 
-    from offload_moe import kernels, load
-    from offload_moe.generate import stream_tokens
+    from offload_moe import load
+    from offload_moe.chat.prompt import stream_tokens
+    from offload_moe.native import kernels
 
     import_s = time.perf_counter() - began
     torch.set_num_threads(options.threads)

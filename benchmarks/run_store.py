@@ -76,8 +76,9 @@ def main() -> None:
     began = time.perf_counter()
     import torch
 
-    from offload_moe import kernels, load
-    from offload_moe.generate import stream_tokens
+    from offload_moe import load
+    from offload_moe.chat.prompt import stream_tokens
+    from offload_moe.native import kernels
 
     import_s = time.perf_counter() - began
 

@@ -56,15 +56,15 @@ def parse() -> argparse.Namespace:
 
 
 def make_copier(device: str | None) -> Any:
-    from offload_moe.tiers.copier import AcceleratorCopier, compute_device
-    from offload_moe.tiers.simulated import SimulatedCopier
+    from offload_moe.memory.copier import AcceleratorCopier, compute_device
+    from offload_moe.memory.simulated import SimulatedCopier
 
     return AcceleratorCopier(compute_device(device)) if device else SimulatedCopier(latency_s=0)
 
 
 def make(options: argparse.Namespace, copier: Any) -> Any:
     """A hierarchy with every expert resident in its fast tier."""
-    from offload_moe.schedule.hierarchy import Hierarchy, Pools
+    from offload_moe.residency.hierarchy import Hierarchy, Pools
 
     num_records = options.layers * options.experts
     pools = Pools(
@@ -86,7 +86,7 @@ class InstantMover:
     """Fills RAM slots with whatever lies there, from a thread as the protocol has it."""
 
     def __init__(self) -> None:
-        from offload_moe.tiers.workers import TransferWorkers
+        from offload_moe.memory.workers import TransferWorkers
 
         self._workers = TransferWorkers(1, "instant")
 
@@ -104,7 +104,7 @@ class InstantMover:
 
 
 def layer_us(hierarchy: Any, ids: Any, options: argparse.Namespace) -> Callable[[], float]:
-    from offload_moe.moe.routing import group_by_expert
+    from offload_moe.experts.routing import group_by_expert
 
     scheduler, record_of = hierarchy.scheduler, hierarchy.record_of
 
@@ -126,7 +126,7 @@ def layer_us(hierarchy: Any, ids: Any, options: argparse.Namespace) -> Callable[
 
 
 def grouping_us(ids: Any, num_experts: int) -> Callable[[], float]:
-    from offload_moe.moe.routing import group_by_expert
+    from offload_moe.experts.routing import group_by_expert
 
     def run() -> float:
         began = time.perf_counter()

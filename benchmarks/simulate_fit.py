@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from offload_moe.profile.trace import Trace
 from offload_moe.simulate import DiskModel, RunCosts, Simulation, VirtualPools, answers_of, simulate
-from offload_moe.trace import Trace
 
 STEPS, NEAR = 4, 0.02  # of a search along secants, and the relative error that ends it
 PROBE_S = 1e-3

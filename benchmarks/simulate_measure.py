@@ -15,12 +15,13 @@ from ask_watch import AskWatch
 from harness import HOT_SAMPLING, prompt_ids
 from run_store import fill
 
-from offload_moe import kernels, load
-from offload_moe.generate import stream_tokens
-from offload_moe.model import Model
+from offload_moe import load
+from offload_moe.chat.prompt import stream_tokens
+from offload_moe.engine.model import Model
+from offload_moe.memory.disk import readers_for
+from offload_moe.native import kernels
+from offload_moe.profile.trace import save_trace
 from offload_moe.store import Store
-from offload_moe.tiers.disk import readers_for
-from offload_moe.trace import save_trace
 
 
 def measure(

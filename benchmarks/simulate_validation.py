@@ -59,7 +59,7 @@ def main() -> None:
 
 def store_of(name: str, folder: Path, config: Path) -> Path:
     if name == "demo":
-        from offload_moe.sources import ensure_store, silent
+        from offload_moe.convert.sources import ensure_store, silent
 
         return ensure_store("demo", codec=None, dense_codec="bf16", revision=None, token=None, report=silent)
     store = folder / f"{config.stem}-store"
@@ -70,7 +70,7 @@ def store_of(name: str, folder: Path, config: Path) -> Path:
 def validate(folder: Path, name: str) -> dict[str, Any]:
     from simulate_fit import Fitter
 
-    from offload_moe.trace import load_trace
+    from offload_moe.profile.trace import load_trace
 
     measured = json.loads((folder / f"{name}.json").read_text())
     fitter = Fitter(measured, load_trace(folder / f"{name}.npz"), num_warm_up=NUM_WARM_UP)

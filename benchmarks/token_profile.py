@@ -78,9 +78,10 @@ def main() -> None:
     bind_to_cores(options.threads)
     import torch
 
-    from offload_moe import kernels, load
-    from offload_moe.generate import stream_tokens
-    from offload_moe.kernels.native import library
+    from offload_moe import load
+    from offload_moe.chat.prompt import stream_tokens
+    from offload_moe.native import kernels
+    from offload_moe.native.bindings import library
 
     clock = Clock()
     for name in NATIVE_CALLS:  # before the kernels look their functions up
@@ -89,7 +90,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     kernels.set_threads(options.threads)
     if options.layer_by_layer:
-        from offload_moe.lean import layer
+        from offload_moe.decode import layer
 
         layer.can_run = lambda hierarchy, step: None
     model = load(options.store, lean=not options.plain)

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offload_moe.stores import Installed
+    from offload_moe.store.installed import Installed
 
 REVISION_DIGITS = 12
 

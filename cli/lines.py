@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from offload_moe.errors import ConfigError
-from offload_moe.texts import unescape
+from offload_moe.system.texts import unescape
 
 QUOTES = '"""'
 PROMPT, CONTINUATION = "> ", ". "

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from offload_moe.names import check_model
+from offload_moe.system.names import check_model
 
 from .options import load_arguments, sampling_arguments
 from .progress import reporter
 from .terminal import console
 
 if TYPE_CHECKING:
-    from offload_moe.model import Model
+    from offload_moe.engine.model import Model
 
 DEMO = "demo"
 
@@ -27,7 +27,7 @@ def loaded_model(options: argparse.Namespace) -> "Iterator[Model]":
         report("Loading libraries")
         with _no_garbage_collection():
             from offload_moe.chat import Sampling
-            from offload_moe.model import load
+            from offload_moe.engine.model import load
 
         Sampling.of(sampling_arguments(options))
         report(f"Loading {options.model}")

@@ -4,8 +4,8 @@ import argparse
 from typing import Any, TypeAlias
 
 from offload_moe.errors import ConfigError
-from offload_moe.names import choice
-from offload_moe.sizes import parse_size
+from offload_moe.system.names import choice
+from offload_moe.system.sizes import parse_size
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 CODECS = ("nf4", "int8", "bf16", "mxfp4")

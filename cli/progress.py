@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
-from offload_moe.sizes import format_size
+from offload_moe.system.sizes import format_size
 
 from .streams import uses_unicode
 

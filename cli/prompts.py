@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from offload_moe.errors import ConfigError
-from offload_moe.texts import decode, read_text, unescape
+from offload_moe.system.texts import decode, read_text, unescape
 
 from .streams import say_on_stderr
 

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from offload_moe.sizes import format_size
+from offload_moe.system.sizes import format_size
 
 if TYPE_CHECKING:
     from offload_moe.chat import TurnStats
-    from offload_moe.schedule.counters import Counters
+    from offload_moe.residency.counters import Counters
 
 ENDINGS = {
     "length": "stopped at {tokens:,} tokens, see /set max_new_tokens",

@@ -12,7 +12,7 @@ from offload_moe.errors import OffloadMoeError
 
 if TYPE_CHECKING:
     from offload_moe.convert.quantize import quantize
-    from offload_moe.model import Model, load
+    from offload_moe.engine.model import Model, load
 
 # OpenMP's workers spin for milliseconds after each parallel operation of torch, on cores that the kernels' own threads
 # need. Read when torch is imported, so it must be said here; whoever sets it otherwise is left alone.
@@ -25,7 +25,7 @@ __all__ = ["Model", "OffloadMoeError", "__version__", "load", "quantize"]
 def __getattr__(name: str) -> Any:
     """Torch is imported with the first use, so that `import offload_moe` and `--help` stay quick."""
     if name in ("Model", "load"):
-        from offload_moe import model
+        from offload_moe.engine import model
 
         return getattr(model, name)
     if name == "quantize":

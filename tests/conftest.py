@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from offload_moe import kernels
+from offload_moe.native import kernels
 
 torch.set_num_threads(1)
 

@@ -1,6 +1,6 @@
 """The chat loop: read a message, stream the answer, say what it cost."""
 
-from offload_moe.paths import state_dir
+from offload_moe.system.paths import state_dir
 
 from ..lines import UnreadableMessageError, read_message, read_piped_line
 from .commands import LeaveError, dispatch, is_command

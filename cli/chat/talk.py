@@ -12,7 +12,7 @@ from .keyboard import quiet_keyboard
 
 if TYPE_CHECKING:
     from offload_moe.chat import ChatSession, Piece
-    from offload_moe.model import Model
+    from offload_moe.engine.model import Model
 
 
 class Talk:

@@ -68,8 +68,8 @@ def _test(report: Reporter) -> "tuple[str, list[Outcome]]":
 
 
 def _open(name: str | None) -> "Store | None":
-    from offload_moe.names import resolve
     from offload_moe.store import Store
+    from offload_moe.system.names import resolve
 
     return None if name is None else Store.open(resolve(name))
 

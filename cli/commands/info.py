@@ -4,15 +4,15 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from offload_moe.names import check_installed
-from offload_moe.sizes import format_size
+from offload_moe.system.names import check_installed
+from offload_moe.system.sizes import format_size
 
 from ..installed import entry_to_json, origin_text, state_text
 from ..options import Subparsers, add_common_flags
 from ..terminal import safe
 
 if TYPE_CHECKING:
-    from offload_moe.stores import Installed
+    from offload_moe.store.installed import Installed
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -30,7 +30,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     check_installed(options.store)
-    from offload_moe.stores import find, resume_advice
+    from offload_moe.store.installed import find, resume_advice
 
     entry = find(options.store)
     details = _details(entry) if entry.kind == "store" else {}
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _details(entry: "Installed") -> dict[str, Any]:
     from offload_moe.store import Store
-    from offload_moe.stores import fingerprint
+    from offload_moe.store.installed import fingerprint
 
     store = Store.open(entry.path)
     return {

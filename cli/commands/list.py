@@ -5,14 +5,14 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from offload_moe.sizes import format_size
+from offload_moe.system.sizes import format_size
 
 from ..installed import entry_to_json, origin_text, state_text
 from ..options import Subparsers, add_common_flags
 from ..terminal import safe
 
 if TYPE_CHECKING:
-    from offload_moe.stores import Installed
+    from offload_moe.store.installed import Installed
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -28,8 +28,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from offload_moe.paths import cache_dir
-    from offload_moe.stores import installed
+    from offload_moe.store.installed import installed
+    from offload_moe.system.paths import cache_dir
 
     entries = installed()
     if options.json:

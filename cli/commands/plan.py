@@ -5,8 +5,8 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from offload_moe.names import check_model
-from offload_moe.sizes import format_size, parse_size
+from offload_moe.system.names import check_model
+from offload_moe.system.sizes import format_size, parse_size
 
 from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_common_flags, context_tokens
 from ..progress import reporter
@@ -63,8 +63,8 @@ def run(options: argparse.Namespace) -> int:
     check_model(options.model, options.revision)
     with reporter() as report:
         report("Loading libraries")
+        from offload_moe.convert.sources import find_source
         from offload_moe.plan import make_plan, plan_to_json
-        from offload_moe.sources import find_source
 
         report(f"Planning {options.model}")
         plan = make_plan(
@@ -93,8 +93,8 @@ def _machine(options: argparse.Namespace) -> "Machine":
 
 
 def _notice_of_another_machine(options: argparse.Namespace) -> str:
-    from offload_moe.budget import total_ram
-    from offload_moe.tiers.copier import compute_device
+    from offload_moe.memory.copier import compute_device
+    from offload_moe.plan.budget import total_ram
 
     named = []
     if options.gpu is None and options.vram and compute_device().type == "cpu":

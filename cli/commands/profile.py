@@ -14,7 +14,7 @@ from ..progress import reporter
 from ..tables import print_replay, print_report
 
 if TYPE_CHECKING:
-    from offload_moe.trace import Trace
+    from offload_moe.profile.trace import Trace
 
 Report = Callable[[str, float], None]
 ALL = "all"
@@ -70,7 +70,7 @@ def _record(options: argparse.Namespace) -> int:
     prompts = BUILT_IN if options.prompts is None else read_prompts(options.prompts)
     with loaded_model(options) as model, reporter() as report:
         from offload_moe.profile.run import MAX_NEW_TOKENS, run_prompts
-        from offload_moe.trace import save_trace
+        from offload_moe.profile.trace import save_trace
 
         trace = run_prompts(model, prompts, max_new_tokens=options.max_new_tokens or MAX_NEW_TOKENS, report=report)
         if options.trace is not None:
@@ -96,7 +96,7 @@ def _show(options: argparse.Namespace, trace: "Trace") -> None:
 def _replay(options: argparse.Namespace) -> int:
     with reporter() as progress:
         progress(f"Reading {options.replay}")
-        from offload_moe.trace import load_trace
+        from offload_moe.profile.trace import load_trace
 
         trace = load_trace(options.replay)
         document = _replays(trace, options, progress)
@@ -117,7 +117,7 @@ def _replays(trace: "Trace", options: argparse.Namespace, progress: Report) -> d
     """One policy after the other, so that it can be seen how far they are."""
     from offload_moe.profile.belady import Belady
     from offload_moe.profile.replay import replay_report
-    from offload_moe.schedule.policy import POLICY_NAMES
+    from offload_moe.residency.policy import POLICY_NAMES
 
     chosen = options.policy or ALL
     policies = (*POLICY_NAMES, Belady.name) if chosen == ALL else (chosen,)

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from offload_moe.names import check_source, hub_name
+from offload_moe.system.names import check_source, hub_name
 
 from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_common_flags, add_link_flag
 from ..progress import reporter

@@ -4,8 +4,8 @@ import argparse
 import sys
 
 from offload_moe.errors import ConfigError
-from offload_moe.names import check_installed
-from offload_moe.sizes import format_size
+from offload_moe.system.names import check_installed
+from offload_moe.system.sizes import format_size
 
 from ..installed import state_text
 from ..options import Subparsers, add_common_flags
@@ -28,7 +28,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     check_installed(options.name)
-    from offload_moe.stores import find, remove
+    from offload_moe.store.installed import find, remove
 
     entry = find(options.name)
     if not options.yes:

@@ -5,8 +5,8 @@ import json
 from typing import TYPE_CHECKING
 
 from offload_moe.errors import ConfigError
-from offload_moe.names import check_model
-from offload_moe.sizes import format_size, parse_size
+from offload_moe.system.names import check_model
+from offload_moe.system.sizes import format_size, parse_size
 
 from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_common_flags, context_tokens, policy_name
 from ..progress import reporter
@@ -71,11 +71,11 @@ def run(options: argparse.Namespace) -> int:
     check_model(options.model, options.revision)
     with reporter() as report:
         report("Loading libraries")
+        from offload_moe.convert.sources import find_source
         from offload_moe.plan import make_plan
         from offload_moe.plan.simulation import plan_simulation_to_json, simulate_plan
-        from offload_moe.schedule.policy import DEFAULT_POLICY
-        from offload_moe.sources import find_source
-        from offload_moe.trace import load_trace
+        from offload_moe.profile.trace import load_trace
+        from offload_moe.residency.policy import DEFAULT_POLICY
 
         trace = load_trace(options.trace) if options.trace else None
         report(f"Planning {options.model}")

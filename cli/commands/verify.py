@@ -5,8 +5,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from offload_moe.errors import ConfigError
-from offload_moe.names import check_installed
-from offload_moe.sizes import format_size
+from offload_moe.system.names import check_installed
+from offload_moe.system.sizes import format_size
 
 from ..options import Subparsers, add_common_flags, add_link_flag
 from ..progress import Reporter, reporter
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         report("Loading libraries")
         from offload_moe.convert.repair import find_damage, restore_sizes
         from offload_moe.store import Store
-        from offload_moe.stores import check_finished, resolve_installed
+        from offload_moe.store.installed import check_finished, resolve_installed
 
         path = resolve_installed(options.store)
         check_finished(path)
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _source(store: "Store", named: str | None) -> "Path | str | None":
     """Where to repair from: what is named, or else the store's source, where that is in the cache, as the demo is."""
-    from offload_moe.names import resolve_whole
+    from offload_moe.system.names import resolve_whole
 
     folder = resolve_whole(named or store.source)
     return folder if folder.is_dir() else named
@@ -93,7 +93,7 @@ def _repair(
 def _verdict(
     store: "Store", damages: "list[Damage]", remaining: "list[Damage]", source: "Path | str | None", *, is_repair: bool
 ) -> str:
-    from offload_moe.names import looks_like_hub_id
+    from offload_moe.system.names import looks_like_hub_id
 
     pieces = list(store.pieces())
     if not damages:

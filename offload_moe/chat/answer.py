@@ -17,7 +17,7 @@ from offload_moe.chat.template import PromptFormat
 from offload_moe.chat.text import IncrementalText
 from offload_moe.errors import BudgetError, ConfigError
 from offload_moe.plan.room import ContextRoom
-from offload_moe.schedule.counters import Counters
+from offload_moe.residency.counters import Counters
 
 # Where neither the user, the checkpoint nor the context says when to stop, a model that never stops has to be stopped.
 DEFAULT_MAX_NEW_TOKENS = 4096

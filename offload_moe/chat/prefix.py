@@ -9,8 +9,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from offload_moe.chat.template import common_prefix
-from offload_moe.lean.cache import RoomyLayer
-from offload_moe.rotation import Factors, kept_factors, rotation_keeper
+from offload_moe.decode.cache import RoomyLayer
+from offload_moe.decode.rotation import Factors, kept_factors, rotation_keeper
 
 Reuse = Literal["nothing cached", "continued", "cropped", "snapshot", "recomputed", "not supported"]
 

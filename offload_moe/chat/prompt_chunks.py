@@ -6,8 +6,8 @@ the slots. The size depends on the model and on the kind of device, never on fre
 
 from transformers import PreTrainedModel
 
-from offload_moe.budget import CPU_PROMPT_TOKENS, DEVICE_PROMPT_TOKENS
 from offload_moe.chat.prefix import continues_exactly
+from offload_moe.plan.budget import CPU_PROMPT_TOKENS, DEVICE_PROMPT_TOKENS
 
 
 def prompt_chunk_tokens(hf: PreTrainedModel) -> int | None:

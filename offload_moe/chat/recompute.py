@@ -1,4 +1,4 @@
-"""generate() for models whose keys are rotated by the length of the sequence, see `offload_moe.rotation`.
+"""generate() for models whose keys are rotated by the length of the sequence, see `offload_moe.decode.rotation`.
 
 A prompt is rotated for its whole length also where it is computed in chunks. Where a sequence comes to a length that
 rotates otherwise than the keys in its cache, in a prompt or in the middle of an answer, all of it is computed anew.
@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from offload_moe.chat.prompt_chunks import prompt_chunk_tokens
+from offload_moe.decode.rotation import RotationKeeper, length_of, rotation_keeper
 from offload_moe.errors import ConfigError
-from offload_moe.rotation import RotationKeeper, length_of, rotation_keeper
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from offload_moe.chat.template import PromptFormat
 from offload_moe.chat.transcript import check_messages, read_transcript, write_transcript
 from offload_moe.errors import BudgetError, ConfigError
 from offload_moe.plan.room import ContextRoom
-from offload_moe.schedule.counters import Counters
+from offload_moe.residency.counters import Counters
 
 _answers: WeakSet[Generator[Piece, None, None]] = WeakSet()
 

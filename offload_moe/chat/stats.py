@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from offload_moe.chat.prefix import Reuse
-from offload_moe.schedule.counters import Counters
+from offload_moe.residency.counters import Counters
 
 Finish = Literal["stop", "length", "context", "memory", "interrupted"]
 

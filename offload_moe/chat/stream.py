@@ -18,9 +18,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from offload_moe.chat.prompt_chunks import prompt_chunk_tokens
 from offload_moe.chat.recompute import recompute_of
+from offload_moe.decode.hooks import Onlooker
 from offload_moe.errors import ModelClosed
-from offload_moe.hooks import Onlooker
-from offload_moe.lifecycle import FORKED
+from offload_moe.system.lifecycle import FORKED
 
 # Waiting without an end cannot be interrupted on Windows.
 POLL_S = 0.1

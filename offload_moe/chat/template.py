@@ -7,9 +7,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offload_moe.chat.chat_template import ChatTemplate, Message
 from offload_moe.chat.reasoning import is_harmony
+from offload_moe.checkpoint.token_ids import check_ids, num_embeddings
 from offload_moe.errors import ConfigError
-from offload_moe.texts import check_text
-from offload_moe.token_ids import check_ids, num_embeddings
+from offload_moe.system.texts import check_text
 
 NO_TEMPLATE = (
     "This model has no chat template: it continues your text instead of answering it, and remembers the text so far."

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from offload_moe.chat.chat_template import Message
 from offload_moe.errors import ConfigError
-from offload_moe.texts import check_text, read_text
+from offload_moe.system.texts import check_text, read_text
 
 FORMAT = "offload-moe chat 1"
 ROLES = ("system", "user", "assistant", "tool")

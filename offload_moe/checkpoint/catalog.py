@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from offload_moe.adapters import ADAPTERS, Adapter
+from offload_moe.families import ADAPTERS, Adapter
 
 Verified = Literal["whole model", "contract only", "refused"]
 

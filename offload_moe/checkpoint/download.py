@@ -17,8 +17,8 @@ from offload_moe.checkpoint.header import MAX_HEADER_BYTES, HeaderCopy
 from offload_moe.checkpoint.hub import PARTIAL, HubFile, Repository, fetch, fetch_beginning, open_repository
 from offload_moe.checkpoint.weight_files import choose_weights, require, safe_path
 from offload_moe.errors import BudgetError, CheckpointError, StoreError, TransferError
-from offload_moe.locks import try_lock
-from offload_moe.sizes import format_size
+from offload_moe.system.locks import try_lock
+from offload_moe.system.sizes import format_size
 
 NOTE_NAME = "offload-moe-download.json"
 HEADERS = "headers"

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from offload_moe.adapters import Adapter, Part, find_adapter
 from offload_moe.checkpoint.overlooked import overlooked_experts
 from offload_moe.errors import UnsupportedModelError
+from offload_moe.families import Adapter, Part, find_adapter
 from offload_moe.quant.layout import ExpertShape, Matrix
 
 

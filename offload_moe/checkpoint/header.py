@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from offload_moe.errors import CheckpointError
-from offload_moe.open_files import open_descriptor
+from offload_moe.system.open_files import open_descriptor
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

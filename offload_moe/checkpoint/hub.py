@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload_moe.errors import CheckpointError, TransferError
-from offload_moe.locks import NO_LOCKS
+from offload_moe.system.locks import NO_LOCKS
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from offload_moe.adapters import is_left_alone
+from offload_moe.families import is_left_alone
 
 ROUTER_NAMES = ("gate", "router")
 ROUTER_CLASSES = ("router", "topk", "gating")

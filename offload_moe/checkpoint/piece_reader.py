@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from offload_moe.adapters import Part
 from offload_moe.checkpoint.expert_reader import WEIGHT_DTYPES
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.checkpoint.names import SourceGroup
 from offload_moe.checkpoint.tensors import TensorSource
 from offload_moe.errors import CheckpointError, UnsupportedModelError
+from offload_moe.families import Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,7 +15,7 @@ from torch import Tensor
 from offload_moe.checkpoint.header import HeaderCopy, TensorEntry, read_header
 from offload_moe.checkpoint.weight_files import WeightFiles, choose_weights, file_names, listing, require
 from offload_moe.errors import CheckpointError, TransferError
-from offload_moe.open_files import OpenFiles
+from offload_moe.system.open_files import OpenFiles
 
 
 class Remote(Protocol):

@@ -16,9 +16,9 @@ from offload_moe.checkpoint.weight_files import (
     refuse_adapter,
 )
 from offload_moe.errors import CheckpointError, ConfigError
-from offload_moe.names import check_source, hub_name
-from offload_moe.names import looks_like_hub_id as looks_like_hub_id
-from offload_moe.paths import file_advice
+from offload_moe.system.names import check_source, hub_name
+from offload_moe.system.names import looks_like_hub_id as looks_like_hub_id
+from offload_moe.system.paths import file_advice
 
 # What a model folder needs beside its weights: config, generation config, tokenizer, chat templates.
 METADATA_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*.jinja")

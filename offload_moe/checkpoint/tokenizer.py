@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from offload_moe.token_ids import num_embeddings
+from offload_moe.checkpoint.token_ids import num_embeddings
 
 TOKENIZER_JSON = "tokenizer.json"
 JSON_FILES = (TOKENIZER_JSON, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

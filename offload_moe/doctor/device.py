@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from offload_moe.doctor.check import Check, judge
-from offload_moe.sizes import format_size
-from offload_moe.tiers.copier import AMPERE, free_device_memory, total_device_memory
-from offload_moe.tiers.nvidia import Nvidia
-from offload_moe.tiers.unused_card import is_hidden, why_unused
+from offload_moe.memory.copier import AMPERE, free_device_memory, total_device_memory
+from offload_moe.memory.nvidia import Nvidia
+from offload_moe.memory.unused_card import is_hidden, why_unused
+from offload_moe.system.sizes import format_size
 
 LITTLE_VRAM = 4 << 30
 MUCH_TAKEN = 1 << 30

@@ -3,7 +3,7 @@
 import torch
 
 from offload_moe.doctor.check import Check, judge
-from offload_moe.kernels.device import record_linear
+from offload_moe.native.device import record_linear
 from offload_moe.quant import ExpertShape, Matrix, get_codec
 
 NAME = "device kernels"

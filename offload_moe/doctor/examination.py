@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 
-from offload_moe import kernels
 from offload_moe.doctor import machine, memory_speed, storage, versions
 from offload_moe.doctor.check import Check
 from offload_moe.doctor.device import (
@@ -14,12 +13,13 @@ from offload_moe.doctor.device import (
 )
 from offload_moe.doctor.device_kernels import check_device_kernels
 from offload_moe.errors import OffloadMoeError
-from offload_moe.paths import cache_dir
+from offload_moe.memory.copier import compute_device
+from offload_moe.memory.nvidia import find_nvidia
+from offload_moe.memory.unused_card import build_of_torch
+from offload_moe.native import kernels
 from offload_moe.plan.machine import default_dtype
 from offload_moe.store import Store
-from offload_moe.tiers.copier import compute_device
-from offload_moe.tiers.nvidia import find_nvidia
-from offload_moe.tiers.unused_card import build_of_torch
+from offload_moe.system.paths import cache_dir
 
 Work = Callable[[], Check | list[Check]]
 

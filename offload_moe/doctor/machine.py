@@ -7,10 +7,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from offload_moe.budget import RUNTIME_BYTES, free_ram
-from offload_moe.cores import usable_cores
 from offload_moe.doctor.check import Check, judge
-from offload_moe.sizes import format_size
+from offload_moe.plan.budget import RUNTIME_BYTES, free_ram
+from offload_moe.system.cores import usable_cores
+from offload_moe.system.sizes import format_size
 
 LITTLE_RAM = 4 << 30
 WORTH_LOCKING = 1 << 30

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from offload_moe import kernels
 from offload_moe.doctor.check import Check, format_rate, judge
+from offload_moe.native import kernels
 from offload_moe.quant import ExpertShape, Matrix, get_codec
 
 BUFFER_BYTES = 256 << 20  # beyond the caches of any processor this runs on

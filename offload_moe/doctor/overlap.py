@@ -9,8 +9,8 @@ from torch import Tensor
 
 from offload_moe.doctor.copiers import MakeCopier
 from offload_moe.doctor.outcome import Failed
-from offload_moe.tiers.arena import Arena
-from offload_moe.tiers.copier import Copier
+from offload_moe.memory.arena import Arena
+from offload_moe.memory.copier import Copier
 
 NUM_COPIES = 4
 MAX_TRIALS = 20  # other programs disturb; what runs one after the other never overlaps, however often one looks

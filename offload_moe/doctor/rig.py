@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload_moe.assemble import assemble
 from offload_moe.doctor.copiers import MakeCopier
-from offload_moe.model import attach_experts
-from offload_moe.schedule.hierarchy import Hierarchy, Pools
-from offload_moe.schedule.residency import SlotState
+from offload_moe.engine.assemble import assemble
+from offload_moe.engine.model import attach_experts
+from offload_moe.memory.disk import DiskMover
+from offload_moe.residency.hierarchy import Hierarchy, Pools
+from offload_moe.residency.residency import SlotState
 from offload_moe.store import Store
-from offload_moe.tiers.disk import DiskMover
 
 STALL_LIMIT_S = 20.0
 CPU = torch.device("cpu")

@@ -25,7 +25,7 @@ from offload_moe.doctor.small_model import (
     logits_of,
     relative_error,
 )
-from offload_moe.tiers.copier import compute_device
+from offload_moe.memory.copier import compute_device
 
 SAME_NUMBERS, SAME_NUMBERS_ON_DEVICE = 1e-4, 1e-3  # fp32, sums in another order: 2e-6 measured on CPUs
 FAST_KERNELS = 0.05  # activations in 8 bits: 1.5e-2 measured

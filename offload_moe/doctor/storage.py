@@ -15,13 +15,13 @@ import numpy as np
 import psutil
 
 from offload_moe.doctor.check import Check, format_rate, judge
-from offload_moe.sizes import format_size
+from offload_moe.memory.arena import Arena
+from offload_moe.memory.disk import readers_for
+from offload_moe.memory.record_file import RecordFile
 from offload_moe.store import Store
 from offload_moe.store.durable import write_at
 from offload_moe.store.reading import forget_cached
-from offload_moe.tiers.arena import Arena
-from offload_moe.tiers.disk import readers_for
-from offload_moe.tiers.record_file import RecordFile
+from offload_moe.system.sizes import format_size
 
 FILE_BYTES, LEAST_FILE_BYTES = 1 << 30, 128 << 20  # of a temporary file: what a disk's own cache does not hold
 PIECE_BYTES = 64 << 20  # written and flushed at once

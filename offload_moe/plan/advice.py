@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from offload_moe.convert.jobs import LOSSLESS
 from offload_moe.plan.outlook import Outlook, Task, look_ahead
 from offload_moe.plan.placement import DENSE_CODECS, LAST_RESORT, Tier
-from offload_moe.sizes import format_size, typed_size
+from offload_moe.system.sizes import format_size, typed_size
 
 WORTH_SAYING = 1.02  # a change that gains less than this is noise beside the assumptions
 CONTEXT_STEP = 1024

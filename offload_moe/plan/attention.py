@@ -49,7 +49,7 @@ class AttentionShape:
 
 def describe_attention(model: "PreTrainedModel", *, is_lean: bool) -> AttentionShape:
     """is_lean: latent attention is absorbed where it can be."""
-    from offload_moe.lean.latent import find_latents
+    from offload_moe.decode.latent import find_latents
 
     modules = _modules_by_layer(model)
     is_absorbed = is_lean and bool(find_latents(model))

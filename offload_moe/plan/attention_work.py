@@ -31,7 +31,7 @@ class AttentionWork:
 
 
 def describe_work(module: Any, *, is_absorbed: bool) -> AttentionWork:
-    """is_absorbed: latents that `offload_moe.lean` computes with."""
+    """is_absorbed: latents that `offload_moe.decode` computes with."""
     linears = sum(child.out_features for child in module.children() if isinstance(child, nn.Linear))
     queries = out_features(module, "q_proj") or out_features(module, "q_b_proj")
     expansion, latent = out_features(module, "kv_b_proj"), out_features(module, "kv_a_proj_with_mqa")

@@ -5,18 +5,18 @@ from functools import partial
 
 import torch
 
-from offload_moe.budget import total_ram
 from offload_moe.errors import BudgetError
+from offload_moe.memory.copier import free_device_memory, total_device_memory
 from offload_moe.plan.advice import explain, find_shortfalls
+from offload_moe.plan.budget import total_ram
 from offload_moe.plan.machine import Machine, measure_machine
 from offload_moe.plan.outlook import Outlook, Task
 from offload_moe.plan.parameters import DenseWeight, ModelShape
 from offload_moe.plan.placement import Placement, Settings, Tier, place
 from offload_moe.plan.plan import check_context
 from offload_moe.plan.sizes import with_narrow_embeddings
-from offload_moe.sizes import format_size, typed_size
 from offload_moe.store import Store
-from offload_moe.tiers.copier import free_device_memory, total_device_memory
+from offload_moe.system.sizes import format_size, typed_size
 
 
 def measure_load(device: torch.device, *, vram: int | None, ram: int | None, dtype: torch.dtype) -> Machine:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from offload_moe.budget import SHARE_OF_FREE, default_ram
 from offload_moe.errors import ConfigError
-from offload_moe.paths import cache_dir
+from offload_moe.memory.copier import compute_device, free_device_memory, has_bf16
+from offload_moe.plan.budget import SHARE_OF_FREE, default_ram
 from offload_moe.simulate import hardware
-from offload_moe.sizes import format_size
-from offload_moe.tiers.copier import compute_device, free_device_memory, has_bf16
+from offload_moe.system.paths import cache_dir
+from offload_moe.system.sizes import format_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

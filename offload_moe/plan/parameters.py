@@ -105,7 +105,7 @@ def describe_model(
 
 
 def describe_skeleton(model: "PreTrainedModel", *, is_lean: bool) -> ModelShape:
-    """Counts a skeleton. is_lean: it is computed with `offload_moe.lean`, beyond what keeps eager's bits.
+    """Counts a skeleton. is_lean: it is computed with `offload_moe.decode`, beyond what keeps eager's bits.
 
     Raises: UnsupportedModelError when its experts cannot be bound.
     """

@@ -6,9 +6,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from offload_moe import kernels
-from offload_moe.budget import DEVICE_RESERVE_BYTES, runtime_bytes
 from offload_moe.convert.jobs import LOSSLESS
+from offload_moe.native import kernels
+from offload_moe.plan.budget import DEVICE_RESERVE_BYTES, runtime_bytes
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.parameters import ModelShape
 from offload_moe.plan.sizes import dense_memory_bytes, dense_store_bytes, experts_bytes, slot_bytes

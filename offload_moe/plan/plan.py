@@ -108,7 +108,7 @@ def _plan(source: PlannedSource, shape: ModelShape, machine: Machine, settings: 
 
 def _is_lean(codec: str, machine: Machine) -> bool:
     """As `load` has it where nothing else is asked for."""
-    from offload_moe.moe.arithmetic import keeps_eagers_bits
+    from offload_moe.experts.arithmetic import keeps_eagers_bits
 
     where = torch.device("cuda" if machine.has_device else "cpu")
     return not keeps_eagers_bits(codec, where, machine.dtype, is_exact=False)

@@ -14,13 +14,13 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import Cache, PreTrainedModel
 
-from offload_moe.budget import give_back_freed_memory
+from offload_moe.decode.latent import NAME as LATENT_ATTENTION
 from offload_moe.errors import BudgetError, TransferError
-from offload_moe.lean.latent import NAME as LATENT_ATTENTION
+from offload_moe.plan.budget import give_back_freed_memory
 from offload_moe.plan.parameters import ModelShape
 from offload_moe.plan.placement import Placement
 from offload_moe.plan.working import activation_bytes, cache_bytes
-from offload_moe.sizes import format_size
+from offload_moe.system.sizes import format_size
 
 STEP = 128  # tokens that room is made for at once
 GROWING = ("key/value cache", "activations")  # parts of the plan

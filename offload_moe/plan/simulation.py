@@ -5,11 +5,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from offload_moe.errors import BudgetError, ConfigError
+from offload_moe.memory.disk import PART_BYTES, readers_for
 from offload_moe.plan.parameters import ModelShape
 from offload_moe.plan.plan import Plan
 from offload_moe.plan.room import ContextRoom
 from offload_moe.plan.speed import run_costs
-from offload_moe.schedule.policy import DEFAULT_POLICY
+from offload_moe.profile.trace import Trace
+from offload_moe.residency.policy import DEFAULT_POLICY
 from offload_moe.simulate import (
     DiskModel,
     LinkModel,
@@ -24,9 +26,7 @@ from offload_moe.simulate import (
 )
 from offload_moe.simulate.run import SlotsFor
 from offload_moe.simulate.synthetic import REUSE, SKEW
-from offload_moe.sizes import format_size
-from offload_moe.tiers.disk import PART_BYTES, readers_for
-from offload_moe.trace import Trace
+from offload_moe.system.sizes import format_size
 
 PROMPT_TOKENS, DECODE_TOKENS = 128, 128  # of each synthetic answer
 ASSUMED_RECALL = (0.75, 0.65)  # one and two MoE layers ahead, where the trace does not say: see docs/simulate.md

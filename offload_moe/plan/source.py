@@ -14,11 +14,11 @@ from offload_moe.checkpoint.names import map_names
 from offload_moe.checkpoint.skeleton import build_skeleton, load_config
 from offload_moe.checkpoint.weight_files import INDEX_NAME, choose_weights, file_names, refuse_adapter
 from offload_moe.errors import CheckpointError, OffloadMoeError
-from offload_moe.names import check_model, hub_name, resolve
-from offload_moe.paths import file_advice
 from offload_moe.plan.hub import fetch_config
 from offload_moe.store import Store, is_store
 from offload_moe.store.manifest_json import MANIFEST_NAME
+from offload_moe.system.names import check_model, hub_name, resolve
+from offload_moe.system.paths import file_advice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

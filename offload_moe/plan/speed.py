@@ -142,6 +142,6 @@ def run_costs(shape: ModelShape, machine: Machine, settings: Settings, placement
 
 
 def takes_rides(shape: ModelShape, machine: Machine) -> bool:
-    """Whether a decode step is one native call for all layers, see `offload_moe.lean.run`, as far as a config tells."""
+    """Whether a decode step is one native call for all layers, see `offload_moe.decode.run`, as far as a config tells."""
     is_plain = shape.attention.keeps_all_tokens and not shape.attention.has_latents
     return not machine.has_device and machine.dtype == torch.float32 and is_plain

@@ -5,10 +5,10 @@ T tokens computed at once, C context tokens, H hidden, K top-k, I intermediate.
 
 import torch
 
-from offload_moe.budget import CPU_PROMPT_TOKENS, DEVICE_PROMPT_TOKENS
 from offload_moe.checkpoint.linears import PROJECTIONS
 from offload_moe.convert.jobs import LOSSLESS
-from offload_moe.kernels.device import tile_rows
+from offload_moe.native.device import tile_rows
+from offload_moe.plan.budget import CPU_PROMPT_TOKENS, DEVICE_PROMPT_TOKENS
 from offload_moe.plan.parameters import ModelShape
 from offload_moe.quant import Matrix
 

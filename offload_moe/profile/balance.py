@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offload_moe.trace import Trace
+from offload_moe.profile.trace import Trace
 
 CAPACITY_FACTORS = (1.0, 1.1, 1.25, 1.5)
 HOT = 2.0  # times the mean load

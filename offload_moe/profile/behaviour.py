@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offload_moe.trace import Trace
+from offload_moe.profile.trace import Trace
 
 NUM_LISTED = 5
 NUM_SUCCESSIONS = 12

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offload_moe.moe.attach import RanLayers
+from offload_moe.experts.attach import RanLayers
 from offload_moe.profile.routers import Router, pad_experts
-from offload_moe.trace import DELAYED_HIT, HIT, MISS, Trace
+from offload_moe.profile.trace import DELAYED_HIT, HIT, MISS, Trace
 
 Array = NDArray[Any]
 Columns = dict[str, Array | None]

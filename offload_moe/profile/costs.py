@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offload_moe.trace import DELAYED_HIT, HIT, MISS, Trace
+from offload_moe.profile.trace import DELAYED_HIT, HIT, MISS, Trace
 
 Array = NDArray[Any]
 

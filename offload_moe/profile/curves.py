@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from offload_moe.profile.belady import Belady
 from offload_moe.profile.costs import Costs
 from offload_moe.profile.replay import Pool, parse_slots, replay
-from offload_moe.schedule.policy import DEFAULT_POLICY, LRU, POLICY_NAMES
-from offload_moe.trace import Trace
+from offload_moe.profile.trace import Trace
+from offload_moe.residency.policy import DEFAULT_POLICY, LRU, POLICY_NAMES
 
 VARIANTS: tuple[tuple[str, Pool], ...] = (
     *((policy, "global") for policy in (*POLICY_NAMES, Belady.name)),

@@ -17,7 +17,7 @@ from offload_moe.profile.svg import (
     percent_axis,
     stacked_bar,
 )
-from offload_moe.schedule.policy import DEFAULT_POLICY, LRU
+from offload_moe.residency.policy import DEFAULT_POLICY, LRU
 
 NUM_COLOURS = 7
 

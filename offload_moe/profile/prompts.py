@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offload_moe.errors import ConfigError
-from offload_moe.texts import read_text
+from offload_moe.system.texts import read_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from offload_moe.checkpoint.experts import ExpertsModule
-from offload_moe.moe.probe import ResidualKeeper, RouterProbe, find_probes
-from offload_moe.trace import Trace
+from offload_moe.experts.probe import ResidualKeeper, RouterProbe, find_probes
+from offload_moe.profile.trace import Trace
 
 DEPTHS = (1, 2, 3)
 LEAST_OWN_RECALL = 0.9

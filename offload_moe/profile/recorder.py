@@ -14,13 +14,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from offload_moe.checkpoint.experts import ExpertsModule
+from offload_moe.decode.hooks import Onlooker
 from offload_moe.errors import ConfigError
-from offload_moe.hooks import Onlooker
-from offload_moe.moe.attach import RanLayers
+from offload_moe.experts.attach import RanLayers
 from offload_moe.profile.columns import Columns, Forward, Mark, PackedForward, make_trace, to_columns
 from offload_moe.profile.routers import Router, find_router
-from offload_moe.schedule.scheduler import Scheduler
-from offload_moe.trace import Trace
+from offload_moe.profile.trace import Trace
+from offload_moe.residency.scheduler import Scheduler
 
 FORWARDS_PER_CHUNK = 64
 

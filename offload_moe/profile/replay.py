@@ -13,9 +13,9 @@ import numpy as np
 
 from offload_moe.errors import ConfigError
 from offload_moe.profile.belady import Belady
-from offload_moe.schedule.policy import Policy, make_policy
-from offload_moe.schedule.residency import Residency
-from offload_moe.trace import Trace
+from offload_moe.profile.trace import Trace
+from offload_moe.residency.policy import Policy, make_policy
+from offload_moe.residency.residency import Residency
 
 Pool = Literal["layer", "global"]
 

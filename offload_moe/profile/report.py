@@ -12,7 +12,7 @@ from offload_moe.profile.behaviour import Coactivation, Overlap, Preference, coa
 from offload_moe.profile.costs import Costs, costs
 from offload_moe.profile.curves import Curves, Now, curves
 from offload_moe.profile.text import CLASSES, class_per_token
-from offload_moe.trace import Trace
+from offload_moe.profile.trace import Trace
 
 Progress = Callable[[str, float], None]
 

@@ -13,7 +13,7 @@ from offload_moe.profile.prompts import GroupedPrompt
 from offload_moe.profile.recall import measure_recall
 from offload_moe.profile.recorder import Recorder
 from offload_moe.profile.text import classes_of
-from offload_moe.trace import Trace
+from offload_moe.profile.trace import Trace
 
 MAX_NEW_TOKENS = 64
 RECALL_TOKENS = 24

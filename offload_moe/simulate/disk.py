@@ -1,6 +1,6 @@
 """The disk in virtual time: reads that share its bandwidth, demands before prefetches.
 
-The order is that of `offload_moe.tiers.workers`: parts of a record side by side, prefetches on half of the readers at
+The order is that of `offload_moe.memory.workers`: parts of a record side by side, prefetches on half of the readers at
 most, and a prefetch that is demanded jumps the queue.
 """
 
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from offload_moe.memory.mover import Arrived
 from offload_moe.simulate.clock import VirtualClock
 from offload_moe.simulate.costs import DiskModel
-from offload_moe.tiers.mover import Arrived
 
 HALF_A_BYTE = 0.5
 

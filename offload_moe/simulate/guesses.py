@@ -10,7 +10,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from offload_moe.schedule.prefetch import PrefetchGovernor
+from offload_moe.residency.prefetch import PrefetchGovernor
 from offload_moe.simulate.clock import VirtualClock
 from offload_moe.simulate.costs import LookaheadModel
 

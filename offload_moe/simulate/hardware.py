@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from offload_moe.errors import ConfigError
-from offload_moe.names import choice
+from offload_moe.system.names import choice
 
 GPU_SHARE = 0.7  # of a card's memory bandwidth, by matrix-vector kernels that read 4-bit weights: assumed
 FLOPS_SHARE = 0.4  # of a card's matrix arithmetic, by prompts of some hundred tokens: assumed

@@ -1,13 +1,13 @@
-"""The thread that called the model, while a native thread rides through the layers: `lean/run.py` in virtual time."""
+"""The thread that called the model, while a native thread rides through the layers: `decode/run.py` in virtual time."""
 
 from collections.abc import Sequence
 from functools import partial
 
-from offload_moe.kernels import NEEDS_EXPERTS, NEEDS_SLOTS
-from offload_moe.schedule.accounts import note_passed, sort_found
-from offload_moe.schedule.lease import Lease
-from offload_moe.schedule.loans import HEAR_S, Loans
-from offload_moe.schedule.scheduler import Scheduler
+from offload_moe.native.kernels import NEEDS_EXPERTS, NEEDS_SLOTS
+from offload_moe.residency.accounts import note_passed, sort_found
+from offload_moe.residency.lease import Lease
+from offload_moe.residency.loans import HEAR_S, Loans
+from offload_moe.residency.scheduler import Scheduler
 from offload_moe.simulate.clock import VirtualClock, VirtualCondition
 from offload_moe.simulate.costs import RunCosts
 

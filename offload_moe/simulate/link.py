@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from offload_moe.schedule.lease import Lease
-from offload_moe.schedule.scheduler import Scheduler
+from offload_moe.memory.mover import Arrived
+from offload_moe.residency.lease import Lease
+from offload_moe.residency.scheduler import Scheduler
 from offload_moe.simulate.clock import VirtualClock, VirtualCondition
 from offload_moe.simulate.costs import LinkModel
 from offload_moe.simulate.processor import Processor
-from offload_moe.tiers.mover import Arrived
 
 
 @dataclass(slots=True)
@@ -23,7 +23,7 @@ class _Copy:
 
 
 class VirtualLink:
-    """A mover: the virtual counterpart of `offload_moe.tiers.device.DeviceMover`."""
+    """A mover: the virtual counterpart of `offload_moe.memory.device.DeviceMover`."""
 
     def __init__(
         self, clock: VirtualClock, model: LinkModel, ram: Scheduler, processor: Processor, record_bytes: int

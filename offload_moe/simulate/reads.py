@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from offload_moe.kernels import DONE, DROPPED, READING
+from offload_moe.native.kernels import DONE, DROPPED, READING
 from offload_moe.simulate.disk import VirtualDisk
 
 

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 from numpy.typing import NDArray
 
-from offload_moe.kernels import ARRIVING, HIT, MISSING, NEEDS_EXPERTS, NEEDS_SLOTS, Reads
-from offload_moe.schedule.loans import Loans
-from offload_moe.schedule.scheduler import Scheduler
+from offload_moe.native.kernels import ARRIVING, HIT, MISSING, NEEDS_EXPERTS, NEEDS_SLOTS, Reads
+from offload_moe.residency.loans import Loans
+from offload_moe.residency.scheduler import Scheduler
 from offload_moe.simulate.clock import VirtualClock
 from offload_moe.simulate.costs import RunCosts
 from offload_moe.simulate.disk import VirtualDisk

@@ -6,7 +6,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from offload_moe.schedule.counters import Counters
+from offload_moe.residency.counters import Counters
 from offload_moe.simulate.costs import DiskModel, LinkModel, LookaheadModel, RunCosts
 from offload_moe.simulate.result import Simulation
 from offload_moe.simulate.runtime import VirtualPools, VirtualRuntime

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offload_moe.schedule.loans import SLOTS_PER_CHOICE
-from offload_moe.schedule.policy import DEFAULT_POLICY, LRU, make_policy
-from offload_moe.schedule.residency import Lookup, Residency
-from offload_moe.schedule.scheduler import Scheduler
+from offload_moe.memory.mover import Mover
+from offload_moe.residency.loans import SLOTS_PER_CHOICE
+from offload_moe.residency.policy import DEFAULT_POLICY, LRU, make_policy
+from offload_moe.residency.residency import Lookup, Residency
+from offload_moe.residency.scheduler import Scheduler
 from offload_moe.simulate.clock import VirtualClock, VirtualCondition
 from offload_moe.simulate.costs import DiskModel, LinkModel, LookaheadModel, RunCosts
 from offload_moe.simulate.disk import VirtualDisk
@@ -22,7 +23,6 @@ from offload_moe.simulate.link import VirtualLink
 from offload_moe.simulate.processor import DeviceProcessor, Processor
 from offload_moe.simulate.reads import VirtualResidents
 from offload_moe.simulate.ride import VirtualRides
-from offload_moe.tiers.mover import Mover
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class VirtualPools:
 
 
 class VirtualRuntime:
-    """Forwards one after another: prompts as `offload_moe.moe.attach.BoundExperts` computes them, tokens in rides."""
+    """Forwards one after another: prompts as `offload_moe.experts.attach.BoundExperts` computes them, tokens in rides."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class VirtualRuntime:
         self._guesser = Guesser(self.clock, LookaheadModel() if lookahead is None or is_whole else lookahead)
 
     def resize(self, num_slots: int) -> None:
-        """Have so many slots in the fast tier, as `offload_moe.schedule.hierarchy.Hierarchy.resize` does."""
+        """Have so many slots in the fast tier, as `offload_moe.residency.hierarchy.Hierarchy.resize` does."""
         num_slots = min(num_slots, self._pools.num_layers * self._pools.num_experts)
         num_before = self.scheduler.residency.num_slots
         if num_slots > num_before:

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from offload_moe.trace import Trace
+from offload_moe.profile.trace import Trace
 
 SKEW, REUSE = 0.8, 0.3  # see docs/simulate.md
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload_moe.errors import ConfigError
-from offload_moe.trace import Trace
+from offload_moe.profile.trace import Trace
 
 PROMPT_TOKENS = 64  # of a sequence of a trace that does not say which of its tokens were a prompt
 

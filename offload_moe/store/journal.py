@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from offload_moe.errors import StoreError
-from offload_moe.locks import no_locks, try_lock
 from offload_moe.store import durable
+from offload_moe.system.locks import no_locks, try_lock
 
 JOURNAL_NAME = "conversion.journal"
 LINE_BYTES = 9  # CRC-32 in hexadecimal and a newline

@@ -4,7 +4,7 @@ import os
 import threading
 from pathlib import Path
 
-from offload_moe.open_files import open_descriptor
+from offload_moe.system.open_files import open_descriptor
 
 _POSITION = threading.Lock()  # without `preadv`, threads share the position of a descriptor
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from offload_moe.errors import StoreCorrupt, StoreError
-from offload_moe.kernels import crc32
+from offload_moe.native.kernels import crc32
 from offload_moe.store.manifest import Place
 from offload_moe.store.positioned import open_for_reading, read_at
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from torch import Tensor
 
 from offload_moe.errors import ConfigError, StoreCorrupt, StoreError
-from offload_moe.paths import file_advice
 from offload_moe.quant import get_codec
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest, Place
 from offload_moe.store.manifest_json import MANIFEST_NAME, read_manifest
 from offload_moe.store.progress import OnProgress, Progress, ignore_progress
 from offload_moe.store.reading import check, read_checked, touch
+from offload_moe.system.paths import file_advice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,13 +13,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from offload_moe.errors import BudgetError
-from offload_moe.kernels import crc32
-from offload_moe.sizes import format_size
+from offload_moe.native.kernels import crc32
 from offload_moe.store import durable
 from offload_moe.store.journal import Journal
 from offload_moe.store.manifest import Place, StoredFile
 from offload_moe.store.manifest_json import MANIFEST_NAME
 from offload_moe.store.plan import PlannedFile
+from offload_moe.system.sizes import format_size
 
 READ_BYTES = 1 << 24
 FLUSH_BYTES = 256 << 20  # dirty pages beyond this only make the last sync of a file a long stall

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from offload_moe import paths
 from offload_moe.demo.dense import DenseModel
 from offload_moe.demo.source import fetch_dense
+from offload_moe.system import paths
 from scripts.make_demo.calibrate import calibrate
 from scripts.make_demo.corpus import DOCUMENT_BREAK, pack_documents
 from scripts.make_demo.distill import distill

@@ -19,16 +19,16 @@ from transformers import PreTrainedModel
 
 from offload_moe.checkpoint.experts import find_experts
 from offload_moe.errors import TransferError
-from offload_moe.moe import routing
-from offload_moe.moe.attach import RanLayers
-from offload_moe.moe.device import DeviceArithmetic
-from offload_moe.moe.lookahead import Lookahead
-from offload_moe.moe.probe import PlainRouter, find_probes
-from offload_moe.schedule.prefetch import PrefetchGovernor
-from offload_moe.tiers import copier as copier_module
-from offload_moe.tiers.copier import Copier
-from offload_moe.tiers.page_lock import PageLock
-from offload_moe.tiers.simulated import SimulatedCopier, SimulatedStream
+from offload_moe.experts import routing
+from offload_moe.experts.attach import RanLayers
+from offload_moe.experts.device import DeviceArithmetic
+from offload_moe.experts.lookahead import Lookahead
+from offload_moe.experts.probe import PlainRouter, find_probes
+from offload_moe.memory import copier as copier_module
+from offload_moe.memory.copier import Copier
+from offload_moe.memory.page_lock import PageLock
+from offload_moe.memory.simulated import SimulatedCopier, SimulatedStream
+from offload_moe.residency.prefetch import PrefetchGovernor
 
 POOLS = [(1, 1), (1, 4), (3, 2), (5, 9), (24, 24)]
 

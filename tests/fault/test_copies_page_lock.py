@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from offload_moe.errors import BudgetError, ConfigError
-from offload_moe.tiers.arena import Arena
-from offload_moe.tiers.copier import _CudaRuntime, compute_device, free_device_memory, total_device_memory
-from offload_moe.tiers.page_lock import PageLock
+from offload_moe.memory.arena import Arena
+from offload_moe.memory.copier import _CudaRuntime, compute_device, free_device_memory, total_device_memory
+from offload_moe.memory.page_lock import PageLock
 
 SLOT = 4096
 CHUNK = 2 * SLOT

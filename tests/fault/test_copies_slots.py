@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from offload_moe.errors import TransferError
-from offload_moe.schedule.policy import make_policy
-from offload_moe.schedule.residency import Residency
-from offload_moe.schedule.scheduler import Scheduler
-from offload_moe.tiers.copier import Marker
-from offload_moe.tiers.device import Borrowed, DeviceMover, DeviceSlots
-from offload_moe.tiers.simulated import SimulatedCopier, SimulatedEvent, SimulatedStream
+from offload_moe.memory.copier import Marker
+from offload_moe.memory.device import Borrowed, DeviceMover, DeviceSlots
+from offload_moe.memory.simulated import SimulatedCopier, SimulatedEvent, SimulatedStream
+from offload_moe.residency.policy import make_policy
+from offload_moe.residency.residency import Residency
+from offload_moe.residency.scheduler import Scheduler
 
 RECORD = 4096
 

@@ -12,8 +12,8 @@ from support.pressure import wait_until_quiet
 from support.short_of_slots import short_of_slots
 
 from offload_moe.chat import ChatSession
+from offload_moe.engine.model import Model
 from offload_moe.errors import TransferError
-from offload_moe.model import Model
 from offload_moe.store import Store
 
 NUM_SLOTS = 3

@@ -12,10 +12,10 @@ from support.kernels import needs_kernels
 from support.pressure import wait_until_quiet
 from support.short_of_slots import short_of_slots
 
+from offload_moe.decode.run import LayerRun, _Patience
+from offload_moe.engine.model import Model
 from offload_moe.errors import TransferError
-from offload_moe.kernels import Ride
-from offload_moe.lean.run import LayerRun, _Patience
-from offload_moe.model import Model
+from offload_moe.native.kernels import Ride
 
 pytestmark = needs_kernels
 NUM_SLOTS = 5

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from offload_moe.errors import TransferError
+from offload_moe.memory import disk, record_file, workers
+from offload_moe.memory.arena import Arena
+from offload_moe.memory.disk import PART_BYTES, DiskMover
+from offload_moe.memory.record_file import RecordFile
+from offload_moe.memory.workers import TransferWorkers
 from offload_moe.store import Record
 from offload_moe.store.manifest import Place
 from offload_moe.store.reading import read_checked
-from offload_moe.tiers import disk, record_file, workers
-from offload_moe.tiers.arena import Arena
-from offload_moe.tiers.disk import PART_BYTES, DiskMover
-from offload_moe.tiers.record_file import RecordFile
-from offload_moe.tiers.workers import TransferWorkers
 from tests.support.disk import read
 
 RECORD = 8192

@@ -10,10 +10,10 @@ import pytest
 
 from offload_moe.convert.quantize import quantize
 from offload_moe.errors import StoreError
-from offload_moe.locks import lock_file, try_lock
 from offload_moe.store import Store, is_store
+from offload_moe.store.installed import describe, remove
 from offload_moe.store.journal import JOURNAL_NAME, is_being_written
-from offload_moe.stores import describe, remove
+from offload_moe.system.locks import lock_file, try_lock
 from tests.support.checkpoints import write_checkpoint
 from tests.support.reference import converted
 

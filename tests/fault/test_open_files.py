@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from offload_moe import open_files
 from offload_moe.checkpoint.shards import Shards
 from offload_moe.errors import CheckpointError
-from offload_moe.open_files import OpenFiles, open_descriptor
+from offload_moe.system import open_files
+from offload_moe.system.open_files import OpenFiles, open_descriptor
 from tests.support.checkpoints import spread, write_checkpoint
 from tests.support.reference import read_tensors
 
@@ -25,7 +25,7 @@ from offload_moe import load, quantize
 from offload_moe.store import Store
 model, store = sys.argv[1:]
 load  # imported before the limit holds
-import offload_moe.model
+import offload_moe.engine.model
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 steps = 0
 def stop(progress):

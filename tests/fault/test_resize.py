@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offload_moe.errors import BudgetError, TransferError
-from offload_moe.moe import routing
-from offload_moe.moe.device import DeviceArithmetic
-from offload_moe.schedule.hierarchy import Hierarchy, Pools
-from offload_moe.tiers.arena import Arena, whole_chunks
-from offload_moe.tiers.device import DeviceSlots
-from offload_moe.tiers.page_lock import PageLock
-from offload_moe.tiers.simulated import POISON, SimulatedCopier
+from offload_moe.experts import routing
+from offload_moe.experts.device import DeviceArithmetic
+from offload_moe.memory.arena import Arena, whole_chunks
+from offload_moe.memory.device import DeviceSlots
+from offload_moe.memory.page_lock import PageLock
+from offload_moe.memory.simulated import POISON, SimulatedCopier
+from offload_moe.residency.hierarchy import Hierarchy, Pools
 
 SLOT = 4096
 NUM_EXPERTS = 8

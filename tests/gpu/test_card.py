@@ -12,11 +12,11 @@ from support.tiny_models import FAMILIES, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offload_moe.moe import routing
-from offload_moe.moe.device import DeviceArithmetic
-from offload_moe.tiers.arena import Arena
-from offload_moe.tiers.copier import AcceleratorCopier, _CudaRuntime, compute_device, free_device_memory
-from offload_moe.tiers.page_lock import PageLock
+from offload_moe.experts import routing
+from offload_moe.experts.device import DeviceArithmetic
+from offload_moe.memory.arena import Arena
+from offload_moe.memory.copier import AcceleratorCopier, _CudaRuntime, compute_device, free_device_memory
+from offload_moe.memory.page_lock import PageLock
 
 pytestmark = pytest.mark.gpu
 

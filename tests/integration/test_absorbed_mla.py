@@ -9,8 +9,8 @@ from support.tiny_models import tiny_model, tiny_prompt
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from offload_moe.lean import make_lean
-from offload_moe.lean.latent import NAME, absorb_latents
+from offload_moe.decode import make_lean
+from offload_moe.decode.latent import NAME, absorb_latents
 
 TOLERANCE = 1e-4
 STEPS = 4

@@ -12,7 +12,7 @@ from support.families import PROMPT, both, eager_model, prompt_and_decode, spoil
 from transformers import AutoModelForImageTextToText
 
 from offload_moe import load
-from offload_moe.adapters import ADAPTERS, find_adapter
+from offload_moe.families import ADAPTERS, find_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # upstream's, of models outside their usual sizes
 

@@ -11,13 +11,13 @@ from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offload_moe import kernels
-from offload_moe.moe.arithmetic import Arithmetic, choose_arithmetic
-from offload_moe.moe.attach import BoundExperts
-from offload_moe.moe.contract import ExpertsContract
-from offload_moe.moe.device import DeviceArithmetic
+from offload_moe.experts.arithmetic import Arithmetic, choose_arithmetic
+from offload_moe.experts.attach import BoundExperts
+from offload_moe.experts.contract import ExpertsContract
+from offload_moe.experts.device import DeviceArithmetic
+from offload_moe.memory.simulated import SimulatedCopier
+from offload_moe.native import kernels
 from offload_moe.quant import Codec, ExpertShape
-from offload_moe.tiers.simulated import SimulatedCopier
 
 
 @products_of_operands_alone()

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-import offload_moe.model
+import offload_moe.engine.model
+from offload_moe.memory.disk import DiskMover
+from offload_moe.memory.simulated import SimulatedCopier
 from offload_moe.plan.placement import Placement
-from offload_moe.schedule.hierarchy import Hierarchy, Pools
+from offload_moe.residency.hierarchy import Hierarchy, Pools
 from offload_moe.store import Store
-from offload_moe.tiers.disk import DiskMover
-from offload_moe.tiers.simulated import SimulatedCopier
 from tests.support.benchmarks import BENCHMARKS, Files, figures_at, last_line, run_script
 
 DECODE = "--threads 1 --tokens 4 --prompt-tokens 4"
@@ -224,8 +224,8 @@ def test_gpu_decode_measures_a_simulated_device(files: Files, monkeypatch: pytes
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     gpu_decode = import_module("gpu_decode")
     monkeypatch.setattr(gpu_decode, "LINK_BYTES", 1 << 20)
-    monkeypatch.setattr("offload_moe.tiers.copier.AcceleratorCopier", lambda device: SimulatedCopier())
-    monkeypatch.setattr(offload_moe.model, "_make_hierarchy", _with_simulated_device)
+    monkeypatch.setattr("offload_moe.memory.copier.AcceleratorCopier", lambda device: SimulatedCopier())
+    monkeypatch.setattr(offload_moe.engine.model, "_make_hierarchy", _with_simulated_device)
     cpu = torch.device("cpu")
     link = gpu_decode.link_bytes_per_s(cpu)
     options = Namespace(model=files.store, ram=None, trials=1, tokens=6)

@@ -16,7 +16,7 @@ sys.argv[0] = "offload-moe"
 from tests.support.cli import fake_model_module, load_cli
 main = load_cli()
 importlib.import_module("offload_moe_cli.loading").check_model = lambda *_: None
-sys.modules["offload_moe.model"] = fake_model_module()
+sys.modules["offload_moe.engine.model"] = fake_model_module()
 sys.exit(main.main())
 """
 

@@ -10,12 +10,12 @@ from support.tiny_models import FAMILIES, tiny_model
 from torch import Tensor
 
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
-from offload_moe.moe import device
-from offload_moe.moe.contract import ExpertsContract
-from offload_moe.moe.device import DeviceArithmetic
-from offload_moe.moe.routing import group_by_expert
+from offload_moe.experts import device
+from offload_moe.experts.contract import ExpertsContract
+from offload_moe.experts.device import DeviceArithmetic
+from offload_moe.experts.routing import group_by_expert
 from offload_moe.quant import CODECS, Codec, get_codec
-from offload_moe.schedule.lease import Lease, Wave
+from offload_moe.residency.lease import Lease, Wave
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 

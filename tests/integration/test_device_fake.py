@@ -18,17 +18,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from offload_moe.checkpoint.experts import find_experts
-from offload_moe.kernels.device import record_linear
-from offload_moe.moe import routing
-from offload_moe.moe.arithmetic import choose_arithmetic
-from offload_moe.moe.attach import BoundExperts, attach, detach_parameters
-from offload_moe.moe.contract import ExpertsContract
-from offload_moe.moe.device import DeviceArithmetic
+from offload_moe.experts import routing
+from offload_moe.experts.arithmetic import choose_arithmetic
+from offload_moe.experts.attach import BoundExperts, attach, detach_parameters
+from offload_moe.experts.contract import ExpertsContract
+from offload_moe.experts.device import DeviceArithmetic
+from offload_moe.memory.mover import Arrived
+from offload_moe.native.device import record_linear
 from offload_moe.quant import CODECS, Codec, ExpertShape, Matrix, get_codec
-from offload_moe.schedule.policy import make_policy
-from offload_moe.schedule.residency import Residency
-from offload_moe.schedule.scheduler import Scheduler
-from offload_moe.tiers.mover import Arrived
+from offload_moe.residency.policy import make_policy
+from offload_moe.residency.residency import Residency
+from offload_moe.residency.scheduler import Scheduler
 
 CUDA = torch.device("cuda", 0)
 NUM_SLOTS = 3
@@ -83,7 +83,7 @@ def _fake_cuda() -> Iterator[None]:
 def clear_tables() -> None:
     """Tables that are made once must be neither fake nor made in inference mode, which a fake device cannot take."""
     for name, module in list(sys.modules.items()):
-        if name.startswith(("offload_moe.quant", "offload_moe.kernels")):
+        if name.startswith(("offload_moe.quant", "offload_moe.native")):
             for value in list(vars(module).values()):
                 if hasattr(value, "cache_clear"):
                     value.cache_clear()

@@ -9,9 +9,9 @@ from support.cuda_guard import cuda_guard_missing, guard_calls
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from offload_moe.tiers import copier as copier_module
-from offload_moe.tiers.copier import AcceleratorCopier
-from offload_moe.tiers.page_lock import PageLock
+from offload_moe.memory import copier as copier_module
+from offload_moe.memory.copier import AcceleratorCopier
+from offload_moe.memory.page_lock import PageLock
 
 CUDA = torch.device("cuda", 0)
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from offload_moe import kernels
 from offload_moe.convert.quantize import quantize
 from offload_moe.doctor import self_test as self_test_module
 from offload_moe.doctor.copiers import Copiers, simulated_copiers
@@ -19,13 +18,14 @@ from offload_moe.doctor.outcome import Failed, Outcome, Skipped, run_check
 from offload_moe.doctor.rig import Setting, running
 from offload_moe.doctor.self_test import Tests as SelfTests
 from offload_moe.doctor.small_model import NUM_EXPERTS, NUM_LAYERS, SmallModel, logits_of
-from offload_moe.moe.device import DeviceArithmetic
-from offload_moe.moe.native import NativeArithmetic
-from offload_moe.schedule.residency import Residency
+from offload_moe.experts.device import DeviceArithmetic
+from offload_moe.experts.native import NativeArithmetic
+from offload_moe.memory.copier import Marker
+from offload_moe.memory.disk import DiskMover
+from offload_moe.memory.simulated import SimulatedCopier
+from offload_moe.native import kernels
+from offload_moe.residency.residency import Residency
 from offload_moe.store import Store
-from offload_moe.tiers.copier import Marker
-from offload_moe.tiers.disk import DiskMover
-from offload_moe.tiers.simulated import SimulatedCopier
 from tests.support.chat import byte_tokenizer
 from tests.support.checkpoints import write_checkpoint
 from tests.support.cli import load_cli

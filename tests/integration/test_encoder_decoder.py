@@ -12,7 +12,7 @@ from support.families import eager_model
 
 from offload_moe import load
 from offload_moe.chat.template import ENCODER_DECODER
-from offload_moe.model import Model
+from offload_moe.engine.model import Model
 from tests.support.cli import load_cli
 
 pytestmark = pytest.mark.filterwarnings("ignore")

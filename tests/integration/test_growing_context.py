@@ -9,9 +9,9 @@ import torch
 from transformers import DynamicCache
 
 from offload_moe.convert.quantize import quantize
+from offload_moe.decode.latent import absorb_latents
+from offload_moe.engine.model import Model, load
 from offload_moe.errors import BudgetError
-from offload_moe.lean.latent import absorb_latents
-from offload_moe.model import Model, load
 from offload_moe.plan import room
 from offload_moe.plan.room import may_lend
 from tests.support.chat import byte_tokenizer, chat_model

@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 
-from offload_moe import kernels
 from offload_moe.errors import ConfigError
-from offload_moe.moe import hybrid, routing
-from offload_moe.moe.device import DeviceArithmetic
-from offload_moe.moe.native import NativeArithmetic
-from offload_moe.schedule.counters import Counters
-from offload_moe.schedule.split import Balance, Split
-from offload_moe.tiers import pace
-from offload_moe.tiers.simulated import SimulatedCopier
+from offload_moe.experts import hybrid, routing
+from offload_moe.experts.device import DeviceArithmetic
+from offload_moe.experts.native import NativeArithmetic
+from offload_moe.memory import pace
+from offload_moe.memory.simulated import SimulatedCopier
+from offload_moe.native import kernels
+from offload_moe.residency.counters import Counters
+from offload_moe.residency.split import Balance, Split
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the CPU's share needs the native kernels")
 RECORD_S = 0.01

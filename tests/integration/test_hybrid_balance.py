@@ -18,17 +18,17 @@ from support.tiny_models import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offload_moe import kernels
-from offload_moe.moe import hybrid
-from offload_moe.moe.device import DeviceArithmetic
-from offload_moe.moe.native import NativeArithmetic
-from offload_moe.schedule.counters import Counters
-from offload_moe.schedule.hierarchy import Hierarchy
-from offload_moe.schedule.records import RamRecords
+from offload_moe.experts import hybrid
+from offload_moe.experts.device import DeviceArithmetic
+from offload_moe.experts.native import NativeArithmetic
+from offload_moe.memory import pace
+from offload_moe.memory.mover import Arrived
+from offload_moe.memory.simulated import SimulatedCopier
+from offload_moe.native import kernels
+from offload_moe.residency.counters import Counters
+from offload_moe.residency.hierarchy import Hierarchy
+from offload_moe.residency.records import RamRecords
 from offload_moe.simulate.clock import VirtualClock, VirtualCondition
-from offload_moe.tiers import pace
-from offload_moe.tiers.mover import Arrived
-from offload_moe.tiers.simulated import SimulatedCopier
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="the CPU's share needs the native kernels")
 NUM_EXPERTS, NUM_SLOTS, NUM_LAYERS = 16, 16, 3  # a layer's experts are gone when it is computed again

@@ -9,12 +9,12 @@ from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
 from torch import Tensor
 
 from offload_moe import load
-from offload_moe.dense import QuantLinear
-from offload_moe.lean.attention import DecodeAttention
-from offload_moe.lean.cache import RoomyLayer
-from offload_moe.lean.mlp import FusedMLP
-from offload_moe.lean.norm import FusedRMSNorm
-from offload_moe.model import Model
+from offload_moe.decode.attention import DecodeAttention
+from offload_moe.decode.cache import RoomyLayer
+from offload_moe.decode.dense import QuantLinear
+from offload_moe.decode.mlp import FusedMLP
+from offload_moe.decode.norm import FusedRMSNorm
+from offload_moe.engine.model import Model
 
 SHARED = {
     "qwen2_moe": {

@@ -18,16 +18,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from offload_moe.convert.quantize import quantize
-from offload_moe.hooks import Onlooker
-from offload_moe.kernels import MAX_TOP_K
-from offload_moe.kernels import run as kernels_run
-from offload_moe.lean import layer as lean_layer
-from offload_moe.lean.layer import LayerStep
-from offload_moe.lean.run import LayerRun, can_run
-from offload_moe.model import Model
-from offload_moe.moe.lookahead import Lookahead
-from offload_moe.schedule.scheduler import Scheduler
-from offload_moe.trace import DELAYED_HIT, HIT, MISS
+from offload_moe.decode import layer as lean_layer
+from offload_moe.decode.hooks import Onlooker
+from offload_moe.decode.layer import LayerStep
+from offload_moe.decode.run import LayerRun, can_run
+from offload_moe.engine.model import Model
+from offload_moe.experts.lookahead import Lookahead
+from offload_moe.native import run as kernels_run
+from offload_moe.native.kernels import MAX_TOP_K
+from offload_moe.profile.trace import DELAYED_HIT, HIT, MISS
+from offload_moe.residency.scheduler import Scheduler
 
 pytestmark = needs_kernels
 FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe")

@@ -16,10 +16,10 @@ from support.models import open_model
 from support.tiny_models import FAMILIES, tiny_model
 
 from offload_moe import load
-from offload_moe import model as model_module
 from offload_moe.convert.quantize import quantize
+from offload_moe.engine import model as model_module
+from offload_moe.engine.model import Model
 from offload_moe.errors import ModelClosed, OffloadMoeError
-from offload_moe.model import Model
 
 IDS = torch.tensor([[3, 17, 5, 80, 41]])
 Use = Callable[[Model], object]

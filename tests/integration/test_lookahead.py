@@ -9,10 +9,10 @@ from support.models import open_model
 from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
 
 from offload_moe.convert.quantize import quantize
-from offload_moe.model import Model
-from offload_moe.moe.lookahead import Lookahead
-from offload_moe.moe.probe import RouterProbe, find_probes
-from offload_moe.schedule.prefetch import LEAST_GUESSES, RankTally
+from offload_moe.engine.model import Model
+from offload_moe.experts.lookahead import Lookahead
+from offload_moe.experts.probe import RouterProbe, find_probes
+from offload_moe.residency.prefetch import LEAST_GUESSES, RankTally
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_a_predictor_that_is_always_wrong_changes_no_token(
 ) -> None:
     with open_model(stores["qwen3_moe"], 8, prefetch=0) as model:
         expected = greedy(model)
-    monkeypatch.setattr("offload_moe.lean.layer.can_run", lambda hierarchy, step: None)  # a run asks routers itself
+    monkeypatch.setattr("offload_moe.decode.layer.can_run", lambda hierarchy, step: None)  # a run asks routers itself
     monkeypatch.setattr(RouterProbe, "ask", lambda self, residual, k: torch.tensor([[0, 1, 2][:k]]))
     with open_model(stores["qwen3_moe"], 8, prefetch=2) as model:
         assert torch.equal(greedy(model), expected)
@@ -68,7 +68,7 @@ def lookahead_of(model: Model) -> Lookahead:
 
 
 def test_a_norm_that_is_not_the_right_one_is_noticed(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offload_moe.moe.probe.NORM_NAMES", ("input_layernorm",))
+    monkeypatch.setattr("offload_moe.experts.probe.NORM_NAMES", ("input_layernorm",))
     asked: list[int] = []
     monkeypatch.setattr(RouterProbe, "ask", lambda self, residual, k: asked.append(k))
     with open_model(stores["mixtral"], 4, prefetch=2) as model:
@@ -117,7 +117,7 @@ def test_a_family_without_a_router_beside_its_experts_has_no_probe() -> None:
 
 
 def test_a_depth_whose_guesses_are_wrong_is_given_up(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offload_moe.moe.lookahead.RETRY_TOKENS", 1000)
+    monkeypatch.setattr("offload_moe.experts.lookahead.RETRY_TOKENS", 1000)
     asked: list[int] = []
     monkeypatch.setattr(RouterProbe, "predict", lambda self, residual, k: asked.append(1) or [])
     with open_model(stores["qwen3_moe"], 8, prefetch=2) as model:

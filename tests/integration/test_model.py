@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from offload_moe import load
 from offload_moe.convert.quantize import quantize
+from offload_moe.engine.model import Model
 from offload_moe.errors import BudgetError, CheckpointError, ConfigError
-from offload_moe.model import Model
+from offload_moe.memory.nvidia import Nvidia
 from offload_moe.store import Store
-from offload_moe.tiers.nvidia import Nvidia
 from tests.support.checkpoints import write_checkpoint
 
 
@@ -189,7 +189,7 @@ def test_memory_that_is_named_and_not_there_is_said(
 def test_a_card_that_is_not_used_is_said_at_load(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(
-        "offload_moe.tiers.unused_card.find_nvidia", lambda: Nvidia(driver="580.1", name="NVIDIA GeForce RTX 3060")
+        "offload_moe.memory.unused_card.find_nvidia", lambda: Nvidia(driver="580.1", name="NVIDIA GeForce RTX 3060")
     )
     with pytest.warns(UserWarning, match=r"RTX 3060 is not used\. .*Install"):
         model = load(checkpoints["mixtral"])

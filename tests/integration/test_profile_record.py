@@ -12,10 +12,10 @@ from support.models import open_model
 from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
 
 from offload_moe.convert.quantize import quantize
+from offload_moe.engine.model import Model
 from offload_moe.errors import ConfigError
-from offload_moe.model import Model
 from offload_moe.profile import recorder as recorder_module
-from offload_moe.trace import Trace, load_trace, save_trace
+from offload_moe.profile.trace import Trace, load_trace, save_trace
 
 NUM_PROMPT, NUM_NEW = 9, 12
 

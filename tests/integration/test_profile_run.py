@@ -13,12 +13,12 @@ from support.tiny_models import FAMILIES, tiny_model
 
 from offload_moe import load
 from offload_moe.convert.quantize import quantize
-from offload_moe.model import Model
-from offload_moe.moe.probe import find_probes
+from offload_moe.engine.model import Model
+from offload_moe.experts.probe import find_probes
 from offload_moe.profile.prompts import GroupedPrompt
 from offload_moe.profile.recall import DEPTHS
 from offload_moe.profile.run import run_prompts
-from offload_moe.trace import Trace, load_trace
+from offload_moe.profile.trace import Trace, load_trace
 from tests.support.chat import VOCABULARY_SIZE, byte_tokenizer
 from tests.support.cli import load_cli
 

@@ -7,15 +7,15 @@ import pytest
 from support.offload import offload
 from support.tiny_models import tiny_model, tiny_prompt
 
-from offload_moe import kernels
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
-from offload_moe.moe.device import DeviceArithmetic
+from offload_moe.experts.device import DeviceArithmetic
+from offload_moe.memory.simulated import SimulatedCopier
+from offload_moe.native import kernels
 from offload_moe.profile.costs import costs
 from offload_moe.profile.recorder import RecordedTier, Subject, record
-from offload_moe.schedule.counters import Counters
-from offload_moe.schedule.hierarchy import Hierarchy
-from offload_moe.tiers.simulated import SimulatedCopier
-from offload_moe.trace import HIT, MISS, Trace
+from offload_moe.profile.trace import HIT, MISS, Trace
+from offload_moe.residency.counters import Counters
+from offload_moe.residency.hierarchy import Hierarchy
 
 NUM_RAM, NUM_DEVICE = 14, 5
 

@@ -10,9 +10,9 @@ from support.chat import byte_tokenizer, chat_model
 from offload_moe import load
 from offload_moe.chat import prompt_chunks
 from offload_moe.convert.quantize import quantize
-from offload_moe.model import Model
-from offload_moe.tiers.disk import DiskMover
-from offload_moe.tiers.mover import Arrived
+from offload_moe.engine.model import Model
+from offload_moe.memory.disk import DiskMover
+from offload_moe.memory.mover import Arrived
 
 CHUNK = 16
 QUESTION = "How many experts does a prompt of several chunks need, and how often?"

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from offload_moe import load
+from offload_moe.chat.prompt import stream_tokens
 from offload_moe.errors import CheckpointError, ConfigError
-from offload_moe.generate import stream_tokens
 from offload_moe.store import is_store
 from tests.support.chat import byte_tokenizer, chat_model
 from tests.support.reference import converted, edit_config

@@ -11,10 +11,10 @@ from support.tiny_models import tiny_model, tiny_prompt
 
 from offload_moe import load
 from offload_moe.convert.quantize import quantize
-from offload_moe.model import Model
-from offload_moe.schedule.popularity import POPULARITY_NAME, read_popularity, write_popularity
-from offload_moe.schedule.scheduler import Scheduler
-from offload_moe.stores import describe, remove
+from offload_moe.engine.model import Model
+from offload_moe.residency.popularity import POPULARITY_NAME, read_popularity, write_popularity
+from offload_moe.residency.scheduler import Scheduler
+from offload_moe.store.installed import describe, remove
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_moe import kernels
 from offload_moe.errors import ConfigError
+from offload_moe.native import kernels
 from tests.support.kernels import SETS, decoded, make_linear, needs_kernels
 
 pytestmark = needs_kernels

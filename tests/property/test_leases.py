@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_moe.errors import TransferError
-from offload_moe.schedule.policy import POLICY_NAMES, make_policy
-from offload_moe.schedule.residency import Residency, SlotState
-from offload_moe.schedule.scheduler import Scheduler
-from offload_moe.tiers.mover import Arrived
+from offload_moe.memory.mover import Arrived
+from offload_moe.residency.policy import POLICY_NAMES, make_policy
+from offload_moe.residency.residency import Residency, SlotState
+from offload_moe.residency.scheduler import Scheduler
 
 NUM_LAYERS, NUM_EXPERTS = 2, 5
 EXPERTS = st.lists(st.integers(0, NUM_EXPERTS - 1), min_size=1, max_size=NUM_EXPERTS, unique=True).map(sorted)

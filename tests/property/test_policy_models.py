@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_moe.profile.replay import replay
-from offload_moe.schedule.policy import POLICY_NAMES, make_policy
-from offload_moe.schedule.policy.frequency import HALF_LIFE
-from offload_moe.trace import Trace
+from offload_moe.profile.trace import Trace
+from offload_moe.residency.policy import POLICY_NAMES, make_policy
+from offload_moe.residency.policy.frequency import HALF_LIFE
 
 NUM_KEYS = 6
 

@@ -5,8 +5,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from offload_moe.schedule.policy import POLICY_NAMES, make_policy
-from offload_moe.schedule.residency import Residency, SlotState
+from offload_moe.residency.policy import POLICY_NAMES, make_policy
+from offload_moe.residency.residency import Residency, SlotState
 
 NUM_LAYERS, NUM_EXPERTS = 3, 5
 KEYS = st.integers(0, NUM_LAYERS * NUM_EXPERTS - 1)

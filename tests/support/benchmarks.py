@@ -11,7 +11,7 @@ from offload_moe.quantize import quantize
 from transformers import PreTrainedModel
 
 from offload_moe import load
-from offload_moe.trace import save_trace
+from offload_moe.profile.trace import save_trace
 from tests.support.chat import byte_tokenizer, chat_model
 from tests.support.cli import ROOT, environment
 

@@ -190,7 +190,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen3_omni_moe_thinker": {"text_config": COMMON, "vision_config": VISION, "audio_config": AUDIO},
     "unlimited_ocr": OCR,
-    # Outside transformers' registry, see offload_moe.adapters.
+    # Outside transformers' registry, see offload_moe.families.
     "dbrx": {
         "d_model": 32,
         "n_heads": 4,

@@ -61,7 +61,7 @@ def fake_load(source: str, *, progress: Any = None, **settings: Any) -> Any:
     """Stands in for `offload_moe.load`. The source says what goes well and what does not."""
     from offload_moe.chat import ChatSession
     from offload_moe.errors import StoreCorrupt
-    from offload_moe.schedule.counters import Counters
+    from offload_moe.residency.counters import Counters
     from tests.support.chat import END_OF_TEXT, Scripted, byte_tokenizer, chat_model, ids_of
 
     if source == "corrupt":
@@ -107,8 +107,8 @@ def fake_load(source: str, *, progress: Any = None, **settings: Any) -> Any:
 
 
 def fake_model_module() -> ModuleType:
-    """Stands in for `offload_moe.model`."""
-    module = ModuleType("offload_moe.model")
+    """Stands in for `offload_moe.engine.model`."""
+    module = ModuleType("offload_moe.engine.model")
     module.load = fake_load  # type: ignore[attr-defined]
     return module
 
@@ -116,5 +116,5 @@ def fake_model_module() -> ModuleType:
 if __name__ == "__main__":
     load_cli()
     importlib.import_module("offload_moe_cli.loading").check_model = lambda *_: None  # type: ignore[attr-defined]
-    sys.modules["offload_moe.model"] = fake_model_module()
+    sys.modules["offload_moe.engine.model"] = fake_model_module()
     sys.exit(load_cli().main())

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from offload_moe.moe import routing
-from offload_moe.tiers.simulated import SimulatedStream
+from offload_moe.experts import routing
+from offload_moe.memory.simulated import SimulatedStream
 
 _fetch_top_k = routing.fetch_top_k
 

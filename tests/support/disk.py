@@ -2,7 +2,7 @@
 
 import threading
 
-from offload_moe.tiers.disk import DiskMover
+from offload_moe.memory.disk import DiskMover
 
 
 def read(mover: DiskMover, key: int, slot: int = 0) -> tuple[int, BaseException | None]:

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from offload_moe import load
 from offload_moe.checkpoint.skeleton import auto_class
-from offload_moe.model import Model
+from offload_moe.engine.model import Model
 from support.checkpoints import write_checkpoint
 from support.products import products_of_operands_alone
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from offload_moe import kernels
 from offload_moe.errors import ConfigError
-from offload_moe.kernels.native import INSTRUCTION_SETS
+from offload_moe.native import kernels
+from offload_moe.native.bindings import INSTRUCTION_SETS
 from offload_moe.quant import ExpertShape, Matrix, RecordLayout, get_codec
 from offload_moe.quant.layout import weight_shape
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from offload_moe import OffloadMoeError, load
+from offload_moe.engine.model import Model
 from offload_moe.errors import ModelClosed
-from offload_moe.model import Model
 
 PROMPT, NUM_TOKENS = "Hi", 6
 CHILD_LIMIT_S = 60

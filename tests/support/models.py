@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from offload_moe import load
-from offload_moe.model import Model
+from offload_moe.engine.model import Model
 
 
 def open_model(store: Path, num_slots: int | None = None, **settings: Any) -> Model:

@@ -10,17 +10,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offload_moe.checkpoint.experts import find_experts
-from offload_moe.moe.arithmetic import Arithmetic
-from offload_moe.moe.attach import BoundExperts, attach, detach_parameters
-from offload_moe.moe.contract import ExpertsContract
-from offload_moe.moe.hybrid import Hybrid, HybridBinder
-from offload_moe.moe.per_expert import ReferenceArithmetic
+from offload_moe.experts.arithmetic import Arithmetic
+from offload_moe.experts.attach import BoundExperts, attach, detach_parameters
+from offload_moe.experts.contract import ExpertsContract
+from offload_moe.experts.hybrid import Hybrid, HybridBinder
+from offload_moe.experts.per_expert import ReferenceArithmetic
+from offload_moe.memory.arena import Arena
+from offload_moe.memory.copier import Copier
+from offload_moe.memory.mover import Arrived
 from offload_moe.quant import Codec, ExpertShape, get_codec
 from offload_moe.quant.layout import RECORD_ALIGNMENT, round_up
-from offload_moe.schedule.hierarchy import Hierarchy, Pools
-from offload_moe.tiers.arena import Arena
-from offload_moe.tiers.copier import Copier
-from offload_moe.tiers.mover import Arrived
+from offload_moe.residency.hierarchy import Hierarchy, Pools
 
 
 class MemoryMover:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from offload_moe.moe.attach import BoundExperts
-from offload_moe.schedule.residency import SlotState
-from offload_moe.schedule.scheduler import Scheduler
+from offload_moe.experts.attach import BoundExperts
+from offload_moe.residency.residency import SlotState
+from offload_moe.residency.scheduler import Scheduler
 from support.tiny_models import tiny_prompt
 
 draw = random.Random(0)

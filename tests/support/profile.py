@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from offload_moe.trace import Trace
+from offload_moe.profile.trace import Trace
 
 EXPERTS = [
     [[0, 1], [2, 3]],

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from offload_moe import load
-from offload_moe.model import Model
-from offload_moe.tiers import disk
+from offload_moe.engine.model import Model
+from offload_moe.memory import disk
 
 
 @contextmanager

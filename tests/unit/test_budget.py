@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from offload_moe.budget import RUNTIME_BYTES, _free_in_groups, default_ram, free_ram
 from offload_moe.errors import ConfigError
-from offload_moe.sizes import format_size, parse_size, typed_size
+from offload_moe.plan.budget import RUNTIME_BYTES, _free_in_groups, default_ram, free_ram
+from offload_moe.system.sizes import format_size, parse_size, typed_size
 
 
 def test_without_a_budget_most_of_what_is_free_is_taken() -> None:

@@ -7,8 +7,8 @@ from support.checkpoints import FAMILIES
 from support.families import decorated_classes
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
-from offload_moe.adapters import ADAPTERS
 from offload_moe.checkpoint.catalog import REFUSED, Family, families
+from offload_moe.families import ADAPTERS
 from tests.support.cli import load_cli
 
 

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from offload_moe.chat import ChatSession
 from offload_moe.chat.chat_template import ChatTemplate
+from offload_moe.chat.prompt import generate, stream_pieces, stream_tokens
 from offload_moe.chat.template import FORGETFUL_TEMPLATE, PromptFormat
 from offload_moe.errors import ConfigError
-from offload_moe.generate import generate, stream_pieces, stream_tokens
 from tests.support.chat import CHATML, END_OF_TEXT, Scripted, byte_tokenizer, chat_model, ids_of
 
 ASSISTANT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -13,7 +13,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from offload_moe.paths import state_dir
+from offload_moe.system.paths import state_dir
 from tests.support.cli import load_cli
 
 load_cli()

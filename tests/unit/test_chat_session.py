@@ -15,7 +15,7 @@ from offload_moe.chat import ChatSession, Piece
 from offload_moe.chat.prefix import CONTINUED_FAMILIES
 from offload_moe.chat.stream import TokenStream
 from offload_moe.errors import BudgetError, ConfigError
-from offload_moe.schedule.counters import Counters
+from offload_moe.residency.counters import Counters
 from tests.support.chat import CHATML, END_OF_TEXT, Scripted, byte_tokenizer, chat_model, ids_of
 
 GREEDY = {"temperature": 0, "max_new_tokens": 12}

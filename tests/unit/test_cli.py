@@ -181,7 +181,7 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line in this process, over tiny models."""
-    monkeypatch.setitem(sys.modules, "offload_moe.model", fake_model_module())
+    monkeypatch.setitem(sys.modules, "offload_moe.engine.model", fake_model_module())
     monkeypatch.setattr("offload_moe_cli.loading.check_model", lambda *_: None)
     monkeypatch.setattr(main, "quiet_libraries", lambda: None)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
@@ -270,7 +270,7 @@ def test_names_of_settings_match_the_library() -> None:
     from offload_moe_cli.options import POLICIES, SAMPLING
 
     from offload_moe.chat.sampling import SamplingArguments
-    from offload_moe.schedule.policy import POLICY_NAMES
+    from offload_moe.residency.policy import POLICY_NAMES
 
     assert set(SAMPLING) == set(SamplingArguments.__annotations__)
     assert POLICIES == POLICY_NAMES

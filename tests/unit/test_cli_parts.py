@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from offload_moe.chat import TurnStats
-from offload_moe.schedule.counters import Counters
+from offload_moe.residency.counters import Counters
 from tests.support.cli import load_cli
 
 load_cli()

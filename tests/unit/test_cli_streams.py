@@ -41,7 +41,7 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return model
 
     module.load = fake
-    monkeypatch.setitem(sys.modules, "offload_moe.model", module)
+    monkeypatch.setitem(sys.modules, "offload_moe.engine.model", module)
     monkeypatch.setattr("offload_moe_cli.loading.check_model", lambda *_: None)  # no such model is installed
     monkeypatch.setattr(main, "quiet_libraries", lambda: None)
     return sent

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from offload_moe.schedule.co_occurrence import LEAST_TOKENS, CoOccurrence
+from offload_moe.residency.co_occurrence import LEAST_TOKENS, CoOccurrence
 
 NUM_LAYERS, NUM_EXPERTS = 4, 16
 

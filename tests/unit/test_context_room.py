@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from offload_moe.budget import CPU_PROMPT_TOKENS
 from offload_moe.errors import BudgetError, TransferError
 from offload_moe.plan import room
+from offload_moe.plan.budget import CPU_PROMPT_TOKENS
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.outlook import look_ahead
 from offload_moe.plan.parameters import ModelShape

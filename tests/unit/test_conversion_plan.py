@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from offload_moe import open_files
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.shards import Shards
 from offload_moe.convert.jobs import plan_conversion
-from offload_moe.open_files import open_descriptor
 from offload_moe.quant import get_codec
+from offload_moe.system import open_files
+from offload_moe.system.open_files import open_descriptor
 from tests.support.checkpoints import spread, write_checkpoint
 
 

@@ -1,7 +1,7 @@
 """Running totals and what is read off them."""
 
 from offload_moe.chat.stats import TurnStats
-from offload_moe.schedule.counters import Counters
+from offload_moe.residency.counters import Counters
 
 
 def turn(num_prompt_tokens: int, num_reused_tokens: int, num_decode_tokens: int) -> TurnStats:

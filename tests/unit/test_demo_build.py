@@ -9,7 +9,7 @@ from safetensors.torch import save
 from offload_moe.demo import build, checkpoint
 from offload_moe.demo.source import WHEEL_SHA256
 from offload_moe.demo.split import digest, parse_split, split_bytes
-from offload_moe.locks import lock_file
+from offload_moe.system.locks import lock_file
 from tests.support.demo import tiny_dense, tiny_split
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from offload_moe.paths import cache_dir
+from offload_moe.system.paths import cache_dir
 
 HOME = Path.home()
 

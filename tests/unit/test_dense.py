@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from offload_moe.dense import NarrowEmbedding, QuantLinear, lookup_tables
-from offload_moe.kernels import device
-from offload_moe.kernels.device import record_linear
+from offload_moe.decode.dense import NarrowEmbedding, QuantLinear, lookup_tables
+from offload_moe.native import device
+from offload_moe.native.device import record_linear
 from offload_moe.quant import ExpertShape, Matrix, get_codec
 
 

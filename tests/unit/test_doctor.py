@@ -12,7 +12,6 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from offload_moe import kernels
 from offload_moe.doctor import Check, Redactor, device_kernels, examine, machine, memory_speed, storage
 from offload_moe.doctor import device as device_checks
 from offload_moe.doctor.check import judge
@@ -21,9 +20,10 @@ from offload_moe.doctor.examination import guarded
 from offload_moe.doctor.outcome import run_check
 from offload_moe.doctor.versions import check_package
 from offload_moe.errors import TransferError
-from offload_moe.tiers.nvidia import Nvidia, find_nvidia
-from offload_moe.tiers.record_file import RecordFile
-from offload_moe.tiers.unused_card import build_of_torch
+from offload_moe.memory.nvidia import Nvidia, find_nvidia
+from offload_moe.memory.record_file import RecordFile
+from offload_moe.memory.unused_card import build_of_torch
+from offload_moe.native import kernels
 from tests.support.cli import load_cli
 
 CARD = Nvidia(driver="580.1", name="NVIDIA GeForce RTX 3060", link_generation=4, lanes=16, max_lanes=16)

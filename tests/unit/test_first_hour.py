@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from offload_moe.engine.overflow import watch_overflow
 from offload_moe.errors import BudgetError, ConfigError
-from offload_moe.overflow import watch_overflow
+from offload_moe.memory import copier
+from offload_moe.memory.nvidia import Nvidia
+from offload_moe.memory.unused_card import notice_of_unused_card
 from offload_moe.plan import fit
 from offload_moe.plan.machine import compute_dtype, default_dtype
-from offload_moe.tiers import copier
-from offload_moe.tiers.nvidia import Nvidia
-from offload_moe.tiers.unused_card import notice_of_unused_card
 
 CUDA = torch.device("cuda:0")
 CARD = Nvidia(driver="580.1", name="NVIDIA GeForce RTX 3060")
@@ -22,8 +22,8 @@ GIB = 1 << 30
 
 def test_a_cpu_build_of_torch_beside_a_card_is_loud_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("offload_moe.tiers.unused_card.build_of_torch", lambda: None)
-    monkeypatch.setattr("offload_moe.tiers.unused_card.platform.system", lambda: "Linux")
+    monkeypatch.setattr("offload_moe.memory.unused_card.build_of_torch", lambda: None)
+    monkeypatch.setattr("offload_moe.memory.unused_card.platform.system", lambda: "Linux")
     release = torch.__version__.partition("+")[0]
     notice = notice_of_unused_card(CARD)
     assert notice is not None
@@ -32,7 +32,7 @@ def test_a_cpu_build_of_torch_beside_a_card_is_loud_at_load(monkeypatch: pytest.
 
 
 def test_a_hidden_card_or_none_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offload_moe.tiers.unused_card.find_nvidia", lambda: None)
+    monkeypatch.setattr("offload_moe.memory.unused_card.find_nvidia", lambda: None)
     assert notice_of_unused_card() is None
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert notice_of_unused_card(CARD) is None

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
+from offload_moe.chat.prompt import generate, stream, stream_tokens
 from offload_moe.chat.sampling import Sampling
 from offload_moe.errors import ConfigError
-from offload_moe.generate import generate, stream, stream_tokens
 from tests.support.chat import END_OF_TEXT, Scripted, byte_tokenizer, chat_model, ids_of
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from offload_moe import kernels
 from offload_moe.errors import ConfigError
+from offload_moe.native import kernels
 from offload_moe.quant import CODECS, ExpertShape, Matrix, get_codec
 from tests.support.kernels import SETS, Experts, make_experts, needs_kernels, reference, relative_error, route
 

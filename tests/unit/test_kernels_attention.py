@@ -6,8 +6,8 @@ from support.kernels import SETS, decoded, make_linear, needs_kernels
 from torch import Tensor
 from torch.nn import functional
 
-from offload_moe import kernels
 from offload_moe.errors import ConfigError
+from offload_moe.native import kernels
 
 HIDDEN, CAPACITY = 96, 40
 pytestmark = [needs_kernels, pytest.mark.usefixtures("best_kernels_afterwards")]

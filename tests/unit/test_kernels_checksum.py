@@ -5,8 +5,7 @@ import zlib
 import numpy as np
 import pytest
 
-from offload_moe import kernels
-from offload_moe.kernels import checksum
+from offload_moe.native import checksum, kernels
 
 
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 63, 64, 65, 127, 128, 4095, 4096, 4097, 65_537, 1_000_003])

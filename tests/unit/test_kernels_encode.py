@@ -5,8 +5,8 @@ import torch
 from bitsandbytes.functional import get_4bit_type, quantize_4bit
 from torch import Tensor
 
-from offload_moe import kernels
 from offload_moe.errors import CheckpointError
+from offload_moe.native import kernels
 from offload_moe.quant import CODECS, ExpertShape, Matrix
 from offload_moe.quant.int8 import Int8Codec
 from tests.support.kernels import needs_kernels
@@ -88,5 +88,5 @@ def test_one_weight_that_is_not_finite_is_refused_by_name(name: str, place: int,
 
 def test_without_kernels_the_codec_encodes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.fast_encoding(CODECS["nf4"]) is not CODECS["nf4"]
-    monkeypatch.setattr("offload_moe.kernels.codecs.available", lambda: False)
+    monkeypatch.setattr("offload_moe.native.codecs.available", lambda: False)
     assert kernels.fast_encoding(CODECS["nf4"]) is CODECS["nf4"]

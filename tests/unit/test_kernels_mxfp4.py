@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from offload_moe import kernels
+from offload_moe.native import kernels
 from offload_moe.quant.layout import ExpertShape, Matrix, pack_planes
 from tests.support.kernels import SETS, needs_kernels, relative_error
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from support.kernels import needs_kernels
 
-from offload_moe import kernels
+from offload_moe.memory.arena import Arena
+from offload_moe.memory.record_file import RecordFile
+from offload_moe.native import kernels
 from offload_moe.quant.layout import round_up
-from offload_moe.tiers.arena import Arena
-from offload_moe.tiers.record_file import RecordFile
 from tests.unit.test_kernels_run import NUM_EXPERTS, NUM_LAYERS, TOP_K, Run, wait
 
 NUM_KEYS, NUM_SLOTS = NUM_LAYERS * NUM_EXPERTS, 6
@@ -187,7 +187,7 @@ def test_prefetches_leave_the_last_slots_to_what_is_demanded(tmp_path: Path) -> 
 
 FORGOTTEN = """
 import gc
-from offload_moe import kernels
+from offload_moe.native import kernels
 residents = kernels.Residents(1, [0])
 sizes = kernels.ReadSizes(num_threads=2, part_bytes=4096, prefetch_part_bytes=4096)
 residents.cycle = kernels.Reads(residents, [], [], sizes)

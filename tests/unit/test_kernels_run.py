@@ -8,8 +8,8 @@ import torch
 from support.kernels import SETS, Experts, make_experts, make_linear, needs_kernels
 from torch import Tensor
 
-from offload_moe import kernels
 from offload_moe.errors import ConfigError
+from offload_moe.native import kernels
 
 HIDDEN, HEADS, DIM, CAPACITY, LENGTH = 128, 4, 32, 16, 5
 NUM_EXPERTS, TOP_K, NUM_LAYERS = 6, 3, 3

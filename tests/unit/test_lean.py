@@ -10,13 +10,13 @@ from torch.nn import functional
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from offload_moe import kernels
-from offload_moe.dense import quantize_linear
-from offload_moe.lean.mlp import FusedMLP, fuse_mlps
-from offload_moe.lean.norm import FusedRMSNorm, fuse_norms
-from offload_moe.lean.rotary import StepRotary, rotate
-from offload_moe.lean.router import shorten_routers
-from offload_moe.lean.shorten import shorten_attention
+from offload_moe.decode.dense import quantize_linear
+from offload_moe.decode.mlp import FusedMLP, fuse_mlps
+from offload_moe.decode.norm import FusedRMSNorm, fuse_norms
+from offload_moe.decode.rotary import StepRotary, rotate
+from offload_moe.decode.router import shorten_routers
+from offload_moe.decode.shorten import shorten_attention
+from offload_moe.native import kernels
 from offload_moe.quant import get_codec
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="the native kernels are not built")

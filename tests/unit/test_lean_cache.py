@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from offload_moe.lean.cache import STEP, RoomyLayer, give_room
+from offload_moe.decode.cache import STEP, RoomyLayer, give_room
 
 OPERATIONS = st.one_of(
     st.tuples(st.just("update"), st.integers(1, STEP)),

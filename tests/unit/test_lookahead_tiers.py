@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from offload_moe import kernels
 from offload_moe.errors import ConfigError
-from offload_moe.moe.lookahead import DISK_DEPTH, Lookahead
-from offload_moe.moe.probe import NativeRouter, PlainRouter, RouterProbe
-from offload_moe.schedule.policy import LRU
-from offload_moe.schedule.prefetch import PrefetchGovernor
-from offload_moe.schedule.residency import Residency
+from offload_moe.experts.lookahead import DISK_DEPTH, Lookahead
+from offload_moe.experts.probe import NativeRouter, PlainRouter, RouterProbe
+from offload_moe.native import kernels
+from offload_moe.residency.policy import LRU
+from offload_moe.residency.prefetch import PrefetchGovernor
+from offload_moe.residency.residency import Residency
 
 NUM_LAYERS, NUM_EXPERTS, HIDDEN = 6, 8, 4
 

@@ -5,14 +5,14 @@ import torch
 from support.offload import offload
 from support.tiny_models import FAMILIES, tiny_model
 
-from offload_moe import kernels
 from offload_moe.checkpoint.experts import find_experts
-from offload_moe.moe.activation import Activation, recognize_activation
-from offload_moe.moe.arithmetic import choose_arithmetic
-from offload_moe.moe.device import DeviceArithmetic
-from offload_moe.moe.native import NativeArithmetic
-from offload_moe.moe.per_expert import ReferenceArithmetic
-from offload_moe.moe.routing import group_by_expert
+from offload_moe.experts.activation import Activation, recognize_activation
+from offload_moe.experts.arithmetic import choose_arithmetic
+from offload_moe.experts.device import DeviceArithmetic
+from offload_moe.experts.native import NativeArithmetic
+from offload_moe.experts.per_expert import ReferenceArithmetic
+from offload_moe.experts.routing import group_by_expert
+from offload_moe.native import kernels
 from offload_moe.quant import get_codec
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from offload_moe.convert.sources import ensure_store, find_source, silent
 from offload_moe.errors import CheckpointError, ConfigError, OffloadMoeError, StoreError
-from offload_moe.names import check_installed, check_model, choice, hub_name, resolve, resolve_whole
 from offload_moe.simulate.hardware import CARDS, card_named
-from offload_moe.sources import ensure_store, find_source, silent
-from offload_moe.stores import find, resolve_installed
+from offload_moe.store.installed import find, resolve_installed
+from offload_moe.system.names import check_installed, check_model, choice, hub_name, resolve, resolve_whole
 from tests.support.cli import ROOT, environment, load_cli
 
 BUILT = "SmolLM2-135M-Instruct-MoE-01234567"

@@ -7,8 +7,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, DynamicCache, PreTrainedModel
 
-from offload_moe.lean.cache import give_room
-from offload_moe.lean.latent import absorb_latents
+from offload_moe.decode.cache import give_room
+from offload_moe.decode.latent import absorb_latents
 from offload_moe.plan.attention import describe_attention
 from offload_moe.plan.parameters import describe_model
 from offload_moe.plan.working import activation_bytes, cache_bytes

@@ -6,15 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offload_moe.budget import DEVICE_RESERVE_BYTES, runtime_bytes
 from offload_moe.plan.advice import find_shortfalls
+from offload_moe.plan.budget import DEVICE_RESERVE_BYTES, runtime_bytes
 from offload_moe.plan.machine import Machine, measure_machine
 from offload_moe.plan.outlook import Task, look_ahead
 from offload_moe.plan.parameters import ModelShape
 from offload_moe.plan.placement import Settings, Tier, place
 from offload_moe.plan.sizes import dense_memory_bytes, slot_bytes, store_bytes
 from offload_moe.plan.working import cache_bytes
-from offload_moe.sizes import format_size, parse_size
+from offload_moe.system.sizes import format_size, parse_size
 from tests.support.plan import GIB, real_shape, task, tiny_shape
 
 

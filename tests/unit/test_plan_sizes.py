@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from offload_moe.budget import DEVICE_PROMPT_TOKENS
 from offload_moe.checkpoint.experts import find_experts
 from offload_moe.convert.quantize import quantize
+from offload_moe.plan.budget import DEVICE_PROMPT_TOKENS
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.outlook import look_ahead
 from offload_moe.plan.parameters import describe_model

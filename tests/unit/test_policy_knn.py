@@ -5,14 +5,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from offload_moe.native import load_for_short_calls
+from offload_moe.native.library import load_for_short_calls
 from offload_moe.profile.replay import replay
-from offload_moe.schedule.policy import native_ranking
-from offload_moe.schedule.policy.history import NUM_AHEAD, History
-from offload_moe.schedule.policy.knn import KNN
-from offload_moe.schedule.policy.native_ranking import NativeRanking
-from offload_moe.schedule.policy.reuse import PRIOR_WEIGHTS, ReuseModel
-from offload_moe.trace import Trace
+from offload_moe.profile.trace import Trace
+from offload_moe.residency.policy import native_ranking
+from offload_moe.residency.policy.history import NUM_AHEAD, History
+from offload_moe.residency.policy.knn import KNN
+from offload_moe.residency.policy.native_ranking import NativeRanking
+from offload_moe.residency.policy.reuse import PRIOR_WEIGHTS, ReuseModel
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K, NUM_SLOTS = 4, 16, 2, 16
 

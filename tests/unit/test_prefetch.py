@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from offload_moe.schedule.policy import make_policy
-from offload_moe.schedule.prefetch import BLOCK_TOKENS, NUM_BLOCKS, SETTLED_TOKENS, PrefetchGovernor
-from offload_moe.schedule.residency import Residency
-from offload_moe.tiers.workers import TransferWorkers
+from offload_moe.memory.workers import TransferWorkers
+from offload_moe.residency.policy import make_policy
+from offload_moe.residency.prefetch import BLOCK_TOKENS, NUM_BLOCKS, SETTLED_TOKENS, PrefetchGovernor
+from offload_moe.residency.residency import Residency
 
 
 class Clock:
@@ -99,7 +99,7 @@ def test_threads_end_before_the_interpreter_does() -> None:
     code = """
 import atexit, threading, time
 atexit.register(lambda: print([t.name for t in threading.enumerate() if t.name.startswith("reader")]))
-from offload_moe.tiers.workers import TransferWorkers
+from offload_moe.memory.workers import TransferWorkers
 TransferWorkers(2, "reader").submit(0, [lambda: time.sleep(0.2)], is_prefetch=False)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 import pytest
 
 from offload_moe.profile.replay import replay
-from offload_moe.schedule.policy import POLICY_NAMES
-from offload_moe.trace import load_trace, save_trace
+from offload_moe.profile.trace import load_trace, save_trace
+from offload_moe.residency.policy import POLICY_NAMES
 from tests.support.cli import load_cli
 from tests.support.profile import full_trace, routing_only
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from offload_moe.moe.attach import RanLayers
+from offload_moe.experts.attach import RanLayers
 from offload_moe.profile.columns import Forward, make_trace, to_columns
 from offload_moe.profile.routers import Router, find_router
 

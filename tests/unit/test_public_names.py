@@ -5,8 +5,8 @@ import sys
 
 import offload_moe
 from offload_moe.convert.quantize import quantize
+from offload_moe.engine.model import Model, load
 from offload_moe.errors import OffloadMoeError
-from offload_moe.model import Model, load
 
 # Run apart: what was imported before decides whether a submodule may take a name's place.
 IMPORT_EVERYTHING = """

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from offload_moe.errors import CheckpointError, ConfigError
-from offload_moe.kernels import fast_encoding
+from offload_moe.native.kernels import fast_encoding
 from offload_moe.quant import CODECS, ExpertShape, Matrix, get_codec
 from offload_moe.quant.mxfp4 import Mxfp4Codec, mxfp4_values
 from offload_moe.quant.nf4 import NF4_TABLE, dynamic_map

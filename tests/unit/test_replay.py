@@ -9,8 +9,8 @@ import pytest
 from offload_moe.errors import ConfigError
 from offload_moe.profile.belady import NEVER, next_uses
 from offload_moe.profile.replay import parse_slots, replay, replay_report
-from offload_moe.schedule.policy import POLICY_NAMES
-from offload_moe.trace import Trace, load_trace
+from offload_moe.profile.trace import Trace, load_trace
+from offload_moe.residency.policy import POLICY_NAMES
 
 REAL = Path(__file__).parent.parent / "data" / "gpt-oss-20b-decode-head.npz"
 

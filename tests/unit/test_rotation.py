@@ -15,9 +15,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from offload_moe.chat import ChatSession, prompt_chunks
 from offload_moe.chat.answer import Answer
 from offload_moe.chat.recompute import recompute_of
+from offload_moe.decode import make_lean
+from offload_moe.decode.rotation import Rotation, rotation_keeper
 from offload_moe.errors import ConfigError
-from offload_moe.lean import make_lean
-from offload_moe.rotation import Rotation, rotation_keeper
 
 WINDOW, CHUNK = 48, 16
 TOLERANCE = 2e-4

@@ -10,13 +10,13 @@ from typing import Any, cast
 import pytest
 
 from offload_moe.errors import TransferError
-from offload_moe.kernels import DROPPED, READING, Reads
-from offload_moe.schedule.loans import Loans
-from offload_moe.schedule.policy import make_policy
-from offload_moe.schedule.residency import Residency
-from offload_moe.schedule.scheduler import FILL_DEPTH, Scheduler
-from offload_moe.tiers.mover import Arrived
-from offload_moe.tiers.waiting import STEP_S
+from offload_moe.memory.mover import Arrived
+from offload_moe.memory.waiting import STEP_S
+from offload_moe.native.kernels import DROPPED, READING, Reads
+from offload_moe.residency.loans import Loans
+from offload_moe.residency.policy import make_policy
+from offload_moe.residency.residency import Residency
+from offload_moe.residency.scheduler import FILL_DEPTH, Scheduler
 
 NUM_LAYERS, NUM_EXPERTS = 4, 8
 

@@ -9,6 +9,7 @@ import pytest
 from offload_moe.errors import ConfigError
 from offload_moe.profile.behaviour import overlap
 from offload_moe.profile.replay import replay
+from offload_moe.profile.trace import Trace
 from offload_moe.simulate import (
     DiskModel,
     LinkModel,
@@ -21,7 +22,6 @@ from offload_moe.simulate import (
     synthetic_trace,
 )
 from offload_moe.simulate.hardware import CARDS, card_named, link_bytes_per_s
-from offload_moe.trace import Trace
 
 LAYERS, EXPERTS, TOP_K, RECORD = 4, 16, 2, 1_000_000
 COSTS = RunCosts(token_host_s=1e-3, layer_host_s=2e-4, dense_s=3e-4, wave_host_s=1e-4, expert_s=4e-4)

@@ -8,8 +8,8 @@ import pytest
 from offload_moe.plan import Machine, make_plan
 from offload_moe.plan.simulation import _lent_room, simulate_plan
 from offload_moe.plan.speed import takes_rides
+from offload_moe.profile.trace import save_trace
 from offload_moe.simulate import synthetic_trace
-from offload_moe.trace import save_trace
 from tests.support.plan import GIB
 
 CONFIGS = Path(__file__).parents[1] / "data/configs"

@@ -2,9 +2,9 @@
 
 import pytest
 
-from offload_moe.schedule.policy import make_policy
-from offload_moe.schedule.residency import Residency
-from offload_moe.schedule.scheduler import Scheduler
+from offload_moe.residency.policy import make_policy
+from offload_moe.residency.residency import Residency
+from offload_moe.residency.scheduler import Scheduler
 from offload_moe.simulate import DiskModel, LinkModel
 from offload_moe.simulate.clock import VirtualClock, VirtualCondition
 from offload_moe.simulate.disk import VirtualDisk

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offload_moe.kernels import DONE, DROPPED, READING, Reads
+from offload_moe.native.kernels import DONE, DROPPED, READING, Reads
 from offload_moe.simulate import (
     Answer,
     DiskModel,

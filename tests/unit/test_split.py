@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload_moe.schedule.split import SPLITS_BETWEEN_TRIALS, Balance
-from offload_moe.tiers import pace
-from offload_moe.tiers.pace import LinkPace, RunningCost
+from offload_moe.memory import pace
+from offload_moe.memory.pace import LinkPace, RunningCost
+from offload_moe.residency.split import SPLITS_BETWEEN_TRIALS, Balance
 
 
 def balance(link: float | None, cpu: float | None) -> Balance:

@@ -14,12 +14,12 @@ import torch
 
 from offload_moe.convert.quantize import quantize
 from offload_moe.convert.repair import find_damage, repair, restore_sizes
+from offload_moe.convert.sources import ensure_store, silent
 from offload_moe.errors import ConfigError, StoreCorrupt, StoreError
-from offload_moe.locks import lock_file
-from offload_moe.sizes import format_size
-from offload_moe.sources import ensure_store, silent
 from offload_moe.store import Progress, Store
-from offload_moe.stores import describe, find, installed, remove, resolve
+from offload_moe.store.installed import describe, find, installed, remove, resolve
+from offload_moe.system.locks import lock_file
+from offload_moe.system.sizes import format_size
 from tests.support.checkpoints import write_checkpoint
 from tests.support.cli import load_cli
 

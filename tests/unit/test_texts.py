@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from offload_moe.errors import ConfigError
-from offload_moe.texts import check_text, decode, read_text, unescape
+from offload_moe.system.texts import check_text, decode, read_text, unescape
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])

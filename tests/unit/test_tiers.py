@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from offload_moe.errors import TransferError
+from offload_moe.memory.arena import Arena
+from offload_moe.memory.disk import DiskMover
 from offload_moe.store import Record
-from offload_moe.tiers.arena import Arena
-from offload_moe.tiers.disk import DiskMover
 from tests.support.disk import read
 
 RECORD = 8192

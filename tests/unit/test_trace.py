@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from offload_moe.errors import ConfigError
-from offload_moe.trace import Trace, load_trace, save_trace
+from offload_moe.profile.trace import Trace, load_trace, save_trace
 
 NUM_TOKENS, NUM_LAYERS, TOP_K, NUM_EXPERTS, NUM_FORWARDS = 5, 3, 2, 8, 4
 

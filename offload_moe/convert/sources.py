@@ -1,0 +1,127 @@
+"""From what a user names (a store, a checkpoint folder, a hub id, the demo) to an expert store on disk."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from offload_moe import demo
+from offload_moe.checkpoint.source import check_folder, resolve_source
+from offload_moe.checkpoint.weight_files import choose_weights
+from offload_moe.convert.jobs import MXFP4
+from offload_moe.convert.quantize import DEFAULT, default_codec, quantize
+from offload_moe.errors import CheckpointError
+from offload_moe.store import Progress, is_store
+from offload_moe.store.installed import DEMO_IS_NOT_BUILT, check_finished
+from offload_moe.system.names import DEMO, check_model, hub_name, resolve
+from offload_moe.system.paths import cache_dir, file_advice
+
+
+class Report(Protocol):
+    """Told what is going on: `done` of `total` bytes, or a share from 0 to 1 without a total, or nobody knows (-1)."""
+
+    def __call__(self, phase: str, done: float = -1.0, total: float | None = None) -> None: ...
+
+
+def silent(phase: str, done: float = -1.0, total: float | None = None) -> None:
+    """The report of those who asked for none."""
+
+
+def ignore_notice(text: str) -> None:
+    """For those who read the reports."""
+
+
+def find_source(name: str | Path) -> str | Path:
+    """What can be planned: a folder or file, the entry of the cache folder with that name, or the name itself.
+
+    Raises: CheckpointError when it is the demo, and nobody has built it yet.
+    """
+    path = resolve(name)
+    check_finished(path)
+    if path.exists():
+        return path
+    if name != DEMO:
+        return name
+    if not (folder := demo.checkpoint_folder(cache_dir())).exists():
+        raise CheckpointError(DEMO_IS_NOT_BUILT)
+    return folder
+
+
+def ensure_store(
+    source: str | Path,
+    *,
+    codec: str | None,
+    dense_codec: str,
+    revision: str | None,
+    token: str | None,
+    report: Report,
+    follow_links: bool = False,
+    on_notice: Callable[[str], None] = ignore_notice,
+) -> Path:
+    """The store of `source`; a checkpoint is converted into the user's cache folder first, once per codec.
+
+    codec: None takes what `quantize` does. on_notice: gets what the user must know of a conversion.
+
+    Raises: CheckpointError when `source` is nothing that can be loaded; what `quantize` raises.
+    """
+    check_model(source, revision)
+    source, revision = hub_name(source, revision)
+    folder = resolve(source)
+    if is_store(folder):
+        return folder
+    if folder.is_file():
+        raise CheckpointError(file_advice(folder))
+    check_finished(folder)
+    if source == DEMO and not folder.exists():
+        folder = demo.checkpoint(progress=report)
+    is_local = folder.exists()
+    if folder.is_dir():
+        check_folder(folder, follow_links=follow_links)  # also where an earlier conversion is there
+    identity = folder if is_local else Path(str(source))
+    stores = cache_dir() / "stores"
+    for name in (codec,) if codec else (DEFAULT, MXFP4):
+        if is_store(store := stores / _cache_name(identity, name, dense_codec, revision)):
+            return store
+    if codec is None:
+        origin = folder if is_local else resolve_source(source, revision=revision, token=token).folder
+        codec = default_codec(origin)
+
+    def forward(progress: Progress) -> None:
+        if progress.is_notice:
+            on_notice(progress.phase)
+        report(progress.phase, progress.done_bytes, progress.total_bytes)
+
+    return quantize(
+        folder if is_local else str(source),
+        stores / _cache_name(identity, codec, dense_codec, revision),
+        codec=codec,
+        dense_codec=dense_codec,
+        revision=revision,
+        token=token,
+        follow_links=follow_links,
+        progress=forward,
+    )
+
+
+def _cache_name(source: Path, codec: str, dense_codec: str, revision: str | None) -> str:
+    """One name per source, its present state and the codecs: a checkpoint that changes is converted anew."""
+    identity = [str(source), revision or ""]
+    if source.is_dir():
+        weights = sorted(path for pattern in ("*.safetensors", "*.gguf") for path in source.glob(pattern))
+        files = [*weights, source / "config.json", *_deciding(source, {path.name for path in weights})]
+        stats = [(file.name, file.stat()) for file in files if file.exists()]
+        identity = [str(source.resolve()), *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)]
+    digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:12]
+    return f"{source.name}-{codec}-{dense_codec}-{digest}"
+
+
+def _deciding(folder: Path, weights: set[str]) -> list[Path]:
+    """Files that make a difference where not just all weights right in the folder are read: the index, and shards."""
+    try:
+        chosen = choose_weights(folder)
+    except CheckpointError:
+        return []
+    if set(chosen.names) == weights:
+        return []
+    index = [folder / chosen.index] if chosen.index else []
+    return index + [folder / name for name in chosen.names if name not in weights]

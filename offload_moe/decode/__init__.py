@@ -1,0 +1,72 @@
+"""A lean token: what transformers' own code spends per layer on small operations, spent once or not at all.
+
+No model code is copied and nothing is compiled at run time. Each optimisation recognizes the modules it fits by probing
+what they compute, replaces a forward of that instance or the module, and leaves everything else as it is.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from transformers import Cache, EncoderDecoderCache, PreTrainedModel
+
+from offload_moe.decode.cache import give_room
+from offload_moe.decode.experts import shorten_dispatch
+from offload_moe.decode.latent import absorb_latents
+from offload_moe.decode.layer import shorten_layers
+from offload_moe.decode.mlp import fuse_mlps
+from offload_moe.decode.norm import fuse_norms
+from offload_moe.decode.router import shorten_routers
+from offload_moe.decode.shorten import shorten_attention
+from offload_moe.native import kernels
+from offload_moe.residency.hierarchy import Hierarchy
+
+__all__ = ["Lean", "make_lean"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lean:
+    """How many modules each optimisation recognized."""
+
+    num_norms: int
+    num_mlps: int
+    num_attentions: int
+    num_latent_attentions: int
+    num_experts: int
+    num_routers: int
+    num_layers: int
+
+
+def make_lean(
+    hf: PreTrainedModel, *, is_exact: bool, context: int | None = None, hierarchy: Hierarchy | None = None
+) -> Lean:
+    """Make the decode steps of a loaded model cheaper, in place.
+
+    is_exact: only what gives the same bits. Otherwise results may differ by the rounding of the dtype. context: tokens
+    that memory was planned for. hierarchy: where the experts are.
+    """
+    num_latent_attentions = 0 if is_exact else absorb_latents(hf)
+    num_mlps = fuse_mlps(hf)
+    num_norms = fuse_norms(hf, is_exact=is_exact)
+    num_attentions = shorten_attention(hf, is_exact=is_exact)
+    hf.get_decoder().register_forward_pre_hook(partial(_give_room, context), with_kwargs=True)
+    has_kernels = not is_exact and kernels.available()
+    num_experts = shorten_dispatch(hf)
+    num_routers = shorten_routers(hf) if has_kernels else 0
+    return Lean(
+        num_norms=num_norms,
+        num_mlps=num_mlps,
+        num_attentions=num_attentions,
+        num_latent_attentions=num_latent_attentions,
+        num_experts=num_experts,
+        num_routers=num_routers,
+        num_layers=shorten_layers(hf, hierarchy) if has_kernels else 0,  # of the parts made before
+    )
+
+
+def _give_room(context: int | None, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache  # the other one does not grow
+    if isinstance(cache, Cache):
+        give_room(cache, context)

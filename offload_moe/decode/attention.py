@@ -1,0 +1,117 @@
+"""Decode steps of grouped-query attention without the detours.
+
+The module's own parts do the work, in its own order: projections, head norms, rotary, cache, its attention function,
+output projection. What is saved: two of three kernel calls for query, key and value, and most small operations of the
+rotary embedding; the usual step is one kernel call (`step.py`). Prompts take the module's own forward.
+
+Shapes: B batch, H hidden, N query heads, M key/value heads, D head dim, S cached tokens.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from offload_moe.decode.projections import joint_or_separate
+from offload_moe.decode.rotary import StepRotary, rotate
+from offload_moe.decode.step import AttentionStep
+
+MAX_FLASH_DIM = 256  # above it transformers repeats the key/value heads itself
+
+
+class DecodeAttention:
+    """The forward of one attention module: its decode steps are done here, anything else by the module itself."""
+
+    def __init__(self, attention: Any, rotary: StepRotary) -> None:
+        self._module = attention
+        self._prompt_forward = attention.forward
+        self.rotary = rotary
+        self._project = joint_or_separate(attention)
+        self._head_dim: int = attention.head_dim
+        self._layer: int = attention.layer_idx
+        self._q_norm: nn.Module | None = getattr(attention, "q_norm", None)
+        self._k_norm: nn.Module | None = getattr(attention, "k_norm", None)
+        self._arguments = {
+            "dropout": 0.0,
+            "scaling": attention.scaling,
+            "sliding_window": getattr(attention, "sliding_window", None),
+        }
+        if hasattr(attention, "sinks"):
+            self._arguments["s_aux"] = attention.sinks
+        self.step: AttentionStep | None = None  # set where it is known to give the same
+        self._interface_name: str | None = None
+        self._interface: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if hidden_states.shape[1] != 1 or position_embeddings is None:
+            return self._prompt_forward(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        if self.step is not None and attention_mask is None and self.step.fits(hidden_states, past_key_values):
+            cos, signed_sin = self.rotary.prepare(position_embeddings)
+            stepped = self.step(hidden_states, cos, signed_sin, past_key_values)
+            if stepped is not None:
+                return stepped, None
+        query, key, value = self._heads(hidden_states, position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self._layer)
+        out, weights = self._attend()(self._module, query, key, value, attention_mask, **{**kwargs, **self._arguments})
+        return self._module.o_proj(out.reshape(hidden_states.shape[0], 1, -1)), weights
+
+    def _heads(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query ``[B, N, 1, D]``, key and value ``[B, M, 1, D]``, rotated."""
+        shape = (hidden_states.shape[0], -1, 1, self._head_dim)
+        query, key, value = self._project(hidden_states)
+        query = query.view(shape) if self._q_norm is None else _normed(self._q_norm, query, shape)
+        key = key.view(shape) if self._k_norm is None else _normed(self._k_norm, key, shape)
+        cos, signed_sin = self.rotary.prepare(position_embeddings)
+        return rotate(query, cos, signed_sin), rotate(key, cos, signed_sin), value.view(shape)
+
+    def _attend(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """The attention function the config names now."""
+        name = self._module.config.__dict__["_attn_implementation_internal"]
+        if self._interface is None or name != self._interface_name:
+            eager = vars(sys.modules[type(self._module).__module__])["eager_attention_forward"]
+            self._interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+            if self._interface is sdpa_attention_forward and not self._arguments.keys() & {"s_aux"}:
+                self._interface = sdpa_step
+            self._interface_name = name
+        return self._interface
+
+
+def sdpa_step(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """transformers' sdpa attention for one token per sequence, without its case distinctions.
+
+    query ``[B, N, 1, D]``, key and value ``[B, M, S, D]`` -> ``[B, N, 1, D]``.
+    """
+    if attention_mask is None and key.shape[-1] <= MAX_FLASH_DIM:
+        is_grouped = query.shape[1] != key.shape[1]
+        return scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=is_grouped), None
+    out: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+    return out
+
+
+def _normed(norm: Any, states: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Each head's norm, or one over all heads, whichever its weight is made for."""
+    if norm.weight.numel() == shape[-1]:
+        return norm(states.view(shape))
+    return norm(states).view(shape)

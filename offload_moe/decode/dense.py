@@ -1,0 +1,111 @@
+"""Dense linear layers whose weight stays in its codec's record."""
+
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+
+from offload_moe.native import kernels
+from offload_moe.native.device import record_linear
+from offload_moe.native.planes import Mode
+from offload_moe.quant import Codec, ExpertShape
+from offload_moe.quant.layout import weight_shape
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class QuantLinear(nn.Module):
+    """``y = x W^T + b`` on a record, with the native kernels on the CPU and bitsandbytes on the device.
+
+    O out features, K in features. The record is a buffer, so it moves with the model; it is not a parameter, because
+    its bytes are not numbers.
+    """
+
+    record: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, record: Tensor, shape: ExpertShape, codec: Codec, *, mode: Mode = "fast") -> None:
+        """shape: one matrix named `weight`, and a bias named `bias` where the record holds one.
+
+        A layer whose bias is kept outside the record sets `bias` afterwards. mode: of the native kernel.
+        """
+        super().__init__()
+        self.register_buffer("record", record, persistent=False)
+        self.register_parameter("bias", None)
+        self.in_features = shape.matrices[0].in_features
+        self.out_features = shape.matrices[0].out_features
+        self.shape = shape
+        self.codec = codec
+        self.mode: Mode = mode
+        self._kernel: kernels.LinearKernel | None = None
+        if kernels.available() and kernels.unsupported_reason(codec.name, shape) is None:
+            self._kernel = kernels.LinearKernel(codec.name, [shape], [codec.layout(shape)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K] -> [..., O]`` in the dtype of `x`."""
+        rows = x.reshape(-1, self.in_features)
+        if self._kernel is not None and rows.is_cpu and rows.dtype in KERNEL_DTYPES:
+            out = torch.empty(rows.shape[0], self.out_features, dtype=rows.dtype)
+            self._kernel.forward(rows.contiguous(), [self.record], [out], mode=self.mode)
+        else:
+            out = record_linear(rows, self.record, self.shape, self.codec, "weight")
+        if self.bias is not None:
+            out += self.bias
+        return out.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the native kernels read its record, on the CPU."""
+        return self._kernel is not None and self.record.is_cpu
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, codec={self.codec.name}"
+
+
+class NarrowEmbedding(nn.Module):
+    """An embedding of bf16 numbers whose rows are widened when they are looked up: the same values in half the memory.
+
+    The weight is a buffer: the model's dtype is that of its parameters.
+    """
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        """weight: bf16 ``[V, H]``; dtype: of what it returns."""
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``[...] -> [..., H]``."""
+        return nn.functional.embedding(ids, self.weight).to(self.dtype)
+
+
+def lookup_tables(model: nn.Module, ignored: str | None = None) -> set[str]:
+    """Names of the embeddings that are only looked up: plain ones whose weight no other module has.
+
+    ignored: a module that will get a weight of its own, such as a head that is about to be quantized.
+    """
+    owners = Counter(
+        id(parameter)
+        for name, module in model.named_modules()
+        for parameter in module._parameters.values()
+        if name != ignored and parameter is not None
+    )
+    return {
+        name
+        for name, module in model.named_modules()
+        # A subclass may scale what it looks up.
+        if type(module) is nn.Embedding and module.max_norm is None and owners[id(module.weight)] == 1
+    }
+
+
+def quantize_linear(weight: Tensor, codec: Codec, *, mode: Mode = "fast") -> QuantLinear:
+    """A linear layer of a weight ``[O, K]``, quantized now. Its bias, if it has one, stays outside the record.
+
+    Raises: CheckpointError when a weight is not finite.
+    """
+    shape = weight_shape(*weight.shape)
+    record = kernels.fast_encoding(codec).encode(shape, {"weight": weight})
+    return QuantLinear(record[: codec.layout(shape).num_bytes].clone(), shape, codec, mode=mode)

@@ -1,0 +1,72 @@
+"""The query, key and value of one token per sequence, with one kernel call where their records allow it.
+
+Shapes: B batch, H hidden, N query heads, M key/value heads, D head dim.
+"""
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from offload_moe.decode.dense import QuantLinear
+from offload_moe.native import kernels
+
+NAMES = ("q_proj", "k_proj", "v_proj")
+
+
+class Projections(Protocol):
+    """hidden ``[B, 1, H]`` -> query ``[B, N * D]``, key and value ``[B, M * D]``."""
+
+    def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class SeparateProjections:
+    """The modules as they are."""
+
+    def __init__(self, attention: Any) -> None:
+        self._linears = tuple(getattr(attention, name) for name in NAMES)
+
+    def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = hidden_states[:, 0]
+        q, k, v = self._linears
+        return q(rows), k(rows), v(rows)
+
+
+class JointProjections:
+    """One call for three records. For one sequence the results lie in one buffer: query, key, value."""
+
+    def __init__(self, linears: list[QuantLinear]) -> None:
+        self._linears = linears
+        self._records = [linear.record for linear in linears]
+        self._mode = linears[0].mode
+        self._sizes = [linear.out_features for linear in linears]
+        self._has_bias = any(linear.bias is not None for linear in linears)
+        self._kernel = kernels.LinearKernel(
+            linears[0].codec.name,
+            [linear.shape for linear in linears],
+            [linear.codec.layout(linear.shape) for linear in linears],
+        )
+
+    def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = hidden_states[:, 0].contiguous()
+        if rows.shape[0] == 1:
+            out = rows.new_empty(1, sum(self._sizes))
+            self._kernel.forward_row(rows, self._records, out, mode=self._mode)
+            q, k, v = out.split(self._sizes, dim=1)
+        else:
+            q, k, v = (rows.new_empty(rows.shape[0], size) for size in self._sizes)
+            self._kernel.forward(rows, self._records, (q, k, v), mode=self._mode)
+        if self._has_bias:
+            for each, linear in zip((q, k, v), self._linears, strict=True):
+                if linear.bias is not None:
+                    each += linear.bias
+        return q, k, v
+
+
+def joint_or_separate(attention: nn.Module) -> Projections:
+    """The cheapest way to the query, key and value of this module."""
+    linears = [getattr(attention, name) for name in NAMES]
+    if all(isinstance(linear, QuantLinear) and linear.has_kernel for linear in linears):
+        first = linears[0]
+        if all(linear.codec is first.codec and linear.mode == first.mode for linear in linears):
+            return JointProjections(linears)
+    return SeparateProjections(attention)

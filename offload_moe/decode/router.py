@@ -1,0 +1,110 @@
+"""Routers that choose the greatest of a softmax: one kernel call per decode step.
+
+T tokens, H hidden, E experts, K top-k.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload_moe.decode.probe import REFUSALS, TOLERANCE, agree, probes, structure
+from offload_moe.native import kernels
+from offload_moe.quant import get_codec
+from offload_moe.quant.layout import weight_shape
+
+NEGLIGIBLE = 1e-30  # experts whose shares vanish are tied, and either choice of them adds nothing
+TIED = 1e-6  # logits nearer than that have shares that may round to the same number
+PARAMETERS = ({"weight"}, {"weight", "bias"})
+
+Routed = tuple[Tensor, Tensor, Tensor]
+
+
+class StepRouter:
+    """The forward of one router: one token is routed here, anything else by the module itself."""
+
+    def __init__(self, router: Any, *, top_k: int, is_of_chosen: bool) -> None:
+        self._prompt_forward: Callable[[Tensor], Routed] = router.forward
+        self.num_experts, self.hidden_size = router.weight.shape
+        self.top_k = top_k
+        linear = _linear(router.weight.detach(), getattr(router, "bias", None))
+        self.kernel = kernels.RouterKernel(linear, top_k=top_k, is_of_chosen=is_of_chosen)
+
+    def __call__(self, hidden_states: Tensor) -> Routed:
+        """hidden ``[..., H]`` -> logits ``[T, E]``, weights ``[T, K]``, ids ``[T, K]``."""
+        if hidden_states.numel() != self.hidden_size or hidden_states.dtype != torch.float32:
+            return self._prompt_forward(hidden_states)
+        routed = self.empty()
+        self.kernel.step(hidden_states.contiguous(), *routed)
+        return routed
+
+    def empty(self) -> Routed:
+        """Room for what one token is given: logits ``[1, E]``, weights ``[1, K]``, ids ``[1, K]``."""
+        k = self.top_k
+        return torch.empty(1, self.num_experts), torch.empty(1, k), torch.empty(1, k, dtype=torch.int64)
+
+
+def shorten_routers(model: nn.Module) -> int:
+    """Give every router that is recognized the short decode step. Returns how many. Results differ by rounding."""
+    is_of_chosen: dict[Hashable, bool | None] = {}
+    num_shortened = 0
+    modules: list[Any] = [module for module in model.modules() if _is_candidate(module)]
+    for module in modules:
+        kind = structure(module)
+        if kind not in is_of_chosen:
+            is_of_chosen[kind] = _recognized(module)
+        found = is_of_chosen[kind]
+        if found is not None:
+            module.forward = StepRouter(module, top_k=module.top_k, is_of_chosen=found)
+            num_shortened += 1
+    return num_shortened
+
+
+def _is_candidate(module: Any) -> bool:
+    if set(module._parameters) not in PARAMETERS or module._buffers or list(module.children()):
+        return False
+    weight = module.weight
+    is_plain = all(p is not None and p.dtype == torch.float32 and p.is_cpu for p in module._parameters.values())
+    top_k = getattr(module, "top_k", None)
+    return is_plain and weight.dim() == 2 and isinstance(top_k, int) and 1 <= top_k <= len(weight)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> kernels.Linear:
+    """In bf16 where the numbers are the same, as they are where the checkpoint was: half the bytes."""
+    if not torch.equal(weight.bfloat16().float(), weight):
+        return kernels.Linear.of_fp32(weight.contiguous(), bias)
+    shape, codec = weight_shape(*weight.shape), get_codec("bf16")
+    record = codec.encode(shape, {"weight": weight})
+    return kernels.Linear(codec=codec.name, shape=shape, layout=codec.layout(shape), record=record, bias=bias)
+
+
+@torch.inference_mode()
+def _recognized(module: Any) -> bool | None:
+    """Whether its weights are shares of the chosen experts or of all; None where it is another kind of router."""
+    inputs = probes((8, module.weight.shape[1]), torch.float32, module.weight.device)
+    for is_of_chosen in (True, False):
+        step = StepRouter(module, top_k=module.top_k, is_of_chosen=is_of_chosen)
+        if all(_same(module, step, x[None]) for each in inputs for x in each):
+            return is_of_chosen
+    return None
+
+
+def _same(module: nn.Module, step: StepRouter, x: Tensor) -> bool:
+    try:
+        expected = module.forward(x)
+    except REFUSALS:
+        return False
+    if not isinstance(expected, tuple) or len(expected) != 3 or not all(isinstance(part, Tensor) for part in expected):
+        return False
+    got = step(x)
+    is_close = all(agree(ours, theirs, is_exact=False) for ours, theirs in zip(got[:2], expected[:2], strict=True))
+    return is_close and _chooses_alike(got[2], expected)
+
+
+def _chooses_alike(ids: Tensor, expected: Routed) -> bool:
+    """Whether these are the experts that were expected, or ones whose logits only rounding tells from theirs."""
+    logits, weights, expected_ids = expected
+    distance = (logits.gather(-1, ids) - logits.gather(-1, expected_ids)).abs()
+    limit = TIED + TOLERANCE[torch.float32] * logits.abs().max()
+    return bool((distance[weights > NEGLIGIBLE] <= limit).all())

@@ -1,0 +1,300 @@
+"""A run: consecutive decoder layers whose decode step is done by a native thread, from the first layer to the last.
+
+A token streams so many bytes of weights through the caches that whatever Python does between two kernel calls finds its
+code and data in none: about half a millisecond per layer where all is there, two where experts are missing. So the
+thread goes on by itself: it leases what is resident and fetches what is not into slots that were lent to it (see
+`residency/loans.py`). Python decides what is evicted for them, lends more when they run out, and brings experts that
+could not be fetched. What the thread did is accounted for when Python hears of it, layer by layer, in their order.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from offload_moe.decode.block import PlainBlock
+from offload_moe.decode.cache import Room
+from offload_moe.decode.chain import Chain
+from offload_moe.decode.hooks import are_watched, have_only_onlookers, hooks_of
+from offload_moe.decode.step import AttentionStep
+from offload_moe.experts.attach import BoundExperts, RanLayers
+from offload_moe.experts.native import NativeArithmetic
+from offload_moe.memory.waiting import STEP_S
+from offload_moe.native import kernels
+from offload_moe.residency.accounts import Mark, mark, note_passed, sort_found
+from offload_moe.residency.hierarchy import Hierarchy
+from offload_moe.residency.lease import Lease
+from offload_moe.residency.loans import SLOTS_PER_CHOICE
+from offload_moe.residency.scheduler import Scheduler
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class Step(Protocol):
+    """A layer of the run: `LayerStep` where its block is a router and experts."""
+
+    layer: nn.Module
+    attention: AttentionStep
+    plain: PlainBlock | None
+    kernel: kernels.LayerKernel
+
+    @property
+    def num_keepers(self) -> int: ...
+
+    def fits(self, hidden_states: Tensor, cache: Any) -> bool: ...
+
+
+@dataclass(slots=True)
+class _Account:
+    """When a ride began, and what `mark` said before the first layer and after each."""
+
+    began: float
+    marks: list[Mark]
+
+
+class _Patience:
+    """How long a ride has made no progress, asked every tenth of a second unless the process is stopped."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._clock = scheduler.clock
+        self._progress: tuple[int, ...] = ()
+        self._waited_s, self._asked_at = 0.0, self._clock()
+
+    def since(self, progress: tuple[int, ...]) -> float:
+        """Seconds for which this has been the progress, as far as they count against a limit."""
+        before, self._asked_at = self._asked_at, self._clock()
+        is_new, self._progress = progress != self._progress, progress
+        self._waited_s = 0.0 if is_new else self._waited_s + min(self._asked_at - before, STEP_S)
+        return self._waited_s
+
+
+class LayerRun:
+    """The decode step of these layers; the first of them calls it, and the others find their work done."""
+
+    def __init__(self, steps: Sequence[Step], hierarchy: Hierarchy) -> None:
+        """steps: layers that follow each other, for which `can_run` says the same."""
+        self._steps = steps
+        assert hierarchy.residents is not None
+        self._residents = hierarchy.residents
+        self._loans = hierarchy.loans()
+        self._scheduler = hierarchy.scheduler
+        self._hierarchy = hierarchy
+        self._blocks = [cast(PlainBlock, step.plain) for step in steps]
+        self._bound = [block.bound for block in self._blocks]
+        self._chain = Chain(steps)
+        self._passed: tuple[Tensor | None, int] = (None, 0)  # what the last run gave, and how many layers know
+        self._layer_hooks = hooks_of(step.layer for step in steps)
+        self._expert_hooks = hooks_of(block.experts for block in self._blocks)
+        route = self._blocks[0].route
+        self._num_experts, self._top_k = route.num_experts, route.top_k
+        self._kernel = kernels.RunKernel(
+            [_run_layer(step, hierarchy.pools.num_experts) for step in steps],
+            hidden=route.hidden_size,
+            num_experts=route.num_experts,
+            top_k=route.top_k,
+        )
+
+    def begins_with(self, step: Step) -> bool:
+        return step is self._steps[0]
+
+    def has_passed(self, step: Step, hidden_states: Tensor) -> bool:
+        """Whether this is the run's result on its way through the layers that made it."""
+        result, num_told = self._passed
+        if hidden_states is not result or step is not self._steps[num_told]:
+            return False
+        self._passed = (result, num_told + 1) if num_told + 1 < len(self._steps) else (None, 0)
+        return True
+
+    def watch(self, step: Step, given: Tensor, result: Tensor, settings: tuple[Any, ...]) -> None:
+        """See `Chain.watch`."""
+        self._chain.watch(step, given, result, settings)
+
+    def fits(self, hidden_states: Tensor, cache: Any) -> bool:
+        """Whether all layers can be done at once: nobody looks in between, or waits for a module; there is room.
+
+        Lookahead goes along where the run may ask the routers for it.
+        """
+        recorder, lookahead = self._bound[0].recorder, self._bound[0].lookahead
+        return (
+            self._chain.is_known
+            and self._scheduler.residency.num_slots >= SLOTS_PER_CHOICE * self._top_k
+            and all(bound.lookahead is lookahead and bound.recorder is recorder for bound in self._bound)
+            and not are_watched(self._expert_hooks)
+            and have_only_onlookers(self._layer_hooks)
+            and all(step.num_keepers == (lookahead is not None) for step in self._steps)
+            and all(step.fits(hidden_states, cache) and step.attention.can_extend(cache) for step in self._steps)
+            and (lookahead is None or not self._ranks() or lookahead.can_be_run(len(self._steps)))
+        )
+
+    def __call__(self, hidden_states: Tensor, rotary: Rotary, cache: Any) -> Tensor:
+        """``[1, 1, H]`` -> ``[1, 1, H]``. Raises: TransferError, ModelClosed."""
+        with self._hierarchy.lifecycle:
+            return self._pass(hidden_states, rotary, cache)
+
+    def _pass(self, hidden_states: Tensor, rotary: Rotary, cache: Any) -> Tensor:
+        rooms = [cast(Room, step.attention.extend(cache)) for step in self._steps]
+        x = hidden_states.clone(memory_format=torch.contiguous_format)
+        shape = {"num_experts": self._num_experts, "top_k": self._top_k}
+        token = kernels.RunToken(x, rooms, rotary, **shape, ranks=self._ranks())
+        self._ride(token)
+        self._passed = (x, 1) if len(self._steps) > 1 else (None, 0)
+        return x
+
+    def _ride(self, token: kernels.RunToken) -> None:
+        """Through all layers, and account for them in their order."""
+        account = _Account(began=time.perf_counter(), marks=[mark(self._scheduler)])
+        with self._hierarchy.every_expert() as are_here:
+            if are_here:
+                self._kernel.pass_through(token, self._residents)
+        if are_here:
+            self._note_passed(token, 0, len(self._steps), account)
+        else:
+            self._ride_along(token, account)
+        self._scheduler.counters.stall_s += token.stalls.sum().item()
+        recorder = self._bound[0].recorder
+        if recorder is not None:
+            recorder.ran(self._ran(token, account))
+
+    def _ride_along(self, token: kernels.RunToken, account: "_Account") -> None:
+        """On a thread of its own, with slots to fill.
+
+        They are taken back once it has ended, which whoever waits for a slot is told: then it leases none any more.
+        """
+        reads = None if self._loans is None else self._loans.reads
+        try:
+            with self._kernel.start(token, self._residents, reads) as ride:
+                self._lend()
+                self._go_along(ride, token, account)
+        finally:
+            if self._loans is not None:
+                self._loans.take_back()
+
+    def _go_along(self, ride: kernels.Ride, token: kernels.RunToken, account: "_Account") -> None:
+        """Give the ride what it needs until it is over."""
+        num_layers, num_told, patience = len(self._steps), 0, _Patience(self._scheduler)
+        with ExitStack() as held:
+            while num_told < num_layers:
+                said = ride.next(num_told)
+                if said is None:
+                    self._wait_on(token, num_told, patience)
+                    continue
+                at, needs = said
+                held.close()
+                self._note_passed(token, num_told, at, account)
+                num_told = at
+                if needs & kernels.NEEDS_EXPERTS:
+                    held.enter_context(self._acquire(token, at)).bring()
+                    account.marks.append(mark(self._scheduler))
+                    num_told += 1
+                if needs & kernels.NEEDS_SLOTS:
+                    self._lend()
+            while ride.next(num_layers) is None:
+                self._wait_on(token, num_layers - 1, patience)
+
+    def _lend(self) -> None:
+        if self._loans is not None:
+            self._loans.lend(may_evict=not self._hierarchy.holds_every_expert)
+
+    def _wait_on(self, token: kernels.RunToken, at: int, patience: "_Patience") -> None:
+        """Nothing was needed by layers from this one on: whoever wants to stop may say so.
+
+        Raises: TransferError, ModelClosed.
+        """
+        self._hierarchy.lifecycle.check_waiting()
+        self._tell_layer(at)
+        with self._scheduler.changed:
+            self._scheduler.hear()
+        num_begun = int((token.times[:, 0] > 0).sum())
+        waited_s = patience.since((num_begun, self._scheduler.counters.disk_bytes))
+        if waited_s > self._scheduler.stall_limit_s:
+            raise self._scheduler.late(f"Experts of layer {self._bound[max(0, num_begun - 1)].layer}")
+
+    def _tell_layer(self, at: int) -> None:
+        layer = self._steps[at].layer
+        for onlooker in layer._forward_pre_hooks.values():
+            onlooker(layer, ())
+
+    def _note_passed(self, token: kernels.RunToken, first: int, end: int, account: "_Account") -> None:
+        """Layers that asked for no expert."""
+        if first == end:
+            return
+        experts, found = token.ids[first:end].tolist(), token.found[first:end].tolist()
+        account.marks += note_passed(self._scheduler, self._bound[first].layer, experts, found)
+        for at, chosen in enumerate(experts, first):
+            self._note_guesses(token, at, chosen)
+            self._tell_router(token, at)
+
+    def _acquire(self, token: kernels.RunToken, at: int) -> Lease:
+        """The experts of a layer that could not fetch them all."""
+        bound = self._bound[at]
+        self._tell_layer(at)
+        chosen = token.ids[at].tolist()
+        experts = sorted(chosen)
+        found = sort_found(chosen, token.found[at].tolist())
+        lease = self._scheduler.acquire(bound.layer, experts, found=found)
+        self._note_guesses(token, at, experts)
+        self._tell_router(token, at)
+        return lease
+
+    def _note_guesses(self, token: kernels.RunToken, at: int, experts: Sequence[int]) -> None:
+        lookahead = self._bound[at].lookahead
+        if lookahead is not None:
+            num_ahead = len(self._steps) - 1 - at
+            guesses, found = token.guesses[at, :num_ahead].tolist(), token.guesses_found[at, :num_ahead].tolist()
+            lookahead.passed(self._bound[at].layer, experts, guesses, found)
+
+    def _ran(self, token: kernels.RunToken, account: "_Account") -> RanLayers:
+        num_useful, disk_bytes = zip(*account.marks, strict=True)
+        return RanLayers(
+            first_layer=self._bound[0].layer,
+            logits=token.logits,
+            weights=token.weights,
+            ids=token.ids,
+            times=token.times + account.began,
+            stalls=token.stalls,
+            num_useful=num_useful,
+            disk_bytes=disk_bytes,
+        )
+
+    def _tell_router(self, token: kernels.RunToken, at: int) -> None:
+        if self._bound[at].recorder is not None:
+            return  # it is told of all layers at once
+        router = self._blocks[at].router
+        for onlooker in router._forward_hooks.values():
+            onlooker(router, (), token.routed[at])
+
+    def _ranks(self) -> list[int]:
+        """How many guesses are wanted of each layer, per layer behind it."""
+        lookahead = self._bound[0].lookahead
+        return [] if lookahead is None else lookahead.num_ranks(self._bound[0].layer, self._top_k)
+
+
+def can_run(hierarchy: Hierarchy, step: Any) -> tuple[int, int] | None:
+    """Experts and top-k of a `Step` whose experts the native kernels compute out of the RAM arena; None for others.
+
+    Layers of one run have the same.
+    """
+    plain: PlainBlock | None = getattr(step, "plain", None)
+    if plain is None or hierarchy.residents is None or plain.route.top_k > kernels.MAX_TOP_K:
+        return None
+    bound, route = plain.bound, plain.route
+    is_native = type(bound) is BoundExperts and isinstance(bound.arithmetic, NativeArithmetic)
+    return (route.num_experts, route.top_k) if is_native else None
+
+
+def _run_layer(step: Step, num_experts: int) -> kernels.RunLayer:
+    block = cast(PlainBlock, step.plain)
+    arithmetic = block.bound.arithmetic
+    assert isinstance(arithmetic, NativeArithmetic)
+    return kernels.RunLayer(
+        step=step.kernel,
+        experts=arithmetic.kernel,
+        shared=block.shared,
+        first_key=block.bound.layer * num_experts,
+        weight_scale=arithmetic.pair_scale,
+        mode=arithmetic.mode,
+    )

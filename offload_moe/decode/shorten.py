@@ -1,0 +1,147 @@
+"""Which attention modules take the short decode step: those that have its parts and whose results it gives."""
+
+import sys
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from offload_moe.decode.attention import DecodeAttention
+from offload_moe.decode.cache import give_room
+from offload_moe.decode.probe import REFUSALS, agree, probes, structure
+from offload_moe.decode.projections import NAMES
+from offload_moe.decode.rotary import StepRotary
+from offload_moe.decode.step import AttentionStep, attention_step
+
+CHILDREN = frozenset({*NAMES, "o_proj", "q_norm", "k_norm"})
+PARAMETERS = frozenset({"sinks"})
+ATTRIBUTES = ("head_dim", "scaling", "layer_idx", "config")
+NUM_CACHED = 5
+STEP_TOLERANCE = 1e-2  # of a kernel call: a last bit before int8 activations may round one of them the other way
+
+PositionEmbeddings = tuple[Tensor, Tensor]
+
+
+def shorten_attention(model: nn.Module, *, is_exact: bool) -> int:
+    """Give every attention module that is recognized the short decode step. Returns how many."""
+    positions = probe_positions(model)
+    embeddings = position_embeddings(model, positions)
+    if embeddings is None:
+        return 0
+    num_angles = embeddings[0].shape[-1]
+    rotaries = ((StepRotary(is_half=False), num_angles), (StepRotary(is_half=True), 2 * num_angles))
+    rotary_of: dict[Hashable, StepRotary | None] = {}
+    has_step: dict[Hashable, bool] = {}
+    num_shortened = 0
+    modules: list[Any] = [module for module in model.modules() if _is_candidate(module)]
+    for module in modules:
+        kind = structure(module)
+        if kind not in rotary_of:
+            rotary_of[kind] = next(
+                (
+                    rotary
+                    for rotary, rotated_dims in rotaries
+                    if rotated_dims <= module.head_dim
+                    and _agrees(module, DecodeAttention(module, rotary), embeddings, positions, is_exact=is_exact)
+                ),
+                None,
+            )
+        rotary = rotary_of[kind]
+        if rotary is not None:
+            short = DecodeAttention(module, rotary)
+            rotated_dims = next(dims for each, dims in rotaries if each is rotary)
+            step = None if is_exact else attention_step(module, rotated_dims)
+            if step is not None and kind not in has_step:
+                has_step[kind] = _steps_alike(module, short, step, embeddings)
+            short.step = step if has_step.get(kind) else None
+            module.forward = short
+            num_shortened += 1
+    return num_shortened
+
+
+def probe_positions(model: Any) -> Tensor:
+    """``[2, 1]``: an early position, and the last one, where scaling by position would show."""
+    last = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 4096) - 1
+    return torch.tensor([[NUM_CACHED], [last]])
+
+
+@torch.inference_mode()
+def position_embeddings(model: nn.Module, positions: Tensor) -> PositionEmbeddings | None:
+    """cos and sin ``[2, 1, D]`` of the model's one rotary embedding; None where it has none or several."""
+    rotaries = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
+    if len(rotaries) != 1:
+        return None
+    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    try:
+        embeddings = rotaries[0](torch.zeros(1, dtype=weight.dtype, device=weight.device), positions.to(weight.device))
+    except REFUSALS:  # such as one that wants to know the layer's type: the model mixes embeddings
+        return None
+    is_plain = isinstance(embeddings, tuple) and len(embeddings) == 2 and embeddings[0].dim() == 3
+    return embeddings if is_plain else None
+
+
+def _is_candidate(module: Any) -> bool:
+    names = {name for name, _ in module.named_children()}
+    if not {*NAMES, "o_proj"} <= names <= CHILDREN or not set(module._parameters) <= PARAMETERS:
+        return False
+    if not all(hasattr(module, name) for name in ATTRIBUTES):
+        return False
+    has_interface = hasattr(sys.modules[type(module).__module__], "eager_attention_forward")
+    is_clipped = getattr(module.config, "clip_qkv", None) is not None
+    is_gated = module.q_proj.out_features != module.o_proj.in_features
+    return has_interface and not is_clipped and not is_gated
+
+
+@torch.inference_mode()
+def _agrees(
+    module: Any, step: DecodeAttention, embeddings: PositionEmbeddings, positions: Tensor, *, is_exact: bool
+) -> bool:
+    """Whether module and step give the same on two sequences over a short random context, with and without a mask."""
+    device, dtype = embeddings[0].device, embeddings[0].dtype
+    mask = torch.zeros(2, 1, 1, NUM_CACHED + 1, device=device, dtype=dtype)
+    mask[1, :, :, :2] = torch.finfo(dtype).min
+    for hidden in probes((2, 1, module.q_proj.in_features), dtype, device):
+        for each_mask in (None, mask):
+            arguments = {"attention_mask": each_mask, "position_ids": positions.to(device)}
+            try:
+                expected, got = (
+                    forward(
+                        hidden, position_embeddings=embeddings, past_key_values=probe_cache(module, hidden), **arguments
+                    )[0]
+                    for forward in (module.forward, step)
+                )
+            except REFUSALS:
+                return False
+            if not agree(got, expected, is_exact=is_exact):
+                return False
+    return True
+
+
+@torch.inference_mode()
+def _steps_alike(module: Any, short: DecodeAttention, step: AttentionStep, embeddings: PositionEmbeddings) -> bool:
+    """Whether the kernel call gives what the separate operations give, and leaves the same in the cache."""
+    cos, sin = (part[1:] for part in embeddings)
+    for hidden in probes((1, 1, module.q_proj.in_features), cos.dtype, cos.device):
+        caches = [probe_cache(module, hidden), probe_cache(module, hidden)]
+        results = []
+        for cache, short.step in zip(caches, (None, step), strict=True):
+            give_room(cache)
+            results.append(short(hidden, position_embeddings=(cos, sin), past_key_values=cache)[0])
+        results += [part for cache in caches for part in (cache.layers[-1].keys, cache.layers[-1].values)]
+        got, expected = (results[1], *results[4:]), (results[0], *results[2:4])
+        pairs = zip(got, expected, strict=True)
+        if not all(agree(ours, theirs, is_exact=False, tolerance=STEP_TOLERANCE) for ours, theirs in pairs):
+            return False
+    return True
+
+
+def probe_cache(module: Any, hidden: Tensor) -> DynamicCache:
+    """A few random keys and values in the module's own layer."""
+    cache = DynamicCache()
+    num_heads = module.k_proj.out_features // module.head_dim
+    shape = (hidden.shape[0], num_heads, NUM_CACHED, module.head_dim)
+    keys, values, *_ = probes(shape, hidden.dtype, hidden.device)
+    cache.update(keys, values, module.layer_idx)
+    return cache

@@ -1,0 +1,105 @@
+"""A decode step of attention as one kernel call, where the module's parts are ones that the kernel knows.
+
+H hidden, N query heads, M key/value heads, D head dim, S cached tokens, C room in the cache.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload_moe.decode.cache import Room, RoomyLayer
+from offload_moe.decode.dense import QuantLinear
+from offload_moe.decode.hooks import are_watched, hooks_of
+from offload_moe.decode.norm import FusedRMSNorm
+from offload_moe.decode.projections import NAMES
+from offload_moe.errors import ConfigError
+from offload_moe.native import kernels
+
+
+class AttentionStep:
+    """One token of one sequence in fp32, without a mask and over the whole cache: the usual decode step."""
+
+    def __init__(self, attention: Any, kernel: kernels.AttentionKernel) -> None:
+        self.module = attention
+        self._layer: int = attention.layer_idx
+        self.kernel = kernel
+        self._hooks = hooks_of(attention.modules())
+
+    def fits(self, hidden_states: Tensor, cache: Any) -> bool:
+        """Whether this call is such a step, and nobody waits for the module's parts to be called."""
+        return (
+            hidden_states.shape[0] == 1
+            and hidden_states.dtype == torch.float32
+            and hidden_states.is_cpu
+            and cache is not None
+            and self._layer < len(cache.layers)
+            and type(cache.layers[self._layer]) is RoomyLayer
+            and not are_watched(self._hooks)
+        )
+
+    def __call__(self, hidden_states: Tensor, cos: Tensor, signed_sin: Tensor, cache: Any) -> Tensor | None:
+        """hidden ``[1, 1, H]`` -> ``[1, 1, H]``; None when the cache cannot be appended to in place."""
+        room = self.extend(cache)
+        if room is None:
+            return None
+        out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        self.kernel.step(hidden_states.contiguous(), cos, signed_sin, *room, out)
+        return out
+
+    def can_extend(self, cache: Any) -> bool:
+        """Whether `extend` will do it; the cache `fits`."""
+        layer: RoomyLayer = cache.layers[self._layer]
+        return layer.can_extend
+
+    def extend(self, cache: Any) -> Room | None:
+        """The room of keys and of values, which now count the token that the kernel will write, and its index."""
+        layer: RoomyLayer = cache.layers[self._layer]
+        room = layer.extend()
+        assert room is None or room[0].dtype == room[1].dtype == torch.float32
+        return room
+
+
+def attention_step(attention: Any, rotated_dims: int) -> AttentionStep | None:
+    """The step of this module; None where a part is not one that the kernel knows."""
+    modules: list[Any] = [getattr(attention, name) for name in (*NAMES, "o_proj")]
+    linears = [_linear(module) for module in modules]
+    head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    norms = [_head_norm(module) for module in head_norms]
+    sinks = getattr(attention, "sinks", None)
+    is_known = None not in linears and all((n is None) == (m is None) for n, m in zip(norms, head_norms, strict=True))
+    if not is_known or len({module.mode for module in modules}) > 1 or not _is_fp32(sinks):
+        return None
+    try:
+        kernel = kernels.AttentionKernel(
+            [linear for linear in linears if linear is not None],
+            head_dim=attention.head_dim,
+            rotated_dims=rotated_dims,
+            scaling=attention.scaling,
+            norms=norms,
+            sinks=sinks,
+            mode=modules[0].mode,
+        )
+    except ConfigError:  # such as heads that are no multiple of a vector
+        return None
+    return AttentionStep(attention, kernel)
+
+
+def _linear(module: Any) -> kernels.Linear | None:
+    if not isinstance(module, QuantLinear) or not module.has_kernel or module.shape.biases or not _is_fp32(module.bias):
+        return None
+    layout = module.codec.layout(module.shape)
+    return kernels.Linear(
+        codec=module.codec.name, shape=module.shape, layout=layout, record=module.record, bias=module.bias
+    )
+
+
+def _head_norm(module: nn.Module | None) -> kernels.HeadNorm | None:
+    forward = None if module is None else vars(module).get("forward")
+    if not isinstance(forward, FusedRMSNorm) or not _is_fp32(forward.weight):
+        return None
+    return kernels.HeadNorm(weight=forward.weight, epsilon=forward.eps)
+
+
+def _is_fp32(tensor: Tensor | None) -> bool:
+    return tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous())

@@ -1,0 +1,1 @@
+"""A model that runs: assembled from a store, on one machine."""

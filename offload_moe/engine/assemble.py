@@ -1,0 +1,171 @@
+"""A transformers model from an expert store: skeleton, dense weights in place, expert parameters gone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload_moe.checkpoint.experts import ExpertsModule, find_experts
+from offload_moe.checkpoint.generation import load_generation_config
+from offload_moe.checkpoint.linears import projection_linears
+from offload_moe.checkpoint.skeleton import build_skeleton, load_config
+from offload_moe.checkpoint.ties import share_tied_weights, untie
+from offload_moe.decode.dense import NarrowEmbedding, QuantLinear, lookup_tables, quantize_linear
+from offload_moe.errors import StoreError
+from offload_moe.experts.attach import detach_parameters
+from offload_moe.native.planes import Mode
+from offload_moe.quant import get_codec
+from offload_moe.store import Store
+
+LOSSLESS = "bf16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembled:
+    """The model without experts, and its experts modules in layer order. notices: what the user must know of it."""
+
+    hf: Any
+    layers: list[ExpertsModule]
+    notices: tuple[str, ...] = ()
+
+
+class DtypePlan:
+    """Which dtype each dense tensor is computed in: the skeleton's, except what the model class keeps in fp32.
+
+    Source: transformers/core_model_loading.py, `convert_and_load_state_dict_in_model` step 3.
+    """
+
+    def __init__(self, hf: Any, dtype: torch.dtype) -> None:
+        from transformers.core_model_loading import build_glob_alternation
+
+        plan = hf._get_dtype_plan(dtype)
+        self._kept = build_glob_alternation(list(plan))[0] if plan else None
+
+    def of(self, name: str, skeleton_dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if self._kept is not None and self._kept.search(name) else skeleton_dtype
+
+
+def skeleton_of(store: Store, dtype: torch.dtype) -> Any:
+    """The store's model without weights. The config is read anew, so that two models of one store share nothing."""
+    config = load_config(store.path)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if part is not None:  # a multimodal model's language model has a dtype of its own
+            part.dtype = dtype
+    skeleton = build_skeleton(config)
+    untie(skeleton, store.dense)
+    return skeleton
+
+
+def assemble(
+    store: Store,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    dense_codec: str | None = None,
+    mode: Mode = "fast",
+    skeleton: Any = None,
+) -> Assembled:
+    """Build the model and load every dense weight, cast to the compute dtype, onto the device.
+
+    skeleton: of `skeleton_of`, which becomes the model; None makes one.
+    dense_codec: quantize the large projections and the output head that the store holds as numbers; None keeps them.
+    mode: of the native kernels under quantized linears.
+
+    Raises:
+        StoreError: the store does not hold what the model needs.
+        StoreCorrupt: a dense tensor does not match its checksum.
+    """
+    hf = skeleton if skeleton is not None else skeleton_of(store, dtype)
+    dtypes = DtypePlan(hf, dtype)
+    layers = find_experts(hf)
+    _check_layers(store, layers)
+    detach_parameters(layers)
+    to_quantize = projection_linears(hf).keys() if dense_codec else ()
+    share_tied_weights(hf)  # so that it can be seen what shares a weight
+    head = _tied_head(hf) if dense_codec else None
+    lookups = lookup_tables(hf, head.name if head else None) if device.type == "cpu" else set()
+    untied: QuantLinear | None = None
+    narrow: dict[str, NarrowEmbedding] = {}
+    for entry, tensor in store.dense_tensors():
+        name = entry.name.removesuffix(".weight")
+        if dense_codec and head is not None and name == head.embedding:
+            # Multiply with a quantized copy of a tied embedding: reading all of it for every token costs more.
+            untied = quantize_linear(tensor, get_codec(dense_codec), mode=mode).to(device)
+        if entry.quantized is not None:
+            linear = QuantLinear(tensor.to(device), entry.quantized, get_codec(store.dense_codec), mode=mode)
+            _replace(hf, name, linear)
+        elif dense_codec and name in to_quantize:
+            _replace(hf, name, quantize_linear(tensor, get_codec(dense_codec), mode=mode).to(device))
+        elif name in lookups and tensor.dtype == torch.bfloat16 and _dtype_of(hf, entry.name, dtypes) == torch.float32:
+            narrow[name] = NarrowEmbedding(tensor, torch.float32)
+        else:
+            _set_tensor(hf, entry.name, tensor, device, dtypes)
+    share_tied_weights(hf)
+    if head is not None and untied is not None:
+        _replace(hf, head.name, untied)
+    for name, table in narrow.items():
+        hf.set_submodule(name, table)
+    hf.to(device)  # buffers the store does not hold, such as rotary frequencies
+    stranded = [name for name, value in [*hf.named_parameters(), *hf.named_buffers()] if value.is_meta]
+    if stranded:
+        raise StoreError(
+            f"{store.path} does not hold {stranded[0]} ({len(stranded)} tensors). Quantize the model again."
+        )
+    hf.generation_config, notice = load_generation_config(store.path)
+    hf.requires_grad_(False)
+    return Assembled(hf=hf, layers=layers, notices=(notice,) if notice else ())
+
+
+@dataclass(frozen=True, slots=True)
+class _TiedHead:
+    """Names of an output head and of the embedding whose weight it shares."""
+
+    name: str
+    embedding: str
+
+
+def _tied_head(hf: Any) -> _TiedHead | None:
+    head, embedding = hf.get_output_embeddings(), hf.get_input_embeddings()
+    if type(head) is not nn.Linear or head.weight is not getattr(embedding, "weight", None):
+        return None
+    names = {id(module): name for name, module in hf.named_modules()}
+    return _TiedHead(names[id(head)], names[id(embedding)])
+
+
+def _check_layers(store: Store, layers: Sequence[ExpertsModule]) -> None:
+    found = [(layer.name, layer.num_experts, layer.shape) for layer in layers]
+    stored = [(layer.name, layer.num_experts, layer.shape) for layer in store.layers]
+    if found != stored:
+        raise StoreError(
+            f"{store.path} holds {len(stored)} MoE layers, this transformers builds {len(found)} others. "
+            "Quantize the model again with this version."
+        )
+
+
+def _dtype_of(hf: Any, name: str, dtypes: DtypePlan) -> torch.dtype:
+    owner, leaf = _owner(hf, name)
+    return dtypes.of(name, getattr(owner, leaf).dtype)
+
+
+def _set_tensor(hf: Any, name: str, tensor: Tensor, device: torch.device, dtypes: DtypePlan) -> None:
+    owner, leaf = _owner(hf, name)
+    value = tensor.to(device=device, dtype=_dtype_of(hf, name, dtypes))
+    if leaf in owner._parameters:
+        setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+    else:
+        owner.register_buffer(leaf, value)
+
+
+def _replace(hf: Any, name: str, linear: QuantLinear) -> None:
+    owner, leaf = _owner(hf, name)
+    old = getattr(owner, leaf)
+    if old.bias is not None and not linear.shape.biases:  # else the record holds it
+        linear.bias = old.bias
+    setattr(owner, leaf, linear)
+
+
+def _owner(hf: Any, name: str) -> tuple[Any, str]:
+    owner, _, leaf = name.rpartition(".")
+    return hf.get_submodule(owner), leaf

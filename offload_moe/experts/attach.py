@@ -1,0 +1,165 @@
+"""Binding the experts of a transformers model to our scheduler.
+
+transformers looks an experts function up by the name in the module's config; ours is registered once, is stateless, and
+calls what was bound to that very module. Two models in one process therefore never meet. Modules outside the registry
+get the forward of their adapter instead.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+from torch import Tensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from offload_moe.checkpoint.experts import ExpertsModule
+from offload_moe.experts.arithmetic import Arithmetic
+from offload_moe.experts.contract import ExpertsContract
+from offload_moe.experts.lookahead import Lookahead
+from offload_moe.experts.native import NativeArithmetic
+from offload_moe.experts.routing import group_by_expert
+from offload_moe.residency.scheduler import Scheduler
+
+EXPERTS_FUNCTION = "offload_moe"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RanLayers:
+    """Layers that were done in one run, one token through n of them.
+
+    logits ``[n, E]``, weights and ids ``[n, K]``: what their routers said. times ``[n, 2]``: of `time.perf_counter`,
+    when the experts of a layer began and when they ended. stalls ``[n]``: seconds between them that it waited.
+    num_useful, disk_bytes ``[n + 1]``: useful prefetches and bytes read, counted before and after each.
+    """
+
+    first_layer: int
+    logits: Tensor
+    weights: Tensor
+    ids: Tensor
+    times: Tensor
+    stalls: Tensor
+    num_useful: Sequence[int]
+    disk_bytes: Sequence[int]
+
+
+class LayerRecorder(Protocol):
+    """Told when the experts of a layer begin and end, and what they were asked for."""
+
+    def begin(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor) -> None: ...
+
+    def end(self) -> None: ...
+
+    def ran(self, layers: RanLayers) -> None:
+        """In place of `begin` and `end`, and of the routers' own hooks."""
+
+
+class BoundExperts:
+    """The routed experts of one MoE layer, wherever they are."""
+
+    def __init__(
+        self,
+        layer: int,
+        num_experts: int,
+        scheduler: Scheduler,
+        record_of: Callable[[int], Tensor],
+        arithmetic: Arithmetic,
+        lookahead: Lookahead | None = None,
+    ) -> None:
+        self.layer = layer
+        self._num_experts = num_experts
+        self.scheduler = scheduler
+        self._record_of = record_of
+        self.arithmetic = arithmetic
+        self.lookahead = lookahead
+        self.recorder: LayerRecorder | None = None
+
+    def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        with self.scheduler.lifecycle:
+            recorder = self.recorder
+            if recorder is None:
+                return self._compute(hidden, top_k_index, top_k_weights)
+            recorder.begin(self.layer, top_k_index, top_k_weights)
+            result = self._compute(hidden, top_k_index, top_k_weights)
+            self._settle()
+            recorder.end()
+            return result
+
+    def _compute(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if len(hidden) == 1 and isinstance(self.arithmetic, NativeArithmetic):
+            result = self._one_token(self.arithmetic, hidden, top_k_index, top_k_weights)
+            if result is not None:
+                return result
+        self._settle()
+        routing = group_by_expert(top_k_index, self._num_experts, self._ask(hidden, top_k_index))
+        num_tokens = len(hidden)
+        with self.scheduler.acquire(self.layer, routing.experts, routing.shares(num_tokens), num_tokens) as lease:
+            self._look_ahead(hidden, routing.experts, top_k_index, routing.answers)
+            return self.arithmetic.forward(hidden, top_k_weights, routing, lease, self._record_of)
+
+    def _one_token(
+        self, arithmetic: NativeArithmetic, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor | None:
+        """A decode step; None where the general way has to be taken."""
+        ids: list[int] = top_k_index.tolist()[0]
+        weight_of: dict[int, float] = dict(zip(ids, arithmetic.scaled(top_k_weights).tolist()[0], strict=True))
+        experts = sorted(weight_of)
+        if len(experts) < len(ids) or experts[-1] >= self._num_experts:
+            return None
+        weights = [weight_of[expert] for expert in experts]
+        step = arithmetic.new_step(hidden, len(experts))
+        slots = self.scheduler.hold(self.layer, experts)
+        if slots is None:
+            with self.scheduler.acquire(self.layer, experts) as lease:
+                self._ask_and_look_ahead(hidden, experts, top_k_index)
+                return arithmetic.one_token_in_waves(step, experts, weights, lease, self._record_of)
+        try:
+            self._ask_and_look_ahead(hidden, experts, top_k_index)
+            return arithmetic.one_token(step, weights, [self._record_of(slot) for slot in slots])
+        finally:
+            self.scheduler.let_go(slots)
+
+    def _settle(self) -> None:
+        """What was demanded before has arrived, and is accounted for."""
+        self.scheduler.settle()
+
+    def _ask(self, hidden: Tensor, top_k_index: Tensor) -> list[Tensor]:
+        """Routers of later layers; on a device this is issued before the host waits for this layer's own ids."""
+        return [] if self.lookahead is None else self.lookahead.ask(self.layer, hidden, top_k_index.shape[-1])
+
+    def _look_ahead(
+        self, hidden: Tensor, experts: Sequence[int], top_k_index: Tensor, answers: Sequence[list[int]]
+    ) -> None:
+        if self.lookahead is not None:
+            self.lookahead.after_acquire(self.layer, len(hidden), experts, top_k_index.shape[-1], answers)
+
+    def _ask_and_look_ahead(self, hidden: Tensor, experts: Sequence[int], top_k_index: Tensor) -> None:
+        """On the host, where asking takes time that this layer's misses should not wait for."""
+        if self.lookahead is not None:
+            answers = [ids.tolist()[0] for ids in self._ask(hidden, top_k_index)]
+            self._look_ahead(hidden, experts, top_k_index, answers)
+
+
+def offloaded_experts(module: ExpertsContract, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The function transformers calls in place of the eager experts."""
+    bound: BoundExperts = module._offload_moe
+    return bound(hidden, top_k_index, top_k_weights)
+
+
+def detach_parameters(layers: Sequence[ExpertsModule]) -> None:
+    """Delete the expert parameters: a wrong dispatch is then an AttributeError instead of silent garbage."""
+    for layer in layers:
+        for name in layer.parameter_names():
+            owner, _, leaf = name.removeprefix(f"{layer.name}.").rpartition(".")
+            delattr(layer.module.get_submodule(owner), leaf)
+
+
+def attach(layers: Sequence[ExpertsModule], bound: Sequence[BoundExperts]) -> None:
+    """Bind each experts module to its layer. The model must own its config: modules share it."""
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, offloaded_experts)
+    for layer, experts in zip(layers, bound, strict=True):
+        module = cast(ExpertsContract, layer.module)
+        module._offload_moe = experts
+        if layer.adapter is None:
+            module.config._experts_implementation = EXPERTS_FUNCTION
+        else:
+            layer.module.forward = layer.adapter.forward(layer.module, experts)

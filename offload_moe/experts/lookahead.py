@@ -1,0 +1,253 @@
+"""Lookahead: which experts the next MoE layers will want, guessed and fetched before they say so.
+
+The residual stream changes slowly from layer to layer, so what a later router would choose now is a good guess of what
+it will choose. Where a router cannot be asked, what usually follows the experts of this layer is the guess. The guess
+is made after a layer's demands are on their way and before its experts are computed.
+
+The likeliest of a guess are right far more often than the others. Only those ranks are fetched that have been right
+often enough where they were absent; the others are judged too, without being fetched.
+
+A chunk of a prompt wants nearly every expert of every layer: the next layer's are fetched while this one computes.
+
+Source: Eliseev and Mazur 2023, "Fast Inference of Mixture-of-Experts Language Models with Offloading", section 3.2.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offload_moe.experts.probe import ResidualKeeper, RouterProbe
+from offload_moe.native.kernels import FETCHED, MISSING
+from offload_moe.residency.co_occurrence import CoOccurrence
+from offload_moe.residency.prefetch import LayerTally, PrefetchGovernor, RankTally
+from offload_moe.residency.scheduler import Scheduler
+
+TOLERANCE = 1e-3
+DEFAULT_DEPTH = 2
+DISK_DEPTH = 2  # further layers that the RAM tier looks ahead, beyond those of the device tier: a disk is slower
+RETRY_TOKENS = 64  # every so many tokens a depth that was given up guesses again
+LEAST_CHUNK_SHARE = 0.8  # of a layer's experts that a chunk must be expected to use for all of them to be fetched
+
+
+@dataclass(frozen=True, slots=True)
+class _Absent:
+    """What of a guess was not there when it was made: ranks and experts, and which of them were fetched."""
+
+    guesses: list[tuple[int, int]]
+    fetched: list[int]
+
+
+class Lookahead:
+    """Prefetches for one model."""
+
+    def __init__(
+        self,
+        probes: Sequence[RouterProbe | None],
+        scheduler: Scheduler,
+        governor: PrefetchGovernor,
+        depth: int,
+        ram: Scheduler | None = None,
+    ) -> None:
+        """probes: one per MoE layer, None where its router cannot be asked. depth: how many layers ahead.
+
+        scheduler: the tier that computes. ram: the tier behind it, where it is another one.
+        """
+        self._probes = probes
+        self._scheduler = scheduler
+        self._ram = ram if ram is not scheduler else None
+        self._depth = depth
+        self._reach = depth + (DISK_DEPTH if self._ram is not None else 0)
+        self.governor = governor
+        self.tallies = [LayerTally() for _ in probes]
+        self._by_rank: list[list[RankTally]] = [[] for _ in range(self._reach)]  # one list per depth
+        self._is_on = self._has_begun = False
+        self._residuals: dict[int, Tensor] = {}
+        self._guesses: dict[int, list[int]] = {}  # layer -> what was guessed one layer before
+        self._absent: dict[int, dict[int, _Absent]] = {}  # layer -> how many layers before -> guesses not there then
+        self._trusted: dict[int, bool] = {}
+        self._habits: CoOccurrence | None = None
+        for layer, probe in enumerate(probes):
+            if probe is not None:
+                probe.norm.register_forward_pre_hook(ResidualKeeper(self._residuals, layer))
+            else:
+                self._fall_back()
+
+    def ask(self, layer: int, hidden: Tensor, num_experts_per_token: int) -> list[Tensor]:
+        """What the next layers' routers would choose now: ids ``[1, K]`` each, as far as they can be asked.
+
+        hidden: ``[T, H]``, what this layer's experts are given. Asked of layer 0, a token begins.
+        """
+        residual = self._residuals.pop(layer, None)
+        if len(hidden) != 1:
+            return []
+        if layer == 0:
+            self._begin_token()
+        if not self._is_on or residual is None or not self._is_trusted(layer, residual, hidden):
+            return []
+        asked: list[Tensor] = []
+        for ahead in self._worth_guessing(layer, num_experts_per_token):
+            probe = self._probes[ahead]
+            if probe is None or not self._trusted.get(ahead, True):
+                break
+            ids = probe.ask(residual, num_experts_per_token).reshape(1, -1)
+            if ids.shape[1] != num_experts_per_token:
+                break
+            asked.append(ids)
+        return asked
+
+    def after_acquire(
+        self,
+        layer: int,
+        num_tokens: int,
+        experts: Sequence[int],
+        num_experts_per_token: int,
+        answers: Sequence[list[int]],
+    ) -> None:
+        """Guess and prefetch for the layers behind `layer`, whose experts have been acquired. answers: to `ask`."""
+        if num_tokens != 1:
+            self.governor.pause()
+            self._forget_guesses()
+            self._prefetch_for_chunk(layer, num_tokens, experts, num_experts_per_token)
+            return
+        self._note(layer, experts)
+        if not self._is_on:
+            return
+        keep = self._keys(layer, experts)
+        for ahead in self._worth_guessing(layer, num_experts_per_token):
+            depth = ahead - layer
+            if depth <= len(answers):
+                guessed = list(dict.fromkeys(answers[depth - 1]))
+            else:
+                guessed = self._guess_by_habit(layer, experts, depth, num_experts_per_token)
+            if guessed:
+                self._fetch(layer, ahead, guessed, self._num_ranks(depth, num_experts_per_token), keep)
+                keep |= self._keys(ahead, guessed)
+
+    def _worth_guessing(self, layer: int, k: int) -> list[int]:
+        """Layers behind this one, down to a depth from which guesses have not been worth fetching."""
+        behind = range(layer + 1, min(layer + 1 + self._reach, len(self._probes)))
+        return list(itertools.takewhile(lambda ahead: self._num_ranks(ahead - layer, k), behind))
+
+    def _guess_by_habit(self, layer: int, experts: Sequence[int], depth: int, k: int) -> list[int]:
+        return self._habits.predict(layer, experts, depth, k) if self._habits is not None else []
+
+    def num_ranks(self, layer: int, num_experts_per_token: int) -> list[int]:
+        """How many of the likeliest experts are to be guessed now, per layer behind this one.
+
+        Asked of layer 0, a token begins.
+        """
+        if layer == 0:
+            self._begin_token()
+        depths = range(1, self._reach + 1 if self._is_on else 1)
+        ranks = (self._num_ranks(depth, num_experts_per_token) for depth in depths)
+        return list(itertools.takewhile(bool, ranks))
+
+    def can_be_run(self, num_layers: int) -> bool:
+        """Whether every layer's own router is a good guesser, as far as its norm goes, so that a run may ask it."""
+        is_whole = num_layers == len(self._probes) and self._habits is None
+        return is_whole and all(self._trusted.get(layer, False) for layer in range(num_layers))
+
+    def passed(
+        self, layer: int, experts: Sequence[int], guesses: Sequence[list[int]], found: Sequence[Sequence[int]]
+    ) -> None:
+        """`after_acquire` of a layer in a run, which has asked the next layers' routers and fetched what is worth it.
+
+        guesses: one list per layer behind this one. found: how each of them was found.
+        """
+        self._note(layer, experts)
+        for ahead, (guessed, states) in enumerate(zip(guesses, found, strict=True), layer + 1):
+            absent = [(rank, guessed[rank]) for rank, state in enumerate(states) if state in (MISSING, FETCHED)]
+            fetched = [guessed[rank] for rank, state in enumerate(states) if state == FETCHED]
+            self._keep_guess(layer, ahead, guessed, _Absent(absent, fetched))
+
+    def _note(self, layer: int, experts: Sequence[int]) -> None:
+        """What a layer's router chose for one token."""
+        if self._habits is not None:
+            self._habits.learn(layer, experts)
+        if layer == 0:
+            self._begin_token()
+            self._has_begun = False
+            self._forget_guesses()
+        self._judge(layer, experts)
+
+    def _begin_token(self) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            self._is_on = self.governor.begin_token()
+
+    def _judge(self, layer: int, experts: Sequence[int]) -> None:
+        """Compare what was guessed for this layer with what its router chose."""
+        for depth, absent in self._absent.pop(layer, {}).items():
+            tallies = self._by_rank[depth - 1]
+            for rank, expert in absent.guesses:
+                tallies += [RankTally() for _ in range(rank + 1 - len(tallies))]
+                tallies[rank].note(is_right=expert in experts)
+            self.tallies[layer].note_fetched(absent.fetched, experts)
+        if (guessed := self._guesses.pop(layer, None)) is not None:
+            self.tallies[layer].note(guessed, experts)
+
+    def _forget_guesses(self) -> None:
+        self._guesses.clear()
+        self._absent.clear()
+
+    def _num_ranks(self, depth: int, num_experts_per_token: int) -> int:
+        """How many of the likeliest guesses, so many layers ahead, are worth fetching; none: it is not even guessed."""
+        tallies = self._by_rank[depth - 1]
+        num_worth = next((rank for rank, tally in enumerate(tallies) if not tally.is_worth_fetching), None)
+        is_retried = num_worth == 0 and self.governor.num_tokens % RETRY_TOKENS == 0
+        return num_experts_per_token if num_worth is None or is_retried else num_worth
+
+    def _fetch(self, layer: int, ahead: int, guessed: list[int], num_ranks: int, keep: set[int]) -> None:
+        self._note_guess(layer, ahead, guessed, num_ranks)
+        self._bring(ahead, guessed[:num_ranks], keep, to_device=ahead - layer <= self._depth)
+
+    def _note_guess(self, layer: int, ahead: int, guessed: list[int], num_ranks: int) -> None:
+        """Keep a guess until it can be judged. num_ranks: the likeliest of it are fetched where they are absent."""
+        depth = ahead - layer
+        tier = self._scheduler if depth <= self._depth or self._ram is None else self._ram
+        absent = [(rank, expert) for rank, expert in enumerate(guessed) if not tier.is_known(ahead, expert)]
+        fetched = [expert for rank, expert in absent if rank < num_ranks]
+        self._keep_guess(layer, ahead, guessed, _Absent(absent, fetched))
+
+    def _keep_guess(self, layer: int, ahead: int, guessed: list[int], absent: _Absent) -> None:
+        if ahead == layer + 1:
+            self._guesses[ahead] = guessed
+        self._absent.setdefault(ahead, {})[ahead - layer] = absent
+
+    def _bring(self, layer: int, experts: Sequence[int], keep: set[int], *, to_device: bool = True) -> None:
+        """What is on disk comes to RAM first, so that no copy to the device waits for a read nobody demanded."""
+        if self._ram is not None:
+            self._ram.prefetch(layer, experts, keep)
+            experts = self._ram.resident(layer, experts)
+        if to_device:
+            self._scheduler.prefetch(layer, experts, keep)
+
+    def _prefetch_for_chunk(self, layer: int, num_tokens: int, experts: Sequence[int], k: int) -> None:
+        num_experts = self._scheduler.num_experts
+        used_share = 1 - (1 - k / num_experts) ** num_tokens
+        has_room = self._scheduler.residency.num_slots >= 2 * num_experts
+        if layer + 1 < len(self._probes) and used_share >= LEAST_CHUNK_SHARE and has_room:
+            self._bring(layer + 1, range(num_experts), self._keys(layer, experts))
+
+    def _keys(self, layer: int, experts: Sequence[int]) -> set[int]:
+        first = layer * self._scheduler.num_experts
+        return {first + expert for expert in experts}
+
+    def _is_trusted(self, layer: int, residual: Tensor, hidden: Tensor) -> bool:
+        """Whether the norm we found is the one before these experts: checked once, by its result."""
+        if layer not in self._trusted:
+            probe = self._probes[layer]
+            assert probe is not None
+            normed = probe.norm.forward(residual)
+            self._trusted[layer] = torch.allclose(normed, hidden, rtol=TOLERANCE, atol=TOLERANCE)
+            if not self._trusted[layer]:
+                self._fall_back()
+        return self._trusted[layer]
+
+    def _fall_back(self) -> None:
+        """Some layer's router cannot be asked: learn what usually follows."""
+        if self._habits is None:
+            self._habits = CoOccurrence(len(self._probes), self._scheduler.num_experts, self._depth)

@@ -1,0 +1,92 @@
+"""Arithmetic that takes one expert at a time: the reference.
+
+It does exactly what transformers' eager experts do, in its order. It decodes an expert first, so it runs any codec on
+any device, is slow on quantized experts, and is the oracle of the faster ones.
+T tokens, K top-k, H hidden, I intermediate, t tokens routed to one expert.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from offload_moe.experts.contract import ExpertsContract, pair_scale_of
+from offload_moe.experts.routing import Routing
+from offload_moe.quant import Codec, ExpertShape
+from offload_moe.residency.lease import Lease
+
+
+class ReferenceArithmetic:
+    """Experts are computed as they arrive and added as eager adds them: by ascending id, in the hidden dtype.
+
+    Decoded, then the same torch operations as eager: for the lossless codec the same operands, so the same bits
+    wherever the math library's products depend on their operands alone.
+    """
+
+    def __init__(self, module: ExpertsContract, shape: ExpertShape, codec: Codec) -> None:
+        self._module = module
+        self._shape = shape
+        self._codec = codec
+        self._pair_scale = pair_scale_of(module)
+
+    def forward(
+        self, hidden: Tensor, weights: Tensor, routing: Routing, lease: Lease, record_of: Callable[[int], Tensor]
+    ) -> Tensor:
+        """hidden ``[T, H]``, weights ``[T, K]`` -> ``[T, H]`` in the hidden dtype."""
+        if len(hidden) == 1 and len(routing.places) == len(routing.experts):
+            return self._one_token(hidden, weights, routing, lease, record_of)
+        tokens = torch.tensor(routing.tokens, device=hidden.device)
+        places = torch.tensor(routing.places, device=hidden.device)
+        place_of = {expert: index for index, expert in enumerate(routing.experts)}
+        outputs: dict[int, Tensor] = {}
+        for wave in lease:
+            for expert, slot in wave:
+                pairs = routing.pairs(place_of[expert])
+                output = self.expert(hidden[tokens[pairs]], record_of(slot))
+                outputs[expert] = self._weighted(output, weights[tokens[pairs], places[pairs], None], hidden.dtype)
+        total = torch.zeros_like(hidden)
+        for index, expert in enumerate(routing.experts):
+            total.index_add_(0, tokens[routing.pairs(index)], outputs[expert])
+        return total
+
+    def _one_token(
+        self, hidden: Tensor, weights: Tensor, routing: Routing, lease: Lease, record_of: Callable[[int], Tensor]
+    ) -> Tensor:
+        """The same sums for a decode step, whose pairs need no gathering and no scattering."""
+        place_of = dict(zip(routing.experts, routing.places, strict=True))
+        outputs: dict[int, Tensor] = {}
+        for wave in lease:
+            for expert, slot in wave:
+                place = place_of[expert]
+                output = self.expert(hidden, record_of(slot))
+                outputs[expert] = self._weighted(output, weights[:, place : place + 1], hidden.dtype)
+        total = torch.zeros_like(hidden)
+        for expert in routing.experts:
+            total += outputs[expert]
+        return total
+
+    def expert(self, x: Tensor, record: Tensor) -> Tensor:
+        """One expert on its tokens, ``[t, H] -> [t, H]``."""
+        tensors = self._codec.decode(self._shape, record, x.dtype)
+        first, last = self._shape.matrices
+        x = self._activate(self._project(x, tensors, first.name))
+        return self._finish(self._project(x, tensors, last.name))
+
+    def _weighted(self, output: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        output = output * weights
+        if self._pair_scale != 1:
+            output = output * self._pair_scale
+        return output.to(dtype)
+
+    def _activate(self, x: Tensor) -> Tensor:
+        """The module's own gate and activation on its first projection, ``[t, 2I] -> [t, I]`` where it has a gate."""
+        return self._module._apply_gate(x) if self._module.has_gate else self._module.act_fn(x)
+
+    def _finish(self, x: Tensor) -> Tensor:
+        return self._module.post_expert_norm(x) if self._module.has_post_expert_norm else x
+
+    def _project(self, x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
+        weight = tensors[name]
+        x = x @ weight if self._shape.is_transposed else nn.functional.linear(x, weight)
+        bias = tensors.get(f"{name}_bias")
+        return x if bias is None else x + bias

@@ -1,0 +1,148 @@
+"""A layer's router behind that layer's norm, asked with the residual state of an earlier layer."""
+
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from offload_moe.checkpoint.experts import ExpertsModule
+from offload_moe.checkpoint.overlooked import ROUTER_NAMES
+from offload_moe.errors import ConfigError
+from offload_moe.native import kernels
+
+NORM_NAMES = ("post_attention_layernorm", "pre_feedforward_layernorm", "pre_mlp_layernorm", "ffn_norm", "norm2")
+
+TRIED_TOKENS = 16
+LEAST_SAME = 0.95  # of the ids; ties and roundings differ
+
+Way = Callable[[Tensor], Tensor]  # residual ``[T, H]`` -> ids ``[T, K]``
+
+
+class RouterProbe:
+    """Callable on a residual state that is not its layer's own."""
+
+    def __init__(self, norm: nn.Module, router: nn.Module) -> None:
+        self.norm = norm
+        self._router = router
+        self._ways: dict[int, Way] = {}  # K -> the shortest way to the router's ids
+
+    def predict(self, residual: Tensor, num_experts_per_token: int) -> list[int]:
+        """Residual ``[T, H]`` -> distinct expert ids; the likeliest first where T is 1."""
+        return list(dict.fromkeys(self.ask(residual, num_experts_per_token).flatten().tolist()))
+
+    def ask(self, residual: Tensor, num_experts_per_token: int) -> Tensor:
+        """Residual ``[T, H]`` -> expert ids ``[T, K]`` where the residual is; each token's likeliest first."""
+        way = self._ways.get(num_experts_per_token)
+        if way is None:
+            way = self._ways[num_experts_per_token] = self._find_way(residual, num_experts_per_token)
+        return way(residual)
+
+    def _ask_modules(self, residual: Tensor, k: int) -> Tensor:
+        out: Any = self._router(self.norm.forward(residual))
+        parts = out if isinstance(out, tuple) else (out,)
+        ids = next((part for part in parts if isinstance(part, Tensor) and not part.is_floating_point()), None)
+        if ids is not None:
+            return ids
+        scores = parts[0]
+        bias = getattr(self._router, "e_score_correction_bias", None)
+        if bias is not None:
+            scores = scores.sigmoid() + bias
+        return scores.topk(k, dim=-1).indices
+
+    def _find_way(self, residual: Tensor, k: int) -> Way:
+        """By trying shorter ones on noise as large as the residual: most ids have to be the same."""
+
+        def ask_modules(residual: Tensor) -> Tensor:
+            return self._ask_modules(residual, k)
+
+        if "forward" in vars(self._router):
+            return ask_modules  # it has a short step of its own
+        generator = torch.Generator(residual.device).manual_seed(0)
+        noise = torch.randn(TRIED_TOKENS, residual.shape[-1], generator=generator, device=residual.device)
+        tried = (noise * residual.float().std()).to(residual.dtype)
+        for kind in (NativeRouter, PlainRouter):
+            try:
+                way = kind(self.norm, self._router, k)
+                expected, found = ask_modules(tried), way(tried)
+            except (TypeError, ValueError, RuntimeError, AttributeError, ConfigError):
+                continue
+            if expected.shape != found.shape:
+                continue
+            num_same = (expected[..., None] == found[..., None, :]).sum()
+            if bool(num_same >= LEAST_SAME * expected.numel()):
+                return way
+        return ask_modules
+
+
+class PlainRouter:
+    """An RMS norm and the greatest logits, in three operations: modules take a dozen and more for the same ids."""
+
+    def __init__(self, norm: Any, router: Any, k: int) -> None:
+        """Raises: AttributeError where they are something else."""
+        self._norm, self._router, self._k = norm.weight, router.weight, k
+        self._bias = getattr(router, "bias", None)
+        self._epsilon = _epsilon(norm)
+
+    def __call__(self, residual: Tensor) -> Tensor:
+        normed = F.rms_norm(residual, residual.shape[-1:], self._norm, self._epsilon)
+        return F.linear(normed, self._router, self._bias).topk(self._k, dim=-1).indices
+
+
+class NativeRouter:
+    """The same in fp32 on the CPU, in two native calls for a token."""
+
+    def __init__(self, norm: Any, router: Any, k: int) -> None:
+        """Raises: AttributeError where they are something else, ConfigError where there is no kernel for them."""
+        weights = [norm.weight, router.weight, *([] if getattr(router, "bias", None) is None else [router.bias])]
+        if not all(weight.is_cpu and weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights):
+            raise ConfigError("The kernels take norms and routers in fp32, on the CPU.")
+        norm_weight, weight, *bias = (each.detach() for each in weights)
+        if norm_weight.shape != weight.shape[1:] or any(each.shape != weight.shape[:1] for each in bias):
+            raise ConfigError(f"A norm of {tuple(norm_weight.shape)} before a router of {tuple(weight.shape)}.")
+        self._norm = kernels.NormKernel(norm_weight, _epsilon(norm))
+        linear = kernels.Linear.of_fp32(weight, *bias)
+        self._router = kernels.RouterKernel(linear, top_k=k, is_of_chosen=True)
+        sizes = (*weight.shape[::-1], k)
+        self._normed, self._logits, self._weights = (torch.empty(1, n, dtype=torch.float32) for n in sizes)
+
+    def __call__(self, residual: Tensor) -> Tensor:
+        if residual.dtype != torch.float32 or residual.shape[1:] != self._normed.shape[1:]:
+            raise TypeError(f"A residual {tuple(residual.shape)} in {residual.dtype}, where the kernels read fp32.")
+        return self._ask(residual) if len(residual) == 1 else torch.cat([self._ask(row) for row in residual.split(1)])
+
+    def _ask(self, residual: Tensor) -> Tensor:
+        ids = torch.empty(self._weights.shape, dtype=torch.int64)
+        self._norm.step(residual if residual.is_contiguous() else residual.contiguous(), self._normed)
+        self._router.step(self._normed, self._logits, self._weights, ids)
+        return ids
+
+
+def _epsilon(norm: Any) -> float:
+    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return torch.finfo(norm.weight.dtype).eps if epsilon is None else float(epsilon)
+
+
+class ResidualKeeper:
+    """A forward pre-hook of a layer's norm that keeps what it is given, ``[T, H]``, and changes nothing."""
+
+    def __init__(self, residuals: MutableMapping[int, Tensor], layer: int) -> None:
+        self._residuals, self._layer = residuals, layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            self._residuals[self._layer] = args[0].reshape(-1, args[0].shape[-1])
+
+
+def find_probes(hf: nn.Module, layers: Sequence[ExpertsModule]) -> list[RouterProbe | None]:
+    """The norm and the router in front of each experts module, where the family has them in the usual places."""
+    return [_find_probe(hf, layer.block_name) for layer in layers]
+
+
+def _find_probe(hf: nn.Module, block_name: str) -> RouterProbe | None:
+    block, decoder_layer = hf.get_submodule(block_name), hf.get_submodule(block_name.rpartition(".")[0])
+    router = next((child for name, child in block.named_children() if name in ROUTER_NAMES), None)
+    norms = dict(decoder_layer.named_children())
+    norm = next((norms[name] for name in NORM_NAMES if name in norms), None)
+    return RouterProbe(norm, router) if router is not None and norm is not None else None

@@ -1,0 +1,138 @@
+"""Threads for transfers: demanded ones first, prefetches when nothing is demanded."""
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from offload_moe.system.lifecycle import finalize
+
+Job = Callable[[], None]
+CLOSE_LIMIT_S = 5.0  # a thread that is stuck in a dead disk must not keep the process from ending
+
+
+@dataclass(slots=True)
+class _Transfer:
+    """One slot's parts that have not begun, and how many are under way."""
+
+    parts: deque[Job]
+    num_running: int = 0
+
+
+class TransferWorkers:
+    """Runs the parts of one transfer per slot, in order, on several threads.
+
+    A demand overtakes prefetches between their parts, also those that have begun; a prefetch whose expert is demanded
+    becomes a demand. Prefetches never take all threads: a demand must not wait for something nobody asked for.
+
+    The threads end once this is dropped: they know only its queue.
+    """
+
+    def __init__(self, num_threads: int, name: str) -> None:
+        self._queue = queue = _Queue(max(1, num_threads // 2))
+        threads: list[threading.Thread] = []
+        self._close = finalize(self, _close, queue, threads)  # also at exit, before threads are stopped inside of torch
+        for index in range(num_threads):
+            thread = threading.Thread(target=queue.work, name=f"{name}-{index}", daemon=True)
+            thread.start()
+            threads.append(thread)
+
+    def submit(self, slot: int, parts: Sequence[Job], *, is_prefetch: bool) -> None:
+        """Line up a transfer; its parts may run at the same time."""
+        self._queue.submit(slot, parts, is_prefetch=is_prefetch)
+
+    def hurry(self, slot: int) -> None:
+        """The slot's expert is demanded now."""
+        self._queue.hurry(slot)
+
+    def cancel(self, slot: int) -> bool:
+        """Forget a prefetch unless one of its parts is running. Whether it is forgotten: then nobody writes there."""
+        return self._queue.cancel(slot)
+
+    def close(self) -> bool:
+        """Drop what is waiting, finish what is running. False when a thread is still stuck in its job."""
+        return self._close() is not False
+
+
+def _close(queue: "_Queue", threads: Sequence[threading.Thread]) -> bool:
+    queue.close()
+    if threading.current_thread() in threads:  # a collection of garbage ran here, perhaps with the queue's lock held
+        return False
+    deadline = time.monotonic() + CLOSE_LIMIT_S
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return not any(thread.is_alive() for thread in threads)
+
+
+class _Queue:
+    """What the threads share."""
+
+    def __init__(self, max_prefetches: int) -> None:
+        self._max_prefetches = max_prefetches
+        self._demanded: OrderedDict[int, _Transfer] = OrderedDict()
+        self._prefetches: OrderedDict[int, _Transfer] = OrderedDict()
+        self._num_prefetching = 0
+        self._is_closed = False
+        self._changed = threading.Condition()
+
+    def submit(self, slot: int, parts: Sequence[Job], *, is_prefetch: bool) -> None:
+        with self._changed:
+            (self._prefetches if is_prefetch else self._demanded)[slot] = _Transfer(deque(parts))
+            self._changed.notify(len(parts))
+
+    def hurry(self, slot: int) -> None:
+        with self._changed:
+            if slot in self._prefetches:
+                self._demanded[slot] = self._prefetches.pop(slot)
+                self._changed.notify_all()
+
+    def cancel(self, slot: int) -> bool:
+        with self._changed:
+            transfer = self._prefetches.get(slot)
+            if transfer is None or transfer.num_running:
+                return False
+            del self._prefetches[slot]
+            return True
+
+    def close(self) -> None:
+        with self._changed:
+            self._is_closed = True
+            self._demanded.clear()
+            self._prefetches.clear()
+            self._changed.notify_all()
+
+    def work(self) -> None:
+        """What each thread does."""
+        while self._work_once():
+            pass
+
+    def _work_once(self) -> bool:
+        """One part, of which nothing is kept afterwards. False once closed."""
+        with self._changed:
+            while not self._is_closed and not self._demanded and not self._may_prefetch():
+                self._changed.wait()
+            if self._is_closed:
+                return False
+            is_prefetch = not self._demanded
+            transfer, part = self._take(self._prefetches if is_prefetch else self._demanded)
+            self._num_prefetching += is_prefetch
+        part()
+        with self._changed:
+            transfer.num_running -= 1
+            if is_prefetch:
+                self._num_prefetching -= 1
+                self._changed.notify()
+        return True
+
+    @staticmethod
+    def _take(queue: OrderedDict[int, _Transfer]) -> tuple[_Transfer, Job]:
+        slot, transfer = next(iter(queue.items()))
+        transfer.num_running += 1
+        part = transfer.parts.popleft()
+        if not transfer.parts:
+            del queue[slot]
+        return transfer, part
+
+    def _may_prefetch(self) -> bool:
+        return bool(self._prefetches) and self._num_prefetching < self._max_prefetches

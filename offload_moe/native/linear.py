@@ -1,0 +1,83 @@
+"""Dense linears on the same kernels: attention projections, shared experts, lm_head."""
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from offload_moe.errors import ConfigError
+from offload_moe.native.bindings import library
+from offload_moe.native.planes import DTYPES, MODES, Mode, address_of, check_rows, matrix_struct, unsupported_reason
+from offload_moe.native.structs import MatrixStruct
+from offload_moe.quant.layout import ExpertShape, RecordLayout
+
+
+class LinearKernel:
+    """Several matrices on the same input, in one call: q, k and v, or gate and up.
+
+    Shape legend: T tokens, K in features, O out features of one matrix.
+    """
+
+    def __init__(self, codec: str, shapes: Sequence[ExpertShape], layouts: Sequence[RecordLayout]) -> None:
+        """`shapes`: one-matrix shapes with the same in features. Raises: ConfigError."""
+        matrices = [shape.matrices[0] for shape in shapes]
+        for shape in shapes:
+            if reason := unsupported_reason(codec, shape):
+                raise ConfigError(f"No native kernel for this linear: {reason}. Use torch's operators.")
+        if len({m.in_features for m in matrices}) != 1:
+            raise ConfigError(
+                f"The linears of one call read one input, not {[m.in_features for m in matrices]} features."
+            )
+        self._in_features = matrices[0].in_features
+        self._out_features = [m.out_features for m in matrices]
+        self._starts = [sum(self._out_features[:index]) for index in range(len(matrices))]
+        self._sum_features = sum(self._out_features)
+        structs = [matrix_struct(codec, m, layout) for m, layout in zip(matrices, layouts, strict=True)]
+        self._matrices = (MatrixStruct * len(structs))(*structs)
+        self._matrices_address = ctypes.addressof(self._matrices)
+        self._native = library().om_linear_forward
+
+    def forward(
+        self,
+        x: Tensor,
+        records: Sequence[Tensor | int],
+        outs: Sequence[Tensor],
+        *,
+        mode: Mode = "fast",
+    ) -> None:
+        """Set ``outs[i]`` to ``x @ matrix_i.T + bias_i``.
+
+        x: fp32 or bf16 ``[T, K]``. outs: fp32 or bf16 ``[T, O_i]``, all of one dtype. Raises: ConfigError.
+        """
+        check_rows("x", x, self._in_features)
+        for out, features in zip(outs, self._out_features, strict=True):
+            check_rows("out", out, features)
+            if out.dtype != outs[0].dtype or out.shape[0] != x.shape[0]:
+                raise ConfigError(
+                    f"out is {out.dtype} {tuple(out.shape)}; {outs[0].dtype}, {x.shape[0]} rows expected."
+                )
+        self._call(x, records, [out.data_ptr() for out in outs], outs[0].dtype, mode)
+
+    def forward_row(self, x: Tensor, records: Sequence[Tensor | int], out: Tensor, *, mode: Mode = "fast") -> None:
+        """One token, all results in one buffer: x ``[1, K]``, out ``[1, sum of O_i]``. Raises: ConfigError."""
+        check_rows("x", x, self._in_features)
+        check_rows("out", out, self._sum_features)
+        if x.shape[0] != 1 or out.shape[0] != 1:
+            raise ConfigError(f"forward_row takes one token, not {x.shape[0]} into {out.shape[0]} rows.")
+        first = out.data_ptr()
+        targets = [first + start * out.element_size() for start in self._starts]
+        self._call(x, records, targets, out.dtype, mode)
+
+    def _call(
+        self, x: Tensor, records: Sequence[Tensor | int], targets: Sequence[int], dtype: torch.dtype, mode: Mode
+    ) -> None:
+        addresses = array("Q", [address_of(record) for record in records])
+        places = array("Q", targets)
+        status = self._native(
+            *(self._matrices_address, addresses.buffer_info()[0], places.buffer_info()[0], len(addresses)),
+            *(x.data_ptr(), x.shape[0], DTYPES[x.dtype], DTYPES[dtype], MODES[mode]),
+        )
+        if status:
+            raise MemoryError(f"No memory for the activations of {x.shape[0]} tokens.")

@@ -1,0 +1,107 @@
+"""Reads that a native run begins by itself, into slots that were lent for them."""
+
+import ctypes
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from offload_moe.errors import ModelClosed
+from offload_moe.native.bindings import library
+from offload_moe.native.residents import Residents
+from offload_moe.native.structs import FileStruct, NewsStruct, PlaceStruct, ReadsOptionsStruct
+from offload_moe.system.lifecycle import CLOSED, finalize
+
+READING, DONE, DROPPED, FAILED = range(1, 5)
+_NEWS_ROOM = 256
+_CLOSE_LIMIT_S = 5.0  # a thread that is stuck in a dead disk must not keep the process from ending
+_STUCK: list[object] = []  # memory and files that a thread may still use
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadSizes:
+    """Threads that read, and bytes that each of them reads at once."""
+
+    num_threads: int
+    part_bytes: int
+    prefetch_part_bytes: int
+
+
+class Reads:
+    """A queue of its own for one pool, beside the one of its mover. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        residents: Residents,
+        files: Sequence[FileStruct],
+        places: Sequence[PlaceStruct],
+        sizes: ReadSizes,
+        owner: object = None,
+    ) -> None:
+        """places: by key. owner: of memory and files."""
+        self._files = (FileStruct * len(files))(*files)
+        self._places = (PlaceStruct * len(places))(*places)
+        self._is_checked = array("B", bytes(len(places)))
+        self._news = (NewsStruct * _NEWS_ROOM)()
+        self._residents, self._owner = residents, owner
+        options = ReadsOptionsStruct(
+            part_bytes=sizes.part_bytes,
+            prefetch_part_bytes=sizes.prefetch_part_bytes,
+            places=ctypes.addressof(self._places),
+            files=ctypes.addressof(self._files),
+            is_checked=self._is_checked.buffer_info()[0],
+            num_threads=sizes.num_threads,
+        )
+        handle = library().om_reads_open(residents.handle, ctypes.addressof(options))
+        if not handle:
+            raise MemoryError("No memory for the threads that read experts.")
+        self._handle = handle
+        used = (self._files, self._places, self._is_checked, residents.memory, owner)
+        self._close = finalize(self, _close, handle, used)
+
+    @property
+    def handle(self) -> int:
+        """Raises: ModelClosed."""
+        if not self._close.alive:
+            raise ModelClosed(CLOSED)
+        return self._handle
+
+    def num_bytes(self, key: int) -> int:
+        """Of the expert's record."""
+        return int(self._places[key].num_bytes)
+
+    def lend(self, slot: int) -> None:
+        """No more than 128 at a time."""
+        library().om_reads_lend(self.handle, slot, self._residents.address(slot))
+
+    def ask_below(self, least_slots: int) -> None:
+        """With fewer lent slots left a ride asks for more; guesses leave half of so many."""
+        library().om_reads_ask_below(self.handle, least_slots)
+
+    def demand(self, key: int) -> None:
+        """Somebody waits for the expert if it is on its way: it is not dropped any more."""
+        library().om_reads_demand(self.handle, key)
+
+    def take_back(self) -> Iterator[int]:
+        """Slots that were lent and are not in use."""
+        while (slot := library().om_reads_take_back(self.handle)) >= 0:
+            yield slot
+
+    def news(self) -> Iterator[NewsStruct]:
+        """What has happened since it was last asked, in an order that makes sense.
+
+        READING: a lent slot is being filled. DONE: its expert is resident. DROPPED: it is lent again, and empty.
+        FAILED: it is not lent any more; the expert counts as on its way until it is published or withdrawn.
+        """
+        while count := library().om_reads_news(self.handle, ctypes.addressof(self._news), _NEWS_ROOM):
+            yield from self._news[:count]
+
+    def close(self) -> bool:
+        """Finish what is being read. False where that takes too long: then its memory and files stay in use."""
+        return self._close() is not False
+
+
+def _close(handle: int, used: object) -> bool:
+    if library().om_reads_close(handle, _CLOSE_LIMIT_S):
+        return True
+    _STUCK.append(used)
+    return False

@@ -1,0 +1,193 @@
+"""Decode steps of consecutive decoder layers on a native thread, which fetches the experts it lacks or asks for them.
+
+H hidden, E experts per layer, K top-k, L layers of the run.
+"""
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from offload_moe.errors import ConfigError
+from offload_moe.native.attention import LayerKernel
+from offload_moe.native.bindings import library
+from offload_moe.native.experts import ExpertKernel
+from offload_moe.native.planes import MODES, Mode
+from offload_moe.native.reads import Reads
+from offload_moe.native.residents import Residents
+from offload_moe.native.structs import RunLayerStruct, RunStruct, RunTokenStruct, SharedStruct
+
+MAX_TOP_K = 64
+HIT, ARRIVING, MISSING, FETCHED = range(4)  # how an expert was found
+NEEDS_EXPERTS, NEEDS_SLOTS = 1, 2
+LISTEN_S = 0.1  # how long a wait for a ride may keep signals from being heard
+_NOT_YET = -2
+
+
+class SharedKernel:
+    """A shared expert for one token, in fp32."""
+
+    def __init__(self, expert: ExpertKernel, record: Tensor, gate: Tensor | None, *, hidden: int, mode: Mode) -> None:
+        """gate: fp32 ``[H]``, contiguous, whose product with the token decides, through a sigmoid, how much counts."""
+        self._owned = (expert, record, gate)
+        self._struct = SharedStruct(
+            expert=expert.struct_address,
+            record=record.data_ptr(),
+            gate=None if gate is None else gate.data_ptr(),
+            hidden=hidden,
+            mode=MODES[mode],
+        )
+        self.struct_address = ctypes.addressof(self._struct)
+        self._native = library().om_add_shared
+
+    def add(self, x: Tensor, out: Tensor) -> None:
+        """Add it to `out`. x, out: of one token, contiguous, not checked."""
+        if self._native(self.struct_address, x.data_ptr(), out.data_ptr()):
+            raise MemoryError("No memory for the activations of a shared expert.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunLayer:
+    """A layer with a router, and its experts. first_key: of its experts among the residents."""
+
+    step: LayerKernel
+    experts: ExpertKernel
+    shared: SharedKernel | None = None
+    first_key: int
+    weight_scale: float = 1.0
+    mode: Mode = "fast"
+
+
+class RunToken:
+    """What one token needs and leaves: hidden states of one token ``[H]``, and what every router said.
+
+    logits ``[L, E]``, weights ``[L, K]`` fp32, ids ``[L, K]`` int64. times ``[L, 2]`` fp64: seconds since the start
+    when a layer's experts began and ended. stalls ``[L]`` fp64: seconds that it waited for experts.
+    guesses ``[L, A, K]``: what the A next layers' routers said to its residual.
+    found ``[L, K]``, guesses_found ``[L, A, K]`` uint8: HIT, ARRIVING, MISSING or, of guesses, FETCHED.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        rooms: Sequence[tuple[Tensor, Tensor, int]],
+        rotary: tuple[Tensor, Tensor],
+        *,
+        num_experts: int,
+        top_k: int,
+        ranks: Sequence[int] = (),
+    ) -> None:
+        """x: fp32 of one token, contiguous, overwritten. rotary: cos and signed sin.
+
+        rooms: keys and values ``[1, M, C, D]`` and the number of tokens before this one, per layer. ranks ``[A]``: how
+        many of the likeliest guesses must not be absent, per layer ahead.
+        """
+        num_layers = len(rooms)
+        self.x, self.residual, self.normed = x, torch.empty_like(x), torch.empty_like(x)
+        self.logits, self.weights = torch.empty(num_layers, num_experts), torch.empty(num_layers, top_k)
+        self.ids = torch.empty(num_layers, top_k, dtype=torch.int64)
+        self.times = torch.zeros(num_layers, 2, dtype=torch.float64)
+        self.stalls = torch.zeros(num_layers, dtype=torch.float64)
+        self.guesses = torch.empty(num_layers, len(ranks), top_k, dtype=torch.int64)
+        self.found = torch.zeros(num_layers, top_k, dtype=torch.uint8)
+        self.guesses_found = torch.zeros(num_layers, len(ranks), top_k, dtype=torch.uint8)
+        guess_space, row_space = torch.empty(x.numel() + num_experts + top_k), torch.empty(top_k, x.numel())
+        keys = array("Q", [room[0].data_ptr() for room in rooms])
+        values = array("Q", [room[1].data_ptr() for room in rooms])
+        capacities = array("q", [room[0].shape[2] for room in rooms])
+        lengths = array("q", [room[2] for room in rooms])
+        leading = array("q", ranks)
+        self._owned = (rooms, rotary, keys, values, capacities, lengths, leading, guess_space, row_space)
+        said = (self.logits, self.weights, self.ids, self.times, self.stalls)
+        tensors = (*rotary, x, self.residual, self.normed, *said, row_space)
+        cos, signed_sin, *rest = (tensor.data_ptr() for tensor in tensors)
+        arrays = (part.buffer_info()[0] for part in (keys, values, capacities, lengths))
+        asked = (self.guesses, self.found, self.guesses_found, guess_space)
+        guesses = (leading.buffer_info()[0], *(tensor.data_ptr() for tensor in asked))
+        self.struct = RunTokenStruct(cos, signed_sin, *arrays, *rest, len(ranks), *guesses)
+
+    @cached_property
+    def routed(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Logits ``[1, E]``, weights and ids ``[1, K]`` of each layer."""
+        return list(zip(self.logits.split(1), self.weights.split(1), self.ids.split(1), strict=True))
+
+
+class RunKernel:
+    """The layers of one run."""
+
+    def __init__(self, layers: Sequence[RunLayer], *, hidden: int, num_experts: int, top_k: int) -> None:
+        """num_experts, top_k: of every layer. Raises: ConfigError."""
+        if top_k > MAX_TOP_K:
+            raise ConfigError(f"A run of layers takes no more than {MAX_TOP_K} experts per token, not {top_k}.")
+        self._layers = layers
+        self._structs = (RunLayerStruct * len(layers))(
+            *(
+                RunLayerStruct(
+                    layer=layer.step.struct_address,
+                    experts=layer.experts.struct_address,
+                    shared=None if layer.shared is None else layer.shared.struct_address,
+                    first_key=layer.first_key,
+                    weight_scale=layer.weight_scale,
+                    mode=MODES[layer.mode],
+                )
+                for layer in layers
+            )
+        )
+        self._struct = RunStruct(
+            layers=ctypes.addressof(self._structs),
+            num_layers=len(layers),
+            hidden=hidden,
+            num_experts=num_experts,
+            top_k=top_k,
+        )
+
+    def pass_through(self, token: RunToken, residents: Residents) -> None:
+        """Take the token through the layers, every expert of which is resident for good. Raises: MemoryError."""
+        structs = (ctypes.addressof(self._struct), ctypes.addressof(token.struct))
+        if library().om_run_pass(*structs, residents.handle) < 0:
+            raise MemoryError("No memory for the activations of a decode step.")
+
+    def start(self, token: RunToken, residents: Residents, reads: Reads | None = None) -> "Ride":
+        """Send the token through the layers, on a thread of its own. End the ride before anything it uses goes.
+
+        reads: fetches what is missing as long as it has slots; without, the ride asks for everything.
+        """
+        structs = (ctypes.addressof(self._struct), ctypes.addressof(token.struct))
+        handle = library().om_ride_start(*structs, residents.handle, None if reads is None else reads.handle)
+        if not handle:
+            raise MemoryError("No memory for a thread that runs a decode step.")
+        return Ride(handle, (self, token, residents, reads))
+
+
+class Ride:
+    """A token on its way through a run. As a context: left early, it is stopped."""
+
+    def __init__(self, handle: int, owned: tuple[Any, ...]) -> None:
+        self._handle = handle
+        self._owned = owned
+        self._next = library().om_ride_next
+        self._needs = ctypes.c_int32()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        library().om_ride_end(self._handle)
+
+    def next(self, first: int) -> tuple[int, int] | None:
+        """The first layer from `first` on that needs something, and what, told once; the number of layers at the end.
+
+        NEEDS_EXPERTS: bring what it chose, or the ride does not go on. NEEDS_SLOTS: lend some to its reads. Layers
+        before the one returned are done. None after `LISTEN_S` seconds: nothing yet. Raises: MemoryError.
+        """
+        at: int = self._next(self._handle, first, LISTEN_S, ctypes.addressof(self._needs))
+        if at == _NOT_YET:
+            return None
+        if at < 0:
+            raise MemoryError("No memory for the activations of a decode step.")
+        return at, self._needs.value

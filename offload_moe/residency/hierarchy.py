@@ -1,0 +1,218 @@
+"""The tiers of one model put together: disk -> RAM, and RAM -> device when there is one."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from offload_moe.memory.arena import CHUNK_BYTES, Arena, whole_chunks
+from offload_moe.memory.copier import Copier
+from offload_moe.memory.device import DeviceMover, DeviceSlots
+from offload_moe.memory.disk import DiskMover
+from offload_moe.memory.flights import Flights
+from offload_moe.memory.mover import Mover
+from offload_moe.memory.pace import LinkPace
+from offload_moe.native import kernels
+from offload_moe.residency.counters import Counters
+from offload_moe.residency.loans import Loans
+from offload_moe.residency.policy import DEFAULT_POLICY, LRU, Policy, make_policy
+from offload_moe.residency.records import RamRecords
+from offload_moe.residency.residency import Lookup, Residency
+from offload_moe.residency.scheduler import Scheduler
+from offload_moe.system.lifecycle import Lifecycle
+
+Tier = Literal["ram", "vram"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pools:
+    """How many slots each tier begins with. Without a device tier, RAM is the fast tier and `num_device_slots` is 0."""
+
+    num_layers: int
+    num_experts: int
+    slot_bytes: int
+    num_ram_slots: int
+    num_device_slots: int = 0
+    policy: str = DEFAULT_POLICY
+    chunk_bytes: int = CHUNK_BYTES  # what is allocated, locked and given back at once
+
+
+class Hierarchy:
+    """`scheduler` is what layers acquire from; `record_of` turns one of its slots into the record's bytes."""
+
+    def __init__(self, pools: Pools, make_mover: Callable[[Arena], Mover], copier: Copier | None = None) -> None:
+        """make_mover: fills the RAM arena, from disk as a rule. copier: moves RAM slots to the device."""
+        self.pools = pools
+        self.lifecycle = Lifecycle()
+        self.arena = Arena(pools.num_ram_slots, pools.slot_bytes, pools.chunk_bytes)
+        self._resizing = threading.Lock()
+        self._began_whole: set[Scheduler] = set()  # the tiers that were given a slot for every expert
+        self._copier = copier if pools.num_device_slots else None
+        self.residents: kernels.Residents | None = None  # of the fast tier, for native runs
+        if self._copier is None and kernels.available():
+            self.residents = kernels.Residents(self._num_keys, self.arena.addresses)
+        self.ram = self._scheduler(pools.num_ram_slots, make_mover(self.arena), "disk_bytes", self.residents)
+        self.scheduler = self.ram
+        self.record_of: Callable[[int], Tensor] = self.arena.slot
+        if self._copier is not None:
+            self._device_slots = DeviceSlots(
+                self._copier, pools.num_device_slots, self.arena.slot_bytes, pools.chunk_bytes
+            )
+            records = RamRecords(self.ram, self.arena)
+            self._device_mover = DeviceMover(self._copier, self._device_slots, records)
+            flights = self._device_mover.flights
+            self.scheduler = self._scheduler(pools.num_device_slots, self._device_mover, "h2d_bytes", flights=flights)
+            self.ram.count_bytes_in(self.scheduler.counters)
+            self.ram.is_asked_by_layer = False  # but for one expert at a time, by the device's loaders
+            self.record_of = self._device_slots.slot
+
+    def loans(self) -> Loans | None:
+        """What native runs fetch experts with; None where they have to ask for each."""
+        mover, residents = self.ram.mover, self.residents
+        if self.ram.loans is None and residents is not None and isinstance(mover, DiskMover):
+            try:
+                reads = mover.native_reads(residents, self._num_keys)
+            except OSError:
+                return None  # the mover will say what is wrong with the file, once an expert is wanted
+            self.ram.loans = Loans(self.ram, reads)
+        return self.ram.loans
+
+    @property
+    def counters(self) -> Counters:
+        """Running totals: hits and stalls of the fast tier, bytes of every tier."""
+        return self.scheduler.counters
+
+    @property
+    def holds_every_expert(self) -> bool:
+        """Whether the fast tier has a slot for each: then nothing is ever evicted."""
+        return self._is_whole(self.scheduler.residency.num_slots)
+
+    @contextmanager
+    def every_expert(self) -> Iterator[bool]:
+        """Whether each is resident in the fast tier; then they stay as long as the context lasts."""
+        assert self.residents is not None
+        with self.scheduler.changed:
+            are_here = self.scheduler.residency.num_resident == self._num_keys
+            if are_here:
+                self.residents.hold_all()
+        try:
+            yield are_here
+        finally:
+            if are_here:
+                with self.scheduler.changed:
+                    self.residents.let_go_all()
+                    self.scheduler.changed.notify_all()
+
+    @property
+    def _num_keys(self) -> int:
+        return self.pools.num_layers * self.pools.num_experts
+
+    @property
+    def link(self) -> LinkPace:
+        """What copies to the device cost lately; only with a device tier."""
+        return self._device_mover.pace
+
+    def num_slots(self, tier: Tier) -> int:
+        """Slots of a tier now; 0 VRAM slots without a device tier."""
+        if tier == "ram":
+            return self.ram.residency.num_slots
+        return self.scheduler.residency.num_slots if self._copier is not None else 0
+
+    def resize(self, tier: Tier, num_slots: int) -> int:
+        """Give memory of a tier back, or take more. Returns the slots it has now.
+
+        Memory that the device uses comes and goes by chunks, so fewer slots than asked for may be left, but not fewer
+        than the first chunk has. What is leased meanwhile is waited for: call it between forwards, or from another
+        thread than the one that holds a lease. Experts in the slots that go are evicted, nothing else happens to them.
+
+        Raises:
+            TransferError: slots to be given up are still in use after the scheduler's limit; nothing has changed.
+            BudgetError: the memory to grow by cannot be had; nothing has changed.
+            ModelClosed: there is no memory any more.
+        """
+        with self.lifecycle, self._resizing:
+            return self._resize(tier, num_slots)
+
+    def close(self) -> None:
+        """Wait for passes in flight, stop all threads, close files, give slots back. Again: nothing."""
+        self.lifecycle.end(self._release)
+
+    def _release(self) -> None:
+        self.scheduler.close()
+        if self.ram is not self.scheduler:
+            self.ram.close()
+            self._device_mover.wait_for_readers(range(self._device_slots.num_slots))
+            self._device_slots.shrink(0)
+        self.arena.shrink(0)
+
+    def _resize(self, tier: Tier, num_slots: int) -> int:
+        pool = self._device_slots if tier == "vram" else self.arena
+        scheduler = self.scheduler if tier == "vram" else self.ram
+        num_slots = max(1, min(num_slots, self._num_keys))
+        if self._copier is not None:
+            num_slots = whole_chunks(pool.chunk_sizes, num_slots)
+        num_before = pool.num_slots
+        if num_slots > num_before:
+            pool.grow(num_slots)
+            scheduler.grow(num_slots)
+        elif num_slots < num_before:
+            scheduler.shrink(num_slots)
+            self._settle(tier, num_slots, num_before)
+            pool.shrink(num_slots)
+        self._refit_policy(scheduler, num_before)
+        return num_slots
+
+    def _settle(self, tier: Tier, num_slots: int, num_before: int) -> None:
+        """Slots that no lease holds any more may still be read by the device's compute, or be page-locked."""
+        if tier == "vram":
+            self._device_mover.wait_for_readers(range(num_slots, num_before))
+        elif self._copier is not None:
+            for chunk in self.arena.chunks_behind(num_slots):
+                self._copier.unlock(chunk)
+
+    def _scheduler(
+        self,
+        num_slots: int,
+        mover: Mover,
+        bytes_counter: str,
+        lookup: Lookup | None = None,
+        flights: Flights | None = None,
+    ) -> Scheduler:
+        residency = Residency(num_slots, self._policy(num_slots), lookup)
+        num_experts = self.pools.num_experts
+        scheduler = Scheduler(
+            residency,
+            mover,
+            num_experts=num_experts,
+            bytes_counter=bytes_counter,
+            flights=flights,
+            lifecycle=self.lifecycle,
+        )
+        if self._is_whole(num_slots):
+            self._began_whole.add(scheduler)
+        return scheduler
+
+    def _policy(self, num_slots: int) -> Policy:
+        """A pool with a slot for every expert never evicts: the cheapest policy serves it."""
+        pools = self.pools
+        return make_policy(
+            LRU.name if self._is_whole(num_slots) else pools.policy,
+            num_layers=pools.num_layers,
+            num_experts=pools.num_experts,
+            num_slots=num_slots,
+        )
+
+    def _refit_policy(self, scheduler: Scheduler, num_before: int) -> None:
+        """A pool that was to hold every expert needs a policy that chooses only while it does not.
+
+        Any other keeps its policy, and with it what was learned, also while borrowed slots make it hold them all.
+        """
+        now = scheduler.residency.num_slots
+        if scheduler in self._began_whole and self._is_whole(num_before) != self._is_whole(now):
+            scheduler.use_policy(self._policy(now))
+
+    def _is_whole(self, num_slots: int) -> bool:
+        return num_slots >= self._num_keys

@@ -1,0 +1,200 @@
+"""The routed experts of one layer while it is computed: who is ready, who is on the way, who waits for a slot.
+
+A wave's slots are leased until the lease ends, or, while others of the layer still want slots, until the next wave is
+asked for. When a layer routes to more experts than there are slots, the lease simply takes more waves; down to one slot
+it never deadlocks, because a lease never waits for a slot while holding one.
+"""
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from offload_moe.errors import TransferError
+from offload_moe.residency.accounts import count_found
+
+if TYPE_CHECKING:
+    from offload_moe.residency.scheduler import Scheduler
+
+Wave = list[tuple[int, int]]
+Found = tuple[list[int], list[int]]  # experts that were on their way, and that were absent; all others were here
+
+
+class Lease:
+    """The routed experts of one layer for one forward. Iterate it once; leaving the context releases what is held."""
+
+    def __init__(self, scheduler: "Scheduler", first_key: int, keys: Sequence[int], found: Found | None = None) -> None:
+        """found: how the layer's experts were found before, where this is not the first who asks."""
+        self._scheduler = scheduler
+        self._first_key = first_key
+        self._ready: Wave = []
+        self._loading: Wave = []
+        self._held: Wave = []
+        self._absent = [key for key in keys if not self._join(key)]
+        arriving, missing = found or (
+            [expert for expert, _ in self._loading],
+            [key - first_key for key in self._absent],
+        )
+        count_found(scheduler, first_key // scheduler.num_experts, len(keys), arriving, missing)
+        self._admit()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        with self._scheduler.changed:
+            self._release_held()
+            self._scheduler.release([slot for wave in (self._ready, self._loading) for _, slot in wave])
+            self._ready, self._loading, self._absent = [], [], []
+
+    def __iter__(self) -> Iterator[Wave]:
+        """Waves of ``(expert, slot)``; each wave holds every expert that is ready when it is asked for.
+
+        Raises: TransferError when an expert of this lease could not be loaded, or not in time.
+        """
+        while self._ready or self._loading or self._absent:
+            yield self._next_wave()
+
+    def poll(self) -> Wave:
+        """The next wave if any of it is ready, else an empty one. Does not wait."""
+        return self._next_wave(may_wait=False)
+
+    def have_come(self) -> bool:
+        """Whether all of them are resident by now; they stay leased, as after `bring`. Does not wait."""
+        with self._scheduler.changed:
+            self._admit()
+            self._collect()
+            return not self._loading and not self._absent
+
+    def bring(self) -> None:
+        """Wait until all of them are resident, and leave them leased: for compute that finds them by itself.
+
+        There must be slots for all at once. Raises: TransferError, as iterating does.
+        """
+        scheduler = self._scheduler
+        with scheduler.changed:
+            self._collect()
+            if self._loading or self._absent:
+                self._wait(for_all=True)
+            scheduler.counters.num_waves += 1
+
+    def _next_wave(self, *, may_wait: bool = True) -> Wave:
+        scheduler = self._scheduler
+        while True:
+            with scheduler.changed:
+                if self._absent:
+                    self._release_held()
+                    self._admit()
+                self._collect()
+                if may_wait and not self._ready and (self._loading or self._absent):
+                    scheduler.counters.stall_s += self._wait()
+                followed = self._first_flying() if may_wait and not self._ready else None
+                if followed is None:
+                    return self._take_ready()
+            if self._follow(followed):
+                with scheduler.changed:
+                    self._loading.remove(followed)
+                    self._ready.append(followed)
+                    self._collect()
+                    return self._take_ready()
+
+    def _take_ready(self) -> Wave:
+        """What is ready is held from now on (lock held)."""
+        wave, self._ready = self._next_half() if self._absent and not self._loading else (self._ready, [])
+        self._held += wave
+        self._scheduler.counters.num_waves += bool(wave)
+        return wave
+
+    def _first_flying(self) -> tuple[int, int] | None:
+        """The one of ours that the link brings first (lock held): compute can follow its copy."""
+        flights = self._scheduler.flights
+        if flights is None or not self._loading:
+            return None
+        slot = flights.first([slot for _, slot in self._loading])
+        return next((entry for entry in self._loading if entry[1] == slot), None)
+
+    def _follow(self, entry: tuple[int, int]) -> bool:
+        """Compute that is issued from now on comes after its copy. No lock is held: the host may have to wait."""
+        scheduler = self._scheduler
+        assert scheduler.flights is not None
+        began = scheduler.clock()
+        try:
+            return scheduler.flights.follow(entry[1], scheduler.stall_limit_s)
+        except TimeoutError:
+            raise self._late(1) from None
+        finally:
+            scheduler.counters.stall_s += scheduler.clock() - began
+
+    def _next_half(self) -> tuple[Wave, Wave]:
+        """All slots are ours and all are here: compute half of them while the other half's successors are loaded."""
+        middle = (len(self._ready) + 1) // 2
+        return self._ready[:middle], self._ready[middle:]
+
+    def _wait(self, *, for_all: bool = False) -> float:
+        """Until something of ours is resident or flying, or all is resident (lock held). Returns the seconds."""
+        scheduler = self._scheduler
+        began, left_s = scheduler.clock(), scheduler.stall_limit_s
+        while self._loading or self._absent if for_all else not self._ready and self._first_flying() is None:
+            if left_s <= 0:
+                raise self._late(len(self._loading) + len(self._absent))
+            left_s -= scheduler.wait(left_s)
+            self._admit()
+            self._collect()
+        return scheduler.clock() - began
+
+    def _late(self, num_missing: int) -> TransferError:
+        return self._scheduler.late(f"{num_missing} experts of layer {self._first_key // self._scheduler.num_experts}")
+
+    def _admit(self) -> None:
+        """Find or start what is still absent, as far as slots can be had (lock held)."""
+        while self._absent:
+            key = self._absent[0]
+            if not self._join(key):
+                slot = self._scheduler.start(key)
+                if slot is None:
+                    return
+                self._scheduler.residency.lease(slot)
+                self._loading.append((key - self._first_key, slot))
+            self._absent.pop(0)
+
+    def _join(self, key: int) -> bool:
+        """Lease the slot that holds or is loading `key`, if there is one (lock held)."""
+        residency = self._scheduler.residency
+        slot = residency.find(key)
+        if slot is not None and not residency.is_resident(slot):
+            self._scheduler.hurry(key, slot)
+            slot = residency.find(key)
+        if self._scheduler.unproven:
+            self._scheduler.demanded(key, is_here=slot is not None)
+        if slot is None:
+            return False
+        residency.lease(slot)
+        if residency.is_resident(slot):
+            self._ready.append((key - self._first_key, slot))
+        else:
+            self._loading.append((key - self._first_key, slot))
+        return True
+
+    def _collect(self) -> None:
+        """Move what has arrived from loading to ready; raise what has failed (lock held)."""
+        scheduler = self._scheduler
+        for _, slot in self._loading:
+            if error := scheduler.failed.get(slot):
+                raise error
+        arrived = [entry for entry in self._loading if scheduler.residency.is_resident(entry[1])]
+        if arrived:
+            self._ready += arrived
+            self._loading = [entry for entry in self._loading if entry not in arrived]
+
+    def _release_held(self) -> None:
+        """Compute that reads these slots has been issued (lock held)."""
+        if self._held:
+            slots = [slot for _, slot in self._held]
+            self._scheduler.mover.used(slots)
+            self._held = []
+            self._scheduler.release(slots)

@@ -1,0 +1,92 @@
+"""Slots of a tier that native runs fill by themselves: lent in advance, and accounted for when Python hears of it.
+
+A run decides only what it fetches, never what is evicted for it: that is done when a slot is lent.
+"""
+
+from typing import TYPE_CHECKING
+
+from offload_moe.native.kernels import DONE, FAILED, READING, Reads
+
+if TYPE_CHECKING:
+    from offload_moe.residency.scheduler import Scheduler
+
+SLOTS_PER_CHOICE = 2  # that a run wants: for a layer's experts, beside those of a layer that another thread is in
+SLOTS_PER_LOAN = 24  # one slot of so many is lent, and empty until a run needs it
+MOST_LOANS = 12
+HEAR_S = 0.002  # how often one who waits for a run's read asks whether it is done
+
+
+def loans_for(num_slots: int) -> int:
+    """How many slots of a pool are lent at a time."""
+    return max(1, min(MOST_LOANS, num_slots // SLOTS_PER_LOAN))
+
+
+class Loans:
+    """Of one tier, which computes where it lies."""
+
+    def __init__(self, scheduler: "Scheduler", reads: Reads) -> None:
+        self.reads = reads
+        self._scheduler = scheduler
+        self._num_reading = 0
+
+    @property
+    def hear_s(self) -> float | None:
+        """How long to wait before hearing again; None: nothing is on its way."""
+        return HEAR_S if self._num_reading else None
+
+    def lend(self, *, may_evict: bool) -> None:
+        """Lend slots again up to the usual number; may_evict: for want of free ones, what is worth least goes."""
+        scheduler = self._scheduler
+        with scheduler.changed:
+            self.hear()
+            residency = scheduler.residency
+            num_wanted = loans_for(residency.num_slots)
+            while residency.num_lent < num_wanted and (slot := residency.lend(may_evict=may_evict)) is not None:
+                self.reads.lend(slot)
+            self.reads.ask_below(num_wanted // 2 if residency.num_lent == num_wanted else 0)  # as there are no more
+            scheduler.counters.num_evictions = residency.num_evictions
+
+    def take_back(self) -> None:
+        """What was lent and is not in use; what is being read comes later."""
+        scheduler = self._scheduler
+        with scheduler.changed:
+            for slot in self.reads.take_back():
+                self.hear()
+                scheduler.residency.take_back(slot)
+            self.hear()
+            scheduler.changed.notify_all()
+
+    def hear(self) -> None:
+        """Learn what has been fetched (lock held)."""
+        scheduler, has_changed = self._scheduler, False
+        residency, counters = scheduler.residency, scheduler.counters
+        for news in self.reads.news():
+            key, slot, was_prefetch = news.key, news.slot, bool(news.was_prefetch)
+            if news.state == READING:
+                residency.admit_lent(key, slot)
+                self._num_reading += 1
+                if was_prefetch:
+                    scheduler.unproven.add(key)
+                    counters.num_prefetches += 1
+                    if scheduler.observer is not None:
+                        scheduler.observer.prefetched(key // scheduler.num_experts, 1)
+                continue
+            self._num_reading -= 1
+            has_changed = True
+            if news.state == DONE:
+                residency.loaded(slot)
+                counters.disk_bytes += self.reads.num_bytes(key)
+            elif news.state == FAILED:
+                scheduler.read_again(key, slot)
+            else:
+                residency.lend_again(slot)
+                if was_prefetch:
+                    scheduler.unproven.discard(key)
+                    counters.num_cancelled_prefetches += 1
+        if has_changed:
+            scheduler.changed.notify_all()
+
+    def demand(self, key: int) -> None:
+        """Somebody waits for this expert (lock held): from now on a run's read of it is not dropped."""
+        self.reads.demand(key)
+        self.hear()

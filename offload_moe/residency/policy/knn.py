@@ -1,0 +1,130 @@
+"""The default policy: keep what was used next when the routing last looked like this."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from offload_moe.residency.policy.native_ranking import make_ranking
+from offload_moe.residency.policy.ranking import Passed
+
+HALF_LIFE_PER_SHARE = 10.0  # tokens until a reuse is worth half, were there a slot for every expert
+LAYERS_PER_RANKING = 2  # that many layers are ranked at once: fewer calls, slightly staler ranks
+PREFETCH_WORTH = 0.8  # of an expert that a prefetch brought, until its layer has been passed
+AHEAD_OF_CHUNK = 1.0  # more than anything that waits for the next token is worth
+
+
+class KNN:
+    """Evicts the expert with the lowest expected `discount ** (tokens until the next use)`.
+
+    The more of the experts fit, the longer they stay, and the further ahead it pays to look: that sets the discount.
+    An expert whose layer this token has passed waits one token longer than its worth says, so it counts that much less.
+    A token ends when an earlier layer than the last is accessed, or in a pool of one layer with each access.
+
+    A victim is one argmin over the pool's experts. A chunk that uses more than half of a layer's experts says nothing
+    about what goes with what, and stays out of the history; how many of its tokens chose each expert is what it tells.
+    """
+
+    name = "knn"
+
+    def __init__(self, layers: range, num_experts: int, num_slots: int) -> None:
+        self._num_keys = len(layers) * num_experts
+        self._layers = layers
+        self._num_experts = num_experts
+        self._first_key = layers.start * num_experts
+        self.ranking = make_ranking(self._num_keys, _discount(self._num_keys, num_slots))
+        self._pending: list[int] = []  # used by layers not ranked yet, from position `_ranked` on
+        self._shares: list[float] = []  # of the tokens that used them
+        self._num_tokens = 1  # accessed at once
+        self._ranked = 0
+        self._position = -1  # of the layer accessed last
+        self._is_chunk = False
+        self._is_partial = False  # the layer accessed last is asked for expert by expert
+        self._current: frozenset[int] = frozenset()
+
+    def access(
+        self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None, num_tokens: int = 1
+    ) -> None:
+        position = layer - self._layers.start
+        if position < self._position or len(self._layers) == 1:
+            self._next_token()
+        self._is_partial = position == self._position
+        self._ranked = min(self._ranked, position)
+        self._position = position
+        first_key = self._first_key
+        local = [key - first_key for key in keys] if first_key else keys
+        self._current = frozenset(local)
+        self._pending += local
+        self._shares += weights if weights and num_tokens > 1 else [1.0] * len(keys)
+        self._num_tokens = num_tokens
+        if 2 * len(keys) > self._num_experts and not self._is_chunk:
+            self._is_chunk = True
+            # A chunk uses nearly all of the layers that it has yet to pass, sooner than what it has passed.
+            self.ranking.order[(position + 1) * self._num_experts :] += AHEAD_OF_CHUNK
+        if position + 1 - self._ranked >= LAYERS_PER_RANKING or position + 1 == len(self._layers):
+            self._rank_pending()
+
+    def insert(self, key: int) -> None:
+        local = key - self._first_key
+        ranking = self.ranking
+        ranking.absent[local] = 0.0
+        if local not in self._current:
+            ranking.worth[local] = PREFETCH_WORTH
+        has_passed = local < self._ranked * self._num_experts
+        is_awaited = self._is_chunk and local >= (self._position + 1) * self._num_experts
+        worth = ranking.worth[local] * (ranking.discount if has_passed else 1.0)
+        ranking.order[local] = worth + AHEAD_OF_CHUNK * is_awaited
+
+    def remove(self, key: int) -> None:
+        local = key - self._first_key
+        self.ranking.absent[local] = self.ranking.order[local] = np.inf
+
+    def resize(self, num_slots: int) -> None:
+        """Look further ahead, or less far, from now on; what was learned with the discount before fades by itself."""
+        self.ranking.use_discount(_discount(self._num_keys, num_slots))
+
+    def victim(self, leased: Callable[[int], bool]) -> int | None:
+        order, spared, chosen = self.ranking.order, [], None
+        while chosen is None:
+            local = int(order.argmin())
+            worth = order[local]
+            if worth == np.inf:
+                break
+            if leased(local + self._first_key):
+                spared.append((local, worth))
+                order[local] = np.inf
+            else:
+                chosen = local + self._first_key
+        for local, worth in spared:
+            order[local] = worth
+        return chosen
+
+    def _rank_pending(self) -> None:
+        """Learn from the layers passed since the last ranking, and rank their experts for the next token."""
+        first, end = self._ranked, self._position + 1
+        self.ranking.rank(
+            Passed(
+                keys=self._pending,
+                shares=self._shares,
+                first=first * self._num_experts,
+                end=end * self._num_experts,
+                num_layers=end - first,
+                num_tokens=self._num_tokens,
+                observes=not self._is_chunk,
+                learns=not (self._is_chunk or self._is_partial),
+            )
+        )
+        self._pending, self._shares = [], []
+        self._ranked = self._position + 1
+
+    def _next_token(self) -> None:
+        if self._pending:
+            self._rank_pending()
+        self.ranking.advance()
+        self._position = -1
+        self._ranked = 0
+        self._is_chunk = False
+
+
+def _discount(num_keys: int, num_slots: int) -> float:
+    """Of one token, for a pool of `num_slots` slots."""
+    return float(0.5 ** (num_keys / (num_slots * HALF_LIFE_PER_SHARE)))

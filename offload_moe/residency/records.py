@@ -1,0 +1,32 @@
+"""The RAM tier as the device tier sees it: records to copy from."""
+
+from functools import partial
+
+from offload_moe.memory.arena import Arena
+from offload_moe.memory.device import Borrowed
+from offload_moe.residency.scheduler import Scheduler
+
+
+class RamRecords:
+    """Leases one record at a time; what was borrowed may be given back by another thread."""
+
+    def __init__(self, ram: Scheduler, arena: Arena) -> None:
+        self._ram = ram
+        self._arena = arena
+
+    def borrow(self, key: int) -> Borrowed:
+        """Read it from disk if need be. Raises: TransferError."""
+        layer, expert = divmod(key, self._ram.num_experts)
+        lease = self._ram.acquire(layer, [expert])
+        try:
+            ((_, slot),) = next(iter(lease))
+        except BaseException:
+            lease.close()
+            raise
+        return self._arena.slot(slot), lease.close
+
+    def borrow_resident(self, key: int) -> Borrowed | None:
+        """None where it would have to be read, or waited for."""
+        layer, expert = divmod(key, self._ram.num_experts)
+        slots = self._ram.hold(layer, [expert])
+        return None if slots is None else (self._arena.slot(slots[0]), partial(self._ram.let_go, slots))

@@ -1,0 +1,245 @@
+"""What is installed in the cache folder: expert stores, demo builds and conversions that were not finished."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from offload_moe.checkpoint.source import METADATA_PATTERNS
+from offload_moe.demo import checkpoint_folder
+from offload_moe.demo.source import HUB_REPOSITORY, MODEL_NAME
+from offload_moe.errors import OffloadMoeError, StoreError
+from offload_moe.store import Store, is_store
+from offload_moe.store.durable import PART
+from offload_moe.store.journal import JOURNAL_NAME, is_being_written
+from offload_moe.store.manifest_json import MANIFEST_NAME, read_manifest
+from offload_moe.system.locks import lock_file
+from offload_moe.system.names import DEMO, DEMOS, STORES, check_installed, looks_like_hub_id, resolve
+from offload_moe.system.paths import cache_dir, file_advice
+
+POPULARITY_NAME = "popularity.json"  # how often each expert was used, kept beside a store
+
+DEMO_IS_NOT_BUILT = "The demo model is not built yet. `offload-moe chat` builds it, from a 93 MB download."
+Kind = Literal["store", "demo", "conversion", "damaged store", "unfinished demo"]
+
+_DATA_FILE = re.compile(r"(dense|experts)-\d{5}\.safetensors")
+_UNFINISHED_DEMO = re.compile(rf"\.({re.escape(MODEL_NAME)}-MoE-[0-9a-f]{{8}})\.partial")
+_DEMO = re.compile(rf"{re.escape(MODEL_NAME)}-MoE-[0-9a-f]{{8}}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Installed:
+    """One folder. What it does not say of itself is None; `problem` says why a store cannot be used."""
+
+    name: str
+    path: Path
+    kind: Kind
+    num_bytes: int
+    codec: str | None = None
+    dense_codec: str | None = None
+    source: str | None = None
+    revision: str | None = None
+    problem: str | None = None
+
+
+def installed(cache: Path | None = None) -> list[Installed]:
+    """Everything of ours in the cache folder, by name. Links are not followed."""
+    root = cache_dir() if cache is None else cache
+    found = (describe(path) for folder in (STORES, DEMOS) for path in _folders(root / folder))
+    return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.name)
+
+
+def describe(path: Path) -> Installed | None:
+    """What a folder holds; None when it is nothing of ours."""
+    if is_store(path):
+        return _describe_store(path)
+    if (path / JOURNAL_NAME).is_file():
+        return _describe_conversion(path)
+    in_demos = path.parent.name == DEMOS
+    if in_demos and _DEMO.fullmatch(path.name):
+        return Installed(name=path.name, path=path, kind="demo", num_bytes=folder_bytes(path), source=HUB_REPOSITORY)
+    if in_demos and _UNFINISHED_DEMO.fullmatch(path.name):
+        return Installed(name=path.name, path=path, kind="unfinished demo", num_bytes=folder_bytes(path))
+    return None
+
+
+def resolve_installed(name: str | Path, cache: Path | None = None) -> Path:
+    """As `resolve`; of the demo its store, or what is built of it as long as it has none.
+
+    Raises: StoreError when the name could mean several.
+    """
+    path = resolve(name, cache)
+    if name != DEMO or path.exists():
+        return path
+    root = cache_dir() if cache is None else cache
+    built = checkpoint_folder(root)
+    try:
+        store = resolve(f"{built.name}-", root)
+    except StoreError as error:
+        raise StoreError(f"The demo has several stores. {error}") from None
+    return store if store.exists() else built
+
+
+def check_finished(path: Path) -> None:
+    """Raises: StoreError when a conversion to this folder was begun and not finished."""
+    found = _describe_conversion(path) if (path / JOURNAL_NAME).is_file() and not is_store(path) else None
+    if found is not None:
+        raise StoreError(f"{path} is an unfinished conversion. {resume_advice(found)}")
+
+
+def resume_advice(entry: Installed) -> str:
+    """How an unfinished conversion goes on."""
+    source = entry.source or "SOURCE"
+    flags = {"--codec": entry.codec, "--dense-codec": entry.dense_codec}
+    flags["--revision"] = entry.revision if looks_like_hub_id(source) else None
+    chosen = "".join(f" {flag} {value}" for flag, value in flags.items() if value)
+    folder = "" if looks_like_hub_id(source) else f" ({source}: the folder of the checkpoint)"
+    return f"Resume it with: offload-moe quantize {source} {entry.path}{chosen}{folder}"
+
+
+def find(name: str | Path, cache: Path | None = None) -> Installed:
+    """The store, demo build or conversion of that name or path. Raises: StoreError."""
+    check_installed(name)
+    path = resolve_installed(name, cache)
+    if not path.exists():
+        raise StoreError(f"{DEMO_IS_NOT_BUILT}")
+    if path.is_file():
+        raise StoreError(file_advice(path))
+    found = describe(path) if path.is_dir() else None
+    if found is None:
+        raise StoreError(f"{name} is neither a store nor a conversion. `offload-moe list` shows what is installed.")
+    return found
+
+
+def remove(entry: Installed) -> None:
+    """Delete what is installed, and nothing that is not ours: neither other files nor what links lead to.
+
+    A deletion that is killed leaves a folder that can be deleted by the same call.
+
+    Raises: StoreError when the folder is a link, is in use, or holds files of others.
+    """
+    path = entry.path.absolute()  # also where the user is inside it and calls it "."
+    if path.is_symlink():
+        raise StoreError(f"{path} is a link to another folder, which is left alone. Delete the link by hand.")
+    if entry.kind in ("demo", "unfinished demo"):
+        _remove_demo(path)
+        return
+    if is_being_written(path):
+        raise StoreError(f"{path} is being written by another process. Stop it first.")
+    if foreign := sorted(_foreign(path)):
+        raise StoreError(
+            f"{path} holds {foreign[0]}, which is not ours ({len(foreign)} such entries). Move it away, then try again."
+        )
+    last = {MANIFEST_NAME, JOURNAL_NAME}  # without them nobody could tell what the folder was
+    for child in sorted(path.iterdir(), key=lambda child: child.name in last):
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
+    path.rmdir()
+
+
+def fingerprint(store: Path) -> str:
+    """Stands for every checksum of a store: equal for stores with equal content, source and codecs."""
+    return hashlib.sha256((store / MANIFEST_NAME).read_bytes()).hexdigest()[:16]
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of all files in a folder; links count as nothing, as does what disappears meanwhile."""
+    total = 0
+    for parent, _, names in os.walk(path):
+        for name in names:
+            try:
+                stat = os.lstat(os.path.join(parent, name))
+            except FileNotFoundError:
+                continue
+            total += stat.st_size
+    return total
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from (path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+
+
+def _describe_store(path: Path) -> Installed:
+    try:
+        store = Store.open(path)
+    except OffloadMoeError as error:
+        return Installed(
+            name=path.name, path=path, kind="damaged store", num_bytes=folder_bytes(path), problem=str(error)
+        )
+    return Installed(
+        name=path.resolve().name,
+        path=path,
+        kind="store",
+        num_bytes=folder_bytes(path),
+        codec=store.codec,
+        dense_codec=store.dense_codec,
+        source=store.source,
+        revision=store.revision,
+    )
+
+
+def _describe_conversion(path: Path) -> Installed:
+    try:
+        with (path / JOURNAL_NAME).open("rb") as file:
+            begun = json.loads(file.readline())
+        settings = {key: begun[key] for key in ("source", "revision", "codec", "dense codec")}
+    except (OSError, ValueError, KeyError, TypeError):
+        settings = {}
+    texts = {key: value for key, value in settings.items() if isinstance(value, str)}
+    return Installed(
+        name=path.resolve().name,
+        path=path,
+        kind="conversion",
+        num_bytes=folder_bytes(path),
+        codec=texts.get("codec"),
+        dense_codec=texts.get("dense codec"),
+        source=texts.get("source"),
+        revision=texts.get("revision"),
+        problem=None if settings else "its journal cannot be read",
+    )
+
+
+def _foreign(path: Path) -> set[str]:
+    """What lies in a store or conversion beside what a conversion writes."""
+    written = _small_files(path)
+    found = set()
+    for parent, folders, names in os.walk(path):
+        for name in (*names, *(folder for folder in folders if Path(parent, folder).is_symlink())):
+            inside = str(Path(parent, name).relative_to(path))
+            if not _is_ours(inside.removesuffix(PART), written):
+                found.add(inside)
+    return found
+
+
+def _small_files(path: Path) -> set[str] | None:
+    """Names of the small files of a finished store; None when it does not say."""
+    try:
+        return {file.name for file in read_manifest(path).metadata}
+    except OffloadMoeError:
+        return None
+
+
+def _is_ours(name: str, small_files: set[str] | None) -> bool:
+    if name in (MANIFEST_NAME, JOURNAL_NAME, POPULARITY_NAME) or _DATA_FILE.fullmatch(name):
+        return True
+    if small_files is not None:
+        return name in small_files
+    depth = name.count("/")
+    return any(Path(name).match(pattern) and pattern.count("/") == depth for pattern in METADATA_PATTERNS)
+
+
+def _remove_demo(path: Path) -> None:
+    unfinished = _UNFINISHED_DEMO.fullmatch(path.name)
+    final = path.with_name(unfinished[1]) if unfinished else path
+    with lock_file(final.with_name(f"{final.name}.lock")) as state:
+        if state == "held elsewhere":
+            raise StoreError(f"{path} is being built by another process. Stop it first.")
+        shutil.rmtree(path)

@@ -1,0 +1,142 @@
+"""What a user may call a model, told without importing torch: a wrong name is an error at once."""
+
+import re
+from collections.abc import Collection, Iterable
+from difflib import SequenceMatcher
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from offload_moe.errors import CheckpointError, ConfigError, StoreError
+from offload_moe.system.paths import cache_dir
+
+DEMO = "demo"
+STORES, DEMOS = "stores", "demo"  # folders of the cache
+HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+ALIKE = 0.7  # of two names, from 0 to 1, for one to be proposed for the other
+MOST_SHOWN = 10
+
+
+def looks_like_hub_id(text: str) -> bool:
+    """Whether `text` may be a hub id: `organisation/model`."""
+    return re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", text) is not None and ".." not in text
+
+
+def hub_name(source: str | Path, revision: str | None = None) -> tuple[str | Path, str | None]:
+    """A hub URL as id and revision; anything else as it is.
+
+    Raises: ConfigError for a URL of something else than a model, or of another revision than the one that is named.
+    """
+    match = re.fullmatch(r"(?:https?://)?([^/]+)/+(.+)", str(source).strip(), re.IGNORECASE)
+    if isinstance(source, Path) or match is None or match[1].lower() not in HUB_HOSTS:
+        return source, revision
+    parts = [unquote(part) for part in urlsplit(f"https://host/{match[2]}").path.split("/") if part]
+    repo_id, rest = "/".join(parts[:2]), parts[2:]
+    if not looks_like_hub_id(repo_id) or parts[0] in ("datasets", "spaces") or (rest and rest[0] not in _VIEWS):
+        raise ConfigError(f"{source} is no model on the hub. Give its id, such as organisation/model.")
+    named = rest[1] if len(rest) > 1 else None
+    if named is not None and revision not in (None, named):
+        raise ConfigError(f"{source} names the revision {named}, --revision is {revision}. Leave one of them out.")
+    return repo_id, named or revision
+
+
+_VIEWS = ("tree", "blob", "resolve", "commit")  # what the hub's pages call a revision by
+
+
+def resolve(name: str | Path, cache: Path | None = None) -> Path:
+    """The folder a user means: a path that exists, else the entry of the cache folder with that name, else the path.
+
+    The beginning of the name of one store will do.
+
+    Raises: StoreError when several stores begin like that.
+    """
+    path = resolve_whole(name, cache)
+    if path.exists() or not _is_name(name):
+        return path
+    root = cache_dir() if cache is None else cache
+    for folder in (STORES, DEMOS):
+        found = [entry for entry in _entries(root / folder) if entry.startswith(path.name)]
+        if len(found) == 1:
+            return root / folder / found[0]
+        if found:
+            raise StoreError(f"{name} could be any of: {_list(found)}. Write more of the name.")
+    return path
+
+
+def resolve_whole(name: str | Path, cache: Path | None = None) -> Path:
+    """As `resolve`, of a name that is whole, as a store has it of its source."""
+    path = Path(name).expanduser()
+    if path.exists() or not _is_name(name):
+        return path
+    root = cache_dir() if cache is None else cache
+    entries = (root / folder / path.name for folder in (STORES, DEMOS))
+    return next((entry for entry in entries if entry.is_dir()), path)
+
+
+def _is_name(name: str | Path) -> bool:
+    """Whether it may be of an entry of the cache folder: no path, and not the demo."""
+    path = Path(name)
+    return path.name == str(name) and path.name not in ("", "..", DEMO)
+
+
+def check_model(name: str | Path, revision: str | None = None) -> None:
+    """Raises: CheckpointError when `name` is nothing that could be loaded or planned, ConfigError as `hub_name`."""
+    source, _ = hub_name(name, revision)
+    if source == DEMO or looks_like_hub_id(str(source)) or resolve(source).exists():
+        return
+    raise CheckpointError(
+        f"{name} is neither a file or folder, nor a hub id like organisation/model, nor {DEMO!r}, nor a name that "
+        f"`offload-moe list` shows. {did_you_mean(str(name), (DEMO, *_all_entries()), otherwise='Check the path.')}"
+    )
+
+
+def check_source(source: str | Path) -> None:
+    """Raises: CheckpointError when `source` is nothing that could be converted."""
+    if not Path(source).expanduser().exists() and not looks_like_hub_id(str(source)):
+        raise CheckpointError(f"{source} is neither a folder nor a hub id like organisation/model. Check the path.")
+
+
+def check_installed(name: str | Path) -> None:
+    """Raises: StoreError when `name` is no folder, and nothing in the cache has it."""
+    if name != DEMO and not resolve(name).exists():
+        meant = did_you_mean(str(name), (DEMO, *_all_entries()), otherwise="")
+        raise StoreError(
+            f"{name} is no folder, and no name in the cache. {meant}{' ' if meant else ''}"
+            "`offload-moe list` shows what is installed."
+        )
+
+
+def choice(what: str, name: str, choices: Collection[str]) -> str:
+    """`name`, where it is one of them. Raises: ConfigError that says which there are."""
+    if name in choices:
+        return name
+    raise ConfigError(
+        f"There is no {what} {name!r}. {did_you_mean(name, choices, otherwise='')} ".rstrip()
+        + f" Choose one of: {', '.join(choices)}."
+    )
+
+
+def did_you_mean(word: str, choices: Iterable[str], *, otherwise: str) -> str:
+    """The question, with the name that is most like the word; `otherwise` where none is."""
+    likeness = {known: _likeness(word.lower(), known.lower()) for known in choices}
+    best = max(likeness, key=likeness.__getitem__, default="")
+    return f"Did you mean {best}?" if best and likeness[best] >= ALIKE else otherwise
+
+
+def _likeness(word: str, known: str) -> float:
+    """The whole name, or as much of its beginning as was typed."""
+    return max(SequenceMatcher(None, word, part).ratio() for part in (known, known[: len(word)]))
+
+
+def _all_entries() -> list[str]:
+    return [entry for folder in (STORES, DEMOS) for entry in _entries(cache_dir() / folder)]
+
+
+def _entries(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
+    return ", ".join(names[:MOST_SHOWN]) + more
