@@ -10,9 +10,9 @@ from functools import wraps
 from typing import Any
 from unittest.mock import patch
 
-from offload_moe.decode.run import LayerRun
+from offload_moe.decode.span import LayerSpan
 from offload_moe.memory.disk import DiskMover
-from offload_moe.native.kernels import Ride, RunKernel
+from offload_moe.native.kernels import SpanKernel, TokenPass
 
 
 @dataclass(slots=True)
@@ -26,9 +26,9 @@ class AskWatch:
     """num_readers: of Python's reads; those that begin later wait for the disk."""
 
     def __init__(self, num_readers: int) -> None:
-        self.num_rides = 0
+        self.num_passes = 0
         self._num_readers = num_readers
-        self._heard_at = 0.0
+        self._drained_at = 0.0
         self._asks: list[_Ask] = []
         self._is_asked = False
         self._num_layers = 0  # accounted for last
@@ -37,15 +37,15 @@ class AskWatch:
     def watching(self) -> Iterator[None]:
         """Of all models, so there should be one."""
         seen = {
-            (RunKernel, "start"): self._see_start,
-            (LayerRun, "_note_passed"): self._see_account,
-            (LayerRun, "_acquire"): self._see_ask,
+            (SpanKernel, "start"): self._see_start,
+            (LayerSpan, "_note_passed"): self._see_account,
+            (LayerSpan, "_acquire"): self._see_ask,
             (DiskMover, "_read_patiently"): self._see_read,
         }
         with ExitStack() as stack:
             for (owner, name), see in seen.items():
                 stack.enter_context(patch.object(owner, name, _seen_by(see, getattr(owner, name))))
-            stack.enter_context(patch.object(Ride, "next", self._heard_from(Ride.next)))
+            stack.enter_context(patch.object(TokenPass, "next", self._drained_from(TokenPass.next)))
             yield
 
     def delays(self) -> list[tuple[int, int, int, float]]:
@@ -60,21 +60,21 @@ class AskWatch:
         return [(*kind, len(seconds), statistics.median(seconds)) for kind, seconds in sorted(delays.items())]
 
     def _see_start(self, *_: Any) -> None:
-        self.num_rides += 1
+        self.num_passes += 1
 
-    def _heard_from(self, listen: Any) -> Any:
+    def _drained_from(self, listen: Any) -> Any:
         def heard(*arguments: Any) -> Any:
             said = listen(*arguments)
-            self._heard_at, self._is_asked = time.perf_counter(), False
+            self._drained_at, self._is_asked = time.perf_counter(), False
             return said
 
         return heard
 
     def _see_ask(self, *_: Any) -> None:
         self._is_asked = True
-        self._asks.append(_Ask(self._heard_at, self._num_layers))
+        self._asks.append(_Ask(self._drained_at, self._num_layers))
 
-    def _see_account(self, run: LayerRun, token: Any, first: int, end: int, account: Any) -> None:
+    def _see_account(self, run: LayerSpan, token: Any, first: int, end: int, account: Any) -> None:
         self._num_layers = end - first
 
     def _see_read(self, *_: Any) -> None:

@@ -26,7 +26,7 @@ class SameRecord:
     def start(self, key: int, slot: int, arrived: Any, *, is_prefetch: bool = False) -> None:
         self._workers.submit(slot, [lambda: arrived(slot, self._record.numel(), None)], is_prefetch=is_prefetch)
 
-    def hurry(self, slot: int) -> None: ...
+    def promote(self, slot: int) -> None: ...
 
     def cancel(self, slot: int) -> bool:
         return False

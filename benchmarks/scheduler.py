@@ -93,8 +93,8 @@ class InstantMover:
     def start(self, key: int, slot: int, arrived: Callable[..., None], *, is_prefetch: bool = False) -> None:
         self._workers.submit(slot, [lambda: arrived(slot, SLOT_BYTES, None)], is_prefetch=is_prefetch)
 
-    def hurry(self, slot: int) -> None:
-        self._workers.hurry(slot)
+    def promote(self, slot: int) -> None:
+        self._workers.promote(slot)
 
     def used(self, slots: Sequence[int]) -> None:
         pass

@@ -38,9 +38,11 @@ class Fitter:
         busy_s = [self._token_s(share) - self._median(share, "stall_s") for share in descending]
         self._busy_s = dict(zip(descending, _ascending(busy_s), strict=True))
         self._costs = self._resident_costs()
-        rides = any(trial["num_rides"] for share in partial for trial in self._trials(share))
+        passes = any(trial["num_passes"] for share in partial for trial in self._trials(share))
         ask_host_s, account_host_s, turn_s = self._asking(partial)
-        self._costs = replace(self._costs, rides=rides, ask_host_s=ask_host_s, account_host_s=account_host_s)
+        self._costs = replace(
+            self._costs, has_token_passes=passes, ask_host_s=ask_host_s, account_host_s=account_host_s
+        )
         self._disk = replace(self._disk, turn_s=turn_s)
         busy = [self._busy_s[share] for share in partial]
         self._costs = replace(self._costs, **self._host_costs(partial, busy))

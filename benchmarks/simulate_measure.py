@@ -65,7 +65,7 @@ def measure(
                 watch = AskWatch(document["num_readers"])
                 with watch.watching():
                     result = {"num_slots": counts[share], **answers(model, **answer_all)}
-                result |= {"num_rides": watch.num_rides, "ask_delays": watch.delays()}
+                result |= {"num_passes": watch.num_passes, "ask_delays": watch.delays()}
             document["budgets"][str(share)].append(result)
             print(folder.name, share, result, file=sys.stderr, flush=True)
         result_file.write_text(json.dumps(document))  # whatever happens to the trials that follow

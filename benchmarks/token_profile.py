@@ -4,7 +4,7 @@
 
 CPU time of the thread that generates, so that other work on the machine counts less; with one thread it is all there
 is. Every expert is read first, so that layers are done in runs; their parts, which nothing calls then, show in a
-profile with `--layer-by-layer`. `--plain` loads without the lean token. The last line of stdout is one JSON document.
+profile with `--layer-by-layer`. `--plain` loads without the fast path. The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from typing import Any
 from harness import HOT_SAMPLING, bind_to_cores, finish, prompt_ids
 
 NATIVE_CALLS = (
-    *("om_run_pass", "om_layer_step", "om_moe_forward", "om_linear_forward"),
+    *("om_span_pass", "om_layer_step", "om_moe_forward", "om_linear_forward"),
     *("om_attention_step", "om_router_step", "om_rms_norm", "om_add_shared"),
 )
 
@@ -92,8 +92,8 @@ def main() -> None:
     if options.layer_by_layer:
         from offload_moe.decode import layer
 
-        layer.can_run = lambda hierarchy, step: None
-    model = load(options.store, lean=not options.plain)
+        layer.span_kind = lambda hierarchy, step: None
+    model = load(options.store, fast_path=not options.plain)
     for layer, stored in enumerate(model.store.layers):
         with model._hierarchy.scheduler.acquire(layer, range(stored.num_experts)) as lease:
             for _ in lease:
@@ -118,7 +118,7 @@ def main() -> None:
             "benchmark": "token_profile",
             "store": options.store,
             "threads": options.threads,
-            "lean": not options.plain,
+            "fast_path": not options.plain,
             "in_runs": not (options.plain or options.layer_by_layer),
             "ms_per_token": parts,
             "share_outside_of_native_calls": 1 - in_native / parts["forward"],

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from offload_moe.chat.prompt_chunks import prompt_chunk_tokens
 from offload_moe.chat.recompute import recompute_of
-from offload_moe.decode.hooks import Onlooker
+from offload_moe.decode.hooks import HookObserver
 from offload_moe.errors import ModelClosed
 from offload_moe.system.lifecycle import FORKED
 
@@ -206,7 +206,7 @@ def _turn(hf: PreTrainedModel, is_stopping: Callable[[], bool]) -> Iterator[None
         lock.release()
 
 
-class _LayerWatch(Onlooker):
+class _LayerWatch(HookObserver):
     """Called before each decoder layer; raises in the thread that made it once it is to stop."""
 
     def __init__(self, stream: TokenStream, share: float) -> None:

@@ -1,4 +1,4 @@
-"""A lean token: what transformers' own code spends per layer on small operations, spent once or not at all.
+"""The fast path: what transformers' own code spends per layer on small operations, spent once or not at all.
 
 No model code is copied and nothing is compiled at run time. Each optimisation recognizes the modules it fits by probing
 what they compute, replaces a forward of that instance or the module, and leaves everything else as it is.
@@ -21,11 +21,11 @@ from offload_moe.decode.shorten import shorten_attention
 from offload_moe.native import kernels
 from offload_moe.residency.hierarchy import Hierarchy
 
-__all__ = ["Lean", "make_lean"]
+__all__ = ["FastPath", "make_fast"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lean:
+class FastPath:
     """How many modules each optimisation recognized."""
 
     num_norms: int
@@ -37,9 +37,9 @@ class Lean:
     num_layers: int
 
 
-def make_lean(
+def make_fast(
     hf: PreTrainedModel, *, is_exact: bool, context: int | None = None, hierarchy: Hierarchy | None = None
-) -> Lean:
+) -> FastPath:
     """Make the decode steps of a loaded model cheaper, in place.
 
     is_exact: only what gives the same bits. Otherwise results may differ by the rounding of the dtype. context: tokens
@@ -53,7 +53,7 @@ def make_lean(
     has_kernels = not is_exact and kernels.available()
     num_experts = shorten_dispatch(hf)
     num_routers = shorten_routers(hf) if has_kernels else 0
-    return Lean(
+    return FastPath(
         num_norms=num_norms,
         num_mlps=num_mlps,
         num_attentions=num_attentions,

@@ -10,7 +10,7 @@ from transformers.utils import output_capturing
 Hooks = Mapping[int, Any]
 
 
-class Onlooker:
+class HookObserver:
     """A hook that changes nothing and wants no more than to be told, with a module's output where it is given one.
 
     Whoever computes several modules at once may call it a little later, and without the module's input.
@@ -28,8 +28,10 @@ def are_watched(registries: Iterable[Hooks]) -> bool:
     return any(not _is_idle(hook) for hooks in registries if hooks for hook in hooks.values())
 
 
-def have_only_onlookers(registries: Iterable[Hooks]) -> bool:
-    return all(isinstance(hook, Onlooker) or _is_idle(hook) for hooks in registries if hooks for hook in hooks.values())
+def have_only_observers(registries: Iterable[Hooks]) -> bool:
+    return all(
+        isinstance(hook, HookObserver) or _is_idle(hook) for hooks in registries if hooks for hook in hooks.values()
+    )
 
 
 def _is_idle(hook: object) -> bool:

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from offload_moe.decode.attention import DecodeAttention
 from offload_moe.decode.block import plain_block
 from offload_moe.decode.cache import Room, give_room
-from offload_moe.decode.hooks import are_watched, have_only_onlookers, hooks_of
+from offload_moe.decode.hooks import are_watched, have_only_observers, hooks_of
 from offload_moe.decode.norm import FusedRMSNorm
 from offload_moe.decode.probe import REFUSALS, agree, probes, structure
-from offload_moe.decode.run import LayerRun, Rotary, can_run
 from offload_moe.decode.shorten import position_embeddings, probe_cache, probe_positions
+from offload_moe.decode.span import LayerSpan, Rotary, span_kind
 from offload_moe.experts.attach import BoundExperts
-from offload_moe.experts.probe import ResidualKeeper
+from offload_moe.experts.probe import ResidualCapture
 from offload_moe.native import kernels
 from offload_moe.residency.hierarchy import Hierarchy
 
@@ -47,7 +47,7 @@ class LayerStep:
             raise TypeError("no attention whose decode step is one kernel call")
         self.layer = layer
         self.attention = attention.step
-        self.run: LayerRun | None = None  # that this layer is part of
+        self.run: LayerSpan | None = None  # that this layer is part of
         self._layer_forward = layer.forward
         self._rotary = attention.rotary
         self._block = block
@@ -55,7 +55,7 @@ class LayerStep:
         router = None if plain is None else plain.route.kernel
         norms = (_norm_kernel(first), _norm_kernel(self._norm))
         self.kernel = kernels.LayerKernel(norms, self.attention.kernel, router)
-        # What is not called must not be watched, but by those who are told: keepers of residuals, a router's onlookers.
+        # Only residual captures and a router's observers may watch what the pass does not call; it runs them itself.
         self._hooks = hooks_of([first, attentions[0]])
         self._hooks += [self._norm._forward_hooks, self._norm._forward_pre_hooks_with_kwargs]
         if plain is not None:
@@ -72,11 +72,11 @@ class LayerStep:
 
     def fits(self, hidden_states: Tensor, cache: Any) -> bool:
         """Whether this call is such a step, and nobody waits for a module that would not be called."""
-        keepers = self._norm._forward_pre_hooks
+        captures = self._norm._forward_pre_hooks
         return (
             not are_watched(self._hooks)
-            and (not keepers or all(isinstance(hook, ResidualKeeper) for hook in keepers.values()))
-            and (self.plain is None or have_only_onlookers([self.plain.router._forward_hooks]))
+            and (not captures or all(isinstance(hook, ResidualCapture) for hook in captures.values()))
+            and (self.plain is None or have_only_observers([self.plain.router._forward_hooks]))
             and self.attention.fits(hidden_states, cache)
         )
 
@@ -115,19 +115,19 @@ class LayerStep:
         if plain is None or routed is None:
             out = self._block(normed)
             return residual + (out[0] if isinstance(out, tuple) else out)
-        for onlooker in plain.router._forward_hooks.values():
-            onlooker(plain.router, (), routed)
+        for observer in plain.router._forward_hooks.values():
+            observer(plain.router, (), routed)
         return residual + plain.compute(normed[0], routed)
 
     @property
-    def num_keepers(self) -> int:
+    def num_captures(self) -> int:
         """How many want to know the layer's residual."""
         return len(self._norm._forward_pre_hooks)
 
     def keep(self, residual: Tensor) -> None:
         """Tell them."""
-        for keeper in self._norm._forward_pre_hooks.values():
-            keeper(self._norm, (residual,))
+        for capture in self._norm._forward_pre_hooks.values():
+            capture(self._norm, (residual,))
 
 
 def shorten_layers(model: nn.Module, hierarchy: Hierarchy | None) -> int:
@@ -156,10 +156,10 @@ def shorten_layers(model: nn.Module, hierarchy: Hierarchy | None) -> int:
 def _join(model: nn.Module, hierarchy: Hierarchy) -> None:
     """Make a run of each row of layers that follow each other and can take part."""
     for siblings in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
-        for shape, row in groupby((_forward(layer) for layer in siblings), key=partial(can_run, hierarchy)):
+        for shape, row in groupby((_forward(layer) for layer in siblings), key=partial(span_kind, hierarchy)):
             if shape is not None:
                 steps = list(row)
-                run = LayerRun(steps, hierarchy)
+                run = LayerSpan(steps, hierarchy)
                 for step in steps:
                     step.run = run
 

@@ -19,7 +19,7 @@ from offload_moe.chat.sampling import SamplingArguments
 from offload_moe.checkpoint.token_ids import watch_ids
 from offload_moe.checkpoint.tokenizer import load_tokenizer, tokenizer_notices
 from offload_moe.convert.sources import Report, ensure_store, silent
-from offload_moe.decode import make_lean
+from offload_moe.decode import make_fast
 from offload_moe.engine.assemble import LOSSLESS, Assembled, assemble, skeleton_of
 from offload_moe.engine.overflow import watch_overflow
 from offload_moe.engine.saving import refuse_saving, refuse_to_save
@@ -202,7 +202,7 @@ def load(
     exact: bool = False,
     prefetch: int = DEFAULT_DEPTH,
     hybrid: Hybrid = "auto",
-    lean: bool = True,
+    fast_path: bool = True,
     revision: str | None = None,
     token: str | None = None,
     follow_links: bool = False,
@@ -221,7 +221,7 @@ def load(
     device: None takes the accelerator when there is one. dtype: "fp32", "bf16" or "fp16"; None takes bf16 on a device
     that has it, fp16 on an older one, fp32 on the CPU.
     exact: CPU kernels keep activations in full precision, slower. A bf16 store gives eager's bits with it, and in fp32.
-    lean: decode steps without the detours of the model's own code, see `offload_moe.decode`.
+    fast_path: decode steps without the detours of the model's own code, see `offload_moe.decode`.
     hybrid: with a device, whether the CPU computes some of the misses while others are copied: "auto" where kernels and
     codec allow it, "on" or an error, "off" for results that never depend on where an expert was.
     prefetch: MoE layers to look ahead; 0 turns prefetch and warm starts off. It also turns itself off while it does not
@@ -259,7 +259,7 @@ def load(
     computed_in = compute_dtype(dtype, where)
     skeleton = skeleton_of(store, computed_in)
     keeps_bits = keeps_eagers_bits(store.codec, where, computed_in, is_exact=exact)
-    shape = describe_skeleton(skeleton, is_lean=lean and not keeps_bits)
+    shape = describe_skeleton(skeleton, is_fast_path=fast_path and not keeps_bits)
     machine = measure_load(where, vram=vram_bytes, ram=ram_bytes, dtype=computed_in)
     placement = fit(store, shape, machine, context=context, dense_codec=dense_codec, is_exact=exact)
     progress("Loading dense weights")
@@ -279,8 +279,8 @@ def load(
         )
         if prefetch:
             warm_start(hierarchy, store.path)
-        if lean:
-            make_lean(assembled.hf, is_exact=keeps_bits, context=placement.context, hierarchy=hierarchy)
+        if fast_path:
+            make_fast(assembled.hf, is_exact=keeps_bits, context=placement.context, hierarchy=hierarchy)
         if computed_in == torch.float16:
             watch_overflow(assembled.hf)
         watch_ids(assembled.hf)

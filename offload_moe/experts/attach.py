@@ -24,7 +24,7 @@ EXPERTS_FUNCTION = "offload_moe"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RanLayers:
+class SpannedLayers:
     """Layers that were done in one run, one token through n of them.
 
     logits ``[n, E]``, weights and ids ``[n, K]``: what their routers said. times ``[n, 2]``: of `time.perf_counter`,
@@ -49,7 +49,7 @@ class LayerRecorder(Protocol):
 
     def end(self) -> None: ...
 
-    def ran(self, layers: RanLayers) -> None:
+    def ran(self, layers: SpannedLayers) -> None:
         """In place of `begin` and `end`, and of the routers' own hooks."""
 
 
@@ -116,7 +116,7 @@ class BoundExperts:
             self._ask_and_look_ahead(hidden, experts, top_k_index)
             return arithmetic.one_token(step, weights, [self._record_of(slot) for slot in slots])
         finally:
-            self.scheduler.let_go(slots)
+            self.scheduler.release_held(slots)
 
     def _settle(self) -> None:
         """What was demanded before has arrived, and is accounted for."""

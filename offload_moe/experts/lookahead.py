@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offload_moe.experts.probe import ResidualKeeper, RouterProbe
+from offload_moe.experts.probe import ResidualCapture, RouterProbe
 from offload_moe.native.kernels import FETCHED, MISSING
 from offload_moe.residency.co_occurrence import CoOccurrence
 from offload_moe.residency.prefetch import LayerTally, PrefetchGovernor, RankTally
@@ -71,7 +71,7 @@ class Lookahead:
         self._habits: CoOccurrence | None = None
         for layer, probe in enumerate(probes):
             if probe is not None:
-                probe.norm.register_forward_pre_hook(ResidualKeeper(self._residuals, layer))
+                probe.norm.register_forward_pre_hook(ResidualCapture(self._residuals, layer))
             else:
                 self._fall_back()
 
@@ -145,7 +145,7 @@ class Lookahead:
         ranks = (self._num_ranks(depth, num_experts_per_token) for depth in depths)
         return list(itertools.takewhile(bool, ranks))
 
-    def can_be_run(self, num_layers: int) -> bool:
+    def can_be_spanned(self, num_layers: int) -> bool:
         """Whether every layer's own router is a good guesser, as far as its norm goes, so that a run may ask it."""
         is_whole = num_layers == len(self._probes) and self._habits is None
         return is_whole and all(self._trusted.get(layer, False) for layer in range(num_layers))

@@ -124,7 +124,7 @@ def _epsilon(norm: Any) -> float:
     return torch.finfo(norm.weight.dtype).eps if epsilon is None else float(epsilon)
 
 
-class ResidualKeeper:
+class ResidualCapture:
     """A forward pre-hook of a layer's norm that keeps what it is given, ``[T, H]``, and changes nothing."""
 
     def __init__(self, residuals: MutableMapping[int, Tensor], layer: int) -> None:

@@ -126,13 +126,13 @@ class DeviceMover:
                 return
             self.flights.ask_for_more()
 
-    def hurry(self, slot: int) -> None:
+    def promote(self, slot: int) -> None:
         with self.flights.changed:
             load = self._prefetches.pop(slot, None)
         if load is not None:
             self.start(load.key, slot, load.arrived)
         else:
-            self._loaders.hurry(slot)
+            self._loaders.promote(slot)
 
     def cancel(self, slot: int) -> bool:
         with self.flights.changed:

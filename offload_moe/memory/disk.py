@@ -13,7 +13,7 @@ from offload_moe.memory.arena import Arena
 from offload_moe.memory.mover import Arrived
 from offload_moe.memory.record_file import RecordFile
 from offload_moe.memory.workers import TransferWorkers
-from offload_moe.native.kernels import PlaceStruct, Reads, ReadSizes, Residents, crc32
+from offload_moe.native.kernels import PlaceStruct, Reads, ReadSizes, SlotTable, crc32
 from offload_moe.store import Record
 
 # Bytes in flight: enough for a fast disk, and no more, so that records arrive one after the other and one computes
@@ -50,8 +50,8 @@ class DiskMover:
         parts = [partial(reading.read_part, start, part_bytes) for start in starts]  # which do not keep the mover alive
         self._workers.submit(slot, parts, is_prefetch=is_prefetch)
 
-    def hurry(self, slot: int) -> None:
-        self._workers.hurry(slot)
+    def promote(self, slot: int) -> None:
+        self._workers.promote(slot)
 
     def cancel(self, slot: int) -> bool:
         return self._workers.cancel(slot)
@@ -59,7 +59,7 @@ class DiskMover:
     def used(self, slots: Sequence[int]) -> None:
         """Compute on the CPU is finished when it returns: nothing to wait for."""
 
-    def native_reads(self, residents: Residents, num_keys: int) -> Reads:
+    def native_reads(self, slot_table: SlotTable, num_keys: int) -> Reads:
         """Reads of the same records into the same arena that native runs begin by themselves."""
         records = [self._record_of(key) for key in range(num_keys)]
         paths = list(dict.fromkeys(record.path for record in records))
@@ -81,7 +81,7 @@ class DiskMover:
             part_bytes=PART_BYTES,
             prefetch_part_bytes=PREFETCH_PART_BYTES,
         )
-        return Reads(residents, files, places, sizes, owner=(self._arena, self._files))
+        return Reads(slot_table, files, places, sizes, owner=(self._arena, self._files))
 
     def close(self) -> None:
         if self._workers.close():  # a thread that is still reading needs its file

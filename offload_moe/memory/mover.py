@@ -15,7 +15,7 @@ class Mover(Protocol):
         Calls ``arrived(slot, num_bytes, error)`` once, from a thread of the mover.
         """
 
-    def hurry(self, slot: int) -> None:
+    def promote(self, slot: int) -> None:
         """The expert that is being prefetched into the slot is demanded now."""
 
     def cancel(self, slot: int) -> bool:

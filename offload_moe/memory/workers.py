@@ -42,9 +42,9 @@ class TransferWorkers:
         """Line up a transfer; its parts may run at the same time."""
         self._queue.submit(slot, parts, is_prefetch=is_prefetch)
 
-    def hurry(self, slot: int) -> None:
+    def promote(self, slot: int) -> None:
         """The slot's expert is demanded now."""
-        self._queue.hurry(slot)
+        self._queue.promote(slot)
 
     def cancel(self, slot: int) -> bool:
         """Forget a prefetch unless one of its parts is running. Whether it is forgotten: then nobody writes there."""
@@ -81,7 +81,7 @@ class _Queue:
             (self._prefetches if is_prefetch else self._demanded)[slot] = _Transfer(deque(parts))
             self._changed.notify(len(parts))
 
-    def hurry(self, slot: int) -> None:
+    def promote(self, slot: int) -> None:
         with self._changed:
             if slot in self._prefetches:
                 self._demanded[slot] = self._prefetches.pop(slot)

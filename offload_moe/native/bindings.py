@@ -103,22 +103,22 @@ def _declare(loaded: ctypes.CDLL) -> None:
     loaded.om_router_step.argtypes = [pointer] * 5
     loaded.om_layer_step.argtypes = [*([pointer] * 6), int64, int64, *([pointer] * 5)]
     loaded.om_add_shared.argtypes = [pointer] * 3
-    loaded.om_residents_open.argtypes, loaded.om_residents_open.restype = [pointer] * 2, pointer
-    loaded.om_residents_close.argtypes, loaded.om_residents_close.restype = [pointer], None
-    loaded.om_residents_publish.argtypes, loaded.om_residents_publish.restype = [pointer, int64, pointer], None
-    loaded.om_residents_claim.argtypes = loaded.om_residents_withdraw.argtypes = [pointer, int64]
+    loaded.om_slot_table_open.argtypes, loaded.om_slot_table_open.restype = [pointer] * 2, pointer
+    loaded.om_slot_table_close.argtypes, loaded.om_slot_table_close.restype = [pointer], None
+    loaded.om_slot_table_publish.argtypes, loaded.om_slot_table_publish.restype = [pointer, int64, pointer], None
+    loaded.om_slot_table_claim.argtypes = loaded.om_slot_table_withdraw.argtypes = [pointer, int64]
     loaded.om_reads_open.argtypes, loaded.om_reads_open.restype = [pointer] * 2, pointer
     loaded.om_reads_close.argtypes = [pointer, ctypes.c_double]
-    loaded.om_reads_lend.argtypes, loaded.om_reads_lend.restype = [pointer, int32, pointer], None
+    loaded.om_reads_reserve.argtypes, loaded.om_reads_reserve.restype = [pointer, int32, pointer], None
     loaded.om_reads_ask_below.argtypes, loaded.om_reads_ask_below.restype = [pointer, int32], None
     loaded.om_reads_demand.argtypes, loaded.om_reads_demand.restype = [pointer, int64], None
-    loaded.om_reads_take_back.argtypes = [pointer]
-    loaded.om_reads_news.argtypes, loaded.om_reads_news.restype = [pointer, pointer, int64], int64
-    loaded.om_run_pass.argtypes, loaded.om_run_pass.restype = [pointer] * 3, int64
-    loaded.om_ride_start.argtypes, loaded.om_ride_start.restype = [pointer] * 4, pointer
-    loaded.om_ride_next.argtypes = [pointer, int64, ctypes.c_double, pointer]
-    loaded.om_ride_next.restype = int64
-    loaded.om_ride_end.argtypes, loaded.om_ride_end.restype = [pointer], None
+    loaded.om_reads_reclaim.argtypes = [pointer]
+    loaded.om_reads_completions.argtypes, loaded.om_reads_completions.restype = [pointer, pointer, int64], int64
+    loaded.om_span_pass.argtypes, loaded.om_span_pass.restype = [pointer] * 3, int64
+    loaded.om_pass_start.argtypes, loaded.om_pass_start.restype = [pointer] * 4, pointer
+    loaded.om_pass_next.argtypes = [pointer, int64, ctypes.c_double, pointer]
+    loaded.om_pass_next.restype = int64
+    loaded.om_pass_end.argtypes, loaded.om_pass_end.restype = [pointer], None
     loaded.om_linear_forward.argtypes = [pointer, pointer, pointer, int64, pointer, int64, int32, int32, int32]
     loaded.om_moe_forward.argtypes = [
         *(pointer, pointer, int64, int32),

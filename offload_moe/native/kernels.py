@@ -20,8 +20,8 @@ from offload_moe.native.experts import ExpertKernel, add_rows
 from offload_moe.native.linear import LinearKernel
 from offload_moe.native.planes import unsupported_reason
 from offload_moe.native.reads import DONE, DROPPED, FAILED, READING, Reads, ReadSizes
-from offload_moe.native.residents import Residents
-from offload_moe.native.run import (
+from offload_moe.native.slot_table import SlotTable
+from offload_moe.native.span import (
     ARRIVING,
     FETCHED,
     HIT,
@@ -29,11 +29,11 @@ from offload_moe.native.run import (
     MISSING,
     NEEDS_EXPERTS,
     NEEDS_SLOTS,
-    Ride,
-    RunKernel,
-    RunLayer,
-    RunToken,
     SharedKernel,
+    SpanKernel,
+    SpanLayer,
+    SpanToken,
+    TokenPass,
 )
 from offload_moe.native.structs import FileStruct, PlaceStruct
 
@@ -60,13 +60,13 @@ __all__ = [
     "PlaceStruct",
     "ReadSizes",
     "Reads",
-    "Residents",
-    "Ride",
     "RouterKernel",
-    "RunKernel",
-    "RunLayer",
-    "RunToken",
     "SharedKernel",
+    "SlotTable",
+    "SpanKernel",
+    "SpanLayer",
+    "SpanToken",
+    "TokenPass",
     "add_rows",
     "available",
     "crc32",

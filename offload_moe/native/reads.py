@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from offload_moe.errors import ModelClosed
 from offload_moe.native.bindings import library
-from offload_moe.native.residents import Residents
-from offload_moe.native.structs import FileStruct, NewsStruct, PlaceStruct, ReadsOptionsStruct
+from offload_moe.native.slot_table import SlotTable
+from offload_moe.native.structs import CompletionStruct, FileStruct, PlaceStruct, ReadsOptionsStruct
 from offload_moe.system.lifecycle import CLOSED, finalize
 
 READING, DONE, DROPPED, FAILED = range(1, 5)
-_NEWS_ROOM = 256
+_COMPLETION_ROOM = 256
 _CLOSE_LIMIT_S = 5.0  # a thread that is stuck in a dead disk must not keep the process from ending
 _STUCK: list[object] = []  # memory and files that a thread may still use
 
@@ -31,7 +31,7 @@ class Reads:
 
     def __init__(
         self,
-        residents: Residents,
+        slot_table: SlotTable,
         files: Sequence[FileStruct],
         places: Sequence[PlaceStruct],
         sizes: ReadSizes,
@@ -41,8 +41,8 @@ class Reads:
         self._files = (FileStruct * len(files))(*files)
         self._places = (PlaceStruct * len(places))(*places)
         self._is_checked = array("B", bytes(len(places)))
-        self._news = (NewsStruct * _NEWS_ROOM)()
-        self._residents, self._owner = residents, owner
+        self._completions = (CompletionStruct * _COMPLETION_ROOM)()
+        self._slot_table, self._owner = slot_table, owner
         options = ReadsOptionsStruct(
             part_bytes=sizes.part_bytes,
             prefetch_part_bytes=sizes.prefetch_part_bytes,
@@ -51,11 +51,11 @@ class Reads:
             is_checked=self._is_checked.buffer_info()[0],
             num_threads=sizes.num_threads,
         )
-        handle = library().om_reads_open(residents.handle, ctypes.addressof(options))
+        handle = library().om_reads_open(slot_table.handle, ctypes.addressof(options))
         if not handle:
             raise MemoryError("No memory for the threads that read experts.")
         self._handle = handle
-        used = (self._files, self._places, self._is_checked, residents.memory, owner)
+        used = (self._files, self._places, self._is_checked, slot_table.memory, owner)
         self._close = finalize(self, _close, handle, used)
 
     @property
@@ -71,29 +71,31 @@ class Reads:
 
     def lend(self, slot: int) -> None:
         """No more than 128 at a time."""
-        library().om_reads_lend(self.handle, slot, self._residents.address(slot))
+        library().om_reads_reserve(self.handle, slot, self._slot_table.address(slot))
 
     def ask_below(self, least_slots: int) -> None:
-        """With fewer lent slots left a ride asks for more; guesses leave half of so many."""
+        """With fewer lent slots left a token pass asks for more; guesses leave half of so many."""
         library().om_reads_ask_below(self.handle, least_slots)
 
     def demand(self, key: int) -> None:
         """Somebody waits for the expert if it is on its way: it is not dropped any more."""
         library().om_reads_demand(self.handle, key)
 
-    def take_back(self) -> Iterator[int]:
+    def reclaim(self) -> Iterator[int]:
         """Slots that were lent and are not in use."""
-        while (slot := library().om_reads_take_back(self.handle)) >= 0:
+        while (slot := library().om_reads_reclaim(self.handle)) >= 0:
             yield slot
 
-    def news(self) -> Iterator[NewsStruct]:
+    def completions(self) -> Iterator[CompletionStruct]:
         """What has happened since it was last asked, in an order that makes sense.
 
         READING: a lent slot is being filled. DONE: its expert is resident. DROPPED: it is lent again, and empty.
         FAILED: it is not lent any more; the expert counts as on its way until it is published or withdrawn.
         """
-        while count := library().om_reads_news(self.handle, ctypes.addressof(self._news), _NEWS_ROOM):
-            yield from self._news[:count]
+        while count := library().om_reads_completions(
+            self.handle, ctypes.addressof(self._completions), _COMPLETION_ROOM
+        ):
+            yield from self._completions[:count]
 
     def close(self) -> bool:
         """Finish what is being read. False where that takes too long: then its memory and files stay in use."""

@@ -75,8 +75,8 @@ class SharedStruct(ctypes.Structure):
     )
 
 
-class RunLayerStruct(ctypes.Structure):
-    """`om_run_layer`."""
+class SpanLayerStruct(ctypes.Structure):
+    """`om_span_layer`."""
 
     _fields_ = (
         ("layer", ctypes.c_void_p),
@@ -88,8 +88,8 @@ class RunLayerStruct(ctypes.Structure):
     )
 
 
-class RunStruct(ctypes.Structure):
-    """`om_run`."""
+class SpanStruct(ctypes.Structure):
+    """`om_span`."""
 
     _fields_ = (
         ("layers", ctypes.c_void_p),
@@ -97,8 +97,8 @@ class RunStruct(ctypes.Structure):
     )
 
 
-class RunTokenStruct(ctypes.Structure):
-    """`om_run_token`."""
+class SpanTokenStruct(ctypes.Structure):
+    """`om_span_token`."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("cos", "signed_sin", "keys", "values", "capacities", "lengths")),
@@ -141,7 +141,7 @@ class ReadsOptionsStruct(ctypes.Structure):
     )
 
 
-class NewsStruct(ctypes.Structure):
-    """`om_news`."""
+class CompletionStruct(ctypes.Structure):
+    """`om_completion`."""
 
     _fields_ = (("key", ctypes.c_int64), *((name, ctypes.c_int32) for name in ("slot", "state", "was_prefetch")))

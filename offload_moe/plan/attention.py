@@ -47,12 +47,12 @@ class AttentionShape:
         return any(work.scores > 1 for work in self.works)
 
 
-def describe_attention(model: "PreTrainedModel", *, is_lean: bool) -> AttentionShape:
-    """is_lean: latent attention is absorbed where it can be."""
+def describe_attention(model: "PreTrainedModel", *, is_fast_path: bool) -> AttentionShape:
+    """is_fast_path: latent attention is absorbed where it can be."""
     from offload_moe.decode.latent import find_latents
 
     modules = _modules_by_layer(model)
-    is_absorbed = is_lean and bool(find_latents(model))
+    is_absorbed = is_fast_path and bool(find_latents(model))
     works = {
         describe_work(module, is_absorbed=is_absorbed)
         for found in modules.values()

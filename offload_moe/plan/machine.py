@@ -27,7 +27,7 @@ class Rates:
     link: PCIe 4.0 x16 as pinned copies reach it; 31.5 GB/s by its standard. disk: docs/design.md reckons with this.
     layer_s: transformers' Python, 0.7 to 1.1 ms measured on two cores of an EPYC. wave_s: a further wave of experts in
     a layer. probe_s: asking a later router what it would choose. Latencies: per read, per copy.
-    Where a decode step is one native call for all layers: ride_layer_s: Python per layer; ask_s: per request for
+    Where a decode step is one native call for all layers: pass_layer_s: Python per layer; ask_s: per request for
     experts or slots; turn_s: per read that Python begins. Measured on two cores of a Xeon, see docs/simulate.md.
     """
 
@@ -40,7 +40,7 @@ class Rates:
     layer_s: float = 0.9e-3
     wave_s: float = 0.1e-3
     probe_s: float = 0.1e-3
-    ride_layer_s: float = 0.15e-3
+    pass_layer_s: float = 0.15e-3
     ask_s: float = 0.5e-3
     turn_s: float = 0.2e-3
     disk_latency_s: float = 0.1e-3

@@ -90,9 +90,9 @@ class ModelShape:
 
 
 def describe_model(
-    config: "PreTrainedConfig", *, is_lean: bool = True, dense_names: Collection[str] = ()
+    config: "PreTrainedConfig", *, is_fast_path: bool = True, dense_names: Collection[str] = ()
 ) -> ModelShape:
-    """Builds the skeleton of a config, a second at most, and counts it. is_lean: see `describe_skeleton`.
+    """Builds the skeleton of a config, a second at most, and counts it. is_fast_path: see `describe_skeleton`.
 
     dense_names: of what there is to be loaded, since the config may tie weights of which each has values of its own.
 
@@ -101,11 +101,11 @@ def describe_model(
     """
     skeleton = build_skeleton(_with_dtype(config))
     untie(skeleton, dense_names)
-    return describe_skeleton(skeleton, is_lean=is_lean)
+    return describe_skeleton(skeleton, is_fast_path=is_fast_path)
 
 
-def describe_skeleton(model: "PreTrainedModel", *, is_lean: bool) -> ModelShape:
-    """Counts a skeleton. is_lean: it is computed with `offload_moe.decode`, beyond what keeps eager's bits.
+def describe_skeleton(model: "PreTrainedModel", *, is_fast_path: bool) -> ModelShape:
+    """Counts a skeleton. is_fast_path: it is computed with `offload_moe.decode`, beyond what keeps eager's bits.
 
     Raises: UnsupportedModelError when its experts cannot be bound.
     """
@@ -122,7 +122,7 @@ def describe_skeleton(model: "PreTrainedModel", *, is_lean: bool) -> ModelShape:
         dense=_dense_weights(model, experts),
         lookup_elements=_lookup_elements(model),
         tied_head=_tied_head(model),
-        attention=describe_attention(model, is_lean=is_lean),
+        attention=describe_attention(model, is_fast_path=is_fast_path),
         vocabulary=text_config.vocab_size,
     )
 

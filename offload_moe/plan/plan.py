@@ -72,7 +72,7 @@ def make_plan(
         dense_codec = _agreed("--dense-codec", dense_codec, source.dense_codec)
     _suitable("--dense-codec", dense_codec or LOSSLESS, DENSE_CODECS)
     stored = source.dense_codec or dense_codec or LOSSLESS
-    shape = describe_model(source.config, is_lean=_is_lean(codec, machine), dense_names=source.dense_names)
+    shape = describe_model(source.config, is_fast_path=_is_lean(codec, machine), dense_names=source.dense_names)
     shape = with_narrow_embeddings(shape, lambda weight: weight.dtype == torch.bfloat16)
     check_context(context, shape)
     settings = Settings(codec=codec, context=context, dense_codec=dense_codec, stored_dense_codec=stored)

@@ -130,9 +130,9 @@ class ContextRoom:
         """
         fast = self._placement.fast
         num_missing = -(-max(0, extra) // fast.slot_bytes)
-        num_lent = max(0, -extra - NEVER_LENT_BYTES - int(DOUBT * activations)) // fast.slot_bytes
+        num_reserved = max(0, -extra - NEVER_LENT_BYTES - int(DOUBT * activations)) // fast.slot_bytes
         most_slots = self._shape.num_experts if self.lends else fast.num_slots
-        return min(most_slots, fast.num_slots - num_missing + num_lent)
+        return min(most_slots, fast.num_slots - num_missing + num_reserved)
 
     def _have(self, num_slots: int) -> bool:
         """Have so many slots. False: there cannot be so few.

@@ -123,8 +123,8 @@ def run_costs(shape: ModelShape, machine: Machine, settings: Settings, placement
         - shape.lookup_elements * machine.dtype.itemsize
         + cache_bytes(shape, placement.context, machine.dtype)
     )
-    is_ridden = takes_rides(shape, machine)
-    layer_s = rates.ride_layer_s if is_ridden else rates.layer_s
+    is_ridden = takes_token_passes(shape, machine)
+    layer_s = rates.pass_layer_s if is_ridden else rates.layer_s
     pair_parameters = sum(layer.expert_parameters for layer in shape.layers) / num_layers
     return RunCosts(
         layer_host_s=layer_s * shape.num_layers / num_layers,
@@ -134,14 +134,14 @@ def run_costs(shape: ModelShape, machine: Machine, settings: Settings, placement
         expert_s=routed_bytes(shape, settings.codec) / num_routed / memory,
         pair_s=2 * pair_parameters / flops,
         probe_host_s=rates.probe_s,
-        rides=is_ridden,
+        has_token_passes=is_ridden,
         ask_host_s=rates.ask_s,
-        account_host_s=rates.ride_layer_s,
+        account_host_s=rates.pass_layer_s,
         has_device=machine.has_device,
     )
 
 
-def takes_rides(shape: ModelShape, machine: Machine) -> bool:
-    """Whether a decode step is one native call for all layers, see `offload_moe.decode.run`, as far as a config tells."""
+def takes_token_passes(shape: ModelShape, machine: Machine) -> bool:
+    """Whether a config allows a decode step as one native call for all layers, see `offload_moe.decode.span`."""
     is_plain = shape.attention.keeps_all_tokens and not shape.attention.has_latents
     return not machine.has_device and machine.dtype == torch.float32 and is_plain

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offload_moe.experts.attach import RanLayers
+from offload_moe.experts.attach import SpannedLayers
 from offload_moe.profile.routers import Router, pad_experts
 from offload_moe.profile.trace import DELAYED_HIT, HIT, MISS, Trace
 
@@ -41,13 +41,13 @@ class Forward:
     outcomes: list[list[tuple[int, Sequence[int], Sequence[int]]]] = field(init=False)
     prefetches: list[list[tuple[int, int]]] = field(init=False)
     on_cpu: list[tuple[int, Sequence[int]]] = field(default_factory=list)  # layer, experts: with a device tier
-    whole: tuple[RanLayers, Mark] | None = None  # all layers at once, with the totals afterwards
+    whole: tuple[SpannedLayers, Mark] | None = None  # all layers at once, with the totals afterwards
 
     def __post_init__(self) -> None:
         self.outcomes = [[] for _ in range(self.num_tiers)]
         self.prefetches = [[] for _ in range(self.num_tiers)]
 
-    def add_run(self, layers: RanLayers, mark: Mark) -> None:
+    def add_run(self, layers: SpannedLayers, mark: Mark) -> None:
         """One token through several layers; mark: the totals afterwards."""
         if not self.calls and self.whole is None and len(layers.ids) == self.num_layers:
             self.whole = layers, mark
@@ -115,7 +115,7 @@ class Forward:
         return issued
 
 
-def _marks_of(ran: RanLayers, mark: Mark) -> Array:
+def _marks_of(ran: SpannedLayers, mark: Mark) -> Array:
     """[2, L, C]: the marks before and after each layer of a run; mark: afterwards. Runs know one tier."""
     marks = np.empty((2, len(ran.ids), len(mark)))
     stalled = mark[STALL] - ran.stalls.sum().item() + np.cumsum(ran.stalls.numpy())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_moe.checkpoint.experts import ExpertsModule
-from offload_moe.experts.probe import ResidualKeeper, RouterProbe, find_probes
+from offload_moe.experts.probe import ResidualCapture, RouterProbe, find_probes
 from offload_moe.profile.trace import Trace
 
 DEPTHS = (1, 2, 3)
@@ -28,7 +28,7 @@ def measure_recall(
     probes = find_probes(hf, layers)
     residuals: dict[int, Tensor] = {}
     handles = [
-        probe.norm.register_forward_pre_hook(ResidualKeeper(residuals, layer))
+        probe.norm.register_forward_pre_hook(ResidualCapture(residuals, layer))
         for layer, probe in enumerate(probes)
         if probe is not None
     ]

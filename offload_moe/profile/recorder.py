@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from offload_moe.checkpoint.experts import ExpertsModule
-from offload_moe.decode.hooks import Onlooker
+from offload_moe.decode.hooks import HookObserver
 from offload_moe.errors import ConfigError
-from offload_moe.experts.attach import RanLayers
+from offload_moe.experts.attach import SpannedLayers
 from offload_moe.profile.columns import Columns, Forward, Mark, PackedForward, make_trace, to_columns
 from offload_moe.profile.routers import Router, find_router
 from offload_moe.profile.trace import Trace
@@ -96,7 +96,7 @@ class Recorder:
         if forward is not None:
             forward.ends.append(self._mark())
 
-    def ran(self, layers: RanLayers) -> None:
+    def ran(self, layers: SpannedLayers) -> None:
         forward = self._current
         if forward is not None:
             forward.add_run(layers, self._mark())
@@ -196,14 +196,14 @@ def record(subject: Subject) -> Iterator[Recorder]:
             router = find_router(subject.hf, layer.block_name, layer.num_experts)
             recorder._routers.append(router)
             if router is not None:
-                handle = router.module.register_forward_hook(ScoreKeeper(recorder, ordinal, router))
+                handle = router.module.register_forward_hook(ScoreCapture(recorder, ordinal, router))
                 undo.callback(handle.remove)
         for handle in _forward_hooks(recorder, subject.hf):
             undo.callback(handle.remove)
         yield recorder
 
 
-class ScoreKeeper(Onlooker):
+class ScoreCapture(HookObserver):
     """Puts aside what a layer's router gives."""
 
     def __init__(self, recorder: Recorder, layer: int, router: Router) -> None:

@@ -68,7 +68,7 @@ def note_passed(
     """
     marks = []
     with scheduler.changed:
-        scheduler.hear()
+        scheduler.drain_completions()
         for number, (chosen, states) in enumerate(zip(experts, found, strict=True), layer):
             first = number * scheduler.num_experts
             arriving, missing = sort_found(chosen, states)

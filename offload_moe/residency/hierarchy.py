@@ -17,9 +17,9 @@ from offload_moe.memory.mover import Mover
 from offload_moe.memory.pace import LinkPace
 from offload_moe.native import kernels
 from offload_moe.residency.counters import Counters
-from offload_moe.residency.loans import Loans
 from offload_moe.residency.policy import DEFAULT_POLICY, LRU, Policy, make_policy
 from offload_moe.residency.records import RamRecords
+from offload_moe.residency.reserved import ReservedSlots
 from offload_moe.residency.residency import Lookup, Residency
 from offload_moe.residency.scheduler import Scheduler
 from offload_moe.system.lifecycle import Lifecycle
@@ -51,10 +51,10 @@ class Hierarchy:
         self._resizing = threading.Lock()
         self._began_whole: set[Scheduler] = set()  # the tiers that were given a slot for every expert
         self._copier = copier if pools.num_device_slots else None
-        self.residents: kernels.Residents | None = None  # of the fast tier, for native runs
+        self.slot_table: kernels.SlotTable | None = None  # of the fast tier, for native runs
         if self._copier is None and kernels.available():
-            self.residents = kernels.Residents(self._num_keys, self.arena.addresses)
-        self.ram = self._scheduler(pools.num_ram_slots, make_mover(self.arena), "disk_bytes", self.residents)
+            self.slot_table = kernels.SlotTable(self._num_keys, self.arena.addresses)
+        self.ram = self._scheduler(pools.num_ram_slots, make_mover(self.arena), "disk_bytes", self.slot_table)
         self.scheduler = self.ram
         self.record_of: Callable[[int], Tensor] = self.arena.slot
         if self._copier is not None:
@@ -69,16 +69,16 @@ class Hierarchy:
             self.ram.is_asked_by_layer = False  # but for one expert at a time, by the device's loaders
             self.record_of = self._device_slots.slot
 
-    def loans(self) -> Loans | None:
+    def reserved(self) -> ReservedSlots | None:
         """What native runs fetch experts with; None where they have to ask for each."""
-        mover, residents = self.ram.mover, self.residents
-        if self.ram.loans is None and residents is not None and isinstance(mover, DiskMover):
+        mover, slot_table = self.ram.mover, self.slot_table
+        if self.ram.reserved is None and slot_table is not None and isinstance(mover, DiskMover):
             try:
-                reads = mover.native_reads(residents, self._num_keys)
+                reads = mover.native_reads(slot_table, self._num_keys)
             except OSError:
                 return None  # the mover will say what is wrong with the file, once an expert is wanted
-            self.ram.loans = Loans(self.ram, reads)
-        return self.ram.loans
+            self.ram.reserved = ReservedSlots(self.ram, reads)
+        return self.ram.reserved
 
     @property
     def counters(self) -> Counters:
@@ -93,17 +93,17 @@ class Hierarchy:
     @contextmanager
     def every_expert(self) -> Iterator[bool]:
         """Whether each is resident in the fast tier; then they stay as long as the context lasts."""
-        assert self.residents is not None
+        assert self.slot_table is not None
         with self.scheduler.changed:
             are_here = self.scheduler.residency.num_resident == self._num_keys
             if are_here:
-                self.residents.hold_all()
+                self.slot_table.hold_all()
         try:
             yield are_here
         finally:
             if are_here:
                 with self.scheduler.changed:
-                    self.residents.let_go_all()
+                    self.slot_table.release_all_holds()
                     self.scheduler.changed.notify_all()
 
     @property

@@ -167,7 +167,7 @@ class Lease:
         residency = self._scheduler.residency
         slot = residency.find(key)
         if slot is not None and not residency.is_resident(slot):
-            self._scheduler.hurry(key, slot)
+            self._scheduler.promote(key, slot)
             slot = residency.find(key)
         if self._scheduler.unproven:
             self._scheduler.demanded(key, is_here=slot is not None)

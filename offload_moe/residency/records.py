@@ -29,4 +29,4 @@ class RamRecords:
         """None where it would have to be read, or waited for."""
         layer, expert = divmod(key, self._ram.num_experts)
         slots = self._ram.hold(layer, [expert])
-        return None if slots is None else (self._arena.slot(slots[0]), partial(self._ram.let_go, slots))
+        return None if slots is None else (self._arena.slot(slots[0]), partial(self._ram.release_held, slots))

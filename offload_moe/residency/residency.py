@@ -63,7 +63,7 @@ class Residency:
         self._lent: set[int] = set()
 
     @property
-    def num_lent(self) -> int:
+    def num_reserved(self) -> int:
         """Slots that are lent and not being filled, as far as is known here."""
         return len(self._lent)
 
@@ -140,12 +140,12 @@ class Residency:
         self._lent.add(slot)
         return slot
 
-    def admit_lent(self, key: int, slot: int) -> None:
+    def admit_reserved(self, key: int, slot: int) -> None:
         """A lent slot is being filled: LOADING, and nobody's lease."""
         self._lent.remove(slot)
         self._begin(key, slot)
 
-    def lend_again(self, slot: int) -> None:
+    def reserve_again(self, slot: int) -> None:
         """What was filling a lent slot is not coming; the lookup knows."""
         assert self._state[slot] is SlotState.LOADING
         del self._slot_of[self._key_of[slot]]
@@ -153,7 +153,7 @@ class Residency:
         self._state[slot] = SlotState.FREE
         self._lent.add(slot)
 
-    def take_back(self, slot: int) -> None:
+    def reclaim(self, slot: int) -> None:
         """A lent slot is FREE again."""
         self._lent.remove(slot)
         if slot < self._num_open:
@@ -187,8 +187,8 @@ class Residency:
         for slot in range(self._num_open, self.num_slots):
             if self.is_resident(slot) and not self._num_leases[slot]:
                 self._evict(slot)
-        is_lent = any(slot >= self._num_open for slot in self._lent)
-        return not is_lent and all(state is SlotState.FREE for state in self._state[self._num_open :])
+        is_reserved = any(slot >= self._num_open for slot in self._lent)
+        return not is_reserved and all(state is SlotState.FREE for state in self._state[self._num_open :])
 
     def open_slots(self) -> None:
         """Closed slots take experts again, whatever became of them meanwhile."""

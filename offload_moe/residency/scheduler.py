@@ -20,9 +20,9 @@ from offload_moe.memory.waiting import wait_step
 from offload_moe.residency.accounts import note_layer
 from offload_moe.residency.counters import Counters
 from offload_moe.residency.lease import Found, Lease
-from offload_moe.residency.loans import Loans
 from offload_moe.residency.observer import Observer
 from offload_moe.residency.policy.protocol import Policy
+from offload_moe.residency.reserved import ReservedSlots
 from offload_moe.residency.residency import Residency
 from offload_moe.residency.uses import Uses
 from offload_moe.system.lifecycle import Lifecycle
@@ -70,7 +70,7 @@ class Scheduler:
         self._flying: dict[int, int] = {}  # slot -> key of a prefetch on its way
         self._wanted: deque[int] = deque()  # what a warm start still has to bring
         self.observer: Observer | None = None
-        self.loans: Loans | None = None
+        self.reserved: ReservedSlots | None = None
         self._bytes_counter = bytes_counter
         self._bytes_counters = self.counters
         self._on_arrival = _on_arrival(weakref.ref(self))
@@ -95,7 +95,7 @@ class Scheduler:
         keys = [first + expert for expert in experts]
         with self.changed:
             self.lifecycle.check_waiting()
-            self.hear()
+            self.drain_completions()
             seen = keys
             if on_cpu:
                 self._note_on_cpu(layer, on_cpu)
@@ -106,7 +106,7 @@ class Scheduler:
             return Lease(self, first, keys, found)
 
     def hold(self, layer: int, experts: Sequence[int]) -> list[int] | None:
-        """The slots of these experts, leased until `let_go`, where all are resident; else None, and nothing changed.
+        """The slots of these experts, leased until `release_held`, where all are resident; else None and no change.
 
         What `acquire` and one wave do, with the lock taken once: the usual decode step of a model that fits.
         """
@@ -114,13 +114,13 @@ class Scheduler:
         keys = [first + expert for expert in experts]
         with self.changed:
             self.lifecycle.check_waiting()
-            self.hear()
+            self.drain_completions()
             slots = self.residency.lease_all(keys)
             if slots is not None:
                 note_layer(self, layer, keys)
         return slots
 
-    def let_go(self, slots: Sequence[int]) -> None:
+    def release_held(self, slots: Sequence[int]) -> None:
         """End the leases of `hold`; compute that reads the slots has been issued."""
         with self.changed:
             self.mover.used(slots)
@@ -163,7 +163,7 @@ class Scheduler:
         keys = [first + expert for expert in experts]
         num_started = 0
         with self.changed:
-            self.hear()
+            self.drain_completions()
             spared = {*keep, *keys}
             for key in keys:
                 if self.residency.find(key) is None:
@@ -183,10 +183,10 @@ class Scheduler:
             found = [(expert, self.residency.find(first + expert)) for expert in experts]
             return [expert for expert, slot in found if slot is not None and self.residency.is_resident(slot)]
 
-    def hear(self) -> None:
+    def drain_completions(self) -> None:
         """Learn what native runs have fetched by themselves (lock held)."""
-        if self.loans is not None:
-            self.loans.hear()
+        if self.reserved is not None:
+            self.reserved.drain_completions()
 
     def wait(self, limit_s: float) -> float:
         """Until something may have changed (lock held). Returns the seconds that count against a limit.
@@ -194,16 +194,18 @@ class Scheduler:
         Raises: ModelClosed.
         """
         self.lifecycle.check_waiting()
-        hear_s = self.loans.hear_s if self.loans is not None else None
-        waited_s = wait_step(self.changed, limit_s if hear_s is None else min(limit_s, hear_s), self.clock)
-        self.hear()
+        drain_interval_s = self.reserved.drain_interval_s if self.reserved is not None else None
+        waited_s = wait_step(
+            self.changed, limit_s if drain_interval_s is None else min(limit_s, drain_interval_s), self.clock
+        )
+        self.drain_completions()
         return waited_s
 
-    def hurry(self, key: int, slot: int) -> None:
+    def promote(self, key: int, slot: int) -> None:
         """The expert on its way is demanded (lock held). It may turn out to have been dropped just before."""
-        self.mover.hurry(slot)
-        if self.loans is not None:
-            self.loans.demand(key)
+        self.mover.promote(slot)
+        if self.reserved is not None:
+            self.reserved.demand(key)
 
     def read_again(self, key: int, slot: int) -> None:
         """A run's read of it has failed (lock held): the mover has more patience, and words for what is wrong."""
@@ -289,8 +291,8 @@ class Scheduler:
 
     def _empty_closed_slots(self) -> bool:
         """Whether all of them are free (lock held); a wrong guess, dropped after its run, leaves its slot lent."""
-        if self.loans is not None:
-            self.loans.take_back()
+        if self.reserved is not None:
+            self.reserved.reclaim()
         return self.residency.empty_closed_slots()
 
     def grow(self, num_slots: int) -> None:
@@ -315,8 +317,8 @@ class Scheduler:
         self._bytes_counters = counters
 
     def close(self) -> None:
-        if self.loans is not None:
-            self.loans.reads.close()
+        if self.reserved is not None:
+            self.reserved.reads.close()
         self.mover.close()
 
     def _arrived(self, slot: int, num_bytes: int, error: BaseException | None) -> None:

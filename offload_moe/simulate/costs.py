@@ -17,8 +17,8 @@ class RunCosts:
     not all come in one wave, which are added up apart; late_host_s: per expert behind the first wave of such a layer.
     expert_s: reading one expert where it is computed; pair_s: its arithmetic per token. The larger counts.
     probe_host_s: asking one later router.
-    rides: a decode step is one native call for all layers where the slots allow it, so that `wave_host_s` and
-    `expert_host_s` are prompts' only; ask_host_s: Python's part of each request of such a ride,
+    passes: a decode step is one native call for all layers where the slots allow it, so that `wave_host_s` and
+    `expert_host_s` are prompts' only; ask_host_s: Python's part of each request of such a token pass,
     and account_host_s of each layer that it first accounts for.
     has_device: arithmetic is queued, and the host waits for it once per layer, when it needs the routing.
     """
@@ -35,7 +35,7 @@ class RunCosts:
     expert_s: float = 0.0
     pair_s: float = 0.0
     probe_host_s: float = 0.0
-    rides: bool = False
+    has_token_passes: bool = False
     ask_host_s: float = 0.0
     account_host_s: float = 0.0
     has_device: bool = False

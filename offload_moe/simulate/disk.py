@@ -62,7 +62,7 @@ class VirtualDisk:
         """`start`, by a native thread."""
         self._line_up(key, slot, arrived, is_prefetch, turn_s=0.0)
 
-    def hurry(self, slot: int) -> None:
+    def promote(self, slot: int) -> None:
         if slot in self._prefetches:
             self._demanded[slot] = self._prefetches.pop(slot)
             self._begin_what_can()

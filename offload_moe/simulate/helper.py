@@ -1,4 +1,4 @@
-"""The thread that called the model, while a native thread rides through the layers: `decode/run.py` in virtual time."""
+"""The thread that called the model, while a native thread takes a token pass: `decode/span.py` in virtual time."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -6,21 +6,21 @@ from functools import partial
 from offload_moe.native.kernels import NEEDS_EXPERTS, NEEDS_SLOTS
 from offload_moe.residency.accounts import note_passed, sort_found
 from offload_moe.residency.lease import Lease
-from offload_moe.residency.loans import HEAR_S, Loans
+from offload_moe.residency.reserved import DRAIN_INTERVAL_S, ReservedSlots
 from offload_moe.residency.scheduler import Scheduler
 from offload_moe.simulate.clock import VirtualClock, VirtualCondition
 from offload_moe.simulate.costs import RunCosts
 
 
 class Helper:
-    """Gives a ride what it asks for, one thing after another; whoever asks meanwhile waits."""
+    """Gives a token pass what it asks for, one thing after another; whoever asks meanwhile waits."""
 
-    def __init__(self, clock: VirtualClock, scheduler: Scheduler, loans: Loans, costs: RunCosts) -> None:
+    def __init__(self, clock: VirtualClock, scheduler: Scheduler, reserved: ReservedSlots, costs: RunCosts) -> None:
         self._clock = clock
         self._scheduler = scheduler
-        self._loans = loans
+        self._reserved = reserved
         self._costs = costs
-        self._chosen: list[Sequence[int]] = []  # of each layer of the ride, what its router chose
+        self._chosen: list[Sequence[int]] = []  # of each layer of the token pass, what its router chose
         self._found: list[Sequence[int]] = []  # and how it was found
         self._num_told = 0  # layers that have been accounted for
         self._needs: dict[int, int] = {}  # layer -> what it needs
@@ -51,9 +51,9 @@ class Helper:
         """The ride is over: finish what was asked for, account for the rest, and take back what was lent."""
         while self._is_busy:
             has_happened = self._clock.run_next()
-            assert has_happened, "nobody brings what a ride asked for"
+            assert has_happened, "nobody brings what a token pass asked for"
         self._note_passed(len(self._chosen))
-        self._loans.take_back()
+        self._reserved.reclaim()
 
     def _attend(self) -> None:
         if not self._is_busy and self._needs:
@@ -75,17 +75,17 @@ class Helper:
         self._wait(self._held)
 
     def _wait(self, lease: Lease) -> None:
-        """For all of the lease; reads of the ride are looked for every now and then only."""
+        """For all of the lease; reads of the token pass are looked for every now and then only."""
         if lease is self._held:
             self._look_whether_all_have_come()
             if self._is_bringing:
-                self._clock.after(HEAR_S, partial(self._wait, lease))
+                self._clock.after(DRAIN_INTERVAL_S, partial(self._wait, lease))
 
     def _look_whether_all_have_come(self) -> None:
         if not self._is_bringing:
             return
         assert self._held is not None
-        self._scheduler.hear()
+        self._scheduler.drain_completions()
         if not self._held.have_come():
             return
         self._is_bringing = False
@@ -95,7 +95,7 @@ class Helper:
             self._rest()
 
     def _lend(self) -> None:
-        self._loans.lend(may_evict=self._may_evict)
+        self._reserved.lend(may_evict=self._may_evict)
         self._rest()
 
     def _rest(self) -> None:

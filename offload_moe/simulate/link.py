@@ -48,7 +48,7 @@ class VirtualLink:
         (self._prefetches if is_prefetch else self._demanded)[slot] = _Copy(key, slot, arrived)
         self._begin_what_can()
 
-    def hurry(self, slot: int) -> None:
+    def promote(self, slot: int) -> None:
         if slot in self._prefetches:
             self._demanded[slot] = self._prefetches.pop(slot)
             self._begin_what_can()

@@ -1,4 +1,4 @@
-"""What a native run finds and fetches, in virtual time: the counterparts of `csrc/residents.c` and `csrc/reads.c`."""
+"""What a native run finds and fetches, in virtual time: the counterparts of `csrc/slot_table.c` and `csrc/reads.c`."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -8,7 +8,7 @@ from offload_moe.native.kernels import DONE, DROPPED, READING
 from offload_moe.simulate.disk import VirtualDisk
 
 
-class VirtualResidents:
+class VirtualSlotTable:
     """Which experts are here or on their way, by key: a `residency.Lookup`."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class VirtualResidents:
 
 
 @dataclass(frozen=True, slots=True)
-class _News:
+class _Completion:
     key: int
     slot: int
     state: int
@@ -55,19 +55,19 @@ class _News:
 
 
 class VirtualReads:
-    """What `schedule.loans.Loans` asks of `kernels.Reads`, and what a ride does with it. The disk is the mover's."""
+    """`Reads` as `residency.reserved.ReservedSlots` and a token pass use it. The disk is the mover's."""
 
-    def __init__(self, residents: VirtualResidents, disk: VirtualDisk) -> None:
-        self._residents = residents
+    def __init__(self, slot_table: VirtualSlotTable, disk: VirtualDisk) -> None:
+        self._slot_table = slot_table
         self._disk = disk
         self._spares: list[int] = []
         self._least_spares = 0
-        self._reading: dict[int, _News] = {}  # by slot
-        self._news: list[_News] = []
+        self._reading: dict[int, _Completion] = {}  # by slot
+        self._completions: list[_Completion] = []
 
     @property
     def are_short(self) -> bool:
-        """Whether a ride should ask for more slots."""
+        """Whether a token pass should ask for more slots."""
         return len(self._spares) < self._least_spares
 
     def fetch(self, key: int, *, is_prefetch: bool = False) -> bool:
@@ -75,7 +75,7 @@ class VirtualReads:
         if len(self._spares) <= (self._least_spares // 2 if is_prefetch else 0):
             return False
         slot = self._spares.pop()
-        self._residents.claim(key)
+        self._slot_table.claim(key)
         self._reading[slot] = self._say(key, slot, READING, is_prefetch)
         self._disk.fetch(key, slot, self._arrived, is_prefetch=is_prefetch)
         return True
@@ -83,14 +83,14 @@ class VirtualReads:
     def demand(self, key: int) -> None:
         for slot, read in self._reading.items():
             if read.key == key:
-                self._disk.hurry(slot)
+                self._disk.promote(slot)
 
     def drop_wrong(self, end: int, wanted: Collection[int]) -> None:
         """Forget guesses for layers before that key which nobody wants, as far as their reads have not begun."""
         for slot, read in list(self._reading.items()):
             if read.was_prefetch and read.key < end and read.key not in wanted and self._disk.cancel(slot):
                 del self._reading[slot]
-                self._residents.withdraw(read.key)
+                self._slot_table.withdraw(read.key)
                 self._spares.append(slot)
                 self._say(read.key, slot, DROPPED, was_prefetch=True)
 
@@ -100,12 +100,12 @@ class VirtualReads:
     def ask_below(self, least_slots: int) -> None:
         self._least_spares = least_slots
 
-    def take_back(self) -> Iterator[int]:
+    def reclaim(self) -> Iterator[int]:
         while self._spares:
             yield self._spares.pop()
 
-    def news(self) -> Sequence[_News]:
-        news, self._news = self._news, []
+    def completions(self) -> Sequence[_Completion]:
+        news, self._completions = self._completions, []
         return news
 
     def num_bytes(self, key: int) -> int:
@@ -116,10 +116,10 @@ class VirtualReads:
 
     def _arrived(self, slot: int, num_bytes: int, error: BaseException | None) -> None:
         read = self._reading.pop(slot)
-        self._residents.publish(read.key, slot)
+        self._slot_table.publish(read.key, slot)
         self._say(read.key, slot, DONE, read.was_prefetch)
 
-    def _say(self, key: int, slot: int, state: int, was_prefetch: bool) -> _News:
-        news = _News(key, slot, state, was_prefetch)
-        self._news.append(news)
+    def _say(self, key: int, slot: int, state: int, was_prefetch: bool) -> _Completion:
+        news = _Completion(key, slot, state, was_prefetch)
+        self._completions.append(news)
         return news

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload_moe.memory.mover import Mover
-from offload_moe.residency.loans import SLOTS_PER_CHOICE
 from offload_moe.residency.policy import DEFAULT_POLICY, LRU, make_policy
+from offload_moe.residency.reserved import SLOTS_PER_CHOICE
 from offload_moe.residency.residency import Lookup, Residency
 from offload_moe.residency.scheduler import Scheduler
 from offload_moe.simulate.clock import VirtualClock, VirtualCondition
@@ -21,8 +21,8 @@ from offload_moe.simulate.disk import VirtualDisk
 from offload_moe.simulate.guesses import Guesser
 from offload_moe.simulate.link import VirtualLink
 from offload_moe.simulate.processor import DeviceProcessor, Processor
-from offload_moe.simulate.reads import VirtualResidents
-from offload_moe.simulate.ride import VirtualRides
+from offload_moe.simulate.reads import VirtualSlotTable
+from offload_moe.simulate.token_pass import VirtualPasses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class VirtualPools:
 
 
 class VirtualRuntime:
-    """Forwards one after another: prompts as `offload_moe.experts.attach.BoundExperts` computes them, tokens in rides."""
+    """Forwards one after another: prompts as `experts.attach.BoundExperts` computes them, tokens as token passes."""
 
     def __init__(
         self,
@@ -54,10 +54,10 @@ class VirtualRuntime:
         self._pools = pools
         self._costs = costs
         reader = VirtualDisk(self.clock, disk, pools.slot_bytes)
-        residents = VirtualResidents() if costs.rides and not pools.num_device_slots else None
-        self.ram = self._scheduler(pools.num_ram_slots, reader, "disk_bytes", residents)
+        slot_table = VirtualSlotTable() if costs.has_token_passes and not pools.num_device_slots else None
+        self.ram = self._scheduler(pools.num_ram_slots, reader, "disk_bytes", slot_table)
         self.scheduler = self.ram
-        self._rides = VirtualRides(self.clock, self.processor, costs, self.ram, reader) if residents else None
+        self._passes = VirtualPasses(self.clock, self.processor, costs, self.ram, reader) if slot_table else None
         if pools.num_device_slots:
             assert link is not None
             mover = VirtualLink(self.clock, link, self.ram, self.processor, pools.slot_bytes)
@@ -81,9 +81,9 @@ class VirtualRuntime:
         num_tokens, num_layers, top_k = experts.shape
         if num_tokens != 1:
             self._guesser.pause()
-        rides = self._rides
-        if num_tokens == 1 and rides is not None and self.ram.residency.num_slots >= SLOTS_PER_CHOICE * top_k:
-            rides.forward(experts[0], lambda layer: self._guess(layer, experts[0]))
+        passes = self._passes
+        if num_tokens == 1 and passes is not None and self.ram.residency.num_slots >= SLOTS_PER_CHOICE * top_k:
+            passes.forward(experts[0], lambda layer: self._guess(layer, experts[0]))
         else:
             for layer in range(num_layers):
                 self._layer(layer, experts)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from offload_moe.checkpoint.experts import find_experts
 from offload_moe.errors import TransferError
 from offload_moe.experts import routing
-from offload_moe.experts.attach import RanLayers
+from offload_moe.experts.attach import SpannedLayers
 from offload_moe.experts.device import DeviceArithmetic
 from offload_moe.experts.lookahead import Lookahead
 from offload_moe.experts.probe import PlainRouter, find_probes
@@ -180,7 +180,7 @@ def test_a_recorded_layer_ends_with_its_copies_landed(model: PreTrainedModel) ->
         def end(self) -> None:
             landed.append(not is_loading(scheduler_of(attached)))
 
-        def ran(self, layers: RanLayers) -> None: ...
+        def ran(self, layers: SpannedLayers) -> None: ...
 
     for module in experts_of(attached):
         module._offload_moe.recorder = Recorder()

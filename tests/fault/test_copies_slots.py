@@ -229,7 +229,7 @@ def test_a_hold_protects_what_it_read(copier: SimulatedCopier) -> None:
     held = scheduler.hold(0, [1])
     assert held == [0]
     seen = read_later(copier.compute, scheduler.mover._slots.slot(0))
-    scheduler.let_go(held)
+    scheduler.release_held(held)
     with scheduler.acquire(0, [2]) as lease:
         assert list(lease) == [[(2, 0)]]
     scheduler.settle()
@@ -304,7 +304,7 @@ def test_few_prefetches_are_issued_at_once_and_demands_overtake_the_others(monke
     for _ in range(2):
         assert are_issued.acquire(timeout=10)
     mover.start(5, 5, arrived)
-    mover.hurry(3)
+    mover.promote(3)
     for _ in range(2):  # here, or by the thread where it does not watch the link yet
         assert are_issued.acquire(timeout=10)
     assert mover.cancel(2)

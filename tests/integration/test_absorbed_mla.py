@@ -9,7 +9,7 @@ from support.tiny_models import tiny_model, tiny_prompt
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from offload_moe.decode import make_lean
+from offload_moe.decode import make_fast
 from offload_moe.decode.latent import NAME, absorb_latents
 
 TOLERANCE = 1e-4
@@ -53,9 +53,9 @@ def family(request: pytest.FixtureRequest) -> str:
 def pair(family: str) -> tuple[PreTrainedModel, PreTrainedModel]:
     """transformers' own model and the absorbed one."""
     plain = tiny_model(family, **FAMILIES[family]).requires_grad_(False)
-    lean = copy.deepcopy(plain)
-    assert absorb_latents(lean) == 3
-    return plain, lean
+    fast_path = copy.deepcopy(plain)
+    assert absorb_latents(fast_path) == 3
+    return plain, fast_path
 
 
 def distance(got: Tensor, expected: Tensor) -> float:
@@ -85,8 +85,8 @@ def prompted(model: PreTrainedModel, batch: int) -> tuple[DynamicCache, Tensor, 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_decode_steps_follow_the_expanded_ones(pair: tuple[PreTrainedModel, PreTrainedModel], batch: int) -> None:
-    (cache, mask, prompt), (lean_cache, _, lean_prompt) = (prompted(model, batch) for model in pair)
-    assert distance(lean_prompt, prompt) < TOLERANCE
+    (cache, mask, prompt), (lean_cache, _, fast_prompt) = (prompted(model, batch) for model in pair)
+    assert distance(fast_prompt, prompt) < TOLERANCE
     for step in range(STEPS):
         expected, _ = continue_with(pair[0], cache, mask, 1, step)
         got, mask = continue_with(pair[1], lean_cache, mask, 1, step)
@@ -111,16 +111,16 @@ def test_a_few_tokens_more_and_a_cropped_cache(pair: tuple[PreTrainedModel, PreT
 def test_decode_expands_nothing_and_caches_latents_only(
     pair: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, lean = pair
-    cache, mask, _ = prompted(lean, 3)
+    _, fast_path = pair
+    cache, mask, _ = prompted(fast_path, 3)
 
     def refuse(*_: object) -> None:
         raise AssertionError("decode expanded the history")
 
-    module = next(module for module in lean.modules() if hasattr(type(module), "expand_kv"))
+    module = next(module for module in fast_path.modules() if hasattr(type(module), "expand_kv"))
     monkeypatch.setattr(type(module), "expand_kv", refuse)
-    continue_with(lean, cache, mask, 1, 0)
-    config = lean.config
+    continue_with(fast_path, cache, mask, 1, 0)
+    config = fast_path.config
     for layer in [layer for layer in cache.layers if layer.is_croppable]:
         assert layer.keys.shape == (3, 1, 10, config.kv_lora_rank)
         assert layer.values.shape == (3, 1, 10, config.qk_rope_head_dim)
@@ -144,18 +144,18 @@ def test_prompts_hand_torch_values_as_wide_as_keys(
 def test_it_works_on_the_eager_function_too(family: str) -> None:
     plain = tiny_model(family, **FAMILIES[family]).requires_grad_(False)
     plain.config._attn_implementation = "eager"
-    lean = copy.deepcopy(plain)
-    make_lean(lean, is_exact=False)
-    assert lean.config._attn_implementation == f"{NAME}_eager"
-    (cache, mask, _), (lean_cache, _, _) = (prompted(model, 3) for model in (plain, lean))
+    fast_path = copy.deepcopy(plain)
+    make_fast(fast_path, is_exact=False)
+    assert fast_path.config._attn_implementation == f"{NAME}_eager"
+    (cache, mask, _), (lean_cache, _, _) = (prompted(model, 3) for model in (plain, fast_path))
     expected, _ = continue_with(plain, cache, mask, 1, 0)
-    got, _ = continue_with(lean, lean_cache, mask, 1, 0)
+    got, _ = continue_with(fast_path, lean_cache, mask, 1, 0)
     assert distance(got, expected) < TOLERANCE
 
 
 def test_another_attention_function_gets_expanded_keys(pair: tuple[PreTrainedModel, PreTrainedModel]) -> None:
-    plain, lean = pair
-    switched = copy.deepcopy(lean)
+    plain, fast_path = pair
+    switched = copy.deepcopy(fast_path)
     switched.config._attn_implementation = plain.config._attn_implementation
     (cache, mask, _), (switched_cache, _, _) = (prompted(model, 3) for model in (plain, switched))
     expected, _ = continue_with(plain, cache, mask, 1, 0)

@@ -150,7 +150,7 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     (
         "token_profile.py",
         "{store} --tokens 4",
-        ("ms_per_token.om_run_pass", "share_outside_of_native_calls"),
+        ("ms_per_token.om_span_pass", "share_outside_of_native_calls"),
     ),
     (
         "token_profile.py",

@@ -43,7 +43,7 @@ class MetadataMover:
     def cancel(self, slot: int) -> bool:
         return False
 
-    def hurry(self, slot: int) -> None:
+    def promote(self, slot: int) -> None:
         pass
 
     def used(self, slots: object) -> None:

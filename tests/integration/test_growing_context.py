@@ -46,18 +46,18 @@ def test_tokens_stay_the_same_while_slots_give_way(store: Path) -> None:
         assert 6 <= model._hierarchy.num_slots("ram") < 18
 
 
-@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("fast_path", [True, False])
 def test_tokens_stay_the_same_while_slots_borrow_room_and_give_it_back(
-    tmp_path: Path, lean: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fast_path: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two prompts and two answers in one cache; 24 of 192 experts have a slot of their own."""
     monkeypatch.setattr(room, "NEVER_LENT_BYTES", 0)
     hf = tiny_model("mixtral", num_local_experts=64, max_position_embeddings=1024).to(torch.bfloat16)
     hf.save_pretrained(tmp_path / "model")
     store, context = quantize(tmp_path / "model", tmp_path / "store"), 640
-    with load(store, context=context, lean=lean) as model:
+    with load(store, context=context, fast_path=fast_path) as model:
         expected, ram = _two_answers(model), model.placement.fast.bytes_with(24)
-    with load(store, context=context, ram=ram, lean=lean) as model:
+    with load(store, context=context, ram=ram, fast_path=fast_path) as model:
         sizes: list[int] = []
         model.hf.get_decoder().register_forward_hook(lambda *_: sizes.append(model._hierarchy.num_slots("ram")))
         assert torch.equal(_two_answers(model), expected)

@@ -49,7 +49,7 @@ class VirtualCopies:
         self._free_at = max(self._free_at, self._clock.now) + self.seconds
         self._clock.at(self._free_at, partial(self._end, key, slot, began, arrived, is_prefetch))
 
-    def hurry(self, slot: int) -> None: ...
+    def promote(self, slot: int) -> None: ...
 
     def cancel(self, slot: int) -> bool:
         return False

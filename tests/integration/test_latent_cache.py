@@ -43,19 +43,19 @@ def num_bytes(*tensors: Tensor) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("fast_path", [True, False])
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "kimi_k2"])
 def test_bytes_per_token_are_the_latent_and_the_rotated_key(
-    family: str, lean: bool, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, fast_path: bool, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path / "cache"))
-    with load(checkpoint_of(tmp_path / "checkpoint", family), codec="int8", dtype=dtype, lean=lean) as model:
+    with load(checkpoint_of(tmp_path / "checkpoint", family), codec="int8", dtype=dtype, fast_path=fast_path) as model:
         cache = filled_cache(model.hf)
     tokens = BATCH * (NUM_TOKENS + NUM_DECODED)
     found = sum(num_bytes(layer.keys, layer.values) for layer in cache.layers)
     assert found == tokens * WIDTH * dtype.itemsize * NUM_LAYERS
     assert found < tokens * ALL_HEADS * dtype.itemsize * NUM_LAYERS
     rooms = [room for layer in cache.layers if (room := getattr(layer, "_room", None)) is not None]
-    assert len(rooms) == (NUM_LAYERS if lean else 0)
+    assert len(rooms) == (NUM_LAYERS if fast_path else 0)
     for room in rooms:  # room to grow is as narrow
         assert num_bytes(*room) == room[0].shape[0] * room[0].shape[2] * WIDTH * dtype.itemsize

@@ -49,7 +49,7 @@ class Order:
         del self.pending[index]
         return True
 
-    def hurry(self, slot: int) -> None:
+    def promote(self, slot: int) -> None:
         pass
 
     def used(self, slot: int) -> None:

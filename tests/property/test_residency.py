@@ -90,28 +90,28 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.lent)
     @rule(key=KEYS, data=st.data())
-    def fill_lent(self, key: int, data: st.DataObject) -> None:
+    def fill_reserved(self, key: int, data: st.DataObject) -> None:
         if not self.lookup.claim(key):
             return
         slot = data.draw(st.sampled_from(sorted(self.lent)))
-        self.residency.admit_lent(key, slot)
+        self.residency.admit_reserved(key, slot)
         self.lent.remove(slot)
         self.model[key] = [slot, 1, 0]
 
     @precondition(lambda self: any(entry[1] and not entry[2] for entry in self.model.values()))
     @rule(data=st.data())
-    def drop_lent(self, data: st.DataObject) -> None:
+    def drop_reserved(self, data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(sorted(k for k, entry in self.model.items() if entry[1] and not entry[2])))
         self.lookup.withdraw(key)
         slot = self.model.pop(key)[0]
-        self.residency.lend_again(slot)
+        self.residency.reserve_again(slot)
         self.lent.add(slot)
 
     @precondition(lambda self: self.lent)
     @rule(data=st.data())
-    def take_back(self, data: st.DataObject) -> None:
+    def reclaim(self, data: st.DataObject) -> None:
         slot = data.draw(st.sampled_from(sorted(self.lent)))
-        self.residency.take_back(slot)
+        self.residency.reclaim(slot)
         self.lent.remove(slot)
 
     @precondition(lambda self: self.loading())
@@ -200,7 +200,7 @@ class ResidencyMachine(RuleBasedStateMachine):
                 assert self.residency.num_leases(entry[0]) == entry[2]
             assert (key in self.lookup.slot_of) == bool(entry)
             assert self.lookup.slot_of.get(key) == (entry[0] if entry and not entry[1] else None)
-        assert self.residency.num_lent == len(self.lent)
+        assert self.residency.num_reserved == len(self.lent)
         assert self.residency.num_resident == sum(not entry[1] for entry in self.model.values())
         assert sorted(self.residency.resident_keys()) == sorted(k for k, entry in self.model.items() if not entry[1])
 

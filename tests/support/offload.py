@@ -40,7 +40,7 @@ class MemoryMover:
     def cancel(self, slot: int) -> bool:
         return False
 
-    def hurry(self, slot: int) -> None:
+    def promote(self, slot: int) -> None:
         pass
 
     def used(self, slots: Sequence[int]) -> None:

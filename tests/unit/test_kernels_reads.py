@@ -16,11 +16,11 @@ from offload_moe.memory.arena import Arena
 from offload_moe.memory.record_file import RecordFile
 from offload_moe.native import kernels
 from offload_moe.quant.layout import round_up
-from tests.unit.test_kernels_run import NUM_EXPERTS, NUM_LAYERS, TOP_K, Run, wait
+from tests.unit.test_native_span import NUM_EXPERTS, NUM_LAYERS, TOP_K, Run, wait
 
 NUM_KEYS, NUM_SLOTS = NUM_LAYERS * NUM_EXPERTS, 6
 pytestmark = [needs_kernels, pytest.mark.usefixtures("best_kernels_afterwards")]
-News = list[tuple[int, int, int, bool]]
+Completion = list[tuple[int, int, int, bool]]
 
 
 class Disk:
@@ -35,10 +35,10 @@ class Disk:
         path.write_bytes(b"".join(self.content))
         self.checksums = [zlib.crc32(each) for each in self.content]
         self.part_bytes = part_bytes
-        run.residents._addresses = self.arena.addresses
+        run.slot_table._addresses = self.arena.addresses
 
     @contextmanager
-    def reads(self, run: Run, num_lent: int, least_slots: int = 0, num_threads: int = 2) -> Iterator[kernels.Reads]:
+    def reads(self, run: Run, num_reserved: int, least_slots: int = 0, num_threads: int = 2) -> Iterator[kernels.Reads]:
         file = RecordFile(self.path)
         places = [
             kernels.PlaceStruct(
@@ -49,24 +49,24 @@ class Disk:
         sizes = kernels.ReadSizes(
             num_threads=num_threads, part_bytes=self.part_bytes, prefetch_part_bytes=self.part_bytes
         )
-        reads = kernels.Reads(run.residents, [file.native()], places, sizes)
+        reads = kernels.Reads(run.slot_table, [file.native()], places, sizes)
         reads.ask_below(least_slots)
-        for slot in range(num_lent):
+        for slot in range(num_reserved):
             reads.lend(slot)
         yield reads
         assert reads.close()
         file.close()
 
 
-def news_of(reads: kernels.Reads) -> News:
-    return [(each.key, each.slot, each.state, bool(each.was_prefetch)) for each in reads.news()]
+def completions_of(reads: kernels.Reads) -> Completion:
+    return [(each.key, each.slot, each.state, bool(each.was_prefetch)) for each in reads.completions()]
 
 
-def hear(reads: kernels.Reads, num_news: int) -> News:
+def drain_completions(reads: kernels.Reads, num_completions: int) -> Completion:
     """So much news, within ten seconds."""
-    deadline, news = time.monotonic() + 10, news_of(reads)
-    while time.monotonic() < deadline and len(news) < num_news:
-        news += news_of(reads)
+    deadline, news = time.monotonic() + 10, completions_of(reads)
+    while time.monotonic() < deadline and len(news) < num_completions:
+        news += completions_of(reads)
     return news
 
 
@@ -79,7 +79,7 @@ def whole_run(ranks: Sequence[int] = ()) -> Run:
 def go(run: Run, reads: kernels.Reads, expected: Collection[tuple[int, int]] = ()) -> None:
     """Through all layers, which need this and nothing else."""
     needs: list[tuple[int, int]] = []
-    with run.kernel.start(run.token, run.residents, reads) as ride:
+    with run.kernel.start(run.token, run.slot_table, reads) as ride:
         while (said := wait(ride, needs[-1][0] + 1 if needs else 0))[0] < NUM_LAYERS:
             needs.append(said)
     assert needs == list(expected)
@@ -94,15 +94,15 @@ def test_what_is_missing_is_fetched_without_asking(tmp_path: Path, part_bytes: i
     with disk.reads(run, NUM_SLOTS) as reads:
         go(run, reads)
         assert torch.equal(run.token.x, whole.token.x)
-        news = news_of(reads)
+        news = completions_of(reads)
         assert {key for key, *_ in news} == set(absent)
         for key in absent:
             mine = [(slot, state, was_prefetch) for of, slot, state, was_prefetch in news if of == key]
             slot = mine[0][0]
             assert mine == [(slot, kernels.READING, False), (slot, kernels.DONE, False)]
             assert disk.arena.slot(slot).numpy().tobytes() == disk.content[key]
-        assert news_of(reads) == []
-        assert sorted(reads.take_back()) == sorted(set(range(NUM_SLOTS)) - {slot for _, slot, *_ in news})
+        assert completions_of(reads) == []
+        assert sorted(reads.reclaim()) == sorted(set(range(NUM_SLOTS)) - {slot for _, slot, *_ in news})
 
 
 def test_a_ride_says_that_its_slots_run_out_and_asks_for_what_it_cannot_fetch(tmp_path: Path) -> None:
@@ -110,14 +110,14 @@ def test_a_ride_says_that_its_slots_run_out_and_asks_for_what_it_cannot_fetch(tm
     run = Run(absent=whole.chosen(1))
     disk = Disk(tmp_path / "experts", run)
     with (
-        disk.reads(run, num_lent=2, least_slots=1) as reads,
-        run.kernel.start(run.token, run.residents, reads) as ride,
+        disk.reads(run, num_reserved=2, least_slots=1) as reads,
+        run.kernel.start(run.token, run.slot_table, reads) as ride,
     ):
         assert wait(ride, 0) == (1, kernels.NEEDS_EXPERTS | kernels.NEEDS_SLOTS)
-        left = [key for key in run.chosen(1) if run.residents.claim(key)]
+        left = [key for key in run.chosen(1) if run.slot_table.claim(key)]
         assert len(left) == 1
         disk.arena.slot(5).copy_(torch.frombuffer(bytearray(disk.content[left[0]]), dtype=torch.uint8))
-        run.residents.publish(left[0], 5)
+        run.slot_table.publish(left[0], 5)
         assert wait(ride, 2)[0] == 2  # still short
         assert wait(ride, 3)[0] == NUM_LAYERS
     assert torch.equal(run.token.x, whole.token.x)
@@ -135,22 +135,22 @@ def test_a_read_that_fails_leaves_its_slot_to_who_has_patience(tmp_path: Path, d
     else:
         disk.checksums[missing] ^= 1
     with disk.reads(run, 1) as reads:
-        with run.kernel.start(run.token, run.residents, reads) as ride:
-            news = hear(reads, 2)
+        with run.kernel.start(run.token, run.slot_table, reads) as ride:
+            news = drain_completions(reads, 2)
             assert [(key, slot, state) for key, slot, state, _ in news] == [
                 (missing, 0, kernels.READING),
                 (missing, 0, kernels.FAILED),
             ]
-            assert not run.residents.claim(missing)
+            assert not run.slot_table.claim(missing)
             assert ride.next(0) is None
             if is_given_up:
-                assert run.residents.withdraw(missing)
+                assert run.slot_table.withdraw(missing)
                 assert wait(ride, 0) == (1, kernels.NEEDS_EXPERTS)
-                assert run.residents.claim(missing)
+                assert run.slot_table.claim(missing)
             disk.arena.slot(0).copy_(torch.frombuffer(bytearray(disk.content[missing]), dtype=torch.uint8))
-            run.residents.publish(missing, 0)
+            run.slot_table.publish(missing, 0)
             assert wait(ride, 0)[0] == NUM_LAYERS
-        assert list(reads.take_back()) == []
+        assert list(reads.reclaim()) == []
     assert torch.equal(run.token.x, whole.token.x)
 
 
@@ -164,7 +164,7 @@ def test_guesses_that_count_are_fetched_and_wrong_ones_are_no_loss(tmp_path: Pat
         assert torch.equal(run.token.x, whole.token.x)
         assert run.token.guesses_found[0, 0].tolist() == [kernels.FETCHED, kernels.FETCHED, kernels.MISSING]
         expected = {*guessed[:2], *(set(run.chosen(1)) & set(guessed))}
-        news = hear(reads, 2 * len(expected))
+        news = drain_completions(reads, 2 * len(expected))
         fetched = {key for key, _, state, was_prefetch in news if state == kernels.READING and was_prefetch}
         assert fetched == set(guessed[:2])
         wanted = fetched & set(run.chosen(1))
@@ -178,8 +178,8 @@ def test_prefetches_leave_the_last_slots_to_what_is_demanded(tmp_path: Path) -> 
     guessed = [NUM_EXPERTS + expert for expert in whole.token.guesses[0, 0].tolist()]
     run = Run([TOP_K], absent=guessed)
     with (
-        Disk(tmp_path / "experts", run).reads(run, num_lent=2, least_slots=4) as reads,
-        run.kernel.start(run.token, run.residents, reads) as ride,
+        Disk(tmp_path / "experts", run).reads(run, num_reserved=2, least_slots=4) as reads,
+        run.kernel.start(run.token, run.slot_table, reads) as ride,
     ):
         assert wait(ride, 0)[0] == 0
         assert run.token.guesses_found[0, 0].tolist() == [kernels.MISSING] * TOP_K
@@ -188,10 +188,10 @@ def test_prefetches_leave_the_last_slots_to_what_is_demanded(tmp_path: Path) -> 
 FORGOTTEN = """
 import gc
 from offload_moe.native import kernels
-residents = kernels.Residents(1, [0])
+slot_table = kernels.SlotTable(1, [0])
 sizes = kernels.ReadSizes(num_threads=2, part_bytes=4096, prefetch_part_bytes=4096)
-residents.cycle = kernels.Reads(residents, [], [], sizes)
-del residents
+slot_table.cycle = kernels.Reads(slot_table, [], [], sizes)
+del slot_table
 gc.collect()
 """
 

@@ -34,24 +34,24 @@ CONTEXT = 1024
 def test_works_by_hand() -> None:
     queries, values, expansion, compressed, output = 4 * 48, 4 * 32, 4 * 64, 80, 64
     config = AutoConfig.for_model("deepseek_v3", **(COMMON | NARROW))
-    for is_lean in (True, False):
-        (work,) = describe_model(config, is_lean=is_lean).attention.works
+    for is_fast_path in (True, False):
+        (work,) = describe_model(config, is_fast_path=is_fast_path).attention.works
         assert work.projected == compressed + output + 3 * queries
         assert work.expanded == expansion + queries + values
-        assert work.decoded == 2 * 4 + (compressed if is_lean else expansion + 2 * queries)
-        assert work.scores == (1 if is_lean else 2 * 4 + 3)
+        assert work.decoded == 2 * 4 + (compressed if is_fast_path else expansion + 2 * queries)
+        assert work.scores == (1 if is_fast_path else 2 * 4 + 3)
         assert work.elements(1, 10, on_cpu=False) == work.projected + 10 * work.decoded
         assert work.elements(5, 10, on_cpu=False) == 5 * work.projected + 10 * work.expanded
         padded = expansion + 2 * queries
         assert work.elements(5, 10, on_cpu=True) == 5 * work.projected + 10 * padded + 50 * work.scores
 
 
-@pytest.mark.parametrize("is_lean", [True, False])
+@pytest.mark.parametrize("is_fast_path", [True, False])
 @pytest.mark.parametrize("num_new", [512, 128, 1])
-def test_latents_need_what_is_planned(is_lean: bool, num_new: int) -> None:
+def test_latents_need_what_is_planned(is_fast_path: bool, num_new: int) -> None:
     model = tiny_model("deepseek_v3", **NARROW)
-    shape = describe_model(model.config, is_lean=is_lean)
-    if is_lean:
+    shape = describe_model(model.config, is_fast_path=is_fast_path)
+    if is_fast_path:
         assert absorb_latents(model) == 2
     planned = activation_bytes(shape, CONTEXT, torch.float32, num_new=num_new)
     peak = _peak_of_last(model, num_new)
@@ -82,7 +82,7 @@ def test_scores_are_planned_where_they_are_written_down() -> None:
         tiny_shape("deepseek_v3").attention,
         describe_attention(
             tiny_model("deepseek_v32", **FAMILIES["deepseek_v3"], index_n_heads=2, index_head_dim=16, index_topk=8),
-            is_lean=True,
+            is_fast_path=True,
         ),
     )
     assert [work.scores for attention in sparse for work in attention.works] == [1, 2 * 4 + 3]

@@ -43,7 +43,7 @@ def test_a_curve_gives_back_the_replay_it_was_made_from() -> None:
 
 def test_a_token_in_ram_by_hand() -> None:
     shape = tiny_shape("mixtral")
-    machine = Machine(ram_bytes=GIB, rates=Rates(ram=1e9, ride_layer_s=1e-3))
+    machine = Machine(ram_bytes=GIB, rates=Rates(ram=1e9, pass_layer_s=1e-3))
     outlook = look_ahead(task(shape, machine, context=100, dense_codec="bf16"))
     assert outlook.speed is not None
     (forecast, _) = outlook.speed.forecasts

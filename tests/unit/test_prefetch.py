@@ -74,7 +74,7 @@ def test_demands_overtake_prefetches_and_a_hurried_prefetch_is_a_demand() -> Non
     for slot, name in ((1, "first"), (2, "second"), (3, "third")):
         workers.submit(slot, [lambda name=name: order.append(name)], is_prefetch=True)
     workers.submit(4, [lambda: order.append("demand")], is_prefetch=False)
-    workers.hurry(3)
+    workers.promote(3)
     gate.set()
     deadline = time.monotonic() + 10
     while len(order) < 4 and time.monotonic() < deadline:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from offload_moe.experts.attach import RanLayers
+from offload_moe.experts.attach import SpannedLayers
 from offload_moe.profile.columns import Forward, make_trace, to_columns
 from offload_moe.profile.routers import Router, find_router
 
@@ -140,9 +140,9 @@ class TestRouters:
 
 class TestRuns:
     @staticmethod
-    def layers(first_layer: int, num_layers: int) -> RanLayers:
+    def layers(first_layer: int, num_layers: int) -> SpannedLayers:
         every = slice(first_layer, first_layer + num_layers)
-        return RanLayers(
+        return SpannedLayers(
             first_layer=first_layer,
             logits=torch.tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 2.0, 1.0, 0.0]])[every],
             weights=torch.full((num_layers, 2), 0.5),

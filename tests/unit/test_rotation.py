@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from offload_moe.chat import ChatSession, prompt_chunks
 from offload_moe.chat.answer import Answer
 from offload_moe.chat.recompute import recompute_of
-from offload_moe.decode import make_lean
+from offload_moe.decode import make_fast
 from offload_moe.decode.rotation import Rotation, rotation_keeper
 from offload_moe.errors import ConfigError
 
@@ -209,7 +209,7 @@ class Watched:
 
     def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.name, self.hf = name, fresh(name)
-        make_lean(self.hf, is_exact=True)
+        make_fast(self.hf, is_exact=True)
         self.session = ChatSession(self.hf, byte_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}"))
         self.answer: Any = None
         self._logits: list[Tensor] = []

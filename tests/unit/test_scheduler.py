@@ -13,8 +13,8 @@ from offload_moe.errors import TransferError
 from offload_moe.memory.mover import Arrived
 from offload_moe.memory.waiting import STEP_S
 from offload_moe.native.kernels import DROPPED, READING, Reads
-from offload_moe.residency.loans import Loans
 from offload_moe.residency.policy import make_policy
+from offload_moe.residency.reserved import ReservedSlots
 from offload_moe.residency.residency import Residency
 from offload_moe.residency.scheduler import FILL_DEPTH, Scheduler
 
@@ -47,7 +47,7 @@ class ManualMover:
         self.pending = [entry for entry in self.pending if entry not in waiting]
         return bool(waiting)
 
-    def hurry(self, slot: int) -> None:
+    def promote(self, slot: int) -> None:
         pass
 
     def used(self, slots: Sequence[int]) -> None:
@@ -272,7 +272,7 @@ def test_what_is_resident_can_be_held_at_once() -> None:
     assert scheduler.hold(2, [0]) is None  # on its way is not here
     assert scheduler.hold(1, [0, 4]) is None  # one of them is not here: none is held
     assert [scheduler.residency.num_leases(slot) for slot in held] == [1, 1]
-    scheduler.let_go(held)
+    scheduler.release_held(held)
     assert all(scheduler.residency.num_leases(slot) == 0 for slot in held)
     mover.finish()
     assert scheduler.hold(2, [0]) is not None
@@ -299,7 +299,7 @@ def test_the_short_way_tells_the_observer() -> None:
     scheduler.observer = observer = Observer()
     slots = scheduler.hold(0, [1])
     assert slots is not None
-    scheduler.let_go(slots)
+    scheduler.release_held(slots)
     assert observer.calls == [(0, [], [])]
 
 
@@ -393,11 +393,11 @@ class LentSlots:
     def ask_below(self, least_slots: int) -> None:
         pass
 
-    def take_back(self) -> Iterator[int]:
+    def reclaim(self) -> Iterator[int]:
         while self.lent:
             yield self.lent.pop()
 
-    def news(self) -> list[SimpleNamespace]:
+    def completions(self) -> list[SimpleNamespace]:
         told, self.untold = self.untold, []
         return told
 
@@ -405,15 +405,15 @@ class LentSlots:
 def test_a_pool_shrinks_though_a_guess_is_dropped_after_its_run() -> None:
     scheduler = make_scheduler(8, ManualMover(8), stall_limit_s=0.5)
     reads = LentSlots()
-    scheduler.loans = loans = Loans(scheduler, cast(Reads, reads))
+    scheduler.reserved = reserved = ReservedSlots(scheduler, cast(Reads, reads))
     for slot in range(8):
         scheduler.residency.lend(may_evict=False)
         reads.lend(slot)
     guessed = reads.lent.pop()
     reads.untold.append(SimpleNamespace(key=3, slot=guessed, state=READING, was_prefetch=1))
-    loans.take_back()  # the run has ended
+    reserved.reclaim()  # the run has ended
     reads.untold.append(SimpleNamespace(key=3, slot=guessed, state=DROPPED, was_prefetch=1))
     reads.lend(guessed)
     scheduler.shrink(guessed)
     assert scheduler.residency.num_slots == guessed == 7
-    assert scheduler.residency.num_lent == 0
+    assert scheduler.residency.num_reserved == 0

@@ -112,8 +112,8 @@ def test_slots_come_and_go_with_the_context(trace: Trace) -> None:
     assert asked[:4] == [(16, 16), (20, 4), (21, 1), (22, 1)]
     few, many = (simulate(answers, pools(count / 64), COSTS, DISK, chunk_tokens=16) for count in (10, 40))
     assert few.hit_rate < result.hit_rate < many.hit_rate
-    rides = simulate(answers, pools(10 / 64), replace(COSTS, rides=True), DISK, slots_for=slots_for)
-    assert few.hit_rate < rides.hit_rate < many.hit_rate
+    passes = simulate(answers, pools(10 / 64), replace(COSTS, has_token_passes=True), DISK, slots_for=slots_for)
+    assert few.hit_rate < passes.hit_rate < many.hit_rate
 
 
 def test_one_slot_is_enough(trace: Trace) -> None:

@@ -34,7 +34,7 @@ def read(
     for slot in range(demands + prefetches):
         disk.start(slot, slot, arrivals, is_prefetch=slot >= demands)
     if hurry is not None:
-        disk.hurry(hurry)
+        disk.promote(hurry)
     while clock.run_next():
         pass
     return [arrivals.at[slot] for slot in range(demands + prefetches)]

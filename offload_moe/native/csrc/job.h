@@ -57,7 +57,7 @@ typedef struct {
 } om_linear_job;
 
 void om_lay_out_linear(om_linear_job *job, uintptr_t *cursor);
-void om_run_linear(om_linear_job *job);
+void om_span_linear(om_linear_job *job);
 
 /* Calls that are also parts of one: the pool is not held. */
 typedef struct om_attention om_attention;

@@ -60,7 +60,7 @@ void om_lay_out_linear(om_linear_job *job, uintptr_t *cursor) {
     job->scratch = om_take(cursor, om_pool_threads() * job->scratch_floats * (int64_t)sizeof(float));
 }
 
-void om_run_linear(om_linear_job *job) {
+void om_span_linear(om_linear_job *job) {
     om_pool_run(prepare_unit, job, job->num_tokens);
     int64_t num_units = 0;
     for (int64_t i = 0; i < job->num_matrices; i++) num_units += om_divide_up(job->matrices[i].rows, UNIT_ROWS);
@@ -81,7 +81,7 @@ OM_EXPORT int om_linear_forward(const om_matrix *matrices, const uint8_t *const 
     if (arena != 0) {
         uintptr_t cursor = arena;
         om_lay_out_linear(&job, &cursor);
-        om_run_linear(&job);
+        om_span_linear(&job);
     }
     om_pool_end();
     return arena == 0 ? -1 : 0;

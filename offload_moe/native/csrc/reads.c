@@ -43,7 +43,7 @@ typedef struct {
 typedef struct {
     int64_t key;
     int32_t slot, state, was_prefetch;
-} om_news;
+} om_completion;
 
 typedef struct {
     int64_t part_bytes, prefetch_part_bytes;
@@ -54,7 +54,7 @@ typedef struct {
 } om_reads_options;
 
 struct om_reads {
-    om_residents *residents;
+    om_slot_table *slot_table;
     om_reads_options options;
     pthread_cond_t work, ended;
     om_fetch fetches[MAX_FETCHES];
@@ -71,17 +71,17 @@ static int64_t bytes_of(const om_reads *reads, const om_fetch *fetch) { return r
 int om_reads_are_short(const om_reads *reads) { return reads->num_spares < reads->least_spares; }
 
 void om_reads_use(om_reads *reads) {
-    pthread_mutex_lock(&reads->residents->lock);
+    pthread_mutex_lock(&reads->slot_table->lock);
     reads->num_users++;
-    pthread_mutex_unlock(&reads->residents->lock);
+    pthread_mutex_unlock(&reads->slot_table->lock);
 }
 
 void om_reads_leave(om_reads *reads) {
-    pthread_mutex_lock(&reads->residents->lock);
+    pthread_mutex_lock(&reads->slot_table->lock);
     const int is_used = --reads->num_users > 0;
-    pthread_mutex_unlock(&reads->residents->lock);
+    pthread_mutex_unlock(&reads->slot_table->lock);
     if (is_used) return;
-    om_residents_close(reads->residents);
+    om_slot_table_close(reads->slot_table);
     pthread_cond_destroy(&reads->work);
     pthread_cond_destroy(&reads->ended);
     free(reads);
@@ -106,7 +106,7 @@ int om_reads_fetch(om_reads *reads, int64_t key, int is_prefetch) {
                             .state = READING,
                             .is_prefetch = (uint8_t)is_prefetch,
                             .was_prefetch = (uint8_t)is_prefetch};
-        reads->residents->records[key] = OM_COMING;
+        reads->slot_table->records[key] = OM_COMING;
         pthread_cond_signal(&reads->work); /* all of them at once would take the cores from those who compute */
         return 1;
     }
@@ -115,12 +115,12 @@ int om_reads_fetch(om_reads *reads, int64_t key, int is_prefetch) {
 
 /* The expert on its way is demanded, so that it is not dropped any more. */
 OM_EXPORT void om_reads_demand(om_reads *reads, int64_t key) {
-    pthread_mutex_lock(&reads->residents->lock);
-    om_reads_hurry(reads, key);
-    pthread_mutex_unlock(&reads->residents->lock);
+    pthread_mutex_lock(&reads->slot_table->lock);
+    om_reads_promote(reads, key);
+    pthread_mutex_unlock(&reads->slot_table->lock);
 }
 
-void om_reads_hurry(om_reads *reads, int64_t key) {
+void om_reads_promote(om_reads *reads, int64_t key) {
     for (int at = 0; at < MAX_FETCHES; at++) {
         om_fetch *fetch = reads->fetches + at;
         if (fetch->state != READING || fetch->key != key || !fetch->is_prefetch) continue;
@@ -132,7 +132,7 @@ void om_reads_hurry(om_reads *reads, int64_t key) {
 
 /* The expert is absent again and the slot lent. */
 static void drop(om_reads *reads, om_fetch *fetch) {
-    reads->residents->records[fetch->key] = NULL;
+    reads->slot_table->records[fetch->key] = NULL;
     give_spare(reads, fetch->slot, fetch->record);
     fetch->state = DROPPED;
 }
@@ -199,9 +199,9 @@ static void finish(om_reads *reads, om_fetch *fetch) {
     const om_place *place = reads->options.places + fetch->key;
     fetch->is_checked = 1;
     if (!fetch->has_failed && !reads->options.is_checked[fetch->key]) {
-        pthread_mutex_unlock(&reads->residents->lock);
+        pthread_mutex_unlock(&reads->slot_table->lock);
         const int is_right = om_crc32(fetch->record, place->num_bytes, 0) == place->checksum;
-        pthread_mutex_lock(&reads->residents->lock);
+        pthread_mutex_lock(&reads->slot_table->lock);
         reads->options.is_checked[fetch->key] = (uint8_t)is_right;
         fetch->has_failed = !is_right;
     }
@@ -209,9 +209,9 @@ static void finish(om_reads *reads, om_fetch *fetch) {
         fetch->state = FAILED;
         return;
     }
-    reads->residents->records[fetch->key] = fetch->record;
+    reads->slot_table->records[fetch->key] = fetch->record;
     fetch->state = DONE;
-    pthread_cond_broadcast(&reads->residents->arrived);
+    pthread_cond_broadcast(&reads->slot_table->arrived);
 }
 
 static void read_next(om_reads *reads, om_fetch *fetch) {
@@ -223,9 +223,9 @@ static void read_next(om_reads *reads, om_fetch *fetch) {
     if (num_bytes < left) pthread_cond_signal(&reads->work);
     fetch->num_running++;
     reads->num_prefetching += fetch->is_prefetch;
-    pthread_mutex_unlock(&reads->residents->lock);
+    pthread_mutex_unlock(&reads->slot_table->lock);
     const int is_read = read_part(reads->options.files + place->file, fetch->record + start, place->offset + start, num_bytes);
-    pthread_mutex_lock(&reads->residents->lock);
+    pthread_mutex_lock(&reads->slot_table->lock);
     fetch->num_running--;
     reads->num_prefetching -= fetch->is_prefetch;
     fetch->has_failed |= !is_read;
@@ -236,24 +236,24 @@ static void read_next(om_reads *reads, om_fetch *fetch) {
 
 static void *read_all(void *argument) {
     om_reads *reads = argument;
-    pthread_mutex_lock(&reads->residents->lock);
+    pthread_mutex_lock(&reads->slot_table->lock);
     while (!reads->is_closed) {
         om_fetch *fetch = pick(reads);
-        if (fetch == NULL) pthread_cond_wait(&reads->work, &reads->residents->lock);
+        if (fetch == NULL) pthread_cond_wait(&reads->work, &reads->slot_table->lock);
         else read_next(reads, fetch);
     }
     reads->num_threads--;
     pthread_cond_signal(&reads->ended);
-    pthread_mutex_unlock(&reads->residents->lock);
+    pthread_mutex_unlock(&reads->slot_table->lock);
     return NULL;
 }
 
 /* The arrays belong to the caller. NULL when memory is short or no thread can be had. */
-OM_EXPORT om_reads *om_reads_open(om_residents *residents, const om_reads_options *options) {
+OM_EXPORT om_reads *om_reads_open(om_slot_table *slot_table, const om_reads_options *options) {
     om_reads *reads = calloc(1, sizeof *reads);
     if (reads == NULL) return NULL;
-    om_residents_use(residents);
-    reads->residents = residents;
+    om_slot_table_use(slot_table);
+    reads->slot_table = slot_table;
     reads->options = *options;
     reads->num_users = 1;
     pthread_cond_init(&reads->work, NULL);
@@ -263,9 +263,9 @@ OM_EXPORT om_reads *om_reads_open(om_residents *residents, const om_reads_option
         if (pthread_create(&thread, NULL, read_all, reads) != 0) break;
         om_pool_place_anywhere(thread);
         pthread_detach(thread);
-        pthread_mutex_lock(&residents->lock);
+        pthread_mutex_lock(&slot_table->lock);
         reads->num_threads++;
-        pthread_mutex_unlock(&residents->lock);
+        pthread_mutex_unlock(&slot_table->lock);
     }
     if (reads->num_threads > 0) return reads;
     om_reads_leave(reads);
@@ -275,34 +275,34 @@ OM_EXPORT om_reads *om_reads_open(om_residents *residents, const om_reads_option
 /* Finish what is being read and begin nothing more. Returns whether all has ended in time: else it still uses its memory. */
 OM_EXPORT int om_reads_close(om_reads *reads, double limit_s) {
     const struct timespec deadline = om_deadline(limit_s);
-    pthread_mutex_lock(&reads->residents->lock);
+    pthread_mutex_lock(&reads->slot_table->lock);
     reads->is_closed = 1;
     pthread_cond_broadcast(&reads->work);
-    while (reads->num_threads > 0 && pthread_cond_timedwait(&reads->ended, &reads->residents->lock, &deadline) == 0) {}
+    while (reads->num_threads > 0 && pthread_cond_timedwait(&reads->ended, &reads->slot_table->lock, &deadline) == 0) {}
     const int has_ended = reads->num_threads == 0;
-    pthread_mutex_unlock(&reads->residents->lock);
+    pthread_mutex_unlock(&reads->slot_table->lock);
     if (has_ended) om_reads_leave(reads);
     return has_ended;
 }
 
-OM_EXPORT void om_reads_lend(om_reads *reads, int32_t slot, uint8_t *record) {
-    pthread_mutex_lock(&reads->residents->lock);
+OM_EXPORT void om_reads_reserve(om_reads *reads, int32_t slot, uint8_t *record) {
+    pthread_mutex_lock(&reads->slot_table->lock);
     give_spare(reads, slot, record);
-    pthread_mutex_unlock(&reads->residents->lock);
+    pthread_mutex_unlock(&reads->slot_table->lock);
 }
 
-/* Rides ask for slots when fewer than these are left; until the next call. */
+/* TokenPasses ask for slots when fewer than these are left; until the next call. */
 OM_EXPORT void om_reads_ask_below(om_reads *reads, int32_t least_spares) {
-    pthread_mutex_lock(&reads->residents->lock);
+    pthread_mutex_lock(&reads->slot_table->lock);
     reads->least_spares = least_spares;
-    pthread_mutex_unlock(&reads->residents->lock);
+    pthread_mutex_unlock(&reads->slot_table->lock);
 }
 
 /* Returns a slot that was lent and is not used; -1: there is none. */
-OM_EXPORT int32_t om_reads_take_back(om_reads *reads) {
-    pthread_mutex_lock(&reads->residents->lock);
+OM_EXPORT int32_t om_reads_reclaim(om_reads *reads) {
+    pthread_mutex_lock(&reads->slot_table->lock);
     const int32_t slot = reads->num_spares == 0 ? -1 : reads->spares[--reads->num_spares].slot;
-    pthread_mutex_unlock(&reads->residents->lock);
+    pthread_mutex_unlock(&reads->slot_table->lock);
     return slot;
 }
 
@@ -318,13 +318,13 @@ static om_fetch *next_begun(om_reads *reads, int64_t sequence) {
 }
 
 /* What has happened since the last call. Returns how much of `news` was filled. */
-OM_EXPORT int64_t om_reads_news(om_reads *reads, om_news *news, int64_t room) {
+OM_EXPORT int64_t om_reads_completions(om_reads *reads, om_completion *news, int64_t room) {
     int64_t count = 0;
-    pthread_mutex_lock(&reads->residents->lock);
+    pthread_mutex_lock(&reads->slot_table->lock);
     om_fetch *fetch;
     for (int64_t last = -1; count + 2 <= room && (fetch = next_begun(reads, last)) != NULL;) {
         last = fetch->sequence;
-        om_news entry = {.key = fetch->key, .slot = fetch->slot, .state = READING, .was_prefetch = fetch->was_prefetch};
+        om_completion entry = {.key = fetch->key, .slot = fetch->slot, .state = READING, .was_prefetch = fetch->was_prefetch};
         if (!fetch->is_told) news[count++] = entry;
         fetch->is_told = 1;
         if (fetch->state == READING) continue;
@@ -332,6 +332,6 @@ OM_EXPORT int64_t om_reads_news(om_reads *reads, om_news *news, int64_t room) {
         news[count++] = entry;
         fetch->state = NOTHING;
     }
-    pthread_mutex_unlock(&reads->residents->lock);
+    pthread_mutex_unlock(&reads->slot_table->lock);
     return count;
 }

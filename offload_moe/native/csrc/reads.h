@@ -1,21 +1,21 @@
 /* Experts that a run fetches by itself: slots lent to it, and threads that read records into them.
  *
- * All of it is guarded by the lock of the residents. What has happened is told to the other side when it asks. */
+ * All of it is guarded by the lock of the slot_table. What has happened is told to the other side when it asks. */
 #ifndef OM_READS_H
 #define OM_READS_H
 
-#include "residents.h"
+#include "slot_table.h"
 
 typedef struct om_reads om_reads;
 
-/* A ride uses them from begin to end: closed meanwhile, they fetch nothing more and are freed by the last user. */
+/* A token pass uses them from begin to end: closed meanwhile, they fetch nothing more and are freed by the last user. */
 void om_reads_use(om_reads *reads);
 void om_reads_leave(om_reads *reads);
 
 /* Take a lent slot and line up the read of an absent expert (lock held). Returns 0 where there is no slot or no place in line. */
 int om_reads_fetch(om_reads *reads, int64_t key, int is_prefetch);
 /* The expert on its way is demanded now (lock held). */
-void om_reads_hurry(om_reads *reads, int64_t key);
+void om_reads_promote(om_reads *reads, int64_t key);
 /* Forget guesses with keys below `end` that are not among these, as far as they are not being read (lock held). */
 void om_reads_drop_wrong(om_reads *reads, int64_t end, const int64_t *keys, int64_t num_keys);
 /* Whether slots are running out (lock held). */

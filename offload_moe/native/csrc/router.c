@@ -46,7 +46,7 @@ OM_EXPORT int om_router_step(const om_router *router, const float *x, float *log
     if (arena != 0) {
         uintptr_t cursor = arena;
         om_lay_out_linear(&job, &cursor);
-        om_run_linear(&job);
+        om_span_linear(&job);
     }
     om_pool_end();
     if (arena == 0) return -1;

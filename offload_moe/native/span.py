@@ -19,13 +19,13 @@ from offload_moe.native.bindings import library
 from offload_moe.native.experts import ExpertKernel
 from offload_moe.native.planes import MODES, Mode
 from offload_moe.native.reads import Reads
-from offload_moe.native.residents import Residents
-from offload_moe.native.structs import RunLayerStruct, RunStruct, RunTokenStruct, SharedStruct
+from offload_moe.native.slot_table import SlotTable
+from offload_moe.native.structs import SharedStruct, SpanLayerStruct, SpanStruct, SpanTokenStruct
 
 MAX_TOP_K = 64
 HIT, ARRIVING, MISSING, FETCHED = range(4)  # how an expert was found
 NEEDS_EXPERTS, NEEDS_SLOTS = 1, 2
-LISTEN_S = 0.1  # how long a wait for a ride may keep signals from being heard
+POLL_S = 0.1  # how long a wait for a token pass may keep signals from being heard
 _NOT_YET = -2
 
 
@@ -52,8 +52,8 @@ class SharedKernel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunLayer:
-    """A layer with a router, and its experts. first_key: of its experts among the residents."""
+class SpanLayer:
+    """A layer with a router, and its experts. first_key: of its experts among the slot_table."""
 
     step: LayerKernel
     experts: ExpertKernel
@@ -63,7 +63,7 @@ class RunLayer:
     mode: Mode = "fast"
 
 
-class RunToken:
+class SpanToken:
     """What one token needs and leaves: hidden states of one token ``[H]``, and what every router said.
 
     logits ``[L, E]``, weights ``[L, K]`` fp32, ids ``[L, K]`` int64. times ``[L, 2]`` fp64: seconds since the start
@@ -109,7 +109,7 @@ class RunToken:
         arrays = (part.buffer_info()[0] for part in (keys, values, capacities, lengths))
         asked = (self.guesses, self.found, self.guesses_found, guess_space)
         guesses = (leading.buffer_info()[0], *(tensor.data_ptr() for tensor in asked))
-        self.struct = RunTokenStruct(cos, signed_sin, *arrays, *rest, len(ranks), *guesses)
+        self.struct = SpanTokenStruct(cos, signed_sin, *arrays, *rest, len(ranks), *guesses)
 
     @cached_property
     def routed(self) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -117,17 +117,17 @@ class RunToken:
         return list(zip(self.logits.split(1), self.weights.split(1), self.ids.split(1), strict=True))
 
 
-class RunKernel:
+class SpanKernel:
     """The layers of one run."""
 
-    def __init__(self, layers: Sequence[RunLayer], *, hidden: int, num_experts: int, top_k: int) -> None:
+    def __init__(self, layers: Sequence[SpanLayer], *, hidden: int, num_experts: int, top_k: int) -> None:
         """num_experts, top_k: of every layer. Raises: ConfigError."""
         if top_k > MAX_TOP_K:
             raise ConfigError(f"A run of layers takes no more than {MAX_TOP_K} experts per token, not {top_k}.")
         self._layers = layers
-        self._structs = (RunLayerStruct * len(layers))(
+        self._structs = (SpanLayerStruct * len(layers))(
             *(
-                RunLayerStruct(
+                SpanLayerStruct(
                     layer=layer.step.struct_address,
                     experts=layer.experts.struct_address,
                     shared=None if layer.shared is None else layer.shared.struct_address,
@@ -138,7 +138,7 @@ class RunKernel:
                 for layer in layers
             )
         )
-        self._struct = RunStruct(
+        self._struct = SpanStruct(
             layers=ctypes.addressof(self._structs),
             num_layers=len(layers),
             hidden=hidden,
@@ -146,46 +146,46 @@ class RunKernel:
             top_k=top_k,
         )
 
-    def pass_through(self, token: RunToken, residents: Residents) -> None:
+    def pass_through(self, token: SpanToken, slot_table: SlotTable) -> None:
         """Take the token through the layers, every expert of which is resident for good. Raises: MemoryError."""
         structs = (ctypes.addressof(self._struct), ctypes.addressof(token.struct))
-        if library().om_run_pass(*structs, residents.handle) < 0:
+        if library().om_span_pass(*structs, slot_table.handle) < 0:
             raise MemoryError("No memory for the activations of a decode step.")
 
-    def start(self, token: RunToken, residents: Residents, reads: Reads | None = None) -> "Ride":
-        """Send the token through the layers, on a thread of its own. End the ride before anything it uses goes.
+    def start(self, token: SpanToken, slot_table: SlotTable, reads: Reads | None = None) -> "TokenPass":
+        """Send the token through the layers, on a thread of its own. End the token pass before anything it uses goes.
 
-        reads: fetches what is missing as long as it has slots; without, the ride asks for everything.
+        reads: fetches what is missing as long as it has slots; without, the token pass asks for everything.
         """
         structs = (ctypes.addressof(self._struct), ctypes.addressof(token.struct))
-        handle = library().om_ride_start(*structs, residents.handle, None if reads is None else reads.handle)
+        handle = library().om_pass_start(*structs, slot_table.handle, None if reads is None else reads.handle)
         if not handle:
             raise MemoryError("No memory for a thread that runs a decode step.")
-        return Ride(handle, (self, token, residents, reads))
+        return TokenPass(handle, (self, token, slot_table, reads))
 
 
-class Ride:
+class TokenPass:
     """A token on its way through a run. As a context: left early, it is stopped."""
 
     def __init__(self, handle: int, owned: tuple[Any, ...]) -> None:
         self._handle = handle
         self._owned = owned
-        self._next = library().om_ride_next
+        self._next = library().om_pass_next
         self._needs = ctypes.c_int32()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        library().om_ride_end(self._handle)
+        library().om_pass_end(self._handle)
 
     def next(self, first: int) -> tuple[int, int] | None:
         """The first layer from `first` on that needs something, and what, told once; the number of layers at the end.
 
-        NEEDS_EXPERTS: bring what it chose, or the ride does not go on. NEEDS_SLOTS: lend some to its reads. Layers
-        before the one returned are done. None after `LISTEN_S` seconds: nothing yet. Raises: MemoryError.
+        NEEDS_EXPERTS: bring what it chose, or the pass does not go on. NEEDS_SLOTS: reserve some for its reads. Layers
+        before the one returned are done. None after `POLL_S` seconds: nothing yet. Raises: MemoryError.
         """
-        at: int = self._next(self._handle, first, LISTEN_S, ctypes.addressof(self._needs))
+        at: int = self._next(self._handle, first, POLL_S, ctypes.addressof(self._needs))
         if at == _NOT_YET:
             return None
         if at < 0:

@@ -21,11 +21,17 @@ from offload_moe.simulate import (
 )
 from offload_moe.simulate.clock import VirtualClock
 from offload_moe.simulate.disk import VirtualDisk
-from offload_moe.simulate.reads import VirtualReads, VirtualResidents
+from offload_moe.simulate.reads import VirtualReads, VirtualSlotTable
 
 LAYERS, EXPERTS, TOP_K, RECORD = 4, 32, 4, 1_000
 COSTS = RunCosts(
-    token_host_s=1e-3, layer_host_s=2e-4, dense_s=3e-4, wave_host_s=1e-4, expert_s=4e-4, rides=True, ask_host_s=2e-3
+    token_host_s=1e-3,
+    layer_host_s=2e-4,
+    dense_s=3e-4,
+    wave_host_s=1e-4,
+    expert_s=4e-4,
+    has_token_passes=True,
+    ask_host_s=2e-3,
 )
 DISK = DiskModel(bytes_per_s=1e12, latency_s=1e-4, turn_s=5e-4)
 TRACE = synthetic_trace(num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K, num_tokens=60, num_sequences=2)
@@ -80,8 +86,8 @@ def test_every_miss_is_one_read(share: float) -> None:
 
 
 def test_lent_slots_cost_hits_and_few() -> None:
-    rides, layers = run(0.5), run(0.5, replace(COSTS, rides=False))
-    assert layers.hit_rate - 0.05 < rides.hit_rate < layers.hit_rate
+    passes, layers = run(0.5), run(0.5, replace(COSTS, has_token_passes=False))
+    assert layers.hit_rate - 0.05 < passes.hit_rate < layers.hit_rate
 
 
 def test_the_longer_an_ask_takes_the_slower_the_token() -> None:
@@ -95,7 +101,7 @@ def test_the_longer_an_ask_takes_the_slower_the_token() -> None:
 
 def test_with_too_few_slots_for_a_ride_layers_go_one_by_one() -> None:
     few = (2 * TOP_K - 1) / LAYERS / EXPERTS
-    assert run(few) == run(few, replace(COSTS, rides=False))
+    assert run(few) == run(few, replace(COSTS, has_token_passes=False))
     assert run(0.0).hit_rate < 0.1  # one slot
 
 
@@ -108,24 +114,24 @@ def test_guesses_are_fetched_by_the_ride() -> None:
 
 
 def test_a_wrong_guess_that_is_not_being_read_leaves_its_slot_lent() -> None:
-    clock, residents = VirtualClock(), VirtualResidents()
-    reads = VirtualReads(residents, VirtualDisk(clock, replace(DISK, num_readers=1), RECORD))
+    clock, slot_table = VirtualClock(), VirtualSlotTable()
+    reads = VirtualReads(slot_table, VirtualDisk(clock, replace(DISK, num_readers=1), RECORD))
     for slot in (7, 8):
         reads.lend(slot)
     assert all(reads.fetch(key, is_prefetch=True) for key in (3, 4))
     assert not reads.fetch(5, is_prefetch=True)
     reads.drop_wrong(100, wanted=[])
-    assert [(news.key, news.slot, news.state) for news in reads.news()] == [
+    assert [(news.key, news.slot, news.state) for news in reads.completions()] == [
         (3, 8, READING),
         (4, 7, READING),
         (4, 7, DROPPED),
     ]
-    assert (residents.is_known(3), residents.is_known(4)) == (True, False)
-    assert [*reads.take_back()] == [7]
+    assert (slot_table.is_known(3), slot_table.is_known(4)) == (True, False)
+    assert [*reads.reclaim()] == [7]
     clock.advance(1.0)
-    assert [(news.key, news.state) for news in reads.news()] == [(3, DONE)]
-    assert residents.lease_those_here([3, 4]) == [3]
-    assert not residents.withdraw(3)
+    assert [(news.key, news.state) for news in reads.completions()] == [(3, DONE)]
+    assert slot_table.lease_those_here([3, 4]) == [3]
+    assert not slot_table.withdraw(3)
 
 
 def test_the_same_call_gives_the_same_result() -> None:
@@ -133,7 +139,7 @@ def test_the_same_call_gives_the_same_result() -> None:
     assert first == second
 
 
-@pytest.mark.parametrize("name", ["num_bytes", "lend", "ask_below", "demand", "take_back", "news", "close"])
+@pytest.mark.parametrize("name", ["num_bytes", "lend", "ask_below", "demand", "reclaim", "completions", "close"])
 def test_virtual_reads_are_called_as_real_ones(name: str) -> None:
     real, virtual = (inspect.signature(getattr(kind, name)).parameters for kind in (Reads, VirtualReads))
     assert [*virtual][1:] == [*real][1:][: len(virtual) - 1]

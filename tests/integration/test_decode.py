@@ -1,4 +1,4 @@
-"""A lean model against the same one in transformers' own code: prompts and decode steps, padded batches, all grades."""
+"""The fast path against transformers' own code: prompts and decode steps, padded batches, all grades."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ SHARED = {
 ALL = sorted({*FAMILIES, *SHARED})
 STEPS = 6
 ROUNDING = 1e-4  # fp32, another order of additions; absorbed attention
-# Rounding of an activation to int8 elsewhere by one step; see the decision on the lean token.
+# Rounding of an activation to int8 elsewhere by one step; see the decision on the fast path.
 INT8_ROUNDING = 5e-2
 
 
@@ -78,30 +78,33 @@ def distance(got: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("family", ALL)
 def test_a_lossless_model_keeps_its_bits(family: str, checkpoints: dict[str, Path]) -> None:
-    with load(checkpoints[family], codec="bf16", lean=False) as plain, load(checkpoints[family], codec="bf16") as lean:
+    with (
+        load(checkpoints[family], codec="bf16", fast_path=False) as plain,
+        load(checkpoints[family], codec="bf16") as fast_path,
+    ):
         assert not counts(plain.hf)
-        assert counts(lean.hf)["FusedRMSNorm"]
+        assert counts(fast_path.hf)["FusedRMSNorm"]
         for batch in (1, 3):
             expected = logits_of(plain, batch)
             assert expected.abs().max() > 0.1
-            assert torch.equal(logits_of(lean, batch), expected)
+            assert torch.equal(logits_of(fast_path, batch), expected)
 
 
 @pytest.mark.parametrize("family", ALL)
 def test_a_quantized_model_stays_within_rounding(family: str, checkpoints: dict[str, Path]) -> None:
-    with load(checkpoints[family], lean=False) as plain, load(checkpoints[family]) as lean:
+    with load(checkpoints[family], fast_path=False) as plain, load(checkpoints[family]) as fast_path:
         for batch in (1, 3):
-            assert distance(logits_of(lean, batch), logits_of(plain, batch)) < INT8_ROUNDING
+            assert distance(logits_of(fast_path, batch), logits_of(plain, batch)) < INT8_ROUNDING
 
 
 @pytest.mark.parametrize("family", ALL)
 def test_an_exact_model_stays_within_rounding(family: str, checkpoints: dict[str, Path]) -> None:
     with (
-        load(checkpoints[family], dense_codec="int8", exact=True, lean=False) as plain,
-        load(checkpoints[family], dense_codec="int8", exact=True) as lean,
+        load(checkpoints[family], dense_codec="int8", exact=True, fast_path=False) as plain,
+        load(checkpoints[family], dense_codec="int8", exact=True) as fast_path,
     ):
         for batch in (1, 3):
-            assert distance(logits_of(lean, batch), logits_of(plain, batch)) < ROUNDING
+            assert distance(logits_of(fast_path, batch), logits_of(plain, batch)) < ROUNDING
 
 
 @pytest.mark.parametrize(
@@ -130,7 +133,7 @@ def counts(hf: torch.nn.Module) -> dict[str, int]:
 
 def test_generate_fills_a_cache_with_room(checkpoints: dict[str, Path]) -> None:
     ids, mask = tiny_prompt(3, 9)
-    with load(checkpoints["mixtral"]) as lean, load(checkpoints["mixtral"], lean=False) as plain:
+    with load(checkpoints["mixtral"]) as fast_path, load(checkpoints["mixtral"], fast_path=False) as plain:
         results = [
             model.hf.generate(
                 input_ids=ids,
@@ -141,7 +144,7 @@ def test_generate_fills_a_cache_with_room(checkpoints: dict[str, Path]) -> None:
                 disable_compile=True,
                 return_dict_in_generate=True,
             )
-            for model in (lean, plain)
+            for model in (fast_path, plain)
         ]
     assert torch.equal(results[0].sequences, results[1].sequences)
     assert all(type(layer) is RoomyLayer for layer in results[0].past_key_values.layers)

@@ -3,7 +3,7 @@
 A token streams so many bytes of weights through the caches that whatever Python does between two kernel calls finds its
 code and data in none: about half a millisecond per layer where all is there, two where experts are missing. So the
 thread goes on by itself: it leases what is resident and fetches what is not into slots that were lent to it (see
-`residency/loans.py`). Python decides what is evicted for them, lends more when they run out, and brings experts that
+`residency/reserved.py`). Python decides what is evicted for them, lends more when they run out, and brings experts that
 could not be fetched. What the thread did is accounted for when Python hears of it, layer by layer, in their order.
 """
 
@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from offload_moe.decode.block import PlainBlock
 from offload_moe.decode.cache import Room
 from offload_moe.decode.chain import Chain
-from offload_moe.decode.hooks import are_watched, have_only_onlookers, hooks_of
+from offload_moe.decode.hooks import are_watched, have_only_observers, hooks_of
 from offload_moe.decode.step import AttentionStep
-from offload_moe.experts.attach import BoundExperts, RanLayers
+from offload_moe.experts.attach import BoundExperts, SpannedLayers
 from offload_moe.experts.native import NativeArithmetic
 from offload_moe.memory.waiting import STEP_S
 from offload_moe.native import kernels
 from offload_moe.residency.accounts import Mark, mark, note_passed, sort_found
 from offload_moe.residency.hierarchy import Hierarchy
 from offload_moe.residency.lease import Lease
-from offload_moe.residency.loans import SLOTS_PER_CHOICE
+from offload_moe.residency.reserved import SLOTS_PER_CHOICE
 from offload_moe.residency.scheduler import Scheduler
 
 Rotary = tuple[Tensor, Tensor]
@@ -43,21 +43,21 @@ class Step(Protocol):
     kernel: kernels.LayerKernel
 
     @property
-    def num_keepers(self) -> int: ...
+    def num_captures(self) -> int: ...
 
     def fits(self, hidden_states: Tensor, cache: Any) -> bool: ...
 
 
 @dataclass(slots=True)
 class _Account:
-    """When a ride began, and what `mark` said before the first layer and after each."""
+    """When a token pass began, and what `mark` said before the first layer and after each."""
 
     began: float
     marks: list[Mark]
 
 
 class _Patience:
-    """How long a ride has made no progress, asked every tenth of a second unless the process is stopped."""
+    """How long a token pass has made no progress, asked every tenth of a second unless the process is stopped."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._clock = scheduler.clock
@@ -72,15 +72,15 @@ class _Patience:
         return self._waited_s
 
 
-class LayerRun:
+class LayerSpan:
     """The decode step of these layers; the first of them calls it, and the others find their work done."""
 
     def __init__(self, steps: Sequence[Step], hierarchy: Hierarchy) -> None:
-        """steps: layers that follow each other, for which `can_run` says the same."""
+        """steps: layers that follow each other, for which `span_kind` says the same."""
         self._steps = steps
-        assert hierarchy.residents is not None
-        self._residents = hierarchy.residents
-        self._loans = hierarchy.loans()
+        assert hierarchy.slot_table is not None
+        self._slot_table = hierarchy.slot_table
+        self._reserved = hierarchy.reserved()
         self._scheduler = hierarchy.scheduler
         self._hierarchy = hierarchy
         self._blocks = [cast(PlainBlock, step.plain) for step in steps]
@@ -91,7 +91,7 @@ class LayerRun:
         self._expert_hooks = hooks_of(block.experts for block in self._blocks)
         route = self._blocks[0].route
         self._num_experts, self._top_k = route.num_experts, route.top_k
-        self._kernel = kernels.RunKernel(
+        self._kernel = kernels.SpanKernel(
             [_run_layer(step, hierarchy.pools.num_experts) for step in steps],
             hidden=route.hidden_size,
             num_experts=route.num_experts,
@@ -124,10 +124,10 @@ class LayerRun:
             and self._scheduler.residency.num_slots >= SLOTS_PER_CHOICE * self._top_k
             and all(bound.lookahead is lookahead and bound.recorder is recorder for bound in self._bound)
             and not are_watched(self._expert_hooks)
-            and have_only_onlookers(self._layer_hooks)
-            and all(step.num_keepers == (lookahead is not None) for step in self._steps)
+            and have_only_observers(self._layer_hooks)
+            and all(step.num_captures == (lookahead is not None) for step in self._steps)
             and all(step.fits(hidden_states, cache) and step.attention.can_extend(cache) for step in self._steps)
-            and (lookahead is None or not self._ranks() or lookahead.can_be_run(len(self._steps)))
+            and (lookahead is None or not self._ranks() or lookahead.can_be_spanned(len(self._steps)))
         )
 
     def __call__(self, hidden_states: Tensor, rotary: Rotary, cache: Any) -> Tensor:
@@ -139,42 +139,42 @@ class LayerRun:
         rooms = [cast(Room, step.attention.extend(cache)) for step in self._steps]
         x = hidden_states.clone(memory_format=torch.contiguous_format)
         shape = {"num_experts": self._num_experts, "top_k": self._top_k}
-        token = kernels.RunToken(x, rooms, rotary, **shape, ranks=self._ranks())
-        self._ride(token)
+        token = kernels.SpanToken(x, rooms, rotary, **shape, ranks=self._ranks())
+        self._token_pass(token)
         self._passed = (x, 1) if len(self._steps) > 1 else (None, 0)
         return x
 
-    def _ride(self, token: kernels.RunToken) -> None:
+    def _token_pass(self, token: kernels.SpanToken) -> None:
         """Through all layers, and account for them in their order."""
         account = _Account(began=time.perf_counter(), marks=[mark(self._scheduler)])
         with self._hierarchy.every_expert() as are_here:
             if are_here:
-                self._kernel.pass_through(token, self._residents)
+                self._kernel.pass_through(token, self._slot_table)
         if are_here:
             self._note_passed(token, 0, len(self._steps), account)
         else:
-            self._ride_along(token, account)
+            self._follow_pass(token, account)
         self._scheduler.counters.stall_s += token.stalls.sum().item()
         recorder = self._bound[0].recorder
         if recorder is not None:
             recorder.ran(self._ran(token, account))
 
-    def _ride_along(self, token: kernels.RunToken, account: "_Account") -> None:
+    def _follow_pass(self, token: kernels.SpanToken, account: "_Account") -> None:
         """On a thread of its own, with slots to fill.
 
         They are taken back once it has ended, which whoever waits for a slot is told: then it leases none any more.
         """
-        reads = None if self._loans is None else self._loans.reads
+        reads = None if self._reserved is None else self._reserved.reads
         try:
-            with self._kernel.start(token, self._residents, reads) as ride:
+            with self._kernel.start(token, self._slot_table, reads) as ride:
                 self._lend()
                 self._go_along(ride, token, account)
         finally:
-            if self._loans is not None:
-                self._loans.take_back()
+            if self._reserved is not None:
+                self._reserved.reclaim()
 
-    def _go_along(self, ride: kernels.Ride, token: kernels.RunToken, account: "_Account") -> None:
-        """Give the ride what it needs until it is over."""
+    def _go_along(self, ride: kernels.TokenPass, token: kernels.SpanToken, account: "_Account") -> None:
+        """Give the token pass what it needs until it is over."""
         num_layers, num_told, patience = len(self._steps), 0, _Patience(self._scheduler)
         with ExitStack() as held:
             while num_told < num_layers:
@@ -196,10 +196,10 @@ class LayerRun:
                 self._wait_on(token, num_layers - 1, patience)
 
     def _lend(self) -> None:
-        if self._loans is not None:
-            self._loans.lend(may_evict=not self._hierarchy.holds_every_expert)
+        if self._reserved is not None:
+            self._reserved.lend(may_evict=not self._hierarchy.holds_every_expert)
 
-    def _wait_on(self, token: kernels.RunToken, at: int, patience: "_Patience") -> None:
+    def _wait_on(self, token: kernels.SpanToken, at: int, patience: "_Patience") -> None:
         """Nothing was needed by layers from this one on: whoever wants to stop may say so.
 
         Raises: TransferError, ModelClosed.
@@ -207,7 +207,7 @@ class LayerRun:
         self._hierarchy.lifecycle.check_waiting()
         self._tell_layer(at)
         with self._scheduler.changed:
-            self._scheduler.hear()
+            self._scheduler.drain_completions()
         num_begun = int((token.times[:, 0] > 0).sum())
         waited_s = patience.since((num_begun, self._scheduler.counters.disk_bytes))
         if waited_s > self._scheduler.stall_limit_s:
@@ -215,10 +215,10 @@ class LayerRun:
 
     def _tell_layer(self, at: int) -> None:
         layer = self._steps[at].layer
-        for onlooker in layer._forward_pre_hooks.values():
-            onlooker(layer, ())
+        for observer in layer._forward_pre_hooks.values():
+            observer(layer, ())
 
-    def _note_passed(self, token: kernels.RunToken, first: int, end: int, account: "_Account") -> None:
+    def _note_passed(self, token: kernels.SpanToken, first: int, end: int, account: "_Account") -> None:
         """Layers that asked for no expert."""
         if first == end:
             return
@@ -228,7 +228,7 @@ class LayerRun:
             self._note_guesses(token, at, chosen)
             self._tell_router(token, at)
 
-    def _acquire(self, token: kernels.RunToken, at: int) -> Lease:
+    def _acquire(self, token: kernels.SpanToken, at: int) -> Lease:
         """The experts of a layer that could not fetch them all."""
         bound = self._bound[at]
         self._tell_layer(at)
@@ -240,16 +240,16 @@ class LayerRun:
         self._tell_router(token, at)
         return lease
 
-    def _note_guesses(self, token: kernels.RunToken, at: int, experts: Sequence[int]) -> None:
+    def _note_guesses(self, token: kernels.SpanToken, at: int, experts: Sequence[int]) -> None:
         lookahead = self._bound[at].lookahead
         if lookahead is not None:
             num_ahead = len(self._steps) - 1 - at
             guesses, found = token.guesses[at, :num_ahead].tolist(), token.guesses_found[at, :num_ahead].tolist()
             lookahead.passed(self._bound[at].layer, experts, guesses, found)
 
-    def _ran(self, token: kernels.RunToken, account: "_Account") -> RanLayers:
+    def _ran(self, token: kernels.SpanToken, account: "_Account") -> SpannedLayers:
         num_useful, disk_bytes = zip(*account.marks, strict=True)
-        return RanLayers(
+        return SpannedLayers(
             first_layer=self._bound[0].layer,
             logits=token.logits,
             weights=token.weights,
@@ -260,12 +260,12 @@ class LayerRun:
             disk_bytes=disk_bytes,
         )
 
-    def _tell_router(self, token: kernels.RunToken, at: int) -> None:
+    def _tell_router(self, token: kernels.SpanToken, at: int) -> None:
         if self._bound[at].recorder is not None:
             return  # it is told of all layers at once
         router = self._blocks[at].router
-        for onlooker in router._forward_hooks.values():
-            onlooker(router, (), token.routed[at])
+        for observer in router._forward_hooks.values():
+            observer(router, (), token.routed[at])
 
     def _ranks(self) -> list[int]:
         """How many guesses are wanted of each layer, per layer behind it."""
@@ -273,24 +273,24 @@ class LayerRun:
         return [] if lookahead is None else lookahead.num_ranks(self._bound[0].layer, self._top_k)
 
 
-def can_run(hierarchy: Hierarchy, step: Any) -> tuple[int, int] | None:
+def span_kind(hierarchy: Hierarchy, step: Any) -> tuple[int, int] | None:
     """Experts and top-k of a `Step` whose experts the native kernels compute out of the RAM arena; None for others.
 
     Layers of one run have the same.
     """
     plain: PlainBlock | None = getattr(step, "plain", None)
-    if plain is None or hierarchy.residents is None or plain.route.top_k > kernels.MAX_TOP_K:
+    if plain is None or hierarchy.slot_table is None or plain.route.top_k > kernels.MAX_TOP_K:
         return None
     bound, route = plain.bound, plain.route
     is_native = type(bound) is BoundExperts and isinstance(bound.arithmetic, NativeArithmetic)
     return (route.num_experts, route.top_k) if is_native else None
 
 
-def _run_layer(step: Step, num_experts: int) -> kernels.RunLayer:
+def _run_layer(step: Step, num_experts: int) -> kernels.SpanLayer:
     block = cast(PlainBlock, step.plain)
     arithmetic = block.bound.arithmetic
     assert isinstance(arithmetic, NativeArithmetic)
-    return kernels.RunLayer(
+    return kernels.SpanLayer(
         step=step.kernel,
         experts=arithmetic.kernel,
         shared=block.shared,

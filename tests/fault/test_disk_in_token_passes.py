@@ -12,10 +12,10 @@ from support.kernels import needs_kernels
 from support.pressure import wait_until_quiet
 from support.short_of_slots import short_of_slots
 
-from offload_moe.decode.run import LayerRun, _Patience
+from offload_moe.decode.span import LayerSpan, _Patience
 from offload_moe.engine.model import Model
 from offload_moe.errors import TransferError
-from offload_moe.native.kernels import Ride
+from offload_moe.native.kernels import TokenPass
 
 pytestmark = needs_kernels
 NUM_SLOTS = 5
@@ -34,7 +34,7 @@ def model(store: Path) -> Iterator[Model]:
         say(model.chat(), "Hello")
         yield model
         residency = model._hierarchy.ram.residency
-        assert residency.num_lent == 0
+        assert residency.num_reserved == 0
         assert not any(residency.num_leases(slot) for slot in range(NUM_SLOTS))
 
 
@@ -59,9 +59,9 @@ def broken(model: Model) -> Iterator[None]:
 def break_in_run(monkeypatch: pytest.MonkeyPatch, model: Model, after: int) -> list[int]:
     """The disk fails from so many runs on, for as long as each lasts. Returns what counts the runs."""
     runs: list[int] = []
-    call = LayerRun._ride_along
+    call = LayerSpan._follow_pass
 
-    def ride(self: LayerRun, *args: object) -> None:
+    def ride(self: LayerSpan, *args: object) -> None:
         runs.append(1)
         if len(runs) <= after:
             call(self, *args)
@@ -69,7 +69,7 @@ def break_in_run(monkeypatch: pytest.MonkeyPatch, model: Model, after: int) -> l
             with broken(model):
                 call(self, *args)
 
-    monkeypatch.setattr(LayerRun, "_ride_along", ride)
+    monkeypatch.setattr(LayerSpan, "_follow_pass", ride)
     return runs
 
 
@@ -107,18 +107,18 @@ def test_what_a_run_cannot_read_the_mover_reads(model: Model, monkeypatch: pytes
 
 def test_damage_is_named_though_a_run_read_it(store: Path, model: Model) -> None:
     expected = say(model.chat(), "Hello")
-    loans = model._hierarchy.ram.loans
-    assert loans is not None
+    reserved = model._hierarchy.ram.reserved
+    assert reserved is not None
     (path,) = store.glob("experts-*")
     content = path.read_bytes()
-    num_keys = len(loans.reads._is_checked)
+    num_keys = len(reserved.reads._is_checked)
     records = [model.store.record(*divmod(key, 8)) for key in range(num_keys)]
     damaged = bytearray(content)
     for record in records:
         damaged[record.offset] ^= 1
     model._hierarchy.ram.mover._checked.clear()
     for key in range(num_keys):
-        loans.reads._is_checked[key] = 0
+        reserved.reads._is_checked[key] = 0
     with path.open("r+b") as file:
         file.write(damaged)
     try:
@@ -142,7 +142,7 @@ def test_a_run_that_makes_no_progress_is_given_up(model: Model, monkeypatch: pyt
     expected = say(model.chat(), "Hello")
     model._hierarchy.ram.stall_limit_s = 0.05
     with monkeypatch.context() as patch:
-        patch.setattr(Ride, "next", lambda self, first: None)
+        patch.setattr(TokenPass, "next", lambda self, first: None)
         with pytest.raises(TransferError, match="did not arrive within"):
             say(model.chat(), "Hello")
     model._hierarchy.ram.stall_limit_s = 60

@@ -7,7 +7,7 @@ from offload_moe.native.bindings import library
 from offload_moe.system.lifecycle import finalize
 
 
-class Residents:
+class SlotTable:
     """One per pool; see `schedule.residency.Lookup`. Safe to use from several threads."""
 
     def __init__(self, num_keys: int, addresses: Sequence[int]) -> None:
@@ -17,12 +17,12 @@ class Residents:
         self.memory = (self._records, self._leases)  # what those who use the table keep
         self._num_holds = 0
         native = library()
-        self._claim, self._publish = native.om_residents_claim, native.om_residents_publish
-        self._withdraw = native.om_residents_withdraw
-        self.handle = native.om_residents_open(self._records.buffer_info()[0], self._leases.buffer_info()[0])
+        self._claim, self._publish = native.om_slot_table_claim, native.om_slot_table_publish
+        self._withdraw = native.om_slot_table_withdraw
+        self.handle = native.om_slot_table_open(self._records.buffer_info()[0], self._leases.buffer_info()[0])
         if not self.handle:
             raise MemoryError("No memory for the table of resident experts.")
-        finalize(self, native.om_residents_close, self.handle).atexit = False  # runs of daemon threads may use it
+        finalize(self, native.om_slot_table_close, self.handle).atexit = False  # runs of daemon threads may use it
 
     def address(self, slot: int) -> int:
         return self._addresses[slot]
@@ -40,8 +40,8 @@ class Residents:
         return self._num_holds > 0 or self._leases[key] > 0
 
     def hold_all(self) -> None:
-        """Nothing is withdrawn until `let_go_all`. Under the lock that whoever withdraws holds."""
+        """Nothing is withdrawn until `release_all_holds`. Under the lock that whoever withdraws holds."""
         self._num_holds += 1
 
-    def let_go_all(self) -> None:
+    def release_all_holds(self) -> None:
         self._num_holds -= 1

@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from offload_moe.convert.quantize import quantize
-from offload_moe.decode import layer as lean_layer
-from offload_moe.decode.hooks import Onlooker
+from offload_moe.decode import layer as fast_layer
+from offload_moe.decode.hooks import HookObserver
 from offload_moe.decode.layer import LayerStep
-from offload_moe.decode.run import LayerRun, can_run
+from offload_moe.decode.span import LayerSpan, span_kind
 from offload_moe.engine.model import Model
 from offload_moe.experts.lookahead import Lookahead
-from offload_moe.native import run as kernels_run
+from offload_moe.native import span as native_span
 from offload_moe.native.kernels import MAX_TOP_K
 from offload_moe.profile.trace import DELAYED_HIT, HIT, MISS
 from offload_moe.residency.scheduler import Scheduler
@@ -56,20 +56,20 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def num_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every run."""
     calls: list[int] = []
-    call = LayerRun.__call__
+    call = LayerSpan.__call__
 
-    def counted(self: LayerRun, *args: Any) -> Tensor:
+    def counted(self: LayerSpan, *args: Any) -> Tensor:
         calls.append(len(self._steps))
         return call(self, *args)
 
-    monkeypatch.setattr(LayerRun, "__call__", counted)
+    monkeypatch.setattr(LayerSpan, "__call__", counted)
     return calls
 
 
 @pytest.fixture
 def layer_by_layer() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lean_layer, "can_run", lambda hierarchy, step: None)
+        patch.setattr(fast_layer, "span_kind", lambda hierarchy, step: None)
         yield patch
 
 
@@ -139,7 +139,7 @@ def test_what_is_missing_is_brought_meanwhile(
         assert seen.num_acquires == NUM_LAYERS * NUM_NEW
         residency = model._hierarchy.scheduler.residency
         assert not any(residency.num_leases(slot) for slot in range(residency.num_slots))
-        assert residency.num_lent == 0
+        assert residency.num_reserved == 0
         assert seen.num_hits + seen.num_delayed_hits + seen.num_misses == seen.num_accesses
         assert seen.disk_bytes == seen.num_misses * model._hierarchy.pools.slot_bytes
 
@@ -262,7 +262,7 @@ def test_runs_rotate_by_the_length_of_the_sequence(tmp_path: Path, num_runs: lis
         )
         assert len(num_runs) > 5
     for step, got in enumerate(out.logits):
-        with open_model(store, lean=False) as model:
+        with open_model(store, fast_path=False) as model:
             expected = model.hf(out.sequences[:, : ids.shape[1] + step]).logits[:, -1]
         assert expected.abs().max() > 0.1
         assert (got - expected).norm() < INT8_ROUNDING * expected.norm(), step
@@ -413,7 +413,7 @@ def test_layers_that_are_not_handed_on_as_they_are_make_no_run(stores: dict[str,
 def test_what_others_bring_meanwhile_takes_nothing_from_a_run(
     stores: dict[str, Path], num_runs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prefetches of everything, again and again while rides are under way, evict nothing that they compute with."""
+    """Prefetches of everything, again and again while passes are under way, evict nothing that they compute with."""
     is_over = threading.Event()
     num_started = [0]
 
@@ -444,9 +444,9 @@ def test_a_pool_that_holds_every_expert_shrinks_between_tokens_only(
 ) -> None:
     """Somebody gives memory back while a token passes: he waits for it, and the tokens are the same."""
     started, shrinkers = threading.Event(), []
-    pass_through = kernels_run.RunKernel.pass_through
+    pass_through = native_span.SpanKernel.pass_through
 
-    def and_shrink(self: kernels_run.RunKernel, *args: Any) -> None:
+    def and_shrink(self: native_span.SpanKernel, *args: Any) -> None:
         if not started.is_set():
             started.set()
             shrinkers.append(threading.Thread(target=model._hierarchy.resize, args=["ram", 12]))
@@ -460,7 +460,7 @@ def test_a_pool_that_holds_every_expert_shrinks_between_tokens_only(
         for layer in range(NUM_LAYERS):
             with model._hierarchy.scheduler.acquire(layer, range(model.store.num_experts)) as lease:
                 lease.bring()
-        monkeypatch.setattr(kernels_run.RunKernel, "pass_through", and_shrink)
+        monkeypatch.setattr(native_span.SpanKernel, "pass_through", and_shrink)
         assert torch.equal(logits(model), expected)
         shrinkers[0].join()
         assert model._hierarchy.num_slots("ram") == 12
@@ -469,20 +469,20 @@ def test_a_pool_that_holds_every_expert_shrinks_between_tokens_only(
 
 def test_a_stop_within_a_token_is_heard(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every other time a run has nothing to say."""
-    calls, say = [], kernels_run.Ride.next
+    calls, say = [], native_span.TokenPass.next
 
-    def say_at_times(ride: kernels_run.Ride, first: int) -> tuple[int, int] | None:
+    def say_at_times(ride: native_span.TokenPass, first: int) -> tuple[int, int] | None:
         calls.append(1)
         return say(ride, first) if len(calls) % 2 == 0 else None
 
-    monkeypatch.setattr(kernels_run.Ride, "next", say_at_times)
+    monkeypatch.setattr(native_span.TokenPass, "next", say_at_times)
     with open_model(stores["qwen3_moe"], LEAST_SLOTS, prefetch=0) as model:
         logits(model)
         steps = [layer.forward for layer in model.hf.model.layers]
         assert all(isinstance(step, LayerStep) and step.run is not None for step in steps)
         told: list[int] = []
 
-        class Watch(Onlooker):
+        class Watch(HookObserver):
             def __init__(self, number: int) -> None:
                 self.number = number
 
@@ -501,26 +501,26 @@ def test_who_waits_for_slots_gets_them_when_a_run_is_left(
     stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody gives memory back while a run waits for an expert, and the run is interrupted."""
-    end = kernels_run.Ride.__exit__
+    end = native_span.TokenPass.__exit__
     shrinkers: list[threading.Thread] = []
 
-    def leave(self: LayerRun, ride: kernels_run.Ride, *args: Any) -> None:
+    def leave(self: LayerSpan, ride: native_span.TokenPass, *args: Any) -> None:
         residency = self._scheduler.residency
         assert ride.next(0) is not None
-        assert any(residency.find(key) for key in residency.resident_keys() if self._residents.is_leased(key))
+        assert any(residency.find(key) for key in residency.resident_keys() if self._slot_table.is_leased(key))
         shrinkers.append(threading.Thread(target=self._hierarchy.resize, args=["ram", 1]))
         shrinkers[0].start()
         raise KeyboardInterrupt
 
-    def end_late(ride: kernels_run.Ride, *args: object) -> None:
+    def end_late(ride: native_span.TokenPass, *args: object) -> None:
         time.sleep(0.2)  # who has been told too early looks in vain
         end(ride, *args)
 
     with open_model(stores["qwen3_moe"], 18, prefetch=0) as model:
         logits(model)
-        monkeypatch.setattr(LayerRun, "_lend", lambda self: None)
-        monkeypatch.setattr(LayerRun, "_go_along", leave)
-        monkeypatch.setattr(kernels_run.Ride, "__exit__", end_late)
+        monkeypatch.setattr(LayerSpan, "_lend", lambda self: None)
+        monkeypatch.setattr(LayerSpan, "_go_along", leave)
+        monkeypatch.setattr(native_span.TokenPass, "__exit__", end_late)
         with pytest.raises(KeyboardInterrupt):
             logits(model, max_new_tokens=2)
         shrinkers[0].join(60)
@@ -532,8 +532,8 @@ def test_layers_with_other_routers_are_no_part_of_a_run(stores: dict[str, Path])
         steps = [layer.forward for layer in model.hf.model.layers]
         assert len({id(step.run) for step in steps}) == 1
         steps[2].plain.route.top_k = 2
-        lean_layer._join(model.hf, model._hierarchy)
+        fast_layer._join(model.hf, model._hierarchy)
         assert steps[0].run is steps[1].run
         assert steps[2].run is not steps[1].run
         steps[1].plain.route.top_k = MAX_TOP_K + 1
-        assert can_run(model._hierarchy, steps[1]) is None
+        assert span_kind(model._hierarchy, steps[1]) is None

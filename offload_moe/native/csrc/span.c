@@ -19,12 +19,12 @@ typedef struct {
     int64_t first_key; /* of the layer's experts */
     float weight_scale;
     int32_t mode;
-} om_run_layer;
+} om_span_layer;
 
 typedef struct {
-    const om_run_layer *layers;
+    const om_span_layer *layers;
     int64_t num_layers, hidden, num_experts, top_k;
-} om_run;
+} om_span;
 
 typedef struct {
     const float *cos, *signed_sin;
@@ -41,7 +41,7 @@ typedef struct {
     int64_t *guesses;   /* [layers, num_ahead, K]: what they say */
     uint8_t *found, *guesses_found; /* [layers, K], [layers, num_ahead, K]: see below */
     float *guess_space; /* [H + E + K] */
-} om_run_token;
+} om_span_token;
 
 /* How an expert was found when it was chosen, or guessed. */
 enum { OM_HIT, OM_ARRIVING, OM_MISSING, OM_FETCHED /* guessed, absent, and fetched */ };
@@ -49,9 +49,9 @@ enum { OM_HIT, OM_ARRIVING, OM_MISSING, OM_FETCHED /* guessed, absent, and fetch
 enum { OM_NEEDS_EXPERTS = 1, OM_NEEDS_SLOTS = 2 };
 
 typedef struct {
-    const om_run *run;
-    const om_run_token *token;
-    om_residents *residents; /* its lock guards what follows */
+    const om_span *run;
+    const om_span_token *token;
+    om_slot_table *slot_table; /* its lock guards what follows */
     om_reads *reads;         /* NULL: it asks for everything */
     pthread_t thread;
     pthread_cond_t told;
@@ -59,7 +59,7 @@ typedef struct {
     int64_t result;          /* how many of all layers are done, or -1 when memory was short; OM_UNDER_WAY until then */
     int is_stopped;
     uint8_t needs[];         /* [layers]: what is still to be told of them */
-} om_ride;
+} om_pass;
 
 #define OM_UNDER_WAY (-2)
 
@@ -78,8 +78,8 @@ static double seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-static void sort_chosen(const om_run *run, const om_run_token *token, int64_t at, om_chosen *chosen) {
-    const om_run_layer *layer = run->layers + at;
+static void sort_chosen(const om_span *run, const om_span_token *token, int64_t at, om_chosen *chosen) {
+    const om_span_layer *layer = run->layers + at;
     chosen->has_asked = 0;
     for (int64_t k = 0; k < run->top_k; k++) {
         const int64_t key = layer->first_key + token->ids[at * run->top_k + k];
@@ -97,7 +97,7 @@ static void sort_chosen(const om_run *run, const om_run_token *token, int64_t at
 }
 
 /* Ask the routers of the layers behind. Returns 0, or -1 when memory is short. */
-static int guess(const om_run *run, const om_run_token *token, int64_t at) {
+static int guess(const om_span *run, const om_span_token *token, int64_t at) {
     float *normed = token->guess_space, *logits = normed + run->hidden, *weights = logits + run->num_experts;
     for (int64_t ahead = 0; ahead < token->num_ahead && at + 1 + ahead < run->num_layers; ahead++) {
         int64_t *ids = token->guesses + (at * token->num_ahead + ahead) * run->top_k;
@@ -107,67 +107,67 @@ static int guess(const om_run *run, const om_run_token *token, int64_t at) {
 }
 
 /* Fetch those guesses that count and are absent, and note what was there (lock held). */
-static void fetch_guesses(const om_ride *ride, int64_t at) {
-    const om_run *run = ride->run;
-    const om_run_token *token = ride->token;
+static void fetch_guesses(const om_pass *ride, int64_t at) {
+    const om_span *run = ride->run;
+    const om_span_token *token = ride->token;
     for (int64_t ahead = 0; ahead < token->num_ahead && at + 1 + ahead < run->num_layers; ahead++) {
         const int64_t first = (at * token->num_ahead + ahead) * run->top_k;
         for (int64_t k = 0; k < run->top_k; k++) {
             const int64_t key = run->layers[at + 1 + ahead].first_key + token->guesses[first + k];
             uint8_t *found = token->guesses_found + first + k;
-            if (ride->residents->records[key] != NULL) *found = OM_HIT;
+            if (ride->slot_table->records[key] != NULL) *found = OM_HIT;
             else *found = k < token->ranks[ahead] && ride->reads != NULL && om_reads_fetch(ride->reads, key, 1) ? OM_FETCHED : OM_MISSING;
         }
     }
 }
 
 /* Fetch what a layer chose and lacks (lock held). Returns whether that went well. */
-static int fetch_chosen(const om_ride *ride, int64_t at, const om_chosen *chosen) {
+static int fetch_chosen(const om_pass *ride, int64_t at, const om_chosen *chosen) {
     uint8_t *found = ride->token->found + at * ride->run->top_k;
     int is_well = 1;
     for (int64_t k = 0; k < ride->run->top_k; k++) {
         const int64_t key = chosen->keys[k];
         uint8_t *mine = found + chosen->rank[k];
-        *mine = chosen->records[k] != NULL ? OM_HIT : ride->residents->records[key] == OM_COMING ? OM_ARRIVING : OM_MISSING;
-        if (*mine == OM_ARRIVING && ride->reads != NULL) om_reads_hurry(ride->reads, key);
+        *mine = chosen->records[k] != NULL ? OM_HIT : ride->slot_table->records[key] == OM_COMING ? OM_ARRIVING : OM_MISSING;
+        if (*mine == OM_ARRIVING && ride->reads != NULL) om_reads_promote(ride->reads, key);
         if (*mine == OM_MISSING) is_well &= ride->reads != NULL && om_reads_fetch(ride->reads, key, 0);
     }
     return is_well;
 }
 
-static void need(om_ride *ride, int64_t at, int what) {
+static void need(om_pass *ride, int64_t at, int what) {
     ride->needs[at] |= (uint8_t)what;
     pthread_cond_signal(&ride->told);
 }
 
-static void ask_for_experts(om_ride *ride, int64_t at, om_chosen *chosen) {
+static void ask_for_experts(om_pass *ride, int64_t at, om_chosen *chosen) {
     if (!chosen->has_asked) need(ride, at, OM_NEEDS_EXPERTS);
     chosen->has_asked = 1;
 }
 
 /* Lease what is resident and not leased yet (lock held). Returns how many those are; places: which of the chosen. */
-static int64_t lease_resident(const om_ride *ride, om_chosen *chosen, int32_t *places) {
+static int64_t lease_resident(const om_pass *ride, om_chosen *chosen, int32_t *places) {
     int64_t num_leased = 0;
     for (int32_t k = 0; k < ride->run->top_k; k++)
-        if (chosen->records[k] == NULL && om_is_resident(ride->residents, chosen->keys[k])) {
-            ride->residents->leases[chosen->keys[k]]++;
-            chosen->records[k] = ride->residents->records[chosen->keys[k]];
+        if (chosen->records[k] == NULL && om_is_resident(ride->slot_table, chosen->keys[k])) {
+            ride->slot_table->leases[chosen->keys[k]]++;
+            chosen->records[k] = ride->slot_table->records[chosen->keys[k]];
             places[num_leased++] = k;
         }
     return num_leased;
 }
 
-static void release(const om_ride *ride, const om_chosen *chosen) {
-    pthread_mutex_lock(&ride->residents->lock);
+static void release(const om_pass *ride, const om_chosen *chosen) {
+    pthread_mutex_lock(&ride->slot_table->lock);
     for (int64_t k = 0; k < ride->run->top_k; k++)
-        if (chosen->records[k] != NULL) ride->residents->leases[chosen->keys[k]]--;
-    pthread_mutex_unlock(&ride->residents->lock);
+        if (chosen->records[k] != NULL) ride->slot_table->leases[chosen->keys[k]]--;
+    pthread_mutex_unlock(&ride->slot_table->lock);
 }
 
 /* A router has spoken. Returns how many of the experts are there. */
-static int64_t begin_layer(om_ride *ride, int64_t at, om_chosen *chosen, int32_t *places) {
+static int64_t begin_layer(om_pass *ride, int64_t at, om_chosen *chosen, int32_t *places) {
     const int64_t end = ride->run->layers[at].first_key + ride->run->num_experts;
-    pthread_mutex_lock(&ride->residents->lock);
+    pthread_mutex_lock(&ride->slot_table->lock);
     const int64_t num_leased = lease_resident(ride, chosen, places);
     if (ride->reads != NULL) om_reads_drop_wrong(ride->reads, end, chosen->keys, ride->run->top_k);
     const int is_well = fetch_chosen(ride, at, chosen);
@@ -175,36 +175,36 @@ static int64_t begin_layer(om_ride *ride, int64_t at, om_chosen *chosen, int32_t
     ride->num_routed = at + 1;
     if (!is_well) ask_for_experts(ride, at, chosen);
     if (ride->reads != NULL && om_reads_are_short(ride->reads)) need(ride, at, OM_NEEDS_SLOTS);
-    pthread_mutex_unlock(&ride->residents->lock);
+    pthread_mutex_unlock(&ride->slot_table->lock);
     return num_leased;
 }
 
 /* Whether something of the layer is neither here nor on its way any more: a read has failed (lock held). */
-static int has_lost(const om_ride *ride, const om_chosen *chosen) {
+static int has_lost(const om_pass *ride, const om_chosen *chosen) {
     for (int64_t k = 0; k < ride->run->top_k; k++)
-        if (chosen->records[k] == NULL && ride->residents->records[chosen->keys[k]] == NULL) return 1;
+        if (chosen->records[k] == NULL && ride->slot_table->records[chosen->keys[k]] == NULL) return 1;
     return 0;
 }
 
-/* Wait until something more of the layer is resident. Returns how many those are; 0: the ride is stopped. */
-static int64_t wait_for_more(om_ride *ride, int64_t at, om_chosen *chosen, int32_t *places) {
+/* Wait until something more of the layer is resident. Returns how many those are; 0: the token pass is stopped. */
+static int64_t wait_for_more(om_pass *ride, int64_t at, om_chosen *chosen, int32_t *places) {
     const double began = seconds();
     int64_t num_leased = 0;
-    pthread_mutex_lock(&ride->residents->lock);
+    pthread_mutex_lock(&ride->slot_table->lock);
     while (!ride->is_stopped && (num_leased = lease_resident(ride, chosen, places)) == 0) {
         if (has_lost(ride, chosen)) ask_for_experts(ride, at, chosen);
-        pthread_cond_wait(&ride->residents->arrived, &ride->residents->lock);
+        pthread_cond_wait(&ride->slot_table->arrived, &ride->slot_table->lock);
     }
-    pthread_mutex_unlock(&ride->residents->lock);
+    pthread_mutex_unlock(&ride->slot_table->lock);
     ride->token->stalls[at] += seconds() - began;
     return num_leased;
 }
 
 /* out[H] = their weighted sum; with `rows`, each sets its row instead. The same bits once the rows are summed. */
-static int compute(const om_ride *ride, int64_t at, const om_chosen *chosen, const int32_t *places, int64_t num_experts,
+static int compute(const om_pass *ride, int64_t at, const om_chosen *chosen, const int32_t *places, int64_t num_experts,
                    float *rows) {
     static const int32_t token_ids[MAX_TOP_K] = {0};
-    const om_run_layer *layer = ride->run->layers + at;
+    const om_span_layer *layer = ride->run->layers + at;
     const uint8_t *records[MAX_TOP_K];
     float weights[MAX_TOP_K];
     int32_t offsets[MAX_TOP_K + 1] = {0};
@@ -217,9 +217,9 @@ static int compute(const om_ride *ride, int64_t at, const om_chosen *chosen, con
                           weights, num_experts, rows == NULL ? ride->token->x : rows, OM_F32, 0, layer->mode);
 }
 
-/* x = the experts of the layer, those that are there first. Returns 0, -1 when memory is short, 1 when the ride is stopped. */
-static int run_experts(om_ride *ride, int64_t at, om_chosen *chosen) {
-    const om_run *run = ride->run;
+/* x = the experts of the layer, those that are there first. Returns 0, -1 when memory is short, 1 when the token pass is stopped. */
+static int run_experts(om_pass *ride, int64_t at, om_chosen *chosen) {
+    const om_span *run = ride->run;
     int32_t places[MAX_TOP_K];
     int64_t num_leased = begin_layer(ride, at, chosen, places), num_done = 0;
     if (num_leased == run->top_k) return compute(ride, at, chosen, places, num_leased, NULL);
@@ -235,10 +235,10 @@ static int run_experts(om_ride *ride, int64_t at, om_chosen *chosen) {
     return 0;
 }
 
-static int step_layer(om_ride *ride, int64_t at, double began) {
-    const om_run *run = ride->run;
-    const om_run_token *token = ride->token;
-    const om_run_layer *layer = run->layers + at;
+static int step_layer(om_pass *ride, int64_t at, double began) {
+    const om_span *run = ride->run;
+    const om_span_token *token = ride->token;
+    const om_span_layer *layer = run->layers + at;
     om_chosen chosen;
     if (om_layer_step(layer->layer, token->x, token->cos, token->signed_sin, token->keys[at], token->values[at],
                       token->capacities[at], token->lengths[at], token->residual, token->normed,
@@ -256,73 +256,73 @@ static int step_layer(om_ride *ride, int64_t at, double began) {
     return 0;
 }
 
-static om_ride *new_ride(const om_run *run, const om_run_token *token, om_residents *residents, om_reads *reads) {
-    om_ride *ride = calloc(1, sizeof *ride + (size_t)run->num_layers);
+static om_pass *new_pass(const om_span *run, const om_span_token *token, om_slot_table *slot_table, om_reads *reads) {
+    om_pass *ride = calloc(1, sizeof *ride + (size_t)run->num_layers);
     if (ride == NULL) return NULL;
     ride->run = run;
     ride->token = token;
-    ride->residents = residents;
+    ride->slot_table = slot_table;
     ride->reads = reads;
     ride->result = OM_UNDER_WAY;
     om_init_condition(&ride->told);
-    om_residents_use(residents);
+    om_slot_table_use(slot_table);
     if (reads != NULL) om_reads_use(reads);
     return ride;
 }
 
-static void delete_ride(om_ride *ride) {
+static void delete_pass(om_pass *ride) {
     if (ride->reads != NULL) om_reads_leave(ride->reads);
-    om_residents_close(ride->residents);
+    om_slot_table_close(ride->slot_table);
     pthread_cond_destroy(&ride->told);
     free(ride);
 }
 
-static void *ride_through(void *argument) {
-    om_ride *ride = argument;
+static void *pass_through_layers(void *argument) {
+    om_pass *ride = argument;
     const double began = seconds();
     int64_t at = 0;
     int status = 0;
     while (at < ride->run->num_layers && (status = step_layer(ride, at, began)) == 0) at++;
-    pthread_mutex_lock(&ride->residents->lock);
+    pthread_mutex_lock(&ride->slot_table->lock);
     ride->result = status < 0 ? -1 : at;
     pthread_cond_signal(&ride->told);
-    pthread_mutex_unlock(&ride->residents->lock);
+    pthread_mutex_unlock(&ride->slot_table->lock);
     return NULL;
 }
 
 /* x goes through all layers; nothing may be missing. Returns the number of layers, or -1 when memory is short. */
-OM_EXPORT int64_t om_run_pass(const om_run *run, const om_run_token *token, om_residents *residents) {
-    om_ride *ride = new_ride(run, token, residents, NULL);
+OM_EXPORT int64_t om_span_pass(const om_span *run, const om_span_token *token, om_slot_table *slot_table) {
+    om_pass *ride = new_pass(run, token, slot_table, NULL);
     if (ride == NULL) return -1;
-    ride_through(ride);
+    pass_through_layers(ride);
     const int64_t result = ride->result;
-    delete_ride(ride);
+    delete_pass(ride);
     return result;
 }
 
 /* x goes through all layers on another thread. reads: may be NULL. NULL when the thread cannot be had. */
-OM_EXPORT om_ride *om_ride_start(const om_run *run, const om_run_token *token, om_residents *residents, om_reads *reads) {
-    om_ride *ride = new_ride(run, token, residents, reads);
+OM_EXPORT om_pass *om_pass_start(const om_span *run, const om_span_token *token, om_slot_table *slot_table, om_reads *reads) {
+    om_pass *ride = new_pass(run, token, slot_table, reads);
     if (ride == NULL) return NULL;
-    if (pthread_create(&ride->thread, NULL, ride_through, ride) == 0) {
+    if (pthread_create(&ride->thread, NULL, pass_through_layers, ride) == 0) {
         om_pool_place_caller(ride->thread);
         return ride;
     }
-    delete_ride(ride);
+    delete_pass(ride);
     return NULL;
 }
 
 /* Wait, but not for ever, for the first layer from `first` on that needs something. Returns it, and what that is, once; the
  * number of layers when all are done; -1 when memory was short; -2 when there is nothing yet. */
-OM_EXPORT int64_t om_ride_next(om_ride *ride, int64_t first, double limit_s, int32_t *needs) {
+OM_EXPORT int64_t om_pass_next(om_pass *ride, int64_t first, double limit_s, int32_t *needs) {
     const struct timespec deadline = om_deadline(limit_s);
     int64_t at = first;
     int has_time = 1;
-    pthread_mutex_lock(&ride->residents->lock);
+    pthread_mutex_lock(&ride->slot_table->lock);
     for (;;) {
         while (at < ride->num_routed && !ride->needs[at]) at++;
         if (at < ride->num_routed || ride->result != OM_UNDER_WAY || !has_time) break;
-        has_time = pthread_cond_timedwait(&ride->told, &ride->residents->lock, &deadline) == 0;
+        has_time = pthread_cond_timedwait(&ride->told, &ride->slot_table->lock, &deadline) == 0;
     }
     *needs = 0;
     if (at >= ride->num_routed) {
@@ -331,16 +331,16 @@ OM_EXPORT int64_t om_ride_next(om_ride *ride, int64_t first, double limit_s, int
         *needs = ride->needs[at];
         ride->needs[at] = 0;
     }
-    pthread_mutex_unlock(&ride->residents->lock);
+    pthread_mutex_unlock(&ride->slot_table->lock);
     return at;
 }
 
 /* Stop it where it waits for an expert, if it is not over, and free it. */
-OM_EXPORT void om_ride_end(om_ride *ride) {
-    pthread_mutex_lock(&ride->residents->lock);
+OM_EXPORT void om_pass_end(om_pass *ride) {
+    pthread_mutex_lock(&ride->slot_table->lock);
     ride->is_stopped = 1;
-    pthread_cond_broadcast(&ride->residents->arrived);
-    pthread_mutex_unlock(&ride->residents->lock);
+    pthread_cond_broadcast(&ride->slot_table->arrived);
+    pthread_mutex_unlock(&ride->slot_table->lock);
     pthread_join(ride->thread, NULL);
-    delete_ride(ride);
+    delete_pass(ride);
 }

@@ -9,36 +9,36 @@ from typing import Any, cast
 from numpy.typing import NDArray
 
 from offload_moe.native.kernels import ARRIVING, HIT, MISSING, NEEDS_EXPERTS, NEEDS_SLOTS, Reads
-from offload_moe.residency.loans import Loans
+from offload_moe.residency.reserved import ReservedSlots
 from offload_moe.residency.scheduler import Scheduler
 from offload_moe.simulate.clock import VirtualClock
 from offload_moe.simulate.costs import RunCosts
 from offload_moe.simulate.disk import VirtualDisk
 from offload_moe.simulate.helper import Helper
 from offload_moe.simulate.processor import Processor
-from offload_moe.simulate.reads import VirtualReads, VirtualResidents
+from offload_moe.simulate.reads import VirtualReads, VirtualSlotTable
 
 Guesses = Sequence[tuple[int, Sequence[int]]]  # layers behind, and which of their experts
 
 
-class VirtualRides:
+class VirtualPasses:
     """Tokens through all layers, by a thread that fetches what is missing into slots that were lent to it."""
 
     def __init__(
         self, clock: VirtualClock, processor: Processor, costs: RunCosts, scheduler: Scheduler, disk: VirtualDisk
     ) -> None:
-        """scheduler: of a residency whose lookup is a `VirtualResidents`. disk: its mover."""
+        """scheduler: of a residency whose lookup is a `VirtualSlotTable`. disk: its mover."""
         self._clock = clock
         self._processor = processor
         self._costs = costs
         self._scheduler = scheduler
-        residents = scheduler.residency.lookup
-        assert isinstance(residents, VirtualResidents)
-        self._residents = residents
-        self._reads = VirtualReads(residents, disk)
-        loans = Loans(scheduler, cast(Reads, self._reads))  # which it is, but for the C behind it
-        scheduler.loans = loans
-        self._helper = Helper(clock, scheduler, loans, costs)
+        slot_table = scheduler.residency.lookup
+        assert isinstance(slot_table, VirtualSlotTable)
+        self._slot_table = slot_table
+        self._reads = VirtualReads(slot_table, disk)
+        reserved = ReservedSlots(scheduler, cast(Reads, self._reads))  # which it is, but for the C behind it
+        scheduler.reserved = reserved
+        self._helper = Helper(clock, scheduler, reserved, costs)
 
     def forward(self, experts: NDArray[Any], guess: Callable[[int], Guesses]) -> None:
         """experts ``[L, K]``. guess: what a layer foretells of those behind it."""
@@ -53,7 +53,7 @@ class VirtualRides:
         guesses = guess(layer)
         num_experts = self._scheduler.num_experts
         keys = [layer * num_experts + expert for expert in sorted(chosen)]
-        here = self._residents.lease_those_here(keys)
+        here = self._slot_table.lease_those_here(keys)
         self._reads.drop_wrong((layer + 1) * num_experts, keys)
         found, needs = self._fetch(keys, here)
         for ahead, guessed in guesses:
@@ -64,7 +64,7 @@ class VirtualRides:
         if needs:
             self._helper.need(needs)
         self._compute(keys, here, has_asked=bool(needs & NEEDS_EXPERTS))
-        self._residents.release(keys)
+        self._slot_table.release(keys)
 
     def _fetch(self, keys: Sequence[int], here: Sequence[int]) -> tuple[list[int], int]:
         """Fetch what is missing. Returns how each was found, and whether there were slots for all."""
@@ -72,7 +72,7 @@ class VirtualRides:
         for key in keys:
             if key in here:
                 found.append(HIT)
-            elif self._residents.is_known(key):
+            elif self._slot_table.is_known(key):
                 found.append(ARRIVING)
                 self._reads.demand(key)
             else:
@@ -82,7 +82,7 @@ class VirtualRides:
 
     def _fetch_guesses(self, keys: Sequence[int]) -> None:
         for key in keys:
-            if not self._residents.is_known(key):
+            if not self._slot_table.is_known(key):
                 self._reads.fetch(key, is_prefetch=True)
 
     def _compute(self, keys: Sequence[int], here: Sequence[int], *, has_asked: bool) -> None:
@@ -90,7 +90,7 @@ class VirtualRides:
         costs, left = self._costs, [key for key in keys if key not in here]
         self._processor.run(costs.partial_host_s if left else 0.0, costs.experts([1] * len(here)))
         while left:
-            if not has_asked and not all(self._residents.is_known(key) for key in left):
+            if not has_asked and not all(self._slot_table.is_known(key) for key in left):
                 self._helper.need(NEEDS_EXPERTS)  # one has come and gone while the others were computed
                 has_asked = True
             here = self._wait(left)
@@ -100,8 +100,8 @@ class VirtualRides:
     def _wait(self, keys: Sequence[int]) -> list[int]:
         """Until some of them are here."""
         began = self._clock.now
-        while not (here := self._residents.lease_those_here(keys)):
+        while not (here := self._slot_table.lease_those_here(keys)):
             has_happened = self._clock.run_next()
-            assert has_happened, "nobody brings what a ride waits for"
+            assert has_happened, "nobody brings what a token pass waits for"
         self._scheduler.counters.stall_s += self._clock.now - began
         return here

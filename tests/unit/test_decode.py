@@ -1,4 +1,4 @@
-"""What lean recognizes, and what it must leave alone."""
+"""What the fast path recognizes, and what it must leave alone."""
 
 from typing import Any
 

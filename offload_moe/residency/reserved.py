@@ -11,17 +11,17 @@ if TYPE_CHECKING:
     from offload_moe.residency.scheduler import Scheduler
 
 SLOTS_PER_CHOICE = 2  # that a run wants: for a layer's experts, beside those of a layer that another thread is in
-SLOTS_PER_LOAN = 24  # one slot of so many is lent, and empty until a run needs it
-MOST_LOANS = 12
-HEAR_S = 0.002  # how often one who waits for a run's read asks whether it is done
+SLOTS_PER_RESERVATION = 24  # one slot of so many is lent, and empty until a run needs it
+MOST_RESERVED = 12
+DRAIN_INTERVAL_S = 0.002  # how often one who waits for a run's read asks whether it is done
 
 
-def loans_for(num_slots: int) -> int:
+def reserved_slots_for(num_slots: int) -> int:
     """How many slots of a pool are lent at a time."""
-    return max(1, min(MOST_LOANS, num_slots // SLOTS_PER_LOAN))
+    return max(1, min(MOST_RESERVED, num_slots // SLOTS_PER_RESERVATION))
 
 
-class Loans:
+class ReservedSlots:
     """Of one tier, which computes where it lies."""
 
     def __init__(self, scheduler: "Scheduler", reads: Reads) -> None:
@@ -30,40 +30,40 @@ class Loans:
         self._num_reading = 0
 
     @property
-    def hear_s(self) -> float | None:
+    def drain_interval_s(self) -> float | None:
         """How long to wait before hearing again; None: nothing is on its way."""
-        return HEAR_S if self._num_reading else None
+        return DRAIN_INTERVAL_S if self._num_reading else None
 
     def lend(self, *, may_evict: bool) -> None:
         """Lend slots again up to the usual number; may_evict: for want of free ones, what is worth least goes."""
         scheduler = self._scheduler
         with scheduler.changed:
-            self.hear()
+            self.drain_completions()
             residency = scheduler.residency
-            num_wanted = loans_for(residency.num_slots)
-            while residency.num_lent < num_wanted and (slot := residency.lend(may_evict=may_evict)) is not None:
+            num_wanted = reserved_slots_for(residency.num_slots)
+            while residency.num_reserved < num_wanted and (slot := residency.lend(may_evict=may_evict)) is not None:
                 self.reads.lend(slot)
-            self.reads.ask_below(num_wanted // 2 if residency.num_lent == num_wanted else 0)  # as there are no more
+            self.reads.ask_below(num_wanted // 2 if residency.num_reserved == num_wanted else 0)  # as there are no more
             scheduler.counters.num_evictions = residency.num_evictions
 
-    def take_back(self) -> None:
+    def reclaim(self) -> None:
         """What was lent and is not in use; what is being read comes later."""
         scheduler = self._scheduler
         with scheduler.changed:
-            for slot in self.reads.take_back():
-                self.hear()
-                scheduler.residency.take_back(slot)
-            self.hear()
+            for slot in self.reads.reclaim():
+                self.drain_completions()
+                scheduler.residency.reclaim(slot)
+            self.drain_completions()
             scheduler.changed.notify_all()
 
-    def hear(self) -> None:
+    def drain_completions(self) -> None:
         """Learn what has been fetched (lock held)."""
         scheduler, has_changed = self._scheduler, False
         residency, counters = scheduler.residency, scheduler.counters
-        for news in self.reads.news():
+        for news in self.reads.completions():
             key, slot, was_prefetch = news.key, news.slot, bool(news.was_prefetch)
             if news.state == READING:
-                residency.admit_lent(key, slot)
+                residency.admit_reserved(key, slot)
                 self._num_reading += 1
                 if was_prefetch:
                     scheduler.unproven.add(key)
@@ -79,7 +79,7 @@ class Loans:
             elif news.state == FAILED:
                 scheduler.read_again(key, slot)
             else:
-                residency.lend_again(slot)
+                residency.reserve_again(slot)
                 if was_prefetch:
                     scheduler.unproven.discard(key)
                     counters.num_cancelled_prefetches += 1
@@ -89,4 +89,4 @@ class Loans:
     def demand(self, key: int) -> None:
         """Somebody waits for this expert (lock held): from now on a run's read of it is not dropped."""
         self.reads.demand(key)
-        self.hear()
+        self.drain_completions()

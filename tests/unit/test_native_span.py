@@ -107,22 +107,22 @@ class Run:
         """absent: keys of experts that are not there."""
         self.layers = [Layer(number) for number in range(NUM_LAYERS)]
         runs = [
-            kernels.RunLayer(
+            kernels.SpanLayer(
                 step=layer.step, experts=layer.kernel, first_key=number * NUM_EXPERTS, weight_scale=SCALE, mode="fast"
             )
             for number, layer in enumerate(self.layers)
         ]
-        self.kernel = kernels.RunKernel(runs, hidden=HIDDEN, num_experts=NUM_EXPERTS, top_k=TOP_K)
+        self.kernel = kernels.SpanKernel(runs, hidden=HIDDEN, num_experts=NUM_EXPERTS, top_k=TOP_K)
         records = [record for layer in self.layers for record in layer.experts.records]
-        self.residents = kernels.Residents(len(records), [record.data_ptr() for record in reversed(records)])
+        self.slot_table = kernels.SlotTable(len(records), [record.data_ptr() for record in reversed(records)])
         for key in set(range(len(records))) - set(absent):
             self.bring(key)
         rooms = [(layer.keys, layer.values, LENGTH) for layer in self.layers]
         shape = {"num_experts": NUM_EXPERTS, "top_k": TOP_K}
-        self.token = kernels.RunToken(one_token(), rooms, rotary(), **shape, ranks=ranks)
+        self.token = kernels.SpanToken(one_token(), rooms, rotary(), **shape, ranks=ranks)
 
     def bring(self, key: int) -> None:
-        self.residents.publish(key, NUM_LAYERS * NUM_EXPERTS - 1 - key)
+        self.slot_table.publish(key, NUM_LAYERS * NUM_EXPERTS - 1 - key)
 
     def chosen(self, layer: int) -> list[int]:
         """Keys, once the router has spoken."""
@@ -131,7 +131,7 @@ class Run:
     def go(self) -> list[tuple[int, int]]:
         """Through all layers; what they needed, which is brought one by one, the last one first."""
         needs: list[tuple[int, int]] = []
-        with self.kernel.start(self.token, self.residents) as ride:
+        with self.kernel.start(self.token, self.slot_table) as ride:
             while (said := wait(ride, needs[-1][0] + 1 if needs else 0))[0] < NUM_LAYERS:
                 needs.append(said)
                 for key in reversed(self.chosen(said[0])):
@@ -140,13 +140,13 @@ class Run:
         return needs
 
 
-def wait(ride: kernels.Ride, first: int) -> tuple[int, int]:
+def wait(ride: kernels.TokenPass, first: int) -> tuple[int, int]:
     """What it says next, within ten seconds."""
     for _ in range(100):
         said = ride.next(first)
         if said is not None:
             return said
-    raise AssertionError("the ride says nothing")
+    raise AssertionError("the token pass says nothing")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -192,33 +192,33 @@ def test_what_a_run_computes_with_cannot_be_withdrawn() -> None:
     whole.go()
     missing, *others = whole.chosen(1)
     run = Run(absent=[missing])
-    with run.kernel.start(run.token, run.residents) as ride:
+    with run.kernel.start(run.token, run.slot_table) as ride:
         assert wait(ride, 0) == (1, kernels.NEEDS_EXPERTS)
-        assert all(run.residents.is_leased(key) and not run.residents.withdraw(key) for key in others)
-        assert all(run.residents.withdraw(key) for key in run.chosen(0))
+        assert all(run.slot_table.is_leased(key) and not run.slot_table.withdraw(key) for key in others)
+        assert all(run.slot_table.withdraw(key) for key in run.chosen(0))
         run.bring(missing)
         assert wait(ride, 2) == (NUM_LAYERS, 0)
     assert torch.equal(run.token.x, whole.token.x)
-    assert not any(run.residents.is_leased(key) for key in range(NUM_LAYERS * NUM_EXPERTS))
+    assert not any(run.slot_table.is_leased(key) for key in range(NUM_LAYERS * NUM_EXPERTS))
 
 
 def test_a_ride_that_is_left_stops_where_it_waits() -> None:
     whole = Run()
     whole.go()
     run = Run(absent=whole.chosen(1)[:1])
-    with run.kernel.start(run.token, run.residents) as ride:
+    with run.kernel.start(run.token, run.slot_table) as ride:
         assert wait(ride, 0) == (1, kernels.NEEDS_EXPERTS)
         assert ride.next(2) is None
-    assert not any(run.residents.is_leased(key) for key in range(NUM_LAYERS * NUM_EXPERTS))
+    assert not any(run.slot_table.is_leased(key) for key in range(NUM_LAYERS * NUM_EXPERTS))
 
 
 def test_an_expert_is_claimed_once() -> None:
-    residents = Run(absent=[3]).residents
-    assert not residents.claim(2)
-    assert residents.claim(3)
-    assert not residents.claim(3)
-    assert residents.withdraw(3)
-    assert residents.claim(3)
+    slot_table = Run(absent=[3]).slot_table
+    assert not slot_table.claim(2)
+    assert slot_table.claim(3)
+    assert not slot_table.claim(3)
+    assert slot_table.withdraw(3)
+    assert slot_table.claim(3)
 
 
 def test_a_run_asks_the_next_layers_and_notes_what_was_there() -> None:
@@ -244,4 +244,4 @@ def test_a_run_asks_the_next_layers_and_notes_what_was_there() -> None:
 
 def test_a_run_takes_no_more_experts_than_it_has_room_for() -> None:
     with pytest.raises(ConfigError, match="64"):
-        kernels.RunKernel([], hidden=HIDDEN, num_experts=128, top_k=65)
+        kernels.SpanKernel([], hidden=HIDDEN, num_experts=128, top_k=65)
