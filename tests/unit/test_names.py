@@ -138,7 +138,7 @@ def test_an_unfinished_store_says_how_it_goes_on(cache: Path) -> None:
 
 
 def test_the_demo_is_its_store_where_stores_are_meant(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offload_moe.stores.checkpoint_folder", lambda root: root / "demo" / BUILT)
+    monkeypatch.setattr("offload_moe.store.installed.checkpoint_folder", lambda root: root / "demo" / BUILT)
     with pytest.raises(StoreError, match="not built yet"):
         find("demo")
     (cache / "demo" / BUILT).mkdir(parents=True)

@@ -202,7 +202,7 @@ def test_a_card_of_the_table_can_be_planned_for(capsys: pytest.CaptureFixture[st
 def test_memory_of_another_machine_is_said_and_planned(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offload_moe.budget.total_ram", lambda: 16 << 30)
+    monkeypatch.setattr("offload_moe.plan.budget.total_ram", lambda: 16 << 30)
     for ram, is_said in (("64GiB", True), ("16GiB", False)):
         assert load_cli().main(["plan", MIXTRAL, "--vram", "0", "--ram", ram]) == 0
         said = "Planned for another machine: 64.0 GiB of RAM, and here are 16.0 GiB." in capsys.readouterr().err
