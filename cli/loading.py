@@ -16,8 +16,6 @@ from .terminal import console
 if TYPE_CHECKING:
     from offload_moe.engine.model import Model
 
-DEMO = "demo"
-
 
 @contextmanager
 def loaded_model(options: argparse.Namespace) -> "Iterator[Model]":
@@ -27,11 +25,13 @@ def loaded_model(options: argparse.Namespace) -> "Iterator[Model]":
         report("Loading libraries")
         with _no_garbage_collection():
             from offload_moe.chat import Sampling
-            from offload_moe.engine.model import load
+            from offload_moe.engine.load import load
+            from offload_moe.engine.options import LoadOptions
 
+        chosen = LoadOptions().updated(load_arguments(options))
         Sampling.of(sampling_arguments(options))
         report(f"Loading {options.model}")
-        model = load(options.model, progress=report, **load_arguments(options))
+        model = load(options.model, chosen, progress=report)
     for notice in model.notices:
         console(stderr=True).print(notice, style="bold yellow", soft_wrap=True)
     print(model.summary, file=sys.stderr)

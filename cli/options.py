@@ -106,7 +106,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def load_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """What the user chose of `offload_moe.load`'s arguments; the rest keeps its defaults there."""
+    """What the user chose of `offload_moe.LoadOptions`; the rest keeps its defaults there."""
     names = (
         *("vram", "ram", "context", "policy", "hybrid", "device", "dtype"),
         *("codec", "dense_codec", "revision", "follow_links", "exact"),

@@ -3,8 +3,10 @@
 import argparse
 from contextlib import ExitStack, nullcontext
 
+from offload_moe.system.names import DEMO
+
 from ..chat.keyboard import quiet_keyboard
-from ..loading import DEMO, loaded_model
+from ..loading import loaded_model
 from ..options import (
     Subparsers,
     add_common_flags,

@@ -64,7 +64,7 @@ def quantize(
     """
     use_torch_after_fork()
     report = progress or ignore_progress
-    linears_codec = _dense_codec(dense_codec)
+    linears_codec = get_dense_codec(dense_codec)
     if codec is not None:
         get_codec(codec)  # before a download
     target = Path(store)
@@ -137,7 +137,8 @@ def default_codec(folder: Path) -> str:
     return MXFP4 if is_mxfp4(folder) else DEFAULT
 
 
-def _dense_codec(name: str) -> Codec:
+def get_dense_codec(name: str) -> Codec:
+    """The codec of dense weights that has this name. Raises: ConfigError."""
     if name == MXFP4:
         raise ConfigError(f"{MXFP4} is a format of experts. Use another dense codec, such as int8.")
     return get_codec(name)

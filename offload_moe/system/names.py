@@ -110,7 +110,7 @@ def choice(what: str, name: str, choices: Collection[str]) -> str:
     if name in choices:
         return name
     raise ConfigError(
-        f"There is no {what} {name!r}. {did_you_mean(name, choices, otherwise='')} ".rstrip()
+        f"There is no {what} {name!r}. {did_you_mean(str(name), choices, otherwise='')} ".rstrip()
         + f" Choose one of: {', '.join(choices)}."
     )
 

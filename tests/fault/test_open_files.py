@@ -25,7 +25,7 @@ from offload_moe import load, quantize
 from offload_moe.store import Store
 model, store = sys.argv[1:]
 load  # imported before the limit holds
-import offload_moe.engine.model
+import offload_moe.engine.load
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 steps = 0
 def stop(progress):

@@ -64,7 +64,9 @@ def test_a_predictor_that_is_always_wrong_changes_no_token(
 
 
 def lookahead_of(model: Model) -> Lookahead:
-    return next(m._offload_moe.lookahead for m in model.hf.modules() if hasattr(m, "_offload_moe"))
+    lookahead = model.engine.lookahead
+    assert lookahead is not None
+    return lookahead
 
 
 def test_a_norm_that_is_not_the_right_one_is_noticed(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from offload_moe.errors import BudgetError, ConfigError
 from offload_moe.store.progress import Progress
-from tests.support.cli import ROOT, command, environment, fake_model_module, load_cli, run_cli
+from tests.support.cli import ROOT, command, environment, fake_load_module, load_cli, run_cli
 
 main = load_cli()
 
@@ -181,7 +181,7 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line in this process, over tiny models."""
-    monkeypatch.setitem(sys.modules, "offload_moe.engine.model", fake_model_module())
+    monkeypatch.setitem(sys.modules, "offload_moe.engine.load", fake_load_module())
     monkeypatch.setattr("offload_moe_cli.loading.check_model", lambda *_: None)
     monkeypatch.setattr(main, "quiet_libraries", lambda: None)
     monkeypatch.setattr(sys, "stdin", io.StringIO())

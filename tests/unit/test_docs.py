@@ -13,7 +13,8 @@ import pytest
 
 from offload_moe.convert.quantize import quantize
 from offload_moe.demo import checkpoint_folder
-from offload_moe.engine.model import Model, load
+from offload_moe.engine.load import load
+from offload_moe.engine.model import Model
 from offload_moe.plan import make_plan
 from offload_moe.store import Store
 from tests.support.chat import byte_tokenizer, chat_model
