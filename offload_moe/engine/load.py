@@ -21,6 +21,7 @@ from offload_moe.engine.build import Blueprint, Engine, build, closed_on_error, 
 from offload_moe.engine.model import Model
 from offload_moe.engine.options import LoadKeywords, LoadOptions
 from offload_moe.engine.overflow import watch_overflow
+from offload_moe.errors import ConfigError
 from offload_moe.experts.arithmetic import keeps_eagers_bits
 from offload_moe.memory.copier import AcceleratorCopier, compute_device
 from offload_moe.memory.unused_card import notice_of_unused_card
@@ -77,6 +78,10 @@ class Planned:
 
 
 def _options(options: LoadOptions | None, keywords: LoadKeywords) -> LoadOptions:
+    if not isinstance(options, LoadOptions | None):
+        raise ConfigError(
+            f"options is {type(options).__name__}, not LoadOptions. Use load(source, **keywords) instead."
+        )
     return (options or LoadOptions()).updated(keywords)
 
 

@@ -66,7 +66,7 @@ class LoadOptions:
             _bytes(size)
         check_context(self.context)
         check_policy(self.policy)
-        choice("hybrid", self.hybrid, HYBRID_CHOICES)
+        choice("hybrid mode", self.hybrid, HYBRID_CHOICES)
         if self.codec is not None:
             get_codec(self.codec)
         if self.dense_codec is not None:
@@ -93,7 +93,7 @@ class LoadOptions:
         """
         known = [option.name for option in fields(self)]
         for name in keywords:
-            choice("option of load named", name, known)
+            choice("option", name, known)
         return replace(self, **keywords)
 
 
