@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
+from offload_moe.system.progress import Progress
 from offload_moe.system.sizes import format_size
 
 from .streams import uses_unicode
@@ -18,13 +19,8 @@ LINE_INTERVAL_S = 10.0
 SETTLE_S = 0.5
 
 
-class Reporter(Protocol):
-    """Called with a phase and how much of it is done: bytes of `total` bytes, or a share from 0 to 1 without it.
-
-    A negative share means that nobody knows.
-    """
-
-    def __call__(self, phase: str, done: float = -1.0, total: float | None = None) -> None: ...
+class Reporter(Progress, Protocol):
+    """Shows progress, and notices, on stderr."""
 
     def notice(self, text: str) -> None:
         """A line that stays."""
@@ -104,7 +100,8 @@ class BarReporter:
     """One bar, replaced by the next phase's; it leaves the screen when the work is done."""
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+        from rich.progress import BarColumn, SpinnerColumn, TextColumn
+        from rich.progress import Progress as Bar
 
         from .terminal import console
 
@@ -114,7 +111,7 @@ class BarReporter:
             BarColumn(bar_width=20),
             TextColumn("{task.fields[figures]}", style="dim"),
         )
-        self._bar: Progress = Progress(*columns, console=console(stderr=True), transient=True)
+        self._bar = Bar(*columns, console=console(stderr=True), transient=True)
         self._task: TaskID | None = None
         self._phase = ""
         self._meter = Meter(0.0)

@@ -59,7 +59,7 @@ def _print_table(out: "Console", title: str, columns: Sequence[str], rows: Seque
     from rich.table import Table
 
     widths = [max(len(cell) for cell in column) + GAP for column in zip(columns, *rows, strict=True)]
-    for group in _groups(widths, out.width):
+    for group in column_groups(widths, out.width):
         table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for number in group:
             table.add_column(columns[number], justify="right" if number else "left", overflow="fold")
@@ -68,7 +68,7 @@ def _print_table(out: "Console", title: str, columns: Sequence[str], rows: Seque
         out.print(table)
 
 
-def _groups(widths: Sequence[int], room: int) -> list[list[int]]:
+def column_groups(widths: Sequence[int], room: int) -> list[list[int]]:
     """Columns that fit beside each other; the first column, which names the rows, leads each group."""
     groups, left = [[0]], room - widths[0]
     for number, width in enumerate(widths[1:], 1):

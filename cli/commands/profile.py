@@ -2,11 +2,11 @@
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload_moe.errors import ConfigError
+from offload_moe.system.progress import Progress
 
 from ..loading import loaded_model
 from ..options import SAMPLING, Subparsers, add_common_flags, add_model_flags
@@ -16,7 +16,6 @@ from ..tables import print_replay, print_report
 if TYPE_CHECKING:
     from offload_moe.profile.trace import Trace
 
-Report = Callable[[str, float], None]
 ALL = "all"
 RECORDING_ONLY = ("prompts", "max_new_tokens", "trace")
 REPLAYING_ONLY = ("slots", "pool")
@@ -72,7 +71,7 @@ def _record(options: argparse.Namespace) -> int:
         from offload_moe.profile.run import MAX_NEW_TOKENS, run_prompts
         from offload_moe.profile.trace import save_trace
 
-        trace = run_prompts(model, prompts, max_new_tokens=options.max_new_tokens or MAX_NEW_TOKENS, report=report)
+        trace = run_prompts(model, prompts, max_new_tokens=options.max_new_tokens or MAX_NEW_TOKENS, progress=report)
         if options.trace is not None:
             save_trace(trace, options.trace)
     _show(options, trace)
@@ -113,7 +112,7 @@ def _replay(options: argparse.Namespace) -> int:
     return 0
 
 
-def _replays(trace: "Trace", options: argparse.Namespace, progress: Report) -> dict[str, Any]:
+def _replays(trace: "Trace", options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """One policy after the other, so that it can be seen how far they are."""
     from offload_moe.profile.belady import Belady
     from offload_moe.profile.replay import replay_report

@@ -50,13 +50,6 @@ def _convert(options: argparse.Namespace) -> Path:
     with reporter() as report:
         report("Loading libraries")
         from offload_moe.convert.quantize import quantize
-        from offload_moe.store import Progress
-
-        def on_progress(progress: Progress) -> None:
-            if progress.is_notice:
-                report.notice(progress.phase)
-            else:
-                report(progress.phase, progress.done_bytes, progress.total_bytes)
 
         return quantize(
             source,
@@ -66,5 +59,6 @@ def _convert(options: argparse.Namespace) -> Path:
             revision=revision,
             delete_source_shards=options.delete_source_shards,
             follow_links=bool(options.follow_links),
-            progress=on_progress,
+            progress=report,
+            on_notice=report.notice,
         )

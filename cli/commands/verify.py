@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
         if options.repair:
             restore_sizes(path)
         store = Store.open(path)
-        damages = find_damage(store, lambda p: report(p.phase, p.done_bytes, p.total_bytes))
+        damages = find_damage(store, report)
         source = _source(store, options.source)
         remaining = damages
         if options.repair and damages:
@@ -86,7 +86,7 @@ def _repair(
         damages,
         source,
         follow_links=follow_links,
-        progress=lambda p: report(p.phase, p.done_bytes, p.total_bytes),
+        progress=report,
     )
 
 

@@ -13,12 +13,12 @@ from offload_moe.checkpoint.source import looks_like_hub_id, metadata_files, res
 from offload_moe.convert.jobs import plan_conversion
 from offload_moe.errors import ConfigError, StoreError
 from offload_moe.quant import get_codec
-from offload_moe.store import Piece, Progress, Store, durable
+from offload_moe.store import Piece, Store, durable
 from offload_moe.store.manifest_json import read_manifest
 from offload_moe.store.plan import Blob, header_of
-from offload_moe.store.progress import OnProgress, ignore_progress
 from offload_moe.store.reading import forget_cached
 from offload_moe.store.writer import Payload
+from offload_moe.system.progress import Progress, silent
 
 NUM_READERS = 4  # one thread checks less than a fast disk reads
 
@@ -33,9 +33,8 @@ class Damage:
     error: StoreError
 
 
-def find_damage(store: Store, progress: OnProgress | None = None) -> list[Damage]:
+def find_damage(store: Store, progress: Progress = silent) -> list[Damage]:
     """Read everything from the disk and compare it with its checksum; several reads are in flight."""
-    report = progress or ignore_progress
     pieces = list(store.pieces())
     for path in {piece.path for piece in pieces}:
         forget_cached(path)  # the check is about what the disk holds
@@ -45,7 +44,7 @@ def find_damage(store: Store, progress: OnProgress | None = None) -> list[Damage
     try:
         for piece, error in zip(pieces, pool.map(_error_of, pieces), strict=True):
             done += piece.place.num_bytes
-            report(Progress(phase="Verifying", done_bytes=done, total_bytes=total))
+            progress("Verifying", done, total)
             if error is not None:
                 found.append(Damage(piece=piece, error=error))
     finally:
@@ -78,7 +77,7 @@ def repair(
     *,
     token: str | None = None,
     follow_links: bool = False,
-    progress: OnProgress | None = None,
+    progress: Progress = silent,
 ) -> list[Damage]:
     """Make damaged pieces again from the checkpoint; returns those that could not be, which are left as they are.
 
@@ -92,7 +91,6 @@ def repair(
         CheckpointError, TransferError: the source cannot be read.
         TransferError, BudgetError: writing failed.
     """
-    report = progress or ignore_progress
     name, revision = _origin(store, source)
     origin = resolve_source(name, revision=revision, token=token, follow_links=follow_links)
     remaining = []
@@ -108,7 +106,7 @@ def repair(
             else:
                 remaining.append(damage)
             done += place.num_bytes
-            report(Progress(phase="Repairing", done_bytes=done, total_bytes=total))
+            progress("Repairing", done, total)
     return remaining
 
 

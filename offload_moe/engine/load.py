@@ -14,7 +14,7 @@ from offload_moe.chat.recompute import recompute_of
 from offload_moe.checkpoint.token_ids import watch_ids
 from offload_moe.checkpoint.tokenizer import load_tokenizer, tokenizer_notices
 from offload_moe.convert.jobs import LOSSLESS
-from offload_moe.convert.sources import Report, ensure_store, silent
+from offload_moe.convert.sources import ensure_store
 from offload_moe.decode import make_fast
 from offload_moe.engine.assemble import skeleton_of
 from offload_moe.engine.build import Blueprint, Engine, build, closed_on_error, pools_of
@@ -35,13 +35,14 @@ from offload_moe.plan.room import ContextRoom, may_lend
 from offload_moe.residency.popularity import warm_start
 from offload_moe.store import Store
 from offload_moe.system.names import DEMO
+from offload_moe.system.progress import Progress, silent
 
 
 def load(
     source: str | Path = DEMO,
     options: LoadOptions | None = None,
     *,
-    progress: Report = silent,
+    progress: Progress = silent,
     **keywords: Unpack[LoadKeywords],
 ) -> Model:
     """Load a store, a checkpoint folder, a hub id, or the embedded demo model.
@@ -85,7 +86,7 @@ def _options(options: LoadOptions | None, keywords: LoadKeywords) -> LoadOptions
     return (options or LoadOptions()).updated(keywords)
 
 
-def _open_store(source: str | Path, options: LoadOptions, progress: Report) -> tuple[Store, list[str]]:
+def _open_store(source: str | Path, options: LoadOptions, progress: Progress) -> tuple[Store, list[str]]:
     """The store of a source, converted where need be, and what the user must know of the conversion."""
     gc.collect()  # a model that was dropped
     give_back_freed_memory()  # of a conversion in this process
@@ -96,7 +97,7 @@ def _open_store(source: str | Path, options: LoadOptions, progress: Report) -> t
         dense_codec=options.dense_codec or LOSSLESS,
         revision=options.revision,
         token=options.token,
-        report=progress,
+        progress=progress,
         follow_links=options.follow_links,
         on_notice=notices.append,
     )

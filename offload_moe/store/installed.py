@@ -17,10 +17,10 @@ from offload_moe.errors import OffloadMoeError, StoreError
 from offload_moe.store import Store, is_store
 from offload_moe.store.durable import PART
 from offload_moe.store.journal import JOURNAL_NAME, is_being_written
-from offload_moe.store.manifest_json import MANIFEST_NAME, read_manifest
+from offload_moe.store.manifest_json import read_manifest
 from offload_moe.system.locks import lock_file
 from offload_moe.system.names import DEMO, DEMOS, STORES, check_installed, looks_like_hub_id, resolve
-from offload_moe.system.paths import cache_dir, file_advice
+from offload_moe.system.paths import MANIFEST_NAME, cache_dir, file_advice
 
 POPULARITY_NAME = "popularity.json"  # how often each expert was used, kept beside a store
 

@@ -8,6 +8,7 @@ from typing import Any
 from offload_moe.errors import StoreError
 from offload_moe.store import durable
 from offload_moe.system.locks import no_locks, try_lock
+from offload_moe.system.paths import MANIFEST_NAME
 
 JOURNAL_NAME = "conversion.journal"
 LINE_BYTES = 9  # CRC-32 in hexadecimal and a newline
@@ -104,7 +105,7 @@ def check_target(folder: Path) -> None:
     if not folder.is_dir():
         raise StoreError(f"{folder} is a file. Choose a new folder for the store.")
     names = {path.name for path in folder.iterdir()} - {JOURNAL_NAME + durable.PART}
-    if "store.json" in names:
+    if MANIFEST_NAME in names:
         raise StoreError(f"{folder} is already a finished store. Use it, delete it, or choose another folder.")
     if names:
         raise StoreError(f"{folder} is not empty and not ours ({sorted(names)[0]}). Choose a new folder for the store.")

@@ -11,10 +11,10 @@ from torch import Tensor
 from offload_moe.errors import ConfigError, StoreCorrupt, StoreError
 from offload_moe.quant import get_codec
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest, Place
-from offload_moe.store.manifest_json import MANIFEST_NAME, read_manifest
-from offload_moe.store.progress import OnProgress, Progress, ignore_progress
+from offload_moe.store.manifest_json import read_manifest
 from offload_moe.store.reading import check, read_checked, touch
-from offload_moe.system.paths import file_advice
+from offload_moe.system.paths import MANIFEST_NAME, file_advice
+from offload_moe.system.progress import Progress, silent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,18 +154,17 @@ class Store:
     def _largest_first(self) -> list[DenseEntry]:
         return sorted(self.dense.values(), key=lambda entry: -entry.place.num_bytes)
 
-    def verify(self, progress: OnProgress | None = None) -> None:
+    def verify(self, progress: Progress = silent) -> None:
         """Read everything and compare it with its checksum.
 
         Raises: StoreCorrupt naming the first file and expert or tensor that differs.
         """
-        report = progress or ignore_progress
         pieces = list(self.pieces())
         total, done = sum(piece.place.num_bytes for piece in pieces), 0
         for piece in pieces:
             piece.check()
             done += piece.place.num_bytes
-            report(Progress(phase="Verifying", done_bytes=done, total_bytes=total))
+            progress("Verifying", done, total)
 
     def pieces(self) -> Iterator[Piece]:
         """All of the store but its manifest: small files, headers, dense tensors, experts."""

@@ -17,8 +17,8 @@ from offload_moe.native.kernels import crc32
 from offload_moe.store import durable
 from offload_moe.store.journal import Journal
 from offload_moe.store.manifest import Place, StoredFile
-from offload_moe.store.manifest_json import MANIFEST_NAME
 from offload_moe.store.plan import PlannedFile
+from offload_moe.system.paths import MANIFEST_NAME
 from offload_moe.system.sizes import format_size
 
 READ_BYTES = 1 << 24

@@ -22,7 +22,7 @@ def open_descriptor(path: Path, flags: int = READING) -> int:
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE):
             raise
-        if _raise_limit():
+        if raise_limit():
             return os.open(path, flags)
         raise OSError(error.errno, _advice(), str(path)) from error
 
@@ -75,7 +75,7 @@ class OpenFiles:
         os.close(descriptor)
 
 
-def _raise_limit() -> bool:
+def raise_limit() -> bool:
     """Whether more files may be open now."""
     try:
         import resource

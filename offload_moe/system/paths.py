@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 CACHE_VARIABLE = "OFFLOAD_MOE_CACHE"
+CONFIG_NAME = "config.json"  # of a model
+MANIFEST_NAME = "store.json"  # of a store
 
 
 def cache_dir(environ: Mapping[str, str] | None = None, platform: str | None = None) -> Path:
@@ -50,5 +52,5 @@ def file_advice(path: Path) -> str:
             f"beside it, and all parts of a split file, but no second model. Then `offload-moe quantize {folder} STORE`"
             " and `offload-moe chat STORE`."
         )
-    what = "the manifest of a store, whose folder is" if path.name == "store.json" else "a file, not a model folder:"
+    what = "the manifest of a store, whose folder is" if path.name == MANIFEST_NAME else "a file, not a model folder:"
     return f"{path} is {what} {folder}. Name the folder, which holds config.json and tokenizer beside the weights."

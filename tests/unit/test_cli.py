@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from offload_moe.errors import BudgetError, ConfigError
-from offload_moe.store.progress import Progress
 from tests.support.cli import ROOT, command, environment, fake_load_module, load_cli, run_cli
 
 main = load_cli()
@@ -157,7 +156,8 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: 
     module = type(sys)("offload_moe.convert.quantize")
 
     def quantize(source: str, store: str, **settings: Any) -> str:
-        settings.pop("progress")(Progress(phase="Writing experts", done_bytes=1, total_bytes=2))
+        settings.pop("progress")("Writing experts", 1, 2)
+        settings.pop("on_notice")("mind the gap")
         calls.append((source, store, settings))
         if source == "org/stopped":
             raise KeyboardInterrupt
@@ -172,7 +172,7 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert calls == [("org/model", "out", options)]
     out, err = capsys.readouterr()
     assert out == ""
-    assert "Writing experts ..." in err
+    assert "Writing experts ...\nmind the gap\n" in err
     assert "offload-moe chat out" in err
     assert main.main(["quantize", "org/stopped", "out"]) == 130
     assert "The same command goes on" in capsys.readouterr().err

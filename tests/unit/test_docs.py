@@ -104,7 +104,7 @@ def test_every_command_that_is_shown_runs(
         pytest.skip("has a test of its own")
     if command.startswith("quantize"):
         shutil.rmtree("mixtral-store")
-    monkeypatch.setattr("offload_moe.doctor.examination._measured", lambda _: [])
+    monkeypatch.setattr("offload_moe.doctor.examination.measurements", lambda _: [])
     monkeypatch.setattr("sys.stdin", io.StringIO(typed or "Hello.\n"))
     status = load_cli().main(shlex.split(command))
     streams = capsys.readouterr()
