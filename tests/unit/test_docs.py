@@ -146,6 +146,25 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+# A file or folder of ours, from the root of the project or of the package; transformers' own are left out.
+NAMED = re.compile(r"`((?!transformers/)(?:[a-z_]\w*/)+(?:[\w-]+\.(?:py|c|h))?)`")
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *sorted((ROOT / "docs" / "decisions").glob("*.md"))], ids=lambda page: page.name
+)
+def test_files_that_are_named_exist(page: Path) -> None:
+    """The log keeps the names of its days."""
+    named = NAMED.findall(page.read_text(encoding="utf-8")) if page.name != "LOG.md" else []
+    for path in named:
+        assert any((root / path).exists() for root in (ROOT, ROOT / "offload_moe")), f"{page.name}: {path}"
+
+
+def test_pages_name_files() -> None:
+    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    assert {"engine/load.py", "native/csrc/span.c", "tests/unit/test_architecture.py"} <= set(NAMED.findall(page))
+
+
 EXAMPLE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 EXAMPLES = [
     pytest.param(code, id=f"{page.stem}-{number}")
@@ -169,9 +188,11 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_python_examples_run(
     code: str, small_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def load_small(source: str, *, vram: str | None = None, ram: str | None = None, **settings: Any) -> Model:
+    def load_small(
+        source: str, *options: Any, vram: str | None = None, ram: str | None = None, **settings: Any
+    ) -> Model:
         assert source == "demo"
-        return load(small_demo, **settings)
+        return load(small_demo, *options, **settings)
 
     config = CONFIGS / "Mixtral-8x7B-v0.1.json"
     monkeypatch.setattr("offload_moe.load", load_small)
