@@ -17,7 +17,6 @@ from support.tiny_models import FAMILIES, tiny_model
 
 from offload_moe import load
 from offload_moe.convert.quantize import quantize
-from offload_moe.engine import model as model_module
 from offload_moe.engine.model import Model
 from offload_moe.errors import ModelClosed, OffloadMoeError
 
@@ -171,7 +170,7 @@ def test_a_load_that_fails_leaves_nothing(store: Path, monkeypatch: pytest.Monke
         raise OffloadMoeError("no tokenizer today")
 
     before = held()
-    monkeypatch.setattr(model_module, "load_tokenizer", fail)
+    monkeypatch.setattr("offload_moe.engine.load.load_tokenizer", fail)
     with pytest.raises(OffloadMoeError, match="today"):
         load(store, context=256)
     assert_given_back(before)
