@@ -1,4 +1,4 @@
-"""From what a user names (a store, a checkpoint folder, a hub id, the demo) to an expert store on disk."""
+"""From a source (a store, a checkpoint folder, a hub id, the demo) to an expert store on disk."""
 
 import hashlib
 from collections.abc import Callable
@@ -18,23 +18,23 @@ from offload_moe.system.paths import cache_dir, file_advice
 
 
 class Report(Protocol):
-    """Told what is going on: `done` of `total` bytes, or a share from 0 to 1 without a total, or nobody knows (-1)."""
+    """Receives progress: `done` of `total` bytes, or without a total a share from 0 to 1; -1 if unknown."""
 
     def __call__(self, phase: str, done: float = -1.0, total: float | None = None) -> None: ...
 
 
 def silent(phase: str, done: float = -1.0, total: float | None = None) -> None:
-    """The report of those who asked for none."""
+    """A report that drops everything."""
 
 
 def ignore_notice(text: str) -> None:
-    """For those who read the reports."""
+    """Adapt the writer's progress to a report."""
 
 
 def find_source(name: str | Path) -> str | Path:
-    """What can be planned: a folder or file, the entry of the cache folder with that name, or the name itself.
+    """Resolve a source for a plan: a folder or file, the entry of the cache folder with that name, or the name itself.
 
-    Raises: CheckpointError when it is the demo, and nobody has built it yet.
+    Raises: CheckpointError when it is the demo and the demo is not built yet.
     """
     path = resolve(name)
     check_finished(path)
@@ -60,9 +60,9 @@ def ensure_store(
 ) -> Path:
     """The store of `source`; a checkpoint is converted into the user's cache folder first, once per codec.
 
-    codec: None takes what `quantize` does. on_notice: gets what the user must know of a conversion.
+    codec: None takes the default of `quantize`. on_notice: receives notices of a conversion.
 
-    Raises: CheckpointError when `source` is nothing that can be loaded; what `quantize` raises.
+    Raises: CheckpointError when `source` cannot be loaded; the errors of `quantize`.
     """
     check_model(source, revision)
     source, revision = hub_name(source, revision)
@@ -76,7 +76,7 @@ def ensure_store(
         folder = demo.checkpoint(progress=report)
     is_local = folder.exists()
     if folder.is_dir():
-        check_folder(folder, follow_links=follow_links)  # also where an earlier conversion is there
+        check_folder(folder, follow_links=follow_links)  # also before an existing conversion is used
     identity = folder if is_local else Path(str(source))
     stores = cache_dir() / "stores"
     for name in (codec,) if codec else (DEFAULT, MXFP4):
@@ -104,7 +104,7 @@ def ensure_store(
 
 
 def _cache_name(source: Path, codec: str, dense_codec: str, revision: str | None) -> str:
-    """One name per source, its present state and the codecs: a checkpoint that changes is converted anew."""
+    """One name per source, its current state and the codecs, so that a changed checkpoint is converted again."""
     identity = [str(source), revision or ""]
     if source.is_dir():
         weights = sorted(path for pattern in ("*.safetensors", "*.gguf") for path in source.glob(pattern))
@@ -116,7 +116,7 @@ def _cache_name(source: Path, codec: str, dense_codec: str, revision: str | None
 
 
 def _deciding(folder: Path, weights: set[str]) -> list[Path]:
-    """Files that make a difference where not just all weights right in the folder are read: the index, and shards."""
+    """Files that affect the choice of weights beyond those directly in the folder: the index, and shards."""
     try:
         chosen = choose_weights(folder)
     except CheckpointError:

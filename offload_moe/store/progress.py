@@ -1,4 +1,4 @@
-"""How long work on a store reports where it stands."""
+"""Progress reports of long work on a store."""
 
 import logging
 from collections.abc import Callable
@@ -9,9 +9,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """`done_bytes` of `total_bytes` of the present phase, -1 where nobody knows.
+    """`done_bytes` of `total_bytes` of the current phase; -1 if unknown.
 
-    is_notice: `phase` is something that the user must know, beside the work.
+    is_notice: `phase` is a notice for the user instead.
     """
 
     phase: str
@@ -24,11 +24,11 @@ OnProgress = Callable[[Progress], None]
 
 
 def ignore_progress(progress: Progress) -> None:
-    """For callers who asked for no reports: notices are logged."""
+    """The default report: logs notices and drops the rest."""
     if progress.is_notice:
         logger.warning("%s", progress.phase)
 
 
 def notice(text: str) -> Progress:
-    """The report of something that the user must know."""
+    """Report a notice for the user."""
     return Progress(phase=text, done_bytes=-1, total_bytes=0, is_notice=True)
