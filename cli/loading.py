@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def loaded_model(options: argparse.Namespace) -> "Iterator[Model]":
-    """The model the flags ask for, closed at the end. Settings are checked first: loading may take minutes."""
+    """The model that the flags select, closed at the end. Settings are checked first, as loading may take minutes."""
     check_model(options.model, options.revision)
     with reporter() as report:
         report("Loading libraries")
@@ -43,7 +43,7 @@ def loaded_model(options: argparse.Namespace) -> "Iterator[Model]":
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Imports make hundreds of thousands of objects that stay; searching them for garbage takes a fifth of the time."""
+    """Imports create hundreds of thousands of permanent objects; collecting among them takes a fifth of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -27,8 +27,8 @@ from offload_moe.system.paths import CONFIG_NAME
 from offload_moe.system.progress import Progress, log_notice, silent
 
 DEFAULT = "nf4"
-NUM_WORKERS = 2  # one encodes while the other reads; more experts in memory would not be faster
-DOWNLOAD = ".download"  # ending of the folder beside a store that its source shards pass through
+NUM_WORKERS = 2  # one thread encodes while the other reads; more experts in memory would not be faster
+DOWNLOAD = ".download"  # suffix of the folder beside a store for downloaded source shards
 
 
 def quantize(
@@ -50,12 +50,12 @@ def quantize(
     dense_codec: of the large dense projections.
     delete_source_shards: download a hub id shard by shard into a folder beside the store, and delete each once
         everything in it is safely in the store. Needs the disk for the store and about two shards.
-    follow_links: also read what symbolic links in a folder lead to where that belongs to another user than the link.
-    progress: gets every step. on_notice: gets what is not used or not as it should be; the default logs it.
+    follow_links: also follow symbolic links in a folder to files of other users.
+    progress: receives every step. on_notice: receives notices about unused or unusual files; the default logs them.
 
-    Memory stays bounded by a few experts: large dense matrices are read, copied and encoded by runs of rows. Whole in
-    memory is only what transformers splits or merges, or what is packed the other way round (GPTQ, AWQ, bitsandbytes).
-    A conversion that was stopped, by whatever means, is resumed by the same call.
+    Memory is bounded by a few experts: large dense matrices are read, copied and encoded by groups of rows. Only
+    tensors that transformers splits or merges, or that are packed by columns (GPTQ, AWQ, bitsandbytes), are whole in
+    memory. A conversion that was stopped, by whatever means, is resumed by the same call.
 
     Raises:
         ConfigError: there is no such codec, it does not suit the source, or shards of a folder are to be deleted.
@@ -120,20 +120,20 @@ def _report_notices(
 
 
 def _fill(writer: StoreWriter, shards: SourceShards, jobs: Sequence[Job], progress: Progress) -> None:
-    """Write what is not written yet."""
+    """Write the blobs that are missing."""
     shards.delete_until(writer.num_done)
     done = sum(job.blob.num_bytes for job in jobs[: writer.num_done])
     total = sum(job.blob.num_bytes for job in jobs)
     progress("Quantizing", done, total)
     for num_bytes in writer.write(_ahead(shards.makers(writer.num_done))):
         done += num_bytes
-        shards.delete_until(writer.num_done - 1)  # the file that the last one ends may not be synced yet
+        shards.delete_until(writer.num_done - 1)  # the file of the last blob may not be synced yet
         progress("Quantizing", done, total)
     shards.delete_until(writer.num_done)
 
 
 def default_codec(folder: Path) -> str:
-    """What the experts of a checkpoint folder become when nobody chose: its own format where that is a codec."""
+    """The default codec for the experts of a checkpoint folder: its own format if that is a codec."""
     return MXFP4 if is_mxfp4(folder) else DEFAULT
 
 
@@ -145,7 +145,7 @@ def get_dense_codec(name: str) -> Codec:
 
 
 def _check_codec(codec: Codec, checkpoint: Checkpoint) -> None:
-    """Raises: ConfigError for MXFP4 of numbers that were never in it: nf4 is both smaller and more exact."""
+    """Refuse MXFP4 for other checkpoints, where nf4 is both smaller and more exact. Raises: ConfigError."""
     if codec.name == MXFP4 and not checkpoint.is_mxfp4:
         raise ConfigError(
             f"{MXFP4} keeps the bits of checkpoints in MXFP4, which {checkpoint.folder} is not. Use {DEFAULT}: it is "
@@ -154,7 +154,7 @@ def _check_codec(codec: Codec, checkpoint: Checkpoint) -> None:
 
 
 def _ahead(makers: Iterable[Callable[[], Payload]]) -> Iterator[Payload]:
-    """Run them in order, a few ahead of the one that is asked for."""
+    """Run the jobs in order, a few ahead of the consumer."""
     pool = ThreadPoolExecutor(NUM_WORKERS)
     pending: deque[Future[Payload]] = deque()
     try:
@@ -177,7 +177,7 @@ def _settings(
     *,
     is_download: bool,
 ) -> dict[str, Any]:
-    """What must be the same for a conversion to be resumed; the keys are what its error message names."""
+    """Settings that must be equal to resume a conversion; the keys appear in the error message."""
     plan = hashlib.sha256(b"".join(file.header for file in files)).hexdigest()
     settings = {
         "format version": FORMAT_VERSION,
@@ -187,7 +187,7 @@ def _settings(
         "dense codec": dense_codec,
         "layout": plan,
     }
-    if is_download:  # a commit never changes, and its shards come and go
+    if is_download:  # a commit never changes, while its shards are downloaded and deleted
         return settings | {"--delete-source-shards": True}
     stats = [(path.name, path.stat()) for path in (*checkpoint.tensors.paths, origin.folder / CONFIG_NAME)]
     state = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]

@@ -1,4 +1,4 @@
-"""From what a user names (a store, a checkpoint folder, a hub id, the demo) to an expert store on disk."""
+"""From a source (a store, a checkpoint folder, a hub id, the demo) to an expert store on disk."""
 
 import hashlib
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from offload_moe.system.progress import Progress, log_notice, silent
 
 
 def find_source(name: str | Path) -> str | Path:
-    """What can be planned: a folder or file, the entry of the cache folder with that name, or the name itself.
+    """Resolve a source for a plan: a folder or file, the entry of the cache folder with that name, or the name itself.
 
-    Raises: CheckpointError when it is the demo, and nobody has built it yet.
+    Raises: CheckpointError when it is the demo and the demo is not built yet.
     """
     path = resolve(name)
     check_finished(path)
@@ -46,9 +46,9 @@ def ensure_store(
 ) -> Path:
     """The store of `source`; a checkpoint is converted into the user's cache folder first, once per codec.
 
-    codec: None takes what `quantize` does. on_notice: gets what the user must know of a conversion.
+    codec: None takes the default of `quantize`. on_notice: receives notices of a conversion.
 
-    Raises: CheckpointError when `source` is nothing that can be loaded; what `quantize` raises.
+    Raises: CheckpointError when `source` cannot be loaded; the errors of `quantize`.
     """
     check_model(source, revision)
     source, revision = hub_name(source, revision)
@@ -62,7 +62,7 @@ def ensure_store(
         folder = demo.checkpoint(progress=progress)
     is_local = folder.exists()
     if folder.is_dir():
-        check_folder(folder, follow_links=follow_links)  # also where an earlier conversion is there
+        check_folder(folder, follow_links=follow_links)  # also before an existing conversion is used
     identity = folder if is_local else Path(str(source))
     stores = cache_dir() / STORES
     for name in (codec,) if codec else (DEFAULT, MXFP4):
@@ -85,7 +85,7 @@ def ensure_store(
 
 
 def _cache_name(source: Path, codec: str, dense_codec: str, revision: str | None) -> str:
-    """One name per source, its present state and the codecs: a checkpoint that changes is converted anew."""
+    """One name per source, its current state and the codecs, so that a changed checkpoint is converted again."""
     identity = [str(source), revision or ""]
     if source.is_dir():
         weights = sorted(path for pattern in ("*.safetensors", "*.gguf") for path in source.glob(pattern))
@@ -97,7 +97,7 @@ def _cache_name(source: Path, codec: str, dense_codec: str, revision: str | None
 
 
 def _deciding(folder: Path, weights: set[str]) -> list[Path]:
-    """Files that make a difference where not just all weights right in the folder are read: the index, and shards."""
+    """Files that affect the choice of weights beyond those directly in the folder: the index, and shards."""
     try:
         chosen = choose_weights(folder)
     except CheckpointError:

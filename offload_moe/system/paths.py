@@ -1,4 +1,4 @@
-"""Where this program keeps files between runs."""
+"""The folders of this program's files."""
 
 import os
 import sys
@@ -31,7 +31,7 @@ def cache_dir(environ: Mapping[str, str] | None = None, platform: str | None = N
 
 
 def state_dir(environ: Mapping[str, str] | None = None, platform: str | None = None) -> Path:
-    """The folder for what cannot be rebuilt, such as what was typed in chats; it may not exist yet.
+    """The folder for files that cannot be rebuilt, such as the chat history; it may not exist yet.
 
     On Linux `XDG_STATE_HOME` or `~/.local/state`; with `OFFLOAD_MOE_CACHE`, and elsewhere, the folder of the cache.
     """
@@ -44,7 +44,7 @@ def state_dir(environ: Mapping[str, str] | None = None, platform: str | None = N
 
 
 def file_advice(path: Path) -> str:
-    """What to do with a file where a model's folder is wanted."""
+    """The advice for a file in place of a model's folder."""
     folder = path.absolute().parent
     if path.suffix.lower() == ".gguf":
         return (

@@ -113,7 +113,7 @@ def test_a_missing_wait_is_found(
         assert f"fail     simulated device against oracle, {codec}" in out
     assert "fail     simulated device, races" in out
     assert "pass     CPU against oracle, nf4" in out
-    assert "Self-test, device part on a simulated accelerator, because there is no GPU here:" in out
+    assert "Self-test, device tests on a simulated accelerator, because there is no GPU here:" in out
 
 
 def test_copies_that_do_not_overlap_are_found(model: SmallModel) -> None:

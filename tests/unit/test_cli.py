@@ -175,7 +175,7 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "Writing experts ...\nmind the gap\n" in err
     assert "offload-moe chat out" in err
     assert main.main(["quantize", "org/stopped", "out"]) == 130
-    assert "The same command goes on" in capsys.readouterr().err
+    assert "The same command resumes" in capsys.readouterr().err
 
 
 @pytest.fixture

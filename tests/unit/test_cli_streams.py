@@ -118,7 +118,7 @@ def test_a_pipe_that_says_nothing_is_not_waited_for_long(
     assert main.main(["run", "tiny", "Hi"]) == 0
     os.close(writing)
     assert prompts == ["Hi"]
-    assert "Nothing has come on stdin" in capsys.readouterr().err
+    assert "The pipe on stdin is empty" in capsys.readouterr().err
 
 
 def test_no_prompt_at_a_terminal_is_not_understood(

@@ -189,7 +189,7 @@ def test_a_choice_names_what_is_close_and_what_there_is() -> None:
         (["--context", "nan"], "A context of 'nan' tokens is not usable."),
         (["--ram", "64"], "'64' has no unit. Did you mean 64GiB?"),
         (["--vram", "1e99GiB"], "Cannot read '1e99GiB' as a size."),
-        (["--vram", "9" * 400 + "GiB"], "is no size of a memory."),
+        (["--vram", "9" * 400 + "GiB"], "is not a size of a memory."),
     ],
 )
 def test_settings_are_checked_at_once(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -291,7 +291,7 @@ def test_a_store_does_not_drive_the_terminal(cache: Path, capsys: pytest.Capture
 def test_verify_and_repair(cache: Path, made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = cli(capsys, "verify", "tiny-nf4")
     assert status == 0
-    assert "is whole:" in out
+    assert "is intact:" in out
     assert "Verifying ..." in err
     record = Store.open(cache / "stores" / "tiny-nf4").record(2, 1)
     flip(record.path, record.offset + 7)
@@ -301,7 +301,7 @@ def test_verify_and_repair(cache: Path, made: tuple[Path, Path], capsys: pytest.
     assert cli(capsys, "verify", "tiny-nf4", "--source", "x")[2].endswith("Add --repair.\n")
     status, out, err = cli(capsys, "verify", "tiny-nf4", "--repair", "--source", str(made[0]))
     assert (status, out.partition(" (")[0]) == (0, "repaired: experts-00001.safetensors: expert 1 of layer 2")
-    assert err.endswith("is whole again.\n")
+    assert err.endswith("is repaired.\n")
     assert cli(capsys, "verify", "tiny-nf4")[0] == 0
 
 
@@ -328,7 +328,11 @@ def test_rm_asks_a_person(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     path = cache / "stores" / "tiny-nf4"
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
     status, _, err = cli(capsys, "rm", "tiny-nf4")
-    assert (status, path.exists(), err) == (1, True, f"error: Nobody can be asked about deleting {path}. Add --yes.\n")
+    assert (status, path.exists(), err) == (
+        1,
+        True,
+        f"error: {path} needs a confirmation, and stdin is not a terminal. Add --yes to delete it.\n",
+    )
     for answer in ("\n", "no\n", ""):
         monkeypatch.setattr(sys, "stdin", Typed(answer))
         assert cli(capsys, "rm", "tiny-nf4")[0] == 1
