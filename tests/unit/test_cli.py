@@ -267,13 +267,18 @@ def test_piped_chat_answers_line_by_line(tmp_path: Path) -> None:
 
 
 def test_names_of_settings_match_the_library() -> None:
-    from offload_moe_cli.options import POLICIES, SAMPLING
+    from offload_moe_cli import options
 
     from offload_moe.chat.sampling import SamplingArguments
+    from offload_moe.plan.machine import DTYPES
+    from offload_moe.plan.placement import DENSE_CODECS
+    from offload_moe.quant import CODECS
     from offload_moe.residency.policy import POLICY_NAMES
 
-    assert set(SAMPLING) == set(SamplingArguments.__annotations__)
-    assert POLICIES == POLICY_NAMES
+    assert set(options.SAMPLING) == set(SamplingArguments.__annotations__)
+    assert options.POLICIES == POLICY_NAMES
+    assert (set(options.CODECS), set(options.DENSE_CODECS)) == (set(CODECS), set(DENSE_CODECS))
+    assert tuple(DTYPES) == options.DTYPES
     with pytest.raises(ConfigError, match="warmth"):
         from offload_moe.chat import Sampling
 
