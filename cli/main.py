@@ -18,7 +18,7 @@ EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. 0 done, 1 failed, 2 not understood, 130 interrupted, 141 the reader of a stream went away."""
+    """Run one command. Returns 0 success, 1 failure, 2 wrong usage, 130 interrupted, 141 stdout lost its reader."""
     prepare_streams()
     try:
         try:
@@ -59,12 +59,12 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with every command. Command modules import what is heavy only when they run."""
+    """The parser with every command. Command modules import heavy packages only when they run."""
     parser = argparse.ArgumentParser(
         prog="offload-moe",
         description="Run large Mixture-of-Experts models: experts in 4 bits on disk, in RAM and on the GPU at once.",
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and leave")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
     for name in COMMANDS:
         module = import_module(f".commands.{name}", __package__)

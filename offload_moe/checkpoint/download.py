@@ -7,7 +7,7 @@ Everything lies in a folder of ours, which is known by the note in it; nothing e
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -18,20 +18,19 @@ from offload_moe.checkpoint.hub import PARTIAL, HubFile, Repository, fetch, fetc
 from offload_moe.checkpoint.weight_files import choose_weights, require, safe_path
 from offload_moe.errors import BudgetError, CheckpointError, StoreError, TransferError
 from offload_moe.system.locks import try_lock
+from offload_moe.system.progress import Progress
 from offload_moe.system.sizes import format_size
 
 NOTE_NAME = "offload-moe-download.json"
 HEADERS = "headers"
 FIRST_BYTES = 1 << 17  # most headers are shorter, so that one request brings all of one
 
-OnDownload = Callable[[str, int, int], None]  # file name, bytes there, bytes in all
-
 
 class Download:
     """A folder that stands for one commit of a repository. Close it, or enter it, to let another process have it."""
 
     def __init__(
-        self, folder: Path, repo_id: str, *, revision: str | None, token: str | None, on_download: OnDownload
+        self, folder: Path, repo_id: str, *, revision: str | None, token: str | None, progress: Progress
     ) -> None:
         """Claims the folder; a new one asks the hub what the revision is now, one that was begun stays with its commit.
 
@@ -40,7 +39,7 @@ class Download:
             TransferError: the hub refuses or cannot be reached.
         """
         self.folder = folder
-        self._on_download = on_download
+        self._progress = progress
         self._lock = _claim(folder)
         try:
             note = _read_note(folder, {"repo_id": repo_id, "revision": revision})
@@ -91,7 +90,7 @@ class Download:
                 raise CheckpointError(f"{path} is in a folder of its own. Convert it without --delete-source-shards.")
             copy = self._header_path(path.name)
             if not copy.exists():
-                self._on_download(f"headers, {path.name}", 0, 0)
+                self._progress(f"Downloading headers, {path.name}")
                 copy.parent.mkdir(exist_ok=True)
                 data = self._beginning(path)
                 partial = copy.with_name(copy.name + PARTIAL)
@@ -115,8 +114,9 @@ class Download:
                 f"Shard {name} needs {format_size(needed)} more on the disk of {self.folder}, {format_size(free)} is "
                 f"free. Free {format_size(needed - free)} and run the same command again to resume."
             )
-        self._on_download(name, size - needed, size)
-        fetch(self.repository, name, path, lambda done: self._on_download(name, done, size))
+        phase = f"Downloading {name}"
+        self._progress(phase, size - needed, size)
+        fetch(self.repository, name, path, lambda done: self._progress(phase, done, size))
 
     def discard(self, path: Path) -> None:
         """Delete a shard; reading from it again would fetch it again."""

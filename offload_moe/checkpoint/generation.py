@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from offload_moe.system.paths import CONFIG_NAME
+
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
@@ -26,4 +28,4 @@ def load_generation_config(folder: Path) -> "tuple[GenerationConfig, str | None]
                 f"{folder / GENERATION_CONFIG} cannot be used ({reason.rstrip('.')}) and is left out, as transformers "
                 "does: answers are drawn with its defaults. Download that file again for the model's own."
             )
-    return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True), notice
+    return GenerationConfig.from_pretrained(folder, config_file_name=CONFIG_NAME, _from_model_config=True), notice

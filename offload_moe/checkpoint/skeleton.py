@@ -11,6 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from offload_moe.errors import CheckpointError, UnsupportedModelError
+from offload_moe.system.paths import CONFIG_NAME
 
 if TYPE_CHECKING:
     from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -69,7 +70,7 @@ def _config_by_architecture(folder: Path, raw: dict[str, Any]) -> "PreTrainedCon
 
 def read_config_json(folder: Path) -> dict[str, Any]:
     """`config.json` as it is written. Raises: CheckpointError when this is not a model folder."""
-    path = folder / "config.json"
+    path = folder / CONFIG_NAME
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from offload_moe.checkpoint.download import NOTE_NAME, Download, OnDownload
+from offload_moe.checkpoint.download import NOTE_NAME, Download
 from offload_moe.checkpoint.hub import hub_errors
 from offload_moe.checkpoint.links import check_links
 from offload_moe.checkpoint.weight_files import (
@@ -18,14 +18,15 @@ from offload_moe.checkpoint.weight_files import (
 from offload_moe.errors import CheckpointError, ConfigError
 from offload_moe.system.names import check_source, hub_name
 from offload_moe.system.names import looks_like_hub_id as looks_like_hub_id
-from offload_moe.system.paths import file_advice
+from offload_moe.system.paths import MANIFEST_NAME, file_advice
+from offload_moe.system.progress import Progress
 
 # What a model folder needs beside its weights: config, generation config, tokenizer, chat templates.
 METADATA_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*.jinja")
 # The same weights again in other shapes: originals in subfolders, consolidated files.
 IGNORED_PATTERNS = ("consolidated*", "*/*.safetensors", "*/*.json", "*/*.model", "*/*.txt", "*/*.tiktoken")
 
-NOT_KEPT = {"store.json", NOTE_NAME, "LICENSE.txt", "requirements.txt"}
+NOT_KEPT = {MANIFEST_NAME, NOTE_NAME, "LICENSE.txt", "requirements.txt"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +84,7 @@ def metadata_files(folder: Path) -> dict[str, Path]:
 
 
 def open_download(
-    repo_id: str | Path, folder: Path, *, revision: str | None, token: str | None, on_download: OnDownload
+    repo_id: str | Path, folder: Path, *, revision: str | None, token: str | None, progress: Progress
 ) -> Download:
     """A hub repository of which `folder` holds everything but the shards, which come when they are read.
 
@@ -95,7 +96,7 @@ def open_download(
             f"{repo_id} is no hub id. Only shards that were downloaded for the conversion are deleted: convert a "
             "folder without --delete-source-shards."
         )
-    download = Download(folder, str(repo_id), revision=revision, token=token, on_download=on_download)
+    download = Download(folder, str(repo_id), revision=revision, token=token, progress=progress)
     try:
         refuse_adapter(str(repo_id), download.repository.files)
         download.fetch_metadata(wanted_files(download.repository.files, METADATA_PATTERNS))

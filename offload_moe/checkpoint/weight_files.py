@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from offload_moe.errors import CheckpointError
+from offload_moe.system.paths import CONFIG_NAME
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -121,7 +122,7 @@ def listing(names: Collection[str]) -> str:
 def _explicit_name(folder: Path) -> str | None:
     """The file that the config names. Raises: CheckpointError for one that is no safetensors file of the folder."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None  # reported by those who need the config
     name = config.get(EXPLICIT_KEY) if isinstance(config, dict) else None

@@ -2,7 +2,7 @@
 
 from offload_moe.demo.source import MODEL_NAME
 from offload_moe.doctor.outcome import Failed, Skipped
-from offload_moe.engine.model import load
+from offload_moe.engine.load import load
 from offload_moe.store import Store
 from offload_moe.store.installed import installed
 

@@ -26,6 +26,7 @@ from offload_moe.doctor.small_model import (
     relative_error,
 )
 from offload_moe.memory.copier import compute_device
+from offload_moe.system.progress import Progress, silent
 
 SAME_NUMBERS, SAME_NUMBERS_ON_DEVICE = 1e-4, 1e-3  # fp32, sums in another order: 2e-6 measured on CPUs
 FAST_KERNELS = 0.05  # activations in 8 bits: 1.5e-2 measured
@@ -36,19 +37,19 @@ SLEEP_CYCLES = 2_000_000
 Check = Callable[[], str]
 
 
-def self_test(report: Callable[[str], None] = lambda phase: None, copiers: Copiers | None = None) -> Iterator[Outcome]:
+def self_test(progress: Progress = silent, copiers: Copiers | None = None) -> Iterator[Outcome]:
     """Every check, as it is done; all together well under two minutes.
 
     copiers: None takes the device's, or simulated ones where there is no device.
     """
     device = compute_device()
     with tempfile.TemporaryDirectory(prefix="offload-moe-self-test-") as folder:
-        report("Self-test: making a small model")
+        progress("Self-test: making a small model")
         begun = time.perf_counter()
         model = SmallModel(Path(folder))
         tests = Tests(model, device, copiers or copiers_for(device), time.perf_counter() - begun)
         for name, check in tests.all():
-            report(f"Self-test: {name}")
+            progress(f"Self-test: {name}")
             yield run_check(name, check)
 
 

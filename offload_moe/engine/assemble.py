@@ -19,8 +19,6 @@ from offload_moe.native.planes import Mode
 from offload_moe.quant import get_codec
 from offload_moe.store import Store
 
-LOSSLESS = "bf16"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assembled:

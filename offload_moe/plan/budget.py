@@ -73,7 +73,7 @@ def peak_ram() -> int:
 
 def free_ram() -> int:
     """Bytes of RAM this process may still take, container limits included."""
-    return min(psutil.virtual_memory().available, *_free_in_groups(CGROUPS, MEMBERSHIP))
+    return min(psutil.virtual_memory().available, *free_in_groups(CGROUPS, MEMBERSHIP))
 
 
 def total_ram() -> int:
@@ -85,7 +85,7 @@ def total_ram() -> int:
     return total
 
 
-def _free_in_groups(root: Path, membership: Path) -> list[int]:
+def free_in_groups(root: Path, membership: Path) -> list[int]:
     """What each memory cgroup around this process still allows; page cache that can be dropped counts as free."""
     return [sys.maxsize, *(free for group in _memory_groups(root, membership) for free in _free_in_group(*group))]
 

@@ -9,8 +9,7 @@ from offload_moe.checkpoint.hub import hub_errors
 from offload_moe.checkpoint.source import IGNORED_PATTERNS
 from offload_moe.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME, choose_weights, refuse_adapter
 from offload_moe.errors import CheckpointError
-
-CONFIG_NAME = "config.json"
+from offload_moe.system.paths import CONFIG_NAME
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

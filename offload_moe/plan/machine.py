@@ -92,11 +92,11 @@ def with_card(machine: Machine, name: str, *, vram: int | None = None, link: str
 
 def compute_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The dtype to compute in. name: `fp32`, `bf16` or `fp16`; None takes `default_dtype`. Raises: ConfigError."""
-    if isinstance(name, torch.dtype):
+    if isinstance(name, torch.dtype) and name.is_floating_point:
         return name
     if name is None:
         return default_dtype(device)
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise ConfigError(f"There is no dtype {name!r} to compute in. Choose one of: {', '.join(DTYPES)}.")
     return DTYPES[name]
 

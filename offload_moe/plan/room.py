@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import Cache, PreTrainedModel
 
+from offload_moe.decode.cache import STEP
 from offload_moe.decode.latent import NAME as LATENT_ATTENTION
 from offload_moe.errors import BudgetError, TransferError
 from offload_moe.plan.budget import give_back_freed_memory
@@ -22,7 +23,6 @@ from offload_moe.plan.placement import Placement
 from offload_moe.plan.working import activation_bytes, cache_bytes
 from offload_moe.system.sizes import format_size
 
-STEP = 128  # tokens that room is made for at once
 GROWING = ("key/value cache", "activations")  # parts of the plan
 NEVER_LENT_BYTES = 12 << 20  # blocks too small to go back at once when a forward frees them: 4 to 15 MB were found
 DOUBT = 0.25  # of the activations that are expected: so much more is not lent
@@ -52,7 +52,7 @@ class ContextRoom:
         self._least_slots = min(fast.num_slots, wanted)
         planned = (part.num_bytes for part in fast.fixed if part.name in GROWING)
         left_over = max(0, (fast.budget_bytes or 0) - fast.used_bytes)  # where every expert has a slot
-        self._planned_bytes = sum(planned) + left_over
+        self.planned_bytes = sum(planned) + left_over
 
     @property
     def num_slots_given_up(self) -> int:
@@ -67,7 +67,7 @@ class ContextRoom:
         Raises: BudgetError when memory has no room for the prompt and a first token.
         """
         with self._lock:
-            room = self._planned_bytes + self._spare_bytes - self._others(cache)
+            room = self.planned_bytes + self._spare_bytes - self._others(cache)
         low, high = 0, self._shape.max_context or UNBOUNDED
         while low < high:  # the longest that fits
             middle = (low + high + 1) // 2
@@ -84,7 +84,7 @@ class ContextRoom:
 
     def slots_for(self, num_tokens: int, num_new: int) -> int:
         """How many slots one conversation has while a forward brings it to `num_tokens` by `num_new`."""
-        extra = self._need(num_tokens, num_new) - self._planned_bytes
+        extra = self._need(num_tokens, num_new) - self.planned_bytes
         return max(self._least_slots, self._slots_beside(extra, self._activations(num_tokens, num_new)))
 
     def before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ class ContextRoom:
         if self._is_decoding and num_new == 1 and num_tokens == known:
             return  # but a much shorter conversation, or one whose prompt is computed, lets slots come back
         with self._lock:
-            extra = self._others(cache) + self._need(num_tokens, num_new) - self._planned_bytes
+            extra = self._others(cache) + self._need(num_tokens, num_new) - self.planned_bytes
             if not self._have(self._slots_beside(extra, self._activations(num_tokens, num_new))):
                 raise BudgetError(
                     f"{num_tokens:,} tokens of context need {format_size(extra)} more than was planned for "
@@ -118,7 +118,7 @@ class ContextRoom:
     def _pass(self, num_new: int) -> None:
         """A forward that keeps nothing here: planned room that it needs is not lent meanwhile."""
         with self._lock:
-            extra = self._others(None) + self._need(num_new, num_new) - self._planned_bytes
+            extra = self._others(None) + self._need(num_new, num_new) - self.planned_bytes
             num_slots = self._slots_beside(extra, self._activations(num_new, num_new))
             self._have(min(self.num_slots, max(self._placement.fast.num_slots, num_slots)))
             self._is_decoding = False

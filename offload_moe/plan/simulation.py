@@ -99,7 +99,7 @@ def simulate_plan(
         LinkModel(bytes_per_s=rates.link, latency_s=rates.link_latency_s),
         LookaheadModel(recall=recall),
         num_warm_up=1 if len(answers) > 1 else 0,
-        slots_for=_lent_room(plan),
+        slots_for=lent_room(plan),
     )
     workload = str(json.loads(trace.metadata).get("model") or "a trace")
     return PlanSimulation(plan=plan, pools=pools, costs=costs, recall=recall, workload=workload, result=result)
@@ -143,7 +143,7 @@ def _check_shape(trace: Trace, shape: ModelShape) -> None:
         )
 
 
-def _lent_room(plan: Plan) -> SlotsFor | None:
+def lent_room(plan: Plan) -> SlotsFor | None:
     """Slots borrow the room of a context that is not there yet, see `offload_moe.plan.room.may_lend`."""
     attention = plan.shape.attention
     if plan.machine.has_device or not attention.keeps_all_tokens or attention.writes_scores:

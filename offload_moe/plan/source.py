@@ -16,14 +16,12 @@ from offload_moe.checkpoint.weight_files import INDEX_NAME, choose_weights, file
 from offload_moe.errors import CheckpointError, OffloadMoeError
 from offload_moe.plan.hub import fetch_config
 from offload_moe.store import Store, is_store
-from offload_moe.store.manifest_json import MANIFEST_NAME
 from offload_moe.system.names import check_model, hub_name, resolve
-from offload_moe.system.paths import file_advice
+from offload_moe.system.paths import CONFIG_NAME, MANIFEST_NAME, file_advice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-CONFIG_NAME = "config.json"
 CONFIG_SUFFIXES = (".json", ".txt", "")  # a config file may have any name, but weights are none
 
 

@@ -1,6 +1,6 @@
 """Hit rate against cache size, by replay, and what more memory would bring."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offload_moe.profile.belady import Belady
@@ -8,6 +8,7 @@ from offload_moe.profile.costs import Costs
 from offload_moe.profile.replay import Pool, parse_slots, replay
 from offload_moe.profile.trace import Trace
 from offload_moe.residency.policy import DEFAULT_POLICY, LRU, POLICY_NAMES
+from offload_moe.system.progress import Progress
 
 VARIANTS: tuple[tuple[str, Pool], ...] = (
     *((policy, "global") for policy in (*POLICY_NAMES, Belady.name)),
@@ -16,8 +17,6 @@ VARIANTS: tuple[tuple[str, Pool], ...] = (
 SIZES = ("12.5%", "25%", "37.5%", "50%", "75%")
 MORE_BYTES = 2 << 30
 MOST_ACQUIRES = 20_000  # of a replay: keeps a whole report under a minute
-
-Report = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,14 +61,14 @@ class Curves:
     more_memory: MoreMemory | None
 
 
-def curves(trace: Trace, *, now: Now | None, slot_bytes: int | None, spent: Costs | None, report: Report) -> Curves:
-    """Every policy at every size, and at the recorded one. report: told how much is done, 0 to 1."""
+def curves(trace: Trace, *, now: Now | None, slot_bytes: int | None, spent: Costs | None, progress: Progress) -> Curves:
+    """Every policy at every size, and at the recorded one."""
     head = trace.head(max(1, MOST_ACQUIRES // trace.num_layers))
     sizes = sorted({parse_slots(size, head) for size in SIZES} | ({now.num_slots} if now is not None else set()))
     points = []
     for number, num_slots in enumerate(sizes):
         for place, (policy, pool) in enumerate(VARIANTS):
-            report("Replaying policies", (number + place / len(VARIANTS)) / len(sizes))
+            progress("Replaying policies", (number + place / len(VARIANTS)) / len(sizes))
             if pool == "global" or num_slots >= head.num_layers:
                 points.append(_point(head, policy, num_slots, pool))
     return Curves(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.decode.hooks import HookObserver
 from offload_moe.errors import ConfigError
-from offload_moe.experts.attach import SpannedLayers
+from offload_moe.experts.attach import SpannedLayers, bound_experts
 from offload_moe.profile.columns import Columns, Forward, Mark, PackedForward, make_trace, to_columns
 from offload_moe.profile.routers import Router, find_router
 from offload_moe.profile.trace import Trace
@@ -190,7 +190,8 @@ def record(subject: Subject) -> Iterator[Recorder]:
             tier.scheduler.observer = TierObserver(recorder, number)
             undo.callback(setattr, tier.scheduler, "observer", None)
         for ordinal, layer in enumerate(subject.layers):
-            bound: Any = layer.module._offload_moe
+            bound = bound_experts(layer.module)
+            assert bound is not None
             bound.recorder = recorder
             undo.callback(setattr, bound, "recorder", None)
             router = find_router(subject.hf, layer.block_name, layer.num_experts)

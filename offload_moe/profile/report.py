@@ -1,7 +1,6 @@
 """Everything a trace tells, in one structure: the terminal, the JSON document and the page show the same numbers."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,8 +12,7 @@ from offload_moe.profile.costs import Costs, costs
 from offload_moe.profile.curves import Curves, Now, curves
 from offload_moe.profile.text import CLASSES, class_per_token
 from offload_moe.profile.trace import Trace
-
-Progress = Callable[[str, float], None]
+from offload_moe.system.progress import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +62,7 @@ def make_report(trace: Trace, *, progress: Progress) -> ProfileReport:
         by_class=_by_class(trace, metadata),
         by_group=_by_group(trace, metadata),
         coactivation=coactivation(trace),
-        curves=curves(trace, now=_now(trace, metadata, spent), slot_bytes=slot_bytes, spent=spent, report=progress),
+        curves=curves(trace, now=_now(trace, metadata, spent), slot_bytes=slot_bytes, spent=spent, progress=progress),
     )
 
 

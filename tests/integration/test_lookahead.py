@@ -64,7 +64,9 @@ def test_a_predictor_that_is_always_wrong_changes_no_token(
 
 
 def lookahead_of(model: Model) -> Lookahead:
-    return next(m._offload_moe.lookahead for m in model.hf.modules() if hasattr(m, "_offload_moe"))
+    lookahead = model.engine.lookahead
+    assert lookahead is not None
+    return lookahead
 
 
 def test_a_norm_that_is_not_the_right_one_is_noticed(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +87,7 @@ def test_without_routers_to_ask_what_usually_follows_is_prefetched(
 ) -> None:
     with open_model(stores["qwen3_moe"], 8, prefetch=0) as model:
         expected = greedy(model)
-    monkeypatch.setattr("offload_moe.engine.model.find_probes", lambda hf, layers: [None] * len(layers))
+    monkeypatch.setattr("offload_moe.engine.build.find_probes", lambda hf, layers: [None] * len(layers))
     with open_model(stores["qwen3_moe"], 8, prefetch=2) as model:
         assert torch.equal(greedy(model), expected)
         assert model.stats.num_useful_prefetches > 0

@@ -38,11 +38,11 @@ def wait_for(condition: Callable[[], bool], scheduler: Scheduler) -> None:
 def test_the_second_session_begins_warm_and_says_the_same(store: Path) -> None:
     with load(store) as model:
         cold = greedy(model)
-        used = set(model._hierarchy.ram.uses.counts)
+        used = set(model.engine.hierarchy.ram.uses.counts)
         assert model.stats.num_misses > 0
     assert (store / POPULARITY_NAME).is_file()
     with load(store) as model:
-        ram = model._hierarchy.ram
+        ram = model.engine.hierarchy.ram
         wait_for(lambda: used <= set(ram.residency.resident_keys()), ram)
         assert model.stats.num_misses == 0
         assert torch.equal(greedy(model), cold)
@@ -53,8 +53,8 @@ def test_the_second_session_begins_warm_and_says_the_same(store: Path) -> None:
 
 def test_the_most_used_come_first_and_nothing_is_evicted(store: Path) -> None:
     with load(store) as model:
-        pools = model._hierarchy.pools
-        scheduler = model._hierarchy.ram
+        pools = model.engine.hierarchy.pools
+        scheduler = model.engine.hierarchy.ram
         counts = {key: float(100 - key) for key in range(pools.num_layers * pools.num_experts)}
         scheduler.uses.restore(counts)
         assert list(scheduler.uses.most_used()) == sorted(counts)

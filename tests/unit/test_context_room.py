@@ -250,7 +250,7 @@ def test_slots_that_another_thread_holds_come_back_later(lending: Forwards) -> N
 def test_some_room_is_never_lent() -> None:
     forwards = Lending()
     forwards.step(DynamicCache(), 10)
-    assert forwards.room._planned_bytes < room.NEVER_LENT_BYTES
+    assert forwards.room.planned_bytes < room.NEVER_LENT_BYTES
     assert forwards.num_resizes == 0
 
 

@@ -32,7 +32,7 @@ from tests.support.profile import METADATA, full_trace, routing_only
 UNIT = Axis(label="x", low=0, high=1, ticks=[0, 1])
 
 
-def quiet(phase: str, done: float) -> None:
+def quiet(phase: str, done: float = -1.0, total: float | None = None) -> None:
     pass
 
 
