@@ -14,6 +14,7 @@ from offload_moe.engine.assemble import assemble
 from offload_moe.engine.model import attach_experts
 from offload_moe.memory.disk import DiskMover
 from offload_moe.residency.hierarchy import Hierarchy, Pools
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.residency import SlotState
 from offload_moe.store import Store
 
@@ -48,15 +49,15 @@ def running(store: Store, setting: Setting, dtype: torch.dtype = torch.float32) 
     """The model of a store on the engine, closed at the end."""
     assembled = assemble(store, setting.device, dtype, mode="exact" if setting.is_exact else "fast")
     copier = setting.make_copier() if setting.make_copier else None
+    keys = ExpertKeys(layer.num_experts for layer in store.layers)
     pools = Pools(
-        num_layers=len(store.layers),
-        num_experts=store.num_experts,
+        keys=keys,
         slot_bytes=max(layer.record_bytes for layer in store.layers),
         num_ram_slots=setting.num_ram_slots,
         num_device_slots=setting.num_device_slots if copier else 0,
     )
     hierarchy = Hierarchy(
-        pools, lambda arena: DiskMover(arena, lambda key: store.record(*divmod(key, store.num_experts))), copier
+        pools, lambda arena: DiskMover(arena, lambda key: store.record(*keys.layer_expert(key))), copier
     )
     for scheduler in (hierarchy.scheduler, hierarchy.ram):
         scheduler.stall_limit_s = STALL_LIMIT_S
@@ -80,7 +81,7 @@ def running(store: Store, setting: Setting, dtype: torch.dtype = torch.float32) 
 def overwrite_what_was_released(rig: Rig) -> None:
     """After each layer, load other experts into every slot, while the layer's compute may still be to come."""
     scheduler, draw = rig.hierarchy.scheduler, random.Random(0)
-    num_keys = len(rig.experts) * scheduler.num_experts
+    num_keys = scheduler.keys.total
     residency = scheduler.residency
 
     def is_quiet() -> bool:
@@ -88,7 +89,7 @@ def overwrite_what_was_released(rig: Rig) -> None:
 
     def overwrite(*_: object) -> None:
         for key in draw.sample(range(num_keys), min(num_keys, residency.num_slots)):
-            layer, expert = divmod(key, scheduler.num_experts)
+            layer, expert = scheduler.keys.layer_expert(key)
             scheduler.prefetch(layer, [expert])
         with scheduler.changed:
             scheduler.changed.wait_for(is_quiet, timeout=STALL_LIMIT_S)

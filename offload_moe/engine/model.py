@@ -45,6 +45,7 @@ from offload_moe.profile.recorder import RecordedTier, Recorder, Subject, record
 from offload_moe.quant import get_codec
 from offload_moe.residency.counters import Counters
 from offload_moe.residency.hierarchy import Hierarchy, Pools
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import DEFAULT_POLICY, check_policy
 from offload_moe.residency.popularity import remember, warm_start
 from offload_moe.residency.prefetch import LayerTally, PrefetchGovernor
@@ -160,9 +161,7 @@ class Model:
             "slot_bytes": hierarchy.pools.slot_bytes,
             "memory_bytes": self.memory,
         }
-        subject = Subject(
-            hf=self.hf, layers=self.layers, tiers=tiers, num_experts=hierarchy.pools.num_experts, metadata=metadata
-        )
+        subject = Subject(hf=self.hf, layers=self.layers, tiers=tiers, metadata=metadata)
         with record(subject) as recorder:
             yield recorder
 
@@ -302,18 +301,16 @@ def load(
 
 
 def _make_hierarchy(store: Store, placement: Placement, device: torch.device, policy: str) -> Hierarchy:
+    keys = ExpertKeys(layer.num_experts for layer in store.layers)
     pools = Pools(
-        num_layers=len(store.layers),
-        num_experts=store.num_experts,
+        keys=keys,
         slot_bytes=placement.ram.slot_bytes,
         num_ram_slots=placement.ram.num_slots,
         num_device_slots=placement.vram.num_slots if placement.vram else 0,
         policy=policy,
     )
     copier = AcceleratorCopier(device) if placement.vram else None
-    return Hierarchy(
-        pools, lambda arena: DiskMover(arena, lambda key: store.record(*divmod(key, store.num_experts))), copier
-    )
+    return Hierarchy(pools, lambda arena: DiskMover(arena, lambda key: store.record(*keys.layer_expert(key))), copier)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from offload_moe.memory.disk import DiskMover
 from offload_moe.memory.simulated import SimulatedCopier
 from offload_moe.plan.placement import Placement
 from offload_moe.residency.hierarchy import Hierarchy, Pools
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.store import Store
 from tests.support.benchmarks import BENCHMARKS, Files, figures_at, last_line, run_script
 
@@ -239,18 +240,17 @@ def test_gpu_decode_measures_a_simulated_device(files: Files, monkeypatch: pytes
 
 def _with_simulated_device(store: Store, placement: Placement, device: Any, policy: str) -> Hierarchy:
     """A slot for every expert in RAM and on the device."""
-    num_records = len(store.layers) * store.num_experts
+    keys = ExpertKeys(layer.num_experts for layer in store.layers)
     pools = Pools(
-        num_layers=len(store.layers),
-        num_experts=store.num_experts,
+        keys=keys,
         slot_bytes=placement.ram.slot_bytes,
-        num_ram_slots=num_records,
-        num_device_slots=num_records,
+        num_ram_slots=keys.total,
+        num_device_slots=keys.total,
         policy=policy,
         chunk_bytes=placement.ram.slot_bytes,
     )
     return Hierarchy(
         pools,
-        lambda arena: DiskMover(arena, lambda key: store.record(*divmod(key, store.num_experts))),
+        lambda arena: DiskMover(arena, lambda key: store.record(*keys.layer_expert(key))),
         SimulatedCopier(latency_s=0),
     )
