@@ -79,7 +79,7 @@ def measure(options: argparse.Namespace, device: Any, share: float, hybrid: Any,
 
     with load(options.model, device=str(device), hybrid=hybrid, ram=options.ram) as model:
         pools = model.engine.hierarchy.pools
-        num_slots = model.engine.hierarchy.resize("vram", int(share * pools.num_layers * pools.num_experts))
+        num_slots = model.engine.hierarchy.resize("vram", int(share * pools.keys.total))
         rates, bytes_per_token = [], []
         for trial in range(options.trials + 1):
             before = model.stats.copy()

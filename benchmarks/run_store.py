@@ -62,8 +62,8 @@ def distinct_experts(model: Any, generate: Any) -> dict[str, float]:
 def fill(model: Any) -> None:
     """Bring every expert for which there is a slot: what was never used would be a miss."""
     pools, ram = model.engine.hierarchy.pools, model.engine.hierarchy.ram
-    num_wanted = min(pools.num_ram_slots, pools.num_layers * pools.num_experts)
-    ram.fill(range(pools.num_layers * pools.num_experts))
+    num_wanted = min(pools.num_ram_slots, pools.keys.total)
+    ram.fill(range(pools.keys.total))
     while len(ram.residency.resident_keys()) < num_wanted:
         time.sleep(0.05)
 

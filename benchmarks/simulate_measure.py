@@ -42,7 +42,7 @@ def measure(
     if kernels.available():
         kernels.set_threads(num_threads)
     store = Store.open(folder)
-    num_all = len(store.layers) * store.num_experts
+    num_all = sum(layer.num_experts for layer in store.layers)
     answer_all = {"num_answers": num_answers, "num_warm_up": num_warm_up, "tokens": tokens, "prompt": prompt_tokens}
     context = prompt_tokens + tokens + 1
     counts = {share: max(1, round(share * num_all)) for share in shares}

@@ -147,7 +147,7 @@ def _print(simulation: "PlanSimulation") -> None:
     table.add_column("simulated")
     table.add_column("", justify="right")
     fast = "VRAM" if machine.has_device else "RAM"
-    num_all = pools.num_layers * pools.num_experts
+    num_all = pools.keys.total
     num_fast = min(pools.num_device_slots or pools.num_ram_slots, num_all)
     rows = [
         ("decode", f"{result.decode_tokens_per_s:.1f} tokens/s"),

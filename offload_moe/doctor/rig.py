@@ -74,7 +74,7 @@ def running(store: Store, setting: Setting, dtype: torch.dtype = torch.float32) 
 def overwrite_what_was_released(rig: Rig) -> None:
     """After each layer, load other experts into every slot, while the layer's compute may still be to come."""
     scheduler, draw = rig.hierarchy.scheduler, random.Random(0)
-    num_keys = len(rig.experts) * scheduler.num_experts
+    num_keys = scheduler.keys.total
     residency = scheduler.residency
 
     def is_quiet() -> bool:
@@ -82,7 +82,7 @@ def overwrite_what_was_released(rig: Rig) -> None:
 
     def overwrite(*_: object) -> None:
         for key in draw.sample(range(num_keys), min(num_keys, residency.num_slots)):
-            layer, expert = divmod(key, scheduler.num_experts)
+            layer, expert = scheduler.keys.layer_expert(key)
             scheduler.prefetch(layer, [expert])
         with scheduler.changed:
             scheduler.changed.wait_for(is_quiet, timeout=STALL_LIMIT_S)

@@ -20,6 +20,7 @@ from offload_moe.memory.disk import DiskMover
 from offload_moe.native.planes import Mode
 from offload_moe.quant import get_codec
 from offload_moe.residency.hierarchy import Hierarchy, Pools
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import DEFAULT_POLICY
 from offload_moe.residency.prefetch import PrefetchGovernor
 from offload_moe.store import Store
@@ -73,8 +74,7 @@ def pools_of(
 ) -> Pools:
     """Slots for the experts of a store."""
     return Pools(
-        num_layers=len(store.layers),
-        num_experts=store.num_experts,
+        keys=ExpertKeys(layer.num_experts for layer in store.layers),
         slot_bytes=slot_bytes,
         num_ram_slots=num_ram_slots,
         num_device_slots=num_device_slots,
@@ -109,10 +109,9 @@ def build(store: Store, blueprint: Blueprint, skeleton: Any = None) -> Engine:
 
 def _make_hierarchy(store: Store, blueprint: Blueprint) -> Hierarchy:
     copier = blueprint.make_copier() if blueprint.make_copier is not None else None
+    keys = blueprint.pools.keys
     return Hierarchy(
-        blueprint.pools,
-        lambda arena: DiskMover(arena, lambda key: store.record(*divmod(key, store.num_experts))),
-        copier,
+        blueprint.pools, lambda arena: DiskMover(arena, lambda key: store.record(*keys.layer_expert(key))), copier
     )
 
 

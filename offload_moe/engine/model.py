@@ -130,9 +130,7 @@ class Model:
             "slot_bytes": hierarchy.pools.slot_bytes,
             "memory_bytes": self.memory,
         }
-        subject = Subject(
-            hf=self.hf, layers=self.layers, tiers=tiers, num_experts=hierarchy.pools.num_experts, metadata=metadata
-        )
+        subject = Subject(hf=self.hf, layers=self.layers, tiers=tiers, metadata=metadata)
         with record(subject) as recorder:
             yield recorder
 

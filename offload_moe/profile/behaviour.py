@@ -92,6 +92,7 @@ def overlap(trace: Trace) -> Overlap | None:
 def preferences(trace: Trace, kinds: Sequence[str], kind_of: Array) -> list[Preference]:
     """kind_of: [T] index into `kinds`; kinds without a token are left out."""
     overall = _shares(trace, slice(None))
+    even = trace.top_k / np.array(trace.keys.num_experts)[:, None]
     dealt = np.random.default_rng(0).permutation(kind_of)
     found = []
     for number, name in enumerate(kinds):
@@ -103,7 +104,7 @@ def preferences(trace: Trace, kinds: Sequence[str], kind_of: Array) -> list[Pref
                 num_tokens=int(rows.sum()),
                 distance=_distance(share, overall, trace.top_k).tolist(),
                 distance_by_chance=float(_distance(by_chance, overall, trace.top_k).mean()),
-                favourites=_favourites(share, overall, trace.top_k / trace.num_experts),
+                favourites=_favourites(share, overall, even),
             )
             found.append(preference)
     return found
@@ -155,8 +156,11 @@ def _distance(share: Array, overall: Array, top_k: int) -> Array:
     return distance
 
 
-def _favourites(share: Array, overall: Array, even: float) -> list[Favourite]:
-    """The highest lifts among the experts that these tokens use at least as much as an even load would have it."""
+def _favourites(share: Array, overall: Array, even: Array) -> list[Favourite]:
+    """The highest lifts among the experts that these tokens use at least as much as an even load would have it.
+
+    even: [L, 1].
+    """
     lift = np.divide(share, overall, out=np.zeros_like(share), where=(overall > 0) & (share >= even))
     best = np.argsort(lift, axis=None)[::-1][:NUM_LISTED]
     places = [(int(flat) // lift.shape[1], int(flat) % lift.shape[1]) for flat in best]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from offload_moe.experts.attach import SpannedLayers
 from offload_moe.profile.routers import Router, pad_experts
-from offload_moe.profile.trace import DELAYED_HIT, HIT, MISS, Trace
+from offload_moe.profile.trace import DELAYED_HIT, HIT, MISS, Trace, layer_sizes
 
 Array = NDArray[Any]
 Columns = dict[str, Array | None]
@@ -162,8 +162,13 @@ def to_columns(forwards: Sequence[PackedForward], routers: Sequence[Router | Non
     }
 
 
-def make_trace(chunks: Sequence[Columns], *, num_experts: int, tiers: tuple[str, ...], metadata: str) -> Trace:
-    """Every chunk in one trace. Router probabilities are left out unless every chunk has them."""
+def make_trace(
+    chunks: Sequence[Columns], *, num_experts: Sequence[int], tiers: tuple[str, ...], metadata: str
+) -> Trace:
+    """Every chunk in one trace. num_experts: of each layer.
+
+    Router probabilities are left out unless every chunk has them.
+    """
     joined: dict[str, Any] = {}
     for name in (*PER_TOKEN, *PER_FORWARD, "num_tokens", "is_new"):
         parts = [chunk[name] for chunk in chunks]
@@ -174,7 +179,7 @@ def make_trace(chunks: Sequence[Columns], *, num_experts: int, tiers: tuple[str,
     lengths = np.add.reduceat(num_tokens, np.flatnonzero(is_new))
     forwards = np.repeat(np.arange(len(num_tokens)), num_tokens)
     return Trace(
-        num_experts=num_experts,
+        **layer_sizes(num_experts),
         sequence_lengths=lengths,
         forwards=forwards,
         tiers=tiers,

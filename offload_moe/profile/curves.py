@@ -89,12 +89,12 @@ def variant_name(policy: str, pool: Pool) -> str:
 
 def _point(trace: Trace, policy: str, num_slots: int, pool: Pool = "global") -> Point:
     hit_rate = replay(trace, policy, num_slots=num_slots, pool=pool).hit_rate
-    share = num_slots / (trace.num_layers * trace.num_experts)
+    share = num_slots / trace.keys.total
     return Point(policy=policy, pool=pool, num_slots=num_slots, share=share, hit_rate=hit_rate)
 
 
 def _more(trace: Trace, points: Sequence[Point], now: Now, slot_bytes: int, spent: Costs | None) -> MoreMemory:
-    num_all = trace.num_layers * trace.num_experts
+    num_all = trace.keys.total
     num_slots = min(num_all, now.num_slots + MORE_BYTES // slot_bytes)
     policy = now.policy if now.policy in POLICY_NAMES else DEFAULT_POLICY
     before = next(p.hit_rate for p in curve_of(points, policy) if p.num_slots == now.num_slots)

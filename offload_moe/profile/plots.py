@@ -79,7 +79,7 @@ def _sizes(report: ProfileReport) -> list[str]:
 
 
 def _load(report: ProfileReport) -> list[str]:
-    rows = [[share * report.num_experts for share in layer] for layer in report.balance.load]
+    rows = [[share * len(layer) for share in layer] for layer in report.balance.load]
     return [heatmap("Load of every expert, in units of its layer's mean", rows, "expert", "MoE layer")]
 
 

@@ -41,7 +41,6 @@ class Subject:
     hf: nn.Module
     layers: Sequence[ExpertsModule]
     tiers: Sequence[RecordedTier]
-    num_experts: int
     metadata: Mapping[str, Any]
 
 
@@ -52,6 +51,7 @@ class Recorder:
         self.group = ""
         self.num_dropped = 0  # forwards that were interrupted, or that did not pass through every MoE layer once
         self._subject = subject
+        self._width = max(layer.num_experts for layer in subject.layers)
         self._routers: list[Router | None] = []
         self._mark = _marker(subject.tiers)
         self._current: Forward | None = None
@@ -81,7 +81,7 @@ class Recorder:
         }
         return make_trace(
             self._columns,
-            num_experts=subject.num_experts,
+            num_experts=[layer.num_experts for layer in subject.layers],
             tiers=tuple(tier.name for tier in subject.tiers),
             metadata=json.dumps(metadata),
         )
@@ -131,7 +131,7 @@ class Recorder:
         self._position = forward.start + forward.input_ids.shape[1]
         if forward.is_new:
             self._groups.append(self.group)
-        self._pending.append(forward.pack(ended, self._subject.num_experts))
+        self._pending.append(forward.pack(ended, self._width))
         if len(self._pending) >= FORWARDS_PER_CHUNK:
             self._settle()
         self._ended = time.perf_counter()
@@ -139,7 +139,7 @@ class Recorder:
     def _settle(self) -> None:
         """Turn what was put aside into arrays."""
         if self._pending:
-            self._columns.append(to_columns(self._pending, self._routers, self._subject.num_experts))
+            self._columns.append(to_columns(self._pending, self._routers, self._width))
             self._pending = []
 
 

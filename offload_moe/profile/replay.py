@@ -44,7 +44,7 @@ def parse_slots(slots: str | int, trace: Trace) -> int:
 
     Raises: ConfigError when it is neither, or not at least one slot.
     """
-    num_all = trace.num_layers * trace.num_experts
+    num_all = trace.keys.total
     text = str(slots).strip()
     try:
         num_slots = math.floor(float(text[:-1]) / 100 * num_all) if text.endswith("%") else int(text)
@@ -63,7 +63,7 @@ def replay(trace: Trace, policy: str, *, num_slots: int, pool: Pool = "global") 
     Raises: ConfigError for an unknown policy, or a per-layer pool with fewer slots than layers.
     """
     residencies = _pools(trace, policy, num_slots, pool)
-    first_keys = np.arange(trace.num_layers)[:, None] * trace.num_experts
+    first_keys = np.array([[trace.keys.first(layer)] for layer in range(trace.num_layers)])
     hits = [0] * trace.num_layers
     for token in range(trace.num_tokens):
         keys_per_layer = (trace.experts[token] + first_keys).tolist()
@@ -95,7 +95,7 @@ def replay_report(
         for pool in pools
         for policy in policies
     ]
-    num_all = trace.num_layers * trace.num_experts
+    num_all = trace.keys.total
     return {
         "num_tokens": trace.num_tokens,
         "num_layers": trace.num_layers,
@@ -120,26 +120,20 @@ def _pools(trace: Trace, policy: str, num_slots: int, pool: Pool) -> list[Reside
     """The pool that serves each layer."""
     num_layers = trace.num_layers
     if pool == "global":
-        return [Residency(num_slots, _make(trace, policy, num_slots, 0, num_layers))] * num_layers
+        return [Residency(num_slots, _make(trace, policy, num_slots, range(num_layers)))] * num_layers
     each, rest = divmod(num_slots, num_layers)
     if not each:
         raise ConfigError(
             f"{num_slots} slots cannot serve {num_layers} layers apart. Use a global pool, or more slots."
         )
     sizes = [each + (layer < rest) for layer in range(num_layers)]
-    return [Residency(size, _make(trace, policy, size, layer, 1)) for layer, size in enumerate(sizes)]
+    return [Residency(size, _make(trace, policy, size, range(layer, layer + 1))) for layer, size in enumerate(sizes)]
 
 
-def _make(trace: Trace, policy: str, num_slots: int, first_layer: int, num_layers: int) -> Policy:
+def _make(trace: Trace, policy: str, num_slots: int, layers: range) -> Policy:
     if policy == Belady.name:
-        return Belady(trace.experts[:, first_layer : first_layer + num_layers], num_experts=trace.num_experts)
-    return make_policy(
-        policy,
-        num_layers=num_layers,
-        num_experts=trace.num_experts,
-        num_slots=num_slots,
-        first_layer=first_layer,
-    )
+        return Belady(trace.experts[:, layers.start : layers.stop], num_experts=trace.num_experts)
+    return make_policy(policy, trace.keys, num_slots=num_slots, layers=layers)
 
 
 def _acquire(residency: Residency, keys: Sequence[int]) -> int:

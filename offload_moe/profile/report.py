@@ -19,7 +19,8 @@ from offload_moe.system.progress import Progress
 class ProfileReport:
     """None and empty lists where the trace does not have what a part needs.
 
-    lookahead_recall: by depth, per layer. slot_bytes: of one expert. by_class, by_group: kinds of tokens and of text.
+    num_experts: of the largest layer. lookahead_recall: by depth, per layer. slot_bytes: of one expert.
+    by_class, by_group: kinds of tokens and of text.
     """
 
     model: str
@@ -76,7 +77,7 @@ def _now(trace: Trace, metadata: dict[str, Any], spent: Costs | None) -> Now | N
     slots = metadata.get("num_slots", {})
     if not trace.tiers or trace.tiers[0] not in slots:
         return None
-    num_all = trace.num_layers * trace.num_experts
+    num_all = trace.keys.total
     num_slots = min(int(slots[trace.tiers[0]]), num_all)
     return Now(
         policy=str(metadata.get("policy", "")),

@@ -131,8 +131,8 @@ def _tier_cells(report: ProfileReport, number: int) -> list[str]:
 
 
 def _sizes(report: ProfileReport) -> Section:
-    sizes = sorted({point.num_slots for point in report.curves.points})
-    num_all = report.num_layers * report.num_experts
+    shares = {point.num_slots: point.share for point in report.curves.points}
+    sizes = sorted(shares)
     rows = []
     for policy, pool in VARIANTS:
         rates = {point.num_slots: point.hit_rate for point in curve_of(report.curves.points, policy, pool)}
@@ -148,6 +148,6 @@ def _sizes(report: ProfileReport) -> Section:
             f"Recorded with {now.num_slots:,} slots ({percent(now.share)}): {percent(now.hit_rate)}, generated tokens "
             "only, with prefetch where it was on; that and a warm start are why it can lie above the replays."
         )
-    columns = ["policy", *(f"{percent(size / num_all)} ({size:,})" for size in sizes)]
+    columns = ["policy", *(f"{percent(shares[size])} ({size:,})" for size in sizes)]
     table = Table(title="Hit rate by slots", columns=columns, rows=rows, is_open=True)
     return Section(key="sizes", title="Hit rate against cache size", lines=lines, tables=[table])

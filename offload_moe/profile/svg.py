@@ -87,7 +87,7 @@ def stacked_bar(title: str, parts: Sequence[tuple[str, str, float]], unit: str) 
 
 def heatmap(title: str, rows: Sequence[Sequence[float]], x_label: str, y_label: str) -> str:
     """rows: values in units of their mean; exactly zero has a colour of its own. The first row is on top."""
-    num_columns = len(rows[0])
+    num_columns = max(map(len, rows))
     cell = min(24.0, (WIDTH - LEFT - 20) / num_columns)
     high = min(max(cell, 6.0), 18.0)  # many experts make narrow cells, not flat ones
     places: dict[str, list[str]] = {}

@@ -17,11 +17,13 @@ from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from offload_moe.errors import ConfigError
+from offload_moe.residency.keys import ExpertKeys
 
 Array = NDArray[Any]
 
 _SHAPES = {
     "experts": "TLK",
+    "experts_per_layer": "L",
     "weights": "TLK",
     "router_probabilities": "TLE",
     "token_ids": "T",
@@ -52,6 +54,7 @@ class Trace:
 
     experts: Array  # [T, L, K] integer ids, 0 .. num_experts - 1
     num_experts: int  # per layer; the largest where layers differ
+    experts_per_layer: Array | None = None  # [L] where they differ
     sequence_lengths: Array  # [S] tokens per sequence, in order; they sum to T
     weights: Array | None = None  # [T, L, K] routing weights, in the order of `experts`
     router_probabilities: Array | None = None  # [T, L, E] the router's distribution before top-k
@@ -71,6 +74,12 @@ class Trace:
 
     def __post_init__(self) -> None:
         _validate(self)
+
+    @property
+    def keys(self) -> ExpertKeys:
+        """Keys of the experts of all layers."""
+        sizes = self.experts_per_layer
+        return ExpertKeys([self.num_experts] * self.num_layers if sizes is None else sizes.tolist())
 
     @property
     def num_tokens(self) -> int:
@@ -105,6 +114,13 @@ class Trace:
             if shape.startswith("T") and (array := getattr(self, name)) is not None
         }
         return replace(self, sequence_lengths=lengths, **{**dropped, **taken, "forwards": None})
+
+
+def layer_sizes(num_experts: Sequence[int]) -> dict[str, Any]:
+    """How a `Trace` names the number of experts of each layer."""
+    most = max(num_experts)
+    differ = min(num_experts) < most
+    return {"num_experts": most, "experts_per_layer": np.array(num_experts) if differ else None}
 
 
 def load_trace(path: str | Path) -> Trace:
@@ -165,10 +181,20 @@ def _validate(trace: Trace) -> None:
     low, high = int(trace.experts.min()), int(trace.experts.max())
     if low < 0 or high >= trace.num_experts:
         raise ConfigError(f"expert ids must lie in 0..{trace.num_experts - 1}, found {low}..{high}.")
+    if trace.experts_per_layer is not None:
+        _check_layers(trace, trace.experts_per_layer)
     _check_distinct(trace.experts)
     total = int(np.sum(trace.sequence_lengths))
     if total != trace.num_tokens or np.any(np.asarray(trace.sequence_lengths) < 0):
         raise ConfigError(f"sequence_lengths sum to {total} tokens, experts has {trace.num_tokens}.")
+
+
+def _check_layers(trace: Trace, sizes: Array) -> None:
+    if sizes.max() != trace.num_experts:
+        raise ConfigError(f"experts_per_layer has at most {sizes.max()} experts, num_experts says {trace.num_experts}.")
+    highest = trace.experts.max(axis=(0, 2))
+    for layer in np.flatnonzero(highest >= sizes):
+        raise ConfigError(f"layer {layer} has {sizes[layer]} experts, found expert {highest[layer]}.")
 
 
 def _check_array(name: str, array: Array, letters: str, sizes: dict[str, int]) -> None:

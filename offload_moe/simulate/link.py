@@ -75,7 +75,7 @@ class VirtualLink:
                 break
             self._num_busy += 1
             self._num_prefetching += copy.is_prefetch
-            layer, expert = divmod(copy.key, self._ram.num_experts)
+            layer, expert = self._ram.keys.layer_expert(copy.key)
             copy.lease = self._ram.acquire(layer, [expert])
             self._borrowing.append(copy)
         self._issue_what_can()

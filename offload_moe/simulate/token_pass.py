@@ -42,8 +42,7 @@ class VirtualPasses:
 
     def forward(self, experts: NDArray[Any], guess: Callable[[int], Guesses]) -> None:
         """experts ``[L, K]``. guess: what a layer foretells of those behind it."""
-        num_layers, num_experts = len(experts), self._scheduler.num_experts
-        self._helper.begin(may_evict=self._scheduler.residency.num_slots < num_layers * num_experts)
+        self._helper.begin(may_evict=self._scheduler.residency.num_slots < self._scheduler.keys.total)
         for layer, chosen in enumerate(experts.tolist()):
             self._layer(layer, chosen, guess)
         self._helper.end()
@@ -51,13 +50,13 @@ class VirtualPasses:
     def _layer(self, layer: int, chosen: Sequence[int], guess: Callable[[int], Guesses]) -> None:
         self._processor.run(self._costs.layer_host_s, self._costs.dense(1))
         guesses = guess(layer)
-        num_experts = self._scheduler.num_experts
-        keys = [layer * num_experts + expert for expert in sorted(chosen)]
+        keys_of = self._scheduler.keys
+        keys = keys_of.keys(layer, sorted(chosen))
         here = self._slot_table.lease_those_here(keys)
-        self._reads.drop_wrong((layer + 1) * num_experts, keys)
+        self._reads.drop_wrong(keys_of.end(layer), keys)
         found, needs = self._fetch(keys, here)
         for ahead, guessed in guesses:
-            self._fetch_guesses([ahead * num_experts + expert for expert in guessed])
+            self._fetch_guesses(keys_of.keys(ahead, guessed))
         if self._reads.are_short:
             needs |= NEEDS_SLOTS
         self._helper.routed(sorted(chosen), found)

@@ -87,7 +87,7 @@ class Store:
 
     @property
     def num_experts(self) -> int:
-        """The most experts any layer has: flat keys are ``layer * num_experts + expert``."""
+        """The most experts any layer has."""
         return max(layer.num_experts for layer in self.layers)
 
     @property

@@ -238,7 +238,7 @@ def test_gpu_decode_measures_a_simulated_device(files: Files, monkeypatch: pytes
 
 def _build_with_simulated_device(store: Store, blueprint: Blueprint, skeleton: Any) -> Engine:
     """A slot for every expert in RAM and on the device."""
-    num_records = len(store.layers) * store.num_experts
+    num_records = blueprint.pools.keys.total
     pools = replace(
         blueprint.pools,
         num_ram_slots=num_records,

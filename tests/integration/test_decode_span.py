@@ -420,7 +420,7 @@ def test_what_others_bring_meanwhile_takes_nothing_from_a_run(
     def prefetch_all(scheduler: Scheduler) -> None:
         while not is_over.is_set():
             for layer in range(NUM_LAYERS):
-                num_started[0] += scheduler.prefetch(layer, range(scheduler.num_experts))
+                num_started[0] += scheduler.prefetch(layer, range(scheduler.keys.num_experts[layer]))
 
     with open_model(stores["qwen3_moe"]) as model:
         expected = logits(model)

@@ -27,6 +27,7 @@ from offload_moe.experts.device import DeviceArithmetic
 from offload_moe.memory.mover import Arrived
 from offload_moe.native.device import record_linear
 from offload_moe.quant import CODECS, Codec, ExpertShape, Matrix, get_codec
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import make_policy
 from offload_moe.residency.residency import Residency
 from offload_moe.residency.scheduler import Scheduler
@@ -96,9 +97,9 @@ def fake_model(family: str, codec: Codec, num_slots: int = NUM_SLOTS, **changes:
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, experts_implementation="eager").eval()
     layers = find_experts(model)
-    num_experts = layers[0].num_experts
-    policy = make_policy("lru", num_layers=len(layers), num_experts=num_experts, num_slots=num_slots)
-    scheduler = Scheduler(Residency(num_slots, policy), MetadataMover(), num_experts=num_experts)
+    keys = ExpertKeys(layer.num_experts for layer in layers)
+    policy = make_policy("lru", keys, num_slots=num_slots)
+    scheduler = Scheduler(Residency(num_slots, policy), MetadataMover(), keys=keys)
     num_bytes = codec.layout(layers[0].shape).record_bytes
     slots = [torch.empty(num_bytes, dtype=torch.uint8, device=CUDA) for _ in range(num_slots)]
     detach_parameters(layers)
@@ -106,7 +107,7 @@ def fake_model(family: str, codec: Codec, num_slots: int = NUM_SLOTS, **changes:
     for ordinal, layer in enumerate(layers):
         arithmetic = choose_arithmetic(cast(ExpertsContract, layer.module), layer.shape, codec, CUDA)
         assert isinstance(arithmetic, DeviceArithmetic)
-        bound.append(BoundExperts(ordinal, num_experts, scheduler, slots.__getitem__, arithmetic))
+        bound.append(BoundExperts(ordinal, layer.num_experts, scheduler, slots.__getitem__, arithmetic))
     attach(layers, bound)
     return model
 

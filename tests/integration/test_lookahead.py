@@ -136,7 +136,7 @@ def test_only_ranks_that_are_often_right_are_fetched(stores: dict[str, Path]) ->
         bring = lookahead._bring
 
         def counted(layer: int, experts: Any, keep: set[int], *, to_device: bool = True) -> None:
-            if len(experts) < lookahead._scheduler.num_experts:  # not the whole layer, as for a prompt
+            if len(experts) < lookahead._scheduler.keys.num_experts[layer]:  # not the whole layer, as for a prompt
                 fetched.append(len(experts))
             bring(layer, experts, keep, to_device=to_device)
 

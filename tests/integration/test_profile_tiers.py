@@ -31,7 +31,7 @@ def subject_of(model: Any, layers: list[ExpertsModule]) -> tuple[Subject, Hierar
         RecordedTier(name="vram", scheduler=device, bytes_field="h2d_bytes"),
         RecordedTier(name="ram", scheduler=hierarchy.ram, bytes_field="disk_bytes"),
     )
-    return Subject(hf=model, layers=found, tiers=tiers, num_experts=layers[0].num_experts, metadata={}), hierarchy
+    return Subject(hf=model, layers=found, tiers=tiers, metadata={}), hierarchy
 
 
 @pytest.fixture(scope="module")

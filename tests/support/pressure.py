@@ -46,11 +46,11 @@ def scheduler_of(model: PreTrainedModel) -> Scheduler:
 def overwrite_what_was_released(model: PreTrainedModel) -> None:
     """After each layer, load other experts into every slot, while the compute of the layer may still be to come."""
     scheduler = scheduler_of(model)
-    num_keys = len(experts_of(model)) * scheduler.num_experts
+    num_keys = scheduler.keys.total
 
     def overwrite(*_: object) -> None:
         for key in draw.sample(range(num_keys), scheduler.residency.num_slots):
-            layer, expert = divmod(key, scheduler.num_experts)
+            layer, expert = scheduler.keys.layer_expert(key)
             scheduler.prefetch(layer, [expert])
         wait_until_quiet(scheduler)
 

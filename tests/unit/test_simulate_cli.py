@@ -57,7 +57,7 @@ def test_what_cannot_be_is_one_line(arguments: list[str], message: str, capsys: 
 
 
 def test_a_trace_of_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_trace(synthetic_trace(num_layers=2, num_experts=8, top_k=2, num_tokens=20), tmp_path / "t.npz")
+    save_trace(synthetic_trace(num_experts=[8] * 2, top_k=2, num_tokens=20), tmp_path / "t.npz")
     assert main(MIXTRAL, "--trace", str(tmp_path / "t.npz"), "--ram", "64GiB") == 1
     assert "2 MoE layers, 8 experts and top-2" in capsys.readouterr().err
 
