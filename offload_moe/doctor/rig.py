@@ -1,4 +1,4 @@
-"""The small model on the engine: on the CPU, on the device, or on a simulated one."""
+"""The small model on the engine: on the CPU, on the device, or on a simulated device."""
 
 import random
 from collections.abc import Iterator
@@ -23,9 +23,9 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """device: where dense weights and compute are. make_copier: None without a device tier.
+    """device: of dense weights and compute. make_copier: None without a device tier.
 
-    num_device_slots is not used without one.
+    num_device_slots is unused without a device tier.
     """
 
     device: torch.device = CPU
@@ -60,7 +60,7 @@ def running(store: Store, setting: Setting, dtype: torch.dtype = torch.float32) 
     )
     for scheduler in (hierarchy.scheduler, hierarchy.ram):
         scheduler.stall_limit_s = STALL_LIMIT_S
-    # A simulated device computes on the CPU with the arithmetic of a real one; its type is all that chooses.
+    # A simulated device computes on the CPU with the arithmetic of a real one, which is chosen by its type.
     arithmetic = torch.device("cuda") if copier and setting.device.type == "cpu" else setting.device
     try:
         attach_experts(
@@ -78,7 +78,7 @@ def running(store: Store, setting: Setting, dtype: torch.dtype = torch.float32) 
 
 
 def overwrite_what_was_released(rig: Rig) -> None:
-    """After each layer, load other experts into every slot, while the layer's compute may still be to come."""
+    """After each layer, load other experts into every slot, while the layer's compute may still be queued."""
     scheduler, draw = rig.hierarchy.scheduler, random.Random(0)
     num_keys = len(rig.experts) * scheduler.num_experts
     residency = scheduler.residency

@@ -1,4 +1,4 @@
-"""How evenly the routers load the experts, in the terms of the literature.
+"""Load balance of the experts, in the literature's terms.
 
 T tokens, L MoE layers, E experts per layer, K top-k. f: an expert's share of the routed pairs; P: its mean router
 probability; both sum to one over a layer.
@@ -41,7 +41,7 @@ class LayerBalance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Balance:
-    """load, probability: [L][E]. num_dead_by_chance: per layer, were every choice of K as likely as any other."""
+    """load, probability: [L][E]. num_dead_by_chance: per layer, under uniformly random routing."""
 
     num_tokens: int
     load: list[list[float]]
@@ -51,7 +51,7 @@ class Balance:
 
 
 def expert_counts(trace: Trace) -> NDArray[np.int64]:
-    """[L, E]: how many tokens were routed to each expert."""
+    """[L, E]: the number of tokens routed to each expert."""
     counts = [np.bincount(trace.experts[:, layer].ravel(), minlength=trace.num_experts) for layer in _layers(trace)]
     return np.stack(counts)
 
@@ -96,7 +96,7 @@ def _layer(layer: int, counts: NDArray[Any], probability: NDArray[Any] | None) -
 
 
 def dropped_share(counts: NDArray[Any], factor: float) -> float:
-    """What would be dropped of the routed pairs were all of them one batch and each expert took at most its capacity.
+    """The share of routed pairs beyond the experts' capacity, with all tokens as one batch.
 
     Capacity: factor * pairs / E, rounded up.
     """
