@@ -1,4 +1,4 @@
-"""How a model answers where the user does not say: `generation_config.json`, or what the model's config says of it."""
+"""A model's default sampling: `generation_config.json`, or the settings in the model's config."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 def load_generation_config(folder: Path) -> "tuple[GenerationConfig, str | None]":
-    """The settings, and a notice where the file is there and cannot be used: then it is left out, as in transformers.
+    """The settings, and a notice if the file exists but is not usable; then it is left out, as in transformers.
 
     Source: transformers/generation/utils.py, `adjust_generation_fn`.
     """
@@ -22,7 +22,7 @@ def load_generation_config(folder: Path) -> "tuple[GenerationConfig, str | None]
     if (folder / GENERATION_CONFIG).is_file():
         try:
             return GenerationConfig.from_pretrained(folder), None
-        except Exception as error:  # whatever the class makes of foreign values
+        except Exception as error:  # a config class may raise anything for foreign values
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             notice = (
                 f"{folder / GENERATION_CONFIG} cannot be used ({reason.rstrip('.')}) and is left out, as transformers "

@@ -36,7 +36,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the format itself
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEntry:
-    """Where one tensor lies: `offset` counts from the start of the file."""
+    """The place of one tensor: `offset` counts from the start of the file."""
 
     name: str
     path: Path
@@ -51,7 +51,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeaderCopy:
-    """The beginning of a safetensors file that is not there itself, and how long that file is."""
+    """The beginning of a missing safetensors file, and the file's length."""
 
     path: Path
     file_bytes: int
@@ -60,7 +60,7 @@ class HeaderCopy:
 def read_header(path: Path, copy: HeaderCopy | None = None) -> dict[str, TensorEntry]:
     """Every tensor of a safetensors file.
 
-    copy: read instead of the file.
+    copy: the beginning of a missing file, read instead.
 
     Raises:
         CheckpointError: the file is missing, truncated or malformed; the message names it and the tensor.

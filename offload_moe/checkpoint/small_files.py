@@ -1,4 +1,4 @@
-"""The small files of a model folder that go into its store, read and tried before the weights are converted."""
+"""The small files of a model folder for its store, read and checked before the weights are converted."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallFiles:
-    """contents: by name relative to the folder. notices: what the user must know of them."""
+    """contents: by name relative to the folder. notices: for the user."""
 
     contents: dict[str, bytes]
     notices: tuple[str, ...]
 
 
 def read_small_files(folder: Path, model: "PreTrainedModel") -> SmallFiles:
-    """model: the skeleton, for what must fit to it.
+    """model: the skeleton, for checks against it.
 
     Raises: CheckpointError for a file that cannot be read, or one of the tokenizer that is damaged.
     """

@@ -1,4 +1,4 @@
-"""The demo model: built once, cached, and never half there."""
+"""The demo model: built once, cached, and visible only when complete."""
 
 import os
 import shutil

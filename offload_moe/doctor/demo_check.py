@@ -1,4 +1,4 @@
-"""The demo model, where it is built: many slots and few must say the same."""
+"""The demo model, if it is built: answers must be the same with many slots and with few."""
 
 from offload_moe.demo.source import MODEL_NAME
 from offload_moe.doctor.outcome import Failed, Skipped

@@ -30,7 +30,7 @@ def examine(store: Store | None = None) -> list[Check]:
 
 
 def guarded(name: str, work: Work) -> list[Check]:
-    """What a check found; one that fails is a finding too: what is wrong may be what the doctor was called for."""
+    """Run a check; an exception is a finding too, since it may be the problem that the user looks for."""
     try:
         found = work()
     except (OffloadMoeError, OSError, RuntimeError, ValueError, MemoryError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""The small model on the engine: on the CPU, on the device, or on a simulated one."""
+"""The small model on the engine: on the CPU, on the device, or on a simulated device."""
 
 import random
 from collections.abc import Iterator
@@ -21,9 +21,9 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """device: where dense weights and compute are. make_copier: None without a device tier.
+    """device: of dense weights and compute. make_copier: None without a device tier.
 
-    num_device_slots is not used without one.
+    num_device_slots is unused without a device tier.
     """
 
     device: torch.device = CPU
@@ -72,7 +72,7 @@ def running(store: Store, setting: Setting, dtype: torch.dtype = torch.float32) 
 
 
 def overwrite_what_was_released(rig: Rig) -> None:
-    """After each layer, load other experts into every slot, while the layer's compute may still be to come."""
+    """After each layer, load other experts into every slot, while the layer's compute may still be queued."""
     scheduler, draw = rig.hierarchy.scheduler, random.Random(0)
     num_keys = scheduler.keys.total
     residency = scheduler.residency

@@ -30,12 +30,12 @@ from offload_moe.simulate.synthetic import REUSE, SKEW
 from offload_moe.system.sizes import format_size
 
 PROMPT_TOKENS, DECODE_TOKENS = 128, 128  # of each synthetic answer
-ASSUMED_RECALL = (0.75, 0.65)  # one and two MoE layers ahead, where the trace does not say: see docs/simulate.md
+ASSUMED_RECALL = (0.75, 0.65)  # one and two MoE layers ahead, for traces without recall: see docs/simulate.md
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSimulation:
-    """workload: what was run, in words. recall: of the lookahead, by depth."""
+    """workload: a description of the routing. recall: of the lookahead, by depth."""
 
     plan: Plan
     pools: VirtualPools
@@ -56,9 +56,9 @@ def simulate_plan(
     skew: float | None = None,
     reuse: float | None = None,
 ) -> PlanSimulation:
-    """Run a trace, or a synthetic one, on the machine of a plan. The first of several answers warms up.
+    """Run a trace, or a synthetic one, on the machine of a plan. The first of several answers is warm-up.
 
-    prompt_tokens: of each answer; None takes what the trace says, or 128. num_tokens: decoded in all, at most.
+    prompt_tokens: of each answer; None takes the trace's own, or 128. num_tokens: limit of all decoded tokens.
 
     Raises:
         BudgetError: the plan does not fit.
@@ -66,7 +66,7 @@ def simulate_plan(
     """
     if not plan.fits:
         lacking = ", ".join(f"{s.memory} lacks {format_size(s.missing_bytes)}" for s in plan.shortfalls)
-        raise BudgetError(f"{plan.name} does not fit: {lacking}. See `offload-moe plan` for what would make it fit.")
+        raise BudgetError(f"{plan.name} does not fit: {lacking}. `offload-moe plan` lists remedies.")
     shape = plan.shape
     if trace is None:
         prompt_tokens = PROMPT_TOKENS if prompt_tokens is None else prompt_tokens
@@ -165,7 +165,7 @@ def lent_room(plan: Plan) -> SlotsFor | None:
 
 
 def _recall(trace: Trace) -> tuple[float, ...]:
-    """As recorded, mean over the layers; of the two depths the runtime uses."""
+    """The recorded recall, mean over the layers, of the two depths that the runtime uses."""
     recorded = json.loads(trace.metadata).get("lookahead_recall", {})
     found = []
     for depth, assumed in enumerate(ASSUMED_RECALL, start=1):

@@ -1,4 +1,4 @@
-"""How evenly the routers load the experts, in the terms of the literature.
+"""Load balance of the experts, in the literature's terms.
 
 T tokens, L MoE layers, E experts per layer, K top-k. f: an expert's share of the routed pairs; P: its mean router
 probability; both sum to one over a layer.
@@ -101,7 +101,7 @@ def _layer(layer: int, counts: NDArray[Any], probability: NDArray[Any] | None) -
 
 
 def dropped_share(counts: NDArray[Any], factor: float) -> float:
-    """What would be dropped of the routed pairs were all of them one batch and each expert took at most its capacity.
+    """The share of routed pairs beyond the experts' capacity, with all tokens as one batch.
 
     Capacity: factor * pairs / E, rounded up.
     """

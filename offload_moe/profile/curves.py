@@ -1,4 +1,4 @@
-"""Hit rate against cache size, by replay, and what more memory would bring."""
+"""Hit rate against cache size, by replay, and the effect of more memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from offload_moe.system.progress import Progress
 
 VARIANTS: tuple[tuple[str, Pool], ...] = (
     *((policy, "global") for policy in (*POLICY_NAMES, Belady.name)),
-    (LRU.name, "layer"),  # as most others do it
+    (LRU.name, "layer"),  # the common choice elsewhere
 )
 SIZES = ("12.5%", "25%", "37.5%", "50%", "75%")
 MORE_BYTES = 2 << 30
-MOST_ACQUIRES = 20_000  # of a replay: keeps a whole report under a minute
+MOST_ACQUIRES = 20_000  # layer visits of a replay, which keeps a whole report under a minute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """pool: "global" as the runtime has it, one for all layers, or one per "layer"."""
+    """pool: "global", one for all layers as in the runtime, or one per "layer"."""
 
     policy: str
     pool: Pool
@@ -32,7 +32,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Now:
-    """What was recorded. hit_rate: measured, of generated tokens, None where not recorded."""
+    """The recording's own point. hit_rate: measured, of generated tokens, None if not recorded."""
 
     policy: str
     num_slots: int
@@ -53,7 +53,7 @@ class MoreMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curves:
-    """All replays from a cold start, the first `num_tokens` tokens one by one. No points where a pool is too small."""
+    """All replays from a cold start, the first `num_tokens` tokens one by one. Pools too small have no point."""
 
     num_tokens: int
     points: list[Point]
@@ -109,7 +109,7 @@ def _more(trace: Trace, points: Sequence[Point], now: Now, slot_bytes: int, spen
 
 
 def _saved_s(spent: Costs, gain: float, num_routed: int) -> float:
-    """Seconds per token: experts no longer missed, times what a missed one made compute wait."""
+    """Seconds per token: the saved misses times the mean stall per miss."""
     fastest = spent.total.tiers[0]
     missed = (1 - fastest.hit_rate) * num_routed if fastest.hit_rate is not None else 0.0
     waited = sum(spent.time.stall_s.values())

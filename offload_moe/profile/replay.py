@@ -1,7 +1,7 @@
 """Replay a routing trace through the runtime's own residency and policies, without a model.
 
-A token's top-k of a layer is acquired together: what is resident then is a hit; all of it stays leased while the misses
-load; then the next layer follows. Loads complete at once, so there are no delayed hits and no prefetch.
+A token's top-k of a layer are acquired together: experts that are resident then are hits; all of them stay leased
+while the misses load; then the next layer follows. Loads complete at once: no delayed hits and no prefetch.
 """
 
 import math
@@ -22,7 +22,7 @@ Pool = Literal["layer", "global"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayResult:
-    """What one policy made of a trace, from a cold start."""
+    """The result of one policy on a trace, from a cold start."""
 
     policy: str
     pool: Pool
@@ -58,7 +58,7 @@ def parse_slots(slots: str | int, trace: Trace) -> int:
 def replay(trace: Trace, policy: str, *, num_slots: int, pool: Pool = "global") -> ReplayResult:
     """Run one policy, or "belady", over a trace.
 
-    num_slots: in all layers together; a per-layer pool divides them evenly, the first layers take what is left over.
+    num_slots: in all layers together; a per-layer pool divides them evenly, with the remainder in the first layers.
 
     Raises: ConfigError for an unknown policy, or a per-layer pool with fewer slots than layers.
     """
@@ -88,7 +88,7 @@ def replay(trace: Trace, policy: str, *, num_slots: int, pool: Pool = "global") 
 def replay_report(
     trace: Trace, policies: Sequence[str], slots: Sequence[str | int], pools: Sequence[Pool]
 ) -> dict[str, Any]:
-    """Every policy at every size and pool, ready for `json.dumps`."""
+    """Replay every policy at every size and pool; the result is ready for `json.dumps`."""
     results = [
         replay(trace, policy, num_slots=parse_slots(size, trace), pool=pool)
         for size in slots
@@ -137,7 +137,7 @@ def _make(trace: Trace, policy: str, num_slots: int, layers: range) -> Policy:
 
 
 def _acquire(residency: Residency, keys: Sequence[int]) -> int:
-    """Lease what is resident, load the others, release all; waves where slots do not suffice. Returns the hits."""
+    """Lease resident experts, load the others, release all; in waves if there are too few slots. Returns the hits."""
     held = []
     misses = []
     for key in keys:
@@ -161,7 +161,7 @@ def _acquire(residency: Residency, keys: Sequence[int]) -> int:
 
 
 def _load(residency: Residency, keys: Sequence[int]) -> list[int]:
-    """Load as many of the keys as slots can be had; their slots, leased."""
+    """Load as many of the keys as there are available slots; returns their slots, leased."""
     loading = []
     for key in keys:
         slot = residency.admit(key)

@@ -1,4 +1,4 @@
-"""Running prompts on a loaded model while it is recorded."""
+"""Running prompts on a loaded model during a recording."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -38,9 +38,9 @@ class Recordable(Protocol):
 def run_prompts(
     model: Recordable, prompts: Sequence[GroupedPrompt], *, max_new_tokens: int = MAX_NEW_TOKENS, progress: Progress
 ) -> Trace:
-    """Answer every prompt greedily and return what was recorded, text classes and lookahead recall included.
+    """Answer every prompt greedily and return the trace, with text classes and lookahead recall.
 
-    The first prompt is answered once before, so that what happens once per process is not counted.
+    The first prompt is answered once beforehand, so that one-time costs of the process are not counted.
     """
     is_raw = getattr(model.tokenizer, "chat_template", None) is None
     progress("Warming up", 0.0)
@@ -75,7 +75,7 @@ def _ids(trace: Trace) -> list[int]:
 
 
 def _recall(model: Recordable, trace: Trace) -> dict[str, list[float | None]]:
-    """Over the beginning of the longest sequence that was recorded, in one forward."""
+    """Measure the recall on the beginning of the longest recorded sequence, in one forward."""
     ends = trace.sequence_lengths.cumsum()
     longest = int(trace.sequence_lengths.argmax())
     start = int(ends[longest] - trace.sequence_lengths[longest])

@@ -1,8 +1,8 @@
-"""Routing traces: which experts every token was routed to, and what that cost when it was recorded.
+"""Routing traces: the routed experts of every token, and the recorded costs.
 
 A trace is an npz file. Shapes: T tokens, L MoE layers, K top-k, E experts per layer, S sequences, F forwards, R tiers.
-Required: `experts` [T, L, K] and `num_experts`. Everything else is optional, and arrays not listed here are ignored, so
-a file with more in it is still a trace. docs/decisions/030-policies.md has the table.
+Required: `experts` [T, L, K] and `num_experts`. Everything else is optional, and unknown arrays are ignored.
+docs/decisions/030-policies.md has the table.
 """
 
 import zlib
@@ -47,7 +47,7 @@ HIT, DELAYED_HIT, MISS = 0, 1, 2
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trace:
-    """The routing of a run, token by token, and optionally its costs. Arrays are not copied; do not write to them.
+    """The routing of sequences, token by token, and optionally its costs. Arrays are not copied; do not write to them.
 
     Raises: ConfigError when an array's shape, type or values do not fit the others.
     """
@@ -94,14 +94,14 @@ class Trace:
         return int(self.experts.shape[2])
 
     def select(self, sequences: Sequence[int]) -> "Trace":
-        """The routing of some sequences, in the given order; what was measured per forward is left out."""
+        """The routing of some sequences, in the given order, without the measurements per forward."""
         ends = np.cumsum(self.sequence_lengths)
         starts = ends - self.sequence_lengths
         rows = np.concatenate([np.arange(starts[i], ends[i]) for i in sequences]).astype(np.intp)
         return self._take(rows, self.sequence_lengths[list(sequences)])
 
     def head(self, num_tokens: int) -> "Trace":
-        """The routing of the first tokens; the last sequence may be cut."""
+        """The routing of the first tokens; the last sequence may be truncated."""
         rows = np.arange(min(num_tokens, self.num_tokens))
         lengths = np.diff(np.minimum(np.cumsum(self.sequence_lengths), len(rows)), prepend=0)
         return self._take(rows, lengths[lengths > 0])
@@ -129,7 +129,7 @@ def load_trace(path: str | Path) -> Trace:
     Raises: ConfigError when the file is missing, is not an npz file, or is not a valid trace.
     """
     try:
-        with open(path, "rb") as stream:  # numpy leaves a damaged file open
+        with open(path, "rb") as stream:  # numpy does not close a damaged file
             file = np.load(stream, allow_pickle=False)
             if not isinstance(file, NpzFile):
                 raise ValueError("it holds one bare array")
@@ -150,7 +150,7 @@ def load_trace(path: str | Path) -> Trace:
 def save_trace(trace: Trace, path: str | Path) -> None:
     """Write a trace, compressed, to exactly this path."""
     values = {name: np.asarray(value) for name in sorted(_NAMES) if (value := getattr(trace, name)) is not None}
-    with open(path, "wb") as file:  # given a name without the suffix, numpy would append .npz
+    with open(path, "wb") as file:  # for a name without the suffix numpy would append .npz
         np.savez_compressed(file, allow_pickle=False, **values)
 
 

@@ -48,7 +48,7 @@ class VirtualRuntime:
         link: LinkModel | None = None,
         lookahead: LookaheadModel | None = None,
     ) -> None:
-        """link: needed where there are device slots."""
+        """link: required with device slots."""
         self.clock = VirtualClock()
         self.processor = (DeviceProcessor if costs.has_device else Processor)(self.clock)
         self._pools = pools
@@ -75,7 +75,7 @@ class VirtualRuntime:
             self.scheduler.shrink(num_slots)
 
     def forward(self, experts: NDArray[Any]) -> float:
-        """experts ``[T, L, K]``. Returns the seconds it took."""
+        """experts ``[T, L, K]``. Returns the seconds."""
         began = self.clock.now
         self.processor.run(self._costs.token_host_s, self._costs.token_s)
         num_tokens, num_layers, top_k = experts.shape
@@ -87,7 +87,7 @@ class VirtualRuntime:
         else:
             for layer in range(num_layers):
                 self._layer(layer, experts)
-        self.processor.synchronize()  # the next token is chosen from the result
+        self.processor.synchronize()  # sampling the next token needs the result
         return self.clock.now - began
 
     def _layer(self, layer: int, experts: NDArray[Any]) -> None:
@@ -138,7 +138,7 @@ class VirtualRuntime:
 
 
 def _tokens_per_expert(chosen: NDArray[Any]) -> dict[int, int]:
-    """chosen ``[T, K]`` -> expert, ascending, and how many tokens it has."""
+    """chosen ``[T, K]`` -> experts, ascending, and the number of tokens of each."""
     if len(chosen) == 1:
         return dict.fromkeys(sorted(chosen[0].tolist()), 1)
     found, counts = np.unique(chosen, return_counts=True)

@@ -1,4 +1,4 @@
-"""Routing for models nobody has recorded: uneven load, and tokens that keep some of the last token's experts."""
+"""Synthetic routing for models without a trace: uneven load, and tokens that keep some of the last token's experts."""
 
 import json
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def synthetic_trace(
     """num_experts: of each layer. num_tokens: of each sequence.
 
     skew: an expert's popularity is its rank in its layer to the power of minus this; 0 is an even load.
-    reuse: the probability that an expert of the last token is kept for sure; the others are drawn by popularity.
+    reuse: the probability that an expert of the last token is kept; the others are drawn by popularity.
     """
     random = np.random.default_rng(seed)
     popularity = np.full((len(num_experts), max(num_experts)), -np.inf)  # of experts that a layer does not have

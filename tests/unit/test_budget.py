@@ -46,7 +46,7 @@ def test_a_size_needs_a_unit(text: str, meant: str) -> None:
 
 @pytest.mark.parametrize("size", ["1" + "0" * 400 + "GiB", "99999TiB", -1, 1 << 60])
 def test_sizes_that_no_memory_has_are_refused(size: str | int) -> None:
-    with pytest.raises(ConfigError, match="no size of a memory"):
+    with pytest.raises(ConfigError, match="not a size of a memory"):
         parse_size(size)
 
 

@@ -353,7 +353,7 @@ def test_a_report_keeps_secrets_names_and_paths_to_itself() -> None:
     ):
         assert private not in text, private
     for kept in (
-        "838 MB/s, direct, 4 reads of 4 MiB in flight, here and there in 1.0 GiB",
+        "838 MB/s, direct, 4 reads of 4 MiB in flight, at random places in 1.0 GiB",
         "PCIe 4 x16; bf16 and/or fp16, H2D/D2H",
         'python -m pip install --force-reinstall "torch==2.13.0"',
         "NVIDIA GeForce RTX 3060, driver 580.1, 11.5 GiB free of 12.0 GiB",

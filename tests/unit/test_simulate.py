@@ -140,7 +140,7 @@ def test_what_a_trace_says_of_prompts_is_taken(trace: Trace) -> None:
     is_prompt[:7] = is_prompt[60:65] = True
     answers = answers_of(replace(trace, is_prompt=is_prompt), num_tokens=60)
     assert [(len(answer.prompt), len(answer.decode)) for answer in answers] == [(7, 53), (5, 7)]
-    with pytest.raises(ConfigError, match="prompts only"):
+    with pytest.raises(ConfigError, match="only prompts"):
         answers_of(trace, prompt_tokens=60)
 
 
