@@ -34,6 +34,7 @@ FORMATS = (
 BITS = (4, 8)
 PACKED = "weight_packed"
 NVFP4_SCALE = "weight_global_scale"
+IN_WEIGHTS = {"weight_input", "weight_output"}  # of transforms: what is stored is transformed already
 
 
 def compressed_tensors(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTensors:
@@ -51,8 +52,23 @@ def compressed_tensors(stored: TensorSource, settings: dict[str, Any]) -> Dequan
             f"{stored.entries[nvfp4].path}: tensor {nvfp4} belongs to a weight in NVFP4 (compressed-tensors), which "
             f"cannot be read. {ADVICE}"
         )
+    _check_transforms(settings.get("transform_config"))
     schemes = Schemes(settings)
     return DequantizedTensors(stored, list(_recipes(stored, schemes)))
+
+
+def _check_transforms(transforms: Any) -> None:
+    """Raises: CheckpointError for rotations of activations (SpinQuant, QuIP), which undo those of the weights."""
+    try:
+        groups = (transforms or {}).get("config_groups") or {}
+        places = {use["location"] for group in groups.values() for use in group["apply"]}
+    except (AttributeError, KeyError, TypeError):
+        places = {"unknown"}
+    if computed := sorted(str(place) for place in places - IN_WEIGHTS):
+        raise CheckpointError(
+            f"The checkpoint (compressed-tensors) has transforms of activations (transform_config: "
+            f"{', '.join(computed)}), without which its weights are wrong, and which are not computed here. {ADVICE}"
+        )
 
 
 class Schemes:

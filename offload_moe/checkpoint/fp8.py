@@ -27,6 +27,7 @@ from offload_moe.errors import CheckpointError
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 BF16_FIELDS = 0x87F0 - 0x10000  # the sign, the low four bits of the exponent, the high three of the mantissa
 NAN_AS_NUMBER = 480.0  # the value of NaN's code; the largest number is 448
+USUAL_BLOCK = (128, 128)  # the default of transformers, if the config has none
 ROWS = 128  # the working set fits into a cache
 
 
@@ -39,7 +40,8 @@ def fp8_tensors(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTe
     block = settings.get("weight_block_size")
     if block is not None and not _is_block(block):
         raise CheckpointError(f"quantization_config: weight_block_size {block!r} is not a pair of lengths.")
-    return DequantizedTensors(stored, list(_recipes(stored, (block[0], block[1]) if block else None)))
+    usual = None if "weight_block_size" in settings else USUAL_BLOCK
+    return DequantizedTensors(stored, list(_recipes(stored, (block[0], block[1]) if block else None, usual=usual)))
 
 
 def fbgemm(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTensors:
@@ -61,12 +63,18 @@ def modelopt(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTenso
     return DequantizedTensors(stored, list(_recipes(stored, None)))
 
 
-def _recipes(stored: TensorSource, block: tuple[int, int] | None, *, is_turned: bool = False) -> Iterator[Recipe]:
+def _recipes(
+    stored: TensorSource,
+    block: tuple[int, int] | None,
+    *,
+    is_turned: bool = False,
+    usual: tuple[int, int] | None = None,
+) -> Iterator[Recipe]:
     for entry in stored.entries.values():
         if is_scale(entry.name):
             continue
         if entry.dtype in FP8_DTYPES:
-            yield fp8_weight(stored, entry, block, is_turned=is_turned)
+            yield fp8_weight(stored, entry, block, is_turned=is_turned, usual=usual)
         elif entry.dtype in (torch.int8, torch.uint8) and entry.name.endswith(".weight"):
             yield packed_rows(stored, entry.name, scale_name(stored, entry.name), entry.name)
 
@@ -132,11 +140,17 @@ def fp8_values(weight: Tensor) -> Tensor:
 
 
 def fp8_weight(
-    stored: TensorSource, entry: TensorEntry, block: tuple[int, int] | None, *, is_turned: bool = False
+    stored: TensorSource,
+    entry: TensorEntry,
+    block: tuple[int, int] | None,
+    *,
+    is_turned: bool = False,
+    usual: tuple[int, int] | None = None,
 ) -> Fp8Weight:
     """block: rows and columns of a block if the config has them; else one scale per weight or per channel.
 
-    is_turned: fused experts are ``[in, out]``, so that a channel is a column.
+    is_turned: fused experts are ``[in, out]``, so that a channel is a column. usual: a block to try where `block` is
+    not known and the scales are for nothing else.
 
     Raises: CheckpointError when there are no scales, or they do not fit.
     """
@@ -151,6 +165,8 @@ def fp8_weight(
             f"{entry.path}: tensor {entry.name} is FP8 {list(entry.shape)}, expected a matrix. {ADVICE}"
         )
     found = block_of(entry.shape, scale, block, is_turned)
+    if found is None and usual is not None:
+        found = block_of(entry.shape, scale, usual, is_turned)
     if found is None or scale.dtype not in SCALE_DTYPES:
         expected = (
             f"one scale per block of {list(block)}: {[*entry.shape[:-2], *grid_of(entry.shape, block)]}"

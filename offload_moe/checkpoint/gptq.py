@@ -42,7 +42,7 @@ def awq(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTensors:
     """AutoAWQ's GEMM layout. Raises: CheckpointError for its others."""
     layout = str(settings.get("version") or settings.get("checkpoint_format") or settings.get("format") or "gemm")
     bits = settings.get("bits", settings.get("w_bit", 4))
-    if layout.lower() != "gemm" or bits != 4:
+    if layout.lower() != "gemm" or str(bits) != "4":
         raise CheckpointError(
             f"The checkpoint is AWQ with {bits} bits in the {layout.lower()} layout; 4 bits in the gemm layout can be "
             f"read. {ADVICE}"

@@ -70,7 +70,10 @@ def read_header(path: Path, copy: HeaderCopy | None = None) -> dict[str, TensorE
             file_bytes = copy.file_bytes if copy else os.fstat(file.fileno()).st_size
             header_bytes = int.from_bytes(file.read(8), "little")
             if file_bytes < 8 or header_bytes > min(file_bytes - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(f"{path} is truncated or not a safetensors file: {file_bytes} bytes.")
+                raise CheckpointError(
+                    f"{path} is truncated or not a safetensors file: {file_bytes} bytes. Download the file again; "
+                    "where git left a pointer in its place, `git lfs pull` does."
+                )
             header = json.loads(file.read(header_bytes), object_pairs_hook=_unique_keys)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error

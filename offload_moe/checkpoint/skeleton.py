@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 EXPERTS_SIZED = 1 << 24  # elements
+FAR = 1 << 24  # a position beyond every window
 FILLS = {
     *("normal_", "trunc_normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_"),
     *("constant_", "zeros_", "ones_", "fill_", "zero_"),
@@ -75,8 +76,8 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is not a model folder: it has no config.json.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Download it again.") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise CheckpointError(f"{path} is not a model config: it names no model_type.")
     return raw
@@ -101,10 +102,31 @@ def build_skeleton(config: "PreTrainedConfig") -> "PreTrainedModel":
             model = model_class.from_config(config, trust_remote_code=False)
     except Exception as error:  # a model class may raise anything for unexpected values
         raise UnsupportedModelError(f"transformers cannot build this {config.model_type} model: {error}") from error
+    _rotate_far(model)
     stranded = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if stranded:
         raise UnsupportedModelError(f"{type(model).__name__}: buffer {stranded[0]} was left without a value.")
     return model.eval()
+
+
+def _rotate_far(model: "PreTrainedModel") -> None:
+    """Use the second factors of LongRoPE once: a list that does not fit would fail in the middle of a long answer.
+
+    Raises: UnsupportedModelError.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for layer_type, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
+            if kind == "longrope":
+                rotary = copy.deepcopy(module)  # it keeps the factors that it used last
+                settings = {} if layer_type is None else {"layer_type": layer_type}
+                try:
+                    rotary(torch.zeros(1, 1, 1), torch.full((1, 1), FAR), **settings)
+                except Exception as error:  # as above
+                    raise UnsupportedModelError(
+                        f"The config of this {model.config.model_type} model has LongRoPE factors (long_factor) that "
+                        f"cannot be used: {error}. Take the config.json that its authors published."
+                    ) from error
 
 
 class _EmptyOnMeta(TorchFunctionMode):

@@ -32,7 +32,7 @@ def read_small_files(folder: Path, model: "PreTrainedModel") -> SmallFiles:
             contents[name] = path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    _, notice = load_generation_config(folder)
+    _, notice = load_generation_config(folder, model)
     if notice is not None:
         contents.pop(GENERATION_CONFIG, None)
     tokenizer, reason = load_tokenizer(folder)

@@ -100,7 +100,10 @@ def safe_path(folder: Path, name: str) -> Path:
     """
     parts = PurePosixPath(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts or ".." in Path(name).parts:
-        raise CheckpointError(f"{folder}: the file name {name!r} leads out of the checkpoint folder; refused.")
+        raise CheckpointError(
+            f"{folder}: the file name {name!r} leads out of the checkpoint folder; refused. Put that file, or a "
+            "link to it, into the folder and name it there."
+        )
     if "\0" in name or not all(map(_can_be_a_name, parts)):
         raise CheckpointError(f"{folder}: {name[:80]!r} is no file name.")
     return folder / name
@@ -123,7 +126,7 @@ def _explicit_name(folder: Path) -> str | None:
     """The file that the config names. Raises: CheckpointError for one that is no safetensors file of the folder."""
     try:
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None  # reported when the config is read
     name = config.get(EXPLICIT_KEY) if isinstance(config, dict) else None
     if name is None:
@@ -142,9 +145,11 @@ def _weight_map(folder: Path, name: str) -> dict[str, str]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         pairs = {tensor: file_name for tensor, file_name in weight_map.items() if isinstance(file_name, str)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is not a shard index: {error!r}.") from error
+        raise CheckpointError(f"{index} is not a shard index: {error!r}. Download it again.") from error
     if not pairs or len(pairs) != len(weight_map):
-        raise CheckpointError(f"{index} is not a shard index: its weight_map is empty or not made of file names.")
+        raise CheckpointError(
+            f"{index} is not a shard index: its weight_map is empty or not made of file names. Download it again."
+        )
     return {tensor: safe_path(folder, name).relative_to(folder).as_posix() for tensor, name in pairs.items()}
 
 

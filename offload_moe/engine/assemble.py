@@ -111,7 +111,7 @@ def assemble(
         raise StoreError(
             f"{store.path} does not hold {stranded[0]} ({len(stranded)} tensors). Quantize the model again."
         )
-    hf.generation_config, notice = load_generation_config(store.path)
+    hf.generation_config, notice = load_generation_config(store.path, hf)
     hf.requires_grad_(False)
     return Assembled(hf=hf, layers=layers, notices=(notice,) if notice else ())
 

@@ -103,8 +103,8 @@ def index_bytes(folder: Path) -> int | None:
         return None
     try:
         num_bytes = json.loads(path.read_text(encoding="utf-8")).get("metadata", {}).get("total_size")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a shard index: {error}.") from error
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a shard index: {error}. Download it again.") from error
     return int(num_bytes) if isinstance(num_bytes, int | float) and num_bytes > 0 else None
 
 

@@ -54,7 +54,7 @@ def test_an_index_without_its_files_gives_the_exact_download(folder: Path, tmp_p
     assert plan.placement.disk.fixed[-1].num_bytes == 123_456
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"metadata": 5}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"metadata": 5}', "[" * 100_000])
 def test_a_damaged_index_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX_NAME).write_text(text)
     with pytest.raises(CheckpointError, match=rf"{INDEX_NAME} is not a shard index"):
