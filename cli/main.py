@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import offload_moe
+from offload_moe.system.names import did_you_mean
 
 from .command_parser import CommandParser
 from .commands import COMMANDS
@@ -41,6 +42,7 @@ def _run(arguments: Sequence[str]) -> int:
         if not arguments:
             parser.print_help()
             return EXIT_OK
+        _check_command(parser, arguments[0])
         options = parser.parse_args(arguments)
         if not is_debugging:
             quiet_libraries()
@@ -70,6 +72,16 @@ def build_parser() -> argparse.ArgumentParser:
         module = import_module(f".commands.{name}", __package__)
         module.add_parser(subparsers)
     return parser
+
+
+def _check_command(parser: argparse.ArgumentParser, word: str) -> None:
+    """Leave with a usage error where the first word is no command; argparse does not say which one it resembles."""
+    if word.startswith("-") or word in COMMANDS:
+        return
+    meant = did_you_mean(word, (*COMMANDS, "--help", "--version"), otherwise="")
+    parser.error(
+        " ".join(filter(None, (f"there is no command {word!r}.", meant, f"Choose one of: {', '.join(COMMANDS)}.")))
+    )
 
 
 class _Version(argparse.Action):

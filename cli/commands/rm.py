@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from offload_moe.errors import ConfigError
-from offload_moe.system.names import check_installed
+from offload_moe.system.names import check_installed, is_whole_name
 from offload_moe.system.sizes import format_size
 
 from ..installed import state_text
@@ -31,6 +31,8 @@ def run(options: argparse.Namespace) -> int:
     from offload_moe.store.installed import find, remove
 
     entry = find(options.name)
+    if options.yes and not is_whole_name(options.name):
+        raise ConfigError(f"{options.name} is the beginning of a name. With --yes give the whole one: {entry.name}.")
     if not options.yes:
         if not sys.stdin.isatty():
             raise ConfigError(

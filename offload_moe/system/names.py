@@ -72,6 +72,11 @@ def resolve_whole(name: str | Path, cache: Path | None = None) -> Path:
     return next((entry for entry in entries if entry.is_dir()), path)
 
 
+def is_whole_name(name: str | Path, cache: Path | None = None) -> bool:
+    """Whether it is the demo, a path that exists or an entry of the cache folder, not the beginning of one."""
+    return name == DEMO or resolve_whole(name, cache).exists()
+
+
 def _is_name(name: str | Path) -> bool:
     """Whether `name` may be an entry of the cache folder: no path, and not the demo."""
     path = Path(name)

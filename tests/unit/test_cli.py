@@ -71,6 +71,26 @@ def test_what_is_not_understood_exits_with_2(arguments: list[str], capsys: pytes
     assert "usage: offload-moe" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("lst", "list"), ("Chat", "chat"), ("quantise", "quantize"), ("help", "--help"), ("docter", "doctor")],
+)
+def test_a_wrong_command_is_answered_with_a_close_one(
+    word: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main.main([word, "demo"])
+    assert f"there is no command '{word}'. Did you mean {meant}? Choose one of: chat, " in capsys.readouterr().err
+
+
+def test_a_command_like_no_other_is_answered_with_all(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main.main(["xyzzy"])
+    error = capsys.readouterr().err
+    assert "Did you mean" not in error
+    assert all(f" {name}" in error for name in ("quantize", "doctor"))
+
+
 def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main([]) == 0
     streams = capsys.readouterr()

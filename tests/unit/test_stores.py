@@ -342,3 +342,24 @@ def test_rm_asks_a_person(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert not path.exists()
     assert cli(capsys, "rm", str(cache / "stores" / "half-int8"), "--yes")[0] == 0
     assert cli(capsys, "rm", "half-int8", "--yes")[0] == 1
+
+
+@pytest.mark.parametrize("beginning", ["tiny", "tiny-nf", "half"])
+def test_rm_takes_the_beginning_of_a_name_only_from_a_person(
+    cache: Path, beginning: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [path] = (cache / "stores").glob(f"{beginning}*")
+    status, _, err = cli(capsys, "rm", beginning, "--yes")
+    assert (status, path.exists()) == (1, True)
+    assert f"give the whole one: {path.name}." in err
+    monkeypatch.setattr(sys, "stdin", Typed("y\n"))
+    assert cli(capsys, "rm", beginning)[0] == 0
+    assert not path.exists()
+
+
+def test_rm_of_a_path_needs_no_question(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(cache / "stores")
+    assert cli(capsys, "rm", "./tiny-nf4", "--yes")[0] == 0
+    assert not (cache / "stores" / "tiny-nf4").exists()
