@@ -117,7 +117,7 @@ def test_few_slots_and_lookahead_change_no_bit(
     )
     with load(stores[family]) as model:
         expected = greedy(model, 40)
-        assert model._hierarchy.holds_every_expert
+        assert model.engine.hierarchy.holds_every_expert
         bytes_with = model.placement.ram.bytes_with
     for num_slots, prefetch in ((1, 0), (3, 2), (8, 0), (10, 2)):
         with load(stores[family], ram=bytes_with(num_slots), prefetch=prefetch) as model:
@@ -143,13 +143,13 @@ def test_guesses_by_habit_name_experts_that_their_layer_has(
 def test_every_expert_can_be_here_at_once(stores: dict[str, Path]) -> None:
     """Then a token takes all layers of one size in one native call, which no slot table with gaps would allow."""
     with open_model(stores["qwen3_moe"]) as model:
-        scheduler = model._hierarchy.scheduler
+        scheduler = model.engine.hierarchy.scheduler
         for layer, count in enumerate(SIZES["qwen3_moe"]):
             with scheduler.acquire(layer, range(count)) as lease:
                 lease.bring()
         assert scheduler.residency.num_resident == keys_of("qwen3_moe").total
-        if model._hierarchy.slot_table is not None:
-            with model._hierarchy.every_expert() as are_here:
+        if model.engine.hierarchy.slot_table is not None:
+            with model.engine.hierarchy.every_expert() as are_here:
                 assert are_here
 
 
@@ -157,7 +157,7 @@ def test_a_chunk_prefetches_what_the_next_layer_has(stores: dict[str, Path]) -> 
     """The first layer is smaller than the second, and the fourth than the third."""
     keys = keys_of("qwen3_moe")
     with open_model(stores["qwen3_moe"], keys.total - 1, prefetch=1) as model:
-        scheduler, brought = model._hierarchy.scheduler, []
+        scheduler, brought = model.engine.hierarchy.scheduler, []
         prefetch = scheduler.prefetch
         scheduler.prefetch = lambda layer, experts, keep=(): (  # type: ignore[method-assign]
             brought.append((layer, list(experts))) or prefetch(layer, experts, keep)  # type: ignore[func-returns-value]
@@ -214,7 +214,7 @@ def test_what_was_used_is_remembered_by_layer(stores: dict[str, Path]) -> None:
     (store / POPULARITY_NAME).unlink(missing_ok=True)
     with load(store) as model:
         greedy(model)
-        counts = {key: count for key, count in model._hierarchy.scheduler.uses.counts.items() if round(count)}
+        counts = {key: count for key, count in model.engine.hierarchy.scheduler.uses.counts.items() if round(count)}
     rows = json.loads((store / POPULARITY_NAME).read_text())["uses"]
     assert [len(row) for row in rows] == SIZES["mixtral"]
     assert read_popularity(store, keys) == counts
