@@ -1,6 +1,8 @@
 """Entry point: choose the command, run it, turn errors into one line and an exit code."""
 
 import argparse
+import atexit
+import gc
 import sys
 import traceback
 from collections.abc import Sequence
@@ -21,6 +23,7 @@ EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 130, 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 success, 1 failure, 2 wrong usage, 130 interrupted, 141 stdout lost its reader."""
     prepare_streams()
+    atexit.register(gc.freeze)  # else Python's last search for garbage takes a second in what libraries made
     try:
         try:
             return _run(sys.argv[1:] if argv is None else list(argv))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from offload_moe.errors import ConfigError
-from offload_moe.system.texts import decode, read_text, unescape
+from offload_moe.system.texts import decode, read_bounded, read_text, unescape
 
 from .streams import say_on_stderr
 
@@ -25,7 +25,7 @@ def read_stdin() -> str:
     """
     buffer = getattr(sys.stdin, "buffer", None)
     try:
-        data: bytes | str = sys.stdin.read() if buffer is None else buffer.read()
+        data: bytes | str = sys.stdin.read() if buffer is None else read_bounded(buffer, "stdin")
     except (OSError, ValueError) as error:
         raise ConfigError(f"stdin cannot be read: {error}. Give the prompt after the model, or -f FILE.") from error
     return data if isinstance(data, str) else decode(data, "stdin", _encoding())

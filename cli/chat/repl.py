@@ -46,7 +46,7 @@ def _run_interactive(talk: Talk) -> None:
                 raise LeaveError from None
             if cancelled.was_empty:
                 talk.say("Press Ctrl-C again or Ctrl-D to leave.", style="dim")
-            was_cancelled = True
+            was_cancelled = cancelled.was_empty
         except EOFError:
             raise LeaveError from None
         except LeaveError:

@@ -1,5 +1,6 @@
 """A model's chat template: what it makes of messages, and what it leaves out of them."""
 
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -82,11 +83,16 @@ class ChatTemplate:
             text = self._apply(_contents(marked, as_parts), add_generation_prompt=False).lower()
         except Exception:  # as in `render`
             return None
-        return [index for index, marker in enumerate(markers) if marker not in text]
+        return [index for index, marker in enumerate(markers) if not _is_text_of(marker, text)]
 
     def _apply(self, messages: list[dict[str, Any]], **settings: bool) -> str:
         text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **settings)
         return text
+
+
+def _is_text_of(marker: str, text: str) -> bool:
+    """Whether it was rendered as text, not only as part of a list that was printed as Python or JSON writes it."""
+    return re.search(rf"""(?<!['"]text['"]: ['"]){marker}""", text) is not None
 
 
 def unfinished(messages: Sequence[Message]) -> str | None:

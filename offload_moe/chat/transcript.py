@@ -63,7 +63,7 @@ def check_messages(messages: object, source: str) -> list[Message]:
         ConfigError: one does not.
     """
     if not isinstance(messages, list | tuple):
-        raise ConfigError(f"{source}: the messages are not a list.")
+        raise ConfigError(f"{source}: the messages are {type(messages).__name__}, not a list.")
     for number, message in enumerate(messages, 1):
         is_sound = isinstance(message, dict) and all(isinstance(value, str) for value in message.values())
         if not is_sound or message.get("role") not in ROLES or "content" not in message:

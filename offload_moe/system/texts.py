@@ -2,6 +2,7 @@
 
 import codecs
 from pathlib import Path
+from typing import BinaryIO
 
 from offload_moe.errors import ConfigError
 
@@ -13,6 +14,7 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+MOST_BYTES = 64 << 20  # far more than any context; a device or a pipe may never end
 # Python's `surrogateescape` keeps a byte that it cannot decode as one of these.
 FIRST_ESCAPE, LAST_ESCAPE = 0xDC80, 0xDCFF
 
@@ -43,10 +45,19 @@ def read_text(path: Path) -> str:
     Raises: ConfigError when it cannot be read or decoded.
     """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = read_bounded(file, str(path))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
     return decode(data, str(path))
+
+
+def read_bounded(file: BinaryIO, source: str) -> bytes:
+    """All that is in the file. Raises: ConfigError when it is more than any text; OSError."""
+    data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ConfigError(f"{source} is longer than {MOST_BYTES >> 20} MiB, which is no text for a model. Shorten it.")
+    return data
 
 
 def check_text(text: object, what: str) -> None:

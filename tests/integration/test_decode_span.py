@@ -319,8 +319,9 @@ def test_a_thread_that_captures_does_not_slow_another_one(stores: dict[str, Path
         assert num_runs
 
 
-def test_captured_steps_are_those_of_transformers(tmp_path: Path) -> None:
+def test_captured_steps_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a loss every bit is, in a prompt and in decode steps, also after others that were not captured."""
+    monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path / "cache"))
     tiny_model("qwen3_moe").to(torch.bfloat16).save_pretrained(tmp_path)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, experts_implementation="eager")
     with open_model(tmp_path, codec="bf16", exact=True) as model:

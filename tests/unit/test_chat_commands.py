@@ -15,7 +15,8 @@ from tests.support.cli import load_cli
 load_cli()
 
 from offload_moe_cli.chat import commands  # noqa: E402
-from offload_moe_cli.chat.repl import take_turn  # noqa: E402
+from offload_moe_cli.chat.prompt import CancelledError  # noqa: E402
+from offload_moe_cli.chat.repl import run_chat, take_turn  # noqa: E402
 from offload_moe_cli.chat.talk import Talk  # noqa: E402
 
 
@@ -167,3 +168,28 @@ def test_a_text_of_several_lines_is_a_message(talk: Talk, message: str, sent: li
     take_turn(talk, message)
     assert [call[1] for call in talk.session.calls] == sent
     assert talk.session.system == ("Be kind.\nBe brief." if message.startswith("/system") else None)
+
+
+@pytest.mark.parametrize(
+    ("interrupts", "num_read"),
+    [([True, True], 2), ([False, True, True], 3), ([True, False, True, True], 4), ([False, False, False, True], 5)],
+)
+def test_only_interrupts_of_an_empty_line_leave(
+    interrupts: list[bool], num_read: int, talk: Talk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line that is thrown away is not half of leaving, so that a conversation is not lost by it."""
+    read: list[bool] = []
+
+    class Interrupted:
+        confirm = None
+
+        def read(self) -> str:
+            read.append(True)
+            if len(read) > len(interrupts):
+                raise EOFError
+            raise CancelledError(was_empty=interrupts[len(read) - 1])
+
+    monkeypatch.setattr("offload_moe_cli.chat.prompt.Prompt", lambda _: Interrupted())
+    talk.is_interactive = True
+    assert run_chat(talk) == 0
+    assert len(read) == num_read

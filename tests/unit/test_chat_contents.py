@@ -82,6 +82,20 @@ def test_what_cannot_be_rendered_is_an_error(model: PreTrainedModel, template: s
         render(model, template, TALK)
 
 
+@pytest.mark.parametrize("printed", ["m.content[:3]", "m.content[2:]", "m.content | first"])
+def test_a_list_that_is_printed_is_no_text(model: PreTrainedModel, printed: str) -> None:
+    """A template that loses the string must not answer by the list of parts as Python writes it."""
+    template = "{% for m in messages %}[{{ " + printed + " }}]{% endfor %}"
+    with pytest.raises(ConfigError, match="leaves the text of the last user message out"):
+        render(model, template, [{"role": "user", "content": "question"}])
+
+
+def test_a_conversation_as_json_is_text(model: PreTrainedModel) -> None:
+    assert '"content": "question"' in render(
+        model, "{{ messages | tojson }}", [{"role": "user", "content": "question"}]
+    )
+
+
 def test_earlier_turns_that_are_left_out_are_said(model: PreTrainedModel) -> None:
     forgetful = "{{ messages[0].content if messages[0].role == 'system' }}{{ messages[-1].content }}"
     assert PromptFormat(model, byte_tokenizer(forgetful)).notice == FORGETFUL_TEMPLATE

@@ -34,6 +34,17 @@ def children_s() -> float:
     return times.children_user + times.children_system
 
 
+def test_the_end_is_not_spent_on_garbage(tmp_path: Path) -> None:
+    code = (
+        "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 1000));"
+        "from tests.support.cli import load_cli; load_cli().main(['--version'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True
+    )
+    assert result.stdout.split()[-1] == "True", result.stderr
+
+
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     code = (
         "import sys; from tests.support.cli import load_cli; main = load_cli(); main.build_parser().format_help();"

@@ -87,6 +87,22 @@ def test_a_pipe_comes_before_the_prompt(stdin: Stdin, prompts: list[str]) -> Non
     assert prompts == ["Zwölf\nBoxkämpfer\n\nSum up.", "Zwölf\nBoxkämpfer", "Zwölf\nBoxkämpfer"]
 
 
+@pytest.mark.parametrize("arguments", [[], ["Sum up."], ["-f", "/dev/zero", "Sum up."]])
+def test_a_stream_that_never_ends_is_refused(
+    arguments: list[str],
+    stdin: Stdin,
+    prompts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("offload_moe.system.texts.MOST_BYTES", 1000)
+    writing = stdin.pipe(b"y\n" * 501)
+    assert main.main(["run", "tiny", *arguments]) == 1
+    assert "which is no text for a model" in capsys.readouterr().err
+    assert prompts == []
+    os.close(writing)
+
+
 def test_a_file_on_stdin_is_read_unless_somebody_else_reads_it(
     stdin: Stdin, prompts: list[str], tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from offload_moe.errors import ConfigError
+from offload_moe.system import texts
 from offload_moe.system.texts import check_text, decode, read_text, unescape
 
 
@@ -63,3 +64,14 @@ def test_escaped_bytes_are_decoded_where_they_are_utf8() -> None:
         unescape("größer".encode("latin-1").decode("utf-8", "surrogateescape"), "It", "utf-8")
     with pytest.raises(ConfigError, match=r"byte 0xf6, which is not UTF-8, at offset 1"):
         unescape("ü\udcf6", "It", "ascii")
+
+
+def test_what_never_ends_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "MOST_BYTES", 1 << 20)
+    with pytest.raises(ConfigError, match="/dev/zero is longer than 1 MiB"):
+        read_text(Path("/dev/zero"))
+    (tmp_path / "just").write_bytes(b"a" * (1 << 20))
+    assert len(read_text(tmp_path / "just")) == 1 << 20
+    (tmp_path / "beyond").write_bytes(b"a" * ((1 << 20) + 1))
+    with pytest.raises(ConfigError, match="beyond is longer than 1 MiB"):
+        read_text(tmp_path / "beyond")
