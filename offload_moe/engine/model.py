@@ -19,7 +19,7 @@ from offload_moe.chat.sampling import SamplingArguments
 from offload_moe.checkpoint.token_ids import watch_ids
 from offload_moe.checkpoint.tokenizer import load_tokenizer, tokenizer_notices
 from offload_moe.convert.sources import Report, ensure_store, silent
-from offload_moe.decode import make_fast
+from offload_moe.decode import FastPath, make_fast
 from offload_moe.engine.assemble import LOSSLESS, Assembled, assemble, skeleton_of
 from offload_moe.engine.overflow import watch_overflow
 from offload_moe.engine.saving import refuse_saving, refuse_to_save
@@ -73,6 +73,7 @@ class Model:
         self.placement = placement
         self.summary = summary
         self.notices: list[str] = []  # what the user must know
+        self.fast_path: FastPath | None = None  # which layers take it, and why others do not; None: `load` left it out
         self._room = room
         self.store = store
         self.hf = assembled.hf
@@ -279,8 +280,9 @@ def load(
         )
         if prefetch:
             warm_start(hierarchy, store.path)
+        report = None
         if fast_path:
-            make_fast(assembled.hf, is_exact=keeps_bits, context=placement.context, hierarchy=hierarchy)
+            report = make_fast(assembled.hf, is_exact=keeps_bits, context=placement.context, hierarchy=hierarchy)
         if computed_in == torch.float16:
             watch_overflow(assembled.hf)
         watch_ids(assembled.hf)
@@ -290,6 +292,7 @@ def load(
         assembled.hf.get_decoder().register_forward_pre_hook(room.before_forward, with_kwargs=True)
         tokenizer = load_tokenizer(store.path)
         model = Model(store, assembled, tokenizer, hierarchy, placement, room, summary(shape, placement))
+    model.fast_path = report
     notices += assembled.notices
     notices += tokenizer_notices(tokenizer[0], assembled.hf) if tokenizer[0] is not None else []
     model.notices += [text for text in dict.fromkeys(notices) if text != tokenizer[1]]  # which `chat` raises
@@ -298,6 +301,8 @@ def load(
         model.notices.append(notice)
     for notice in model.notices:
         warnings.warn(notice, UserWarning, stacklevel=2)
+    if report is not None and report.slow_layers and not report.why_none:
+        model.notices.append(str(report))  # nothing is wrong with it, so it is no warning
     return model
 
 
