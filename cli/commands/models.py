@@ -21,7 +21,10 @@ def add_parser(subparsers: Subparsers) -> None:
         "how that is verified, and what is special about it. "
         "whole model: the tests compare tiny models of it with transformers, bit for bit, from prompt to decode. "
         "contract only: its experts are compared, but transformers has no text-generating model around them. "
-        "refused: loading it is an error that says why.",
+        "refused: loading it is an error that says why. "
+        "FAST PATH: what native kernels compute of a decode step with the family's usual settings: all of it (yes), "
+        "attention and norms (attention), or the experts only (no). Of a layer that is not declared, loading finds "
+        "out.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     add_common_flags(parser)
@@ -51,8 +54,11 @@ def _entry(family: "Family") -> dict[str, object]:
 
 def _print(found: "list[Family]") -> None:
     """Columns as wide as they must be, as `offload-moe list` has them."""
-    rows = [("FAMILY", "VERIFIED", "EXPERTS", "SPECIAL")]
-    rows += [(f.name, f.verified, "adapter" if f.has_adapter else "registry", ", ".join(f.special)) for f in found]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for name, verified, experts, special in rows:
-        print(f"{name:<{widths[0]}}  {verified:<{widths[1]}}  {experts:<{widths[2]}}  {special}".rstrip())
+    rows = [("FAMILY", "VERIFIED", "EXPERTS", "FAST PATH", "SPECIAL")]
+    rows += [
+        (f.name, f.verified, "adapter" if f.has_adapter else "registry", f.fast_path, ", ".join(f.special))
+        for f in found
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -4,7 +4,6 @@ No model code is copied and nothing is compiled at run time. Each optimisation r
 what they compute, replaces a forward of that instance or the module, and leaves everything else as it is.
 """
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from offload_moe.decode.latent import absorb_latents
 from offload_moe.decode.layer import shorten_layers
 from offload_moe.decode.mlp import fuse_mlps
 from offload_moe.decode.norm import fuse_norms
-from offload_moe.decode.report import LayerPath, layer_paths
+from offload_moe.decode.report import LayerPath, layer_paths, tell_reasons
 from offload_moe.decode.router import shorten_routers
 from offload_moe.decode.shorten import shorten_attention
 from offload_moe.native import kernels
@@ -56,11 +55,8 @@ class FastPath:
         slow = self.slow_layers
         if not slow:
             return f"Decode takes the fast path through all {len(self.layers)} layers."
-        reasons: dict[Hashable, int] = {}
-        for layer in slow:
-            reasons[layer.reasons] = reasons.get(layer.reasons, 0) + 1
-        whys = "; ".join(f"{count} with {' and '.join(why)}" for why, count in reasons.items())  # type: ignore[arg-type]
-        return f"Decode takes the slow path through {len(slow)} of {len(self.layers)} layers: {whys}."
+        reasons = tell_reasons(layer.reasons for layer in slow)
+        return f"Decode takes the slow path through {len(slow)} of {len(self.layers)} layers: {reasons}."
 
 
 def make_fast(

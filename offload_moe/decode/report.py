@@ -1,6 +1,7 @@
 """Which decoder layers take the fast path, and why others do not."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,17 +30,22 @@ class LayerPath:
     reasons: tuple[str, ...] = ()
 
 
+def tell_reasons(layers: Iterable[tuple[str, ...]]) -> str:
+    """The reasons of some layers in words, and how many have each."""
+    return "; ".join(f"{count} with {' and '.join(reasons)}" for reasons, count in Counter(layers).items())
+
+
 def layer_paths(hf: nn.Module) -> tuple[LayerPath, ...]:
     """Of every decoder layer, once the model was made fast."""
-    return tuple(_path(name, layer) for name, layer in decoder_layers(hf))
+    return tuple(_path(name, layer) for name, layer in decoder_layers(hf, _has_experts))
 
 
-def decoder_layers(hf: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Names and modules of the layers of the stacks that have experts in them."""
+def decoder_layers(hf: nn.Module, has_experts: Callable[[nn.Module], bool]) -> Iterator[tuple[str, Any]]:
+    """Names and modules of the layers of the stacks of which some layers have experts in them."""
     found: list[str] = []
     for name, stack in hf.named_modules():
         is_inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(stack, nn.ModuleList) and not is_inside and any(map(_has_experts, stack)):
+        if isinstance(stack, nn.ModuleList) and not is_inside and any(map(has_experts, stack)):
             found.append(name)
             yield from ((f"{name}.{index}", layer) for index, layer in enumerate(stack))
 

@@ -80,7 +80,7 @@ def attention_step(attention: Any, rotated_dims: int) -> AttentionStep:
             mode=modules[0].mode,
         )
     except ConfigError as error:  # such as heads that are no multiple of a vector
-        raise Uncovered(str(error)) from error
+        raise Uncovered(f"attention of sizes without a kernel ({str(error).rstrip(chr(46))})") from error
     return AttentionStep(attention, kernel)
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 from offload_moe.families.layer_spec import GroupScore, NormSpan, Scoring
 
 Setting = str | bool | float | None
+FastPath = Literal["yes", "attention", "no"]
 Rotates = Literal["always", "local layers", "local layers, or all where there is no window"]
 
 
@@ -54,7 +55,8 @@ class AttentionClass:
 class LayerClass:
     """norms: before and after attention, before and after the MLP. block: the child that is the MLP or the MoE block.
 
-    shared, shared_gate: children of the block; shared_beside: a child of the layer instead.
+    shared, shared_gate: children of the block; shared_beside: a child of the layer instead. fast_path: what native
+    decode kernels compute with the family's usual settings: all of it, attention and norms, or its experts only.
     """
 
     router: RouterClass
@@ -65,6 +67,7 @@ class LayerClass:
     shared_gate: str = ""
     shared_beside: str = ""
     residual_scale: Setting = 1.0
+    fast_path: FastPath = "yes"
 
 
 SOFTMAX = RouterClass()
@@ -95,7 +98,7 @@ LATENT = AttentionClass(
 GRANITE = LayerClass(
     router=replace(OF_CHOSEN, path="router"), block="block_sparse_moe", residual_scale="residual_multiplier"
 )
-WITH_SHARED = LayerClass(router=DEEPSEEK, shared="shared_experts")
+WITH_SHARED = LayerClass(router=DEEPSEEK, shared="shared_experts", fast_path="attention")
 
 LAYERS: Mapping[str, LayerClass] = {
     "AfmoeDecoderLayer": LayerClass(
@@ -116,17 +119,19 @@ LAYERS: Mapping[str, LayerClass] = {
         ),
         norms=("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm"),
         shared="shared_experts",
+        fast_path="no",
     ),
     "AriaTextDecoderLayer": LayerClass(router=replace(OF_CHOSEN, path="router"), shared="shared_experts"),
     "DeepseekV2DecoderLayer": LayerClass(
-        router=DEEPSEEK_V2, attention=replace(LATENT, is_interleaved=True), shared="shared_experts"
+        router=DEEPSEEK_V2, attention=replace(LATENT, is_interleaved=True), shared="shared_experts", fast_path="no"
     ),
-    "DeepseekV3DecoderLayer": replace(WITH_SHARED, attention=LATENT),
+    "DeepseekV3DecoderLayer": replace(WITH_SHARED, attention=LATENT, fast_path="no"),
     "Dots1DecoderLayer": replace(WITH_SHARED, attention=replace(NORMED_HEADS, window="sliding_window")),
     "Ernie4_5_MoeDecoderLayer": LayerClass(
         router=RouterClass(is_normalized=True, correction="gate.moe_statics.e_score_correction_bias"),
         attention=AttentionClass(is_interleaved=True),
         shared="shared_experts",
+        fast_path="no",
     ),
     "ExaoneMoeDecoderLayer": replace(
         WITH_SHARED,
@@ -141,9 +146,10 @@ LAYERS: Mapping[str, LayerClass] = {
         router=SOFTMAX,
         attention=NORMED_ROWS,
         norms=("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+        fast_path="no",
     ),
     "Glm4MoeDecoderLayer": replace(WITH_SHARED, attention=NORMED_HEADS),
-    "Glm4MoeLiteDecoderLayer": replace(WITH_SHARED, attention=LATENT),
+    "Glm4MoeLiteDecoderLayer": replace(WITH_SHARED, attention=LATENT, fast_path="no"),
     "GptOssDecoderLayer": LayerClass(
         router=replace(OF_CHOSEN, path="router"),
         attention=AttentionClass(window="sliding_window", sinks="sinks"),
@@ -151,19 +157,24 @@ LAYERS: Mapping[str, LayerClass] = {
     "GraniteMoeDecoderLayer": GRANITE,
     "GraniteMoeSharedDecoderLayer": replace(GRANITE, shared_beside="shared_mlp"),
     "HYV3DecoderLayer": LayerClass(
-        router=replace(CORRECTED, scale="router_scaling_factor"), attention=NORMED_HEADS, shared="shared_experts"
+        router=replace(CORRECTED, scale="router_scaling_factor"),
+        attention=NORMED_HEADS,
+        shared="shared_experts",
+        fast_path="attention",
     ),
     "HunYuanMoEV1DecoderLayer": LayerClass(
         router=replace(OF_CHOSEN, weight="wg.weight"),
         attention=AttentionClass(norm_span="head", norms=("query_layernorm", "key_layernorm"), is_normed_rotated=True),
         shared="shared_mlp",
+        fast_path="no",
     ),
-    "MiniMaxM2DecoderLayer": LayerClass(router=CORRECTED, attention=NORMED_ROWS),
+    "MiniMaxM2DecoderLayer": LayerClass(router=CORRECTED, attention=NORMED_ROWS, fast_path="attention"),
     "MixtralDecoderLayer": LayerClass(router=OF_CHOSEN, attention=AttentionClass(window="config.sliding_window")),
     "OlmoeDecoderLayer": LayerClass(router=SOFTMAX, attention=replace(NORMED_ROWS, clip="config.clip_qkv")),
     "PhimoeDecoderLayer": LayerClass(
         router=RouterClass(path="router", scoring="sparsemixer", is_normalized=False, jitter="router_jitter_noise"),
         attention=AttentionClass(window="config.sliding_window"),
+        fast_path="no",
     ),
     "Qwen2MoeDecoderLayer": LayerClass(
         router=SOFTMAX,

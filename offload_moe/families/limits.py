@@ -55,6 +55,6 @@ def _phrase(part: str, reasons: Mapping[str, bool]) -> list[str]:
 
 
 def layer_limits(spec: LayerSpec) -> list[str]:
-    """All of them. None: one native thread takes a token through such layers, whatever their sizes allow."""
+    """All of them. None: one native thread takes a token through such layers, if their sizes allow it."""
     router = [] if spec.router is None else router_limits(spec.router)
     return [*attention_limits(spec.attention), *order_limits(spec), *router]

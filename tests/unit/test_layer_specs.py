@@ -14,6 +14,7 @@ from offload_moe.checkpoint.skeleton import auto_class
 from offload_moe.families.layer_classes import LAYERS
 from offload_moe.families.layer_reference import layer_output
 from offload_moe.families.layer_spec import LayerSpec, NormSpec
+from offload_moe.families.limits import attention_limits, order_limits, router_limits
 from offload_moe.families.read_layer import layer_spec
 
 TOLERANCE = 1e-5
@@ -68,6 +69,13 @@ class Seen:
             half = spec.attention.rotated_dims // 2
             got = layer_output(self.layer, spec, self.given, self.cos[..., :half], self.sin[..., :half])
         return float((got - self.result).norm() / self.result.norm())
+
+
+def usual_model(class_name: str) -> Any:
+    """Nothing is computed with it: it has no weights."""
+    config = tiny_config(SETTINGS[class_name][0])
+    with torch.device("meta"):
+        return auto_class(config).from_config(config)
 
 
 def random_model(class_name: str) -> Any:
@@ -131,6 +139,21 @@ def test_a_declared_setting_that_a_module_lacks_is_an_error() -> None:
     del layer.mlp.gate.routed_scaling_factor
     with pytest.raises(AttributeError, match="routed_scaling_factor"):
         layer_spec(layer)
+
+
+@pytest.mark.parametrize("class_name", sorted(LAYERS))
+def test_what_the_kernels_compute_of_a_class_follows_from_its_usual_spec(class_name: str) -> None:
+    """With the family's own settings, not those that the comparisons above use."""
+    specs = [layer_spec(layer) for layer in usual_model(class_name).modules() if type(layer).__name__ == class_name]
+    sparse = [spec for spec in specs if spec is not None and spec.router is not None]
+    assert sparse
+    expected = "yes"
+    for spec in sparse:
+        if attention_limits(spec.attention) or order_limits(spec):
+            expected = "no"
+        elif spec.router is not None and router_limits(spec.router) and expected == "yes":
+            expected = "attention"
+    assert LAYERS[class_name].fast_path == expected
 
 
 def norm_mutants(spec: LayerSpec) -> Iterator[LayerSpec]:
