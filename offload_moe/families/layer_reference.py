@@ -34,8 +34,9 @@ def mlp_output(layer: nn.Module, spec: LayerSpec, x: Tensor) -> Tensor:
 
 
 def route(layer: nn.Module, spec: RouterSpec, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """``[T, H]`` -> weights and ids ``[T, K]``."""
-    logits = functional.linear(rows, _tensor(layer, spec.weight), _tensor(layer, spec.bias) if spec.bias else None)
+    """``[T, H]`` -> weights and ids ``[T, K]``, in fp32; ids by their scores, the greatest first."""
+    bias = _tensor(layer, spec.bias).float() if spec.bias else None
+    logits = functional.linear(rows.float(), _tensor(layer, spec.weight).float(), bias)
     weights, ids = _sparsemixer(logits, spec) if spec.scoring == "sparsemixer" else _choose(layer, logits, spec)
     return weights * spec.scale, ids
 
