@@ -21,7 +21,10 @@ def add_parser(subparsers: Subparsers) -> None:
         "supported, how that is verified, and its differences. "
         "whole model: the tests compare tiny models of it with transformers, bit for bit, from prompt to decode. "
         "contract only: its experts are compared, but transformers has no text-generating model around them. "
-        "refused: loading it is an error with the reason.",
+        "refused: loading it is an error with the reason. "
+        "FAST PATH: the part of a decode step that native kernels compute with the family's usual settings: all of it "
+        "(yes), attention and norms (attention), or the experts only (no). Loading decides for a layer that is not "
+        "declared.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     add_common_flags(parser)
@@ -51,8 +54,11 @@ def _entry(family: "Family") -> dict[str, object]:
 
 def _print(found: "list[Family]") -> None:
     """Columns as wide as their longest cell, as in `offload-moe list`."""
-    rows = [("FAMILY", "VERIFIED", "EXPERTS", "SPECIAL")]
-    rows += [(f.name, f.verified, "adapter" if f.has_adapter else "registry", ", ".join(f.special)) for f in found]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for name, verified, experts, special in rows:
-        print(f"{name:<{widths[0]}}  {verified:<{widths[1]}}  {experts:<{widths[2]}}  {special}".rstrip())
+    rows = [("FAMILY", "VERIFIED", "EXPERTS", "FAST PATH", "SPECIAL")]
+    rows += [
+        (f.name, f.verified, "adapter" if f.has_adapter else "registry", f.fast_path, ", ".join(f.special))
+        for f in found
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

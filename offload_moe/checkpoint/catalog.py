@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Literal
 
 from offload_moe.families import ADAPTERS, Adapter
+from offload_moe.families.layer_classes import LAYERS, FastPath
 
 Verified = Literal["whole model", "contract only", "refused"]
 
 REFUSED = {"diffusion_gemma": "writes by diffusion, not one token after another"}
 DECORATED = re.compile(r"^@use_experts_implementation(?:\((.*)\))?\n(?:@.*\n)*class (\w+)", re.MULTILINE)
+LAYER_CLASS = re.compile(r"^class (\w*DecoderLayer)\(", re.MULTILINE)
 # Properties derived from a family's code. The last group is from the arguments of transformers' decorator.
 SHARED_EXPERTS = re.compile(r"self\.shared_(?:expert|mlp)|self\.share_expert")
 LATENT_ATTENTION = re.compile(r"kv_a_proj_with_mqa")
@@ -34,6 +36,7 @@ class Family:
 
     verified: "whole model": tiny random models give eager's bits from prompt to decode, through a converted store;
     "contract only": the experts class alone does, because transformers has no text-generating model around it.
+    fast_path: what native decode kernels compute of its layers, see `LayerClass`; "not declared": `load` finds it out.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Family:
     has_adapter: bool
     verified: Verified
     special: tuple[str, ...]
+    fast_path: FastPath | Literal["not declared"]
 
 
 def families() -> list[Family]:
@@ -69,6 +73,9 @@ def _family(
         has_adapter=adapter is not None,
         verified="refused" if name in REFUSED else verified,
         special=tuple(_special(name, source, " ".join(arguments for arguments, _ in decorated), adapter, types)),
+        fast_path=next(
+            (LAYERS[kind].fast_path for kind in LAYER_CLASS.findall(source) if kind in LAYERS), "not declared"
+        ),
     )
 
 

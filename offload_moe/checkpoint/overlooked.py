@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from offload_moe.families import is_left_alone
+from offload_moe.families.routers import ROUTER_NAMES
 
-ROUTER_NAMES = ("gate", "router")
 ROUTER_CLASSES = ("router", "topk", "gating")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from offload_moe.decode.cache import give_room
@@ -16,17 +17,21 @@ from offload_moe.decode.latent import absorb_latents
 from offload_moe.decode.layer import shorten_layers
 from offload_moe.decode.mlp import fuse_mlps
 from offload_moe.decode.norm import fuse_norms
+from offload_moe.decode.report import LayerPath, layer_paths, tell_reasons
 from offload_moe.decode.router import shorten_routers
 from offload_moe.decode.shorten import shorten_attention
 from offload_moe.native import kernels
 from offload_moe.residency.hierarchy import Hierarchy
 
-__all__ = ["FastPath", "make_fast"]
+__all__ = ["FastPath", "LayerPath", "make_fast"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FastPath:
-    """How many modules each optimisation recognized."""
+    """How many modules each optimisation recognized, and how decode goes through each layer.
+
+    why_none: why no layer is computed by native calls alone, whatever it is; empty where some may be.
+    """
 
     num_norms: int
     num_mlps: int
@@ -35,6 +40,23 @@ class FastPath:
     num_experts: int
     num_routers: int
     num_layers: int
+    why_none: str
+    layers: tuple[LayerPath, ...]
+
+    @property
+    def slow_layers(self) -> tuple[LayerPath, ...]:
+        """Those that a decode step does not pass in a native span."""
+        return tuple(layer for layer in self.layers if layer.kind != "span")
+
+    def __str__(self) -> str:
+        """In one line: how many layers take the fast path, and why the others do not."""
+        if self.why_none:
+            return f"Decode takes the slow path through all {len(self.layers)} layers: {self.why_none}."
+        slow = self.slow_layers
+        if not slow:
+            return f"Decode takes the fast path through all {len(self.layers)} layers."
+        reasons = tell_reasons(layer.reasons for layer in slow)
+        return f"Decode takes the slow path through {len(slow)} of {len(self.layers)} layers: {reasons}."
 
 
 def make_fast(
@@ -51,8 +73,10 @@ def make_fast(
     num_attentions = shorten_attention(hf, is_exact=is_exact)
     hf.get_decoder().register_forward_pre_hook(partial(_give_room, context), with_kwargs=True)
     has_kernels = not is_exact and kernels.available()
+    why_none = _why_none(hf, is_exact=is_exact)
     num_experts = shorten_dispatch(hf)
     num_routers = shorten_routers(hf) if has_kernels else 0
+    num_layers = shorten_layers(hf, hierarchy) if has_kernels else 0  # of the parts made before
     return FastPath(
         num_norms=num_norms,
         num_mlps=num_mlps,
@@ -60,8 +84,20 @@ def make_fast(
         num_latent_attentions=num_latent_attentions,
         num_experts=num_experts,
         num_routers=num_routers,
-        num_layers=shorten_layers(hf, hierarchy) if has_kernels else 0,  # of the parts made before
+        num_layers=num_layers,
+        why_none=why_none,
+        layers=layer_paths(hf),
     )
+
+
+def _why_none(hf: PreTrainedModel, *, is_exact: bool) -> str:
+    if is_exact:
+        return "its numbers are kept bit for bit"
+    if not kernels.available():
+        return "the native kernels are not there"
+    if hf.device.type != "cpu" or hf.dtype != torch.float32:
+        return f"native calls are for fp32 on the CPU, and this model computes in {hf.dtype} on {hf.device.type}"
+    return ""
 
 
 def _give_room(context: int | None, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

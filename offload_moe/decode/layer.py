@@ -11,7 +11,8 @@ Layers of the first kind in a row are one call, as long as their experts are res
 Shapes: H hidden. One token of one sequence.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -24,7 +25,7 @@ from offload_moe.decode.block import plain_block
 from offload_moe.decode.cache import Room, give_room
 from offload_moe.decode.hooks import are_watched, have_only_observers, hooks_of
 from offload_moe.decode.norm import FusedRMSNorm
-from offload_moe.decode.probe import REFUSALS, agree, probes, structure
+from offload_moe.decode.probe import Refused, Uncovered, agree, answer, probes, structure
 from offload_moe.decode.shorten import position_embeddings, probe_cache, probe_positions
 from offload_moe.decode.span import LayerSpan, Rotary, span_kind
 from offload_moe.experts.attach import BoundExperts
@@ -35,16 +36,46 @@ from offload_moe.residency.hierarchy import Hierarchy
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerParts:
+    """What a layer is made of, if all but its block are kernel calls."""
+
+    first: Any
+    second: Any
+    norm_kernels: tuple[kernels.NormKernel, kernels.NormKernel]
+    attention: DecodeAttention
+    block: Any
+
+    @classmethod
+    def of(cls, layer: Any) -> "LayerParts":
+        """Raises: Uncovered when they are others."""
+        norms: list[Any] = [getattr(layer, name, None) for name in NORMS]
+        others = [module for module in layer.children() if module not in norms]
+        if None in norms or len(others) != 2:
+            raise Uncovered("a layer of other parts than two norms, attention and one block")
+        attention = _forward(others[0])
+        if not isinstance(attention, DecodeAttention):
+            raise Uncovered("attention of a kind that is not known, or that gives other numbers on probes")
+        if attention.step is None:
+            raise Uncovered(attention.why_no_step)
+        return cls(
+            first=norms[0],
+            second=norms[1],
+            norm_kernels=(_norm_kernel(norms[0]), _norm_kernel(norms[1])),
+            attention=attention,
+            block=others[1],
+        )
+
+
 class LayerStep:
     """The forward of one decoder layer: decode steps are done here, anything else by the layer itself."""
 
     def __init__(self, layer: Any) -> None:
-        """Raises: TypeError when a part is not one that can take part."""
-        first, self._norm = (getattr(layer, name) for name in NORMS)
-        *attentions, block = (module for module in layer.children() if module not in (first, self._norm))
-        attention = _forward(attentions[0]) if len(attentions) == 1 else None
-        if not isinstance(attention, DecodeAttention) or attention.step is None:
-            raise TypeError("no attention whose decode step is one kernel call")
+        """Raises: Uncovered when a part is not one that can take part."""
+        parts = LayerParts.of(layer)
+        first, self._norm, block = parts.first, parts.second, parts.block
+        attention = parts.attention
+        assert attention.step is not None
         self.layer = layer
         self.attention = attention.step
         self.run: LayerSpan | None = None  # that this layer is part of
@@ -53,10 +84,9 @@ class LayerStep:
         self._block = block
         self.plain = plain = plain_block(block)
         router = None if plain is None else plain.route.kernel
-        norms = (_norm_kernel(first), _norm_kernel(self._norm))
-        self.kernel = kernels.LayerKernel(norms, self.attention.kernel, router)
+        self.kernel = kernels.LayerKernel(parts.norm_kernels, self.attention.kernel, router)
         # Only residual captures and a router's observers may watch what the pass does not call; it runs them itself.
-        self._hooks = hooks_of([first, attentions[0]])
+        self._hooks = hooks_of([first, self.attention.module])
         self._hooks += [self._norm._forward_hooks, self._norm._forward_pre_hooks_with_kwargs]
         if plain is not None:
             others = [module for module in block.children() if module not in (plain.router, plain.experts)]
@@ -140,7 +170,7 @@ def shorten_layers(model: nn.Module, hierarchy: Hierarchy | None) -> int:
     for layer in [module for module in model.modules() if all(hasattr(module, name) for name in NORMS)]:
         try:
             step = LayerStep(layer)
-        except TypeError:
+        except Uncovered:
             continue
         kind = structure(layer)
         if kind not in is_alike:
@@ -171,7 +201,7 @@ def _forward(module: nn.Module) -> Any:
 def _norm_kernel(module: nn.Module) -> kernels.NormKernel:
     norm = _forward(module)
     if not isinstance(norm, FusedRMSNorm) or norm.kernel is None:
-        raise TypeError("a norm that is not a kernel call")
+        raise Uncovered("norms that are not kernel calls")
     return norm.kernel
 
 
@@ -189,22 +219,26 @@ def _steps_alike(layer: Any, step: LayerStep, embeddings: Rotary) -> bool:
         module.forward = _stand_in
     try:
         for hidden in probes((1, 1, step.attention.module.q_proj.in_features), cos.dtype, cos.device):
-            results: list[list[Tensor]] = []
-            for forward in (layer.forward, step):
-                cache = probe_cache(step.attention.module, hidden)
-                give_room(cache)
-                settings = {"attention_mask": None, "past_key_values": cache, "use_cache": True}
-                out = forward(hidden, position_embeddings=(cos, sin), **settings)
-                results.append([out, cache.layers[-1].keys, cache.layers[-1].values])
-            pairs = zip(*results, strict=True)
-            if not all(isinstance(theirs, Tensor) and agree(ours, theirs, is_exact=is_exact) for theirs, ours in pairs):
+            theirs = _probe(partial(answer, layer.forward), step, hidden, (cos, sin))
+            ours = _probe(step, step, hidden, (cos, sin))
+            pairs = zip(ours, theirs, strict=True)
+            if not all(isinstance(their, Tensor) and agree(our, their, is_exact=is_exact) for our, their in pairs):
                 return False
-    except REFUSALS:
+    except Refused:
         return False
     finally:
         for module, forward in zip(stand_ins, bound, strict=True):
             module.forward = forward
     return True
+
+
+def _probe(forward: Callable[..., Any], step: LayerStep, hidden: Tensor, embeddings: Rotary) -> list[Any]:
+    """What a layer gives for one token, and what it leaves in the cache."""
+    cache = probe_cache(step.attention.module, hidden)
+    give_room(cache)
+    settings = {"attention_mask": None, "past_key_values": cache, "use_cache": True}
+    out = forward(hidden, position_embeddings=embeddings, **settings)
+    return [out, cache.layers[-1].keys, cache.layers[-1].values]
 
 
 def _stand_in(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

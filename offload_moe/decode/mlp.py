@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_moe.decode.dense import KERNEL_DTYPES, QuantLinear
-from offload_moe.decode.probe import REFUSALS, agree, probes, structure
+from offload_moe.decode.probe import Refused, agree, answer, probes, structure
 from offload_moe.experts.activation import Activation, recognize_activation
 from offload_moe.experts.contract import ExpertsContract
 from offload_moe.native import kernels
@@ -88,9 +88,11 @@ def _recognized_activation(module: Any) -> Activation | None:
     fused = FusedMLP(module.gate_proj, module.up_proj, module.down_proj, activation)
     inputs = probes((3, fused.hidden_size), torch.float32, fused.record.device)
     try:
-        same = all(agree(fused(x), module(x), is_exact=False, tolerance=TOLERANCE) for x in inputs)
-    except REFUSALS:
+        expected = [answer(module, x) for x in inputs]
+    except Refused:
         return None
+    pairs = zip(inputs, expected, strict=True)
+    same = all(agree(fused(x), theirs, is_exact=False, tolerance=TOLERANCE) for x, theirs in pairs)
     return activation if same else None
 
 

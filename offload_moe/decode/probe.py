@@ -4,7 +4,9 @@ A replacement is put in place only where it gives the module's own results on pr
 decide. Where exactness is asked for, the results must be the same bits.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,40 @@ SCALES = (1e-2, 1.0, 30.0)  # small enough that an epsilon counts, large enough 
 
 # What a module raises on a probe that it is not made for. Then it is of another kind, and loading goes on without it.
 REFUSALS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
+PACKAGE = Path(__file__).parents[1]
 PLACES = frozenset({"layer_idx", "layer_index", "layer_id"})  # where a module is, not what it does
+
+
+class Uncovered(Exception):
+    """A module that no kernel call replaces. The message says what of it."""
+
+
+class Refused(Exception):
+    """A module does not take a probe. Raised from its own error."""
+
+
+def answer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a module's own forward gives for a probe.
+
+    Raises:
+        Refused: the module does not take it.
+        Exception: as it is where our own code raised it, in this forward or in a part that we replaced.
+    """
+    try:
+        return forward(*args, **kwargs)
+    except REFUSALS as error:
+        if _is_ours(error):
+            raise
+        raise Refused(f"{type(error).__name__}: {error}") from error
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the innermost line that raised it is in this package."""
+    assert error.__traceback__ is not None
+    traceback = error.__traceback__.tb_next
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and PACKAGE in Path(traceback.tb_frame.f_code.co_filename).parents
 
 
 def structure(module: nn.Module) -> Hashable:

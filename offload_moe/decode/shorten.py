@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from offload_moe.decode.attention import DecodeAttention
 from offload_moe.decode.cache import give_room
-from offload_moe.decode.probe import REFUSALS, agree, probes, structure
+from offload_moe.decode.probe import Refused, Uncovered, agree, answer, probes, structure
 from offload_moe.decode.projections import NAMES
 from offload_moe.decode.rotary import StepRotary
 from offload_moe.decode.step import AttentionStep, attention_step
@@ -52,13 +52,31 @@ def shorten_attention(model: nn.Module, *, is_exact: bool) -> int:
         if rotary is not None:
             short = DecodeAttention(module, rotary)
             rotated_dims = next(dims for each, dims in rotaries if each is rotary)
-            step = None if is_exact else attention_step(module, rotated_dims)
-            if step is not None and kind not in has_step:
-                has_step[kind] = _steps_alike(module, short, step, embeddings)
-            short.step = step if has_step.get(kind) else None
+            if not is_exact:
+                _give_step(module, short, rotated_dims, embeddings, has_step)
             module.forward = short
             num_shortened += 1
     return num_shortened
+
+
+def _give_step(
+    module: Any,
+    short: DecodeAttention,
+    rotated_dims: int,
+    embeddings: PositionEmbeddings,
+    has_step: dict[Hashable, bool],
+) -> None:
+    """Set the kernel call, or why there is none. has_step: what was found of each kind of module."""
+    try:
+        step = attention_step(module, rotated_dims)
+    except Uncovered as reason:
+        short.why_no_step = str(reason)
+        return
+    kind = structure(module)
+    if kind not in has_step:
+        has_step[kind] = _steps_alike(module, short, step, embeddings)
+    short.step = step if has_step[kind] else None
+    short.why_no_step = "" if has_step[kind] else "attention whose kernel call gives other numbers on probes"
 
 
 def probe_positions(model: Any) -> Tensor:
@@ -75,8 +93,9 @@ def position_embeddings(model: nn.Module, positions: Tensor) -> PositionEmbeddin
         return None
     weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     try:
-        embeddings = rotaries[0](torch.zeros(1, dtype=weight.dtype, device=weight.device), positions.to(weight.device))
-    except REFUSALS:  # such as one that wants to know the layer's type: the model mixes embeddings
+        probe = torch.zeros(1, dtype=weight.dtype, device=weight.device)
+        embeddings = answer(rotaries[0], probe, positions.to(weight.device))
+    except Refused:  # such as one that wants to know the layer's type: the model mixes embeddings
         return None
     is_plain = isinstance(embeddings, tuple) and len(embeddings) == 2 and embeddings[0].dim() == 3
     return embeddings if is_plain else None
@@ -104,16 +123,14 @@ def _agrees(
     mask[1, :, :, :2] = torch.finfo(dtype).min
     for hidden in probes((2, 1, module.q_proj.in_features), dtype, device):
         for each_mask in (None, mask):
-            arguments = {"attention_mask": each_mask, "position_ids": positions.to(device)}
+            arguments: dict[str, Any] = {"attention_mask": each_mask, "position_ids": positions.to(device)}
+            arguments |= {"position_embeddings": embeddings}
             try:
-                expected, got = (
-                    forward(
-                        hidden, position_embeddings=embeddings, past_key_values=probe_cache(module, hidden), **arguments
-                    )[0]
-                    for forward in (module.forward, step)
-                )
-            except REFUSALS:
+                cache = probe_cache(module, hidden)
+                expected = answer(module.forward, hidden, past_key_values=cache, **arguments)[0]
+            except Refused:
                 return False
+            got = step(hidden, past_key_values=probe_cache(module, hidden), **arguments)[0]
             if not agree(got, expected, is_exact=is_exact):
                 return False
     return True

@@ -12,6 +12,7 @@ from offload_moe.decode.cache import Room, RoomyLayer
 from offload_moe.decode.dense import QuantLinear
 from offload_moe.decode.hooks import are_watched, hooks_of
 from offload_moe.decode.norm import FusedRMSNorm
+from offload_moe.decode.probe import Uncovered
 from offload_moe.decode.projections import NAMES
 from offload_moe.errors import ConfigError
 from offload_moe.native import kernels
@@ -60,19 +61,17 @@ class AttentionStep:
         return room
 
 
-def attention_step(attention: Any, rotated_dims: int) -> AttentionStep | None:
-    """The step of this module; None where a part is not one that the kernel knows."""
+def attention_step(attention: Any, rotated_dims: int) -> AttentionStep:
+    """The step of this module. Raises: Uncovered where a part is not one that the kernel knows."""
     modules: list[Any] = [getattr(attention, name) for name in (*NAMES, "o_proj")]
     linears = [_linear(module) for module in modules]
-    head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    norms = [_head_norm(module) for module in head_norms]
+    norms = [_head_norm(getattr(attention, name, None)) for name in ("q_norm", "k_norm")]
     sinks = getattr(attention, "sinks", None)
-    is_known = None not in linears and all((n is None) == (m is None) for n, m in zip(norms, head_norms, strict=True))
-    if not is_known or len({module.mode for module in modules}) > 1 or not _is_fp32(sinks):
-        return None
+    if len({module.mode for module in modules}) > 1 or not _is_fp32(sinks):
+        raise Uncovered("attention whose parts are computed in several ways")
     try:
         kernel = kernels.AttentionKernel(
-            [linear for linear in linears if linear is not None],
+            linears,
             head_dim=attention.head_dim,
             rotated_dims=rotated_dims,
             scaling=attention.scaling,
@@ -80,14 +79,16 @@ def attention_step(attention: Any, rotated_dims: int) -> AttentionStep | None:
             sinks=sinks,
             mode=modules[0].mode,
         )
-    except ConfigError:  # such as heads that are no multiple of a vector
-        return None
+    except ConfigError as error:  # such as heads that are no multiple of a vector
+        raise Uncovered(f"attention of sizes without a kernel ({str(error).rstrip(chr(46))})") from error
     return AttentionStep(attention, kernel)
 
 
-def _linear(module: Any) -> kernels.Linear | None:
-    if not isinstance(module, QuantLinear) or not module.has_kernel or module.shape.biases or not _is_fp32(module.bias):
-        return None
+def _linear(module: Any) -> kernels.Linear:
+    if not isinstance(module, QuantLinear) or not module.has_kernel:
+        raise Uncovered("attention whose projections are not quantized, or in a codec without a kernel")
+    if module.shape.biases or not _is_fp32(module.bias):
+        raise Uncovered("attention whose biases are quantized with its projections")
     layout = module.codec.layout(module.shape)
     return kernels.Linear(
         codec=module.codec.name, shape=module.shape, layout=layout, record=module.record, bias=module.bias
@@ -95,9 +96,12 @@ def _linear(module: Any) -> kernels.Linear | None:
 
 
 def _head_norm(module: nn.Module | None) -> kernels.HeadNorm | None:
-    forward = None if module is None else vars(module).get("forward")
-    if not isinstance(forward, FusedRMSNorm) or not _is_fp32(forward.weight):
+    """None where there is none."""
+    if module is None:
         return None
+    forward = vars(module).get("forward")
+    if not isinstance(forward, FusedRMSNorm) or not _is_fp32(forward.weight):
+        raise Uncovered("attention with norms of queries and keys of another kind")
     return kernels.HeadNorm(weight=forward.weight, epsilon=forward.eps)
 
 

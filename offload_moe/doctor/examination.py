@@ -12,6 +12,7 @@ from offload_moe.doctor.device import (
     find_device,
 )
 from offload_moe.doctor.device_kernels import check_device_kernels
+from offload_moe.doctor.fast_path import check_fast_path
 from offload_moe.errors import OffloadMoeError
 from offload_moe.memory.copier import compute_device
 from offload_moe.memory.nvidia import find_nvidia
@@ -57,6 +58,7 @@ def _asked(store: Store | None) -> Iterator[tuple[str, Work]]:
     yield "cache folder", lambda: storage.check_file_system("cache folder", cache_dir())
     if store is not None:
         yield "store", lambda: storage.check_file_system("store", store.path)
+        yield "fast path", lambda: check_fast_path(store)
     yield "CPU kernels", memory_speed.check_kernel_paths
 
 

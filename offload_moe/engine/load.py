@@ -147,20 +147,17 @@ def _make_model(store: Store, options: LoadOptions, planned: Planned, engine: En
     hf, hierarchy, placement = engine.hf, engine.hierarchy, planned.placement
     if options.prefetch:
         warm_start(hierarchy, store.path)
+    report = None
     if options.fast_path:
-        make_fast(hf, is_exact=planned.keeps_bits, context=placement.context, hierarchy=hierarchy)
+        report = make_fast(hf, is_exact=planned.keeps_bits, context=placement.context, hierarchy=hierarchy)
     if planned.dtype == torch.float16:
         watch_overflow(hf)
     watch_ids(hf)
     recompute_of(hf)
-    return Model(
-        store,
-        engine,
-        load_tokenizer(store.path),
-        placement,
-        _make_room(planned, engine),
-        summary(planned.shape, placement),
-    )
+    tokenizer, room = load_tokenizer(store.path), _make_room(planned, engine)
+    model = Model(store, engine, tokenizer, placement, room, summary(planned.shape, placement))
+    model.fast_path = report
+    return model
 
 
 def _make_room(planned: Planned, engine: Engine) -> ContextRoom:
@@ -187,3 +184,6 @@ def _notify(model: Model, of_model: Iterable[str], of_machine: Iterable[str]) ->
     model.notices += of_machine
     for notice in model.notices:
         warnings.warn(notice, UserWarning, stacklevel=3)
+    report = model.fast_path
+    if report is not None and report.slow_layers and not report.why_none:
+        model.notices.append(str(report))  # the slow path is no fault, so it is no warning

@@ -10,6 +10,7 @@ import psutil
 from offload_moe.chat import ChatSession
 from offload_moe.chat.prompt import Prompt
 from offload_moe.chat.sampling import SamplingArguments
+from offload_moe.decode import FastPath
 from offload_moe.engine.build import Engine
 from offload_moe.engine.saving import refuse_to_save
 from offload_moe.errors import ConfigError
@@ -43,6 +44,7 @@ class Model:
         self.placement = placement
         self.summary = summary
         self.notices: list[str] = []  # what the user must know
+        self.fast_path: FastPath | None = None  # the layers that take it, and why others do not; None: not installed
         self.room = room
         self.store = store
         self.engine = engine

@@ -243,7 +243,8 @@ class Lookahead:
             probe = self._probes[layer]
             assert probe is not None
             normed = probe.norm.forward(residual)
-            self._trusted[layer] = torch.allclose(normed, hidden, rtol=TOLERANCE, atol=TOLERANCE)
+            is_alike = normed.shape == hidden.shape and torch.allclose(normed, hidden, rtol=TOLERANCE, atol=TOLERANCE)
+            self._trusted[layer] = is_alike
             if not self._trusted[layer]:
                 self._fall_back()
         return self._trusted[layer]

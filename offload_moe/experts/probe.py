@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offload_moe.checkpoint.experts import ExpertsModule
-from offload_moe.checkpoint.overlooked import ROUTER_NAMES
 from offload_moe.errors import ConfigError
+from offload_moe.families.routers import BlockRouter, find_router
 from offload_moe.native import kernels
 
 NORM_NAMES = ("post_attention_layernorm", "pre_feedforward_layernorm", "pre_mlp_layernorm", "ffn_norm", "norm2")
@@ -23,9 +23,11 @@ Way = Callable[[Tensor], Tensor]  # residual ``[T, H]`` -> ids ``[T, K]``
 class RouterProbe:
     """Callable on a residual state that is not its layer's own."""
 
-    def __init__(self, norm: nn.Module, router: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, router: nn.Module, declared: BlockRouter | None = None) -> None:
+        """declared: the same router, where its declaration says what it computes."""
         self.norm = norm
         self._router = router
+        self._declared = declared
         self._ways: dict[int, Way] = {}  # K -> the shortest way to the router's ids
 
     def predict(self, residual: Tensor, num_experts_per_token: int) -> list[int]:
@@ -40,6 +42,8 @@ class RouterProbe:
         return way(residual)
 
     def _ask_modules(self, residual: Tensor, k: int) -> Tensor:
+        if self._declared is not None and not self._is_short:
+            return self._declared.choose(self.norm.forward(residual))
         out: Any = self._router(self.norm.forward(residual))
         parts = out if isinstance(out, tuple) else (out,)
         ids = next((part for part in parts if isinstance(part, Tensor) and not part.is_floating_point()), None)
@@ -51,14 +55,19 @@ class RouterProbe:
             scores = scores.sigmoid() + bias
         return scores.topk(k, dim=-1).indices
 
+    @property
+    def _is_short(self) -> bool:
+        """Whether it has a short step of its own."""
+        return "forward" in vars(self._router)
+
     def _find_way(self, residual: Tensor, k: int) -> Way:
         """By trying shorter ones on noise as large as the residual: most ids have to be the same."""
 
         def ask_modules(residual: Tensor) -> Tensor:
             return self._ask_modules(residual, k)
 
-        if "forward" in vars(self._router):
-            return ask_modules  # it has a short step of its own
+        if self._is_short:
+            return ask_modules
         generator = torch.Generator(residual.device).manual_seed(0)
         noise = torch.randn(TRIED_TOKENS, residual.shape[-1], generator=generator, device=residual.device)
         tried = (noise * residual.float().std()).to(residual.dtype)
@@ -141,8 +150,11 @@ def find_probes(hf: nn.Module, layers: Sequence[ExpertsModule]) -> list[RouterPr
 
 
 def _find_probe(hf: nn.Module, block_name: str) -> RouterProbe | None:
-    block, decoder_layer = hf.get_submodule(block_name), hf.get_submodule(block_name.rpartition(".")[0])
-    router = next((child for name, child in block.named_children() if name in ROUTER_NAMES), None)
-    norms = dict(decoder_layer.named_children())
+    found = find_router(hf, block_name)
+    if found is None:
+        return None
+    norms: dict[str, Any] = dict(found.layer.named_children())
     norm = next((norms[name] for name in NORM_NAMES if name in norms), None)
-    return RouterProbe(norm, router) if router is not None and norm is not None else None
+    if norm is None or not found.can_be_asked(torch.ones_like(norm.weight)[None]):
+        return None
+    return RouterProbe(norm, found.module, found if found.spec is not None else None)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload_moe.checkpoint.overlooked import ROUTER_NAMES
+from offload_moe.families import routers
 
 SUM_TOLERANCE = 1e-2
 
@@ -44,14 +44,8 @@ class Router:
 
 def find_router(hf: nn.Module, block_name: str, num_experts: int) -> Router | None:
     """The router among the children of an MoE block, if the family has one."""
-    block = hf.get_submodule(block_name)
-    module = next((child for name, child in block.named_children() if name in ROUTER_NAMES), None)
-    if module is None:
-        return None
-    config = getattr(hf, "config", None)
-    scoring = getattr(config, "scoring_func", None) or getattr(config, "score_function", None)
-    is_sigmoid = scoring == "sigmoid" or hasattr(module, "e_score_correction_bias")
-    return Router(module=module, num_experts=num_experts, is_sigmoid=is_sigmoid)
+    found = routers.find_router(hf, block_name)
+    return None if found is None else Router(module=found.module, num_experts=num_experts, is_sigmoid=found.is_sigmoid)
 
 
 def pad_experts(probabilities: Tensor, num_experts: int) -> Tensor:

@@ -147,3 +147,29 @@ def test_only_ranks_that_are_often_right_are_fetched(stores: dict[str, Path]) ->
         assert set(fetched) == {1}
         assert all(tally.num_guessed > 0 for tally in tallies)
         assert tallies[1].num_guessed < 10_000  # recent guesses count more
+
+
+def test_a_router_that_cannot_be_asked_leaves_the_guess_to_habits(stores: dict[str, Path], tmp_path: Path) -> None:
+    settings = {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1, "use_expert_bias": True}
+    settings |= {"num_experts": 8, "num_experts_per_tok": 3}
+    tiny_model("lfm2_moe", **settings).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    store = quantize(tmp_path / "model", tmp_path / "store")
+    with open_model(store, 8, prefetch=2) as model:
+        assert lookahead_of(model)._probes == [None, None]
+        greedy(model)
+        assert model.stats.num_prefetches > 0
+
+
+@pytest.mark.parametrize("family", ["minimax_m2", "hy_v3"])
+def test_routers_that_take_more_than_hidden_states_are_asked_as_declared(family: str, tmp_path: Path) -> None:
+    """Their block hands them a correction. Without it, asking them ended the first token whose experts were absent."""
+    sizes = {"num_local_experts": 8, "num_experts": 8, "num_experts_per_tok": 3, "head_dim": 16}
+    tiny_model(family, **sizes).to(torch.bfloat16).save_pretrained(tmp_path / family)
+    store = quantize(tmp_path / family, tmp_path / "store")
+    with open_model(store, 8, prefetch=0) as model:
+        expected = greedy(model)
+    with open_model(store, 8, prefetch=2) as model:
+        assert torch.equal(greedy(model), expected)
+        assert all(lookahead_of(model)._trusted.values())
+        assert model.lookahead_tallies[-1].num_right > 0  # guessed by the routers: habits would fill no tally here
+        assert lookahead_of(model)._habits is None

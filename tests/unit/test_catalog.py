@@ -54,8 +54,8 @@ def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> Non
     assert main.main(["models"]) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
-    assert lines[0].split() == ["FAMILY", "VERIFIED", "EXPERTS", "SPECIAL"]
-    assert any(line.split() == ["dbrx", "whole", "model", "adapter"] for line in lines)
+    assert lines[0].split() == ["FAMILY", "VERIFIED", "EXPERTS", "FAST", "PATH", "SPECIAL"]
+    assert any(line.split() == ["dbrx", "whole", "model", "adapter", "not", "declared"] for line in lines)
     assert "families in transformers" in captured.err
 
 
@@ -66,4 +66,5 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     entry = next(family for family in document["families"] if family["name"] == "nllb_moe")
     assert entry["model_types"] == ["nllb-moe"]
     assert entry["runs"]
+    assert entry["fast_path"] == "not declared"
     assert entry["has_adapter"]

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from offload_moe.decode.dense import quantize_linear
+from offload_moe.decode.dense import QuantLinear, quantize_linear
 from offload_moe.decode.mlp import FusedMLP, fuse_mlps
 from offload_moe.decode.norm import FusedRMSNorm, fuse_norms
 from offload_moe.decode.rotary import StepRotary, rotate
@@ -201,3 +201,70 @@ def test_other_routers_stay_as_they_are() -> None:
     for router in (Router(is_normalized=True, temperature=2.0), Router(is_normalized=True, shift=1)):
         assert shorten_routers(router) == 0
         assert "forward" not in vars(router)
+
+
+class WideRouter(Router):
+    """Weights that make logits of hundreds on the largest probe: their rounding shows in the shares."""
+
+    def __init__(self, *, share: float, **settings: Any) -> None:
+        super().__init__(is_normalized=False, **settings)
+        self.weight = nn.Parameter((torch.randn(24, 128) * share).bfloat16().float(), requires_grad=False)
+
+
+@needs_kernels
+@pytest.mark.parametrize("share", [0.2, 0.5, 2.0])
+def test_a_router_with_large_logits_is_recognized(share: float) -> None:
+    torch.manual_seed(5)
+    router = WideRouter(share=share)
+    probe = torch.randn(1, 128) * 30
+    expected = router(probe)
+    assert expected[0].abs().max() > 20
+    assert shorten_routers(router) == 1
+    got = router(probe)
+    counts = expected[1] > 1e-30  # experts whose shares vanish are tied
+    assert torch.equal(got[2][counts], expected[2][counts])
+    assert torch.allclose(got[1], expected[1], rtol=1e-2)
+
+
+@needs_kernels
+@pytest.mark.parametrize("share", [0.02, 0.2, 2.0])
+def test_a_router_with_another_temperature_is_not(share: float) -> None:
+    torch.manual_seed(5)
+    assert shorten_routers(WideRouter(share=share, temperature=1.001)) == 0
+
+
+class WithPart(LlamaRMSNorm):
+    """A norm that fails on every probe: in its own line, or in a part of ours."""
+
+    def __init__(self, size: int, part: Any = None) -> None:
+        super().__init__(size)
+        self.fail = part
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.fail is None:
+            raise ValueError("not for probes")
+        return self.fail(hidden_states)
+
+
+def test_a_module_that_refuses_a_probe_stays_as_it_is() -> None:
+    assert fuse_norms(filled(WithPart(16)), is_exact=True) == 0
+
+
+@pytest.mark.parametrize("error", [TypeError, RuntimeError, IndexError])
+def test_an_error_of_our_own_code_in_a_check_is_no_refusal(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: FusedRMSNorm, hidden_states: Tensor) -> Tensor:
+        raise error("a fault of ours")
+
+    monkeypatch.setattr(FusedRMSNorm, "__call__", broken)
+    with pytest.raises(error, match="a fault of ours"):
+        fuse_norms(filled(LlamaRMSNorm(16)), is_exact=True)
+
+
+def test_an_error_in_a_part_of_ours_inside_of_a_module_is_no_refusal() -> None:
+    """A record of another shape than its layer says: the first line that fails is ours."""
+    linear = quantize_linear(torch.randn(8, 16), get_codec("int8"))
+    norm = filled(WithPart(16, lambda x: QuantLinear.forward(linear, x[..., :3])))
+    with pytest.raises(RuntimeError, match="invalid for input"):
+        fuse_norms(norm, is_exact=True)

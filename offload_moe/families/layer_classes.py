@@ -1,0 +1,188 @@
+"""The decoder layers of transformers that are declared, by class name: data only.
+
+A setting is a value, or the name of an attribute where the value is: of the module that the declaration is about, or of
+its config (``"config.name"``). Tests compare every class here with what its module computes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from offload_moe.families.layer_spec import GroupScore, NormSpan, Scoring
+
+Setting = str | bool | float | None
+FastPath = Literal["yes", "attention", "no"]
+Rotates = Literal["always", "local layers", "local layers, or all where there is no window"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterClass:
+    """path, weight: below the MoE block. correction: below the block, too."""
+
+    path: str = "gate"
+    weight: str = "weight"
+    scoring: Scoring = "softmax"
+    is_normalized: Setting = "norm_topk_prob"
+    correction: str = ""
+    num_groups: Setting = 1
+    num_chosen_groups: Setting = 1
+    group_score: GroupScore = "best two"
+    scale: Setting = 1.0
+    jitter: Setting = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionClass:
+    """norms: children that norm queries and keys, where the instance has them.
+
+    window: None or a number. is_local: whether it counts for this layer.
+    """
+
+    is_latent: bool = False
+    is_interleaved: Setting = False
+    norm_span: NormSpan = "none"
+    norms: tuple[str, str] = ("q_norm", "k_norm")
+    is_normed_rotated: bool = False
+    window: Setting = None
+    is_local: Setting = True
+    rotates: Rotates = "always"
+    sinks: str = ""
+    clip: Setting = None
+    gate: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerClass:
+    """norms: before and after attention, before and after the MLP. block: the child that is the MLP or the MoE block.
+
+    shared, shared_gate: children of the block; shared_beside: a child of the layer instead. fast_path: what native
+    decode kernels compute with the family's usual settings: all of it, attention and norms, or its experts only.
+    """
+
+    router: RouterClass
+    attention: AttentionClass = AttentionClass()
+    norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
+    block: str = "mlp"
+    shared: str = ""
+    shared_gate: str = ""
+    shared_beside: str = ""
+    residual_scale: Setting = 1.0
+    fast_path: FastPath = "yes"
+
+
+SOFTMAX = RouterClass()
+OF_CHOSEN = RouterClass(is_normalized=True)
+DEEPSEEK = RouterClass(
+    scoring="sigmoid",
+    correction="gate.e_score_correction_bias",
+    num_groups="num_group",
+    num_chosen_groups="topk_group",
+    scale="routed_scaling_factor",
+)
+DEEPSEEK_V2 = RouterClass(
+    is_normalized=False,
+    num_groups="num_group",
+    num_chosen_groups="topk_group",
+    group_score="max",
+    scale="routed_scaling_factor",
+)
+CORRECTED = RouterClass(scoring="sigmoid", is_normalized=True, correction="e_score_correction_bias")
+
+GROUPED = AttentionClass()
+NORMED_HEADS = AttentionClass(norm_span="head")
+NORMED_ROWS = AttentionClass(norm_span="all heads")
+LATENT = AttentionClass(
+    is_latent=True, is_interleaved="config.rope_interleave", norms=("q_a_layernorm", "kv_a_layernorm")
+)
+
+GRANITE = LayerClass(
+    router=replace(OF_CHOSEN, path="router"), block="block_sparse_moe", residual_scale="residual_multiplier"
+)
+WITH_SHARED = LayerClass(router=DEEPSEEK, shared="shared_experts", fast_path="attention")
+
+LAYERS: Mapping[str, LayerClass] = {
+    "AfmoeDecoderLayer": LayerClass(
+        router=RouterClass(
+            path="router",
+            weight="gate.weight",
+            scoring="sigmoid",
+            is_normalized=True,
+            correction="expert_bias",
+            scale="route_scale",
+        ),
+        attention=AttentionClass(
+            norm_span="head",
+            window="sliding_window",
+            is_local="is_local_attention",
+            rotates="local layers",
+            gate="gate_proj",
+        ),
+        norms=("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm"),
+        shared="shared_experts",
+        fast_path="no",
+    ),
+    "AriaTextDecoderLayer": LayerClass(router=replace(OF_CHOSEN, path="router"), shared="shared_experts"),
+    "DeepseekV2DecoderLayer": LayerClass(
+        router=DEEPSEEK_V2, attention=replace(LATENT, is_interleaved=True), shared="shared_experts", fast_path="no"
+    ),
+    "DeepseekV3DecoderLayer": replace(WITH_SHARED, attention=LATENT, fast_path="no"),
+    "Dots1DecoderLayer": replace(WITH_SHARED, attention=replace(NORMED_HEADS, window="sliding_window")),
+    "Ernie4_5_MoeDecoderLayer": LayerClass(
+        router=RouterClass(is_normalized=True, correction="gate.moe_statics.e_score_correction_bias"),
+        attention=AttentionClass(is_interleaved=True),
+        shared="shared_experts",
+        fast_path="no",
+    ),
+    "ExaoneMoeDecoderLayer": replace(
+        WITH_SHARED,
+        attention=AttentionClass(
+            norm_span="head",
+            window="sliding_window",
+            is_local="is_sliding",
+            rotates="local layers, or all where there is no window",
+        ),
+    ),
+    "FlexOlmoDecoderLayer": LayerClass(
+        router=SOFTMAX,
+        attention=NORMED_ROWS,
+        norms=("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+        fast_path="no",
+    ),
+    "Glm4MoeDecoderLayer": replace(WITH_SHARED, attention=NORMED_HEADS),
+    "Glm4MoeLiteDecoderLayer": replace(WITH_SHARED, attention=LATENT, fast_path="no"),
+    "GptOssDecoderLayer": LayerClass(
+        router=replace(OF_CHOSEN, path="router"),
+        attention=AttentionClass(window="sliding_window", sinks="sinks"),
+    ),
+    "GraniteMoeDecoderLayer": GRANITE,
+    "GraniteMoeSharedDecoderLayer": replace(GRANITE, shared_beside="shared_mlp"),
+    "HYV3DecoderLayer": LayerClass(
+        router=replace(CORRECTED, scale="router_scaling_factor"),
+        attention=NORMED_HEADS,
+        shared="shared_experts",
+        fast_path="attention",
+    ),
+    "HunYuanMoEV1DecoderLayer": LayerClass(
+        router=replace(OF_CHOSEN, weight="wg.weight"),
+        attention=AttentionClass(norm_span="head", norms=("query_layernorm", "key_layernorm"), is_normed_rotated=True),
+        shared="shared_mlp",
+        fast_path="no",
+    ),
+    "MiniMaxM2DecoderLayer": LayerClass(router=CORRECTED, attention=NORMED_ROWS, fast_path="attention"),
+    "MixtralDecoderLayer": LayerClass(router=OF_CHOSEN, attention=AttentionClass(window="config.sliding_window")),
+    "OlmoeDecoderLayer": LayerClass(router=SOFTMAX, attention=replace(NORMED_ROWS, clip="config.clip_qkv")),
+    "PhimoeDecoderLayer": LayerClass(
+        router=RouterClass(path="router", scoring="sparsemixer", is_normalized=False, jitter="router_jitter_noise"),
+        attention=AttentionClass(window="config.sliding_window"),
+        fast_path="no",
+    ),
+    "Qwen2MoeDecoderLayer": LayerClass(
+        router=SOFTMAX,
+        attention=AttentionClass(window="sliding_window"),
+        shared="shared_expert",
+        shared_gate="shared_expert_gate",
+    ),
+    "Qwen3MoeDecoderLayer": LayerClass(router=SOFTMAX, attention=replace(NORMED_HEADS, window="sliding_window")),
+    "Qwen3VLMoeTextDecoderLayer": LayerClass(router=OF_CHOSEN, attention=NORMED_HEADS),
+    "SolarOpenDecoderLayer": WITH_SHARED,
+}

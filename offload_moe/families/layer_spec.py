@@ -1,0 +1,121 @@
+"""What a decoder layer computes, in values: the kernels, the reference and the reports read it, not the module's code.
+
+Paths are module or tensor names below the layer. An empty path: the layer has no such part.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Scoring = Literal["softmax", "sigmoid", "sparsemixer"]
+GroupScore = Literal["max", "best two"]
+NormSpan = Literal["none", "head", "all heads"]
+Rotary = Literal["halves", "pairs", "none"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormSpec:
+    """``x / rms(x) * weight``; is_centered: a layer norm, whose mean is removed and which has a bias."""
+
+    path: str
+    epsilon: float
+    is_centered: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSpec:
+    """Scores of all experts, the greatest K of them, and their weights.
+
+    path: the module that returns logits, weights and ids. weight, bias: tensors of the logits. correction: a tensor
+    added to the scores for the choice only. num_groups, num_chosen_groups: experts outside the best groups are not
+    chosen.
+    is_normalized: weights are divided by their sum; a softmax of the chosen logits is a normalized softmax of all.
+    scale: weights are multiplied by it afterwards. jitter: sparsemixer's, see its paper (arXiv:2409.12136).
+    """
+
+    path: str
+    weight: str
+    top_k: int
+    scoring: Scoring
+    is_normalized: bool
+    bias: str = ""
+    correction: str = ""
+    num_groups: int = 1
+    num_chosen_groups: int = 1
+    group_score: GroupScore = "best two"
+    scale: float = 1.0
+    jitter: float = 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it takes the greatest of a softmax, without corrections, groups that exclude experts, or a scale."""
+        has_groups = self.num_chosen_groups < self.num_groups
+        return self.scoring == "softmax" and not self.correction and not has_groups and self.scale == 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSpec:
+    """Multi-head latent attention: ranks of the latents (query 0: none), dims of an unrotated key and of a value."""
+
+    query_rank: int
+    key_value_rank: int
+    unrotated_dims: int
+    value_dims: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """Softmax attention. latent: None for grouped queries.
+
+    head_dim: of a query and a key. rotated_dims: the first ones of a head, of latent attention the last ones.
+    norm_span: what the norms of queries and keys extend over; is_normed_rotated: they come after the rotation.
+    sliding_window: None sees all. sinks: a logit per head that takes a share and gives nothing. clip: queries, keys and
+    values are clamped. gate: a projection whose sigmoid the heads' outputs are multiplied by.
+    """
+
+    path: str
+    num_heads: int
+    head_dim: int
+    scaling: float
+    rotary: Rotary
+    rotated_dims: int
+    latent: LatentSpec | None = None
+    norm_span: NormSpan = "none"
+    query_norm: NormSpec | None = None
+    key_norm: NormSpec | None = None
+    is_normed_rotated: bool = False
+    has_bias: bool = False
+    has_output_bias: bool = False
+    sliding_window: int | None = None
+    sinks: str = ""
+    clip: float | None = None
+    gate: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MLPSpec:
+    """``down(activation(gate(x)) * up(x))``. scale_gate: a linear whose sigmoid the result is multiplied by."""
+
+    gate: str
+    up: str
+    down: str
+    activation: str
+    scale_gate: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """``x += scale * after(attention(before(x)))``, then likewise with ``experts + shared``, or with a dense MLP.
+
+    A norm that is None is not there. A layer has a router and experts, or a dense MLP.
+    """
+
+    attention: AttentionSpec
+    before_attention: NormSpec | None
+    after_attention: NormSpec | None
+    before_mlp: NormSpec | None
+    after_mlp: NormSpec | None
+    residual_scale: float
+    router: RouterSpec | None
+    experts: str
+    shared: MLPSpec | None
+    dense: MLPSpec | None

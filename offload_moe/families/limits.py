@@ -1,0 +1,60 @@
+"""What of a declared layer the native decode kernels do not compute, in words."""
+
+from collections.abc import Iterator, Mapping
+
+from offload_moe.families.layer_spec import AttentionSpec, LayerSpec, RouterSpec
+
+
+def attention_limits(spec: AttentionSpec) -> list[str]:
+    """Of the kernel call for one attention module."""
+    if spec.latent is not None:
+        return ["latent attention"]
+    reasons = {
+        "an output gate": bool(spec.gate),
+        "clamped queries, keys and values": spec.clip is not None,
+        "norms of queries and keys after the rotation": spec.is_normed_rotated and spec.norm_span != "none",
+        "rotation of pairs of neighbours": spec.rotary == "pairs",
+        "no rotation": spec.rotary == "none",
+    }
+    return _phrase("attention", reasons)
+
+
+def router_limits(spec: RouterSpec) -> list[str]:
+    """Of the kernel call for one router."""
+    has_groups = spec.num_chosen_groups < spec.num_groups
+    reasons = {
+        "sigmoid scores": spec.scoring == "sigmoid",
+        "a sparse mixer": spec.scoring == "sparsemixer",
+        "a correction of its scores": bool(spec.correction),
+        f"{spec.num_chosen_groups} of {spec.num_groups} groups of experts": has_groups,
+        f"a scale of {spec.scale:g}": spec.scale != 1.0 and spec.scoring == "softmax",
+    }
+    return _phrase("a router", reasons)
+
+
+def order_limits(spec: LayerSpec) -> list[str]:
+    """Of the kernel call that joins norms, attention, residual sums and the router of a layer."""
+    return list(_order_limits(spec))
+
+
+def _order_limits(spec: LayerSpec) -> Iterator[str]:
+    norms = (spec.before_attention, spec.before_mlp)
+    if spec.after_attention is not None or spec.after_mlp is not None or None in norms:
+        yield "norms after attention and MLP"
+    if any(norm is not None and norm.is_centered for norm in norms):
+        yield "layer norms"
+    if spec.residual_scale != 1.0:
+        yield f"residual sums scaled by {spec.residual_scale:g}"
+    if spec.shared is not None and spec.experts.rpartition(".")[0] not in spec.shared.gate:
+        yield "a shared expert outside the block of experts"
+
+
+def _phrase(part: str, reasons: Mapping[str, bool]) -> list[str]:
+    found = [reason for reason, is_so in reasons.items() if is_so]
+    return [f"{part} with {', '.join(found)}"] if found else []
+
+
+def layer_limits(spec: LayerSpec) -> list[str]:
+    """All of them. None: one native thread takes a token through such layers, if their sizes allow it."""
+    router = [] if spec.router is None else router_limits(spec.router)
+    return [*attention_limits(spec.attention), *order_limits(spec), *router]

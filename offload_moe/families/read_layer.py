@@ -1,0 +1,156 @@
+"""The `LayerSpec` of a decoder layer: its class's declaration, with the settings of this instance."""
+
+from typing import Any
+
+from torch import nn
+
+from offload_moe.families.layer_classes import LAYERS, AttentionClass, LayerClass, RouterClass, Setting
+from offload_moe.families.layer_spec import AttentionSpec, LatentSpec, LayerSpec, MLPSpec, NormSpec, Rotary, RouterSpec
+
+EXPERTS = "experts"
+ATTENTION = "self_attn"
+GATED = ("gate_proj", "up_proj", "down_proj")
+FUSED = ("input_linear", "input_linear", "output_linear")  # gate rows above up rows
+
+
+def layer_spec(layer: nn.Module) -> LayerSpec | None:
+    """What this layer computes; None where its class is not declared."""
+    declared = LAYERS.get(type(layer).__name__)
+    return None if declared is None else _read(layer, declared)
+
+
+def _read(layer: Any, declared: LayerClass) -> LayerSpec:
+    before_attention, after_attention, before_mlp, after_mlp = (_norm(layer, path) for path in declared.norms)
+    block = getattr(layer, declared.block)
+    is_sparse = hasattr(block, EXPERTS)
+    activation = layer.self_attn.config.hidden_act
+    shared = _join(declared.block, declared.shared) if declared.shared else declared.shared_beside
+    return LayerSpec(
+        attention=_attention(layer.self_attn, declared.attention),
+        before_attention=before_attention,
+        after_attention=after_attention,
+        before_mlp=before_mlp,
+        after_mlp=after_mlp,
+        residual_scale=_number(layer, declared.residual_scale),
+        router=_router(block, declared.block, declared.router) if is_sparse else None,
+        experts=_join(declared.block, EXPERTS) if is_sparse else "",
+        shared=_mlp(layer, shared, activation, _join(declared.block, declared.shared_gate)) if is_sparse else None,
+        dense=None if is_sparse else _mlp(layer, declared.block, activation),
+    )
+
+
+def _router(block: Any, name: str, declared: RouterClass) -> RouterSpec:
+    router = getattr(block, declared.path)
+    path = _join(name, declared.path)
+    groups = (declared.num_groups, declared.num_chosen_groups)
+    num_groups, num_chosen_groups = (1, 1) if _is_greedy(router) else (int(_number(router, each)) for each in groups)
+    return RouterSpec(
+        path=path,
+        weight=_join(path, declared.weight),
+        bias=_join(path, "bias") if getattr(router, "bias", None) is not None else "",
+        top_k=router.top_k,
+        scoring=declared.scoring,
+        is_normalized=bool(_setting(router, declared.is_normalized)),
+        correction=_join(name, declared.correction),
+        num_groups=num_groups,
+        num_chosen_groups=num_chosen_groups,
+        group_score=declared.group_score,
+        scale=_number(router, declared.scale),
+        jitter=_number(router, declared.jitter),
+    )
+
+
+def _is_greedy(router: Any) -> bool:
+    """DeepSeek-V2's routers have groups only where their method says so."""
+    return getattr(router, "topk_method", "") == "greedy"
+
+
+def _attention(module: Any, declared: AttentionClass) -> AttentionSpec:
+    is_local = bool(_setting(module, declared.is_local))
+    window = _setting(module, declared.window, is_optional=True)
+    has_all = declared.rotates == "always" or (declared.rotates != "local layers" and window is None)
+    kind: Rotary = "pairs" if _setting(module, declared.is_interleaved) else "halves"
+    rotary: Rotary = kind if has_all or is_local else "none"
+    norms = [_norm(module, name, ATTENTION) for name in declared.norms]
+    latent = _latent(module) if declared.is_latent else None
+    clip = _setting(module, declared.clip)
+    query = getattr(module, "q_proj", None)
+    return AttentionSpec(
+        path=ATTENTION,
+        num_heads=module.config.num_attention_heads,
+        head_dim=module.qk_head_dim if latent else module.head_dim,
+        scaling=module.scaling,
+        rotary=rotary,
+        rotated_dims=module.qk_rope_head_dim if latent else _rotated_dims(module),
+        latent=latent,
+        norm_span=declared.norm_span if norms[0] is not None else "none",
+        query_norm=norms[0],
+        key_norm=norms[1],
+        is_normed_rotated=declared.is_normed_rotated,
+        has_bias=query is not None and query.bias is not None,
+        has_output_bias=module.o_proj.bias is not None,
+        sliding_window=None if window is None or not is_local else int(window),
+        sinks=_join(ATTENTION, declared.sinks),
+        clip=None if clip is None else float(clip),
+        gate=_join(ATTENTION, declared.gate),
+    )
+
+
+def _latent(module: Any) -> LatentSpec:
+    return LatentSpec(
+        query_rank=module.q_lora_rank or 0,
+        key_value_rank=module.kv_lora_rank,
+        unrotated_dims=module.qk_nope_head_dim,
+        value_dims=module.v_head_dim,
+    )
+
+
+def _rotated_dims(module: Any) -> int:
+    share = (getattr(module.config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+    return int(module.head_dim * share)
+
+
+def _mlp(layer: Any, path: str, activation: str, scale_gate: str = "") -> MLPSpec | None:
+    module = _child(layer, path)
+    if module is None:
+        return None
+    names = GATED if hasattr(module, GATED[0]) else FUSED
+    gate, up, down = (_join(path, name) for name in names)
+    return MLPSpec(gate=gate, up=up, down=down, activation=activation, scale_gate=scale_gate)
+
+
+def _norm(module: Any, name: str, below: str = "") -> NormSpec | None:
+    norm = _child(module, name)
+    if norm is None:
+        return None
+    epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    path = _join(below, name) if below else name
+    return NormSpec(path=path, epsilon=epsilon, is_centered=isinstance(norm, nn.LayerNorm))
+
+
+def _child(module: Any, path: str) -> Any:
+    """None where there is no such child, or where it is None."""
+    for name in path.split(".") if path else ():
+        module = getattr(module, name, None)
+    return module if path else None
+
+
+def _join(path: str, name: str) -> str:
+    """The path of a child; none where the name is empty."""
+    return f"{path}.{name}" if name else ""
+
+
+def _setting(module: Any, setting: Setting, *, is_optional: bool = False) -> Setting:
+    """Raises: AttributeError where a module lacks what its class's declaration names."""
+    if not isinstance(setting, str):
+        return setting
+    for name in setting.split("."):
+        module = getattr(module, name, None) if is_optional else getattr(module, name)
+    value: Setting = module
+    return value
+
+
+def _number(module: Any, setting: Setting) -> float:
+    value = _setting(module, setting)
+    assert isinstance(value, int | float), f"{setting} of {type(module).__name__} is {value}"
+    return float(value)

@@ -1,0 +1,113 @@
+"""What `load`, `doctor` and `models` say of the fast path is what a decode step does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.checkpoints import write_checkpoint
+
+from offload_moe import load, quantize
+from offload_moe.checkpoint.catalog import families
+from offload_moe.decode.layer import LayerStep
+from offload_moe.doctor.fast_path import check_fast_path
+from offload_moe.engine.model import Model
+from offload_moe.native import kernels
+from offload_moe.store import Store
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="the native kernels are not built")
+
+SIZES: dict[str, Any] = {"head_dim": 16, "hidden_size": 64}  # that the kernels take
+
+
+def quantized(folder: Path, family: str, **changes: object) -> Path:
+    write_checkpoint(folder / "checkpoint", family, **SIZES | changes)
+    quantize(folder / "checkpoint", folder / "store")
+    return folder / "store"
+
+
+def kinds(model: Model) -> list[str]:
+    assert model.fast_path is not None
+    return [layer.kind for layer in model.fast_path.layers]
+
+
+def steps(model: Model) -> list[str]:
+    """As the report should have it, from what is in place."""
+    forwards = [vars(layer).get("forward") for layer in model.hf.get_decoder().layers]
+    return [
+        "modules" if not isinstance(forward, LayerStep) else "layer" if forward.run is None else "span"
+        for forward in forwards
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "expected", "column", "reason"),
+    [
+        ("mixtral", {}, ["span"] * 3, "yes", ""),
+        ("gpt_oss", {}, ["span"] * 3, "yes", ""),
+        ("granitemoe", {"residual_multiplier": 0.5}, ["modules"] * 3, "yes", "residual sums scaled by 0.5"),
+        ("olmoe", {"clip_qkv": 4.0}, ["modules"] * 3, "yes", "clamped queries, keys and values"),
+        ("dots1", {"first_k_dense_replace": 1}, ["layer"] * 3, "attention", "a router with sigmoid scores"),
+        ("minimax_m2", {}, ["layer"] * 3, "attention", "a correction of its scores"),
+        ("deepseek_v3", {}, ["modules"] * 3, "no", "latent attention"),
+        ("flex_olmo", {}, ["modules"] * 3, "no", "norms after attention and MLP"),
+    ],
+)
+def test_every_place_says_the_same_of_a_declared_family(
+    family: str, changes: dict[str, Any], expected: list[str], column: str, reason: str, tmp_path: Path
+) -> None:
+    store = quantized(tmp_path, family, **changes)
+    with load(store) as model:
+        assert kinds(model) == steps(model) == expected
+        notices = [notice for notice in model.notices if "slow path" in notice]
+    examined = check_fast_path(Store.open(store))
+    assert examined.verdict == "ok"
+    if reason:
+        assert len(notices) == 1
+        assert reason in notices[0]
+        assert reason in examined.found
+        assert "0 of 3 layers" in examined.found
+    else:
+        assert not notices
+        assert examined.found == "3 of 3 layers decode natively on the CPU"
+    assert {entry.name: entry.fast_path for entry in families()}[family] == column
+
+
+def test_a_layer_that_is_not_declared_is_reported_as_found(tmp_path: Path) -> None:
+    store = quantized(tmp_path, "kolibri1")
+    with load(store) as model:
+        assert kinds(model) == steps(model) == ["modules"] * 3
+        assert "a layer of other parts" in str(model.fast_path)
+    assert "Kolibri1DecoderLayer" in check_fast_path(Store.open(store)).found
+
+
+def test_sizes_that_no_kernel_takes_are_a_reason(tmp_path: Path) -> None:
+    store = quantized(tmp_path, "mixtral", head_dim=8)
+    with load(store) as model:
+        assert kinds(model) == ["modules"] * 3
+        assert "heads of 8" in str(model.fast_path)
+
+
+def test_biases_in_a_record_are_a_reason(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint", "qwen2_moe", **SIZES)
+    quantize(tmp_path / "checkpoint", tmp_path / "store", dense_codec="int8")
+    with load(tmp_path / "store") as model:
+        assert kinds(model) == ["modules"] * 3
+        assert "biases are quantized with its projections" in str(model.fast_path)
+
+
+def test_a_check_that_fails_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = quantized(tmp_path, "mixtral")
+    monkeypatch.setattr("offload_moe.decode.layer.agree", lambda *_, **__: False)
+    with load(store) as model:
+        assert kinds(model) == ["modules"] * 3
+        assert "other numbers than the layer on probes" in str(model.fast_path)
+
+
+def test_numbers_that_are_kept_take_the_slow_path_without_a_notice(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint", "mixtral", **SIZES)
+    quantize(tmp_path / "checkpoint", tmp_path / "store", codec="bf16")
+    with load(tmp_path / "store") as model:
+        assert "kept bit for bit" in str(model.fast_path)
+        assert not [notice for notice in model.notices if "slow path" in notice]
+    with load(tmp_path / "store", fast_path=False) as model:
+        assert model.fast_path is None
