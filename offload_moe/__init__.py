@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from offload_moe.engine.model import Model, load
 
 # OpenMP's workers spin for milliseconds after each parallel operation of torch, on cores that the kernels' own threads
-# need. Read when torch is imported, so it must be said here; whoever sets it otherwise is left alone.
+# need. The variable is read when torch is imported, so it is set here, unless the environment has a value.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
@@ -23,7 +23,7 @@ __all__ = ["Model", "OffloadMoeError", "__version__", "load", "quantize"]
 
 
 def __getattr__(name: str) -> Any:
-    """Torch is imported with the first use, so that `import offload_moe` and `--help` stay quick."""
+    """Import torch at the first use, so that `import offload_moe` and `--help` stay fast."""
     if name in ("Model", "load"):
         from offload_moe.engine import model
 

@@ -64,7 +64,7 @@ class Schemes:
         self._schemes = [(group.get("targets"), group.get("weights")) for group in listed if isinstance(group, dict)]
 
     def bits(self, module: str) -> int:
-        """The bits of a module's packed integers. Raises: CheckpointError when no group has them, or they are unsupported."""
+        """The bits of a module's packed integers. Raises: CheckpointError for no or unsupported bits."""
         weights = self._weights(module)
         bits = weights.get("num_bits")
         if type(bits) is not int or bits not in BITS:

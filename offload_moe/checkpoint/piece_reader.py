@@ -24,6 +24,7 @@ class PieceReader:
     def __init__(
         self, layer: ExpertsModule, groups: list[SourceGroup], model: "PreTrainedModel", tensors: TensorSource
     ) -> None:
+        """Match groups and parameters. Raises: UnsupportedModelError for a converted group, CheckpointError."""
         self._layer = layer
         self._tensors = tensors
         self._sources: dict[str, str] = {}

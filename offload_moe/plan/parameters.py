@@ -145,14 +145,14 @@ def linear_shape(linear: nn.Linear) -> ExpertShape:
 def _top_k(config: "PreTrainedConfig", experts: ExpertsModule) -> int:
     if experts.adapter is not None and experts.adapter.top_k is not None:
         return experts.adapter.top_k
-    for part in (config, getattr(config, "ffn_config", None)):  # DBRX says it there
+    for part in (config, getattr(config, "ffn_config", None)):  # DBRX has it in `ffn_config`
         for name in TOP_K_NAMES:
             value = getattr(part, name, None)
             if isinstance(value, list | tuple):  # one per layer
                 value = max(value)
             if isinstance(value, int) and value > 0:
                 return value
-    raise UnsupportedModelError(f"The {config.model_type} config does not say how many experts a token is routed to.")
+    raise UnsupportedModelError(f"The {config.model_type} config does not have the number of experts per token.")
 
 
 def _dense_weights(model: "PreTrainedModel", experts: list[ExpertsModule]) -> tuple[DenseWeight, ...]:

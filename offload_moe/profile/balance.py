@@ -21,7 +21,9 @@ HOT = 2.0  # times the mean load
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerBalance:
-    """auxiliary_loss: E * sum(f * P), 1 when perfectly even; None without router probabilities.
+    """The load balance of one layer.
+
+    auxiliary_loss: E * sum(f * P), 1 when perfectly even; None without router probabilities.
 
     entropy_share: of log2(E), 1 when even. dropped: share of the routed pairs beyond an expert's capacity, per factor.
     """
@@ -41,7 +43,10 @@ class LayerBalance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Balance:
-    """load, probability: [L][E]. num_dead_by_chance: per layer, under uniformly random routing."""
+    """The load balance of a model.
+
+    load, probability: [L][E]. num_dead_by_chance: per layer, under uniformly random routing.
+    """
 
     num_tokens: int
     load: list[list[float]]

@@ -22,7 +22,10 @@ Report = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """pool: "global", one for all layers as in the runtime, or one per "layer"."""
+    """The hit rate of one replay.
+
+    pool: "global", one for all layers as in the runtime, or one per "layer".
+    """
 
     policy: str
     pool: Pool

@@ -29,7 +29,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseEntry:
-    """A dense tensor, or the record of a quantized linear when `quantized` says what it holds."""
+    """A dense tensor, or, if `quantized` is set, the record of a quantized linear of that shape."""
 
     name: str
     dtype: torch.dtype

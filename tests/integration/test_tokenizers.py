@@ -110,9 +110,9 @@ def test_the_conversion_says_it_and_the_model_takes_ids(tmp_path: Path) -> None:
         phases.append(progress.phase)
 
     quantize(tmp_path / "checkpoint", tmp_path / "store", codec="bf16", progress=note)
-    assert any("asks for remote code" in phase for phase in phases)
+    assert any("needs remote code" in phase for phase in phases)
     assert Store.open(tmp_path / "store").has_tokenizer
     with load(tmp_path / "store") as model:
-        with pytest.raises(ConfigError, match=r"asks for remote code .* model\.hf\.generate takes token ids"):
+        with pytest.raises(ConfigError, match=r"needs remote code .* model\.hf\.generate takes token ids"):
             model.generate("Hello")
         assert model.hf.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False).shape == (1, 4)
