@@ -50,7 +50,7 @@ class PieceReader:
         return [self._source(part, expert) for parts in self._layer.parts.values() for part in parts]
 
     def read_packed(self, expert: int) -> dict[str, Tensor]:
-        raise AssertionError("only where is_packed")
+        raise AssertionError("only if is_packed")
 
     def _source(self, part: Part, expert: int) -> str:
         return self._sources[f"{self._layer.name}.{part.parameter.format(expert)}"]

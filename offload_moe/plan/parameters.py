@@ -94,7 +94,7 @@ def describe_model(
 ) -> ModelShape:
     """Builds the skeleton of a config, a second at most, and counts it. is_fast_path: see `describe_skeleton`.
 
-    dense_names: of what there is to be loaded, since the config may tie weights of which each has values of its own.
+    dense_names: of the stored tensors, since the config may tie weights that have separate values.
 
     Raises:
         UnsupportedModelError: transformers cannot build it, or its experts cannot be bound.
@@ -105,7 +105,7 @@ def describe_model(
 
 
 def describe_skeleton(model: "PreTrainedModel", *, is_fast_path: bool) -> ModelShape:
-    """Counts a skeleton. is_fast_path: it is computed with `offload_moe.decode`, beyond what keeps eager's bits.
+    """Counts a skeleton. is_fast_path: includes replacements of `offload_moe.decode` that change bits.
 
     Raises: UnsupportedModelError when its experts cannot be bound.
     """
