@@ -26,7 +26,7 @@ CROSSED = (
 
 
 def status_line(stats: "TurnStats", width: int) -> str:
-    """Rates, hit rate, stall and memory; wrapped between its parts where the terminal is narrow."""
+    """Rates, hit rate, stall and memory; wrapped between its parts on a narrow terminal."""
     prompt = f"prompt {stats.num_computed_tokens:,} tok"
     if stats.prompt_s:
         prompt += f" {stats.prompt_tokens_per_s:.1f}/s"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from offload_moe.engine.options import LoadOptions
 
 # OpenMP's workers spin for milliseconds after each parallel operation of torch, on cores that the kernels' own threads
-# need. Read when torch is imported, so it must be said here; whoever sets it otherwise is left alone.
+# need. The variable is read when torch is imported, so it is set here, unless the environment has a value.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
@@ -33,7 +33,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Torch is imported with the first use, so that `import offload_moe` and `--help` stay quick."""
+    """Import torch at the first use, so that `import offload_moe` and `--help` stay fast."""
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'offload_moe' has no attribute {name!r}")

@@ -1,8 +1,8 @@
-"""Every error a user can meet.
+"""The exceptions of this package.
 
 OffloadMoeError
 ├── ConfigError            a flag, argument or environment variable is not usable
-├── CheckpointError        the source checkpoint is missing, damaged or not what its index says
+├── CheckpointError        the source checkpoint is missing, damaged or contradicts its index
 ├── StoreError             the expert store cannot be used
 │   ├── StoreCorrupt       its bytes do not match its checksums
 │   └── StoreVersion       it was written by another format version
@@ -11,7 +11,7 @@ OffloadMoeError
 ├── TransferError          bytes could not be moved: disk read, H2D copy, download
 └── ModelClosed            the model was closed, or stayed in the parent of a forked process
 
-Messages follow one formula: what failed, the numbers, what to do.
+A message states what failed, the numbers, and a remedy.
 """
 
 
@@ -24,7 +24,7 @@ class ConfigError(OffloadMoeError):
 
 
 class CheckpointError(OffloadMoeError):
-    """The source checkpoint is missing, damaged or not what its index says."""
+    """The source checkpoint is missing, damaged or contradicts its index."""
 
 
 class StoreError(OffloadMoeError):

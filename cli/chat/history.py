@@ -55,7 +55,7 @@ def _message(line: bytes) -> str | None:
 
 
 def _ends_a_line(file: int) -> bool:
-    """Whether the file ends where a line may begin: a chat that was killed may have left half of one."""
+    """Whether the file ends with a newline: a killed chat may have left an incomplete line."""
     size = os.lseek(file, 0, os.SEEK_END)
     if size == 0:
         return True

@@ -27,7 +27,7 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def bitsandbytes(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTensors:
-    """Raises: CheckpointError for a damaged state."""
+    """Recipes of all 4-bit weights of a checkpoint. Raises: CheckpointError for a damaged state."""
     in_4_bits = [_recipe(stored, name) for name in stored.entries if STATE in name]
     in_8_bits = [llm_int8_weight(stored, name) for name in stored.entries if name.endswith(".SCB")]
     return DequantizedTensors(stored, [*in_4_bits, *in_8_bits])
@@ -49,7 +49,7 @@ class Weight4Bit:
     nested_offset: float
 
     def rows(self, stored: TensorSource, start: int, stop: int) -> Tensor:
-        """Raises: CheckpointError when a scale is not a finite number."""
+        """Dequantize rows. Raises: CheckpointError when a scale is not a finite number."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         # As one long row, because bitsandbytes' kernel for the CPU is wrong if rows are not whole blocks.

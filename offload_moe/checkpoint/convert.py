@@ -80,7 +80,9 @@ def check_per_expert(group: SourceGroup) -> None:
 
 
 def check_module_list(group: SourceGroup, num_experts: int, num_spare: int = 0) -> None:
-    """num_spare: further experts that may exist and are ignored.
+    """Check that a module list has every expert once.
+
+    num_spare: further experts that may exist and are ignored.
 
     Raises: CheckpointError naming the first expert tensor that is missing or too many.
     """

@@ -72,7 +72,7 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
         kind = type(model.get_submodule(unbound[0])).__name__
         raise UnsupportedModelError(
             f"{type(model).__name__}: {unbound[0]} ({kind}){more} holds experts outside transformers' experts registry "
-            "and no adapter knows them, so they cannot be offloaded. See `offload-moe models` for what works."
+            "and has no adapter, so it cannot be offloaded. `offload-moe models` lists the supported families."
         )
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for layer in found:
@@ -101,7 +101,7 @@ def expert_shape(module: nn.Module) -> ExpertShape:
     if set(parameters) != {*names, *bias_names}:
         raise UnsupportedModelError(
             f"{type(module).__name__} has parameters {sorted(parameters)}, expected {sorted({*names, *bias_names})}: "
-            "this version does not know what to do with the others."
+            "this version does not support the others."
         )
     matrices = []
     for name in names:

@@ -32,7 +32,9 @@ ROWS = 128  # the working set fits into a cache
 
 
 def fp8_tensors(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTensors:
-    """settings: the config's `quantization_config`.
+    """Recipes of all FP8 weights of a checkpoint.
+
+    settings: the config's `quantization_config`.
 
     Raises:
         CheckpointError: a weight has no scales, or scales that do not fit.
@@ -147,7 +149,9 @@ def fp8_weight(
     is_turned: bool = False,
     usual: tuple[int, int] | None = None,
 ) -> Fp8Weight:
-    """block: rows and columns of a block if the config has them; else one scale per weight or per channel.
+    """The recipe of one FP8 weight.
+
+    block: rows and columns of a block if the config has them; else one scale per weight or per channel.
 
     is_turned: fused experts are ``[in, out]``, so that a channel is a column. usual: a block to try where `block` is
     not known and the scales are for nothing else.

@@ -134,8 +134,8 @@ def _read(path: Path) -> GgufFile:
     except Exception as error:  # the package does not check its file, so a damaged one may raise anything
         if "is not a valid GGMLQuantizationType" in str(error):
             raise CheckpointError(
-                f"{path} is a GGUF file with a type of tensors that the gguf package does not know ({error}), as forks "
-                f"of llama.cpp have them. {ADVICE}"
+                f"{path} is a GGUF file with a type of tensors that the gguf package does not have ({error}); "
+                f"forks of llama.cpp write such types. {ADVICE}"
             ) from error
         raise CheckpointError(f"{path} is not a GGUF file, or a damaged one: {error!r}. Download it again.") from error
 

@@ -47,7 +47,7 @@ class GgufPart:
         return torch.uint8 if self.is_raw else reduce(torch.promote_types, dtypes)
 
     def shape(self) -> tuple[int, ...]:
-        """Raises: CheckpointError when the tensors do not fit together."""
+        """The shape of the joined tensor. Raises: CheckpointError when the tensors do not fit together."""
         shapes = [(*t.shape[:-1], t.row_bytes) if self.is_raw else t.shape for t in self.tensors]
         try:
             return tuple(self.join(*(torch.empty(shape, device="meta") for shape in shapes)).shape)

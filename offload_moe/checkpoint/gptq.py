@@ -77,7 +77,7 @@ class GptqWeight:
     zero_offset: int
 
     def rows(self, stored: TensorSource, start: int, stop: int) -> Tensor:
-        """Raises: CheckpointError when a scale is not a finite number, or a group does not exist."""
+        """Dequantize rows. Raises: CheckpointError when a scale is not a finite number, or a group does not exist."""
         words, zero_words, scales, *named = (stored.read(name) for name in self.ingredients)
         num_inputs = self.entry.shape[1]
         groups = named[0].long() if named else torch.arange(num_inputs) // (num_inputs // len(scales))
@@ -100,7 +100,7 @@ class AwqWeight:
     ingredients: tuple[str, ...]
 
     def rows(self, stored: TensorSource, start: int, stop: int) -> Tensor:
-        """Raises: CheckpointError when a scale is not a finite number."""
+        """Dequantize rows. Raises: CheckpointError when a scale is not a finite number."""
         words, zero_words, scales = (stored.read(name) for name in self.ingredients)
         codes, zeros = (
             unpack(part, 4).unflatten(1, (-1, len(AWQ_ORDER)))[..., AWQ_ORDER].flatten(1).float()

@@ -27,7 +27,7 @@ class Int8Weight:
     num_groups: int
 
     def rows(self, stored: TensorSource, start: int, stop: int) -> Tensor:
-        """Raises: CheckpointError when a scale is not a finite number."""
+        """Dequantize rows. Raises: CheckpointError when a scale is not a finite number."""
         codes, scales, *zeros = self.ingredients
         values = stored.read_rows(codes, start, stop).float().unflatten(1, (self.num_groups, -1))
         if zeros:
@@ -50,7 +50,7 @@ class LlmInt8Weight:
     ingredients: tuple[str, ...]
 
     def rows(self, stored: TensorSource, start: int, stop: int) -> Tensor:
-        """Raises: CheckpointError when a scale is not a finite number."""
+        """Dequantize rows. Raises: CheckpointError when a scale is not a finite number."""
         codes = stored.read_rows(self.ingredients[0], start, stop).float()
         scales = stored.read(self.ingredients[1]).float().reshape(-1, 1)[start:stop]
         return finite(self.entry, codes * scales * INVERSE_127)

@@ -29,7 +29,10 @@ class Mxfp4Tensors(DequantizedTensors):
     recipes: dict[str, "Mxfp4Weight"]  # type: ignore[assignment]
 
     def __init__(self, stored: TensorSource, settings: dict[str, Any]) -> None:
-        """Raises: CheckpointError when blocks have no scales, or scales that do not fit."""
+        """Find all fused MXFP4 experts.
+
+        Raises: CheckpointError when blocks have no scales, or scales that do not fit.
+        """
         blocks = [e for e in stored.entries.values() if e.name.endswith(BLOCKS) and e.dtype == torch.uint8]
         super().__init__(stored, [_recipe(stored, entry) for entry in blocks])
 

@@ -20,7 +20,7 @@ class SourceGroup:
     """Checkpoint tensors that are converted together.
 
     `sources` lists the tensor names per source pattern in natural order: for a module list, the order of the experts.
-    `converter` is None where the tensor is only renamed.
+    `converter` is None if the tensor is only renamed.
     """
 
     target: str

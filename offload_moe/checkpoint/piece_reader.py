@@ -24,6 +24,7 @@ class PieceReader:
     def __init__(
         self, layer: ExpertsModule, groups: list[SourceGroup], model: "PreTrainedModel", tensors: TensorSource
     ) -> None:
+        """Match groups and parameters. Raises: UnsupportedModelError for a converted group, CheckpointError."""
         self._layer = layer
         self._tensors = tensors
         self._sources: dict[str, str] = {}
@@ -49,7 +50,7 @@ class PieceReader:
         return [self._source(part, expert) for parts in self._layer.parts.values() for part in parts]
 
     def read_packed(self, expert: int) -> dict[str, Tensor]:
-        raise AssertionError("only where is_packed")
+        raise AssertionError("only if is_packed")
 
     def _source(self, part: Part, expert: int) -> str:
         return self._sources[f"{self._layer.name}.{part.parameter.format(expert)}"]

@@ -43,7 +43,7 @@ def load_config(folder: Path) -> "PreTrainedConfig":
             return config
         if "auto_map" in raw:
             raise UnsupportedModelError(
-                f"{folder}: model type {model_type!r} is not in transformers and its config asks for remote code "
+                f"{folder}: model type {model_type!r} is not in transformers and its config needs remote code "
                 "(auto_map, trust_remote_code=True). Code from a checkpoint is never run."
             )
         raise UnsupportedModelError(f"{folder}: model type {model_type!r} is not in this version of transformers.")

@@ -15,14 +15,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallFiles:
-    """contents: by name relative to the folder. notices: for the user."""
+    """The small files of a store.
+
+    contents: by name relative to the folder. notices: for the user.
+    """
 
     contents: dict[str, bytes]
     notices: tuple[str, ...]
 
 
 def read_small_files(folder: Path, model: "PreTrainedModel") -> SmallFiles:
-    """model: the skeleton, for checks against it.
+    """Read and check the small files of a model folder.
+
+    model: the skeleton, for checks against it.
 
     Raises: CheckpointError for a file that cannot be read, or one of the tokenizer that is damaged.
     """

@@ -84,7 +84,10 @@ class DequantizedTensors:
     """A quantized checkpoint, read as numbers."""
 
     def __init__(self, stored: TensorSource, recipes: Sequence[Recipe]) -> None:
-        """Raises: CheckpointError when a weight is stored both quantized and unquantized."""
+        """Replace stored parts by the tensors made from them.
+
+        Raises: CheckpointError when a weight is stored both quantized and unquantized.
+        """
         self.stored = stored
         self.recipes = {recipe.entry.name: recipe for recipe in recipes}
         used = {name for recipe in recipes for name in recipe.ingredients}

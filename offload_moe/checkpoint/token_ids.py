@@ -15,7 +15,10 @@ def num_embeddings(model: Any) -> int:
 
 
 def check_ids(ids: Sequence[int], num_rows: int, tokenizer: Any = None) -> None:
-    """num_rows: of the embedding. Raises: ConfigError for an id outside them."""
+    """Check that every token id has an embedding.
+
+    num_rows: of the embedding. Raises: ConfigError for an id outside them.
+    """
     wrong = next((token_id for token_id in ids if not 0 <= token_id < num_rows), None)
     if wrong is None:
         return

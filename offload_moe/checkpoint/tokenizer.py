@@ -41,7 +41,7 @@ def obstacle(folder: Path) -> str | None:
         return None
     if asks_for_code(folder):
         return (
-            "The tokenizer asks for remote code (auto_map), and code from a checkpoint is never run: put a "
+            "The tokenizer needs remote code (auto_map), and code from a checkpoint is never run: put a "
             "tokenizer.json of this model beside the weights."
         )
     found = sorted(path.name for pattern in (*SENTENCEPIECE, *TIKTOKEN) for path in folder.glob(pattern))

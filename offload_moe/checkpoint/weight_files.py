@@ -26,7 +26,9 @@ NUM_NAMED = 3  # file names in a message
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFiles:
-    """names: of the files, sorted, relative to the folder. index: the file that lists them, None for a single file.
+    """The weight files of a model folder.
+
+    names: of the files, sorted, relative to the folder. index: the file that lists them, None for a single file.
 
     promised: tensor name -> file name, from the index.
     """
@@ -66,7 +68,10 @@ def choose_weights(folder: Path, present: Collection[str] | None = None) -> Weig
 
 
 def require(folder: Path, files: WeightFiles, present: Collection[str] | None = None) -> None:
-    """present: as in `choose_weights`. Raises: CheckpointError when the index names missing files."""
+    """Check that all files exist.
+
+    present: as in `choose_weights`. Raises: CheckpointError when the index names missing files.
+    """
     missing = [n for n in files.names if not ((folder / n).is_file() if present is None else n in present)]
     if missing:
         source = folder / files.index if files.index else f"{folder / 'config.json'} ({EXPLICIT_KEY})"

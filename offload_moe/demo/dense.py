@@ -124,7 +124,10 @@ def _gguf_tokenizer(fields: dict[str, Any]) -> str:
 
 
 def read_safetensors(folder: Path) -> DenseModel:
-    """Read a Hugging Face folder of a Llama-family chat model with one `model.safetensors`."""
+    """Read a Hugging Face folder of a Llama-family chat model with one `model.safetensors`.
+
+    Raises: CheckpointError when the folder holds another kind of model.
+    """
     from safetensors.torch import load_file
 
     settings = json.loads((folder / CONFIG_NAME).read_text())

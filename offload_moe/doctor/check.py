@@ -9,7 +9,9 @@ Verdict = Literal["ok", "warning", "problem"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """found: the finding as text. fix: the remedy; empty if the verdict is ok.
+    """One finding of the doctor.
+
+    found: the finding as text. fix: the remedy; empty if the verdict is ok.
 
     numbers: measurements by name: `*_bytes`, `*_bytes_per_s`, `*_s`.
     """

@@ -19,7 +19,10 @@ MakeCopier = Callable[[], Copier]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copiers:
-    """late: with another order or timing of copies."""
+    """Factories of a self-test's copiers.
+
+    late: with another order or timing of copies.
+    """
 
     calm: MakeCopier
     late: tuple[MakeCopier, ...]

@@ -13,7 +13,10 @@ PROMPT = "The capital of France is"
 
 
 def check_demo() -> str:
-    """Raises: Skipped when there is no demo, Failed when the number of slots changes its answer."""
+    """Compare the demo's answers with many slots and with few.
+
+    Raises: Skipped when there is no demo, Failed when the number of slots changes its answer.
+    """
     built = [entry for entry in installed() if entry.kind == "store" and (entry.source or "").startswith(MODEL_NAME)]
     if not built:
         raise Skipped("not built yet; `offload-moe chat` builds it")

@@ -18,7 +18,10 @@ MUCH_TAKEN = 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """capability: of an NVIDIA card, such as (7, 5)."""
+    """The device of this machine.
+
+    capability: of an NVIDIA card, such as (7, 5).
+    """
 
     name: str
     total_bytes: int

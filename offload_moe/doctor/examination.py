@@ -41,7 +41,7 @@ def guarded(name: str, work: Work) -> list[Check]:
                 name=name,
                 verdict="problem",
                 found=f"could not be examined: {type(error).__name__}: {reason}",
-                fix="If the message does not say what to do, send this report with `offload-moe doctor --report FILE`.",
+                fix="If the message names no remedy, send a report with `offload-moe doctor --report FILE`.",
             )
         ]
     return found if isinstance(found, list) else [found]

@@ -39,7 +39,10 @@ def check_processor() -> Check:
 
 
 def check_power(battery: object | None = None) -> Check:
-    """battery: the result of `psutil.sensors_battery`."""
+    """Check for mains power.
+
+    battery: the result of `psutil.sensors_battery`.
+    """
     battery = battery or (psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None)
     if battery is None:
         return judge("power", "mains")
@@ -68,7 +71,10 @@ def check_ram() -> Check:
 
 
 def check_page_lock_limit(limit_bytes: int | None, *, has_device: bool) -> Check:
-    """limit_bytes: of RLIMIT_MEMLOCK; None means no limit."""
+    """Check the limit of page-locked memory.
+
+    limit_bytes: of RLIMIT_MEMLOCK; None means no limit.
+    """
     if limit_bytes is None:
         return judge("page-lock limit", "none")
     found = f"{format_size(limit_bytes)}, as `ulimit -l` says"

@@ -12,7 +12,10 @@ Status = Literal["pass", "fail", "skip"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """found: the comparison and its result."""
+    """The result of one check.
+
+    found: the comparison and its result.
+    """
 
     name: str
     status: Status
@@ -32,7 +35,10 @@ class Skipped(Exception):
 
 
 def run_check(name: str, check: Callable[[], str]) -> Outcome:
-    """check: returns its finding, or raises. An error of any layer below is a failure, not the end of the self-test."""
+    """Run one check.
+
+    check: returns its finding, or raises. An error of any layer below is a failure, not the end of the self-test.
+    """
     begun = time.perf_counter()
     status: Status = "fail"
     try:

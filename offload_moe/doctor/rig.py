@@ -21,7 +21,9 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """device: of dense weights and compute. make_copier: None without a device tier.
+    """One configuration of the engine.
+
+    device: of dense weights and compute. make_copier: None without a device tier.
 
     num_device_slots is unused without a device tier.
     """

@@ -39,7 +39,10 @@ IN_MEMORY = ("tmpfs", "ramfs")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskSpeed:
-    """is_direct: reads bypassed the page cache. file_bytes: of the file that was read at random places."""
+    """A measured read rate.
+
+    is_direct: reads bypassed the page cache. file_bytes: of the file that was read at random places.
+    """
 
     bytes_per_s: float
     is_direct: bool
@@ -47,7 +50,10 @@ class DiskSpeed:
 
 
 def check_file_system(name: str, folder: Path) -> Check:
-    """name: the role of the folder, such as `cache folder`."""
+    """Check the file system of a folder.
+
+    name: the role of the folder, such as `cache folder`.
+    """
     folder = existing(folder)
     kind = file_system(folder)
     free = shutil.disk_usage(folder).free

@@ -27,7 +27,10 @@ def check_packages() -> list[Check]:
 
 
 def check_package(name: str, version: str | None, needed: Requirement | None) -> Check:
-    """needed: the tested range; None if unknown."""
+    """Check the version of one package.
+
+    needed: the tested range; None if unknown.
+    """
     line = f'python -m pip install "{name}{needed.specifier if needed else ""}"'
     if version is None:
         return judge(name, "not installed", problem=f"Install it: {line}")

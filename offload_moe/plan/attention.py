@@ -48,7 +48,10 @@ class AttentionShape:
 
 
 def describe_attention(model: "PreTrainedModel", *, is_fast_path: bool) -> AttentionShape:
-    """is_fast_path: latent attention is absorbed where it can be."""
+    """The cache and working memory of a model's attention.
+
+    is_fast_path: latent attention is absorbed if possible.
+    """
     from offload_moe.decode.latent import find_latents
 
     modules = _modules_by_layer(model)

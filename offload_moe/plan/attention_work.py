@@ -11,7 +11,9 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionWork:
-    """projected: per new token. expanded: per token of the context; decoded: the same for one new token.
+    """The working memory of one attention, in elements.
+
+    projected: per new token. expanded: per token of the context; decoded: the same for one new token.
 
     Additional on the CPU: padding, per token of the context; scores, per new token and token of the context.
     """
@@ -31,7 +33,10 @@ class AttentionWork:
 
 
 def describe_work(module: Any, *, is_absorbed: bool) -> AttentionWork:
-    """is_absorbed: `offload_moe.decode` computes with the latents."""
+    """The working memory of an attention module.
+
+    is_absorbed: `offload_moe.decode` computes with the latents.
+    """
     linears = sum(child.out_features for child in module.children() if isinstance(child, nn.Linear))
     queries = out_features(module, "q_proj") or out_features(module, "q_b_proj")
     expansion, latent = out_features(module, "kv_b_proj"), out_features(module, "kv_a_proj_with_mqa")

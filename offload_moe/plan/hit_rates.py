@@ -14,7 +14,10 @@ from itertools import pairwise
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HitCurve:
-    """points: (share of experts that have a slot, hit rate), ascending; the first has slots for one top-k per layer."""
+    """Hit rate as a function of the share of experts with a slot.
+
+    points: (share of experts that have a slot, hit rate), ascending; the first has slots for one top-k per layer.
+    """
 
     trace: str
     points: tuple[tuple[float, float], ...]

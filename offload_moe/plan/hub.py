@@ -14,7 +14,9 @@ from offload_moe.system.paths import CONFIG_NAME
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubModel:
-    """folder: with the config. sizes: bytes of each weight file that a download would fetch, None if unknown.
+    """A hub repository without its weights.
+
+    folder: with the config. sizes: bytes of each weight file that a download would fetch, None if unknown.
 
     tensor_names: of a safetensors index; empty if there is none.
     """

@@ -25,7 +25,10 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
-    """speed: None if the model does not fit."""
+    """A placement and its speed.
+
+    speed: None if the model does not fit.
+    """
 
     placement: Placement
     speed: Speed | None

@@ -94,7 +94,7 @@ def describe_model(
 ) -> ModelShape:
     """Builds the skeleton of a config, a second at most, and counts it. is_fast_path: see `describe_skeleton`.
 
-    dense_names: of what there is to be loaded, since the config may tie weights of which each has values of its own.
+    dense_names: of the stored tensors, since the config may tie weights that have separate values.
 
     Raises:
         UnsupportedModelError: transformers cannot build it, or its experts cannot be bound.
@@ -105,7 +105,7 @@ def describe_model(
 
 
 def describe_skeleton(model: "PreTrainedModel", *, is_fast_path: bool) -> ModelShape:
-    """Counts a skeleton. is_fast_path: it is computed with `offload_moe.decode`, beyond what keeps eager's bits.
+    """Counts a skeleton. is_fast_path: includes replacements of `offload_moe.decode` that change bits.
 
     Raises: UnsupportedModelError when its experts cannot be bound.
     """
@@ -145,14 +145,14 @@ def linear_shape(linear: nn.Linear) -> ExpertShape:
 def _top_k(config: "PreTrainedConfig", experts: ExpertsModule) -> int:
     if experts.adapter is not None and experts.adapter.top_k is not None:
         return experts.adapter.top_k
-    for part in (config, getattr(config, "ffn_config", None)):  # DBRX says it there
+    for part in (config, getattr(config, "ffn_config", None)):  # DBRX has it in `ffn_config`
         for name in TOP_K_NAMES:
             value = getattr(part, name, None)
             if isinstance(value, list | tuple):  # one per layer
                 value = max(value)
             if isinstance(value, int) and value > 0:
                 return value
-    raise UnsupportedModelError(f"The {config.model_type} config does not say how many experts a token is routed to.")
+    raise UnsupportedModelError(f"The {config.model_type} config does not have the number of experts per token.")
 
 
 def _dense_weights(model: "PreTrainedModel", experts: list[ExpertsModule]) -> tuple[DenseWeight, ...]:

@@ -184,7 +184,9 @@ def may_lend(hf: PreTrainedModel, shape: ModelShape, placement: Placement) -> bo
     config = hf.config.get_text_config(decoder=True)
     attention, has_latents = config._attn_implementation, getattr(config, "kv_lora_rank", None) is not None
     writes_no_scores = attention == (f"{LATENT_ATTENTION}_sdpa" if has_latents else "sdpa")
-    gives_back = sys.platform.startswith("linux")  # `Arena.shrink`, and what forwards free
+    gives_back = sys.platform.startswith(
+        "linux"
+    )  # `Arena.shrink` and blocks that forwards free return memory only there
     return (
         placement.vram is None
         and shape.attention.keeps_all_tokens

@@ -35,7 +35,10 @@ ASSUMED_RECALL = (0.75, 0.65)  # one and two MoE layers ahead, for traces withou
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSimulation:
-    """workload: a description of the routing. recall: of the lookahead, by depth."""
+    """The simulation of a plan.
+
+    workload: a description of the routing. recall: of the lookahead, by depth.
+    """
 
     plan: Plan
     pools: VirtualPools

@@ -23,7 +23,9 @@ HOT = 2.0  # times the mean load
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerBalance:
-    """auxiliary_loss: E * sum(f * P), 1 when perfectly even; None without router probabilities.
+    """The load balance of one layer.
+
+    auxiliary_loss: E * sum(f * P), 1 when perfectly even; None without router probabilities.
 
     entropy_share: of log2(E), 1 when even. dropped: share of the routed pairs beyond an expert's capacity, per factor.
     """
@@ -43,9 +45,10 @@ class LayerBalance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Balance:
-    """load, probability: [L][E], with as many E as the layer has.
+    """The load balance of a model.
 
-    num_dead_by_chance: per layer in the mean, were every choice of K as likely as any other.
+    load, probability: [L][E], with as many E as the layer has. num_dead_by_chance: per layer, under uniformly random
+    routing.
     """
 
     num_tokens: int

@@ -69,7 +69,10 @@ class Succession:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coactivation:
-    """mean_lift: of the routed pairs, per layer except the last; 1 if layers choose independently."""
+    """Pairs of experts in successive layers that are routed together.
+
+    mean_lift: of the routed pairs, per layer except the last; 1 if layers choose independently.
+    """
 
     mean_lift: list[float]
     strongest: list[Succession]
@@ -90,7 +93,10 @@ def overlap(trace: Trace) -> Overlap | None:
 
 
 def preferences(trace: Trace, kinds: Sequence[str], kind_of: Array) -> list[Preference]:
-    """kind_of: [T] index into `kinds`; kinds without a token are left out."""
+    """The routing of each kind of tokens.
+
+    kind_of: [T] index into `kinds`; kinds without a token are left out.
+    """
     overall = _shares(trace, slice(None))
     even = trace.top_k / np.array(trace.keys.num_experts)[:, None]
     dealt = np.random.default_rng(0).permutation(kind_of)

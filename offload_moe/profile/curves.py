@@ -21,7 +21,10 @@ MOST_ACQUIRES = 20_000  # layer visits of a replay, which keeps a whole report u
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """pool: "global", one for all layers as in the runtime, or one per "layer"."""
+    """The hit rate of one replay.
+
+    pool: "global", one for all layers as in the runtime, or one per "layer".
+    """
 
     policy: str
     pool: Pool

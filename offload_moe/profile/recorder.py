@@ -27,7 +27,10 @@ FORWARDS_PER_CHUNK = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedTier:
-    """bytes_field: the field of `Counters` for the bytes loaded into this tier."""
+    """One tier of a recording.
+
+    bytes_field: the field of `Counters` for the bytes loaded into this tier.
+    """
 
     name: str
     scheduler: Scheduler

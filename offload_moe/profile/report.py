@@ -42,7 +42,10 @@ class ProfileReport:
 
 
 def make_report(trace: Trace, *, progress: Progress) -> ProfileReport:
-    """progress: receives the phase and its finished share, 0 to 1."""
+    """Compute every part of the report.
+
+    progress: receives the phase and its finished share, 0 to 1.
+    """
     metadata = json.loads(trace.metadata)
     spent = costs(trace)
     slot_bytes = metadata.get("slot_bytes")

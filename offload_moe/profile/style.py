@@ -1,4 +1,4 @@
-"""The page's style sheet. Line colours: Okabe and Ito's palette, which colour-blind readers can tell apart."""
+"""The page's style sheet. Line colours: Okabe and Ito's palette, distinguishable with colour blindness."""
 
 STYLE = """
 :root { color-scheme: light; }

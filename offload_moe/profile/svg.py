@@ -15,7 +15,10 @@ HEAT_STEPS = (0.25, 0.5, 0.8, 1.25, 2.0, 4.0)  # times the mean, between one col
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """style: a class of the style sheet. A None among the values leaves a gap."""
+    """One line of a chart.
+
+    style: a class of the style sheet. A None among the values leaves a gap.
+    """
 
     name: str
     style: str
@@ -71,7 +74,10 @@ def percent_axis(label: str) -> Axis:
 
 
 def stacked_bar(title: str, parts: Sequence[tuple[str, str, float]], unit: str) -> str:
-    """parts: (name, style, value). One bar of proportional pieces, with names and values below."""
+    """A bar of parts.
+
+    parts: (name, style, value). One bar of proportional pieces, with names and values below.
+    """
     total = sum(value for _, _, value in parts) or 1.0
     drawn, left = [], 0.0
     for row, (name, style, value) in enumerate(parts):
@@ -86,7 +92,10 @@ def stacked_bar(title: str, parts: Sequence[tuple[str, str, float]], unit: str) 
 
 
 def heatmap(title: str, rows: Sequence[Sequence[float]], x_label: str, y_label: str) -> str:
-    """rows: values in units of their mean; exactly zero has a colour of its own. The first row is on top."""
+    """A grid of coloured cells.
+
+    rows: values in units of their mean; exactly zero has a colour of its own. The first row is on top.
+    """
     num_columns = max(map(len, rows))
     cell = min(24.0, (WIDTH - LEFT - 20) / num_columns)
     high = min(max(cell, 6.0), 18.0)  # with many experts cells become narrow, not flat

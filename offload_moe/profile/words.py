@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """rows: text, the first column names the row. is_open: shown at once on the page."""
+    """A table of the report.
+
+    rows: text, the first column names the row. is_open: shown at once on the page.
+    """
 
     title: str
     columns: Sequence[str]
@@ -16,7 +19,10 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """key: which plots belong to it."""
+    """A section of the report.
+
+    key: which plots belong to it.
+    """
 
     key: str
     title: str

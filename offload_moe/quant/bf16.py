@@ -19,6 +19,7 @@ class Bf16Codec:
         return _layout(shape)
 
     def encode(self, shape: ExpertShape, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As `Codec.encode`. Raises: CheckpointError for NaN or infinite weights."""
         layout = self.layout(shape)
         record = torch.zeros(layout.record_bytes, dtype=torch.uint8)
         for name in shape.module_shapes():

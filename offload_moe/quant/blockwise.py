@@ -33,6 +33,7 @@ class BlockwiseCodec(ABC):
         return pack_planes(specs)
 
     def encode(self, shape: ExpertShape, tensors: Mapping[str, Tensor]) -> Tensor:
+        """As `Codec.encode`. Raises: CheckpointError for NaN or infinite weights."""
         layout = self.layout(shape)
         record = torch.zeros(layout.record_bytes, dtype=torch.uint8)
         for matrix in shape.matrices:

@@ -44,7 +44,10 @@ class RunCosts:
         return max(self.dense_s, num_tokens * self.dense_token_s)
 
     def experts(self, num_tokens: list[int]) -> float:
-        """num_tokens: of each expert of a wave."""
+        """Seconds of a wave of experts.
+
+        num_tokens: of each expert of a wave.
+        """
         return sum(max(self.expert_s, tokens * self.pair_s) for tokens in num_tokens)
 
 
@@ -84,7 +87,10 @@ class LinkModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookaheadModel:
-    """recall: the share of a layer's experts that is predicted one, two ... MoE layers ahead; empty: no prefetch."""
+    """The assumed quality of the lookahead.
+
+    recall: the share of a layer's experts that is predicted one, two ... MoE layers ahead; empty: no prefetch.
+    """
 
     recall: tuple[float, ...] = ()
     seed: int = 0

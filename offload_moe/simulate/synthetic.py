@@ -20,7 +20,9 @@ def synthetic_trace(
     reuse: float = REUSE,
     seed: int = 0,
 ) -> Trace:
-    """num_experts: of each layer. num_tokens: of each sequence.
+    """Draw a trace at random.
+
+    num_experts: of each layer. num_tokens: of each sequence.
 
     skew: an expert's popularity is its rank in its layer to the power of minus this; 0 is an even load.
     reuse: the probability that an expert of the last token is kept; the others are drawn by popularity.

@@ -18,7 +18,10 @@ PROMPT_TOKENS = 64  # prompt tokens of a sequence, in a trace without prompts
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Answer:
-    """prompt: ``[T, L, K]``, may have no tokens; decode: ``[T, L, K]``, one token after another."""
+    """The routing of one answer.
+
+    prompt: ``[T, L, K]``, may have no tokens; decode: ``[T, L, K]``, one token after another.
+    """
 
     prompt: NDArray[Any]
     decode: NDArray[Any]

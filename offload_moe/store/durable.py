@@ -52,7 +52,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextmanager
 def named_errors(folder: Path) -> Iterator[None]:
-    """Translate errors of writing: a full disk to BudgetError, any other to TransferError."""
+    """Translate errors of writing. Raises: BudgetError for a full disk, TransferError for any other OSError."""
     try:
         yield
     except OSError as error:

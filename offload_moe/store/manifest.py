@@ -1,4 +1,4 @@
-"""What an expert store holds and where: the content of `store.json`."""
+"""The manifest of an expert store, `store.json`: contents and their places."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from offload_moe.quant import ExpertShape
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One MoE layer: the experts module's name, how many experts, and what each is made of."""
+    """One MoE layer: the experts module's name, the number of experts, and the shape of each."""
 
     name: str
     num_experts: int
@@ -29,7 +29,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseEntry:
-    """A dense tensor, or the record of a quantized linear when `quantized` says what it holds."""
+    """A dense tensor, or, if `quantized` is set, the record of a quantized linear of that shape."""
 
     name: str
     dtype: torch.dtype

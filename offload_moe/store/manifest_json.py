@@ -22,7 +22,7 @@ from offload_moe.system.paths import MANIFEST_NAME
 FORMAT_NAME = "offload-moe expert store"
 FORMAT_VERSION = 1
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_NUMBER = 1 << 53  # JSON numbers beyond it are not exact everywhere, and no model comes near
+MAX_NUMBER = 1 << 53  # larger JSON numbers are not exact in every reader, and no model has them
 
 
 def shape_to_json(shape: ExpertShape) -> dict[str, Any]:

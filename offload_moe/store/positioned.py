@@ -10,7 +10,7 @@ _POSITION = threading.Lock()  # without `preadv`, threads share the position of 
 
 
 def open_for_reading(path: Path) -> int:
-    """Raises: OSError."""
+    """Open a file for positioned reads. Raises: OSError."""
     return open_descriptor(path)
 
 

@@ -106,9 +106,9 @@ def test_the_conversion_says_it_and_the_model_takes_ids(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "checkpoint", "remote code")
     notices: list[str] = []
     quantize(tmp_path / "checkpoint", tmp_path / "store", codec="bf16", on_notice=notices.append)
-    assert any("asks for remote code" in notice for notice in notices)
+    assert any("needs remote code" in notice for notice in notices)
     assert Store.open(tmp_path / "store").has_tokenizer
     with load(tmp_path / "store") as model:
-        with pytest.raises(ConfigError, match=r"asks for remote code .* model\.hf\.generate takes token ids"):
+        with pytest.raises(ConfigError, match=r"needs remote code .* model\.hf\.generate takes token ids"):
             model.generate("Hello")
         assert model.hf.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False).shape == (1, 4)

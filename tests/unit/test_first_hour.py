@@ -76,6 +76,6 @@ def test_memory_that_another_process_took_is_not_planned_with(monkeypatch: pytes
     fake_memory(monkeypatch, 4 * GIB, 12 * GIB)
     machine = fit.measure_load(CUDA, vram=None, ram=8 * GIB, dtype=torch.bfloat16)
     assert machine.vram_bytes == int(0.9 * 4 * GIB)
-    with pytest.raises(BudgetError, match=r"--vram is 10.0 GiB .* 4.0 GiB free: 8.0 GiB is taken .* at most 4.0GiB"):
+    with pytest.raises(BudgetError, match=r"--vram is 10.0 GiB .* 4.0 GiB free: 8.0 GiB is used .* at most 4.0GiB"):
         fit.measure_load(CUDA, vram=10 * GIB, ram=8 * GIB, dtype=torch.bfloat16)
     assert fit.measure_load(CUDA, vram=3 * GIB, ram=8 * GIB, dtype=torch.bfloat16).vram_bytes == 3 * GIB

@@ -31,7 +31,7 @@ ALLOWED: dict[str, int] = {
     "integration/test_hybrid_balance.py": 1,
     "integration/test_latent_cache.py": 1,
     "integration/test_lifecycle.py": 5,
-    "integration/test_lookahead.py": 9,
+    "integration/test_lookahead.py": 12,
     "integration/test_profile_record.py": 1,
     "integration/test_tokenizers.py": 1,
     "unit/test_demo_source.py": 1,
