@@ -100,7 +100,7 @@ class PrefixCache:
 
         `is_whole` is False when a forward pass was left in the middle: some layers then hold more than `ids`.
         """
-        if cache is None or cache is not self._cache:
+        if cache is not self._cache or cache is None:
             return
         self._is_open = False
         if self._snapshot is not None and self._snapshot.factors != kept_factors(cache):
