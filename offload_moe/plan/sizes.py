@@ -55,7 +55,7 @@ def dense_memory_bytes(shape: ModelShape, codec: str, dtype: torch.dtype, *, sto
 
 
 def with_narrow_embeddings(shape: ModelShape, is_bf16: Callable[[DenseWeight], bool]) -> ModelShape:
-    """Mark the embeddings that are bf16 on disk: `offload_moe.dense.NarrowEmbedding` keeps them so."""
+    """Mark the embeddings that are bf16 on disk: `decode.dense.NarrowEmbedding` keeps them so."""
     dense = tuple(
         replace(weight, stays_bf16=weight.name.endswith("embed_tokens.weight") and is_bf16(weight))
         for weight in shape.dense

@@ -22,7 +22,7 @@ Report = Callable[[str, float], None]
 
 
 class Recordable(Protocol):
-    """What is needed of `offload_moe.model.Model`."""
+    """What is needed of `offload_moe.engine.model.Model`."""
 
     hf: Any
     tokenizer: Any

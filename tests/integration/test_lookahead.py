@@ -85,7 +85,7 @@ def test_without_routers_to_ask_what_usually_follows_is_prefetched(
 ) -> None:
     with open_model(stores["qwen3_moe"], 8, prefetch=0) as model:
         expected = greedy(model)
-    monkeypatch.setattr("offload_moe.model.find_probes", lambda hf, layers: [None] * len(layers))
+    monkeypatch.setattr("offload_moe.engine.model.find_probes", lambda hf, layers: [None] * len(layers))
     with open_model(stores["qwen3_moe"], 8, prefetch=2) as model:
         assert torch.equal(greedy(model), expected)
         assert model.stats.num_useful_prefetches > 0

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from offload_moe.quantize import quantize
 from transformers import PreTrainedModel
 
 from offload_moe import load
+from offload_moe.convert.quantize import quantize
 from offload_moe.profile.trace import save_trace
 from tests.support.chat import byte_tokenizer, chat_model
 from tests.support.cli import ROOT, environment
