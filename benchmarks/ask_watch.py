@@ -3,16 +3,17 @@
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 from unittest.mock import patch
 
-from offload_moe.decode.span import LayerSpan
-from offload_moe.memory.disk import DiskMover
+from offload_moe.decode import span
+from offload_moe.memory.record_file import RecordFile
 from offload_moe.native.kernels import SpanKernel, TokenPass
+from offload_moe.residency.scheduler import Scheduler
 
 
 @dataclass(slots=True)
@@ -36,14 +37,14 @@ class AskWatch:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Of all models, so there should be one."""
-        seen = {
-            (SpanKernel, "start"): self._see_start,
-            (LayerSpan, "_note_passed"): self._see_account,
-            (LayerSpan, "_acquire"): self._see_ask,
-            (DiskMover, "_read_patiently"): self._see_read,
-        }
+        seen: list[tuple[Any, str, Callable[..., None]]] = [
+            (SpanKernel, "start", self._see_start),
+            (span, "note_passed", self._see_account),
+            (Scheduler, "acquire", self._see_ask),
+            (RecordFile, "read_into", self._see_read),
+        ]
         with ExitStack() as stack:
-            for (owner, name), see in seen.items():
+            for owner, name, see in seen:
                 stack.enter_context(patch.object(owner, name, _seen_by(see, getattr(owner, name))))
             stack.enter_context(patch.object(TokenPass, "next", self._drained_from(TokenPass.next)))
             yield
@@ -65,17 +66,19 @@ class AskWatch:
     def _drained_from(self, listen: Any) -> Any:
         def heard(*arguments: Any) -> Any:
             said = listen(*arguments)
-            self._drained_at, self._is_asked = time.perf_counter(), False
+            self._drained_at, self._is_asked, self._num_layers = time.perf_counter(), False, 0
             return said
 
         return heard
 
-    def _see_ask(self, *_: Any) -> None:
+    def _see_ask(self, *_: Any, found: Any = None, **__: Any) -> None:
+        if found is None:  # a prompt's layer, which no token pass waits for
+            return
         self._is_asked = True
         self._asks.append(_Ask(self._drained_at, self._num_layers))
 
-    def _see_account(self, run: LayerSpan, token: Any, first: int, end: int, account: Any) -> None:
-        self._num_layers = end - first
+    def _see_account(self, scheduler: Scheduler, first_layer: int, experts: Sequence[Any], found: Any) -> None:
+        self._num_layers = len(experts)
 
     def _see_read(self, *_: Any) -> None:
         if self._is_asked:
@@ -84,8 +87,8 @@ class AskWatch:
 
 def _seen_by(see: Any, function: Any) -> Any:
     @wraps(function)
-    def watched(*arguments: Any) -> Any:
-        see(*arguments)
-        return function(*arguments)
+    def watched(*arguments: Any, **keywords: Any) -> Any:
+        see(*arguments, **keywords)
+        return function(*arguments, **keywords)
 
     return watched

@@ -25,7 +25,7 @@ PHASES = {
     "model": b"is ready",
     "prompt": b"\x1b[?2004h",
 }
-IMPORT = "import offload_moe.engine.model"
+IMPORT = "import offload_moe.engine.load"
 NUM_PACKAGES = 8
 NUM_WARMUPS = 1
 

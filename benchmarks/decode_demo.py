@@ -81,8 +81,8 @@ def load_partly(checkpoint: Path, share: float) -> dict[str, Any]:
 
     models = {name: load(checkpoint) for name in (RESIDENT, PARTLY, BY_LAYER)}
     for name in (PARTLY, BY_LAYER):
-        hierarchy = models[name]._hierarchy
-        hierarchy.resize("ram", round(share * hierarchy.pools.num_layers * hierarchy.pools.num_experts))
+        hierarchy = models[name].engine.hierarchy
+        hierarchy.resize("ram", round(share * hierarchy.pools.keys.total))
     models[BY_LAYER].hf.model.layers[-1].register_forward_hook(lambda *_: None)
     return {name: model.hf for name, model in models.items()}
 

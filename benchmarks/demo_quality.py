@@ -28,6 +28,7 @@ from offload_moe.demo import checkpoint
 from offload_moe.demo.dense import DenseModel, read_safetensors
 from offload_moe.demo.source import fetch_dense
 from offload_moe.system import paths
+from offload_moe.system.progress import silent
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.make_demo.corpus import DOCUMENT_BREAK, pack_documents
@@ -112,8 +113,8 @@ def timed(action: Callable[[], Path]) -> tuple[Path, float]:
     return action(), time.perf_counter() - start
 
 
-def say(message: str, share: float = 0.0) -> None:
-    print(f"{100 * share:3.0f}% {message}", file=sys.stderr)
+def say(phase: str, done: float = -1.0, total: float | None = None) -> None:
+    print(f"{phase}: {done:.0f} of {total:.0f} bytes" if total else phase, file=sys.stderr)
 
 
 def pair(options: argparse.Namespace) -> tuple[DenseModel, Path, float | None]:
@@ -122,7 +123,7 @@ def pair(options: argparse.Namespace) -> tuple[DenseModel, Path, float | None]:
         return read_safetensors(options.dense), options.mixture, None
     rebuild: Path | None = options.rebuild
     folder, build_s = timed(lambda: checkpoint(progress=say, cache_dir=rebuild))
-    dense = fetch_dense((rebuild or paths.cache_dir()) / "downloads", lambda share: None)
+    dense = fetch_dense((rebuild or paths.cache_dir()) / "downloads", silent)
     return dense, folder, build_s if rebuild else None
 
 

@@ -78,8 +78,8 @@ def measure(options: argparse.Namespace, device: Any, share: float, hybrid: Any,
     from offload_moe import load
 
     with load(options.model, device=str(device), hybrid=hybrid, ram=options.ram) as model:
-        pools = model._hierarchy.pools
-        num_slots = model._hierarchy.resize("vram", int(share * pools.num_layers * pools.num_experts))
+        pools = model.engine.hierarchy.pools
+        num_slots = model.engine.hierarchy.resize("vram", int(share * pools.keys.total))
         rates, bytes_per_token = [], []
         for trial in range(options.trials + 1):
             before = model.stats.copy()

@@ -65,7 +65,7 @@ def answer(store: str, ram: int, num_tokens: int, num_prompt: int) -> dict[str, 
     with stream_tokens(model.hf, None, ids, **sampling) as tokens:
         for number, _ in enumerate(tokens):
             if number % max(1, num_new // SAMPLES) == 0:
-                rss.append((rss_bytes(), number, model._hierarchy.num_slots("ram")))
+                rss.append((rss_bytes(), number, model.engine.hierarchy.num_slots("ram")))
     seconds = time.perf_counter() - began
     quarter = len(rss) // 4
     early, late = max(rss[quarter : 2 * quarter]), max(rss[-quarter:])

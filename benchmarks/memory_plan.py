@@ -15,7 +15,7 @@ from offload_moe.system.sizes import format_size, parse_size
 
 CHILD = """
 import json, random, string, sys
-from offload_moe.engine.model import load
+from offload_moe.engine.load import load
 source, ram, context = sys.argv[1], int(sys.argv[2]) or None, int(sys.argv[3])
 with load(source, ram=ram, context=context) as model:
     answer = 16

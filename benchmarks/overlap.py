@@ -151,6 +151,7 @@ class Rig:
         from offload_moe.experts.probe import find_probes
         from offload_moe.quant import get_codec
         from offload_moe.residency.hierarchy import Hierarchy, Pools
+        from offload_moe.residency.keys import ExpertKeys
 
         codec = get_codec("nf4")
         self.hf = copy.deepcopy(model.hf)
@@ -159,8 +160,7 @@ class Rig:
         self.copier = silent_link(bytes_per_s)
         num_records = LAYERS * EXPERTS
         pools = Pools(
-            num_layers=LAYERS,
-            num_experts=EXPERTS,
+            keys=ExpertKeys([EXPERTS] * LAYERS),
             slot_bytes=self.record.numel(),
             num_ram_slots=num_records,
             num_device_slots=int(num_records * share),

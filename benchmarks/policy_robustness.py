@@ -64,8 +64,7 @@ def cases(paths: list[Path], num_tokens: int) -> list[tuple[str, Trace]]:
     for shape, (num_layers, num_experts, top_k) in SHAPES.items():
         for routing, (skew, reuse) in ROUTING.items():
             trace = synthetic_trace(
-                num_layers=num_layers,
-                num_experts=num_experts,
+                num_experts=[num_experts] * num_layers,
                 top_k=top_k,
                 num_tokens=num_tokens,
                 skew=skew,

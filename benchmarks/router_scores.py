@@ -57,11 +57,11 @@ class DecayedScores:
 def hit_rate(trace: Trace, num_slots: int, half_life: float, share_of_scores: float) -> float:
     """share_of_scores: 0 sums uses, 1 sums router probabilities times top-k."""
     assert trace.router_probabilities is not None
-    policy = DecayedScores(trace.num_layers * trace.num_experts)
+    policy = DecayedScores(trace.keys.total)
     residency, decay, num_hits = Residency(num_slots, policy), 0.5 ** (1 / half_life), 0
     for token in range(trace.num_tokens):
         for layer in range(trace.num_layers):
-            first = layer * trace.num_experts
+            first = trace.keys.first(layer)
             keys = (trace.experts[token, layer].astype(int) + first).tolist()
             own = policy.sums[first : first + trace.num_experts]
             own *= decay

@@ -22,7 +22,7 @@ Accesses = list[tuple[int, list[int]]]
 def record_accesses(model: "Model") -> Accesses:
     """The experts that every acquire asks for, as they are asked for."""
     accesses: Accesses = []
-    policy: Any = model._hierarchy.ram.residency.policy
+    policy: Any = model.engine.hierarchy.ram.residency.policy
     inner = policy.access
 
     def access(layer: int, keys: Sequence[int], weights: Sequence[float] | None = None, num_tokens: int = 1) -> None:
@@ -92,7 +92,7 @@ def main() -> None:
     began = time.perf_counter()
     model = load(options.store, ram=options.ram, **chosen)
     load_s = time.perf_counter() - began
-    pools = model._hierarchy.pools
+    pools = model.engine.hierarchy.pools
     accesses = record_accesses(model)
     runs = []
     first_decode = 0
@@ -123,7 +123,7 @@ def main() -> None:
         "import_s": import_s,
         "load_s": load_s,
         "peak_rss_bytes": peak_rss_bytes(),
-        "num_ram_slots": model._hierarchy.num_slots("ram"),
+        "num_ram_slots": model.engine.hierarchy.num_slots("ram"),
         "slot_bytes": pools.slot_bytes,
         "runs": runs,
     }

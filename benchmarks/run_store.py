@@ -49,7 +49,7 @@ class Distinct:
 
 def distinct_experts(model: Any, generate: Any) -> dict[str, float]:
     """Of one more run."""
-    bound = [layer.module._offload_moe for layer in model.layers]
+    bound = model.engine.experts
     counter = Distinct([layer.num_experts for layer in model.layers])
     for experts in bound:
         experts.recorder = counter
@@ -61,9 +61,9 @@ def distinct_experts(model: Any, generate: Any) -> dict[str, float]:
 
 def fill(model: Any) -> None:
     """Bring every expert for which there is a slot: what was never used would be a miss."""
-    pools, ram = model._hierarchy.pools, model._hierarchy.ram
-    num_wanted = min(pools.num_ram_slots, pools.num_layers * pools.num_experts)
-    ram.fill(range(pools.num_layers * pools.num_experts))
+    pools, ram = model.engine.hierarchy.pools, model.engine.hierarchy.ram
+    num_wanted = min(pools.num_ram_slots, pools.keys.total)
+    ram.fill(range(pools.keys.total))
     while len(ram.residency.resident_keys()) < num_wanted:
         time.sleep(0.05)
 
@@ -131,7 +131,7 @@ def main() -> None:
                 pass
 
     distinct = distinct_experts(model, once_more)
-    pools = model._hierarchy.pools
+    pools = model.engine.hierarchy.pools
     finish(
         {
             "import_s": import_s,

@@ -65,11 +65,11 @@ def make_copier(device: str | None) -> Any:
 def make(options: argparse.Namespace, copier: Any) -> Any:
     """A hierarchy with every expert resident in its fast tier."""
     from offload_moe.residency.hierarchy import Hierarchy, Pools
+    from offload_moe.residency.keys import ExpertKeys
 
     num_records = options.layers * options.experts
     pools = Pools(
-        num_layers=options.layers,
-        num_experts=options.experts,
+        keys=ExpertKeys([options.experts] * options.layers),
         slot_bytes=SLOT_BYTES,
         num_ram_slots=num_records,
         num_device_slots=num_records if copier else 0,

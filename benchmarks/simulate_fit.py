@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload_moe.profile.trace import Trace
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.simulate import DiskModel, RunCosts, Simulation, VirtualPools, answers_of, simulate
 
 STEPS, NEAR = 4, 0.02  # of a search along secants, and the relative error that ends it
@@ -102,8 +103,7 @@ class Fitter:
     def simulate(self, share: float) -> Simulation:
         measured = self._measured
         pools = VirtualPools(
-            num_layers=measured["num_layers"],
-            num_experts=measured["num_experts"],
+            keys=ExpertKeys([measured["num_experts"]] * measured["num_layers"]),
             slot_bytes=measured["slot_bytes"],
             num_ram_slots=self._trials(share)[0]["num_slots"],
         )

@@ -42,7 +42,7 @@ def measure(
     if kernels.available():
         kernels.set_threads(num_threads)
     store = Store.open(folder)
-    num_all = len(store.layers) * store.num_experts
+    num_all = sum(layer.num_experts for layer in store.layers)
     answer_all = {"num_answers": num_answers, "num_warm_up": num_warm_up, "tokens": tokens, "prompt": prompt_tokens}
     context = prompt_tokens + tokens + 1
     counts = {share: max(1, round(share * num_all)) for share in shares}
@@ -80,15 +80,15 @@ def bytes_of(folder: Path, num_slots: Sequence[int], context: int) -> list[int]:
 
 def open_model(folder: Path, num_slots: int, ram: int, context: int) -> Model:
     model = load(folder, ram=ram, context=context, prefetch=0)
-    assert model._hierarchy.num_slots("ram") == num_slots
-    model._room.lends = False  # so many, not more
+    assert model.engine.hierarchy.num_slots("ram") == num_slots
+    model.room.lends = False  # so many, not more
     model.hf.generation_config.eos_token_id = None
     return model
 
 
 def prepare(model: Model, *, is_whole: bool) -> None:
     """Touch the memory of the slots, which costs as much as a read the first time; fill it where it holds all."""
-    arena = model._hierarchy.arena
+    arena = model.engine.hierarchy.arena
     for slot in range(arena.num_slots):
         arena.slot(slot).zero_()
     if is_whole:

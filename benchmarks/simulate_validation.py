@@ -59,9 +59,9 @@ def main() -> None:
 
 def store_of(name: str, folder: Path, config: Path) -> Path:
     if name == "demo":
-        from offload_moe.convert.sources import ensure_store, silent
+        from offload_moe.convert.sources import ensure_store
 
-        return ensure_store("demo", codec=None, dense_codec="bf16", revision=None, token=None, report=silent)
+        return ensure_store("demo", codec=None, dense_codec="bf16", revision=None, token=None)
     store = folder / f"{config.stem}-store"
     make("synthesize.py", config, store)
     return store

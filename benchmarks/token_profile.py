@@ -95,7 +95,7 @@ def main() -> None:
         layer.span_kind = lambda hierarchy, step: None
     model = load(options.store, fast_path=not options.plain)
     for layer, stored in enumerate(model.store.layers):
-        with model._hierarchy.scheduler.acquire(layer, range(stored.num_experts)) as lease:
+        with model.engine.hierarchy.scheduler.acquire(layer, range(stored.num_experts)) as lease:
             for _ in lease:
                 pass
     watch(model.hf, clock)

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Takes an optional PROMPT after flags as well: argparse may decide before them that there is none."""
+    """A parser that accepts an optional PROMPT also after flags, where argparse may already have set it to none."""
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None

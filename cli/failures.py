@@ -4,7 +4,7 @@ from offload_moe.errors import OffloadMoeError
 
 
 def one_line(error: Exception) -> str:
-    """Ours as they are, the system's with the file they are about, any other with its kind and where to read more."""
+    """Our own errors unchanged, the system's with the file, all others with their class and a hint at --debug."""
     if isinstance(error, OffloadMoeError):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:

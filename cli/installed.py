@@ -1,4 +1,4 @@
-"""What is installed, in words and as JSON."""
+"""Entries of the cache folder as text and as JSON."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,6 @@ def state_text(entry: "Installed") -> str:
 
 
 def origin_text(entry: "Installed") -> str:
-    """`Qwen/Qwen3-30B-A3B@ad44e777bcd1`, as far as it is known."""
+    """Source and revision, as in `Qwen/Qwen3-30B-A3B@ad44e777bcd1`; unknown parts are left out."""
     revision = f"@{entry.revision[:REVISION_DIGITS]}" if entry.revision else ""
     return f"{entry.source}{revision}" if entry.source else ""

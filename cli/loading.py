@@ -16,22 +16,22 @@ from .terminal import console
 if TYPE_CHECKING:
     from offload_moe.engine.model import Model
 
-DEMO = "demo"
-
 
 @contextmanager
 def loaded_model(options: argparse.Namespace) -> "Iterator[Model]":
-    """The model the flags ask for, closed at the end. Settings are checked first: loading may take minutes."""
+    """The model that the flags select, closed at the end. Settings are checked first, as loading may take minutes."""
     check_model(options.model, options.revision)
     with reporter() as report:
         report("Loading libraries")
         with _no_garbage_collection():
             from offload_moe.chat import Sampling
-            from offload_moe.engine.model import load
+            from offload_moe.engine.load import load
+            from offload_moe.engine.options import LoadOptions
 
+        chosen = LoadOptions().updated(load_arguments(options))
         Sampling.of(sampling_arguments(options))
         report(f"Loading {options.model}")
-        model = load(options.model, progress=report, **load_arguments(options))
+        model = load(options.model, chosen, progress=report)
     for notice in model.notices:
         console(stderr=True).print(notice, style="bold yellow", soft_wrap=True)
     print(model.summary, file=sys.stderr)
@@ -43,7 +43,7 @@ def loaded_model(options: argparse.Namespace) -> "Iterator[Model]":
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Imports make hundreds of thousands of objects that stay; searching them for garbage takes a fifth of the time."""
+    """Imports create hundreds of thousands of permanent objects; collecting among them takes a fifth of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import offload_moe
+from offload_moe.system.names import did_you_mean
 
 from .command_parser import CommandParser
 from .commands import COMMANDS
@@ -18,7 +19,7 @@ EXIT_OK, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. 0 done, 1 failed, 2 not understood, 130 interrupted, 141 the reader of a stream went away."""
+    """Run one command. Returns 0 success, 1 failure, 2 wrong usage, 130 interrupted, 141 stdout lost its reader."""
     prepare_streams()
     try:
         try:
@@ -41,6 +42,7 @@ def _run(arguments: Sequence[str]) -> int:
         if not arguments:
             parser.print_help()
             return EXIT_OK
+        _check_command(parser, arguments[0])
         options = parser.parse_args(arguments)
         if not is_debugging:
             quiet_libraries()
@@ -59,17 +61,27 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with every command. Command modules import what is heavy only when they run."""
+    """The parser with every command. Command modules import heavy packages only when they run."""
     parser = argparse.ArgumentParser(
         prog="offload-moe",
         description="Run large Mixture-of-Experts models: experts in 4 bits on disk, in RAM and on the GPU at once.",
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and leave")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
     for name in COMMANDS:
         module = import_module(f".commands.{name}", __package__)
         module.add_parser(subparsers)
     return parser
+
+
+def _check_command(parser: argparse.ArgumentParser, word: str) -> None:
+    """Leave with a usage error where the first word is no command; argparse does not say which one it resembles."""
+    if word.startswith("-") or word in COMMANDS:
+        return
+    meant = did_you_mean(word, (*COMMANDS, "--help", "--version"), otherwise="")
+    parser.error(
+        " ".join(filter(None, (f"there is no command {word!r}.", meant, f"Choose one of: {', '.join(COMMANDS)}.")))
+    )
 
 
 class _Version(argparse.Action):

@@ -1,4 +1,4 @@
-"""Flags that several commands share, and what they become."""
+"""Flags that several commands share, and their values as settings."""
 
 import argparse
 from typing import Any, TypeAlias
@@ -12,34 +12,36 @@ CODECS = ("nf4", "int8", "bf16", "mxfp4")
 DENSE_CODECS = ("nf4", "int8", "bf16")
 DTYPES = ("fp32", "bf16", "fp16")
 POLICIES = ("lru", "lfu", "decayed", "slru", "lru-2", "knn")
-REPLAYS = (*POLICIES, "belady", "all")  # what `profile --replay` takes
+REPLAYS = (*POLICIES, "belady", "all")  # a value of `profile --replay --policy`
 CODEC_HELP = "format of the experts (default: mxfp4 for a checkpoint in MXFP4, nf4 for any other)"
 MOST_TOKENS = 1 << 31
 SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "seed": int, "max_new_tokens": int}
 
 
 def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and what libraries say")
+    parser.add_argument(
+        "--debug", action="store_true", help="show the traceback of an error, and the libraries' own messages"
+    )
 
 
 def add_display_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--plain", action="store_true", help="show answers as they are: no Markdown on a terminal")
+    parser.add_argument("--plain", action="store_true", help="show answers unchanged: no Markdown on a terminal")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Where the model's parts may live, and how a checkpoint is read."""
+    """Flags for memory, device, and the reading of a checkpoint."""
     group = parser.add_argument_group("memory")
     group.add_argument(
-        "--vram", type=parse_size, metavar="SIZE", help="GPU memory to use, such as 10GiB (default: what is free)"
+        "--vram", type=parse_size, metavar="SIZE", help="GPU memory to use, such as 10GiB (default: the free memory)"
     )
     group.add_argument(
-        "--ram", type=parse_size, metavar="SIZE", help="RAM to use, such as 32GiB (default: what is free)"
+        "--ram", type=parse_size, metavar="SIZE", help="RAM to use, such as 32GiB (default: the free memory)"
     )
     group.add_argument(
         "--context",
         type=context_tokens,
         metavar="TOKENS",
-        help="room for this many tokens (default: what fits, 8192 at most)",
+        help="memory for this many tokens (default: as many as fit, at most 8192)",
     )
     group.add_argument(
         "--policy", type=policy_name, metavar="NAME", help=f"which experts to keep, one of {', '.join(POLICIES)}"
@@ -47,22 +49,24 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--hybrid",
         choices=("off", "auto", "on"),
-        help="with a GPU: let the CPU compute experts that the link would bring too late (default: auto)",
+        help="with a GPU: the CPU computes experts that it finishes before the link could copy them (default: auto)",
     )
-    group.add_argument("--device", metavar="NAME", help="where to compute, such as cuda or cpu (default: a GPU if any)")
-    group.add_argument("--dtype", choices=DTYPES, help="what to compute in (default: bf16 on a GPU, fp32 on the CPU)")
+    group.add_argument(
+        "--device", metavar="NAME", help="device to compute on, such as cuda or cpu (default: a GPU if there is one)"
+    )
+    group.add_argument("--dtype", choices=DTYPES, help="dtype to compute in (default: bf16 on a GPU, fp32 on the CPU)")
     group.add_argument(
         "--exact",
         action="store_true",
         default=None,
-        help="keep activations in full precision on the CPU, slower; bf16 experts then give transformers' bits",
+        help="full precision of activations on the CPU, slower; with bf16 experts the results equal transformers' bits",
     )
     group = parser.add_argument_group("reading a checkpoint (a store has its own)")
     group.add_argument("--codec", choices=CODECS, help=CODEC_HELP)
     group.add_argument(
         "--dense-codec",
         choices=DENSE_CODECS,
-        help="format of the rest (default: bf16 on disk, in memory the most exact that fits)",
+        help="format of the other weights (default: bf16 on disk, in memory the most exact that fits)",
     )
     group.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
     add_link_flag(group)
@@ -73,12 +77,12 @@ def add_link_flag(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -
         "--follow-links",
         action="store_true",
         default=None,
-        help="also read what links in a checkpoint folder lead to where that is another user's",
+        help="also follow links in a checkpoint folder to files of other users",
     )
 
 
 def policy_name(text: str) -> str:
-    """Raises: ConfigError. With `profile --replay` more names are policies; loading refuses those."""
+    """A policy's name. `profile --replay` accepts more names, which loading refuses. Raises: ConfigError."""
     return choice("policy", text, REPLAYS if text in REPLAYS else POLICIES)
 
 
@@ -93,20 +97,20 @@ def context_tokens(text: str) -> int:
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """How answers are drawn; the defaults are the model's own."""
+    """Flags for sampling; the defaults are the model's own."""
     group = parser.add_argument_group("sampling (defaults: the model's own)")
     group.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token each time")
     group.add_argument(
         "--top-p", type=float, metavar="P", help="draw from the likeliest tokens with this much probability"
     )
     group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens, 0 from all")
-    group.add_argument("--seed", type=int, metavar="N", help="draw the same way each time")
-    group.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
+    group.add_argument("--seed", type=int, metavar="N", help="seed of the random numbers, for repeatable answers")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="limit of an answer's tokens")
     group.add_argument("--system", metavar="TEXT", help="system prompt")
 
 
 def load_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """What the user chose of `offload_moe.load`'s arguments; the rest keeps its defaults there."""
+    """The given flags as options of `offload_moe.LoadOptions`; the others keep their defaults there."""
     names = (
         *("vram", "ram", "context", "policy", "hybrid", "device", "dtype"),
         *("codec", "dense_codec", "revision", "follow_links", "exact"),
@@ -115,5 +119,5 @@ def load_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def sampling_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """What the user chose of `offload_moe.chat.Sampling`'s fields."""
+    """The given flags as fields of `offload_moe.chat.Sampling`."""
     return {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar with rate and time left on a terminal, now and then a line elsewhere."""
+"""Progress of long work on stderr: on a terminal a bar with rate and time left, else a line every ten seconds."""
 
 import sys
 import time
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
+from offload_moe.system.progress import Progress
 from offload_moe.system.sizes import format_size
 
 from .streams import uses_unicode
@@ -14,20 +15,15 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 LINE_INTERVAL_S = 10.0
-# The first moments of a phase say nothing about its rate.
+# A rate over the first moments of a phase is not reliable.
 SETTLE_S = 0.5
 
 
-class Reporter(Protocol):
-    """Called with a phase and how much of it is done: bytes of `total` bytes, or a share from 0 to 1 without it.
-
-    A negative share means that nobody knows.
-    """
-
-    def __call__(self, phase: str, done: float = -1.0, total: float | None = None) -> None: ...
+class Reporter(Progress, Protocol):
+    """Shows progress, and notices, on stderr."""
 
     def notice(self, text: str) -> None:
-        """A line that stays."""
+        """Print a permanent line."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -38,16 +34,16 @@ class Reporter(Protocol):
 
 
 def reporter() -> Reporter:
-    """The one that suits stderr."""
+    """A bar if stderr is a terminal, else lines."""
     if not sys.stderr.isatty():
         return LineReporter()
-    # At once, before rich is imported; the bar takes the same line.
+    # Printed before the slow import of rich; the bar reuses the line.
     print("Starting", end="\r", file=sys.stderr, flush=True)
     return BarReporter()
 
 
 class Meter:
-    """Rate and time left of one phase. What was done when it began, as on a resumed run, does not count."""
+    """Rate and time left of one phase, without the work that was done before it began, as in a resumed run."""
 
     def __init__(self, done: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -55,7 +51,7 @@ class Meter:
         self._begun_at = max(done, 0.0)
 
     def text(self, done: float, total: float | None) -> str:
-        """`37%, 1.2 GiB of 3.3 GiB, 210 MiB/s, 12 s left`, as far as it is known."""
+        """Text such as `37%, 1.2 GiB of 3.3 GiB, 210 MiB/s, 12 s left`; unknown parts are left out."""
         if done < 0:
             return ""
         whole = total or 1.0
@@ -101,10 +97,11 @@ class LineReporter:
 
 
 class BarReporter:
-    """One bar, replaced by the next phase's; it leaves the screen when the work is done."""
+    """One bar, replaced by the next phase's and removed from the screen at the end."""
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+        from rich.progress import BarColumn, SpinnerColumn, TextColumn
+        from rich.progress import Progress as Bar
 
         from .terminal import console
 
@@ -114,7 +111,7 @@ class BarReporter:
             BarColumn(bar_width=20),
             TextColumn("{task.fields[figures]}", style="dim"),
         )
-        self._bar: Progress = Progress(*columns, console=console(stderr=True), transient=True)
+        self._bar = Bar(*columns, console=console(stderr=True), transient=True)
         self._task: TaskID | None = None
         self._phase = ""
         self._meter = Meter(0.0)

@@ -1,4 +1,4 @@
-"""The prompt of one run: files, what is piped in, and the argument."""
+"""The prompt of `run`: files, piped input, and the argument."""
 
 import codecs
 import os
@@ -14,12 +14,12 @@ from offload_moe.system.texts import decode, read_text, unescape
 from .streams import say_on_stderr
 
 STDIN = "-"
-# After the model has loaded: a program before us in the pipe, which may be another model, has had that long as well.
+# Counted from the end of loading, so a slow program at the other end of the pipe has had that time as well.
 GRACE_S = 10.0
 
 
 def read_stdin() -> str:
-    """All of stdin, to its end.
+    """Read stdin to its end.
 
     Raises: ConfigError when it cannot be read or decoded.
     """
@@ -37,7 +37,7 @@ def read_files(names: Sequence[str]) -> list[str]:
 
 
 def read_argument(text: str, what: str) -> str:
-    """An argument as the user typed it: Python keeps bytes that are not in the locale's encoding as surrogates.
+    """Decode an argument in which Python kept bytes outside the locale's encoding as surrogates.
 
     Raises: ConfigError when it is not UTF-8 either.
     """
@@ -45,7 +45,7 @@ def read_argument(text: str, what: str) -> str:
 
 
 def read_piped_if_ready() -> str | None:
-    """What is piped in beside a prompt that is given; None if nothing has come yet.
+    """Piped input beside a given prompt; None if none has arrived yet.
 
     Raises: ConfigError when it cannot be decoded.
     """
@@ -55,28 +55,28 @@ def read_piped_if_ready() -> str | None:
 
 
 def wait_for_piped() -> str:
-    """What comes on stdin, if it begins to within `GRACE_S`: services and `ssh` leave a pipe open that says nothing.
+    """Read stdin if its first byte arrives within `GRACE_S`: services and `ssh` leave pipes open without writing.
 
     Raises: ConfigError when it cannot be read or decoded.
     """
     if not _is_ready(0.0):
-        say_on_stderr(f"Waiting {GRACE_S:.0f} s for the pipe on stdin. </dev/null goes without it.")
+        say_on_stderr(f"Waiting {GRACE_S:.0f} s for the pipe on stdin. Add </dev/null to skip it.")
     if _is_ready(GRACE_S):
         return read_stdin()
-    say_on_stderr("Nothing has come on stdin, so the prompt goes without it. With -f - it is waited for.")
+    say_on_stderr("The pipe on stdin is empty and is left out of the prompt. -f - waits for it without a limit.")
     return ""
 
 
 def join(parts: Sequence[str]) -> str:
-    """Material first, the instruction last, with an empty line between."""
+    """Join files and piped input, then the instruction, with an empty line between."""
     return "\n\n".join(text for part in parts if (text := part.removesuffix("\n")))
 
 
 def _may_be_material() -> bool:
     """Whether stdin may carry text for a prompt that is given as well.
 
-    Not a terminal and no device, and no file that others read too: in `while read line; do offload-moe run MODEL
-    "$line"; done < list` it is the rest of the list.
+    True for a pipe, a socket or a file at its beginning. A file that was partly read may be in use: in `while read
+    line; do offload-moe run MODEL "$line"; done < list` it is the rest of the list.
     """
     try:
         descriptor = sys.stdin.fileno()
@@ -89,14 +89,14 @@ def _may_be_material() -> bool:
 
 
 def _is_ready(timeout_s: float) -> bool:
-    """Whether stdin has something to read, or has ended, within that time."""
+    """Whether stdin has data, or ends, within that time."""
     try:
         return bool(select.select([sys.stdin], [], [], timeout_s)[0])
     except (OSError, ValueError):
-        return True  # Windows can only tell of sockets
+        return True  # on Windows `select` supports only sockets
 
 
 def _encoding() -> str:
-    """What stdin is in. An ASCII locale says nothing, so there it is UTF-8 as well."""
+    """The encoding of stdin. An ASCII locale is usually an unset one, so there it is UTF-8."""
     name = codecs.lookup(sys.stdin.encoding or "utf-8").name
     return "utf-8" if name == "ascii" else name

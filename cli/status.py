@@ -1,4 +1,4 @@
-"""What an answer cost, in one quiet line or in full."""
+"""Statistics of an answer, in one line or in full."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 ENDINGS = {
     "length": "stopped at {tokens:,} tokens, see /set max_new_tokens",
-    "context": "the context is full, /reset begins anew",
-    "memory": "no memory for a longer context, /reset begins anew",
+    "context": "the context is full, /reset starts a new conversation",
+    "memory": "no memory for a longer context, /reset starts a new conversation",
     "interrupted": "stopped",
 }
 REUSES = {
@@ -42,7 +42,7 @@ def status_line(stats: "TurnStats", width: int) -> str:
     if stats.memory_bytes:
         parts.append(format_size(sum(stats.memory_bytes.values())))
     if stats.num_slots_given_up:
-        parts.append(f"{stats.num_slots_given_up:,} expert slots gave way to the context")
+        parts.append(f"{stats.num_slots_given_up:,} expert slots were freed for the context")
     if stats.crossed_window is not None:
         parts.append(CROSSED.format(window=stats.crossed_window))
     elif stats.reuse in REUSES and stats.num_prompt_tokens:
@@ -80,7 +80,7 @@ def full_statistics(stats: "TurnStats | None", memory_bytes: Mapping[str, int]) 
 
 
 def peak_rows(peaks: Mapping[str, tuple[int, int]]) -> list[tuple[str, str]]:
-    """What was planned, and the most that was in use."""
+    """The planned peak and the actual peak of each memory."""
     return [
         (f"{memory} at its peak", f"{format_size(peak)}, planned {format_size(planned)} with the context full")
         for memory, (planned, peak) in peaks.items()
@@ -88,7 +88,7 @@ def peak_rows(peaks: Mapping[str, tuple[int, int]]) -> list[tuple[str, str]]:
 
 
 def _hybrid_rows(counters: "Counters") -> list[tuple[str, str]]:
-    """What the CPU took off the link, and how well the times were foreseen."""
+    """The misses that the CPU computed, and the predicted times beside the measured ones."""
     if not counters.num_computed_on_cpu:
         return []
     return [

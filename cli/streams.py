@@ -1,4 +1,4 @@
-"""The standard streams as a program finds them: closed, in any encoding, with readers that leave."""
+"""The standard streams, which may be closed, in any encoding, or lose their reader."""
 
 import codecs
 import io
@@ -10,7 +10,7 @@ REPLACING = "offload-moe-replace"
 
 
 def prepare_streams() -> None:
-    """Make all three usable. Call it before anything opens a file."""
+    """Make all three streams usable. Must be called before any file is opened."""
     _occupy_descriptors()
     for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         stream = getattr(sys, name)
@@ -23,13 +23,13 @@ def prepare_streams() -> None:
 
 
 def flush_streams() -> None:
-    """Write what is left. Raises: OSError when it cannot be written."""
+    """Flush both streams. Raises: OSError when a stream cannot be written."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
 
 
 def discard_unwritten() -> None:
-    """Send what a stream cannot write to nowhere: Python tries again at exit, and complains."""
+    """Discard data that cannot be written, because Python tries again at exit and prints an error."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -39,25 +39,25 @@ def discard_unwritten() -> None:
 
 
 def say_on_stderr(text: str) -> None:
-    """A last word, for whoever still reads it."""
+    """Print a last line to stderr if it still has a reader."""
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 
 def uses_unicode(stream: object) -> bool:
-    """Whether a stream takes every character."""
+    """Whether a stream's encoding has every character."""
     return (getattr(stream, "encoding", None) or "utf-8").lower().startswith(("utf-8", "utf8", "utf-16", "utf-32"))
 
 
 def _occupy_descriptors() -> None:
-    """Put the null device where 0, 1 or 2 is closed: a store opened as 1 would be what libraries print into."""
+    """Open the null device in place of a closed 0, 1 or 2: libraries would print into a store that is opened as 1."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
 
 
 class _Replacing:
-    """An error handler that writes `\\u20ac` for what an encoding lacks, and says so once."""
+    """An error handler that writes `\\u20ac` for characters that the encoding lacks, with one notice."""
 
     def __init__(self) -> None:
         self._has_said = False
@@ -67,6 +67,6 @@ class _Replacing:
             self._has_said = True
             say_on_stderr(
                 f"stdout is in {sys.stdout.encoding}, which lacks some of these characters: they are written like "
-                "\\u20ac. Set PYTHONIOENCODING=utf-8, or a UTF-8 locale, for the characters themselves."
+                "\\u20ac. Set PYTHONIOENCODING=utf-8, or a UTF-8 locale, to write them."
             )
         return codecs.backslashreplace_errors(error)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from offload_moe.profile.report import ProfileReport
 
 GAP = 3  # characters between columns
-PLENTY = 10_000  # a file or a pipe has room for any table
+PLENTY = 10_000  # a file or a pipe has no width limit
 
 
 def print_report(report: "ProfileReport") -> None:
@@ -31,7 +31,7 @@ def print_report(report: "ProfileReport") -> None:
 
 
 def print_replay(document: dict[str, Any]) -> None:
-    """document: what `replay_report` gives."""
+    """The tables of a replay. document: the result of `replay_report`."""
     out, first = _wide_console(), document["results"][0]
     pool = "one pool for all layers" if first["pool"] == "global" else "slots divided evenly among the layers"
     out.print(
@@ -54,12 +54,12 @@ def _wide_console() -> "Console":
 
 
 def _print_table(out: "Console", title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Side by side where the terminal is wide enough, else in several tables; nothing is cut off."""
+    """One table if the terminal is wide enough, else several; no cell is truncated."""
     from rich import box
     from rich.table import Table
 
     widths = [max(len(cell) for cell in column) + GAP for column in zip(columns, *rows, strict=True)]
-    for group in _groups(widths, out.width):
+    for group in column_groups(widths, out.width):
         table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for number in group:
             table.add_column(columns[number], justify="right" if number else "left", overflow="fold")
@@ -68,8 +68,8 @@ def _print_table(out: "Console", title: str, columns: Sequence[str], rows: Seque
         out.print(table)
 
 
-def _groups(widths: Sequence[int], room: int) -> list[list[int]]:
-    """Columns that fit beside each other; the first column, which names the rows, leads each group."""
+def column_groups(widths: Sequence[int], room: int) -> list[list[int]]:
+    """Groups of columns that fit side by side; each begins with the first column, which names the rows."""
     groups, left = [[0]], room - widths[0]
     for number, width in enumerate(widths[1:], 1):
         if width > left and len(groups[-1]) > 1:

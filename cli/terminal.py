@@ -1,4 +1,4 @@
-"""The terminal: what it can show, and who may write to it."""
+"""The terminal: its capabilities, and the output that reaches it."""
 
 import logging
 import os
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Everything below a space but newline and tab, and the C1 range: a model must not drive the terminal.
+# Everything below a space but newline and tab, and the C1 range: a model must not control the terminal.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def is_interactive() -> bool:
-    """Whether a person types and reads: both ends are a terminal."""
+    """Whether stdin and stdout are both a terminal."""
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
@@ -25,7 +25,7 @@ def console(*, stderr: bool = False) -> "Console":
 
     class PipedConsole(Console):
         def on_broken_pipe(self) -> None:
-            """Leave it to `main`; rich would exit with 1."""
+            """Leave a broken pipe to `main`; rich would exit with 1."""
             raise
 
     return PipedConsole(stderr=stderr, markup=False, highlight=False, emoji=False)

@@ -1,4 +1,4 @@
-"""A line that says how far a long prompt is, and the answer after it."""
+"""A progress line for a long prompt, and the answer after it."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ DELAY_S, INTERVAL_S = 1.0, 0.2
 
 
 def show_answer(session: "ChatSession", pieces: "Generator[Piece, None, None]", writer: AnswerWriter) -> None:
-    """Write an answer as it comes; until it begins, a terminal on stderr shows how far the prompt is."""
+    """Stream an answer; until it begins, a terminal on stderr shows the progress of the prompt."""
     try:
         with closing(pieces):
             with prompt_progress(session):
@@ -32,7 +32,7 @@ def show_answer(session: "ChatSession", pieces: "Generator[Piece, None, None]", 
 
 @contextmanager
 def prompt_progress(session: "ChatSession") -> Iterator[None]:
-    """Keep one line on stderr up to date while this lasts longer than a second, and take it away."""
+    """Update one line on stderr if the context lasts longer than a second, and erase it at the end."""
     if not sys.stderr.isatty():
         yield
         return

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class AnswerWriter:
-    """The answer goes to stdout. Reasoning is for people: it goes to `reasoning`, or nowhere.
+    """Writes the answer to stdout and the reasoning to `reasoning`, if that is given.
 
-    On a terminal words are wrapped whole and Markdown is rendered, unless it is to be plain.
+    On a terminal lines are wrapped between words and Markdown is rendered, unless `--plain` is set.
     """
 
     def __init__(self, reasoning: "Console | None" = None, *, is_plain: bool = False) -> None:
@@ -43,7 +43,7 @@ class AnswerWriter:
         self._answer.write(piece.text)
 
     def end(self) -> None:
-        """Leave the cursor at the start of a line."""
+        """Finish the text, and leave the cursor at the start of a line."""
         if self._kind == "reasoning" and self._reasoning is not None:
             self._reasoning.end()
         else:
@@ -51,7 +51,7 @@ class AnswerWriter:
 
 
 class PlainScreen:
-    """A file or a pipe: the text as it is, and a new line at its end."""
+    """For a file or a pipe: the text unchanged, with a newline at its end."""
 
     def __init__(self) -> None:
         self._is_at_line_start = True

@@ -1,1 +1,1 @@
-"""The chat at a terminal: prompt, history, completion, commands; or over a pipe, a turn per line."""
+"""The chat: at a terminal with prompt, history, completion and commands; from a pipe with one turn per line."""

@@ -1,4 +1,4 @@
-"""The commands one can type in a chat."""
+"""The commands of a chat."""
 
 import difflib
 import os
@@ -17,12 +17,12 @@ DEFAULT = "default"
 
 
 class LeaveError(Exception):
-    """The user wants to leave the chat."""
+    """A command that leaves the chat."""
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What it takes, what it does, what Tab offers after it, and whether its argument may span lines."""
+    """One command: its argument, its summary, the completions of Tab, and whether the argument may span lines."""
 
     argument: str
     summary: str
@@ -32,7 +32,7 @@ class Command:
 
 
 def is_command(message: str) -> bool:
-    """Whether a message is for us: one line that begins with one slash. Several lines are a text that was pasted."""
+    """Whether a message is a command: one line that begins with one slash. Several lines are pasted text."""
     if not message.startswith("/") or message.startswith("//"):
         return False
     if "\n" not in message.strip():
@@ -45,8 +45,8 @@ def dispatch(talk: Talk, line: str) -> None:
     """Run one command.
 
     Raises:
-        ConfigError: there is no such command, or it cannot do what it is asked.
-        LeaveError: the user wants to leave.
+        ConfigError: there is no such command, or its argument is not usable.
+        LeaveError: the command leaves the chat.
     """
     name, *argument = line.strip().split(maxsplit=1)
     name = ALIASES.get(name, name)
@@ -76,13 +76,13 @@ def _help(talk: Talk, _: str) -> None:
 
 def _reset(talk: Talk, _: str) -> None:
     talk.session.reset()
-    talk.say("The conversation begins anew.")
+    talk.say("A new conversation.")
 
 
 def _system(talk: Talk, text: str) -> None:
     if text:
         talk.session.system = None if text == "-" else text
-        talk.say("System prompt removed." if text == "-" else "System prompt set. It holds from the next answer on.")
+        talk.say("System prompt removed." if text == "-" else "System prompt set. It applies from the next answer on.")
     else:
         talk.say(talk.session.system or "There is no system prompt.")
 
@@ -128,10 +128,12 @@ def _stats(talk: Talk, _: str) -> None:
 
 
 def _save(talk: Talk, name: str) -> None:
-    # What a link points to is written, not the link.
+    # The target of a link is replaced, not the link.
     path = Path(os.path.realpath(_file(name, "/save")))
     if path.exists() and not path.is_file():
-        raise ConfigError(f"{name} is no file that a conversation can be written to. Choose another name.")
+        raise ConfigError(
+            f"{name} is not a regular file, so no conversation can be written to it. Choose another name."
+        )
     if path.exists():
         if talk.confirm is None:
             raise ConfigError(f"{name} exists already. Choose another name, or delete it first.")
@@ -162,13 +164,13 @@ def _file(name: str, command: str) -> Path:
 
 COMMANDS = {
     "/help": Command("", "this list", _help),
-    "/reset": Command("", "forget the conversation", _reset),
+    "/reset": Command("", "delete the conversation", _reset),
     "/system": Command("[TEXT]", "show or set the system prompt, - removes it", _system, takes_lines=True),
-    "/set": Command("[NAME [VALUE]]", "show or change how answers are drawn", _set, choices=tuple(SAMPLING)),
+    "/set": Command("[NAME [VALUE]]", "show or change the sampling", _set, choices=tuple(SAMPLING)),
     "/retry": Command("", "answer the last message again", _retry),
-    "/stats": Command("", "what the last answer cost, and the memory in use", _stats),
+    "/stats": Command("", "time and tokens of the last answer, and the memory in use", _stats),
     "/save": Command(FILE, "write the conversation to a file", _save),
-    "/load": Command(FILE, "go on with a saved conversation", _load),
+    "/load": Command(FILE, "continue a saved conversation", _load),
     "/exit": Command("", "leave", _exit),
 }
 ALIASES = {"/?": "/help", "/quit": "/exit", "/bye": "/exit"}

@@ -9,7 +9,7 @@ from .commands import COMMANDS, FILE
 
 
 class CommandCompleter(Completer):
-    """Completes a line that begins with a slash."""
+    """Completes lines that begin with a slash."""
 
     def __init__(self) -> None:
         self._files = PathCompleter(expanduser=True)

@@ -1,4 +1,4 @@
-"""What was typed, kept between runs: one JSON string per line, appended, so that several chats share a file."""
+"""The typed messages, kept between runs: one JSON string per line, appended, so that several chats share a file."""
 
 import json
 import os
@@ -13,7 +13,7 @@ MAX_READ_BYTES = 4 << 20
 
 
 class MessageHistory(History):
-    """Nothing that is wrong with the file hinders a chat: what cannot be read or written is left out."""
+    """The history file. Errors never stop a chat: lines that cannot be read or written are left out."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class MessageHistory(History):
         return messages[:MAX_MESSAGES]
 
     def store_string(self, string: str) -> None:
-        """Append in one write: the system keeps those of several processes apart."""
+        """Append in one write, because the system does not interleave single writes of several processes."""
         line = json.dumps(string) + "\n"
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,14 +11,14 @@ PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"
 
 @contextmanager
 def quiet_keyboard() -> Iterator[None]:
-    """Keep what is typed meanwhile off the screen; it stays in line for the next prompt.
+    """Turn off the echo of typed keys; they stay in the queue for the next prompt.
 
-    The terminal goes on marking what is pasted, so that the prompt gets it as one text.
+    The terminal keeps marking pasted text, so that the prompt receives it as one text.
     """
     try:
         import termios
     except ImportError:
-        # Windows shows nothing until a line is read.
+        # Windows echoes only while a line is read.
         yield
         return
     keyboard = sys.stdin.fileno()
@@ -31,7 +31,7 @@ def quiet_keyboard() -> Iterator[None]:
         termios.tcsetattr(keyboard, termios.TCSANOW, quiet)
         _mark_pastes(PASTE_ON)
 
-    # A shell that has the process in the foreground again leaves its own settings.
+    # After `fg` the terminal has the shell's own settings.
     handler = signal.signal(signal.SIGCONT, silence)
     silence()
     try:

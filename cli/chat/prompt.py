@@ -32,7 +32,7 @@ class Prompt:
         self._is_block = False
         output = get_app_session().output
         if isinstance(output, Vt100_Output):
-            # Asking where the cursor is costs a round trip, and not every terminal answers.
+            # A request for the cursor position takes a round trip, and some terminals never reply.
             output.enable_cpr = False
         self._session: PromptSession[str] = PromptSession(
             PROMPT,
@@ -88,7 +88,7 @@ class Prompt:
             buffer.validate_and_handle()
 
     def _is_open_block(self, text: str) -> bool:
-        """Quotes begin a block when Enter follows on their line; in a pasted text they are text."""
+        """Quotes begin a block only if Enter follows on their line; in a pasted text they are text."""
         begun = text.strip()
         if not begun.startswith(QUOTES):
             self._is_block = False

@@ -1,4 +1,4 @@
-"""The chat loop: read a message, stream the answer, say what it cost."""
+"""The chat loop: read a message, stream the answer, print its statistics."""
 
 from offload_moe.system.paths import state_dir
 
@@ -20,7 +20,7 @@ def run_chat(talk: Talk) -> int:
 
 
 def take_turn(talk: Talk, message: str) -> None:
-    """Run a command, or answer a message. A doubled slash is how a message begins with one."""
+    """Run a command, or answer a message. A message that begins with a slash is typed with two."""
     if not message.strip():
         return
     if is_command(message):
@@ -45,14 +45,14 @@ def _run_interactive(talk: Talk) -> None:
             if cancelled.was_empty and was_cancelled:
                 raise LeaveError from None
             if cancelled.was_empty:
-                talk.say("Ctrl-C again or Ctrl-D leaves.", style="dim")
+                talk.say("Press Ctrl-C again or Ctrl-D to leave.", style="dim")
             was_cancelled = True
         except EOFError:
             raise LeaveError from None
         except LeaveError:
             raise
         except Exception as error:
-            # Whatever went wrong with one line, the conversation is worth keeping.
+            # An error in one line must not end the conversation.
             talk.say_error(error)
 
 

@@ -1,4 +1,4 @@
-"""A conversation and what it is shown on: what the loop and the commands work with."""
+"""A conversation and its display: the state shared by the loop and the commands."""
 
 from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Talk:
-    """One chat. `confirm` puts a question to the person at the terminal; None where nobody is there."""
+    """One chat. `confirm` asks a yes-or-no question at the terminal; None without a terminal."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Talk:
         self._console = console(stderr=not self.is_interactive)
 
     def say(self, text: str, style: str | None = None) -> None:
-        """Something that is not an answer."""
+        """Print a line that is not part of an answer."""
         self._console.print(safe(text), style=style, soft_wrap=not self.is_interactive)
 
     def say_error(self, error: Exception) -> None:
@@ -46,7 +46,7 @@ class Talk:
         self.say(f"error: {one_line(error)}", style="red")
 
     def show(self, pieces: "Generator[Piece, None, None]") -> None:
-        """Stream an answer. At the terminal an interrupt stops it, and what was said stays in the conversation."""
+        """Stream an answer. At the terminal an interrupt stops it, and the text so far stays in the conversation."""
         if not self.is_interactive:
             show_answer(self.session, pieces, AnswerWriter())
             return
@@ -60,6 +60,9 @@ class Talk:
             return
         finally:
             if self.session.withdrawn is not None:
-                self.say("Your message has no answer and is taken back; /retry sends it again.", style="dim")
+                self.say(
+                    "The message has no answer and was removed from the conversation. /retry sends it again.",
+                    style="dim",
+                )
         if self.session.last_stats is not None:
             self.say(status_line(self.session.last_stats, self._console.width) + "\n", style="dim")

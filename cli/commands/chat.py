@@ -3,8 +3,10 @@
 import argparse
 from contextlib import ExitStack, nullcontext
 
+from offload_moe.system.names import DEMO
+
 from ..chat.keyboard import quiet_keyboard
-from ..loading import DEMO, loaded_model
+from ..loading import loaded_model
 from ..options import (
     Subparsers,
     add_common_flags,
@@ -21,7 +23,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "chat",
         help="talk to a model",
-        description="Talk to a model. Piped input works too: each line is a turn, and stdout carries the answers only.",
+        description="Talk to a model. Input may be piped: each line is a turn, and stdout carries the answers only.",
     )
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", default=DEMO, help="store, checkpoint folder or hub id (default: demo)"
@@ -37,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     if options.system is not None:
         options.system = read_argument(options.system, "--system")
     with ExitStack() as stack:
-        # What is typed or pasted meanwhile is for the prompt.
+        # Keys typed during the load are input of the prompt.
         with quiet_keyboard() if is_interactive() else nullcontext():
             model = stack.enter_context(loaded_model(options))
             session = model.chat(system=options.system)
@@ -47,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         arguments = sampling_arguments(options)
         talk = Talk(model, session, arguments, is_plain=options.plain, is_debugging=options.debug)
         if talk.is_interactive:
-            talk.say(f"{options.model} is ready. /help lists the commands, Ctrl-D leaves.", style="dim")
+            talk.say(f"{options.model} is ready. /help lists the commands, Ctrl-D leaves the chat.", style="dim")
         if session.notice is not None:
             talk.say(session.notice, style="bold yellow")
         return run_chat(talk)

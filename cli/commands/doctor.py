@@ -1,4 +1,4 @@
-"""`offload-moe doctor`: is this machine ready, and does the engine compute right on it?"""
+"""`offload-moe doctor`: checks of the machine, and of the engine's results on it."""
 
 import argparse
 import json
@@ -22,19 +22,19 @@ EXIT_WELL, EXIT_PROBLEM = 0, 1
 def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "doctor",
-        help="is this machine ready?",
-        description="Examine this machine: versions, device, memory, disk, measured bandwidths, each with a verdict "
-        "and what to do about it. Leaves with 1 when there is a problem or a failed test.",
+        help="check this machine",
+        description="Check this machine: versions, device, memory, disk, measured bandwidths, each with a verdict "
+        "and a remedy. Exits with 1 if there is a problem or a failed test.",
     )
     parser.add_argument(
         "--self-test",
         action="store_true",
-        help="compute with a small model in every way and compare: exactness, overlap, races (under two minutes)",
+        help="run a small model on every path and compare: exactness, overlap, races (under two minutes)",
     )
-    parser.add_argument("--store", metavar="STORE", help="examine the disk of this store too")
+    parser.add_argument("--store", metavar="STORE", help="check the disk of this store too")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="write what was found for a bug report: no names, paths or tokens"
+        "--report", type=Path, metavar="FILE", help="write the results for a bug report, without names, paths or tokens"
     )
     add_common_flags(parser)
     parser.set_defaults(run=run)
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         from offload_moe.doctor import Redactor, examine
 
         store = _open(options.store)
-        report("Examining this machine")
+        report("Checking this machine")
         checks = examine(store)
         where, outcomes = _test(report) if options.self_test else (None, [])
     lines = _lines(checks, outcomes, where)
@@ -82,7 +82,7 @@ def _lines(checks: "list[Check]", outcomes: "list[Outcome]", where: str | None) 
         if check.fix:
             lines.append(f"{'':<8} {'':<{width}}  -> {check.fix}")
     if where is not None:
-        lines += ["", f"Self-test, device part on {where}:"]
+        lines += ["", f"Self-test, device tests on {where}:"]
     lines += [f"{outcome.status:<8} {outcome.name:<{width}}  {outcome.found}" for outcome in outcomes]
     return [*lines, "", _verdict(checks, outcomes)]
 

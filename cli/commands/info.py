@@ -1,4 +1,4 @@
-"""`offload-moe info`: what one store holds."""
+"""`offload-moe info`: the contents of one store."""
 
 import argparse
 import json
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "info",
-        help="what a store holds",
-        description="Show what a store holds: source and revision, codecs, layers, sizes, checksums. Reads the "
-        "manifest only; `offload-moe verify` reads everything.",
+        help="show the contents of a store",
+        description="Show the contents of a store: source and revision, codecs, layers, sizes, checksums. Reads only "
+        "the manifest; `offload-moe verify` reads everything.",
     )
     parser.add_argument("store", metavar="STORE", help="store, by path or by its name in `offload-moe list`")
     parser.add_argument("--json", action="store_true", help="print one JSON document")

@@ -1,4 +1,4 @@
-"""`offload-moe list`: what is installed in the cache folder."""
+"""`offload-moe list`: the entries of the cache folder."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "list",
-        help="what is installed",
+        help="list the installed stores",
         description="List the stores, demo builds and unfinished conversions in the cache folder, with their sizes. "
         "Each can be named in place of a path: offload-moe chat NAME.",
     )
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _print(entries: "list[Installed]") -> None:
-    """Columns as wide as they must be: a name that is folded or cut cannot be copied."""
+    """Columns as wide as their longest cell, because a name that is wrapped or truncated cannot be copied."""
     rows = [("NAME", "WHAT", "CODEC", "SIZE", "SOURCE")]
     rows += [
         (entry.name, state_text(entry), entry.codec or "", format_size(entry.num_bytes), origin_text(entry))

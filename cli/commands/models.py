@@ -1,4 +1,4 @@
-"""`offload-moe models`: the families that can be run, and how each is verified."""
+"""`offload-moe models`: the supported model families, and how each is verified."""
 
 import argparse
 import json
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "models",
-        help="which model families run",
-        description="List every family of Mixture-of-Experts models in the installed transformers: whether it runs, "
-        "how that is verified, and what is special about it. "
+        help="list the supported model families",
+        description="List every family of Mixture-of-Experts models in the installed transformers: whether it is "
+        "supported, how that is verified, and its differences. "
         "whole model: the tests compare tiny models of it with transformers, bit for bit, from prompt to decode. "
         "contract only: its experts are compared, but transformers has no text-generating model around them. "
-        "refused: loading it is an error that says why.",
+        "refused: loading it is an error with the reason.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     add_common_flags(parser)
@@ -50,7 +50,7 @@ def _entry(family: "Family") -> dict[str, object]:
 
 
 def _print(found: "list[Family]") -> None:
-    """Columns as wide as they must be, as `offload-moe list` has them."""
+    """Columns as wide as their longest cell, as in `offload-moe list`."""
     rows = [("FAMILY", "VERIFIED", "EXPERTS", "SPECIAL")]
     rows += [(f.name, f.verified, "adapter" if f.has_adapter else "registry", ", ".join(f.special)) for f in found]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]

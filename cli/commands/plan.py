@@ -1,4 +1,4 @@
-"""`offload-moe plan`: what a model needs and what it gets, before anything is downloaded."""
+"""`offload-moe plan`: memory, placement and speed of a model, before a download."""
 
 import argparse
 import json
@@ -19,39 +19,44 @@ if TYPE_CHECKING:
     from offload_moe.plan.placement import Tier
 
 EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
-# What binds, as a reader who does not know the code would say it.
+# Bottlenecks in words that do not assume knowledge of the code.
 BOTTLENECKS = {
     "disk": "reading missed experts from disk",
     "link": "sending missed experts to the GPU",
     "dense weights": "reading dense weights and the cache",
     "expert compute": "reading experts where they are computed",
-    "layer overhead": "what a layer takes beside its weights",
+    "layer overhead": "fixed costs of each layer",
 }
 
 
 def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "plan",
-        help="what a model needs, before it is downloaded",
-        description="Show what a model needs, where it would go and how fast it could be, from its config alone. "
-        "Leaves with 0 when it fits and with 1 when it does not.",
+        help="show the memory and speed of a model before a download",
+        description="Show the memory that a model needs, its placement and its speed, from its config alone. "
+        "Exits with 0 if it fits and with 1 if it does not.",
     )
     parser.add_argument("model", metavar="MODEL", help="hub id, checkpoint folder, store, demo, or a config.json")
     group = parser.add_argument_group("machine")
-    group.add_argument("--gpu", metavar="NAME", help="a card of the table of `simulate --cards`, such as rtx-4090")
+    group.add_argument("--gpu", metavar="NAME", help="a card from `simulate --cards`, such as rtx-4090")
     group.add_argument(
-        "--vram", type=parse_size, metavar="SIZE", help="GPU memory, such as 12GiB, or 0 (default: what is free here)"
+        "--vram",
+        type=parse_size,
+        metavar="SIZE",
+        help="GPU memory, such as 12GiB, or 0 (default: the free memory of this machine)",
     )
-    group.add_argument("--ram", type=parse_size, metavar="SIZE", help="RAM, such as 64GiB (default: what is free here)")
+    group.add_argument(
+        "--ram", type=parse_size, metavar="SIZE", help="RAM, such as 64GiB (default: the free memory of this machine)"
+    )
     parser.add_argument(
         "--context",
         type=context_tokens,
         metavar="TOKENS",
-        help="tokens of the conversation (default: what fits, 8192 at most)",
+        help="tokens of the conversation (default: as many as fit, at most 8192)",
     )
     parser.add_argument("--codec", choices=CODECS, help=f"{CODEC_HELP}; a store has its own")
     parser.add_argument(
-        "--dense-codec", choices=DENSE_CODECS, help="format of the rest (default: the most exact that fits)"
+        "--dense-codec", choices=DENSE_CODECS, help="format of the other weights (default: the most exact that fits)"
     )
     parser.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -98,9 +103,9 @@ def _notice_of_another_machine(options: argparse.Namespace) -> str:
 
     named = []
     if options.gpu is None and options.vram and compute_device().type == "cpu":
-        named.append(f"{format_size(options.vram)} of GPU memory, and here is no GPU")
+        named.append(f"{format_size(options.vram)} of GPU memory, and this machine has no GPU")
     if options.ram is not None and options.ram > total_ram():
-        named.append(f"{format_size(options.ram)} of RAM, and here are {format_size(total_ram())}")
+        named.append(f"{format_size(options.ram)} of RAM, and this machine has {format_size(total_ram())}")
     return f"Planned for another machine: {'; '.join(named)}." if named else ""
 
 

@@ -1,12 +1,12 @@
-"""`offload-moe profile`: where a token's time goes, and which policy would do better."""
+"""`offload-moe profile`: the parts of a token's time, and the hit rates of other policies."""
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload_moe.errors import ConfigError
+from offload_moe.system.progress import Progress
 
 from ..loading import loaded_model
 from ..options import SAMPLING, Subparsers, add_common_flags, add_model_flags
@@ -16,7 +16,6 @@ from ..tables import print_replay, print_report
 if TYPE_CHECKING:
     from offload_moe.profile.trace import Trace
 
-Report = Callable[[str, float], None]
 ALL = "all"
 RECORDING_ONLY = ("prompts", "max_new_tokens", "trace")
 REPLAYING_ONLY = ("slots", "pool")
@@ -25,17 +24,19 @@ REPLAYING_ONLY = ("slots", "pool")
 def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "profile",
-        help="where a token's time goes, and which policy would do better",
-        description="Run prompts on a model and show where the time goes, what is hit and missed, and how experts are "
-        "chosen; or replay a recorded trace under other policies and cache sizes.",
+        help="show the parts of a token's time, and the hit rates of other policies",
+        description="Run prompts on a model and show the parts of a token's time, hits and misses, and the routing; "
+        "or replay a recorded trace under other policies and cache sizes.",
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help="store, checkpoint folder, hub id, or demo")
     group = parser.add_argument_group("recording")
     group.add_argument(
-        "--prompts", metavar="FILE", help="one prompt per line, or JSON lines with prompt and group (default: our own)"
+        "--prompts",
+        metavar="FILE",
+        help="one prompt per line, or JSON lines with prompt and group (default: eight built-in prompts)",
     )
     group.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest answer (default: 64)")
-    group.add_argument("--trace", metavar="OUT.npz", help="keep what was recorded")
+    group.add_argument("--trace", metavar="OUT.npz", help="save the recording")
     group = parser.add_argument_group("replaying")
     group.add_argument(
         "--replay", metavar="TRACE", help="replay this trace; --policy takes a name or all (default: all)"
@@ -45,7 +46,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     group.add_argument("--pool", choices=("layer", "global"), help="slots per layer, or one pool (default: global)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--html", metavar="OUT.html", help="write the report as one page that opens offline")
+    parser.add_argument("--html", metavar="OUT.html", help="write the report as one self-contained HTML page")
     add_model_flags(parser)
     add_common_flags(parser)
     parser.set_defaults(run=run, usage_error=parser.error, **dict.fromkeys(SAMPLING))
@@ -72,7 +73,7 @@ def _record(options: argparse.Namespace) -> int:
         from offload_moe.profile.run import MAX_NEW_TOKENS, run_prompts
         from offload_moe.profile.trace import save_trace
 
-        trace = run_prompts(model, prompts, max_new_tokens=options.max_new_tokens or MAX_NEW_TOKENS, report=report)
+        trace = run_prompts(model, prompts, max_new_tokens=options.max_new_tokens or MAX_NEW_TOKENS, progress=report)
         if options.trace is not None:
             save_trace(trace, options.trace)
     _show(options, trace)
@@ -113,8 +114,8 @@ def _replay(options: argparse.Namespace) -> int:
     return 0
 
 
-def _replays(trace: "Trace", options: argparse.Namespace, progress: Report) -> dict[str, Any]:
-    """One policy after the other, so that it can be seen how far they are."""
+def _replays(trace: "Trace", options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """Replay one policy after the other, so that progress can be shown."""
     from offload_moe.profile.belady import Belady
     from offload_moe.profile.replay import replay_report
     from offload_moe.residency.policy import POLICY_NAMES

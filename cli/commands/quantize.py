@@ -1,4 +1,4 @@
-"""`offload-moe quantize`: a checkpoint becomes an expert store."""
+"""`offload-moe quantize`: converts a checkpoint to an expert store."""
 
 import argparse
 import sys
@@ -13,21 +13,21 @@ from ..progress import reporter
 def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "quantize",
-        help="turn a checkpoint into an expert store",
-        description="Turn a Hugging Face checkpoint into an expert store. It can be stopped at any moment and resumed "
-        "by the same command.",
+        help="convert a checkpoint to an expert store",
+        description="Convert a Hugging Face checkpoint to an expert store. A conversion can be stopped at any moment "
+        "and is resumed by the same command.",
     )
     parser.add_argument("source", metavar="SOURCE", help="checkpoint folder, or hub id such as Qwen/Qwen3-30B-A3B")
     parser.add_argument("store", metavar="STORE", help="folder to write")
     parser.add_argument("--codec", choices=CODECS, help=CODEC_HELP)
     parser.add_argument(
-        "--dense-codec", choices=DENSE_CODECS, default="bf16", help="format of the rest (default: bf16)"
+        "--dense-codec", choices=DENSE_CODECS, default="bf16", help="format of the other weights (default: bf16)"
     )
     parser.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
     parser.add_argument(
         "--delete-source-shards",
         action="store_true",
-        help="of a hub id: download shard by shard beside the store, and delete each shard once it is converted",
+        help="for a hub id: download shard by shard beside the store, and delete each shard once it is converted",
     )
     add_link_flag(parser)
     add_common_flags(parser)
@@ -38,9 +38,9 @@ def run(options: argparse.Namespace) -> int:
     try:
         store = _convert(options)
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on from here.", file=sys.stderr)
+        print("Stopped. The same command resumes the conversion.", file=sys.stderr)
         raise
-    print(f"Wrote {store}. Talk to it: offload-moe chat {store}", file=sys.stderr)
+    print(f"Wrote {store}. To use it: offload-moe chat {store}", file=sys.stderr)
     return 0
 
 
@@ -50,13 +50,6 @@ def _convert(options: argparse.Namespace) -> Path:
     with reporter() as report:
         report("Loading libraries")
         from offload_moe.convert.quantize import quantize
-        from offload_moe.store import Progress
-
-        def on_progress(progress: Progress) -> None:
-            if progress.is_notice:
-                report.notice(progress.phase)
-            else:
-                report(progress.phase, progress.done_bytes, progress.total_bytes)
 
         return quantize(
             source,
@@ -66,5 +59,6 @@ def _convert(options: argparse.Namespace) -> Path:
             revision=revision,
             delete_source_shards=options.delete_source_shards,
             follow_links=bool(options.follow_links),
-            progress=on_progress,
+            progress=report,
+            on_notice=report.notice,
         )

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from offload_moe.errors import ConfigError
-from offload_moe.system.names import check_installed
+from offload_moe.system.names import check_installed, is_whole_name
 from offload_moe.system.sizes import format_size
 
 from ..installed import state_text
@@ -17,11 +17,11 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "rm",
         help="delete a store",
-        description="Delete a store, a demo build or an unfinished conversion. Nothing else is deleted: a folder with "
-        "other files in it is left alone, and links are not followed.",
+        description="Delete a store, a demo build or an unfinished conversion. A folder with other files in it is "
+        "refused, and links are not followed.",
     )
     parser.add_argument("name", metavar="NAME", help="store, by its name in `offload-moe list` or by path")
-    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--yes", action="store_true", help="delete without a confirmation")
     add_common_flags(parser)
     parser.set_defaults(run=run)
 
@@ -31,9 +31,13 @@ def run(options: argparse.Namespace) -> int:
     from offload_moe.store.installed import find, remove
 
     entry = find(options.name)
+    if options.yes and not is_whole_name(options.name):
+        raise ConfigError(f"{options.name} is the beginning of a name. With --yes give the whole one: {entry.name}.")
     if not options.yes:
         if not sys.stdin.isatty():
-            raise ConfigError(f"Nobody can be asked about deleting {entry.path}. Add --yes.")
+            raise ConfigError(
+                f"{entry.path} needs a confirmation, and stdin is not a terminal. Add --yes to delete it."
+            )
         print(
             f"Delete the {state_text(entry)} {entry.path}, {format_size(entry.num_bytes)}? [y/N] ", end="", flush=True
         )

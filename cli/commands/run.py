@@ -1,4 +1,4 @@
-"""`offload-moe run`: one prompt, one answer, nothing else on stdout."""
+"""`offload-moe run`: one prompt, one answer; stdout carries only the answer."""
 
 import argparse
 import sys
@@ -29,7 +29,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "prompt",
         metavar="PROMPT",
         nargs="?",
-        help="the prompt; what is piped in comes before it (- or none: all of it)",
+        help="the prompt; piped input comes before it (- or none: stdin is the prompt)",
     )
     parser.add_argument(
         "-f",

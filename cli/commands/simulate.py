@@ -1,4 +1,4 @@
-"""`offload-moe simulate`: what a model would do on a machine that is not here."""
+"""`offload-moe simulate`: the speed of a model on a described machine."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ DEFAULT_RAM = "32GiB"
 def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "simulate",
-        help="what a model would do on a machine that is not here",
+        help="predict the speed of a model on another machine",
         description="Predict prompt and decode tokens/s on a described machine: the runtime's own scheduler, in "
         "virtual time, on a recorded routing trace or a synthetic one. Every figure is simulated.",
     )
@@ -31,13 +31,15 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     group = parser.add_argument_group("machine")
     group.add_argument("--gpu", metavar="NAME", help="a card of the table, such as rtx-4090 (default: no GPU)")
-    group.add_argument("--cards", action="store_true", help="show the table of cards and leave")
+    group.add_argument("--cards", action="store_true", help="show the table of cards and exit")
     group.add_argument(
         "--vram", type=parse_size, metavar="SIZE", help="GPU memory to use (default: 90%% of the card's)"
     )
     group.add_argument("--ram", type=parse_size, metavar="SIZE", help=f"RAM to use (default: {DEFAULT_RAM})")
-    group.add_argument("--ram-gbps", metavar="GB/S", help="RAM bandwidth as kernels reach it (default: 40)")
-    group.add_argument("--pcie", metavar="LINK", help="such as 4x16, or GB/s as copies reach it (default: the card's)")
+    group.add_argument("--ram-gbps", metavar="GB/S", help="RAM bandwidth that kernels reach (default: 40)")
+    group.add_argument(
+        "--pcie", metavar="LINK", help="such as 4x16, or the GB/s that copies reach (default: the card's)"
+    )
     group.add_argument("--disk-gbps", metavar="GB/S", help="random reads of whole experts (default: 1)")
     group = parser.add_argument_group("routing")
     group.add_argument("--trace", metavar="FILE", help="from `offload-moe profile --trace` (default: a synthetic one)")
@@ -52,7 +54,7 @@ def add_parser(subparsers: Subparsers) -> None:
     group.add_argument("--policy", type=policy_name, metavar="NAME", help="which experts to keep, such as lru")
     group.add_argument("--no-prefetch", action="store_true", help="without lookahead")
     group.add_argument("--codec", choices=CODECS, help=f"{CODEC_HELP}; a store has its own")
-    group.add_argument("--dense-codec", choices=DENSE_CODECS, help="format of the rest")
+    group.add_argument("--dense-codec", choices=DENSE_CODECS, help="format of the other weights")
     group.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     add_common_flags(parser)
@@ -145,7 +147,7 @@ def _print(simulation: "PlanSimulation") -> None:
     table.add_column("simulated")
     table.add_column("", justify="right")
     fast = "VRAM" if machine.has_device else "RAM"
-    num_all = pools.num_layers * pools.num_experts
+    num_all = pools.keys.total
     num_fast = min(pools.num_device_slots or pools.num_ram_slots, num_all)
     rows = [
         ("decode", f"{result.decode_tokens_per_s:.1f} tokens/s"),

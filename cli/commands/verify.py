@@ -1,4 +1,4 @@
-"""`offload-moe verify`: is a store still what was written, and can it be made so again?"""
+"""`offload-moe verify`: compares a store with its checksums, and repairs it."""
 
 import argparse
 import sys
@@ -25,15 +25,15 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "verify",
         help="check a store, and repair it",
-        description="Read all of a store and compare it with its checksums. Leaves with 0 when everything matches and "
-        "with 1 when something does not. With --repair, damaged pieces are made again from the checkpoint.",
+        description="Read a whole store and compare it with its checksums. Exits with 0 if everything matches and "
+        "with 1 if anything differs. With --repair, damaged pieces are made again from the checkpoint.",
     )
     parser.add_argument("store", metavar="STORE", help="store, by path or by its name in `offload-moe list`")
     parser.add_argument("--repair", action="store_true", help="make damaged pieces again from the source")
     parser.add_argument(
         "--source",
         metavar="SOURCE",
-        help="folder, name in the cache, or hub id of the checkpoint (default: where the store came from)",
+        help="folder, name in the cache, or hub id of the checkpoint (default: the store's own source)",
     )
     add_link_flag(parser)
     add_common_flags(parser)
@@ -42,7 +42,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     if options.source and not options.repair:
-        raise ConfigError("--source is what to repair from. Add --repair.")
+        raise ConfigError("--source names the checkpoint of a repair. Add --repair.")
     check_installed(options.store)
     with reporter() as report:
         report("Loading libraries")
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
         if options.repair:
             restore_sizes(path)
         store = Store.open(path)
-        damages = find_damage(store, lambda p: report(p.phase, p.done_bytes, p.total_bytes))
+        damages = find_damage(store, report)
         source = _source(store, options.source)
         remaining = damages
         if options.repair and damages:
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _source(store: "Store", named: str | None) -> "Path | str | None":
-    """Where to repair from: what is named, or else the store's source, where that is in the cache, as the demo is."""
+    """The source of a repair: the given one, else the store's own source if that is in the cache, as the demo is."""
     from offload_moe.system.names import resolve_whole
 
     folder = resolve_whole(named or store.source)
@@ -86,7 +86,7 @@ def _repair(
         damages,
         source,
         follow_links=follow_links,
-        progress=lambda p: report(p.phase, p.done_bytes, p.total_bytes),
+        progress=report,
     )
 
 
@@ -98,13 +98,14 @@ def _verdict(
     pieces = list(store.pieces())
     if not damages:
         size = format_size(sum(piece.place.num_bytes for piece in pieces))
-        return f"{store.path} is whole: {len(pieces):,} checksums match, {size}."
+        return f"{store.path} is intact: {len(pieces):,} checksums match, {size}."
     if not remaining:
-        return f"{store.path} is whole again."
+        return f"{store.path} is repaired."
     if is_repair:
         return (
             f"{len(remaining)} of {len(damages)} damaged pieces could not be made again with the checksum on record: "
-            "the source is not the one this store came from, or another version encodes it. Quantize the model again."
+            "the source is another checkpoint than the store's own, or this version encodes it differently. Quantize "
+            "the model again."
         )
     is_known = source is not None or looks_like_hub_id(store.source)
     flags = "--repair" if is_known else f"--repair --source FOLDER (the checkpoint, which was named {store.source})"

@@ -1,1 +1,1 @@
-"""How an answer looks on a terminal: words wrapped whole, Markdown rendered block by block while it streams."""
+"""Answers on a terminal: wrapped between words, Markdown rendered block by block while it streams."""

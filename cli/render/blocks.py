@@ -1,4 +1,4 @@
-"""Where the first block of unfinished Markdown ends."""
+"""The end of the first block in unfinished Markdown."""
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -9,12 +9,12 @@ ONE_LINE_BLOCKS = ("heading_open", "hr")
 
 
 def make_parser() -> MarkdownIt:
-    """Markdown of which nothing is hidden: raw HTML, link definitions and images stay text."""
+    """Markdown in which raw HTML, link definitions and images stay visible as text."""
     return MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"]).disable(["reference", "image"])
 
 
 def first_block_end(parser: MarkdownIt, text: str) -> int:
-    """The length of the first block in whole lines of `text`, once nothing that follows can change it; 0 before."""
+    """The length of the first block in whole lines of `text`; 0 while later text could still change it."""
     tokens = parser.parse(text)
     starts = _block_starts(tokens)
     if len(starts) > 1:
@@ -23,7 +23,7 @@ def first_block_end(parser: MarkdownIt, text: str) -> int:
 
 
 def _block_starts(tokens: list[Token]) -> list[int]:
-    """Lines in which a block, or an item of a list, begins."""
+    """Lines at which a block, or an item of a list, begins."""
     starts = set()
     for token in tokens:
         is_item = token.type == "list_item_open" and token.level == 1

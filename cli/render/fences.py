@@ -1,4 +1,4 @@
-"""Where a fenced code block of Markdown begins and ends."""
+"""Begin and end of a fenced code block in Markdown."""
 
 import re
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ _OPENING = re.compile(r"^\s*(?P<mark>`{3,}|~{3,})(?P<info>[^`]*)$")
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """An open code block: what it was opened with, and its language."""
+    """An open code block: its opening marker and its language."""
 
     mark: str
     language: str
 
     @classmethod
     def opened_by(cls, line: str) -> "Fence | None":
-        """The block that this line begins, if it does."""
+        """The block that this line opens, or None."""
         match = _OPENING.match(line.rstrip("\n"))
         if match is None:
             return None
@@ -26,5 +26,5 @@ class Fence:
         return len(mark) >= len(self.mark) and set(mark) == {self.mark[0]}
 
     def may_be_closed_by(self, beginning: str) -> bool:
-        """Whether a line that begins like this can still become the end."""
+        """Whether a line with this beginning can still become the closing fence."""
         return set(beginning.strip()) <= {self.mark[0]}

@@ -14,7 +14,7 @@ from rich.theme import Theme
 from ..terminal import safe
 from .blocks import make_parser
 
-# The sixteen colours of the user's own palette: they suit light and dark backgrounds.
+# The terminal's own sixteen colours suit light and dark backgrounds.
 CODE_THEME = "ansi_dark"
 THEME = Theme(
     {
@@ -26,7 +26,7 @@ THEME = Theme(
         "markdown.block_quote": "dim",
     }
 )
-# Highlighting a line needs those before it; a string over more lines than this loses its colour.
+# Highlighting a line depends on earlier lines; a string that spans more lines than this loses its colour.
 NUM_CONTEXT_LINES = 40
 
 
@@ -36,7 +36,7 @@ class _LeftHeading(Heading):
 
 
 class _CodeInBlock(CodeBlock):
-    """Code in a list or a quote, as wide as there is room."""
+    """Code inside a list or a quote, at the width that is left."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Syntax(str(self.text).rstrip("\n"), self.lexer_name, theme=CODE_THEME, word_wrap=True)
@@ -69,7 +69,7 @@ class _Blocks(Markdown):
 
 
 class MarkdownPainter:
-    """Turns blocks into what to write to the terminal."""
+    """Renders blocks as text for the terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -78,7 +78,7 @@ class MarkdownPainter:
         console.push_theme(THEME)
 
     def block(self, text: str) -> str:
-        """A finished block. Empty lines around it become one empty row."""
+        """Render a finished block. Empty lines around it become one empty row."""
         blank_above = "\n" if text.startswith("\n") and not self._is_below_blank else ""
         blank_below = "\n" if text.strip() and text.endswith("\n\n") else ""
         self._is_below_blank = bool(blank_below or (blank_above and not text.strip()))
@@ -89,7 +89,7 @@ class MarkdownPainter:
         for token in tokens:
             for child in token.children or ():
                 if child.type == "softbreak":
-                    # In an answer a new line is meant: verses, addresses, logs.
+                    # Answers use single line breaks on purpose: verses, addresses, logs.
                     child.type, child.tag = "hardbreak", "br"
         rows = [_trimmed(row) for row in self._console.render_lines(_Blocks(tokens), pad=False)]
         shown = [number for number, row in enumerate(rows) if row]
@@ -98,15 +98,15 @@ class MarkdownPainter:
             yield Segment.line()
 
     def fence(self, line: str) -> str:
-        """The line that begins or ends a code block."""
+        """Render the line that begins or ends a code block."""
         self._is_below_blank = False
         return self._written(Text(line.rstrip("\n"), style="dim"), end="\n")
 
     def code(self, lines: list[str], language: str) -> str:
-        """The last of these lines, highlighted after the others, never wrapped."""
+        """The last of these lines, highlighted in the context of the others, never wrapped."""
         context = lines[-NUM_CONTEXT_LINES:]
         syntax = Syntax("", language or "text", theme=CODE_THEME)
-        # The highlighter would leave empty lines at the beginning out.
+        # The highlighter drops empty lines at the beginning.
         rows = syntax.highlight("".join(context)).split("\n", allow_blank=True)
         row = rows[len(context) - 1] if len(rows) >= len(context) else Text(context[-1].rstrip("\n"))
         return self._written(row, end="\n")
@@ -118,7 +118,7 @@ class MarkdownPainter:
 
 
 def _trimmed(row: list[Segment]) -> list[Segment]:
-    """A row without what must not or need not reach the terminal: control characters, blanks at its end."""
+    """A row without control characters and without blanks at its end."""
     kept = [Segment(safe(segment.text), segment.style) for segment in row if not segment.control]
     while kept and not kept[-1].text.strip(" ") and not (kept[-1].style and kept[-1].style.bgcolor):
         kept.pop()

@@ -22,12 +22,12 @@ class Screen(Protocol):
     def write(self, text: str) -> None: ...
 
     def end(self) -> None:
-        """Show what was held back, and leave the cursor at the start of a row."""
+        """Write the held text, and leave the cursor at the start of a row."""
         ...
 
 
 def answer_screen(*, is_plain: bool) -> Screen:
-    """What suits stdout, a terminal: Markdown where it has colours and the user has nothing against it."""
+    """The display for stdout at a terminal: Markdown if the terminal has colours and `--plain` is not set."""
     is_colourless = "NO_COLOR" in os.environ or os.environ.get("TERM", "") in ("dumb", "unknown")
     return WrappedScreen() if is_plain or is_colourless else MarkdownScreen()
 
@@ -55,7 +55,7 @@ class WrappedScreen:
 
 
 class MarkdownScreen:
-    """Blocks are rendered once they are finished, lines of code once they are whole; until then they are plain."""
+    """Renders blocks once they are finished and code line by line; unfinished text is shown plain."""
 
     def __init__(self) -> None:
         self._parser = make_parser()

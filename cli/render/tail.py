@@ -1,4 +1,4 @@
-"""The unfinished end of an answer: plain text on the screen that can be taken back."""
+"""The unfinished end of an answer: plain text on the screen that can be erased."""
 
 import re
 import shutil
@@ -17,7 +17,7 @@ _JOINED = re.compile("[\u200d\ufe0e\ufe0f\U0001f1e6-\U0001f1ff\U0001f3fb-\U0001f
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """A source line: the row it begins in, and how wide the terminal was."""
+    """A source line: its first row, and the terminal's width at that time."""
 
     row: int
     width: int
@@ -26,19 +26,19 @@ class _Line:
 class Tail:
     """Counts the rows of the text that it lays out, beginning at the start of a row.
 
-    After a resize nobody knows what became of the rows, and what has left the screen cannot be reached: then nothing is
-    taken back, and the text stays as it is.
+    After a resize the positions of the rows are unknown, and rows that have left the screen cannot be reached. Then
+    nothing is erased, and the text stays as it is.
     """
 
     def __init__(self) -> None:
         self._wrapper = WordWrapper(lambda: shutil.get_terminal_size().columns)
         self._lines: list[_Line] = []
         self._is_line_begun = False
-        # Of the last line: at most so wide, and whether all terminals agree.
+        # Of the last line: its largest possible width, and whether all terminals agree on it.
         self._most_cells, self._is_disputed = 0, False
 
     def push(self, text: str) -> str:
-        """What to write to show more text."""
+        """Returns the output that shows more text."""
         shown = ""
         for line in lines_of(text):
             if not self._is_line_begun:
@@ -50,14 +50,14 @@ class Tail:
         return shown
 
     def _count_cells(self, text: str) -> None:
-        """Terminals differ over joined emoji: where that may move a line's end, its rows are unknown."""
+        """Terminals differ in the width of joined emoji; if that may move a line's end, its rows are unknown."""
         self._most_cells += sum(map(get_character_cell_size, text.rstrip("\n"))) + text.count(EMOJI_STYLE)
         self._is_disputed |= _JOINED.search(text) is not None
         if self._is_disputed and self._most_cells > self._lines[-1].width:
             self._lines[-1] = _Line(self._lines[-1].row, UNKNOWN_WIDTH)
 
     def erase(self) -> str | None:
-        """What to write to take all of it back; None where it has to stay."""
+        """Returns the output that erases the text; None if it cannot be erased."""
         if not self._lines:
             return ""
         size = shutil.get_terminal_size()
@@ -68,5 +68,5 @@ class Tail:
         return "\r" + (CURSOR_UP.format(num_rows) if num_rows else "") + ERASE_BELOW
 
     def leave(self, num_lines: int) -> None:
-        """The first lines stay on the screen as they are and are no longer part of this."""
+        """Drop the first lines, which stay on the screen."""
         del self._lines[:num_lines]

@@ -1,4 +1,4 @@
-"""Streamed text broken between words at the terminal's width; code blocks stay as they are."""
+"""Wraps streamed text between words at the terminal's width; code blocks stay unchanged."""
 
 import re
 from collections.abc import Callable
@@ -16,14 +16,14 @@ _UNIT = re.compile(rf"\n|[ \t]+|{_IDEOGRAPH}{_CLOSING}*|(?:(?!{_IDEOGRAPH})\S)+|
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines with their ends; only a newline ends one."""
+    """The lines with their ends; only a newline ends a line."""
     return _LINE.findall(text)
 
 
 class WordWrapper:
-    """Breaks lines between words. The last word is held until it is whole, as only then it is known where it fits.
+    """Breaks lines between words. The last word is held until it is complete, because its place depends on its width.
 
-    `num_rows` counts the rows that the cursor went down so far, also where the terminal itself broke a long line.
+    `num_rows` counts the rows that the cursor has moved down, including line breaks by the terminal itself.
     """
 
     def __init__(self, width: Callable[[], int]) -> None:
@@ -45,7 +45,7 @@ class WordWrapper:
         return self._column == 0 and not self._held
 
     def push(self, text: str) -> str:
-        """What can be shown now."""
+        """Returns the text that can be shown now."""
         self._held += text
         shown = ""
         while self._held and (part := self._next(is_end=False)) is not None:
@@ -53,14 +53,14 @@ class WordWrapper:
         return shown
 
     def flush(self) -> str:
-        """The held word too."""
+        """Returns the held word."""
         shown = ""
         while self._held:
             shown += self._next(is_end=True) or ""
         return shown
 
     def _next(self, *, is_end: bool) -> str | None:
-        """The next unit as it is to be shown; None where it must wait."""
+        """The next unit to show; None if it is not complete yet."""
         if self._fence is not None:
             return self._code(self._fence, is_end=is_end)
         if self._is_line_empty and self._held.lstrip(" \t")[:1] in ("`", "~", ""):
@@ -82,7 +82,7 @@ class WordWrapper:
         return self._place(unit)
 
     def _place(self, word: str) -> str:
-        """The word after the space before it, or on a line of its own."""
+        """The word after the preceding space, or on a line of its own."""
         width = max(self.width(), 1)
         self._is_line_empty = False
         space, self._space = self._space, ""
@@ -117,7 +117,7 @@ class WordWrapper:
         return self._take(line + newline)
 
     def _take(self, line: str) -> str:
-        """Show the beginning of what is held as it is: a line, its end, or a part of it."""
+        """Show the beginning of the held text unchanged: a line, its end, or a part of it."""
         self._held = self._held[len(line) :]
         self._space = ""
         self._column = self._column + cell_len(line.rstrip("\n"))

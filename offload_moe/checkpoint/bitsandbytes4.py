@@ -35,9 +35,9 @@ def bitsandbytes(stored: TensorSource, settings: dict[str, Any]) -> DequantizedT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weight4Bit:
-    """A weight, the tensors of its state, and what that says of blocks.
+    """A weight, the tensors of its state, and the block sizes in it.
 
-    nested_block: 0 where absmax is not nested.
+    nested_block: 0 if absmax is not nested.
     """
 
     is_by_rows: ClassVar[bool] = True
@@ -52,7 +52,7 @@ class Weight4Bit:
         """Raises: CheckpointError when a scale is not a finite number."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        # As one long row: bitsandbytes' kernel for the CPU is wrong where rows are not whole blocks.
+        # As one long row, because bitsandbytes' kernel for the CPU is wrong if rows are not whole blocks.
         row_length = math.prod(self.entry.shape[1:])
         first, last = start * row_length, stop * row_length
         block, end_block = first // self.block, -(-last // self.block)
@@ -68,7 +68,7 @@ class Weight4Bit:
         return finite(self.entry, values.flatten()[first - begin : last - begin].view(-1, *self.entry.shape[1:]))
 
     def _absmax(self, stored: TensorSource, first: int, last: int) -> Tensor:
-        """fp32, of the blocks from first to last."""
+        """Scales, fp32, of the blocks from first to last."""
         name = f"{self.entry.name}.absmax"
         if not self.nested_block:
             return stored.read_rows(name, first, last).float()
@@ -87,7 +87,7 @@ class Weight4Bit:
 
 
 def _bytes(stored: TensorSource, name: str, begin: int, end: int) -> Tensor:
-    """Of a tensor ``[N, 1]`` or ``[1, N]`` whose items may be wider."""
+    """Bytes of a tensor ``[N, 1]`` or ``[1, N]``, whose dtype may be wider."""
     entry = stored.entries[name]
     width = entry.dtype.itemsize
     if entry.shape[0] == 1:
@@ -141,7 +141,7 @@ def _are_sizes(*numbers: object) -> bool:
 
 
 def _lengths(num_weights: int, block: int, nested_block: int) -> dict[str, int]:
-    """How many numbers each part must have: bitsandbytes reads on without looking."""
+    """The required length of each part, which bitsandbytes does not check."""
     num_blocks = -(-num_weights // block)
     lengths = {"absmax": num_blocks, "quant_map": 16}
     if not nested_block:

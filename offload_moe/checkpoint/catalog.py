@@ -1,6 +1,6 @@
-"""Which model families the installed transformers and our adapters cover, read off their source: nothing is imported.
+"""The model families of the installed transformers and the adapters, read from their source without importing it.
 
-A family is a folder of transformers' `models`. Tests hold the table to what they really run.
+A family is a folder of transformers' `models`. A test compares the table with the families that the tests run.
 """
 
 import re
@@ -15,7 +15,7 @@ Verified = Literal["whole model", "contract only", "refused"]
 
 REFUSED = {"diffusion_gemma": "writes by diffusion, not one token after another"}
 DECORATED = re.compile(r"^@use_experts_implementation(?:\((.*)\))?\n(?:@.*\n)*class (\w+)", re.MULTILINE)
-# What a family's code says of it. The last group is about the arguments of transformers' decorator.
+# Properties derived from a family's code. The last group is from the arguments of transformers' decorator.
 SHARED_EXPERTS = re.compile(r"self\.shared_(?:expert|mlp)|self\.share_expert")
 LATENT_ATTENTION = re.compile(r"kv_a_proj_with_mqa")
 RECURRENT = re.compile(r"class \w*(?:Mamba|DeltaNet|ShortConv|LightningAttention|LinearAttention|KDA)\w*\(")
@@ -30,7 +30,7 @@ ARGUMENTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One family. classes: its experts. model_types: as `config.json` names those that write text.
+    """One family. classes: its experts. model_types: those in `config.json` of its text-generating models.
 
     verified: "whole model": tiny random models give eager's bits from prompt to decode, through a converted store;
     "contract only": the experts class alone does, because transformers has no text-generating model around it.
@@ -90,7 +90,7 @@ def _special(name: str, source: str, arguments: str, adapter: Adapter | None, ty
 
 
 def _text_types() -> dict[str, dict[str, bool]]:
-    """Folder -> model type -> whether it is an encoder-decoder, of every model type that writes text."""
+    """Folder -> model type -> whether it is an encoder-decoder, for every text-generating model type."""
     from transformers.models.auto.configuration_auto import model_type_to_module_name
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

@@ -26,7 +26,7 @@ from offload_moe.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-COMPARED_BYTES = 1 << 22  # of a tensor at a time, for each byte of a number
+COMPARED_BYTES = 1 << 22  # read at a time of a tensor, for each byte of a number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,20 +43,20 @@ class DenseTensor:
 
 
 class Checkpoint:
-    """Names, shapes and pieces of a checkpoint folder; no more than a piece is ever in memory.
+    """Names, shapes and pieces of a checkpoint folder; at most one piece is in memory.
 
     `model` is the skeleton on `meta`; `layers` are its experts modules in order; `dense` is everything else;
     `ignored` are tensors transformers leaves out as well (multi-token prediction layers, old buffers,
-    whatever is not the language model where only that is built). `notices` are what the user must know of the folder.
+    tensors outside the language model if only that is built). `notices` are for the user.
     """
 
     def __init__(self, folder: Path, remote: Remote | None = None) -> None:
         """Opens the folder and checks every header against the model.
 
-        remote: brings shards that are not there when they are read.
+        remote: fetches missing shards when they are read.
 
         Raises:
-            CheckpointError: not a model folder, or a tensor is missing, unexpected or not what it should be.
+            CheckpointError: not a model folder, or a tensor is missing, unexpected, or of a wrong shape or dtype.
             UnsupportedModelError: a dense model, or one with experts that cannot be bound.
         """
         self.folder = folder
@@ -90,20 +90,20 @@ class Checkpoint:
         return self._readers[layer].read(expert)
 
     def expert_paths(self, layer: int, expert: int) -> frozenset[Path]:
-        """The shards that reading this expert needs."""
+        """The shards that hold this expert."""
         return frozenset().union(*(self.tensors.paths_of(name) for name in self._readers[layer].names(expert)))
 
     def dense_paths(self, name: str) -> frozenset[Path]:
-        """The shards that reading this dense tensor needs."""
+        """The shards that hold this dense tensor."""
         return frozenset().union(*(self.tensors.paths_of(source) for source in self._dense_groups[name].names))
 
     @property
     def is_mxfp4(self) -> bool:
-        """Whether every expert is there in MXFP4."""
+        """Whether every expert is stored in MXFP4."""
         return all(reader.is_packed for reader in self._readers)
 
     def packed_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
-        """One expert as the MXFP4 codec takes it, without being dequantized. Only where `is_mxfp4`."""
+        """One expert in the MXFP4 codec's input form, without dequantization. Only if `is_mxfp4`."""
         return self._readers[layer].read_packed(expert)
 
     def dense_tensor(self, name: str) -> Tensor:
@@ -112,13 +112,13 @@ class Checkpoint:
         if group.converter is None:
             return self.tensors.read(group.names[0])
         last = self._last_converted
-        if last[0] is not group:  # tensors that are split from one source are asked for in a row
+        if last[0] is not group:  # tensors split from one source are read one after another
             tensors = {p: [self.tensors.read(source) for source in names] for p, names in group.sources.items()}
             last = self._last_converted = (group, convert(group, tensors, self.model))
         return last[1][self._brought_as.get(name, name)]
 
     def dense_rows(self, name: str, run_bytes: int) -> Iterator[Tensor]:
-        """Runs of a dense tensor's rows; whole where it is converted, or where its format cannot be read by rows."""
+        """A dense tensor in groups of rows; whole if it is converted, or if its format cannot be read by rows."""
         group = self._dense_groups[name]
         if self._is_by_rows(name):
             yield from row_runs(self.tensors, group.names[0], run_bytes)
@@ -149,9 +149,9 @@ class Checkpoint:
         return group.converter is None and self.tensors.is_by_rows(group.names[0])
 
     def _settle_ties(self, *, can_compare: bool) -> Iterator[str]:
-        """Keep one tensor of those that share a weight, under the name that the others are tied to.
+        """Keep one of the tensors that share a weight, under the name that the others are tied to.
 
-        Tensors that differ are not tied. can_compare: else they are taken to differ.
+        Tensors that differ are not tied. can_compare: if False, they are assumed to differ.
         """
         tied = self.model.all_tied_weights_keys
         for target, source in list(tied.items()):
@@ -171,7 +171,7 @@ class Checkpoint:
                 )
 
     def _are_equal(self, one: str, other: str) -> bool:
-        """Reads no further than the first difference."""
+        """Compare two tensors up to the first difference."""
         if self._is_by_rows(one) and self._is_by_rows(other):
             both = [self.dense_rows(name, COMPARED_BYTES * self.dense[name].dtype.itemsize) for name in (one, other)]
         else:
@@ -193,7 +193,7 @@ class Checkpoint:
         return {name for layer in self.layers for name in layer.parameter_names()}
 
     def _sort_groups(self, groups: tuple[SourceGroup, ...]) -> list[list[SourceGroup]]:
-        """Split groups into each layer's and the dense ones, which are registered."""
+        """Split groups into those of each layer and dense ones, which are registered."""
         owner = {name: index for index, layer in enumerate(self.layers) for name in layer.parameter_names()}
         by_layer: list[list[SourceGroup]] = [[] for _ in self.layers]
         state = self.model.state_dict()
@@ -229,7 +229,7 @@ class Checkpoint:
 
 
 def _compatible(found: torch.dtype, expected: torch.dtype) -> bool:
-    """Floating point weights may come in any width of 16 bits and more; integers and booleans as they are."""
+    """Floating point weights may have any width from 16 bits; integers and booleans must match."""
     if expected.is_floating_point:
         return found.is_floating_point and found.itemsize >= 2
     return found == expected

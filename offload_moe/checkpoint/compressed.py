@@ -1,6 +1,6 @@
-"""compressed-tensors, as llm-compressor writes it: each weight is read as the parts beside it say.
+"""compressed-tensors, as written by llm-compressor: the format of each weight follows from its parts.
 
-A checkpoint may mix formats, and leave layers as they were; only the bits of packed integers are in the config alone.
+A checkpoint may mix formats, with some layers unquantized; only the bits of packed integers are in the config alone.
 
 Source: compressed-tensors, compressors/ and quantization/lifecycle/forward.py; utils/match.py for `config_groups`.
 """
@@ -34,10 +34,11 @@ FORMATS = (
 BITS = (4, 8)
 PACKED = "weight_packed"
 NVFP4_SCALE = "weight_global_scale"
+IN_WEIGHTS = {"weight_input", "weight_output"}  # of transforms: what is stored is transformed already
 
 
 def compressed_tensors(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTensors:
-    """Raises: CheckpointError for formats that are not among `FORMATS`, and for damaged parts."""
+    """Recipes of all weights. Raises: CheckpointError for formats outside `FORMATS`, and for damaged parts."""
     sparsity = settings.get("sparsity_config")
     for found in (settings, sparsity if isinstance(sparsity, dict) else {}):
         layout = found.get("format") or "dense"
@@ -51,12 +52,27 @@ def compressed_tensors(stored: TensorSource, settings: dict[str, Any]) -> Dequan
             f"{stored.entries[nvfp4].path}: tensor {nvfp4} belongs to a weight in NVFP4 (compressed-tensors), which "
             f"cannot be read. {ADVICE}"
         )
+    _check_transforms(settings.get("transform_config"))
     schemes = Schemes(settings)
     return DequantizedTensors(stored, list(_recipes(stored, schemes)))
 
 
+def _check_transforms(transforms: Any) -> None:
+    """Raises: CheckpointError for rotations of activations (SpinQuant, QuIP), which undo those of the weights."""
+    try:
+        groups = (transforms or {}).get("config_groups") or {}
+        places = {use["location"] for group in groups.values() for use in group["apply"]}
+    except (AttributeError, KeyError, TypeError):
+        places = {"unknown"}
+    if computed := sorted(str(place) for place in places - IN_WEIGHTS):
+        raise CheckpointError(
+            f"The checkpoint (compressed-tensors) has transforms of activations (transform_config: "
+            f"{', '.join(computed)}), without which its weights are wrong, and which are not computed here. {ADVICE}"
+        )
+
+
 class Schemes:
-    """The `config_groups` of a checkpoint: what its modules were quantized to."""
+    """The `config_groups` of a checkpoint: the quantization of its modules."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         groups = settings.get("config_groups")
@@ -64,7 +80,7 @@ class Schemes:
         self._schemes = [(group.get("targets"), group.get("weights")) for group in listed if isinstance(group, dict)]
 
     def bits(self, module: str) -> int:
-        """Of the packed integers of a module. Raises: CheckpointError when no group says it, or they cannot be read."""
+        """The bits of a module's packed integers. Raises: CheckpointError when no group has them or supports them."""
         weights = self._weights(module)
         bits = weights.get("num_bits")
         if type(bits) is not int or bits not in BITS:
@@ -75,7 +91,7 @@ class Schemes:
         return bits
 
     def block(self, module: str) -> tuple[int, int] | None:
-        """Rows and columns that share a scale, where the strategy is blocks or groups."""
+        """Rows and columns that share a scale, if the strategy is blocks or groups."""
         weights = self._weights(module)
         block, group = weights.get("block_structure"), weights.get("group_size")
         if type(group) is int and group > 0:
@@ -85,7 +101,7 @@ class Schemes:
         return None
 
     def _weights(self, module: str) -> dict[str, Any]:
-        """Of the group that names the module, else of the first that names a class of modules, else of the first."""
+        """The group that names the module, else the first that names a class of modules, else the first."""
         named = [weights for targets, weights in self._schemes if _names(targets, module)]
         classes = [weights for targets, weights in self._schemes if _names_a_class(targets)]
         for weights in (*named, *classes, *(weights for _, weights in self._schemes)):
@@ -130,7 +146,7 @@ def _recipes(stored: TensorSource, schemes: Schemes) -> Iterator[Recipe]:
 class CompressedWeight:
     """``_packed [O, K * bits / 32]``, ``_scale [O, G]``, ``_shape [2]``, and perhaps ``_zero_point`` and ``_g_idx``.
 
-    Zeros are int8 ``[O, G]`` or packed along outputs, int32 ``[O * bits / 32, G]``; without them it is the middle code.
+    Zeros are int8 ``[O, G]`` or packed along outputs, int32 ``[O * bits / 32, G]``; the default is the middle code.
     """
 
     is_by_rows: ClassVar[bool] = True
@@ -139,7 +155,7 @@ class CompressedWeight:
     bits: int
 
     def rows(self, stored: TensorSource, start: int, stop: int) -> Tensor:
-        """Raises: CheckpointError when a scale is not a finite number, or the shape is another."""
+        """Values of rows. Raises: CheckpointError when a scale is not finite, or `_shape` differs."""
         name = self.entry.name
         if stored.read(f"{name}_shape").tolist() != list(self.entry.shape):
             raise CheckpointError(
@@ -163,7 +179,7 @@ class CompressedWeight:
         return unpack(stored.read(name).T, self.bits).T[start:stop].float()
 
     def _groups(self, stored: TensorSource, num_groups: int) -> Tensor | None:
-        """The group of each input; None where they are one after another (an index of -1 was never set)."""
+        """The group of each input; None if groups are consecutive (an index of -1 was never set)."""
         name = f"{self.entry.name}_g_idx"
         if name not in self.ingredients or (groups := stored.read(name).long()).eq(-1).any():
             return None
@@ -173,7 +189,7 @@ class CompressedWeight:
 
 
 def compressed_weight(stored: TensorSource, name: str, bits: int) -> CompressedWeight:
-    """The weight `name`. Raises: CheckpointError when a part is missing or they do not fit together."""
+    """The weight `name`. Raises: CheckpointError when a part is missing or parts do not fit together."""
     optional = (f"{name}_zero_point", f"{name}_g_idx")
     dimensions = {f"{name}_packed": 2, f"{name}_scale": 2, f"{name}_shape": 1, optional[0]: 2, optional[1]: 1}
     parts = find_parts(stored, "compressed-tensors", dimensions, optional)

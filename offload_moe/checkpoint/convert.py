@@ -1,7 +1,7 @@
 """Run transformers' own weight conversions on a piece of a layer: one expert, or one dense parameter.
 
-The operations that touch experts work on each expert by itself, so a module list of length one, or one slice of a fused
-tensor, gives the same bits as the whole layer. `check_per_expert` refuses an operation for which that is not known.
+The operations on experts work on each expert separately, so a module list of length one, or one slice of a fused
+tensor, gives the same bits as the whole layer. `check_per_expert` refuses operations without that property.
 """
 
 import copy
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class OneExpertModel:
-    """The model as a conversion sees it when it looks up shapes: experts parameters with one expert, ``[1, ...]``."""
+    """The model for a conversion's shape look-ups: experts parameters have one expert, ``[1, ...]``."""
 
     def __init__(self, model: "PreTrainedModel", experts_parameters: set[str]) -> None:
         self._model = model
@@ -35,14 +35,14 @@ class OneExpertModel:
 def convert(
     group: SourceGroup, tensors: Mapping[str, list[Tensor]], model: "OneExpertModel | PreTrainedModel"
 ) -> dict[str, Tensor]:
-    """The parameters that a group's tensors become. `tensors` holds the tensors of each source pattern.
+    """Convert a group's tensors to parameters. `tensors` holds the tensors of each source pattern.
 
     Raises:
         CheckpointError: the tensors do not fit together.
     """
     if group.converter is None:
         return {group.target: next(iter(tensors.values()))[0]}
-    converter = copy.deepcopy(group.converter)  # it collects what it is given
+    converter = copy.deepcopy(group.converter)  # a converter keeps the tensors it is given
     for pattern, values in tensors.items():
         for value in values:
             converter.add_tensor(group.target, group.target, pattern, value)
@@ -56,14 +56,14 @@ def convert(
 
 
 def is_module_list(group: SourceGroup) -> bool:
-    """Whether the checkpoint keeps one tensor per expert, rather than one for all of them."""
+    """Whether the checkpoint has one tensor per expert, rather than one for all."""
     from transformers.core_model_loading import MergeModulelist
 
     return any(isinstance(op, MergeModulelist) or op.supports_many_to_many for op in _operations(group))
 
 
 def possible_targets(group: SourceGroup) -> list[str]:
-    """Every parameter a group may become: several share one module list in Ernie's text and vision experts."""
+    """Every parameter that a group may be converted to: Ernie's text and vision experts share one module list."""
     if group.converter is None:
         return [group.target]
     first = group.converter.target_patterns[0]
@@ -71,7 +71,7 @@ def possible_targets(group: SourceGroup) -> list[str]:
 
 
 def check_per_expert(group: SourceGroup) -> None:
-    """Raises: UnsupportedModelError for an operation that might mix experts."""
+    """Check that operations do not mix experts. Raises: UnsupportedModelError."""
     for position, op in enumerate(_operations(group)):
         if not _acts_per_expert(op, position):
             raise UnsupportedModelError(
@@ -80,7 +80,7 @@ def check_per_expert(group: SourceGroup) -> None:
 
 
 def check_module_list(group: SourceGroup, num_experts: int, num_spare: int = 0) -> None:
-    """num_spare: experts after the others that may be there and mean nothing.
+    """num_spare: further experts that may exist and are ignored.
 
     Raises: CheckpointError naming the first expert tensor that is missing or too many.
     """

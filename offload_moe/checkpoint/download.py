@@ -1,13 +1,13 @@
-"""Shards of a hub repository that come when they are needed and go when they are done with.
+"""Shards of a hub repository, downloaded on demand and deleted after use.
 
-For disks that cannot hold a checkpoint and its store: all headers are fetched first, then one shard at a time.
-Everything lies in a folder of ours, which is known by the note in it; nothing else is ever deleted.
+For disks that cannot hold both a checkpoint and its store: all headers are fetched first, then one shard at a time.
+Everything is in a separate folder, identified by a note in it; nothing else is ever deleted.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -18,29 +18,28 @@ from offload_moe.checkpoint.hub import PARTIAL, HubFile, Repository, fetch, fetc
 from offload_moe.checkpoint.weight_files import choose_weights, require, safe_path
 from offload_moe.errors import BudgetError, CheckpointError, StoreError, TransferError
 from offload_moe.system.locks import try_lock
+from offload_moe.system.progress import Progress
 from offload_moe.system.sizes import format_size
 
 NOTE_NAME = "offload-moe-download.json"
 HEADERS = "headers"
-FIRST_BYTES = 1 << 17  # most headers are shorter, so that one request brings all of one
-
-OnDownload = Callable[[str, int, int], None]  # file name, bytes there, bytes in all
+FIRST_BYTES = 1 << 17  # most headers are shorter, so that one request is enough
 
 
 class Download:
-    """A folder that stands for one commit of a repository. Close it, or enter it, to let another process have it."""
+    """A download folder for one commit of a repository. It is locked until `close`, or the end of the context."""
 
     def __init__(
-        self, folder: Path, repo_id: str, *, revision: str | None, token: str | None, on_download: OnDownload
+        self, folder: Path, repo_id: str, *, revision: str | None, token: str | None, progress: Progress
     ) -> None:
-        """Claims the folder; a new one asks the hub what the revision is now, one that was begun stays with its commit.
+        """Claim the folder. A new one resolves the revision on the hub, an existing one keeps its commit.
 
         Raises:
-            StoreError: the folder is not ours, is in use, or was begun for something else.
-            TransferError: the hub refuses or cannot be reached.
+        StoreError: the folder is no download folder, is in use, or was begun for another source.
+        TransferError: the hub refuses or cannot be reached.
         """
         self.folder = folder
-        self._on_download = on_download
+        self._progress = progress
         self._lock = _claim(folder)
         try:
             note = _read_note(folder, {"repo_id": repo_id, "revision": revision})
@@ -69,7 +68,7 @@ class Download:
         return self.repository.files.keys()
 
     def fetch_metadata(self, names: Iterable[str]) -> None:
-        """The small files: those of `names` that are not there yet.
+        """Download the small files of `names` that are missing.
 
         Raises: CheckpointError for a name that leads out of the folder, TransferError.
         """
@@ -80,7 +79,7 @@ class Download:
                 fetch(self.repository, name, path, lambda done: None)
 
     def fetch_headers(self) -> None:
-        """The headers of all shards, so that the checkpoint can be opened without them.
+        """Download the headers of all shards, so that the checkpoint can be opened without the shards.
 
         Raises: CheckpointError when the repository has no safetensors or lacks a shard, TransferError.
         """
@@ -91,7 +90,7 @@ class Download:
                 raise CheckpointError(f"{path} is in a folder of its own. Convert it without --delete-source-shards.")
             copy = self._header_path(path.name)
             if not copy.exists():
-                self._on_download(f"headers, {path.name}", 0, 0)
+                self._progress(f"Downloading headers, {path.name}")
                 copy.parent.mkdir(exist_ok=True)
                 data = self._beginning(path)
                 partial = copy.with_name(copy.name + PARTIAL)
@@ -99,11 +98,11 @@ class Download:
                 os.replace(partial, copy)
 
     def header_of(self, path: Path) -> HeaderCopy:
-        """What `read_header` needs of a shard that is not there."""
+        """The header of a missing shard, for `read_header`."""
         return HeaderCopy(path=self._header_path(path.name), file_bytes=self.repository.files[path.name].num_bytes)
 
     def provide(self, path: Path) -> None:
-        """Fetch a shard unless it is there. Raises: BudgetError when the disk has no room for it, TransferError."""
+        """Download a shard if it is missing. Raises: BudgetError when the disk is too small, TransferError."""
         if path.exists():
             return
         name, size = path.name, self.repository.files[path.name].num_bytes
@@ -115,21 +114,22 @@ class Download:
                 f"Shard {name} needs {format_size(needed)} more on the disk of {self.folder}, {format_size(free)} is "
                 f"free. Free {format_size(needed - free)} and run the same command again to resume."
             )
-        self._on_download(name, size - needed, size)
-        fetch(self.repository, name, path, lambda done: self._on_download(name, done, size))
+        phase = f"Downloading {name}"
+        self._progress(phase, size - needed, size)
+        fetch(self.repository, name, path, lambda done: self._progress(phase, done, size))
 
     def discard(self, path: Path) -> None:
-        """Delete a shard; reading from it again would fetch it again."""
+        """Delete a shard; a later read would download it again."""
         assert path.parent == self.folder, "only what was downloaded here is deleted"
         path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Delete the folder: the conversion is finished. What is not ours in it stays.
+        """Delete the folder of a finished conversion, except for foreign files.
 
-        The note goes last: without it nobody could tell what is left after a kill.
+        The note is deleted last, because it identifies the folder after a kill.
         """
         ours = {*self.repository.files, *(name + PARTIAL for name in self.repository.files)} - {NOTE_NAME}
-        for path in sorted(self.folder.rglob("*"), reverse=True):  # a folder after what is in it
+        for path in sorted(self.folder.rglob("*"), reverse=True):  # a folder after its content
             if path.is_dir() and not path.is_symlink():
                 with suppress(OSError):  # not empty
                     path.rmdir()
@@ -148,7 +148,7 @@ class Download:
         return self.folder / HEADERS / name
 
     def _beginning(self, path: Path) -> bytes:
-        """A shard's header with its length before it."""
+        """A shard's header, preceded by its length."""
         if path.exists():
             with path.open("rb") as stream:
                 length = stream.read(8)
@@ -161,7 +161,7 @@ class Download:
 
 
 def _claim(folder: Path) -> int:
-    """A new, empty or earlier folder of ours, locked. Raises: StoreError."""
+    """Lock a new, empty or earlier download folder. Raises: StoreError."""
     if folder.exists() and not (folder / NOTE_NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise StoreError(f"{folder} is there already and is no download of ours. Move it, or name another store.")
     try:
@@ -176,7 +176,7 @@ def _claim(folder: Path) -> int:
 
 
 def _read_note(folder: Path, wanted: dict[str, str | None]) -> dict[str, Any] | None:
-    """What a download that was begun says of itself; None for a new one. Raises: StoreError."""
+    """The note of an earlier download; None for a new one. Raises: StoreError."""
     text = (folder / NOTE_NAME).read_text(encoding="utf-8")
     if not text:
         return None
@@ -187,7 +187,7 @@ def _read_note(folder: Path, wanted: dict[str, str | None]) -> dict[str, Any] | 
     except (ValueError, KeyError, TypeError):
         begun, complete = {}, False
     if not complete and [path.name for path in folder.iterdir()] == [NOTE_NAME]:
-        return None  # its writing was cut short
+        return None  # an incomplete write
     if not complete:
         raise StoreError(f"{folder / NOTE_NAME} is damaged. Delete that folder and start again.")
     if begun != wanted:
@@ -199,7 +199,7 @@ def _read_note(folder: Path, wanted: dict[str, str | None]) -> dict[str, Any] | 
 
 
 def _write_note(folder: Path, repository: Repository, revision: str | None) -> None:
-    """In place, since it is locked, and before anything else comes: a note that was cut short is alone."""
+    """Write the note in place, since it is locked, before any other file, so that an incomplete note is alone."""
     note = {
         "repo_id": repository.repo_id,
         "revision": revision,

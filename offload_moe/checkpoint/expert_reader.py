@@ -1,4 +1,4 @@
-"""One expert at a time out of a checkpoint, whether it keeps experts apart or fused."""
+"""Reading a checkpoint one expert at a time, from separate or fused tensors."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -71,7 +71,7 @@ class ExpertReader:
         )
 
     def read_packed(self, expert: int) -> dict[str, Tensor]:
-        """One expert with its matrices as MXFP4 `_blocks` and `_scales`, biases as they are. Only where `is_packed`."""
+        """One expert with its matrices as MXFP4 `_blocks` and `_scales`, and plain biases. Only if `is_packed`."""
         assert isinstance(self._tensors, Mxfp4Tensors)
         parts: dict[str, Tensor] = {}
         tensor_of = {self._layer.stacked_name(name): name for name in self._layer.shape.module_shapes()}
@@ -84,7 +84,7 @@ class ExpertReader:
         return parts
 
     def _mine(self, group: SourceGroup) -> SourceGroup:
-        """The part of a module list that is this layer's: modules that share one follow each other in it."""
+        """This layer's part of a module list; modules that share a list are consecutive in it."""
         check_per_expert(group)
         if not is_module_list(group):
             return group
@@ -106,7 +106,7 @@ class ExpertReader:
         return convert(group, metas, self._model)
 
     def _check_sources(self, group: SourceGroup) -> None:
-        """Every expert's tensor must look like the first one's, and a fused tensor must hold all experts."""
+        """Check that all experts' tensors have the first one's shape, or that a fused tensor holds all experts."""
         for names in group.sources.values():
             first = self._tensors.entries[names[0]]
             for entry in (self._tensors.entries[name] for name in names):

@@ -1,4 +1,4 @@
-"""Which modules of a transformers model hold routed experts, and what one expert is made of."""
+"""The modules of a transformers model that hold routed experts, and the matrices of one expert."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from offload_moe.quant.layout import ExpertShape, Matrix
 class ExpertsModule:
     """The experts of one MoE layer; its place in `find_experts` is the layer's ordinal.
 
-    contract: the activation between an expert's matrices, as transformers' registry describes it: the module itself
-    where its class is decorated. parts: the parameters that each tensor of a record is read from. num_spare: experts
-    that the parameters have room for and that have no weights. block_name: the module in front of whose experts the
-    router is. adapter: None for a decorated class.
+    contract: the operations between an expert's matrices in the terms of transformers' registry; the module itself if
+    its class is decorated. parts: the source parameters of each tensor of a record. num_spare: experts in the
+    parameters' shapes that have no weights. block_name: the module that contains the router. adapter: None for a
+    decorated class.
     """
 
     name: str
@@ -43,7 +43,7 @@ class ExpertsModule:
         return all(len(parts) == 1 and parts[0].is_stacked for parts in self.parts.values())
 
     def stacked_name(self, tensor: str) -> str:
-        """Full name of the parameter ``[num_experts, ...]`` of a tensor. Only where `is_stacked`."""
+        """Full name of the parameter ``[num_experts, ...]`` of a tensor. Only if `is_stacked`."""
         return f"{self.name}.{self.parts[tensor][0].parameter}"
 
 
@@ -56,10 +56,10 @@ def is_experts_module(module: nn.Module) -> bool:
 
 
 def find_experts(model: nn.Module) -> list[ExpertsModule]:
-    """Every experts module in execution order; parameters may be on `meta` but must still be there.
+    """Every experts module in execution order; its parameters must exist and may be on `meta`.
 
     Raises:
-        UnsupportedModelError: the model has no routed experts, or has some that nothing here can bind.
+    UnsupportedModelError: the model has no routed experts, or some that cannot be bound.
     """
     found = []
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Which format a checkpoint's weights are in, and how each is read."""
+"""The formats of checkpoints, and the reader of each."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from offload_moe.checkpoint.tensors import DequantizedTensors, TensorSource
 from offload_moe.errors import CheckpointError
 
 SETTINGS_KEYS = ("quantization_config", "compression_config")
-# Beside config.json, with what a quantization is whose settings do not name it.
+# Files beside config.json, with the method of those whose settings do not name it.
 SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 READERS: dict[str, Callable[[TensorSource, dict[str, Any]], DequantizedTensors]] = {
     "fp8": fp8_tensors,
@@ -32,9 +32,9 @@ READERS: dict[str, Callable[[TensorSource, dict[str, Any]], DequantizedTensors]]
     "bitsandbytes": bitsandbytes,
 }
 READ_WHEN_OPENED = ("bitsandbytes",)
-# Settings by which a quantization is known that leaves its name out.
+# Settings that identify a method without a name.
 SIGNS = {"config_groups": "compressed-tensors", "load_in_4bit": "bitsandbytes", "load_in_8bit": "bitsandbytes"}
-# The last part of the names of tensors that stand for no number by themselves.
+# Suffixes of tensors that are parts of a quantized weight.
 MARKS = {
     "qweight": "GPTQ or AWQ",
     "weight_packed": "compressed-tensors",
@@ -47,12 +47,12 @@ MARKS = {
 
 
 def open_tensors(folder: Path, remote: Remote | None = None) -> TensorSource:
-    """The tensors of a checkpoint folder as numbers, whatever they are stored as.
+    """The tensors of a checkpoint folder as numbers, whatever their stored format.
 
-    remote: brings shards that are not there.
+    remote: fetches missing shards.
 
     Raises:
-        CheckpointError: the folder is damaged, or quantized in a way that cannot be read.
+    CheckpointError: the folder is damaged, or quantized in an unsupported format.
     """
     if remote is None and _is_gguf(folder):
         found = GgufTensors(folder, read_config_json(folder))
@@ -77,7 +77,7 @@ def open_tensors(folder: Path, remote: Remote | None = None) -> TensorSource:
 
 
 def is_mxfp4(folder: Path) -> bool:
-    """Whether the experts of a checkpoint are in MXFP4. A GGUF file beside the config may have them in another type."""
+    """Whether the experts of a checkpoint are in MXFP4. A GGUF file may have another type than the config."""
     settings = quantization_settings(folder)
     if settings is None or settings["quant_method"] != "mxfp4":
         return False
@@ -89,11 +89,11 @@ def _is_gguf(folder: Path) -> bool:
 
 
 def quantization_settings(folder: Path) -> dict[str, Any] | None:
-    """What the config, a part of it such as its `text_config`, or a file beside it says of quantized weights.
+    """The quantization settings in the config, a part of it such as its `text_config`, or a file beside it.
 
-    `quant_method` is always there, though it may be a name that nobody knows.
+    `quant_method` is always set, possibly to an unknown name.
 
-    Raises: CheckpointError when that is not an object.
+    Raises: CheckpointError when they are not an object.
     """
     raw = read_config_json(folder)
     configs = [raw, *(value for value in raw.values() if isinstance(value, dict))]
@@ -103,7 +103,7 @@ def quantization_settings(folder: Path) -> dict[str, Any] | None:
                 if not isinstance(settings, dict):
                     raise CheckpointError(f"{folder / 'config.json'}: {key} is {settings!r}, expected an object.")
                 default = next((SIGNS[sign] for sign in SIGNS if sign in settings), "in a way without a name")
-                # MLX writes the same object under two keys.
+                # MLX stores the same object under two keys.
                 default = "MLX" if config.get("quantization") == settings else default
                 return {"quant_method": default} | _lower(settings)
     of_mlx = raw.get("quantization")
@@ -128,14 +128,14 @@ def _settings_beside(folder: Path) -> dict[str, Any] | None:
 
 
 def _lower(settings: dict[str, Any]) -> dict[str, Any]:
-    """`quant_method` in lower case, as AutoAWQ and others vary; left out where it says nothing."""
+    """`quant_method` in lower case, since AutoAWQ and others vary; left out if empty."""
     method = settings.get("quant_method")
     others = {key: value for key, value in settings.items() if key != "quant_method"}
     return others | {"quant_method": str(method).lower()} if method else others
 
 
 def _check_is_plain(stored: Shards, folder: Path) -> None:
-    """Raises: CheckpointError when weights are quantized and nothing says how."""
+    """Refuse quantized weights without settings. Raises: CheckpointError."""
     for name, entry in stored.entries.items():
         mark = name.rpartition(".")[2]
         kind = MARKS.get(mark) or ("FP8" if entry.dtype in FP8_DTYPES else None)

@@ -1,6 +1,6 @@
 """FP8 weights with one scale per block of rows and columns, per output channel, or per weight.
 
-A weight ``[R, C]`` in float8_e4m3fn (or e5m2) comes with scales that are multiplied, whatever their name says:
+A weight ``[R, C]`` in float8_e4m3fn (or e5m2) has scales that are multiplied, whatever their name:
 ``weight_scale_inv [ceil(R/128), ceil(C/128)]`` (DeepSeek-V3, Kimi K2, MiniMax M2), ``weight_scale`` of one number or
 ``[R, 1]`` (AutoFP8, vLLM, ModelOpt, FBGEMM, compressed-tensors), ``scale`` (DeepSeek-V4). Values are bf16, as
 transformers dequantizes them. Fused experts have a leading dimension.
@@ -26,8 +26,9 @@ from offload_moe.errors import CheckpointError
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 BF16_FIELDS = 0x87F0 - 0x10000  # the sign, the low four bits of the exponent, the high three of the mantissa
-NAN_AS_NUMBER = 480.0  # what the code of NaN would be; the largest number is 448
-ROWS = 128  # what is in work fits into a cache
+NAN_AS_NUMBER = 480.0  # the value of NaN's code; the largest number is 448
+USUAL_BLOCK = (128, 128)  # the default of transformers, if the config has none
+ROWS = 128  # the working set fits into a cache
 
 
 def fp8_tensors(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTensors:
@@ -39,7 +40,8 @@ def fp8_tensors(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTe
     block = settings.get("weight_block_size")
     if block is not None and not _is_block(block):
         raise CheckpointError(f"quantization_config: weight_block_size {block!r} is not a pair of lengths.")
-    return DequantizedTensors(stored, list(_recipes(stored, (block[0], block[1]) if block else None)))
+    usual = None if "weight_block_size" in settings else USUAL_BLOCK
+    return DequantizedTensors(stored, list(_recipes(stored, (block[0], block[1]) if block else None, usual=usual)))
 
 
 def fbgemm(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTensors:
@@ -48,7 +50,7 @@ def fbgemm(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTensors
 
 
 def modelopt(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTensors:
-    """What NVIDIA's ModelOpt keeps in FP8. Raises: CheckpointError for NVFP4 and its other formats."""
+    """FP8 weights of NVIDIA's ModelOpt. Raises: CheckpointError for NVFP4 and its other formats."""
     nested = settings.get("quantization")
     settings = nested if isinstance(nested, dict) else settings
     nvfp4 = next((name for name in stored.entries if name.endswith("weight_scale_2")), None)
@@ -61,19 +63,25 @@ def modelopt(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTenso
     return DequantizedTensors(stored, list(_recipes(stored, None)))
 
 
-def _recipes(stored: TensorSource, block: tuple[int, int] | None, *, is_turned: bool = False) -> Iterator[Recipe]:
+def _recipes(
+    stored: TensorSource,
+    block: tuple[int, int] | None,
+    *,
+    is_turned: bool = False,
+    usual: tuple[int, int] | None = None,
+) -> Iterator[Recipe]:
     for entry in stored.entries.values():
         if is_scale(entry.name):
             continue
         if entry.dtype in FP8_DTYPES:
-            yield fp8_weight(stored, entry, block, is_turned=is_turned)
+            yield fp8_weight(stored, entry, block, is_turned=is_turned, usual=usual)
         elif entry.dtype in (torch.int8, torch.uint8) and entry.name.endswith(".weight"):
             yield packed_rows(stored, entry.name, scale_name(stored, entry.name), entry.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fp8Weight:
-    """A weight and its scales. block: rows and columns that share one; grid: how many there are of each."""
+    """A weight and its scales. block: rows and columns that share a scale; grid: number of blocks along each."""
 
     is_by_rows: ClassVar[bool] = True
     entry: TensorEntry
@@ -94,19 +102,19 @@ class Fp8Weight:
         else:
             for matrix, scale, target in zip(weight, self._scales(stored, start, stop), values, strict=True):
                 _dequantize(matrix, scale, self.block, 0, target)
-        if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():  # a finite sum is the quick proof
+        if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():  # a finite sum proves it quickly
             raise CheckpointError(f"{self.entry.path}: tensor {self.entry.name} has NaN or infinite weights. {DAMAGED}")
         return values
 
     def _scales(self, stored: TensorSource, start: int, stop: int) -> Tensor:
-        """``[stop - start, *grid]`` of fused experts, which may all share one number."""
+        """Scales ``[stop - start, *grid]`` of fused experts, which may all share one number."""
         if math.prod(stored.entries[self.scale].shape) == 1:
             return as_numbers(stored.read(self.scale)).reshape(1, 1, 1).expand(stop - start, 1, 1)
         return as_numbers(stored.read_rows(self.scale, start, stop)).reshape(-1, *self.grid)
 
 
 def _dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int], first: int, out: Tensor) -> None:
-    """``weight [R, C]``, the rows from `first` on, into `out`; a few rows at a time, as caches are small."""
+    """``weight [R, C]``, the rows from `first` on, into `out`; a few rows at a time, to stay in the caches."""
     height, width = block
     full, rest = divmod(weight.shape[1], width)
     for row in range(0, weight.shape[0], ROWS):
@@ -120,10 +128,10 @@ def _dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int], first: in
 
 
 def fp8_values(weight: Tensor) -> Tensor:
-    """fp32, exact. Four times as fast as torch's own conversion of float8_e4m3fn on the CPU."""
+    """Exact conversion to fp32. Four times as fast as torch's own conversion of float8_e4m3fn on the CPU."""
     if weight.dtype != torch.float8_e4m3fn:
         return weight.float()
-    # Sign, exponent and mantissa are moved to their places in bf16, whose exponent counts from 2^120 further down.
+    # Sign, exponent and mantissa are moved to their places in bf16, whose exponent bias differs by 120.
     bits = weight.view(torch.int8).to(torch.int16).bitwise_left_shift_(4).bitwise_and_(BF16_FIELDS)
     values = bits.view(torch.bfloat16).float().mul_(2.0**120)
     if values.numel() and max(-values.min().item(), values.max().item()) == NAN_AS_NUMBER:
@@ -132,11 +140,17 @@ def fp8_values(weight: Tensor) -> Tensor:
 
 
 def fp8_weight(
-    stored: TensorSource, entry: TensorEntry, block: tuple[int, int] | None, *, is_turned: bool = False
+    stored: TensorSource,
+    entry: TensorEntry,
+    block: tuple[int, int] | None,
+    *,
+    is_turned: bool = False,
+    usual: tuple[int, int] | None = None,
 ) -> Fp8Weight:
-    """block: rows and columns of a block where the config names them; else one scale per weight or per channel.
+    """block: rows and columns of a block if the config has them; else one scale per weight or per channel.
 
-    is_turned: fused experts are ``[in, out]``, so that a channel is a column.
+    is_turned: fused experts are ``[in, out]``, so that a channel is a column. usual: a block to try where `block` is
+    not known and the scales are for nothing else.
 
     Raises: CheckpointError when there are no scales, or they do not fit.
     """
@@ -151,6 +165,8 @@ def fp8_weight(
             f"{entry.path}: tensor {entry.name} is FP8 {list(entry.shape)}, expected a matrix. {ADVICE}"
         )
     found = block_of(entry.shape, scale, block, is_turned)
+    if found is None and usual is not None:
+        found = block_of(entry.shape, scale, usual, is_turned)
     if found is None or scale.dtype not in SCALE_DTYPES:
         expected = (
             f"one scale per block of {list(block)}: {[*entry.shape[:-2], *grid_of(entry.shape, block)]}"

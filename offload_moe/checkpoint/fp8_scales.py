@@ -1,4 +1,4 @@
-"""The scales of an FP8 weight: what they are called, and which rows and columns share one."""
+"""The scales of an FP8 weight: their names, and the rows and columns that share one."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from offload_moe.checkpoint.header import TensorEntry
 from offload_moe.checkpoint.tensors import TensorSource
 
-# After the name of the weight; in place of its last part.
+# Appended to the name of the weight; in place of its last part.
 SCALE_SUFFIXES = ("_scale_inv", "_scale", "_weight_scale")
 SCALE_NAMES = (".scale", ".qscale_weight")
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
@@ -19,7 +19,7 @@ MX_BLOCK = (1, 32)
 def block_of(
     shape: tuple[int, ...], scale: TensorEntry, block: tuple[int, int] | None, is_turned: bool
 ) -> tuple[int, int] | None:
-    """Rows and columns that share a scale, by the shape of the scales; None where they fit nothing."""
+    """Rows and columns that share a scale, from the shape of the scales; None if no layout fits."""
     *experts, num_rows, num_columns = shape
     whole, per_row, per_column = (num_rows, num_columns), (1, num_columns), (num_rows, 1)
     if block and scale.shape == (*experts, *grid_of(shape, block)):
@@ -42,7 +42,7 @@ def _with_ones(experts: list[int]) -> tuple[tuple[int, ...], ...]:
 
 
 def grid_of(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
-    """How many blocks a matrix, or each of several, has along rows and columns."""
+    """Number of blocks of a matrix, or of each of several, along rows and columns."""
     return -(-shape[-2] // block[0]), -(-shape[-1] // block[1])
 
 
@@ -51,7 +51,7 @@ def is_scale(name: str) -> bool:
 
 
 def scale_name(stored: TensorSource, name: str) -> str:
-    """Of the scales of a weight; the usual one where there are none."""
+    """The name of a weight's scales; the usual one if there are none."""
     candidates = [f"{name}{suffix}" for suffix in SCALE_SUFFIXES]
     candidates += [f"{name.removesuffix('.weight')}{last}" for last in SCALE_NAMES]
     return next((candidate for candidate in candidates if candidate in stored.entries), candidates[0])

@@ -1,16 +1,23 @@
-"""How a model answers where the user does not say: `generation_config.json`, or what the model's config says of it."""
+"""A model's default sampling: `generation_config.json`, or the settings in the model's config."""
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from offload_moe.system.paths import CONFIG_NAME
+
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedModel
 
 GENERATION_CONFIG = "generation_config.json"
 
 
-def load_generation_config(folder: Path) -> "tuple[GenerationConfig, str | None]":
-    """The settings, and a notice where the file is there and cannot be used: then it is left out, as in transformers.
+def load_generation_config(folder: Path, model: "PreTrainedModel") -> "tuple[GenerationConfig, str | None]":
+    """The settings, and a notice if the file exists but is not usable; then it is left out, as in transformers.
+
+    model: or its skeleton, with which they are tried; transformers would fail at the first answer.
 
     Source: transformers/generation/utils.py, `adjust_generation_fn`.
     """
@@ -19,11 +26,31 @@ def load_generation_config(folder: Path) -> "tuple[GenerationConfig, str | None]
     notice = None
     if (folder / GENERATION_CONFIG).is_file():
         try:
-            return GenerationConfig.from_pretrained(folder), None
-        except Exception as error:  # whatever the class makes of foreign values
+            config = GenerationConfig.from_pretrained(folder)
+            _try(model, config)
+        except Exception as error:  # a config class may raise anything for foreign values
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             notice = (
-                f"{folder / GENERATION_CONFIG} cannot be used ({reason.rstrip('.')}) and is left out, as transformers "
-                "does: answers are drawn with its defaults. Download that file again for the model's own."
+                f"{folder / GENERATION_CONFIG} cannot be used ({reason.rstrip('.')}) and is left out: answers are "
+                "drawn with transformers' defaults. Download that file again for the model's own."
             )
-    return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True), notice
+        else:
+            return config, None
+    return GenerationConfig.from_pretrained(folder, config_file_name=CONFIG_NAME, _from_model_config=True), notice
+
+
+def _try(model: "PreTrainedModel", config: "GenerationConfig") -> None:
+    """Make of the settings what the first step of an answer makes of them. Raises: what that raises."""
+    from transformers import LogitsProcessorList
+
+    settings = copy.deepcopy(config)
+    settings.update(**settings._get_default_generation_params(), defaults_only=True)
+    model._prepare_special_tokens(settings, kwargs_has_attention_mask=True, device=torch.device("cpu"))
+    model._get_logits_processor(
+        generation_config=settings,
+        input_ids_seq_length=1,
+        encoder_input_ids=torch.zeros(1, 1, dtype=torch.long),
+        logits_processor=LogitsProcessorList(),
+        device="cpu",
+        model_kwargs={},
+    )

@@ -1,4 +1,4 @@
-"""Experts with a tensor each, as llama.cpp wrote them before April 2024 (Mixtral): read as one tensor for all.
+"""Experts in one tensor each, as in llama.cpp before April 2024 (Mixtral), read as one tensor for all.
 
 Source: llama.cpp, pull request 6505, which merged them; gguf-py, gguf/constants.py before it.
 """
@@ -54,7 +54,7 @@ class GgufExperts:
         return reduce(torch.promote_types, (expert.dtype for expert in self.experts))
 
     def raw(self, start: int, stop: int) -> Tensor:
-        """As `GgufTensor.raw`. Only where all experts are of one kind."""
+        """As `GgufTensor.raw`. Only if all experts have one type."""
         return torch.stack([expert.raw(0, expert.shape[0]) for expert in self.experts[start:stop]])
 
     def rows(self, start: int, stop: int) -> Tensor:

@@ -15,17 +15,17 @@ from torch import Tensor
 from offload_moe.errors import CheckpointError, TransferError
 
 KEPT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Read in big-endian files. The gguf package writes any other type with bytes as they are, its gguf_convert_endian swaps
-# them, and a file does not say which of the two wrote it. MXFP4 is made of single bytes.
+# Read in big-endian files. For other types the gguf package writes unswapped bytes, its gguf_convert_endian swaps
+# them, and a file does not record which of the two wrote it. MXFP4 consists of single bytes.
 BIG_ENDIAN = ("F32", "F16", "MXFP4")
 ADVICE = "Use another quantization of the model, or a safetensors version."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufTensor:
-    """Where one tensor lies; `kind` is the name of its type, such as Q4_K. Quantized ones are read as bf16.
+    """The place of one tensor; `kind` is the name of its type, such as Q4_K. Quantized ones are read as bf16.
 
-    is_swapped: its numbers are in the other byte order than this machine's.
+    is_swapped: its byte order differs from this machine's.
     """
 
     path: Path
@@ -46,7 +46,7 @@ class GgufTensor:
 
     @property
     def row_bytes(self) -> int:
-        """Of the last dimension."""
+        """Bytes of the last dimension."""
         return self.num_bytes // math.prod(self.shape[:-1])
 
     def raw(self, start: int, stop: int) -> Tensor:
@@ -87,7 +87,7 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufFile:
-    """One file: its tensors, and what it says of the model; num_parts is 0 where it does not say."""
+    """One file: its tensors, and its metadata; num_parts is 0 if it has none."""
 
     architecture: str
     num_parts: int
@@ -98,7 +98,7 @@ def read_gguf(paths: Iterable[Path]) -> tuple[str, dict[str, GgufTensor]]:
     """The architecture and every tensor of the parts of one model.
 
     Raises:
-        CheckpointError: a file is damaged, cut short, of a type that cannot be dequantized, or one part of several.
+        CheckpointError: a file is damaged, truncated, of a type that cannot be dequantized, or one part of several.
     """
     paths = tuple(paths)
     architecture = ""
@@ -131,7 +131,7 @@ def _read(path: Path) -> GgufFile:
             num_parts=int(num_parts.contents()) if num_parts else 0,
             tensors=tuple(_tensor(path, tensor, reader.byte_order == "S") for tensor in reader.tensors),
         )
-    except Exception as error:  # the package trusts its file, so a damaged one fails in any way it likes
+    except Exception as error:  # the package does not check its file, so a damaged one may raise anything
         if "is not a valid GGMLQuantizationType" in str(error):
             raise CheckpointError(
                 f"{path} is a GGUF file with a type of tensors that the gguf package does not know ({error}), as forks "

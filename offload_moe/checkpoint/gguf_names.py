@@ -1,11 +1,11 @@
-"""What the tensors of a GGUF file are called in transformers, for the architectures whose weights are known to agree.
+"""The names in transformers of a GGUF file's tensors, for architectures whose weights are known to agree.
 
 Source: gguf-py, gguf/constants.py and tensor_mapping.py; llama.cpp, convert_hf_to_gguf.py.
 """
 
 import re
 
-# llama.cpp's names. Its `llama` is Mixtral here, its `deepseek2` any DeepSeek since V2; a dense model is refused later.
+# llama.cpp's names: `llama` is Mixtral here, `deepseek2` any DeepSeek since V2; a dense model is refused later.
 ARCHITECTURES = ("llama", "qwen2moe", "qwen3moe", "olmoe", "deepseek2", "gpt-oss")
 PERMUTED = ("llama",)  # rows of query and key are in the order of another rotary embedding
 
@@ -54,7 +54,7 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
 def transformers_name(name: str, architecture: str) -> str | None:
-    """The name in transformers; one that does not change is unknown, None is not needed."""
+    """The name in transformers; an unknown name is returned unchanged, and None stands for an unneeded tensor."""
     if _UNUSED.fullmatch(name):
         return None
     stem, _, kind = name.rpartition(".")
@@ -62,7 +62,7 @@ def transformers_name(name: str, architecture: str) -> str | None:
         return f"{_WHOLE[stem]}.{kind}"
     match = _BLOCK.fullmatch(name)
     if match is None:
-        return re.sub(r"^blk\.(\d+)\.", r"model.layers.\1.", name)  # of a layer for multi-token prediction, perhaps
+        return re.sub(r"^blk\.(\d+)\.", r"model.layers.\1.", name)  # possibly of a layer for multi-token prediction
     known = _IN_BLOCK | _IN_BLOCK_OF.get(architecture, {})
     if match[2] not in known:
         return name
@@ -87,7 +87,7 @@ def fused_experts(name: str) -> tuple[str, str] | None:
 
 
 def split_latent(name: str) -> tuple[str, str] | None:
-    """For the key half of what makes keys and values of the latent: the value half, and the name of both."""
+    """For the key half of the latent's projection to keys and values: the value half, and the name of both."""
     match = re.fullmatch(r"blk\.(\d+)\.attn_k_b\.weight", name)
     if match is None:
         return None

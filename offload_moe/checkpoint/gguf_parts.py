@@ -1,6 +1,6 @@
-"""How one tensor of transformers is put together from those in a GGUF file.
+"""Assembly of one tensor of transformers from those in a GGUF file.
 
-Source: llama.cpp, convert_hf_to_gguf.py and conversion/, whose steps are run backwards; ggml-common.h, `block_mxfp4`.
+Source: llama.cpp, convert_hf_to_gguf.py and conversion/, whose steps are inverted; ggml-common.h, `block_mxfp4`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,9 +23,9 @@ Stored = GgufTensor | GgufExperts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufPart:
-    """Tensors that are one in transformers. join: of the same rows of each, or of all rows of each where `is_whole`.
+    """Tensors that are one in transformers. join: joins the same rows of each, or all rows of each if `is_whole`.
 
-    is_raw: the tensors' bytes are taken as they lie, uint8 ``[..., bytes of a row]``.
+    is_raw: the tensors' bytes are used unchanged, uint8 ``[..., bytes of a row]``.
     """
 
     tensors: tuple[Stored, ...]
@@ -42,7 +42,7 @@ class GgufPart:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The narrowest that holds the numbers of all: tensors may be of several types."""
+        """The narrowest dtype that holds the numbers of all tensors, whose types may differ."""
         dtypes = (tensor.dtype for tensor in self.tensors)
         return torch.uint8 if self.is_raw else reduce(torch.promote_types, dtypes)
 
@@ -68,7 +68,7 @@ def parts(
     for name, tensor in found.items():
         if ".ffn_up_exps." in name or ".attn_v_b." in name:
             _half(found, tensor, name.replace("ffn_up", "ffn_gate").replace("attn_v", "attn_k"))
-            continue  # comes with its other half
+            continue  # handled with its other half
         if both := fused_experts(name) or split_latent(name):
             pair = (tensor, _half(found, tensor, both[0]))
             yield from _pair(both[1], pair, is_gpt_oss)
@@ -106,7 +106,7 @@ def _pair(name: str, pair: tuple[Stored, Stored], is_gpt_oss: bool) -> Iterator[
 
 
 def _gpt_oss_experts(name: str, tensors: tuple[Stored, ...]) -> Iterator[tuple[str, GgufPart]]:
-    """transformers keeps these matrices as [in, out], gate and up rows in turn; MXFP4 keeps its bits."""
+    """transformers has these matrices as [in, out], with alternating gate and up rows; MXFP4 keeps its bits."""
     if all(tensor.kind == "MXFP4" for tensor in tensors):
         yield name + BLOCKS, GgufPart(tensors=tensors, join=_blocks, is_raw=True)
         yield name + SCALES, GgufPart(tensors=tensors, join=_scales, is_raw=True)
@@ -134,7 +134,7 @@ def _one_row(vector: Tensor) -> Tensor:
 
 
 def _halves(num_heads: int, whole: Tensor) -> Tensor:
-    """llama.cpp turns pairs of neighbours, transformers halves."""
+    """llama.cpp rotates pairs of neighbours, transformers pairs from the two halves."""
     return whole.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -148,7 +148,7 @@ def _join_latent(keys: Tensor, values: Tensor) -> Tensor:
 
 
 def _interleave(*rows: Tensor) -> Tensor:
-    """``[E, R, ...]`` of gate and of up -> ``[E, 2 R, ...]``, in turn."""
+    """``[E, R, ...]`` of gate and of up -> ``[E, 2 R, ...]``, alternating."""
     return torch.stack(rows, dim=2).flatten(1, 2)
 
 

@@ -27,7 +27,7 @@ class GgufTensors:
     notices: tuple[str, ...] = ()
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        """Raises: CheckpointError when there are several models, or one of an unknown architecture."""
+        """Open the folder's model. Raises: CheckpointError for several models, or an unknown architecture."""
         self.paths = _parts_of_one_model(folder)
         architecture, tensors = read_gguf(self.paths)
         if architecture not in ARCHITECTURES:
@@ -80,7 +80,7 @@ def _parts_of_one_model(folder: Path) -> tuple[Path, ...]:
 
 
 def _check_parts(folder: Path, names: list[str], first: re.Match[str]) -> None:
-    """Raises: CheckpointError naming the parts that are not there."""
+    """Check that all parts exist. Raises: CheckpointError naming the missing parts."""
     model, digits, count = first["model"], len(first["number"]), first["count"]
     if int(count) > MAX_PARTS:
         raise CheckpointError(f"{folder / names[0]}: {int(count)} parts of one GGUF file are too many to be meant.")

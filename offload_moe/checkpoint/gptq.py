@@ -1,7 +1,7 @@
-"""GPTQ and AWQ: packed integers whose words lie along inputs (GPTQ) or outputs (AWQ).
+"""GPTQ and AWQ: integers packed along inputs (GPTQ) or outputs (AWQ).
 
-What a weight's bits and groups are is read off the shapes of its parts, as settings may differ from layer to layer
-(GPTQModel's `dynamic`, AutoRound's `extra_config`). A layer that is left out has a plain `weight`.
+Bits and groups of a weight are derived from the shapes of its parts, since settings may differ from layer to layer
+(GPTQModel's `dynamic`, AutoRound's `extra_config`). An unquantized layer has a plain `weight`.
 
 Source: AutoGPTQ, nn_modules/qlinear; GPTQModel, quantization/config.py; AutoAWQ, utils/packing_utils.py; AutoRound,
 inference/convert_model.py.
@@ -19,8 +19,8 @@ from offload_moe.checkpoint.tensors import DequantizedTensors, TensorSource
 from offload_moe.errors import CheckpointError
 
 GPTQ_BITS = (2, 3, 4, 8)
-ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}  # what is added to a stored zero
-AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # where each output's code is in a word
+ZERO_OFFSETS = {"gptq": 1, "gptq_v2": 0}  # added to a stored zero
+AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # position of each output's code in a word
 
 
 def gptq(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTensors:
@@ -42,7 +42,7 @@ def awq(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTensors:
     """AutoAWQ's GEMM layout. Raises: CheckpointError for its others."""
     layout = str(settings.get("version") or settings.get("checkpoint_format") or settings.get("format") or "gemm")
     bits = settings.get("bits", settings.get("w_bit", 4))
-    if layout.lower() != "gemm" or bits != 4:
+    if layout.lower() != "gemm" or str(bits) != "4":
         raise CheckpointError(
             f"The checkpoint is AWQ with {bits} bits in the {layout.lower()} layout; 4 bits in the gemm layout can be "
             f"read. {ADVICE}"
@@ -51,7 +51,7 @@ def awq(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTensors:
 
 
 def auto_round(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTensors:
-    """AutoRound, which writes its weights as GPTQ or AWQ does. Raises: CheckpointError for its other layouts."""
+    """AutoRound, whose weights are packed as in GPTQ or AWQ. Raises: CheckpointError for its other layouts."""
     layout = str(settings.get("packing_format") or "auto_round:auto_gptq")
     match layout.rpartition(":")[2]:
         case "auto_gptq" | "gptq" | "auto":
@@ -67,7 +67,7 @@ def auto_round(stored: TensorSource, settings: dict[str, Any]) -> DequantizedTen
 class GptqWeight:
     """GPTQ: ``qweight [K * bits / 32, O]``, ``qzeros [G, O * bits / 32]``, ``scales [G, O]``, ``g_idx [K]``.
 
-    g_idx is the group of each input; without it groups are of the same length, one after another.
+    g_idx is the group of each input; without it groups are consecutive and of the same length.
     """
 
     is_by_rows: ClassVar[bool] = False
@@ -113,7 +113,7 @@ class AwqWeight:
 def gptq_weight(stored: TensorSource, prefix: str, zero_offset: int, is_reordered: bool) -> GptqWeight:
     """The weight ``prefix + "weight"``.
 
-    is_reordered: groups are not one after another, so g_idx must be there.
+    is_reordered: groups are not consecutive, so g_idx is required.
 
     Raises: CheckpointError when a part is missing, or they do not fit together.
     """

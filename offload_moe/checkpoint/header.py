@@ -36,7 +36,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the format itself
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEntry:
-    """Where one tensor lies: `offset` counts from the start of the file."""
+    """The place of one tensor: `offset` counts from the start of the file."""
 
     name: str
     path: Path
@@ -51,7 +51,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeaderCopy:
-    """The beginning of a safetensors file that is not there itself, and how long that file is."""
+    """The beginning of a missing safetensors file, and the file's length."""
 
     path: Path
     file_bytes: int
@@ -60,7 +60,7 @@ class HeaderCopy:
 def read_header(path: Path, copy: HeaderCopy | None = None) -> dict[str, TensorEntry]:
     """Every tensor of a safetensors file.
 
-    copy: read instead of the file.
+    copy: the beginning of a missing file, read instead.
 
     Raises:
         CheckpointError: the file is missing, truncated or malformed; the message names it and the tensor.
@@ -70,7 +70,10 @@ def read_header(path: Path, copy: HeaderCopy | None = None) -> dict[str, TensorE
             file_bytes = copy.file_bytes if copy else os.fstat(file.fileno()).st_size
             header_bytes = int.from_bytes(file.read(8), "little")
             if file_bytes < 8 or header_bytes > min(file_bytes - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(f"{path} is truncated or not a safetensors file: {file_bytes} bytes.")
+                raise CheckpointError(
+                    f"{path} is truncated or not a safetensors file: {file_bytes} bytes. Download the file again; "
+                    "where git left a pointer in its place, `git lfs pull` does."
+                )
             header = json.loads(file.read(header_bytes), object_pairs_hook=_unique_keys)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error

@@ -1,4 +1,4 @@
-"""The hub, as far as a checkpoint needs it: what a repository holds, one file of it, or the beginning of one."""
+"""Access to the hub: the list of a repository's files, one file, or the beginning of one."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
     from huggingface_hub.utils import tqdm
 
-PARTIAL = ".partial"  # the ending of a file that is still coming
+PARTIAL = ".partial"  # suffix of an incomplete file
 
-OnBytes = Callable[[int], None]  # told how many bytes of a file are there
+OnBytes = Callable[[int], None]  # receives the number of downloaded bytes of a file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubFile:
-    """sha256: of the content, where the hub keeps the file outside of git."""
+    """sha256: of the content, if the hub keeps the file outside git."""
 
     num_bytes: int
     sha256: str | None
@@ -30,7 +30,7 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repository:
-    """One commit of a model repository, and every file in it. token: None takes the one that is logged in."""
+    """One commit of a model repository, and every file in it. token: None takes the token of the login."""
 
     repo_id: str
     commit: str
@@ -73,10 +73,10 @@ def hub_errors(doing: str, repo_id: str, revision: str | None, *, advice: str = 
 
 
 def open_repository(repo_id: str, *, revision: str | None, token: str | None) -> Repository:
-    """Ask the hub what a revision is and holds. Raises: TransferError."""
+    """Look up commit and files of a revision on the hub. Raises: TransferError."""
     from huggingface_hub import HfApi
 
-    with hub_errors(f"Asking the hub for {repo_id}", repo_id, revision):
+    with hub_errors(f"Looking up {repo_id} on the hub", repo_id, revision):
         info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
     files = {
         sibling.rfilename: HubFile(num_bytes=sibling.size, sha256=sibling.lfs.sha256 if sibling.lfs else None)
@@ -105,7 +105,7 @@ def fetch_beginning(repository: Repository, name: str, num_bytes: int) -> bytes:
 
 
 class _Enough(Exception):
-    """The beginning of a file is there; a server that knows no ranges would go on."""
+    """The beginning is complete; a server without support for ranges would continue."""
 
 
 class _Beginning(BytesIO):
@@ -121,12 +121,12 @@ class _Beginning(BytesIO):
 
 
 def fetch(repository: Repository, name: str, target: Path, on_bytes: OnBytes) -> None:
-    """Download a file, continuing where an earlier attempt of any process stopped; `target` appears when it is whole.
+    """Download a file, resuming an earlier attempt of any process; `target` appears when it is complete.
 
-    A commit never changes, so what an earlier attempt left fits; a file that was continued is compared with the hub's
-    own hash nevertheless.
+    A commit never changes, so the part of an earlier attempt fits; a resumed file is nevertheless compared with the
+    hub's hash.
 
-    Raises: TransferError; CheckpointError when a continued file has another content than the hub says.
+    Raises: TransferError; CheckpointError when a resumed file does not match the hub's hash.
     """
     from huggingface_hub.file_download import http_get
 
@@ -157,7 +157,7 @@ def fetch(repository: Repository, name: str, target: Path, on_bytes: OnBytes) ->
 
 
 def _reporting(on_bytes: OnBytes, present: int) -> "type[tqdm]":
-    """A progress bar, as the hub client wants one, that shows nothing and tells us."""
+    """A progress bar for the hub client that only forwards the progress."""
     from huggingface_hub.utils import tqdm
 
     class Reporting(tqdm):

@@ -36,7 +36,7 @@ class Int8Weight:
         return finite(self.entry, values.flatten(1))
 
     def _per_group(self, stored: TensorSource, name: str, start: int, stop: int) -> Tensor:
-        """``[rows, G, 1]``, or ``[1, 1, 1]`` where one serves the whole weight."""
+        """Scales or zeros ``[rows, G, 1]``, or ``[1, 1, 1]`` for the whole weight."""
         whole = stored.read(name).float().reshape(-1, self.num_groups, 1)
         return whole if len(whole) == 1 else whole[start:stop]
 
@@ -69,7 +69,7 @@ def int8_weight(stored: TensorSource, name: str) -> Int8Weight:
 
 
 def llm_int8_weight(stored: TensorSource, scales_name: str) -> LlmInt8Weight:
-    """The weight that ``SCB`` tensor belongs to. Raises: CheckpointError when the parts do not fit, or lie in tiles."""
+    """The weight of an ``SCB`` tensor. Raises: CheckpointError when the parts do not fit, or are tiled."""
     prefix = scales_name.removesuffix("SCB")
     scales = stored.entries[scales_name]
     codes = _beside(stored, scales_name, f"{prefix}weight")
@@ -90,7 +90,7 @@ def llm_int8_weight(stored: TensorSource, scales_name: str) -> LlmInt8Weight:
 
 
 def _num_groups(codes: TensorEntry, scales: TensorEntry) -> int:
-    """How many scales a row has; 0 where they do not fit."""
+    """Number of scales per row; 0 if they do not fit."""
     if len(codes.shape) != 2 or 0 in codes.shape:
         return 0
     if scales.shape in ((), (1,), (1, 1), codes.shape[:1]):

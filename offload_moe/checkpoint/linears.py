@@ -1,9 +1,9 @@
-"""Which dense weights are large projections that a model only ever multiplies with."""
+"""The dense weights that are large projections and used only in matrix products."""
 
 from torch import nn
 
-# By name, because other linear layers are read as matrices by their model (Mamba's `dt_proj`, latent attention's
-# `kv_b_proj` once it is absorbed) or are too small to matter and too delicate to round (routers, gates, `q_a_proj`).
+# By name, because models read other linear layers as matrices (Mamba's `dt_proj`, latent attention's absorbed
+# `kv_b_proj`), or they are small and sensitive to rounding (routers, gates, `q_a_proj`).
 PROJECTIONS = frozenset(
     {
         "q_proj",
@@ -22,7 +22,7 @@ PROJECTIONS = frozenset(
 
 
 def projection_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Module name -> linear layer, for attention and MLP projections and an output head of its own."""
+    """Module name -> linear layer, for attention and MLP projections and an untied output head."""
     tied = set(getattr(model, "all_tied_weights_keys", ()))
     return {
         name: module

@@ -1,7 +1,7 @@
-"""Symbolic links in a model folder: followed where nobody could have placed them but the owner of what they lead to.
+"""Symbolic links in a model folder: followed only if the owner of their target may have placed them.
 
-A folder that came as an archive may hold links that lead anywhere; what they lead to would be read, and small files
-would be copied into the store.
+A folder from an archive may contain links to any file, which would be read, and small files would be copied into
+the store.
 """
 
 import os
@@ -17,12 +17,12 @@ MAX_LINKS = 64
 
 
 def check_links(folder: Path, names: Iterable[str], *, follow_links: bool = False) -> None:
-    """Check what the files of a folder lead to.
+    """Check the symbolic links of a folder.
 
-    A link out of the folder is followed where it and its target belong to one user, who is the present one or the
-    owner of the folder, or where follow_links says so. In the hub's cache, `blobs` beside `snapshots` is a part of it.
+    A link out of the folder is followed if it and its target belong to one user, who is the current one or the owner
+    of the folder, or if follow_links is set. In the hub's cache, `blobs` beside `snapshots` counts as inside.
 
-    Raises: CheckpointError for a link that leads nowhere or may not be followed.
+    Raises: CheckpointError for a link that is broken or may not be followed.
     """
     root = folder.resolve()
     for name in names:
@@ -32,7 +32,7 @@ def check_links(folder: Path, names: Iterable[str], *, follow_links: bool = Fals
         except OSError as error:
             if path.is_symlink() or any(parent.is_symlink() for parent in _below(folder, path)):
                 raise CheckpointError(_dangling(path, error)) from error
-            continue  # a file that is missing, or cannot be read, is reported by those who read it
+            continue  # a missing or unreadable file is reported when it is read
         if not (follow_links or _is_inside(root, real) or _is_trusted(root, name, real)):
             raise CheckpointError(
                 f"{path} is a link to {real}, which belongs to another user than the link or the folder. Use "
@@ -54,7 +54,7 @@ def _is_trusted(root: Path, name: str, real: Path) -> bool:
 
 
 def _links_on_the_way(root: Path, name: str) -> Iterator[Path]:
-    """Every link that is followed from a folder without links in its path to a file; the file must exist."""
+    """Every link on the path from a folder (itself without links) to a file; the file must exist."""
     at, parts = root, deque(Path(name).parts)
     num_links = 0
     while parts and num_links < MAX_LINKS:
@@ -83,7 +83,7 @@ def _dangling(path: Path, error: OSError) -> str:
 
 
 def _owner(path: Path) -> int:
-    """Of the file or link itself."""
+    """The owner of a file, or of a link itself."""
     return path.lstat().st_uid
 
 

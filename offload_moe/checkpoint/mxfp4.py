@@ -1,6 +1,6 @@
-"""MXFP4 experts, as gpt-oss has them: ``NAME_blocks`` uint8 ``[E, R, G, 16]`` and ``NAME_scales`` uint8 ``[E, R, G]``.
+"""MXFP4 experts of gpt-oss: ``NAME_blocks`` uint8 ``[E, R, G, 16]`` and ``NAME_scales`` uint8 ``[E, R, G]``.
 
-They stand for ``NAME [E, 32 G, R]`` in bf16: transformers' module keeps matrices as ``[in, out]``.
+They represent ``NAME [E, 32 G, R]`` in bf16, because transformers' module has matrices as ``[in, out]``.
 
 Source: transformers/integrations/mxfp4.py, `convert_moe_packed_tensors`.
 """
@@ -34,7 +34,7 @@ class Mxfp4Tensors(DequantizedTensors):
         super().__init__(stored, [_recipe(stored, entry) for entry in blocks])
 
     def read_packed(self, name: str, expert: int) -> tuple[Tensor, Tensor]:
-        """One expert's codes ``[R, 16 G]`` and scales ``[R, G]``, as they are stored."""
+        """One expert's stored codes ``[R, 16 G]`` and scales ``[R, G]``."""
         recipe = self.recipes[name]
         blocks, scales = (self.stored.read_rows(part, expert, expert + 1)[0] for part in recipe.ingredients)
         return blocks.flatten(1), scales
@@ -42,7 +42,7 @@ class Mxfp4Tensors(DequantizedTensors):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mxfp4Weight:
-    """A fused weight and what it is stored as."""
+    """A fused weight, with its blocks and scales."""
 
     is_by_rows: ClassVar[bool] = True
     entry: TensorEntry
@@ -60,7 +60,7 @@ class Mxfp4Weight:
                 raise CheckpointError(
                     f"{self.entry.path}: tensor {self.entry.name}{SCALES} has NaN scales (MXFP4). {DAMAGED}"
                 )
-            for row in range(0, len(scales), ROWS):  # what is in work fits into a cache
+            for row in range(0, len(scales), ROWS):  # the working set fits into a cache
                 rows = slice(row, row + ROWS)
                 values[expert - start, :, rows] = mxfp4_values(blocks[rows].flatten(1), scales[rows]).T
         return values

@@ -34,7 +34,7 @@ class SourceGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NameMap:
-    """What each checkpoint tensor is for; `unexpected` ones have no place in the model."""
+    """The conversion groups of a checkpoint's tensors; `unexpected` ones have no place in the model."""
 
     groups: tuple[SourceGroup, ...]
     unexpected: tuple[str, ...]
@@ -42,7 +42,7 @@ class NameMap:
 
 
 def map_names(model: "PreTrainedModel", names: Iterable[str]) -> NameMap:
-    """Sort the tensor names of a checkpoint into conversion groups, as `from_pretrained` would.
+    """Sort the tensor names of a checkpoint into conversion groups, like `from_pretrained`.
 
     Raises:
         CheckpointError: two tensors claim the same parameter.
@@ -87,7 +87,7 @@ def map_names(model: "PreTrainedModel", names: Iterable[str]) -> NameMap:
 
 
 def required_names(model: "PreTrainedModel") -> set[str]:
-    """Parameters and buffers that a checkpoint must bring: not tied to another, not optional for this model class."""
+    """Parameters and buffers that a checkpoint must have: not tied to another, not optional for this model class."""
     optional = _pattern(model._keys_to_ignore_on_load_missing or ())
     return {
         name
@@ -97,7 +97,7 @@ def required_names(model: "PreTrainedModel") -> set[str]:
 
 
 def _unexpected_patterns(model: "PreTrainedModel") -> set[str]:
-    """Leftovers that transformers ignores too: MTP layers, buffers that moved or stopped being saved.
+    """Tensors that transformers ignores too: MTP layers, buffers that moved or are no longer saved.
 
     Source: transformers/modeling_utils.py, `_adjust_missing_and_unexpected_keys`.
     """
@@ -111,7 +111,7 @@ def _unexpected_patterns(model: "PreTrainedModel") -> set[str]:
 
 
 def _mtp_patterns(model: "PreTrainedModel") -> set[str]:
-    """Layers after the last one predict several tokens at once. transformers names them by number, per family."""
+    """Layers after the last one, for multi-token prediction. transformers lists them by number, per family."""
     config = model.config.get_text_config()
     first, count = getattr(config, "num_hidden_layers", None), getattr(config, "num_nextn_predict_layers", None)
     if not isinstance(first, int) or not isinstance(count, int):

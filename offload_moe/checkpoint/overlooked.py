@@ -1,4 +1,4 @@
-"""Modules that look like routed experts and that nothing binds. Unnoticed, they would run as they are."""
+"""Modules that look like routed experts and are not bound, which would otherwise silently run unconverted."""
 
 from collections.abc import Iterable, Sequence
 
@@ -35,7 +35,7 @@ def _looks_like_experts(name: str, module: nn.Module) -> bool:
 
 
 def _routes(module: nn.Module) -> bool:
-    """Whether a child is a router in name and in kind: then the experts it routes to must be somewhere inside."""
+    """Whether a child is a router by name and by type, so that its experts must be inside the same module."""
     return any(
         name in ROUTER_NAMES and any(word in type(child).__name__.lower() for word in ROUTER_CLASSES)
         for name, child in module.named_children()

@@ -1,7 +1,7 @@
-"""Integer weights packed into int32 words: what compressed-tensors' pack-quantized, GPTQ and AWQ have in common.
+"""Integer weights packed into int32 words: the common part of compressed-tensors' pack-quantized, GPTQ and AWQ.
 
-All stand for ``weight [O, K] = (code - zero) * scale`` with a scale, and perhaps a zero, per group of inputs. Words
-hold their codes from the lowest bits up. Values are in the dtype of the scales.
+All represent ``weight [O, K] = (code - zero) * scale`` with a scale, and optionally a zero, per group of inputs.
+Words hold their codes from the lowest bits up. Values are in the dtype of the scales.
 """
 
 from collections.abc import Iterable, Mapping
@@ -35,9 +35,9 @@ def find_parts(
 ) -> dict[str, TensorEntry]:
     """The entries of one weight by name; the first is the one with the codes.
 
-    dimensions: how many each part has. optional: parts that may be left out.
+    dimensions: their number for each part. optional: parts that may be missing.
 
-    Raises: CheckpointError when another is missing, or belongs to no matrix.
+    Raises: CheckpointError when another part is missing, or belongs to no matrix.
     """
     first = stored.entries[next(iter(dimensions))]
     found = {}
@@ -56,7 +56,7 @@ def find_parts(
 
 
 def check_fit(method: str, parts: Mapping[str, TensorEntry], scales: TensorEntry, fits: bool) -> None:
-    """Raises: CheckpointError unless `fits`, with codes in words and scales that are numbers."""
+    """Check the parts' dtypes and `fits`. Raises: CheckpointError."""
     words = next(iter(parts.values()))
     if not fits or words.dtype != torch.int32 or scales.dtype not in SCALE_DTYPES or 0 in words.shape:
         found = ", ".join(f"{name} {entry.dtype} {list(entry.shape)}" for name, entry in parts.items())
@@ -64,7 +64,7 @@ def check_fit(method: str, parts: Mapping[str, TensorEntry], scales: TensorEntry
 
 
 def made_of(name: str, codes: TensorEntry, scales: TensorEntry, shape: tuple[int, ...]) -> TensorEntry:
-    """The entry of the weight that codes and scales stand for."""
+    """The entry of the weight that codes and scales represent."""
     return TensorEntry(name=name, path=codes.path, dtype=scales.dtype, shape=shape, offset=codes.offset)
 
 

@@ -1,4 +1,4 @@
-"""One expert at a time where a model keeps experts as parameters of their own, or one below the other."""
+"""Reading one expert at a time from models with one parameter per expert, or with experts stacked along rows."""
 
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,7 @@ class PieceReader:
             self._check(name, tuple(model.get_parameter(name).shape))
 
     def read(self, expert: int) -> dict[str, Tensor]:
-        """The tensors of one expert, keyed as its record names them."""
+        """The tensors of one expert, keyed by their names in the record."""
         found = {}
         for name, parts in self._layer.parts.items():
             pieces = [self._piece(part, expert) for part in parts]

@@ -1,6 +1,6 @@
 """The tensors of a checkpoint folder, read by plain positioned reads.
 
-Reads rather than mapped files: mapped pages count as resident memory, and RAM must stay bounded by a few experts.
+Files are not mapped, because mapped pages count as resident memory, which must stay bounded by a few experts.
 """
 
 import math
@@ -19,7 +19,7 @@ from offload_moe.system.open_files import OpenFiles
 
 
 class Remote(Protocol):
-    """Where shards come from that are not in the folder. file_names: of all files there are."""
+    """A source of missing shards. file_names: of all files of the checkpoint."""
 
     @property
     def file_names(self) -> Collection[str]: ...
@@ -27,7 +27,7 @@ class Remote(Protocol):
     def header_of(self, path: Path) -> HeaderCopy: ...
 
     def provide(self, path: Path) -> None:
-        """Bring the file, unless it is there."""
+        """Fetch the file if it is missing."""
         ...
 
 
@@ -47,7 +47,7 @@ class Shards:
         for path in self.paths:
             found = read_header(path, remote.header_of(path) if remote else None)
             repeated += [name for name in found if name in self.entries]
-            self.entries |= found  # the last file has the last word, as in transformers
+            self.entries |= found  # the last file takes precedence, as in transformers
         unused = weights.unused(file_names(folder)) if remote is None else None
         self.notices = tuple(notice for notice in (unused, *_contradictions(folder, weights, self.entries)) if notice)
         if repeated:
@@ -80,7 +80,7 @@ class Shards:
         return frozenset({self.entries[name].path})
 
     def release(self, path: Path) -> None:
-        """Close a shard that is not read any more, so that deleting it frees the disk."""
+        """Close a shard that is no longer read, so that deleting it frees the disk."""
         self._files.release(path)
 
     def close(self) -> None:
@@ -112,7 +112,7 @@ def _fill(descriptor: int, entry: TensorEntry, offset: int, num_bytes: int) -> T
 
 
 def _contradictions(folder: Path, weights: WeightFiles, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
-    """Notices of what the index says and the files do not. What a model needs and nothing brings is an error later."""
+    """Notices of differences between index and files. A tensor that the model lacks is an error later."""
     elsewhere = [n for n, file in weights.promised.items() if n in entries and entries[n].path != folder / file]
     if elsewhere:
         yield f"In other files than {weights.index} says, and read from there: {listing(elsewhere)}."

@@ -11,11 +11,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from offload_moe.errors import CheckpointError, UnsupportedModelError
+from offload_moe.system.paths import CONFIG_NAME
 
 if TYPE_CHECKING:
     from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 EXPERTS_SIZED = 1 << 24  # elements
+FAR = 1 << 24  # a position beyond every window
 FILLS = {
     *("normal_", "trunc_normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_"),
     *("constant_", "zeros_", "ones_", "fill_", "zero_"),
@@ -23,9 +25,9 @@ FILLS = {
 
 
 def load_config(folder: Path) -> "PreTrainedConfig":
-    """The model's transformers config; a foreign model type is read as the transformers architecture that it names.
+    """The model's transformers config; a foreign model type is read as the transformers architecture in the config.
 
-    Kimi K2 is such a one: its type is `kimi_k2`, its architecture is DeepSeek-V3's.
+    For example, Kimi K2 has the type `kimi_k2` and DeepSeek-V3's architecture.
 
     Raises:
         CheckpointError: not a model folder, or its `config.json` is not usable.
@@ -47,7 +49,7 @@ def load_config(folder: Path) -> "PreTrainedConfig":
         raise UnsupportedModelError(f"{folder}: model type {model_type!r} is not in this version of transformers.")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever a config class makes of foreign values is the checkpoint's fault
+    except Exception as error:  # a config class may raise anything for foreign values
         raise CheckpointError(f"{folder / 'config.json'} is not a usable {model_type} config: {error}") from error
 
 
@@ -63,28 +65,28 @@ def _config_by_architecture(folder: Path, raw: dict[str, Any]) -> "PreTrainedCon
     fields = {name: value for name, value in raw.items() if name not in ("model_type", "auto_map")}
     try:
         return AutoConfig.for_model(known[architecture], **fields)
-    except Exception as error:  # as in load_config: whatever a config class makes of foreign values
+    except Exception as error:  # as in load_config: a config class may raise anything
         raise CheckpointError(f"{folder / 'config.json'} is not a usable {architecture} config: {error}") from error
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
     """`config.json` as it is written. Raises: CheckpointError when this is not a model folder."""
-    path = folder / "config.json"
+    path = folder / CONFIG_NAME
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is not a model folder: it has no config.json.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Download it again.") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise CheckpointError(f"{path} is not a model config: it names no model_type.")
     return raw
 
 
 def build_skeleton(config: "PreTrainedConfig") -> "PreTrainedModel":
-    """The model of this config, parameters on `meta`, buffers real; the config itself is not touched.
+    """The model of this config, with parameters on `meta` and real buffers; the config itself is not modified.
 
-    The model is an unquantized one, whatever its checkpoint is: weights are read as numbers.
+    The model is unquantized, even if its checkpoint is quantized, because weights are read as numbers.
 
     Raises:
         UnsupportedModelError: transformers has no text-generating model for it, or cannot build it.
@@ -98,20 +100,41 @@ def build_skeleton(config: "PreTrainedConfig") -> "PreTrainedModel":
     try:
         with init_empty_weights(include_buffers=False), _EmptyOnMeta():
             model = model_class.from_config(config, trust_remote_code=False)
-    except Exception as error:  # a model class fails in any way it likes on values it did not expect
+    except Exception as error:  # a model class may raise anything for unexpected values
         raise UnsupportedModelError(f"transformers cannot build this {config.model_type} model: {error}") from error
+    _rotate_far(model)
     stranded = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if stranded:
         raise UnsupportedModelError(f"{type(model).__name__}: buffer {stranded[0]} was left without a value.")
     return model.eval()
 
 
-class _EmptyOnMeta(TorchFunctionMode):
-    """Sends `torch.empty` to `meta` at once, so that not even one layer's experts are ever allocated.
+def _rotate_far(model: "PreTrainedModel") -> None:
+    """Use the second factors of LongRoPE once: a list that does not fit would fail in the middle of a long answer.
 
-    accelerate moves a parameter to `meta` only after it was made: 30 GB for one layer of DeepSeek-V3. Llama 4 fills its
-    experts with zeros, 5 GB per layer; smaller zeros may be buffers, whose values count. What is on `meta` needs no
-    initial values, and making them takes half of the time.
+    Raises: UnsupportedModelError.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for layer_type, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
+            if kind == "longrope":
+                rotary = copy.deepcopy(module)  # it keeps the factors that it used last
+                settings = {} if layer_type is None else {"layer_type": layer_type}
+                try:
+                    rotary(torch.zeros(1, 1, 1), torch.full((1, 1), FAR), **settings)
+                except Exception as error:  # as above
+                    raise UnsupportedModelError(
+                        f"The config of this {model.config.model_type} model has LongRoPE factors (long_factor) that "
+                        f"cannot be used: {error}. Take the config.json that its authors published."
+                    ) from error
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Redirects `torch.empty` to `meta`, so that not even one layer's experts are allocated.
+
+    accelerate moves a parameter to `meta` only after its allocation: 30 GB for one layer of DeepSeek-V3. Llama 4 fills
+    its experts with zeros, 5 GB per layer; smaller zeros may be buffers, whose values count. Tensors on `meta` need no
+    initial values, which otherwise take half of the time.
     """
 
     def __torch_function__(
@@ -131,7 +154,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def _num_elements(size: tuple[Any, ...]) -> int:
-    """Of the tensor that a factory function makes of these arguments."""
+    """Elements of the tensor that a factory function makes from these arguments."""
     dims = size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size
     return math.prod(dims) if all(isinstance(dim, int) for dim in dims) else 0
 

@@ -1,4 +1,4 @@
-"""The small files of a model folder that go into its store, read and tried before the weights are converted."""
+"""The small files of a model folder for its store, read and checked before the weights are converted."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallFiles:
-    """contents: by name relative to the folder. notices: what the user must know of them."""
+    """contents: by name relative to the folder. notices: for the user."""
 
     contents: dict[str, bytes]
     notices: tuple[str, ...]
 
 
 def read_small_files(folder: Path, model: "PreTrainedModel") -> SmallFiles:
-    """model: the skeleton, for what must fit to it.
+    """model: the skeleton, for checks against it.
 
     Raises: CheckpointError for a file that cannot be read, or one of the tokenizer that is damaged.
     """
@@ -32,7 +32,7 @@ def read_small_files(folder: Path, model: "PreTrainedModel") -> SmallFiles:
             contents[name] = path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    _, notice = load_generation_config(folder)
+    _, notice = load_generation_config(folder, model)
     if notice is not None:
         contents.pop(GENERATION_CONFIG, None)
     tokenizer, reason = load_tokenizer(folder)

@@ -1,10 +1,10 @@
-"""Where a checkpoint comes from: a local folder, or the hub, of which only the needed files are fetched."""
+"""The source of a checkpoint: a local folder, or the hub, from which only the needed files are downloaded."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from offload_moe.checkpoint.download import NOTE_NAME, Download, OnDownload
+from offload_moe.checkpoint.download import NOTE_NAME, Download
 from offload_moe.checkpoint.hub import hub_errors
 from offload_moe.checkpoint.links import check_links
 from offload_moe.checkpoint.weight_files import (
@@ -18,19 +18,20 @@ from offload_moe.checkpoint.weight_files import (
 from offload_moe.errors import CheckpointError, ConfigError
 from offload_moe.system.names import check_source, hub_name
 from offload_moe.system.names import looks_like_hub_id as looks_like_hub_id
-from offload_moe.system.paths import file_advice
+from offload_moe.system.paths import MANIFEST_NAME, file_advice
+from offload_moe.system.progress import Progress
 
-# What a model folder needs beside its weights: config, generation config, tokenizer, chat templates.
+# Files of a model folder beside its weights: config, generation config, tokenizer, chat templates.
 METADATA_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*.jinja")
-# The same weights again in other shapes: originals in subfolders, consolidated files.
+# Copies of the weights in other layouts: originals in subfolders, consolidated files.
 IGNORED_PATTERNS = ("consolidated*", "*/*.safetensors", "*/*.json", "*/*.model", "*/*.txt", "*/*.tiktoken")
 
-NOT_KEPT = {"store.json", NOTE_NAME, "LICENSE.txt", "requirements.txt"}
+NOT_KEPT = {MANIFEST_NAME, NOTE_NAME, "LICENSE.txt", "requirements.txt"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A checkpoint folder, what to call it, and the hub commit it is a snapshot of."""
+    """A checkpoint folder, its name, and its hub commit."""
 
     folder: Path
     name: str
@@ -40,12 +41,12 @@ class Source:
 def resolve_source(
     source: str | Path, *, revision: str | None = None, token: str | None = None, follow_links: bool = False
 ) -> Source:
-    """The folder of a checkpoint, downloaded into the hub's own cache if it must be.
+    """The folder of a checkpoint, downloaded into the hub's own cache if necessary.
 
-    follow_links: also links to files of other users, see `check_links`.
+    follow_links: also follow links to files of other users, see `check_links`.
 
     Raises:
-        CheckpointError: neither a folder nor a hub id, or with an adapter or with links that are not followed.
+    CheckpointError: neither a folder nor a hub id, or with an adapter or with links that are not followed.
         TransferError: the download failed.
     """
     source, revision = hub_name(source, revision)
@@ -61,7 +62,7 @@ def resolve_source(
 
 
 def check_folder(folder: Path, *, follow_links: bool = False) -> None:
-    """Check what can be seen without opening a file.
+    """Run the checks that need no open file.
 
     Raises: CheckpointError for an adapter, and for links that are not followed.
     """
@@ -70,22 +71,22 @@ def check_folder(folder: Path, *, follow_links: bool = False) -> None:
     check_links(folder, small, follow_links=follow_links)
     try:
         weights: Iterable[str] = choose_weights(folder).names
-    except CheckpointError:  # reported by those who read them, unless it is for a link
+    except CheckpointError:  # reported when they are read, unless it is for a link
         weights = [path.name for pattern in WEIGHT_NAMES for path in folder.glob(pattern)]
     check_links(folder, weights, follow_links=follow_links)
 
 
 def metadata_files(folder: Path) -> dict[str, Path]:
-    """The small files of a model folder that its store keeps, by name relative to the folder, sorted."""
+    """The small files of a model folder that are copied to its store, by name relative to the folder, sorted."""
     paths = {path for pattern in METADATA_PATTERNS for path in folder.glob(pattern) if path.is_file()}
     names = {path.relative_to(folder).as_posix(): path for path in paths}
     return {n: names[n] for n in sorted(names) if not n.endswith(".index.json") and n not in NOT_KEPT}
 
 
 def open_download(
-    repo_id: str | Path, folder: Path, *, revision: str | None, token: str | None, on_download: OnDownload
+    repo_id: str | Path, folder: Path, *, revision: str | None, token: str | None, progress: Progress
 ) -> Download:
-    """A hub repository of which `folder` holds everything but the shards, which come when they are read.
+    """A hub repository of which `folder` holds everything but the shards, which are downloaded when they are read.
 
     Raises: ConfigError for anything but a hub id, and what `Download` raises.
     """
@@ -95,7 +96,7 @@ def open_download(
             f"{repo_id} is no hub id. Only shards that were downloaded for the conversion are deleted: convert a "
             "folder without --delete-source-shards."
         )
-    download = Download(folder, str(repo_id), revision=revision, token=token, on_download=on_download)
+    download = Download(folder, str(repo_id), revision=revision, token=token, progress=progress)
     try:
         refuse_adapter(str(repo_id), download.repository.files)
         download.fetch_metadata(wanted_files(download.repository.files, METADATA_PATTERNS))
@@ -107,14 +108,14 @@ def open_download(
 
 
 def wanted_files(names: Iterable[str], patterns: tuple[str, ...]) -> list[str]:
-    """Those files of a repository that a download takes, by the rules of the hub client."""
+    """The files of a repository that a download includes, by the rules of the hub client."""
     from huggingface_hub.utils import filter_repo_objects
 
     return sorted(filter_repo_objects(names, allow_patterns=list(patterns), ignore_patterns=list(IGNORED_PATTERNS)))
 
 
 def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
-    """The small files, then the weights that transformers would load: a single file, or else what the index names."""
+    """The small files, then the weights that transformers would load: a single file, or else those in the index."""
     from huggingface_hub import snapshot_download
 
     def fetch(revision: str | None, names: Iterable[str], ignored: Iterable[str] = ()) -> Path:

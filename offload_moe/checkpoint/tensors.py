@@ -1,4 +1,4 @@
-"""What a checkpoint is read from: named tensors, whether they lie in a file as they are or are made from others."""
+"""The tensors of a checkpoint by name, either stored in a file or made from stored ones."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ class TensorSource(Protocol):
 
     @property
     def entries(self) -> Mapping[str, TensorEntry]:
-        """Every tensor by name; `dtype` and `shape` are what a read returns."""
+        """Every tensor by name; `dtype` and `shape` are those of a read."""
         ...
 
     @property
@@ -27,15 +27,15 @@ class TensorSource(Protocol):
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What the user must know of the files."""
+        """Notices for the user about the files."""
         ...
 
     def paths_of(self, name: str) -> frozenset[Path]:
-        """The files that reading this tensor needs."""
+        """The files that hold this tensor."""
         ...
 
     def release(self, path: Path) -> None:
-        """Close a file that is not read any more."""
+        """Close a file that is no longer read."""
         ...
 
     def read(self, name: str) -> Tensor:
@@ -47,7 +47,7 @@ class TensorSource(Protocol):
         ...
 
     def is_by_rows(self, name: str) -> bool:
-        """Whether reading a few rows takes the memory of a few rows."""
+        """Whether reading a few rows needs only the memory of a few rows."""
         ...
 
     def chunks(self, name: str, chunk_bytes: int) -> Iterator[Tensor]:
@@ -58,21 +58,21 @@ class TensorSource(Protocol):
 
 
 class Recipe(Protocol):
-    """How one tensor is made from the ones that are stored."""
+    """The construction of one tensor from stored ones."""
 
     @property
     def is_by_rows(self) -> bool:
-        """Whether a few rows are made of a few rows, not of everything."""
+        """Whether a few rows can be made without reading the whole tensor."""
         ...
 
     @property
     def entry(self) -> TensorEntry:
-        """What is made; its `path` is the file of the first ingredient."""
+        """The resulting tensor; its `path` is the file of the first ingredient."""
         ...
 
     @property
     def ingredients(self) -> tuple[str, ...]:
-        """Names of the stored tensors it is made from, and which are nothing by themselves."""
+        """Names of its stored tensors, which are not tensors of the model themselves."""
         ...
 
     def rows(self, stored: TensorSource, start: int, stop: int) -> Tensor:
@@ -81,10 +81,10 @@ class Recipe(Protocol):
 
 
 class DequantizedTensors:
-    """A quantized checkpoint, read as the numbers that it stands for."""
+    """A quantized checkpoint, read as numbers."""
 
     def __init__(self, stored: TensorSource, recipes: Sequence[Recipe]) -> None:
-        """Raises: CheckpointError when a weight is there both quantized and as it is."""
+        """Raises: CheckpointError when a weight is stored both quantized and unquantized."""
         self.stored = stored
         self.recipes = {recipe.entry.name: recipe for recipe in recipes}
         used = {name for recipe in recipes for name in recipe.ingredients}

@@ -1,4 +1,4 @@
-"""Weights that the config ties to others, where a checkpoint brings both.
+"""Weights that the config ties to others, in checkpoints that contain both.
 
 Source: transformers/modeling_utils.py, `PreTrainedModel.tie_weights`: the two are tied only where they are equal.
 """
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def untie(model: "PreTrainedModel", names: Collection[str]) -> list[str]:
-    """Take every weight as one of its own that is in `names` beside the one that it would share. Returns those."""
+    """Separate every tied weight whose name is in `names` together with its target. Returns these names."""
     tied = model.all_tied_weights_keys
     own = [target for target, source in tied.items() if target in names and source in names]
     for target in own:
@@ -20,5 +20,5 @@ def untie(model: "PreTrainedModel", names: Collection[str]) -> list[str]:
 
 
 def share_tied_weights(model: "PreTrainedModel") -> None:
-    """Tie what `untie` has left tied."""
+    """Tie the weights that `untie` has not separated."""
     model.tie_weights(recompute_mapping=False)

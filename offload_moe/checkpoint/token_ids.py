@@ -1,4 +1,4 @@
-"""Token ids that a model has an embedding for. Others read beyond it: an error on the CPU, the end of a device."""
+"""Checks of token ids against the embedding. An id beyond it is an error on the CPU, and ends a CUDA context."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +10,12 @@ from offload_moe.errors import ConfigError
 
 
 def num_embeddings(model: Any) -> int:
-    """Rows of the input embeddings: token ids are below it."""
+    """Rows of the input embeddings, the upper bound of token ids."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 
 def check_ids(ids: Sequence[int], num_rows: int, tokenizer: Any = None) -> None:
-    """num_rows: of the embedding. Raises: ConfigError for an id that is none of its rows."""
+    """num_rows: of the embedding. Raises: ConfigError for an id outside them."""
     wrong = next((token_id for token_id in ids if not 0 <= token_id < num_rows), None)
     if wrong is None:
         return
@@ -27,7 +27,7 @@ def check_ids(ids: Sequence[int], num_rows: int, tokenizer: Any = None) -> None:
 
 
 def watch_ids(hf: Any) -> None:
-    """Refuse such ids in every call of the model; on a device in prompts only, since looking at them waits for it."""
+    """Check ids in every call of the model; on a device only in prompts, because the check waits for the device."""
     num_rows = num_embeddings(hf)
 
     def check(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The tokenizer of a folder, or why there is none: a checkpoint's code is never run, and some formats need packages."""
+"""The tokenizer of a folder, or the reason for its absence: remote code is never run, some formats need packages."""
 
 import json
 from contextlib import suppress
@@ -10,22 +10,22 @@ from offload_moe.checkpoint.token_ids import num_embeddings
 
 TOKENIZER_JSON = "tokenizer.json"
 JSON_FILES = (TOKENIZER_JSON, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-# Formats that transformers reads through packages of their own, which the extra installs.
+# Formats that transformers reads through additional packages, which the extra installs.
 SENTENCEPIECE, TIKTOKEN = ("*.model", "*.spm"), ("*.tiktoken", "tiktoken.model")
 PACKAGES = ("sentencepiece", "protobuf", "tiktoken")
 INSTALL = "pip install 'offload-moe[tokenizers]'"
 
 
 def load_tokenizer(folder: Path) -> tuple[Any, str]:
-    """The tokenizer, or None and why there is none.
+    """The tokenizer, or None and the reason.
 
-    Where its config asks for remote code, `tokenizer.json` is enough: it says all that is needed.
+    If its config names remote code, `tokenizer.json` is used alone, which is sufficient.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False), ""
-    except Exception as error:  # whatever a tokenizer class makes of absent or foreign files
+    except Exception as error:  # a tokenizer class may raise anything for missing or foreign files
         reason = str(error).strip() or type(error).__name__
     if asks_for_code(folder) and (folder / TOKENIZER_JSON).is_file():
         try:
@@ -36,7 +36,7 @@ def load_tokenizer(folder: Path) -> tuple[Any, str]:
 
 
 def obstacle(folder: Path) -> str | None:
-    """What would keep a tokenizer from being loaded, as far as its files tell."""
+    """The reason why a tokenizer cannot be loaded, as far as its files show it."""
     if (folder / TOKENIZER_JSON).is_file():
         return None
     if asks_for_code(folder):
@@ -54,7 +54,7 @@ def obstacle(folder: Path) -> str | None:
 
 
 def damaged_file(folder: Path) -> str | None:
-    """What is wrong with the tokenizer's files, where one is no JSON object, as after a download that was cut."""
+    """The error of a tokenizer file that is not a JSON object, as after an incomplete download."""
     for path in (folder / name for name in JSON_FILES):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -71,12 +71,12 @@ def damaged_file(folder: Path) -> str | None:
 
 
 def tokenizer_notices(tokenizer: Any, model: Any) -> list[str]:
-    """What keeps parts of a tokenizer from being used with this model."""
+    """Notices about parts of a tokenizer that cannot be used with this model."""
     return [text for text in (_tokens_beyond(tokenizer, num_embeddings(model)), _template_fault(tokenizer)) if text]
 
 
 def _tokens_beyond(tokenizer: Any, num_rows: int) -> str | None:
-    with suppress(NotImplementedError):  # of tokenizers that keep no such table
+    with suppress(NotImplementedError):  # tokenizers without such a table
         if max((tokenizer.vocab_size - 1, *tokenizer.added_tokens_decoder)) < num_rows:
             return None
     beyond = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items() if token_id >= num_rows)

@@ -1,4 +1,4 @@
-"""Tensors of quantized checkpoints that have no place in a model and that mean nothing for its weights."""
+"""Tensors of quantized checkpoints that have no place in a model and do not affect its weights."""
 
 import re
 from collections.abc import Iterable
@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from offload_moe.checkpoint.tensors import TensorSource
 from offload_moe.errors import CheckpointError
 
-# Scales and zeros of activations, for engines that multiply with rounded ones; and of keys, values, queries and
-# attention weights, for engines with a rounded key/value cache. Bounds are FBGEMM's.
+# Scales and zeros of activations, for engines that quantize them; and of keys, values, queries and attention weights,
+# for engines with a quantized key/value cache. Bounds are FBGEMM's.
 # Source: vLLM, model_loader/weight_utils.py, `maybe_remap_kv_scale_name`; compressed-tensors, quantization/lifecycle;
 # AutoFP8; ModelOpt; Quark; transformers, integrations/fbgemm_fp8.py and finegrained_fp8.py.
 ROUNDED = ("input", "output", "activation", "kv", "k", "v", "q", "kv_cache", "prob", "prob_output", "softmax", "attn")
@@ -16,12 +16,12 @@ ACTIVATIONS = re.compile(rf"(?:.*(?:\.|_proj_))?(?:{'|'.join(ROUNDED)})_(?:{'|'.
 
 
 def with_a_meaning(stored: TensorSource, names: Iterable[str], *, may_read: bool) -> tuple[str, ...]:
-    """Those of the tensors without a place in the model that would have changed what it computes.
+    """The tensors without a place in the model that would affect its results.
 
-    A bias of zeros adds nothing: GPTQ writes one for every projection, also where the model has none.
-    may_read: whether their values can be looked at.
+    A bias of zeros does not: GPTQ writes one for every projection, even if the model has none.
+    may_read: whether values can be read.
 
-    Raises: CheckpointError when they cannot.
+    Raises: CheckpointError when they cannot and are needed.
     """
     left = [name for name in names if not ACTIVATIONS.fullmatch(name)]
     if not may_read and left and all(_is_bias(name) for name in left):

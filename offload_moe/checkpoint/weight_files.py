@@ -1,4 +1,4 @@
-"""Which files of a model folder hold its weights: those that transformers loads, in its order of precedence.
+"""The weight files of a model folder: those that transformers loads, in its order of precedence.
 
 Source: transformers/modeling_utils.py, `_get_resolved_checkpoint_files`; utils/hub.py, `get_checkpoint_shard_files`.
 """
@@ -11,23 +11,24 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from offload_moe.errors import CheckpointError
+from offload_moe.system.paths import CONFIG_NAME
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 EXPLICIT_KEY = "transformers_weights"  # of config.json: the file to read instead
 PICKLE_PATTERNS = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 ADAPTER_NAMES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-# Files that look like weights of the model itself, also when nothing reads them.
+# Files that look like weights of the model, read or not.
 WEIGHT_NAMES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.gguf")
-MAX_NAME_BYTES = 255  # of one file, wherever it may lie
-NUM_NAMED = 3  # of many files, in a message
+MAX_NAME_BYTES = 255  # of a single file
+NUM_NAMED = 3  # file names in a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFiles:
-    """names: of the files, sorted, relative to the folder. index: the file that names them, None for a single one.
+    """names: of the files, sorted, relative to the folder. index: the file that lists them, None for a single file.
 
-    promised: tensor name -> file name, as the index has it.
+    promised: tensor name -> file name, from the index.
     """
 
     names: tuple[str, ...]
@@ -35,7 +36,7 @@ class WeightFiles:
     promised: Mapping[str, str] = field(default_factory=dict)
 
     def unused(self, present: Iterable[str]) -> str | None:
-        """A notice of files that look like weights and are not read; None where there are none."""
+        """A notice of files that look like weights and are not read; None if there are none."""
         used = {*self.names, self.index}
         rest = [name for name in sorted(present) if name not in used and _looks_like_weights(name)]
         if not rest:
@@ -45,9 +46,9 @@ class WeightFiles:
 
 
 def choose_weights(folder: Path, present: Collection[str] | None = None) -> WeightFiles:
-    """The weight files of a folder that holds at least the index, if there is one.
+    """The weight files of a folder that contains at least the index, if there is one.
 
-    present: names of all files, where the folder itself does not have them all yet.
+    present: names of all files, if the folder does not have them all yet.
 
     Raises: CheckpointError when there are no safetensors, or the index or a name in it is not usable.
     """
@@ -65,7 +66,7 @@ def choose_weights(folder: Path, present: Collection[str] | None = None) -> Weig
 
 
 def require(folder: Path, files: WeightFiles, present: Collection[str] | None = None) -> None:
-    """present: as in `choose_weights`. Raises: CheckpointError when the index names files that are not there."""
+    """present: as in `choose_weights`. Raises: CheckpointError when the index names missing files."""
     missing = [n for n in files.names if not ((folder / n).is_file() if present is None else n in present)]
     if missing:
         source = folder / files.index if files.index else f"{folder / 'config.json'} ({EXPLICIT_KEY})"
@@ -76,7 +77,7 @@ def require(folder: Path, files: WeightFiles, present: Collection[str] | None = 
 
 
 def refuse_adapter(folder: Path | str, present: Iterable[str]) -> None:
-    """Raises: CheckpointError when there is a PEFT adapter, whose changes to the weights would be left out."""
+    """Refuse a PEFT adapter, whose changes to the weights would be ignored. Raises: CheckpointError."""
     found = [name for name in ADAPTER_NAMES if name in set(present)]
     if found:
         raise CheckpointError(
@@ -88,18 +89,21 @@ def refuse_adapter(folder: Path | str, present: Iterable[str]) -> None:
 
 
 def file_names(folder: Path) -> frozenset[str]:
-    """Names of the files right in a folder; not of links that lead nowhere."""
+    """Names of the files directly in a folder, without broken links."""
     return frozenset(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else frozenset()
 
 
 def safe_path(folder: Path, name: str) -> Path:
-    """`folder/name`, where that name does not lead out of the folder. What links do is `links.check_links`.
+    """`folder/name`, if that name does not lead out of the folder; `links.check_links` checks links.
 
     Raises: CheckpointError.
     """
     parts = PurePosixPath(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts or ".." in Path(name).parts:
-        raise CheckpointError(f"{folder}: the file name {name!r} leads out of the checkpoint folder; refused.")
+        raise CheckpointError(
+            f"{folder}: the file name {name!r} leads out of the checkpoint folder; refused. Put that file, or a "
+            "link to it, into the folder and name it there."
+        )
     if "\0" in name or not all(map(_can_be_a_name, parts)):
         raise CheckpointError(f"{folder}: {name[:80]!r} is no file name.")
     return folder / name
@@ -121,9 +125,9 @@ def listing(names: Collection[str]) -> str:
 def _explicit_name(folder: Path) -> str | None:
     """The file that the config names. Raises: CheckpointError for one that is no safetensors file of the folder."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # reported by those who need the config
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None  # reported when the config is read
     name = config.get(EXPLICIT_KEY) if isinstance(config, dict) else None
     if name is None:
         return None
@@ -141,9 +145,11 @@ def _weight_map(folder: Path, name: str) -> dict[str, str]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         pairs = {tensor: file_name for tensor, file_name in weight_map.items() if isinstance(file_name, str)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is not a shard index: {error!r}.") from error
+        raise CheckpointError(f"{index} is not a shard index: {error!r}. Download it again.") from error
     if not pairs or len(pairs) != len(weight_map):
-        raise CheckpointError(f"{index} is not a shard index: its weight_map is empty or not made of file names.")
+        raise CheckpointError(
+            f"{index} is not a shard index: its weight_map is empty or not made of file names. Download it again."
+        )
     return {tensor: safe_path(folder, name).relative_to(folder).as_posix() for tensor, name in pairs.items()}
 
 

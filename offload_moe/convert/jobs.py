@@ -1,4 +1,4 @@
-"""The work of a conversion: what makes each part of a store, which file it goes into, and in which order."""
+"""The work of a conversion: the source of each part of a store, its file, and the order."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from offload_moe.store.plan import Blob, PlannedFile, plan_files, record_blob
 from offload_moe.store.writer import Payload
 
 MXFP4 = "mxfp4"
-LOSSLESS = "bf16"  # as a dense codec: every dense weight stays as the checkpoint has it
+LOSSLESS = "bf16"  # as a dense codec: every dense weight stays in the checkpoint's dtype
 WHOLE_BYTES = 1 << 26  # a larger dense matrix is read and encoded by runs of rows
-RUN_BYTES = 1 << 24  # of a dense tensor at a time
+RUN_BYTES = 1 << 24  # read at a time of a dense tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One part of the store: `make` gives its bytes, and reads the checkpoint's files at `paths` for it."""
+    """One part of the store: `make` returns its bytes, made from the checkpoint's files at `paths`."""
 
     blob: Blob
     make: Callable[[], Payload]
@@ -36,9 +36,9 @@ class Job:
 def plan_conversion(
     checkpoint: Checkpoint, experts_codec: Codec, linears_codec: Codec, *, by_shard: bool = False
 ) -> tuple[list[PlannedFile], list[Job]]:
-    """The files of the store to be, and the jobs that fill them, in order.
+    """The planned files of the store, and the jobs that fill them, in order.
 
-    by_shard: what can be made of the first shard comes first, in files of its own, then what needs the second.
+    by_shard: parts that need only the first shard come first, in files of their own, then those that need the second.
     """
     number = {path: index for index, path in enumerate(checkpoint.tensors.paths)} if by_shard else {}
     stages: dict[int, dict[str, list[Job]]] = {}
@@ -134,12 +134,12 @@ def dense_jobs(checkpoint: Checkpoint, codec: Codec) -> list[Job]:
 
 
 def expert_name(layer: int, expert: int) -> str:
-    """What a record is called in its file; `layer` is the ordinal of the MoE layer."""
+    """The tensor name of a record in its file; `layer` is the ordinal of the MoE layer."""
     return f"layers.{layer}.experts.{expert}"
 
 
 def _checked(name: str, data: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bytes of numbers. Infinite ones may be meant: masks are kept with them. Raises: CheckpointError for NaN."""
+    """The bytes of numbers. Infinite ones are allowed, since masks use them. Raises: CheckpointError for NaN."""
     if dtype.is_floating_point:
         values = data.view(dtype)
         if values.sum().isnan() and values.isnan().any():

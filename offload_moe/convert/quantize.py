@@ -22,12 +22,13 @@ from offload_moe.store.journal import check_target
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest
 from offload_moe.store.manifest_json import FORMAT_VERSION, manifest_to_json
 from offload_moe.store.plan import PlannedFile
-from offload_moe.store.progress import OnProgress, Progress, ignore_progress, notice
 from offload_moe.store.writer import Payload, StoreWriter, describe_metadata, stored_files
+from offload_moe.system.paths import CONFIG_NAME
+from offload_moe.system.progress import Progress, log_notice, silent
 
 DEFAULT = "nf4"
-NUM_WORKERS = 2  # one encodes while the other reads; more experts in memory would not be faster
-DOWNLOAD = ".download"  # ending of the folder beside a store that its source shards pass through
+NUM_WORKERS = 2  # one thread encodes while the other reads; more experts in memory would not be faster
+DOWNLOAD = ".download"  # suffix of the folder beside a store for downloaded source shards
 
 
 def quantize(
@@ -40,7 +41,8 @@ def quantize(
     token: str | None = None,
     delete_source_shards: bool = False,
     follow_links: bool = False,
-    progress: OnProgress | None = None,
+    progress: Progress = silent,
+    on_notice: Callable[[str], None] = log_notice,
 ) -> Path:
     """Convert a checkpoint folder or hub id into an expert store and return the store's folder.
 
@@ -48,12 +50,12 @@ def quantize(
     dense_codec: of the large dense projections.
     delete_source_shards: download a hub id shard by shard into a folder beside the store, and delete each once
         everything in it is safely in the store. Needs the disk for the store and about two shards.
-    follow_links: also read what symbolic links in a folder lead to where that belongs to another user than the link.
-    progress: gets every step, and notices of what is not used or not as it should be, which are logged without it.
+    follow_links: also follow symbolic links in a folder to files of other users.
+    progress: receives every step. on_notice: receives notices about unused or unusual files; the default logs them.
 
-    Memory stays bounded by a few experts: large dense matrices are read, copied and encoded by runs of rows. Whole in
-    memory is only what transformers splits or merges, or what is packed the other way round (GPTQ, AWQ, bitsandbytes).
-    A conversion that was stopped, by whatever means, is resumed by the same call.
+    Memory is bounded by a few experts: large dense matrices are read, copied and encoded by groups of rows. Only
+    tensors that transformers splits or merges, or that are packed by columns (GPTQ, AWQ, bitsandbytes), are whole in
+    memory. A conversion that was stopped, by whatever means, is resumed by the same call.
 
     Raises:
         ConfigError: there is no such codec, it does not suit the source, or shards of a folder are to be deleted.
@@ -63,8 +65,7 @@ def quantize(
         TransferError: a download, a read or a write failed.
     """
     use_torch_after_fork()
-    report = progress or ignore_progress
-    linears_codec = _dense_codec(dense_codec)
+    linears_codec = get_dense_codec(dense_codec)
     if codec is not None:
         get_codec(codec)  # before a download
     target = Path(store)
@@ -72,7 +73,7 @@ def quantize(
     with ExitStack() as stack:
         download = None
         if delete_source_shards:
-            download = _begin_download(source, target, revision, token, report)
+            download = _begin_download(source, target, revision, token, progress)
             stack.callback(download.close)
             origin = Source(folder=download.folder, name=str(source), revision=download.commit)
         else:
@@ -81,13 +82,15 @@ def quantize(
         checkpoint = stack.enter_context(Checkpoint(origin.folder, download))
         _check_codec(experts_codec, checkpoint)
         small_files = read_small_files(origin.folder, checkpoint.model)
-        _report_notices(checkpoint, small_files, report)
+        _report_notices(checkpoint, small_files, progress, on_notice)
         files, jobs = plan_conversion(checkpoint, experts_codec, linears_codec, by_shard=download is not None)
         settings = _settings(
             origin, checkpoint, experts_codec.name, dense_codec, files, is_download=download is not None
         )
         with StoreWriter(target, files, settings) as writer:
-            _fill(writer, SourceShards(download, checkpoint.tensors, files, jobs), jobs, report)
+            if writer.notice is not None:
+                on_notice(writer.notice)
+            _fill(writer, SourceShards(download, checkpoint.tensors, files, jobs), jobs, progress)
             metadata = small_files.contents
             manifest = _manifest(origin, checkpoint, experts_codec.name, dense_codec, files, writer, metadata)
             writer.finish(manifest_to_json(manifest), metadata, download.remove if download is not None else None)
@@ -95,56 +98,54 @@ def quantize(
 
 
 def _begin_download(
-    source: str | Path, target: Path, revision: str | None, token: str | None, report: OnProgress
+    source: str | Path, target: Path, revision: str | None, token: str | None, progress: Progress
 ) -> Download:
     return open_download(
         source,
         target.with_name(target.name + DOWNLOAD),
         revision=revision,
         token=token,
-        on_download=lambda name, done, total: report(
-            Progress(phase=f"Downloading {name}", done_bytes=done, total_bytes=total)
-        ),
+        progress=progress,
     )
 
 
-def _report_notices(checkpoint: Checkpoint, small_files: SmallFiles, report: OnProgress) -> None:
+def _report_notices(
+    checkpoint: Checkpoint, small_files: SmallFiles, progress: Progress, on_notice: Callable[[str], None]
+) -> None:
     if checkpoint.ignored:
         what = f"{len(checkpoint.ignored)} tensors of multi-token prediction, of images or of older versions"
-        phase = f"Skipping {what}, such as {checkpoint.ignored[0]}"
-        report(Progress(phase=phase, done_bytes=-1, total_bytes=0))
+        progress(f"Skipping {what}, such as {checkpoint.ignored[0]}")
     for text in (*checkpoint.notices, *small_files.notices):
-        report(notice(text))
+        on_notice(text)
 
 
-def _fill(writer: StoreWriter, shards: SourceShards, jobs: Sequence[Job], report: OnProgress) -> None:
-    """Write what is not written yet."""
-    if writer.notice is not None:
-        report(notice(writer.notice))
+def _fill(writer: StoreWriter, shards: SourceShards, jobs: Sequence[Job], progress: Progress) -> None:
+    """Write the blobs that are missing."""
     shards.delete_until(writer.num_done)
     done = sum(job.blob.num_bytes for job in jobs[: writer.num_done])
     total = sum(job.blob.num_bytes for job in jobs)
-    report(Progress(phase="Quantizing", done_bytes=done, total_bytes=total))
+    progress("Quantizing", done, total)
     for num_bytes in writer.write(_ahead(shards.makers(writer.num_done))):
         done += num_bytes
-        shards.delete_until(writer.num_done - 1)  # the file that the last one ends may not be synced yet
-        report(Progress(phase="Quantizing", done_bytes=done, total_bytes=total))
+        shards.delete_until(writer.num_done - 1)  # the file of the last blob may not be synced yet
+        progress("Quantizing", done, total)
     shards.delete_until(writer.num_done)
 
 
 def default_codec(folder: Path) -> str:
-    """What the experts of a checkpoint folder become when nobody chose: its own format where that is a codec."""
+    """The default codec for the experts of a checkpoint folder: its own format if that is a codec."""
     return MXFP4 if is_mxfp4(folder) else DEFAULT
 
 
-def _dense_codec(name: str) -> Codec:
+def get_dense_codec(name: str) -> Codec:
+    """The codec of dense weights that has this name. Raises: ConfigError."""
     if name == MXFP4:
         raise ConfigError(f"{MXFP4} is a format of experts. Use another dense codec, such as int8.")
     return get_codec(name)
 
 
 def _check_codec(codec: Codec, checkpoint: Checkpoint) -> None:
-    """Raises: ConfigError for MXFP4 of numbers that were never in it: nf4 is both smaller and more exact."""
+    """Refuse MXFP4 for other checkpoints, where nf4 is both smaller and more exact. Raises: ConfigError."""
     if codec.name == MXFP4 and not checkpoint.is_mxfp4:
         raise ConfigError(
             f"{MXFP4} keeps the bits of checkpoints in MXFP4, which {checkpoint.folder} is not. Use {DEFAULT}: it is "
@@ -153,7 +154,7 @@ def _check_codec(codec: Codec, checkpoint: Checkpoint) -> None:
 
 
 def _ahead(makers: Iterable[Callable[[], Payload]]) -> Iterator[Payload]:
-    """Run them in order, a few ahead of the one that is asked for."""
+    """Run the jobs in order, a few ahead of the consumer."""
     pool = ThreadPoolExecutor(NUM_WORKERS)
     pending: deque[Future[Payload]] = deque()
     try:
@@ -176,7 +177,7 @@ def _settings(
     *,
     is_download: bool,
 ) -> dict[str, Any]:
-    """What must be the same for a conversion to be resumed; the keys are what its error message names."""
+    """Settings that must be equal to resume a conversion; the keys appear in the error message."""
     plan = hashlib.sha256(b"".join(file.header for file in files)).hexdigest()
     settings = {
         "format version": FORMAT_VERSION,
@@ -186,9 +187,9 @@ def _settings(
         "dense codec": dense_codec,
         "layout": plan,
     }
-    if is_download:  # a commit never changes, and its shards come and go
+    if is_download:  # a commit never changes, while its shards are downloaded and deleted
         return settings | {"--delete-source-shards": True}
-    stats = [(path.name, path.stat()) for path in (*checkpoint.tensors.paths, origin.folder / "config.json")]
+    stats = [(path.name, path.stat()) for path in (*checkpoint.tensors.paths, origin.folder / CONFIG_NAME)]
     state = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     return settings | {"state of the source files": state}
 
@@ -230,6 +231,3 @@ def _manifest(
         ),
         metadata=describe_metadata(metadata),
     )
-
-
-__all__ = ["Progress", "quantize"]

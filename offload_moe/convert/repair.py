@@ -1,4 +1,4 @@
-"""Finding what is damaged in a store, and making it again from the checkpoint it came from."""
+"""Finding damaged pieces of a store, and making them again from its checkpoint."""
 
 import os
 import zlib
@@ -13,39 +13,38 @@ from offload_moe.checkpoint.source import looks_like_hub_id, metadata_files, res
 from offload_moe.convert.jobs import plan_conversion
 from offload_moe.errors import ConfigError, StoreError
 from offload_moe.quant import get_codec
-from offload_moe.store import Piece, Progress, Store, durable
+from offload_moe.store import Piece, Store, durable
 from offload_moe.store.manifest_json import read_manifest
 from offload_moe.store.plan import Blob, header_of
-from offload_moe.store.progress import OnProgress, ignore_progress
 from offload_moe.store.reading import forget_cached
 from offload_moe.store.writer import Payload
+from offload_moe.system.progress import Progress, silent
 
-NUM_READERS = 4  # one thread checks less than a fast disk reads
+NUM_READERS = 4  # a fast disk reads more than one thread can check
 
 _Payload = Callable[[], bytes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Damage:
-    """A piece of the store that is not what was written, and what reading it said."""
+    """A damaged piece of the store, and the error of reading it."""
 
     piece: Piece
     error: StoreError
 
 
-def find_damage(store: Store, progress: OnProgress | None = None) -> list[Damage]:
+def find_damage(store: Store, progress: Progress = silent) -> list[Damage]:
     """Read everything from the disk and compare it with its checksum; several reads are in flight."""
-    report = progress or ignore_progress
     pieces = list(store.pieces())
     for path in {piece.path for piece in pieces}:
-        forget_cached(path)  # the check is about what the disk holds
+        forget_cached(path)  # the check is of the disk's content
     total, done = sum(piece.place.num_bytes for piece in pieces), 0
     found = []
     pool = ThreadPoolExecutor(NUM_READERS, "verify")
     try:
         for piece, error in zip(pieces, pool.map(_error_of, pieces), strict=True):
             done += piece.place.num_bytes
-            report(Progress(phase="Verifying", done_bytes=done, total_bytes=total))
+            progress("Verifying", done, total)
             if error is not None:
                 found.append(Damage(piece=piece, error=error))
     finally:
@@ -54,7 +53,7 @@ def find_damage(store: Store, progress: OnProgress | None = None) -> list[Damage
 
 
 def restore_sizes(folder: Path) -> None:
-    """Bring files that are missing or cut short back to their length, so that the store opens and can be repaired.
+    """Extend missing or truncated files to their length, so that the store opens and can be repaired.
 
     Raises: StoreError when the manifest itself cannot be read, TransferError or BudgetError when writing fails.
     """
@@ -78,21 +77,20 @@ def repair(
     *,
     token: str | None = None,
     follow_links: bool = False,
-    progress: OnProgress | None = None,
+    progress: Progress = silent,
 ) -> list[Damage]:
-    """Make damaged pieces again from the checkpoint; returns those that could not be, which are left as they are.
+    """Make damaged pieces again from the checkpoint; returns the failed ones, which are left unchanged.
 
     A piece is written only when its new bytes have the checksum on record.
 
-    source: checkpoint folder or hub id; None takes the hub id and revision the store names.
+    source: checkpoint folder or hub id; None takes the hub id and revision in the manifest.
     follow_links: see `quantize`.
 
     Raises:
-        ConfigError: the store does not say where it came from.
+        ConfigError: the store has no source.
         CheckpointError, TransferError: the source cannot be read.
         TransferError, BudgetError: writing failed.
     """
-    report = progress or ignore_progress
     name, revision = _origin(store, source)
     origin = resolve_source(name, revision=revision, token=token, follow_links=follow_links)
     remaining = []
@@ -108,7 +106,7 @@ def repair(
             else:
                 remaining.append(damage)
             done += place.num_bytes
-            report(Progress(phase="Repairing", done_bytes=done, total_bytes=total))
+            progress("Repairing", done, total)
     return remaining
 
 
@@ -117,13 +115,13 @@ def _origin(store: Store, source: str | Path | None) -> tuple[str | Path, str | 
         return source, store.revision if source == store.source else None
     if not looks_like_hub_id(store.source):
         raise ConfigError(
-            f"{store.path} was made from a folder named {store.source}, wherever that is. Name it with --source."
+            f"{store.path} was made from a folder named {store.source}, path unknown. Name it with --source."
         )
     return store.source, store.revision
 
 
 def _payloads(store: Store, checkpoint: Checkpoint) -> Iterator[tuple[tuple[Path, int, int], _Payload]]:
-    """(file, offset, length) of every piece that this checkpoint can make, and how."""
+    """(file, offset, length) of every piece that this checkpoint can make, with its job."""
     _, jobs = plan_conversion(checkpoint, get_codec(store.codec), get_codec(store.dense_codec))
     blobs: dict[Path, list[tuple[int, Blob]]] = {}
     for job in jobs:
@@ -151,7 +149,7 @@ def _error_of(piece: Piece) -> StoreError | None:
 
 
 def _write(piece: Piece, data: bytes) -> None:
-    """In place: what is overwritten is damaged already."""
+    """Write in place, since the overwritten bytes are damaged already."""
     with durable.named_errors(piece.path.parent):
         descriptor = os.open(piece.path, os.O_RDWR)
         try:

@@ -1,4 +1,4 @@
-"""Source shards during a conversion: fetched before they are read, deleted when they are done with."""
+"""Source shards during a conversion: fetched before they are read, deleted when they are no longer needed."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ class SourceShards:
                 self._needed_until[path] = index + 1
 
     def makers(self, first: int) -> Iterator[Callable[[], Payload]]:
-        """What makes the blobs from `first` on; a shard is fetched, here and not in a worker, before its first one."""
+        """The jobs of the blobs from `first` on; each shard is fetched before its first job, on this thread."""
         for job in self._jobs[first:]:
             if self._download is not None:
                 for path in sorted(job.paths):
@@ -34,9 +34,9 @@ class SourceShards:
             yield job.make
 
     def delete_until(self, count: int) -> None:
-        """Delete shards that only the first `count` blobs need, as far as these fill files of the store.
+        """Delete shards that only blobs in complete files among the first `count` blobs need.
 
-        Such files must be complete and synced to the disk.
+        Such files must be synced to the disk.
         """
         if self._download is None:
             return

@@ -1,9 +1,8 @@
-"""From what a user names (a store, a checkpoint folder, a hub id, the demo) to an expert store on disk."""
+"""From a source (a store, a checkpoint folder, a hub id, the demo) to an expert store on disk."""
 
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 from offload_moe import demo
 from offload_moe.checkpoint.source import check_folder, resolve_source
@@ -11,30 +10,17 @@ from offload_moe.checkpoint.weight_files import choose_weights
 from offload_moe.convert.jobs import MXFP4
 from offload_moe.convert.quantize import DEFAULT, default_codec, quantize
 from offload_moe.errors import CheckpointError
-from offload_moe.store import Progress, is_store
+from offload_moe.store import is_store
 from offload_moe.store.installed import DEMO_IS_NOT_BUILT, check_finished
-from offload_moe.system.names import DEMO, check_model, hub_name, resolve
-from offload_moe.system.paths import cache_dir, file_advice
-
-
-class Report(Protocol):
-    """Told what is going on: `done` of `total` bytes, or a share from 0 to 1 without a total, or nobody knows (-1)."""
-
-    def __call__(self, phase: str, done: float = -1.0, total: float | None = None) -> None: ...
-
-
-def silent(phase: str, done: float = -1.0, total: float | None = None) -> None:
-    """The report of those who asked for none."""
-
-
-def ignore_notice(text: str) -> None:
-    """For those who read the reports."""
+from offload_moe.system.names import DEMO, STORES, check_model, hub_name, resolve
+from offload_moe.system.paths import CONFIG_NAME, cache_dir, file_advice
+from offload_moe.system.progress import Progress, log_notice, silent
 
 
 def find_source(name: str | Path) -> str | Path:
-    """What can be planned: a folder or file, the entry of the cache folder with that name, or the name itself.
+    """Resolve a source for a plan: a folder or file, the entry of the cache folder with that name, or the name itself.
 
-    Raises: CheckpointError when it is the demo, and nobody has built it yet.
+    Raises: CheckpointError when it is the demo and the demo is not built yet.
     """
     path = resolve(name)
     check_finished(path)
@@ -54,15 +40,15 @@ def ensure_store(
     dense_codec: str,
     revision: str | None,
     token: str | None,
-    report: Report,
     follow_links: bool = False,
-    on_notice: Callable[[str], None] = ignore_notice,
+    progress: Progress = silent,
+    on_notice: Callable[[str], None] = log_notice,
 ) -> Path:
     """The store of `source`; a checkpoint is converted into the user's cache folder first, once per codec.
 
-    codec: None takes what `quantize` does. on_notice: gets what the user must know of a conversion.
+    codec: None takes the default of `quantize`. on_notice: receives notices of a conversion.
 
-    Raises: CheckpointError when `source` is nothing that can be loaded; what `quantize` raises.
+    Raises: CheckpointError when `source` cannot be loaded; the errors of `quantize`.
     """
     check_model(source, revision)
     source, revision = hub_name(source, revision)
@@ -73,24 +59,18 @@ def ensure_store(
         raise CheckpointError(file_advice(folder))
     check_finished(folder)
     if source == DEMO and not folder.exists():
-        folder = demo.checkpoint(progress=report)
+        folder = demo.checkpoint(progress=progress)
     is_local = folder.exists()
     if folder.is_dir():
-        check_folder(folder, follow_links=follow_links)  # also where an earlier conversion is there
+        check_folder(folder, follow_links=follow_links)  # also before an existing conversion is used
     identity = folder if is_local else Path(str(source))
-    stores = cache_dir() / "stores"
+    stores = cache_dir() / STORES
     for name in (codec,) if codec else (DEFAULT, MXFP4):
         if is_store(store := stores / _cache_name(identity, name, dense_codec, revision)):
             return store
     if codec is None:
         origin = folder if is_local else resolve_source(source, revision=revision, token=token).folder
         codec = default_codec(origin)
-
-    def forward(progress: Progress) -> None:
-        if progress.is_notice:
-            on_notice(progress.phase)
-        report(progress.phase, progress.done_bytes, progress.total_bytes)
-
     return quantize(
         folder if is_local else str(source),
         stores / _cache_name(identity, codec, dense_codec, revision),
@@ -99,16 +79,17 @@ def ensure_store(
         revision=revision,
         token=token,
         follow_links=follow_links,
-        progress=forward,
+        progress=progress,
+        on_notice=on_notice,
     )
 
 
 def _cache_name(source: Path, codec: str, dense_codec: str, revision: str | None) -> str:
-    """One name per source, its present state and the codecs: a checkpoint that changes is converted anew."""
+    """One name per source, its current state and the codecs, so that a changed checkpoint is converted again."""
     identity = [str(source), revision or ""]
     if source.is_dir():
         weights = sorted(path for pattern in ("*.safetensors", "*.gguf") for path in source.glob(pattern))
-        files = [*weights, source / "config.json", *_deciding(source, {path.name for path in weights})]
+        files = [*weights, source / CONFIG_NAME, *_deciding(source, {path.name for path in weights})]
         stats = [(file.name, file.stat()) for file in files if file.exists()]
         identity = [str(source.resolve()), *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)]
     digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:12]
@@ -116,7 +97,7 @@ def _cache_name(source: Path, codec: str, dense_codec: str, revision: str | None
 
 
 def _deciding(folder: Path, weights: set[str]) -> list[Path]:
-    """Files that make a difference where not just all weights right in the folder are read: the index, and shards."""
+    """Files that affect the choice of weights beyond those directly in the folder: the index, and shards."""
     try:
         chosen = choose_weights(folder)
     except CheckpointError:

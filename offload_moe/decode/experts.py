@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from offload_moe.checkpoint.experts import is_experts_module
-from offload_moe.experts.attach import EXPERTS_FUNCTION, BoundExperts
+from offload_moe.experts.attach import EXPERTS_FUNCTION, bound_experts
 
 
 def shorten_dispatch(model: nn.Module) -> int:
@@ -13,9 +13,9 @@ def shorten_dispatch(model: nn.Module) -> int:
     num_shortened = 0
     modules: list[Any] = list(model.modules())
     for module in modules:
-        bound = module.__dict__.get("_offload_moe")
+        bound = bound_experts(module)
         if (
-            isinstance(bound, BoundExperts)
+            bound is not None
             and is_experts_module(module)
             and module.config._experts_implementation == EXPERTS_FUNCTION
         ):

@@ -27,6 +27,7 @@ from offload_moe.memory.waiting import STEP_S
 from offload_moe.native import kernels
 from offload_moe.residency.accounts import Mark, mark, note_passed, sort_found
 from offload_moe.residency.hierarchy import Hierarchy
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.lease import Lease
 from offload_moe.residency.reserved import SLOTS_PER_CHOICE
 from offload_moe.residency.scheduler import Scheduler
@@ -92,7 +93,7 @@ class LayerSpan:
         route = self._blocks[0].route
         self._num_experts, self._top_k = route.num_experts, route.top_k
         self._kernel = kernels.SpanKernel(
-            [_run_layer(step, hierarchy.pools.num_experts) for step in steps],
+            [_run_layer(step, hierarchy.pools.keys) for step in steps],
             hidden=route.hidden_size,
             num_experts=route.num_experts,
             top_k=route.top_k,
@@ -286,7 +287,7 @@ def span_kind(hierarchy: Hierarchy, step: Any) -> tuple[int, int] | None:
     return (route.num_experts, route.top_k) if is_native else None
 
 
-def _run_layer(step: Step, num_experts: int) -> kernels.SpanLayer:
+def _run_layer(step: Step, keys: ExpertKeys) -> kernels.SpanLayer:
     block = cast(PlainBlock, step.plain)
     arithmetic = block.bound.arithmetic
     assert isinstance(arithmetic, NativeArithmetic)
@@ -294,7 +295,7 @@ def _run_layer(step: Step, num_experts: int) -> kernels.SpanLayer:
         step=step.kernel,
         experts=arithmetic.kernel,
         shared=block.shared,
-        first_key=block.bound.layer * num_experts,
+        first_key=keys.first(block.bound.layer),
         weight_scale=arithmetic.pair_scale,
         mode=arithmetic.mode,
     )

@@ -1,4 +1,4 @@
-"""The embedded demo model: SmolLM2-135M-Instruct turned into a real Mixture of Experts."""
+"""The embedded demo model: SmolLM2-135M-Instruct converted to a Mixture of Experts."""
 
 from offload_moe.demo.build import checkpoint, checkpoint_folder
 

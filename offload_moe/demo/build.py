@@ -1,34 +1,31 @@
-"""The demo model: built once, cached, and never half there."""
+"""The demo model: built once, cached, and visible only when complete."""
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from offload_moe.demo.source import MODEL_NAME, WHEEL_BYTES, WHEEL_SHA256, fetch_dense
+from offload_moe.demo.source import MODEL_NAME, WHEEL_SHA256, fetch_dense
 from offload_moe.demo.split import digest, parse_split, split_bytes
 from offload_moe.demo.write import write_checkpoint
 from offload_moe.system import paths
 from offload_moe.system.locks import lock_file
+from offload_moe.system.names import DEMOS
+from offload_moe.system.progress import Progress, silent
 
-Progress = Callable[[str, float], None]
-
-_FETCH_END = 0.70  # share of a build's time; the rest is reading and writing
 # Raise it when this code changes what it builds from the same files.
 _REVISION = "4"
 
 
-def checkpoint(*, progress: Progress | None = None, cache_dir: Path | None = None) -> Path:
+def checkpoint(*, progress: Progress = silent, cache_dir: Path | None = None) -> Path:
     """The folder of the demo model: an ordinary Qwen2-MoE checkpoint, built at the first call.
 
-    `progress` gets a message and the finished share, 0 to 1. `cache_dir` is the user's cache folder when it is None.
+    `cache_dir` is the user's cache folder when it is None.
     Processes that call this at once build once. A rebuild gives the same bytes on the same machine.
 
     Raises: TransferError when the dense model cannot be fetched, CheckpointError when it is not the pinned one.
     """
-    report = progress or _silent
     root = paths.cache_dir() if cache_dir is None else cache_dir
     folder = checkpoint_folder(root)
     if folder.exists():
@@ -36,36 +33,30 @@ def checkpoint(*, progress: Progress | None = None, cache_dir: Path | None = Non
     folder.parent.mkdir(parents=True, exist_ok=True)
 
     def wait() -> None:
-        report("waiting for another process that builds the demo model", 0.0)
+        progress("waiting for another process that builds the demo model")
 
     with lock_file(folder.with_name(f"{folder.name}.lock"), wait):
         if not folder.exists():
-            _build(folder, root / "downloads", report)
+            _build(folder, root / "downloads", progress)
     return folder
 
 
 def checkpoint_folder(cache_dir: Path) -> Path:
     """Where the demo model of this version lies in a cache folder, once it is built."""
-    return cache_dir / "demo" / f"{MODEL_NAME}-MoE-{digest(split_bytes(), WHEEL_SHA256, _REVISION)}"
+    return cache_dir / DEMOS / f"{MODEL_NAME}-MoE-{digest(split_bytes(), WHEEL_SHA256, _REVISION)}"
 
 
-def _silent(message: str, share: float) -> None:
-    pass
-
-
-def _build(folder: Path, downloads: Path, report: Progress) -> None:
+def _build(folder: Path, downloads: Path, progress: Progress) -> None:
     """Build beside `folder`, then rename: a build that is killed leaves nothing under the final name."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    message = f"fetching {MODEL_NAME} ({WHEEL_BYTES / 1e6:.0f} MB)"
-    report(message, 0.0)
-    dense = fetch_dense(downloads, lambda share: report(message, _FETCH_END * share))
-    report("splitting layers into experts", _FETCH_END)
+    dense = fetch_dense(downloads, progress)
+    progress("splitting layers into experts")
     partial.mkdir()
     write_checkpoint(partial, dense, parse_split(split_bytes()), torch.bfloat16)
     _sync(partial)
     os.replace(partial, folder)
-    report("demo model ready", 1.0)
+    progress("demo model ready", 1.0)
 
 
 def _sync(folder: Path) -> None:

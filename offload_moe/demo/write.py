@@ -1,7 +1,7 @@
 """Writing the split model as an ordinary Qwen2-MoE checkpoint folder.
 
 Qwen2-MoE adds the chosen experts with weights that sum to one, and the shared expert times a sigmoid. The split model
-wants plain sums, so `down_proj` carries the difference:
+needs plain sums, so `down_proj` is scaled:
 
 - K router logits that are nearly equal give K weights of 1/K: each expert's `down_proj` is multiplied by K;
 - an all-zero `shared_expert_gate` gives sigmoid(0) = 1/2: the shared expert's `down_proj` is multiplied by 2.
@@ -21,7 +21,7 @@ from offload_moe.demo.split import CORRECTED, Split
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
-# A model this small repeats itself when it takes the likeliest token each time.
+# A model this small repeats itself under greedy decoding.
 _SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
 
 
@@ -94,7 +94,7 @@ def _write_config(folder: Path, dense: DenseModel, split: Split, dtype: torch.dt
 
 
 def _write_tokenizer(folder: Path, dense: DenseModel) -> None:
-    """A tokenizer class that takes `tokenizer.json` as it is: GPT2Tokenizer would drop the splitting of digits."""
+    """A tokenizer class that uses `tokenizer.json` unchanged: GPT2Tokenizer would drop the splitting of digits."""
     (folder / "tokenizer.json").write_text(dense.tokenizer, encoding="utf-8")
     (folder / "chat_template.jinja").write_text(dense.chat_template, encoding="utf-8")
     special = {name: _token(dense, dense.config[f"{name}_id"]) for name in ("bos_token", "eos_token", "pad_token")}

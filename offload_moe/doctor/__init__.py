@@ -1,6 +1,7 @@
-"""Is this machine ready, and does the engine compute right on it?
+"""Checks of the machine, and of the engine's results on it.
 
-The self-test is `offload_moe.doctor.self_test`: it needs the whole engine, which a doctor may not find in order.
+The self-test is in `offload_moe.doctor.self_test` and imported separately, because it needs the whole engine, which
+may not import on a machine with problems.
 """
 
 from offload_moe.doctor.check import Check, Verdict

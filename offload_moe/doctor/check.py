@@ -9,9 +9,9 @@ Verdict = Literal["ok", "warning", "problem"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """found: what is there, in words. fix: what to do about it, unless all is well.
+    """found: the finding as text. fix: the remedy; empty if the verdict is ok.
 
-    numbers: what was measured, by name: `*_bytes`, `*_bytes_per_s`, `*_s`.
+    numbers: measurements by name: `*_bytes`, `*_bytes_per_s`, `*_s`.
     """
 
     name: str
@@ -41,11 +41,11 @@ def judge(
     warning: str = "",
     numbers: Mapping[str, float] | None = None,
 ) -> Check:
-    """A check with the graver of the two fixes; all is well when both are empty."""
+    """A check with the more severe of the two remedies; ok if both are empty."""
     verdict: Verdict = "problem" if problem else "warning" if warning else "ok"
     return Check(name=name, verdict=verdict, found=found, fix=problem or warning, numbers=numbers or {})
 
 
 def format_rate(bytes_per_s: float) -> str:
-    """`3.2 GB/s`, decimal as disks and links are sold."""
+    """`3.2 GB/s`, decimal, as in specifications of disks and links."""
     return f"{bytes_per_s / 1e9:.1f} GB/s" if bytes_per_s >= 1e9 else f"{bytes_per_s / 1e6:.0f} MB/s"

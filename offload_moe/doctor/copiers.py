@@ -1,4 +1,4 @@
-"""The copiers that a self-test runs on: the device's own, or simulated ones with good and with bad timing."""
+"""The copiers of a self-test: the device's own, or simulated ones with good and with bad timing."""
 
 import random
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def device_copiers(device: torch.device) -> Copiers:
 
 
 def simulated_copiers(kind: type[SimulatedCopier] = SimulatedCopier) -> Copiers:
-    """Late by chance, and at the last moment anybody waits for."""
+    """Copiers with random delays, and with copies that run only when a thread waits for them."""
     delay = partial(random.Random(0).uniform, 0.0, LATEST_S)
     return Copiers(
         calm=partial(kind, LINK_BYTES_PER_S),

@@ -1,8 +1,8 @@
-"""The demo model, where it is built: many slots and few must say the same."""
+"""The demo model, if it is built: answers must be the same with many slots and with few."""
 
 from offload_moe.demo.source import MODEL_NAME
 from offload_moe.doctor.outcome import Failed, Skipped
-from offload_moe.engine.model import load
+from offload_moe.engine.load import load
 from offload_moe.store import Store
 from offload_moe.store.installed import installed
 

@@ -1,4 +1,4 @@
-"""The device: whether torch can use it, what it can compute in, and how much of its memory is free."""
+"""The device: its use by torch, its dtypes, and its free memory."""
 
 import os
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ def check_torch_build(
     environ: Mapping[str, str] | None = None,
     system: str | None = None,
 ) -> Check:
-    """Whether the torch that is installed can use the card that is there."""
+    """Whether the installed torch can use the installed card."""
     environ = os.environ if environ is None else environ
     card = f"{nvidia.name or 'an NVIDIA GPU'}, driver {nvidia.driver or 'unknown'}" if nvidia else "no NVIDIA driver"
     found = f"{build or 'CPU-only build'}, {card}"
@@ -80,20 +80,20 @@ def check_vram(device: Device) -> Check:
     found = f"{format_size(device.free_bytes)} free of {format_size(device.total_bytes)}"
     problem = warning = ""
     if device.free_bytes < LITTLE_VRAM // 2:
-        problem = "Too little for dense weights and a cache. Close what uses the card, or compute with --device cpu."
+        problem = "Too little for dense weights and a cache. Close programs that use the card, or set --device cpu."
     elif taken > MUCH_TAKEN:
         warning = (
-            f"{format_size(taken)} is taken by the desktop or by other processes (`nvidia-smi` names them). If they "
-            "may grow, name a budget with --vram."
+            f"{format_size(taken)} is used by the desktop or by other processes (`nvidia-smi` lists them). If they "
+            "may grow, set a budget with --vram."
         )
     elif device.free_bytes < LITTLE_VRAM:
-        warning = "Only small models keep their dense weights here. `offload-moe plan MODEL` says which fit."
+        warning = "Only small models keep their dense weights here. `offload-moe plan MODEL` checks a model."
     numbers = {"free_bytes": device.free_bytes, "total_bytes": device.total_bytes}
     return judge("VRAM", found, problem=problem, warning=warning, numbers=numbers)
 
 
 def check_link(nvidia: Nvidia) -> Check:
-    """The PCIe link as the driver describes it."""
+    """The PCIe link, from the driver."""
     found = f"PCIe {nvidia.link_generation} x{nvidia.lanes}, the card could use x{nvidia.max_lanes}"
     narrow = nvidia.lanes is not None and nvidia.max_lanes is not None and nvidia.lanes < nvidia.max_lanes
     fix = "Missed experts cross this link. Move the card to a slot with more lanes." if narrow else ""

@@ -1,4 +1,4 @@
-"""Whether the kernels that compute experts on the device run there, and compute right: bitsandbytes ships them."""
+"""Whether bitsandbytes' kernels, which compute experts on the device, run there with right results."""
 
 import torch
 
@@ -9,7 +9,7 @@ from offload_moe.quant import ExpertShape, Matrix, get_codec
 NAME = "device kernels"
 FEATURES = 256
 SHAPE = ExpertShape(matrices=(Matrix(name="weight", out_features=FEATURES, in_features=FEATURES),))
-NUM_TOKENS = (1, 32)  # a decode step and a prompt take different kernels
+NUM_TOKENS = (1, 32)  # a decode step and a prompt use different kernels
 ALLOWED_ERROR = 0.02  # of the largest number; 16-bit sums
 REINSTALL = 'python -m pip install --force-reinstall --no-deps "bitsandbytes>=0.50,<0.51"'
 

@@ -26,11 +26,11 @@ Work = Callable[[], Check | list[Check]]
 
 def examine(store: Store | None = None) -> list[Check]:
     """Every check, about ten seconds. store: examine its disk too."""
-    return [check for name, work in (*_asked(store), *_measured(store)) for check in guarded(name, work)]
+    return [check for name, work in (*_asked(store), *measurements(store)) for check in guarded(name, work)]
 
 
 def guarded(name: str, work: Work) -> list[Check]:
-    """What a check found; one that fails is a finding too: what is wrong may be what the doctor was called for."""
+    """Run a check; an exception is a finding too, since it may be the problem that the user looks for."""
     try:
         found = work()
     except (OffloadMoeError, OSError, RuntimeError, ValueError, MemoryError, AssertionError) as error:
@@ -60,7 +60,7 @@ def _asked(store: Store | None) -> Iterator[tuple[str, Work]]:
     yield "CPU kernels", memory_speed.check_kernel_paths
 
 
-def _measured(store: Store | None) -> Iterator[tuple[str, Work]]:
+def measurements(store: Store | None) -> Iterator[tuple[str, Work]]:
     yield "disk read", lambda: storage.check_disk_speed(cache_dir(), store)
     yield "RAM read", memory_speed.check_memory_read
     if kernels.available():

@@ -1,4 +1,4 @@
-"""The machine itself: system, processor, power, RAM, and how much of it may be page-locked."""
+"""The machine: system, processor, power, RAM, and the limit of page-locked memory."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ from offload_moe.system.sizes import format_size
 
 LITTLE_RAM = 4 << 30
 WORTH_LOCKING = 1 << 30
-HIDDEN_SHARE = 0.9  # of what the machine has free; less for this process means that a container or a group limits it
+HIDDEN_SHARE = 0.9  # of the machine's free memory; less for this process means a container's or group's limit
 
 
 def check_system() -> Check:
@@ -30,16 +30,16 @@ def is_wsl(release: str | None = None) -> bool:
 
 
 def check_processor() -> Check:
-    """Threads that may be used, which a container or a mask may hold below what the machine has."""
+    """Usable cores, which a container or an affinity mask may restrict."""
     usable = len(usable_cores()) or os.cpu_count() or 1
     found = f"{_processor_name()}, usable cores: {usable}, threads of torch: {torch.get_num_threads()}"
     crowded = torch.get_num_threads() > usable
-    fix = f"More threads than cores wait for each other. Set OMP_NUM_THREADS={usable}." if crowded else ""
+    fix = f"There are more threads than cores. Set OMP_NUM_THREADS={usable}." if crowded else ""
     return judge("processor", found, warning=fix)
 
 
 def check_power(battery: object | None = None) -> Check:
-    """battery: as `psutil.sensors_battery` gives it."""
+    """battery: the result of `psutil.sensors_battery`."""
     battery = battery or (psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None)
     if battery is None:
         return judge("power", "mains")
@@ -53,10 +53,10 @@ def check_power(battery: object | None = None) -> Check:
 
 
 def check_ram() -> Check:
-    """What this process may still take, container limits included."""
+    """The free memory of this process, container limits included."""
     memory = psutil.virtual_memory()
     free = free_ram()
-    limited = ", held down by a container or group limit" if free < HIDDEN_SHARE * memory.available else ""
+    limited = ", restricted by a container or group limit" if free < HIDDEN_SHARE * memory.available else ""
     found = f"{format_size(free)} free to this process{limited}, {format_size(memory.total)} in the machine"
     problem = warning = ""
     if free < 2 * RUNTIME_BYTES:
@@ -68,11 +68,11 @@ def check_ram() -> Check:
 
 
 def check_page_lock_limit(limit_bytes: int | None, *, has_device: bool) -> Check:
-    """limit_bytes: of RLIMIT_MEMLOCK; None is no limit."""
+    """limit_bytes: of RLIMIT_MEMLOCK; None means no limit."""
     if limit_bytes is None:
         return judge("page-lock limit", "none")
     found = f"{format_size(limit_bytes)}, as `ulimit -l` says"
-    # The CUDA driver locks memory without asking for this limit; where one is refused, it is the first thing to raise.
+    # The CUDA driver ignores this limit when it locks memory; after a refusal, it is the first thing to raise.
     too_low = limit_bytes < WORTH_LOCKING and has_device and is_wsl()
     fix = (
         "Raise it: memlock in /etc/security/limits.conf; WSL2 locks only a part of RAM in any case." if too_low else ""

@@ -1,4 +1,4 @@
-"""How fast bytes move: out of RAM, to the device and back, and through the CPU kernels."""
+"""Rates of RAM, of the link to the device and back, and of the CPU kernels."""
 
 import time
 from collections.abc import Callable
@@ -10,18 +10,18 @@ from offload_moe.doctor.check import Check, format_rate, judge
 from offload_moe.native import kernels
 from offload_moe.quant import ExpertShape, Matrix, get_codec
 
-BUFFER_BYTES = 256 << 20  # beyond the caches of any processor this runs on
+BUFFER_BYTES = 256 << 20  # larger than any processor's caches
 NUM_TRIALS = 3
 SLOW_MEMORY = 10e9
 NARROW_LINK = 6e9  # PCIe 3.0 x16 reaches 12, 4.0 x16 25
 SLOW_LOCKING = 1e9
-HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 2048, 768, 48, 8  # experts of Qwen3-30B-A3B, more than caches hold
+HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 2048, 768, 48, 8  # experts of Qwen3-30B-A3B, larger than caches
 
 Clock = Callable[[], float]
 
 
 def fastest_rate(num_bytes: int, work: Callable[[], object], clock: Clock = time.perf_counter) -> float:
-    """Bytes per second of the best of a few trials, after one to warm up."""
+    """Bytes per second of the best of a few trials, after a warm-up."""
     work()
     best_s = float("inf")
     for _ in range(NUM_TRIALS):
@@ -32,7 +32,7 @@ def fastest_rate(num_bytes: int, work: Callable[[], object], clock: Clock = time
 
 
 def check_memory_read() -> Check:
-    """All threads of torch read one large buffer."""
+    """Read one large buffer with all threads of torch."""
     buffer = torch.ones(BUFFER_BYTES // 4)
     rate = fastest_rate(BUFFER_BYTES, buffer.sum)
     slow = rate < SLOW_MEMORY
@@ -41,7 +41,7 @@ def check_memory_read() -> Check:
 
 
 def check_kernel_paths() -> Check:
-    """Which code computes experts on the CPU."""
+    """The code that computes experts on the CPU."""
     if not kernels.available():
         return judge(
             "CPU kernels",
@@ -55,7 +55,7 @@ def check_kernel_paths() -> Check:
 
 
 def check_kernel_speed() -> Check:
-    """Decode steps over more nf4 experts than the caches hold: bytes of records per second."""
+    """Bytes of records per second in decode steps over more nf4 experts than fit into the caches."""
     shape = ExpertShape(
         matrices=(
             Matrix(name="gate_up_proj", out_features=2 * INTERMEDIATE, in_features=HIDDEN),
@@ -121,7 +121,7 @@ def _judge_link(memory: str, h2d: float, d2h: float) -> list[Check]:
 
 def _judge_locking(rate: float) -> Check:
     fix = (
-        "The RAM arena is locked piece by piece while it is first used, which will be felt for a while after loading."
+        "The RAM arena is locked chunk by chunk at its first use, which slows the first tokens after loading."
         if rate < SLOW_LOCKING
         else ""
     )

@@ -1,4 +1,4 @@
-"""How a check of the self-test came out."""
+"""The outcome of a check of the self-test."""
 
 import time
 from collections.abc import Callable
@@ -12,7 +12,7 @@ Status = Literal["pass", "fail", "skip"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """found: what was compared, and what came out."""
+    """found: the comparison and its result."""
 
     name: str
     status: Status
@@ -24,15 +24,15 @@ class Outcome:
 
 
 class Failed(Exception):
-    """What a check did not find as it should be."""
+    """A check found a deviation."""
 
 
 class Skipped(Exception):
-    """Why a check has nothing to look at."""
+    """A check cannot run, with the reason."""
 
 
 def run_check(name: str, check: Callable[[], str]) -> Outcome:
-    """check: says what it found, or raises. An error of any layer below is a failure, not the end of the self-test."""
+    """check: returns its finding, or raises. An error of any layer below is a failure, not the end of the self-test."""
     begun = time.perf_counter()
     status: Status = "fail"
     try:

@@ -1,4 +1,4 @@
-"""Do copies run beside compute, or one after the other?"""
+"""Whether copies run concurrently with compute."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,14 +13,14 @@ from offload_moe.memory.arena import Arena
 from offload_moe.memory.copier import Copier
 
 NUM_COPIES = 4
-MAX_TRIALS = 20  # other programs disturb; what runs one after the other never overlaps, however often one looks
+MAX_TRIALS = 20  # trials, as other programs disturb a measurement; serial work never overlaps in any of them
 SIMULATED_COPY_BYTES, DEVICE_COPY_BYTES = 8 << 20, 64 << 20
 HOST_MATRIX, DEVICE_MATRIX = 128, 4096
-HIDDEN_SHARE = 0.5  # of the shorter of the two, at least
+HIDDEN_SHARE = 0.5  # required, of the shorter of the two
 
 
 def check_overlap(device: torch.device, make_copier: MakeCopier) -> str:
-    """Raises: Failed when copies and compute together take about as long as one after the other."""
+    """Measure the overlap. Raises: Failed when both together take about as long as one after the other."""
     copier = make_copier()
     best = Times(float("inf"), float("inf"), float("inf"))
     try:
@@ -42,7 +42,7 @@ class Times(NamedTuple):
 
     @property
     def hidden(self) -> float:
-        """The share of the shorter that the longer hides."""
+        """The share of the shorter that is hidden behind the longer."""
         return (self.copy + self.compute - self.both) / min(self.copy, self.compute)
 
     def __str__(self) -> str:
@@ -72,14 +72,14 @@ def _trials(device: torch.device, copier: Copier) -> Iterator[Times]:
         for one in waits:
             one()
 
-    _seconds(device, copy)  # warms up, and locks the pages
+    _seconds(device, copy)  # warms up and locks the pages
     compute = _compute_for(min(_seconds(device, copy) for _ in range(3)), matrix)
     for _ in range(MAX_TRIALS):
         yield Times(_seconds(device, copy), _seconds(device, compute), _seconds(device, both))
 
 
 def _compute_for(seconds: float, matrix: Tensor) -> Callable[[], None]:
-    """Products that take about so long; on a device they are only issued, and nothing waits for them."""
+    """Run matrix products for about that long; on a device they are only issued, without a wait."""
 
     def multiply() -> None:
         torch.mm(matrix, matrix)

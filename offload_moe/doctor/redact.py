@@ -1,4 +1,4 @@
-"""What a report for others must not carry: secrets, names of people and machines, paths."""
+"""Removal of private data from a report: secrets, names of people and machines, paths."""
 
 import getpass
 import os
@@ -11,13 +11,13 @@ from pathlib import Path
 _SECRET_NAMES = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 _TOKENS = re.compile(r"\b(?:hf|sk|ghp|gho|github_pat|glpat|xox[a-z])[_-][A-Za-z0-9_-]{8,}")
 _IN_URL = re.compile(r"(?<=://)[^/\s@]+@")
-# From a slash, a tilde or a drive letter up to a space or a quote: more than the path is better than less.
+# From a slash, a tilde or a drive letter up to a space or a quote; rather too much than too little.
 _PATHS = re.compile(r"(?<![\w.)\]])(?:~[\w.-]*/|/(?=[\w.~-])|\b[A-Za-z]:[\\/]|\\\\)[^\s'\"`,;:)]*")
 _SHORTEST_SECRET = 6
 
 
 class Redactor:
-    """Replaces what is private in a text. Made for one machine and one environment."""
+    """Replaces private data in a text, for one machine and one environment."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Does the engine compute right on this very machine? Every answer is compared with transformers' own."""
+"""The self-test: the engine's results on this machine, compared with transformers' own."""
 
 import tempfile
 import time
@@ -26,6 +26,7 @@ from offload_moe.doctor.small_model import (
     relative_error,
 )
 from offload_moe.memory.copier import compute_device
+from offload_moe.system.progress import Progress, silent
 
 SAME_NUMBERS, SAME_NUMBERS_ON_DEVICE = 1e-4, 1e-3  # fp32, sums in another order: 2e-6 measured on CPUs
 FAST_KERNELS = 0.05  # activations in 8 bits: 1.5e-2 measured
@@ -36,30 +37,30 @@ SLEEP_CYCLES = 2_000_000
 Check = Callable[[], str]
 
 
-def self_test(report: Callable[[str], None] = lambda phase: None, copiers: Copiers | None = None) -> Iterator[Outcome]:
+def self_test(progress: Progress = silent, copiers: Copiers | None = None) -> Iterator[Outcome]:
     """Every check, as it is done; all together well under two minutes.
 
-    copiers: None takes the device's, or simulated ones where there is no device.
+    copiers: None takes the device's, or simulated ones without a device.
     """
     device = compute_device()
     with tempfile.TemporaryDirectory(prefix="offload-moe-self-test-") as folder:
-        report("Self-test: making a small model")
+        progress("Self-test: making a small model")
         begun = time.perf_counter()
         model = SmallModel(Path(folder))
         tests = Tests(model, device, copiers or copiers_for(device), time.perf_counter() - begun)
         for name, check in tests.all():
-            report(f"Self-test: {name}")
+            progress(f"Self-test: {name}")
             yield run_check(name, check)
 
 
 def describe_device() -> str:
-    """Where the device's part of the self-test runs."""
+    """The device of the self-test's device tests, as text."""
     device = compute_device()
     return "a simulated accelerator, because there is no GPU here" if device.type == "cpu" else str(device)
 
 
 class Tests:
-    """The checks. Each says what it found, or raises `Failed`."""
+    """The checks. Each returns its finding, or raises `Failed`."""
 
     def __init__(self, model: SmallModel, device: torch.device, copiers: Copiers, seconds_to_make: float) -> None:
         self._model = model
@@ -89,7 +90,7 @@ class Tests:
     def _store(self) -> str:
         damages = [damage.piece.name for store in self._model.stores.values() for damage in find_damage(store)]
         if damages:
-            raise Failed(f"{damages[0]} was read back other than it was written ({len(damages)} such pieces)")
+            raise Failed(f"{damages[0]} was read back with other bytes ({len(damages)} such pieces)")
         return f"{len(self._model.stores)} stores made in {self._seconds_to_make:.1f} s and read back whole"
 
     def _against_oracle(self, codec: str, setting: Setting) -> str:
@@ -101,7 +102,7 @@ class Tests:
         )
 
     def _fast_kernels(self) -> str:
-        """One layer alone: a router further on may choose otherwise for a difference that is allowed."""
+        """One layer alone, because a later router may choose differently after an allowed difference."""
         hidden = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1))
         ids = torch.tensor([[token % 3, 3, 5 + token % 3] for token in range(5)])
         weights = torch.full(ids.shape, 0.3)
@@ -121,7 +122,7 @@ class Tests:
         return _same_bits(found, f"{len(found)} runs, {len(POOLS)} numbers of slots, with and without prefetch")
 
     def _races(self) -> str:
-        """Late copies, late compute, and every slot overwritten as soon as that is allowed."""
+        """Late copies, late compute, and every slot overwritten as early as allowed."""
         found = [self._logits("nf4", self._on_device)]
         for ram, on_device in POOLS:
             for make_copier in self._copiers.late:
@@ -151,7 +152,7 @@ def _limit(setting: Setting) -> float:
 
 def _compare(found: Tensor, expected: Tensor, limit: float) -> str:
     if not expected.abs().max() > 0:
-        raise Failed("the expected numbers are all zero, so nothing was compared")
+        raise Failed("the expected numbers are all zero, so the comparison proves nothing")
     if torch.equal(found, expected):
         return "the same bits"
     error = relative_error(found, expected)

@@ -1,4 +1,4 @@
-"""A small random Qwen2-MoE made on the spot, its stores, and the oracle: transformers' eager code on its weights."""
+"""A small random Qwen2-MoE, its stores, and the oracle: transformers' eager code on its weights."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from offload_moe.store import Store
 
 CODECS = ("bf16", "int8", "nf4")
 NUM_LAYERS, NUM_EXPERTS, HIDDEN = 3, 8, 128
-PROMPT_LENGTH, NUM_STEPS, VOCABULARY = 16, 5, 256  # long enough that every expert of every layer is routed to
+PROMPT_LENGTH, NUM_STEPS, VOCABULARY = 16, 5, 256  # long enough to use every expert of every layer
 CONFIG: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
@@ -31,7 +31,7 @@ CONFIG: dict[str, Any] = {
 
 
 class SmallModel:
-    """The checkpoint and one store per codec, in a folder that somebody else deletes."""
+    """The checkpoint and one store per codec, in a folder that the caller deletes."""
 
     def __init__(self, folder: Path) -> None:
         self.checkpoint = folder / "checkpoint"
@@ -60,7 +60,7 @@ class SmallModel:
 def logits_of(hf: Any) -> Tensor:
     """Logits of a prompt and of steps with the cache, on the CPU, ``[positions, vocabulary]``.
 
-    The tokens are given, so that a small difference stays small.
+    The tokens are fixed, so that a small difference does not change later tokens.
     """
     tokens = torch.arange(PROMPT_LENGTH + NUM_STEPS) * 37 % VOCABULARY
     pieces = [tokens[:PROMPT_LENGTH], *tokens[PROMPT_LENGTH:].split(1)]

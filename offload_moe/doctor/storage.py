@@ -1,4 +1,4 @@
-"""The disks of the cache folder and of the store: which file system, how much room, how fast."""
+"""The disks of the cache folder and of the store: file system, free space, speed."""
 
 import os
 import random
@@ -23,13 +23,13 @@ from offload_moe.store.durable import write_at
 from offload_moe.store.reading import forget_cached
 from offload_moe.system.sizes import format_size
 
-FILE_BYTES, LEAST_FILE_BYTES = 1 << 30, 128 << 20  # of a temporary file: what a disk's own cache does not hold
+FILE_BYTES, LEAST_FILE_BYTES = 1 << 30, 128 << 20  # of the temporary file: larger than a disk's own cache
 PIECE_BYTES = 64 << 20  # written and flushed at once
-WRITE_S = 5.0  # then the file is as long as it is
+WRITE_S = 5.0  # limit of the time for writing the file
 BLOCK_BYTES = 4 << 20  # a small expert
 NUM_READERS = readers_for(BLOCK_BYTES)
 MEASURE_S = 1.0
-SPARE = 4  # times as much room as the file takes
+SPARE = 4  # required free space, as a multiple of the file
 LITTLE_SPACE = 20 << 30
 SLOW_BYTES_PER_S = 1e9
 VERY_SLOW_BYTES_PER_S = 150e6
@@ -39,7 +39,7 @@ IN_MEMORY = ("tmpfs", "ramfs")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskSpeed:
-    """is_direct: the page cache was out of the way. file_bytes: of the file that was read here and there."""
+    """is_direct: reads bypassed the page cache. file_bytes: of the file that was read at random places."""
 
     bytes_per_s: float
     is_direct: bool
@@ -47,7 +47,7 @@ class DiskSpeed:
 
 
 def check_file_system(name: str, folder: Path) -> Check:
-    """name: what lies there, such as `cache folder`."""
+    """name: the role of the folder, such as `cache folder`."""
     folder = existing(folder)
     kind = file_system(folder)
     free = shutil.disk_usage(folder).free
@@ -57,7 +57,7 @@ def check_file_system(name: str, folder: Path) -> Check:
     if not os.access(folder, os.W_OK):
         problem = f"It cannot be written. {move}"
     elif kind.startswith(REMOTE):
-        warning = f"Experts would come over a network or a virtual machine's border. {move}"
+        warning = f"Experts would be read over a network or from a virtual machine's host. {move}"
     elif kind in IN_MEMORY:
         warning = f"It lies in RAM and is gone after a restart. {move}"
     elif free < LITTLE_SPACE:
@@ -66,19 +66,19 @@ def check_file_system(name: str, folder: Path) -> Check:
 
 
 def file_system(folder: Path) -> str:
-    """`ext4`, `btrfs`, `nfs4` ...; `unknown` when no mount says."""
+    """`ext4`, `btrfs`, `nfs4` ...; `unknown` if no mount matches."""
     real = folder.resolve()
     mounts = [part for part in psutil.disk_partitions(all=True) if real.is_relative_to(part.mountpoint)]
     return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else "unknown"
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """The folder, or the nearest existing one above it."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def check_disk_speed(folder: Path, store: Store | None = None) -> Check:
-    """Reads as the engine reads experts: the store's own, or a temporary file's."""
+    """Read in the same way as the engine reads experts, from the store or a temporary file."""
     name = "disk read"
     files = sorted(store.path.glob("experts-*.safetensors"), key=lambda path: path.stat().st_size) if store else []
     if files and files[-1].stat().st_size >= LEAST_FILE_BYTES:
@@ -92,7 +92,7 @@ def check_disk_speed(folder: Path, store: Store | None = None) -> Check:
 
 
 def write_noise(descriptor: int, clock: Callable[[], float] = time.perf_counter) -> None:
-    """Bytes that no disk can shorten, for as long as that takes a few seconds, and a little in any case."""
+    """Write incompressible bytes, for a few seconds at most but at least a minimum."""
     begun, noise = clock(), np.random.default_rng()
     for offset in range(0, FILE_BYTES, PIECE_BYTES):
         if offset >= LEAST_FILE_BYTES and clock() - begun > WRITE_S:
@@ -102,9 +102,9 @@ def write_noise(descriptor: int, clock: Callable[[], float] = time.perf_counter)
 
 
 def measure_read(path: Path, clock: Callable[[], float] = time.perf_counter) -> DiskSpeed:
-    """Several blocks in flight around the page cache, here and there and none twice, for a second at most.
+    """Read several blocks concurrently past the page cache, in random order and each once, for a second at most.
 
-    path: of at least one block. Raises: TransferError.
+    path: a file of at least one block. Raises: TransferError.
     """
     num_bytes = path.stat().st_size
     order = random.sample(range(num_bytes // BLOCK_BYTES), num_bytes // BLOCK_BYTES)
@@ -133,7 +133,7 @@ def measure_read(path: Path, clock: Callable[[], float] = time.perf_counter) -> 
 def _judge_speed(name: str, speed: DiskSpeed) -> Check:
     how = "direct" if speed.is_direct else "through the page cache: this file system has no direct reads"
     reads = f"{NUM_READERS} reads of {format_size(BLOCK_BYTES)} in flight"
-    found = f"{format_rate(speed.bytes_per_s)}, {how}, {reads}, here and there in {format_size(speed.file_bytes)}"
+    found = f"{format_rate(speed.bytes_per_s)}, {how}, {reads}, at random places in {format_size(speed.file_bytes)}"
     problem = warning = ""
     if speed.bytes_per_s < VERY_SLOW_BYTES_PER_S:
         problem = "Missed experts would take seconds per token. Put the store on an SSD: set OFFLOAD_MOE_CACHE."

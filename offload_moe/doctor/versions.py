@@ -1,4 +1,4 @@
-"""Which versions are installed, and whether they are the ones this program was tested with."""
+"""The installed versions, compared with the tested ones."""
 
 import platform
 import sys
@@ -21,13 +21,13 @@ def check_program() -> Check:
 
 
 def check_packages() -> list[Check]:
-    """One per library that decides what is computed, or how fast."""
+    """One check per library that affects results or speed."""
     needed = {requirement.name: requirement for requirement in _requirements()}
     return [check_package(name, _installed(name), needed.get(name)) for name in SHOWN]
 
 
 def check_package(name: str, version: str | None, needed: Requirement | None) -> Check:
-    """needed: the range this program was tested with; None when nobody knows it."""
+    """needed: the tested range; None if unknown."""
     line = f'python -m pip install "{name}{needed.specifier if needed else ""}"'
     if version is None:
         return judge(name, "not installed", problem=f"Install it: {line}")
@@ -38,7 +38,7 @@ def check_package(name: str, version: str | None, needed: Requirement | None) ->
 
 
 def _requirements() -> list[Requirement]:
-    """What the package says it needs; nothing when it runs from a source tree."""
+    """The package's own requirements; none in a source tree."""
     try:
         lines = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:

@@ -19,8 +19,6 @@ from offload_moe.native.planes import Mode
 from offload_moe.quant import get_codec
 from offload_moe.store import Store
 
-LOSSLESS = "bf16"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assembled:
@@ -113,7 +111,7 @@ def assemble(
         raise StoreError(
             f"{store.path} does not hold {stranded[0]} ({len(stranded)} tensors). Quantize the model again."
         )
-    hf.generation_config, notice = load_generation_config(store.path)
+    hf.generation_config, notice = load_generation_config(store.path, hf)
     hf.requires_grad_(False)
     return Assembled(hf=hf, layers=layers, notices=(notice,) if notice else ())
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from offload_moe.checkpoint.experts import ExpertsModule
@@ -143,6 +143,12 @@ def offloaded_experts(module: ExpertsContract, hidden: Tensor, top_k_index: Tens
     """The function transformers calls in place of the eager experts."""
     bound: BoundExperts = module._offload_moe
     return bound(hidden, top_k_index, top_k_weights)
+
+
+def bound_experts(module: nn.Module) -> BoundExperts | None:
+    """What `attach` bound to a module."""
+    bound: BoundExperts | None = module.__dict__.get("_offload_moe")
+    return bound
 
 
 def detach_parameters(layers: Sequence[ExpertsModule]) -> None:

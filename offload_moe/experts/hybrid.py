@@ -114,15 +114,16 @@ class HybridExperts(BoundExperts):
 
         One at a time, and behind whatever is demanded: the next layer's misses should not wait for it.
         """
-        scheduler, first = self.scheduler, self.layer * self._num_experts
+        scheduler, keys = self.scheduler, self.scheduler.keys
         if split.copied:
             scheduler.counters.link_s += max(0.0, self._hierarchy.link.last_demanded_arrival - began)
             scheduler.counters.link_predicted_s += split.link_s
         with scheduler.changed:
             if self._hierarchy.link.busy_s() == 0.0:
-                absent = (first + expert for expert in split.on_cpu if not scheduler.is_known(self.layer, expert))
-                if (key := next(absent, None)) is not None:
-                    scheduler.start(key, [first + expert for expert in experts], is_prefetch=True)
+                absent = (expert for expert in split.on_cpu if not scheduler.is_known(self.layer, expert))
+                if (expert := next(absent, None)) is not None:
+                    key = keys.key(self.layer, expert)
+                    scheduler.start(key, keys.keys(self.layer, experts), is_prefetch=True)
 
 
 class HybridBinder:

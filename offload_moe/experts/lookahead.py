@@ -226,15 +226,16 @@ class Lookahead:
             self._scheduler.prefetch(layer, experts, keep)
 
     def _prefetch_for_chunk(self, layer: int, num_tokens: int, experts: Sequence[int], k: int) -> None:
-        num_experts = self._scheduler.num_experts
-        used_share = 1 - (1 - k / num_experts) ** num_tokens
-        has_room = self._scheduler.residency.num_slots >= 2 * num_experts
-        if layer + 1 < len(self._probes) and used_share >= LEAST_CHUNK_SHARE and has_room:
-            self._bring(layer + 1, range(num_experts), self._keys(layer, experts))
+        if layer + 1 == len(self._probes):
+            return
+        present, following = self._scheduler.keys.num_experts[layer : layer + 2]
+        used_share = 1 - (1 - k / following) ** num_tokens
+        has_room = self._scheduler.residency.num_slots >= present + following
+        if used_share >= LEAST_CHUNK_SHARE and has_room:
+            self._bring(layer + 1, range(following), self._keys(layer, experts))
 
     def _keys(self, layer: int, experts: Sequence[int]) -> set[int]:
-        first = layer * self._scheduler.num_experts
-        return {first + expert for expert in experts}
+        return {*self._scheduler.keys.keys(layer, experts)}
 
     def _is_trusted(self, layer: int, residual: Tensor, hidden: Tensor) -> bool:
         """Whether the norm we found is the one before these experts: checked once, by its result."""
@@ -250,4 +251,4 @@ class Lookahead:
     def _fall_back(self) -> None:
         """Some layer's router cannot be asked: learn what usually follows."""
         if self._habits is None:
-            self._habits = CoOccurrence(len(self._probes), self._scheduler.num_experts, self._depth)
+            self._habits = CoOccurrence(len(self._probes), self._scheduler.keys.most, self._depth)

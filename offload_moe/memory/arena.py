@@ -12,6 +12,7 @@ from torch import Tensor
 
 from offload_moe.errors import BudgetError
 from offload_moe.quant.layout import RECORD_ALIGNMENT, round_up
+from offload_moe.system.sizes import format_size
 
 CHUNK_BYTES = 256 << 20
 MADV_WIPEONFORK = 18  # Linux 4.14, asm-generic/mman-common.h
@@ -84,8 +85,8 @@ class Arena:
             mapping = _anonymous(num_bytes)
         except OSError as error:
             raise BudgetError(
-                f"The RAM arena needs {num_wanted * self.slot_bytes / 2**30:.1f} GiB for {num_wanted} slots and the "
-                f"system refused a chunk of {num_bytes / 2**20:.0f} MiB ({error.strerror}). Try a smaller --ram."
+                f"The RAM arena needs {format_size(num_wanted * self.slot_bytes)} for {num_wanted} slots and the "
+                f"system refused a chunk of {format_size(num_bytes)} ({error.strerror}). Try a smaller --ram."
             ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
             mapping.madvise(mmap.MADV_HUGEPAGE)

@@ -182,7 +182,7 @@ class AcceleratorCopier(StreamCopier):
 
     def __init__(self, device: torch.device, page_lock: PageLock | None = None) -> None:
         self._device = device
-        super().__init__(page_lock or PageLock(_CudaRuntime(device) if device.type == "cuda" else None))
+        super().__init__(page_lock or PageLock(CudaRuntime(device) if device.type == "cuda" else None))
 
     def allocate(self, num_bytes: int) -> Tensor:
         with torch.inference_mode(False):  # loader threads write to it, whatever mode it was allocated in
@@ -208,7 +208,7 @@ class AcceleratorCopier(StreamCopier):
         destination.copy_(source, non_blocking=True)
 
 
-class _CudaRuntime:
+class CudaRuntime:
     """Page-locking through the runtime that torch itself has loaded."""
 
     def __init__(self, device: torch.device) -> None:

@@ -7,8 +7,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.native.bindings import library
 from offload_moe.native.planes import BLOCK, DTYPES
 from offload_moe.quant.layout import round_up
-
-NESTED_BLOCK = 256
+from offload_moe.quant.nf4 import NESTED_BLOCK
 
 
 def encode_nf4(rows: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Planning before loading: what a model needs, where it goes, and how fast it can be, from its config alone."""
+"""Planning before loading: memory, placement and speed of a model, from its config alone."""
 
 from offload_moe.plan.machine import Machine, Rates, measure_machine, with_card
 from offload_moe.plan.plan import Plan, make_plan

@@ -1,4 +1,4 @@
-"""What to change: the one thing that would help most, and what would make a model fit that does not."""
+"""Advice: the most effective change, and remedies for a model that does not fit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -8,9 +8,9 @@ from offload_moe.plan.outlook import Outlook, Task, look_ahead
 from offload_moe.plan.placement import DENSE_CODECS, LAST_RESORT, Tier
 from offload_moe.system.sizes import format_size, typed_size
 
-WORTH_SAYING = 1.02  # a change that gains less than this is noise beside the assumptions
+WORTH_SAYING = 1.02  # smaller gains are below the error of the assumptions
 CONTEXT_STEP = 1024
-SHARDS_AT_ONCE = 2  # that a conversion keeps when it deletes the others
+SHARDS_AT_ONCE = 2  # shards on the disk during a conversion that deletes them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shortfall:
-    """A memory that is too small: by how much, and what each would make everything fit by itself."""
+    """A memory that is too small: the missing bytes, and remedies, each of which is sufficient."""
 
     memory: str
     needed_bytes: int
@@ -36,7 +36,7 @@ class Shortfall:
 
 
 def explain(shortfall: Shortfall) -> str:
-    """By how much it does not fit, and what would make it."""
+    """The shortfall and its remedies as text."""
     return (
         f"Does not fit: {shortfall.memory} lacks {format_size(shortfall.missing_bytes)} "
         f"({format_size(shortfall.needed_bytes)} needed, {format_size(shortfall.budget_bytes)} there). "
@@ -45,7 +45,7 @@ def explain(shortfall: Shortfall) -> str:
 
 
 def best_changes(task: Task, outlook: Outlook) -> tuple[Change, ...]:
-    """What would make decoding faster, the most helpful first; hardware is counted by doubling it."""
+    """Changes that would raise the speed of decode, the most effective first; hardware is doubled."""
     changes = [
         Change(name=name, tokens_per_s=changed.tokens_per_s)
         for name, variant in _variants(task, outlook)
@@ -69,7 +69,7 @@ def find_shortfalls(task: Task, outlook: Outlook) -> tuple[Shortfall, ...]:
 
 
 def _variants(task: Task, outlook: Outlook) -> Iterator[tuple[str, Task]]:
-    # What was chosen for this machine stays: otherwise more memory could look slower for being more exact.
+    # The chosen settings stay: otherwise more memory could look slower because its plan is more exact.
     placement, machine = outlook.placement, task.machine
     settings = replace(task.settings, dense_codec=placement.dense_codec, context=placement.context)
     task = replace(task, settings=settings)
@@ -117,14 +117,14 @@ def _dense_codec_flag(codec: str) -> str:
 
 
 def _smaller_dense_codecs(task: Task, outlook: Outlook) -> tuple[str, ...]:
-    """That would be used if they were named."""
+    """Codecs that a user may set."""
     if task.settings.stored_dense_codec != LOSSLESS and task.is_store:
         return ()
     return DENSE_CODECS[DENSE_CODECS.index(outlook.placement.dense_codec) + 1 :]
 
 
 def _largest_context(task: Task, context: int, memory: str) -> int:
-    """The longest shorter context that fits, in steps; 0 where none does."""
+    """The longest shorter context that fits, in steps; 0 if none does."""
     longest = (context - 1) // CONTEXT_STEP
 
     def fits(steps: int) -> bool:

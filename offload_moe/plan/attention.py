@@ -1,4 +1,4 @@
-"""What attention keeps per token and per layer, read off the modules and transformers' own choice of cache layers."""
+"""The cache of attention per token and layer, derived from the modules and transformers' choice of cache layers."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class CacheLayer:
     """Elements one layer's cache holds: `per_token` for the last `window` tokens (None: all), and a fixed state.
 
-    is_complete: False where the layer keeps something else as well, of a size that is not known here.
+    is_complete: False if the layer also keeps a state of unknown size.
     """
 
     per_token: int = 0
@@ -27,14 +27,14 @@ class CacheLayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """The cache of all layers, and what each kind of attention computes with."""
+    """The cache of all layers, and the working memory of each kind of attention."""
 
     cache_layers: tuple[CacheLayer, ...]
     works: tuple[AttentionWork, ...]
 
     @property
     def keeps_all_tokens(self) -> bool:
-        """Whether keys and values, or latents, of all tokens are all that layers keep."""
+        """Whether layers keep only keys and values, or latents, of all tokens."""
         return all(layer.is_complete and layer.window is None and not layer.fixed for layer in self.cache_layers)
 
     @property
@@ -108,8 +108,8 @@ def _modules_by_layer(model: nn.Module) -> dict[int, list[nn.Module]]:
 
 
 def _key_value_width(module: nn.Module) -> int:
-    """Elements cached per token; 0 where this module caches none, or none that are known by name."""
-    if latent := out_features(module, "kv_a_proj_with_mqa"):  # latent attention keeps what it compressed to
+    """Elements cached per token; 0 if this module caches nothing, or nothing under a known name."""
+    if latent := out_features(module, "kv_a_proj_with_mqa"):  # latent attention caches the compressed vector
         return latent
     keys = out_features(module, "k_proj")
     return keys + (out_features(module, "v_proj") or keys)

@@ -1,4 +1,4 @@
-"""What an attention holds while it computes, in elements, read off a module's projections.
+"""The working memory of an attention, in elements, derived from a module's projections.
 
 N heads, T new tokens, S all tokens, R latent rank, P rotated dims, K unrotated key dims, V value dims.
 """
@@ -11,9 +11,9 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionWork:
-    """projected: per new token. expanded: per token of the context; decoded: the same where one token is new.
+    """projected: per new token. expanded: per token of the context; decoded: the same for one new token.
 
-    On the CPU beside these, padding: per token of the context; scores: per new token and token of the context.
+    Additional on the CPU: padding, per token of the context; scores, per new token and token of the context.
     """
 
     projected: int
@@ -31,7 +31,7 @@ class AttentionWork:
 
 
 def describe_work(module: Any, *, is_absorbed: bool) -> AttentionWork:
-    """is_absorbed: latents that `offload_moe.decode` computes with."""
+    """is_absorbed: `offload_moe.decode` computes with the latents."""
     linears = sum(child.out_features for child in module.children() if isinstance(child, nn.Linear))
     queries = out_features(module, "q_proj") or out_features(module, "q_b_proj")
     expansion, latent = out_features(module, "kv_b_proj"), out_features(module, "kv_a_proj_with_mqa")
@@ -40,16 +40,16 @@ def describe_work(module: Any, *, is_absorbed: bool) -> AttentionWork:
     expanded = queries + values + expansion
     if not expansion:
         return AttentionWork(projected=linears, expanded=expanded, decoded=expanded)
-    # Of new tokens the queries three times, N (K + P): projected, put together with their rotated dims, and scaled; of
-    # all tokens what they expand to, N (K + V), keys put together, N (K + P), and values, padded to that on the CPU.
-    # Where they are not, torch scales the keys instead, and writes scores and shares of all heads down, and the mask
+    # For new tokens the queries three times, N (K + P): projected, concatenated with their rotated dims, and scaled;
+    # for all tokens the expansion, N (K + V), concatenated keys, N (K + P), and values, padded to that on the CPU.
+    # Without padding torch scales the keys instead, and materializes scores and shares of all heads, and the mask
     # twice as numbers.
     padding = max(0, queries - values)
     num_heads = int(module.config.num_attention_heads)
     return AttentionWork(
         projected=linears - expansion + 2 * queries,
         expanded=expanded,
-        # Scores and shares in the latent space, and room for the copy of a cache that outgrows its place.
+        # Scores and shares in the latent space, and the copy of a cache that outgrows its tensor.
         decoded=2 * num_heads + latent if is_absorbed else expanded + padding + 2 * num_heads,
         padding=padding,
         scores=1 if is_absorbed else 2 * num_heads + 3,
@@ -57,6 +57,6 @@ def describe_work(module: Any, *, is_absorbed: bool) -> AttentionWork:
 
 
 def out_features(module: nn.Module, name: str) -> int:
-    """Of a linear child; 0 where there is none of that name."""
+    """Output features of a linear child; 0 if there is none of that name."""
     linear = getattr(module, name, None)
     return int(linear.out_features) if isinstance(linear, nn.Linear) else 0

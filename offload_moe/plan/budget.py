@@ -1,6 +1,6 @@
-"""What memory there is, and what a process takes before it holds any weights.
+"""Available memory, and the memory of a process without weights.
 
-What is done with it is `offload_moe.plan`.
+The division of the memory is in `offload_moe.plan.placement`.
 """
 
 import contextlib
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import psutil
 
-PROCESS_BYTES = 370 << 20  # interpreter, torch, transformers: what a process holds beside weights and slots
-TOKEN_BYTES = 1000  # of a tokenizer, per entry of its vocabulary
+PROCESS_BYTES = 370 << 20  # interpreter, torch, transformers: a process without weights and slots
+TOKEN_BYTES = 1000  # tokenizer, per entry of its vocabulary
 RUNTIME_BYTES = 420 << 20  # both, with a vocabulary of 50,000
 DEVICE_RESERVE_BYTES = 1 << 30  # CUDA context, workspaces, activations and a key/value cache of a few thousand tokens
-CPU_PROMPT_TOKENS, DEVICE_PROMPT_TOKENS = 512, 2048  # of a prompt, computed at once; by then compute hides the loads
-SHARE_OF_FREE = 0.9  # of what is free, taken when no budget is named
+CPU_PROMPT_TOKENS, DEVICE_PROMPT_TOKENS = 512, 2048  # of a prompt, computed at once; compute then hides the loads
+SHARE_OF_FREE = 0.9  # of the free memory, the default budget
 
 CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 M_MMAP_THRESHOLD = -3  # malloc.h
@@ -24,23 +24,23 @@ LARGE_BLOCK_BYTES = 1 << 20
 
 
 def runtime_bytes(vocabulary: int) -> int:
-    """What a process holds beside weights and slots. vocabulary: entries of its tokenizer."""
+    """Bytes of a process without weights and slots. vocabulary: entries of its tokenizer."""
     return PROCESS_BYTES + vocabulary * TOKEN_BYTES
 
 
 def default_ram() -> int:
-    """Bytes the process may use where no budget is named: most of what is free, and what it has taken already.
+    """The default budget: most of the free memory, plus the memory that the process already uses.
 
-    Only the runtime counts as taken: whatever else the process holds was there before the model and is not its own.
+    Only the runtime counts as used: other allocations of the process precede the model and are not part of it.
     """
     return int(free_ram() * SHARE_OF_FREE) + min(psutil.Process().memory_info().rss, RUNTIME_BYTES)
 
 
 def give_back_freed_memory() -> None:
-    """Make glibc return large freed blocks to the system at once, and what is free now.
+    """Make glibc return large freed blocks to the system at once, including those that are free now.
 
-    Otherwise it keeps them once it has seen a few: a conversion leaves half a gigabyte behind, and a long prompt holes
-    between the keys and values it made, a tenth of the process with the demo. Elsewhere nothing happens.
+    By default glibc keeps them after the first few: half a gigabyte after a conversion, and after a long prompt the
+    gaps between its keys and values, a tenth of the process with the demo. No effect with other C libraries.
     """
     if sys.platform.startswith("linux"):
         library = ctypes.CDLL(None)
@@ -52,13 +52,13 @@ def give_back_freed_memory() -> None:
 
 
 def forget_peak() -> None:
-    """Count `peak_ram` from now on, where the system can: a conversion before is not the model's."""
+    """Reset `peak_ram`, if the system can, because an earlier conversion is not part of the model's peak."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_ram() -> int:
-    """The most bytes of RAM this process has held at once."""
+    """The peak of this process's RAM, in bytes."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     status = Path("/proc/self/status")
@@ -73,25 +73,25 @@ def peak_ram() -> int:
 
 def free_ram() -> int:
     """Bytes of RAM this process may still take, container limits included."""
-    return min(psutil.virtual_memory().available, *_free_in_groups(CGROUPS, MEMBERSHIP))
+    return min(psutil.virtual_memory().available, *free_in_groups(CGROUPS, MEMBERSHIP))
 
 
 def total_ram() -> int:
-    """Bytes of RAM that this machine has, or that the container around this process may use."""
+    """Bytes of RAM of this machine, or of the container's limit."""
     total = psutil.virtual_memory().total
     for group, limit_name, _ in _memory_groups(CGROUPS, MEMBERSHIP):
-        with contextlib.suppress(OSError, ValueError):  # "max" where there is none
+        with contextlib.suppress(OSError, ValueError):  # "max" means no limit
             total = min(total, int((group / limit_name).read_text()))
     return total
 
 
-def _free_in_groups(root: Path, membership: Path) -> list[int]:
+def free_in_groups(root: Path, membership: Path) -> list[int]:
     """What each memory cgroup around this process still allows; page cache that can be dropped counts as free."""
     return [sys.maxsize, *(free for group in _memory_groups(root, membership) for free in _free_in_group(*group))]
 
 
 def _memory_groups(root: Path, membership: Path) -> Iterator[tuple[Path, str, str]]:
-    """The memory cgroups around this process, with the names of the files that hold limit and usage."""
+    """The memory cgroups of this process, with the names of the files for limit and usage."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The plan of a store that is about to be loaded: the same as `offload-moe plan` makes before the download."""
+"""The plan of a store before it is loaded, by the same code as `offload-moe plan`."""
 
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ from offload_moe.system.sizes import format_size, typed_size
 
 
 def measure_load(device: torch.device, *, vram: int | None, ram: int | None, dtype: torch.dtype) -> Machine:
-    """This machine as `load` may use it. vram, ram: bytes the user named.
+    """This machine with the budgets of `load`. vram, ram: bytes given by the user.
 
     Raises: BudgetError when the device has less than that free.
     """
@@ -30,19 +30,19 @@ def measure_load(device: torch.device, *, vram: int | None, ram: int | None, dty
     if vram is not None and vram > free:
         taken = format_size(total_device_memory(device) - free)
         raise BudgetError(
-            f"--vram is {format_size(vram)} and {device} has {format_size(free)} free: {taken} is taken by the desktop "
-            f"or other processes. Leave --vram out, or name at most {typed_size(free)}."
+            f"--vram is {format_size(vram)} and {device} has {format_size(free)} free: {taken} is used by the desktop "
+            f"or other processes. Leave --vram out, or set at most {typed_size(free)}."
         )
     return measure_machine(vram=vram, ram=ram, device=device, dtype=dtype)
 
 
 def notices_of_budget(where: torch.device, *, vram: int | None, ram: int | None) -> list[str]:
-    """What the user named and the machine does not have: it is loaded all the same, as less may be needed."""
+    """Notices about budgets above this machine's memory, which are accepted because less may be needed."""
     notices = []
     if ram is not None and ram > total_ram():
         notices.append(
-            f"--ram is {format_size(ram)}, and this machine has {format_size(total_ram())}. What needs more is swapped "
-            f"or killed: name at most {typed_size(total_ram())}."
+            f"--ram is {format_size(ram)}, and this machine has {format_size(total_ram())}. A process that needs "
+            f"more is swapped or killed: set at most {typed_size(total_ram())}."
         )
     if vram and where.type == "cpu":
         notices.append(f"--vram is {format_size(vram)}, and no GPU is used: everything is computed on the CPU.")
@@ -58,11 +58,11 @@ def fit(
     dense_codec: str | None = None,
     is_exact: bool = False,
 ) -> Placement:
-    """Where everything of this store goes on this machine. shape: of the model that the store holds.
+    """The placement of a store on this machine. shape: of the store's model.
 
     Raises:
-        BudgetError: not even one expert slot fits; says by how much, and what would make it fit.
-        ConfigError: the model cannot attend to that many tokens.
+    BudgetError: not even one expert slot fits; the message has the shortfall and remedies.
+    ConfigError: the context is longer than the model's maximum.
     """
     check_context(context, shape)
     shape = with_narrow_embeddings(shape, partial(_is_bf16, store))
@@ -89,7 +89,7 @@ def _is_bf16(store: Store, weight: DenseWeight) -> bool:
 
 
 def summary(shape: ModelShape, placement: Placement) -> str:
-    """What was chosen, in one line."""
+    """The placement in one line."""
     fast, where = placement.fast, f"VRAM {_tier(placement.vram)}, " if placement.vram else ""
     share = fast.num_slots / shape.num_experts
     line = (

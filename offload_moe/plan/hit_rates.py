@@ -2,8 +2,8 @@
 
 Each curve: 2,000 tokens from a cold start, the default policy, one pool for all layers
 (`offload-moe profile --replay TRACE --slots N% --pool global`, 2026-11-21). The models of the traces route to 4 of 32
-and 6 of 64 experts. To read them for another model, slots are counted in two parts: those for one top-k per layer,
-without which a token cannot keep even what it just used, and the share of the remaining experts that fits beside them.
+and 6 of 64 experts. To apply them to another model, slots are counted in two parts: those for one top-k per layer,
+the minimum for any reuse, and the share of the remaining experts that fits beside them.
 Sources of the traces: gpt-oss-20b, github AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting @72b368f, Apache-2.0;
 ESFT law, shape of DeepSeek-V2-Lite, github deepseek-ai/ESFT @579a771, MIT.
 """
@@ -32,7 +32,7 @@ class HitCurve:
         return at_low + (at_high - at_low) * (share - low) / (high - low)
 
 
-# A cold start misses every expert once, so the last replayed point is below 1; a warm one is at 1.
+# A cold start misses every expert once, so the last replayed point is below 1; the warm value is 1.
 CURVES = (
     HitCurve(
         trace="gpt-oss-20b decode",

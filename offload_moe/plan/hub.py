@@ -9,15 +9,14 @@ from offload_moe.checkpoint.hub import hub_errors
 from offload_moe.checkpoint.source import IGNORED_PATTERNS
 from offload_moe.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME, choose_weights, refuse_adapter
 from offload_moe.errors import CheckpointError
-
-CONFIG_NAME = "config.json"
+from offload_moe.system.paths import CONFIG_NAME
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubModel:
-    """folder: with the config. sizes: bytes of each weight file that a download would fetch, None where unknown.
+    """folder: with the config. sizes: bytes of each weight file that a download would fetch, None if unknown.
 
-    tensor_names: of a safetensors index; empty where there is none.
+    tensor_names: of a safetensors index; empty if there is none.
     """
 
     folder: Path
@@ -26,16 +25,16 @@ class HubModel:
 
 
 def fetch_config(repo_id: str, *, revision: str | None, token: str | None) -> HubModel:
-    """The config, and the index where there is one.
+    """The config, and the index if there is one.
 
     Raises:
         CheckpointError: the repository has no config, or an adapter.
-        TransferError: it is not there, not open to this token, or the hub cannot be reached.
+        TransferError: the repository does not exist or is not open to this token, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    with hub_errors(f"Asking the hub for {repo_id}", repo_id, revision):
+    with hub_errors(f"Looking up {repo_id} on the hub", repo_id, revision):
         info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
         sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
         refuse_adapter(repo_id, sizes)
@@ -59,16 +58,16 @@ def fetch_config(repo_id: str, *, revision: str | None, token: str | None) -> Hu
 def _chosen(
     folder: Path, present: Mapping[str, int | None], fetch: Callable[[str], Path]
 ) -> tuple[Collection[str], Collection[str]]:
-    """The weight files that a download takes, and the names of the tensors as far as an index has them."""
+    """The weight files of a download, and the tensor names of its index if there is one."""
     if SINGLE_NAME not in present and INDEX_NAME in present:
         fetch(INDEX_NAME)
     try:
         weights = choose_weights(folder, present.keys())
-    except CheckpointError:  # no model to convert; what looks like weights tells its size
+    except CheckpointError:  # not convertible; the size is that of all files that look like weights
         return [name for name in present if _is_weights(name)], ()
     return weights.names, weights.promised.keys()
 
 
 def _is_weights(name: str) -> bool:
-    """`/` is matched by `*`, as the hub client does."""
+    """Match patterns in which `*` also matches `/`, as in the hub client."""
     return name.endswith(".safetensors") and not any(fnmatch(name, pattern) for pattern in IGNORED_PATTERNS)

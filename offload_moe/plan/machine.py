@@ -1,4 +1,4 @@
-"""The machine a plan is for: measured or described memory, and how fast its links are assumed to be."""
+"""The machine of a plan: measured or described memory, and assumed rates of its links."""
 
 import shutil
 from dataclasses import dataclass, field, replace
@@ -24,11 +24,11 @@ class Rates:
     device_flops: two fifths of its 25.5 TFLOPS; see `offload_moe.simulate.hardware`.
     ram: dual-channel DDR4-3200, 51.2 GB/s by its standard (JESD79-4), of which kernels reach about four fifths.
     cpu_flops: eight cores at the 50 GFLOP/s that prompts reach on one core of a 2.5 GHz Xeon.
-    link: PCIe 4.0 x16 as pinned copies reach it; 31.5 GB/s by its standard. disk: docs/design.md reckons with this.
+    link: rate of pinned copies over PCIe 4.0 x16; 31.5 GB/s by its standard. disk: a cautious value for NVMe drives.
     layer_s: transformers' Python, 0.7 to 1.1 ms measured on two cores of an EPYC. wave_s: a further wave of experts in
-    a layer. probe_s: asking a later router what it would choose. Latencies: per read, per copy.
-    Where a decode step is one native call for all layers: pass_layer_s: Python per layer; ask_s: per request for
-    experts or slots; turn_s: per read that Python begins. Measured on two cores of a Xeon, see docs/simulate.md.
+    a layer. probe_s: evaluating a later router ahead. Latencies: per read, per copy.
+    For decode steps in one native call: pass_layer_s: Python per layer; ask_s: per request for experts or slots;
+    turn_s: per read that Python starts. Measured on two cores of a Xeon, see docs/simulate.md.
     """
 
     vram: float = 360e9
@@ -49,9 +49,9 @@ class Rates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Bytes the process may use. vram_bytes: 0 without a device. disk_bytes: free, None where nobody knows.
+    """Bytes the process may use. vram_bytes: 0 without a device. disk_bytes: free, None if unknown.
 
-    chosen_dtype: what the model computes in; None takes `dtype`'s choice.
+    chosen_dtype: the dtype to compute in; None takes `dtype`'s choice.
     """
 
     ram_bytes: int
@@ -66,21 +66,21 @@ class Machine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in: bf16 on a device (`default_dtype` knows the exceptions) and fp32 on the CPU."""
+        """The dtype to compute in: bf16 on a device (exceptions in `default_dtype`) and fp32 on the CPU."""
         return self.chosen_dtype or (torch.bfloat16 if self.has_device else torch.float32)
 
 
 def with_card(machine: Machine, name: str, *, vram: int | None = None, link: str | None = None) -> Machine:
-    """The machine with a card of the table in it.
+    """The machine with a card of the table.
 
     vram: bytes of the card to use; None takes 90%. link: such as `4x16`; None takes the card's own.
 
-    Raises: ConfigError when the table does not have the card, or the link or more memory than the card has is named.
+    Raises: ConfigError when the card is not in the table, the link is not usable, or `vram` exceeds the card's memory.
     """
     card = hardware.card_named(name)
     card_bytes = card.vram_gib << 30
     if vram is not None and vram > card_bytes:
-        raise ConfigError(f"--vram is {format_size(vram)}, and a {card.name} has {card.vram_gib} GiB. Name less.")
+        raise ConfigError(f"--vram is {format_size(vram)}, and a {card.name} has {card.vram_gib} GiB. Set less.")
     rates = replace(
         machine.rates,
         vram=card.memory_gbps * 1e9 * hardware.GPU_SHARE,
@@ -92,17 +92,17 @@ def with_card(machine: Machine, name: str, *, vram: int | None = None, link: str
 
 def compute_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The dtype to compute in. name: `fp32`, `bf16` or `fp16`; None takes `default_dtype`. Raises: ConfigError."""
-    if isinstance(name, torch.dtype):
+    if isinstance(name, torch.dtype) and name.is_floating_point:
         return name
     if name is None:
         return default_dtype(device)
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise ConfigError(f"There is no dtype {name!r} to compute in. Choose one of: {', '.join(DTYPES)}.")
     return DTYPES[name]
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """What to compute in: fp32 on the CPU; on a device bf16, or fp16 where bf16 is only emulated."""
+    """The default dtype: fp32 on the CPU; on a device bf16, or fp16 if bf16 is only emulated."""
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if has_bf16(device) else torch.float16
@@ -116,13 +116,13 @@ def measure_machine(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Machine:
-    """This machine, with the numbers that are given in place of its own; 0 bytes of VRAM mean no device.
+    """This machine, with the given numbers in place of measured ones; 0 bytes of VRAM mean no device.
 
-    device: None takes the accelerator when there is one.
+    device: None takes the accelerator if there is one.
 
-    The disk is looked at unless all memory is given: then the plan is for a machine elsewhere.
+    The disk is measured unless all memory is given, which describes another machine.
 
-    Raises: BudgetError when a device does not say what it has free.
+    Raises: BudgetError when a device does not report its free memory.
     """
     is_described = vram is not None and ram is not None
     return Machine(

@@ -1,4 +1,4 @@
-"""Placement and speed together, so that one setting or one number of the machine can be changed and compared."""
+"""Placement and speed together, for comparisons after a change of one setting or one number of the machine."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ from offload_moe.plan.speed import Speed, forecast_speed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What is to be planned. download_bytes: still to be fetched. is_store: it is converted already.
+    """The subject of a plan. download_bytes: still to be downloaded. is_store: already converted.
 
-    shard_bytes: of the largest file of the download, None where nobody knows.
+    shard_bytes: of the largest file of the download, None if unknown.
     """
 
     shape: ModelShape
@@ -25,7 +25,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
-    """speed: None where the model does not fit."""
+    """speed: None if the model does not fit."""
 
     placement: Placement
     speed: Speed | None
@@ -36,7 +36,7 @@ class Outlook:
 
 
 def look_ahead(task: Task) -> Outlook:
-    """Place the model and, where it fits, forecast its speed."""
+    """Place the model and, if it fits, forecast its speed."""
     placement = place(
         task.shape, task.machine, task.settings, download_bytes=task.download_bytes, is_store=task.is_store
     )

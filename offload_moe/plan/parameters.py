@@ -1,7 +1,7 @@
-"""What a model is made of, counted on its skeleton: nothing is downloaded and nothing is allocated.
+"""The parameters of a model, counted on its skeleton without a download or an allocation.
 
-Active parameters are those a token meets: everything that is not a routed expert, embeddings included, and the top-k
-experts of every MoE layer. This is how model cards count them.
+Active parameters are those a token uses: everything but the routed experts, embeddings included, and the top-k
+experts of every MoE layer, as in model cards.
 """
 
 import copy
@@ -25,7 +25,7 @@ from offload_moe.quant.layout import weight_shape
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Most families say `num_experts_per_tok`, if only through an alias.
+# Most families have `num_experts_per_tok`, at least as an alias.
 TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 
@@ -43,19 +43,19 @@ class MoeLayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseWeight:
-    """A dense tensor of the checkpoint, or a projection with its bias where `linear` says what it holds."""
+    """A dense tensor of the checkpoint, or, if `linear` is set, a projection with its bias."""
 
     name: str
     num_elements: int
     dtype: torch.dtype
     is_parameter: bool = True
     linear: ExpertShape | None = None
-    stays_bf16: bool = False  # an embedding that is widened when looked up, where the CPU computes in fp32
+    stays_bf16: bool = False  # an embedding kept in bf16 and widened at look-up, if the CPU computes in fp32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Everything a plan needs to know of a model. H hidden; `num_layers` counts all layers, `layers` the MoE ones."""
+    """The properties of a model that a plan uses. H hidden; `num_layers` counts all layers, `layers` the MoE layers."""
 
     architecture: str
     model_type: str
@@ -65,8 +65,8 @@ class ModelShape:
     top_k: int
     layers: tuple[MoeLayer, ...]
     dense: tuple[DenseWeight, ...]
-    lookup_elements: int  # of an embedding table of its own: stored, but only a row of it is read per token
-    tied_head: ExpertShape | None  # an output head that shares the embeddings: its own copy where heads are quantized
+    lookup_elements: int  # of a separate embedding table: stored, but only a row of it is read per token
+    tied_head: ExpertShape | None  # an output head that shares the embeddings: a copy if heads are quantized
     attention: AttentionShape
     vocabulary: int = 0  # entries of the tokenizer
 

@@ -1,6 +1,6 @@
-"""Where everything goes: what each memory must hold, and how many expert slots the rest makes.
+"""The placement: the fixed content of each memory, and the number of expert slots in the rest.
 
-`offload-moe plan` and `load` both come here: there is no other formula.
+`offload-moe plan` and `load` share this code.
 """
 
 from collections.abc import Iterator
@@ -16,15 +16,15 @@ from offload_moe.plan.working import activation_bytes, cache_bytes, tile_bytes
 
 DENSE_CODECS = (LOSSLESS, "int8", "nf4")  # from the most exact to the smallest
 LAST_RESORT = "nf4"  # costs quality, see docs/decisions/060
-DEFAULT_CONTEXT, LEAST_CONTEXT = 8192, 1024  # tokens, where the user names no context
+DEFAULT_CONTEXT, LEAST_CONTEXT = 8192, 1024  # tokens, if no context is given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What the user chose. context: tokens; None takes what fits, 8,192 at most.
+    """The user's settings. context: tokens; None takes as many as fit, at most 8,192.
 
     dense_codec: of dense weights in memory; None takes the most exact one that fits. stored_dense_codec: on disk.
-    is_exact: the CPU does not round dense weights unless told to.
+    is_exact: the CPU rounds dense weights only if `dense_codec` is given.
     """
 
     codec: str
@@ -36,7 +36,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Something that takes bytes. detail: what of it, such as a codec."""
+    """One use of a memory. detail: such as a codec."""
 
     name: str
     num_bytes: int
@@ -45,9 +45,9 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tier:
-    """One memory. fixed: what it must hold in any case; the rest of the budget is `num_slots` expert slots.
+    """One memory. fixed: its parts without slots; the rest of the budget is `num_slots` expert slots.
 
-    budget_bytes: None where nobody knows. least_bytes: what it needs at the very least, one slot included.
+    budget_bytes: None if unknown. least_bytes: the minimum, one slot included.
     """
 
     name: str
@@ -69,12 +69,12 @@ class Tier:
         return self.bytes_with(self.num_slots)
 
     def bytes_with(self, num_slots: int) -> int:
-        """The budget that leaves exactly so many slots."""
+        """The budget with exactly `num_slots` slots."""
         return self.fixed_bytes + num_slots * self.slot_bytes
 
     @property
     def missing_bytes(self) -> int:
-        """By how much it does not fit; 0 where it does."""
+        """The bytes that are missing; 0 if it fits."""
         return 0 if self.budget_bytes is None else max(0, self.least_bytes - self.budget_bytes)
 
 
@@ -82,7 +82,7 @@ class Tier:
 class Placement:
     """All memories; `vram` is None without a device. Every expert in VRAM has its copy in the RAM tier or on disk.
 
-    context, dense_codec: what was planned with.
+    context, dense_codec: the chosen settings.
     """
 
     vram: Tier | None
@@ -102,7 +102,7 @@ class Placement:
 
     @property
     def warning(self) -> str:
-        """What the user should know before relying on it; empty where all is well."""
+        """A warning about the chosen settings; empty if there is none."""
         return "nf4 dense weights cost quality" if self.dense_codec == LAST_RESORT else ""
 
     @property
@@ -111,11 +111,11 @@ class Placement:
 
 
 def place(shape: ModelShape, machine: Machine, settings: Settings, *, download_bytes: int, is_store: bool) -> Placement:
-    """Place a model. download_bytes: still to be fetched. is_store: nothing more has to be written to disk.
+    """Place a model. download_bytes: still to be downloaded. is_store: nothing more has to be written to disk.
 
-    What the user left open is settled in steps: from 1,024 tokens and the smallest dense codec, to twice the context or
-    a more exact codec, whichever needs less memory, up to 8,192 tokens, as long as one expert slot is left in the fast
-    tier; for bf16 where int8 is possible, slots for the top-k experts of every layer.
+    Settings that are not given are chosen in steps: from 1,024 tokens and the smallest dense codec, to twice the
+    context or a more exact codec, whichever needs less memory, up to 8,192 tokens, as long as one expert slot is left
+    in the fast tier; a step from int8 to bf16 must leave slots for the top-k experts of every layer.
     """
     vram, ram, context, dense_codec = _settle(shape, machine, settings)
     to_write = () if is_store else _store_parts(shape, settings.codec, settings.stored_dense_codec)
@@ -125,10 +125,10 @@ def place(shape: ModelShape, machine: Machine, settings: Settings, *, download_b
 
 
 def dense_codecs(machine: Machine, settings: Settings) -> tuple[str, ...]:
-    """What dense weights may be in memory, the most exact first.
+    """The possible codecs of dense weights in memory, the most exact first.
 
-    The CPU reads an fp32 copy of a bf16 weight at 4 bytes per token and an int8 record at 1, for no loss that can be
-    measured. A store whose experts are lossless stays lossless.
+    The CPU reads an fp32 copy of a bf16 weight at 4 bytes per token and an int8 record at 1, without a measurable
+    loss. A store whose experts are lossless stays lossless.
     """
     if settings.stored_dense_codec != LOSSLESS:
         return (settings.stored_dense_codec,)
@@ -142,7 +142,7 @@ def dense_codecs(machine: Machine, settings: Settings) -> tuple[str, ...]:
 
 
 def _settle(shape: ModelShape, machine: Machine, settings: Settings) -> tuple[Tier | None, Tier, int, str]:
-    """What the user left open grows in steps, from the least of each, always by the step that needs less memory.
+    """Raise the settings that are not given in steps, from the least of each, by the step that needs less memory.
 
     One order of steps for all machines: more memory gives neither a shorter context nor coarser weights.
     """
@@ -163,7 +163,7 @@ class _Choice:
         self.context, self.dense_codec = context, dense_codec
         self.vram, self.ram = _memories(shape, machine, settings, context, dense_codec)
         self.fast = self.vram or self.ram
-        # bf16 is worth less than slots for the top-k experts of every layer, where int8 can be had.
+        # Slots for the top-k experts of every layer are worth more than bf16 instead of int8.
         is_luxury = dense_codec == LOSSLESS and len(dense_codecs(machine, settings)) > 1
         top_k = sum(min(shape.top_k, layer.num_experts) for layer in shape.layers)
         self.needed_bytes = self.fast.bytes_with(top_k if is_luxury else 1)
@@ -179,7 +179,7 @@ def _steps(chosen: _Choice, contexts: tuple[int, ...], codecs: tuple[str, ...]) 
 
 
 def _contexts(shape: ModelShape, settings: Settings) -> tuple[int, ...]:
-    """Tokens that may be chosen, ascending."""
+    """The possible contexts, in tokens, ascending."""
     if settings.context is not None:
         return (settings.context,)
     longest = min(DEFAULT_CONTEXT, shape.max_context or DEFAULT_CONTEXT)
@@ -204,7 +204,7 @@ def _memories(
 def _model_parts(
     shape: ModelShape, machine: Machine, settings: Settings, context: int, dense_codec: str
 ) -> tuple[Part, ...]:
-    """What lies where the model computes."""
+    """The parts of the memory in which the model computes."""
     dtype = machine.dtype
     tiles = tile_bytes(shape, settings.codec, dense_codec, dtype, has_device=machine.has_device)
     dense_bytes = dense_memory_bytes(shape, dense_codec, dtype, stored=settings.stored_dense_codec)

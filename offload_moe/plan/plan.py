@@ -25,9 +25,9 @@ from offload_moe.quant import get_codec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a model needs and what it gets. `checkpoint_is_exact`: from the files or their index, not from the dtype.
+    """Sizes, placement and speed of a model. `checkpoint_is_exact`: from the files or their index, not from the dtype.
 
-    store_bytes: codec of the experts -> bytes on disk. changes: what would be faster, the most helpful first.
+    store_bytes: codec of the experts -> bytes on disk. changes: faster settings, the most effective first.
     """
 
     name: str
@@ -57,9 +57,9 @@ def make_plan(
     revision: str | None = None,
     token: str | None = None,
 ) -> Plan:
-    """Plan a store, a checkpoint folder, a config file or a hub id. Nothing but a hub id's config is downloaded.
+    """Plan a store, a checkpoint folder, a config file or a hub id. Only a hub id's config is downloaded.
 
-    context: tokens; None takes what fits, 8,192 or what the model takes at most.
+    context: tokens; None takes as many as fit, at most 8,192 and the model's maximum.
 
     Raises:
         ConfigError: a codec or the context is not usable, or contradicts the store.
@@ -107,7 +107,7 @@ def _plan(source: PlannedSource, shape: ModelShape, machine: Machine, settings: 
 
 
 def _is_lean(codec: str, machine: Machine) -> bool:
-    """As `load` has it where nothing else is asked for."""
+    """The default of `load`."""
     from offload_moe.experts.arithmetic import keeps_eagers_bits
 
     where = torch.device("cuda" if machine.has_device else "cpu")
@@ -117,7 +117,7 @@ def _is_lean(codec: str, machine: Machine) -> bool:
 def _agreed(flag: str, chosen: str | None, stored: str | None) -> str | None:
     if chosen is not None and stored is not None and chosen != stored:
         raise ConfigError(
-            f"The store has {stored}; {flag} {chosen} needs another one. Quantize the model again for it."
+            f"The store has {stored}; {flag} {chosen} needs another store. Quantize the model again for it."
         )
     return chosen or stored
 
@@ -130,7 +130,7 @@ def _suitable(flag: str, codec: str, suitable: tuple[str, ...]) -> str:
 
 
 def check_context(context: int | None, shape: ModelShape | None = None) -> None:
-    """Raises: ConfigError when it is no number of tokens, or more than the model can attend to."""
+    """Check a context. Raises: ConfigError when it is not a number of tokens, or above the model's maximum."""
     if context is None:
         return
     if not isinstance(context, int) or context < 1:

@@ -1,8 +1,8 @@
-"""Room for contexts that grow: what keys and values need beyond the plan, expert slots give up in time.
+"""Memory for growing contexts: keys and values beyond the plan take the memory of expert slots.
 
-Where RAM is the fast tier, slots also borrow what is planned and not needed yet, and give it back in time.
+If RAM is the fast tier, slots also borrow planned memory that is not needed yet, and return it before it is needed.
 
-Asked before a prompt is computed, and before every forward, when no expert is leased by it.
+The pool is resized before a prompt is computed, and before every forward, while no expert is leased by it.
 """
 
 import sys
@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import Cache, PreTrainedModel
 
+from offload_moe.decode.cache import STEP
 from offload_moe.decode.latent import NAME as LATENT_ATTENTION
 from offload_moe.errors import BudgetError, TransferError
 from offload_moe.plan.budget import give_back_freed_memory
@@ -22,29 +23,28 @@ from offload_moe.plan.placement import Placement
 from offload_moe.plan.working import activation_bytes, cache_bytes
 from offload_moe.system.sizes import format_size
 
-STEP = 128  # tokens that room is made for at once
 GROWING = ("key/value cache", "activations")  # parts of the plan
-NEVER_LENT_BYTES = 12 << 20  # blocks too small to go back at once when a forward frees them: 4 to 15 MB were found
-DOUBT = 0.25  # of the activations that are expected: so much more is not lent
-UNBOUNDED = 1 << 24  # tokens, for models that set no bound
+NEVER_LENT_BYTES = 12 << 20  # freed blocks too small to return to the system at once: 4 to 15 MB were found
+DOUBT = 0.25  # reserve, as a share of the expected activations, that is not borrowed
+UNBOUNDED = 1 << 24  # tokens, for models without a maximum
 
 Resize = Callable[[int], int]
 
 
 class ContextRoom:
-    """The fast tier's slots against the caches that are alive. Safe to use from several threads."""
+    """Divides memory between the fast tier's slots and the live caches. Safe for several threads."""
 
     def __init__(
         self, shape: ModelShape, dtype: torch.dtype, placement: Placement, resize: Resize, *, lends: bool = False
     ) -> None:
-        """resize: changes the number of the fast tier's slots, and returns how many there are then.
+        """resize: changes the number of the fast tier's slots, and returns the new number.
 
-        lends: slots may borrow the room that is planned for a context and not needed yet.
+        lends: slots may borrow planned memory that the context does not need yet.
         """
         self._shape, self._dtype, self._placement, self._resize = shape, dtype, placement, resize
         self.lends = lends
-        self._tokens: WeakKeyDictionary[Cache, int] = WeakKeyDictionary()  # room was made for, batch included
-        self._is_decoding = False  # whether room was last made for a single token
+        self._tokens: WeakKeyDictionary[Cache, int] = WeakKeyDictionary()  # tokens of the last resize, batch included
+        self._is_decoding = False  # whether the last resize was for a single token
         self._lock = threading.Lock()
         fast = placement.fast
         wanted = sum(min(shape.top_k, layer.num_experts) for layer in shape.layers)
@@ -52,24 +52,24 @@ class ContextRoom:
         self._least_slots = min(fast.num_slots, wanted)
         planned = (part.num_bytes for part in fast.fixed if part.name in GROWING)
         left_over = max(0, (fast.budget_bytes or 0) - fast.used_bytes)  # where every expert has a slot
-        self._planned_bytes = sum(planned) + left_over
+        self.planned_bytes = sum(planned) + left_over
 
     @property
     def num_slots_given_up(self) -> int:
-        """How many fewer there are than were planned."""
+        """Slots below the planned number."""
         return max(0, self._placement.fast.num_slots - self.num_slots)
 
     def limit(self, num_tokens: int, num_new: int, cache: Cache | None = None) -> int:
-        """The most tokens, prompt and answer together, that a conversation may grow to.
+        """The longest conversation, prompt and answer together, in tokens.
 
         num_tokens: of the prompt. num_new: those of them that are computed at once.
 
-        Raises: BudgetError when memory has no room for the prompt and a first token.
+        Raises: BudgetError when the prompt and a first token do not fit.
         """
         with self._lock:
-            room = self._planned_bytes + self._spare_bytes - self._others(cache)
+            room = self.planned_bytes + self._spare_bytes - self._others(cache)
         low, high = 0, self._shape.max_context or UNBOUNDED
-        while low < high:  # the longest that fits
+        while low < high:  # bisection for the longest that fits
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self._need(middle, 1) <= room else (low, middle - 1)
         if low <= num_tokens or self._need(num_tokens, num_new) > room:
@@ -77,18 +77,18 @@ class ContextRoom:
             fast = self._placement.fast.name.lower()
             raise BudgetError(
                 f"The conversation of {num_tokens:,} tokens needs {needed} for keys, values and activations, and "
-                f"{format_size(max(room, 0))} can be had, with the expert slots that could make room (planned were "
-                f"{self._placement.context:,} tokens). Raise --{fast}, shorten the message, or begin anew (/reset)."
+                f"{format_size(max(room, 0))} is available, including expert slots that can be freed (the plan was for "
+                f"{self._placement.context:,} tokens). Raise --{fast}, shorten the message, or start over (/reset)."
             )
         return low
 
     def slots_for(self, num_tokens: int, num_new: int) -> int:
         """How many slots one conversation has while a forward brings it to `num_tokens` by `num_new`."""
-        extra = self._need(num_tokens, num_new) - self._planned_bytes
+        extra = self._need(num_tokens, num_new) - self.planned_bytes
         return max(self._least_slots, self._slots_beside(extra, self._activations(num_tokens, num_new)))
 
     def before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of the decoder: makes room for what this forward adds."""
+        """A forward pre-hook of the decoder: resizes the pool for the tokens that this forward adds."""
         cache = kwargs.get("past_key_values")
         inputs = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None), None)
         inputs = args[0] if inputs is None and args else inputs
@@ -104,29 +104,29 @@ class ContextRoom:
         known = self._tokens.get(cache, 0)
         num_tokens = _held(known, num_tokens, num_new)
         if self._is_decoding and num_new == 1 and num_tokens == known:
-            return  # but a much shorter conversation, or one whose prompt is computed, lets slots come back
+            return  # a much shorter conversation, or the end of a prompt, lets the pool grow again
         with self._lock:
-            extra = self._others(cache) + self._need(num_tokens, num_new) - self._planned_bytes
+            extra = self._others(cache) + self._need(num_tokens, num_new) - self.planned_bytes
             if not self._have(self._slots_beside(extra, self._activations(num_tokens, num_new))):
                 raise BudgetError(
-                    f"{num_tokens:,} tokens of context need {format_size(extra)} more than was planned for "
-                    f"{self._placement.context:,}, and expert slots cannot give up that much. "
-                    f"Raise --{self._placement.fast.name.lower()}, or name a longer --context."
+                    f"{num_tokens:,} tokens of context need {format_size(extra)} more than the plan for "
+                    f"{self._placement.context:,}, and freeing expert slots does not yield that much. "
+                    f"Raise --{self._placement.fast.name.lower()}, or set a longer --context."
                 )
             self._tokens[cache], self._is_decoding = self._in_steps(num_tokens), num_new == 1
 
     def _pass(self, num_new: int) -> None:
-        """A forward that keeps nothing here: planned room that it needs is not lent meanwhile."""
+        """Reclaim the borrowed memory that a forward without a cache needs."""
         with self._lock:
-            extra = self._others(None) + self._need(num_new, num_new) - self._planned_bytes
+            extra = self._others(None) + self._need(num_new, num_new) - self.planned_bytes
             num_slots = self._slots_beside(extra, self._activations(num_new, num_new))
             self._have(min(self.num_slots, max(self._placement.fast.num_slots, num_slots)))
             self._is_decoding = False
 
     def _slots_beside(self, extra: int, activations: int) -> int:
-        """How many slots there may be beside so many bytes more, or fewer, than were planned for contexts.
+        """The number of slots if contexts take `extra` bytes more, or fewer, than planned.
 
-        activations: bytes of them in `extra`, an estimate: what is lent keeps its distance.
+        activations: their bytes in `extra`, an estimate, of which a share is kept in reserve.
         """
         fast = self._placement.fast
         num_missing = -(-max(0, extra) // fast.slot_bytes)
@@ -135,15 +135,15 @@ class ContextRoom:
         return min(most_slots, fast.num_slots - num_missing + num_reserved)
 
     def _have(self, num_slots: int) -> bool:
-        """Have so many slots. False: there cannot be so few.
+        """Resize the pool. False: it cannot be that small.
 
-        Slots that another thread computes with, or that the system has no memory for, end no answer: they are asked for
-        again when the context has grown.
+        If slots are in use by another thread, or the system has no memory for more, the answer continues, and the next
+        step of the context tries again.
         """
         if num_slots < self._least_slots:
             return False
         if num_slots != self.num_slots:
-            give_back_freed_memory()  # of the forward before, which was perhaps a prompt
+            give_back_freed_memory()  # activations of the previous forward, which may have been a prompt
             try:
                 self.num_slots = self._resize(num_slots)
             except (BudgetError, TransferError):
@@ -169,17 +169,17 @@ class ContextRoom:
         return activation_bytes(self._shape, self._in_steps(num_tokens), self._dtype, num_new=num_new)
 
     def _in_steps(self, num_tokens: int) -> int:
-        """As many tokens at least; no more than planned where that suffices."""
+        """Round up to a step, but not above the planned context if that suffices."""
         steps, planned = -(-num_tokens // STEP) * STEP, self._placement.context
         return min(steps, planned) if num_tokens <= planned else steps
 
 
 def may_lend(hf: PreTrainedModel, shape: ModelShape, placement: Placement) -> bool:
-    """Whether slots may borrow what a context does not need yet: what it will need is known, and comes back in time.
+    """Whether slots may borrow planned memory of the context, whose future need must be known exactly.
 
-    Not with a device, whose memory comes and goes by chunks. Not where a layer keeps anything else than keys and values
-    of all tokens, or attention writes down its scores, as it does for latents that are not absorbed: the plan does not
-    know of all that, and unused room covers it.
+    False with a device, whose memory is resized by chunks; if a layer keeps anything else than keys and values of all
+    tokens; and if attention materializes its scores, as for latents that are not absorbed. The plan does not contain
+    all of that memory, and the unused part of the context covers it.
     """
     config = hf.config.get_text_config(decoder=True)
     attention, has_latents = config._attn_implementation, getattr(config, "kv_lora_rank", None) is not None
@@ -195,9 +195,9 @@ def may_lend(hf: PreTrainedModel, shape: ModelShape, placement: Placement) -> bo
 
 
 def _held(known: int, num_tokens: int, num_new: int) -> int:
-    """Tokens whose memory a cache has: one that was cropped keeps it until half is empty, see `RoomyLayer.crop`.
+    """Tokens whose memory a cache holds: a cropped cache keeps it until half is empty, see `RoomyLayer.crop`.
 
-    known: the tokens that room was made for before.
+    known: the tokens of the last resize.
     """
     has_let_go = 2 * (num_tokens - num_new) <= known - STEP
     return num_tokens if has_let_go else max(known, num_tokens)

@@ -23,7 +23,7 @@ def slot_bytes(shape: ModelShape, codec: str) -> int:
 
 
 def experts_bytes(shape: ModelShape, codec: str) -> int:
-    """All expert records, as they lie in a store."""
+    """Bytes of all expert records of a store."""
     layout = get_codec(codec).layout
     return sum(layer.num_experts * layout(layer.expert).record_bytes for layer in shape.layers)
 
@@ -35,19 +35,19 @@ def routed_bytes(shape: ModelShape, codec: str) -> int:
 
 
 def dense_store_bytes(shape: ModelShape, codec: str) -> int:
-    """Dense weights in a store: projections as records of the codec, the rest in the checkpoint's dtype."""
+    """Dense weights in a store: projections as records of the codec, others in the checkpoint's dtype."""
     return sum(_weight_bytes(weight, codec, weight.dtype) for weight in shape.dense)
 
 
 def dense_memory_bytes(shape: ModelShape, codec: str, dtype: torch.dtype, *, stored: str = LOSSLESS) -> int:
-    """Dense weights once loaded: records as they are, the rest in the compute dtype.
+    """Dense weights in memory: records unchanged, others in the compute dtype.
 
-    stored: their codec in the store. Where it is another one they are quantized while they load, and an output head
-    that shares the embeddings becomes a copy.
+    stored: their codec in the store. If it differs they are quantized while they load, and an output head that shares
+    the embeddings becomes a copy.
     """
     is_quantized_now = codec != stored
     total = sum(_weight_bytes(weight, codec, dtype, is_padded=not is_quantized_now) for weight in shape.dense)
-    if dtype == torch.float32 and (is_quantized_now or shape.tied_head is None):  # else the head multiplies with them
+    if dtype == torch.float32 and (is_quantized_now or shape.tied_head is None):  # else the head shares them
         total -= sum(weight.num_elements * 2 for weight in shape.dense if weight.stays_bf16)
     if is_quantized_now and shape.tied_head is not None:
         total += get_codec(codec).layout(shape.tied_head).num_bytes
@@ -64,7 +64,7 @@ def with_narrow_embeddings(shape: ModelShape, is_bf16: Callable[[DenseWeight], b
 
 
 def store_bytes(shape: ModelShape, codec: str, dense_codec: str) -> int:
-    """A whole store but for its headers, 4 KiB and a few hundred bytes per tensor."""
+    """A whole store without its headers, which take 4 KiB and a few hundred bytes per tensor."""
     return experts_bytes(shape, codec) + dense_store_bytes(shape, dense_codec)
 
 
@@ -74,16 +74,16 @@ def store_bytes_per_codec(shape: ModelShape, dense_codec: str, codecs: Iterable[
 
 
 def expert_codecs(config: "PreTrainedConfig") -> tuple[str, ...]:
-    """What the experts of a checkpoint can become, the default first."""
+    """The codecs that a checkpoint's experts can be converted to, the default first."""
     others = tuple(name for name in CODECS if name != MXFP4)
     settings = getattr(config, "quantization_config", None)
     return (MXFP4, *others) if isinstance(settings, dict) and settings.get("quant_method") == MXFP4 else others
 
 
 def checkpoint_estimate(shape: ModelShape, config: "PreTrainedConfig") -> int:
-    """About what the checkpoint weighs, where no file says: parameters in its dtype, fewer bits where it is quantized.
+    """An estimate of the checkpoint's bytes without its files: parameters in its dtype, or in its quantized bits.
 
-    Layers that transformers leaves out, such as those for predicting several tokens, are not in it.
+    Layers that transformers leaves out, such as those for multi-token prediction, are not included.
     """
     routed = shape.total_parameters - shape.dense_parameters
     linear = sum(weight.num_elements for weight in shape.dense if weight.linear is not None)
@@ -102,7 +102,7 @@ def fp16_bytes(num_parameters: int) -> int:
 
 
 def _weight_bytes(weight: DenseWeight, codec: str, dtype: torch.dtype, *, is_padded: bool = True) -> int:
-    """is_padded: to a whole record, as stores hold it."""
+    """is_padded: to the whole record of a store."""
     if weight.linear is not None and codec != LOSSLESS:
         layout = get_codec(codec).layout(weight.linear)
         return layout.record_bytes if is_padded else layout.num_bytes

@@ -1,4 +1,4 @@
-"""What a user names, down to a config and the bytes to download; weights stay where they are."""
+"""From a source to a config and the bytes to download, without reading weights."""
 
 import json
 import shutil
@@ -16,24 +16,22 @@ from offload_moe.checkpoint.weight_files import INDEX_NAME, choose_weights, file
 from offload_moe.errors import CheckpointError, OffloadMoeError
 from offload_moe.plan.hub import fetch_config
 from offload_moe.store import Store, is_store
-from offload_moe.store.manifest_json import MANIFEST_NAME
 from offload_moe.system.names import check_model, hub_name, resolve
-from offload_moe.system.paths import file_advice
+from offload_moe.system.paths import CONFIG_NAME, MANIFEST_NAME, file_advice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-CONFIG_NAME = "config.json"
 CONFIG_SUFFIXES = (".json", ".txt", "")  # a config file may have any name, but weights are none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedSource:
-    """A model to be planned. codec and dense_codec: what a store has, None elsewhere.
+    """A model to be planned. codec and dense_codec: of a store, else None.
 
-    checkpoint_bytes: of the weight files, None where nothing says. is_local: they are on this disk already.
-    shard_bytes: of the largest file of a hub id, None elsewhere. dense_names: of what there is to be loaded beside the
-    experts; empty where that is not known, or does not matter because the model ties no weights.
+    checkpoint_bytes: of the weight files, None if unknown. is_local: the files are on this disk.
+    shard_bytes: of the largest file of a hub id, else None. dense_names: of the tensors that are loaded beside the
+    experts; empty if unknown, or irrelevant because the model ties no weights.
     """
 
     name: str
@@ -51,7 +49,7 @@ def open_source(model: str | Path, *, revision: str | None = None, token: str | 
 
     Raises:
         CheckpointError: it is none of these, or its config or index is not usable.
-        UnsupportedModelError: transformers does not know the model.
+        UnsupportedModelError: transformers does not have the model.
         TransferError: the hub cannot be reached or refuses.
     """
     check_model(model, revision)
@@ -96,7 +94,7 @@ def open_source(model: str | Path, *, revision: str | None = None, token: str | 
 
 
 def index_bytes(folder: Path) -> int | None:
-    """What the safetensors index says all tensors weigh; None without an index, or where it does not say.
+    """The total bytes in the safetensors index; None without an index or without a total.
 
     Raises: CheckpointError when the index cannot be read.
     """
@@ -105,16 +103,16 @@ def index_bytes(folder: Path) -> int | None:
         return None
     try:
         num_bytes = json.loads(path.read_text(encoding="utf-8")).get("metadata", {}).get("total_size")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a shard index: {error}.") from error
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a shard index: {error}. Download it again.") from error
     return int(num_bytes) if isinstance(num_bytes, int | float) and num_bytes > 0 else None
 
 
 def _folder_bytes(folder: Path) -> tuple[int | None, bool]:
-    """Bytes of the weights, and whether they are there and not just in the index."""
+    """Bytes of the weights, and whether the files exist or only the index."""
     try:
         paths = [folder / name for name in choose_weights(folder).names]
-    except CheckpointError:  # an index that cannot be read is named below
+    except CheckpointError:  # an unreadable index is reported below
         paths = []
     if paths and all(path.is_file() for path in paths):
         return sum(path.stat().st_size for path in paths), True
@@ -130,7 +128,7 @@ def _dense_names(folder: Path) -> Collection[str]:
     try:
         with Checkpoint(folder) as checkpoint:
             return checkpoint.dense.keys()
-    except OffloadMoeError:  # a plan needs no more than the config; a conversion will name the fault
+    except OffloadMoeError:  # a plan needs only the config; a conversion reports the error
         return ()
 
 

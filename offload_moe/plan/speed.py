@@ -1,9 +1,8 @@
-"""How fast a placement can be: simulated, from assumed rates and replayed hit rates.
+"""The speed of a placement: simulated, from assumed rates and replayed hit rates.
 
 A token takes at least the sum over its MoE layers of A + max(E, X): A before the router, E expert compute, X transfer
-of the misses, which are known only after the router. Prefetch could hide X in part, and is not counted; nor are the
-differences between layers and tokens, which only make it slower. `offload-moe simulate` has both, at the same costs.
-Source: docs/design.md, "Numbers to hold in mind".
+of the misses, which are known only after the router. Prefetch could hide X in part, and differences between layers
+and tokens would raise the time; the bound has neither. `offload-moe simulate` has both, at the same costs.
 """
 
 import math
@@ -29,7 +28,7 @@ Bottleneck = Literal["disk", "link", "dense weights", "expert compute", "layer o
 class Forecast:
     """Decoding one token with the hit rates of one trace. Seconds are per token, over all layers.
 
-    hit_rate: routed experts found in the fast tier. disk_rate: routed experts that come from disk.
+    hit_rate: share of routed experts in the fast tier. disk_rate: share of routed experts read from disk.
     """
 
     trace: str
@@ -51,7 +50,7 @@ class Forecast:
 
     @property
     def bottleneck(self) -> Bottleneck:
-        """What the largest share of the time goes to."""
+        """The largest part of the time."""
         seconds: dict[Bottleneck, float] = {
             "disk": self.disk_s,
             "link": self.link_s,
@@ -70,12 +69,12 @@ class Speed:
 
     @property
     def bottleneck(self) -> Bottleneck:
-        """What binds in the slowest forecast."""
+        """The bottleneck of the slowest forecast."""
         return self.forecasts[0].bottleneck
 
     @property
     def tokens_per_s(self) -> float:
-        """The geometric mean of the forecasts: what changes are compared by."""
+        """The geometric mean of the forecasts, by which changes are compared."""
         return math.exp(sum(math.log(f.tokens_per_s) for f in self.forecasts) / len(self.forecasts))
 
 
@@ -96,7 +95,7 @@ def _forecast(
 
     routed = routed_bytes(shape, settings.codec)
     fast_rate = hit_rate(placement.fast.num_slots)
-    # The RAM tier sees only what the fast one missed, so it can never make things worse.
+    # The RAM tier serves only misses of the fast tier, so it cannot lower the rate.
     disk_rate = min(1 - fast_rate, 1 - hit_rate(placement.ram.num_slots))
     return Forecast(
         trace=curve.trace,
@@ -111,7 +110,7 @@ def _forecast(
 
 
 def run_costs(shape: ModelShape, machine: Machine, settings: Settings, placement: Placement) -> RunCosts:
-    """What the model costs there, for the forecast above and for the simulation.
+    """The costs of the model on a machine, for the forecast above and for the simulation.
 
     Dense weights of layers without experts, and the output head, are spread over the MoE layers.
     """

@@ -25,15 +25,15 @@ def cache_bytes(shape: ModelShape, context: int, dtype: torch.dtype) -> int:
 
 
 def activation_bytes(shape: ModelShape, context: int, dtype: torch.dtype, *, num_new: int | None = None) -> int:
-    """An upper estimate of what the widest layer holds while a prompt chunk goes through it.
+    """An upper estimate of the widest layer's activations for a prompt chunk.
 
     num_new: tokens that are computed at once; None takes a chunk of a prompt.
 
-    Residual stream, its norm and their sums: 4 H. Beside them, one after the other: queries, keys, values and output of
-    the attention, with keys and values of the whole context expanded to all heads (before that, and also where every
-    head has its own, room for the copy of one layer's cache that outgrows its place), and what latent attention adds,
-    see `AttentionWork`; gate, up and product of a dense MLP, 3 I; outputs of every routed pair, K H, and one expert
-    that all tokens chose, with its inputs, H + 3 I.
+    Residual stream, its norm and their sums: 4 H. In addition the largest of: queries, keys, values and output of the
+    attention, with keys and values of the whole context expanded to all heads (before that, and also if every head has
+    its own, the copy of one layer's cache that outgrows its tensor), and the additions of latent attention, see
+    `AttentionWork`; gate, up and product of a dense MLP, 3 I; outputs of every routed pair, K H, and one expert that
+    all tokens chose, with its inputs, H + 3 I.
     """
     on_cpu = dtype == torch.float32
     chunk = CPU_PROMPT_TOKENS if on_cpu else DEVICE_PROMPT_TOKENS
@@ -49,8 +49,8 @@ def activation_bytes(shape: ModelShape, context: int, dtype: torch.dtype, *, num
 def tile_bytes(shape: ModelShape, codec: str, dense_codec: str, dtype: torch.dtype, *, has_device: bool) -> int:
     """The largest weights that are decoded before they are multiplied.
 
-    Native kernels on the CPU multiply records as they lie. On a device nf4 decodes a matrix when several tokens meet
-    it, as they never do in the output head; other codecs decode a matrix through fp32, a large one by tiles of rows.
+    Native kernels on the CPU multiply records without decoding. On a device nf4 decodes a matrix for several tokens,
+    which does not occur in the output head; other codecs decode a matrix through fp32, a large one by tiles of rows.
     """
     names = PROJECTIONS - {HEAD} if dense_codec == "nf4" else PROJECTIONS
     linears = [] if dense_codec == LOSSLESS else [(matrix,) for matrix in _matrices(shape, *names)]

@@ -1,4 +1,4 @@
-"""How evenly the routers load the experts, in the terms of the literature.
+"""Load balance of the experts, in the literature's terms.
 
 T tokens, L MoE layers, E experts per layer, K top-k. f: an expert's share of the routed pairs; P: its mean router
 probability; both sum to one over a layer.
@@ -7,7 +7,9 @@ with top-k instead of top-1; of the capacity: Lepikhin et al. 2020, "GShard" (ar
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -41,7 +43,10 @@ class LayerBalance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Balance:
-    """load, probability: [L][E]. num_dead_by_chance: per layer, were every choice of K as likely as any other."""
+    """load, probability: [L][E], with as many E as the layer has.
+
+    num_dead_by_chance: per layer in the mean, were every choice of K as likely as any other.
+    """
 
     num_tokens: int
     load: list[list[float]]
@@ -50,28 +55,28 @@ class Balance:
     layers: list[LayerBalance]
 
 
-def expert_counts(trace: Trace) -> NDArray[np.int64]:
-    """[L, E]: how many tokens were routed to each expert."""
-    counts = [np.bincount(trace.experts[:, layer].ravel(), minlength=trace.num_experts) for layer in _layers(trace)]
-    return np.stack(counts)
-
-
 def balance(trace: Trace) -> Balance:
-    counts = expert_counts(trace)
-    load = counts / (trace.num_tokens * trace.top_k)
-    known = trace.router_probabilities
-    probability = None if known is None else known.mean(axis=0, dtype=np.float64)
-    missed = 1 - trace.top_k / trace.num_experts
+    sizes = trace.keys.num_experts
+    counts = [np.bincount(trace.experts[:, layer].ravel(), minlength=size) for layer, size in enumerate(sizes)]
+    probabilities = _mean_probabilities(trace, sizes)
     return Balance(
         num_tokens=trace.num_tokens,
-        load=load.tolist(),
-        probability=None if probability is None else probability.tolist(),
-        num_dead_by_chance=trace.num_experts * missed**trace.num_tokens,
+        load=[(count / (trace.num_tokens * trace.top_k)).tolist() for count in counts],
+        probability=None if probabilities is None else [layer.tolist() for layer in probabilities],
+        num_dead_by_chance=mean(size * (1 - trace.top_k / size) ** trace.num_tokens for size in sizes),
         layers=[
-            _layer(layer, counts[layer], None if probability is None else probability[layer])
-            for layer in _layers(trace)
+            _layer(layer, count, None if probabilities is None else probabilities[layer])
+            for layer, count in enumerate(counts)
         ],
     )
+
+
+def _mean_probabilities(trace: Trace, sizes: Sequence[int]) -> list[NDArray[np.float64]] | None:
+    """Of each layer, over the experts that it has."""
+    known = trace.router_probabilities
+    if known is None:
+        return None
+    return [row[:size] for row, size in zip(known.mean(axis=0, dtype=np.float64), sizes, strict=True)]
 
 
 def _layer(layer: int, counts: NDArray[Any], probability: NDArray[Any] | None) -> LayerBalance:
@@ -96,14 +101,10 @@ def _layer(layer: int, counts: NDArray[Any], probability: NDArray[Any] | None) -
 
 
 def dropped_share(counts: NDArray[Any], factor: float) -> float:
-    """What would be dropped of the routed pairs were all of them one batch and each expert took at most its capacity.
+    """The share of routed pairs beyond the experts' capacity, with all tokens as one batch.
 
     Capacity: factor * pairs / E, rounded up.
     """
     num_pairs = int(counts.sum())
     capacity = math.ceil(round(factor * num_pairs / len(counts), 6))
     return float(np.maximum(counts - capacity, 0).sum() / num_pairs)
-
-
-def _layers(trace: Trace) -> range:
-    return range(trace.num_layers)

@@ -1,4 +1,4 @@
-"""What routing depends on: the token before, the kind of token, the kind of text, the layer before.
+"""Dependences of routing: on the previous token, the kind of token, the kind of text, the previous layer.
 
 T tokens, L MoE layers, E experts per layer, K top-k.
 """
@@ -14,7 +14,7 @@ from offload_moe.profile.trace import Trace
 
 NUM_LISTED = 5
 NUM_SUCCESSIONS = 12
-LEAST_SUPPORT = 0.02  # share of the tokens that a listed succession was seen on
+LEAST_SUPPORT = 0.02  # minimum share of the tokens for a listed succession
 LEAST_TOKENS = 5
 
 Array = NDArray[Any]
@@ -22,9 +22,9 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlap:
-    """Share of a token's experts that the token before it used too, mean over tokens; one number per layer.
+    """Share of a token's experts that the previous token used too, mean over tokens; one number per layer.
 
-    by_chance: for two tokens drawn at random from this trace, which knows how unevenly the experts are loaded.
+    by_chance: for two tokens drawn at random from this trace, which accounts for uneven load.
     """
 
     adjacent: list[float]
@@ -43,9 +43,9 @@ class Favourite:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preference:
-    """How one kind of tokens is routed. distance: total variation from all tokens' load, 0 to 1, per layer.
+    """The routing of one kind of tokens. distance: total variation from all tokens' load, 0 to 1, per layer.
 
-    distance_by_chance: the mean over layers with the kinds dealt out to the tokens at random.
+    distance_by_chance: the mean over layers with kinds assigned to the tokens at random.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Succession:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coactivation:
-    """mean_lift: of the pairs that were routed, per layer but the last; 1 when layers choose independently."""
+    """mean_lift: of the routed pairs, per layer except the last; 1 if layers choose independently."""
 
     mean_lift: list[float]
     strongest: list[Succession]
@@ -92,6 +92,7 @@ def overlap(trace: Trace) -> Overlap | None:
 def preferences(trace: Trace, kinds: Sequence[str], kind_of: Array) -> list[Preference]:
     """kind_of: [T] index into `kinds`; kinds without a token are left out."""
     overall = _shares(trace, slice(None))
+    even = trace.top_k / np.array(trace.keys.num_experts)[:, None]
     dealt = np.random.default_rng(0).permutation(kind_of)
     found = []
     for number, name in enumerate(kinds):
@@ -103,7 +104,7 @@ def preferences(trace: Trace, kinds: Sequence[str], kind_of: Array) -> list[Pref
                 num_tokens=int(rows.sum()),
                 distance=_distance(share, overall, trace.top_k).tolist(),
                 distance_by_chance=float(_distance(by_chance, overall, trace.top_k).mean()),
-                favourites=_favourites(share, overall, trace.top_k / trace.num_experts),
+                favourites=_favourites(share, overall, even),
             )
             found.append(preference)
     return found
@@ -136,7 +137,7 @@ def coactivation(trace: Trace) -> Coactivation:
 
 
 def _shares(trace: Trace, rows: Array | slice) -> NDArray[np.float64]:
-    """[L, E]: share of some tokens that were routed to each expert."""
+    """[L, E]: the share of the given tokens that were routed to each expert."""
     experts = trace.experts[rows]
     counts = [np.bincount(experts[:, layer].ravel(), minlength=trace.num_experts) for layer in range(experts.shape[1])]
     return np.stack(counts) / len(experts)
@@ -155,8 +156,11 @@ def _distance(share: Array, overall: Array, top_k: int) -> Array:
     return distance
 
 
-def _favourites(share: Array, overall: Array, even: float) -> list[Favourite]:
-    """The highest lifts among the experts that these tokens use at least as much as an even load would have it."""
+def _favourites(share: Array, overall: Array, even: Array) -> list[Favourite]:
+    """The highest lifts among the experts that these tokens use at least as much as an even load would have it.
+
+    even: [L, 1].
+    """
     lift = np.divide(share, overall, out=np.zeros_like(share), where=(overall > 0) & (share >= even))
     best = np.argsort(lift, axis=None)[::-1][:NUM_LISTED]
     places = [(int(flat) // lift.shape[1], int(flat) % lift.shape[1]) for flat in best]

@@ -1,4 +1,4 @@
-"""Belady's optimum: evict what is needed last, knowing the future. The bound every policy is measured against."""
+"""Belady's optimum: evict the expert whose next use is furthest in the future. The upper bound of all policies."""
 
 import heapq
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ NEVER = np.iinfo(np.int64).max
 
 
 class Belady:
-    """A policy that was told the trace it will see. Exact for the order of accesses it was given.
+    """A policy that is given the whole trace. Optimal for exactly that order of accesses.
 
     experts: [tokens, layers, top-k], the layers of this pool only, accessed token by token and layer by layer.
 
@@ -23,7 +23,7 @@ class Belady:
         self._next_uses = iter(next_uses(experts, num_experts).reshape(-1, experts.shape[2]).tolist())
         self._next_use: dict[int, int] = {}
         self._resident: set[int] = set()
-        self._heap: list[tuple[int, int]] = []  # (-next use, key); outdated entries are dropped when they surface
+        self._heap: list[tuple[int, int]] = []  # (-next use, key); outdated entries are dropped when they reach the top
 
     def access(
         self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None, num_tokens: int = 1
@@ -41,7 +41,7 @@ class Belady:
         self._resident.remove(key)
 
     def resize(self, num_slots: int) -> None:
-        """Does not ask how many there are."""
+        """Does nothing, because the optimum does not depend on the number of slots."""
 
     def victim(self, leased: Callable[[int], bool]) -> int | None:
         heap, passed, chosen = self._heap, [], None

@@ -1,4 +1,4 @@
-"""From what was put aside while recording to the arrays of a trace.
+"""From collected tensors and counters to the arrays of a trace.
 
 T tokens, F forwards, L MoE layers, K top-k, E experts per layer, R tiers.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from offload_moe.experts.attach import SpannedLayers
 from offload_moe.profile.routers import Router, pad_experts
-from offload_moe.profile.trace import DELAYED_HIT, HIT, MISS, Trace
+from offload_moe.profile.trace import DELAYED_HIT, HIT, MISS, Trace, layer_sizes
 
 Array = NDArray[Any]
 Columns = dict[str, Array | None]
@@ -27,7 +27,7 @@ SECONDS, USEFUL, STALL = 0, 1, 2  # columns of a mark; R stalls are followed by 
 
 @dataclass(slots=True, kw_only=True)
 class Forward:
-    """One forward while it runs."""
+    """One forward in progress."""
 
     input_ids: Tensor
     start: int
@@ -41,7 +41,7 @@ class Forward:
     outcomes: list[list[tuple[int, Sequence[int], Sequence[int]]]] = field(init=False)
     prefetches: list[list[tuple[int, int]]] = field(init=False)
     on_cpu: list[tuple[int, Sequence[int]]] = field(default_factory=list)  # layer, experts: with a device tier
-    whole: tuple[SpannedLayers, Mark] | None = None  # all layers at once, with the totals afterwards
+    whole: tuple[SpannedLayers, Mark] | None = None  # all layers of a token pass, with the totals afterwards
 
     def __post_init__(self) -> None:
         self.outcomes = [[] for _ in range(self.num_tiers)]
@@ -65,7 +65,7 @@ class Forward:
             return not self.calls
         num_layers = self.num_layers
         num_tokens = self.input_ids.shape[1]
-        checked = self.calls if num_tokens > 1 else self.calls[:1]  # a look at every tensor costs as much as the rest
+        checked = self.calls if num_tokens > 1 else self.calls[:1]  # all: as slow as the rest
         return (
             [call[0] for call in self.calls] == list(range(num_layers))
             and len(self.ends) == num_layers
@@ -73,7 +73,7 @@ class Forward:
         )
 
     def pack(self, ended: Mark, num_experts: int) -> "PackedForward":
-        """Keep what the arrays are made of: the garbage collector has less to walk through."""
+        """Keep only the arrays' data, which leaves fewer objects to the garbage collector."""
         scores: Sequence[Tensor | None]
         if self.whole is not None:
             ran, mark = self.whole
@@ -116,7 +116,7 @@ class Forward:
 
 
 def _marks_of(ran: SpannedLayers, mark: Mark) -> Array:
-    """[2, L, C]: the marks before and after each layer of a run; mark: afterwards. Runs know one tier."""
+    """[2, L, C]: the marks before and after each layer of a token pass; mark: afterwards. Passes have one tier."""
     marks = np.empty((2, len(ran.ids), len(mark)))
     stalled = mark[STALL] - ran.stalls.sum().item() + np.cumsum(ran.stalls.numpy())
     marks[:, :, SECONDS] = ran.times.numpy().T
@@ -128,23 +128,23 @@ def _marks_of(ran: SpannedLayers, mark: Mark) -> Array:
 
 @dataclass(slots=True, kw_only=True)
 class PackedForward:
-    """One forward that is over. t: its tokens, C: the columns of a mark."""
+    """One finished forward. t: its tokens, C: the columns of a mark."""
 
     input_ids: Tensor  # [t]
     is_prompt: bool
     is_new: bool
     index: Tensor  # [t, L, K]
     weights: Tensor  # [t, L, K]
-    scores: Sequence[Tensor | None]  # per layer [t, E] as the router gave them
+    scores: Sequence[Tensor | None]  # per layer [t, E], the router's output
     ends: Array  # [2, C]: the marks before and after the forward
-    marks: Array  # [2, L, C]: before and after each layer
-    codes: list[Array | None]  # per tier [L, E]: HIT, DELAYED_HIT or MISS; None where all were hits
+    marks: Array  # [2, L, C]: the marks before and after each layer
+    codes: list[Array | None]  # per tier [L, E]: HIT, DELAYED_HIT or MISS; None if all were hits
     issued: Array  # [L, R] prefetches
-    on_cpu: Array | None  # [L, E] bool: computed on the CPU beside a device; None where no expert was
+    on_cpu: Array | None  # [L, E] bool: computed on the CPU beside a device; None if no expert was
 
 
 def to_columns(forwards: Sequence[PackedForward], routers: Sequence[Router | None], num_experts: int) -> Columns:
-    """The arrays of some forwards, and how many tokens each had and whether a sequence began with it."""
+    """The arrays of some forwards, the number of tokens of each, and whether a sequence began with it."""
     num_tokens = np.array([len(forward.input_ids) for forward in forwards])
     experts = _join([forward.index for forward in forwards]).numpy().astype(np.min_scalar_type(num_experts))
     weights = _join([forward.weights for forward in forwards]).float().numpy()
@@ -162,8 +162,13 @@ def to_columns(forwards: Sequence[PackedForward], routers: Sequence[Router | Non
     }
 
 
-def make_trace(chunks: Sequence[Columns], *, num_experts: int, tiers: tuple[str, ...], metadata: str) -> Trace:
-    """Every chunk in one trace. Router probabilities are left out unless every chunk has them."""
+def make_trace(
+    chunks: Sequence[Columns], *, num_experts: Sequence[int], tiers: tuple[str, ...], metadata: str
+) -> Trace:
+    """Every chunk in one trace. num_experts: of each layer.
+
+    Router probabilities are left out unless every chunk has them.
+    """
     joined: dict[str, Any] = {}
     for name in (*PER_TOKEN, *PER_FORWARD, "num_tokens", "is_new"):
         parts = [chunk[name] for chunk in chunks]
@@ -174,7 +179,7 @@ def make_trace(chunks: Sequence[Columns], *, num_experts: int, tiers: tuple[str,
     lengths = np.add.reduceat(num_tokens, np.flatnonzero(is_new))
     forwards = np.repeat(np.arange(len(num_tokens)), num_tokens)
     return Trace(
-        num_experts=num_experts,
+        **layer_sizes(num_experts),
         sequence_lengths=lengths,
         forwards=forwards,
         tiers=tiers,
@@ -184,12 +189,12 @@ def make_trace(chunks: Sequence[Columns], *, num_experts: int, tiers: tuple[str,
 
 
 def _join(forwards: Sequence[Tensor]) -> Tensor:
-    """For each forward ``[t, L, K]`` -> ``[T, L, K]``, brought to the host at once."""
+    """For each forward ``[t, L, K]`` -> ``[T, L, K]``, copied to the host at once."""
     return torch.cat(tuple(forwards)).detach().cpu()
 
 
 def _outcomes(forwards: Sequence[PackedForward], experts: Array) -> Array:
-    """[T, L, K, R]. What a tier was not asked for, because a faster one had it, counts as a hit there."""
+    """[T, L, K, R]. An expert that a faster tier had counts as a hit in the slower ones."""
     found = np.full((*experts.shape, len(forwards[0].codes)), HIT, dtype=np.uint8)
     layers, row = np.arange(experts.shape[1])[:, None], 0
     for forward in forwards:
@@ -202,7 +207,7 @@ def _outcomes(forwards: Sequence[PackedForward], experts: Array) -> Array:
 
 
 def _computed_on_cpu(forwards: Sequence[PackedForward], experts: Array) -> Array:
-    """[T, L, K] bool. With a device tier (two tiers) only what was split off; without one, everything."""
+    """[T, L, K] bool. With a device tier (two tiers) only the CPU's share; without one, everything."""
     has_device = len(forwards[0].codes) > 1
     found = np.full(experts.shape, not has_device)
     layers, row = np.arange(experts.shape[1])[:, None], 0
@@ -215,7 +220,7 @@ def _computed_on_cpu(forwards: Sequence[PackedForward], experts: Array) -> Array
 
 
 def _measured(forwards: Sequence[PackedForward]) -> Columns:
-    """Seconds and counts per forward and layer; see the table of docs/profile.md for what belongs to which layer."""
+    """Seconds and counts per forward and layer; docs/profile.md defines their assignment to layers."""
     first_bytes = STALL + len(forwards[0].codes)
     marks, ends = np.stack([f.marks for f in forwards]), np.stack([f.ends for f in forwards])  # [F, 2, L, C], [F, 2, C]
     spent = marks[:, 1] - marks[:, 0]
@@ -235,9 +240,9 @@ def _measured(forwards: Sequence[PackedForward]) -> Columns:
 
 
 def _split_stall(waited: Array) -> Array:
-    """[F, L, R]: what compute waited for the fastest tier, each second given to the slowest tier that was waited for.
+    """[F, L, R]: compute's waits for the fastest tier, each second assigned to the slowest tier that caused it.
 
-    A slower tier is waited for by several loaders at once, so its seconds may be more than compute lost.
+    Several loaders may wait for a slower tier at once, so its own seconds may exceed those of compute.
     """
     split = np.zeros_like(waited)
     left = waited[..., 0].copy()
@@ -251,7 +256,7 @@ def _split_stall(waited: Array) -> Array:
 def _probabilities(
     forwards: Sequence[PackedForward], routers: Sequence[Router | None], num_experts: int
 ) -> Array | None:
-    """[T, L, E] in fp16, or None where a layer has no router that gives scores."""
+    """[T, L, E] in fp16, or None if a layer's router returns no scores."""
     found = []
     for layer, router in enumerate(routers):
         known = [score for forward in forwards if (score := forward.scores[layer]) is not None]

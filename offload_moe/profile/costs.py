@@ -1,6 +1,6 @@
-"""What a generated token cost: hits and misses, stalls, bytes and prefetches per layer, and where its time went.
+"""The costs of a generated token: hits, misses, stalls, bytes and prefetches per layer, and the parts of its time.
 
-Prompts are left out, unless there is nothing else: they are computed in large pieces, where a miss costs little.
+Prompts are left out, unless the trace has nothing else, because a miss costs little in their large chunks.
 F forwards, L MoE layers, K top-k, R tiers.
 """
 
@@ -18,9 +18,9 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierCosts:
-    """Rates are shares of the routed experts that the tier was asked for, the rest is per token.
+    """Rates are shares of the routed experts that the tier served; other figures are per token.
 
-    A tier is asked for what the faster one missed. None: not recorded, or never asked.
+    A tier serves the misses of the faster one. None: not recorded, or without accesses.
     """
 
     tier: str
@@ -42,10 +42,10 @@ class LayerCosts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenTime:
-    """Mean seconds per token, which add up to `token_s`.
+    """Mean seconds per token, whose sum is `token_s`.
 
-    experts_s: in the experts, waiting left out; stall_s: waiting, per tier; rest_s: the rest of the forward, attention
-    above all; between_s: from one forward to the next, choosing the token and making it text.
+    experts_s: in the experts, without waiting; stall_s: waiting, per tier; rest_s: the rest of the forward, attention
+    above all; between_s: from one forward to the next, for sampling and detokenization.
     """
 
     token_s: float

@@ -1,6 +1,6 @@
-"""Hit rate against cache size, by replay, and what more memory would bring."""
+"""Hit rate against cache size, by replay, and the effect of more memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offload_moe.profile.belady import Belady
@@ -8,21 +8,20 @@ from offload_moe.profile.costs import Costs
 from offload_moe.profile.replay import Pool, parse_slots, replay
 from offload_moe.profile.trace import Trace
 from offload_moe.residency.policy import DEFAULT_POLICY, LRU, POLICY_NAMES
+from offload_moe.system.progress import Progress
 
 VARIANTS: tuple[tuple[str, Pool], ...] = (
     *((policy, "global") for policy in (*POLICY_NAMES, Belady.name)),
-    (LRU.name, "layer"),  # as most others do it
+    (LRU.name, "layer"),  # the common choice elsewhere
 )
 SIZES = ("12.5%", "25%", "37.5%", "50%", "75%")
 MORE_BYTES = 2 << 30
-MOST_ACQUIRES = 20_000  # of a replay: keeps a whole report under a minute
-
-Report = Callable[[str, float], None]
+MOST_ACQUIRES = 20_000  # layer visits of a replay, which keeps a whole report under a minute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """pool: "global" as the runtime has it, one for all layers, or one per "layer"."""
+    """pool: "global", one for all layers as in the runtime, or one per "layer"."""
 
     policy: str
     pool: Pool
@@ -33,7 +32,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Now:
-    """What was recorded. hit_rate: measured, of generated tokens, None where not recorded."""
+    """The recording's own point. hit_rate: measured, of generated tokens, None if not recorded."""
 
     policy: str
     num_slots: int
@@ -54,7 +53,7 @@ class MoreMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curves:
-    """All replays from a cold start, the first `num_tokens` tokens one by one. No points where a pool is too small."""
+    """All replays from a cold start, the first `num_tokens` tokens one by one. Pools too small have no point."""
 
     num_tokens: int
     points: list[Point]
@@ -62,14 +61,14 @@ class Curves:
     more_memory: MoreMemory | None
 
 
-def curves(trace: Trace, *, now: Now | None, slot_bytes: int | None, spent: Costs | None, report: Report) -> Curves:
-    """Every policy at every size, and at the recorded one. report: told how much is done, 0 to 1."""
+def curves(trace: Trace, *, now: Now | None, slot_bytes: int | None, spent: Costs | None, progress: Progress) -> Curves:
+    """Every policy at every size, and at the recorded one."""
     head = trace.head(max(1, MOST_ACQUIRES // trace.num_layers))
     sizes = sorted({parse_slots(size, head) for size in SIZES} | ({now.num_slots} if now is not None else set()))
     points = []
     for number, num_slots in enumerate(sizes):
         for place, (policy, pool) in enumerate(VARIANTS):
-            report("Replaying policies", (number + place / len(VARIANTS)) / len(sizes))
+            progress("Replaying policies", (number + place / len(VARIANTS)) / len(sizes))
             if pool == "global" or num_slots >= head.num_layers:
                 points.append(_point(head, policy, num_slots, pool))
     return Curves(
@@ -90,12 +89,12 @@ def variant_name(policy: str, pool: Pool) -> str:
 
 def _point(trace: Trace, policy: str, num_slots: int, pool: Pool = "global") -> Point:
     hit_rate = replay(trace, policy, num_slots=num_slots, pool=pool).hit_rate
-    share = num_slots / (trace.num_layers * trace.num_experts)
+    share = num_slots / trace.keys.total
     return Point(policy=policy, pool=pool, num_slots=num_slots, share=share, hit_rate=hit_rate)
 
 
 def _more(trace: Trace, points: Sequence[Point], now: Now, slot_bytes: int, spent: Costs | None) -> MoreMemory:
-    num_all = trace.num_layers * trace.num_experts
+    num_all = trace.keys.total
     num_slots = min(num_all, now.num_slots + MORE_BYTES // slot_bytes)
     policy = now.policy if now.policy in POLICY_NAMES else DEFAULT_POLICY
     before = next(p.hit_rate for p in curve_of(points, policy) if p.num_slots == now.num_slots)
@@ -110,7 +109,7 @@ def _more(trace: Trace, points: Sequence[Point], now: Now, slot_bytes: int, spen
 
 
 def _saved_s(spent: Costs, gain: float, num_routed: int) -> float:
-    """Seconds per token: experts no longer missed, times what a missed one made compute wait."""
+    """Seconds per token: the saved misses times the mean stall per miss."""
     fastest = spent.total.tiers[0]
     missed = (1 - fastest.hit_rate) * num_routed if fastest.hit_rate is not None else 0.0
     waited = sum(spent.time.stall_s.values())

@@ -1,4 +1,4 @@
-"""The report as one HTML page: no script, nothing from elsewhere, every plot with its table."""
+"""The report as one HTML page: no script, no external resources, every plot with its table."""
 
 from collections.abc import Iterable, Sequence
 from html import escape

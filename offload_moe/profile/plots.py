@@ -53,7 +53,7 @@ def _recall(report: ProfileReport) -> list[str]:
         Line(name=f"{depth} ahead", style=f"c{number}", x=range(report.num_layers), y=_percents(values))
         for number, (depth, values) in enumerate(known.items())
     ]
-    axis = percent_axis("of routed experts foretold")
+    axis = percent_axis("of routed experts predicted")
     return [line_chart("Lookahead recall", lines, layer_axis(report.num_layers), axis)] if lines else []
 
 
@@ -79,7 +79,7 @@ def _sizes(report: ProfileReport) -> list[str]:
 
 
 def _load(report: ProfileReport) -> list[str]:
-    rows = [[share * report.num_experts for share in layer] for layer in report.balance.load]
+    rows = [[share * len(layer) for share in layer] for layer in report.balance.load]
     return [heatmap("Load of every expert, in units of its layer's mean", rows, "expert", "MoE layer")]
 
 

@@ -1,4 +1,4 @@
-"""The prompts that are run: a few of our own in groups, or a file."""
+"""The prompts of a profile: eight built-in ones in groups, or a file."""
 
 import json
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ def _prompt(line: str, where: str) -> GroupedPrompt:
     try:
         entry = json.loads(line)
     except ValueError:
-        return GroupedPrompt(group="", text=line.strip())  # a prompt that happens to begin with a brace
+        return GroupedPrompt(group="", text=line.strip())  # a prompt that begins with a brace
     text = entry.get("prompt")
     if not isinstance(text, str) or not text.strip():
         raise ConfigError(f'{where} has no "prompt". Write {{"prompt": "...", "group": "..."}} or plain text.')

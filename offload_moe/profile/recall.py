@@ -1,8 +1,8 @@
-"""How well later routers can be foretold from an earlier layer's hidden state, whether or not prefetch is on.
+"""The recall of predictions from an earlier layer's hidden state, whether or not prefetch is on.
 
-A trace's forward says what was chosen; the same prompt is run once more, and each layer's residual is shown to the
-routers behind it. Depth 0 is a layer's own router: where it does not give its own choice, we asked it wrongly, and the
-layer is left out.
+The trace of a forward has the choices; the same prompt runs once more, and each layer's residual is the input of the
+routers of later layers. Depth 0 is a layer's own router: if that does not reproduce its own choice, its input is not
+the recorded residual, and the layer is left out.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ LEAST_OWN_RECALL = 0.9
 def measure_recall(
     hf: nn.Module, layers: Sequence[ExpertsModule], forward: Callable[[], Trace]
 ) -> dict[str, list[float | None]]:
-    """Recall by depth: for each layer, the share of its routed experts that the layer `depth` before it foretold.
+    """Recall by depth: for each layer, the share of its routed experts that were predicted `depth` layers before it.
 
     forward: runs a prompt once and returns its trace.
     """
@@ -52,7 +52,7 @@ def _recalls(
         found[str(depth)] = [
             _recall(probe, residuals.get(layer - depth), chosen, layer)
             if layer >= depth and usable[layer - depth]
-            # The earlier layer's own probe shows that its residual is the right one.
+            # The earlier layer's own probe proves that its residual is the right input.
             else None
             for layer, probe in enumerate(usable)
         ]

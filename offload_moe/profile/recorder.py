@@ -1,6 +1,6 @@
-"""Recording: what a model's routers choose while it runs, and what that costs.
+"""Recording: the choices of a model's routers during a run, and their costs.
 
-While the model computes, tensors and counters are only put aside; they become arrays every 64 forwards, see `columns`.
+During a forward tensors and counters are only collected; they become arrays every 64 forwards, see `columns`.
 T tokens of one forward, L MoE layers, K top-k, E experts per layer, R tiers.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.decode.hooks import HookObserver
 from offload_moe.errors import ConfigError
-from offload_moe.experts.attach import SpannedLayers
+from offload_moe.experts.attach import SpannedLayers, bound_experts
 from offload_moe.profile.columns import Columns, Forward, Mark, PackedForward, make_trace, to_columns
 from offload_moe.profile.routers import Router, find_router
 from offload_moe.profile.trace import Trace
@@ -27,7 +27,7 @@ FORWARDS_PER_CHUNK = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedTier:
-    """bytes_field: the field of `Counters` that counts what is brought into this tier."""
+    """bytes_field: the field of `Counters` for the bytes loaded into this tier."""
 
     name: str
     scheduler: Scheduler
@@ -36,36 +36,36 @@ class RecordedTier:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What is recorded. tiers: fastest first. metadata: goes into the trace, ready for `json.dumps`."""
+    """The subject of a recording. tiers: fastest first. metadata: of the trace, ready for `json.dumps`."""
 
     hf: nn.Module
     layers: Sequence[ExpertsModule]
     tiers: Sequence[RecordedTier]
-    num_experts: int
     metadata: Mapping[str, Any]
 
 
 class Recorder:
-    """Filled by the hooks of `record`. One sequence at a time; `group` names what the next sequences have in common."""
+    """Filled by the hooks of `record`. One sequence at a time; `group` is a label of the next sequences."""
 
     def __init__(self, subject: Subject) -> None:
         self.group = ""
         self.num_dropped = 0  # forwards that were interrupted, or that did not pass through every MoE layer once
         self._subject = subject
+        self._width = max(layer.num_experts for layer in subject.layers)
         self._routers: list[Router | None] = []
         self._mark = _marker(subject.tiers)
         self._current: Forward | None = None
         self._pending: list[PackedForward] = []
         self._columns: list[Columns] = []
         self._groups: list[str] = []
-        self._position = -1  # in its sequence, of the token after the last one recorded
+        self._position = -1  # position in its sequence of the token after the last recorded one
         self._ended = 0.0
         self._between_s: list[float] = []
 
     def trace(self) -> Trace:
-        """Everything recorded so far.
+        """The trace of everything recorded so far.
 
-        Raises: ConfigError when that is nothing.
+        Raises: ConfigError when nothing was recorded.
         """
         self._settle()
         if not self._columns:
@@ -73,7 +73,7 @@ class Recorder:
         subject = self._subject
         metadata = {
             **subject.metadata,
-            "num_slots": {tier.name: tier.scheduler.residency.num_slots for tier in subject.tiers},  # at the end
+            "num_slots": {tier.name: tier.scheduler.residency.num_slots for tier in subject.tiers},
             "groups": self._groups,
             "num_dropped_forwards": self.num_dropped,
             "between_tokens_s": sum(self._between_s),
@@ -81,7 +81,7 @@ class Recorder:
         }
         return make_trace(
             self._columns,
-            num_experts=subject.num_experts,
+            num_experts=[layer.num_experts for layer in subject.layers],
             tiers=tuple(tier.name for tier in subject.tiers),
             metadata=json.dumps(metadata),
         )
@@ -102,7 +102,7 @@ class Recorder:
             forward.add_run(layers, self._mark())
 
     def _begin_forward(self, input_ids: Tensor, start: int) -> None:
-        """input_ids: [1, T]; start: tokens of the sequence that the cache holds."""
+        """input_ids: [1, T]; start: number of the sequence's tokens in the cache."""
         if input_ids.shape[0] != 1:
             raise ConfigError(f"One sequence can be recorded at a time, not a batch of {input_ids.shape[0]}.")
         self.num_dropped += self._current is not None
@@ -131,20 +131,20 @@ class Recorder:
         self._position = forward.start + forward.input_ids.shape[1]
         if forward.is_new:
             self._groups.append(self.group)
-        self._pending.append(forward.pack(ended, self._subject.num_experts))
+        self._pending.append(forward.pack(ended, self._width))
         if len(self._pending) >= FORWARDS_PER_CHUNK:
             self._settle()
         self._ended = time.perf_counter()
 
     def _settle(self) -> None:
-        """Turn what was put aside into arrays."""
+        """Convert the collected forwards to arrays."""
         if self._pending:
-            self._columns.append(to_columns(self._pending, self._routers, self._subject.num_experts))
+            self._columns.append(to_columns(self._pending, self._routers, self._width))
             self._pending = []
 
 
 def _marker(tiers: Sequence[RecordedTier]) -> Callable[[], Mark]:
-    """Reads the clock and the running totals: useful prefetches, then stalls and bytes of every tier."""
+    """Read the clock and the running totals: useful prefetches, then stalls and bytes of every tier."""
     counters, clock = tiers[0].scheduler.counters, time.perf_counter
     if len(tiers) == 1 and tiers[0].bytes_field == "disk_bytes":
         return lambda: (clock(), counters.num_useful_prefetches, counters.stall_s, counters.disk_bytes)
@@ -158,7 +158,7 @@ def _marker(tiers: Sequence[RecordedTier]) -> Callable[[], Mark]:
 
 
 class TierObserver:
-    """Passes what one tier's scheduler does to the forward under way."""
+    """Passes the events of one tier's scheduler to the forward in progress."""
 
     def __init__(self, recorder: Recorder, tier: int) -> None:
         self._recorder = recorder
@@ -183,14 +183,15 @@ class TierObserver:
 
 @contextmanager
 def record(subject: Subject) -> Iterator[Recorder]:
-    """Record every forward of the model until the context ends; what was recorded stays in the recorder."""
+    """Record every forward of the model until the context ends; the recorder keeps the result."""
     recorder = Recorder(subject)
     with ExitStack() as undo:
         for number, tier in enumerate(subject.tiers):
             tier.scheduler.observer = TierObserver(recorder, number)
             undo.callback(setattr, tier.scheduler, "observer", None)
         for ordinal, layer in enumerate(subject.layers):
-            bound: Any = layer.module._offload_moe
+            bound = bound_experts(layer.module)
+            assert bound is not None
             bound.recorder = recorder
             undo.callback(setattr, bound, "recorder", None)
             router = find_router(subject.hf, layer.block_name, layer.num_experts)
@@ -204,11 +205,11 @@ def record(subject: Subject) -> Iterator[Recorder]:
 
 
 class ScoreCapture(HookObserver):
-    """Puts aside what a layer's router gives."""
+    """Collects the output of a layer's router."""
 
     def __init__(self, recorder: Recorder, layer: int, router: Router) -> None:
         self._recorder, self._layer, self._router = recorder, layer, router
-        self._place: int | None = None  # of the scores in what the router returns, where they need no reshaping
+        self._place: int | None = None  # index of the scores in the router's output, if they need no reshaping
 
     def __call__(self, module: nn.Module, args: Any, out: Any) -> None:
         forward = self._recorder._current
@@ -226,7 +227,7 @@ def _forward_hooks(recorder: Recorder, hf: nn.Module) -> list[Any]:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids, cache = kwargs.get("input_ids", args[0] if args else None), kwargs.get("past_key_values")
         if ids is None:
-            recorder.num_dropped += 1  # embeddings instead of tokens
+            recorder.num_dropped += 1  # called with embeddings instead of token ids
             return
         recorder._begin_forward(ids, 0 if cache is None else int(cache.get_seq_length()))
 

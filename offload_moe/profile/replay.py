@@ -1,7 +1,7 @@
 """Replay a routing trace through the runtime's own residency and policies, without a model.
 
-A token's top-k of a layer is acquired together: what is resident then is a hit; all of it stays leased while the misses
-load; then the next layer follows. Loads complete at once, so there are no delayed hits and no prefetch.
+A token's top-k of a layer are acquired together: experts that are resident then are hits; all of them stay leased
+while the misses load; then the next layer follows. Loads complete at once: no delayed hits and no prefetch.
 """
 
 import math
@@ -22,7 +22,7 @@ Pool = Literal["layer", "global"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayResult:
-    """What one policy made of a trace, from a cold start."""
+    """The result of one policy on a trace, from a cold start."""
 
     policy: str
     pool: Pool
@@ -44,7 +44,7 @@ def parse_slots(slots: str | int, trace: Trace) -> int:
 
     Raises: ConfigError when it is neither, or not at least one slot.
     """
-    num_all = trace.num_layers * trace.num_experts
+    num_all = trace.keys.total
     text = str(slots).strip()
     try:
         num_slots = math.floor(float(text[:-1]) / 100 * num_all) if text.endswith("%") else int(text)
@@ -58,12 +58,12 @@ def parse_slots(slots: str | int, trace: Trace) -> int:
 def replay(trace: Trace, policy: str, *, num_slots: int, pool: Pool = "global") -> ReplayResult:
     """Run one policy, or "belady", over a trace.
 
-    num_slots: in all layers together; a per-layer pool divides them evenly, the first layers take what is left over.
+    num_slots: in all layers together; a per-layer pool divides them evenly, with the remainder in the first layers.
 
     Raises: ConfigError for an unknown policy, or a per-layer pool with fewer slots than layers.
     """
     residencies = _pools(trace, policy, num_slots, pool)
-    first_keys = np.arange(trace.num_layers)[:, None] * trace.num_experts
+    first_keys = np.array([[trace.keys.first(layer)] for layer in range(trace.num_layers)])
     hits = [0] * trace.num_layers
     for token in range(trace.num_tokens):
         keys_per_layer = (trace.experts[token] + first_keys).tolist()
@@ -88,14 +88,14 @@ def replay(trace: Trace, policy: str, *, num_slots: int, pool: Pool = "global") 
 def replay_report(
     trace: Trace, policies: Sequence[str], slots: Sequence[str | int], pools: Sequence[Pool]
 ) -> dict[str, Any]:
-    """Every policy at every size and pool, ready for `json.dumps`."""
+    """Replay every policy at every size and pool; the result is ready for `json.dumps`."""
     results = [
         replay(trace, policy, num_slots=parse_slots(size, trace), pool=pool)
         for size in slots
         for pool in pools
         for policy in policies
     ]
-    num_all = trace.num_layers * trace.num_experts
+    num_all = trace.keys.total
     return {
         "num_tokens": trace.num_tokens,
         "num_layers": trace.num_layers,
@@ -120,30 +120,24 @@ def _pools(trace: Trace, policy: str, num_slots: int, pool: Pool) -> list[Reside
     """The pool that serves each layer."""
     num_layers = trace.num_layers
     if pool == "global":
-        return [Residency(num_slots, _make(trace, policy, num_slots, 0, num_layers))] * num_layers
+        return [Residency(num_slots, _make(trace, policy, num_slots, range(num_layers)))] * num_layers
     each, rest = divmod(num_slots, num_layers)
     if not each:
         raise ConfigError(
             f"{num_slots} slots cannot serve {num_layers} layers apart. Use a global pool, or more slots."
         )
     sizes = [each + (layer < rest) for layer in range(num_layers)]
-    return [Residency(size, _make(trace, policy, size, layer, 1)) for layer, size in enumerate(sizes)]
+    return [Residency(size, _make(trace, policy, size, range(layer, layer + 1))) for layer, size in enumerate(sizes)]
 
 
-def _make(trace: Trace, policy: str, num_slots: int, first_layer: int, num_layers: int) -> Policy:
+def _make(trace: Trace, policy: str, num_slots: int, layers: range) -> Policy:
     if policy == Belady.name:
-        return Belady(trace.experts[:, first_layer : first_layer + num_layers], num_experts=trace.num_experts)
-    return make_policy(
-        policy,
-        num_layers=num_layers,
-        num_experts=trace.num_experts,
-        num_slots=num_slots,
-        first_layer=first_layer,
-    )
+        return Belady(trace.experts[:, layers.start : layers.stop], num_experts=trace.num_experts)
+    return make_policy(policy, trace.keys, num_slots=num_slots, layers=layers)
 
 
 def _acquire(residency: Residency, keys: Sequence[int]) -> int:
-    """Lease what is resident, load the others, release all; waves where slots do not suffice. Returns the hits."""
+    """Lease resident experts, load the others, release all; in waves if there are too few slots. Returns the hits."""
     held = []
     misses = []
     for key in keys:
@@ -167,7 +161,7 @@ def _acquire(residency: Residency, keys: Sequence[int]) -> int:
 
 
 def _load(residency: Residency, keys: Sequence[int]) -> list[int]:
-    """Load as many of the keys as slots can be had; their slots, leased."""
+    """Load as many of the keys as there are available slots; returns their slots, leased."""
     loading = []
     for key in keys:
         slot = residency.admit(key)

@@ -1,7 +1,6 @@
-"""Everything a trace tells, in one structure: the terminal, the JSON document and the page show the same numbers."""
+"""All results from a trace in one structure, from which the terminal, the JSON document and the page are made."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,15 +12,15 @@ from offload_moe.profile.costs import Costs, costs
 from offload_moe.profile.curves import Curves, Now, curves
 from offload_moe.profile.text import CLASSES, class_per_token
 from offload_moe.profile.trace import Trace
-
-Progress = Callable[[str, float], None]
+from offload_moe.system.progress import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileReport:
-    """None and empty lists where the trace does not have what a part needs.
+    """None and empty lists stand for parts whose arrays the trace lacks.
 
-    lookahead_recall: by depth, per layer. slot_bytes: of one expert. by_class, by_group: kinds of tokens and of text.
+    num_experts: of the largest layer. lookahead_recall: by depth, per layer. slot_bytes: of one expert.
+    by_class, by_group: kinds of tokens and of text.
     """
 
     model: str
@@ -43,11 +42,11 @@ class ProfileReport:
 
 
 def make_report(trace: Trace, *, progress: Progress) -> ProfileReport:
-    """progress: told the phase and how much of it is done, 0 to 1."""
+    """progress: receives the phase and its finished share, 0 to 1."""
     metadata = json.loads(trace.metadata)
     spent = costs(trace)
     slot_bytes = metadata.get("slot_bytes")
-    progress("Looking at the routing", 0.0)
+    progress("Analysing the routing", 0.0)
     return ProfileReport(
         model=str(metadata.get("model", "")),
         num_tokens=trace.num_tokens,
@@ -64,7 +63,7 @@ def make_report(trace: Trace, *, progress: Progress) -> ProfileReport:
         by_class=_by_class(trace, metadata),
         by_group=_by_group(trace, metadata),
         coactivation=coactivation(trace),
-        curves=curves(trace, now=_now(trace, metadata, spent), slot_bytes=slot_bytes, spent=spent, report=progress),
+        curves=curves(trace, now=_now(trace, metadata, spent), slot_bytes=slot_bytes, spent=spent, progress=progress),
     )
 
 
@@ -74,11 +73,11 @@ def report_to_json(report: ProfileReport) -> dict[str, Any]:
 
 
 def _now(trace: Trace, metadata: dict[str, Any], spent: Costs | None) -> Now | None:
-    """The fastest tier while recording."""
+    """The fastest tier of the recording."""
     slots = metadata.get("num_slots", {})
     if not trace.tiers or trace.tiers[0] not in slots:
         return None
-    num_all = trace.num_layers * trace.num_experts
+    num_all = trace.keys.total
     num_slots = min(int(slots[trace.tiers[0]]), num_all)
     return Now(
         policy=str(metadata.get("policy", "")),

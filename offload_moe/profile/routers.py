@@ -18,7 +18,7 @@ class Router:
     is_sigmoid: bool
 
     def scores(self, out: Any, num_tokens: int) -> Tensor | None:
-        """``[T, E]`` among what the module returned; None where it gives no scores."""
+        """``[T, E]`` in the module's output; None if it has no scores."""
         shape = (num_tokens, self.num_experts)
         for part in out if isinstance(out, tuple | list) else (out,):
             if isinstance(part, Tensor) and part.is_floating_point() and part.shape[-1] == self.num_experts:
@@ -29,7 +29,7 @@ class Router:
         return None
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """``[T, E]`` as the module gave them -> fp32 with rows that sum to one.
+        """``[T, E]`` of the module's output -> fp32 with rows that sum to one.
 
         Sigmoid scores are divided by their sum, as in DeepSeek-V3's balance loss (arXiv 2412.19437, section 2.1.2).
         """
@@ -43,7 +43,7 @@ class Router:
 
 
 def find_router(hf: nn.Module, block_name: str, num_experts: int) -> Router | None:
-    """The child of an MoE block that routes for its experts, where the family has one."""
+    """The router among the children of an MoE block, if the family has one."""
     block = hf.get_submodule(block_name)
     module = next((child for name, child in block.named_children() if name in ROUTER_NAMES), None)
     if module is None:
@@ -55,5 +55,5 @@ def find_router(hf: nn.Module, block_name: str, num_experts: int) -> Router | No
 
 
 def pad_experts(probabilities: Tensor, num_experts: int) -> Tensor:
-    """``[T, e] -> [T, E]``: a layer with fewer experts than the others has probability zero for the rest."""
+    """``[T, e] -> [T, E]``: the missing experts of a smaller layer have probability zero."""
     return torch.nn.functional.pad(probabilities, (0, num_experts - probabilities.shape[-1]))

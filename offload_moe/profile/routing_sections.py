@@ -1,4 +1,4 @@
-"""The report's words and tables on load balance and routing behaviour."""
+"""The report's text and tables on load balance and routing behaviour."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ def load_section(report: ProfileReport) -> Section:
         "f: an expert's share of the routed pairs of its layer; P: its mean router probability.",
         f"Auxiliary loss N * sum(f * P): {plain(mean(losses))} in the mean, 1 is even."
         if losses
-        else "Auxiliary loss: not known, the trace has no router probabilities; not every family's router gives them.",
+        else "Auxiliary loss: unknown, because the trace has no router probabilities; some routers return none.",
         f"Entropy {percent(mean([layer.entropy_share for layer in layers]))} of the possible, coefficient of variation "
         f"{plain(mean([layer.variation for layer in layers]))}, busiest expert "
         f"{percent(max(layer.busiest_share for layer in layers))} of its layer at most.",
@@ -63,8 +63,8 @@ def routing_section(report: ProfileReport) -> Section:
             tables.append(_preferences(column, title, preferences))
     if tables:
         lines.append(
-            "distance: how much of the load would have to move to make these tokens' experts those of all tokens; by "
-            "chance: the same with the kinds dealt out at random."
+            "distance: the share of the load that differs between these tokens' experts and those of all tokens; by "
+            "chance: the same with kinds assigned at random."
         )
     if report.coactivation.mean_lift:
         lines.append(
@@ -72,7 +72,7 @@ def routing_section(report: ProfileReport) -> Section:
             "times as often as independent layers would."
         )
         tables.append(_successions(report))
-    return Section(key="routing", title="What routing depends on", lines=lines, tables=tables)
+    return Section(key="routing", title="Dependences of routing", lines=lines, tables=tables)
 
 
 def _preferences(column: str, title: str, preferences: Sequence[Preference]) -> Table:

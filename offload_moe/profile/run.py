@@ -1,4 +1,4 @@
-"""Running prompts on a loaded model while it is recorded."""
+"""Running prompts on a loaded model during a recording."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +14,10 @@ from offload_moe.profile.recall import measure_recall
 from offload_moe.profile.recorder import Recorder
 from offload_moe.profile.text import classes_of
 from offload_moe.profile.trace import Trace
+from offload_moe.system.progress import Progress
 
 MAX_NEW_TOKENS = 64
 RECALL_TOKENS = 24
-
-Report = Callable[[str, float], None]
 
 
 class Recordable(Protocol):
@@ -37,22 +36,22 @@ class Recordable(Protocol):
 
 
 def run_prompts(
-    model: Recordable, prompts: Sequence[GroupedPrompt], *, max_new_tokens: int = MAX_NEW_TOKENS, report: Report
+    model: Recordable, prompts: Sequence[GroupedPrompt], *, max_new_tokens: int = MAX_NEW_TOKENS, progress: Progress
 ) -> Trace:
-    """Answer every prompt greedily and return what was recorded, text classes and lookahead recall included.
+    """Answer every prompt greedily and return the trace, with text classes and lookahead recall.
 
-    The first prompt is answered once before, so that what happens once per process is not counted.
+    The first prompt is answered once beforehand, so that one-time costs of the process are not counted.
     """
     is_raw = getattr(model.tokenizer, "chat_template", None) is None
-    report("Warming up", 0.0)
+    progress("Warming up", 0.0)
     _answer(model, prompts[0], 4, is_raw=is_raw)
     with model.trace() as recorder:
         for number, prompt in enumerate(prompts):
-            report("Recording", number / len(prompts))
+            progress("Recording", number / len(prompts))
             recorder.group = prompt.group
             _answer(model, prompt, max_new_tokens, is_raw=is_raw)
     trace = recorder.trace()
-    report("Measuring lookahead", 0.0)
+    progress("Measuring lookahead", 0.0)
     return add_metadata(
         trace,
         token_classes={} if model.tokenizer is None else classes_of(model.tokenizer, _ids(trace)),
@@ -76,7 +75,7 @@ def _ids(trace: Trace) -> list[int]:
 
 
 def _recall(model: Recordable, trace: Trace) -> dict[str, list[float | None]]:
-    """Over the beginning of the longest sequence that was recorded, in one forward."""
+    """Measure the recall on the beginning of the longest recorded sequence, in one forward."""
     ends = trace.sequence_lengths.cumsum()
     longest = int(trace.sequence_lengths.argmax())
     start = int(ends[longest] - trace.sequence_lengths[longest])

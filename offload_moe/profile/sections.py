@@ -1,4 +1,4 @@
-"""The report in words and tables, for the terminal and the page alike."""
+"""The report as text and tables, for the terminal and the page."""
 
 from offload_moe.profile.curves import VARIANTS, MoreMemory, Now, curve_of, variant_name
 from offload_moe.profile.report import ProfileReport
@@ -9,7 +9,7 @@ STALL_OF = {"ram": "waiting for the disk", "vram": "waiting for the link"}
 
 
 def make_sections(report: ProfileReport) -> list[Section]:
-    """Only those the trace has something for."""
+    """The sections for which the trace has data."""
     found = [_time(report), _layers(report), _sizes(report), load_section(report), routing_section(report)]
     return [section for section in found if section is not None]
 
@@ -24,12 +24,12 @@ def summary(report: ProfileReport) -> list[str]:
 
 
 def memory_sentence(report: ProfileReport) -> str:
-    """What more memory would bring, or why nobody can say."""
+    """The effect of more memory, or the reason why it is unknown."""
     now, more = report.curves.now, report.curves.more_memory
     if now is None or more is None:
-        return "This trace does not say how many slots there were, so what more memory brings is not known."
+        return "The effect of more memory is unknown, because this trace does not have the number of slots."
     if now.share >= 1:
-        return "Every expert has a slot: more memory for experts brings nothing."
+        return "Every expert has a slot, so more memory for experts has no effect."
     return _more_sentence(now, more)
 
 
@@ -64,10 +64,10 @@ def _time(report: ProfileReport) -> Section | None:
         *([] if on_cpu is None else [f"{percent(on_cpu)} of the routed experts were computed by the CPU."]),
     ]
     if len(report.costs.total.tiers) > 1:
-        lines.append("On a device, computing is queued: the host's time in the experts is not the device's.")
+        lines.append("On a device compute is queued, so the host's time in the experts is not the device's.")
     return Section(
         key="time",
-        title="Where a token's time goes",
+        title="Parts of a token's time",
         lines=lines,
         tables=[Table(title="Time per token", columns=["part", "ms", "share"], rows=rows)],
     )
@@ -85,7 +85,7 @@ def _layers(report: ProfileReport) -> Section | None:
     columns += ["compute ms", *(f"recall {depth}" for depth in report.lookahead_recall)]
     rows = [_layer_row(report, number) for number in range(report.num_layers)]
     lines = [
-        "Per generated token. hit: resident when asked for; delayed: its prefetch was on the way; miss: neither.",
+        "Per generated token. hit: resident at acquire; delayed: its prefetch was in flight; miss: neither.",
         _recall_line(report),
     ]
     title = "Every layer"
@@ -104,8 +104,8 @@ def _recall_line(report: ProfileReport) -> str:
         if known:
             means.append(f"{percent(sum(known) / len(known))} {depth} ahead")
     if not means:
-        return "Lookahead recall: not known; this family's routers cannot be asked ahead, or the trace does not say."
-    return f"Lookahead recall, the share of routed experts foretold by an earlier layer: {', '.join(means)}."
+        return "Lookahead recall: unknown; this family's routers cannot be evaluated ahead, or the trace has no recall."
+    return f"Lookahead recall, the share of routed experts predicted by an earlier layer: {', '.join(means)}."
 
 
 def _layer_row(report: ProfileReport, number: int) -> list[str]:
@@ -131,8 +131,8 @@ def _tier_cells(report: ProfileReport, number: int) -> list[str]:
 
 
 def _sizes(report: ProfileReport) -> Section:
-    sizes = sorted({point.num_slots for point in report.curves.points})
-    num_all = report.num_layers * report.num_experts
+    shares = {point.num_slots: point.share for point in report.curves.points}
+    sizes = sorted(shares)
     rows = []
     for policy, pool in VARIANTS:
         rates = {point.num_slots: point.hit_rate for point in curve_of(report.curves.points, policy, pool)}
@@ -140,7 +140,7 @@ def _sizes(report: ProfileReport) -> Section:
             rows.append([variant_name(policy, pool), *(percent(rates.get(size)) for size in sizes)])
     lines = [
         f"Replayed from a cold start, the first {report.curves.num_tokens:,} tokens one by one, without prefetch; one "
-        "pool for all layers unless it says otherwise. belady knows the future: no policy can be better.",
+        "pool for all layers unless noted. belady uses the future and is an upper bound of all policies.",
     ]
     now = report.curves.now
     if now is not None and now.hit_rate is not None:
@@ -148,6 +148,6 @@ def _sizes(report: ProfileReport) -> Section:
             f"Recorded with {now.num_slots:,} slots ({percent(now.share)}): {percent(now.hit_rate)}, generated tokens "
             "only, with prefetch where it was on; that and a warm start are why it can lie above the replays."
         )
-    columns = ["policy", *(f"{percent(size / num_all)} ({size:,})" for size in sizes)]
+    columns = ["policy", *(f"{percent(shares[size])} ({size:,})" for size in sizes)]
     table = Table(title="Hit rate by slots", columns=columns, rows=rows, is_open=True)
     return Section(key="sizes", title="Hit rate against cache size", lines=lines, tables=[table])

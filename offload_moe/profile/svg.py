@@ -1,4 +1,4 @@
-"""Small plots as SVG text, to be put into a page as they are. Colours and fonts come from the page's style sheet."""
+"""Small plots as SVG text for embedding in a page. Colours and fonts come from the page's style sheet."""
 
 import math
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Axis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """A vertical line with a text beside it, and a dot on it where something was measured."""
+    """A vertical line with a text beside it, and a dot at a measured value."""
 
     x: float
     text: str
@@ -52,7 +52,7 @@ def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis, marks: Seque
 
 
 def even_axis(label: str, values: Sequence[float], *, unit: str = "") -> Axis:
-    """From zero to a round number at or above the largest value."""
+    """An axis from zero to a round number at or above the largest value."""
     top = max(values, default=0.0) or 1.0
     step = next(
         size for power in range(-9, 12) for size in (10.0**power, 2 * 10.0**power, 5 * 10.0**power) if size * 5 >= top
@@ -71,7 +71,7 @@ def percent_axis(label: str) -> Axis:
 
 
 def stacked_bar(title: str, parts: Sequence[tuple[str, str, float]], unit: str) -> str:
-    """parts: (name, style, value). One bar whose pieces are in proportion, names and values below."""
+    """parts: (name, style, value). One bar of proportional pieces, with names and values below."""
     total = sum(value for _, _, value in parts) or 1.0
     drawn, left = [], 0.0
     for row, (name, style, value) in enumerate(parts):
@@ -87,9 +87,9 @@ def stacked_bar(title: str, parts: Sequence[tuple[str, str, float]], unit: str) 
 
 def heatmap(title: str, rows: Sequence[Sequence[float]], x_label: str, y_label: str) -> str:
     """rows: values in units of their mean; exactly zero has a colour of its own. The first row is on top."""
-    num_columns = len(rows[0])
+    num_columns = max(map(len, rows))
     cell = min(24.0, (WIDTH - LEFT - 20) / num_columns)
-    high = min(max(cell, 6.0), 18.0)  # many experts make narrow cells, not flat ones
+    high = min(max(cell, 6.0), 18.0)  # with many experts cells become narrow, not flat
     places: dict[str, list[str]] = {}
     for row, values in enumerate(rows):
         for column, value in enumerate(values):
@@ -183,7 +183,7 @@ class _Frame:
         return "".join(drawn)
 
     def names(self, lines: Sequence[Line]) -> str:
-        """Each at the height of its line's end, pushed apart where they would touch."""
+        """The names at the heights of their lines' ends, moved apart where they would overlap."""
         ends = []
         for line in lines:
             known = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None]

@@ -1,4 +1,4 @@
-"""What kind of text a token is."""
+"""Text classes of tokens."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +13,7 @@ _CODE = frozenset("{}[]<>=+*/\\|&^%$#@~_`")
 
 
 def classify(text: str) -> str:
-    """The class of one token's text; spaces around it do not count.
+    """The class of one token's text without surrounding spaces.
 
     code: has a symbol of programming languages, or two brackets or more; punctuation: the marks of prose only.
     """
@@ -30,7 +30,7 @@ def classify(text: str) -> str:
 
 
 def classes_of(tokenizer: Any, token_ids: Iterable[int]) -> dict[str, list[int]]:
-    """The distinct ids by the class of their text, as a trace's metadata holds them."""
+    """The distinct ids by the class of their text, in the form of a trace's metadata."""
     special = set(tokenizer.all_special_ids)
     found: dict[str, list[int]] = {}
     for token in sorted(set(token_ids)):
@@ -40,7 +40,7 @@ def classes_of(tokenizer: Any, token_ids: Iterable[int]) -> dict[str, list[int]]
 
 
 def class_per_token(token_ids: NDArray[Any], classes: dict[str, list[int]]) -> NDArray[np.int64]:
-    """[T]: index into `CLASSES`; a token that is in no class is "other"."""
+    """[T]: index into `CLASSES`; a token without a class is "other"."""
     codes = np.full(len(token_ids), CLASSES.index("other"))
     for name, ids in classes.items():
         codes[np.isin(token_ids, ids)] = CLASSES.index(name)

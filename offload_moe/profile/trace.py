@@ -1,8 +1,8 @@
-"""Routing traces: which experts every token was routed to, and what that cost when it was recorded.
+"""Routing traces: the routed experts of every token, and the recorded costs.
 
 A trace is an npz file. Shapes: T tokens, L MoE layers, K top-k, E experts per layer, S sequences, F forwards, R tiers.
-Required: `experts` [T, L, K] and `num_experts`. Everything else is optional, and arrays not listed here are ignored, so
-a file with more in it is still a trace. docs/decisions/030-policies.md has the table.
+Required: `experts` [T, L, K] and `num_experts`. Everything else is optional, and unknown arrays are ignored.
+docs/decisions/030-policies.md has the table.
 """
 
 import zlib
@@ -17,11 +17,13 @@ from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from offload_moe.errors import ConfigError
+from offload_moe.residency.keys import ExpertKeys
 
 Array = NDArray[Any]
 
 _SHAPES = {
     "experts": "TLK",
+    "experts_per_layer": "L",
     "weights": "TLK",
     "router_probabilities": "TLE",
     "token_ids": "T",
@@ -45,13 +47,14 @@ HIT, DELAYED_HIT, MISS = 0, 1, 2
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trace:
-    """The routing of a run, token by token, and optionally its costs. Arrays are not copied; do not write to them.
+    """The routing of sequences, token by token, and optionally its costs. Arrays are not copied; do not write to them.
 
     Raises: ConfigError when an array's shape, type or values do not fit the others.
     """
 
     experts: Array  # [T, L, K] integer ids, 0 .. num_experts - 1
     num_experts: int  # per layer; the largest where layers differ
+    experts_per_layer: Array | None = None  # [L] where they differ
     sequence_lengths: Array  # [S] tokens per sequence, in order; they sum to T
     weights: Array | None = None  # [T, L, K] routing weights, in the order of `experts`
     router_probabilities: Array | None = None  # [T, L, E] the router's distribution before top-k
@@ -73,6 +76,12 @@ class Trace:
         _validate(self)
 
     @property
+    def keys(self) -> ExpertKeys:
+        """Keys of the experts of all layers."""
+        sizes = self.experts_per_layer
+        return ExpertKeys([self.num_experts] * self.num_layers if sizes is None else sizes.tolist())
+
+    @property
     def num_tokens(self) -> int:
         return int(self.experts.shape[0])
 
@@ -85,14 +94,14 @@ class Trace:
         return int(self.experts.shape[2])
 
     def select(self, sequences: Sequence[int]) -> "Trace":
-        """The routing of some sequences, in the given order; what was measured per forward is left out."""
+        """The routing of some sequences, in the given order, without the measurements per forward."""
         ends = np.cumsum(self.sequence_lengths)
         starts = ends - self.sequence_lengths
         rows = np.concatenate([np.arange(starts[i], ends[i]) for i in sequences]).astype(np.intp)
         return self._take(rows, self.sequence_lengths[list(sequences)])
 
     def head(self, num_tokens: int) -> "Trace":
-        """The routing of the first tokens; the last sequence may be cut."""
+        """The routing of the first tokens; the last sequence may be truncated."""
         rows = np.arange(min(num_tokens, self.num_tokens))
         lengths = np.diff(np.minimum(np.cumsum(self.sequence_lengths), len(rows)), prepend=0)
         return self._take(rows, lengths[lengths > 0])
@@ -107,13 +116,20 @@ class Trace:
         return replace(self, sequence_lengths=lengths, **{**dropped, **taken, "forwards": None})
 
 
+def layer_sizes(num_experts: Sequence[int]) -> dict[str, Any]:
+    """How a `Trace` names the number of experts of each layer."""
+    most = max(num_experts)
+    differ = min(num_experts) < most
+    return {"num_experts": most, "experts_per_layer": np.array(num_experts) if differ else None}
+
+
 def load_trace(path: str | Path) -> Trace:
     """Read a trace.
 
     Raises: ConfigError when the file is missing, is not an npz file, or is not a valid trace.
     """
     try:
-        with open(path, "rb") as stream:  # numpy leaves a damaged file open
+        with open(path, "rb") as stream:  # numpy does not close a damaged file
             file = np.load(stream, allow_pickle=False)
             if not isinstance(file, NpzFile):
                 raise ValueError("it holds one bare array")
@@ -134,7 +150,7 @@ def load_trace(path: str | Path) -> Trace:
 def save_trace(trace: Trace, path: str | Path) -> None:
     """Write a trace, compressed, to exactly this path."""
     values = {name: np.asarray(value) for name in sorted(_NAMES) if (value := getattr(trace, name)) is not None}
-    with open(path, "wb") as file:  # given a name without the suffix, numpy would append .npz
+    with open(path, "wb") as file:  # for a name without the suffix numpy would append .npz
         np.savez_compressed(file, allow_pickle=False, **values)
 
 
@@ -165,10 +181,20 @@ def _validate(trace: Trace) -> None:
     low, high = int(trace.experts.min()), int(trace.experts.max())
     if low < 0 or high >= trace.num_experts:
         raise ConfigError(f"expert ids must lie in 0..{trace.num_experts - 1}, found {low}..{high}.")
+    if trace.experts_per_layer is not None:
+        _check_layers(trace, trace.experts_per_layer)
     _check_distinct(trace.experts)
     total = int(np.sum(trace.sequence_lengths))
     if total != trace.num_tokens or np.any(np.asarray(trace.sequence_lengths) < 0):
         raise ConfigError(f"sequence_lengths sum to {total} tokens, experts has {trace.num_tokens}.")
+
+
+def _check_layers(trace: Trace, sizes: Array) -> None:
+    if sizes.max() != trace.num_experts:
+        raise ConfigError(f"experts_per_layer has at most {sizes.max()} experts, num_experts says {trace.num_experts}.")
+    highest = trace.experts.max(axis=(0, 2))
+    for layer in np.flatnonzero(highest >= sizes):
+        raise ConfigError(f"layer {layer} has {sizes[layer]} experts, found expert {highest[layer]}.")
 
 
 def _check_array(name: str, array: Array, letters: str, sizes: dict[str, int]) -> None:

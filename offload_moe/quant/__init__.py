@@ -12,7 +12,7 @@ CODECS: dict[str, Codec] = {codec.name: codec for codec in (Nf4Codec(), Int8Code
 
 
 def get_codec(name: str) -> Codec:
-    """The codec of that name. Raises: ConfigError with the names there are."""
+    """The codec of that name. Raises: ConfigError with the list of names."""
     if name not in CODECS:
         raise ConfigError(f"Unknown codec {name!r}. Choose one of: {', '.join(CODECS)}.")
     return CODECS[name]

@@ -1,4 +1,4 @@
-"""bf16: the lossless codec. Values stay in the module's own layout, so that arithmetic on them is eager's."""
+"""bf16: the lossless codec. Values keep the module's own layout, so that arithmetic on them equals eager's."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -32,11 +32,11 @@ class Bf16Codec:
         return {plane.removesuffix(".values"): layout.view(record, plane).to(dtype) for plane in layout.planes}
 
 
-@cache  # asked for with every expert that is computed
+@cache  # used for every expert that is computed
 def _layout(shape: ExpertShape) -> RecordLayout:
     return pack_planes([(f"{name}.values", torch.bfloat16, dims) for name, dims in shape.module_shapes().items()])
 
 
 def is_finite(values: Tensor) -> bool:
-    """Whether every number is finite; a finite sum is the quick proof."""
+    """Whether every number is finite; a finite sum proves it quickly."""
     return bool(values.sum().isfinite()) or bool(values.isfinite().all())

@@ -1,6 +1,6 @@
-"""What the quantizing codecs share: kernel layout, padding, bias planes.
+"""The common part of the quantizing codecs: kernel layout, padding, bias planes.
 
-A quantizing codec only says how one padded matrix ``[O, P]`` becomes planes, and how planes become a matrix again.
+A quantizing codec only defines the encoding of one padded matrix ``[O, P]`` into planes, and its inverse.
 """
 
 from abc import ABC, abstractmethod
@@ -12,7 +12,7 @@ from torch import Tensor
 from offload_moe.errors import CheckpointError
 from offload_moe.quant.layout import ExpertShape, Matrix, RecordLayout, pack_planes, round_up
 
-IN_ALIGNMENT = 64  # every codec's block length divides it, so a block never crosses a row
+IN_ALIGNMENT = 64  # a multiple of every codec's block length, so a block never crosses a row
 
 PlaneSpec = tuple[str, torch.dtype, tuple[int, ...]]
 
@@ -64,7 +64,7 @@ class BlockwiseCodec(ABC):
 
     @abstractmethod
     def is_finite(self, planes: Mapping[str, Tensor]) -> bool:
-        """Whether every weight was a finite number: scales turn NaN where one is not."""
+        """Whether every weight was finite: other weights make their scales NaN."""
 
     @abstractmethod
     def matrix_planes(self, out_features: int, padded_in: int) -> list[PlaneSpec]:
@@ -80,7 +80,7 @@ class BlockwiseCodec(ABC):
 
 
 def pad_rows(rows: Tensor) -> Tensor:
-    """``[O, K] -> [O, P]``, in a dtype that codecs encode."""
+    """``[O, K] -> [O, P]``, in a dtype that codecs accept."""
     rows = rows.float() if rows.dtype == torch.float64 else rows
     padding = round_up(rows.shape[1], IN_ALIGNMENT) - rows.shape[1]
     return torch.nn.functional.pad(rows, (0, padding)) if padding else rows

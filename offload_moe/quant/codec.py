@@ -1,4 +1,4 @@
-"""What every codec offers: lay out, encode and decode one expert."""
+"""The interface of codecs: lay out, encode and decode one expert."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -10,7 +10,7 @@ from offload_moe.quant.layout import ExpertShape, RecordLayout
 
 
 class Codec(Protocol):
-    """Turns the tensors of one expert into one contiguous record, and back.
+    """Converts the tensors of one expert to one contiguous record, and back.
 
     Tensors are keyed by the parameter names of the experts module, each in the module's own layout.
     """
@@ -18,7 +18,7 @@ class Codec(Protocol):
     name: str
 
     def layout(self, shape: ExpertShape) -> RecordLayout:
-        """Where each plane lies; the same for every expert of a layer."""
+        """The place of each plane; the same for every expert of a layer."""
         ...
 
     def encode(self, shape: ExpertShape, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What one expert is made of, and where each part lies in its record.
+"""The matrices and biases of one expert, and their places in its record.
 
 Shape legend: E experts, H hidden, I intermediate, O out features, K in features.
 """
@@ -16,7 +16,7 @@ RECORD_ALIGNMENT = 4096  # O_DIRECT and page-locked transfers need no bounce buf
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
-    """One weight matrix, ``[out_features, in_features]`` whatever way round the module keeps it."""
+    """One weight matrix, ``[out_features, in_features]`` independent of the module's layout."""
 
     name: str
     out_features: int
@@ -50,12 +50,12 @@ class ExpertShape:
         return shapes | {name: (length,) for name, length in self.biases}
 
     def to_kernel_rows(self, name: str, value: Tensor) -> Tensor:
-        """A parameter as the kernels want it: ``[out, in]``, gate rows before up rows."""
+        """A parameter in the kernels' layout: ``[out, in]``, gate rows before up rows."""
         rows = value.T if self.is_transposed and value.dim() == 2 else value
         return self.gate_before_up(name, rows).contiguous()
 
     def gate_before_up(self, name: str, rows: Tensor) -> Tensor:
-        """Rows ``[out, ...]`` of a parameter in the kernels' order, whatever they hold."""
+        """Rows ``[out, ...]`` of a parameter in the kernels' order, whatever their dtype."""
         if self.is_interleaved and self._is_gate_up(name):
             return torch.cat([rows[0::2], rows[1::2]])
         return rows
@@ -85,7 +85,7 @@ class Plane:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordLayout:
-    """Where the planes of one expert lie inside its contiguous record."""
+    """The places of one expert's planes in its contiguous record."""
 
     planes: Mapping[str, Plane]
     num_bytes: int

@@ -1,7 +1,7 @@
 """mxfp4: 4-bit floats with a power of two per 32 weights: 4.25 bits per weight, gpt-oss' own format.
 
-A checkpoint in MXFP4 keeps its bits: the codec takes its blocks and scales as they are. Numbers are rounded as the
-standard says, which is exact for numbers that came from MXFP4.
+A checkpoint in MXFP4 keeps its bits: the codec copies its blocks and scales. Numbers are rounded by the standard's
+rule, which is exact for numbers that came from MXFP4.
 
 Source: OCP Microscaling Formats v1.0, sections 5.2 to 5.4 and 6.3; transformers/integrations/mxfp4.py.
 """
@@ -18,7 +18,7 @@ from offload_moe.quant.layout import ExpertShape, Matrix, round_up
 
 BLOCK = 32
 E2M1_TABLE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-# Between neighbours, ties to the even code: the ones that go up are the last number below the middle.
+# Midpoints between neighbours, ties to the even code: a tie that rounds up has the last number below its middle.
 MIDDLES = (0.25, 0.75 * (1 - 2**-24), 1.25, 1.75 * (1 - 2**-24), 2.5, 3.5 * (1 - 2**-24), 5.0)
 BIAS = 127
 NOT_A_NUMBER = 255

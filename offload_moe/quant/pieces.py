@@ -1,6 +1,6 @@
 """A matrix encoded piece by piece: the bytes of the codec's own `encode`, without the whole matrix in memory.
 
-Codes come first in a record and depend on their own block alone, so they are ready at once; what follows them waits.
+Codes come first in a record and depend on their own block alone, so they are emitted at once; later planes are kept.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,7 @@ def encode_pieces(
 ) -> Iterator[Tensor]:
     """The record of one nf4 or int8 matrix in uint8 pieces.
 
-    shape: one matrix ``[O, K]`` that is kept that way round. pieces: its rows ``[o, K]`` in their order.
+    shape: one matrix, kept as ``[O, K]``. pieces: its rows ``[o, K]`` in their order.
 
     Raises: CheckpointError at the end, when a weight is not finite.
     """

@@ -1,78 +1,70 @@
 """What a layer that found its experts is counted as: in policy, popularity and counters, and for an observer.
 
-The lock of the scheduler is held, but by `note_passed`, which takes it.
+The lock of the tier is held, but by `note_passed`, which takes it.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from offload_moe.native.kernels import ARRIVING, MISSING
-
-if TYPE_CHECKING:
-    from offload_moe.residency.lease import Found
-    from offload_moe.residency.scheduler import Scheduler
+from offload_moe.residency.tier import Tier
 
 Mark = tuple[int, int]
+Found = tuple[list[int], list[int]]  # experts that were on their way, and that were absent; all others were here
 
 
-def mark(scheduler: "Scheduler") -> Mark:
+def mark(tier: Tier) -> Mark:
     """Useful prefetches and bytes read so far."""
-    return scheduler.counters.num_useful_prefetches, scheduler.counters.disk_bytes
+    return tier.counters.num_useful_prefetches, tier.counters.disk_bytes
 
 
 def note_layer(
-    scheduler: "Scheduler",
+    tier: Tier,
     layer: int,
     keys: Sequence[int],
     arriving: Sequence[int] = (),
     missing: Sequence[int] = (),
 ) -> None:
     """One acquire. arriving, missing: experts that were on their way, or absent; all others were here."""
-    scheduler.drop_wrong_guesses(layer, keys)
-    scheduler.residency.policy.access(layer, keys)
-    scheduler.uses.note(keys)
-    if scheduler.unproven:
-        first = layer * scheduler.num_experts
+    tier.drop_wrong_guesses(layer, keys)
+    tier.residency.policy.access(layer, keys)
+    tier.uses.note(keys)
+    if tier.unproven:
+        first = tier.keys.first(layer)
         for key in keys:
-            scheduler.demanded(key, is_here=key - first not in missing)
-    scheduler.counters.num_waves += 1
-    count_found(scheduler, layer, len(keys), arriving, missing)
+            tier.demanded(key, is_here=key - first not in missing)
+    tier.counters.num_waves += 1
+    count_found(tier, layer, len(keys), arriving, missing)
 
 
-def count_found(
-    scheduler: "Scheduler", layer: int, num_experts: int, arriving: Sequence[int], missing: Sequence[int]
-) -> None:
+def count_found(tier: Tier, layer: int, num_experts: int, arriving: Sequence[int], missing: Sequence[int]) -> None:
     """One acquire of so many experts, and how they were found."""
-    counters = scheduler.counters
+    counters = tier.counters
     counters.num_acquires += 1
     counters.num_hits += num_experts - len(missing) - len(arriving)
     counters.num_delayed_hits += len(arriving)
     counters.num_misses += len(missing)
-    if scheduler.observer is not None:
-        scheduler.observer.acquired(layer, [*arriving], [*missing])
+    if tier.observer is not None:
+        tier.observer.acquired(layer, [*arriving], [*missing])
 
 
-def sort_found(chosen: Sequence[int], states: Sequence[int]) -> "Found":
+def sort_found(chosen: Sequence[int], states: Sequence[int]) -> Found:
     """states: how a run found each expert."""
     found = list(zip(chosen, states, strict=True))
     arriving = [expert for expert, how in found if how == ARRIVING]
     return arriving, [expert for expert, how in found if how == MISSING]
 
 
-def note_passed(
-    scheduler: "Scheduler", layer: int, experts: Sequence[Sequence[int]], found: Sequence[Sequence[int]]
-) -> list[Mark]:
+def note_passed(tier: Tier, layer: int, experts: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> list[Mark]:
     """Count layers, from this one on, that a run has done by itself, as an `acquire` of each would have been.
 
     found: how each expert was found. Returns what `mark` says after each.
     """
     marks = []
-    with scheduler.changed:
-        scheduler.drain_completions()
+    with tier.changed:
+        tier.drain_completions()
         for number, (chosen, states) in enumerate(zip(experts, found, strict=True), layer):
-            first = number * scheduler.num_experts
             arriving, missing = sort_found(chosen, states)
-            note_layer(scheduler, number, [first + expert for expert in chosen], arriving, missing)
-            marks.append(mark(scheduler))
-        scheduler.changed.notify_all()
+            note_layer(tier, number, tier.keys.keys(number, chosen), arriving, missing)
+            marks.append(mark(tier))
+        tier.changed.notify_all()
     return marks

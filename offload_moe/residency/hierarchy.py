@@ -17,6 +17,7 @@ from offload_moe.memory.mover import Mover
 from offload_moe.memory.pace import LinkPace
 from offload_moe.native import kernels
 from offload_moe.residency.counters import Counters
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import DEFAULT_POLICY, LRU, Policy, make_policy
 from offload_moe.residency.records import RamRecords
 from offload_moe.residency.reserved import ReservedSlots
@@ -31,8 +32,7 @@ Tier = Literal["ram", "vram"]
 class Pools:
     """How many slots each tier begins with. Without a device tier, RAM is the fast tier and `num_device_slots` is 0."""
 
-    num_layers: int
-    num_experts: int
+    keys: ExpertKeys
     slot_bytes: int
     num_ram_slots: int
     num_device_slots: int = 0
@@ -51,6 +51,7 @@ class Hierarchy:
         self._resizing = threading.Lock()
         self._began_whole: set[Scheduler] = set()  # the tiers that were given a slot for every expert
         self._copier = copier if pools.num_device_slots else None
+        self._reserved: ReservedSlots | None = None
         self.slot_table: kernels.SlotTable | None = None  # of the fast tier, for native runs
         if self._copier is None and kernels.available():
             self.slot_table = kernels.SlotTable(self._num_keys, self.arena.addresses)
@@ -72,13 +73,13 @@ class Hierarchy:
     def reserved(self) -> ReservedSlots | None:
         """What native runs fetch experts with; None where they have to ask for each."""
         mover, slot_table = self.ram.mover, self.slot_table
-        if self.ram.reserved is None and slot_table is not None and isinstance(mover, DiskMover):
+        if self._reserved is None and slot_table is not None and isinstance(mover, DiskMover):
             try:
                 reads = mover.native_reads(slot_table, self._num_keys)
             except OSError:
                 return None  # the mover will say what is wrong with the file, once an expert is wanted
-            self.ram.reserved = ReservedSlots(self.ram, reads)
-        return self.ram.reserved
+            self.ram.reserved = self._reserved = ReservedSlots(self.ram, reads)
+        return self._reserved
 
     @property
     def counters(self) -> Counters:
@@ -108,7 +109,7 @@ class Hierarchy:
 
     @property
     def _num_keys(self) -> int:
-        return self.pools.num_layers * self.pools.num_experts
+        return self.pools.keys.total
 
     @property
     def link(self) -> LinkPace:
@@ -182,11 +183,10 @@ class Hierarchy:
         flights: Flights | None = None,
     ) -> Scheduler:
         residency = Residency(num_slots, self._policy(num_slots), lookup)
-        num_experts = self.pools.num_experts
         scheduler = Scheduler(
             residency,
             mover,
-            num_experts=num_experts,
+            keys=self.pools.keys,
             bytes_counter=bytes_counter,
             flights=flights,
             lifecycle=self.lifecycle,
@@ -197,13 +197,8 @@ class Hierarchy:
 
     def _policy(self, num_slots: int) -> Policy:
         """A pool with a slot for every expert never evicts: the cheapest policy serves it."""
-        pools = self.pools
-        return make_policy(
-            LRU.name if self._is_whole(num_slots) else pools.policy,
-            num_layers=pools.num_layers,
-            num_experts=pools.num_experts,
-            num_slots=num_slots,
-        )
+        name = LRU.name if self._is_whole(num_slots) else self.pools.policy
+        return make_policy(name, self.pools.keys, num_slots=num_slots)
 
     def _refit_policy(self, scheduler: Scheduler, num_before: int) -> None:
         """A pool that was to hold every expert needs a policy that chooses only while it does not.

@@ -7,34 +7,32 @@ it never deadlocks, because a lease never waits for a slot while holding one.
 
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from offload_moe.errors import TransferError
-from offload_moe.residency.accounts import count_found
-
-if TYPE_CHECKING:
-    from offload_moe.residency.scheduler import Scheduler
+from offload_moe.residency.accounts import Found, count_found
+from offload_moe.residency.tier import Tier
 
 Wave = list[tuple[int, int]]
-Found = tuple[list[int], list[int]]  # experts that were on their way, and that were absent; all others were here
 
 
 class Lease:
     """The routed experts of one layer for one forward. Iterate it once; leaving the context releases what is held."""
 
-    def __init__(self, scheduler: "Scheduler", first_key: int, keys: Sequence[int], found: Found | None = None) -> None:
+    def __init__(self, tier: Tier, layer: int, keys: Sequence[int], found: Found | None = None) -> None:
         """found: how the layer's experts were found before, where this is not the first who asks."""
-        self._scheduler = scheduler
-        self._first_key = first_key
+        self._tier = tier
+        self._layer = layer
+        self._first_key = tier.keys.first(layer)
         self._ready: Wave = []
         self._loading: Wave = []
         self._held: Wave = []
         self._absent = [key for key in keys if not self._join(key)]
         arriving, missing = found or (
             [expert for expert, _ in self._loading],
-            [key - first_key for key in self._absent],
+            [key - self._first_key for key in self._absent],
         )
-        count_found(scheduler, first_key // scheduler.num_experts, len(keys), arriving, missing)
+        count_found(tier, layer, len(keys), arriving, missing)
         self._admit()
 
     def __enter__(self) -> Self:
@@ -47,9 +45,9 @@ class Lease:
 
     def close(self) -> None:
         """Let go of everything."""
-        with self._scheduler.changed:
+        with self._tier.changed:
             self._release_held()
-            self._scheduler.release([slot for wave in (self._ready, self._loading) for _, slot in wave])
+            self._tier.release([slot for wave in (self._ready, self._loading) for _, slot in wave])
             self._ready, self._loading, self._absent = [], [], []
 
     def __iter__(self) -> Iterator[Wave]:
@@ -66,7 +64,7 @@ class Lease:
 
     def have_come(self) -> bool:
         """Whether all of them are resident by now; they stay leased, as after `bring`. Does not wait."""
-        with self._scheduler.changed:
+        with self._tier.changed:
             self._admit()
             self._collect()
             return not self._loading and not self._absent
@@ -76,28 +74,28 @@ class Lease:
 
         There must be slots for all at once. Raises: TransferError, as iterating does.
         """
-        scheduler = self._scheduler
-        with scheduler.changed:
+        tier = self._tier
+        with tier.changed:
             self._collect()
             if self._loading or self._absent:
                 self._wait(for_all=True)
-            scheduler.counters.num_waves += 1
+            tier.counters.num_waves += 1
 
     def _next_wave(self, *, may_wait: bool = True) -> Wave:
-        scheduler = self._scheduler
+        tier = self._tier
         while True:
-            with scheduler.changed:
+            with tier.changed:
                 if self._absent:
                     self._release_held()
                     self._admit()
                 self._collect()
                 if may_wait and not self._ready and (self._loading or self._absent):
-                    scheduler.counters.stall_s += self._wait()
+                    tier.counters.stall_s += self._wait()
                 followed = self._first_flying() if may_wait and not self._ready else None
                 if followed is None:
                     return self._take_ready()
             if self._follow(followed):
-                with scheduler.changed:
+                with tier.changed:
                     self._loading.remove(followed)
                     self._ready.append(followed)
                     self._collect()
@@ -107,12 +105,12 @@ class Lease:
         """What is ready is held from now on (lock held)."""
         wave, self._ready = self._next_half() if self._absent and not self._loading else (self._ready, [])
         self._held += wave
-        self._scheduler.counters.num_waves += bool(wave)
+        self._tier.counters.num_waves += bool(wave)
         return wave
 
     def _first_flying(self) -> tuple[int, int] | None:
         """The one of ours that the link brings first (lock held): compute can follow its copy."""
-        flights = self._scheduler.flights
+        flights = self._tier.flights
         if flights is None or not self._loading:
             return None
         slot = flights.first([slot for _, slot in self._loading])
@@ -120,15 +118,15 @@ class Lease:
 
     def _follow(self, entry: tuple[int, int]) -> bool:
         """Compute that is issued from now on comes after its copy. No lock is held: the host may have to wait."""
-        scheduler = self._scheduler
-        assert scheduler.flights is not None
-        began = scheduler.clock()
+        tier = self._tier
+        assert tier.flights is not None
+        began = tier.clock()
         try:
-            return scheduler.flights.follow(entry[1], scheduler.stall_limit_s)
+            return tier.flights.follow(entry[1], tier.stall_limit_s)
         except TimeoutError:
             raise self._late(1) from None
         finally:
-            scheduler.counters.stall_s += scheduler.clock() - began
+            tier.counters.stall_s += tier.clock() - began
 
     def _next_half(self) -> tuple[Wave, Wave]:
         """All slots are ours and all are here: compute half of them while the other half's successors are loaded."""
@@ -137,40 +135,40 @@ class Lease:
 
     def _wait(self, *, for_all: bool = False) -> float:
         """Until something of ours is resident or flying, or all is resident (lock held). Returns the seconds."""
-        scheduler = self._scheduler
-        began, left_s = scheduler.clock(), scheduler.stall_limit_s
+        tier = self._tier
+        began, left_s = tier.clock(), tier.stall_limit_s
         while self._loading or self._absent if for_all else not self._ready and self._first_flying() is None:
             if left_s <= 0:
                 raise self._late(len(self._loading) + len(self._absent))
-            left_s -= scheduler.wait(left_s)
+            left_s -= tier.wait(left_s)
             self._admit()
             self._collect()
-        return scheduler.clock() - began
+        return tier.clock() - began
 
     def _late(self, num_missing: int) -> TransferError:
-        return self._scheduler.late(f"{num_missing} experts of layer {self._first_key // self._scheduler.num_experts}")
+        return self._tier.late(f"{num_missing} experts of layer {self._layer}")
 
     def _admit(self) -> None:
         """Find or start what is still absent, as far as slots can be had (lock held)."""
         while self._absent:
             key = self._absent[0]
             if not self._join(key):
-                slot = self._scheduler.start(key)
+                slot = self._tier.start(key)
                 if slot is None:
                     return
-                self._scheduler.residency.lease(slot)
+                self._tier.residency.lease(slot)
                 self._loading.append((key - self._first_key, slot))
             self._absent.pop(0)
 
     def _join(self, key: int) -> bool:
         """Lease the slot that holds or is loading `key`, if there is one (lock held)."""
-        residency = self._scheduler.residency
+        residency = self._tier.residency
         slot = residency.find(key)
         if slot is not None and not residency.is_resident(slot):
-            self._scheduler.promote(key, slot)
+            self._tier.promote(key, slot)
             slot = residency.find(key)
-        if self._scheduler.unproven:
-            self._scheduler.demanded(key, is_here=slot is not None)
+        if self._tier.unproven:
+            self._tier.demanded(key, is_here=slot is not None)
         if slot is None:
             return False
         residency.lease(slot)
@@ -182,11 +180,11 @@ class Lease:
 
     def _collect(self) -> None:
         """Move what has arrived from loading to ready; raise what has failed (lock held)."""
-        scheduler = self._scheduler
+        tier = self._tier
         for _, slot in self._loading:
-            if error := scheduler.failed.get(slot):
+            if error := tier.failed.get(slot):
                 raise error
-        arrived = [entry for entry in self._loading if scheduler.residency.is_resident(entry[1])]
+        arrived = [entry for entry in self._loading if tier.residency.is_resident(entry[1])]
         if arrived:
             self._ready += arrived
             self._loading = [entry for entry in self._loading if entry not in arrived]
@@ -195,6 +193,6 @@ class Lease:
         """Compute that reads these slots has been issued (lock held)."""
         if self._held:
             slots = [slot for _, slot in self._held]
-            self._scheduler.mover.used(slots)
+            self._tier.mover.used(slots)
             self._held = []
-            self._scheduler.release(slots)
+            self._tier.release(slots)

@@ -10,34 +10,28 @@ from pathlib import Path
 
 from offload_moe.errors import OffloadMoeError
 from offload_moe.residency.hierarchy import Hierarchy
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.store.durable import named_errors, write_file
 from offload_moe.store.installed import POPULARITY_NAME
 
 FORMAT_VERSION = 1
 
 
-def read_popularity(store: Path, num_layers: int, num_experts: int) -> dict[int, float]:
-    """Uses by key (``layer * num_experts + expert``); empty where the store has none that fits its shape."""
+def read_popularity(store: Path, keys: ExpertKeys) -> dict[int, float]:
+    """Uses by key; empty where the store has none that fits its shape."""
     try:
         document = json.loads((store / POPULARITY_NAME).read_text())
         if document["format version"] != FORMAT_VERSION:
             return {}
-        rows = document["uses"]
-        if len(rows) != num_layers or any(len(row) != num_experts for row in rows):
-            return {}
-        flat = [float(count) for row in rows for count in row]
+        counts = {key: float(count) for key, count in keys.from_rows(document["uses"]).items()}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return {key: count for key, count in enumerate(flat) if 0 < count < float("inf")}
+    return {key: count for key, count in counts.items() if 0 < count < float("inf")}
 
 
-def write_popularity(store: Path, counts: Mapping[int, float], num_layers: int, num_experts: int) -> None:
+def write_popularity(store: Path, counts: Mapping[int, float], keys: ExpertKeys) -> None:
     """Whole or not at all; nothing happens where the store may not be written."""
-    rows = [
-        [round(counts.get(layer * num_experts + expert, 0.0)) for expert in range(num_experts)]
-        for layer in range(num_layers)
-    ]
-    document = {"format version": FORMAT_VERSION, "uses": rows}
+    document = {"format version": FORMAT_VERSION, "uses": keys.rows(lambda key: round(counts.get(key, 0.0)))}
     with contextlib.suppress(OffloadMoeError, OSError), named_errors(store):
         write_file(store / POPULARITY_NAME, json.dumps(document, separators=(",", ":")).encode())
 
@@ -46,7 +40,7 @@ def warm_start(hierarchy: Hierarchy, store: Path) -> None:
     """Fill free slots with what earlier sessions used most, in the background. Returns at once."""
     pools = hierarchy.pools
     uses = hierarchy.scheduler.uses
-    uses.restore(read_popularity(store, pools.num_layers, pools.num_experts))
+    uses.restore(read_popularity(store, pools.keys))
     favourites = uses.most_used()
     hierarchy.scheduler.fill(favourites)
     if hierarchy.ram is not hierarchy.scheduler:  # the device tier holds the first ones
@@ -56,5 +50,4 @@ def warm_start(hierarchy: Hierarchy, store: Path) -> None:
 def remember(hierarchy: Hierarchy, store: Path) -> None:
     """Write down what was used, where it says anything: a session that used nothing leaves the file alone."""
     if hierarchy.counters.num_accesses:
-        pools = hierarchy.pools
-        write_popularity(store, hierarchy.scheduler.uses.counts, pools.num_layers, pools.num_experts)
+        write_popularity(store, hierarchy.scheduler.uses.counts, hierarchy.pools.keys)

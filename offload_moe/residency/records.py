@@ -16,7 +16,7 @@ class RamRecords:
 
     def borrow(self, key: int) -> Borrowed:
         """Read it from disk if need be. Raises: TransferError."""
-        layer, expert = divmod(key, self._ram.num_experts)
+        layer, expert = self._ram.keys.layer_expert(key)
         lease = self._ram.acquire(layer, [expert])
         try:
             ((_, slot),) = next(iter(lease))
@@ -27,6 +27,6 @@ class RamRecords:
 
     def borrow_resident(self, key: int) -> Borrowed | None:
         """None where it would have to be read, or waited for."""
-        layer, expert = divmod(key, self._ram.num_experts)
+        layer, expert = self._ram.keys.layer_expert(key)
         slots = self._ram.hold(layer, [expert])
         return None if slots is None else (self._arena.slot(slots[0]), partial(self._ram.release_held, slots))

@@ -3,12 +3,8 @@
 A run decides only what it fetches, never what is evicted for it: that is done when a slot is lent.
 """
 
-from typing import TYPE_CHECKING
-
 from offload_moe.native.kernels import DONE, FAILED, READING, Reads
-
-if TYPE_CHECKING:
-    from offload_moe.residency.scheduler import Scheduler
+from offload_moe.residency.tier import Tier
 
 SLOTS_PER_CHOICE = 2  # that a run wants: for a layer's experts, beside those of a layer that another thread is in
 SLOTS_PER_RESERVATION = 24  # one slot of so many is lent, and empty until a run needs it
@@ -24,9 +20,9 @@ def reserved_slots_for(num_slots: int) -> int:
 class ReservedSlots:
     """Of one tier, which computes where it lies."""
 
-    def __init__(self, scheduler: "Scheduler", reads: Reads) -> None:
+    def __init__(self, tier: Tier, reads: Reads) -> None:
         self.reads = reads
-        self._scheduler = scheduler
+        self._tier = tier
         self._num_reading = 0
 
     @property
@@ -36,40 +32,40 @@ class ReservedSlots:
 
     def lend(self, *, may_evict: bool) -> None:
         """Lend slots again up to the usual number; may_evict: for want of free ones, what is worth least goes."""
-        scheduler = self._scheduler
-        with scheduler.changed:
+        tier = self._tier
+        with tier.changed:
             self.drain_completions()
-            residency = scheduler.residency
+            residency = tier.residency
             num_wanted = reserved_slots_for(residency.num_slots)
             while residency.num_reserved < num_wanted and (slot := residency.lend(may_evict=may_evict)) is not None:
                 self.reads.lend(slot)
             self.reads.ask_below(num_wanted // 2 if residency.num_reserved == num_wanted else 0)  # as there are no more
-            scheduler.counters.num_evictions = residency.num_evictions
+            tier.counters.num_evictions = residency.num_evictions
 
     def reclaim(self) -> None:
         """What was lent and is not in use; what is being read comes later."""
-        scheduler = self._scheduler
-        with scheduler.changed:
+        tier = self._tier
+        with tier.changed:
             for slot in self.reads.reclaim():
                 self.drain_completions()
-                scheduler.residency.reclaim(slot)
+                tier.residency.reclaim(slot)
             self.drain_completions()
-            scheduler.changed.notify_all()
+            tier.changed.notify_all()
 
     def drain_completions(self) -> None:
         """Learn what has been fetched (lock held)."""
-        scheduler, has_changed = self._scheduler, False
-        residency, counters = scheduler.residency, scheduler.counters
+        tier, has_changed = self._tier, False
+        residency, counters = tier.residency, tier.counters
         for news in self.reads.completions():
             key, slot, was_prefetch = news.key, news.slot, bool(news.was_prefetch)
             if news.state == READING:
                 residency.admit_reserved(key, slot)
                 self._num_reading += 1
                 if was_prefetch:
-                    scheduler.unproven.add(key)
+                    tier.unproven.add(key)
                     counters.num_prefetches += 1
-                    if scheduler.observer is not None:
-                        scheduler.observer.prefetched(key // scheduler.num_experts, 1)
+                    if tier.observer is not None:
+                        tier.observer.prefetched(tier.keys.layer_expert(key)[0], 1)
                 continue
             self._num_reading -= 1
             has_changed = True
@@ -77,16 +73,20 @@ class ReservedSlots:
                 residency.loaded(slot)
                 counters.disk_bytes += self.reads.num_bytes(key)
             elif news.state == FAILED:
-                scheduler.read_again(key, slot)
+                tier.read_again(key, slot)
             else:
                 residency.reserve_again(slot)
                 if was_prefetch:
-                    scheduler.unproven.discard(key)
+                    tier.unproven.discard(key)
                     counters.num_cancelled_prefetches += 1
         if has_changed:
-            scheduler.changed.notify_all()
+            tier.changed.notify_all()
 
     def demand(self, key: int) -> None:
         """Somebody waits for this expert (lock held): from now on a run's read of it is not dropped."""
         self.reads.demand(key)
         self.drain_completions()
+
+    def close(self) -> None:
+        """Close the reads; what is in flight ends first."""
+        self.reads.close()

@@ -44,7 +44,7 @@ class Lookup(Protocol):
 class Residency:
     """The slots of one pool. The caller serializes access (the scheduler holds a lock).
 
-    Keys are ``layer * num_experts + expert``; slots are ``0 .. num_slots - 1``.
+    Keys are those of an `ExpertKeys`; slots are ``0 .. num_slots - 1``.
     """
 
     def __init__(self, num_slots: int, policy: Policy, lookup: Lookup | None = None) -> None:

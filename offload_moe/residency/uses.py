@@ -6,7 +6,7 @@ HALF_LIFE_USES = 1 << 20  # routed experts after which a use counts half: about 
 
 
 class Uses:
-    """Counts by key (``layer * num_experts + expert``)."""
+    """Counts by key."""
 
     def __init__(self, counts: Mapping[int, float] | None = None) -> None:
         self._counts: dict[int, float] = dict(counts or {})

@@ -1,4 +1,4 @@
-"""The runtime's own scheduler in virtual time: what a described machine would do with a routing trace."""
+"""The runtime's own scheduler in virtual time: the speed of a described machine on a routing trace."""
 
 from offload_moe.simulate.costs import DiskModel, LinkModel, LookaheadModel, RunCosts
 from offload_moe.simulate.result import Simulation, simulation_to_json

@@ -1,4 +1,4 @@
-"""Virtual time: events in order, and a condition whose waiting lets them happen. One thread, no sleeping."""
+"""Virtual time: events in order, and a condition whose wait runs them. One thread, no sleeping."""
 
 import heapq
 import threading
@@ -9,12 +9,12 @@ Callback = Callable[[], None]
 
 
 class VirtualClock:
-    """Seconds since the simulation began. Callbacks run at their time; they may schedule others, but not advance."""
+    """Seconds since the simulation began. Callbacks run at their time; they may schedule others, not advance time."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self._events: list[tuple[float, int, Callback]] = []
-        self._order = count()  # events of the same moment happen in the order they were scheduled
+        self._order = count()  # events of the same time run in the order they were scheduled
 
     def __call__(self) -> float:
         return self.now
@@ -26,7 +26,7 @@ class VirtualClock:
         self.at(self.now + delay_s, callback)
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, and happen what is due meanwhile."""
+        """Advance the time, and run the events that are due."""
         self.advance_to(self.now + seconds)
 
     def advance_to(self, when: float) -> None:
@@ -35,7 +35,7 @@ class VirtualClock:
         self.now = max(self.now, when)
 
     def run_next(self) -> bool:
-        """Go on to the next event. False when there is none."""
+        """Advance to the next event. False when there is none."""
         if not self._events:
             return False
         when, _, callback = heapq.heappop(self._events)
@@ -45,12 +45,12 @@ class VirtualClock:
 
 
 class VirtualCondition(threading.Condition):
-    """What a scheduler waits on. There is one thread, so there is nothing to lock."""
+    """A scheduler's condition. With one thread its lock does nothing."""
 
     def __init__(self, clock: VirtualClock) -> None:
         super().__init__()
         self._clock = clock
-        self.listeners: list[Callback] = []  # told, as soon as the present callback is done, that something changed
+        self.listeners: list[Callback] = []  # callbacks that run after the current one when the condition is notified
 
     def __enter__(self) -> bool:
         return True
@@ -59,7 +59,7 @@ class VirtualCondition(threading.Condition):
         pass
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Until the next event; with none to come, until the timeout, which the caller reports."""
+        """Wait until the next event; without one, until the timeout, which the caller reports."""
         if not self._clock.run_next():
             self._clock.advance(timeout or 0.0)
         return True

@@ -1,4 +1,4 @@
-"""What a model costs on a machine: the one cost model, of the simulation and of the plan's closed form.
+"""The cost model of the simulation and of the plan's closed form.
 
 T tokens of a forward, t tokens of one expert.
 """
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunCosts:
-    """Seconds. "Host" is the time of the calling thread; the rest is arithmetic, which on a device runs beside it.
+    """Seconds. "Host" is the time of the calling thread; the rest is arithmetic, which on a device runs concurrently.
 
-    token_host_s, token_s: per forward, outside the layers: embeddings, output head, choosing the token.
+    token_host_s, token_s: per forward, outside the layers: embeddings, output head, sampling.
     layer_host_s: per MoE layer and forward, transformers' Python and the acquire.
     dense_s: reading a layer's dense weights and cache once; dense_token_s: its arithmetic per token. The larger counts.
     wave_host_s: per wave of a lease; expert_host_s: per expert of a wave; partial_host_s: per layer whose experts do
-    not all come in one wave, which are added up apart; late_host_s: per expert behind the first wave of such a layer.
+    not all come in one wave, which are summed separately; late_host_s: per expert after the first wave of such a layer.
     expert_s: reading one expert where it is computed; pair_s: its arithmetic per token. The larger counts.
-    probe_host_s: asking one later router.
-    passes: a decode step is one native call for all layers where the slots allow it, so that `wave_host_s` and
-    `expert_host_s` are prompts' only; ask_host_s: Python's part of each request of such a token pass,
-    and account_host_s of each layer that it first accounts for.
-    has_device: arithmetic is queued, and the host waits for it once per layer, when it needs the routing.
+    probe_host_s: evaluating one later router ahead.
+    passes: a decode step is one native call for all layers if the slots permit it, so that `wave_host_s` and
+    `expert_host_s` apply to prompts only; ask_host_s: Python's part of each request of such a token pass;
+    account_host_s: of each layer that is accounted for before the request.
+    has_device: arithmetic is queued, and the host waits for it once per layer, for the routing.
     """
 
     token_host_s: float = 0.0
@@ -54,7 +54,7 @@ class DiskModel:
 
     latency_s: from the request to its first byte. bytes_per_s: of all reads together; stream_bytes_per_s: of one.
     check_bytes_per_s: the checksum of an expert's first read, on the reading thread. num_readers: reads at once.
-    turn_s: the interpreter's time for a read that Python begins; such reads take turns with it.
+    turn_s: the interpreter's time for a read that Python starts; such reads run one after another there.
     """
 
     bytes_per_s: float
@@ -66,7 +66,7 @@ class DiskModel:
     turn_s: float = 0.0
 
     def alone_s(self, num_bytes: int) -> float:
-        """One record with the disk to itself: its parts are read side by side."""
+        """Seconds of one record on an idle disk; its parts are read concurrently."""
         return self.latency_s + num_bytes / min(self.bytes_per_s, self.num_readers * self.stream_bytes_per_s)
 
 
@@ -84,7 +84,7 @@ class LinkModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookaheadModel:
-    """recall: the share of a layer's experts that is foretold one, two ... MoE layers before it; empty: no prefetch."""
+    """recall: the share of a layer's experts that is predicted one, two ... MoE layers ahead; empty: no prefetch."""
 
     recall: tuple[float, ...] = ()
     seed: int = 0

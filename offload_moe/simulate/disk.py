@@ -1,7 +1,7 @@
 """The disk in virtual time: reads that share its bandwidth, demands before prefetches.
 
-The order is that of `offload_moe.memory.workers`: parts of a record side by side, prefetches on half of the readers at
-most, and a prefetch that is demanded jumps the queue.
+The order is that of `offload_moe.memory.workers`: parts of a record concurrently, prefetches on at most half of the
+readers, and a prefetch that is demanded moves to the front of the queue.
 """
 
 from collections import OrderedDict
@@ -18,9 +18,9 @@ HALF_A_BYTE = 0.5
 
 @dataclass(slots=True)
 class _Read:
-    """One record on its way. waiting: bytes of its parts that have not begun; num_left: parts that have not ended.
+    """One record in flight. waiting: bytes of its parts that have not begun; num_left: parts that have not ended.
 
-    turn_s: what each part costs those that begin after it.
+    turn_s: the delay of the parts that start after each part.
     """
 
     key: int
@@ -39,7 +39,7 @@ class _Part:
 
 
 class VirtualDisk:
-    """A mover, whose reads take turns with the interpreter, and the reads of native runs, which do not."""
+    """A mover, whose reads share the interpreter, and the reads of token passes, which do not."""
 
     def __init__(self, clock: VirtualClock, model: DiskModel, record_bytes: int) -> None:
         self._clock = clock
@@ -51,15 +51,15 @@ class VirtualDisk:
         self._num_busy = 0
         self._num_prefetching = 0
         self._settled_at = 0.0
-        self._turn_at = 0.0  # when the interpreter is free for another read
-        self._version = 0  # of the present division of the bandwidth
+        self._turn_at = 0.0  # the time at which the interpreter is free for another read
+        self._version = 0  # start of the current division of the bandwidth
         self._checked: set[int] = set()
 
     def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
         self._line_up(key, slot, arrived, is_prefetch, self._model.turn_s)
 
     def fetch(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
-        """`start`, by a native thread."""
+        """As `start`, by a native thread."""
         self._line_up(key, slot, arrived, is_prefetch, turn_s=0.0)
 
     def promote(self, slot: int) -> None:
@@ -105,7 +105,7 @@ class VirtualDisk:
             self._clock.at(self._turn(read.turn_s) + model.latency_s, partial(self._flow, part))
 
     def _turn(self, seconds: float) -> float:
-        """When a read that takes so much of the interpreter's time has had it."""
+        """The time at which a read has had its share of the interpreter."""
         if not seconds:
             return self._clock.now
         self._turn_at = max(self._turn_at, self._clock.now) + seconds
@@ -120,7 +120,7 @@ class VirtualDisk:
         return min(self._model.stream_bytes_per_s, self._model.bytes_per_s / len(self._flowing))
 
     def _settle(self) -> None:
-        """What has been read since the bandwidth was last divided."""
+        """Account for the bytes that were read since the bandwidth was last divided."""
         if self._flowing:
             done = self._rate() * (self._clock.now - self._settled_at)
             for part in self._flowing:
@@ -128,7 +128,7 @@ class VirtualDisk:
         self._settled_at = self._clock.now
 
     def _divide(self) -> None:
-        """Every read under way has the same share; the first of them ends next."""
+        """Divide the bandwidth evenly among the reads in flight, and schedule the end of the first."""
         self._version += 1
         if self._flowing:
             soonest = max(0.0, min(part.bytes_left for part in self._flowing)) / self._rate()
@@ -152,7 +152,7 @@ class VirtualDisk:
         self._num_prefetching -= part.is_prefetch
         read = part.read
         if read.num_left == 0:
-            read.num_left = -1  # several parts may end at the same moment: the record arrives once
+            read.num_left = -1  # several parts may end at the same time, but the record arrives once
             self._checked.add(read.key)
             read.arrived(read.slot, self.record_bytes, None)
         self._begin_what_can()

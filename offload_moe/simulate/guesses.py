@@ -1,4 +1,4 @@
-"""What routers foretell of the layers behind them, drawn.
+"""Predictions of later layers' routing, drawn at random.
 
 L MoE layers, K top-k.
 """
@@ -14,11 +14,11 @@ from offload_moe.residency.prefetch import PrefetchGovernor
 from offload_moe.simulate.clock import VirtualClock
 from offload_moe.simulate.costs import LookaheadModel
 
-RECENT_TOKENS = 32  # that wrong guesses are taken from
+RECENT_TOKENS = 32  # recent tokens from which wrong predictions are drawn
 
 
 class Guesser:
-    """Each expert is the truth with the recall's probability, else a recent one. The runtime's governor decides."""
+    """Each prediction is right with the recall's probability, else a recent expert. The runtime's governor decides."""
 
     def __init__(self, clock: VirtualClock, model: LookaheadModel) -> None:
         self._recall = model.recall
@@ -28,11 +28,11 @@ class Guesser:
         self._random = random.Random(model.seed)
 
     def pause(self) -> None:
-        """What comes is no token after another."""
+        """Reset the recent tokens, before the routing of another sequence."""
         self._governor.pause()
 
     def guesses(self, layer: int, experts: NDArray[Any]) -> list[tuple[int, list[int]]]:
-        """experts ``[L, K]``, of the token. Layers behind this one, and what is foretold of each."""
+        """experts ``[L, K]``, of the token. Returns later layers with the predicted experts of each."""
         if not self._recall:
             return []
         if layer == 0:
@@ -48,7 +48,7 @@ class Guesser:
         ]
 
     def _guess(self, layer: int, truth: Sequence[int], recall: float) -> list[int]:
-        """Wrong guesses are experts that this layer used lately, as routers that err prefer what they often choose."""
+        """Wrong predictions are recent experts of the layer, because a router's errors favour its frequent choices."""
         draw = self._random
         wrong = draw.choice(self._recent)[layer].tolist()
         return sorted({expert if draw.random() < recall else draw.choice(wrong) for expert in truth})

@@ -1,4 +1,4 @@
-"""Common cards and links, by what their makers publish, and how much of it is taken to be reached."""
+"""Common cards and links: published figures, and the assumed shares of them that are reached."""
 
 import re
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ A6000 = "NVIDIA RTX A6000 datasheet"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """Published figures. tflops: dense fp16 matrix products added up in fp32. pcie: generation and lanes."""
+    """Published figures. tflops: dense fp16 matrix products with fp32 sums. pcie: generation and lanes."""
 
     name: str
     vram_gib: int
@@ -62,9 +62,9 @@ CARDS = {
 
 
 def card_named(name: str) -> Card:
-    """A card of the table, however its name is written: `rtx-4090`, `4090`, `NVIDIA GeForce RTX 4090`.
+    """A card of the table, by any form of its name: `rtx-4090`, `4090`, `NVIDIA GeForce RTX 4090`.
 
-    Raises: ConfigError when the table does not have it.
+    Raises: ConfigError when it is not in the table.
     """
     cards = {_plain(known): known for known in CARDS}
     known = cards.get(_plain(name))
@@ -72,13 +72,13 @@ def card_named(name: str) -> Card:
 
 
 def _plain(name: str) -> str:
-    """A card's name without its maker, its line and what separates the words."""
+    """A card's name without its maker, its product line and separators."""
     words = re.sub(r"[^a-z0-9]", "", name.lower())
     return re.sub(r"^(nvidia)?(geforce|tesla)?(rtx)?", "", words)
 
 
 def link_bytes_per_s(text: str) -> float:
-    """``"4x16"``, generation and lanes, of which copies reach four fifths; or GB/s as they are reached, ``"21.5"``.
+    """``"4x16"``, generation and lanes, of whose rate copies reach four fifths; or the reached GB/s, ``"21.5"``.
 
     Raises: ConfigError when it is neither.
     """

@@ -1,4 +1,4 @@
-"""The thread that called the model, while a native thread takes a token pass: `decode/span.py` in virtual time."""
+"""The thread that called the model, during a token pass on a native thread: `decode/span.py` in virtual time."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,52 +13,52 @@ from offload_moe.simulate.costs import RunCosts
 
 
 class Helper:
-    """Gives a token pass what it asks for, one thing after another; whoever asks meanwhile waits."""
+    """Serves the requests of a token pass one after another; later requests wait."""
 
     def __init__(self, clock: VirtualClock, scheduler: Scheduler, reserved: ReservedSlots, costs: RunCosts) -> None:
         self._clock = clock
         self._scheduler = scheduler
         self._reserved = reserved
         self._costs = costs
-        self._chosen: list[Sequence[int]] = []  # of each layer of the token pass, what its router chose
-        self._found: list[Sequence[int]] = []  # and how it was found
-        self._num_told = 0  # layers that have been accounted for
-        self._needs: dict[int, int] = {}  # layer -> what it needs
+        self._chosen: list[Sequence[int]] = []  # by layer of the token pass: the routed experts
+        self._found: list[Sequence[int]] = []  # by layer: the result of their lookup
+        self._num_accounted = 0  # layers already accounted for
+        self._needs: dict[int, int] = {}  # layer -> its request
         self._held: Lease | None = None
         self._is_busy = self._is_bringing = self._lends_next = False
         assert isinstance(scheduler.changed, VirtualCondition)
-        scheduler.changed.listeners.append(self._look_whether_all_have_come)
+        scheduler.changed.listeners.append(self._check_arrivals)
 
     def begin(self, *, may_evict: bool) -> None:
-        """A ride begins: lend it slots. may_evict: for want of free ones, others than those that are worth least."""
-        self._chosen, self._found, self._num_told = [], [], 0
+        """Begin a token pass: reserve slots for it. may_evict: evict the least valuable experts if no slot is free."""
+        self._chosen, self._found, self._num_accounted = [], [], 0
         self._may_evict = may_evict
         self._is_busy = True
         self._clock.after(self._costs.ask_host_s, self._lend)
 
     def routed(self, chosen: Sequence[int], found: Sequence[int]) -> None:
-        """The next layer has looked for its experts."""
+        """Record the lookup of the next layer."""
         self._chosen.append(chosen)
         self._found.append(found)
 
     def need(self, what: int) -> None:
-        """That layer wants something: the kernels' NEEDS_EXPERTS, or NEEDS_SLOTS, or both."""
+        """Queue a layer's request: the kernels' NEEDS_EXPERTS, or NEEDS_SLOTS, or both."""
         at = len(self._chosen) - 1
         self._needs[at] = self._needs.get(at, 0) | what
         self._attend()
 
     def end(self) -> None:
-        """The ride is over: finish what was asked for, account for the rest, and take back what was lent."""
+        """End the token pass: finish its requests, account for the remaining layers, and reclaim reserved slots."""
         while self._is_busy:
             has_happened = self._clock.run_next()
-            assert has_happened, "nobody brings what a token pass asked for"
+            assert has_happened, "a request of a token pass is never served"
         self._note_passed(len(self._chosen))
         self._reserved.reclaim()
 
     def _attend(self) -> None:
         if not self._is_busy and self._needs:
             self._is_busy = True
-            num_layers = max(0, min(self._needs) - self._num_told)
+            num_layers = max(0, min(self._needs) - self._num_accounted)
             self._clock.after(self._costs.ask_host_s + num_layers * self._costs.account_host_s, self._give)
 
     def _give(self) -> None:
@@ -70,18 +70,18 @@ class Helper:
             return
         chosen = self._chosen[at]
         self._held = self._scheduler.acquire(at, sorted(chosen), found=sort_found(chosen, self._found[at]))
-        self._num_told = at + 1
+        self._num_accounted = at + 1
         self._is_bringing, self._lends_next = True, bool(needs & NEEDS_SLOTS)
         self._wait(self._held)
 
     def _wait(self, lease: Lease) -> None:
-        """For all of the lease; reads of the token pass are looked for every now and then only."""
+        """Wait for the whole lease; completions of the pass's own reads are polled at intervals."""
         if lease is self._held:
-            self._look_whether_all_have_come()
+            self._check_arrivals()
             if self._is_bringing:
                 self._clock.after(DRAIN_INTERVAL_S, partial(self._wait, lease))
 
-    def _look_whether_all_have_come(self) -> None:
+    def _check_arrivals(self) -> None:
         if not self._is_bringing:
             return
         assert self._held is not None
@@ -103,12 +103,15 @@ class Helper:
         self._attend()
 
     def _note_passed(self, end: int) -> None:
-        """Account for the layers before this one."""
+        """Account for all layers before this one."""
         if self._held is not None:
             self._held.close()
             self._held = None
-        if self._num_told < end:
+        if self._num_accounted < end:
             note_passed(
-                self._scheduler, self._num_told, self._chosen[self._num_told : end], self._found[self._num_told : end]
+                self._scheduler,
+                self._num_accounted,
+                self._chosen[self._num_accounted : end],
+                self._found[self._num_accounted : end],
             )
-        self._num_told = max(self._num_told, end)
+        self._num_accounted = max(self._num_accounted, end)

@@ -1,4 +1,4 @@
-"""The link to the device in virtual time: loaders that borrow records from the RAM tier, copies one after another."""
+"""The link to the device in virtual time: loaders that lease records in the RAM tier, copies one after another."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class VirtualLink:
     def __init__(
         self, clock: VirtualClock, model: LinkModel, ram: Scheduler, processor: Processor, record_bytes: int
     ) -> None:
-        """ram: where records are borrowed from; its `changed` is a `VirtualCondition`."""
+        """ram: the tier in which records are leased; its `changed` is a `VirtualCondition`."""
         self._clock = clock
         self._model = model
         self._ram = ram
@@ -40,7 +40,7 @@ class VirtualLink:
         self._num_busy = 0
         self._num_prefetching = 0
         self._free_at = 0.0
-        self._read_until: dict[int, float] = {}  # slot -> when the compute that reads it is done
+        self._read_until: dict[int, float] = {}  # slot -> end of the compute that reads it
         assert isinstance(ram.changed, VirtualCondition)
         ram.changed.listeners.append(self._issue_what_can)
 
@@ -75,7 +75,7 @@ class VirtualLink:
                 break
             self._num_busy += 1
             self._num_prefetching += copy.is_prefetch
-            layer, expert = divmod(copy.key, self._ram.num_experts)
+            layer, expert = self._ram.keys.layer_expert(copy.key)
             copy.lease = self._ram.acquire(layer, [expert])
             self._borrowing.append(copy)
         self._issue_what_can()

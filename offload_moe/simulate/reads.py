@@ -1,4 +1,4 @@
-"""What a native run finds and fetches, in virtual time: the counterparts of `csrc/slot_table.c` and `csrc/reads.c`."""
+"""Lookups and reads of a token pass in virtual time: the counterparts of `csrc/slot_table.c` and `csrc/reads.c`."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -9,10 +9,10 @@ from offload_moe.simulate.disk import VirtualDisk
 
 
 class VirtualSlotTable:
-    """Which experts are here or on their way, by key: a `residency.Lookup`."""
+    """The experts that are resident or in flight, by key: a `residency.Lookup`."""
 
     def __init__(self) -> None:
-        self._is_here: dict[int, bool] = {}  # False: on its way
+        self._is_here: dict[int, bool] = {}  # False: in flight
         self._leases: Counter[int] = Counter()
 
     def claim(self, key: int) -> bool:
@@ -33,11 +33,11 @@ class VirtualSlotTable:
         return self._leases[key] > 0
 
     def is_known(self, key: int) -> bool:
-        """Whether it is here or on its way."""
+        """Whether the expert is resident or in flight."""
         return key in self._is_here
 
     def lease_those_here(self, keys: Iterable[int]) -> list[int]:
-        """Returns which of them."""
+        """Lease the resident ones and return them."""
         here = [key for key in keys if self._is_here.get(key, False)]
         self._leases.update(here)
         return here
@@ -55,7 +55,7 @@ class _Completion:
 
 
 class VirtualReads:
-    """`Reads` as `residency.reserved.ReservedSlots` and a token pass use it. The disk is the mover's."""
+    """The virtual `Reads` of `residency.reserved.ReservedSlots` and of a token pass, on the mover's disk."""
 
     def __init__(self, slot_table: VirtualSlotTable, disk: VirtualDisk) -> None:
         self._slot_table = slot_table
@@ -67,11 +67,11 @@ class VirtualReads:
 
     @property
     def are_short(self) -> bool:
-        """Whether a token pass should ask for more slots."""
+        """Whether a token pass should request more slots."""
         return len(self._spares) < self._least_spares
 
     def fetch(self, key: int, *, is_prefetch: bool = False) -> bool:
-        """Begin to read the absent expert into a lent slot, if there is one; the last are for what is demanded."""
+        """Start to read an absent expert into a reserved slot, if one is left; the last ones are for demands only."""
         if len(self._spares) <= (self._least_spares // 2 if is_prefetch else 0):
             return False
         slot = self._spares.pop()
@@ -86,7 +86,7 @@ class VirtualReads:
                 self._disk.promote(slot)
 
     def drop_wrong(self, end: int, wanted: Collection[int]) -> None:
-        """Forget guesses for layers before that key which nobody wants, as far as their reads have not begun."""
+        """Drop unused predictions for layers before that key, unless their reads have begun."""
         for slot, read in list(self._reading.items()):
             if read.was_prefetch and read.key < end and read.key not in wanted and self._disk.cancel(slot):
                 del self._reading[slot]

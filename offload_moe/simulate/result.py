@@ -1,4 +1,4 @@
-"""What a simulation tells. Every figure in here is simulated."""
+"""The result of a simulation. Every figure here is simulated."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,10 +8,10 @@ BASIS = "simulated"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
-    """Seconds and bytes are per decoded token, rates 0 to 1, of the answers that were counted.
+    """Seconds and bytes are per decoded token, rates 0 to 1, over the counted answers.
 
-    hit_rate: of the fast tier, and delayed hits apart; ram_hit_rate: of the RAM tier behind a device, None without one.
-    device_wait_s: the host for the device. num_prefetches, num_useful_prefetches: per token.
+    hit_rate: of the fast tier, without delayed hits; ram_hit_rate: of the RAM tier behind a device, None without one.
+    device_wait_s: the host's wait for the device. num_prefetches, num_useful_prefetches: per token.
     prompt_tokens_per_s: 0 without prompts; first_token_s: the mean time of a prompt.
     """
 

@@ -1,4 +1,4 @@
-"""Answers through the virtual runtime, and what came of it."""
+"""Answers through the virtual runtime, and their result."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ class _Totals:
         self.device_wait_s += runtime.processor.waited_s - waited
 
     def _forward(self, experts: NDArray[Any], num_before: int) -> float:
-        """experts ``[T, L, K]``, behind so many tokens. Returns the seconds it took."""
+        """experts ``[T, L, K]``, after that many tokens of context. Returns the seconds."""
         if self._slots_for is not None:
             self._runtime.resize(self._slots_for(num_before + len(experts), len(experts)))
         return self._runtime.forward(experts)
@@ -60,10 +60,10 @@ def simulate(
     chunk_tokens: int = 1 << 30,
     slots_for: SlotsFor | None = None,
 ) -> Simulation:
-    """Answer one after another from a cold start. num_warm_up: answers at the beginning that are not counted.
+    """Run answers one after another from a cold start. num_warm_up: answers at the beginning that are not counted.
 
-    chunk_tokens: the most prompt tokens of one forward. slots_for: how many slots of the fast tier there are while a
-    forward brings a context to so many tokens by so many; None: always those of the pools.
+    chunk_tokens: the limit of prompt tokens per forward. slots_for: the number of fast slots during a forward, from the
+    context after it and its new tokens; None: always the pools' own number.
     """
     runtime = VirtualRuntime(pools, costs, disk, link, lookahead)
     for answer in answers[:num_warm_up]:
@@ -99,5 +99,5 @@ def _summary(totals: _Totals, *, has_device: bool) -> Simulation:
 
 
 def _add(first: Counters, second: Counters) -> Counters:
-    """What happened in both: a difference of a difference."""
+    """The sum of both, as a difference of a difference."""
     return first.since(Counters().since(second))

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload_moe.memory.mover import Mover
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import DEFAULT_POLICY, LRU, make_policy
 from offload_moe.residency.reserved import SLOTS_PER_CHOICE
 from offload_moe.residency.residency import Lookup, Residency
@@ -29,8 +30,7 @@ from offload_moe.simulate.token_pass import VirtualPasses
 class VirtualPools:
     """Slots of each tier, all layers together; 0 device slots: RAM is the fast tier."""
 
-    num_layers: int
-    num_experts: int  # per layer
+    keys: ExpertKeys
     slot_bytes: int
     num_ram_slots: int
     num_device_slots: int = 0
@@ -48,7 +48,7 @@ class VirtualRuntime:
         link: LinkModel | None = None,
         lookahead: LookaheadModel | None = None,
     ) -> None:
-        """link: needed where there are device slots."""
+        """link: required with device slots."""
         self.clock = VirtualClock()
         self.processor = (DeviceProcessor if costs.has_device else Processor)(self.clock)
         self._pools = pools
@@ -62,12 +62,12 @@ class VirtualRuntime:
             assert link is not None
             mover = VirtualLink(self.clock, link, self.ram, self.processor, pools.slot_bytes)
             self.scheduler = self._scheduler(pools.num_device_slots, mover, "h2d_bytes")
-        is_whole = self.scheduler.residency.num_slots >= pools.num_layers * pools.num_experts
+        is_whole = self.scheduler.residency.num_slots >= pools.keys.total
         self._guesser = Guesser(self.clock, LookaheadModel() if lookahead is None or is_whole else lookahead)
 
     def resize(self, num_slots: int) -> None:
         """Have so many slots in the fast tier, as `offload_moe.residency.hierarchy.Hierarchy.resize` does."""
-        num_slots = min(num_slots, self._pools.num_layers * self._pools.num_experts)
+        num_slots = min(num_slots, self._pools.keys.total)
         num_before = self.scheduler.residency.num_slots
         if num_slots > num_before:
             self.scheduler.grow(num_slots)
@@ -75,7 +75,7 @@ class VirtualRuntime:
             self.scheduler.shrink(num_slots)
 
     def forward(self, experts: NDArray[Any]) -> float:
-        """experts ``[T, L, K]``. Returns the seconds it took."""
+        """experts ``[T, L, K]``. Returns the seconds."""
         began = self.clock.now
         self.processor.run(self._costs.token_host_s, self._costs.token_s)
         num_tokens, num_layers, top_k = experts.shape
@@ -87,7 +87,7 @@ class VirtualRuntime:
         else:
             for layer in range(num_layers):
                 self._layer(layer, experts)
-        self.processor.synchronize()  # the next token is chosen from the result
+        self.processor.synchronize()  # sampling the next token needs the result
         return self.clock.now - began
 
     def _layer(self, layer: int, experts: NDArray[Any]) -> None:
@@ -111,11 +111,11 @@ class VirtualRuntime:
 
     def _look_ahead(self, layer: int, experts: NDArray[Any], present: Sequence[int]) -> None:
         """experts ``[L, K]``."""
-        num_experts = self._pools.num_experts
-        keep = {layer * num_experts + expert for expert in present}
+        keys = self._pools.keys
+        keep = {*keys.keys(layer, present)}
         for ahead, guessed in self._guess(layer, experts):
             self.scheduler.prefetch(ahead, guessed, keep)
-            keep |= {ahead * num_experts + expert for expert in guessed}
+            keep |= {*keys.keys(ahead, guessed)}
 
     def _guess(self, layer: int, experts: NDArray[Any]) -> list[tuple[int, list[int]]]:
         """experts ``[L, K]``."""
@@ -125,17 +125,12 @@ class VirtualRuntime:
 
     def _scheduler(self, num_slots: int, mover: Mover, bytes_counter: str, lookup: Lookup | None = None) -> Scheduler:
         pools = self._pools
-        is_whole = num_slots >= pools.num_layers * pools.num_experts
-        policy = make_policy(
-            LRU.name if is_whole else pools.policy,
-            num_layers=pools.num_layers,
-            num_experts=pools.num_experts,
-            num_slots=num_slots,
-        )
+        is_whole = num_slots >= pools.keys.total
+        policy = make_policy(LRU.name if is_whole else pools.policy, pools.keys, num_slots=num_slots)
         return Scheduler(
             Residency(num_slots, policy, lookup),
             mover,
-            num_experts=pools.num_experts,
+            keys=pools.keys,
             bytes_counter=bytes_counter,
             clock=self.clock,
             changed=VirtualCondition(self.clock),
@@ -143,7 +138,7 @@ class VirtualRuntime:
 
 
 def _tokens_per_expert(chosen: NDArray[Any]) -> dict[int, int]:
-    """chosen ``[T, K]`` -> expert, ascending, and how many tokens it has."""
+    """chosen ``[T, K]`` -> experts, ascending, and the number of tokens of each."""
     if len(chosen) == 1:
         return dict.fromkeys(sorted(chosen[0].tolist()), 1)
     found, counts = np.unique(chosen, return_counts=True)

@@ -1,4 +1,4 @@
-"""A decode step that takes all layers in one native call: the counterpart of `csrc/run.c`.
+"""A decode step of all layers in one native call: the counterpart of `csrc/span.c`.
 
 L MoE layers, K top-k.
 """
@@ -18,11 +18,11 @@ from offload_moe.simulate.helper import Helper
 from offload_moe.simulate.processor import Processor
 from offload_moe.simulate.reads import VirtualReads, VirtualSlotTable
 
-Guesses = Sequence[tuple[int, Sequence[int]]]  # layers behind, and which of their experts
+Guesses = Sequence[tuple[int, Sequence[int]]]  # later layers, and their predicted experts
 
 
 class VirtualPasses:
-    """Tokens through all layers, by a thread that fetches what is missing into slots that were lent to it."""
+    """Token passes through all layers, with reads of missing experts into reserved slots."""
 
     def __init__(
         self, clock: VirtualClock, processor: Processor, costs: RunCosts, scheduler: Scheduler, disk: VirtualDisk
@@ -36,14 +36,13 @@ class VirtualPasses:
         assert isinstance(slot_table, VirtualSlotTable)
         self._slot_table = slot_table
         self._reads = VirtualReads(slot_table, disk)
-        reserved = ReservedSlots(scheduler, cast(Reads, self._reads))  # which it is, but for the C behind it
+        reserved = ReservedSlots(scheduler, cast(Reads, self._reads))  # the same interface, without the C code
         scheduler.reserved = reserved
         self._helper = Helper(clock, scheduler, reserved, costs)
 
     def forward(self, experts: NDArray[Any], guess: Callable[[int], Guesses]) -> None:
         """experts ``[L, K]``. guess: what a layer foretells of those behind it."""
-        num_layers, num_experts = len(experts), self._scheduler.num_experts
-        self._helper.begin(may_evict=self._scheduler.residency.num_slots < num_layers * num_experts)
+        self._helper.begin(may_evict=self._scheduler.residency.num_slots < self._scheduler.keys.total)
         for layer, chosen in enumerate(experts.tolist()):
             self._layer(layer, chosen, guess)
         self._helper.end()
@@ -51,13 +50,13 @@ class VirtualPasses:
     def _layer(self, layer: int, chosen: Sequence[int], guess: Callable[[int], Guesses]) -> None:
         self._processor.run(self._costs.layer_host_s, self._costs.dense(1))
         guesses = guess(layer)
-        num_experts = self._scheduler.num_experts
-        keys = [layer * num_experts + expert for expert in sorted(chosen)]
+        keys_of = self._scheduler.keys
+        keys = keys_of.keys(layer, sorted(chosen))
         here = self._slot_table.lease_those_here(keys)
-        self._reads.drop_wrong((layer + 1) * num_experts, keys)
+        self._reads.drop_wrong(keys_of.end(layer), keys)
         found, needs = self._fetch(keys, here)
         for ahead, guessed in guesses:
-            self._fetch_guesses([ahead * num_experts + expert for expert in guessed])
+            self._fetch_guesses(keys_of.keys(ahead, guessed))
         if self._reads.are_short:
             needs |= NEEDS_SLOTS
         self._helper.routed(sorted(chosen), found)
@@ -67,7 +66,7 @@ class VirtualPasses:
         self._slot_table.release(keys)
 
     def _fetch(self, keys: Sequence[int], here: Sequence[int]) -> tuple[list[int], int]:
-        """Fetch what is missing. Returns how each was found, and whether there were slots for all."""
+        """Start reads of missing experts. Returns how each was found, and the requests to Python."""
         found, needs = [], 0
         for key in keys:
             if key in here:
@@ -86,22 +85,22 @@ class VirtualPasses:
                 self._reads.fetch(key, is_prefetch=True)
 
     def _compute(self, keys: Sequence[int], here: Sequence[int], *, has_asked: bool) -> None:
-        """In waves, each with all that has come meanwhile. has_asked: for those that could not be fetched."""
+        """Compute in waves, each with all arrivals so far. has_asked: a request was made for the others."""
         costs, left = self._costs, [key for key in keys if key not in here]
         self._processor.run(costs.partial_host_s if left else 0.0, costs.experts([1] * len(here)))
         while left:
             if not has_asked and not all(self._slot_table.is_known(key) for key in left):
-                self._helper.need(NEEDS_EXPERTS)  # one has come and gone while the others were computed
+                self._helper.need(NEEDS_EXPERTS)  # one was read and evicted while the others were computed
                 has_asked = True
             here = self._wait(left)
             left = [key for key in left if key not in here]
             self._processor.run(len(here) * costs.late_host_s, costs.experts([1] * len(here)))
 
     def _wait(self, keys: Sequence[int]) -> list[int]:
-        """Until some of them are here."""
+        """Wait until some of them are resident."""
         began = self._clock.now
         while not (here := self._slot_table.lease_those_here(keys)):
             has_happened = self._clock.run_next()
-            assert has_happened, "nobody brings what a token pass waits for"
+            assert has_happened, "an expert of a token pass never arrives"
         self._scheduler.counters.stall_s += self._clock.now - began
         return here

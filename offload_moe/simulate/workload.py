@@ -1,4 +1,4 @@
-"""A trace as what the runtime is asked to do: prompts in chunks, then tokens one by one.
+"""A trace as a workload of the runtime: prompts in chunks, then tokens one by one.
 
 T tokens, L MoE layers, K top-k.
 """
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from offload_moe.errors import ConfigError
 from offload_moe.profile.trace import Trace
 
-PROMPT_TOKENS = 64  # of a sequence of a trace that does not say which of its tokens were a prompt
+PROMPT_TOKENS = 64  # prompt tokens of a sequence, in a trace without prompts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -25,11 +25,11 @@ class Answer:
 
 
 def answers_of(trace: Trace, *, prompt_tokens: int | None = None, num_tokens: int | None = None) -> list[Answer]:
-    """One per sequence. prompt_tokens: None takes what the trace says, or at most 64 and half of the sequence.
+    """One workload per sequence. prompt_tokens: None takes the trace's own, or 64, at most half of the sequence.
 
-    num_tokens: decoded tokens in all, at most; None takes all.
+    num_tokens: limit of all decoded tokens; None takes all.
 
-    Raises: ConfigError when nothing would be decoded.
+    Raises: ConfigError when no token would be decoded.
     """
     left = trace.num_tokens if num_tokens is None else num_tokens
     answers = []
@@ -41,7 +41,7 @@ def answers_of(trace: Trace, *, prompt_tokens: int | None = None, num_tokens: in
         answers.append(Answer(prompt=trace.experts[start:split], decode=trace.experts[split:end]))
         left -= end - split
     if not any(len(answer.decode) for answer in answers):
-        raise ConfigError("The trace holds prompts only: no token would be decoded. Give a smaller --prompt-tokens.")
+        raise ConfigError("The trace holds only prompts, so no token would be decoded. Set a smaller --prompt-tokens.")
     return answers
 
 

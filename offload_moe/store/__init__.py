@@ -1,7 +1,6 @@
 """The expert store on disk: layout, writer, reader."""
 
 from offload_moe.store.manifest import DenseEntry, Layer
-from offload_moe.store.progress import Progress
 from offload_moe.store.store import Piece, Record, Store, is_store
 
-__all__ = ["DenseEntry", "Layer", "Piece", "Progress", "Record", "Store", "is_store"]
+__all__ = ["DenseEntry", "Layer", "Piece", "Record", "Store", "is_store"]

@@ -1,4 +1,4 @@
-"""Writing files so that a kill or a power cut leaves either the old state or the new one."""
+"""Durable writes: after a kill or a power cut a file has either its old content or its new one."""
 
 import errno
 import os
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from offload_moe.errors import BudgetError, TransferError
 
-PART = ".part"  # the ending of a file that is not finished
+PART = ".part"  # suffix of unfinished files
 
 
 def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """All of `data`, however many writes it takes."""
+    """Write all of `data`, in as many writes as necessary."""
     view = memoryview(data)
     while view:
         if hasattr(os, "pwrite"):
@@ -24,12 +24,12 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def sync(descriptor: int) -> None:
-    """Until this returns, a power cut may undo writes."""
+    """Sync a file; before the return, a power cut may undo writes."""
     os.fsync(descriptor)
 
 
 def publish(part: Path, final: Path) -> None:
-    """Give a finished and synced file its name."""
+    """Rename a finished and synced file to its final name."""
     os.replace(part, final)
     directory = os.open(final.parent, os.O_RDONLY)
     try:
@@ -39,7 +39,7 @@ def publish(part: Path, final: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """A small file, all or nothing."""
+    """Write a small file atomically."""
     part = path.with_name(path.name + PART)
     descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
@@ -52,7 +52,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextmanager
 def named_errors(folder: Path) -> Iterator[None]:
-    """Translate the errors of writing: a full disk is a matter of budget, the rest could not be moved."""
+    """Translate errors of writing: a full disk to BudgetError, any other to TransferError."""
     try:
         yield
     except OSError as error:

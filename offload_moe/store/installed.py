@@ -1,4 +1,4 @@
-"""What is installed in the cache folder: expert stores, demo builds and conversions that were not finished."""
+"""The entries of the cache folder: expert stores, demo builds and unfinished conversions."""
 
 import hashlib
 import json
@@ -17,12 +17,12 @@ from offload_moe.errors import OffloadMoeError, StoreError
 from offload_moe.store import Store, is_store
 from offload_moe.store.durable import PART
 from offload_moe.store.journal import JOURNAL_NAME, is_being_written
-from offload_moe.store.manifest_json import MANIFEST_NAME, read_manifest
+from offload_moe.store.manifest_json import read_manifest
 from offload_moe.system.locks import lock_file
 from offload_moe.system.names import DEMO, DEMOS, STORES, check_installed, looks_like_hub_id, resolve
-from offload_moe.system.paths import cache_dir, file_advice
+from offload_moe.system.paths import MANIFEST_NAME, cache_dir, file_advice
 
-POPULARITY_NAME = "popularity.json"  # how often each expert was used, kept beside a store
+POPULARITY_NAME = "popularity.json"  # counts of each expert's use, kept beside a store
 
 DEMO_IS_NOT_BUILT = "The demo model is not built yet. `offload-moe chat` builds it, from a 93 MB download."
 Kind = Literal["store", "demo", "conversion", "damaged store", "unfinished demo"]
@@ -34,7 +34,7 @@ _DEMO = re.compile(rf"{re.escape(MODEL_NAME)}-MoE-[0-9a-f]{{8}}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Installed:
-    """One folder. What it does not say of itself is None; `problem` says why a store cannot be used."""
+    """One folder. Unknown fields are None; `problem` is the reason why a store cannot be used."""
 
     name: str
     path: Path
@@ -48,14 +48,14 @@ class Installed:
 
 
 def installed(cache: Path | None = None) -> list[Installed]:
-    """Everything of ours in the cache folder, by name. Links are not followed."""
+    """All entries of the cache folder, by name. Links are not followed."""
     root = cache_dir() if cache is None else cache
     found = (describe(path) for folder in (STORES, DEMOS) for path in _folders(root / folder))
     return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.name)
 
 
 def describe(path: Path) -> Installed | None:
-    """What a folder holds; None when it is nothing of ours."""
+    """The entry of a folder; None for a foreign folder."""
     if is_store(path):
         return _describe_store(path)
     if (path / JOURNAL_NAME).is_file():
@@ -69,7 +69,7 @@ def describe(path: Path) -> Installed | None:
 
 
 def resolve_installed(name: str | Path, cache: Path | None = None) -> Path:
-    """As `resolve`; of the demo its store, or what is built of it as long as it has none.
+    """As `resolve`; the demo resolves to its store, or to its checkpoint if there is no store yet.
 
     Raises: StoreError when the name could mean several.
     """
@@ -86,14 +86,14 @@ def resolve_installed(name: str | Path, cache: Path | None = None) -> Path:
 
 
 def check_finished(path: Path) -> None:
-    """Raises: StoreError when a conversion to this folder was begun and not finished."""
+    """Check that the folder has no unfinished conversion. Raises: StoreError."""
     found = _describe_conversion(path) if (path / JOURNAL_NAME).is_file() and not is_store(path) else None
     if found is not None:
         raise StoreError(f"{path} is an unfinished conversion. {resume_advice(found)}")
 
 
 def resume_advice(entry: Installed) -> str:
-    """How an unfinished conversion goes on."""
+    """The command that resumes an unfinished conversion."""
     source = entry.source or "SOURCE"
     flags = {"--codec": entry.codec, "--dense-codec": entry.dense_codec}
     flags["--revision"] = entry.revision if looks_like_hub_id(source) else None
@@ -117,15 +117,15 @@ def find(name: str | Path, cache: Path | None = None) -> Installed:
 
 
 def remove(entry: Installed) -> None:
-    """Delete what is installed, and nothing that is not ours: neither other files nor what links lead to.
+    """Delete an entry, but neither foreign files nor targets of links.
 
-    A deletion that is killed leaves a folder that can be deleted by the same call.
+    If a deletion is killed, the same call deletes the rest.
 
-    Raises: StoreError when the folder is a link, is in use, or holds files of others.
+    Raises: StoreError when the folder is a link, is in use, or holds foreign files.
     """
-    path = entry.path.absolute()  # also where the user is inside it and calls it "."
+    path = entry.path.absolute()  # also for "." inside the folder
     if path.is_symlink():
-        raise StoreError(f"{path} is a link to another folder, which is left alone. Delete the link by hand.")
+        raise StoreError(f"{path} is a link to another folder. Delete the link by hand.")
     if entry.kind in ("demo", "unfinished demo"):
         _remove_demo(path)
         return
@@ -133,9 +133,9 @@ def remove(entry: Installed) -> None:
         raise StoreError(f"{path} is being written by another process. Stop it first.")
     if foreign := sorted(_foreign(path)):
         raise StoreError(
-            f"{path} holds {foreign[0]}, which is not ours ({len(foreign)} such entries). Move it away, then try again."
+            f"{path} holds {foreign[0]}, which no conversion writes ({len(foreign)} such entries). Move it and retry."
         )
-    last = {MANIFEST_NAME, JOURNAL_NAME}  # without them nobody could tell what the folder was
+    last = {MANIFEST_NAME, JOURNAL_NAME}  # deleted last, because they identify the folder
     for child in sorted(path.iterdir(), key=lambda child: child.name in last):
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
@@ -145,12 +145,12 @@ def remove(entry: Installed) -> None:
 
 
 def fingerprint(store: Path) -> str:
-    """Stands for every checksum of a store: equal for stores with equal content, source and codecs."""
+    """A digest of all checksums of a store: equal for stores with equal content, source and codecs."""
     return hashlib.sha256((store / MANIFEST_NAME).read_bytes()).hexdigest()[:16]
 
 
 def folder_bytes(path: Path) -> int:
-    """Bytes of all files in a folder; links count as nothing, as does what disappears meanwhile."""
+    """Bytes of all files in a folder, without links and without files that disappear during the count."""
     total = 0
     for parent, _, names in os.walk(path):
         for name in names:
@@ -208,7 +208,7 @@ def _describe_conversion(path: Path) -> Installed:
 
 
 def _foreign(path: Path) -> set[str]:
-    """What lies in a store or conversion beside what a conversion writes."""
+    """Entries of a store or conversion that no conversion writes."""
     written = _small_files(path)
     found = set()
     for parent, folders, names in os.walk(path):
@@ -220,7 +220,7 @@ def _foreign(path: Path) -> set[str]:
 
 
 def _small_files(path: Path) -> set[str] | None:
-    """Names of the small files of a finished store; None when it does not say."""
+    """Names of the small files of a finished store; None if the manifest has none."""
     try:
         return {file.name for file in read_manifest(path).metadata}
     except OffloadMoeError:

@@ -1,4 +1,4 @@
-"""The record of how far a conversion has come: one line per finished blob, after a first line of settings."""
+"""The progress of a conversion on disk: a first line of settings, then one line per finished blob."""
 
 import json
 import os
@@ -8,22 +8,23 @@ from typing import Any
 from offload_moe.errors import StoreError
 from offload_moe.store import durable
 from offload_moe.system.locks import no_locks, try_lock
+from offload_moe.system.paths import MANIFEST_NAME
 
 JOURNAL_NAME = "conversion.journal"
 LINE_BYTES = 9  # CRC-32 in hexadecimal and a newline
 
 
 class Journal:
-    """Claims a folder for one conversion and remembers the checksums of what is finished.
+    """Claims a folder for one conversion and records the checksums of finished blobs.
 
-    A torn last line is one that was never written. Lines may be ahead of the data after a power cut, so whoever resumes
-    checks the data against them.
+    An incomplete last line is ignored. After a power cut the journal may be ahead of the data, so a resumed conversion
+    compares the data with it.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        """Start a conversion, or continue one. Raises: StoreError when the folder is another's."""
+        """Start or resume a conversion. Raises: StoreError when the folder belongs to something else."""
         self._path = folder / JOURNAL_NAME
-        self.notice: str | None = None  # what the user must know of the claim
+        self.notice: str | None = None  # notices for the user about the claim
         first_line = json.dumps(settings, sort_keys=True).encode() + b"\n"
         check_target(folder)
         if not self._path.exists():
@@ -42,12 +43,12 @@ class Journal:
         self.checksums = _checksums(content[self._start :])
 
     def append(self, checksum: int) -> None:
-        """One more blob is finished."""
+        """Record a finished blob."""
         durable.write_at(self._file, b"%08x\n" % checksum, self._start + LINE_BYTES * len(self.checksums))
         self.checksums.append(checksum)
 
     def cut(self, count: int) -> None:
-        """Forget all but the first `count` blobs."""
+        """Drop all but the first `count` blobs."""
         del self.checksums[count:]
         os.ftruncate(self._file, self._start + LINE_BYTES * count)
 
@@ -55,7 +56,7 @@ class Journal:
         durable.sync(self._file)
 
     def remove(self) -> None:
-        """The conversion is finished."""
+        """Delete the journal of a finished conversion."""
         self._path.unlink()
 
     def close(self) -> None:
@@ -70,7 +71,7 @@ class Journal:
 
 
 def is_being_written(folder: Path) -> bool:
-    """Whether a conversion into the folder is known to be running now."""
+    """Whether another process holds the folder's lock."""
     try:
         journal = os.open(folder / JOURNAL_NAME, os.O_RDONLY)
     except FileNotFoundError:
@@ -95,16 +96,16 @@ def _checksums(lines: bytes) -> list[int]:
 
 
 def check_target(folder: Path) -> None:
-    """Whether a conversion may begin in this folder, or go on. Raises: StoreError.
+    """Check that a conversion may begin or resume in this folder. Raises: StoreError.
 
-    Only a new or empty folder is taken; a leftover of our own first write is no content.
+    The folder must be new or empty, apart from the remains of a conversion's own first write.
     """
     if (folder / JOURNAL_NAME).exists() or not folder.exists():
         return
     if not folder.is_dir():
         raise StoreError(f"{folder} is a file. Choose a new folder for the store.")
     names = {path.name for path in folder.iterdir()} - {JOURNAL_NAME + durable.PART}
-    if "store.json" in names:
+    if MANIFEST_NAME in names:
         raise StoreError(f"{folder} is already a finished store. Use it, delete it, or choose another folder.")
     if names:
         raise StoreError(f"{folder} is not empty and not ours ({sorted(names)[0]}). Choose a new folder for the store.")

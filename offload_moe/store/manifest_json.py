@@ -17,8 +17,8 @@ from offload_moe.errors import StoreCorrupt, StoreError, StoreVersion
 from offload_moe.quant import ExpertShape, Matrix
 from offload_moe.quant.layout import RECORD_ALIGNMENT
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest, Place, StoredFile
+from offload_moe.system.paths import MANIFEST_NAME
 
-MANIFEST_NAME = "store.json"
 FORMAT_NAME = "offload-moe expert store"
 FORMAT_VERSION = 1
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

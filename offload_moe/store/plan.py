@@ -1,7 +1,7 @@
-"""Which bytes go where in a store, known in full before the first of them is written.
+"""The places of all bytes of a store, computed before the first byte is written.
 
-Every size follows from shapes and codecs, so headers are written first and an interrupted conversion always finds the
-same plan again.
+Every size follows from shapes and codecs, so headers are written first, and a resumed conversion computes the same
+plan.
 """
 
 import json
@@ -19,7 +19,7 @@ FILE_BYTES = 4 << 30  # a file is closed before it grows past this, except for o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blob:
-    """One tensor of the store to be: a record, or a dense tensor as it is."""
+    """One planned tensor of a store: a record, or an unquantized dense tensor."""
 
     name: str
     dtype: torch.dtype
@@ -41,7 +41,7 @@ class PlannedFile:
         return len(self.header) + sum(blob.num_bytes for blob in self.blobs)
 
     def offsets(self) -> list[int]:
-        """Where each blob starts, from the start of the file."""
+        """The offset of each blob from the start of the file."""
         position = len(self.header)
         offsets = []
         for blob in self.blobs:

@@ -1,4 +1,4 @@
-"""Reading at an offset, also where the system has no `preadv` (Windows)."""
+"""Reads at an offset, also on systems without `preadv` (Windows)."""
 
 import os
 import threading
@@ -15,7 +15,7 @@ def open_for_reading(path: Path) -> int:
 
 
 def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
-    """Fill the buffer as far as one read does. Returns how many bytes it was; 0 at the end of the file."""
+    """Read once into the buffer. Returns the number of bytes read; 0 at the end of the file."""
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [buffer], offset)
     with _POSITION:

@@ -1,4 +1,4 @@
-"""Checked reads: bytes that do not match their checksum never leave this file."""
+"""Checked reads: bytes that do not match their checksum are never returned."""
 
 import os
 from collections.abc import Iterable
@@ -18,19 +18,19 @@ TOUCH_BYTES = 1 << 22
 
 
 def read_checked(path: Path, place: Place, what: str) -> Tensor:
-    """The bytes, uint8 ``[num_bytes]``. Raises: StoreCorrupt, StoreError naming the file and `what` is read."""
+    """The bytes, uint8 ``[num_bytes]``. Raises: StoreCorrupt, StoreError naming the file and `what`."""
     data = torch.empty(place.num_bytes, dtype=torch.uint8)
     _read(path, place, what, data.numpy().data)
     return data
 
 
 def check(path: Path, place: Place, what: str) -> None:
-    """Read and compare without keeping. Raises: as `read_checked`."""
+    """Read and compare, without returning the bytes. Raises: as `read_checked`."""
     _read(path, place, what, None)
 
 
 def forget_cached(path: Path) -> None:
-    """Drop what memory holds of a file, so that the next read is the disk's; a hint, where the system takes one."""
+    """Drop a file from the page cache, so that the next read is from the disk; a hint, if the system has one."""
     if not hasattr(os, "posix_fadvise"):
         return
     with suppress(OSError):
@@ -42,7 +42,7 @@ def forget_cached(path: Path) -> None:
 
 
 def touch(places: Iterable[tuple[Path, Place]]) -> None:
-    """Read and forget, so that the next read finds the bytes in memory; what cannot be read is left to that one."""
+    """Read a file into the page cache. Errors are left to the actual read."""
     scratch = memoryview(bytearray(TOUCH_BYTES))
     for path, place in places:
         with suppress(OSError):

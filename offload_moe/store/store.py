@@ -1,4 +1,4 @@
-"""The reading side of an expert store: where every record lies, and whether its bytes are the ones written."""
+"""The reading side of an expert store: the place of every record, and the check of its bytes."""
 
 import re
 import threading
@@ -11,15 +11,15 @@ from torch import Tensor
 from offload_moe.errors import ConfigError, StoreCorrupt, StoreError
 from offload_moe.quant import get_codec
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest, Place
-from offload_moe.store.manifest_json import MANIFEST_NAME, read_manifest
-from offload_moe.store.progress import OnProgress, Progress, ignore_progress
+from offload_moe.store.manifest_json import read_manifest
 from offload_moe.store.reading import check, read_checked, touch
-from offload_moe.system.paths import file_advice
+from offload_moe.system.paths import MANIFEST_NAME, file_advice
+from offload_moe.system.progress import Progress, silent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """Where one expert lies: `offset` and `num_bytes` are multiples of 4096. `name` is for messages."""
+    """The place of one expert: `offset` and `num_bytes` are multiples of 4096. `name` is for messages."""
 
     name: str
     path: Path
@@ -30,7 +30,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A run of bytes with a checksum of its own; `name` says what it is."""
+    """A range of bytes with a checksum; `name` describes it."""
 
     name: str
     path: Path
@@ -42,12 +42,12 @@ class Piece:
 
 
 def is_store(path: Path | str) -> bool:
-    """Whether a finished store is there; `Store.open` says whether it is usable."""
+    """Whether the folder has a manifest; `Store.open` checks that the store is usable."""
     return (Path(path) / MANIFEST_NAME).is_file()
 
 
 class Store:
-    """A finished expert store. Nothing of it changes while it is open."""
+    """A finished expert store, which is immutable."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
@@ -87,7 +87,7 @@ class Store:
 
     @property
     def num_experts(self) -> int:
-        """The most experts any layer has: flat keys are ``layer * num_experts + expert``."""
+        """The most experts any layer has."""
         return max(layer.num_experts for layer in self.layers)
 
     @property
@@ -104,7 +104,7 @@ class Store:
         return sum(entry.place.num_bytes for entry in self.dense.values())
 
     def record(self, layer: int, expert: int) -> Record:
-        """Where an expert's record lies; `layer` is the ordinal of the MoE layer."""
+        """The place of an expert's record; `layer` is the ordinal of the MoE layer."""
         place = self._place(layer, expert)
         return Record(
             name=self._expert_name(layer, expert),
@@ -115,7 +115,7 @@ class Store:
         )
 
     def place_of(self, name: str) -> tuple[Path, int, int] | None:
-        """File, offset and length of what is called `name` in a data file: a dense tensor, or an expert's record."""
+        """File, offset and length of the tensor `name` of a data file: a dense tensor, or an expert's record."""
         if name in self.dense:
             place = self.dense[name].place
         elif match := re.fullmatch(r"layers\.(\d{1,9})\.experts\.(\d{1,9})", name):
@@ -133,7 +133,7 @@ class Store:
         return read_checked(self._file(place), place, self._expert_name(layer, expert))
 
     def read_dense(self, name: str) -> Tensor:
-        """A dense tensor, checked; where `dense[name].quantized` is set, the uint8 record of a linear.
+        """A dense tensor, checked; if `dense[name].quantized` is set, the uint8 record of a linear.
 
         Raises: StoreCorrupt naming the tensor and its file.
         """
@@ -142,30 +142,29 @@ class Store:
         return data.view(entry.dtype).view(entry.shape)
 
     def dense_tensors(self) -> Iterator[tuple[DenseEntry, Tensor]]:
-        """Every dense entry with its tensor, read one at a time: the largest first, while nothing else is in memory."""
+        """Every dense entry with its tensor, read one at a time, the largest first to limit the peak of memory."""
         for entry in self._largest_first():
             yield entry, self.read_dense(entry.name)
 
     def read_ahead(self) -> None:
-        """Have the system read the dense tensors in the background, while the caller is busy with other things."""
+        """Let the system read the dense tensors into the page cache in the background."""
         places = [(self._file(entry.place), entry.place) for entry in self._largest_first()]
         threading.Thread(target=touch, args=(places,), name="read-ahead", daemon=True).start()
 
     def _largest_first(self) -> list[DenseEntry]:
         return sorted(self.dense.values(), key=lambda entry: -entry.place.num_bytes)
 
-    def verify(self, progress: OnProgress | None = None) -> None:
+    def verify(self, progress: Progress = silent) -> None:
         """Read everything and compare it with its checksum.
 
         Raises: StoreCorrupt naming the first file and expert or tensor that differs.
         """
-        report = progress or ignore_progress
         pieces = list(self.pieces())
         total, done = sum(piece.place.num_bytes for piece in pieces), 0
         for piece in pieces:
             piece.check()
             done += piece.place.num_bytes
-            report(Progress(phase="Verifying", done_bytes=done, total_bytes=total))
+            progress("Verifying", done, total)
 
     def pieces(self) -> Iterator[Piece]:
         """All of the store but its manifest: small files, headers, dense tensors, experts."""
@@ -199,7 +198,7 @@ class Store:
         return self.path / self._manifest.files[place.file].name
 
     def _check_layouts(self) -> None:
-        """Records must be as long as their codec says, or arithmetic would read past them."""
+        """Check the records' lengths against the codec, since arithmetic would read past shorter ones."""
         try:
             experts, dense = get_codec(self.codec), get_codec(self.dense_codec)
         except ConfigError as error:

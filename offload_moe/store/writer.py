@@ -1,4 +1,4 @@
-"""The writing side of an expert store: resumable at the last finished record, and never half there.
+"""The writing side of an expert store: resumable at the last finished record, and loadable only when complete.
 
 Data files are written under a `.part` name in the order of the plan; `store.json` comes last. A resumed conversion
 gives the same bytes as an undisturbed one.
@@ -17,18 +17,18 @@ from offload_moe.native.kernels import crc32
 from offload_moe.store import durable
 from offload_moe.store.journal import Journal
 from offload_moe.store.manifest import Place, StoredFile
-from offload_moe.store.manifest_json import MANIFEST_NAME
 from offload_moe.store.plan import PlannedFile
+from offload_moe.system.paths import MANIFEST_NAME
 from offload_moe.system.sizes import format_size
 
 READ_BYTES = 1 << 24
-FLUSH_BYTES = 256 << 20  # dirty pages beyond this only make the last sync of a file a long stall
+FLUSH_BYTES = 256 << 20  # more dirty pages would only prolong the last sync of a file
 
 Payload = Iterable[memoryview]
 
 
 class StoreWriter:
-    """Writes planned files into a folder. Enter it to claim the folder and find out what is already there."""
+    """Writes planned files into a folder. On entry it claims the folder and checks the finished part."""
 
     def __init__(self, folder: Path, files: Sequence[PlannedFile], settings: dict[str, Any]) -> None:
         """`settings` must be the same for a conversion to be resumed."""
@@ -54,7 +54,7 @@ class StoreWriter:
         self._journal.close()
 
     def write(self, payloads: Iterator[Payload]) -> Iterator[int]:
-        """Write the blobs from `num_done` on, in the order of the plan; yields the bytes of each as it is finished.
+        """Write the blobs from `num_done` on, in the order of the plan; yields the bytes of each finished blob.
 
         Raises:
             BudgetError: the disk is full.
@@ -68,7 +68,7 @@ class StoreWriter:
                 yield from self._write_file(file, skip, payloads)
 
     def places(self) -> list[Place]:
-        """Where every blob lies, in the order of the plan, once all are written."""
+        """The places of all blobs, in the order of the plan, once all are written."""
         checksums = iter(self._journal.checksums)
         return [
             Place(file=index, offset=offset, num_bytes=blob.num_bytes, checksum=next(checksums))
@@ -77,9 +77,9 @@ class StoreWriter:
         ]
 
     def finish(self, manifest: str, metadata: dict[str, bytes], clean_up: Callable[[], None] | None = None) -> None:
-        """Add the small files and, after them, the manifest: from here on the store loads.
+        """Write the small files and then the manifest, after which the store can be loaded.
 
-        clean_up: what is left to do then. Until it is done the conversion can be resumed: a kill leaves nothing behind.
+        clean_up: called afterwards. Until it returns, the conversion can be resumed, so a kill leaves no remains.
         """
         with durable.named_errors(self._folder):
             for name, data in metadata.items():
@@ -133,7 +133,7 @@ class StoreWriter:
         durable.publish(self._part(file), self._folder / file.name)
 
     def _recover(self) -> int:
-        """How many blobs are safely there, in order; a file that only lacks its name gets it."""
+        """The number of finished blobs, in order; a complete file under its temporary name is renamed."""
         done = 0
         for file in self._files:
             expected = self._journal.checksums[done : done + len(file.blobs)]
@@ -155,7 +155,7 @@ class StoreWriter:
         return done
 
     def _intact(self, file: PlannedFile, checksums: list[int]) -> int:
-        """How many of the first blobs of an unfinished file match the journal."""
+        """The number of leading blobs of an unfinished file that match the journal."""
         part = self._part(file)
         if not checksums or not part.exists():
             return 0
@@ -168,7 +168,7 @@ class StoreWriter:
         return len(checksums)
 
     def _check_space(self) -> None:
-        """Raises: BudgetError when the rest of the store does not fit on the disk."""
+        """Check that the rest of the store fits on the disk. Raises: BudgetError."""
         paths = [path for file in self._files for path in (self._folder / file.name, self._part(file))]
         present = sum(path.stat().st_blocks * 512 for path in paths if path.exists())
         needed = sum(file.num_bytes for file in self._files) - present
@@ -184,12 +184,12 @@ class StoreWriter:
 
 
 def stored_files(files: Sequence[PlannedFile]) -> tuple[StoredFile, ...]:
-    """What the manifest says of the data files."""
+    """The data files' entries of the manifest."""
     return tuple(StoredFile(name=f.name, num_bytes=f.num_bytes, checksum=zlib.crc32(f.header)) for f in files)
 
 
 def describe_metadata(metadata: dict[str, bytes]) -> tuple[StoredFile, ...]:
-    """What the manifest says of the small files."""
+    """The small files' entries of the manifest."""
     return tuple(StoredFile(name=n, num_bytes=len(data), checksum=zlib.crc32(data)) for n, data in metadata.items())
 
 

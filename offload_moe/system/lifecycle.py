@@ -1,7 +1,7 @@
-"""Whether a model may be used: it is open until it is closed, the process forks, or the interpreter exits.
+"""The life of a model: it is open until it is closed, the process forks, or the interpreter exits.
 
-Experts are reached only within a pass, `with lifecycle:`. Closing lets no pass begin, waits for those in flight, and
-releases what they used. A model that is dropped instead is released piece by piece, by the finalizers of `finalize`.
+Experts are used only within a pass, `with lifecycle:`. Closing refuses new passes, waits for passes in flight, and
+releases the model's resources. A model that is dropped instead is released by the finalizers of `finalize`.
 """
 
 import atexit
@@ -21,7 +21,7 @@ FORKED = (
     "Load it in this process, or start the process with `spawn`."
 )
 EXITING = "The interpreter is exiting."
-EXIT_LIMIT_S = 5.0  # a thread that is stuck in a dead disk must not keep the process from ending
+EXIT_LIMIT_S = 5.0  # a thread that is blocked by a dead disk must not keep the process from ending
 _STEP_S = 0.1  # a wait without an end cannot be interrupted on Windows
 
 _lifecycles: "weakref.WeakSet[Lifecycle]" = weakref.WeakSet()
@@ -29,14 +29,14 @@ _is_forked_with_torch = False
 
 
 class Lifecycle:
-    """Of one model. As a context: one pass. Safe to use from several threads, and from signal handlers.
+    """The life of one model; as a context manager, one pass. Safe for several threads and for signal handlers.
 
-    A pass costs no lock: every thread counts its own, and looks whether the model is open after it has counted.
+    A pass takes no lock: every thread counts its own passes, and checks that the model is open after counting.
     """
 
     def __init__(self) -> None:
-        self._passes: dict[int, int] = {}  # by thread
-        self._ended: str | None = None  # why no pass begins any more
+        self._passes: dict[int, int] = {}  # passes by thread
+        self._ended: str | None = None  # the reason why new passes are refused
         self._release: Callable[[], object] | None = None
         self._changed = threading.Condition()
         self._releasing = threading.RLock()
@@ -47,17 +47,17 @@ class Lifecycle:
         return self._ended is None
 
     def check(self) -> None:
-        """Not within a pass. Raises: ModelClosed. A daemon thread does not return while the interpreter exits."""
+        """Check outside a pass. Raises: ModelClosed. A daemon thread does not return while the interpreter exits."""
         if self._ended is not None:
             self._refuse(self._ended)
 
     def begin_forward(self) -> None:
-        """As `check`. This thread is in no pass now: an interrupt just before `__exit__` may have left one behind."""
+        """As `check`, and reset this thread's count, which an interrupt before `__exit__` may have left too high."""
         self._passes.pop(threading.get_ident(), None)
         self.check()
 
     def check_waiting(self) -> None:
-        """The same within a pass, which may hold locks. Raises: ModelClosed."""
+        """Check within a pass, which may hold locks. Raises: ModelClosed."""
         if self._ended is not None:
             raise ModelClosed(self._ended)
 
@@ -77,10 +77,10 @@ class Lifecycle:
             self._stop_at_exit()
 
     def end(self, release: Callable[[], object]) -> None:
-        """Close. Passes of other threads are waited for: they end at their next layer, or where they wait for experts.
+        """Close the model and wait for passes of other threads, which end at their next layer or wait for experts.
 
-        release: frees what passes use; called once none is in flight, also where that is after this call because it
-        comes from within a pass, as from a signal handler. It may be called again, and does nothing then.
+        release: frees the resources of passes; called once no pass is in flight. If `close` is called within a pass, as
+        by a signal handler, that is after its return. A second call of `close` has no effect.
         """
         if self._ended == FORKED:
             return
@@ -114,13 +114,13 @@ class Lifecycle:
         raise ModelClosed(why)
 
     def _stop_at_exit(self) -> None:
-        """A daemon thread that the interpreter stops inside of torch aborts the process: it stops here instead."""
+        """Block a daemon thread at exit: if the interpreter stopped it inside torch, the process would abort."""
         if self._ended == EXITING and threading.current_thread() is not threading.main_thread():
             threading.Event().wait()
 
     def _exit(self, limit_s: float) -> None:
         if self._ended == FORKED:
-            return  # the lock may have been held by a thread of the parent
+            return  # a thread of the parent may have held the lock
         with self._changed:
             self._ended = self._ended or EXITING
             self._changed.wait_for(lambda: not self._passes, limit_s)
@@ -130,9 +130,9 @@ class Lifecycle:
 
 
 def finalize(owner: object, release: Callable[..., object], *arguments: Any) -> "weakref.finalize[..., Any]":
-    """Call `release` once `owner` is dropped, or at exit; not in a process that was forked since.
+    """Call `release` once `owner` is dropped, or at exit, but never in a process that was forked later.
 
-    The arguments must not lead back to the owner.
+    The arguments must not refer to the owner.
     """
     return weakref.finalize(owner, _release_here, os.getpid(), release, arguments)
 
@@ -160,5 +160,6 @@ def _at_exit() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
-weakref.finalize(Lifecycle, bool).atexit = True  # the first finalizer registers them all: they run after what follows
+# The first finalizer registers the exit hook of all finalizers; hooks run in reverse order, so after `_at_exit`.
+weakref.finalize(Lifecycle, bool).atexit = True
 atexit.register(_at_exit)

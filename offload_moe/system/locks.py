@@ -1,6 +1,6 @@
 """Locks between processes, on file systems that have them: the system releases them when a process is killed.
 
-Some have none (Lustre mounted without flock, CIFS, NFS without its lock service). There work goes on without a lock.
+Some have none (Lustre mounted without flock, CIFS, NFS without its lock service). On these, work continues unlocked.
 """
 
 import errno
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 HELD_ERRORS = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # errors that say nothing else
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # errors with no other meaning here
 POLL_S = 0.1
 
 State = Literal["locked", "held elsewhere", "unavailable"]
 
 
 def try_lock(descriptor: int, *, is_shared: bool = False) -> State:
-    """Lock an open file, until it is closed, if that can be had at once."""
+    """Try to lock an open file until it is closed, without waiting."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -32,13 +32,13 @@ def try_lock(descriptor: int, *, is_shared: bool = False) -> State:
 
 
 def no_locks(folder: Path) -> str:
-    """What a user must know where locks are unavailable."""
+    """The notice for a file system without locks."""
     return f"The file system of {folder} has no file locks. Do not let another process write to that folder meanwhile."
 
 
 @contextmanager
 def lock_file(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[State]:
-    """Try to lock a file, which is made where it is missing.
+    """Try to lock a file, which is created if it is missing.
 
     on_wait: called once if another process holds the lock, which is then waited for.
     """

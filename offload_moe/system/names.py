@@ -1,4 +1,4 @@
-"""What a user may call a model, told without importing torch: a wrong name is an error at once."""
+"""Names of models, resolved without importing torch, so that a wrong name is an error at once."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -12,7 +12,7 @@ from offload_moe.system.paths import cache_dir
 DEMO = "demo"
 STORES, DEMOS = "stores", "demo"  # folders of the cache
 HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
-ALIKE = 0.7  # of two names, from 0 to 1, for one to be proposed for the other
+ALIKE = 0.7  # similarity of two names, 0 to 1, from which one is proposed for the other
 MOST_SHOWN = 10
 
 
@@ -22,9 +22,9 @@ def looks_like_hub_id(text: str) -> bool:
 
 
 def hub_name(source: str | Path, revision: str | None = None) -> tuple[str | Path, str | None]:
-    """A hub URL as id and revision; anything else as it is.
+    """A hub URL as id and revision; any other source unchanged.
 
-    Raises: ConfigError for a URL of something else than a model, or of another revision than the one that is named.
+    Raises: ConfigError for a URL of anything but a model, or of another revision than the given one.
     """
     match = re.fullmatch(r"(?:https?://)?([^/]+)/+(.+)", str(source).strip(), re.IGNORECASE)
     if isinstance(source, Path) or match is None or match[1].lower() not in HUB_HOSTS:
@@ -39,15 +39,15 @@ def hub_name(source: str | Path, revision: str | None = None) -> tuple[str | Pat
     return repo_id, named or revision
 
 
-_VIEWS = ("tree", "blob", "resolve", "commit")  # what the hub's pages call a revision by
+_VIEWS = ("tree", "blob", "resolve", "commit")  # path parts of the hub's pages that precede a revision
 
 
 def resolve(name: str | Path, cache: Path | None = None) -> Path:
-    """The folder a user means: a path that exists, else the entry of the cache folder with that name, else the path.
+    """Resolve a name: an existing path, else the entry of the cache folder with that name, else the path.
 
-    The beginning of the name of one store will do.
+    The beginning of a store's name is enough if no other store's name begins with it.
 
-    Raises: StoreError when several stores begin like that.
+    Raises: StoreError when several names begin with it.
     """
     path = resolve_whole(name, cache)
     if path.exists() or not _is_name(name):
@@ -63,7 +63,7 @@ def resolve(name: str | Path, cache: Path | None = None) -> Path:
 
 
 def resolve_whole(name: str | Path, cache: Path | None = None) -> Path:
-    """As `resolve`, of a name that is whole, as a store has it of its source."""
+    """As `resolve`, for a complete name, such as the source in a store's manifest."""
     path = Path(name).expanduser()
     if path.exists() or not _is_name(name):
         return path
@@ -72,14 +72,22 @@ def resolve_whole(name: str | Path, cache: Path | None = None) -> Path:
     return next((entry for entry in entries if entry.is_dir()), path)
 
 
+def is_whole_name(name: str | Path, cache: Path | None = None) -> bool:
+    """Whether it is the demo, a path that exists or an entry of the cache folder, not the beginning of one."""
+    return name == DEMO or resolve_whole(name, cache).exists()
+
+
 def _is_name(name: str | Path) -> bool:
-    """Whether it may be of an entry of the cache folder: no path, and not the demo."""
+    """Whether `name` may be an entry of the cache folder: no path, and not the demo."""
     path = Path(name)
     return path.name == str(name) and path.name not in ("", "..", DEMO)
 
 
 def check_model(name: str | Path, revision: str | None = None) -> None:
-    """Raises: CheckpointError when `name` is nothing that could be loaded or planned, ConfigError as `hub_name`."""
+    """Check that `name` can be loaded or planned.
+
+    Raises: CheckpointError when it cannot; ConfigError as `hub_name`.
+    """
     source, _ = hub_name(name, revision)
     if source == DEMO or looks_like_hub_id(str(source)) or resolve(source).exists():
         return
@@ -90,13 +98,13 @@ def check_model(name: str | Path, revision: str | None = None) -> None:
 
 
 def check_source(source: str | Path) -> None:
-    """Raises: CheckpointError when `source` is nothing that could be converted."""
+    """Check that `source` can be converted. Raises: CheckpointError."""
     if not Path(source).expanduser().exists() and not looks_like_hub_id(str(source)):
         raise CheckpointError(f"{source} is neither a folder nor a hub id like organisation/model. Check the path.")
 
 
 def check_installed(name: str | Path) -> None:
-    """Raises: StoreError when `name` is no folder, and nothing in the cache has it."""
+    """Check that `name` is a folder or an entry of the cache. Raises: StoreError."""
     if name != DEMO and not resolve(name).exists():
         meant = did_you_mean(str(name), (DEMO, *_all_entries()), otherwise="")
         raise StoreError(
@@ -106,24 +114,24 @@ def check_installed(name: str | Path) -> None:
 
 
 def choice(what: str, name: str, choices: Collection[str]) -> str:
-    """`name`, where it is one of them. Raises: ConfigError that says which there are."""
+    """`name`, if it is one of the choices. Raises: ConfigError with the list of choices."""
     if name in choices:
         return name
     raise ConfigError(
-        f"There is no {what} {name!r}. {did_you_mean(name, choices, otherwise='')} ".rstrip()
+        f"There is no {what} {name!r}. {did_you_mean(str(name), choices, otherwise='')} ".rstrip()
         + f" Choose one of: {', '.join(choices)}."
     )
 
 
 def did_you_mean(word: str, choices: Iterable[str], *, otherwise: str) -> str:
-    """The question, with the name that is most like the word; `otherwise` where none is."""
+    """A question with the most similar name; `otherwise` if none is similar."""
     likeness = {known: _likeness(word.lower(), known.lower()) for known in choices}
     best = max(likeness, key=likeness.__getitem__, default="")
     return f"Did you mean {best}?" if best and likeness[best] >= ALIKE else otherwise
 
 
 def _likeness(word: str, known: str) -> float:
-    """The whole name, or as much of its beginning as was typed."""
+    """Similarity to the whole name, or to its beginning of the same length."""
     return max(SequenceMatcher(None, word, part).ratio() for part in (known, known[: len(word)]))
 
 

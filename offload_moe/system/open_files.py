@@ -1,4 +1,4 @@
-"""Open files, of which a process may have few: 256 on macOS by default."""
+"""Open files, whose number is limited per process: 256 on macOS by default."""
 
 import errno
 import os
@@ -13,27 +13,27 @@ READING = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 
 
 def open_descriptor(path: Path, flags: int = READING) -> int:
-    """`os.open`, which raises the limit of open files, where it may, once that is reached.
+    """`os.open`, which raises the limit of open files, if permitted, when the limit is reached.
 
-    Raises: OSError; where it is for too many open files, with what to do.
+    Raises: OSError; for too many open files, with a remedy.
     """
     try:
         return os.open(path, flags)
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE):
             raise
-        if _raise_limit():
+        if raise_limit():
             return os.open(path, flags)
         raise OSError(error.errno, _advice(), str(path)) from error
 
 
 class OpenFiles:
-    """Files that are read again and again, of which a few stay open. Safe to use from several threads."""
+    """Files that are read repeatedly, of which a few stay open. Safe for several threads."""
 
     def __init__(self, num_kept: int = 16) -> None:
         self._num_kept = num_kept
         self._lock = threading.Lock()
-        self._descriptors: OrderedDict[Path, int] = OrderedDict()  # the one that was used last is last
+        self._descriptors: OrderedDict[Path, int] = OrderedDict()  # in order of last use
         self._num_uses: dict[int, int] = {}
 
     @contextmanager
@@ -54,7 +54,7 @@ class OpenFiles:
                 self._close_beyond(self._num_kept)
 
     def release(self, path: Path) -> None:
-        """Close a file that nobody is reading, so that deleting it frees the disk."""
+        """Close a file without readers, so that deleting it frees the disk."""
         with self._lock:
             if path in self._descriptors:
                 self._close(path)
@@ -75,7 +75,7 @@ class OpenFiles:
         os.close(descriptor)
 
 
-def _raise_limit() -> bool:
+def raise_limit() -> bool:
     """Whether more files may be open now."""
     try:
         import resource

@@ -1,4 +1,4 @@
-"""Where this program keeps files between runs."""
+"""The folders of this program's files."""
 
 import os
 import sys
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 CACHE_VARIABLE = "OFFLOAD_MOE_CACHE"
+CONFIG_NAME = "config.json"  # of a model
+MANIFEST_NAME = "store.json"  # of a store
 
 
 def cache_dir(environ: Mapping[str, str] | None = None, platform: str | None = None) -> Path:
@@ -29,7 +31,7 @@ def cache_dir(environ: Mapping[str, str] | None = None, platform: str | None = N
 
 
 def state_dir(environ: Mapping[str, str] | None = None, platform: str | None = None) -> Path:
-    """The folder for what cannot be rebuilt, such as what was typed in chats; it may not exist yet.
+    """The folder for files that cannot be rebuilt, such as the chat history; it may not exist yet.
 
     On Linux `XDG_STATE_HOME` or `~/.local/state`; with `OFFLOAD_MOE_CACHE`, and elsewhere, the folder of the cache.
     """
@@ -42,7 +44,7 @@ def state_dir(environ: Mapping[str, str] | None = None, platform: str | None = N
 
 
 def file_advice(path: Path) -> str:
-    """What to do with a file where a model's folder is wanted."""
+    """The advice for a file in place of a model's folder."""
     folder = path.absolute().parent
     if path.suffix.lower() == ".gguf":
         return (
@@ -50,5 +52,5 @@ def file_advice(path: Path) -> str:
             f"beside it, and all parts of a split file, but no second model. Then `offload-moe quantize {folder} STORE`"
             " and `offload-moe chat STORE`."
         )
-    what = "the manifest of a store, whose folder is" if path.name == "store.json" else "a file, not a model folder:"
+    what = "the manifest of a store, whose folder is" if path.name == MANIFEST_NAME else "a file, not a model folder:"
     return f"{path} is {what} {folder}. Name the folder, which holds config.json and tokenizer beside the weights."

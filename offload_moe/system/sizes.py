@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes with units, as text and as bytes."""
 
 import math
 import re
@@ -6,7 +6,7 @@ import re
 from offload_moe.errors import ConfigError
 
 MOST_BYTES = 1 << 50
-SURELY_BYTES = 1 << 16  # a number that is no count of GiB
+SURELY_BYTES = 1 << 16  # a larger number without a unit is not a count of GiB
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -26,7 +26,7 @@ def parse_size(size: str | int) -> int:
 
 def _bounded(num_bytes: float, text: str) -> int:
     if not 0 <= num_bytes <= MOST_BYTES:
-        raise ConfigError(f"{text[:40]} is no size of a memory. It must lie between 0 and {MOST_BYTES >> 40}TiB.")
+        raise ConfigError(f"{text[:40]} is not a size of a memory. It must lie between 0 and {MOST_BYTES >> 40}TiB.")
     return int(num_bytes)
 
 
@@ -38,6 +38,6 @@ def format_size(num_bytes: float) -> str:
 
 
 def typed_size(num_bytes: int, *, is_least: bool = False) -> str:
-    """Bytes as they can be typed, ``3.5GiB``, rounded down, or up where it is the least that will do."""
+    """Bytes in the form of a flag's value, ``3.5GiB``, rounded down; is_least: a lower bound, rounded up."""
     tenths = num_bytes * 10 / 2**30
     return f"{(math.ceil(tenths) if is_least else math.floor(tenths)) / 10:.1f}GiB"

@@ -1,11 +1,11 @@
-"""Text from outside: bytes to characters, and characters that are no text."""
+"""Text from outside: decoding of bytes, and checks for characters that cannot be encoded."""
 
 import codecs
 from pathlib import Path
 
 from offload_moe.errors import ConfigError
 
-# The longer marks first: that of UTF-32 begins with that of UTF-16.
+# The longer marks first, because the mark of UTF-32 begins with that of UTF-16.
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -18,7 +18,7 @@ FIRST_ESCAPE, LAST_ESCAPE = 0xDC80, 0xDCFF
 
 
 def decode(data: bytes, source: str, encoding: str = "utf-8") -> str:
-    """The text of `data`, with line ends as newlines. A byte order mark overrules `encoding` and is removed.
+    """Decode `data`, with line ends as newlines. A byte order mark overrides `encoding` and is removed.
 
     Raises: ConfigError naming the byte and its offset when the data is not in that encoding.
     """
@@ -38,7 +38,7 @@ def decode(data: bytes, source: str, encoding: str = "utf-8") -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file: UTF-8, or what its byte order mark says.
+    """The text of a file: UTF-8, or the encoding of its byte order mark.
 
     Raises: ConfigError when it cannot be read or decoded.
     """
@@ -50,7 +50,7 @@ def read_text(path: Path) -> str:
 
 
 def check_text(text: object, what: str) -> None:
-    """Refuse what cannot be encoded as UTF-8, and so has no tokens.
+    """Refuse text that cannot be encoded as UTF-8 and therefore has no tokens.
 
     Raises: ConfigError naming the character and its offset.
     """
@@ -71,7 +71,7 @@ def check_text(text: object, what: str) -> None:
 
 
 def unescape(text: str, what: str, encoding: str) -> str:
-    """Text that was decoded with `surrogateescape`, decoded again where `encoding` did not fit.
+    """Decode text again that `surrogateescape` decoded with a wrong `encoding`.
 
     Raises: ConfigError when it is not UTF-8 either.
     """

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.deferred import DeferredCompute, fetch_top_k_after_waiting
 from support.offload import offload
-from support.pressure import experts_of, generate, is_loading, overwrite_what_was_released, scheduler_of
+from support.pressure import bound_of, experts_of, generate, is_loading, overwrite_what_was_released, scheduler_of
 from support.tiny_models import tiny_model, tiny_prompt
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -119,8 +119,8 @@ def test_lookahead_costs_no_synchronization_of_its_own(model: PreTrainedModel) -
     attached, oracle = offload(model, "bf16", 24, copier, 20, DeviceArithmetic)
     scheduler, layers = scheduler_of(attached), experts_of(attached)
     lookahead = Lookahead(find_probes(attached, find_experts(model)), scheduler, PrefetchGovernor(), 2)
-    for module in layers:
-        module._offload_moe.lookahead = lookahead
+    for bound in bound_of(attached):
+        bound.lookahead = lookahead
     counts: list[int] = []
 
     def last_logits(model: PreTrainedModel, count: Callable[[], None]) -> Tensor:
@@ -182,8 +182,8 @@ def test_a_recorded_layer_ends_with_its_copies_landed(model: PreTrainedModel) ->
 
         def ran(self, layers: SpannedLayers) -> None: ...
 
-    for module in experts_of(attached):
-        module._offload_moe.recorder = Recorder()
+    for bound in bound_of(attached):
+        bound.recorder = Recorder()
     generate_later(attached, copier)
     assert len(landed) > 3
     assert all(landed)

@@ -9,7 +9,7 @@ import torch
 
 from offload_moe.errors import BudgetError, ConfigError
 from offload_moe.memory.arena import Arena
-from offload_moe.memory.copier import _CudaRuntime, compute_device, free_device_memory, total_device_memory
+from offload_moe.memory.copier import CudaRuntime, compute_device, free_device_memory, total_device_memory
 from offload_moe.memory.page_lock import PageLock
 
 SLOT = 4096
@@ -105,7 +105,7 @@ def test_a_refused_call_drains_the_error_it_left(monkeypatch: pytest.MonkeyPatch
                 raise RuntimeError(f"CUDA error {latched.pop()}")
 
     with torch.inference_mode():
-        runtime = _CudaRuntime(torch.device("cpu"))
+        runtime = CudaRuntime(torch.device("cpu"))
     assert not runtime._scratch.is_inference()  # a loader thread could not write to it, and nothing would be drained
     monkeypatch.setattr(runtime, "_scratch", Launch())
     cudart = SimpleNamespace(cudaHostRegister=refuse, cudaHostUnregister=refuse)

@@ -11,6 +11,7 @@ from offload_moe.errors import TransferError
 from offload_moe.memory.copier import Marker
 from offload_moe.memory.device import Borrowed, DeviceMover, DeviceSlots
 from offload_moe.memory.simulated import SimulatedCopier, SimulatedEvent, SimulatedStream
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import make_policy
 from offload_moe.residency.residency import Residency
 from offload_moe.residency.scheduler import Scheduler
@@ -176,8 +177,8 @@ def test_an_event_means_what_was_issued_when_it_was_recorded(copier: SimulatedCo
 def make_scheduler(copier: SimulatedCopier, num_slots: int) -> tuple[Scheduler, DeviceSlots]:
     slots = DeviceSlots(copier, num_slots, RECORD)
     mover = DeviceMover(copier, slots, Records())
-    policy = make_policy("lru", num_layers=1, num_experts=8, num_slots=num_slots)
-    return Scheduler(Residency(num_slots, policy), mover, num_experts=8, flights=mover.flights), slots
+    policy = make_policy("lru", ExpertKeys([8]), num_slots=num_slots)
+    return Scheduler(Residency(num_slots, policy), mover, keys=ExpertKeys([8]), flights=mover.flights), slots
 
 
 def test_compute_follows_a_copy_that_the_host_does_not_wait_for(copier: SimulatedCopier) -> None:

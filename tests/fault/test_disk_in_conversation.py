@@ -49,7 +49,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, spoiled: Callable[[Preadv], Preadv], 
 
 def ask_anew(model: Model, session: ChatSession, expected: str) -> None:
     """Once the reads have ended that were under way when the answer failed."""
-    wait_until_quiet(model._hierarchy.ram)
+    wait_until_quiet(model.engine.hierarchy.ram)
     session.reset()
     assert say(session, "Hello") == expected
 
@@ -82,7 +82,7 @@ def test_the_answer_can_be_asked_for_again(model: Model, monkeypatch: pytest.Mon
         spoil(patch, refuse(errno.EIO), after=0)
         with pytest.raises(TransferError):
             say(session, "Two")
-    wait_until_quiet(model._hierarchy.ram)
+    wait_until_quiet(model.engine.hierarchy.ram)
     again = "".join(piece.text for piece in session.retry(temperature=0, max_new_tokens=12))
     assert again == expected
 
@@ -99,13 +99,13 @@ def test_a_disk_that_stops_answering(model: Model, monkeypatch: pytest.MonkeyPat
 
         return preadv
 
-    model._hierarchy.ram.stall_limit_s = 0.2
+    model.engine.hierarchy.ram.stall_limit_s = 0.2
     with monkeypatch.context() as patch:
         spoil(patch, stuck)
         with pytest.raises(TransferError, match="did not arrive within"):
             say(session, "Hello")
         gate.set()  # the disk is back
-    model._hierarchy.ram.stall_limit_s = 60
+    model.engine.hierarchy.ram.stall_limit_s = 60
     ask_anew(model, session, expected)
 
 
@@ -136,16 +136,16 @@ def test_damage_on_the_disk_is_named_and_other_experts_go_on(store: Path, model:
     with record.path.open("r+b") as file:
         file.write(damaged)
     try:
-        model._hierarchy.ram.mover._checked.clear()
+        model.engine.hierarchy.ram.mover._checked.clear()
         with (
             pytest.raises(TransferError, match=r"expert 5 of layer 0.*checksum"),
-            model._hierarchy.ram.acquire(0, [5]) as lease,
+            model.engine.hierarchy.ram.acquire(0, [5]) as lease,
         ):
             list(lease)
-        with model._hierarchy.ram.acquire(0, [4]) as lease:
+        with model.engine.hierarchy.ram.acquire(0, [4]) as lease:
             assert [expert for wave in lease for expert, _ in wave] == [4]
     finally:
         with record.path.open("r+b") as file:
             file.write(content)
-    with model._hierarchy.ram.acquire(0, [5]) as lease:
+    with model.engine.hierarchy.ram.acquire(0, [5]) as lease:
         assert [expert for wave in lease for expert, _ in wave] == [5]

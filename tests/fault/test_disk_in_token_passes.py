@@ -33,7 +33,7 @@ def model(store: Path) -> Iterator[Model]:
     with short_of_slots(store, NUM_SLOTS) as model:
         say(model.chat(), "Hello")
         yield model
-        residency = model._hierarchy.ram.residency
+        residency = model.engine.hierarchy.ram.residency
         assert residency.num_reserved == 0
         assert not any(residency.num_leases(slot) for slot in range(NUM_SLOTS))
 
@@ -41,7 +41,7 @@ def model(store: Path) -> Iterator[Model]:
 @contextmanager
 def broken(model: Model) -> Iterator[None]:
     """The open files of the store lead to a pipe, of which nobody reads at an offset."""
-    (file,) = model._hierarchy.ram.mover._files._files.values()
+    (file,) = model.engine.hierarchy.ram.mover._files._files.values()
     descriptors = [each for each in (file._direct, file._cached) if each is not None]
     kept = [os.dup(each) for each in descriptors]
     ends = os.pipe()
@@ -81,7 +81,7 @@ def test_a_disk_that_fails_in_a_run(model: Model, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(TransferError, match=NAMED):
             say(session, "Hello")
         assert len(runs) > 3
-    wait_until_quiet(model._hierarchy.ram)
+    wait_until_quiet(model.engine.hierarchy.ram)
     session.reset()
     assert say(session, "Hello") == expected
 
@@ -89,7 +89,7 @@ def test_a_disk_that_fails_in_a_run(model: Model, monkeypatch: pytest.MonkeyPatc
 def test_what_a_run_cannot_read_the_mover_reads(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """It opens the file anew."""
     expected = say(model.chat(), "Hello")
-    mover, by_mover = model._hierarchy.ram.mover, []
+    mover, by_mover = model.engine.hierarchy.ram.mover, []
     start = mover.start
 
     def start_and_note(key: int, *args: object, **settings: object) -> None:
@@ -107,7 +107,7 @@ def test_what_a_run_cannot_read_the_mover_reads(model: Model, monkeypatch: pytes
 
 def test_damage_is_named_though_a_run_read_it(store: Path, model: Model) -> None:
     expected = say(model.chat(), "Hello")
-    reserved = model._hierarchy.ram.reserved
+    reserved = model.engine.hierarchy.ram.reserved
     assert reserved is not None
     (path,) = store.glob("experts-*")
     content = path.read_bytes()
@@ -116,7 +116,7 @@ def test_damage_is_named_though_a_run_read_it(store: Path, model: Model) -> None
     damaged = bytearray(content)
     for record in records:
         damaged[record.offset] ^= 1
-    model._hierarchy.ram.mover._checked.clear()
+    model.engine.hierarchy.ram.mover._checked.clear()
     for key in range(num_keys):
         reserved.reads._is_checked[key] = 0
     with path.open("r+b") as file:
@@ -124,7 +124,7 @@ def test_damage_is_named_though_a_run_read_it(store: Path, model: Model) -> None
     try:
         with pytest.raises(TransferError, match=r"expert \d of layer \d.*checksum"):
             say(model.chat(), "Hello")
-        wait_until_quiet(model._hierarchy.ram)
+        wait_until_quiet(model.engine.hierarchy.ram)
     finally:
         with path.open("r+b") as file:
             file.write(content)
@@ -140,10 +140,10 @@ def test_a_run_in_a_process_that_was_stopped_is_not_given_up() -> None:
 
 def test_a_run_that_makes_no_progress_is_given_up(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = say(model.chat(), "Hello")
-    model._hierarchy.ram.stall_limit_s = 0.05
+    model.engine.hierarchy.ram.stall_limit_s = 0.05
     with monkeypatch.context() as patch:
         patch.setattr(TokenPass, "next", lambda self, first: None)
         with pytest.raises(TransferError, match="did not arrive within"):
             say(model.chat(), "Hello")
-    model._hierarchy.ram.stall_limit_s = 60
+    model.engine.hierarchy.ram.stall_limit_s = 60
     assert say(model.chat(), "Hello") == expected

@@ -136,13 +136,24 @@ def edit_index(folder: Path, name: str, file_name: object) -> None:
 def test_an_index_that_leads_out_of_the_folder(shards: Path, tmp_path: Path, path: str) -> None:
     shutil.copy(next(shards.glob("*.safetensors")), tmp_path / "outside.safetensors")
     edit_index(shards, "model.norm.weight", path)
-    refused(shards, tmp_path, CheckpointError, "leads out of the checkpoint folder; refused")
+    refused(shards, tmp_path, CheckpointError, r"leads out of the checkpoint folder; refused\. Put that file")
 
 
 @pytest.mark.parametrize("weight_map", [[], {}, {"a": 1}, None])
 def test_an_index_that_is_none(shards: Path, tmp_path: Path, weight_map: object) -> None:
     edit_json(shards / "model.safetensors.index.json", weight_map=weight_map)
-    refused(shards, tmp_path, CheckpointError, "is not a shard index")
+    refused(shards, tmp_path, CheckpointError, r"is not a shard index: .*\. Download it again")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_json_that_is_nested_without_end(shards: Path, tmp_path: Path, name: str) -> None:
+    (shards / name).write_text("[" * 100_000)
+    refused(shards, tmp_path, CheckpointError, rf"{name} (cannot be read|is not a shard index): .*\. Download it again")
+
+
+def test_a_pointer_of_git_lfs(shards: Path, tmp_path: Path) -> None:
+    next(shards.glob("*.safetensors")).write_text("version https://git-lfs.github.com/spec/v1\nsize 12345\n")
+    refused(shards, tmp_path, CheckpointError, r"not a safetensors file: .*`git lfs pull`")
 
 
 def test_not_a_model_folder(tmp_path: Path) -> None:

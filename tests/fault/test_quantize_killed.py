@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from offload_moe.convert.quantize import Progress, quantize
+from offload_moe.convert.quantize import quantize
 from offload_moe.store import is_store
 from tests.support.checkpoints import write_checkpoint
 
@@ -93,12 +93,13 @@ class StopAfter:
 
     def __init__(self) -> None:
         self.num_stops = 0
-        self._done_bytes = 0
+        self._done_bytes = 0.0
         self._random = random.Random(0)
 
-    def __call__(self, progress: Progress) -> None:
-        assert progress.done_bytes >= self._done_bytes
-        self._done_bytes = progress.done_bytes
-        if self._random.random() < 0.15 and progress.done_bytes < progress.total_bytes:
+    def __call__(self, phase: str, done: float = -1.0, total: float | None = None) -> None:
+        assert total is not None
+        assert done >= self._done_bytes
+        self._done_bytes = done
+        if self._random.random() < 0.15 and done < total:
             self.num_stops += 1
             raise Stopped

@@ -22,6 +22,7 @@ from offload_moe.memory.device import DeviceSlots
 from offload_moe.memory.page_lock import PageLock
 from offload_moe.memory.simulated import POISON, SimulatedCopier
 from offload_moe.residency.hierarchy import Hierarchy, Pools
+from offload_moe.residency.keys import ExpertKeys
 
 SLOT = 4096
 NUM_EXPERTS = 8
@@ -42,8 +43,7 @@ def make(num_ram_slots: int, num_device_slots: int = 0, copier: SimulatedCopier 
     """Two layers of eight experts; every record is its key, over and over; chunks of three slots."""
     records = {key: torch.full((SLOT,), key, dtype=torch.uint8) for key in range(2 * NUM_EXPERTS)}
     pools = Pools(
-        num_layers=2,
-        num_experts=NUM_EXPERTS,
+        keys=ExpertKeys([NUM_EXPERTS] * 2),
         slot_bytes=SLOT,
         num_ram_slots=num_ram_slots,
         num_device_slots=num_device_slots,

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from offload_moe.experts import routing
 from offload_moe.experts.device import DeviceArithmetic
 from offload_moe.memory.arena import Arena
-from offload_moe.memory.copier import AcceleratorCopier, _CudaRuntime, compute_device, free_device_memory
+from offload_moe.memory.copier import AcceleratorCopier, CudaRuntime, compute_device, free_device_memory
 from offload_moe.memory.page_lock import PageLock
 
 pytestmark = pytest.mark.gpu
@@ -130,7 +130,7 @@ def test_copies_run_beside_compute(device: torch.device) -> None:
 
 
 def test_what_is_locked_is_unlocked_and_a_refusal_breaks_no_launch(device: torch.device) -> None:
-    runtime = _CudaRuntime(device)
+    runtime = CudaRuntime(device)
     arena = Arena(num_slots=2, slot_bytes=1 << 20)
     for _ in range(2):
         page_lock = PageLock(runtime)

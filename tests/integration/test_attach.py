@@ -6,13 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.offload import offload
+from support.pressure import bound_of, scheduler_of
 from support.products import products_of_operands_alone
 from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from offload_moe.experts.arithmetic import Arithmetic, choose_arithmetic
-from offload_moe.experts.attach import BoundExperts
 from offload_moe.experts.contract import ExpertsContract
 from offload_moe.experts.device import DeviceArithmetic
 from offload_moe.memory.simulated import SimulatedCopier
@@ -116,19 +116,15 @@ def test_lossless_kernels_in_bf16_follow_eager_whatever_the_slots() -> None:
 
 
 def swap_two_experts(attached: PreTrainedModel) -> None:
-    scheduler = find_bound(attached)[0].scheduler
+    scheduler = scheduler_of(attached)
     records = scheduler.mover.records
     records[0], records[1] = records[1], records[0]
 
 
 def drop_the_last_pair(attached: PreTrainedModel) -> None:
-    for bound in find_bound(attached):
+    for bound in bound_of(attached):
         original: Callable[..., Tensor] = bound.arithmetic.expert
         bound.arithmetic.expert = lambda x, record, original=original: original(x, record) * 0.999
-
-
-def find_bound(attached: PreTrainedModel) -> list[BoundExperts]:
-    return [module._offload_moe for module in attached.modules() if hasattr(module, "_offload_moe")]
 
 
 @pytest.mark.parametrize("mutation", [swap_two_experts, drop_the_last_pair])

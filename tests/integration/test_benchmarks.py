@@ -4,6 +4,8 @@ What they print here are no measurements.
 """
 
 from argparse import Namespace
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,11 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-import offload_moe.engine.model
-from offload_moe.memory.disk import DiskMover
+from offload_moe.engine.build import Blueprint, Engine, build
 from offload_moe.memory.simulated import SimulatedCopier
-from offload_moe.plan.placement import Placement
-from offload_moe.residency.hierarchy import Hierarchy, Pools
 from offload_moe.store import Store
 from tests.support.benchmarks import BENCHMARKS, Files, figures_at, last_line, run_script
 
@@ -225,7 +224,7 @@ def test_gpu_decode_measures_a_simulated_device(files: Files, monkeypatch: pytes
     gpu_decode = import_module("gpu_decode")
     monkeypatch.setattr(gpu_decode, "LINK_BYTES", 1 << 20)
     monkeypatch.setattr("offload_moe.memory.copier.AcceleratorCopier", lambda device: SimulatedCopier())
-    monkeypatch.setattr(offload_moe.engine.model, "_make_hierarchy", _with_simulated_device)
+    monkeypatch.setattr("offload_moe.engine.load.build", _build_with_simulated_device)
     cpu = torch.device("cpu")
     link = gpu_decode.link_bytes_per_s(cpu)
     options = Namespace(model=files.store, ram=None, trials=1, tokens=6)
@@ -237,20 +236,14 @@ def test_gpu_decode_measures_a_simulated_device(files: Files, monkeypatch: pytes
         assert row["link_s_per_token"] > 0
 
 
-def _with_simulated_device(store: Store, placement: Placement, device: Any, policy: str) -> Hierarchy:
+def _build_with_simulated_device(store: Store, blueprint: Blueprint, skeleton: Any) -> Engine:
     """A slot for every expert in RAM and on the device."""
-    num_records = len(store.layers) * store.num_experts
-    pools = Pools(
-        num_layers=len(store.layers),
-        num_experts=store.num_experts,
-        slot_bytes=placement.ram.slot_bytes,
+    num_records = blueprint.pools.keys.total
+    pools = replace(
+        blueprint.pools,
         num_ram_slots=num_records,
         num_device_slots=num_records,
-        policy=policy,
-        chunk_bytes=placement.ram.slot_bytes,
+        chunk_bytes=blueprint.pools.slot_bytes,
     )
-    return Hierarchy(
-        pools,
-        lambda arena: DiskMover(arena, lambda key: store.record(*divmod(key, store.num_experts))),
-        SimulatedCopier(latency_s=0),
-    )
+    copier = partial(SimulatedCopier, latency_s=0)
+    return build(store, replace(blueprint, pools=pools, make_copier=copier), skeleton)

@@ -13,10 +13,10 @@ pytest.importorskip("pty", reason="needs a POSIX terminal")
 START = """
 import importlib, sys
 sys.argv[0] = "offload-moe"
-from tests.support.cli import fake_model_module, load_cli
+from tests.support.cli import fake_load_module, load_cli
 main = load_cli()
 importlib.import_module("offload_moe_cli.loading").check_model = lambda *_: None
-sys.modules["offload_moe.engine.model"] = fake_model_module()
+sys.modules["offload_moe.engine.load"] = fake_load_module()
 sys.exit(main.main())
 """
 

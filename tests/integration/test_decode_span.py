@@ -100,7 +100,7 @@ def counted(model: Model) -> dict[str, int]:
 
 def uses(model: Model) -> Counter[int]:
     """How often each expert was asked for; earlier sessions count too."""
-    return Counter({key: int(count) for key, count in model._hierarchy.scheduler.uses.counts.items()})
+    return Counter({key: int(count) for key, count in model.engine.hierarchy.scheduler.uses.counts.items()})
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -137,11 +137,11 @@ def test_what_is_missing_is_brought_meanwhile(
         assert bool(num_runs) == (num_slots >= LEAST_SLOTS)
         assert seen.num_misses > NUM_LAYERS * model.store.num_experts  # some in the prompt, others behind it
         assert seen.num_acquires == NUM_LAYERS * NUM_NEW
-        residency = model._hierarchy.scheduler.residency
+        residency = model.engine.hierarchy.scheduler.residency
         assert not any(residency.num_leases(slot) for slot in range(residency.num_slots))
         assert residency.num_reserved == 0
         assert seen.num_hits + seen.num_delayed_hits + seen.num_misses == seen.num_accesses
-        assert seen.disk_bytes == seen.num_misses * model._hierarchy.pools.slot_bytes
+        assert seen.disk_bytes == seen.num_misses * model.engine.hierarchy.pools.slot_bytes
 
 
 @pytest.mark.parametrize("factor", [1.001, 1e-5])
@@ -175,7 +175,7 @@ def test_lookahead_goes_along(
     monkeypatch.setattr(Lookahead, "passed", lambda *args: (passed.append(1), note_passed(*args)))
     for _ in range(2):
         with open_model(stores["qwen3_moe"], num_slots, prefetch=1) as model:
-            lookahead = model.layers[0].module._offload_moe.lookahead
+            lookahead = model.engine.lookahead
             lookahead.governor = AlwaysOn()
             out = logits(model)
             tallies = [(tally.num_guessed, tally.num_right) for tally in lookahead.tallies]
@@ -420,12 +420,12 @@ def test_what_others_bring_meanwhile_takes_nothing_from_a_run(
     def prefetch_all(scheduler: Scheduler) -> None:
         while not is_over.is_set():
             for layer in range(NUM_LAYERS):
-                num_started[0] += scheduler.prefetch(layer, range(scheduler.num_experts))
+                num_started[0] += scheduler.prefetch(layer, range(scheduler.keys.num_experts[layer]))
 
     with open_model(stores["qwen3_moe"]) as model:
         expected = logits(model)
     with open_model(stores["qwen3_moe"], 12, prefetch=0) as model:
-        others = threading.Thread(target=prefetch_all, args=[model._hierarchy.scheduler])
+        others = threading.Thread(target=prefetch_all, args=[model.engine.hierarchy.scheduler])
         others.start()
         try:
             for number in range(40):
@@ -449,21 +449,21 @@ def test_a_pool_that_holds_every_expert_shrinks_between_tokens_only(
     def and_shrink(self: native_span.SpanKernel, *args: Any) -> None:
         if not started.is_set():
             started.set()
-            shrinkers.append(threading.Thread(target=model._hierarchy.resize, args=["ram", 12]))
+            shrinkers.append(threading.Thread(target=model.engine.hierarchy.resize, args=["ram", 12]))
             shrinkers[0].start()
             time.sleep(0.05)
-            assert model._hierarchy.num_slots("ram") == NUM_LAYERS * model.store.num_experts
+            assert model.engine.hierarchy.num_slots("ram") == NUM_LAYERS * model.store.num_experts
         pass_through(self, *args)
 
     with open_model(stores["qwen3_moe"]) as model:
         expected = logits(model)
         for layer in range(NUM_LAYERS):
-            with model._hierarchy.scheduler.acquire(layer, range(model.store.num_experts)) as lease:
+            with model.engine.hierarchy.scheduler.acquire(layer, range(model.store.num_experts)) as lease:
                 lease.bring()
         monkeypatch.setattr(native_span.SpanKernel, "pass_through", and_shrink)
         assert torch.equal(logits(model), expected)
         shrinkers[0].join()
-        assert model._hierarchy.num_slots("ram") == 12
+        assert model.engine.hierarchy.num_slots("ram") == 12
         assert torch.equal(logits(model), expected)
 
 
@@ -524,7 +524,7 @@ def test_who_waits_for_slots_gets_them_when_a_run_is_left(
         with pytest.raises(KeyboardInterrupt):
             logits(model, max_new_tokens=2)
         shrinkers[0].join(60)
-        assert model._hierarchy.num_slots("ram") == 1
+        assert model.engine.hierarchy.num_slots("ram") == 1
 
 
 def test_layers_with_other_routers_are_no_part_of_a_run(stores: dict[str, Path]) -> None:
@@ -532,8 +532,8 @@ def test_layers_with_other_routers_are_no_part_of_a_run(stores: dict[str, Path])
         steps = [layer.forward for layer in model.hf.model.layers]
         assert len({id(step.run) for step in steps}) == 1
         steps[2].plain.route.top_k = 2
-        fast_layer._join(model.hf, model._hierarchy)
+        fast_layer._join(model.hf, model.engine.hierarchy)
         assert steps[0].run is steps[1].run
         assert steps[2].run is not steps[1].run
         steps[1].plain.route.top_k = MAX_TOP_K + 1
-        assert span_kind(model._hierarchy, steps[1]) is None
+        assert span_kind(model.engine.hierarchy, steps[1]) is None

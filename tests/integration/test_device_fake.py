@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.cuda_guard import cuda_guard_missing
 from support.device_operations import DeviceOperations
+from support.pressure import bound_of
 from support.tiny_models import COMMON, FAMILIES
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,6 +27,7 @@ from offload_moe.experts.device import DeviceArithmetic
 from offload_moe.memory.mover import Arrived
 from offload_moe.native.device import record_linear
 from offload_moe.quant import CODECS, Codec, ExpertShape, Matrix, get_codec
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import make_policy
 from offload_moe.residency.residency import Residency
 from offload_moe.residency.scheduler import Scheduler
@@ -95,9 +97,9 @@ def fake_model(family: str, codec: Codec, num_slots: int = NUM_SLOTS, **changes:
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, experts_implementation="eager").eval()
     layers = find_experts(model)
-    num_experts = layers[0].num_experts
-    policy = make_policy("lru", num_layers=len(layers), num_experts=num_experts, num_slots=num_slots)
-    scheduler = Scheduler(Residency(num_slots, policy), MetadataMover(), num_experts=num_experts)
+    keys = ExpertKeys(layer.num_experts for layer in layers)
+    policy = make_policy("lru", keys, num_slots=num_slots)
+    scheduler = Scheduler(Residency(num_slots, policy), MetadataMover(), keys=keys)
     num_bytes = codec.layout(layers[0].shape).record_bytes
     slots = [torch.empty(num_bytes, dtype=torch.uint8, device=CUDA) for _ in range(num_slots)]
     detach_parameters(layers)
@@ -105,7 +107,7 @@ def fake_model(family: str, codec: Codec, num_slots: int = NUM_SLOTS, **changes:
     for ordinal, layer in enumerate(layers):
         arithmetic = choose_arithmetic(cast(ExpertsContract, layer.module), layer.shape, codec, CUDA)
         assert isinstance(arithmetic, DeviceArithmetic)
-        bound.append(BoundExperts(ordinal, num_experts, scheduler, slots.__getitem__, arithmetic))
+        bound.append(BoundExperts(ordinal, layer.num_experts, scheduler, slots.__getitem__, arithmetic))
     attach(layers, bound)
     return model
 
@@ -122,7 +124,7 @@ def test_prompt_and_decode_on_cuda(family: str, codec: str, monkeypatch: pytest.
     monkeypatch.setattr(routing, "fetch_top_k", fetches)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = fake_model(family, get_codec(codec))
-        num_layers = sum(hasattr(module, "_offload_moe") for module in model.modules())
+        num_layers = len(bound_of(model))
         out = model(input_ids=torch.ones(1, 9, dtype=torch.int64, device=CUDA), use_cache=True)
         assert (out.logits.device, out.logits.dtype, out.logits.shape) == (CUDA, torch.bfloat16, (1, 9, 128))
         assert fetches.num_calls == num_layers
@@ -143,13 +145,13 @@ def test_few_device_operations_per_layer(
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         sizes = {"num_experts": 8, "num_experts_per_tok": 8, "moe_intermediate_size": 128}
         model = fake_model("qwen3_moe", get_codec(codec), 24, **sizes)
-        experts = next(module for module in model.modules() if hasattr(module, "_offload_moe"))
+        (experts, *_) = bound_of(model)
         hidden = torch.empty(1, 64, dtype=torch.bfloat16, device=CUDA)
         ids = torch.empty(1, 8, dtype=torch.int64, device=CUDA)
         weights = torch.empty(1, 8, dtype=weights_dtype, device=CUDA)
-        experts._offload_moe(hidden, ids, weights)
+        experts(hidden, ids, weights)
         with DeviceOperations() as operations:
-            experts._offload_moe(hidden, ids, weights)
+            experts(hidden, ids, weights)
     assert operations.total + 1 <= limit, operations.counts
 
 

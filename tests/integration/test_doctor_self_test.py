@@ -56,7 +56,7 @@ def test_all_is_well_on_the_simulated_accelerator(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path))
-    monkeypatch.setattr("offload_moe.doctor.examination._measured", lambda _: [])
+    monkeypatch.setattr("offload_moe.doctor.examination.measurements", lambda _: [])
     status = load_cli().main(["doctor", "--self-test", "--json"])
     document = json.loads(capsys.readouterr().out)
     tests = {test["name"]: test for test in document["self_test"]["tests"]}
@@ -105,7 +105,7 @@ def test_a_missing_wait_is_found(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path))
-    monkeypatch.setattr("offload_moe.doctor.examination._measured", lambda _: [])
+    monkeypatch.setattr("offload_moe.doctor.examination.measurements", lambda _: [])
     monkeypatch.setattr(self_test_module, "copiers_for", lambda _: simulated_copiers(NeverWaiting))
     assert load_cli().main(["doctor", "--self-test"]) == 1
     out = capsys.readouterr().out
@@ -113,7 +113,7 @@ def test_a_missing_wait_is_found(
         assert f"fail     simulated device against oracle, {codec}" in out
     assert "fail     simulated device, races" in out
     assert "pass     CPU against oracle, nf4" in out
-    assert "Self-test, device part on a simulated accelerator, because there is no GPU here:" in out
+    assert "Self-test, device tests on a simulated accelerator, because there is no GPU here:" in out
 
 
 def test_copies_that_do_not_overlap_are_found(model: SmallModel) -> None:

@@ -10,7 +10,8 @@ from transformers import DynamicCache
 
 from offload_moe.convert.quantize import quantize
 from offload_moe.decode.latent import absorb_latents
-from offload_moe.engine.model import Model, load
+from offload_moe.engine.load import load
+from offload_moe.engine.model import Model
 from offload_moe.errors import BudgetError
 from offload_moe.plan import room
 from offload_moe.plan.room import may_lend
@@ -38,12 +39,12 @@ def test_tokens_stay_the_same_while_slots_give_way(store: Path) -> None:
     }
     with load(store, context=512) as model:
         expected = model.hf.generate(**arguments)
-        assert model._hierarchy.num_slots("ram") == 18
+        assert model.engine.hierarchy.num_slots("ram") == 18
     with load(store, context=64) as model:
         ram = model.placement.fast.bytes_with(18)
     with load(store, context=64, ram=ram) as model:
         assert torch.equal(model.hf.generate(**arguments), expected)
-        assert 6 <= model._hierarchy.num_slots("ram") < 18
+        assert 6 <= model.engine.hierarchy.num_slots("ram") < 18
 
 
 @pytest.mark.parametrize("fast_path", [True, False])
@@ -59,7 +60,7 @@ def test_tokens_stay_the_same_while_slots_borrow_room_and_give_it_back(
         expected, ram = _two_answers(model), model.placement.fast.bytes_with(24)
     with load(store, context=context, ram=ram, fast_path=fast_path) as model:
         sizes: list[int] = []
-        model.hf.get_decoder().register_forward_hook(lambda *_: sizes.append(model._hierarchy.num_slots("ram")))
+        model.hf.get_decoder().register_forward_hook(lambda *_: sizes.append(model.engine.hierarchy.num_slots("ram")))
         assert torch.equal(_two_answers(model), expected)
         first, second = sizes[0], sizes[CHUNKS_AND_TOKENS]
         assert sizes[1] > first > 24  # with the prompt computed, its activations are free
@@ -93,7 +94,7 @@ def _two_answers(model: Model) -> torch.Tensor:
 def test_room_is_lent_only_where_it_is_known_what_a_context_needs(store: Path) -> None:
     with load(store, context=64) as model:
         placement = model.placement
-        assert model._room.lends
+        assert model.room.lends
     shapes = {family: (tiny_model(family), tiny_shape(family)) for family in ("mixtral", "gpt_oss", "deepseek_v3")}
     assert [may_lend(hf, shape, placement) for hf, shape in shapes.values()] == [True, False, False]
     hf, shape = shapes["deepseek_v3"]
@@ -124,5 +125,5 @@ def test_an_answer_says_how_many_slots_gave_way(tmp_path: Path) -> None:
         text = "".join(piece.text for piece in session.send("Once upon a time", max_new_tokens=400, temperature=0))
         stats = session.last_stats
         assert stats is not None
-        assert stats.num_slots_given_up == 12 - model._hierarchy.num_slots("ram") > 0
+        assert stats.num_slots_given_up == 12 - model.engine.hierarchy.num_slots("ram") > 0
         assert text

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.deferred import DeferredCompute, fetch_top_k_after_waiting
 from support.offload import offload
-from support.pressure import experts_of, generate, scheduler_of
+from support.pressure import bound_of, generate, scheduler_of
 from support.tiny_models import tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -114,7 +114,7 @@ def test_experts_the_cpu_computed_come_later_while_the_link_is_idle(
         Balance, "split", lambda self, absent, arriving, unread, busy: Split(on_cpu=[*absent, *arriving, *unread])
     )
     attached, _ = offload(model, "nf4", 24, SimulatedCopier(latency_s=0.001), 24, DeviceArithmetic, hybrid="on")
-    bound, scheduler = experts_of(attached)[0]._offload_moe, scheduler_of(attached)
+    bound, scheduler = bound_of(attached)[0], scheduler_of(attached)
     counters, residency = scheduler.counters, scheduler.residency
     hidden, ids, weights = torch.randn(1, 64), torch.tensor([[0, 3, 5]]), torch.full((1, 3), 0.3)
     with torch.inference_mode():

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.offload import offload
-from support.pressure import experts_of, scheduler_of
+from support.pressure import bound_of, scheduler_of
 from support.tiny_models import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -107,7 +107,7 @@ class Machine:
         counters, busy_s = scheduler_of(self.attached).counters, self.hierarchy.link.busy_s()
         before = counters.copy()
         with torch.inference_mode():
-            experts = experts_of(self.attached)[layer]._offload_moe
+            experts = bound_of(self.attached)[layer]
             found = experts(*arguments)
             experts._balance.finish()
             expected = self.oracle.model.layers[layer].mlp.experts(*arguments)

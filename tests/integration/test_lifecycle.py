@@ -17,7 +17,6 @@ from support.tiny_models import FAMILIES, tiny_model
 
 from offload_moe import load
 from offload_moe.convert.quantize import quantize
-from offload_moe.engine import model as model_module
 from offload_moe.engine.model import Model
 from offload_moe.errors import ModelClosed, OffloadMoeError
 
@@ -79,7 +78,7 @@ USES: dict[str, Use] = {
     "decoder": lambda model: model.hf.get_decoder()(IDS),
     "experts": call_experts,
     "layers": decode_a_layer,
-    "resize": lambda model: model._hierarchy.resize("ram", 2),
+    "resize": lambda model: model.engine.hierarchy.resize("ram", 2),
     "prompt": lambda model: model.hf(IDS.repeat(2, 8)),
 }
 
@@ -118,23 +117,23 @@ def test_closing_ends_a_stream_of_another_thread(model: Model) -> None:
 
 def test_close_from_within_a_pass_releases_at_its_end(model: Model) -> None:
     """As a signal handler does it in the thread that computes."""
-    experts = model.layers[1].module._offload_moe
+    experts = model.engine.experts[1]
     inner, called = experts._compute, []
 
     def compute(*arguments: object) -> object:
         model.close()
-        called.append(model._hierarchy.arena.num_slots)
+        called.append(model.engine.hierarchy.arena.num_slots)
         return inner(*arguments)
 
     experts._compute = compute
     with torch.no_grad(), pytest.raises(ModelClosed):
         model.hf(IDS)
     assert called[0] > 0
-    assert model._hierarchy.arena.num_slots == 0
+    assert model.engine.hierarchy.arena.num_slots == 0
 
 
 def test_an_interrupt_in_a_pass_leaves_the_model_usable(model: Model) -> None:
-    experts = model.layers[1].module._offload_moe
+    experts = model.engine.experts[1]
     inner = experts._compute
     experts._compute = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
@@ -142,7 +141,7 @@ def test_an_interrupt_in_a_pass_leaves_the_model_usable(model: Model) -> None:
     experts._compute = inner
     assert len(model.generate("Hi", max_new_tokens=3, temperature=0)) > 0
     model.close()
-    assert model._hierarchy.arena.num_slots == 0
+    assert model.engine.hierarchy.arena.num_slots == 0
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -153,7 +152,7 @@ def test_a_dropped_model_is_freed(family: str, tmp_path: Path) -> None:
     for num_slots in (None, 8):
         model = open_model(path, num_slots, context=256)
         assert model.hf.generate(IDS, max_new_tokens=4, do_sample=False, disable_compile=True).shape == (1, 9)
-        parts = [weakref.ref(part) for part in (model, model.hf, model._hierarchy, model._hierarchy.arena)]
+        parts = [weakref.ref(part) for part in (model, model.hf, model.engine.hierarchy, model.engine.hierarchy.arena)]
         assert held()[0] > before[0]
         del model
         assert_given_back(before)
@@ -171,7 +170,7 @@ def test_a_load_that_fails_leaves_nothing(store: Path, monkeypatch: pytest.Monke
         raise OffloadMoeError("no tokenizer today")
 
     before = held()
-    monkeypatch.setattr(model_module, "load_tokenizer", fail)
+    monkeypatch.setattr("offload_moe.engine.load.load_tokenizer", fail)
     with pytest.raises(OffloadMoeError, match="today"):
         load(store, context=256)
     assert_given_back(before)

@@ -64,7 +64,9 @@ def test_a_predictor_that_is_always_wrong_changes_no_token(
 
 
 def lookahead_of(model: Model) -> Lookahead:
-    return next(m._offload_moe.lookahead for m in model.hf.modules() if hasattr(m, "_offload_moe"))
+    lookahead = model.engine.lookahead
+    assert lookahead is not None
+    return lookahead
 
 
 def test_a_norm_that_is_not_the_right_one_is_noticed(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +87,7 @@ def test_without_routers_to_ask_what_usually_follows_is_prefetched(
 ) -> None:
     with open_model(stores["qwen3_moe"], 8, prefetch=0) as model:
         expected = greedy(model)
-    monkeypatch.setattr("offload_moe.engine.model.find_probes", lambda hf, layers: [None] * len(layers))
+    monkeypatch.setattr("offload_moe.engine.build.find_probes", lambda hf, layers: [None] * len(layers))
     with open_model(stores["qwen3_moe"], 8, prefetch=2) as model:
         assert torch.equal(greedy(model), expected)
         assert model.stats.num_useful_prefetches > 0
@@ -134,7 +136,7 @@ def test_only_ranks_that_are_often_right_are_fetched(stores: dict[str, Path]) ->
         bring = lookahead._bring
 
         def counted(layer: int, experts: Any, keep: set[int], *, to_device: bool = True) -> None:
-            if len(experts) < lookahead._scheduler.num_experts:  # not the whole layer, as for a prompt
+            if len(experts) < lookahead._scheduler.keys.num_experts[layer]:  # not the whole layer, as for a prompt
                 fetched.append(len(experts))
             bring(layer, experts, keep, to_device=to_device)
 

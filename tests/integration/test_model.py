@@ -67,7 +67,7 @@ def test_tokens_are_the_same_for_every_number_of_slots_and_across_restarts(
         for policy in ("lru", "lfu"):
             with load(store, ram=plan.bytes_with(num_slots), policy=policy) as model:
                 assert torch.equal(greedy(model, batch), expected)
-                assert model._hierarchy.pools.num_ram_slots == num_slots
+                assert model.engine.hierarchy.pools.num_ram_slots == num_slots
 
 
 def test_a_checkpoint_is_converted_once(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_memory_is_told_while_experts_come_and_go(
     """A warm start brings experts while the user asks: going through them takes the lock."""
     with load(checkpoints["qwen3_moe"]) as model:
         greedy(model, 1)
-        ram = model._hierarchy.ram
+        ram = model.engine.hierarchy.ram
         wait_until_quiet(ram)
         resident_keys = ram.residency.resident_keys
         with ram.changed:
@@ -137,7 +137,7 @@ def test_memory_is_told_while_experts_come_and_go(
             return resident_keys()
 
         monkeypatch.setattr(ram.residency, "resident_keys", with_the_lock)
-        assert model.memory["expert slots in RAM"] == num_resident * model._hierarchy.pools.slot_bytes > 0
+        assert model.memory["expert slots in RAM"] == num_resident * model.engine.hierarchy.pools.slot_bytes > 0
 
 
 @pytest.mark.parametrize("dense_codec", ["nf4", "int8"])

@@ -142,7 +142,7 @@ def test_outcomes_bytes_and_stalls_are_those_of_the_counters(stores: dict[str, P
                 model.hf.generate(input_ids=ids, max_new_tokens=80, do_sample=False, eos_token_id=None)
             used = model.stats.since(before)
         trace = recorder.trace()
-        record_bytes = model._hierarchy.pools.slot_bytes
+        record_bytes = model.engine.hierarchy.pools.slot_bytes
     assert trace.outcomes is not None
     counts = np.bincount(trace.outcomes.ravel(), minlength=3)
     assert counts.tolist() == [used.num_hits, used.num_delayed_hits, used.num_misses]
@@ -212,8 +212,8 @@ def test_nothing_is_left_behind(stores: dict[str, Path]) -> None:
         with model.trace():
             pass
         assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules()]
-        assert model._hierarchy.scheduler.observer is None
-        assert all(layer.module._offload_moe.recorder is None for layer in model.layers)
+        assert model.engine.hierarchy.scheduler.observer is None
+        assert all(bound.recorder is None for bound in model.engine.experts)
 
 
 def test_refusals(stores: dict[str, Path]) -> None:

@@ -148,7 +148,7 @@ class TestCommandLine:
 
         assert load_cli().main([*arguments]) == 0
         shown = capsys.readouterr().out
-        for text in ("Where a token's time goes", "computing experts", "belady", "Load of the experts", "numbers"):
+        for text in ("Parts of a token's time", "computing experts", "belady", "Load of the experts", "numbers"):
             assert text in shown
         assert "…" not in shown
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from support.offload import offload
+from support.pressure import scheduler_of
 from support.tiny_models import tiny_model, tiny_prompt
 
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
@@ -24,13 +25,13 @@ def subject_of(model: Any, layers: list[ExpertsModule]) -> tuple[Subject, Hierar
     found = [
         dataclasses.replace(layer, module=model.get_submodule(layer.name)) for layer in layers
     ]  # the attached copy has no expert parameters to be found by
-    device = found[0].module._offload_moe.scheduler
+    device = scheduler_of(model)
     hierarchy: Hierarchy = model.hierarchy
     tiers = (
         RecordedTier(name="vram", scheduler=device, bytes_field="h2d_bytes"),
         RecordedTier(name="ram", scheduler=hierarchy.ram, bytes_field="disk_bytes"),
     )
-    return Subject(hf=model, layers=found, tiers=tiers, num_experts=layers[0].num_experts, metadata={}), hierarchy
+    return Subject(hf=model, layers=found, tiers=tiers, metadata={}), hierarchy
 
 
 @pytest.fixture(scope="module")

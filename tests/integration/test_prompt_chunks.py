@@ -79,7 +79,7 @@ def test_each_expert_is_loaded_at_most_once_a_chunk(store: Path, monkeypatch: py
         real(self, key, slot, arrived, is_prefetch=is_prefetch)
 
     monkeypatch.setattr(DiskMover, "start", start)
-    monkeypatch.setattr("offload_moe.engine.model.warm_start", lambda hierarchy, path: None)
+    monkeypatch.setattr("offload_moe.engine.load.warm_start", lambda hierarchy, path: None)
     with load_with(store, 16, 2) as model:
         loads.clear()
         model.hf(torch.arange(60)[None])

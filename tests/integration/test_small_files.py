@@ -52,7 +52,20 @@ def test_generation_settings_that_are_no_json_are_left_out_as_transformers_does(
         assert loaded.notices == []
 
 
-@pytest.mark.parametrize("content", ["[]", "null", '"x"', '{"max_new_tokens": -5}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "null",
+        '"x"',
+        '{"max_new_tokens": -5}',
+        '{"do_sample": true, "temperature": "warm"}',
+        '{"do_sample": true, "top_k": -5}',
+        '{"repetition_penalty": 0}',
+        '{"eos_token_id": ["</s>"]}',
+        '{"bad_words_ids": 5}',
+    ],
+)
 def test_generation_settings_that_mean_nothing_are_left_out(model: Path, tmp_path: Path, content: str) -> None:
     (model / "generation_config.json").write_text(content)
     (notice,) = converted(model, tmp_path / "store")

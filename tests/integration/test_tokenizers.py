@@ -9,7 +9,7 @@ import torch
 from offload_moe import load
 from offload_moe.checkpoint import tokenizer as module
 from offload_moe.checkpoint.tokenizer import INSTALL, PACKAGES, load_tokenizer, obstacle
-from offload_moe.convert.quantize import Progress, quantize
+from offload_moe.convert.quantize import quantize
 from offload_moe.errors import ConfigError
 from offload_moe.store import Store
 from tests.support.chat import CHATML
@@ -104,13 +104,9 @@ def test_no_tokenizer_at_all(tmp_path: Path) -> None:
 def test_the_conversion_says_it_and_the_model_takes_ids(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "checkpoint")
     write_tokenizer(tmp_path / "checkpoint", "remote code")
-    phases: list[str] = []
-
-    def note(progress: Progress) -> None:
-        phases.append(progress.phase)
-
-    quantize(tmp_path / "checkpoint", tmp_path / "store", codec="bf16", progress=note)
-    assert any("asks for remote code" in phase for phase in phases)
+    notices: list[str] = []
+    quantize(tmp_path / "checkpoint", tmp_path / "store", codec="bf16", on_notice=notices.append)
+    assert any("asks for remote code" in notice for notice in notices)
     assert Store.open(tmp_path / "store").has_tokenizer
     with load(tmp_path / "store") as model:
         with pytest.raises(ConfigError, match=r"asks for remote code .* model\.hf\.generate takes token ids"):

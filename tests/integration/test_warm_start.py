@@ -12,6 +12,7 @@ from support.tiny_models import tiny_model, tiny_prompt
 from offload_moe import load
 from offload_moe.convert.quantize import quantize
 from offload_moe.engine.model import Model
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.popularity import POPULARITY_NAME, read_popularity, write_popularity
 from offload_moe.residency.scheduler import Scheduler
 from offload_moe.store.installed import describe, remove
@@ -38,11 +39,11 @@ def wait_for(condition: Callable[[], bool], scheduler: Scheduler) -> None:
 def test_the_second_session_begins_warm_and_says_the_same(store: Path) -> None:
     with load(store) as model:
         cold = greedy(model)
-        used = set(model._hierarchy.ram.uses.counts)
+        used = set(model.engine.hierarchy.ram.uses.counts)
         assert model.stats.num_misses > 0
     assert (store / POPULARITY_NAME).is_file()
     with load(store) as model:
-        ram = model._hierarchy.ram
+        ram = model.engine.hierarchy.ram
         wait_for(lambda: used <= set(ram.residency.resident_keys()), ram)
         assert model.stats.num_misses == 0
         assert torch.equal(greedy(model), cold)
@@ -53,9 +54,9 @@ def test_the_second_session_begins_warm_and_says_the_same(store: Path) -> None:
 
 def test_the_most_used_come_first_and_nothing_is_evicted(store: Path) -> None:
     with load(store) as model:
-        pools = model._hierarchy.pools
-        scheduler = model._hierarchy.ram
-        counts = {key: float(100 - key) for key in range(pools.num_layers * pools.num_experts)}
+        pools = model.engine.hierarchy.pools
+        scheduler = model.engine.hierarchy.ram
+        counts = {key: float(100 - key) for key in range(pools.keys.total)}
         scheduler.uses.restore(counts)
         assert list(scheduler.uses.most_used()) == sorted(counts)
         scheduler.fill(scheduler.uses.most_used())
@@ -70,7 +71,7 @@ def test_a_file_that_says_nothing_is_passed_over(store: Path, content: str | Non
         (store / POPULARITY_NAME).mkdir()
     else:
         (store / POPULARITY_NAME).write_text(content)
-    assert read_popularity(store, 4, 8) == {}
+    assert read_popularity(store, ExpertKeys([8] * 4)) == {}
     with load(store) as model:
         greedy(model)
 
@@ -83,7 +84,7 @@ def test_a_store_that_may_not_be_written_is_left_as_it_is(store: Path, monkeypat
         greedy(model)
         with monkeypatch.context() as patch:
             patch.setattr(os, "open", refuse)
-            write_popularity(store, {0: 1.0}, 4, 8)
+            write_popularity(store, {0: 1.0}, ExpertKeys([8] * 4))
     assert not (store / (POPULARITY_NAME + ".part")).exists()
 
 
@@ -91,7 +92,7 @@ def test_a_store_that_may_not_be_written_is_left_as_it_is(store: Path, monkeypat
 def test_what_is_written_is_read(tmp_path: Path, has_pwrite: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not has_pwrite:
         monkeypatch.delattr(os, "pwrite")
-    write_popularity(tmp_path, {0: 3.0, 5: 1.0}, 2, 3)
+    write_popularity(tmp_path, {0: 3.0, 5: 1.0}, ExpertKeys([3, 3]))
     assert json.loads((tmp_path / POPULARITY_NAME).read_text())["uses"] == [[3, 0, 0], [0, 0, 1]]
-    assert read_popularity(tmp_path, 2, 3) == {0: 3.0, 5: 1.0}
-    assert read_popularity(tmp_path, 3, 2) == {}
+    assert read_popularity(tmp_path, ExpertKeys([3, 3])) == {0: 3.0, 5: 1.0}
+    assert read_popularity(tmp_path, ExpertKeys([2, 2, 2])) == {}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from offload_moe.errors import TransferError
 from offload_moe.memory.mover import Arrived
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import POLICY_NAMES, make_policy
 from offload_moe.residency.residency import Residency, SlotState
 from offload_moe.residency.scheduler import Scheduler
@@ -74,8 +75,8 @@ class PumpedCondition(threading.Condition):
 
 def make(num_slots: int, policy: str, data: st.DataObject, *, may_fail: bool) -> tuple[Scheduler, Order]:
     order = Order(data, may_fail, [-1] * num_slots)
-    made = make_policy(policy, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, num_slots=num_slots)
-    scheduler = Scheduler(Residency(num_slots, made), order, num_experts=NUM_EXPERTS)
+    made = make_policy(policy, ExpertKeys([NUM_EXPERTS] * NUM_LAYERS), num_slots=num_slots)
+    scheduler = Scheduler(Residency(num_slots, made), order, keys=ExpertKeys([NUM_EXPERTS] * NUM_LAYERS))
     scheduler.changed = PumpedCondition(order)
     return scheduler, order
 
@@ -152,8 +153,8 @@ def test_the_pump_notices_a_lost_transfer() -> None:
     """The harness itself: a mover that forgets a transfer must be caught, not waited for."""
     order = Order(None, False, [-1])  # type: ignore[arg-type]
     order.start = lambda key, slot, arrived, is_prefetch=False: None  # type: ignore[method-assign]
-    made = make_policy("lru", num_layers=1, num_experts=1, num_slots=1)
-    scheduler = Scheduler(Residency(1, made), order, num_experts=1)
+    made = make_policy("lru", ExpertKeys([1]), num_slots=1)
+    scheduler = Scheduler(Residency(1, made), order, keys=ExpertKeys([1]))
     scheduler.changed = PumpedCondition(order)
     with pytest.raises(AssertionError, match="deadlock"), scheduler.acquire(0, [0]) as lease:
         list(lease)

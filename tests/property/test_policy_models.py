@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from offload_moe.profile.replay import replay
 from offload_moe.profile.trace import Trace
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import POLICY_NAMES, make_policy
 from offload_moe.residency.policy.frequency import HALF_LIFE
 
@@ -31,7 +32,7 @@ MODELS: dict[str, Callable[[Uses, int], tuple[float, ...]]] = {
 @settings(max_examples=60, deadline=None)
 def test_victims_are_the_definitions(name: str, accesses: list[int], leased: set[int]) -> None:
     """One expert per token through three slots; every victim is the minimum of the definition."""
-    policy = make_policy(name, num_layers=1, num_experts=NUM_KEYS, num_slots=3)
+    policy = make_policy(name, ExpertKeys([NUM_KEYS]), num_slots=3)
     uses: dict[int, Uses] = {}
     resident: set[int] = set()
     for now, key in enumerate(accesses, start=1):

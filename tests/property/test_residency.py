@@ -5,6 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import POLICY_NAMES, make_policy
 from offload_moe.residency.residency import Residency, SlotState
 
@@ -43,7 +44,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     @initialize(num_slots=st.integers(1, 6), policy=st.sampled_from(POLICY_NAMES))
     def start(self, num_slots: int, policy: str) -> None:
-        made = make_policy(policy, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, num_slots=num_slots)
+        made = make_policy(policy, ExpertKeys([NUM_EXPERTS] * NUM_LAYERS), num_slots=num_slots)
         self.lookup = FakeLookup()
         self.residency = Residency(num_slots, made, self.lookup)
         self.model: dict[int, list[int]] = {}
@@ -182,9 +183,7 @@ class ResidencyMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model)
     @rule(policy=st.sampled_from(POLICY_NAMES))
     def change_policy(self, policy: str) -> None:
-        self.residency.use_policy(
-            make_policy(policy, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, num_slots=self.num_open)
-        )
+        self.residency.use_policy(make_policy(policy, ExpertKeys([NUM_EXPERTS] * NUM_LAYERS), num_slots=self.num_open))
 
     @invariant()
     def agrees_with_the_model(self) -> None:

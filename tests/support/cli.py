@@ -57,7 +57,7 @@ def run_cli(folder: Path, *arguments: str, stdin: str = "", **changes: str) -> "
     )
 
 
-def fake_load(source: str, *, progress: Any = None, **settings: Any) -> Any:
+def fake_load(source: str, options: Any = None, *, progress: Any = None) -> Any:
     """Stands in for `offload_moe.load`. The source says what goes well and what does not."""
     from offload_moe.chat import ChatSession
     from offload_moe.errors import StoreCorrupt
@@ -98,7 +98,7 @@ def fake_load(source: str, *, progress: Any = None, **settings: Any) -> Any:
         peaks={"RAM": (4 * 2**30, 3 * 2**30)},
         notices=["mind the card"] if source == "loud" else [],
         summary="RAM 4.0 GiB of 16.0 GiB",
-        settings=settings,
+        options=options,
         chat=lambda *, system=None, raw=False: ChatSession(
             model, tokenizer, counters, memory=lambda: memory, system=system, raw=raw
         ),
@@ -106,9 +106,9 @@ def fake_load(source: str, *, progress: Any = None, **settings: Any) -> Any:
     )
 
 
-def fake_model_module() -> ModuleType:
-    """Stands in for `offload_moe.engine.model`."""
-    module = ModuleType("offload_moe.engine.model")
+def fake_load_module() -> ModuleType:
+    """Stands in for `offload_moe.engine.load`."""
+    module = ModuleType("offload_moe.engine.load")
     module.load = fake_load  # type: ignore[attr-defined]
     return module
 
@@ -116,5 +116,5 @@ def fake_model_module() -> ModuleType:
 if __name__ == "__main__":
     load_cli()
     importlib.import_module("offload_moe_cli.loading").check_model = lambda *_: None  # type: ignore[attr-defined]
-    sys.modules["offload_moe.engine.model"] = fake_model_module()
+    sys.modules["offload_moe.engine.load"] = fake_load_module()
     sys.exit(load_cli().main())

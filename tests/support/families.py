@@ -64,7 +64,7 @@ def prompt_and_decode(hf: Any, prompt: Tensor = PROMPT) -> Tensor:
 
 def spoil_one_record(model: Model) -> None:
     """Overwrite one expert that was used, where it lies in memory."""
-    hierarchy = model._hierarchy
+    hierarchy = model.engine.hierarchy
     slot = hierarchy.ram.residency.find(max(hierarchy.ram.residency.resident_keys()))
     assert slot is not None
     hierarchy.record_of(slot).zero_()

@@ -21,6 +21,7 @@ from offload_moe.memory.mover import Arrived
 from offload_moe.quant import Codec, ExpertShape, get_codec
 from offload_moe.quant.layout import RECORD_ALIGNMENT, round_up
 from offload_moe.residency.hierarchy import Hierarchy, Pools
+from offload_moe.residency.keys import ExpertKeys
 
 
 class MemoryMover:
@@ -64,18 +65,17 @@ def offload(
     codec = get_codec(codec_name)
     oracle, attached = copy.deepcopy(model), copy.deepcopy(model)
     layers = find_experts(attached)
-    num_experts = layers[0].num_experts
+    keys = ExpertKeys(layer.num_experts for layer in layers)
     records: dict[int, Tensor] = {}
     for ordinal, (layer, oracle_layer) in enumerate(zip(layers, find_experts(oracle), strict=True)):
-        for expert in range(num_experts):
+        for expert in range(layer.num_experts):
             tensors = {name: getattr(layer.module, name).data[expert] for name in layer.shape.module_shapes()}
             record = codec.encode(layer.shape, tensors)
-            records[ordinal * num_experts + expert] = record
+            records[keys.key(ordinal, expert)] = record
             for name, value in codec.decode(layer.shape, record, torch.float32).items():
                 getattr(oracle_layer.module, name).data[expert] = value
     pools = Pools(
-        num_layers=len(layers),
-        num_experts=num_experts,
+        keys=keys,
         slot_bytes=max(record.numel() for record in records.values()),
         num_ram_slots=num_slots,
         num_device_slots=num_device_slots,
@@ -89,7 +89,7 @@ def offload(
         made = arithmetic(layer.module, layer.shape, codec)
         bound.append(
             (bind and bind(ordinal, layer, made))
-            or BoundExperts(ordinal, num_experts, hierarchy.scheduler, hierarchy.record_of, made)
+            or BoundExperts(ordinal, layer.num_experts, hierarchy.scheduler, hierarchy.record_of, made)
         )
     attach(layers, bound)
     return attached, oracle

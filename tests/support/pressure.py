@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from offload_moe.experts.attach import BoundExperts
+from offload_moe.experts.attach import BoundExperts, bound_experts
 from offload_moe.residency.residency import SlotState
 from offload_moe.residency.scheduler import Scheduler
 from support.tiny_models import tiny_prompt
@@ -31,22 +31,26 @@ def generate(model: PreTrainedModel, num_tokens: int = 3, seed: int = 0) -> Tens
 
 
 def experts_of(model: PreTrainedModel) -> list[nn.Module]:
-    return [module for module in model.modules() if hasattr(module, "_offload_moe")]
+    return [module for module in model.modules() if bound_experts(module) is not None]
+
+
+def bound_of(model: PreTrainedModel) -> list[BoundExperts]:
+    """What is bound to each MoE layer."""
+    return [bound for module in model.modules() if (bound := bound_experts(module)) is not None]
 
 
 def scheduler_of(model: PreTrainedModel) -> Scheduler:
-    bound: BoundExperts = experts_of(model)[0]._offload_moe
-    return bound.scheduler
+    return bound_of(model)[0].scheduler
 
 
 def overwrite_what_was_released(model: PreTrainedModel) -> None:
     """After each layer, load other experts into every slot, while the compute of the layer may still be to come."""
     scheduler = scheduler_of(model)
-    num_keys = len(experts_of(model)) * scheduler.num_experts
+    num_keys = scheduler.keys.total
 
     def overwrite(*_: object) -> None:
         for key in draw.sample(range(num_keys), scheduler.residency.num_slots):
-            layer, expert = divmod(key, scheduler.num_experts)
+            layer, expert = scheduler.keys.layer_expert(key)
             scheduler.prefetch(layer, [expert])
         wait_until_quiet(scheduler)
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from offload_moe import load
 from offload_moe.checkpoint.skeleton import auto_class
-from offload_moe.convert.quantize import Progress, quantize
+from offload_moe.convert.quantize import quantize
 
 IDS = torch.tensor([[3, 17, 5, 60, 41, 22]])
 
@@ -33,12 +33,7 @@ def stored_logits(store: Path) -> Tensor:
 def converted(folder: Path, store: Path, codec: str = "bf16") -> list[str]:
     """Convert without loss; what the user was told to know."""
     notices: list[str] = []
-
-    def note(progress: Progress) -> None:
-        if progress.is_notice:
-            notices.append(progress.phase)
-
-    quantize(folder, store, codec=codec, progress=note)
+    quantize(folder, store, codec=codec, on_notice=notices.append)
     return notices
 
 

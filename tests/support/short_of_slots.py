@@ -19,5 +19,5 @@ def short_of_slots(store: Path, num_slots: int) -> Iterator[Model]:
         with load(store) as whole:
             ram = whole.placement.ram.bytes_with(num_slots)
         with load(store, ram=ram, prefetch=0) as model:
-            assert model._hierarchy.ram.residency.num_slots == num_slots
+            assert model.engine.hierarchy.ram.residency.num_slots == num_slots
             yield model

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from offload_moe.errors import ConfigError
-from offload_moe.plan.budget import RUNTIME_BYTES, _free_in_groups, default_ram, free_ram
+from offload_moe.plan.budget import RUNTIME_BYTES, default_ram, free_in_groups, free_ram
 from offload_moe.system.sizes import format_size, parse_size, typed_size
 
 
@@ -46,7 +46,7 @@ def test_a_size_needs_a_unit(text: str, meant: str) -> None:
 
 @pytest.mark.parametrize("size", ["1" + "0" * 400 + "GiB", "99999TiB", -1, 1 << 60])
 def test_sizes_that_no_memory_has_are_refused(size: str | int) -> None:
-    with pytest.raises(ConfigError, match="no size of a memory"):
+    with pytest.raises(ConfigError, match="not a size of a memory"):
         parse_size(size)
 
 
@@ -79,8 +79,8 @@ def test_container_limits_count_and_droppable_cache_is_free(is_v2: bool, tmp_pat
     write_group(top / "pod/task", "max" if is_v2 else str(2**63 - 4096), 200, 0, is_v2=is_v2)
     membership = tmp_path / "membership"
     membership.write_text("0::/pod/task\n" if is_v2 else "4:cpu:/x\n3:memory:/pod/task\n")
-    assert min(_free_in_groups(root, membership)) == 1000 - 300 + 50
+    assert min(free_in_groups(root, membership)) == 1000 - 300 + 50
 
 
 def test_no_container_no_limit(tmp_path: Path) -> None:
-    assert min(_free_in_groups(tmp_path, tmp_path / "none")) > 2**60
+    assert min(free_in_groups(tmp_path, tmp_path / "none")) > 2**60

@@ -148,7 +148,7 @@ def test_what_is_no_file_is_not_replaced(talk: Talk, tmp_path: Path) -> None:
     talk.confirm = lambda _: True
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", os.devnull):
-        with pytest.raises(ConfigError, match="no file that"):
+        with pytest.raises(ConfigError, match="not a regular file"):
             commands.dispatch(talk, f"/save {path}")
     assert talk.session.calls == []
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from offload_moe.errors import BudgetError, ConfigError
-from offload_moe.store.progress import Progress
-from tests.support.cli import ROOT, command, environment, fake_model_module, load_cli, run_cli
+from tests.support.cli import ROOT, command, environment, fake_load_module, load_cli, run_cli
 
 main = load_cli()
 
@@ -70,6 +69,26 @@ def test_what_is_not_understood_exits_with_2(arguments: list[str], capsys: pytes
     with pytest.raises(SystemExit, match="2"):
         main.main(arguments)
     assert "usage: offload-moe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("lst", "list"), ("Chat", "chat"), ("quantise", "quantize"), ("help", "--help"), ("docter", "doctor")],
+)
+def test_a_wrong_command_is_answered_with_a_close_one(
+    word: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main.main([word, "demo"])
+    assert f"there is no command '{word}'. Did you mean {meant}? Choose one of: chat, " in capsys.readouterr().err
+
+
+def test_a_command_like_no_other_is_answered_with_all(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main.main(["xyzzy"])
+    error = capsys.readouterr().err
+    assert "Did you mean" not in error
+    assert all(f" {name}" in error for name in ("quantize", "doctor"))
 
 
 def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,7 +176,8 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: 
     module = type(sys)("offload_moe.convert.quantize")
 
     def quantize(source: str, store: str, **settings: Any) -> str:
-        settings.pop("progress")(Progress(phase="Writing experts", done_bytes=1, total_bytes=2))
+        settings.pop("progress")("Writing experts", 1, 2)
+        settings.pop("on_notice")("mind the gap")
         calls.append((source, store, settings))
         if source == "org/stopped":
             raise KeyboardInterrupt
@@ -172,16 +192,16 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert calls == [("org/model", "out", options)]
     out, err = capsys.readouterr()
     assert out == ""
-    assert "Writing experts ..." in err
+    assert "Writing experts ...\nmind the gap\n" in err
     assert "offload-moe chat out" in err
     assert main.main(["quantize", "org/stopped", "out"]) == 130
-    assert "The same command goes on" in capsys.readouterr().err
+    assert "The same command resumes" in capsys.readouterr().err
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line in this process, over tiny models."""
-    monkeypatch.setitem(sys.modules, "offload_moe.engine.model", fake_model_module())
+    monkeypatch.setitem(sys.modules, "offload_moe.engine.load", fake_load_module())
     monkeypatch.setattr("offload_moe_cli.loading.check_model", lambda *_: None)
     monkeypatch.setattr(main, "quiet_libraries", lambda: None)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
@@ -267,13 +287,18 @@ def test_piped_chat_answers_line_by_line(tmp_path: Path) -> None:
 
 
 def test_names_of_settings_match_the_library() -> None:
-    from offload_moe_cli.options import POLICIES, SAMPLING
+    from offload_moe_cli import options
 
     from offload_moe.chat.sampling import SamplingArguments
+    from offload_moe.plan.machine import DTYPES
+    from offload_moe.plan.placement import DENSE_CODECS
+    from offload_moe.quant import CODECS
     from offload_moe.residency.policy import POLICY_NAMES
 
-    assert set(SAMPLING) == set(SamplingArguments.__annotations__)
-    assert POLICIES == POLICY_NAMES
+    assert set(options.SAMPLING) == set(SamplingArguments.__annotations__)
+    assert options.POLICIES == POLICY_NAMES
+    assert (set(options.CODECS), set(options.DENSE_CODECS)) == (set(CODECS), set(DENSE_CODECS))
+    assert tuple(DTYPES) == options.DTYPES
     with pytest.raises(ConfigError, match="warmth"):
         from offload_moe.chat import Sampling
 

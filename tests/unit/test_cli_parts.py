@@ -127,7 +127,7 @@ def test_the_status_line() -> None:
         "computed anew"
     )
     crowded = status.status_line(turn(num_slots_given_up=1200, finish="memory"), 300)
-    assert "1,200 expert slots gave way to the context · no memory for a longer context" in crowded
+    assert "1,200 expert slots were freed for the context · no memory for a longer context" in crowded
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:

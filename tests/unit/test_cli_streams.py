@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.cli import ROOT, command, environment, fake_model_module, load_cli
+from tests.support.cli import ROOT, command, environment, fake_load_module, load_cli
 
 main = load_cli()
 ANSWER = "It is 2 é🙂.\n"
@@ -25,7 +25,7 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         sent.append(text)
         yield from ()
 
-    module = fake_model_module()
+    module = fake_load_module()
     load = module.load
 
     def fake(*arguments: Any, **settings: Any) -> Any:
@@ -41,7 +41,7 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return model
 
     module.load = fake
-    monkeypatch.setitem(sys.modules, "offload_moe.engine.model", module)
+    monkeypatch.setitem(sys.modules, "offload_moe.engine.load", module)
     monkeypatch.setattr("offload_moe_cli.loading.check_model", lambda *_: None)  # no such model is installed
     monkeypatch.setattr(main, "quiet_libraries", lambda: None)
     return sent
@@ -118,7 +118,7 @@ def test_a_pipe_that_says_nothing_is_not_waited_for_long(
     assert main.main(["run", "tiny", "Hi"]) == 0
     os.close(writing)
     assert prompts == ["Hi"]
-    assert "Nothing has come on stdin" in capsys.readouterr().err
+    assert "The pipe on stdin is empty" in capsys.readouterr().err
 
 
 def test_no_prompt_at_a_terminal_is_not_understood(

@@ -152,7 +152,7 @@ def test_the_limit_is_the_longest_conversation_that_fits(forwards: Forwards) -> 
 
 def test_a_prompt_without_room_is_refused_with_the_numbers(forwards: Forwards) -> None:
     with pytest.raises(
-        BudgetError, match=r"The conversation of 90,000 tokens needs \d+ MiB .* \d+ (MiB|KiB) can be had"
+        BudgetError, match=r"The conversation of 90,000 tokens needs \d+ MiB .* \d+ (MiB|KiB) is available"
     ):
         forwards.room.limit(90_000, 90_000)
     assert forwards.room.limit(50, 50) > 50
@@ -250,7 +250,7 @@ def test_slots_that_another_thread_holds_come_back_later(lending: Forwards) -> N
 def test_some_room_is_never_lent() -> None:
     forwards = Lending()
     forwards.step(DynamicCache(), 10)
-    assert forwards.room._planned_bytes < room.NEVER_LENT_BYTES
+    assert forwards.room.planned_bytes < room.NEVER_LENT_BYTES
     assert forwards.num_resizes == 0
 
 

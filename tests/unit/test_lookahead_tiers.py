@@ -10,6 +10,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.experts.lookahead import DISK_DEPTH, Lookahead
 from offload_moe.experts.probe import NativeRouter, PlainRouter, RouterProbe
 from offload_moe.native import kernels
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import LRU
 from offload_moe.residency.prefetch import PrefetchGovernor
 from offload_moe.residency.residency import Residency
@@ -20,7 +21,7 @@ NUM_LAYERS, NUM_EXPERTS, HIDDEN = 6, 8, 4
 class FakeTier:
     """Takes note of what is prefetched; only even experts are here."""
 
-    num_experts = NUM_EXPERTS
+    keys = ExpertKeys([NUM_EXPERTS] * NUM_LAYERS)
 
     def __init__(self, num_slots: int = 64) -> None:
         self.prefetched: dict[int, list[int]] = {}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.offload import offload
+from support.pressure import bound_of
 from support.tiny_models import FAMILIES, tiny_model
 
 from offload_moe.checkpoint.experts import find_experts
@@ -89,7 +90,7 @@ def test_a_familys_scale_holds_for_a_single_token_too() -> None:
                 shape, codec, Activation(name="silu"), has_gate=True, pair_scale=scale
             ),
         )
-        bound = next(module._offload_moe for module in attached.modules() if hasattr(module, "_offload_moe"))
+        bound = bound_of(attached)[0]
         routed = torch.ones(1, 64), torch.tensor([[0, 2, 5]]), torch.full((1, 3), 0.3)
         bound(*routed)
         return bound(*routed)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from offload_moe.convert.sources import ensure_store, find_source, silent
+from offload_moe.convert.sources import ensure_store, find_source
 from offload_moe.errors import CheckpointError, ConfigError, OffloadMoeError, StoreError
 from offload_moe.simulate.hardware import CARDS, card_named
 from offload_moe.store.installed import find, resolve_installed
@@ -95,7 +95,7 @@ def test_wrong_names_are_answered_with_close_ones(cache: Path, name: str, advice
             check_installed(name)
         assert advice in str(refused.value)
     with pytest.raises(CheckpointError, match="nor a hub id"):
-        ensure_store(name, codec=None, dense_codec="bf16", revision=None, token=None, report=silent)
+        ensure_store(name, codec=None, dense_codec="bf16", revision=None, token=None)
 
 
 def test_what_can_be_meant_is_let_through(cache: Path, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_an_unfinished_store_says_how_it_goes_on(cache: Path) -> None:
     path = cache / "stores" / "half"
     line = f"Resume it with: offload-moe quantize org/half {path} --codec int8 --dense-codec bf16 --revision abc"
     calls = (
-        lambda: ensure_store("half", codec=None, dense_codec="bf16", revision=None, token=None, report=silent),
+        lambda: ensure_store("half", codec=None, dense_codec="bf16", revision=None, token=None),
         lambda: find_source(path),
     )
     for call in calls:
@@ -189,7 +189,7 @@ def test_a_choice_names_what_is_close_and_what_there_is() -> None:
         (["--context", "nan"], "A context of 'nan' tokens is not usable."),
         (["--ram", "64"], "'64' has no unit. Did you mean 64GiB?"),
         (["--vram", "1e99GiB"], "Cannot read '1e99GiB' as a size."),
-        (["--vram", "9" * 400 + "GiB"], "is no size of a memory."),
+        (["--vram", "9" * 400 + "GiB"], "is not a size of a memory."),
     ],
 )
 def test_settings_are_checked_at_once(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

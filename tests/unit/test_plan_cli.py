@@ -205,7 +205,7 @@ def test_memory_of_another_machine_is_said_and_planned(
     monkeypatch.setattr("offload_moe.plan.budget.total_ram", lambda: 16 << 30)
     for ram, is_said in (("64GiB", True), ("16GiB", False)):
         assert load_cli().main(["plan", MIXTRAL, "--vram", "0", "--ram", ram]) == 0
-        said = "Planned for another machine: 64.0 GiB of RAM, and here are 16.0 GiB." in capsys.readouterr().err
+        said = "Planned for another machine: 64.0 GiB of RAM, and this machine has 16.0 GiB." in capsys.readouterr().err
         assert said == is_said
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import offload_moe.residency.policy as policy_package
 from offload_moe.errors import ConfigError
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import DEFAULT_POLICY, POLICY_NAMES, Policy, make_policy
 from offload_moe.residency.policy.frequency import DecayedFrequency
 
@@ -20,7 +21,7 @@ def nobody(key: int) -> bool:
 
 
 def make(name: str, num_slots: int = 4) -> Policy:
-    return make_policy(name, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, num_slots=num_slots)
+    return make_policy(name, ExpertKeys([NUM_EXPERTS] * NUM_LAYERS), num_slots=num_slots)
 
 
 def use(policy: Policy, *keys: int, layer: int = 0) -> None:
@@ -87,7 +88,7 @@ class TestContract:
 
     def test_serves_a_single_layer_with_model_wide_keys(self) -> None:
         for name in POLICY_NAMES:
-            policy = make_policy(name, num_layers=1, num_experts=NUM_EXPERTS, num_slots=4, first_layer=5)
+            policy = make_policy(name, ExpertKeys([NUM_EXPERTS] * 6), num_slots=4, layers=range(5, 6))
             use(policy, 40, 47, layer=5)
             assert sorted(drain(policy)) == [40, 47]
 
@@ -231,6 +232,7 @@ def test_no_policy_imports_torch_or_a_room_above() -> None:
         "offload_moe.errors",
         "offload_moe.system.names",
         "offload_moe.native.library",
+        "offload_moe.residency.keys",
         "offload_moe.residency.policy",
     }
     for path in Path(policy_package.__file__).parent.glob("*.py"):

@@ -8,6 +8,7 @@ import pytest
 from offload_moe.native.library import load_for_short_calls
 from offload_moe.profile.replay import replay
 from offload_moe.profile.trace import Trace
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import native_ranking
 from offload_moe.residency.policy.history import NUM_AHEAD, History
 from offload_moe.residency.policy.knn import KNN
@@ -15,6 +16,7 @@ from offload_moe.residency.policy.native_ranking import NativeRanking
 from offload_moe.residency.policy.reuse import PRIOR_WEIGHTS, ReuseModel
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K, NUM_SLOTS = 4, 16, 2, 16
+KEYS = ExpertKeys([NUM_EXPERTS] * NUM_LAYERS)
 
 
 def nobody(key: int) -> bool:
@@ -115,7 +117,7 @@ class TestKNN:
 
     def test_layer_just_passed_gives_way_before_a_layer_to_come(self) -> None:
         """Equal statistics everywhere: what tells the experts apart is when their layer comes round."""
-        policy = KNN(range(NUM_LAYERS), NUM_EXPERTS, NUM_SLOTS)
+        policy = KNN(KEYS, range(NUM_LAYERS), NUM_SLOTS)
         for token in range(12):
             for layer in range(NUM_LAYERS):
                 policy.access(layer, [layer * NUM_EXPERTS])
@@ -130,7 +132,7 @@ class TestKNN:
         assert sorted(order[:2]) == [0, 1]
 
     def test_a_larger_pool_looks_further_ahead(self) -> None:
-        resized, made_so = (KNN(range(NUM_LAYERS), NUM_EXPERTS, num_slots) for num_slots in (8, 32))
+        resized, made_so = (KNN(KEYS, range(NUM_LAYERS), num_slots) for num_slots in (8, 32))
         resized.resize(32)
         for policy in (resized, made_so):
             assert policy.ranking.discount == policy.ranking.reuse.discount == made_so.ranking.discount
@@ -138,7 +140,7 @@ class TestKNN:
 
     def test_prefetched_expert_is_kept_until_its_layer_has_come(self) -> None:
         policy, every_fourth, never_used = (
-            KNN(range(NUM_LAYERS), NUM_EXPERTS, NUM_SLOTS),
+            KNN(KEYS, range(NUM_LAYERS), NUM_SLOTS),
             NUM_EXPERTS,
             3 * NUM_EXPERTS + 7,
         )
@@ -157,7 +159,7 @@ class TestKNN:
 
     def test_experts_asked_for_one_by_one_are_one_token(self) -> None:
         """A tier below another sees single misses; they must not look like tokens."""
-        policy = KNN(range(NUM_LAYERS), NUM_EXPERTS, NUM_SLOTS)
+        policy = KNN(KEYS, range(NUM_LAYERS), NUM_SLOTS)
         for _ in range(3):
             for layer in range(NUM_LAYERS):
                 for expert in (3, 1, 2):
@@ -168,7 +170,7 @@ class TestKNN:
     def test_chunks_without_end_leave_a_victim(self, is_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         """What could be matched fades with every token that is not remembered, and must not fade to nothing."""
         use_native(monkeypatch, is_native=is_native)
-        policy = KNN(range(NUM_LAYERS), NUM_EXPERTS, NUM_SLOTS)
+        policy = KNN(KEYS, range(NUM_LAYERS), NUM_SLOTS)
         policy.access(0, [1, 2])
         policy.insert(1)
         for _ in range(400):
@@ -178,7 +180,7 @@ class TestKNN:
         assert policy.victim(nobody) == 1
 
     def test_a_prompt_chunk_is_not_remembered(self) -> None:
-        policy = KNN(range(1), NUM_EXPERTS, NUM_SLOTS)
+        policy = KNN(ExpertKeys([NUM_EXPERTS]), range(1), NUM_SLOTS)
         for _ in range(5):
             policy.access(0, list(range(NUM_EXPERTS)))
         policy.access(0, [1, 2])
@@ -186,7 +188,7 @@ class TestKNN:
 
 
 def test_a_chunk_tells_which_experts_its_tokens_like() -> None:
-    policy = KNN(range(1), NUM_EXPERTS, NUM_SLOTS)
+    policy = KNN(ExpertKeys([NUM_EXPERTS]), range(1), NUM_SLOTS)
     everyone = list(range(NUM_EXPERTS))
     liked = 3
     policy.access(0, everyone, [0.9 if expert == liked else 0.05 for expert in everyone], num_tokens=64)
@@ -203,7 +205,7 @@ def test_a_chunk_tells_which_experts_its_tokens_like() -> None:
 
 
 def test_a_chunk_evicts_what_it_has_passed_before_what_lies_ahead() -> None:
-    policy = KNN(range(NUM_LAYERS), NUM_EXPERTS, NUM_SLOTS)
+    policy = KNN(KEYS, range(NUM_LAYERS), NUM_SLOTS)
     for layer in range(NUM_LAYERS):  # a token that everything is resident for
         policy.access(layer, [layer * NUM_EXPERTS])
     for key in range(NUM_LAYERS * NUM_EXPERTS):
@@ -269,4 +271,4 @@ def use_native(monkeypatch: pytest.MonkeyPatch, *, is_native: bool) -> None:
 
 def policy_with(monkeypatch: pytest.MonkeyPatch, layers: range, num_experts: int, *, is_native: bool) -> KNN:
     use_native(monkeypatch, is_native=is_native)
-    return KNN(layers, num_experts, NUM_SLOTS)
+    return KNN(ExpertKeys([num_experts] * layers.stop), layers, NUM_SLOTS)

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from offload_moe.memory.workers import TransferWorkers
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import make_policy
 from offload_moe.residency.prefetch import BLOCK_TOKENS, NUM_BLOCKS, SETTLED_TOKENS, PrefetchGovernor
 from offload_moe.residency.residency import Residency
@@ -100,6 +101,7 @@ def test_threads_end_before_the_interpreter_does() -> None:
 import atexit, threading, time
 atexit.register(lambda: print([t.name for t in threading.enumerate() if t.name.startswith("reader")]))
 from offload_moe.memory.workers import TransferWorkers
+from offload_moe.residency.keys import ExpertKeys
 TransferWorkers(2, "reader").submit(0, [lambda: time.sleep(0.2)], is_prefetch=False)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -107,7 +109,7 @@ TransferWorkers(2, "reader").submit(0, [lambda: time.sleep(0.2)], is_prefetch=Fa
 
 
 def test_what_is_kept_is_not_evicted() -> None:
-    residency = Residency(2, make_policy("lru", num_layers=1, num_experts=9, num_slots=2))
+    residency = Residency(2, make_policy("lru", ExpertKeys([9]), num_slots=2))
     for key in (0, 1):
         slot = residency.admit(key)
         assert slot is not None

@@ -111,9 +111,9 @@ class TestRefusals:
 class TestTables:
     def test_columns_go_below_each_other_where_they_do_not_fit(self) -> None:
         load_cli()
-        from offload_moe_cli.tables import _groups
+        from offload_moe_cli.tables import column_groups
 
-        assert _groups([10, 10, 10, 10], 40) == [[0, 1, 2, 3]]
-        assert _groups([10, 10, 10, 10], 39) == [[0, 1, 2], [0, 3]]
-        assert _groups([10, 10, 10, 10], 25) == [[0, 1], [0, 2], [0, 3]]
-        assert _groups([10, 50, 10], 30) == [[0, 1], [0, 2]]
+        assert column_groups([10, 10, 10, 10], 40) == [[0, 1, 2, 3]]
+        assert column_groups([10, 10, 10, 10], 39) == [[0, 1, 2], [0, 3]]
+        assert column_groups([10, 10, 10, 10], 25) == [[0, 1], [0, 2], [0, 3]]
+        assert column_groups([10, 50, 10], 30) == [[0, 1], [0, 2]]

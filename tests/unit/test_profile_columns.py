@@ -62,7 +62,7 @@ class TestColumns:
             columns(forward([7, 8, 9], 0, is_new=True), forward([5], 3, is_new=False)),
             columns(forward([6], 4, is_new=False), forward([1, 2], 0, is_new=True)),
         ]
-        trace = make_trace(chunks, num_experts=4, tiers=("vram", "ram"), metadata="{}")
+        trace = make_trace(chunks, num_experts=[4, 4], tiers=("vram", "ram"), metadata="{}")
         assert trace.sequence_lengths.tolist() == [5, 2]
         assert trace.forwards is not None
         assert trace.forwards.tolist() == [0, 0, 0, 1, 2, 3, 3]
@@ -75,7 +75,9 @@ class TestColumns:
         assert trace.weights.dtype == np.float16
 
     def test_a_trace_cut_into_begins_a_sequence(self) -> None:
-        trace = make_trace([columns(forward([6], 4, is_new=False))], num_experts=4, tiers=("a", "b"), metadata="{}")
+        trace = make_trace(
+            [columns(forward([6], 4, is_new=False))], num_experts=[4, 4], tiers=("a", "b"), metadata="{}"
+        )
         assert trace.sequence_lengths.tolist() == [1]
 
     @pytest.mark.parametrize("layers", [[0], [0, 0], [1, 0]])

@@ -14,7 +14,7 @@ from offload_moe.profile.report import ProfileReport, make_report, report_to_jso
 from tests.support.profile import METADATA, full_trace, routing_only
 
 
-def quiet(phase: str, done: float) -> None:
+def quiet(phase: str, done: float = -1.0, total: float | None = None) -> None:
     assert 0 <= done <= 1
 
 

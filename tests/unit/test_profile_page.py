@@ -32,7 +32,7 @@ from tests.support.profile import METADATA, full_trace, routing_only
 UNIT = Axis(label="x", low=0, high=1, ticks=[0, 1])
 
 
-def quiet(phase: str, done: float) -> None:
+def quiet(phase: str, done: float = -1.0, total: float | None = None) -> None:
     pass
 
 
@@ -71,7 +71,7 @@ class TestPage:
             "waiting for the link",
             "waiting for the disk",
             "62.5%",  # hit rate of generated tokens
-            "Lookahead recall, the share of routed experts foretold by an earlier layer: 75.0% 1 ahead.",
+            "Lookahead recall, the share of routed experts predicted by an earlier layer: 75.0% 1 ahead.",
             "1.18 in the mean, 1 is even",  # of 1.35 and 1
             "Never used: 1 experts",
             "31.2% at 1, 12.5% at 1.1",  # of 3/8 and 2/8, of 1/8 and 1/8
@@ -103,9 +103,9 @@ class TestPage:
     def test_a_foreign_trace_shows_what_it_has(self) -> None:
         found = make_report(routing_only(repeats=5), progress=quiet)
         text = text_of(make_page(found))
-        assert "does not say how many slots" in text
+        assert "does not have the number of slots" in text
         assert "the trace has no router probabilities" in text
-        assert "Where a token's time goes" not in text
+        assert "Parts of a token's time" not in text
         assert "0:2 1:3 5 100.0% 2.00" in " ".join(text.split())
         assert [section.key for section in make_sections(found)] == ["sizes", "load", "routing"]
 
@@ -116,7 +116,7 @@ class TestPage:
     def test_when_everything_fits(self) -> None:
         metadata = json.dumps({**METADATA, "num_slots": {"vram": 8, "ram": 8}})
         found = make_report(full_trace(metadata=metadata), progress=quiet)
-        assert "Every expert has a slot: more memory for experts brings nothing." in summary(found)
+        assert "Every expert has a slot, so more memory for experts has no effect." in summary(found)
 
 
 class TestLineChart:

@@ -5,7 +5,9 @@ import sys
 
 import offload_moe
 from offload_moe.convert.quantize import quantize
-from offload_moe.engine.model import Model, load
+from offload_moe.engine.load import load
+from offload_moe.engine.model import Model
+from offload_moe.engine.options import LoadOptions
 from offload_moe.errors import OffloadMoeError
 
 # Run apart: what was imported before decides whether a submodule may take a name's place.
@@ -26,12 +28,20 @@ assert callable(quantize)
 
 
 def test_exported_names_are_pinned() -> None:
-    assert sorted(offload_moe.__all__) == ["Model", "OffloadMoeError", "__version__", "load", "quantize"]
+    assert sorted(offload_moe.__all__) == [
+        "LoadOptions",
+        "Model",
+        "OffloadMoeError",
+        "__version__",
+        "load",
+        "quantize",
+    ]
 
 
 def test_every_name_is_the_object_that_it_names() -> None:
-    found = [getattr(offload_moe, name) for name in ("Model", "OffloadMoeError", "load", "quantize") for _ in range(2)]
-    assert found[::2] == found[1::2] == [Model, OffloadMoeError, load, quantize]
+    names = [name for name in offload_moe.__all__ if name != "__version__"]
+    found = [getattr(offload_moe, name) for name in names for _ in range(2)]
+    assert found[::2] == found[1::2] == [LoadOptions, Model, OffloadMoeError, load, quantize]
 
 
 def test_no_submodule_takes_the_place_of_a_name() -> None:

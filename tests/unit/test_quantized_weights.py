@@ -311,6 +311,43 @@ def test_fp8_in_blocks(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     check(stored, scaled(codes, every))
 
 
+@pytest.mark.parametrize("shape", [(160, 192), (64, 300), (129, 128)])
+def test_fp8_in_the_usual_blocks_where_the_config_names_none(tmp_path: Path, shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    codes, scales = random_fp8(rows, columns), random_scales(-(-rows // 128), -(-columns // 128), dtype=torch.float32)
+    stored = opened(tmp_path, {"quant_method": "fp8"}, {f"{NAME}weight": codes, f"{NAME}weight_scale_inv": scales})
+    every = scales.double().repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    check(stored, scaled(codes, every))
+
+
+@pytest.mark.parametrize("locations", [[], ["weight_input"], ["weight_output", "weight_input"]])
+def test_compressed_transforms_of_weights_are_in_the_weights(tmp_path: Path, locations: list[str]) -> None:
+    codes, scales = random_fp8(ROWS, COLUMNS), random_scales(ROWS, 1, dtype=torch.float32)
+    settings = compressed("float-quantized", num_bits=8) | {"transform_config": transforms(locations)}
+    stored = opened(tmp_path, settings, {f"{NAME}weight": codes, f"{NAME}weight_scale": scales})
+    check(stored, scaled(codes, scales.expand(ROWS, COLUMNS)))
+
+
+@pytest.mark.parametrize(
+    ("config", "places"),
+    [
+        (["weight_input", "input"], "input"),
+        (["q_attn", "k_cache"], "k_cache, q_attn"),
+        ({"config_groups": {"R1": {"type": "hadamard"}}}, "unknown"),
+        ([["input"]], "unknown"),
+    ],
+)
+def test_compressed_transforms_of_activations_are_refused(tmp_path: Path, config: object, places: str) -> None:
+    config = transforms(config) if isinstance(config, list) else config
+    parts = {f"{NAME}weight": random_fp8(ROWS, COLUMNS), f"{NAME}weight_scale": torch.ones(ROWS, 1)}
+    with pytest.raises(CheckpointError, match=rf"transform_config: {places}\), .* Use a version"):
+        opened(tmp_path, compressed("float-quantized", num_bits=8) | {"transform_config": config}, parts)
+
+
+def transforms(locations: list[object]) -> dict[str, object]:
+    return {"config_groups": {"R1": {"type": "hadamard", "apply": [{"location": place} for place in locations]}}}
+
+
 @pytest.mark.parametrize(
     ("weights", "shape", "block"),
     [

@@ -9,15 +9,16 @@ import pytest
 import torch
 from support.chat import byte_tokenizer, chat_model
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoConfig, DynamicCache, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from offload_moe.chat import ChatSession, prompt_chunks
 from offload_moe.chat.answer import Answer
 from offload_moe.chat.recompute import recompute_of
+from offload_moe.checkpoint.skeleton import build_skeleton
 from offload_moe.decode import make_fast
 from offload_moe.decode.rotation import Rotation, rotation_keeper
-from offload_moe.errors import ConfigError
+from offload_moe.errors import ConfigError, UnsupportedModelError
 
 WINDOW, CHUNK = 48, 16
 TOLERANCE = 2e-4
@@ -38,6 +39,8 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
 PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 BY_TYPE = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe": ("phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": longrope() | MSCALES}),
@@ -172,6 +175,28 @@ def test_a_forward_that_continues_across_the_window_says_so(caplog: pytest.LogCa
 def test_dynamic_rotation_says_what_it_costs(caplog: pytest.LogCaptureFixture) -> None:
     generate(ours("dynamic"), prompt_of(WINDOW), 5)
     assert len([record for record in caplog.records if "dynamic NTK" in record.message]) == 1
+
+
+@pytest.mark.parametrize("name", ["phimoe", "longrope", "by layer type"])
+@pytest.mark.parametrize("long_factor", [[4.0] * 5, [4.0] * 9, ["far"] * 8, []])
+def test_long_factors_that_do_not_fit_are_refused_at_once(name: str, long_factor: list[object]) -> None:
+    family, settings = SETTINGS[name]
+    parameters = copy.deepcopy(settings["rope_parameters"])
+    parameters.get("full_attention", parameters)["long_factor"] = long_factor
+    config = AutoConfig.for_model(family, **(settings | {"rope_parameters": parameters}), **SMALL)
+    with pytest.raises(UnsupportedModelError, match=r"LongRoPE factors \(long_factor\) .* Take the config\.json"):
+        build_skeleton(config)
+
+
+@pytest.mark.parametrize("name", ["phimoe", "longrope", "by layer type"])
+def test_a_skeleton_begins_with_the_short_factors(name: str) -> None:
+    family, settings = SETTINGS[name]
+    model = build_skeleton(AutoConfig.for_model(family, **settings, **SMALL))
+    frequencies = [
+        value for name, value in model.named_buffers() if name.endswith("inv_freq") and "original" not in name
+    ]
+    assert frequencies
+    assert all(value.max() == 1.0 for value in frequencies)
 
 
 def test_other_models_are_left_alone() -> None:

@@ -13,10 +13,12 @@ from offload_moe.errors import TransferError
 from offload_moe.memory.mover import Arrived
 from offload_moe.memory.waiting import STEP_S
 from offload_moe.native.kernels import DROPPED, READING, Reads
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import make_policy
 from offload_moe.residency.reserved import ReservedSlots
 from offload_moe.residency.residency import Residency
-from offload_moe.residency.scheduler import FILL_DEPTH, Scheduler
+from offload_moe.residency.scheduler import Scheduler
+from offload_moe.residency.tier import FILL_DEPTH
 
 NUM_LAYERS, NUM_EXPERTS = 4, 8
 
@@ -74,8 +76,8 @@ class ThreadMover(ManualMover):
 
 
 def make_scheduler(num_slots: int, mover: ManualMover, **options: Any) -> Scheduler:
-    policy = make_policy("lru", num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS, num_slots=num_slots)
-    return Scheduler(Residency(num_slots, policy), mover, num_experts=NUM_EXPERTS, **options)
+    policy = make_policy("lru", ExpertKeys([NUM_EXPERTS] * NUM_LAYERS), num_slots=num_slots)
+    return Scheduler(Residency(num_slots, policy), mover, keys=ExpertKeys([NUM_EXPERTS] * NUM_LAYERS), **options)
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3, 7, 32])

@@ -10,6 +10,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.profile.behaviour import overlap
 from offload_moe.profile.replay import replay
 from offload_moe.profile.trace import Trace
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.simulate import (
     DiskModel,
     LinkModel,
@@ -30,15 +31,14 @@ DISK = DiskModel(bytes_per_s=1e9, latency_s=1e-4)
 
 @pytest.fixture(scope="module")
 def trace() -> Trace:
-    drawn = synthetic_trace(num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K, num_tokens=60, num_sequences=2)
+    drawn = synthetic_trace(num_experts=[EXPERTS] * LAYERS, top_k=TOP_K, num_tokens=60, num_sequences=2)
     return replace(drawn, experts=np.sort(drawn.experts))  # the runtime acquires ascending, a replay as it finds them
 
 
 def pools(share: float, policy: str = "lru", device_share: float = 0.0) -> VirtualPools:
     num_all = LAYERS * EXPERTS
     return VirtualPools(
-        num_layers=LAYERS,
-        num_experts=EXPERTS,
+        keys=ExpertKeys([EXPERTS] * LAYERS),
         slot_bytes=RECORD,
         num_ram_slots=round(share * num_all),
         num_device_slots=round(device_share * num_all),
@@ -140,12 +140,12 @@ def test_what_a_trace_says_of_prompts_is_taken(trace: Trace) -> None:
     is_prompt[:7] = is_prompt[60:65] = True
     answers = answers_of(replace(trace, is_prompt=is_prompt), num_tokens=60)
     assert [(len(answer.prompt), len(answer.decode)) for answer in answers] == [(7, 53), (5, 7)]
-    with pytest.raises(ConfigError, match="prompts only"):
+    with pytest.raises(ConfigError, match="only prompts"):
         answers_of(trace, prompt_tokens=60)
 
 
 def test_synthetic_routing_is_as_uneven_and_as_sticky_as_asked() -> None:
-    shape = {"num_layers": 4, "num_experts": 32, "top_k": 4, "num_tokens": 400}
+    shape = {"num_experts": [32] * 4, "top_k": 4, "num_tokens": 400}
     even, uneven = (synthetic_trace(**shape, skew=skew, reuse=0.0) for skew in (0.0, 1.0))
     sticky = synthetic_trace(**shape, skew=0.0, reuse=0.6)
     loads = [np.sort(np.bincount(t.experts[:, 0].ravel(), minlength=32))[::-1] for t in (even, uneven)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from offload_moe.plan import Machine, make_plan
-from offload_moe.plan.simulation import _lent_room, simulate_plan
+from offload_moe.plan.simulation import lent_room, simulate_plan
 from offload_moe.plan.speed import takes_token_passes
 from offload_moe.profile.trace import save_trace
 from offload_moe.simulate import synthetic_trace
@@ -57,7 +57,7 @@ def test_what_cannot_be_is_one_line(arguments: list[str], message: str, capsys: 
 
 
 def test_a_trace_of_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_trace(synthetic_trace(num_layers=2, num_experts=8, top_k=2, num_tokens=20), tmp_path / "t.npz")
+    save_trace(synthetic_trace(num_experts=[8] * 2, top_k=2, num_tokens=20), tmp_path / "t.npz")
     assert main(MIXTRAL, "--trace", str(tmp_path / "t.npz"), "--ram", "64GiB") == 1
     assert "2 MoE layers, 8 experts and top-2" in capsys.readouterr().err
 
@@ -78,10 +78,8 @@ def test_slots_borrow_the_room_of_a_context_that_is_not_there_yet() -> None:
 def test_what_layers_keep_decides_over_lent_room_and_rides(name: str, lends: bool, passes: bool) -> None:
     """Latents are lent room as in the model, and taken layer by layer; sliding windows neither way."""
     plan = make_plan(str(CONFIGS / f"{name}.json"), Machine(ram_bytes=64 * GIB))
-    assert (_lent_room(plan) is not None, takes_token_passes(plan.shape, plan.machine)) == (lends, passes)
-    assert (
-        _lent_room(make_plan(str(CONFIGS / f"{name}.json"), Machine(ram_bytes=64 * GIB, vram_bytes=12 * GIB))) is None
-    )
+    assert (lent_room(plan) is not None, takes_token_passes(plan.shape, plan.machine)) == (lends, passes)
+    assert lent_room(make_plan(str(CONFIGS / f"{name}.json"), Machine(ram_bytes=64 * GIB, vram_bytes=12 * GIB))) is None
 
 
 def test_the_plan_and_the_simulation_agree_where_nothing_is_missed() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import make_policy
 from offload_moe.residency.residency import Residency
 from offload_moe.residency.scheduler import Scheduler
@@ -100,10 +101,9 @@ def test_a_copy_waits_for_the_disk_the_link_and_the_readers_of_its_slot() -> Non
     clock = VirtualClock()
     processor = DeviceProcessor(clock)
     reader = VirtualDisk(clock, DiskModel(bytes_per_s=100 * MB, latency_s=0.0, part_bytes=WHOLE), 10 * MB)
-    policy = make_policy("lru", num_layers=1, num_experts=8, num_slots=8)
-    ram = Scheduler(
-        Residency(8, policy), reader, num_experts=8, clock=clock, changed=VirtualCondition(clock)
-    )  # fmt: skip
+    keys = ExpertKeys([8])
+    residency = Residency(8, make_policy("lru", keys, num_slots=8))
+    ram = Scheduler(residency, reader, keys=keys, clock=clock, changed=VirtualCondition(clock))
     link = VirtualLink(clock, LinkModel(bytes_per_s=1000 * MB, latency_s=0.001), ram, processor, 10 * MB)
     arrivals = Arrivals(clock)
     processor.run(0.0, 0.5)

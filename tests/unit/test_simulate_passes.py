@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from offload_moe.native.kernels import DONE, DROPPED, READING, Reads
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.simulate import (
     Answer,
     DiskModel,
@@ -34,13 +35,12 @@ COSTS = RunCosts(
     ask_host_s=2e-3,
 )
 DISK = DiskModel(bytes_per_s=1e12, latency_s=1e-4, turn_s=5e-4)
-TRACE = synthetic_trace(num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K, num_tokens=60, num_sequences=2)
+TRACE = synthetic_trace(num_experts=[EXPERTS] * LAYERS, top_k=TOP_K, num_tokens=60, num_sequences=2)
 
 
 def run(share: float, costs: RunCosts = COSTS, disk: DiskModel = DISK, **others: Any) -> Simulation:
     pools = VirtualPools(
-        num_layers=LAYERS,
-        num_experts=EXPERTS,
+        keys=ExpertKeys([EXPERTS] * LAYERS),
         slot_bytes=RECORD,
         num_ram_slots=max(1, round(share * LAYERS * EXPERTS)),
     )
@@ -49,7 +49,7 @@ def run(share: float, costs: RunCosts = COSTS, disk: DiskModel = DISK, **others:
 
 def one_layer(tokens: list[list[int]], costs: RunCosts, num_warm_up: int) -> float:
     """Milliseconds of the last token of a model of one layer with 12 slots, of which one is lent at a time."""
-    pools = VirtualPools(num_layers=1, num_experts=EXPERTS, slot_bytes=RECORD, num_ram_slots=12)
+    pools = VirtualPools(keys=ExpertKeys([EXPERTS]), slot_bytes=RECORD, num_ram_slots=12)
     empty = np.zeros((0, 1, len(tokens[0])), dtype=np.int16)
     answers = [Answer(prompt=empty, decode=np.array([[experts]], dtype=np.int16)) for experts in tokens]
     return 1e3 * simulate(answers, pools, costs, DISK, num_warm_up=num_warm_up).token_s
@@ -57,7 +57,7 @@ def one_layer(tokens: list[list[int]], costs: RunCosts, num_warm_up: int) -> flo
 
 def test_a_token_with_everything_resident_has_no_python_between_its_layers() -> None:
     answers = answers_of(TRACE, prompt_tokens=0) * 2
-    pools = VirtualPools(num_layers=LAYERS, num_experts=EXPERTS, slot_bytes=RECORD, num_ram_slots=LAYERS * EXPERTS)
+    pools = VirtualPools(keys=ExpertKeys([EXPERTS] * LAYERS), slot_bytes=RECORD, num_ram_slots=LAYERS * EXPERTS)
     warm = simulate(answers, pools, replace(COSTS, ask_host_s=0.0), DISK, num_warm_up=3)
     assert warm.token_s == pytest.approx(1e-3 + LAYERS * (2e-4 + 3e-4 + TOP_K * 4e-4))
     assert (warm.hit_rate, warm.stall_s) == (1, 0)

@@ -14,9 +14,9 @@ import torch
 
 from offload_moe.convert.quantize import quantize
 from offload_moe.convert.repair import find_damage, repair, restore_sizes
-from offload_moe.convert.sources import ensure_store, silent
+from offload_moe.convert.sources import ensure_store
 from offload_moe.errors import ConfigError, StoreCorrupt, StoreError
-from offload_moe.store import Progress, Store
+from offload_moe.store import Store
 from offload_moe.store.installed import describe, find, installed, remove, resolve
 from offload_moe.system.locks import lock_file
 from offload_moe.system.sizes import format_size
@@ -105,7 +105,7 @@ def test_a_name_is_a_path_first_and_then_an_entry(cache: Path, tmp_path: Path, m
 
 def test_a_model_loads_by_its_name(cache: Path) -> None:
     settings: dict[str, Any] = {"codec": "nf4", "dense_codec": "bf16", "revision": None, "token": None}
-    assert ensure_store("tiny-nf4", report=silent, **settings) == cache / "stores" / "tiny-nf4"
+    assert ensure_store("tiny-nf4", **settings) == cache / "stores" / "tiny-nf4"
 
 
 @pytest.mark.parametrize("name", ["tiny-nf4", "half-int8", DEMO, f".{DEMO[:-1]}8.partial"])
@@ -141,7 +141,7 @@ def test_files_of_others_keep_a_store_alive(cache: Path, foreign: str) -> None:
     (path / foreign).parent.mkdir(parents=True, exist_ok=True)
     (path / foreign).write_text("mine")
     before = sorted(path.rglob("*"))
-    with pytest.raises(StoreError, match="not ours"):
+    with pytest.raises(StoreError, match="no conversion writes"):
         remove(find("tiny-nf4"))
     assert sorted(path.rglob("*")) == before
 
@@ -155,7 +155,7 @@ def test_links_are_not_followed(cache: Path, made: tuple[Path, Path], tmp_path: 
     (tmp_path / "outside" / "kept").touch()
     inside = cache / "stores" / "half-int8" / "additional_chat_templates"
     inside.symlink_to(tmp_path / "outside")
-    with pytest.raises(StoreError, match="not ours"):
+    with pytest.raises(StoreError, match="no conversion writes"):
         remove(find("half-int8"))
     inside.unlink()
     (cache / "demo" / DEMO / "link").symlink_to(tmp_path / "outside")
@@ -203,11 +203,13 @@ def test_every_damaged_piece_is_found_and_repaired(cache: Path, made: tuple[Path
     flip(path / "dense-00001.safetensors", store.dense["model.norm.weight"].place.offset)
     flip(path / "experts-00001.safetensors", 50)
     flip(path / "chat_template.jinja", 3)
-    reports: list[Progress] = []
-    damages = find_damage(store, reports.append)
+    reports: list[tuple[object, ...]] = []
+    damages = find_damage(store, lambda *report: reports.append(report))
     names = [damage.piece.name.partition(" (")[0] for damage in damages]
     assert names == ["the file", "the header", "model.norm.weight", "expert 2 of layer 1"]
-    assert reports[-1].done_bytes == reports[-1].total_bytes
+    phase, done, total = reports[-1]
+    assert phase == "Verifying"
+    assert done == total != 0
     with pytest.raises(ConfigError, match="--source"):
         repair(store, damages)
     assert repair(store, damages, made[0]) == []
@@ -289,7 +291,7 @@ def test_a_store_does_not_drive_the_terminal(cache: Path, capsys: pytest.Capture
 def test_verify_and_repair(cache: Path, made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = cli(capsys, "verify", "tiny-nf4")
     assert status == 0
-    assert "is whole:" in out
+    assert "is intact:" in out
     assert "Verifying ..." in err
     record = Store.open(cache / "stores" / "tiny-nf4").record(2, 1)
     flip(record.path, record.offset + 7)
@@ -299,7 +301,7 @@ def test_verify_and_repair(cache: Path, made: tuple[Path, Path], capsys: pytest.
     assert cli(capsys, "verify", "tiny-nf4", "--source", "x")[2].endswith("Add --repair.\n")
     status, out, err = cli(capsys, "verify", "tiny-nf4", "--repair", "--source", str(made[0]))
     assert (status, out.partition(" (")[0]) == (0, "repaired: experts-00001.safetensors: expert 1 of layer 2")
-    assert err.endswith("is whole again.\n")
+    assert err.endswith("is repaired.\n")
     assert cli(capsys, "verify", "tiny-nf4")[0] == 0
 
 
@@ -326,7 +328,11 @@ def test_rm_asks_a_person(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     path = cache / "stores" / "tiny-nf4"
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
     status, _, err = cli(capsys, "rm", "tiny-nf4")
-    assert (status, path.exists(), err) == (1, True, f"error: Nobody can be asked about deleting {path}. Add --yes.\n")
+    assert (status, path.exists(), err) == (
+        1,
+        True,
+        f"error: {path} needs a confirmation, and stdin is not a terminal. Add --yes to delete it.\n",
+    )
     for answer in ("\n", "no\n", ""):
         monkeypatch.setattr(sys, "stdin", Typed(answer))
         assert cli(capsys, "rm", "tiny-nf4")[0] == 1
@@ -336,3 +342,24 @@ def test_rm_asks_a_person(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert not path.exists()
     assert cli(capsys, "rm", str(cache / "stores" / "half-int8"), "--yes")[0] == 0
     assert cli(capsys, "rm", "half-int8", "--yes")[0] == 1
+
+
+@pytest.mark.parametrize("beginning", ["tiny", "tiny-nf", "half"])
+def test_rm_takes_the_beginning_of_a_name_only_from_a_person(
+    cache: Path, beginning: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [path] = (cache / "stores").glob(f"{beginning}*")
+    status, _, err = cli(capsys, "rm", beginning, "--yes")
+    assert (status, path.exists()) == (1, True)
+    assert f"give the whole one: {path.name}." in err
+    monkeypatch.setattr(sys, "stdin", Typed("y\n"))
+    assert cli(capsys, "rm", beginning)[0] == 0
+    assert not path.exists()
+
+
+def test_rm_of_a_path_needs_no_question(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(cache / "stores")
+    assert cli(capsys, "rm", "./tiny-nf4", "--yes")[0] == 0
+    assert not (cache / "stores" / "tiny-nf4").exists()

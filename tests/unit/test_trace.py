@@ -97,6 +97,11 @@ class TestRefusals:
             ({"stall_s": np.ones((4, NUM_LAYERS, 1)), "tiers": ("ram", "disk")}, "stall_s has shape"),
             ({"forward_s": np.ones(3), "compute_s": np.ones((4, NUM_LAYERS))}, "forward_s has shape"),
             ({"is_prompt": np.zeros(NUM_TOKENS, dtype=np.uint8)}, "is_prompt has type uint8"),
+            ({"experts_per_layer": np.array([8, 8])}, r"experts_per_layer has shape \[2\], expected \[3\]"),
+            ({"experts_per_layer": np.array([7, 6, 7])}, "at most 7 experts, num_experts says 8"),
+            ({"experts_per_layer": np.array([8, 1, 8])}, "layer 1 has 1 experts, found expert"),
+            ({"experts_per_layer": np.array([8, -1, 8])}, "layer 1 has -1 experts"),
+            ({"experts_per_layer": np.array([8.0, 8.0, 8.0])}, "experts_per_layer has type float64"),
         ],
     )
     def test_arrays_that_do_not_fit(self, change: dict[str, Any], message: str) -> None:
@@ -148,3 +153,15 @@ class TestRefusals:
         np.savez(tmp_path / "t.npz", **{**arrays(), "sequence_lengths": np.array([1])})
         with pytest.raises(ConfigError, match=r"t\.npz: sequence_lengths"):
             load_trace(tmp_path / "t.npz")
+
+
+def test_layers_of_different_sizes(tmp_path: Path) -> None:
+    experts = arrays()["experts"]
+    experts[:, 1] %= 2
+    experts[:, 1, 1] = 1 - experts[:, 1, 0]
+    sizes = np.array([8, 2, 8])
+    trace = Trace(**{**arrays(), "experts": experts, "experts_per_layer": sizes})
+    save_trace(trace, tmp_path / "t.npz")
+    for found in (load_trace(tmp_path / "t.npz"), trace.head(3), trace.select([1])):
+        assert found.keys.num_experts == (8, 2, 8)
+    assert Trace(**arrays()).keys.num_experts == (8, 8, 8)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy.frequency import LFU, DecayedFrequency
 from offload_moe.residency.policy.knn import KNN
 from offload_moe.residency.policy.lru import LRU
@@ -12,13 +13,13 @@ from offload_moe.system.names import choice
 
 __all__ = ["DEFAULT_POLICY", "LRU", "POLICY_NAMES", "Policy", "check_policy", "make_policy"]
 
-_FACTORIES: dict[str, Callable[[range, int, int], Policy]] = {
-    LRU.name: lambda layers, num_experts, num_slots: LRU(),
-    LFU.name: lambda layers, num_experts, num_slots: LFU(),
-    DecayedFrequency.name: lambda layers, num_experts, num_slots: DecayedFrequency(),
-    SLRU.name: lambda layers, num_experts, num_slots: SLRU(num_slots),
-    LRU2.name: lambda layers, num_experts, num_slots: LRU2(),
-    KNN.name: lambda layers, num_experts, num_slots: KNN(layers, num_experts, num_slots),
+_FACTORIES: dict[str, Callable[[ExpertKeys, range, int], Policy]] = {
+    LRU.name: lambda keys, layers, num_slots: LRU(),
+    LFU.name: lambda keys, layers, num_slots: LFU(),
+    DecayedFrequency.name: lambda keys, layers, num_slots: DecayedFrequency(),
+    SLRU.name: lambda keys, layers, num_slots: SLRU(num_slots),
+    LRU2.name: lambda keys, layers, num_slots: LRU2(),
+    KNN.name: lambda keys, layers, num_slots: KNN(keys, layers, num_slots),
 }
 POLICY_NAMES = tuple(_FACTORIES)
 DEFAULT_POLICY = KNN.name
@@ -29,13 +30,11 @@ def check_policy(name: str) -> None:
     choice("policy", name, POLICY_NAMES)
 
 
-def make_policy(name: str, *, num_layers: int, num_experts: int, num_slots: int, first_layer: int = 0) -> Policy:
-    """A fresh policy for one pool of `num_slots` slots that serves `num_layers` layers from `first_layer` on.
-
-    num_experts: experts per layer, the stride of the keys (`layer * num_experts + expert`, also in a one-layer pool).
+def make_policy(name: str, keys: ExpertKeys, *, num_slots: int, layers: range | None = None) -> Policy:
+    """A fresh policy for one pool of `num_slots` slots. layers: those that it serves; None: all.
 
     Raises:
         ConfigError: the name is unknown.
     """
     check_policy(name)
-    return _FACTORIES[name](range(first_layer, first_layer + num_layers), num_experts, num_slots)
+    return _FACTORIES[name](keys, range(keys.num_layers) if layers is None else layers, num_slots)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy.native_ranking import make_ranking
 from offload_moe.residency.policy.ranking import Passed
 
@@ -26,11 +27,12 @@ class KNN:
 
     name = "knn"
 
-    def __init__(self, layers: range, num_experts: int, num_slots: int) -> None:
-        self._num_keys = len(layers) * num_experts
+    def __init__(self, keys: ExpertKeys, layers: range, num_slots: int) -> None:
+        """layers: those that the pool serves; inside, their keys begin at 0."""
         self._layers = layers
-        self._num_experts = num_experts
-        self._first_key = layers.start * num_experts
+        self._first_key = keys.first(layers.start)
+        self._local = ExpertKeys(keys.num_experts[layers.start : layers.stop])
+        self._num_keys = self._local.total
         self.ranking = make_ranking(self._num_keys, _discount(self._num_keys, num_slots))
         self._pending: list[int] = []  # used by layers not ranked yet, from position `_ranked` on
         self._shares: list[float] = []  # of the tokens that used them
@@ -56,10 +58,10 @@ class KNN:
         self._pending += local
         self._shares += weights if weights and num_tokens > 1 else [1.0] * len(keys)
         self._num_tokens = num_tokens
-        if 2 * len(keys) > self._num_experts and not self._is_chunk:
+        if 2 * len(keys) > self._local.num_experts[position] and not self._is_chunk:
             self._is_chunk = True
             # A chunk uses nearly all of the layers that it has yet to pass, sooner than what it has passed.
-            self.ranking.order[(position + 1) * self._num_experts :] += AHEAD_OF_CHUNK
+            self.ranking.order[self._local.end(position) :] += AHEAD_OF_CHUNK
         if position + 1 - self._ranked >= LAYERS_PER_RANKING or position + 1 == len(self._layers):
             self._rank_pending()
 
@@ -69,8 +71,8 @@ class KNN:
         ranking.absent[local] = 0.0
         if local not in self._current:
             ranking.worth[local] = PREFETCH_WORTH
-        has_passed = local < self._ranked * self._num_experts
-        is_awaited = self._is_chunk and local >= (self._position + 1) * self._num_experts
+        has_passed = local < self._local.first(self._ranked)
+        is_awaited = self._is_chunk and local >= self._local.end(self._position)
         worth = ranking.worth[local] * (ranking.discount if has_passed else 1.0)
         ranking.order[local] = worth + AHEAD_OF_CHUNK * is_awaited
 
@@ -105,8 +107,8 @@ class KNN:
             Passed(
                 keys=self._pending,
                 shares=self._shares,
-                first=first * self._num_experts,
-                end=end * self._num_experts,
+                first=self._local.first(first),
+                end=self._local.first(end),
                 num_layers=end - first,
                 num_tokens=self._num_tokens,
                 observes=not self._is_chunk,

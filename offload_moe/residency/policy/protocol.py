@@ -7,7 +7,7 @@ from typing import Protocol
 class Policy(Protocol):
     """Decides which resident expert is worth least. Pure Python: a test refuses an import of torch.
 
-    A key is `layer * num_experts + expert`. One policy serves one pool of slots: the slots of a single layer, or one
+    Keys are those of an `ExpertKeys`. One policy serves one pool of slots: the slots of a single layer, or one
     pool shared by all layers. Calls arrive in this order: `access` once per acquire, then for each miss `victim` and
     `remove` (only when no slot is free) and `insert`. A prefetch makes the last three calls, without `access`.
     """

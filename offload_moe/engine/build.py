@@ -1,0 +1,155 @@
+"""From a store to an engine: dense weights in place, tiers made, every MoE layer bound to them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from offload_moe.checkpoint.experts import ExpertsModule
+from offload_moe.engine.assemble import assemble
+from offload_moe.engine.saving import refuse_saving
+from offload_moe.experts.arithmetic import choose_arithmetic
+from offload_moe.experts.attach import BoundExperts, attach
+from offload_moe.experts.hybrid import Hybrid, HybridBinder
+from offload_moe.experts.lookahead import Lookahead
+from offload_moe.experts.probe import find_probes
+from offload_moe.memory.copier import Copier
+from offload_moe.memory.disk import DiskMover
+from offload_moe.native.planes import Mode
+from offload_moe.quant import get_codec
+from offload_moe.residency.hierarchy import Hierarchy, Pools
+from offload_moe.residency.keys import ExpertKeys
+from offload_moe.residency.policy import DEFAULT_POLICY
+from offload_moe.residency.prefetch import PrefetchGovernor
+from offload_moe.store import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blueprint:
+    """What is built of a store.
+
+    device, dtype: of dense weights and compute. dense_codec: see `assemble`. make_copier: None without a device tier.
+    experts_device: whose arithmetic the experts take; None takes `device`'s.
+    """
+
+    pools: Pools
+    device: torch.device
+    dtype: torch.dtype
+    make_copier: Callable[[], Copier] | None = None
+    experts_device: torch.device | None = None
+    dense_codec: str | None = None
+    is_exact: bool = False
+    prefetch: int = 0
+    hybrid: Hybrid = "off"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """A model that computes, and what its experts come through. The tiers are public to be measured and watched.
+
+    layers, experts: one for each MoE layer, in order. notices: what the user must know.
+    """
+
+    hf: Any
+    layers: list[ExpertsModule]
+    experts: list[BoundExperts]
+    hierarchy: Hierarchy
+    notices: tuple[str, ...] = ()
+
+    @property
+    def lookahead(self) -> Lookahead | None:
+        """None where nothing is prefetched."""
+        return self.experts[0].lookahead
+
+
+def pools_of(
+    store: Store,
+    *,
+    slot_bytes: int,
+    num_ram_slots: int,
+    num_device_slots: int = 0,
+    policy: str = DEFAULT_POLICY,
+) -> Pools:
+    """Slots for the experts of a store."""
+    return Pools(
+        keys=ExpertKeys(layer.num_experts for layer in store.layers),
+        slot_bytes=slot_bytes,
+        num_ram_slots=num_ram_slots,
+        num_device_slots=num_device_slots,
+        policy=policy,
+    )
+
+
+def build(store: Store, blueprint: Blueprint, skeleton: Any = None) -> Engine:
+    """The store's model, ready to compute. skeleton: see `assemble`.
+
+    Raises:
+        StoreError: the store does not hold what the model needs.
+        ConfigError: `hybrid` is on and cannot be.
+    """
+    mode: Mode = "exact" if blueprint.is_exact else "fast"
+    assembled = assemble(
+        store, blueprint.device, blueprint.dtype, dense_codec=blueprint.dense_codec, mode=mode, skeleton=skeleton
+    )
+    with closed_on_error(_make_hierarchy(store, blueprint)) as hierarchy:
+        _refuse_once_closed(assembled.hf, hierarchy)
+        refuse_saving(assembled.hf)
+        experts = _bind_experts(assembled.hf, assembled.layers, store, hierarchy, blueprint)
+        attach(assembled.layers, experts)
+    return Engine(
+        hf=assembled.hf,
+        layers=assembled.layers,
+        experts=experts,
+        hierarchy=hierarchy,
+        notices=assembled.notices,
+    )
+
+
+def _make_hierarchy(store: Store, blueprint: Blueprint) -> Hierarchy:
+    copier = blueprint.make_copier() if blueprint.make_copier is not None else None
+    keys = blueprint.pools.keys
+    return Hierarchy(
+        blueprint.pools, lambda arena: DiskMover(arena, lambda key: store.record(*keys.layer_expert(key))), copier
+    )
+
+
+@contextmanager
+def closed_on_error(hierarchy: Hierarchy) -> Iterator[Hierarchy]:
+    """Free memory, threads and files when what follows fails."""
+    try:
+        yield hierarchy
+    except BaseException:
+        hierarchy.close()
+        raise
+
+
+def _refuse_once_closed(hf: Any, hierarchy: Hierarchy) -> None:
+    """Before anything is computed; the experts themselves refuse, too."""
+    encoder = [hf.get_encoder()] if hf.config.is_encoder_decoder else []
+    for module in (*encoder, hf.get_decoder()):
+        module.register_forward_pre_hook(lambda *_: hierarchy.lifecycle.begin_forward())
+
+
+def _bind_experts(
+    hf: Any, layers: list[ExpertsModule], store: Store, hierarchy: Hierarchy, blueprint: Blueprint
+) -> list[BoundExperts]:
+    codec = get_codec(store.codec)
+    device = blueprint.experts_device or blueprint.device
+    lookahead = None
+    if blueprint.prefetch and not hierarchy.holds_every_expert:
+        probes = find_probes(hf, layers)
+        lookahead = Lookahead(probes, hierarchy.scheduler, PrefetchGovernor(), blueprint.prefetch, hierarchy.ram)
+    bind = HybridBinder(hierarchy, codec, blueprint.hybrid, lookahead) if hierarchy.num_slots("vram") else None
+    bound = []
+    for ordinal, layer in enumerate(layers):
+        arithmetic = choose_arithmetic(
+            layer.contract, layer.shape, codec, device, dtype=blueprint.dtype, is_exact=blueprint.is_exact
+        )
+        split = bind(ordinal, layer, arithmetic) if bind is not None else None
+        bound.append(
+            split
+            or BoundExperts(ordinal, layer.num_experts, hierarchy.scheduler, hierarchy.record_of, arithmetic, lookahead)
+        )
+    return bound

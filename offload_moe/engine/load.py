@@ -1,0 +1,189 @@
+"""`load`: from what a user names to a model that answers."""
+
+import gc
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+
+from offload_moe.chat.recompute import recompute_of
+from offload_moe.checkpoint.token_ids import watch_ids
+from offload_moe.checkpoint.tokenizer import load_tokenizer, tokenizer_notices
+from offload_moe.convert.jobs import LOSSLESS
+from offload_moe.convert.sources import ensure_store
+from offload_moe.decode import make_fast
+from offload_moe.engine.assemble import skeleton_of
+from offload_moe.engine.build import Blueprint, Engine, build, closed_on_error, pools_of
+from offload_moe.engine.model import Model
+from offload_moe.engine.options import LoadKeywords, LoadOptions
+from offload_moe.engine.overflow import watch_overflow
+from offload_moe.errors import ConfigError
+from offload_moe.experts.arithmetic import keeps_eagers_bits
+from offload_moe.memory.copier import AcceleratorCopier, compute_device
+from offload_moe.memory.unused_card import notice_of_unused_card
+from offload_moe.native.kernels import use_torch_after_fork
+from offload_moe.plan.budget import forget_peak, give_back_freed_memory
+from offload_moe.plan.fit import fit, measure_load, notices_of_budget, summary
+from offload_moe.plan.machine import compute_dtype
+from offload_moe.plan.parameters import ModelShape, describe_skeleton
+from offload_moe.plan.placement import Placement
+from offload_moe.plan.room import ContextRoom, may_lend
+from offload_moe.residency.popularity import warm_start
+from offload_moe.store import Store
+from offload_moe.system.names import DEMO
+from offload_moe.system.progress import Progress, silent
+
+
+def load(
+    source: str | Path = DEMO,
+    options: LoadOptions | None = None,
+    *,
+    progress: Progress = silent,
+    **keywords: Unpack[LoadKeywords],
+) -> Model:
+    """Load a store, a checkpoint folder, a hub id, or the embedded demo model.
+
+    options: a `LoadOptions`; keywords are its fields, and replace those of `options`.
+
+    Raises:
+        OffloadMoeError: one of its kinds, see `offload_moe.errors`.
+    """
+    use_torch_after_fork()
+    chosen = _options(options, keywords)
+    device = compute_device("cpu" if chosen.vram_bytes == 0 and chosen.device is None else chosen.device)
+    store, conversion_notices = _open_store(source, chosen, progress)
+    progress("Planning memory")
+    planned = _plan(store, chosen, device)
+    progress("Loading dense weights")
+    engine = build(store, _blueprint(store, chosen, planned), planned.skeleton)
+    with closed_on_error(engine.hierarchy):
+        model = _make_model(store, chosen, planned, engine)
+    _notify(model, [*conversion_notices, *engine.notices], _notices_of_machine(chosen, device))
+    return model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A model that is still on the meta device, and where it goes. keeps_bits: it promises eager's bits."""
+
+    skeleton: Any
+    device: torch.device
+    dtype: torch.dtype
+    keeps_bits: bool
+    shape: ModelShape
+    placement: Placement
+
+
+def _options(options: LoadOptions | None, keywords: LoadKeywords) -> LoadOptions:
+    if not isinstance(options, LoadOptions | None):
+        raise ConfigError(
+            f"options is {type(options).__name__}, not LoadOptions. Use load(source, **keywords) instead."
+        )
+    return (options or LoadOptions()).updated(keywords)
+
+
+def _open_store(source: str | Path, options: LoadOptions, progress: Progress) -> tuple[Store, list[str]]:
+    """The store of a source, converted where need be, and what the user must know of the conversion."""
+    gc.collect()  # a model that was dropped
+    give_back_freed_memory()  # of a conversion in this process
+    notices: list[str] = []
+    path = ensure_store(
+        source,
+        codec=options.codec,
+        dense_codec=options.dense_codec or LOSSLESS,
+        revision=options.revision,
+        token=options.token,
+        progress=progress,
+        follow_links=options.follow_links,
+        on_notice=notices.append,
+    )
+    store = Store.open(path)
+    store.read_ahead()
+    return store, notices
+
+
+def _plan(store: Store, options: LoadOptions, device: torch.device) -> Planned:
+    give_back_freed_memory()
+    forget_peak()
+    dtype = compute_dtype(options.dtype, device)
+    skeleton = skeleton_of(store, dtype)
+    keeps_bits = keeps_eagers_bits(store.codec, device, dtype, is_exact=options.exact)
+    shape = describe_skeleton(skeleton, is_fast_path=options.fast_path and not keeps_bits)
+    machine = measure_load(device, vram=options.vram_bytes, ram=options.ram_bytes, dtype=dtype)
+    placement = fit(
+        store, shape, machine, context=options.context, dense_codec=options.dense_codec, is_exact=options.exact
+    )
+    return Planned(
+        skeleton=skeleton, device=device, dtype=dtype, keeps_bits=keeps_bits, shape=shape, placement=placement
+    )
+
+
+def _blueprint(store: Store, options: LoadOptions, planned: Planned) -> Blueprint:
+    placement = planned.placement
+    return Blueprint(
+        pools=pools_of(
+            store,
+            slot_bytes=placement.ram.slot_bytes,
+            num_ram_slots=placement.ram.num_slots,
+            num_device_slots=placement.vram.num_slots if placement.vram else 0,
+            policy=options.policy,
+        ),
+        device=planned.device,
+        dtype=planned.dtype,
+        make_copier=partial(AcceleratorCopier, planned.device) if placement.vram else None,
+        dense_codec=None if placement.dense_codec == store.dense_codec else placement.dense_codec,
+        is_exact=options.exact,
+        prefetch=options.prefetch,
+        hybrid=options.hybrid,
+    )
+
+
+def _make_model(store: Store, options: LoadOptions, planned: Planned, engine: Engine) -> Model:
+    """Warm the slots up, take the fast path, and watch what is computed."""
+    hf, hierarchy, placement = engine.hf, engine.hierarchy, planned.placement
+    if options.prefetch:
+        warm_start(hierarchy, store.path)
+    if options.fast_path:
+        make_fast(hf, is_exact=planned.keeps_bits, context=placement.context, hierarchy=hierarchy)
+    if planned.dtype == torch.float16:
+        watch_overflow(hf)
+    watch_ids(hf)
+    recompute_of(hf)
+    return Model(
+        store,
+        engine,
+        load_tokenizer(store.path),
+        placement,
+        _make_room(planned, engine),
+        summary(planned.shape, placement),
+    )
+
+
+def _make_room(planned: Planned, engine: Engine) -> ContextRoom:
+    """Room for contexts, made before each forward of the decoder."""
+    resize = partial(engine.hierarchy.resize, "vram" if planned.placement.vram else "ram")
+    lends = may_lend(engine.hf, planned.shape, planned.placement)
+    room = ContextRoom(planned.shape, planned.dtype, planned.placement, resize, lends=lends)
+    engine.hf.get_decoder().register_forward_pre_hook(room.before_forward, with_kwargs=True)
+    return room
+
+
+def _notices_of_machine(options: LoadOptions, device: torch.device) -> list[str]:
+    notices = notices_of_budget(device, vram=options.vram_bytes, ram=options.ram_bytes)
+    if device.type == "cpu" and options.device is None and options.vram_bytes != 0:
+        notices += [notice] if (notice := notice_of_unused_card()) else []
+    return notices
+
+
+def _notify(model: Model, of_model: Iterable[str], of_machine: Iterable[str]) -> None:
+    """Keep what the user must know on the model, and warn of it."""
+    of_tokenizer = tokenizer_notices(model.tokenizer, model.hf) if model.tokenizer is not None else []
+    unique = dict.fromkeys([*of_model, *of_tokenizer])
+    model.notices += [text for text in unique if text != model.no_tokenizer]  # which `chat` raises
+    model.notices += of_machine
+    for notice in model.notices:
+        warnings.warn(notice, UserWarning, stacklevel=3)
