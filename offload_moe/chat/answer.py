@@ -55,6 +55,7 @@ class Answer:
         self._ids = prompt_format.encode(self._prompt)
         self._max_new_tokens, self._end = _room(hf, len(self._ids), sampling)
         self._num_reused, self._reuse = prefix.begin(self._ids)
+        self._cache = prefix.cache
         if room is not None:
             self._heed(room)
         self._num_in_cache = self._num_reused
@@ -73,11 +74,7 @@ class Answer:
         total = len(self._ids) - self._num_reused
         if self._prompt_stream is None:
             return 0, total
-        begun_at = self._num_in_cache - self._num_reused
-        chunk = prompt_chunk_tokens(self._hf) or total
-        num_chunks, share = divmod(self._prompt_stream.num_passes, 1.0)
-        done = begun_at + int(num_chunks) * chunk
-        done += int(share * min(chunk, max(total - done, 0)))
+        done = self._num_in_cache - self._num_reused + int(self._prompt_stream.num_prompt_tokens)
         return min(done, total), total
 
     def pieces(self) -> Iterator[Piece]:
@@ -99,7 +96,7 @@ class Answer:
                 tokens = self._stream.tokens
                 # The last token has been chosen but not computed.
                 in_cache = [*self._ids, *tokens][:-1] if tokens else self._ids[: self._num_in_cache]
-                self._prefix.commit(in_cache, is_whole=not self._stream.interrupted_forward)
+                self._prefix.commit(self._cache, in_cache, is_whole=not self._stream.interrupted_forward)
 
     def stats(
         self, counters: Counters | None, memory_bytes: Mapping[str, int], num_slots_given_up: int = 0
@@ -125,9 +122,9 @@ class Answer:
         num_tokens = len(self._ids)
         num_new = num_tokens - self._num_reused
         try:
-            limit = room.limit(num_tokens, min(num_new, prompt_chunk_tokens(self._hf) or num_new), self._prefix.cache)
+            limit = room.limit(num_tokens, min(num_new, prompt_chunk_tokens(self._hf) or num_new), self._cache)
         except BudgetError:
-            self._prefix.commit(self._ids[: self._num_reused], is_whole=True)
+            self._prefix.commit(self._cache, self._ids[: self._num_reused], is_whole=True)
             raise
         if limit - num_tokens < self._max_new_tokens:
             self._max_new_tokens, self._end = limit - num_tokens, "memory"
@@ -174,7 +171,7 @@ class Answer:
                 stream.close()
                 self._opening_s = stream.prompt_s
                 self._num_in_cache = boundary if is_whole else self._num_reused
-                self._prefix.commit(self._ids[: self._num_in_cache], is_whole=is_whole)
+                self._prefix.commit(self._cache, self._ids[: self._num_in_cache], is_whole=is_whole)
         if is_whole:
             self._prefix.take_snapshot()
 
@@ -183,7 +180,7 @@ class Answer:
             self._hf,
             torch.tensor([ids], device=self._hf.device),
             sampling.generation_config(self._hf, stop_ids=self._format.stop_ids, max_new_tokens=max_new_tokens),
-            past_key_values=self._prefix.cache,
+            past_key_values=self._cache,
             tokenizer=self._format.tokenizer,
             seed=sampling.seed,
             stop_event=self._stop_event,

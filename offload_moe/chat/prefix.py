@@ -72,7 +72,7 @@ class PrefixCache:
         if not self._is_supported:
             return 0, "not supported"
         if self._is_open:
-            # The last answer never said what it computed, and may still be computing.
+            # The last answer has not said what it computed, and may go on computing.
             self._start_over()
         self._is_open = True
         shared = min(common_prefix(self._ids, ids), len(ids) - 1)
@@ -95,22 +95,22 @@ class PrefixCache:
         self._start_over()
         return 0, "recomputed"
 
-    def commit(self, ids: Sequence[int], *, is_whole: bool) -> None:
-        """Note which tokens are in the cache now.
+    def commit(self, cache: Cache | None, ids: Sequence[int], *, is_whole: bool) -> None:
+        """Note which tokens are in the cache now, unless another one has taken its place.
 
         `is_whole` is False when a forward pass was left in the middle: some layers then hold more than `ids`.
         """
-        if self._cache is None:
+        if cache is not self._cache or cache is None:
             return
         self._is_open = False
-        if self._snapshot is not None and self._snapshot.factors != kept_factors(self._cache):
+        if self._snapshot is not None and self._snapshot.factors != kept_factors(cache):
             self._snapshot = None
         if is_whole:
             self._ids = list(ids)
             return
         if self._keeper is not None:
             ids = ids[: self._num_held()]
-        if all(_can_crop(layer) for layer in self._cache.layers):
+        if all(_can_crop(layer) for layer in cache.layers):
             self._ids = list(ids)
             self._crop(len(ids))
         elif self._snapshot is not None and self._snapshot.length <= len(ids):

@@ -7,6 +7,7 @@ rotates otherwise than the keys in its cache, in a prompt or in the middle of an
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any
 
@@ -23,7 +24,10 @@ _ATTRIBUTE = "_offload_moe_recompute"  # of a model
 
 
 class Recompute:
-    """Stands before two methods of one model's generate(): `_prefill` and `prepare_inputs_for_generation`."""
+    """Stands before two methods of one model's generate(): `_prefill` and `prepare_inputs_for_generation`.
+
+    Our own loop does the first one's part itself, with `begin` and `whole_sequence_of`.
+    """
 
     def __init__(self, hf: Any, keeper: RotationKeeper) -> None:
         self._hf, self._keeper = hf, keeper
@@ -34,10 +38,23 @@ class Recompute:
         hf._prefill = _in_place_of(self._prefill, self.prefill)
         hf.prepare_inputs_for_generation = _in_place_of(self._prepare, self.prepare)
 
-    @property
-    def crossed_window(self) -> int | None:
-        """The window, in tokens, that a sequence came across while this thread generated; None for none."""
-        return getattr(self._thread, "crossed_window", None)
+    def take_crossed_window(self) -> int | None:
+        """The window, in tokens, that a sequence of this thread came across since the last call; None for none."""
+        window: int | None = vars(self._thread).pop("crossed_window", None)
+        return window
+
+    def begin(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> int:
+        """Empties a cache that does not fit a prompt. Returns the prompt's length, which its parts are rotated for."""
+        cache = model_kwargs.get("past_key_values")
+        length = _sequence_length(input_ids, model_kwargs)
+        if cache is not None and not self._keeper.fits(cache, length):
+            given = model_kwargs.get("inputs_embeds")
+            self._begin_anew(cache, given if given is not None else input_ids, length, model_kwargs)
+        return length
+
+    def whole_sequence_of(self, length: int) -> AbstractContextManager[None]:
+        """See `RotationKeeper`."""
+        return self._keeper.whole_sequence_of(length)
 
     def prefill(
         self,
@@ -48,12 +65,7 @@ class Recompute:
         **rest: Any,
     ) -> Any:
         """A prompt, or what a cache does not hold of it."""
-        cache = model_kwargs.get("past_key_values")
-        length = _sequence_length(input_ids, model_kwargs)
-        if cache is not None and not self._keeper.fits(cache, length):
-            given = model_kwargs.get("inputs_embeds")
-            self._begin_anew(cache, given if given is not None else input_ids, length, model_kwargs)
-        with self._keeper.whole_sequence_of(length):
+        with self.whole_sequence_of(self.begin(input_ids, model_kwargs)):
             return self._prefill(input_ids, generation_config, model_kwargs, *args, **rest)
 
     def prepare(

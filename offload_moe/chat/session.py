@@ -33,7 +33,7 @@ class ChatSession:
 
     `counters` are the model's running totals and `memory` its present use, for the statistics of each answer. `room`
     knows how long the conversation may grow. `raw` continues the text instead of answering it. `notice` is what the
-    user must know before the first answer. Sessions of one model take turns: an answer waits for the one before it.
+    user must know before the first answer. Sessions of one model take turns, a token or a part of a prompt each.
     """
 
     def __init__(

@@ -1,40 +1,31 @@
-"""A stream of tokens: transformers' own generate() in a worker thread, each token handed over as it is chosen."""
+"""A stream of tokens: one request, computed step by step in the thread that iterates."""
 
-import atexit
-import os
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Self
-from weakref import WeakKeyDictionary
+from typing import Final, Self
 
 import torch
-from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
+from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from offload_moe.chat.prompt_chunks import prompt_chunk_tokens
 from offload_moe.chat.recompute import recompute_of
+from offload_moe.chat.steps import steps
+from offload_moe.chat.turns import StoppedInForward, turns_of
 from offload_moe.decode.hooks import HookObserver
-from offload_moe.errors import ModelClosed
-from offload_moe.system.lifecycle import FORKED
+from offload_moe.system.interrupts import HeldInterrupt
 
-# Waiting without an end cannot be interrupted on Windows.
-POLL_S = 0.1
-_LOCKS: WeakKeyDictionary[PreTrainedModel, threading.Lock] = WeakKeyDictionary()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_LOCKS.clear)  # their holders stayed in the parent
+_END: Final = -1  # no token
 
 
 class TokenStream(Iterator[int]):
     """Iterates over the new tokens of one sequence. Use it as a context manager, or call `close`.
 
-    An exception in the worker is raised at the consumer. `close` returns once the worker has ended: it stops at the
-    next decoder layer, even in the middle of a long prompt. `num_passes` counts the passes through the decoder layers
-    whose modules compute, in fractions: how far a long prompt is.
+    Streams of one model may be iterated in any order and from any threads: they take turns, a step each. `close`, the
+    stop event and an interrupt end a stream after the step in progress; a prompt ends at its next decoder layer.
+    `num_prompt_tokens` counts those computed, in fractions: how far a long prompt is.
     """
 
     def __init__(
@@ -50,62 +41,42 @@ class TokenStream(Iterator[int]):
     ) -> None:
         self.tokens: list[int] = []
         self.interrupted_forward = False
-        self.num_passes = 0.0
-        self.start_s = time.perf_counter()
-        self.first_token_s: float | None = None
-        self.last_token_s: float | None = None
+        self.num_prompt_tokens = 0.0
+        self.prompt_s = 0.0  # seconds until the first token, 0 before it
+        self.decode_s = 0.0  # seconds that the tokens behind it took, waiting for their turns included
         self.crossed_window: int | None = None  # tokens beyond which all keys were rotated, and so computed, anew
-        self._recompute = recompute_of(hf)
         self._is_closed = False
-        self._process = os.getpid()
         self._stop_event = stop_event
-        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._error: BaseException | None = None
-        self._arguments = {
-            "generation_config": generation_config,
-            "streamer": _Handover(self._take),
-            "stopping_criteria": [_StopRequested(self.is_stopping)],
-        }
-        if past_key_values is not None:
-            self._arguments["past_key_values"] = past_key_values
-        if generation_config.stop_strings is not None:
-            self._arguments["tokenizer"] = tokenizer
-        chunk = prompt_chunk_tokens(hf)
-        if chunk is not None and input_ids.shape[1] > chunk:
-            generation_config.prefill_chunk_size = chunk
-        self._worker = threading.Thread(
-            target=self._work, args=(hf, input_ids, seed), name="offload-moe-generate", daemon=True
+        self._elapsed_s = 0.0
+        self._turns = turns_of(hf)
+        self._recompute = recompute_of(hf)
+        self._layers = [module for module in hf.modules() if isinstance(module, GradientCheckpointingLayer)]
+        self._interrupt = HeldInterrupt()
+        self._steps = steps(
+            hf,
+            input_ids,
+            generation_config,
+            cache=past_key_values,
+            tokenizer=tokenizer,
+            seed=seed,
+            watched=self._watched,
         )
-        atexit.register(self.close)  # a thread that the interpreter stops inside torch takes the process with it
-        self._worker.start()
-
-    @property
-    def prompt_s(self) -> float:
-        """Seconds until the first token, 0 before it."""
-        return self.first_token_s - self.start_s if self.first_token_s is not None else 0.0
-
-    @property
-    def decode_s(self) -> float:
-        """Seconds from the first to the last token."""
-        if self.first_token_s is None or self.last_token_s is None:
-            return 0.0
-        return self.last_token_s - self.first_token_s
 
     def __next__(self) -> int:
-        token = self._next()
-        if token is not None:
-            return token
-        self._queue.put(None)
-        self._worker.join()
-        if self._error is not None:
-            raise self._error
+        while not self._is_stopping():
+            token = self._step()
+            if token == _END:
+                break
+            if token is not None:
+                return token
+        self.close()
         raise StopIteration
 
     def close(self) -> None:
-        """Stop the worker and wait until it has ended. Tokens it chose meanwhile are in `tokens`."""
+        """Compute no further step. One that another thread computes meanwhile ends as a stopped one does."""
         self._is_closed = True
-        while self._worker.is_alive():
-            self._worker.join(POLL_S)
+        with suppress(ValueError):  # another thread is in it
+            self._steps.close()
 
     def __enter__(self) -> Self:
         return self
@@ -115,117 +86,70 @@ class TokenStream(Iterator[int]):
     ) -> None:
         self.close()
 
-    def _next(self) -> int | None:
-        while True:
-            try:
-                return self._queue.get(timeout=POLL_S)
-            except queue.Empty:
-                if os.getpid() != self._process:
-                    raise ModelClosed(FORKED) from None
+    def _step(self) -> int | None:
+        start_s = time.perf_counter()
+        with (
+            HeldInterrupt() as self._interrupt,
+            suppress(StoppedInForward),
+            self._turns.turn(self._is_stopping),
+        ):
+            token = self._compute()
+            self._count(token, time.perf_counter() - start_s)
+            return token
+        return _END
 
-    def is_stopping(self) -> bool:
-        """Whether the worker is to end at its next chance."""
-        return self._is_closed or (self._stop_event is not None and self._stop_event.is_set())
+    def _compute(self) -> int | None:
+        """A part of the prompt (None), a token, or nothing any more."""
+        self.interrupted_forward = True
+        if self._recompute is not None:
+            self._recompute.take_crossed_window()  # of whatever this thread computed before
+        try:
+            # generate() itself only turns gradients off; inference mode also saves their bookkeeping, 7% of a token.
+            with torch.inference_mode():
+                token = next(self._steps, _END)
+        finally:
+            if self._recompute is not None:
+                self.crossed_window = self._recompute.take_crossed_window() or self.crossed_window
+        self.interrupted_forward = token is None
+        return token
+
+    def _count(self, token: int | None, elapsed_s: float) -> None:
+        self._elapsed_s += elapsed_s
+        if token is None or token == _END:
+            return
+        if self.tokens:
+            self.decode_s += elapsed_s
+        else:
+            self.prompt_s = self._elapsed_s
+        self.tokens.append(token)
+
+    def _is_stopping(self) -> bool:
+        is_stopped = self._stop_event is not None and self._stop_event.is_set()
+        return self._is_closed or is_stopped or self._interrupt.is_waiting
 
     @contextmanager
-    def _watched(self, hf: PreTrainedModel) -> Iterator[None]:
+    def _watched(self, num_tokens: int) -> Iterator[None]:
         """Stop at the next decoder layer once it is wanted: a prompt over a slow disk takes minutes per forward."""
-        layers = [module for module in hf.modules() if isinstance(module, GradientCheckpointingLayer)]
-        watch = _LayerWatch(self, 1 / max(len(layers), 1))
-        handles = [layer.register_forward_pre_hook(watch) for layer in layers]
+        watch = _LayerWatch(self._at_layer, num_tokens / max(len(self._layers), 1))
+        handles = [layer.register_forward_pre_hook(watch) for layer in self._layers]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _take(self, token: int) -> None:
-        self.last_token_s = time.perf_counter()
-        if self.first_token_s is None:
-            self.first_token_s = self.last_token_s
-        self.tokens.append(token)
-        self._queue.put(token)
-
-    def _work(self, hf: PreTrainedModel, input_ids: torch.Tensor, seed: int | None) -> None:
-        try:
-            # generate() itself only turns gradients off; inference mode also saves their bookkeeping, 7% of a token.
-            with torch.inference_mode(), _turn(hf, self.is_stopping), self._watched(hf), _seeded(seed):
-                hf.generate(input_ids, **self._arguments)
-        except _StoppedInForwardError:
-            self.interrupted_forward = True
-        except BaseException as error:
-            # Whatever it is belongs to the consumer.
-            self.interrupted_forward = True
-            self._error = error
-        finally:
-            self.crossed_window = None if self._recompute is None else self._recompute.crossed_window
-            atexit.unregister(self.close)
-            self._arguments.clear()  # they know this stream, and would keep the cache until the next collection
-            self._queue.put(None)
-
-
-class _StoppedInForwardError(Exception):
-    """Leaves generate() from the middle of a forward pass."""
-
-
-class _Handover(BaseStreamer):
-    """Passes each new token on; the first call of generate() carries the prompt."""
-
-    def __init__(self, take: Callable[[int], None]) -> None:
-        self._take = take
-        self._is_prompt = True
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._is_prompt:
-            self._is_prompt = False
-            return
-        self._take(int(value.item()))
-
-    def end(self) -> None:
-        pass
-
-
-class _StopRequested(StoppingCriteria):
-    def __init__(self, is_stopping: Callable[[], bool]) -> None:
-        self._is_stopping = is_stopping
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self._is_stopping(), dtype=torch.bool, device=input_ids.device)
-
-
-@contextmanager
-def _turn(hf: PreTrainedModel, is_stopping: Callable[[], bool]) -> Iterator[None]:
-    """Wait until no other stream computes with this model."""
-    lock = _LOCKS.setdefault(hf, threading.Lock())
-    while not lock.acquire(timeout=POLL_S):
-        if is_stopping():
-            raise _StoppedInForwardError
-    try:
-        yield
-    finally:
-        lock.release()
+    def _at_layer(self, num_tokens: float) -> None:
+        if self._is_stopping():
+            raise StoppedInForward
+        self.num_prompt_tokens += num_tokens
 
 
 class _LayerWatch(HookObserver):
-    """Called before each decoder layer; raises in the thread that made it once it is to stop."""
+    """Called before each decoder layer; reports those of the thread that made it."""
 
-    def __init__(self, stream: TokenStream, share: float) -> None:
-        self._stream, self._share, self._worker = stream, share, threading.get_ident()
+    def __init__(self, report: Callable[[float], None], share: float) -> None:
+        self._report, self._share, self._thread = report, share, threading.get_ident()
 
     def __call__(self, *_: object) -> None:
-        if threading.get_ident() != self._worker:
-            return
-        if self._stream.is_stopping():
-            raise _StoppedInForwardError
-        self._stream.num_passes += self._share
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Draw from a seeded generator and put the caller's random state back."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
+        if threading.get_ident() == self._thread:
+            self._report(self._share)

@@ -1,10 +1,9 @@
 """A conversation: what is kept, what is not computed again, and that the reuse changes nothing."""
 
 import json
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from itertools import groupby
+from collections.abc import Iterable
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -21,12 +20,6 @@ from tests.support.chat import CHATML, END_OF_TEXT, Scripted, byte_tokenizer, ch
 GREEDY = {"temperature": 0, "max_new_tokens": 12}
 # Keeps reasoning out of earlier turns and opens it in the generation prompt, as DeepSeek-R1's template does.
 FORGETS_REASONING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-
-
-@pytest.fixture(autouse=True)
-def no_leaked_threads() -> Iterator[None]:
-    yield
-    assert [thread.name for thread in threading.enumerate() if "generate" in thread.name] == []
 
 
 def text_of(pieces: Iterable[Piece], kind: str = "answer") -> str:
@@ -212,16 +205,31 @@ def test_an_impatient_second_interrupt_costs_only_the_cache(monkeypatch: pytest.
     assert answer == fresh_answer(session, model, tokenizer, "go on")
 
 
-def test_sessions_of_one_model_take_turns() -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "qwen3_next"])
+def test_chats_of_one_model_take_turns_step_by_step(family: str) -> None:
+    model, tokenizer = chat_model(family), byte_tokenizer()
+    questions = ["hello", "what is the weather like where you are, " * 2, "?"]
+    alone = [text_of(ChatSession(model, tokenizer).send(question, **GREEDY)) for question in questions]
+    answers = ["", "", ""]
+    streams = [ChatSession(model, tokenizer).send(question, **GREEDY) for question in questions]
+    for pieces in zip_longest(*streams):
+        answers = [answer + (piece.text if piece else "") for answer, piece in zip(answers, pieces, strict=True)]
+    assert answers == alone
+    assert len(set(answers)) == 3
+
+
+def test_two_answers_of_one_session_share_no_cache() -> None:
     model, tokenizer = chat_model(), byte_tokenizer()
-    threads: list[threading.Thread] = []  # the number of one that has ended is given to another
-    model.register_forward_pre_hook(lambda *_: threads.append(threading.current_thread()))
-    sessions = [ChatSession(model, tokenizer) for _ in range(3)]
-    streams = [session.send("hello", temperature=0, max_new_tokens=60) for session in sessions]
-    heads = [next(stream).text for stream in streams]
-    answers = {head + text_of(stream) for head, stream in zip(heads, streams, strict=True)}
-    assert len(answers) == 1
-    assert [len(list(run)) for _, run in groupby(threads)] == [60, 60, 60]
+    session = ChatSession(model, tokenizer)
+    first, second = (session.send(text, **GREEDY) for text in ("one", "the other"))
+    next(first)
+    said = next(second).text + text_of(second)
+    assert said == text_of(ChatSession(model, tokenizer).send("the other", **GREEDY))
+    first.close()
+    session.messages = []
+    assert text_of(session.send("one more", **GREEDY)) == text_of(
+        ChatSession(model, tokenizer).send("one more", **GREEDY)
+    )
 
 
 def test_there_is_nothing_to_retry_at_first() -> None:

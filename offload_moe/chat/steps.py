@@ -1,0 +1,210 @@
+"""One request, step by step: the tokens that transformers' `generate()` gives for one sequence.
+
+generate() itself prepares the request: processors, stopping criteria, cache, encoder. The loop is ours, so that
+requests of one model may alternate, nothing runs in the background, and a usual step passes one token and its position.
+
+S tokens so far, V vocabulary.
+"""
+
+import copy
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.utils import GenerationMixin
+
+from offload_moe.chat.prompt_chunks import prompt_chunk_tokens
+from offload_moe.chat.recompute import recompute_of
+from offload_moe.errors import ConfigError
+
+Watched = Callable[[int], AbstractContextManager[None]]  # what computes so many tokens and may be left in the middle
+SHORT_INPUTS = {"past_key_values", "position_ids", "attention_mask", "logits_to_keep", "use_cache"}
+OWN_METHODS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+
+
+@dataclass(slots=True)
+class _Request:
+    """What generate() prepares."""
+
+    input_ids: Tensor  # [1, S], of the decoder
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    inputs: dict[str, Any]  # of the next forward, beside the token ids
+
+
+def steps(
+    hf: PreTrainedModel,
+    input_ids: Tensor,
+    config: GenerationConfig,
+    *,
+    cache: Cache | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int | None = None,
+    watched: Watched = lambda num_tokens: nullcontext(),
+) -> Generator[int | None, None, None]:
+    """Each `next` computes once: a part of the prompt (None), or the next token. Call it in inference mode.
+
+    input_ids: ``[1, S]``, the whole sequence, also where the cache holds its beginning.
+    seed: None draws from torch's own random numbers.
+
+    Raises: ConfigError when the cache leaves no token to compute, or stop strings come without a tokenizer.
+    """
+    with watched(input_ids.shape[1]):  # an encoder computes here
+        request = _prepare(hf, input_ids, config, cache, tokenizer)
+    random = None if seed is None else torch.Generator(request.input_ids.device).manual_seed(seed)
+    logits = None
+    for logits in _compute_prompt(hf, request, watched):
+        if logits is None:
+            yield None
+    decode = _decode_short if _is_short(hf, request) else _decode
+    while True:
+        assert logits is not None
+        token = _choose(request, logits, random)
+        is_over = bool(request.criteria(request.input_ids, None).all())
+        yield token
+        if is_over:
+            return
+        logits = decode(hf, request, watched)
+
+
+def _prepare(
+    hf: PreTrainedModel,
+    input_ids: Tensor,
+    config: GenerationConfig,
+    cache: Cache | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> _Request:
+    """A custom decoding method of generate() is given all it has prepared; this one returns it."""
+
+    def take(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> _Request:
+        return _Request(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+
+    arguments: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+    if config.stop_strings is not None:  # generate() looks for no tokenizer where the method is a custom one
+        if tokenizer is None:
+            raise ConfigError("This model's answers end at strings of text, which needs a tokenizer. Give it one.")
+        arguments["stopping_criteria"] = [StopStringCriteria(tokenizer, config.stop_strings)]
+        config = copy.deepcopy(config)
+        config.__class__ = _WithoutStopStrings
+    request: _Request = hf.generate(input_ids, generation_config=config, custom_generate=take, **arguments)
+    return request
+
+
+class _WithoutStopStrings(GenerationConfig):
+    """generate() replaces a None by what the model's own config has."""
+
+    stop_strings = property(lambda self: None, lambda self, value: None)
+
+
+def _compute_prompt(hf: Any, request: _Request, watched: Watched) -> Iterator[Tensor | None]:
+    """None after each part but the last, then the logits ``[1, V]``."""
+    recompute = recompute_of(hf)
+    length = request.input_ids.shape[1] if recompute is None else recompute.begin(request.input_ids, request.inputs)
+    cache = request.inputs.get("past_key_values")
+    first = 0 if cache is None or hf.config.is_encoder_decoder else cache.get_seq_length()
+    end = request.input_ids.shape[1]
+    if first >= end:
+        raise ConfigError(
+            f"The cache holds {first:,} tokens and the sequence has {end:,}, so there is none to compute."
+        )
+    chunk = prompt_chunk_tokens(hf) or end
+    for begin in range(first, end, chunk):
+        last = min(begin + chunk, end)
+        with watched(last - begin), nullcontext() if recompute is None else recompute.whole_sequence_of(length):
+            outputs = hf(**_inputs_of_part(hf, request, begin, last), return_dict=True)
+        if last < end:
+            request.inputs["past_key_values"] = outputs.past_key_values
+            del outputs
+            yield None
+    yield _take(hf, request, outputs)
+
+
+def _inputs_of_part(hf: Any, request: _Request, begin: int, end: int) -> dict[str, Any]:
+    inputs = dict(request.inputs)
+    if inputs.get("attention_mask") is not None and not hf.config.is_encoder_decoder:
+        inputs["attention_mask"] = inputs["attention_mask"][:, :end]
+    if inputs.get("position_ids") is not None:
+        inputs["position_ids"] = inputs["position_ids"][..., begin:end]
+    prepared: dict[str, Any] = hf.prepare_inputs_for_generation(
+        request.input_ids[:, begin:end], is_first_iteration=True, **inputs
+    )
+    return prepared
+
+
+def _decode(hf: Any, request: _Request, watched: Watched) -> Tensor:
+    """The logits ``[1, V]`` behind the last token, by the model's own methods."""
+    num_new = 1 if request.inputs["use_cache"] else None
+    with watched(0):
+        inputs = hf.prepare_inputs_for_generation(request.input_ids, next_sequence_length=num_new, **request.inputs)
+        outputs = hf(**inputs, return_dict=True)
+    return _take(hf, request, outputs)
+
+
+def _take(hf: Any, request: _Request, outputs: Any) -> Tensor:
+    request.inputs = hf._update_model_kwargs_for_generation(
+        outputs, request.inputs, is_encoder_decoder=hf.config.is_encoder_decoder
+    )
+    logits: Tensor = outputs.logits
+    # A copy: the logits of a whole prompt may be large.
+    return logits[:, -1].to(copy=True, dtype=torch.float32, device=request.input_ids.device)
+
+
+def _is_short(hf: Any, request: _Request) -> bool:
+    """Whether the model's own methods would pass on the token, its position and the cache, and nothing else."""
+    is_usual = all(getattr(getattr(hf, name), "__func__", None) is vars(GenerationMixin)[name] for name in OWN_METHODS)
+    cache = request.inputs.get("past_key_values")
+    return (
+        is_usual
+        and not hf.config.is_encoder_decoder
+        and not hf.is_remote_code()
+        and request.inputs.keys() <= SHORT_INPUTS
+        and request.inputs.get("attention_mask") is None
+        and isinstance(cache, Cache)
+        and not cache.is_compileable
+        and request.inputs["use_cache"]
+    )
+
+
+def _decode_short(hf: Any, request: _Request, watched: Watched) -> Tensor:
+    """The same as `_decode`, without its detours."""
+    inputs = request.inputs
+    inputs["input_ids"] = request.input_ids[:, -1:].contiguous()
+    if inputs.get("position_ids") is not None:
+        inputs["position_ids"] = inputs["position_ids"][..., -1:]
+    logits: Tensor = hf(**inputs, return_dict=True).logits
+    if inputs.get("position_ids") is not None:
+        inputs["position_ids"] = inputs["position_ids"] + 1
+    return logits[:, -1].to(copy=True, dtype=torch.float32, device=request.input_ids.device)
+
+
+def _choose(request: _Request, logits: Tensor, random: torch.Generator | None) -> int:
+    """The next token, which is then the last of ``input_ids``."""
+    scores = logits
+    for process in request.processors:  # the list itself looks at the signature of each of them, every time
+        scores = process(request.input_ids, scores)
+    if request.config.do_sample:
+        token = torch.multinomial(scores.softmax(-1), num_samples=1, generator=random)
+    else:
+        token = scores.argmax(-1, keepdim=True)
+    request.input_ids = torch.cat((request.input_ids, token), -1)
+    return int(token)

@@ -1,0 +1,51 @@
+"""Requests of one model compute in turn, first come, first served. A turn is one step of a request."""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+from transformers import PreTrainedModel
+
+# Waiting without an end cannot be interrupted on Windows.
+POLL_S = 0.1
+
+
+class StoppedInForward(Exception):
+    """Leaves a step that is not wanted any more, in its middle or before its turn."""
+
+
+class Turns:
+    """A lock that is given in the order in which it was asked for."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._queue: deque[object] = deque()  # the first one computes
+
+    @contextmanager
+    def turn(self, is_stopping: Callable[[], bool]) -> Iterator[None]:
+        """Raises: StoppedInForward once `is_stopping`, while it waits."""
+        ticket = object()
+        try:
+            with self._changed:
+                self._queue.append(ticket)
+                while self._queue[0] is not ticket:
+                    if is_stopping():
+                        raise StoppedInForward
+                    self._changed.wait(POLL_S)
+            yield
+        finally:
+            with self._changed:
+                self._queue.remove(ticket)
+                self._changed.notify_all()
+
+
+_TURNS: WeakKeyDictionary[PreTrainedModel, Turns] = WeakKeyDictionary()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_TURNS.clear)  # who computes stayed in the parent
+
+
+def turns_of(hf: PreTrainedModel) -> Turns:
+    return _TURNS.setdefault(hf, Turns())
