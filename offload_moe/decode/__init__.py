@@ -18,7 +18,6 @@ from offload_moe.decode.mlp import fuse_mlps
 from offload_moe.decode.norm import fuse_norms
 from offload_moe.decode.router import shorten_routers
 from offload_moe.decode.shorten import shorten_attention
-from offload_moe.native import kernels
 from offload_moe.residency.hierarchy import Hierarchy
 
 __all__ = ["FastPath", "make_fast"]
@@ -50,9 +49,8 @@ def make_fast(
     num_norms = fuse_norms(hf, is_exact=is_exact)
     num_attentions = shorten_attention(hf, is_exact=is_exact)
     hf.get_decoder().register_forward_pre_hook(partial(_give_room, context), with_kwargs=True)
-    has_kernels = not is_exact and kernels.available()
     num_experts = shorten_dispatch(hf)
-    num_routers = shorten_routers(hf) if has_kernels else 0
+    num_routers = 0 if is_exact else shorten_routers(hf)
     return FastPath(
         num_norms=num_norms,
         num_mlps=num_mlps,
@@ -60,7 +58,7 @@ def make_fast(
         num_latent_attentions=num_latent_attentions,
         num_experts=num_experts,
         num_routers=num_routers,
-        num_layers=shorten_layers(hf, hierarchy) if has_kernels else 0,  # of the parts made before
+        num_layers=0 if is_exact else shorten_layers(hf, hierarchy),  # of the parts made before
     )
 
 

@@ -50,8 +50,8 @@ def choose_arithmetic(
 def native_arithmetic(
     module: ExpertsContract, shape: ExpertShape, codec: Codec, *, is_exact: bool
 ) -> NativeArithmetic | None:
-    """The native kernels for these experts; None where they do not fit, or are not installed."""
-    if not kernels.available() or module.has_post_expert_norm or kernels.unsupported_reason(codec.name, shape):
+    """The native kernels for these experts; None where they do not fit."""
+    if module.has_post_expert_norm or kernels.unsupported_reason(codec.name, shape):
         return None
     activation = recognize_activation(module, is_interleaved=shape.is_interleaved)
     if activation is None:

@@ -231,6 +231,7 @@ def test_no_policy_imports_torch_or_a_room_above() -> None:
         "offload_moe.errors",
         "offload_moe.system.names",
         "offload_moe.native.library",
+        "offload_moe.native.structs",
         "offload_moe.residency.policy",
     }
     for path in Path(policy_package.__file__).parent.glob("*.py"):
