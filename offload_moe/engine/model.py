@@ -24,11 +24,12 @@ from offload_moe.engine.assemble import LOSSLESS, Assembled, assemble, skeleton_
 from offload_moe.engine.overflow import watch_overflow
 from offload_moe.engine.saving import refuse_saving, refuse_to_save
 from offload_moe.errors import ConfigError
-from offload_moe.experts.arithmetic import choose_arithmetic, keeps_eagers_bits
+from offload_moe.experts.arithmetic import choose_arithmetic, keeps_eagers_bits, notice_without_kernel
 from offload_moe.experts.attach import BoundExperts, attach
 from offload_moe.experts.contract import ExpertsContract
 from offload_moe.experts.hybrid import Hybrid, HybridBinder
 from offload_moe.experts.lookahead import DEFAULT_DEPTH, Lookahead
+from offload_moe.experts.per_expert import ReferenceArithmetic
 from offload_moe.experts.probe import find_probes
 from offload_moe.memory.copier import AcceleratorCopier, compute_device, peak_device_memory
 from offload_moe.memory.disk import DiskMover
@@ -274,7 +275,7 @@ def load(
     with _closed_on_error(_make_hierarchy(store, placement, where, policy)) as hierarchy:
         _refuse_once_closed(assembled.hf, hierarchy)
         refuse_saving(assembled.hf)
-        attach_experts(
+        notices += attach_experts(
             assembled, store, hierarchy, where, dtype=computed_in, is_exact=exact, prefetch=prefetch, hybrid=hybrid
         )
         if prefetch:
@@ -342,8 +343,8 @@ def attach_experts(
     is_exact: bool,
     prefetch: int,
     hybrid: Hybrid = "off",
-) -> None:
-    """Bind every MoE layer of the model to the hierarchy.
+) -> list[str]:
+    """Bind every MoE layer of the model to the hierarchy. Returns what the user must know of it.
 
     Raises: ConfigError when `hybrid` is on and cannot be.
     """
@@ -353,12 +354,16 @@ def attach_experts(
         probes = find_probes(assembled.hf, assembled.layers)
         lookahead = Lookahead(probes, hierarchy.scheduler, PrefetchGovernor(), prefetch, hierarchy.ram)
     bind = HybridBinder(hierarchy, codec, hybrid, lookahead) if hierarchy.num_slots("vram") else None
-    bound = []
+    bound, notices = [], []
+    keeps_bits = keeps_eagers_bits(codec.name, device, dtype, is_exact=is_exact)
     for ordinal, layer in enumerate(assembled.layers):
         arithmetic = choose_arithmetic(layer.contract, layer.shape, codec, device, dtype=dtype, is_exact=is_exact)
+        if isinstance(arithmetic, ReferenceArithmetic) and not keeps_bits:
+            notices.append(notice_without_kernel(layer.contract, layer.shape, codec))
         split = bind(ordinal, layer, arithmetic) if bind is not None else None
         bound.append(
             split
             or BoundExperts(ordinal, layer.num_experts, hierarchy.scheduler, hierarchy.record_of, arithmetic, lookahead)
         )
     attach(assembled.layers, bound)
+    return notices

@@ -60,6 +60,14 @@ def native_arithmetic(
     return NativeArithmetic(shape, codec, activation, has_gate=module.has_gate, pair_scale=scale, is_exact=is_exact)
 
 
+def notice_without_kernel(module: ExpertsContract, shape: ExpertShape, codec: Codec) -> str:
+    """For experts that no native kernel computes."""
+    reason = kernels.unsupported_reason(codec.name, shape) or "no kernel has their activation"
+    if module.has_post_expert_norm:
+        reason = "a norm follows each expert"
+    return f"torch computes this model's experts on the CPU, several times slower than the native kernels: {reason}."
+
+
 def keeps_eagers_bits(codec: str, device: torch.device, dtype: torch.dtype, *, is_exact: bool) -> bool:
     """Whether the operations are to be eager's own, on the same operands and in its order.
 

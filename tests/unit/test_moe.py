@@ -7,7 +7,7 @@ from support.tiny_models import FAMILIES, tiny_model
 
 from offload_moe.checkpoint.experts import find_experts
 from offload_moe.experts.activation import Activation, recognize_activation
-from offload_moe.experts.arithmetic import choose_arithmetic
+from offload_moe.experts.arithmetic import choose_arithmetic, notice_without_kernel
 from offload_moe.experts.device import DeviceArithmetic
 from offload_moe.experts.native import NativeArithmetic
 from offload_moe.experts.per_expert import ReferenceArithmetic
@@ -59,6 +59,9 @@ def test_an_unknown_activation_is_left_to_torch() -> None:
     assert recognize_activation(layer.module, is_interleaved=False) is None
     chosen = choose_arithmetic(layer.module, layer.shape, get_codec("nf4"), torch.device("cpu"))
     assert isinstance(chosen, ReferenceArithmetic)
+    notice = notice_without_kernel(layer.module, layer.shape, get_codec("nf4"))
+    assert "torch computes this model's experts on the CPU" in notice
+    assert notice.endswith("no kernel has their activation.")
 
 
 def test_the_choice_of_arithmetic() -> None:
