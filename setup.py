@@ -1,15 +1,17 @@
-"""The native CPU kernels, as an optional extension: without a compiler the install succeeds and torch serves instead.
+"""The native library, which the package cannot do without. Everything else about the package is in pyproject.toml."""
 
-Everything else about the package is in pyproject.toml.
-"""
-
-import platform
+import os
+import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from build_backend import AVX2_FLAGS, AVX512_FLAGS, AVX512_VBMI_FLAGS, IS_X86, ZIG, choose_compiler, is_zig
 
 SOURCES = Path("offload_moe/native/csrc")
 COMMON_FLAGS = [
@@ -21,39 +23,48 @@ COMMON_FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
 ]
-AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
-AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd", "-mavx512vnni"]
-X86_FLAGS = {
-    "isa_avx2.c": AVX2_FLAGS,
-    "isa_avx512.c": AVX512_FLAGS,
-    "isa_avx512_vbmi.c": [*AVX512_FLAGS, "-mavx512vbmi"],
-}
+# zig compiles for the machine it runs on, adds traps on undefined behaviour, and links functions of its own in place of
+# libm's, which have other bits.
+ZIG_FLAGS = ["-mcpu=baseline", "-fno-sanitize=undefined"]
+ZIG_LINK_FLAGS = ["-rtlib=none", "-s"]
+X86_FLAGS = {"isa_avx2.c": AVX2_FLAGS, "isa_avx512.c": AVX512_FLAGS, "isa_avx512_vbmi.c": AVX512_VBMI_FLAGS}
 
 
 class BuildKernels(build_ext):
     """Compiles each instruction set with its own flags; the library is loaded through ctypes and imports no Python."""
 
-    def build_extension(self, ext: Extension) -> None:
+    def run(self) -> None:
         if sys.platform == "win32":
-            raise CCompilerError("the kernels need POSIX threads")
-        is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+            raise CCompilerError("the native library needs POSIX threads: on Windows, install in WSL2")
+        try:
+            self.command = choose_compiler()
+        except RuntimeError as error:
+            raise CCompilerError(str(error)) from error
+        os.environ["CC"] = shlex.join(self.command)  # setuptools reads it
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", cache)
+            os.environ.setdefault("ZIG_LOCAL_CACHE_DIR", cache)
+            super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        flags, link_flags = COMMON_FLAGS, []
+        if is_zig(self.command):
+            flags, link_flags = [*COMMON_FLAGS, *ZIG_FLAGS], ZIG_LINK_FLAGS
+        if self.command == ZIG:  # it knows few of the flags that Python was built with
+            self.compiler.set_executables(compiler_so=[*ZIG, "-fPIC"], linker_so=[*ZIG, *ZIG_FLAGS, "-shared"])
         objects: list[str] = []
         for source in ext.sources:
-            flags = X86_FLAGS.get(Path(source).name, []) if is_x86 else []
             objects += self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
                 depends=ext.depends,
-                extra_postargs=[*COMMON_FLAGS, *flags],
+                extra_postargs=[*flags, *(X86_FLAGS.get(Path(source).name, []) if IS_X86 else [])],
             )
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        self.compiler.link_shared_object(objects, target, libraries=["m", "pthread"], build_temp=self.build_temp)
-
-    def warn(self, msg: object) -> None:
-        if "building extension" in str(msg):
-            msg = f"native CPU kernels skipped, torch's own operators serve instead: {msg}"
-        super().warn(msg)
+        self.compiler.link_shared_object(
+            objects, target, libraries=["m", "pthread"], extra_postargs=link_flags, build_temp=self.build_temp
+        )
 
 
 setup(
@@ -62,7 +73,6 @@ setup(
             "offload_moe.native._native",
             sources=[str(path) for path in sorted(SOURCES.glob("*.c"))],
             depends=[str(path) for path in sorted(SOURCES.glob("*.h"))],
-            optional=True,
         )
     ],
     cmdclass={"build_ext": BuildKernels},

@@ -1,7 +1,6 @@
 """What every benchmark shares: alternated trials, medians with their spread, the machine, one JSON line at the end."""
 
 import argparse
-import ctypes
 import json
 import math
 import mmap
@@ -160,15 +159,12 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def _instruction_set() -> str | None:
-    """What the native kernels use here; None where they are not built. Imports no torch, for a peer has none."""
+def _instruction_set() -> str:
+    """What the native kernels use here. Imports no torch, for a peer has none."""
     from offload_moe.native.library import load_library
 
-    library, _ = load_library()
-    if library is None:
-        return None
+    library = load_library()
     library.om_select(os.environ.get("OFFLOAD_MOE_KERNEL", "").encode())  # as every process that we started did
-    library.om_active_name.restype = ctypes.c_char_p
     return str(library.om_active_name().decode())
 
 

@@ -30,8 +30,7 @@ def main() -> None:
     from offload_moe.native import kernels
 
     torch.set_num_threads(1)
-    if kernels.available():
-        kernels.set_threads(1)
+    kernels.set_threads(1)
     with load(options.model, ram=options.ram, prefetch=0) as model:
         model.hf.generation_config.eos_token_id = None
         spent: dict[bool, list[float]] = {False: [], True: []}

@@ -85,8 +85,7 @@ def main() -> None:
 
     import_s = time.perf_counter() - began
     torch.set_num_threads(options.threads)
-    if kernels.available():
-        kernels.set_threads(options.threads)
+    kernels.set_threads(options.threads)
     names = ("policy", "prefetch", "context")
     chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     began = time.perf_counter()

@@ -86,8 +86,7 @@ def main() -> None:
         return torch.tensor([prompt_ids(seed, num_tokens)])
 
     torch.set_num_threads(options.threads)
-    if kernels.available():
-        kernels.set_threads(options.threads)
+    kernels.set_threads(options.threads)
     chosen = {name: getattr(options, name) for name in ("policy", "prefetch") if getattr(options, name) is not None}
     began = time.perf_counter()
     model = load(options.store, ram=options.ram, context=options.prompt_tokens + options.tokens + 32, **chosen)

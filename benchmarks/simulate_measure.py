@@ -39,8 +39,7 @@ def measure(
 ) -> dict[str, Any]:
     """Budgets in turn within each trial, after one recorded run with everything resident. Also written to a file."""
     torch.set_num_threads(num_threads)
-    if kernels.available():
-        kernels.set_threads(num_threads)
+    kernels.set_threads(num_threads)
     store = Store.open(folder)
     num_all = sum(layer.num_experts for layer in store.layers)
     answer_all = {"num_answers": num_answers, "num_warm_up": num_warm_up, "tokens": tokens, "prompt": prompt_tokens}

@@ -2,6 +2,7 @@
 
 OffloadMoeError
 ├── ConfigError            a flag, argument or environment variable is not usable
+├── NativeLibraryError     the native library is not built, or is built from other sources
 ├── CheckpointError        the source checkpoint is missing, damaged or contradicts its index
 ├── StoreError             the expert store cannot be used
 │   ├── StoreCorrupt       its bytes do not match its checksums
@@ -21,6 +22,10 @@ class OffloadMoeError(Exception):
 
 class ConfigError(OffloadMoeError):
     """A flag, argument or environment variable is not usable."""
+
+
+class NativeLibraryError(OffloadMoeError):
+    """The native library is not built, or is built from other sources than this Python code."""
 
 
 class CheckpointError(OffloadMoeError):

@@ -20,7 +20,6 @@ from offload_moe.decode.norm import fuse_norms
 from offload_moe.decode.report import LayerPath, layer_paths, tell_reasons
 from offload_moe.decode.router import shorten_routers
 from offload_moe.decode.shorten import shorten_attention
-from offload_moe.native import kernels
 from offload_moe.residency.hierarchy import Hierarchy
 
 __all__ = ["FastPath", "LayerPath", "make_fast"]
@@ -72,11 +71,9 @@ def make_fast(
     num_norms = fuse_norms(hf, is_exact=is_exact)
     num_attentions = shorten_attention(hf, is_exact=is_exact)
     hf.get_decoder().register_forward_pre_hook(partial(_give_room, context), with_kwargs=True)
-    has_kernels = not is_exact and kernels.available()
     why_none = _why_none(hf, is_exact=is_exact)
     num_experts = shorten_dispatch(hf)
-    num_routers = shorten_routers(hf) if has_kernels else 0
-    num_layers = shorten_layers(hf, hierarchy) if has_kernels else 0  # of the parts made before
+    num_routers = 0 if is_exact else shorten_routers(hf)
     return FastPath(
         num_norms=num_norms,
         num_mlps=num_mlps,
@@ -84,7 +81,7 @@ def make_fast(
         num_latent_attentions=num_latent_attentions,
         num_experts=num_experts,
         num_routers=num_routers,
-        num_layers=num_layers,
+        num_layers=0 if is_exact else shorten_layers(hf, hierarchy),  # of the parts made before
         why_none=why_none,
         layers=layer_paths(hf),
     )
@@ -93,8 +90,6 @@ def make_fast(
 def _why_none(hf: PreTrainedModel, *, is_exact: bool) -> str:
     if is_exact:
         return "its numbers are kept bit for bit"
-    if not kernels.available():
-        return "the native kernels are not there"
     if hf.device.type != "cpu" or hf.dtype != torch.float32:
         return f"native calls are for fp32 on the CPU, and this model computes in {hf.dtype} on {hf.device.type}"
     return ""

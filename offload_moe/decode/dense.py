@@ -38,7 +38,7 @@ class QuantLinear(nn.Module):
         self.codec = codec
         self.mode: Mode = mode
         self._kernel: kernels.LinearKernel | None = None
-        if kernels.available() and kernels.unsupported_reason(codec.name, shape) is None:
+        if kernels.unsupported_reason(codec.name, shape) is None:
             self._kernel = kernels.LinearKernel(codec.name, [shape], [codec.layout(shape)])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,8 +26,7 @@ class FusedRMSNorm:
         self.eps = eps
         self._length = weight.numel()
         is_plain = weight.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous()
-        has_kernel = not is_exact and is_plain and kernels.available()
-        self.kernel = kernels.NormKernel(weight, eps) if has_kernel else None
+        self.kernel = kernels.NormKernel(weight, eps) if is_plain and not is_exact else None
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         kernel = self.kernel

@@ -17,7 +17,6 @@ from offload_moe.errors import OffloadMoeError
 from offload_moe.memory.copier import compute_device
 from offload_moe.memory.nvidia import find_nvidia
 from offload_moe.memory.unused_card import build_of_torch
-from offload_moe.native import kernels
 from offload_moe.plan.machine import default_dtype
 from offload_moe.store import Store
 from offload_moe.system.paths import cache_dir
@@ -65,8 +64,7 @@ def _asked(store: Store | None) -> Iterator[tuple[str, Work]]:
 def measurements(store: Store | None) -> Iterator[tuple[str, Work]]:
     yield "disk read", lambda: storage.check_disk_speed(cache_dir(), store)
     yield "RAM read", memory_speed.check_memory_read
-    if kernels.available():
-        yield "CPU kernel speed", memory_speed.check_kernel_speed
+    yield "CPU kernel speed", memory_speed.check_kernel_speed
     where = compute_device()
     if where.type != "cpu":
         yield "device kernels", lambda: check_device_kernels(where, default_dtype(where))

@@ -42,12 +42,6 @@ def check_memory_read() -> Check:
 
 def check_kernel_paths() -> Check:
     """The code that computes experts on the CPU."""
-    if not kernels.available():
-        return judge(
-            "CPU kernels",
-            f"torch's operators: {kernels.unavailable_reason()}",
-            warning="Decoding on the CPU is several times slower so. Install a C compiler, then reinstall offload-moe.",
-        )
     chosen = kernels.instruction_set()
     found = f"native, {chosen}, {kernels.num_threads()} threads"
     fix = "Only the portable C code runs here: no AVX2, AVX-512 or NEON." if chosen == "portable" else ""

@@ -10,10 +10,11 @@ import torch
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.engine.assemble import assemble
 from offload_moe.engine.saving import refuse_saving
-from offload_moe.experts.arithmetic import choose_arithmetic
+from offload_moe.experts.arithmetic import choose_arithmetic, keeps_eagers_bits, notice_without_kernel
 from offload_moe.experts.attach import BoundExperts, attach
 from offload_moe.experts.hybrid import Hybrid, HybridBinder
 from offload_moe.experts.lookahead import Lookahead
+from offload_moe.experts.per_expert import ReferenceArithmetic
 from offload_moe.experts.probe import find_probes
 from offload_moe.memory.copier import Copier
 from offload_moe.memory.disk import DiskMover
@@ -96,14 +97,14 @@ def build(store: Store, blueprint: Blueprint, skeleton: Any = None) -> Engine:
     with closed_on_error(_make_hierarchy(store, blueprint)) as hierarchy:
         _refuse_once_closed(assembled.hf, hierarchy)
         refuse_saving(assembled.hf)
-        experts = _bind_experts(assembled.hf, assembled.layers, store, hierarchy, blueprint)
+        experts, notices = _bind_experts(assembled.hf, assembled.layers, store, hierarchy, blueprint)
         attach(assembled.layers, experts)
     return Engine(
         hf=assembled.hf,
         layers=assembled.layers,
         experts=experts,
         hierarchy=hierarchy,
-        notices=assembled.notices,
+        notices=(*assembled.notices, *notices),
     )
 
 
@@ -134,7 +135,8 @@ def _refuse_once_closed(hf: Any, hierarchy: Hierarchy) -> None:
 
 def _bind_experts(
     hf: Any, layers: list[ExpertsModule], store: Store, hierarchy: Hierarchy, blueprint: Blueprint
-) -> list[BoundExperts]:
+) -> tuple[list[BoundExperts], list[str]]:
+    """The experts of each MoE layer, and what the user must know about them."""
     codec = get_codec(store.codec)
     device = blueprint.experts_device or blueprint.device
     lookahead = None
@@ -142,14 +144,17 @@ def _bind_experts(
         probes = find_probes(hf, layers)
         lookahead = Lookahead(probes, hierarchy.scheduler, PrefetchGovernor(), blueprint.prefetch, hierarchy.ram)
     bind = HybridBinder(hierarchy, codec, blueprint.hybrid, lookahead) if hierarchy.num_slots("vram") else None
-    bound = []
+    keeps_bits = keeps_eagers_bits(codec.name, device, blueprint.dtype, is_exact=blueprint.is_exact)
+    bound, notices = [], []
     for ordinal, layer in enumerate(layers):
         arithmetic = choose_arithmetic(
             layer.contract, layer.shape, codec, device, dtype=blueprint.dtype, is_exact=blueprint.is_exact
         )
+        if isinstance(arithmetic, ReferenceArithmetic) and not keeps_bits:
+            notices.append(notice_without_kernel(layer.contract, layer.shape, codec))
         split = bind(ordinal, layer, arithmetic) if bind is not None else None
         bound.append(
             split
             or BoundExperts(ordinal, layer.num_experts, hierarchy.scheduler, hierarchy.record_of, arithmetic, lookahead)
         )
-    return bound
+    return bound, notices

@@ -50,14 +50,22 @@ def choose_arithmetic(
 def native_arithmetic(
     module: ExpertsContract, shape: ExpertShape, codec: Codec, *, is_exact: bool
 ) -> NativeArithmetic | None:
-    """The native kernels for these experts; None where they do not fit, or are not installed."""
-    if not kernels.available() or module.has_post_expert_norm or kernels.unsupported_reason(codec.name, shape):
+    """The native kernels for these experts; None where they do not fit."""
+    if module.has_post_expert_norm or kernels.unsupported_reason(codec.name, shape):
         return None
     activation = recognize_activation(module, is_interleaved=shape.is_interleaved)
     if activation is None:
         return None
     scale = pair_scale_of(module)
     return NativeArithmetic(shape, codec, activation, has_gate=module.has_gate, pair_scale=scale, is_exact=is_exact)
+
+
+def notice_without_kernel(module: ExpertsContract, shape: ExpertShape, codec: Codec) -> str:
+    """For experts that no native kernel computes."""
+    reason = kernels.unsupported_reason(codec.name, shape) or "no kernel has their activation"
+    if module.has_post_expert_norm:
+        reason = "a norm follows each expert"
+    return f"torch computes this model's experts on the CPU, several times slower than the native kernels: {reason}."
 
 
 def keeps_eagers_bits(codec: str, device: torch.device, dtype: torch.dtype, *, is_exact: bool) -> bool:

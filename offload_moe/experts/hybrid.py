@@ -148,8 +148,6 @@ class HybridBinder:
                 ordinal, layer.num_experts, self._hierarchy, arithmetic, cpu, self._balance, self.lookahead
             )
         if self._is_required:
-            reason = (
-                kernels.unsupported_reason(self._codec.name, layer.shape) or "no native kernel fits or is installed"
-            )
+            reason = kernels.unsupported_reason(self._codec.name, layer.shape) or "no native kernel fits"
             raise ConfigError(f"Layer {layer.name} cannot be computed on the CPU: {reason}. Use --hybrid auto or off.")
         return None

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from offload_moe.errors import ConfigError
 from offload_moe.native.bindings import library
-from offload_moe.native.planes import MODES, Mode, matrix_struct
+from offload_moe.native.constants import MODES
+from offload_moe.native.planes import Mode, matrix_struct
 from offload_moe.native.structs import AttentionStruct, LayerStruct, MatrixStruct, RouterStruct
 from offload_moe.quant.layout import ExpertShape, RecordLayout, pack_planes, weight_shape
 

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from offload_moe.native.bindings import available
 from offload_moe.native.encode import encode_int8, encode_nf4
 from offload_moe.quant import Codec
 from offload_moe.quant.int8 import Int8Codec
@@ -27,8 +26,8 @@ class NativeInt8Codec(Int8Codec):
 
 
 def fast_encoding(codec: Codec) -> Codec:
-    """The codec itself, or one that writes the same bytes on the native kernels where they are there."""
-    return _NATIVE.get(codec.name, codec) if available() else codec
+    """The codec itself, or one that writes the same bytes on the native kernels."""
+    return _NATIVE.get(codec.name, codec)
 
 
 _NATIVE: dict[str, Codec] = {"nf4": NativeNf4Codec(), "int8": NativeInt8Codec()}

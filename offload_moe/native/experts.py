@@ -9,9 +9,9 @@ from torch import Tensor
 
 from offload_moe.errors import ConfigError
 from offload_moe.native.bindings import library
+from offload_moe.native.constants import ACTIVATIONS, MODES
 from offload_moe.native.planes import (
     DTYPES,
-    MODES,
     Mode,
     address_of,
     check_rows,
@@ -21,7 +21,6 @@ from offload_moe.native.planes import (
 from offload_moe.native.structs import MoeLayerStruct
 from offload_moe.quant.layout import ExpertShape, RecordLayout
 
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gpt_oss": 3, "relu": 4, "relu2": 5, "identity": 6}
 _SHORT_OF_MEMORY = -1
 
 

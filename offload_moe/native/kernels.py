@@ -1,34 +1,35 @@
-"""Native CPU kernels: quantized matrices times a few tokens, whole MoE layers in one call.
-
-Optional: where no compiler was at hand, `available()` is False, `unavailable_reason()` says why, and torch serves.
-"""
+"""Native CPU kernels: quantized matrices times a few tokens, whole MoE layers in one call."""
 
 from offload_moe.native.attention import AttentionKernel, HeadNorm, LayerKernel, Linear, NormKernel, RouterKernel
 from offload_moe.native.bindings import (
-    available,
     instruction_set,
     num_threads,
     select_instruction_set,
     set_threads,
-    unavailable_reason,
     use_torch_after_fork,
 )
 from offload_moe.native.checksum import crc32
 from offload_moe.native.codecs import fast_encoding
-from offload_moe.native.encode import encode_int8, encode_nf4
-from offload_moe.native.experts import ExpertKernel, add_rows
-from offload_moe.native.linear import LinearKernel
-from offload_moe.native.planes import unsupported_reason
-from offload_moe.native.reads import DONE, DROPPED, FAILED, READING, Reads, ReadSizes
-from offload_moe.native.slot_table import SlotTable
-from offload_moe.native.span import (
+from offload_moe.native.constants import (
     ARRIVING,
+    DONE,
+    DROPPED,
+    FAILED,
     FETCHED,
     HIT,
     MAX_TOP_K,
     MISSING,
     NEEDS_EXPERTS,
     NEEDS_SLOTS,
+    READING,
+)
+from offload_moe.native.encode import encode_int8, encode_nf4
+from offload_moe.native.experts import ExpertKernel, add_rows
+from offload_moe.native.linear import LinearKernel
+from offload_moe.native.planes import unsupported_reason
+from offload_moe.native.reads import Reads, ReadSizes
+from offload_moe.native.slot_table import SlotTable
+from offload_moe.native.span import (
     SharedKernel,
     SpanKernel,
     SpanLayer,
@@ -68,7 +69,6 @@ __all__ = [
     "SpanToken",
     "TokenPass",
     "add_rows",
-    "available",
     "crc32",
     "encode_int8",
     "encode_nf4",
@@ -77,7 +77,6 @@ __all__ = [
     "num_threads",
     "select_instruction_set",
     "set_threads",
-    "unavailable_reason",
     "unsupported_reason",
     "use_torch_after_fork",
 ]

@@ -1,27 +1,36 @@
-"""Finding the native library, which knows neither torch nor Python. What it computes: `offload_moe.native`."""
+"""The native library, which knows neither torch nor Python. What it computes: `offload_moe.native`."""
 
 import ctypes
 import sysconfig
 from functools import cache
 from pathlib import Path
 
+from offload_moe.errors import NativeLibraryError
+from offload_moe.native import abi
+
 
 @cache
-def load_library() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, whose calls release the GIL; or None, and why, in one line."""
+def load_library() -> ctypes.CDLL:
+    """The library, whose calls release the GIL. Raises: NativeLibraryError."""
     path = _path()
     if not path.exists():
-        return None, "they were not built; install a C compiler and reinstall the package."
+        raise NativeLibraryError(f"The native library is not built: there is no {path}. {abi.HOW_TO_REBUILD}")
     try:
-        return ctypes.CDLL(str(path)), None
+        library = ctypes.CDLL(str(path))
     except OSError as error:
-        return None, f"{path.name} does not load ({error}); reinstall the package."
+        raise NativeLibraryError(f"The native library does not load: {error}. {abi.HOW_TO_REBUILD}") from error
+    abi.check(library)
+    abi.declare(library)
+    return library
 
 
 @cache
-def load_for_short_calls() -> ctypes.PyDLL | None:
+def load_for_short_calls() -> ctypes.PyDLL:
     """The same library, whose calls keep the GIL: whoever takes it may need longer than a call of microseconds."""
-    return ctypes.PyDLL(str(_path())) if load_library()[0] is not None else None
+    load_library()
+    library = ctypes.PyDLL(str(_path()))
+    abi.declare(library)
+    return library
 
 
 def _path() -> Path:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from offload_moe.errors import ConfigError
 from offload_moe.native.bindings import library
-from offload_moe.native.planes import DTYPES, MODES, Mode, address_of, check_rows, matrix_struct, unsupported_reason
+from offload_moe.native.constants import MODES
+from offload_moe.native.planes import DTYPES, Mode, address_of, check_rows, matrix_struct, unsupported_reason
 from offload_moe.native.structs import MatrixStruct
 from offload_moe.quant.layout import ExpertShape, RecordLayout
 

@@ -6,16 +6,14 @@ import torch
 from torch import Tensor
 
 from offload_moe.errors import ConfigError
+from offload_moe.native.constants import BF16_VALUES, BLOCK, CODECS, FP32_VALUES
 from offload_moe.native.structs import MatrixStruct
 from offload_moe.quant.layout import ExpertShape, Matrix, RecordLayout, round_up
 
 Mode = Literal["exact", "fast"]
 
-MODES = {"exact": 0, "fast": 1}
-CODECS = {"nf4": 0, "int8": 1, "mxfp4": 2, "bf16": 3, "fp32": 4}
 VALUES = ("bf16", "fp32")  # no codes
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-BLOCK = 64
+DTYPES = {torch.float32: FP32_VALUES, torch.bfloat16: BF16_VALUES}
 ABSENT = -1
 
 

@@ -11,7 +11,6 @@ from offload_moe.native.slot_table import SlotTable
 from offload_moe.native.structs import CompletionStruct, FileStruct, PlaceStruct, ReadsOptionsStruct
 from offload_moe.system.lifecycle import CLOSED, finalize
 
-READING, DONE, DROPPED, FAILED = range(1, 5)
 _COMPLETION_ROOM = 256
 _CLOSE_LIMIT_S = 5.0  # a thread that is stuck in a dead disk must not keep the process from ending
 _STUCK: list[object] = []  # memory and files that a thread may still use

@@ -16,17 +16,14 @@ from torch import Tensor
 from offload_moe.errors import ConfigError
 from offload_moe.native.attention import LayerKernel
 from offload_moe.native.bindings import library
+from offload_moe.native.constants import MAX_TOP_K, MODES, UNDER_WAY
 from offload_moe.native.experts import ExpertKernel
-from offload_moe.native.planes import MODES, Mode
+from offload_moe.native.planes import Mode
 from offload_moe.native.reads import Reads
 from offload_moe.native.slot_table import SlotTable
 from offload_moe.native.structs import SharedStruct, SpanLayerStruct, SpanStruct, SpanTokenStruct
 
-MAX_TOP_K = 64
-HIT, ARRIVING, MISSING, FETCHED = range(4)  # how an expert was found
-NEEDS_EXPERTS, NEEDS_SLOTS = 1, 2
 POLL_S = 0.1  # how long a wait for a token pass may keep signals from being heard
-_NOT_YET = -2
 
 
 class SharedKernel:
@@ -186,7 +183,7 @@ class TokenPass:
         before the one returned are done. None after `POLL_S` seconds: nothing yet. Raises: MemoryError.
         """
         at: int = self._next(self._handle, first, POLL_S, ctypes.addressof(self._needs))
-        if at == _NOT_YET:
+        if at == UNDER_WAY:
             return None
         if at < 0:
             raise MemoryError("No memory for the activations of a decode step.")

@@ -1,4 +1,4 @@
-"""The structs of the native library as ctypes has them. What they mean stands in the C files, by the names given."""
+"""The structs of the native library as ctypes has them. What they mean stands in `csrc/api.h`, by the names given."""
 
 import ctypes
 
@@ -145,3 +145,45 @@ class CompletionStruct(ctypes.Structure):
     """`om_completion`."""
 
     _fields_ = (("key", ctypes.c_int64), *((name, ctypes.c_int32) for name in ("slot", "state", "was_prefetch")))
+
+
+class RankingStruct(ctypes.Structure):
+    """`om_ranking`."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("num_keys", "num_tokens", "num_neighbours")),
+        *((name, ctypes.c_void_p) for name in ("used", "was_used", "future", "matched")),
+        *((name, ctypes.c_void_p) for name in ("features", "weights", "covariance", "evidence")),
+        *((name, ctypes.c_void_p) for name in ("worth", "order", "absent")),
+        *((name, ctypes.c_float) for name in ("sharpness", "shrinkage")),
+    )
+
+
+class PassedStruct(ctypes.Structure):
+    """`om_passed`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "shares")),
+        *((name, ctypes.c_int64) for name in ("num_keys", "first", "end")),
+        *((name, ctypes.c_float) for name in ("decay", "matchable", "slow_step", "fast_step", "discount")),
+        *((name, ctypes.c_int32) for name in ("observes", "learns")),
+    )
+
+
+STRUCTS: dict[str, type[ctypes.Structure]] = {
+    "om_matrix": MatrixStruct,
+    "om_moe_layer": MoeLayerStruct,
+    "om_attention": AttentionStruct,
+    "om_router": RouterStruct,
+    "om_layer": LayerStruct,
+    "om_shared": SharedStruct,
+    "om_span_layer": SpanLayerStruct,
+    "om_span": SpanStruct,
+    "om_span_token": SpanTokenStruct,
+    "om_file": FileStruct,
+    "om_place": PlaceStruct,
+    "om_completion": CompletionStruct,
+    "om_reads_options": ReadsOptionsStruct,
+    "om_ranking": RankingStruct,
+    "om_passed": PassedStruct,
+}

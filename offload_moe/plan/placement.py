@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from offload_moe.convert.jobs import LOSSLESS
-from offload_moe.native import kernels
 from offload_moe.plan.budget import DEVICE_RESERVE_BYTES, runtime_bytes
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.parameters import ModelShape
@@ -138,7 +137,7 @@ def dense_codecs(machine: Machine, settings: Settings) -> tuple[str, ...]:
         return (LOSSLESS,)
     if machine.has_device:
         return DENSE_CODECS
-    return DENSE_CODECS[1:] if kernels.available() and not settings.is_exact else (LOSSLESS,)
+    return DENSE_CODECS[1:] if not settings.is_exact else (LOSSLESS,)
 
 
 def _settle(shape: ModelShape, machine: Machine, settings: Settings) -> tuple[Tier | None, Tier, int, str]:

@@ -53,7 +53,7 @@ class Hierarchy:
         self._copier = copier if pools.num_device_slots else None
         self._reserved: ReservedSlots | None = None
         self.slot_table: kernels.SlotTable | None = None  # of the fast tier, for native runs
-        if self._copier is None and kernels.available():
+        if self._copier is None:
             self.slot_table = kernels.SlotTable(self._num_keys, self.arena.addresses)
         self.ram = self._scheduler(pools.num_ram_slots, make_mover(self.arena), "disk_bytes", self.slot_table)
         self.scheduler = self.ram

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 from support.chat import chat_store, say
-from support.kernels import needs_kernels
 from support.pressure import wait_until_quiet
 from support.short_of_slots import short_of_slots
 
@@ -17,7 +16,6 @@ from offload_moe.engine.model import Model
 from offload_moe.errors import TransferError
 from offload_moe.native.kernels import TokenPass
 
-pytestmark = needs_kernels
 NUM_SLOTS = 5
 NAMED = r"expert \d of layer \d .*experts-00001.safetensors at offset \d+"
 

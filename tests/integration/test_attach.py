@@ -16,7 +16,6 @@ from offload_moe.experts.arithmetic import Arithmetic, choose_arithmetic
 from offload_moe.experts.contract import ExpertsContract
 from offload_moe.experts.device import DeviceArithmetic
 from offload_moe.memory.simulated import SimulatedCopier
-from offload_moe.native import kernels
 from offload_moe.quant import Codec, ExpertShape
 
 
@@ -74,7 +73,6 @@ def native(is_exact: bool) -> Callable[..., Arithmetic]:
     return lambda module, shape, codec: choose_arithmetic(module, shape, codec, torch.device("cpu"), is_exact=is_exact)
 
 
-@pytest.mark.skipif(not kernels.available(), reason=f"no native kernels: {kernels.unavailable_reason()}")
 @pytest.mark.parametrize("codec", ["nf4", "int8"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_native_arithmetic_follows_eager(family: str, codec: str) -> None:
@@ -82,7 +80,6 @@ def test_native_arithmetic_follows_eager(family: str, codec: str) -> None:
     torch.testing.assert_close(prompt_and_decode(attached, 3), prompt_and_decode(oracle, 3), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.skipif(not kernels.available(), reason=f"no native kernels: {kernels.unavailable_reason()}")
 @pytest.mark.parametrize("is_exact", [False, True])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_native_results_do_not_depend_on_the_number_of_slots(family: str, is_exact: bool) -> None:
@@ -99,7 +96,6 @@ def test_bf16_compute_stays_within_tolerance(family: str) -> None:
     assert (got - expected).norm() / expected.norm() < 0.01
 
 
-@pytest.mark.skipif(not kernels.available(), reason=f"no native kernels: {kernels.unavailable_reason()}")
 def test_lossless_kernels_in_bf16_follow_eager_whatever_the_slots() -> None:
     def in_bf16(module: ExpertsContract, shape: ExpertShape, codec: Codec) -> Arithmetic:
         return choose_arithmetic(module, shape, codec, torch.device("cpu"), dtype=torch.bfloat16)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.kernels import needs_kernels
 from support.models import open_model
 from support.tiny_models import tiny_model, tiny_prompt
 from torch import Tensor
@@ -29,7 +28,6 @@ from offload_moe.native.kernels import MAX_TOP_K
 from offload_moe.profile.trace import DELAYED_HIT, HIT, MISS
 from offload_moe.residency.scheduler import Scheduler
 
-pytestmark = needs_kernels
 FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe")
 SHARED = {
     "num_experts": 8,

@@ -23,7 +23,6 @@ from offload_moe.experts.native import NativeArithmetic
 from offload_moe.memory.copier import Marker
 from offload_moe.memory.disk import DiskMover
 from offload_moe.memory.simulated import SimulatedCopier
-from offload_moe.native import kernels
 from offload_moe.residency.residency import Residency
 from offload_moe.store import Store
 from tests.support.chat import byte_tokenizer
@@ -131,7 +130,6 @@ def slightly_off(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *arguments, **settings: forward(*arguments, **settings) * 1.001
 
 
-@pytest.mark.skipif(not kernels.available(), reason="no native kernels were built")
 def test_a_wrong_kernel_is_found(model: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NativeArithmetic, "forward", slightly_off(NativeArithmetic.forward))
     found = failures(outcomes(model, but=SLOW))

@@ -11,10 +11,7 @@ from offload_moe.checkpoint.catalog import families
 from offload_moe.decode.layer import LayerStep
 from offload_moe.doctor.fast_path import check_fast_path
 from offload_moe.engine.model import Model
-from offload_moe.native import kernels
 from offload_moe.store import Store
-
-pytestmark = pytest.mark.skipif(not kernels.available(), reason="the native kernels are not built")
 
 SIZES: dict[str, Any] = {"head_dim": 16, "hidden_size": 64}  # that the kernels take
 

@@ -20,11 +20,9 @@ from offload_moe.experts.device import DeviceArithmetic
 from offload_moe.experts.native import NativeArithmetic
 from offload_moe.memory import pace
 from offload_moe.memory.simulated import SimulatedCopier
-from offload_moe.native import kernels
 from offload_moe.residency.counters import Counters
 from offload_moe.residency.split import Balance, Split
 
-pytestmark = pytest.mark.skipif(not kernels.available(), reason="the CPU's share needs the native kernels")
 RECORD_S = 0.01
 
 
@@ -155,8 +153,10 @@ def test_auto_leaves_a_lossless_store_alone(model: PreTrainedModel) -> None:
     assert counters.num_computed_on_cpu == 0
 
 
-def test_on_without_kernels_is_an_error(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "available", lambda: False)
-    with pytest.raises(ConfigError, match=r"cannot be computed on the CPU: no native kernel.*--hybrid auto or off"):
+def test_on_without_a_kernel_that_fits_is_an_error(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload_moe.experts.arithmetic.recognize_activation", lambda *_, **__: None)
+    with pytest.raises(
+        ConfigError, match=r"cannot be computed on the CPU: no native kernel fits.*--hybrid auto or off"
+    ):
         run(model, SimulatedCopier(), hybrid="on")
     run(model, SimulatedCopier(), hybrid="auto", num_tokens=1)

@@ -24,13 +24,11 @@ from offload_moe.experts.native import NativeArithmetic
 from offload_moe.memory import pace
 from offload_moe.memory.mover import Arrived
 from offload_moe.memory.simulated import SimulatedCopier
-from offload_moe.native import kernels
 from offload_moe.residency.counters import Counters
 from offload_moe.residency.hierarchy import Hierarchy
 from offload_moe.residency.records import RamRecords
 from offload_moe.simulate.clock import VirtualClock, VirtualCondition
 
-pytestmark = pytest.mark.skipif(not kernels.available(), reason="the CPU's share needs the native kernels")
 NUM_EXPERTS, NUM_SLOTS, NUM_LAYERS = 16, 16, 3  # a layer's experts are gone when it is computed again
 TOP_K, NUM_TOKENS = 8, 2
 NUM_LEARNING = 2  # layers: one for the cost of a copy, one for that of the CPU

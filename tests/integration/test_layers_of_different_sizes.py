@@ -23,7 +23,6 @@ from offload_moe.engine.model import Model
 from offload_moe.errors import ConfigError
 from offload_moe.experts.device import DeviceArithmetic
 from offload_moe.memory.simulated import SimulatedCopier
-from offload_moe.native import kernels
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.plan import make_plan
 from offload_moe.plan.simulation import plan_simulation_to_json, simulate_plan
@@ -124,7 +123,7 @@ def test_few_slots_and_lookahead_change_no_bit(
             assert torch.equal(greedy(model, 40), expected), (num_slots, prefetch)
             assert model.stats.num_evictions > 0
             assert model.stats.num_prefetches > 0 if num_slots == 10 else prefetch or not model.stats.num_prefetches
-    assert set(spans) == set(SPANS[family]) or not kernels.available()
+    assert set(spans) == set(SPANS[family])
 
 
 def test_guesses_by_habit_name_experts_that_their_layer_has(
@@ -167,7 +166,6 @@ def test_a_chunk_prefetches_what_the_next_layer_has(stores: dict[str, Path]) -> 
         assert brought == [(layer, list(range(keys.num_experts[layer]))) for layer in range(1, keys.num_layers)]
 
 
-@pytest.mark.skipif(not kernels.available(), reason="the CPU's share needs the native kernels")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_device_tier_and_hybrid(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, keys = pruned_model(family), keys_of(family)

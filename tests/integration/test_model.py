@@ -200,6 +200,20 @@ def test_a_card_that_is_not_used_is_said_at_load(checkpoints: dict[str, Path], m
         assert chosen.notices == []
 
 
+def test_experts_that_torch_computes_are_said_at_load(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, whatever the number of layers; not where the promise is eager's bits."""
+    monkeypatch.setattr("offload_moe.experts.arithmetic.recognize_activation", lambda *_, **__: None)
+    with pytest.warns(UserWarning, match=r"torch computes this model's experts on the CPU.*no kernel has"):
+        model = load(checkpoints["mixtral"], device="cpu", codec="int8")
+    (notice,) = model.notices
+    assert notice.endswith("no kernel has their activation.")
+    model.close()
+    with load(checkpoints["mixtral"], device="cpu", codec="bf16") as lossless:
+        assert lossless.notices == []
+
+
 def test_a_source_that_is_nothing_is_named() -> None:
     with pytest.raises(CheckpointError, match="no/such/folder is neither"):
         load("no/such/folder")

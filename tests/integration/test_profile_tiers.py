@@ -11,7 +11,6 @@ from support.tiny_models import tiny_model, tiny_prompt
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
 from offload_moe.experts.device import DeviceArithmetic
 from offload_moe.memory.simulated import SimulatedCopier
-from offload_moe.native import kernels
 from offload_moe.profile.costs import costs
 from offload_moe.profile.recorder import RecordedTier, Subject, record
 from offload_moe.profile.trace import HIT, MISS, Trace
@@ -94,7 +93,6 @@ def test_the_report_has_both_tiers(run: Any) -> None:
     )
 
 
-@pytest.mark.skipif(not kernels.available(), reason="the CPU's share needs the native kernels")
 def test_what_the_cpu_computed_is_in_the_trace() -> None:
     original = tiny_model("qwen3_moe")
     copier = SimulatedCopier(latency_s=0.005)

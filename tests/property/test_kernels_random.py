@@ -7,9 +7,7 @@ from hypothesis import strategies as st
 
 from offload_moe.errors import ConfigError
 from offload_moe.native import kernels
-from tests.support.kernels import SETS, decoded, make_linear, needs_kernels
-
-pytestmark = needs_kernels
+from tests.support.kernels import SETS, decoded, make_linear
 
 
 @settings(max_examples=40, deadline=None)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -17,7 +16,7 @@ from offload_moe.quant.layout import weight_shape
 def runnable_sets() -> list[str]:
     """Kernel sets that this build and machine can run, `portable` last."""
     names: list[str] = []
-    for name in INSTRUCTION_SETS if kernels.available() else ():
+    for name in INSTRUCTION_SETS:
         try:
             kernels.select_instruction_set(name)
         except ConfigError:
@@ -27,7 +26,6 @@ def runnable_sets() -> list[str]:
 
 
 SETS = runnable_sets()
-needs_kernels = pytest.mark.skipif(not SETS, reason=f"native kernels: {kernels.unavailable_reason()}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

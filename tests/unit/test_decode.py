@@ -16,10 +16,7 @@ from offload_moe.decode.norm import FusedRMSNorm, fuse_norms
 from offload_moe.decode.rotary import StepRotary, rotate
 from offload_moe.decode.router import shorten_routers
 from offload_moe.decode.shorten import shorten_attention
-from offload_moe.native import kernels
 from offload_moe.quant import get_codec
-
-needs_kernels = pytest.mark.skipif(not kernels.available(), reason="the native kernels are not built")
 
 
 def filled(norm: nn.Module) -> nn.Module:
@@ -110,7 +107,6 @@ class ScaledMLP(MLP):
         return super().forward(x) * 1.1
 
 
-@needs_kernels
 @pytest.mark.parametrize("act_fn", [nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fused_mlp_follows_its_three_linears(act_fn: nn.Module, dtype: torch.dtype) -> None:
@@ -127,7 +123,6 @@ def test_a_fused_mlp_follows_its_three_linears(act_fn: nn.Module, dtype: torch.d
         assert (got - expected).norm() / expected.norm() < 1e-2
 
 
-@needs_kernels
 @pytest.mark.parametrize("mlp", [ScaledMLP(nn.SiLU()), MLP(nn.Softplus()), MLP(nn.SiLU(), codec="nf4")])
 def test_other_mlps_stay_as_they_are(mlp: nn.Module) -> None:
     parent = nn.ModuleDict({"mlp": mlp})
@@ -169,7 +164,6 @@ class Router(nn.Module):
         return logits, weights, (ids + self.shift) % len(self.weight)
 
 
-@needs_kernels
 @pytest.mark.parametrize("is_normalized", [True, False])
 @pytest.mark.parametrize("is_in_bf16", [True, False])
 def test_a_recognized_router_gives_the_modules_results(is_normalized: bool, is_in_bf16: bool) -> None:
@@ -187,7 +181,6 @@ def test_a_recognized_router_gives_the_modules_results(is_normalized: bool, is_i
     assert router(torch.randn(3, 64))[2].shape == (3, 4)
 
 
-@needs_kernels
 @pytest.mark.parametrize("share", [1.0, 2**-10, 2**-20])
 def test_a_router_is_recognized_where_only_rounding_tells_its_experts_apart(share: float) -> None:
     """The demo's are such: nearly equal logits, some of whose shares round to the same number."""
@@ -196,7 +189,6 @@ def test_a_router_is_recognized_where_only_rounding_tells_its_experts_apart(shar
     assert shorten_routers(router) == 1
 
 
-@needs_kernels
 def test_other_routers_stay_as_they_are() -> None:
     for router in (Router(is_normalized=True, temperature=2.0), Router(is_normalized=True, shift=1)):
         assert shorten_routers(router) == 0
@@ -211,7 +203,6 @@ class WideRouter(Router):
         self.weight = nn.Parameter((torch.randn(24, 128) * share).bfloat16().float(), requires_grad=False)
 
 
-@needs_kernels
 @pytest.mark.parametrize("share", [0.2, 0.5, 2.0])
 def test_a_router_with_large_logits_is_recognized(share: float) -> None:
     torch.manual_seed(5)
@@ -226,7 +217,6 @@ def test_a_router_with_large_logits_is_recognized(share: float) -> None:
     assert torch.allclose(got[1], expected[1], rtol=1e-2)
 
 
-@needs_kernels
 @pytest.mark.parametrize("share", [0.02, 0.2, 2.0])
 def test_a_router_with_another_temperature_is_not(share: float) -> None:
     torch.manual_seed(5)

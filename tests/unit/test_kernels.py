@@ -9,9 +9,9 @@ from torch import Tensor
 from offload_moe.errors import ConfigError
 from offload_moe.native import kernels
 from offload_moe.quant import CODECS, ExpertShape, Matrix, get_codec
-from tests.support.kernels import SETS, Experts, make_experts, needs_kernels, reference, relative_error, route
+from tests.support.kernels import SETS, Experts, make_experts, reference, relative_error, route
 
-pytestmark = [needs_kernels, pytest.mark.usefixtures("best_kernels_afterwards")]
+pytestmark = pytest.mark.usefixtures("best_kernels_afterwards")
 
 EXACT_ERROR = 1e-6
 FAST_ERROR = 0.025  # int8 activations twice and, for nf4, 8-bit levels: 1.6% on these sizes

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.kernels import SETS, decoded, make_linear, needs_kernels
+from support.kernels import SETS, decoded, make_linear
 from torch import Tensor
 from torch.nn import functional
 
@@ -10,7 +10,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.native import kernels
 
 HIDDEN, CAPACITY = 96, 40
-pytestmark = [needs_kernels, pytest.mark.usefixtures("best_kernels_afterwards")]
+pytestmark = pytest.mark.usefixtures("best_kernels_afterwards")
 
 
 def linear(codec: str, out_features: int, in_features: int, *, has_bias: bool) -> tuple[kernels.Linear, Tensor]:

@@ -9,9 +9,6 @@ from offload_moe.errors import CheckpointError
 from offload_moe.native import kernels
 from offload_moe.quant import CODECS, ExpertShape, Matrix
 from offload_moe.quant.int8 import Int8Codec
-from tests.support.kernels import needs_kernels
-
-pytestmark = needs_kernels
 
 
 def boundaries() -> Tensor:
@@ -84,9 +81,3 @@ def test_one_weight_that_is_not_finite_is_refused_by_name(name: str, place: int,
     tensors["down_proj"].view(-1)[place] = value
     with pytest.raises(CheckpointError, match="down_proj has NaN or infinite weights"):
         kernels.fast_encoding(CODECS[name]).encode(SHAPE, tensors)
-
-
-def test_without_kernels_the_codec_encodes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernels.fast_encoding(CODECS["nf4"]) is not CODECS["nf4"]
-    monkeypatch.setattr("offload_moe.native.codecs.available", lambda: False)
-    assert kernels.fast_encoding(CODECS["nf4"]) is CODECS["nf4"]

@@ -5,9 +5,7 @@ import torch
 
 from offload_moe.native import kernels
 from offload_moe.quant.layout import ExpertShape, Matrix, pack_planes
-from tests.support.kernels import SETS, needs_kernels, relative_error
-
-pytestmark = needs_kernels
+from tests.support.kernels import SETS, relative_error
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
 

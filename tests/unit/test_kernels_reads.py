@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.kernels import needs_kernels
 
 from offload_moe.memory.arena import Arena
 from offload_moe.memory.record_file import RecordFile
@@ -19,7 +18,7 @@ from offload_moe.quant.layout import round_up
 from tests.unit.test_native_span import NUM_EXPERTS, NUM_LAYERS, TOP_K, Run, wait
 
 NUM_KEYS, NUM_SLOTS = NUM_LAYERS * NUM_EXPERTS, 6
-pytestmark = [needs_kernels, pytest.mark.usefixtures("best_kernels_afterwards")]
+pytestmark = pytest.mark.usefixtures("best_kernels_afterwards")
 Completion = list[tuple[int, int, int, bool]]
 
 

@@ -9,7 +9,6 @@ from torch import nn
 from offload_moe.errors import ConfigError
 from offload_moe.experts.lookahead import DISK_DEPTH, Lookahead
 from offload_moe.experts.probe import NativeRouter, PlainRouter, RouterProbe
-from offload_moe.native import kernels
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import LRU
 from offload_moe.residency.prefetch import PrefetchGovernor
@@ -124,8 +123,8 @@ class Softmax(nn.Module):
 @pytest.mark.parametrize(
     ("norm", "dtype", "kind"),
     [
-        (nn.RMSNorm(64), torch.float32, NativeRouter if kernels.available() else PlainRouter),
-        (nn.RMSNorm(64, eps=1e-2), torch.float32, NativeRouter if kernels.available() else PlainRouter),
+        (nn.RMSNorm(64), torch.float32, NativeRouter),
+        (nn.RMSNorm(64, eps=1e-2), torch.float32, NativeRouter),
         (nn.RMSNorm(64), torch.bfloat16, PlainRouter),
         (OnePlusNorm(), torch.float32, None),
     ],

@@ -8,12 +8,11 @@ from support.tiny_models import FAMILIES, tiny_model
 
 from offload_moe.checkpoint.experts import find_experts
 from offload_moe.experts.activation import Activation, recognize_activation
-from offload_moe.experts.arithmetic import choose_arithmetic
+from offload_moe.experts.arithmetic import choose_arithmetic, notice_without_kernel
 from offload_moe.experts.device import DeviceArithmetic
 from offload_moe.experts.native import NativeArithmetic
 from offload_moe.experts.per_expert import ReferenceArithmetic
 from offload_moe.experts.routing import group_by_expert
-from offload_moe.native import kernels
 from offload_moe.quant import get_codec
 
 
@@ -61,6 +60,9 @@ def test_an_unknown_activation_is_left_to_torch() -> None:
     assert recognize_activation(layer.module, is_interleaved=False) is None
     chosen = choose_arithmetic(layer.module, layer.shape, get_codec("nf4"), torch.device("cpu"))
     assert isinstance(chosen, ReferenceArithmetic)
+    notice = notice_without_kernel(layer.module, layer.shape, get_codec("nf4"))
+    assert "torch computes this model's experts on the CPU" in notice
+    assert notice.endswith("no kernel has their activation.")
 
 
 def test_the_choice_of_arithmetic() -> None:
@@ -69,15 +71,13 @@ def test_the_choice_of_arithmetic() -> None:
     def choose(codec: str, device: str, **options: object) -> object:
         return choose_arithmetic(layer.module, layer.shape, get_codec(codec), torch.device(device), **options)
 
-    native = NativeArithmetic if kernels.available() else ReferenceArithmetic
     assert isinstance(choose("bf16", "cpu"), ReferenceArithmetic)
-    assert isinstance(choose("bf16", "cpu", dtype=torch.bfloat16), native)
+    assert isinstance(choose("bf16", "cpu", dtype=torch.bfloat16), NativeArithmetic)
     assert isinstance(choose("bf16", "cpu", dtype=torch.bfloat16, is_exact=True), ReferenceArithmetic)
     assert isinstance(choose("nf4", "cuda"), DeviceArithmetic)
-    assert isinstance(choose("nf4", "cpu"), native)
+    assert isinstance(choose("nf4", "cpu"), NativeArithmetic)
 
 
-@pytest.mark.skipif(not kernels.available(), reason="needs the native kernels")
 def test_a_familys_scale_holds_for_a_single_token_too() -> None:
     """One resident token takes a way of its own through the kernel, which once forgot the scale."""
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 
 import pytest
 import torch
-from support.kernels import SETS, Experts, make_experts, make_linear, needs_kernels
+from support.kernels import SETS, Experts, make_experts, make_linear
 from torch import Tensor
 
 from offload_moe.errors import ConfigError
@@ -14,7 +14,7 @@ from offload_moe.native import kernels
 HIDDEN, HEADS, DIM, CAPACITY, LENGTH = 128, 4, 32, 16, 5
 NUM_EXPERTS, TOP_K, NUM_LAYERS = 6, 3, 3
 SCALE = 0.75
-pytestmark = [needs_kernels, pytest.mark.usefixtures("best_kernels_afterwards")]
+pytestmark = pytest.mark.usefixtures("best_kernels_afterwards")
 
 
 class Layer:

@@ -1,7 +1,12 @@
 """What the wheel holds is what the tree holds."""
 
 import tomllib
+from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -22,3 +27,83 @@ def test_every_data_file_is_in_the_wheel() -> None:
             package = ".".join(path.parent.relative_to(ROOT).parts)
             patterns = SETUPTOOLS["package-data"].get(package, [])
             assert any(path.match(pattern) for pattern in patterns), f"{path.relative_to(ROOT)} is left out"
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.delenv("CC", raising=False)
+    spec = spec_from_file_location("build_backend", ROOT / "build_backend.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module.build_meta, "get_requires_for_build_wheel", lambda _: ["wheel"])
+    monkeypatch.setattr(module.build_meta, "get_requires_for_build_editable", lambda _: ["editables"])
+    yield module
+    module.find_compiler.cache_clear()
+
+
+def executable(folder: Path, name: str, script: str) -> Path:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def only_on_path(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setattr("sysconfig.get_config_var", {"CC": "nonesuch-cc -pthread"}.get)
+
+
+def test_without_a_compiler_the_build_fetches_one(
+    backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    only_on_path(monkeypatch, tmp_path)
+    assert backend.get_requires_for_build_wheel() == ["wheel", backend.COMPILER_PACKAGE]
+    assert backend.get_requires_for_build_editable() == ["editables", backend.COMPILER_PACKAGE]
+    assert backend.COMPILER_PACKAGE.startswith("ziglang")
+
+
+@pytest.mark.parametrize("name", ["cc", "gcc", "clang"])
+def test_with_a_compiler_that_works_it_fetches_none(
+    backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    only_on_path(monkeypatch, tmp_path)
+    executable(tmp_path, name, "exit 0")
+    assert backend.get_requires_for_build_wheel() == ["wheel"]
+    assert backend.choose_compiler() == [name]
+
+
+def test_a_compiler_that_compiles_nothing_counts_for_none(
+    backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No headers, too old for a flag, or a stub that offers to install one."""
+    only_on_path(monkeypatch, tmp_path)
+    executable(tmp_path, "cc", "echo 'fatal error: pthread.h: No such file or directory' >&2; exit 1")
+    assert backend.get_requires_for_build_editable() == ["editables", backend.COMPILER_PACKAGE]
+    monkeypatch.setattr(backend, "find_spec", lambda _: None)
+    with pytest.raises(RuntimeError, match=r"No C compiler that works.*pip install ziglang.*--no-build-isolation"):
+        backend.choose_compiler()
+    monkeypatch.setattr(backend, "find_spec", lambda _: "there")
+    assert backend.choose_compiler() == backend.ZIG
+    assert backend.is_zig(backend.ZIG)
+
+
+def test_cc_names_the_compiler_and_no_other_is_used(
+    backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    only_on_path(monkeypatch, tmp_path)
+    executable(tmp_path, "gcc", "exit 0")
+    named = executable(tmp_path, "mycc", "[ \"$1\" = --fast ] || { echo 'unknown flag' >&2; exit 1; }")
+    monkeypatch.setenv("CC", f"{named} --fast")
+    assert backend.choose_compiler() == [str(named), "--fast"]
+    assert backend.get_requires_for_build_wheel() == ["wheel"]
+    backend.find_compiler.cache_clear()
+    monkeypatch.setenv("CC", str(named))
+    assert backend.get_requires_for_build_wheel() == ["wheel"]
+    with pytest.raises(RuntimeError, match=r"CC=.*mycc does not compile a small C program: unknown flag"):
+        backend.choose_compiler()
+
+
+def test_the_build_backend_is_in_the_source_archive() -> None:
+    assert "include build_backend.py" in (ROOT / "MANIFEST.in").read_text().splitlines()

@@ -232,6 +232,7 @@ def test_no_policy_imports_torch_or_a_room_above() -> None:
         "offload_moe.errors",
         "offload_moe.system.names",
         "offload_moe.native.library",
+        "offload_moe.native.structs",
         "offload_moe.residency.keys",
         "offload_moe.residency.policy",
     }

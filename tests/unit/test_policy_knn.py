@@ -4,15 +4,15 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from support.numpy_ranking import NumpyRanking, foretells, observe, update
 
-from offload_moe.native.library import load_for_short_calls
 from offload_moe.profile.replay import replay
 from offload_moe.profile.trace import Trace
 from offload_moe.residency.keys import ExpertKeys
-from offload_moe.residency.policy import native_ranking
+from offload_moe.residency.policy import knn as default_policy
 from offload_moe.residency.policy.history import NUM_AHEAD, History
 from offload_moe.residency.policy.knn import KNN
-from offload_moe.residency.policy.native_ranking import NativeRanking
+from offload_moe.residency.policy.ranking import Ranking
 from offload_moe.residency.policy.reuse import PRIOR_WEIGHTS, ReuseModel
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K, NUM_SLOTS = 4, 16, 2, 16
@@ -45,8 +45,8 @@ class TestHistory:
     def test_recalls_what_followed_the_same_routing(self) -> None:
         history = History(num_keys=8, discount=0.5, num_tokens=64)
         for used in ([0, 1], [2, 3], [4, 5], [6, 7], [0, 1]):
-            history.observe(np.array(used), 1)
-            reuse, trust = history.foretells(0, 8)
+            observe(history, np.array(used), 1)
+            reuse, trust = foretells(history, 0, 8)
             history.advance()
         assert trust > 0
         assert reuse[2] == reuse[3] == pytest.approx(trust, rel=0.01)  # after (0, 1) came (2, 3): at once
@@ -56,24 +56,24 @@ class TestHistory:
     def test_first_use_counts_not_the_last(self) -> None:
         history = History(num_keys=8, discount=0.5, num_tokens=64)
         for used in ([0], [1], [1], [1], [0]):
-            history.observe(np.array(used), 1)
-            reuse, trust = history.foretells(0, 8)
+            observe(history, np.array(used), 1)
+            reuse, trust = foretells(history, 0, 8)
             history.advance()
         assert reuse[1] == pytest.approx(trust, rel=0.01)
 
     def test_forgets_after_a_full_ring(self) -> None:
         history = History(num_keys=8, discount=0.5, num_tokens=64)
         for used, remembered in (([0], 0.0), ([2], 0.0), ([0], 1.0), *[([1], None)] * (64 + NUM_AHEAD), ([0], 0.0)):
-            history.observe(np.array(used), 1)
+            observe(history, np.array(used), 1)
             if remembered is not None:
-                reuse, trust = history.foretells(0, 8)
+                reuse, trust = foretells(history, 0, 8)
                 assert reuse[2] == pytest.approx(remembered * trust, rel=0.01)
             history.advance()
 
     def test_nothing_is_foretold_at_first(self) -> None:
         history = History(num_keys=8, discount=0.5)
-        history.observe(np.array([0, 1]), 1)
-        reuse, trust = history.foretells(0, 8)
+        observe(history, np.array([0, 1]), 1)
+        reuse, trust = foretells(history, 0, 8)
         assert trust == 0.0
         assert not reuse.any()
 
@@ -86,7 +86,7 @@ class TestReuseModel:
         coming = random.random((4000, 2)) < 0.3
         for now, after in pairwise(coming):
             foretold = np.where(after, 1.0, 0.1).astype(np.float32)
-            worth = model.update(0, 2, now.astype(np.float32), foretold, 1.0, learn=True)
+            worth = update(model, 0, 2, now.astype(np.float32), foretold, 1.0, learn=True)
             model.advance()
         assert worth[after].min(initial=1.0) > 0.8
         assert worth[~after].max(initial=0.0) < 0.5
@@ -95,7 +95,7 @@ class TestReuseModel:
         model = ReuseModel(num_keys=2, discount=0.5)
         before = model.covariance.copy()
         for _ in range(40):
-            model.update(0, 2, np.ones(2, np.float32), np.ones(2, np.float32), 1.0, learn=False)
+            update(model, 0, 2, np.ones(2, np.float32), np.ones(2, np.float32), 1.0, learn=False)
             model.advance()
         assert (model.covariance == before).all()
 
@@ -184,7 +184,7 @@ class TestKNN:
         for _ in range(5):
             policy.access(0, list(range(NUM_EXPERTS)))
         policy.access(0, [1, 2])
-        assert policy.ranking.history.foretells(0, NUM_EXPERTS)[1] == 0.0
+        assert foretells(policy.ranking.history, 0, NUM_EXPERTS)[1] == 0.0
 
 
 def test_a_chunk_tells_which_experts_its_tokens_like() -> None:
@@ -223,7 +223,6 @@ def test_a_chunk_evicts_what_it_has_passed_before_what_lies_ahead() -> None:
             assert again // NUM_EXPERTS < layer
 
 
-@pytest.mark.skipif(load_for_short_calls() is None, reason="the native library was not built")
 class TestNativeRanking:
     """Against the ranking in numpy."""
 
@@ -232,8 +231,8 @@ class TestNativeRanking:
         """Steps, chunks, a layer asked twice, and a pool that grows: both are told the same."""
         layers, first_key = range(3, 3 + NUM_LAYERS), 3 * num_experts
         native, plain = (policy_with(monkeypatch, layers, num_experts, is_native=is_native) for is_native in (1, 0))
-        assert isinstance(native.ranking, NativeRanking)
-        assert not isinstance(plain.ranking, NativeRanking)
+        assert type(native.ranking) is Ranking
+        assert type(plain.ranking) is NumpyRanking
         random = np.random.default_rng(3)
         for token, routed in enumerate(sticky_routing(80)):
             is_chunk = token % 30 == 7
@@ -266,7 +265,7 @@ class TestNativeRanking:
 
 
 def use_native(monkeypatch: pytest.MonkeyPatch, *, is_native: bool) -> None:
-    monkeypatch.setattr(native_ranking, "load_for_short_calls", load_for_short_calls if is_native else lambda: None)
+    monkeypatch.setattr(default_policy, "Ranking", Ranking if is_native else NumpyRanking)
 
 
 def policy_with(monkeypatch: pytest.MonkeyPatch, layers: range, num_experts: int, *, is_native: bool) -> KNN:

@@ -5,19 +5,6 @@
 
 enum { QUERY = 0, KEY = 1, VALUE = 2, OUTPUT = 3 };
 
-struct om_attention {
-    om_matrix matrices[4];     /* query, key, value: one codec; output */
-    const uint8_t *records[4];
-    const float *biases[4];    /* those kept outside of the records, or NULL */
-    const float *norms[2];     /* weights of the query's and the key's RMS norm, or NULL */
-    const float *sinks;        /* [N] or NULL */
-    int64_t num_heads, num_kv_heads, head_dim, rotated_dims;
-    int64_t norm_lengths[2];   /* D: each head has its norm; more: one over all heads */
-    float epsilons[2];
-    float scaling;
-    int32_t mode;
-};
-
 typedef struct {
     const om_attention *attention;
     const float *cos, *signed_sin;

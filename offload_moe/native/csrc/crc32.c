@@ -2,6 +2,7 @@
  *
  * Source: Gopal et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ Instruction", Intel 2009, the
  * bit-reflected constants of its section 5; carry-less products fold 64 bytes a step. */
+#include "cpu.h"
 #include "om_kernels.h"
 
 #define POLYNOMIAL 0xEDB88320u
@@ -79,7 +80,7 @@ CARRYLESS static uint32_t by_products(const uint8_t *data, int64_t length, uint3
 OM_EXPORT uint32_t om_crc32(const uint8_t *data, int64_t length, uint32_t crc) {
     crc = ~crc;
 #if defined(__x86_64__) && defined(__GNUC__)
-    if (length >= 64 && __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1")) {
+    if (length >= 64 && om_cpu_has(OM_CPU_PCLMUL)) {
         const int64_t whole = length & ~(int64_t)15;
         crc = by_products(data, whole, crc);
         data += whole;

@@ -1,26 +1,17 @@
 /* Which kernel set serves: the best one that the machine runs, or the one asked for. */
+#include "cpu.h"
 #include "om_kernels.h"
 
 #include <string.h>
 
 static const om_isa *active;
 
-#if defined(__x86_64__)
-static int runs_avx512(void) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512vnni");
-}
-
-static int runs_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-#endif
-
 static const om_isa *find(const char *name) {
     const int is_any = name[0] == '\0';
 #if defined(__x86_64__)
-    if ((is_any || strcmp(name, "avx512vbmi") == 0) && runs_avx512() && __builtin_cpu_supports("avx512vbmi"))
-        return &om_isa_avx512_vbmi;
-    if ((is_any || strcmp(name, "avx512") == 0) && runs_avx512()) return &om_isa_avx512;
-    if ((is_any || strcmp(name, "avx2") == 0) && runs_avx2()) return &om_isa_avx2;
+    if ((is_any || strcmp(name, "avx512vbmi") == 0) && om_cpu_has(OM_CPU_AVX512_VBMI)) return &om_isa_avx512_vbmi;
+    if ((is_any || strcmp(name, "avx512") == 0) && om_cpu_has(OM_CPU_AVX512)) return &om_isa_avx512;
+    if ((is_any || strcmp(name, "avx2") == 0) && om_cpu_has(OM_CPU_AVX2)) return &om_isa_avx2;
 #elif defined(__aarch64__)
     if (is_any || strcmp(name, "neon") == 0) return &om_isa_neon;
 #endif

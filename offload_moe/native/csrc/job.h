@@ -59,23 +59,7 @@ typedef struct {
 void om_lay_out_linear(om_linear_job *job, uintptr_t *cursor);
 void om_span_linear(om_linear_job *job);
 
-/* Calls that are also parts of one: the pool is not held. */
-typedef struct om_attention om_attention;
-typedef struct om_router om_router;
-typedef struct om_layer om_layer;
-typedef struct om_moe_layer om_moe_layer;
-typedef struct om_shared om_shared;
-void om_rms_norm(const float *values, const float *weight, int64_t length, float epsilon, float *result);
-int om_attention_step(const om_attention *attention, const float *x, const float *cos, const float *signed_sin, float *keys,
-                      float *values, int64_t capacity, int64_t length, float *out);
-int om_router_step(const om_router *router, const float *x, float *logits, float *weights, int64_t *ids);
-int om_layer_step(const om_layer *layer, const float *x, const float *cos, const float *signed_sin, float *keys, float *values,
-                  int64_t capacity, int64_t length, float *residual, float *normed, float *logits, float *weights, int64_t *ids);
+/* Unlike the calls of `api.h`, only a part of one: the pool is not held. */
 int om_layer_guess(const om_layer *layer, const float *residual, float *normed, float *logits, float *weights, int64_t *ids);
-int om_moe_forward(const om_moe_layer *layer, const void *x, int64_t num_tokens, int32_t x_dtype, const uint8_t *const *records,
-                   const int32_t *offsets, const int32_t *token_ids, const int32_t *out_ids, const float *pair_weights,
-                   int64_t num_experts, void *out, int32_t out_dtype, int32_t accumulate, int32_t mode);
-void om_sum_rows(const float *pairs, int64_t num_rows, int64_t num_columns, void *out, int32_t out_dtype);
-int om_add_shared(const om_shared *shared, const float *x, float *out);
 
 #endif

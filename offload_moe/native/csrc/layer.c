@@ -3,14 +3,6 @@
  * One token of one sequence, in fp32; each part is the call of its own that it would be without this. */
 #include "job.h"
 
-struct om_layer {
-    const om_attention *attention;
-    const om_router *router; /* NULL: what follows the second norm routes by itself */
-    const float *norms[2];   /* [hidden]: before attention, and before the router */
-    float epsilons[2];
-    int64_t hidden;
-};
-
 /* x[H] -> residual[H] = x + attention, normed[H]; and logits, weights, ids as `om_router_step` has them. The cache and the
  * rotary embedding as `om_attention_step` has them. Returns 0, or -1 when memory is short. */
 OM_EXPORT int om_layer_step(const om_layer *layer, const float *x, const float *cos, const float *signed_sin, float *keys,

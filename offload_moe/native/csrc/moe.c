@@ -11,12 +11,6 @@
 #define MIN_OUT_ROWS 32
 #define GROUP_BYTES (48ll << 20)  /* intermediate activations kept at once */
 
-struct om_moe_layer {
-    om_matrix first, second;
-    int32_t activation, has_gate, is_interleaved;
-    float alpha, limit;
-};
-
 typedef struct {
     int64_t expert, first_pair, num_pairs;
 } segment;

@@ -19,23 +19,12 @@
 #define OM_PREFETCH(address) ((void)0)
 #endif
 
-enum { OM_NF4 = 0, OM_INT8 = 1, OM_MXFP4 = 2, OM_BF16 = 3, OM_FP32 = 4 };
-#define OM_ARE_VALUES(codec) ((codec) == OM_BF16 || (codec) == OM_FP32) /* no codes: rows without padding or scales */
-enum { OM_EXACT = 0, OM_FAST = 1 };
-enum { OM_F32 = 0, OM_BF16_VALUES = 1 };
-enum { OM_SILU = 0, OM_GELU = 1, OM_GELU_TANH = 2, OM_GPT_OSS = 3, OM_RELU = 4, OM_RELU2 = 5, OM_IDENTITY = 6 };
+#include "api.h"
 
-#define OM_BLOCK 64      /* weights that share an nf4 or int8 scale, and activations that share an int8 scale */
+#define OM_ARE_VALUES(codec) ((codec) == OM_BF16 || (codec) == OM_FP32) /* no codes: rows without padding or scales */
 #define OM_SCALE_PADDING 16 /* a token's scales are followed by zeros up to a multiple of this */
 #define OM_TILE 8        /* tokens that one pass over a row's codes serves */
 #define OM_PREFETCH_BYTES 4096 /* bandwidth times latency is 4 to 8 KiB a core; twice that, as rows of scales lie between */
-
-/* Where one matrix lies inside a record: byte offsets, -1 where the codec has no such plane. */
-typedef struct {
-    int64_t rows, cols, padded;
-    int64_t codes, scales, nested_scales, nested_offset, bias;
-    int32_t codec, bias_dtype;
-} om_matrix;
 
 /* The same matrix in memory. */
 typedef struct {

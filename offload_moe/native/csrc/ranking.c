@@ -1,4 +1,5 @@
-/* The ranking of the default policy in one call. `schedule/policy/ranking.py` has it in numpy, and says why.
+/* The ranking of the default policy in one call; see `residency/policy/ranking.py`, and `tests/support/numpy_ranking.py` for it
+ * in numpy.
  * X experts of the pool, M remembered tokens, D features. */
 #include "job.h"
 
@@ -8,26 +9,6 @@
 #define MAX_NEIGHBOURS 16
 
 enum { CONSTANT, SLOW, FAST, USED, FORETOLD, UNFORETOLD, NUM_FEATURES };
-
-typedef struct {
-    int64_t num_keys, num_tokens, num_neighbours; /* X, M */
-    uint8_t *used, *was_used, *future;            /* [X], [X, M], [M, X] */
-    float *matched;                               /* [M] */
-    float *features, *weights;                    /* [D, X], [D] */
-    double *covariance, *evidence;                /* [D, D], [D] */
-    float *worth, *order;                         /* [X] */
-    const float *absent;                          /* [X] */
-    float sharpness, shrinkage;
-} om_ranking;
-
-typedef struct {
-    const int32_t *keys; /* that these layers used */
-    const float *shares; /* of the tokens that used them */
-    int64_t num_keys;
-    int64_t first, end; /* their experts */
-    float decay, matchable, slow_step, fast_step, discount;
-    int32_t observes, learns;
-} om_passed;
 
 /* Compare the past with what the present token used, and remember that. */
 static void observe(const om_ranking *r, const om_passed *passed) {

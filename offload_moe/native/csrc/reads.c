@@ -15,21 +15,7 @@
 #define MAX_FETCHES 128
 #define PAGE 4096
 
-uint32_t om_crc32(const uint8_t *data, int64_t length, uint32_t crc);
-
-typedef struct {
-    const uint8_t *pages; /* the file mapped, to ask which pages are cached; NULL where nobody tells */
-    int64_t num_bytes;
-    int32_t direct, cached; /* descriptors; -1: not to be read so */
-} om_file;
-
-typedef struct {
-    int64_t offset, num_bytes;
-    int32_t file;
-    uint32_t checksum;
-} om_place;
-
-enum { NOTHING, READING, DONE, DROPPED, FAILED };
+enum { NOTHING = 0 }; /* or OM_READING ... */
 
 typedef struct {
     uint8_t *record;
@@ -37,21 +23,6 @@ typedef struct {
     int32_t slot, num_running;
     uint8_t state, is_prefetch, was_prefetch, is_told, is_wrong, is_checked, has_failed; /* is_checked: or being so */
 } om_fetch;
-
-/* What the other side is told: a fetch has begun (READING), its expert is resident (DONE), its slot is lent again (DROPPED), or
- * the slot is the other side's, to read the expert again (FAILED). */
-typedef struct {
-    int64_t key;
-    int32_t slot, state, was_prefetch;
-} om_completion;
-
-typedef struct {
-    int64_t part_bytes, prefetch_part_bytes;
-    const om_place *places; /* by key */
-    om_file *files;
-    uint8_t *is_checked; /* by key: whether its checksum was compared */
-    int32_t num_threads;
-} om_reads_options;
 
 struct om_reads {
     om_slot_table *slot_table;
@@ -103,7 +74,7 @@ int om_reads_fetch(om_reads *reads, int64_t key, int is_prefetch) {
                             .slot = reads->spares[reads->num_spares].slot,
                             .key = key,
                             .sequence = reads->num_fetched++,
-                            .state = READING,
+                            .state = OM_READING,
                             .is_prefetch = (uint8_t)is_prefetch,
                             .was_prefetch = (uint8_t)is_prefetch};
         reads->slot_table->records[key] = OM_COMING;
@@ -123,7 +94,7 @@ OM_EXPORT void om_reads_demand(om_reads *reads, int64_t key) {
 void om_reads_promote(om_reads *reads, int64_t key) {
     for (int at = 0; at < MAX_FETCHES; at++) {
         om_fetch *fetch = reads->fetches + at;
-        if (fetch->state != READING || fetch->key != key || !fetch->is_prefetch) continue;
+        if (fetch->state != OM_READING || fetch->key != key || !fetch->is_prefetch) continue;
         fetch->is_prefetch = 0;
         reads->num_prefetching -= fetch->num_running;
         pthread_cond_broadcast(&reads->work);
@@ -134,13 +105,13 @@ void om_reads_promote(om_reads *reads, int64_t key) {
 static void drop(om_reads *reads, om_fetch *fetch) {
     reads->slot_table->records[fetch->key] = NULL;
     give_spare(reads, fetch->slot, fetch->record);
-    fetch->state = DROPPED;
+    fetch->state = OM_DROPPED;
 }
 
 void om_reads_drop_wrong(om_reads *reads, int64_t end, const int64_t *keys, int64_t num_keys) {
     for (int at = 0; at < MAX_FETCHES; at++) {
         om_fetch *fetch = reads->fetches + at;
-        if (fetch->state != READING || !fetch->is_prefetch || fetch->key >= end) continue;
+        if (fetch->state != OM_READING || !fetch->is_prefetch || fetch->key >= end) continue;
         int is_wanted = 0;
         for (int64_t k = 0; k < num_keys; k++) is_wanted |= keys[k] == fetch->key;
         if (is_wanted) continue;
@@ -185,7 +156,7 @@ static om_fetch *pick(om_reads *reads) {
     om_fetch *best = NULL;
     for (int at = 0; at < MAX_FETCHES; at++) {
         om_fetch *fetch = reads->fetches + at;
-        if (fetch->state != READING || fetch->has_failed || fetch->next == bytes_of(reads, fetch)) continue;
+        if (fetch->state != OM_READING || fetch->has_failed || fetch->next == bytes_of(reads, fetch)) continue;
         if (fetch->is_prefetch && reads->num_prefetching >= (reads->options.num_threads + 1) / 2) continue;
         if (best == NULL || fetch->is_prefetch < best->is_prefetch ||
             (fetch->is_prefetch == best->is_prefetch && fetch->sequence < best->sequence))
@@ -206,11 +177,11 @@ static void finish(om_reads *reads, om_fetch *fetch) {
         fetch->has_failed = !is_right;
     }
     if (fetch->has_failed) {
-        fetch->state = FAILED;
+        fetch->state = OM_FAILED;
         return;
     }
     reads->slot_table->records[fetch->key] = fetch->record;
-    fetch->state = DONE;
+    fetch->state = OM_DONE;
     pthread_cond_broadcast(&reads->slot_table->arrived);
 }
 
@@ -324,10 +295,10 @@ OM_EXPORT int64_t om_reads_completions(om_reads *reads, om_completion *news, int
     om_fetch *fetch;
     for (int64_t last = -1; count + 2 <= room && (fetch = next_begun(reads, last)) != NULL;) {
         last = fetch->sequence;
-        om_completion entry = {.key = fetch->key, .slot = fetch->slot, .state = READING, .was_prefetch = fetch->was_prefetch};
+        om_completion entry = {.key = fetch->key, .slot = fetch->slot, .state = OM_READING, .was_prefetch = fetch->was_prefetch};
         if (!fetch->is_told) news[count++] = entry;
         fetch->is_told = 1;
-        if (fetch->state == READING) continue;
+        if (fetch->state == OM_READING) continue;
         entry.state = fetch->state;
         news[count++] = entry;
         fetch->state = NOTHING;

@@ -6,8 +6,6 @@
 
 #include "slot_table.h"
 
-typedef struct om_reads om_reads;
-
 /* A token pass uses them from begin to end: closed meanwhile, they fetch nothing more and are freed by the last user. */
 void om_reads_use(om_reads *reads);
 void om_reads_leave(om_reads *reads);

@@ -3,14 +3,6 @@
 
 #include <math.h>
 
-struct om_router {
-    om_matrix matrix; /* [E, H] */
-    const uint8_t *record;
-    const float *bias; /* [E] or NULL */
-    int64_t top_k;
-    int32_t is_of_chosen; /* weights are shares of the chosen experts' softmax, not of all experts' */
-};
-
 /* The greatest first; of equal ones the lower expert. */
 static void choose(const float *logits, int64_t num_experts, int64_t top_k, int64_t *ids) {
     for (int64_t k = 0; k < top_k; k++) {

@@ -3,14 +3,6 @@
 
 #include <math.h>
 
-struct om_shared {
-    const om_moe_layer *expert;
-    const uint8_t *record;
-    const float *gate; /* [hidden] or NULL */
-    int64_t hidden;
-    int32_t mode;
-};
-
 /* out[H] += expert(x[H]) * gate. Returns 0, or -1 when memory is short. */
 OM_EXPORT int om_add_shared(const om_shared *shared, const float *x, float *out) {
     static const int32_t offsets[] = {0, 1}, token = 0;

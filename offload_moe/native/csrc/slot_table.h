@@ -10,16 +10,15 @@
 
 #define OM_COMING ((const uint8_t *)1)
 
-typedef struct {
+struct om_slot_table {
     pthread_mutex_t lock;
     pthread_cond_t arrived;
     const uint8_t **records; /* by key: where the expert is resident, OM_COMING on its way, NULL absent */
     int32_t *leases;         /* by key: how many runs compute with it */
     int64_t num_users;       /* in whatever order Python forgets them, the last of them frees it */
-} om_slot_table;
+};
 
 void om_slot_table_use(om_slot_table *slot_table);
-void om_slot_table_close(om_slot_table *slot_table);
 
 OM_INLINE int om_is_resident(const om_slot_table *slot_table, int64_t key) { return slot_table->records[key] > OM_COMING; }
 

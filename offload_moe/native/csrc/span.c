@@ -10,45 +10,7 @@
 #include <stdlib.h>
 #include <time.h>
 
-#define MAX_TOP_K 64
-
-typedef struct {
-    const om_layer *layer; /* with a router */
-    const om_moe_layer *experts;
-    const om_shared *shared; /* NULL where there is none */
-    int64_t first_key; /* of the layer's experts */
-    float weight_scale;
-    int32_t mode;
-} om_span_layer;
-
-typedef struct {
-    const om_span_layer *layers;
-    int64_t num_layers, hidden, num_experts, top_k;
-} om_span;
-
-typedef struct {
-    const float *cos, *signed_sin;
-    float *const *keys, *const *values; /* per layer, as `om_attention_step` has them */
-    const int64_t *capacities, *lengths;
-    float *x, *residual, *normed;       /* [H] */
-    float *logits, *weights;            /* [layers, E], [layers, K] */
-    int64_t *ids;                       /* [layers, K] */
-    double *times;      /* [layers, 2]: seconds since the start when the experts of a layer began and when they ended */
-    double *stalls;     /* [layers]: seconds that a layer waited for experts */
-    float *rows;        /* [K, H] */
-    int64_t num_ahead;  /* layers behind each one whose routers are asked ahead */
-    const int64_t *ranks; /* [num_ahead]: how many of the likeliest of what they say count */
-    int64_t *guesses;   /* [layers, num_ahead, K]: what they say */
-    uint8_t *found, *guesses_found; /* [layers, K], [layers, num_ahead, K]: see below */
-    float *guess_space; /* [H + E + K] */
-} om_span_token;
-
-/* How an expert was found when it was chosen, or guessed. */
-enum { OM_HIT, OM_ARRIVING, OM_MISSING, OM_FETCHED /* guessed, absent, and fetched */ };
-/* What a layer wants of the other side: experts that it could not fetch; slots, as there are few left. */
-enum { OM_NEEDS_EXPERTS = 1, OM_NEEDS_SLOTS = 2 };
-
-typedef struct {
+struct om_pass {
     const om_span *run;
     const om_span_token *token;
     om_slot_table *slot_table; /* its lock guards what follows */
@@ -59,16 +21,14 @@ typedef struct {
     int64_t result;          /* how many of all layers are done, or -1 when memory was short; OM_UNDER_WAY until then */
     int is_stopped;
     uint8_t needs[];         /* [layers]: what is still to be told of them */
-} om_pass;
-
-#define OM_UNDER_WAY (-2)
+};
 
 /* The experts of one token in ascending order. */
 typedef struct {
-    int64_t keys[MAX_TOP_K];
-    float weights[MAX_TOP_K];
-    int32_t rank[MAX_TOP_K]; /* among what the router chose */
-    const uint8_t *records[MAX_TOP_K]; /* of those that are leased; NULL until then */
+    int64_t keys[OM_MAX_TOP_K];
+    float weights[OM_MAX_TOP_K];
+    int32_t rank[OM_MAX_TOP_K]; /* among what the router chose */
+    const uint8_t *records[OM_MAX_TOP_K]; /* of those that are leased; NULL until then */
     int has_asked; /* the other side for what could not be fetched */
 } om_chosen;
 
@@ -203,11 +163,11 @@ static int64_t wait_for_more(om_pass *ride, int64_t at, om_chosen *chosen, int32
 /* out[H] = their weighted sum; with `rows`, each sets its row instead. The same bits once the rows are summed. */
 static int compute(const om_pass *ride, int64_t at, const om_chosen *chosen, const int32_t *places, int64_t num_experts,
                    float *rows) {
-    static const int32_t token_ids[MAX_TOP_K] = {0};
+    static const int32_t token_ids[OM_MAX_TOP_K] = {0};
     const om_span_layer *layer = ride->run->layers + at;
-    const uint8_t *records[MAX_TOP_K];
-    float weights[MAX_TOP_K];
-    int32_t offsets[MAX_TOP_K + 1] = {0};
+    const uint8_t *records[OM_MAX_TOP_K];
+    float weights[OM_MAX_TOP_K];
+    int32_t offsets[OM_MAX_TOP_K + 1] = {0};
     for (int64_t n = 0; n < num_experts; n++) {
         records[n] = chosen->records[places[n]];
         weights[n] = chosen->weights[places[n]];
@@ -220,7 +180,7 @@ static int compute(const om_pass *ride, int64_t at, const om_chosen *chosen, con
 /* x = the experts of the layer, those that are there first. Returns 0, -1 when memory is short, 1 when the token pass is stopped. */
 static int run_experts(om_pass *ride, int64_t at, om_chosen *chosen) {
     const om_span *run = ride->run;
-    int32_t places[MAX_TOP_K];
+    int32_t places[OM_MAX_TOP_K];
     int64_t num_leased = begin_layer(ride, at, chosen, places), num_done = 0;
     if (num_leased == run->top_k) return compute(ride, at, chosen, places, num_leased, NULL);
     float *rows = ride->token->rows;

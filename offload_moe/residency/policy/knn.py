@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from offload_moe.residency.keys import ExpertKeys
-from offload_moe.residency.policy.native_ranking import make_ranking
-from offload_moe.residency.policy.ranking import Passed
+from offload_moe.residency.policy.ranking import Passed, Ranking
 
 HALF_LIFE_PER_SHARE = 10.0  # tokens until a reuse is worth half, were there a slot for every expert
 LAYERS_PER_RANKING = 2  # that many layers are ranked at once: fewer calls, slightly staler ranks
@@ -33,7 +32,7 @@ class KNN:
         self._first_key = keys.first(layers.start)
         self._local = ExpertKeys(keys.num_experts[layers.start : layers.stop])
         self._num_keys = self._local.total
-        self.ranking = make_ranking(self._num_keys, _discount(self._num_keys, num_slots))
+        self.ranking = Ranking(self._num_keys, _discount(self._num_keys, num_slots))
         self._pending: list[int] = []  # used by layers not ranked yet, from position `_ranked` on
         self._shares: list[float] = []  # of the tokens that used them
         self._num_tokens = 1  # accessed at once

@@ -1,15 +1,20 @@
 """What every expert of a pool is worth, and which of the resident ones least: the numbers of the default policy.
 
-Shapes: X all experts of the pool.
+Layers that were passed are ranked in one native call (`csrc/ranking.c`): a decode step's experts have just passed
+through the caches, and thirty calls of numpy are slow behind them. Shapes: X all experts of the pool.
 """
 
+import ctypes
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from offload_moe.residency.policy.history import History
-from offload_moe.residency.policy.reuse import ReuseModel
+from offload_moe.native.library import load_for_short_calls
+from offload_moe.native.structs import PassedStruct, RankingStruct
+from offload_moe.residency.policy.history import NUM_NEIGHBOURS, SHARPNESS, History
+from offload_moe.residency.policy.reuse import SHRINKAGE, ReuseModel
 
 
 class Passed(NamedTuple):
@@ -30,10 +35,7 @@ class Passed(NamedTuple):
 
 
 class Ranking:
-    """In numpy, a fixed number of calls on arrays of M tokens and of some layers' experts.
-
-    All arrays are written in place: native code has their addresses.
-    """
+    """All arrays are written in place: native code has their addresses."""
 
     def __init__(self, num_keys: int, discount: float) -> None:
         self.history = History(num_keys, discount)
@@ -42,6 +44,9 @@ class Ranking:
         self.absent = np.full(num_keys, np.inf, dtype=np.float32)  # [X]: 0 where resident
         self.order = self.absent.copy()  # [X]: worth now where resident, infinite elsewhere
         self.use_discount(discount)
+        self._struct, self._given = self._describe(), PassedStruct()
+        self._addresses = ctypes.addressof(self._struct), ctypes.addressof(self._given)
+        self._native = load_for_short_calls().om_rank
 
     def use_discount(self, discount: float) -> None:
         """From now on; what was learned with the one before fades by itself."""
@@ -51,19 +56,37 @@ class Ranking:
 
     def rank(self, passed: Passed) -> None:
         """Learn from layers that were passed, and rank their experts for the next token."""
-        first, end = passed.first, passed.end
-        keys = np.array(passed.keys, dtype=np.intp)
-        used = np.zeros(end - first, dtype=np.float32)
-        used[keys - first] = passed.shares
-        if passed.observes:
-            self.history.observe(keys, passed.num_layers)
-        foretold, trust = self.history.foretells(first, end)
-        worth = self.reuse.update(first, end, used, foretold, trust, passed.learns, passed.num_tokens)
-        self.worth[first:end] = worth
-        np.add(worth * self.discount, self.absent[first:end], out=self.order[first:end])
+        assert len(passed.keys) == len(passed.shares)
+        keys, shares = array("i", passed.keys), array("f", passed.shares)
+        given = self._given
+        given.keys, given.num_keys = keys.buffer_info()
+        given.shares = shares.buffer_info()[0]
+        given.first, given.end = passed.first, passed.end
+        given.decay = self.history.fade(len(keys), passed.num_layers) if passed.observes else 1.0
+        given.matchable = self.history.matchable
+        given.slow_step, given.fast_step = self.reuse.steps(passed.num_tokens)
+        given.discount = self.discount
+        given.observes, given.learns = passed.observes, passed.learns and self.reuse.is_learning
+        self._native(*self._addresses)
 
     def advance(self) -> None:
         """Go on to the next token."""
         np.add(self.worth, self.absent, out=self.order)
         self.history.advance()
         self.reuse.advance()
+
+    def _describe(self) -> RankingStruct:
+        history, reuse = self.history, self.reuse
+        arrays = {
+            **{name: getattr(history, name) for name in ("used", "was_used", "future", "matched")},
+            **{name: getattr(reuse, name) for name in ("features", "weights", "covariance", "evidence")},
+            **{name: getattr(self, name) for name in ("worth", "order", "absent")},
+        }
+        return RankingStruct(
+            num_keys=len(self.worth),
+            num_tokens=len(history.matched),
+            num_neighbours=NUM_NEIGHBOURS,
+            sharpness=SHARPNESS,
+            shrinkage=SHRINKAGE,
+            **{name: values.ctypes.data for name, values in arrays.items()},
+        )

@@ -4,7 +4,6 @@ Shapes: X all experts of the pool, D features.
 """
 
 import numpy as np
-from numpy.typing import NDArray
 
 SLOW_HALF_LIFE, FAST_HALF_LIFE = 50.0, 3.0  # tokens
 CONSTANT = 0.1
@@ -14,14 +13,13 @@ PRIOR_SAMPLES = 50.0  # how much evidence the prior weights stand for
 WARM_UP = 8  # tokens before learning begins
 LEARN_EVERY, SOLVE_EVERY = 4, 16  # tokens
 
-Vector = NDArray[np.float32]
-
 
 class ReuseModel:
     """Expected `discount ** (tokens until the next use)`, linear in six features, fitted by least squares.
 
     The features of an expert: a constant; its use frequency with a long and with a short memory; whether this token
     used it; what neighbours foretell; and the slow frequency once more where there are no good neighbours.
+    `csrc/ranking.c` computes the features and gathers the evidence.
 
     Source: least-squares temporal differences, Bradtke and Barto, Machine Learning 22, 1996; here a use ends the sum.
     """
@@ -39,28 +37,6 @@ class ReuseModel:
     def use_discount(self, discount: float) -> None:
         """Of what is learned from now on."""
         self.discount = np.float32(discount)
-
-    def update(
-        self, first: int, end: int, used: Vector, foretold: Vector, trust: float, learn: bool, num_tokens: int = 1
-    ) -> Vector:
-        """Expected discounted reuse of keys `first` to `end`, whose layers the present token has just passed.
-
-        used: 1.0 where this token used the expert, or the share of a chunk's tokens that did; foretold, trust: from the
-        neighbours.
-        """
-        features = self.features[:, first:end]
-        learn = learn and self.is_learning
-        before = features.copy() if learn else features
-        frequencies = features[1:4]
-        slow_step, fast_step = self.steps(num_tokens)
-        frequencies += np.array([[slow_step], [fast_step], [1.0]], np.float32) * (used - frequencies)
-        share = 1.0 / (trust + SHRINKAGE)
-        np.multiply(foretold, share, out=features[4])
-        np.multiply(features[1], SHRINKAGE * share, out=features[5])
-        if learn:
-            self.covariance += before @ (before - (self.discount * (1.0 - used)) * features).T
-            self.evidence += before @ used
-        return self.weights @ features
 
     def advance(self) -> None:
         self._num_tokens += 1

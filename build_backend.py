@@ -1,0 +1,83 @@
+"""The build backend: setuptools', and a C compiler from the package index where the machine has none that works."""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403  # the other hooks are setuptools' own
+
+COMPILER_PACKAGE = "ziglang>=0.14,<0.18"
+ZIG = [sys.executable, "-m", "ziglang", "cc"]
+
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd", "-mavx512vnni"]
+AVX512_VBMI_FLAGS = [*AVX512_FLAGS, "-mavx512vbmi"]
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+_PROBE = "#include <math.h>\n#include <pthread.h>\nfloat probe(float x) { return expf(x); }\n"
+
+
+def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *compiler_packages()]
+
+
+def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
+    return [*build_meta.get_requires_for_build_editable(config_settings), *compiler_packages()]
+
+
+def compiler_packages() -> list[str]:
+    """What brings a compiler, where there is none and CC names none."""
+    return [] if os.environ.get("CC") or find_compiler() else [COMPILER_PACKAGE]
+
+
+def choose_compiler() -> list[str]:
+    """The command of the compiler that builds the library. Raises: RuntimeError where there is none."""
+    if found := find_compiler():
+        return found
+    if named := os.environ.get("CC"):
+        raise RuntimeError(f"CC={named} does not compile a small C program: {_failure(shlex.split(named))}. Unset CC.")
+    if find_spec("ziglang") is None:
+        raise RuntimeError(
+            "No C compiler that works was found, and none was fetched. Install one (Debian: apt install gcc libc6-dev, "
+            "macOS: xcode-select --install), or `pip install ziglang`, or leave --no-build-isolation out."
+        )
+    return ZIG
+
+
+@cache
+def find_compiler() -> list[str] | None:
+    """The first that works: CC alone where it is set, else what Python was built with, cc, gcc or clang."""
+    named = os.environ.get("CC")
+    commands = [named] if named else [sysconfig.get_config_var("CC") or "cc", "cc", "gcc", "clang"]
+    return next((words for command in commands if _failure(words := shlex.split(command)) is None), None)
+
+
+def is_zig(compiler: list[str]) -> bool:
+    return any("zig" in Path(word).name for word in compiler)
+
+
+def _failure(compiler: list[str]) -> str | None:
+    """Why a small shared library cannot be built with every flag that ours needs; None where it can.
+
+    A compiler may be there without its headers, as a stub that offers to install it, or too old for the flags.
+    """
+    if shutil.which(compiler[0]) is None:
+        return f"{compiler[0]} is not found"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.c")
+        source.write_text(_PROBE)
+        flags = ["-std=c11", "-fPIC", "-shared", *(AVX512_VBMI_FLAGS if IS_X86 else [])]
+        command = [*compiler, *flags, str(source), "-o", str(Path(folder, "probe.so")), "-lm", "-lpthread"]
+        run = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
+    return lines[0] if run.returncode else None

@@ -1,0 +1,236 @@
+/* What Python sees: the structs that it fills in, the functions that it calls, and constants that both have.
+ *
+ * Each is written once. `abi.c` exports the three lists, and Python compares them with its own when it loads the library.
+ * Raise OM_ABI_VERSION when the meaning of something changes that the lists do not show. */
+#ifndef OM_API_H
+#define OM_API_H
+
+#include <stdint.h>
+
+#define OM_ABI_VERSION 1
+
+/* Fields are FIELD(struct, type, name, array dimension or nothing). */
+
+/* Where one matrix lies inside a record: byte offsets, -1 where the codec has no such plane. */
+#define OM_MATRIX_FIELDS(FIELD, T) \
+    FIELD(T, int64_t, rows, ) FIELD(T, int64_t, cols, ) FIELD(T, int64_t, padded, ) \
+    FIELD(T, int64_t, codes, ) FIELD(T, int64_t, scales, ) \
+    FIELD(T, int64_t, nested_scales, ) FIELD(T, int64_t, nested_offset, ) FIELD(T, int64_t, bias, ) \
+    FIELD(T, int32_t, codec, ) FIELD(T, int32_t, bias_dtype, )
+
+#define OM_MOE_LAYER_FIELDS(FIELD, T) \
+    FIELD(T, om_matrix, first, ) FIELD(T, om_matrix, second, ) \
+    FIELD(T, int32_t, activation, ) FIELD(T, int32_t, has_gate, ) FIELD(T, int32_t, is_interleaved, ) \
+    FIELD(T, float, alpha, ) FIELD(T, float, limit, )
+
+#define OM_ATTENTION_FIELDS(FIELD, T) \
+    FIELD(T, om_matrix, matrices, [4]) /* query, key, value: one codec; output */ \
+    FIELD(T, const uint8_t *, records, [4]) \
+    FIELD(T, const float *, biases, [4]) /* those kept outside of the records, or NULL */ \
+    FIELD(T, const float *, norms, [2]) /* weights of the query's and the key's RMS norm, or NULL */ \
+    FIELD(T, const float *, sinks, ) /* [N] or NULL */ \
+    FIELD(T, int64_t, num_heads, ) FIELD(T, int64_t, num_kv_heads, ) \
+    FIELD(T, int64_t, head_dim, ) FIELD(T, int64_t, rotated_dims, ) \
+    FIELD(T, int64_t, norm_lengths, [2]) /* D: each head has its norm; more: one over all heads */ \
+    FIELD(T, float, epsilons, [2]) \
+    FIELD(T, float, scaling, ) \
+    FIELD(T, int32_t, mode, )
+
+#define OM_ROUTER_FIELDS(FIELD, T) \
+    FIELD(T, om_matrix, matrix, ) /* [E, H] */ \
+    FIELD(T, const uint8_t *, record, ) \
+    FIELD(T, const float *, bias, ) /* [E] or NULL */ \
+    FIELD(T, int64_t, top_k, ) \
+    FIELD(T, int32_t, is_of_chosen, ) /* weights are shares of the chosen experts' softmax, not of all experts' */
+
+#define OM_LAYER_FIELDS(FIELD, T) \
+    FIELD(T, const om_attention *, attention, ) \
+    FIELD(T, const om_router *, router, ) /* NULL: what follows the second norm routes by itself */ \
+    FIELD(T, const float *, norms, [2]) /* [hidden]: before attention, and before the router */ \
+    FIELD(T, float, epsilons, [2]) \
+    FIELD(T, int64_t, hidden, )
+
+#define OM_SHARED_FIELDS(FIELD, T) \
+    FIELD(T, const om_moe_layer *, expert, ) \
+    FIELD(T, const uint8_t *, record, ) \
+    FIELD(T, const float *, gate, ) /* [hidden] or NULL */ \
+    FIELD(T, int64_t, hidden, ) \
+    FIELD(T, int32_t, mode, )
+
+#define OM_SPAN_LAYER_FIELDS(FIELD, T) \
+    FIELD(T, const om_layer *, layer, ) /* with a router */ \
+    FIELD(T, const om_moe_layer *, experts, ) \
+    FIELD(T, const om_shared *, shared, ) /* NULL where there is none */ \
+    FIELD(T, int64_t, first_key, ) /* of the layer's experts */ \
+    FIELD(T, float, weight_scale, ) \
+    FIELD(T, int32_t, mode, )
+
+#define OM_SPAN_FIELDS(FIELD, T) \
+    FIELD(T, const om_span_layer *, layers, ) \
+    FIELD(T, int64_t, num_layers, ) FIELD(T, int64_t, hidden, ) \
+    FIELD(T, int64_t, num_experts, ) FIELD(T, int64_t, top_k, )
+
+#define OM_SPAN_TOKEN_FIELDS(FIELD, T) \
+    FIELD(T, const float *, cos, ) FIELD(T, const float *, signed_sin, ) \
+    FIELD(T, float *const *, keys, ) FIELD(T, float *const *, values, ) /* per layer, as `om_attention_step` has them */ \
+    FIELD(T, const int64_t *, capacities, ) FIELD(T, const int64_t *, lengths, ) \
+    FIELD(T, float *, x, ) FIELD(T, float *, residual, ) FIELD(T, float *, normed, ) /* [H] */ \
+    FIELD(T, float *, logits, ) FIELD(T, float *, weights, ) /* [layers, E], [layers, K] */ \
+    FIELD(T, int64_t *, ids, ) /* [layers, K] */ \
+    FIELD(T, double *, times, ) /* [layers, 2]: seconds since the start when the experts of a layer began and ended */ \
+    FIELD(T, double *, stalls, ) /* [layers]: seconds that a layer waited for experts */ \
+    FIELD(T, float *, rows, ) /* [K, H] */ \
+    FIELD(T, int64_t, num_ahead, ) /* layers behind each one whose routers are asked ahead */ \
+    FIELD(T, const int64_t *, ranks, ) /* [num_ahead]: how many of the likeliest of what they say count */ \
+    FIELD(T, int64_t *, guesses, ) /* [layers, num_ahead, K]: what they say */ \
+    FIELD(T, uint8_t *, found, ) FIELD(T, uint8_t *, guesses_found, ) /* [layers, K], [layers, num_ahead, K]: OM_HIT ... */ \
+    FIELD(T, float *, guess_space, ) /* [H + E + K] */
+
+#define OM_FILE_FIELDS(FIELD, T) \
+    FIELD(T, const uint8_t *, pages, ) /* the file mapped, to ask which pages are cached; NULL where nobody tells */ \
+    FIELD(T, int64_t, num_bytes, ) \
+    FIELD(T, int32_t, direct, ) FIELD(T, int32_t, cached, ) /* descriptors; -1: not to be read so */
+
+#define OM_PLACE_FIELDS(FIELD, T) \
+    FIELD(T, int64_t, offset, ) FIELD(T, int64_t, num_bytes, ) \
+    FIELD(T, int32_t, file, ) \
+    FIELD(T, uint32_t, checksum, )
+
+/* What the other side is told: a fetch has begun (OM_READING), its expert is resident (OM_DONE), its slot is lent again
+ * (OM_DROPPED), or the slot is the other side's, to read the expert again (OM_FAILED). */
+#define OM_COMPLETION_FIELDS(FIELD, T) \
+    FIELD(T, int64_t, key, ) \
+    FIELD(T, int32_t, slot, ) FIELD(T, int32_t, state, ) FIELD(T, int32_t, was_prefetch, )
+
+#define OM_READS_OPTIONS_FIELDS(FIELD, T) \
+    FIELD(T, int64_t, part_bytes, ) FIELD(T, int64_t, prefetch_part_bytes, ) \
+    FIELD(T, const om_place *, places, ) /* by key */ \
+    FIELD(T, om_file *, files, ) \
+    FIELD(T, uint8_t *, is_checked, ) /* by key: whether its checksum was compared */ \
+    FIELD(T, int32_t, num_threads, )
+
+/* X experts of the pool, M remembered tokens, D features. */
+#define OM_RANKING_FIELDS(FIELD, T) \
+    FIELD(T, int64_t, num_keys, ) FIELD(T, int64_t, num_tokens, ) FIELD(T, int64_t, num_neighbours, ) /* X, M */ \
+    FIELD(T, uint8_t *, used, ) FIELD(T, uint8_t *, was_used, ) FIELD(T, uint8_t *, future, ) /* [X], [X, M], [M, X] */ \
+    FIELD(T, float *, matched, ) /* [M] */ \
+    FIELD(T, float *, features, ) FIELD(T, float *, weights, ) /* [D, X], [D] */ \
+    FIELD(T, double *, covariance, ) FIELD(T, double *, evidence, ) /* [D, D], [D] */ \
+    FIELD(T, float *, worth, ) FIELD(T, float *, order, ) /* [X] */ \
+    FIELD(T, const float *, absent, ) /* [X] */ \
+    FIELD(T, float, sharpness, ) FIELD(T, float, shrinkage, )
+
+#define OM_PASSED_FIELDS(FIELD, T) \
+    FIELD(T, const int32_t *, keys, ) /* that these layers used */ \
+    FIELD(T, const float *, shares, ) /* of the tokens that used them */ \
+    FIELD(T, int64_t, num_keys, ) \
+    FIELD(T, int64_t, first, ) FIELD(T, int64_t, end, ) /* their experts */ \
+    FIELD(T, float, decay, ) FIELD(T, float, matchable, ) \
+    FIELD(T, float, slow_step, ) FIELD(T, float, fast_step, ) FIELD(T, float, discount, ) \
+    FIELD(T, int32_t, observes, ) FIELD(T, int32_t, learns, )
+
+/* Before one another as they are used. */
+#define OM_STRUCTS(STRUCT) \
+    STRUCT(om_matrix, OM_MATRIX_FIELDS) \
+    STRUCT(om_moe_layer, OM_MOE_LAYER_FIELDS) \
+    STRUCT(om_attention, OM_ATTENTION_FIELDS) \
+    STRUCT(om_router, OM_ROUTER_FIELDS) \
+    STRUCT(om_layer, OM_LAYER_FIELDS) \
+    STRUCT(om_shared, OM_SHARED_FIELDS) \
+    STRUCT(om_span_layer, OM_SPAN_LAYER_FIELDS) \
+    STRUCT(om_span, OM_SPAN_FIELDS) \
+    STRUCT(om_span_token, OM_SPAN_TOKEN_FIELDS) \
+    STRUCT(om_file, OM_FILE_FIELDS) \
+    STRUCT(om_place, OM_PLACE_FIELDS) \
+    STRUCT(om_completion, OM_COMPLETION_FIELDS) \
+    STRUCT(om_reads_options, OM_READS_OPTIONS_FIELDS) \
+    STRUCT(om_ranking, OM_RANKING_FIELDS) \
+    STRUCT(om_passed, OM_PASSED_FIELDS)
+
+/* What they do is said where they are defined. */
+#define OM_FUNCTIONS(FUNCTION) \
+    FUNCTION(int, om_select, (const char *name)) \
+    FUNCTION(const char *, om_active_name, (void)) \
+    FUNCTION(int, om_configure_threads, (int num_threads, int is_pinned)) \
+    FUNCTION(void, om_use_cores, (const int *cpus, int num_cpus)) \
+    FUNCTION(int, om_num_threads, (void)) \
+    FUNCTION(uint32_t, om_crc32, (const uint8_t *data, int64_t length, uint32_t crc)) \
+    FUNCTION(void, om_encode_nf4, (const void *values, int32_t dtype, int64_t num_blocks, uint8_t *codes, float *absmax)) \
+    FUNCTION(void, om_encode_int8, (const void *values, int32_t dtype, int64_t num_blocks, int8_t *codes, float *scales)) \
+    FUNCTION(void, om_encode_nested, (const float *absmax, float offset, int64_t count, uint8_t *codes, float *scales)) \
+    FUNCTION(int, om_linear_forward, (const om_matrix *matrices, const uint8_t *const *records, void *const *outs, \
+                                      int64_t num_matrices, const void *x, int64_t num_tokens, int32_t x_dtype, \
+                                      int32_t out_dtype, int32_t mode)) \
+    FUNCTION(int, om_moe_forward, (const om_moe_layer *layer, const void *x, int64_t num_tokens, int32_t x_dtype, \
+                                   const uint8_t *const *records, const int32_t *offsets, const int32_t *token_ids, \
+                                   const int32_t *out_ids, const float *pair_weights, int64_t num_experts, void *out, \
+                                   int32_t out_dtype, int32_t accumulate, int32_t mode)) \
+    FUNCTION(void, om_sum_rows, (const float *pairs, int64_t num_rows, int64_t num_columns, void *out, int32_t out_dtype)) \
+    FUNCTION(int, om_attention_step, (const om_attention *attention, const float *x, const float *cos, \
+                                      const float *signed_sin, float *keys, float *values, int64_t capacity, \
+                                      int64_t length, float *out)) \
+    FUNCTION(void, om_rms_norm, (const float *values, const float *weight, int64_t length, float epsilon, float *result)) \
+    FUNCTION(int, om_router_step, (const om_router *router, const float *x, float *logits, float *weights, int64_t *ids)) \
+    FUNCTION(int, om_layer_step, (const om_layer *layer, const float *x, const float *cos, const float *signed_sin, \
+                                  float *keys, float *values, int64_t capacity, int64_t length, float *residual, \
+                                  float *normed, float *logits, float *weights, int64_t *ids)) \
+    FUNCTION(int, om_add_shared, (const om_shared *shared, const float *x, float *out)) \
+    FUNCTION(om_slot_table *, om_slot_table_open, (const uint8_t **records, int32_t *leases)) \
+    FUNCTION(void, om_slot_table_close, (om_slot_table *slot_table)) \
+    FUNCTION(int, om_slot_table_claim, (om_slot_table *slot_table, int64_t key)) \
+    FUNCTION(void, om_slot_table_publish, (om_slot_table *slot_table, int64_t key, const uint8_t *record)) \
+    FUNCTION(int, om_slot_table_withdraw, (om_slot_table *slot_table, int64_t key)) \
+    FUNCTION(om_reads *, om_reads_open, (om_slot_table *slot_table, const om_reads_options *options)) \
+    FUNCTION(int, om_reads_close, (om_reads *reads, double limit_s)) \
+    FUNCTION(void, om_reads_reserve, (om_reads *reads, int32_t slot, uint8_t *record)) \
+    FUNCTION(void, om_reads_ask_below, (om_reads *reads, int32_t least_spares)) \
+    FUNCTION(void, om_reads_demand, (om_reads *reads, int64_t key)) \
+    FUNCTION(int32_t, om_reads_reclaim, (om_reads *reads)) \
+    FUNCTION(int64_t, om_reads_completions, (om_reads *reads, om_completion *news, int64_t room)) \
+    FUNCTION(int64_t, om_span_pass, (const om_span *run, const om_span_token *token, om_slot_table *slot_table)) \
+    FUNCTION(om_pass *, om_pass_start, (const om_span *run, const om_span_token *token, om_slot_table *slot_table, \
+                                        om_reads *reads)) \
+    FUNCTION(int64_t, om_pass_next, (om_pass *ride, int64_t first, double limit_s, int32_t *needs)) \
+    FUNCTION(void, om_pass_end, (om_pass *ride)) \
+    FUNCTION(void, om_rank, (const om_ranking *r, const om_passed *passed))
+
+enum { OM_NF4 = 0, OM_INT8 = 1, OM_MXFP4 = 2, OM_BF16 = 3, OM_FP32 = 4 };
+enum { OM_EXACT = 0, OM_FAST = 1 };
+enum { OM_F32 = 0, OM_BF16_VALUES = 1 };
+enum { OM_SILU = 0, OM_GELU = 1, OM_GELU_TANH = 2, OM_GPT_OSS = 3, OM_RELU = 4, OM_RELU2 = 5, OM_IDENTITY = 6 };
+enum { OM_READING = 1, OM_DONE = 2, OM_DROPPED = 3, OM_FAILED = 4 };
+/* How an expert was found when it was chosen, or guessed. */
+enum { OM_HIT = 0, OM_ARRIVING = 1, OM_MISSING = 2, OM_FETCHED = 3 /* guessed, absent, and fetched */ };
+/* What a layer wants of the other side: experts that it could not fetch; slots, as there are few left. */
+enum { OM_NEEDS_EXPERTS = 1, OM_NEEDS_SLOTS = 2 };
+/* What calls return in place of a layer or a number of layers. */
+enum { OM_UNDER_WAY = -2 };
+
+#define OM_BLOCK 64     /* weights that share an nf4 or int8 scale, and activations that share an int8 scale */
+#define OM_MAX_TOP_K 64 /* experts of one token and layer in a span */
+
+#define OM_CONSTANTS(CONSTANT) \
+    CONSTANT(OM_NF4) CONSTANT(OM_INT8) CONSTANT(OM_MXFP4) CONSTANT(OM_BF16) CONSTANT(OM_FP32) \
+    CONSTANT(OM_EXACT) CONSTANT(OM_FAST) \
+    CONSTANT(OM_F32) CONSTANT(OM_BF16_VALUES) \
+    CONSTANT(OM_SILU) CONSTANT(OM_GELU) CONSTANT(OM_GELU_TANH) CONSTANT(OM_GPT_OSS) CONSTANT(OM_RELU) CONSTANT(OM_RELU2) \
+    CONSTANT(OM_IDENTITY) \
+    CONSTANT(OM_READING) CONSTANT(OM_DONE) CONSTANT(OM_DROPPED) CONSTANT(OM_FAILED) \
+    CONSTANT(OM_HIT) CONSTANT(OM_ARRIVING) CONSTANT(OM_MISSING) CONSTANT(OM_FETCHED) \
+    CONSTANT(OM_NEEDS_EXPERTS) CONSTANT(OM_NEEDS_SLOTS) CONSTANT(OM_UNDER_WAY) \
+    CONSTANT(OM_BLOCK) CONSTANT(OM_MAX_TOP_K)
+
+typedef struct om_slot_table om_slot_table; /* these Python keeps by address */
+typedef struct om_reads om_reads;
+typedef struct om_pass om_pass;
+
+#define OM_DECLARE_FIELD(T, type, name, dimension) type name dimension;
+#define OM_DECLARE_STRUCT(T, FIELDS) \
+    typedef struct T T; \
+    struct T { FIELDS(OM_DECLARE_FIELD, T) };
+#define OM_DECLARE_FUNCTION(result, name, parameters) OM_EXPORT result name parameters;
+
+OM_STRUCTS(OM_DECLARE_STRUCT)
+OM_FUNCTIONS(OM_DECLARE_FUNCTION)
+
+#endif

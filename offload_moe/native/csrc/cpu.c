@@ -1,0 +1,44 @@
+/* By cpuid itself: `__builtin_cpu_supports` needs the compiler's runtime library, and zig's brings an `expf` of other bits than
+ * the system's. */
+#include "cpu.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <stdatomic.h>
+
+#define KNOWN (1 << 30)
+#define HAS_ALL(word, bits) (((word) & (bits)) == (bits))
+
+enum { SSE41_PCLMUL = 1u << 19 | 1u << 1, FMA = 1u << 12, OSXSAVE = 1u << 27 };              /* leaf 1, ecx */
+enum { AVX2 = 1u << 5, AVX512F_DQ_CD_BW = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 };      /* leaf 7, ebx */
+#define AVX512VL (1u << 31)
+enum { AVX512_VBMI = 1u << 1, AVX512_VNNI = 1u << 11 };                                     /* leaf 7, ecx */
+enum { YMM_STATE = 0x6, ZMM_STATE = 0xe6 };                                                 /* kept by the system: xcr0 */
+
+static unsigned kept_states(void) {
+    unsigned low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return low;
+}
+
+static int detect(void) {
+    unsigned eax, ebx, ecx, edx, ebx7 = 0, ecx7 = 0;
+    int found = KNOWN;
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return found;
+    if (HAS_ALL(ecx, SSE41_PCLMUL)) found |= OM_CPU_PCLMUL;
+    if (!HAS_ALL(ecx, OSXSAVE) || !__get_cpuid_count(7, 0, &eax, &ebx7, &ecx7, &edx)) return found;
+    const unsigned states = kept_states();
+    if (HAS_ALL(states, YMM_STATE) && HAS_ALL(ecx, FMA) && HAS_ALL(ebx7, AVX2)) found |= OM_CPU_AVX2;
+    if (!(found & OM_CPU_AVX2) || !HAS_ALL(states, ZMM_STATE)) return found;
+    if (!HAS_ALL(ebx7, AVX512F_DQ_CD_BW | AVX512VL) || !HAS_ALL(ecx7, AVX512_VNNI)) return found;
+    found |= OM_CPU_AVX512;
+    if (HAS_ALL(ecx7, AVX512_VBMI)) found |= OM_CPU_AVX512_VBMI;
+    return found;
+}
+
+int om_cpu_has(int feature) {
+    static _Atomic int found;
+    if (!found) found = detect();
+    return (found & feature) != 0;
+}
+#endif

@@ -1,0 +1,48 @@
+"""The functions of the native library that Python calls: the type of the result, and those of the parameters."""
+
+from ctypes import c_char_p as text
+from ctypes import c_double as float64
+from ctypes import c_float as float32
+from ctypes import c_int as integer
+from ctypes import c_int32 as int32
+from ctypes import c_int64 as int64
+from ctypes import c_uint32 as uint32
+from ctypes import c_void_p as pointer
+from typing import Any
+
+FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "om_select": (integer, text),
+    "om_active_name": (text,),
+    "om_configure_threads": (integer, integer, integer),
+    "om_use_cores": (None, pointer, integer),
+    "om_num_threads": (integer,),
+    "om_crc32": (uint32, pointer, int64, uint32),
+    "om_encode_nf4": (None, pointer, int32, int64, pointer, pointer),
+    "om_encode_int8": (None, pointer, int32, int64, pointer, pointer),
+    "om_encode_nested": (None, pointer, float32, int64, pointer, pointer),
+    "om_linear_forward": (integer, *[pointer] * 3, int64, pointer, int64, int32, int32, int32),
+    "om_moe_forward": (integer, pointer, pointer, int64, int32, *[pointer] * 5, int64, pointer, int32, int32, int32),
+    "om_sum_rows": (None, pointer, int64, int64, pointer, int32),
+    "om_attention_step": (integer, *[pointer] * 6, int64, int64, pointer),
+    "om_rms_norm": (None, pointer, pointer, int64, float32, pointer),
+    "om_router_step": (integer, *[pointer] * 5),
+    "om_layer_step": (integer, *[pointer] * 6, int64, int64, *[pointer] * 5),
+    "om_add_shared": (integer, *[pointer] * 3),
+    "om_slot_table_open": (pointer, pointer, pointer),
+    "om_slot_table_close": (None, pointer),
+    "om_slot_table_claim": (integer, pointer, int64),
+    "om_slot_table_publish": (None, pointer, int64, pointer),
+    "om_slot_table_withdraw": (integer, pointer, int64),
+    "om_reads_open": (pointer, pointer, pointer),
+    "om_reads_close": (integer, pointer, float64),
+    "om_reads_reserve": (None, pointer, int32, pointer),
+    "om_reads_ask_below": (None, pointer, int32),
+    "om_reads_demand": (None, pointer, int64),
+    "om_reads_reclaim": (int32, pointer),
+    "om_reads_completions": (int64, pointer, pointer, int64),
+    "om_span_pass": (int64, *[pointer] * 3),
+    "om_pass_start": (pointer, *[pointer] * 4),
+    "om_pass_next": (int64, pointer, int64, float64, pointer),
+    "om_pass_end": (None, pointer),
+    "om_rank": (None, pointer, pointer),
+}
