@@ -22,7 +22,7 @@ def test_the_keywords_are_the_fields() -> None:
 
 UNUSABLE: list[tuple[dict[str, Any], str]] = [
     ({"vram": "10"}, "Did you mean 10GiB"),
-    ({"ram": -1}, "no size of a memory"),
+    ({"ram": -1}, "must lie between 0 and 1024TiB"),
     ({"ram": True}, "Cannot read True as a size"),
     ({"context": 0}, "A context of 0 tokens"),
     ({"context": 2.5}, "A context of 2.5 tokens"),
