@@ -133,7 +133,7 @@ def test_guesses_by_habit_name_experts_that_their_layer_has(
     with load(stores["qwen3_moe"]) as model:
         expected = greedy(model)
         ram = model.placement.ram.bytes_with(12)
-    monkeypatch.setattr("offload_moe.engine.model.find_probes", lambda hf, layers: [None] * len(layers))
+    monkeypatch.setattr("offload_moe.engine.build.find_probes", lambda hf, layers: [None] * len(layers))
     monkeypatch.setattr("offload_moe.residency.co_occurrence.LEAST_TOKENS", 2)
     with load(stores["qwen3_moe"], ram=ram, prefetch=2) as model:
         assert torch.equal(greedy(model), expected)
