@@ -301,7 +301,7 @@ def load(
         model.notices.append(notice)
     for notice in model.notices:
         warnings.warn(notice, UserWarning, stacklevel=2)
-    if report is not None and report.slow_layers and not report.why_none:
+    if report is not None and report.is_worth_a_notice:
         model.notices.append(str(report))  # nothing is wrong with it, so it is no warning
     return model
 
