@@ -17,7 +17,7 @@ from offload_moe.decode.latent import absorb_latents
 from offload_moe.decode.layer import shorten_layers
 from offload_moe.decode.mlp import fuse_mlps
 from offload_moe.decode.norm import fuse_norms
-from offload_moe.decode.report import LayerPath, layer_paths, tell_reasons
+from offload_moe.decode.report import DENSE, LayerPath, layer_paths, tell_reasons
 from offload_moe.decode.router import shorten_routers
 from offload_moe.decode.shorten import shorten_attention
 from offload_moe.residency.hierarchy import Hierarchy
@@ -46,6 +46,11 @@ class FastPath:
     def slow_layers(self) -> tuple[LayerPath, ...]:
         """Those that a decode step does not pass in a native span."""
         return tuple(layer for layer in self.layers if layer.kind != "span")
+
+    @property
+    def is_worth_a_notice(self) -> bool:
+        """Whether layers with experts take the slow path, and not because the numbers or the device were chosen so."""
+        return not self.why_none and any(layer.reasons != DENSE for layer in self.slow_layers)
 
     def __str__(self) -> str:
         """In one line: how many layers take the fast path, and why the others do not."""

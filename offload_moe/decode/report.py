@@ -15,6 +15,7 @@ from offload_moe.families.limits import attention_limits, order_limits, router_l
 from offload_moe.families.read_layer import layer_spec
 
 Kind = Literal["span", "layer", "modules"]
+DENSE = ("a dense MLP",)  # between spans: attention and MLP are native calls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +79,6 @@ def _why_no_span(step: LayerStep, layer: Any, spec: LayerSpec | None) -> list[st
     if step.plain is not None:
         return ["experts that are not computed out of slots in RAM by the native kernels"]
     if not _has_experts(layer):
-        return ["a dense MLP"]
+        return list(DENSE)
     limits = [] if spec is None or spec.router is None else router_limits(spec.router)
     return limits or ["a router or a shared expert of another kind, or that gives other numbers on probes"]

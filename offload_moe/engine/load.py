@@ -185,5 +185,5 @@ def _notify(model: Model, of_model: Iterable[str], of_machine: Iterable[str]) ->
     for notice in model.notices:
         warnings.warn(notice, UserWarning, stacklevel=3)
     report = model.fast_path
-    if report is not None and report.slow_layers and not report.why_none:
+    if report is not None and report.is_worth_a_notice:
         model.notices.append(str(report))  # the slow path is no fault, so it is no warning
