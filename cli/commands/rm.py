@@ -21,7 +21,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "other files in it is left alone, and links are not followed.",
     )
     parser.add_argument("name", metavar="NAME", help="store, by its name in `offload-moe list` or by path")
-    parser.add_argument("--yes", action="store_true", help="do not ask")
+    parser.add_argument("--yes", action="store_true", help="do not ask; NAME must then be whole")
     add_common_flags(parser)
     parser.set_defaults(run=run)
 
