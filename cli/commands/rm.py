@@ -21,7 +21,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "refused, and links are not followed.",
     )
     parser.add_argument("name", metavar="NAME", help="store, by its name in `offload-moe list` or by path")
-    parser.add_argument("--yes", action="store_true", help="delete without a confirmation")
+    parser.add_argument("--yes", action="store_true", help="delete without a confirmation; NAME must be complete")
     add_common_flags(parser)
     parser.set_defaults(run=run)
 
