@@ -41,7 +41,7 @@ class VirtualPasses:
         self._helper = Helper(clock, scheduler, reserved, costs)
 
     def forward(self, experts: NDArray[Any], guess: Callable[[int], Guesses]) -> None:
-        """experts ``[L, K]``. guess: what a layer foretells of those behind it."""
+        """experts ``[L, K]``. guess: the predictions of a layer for those behind it."""
         self._helper.begin(may_evict=self._scheduler.residency.num_slots < self._scheduler.keys.total)
         for layer, chosen in enumerate(experts.tolist()):
             self._layer(layer, chosen, guess)

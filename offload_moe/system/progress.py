@@ -16,7 +16,7 @@ class Progress(Protocol):
 
 
 def silent(phase: str, done: float = -1.0, total: float | None = None) -> None:
-    """For callers who want no reports."""
+    """For callers without a use for reports."""
 
 
 def log_notice(text: str) -> None:

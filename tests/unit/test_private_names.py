@@ -39,6 +39,7 @@ ALLOWED: dict[str, int] = {
     "unit/test_first_hour.py": 1,
     "unit/test_kernels_reads.py": 1,
     "unit/test_lookahead_tiers.py": 4,
+    "unit/test_native_abi.py": 1,
     "unit/test_policy_contract.py": 1,
     "unit/test_policy_knn.py": 3,
     "unit/test_rotation.py": 2,
