@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from offload_moe.decode.dense import QuantLinear
+from offload_moe.decode.hooks import are_watched, hooks_of
 from offload_moe.native import kernels
 
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -34,8 +35,10 @@ class SeparateProjections:
 class JointProjections:
     """One call for three records. For one sequence the results lie in one buffer: query, key, value."""
 
-    def __init__(self, linears: list[QuantLinear]) -> None:
+    def __init__(self, linears: list[QuantLinear], watched: SeparateProjections) -> None:
+        """watched: takes the calls while a linear has a hook."""
         self._linears = linears
+        self._hooks, self._watched = hooks_of(linears), watched
         self._records = [linear.record for linear in linears]
         self._mode = linears[0].mode
         self._sizes = [linear.out_features for linear in linears]
@@ -47,6 +50,8 @@ class JointProjections:
         )
 
     def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if are_watched(self._hooks):
+            return self._watched(hidden_states)
         rows = hidden_states[:, 0].contiguous()
         if rows.shape[0] == 1:
             out = rows.new_empty(1, sum(self._sizes))
@@ -64,9 +69,9 @@ class JointProjections:
 
 def joint_or_separate(attention: nn.Module) -> Projections:
     """The cheapest way to the query, key and value of this module."""
-    linears = [getattr(attention, name) for name in NAMES]
+    linears, separate = [getattr(attention, name) for name in NAMES], SeparateProjections(attention)
     if all(isinstance(linear, QuantLinear) and linear.has_kernel for linear in linears):
         first = linears[0]
         if all(linear.codec is first.codec and linear.mode == first.mode for linear in linears):
-            return JointProjections(linears)
-    return SeparateProjections(attention)
+            return JointProjections(linears, separate)
+    return separate

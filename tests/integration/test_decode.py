@@ -174,3 +174,18 @@ def test_a_tied_head_is_a_quantized_copy(checkpoints: dict[str, Path]) -> None:
         assert embedding.weight.dtype == torch.bfloat16  # widened when looked up
         decoded = head.codec.decode(head.shape, head.record, torch.float32)["weight"]
         assert 0 < distance(decoded, embedding.weight) < 0.01
+
+
+@pytest.mark.parametrize("part", ["self_attn", "self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp"])
+def test_a_hook_on_a_part_of_a_layer_sees_every_step(part: str, checkpoints: dict[str, Path]) -> None:
+    with load(checkpoints["qwen3_moe"], dense_codec="int8") as model:
+        expected = logits_of(model, 1)
+        calls: list[int] = []
+        module = model.hf.model.layers[0].get_submodule(part)
+        handle = module.register_forward_hook(lambda module, args, out: calls.append(1))
+        watched = logits_of(model, 1)
+        handle.remove()
+        assert len(calls) == 1 + STEPS
+        assert distance(watched, expected) < INT8_ROUNDING
+        assert torch.equal(logits_of(model, 1), expected)
+        assert len(calls) == 1 + STEPS
