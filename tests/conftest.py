@@ -1,5 +1,6 @@
 """Shared by all tests: tiny models are fastest, and timings steadiest, on one thread."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from offload_moe.native import kernels
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def test_a_conversation(tmp_path: Path, thinker: Terminal) -> None:
     thinker.line("")
     thinker.expect("Not saved.")
     thinker.line("/reset")
-    thinker.expect("anew.")
+    thinker.expect("A new conversation.")
     thinker.line(f"/load {tmp_path}/talk.json")
     thinker.expect("Loaded 4 messages.")
     thinker.expect("\n>", 15)

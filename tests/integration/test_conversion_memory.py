@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from offload_moe.convert.quantize import Progress, quantize
+from offload_moe.convert.quantize import quantize
 from offload_moe.store import Store
 from tests.support.checkpoints import write_checkpoint
 
@@ -46,7 +46,7 @@ def test_resident_memory_stays_within_a_few_experts(tmp_path: Path) -> None:
     before = process.memory_info().rss
     growth: list[int] = []
 
-    def report(progress: Progress) -> None:
+    def report(phase: str, done: float = -1.0, total: float | None = None) -> None:
         growth.append(process.memory_info().rss - before)
 
     quantize(tmp_path / "model", tmp_path / "store", codec="bf16", progress=report)

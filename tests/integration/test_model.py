@@ -181,7 +181,7 @@ def test_memory_that_is_named_and_not_there_is_said(
     ):
         with pytest.warns(UserWarning, match=said):
             model = load(checkpoints["mixtral"], device="cpu", **settings)
-        (notice,) = model.notices
+        notice = model.notices[0]
         assert re.match(said, notice)
         model.close()
 
@@ -193,7 +193,7 @@ def test_a_card_that_is_not_used_is_said_at_load(checkpoints: dict[str, Path], m
     )
     with pytest.warns(UserWarning, match=r"RTX 3060 is not used\. .*Install"):
         model = load(checkpoints["mixtral"])
-    (notice,) = model.notices
+    notice = model.notices[0]
     assert "RTX 3060 is not used" in notice
     model.close()
     with load(checkpoints["mixtral"], device="cpu") as chosen:
@@ -207,7 +207,7 @@ def test_experts_that_torch_computes_are_said_at_load(
     monkeypatch.setattr("offload_moe.experts.arithmetic.recognize_activation", lambda *_, **__: None)
     with pytest.warns(UserWarning, match=r"torch computes this model's experts on the CPU.*no kernel has"):
         model = load(checkpoints["mixtral"], device="cpu", codec="int8")
-    (notice,) = model.notices
+    notice = model.notices[0]
     assert notice.endswith("no kernel has their activation.")
     model.close()
     with load(checkpoints["mixtral"], device="cpu", codec="bf16") as lossless:

@@ -48,7 +48,7 @@ def model(stores: dict[str, Path]) -> Iterator[Model]:
 
 @pytest.fixture
 def trace(model: Model) -> Trace:
-    return run_prompts(model, PROMPTS, max_new_tokens=NUM_NEW, report=quiet)
+    return run_prompts(model, PROMPTS, max_new_tokens=NUM_NEW, progress=quiet)
 
 
 class TestRun:
@@ -77,7 +77,7 @@ class TestRun:
 
     def test_a_model_without_a_tokenizer_template_continues_the_text(self, model: Model) -> None:
         model.tokenizer.chat_template = None
-        plain = run_prompts(model, PROMPTS[:1], max_new_tokens=3, report=quiet)
+        plain = run_prompts(model, PROMPTS[:1], max_new_tokens=3, progress=quiet)
         assert plain.sequence_lengths.tolist() == [len(PROMPTS[0].text) + 2]
 
 
@@ -86,7 +86,7 @@ class TestRecall:
     def test_it_is_what_the_probes_foretell(self, family: str, stores: dict[str, Path]) -> None:
         """Once more by hand: hidden states from transformers itself, one layer and depth at a time."""
         with load(stores[family]) as model, torch.inference_mode():
-            recorded = run_prompts(model, PROMPTS[:1], max_new_tokens=2, report=quiet)
+            recorded = run_prompts(model, PROMPTS[:1], max_new_tokens=2, progress=quiet)
             found = json.loads(recorded.metadata)["lookahead_recall"]
             assert recorded.token_ids is not None
             ids = torch.from_numpy(recorded.token_ids[:24].astype(np.int64))[None]
@@ -122,7 +122,7 @@ class TestRecall:
             return probes
 
         monkeypatch.setattr(recall, "find_probes", wrong)
-        found = json.loads(run_prompts(model, PROMPTS[:1], max_new_tokens=2, report=quiet).metadata)
+        found = json.loads(run_prompts(model, PROMPTS[:1], max_new_tokens=2, progress=quiet).metadata)
         assert found["lookahead_recall"]["1"] == [None, None, None]  # neither foretold nor foretelling
         assert found["lookahead_recall"]["2"][2] is not None
 
