@@ -155,6 +155,13 @@ def _find_probe(hf: nn.Module, block_name: str) -> RouterProbe | None:
         return None
     norms: dict[str, Any] = dict(found.layer.named_children())
     norm = next((norms[name] for name in NORM_NAMES if name in norms), None)
-    if norm is None or not found.can_be_asked(torch.ones_like(norm.weight)[None]):
+    if norm is None or isinstance(norm, nn.ModuleList) or not found.can_be_asked(_row(hf, norm)):
         return None
     return RouterProbe(norm, found.module, found if found.spec is not None else None)
+
+
+def _row(hf: Any, norm: nn.Module) -> Tensor:
+    """A hidden state ``[1, H]`` as wide as the norm's; some norms have their weight further inside."""
+    weight = getattr(norm, "weight", None)
+    width = hf.config.get_text_config().hidden_size if weight is None else len(weight)
+    return torch.ones(1, width, dtype=hf.dtype, device=hf.device)

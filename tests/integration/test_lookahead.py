@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.checkpoints import write_checkpoint
 from support.models import open_model
 from support.tiny_models import FAMILIES, tiny_model, tiny_prompt
 
@@ -173,3 +174,18 @@ def test_routers_that_take_more_than_hidden_states_are_asked_as_declared(family:
         assert all(lookahead_of(model)._trusted.values())
         assert model.lookahead_tallies[-1].num_right > 0  # guessed by the routers: habits would fill no tally here
         assert lookahead_of(model)._habits is None
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of experts that torch computes
+@pytest.mark.parametrize("family", ["axk2", "longcat_flash", "muse_spark", "zaya"])
+def test_norms_of_other_shapes_change_no_token(family: str, tmp_path: Path) -> None:
+    """Their weight lies further inside, or there are two of them, or it is of another width."""
+    write_checkpoint(tmp_path / family, family)
+    store = quantize(tmp_path / family, tmp_path / "store")
+    tokens = torch.arange(3, 12)[None]
+    answers = []
+    for num_slots in (2, None):
+        with open_model(store, num_slots, prefetch=2) as model:
+            answers.append(model.hf.generate(tokens, max_new_tokens=6, do_sample=False, eos_token_id=None))
+    assert answers[0].shape == (1, 15)
+    assert torch.equal(*answers)
