@@ -190,8 +190,11 @@ def test_a_device_tier_and_hybrid(family: str, monkeypatch: pytest.MonkeyPatch) 
     expected = run(keys.total, keys.total, 0.0, "off")
     assert torch.equal(run(4, 2, 0.0, "off"), expected)
     monkeypatch.setattr(Tier, "start", noted)
-    run(keys.total, 4, 0.002, "on")
-    assert any(layer for layer, _ in later)
+    for _ in range(20):  # hybrid decides by measured times, so one run may copy everything at once
+        run(keys.total, 4, 0.002, "on")
+        if any(layer for layer, _ in later):
+            return
+    pytest.fail("no expert that the CPU computed was copied later")
 
 
 class Observer:
