@@ -80,13 +80,13 @@ static void lay_out(attention_job *job, uintptr_t *cursor) {
 
 static void run(attention_job *job) {
     const om_attention *a = job->attention;
-    om_span_linear(&job->projections);
+    om_run_linear(&job->projections);
     finish_heads(job, QUERY, a->num_heads);
     finish_heads(job, KEY, a->num_kv_heads);
     finish_heads(job, VALUE, a->num_kv_heads);
     append(job);
     om_pool_run(heads_unit, job, a->num_heads / job->heads_per_unit);
-    om_span_linear(&job->output);
+    om_run_linear(&job->output);
     add_bias(job->out, a->biases[OUTPUT], a->matrices[OUTPUT].rows);
 }
 

@@ -57,7 +57,9 @@ typedef struct {
 } om_linear_job;
 
 void om_lay_out_linear(om_linear_job *job, uintptr_t *cursor);
-void om_span_linear(om_linear_job *job);
+void om_run_linear(om_linear_job *job);
+/* The job as a call of its own: lays it out and holds the pool. Returns 0, or -1 when memory is short. */
+int om_call_linear(om_linear_job *job);
 
 /* Unlike the calls of `api.h`, only a part of one: the pool is not held. */
 int om_layer_guess(const om_layer *layer, const float *residual, float *normed, float *logits, float *weights, int64_t *ids);

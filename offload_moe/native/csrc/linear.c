@@ -60,11 +60,25 @@ void om_lay_out_linear(om_linear_job *job, uintptr_t *cursor) {
     job->scratch = om_take(cursor, om_pool_threads() * job->scratch_floats * (int64_t)sizeof(float));
 }
 
-void om_span_linear(om_linear_job *job) {
+void om_run_linear(om_linear_job *job) {
     om_pool_run(prepare_unit, job, job->num_tokens);
     int64_t num_units = 0;
     for (int64_t i = 0; i < job->num_matrices; i++) num_units += om_divide_up(job->matrices[i].rows, UNIT_ROWS);
     om_pool_run(rows_unit, job, num_units);
+}
+
+int om_call_linear(om_linear_job *job) {
+    uintptr_t num_bytes = 0;
+    om_pool_begin();
+    om_lay_out_linear(job, &num_bytes);
+    uintptr_t arena = (uintptr_t)om_arena_reserve(num_bytes);
+    if (arena != 0) {
+        uintptr_t cursor = arena;
+        om_lay_out_linear(job, &cursor);
+        om_run_linear(job);
+    }
+    om_pool_end();
+    return arena == 0 ? -1 : 0;
 }
 
 /* outs[i][T, rows of i] = x[T, K] times matrix i, plus its bias. All matrices have the codec and the columns of the first.
@@ -74,15 +88,5 @@ OM_EXPORT int om_linear_forward(const om_matrix *matrices, const uint8_t *const 
                                 int32_t mode) {
     om_linear_job job = {.matrices = matrices, .records = records, .outs = outs, .x = x, .num_matrices = num_matrices,
                          .num_tokens = num_tokens, .x_dtype = x_dtype, .out_dtype = out_dtype, .mode = mode};
-    uintptr_t num_bytes = 0;
-    om_pool_begin();
-    om_lay_out_linear(&job, &num_bytes);
-    uintptr_t arena = (uintptr_t)om_arena_reserve(num_bytes);
-    if (arena != 0) {
-        uintptr_t cursor = arena;
-        om_lay_out_linear(&job, &cursor);
-        om_span_linear(&job);
-    }
-    om_pool_end();
-    return arena == 0 ? -1 : 0;
+    return om_call_linear(&job);
 }

@@ -31,17 +31,7 @@ OM_EXPORT int om_router_step(const om_router *router, const float *x, float *log
     void *out = logits;
     om_linear_job job = {.matrices = &router->matrix, .records = &router->record, .outs = &out, .x = x, .num_matrices = 1,
                          .num_tokens = 1, .mode = OM_EXACT};
-    uintptr_t num_bytes = 0;
-    om_pool_begin();
-    om_lay_out_linear(&job, &num_bytes);
-    uintptr_t arena = (uintptr_t)om_arena_reserve(num_bytes);
-    if (arena != 0) {
-        uintptr_t cursor = arena;
-        om_lay_out_linear(&job, &cursor);
-        om_span_linear(&job);
-    }
-    om_pool_end();
-    if (arena == 0) return -1;
+    if (om_call_linear(&job) != 0) return -1;
     if (router->bias != NULL)
         for (int64_t e = 0; e < router->matrix.rows; e++) logits[e] += router->bias[e];
     choose(logits, router->matrix.rows, router->top_k, ids);
