@@ -57,7 +57,7 @@ class _Account:
     marks: list[Mark]
 
 
-class _Patience:
+class _StallWatchdog:
     """How long a token pass has made no progress, asked every tenth of a second unless the process is stopped."""
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -167,21 +167,21 @@ class LayerSpan:
         """
         reads = None if self._reserved is None else self._reserved.reads
         try:
-            with self._kernel.start(token, self._slot_table, reads) as ride:
+            with self._kernel.start(token, self._slot_table, reads) as token_pass:
                 self._lend()
-                self._go_along(ride, token, account)
+                self._go_along(token_pass, token, account)
         finally:
             if self._reserved is not None:
                 self._reserved.reclaim()
 
-    def _go_along(self, ride: kernels.TokenPass, token: kernels.SpanToken, account: "_Account") -> None:
+    def _go_along(self, token_pass: kernels.TokenPass, token: kernels.SpanToken, account: "_Account") -> None:
         """Give the token pass what it needs until it is over."""
-        num_layers, num_told, patience = len(self._steps), 0, _Patience(self._scheduler)
+        num_layers, num_told, watchdog = len(self._steps), 0, _StallWatchdog(self._scheduler)
         with ExitStack() as held:
             while num_told < num_layers:
-                said = ride.next(num_told)
+                said = token_pass.next(num_told)
                 if said is None:
-                    self._wait_on(token, num_told, patience)
+                    self._wait_on(token, num_told, watchdog)
                     continue
                 at, needs = said
                 held.close()
@@ -193,14 +193,14 @@ class LayerSpan:
                     num_told += 1
                 if needs & kernels.NEEDS_SLOTS:
                     self._lend()
-            while ride.next(num_layers) is None:
-                self._wait_on(token, num_layers - 1, patience)
+            while token_pass.next(num_layers) is None:
+                self._wait_on(token, num_layers - 1, watchdog)
 
     def _lend(self) -> None:
         if self._reserved is not None:
             self._reserved.lend(may_evict=not self._hierarchy.holds_every_expert)
 
-    def _wait_on(self, token: kernels.SpanToken, at: int, patience: "_Patience") -> None:
+    def _wait_on(self, token: kernels.SpanToken, at: int, watchdog: "_StallWatchdog") -> None:
         """Nothing was needed by layers from this one on: whoever wants to stop may say so.
 
         Raises: TransferError, ModelClosed.
@@ -210,7 +210,7 @@ class LayerSpan:
         with self._scheduler.changed:
             self._scheduler.drain_completions()
         num_begun = int((token.times[:, 0] > 0).sum())
-        waited_s = patience.since((num_begun, self._scheduler.counters.disk_bytes))
+        waited_s = watchdog.since((num_begun, self._scheduler.counters.disk_bytes))
         if waited_s > self._scheduler.stall_limit_s:
             raise self._scheduler.late(f"Experts of layer {self._bound[max(0, num_begun - 1)].layer}")
 

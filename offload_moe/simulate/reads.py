@@ -105,8 +105,8 @@ class VirtualReads:
             yield self._spares.pop()
 
     def completions(self) -> Sequence[_Completion]:
-        news, self._completions = self._completions, []
-        return news
+        completions, self._completions = self._completions, []
+        return completions
 
     def num_bytes(self, key: int) -> int:
         return self._disk.record_bytes
@@ -120,6 +120,6 @@ class VirtualReads:
         self._say(read.key, slot, DONE, read.was_prefetch)
 
     def _say(self, key: int, slot: int, state: int, was_prefetch: bool) -> _Completion:
-        news = _Completion(key, slot, state, was_prefetch)
-        self._completions.append(news)
-        return news
+        completion = _Completion(key, slot, state, was_prefetch)
+        self._completions.append(completion)
+        return completion

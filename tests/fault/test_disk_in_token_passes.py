@@ -11,7 +11,7 @@ from support.chat import chat_store, say
 from support.pressure import wait_until_quiet
 from support.short_of_slots import short_of_slots
 
-from offload_moe.decode.span import LayerSpan, _Patience
+from offload_moe.decode.span import LayerSpan, _StallWatchdog
 from offload_moe.engine.model import Model
 from offload_moe.errors import TransferError
 from offload_moe.native.kernels import TokenPass
@@ -59,7 +59,7 @@ def break_in_run(monkeypatch: pytest.MonkeyPatch, model: Model, after: int) -> l
     runs: list[int] = []
     call = LayerSpan._follow_pass
 
-    def ride(self: LayerSpan, *args: object) -> None:
+    def token_pass(self: LayerSpan, *args: object) -> None:
         runs.append(1)
         if len(runs) <= after:
             call(self, *args)
@@ -67,7 +67,7 @@ def break_in_run(monkeypatch: pytest.MonkeyPatch, model: Model, after: int) -> l
             with broken(model):
                 call(self, *args)
 
-    monkeypatch.setattr(LayerSpan, "_follow_pass", ride)
+    monkeypatch.setattr(LayerSpan, "_follow_pass", token_pass)
     return runs
 
 
@@ -131,7 +131,7 @@ def test_damage_is_named_though_a_run_read_it(store: Path, model: Model) -> None
 
 def test_a_run_in_a_process_that_was_stopped_is_not_given_up() -> None:
     seconds = iter((0.0, 0.1, 3600.0, 3600.1, 3600.2, 3600.4))
-    patience = _Patience(SimpleNamespace(clock=lambda: next(seconds)))
+    patience = _StallWatchdog(SimpleNamespace(clock=lambda: next(seconds)))
     found = [patience.since(progress) for progress in ((1,), (1,), (1,), (2,), (2,))]
     assert found == pytest.approx([0.0, 1.0, 1.1, 0.0, 0.2])
 

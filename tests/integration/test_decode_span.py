@@ -470,9 +470,9 @@ def test_a_stop_within_a_token_is_heard(stores: dict[str, Path], monkeypatch: py
     """Every other time a run has nothing to say."""
     calls, say = [], native_span.TokenPass.next
 
-    def say_at_times(ride: native_span.TokenPass, first: int) -> tuple[int, int] | None:
+    def say_at_times(token_pass: native_span.TokenPass, first: int) -> tuple[int, int] | None:
         calls.append(1)
-        return say(ride, first) if len(calls) % 2 == 0 else None
+        return say(token_pass, first) if len(calls) % 2 == 0 else None
 
     monkeypatch.setattr(native_span.TokenPass, "next", say_at_times)
     with open_model(stores["qwen3_moe"], LEAST_SLOTS, prefetch=0) as model:
@@ -503,17 +503,17 @@ def test_who_waits_for_slots_gets_them_when_a_run_is_left(
     end = native_span.TokenPass.__exit__
     shrinkers: list[threading.Thread] = []
 
-    def leave(self: LayerSpan, ride: native_span.TokenPass, *args: Any) -> None:
+    def leave(self: LayerSpan, token_pass: native_span.TokenPass, *args: Any) -> None:
         residency = self._scheduler.residency
-        assert ride.next(0) is not None
+        assert token_pass.next(0) is not None
         assert any(residency.find(key) for key in residency.resident_keys() if self._slot_table.is_leased(key))
         shrinkers.append(threading.Thread(target=self._hierarchy.resize, args=["ram", 1]))
         shrinkers[0].start()
         raise KeyboardInterrupt
 
-    def end_late(ride: native_span.TokenPass, *args: object) -> None:
+    def end_late(token_pass: native_span.TokenPass, *args: object) -> None:
         time.sleep(0.2)  # who has been told too early looks in vain
-        end(ride, *args)
+        end(token_pass, *args)
 
     with open_model(stores["qwen3_moe"], 18, prefetch=0) as model:
         logits(model)

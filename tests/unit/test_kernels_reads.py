@@ -62,11 +62,11 @@ def completions_of(reads: kernels.Reads) -> Completion:
 
 
 def drain_completions(reads: kernels.Reads, num_completions: int) -> Completion:
-    """So much news, within ten seconds."""
-    deadline, news = time.monotonic() + 10, completions_of(reads)
-    while time.monotonic() < deadline and len(news) < num_completions:
-        news += completions_of(reads)
-    return news
+    """So much completions, within ten seconds."""
+    deadline, completions = time.monotonic() + 10, completions_of(reads)
+    while time.monotonic() < deadline and len(completions) < num_completions:
+        completions += completions_of(reads)
+    return completions
 
 
 def whole_run(ranks: Sequence[int] = ()) -> Run:
@@ -78,8 +78,8 @@ def whole_run(ranks: Sequence[int] = ()) -> Run:
 def go(run: Run, reads: kernels.Reads, expected: Collection[tuple[int, int]] = ()) -> None:
     """Through all layers, which need this and nothing else."""
     needs: list[tuple[int, int]] = []
-    with run.kernel.start(run.token, run.slot_table, reads) as ride:
-        while (said := wait(ride, needs[-1][0] + 1 if needs else 0))[0] < NUM_LAYERS:
+    with run.kernel.start(run.token, run.slot_table, reads) as token_pass:
+        while (said := wait(token_pass, needs[-1][0] + 1 if needs else 0))[0] < NUM_LAYERS:
             needs.append(said)
     assert needs == list(expected)
 
@@ -93,15 +93,15 @@ def test_what_is_missing_is_fetched_without_asking(tmp_path: Path, part_bytes: i
     with disk.reads(run, NUM_SLOTS) as reads:
         go(run, reads)
         assert torch.equal(run.token.x, whole.token.x)
-        news = completions_of(reads)
-        assert {key for key, *_ in news} == set(absent)
+        completions = completions_of(reads)
+        assert {key for key, *_ in completions} == set(absent)
         for key in absent:
-            mine = [(slot, state, was_prefetch) for of, slot, state, was_prefetch in news if of == key]
+            mine = [(slot, state, was_prefetch) for of, slot, state, was_prefetch in completions if of == key]
             slot = mine[0][0]
             assert mine == [(slot, kernels.READING, False), (slot, kernels.DONE, False)]
             assert disk.arena.slot(slot).numpy().tobytes() == disk.content[key]
         assert completions_of(reads) == []
-        assert sorted(reads.reclaim()) == sorted(set(range(NUM_SLOTS)) - {slot for _, slot, *_ in news})
+        assert sorted(reads.reclaim()) == sorted(set(range(NUM_SLOTS)) - {slot for _, slot, *_ in completions})
 
 
 def test_a_ride_says_that_its_slots_run_out_and_asks_for_what_it_cannot_fetch(tmp_path: Path) -> None:
@@ -110,15 +110,15 @@ def test_a_ride_says_that_its_slots_run_out_and_asks_for_what_it_cannot_fetch(tm
     disk = Disk(tmp_path / "experts", run)
     with (
         disk.reads(run, num_reserved=2, least_slots=1) as reads,
-        run.kernel.start(run.token, run.slot_table, reads) as ride,
+        run.kernel.start(run.token, run.slot_table, reads) as token_pass,
     ):
-        assert wait(ride, 0) == (1, kernels.NEEDS_EXPERTS | kernels.NEEDS_SLOTS)
+        assert wait(token_pass, 0) == (1, kernels.NEEDS_EXPERTS | kernels.NEEDS_SLOTS)
         left = [key for key in run.chosen(1) if run.slot_table.claim(key)]
         assert len(left) == 1
         disk.arena.slot(5).copy_(torch.frombuffer(bytearray(disk.content[left[0]]), dtype=torch.uint8))
         run.slot_table.publish(left[0], 5)
-        assert wait(ride, 2)[0] == 2  # still short
-        assert wait(ride, 3)[0] == NUM_LAYERS
+        assert wait(token_pass, 2)[0] == 2  # still short
+        assert wait(token_pass, 3)[0] == NUM_LAYERS
     assert torch.equal(run.token.x, whole.token.x)
 
 
@@ -134,21 +134,21 @@ def test_a_read_that_fails_leaves_its_slot_to_who_has_patience(tmp_path: Path, d
     else:
         disk.checksums[missing] ^= 1
     with disk.reads(run, 1) as reads:
-        with run.kernel.start(run.token, run.slot_table, reads) as ride:
-            news = drain_completions(reads, 2)
-            assert [(key, slot, state) for key, slot, state, _ in news] == [
+        with run.kernel.start(run.token, run.slot_table, reads) as token_pass:
+            completions = drain_completions(reads, 2)
+            assert [(key, slot, state) for key, slot, state, _ in completions] == [
                 (missing, 0, kernels.READING),
                 (missing, 0, kernels.FAILED),
             ]
             assert not run.slot_table.claim(missing)
-            assert ride.next(0) is None
+            assert token_pass.next(0) is None
             if is_given_up:
                 assert run.slot_table.withdraw(missing)
-                assert wait(ride, 0) == (1, kernels.NEEDS_EXPERTS)
+                assert wait(token_pass, 0) == (1, kernels.NEEDS_EXPERTS)
                 assert run.slot_table.claim(missing)
             disk.arena.slot(0).copy_(torch.frombuffer(bytearray(disk.content[missing]), dtype=torch.uint8))
             run.slot_table.publish(missing, 0)
-            assert wait(ride, 0)[0] == NUM_LAYERS
+            assert wait(token_pass, 0)[0] == NUM_LAYERS
         assert list(reads.reclaim()) == []
     assert torch.equal(run.token.x, whole.token.x)
 
@@ -163,11 +163,11 @@ def test_guesses_that_count_are_fetched_and_wrong_ones_are_no_loss(tmp_path: Pat
         assert torch.equal(run.token.x, whole.token.x)
         assert run.token.guesses_found[0, 0].tolist() == [kernels.FETCHED, kernels.FETCHED, kernels.MISSING]
         expected = {*guessed[:2], *(set(run.chosen(1)) & set(guessed))}
-        news = drain_completions(reads, 2 * len(expected))
-        fetched = {key for key, _, state, was_prefetch in news if state == kernels.READING and was_prefetch}
+        completions = drain_completions(reads, 2 * len(expected))
+        fetched = {key for key, _, state, was_prefetch in completions if state == kernels.READING and was_prefetch}
         assert fetched == set(guessed[:2])
         wanted = fetched & set(run.chosen(1))
-        ended = {key: state for key, _, state, _ in news if state != kernels.READING}
+        ended = {key: state for key, _, state, _ in completions if state != kernels.READING}
         assert all(ended[key] == kernels.DONE for key in wanted)
         assert set(ended) == expected
 
@@ -178,9 +178,9 @@ def test_prefetches_leave_the_last_slots_to_what_is_demanded(tmp_path: Path) -> 
     run = Run([TOP_K], absent=guessed)
     with (
         Disk(tmp_path / "experts", run).reads(run, num_reserved=2, least_slots=4) as reads,
-        run.kernel.start(run.token, run.slot_table, reads) as ride,
+        run.kernel.start(run.token, run.slot_table, reads) as token_pass,
     ):
-        assert wait(ride, 0)[0] == 0
+        assert wait(token_pass, 0)[0] == 0
         assert run.token.guesses_found[0, 0].tolist() == [kernels.MISSING] * TOP_K
 
 

@@ -131,8 +131,8 @@ class Run:
     def go(self) -> list[tuple[int, int]]:
         """Through all layers; what they needed, which is brought one by one, the last one first."""
         needs: list[tuple[int, int]] = []
-        with self.kernel.start(self.token, self.slot_table) as ride:
-            while (said := wait(ride, needs[-1][0] + 1 if needs else 0))[0] < NUM_LAYERS:
+        with self.kernel.start(self.token, self.slot_table) as token_pass:
+            while (said := wait(token_pass, needs[-1][0] + 1 if needs else 0))[0] < NUM_LAYERS:
                 needs.append(said)
                 for key in reversed(self.chosen(said[0])):
                     time.sleep(0.002)
@@ -140,10 +140,10 @@ class Run:
         return needs
 
 
-def wait(ride: kernels.TokenPass, first: int) -> tuple[int, int]:
+def wait(token_pass: kernels.TokenPass, first: int) -> tuple[int, int]:
     """What it says next, within ten seconds."""
     for _ in range(100):
-        said = ride.next(first)
+        said = token_pass.next(first)
         if said is not None:
             return said
     raise AssertionError("the token pass says nothing")
@@ -192,12 +192,12 @@ def test_what_a_run_computes_with_cannot_be_withdrawn() -> None:
     whole.go()
     missing, *others = whole.chosen(1)
     run = Run(absent=[missing])
-    with run.kernel.start(run.token, run.slot_table) as ride:
-        assert wait(ride, 0) == (1, kernels.NEEDS_EXPERTS)
+    with run.kernel.start(run.token, run.slot_table) as token_pass:
+        assert wait(token_pass, 0) == (1, kernels.NEEDS_EXPERTS)
         assert all(run.slot_table.is_leased(key) and not run.slot_table.withdraw(key) for key in others)
         assert all(run.slot_table.withdraw(key) for key in run.chosen(0))
         run.bring(missing)
-        assert wait(ride, 2) == (NUM_LAYERS, 0)
+        assert wait(token_pass, 2) == (NUM_LAYERS, 0)
     assert torch.equal(run.token.x, whole.token.x)
     assert not any(run.slot_table.is_leased(key) for key in range(NUM_LAYERS * NUM_EXPERTS))
 
@@ -206,9 +206,9 @@ def test_a_ride_that_is_left_stops_where_it_waits() -> None:
     whole = Run()
     whole.go()
     run = Run(absent=whole.chosen(1)[:1])
-    with run.kernel.start(run.token, run.slot_table) as ride:
-        assert wait(ride, 0) == (1, kernels.NEEDS_EXPERTS)
-        assert ride.next(2) is None
+    with run.kernel.start(run.token, run.slot_table) as token_pass:
+        assert wait(token_pass, 0) == (1, kernels.NEEDS_EXPERTS)
+        assert token_pass.next(2) is None
     assert not any(run.slot_table.is_leased(key) for key in range(NUM_LAYERS * NUM_EXPERTS))
 
 

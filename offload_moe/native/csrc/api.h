@@ -186,12 +186,12 @@
     FUNCTION(void, om_reads_ask_below, (om_reads *reads, int32_t least_spares)) \
     FUNCTION(void, om_reads_demand, (om_reads *reads, int64_t key)) \
     FUNCTION(int32_t, om_reads_reclaim, (om_reads *reads)) \
-    FUNCTION(int64_t, om_reads_completions, (om_reads *reads, om_completion *news, int64_t room)) \
-    FUNCTION(int64_t, om_span_pass, (const om_span *run, const om_span_token *token, om_slot_table *slot_table)) \
-    FUNCTION(om_pass *, om_pass_start, (const om_span *run, const om_span_token *token, om_slot_table *slot_table, \
+    FUNCTION(int64_t, om_reads_completions, (om_reads *reads, om_completion *completions, int64_t room)) \
+    FUNCTION(int64_t, om_span_pass, (const om_span *span, const om_span_token *token, om_slot_table *slot_table)) \
+    FUNCTION(om_pass *, om_pass_start, (const om_span *span, const om_span_token *token, om_slot_table *slot_table, \
                                         om_reads *reads)) \
-    FUNCTION(int64_t, om_pass_next, (om_pass *ride, int64_t first, double limit_s, int32_t *needs)) \
-    FUNCTION(void, om_pass_end, (om_pass *ride)) \
+    FUNCTION(int64_t, om_pass_next, (om_pass *pass, int64_t first, double limit_s, int32_t *needs)) \
+    FUNCTION(void, om_pass_end, (om_pass *pass)) \
     FUNCTION(void, om_rank, (const om_ranking *r, const om_passed *passed))
 
 enum { OM_NF4 = 0, OM_INT8 = 1, OM_MXFP4 = 2, OM_BF16 = 3, OM_FP32 = 4 };

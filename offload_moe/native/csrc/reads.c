@@ -288,19 +288,19 @@ static om_fetch *next_begun(om_reads *reads, int64_t sequence) {
     return first;
 }
 
-/* What has happened since the last call. Returns how much of `news` was filled. */
-OM_EXPORT int64_t om_reads_completions(om_reads *reads, om_completion *news, int64_t room) {
+/* What has happened since the last call. Returns how much of `completions` was filled. */
+OM_EXPORT int64_t om_reads_completions(om_reads *reads, om_completion *completions, int64_t room) {
     int64_t count = 0;
     pthread_mutex_lock(&reads->slot_table->lock);
     om_fetch *fetch;
     for (int64_t last = -1; count + 2 <= room && (fetch = next_begun(reads, last)) != NULL;) {
         last = fetch->sequence;
         om_completion entry = {.key = fetch->key, .slot = fetch->slot, .state = OM_READING, .was_prefetch = fetch->was_prefetch};
-        if (!fetch->is_told) news[count++] = entry;
+        if (!fetch->is_told) completions[count++] = entry;
         fetch->is_told = 1;
         if (fetch->state == OM_READING) continue;
         entry.state = fetch->state;
-        news[count++] = entry;
+        completions[count++] = entry;
         fetch->state = NOTHING;
     }
     pthread_mutex_unlock(&reads->slot_table->lock);
