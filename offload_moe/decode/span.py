@@ -2,7 +2,7 @@
 
 A token streams so many bytes of weights through the caches that whatever Python does between two kernel calls finds its
 code and data in none: about half a millisecond per layer where all is there, two where experts are missing. So the
-thread goes on by itself: it leases what is resident and fetches what is not into slots that were lent to it (see
+thread goes on by itself: it leases what is resident and fetches what is not into slots that were reserved for it (see
 `residency/reserved.py`). Python decides what is evicted for them, lends more when they run out, and brings experts that
 could not be fetched. What the thread did is accounted for when Python hears of it, layer by layer, in their order.
 """
@@ -168,7 +168,7 @@ class LayerSpan:
         reads = None if self._reserved is None else self._reserved.reads
         try:
             with self._kernel.start(token, self._slot_table, reads) as token_pass:
-                self._lend()
+                self._reserve()
                 self._go_along(token_pass, token, account)
         finally:
             if self._reserved is not None:
@@ -192,13 +192,13 @@ class LayerSpan:
                     account.marks.append(mark(self._scheduler))
                     num_told += 1
                 if needs & kernels.NEEDS_SLOTS:
-                    self._lend()
+                    self._reserve()
             while token_pass.next(num_layers) is None:
                 self._wait_on(token, num_layers - 1, watchdog)
 
-    def _lend(self) -> None:
+    def _reserve(self) -> None:
         if self._reserved is not None:
-            self._reserved.lend(may_evict=not self._hierarchy.holds_every_expert)
+            self._reserved.reserve(may_evict=not self._hierarchy.holds_every_expert)
 
     def _wait_on(self, token: kernels.SpanToken, at: int, watchdog: "_StallWatchdog") -> None:
         """Nothing was needed by layers from this one on: whoever wants to stop may say so.

@@ -1,4 +1,4 @@
-"""Reads that a native run begins by itself, into slots that were lent for them."""
+"""Reads that a native run begins by itself, into slots that were reserved for them."""
 
 import ctypes
 from array import array
@@ -68,12 +68,12 @@ class Reads:
         """Of the expert's record."""
         return int(self._places[key].num_bytes)
 
-    def lend(self, slot: int) -> None:
+    def reserve(self, slot: int) -> None:
         """No more than 128 at a time."""
         library().om_reads_reserve(self.handle, slot, self._slot_table.address(slot))
 
     def ask_below(self, least_slots: int) -> None:
-        """With fewer lent slots left a token pass asks for more; guesses leave half of so many."""
+        """With fewer reserved slots left a token pass asks for more; guesses leave half of so many."""
         library().om_reads_ask_below(self.handle, least_slots)
 
     def demand(self, key: int) -> None:
@@ -81,15 +81,15 @@ class Reads:
         library().om_reads_demand(self.handle, key)
 
     def reclaim(self) -> Iterator[int]:
-        """Slots that were lent and are not in use."""
+        """Slots that were reserved and are not in use."""
         while (slot := library().om_reads_reclaim(self.handle)) >= 0:
             yield slot
 
     def completions(self) -> Iterator[CompletionStruct]:
         """What has happened since it was last asked, in an order that makes sense.
 
-        READING: a lent slot is being filled. DONE: its expert is resident. DROPPED: it is lent again, and empty.
-        FAILED: it is not lent any more; the expert counts as on its way until it is published or withdrawn.
+        READING: a reserved slot is being filled. DONE: its expert is resident. DROPPED: it is reserved and empty.
+        FAILED: it is not reserved any more; the expert counts as on its way until it is published or withdrawn.
         """
         while count := library().om_reads_completions(
             self.handle, ctypes.addressof(self._completions), _COMPLETION_ROOM

@@ -1,19 +1,19 @@
-"""Slots of a tier that native runs fill by themselves: lent in advance, and accounted for when Python hears of it.
+"""Slots of a tier that native runs fill by themselves: reserved in advance, and accounted for when Python hears of it.
 
-A run decides only what it fetches, never what is evicted for it: that is done when a slot is lent.
+A run decides only what it fetches, never what is evicted for it: that is done when a slot is reserved.
 """
 
 from offload_moe.native.kernels import DONE, FAILED, READING, Reads
 from offload_moe.residency.tier import Tier
 
 SLOTS_PER_CHOICE = 2  # that a run wants: for a layer's experts, beside those of a layer that another thread is in
-SLOTS_PER_RESERVATION = 24  # one slot of so many is lent, and empty until a run needs it
+SLOTS_PER_RESERVATION = 24  # one slot of so many is reserved, and empty until a run needs it
 MOST_RESERVED = 12
 DRAIN_INTERVAL_S = 0.002  # how often one who waits for a run's read asks whether it is done
 
 
 def reserved_slots_for(num_slots: int) -> int:
-    """How many slots of a pool are lent at a time."""
+    """How many slots of a pool are reserved at a time."""
     return max(1, min(MOST_RESERVED, num_slots // SLOTS_PER_RESERVATION))
 
 
@@ -30,20 +30,20 @@ class ReservedSlots:
         """How long to wait before hearing again; None: nothing is on its way."""
         return DRAIN_INTERVAL_S if self._num_reading else None
 
-    def lend(self, *, may_evict: bool) -> None:
+    def reserve(self, *, may_evict: bool) -> None:
         """Lend slots again up to the usual number; may_evict: for want of free ones, what is worth least goes."""
         tier = self._tier
         with tier.changed:
             self.drain_completions()
             residency = tier.residency
             num_wanted = reserved_slots_for(residency.num_slots)
-            while residency.num_reserved < num_wanted and (slot := residency.lend(may_evict=may_evict)) is not None:
-                self.reads.lend(slot)
+            while residency.num_reserved < num_wanted and (slot := residency.reserve(may_evict=may_evict)) is not None:
+                self.reads.reserve(slot)
             self.reads.ask_below(num_wanted // 2 if residency.num_reserved == num_wanted else 0)  # as there are no more
             tier.counters.num_evictions = residency.num_evictions
 
     def reclaim(self) -> None:
-        """What was lent and is not in use; what is being read comes later."""
+        """What was reserved and is not in use; what is being read comes later."""
         tier = self._tier
         with tier.changed:
             for slot in self.reads.reclaim():

@@ -60,12 +60,12 @@ class Residency:
         self._num_leases = [0] * num_slots
         self._free = list(range(num_slots - 1, -1, -1))  # pop() hands out slot 0 first
         self._num_open = num_slots
-        self._lent: set[int] = set()
+        self._reserved: set[int] = set()
 
     @property
     def num_reserved(self) -> int:
-        """Slots that are lent and not being filled, as far as is known here."""
-        return len(self._lent)
+        """Slots that are reserved and not being filled, as far as is known here."""
+        return len(self._reserved)
 
     @property
     def num_slots(self) -> int:
@@ -121,7 +121,7 @@ class Residency:
     def admit(self, key: int, keep: Collection[int] = ()) -> int | None:
         """Take a free slot for `key`, or evict the least valuable unleased expert for it, but none of `keep`.
 
-        Returns the slot, now LOADING and unleased; None when every slot is leased, loading, lent or kept.
+        Returns the slot, now LOADING and unleased; None when every slot is leased, loading, reserved or kept.
         """
         assert key not in self._slot_of
         if not self._free and not self._evict_one(keep):
@@ -132,30 +132,30 @@ class Residency:
         self._begin(key, slot)
         return slot
 
-    def lend(self, *, may_evict: bool) -> int | None:
+    def reserve(self, *, may_evict: bool) -> int | None:
         """Set a slot aside that whoever has the lookup fills by himself; None where none can be had."""
         if not self._free and not (may_evict and self._evict_one(())):
             return None
         slot = self._free.pop()
-        self._lent.add(slot)
+        self._reserved.add(slot)
         return slot
 
     def admit_reserved(self, key: int, slot: int) -> None:
-        """A lent slot is being filled: LOADING, and nobody's lease."""
-        self._lent.remove(slot)
+        """A reserved slot is being filled: LOADING, and nobody's lease."""
+        self._reserved.remove(slot)
         self._begin(key, slot)
 
     def reserve_again(self, slot: int) -> None:
-        """What was filling a lent slot is not coming; the lookup knows."""
+        """What was filling a reserved slot is not coming; the lookup knows."""
         assert self._state[slot] is SlotState.LOADING
         del self._slot_of[self._key_of[slot]]
         self._key_of[slot] = -1
         self._state[slot] = SlotState.FREE
-        self._lent.add(slot)
+        self._reserved.add(slot)
 
     def reclaim(self, slot: int) -> None:
-        """A lent slot is FREE again."""
-        self._lent.remove(slot)
+        """A reserved slot is FREE again."""
+        self._reserved.remove(slot)
         if slot < self._num_open:
             self._free.append(slot)
 
@@ -187,13 +187,13 @@ class Residency:
         for slot in range(self._num_open, self.num_slots):
             if self.is_resident(slot) and not self._num_leases[slot]:
                 self._evict(slot)
-        is_reserved = any(slot >= self._num_open for slot in self._lent)
+        is_reserved = any(slot >= self._num_open for slot in self._reserved)
         return not is_reserved and all(state is SlotState.FREE for state in self._state[self._num_open :])
 
     def open_slots(self) -> None:
         """Closed slots take experts again, whatever became of them meanwhile."""
         closed = range(self._num_open, self.num_slots)
-        self._free += [slot for slot in closed if self._state[slot] is SlotState.FREE and slot not in self._lent]
+        self._free += [slot for slot in closed if self._state[slot] is SlotState.FREE and slot not in self._reserved]
         self._num_open = self.num_slots
 
     def cut(self) -> None:

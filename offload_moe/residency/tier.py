@@ -208,7 +208,7 @@ class Tier:
             self.residency.cut()
 
     def _empty_closed_slots(self) -> bool:
-        """Whether all of them are free (lock held); a wrong guess, dropped after its run, leaves its slot lent."""
+        """Whether all of them are free (lock held); a wrong guess, dropped after its run, leaves its slot reserved."""
         if self.reserved is not None:
             self.reserved.reclaim()
         return self.residency.empty_closed_slots()

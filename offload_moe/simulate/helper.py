@@ -34,7 +34,7 @@ class Helper:
         self._chosen, self._found, self._num_accounted = [], [], 0
         self._may_evict = may_evict
         self._is_busy = True
-        self._clock.after(self._costs.ask_host_s, self._lend)
+        self._clock.after(self._costs.ask_host_s, self._reserve)
 
     def routed(self, chosen: Sequence[int], found: Sequence[int]) -> None:
         """Record the lookup of the next layer."""
@@ -66,7 +66,7 @@ class Helper:
         needs = self._needs.pop(at)
         self._note_passed(at)
         if not needs & NEEDS_EXPERTS:
-            self._lend()
+            self._reserve()
             return
         chosen = self._chosen[at]
         self._held = self._scheduler.acquire(at, sorted(chosen), found=sort_found(chosen, self._found[at]))
@@ -90,12 +90,12 @@ class Helper:
             return
         self._is_bringing = False
         if self._lends_next:
-            self._lend()
+            self._reserve()
         else:
             self._rest()
 
-    def _lend(self) -> None:
-        self._reserved.lend(may_evict=self._may_evict)
+    def _reserve(self) -> None:
+        self._reserved.reserve(may_evict=self._may_evict)
         self._rest()
 
     def _rest(self) -> None:

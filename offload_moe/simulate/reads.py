@@ -94,7 +94,7 @@ class VirtualReads:
                 self._spares.append(slot)
                 self._say(read.key, slot, DROPPED, was_prefetch=True)
 
-    def lend(self, slot: int) -> None:
+    def reserve(self, slot: int) -> None:
         self._spares.append(slot)
 
     def ask_below(self, least_slots: int) -> None:

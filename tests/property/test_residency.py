@@ -1,4 +1,4 @@
-"""The residency machine against a dict model: leases, here and in the lookup, lent slots, adversarial completion order,
+"""The residency machine against a dict model: leases, here and in the lookup, reserved slots, completions in any order,
 failures, resizing, one slot."""
 
 from hypothesis import settings
@@ -48,7 +48,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.lookup = FakeLookup()
         self.residency = Residency(num_slots, made, self.lookup)
         self.model: dict[int, list[int]] = {}
-        self.lent: set[int] = set()
+        self.reserved: set[int] = set()
         self.num_open = num_slots
 
     def loading(self) -> list[int]:
@@ -71,12 +71,12 @@ class ResidencyMachine(RuleBasedStateMachine):
             for k, (_, is_loading, leases) in self.model.items()
             if not is_loading and not leases and is_open[k] and k not in self.lookup.leased
         ]
-        is_full = sum(is_open.values()) + sum(each < self.num_open for each in self.lent) == self.num_open
+        is_full = sum(is_open.values()) + sum(each < self.num_open for each in self.reserved) == self.num_open
         assert (slot is None) == (is_full and not (movable and may_evict))
         if slot is None:
             return None
         assert slot < self.num_open
-        assert slot not in self.lent
+        assert slot not in self.reserved
         gone = [k for k, entry in self.model.items() if entry[0] == slot]
         assert gone == [] if not is_full else (len(gone) == 1 and gone[0] in movable)
         for k in gone:
@@ -84,19 +84,19 @@ class ResidencyMachine(RuleBasedStateMachine):
         return slot
 
     @rule(may_evict=st.booleans())
-    def lend(self, may_evict: bool) -> None:
-        slot = self.take(self.residency.lend(may_evict=may_evict), may_evict=may_evict)
+    def reserve(self, may_evict: bool) -> None:
+        slot = self.take(self.residency.reserve(may_evict=may_evict), may_evict=may_evict)
         if slot is not None:
-            self.lent.add(slot)
+            self.reserved.add(slot)
 
-    @precondition(lambda self: self.lent)
+    @precondition(lambda self: self.reserved)
     @rule(key=KEYS, data=st.data())
     def fill_reserved(self, key: int, data: st.DataObject) -> None:
         if not self.lookup.claim(key):
             return
-        slot = data.draw(st.sampled_from(sorted(self.lent)))
+        slot = data.draw(st.sampled_from(sorted(self.reserved)))
         self.residency.admit_reserved(key, slot)
-        self.lent.remove(slot)
+        self.reserved.remove(slot)
         self.model[key] = [slot, 1, 0]
 
     @precondition(lambda self: any(entry[1] and not entry[2] for entry in self.model.values()))
@@ -106,14 +106,14 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.lookup.withdraw(key)
         slot = self.model.pop(key)[0]
         self.residency.reserve_again(slot)
-        self.lent.add(slot)
+        self.reserved.add(slot)
 
-    @precondition(lambda self: self.lent)
+    @precondition(lambda self: self.reserved)
     @rule(data=st.data())
     def reclaim(self, data: st.DataObject) -> None:
-        slot = data.draw(st.sampled_from(sorted(self.lent)))
+        slot = data.draw(st.sampled_from(sorted(self.reserved)))
         self.residency.reclaim(slot)
-        self.lent.remove(slot)
+        self.reserved.remove(slot)
 
     @precondition(lambda self: self.loading())
     @rule(data=st.data(), fails=st.booleans())
@@ -163,7 +163,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         is_empty = self.residency.empty_closed_slots()
         closed = [k for k, entry in self.model.items() if entry[0] >= self.num_open]
         in_use = [k for k in closed if self.model[k][1] or self.model[k][2] or k in self.lookup.leased]
-        assert is_empty == (not in_use and all(slot < self.num_open for slot in self.lent))
+        assert is_empty == (not in_use and all(slot < self.num_open for slot in self.reserved))
         for key in set(closed) - set(in_use):
             del self.model[key]
         if is_empty:
@@ -199,7 +199,7 @@ class ResidencyMachine(RuleBasedStateMachine):
                 assert self.residency.num_leases(entry[0]) == entry[2]
             assert (key in self.lookup.slot_of) == bool(entry)
             assert self.lookup.slot_of.get(key) == (entry[0] if entry and not entry[1] else None)
-        assert self.residency.num_reserved == len(self.lent)
+        assert self.residency.num_reserved == len(self.reserved)
         assert self.residency.num_resident == sum(not entry[1] for entry in self.model.values())
         assert sorted(self.residency.resident_keys()) == sorted(k for k, entry in self.model.items() if not entry[1])
 

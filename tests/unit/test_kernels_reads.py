@@ -51,7 +51,7 @@ class Disk:
         reads = kernels.Reads(run.slot_table, [file.native()], places, sizes)
         reads.ask_below(least_slots)
         for slot in range(num_reserved):
-            reads.lend(slot)
+            reads.reserve(slot)
         yield reads
         assert reads.close()
         file.close()

@@ -386,18 +386,18 @@ class LentSlots:
     """Slots that runs would fill, and what became of a guess after its run had ended."""
 
     def __init__(self) -> None:
-        self.lent: list[int] = []
+        self.reserved: list[int] = []
         self.untold: list[SimpleNamespace] = []
 
-    def lend(self, slot: int) -> None:
-        self.lent.append(slot)
+    def reserve(self, slot: int) -> None:
+        self.reserved.append(slot)
 
     def ask_below(self, least_slots: int) -> None:
         pass
 
     def reclaim(self) -> Iterator[int]:
-        while self.lent:
-            yield self.lent.pop()
+        while self.reserved:
+            yield self.reserved.pop()
 
     def completions(self) -> list[SimpleNamespace]:
         told, self.untold = self.untold, []
@@ -409,13 +409,13 @@ def test_a_pool_shrinks_though_a_guess_is_dropped_after_its_run() -> None:
     reads = LentSlots()
     scheduler.reserved = reserved = ReservedSlots(scheduler, cast(Reads, reads))
     for slot in range(8):
-        scheduler.residency.lend(may_evict=False)
-        reads.lend(slot)
-    guessed = reads.lent.pop()
+        scheduler.residency.reserve(may_evict=False)
+        reads.reserve(slot)
+    guessed = reads.reserved.pop()
     reads.untold.append(SimpleNamespace(key=3, slot=guessed, state=READING, was_prefetch=1))
     reserved.reclaim()  # the run has ended
     reads.untold.append(SimpleNamespace(key=3, slot=guessed, state=DROPPED, was_prefetch=1))
-    reads.lend(guessed)
+    reads.reserve(guessed)
     scheduler.shrink(guessed)
     assert scheduler.residency.num_slots == guessed == 7
     assert scheduler.residency.num_reserved == 0

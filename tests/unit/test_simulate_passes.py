@@ -48,7 +48,7 @@ def run(share: float, costs: RunCosts = COSTS, disk: DiskModel = DISK, **others:
 
 
 def one_layer(tokens: list[list[int]], costs: RunCosts, num_warm_up: int) -> float:
-    """Milliseconds of the last token of a model of one layer with 12 slots, of which one is lent at a time."""
+    """Milliseconds of the last token of a model of one layer with 12 slots, of which one is reserved at a time."""
     pools = VirtualPools(keys=ExpertKeys([EXPERTS]), slot_bytes=RECORD, num_ram_slots=12)
     empty = np.zeros((0, 1, len(tokens[0])), dtype=np.int16)
     answers = [Answer(prompt=empty, decode=np.array([[experts]], dtype=np.int16)) for experts in tokens]
@@ -64,13 +64,13 @@ def test_a_token_with_everything_resident_has_no_python_between_its_layers() -> 
 
 
 def test_what_cannot_be_fetched_is_asked_for_by_hand() -> None:
-    # asked at 1.5 ms, when the slot that is to be lent, one ask, comes at 3.0; heard after another ask, at 5.0
+    # asked at 1.5 ms, when the slot that is to be reserved, one ask, comes at 3.0; heard after another ask, at 5.0
     # reads begin at 5.5 and 6.0, come 0.1 later, and the first is computed while the second is read
     assert one_layer([[3, 5]], COSTS, 0) == pytest.approx(6.1 + 0.4)
 
 
 def test_what_can_be_fetched_waits_for_nobody() -> None:
-    quick = replace(COSTS, ask_host_s=1e-4)  # the slot is lent at 1.1 ms, and asked for at 1.5
+    quick = replace(COSTS, ask_host_s=1e-4)  # the slot is reserved at 1.1 ms, and asked for at 1.5
     tokens = [[3, 5], [5, 7]]
     fetched = one_layer(tokens, quick, 1)
     assert fetched == pytest.approx(1.5 + 0.4 + 0.4)  # 5 is computed while 7 is read
@@ -117,7 +117,7 @@ def test_a_wrong_guess_that_is_not_being_read_leaves_its_slot_lent() -> None:
     clock, slot_table = VirtualClock(), VirtualSlotTable()
     reads = VirtualReads(slot_table, VirtualDisk(clock, replace(DISK, num_readers=1), RECORD))
     for slot in (7, 8):
-        reads.lend(slot)
+        reads.reserve(slot)
     assert all(reads.fetch(key, is_prefetch=True) for key in (3, 4))
     assert not reads.fetch(5, is_prefetch=True)
     reads.drop_wrong(100, wanted=[])
@@ -139,7 +139,7 @@ def test_the_same_call_gives_the_same_result() -> None:
     assert first == second
 
 
-@pytest.mark.parametrize("name", ["num_bytes", "lend", "ask_below", "demand", "reclaim", "completions", "close"])
+@pytest.mark.parametrize("name", ["num_bytes", "reserve", "ask_below", "demand", "reclaim", "completions", "close"])
 def test_virtual_reads_are_called_as_real_ones(name: str) -> None:
     real, virtual = (inspect.signature(getattr(kind, name)).parameters for kind in (Reads, VirtualReads))
     assert [*virtual][1:] == [*real][1:][: len(virtual) - 1]

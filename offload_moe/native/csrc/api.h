@@ -96,7 +96,7 @@
     FIELD(T, int32_t, file, ) \
     FIELD(T, uint32_t, checksum, )
 
-/* What the other side is told: a fetch has begun (OM_READING), its expert is resident (OM_DONE), its slot is lent again
+/* What the other side is told: a fetch has begun (OM_READING), its expert is resident (OM_DONE), its slot is reserved again
  * (OM_DROPPED), or the slot is the other side's, to read the expert again (OM_FAILED). */
 #define OM_COMPLETION_FIELDS(FIELD, T) \
     FIELD(T, int64_t, key, ) \

@@ -101,7 +101,7 @@ void om_reads_promote(om_reads *reads, int64_t key) {
     }
 }
 
-/* The expert is absent again and the slot lent. */
+/* The expert is absent again and the slot reserved. */
 static void drop(om_reads *reads, om_fetch *fetch) {
     reads->slot_table->records[fetch->key] = NULL;
     give_spare(reads, fetch->slot, fetch->record);
@@ -269,7 +269,7 @@ OM_EXPORT void om_reads_ask_below(om_reads *reads, int32_t least_spares) {
     pthread_mutex_unlock(&reads->slot_table->lock);
 }
 
-/* Returns a slot that was lent and is not used; -1: there is none. */
+/* Returns a slot that was reserved and is not used; -1: there is none. */
 OM_EXPORT int32_t om_reads_reclaim(om_reads *reads) {
     pthread_mutex_lock(&reads->slot_table->lock);
     const int32_t slot = reads->num_spares == 0 ? -1 : reads->spares[--reads->num_spares].slot;

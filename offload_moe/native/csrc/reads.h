@@ -1,4 +1,4 @@
-/* Experts that a run fetches by itself: slots lent to it, and threads that read records into them.
+/* Experts that a run fetches by itself: slots reserved for it, and threads that read records into them.
  *
  * All of it is guarded by the lock of the slot_table. What has happened is told to the other side when it asks. */
 #ifndef OM_READS_H
@@ -10,7 +10,7 @@
 void om_reads_use(om_reads *reads);
 void om_reads_leave(om_reads *reads);
 
-/* Take a lent slot and line up the read of an absent expert (lock held). Returns 0 where there is no slot or no place in line. */
+/* Take a reserved slot and line up the read of an absent expert (lock held). Returns 0 where there is no slot or no place in line. */
 int om_reads_fetch(om_reads *reads, int64_t key, int is_prefetch);
 /* The expert on its way is demanded now (lock held). */
 void om_reads_promote(om_reads *reads, int64_t key);
