@@ -147,6 +147,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("synthesize.py", "{config} {folder}/made --layers 1 --dense-codec int8", ("store_bytes",)),
     ("synthesize_checkpoint.py", "{config} {folder}/made --layers 1", ("checkpoint_bytes",)),
     (
+        "step_overhead.py",
+        "{store} --trials 1 --tokens 6",
+        ("greedy.ratio.median", "sampled.ratio.median", "greedy.cpu_ms_per_token.step loop.median"),
+    ),
+    (
         "token_profile.py",
         "{store} --tokens 4",
         ("ms_per_token.om_span_pass", "share_outside_of_native_calls"),
