@@ -2,8 +2,8 @@
 
     python benchmarks/step_overhead.py [MODEL] [--trials 5] [--tokens 48]
 
-CPU milliseconds of the thread that generates, without those inside the model's forward, per decoded token; the prompt is
-left out. Greedy, and with temperature, top-k and top-p. The last line of stdout is one JSON document.
+CPU milliseconds of the thread that generates, without those inside the model's forward, per decoded token; the prompt
+is left out. Greedy, and with temperature, top-k and top-p. The last line of stdout is one JSON document.
 """
 
 import argparse

@@ -164,8 +164,12 @@ def _take(hf: Any, request: _Request, outputs: Any) -> Tensor:
     request.inputs = hf._update_model_kwargs_for_generation(
         outputs, request.inputs, is_encoder_decoder=hf.config.is_encoder_decoder
     )
+    return _last_logits(request, outputs)
+
+
+def _last_logits(request: _Request, outputs: Any) -> Tensor:
+    """A copy, ``[1, V]``: the logits of a whole prompt may be large."""
     logits: Tensor = outputs.logits
-    # A copy: the logits of a whole prompt may be large.
     return logits[:, -1].to(copy=True, dtype=torch.float32, device=request.input_ids.device)
 
 
@@ -191,10 +195,10 @@ def _decode_short(hf: Any, request: _Request, watched: Watched) -> Tensor:
     inputs["input_ids"] = request.input_ids[:, -1:].contiguous()
     if inputs.get("position_ids") is not None:
         inputs["position_ids"] = inputs["position_ids"][..., -1:]
-    logits: Tensor = hf(**inputs, return_dict=True).logits
+    outputs = hf(**inputs, return_dict=True)
     if inputs.get("position_ids") is not None:
         inputs["position_ids"] = inputs["position_ids"] + 1
-    return logits[:, -1].to(copy=True, dtype=torch.float32, device=request.input_ids.device)
+    return _last_logits(request, outputs)
 
 
 def _choose(request: _Request, logits: Tensor, random: torch.Generator | None) -> int:
