@@ -130,7 +130,7 @@ def _failure(error: Exception) -> str:
     words = next(iter(str(error).strip().splitlines()), "")[:MAX_ERROR_CHARACTERS].rstrip(".")
     if type(error) is TemplateError:  # what `raise_exception` in a template raises
         return (
-            f"The model's chat template refuses this conversation: {words}. It may have no system role, or want "
+            f"The model's chat template refuses this conversation: {words}. It may have no system role, or need "
             "question and answer in turn."
         )
     return (

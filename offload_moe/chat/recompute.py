@@ -109,7 +109,7 @@ class Recompute:
                 )
 
     def _begin_anew(self, cache: Cache, given: Tensor, length: int, settings: dict[str, Any]) -> None:
-        """Empty the cache. given: what is at hand of the sequence, ``[B, T, ...]``. Raises: ConfigError."""
+        """Empty the cache. given: the available part of the sequence, ``[B, T, ...]``. Raises: ConfigError."""
         window = self._keeper.window_between(cache, length)
         assert window is not None
         if given.shape[1] < _num_places(given, settings):

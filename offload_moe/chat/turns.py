@@ -14,11 +14,11 @@ POLL_S = 0.1
 
 
 class StoppedInForward(Exception):
-    """Leaves a step that is not wanted any more, in its middle or before its turn."""
+    """Ends a step of a stopped request, in its middle or before its turn."""
 
 
 class Turns:
-    """A lock that is given in the order in which it was asked for."""
+    """A lock that is acquired in the order of the calls."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

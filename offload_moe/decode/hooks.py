@@ -11,9 +11,9 @@ Hooks = Mapping[int, Any]
 
 
 class HookObserver:
-    """A hook that changes nothing and wants no more than to be told, with a module's output where it is given one.
+    """A hook that only observes: it changes nothing, and needs no more than a module's output.
 
-    Whoever computes several modules at once may call it a little later, and without the module's input.
+    Code that computes several modules at once may call it later, without the module's input.
     """
 
 

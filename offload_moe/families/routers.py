@@ -1,4 +1,4 @@
-"""The router in front of an experts module: one look-up for whoever watches it, asks it or replaces it."""
+"""The router in front of an experts module: one look-up for lookahead, profiles and the fast path."""
 
 from dataclasses import dataclass
 from typing import Any

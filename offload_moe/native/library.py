@@ -1,4 +1,4 @@
-"""The native library, which knows neither torch nor Python. What it computes: `offload_moe.native`."""
+"""The native library, which depends on neither torch nor Python. Its kernels: `offload_moe.native`."""
 
 import ctypes
 import sysconfig
@@ -26,7 +26,7 @@ def load_library() -> ctypes.CDLL:
 
 @cache
 def load_for_short_calls() -> ctypes.PyDLL:
-    """The same library, whose calls keep the GIL: whoever takes it may need longer than a call of microseconds."""
+    """The same library; calls keep the GIL, since taking it again may last longer than a call of microseconds."""
     load_library()
     library = ctypes.PyDLL(str(_path()))
     abi.declare(library)

@@ -1,4 +1,4 @@
-"""Reads that a native run begins by itself, into slots that were reserved for them."""
+"""Reads of a native token pass, into slots that were reserved for them."""
 
 import ctypes
 from array import array
@@ -73,11 +73,11 @@ class Reads:
         library().om_reads_reserve(self.handle, slot, self._slot_table.address(slot))
 
     def ask_below(self, least_slots: int) -> None:
-        """With fewer reserved slots left a token pass asks for more; guesses leave half of so many."""
+        """With fewer reserved slots left a token pass needs slots; guesses leave half of so many."""
         library().om_reads_ask_below(self.handle, least_slots)
 
     def demand(self, key: int) -> None:
-        """Somebody waits for the expert if it is on its way: it is not dropped any more."""
+        """Mark the read of an expert as demanded, if it is on its way: it is not dropped any more."""
         library().om_reads_demand(self.handle, key)
 
     def reclaim(self) -> Iterator[int]:
@@ -86,7 +86,7 @@ class Reads:
             yield slot
 
     def completions(self) -> Iterator[CompletionStruct]:
-        """What has happened since it was last asked, in an order that makes sense.
+        """The completions since the last call, in the order in which they happened.
 
         READING: a reserved slot is being filled. DONE: its expert is resident. DROPPED: it is reserved and empty.
         FAILED: it is not reserved any more; the expert counts as on its way until it is published or withdrawn.

@@ -50,7 +50,7 @@ class SharedKernel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanLayer:
-    """A layer with a router, and its experts. first_key: of its experts among the slot_table."""
+    """A layer with a router, and its experts. first_key: of its experts in the slot table."""
 
     step: LayerKernel
     experts: ExpertKernel

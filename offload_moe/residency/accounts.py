@@ -55,7 +55,7 @@ def sort_found(chosen: Sequence[int], states: Sequence[int]) -> Found:
 
 
 def note_passed(tier: Tier, layer: int, experts: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> list[Mark]:
-    """Count layers, from this one on, that a run has done by itself, as an `acquire` of each would have been.
+    """Count layers, from this one on, that a token pass has computed, as an `acquire` of each would.
 
     found: how each expert was found. Returns what `mark` says after each.
     """

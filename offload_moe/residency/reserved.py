@@ -1,15 +1,15 @@
-"""Slots of a tier that native runs fill by themselves: reserved in advance, and accounted for when Python hears of it.
+"""Slots of a tier that native token passes fill: reserved in advance, and accounted for when Python drains completions.
 
-A run decides only what it fetches, never what is evicted for it: that is done when a slot is reserved.
+A pass decides only what it fetches. Evictions happen when a slot is reserved.
 """
 
 from offload_moe.native.kernels import DONE, FAILED, READING, Reads
 from offload_moe.residency.tier import Tier
 
-SLOTS_PER_CHOICE = 2  # that a run wants: for a layer's experts, beside those of a layer that another thread is in
-SLOTS_PER_RESERVATION = 24  # one slot of so many is reserved, and empty until a run needs it
+SLOTS_PER_CHOICE = 2  # that a pass needs: for a layer's experts, beside those of a layer that another thread computes
+SLOTS_PER_RESERVATION = 24  # one slot of so many is reserved, and empty until a pass needs it
 MOST_RESERVED = 12
-DRAIN_INTERVAL_S = 0.002  # how often one who waits for a run's read asks whether it is done
+DRAIN_INTERVAL_S = 0.002  # between two looks at the completions, while a read of a pass is waited for
 
 
 def reserved_slots_for(num_slots: int) -> int:
@@ -27,11 +27,11 @@ class ReservedSlots:
 
     @property
     def drain_interval_s(self) -> float | None:
-        """How long to wait before hearing again; None: nothing is on its way."""
+        """How long to wait before the next drain; None: nothing is on its way."""
         return DRAIN_INTERVAL_S if self._num_reading else None
 
     def reserve(self, *, may_evict: bool) -> None:
-        """Lend slots again up to the usual number; may_evict: for want of free ones, what is worth least goes."""
+        """Reserve slots up to the usual number. may_evict: the least valuable experts may be evicted for them."""
         tier = self._tier
         with tier.changed:
             self.drain_completions()
@@ -43,7 +43,7 @@ class ReservedSlots:
             tier.counters.num_evictions = residency.num_evictions
 
     def reclaim(self) -> None:
-        """What was reserved and is not in use; what is being read comes later."""
+        """Take back reserved slots that are not in use; slots that are being filled follow later."""
         tier = self._tier
         with tier.changed:
             for slot in self.reads.reclaim():
@@ -53,12 +53,12 @@ class ReservedSlots:
             tier.changed.notify_all()
 
     def drain_completions(self) -> None:
-        """Learn what has been fetched (lock held)."""
+        """Account for what has been fetched (lock held)."""
         tier, has_changed = self._tier, False
         residency, counters = tier.residency, tier.counters
-        for news in self.reads.completions():
-            key, slot, was_prefetch = news.key, news.slot, bool(news.was_prefetch)
-            if news.state == READING:
+        for completion in self.reads.completions():
+            key, slot, was_prefetch = completion.key, completion.slot, bool(completion.was_prefetch)
+            if completion.state == READING:
                 residency.admit_reserved(key, slot)
                 self._num_reading += 1
                 if was_prefetch:
@@ -69,10 +69,10 @@ class ReservedSlots:
                 continue
             self._num_reading -= 1
             has_changed = True
-            if news.state == DONE:
+            if completion.state == DONE:
                 residency.loaded(slot)
                 counters.disk_bytes += self.reads.num_bytes(key)
-            elif news.state == FAILED:
+            elif completion.state == FAILED:
                 tier.read_again(key, slot)
             else:
                 residency.reserve_again(slot)
@@ -83,7 +83,7 @@ class ReservedSlots:
             tier.changed.notify_all()
 
     def demand(self, key: int) -> None:
-        """Somebody waits for this expert (lock held): from now on a run's read of it is not dropped."""
+        """Mark this expert as demanded (lock held): from now on a read of it is not dropped."""
         self.reads.demand(key)
         self.drain_completions()
 

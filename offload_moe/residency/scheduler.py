@@ -81,7 +81,7 @@ class Scheduler(Tier):
                 raise self.late("Copies of experts to the device") from None
 
     def prefetch(self, layer: int, experts: Sequence[int], keep: Collection[int] = ()) -> int:
-        """Start loading experts nobody asked for yet, as far as slots can be had. Returns how many were started.
+        """Start loading experts that are not demanded yet, as far as slots are available. Returns the number started.
 
         Neither a leased expert is evicted for them, nor one of them, nor one of the keys in `keep`.
         """

@@ -45,7 +45,7 @@
 
 #define OM_LAYER_FIELDS(FIELD, T) \
     FIELD(T, const om_attention *, attention, ) \
-    FIELD(T, const om_router *, router, ) /* NULL: what follows the second norm routes by itself */ \
+    FIELD(T, const om_router *, router, ) /* NULL: the block after the second norm has its own router */ \
     FIELD(T, const float *, norms, [2]) /* [hidden]: before attention, and before the router */ \
     FIELD(T, float, epsilons, [2]) \
     FIELD(T, int64_t, hidden, )
@@ -87,7 +87,7 @@
     FIELD(T, float *, guess_space, ) /* [H + E + K] */
 
 #define OM_FILE_FIELDS(FIELD, T) \
-    FIELD(T, const uint8_t *, pages, ) /* the file mapped, to ask which pages are cached; NULL where nobody tells */ \
+    FIELD(T, const uint8_t *, pages, ) /* the mapped file, to look up which pages are cached; NULL where the system cannot say */ \
     FIELD(T, int64_t, num_bytes, ) \
     FIELD(T, int32_t, direct, ) FIELD(T, int32_t, cached, ) /* descriptors; -1: not to be read so */
 
@@ -96,8 +96,8 @@
     FIELD(T, int32_t, file, ) \
     FIELD(T, uint32_t, checksum, )
 
-/* What the other side is told: a fetch has begun (OM_READING), its expert is resident (OM_DONE), its slot is reserved again
- * (OM_DROPPED), or the slot is the other side's, to read the expert again (OM_FAILED). */
+/* A change of a fetch: it has begun (OM_READING), its expert is resident (OM_DONE), its slot is reserved again
+ * (OM_DROPPED), or the slot belongs to Python, which reads the expert again (OM_FAILED). */
 #define OM_COMPLETION_FIELDS(FIELD, T) \
     FIELD(T, int64_t, key, ) \
     FIELD(T, int32_t, slot, ) FIELD(T, int32_t, state, ) FIELD(T, int32_t, was_prefetch, )
@@ -201,7 +201,7 @@ enum { OM_SILU = 0, OM_GELU = 1, OM_GELU_TANH = 2, OM_GPT_OSS = 3, OM_RELU = 4, 
 enum { OM_READING = 1, OM_DONE = 2, OM_DROPPED = 3, OM_FAILED = 4 };
 /* How an expert was found when it was chosen, or guessed. */
 enum { OM_HIT = 0, OM_ARRIVING = 1, OM_MISSING = 2, OM_FETCHED = 3 /* guessed, absent, and fetched */ };
-/* What a layer wants of the other side: experts that it could not fetch; slots, as there are few left. */
+/* What a layer needs from Python: experts that it could not fetch; slots, as few are left. */
 enum { OM_NEEDS_EXPERTS = 1, OM_NEEDS_SLOTS = 2 };
 /* What calls return in place of a layer or a number of layers. */
 enum { OM_UNDER_WAY = -2 };

@@ -1,6 +1,6 @@
-/* Experts that a run fetches by itself: slots reserved for it, and threads that read records into them.
+/* Experts that a token pass fetches: slots reserved for it, and threads that read records into them.
  *
- * All of it is guarded by the lock of the slot_table. What has happened is told to the other side when it asks. */
+ * The lock of the slot table guards all of it. Python drains the completions. */
 #ifndef OM_READS_H
 #define OM_READS_H
 

@@ -20,7 +20,7 @@ void om_slot_table_use(om_slot_table *slot_table) {
     pthread_mutex_unlock(&slot_table->lock);
 }
 
-/* By whoever opened it, and by each other user: the last one frees it. */
+/* Called by the opener and by each other user; the last call frees it. */
 OM_EXPORT void om_slot_table_close(om_slot_table *slot_table) {
     pthread_mutex_lock(&slot_table->lock);
     const int is_used = --slot_table->num_users > 0;

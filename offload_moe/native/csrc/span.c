@@ -1,7 +1,7 @@
 /* A decode step of consecutive decoder layers on a thread of its own, which fetches the experts that it lacks.
  *
  * One token of one sequence, in fp32; per layer the calls of `layer.c` and `moe.c`. H hidden, E experts, K chosen.
- * Where it cannot fetch by itself it asks, and goes on with what it has meanwhile. */
+ * An expert that it cannot fetch is a need that Python serves; the resident experts are computed meanwhile. */
 #define _GNU_SOURCE
 #include "deadline.h"
 #include "job.h"
@@ -13,14 +13,14 @@
 struct om_pass {
     const om_span *span;
     const om_span_token *token;
-    om_slot_table *slot_table; /* its lock guards what follows */
-    om_reads *reads;         /* NULL: it asks for everything */
+    om_slot_table *slot_table; /* its lock guards the fields below */
+    om_reads *reads;         /* NULL: every missing expert is a need */
     pthread_t thread;
-    pthread_cond_t told;
-    int64_t num_routed;      /* layers whose routers have spoken */
+    pthread_cond_t changed;
+    int64_t num_routed;      /* layers whose routers have been computed */
     int64_t result;          /* how many of all layers are done, or -1 when memory was short; OM_UNDER_WAY until then */
     int is_stopped;
-    uint8_t needs[];         /* [layers]: what is still to be told of them */
+    uint8_t needs[];         /* [layers]: needs that om_pass_next has not returned yet */
 };
 
 /* The experts of one token in ascending order. */
@@ -29,7 +29,7 @@ typedef struct {
     float weights[OM_MAX_TOP_K];
     int32_t rank[OM_MAX_TOP_K]; /* among what the router chose */
     const uint8_t *records[OM_MAX_TOP_K]; /* of those that are leased; NULL until then */
-    int has_asked; /* the other side for what could not be fetched */
+    int has_need; /* of experts that could not be fetched */
 } om_chosen;
 
 static double seconds(void) {
@@ -40,7 +40,7 @@ static double seconds(void) {
 
 static void sort_chosen(const om_span *span, const om_span_token *token, int64_t at, om_chosen *chosen) {
     const om_span_layer *layer = span->layers + at;
-    chosen->has_asked = 0;
+    chosen->has_need = 0;
     for (int64_t k = 0; k < span->top_k; k++) {
         const int64_t key = layer->first_key + token->ids[at * span->top_k + k];
         int64_t place = k;
@@ -97,12 +97,12 @@ static int fetch_chosen(const om_pass *pass, int64_t at, const om_chosen *chosen
 
 static void need(om_pass *pass, int64_t at, int what) {
     pass->needs[at] |= (uint8_t)what;
-    pthread_cond_signal(&pass->told);
+    pthread_cond_signal(&pass->changed);
 }
 
-static void ask_for_experts(om_pass *pass, int64_t at, om_chosen *chosen) {
-    if (!chosen->has_asked) need(pass, at, OM_NEEDS_EXPERTS);
-    chosen->has_asked = 1;
+static void need_experts(om_pass *pass, int64_t at, om_chosen *chosen) {
+    if (!chosen->has_need) need(pass, at, OM_NEEDS_EXPERTS);
+    chosen->has_need = 1;
 }
 
 /* Lease what is resident and not leased yet (lock held). Returns how many those are; places: which of the chosen. */
@@ -133,7 +133,7 @@ static int64_t begin_layer(om_pass *pass, int64_t at, om_chosen *chosen, int32_t
     const int is_well = fetch_chosen(pass, at, chosen);
     fetch_guesses(pass, at);
     pass->num_routed = at + 1;
-    if (!is_well) ask_for_experts(pass, at, chosen);
+    if (!is_well) need_experts(pass, at, chosen);
     if (pass->reads != NULL && om_reads_are_short(pass->reads)) need(pass, at, OM_NEEDS_SLOTS);
     pthread_mutex_unlock(&pass->slot_table->lock);
     return num_leased;
@@ -152,7 +152,7 @@ static int64_t wait_for_more(om_pass *pass, int64_t at, om_chosen *chosen, int32
     int64_t num_leased = 0;
     pthread_mutex_lock(&pass->slot_table->lock);
     while (!pass->is_stopped && (num_leased = lease_resident(pass, chosen, places)) == 0) {
-        if (has_lost(pass, chosen)) ask_for_experts(pass, at, chosen);
+        if (has_lost(pass, chosen)) need_experts(pass, at, chosen);
         pthread_cond_wait(&pass->slot_table->arrived, &pass->slot_table->lock);
     }
     pthread_mutex_unlock(&pass->slot_table->lock);
@@ -224,7 +224,7 @@ static om_pass *new_pass(const om_span *span, const om_span_token *token, om_slo
     pass->slot_table = slot_table;
     pass->reads = reads;
     pass->result = OM_UNDER_WAY;
-    om_init_condition(&pass->told);
+    om_init_condition(&pass->changed);
     om_slot_table_use(slot_table);
     if (reads != NULL) om_reads_use(reads);
     return pass;
@@ -233,7 +233,7 @@ static om_pass *new_pass(const om_span *span, const om_span_token *token, om_slo
 static void delete_pass(om_pass *pass) {
     if (pass->reads != NULL) om_reads_leave(pass->reads);
     om_slot_table_close(pass->slot_table);
-    pthread_cond_destroy(&pass->told);
+    pthread_cond_destroy(&pass->changed);
     free(pass);
 }
 
@@ -245,7 +245,7 @@ static void *pass_through_layers(void *argument) {
     while (at < pass->span->num_layers && (status = step_layer(pass, at, began)) == 0) at++;
     pthread_mutex_lock(&pass->slot_table->lock);
     pass->result = status < 0 ? -1 : at;
-    pthread_cond_signal(&pass->told);
+    pthread_cond_signal(&pass->changed);
     pthread_mutex_unlock(&pass->slot_table->lock);
     return NULL;
 }
@@ -282,7 +282,7 @@ OM_EXPORT int64_t om_pass_next(om_pass *pass, int64_t first, double limit_s, int
     for (;;) {
         while (at < pass->num_routed && !pass->needs[at]) at++;
         if (at < pass->num_routed || pass->result != OM_UNDER_WAY || !has_time) break;
-        has_time = pthread_cond_timedwait(&pass->told, &pass->slot_table->lock, &deadline) == 0;
+        has_time = pthread_cond_timedwait(&pass->changed, &pass->slot_table->lock, &deadline) == 0;
     }
     *needs = 0;
     if (at >= pass->num_routed) {

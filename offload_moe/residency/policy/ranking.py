@@ -49,7 +49,7 @@ class Ranking:
         self._native = load_for_short_calls().om_rank
 
     def use_discount(self, discount: float) -> None:
-        """From now on; what was learned with the one before fades by itself."""
+        """Use another discount from now on; what was learned with the old one fades."""
         self.discount = np.float32(discount)
         self.history.use_discount(discount)
         self.reuse.use_discount(discount)
