@@ -34,14 +34,19 @@ def children_s() -> float:
     return times.children_user + times.children_system
 
 
+def run_python(code: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    """In a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(cache), capture_output=True, text=True
+    )
+
+
 def test_the_end_is_not_spent_on_garbage(tmp_path: Path) -> None:
     code = (
         "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 1000));"
         "from tests.support.cli import load_cli; load_cli().main(['--version'])"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True
-    )
+    result = run_python(code, tmp_path)
     assert result.stdout.split()[-1] == "True", result.stderr
 
 
@@ -50,9 +55,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
         "import sys; from tests.support.cli import load_cli; main = load_cli(); main.build_parser().format_help();"
         "print(sorted({'torch', 'transformers', 'rich', 'numpy'} & set(sys.modules)))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment(ROOT), capture_output=True, text=True
-    )
+    result = run_python(code, tmp_path)
     assert result.stdout.strip() == "[]", result.stderr
 
 
