@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from offload_moe.chat.recompute import recompute_of
 from offload_moe.chat.steps import steps
 from offload_moe.chat.turns import StoppedInForward, turns_of
-from offload_moe.decode.hooks import HookObserver
+from offload_moe.experts.observer import HookObserver
 from offload_moe.system.interrupts import HeldInterrupt
 
 _END: Final = -1  # no token

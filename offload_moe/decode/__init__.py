@@ -1,7 +1,8 @@
 """The fast path: what transformers' own code spends per layer on small operations, spent once or not at all.
 
-No model code is copied and nothing is compiled at run time. Each optimisation recognizes the modules it fits by probing
-what they compute, replaces a forward of that instance or the module, and leaves everything else as it is.
+No model code is copied and nothing is compiled at run time. Modules of prompts and of decode steps alike (norms, MLPs,
+attention, routers, experts) are recognized by probing what they compute, and get another forward. One new token of one
+sequence passes through the decoder's forward alone: a plan of native spans, made from what the layers' classes declare.
 """
 
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from offload_moe.decode.cache import give_room
 from offload_moe.decode.experts import shorten_dispatch
+from offload_moe.decode.forward import DecoderForward
 from offload_moe.decode.latent import absorb_latents
-from offload_moe.decode.layer import shorten_layers
 from offload_moe.decode.mlp import fuse_mlps
 from offload_moe.decode.norm import fuse_norms
+from offload_moe.decode.plan import Planned, plan_pass
 from offload_moe.decode.report import DENSE, LayerPath, layer_paths, tell_reasons
 from offload_moe.decode.router import shorten_routers
 from offload_moe.decode.shorten import shorten_attention
@@ -79,6 +81,11 @@ def make_fast(
     why_none = _why_none(hf, is_exact=is_exact)
     num_experts = shorten_dispatch(hf)
     num_routers = 0 if is_exact else shorten_routers(hf)
+    planned = Planned(plan=None, paths={}) if why_none else plan_pass(hf, hierarchy)  # of the parts made before
+    if planned.plan is not None:
+        decoder = hf.get_decoder()
+        decoder.forward = DecoderForward(decoder, planned.plan)
+    layers = layer_paths(hf, planned.paths)
     return FastPath(
         num_norms=num_norms,
         num_mlps=num_mlps,
@@ -86,9 +93,9 @@ def make_fast(
         num_latent_attentions=num_latent_attentions,
         num_experts=num_experts,
         num_routers=num_routers,
-        num_layers=0 if is_exact else shorten_layers(hf, hierarchy),  # of the parts made before
+        num_layers=sum(layer.kind != "modules" for layer in layers),
         why_none=why_none,
-        layers=layer_paths(hf),
+        layers=layers,
     )
 
 

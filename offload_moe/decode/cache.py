@@ -56,13 +56,11 @@ class RoomyLayer(DynamicLayer):
         """Whether `extend` has a sequence to append to."""
         return self.is_initialized and self.keys.dim() == 4 and len(self.keys) == 1 and not self.keys.requires_grad
 
-    def extend(self) -> Room | None:
+    def extend(self) -> Room:
         """Count one more token of one sequence, whose key and value the caller writes into the room ``[1, N, C, D]``.
 
-        Returns the room of keys and of values, and the index of the token; None where `update` has to do it.
+        Returns the room of keys and of values, and the index of the token. Where `can_extend`; `update` does the rest.
         """
-        if not self.can_extend:
-            return None
         length, room = self.keys.shape[2], self._room
         if room is None or length >= room[0].shape[2] or not _begins(self.keys, room[0]):
             self._room = room = self._make_room(self.keys[:, :, :0], self.values[:, :, :0], length, length + 1)

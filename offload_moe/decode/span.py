@@ -11,16 +11,13 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offload_moe.decode.block import PlainBlock
-from offload_moe.decode.cache import Room
-from offload_moe.decode.chain import Chain
-from offload_moe.decode.hooks import are_watched, have_only_observers, hooks_of
-from offload_moe.decode.step import AttentionStep
+from offload_moe.decode.layer import NativeLayer, TokenStep
 from offload_moe.experts.attach import BoundExperts, SpannedLayers
 from offload_moe.experts.native import NativeArithmetic
 from offload_moe.memory.waiting import STEP_S
@@ -31,22 +28,6 @@ from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.lease import Lease
 from offload_moe.residency.reserved import SLOTS_PER_CHOICE
 from offload_moe.residency.scheduler import Scheduler
-
-Rotary = tuple[Tensor, Tensor]
-
-
-class Step(Protocol):
-    """A layer of the run: `LayerStep` where its block is a router and experts."""
-
-    layer: nn.Module
-    attention: AttentionStep
-    plain: PlainBlock | None
-    kernel: kernels.LayerKernel
-
-    @property
-    def num_captures(self) -> int: ...
-
-    def fits(self, hidden_states: Tensor, cache: Any) -> bool: ...
 
 
 @dataclass(slots=True)
@@ -74,75 +55,56 @@ class _StallWatchdog:
 
 
 class LayerSpan:
-    """The decode step of these layers; the first of them calls it, and the others find their work done."""
+    """Consecutive layers of one token pass."""
 
-    def __init__(self, steps: Sequence[Step], hierarchy: Hierarchy) -> None:
-        """steps: layers that follow each other, for which `span_kind` says the same."""
-        self._steps = steps
+    def __init__(self, layers: Sequence[NativeLayer], hierarchy: Hierarchy) -> None:
+        """layers: that follow each other, for which `span_kind` is the same."""
+        self.layers = layers
         assert hierarchy.slot_table is not None
         self._slot_table = hierarchy.slot_table
         self._reserved = hierarchy.reserved()
         self._scheduler = hierarchy.scheduler
         self._hierarchy = hierarchy
-        self._blocks = [cast(PlainBlock, step.plain) for step in steps]
+        self._blocks = [cast(PlainBlock, layer.plain) for layer in layers]
         self._bound = [block.bound for block in self._blocks]
-        self._chain = Chain(steps)
-        self._passed: tuple[Tensor | None, int] = (None, 0)  # what the last run gave, and how many layers know
-        self._layer_hooks = hooks_of(step.layer for step in steps)
-        self._expert_hooks = hooks_of(block.experts for block in self._blocks)
         route = self._blocks[0].route
         self._num_experts, self._top_k = route.num_experts, route.top_k
         self._kernel = kernels.SpanKernel(
-            [_run_layer(step, hierarchy.pools.keys) for step in steps],
+            [_span_layer(layer, hierarchy.pools.keys) for layer in layers],
             hidden=route.hidden_size,
             num_experts=route.num_experts,
             top_k=route.top_k,
         )
 
-    def begins_with(self, step: Step) -> bool:
-        return step is self._steps[0]
+    def fits(self, cache: Any) -> bool:
+        """Whether the cache can take one more token of all layers in place."""
+        return all(layer.fits(cache) for layer in self.layers)
 
-    def has_passed(self, step: Step, hidden_states: Tensor) -> bool:
-        """Whether this is the run's result on its way through the layers that made it."""
-        result, num_told = self._passed
-        if hidden_states is not result or step is not self._steps[num_told]:
-            return False
-        self._passed = (result, num_told + 1) if num_told + 1 < len(self._steps) else (None, 0)
-        return True
+    def __call__(self, x: Tensor, step: TokenStep) -> Tensor:
+        """``[1, 1, H]`` -> ``[1, 1, H]``. Raises: TransferError, ModelClosed."""
+        if not self._is_native_throughout():
+            for layer in self.layers:
+                x = layer(x, step)
+            return x
+        with self._hierarchy.lifecycle:
+            return self.pass_natively(x, step)
 
-    def watch(self, step: Step, given: Tensor, result: Tensor, settings: tuple[Any, ...]) -> None:
-        """See `Chain.watch`."""
-        self._chain.watch(step, given, result, settings)
-
-    def fits(self, hidden_states: Tensor, cache: Any) -> bool:
-        """Whether all layers can be done at once: nobody looks in between, or waits for a module; there is room.
-
-        Lookahead goes along where the run may ask the routers for it.
-        """
+    def _is_native_throughout(self) -> bool:
+        """Whether a pass has slots enough, and no layer has other observers than those it serves."""
         recorder, lookahead = self._bound[0].recorder, self._bound[0].lookahead
         return (
-            self._chain.is_known
-            and self._scheduler.residency.num_slots >= SLOTS_PER_CHOICE * self._top_k
+            self._scheduler.residency.num_slots >= SLOTS_PER_CHOICE * self._top_k
             and all(bound.lookahead is lookahead and bound.recorder is recorder for bound in self._bound)
-            and not are_watched(self._expert_hooks)
-            and have_only_observers(self._layer_hooks)
-            and all(step.num_captures == (lookahead is not None) for step in self._steps)
-            and all(step.fits(hidden_states, cache) and step.attention.can_extend(cache) for step in self._steps)
-            and (lookahead is None or not self._ranks() or lookahead.can_be_spanned(len(self._steps)))
+            and all(layer.num_captures == (lookahead is not None) for layer in self.layers)
+            and (lookahead is None or not self._ranks() or lookahead.can_be_spanned(len(self.layers)))
         )
 
-    def __call__(self, hidden_states: Tensor, rotary: Rotary, cache: Any) -> Tensor:
-        """``[1, 1, H]`` -> ``[1, 1, H]``. Raises: TransferError, ModelClosed."""
-        with self._hierarchy.lifecycle:
-            return self._pass(hidden_states, rotary, cache)
-
-    def _pass(self, hidden_states: Tensor, rotary: Rotary, cache: Any) -> Tensor:
-        rooms = [cast(Room, step.attention.extend(cache)) for step in self._steps]
-        x = hidden_states.clone(memory_format=torch.contiguous_format)
+    def pass_natively(self, x: Tensor, step: TokenStep) -> Tensor:
+        rooms = [layer.attention.extend(step.cache) for layer in self.layers]
+        x = x.clone(memory_format=torch.contiguous_format)
         shape = {"num_experts": self._num_experts, "top_k": self._top_k}
-        token = kernels.SpanToken(x, rooms, rotary, **shape, ranks=self._ranks())
+        token = kernels.SpanToken(x, rooms, self.layers[0].rotary(step), **shape, ranks=self._ranks())
         self._token_pass(token)
-        self._passed = (x, 1) if len(self._steps) > 1 else (None, 0)
         return x
 
     def _token_pass(self, token: kernels.SpanToken) -> None:
@@ -152,7 +114,7 @@ class LayerSpan:
             if are_here:
                 self._kernel.pass_through(token, self._slot_table)
         if are_here:
-            self._note_passed(token, 0, len(self._steps), account)
+            self._note_passed(token, 0, len(self.layers), account)
         else:
             self._follow_pass(token, account)
         self._scheduler.counters.stall_s += token.stalls.sum().item()
@@ -176,7 +138,7 @@ class LayerSpan:
 
     def _go_along(self, token_pass: kernels.TokenPass, token: kernels.SpanToken, account: "_Account") -> None:
         """Give the token pass what it needs until it is over."""
-        num_layers, num_told, watchdog = len(self._steps), 0, _StallWatchdog(self._scheduler)
+        num_layers, num_told, watchdog = len(self.layers), 0, _StallWatchdog(self._scheduler)
         with ExitStack() as held:
             while num_told < num_layers:
                 said = token_pass.next(num_told)
@@ -206,18 +168,13 @@ class LayerSpan:
         Raises: TransferError, ModelClosed.
         """
         self._hierarchy.lifecycle.check_waiting()
-        self._tell_layer(at)
+        self.layers[at].note_begin()
         with self._scheduler.changed:
             self._scheduler.drain_completions()
         num_begun = int((token.times[:, 0] > 0).sum())
         waited_s = watchdog.since((num_begun, self._scheduler.counters.disk_bytes))
         if waited_s > self._scheduler.stall_limit_s:
             raise self._scheduler.late(f"Experts of layer {self._bound[max(0, num_begun - 1)].layer}")
-
-    def _tell_layer(self, at: int) -> None:
-        layer = self._steps[at].layer
-        for observer in layer._forward_pre_hooks.values():
-            observer(layer, ())
 
     def _note_passed(self, token: kernels.SpanToken, first: int, end: int, account: "_Account") -> None:
         """Layers that asked for no expert."""
@@ -232,7 +189,7 @@ class LayerSpan:
     def _acquire(self, token: kernels.SpanToken, at: int) -> Lease:
         """The experts of a layer that could not fetch them all."""
         bound = self._bound[at]
-        self._tell_layer(at)
+        self.layers[at].note_begin()
         chosen = token.ids[at].tolist()
         experts = sorted(chosen)
         found = sort_found(chosen, token.found[at].tolist())
@@ -244,7 +201,7 @@ class LayerSpan:
     def _note_guesses(self, token: kernels.SpanToken, at: int, experts: Sequence[int]) -> None:
         lookahead = self._bound[at].lookahead
         if lookahead is not None:
-            num_ahead = len(self._steps) - 1 - at
+            num_ahead = len(self.layers) - 1 - at
             guesses, found = token.guesses[at, :num_ahead].tolist(), token.guesses_found[at, :num_ahead].tolist()
             lookahead.passed(self._bound[at].layer, experts, guesses, found)
 
@@ -274,12 +231,12 @@ class LayerSpan:
         return [] if lookahead is None else lookahead.num_ranks(self._bound[0].layer, self._top_k)
 
 
-def span_kind(hierarchy: Hierarchy, step: Any) -> tuple[int, int] | None:
-    """Experts and top-k of a `Step` whose experts the native kernels compute out of the RAM arena; None for others.
+def span_kind(hierarchy: Hierarchy, layer: NativeLayer) -> tuple[int, int] | None:
+    """Experts and top-k of a layer whose experts the native kernels compute out of the RAM arena; None for others.
 
-    Layers of one run have the same.
+    Layers of one span have the same.
     """
-    plain: PlainBlock | None = getattr(step, "plain", None)
+    plain = layer.plain
     if plain is None or hierarchy.slot_table is None or plain.route.top_k > kernels.MAX_TOP_K:
         return None
     bound, route = plain.bound, plain.route
@@ -287,12 +244,12 @@ def span_kind(hierarchy: Hierarchy, step: Any) -> tuple[int, int] | None:
     return (route.num_experts, route.top_k) if is_native else None
 
 
-def _run_layer(step: Step, keys: ExpertKeys) -> kernels.SpanLayer:
-    block = cast(PlainBlock, step.plain)
+def _span_layer(layer: NativeLayer, keys: ExpertKeys) -> kernels.SpanLayer:
+    block = cast(PlainBlock, layer.plain)
     arithmetic = block.bound.arithmetic
     assert isinstance(arithmetic, NativeArithmetic)
     return kernels.SpanLayer(
-        step=step.kernel,
+        step=layer.kernel,
         experts=arithmetic.kernel,
         shared=block.shared,
         first_key=keys.first(block.bound.layer),

@@ -28,36 +28,32 @@ class AttentionStep:
         self._hooks = hooks_of(attention.modules())
 
     def fits(self, hidden_states: Tensor, cache: Any) -> bool:
-        """Whether this call is such a step, and nobody waits for the module's parts to be called."""
+        """Whether this call is such a step, and no hook takes something from the module's parts."""
         return (
             hidden_states.shape[0] == 1
             and hidden_states.dtype == torch.float32
             and hidden_states.is_cpu
-            and cache is not None
-            and self._layer < len(cache.layers)
-            and type(cache.layers[self._layer]) is RoomyLayer
+            and self.can_extend(cache)
             and not are_watched(self._hooks)
         )
 
-    def __call__(self, hidden_states: Tensor, cos: Tensor, signed_sin: Tensor, cache: Any) -> Tensor | None:
-        """hidden ``[1, 1, H]`` -> ``[1, 1, H]``; None when the cache cannot be appended to in place."""
-        room = self.extend(cache)
-        if room is None:
-            return None
+    def __call__(self, hidden_states: Tensor, cos: Tensor, signed_sin: Tensor, cache: Any) -> Tensor:
+        """hidden ``[1, 1, H]`` -> ``[1, 1, H]``; the call `fits`."""
         out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-        self.kernel.step(hidden_states.contiguous(), cos, signed_sin, *room, out)
+        self.kernel.step(hidden_states.contiguous(), cos, signed_sin, *self.extend(cache), out)
         return out
 
     def can_extend(self, cache: Any) -> bool:
-        """Whether `extend` will do it; the cache `fits`."""
-        layer: RoomyLayer = cache.layers[self._layer]
-        return layer.can_extend
+        """Whether the cache has room of ours for this layer, of one sequence."""
+        if cache is None or self._layer >= len(cache.layers):
+            return False
+        layer = cache.layers[self._layer]
+        return type(layer) is RoomyLayer and layer.can_extend
 
-    def extend(self, cache: Any) -> Room | None:
+    def extend(self, cache: Any) -> Room:
         """The room of keys and of values, which now count the token that the kernel will write, and its index."""
-        layer: RoomyLayer = cache.layers[self._layer]
-        room = layer.extend()
-        assert room is None or room[0].dtype == room[1].dtype == torch.float32
+        room: Room = cache.layers[self._layer].extend()
+        assert room[0].dtype == room[1].dtype == torch.float32
         return room
 
 

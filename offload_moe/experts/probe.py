@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.errors import ConfigError
+from offload_moe.experts.observer import HookObserver
 from offload_moe.families.routers import BlockRouter, find_router
 from offload_moe.native import kernels
 
@@ -133,7 +134,7 @@ def _epsilon(norm: Any) -> float:
     return torch.finfo(norm.weight.dtype).eps if epsilon is None else float(epsilon)
 
 
-class ResidualCapture:
+class ResidualCapture(HookObserver):
     """A forward pre-hook of a layer's norm that keeps what it is given, ``[T, H]``, and changes nothing."""
 
     def __init__(self, residuals: MutableMapping[int, Tensor], layer: int) -> None:

@@ -55,7 +55,8 @@ class AttentionClass:
 class LayerClass:
     """norms: before and after attention, before and after the MLP. block: the child that is the MLP or the MoE block.
 
-    shared, shared_gate: children of the block; shared_beside: a child of the layer instead. fast_path: what native
+    shared, shared_gate: children of the block; shared_beside: a child of the layer instead. embedding_scale: a setting
+    of the decoder, which multiplies its embeddings by it before the first layer. fast_path: what native
     decode kernels compute with the family's usual settings: all of it, attention and norms, or its experts only.
     """
 
@@ -67,6 +68,7 @@ class LayerClass:
     shared_gate: str = ""
     shared_beside: str = ""
     residual_scale: Setting = 1.0
+    embedding_scale: Setting = 1.0
     fast_path: FastPath = "yes"
 
 
@@ -96,7 +98,10 @@ LATENT = AttentionClass(
 )
 
 GRANITE = LayerClass(
-    router=replace(OF_CHOSEN, path="router"), block="block_sparse_moe", residual_scale="residual_multiplier"
+    router=replace(OF_CHOSEN, path="router"),
+    block="block_sparse_moe",
+    residual_scale="residual_multiplier",
+    embedding_scale="embedding_multiplier",
 )
 WITH_SHARED = LayerClass(router=DEEPSEEK, shared="shared_experts", fast_path="attention")
 

@@ -19,6 +19,12 @@ def layer_spec(layer: nn.Module) -> LayerSpec | None:
     return None if declared is None else _read(layer, declared)
 
 
+def embedding_scale(decoder: Any) -> float:
+    """What a decoder multiplies its embeddings by; 1 where its layers' class is not declared."""
+    declared = LAYERS.get(type(decoder.layers[0]).__name__)
+    return 1.0 if declared is None else _number(decoder, declared.embedding_scale)
+
+
 def _read(layer: Any, declared: LayerClass) -> LayerSpec:
     before_attention, after_attention, before_mlp, after_mlp = (_norm(layer, path) for path in declared.norms)
     block = getattr(layer, declared.block)

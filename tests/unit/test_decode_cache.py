@@ -37,9 +37,9 @@ class Pair:
         self.plain, self.roomy, self.batch = DynamicLayer(), RoomyLayer(), 2
 
     def extend(self, seed: int, length: int) -> None:
-        room = self.roomy.extend()
-        assert (room is not None) == (self.batch == 1 and length > 0)
-        if room is not None:
+        assert self.roomy.can_extend == (self.batch == 1 and length > 0)
+        if self.roomy.can_extend:
+            room = self.roomy.extend()
             new = states(1, 1, seed)
             assert room[2] == length
             for place, value in zip(room[:2], new, strict=True):
