@@ -9,7 +9,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from offload_moe.chat.template import common_prefix
-from offload_moe.decode.cache import RoomyLayer
+from offload_moe.decode.cache import RoomyLayer, RoomySlidingLayer
 from offload_moe.decode.rotation import Factors, kept_factors, rotation_keeper
 
 Reuse = Literal["nothing cached", "continued", "cropped", "snapshot", "recomputed", "not supported"]
@@ -182,7 +182,7 @@ def _is_plain(layer: CacheLayerMixin) -> bool:
 
 
 def _can_crop(layer: CacheLayerMixin) -> bool:
-    if type(layer) is DynamicSlidingWindowLayer:
+    if type(layer) in (DynamicSlidingWindowLayer, RoomySlidingLayer):
         return bool(layer.get_seq_length() < layer.sliding_window)
     return _is_plain(layer)
 

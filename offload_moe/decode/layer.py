@@ -86,7 +86,9 @@ class NativeLayer:
 
     def fits(self, cache: Any) -> bool:
         """Whether this layer's part of the cache can take one more token in place."""
-        return self.attention.can_extend(cache)
+        return self.attention.can_extend(cache) and self.attention.sees_window(
+            cache, self.spec.attention.sliding_window
+        )
 
     def rotary(self, step: TokenStep) -> Rotary:
         """cos and signed sin, as the kernels read them."""

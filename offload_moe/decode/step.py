@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload_moe.decode.cache import Room, RoomyLayer
+from offload_moe.decode.cache import ROOMY, Room, RoomySlidingLayer
 from offload_moe.decode.dense import QuantLinear
 from offload_moe.decode.hooks import are_watched, hooks_of
 from offload_moe.decode.norm import FusedRMSNorm
@@ -48,7 +48,14 @@ class AttentionStep:
         if cache is None or self._layer >= len(cache.layers):
             return False
         layer = cache.layers[self._layer]
-        return type(layer) is RoomyLayer and layer.can_extend
+        return type(layer) in ROOMY and layer.can_extend
+
+    def sees_window(self, cache: Any, window: int | None) -> bool:
+        """Whether the next token sees this window of the tokens before it, and itself; None: all. It `can_extend`."""
+        layer = cache.layers[self._layer]
+        if isinstance(layer, RoomySlidingLayer):
+            return layer.sliding_window == window
+        return window is None or layer.get_seq_length() < window
 
     def extend(self, cache: Any) -> Room:
         """The room of keys and of values, which now count the token that the kernel will write, and its index."""

@@ -107,11 +107,12 @@ class AttentionKernel:
     ) -> None:
         """x ``[..., H]`` of one token -> out ``[..., H]``, all fp32 and contiguous; not checked, this is the hot path.
 
-        cos, signed_sin ``[R]``. keys, values ``[1, M, C, D]`` hold `length` tokens and get one more.
+        cos, signed_sin ``[R]``. keys, values ``[1, M, C, D]``, whose heads lie apart as they may, hold `length` tokens
+        and get one more.
         """
         status = self._native(
             *(self.struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),
-            *(keys.data_ptr(), values.data_ptr(), keys.shape[2], length, out.data_ptr()),
+            *(keys.data_ptr(), values.data_ptr(), tokens_apart(keys), length, out.data_ptr()),
         )
         if status:
             raise MemoryError(f"No memory for the scores of {length + 1} tokens.")
@@ -182,11 +183,16 @@ class LayerKernel:
         """
         status = self._native(
             *(self.struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),
-            *(keys.data_ptr(), values.data_ptr(), keys.shape[2], length, residual.data_ptr(), normed.data_ptr()),
+            *(keys.data_ptr(), values.data_ptr(), tokens_apart(keys), length, residual.data_ptr(), normed.data_ptr()),
             *((None, None, None) if routed is None else (part.data_ptr() for part in routed)),
         )
         if status:
             raise MemoryError(f"No memory for the scores of {length + 1} tokens.")
+
+
+def tokens_apart(keys: Tensor) -> int:
+    """How many tokens lie between the beginnings of two heads of ``[1, M, C, D]``: at least C."""
+    return keys.stride(1) // keys.shape[3]
 
 
 def _address(tensor: Tensor | None) -> int | None:
