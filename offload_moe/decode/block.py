@@ -1,4 +1,4 @@
-"""The blocks behind attention whose parts a decode step calls by itself: a router, experts, perhaps a shared expert."""
+"""The blocks behind attention whose parts a decode step calls: a router, experts, perhaps a shared expert."""
 
 from dataclasses import dataclass
 from typing import Any

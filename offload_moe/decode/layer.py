@@ -48,7 +48,7 @@ class NativeLayer:
     """One decoder layer, computed without its modules."""
 
     def __init__(self, layer: Any, spec: LayerSpec) -> None:
-        """Raises: Uncovered."""
+        """spec: what the layer computes. Raises: Uncovered where no kernel computes it."""
         limits = [*attention_limits(spec.attention), *order_limits(spec)]
         if limits:
             raise Uncovered(*limits)

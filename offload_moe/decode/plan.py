@@ -84,7 +84,10 @@ class PassPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """plan: None where no layer is native. paths: of every layer of the decoder."""
+    """A plan, and how it treats each layer.
+
+    plan: None where no layer is native. paths: of every layer of the decoder.
+    """
 
     plan: PassPlan | None
     paths: dict[nn.Module, LayerPath]

@@ -1,10 +1,10 @@
-"""A run: consecutive decoder layers whose decode step is done by a native thread, from the first layer to the last.
+"""A span: consecutive decoder layers through which a native thread takes a token, from the first to the last.
 
-A token streams so many bytes of weights through the caches that whatever Python does between two kernel calls finds its
-code and data in none: about half a millisecond per layer where all is there, two where experts are missing. So the
-thread goes on by itself: it leases what is resident and fetches what is not into slots that were reserved for it (see
-`residency/reserved.py`). Python decides what is evicted for them, lends more when they run out, and brings experts that
-could not be fetched. What the thread did is accounted for when Python hears of it, layer by layer, in their order.
+A token streams so many bytes of weights through the caches that Python's code and data between two kernel calls are in
+none of them: about half a millisecond per layer where everything is resident, two where experts are missing. So the
+thread does without Python: it leases what is resident and fetches what is not into slots that are reserved for it (see
+`residency/reserved.py`). Python chooses what is evicted for these slots, reserves more when they run out, and brings
+experts that could not be fetched. Counters and policy are updated afterwards, layer by layer, in their order.
 """
 
 import time
@@ -32,23 +32,23 @@ from offload_moe.residency.scheduler import Scheduler
 
 @dataclass(slots=True)
 class _Account:
-    """When a token pass began, and what `mark` said before the first layer and after each."""
+    """When a token pass began, and the `mark` before the first layer and after each."""
 
     began: float
     marks: list[Mark]
 
 
 class _StallWatchdog:
-    """How long a token pass has made no progress, asked every tenth of a second unless the process is stopped."""
+    """How long a token pass has made no progress. Time in which the process is stopped does not count."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._clock = scheduler.clock
         self._progress: tuple[int, ...] = ()
-        self._waited_s, self._asked_at = 0.0, self._clock()
+        self._waited_s, self._looked_at = 0.0, self._clock()
 
     def since(self, progress: tuple[int, ...]) -> float:
         """Seconds for which this has been the progress, as far as they count against a limit."""
-        before, self._asked_at = self._asked_at, self._clock()
+        before, self._looked_at = self._looked_at, self._clock()
         is_new, self._progress = progress != self._progress, progress
         self._waited_s = 0.0 if is_new else self._waited_s + min(self._asked_at - before, STEP_S)
         return self._waited_s
@@ -123,36 +123,33 @@ class LayerSpan:
             recorder.ran(self._ran(token, account))
 
     def _follow_pass(self, token: kernels.SpanToken, account: "_Account") -> None:
-        """On a thread of its own, with slots to fill.
-
-        They are taken back once it has ended, which whoever waits for a slot is told: then it leases none any more.
-        """
+        """On a thread of its own, with slots to fill, which are reclaimed once it has ended and leases nothing."""
         reads = None if self._reserved is None else self._reserved.reads
         try:
             with self._kernel.start(token, self._slot_table, reads) as token_pass:
                 self._reserve()
-                self._go_along(token_pass, token, account)
+                self._serve(token_pass, token, account)
         finally:
             if self._reserved is not None:
                 self._reserved.reclaim()
 
-    def _go_along(self, token_pass: kernels.TokenPass, token: kernels.SpanToken, account: "_Account") -> None:
-        """Give the token pass what it needs until it is over."""
-        num_layers, num_told, watchdog = len(self.layers), 0, _StallWatchdog(self._scheduler)
+    def _serve(self, token_pass: kernels.TokenPass, token: kernels.SpanToken, account: "_Account") -> None:
+        """Give the token pass what it needs until it ends."""
+        num_layers, num_noted, watchdog = len(self.layers), 0, _StallWatchdog(self._scheduler)
         with ExitStack() as held:
-            while num_told < num_layers:
-                said = token_pass.next(num_told)
-                if said is None:
-                    self._wait_on(token, num_told, watchdog)
+            while num_noted < num_layers:
+                need = token_pass.next(num_noted)
+                if need is None:
+                    self._wait_on(token, num_noted, watchdog)
                     continue
-                at, needs = said
+                at, needs = need
                 held.close()
-                self._note_passed(token, num_told, at, account)
-                num_told = at
+                self._note_passed(token, num_noted, at, account)
+                num_noted = at
                 if needs & kernels.NEEDS_EXPERTS:
                     held.enter_context(self._acquire(token, at)).bring()
                     account.marks.append(mark(self._scheduler))
-                    num_told += 1
+                    num_noted += 1
                 if needs & kernels.NEEDS_SLOTS:
                     self._reserve()
             while token_pass.next(num_layers) is None:
@@ -163,7 +160,7 @@ class LayerSpan:
             self._reserved.reserve(may_evict=not self._hierarchy.holds_every_expert)
 
     def _wait_on(self, token: kernels.SpanToken, at: int, watchdog: "_StallWatchdog") -> None:
-        """Nothing was needed by layers from this one on: whoever wants to stop may say so.
+        """Nothing is needed by layers from this one on yet; observers may stop the token here.
 
         Raises: TransferError, ModelClosed.
         """
@@ -177,14 +174,14 @@ class LayerSpan:
             raise self._scheduler.late(f"Experts of layer {self._bound[max(0, num_begun - 1)].layer}")
 
     def _note_passed(self, token: kernels.SpanToken, first: int, end: int, account: "_Account") -> None:
-        """Layers that asked for no expert."""
+        """Account for layers for which Python brought no expert."""
         if first == end:
             return
         experts, found = token.ids[first:end].tolist(), token.found[first:end].tolist()
         account.marks += note_passed(self._scheduler, self._bound[first].layer, experts, found)
         for at, chosen in enumerate(experts, first):
             self._note_guesses(token, at, chosen)
-            self._tell_router(token, at)
+            self._note_routed(token, at)
 
     def _acquire(self, token: kernels.SpanToken, at: int) -> Lease:
         """The experts of a layer that could not fetch them all."""
@@ -195,7 +192,7 @@ class LayerSpan:
         found = sort_found(chosen, token.found[at].tolist())
         lease = self._scheduler.acquire(bound.layer, experts, found=found)
         self._note_guesses(token, at, experts)
-        self._tell_router(token, at)
+        self._note_routed(token, at)
         return lease
 
     def _note_guesses(self, token: kernels.SpanToken, at: int, experts: Sequence[int]) -> None:
@@ -218,15 +215,15 @@ class LayerSpan:
             disk_bytes=disk_bytes,
         )
 
-    def _tell_router(self, token: kernels.SpanToken, at: int) -> None:
+    def _note_routed(self, token: kernels.SpanToken, at: int) -> None:
         if self._bound[at].recorder is not None:
-            return  # it is told of all layers at once
+            return  # it is given all layers at once
         router = self._blocks[at].router
         for observer in router._forward_hooks.values():
             observer(router, (), token.routed[at])
 
     def _ranks(self) -> list[int]:
-        """How many guesses are wanted of each layer, per layer behind it."""
+        """How many guesses of each layer count, per layer behind it."""
         lookahead = self._bound[0].lookahead
         return [] if lookahead is None else lookahead.num_ranks(self._bound[0].layer, self._top_k)
 

@@ -52,7 +52,7 @@ class Wiring:
 
 
 def wiring_of(decoder: Any) -> Wiring:
-    """Raises: Uncovered where the decoder does something else with a token."""
+    """The parts of a decoder. Raises: Uncovered where it does something else with a token."""
     parts: list[Any] = [getattr(decoder, name, None) for name in ("embed_tokens", "rotary_emb", "layers", "norm")]
     embedding, rotary, layers, norm = parts
     if not all(isinstance(part, nn.Module) for part in parts) or not isinstance(layers, nn.ModuleList):

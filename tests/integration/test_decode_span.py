@@ -522,7 +522,7 @@ def test_who_waits_for_slots_gets_them_when_a_run_is_left(
     with open_model(stores["qwen3_moe"], 18, prefetch=0) as model:
         logits(model)
         monkeypatch.setattr(LayerSpan, "_reserve", lambda self: None)
-        monkeypatch.setattr(LayerSpan, "_go_along", leave)
+        monkeypatch.setattr(LayerSpan, "_serve", leave)
         monkeypatch.setattr(native_span.TokenPass, "__exit__", end_late)
         with pytest.raises(KeyboardInterrupt):
             logits(model, max_new_tokens=2)

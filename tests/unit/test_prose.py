@@ -28,6 +28,7 @@ ROOMS = [
             "profile",
             "doctor",
             "demo",
+            "decode",
         )
     ),
 ]
