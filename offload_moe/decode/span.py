@@ -50,7 +50,7 @@ class _StallWatchdog:
         """Seconds for which this has been the progress, as far as they count against a limit."""
         before, self._looked_at = self._looked_at, self._clock()
         is_new, self._progress = progress != self._progress, progress
-        self._waited_s = 0.0 if is_new else self._waited_s + min(self._asked_at - before, STEP_S)
+        self._waited_s = 0.0 if is_new else self._waited_s + min(self._looked_at - before, STEP_S)
         return self._waited_s
 
 
