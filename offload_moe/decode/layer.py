@@ -21,9 +21,13 @@ from offload_moe.decode.attention import DecodeAttention
 from offload_moe.decode.block import plain_block
 from offload_moe.decode.cache import give_room
 from offload_moe.decode.hooks import Hooks
+from offload_moe.decode.latent_step import LatentStep, latent_step
 from offload_moe.decode.norm import FusedRMSNorm
 from offload_moe.decode.probe import Refused, Uncovered, agree, answer, probes
-from offload_moe.decode.shorten import probe_cache
+from offload_moe.decode.rotary import Embeddings, StepRotary
+from offload_moe.decode.router import room_for_routed
+from offload_moe.decode.shorten import NUM_CACHED, STEP_TOLERANCE
+from offload_moe.decode.step import AttentionStep
 from offload_moe.experts.attach import BoundExperts
 from offload_moe.families.layer_spec import LayerSpec, NormSpec
 from offload_moe.families.limits import attention_limits, order_limits
@@ -36,10 +40,10 @@ Rotary = tuple[Tensor, Tensor]
 class TokenStep:
     """What every layer of a pass is given beside the hidden state.
 
-    embeddings: cos and sin as the model's rotary embedding made them, of `position_ids`.
+    embeddings: as the model's rotary embedding made them, of `position_ids`.
     """
 
-    embeddings: Rotary
+    embeddings: Embeddings
     position_ids: Tensor
     cache: Any
 
@@ -47,36 +51,29 @@ class TokenStep:
 class NativeLayer:
     """One decoder layer, computed without its modules."""
 
-    def __init__(self, layer: Any, spec: LayerSpec) -> None:
-        """spec: what the layer computes. Raises: Uncovered where no kernel computes it."""
+    def __init__(self, layer: Any, spec: LayerSpec, rotary: StepRotary) -> None:
+        """spec: what the layer computes. rotary: of latent attention. Raises: Uncovered where a kernel is missing."""
         limits = [*attention_limits(spec.attention), *order_limits(spec)]
         if limits:
             raise Uncovered(*limits)
         assert spec.before_attention is not None
         assert spec.before_mlp is not None
-        attention = _forward(layer.get_submodule(spec.attention.path))
-        if not isinstance(attention, DecodeAttention):
-            raise Uncovered("attention that gives other numbers than expected on probes")
-        if attention.step is None:
-            raise Uncovered(attention.why_no_step)
         self.layer = layer
         self.spec = spec
-        self.attention = attention.step
-        self._rotary = attention.rotary
+        self.attention, self._rotary = _attention(layer, spec, rotary)
         self._first: nn.Module = layer.get_submodule(spec.before_attention.path)
         self._norm: nn.Module = layer.get_submodule(spec.before_mlp.path)
         self._block = layer.get_submodule(_block_path(spec))
-        self.plain = plain_block(self._block)
-        router = None if self.plain is None else self.plain.route.kernel
-        norms = (_norm_kernel(layer, spec.before_attention), _norm_kernel(layer, spec.before_mlp))
-        self.kernel = kernels.LayerKernel(norms, self.attention.kernel, router)
+        self.plain = plain_block(layer, spec)
+        router = None if self.plain is None else self.plain.route
+        self._norms = (_norm_kernel(layer, spec.before_attention), _norm_kernel(layer, spec.before_mlp))
+        self.kernel = kernels.LayerKernel(self._norms, self.attention.kernel, router)
 
     def bypassed(self) -> list[nn.Module]:
         """Modules that the pass does not call."""
-        attention = self.attention.module
         called = set() if self.plain is not None else set(self._block.modules())
         others = [module for module in self.layer.modules() if module not in called]
-        assert {self.layer, attention, self._first, self._norm} <= set(others)
+        assert {self.layer, self._first, self._norm} <= set(others)
         return others
 
     def observed(self) -> list[Hooks]:
@@ -100,7 +97,7 @@ class NativeLayer:
         room = self.attention.extend(step.cache)
         residual, normed = torch.empty_like(x), torch.empty_like(x)
         plain = self.plain
-        routed = None if plain is None else plain.route.empty()
+        routed = None if plain is None else room_for_routed(plain.route)
         (cos, signed_sin), (keys, values, length) = self.rotary(step), room
         self.kernel.step(x, cos, signed_sin, keys, values, length, residual, normed, routed)
         for observer in self._norm._forward_pre_hooks.values():
@@ -118,9 +115,24 @@ class NativeLayer:
             observer(self.layer, ())
 
     @property
+    def hidden_size(self) -> int:
+        return self._norms[0].length
+
+    @property
     def num_captures(self) -> int:
         """How many observers the layer's residual has."""
         return len(self._norm._forward_pre_hooks)
+
+
+def _attention(layer: nn.Module, spec: LayerSpec, rotary: StepRotary) -> tuple[AttentionStep | LatentStep, StepRotary]:
+    if spec.attention.latent is not None:
+        return latent_step(layer, spec.attention), rotary
+    attention = _forward(layer.get_submodule(spec.attention.path))
+    if not isinstance(attention, DecodeAttention):
+        raise Uncovered("attention that gives other numbers than expected on probes")
+    if attention.step is None:
+        raise Uncovered(attention.why_no_step)
+    return attention.step, attention.rotary
 
 
 def _block_path(spec: LayerSpec) -> str:
@@ -142,23 +154,23 @@ def _norm_kernel(layer: nn.Module, spec: NormSpec) -> kernels.NormKernel:
 
 
 @torch.inference_mode()
-def check_layer(native: NativeLayer, embeddings: Rotary) -> None:
+def check_layer(native: NativeLayer, embeddings: Embeddings) -> None:
     """Compare it with its module: what both give, and leave in the cache. Stand-ins compute in place of its experts.
 
-    The same bits, unless a shared expert's gate is computed in another order of additions. Raises: Uncovered.
+    embeddings: of one position. The same bits where the module's own parts are kernels, too. Raises: Uncovered.
     """
-    is_exact = native.plain is None or native.plain.shared is None
-    cos, sin = (part[1:] for part in embeddings)
+    plain = native.plain
+    is_exact = native.spec.attention.latent is None and (plain is None or (plain.is_exact and plain.shared is None))
     stand_ins = [module for module in native.layer.modules() if isinstance(_forward(module), BoundExperts)]
     bound = [module.forward for module in stand_ins]
     for module in stand_ins:
         module.forward = _stand_in
     try:
-        for hidden in probes((1, 1, native.attention.module.q_proj.in_features), cos.dtype, cos.device):
-            theirs = _probe(partial(_call_module, native.layer), native, hidden, (cos, sin))
-            ours = _probe(native, native, hidden, (cos, sin))
+        for hidden in probes((1, 1, native.hidden_size), torch.float32, torch.device("cpu")):
+            theirs = _probe(partial(_call_module, native.layer), native, hidden, embeddings)
+            ours = _probe(native, native, hidden, embeddings)
             pairs = zip(ours, theirs, strict=True)
-            if not all(isinstance(their, Tensor) and agree(our, their, is_exact=is_exact) for our, their in pairs):
+            if not all(isinstance(their, Tensor) and _agree(our, their, is_exact=is_exact) for our, their in pairs):
                 raise Uncovered("native calls that give other numbers than the layer on probes")
     except Refused as error:
         raise Uncovered("a layer that does not take a probe") from error
@@ -167,11 +179,15 @@ def check_layer(native: NativeLayer, embeddings: Rotary) -> None:
             module.forward = forward
 
 
+def _agree(got: Tensor, expected: Tensor, *, is_exact: bool) -> bool:
+    return agree(got, expected, is_exact=is_exact, tolerance=STEP_TOLERANCE)
+
+
 def _probe(
-    forward: Callable[[Tensor, TokenStep], Any], native: NativeLayer, hidden: Tensor, embeddings: Rotary
+    forward: Callable[[Tensor, TokenStep], Any], native: NativeLayer, hidden: Tensor, embeddings: Embeddings
 ) -> list[Any]:
     """What a layer gives for one token, and what it leaves in the cache."""
-    cache = probe_cache(native.attention.module, hidden)
+    cache = native.attention.probe_cache(NUM_CACHED)
     give_room(cache)
     positions = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
     out = forward(hidden, TokenStep(embeddings, positions, cache))

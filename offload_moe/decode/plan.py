@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from offload_moe.decode.cache import RoomyLayer
 from offload_moe.decode.hooks import Bypass
-from offload_moe.decode.layer import NativeLayer, Rotary, TokenStep, check_layer
+from offload_moe.decode.layer import NativeLayer, TokenStep, check_layer
 from offload_moe.decode.probe import Uncovered, structure
 from offload_moe.decode.report import DENSE, LayerPath, has_experts
-from offload_moe.decode.shorten import position_embeddings, probe_positions
+from offload_moe.decode.rotary import StepRotary
 from offload_moe.decode.span import LayerSpan, span_kind
 from offload_moe.decode.wiring import Wiring, wiring_of
 from offload_moe.families.limits import router_limits
@@ -97,15 +97,23 @@ def plan_pass(hf: Any, hierarchy: Hierarchy | None) -> Planned:
     """The plan for the decoder of a model whose modules were made fast before. hierarchy: where its experts are."""
     decoder = hf.get_decoder()
     layers: list[Any] = list(getattr(decoder, "layers", ()))
-    found = _native_layers(layers, position_embeddings(hf, probe_positions(hf)))
+    wiring: Wiring | Uncovered
+    try:
+        wiring = wiring_of(decoder)
+    except Uncovered as reason:
+        wiring = reason
+    found = _native_layers(layers, wiring)
     natives = [each for each in found if isinstance(each, NativeLayer)]
-    plan, why_none = _plan(decoder, layers, found, natives, hierarchy) if natives else (None, ())
+    plan = None
+    if natives:
+        assert isinstance(wiring, Wiring)
+        plan = PassPlan(wiring, list(stages_of(layers, found, hierarchy)), natives)
     spans = [] if plan is None else [stage for stage in plan.stages if isinstance(stage, LayerSpan)]
     spanned = {native for span in spans for native in span.layers}
     paths = {}
     for layer, each in zip(layers, found, strict=True):
-        if not isinstance(each, NativeLayer) or plan is None:
-            paths[layer] = LayerPath(kind="modules", reasons=why_none if isinstance(each, NativeLayer) else each)
+        if not isinstance(each, NativeLayer):
+            paths[layer] = LayerPath(kind="modules", reasons=each)
         elif each in spanned:
             paths[layer] = LayerPath(kind="span")
         else:
@@ -113,37 +121,25 @@ def plan_pass(hf: Any, hierarchy: Hierarchy | None) -> Planned:
     return Planned(plan=plan, paths=paths)
 
 
-def _plan(
-    decoder: Any,
-    layers: Sequence[Any],
-    found: Sequence[Found],
-    natives: Sequence[NativeLayer],
-    hierarchy: Hierarchy | None,
-) -> tuple[PassPlan | None, tuple[str, ...]]:
-    """The plan, or why there is none."""
-    try:
-        wiring = wiring_of(decoder)
-    except Uncovered as reason:
-        return None, reason.reasons
-    return PassPlan(wiring, list(stages_of(layers, found, hierarchy)), natives), ()
-
-
-def _native_layers(layers: Iterable[Any], embeddings: Rotary | None) -> list[Found]:
+def _native_layers(layers: Iterable[Any], wiring: Wiring | Uncovered) -> list[Found]:
     """One layer of each kind is checked."""
     is_checked: dict[Hashable, Uncovered | None] = {}
-    return [_native_layer(layer, embeddings, is_checked) for layer in layers]
+    rotary = StepRotary(is_half=False)
+    return [_native_layer(layer, wiring, rotary, is_checked) for layer in layers]
 
 
-def _native_layer(layer: Any, embeddings: Rotary | None, is_checked: dict[Hashable, Uncovered | None]) -> Found:
+def _native_layer(
+    layer: Any, wiring: Wiring | Uncovered, rotary: StepRotary, is_checked: dict[Hashable, Uncovered | None]
+) -> Found:
     spec = layer_spec(layer)
     if spec is None:
         return (f"a class that is not declared ({type(layer).__name__})",)
-    if embeddings is None:
-        return ("a rotary embedding of another kind, or several",)
     try:
-        native, kind = NativeLayer(layer, spec), structure(layer)
+        native, kind = NativeLayer(layer, spec, rotary), structure(layer)
+        if isinstance(wiring, Uncovered):
+            raise wiring
         if kind not in is_checked:
-            is_checked[kind] = _outcome(native, embeddings)
+            is_checked[kind] = _outcome(native, wiring)
         outcome = is_checked[kind]
         if outcome is not None:
             raise outcome
@@ -152,9 +148,9 @@ def _native_layer(layer: Any, embeddings: Rotary | None, is_checked: dict[Hashab
     return native
 
 
-def _outcome(native: NativeLayer, embeddings: Rotary) -> Uncovered | None:
+def _outcome(native: NativeLayer, wiring: Wiring) -> Uncovered | None:
     try:
-        check_layer(native, embeddings)
+        check_layer(native, wiring.last_embeddings(native.hidden_size))
     except Uncovered as reason:
         return reason
     return None
@@ -184,4 +180,4 @@ def _why_no_span(native: NativeLayer) -> list[str]:
     if not has_experts(native.layer):
         return list(DENSE)
     limits = [] if native.spec.router is None else router_limits(native.spec.router)
-    return limits or ["a router or a shared expert of another kind, or that gives other numbers on probes"]
+    return limits or ["a router or a shared expert in a form that no kernel takes"]

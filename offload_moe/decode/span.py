@@ -71,7 +71,7 @@ class LayerSpan:
         self._num_experts, self._top_k = route.num_experts, route.top_k
         self._kernel = kernels.SpanKernel(
             [_span_layer(layer, hierarchy.pools.keys) for layer in layers],
-            hidden=route.hidden_size,
+            hidden=layers[0].hidden_size,
             num_experts=route.num_experts,
             top_k=route.top_k,
         )

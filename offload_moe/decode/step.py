@@ -7,41 +7,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from offload_moe.decode.cache import ROOMY, Room, RoomySlidingLayer
 from offload_moe.decode.dense import QuantLinear
 from offload_moe.decode.hooks import are_watched, hooks_of
 from offload_moe.decode.norm import FusedRMSNorm
-from offload_moe.decode.probe import Uncovered
+from offload_moe.decode.probe import Uncovered, probes
 from offload_moe.decode.projections import NAMES
 from offload_moe.errors import ConfigError
 from offload_moe.native import kernels
 
 
-class AttentionStep:
-    """One token of one sequence in fp32, without a mask and over the whole cache: the usual decode step."""
+class CachedStep:
+    """What a decode step of attention reads and writes in one layer of a cache."""
 
-    def __init__(self, attention: Any, kernel: kernels.AttentionKernel) -> None:
-        self.module = attention
-        self._layer: int = attention.layer_idx
-        self.kernel = kernel
-        self._hooks = hooks_of(attention.modules())
-
-    def fits(self, hidden_states: Tensor, cache: Any) -> bool:
-        """Whether this call is such a step, and no hook takes something from the module's parts."""
-        return (
-            hidden_states.shape[0] == 1
-            and hidden_states.dtype == torch.float32
-            and hidden_states.is_cpu
-            and self.can_extend(cache)
-            and not are_watched(self._hooks)
-        )
-
-    def __call__(self, hidden_states: Tensor, cos: Tensor, signed_sin: Tensor, cache: Any) -> Tensor:
-        """hidden ``[1, 1, H]`` -> ``[1, 1, H]``; the call `fits`."""
-        out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-        self.kernel.step(hidden_states.contiguous(), cos, signed_sin, *self.extend(cache), out)
-        return out
+    def __init__(self, layer: int, cache_shapes: tuple[tuple[int, int], tuple[int, int]]) -> None:
+        """cache_shapes: heads and dims of keys and of values, or of what the cache holds in their place."""
+        self._layer = layer
+        self.cache_shapes = cache_shapes
 
     def can_extend(self, cache: Any) -> bool:
         """Whether the cache has room of ours for this layer, of one sequence."""
@@ -63,14 +47,50 @@ class AttentionStep:
         assert room[0].dtype == room[1].dtype == torch.float32
         return room
 
+    def probe_cache(self, num_tokens: int) -> DynamicCache:
+        """A few random keys and values in this layer, in fp32 on the CPU."""
+        cache = DynamicCache()
+        keys, values = (
+            probes((1, num_heads, num_tokens, dims), torch.float32, torch.device("cpu"), seed)[1]
+            for seed, (num_heads, dims) in enumerate(self.cache_shapes)
+        )
+        cache.update(keys, values, self._layer)
+        return cache
+
+
+class AttentionStep(CachedStep):
+    """One token of one sequence in fp32, without a mask and over the whole cache: the usual decode step."""
+
+    def __init__(self, attention: Any, kernel: kernels.AttentionKernel) -> None:
+        num_heads = attention.k_proj.out_features // attention.head_dim
+        super().__init__(attention.layer_idx, ((num_heads, attention.head_dim),) * 2)
+        self.kernel = kernel
+        self._hooks = hooks_of(attention.modules())
+
+    def fits(self, hidden_states: Tensor, cache: Any) -> bool:
+        """Whether this call is such a step, and no hook takes something from the module's parts."""
+        return (
+            hidden_states.shape[0] == 1
+            and hidden_states.dtype == torch.float32
+            and hidden_states.is_cpu
+            and self.can_extend(cache)
+            and not are_watched(self._hooks)
+        )
+
+    def __call__(self, hidden_states: Tensor, cos: Tensor, signed_sin: Tensor, cache: Any) -> Tensor:
+        """hidden ``[1, 1, H]`` -> ``[1, 1, H]``; the call `fits`."""
+        out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        self.kernel.step(hidden_states.contiguous(), cos, signed_sin, *self.extend(cache), out)
+        return out
+
 
 def attention_step(attention: Any, rotated_dims: int) -> AttentionStep:
     """The step of this module. Raises: Uncovered where a part is not one that the kernel knows."""
     modules: list[Any] = [getattr(attention, name) for name in (*NAMES, "o_proj")]
-    linears = [_linear(module) for module in modules]
+    linears = [quantized_linear(module) for module in modules]
     norms = [_head_norm(getattr(attention, name, None)) for name in ("q_norm", "k_norm")]
     sinks = getattr(attention, "sinks", None)
-    if len({module.mode for module in modules}) > 1 or not _is_fp32(sinks):
+    if len({module.mode for module in modules}) > 1 or not is_fp32(sinks):
         raise Uncovered("attention whose parts are computed in several ways")
     try:
         kernel = kernels.AttentionKernel(
@@ -87,10 +107,11 @@ def attention_step(attention: Any, rotated_dims: int) -> AttentionStep:
     return AttentionStep(attention, kernel)
 
 
-def _linear(module: Any) -> kernels.Linear:
+def quantized_linear(module: Any) -> kernels.Linear:
+    """A projection as the kernels take it. Raises: Uncovered."""
     if not isinstance(module, QuantLinear) or not module.has_kernel:
         raise Uncovered("attention whose projections are not quantized, or in a codec without a kernel")
-    if module.shape.biases or not _is_fp32(module.bias):
+    if module.shape.biases or not is_fp32(module.bias):
         raise Uncovered("attention whose biases are quantized with its projections")
     layout = module.codec.layout(module.shape)
     return kernels.Linear(
@@ -103,10 +124,11 @@ def _head_norm(module: nn.Module | None) -> kernels.HeadNorm | None:
     if module is None:
         return None
     forward = vars(module).get("forward")
-    if not isinstance(forward, FusedRMSNorm) or not _is_fp32(forward.weight):
+    if not isinstance(forward, FusedRMSNorm) or not is_fp32(forward.weight):
         raise Uncovered("attention with norms of queries and keys of another kind")
     return kernels.HeadNorm(weight=forward.weight, epsilon=forward.eps)
 
 
-def _is_fp32(tensor: Tensor | None) -> bool:
+def is_fp32(tensor: Tensor | None) -> bool:
+    """Whether the kernels read it where it lies; nothing is read of None."""
     return tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous())

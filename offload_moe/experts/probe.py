@@ -112,7 +112,7 @@ class NativeRouter:
         if norm_weight.shape != weight.shape[1:] or any(each.shape != weight.shape[:1] for each in bias):
             raise ConfigError(f"A norm of {tuple(norm_weight.shape)} before a router of {tuple(weight.shape)}.")
         self._norm = kernels.NormKernel(norm_weight, _epsilon(norm))
-        linear = kernels.Linear.of_fp32(weight, *bias)
+        linear = kernels.Linear.of_numbers(weight, *bias)
         self._router = kernels.RouterKernel(linear, top_k=k, is_of_chosen=True)
         sizes = (*weight.shape[::-1], k)
         self._normed, self._logits, self._weights = (torch.empty(1, n, dtype=torch.float32) for n in sizes)

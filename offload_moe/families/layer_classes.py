@@ -33,13 +33,14 @@ class RouterClass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionClass:
-    """norms: children that norm queries and keys, where the instance has them.
+    """norms: children that norm queries and keys, where the instance has them. keeps_pairs: see `AttentionSpec`.
 
     window: None or a number. is_local: whether it counts for this layer.
     """
 
     is_latent: bool = False
     is_interleaved: Setting = False
+    keeps_pairs: bool = False
     norm_span: NormSpan = "none"
     norms: tuple[str, str] = ("q_norm", "k_norm")
     is_normed_rotated: bool = False
@@ -103,7 +104,7 @@ GRANITE = LayerClass(
     residual_scale="residual_multiplier",
     embedding_scale="embedding_multiplier",
 )
-WITH_SHARED = LayerClass(router=DEEPSEEK, shared="shared_experts", fast_path="attention")
+WITH_SHARED = LayerClass(router=DEEPSEEK, shared="shared_experts")
 
 LAYERS: Mapping[str, LayerClass] = {
     "AfmoeDecoderLayer": LayerClass(
@@ -128,9 +129,11 @@ LAYERS: Mapping[str, LayerClass] = {
     ),
     "AriaTextDecoderLayer": LayerClass(router=replace(OF_CHOSEN, path="router"), shared="shared_experts"),
     "DeepseekV2DecoderLayer": LayerClass(
-        router=DEEPSEEK_V2, attention=replace(LATENT, is_interleaved=True), shared="shared_experts", fast_path="no"
+        router=DEEPSEEK_V2,
+        attention=replace(LATENT, is_interleaved=True, keeps_pairs=True),
+        shared="shared_experts",
     ),
-    "DeepseekV3DecoderLayer": replace(WITH_SHARED, attention=LATENT, fast_path="no"),
+    "DeepseekV3DecoderLayer": replace(WITH_SHARED, attention=LATENT),
     "Dots1DecoderLayer": replace(WITH_SHARED, attention=replace(NORMED_HEADS, window="sliding_window")),
     "Ernie4_5_MoeDecoderLayer": LayerClass(
         router=RouterClass(is_normalized=True, correction="gate.moe_statics.e_score_correction_bias"),
@@ -154,7 +157,7 @@ LAYERS: Mapping[str, LayerClass] = {
         fast_path="no",
     ),
     "Glm4MoeDecoderLayer": replace(WITH_SHARED, attention=NORMED_HEADS),
-    "Glm4MoeLiteDecoderLayer": replace(WITH_SHARED, attention=LATENT, fast_path="no"),
+    "Glm4MoeLiteDecoderLayer": replace(WITH_SHARED, attention=LATENT),
     "GptOssDecoderLayer": LayerClass(
         router=replace(OF_CHOSEN, path="router"),
         attention=AttentionClass(window="sliding_window", sinks="sinks"),
@@ -165,7 +168,6 @@ LAYERS: Mapping[str, LayerClass] = {
         router=replace(CORRECTED, scale="router_scaling_factor"),
         attention=NORMED_HEADS,
         shared="shared_experts",
-        fast_path="attention",
     ),
     "HunYuanMoEV1DecoderLayer": LayerClass(
         router=replace(OF_CHOSEN, weight="wg.weight"),
@@ -173,7 +175,7 @@ LAYERS: Mapping[str, LayerClass] = {
         shared="shared_mlp",
         fast_path="no",
     ),
-    "MiniMaxM2DecoderLayer": LayerClass(router=CORRECTED, attention=NORMED_ROWS, fast_path="attention"),
+    "MiniMaxM2DecoderLayer": LayerClass(router=CORRECTED, attention=NORMED_ROWS),
     "MixtralDecoderLayer": LayerClass(router=OF_CHOSEN, attention=AttentionClass(window="config.sliding_window")),
     "OlmoeDecoderLayer": LayerClass(router=SOFTMAX, attention=replace(NORMED_ROWS, clip="config.clip_qkv")),
     "PhimoeDecoderLayer": LayerClass(

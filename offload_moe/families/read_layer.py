@@ -88,6 +88,7 @@ def _attention(module: Any, declared: AttentionClass) -> AttentionSpec:
         scaling=module.scaling,
         rotary=rotary,
         rotated_dims=module.qk_rope_head_dim if latent else _rotated_dims(module),
+        keeps_pairs=declared.keeps_pairs,
         latent=latent,
         norm_span=declared.norm_span if norms[0] is not None else "none",
         query_norm=norms[0],

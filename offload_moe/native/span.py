@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from offload_moe.errors import ConfigError
-from offload_moe.native.attention import LayerKernel, tokens_apart
+from offload_moe.native.attention import tokens_apart
 from offload_moe.native.bindings import library
 from offload_moe.native.constants import MAX_TOP_K, MODES, UNDER_WAY
 from offload_moe.native.experts import ExpertKernel
+from offload_moe.native.layer import LayerKernel
 from offload_moe.native.planes import Mode
 from offload_moe.native.reads import Reads
 from offload_moe.native.slot_table import SlotTable

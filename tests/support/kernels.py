@@ -91,7 +91,7 @@ def make_linear(codec: str, out_features: int, in_features: int, *, has_bias: bo
     weight = torch.randn(out_features, in_features) * in_features**-0.5
     bias = torch.randn(out_features) if has_bias else None
     if codec == "fp32":
-        return kernels.Linear.of_fp32(weight, bias)
+        return kernels.Linear.of_numbers(weight, bias)
     coder = get_codec(codec)
     record = coder.encode(shape, {"weight": weight})
     return kernels.Linear(codec=codec, shape=shape, layout=coder.layout(shape), record=record, bias=bias)
