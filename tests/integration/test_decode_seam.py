@@ -266,12 +266,15 @@ def test_another_attention_function_takes_the_modules(model: Model, plain: Model
         ("minimax_m2", {}),
         ("olmoe", {}),
         ("gpt_oss", {}),
+        ("deepseek_v2", {"q_lora_rank": None, "qk_rope_head_dim": 16}),
+        ("deepseek_v3", {"qk_rope_head_dim": 16, "attention_bias": True}),
+        ("glm4_moe_lite", {"qk_rope_head_dim": 16}),
     ],
 )
 def test_families_with_a_plan_give_the_numbers_of_their_modules(
     family: str, changes: dict[str, Any], tmp_path: Path, passes: list[int]
 ) -> None:
-    write_checkpoint(tmp_path / "checkpoint", family, head_dim=16, hidden_size=64, **changes)
+    write_checkpoint(tmp_path / "checkpoint", family, **{"head_dim": 16, "hidden_size": 64} | changes)
     quantize(tmp_path / "checkpoint", tmp_path / "store")
     ids = torch.arange(3, 3 + NUM_PROMPT)[None]
     settings = {"max_new_tokens": NUM_NEW, "do_sample": False, "eos_token_id": None, "disable_compile": True}
@@ -280,6 +283,9 @@ def test_families_with_a_plan_give_the_numbers_of_their_modules(
         with load(tmp_path / "store", fast_path=is_fast) as model:
             out = model.hf.generate(ids, output_logits=True, return_dict_in_generate=True, **settings)
             logits.append(torch.stack(out.logits))
+        if is_fast:
+            assert model.fast_path is not None
+            assert [layer.kind for layer in model.fast_path.layers][1:] == ["span"] * 2
     assert len(passes) == NUM_NEW - 1
     assert distance(*logits) < ROUNDING
 
@@ -292,10 +298,10 @@ def test_layers_that_are_not_native_are_called_as_modules(store: Path, passes: l
 
     init = plan.NativeLayer.__init__
 
-    def refuse_the_second(self: Any, layer: Any, spec: Any) -> None:
+    def refuse_the_second(self: Any, layer: Any, *args: Any) -> None:
         if layer.self_attn.layer_idx == 1:
             raise Uncovered("what a test says")
-        init(self, layer, spec)
+        init(self, layer, *args)
 
     monkeypatch.setattr(plan.NativeLayer, "__init__", refuse_the_second)
     with open_model(store) as model:

@@ -50,9 +50,8 @@ def kinds_in_place(model: Model) -> list[str]:
         ("gpt_oss", {}, ["span"] * 3, "yes", ""),
         ("granitemoe", {"residual_multiplier": 0.5}, ["modules"] * 3, "yes", "residual sums scaled by 0.5"),
         ("olmoe", {"clip_qkv": 4.0}, ["modules"] * 3, "yes", "clamped queries, keys and values"),
-        ("dots1", {"first_k_dense_replace": 1}, ["layer"] * 3, "attention", "a router with sigmoid scores"),
-        ("minimax_m2", {}, ["layer"] * 3, "attention", "a correction of its scores"),
-        ("deepseek_v3", {}, ["modules"] * 3, "no", "latent attention"),
+        ("minimax_m2", {}, ["span"] * 3, "yes", ""),
+        ("ernie4_5_moe", {}, ["modules"] * 3, "no", "rotation of pairs of neighbours"),
         ("flex_olmo", {}, ["modules"] * 3, "no", "norms after attention and MLP"),
     ],
 )
