@@ -1,4 +1,4 @@
-"""What transformers promises of an experts module (`transformers/integrations/moe.py`), as a type."""
+"""The attributes of transformers' experts modules (`transformers/integrations/moe.py`), as a type."""
 
 from typing import Any, Protocol
 
@@ -25,6 +25,6 @@ class ExpertsContract(Protocol):
 
 
 def pair_scale_of(module: ExpertsContract) -> float:
-    """What every weighted output is multiplied by once more; only an adapter's module says so."""
+    """A factor of every weighted output; 1 except for the modules of some adapters."""
     scale: float = getattr(module, "pair_scale", 1.0)
     return scale

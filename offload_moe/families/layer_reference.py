@@ -1,4 +1,4 @@
-"""A decoder layer computed from its `LayerSpec` alone, slowly: what a declaration means.
+"""A decoder layer computed from its `LayerSpec` alone, slowly: the meaning of a declaration.
 
 Only weights, and the routed experts with them, come from the module. Tests compare it with transformers' own layer.
 
