@@ -1,26 +1,21 @@
-"""Binding the experts of a transformers model to our scheduler.
+"""Binding the experts of a transformers model to a scheduler.
 
-transformers looks an experts function up by the name in the module's config; ours is registered once, is stateless, and
-calls what was bound to that very module. Two models in one process therefore never meet. Modules outside the registry
-get the forward of their adapter instead.
+The forward of each experts module is replaced, and nothing else of it: by its `BoundExperts`, which have the arguments
+and the result of classes in transformers' experts registry, or by the forward of an adapter for other classes.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.experts.arithmetic import Arithmetic
-from offload_moe.experts.contract import ExpertsContract
 from offload_moe.experts.lookahead import Lookahead
 from offload_moe.experts.native import NativeArithmetic
 from offload_moe.experts.routing import group_by_expert
 from offload_moe.residency.scheduler import Scheduler
-
-EXPERTS_FUNCTION = "offload_moe"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,16 +137,23 @@ class BoundExperts:
             self._look_ahead(hidden, experts, top_k_index, ahead)
 
 
-def offloaded_experts(module: ExpertsContract, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The function transformers calls in place of the eager experts."""
-    bound: BoundExperts = module._offload_moe
-    return bound(hidden, top_k_index, top_k_weights)
+@dataclass(frozen=True, slots=True)
+class AdaptedForward:
+    """The forward of an adapter, which passes ids and weights to `bound`."""
+
+    bound: BoundExperts
+    forward: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
 
 
 def bound_experts(module: nn.Module) -> BoundExperts | None:
-    """What `attach` bound to a module."""
-    bound: BoundExperts | None = module.__dict__.get("_offload_moe")
-    return bound
+    """The experts that `attach` bound to a module; None where it has none."""
+    forward = vars(module).get("forward")
+    if isinstance(forward, AdaptedForward):
+        return forward.bound
+    return forward if isinstance(forward, BoundExperts) else None
 
 
 def detach_parameters(layers: Sequence[ExpertsModule]) -> None:
@@ -164,11 +166,9 @@ def detach_parameters(layers: Sequence[ExpertsModule]) -> None:
 
 def attach(layers: Sequence[ExpertsModule], bound: Sequence[BoundExperts]) -> None:
     """Bind each experts module to its layer. The model must own its config: modules share it."""
-    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, offloaded_experts)
     for layer, experts in zip(layers, bound, strict=True):
-        module = cast(ExpertsContract, layer.module)
-        module._offload_moe = experts
         if layer.adapter is None:
-            module.config._experts_implementation = EXPERTS_FUNCTION
+            layer.contract.config._experts_implementation = "eager"  # generate() switches between the other ones
+            layer.module.forward = experts
         else:
-            layer.module.forward = layer.adapter.forward(layer.module, experts)
+            layer.module.forward = AdaptedForward(experts, layer.adapter.forward(layer.module, experts))

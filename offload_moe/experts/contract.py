@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class ExpertsContract(Protocol):
-    """The attributes every decorated experts class has; `_offload_moe` is ours."""
+    """The attributes of every decorated experts class."""
 
     has_gate: bool
     has_bias: bool
@@ -14,8 +14,6 @@ class ExpertsContract(Protocol):
     is_concatenated: bool
     has_post_expert_norm: bool
     config: Any
-
-    _offload_moe: Any
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor: ...
 
