@@ -31,7 +31,7 @@ from offload_moe.plan.fit import fit, measure_load, notices_of_budget, summary
 from offload_moe.plan.machine import compute_dtype
 from offload_moe.plan.parameters import ModelShape, describe_skeleton
 from offload_moe.plan.placement import Placement
-from offload_moe.plan.room import ContextRoom, may_lend
+from offload_moe.plan.room import ContextRoom, may_borrow
 from offload_moe.residency.popularity import warm_start
 from offload_moe.store import Store
 from offload_moe.system.names import DEMO
@@ -163,8 +163,8 @@ def _make_model(store: Store, options: LoadOptions, planned: Planned, engine: En
 def _make_room(planned: Planned, engine: Engine) -> ContextRoom:
     """Room for contexts, made before each forward of the decoder."""
     resize = partial(engine.hierarchy.resize, "vram" if planned.placement.vram else "ram")
-    lends = may_lend(engine.hf, planned.shape, planned.placement)
-    room = ContextRoom(planned.shape, planned.dtype, planned.placement, resize, lends=lends)
+    borrows = may_borrow(engine.hf, planned.shape, planned.placement)
+    room = ContextRoom(planned.shape, planned.dtype, planned.placement, resize, borrows=borrows)
     engine.hf.get_decoder().register_forward_pre_hook(room.before_forward, with_kwargs=True)
     return room
 
