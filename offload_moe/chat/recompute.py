@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import wraps
+from functools import update_wrapper
 from typing import Any
 
 from torch import Tensor
@@ -19,8 +19,6 @@ from offload_moe.decode.rotation import RotationKeeper, length_of, rotation_keep
 from offload_moe.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-_ATTRIBUTE = "_offload_moe_recompute"  # of a model
 
 
 class Recompute:
@@ -35,8 +33,8 @@ class Recompute:
         self._has_warned = False
         self._prefill: Callable[..., Any] = hf._prefill
         self._prepare: Callable[..., dict[str, Any]] = hf.prepare_inputs_for_generation
-        hf._prefill = _in_place_of(self._prefill, self.prefill)
-        hf.prepare_inputs_for_generation = _in_place_of(self._prepare, self.prepare)
+        hf._prefill = _Replacement(self, self._prefill, self.prefill)
+        hf.prepare_inputs_for_generation = _Replacement(self, self._prepare, self.prepare)
 
     def take_crossed_window(self) -> int | None:
         """The window, in tokens, that a sequence of this thread crossed since the last call; None for none."""
@@ -134,21 +132,22 @@ class Recompute:
 
 def recompute_of(hf: PreTrainedModel) -> Recompute | None:
     """Install a `Recompute` in a model that rotates by length, once; None for all other models."""
-    if _ATTRIBUTE not in vars(hf):
-        keeper = rotation_keeper(hf)
-        setattr(hf, _ATTRIBUTE, None if keeper is None else Recompute(hf, keeper))
-    recompute: Recompute | None = vars(hf)[_ATTRIBUTE]
-    return recompute
+    replaced = vars(hf).get("_prefill")
+    if isinstance(replaced, _Replacement):
+        return replaced.owner
+    keeper = rotation_keeper(hf)
+    return None if keeper is None else Recompute(hf, keeper)
 
 
-def _in_place_of(method: Callable[..., Any], new: Callable[..., Any]) -> Callable[..., Any]:
-    """`new` with the signature of `method`, which generate() inspects."""
+class _Replacement:
+    """A method of `owner` in place of a model's, with its signature, which generate() inspects."""
 
-    @wraps(method)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        return new(*args, **kwargs)
+    def __init__(self, owner: Recompute, method: Callable[..., Any], new: Callable[..., Any]) -> None:
+        self.owner, self._new = owner, new
+        update_wrapper(self, method)
 
-    return replacement
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._new(*args, **kwargs)
 
 
 def _sequence_length(input_ids: Tensor, settings: dict[str, Any]) -> int:
