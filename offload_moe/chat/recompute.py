@@ -38,8 +38,7 @@ class Recompute:
 
     def take_crossed_window(self) -> int | None:
         """The window, in tokens, that a sequence of this thread crossed since the last call; None for none."""
-        window: int | None = vars(self._thread).pop("crossed_window", None)
-        return window
+        return vars(self._thread).pop("crossed_window", None)
 
     def begin(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> int:
         """Empty a cache that does not fit a prompt. Returns the prompt's length, for which its parts are rotated.

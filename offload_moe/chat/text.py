@@ -41,7 +41,6 @@ class IncrementalText:
         return now[len(before) :]
 
     def _decode(self, start: int, end: int) -> str:
-        text: str = self._tokenizer.decode(
+        return self._tokenizer.decode(
             self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return text

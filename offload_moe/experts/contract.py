@@ -24,5 +24,4 @@ class ExpertsContract(Protocol):
 
 def pair_scale_of(module: ExpertsContract) -> float:
     """A factor of every weighted output; 1 except for the modules of some adapters."""
-    scale: float = getattr(module, "pair_scale", 1.0)
-    return scale
+    return getattr(module, "pair_scale", 1.0)

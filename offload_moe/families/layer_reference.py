@@ -184,5 +184,4 @@ def _linear(layer: nn.Module, path: str, x: Tensor, *, has_bias: bool | None) ->
 
 def _tensor(layer: nn.Module, path: str) -> Tensor:
     owner, _, name = path.rpartition(".")
-    tensor: Tensor = getattr(layer.get_submodule(owner), name)
-    return tensor
+    return getattr(layer.get_submodule(owner), name)

@@ -263,5 +263,4 @@ def _probabilities(
         if router is None or len(known) < len(forwards):
             return None
         found.append(pad_experts(router.probabilities(torch.cat(known)), num_experts))
-    stacked: Array = torch.stack(found, dim=1).cpu().numpy().astype(np.float16)
-    return stacked
+    return torch.stack(found, dim=1).cpu().numpy().astype(np.float16)
