@@ -58,7 +58,7 @@ def test_a_predictor_that_is_always_wrong_changes_no_token(
 ) -> None:
     with open_model(stores["qwen3_moe"], 8, prefetch=0) as model:
         expected = greedy(model)
-    monkeypatch.setattr("offload_moe.decode.plan.span_kind", lambda hierarchy, layer: None)  # a span runs routers itself
+    monkeypatch.setattr("offload_moe.decode.plan.span_kind", lambda hierarchy, layer: None)  # spans route ahead
     monkeypatch.setattr(RouterProbe, "route", lambda self, residual, k: torch.tensor([[0, 1, 2][:k]]))
     with open_model(stores["qwen3_moe"], 8, prefetch=2) as model:
         assert torch.equal(greedy(model), expected)
