@@ -75,7 +75,7 @@ def compare(values: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def median_interval(ordered: list[float]) -> list[float]:
-    """The narrowest pair of these that encloses the median with this confidence: by counting signs, of any distribution."""
+    """The narrowest pair of these that encloses the median with this confidence, whatever their distribution."""
     count = len(ordered)
     outside = 0.0  # that fewer than `cut` of them lie below the median, or above
     for cut in range(count // 2):

@@ -1,4 +1,4 @@
-"""One answer in the making: prompt, token stream, text, reasoning, and what is in the cache afterwards."""
+"""One answer in progress: prompt, token stream, text, reasoning, and the content of the cache afterwards."""
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,13 +19,13 @@ from offload_moe.errors import BudgetError, ConfigError
 from offload_moe.plan.room import ContextRoom
 from offload_moe.residency.counters import Counters
 
-# Where neither the user, the checkpoint nor the context says when to stop, a model that never stops has to be stopped.
+# The limit where settings, checkpoint and context set none: some models never end an answer.
 DEFAULT_MAX_NEW_TOKENS = 4096
 _CONTEXT_TOKENS = 8
 
 
 class Answer:
-    """The prompt is rendered, checked and matched with the cache at once; `pieces` computes.
+    """One answer. The constructor renders the prompt, checks it and matches it with the cache; `pieces` computes.
 
     Raises:
         ConfigError: the prompt does not fit in the model's context.
@@ -57,7 +57,7 @@ class Answer:
         self._num_reused, self._reuse = prefix.begin(self._ids)
         self._cache = prefix.cache
         if room is not None:
-            self._heed(room)
+            self._limit_to(room)
         self._num_in_cache = self._num_reused
         self._opening_s = 0.0
         self._stream: TokenStream | None = None
@@ -70,7 +70,7 @@ class Answer:
 
     @property
     def prompt_progress(self) -> tuple[int, int]:
-        """Prompt tokens computed so far, and how many are to be computed."""
+        """Prompt tokens computed so far, and to be computed in all."""
         total = len(self._ids) - self._num_reused
         if self._prompt_stream is None:
             return 0, total
@@ -78,7 +78,7 @@ class Answer:
         return min(done, total), total
 
     def pieces(self) -> Iterator[Piece]:
-        """The answer as it streams. Closing it stops the model; the cache is up to date in every case."""
+        """Yield the answer piece by piece. Closing the iterator stops the model; the cache stays consistent."""
         self._compute_opening()
         if self._is_stopped():
             return
@@ -101,7 +101,7 @@ class Answer:
     def stats(
         self, counters: Counters | None, memory_bytes: Mapping[str, int], num_slots_given_up: int = 0
     ) -> TurnStats:
-        """What it cost, once it has ended."""
+        """Tokens, seconds and bytes (by part of memory) of the ended answer. counters: of the tiers, of this answer."""
         stream = self._stream
         return TurnStats(
             num_prompt_tokens=len(self._ids),
@@ -117,8 +117,8 @@ class Answer:
             crossed_window=self._prefix.crossed_window or (stream.crossed_window if stream is not None else None),
         )
 
-    def _heed(self, room: ContextRoom) -> None:
-        """Refuse a prompt that memory has no room for, and end an answer before it runs out of it."""
+    def _limit_to(self, room: ContextRoom) -> None:
+        """Refuse a prompt that does not fit in memory, and limit the answer to what fits behind it."""
         num_tokens = len(self._ids)
         num_new = num_tokens - self._num_reused
         try:
@@ -155,8 +155,8 @@ class Answer:
         return "interrupted" if self._is_stopped() and not is_stopped_by_model else "stop"
 
     def _compute_opening(self) -> None:
-        """Where a layer forgets, compute the part that the next prompt shares first and keep its state."""
-        if not self._prefix.wants_snapshot:
+        """Where a layer drops earlier state, compute the part that the next prompt shares first, and keep its state."""
+        if not self._prefix.needs_snapshot:
             return
         boundary = self._format.boundary(self._messages, self._ids)
         if boundary <= self._num_reused or not self._prefix.is_kept_at(boundary, len(self._ids)):
@@ -191,7 +191,7 @@ class Answer:
 
 
 def _room(hf: PreTrainedModel, num_prompt_tokens: int, sampling: Sampling) -> tuple[int, Finish]:
-    """How many tokens the answer may have, and what it means to reach that many."""
+    """The most tokens of the answer, and why it ends at that many."""
     wanted = sampling.max_new_tokens or hf.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     limit = context_limit(hf)
     if limit is None or num_prompt_tokens + wanted <= limit:

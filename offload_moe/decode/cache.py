@@ -69,7 +69,7 @@ class RoomyLayer(DynamicLayer):
         return *room, length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens; the room is given back once no more than half of it is used."""
+        """Remove the last `-tokens_to_remove` tokens; the room is given back once no more than half of it is used."""
         super().crop(tokens_to_remove)
         if self._room is not None and 2 * self.get_seq_length() <= self._room[0].shape[2]:
             self.keys, self.values, self._room = self.keys.clone(), self.values.clone(), None

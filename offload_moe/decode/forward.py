@@ -70,7 +70,7 @@ class DecoderForward:
         return wiring.make_output(last_hidden_state=hidden, past_key_values=past_key_values)
 
     def _is_usual(self, others: dict[str, Any]) -> bool:
-        """Whether neither an argument nor the config asks for anything else."""
+        """Whether no argument and no setting of the config requires anything else."""
         config = self._config
         return (
             not any(value is not None and value is not False for value in others.values())

@@ -76,6 +76,6 @@ def is_capturing() -> bool:
 def _is_idle(hook: object) -> bool:
     """Whether it is one of the hooks that transformers captures outputs with, and this thread's call captures nothing.
 
-    They are installed by the first call that asks for hidden states, attentions or router logits, and stay.
+    They are installed by the first call for hidden states, attentions or router logits, and stay.
     """
     return getattr(hook, "__module__", None) == output_capturing.__name__ and not is_capturing()

@@ -110,7 +110,7 @@ def _same(module: nn.Module, step: StepRouter, x: Tensor) -> bool:
 
 
 def _chooses_alike(ids: Tensor, expected: Routed) -> bool:
-    """Whether these are the experts that were expected, or ones whose logits only rounding tells from theirs."""
+    """Whether these are the experts that were expected, or others whose logits differ by rounding alone."""
     logits, weights, expected_ids = expected
     distance = (logits.gather(-1, ids) - logits.gather(-1, expected_ids)).abs()
     limit = TIED + TOLERANCE[torch.float32] * logits.abs().max()

@@ -1,4 +1,4 @@
-"""A decode step of attention as one kernel call, where the module's parts are ones that the kernel knows.
+"""A decode step of attention as one kernel call, where the module's parts are ones that the kernel takes.
 
 H hidden, N query heads, M key/value heads, D head dim, S cached tokens, C room in the cache.
 """
@@ -85,7 +85,7 @@ class AttentionStep(CachedStep):
 
 
 def attention_step(attention: Any, rotated_dims: int) -> AttentionStep:
-    """The step of this module. Raises: Uncovered where a part is not one that the kernel knows."""
+    """The step of this module. Raises: Uncovered where a part is not one that the kernel takes."""
     modules: list[Any] = [getattr(attention, name) for name in (*NAMES, "o_proj")]
     linears = [quantized_linear(module) for module in modules]
     norms = [_head_norm(getattr(attention, name, None)) for name in ("q_norm", "k_norm")]

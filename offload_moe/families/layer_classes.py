@@ -17,7 +17,7 @@ Rotates = Literal["always", "local layers", "local layers, or all where there is
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterClass:
-    """path, weight: below the MoE block. correction: below the block, too."""
+    """The router of a declared layer class. path, weight, correction: below the MoE block."""
 
     path: str = "gate"
     weight: str = "weight"
@@ -33,7 +33,8 @@ class RouterClass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionClass:
-    """norms: children that norm queries and keys, where the instance has them. keeps_pairs: see `AttentionSpec`.
+    """The attention of a declared layer class. norms: children that norm queries and keys, where an instance has them.
+    keeps_pairs: see `AttentionSpec`.
 
     window: None or a number. is_local: whether it counts for this layer.
     """
@@ -54,8 +55,9 @@ class AttentionClass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerClass:
-    """norms: before and after attention, before and after the MLP. block: the child that is the MLP or the MoE block.
+    """A declared layer class. norms: before and after attention, before and after the MLP.
 
+    block: the child that is the MLP or the MoE block.
     shared, shared_gate: children of the block; shared_beside: a child of the layer instead. embedding_scale: a setting
     of the decoder, which multiplies its embeddings by it before the first layer. fast_path: what native
     decode kernels compute with the family's usual settings: all of it, attention and norms, or its experts only.

@@ -1,4 +1,4 @@
-"""What a decoder layer computes, in values: the kernels, the reference and the reports read it, not the module's code.
+"""What a decoder layer computes, as values, which the kernels, the reference and the reports read.
 
 Paths are module or tensor names below the layer. An empty path: the layer has no such part.
 """

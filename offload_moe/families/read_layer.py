@@ -153,8 +153,7 @@ def _setting(module: Any, setting: Setting, *, is_optional: bool = False) -> Set
         return setting
     for name in setting.split("."):
         module = getattr(module, name, None) if is_optional else getattr(module, name)
-    value: Setting = module
-    return value
+    return module
 
 
 def _number(module: Any, setting: Setting) -> float:

@@ -102,7 +102,7 @@ class Recorder:
     def ran(self, layers: SpannedLayers) -> None:
         forward = self._current
         if forward is not None:
-            forward.add_run(layers, self._mark())
+            forward.add_span(layers, self._mark())
 
     def _begin_forward(self, input_ids: Tensor, start: int) -> None:
         """input_ids: [1, T]; start: number of the sequence's tokens in the cache."""

@@ -37,7 +37,7 @@ SHARED = {
 }
 NUM_PROMPT, NUM_NEW, NUM_LAYERS = 9, 12, 3
 LEAST_SLOTS = 6  # twice a token's experts per layer
-INT8_ROUNDING = 5e-2  # see test_lean
+INT8_ROUNDING = 5e-2  # see test_decode
 
 
 @pytest.fixture(scope="module")
@@ -471,7 +471,7 @@ def test_a_pool_that_holds_every_expert_shrinks_between_tokens_only(
         assert torch.equal(logits(model), expected)
 
 
-def test_a_stop_within_a_token_is_heard(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_within_a_token_takes_effect(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every other time a run has nothing to say."""
     calls, say = [], native_span.TokenPass.next
 

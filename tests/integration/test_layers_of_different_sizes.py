@@ -35,6 +35,7 @@ from offload_moe.residency.policy import POLICY_NAMES
 from offload_moe.residency.popularity import POPULARITY_NAME, read_popularity
 from offload_moe.residency.tier import Tier
 from offload_moe.store import Store
+from tests.support.stores import check_all
 
 FAMILIES = sorted(SIZES)
 NUM_NEW = 8
@@ -91,7 +92,7 @@ def keys_of(family: str) -> ExpertKeys:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_store_has_every_expert_and_no_other(family: str, stores: dict[str, Path]) -> None:
     store = Store.open(stores[family])
-    store.verify()
+    check_all(store)
     assert [layer.num_experts for layer in store.layers] == SIZES[family]
 
 
