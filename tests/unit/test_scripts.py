@@ -47,7 +47,8 @@ def test_two_checkouts_are_compared_trial_by_trial(tmp_path: Path) -> None:
             "count = pathlib.Path(__file__).with_suffix('.count')\n"
             "number = len(count.read_text()) if count.exists() else 0\n"
             "count.write_text('x' * (number + 1))\n"
-            f"print(json.dumps({{'runs': [{{'cpu_ms': {factor} * (number + 2)}}], 'other': 1, 'argument': sys.argv[1]}}))\n"
+            f"value = {factor} * (number + 2)\n"
+            "print(json.dumps({'runs': [{'cpu_ms': value}], 'other': 1, 'argument': sys.argv[1]}))\n"
         )
     command = [sys.executable, str(ROOT / "benchmarks/paired.py"), str(tmp_path / "old"), str(tmp_path / "new")]
     command += ["--trials", "7", "--", "made.py", "--tokens"]
