@@ -31,6 +31,9 @@ class SameRecord:
     def cancel(self, slot: int) -> bool:
         return False
 
+    def drain(self) -> None:
+        pass
+
     def used(self, slots: Sequence[int]) -> None: ...
 
     def close(self) -> None:

@@ -74,7 +74,7 @@ def make(options: argparse.Namespace, copier: Any) -> Any:
         num_ram_slots=num_records,
         num_device_slots=num_records if copier else 0,
     )
-    hierarchy = Hierarchy(pools, lambda arena: InstantMover(), copier)
+    hierarchy = Hierarchy(pools, lambda arena, _: InstantMover(), copier)
     for layer in range(options.layers):
         with hierarchy.scheduler.acquire(layer, range(options.experts)) as lease:
             for _ in lease:
@@ -95,6 +95,9 @@ class InstantMover:
 
     def promote(self, slot: int) -> None:
         self._workers.promote(slot)
+
+    def drain(self) -> None:
+        pass
 
     def used(self, slots: Sequence[int]) -> None:
         pass

@@ -140,6 +140,9 @@ class DeviceMover:
                 return True
         return self._loaders.cancel(slot)
 
+    def drain(self) -> None:
+        """Landings are noticed by a thread of their own."""
+
     def used(self, slots: Sequence[int]) -> None:
         marker = self._copier.mark()
         for slot in slots:

@@ -12,7 +12,7 @@ class Mover(Protocol):
     def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
         """Begin the transfer; a prefetch is lined up behind the demanded ones.
 
-        Calls ``arrived(slot, num_bytes, error)`` once, from a thread of the mover.
+        Calls ``arrived(slot, num_bytes, error)`` once, from a thread of the mover or from one that drains.
         """
 
     def promote(self, slot: int) -> None:
@@ -20,6 +20,9 @@ class Mover(Protocol):
 
     def cancel(self, slot: int) -> bool:
         """Forget the prefetch into the slot, if nothing of it is under way. Whether it is: `arrived` is not called."""
+
+    def drain(self) -> None:
+        """Call `arrived` for the transfers that have ended, where that is left to who looks (lock of the tier held)."""
 
     def used(self, slots: Sequence[int]) -> None:
         """The calling thread has issued compute that reads the slots; they may be overwritten once it is done."""

@@ -6,6 +6,7 @@ FP32_VALUES, BF16_VALUES = 0, 1  # dtypes of activations
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gpt_oss": 3, "relu": 4, "relu2": 5, "identity": 6}
 ROTATIONS = {"halves": 0, "pairs_to_halves": 1, "pairs": 2}  # which dims turn together, and where they are then
 READING, DONE, DROPPED, FAILED = 1, 2, 3, 4  # what has happened to a read
+SHORT_READ, WRONG_CHECKSUM = -1, -2  # why it failed, where that is no errno
 HIT, ARRIVING, MISSING, FETCHED = 0, 1, 2, 3  # how an expert was found
 NEEDS_EXPERTS, NEEDS_SLOTS = 1, 2  # what a layer of a token pass needs
 UNDER_WAY = -2  # in place of a layer: nothing yet
@@ -23,6 +24,8 @@ CONSTANTS = {
     "OM_DONE": DONE,
     "OM_DROPPED": DROPPED,
     "OM_FAILED": FAILED,
+    "OM_SHORT_READ": SHORT_READ,
+    "OM_WRONG_CHECKSUM": WRONG_CHECKSUM,
     "OM_HIT": HIT,
     "OM_ARRIVING": ARRIVING,
     "OM_MISSING": MISSING,

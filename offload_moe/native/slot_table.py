@@ -12,6 +12,7 @@ class SlotTable:
 
     def __init__(self, num_keys: int, addresses: Sequence[int]) -> None:
         """addresses: of the slots' records, live."""
+        self.num_keys = num_keys
         self._addresses = addresses
         self._records, self._leases = array("Q", bytes(8 * num_keys)), array("i", bytes(4 * num_keys))
         self.memory = (self._records, self._leases)  # what those who use the table keep

@@ -165,7 +165,7 @@ class Lease:
         residency = self._tier.residency
         slot = residency.find(key)
         if slot is not None and not residency.is_resident(slot):
-            self._tier.promote(key, slot)
+            self._tier.promote(slot)
             slot = residency.find(key)
         if self._tier.unproven:
             self._tier.demanded(key, is_here=slot is not None)

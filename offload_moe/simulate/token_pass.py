@@ -4,19 +4,18 @@ L MoE layers, K top-k.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 from numpy.typing import NDArray
 
-from offload_moe.native.kernels import ARRIVING, HIT, MISSING, NEEDS_EXPERTS, NEEDS_SLOTS, Reads
-from offload_moe.residency.reserved import ReservedSlots
+from offload_moe.native.kernels import ARRIVING, HIT, MISSING, NEEDS_EXPERTS, NEEDS_SLOTS
+from offload_moe.residency.reserved import PassAccounts, ReservedSlots
 from offload_moe.residency.scheduler import Scheduler
 from offload_moe.simulate.clock import VirtualClock
 from offload_moe.simulate.costs import RunCosts
-from offload_moe.simulate.disk import VirtualDisk
 from offload_moe.simulate.helper import Helper
 from offload_moe.simulate.processor import Processor
-from offload_moe.simulate.reads import VirtualReads, VirtualSlotTable
+from offload_moe.simulate.reader import VirtualReader, VirtualSlotTable
 
 Guesses = Sequence[tuple[int, Sequence[int]]]  # later layers, and their predicted experts
 
@@ -25,19 +24,23 @@ class VirtualPasses:
     """Token passes through all layers, with reads of missing experts into reserved slots."""
 
     def __init__(
-        self, clock: VirtualClock, processor: Processor, costs: RunCosts, scheduler: Scheduler, disk: VirtualDisk
+        self,
+        clock: VirtualClock,
+        processor: Processor,
+        costs: RunCosts,
+        scheduler: Scheduler,
+        reader: VirtualReader,
+        slot_table: VirtualSlotTable,
     ) -> None:
-        """scheduler: of a residency whose lookup is a `VirtualSlotTable`. disk: its mover."""
+        """reader: fills the scheduler's slots. slot_table: the lookup of its residency."""
         self._clock = clock
         self._processor = processor
         self._costs = costs
         self._scheduler = scheduler
-        slot_table = scheduler.residency.lookup
-        assert isinstance(slot_table, VirtualSlotTable)
         self._slot_table = slot_table
-        self._reads = VirtualReads(slot_table, disk)
-        reserved = ReservedSlots(scheduler, cast(Reads, self._reads))  # the same interface, without the C code
-        scheduler.reserved = reserved
+        self._reads = reader
+        reader.transfers.account_to(PassAccounts(scheduler))
+        scheduler.reserved = reserved = ReservedSlots(scheduler, reader)
         self._helper = Helper(clock, scheduler, reserved, costs)
 
     def forward(self, experts: NDArray[Any], guess: Callable[[int], Guesses]) -> None:

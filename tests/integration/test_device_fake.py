@@ -48,6 +48,9 @@ class MetadataMover:
     def promote(self, slot: int) -> None:
         pass
 
+    def drain(self) -> None:
+        pass
+
     def used(self, slots: object) -> None:
         pass
 

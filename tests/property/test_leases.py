@@ -53,6 +53,9 @@ class Order:
     def promote(self, slot: int) -> None:
         pass
 
+    def drain(self) -> None:
+        pass
+
     def used(self, slot: int) -> None:
         pass
 

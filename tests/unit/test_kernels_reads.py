@@ -39,16 +39,15 @@ class Disk:
     @contextmanager
     def reads(self, run: Run, num_reserved: int, least_slots: int = 0, num_threads: int = 2) -> Iterator[kernels.Reads]:
         file = RecordFile(self.path)
-        places = [
-            kernels.PlaceStruct(
-                file=0, offset=key * self.num_bytes, num_bytes=self.num_bytes, checksum=self.checksums[key]
-            )
-            for key in range(NUM_KEYS)
-        ]
         sizes = kernels.ReadSizes(
             num_threads=num_threads, part_bytes=self.part_bytes, prefetch_part_bytes=self.part_bytes
         )
-        reads = kernels.Reads(run.slot_table, [file.native()], places, sizes)
+        reads = kernels.Reads(run.slot_table, sizes)
+        reads.use_file(0, file.native())
+        for key in range(NUM_KEYS):
+            offset = key * self.num_bytes
+            place = kernels.PlaceStruct(file=0, offset=offset, num_bytes=self.num_bytes, checksum=self.checksums[key])
+            reads.place(key, place)
         reads.ask_below(least_slots)
         for slot in range(num_reserved):
             reads.reserve(slot)
@@ -58,7 +57,7 @@ class Disk:
 
 
 def completions_of(reads: kernels.Reads) -> Completion:
-    return [(each.key, each.slot, each.state, bool(each.was_prefetch)) for each in reads.completions()]
+    return [each[:4] for each in reads.completions()]
 
 
 def drain_completions(reads: kernels.Reads, num_completions: int) -> Completion:
@@ -189,7 +188,7 @@ import gc
 from offload_moe.native import kernels
 slot_table = kernels.SlotTable(1, [0])
 sizes = kernels.ReadSizes(num_threads=2, part_bytes=4096, prefetch_part_bytes=4096)
-slot_table.cycle = kernels.Reads(slot_table, [], [], sizes)
+slot_table.cycle = kernels.Reads(slot_table, sizes)
 del slot_table
 gc.collect()
 """
