@@ -21,10 +21,9 @@ from offload_moe.doctor.small_model import NUM_EXPERTS, NUM_LAYERS, SmallModel, 
 from offload_moe.experts.device import DeviceArithmetic
 from offload_moe.experts.native import NativeArithmetic
 from offload_moe.memory.copier import Marker
-from offload_moe.memory.disk import DiskMover
 from offload_moe.memory.simulated import SimulatedCopier
 from offload_moe.residency.residency import Residency
-from offload_moe.store import Store
+from offload_moe.store import Record, Store
 from tests.support.chat import byte_tokenizer
 from tests.support.checkpoints import write_checkpoint
 from tests.support.cli import load_cli
@@ -150,12 +149,12 @@ def test_wrong_arithmetic_on_the_device_is_found(model: SmallModel, monkeypatch:
 
 def test_an_expert_read_from_the_wrong_place_is_found(model: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its checksum is right, only it is another expert's."""
-    start = DiskMover.start
+    record = Store.record
 
-    def start_neighbour(self: DiskMover, key: int, slot: int, arrived: Any, *, is_prefetch: bool = False) -> None:
-        start(self, key ^ 1 if key == 4 else key, slot, arrived, is_prefetch=is_prefetch)
+    def neighbour(self: Store, layer: int, expert: int) -> Record:
+        return record(self, layer, expert ^ 1 if (layer, expert) == (0, 4) else expert)
 
-    monkeypatch.setattr(DiskMover, "start", start_neighbour)
+    monkeypatch.setattr(Store, "record", neighbour)
     assert {"CPU against oracle, nf4", "simulated device against oracle, nf4"} <= failures(outcomes(model, but=SLOW))
 
 
