@@ -130,7 +130,7 @@ def _read_blocks(file: RecordFile, order: Sequence[int], is_over: Callable[[], b
     arena = Arena(NUM_READERS, BLOCK_BYTES)
     sizes = ReadSizes(num_threads=NUM_READERS, part_bytes=BLOCK_BYTES, prefetch_part_bytes=BLOCK_BYTES)
     left, num_read, num_reading = deque(order), 0, 0
-    with closing(Reads(SlotTable(max(order) + 1, arena.addresses), sizes, owner=(arena, file))) as reads:
+    with closing(Reads(SlotTable(max(order) + 1, NUM_READERS, arena.addresses), sizes, owner=(arena, file))) as reads:
         reads.use_file(0, file.native())
         reads.trust()
         free = deque(range(NUM_READERS))

@@ -21,7 +21,7 @@ from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import DEFAULT_POLICY, LRU, Policy, make_policy
 from offload_moe.residency.records import RamRecords
 from offload_moe.residency.reserved import PassAccounts, ReservedSlots
-from offload_moe.residency.residency import Lookup, Residency
+from offload_moe.residency.residency import Residency
 from offload_moe.residency.scheduler import Scheduler
 from offload_moe.system.lifecycle import Lifecycle
 
@@ -56,11 +56,11 @@ class Hierarchy:
         self._copier = copier if pools.num_device_slots else None
         self._reserved: ReservedSlots | None = None
         self._pass_reads: kernels.Reads | None = None
-        ram_table = kernels.SlotTable(self._num_keys, self.arena.addresses)
+        ram_table = kernels.SlotTable(self._num_keys, pools.num_ram_slots, self.arena.addresses)
         self.slot_table = ram_table if self._copier is None else None  # of the fast tier, for token passes
         mover = make_mover(self.arena, ram_table)
         changed = mover.changed if isinstance(mover, DiskMover) else None
-        self.ram = self._scheduler(pools.num_ram_slots, mover, "disk_bytes", ram_table, changed=changed)
+        self.ram = self._scheduler(ram_table, mover, "disk_bytes", changed=changed)
         self.scheduler = self.ram
         self.record_of: Callable[[int], Tensor] = self.arena.slot
         if self._copier is not None:
@@ -70,7 +70,8 @@ class Hierarchy:
             records = RamRecords(self.ram, self.arena)
             self._device_mover = DeviceMover(self._copier, self._device_slots, records)
             flights = self._device_mover.flights
-            self.scheduler = self._scheduler(pools.num_device_slots, self._device_mover, "h2d_bytes", flights=flights)
+            device_table = kernels.SlotTable(self._num_keys, pools.num_device_slots)
+            self.scheduler = self._scheduler(device_table, self._device_mover, "h2d_bytes", flights=flights)
             self.ram.count_bytes_in(self.scheduler.counters)
             self.ram.is_asked_by_layer = False  # but for one expert at a time, by the device's loaders
             self.record_of = self._device_slots.slot
@@ -186,14 +187,13 @@ class Hierarchy:
 
     def _scheduler(
         self,
-        num_slots: int,
+        table: kernels.SlotTable,
         mover: Mover,
         bytes_counter: str,
-        lookup: Lookup | None = None,
         flights: Flights | None = None,
         changed: threading.Condition | None = None,
     ) -> Scheduler:
-        residency = Residency(num_slots, self._policy(num_slots), lookup)
+        residency = Residency(table, self._policy(table.num_slots))
         scheduler = Scheduler(
             residency,
             mover,
@@ -203,7 +203,7 @@ class Hierarchy:
             flights=flights,
             lifecycle=self.lifecycle,
         )
-        if self._is_whole(num_slots):
+        if self._is_whole(table.num_slots):
             self._began_whole.add(scheduler)
         return scheduler
 

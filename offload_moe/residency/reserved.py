@@ -72,7 +72,7 @@ class PassAccounts:
         """See `memory.transfers.PassReads`."""
         tier = self._tier()
         if tier is not None:
-            tier.residency.admit_reserved(key, slot)
+            tier.residency.num_reserved -= 1
             if was_prefetch:
                 tier.unproven.add(key)
                 tier.counters.num_prefetches += 1
@@ -84,7 +84,7 @@ class PassAccounts:
         """See `memory.transfers.PassReads`."""
         tier = self._tier()
         if tier is not None:
-            tier.residency.reserve_again(slot)
+            tier.residency.num_reserved += 1
             if was_prefetch:
                 tier.unproven.discard(key)
                 tier.counters.num_cancelled_prefetches += 1

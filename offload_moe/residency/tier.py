@@ -105,6 +105,7 @@ class Tier:
 
     def promote(self, slot: int) -> None:
         """The expert on its way is demanded (lock held). It may turn out to have been dropped just before."""
+        self.drain_completions()  # its beginning, perhaps
         self.mover.promote(slot)
         self.drain_completions()
 

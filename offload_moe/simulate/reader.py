@@ -1,57 +1,18 @@
-"""Slot table and reader in virtual time: the counterparts of `csrc/slot_table.c` and `csrc/reads.c`."""
+"""A reader in virtual time: the counterpart of `csrc/reads.c`."""
 
-from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from functools import partial
 
 from offload_moe.memory.transfers import Transfers
-from offload_moe.native.kernels import DONE, DROPPED, READING, Completion
+from offload_moe.native.kernels import DONE, DROPPED, READING, Completion, SlotTable
 from offload_moe.simulate.clock import VirtualCondition
 from offload_moe.simulate.disk import VirtualDisk
-
-
-class VirtualSlotTable:
-    """The experts that are resident or in flight, by key: a `residency.Lookup`."""
-
-    def __init__(self) -> None:
-        self._is_here: dict[int, bool] = {}  # False: in flight
-        self._leases: Counter[int] = Counter()
-
-    def claim(self, key: int) -> bool:
-        is_absent = key not in self._is_here
-        self._is_here.setdefault(key, False)
-        return is_absent
-
-    def publish(self, key: int, slot: int) -> None:
-        self._is_here[key] = True
-
-    def withdraw(self, key: int) -> bool:
-        if self.is_leased(key):
-            return False
-        self._is_here.pop(key, None)
-        return True
-
-    def is_leased(self, key: int) -> bool:
-        return self._leases[key] > 0
-
-    def is_known(self, key: int) -> bool:
-        """Whether the expert is resident or in flight."""
-        return key in self._is_here
-
-    def lease_those_here(self, keys: Iterable[int]) -> list[int]:
-        """Lease the resident ones and return them."""
-        here = [key for key in keys if self._is_here.get(key, False)]
-        self._leases.update(here)
-        return here
-
-    def release(self, keys: Iterable[int]) -> None:
-        self._leases.subtract(keys)
 
 
 class VirtualReader:
     """A `memory.reader.Reader` on a virtual disk, into which token passes fetch, too."""
 
-    def __init__(self, slot_table: VirtualSlotTable, disk: VirtualDisk, changed: VirtualCondition) -> None:
+    def __init__(self, slot_table: SlotTable, disk: VirtualDisk, changed: VirtualCondition) -> None:
         """changed: of the tier that is filled."""
         self._slot_table = slot_table
         self._disk = disk
@@ -103,7 +64,7 @@ class VirtualReader:
         if len(self._spares) <= (self._least_spares // 2 if is_prefetch else 0):
             return False
         slot = self._spares.pop()
-        self._slot_table.claim(key)
+        self._slot_table.admit(key, slot)
         if is_prefetch:
             self._guesses[key] = slot
         self._completions.append(Completion(key, slot, READING, is_prefetch))
@@ -115,14 +76,14 @@ class VirtualReader:
         for key, slot in list(self._guesses.items()):
             if key < end and key not in wanted and self._disk.cancel(key):
                 del self._guesses[key]
-                self._slot_table.withdraw(key)
+                self._slot_table.reserve(slot)
                 self._spares.append(slot)
                 self._completions.append(Completion(key, slot, DROPPED, was_prefetch=True))
 
     def _ended(self, key: int, slot: int, was_prefetch: bool, *, is_of_pass: bool) -> None:
         """Python drains its own reads as they end, those of a token pass when it looks, or waits."""
         self._guesses.pop(key, None)
-        self._slot_table.publish(key, slot)
+        self._slot_table.arrive(slot)
         self._completions.append(Completion(key, slot, DONE, was_prefetch))
         if is_of_pass:
             self._changed.notify_all()

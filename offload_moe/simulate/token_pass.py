@@ -15,7 +15,7 @@ from offload_moe.simulate.clock import VirtualClock
 from offload_moe.simulate.costs import RunCosts
 from offload_moe.simulate.helper import Helper
 from offload_moe.simulate.processor import Processor
-from offload_moe.simulate.reader import VirtualReader, VirtualSlotTable
+from offload_moe.simulate.reader import VirtualReader
 
 Guesses = Sequence[tuple[int, Sequence[int]]]  # later layers, and their predicted experts
 
@@ -30,14 +30,13 @@ class VirtualPasses:
         costs: RunCosts,
         scheduler: Scheduler,
         reader: VirtualReader,
-        slot_table: VirtualSlotTable,
     ) -> None:
-        """reader: fills the scheduler's slots. slot_table: the lookup of its residency."""
+        """reader: fills the scheduler's slots."""
         self._clock = clock
         self._processor = processor
         self._costs = costs
         self._scheduler = scheduler
-        self._slot_table = slot_table
+        self._slot_table = scheduler.residency.table
         self._reads = reader
         reader.transfers.account_to(PassAccounts(scheduler))
         scheduler.reserved = reserved = ReservedSlots(scheduler, reader)
@@ -55,7 +54,7 @@ class VirtualPasses:
         guesses = guess(layer)
         keys_of = self._scheduler.keys
         keys = keys_of.keys(layer, sorted(chosen))
-        here = self._slot_table.lease_those_here(keys)
+        here = self._slot_table.lease_arrived(keys)
         self._reads.drop_wrong(keys_of.end(layer), keys)
         found, needs = self._fetch(keys, here)
         for ahead, guessed in guesses:
@@ -74,7 +73,7 @@ class VirtualPasses:
         for key in keys:
             if key in here:
                 found.append(HIT)
-            elif self._slot_table.is_known(key):
+            elif self._scheduler.residency.find(key) is not None:
                 found.append(ARRIVING)
                 self._reads.demand(key)
             else:
@@ -84,7 +83,7 @@ class VirtualPasses:
 
     def _fetch_guesses(self, keys: Sequence[int]) -> None:
         for key in keys:
-            if not self._slot_table.is_known(key):
+            if self._scheduler.residency.find(key) is None:
                 self._reads.fetch(key, is_prefetch=True)
 
     def _compute(self, keys: Sequence[int], here: Sequence[int], *, has_asked: bool) -> None:
@@ -92,7 +91,7 @@ class VirtualPasses:
         costs, left = self._costs, [key for key in keys if key not in here]
         self._processor.run(costs.partial_host_s if left else 0.0, costs.experts([1] * len(here)))
         while left:
-            if not has_asked and not all(self._slot_table.is_known(key) for key in left):
+            if not has_asked and not all(self._scheduler.residency.find(key) is not None for key in left):
                 self._helper.need(NEEDS_EXPERTS)  # one was read and evicted while the others were computed
                 has_asked = True
             here = self._wait(left)
@@ -102,7 +101,7 @@ class VirtualPasses:
     def _wait(self, keys: Sequence[int]) -> list[int]:
         """Wait until some of them are resident."""
         began = self._clock.now
-        while not (here := self._slot_table.lease_those_here(keys)):
+        while not (here := self._slot_table.lease_arrived(keys)):
             has_happened = self._clock.run_next()
             assert has_happened, "an expert of a token pass never arrives"
         self._scheduler.counters.stall_s += self._clock.now - began

@@ -322,8 +322,8 @@ def test_demands_overtake_the_parts_of_a_prefetch_and_only_a_quiet_one_can_be_ca
     mover.close()
 
 
-def test_prefetches_leave_a_thread_to_demands(file: Path, arena: Arena) -> None:
-    mover = disk_mover(arena, record_in(file, file.read_bytes()), num_readers=2)
+def test_prefetches_leave_a_thread_to_demands(file: Path) -> None:
+    mover = disk_mover(Arena(4, RECORD), record_in(file, file.read_bytes()), num_readers=2)
     gate, demanded = threading.Event(), threading.Event()
 
     def read_at(descriptor: int, address: int, num_bytes: int, offset: int) -> int:
@@ -334,8 +334,8 @@ def test_prefetches_leave_a_thread_to_demands(file: Path, arena: Arena) -> None:
     mover.reads.trust()
     with disk_that(mover.reads, read_at):
         for key in range(3):
-            mover.start(key, 0, lambda *_: None, is_prefetch=True)
-        mover.start(3, 1, lambda *_: demanded.set())
+            mover.start(key, key, lambda *_: None, is_prefetch=True)
+        mover.start(3, 3, lambda *_: demanded.set())
         assert demanded.wait(10)
         gate.set()
     mover.close()

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from offload_moe.memory.workers import TransferWorkers
+from offload_moe.native.kernels import SlotTable
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import make_policy
 from offload_moe.residency.prefetch import BLOCK_TOKENS, NUM_BLOCKS, SETTLED_TOKENS, PrefetchGovernor
@@ -109,7 +110,7 @@ TransferWorkers(2, "reader").submit(0, [lambda: time.sleep(0.2)], is_prefetch=Fa
 
 
 def test_what_is_kept_is_not_evicted() -> None:
-    residency = Residency(2, make_policy("lru", ExpertKeys([9]), num_slots=2))
+    residency = Residency(SlotTable(9, 2), make_policy("lru", ExpertKeys([9]), num_slots=2))
     for key in (0, 1):
         slot = residency.admit(key)
         assert slot is not None

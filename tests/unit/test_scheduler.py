@@ -12,7 +12,7 @@ from offload_moe.errors import TransferError
 from offload_moe.memory.mover import Arrived, Mover
 from offload_moe.memory.transfers import Transfers
 from offload_moe.memory.waiting import STEP_S
-from offload_moe.native.kernels import DONE, DROPPED, FAILED, READING, Completion
+from offload_moe.native.kernels import DONE, DROPPED, FAILED, READING, Completion, SlotTable
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import make_policy
 from offload_moe.residency.reserved import PassAccounts, ReservedSlots
@@ -80,7 +80,8 @@ class ThreadMover(ManualMover):
 
 def make_scheduler(num_slots: int, mover: Mover, **options: Any) -> Scheduler:
     policy = make_policy("lru", ExpertKeys([NUM_EXPERTS] * NUM_LAYERS), num_slots=num_slots)
-    return Scheduler(Residency(num_slots, policy), mover, keys=ExpertKeys([NUM_EXPERTS] * NUM_LAYERS), **options)
+    table = SlotTable(NUM_LAYERS * NUM_EXPERTS, num_slots)
+    return Scheduler(Residency(table, policy), mover, keys=ExpertKeys([NUM_EXPERTS] * NUM_LAYERS), **options)
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3, 7, 32])
@@ -389,6 +390,7 @@ class ScriptedReader:
     """A reader in which reads end when, and as, the test says; token passes fetch by hand, too."""
 
     def __init__(self) -> None:
+        self.table: SlotTable | None = None
         self.reserved: list[int] = []
         self.submitted: list[tuple[int, int]] = []
         self.told: list[Completion] = []
@@ -400,6 +402,18 @@ class ScriptedReader:
     def completions(self) -> list[Completion]:
         told, self.told = self.told, []
         return told
+
+    def tell(self, *completions: Completion) -> None:
+        """This happens to slots, in the table, too."""
+        assert self.table is not None
+        for completion in completions:
+            if completion.state == READING:
+                assert self.table.admit(completion.key, completion.slot)
+            elif completion.state == DROPPED:
+                self.table.reserve(completion.slot)
+            elif completion.state == DONE:
+                self.table.arrive(completion.slot)
+        self.told += completions
 
     def submit(self, key: int, slot: int, *, is_prefetch: bool = False) -> None:
         self.submitted.append((key, slot))
@@ -430,6 +444,7 @@ def scripted(num_slots: int, **options: Any) -> tuple[Scheduler, ScriptedReader,
     transfers = Transfers(reader, changed)
     scheduler = make_scheduler(num_slots, transfers, changed=changed, **options)
     transfers.account_to(PassAccounts(scheduler))
+    reader.table = scheduler.residency.table
     scheduler.reserved = reserved = ReservedSlots(scheduler, reader)
     return scheduler, reader, reserved
 
@@ -440,9 +455,9 @@ def test_a_pool_shrinks_though_a_guess_is_dropped_after_its_run() -> None:
         scheduler.residency.reserve(may_evict=False)
         reader.reserve(slot)
     guessed = reader.reserved.pop()
-    reader.told.append(Completion(3, guessed, READING, was_prefetch=True))
+    reader.tell(Completion(3, guessed, READING, was_prefetch=True))
     reserved.reclaim()  # the run has ended
-    reader.told.append(Completion(3, guessed, DROPPED, was_prefetch=True))
+    reader.tell(Completion(3, guessed, DROPPED, was_prefetch=True))
     reader.reserve(guessed)
     scheduler.shrink(guessed)
     assert scheduler.residency.num_slots == guessed == 7
@@ -452,12 +467,12 @@ def test_a_pool_shrinks_though_a_guess_is_dropped_after_its_run() -> None:
 def test_a_slot_that_was_dropped_and_filled_again_before_anybody_looked_is_entered_in_order() -> None:
     scheduler, reader, _ = scripted(4)
     scheduler.residency.reserve(may_evict=False)
-    reader.told = [
+    reader.tell(
         Completion(3, 0, READING, was_prefetch=True),
         Completion(3, 0, DROPPED, was_prefetch=True),
         Completion(5, 0, READING),
         Completion(5, 0, DONE),
-    ]
+    )
     with scheduler.acquire(0, [5]) as lease:
         assert [list(wave) for wave in lease] == [[(5, 0)]]
     counters = scheduler.counters
@@ -468,7 +483,7 @@ def test_a_slot_that_was_dropped_and_filled_again_before_anybody_looked_is_enter
 def test_a_read_of_a_token_pass_that_has_failed_frees_its_slot() -> None:
     scheduler, reader, _ = scripted(4)
     scheduler.residency.reserve(may_evict=False)
-    reader.told = [Completion(3, 0, READING), Completion(3, 0, FAILED, error=5)]
+    reader.tell(Completion(3, 0, READING), Completion(3, 0, FAILED, error=5))
     with scheduler.changed:
         scheduler.drain_completions()
     assert (scheduler.residency.find(3), scheduler.residency.num_free) == (None, 4)
@@ -478,7 +493,7 @@ def test_a_read_that_has_failed_fails_whoever_waits_for_it() -> None:
     scheduler, reader, _ = scripted(4)
     with scheduler.acquire(0, [3]) as lease:
         ((key, slot),) = reader.submitted
-        reader.told = [Completion(key, slot, FAILED, error=5)]
+        reader.tell(Completion(key, slot, FAILED, error=5))
         with pytest.raises(TransferError, match="record 3 failed"):
             list(lease)
     assert scheduler.residency.num_free == 4

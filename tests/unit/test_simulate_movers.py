@@ -3,6 +3,7 @@
 import pytest
 
 from offload_moe.memory.transfers import Transfers
+from offload_moe.native.kernels import SlotTable
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import make_policy
 from offload_moe.residency.residency import Residency
@@ -12,7 +13,7 @@ from offload_moe.simulate.clock import VirtualClock, VirtualCondition
 from offload_moe.simulate.disk import VirtualDisk
 from offload_moe.simulate.link import VirtualLink
 from offload_moe.simulate.processor import DeviceProcessor, Processor
-from offload_moe.simulate.reader import VirtualReader, VirtualSlotTable
+from offload_moe.simulate.reader import VirtualReader
 
 MB = 1_000_000
 WHOLE = 1 << 40  # records are read in one part
@@ -29,9 +30,9 @@ class Arrivals:
         self.at[slot] = self._clock.now
 
 
-def mover_of(clock: VirtualClock, model: DiskModel, record_bytes: int) -> Transfers:
+def mover_of(clock: VirtualClock, model: DiskModel, record_bytes: int, table: SlotTable | None = None) -> Transfers:
     disk = VirtualDisk(clock, model, record_bytes)
-    return VirtualReader(VirtualSlotTable(), disk, VirtualCondition(clock)).transfers
+    return VirtualReader(table or SlotTable(8, 8), disk, VirtualCondition(clock)).transfers
 
 
 def read(
@@ -94,9 +95,9 @@ def test_only_the_first_read_of_an_expert_is_checked() -> None:
 def test_a_copy_waits_for_the_disk_the_link_and_the_readers_of_its_slot() -> None:
     clock = VirtualClock()
     processor = DeviceProcessor(clock)
-    reader = mover_of(clock, DiskModel(bytes_per_s=100 * MB, latency_s=0.0, part_bytes=WHOLE), 10 * MB)
-    keys = ExpertKeys([8])
-    residency = Residency(8, make_policy("lru", keys, num_slots=8))
+    keys, table = ExpertKeys([8]), SlotTable(8, 8)
+    reader = mover_of(clock, DiskModel(bytes_per_s=100 * MB, latency_s=0.0, part_bytes=WHOLE), 10 * MB, table)
+    residency = Residency(table, make_policy("lru", keys, num_slots=8))
     changed = reader.changed
     ram = Scheduler(residency, reader, keys=keys, clock=clock, changed=changed)
     link = VirtualLink(clock, LinkModel(bytes_per_s=1000 * MB, latency_s=0.001), ram, processor, 10 * MB)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from offload_moe.memory.reader import Reader
-from offload_moe.native.kernels import DONE, DROPPED, READING, Reads
+from offload_moe.native.kernels import DONE, DROPPED, READING, Reads, SlotTable
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.simulate import (
     Answer,
@@ -23,7 +23,7 @@ from offload_moe.simulate import (
 )
 from offload_moe.simulate.clock import VirtualClock, VirtualCondition
 from offload_moe.simulate.disk import VirtualDisk
-from offload_moe.simulate.reader import VirtualReader, VirtualSlotTable
+from offload_moe.simulate.reader import VirtualReader
 
 LAYERS, EXPERTS, TOP_K, RECORD = 4, 32, 4, 1_000
 COSTS = RunCosts(
@@ -113,10 +113,11 @@ def test_guesses_are_fetched_by_the_ride() -> None:
 
 
 def test_a_wrong_guess_that_is_not_being_read_leaves_its_slot_lent() -> None:
-    clock, slot_table = VirtualClock(), VirtualSlotTable()
+    clock, slot_table = VirtualClock(), SlotTable(8, 9)
     disk = VirtualDisk(clock, replace(DISK, num_readers=1), RECORD)
     reads = VirtualReader(slot_table, disk, VirtualCondition(clock))
     for slot in (7, 8):
+        slot_table.reserve(slot)
         reads.reserve(slot)
     assert all(reads.fetch(key, is_prefetch=True) for key in (3, 4))
     assert not reads.fetch(5, is_prefetch=True)
@@ -126,12 +127,12 @@ def test_a_wrong_guess_that_is_not_being_read_leaves_its_slot_lent() -> None:
         (4, 7, READING),
         (4, 7, DROPPED),
     ]
-    assert (slot_table.is_known(3), slot_table.is_known(4)) == (True, False)
+    assert (slot_table.slots[3], slot_table.slots[4]) == (8, -1)
     assert [*reads.reclaim()] == [7]
     clock.advance(1.0)
     assert [(news.key, news.state) for news in reads.completions()] == [(3, DONE)]
-    assert slot_table.lease_those_here([3, 4]) == [3]
-    assert not slot_table.withdraw(3)
+    assert slot_table.lease_arrived([3, 4]) == [3]
+    assert not slot_table.vacate(8)
 
 
 def test_the_same_call_gives_the_same_result() -> None:

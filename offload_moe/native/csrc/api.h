@@ -204,11 +204,15 @@
                                   float *keys, float *values, int64_t capacity, int64_t length, float *residual, \
                                   float *normed, float *logits, float *weights, int64_t *ids)) \
     FUNCTION(int, om_add_shared, (const om_shared *shared, const float *x, float *out)) \
-    FUNCTION(om_slot_table *, om_slot_table_open, (const uint8_t **records, int32_t *leases)) \
+    FUNCTION(om_slot_table *, om_slot_table_open, (const uint8_t **records, int32_t *leases, int32_t *slots)) \
     FUNCTION(void, om_slot_table_close, (om_slot_table *slot_table)) \
-    FUNCTION(int, om_slot_table_claim, (om_slot_table *slot_table, int64_t key)) \
-    FUNCTION(void, om_slot_table_publish, (om_slot_table *slot_table, int64_t key, const uint8_t *record)) \
-    FUNCTION(int, om_slot_table_withdraw, (om_slot_table *slot_table, int64_t key)) \
+    FUNCTION(void, om_slot_table_resize, (om_slot_table *slot_table, int64_t *keys, uint8_t *states, int64_t num_slots)) \
+    FUNCTION(int, om_slot_table_admit, (om_slot_table *slot_table, int64_t key, int32_t slot)) \
+    FUNCTION(void, om_slot_table_arrived, (om_slot_table *slot_table, int32_t slot, const uint8_t *record)) \
+    FUNCTION(void, om_slot_table_loaded, (om_slot_table *slot_table, int32_t slot, const uint8_t *record)) \
+    FUNCTION(int, om_slot_table_vacate, (om_slot_table *slot_table, int32_t slot, int32_t state)) \
+    FUNCTION(void, om_slot_table_lease, (om_slot_table *slot_table, const int64_t *keys, int64_t num_keys, uint8_t *is_here)) \
+    FUNCTION(void, om_slot_table_release, (om_slot_table *slot_table, const int64_t *keys, int64_t num_keys)) \
     FUNCTION(om_reads *, om_reads_open, (om_slot_table *slot_table, const om_reads_options *options)) \
     FUNCTION(int, om_reads_close, (om_reads *reads, double limit_s)) \
     FUNCTION(void, om_reads_leave, (om_reads *reads)) \
@@ -236,6 +240,7 @@ enum { OM_NF4 = 0, OM_INT8 = 1, OM_MXFP4 = 2, OM_BF16 = 3, OM_FP32 = 4 };
 enum { OM_EXACT = 0, OM_FAST = 1 };
 enum { OM_F32 = 0, OM_BF16_VALUES = 1 };
 enum { OM_SILU = 0, OM_GELU = 1, OM_GELU_TANH = 2, OM_GPT_OSS = 3, OM_RELU = 4, OM_RELU2 = 5, OM_IDENTITY = 6 };
+enum { OM_SLOT_FREE = 0, OM_SLOT_LOADING = 1, OM_SLOT_RESIDENT = 2, OM_SLOT_RESERVED = 3, OM_SLOT_ARRIVED = 4 };
 enum { OM_READING = 1, OM_DONE = 2, OM_DROPPED = 3, OM_FAILED = 4 };
 enum { OM_SHORT_READ = -1, OM_WRONG_CHECKSUM = -2 }; /* beside the numbers of errno */
 /* Which dims of a rotated part turn together, and where they are afterwards. */
@@ -259,6 +264,8 @@ enum { OM_UNDER_WAY = -2 };
     CONSTANT(OM_SILU) CONSTANT(OM_GELU) CONSTANT(OM_GELU_TANH) CONSTANT(OM_GPT_OSS) CONSTANT(OM_RELU) CONSTANT(OM_RELU2) \
     CONSTANT(OM_IDENTITY) \
     CONSTANT(OM_HALVES) CONSTANT(OM_PAIRS_TO_HALVES) CONSTANT(OM_PAIRS) \
+    CONSTANT(OM_SLOT_FREE) CONSTANT(OM_SLOT_LOADING) CONSTANT(OM_SLOT_RESIDENT) CONSTANT(OM_SLOT_RESERVED) \
+    CONSTANT(OM_SLOT_ARRIVED) \
     CONSTANT(OM_READING) CONSTANT(OM_DONE) CONSTANT(OM_DROPPED) CONSTANT(OM_FAILED) \
     CONSTANT(OM_SHORT_READ) CONSTANT(OM_WRONG_CHECKSUM) \
     CONSTANT(OM_HIT) CONSTANT(OM_ARRIVING) CONSTANT(OM_MISSING) CONSTANT(OM_FETCHED) \

@@ -109,7 +109,7 @@ static om_fetch *begin(om_reads *reads, int64_t key, int32_t slot, uint8_t *reco
     *fetch = (om_fetch){.record = record, .key = key, .slot = slot, .is_of_pass = (uint8_t)is_of_pass,
                         .is_prefetch = (uint8_t)is_prefetch, .was_prefetch = (uint8_t)is_prefetch};
     reads->fetches[key] = fetch;
-    if (reads->slot_table->records[key] == NULL) reads->slot_table->records[key] = OM_COMING;
+    om_slot_table_begin(reads->slot_table, key, slot);
     append(queue_of(reads, fetch), fetch);
     pthread_cond_signal(&reads->work); /* all of them at once would take the cores from those who compute */
     return fetch;
@@ -181,7 +181,7 @@ OM_EXPORT int om_reads_cancel(om_reads *reads, int64_t key) {
 
 /* The expert is absent again and the slot reserved. */
 static void drop(om_reads *reads, om_fetch *fetch) {
-    reads->slot_table->records[fetch->key] = NULL;
+    om_slot_table_empty(reads->slot_table, fetch->slot, OM_SLOT_RESERVED);
     give_spare(reads, fetch->slot, fetch->record);
     complete(reads, fetch, OM_DROPPED);
     forget(reads, fetch);
@@ -227,10 +227,7 @@ static void finish(om_reads *reads, om_fetch *fetch, const om_place *place) {
         fetch->failure = (om_part){.error = OM_WRONG_CHECKSUM, .num_wanted = place->num_bytes, .num_read = place->num_bytes};
         fetch->has_failed = 1;
     }
-    if (!fetch->has_failed) {
-        reads->slot_table->records[fetch->key] = fetch->record;
-        pthread_cond_broadcast(&reads->slot_table->arrived);
-    }
+    if (!fetch->has_failed) om_slot_table_arrive(reads->slot_table, fetch->slot, fetch->record);
     complete(reads, fetch, fetch->has_failed ? OM_FAILED : OM_DONE);
     forget(reads, fetch);
 }
