@@ -28,9 +28,9 @@ class SlotTable:
         self._num_holds = 0
         native, short = library(), load_for_short_calls()
         self._admit, self._loaded, self._vacate = (
-            native.om_slot_table_admit,
-            native.om_slot_table_loaded,
-            native.om_slot_table_vacate,
+            short.om_slot_table_admit,
+            short.om_slot_table_loaded,
+            short.om_slot_table_vacate,
         )
         self._resize = short.om_slot_table_resize
         arrays = (self._records, self._leases, self.slots)

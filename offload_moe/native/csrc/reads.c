@@ -8,29 +8,12 @@
 
 #include "completions.h"
 #include "deadline.h"
-#include "read_part.h"
+#include "fetches.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 #define MAX_SPARES 128
-
-typedef struct om_fetch om_fetch;
-struct om_fetch {
-    om_fetch *next; /* in its queue */
-    uint8_t *record;
-    int64_t key, next_byte; /* the first byte that no part has asked for yet */
-    int32_t slot, num_running;
-    uint8_t is_queued;                /* there are parts to begin */
-    uint8_t is_prefetch, was_prefetch;
-    uint8_t is_of_pass;               /* the slot was reserved */
-    uint8_t is_wrong, is_reread, has_failed;
-    om_part failure;
-};
-
-typedef struct {
-    om_fetch *first, *last;
-} om_queue;
 
 struct om_reads {
     om_slot_table *slot_table;
@@ -54,26 +37,8 @@ static void unlock(om_reads *reads) { pthread_mutex_unlock(&reads->slot_table->l
 
 static om_queue *queue_of(om_reads *reads, const om_fetch *fetch) { return fetch->is_prefetch ? &reads->prefetches : &reads->demands; }
 
-static void append(om_queue *queue, om_fetch *fetch) {
-    fetch->next = NULL;
-    fetch->is_queued = 1;
-    if (queue->first == NULL) queue->first = fetch;
-    else queue->last->next = fetch;
-    queue->last = fetch;
-}
-
-static void withdraw(om_queue *queue, om_fetch *fetch) {
-    om_fetch *before = NULL;
-    if (!fetch->is_queued) return;
-    for (om_fetch *each = queue->first; each != fetch; each = each->next) before = each;
-    if (before == NULL) queue->first = fetch->next;
-    else before->next = fetch->next;
-    if (queue->last == fetch) queue->last = before;
-    fetch->is_queued = 0;
-}
-
 static void forget(om_reads *reads, om_fetch *fetch) {
-    withdraw(queue_of(reads, fetch), fetch);
+    om_withdraw(queue_of(reads, fetch), fetch);
     reads->fetches[fetch->key] = NULL;
     free(fetch);
 }
@@ -110,7 +75,7 @@ static om_fetch *begin(om_reads *reads, int64_t key, int32_t slot, uint8_t *reco
                         .is_prefetch = (uint8_t)is_prefetch, .was_prefetch = (uint8_t)is_prefetch};
     reads->fetches[key] = fetch;
     om_slot_table_begin(reads->slot_table, key, slot);
-    append(queue_of(reads, fetch), fetch);
+    om_append(queue_of(reads, fetch), fetch);
     pthread_cond_signal(&reads->work); /* all of them at once would take the cores from those who compute */
     return fetch;
 }
@@ -152,10 +117,10 @@ void om_reads_promote(om_reads *reads, int64_t key) {
     om_fetch *fetch = reads->fetches[key];
     if (fetch == NULL || !fetch->is_prefetch) return;
     const int is_queued = fetch->is_queued;
-    withdraw(&reads->prefetches, fetch);
+    om_withdraw(&reads->prefetches, fetch);
     fetch->is_prefetch = 0;
     reads->num_prefetching -= fetch->num_running;
-    if (is_queued) append(&reads->demands, fetch);
+    if (is_queued) om_append(&reads->demands, fetch);
     pthread_cond_broadcast(&reads->work);
 }
 
@@ -221,7 +186,7 @@ static void finish(om_reads *reads, om_fetch *fetch, const om_place *place) {
         if (!fetch->is_reread && !reads->is_closed) {
             fetch->is_reread = 1;
             fetch->next_byte = 0;
-            append(queue_of(reads, fetch), fetch);
+            om_append(queue_of(reads, fetch), fetch);
             return;
         }
         fetch->failure = (om_part){.error = OM_WRONG_CHECKSUM, .num_wanted = place->num_bytes, .num_read = place->num_bytes};
@@ -242,7 +207,7 @@ static void read_next(om_reads *reads, om_fetch *fetch) {
     om_part part = {.start = fetch->next_byte, .num_wanted = left < wanted ? left : wanted};
     fetch->next_byte += part.num_wanted;
     if (part.num_wanted < left) pthread_cond_signal(&reads->work);
-    else withdraw(queue_of(reads, fetch), fetch);
+    else om_withdraw(queue_of(reads, fetch), fetch);
     fetch->num_running++;
     reads->num_prefetching += fetch->is_prefetch;
     unlock(reads);
@@ -251,7 +216,7 @@ static void read_next(om_reads *reads, om_fetch *fetch) {
     fetch->num_running--;
     reads->num_prefetching -= fetch->is_prefetch;
     if (part.error != 0 && !fetch->has_failed) {
-        withdraw(queue_of(reads, fetch), fetch);
+        om_withdraw(queue_of(reads, fetch), fetch);
         fetch->has_failed = 1;
         fetch->failure = part;
     }
