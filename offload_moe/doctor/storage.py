@@ -135,7 +135,7 @@ def _read_blocks(file: RecordFile, order: Sequence[int], is_over: Callable[[], b
         reads.trust()
         free = deque(range(NUM_READERS))
         while True:
-            while free and left and not is_over():
+            while free and left and not (num_read and is_over()):
                 block = left.popleft()
                 reads.place(block, PlaceStruct(file=0, offset=block * BLOCK_BYTES, num_bytes=BLOCK_BYTES))
                 reads.submit(block, free.popleft())

@@ -1,6 +1,7 @@
 """A condition that a reader's completions signal, without a thread of Python between disk and waiter."""
 
 import threading
+from collections.abc import Callable
 
 from offload_moe.memory.reader import Waitable
 
@@ -11,9 +12,10 @@ class ArrivalCondition(threading.Condition):
     Every wait returns after a moment, so that signals are handled and a closed model is noticed.
     """
 
-    def __init__(self, reader: Waitable) -> None:
+    def __init__(self, reader: Waitable, drain: Callable[[], None]) -> None:
+        """drain: enters what has been completed; called with the lock held."""
         super().__init__(threading.RLock())
-        self._reader = reader
+        self._reader, self._drain = reader, drain
         self._num_waiting = 0  # guarded by the lock
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -26,6 +28,7 @@ class ArrivalCondition(threading.Condition):
         finally:
             self._acquire_restore(held)  # type: ignore[attr-defined]
             self._num_waiting -= 1
+        self._drain()
         return True
 
     def notify(self, n: int = 1) -> None:

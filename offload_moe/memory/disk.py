@@ -96,7 +96,7 @@ class DiskTransfers(Transfers):
     """Reads of a store: its files, and the retries of what may pass. Does not keep the mover alive."""
 
     def __init__(self, reads: Reads, files: RecordFiles, record_of: RecordOf) -> None:
-        super().__init__(reads, ArrivalCondition(reads))
+        super().__init__(reads, ArrivalCondition(reads, self.drain))
         self._reads = reads
         self._files = files
         self._record_of = record_of

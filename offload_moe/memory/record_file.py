@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class RecordFile:
-    """Raises: OSError from every call; `TransferError` is made of it by those who know the expert."""
+    """Raises: OSError from every call; the caller makes a `TransferError` of it."""
 
     def __init__(self, path: Path, *, allow_direct: bool = True, uses_cached: bool = True) -> None:
         """uses_cached: what is in the page cache already is copied from there."""
@@ -124,7 +124,7 @@ def _open_direct(path: Path) -> int | None:
 def _map_pages(descriptor: int) -> np.ndarray | None:
     """The file, mapped, to look up which of its pages are cached: reading those is a copy, reading around them is not.
 
-    Linux tells only those who may write to the file; everybody else reads directly. Address space only: no page is ever
+    Linux says so only of files that may be written; others are read directly. Address space only: no page is ever
     touched through it. The array keeps the mapping alive.
     """
     size = os.fstat(descriptor).st_size

@@ -16,7 +16,7 @@ from offload_moe.native.kernels import DONE, DROPPED, READING, Completion
 
 
 class PassReads(Protocol):
-    """Who accounts for the reads of token passes, into slots that were reserved for them (lock held)."""
+    """Accounts for the reads of token passes, into slots that were reserved for them (lock held)."""
 
     def began(self, key: int, slot: int, was_prefetch: bool) -> Arrived:
         """A reserved slot is being filled. Returns what is called at the end of the read, as by `Mover.start`."""

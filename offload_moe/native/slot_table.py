@@ -18,7 +18,7 @@ class SlotTable:
     """
 
     def __init__(self, num_keys: int, num_slots: int, addresses: Sequence[int] | None = None) -> None:
-        """addresses: of the slots' records, live; None for a table without memory, of which nobody computes."""
+        """addresses: of the slots' records, live; None for a table without memory, in which no pass computes."""
         self.num_keys = num_keys
         self._addresses = addresses
         self._records, self._leases = array("Q", bytes(8 * num_keys)), array("i", bytes(4 * num_keys))
@@ -90,7 +90,7 @@ class SlotTable:
         library().om_slot_table_release(self.handle, ended.buffer_info()[0], len(ended))
 
     def hold_all(self) -> None:
-        """Every expert counts as leased until `release_all_holds`. Under the lock that whoever evicts holds."""
+        """Every expert counts as leased until `release_all_holds`. Under the lock under which experts are evicted."""
         self._num_holds += 1
 
     def release_all_holds(self) -> None:

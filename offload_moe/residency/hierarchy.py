@@ -83,7 +83,7 @@ class Hierarchy:
             try:
                 self._pass_reads = mover.read_passes(PassAccounts(self.ram))
             except OSError:
-                return None  # the mover will say what is wrong with the file, once an expert is wanted
+                return None  # the error names the file once an expert is read
             self.ram.reserved = self._reserved = ReservedSlots(self.ram, self._pass_reads)
         return self._reserved
 

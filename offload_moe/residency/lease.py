@@ -1,4 +1,4 @@
-"""The routed experts of one layer while it is computed: who is ready, who is on the way, who waits for a slot.
+"""The routed experts of one layer while it is computed: those that are ready, on their way, or waiting for a slot.
 
 A wave's slots are leased until the lease ends, or, while others of the layer still want slots, until the next wave is
 asked for. When a layer routes to more experts than there are slots, the lease simply takes more waves; down to one slot

@@ -1,4 +1,4 @@
-"""What becomes of the slots of one pool: who is admitted, who is evicted, who leases. No bytes, no torch, no threads.
+"""The slots of one pool: which expert is admitted, evicted, leased. No bytes, no torch, no threads.
 
     FREE --admit--> LOADING --loaded--> RESIDENT --evict--> FREE
                        |                                      ^
@@ -137,7 +137,7 @@ class Residency:
         self.policy.insert(self.table.keys[slot])
 
     def abandon(self, slot: int) -> None:
-        """The transfer failed: LOADING -> FREE, once nobody leases it."""
+        """The transfer failed: LOADING -> FREE, once it is not leased."""
         assert self.table.states[slot] == LOADING
         assert self._num_leases[slot] == 0
         self._vacate(slot)
@@ -149,7 +149,7 @@ class Residency:
         self._free = [slot for slot in self._free if slot < first]
 
     def empty_closed_slots(self) -> bool:
-        """Evict what nobody leases from the closed slots. Returns whether all of them are FREE now."""
+        """Evict what is not leased from the closed slots. Returns whether all of them are FREE now."""
         for slot in range(self._num_open, self.num_slots):
             if self.is_resident(slot) and not self._num_leases[slot]:
                 self._evict(slot)
@@ -179,7 +179,7 @@ class Residency:
         self.policy.resize(num_slots)
 
     def use_policy(self, policy: Policy) -> None:
-        """Let another policy decide from now on; it is told what is resident."""
+        """Let another policy decide from now on; what is resident is inserted into it."""
         for key in self.resident_keys():
             policy.insert(key)
         self.policy = policy

@@ -74,12 +74,12 @@ class Tier:
         self.arrived = _on_arrival(weakref.ref(self))  # what transfers call at their end
 
     def is_resident(self, layer: int, expert: int) -> bool:
-        """Whether the expert is in a slot and complete (lock held by whoever relies on it)."""
+        """Whether the expert is in a slot and complete (the lock is held by a caller that relies on it)."""
         slot = self.residency.find(self.keys.key(layer, expert))
         return slot is not None and self.residency.is_resident(slot)
 
     def is_known(self, layer: int, expert: int) -> bool:
-        """Whether the expert is in a slot or on its way to one (lock held by whoever relies on it)."""
+        """Whether the expert is in a slot or on its way to one (the lock is held by a caller that relies on it)."""
         return self.residency.find(self.keys.key(layer, expert)) is not None
 
     def late(self, what: str) -> TransferError:

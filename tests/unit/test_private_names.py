@@ -35,7 +35,6 @@ ALLOWED: dict[str, int] = {
     "integration/test_tokenizers.py": 1,
     "unit/test_demo_source.py": 1,
     "unit/test_first_hour.py": 1,
-    "unit/test_kernels_reads.py": 1,
     "unit/test_lookahead_tiers.py": 4,
     "unit/test_native_abi.py": 1,
     "unit/test_policy_contract.py": 1,

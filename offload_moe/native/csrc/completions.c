@@ -15,20 +15,20 @@ static void set(om_completions *completions, int which, int64_t value) {
 
 void om_completions_init(om_completions *completions, int64_t *counts) {
     completions->counts = counts;
-    om_init_condition(&completions->told);
+    om_init_condition(&completions->ended);
     om_init_condition(&completions->unattended);
 }
 
 void om_completions_destroy(om_completions *completions) {
-    pthread_cond_destroy(&completions->told);
+    pthread_cond_destroy(&completions->ended);
     pthread_cond_destroy(&completions->unattended);
     free(completions->ring);
 }
 
 int om_completions_fit(om_completions *completions) {
-    const int64_t wanted = completions->count + completions->num_promised + 2;
-    if (wanted > completions->room) {
-        const int64_t room = wanted < LEAST_ROOM ? LEAST_ROOM : 2 * wanted;
+    const int64_t needed = completions->count + completions->num_promised + 2;
+    if (needed > completions->room) {
+        const int64_t room = needed < LEAST_ROOM ? LEAST_ROOM : 2 * needed;
         om_completion *ring = malloc((size_t)room * sizeof *ring);
         if (ring == NULL) return 0;
         for (int64_t n = 0; n < completions->count; n++) ring[n] = completions->ring[(completions->first + n) % completions->room];
@@ -47,7 +47,7 @@ void om_completions_add(om_completions *completions, const om_completion *comple
     if (completion->state == OM_READING) return;
     completions->num_promised--;
     completions->num_ends++;
-    if (completions->num_waiting > 0) pthread_cond_broadcast(&completions->told);
+    if (completions->num_waiting > 0) pthread_cond_broadcast(&completions->ended);
     else if (is_urgent) om_completions_notice(completions);
 }
 
@@ -66,13 +66,13 @@ void om_completions_wait(om_completions *completions, pthread_mutex_t *lock, int
     const struct timespec deadline = om_deadline(limit_s);
     completions->num_waiting++;
     while (!completions->is_closed && completions->num_ends == 0 && completions->counts[WAKES] == num_wakes &&
-           pthread_cond_timedwait(&completions->told, lock, &deadline) == 0) {}
+           pthread_cond_timedwait(&completions->ended, lock, &deadline) == 0) {}
     completions->num_waiting--;
 }
 
 void om_completions_wake(om_completions *completions) {
     set(completions, WAKES, completions->counts[WAKES] + 1);
-    pthread_cond_broadcast(&completions->told);
+    pthread_cond_broadcast(&completions->ended);
 }
 
 int om_completions_attend(om_completions *completions, pthread_mutex_t *lock, double limit_s) {
@@ -90,6 +90,6 @@ void om_completions_notice(om_completions *completions) {
 
 void om_completions_close(om_completions *completions) {
     completions->is_closed = 1;
-    pthread_cond_broadcast(&completions->told);
+    pthread_cond_broadcast(&completions->ended);
     pthread_cond_broadcast(&completions->unattended);
 }

@@ -1,7 +1,7 @@
-/* The completion queue of reads, and who waits at it. The lock of the slot table guards all of it.
+/* The completion queue of reads, and the threads that wait at it. The lock of the slot table guards all of it.
  *
  * Reads that Python submitted, and failures, are drained at once: by the threads that wait for experts or slots, or, where
- * there is none, by one that attends. Reads of a token pass can wait until Python looks. */
+ * there is none, by one that attends. Reads of a token pass stay in the queue until Python looks. */
 #ifndef OM_COMPLETIONS_H
 #define OM_COMPLETIONS_H
 
@@ -16,7 +16,7 @@ typedef struct {
     int64_t num_promised;    /* completions that reads under way will add */
     int64_t num_ends;        /* in the ring, of reads that have ended */
     int32_t num_waiting, is_unattended, is_closed;
-    pthread_cond_t told, unattended;
+    pthread_cond_t ended, unattended;
 } om_completions;
 
 void om_completions_init(om_completions *completions, int64_t *counts);

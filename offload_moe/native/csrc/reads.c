@@ -203,8 +203,8 @@ static void read_next(om_reads *reads, om_fetch *fetch) {
     const om_file file = reads->files[place.file];
     om_read_at *const read_at = reads->read_at;
     const int64_t left = place.num_bytes - fetch->next_byte;
-    const int64_t wanted = fetch->is_prefetch ? reads->options.prefetch_part_bytes : reads->options.part_bytes;
-    om_part part = {.start = fetch->next_byte, .num_wanted = left < wanted ? left : wanted};
+    const int64_t most = fetch->is_prefetch ? reads->options.prefetch_part_bytes : reads->options.part_bytes;
+    om_part part = {.start = fetch->next_byte, .num_wanted = left < most ? left : most};
     fetch->next_byte += part.num_wanted;
     if (part.num_wanted < left) pthread_cond_signal(&reads->work);
     else om_withdraw(queue_of(reads, fetch), fetch);
@@ -347,14 +347,14 @@ OM_EXPORT void om_reads_wait(om_reads *reads, int64_t num_wakes, double limit_s)
     om_reads_leave(reads);
 }
 
-/* Wake all who are in `om_reads_wait`. */
+/* End all calls of `om_reads_wait`. */
 OM_EXPORT void om_reads_wake(om_reads *reads) {
     lock(reads);
     om_completions_wake(&reads->completions);
     unlock(reads);
 }
 
-/* Wait until there is something to do for who drains while nobody is in `om_reads_wait`. Returns 0 once closed. */
+/* Wait until completions should be drained and no thread is in `om_reads_wait`, or for `om_reads_notice`. Returns 0 once closed. */
 OM_EXPORT int om_reads_attend(om_reads *reads, double limit_s) {
     om_reads_use(reads);
     lock(reads);

@@ -104,7 +104,7 @@ OM_EXPORT int om_slot_table_vacate(om_slot_table *slot_table, int32_t slot, int3
     pthread_mutex_lock(&slot_table->lock);
     const int64_t key = slot_table->keys[slot];
     const int is_free = key < 0 || slot_table->leases[key] == 0;
-    if (is_free && key >= 0 && slot_table->records[key] == OM_COMING) pthread_cond_broadcast(&slot_table->arrived); /* who waits has to ask */
+    if (is_free && key >= 0 && slot_table->records[key] == OM_COMING) pthread_cond_broadcast(&slot_table->arrived); /* a pass that waits for it needs it from Python */
     if (is_free) om_slot_table_empty(slot_table, slot, (uint8_t)state);
     pthread_mutex_unlock(&slot_table->lock);
     return is_free;

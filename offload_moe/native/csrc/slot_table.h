@@ -4,7 +4,7 @@
  *     FREE --reserve--> RESERVED --begin--> LOADING;  RESERVED --reclaim--> FREE
  *
  * A token pass computes with an expert from ARRIVED on, and leases it meanwhile: a leased slot is not vacated. Python enters
- * what has arrived into its policy and its counters, and calls it RESIDENT then; it picks whom to vacate. */
+ * what has arrived into its policy and its counters, and calls it RESIDENT then; it picks what to vacate. */
 #ifndef OM_SLOT_TABLE_H
 #define OM_SLOT_TABLE_H
 
