@@ -157,8 +157,9 @@ class DiskTransfers(Transfers):
         try:
             self._open(reading.key)
         except Exception as error:
+            failure = _unreadable(self._record_of(reading.key), error) if isinstance(error, OSError) else error
             with self.changed:
-                self.give_up(reading, _unreadable(self._record_of(reading.key), error))
+                self.give_up(reading, failure)
         else:
             with self.changed:
                 super().submit(reading)
@@ -209,10 +210,8 @@ def _failed(record: Record, completion: Completion) -> TransferError:
     return error
 
 
-def _unreadable(record: Record, cause: Exception) -> Exception:
+def _unreadable(record: Record, cause: OSError) -> TransferError:
     """What opening a file raised."""
-    if not isinstance(cause, OSError):
-        return cause
     error = _reading_failed(record, record.offset, cause.strerror or str(cause))
     error.__cause__ = cause
     return error

@@ -22,7 +22,7 @@ class Mover(Protocol):
         """Forget the prefetch into the slot, if nothing of it is under way. Whether it is: `arrived` is not called."""
 
     def drain(self) -> None:
-        """Call `arrived` for the transfers that have ended, where the mover does not do so at once (lock of the tier held)."""
+        """Call `arrived` for transfers that have ended, where the mover leaves that to its callers (lock held)."""
 
     def used(self, slots: Sequence[int]) -> None:
         """The calling thread has issued compute that reads the slots; they may be overwritten once it is done."""

@@ -18,6 +18,7 @@ from offload_moe.engine.model import Model
 from offload_moe.errors import TransferError
 from offload_moe.memory.disk import DiskMover
 from offload_moe.memory.record_file import RecordFiles
+from offload_moe.native import reads as native_reads
 from offload_moe.native.kernels import TokenPass
 
 NUM_SLOTS = 5
@@ -137,6 +138,15 @@ def test_damage_is_named_though_a_run_read_it(store: Path, model: Model) -> None
         with path.open("r+b") as file:
             file.write(content)
     assert say(model.chat(), "Hello") == expected
+
+
+def test_completions_wake_who_waits_and_nothing_is_polled(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = say(model.chat(), "Hello")
+    before = model.stats.copy()
+    monkeypatch.setattr(native_reads, "POLL_S", 600.0)
+    monkeypatch.setattr("offload_moe.memory.waiting.STEP_S", 600.0)
+    assert say(model.chat(), "Hello") == expected
+    assert model.stats.since(before).num_misses > 20
 
 
 def test_a_run_in_a_process_that_was_stopped_is_not_given_up() -> None:
