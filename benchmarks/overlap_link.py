@@ -24,7 +24,7 @@ class SameRecord:
         self._workers = TransferWorkers(1, "same-record")
 
     def start(self, key: int, slot: int, arrived: Any, *, is_prefetch: bool = False) -> None:
-        self._workers.submit(slot, [lambda: arrived(slot, self._record.numel(), None)], is_prefetch=is_prefetch)
+        self._workers.submit(slot, lambda: arrived(slot, self._record.numel(), None), is_prefetch=is_prefetch)
 
     def promote(self, slot: int) -> None: ...
 

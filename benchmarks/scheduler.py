@@ -91,7 +91,7 @@ class InstantMover:
         self._workers = TransferWorkers(1, "instant")
 
     def start(self, key: int, slot: int, arrived: Callable[..., None], *, is_prefetch: bool = False) -> None:
-        self._workers.submit(slot, [lambda: arrived(slot, SLOT_BYTES, None)], is_prefetch=is_prefetch)
+        self._workers.submit(slot, lambda: arrived(slot, SLOT_BYTES, None), is_prefetch=is_prefetch)
 
     def promote(self, slot: int) -> None:
         self._workers.promote(slot)

@@ -183,7 +183,7 @@ class DeviceMover:
                 self._fly(load, record, give_back)
                 return
             give_back()
-        self._loaders.submit(load.slot, [partial(self._fetch, load)], is_prefetch=load.is_prefetch)
+        self._loaders.submit(load.slot, partial(self._fetch, load), is_prefetch=load.is_prefetch)
 
     def _fetch(self, load: _Load) -> None:
         try:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -20,7 +19,6 @@ from offload_moe.memory import disk
 from offload_moe.memory.arena import Arena
 from offload_moe.memory.disk import PART_BYTES, PREFETCH_PART_BYTES, DiskMover
 from offload_moe.memory.record_file import RecordFile
-from offload_moe.memory.workers import TransferWorkers
 from offload_moe.native import reads as native_reads
 from offload_moe.store import Record
 from offload_moe.store.manifest import Place
@@ -339,22 +337,3 @@ def test_prefetches_leave_a_thread_to_demands(file: Path) -> None:
         assert demanded.wait(10)
         gate.set()
     mover.close()
-
-
-def test_demanded_copies_overtake_the_parts_of_a_prefetch_and_only_a_quiet_one_can_be_cancelled() -> None:
-    order: list[str] = []
-    gate, begun = threading.Event(), threading.Event()
-    pool = TransferWorkers(1, "test")
-    pool.submit(0, [lambda: (begun.set(), gate.wait())[0], lambda: order.append("second part")], is_prefetch=True)
-    assert begun.wait(10)
-    assert not pool.cancel(0)
-    pool.submit(1, [lambda: order.append("cancelled")], is_prefetch=True)
-    pool.submit(2, [lambda: order.append("demand")], is_prefetch=False)
-    assert pool.cancel(1)
-    assert not pool.cancel(1)
-    gate.set()
-    deadline = time.monotonic() + 10
-    while len(order) < 2 and time.monotonic() < deadline:
-        time.sleep(0.001)
-    pool.close()
-    assert order == ["demand", "second part"]
