@@ -1,6 +1,7 @@
 """A condition that a reader's completions signal, without a thread of Python between disk and waiter."""
 
 import threading
+import weakref
 from collections.abc import Callable
 
 from offload_moe.memory.reader import Waitable
@@ -12,8 +13,8 @@ class ArrivalCondition(threading.Condition):
     Every wait returns after a moment, so that signals are handled and a closed model is noticed.
     """
 
-    def __init__(self, reader: Waitable, drain: Callable[[], None]) -> None:
-        """drain: enters what has been completed; called with the lock held."""
+    def __init__(self, reader: Waitable, drain: "weakref.WeakMethod[Callable[[], None]]") -> None:
+        """drain: enters what has been completed; called with the lock held. Weak, as its object holds the condition."""
         super().__init__(threading.RLock())
         self._reader, self._drain = reader, drain
         self._num_waiting = 0  # guarded by the lock
@@ -28,7 +29,9 @@ class ArrivalCondition(threading.Condition):
         finally:
             self._acquire_restore(held)  # type: ignore[attr-defined]
             self._num_waiting -= 1
-        self._drain()
+        drain = self._drain()
+        if drain is not None:
+            drain()
         return True
 
     def notify(self, n: int = 1) -> None:

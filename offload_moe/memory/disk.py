@@ -5,6 +5,7 @@ import heapq
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
@@ -96,7 +97,7 @@ class DiskTransfers(Transfers):
     """Reads of a store: its files, and the retries of what may pass. Does not keep the mover alive."""
 
     def __init__(self, reads: Reads, files: RecordFiles, record_of: RecordOf) -> None:
-        super().__init__(reads, ArrivalCondition(reads, self.drain))
+        super().__init__(reads, ArrivalCondition(reads, weakref.WeakMethod(self.drain)))
         self._reads = reads
         self._files = files
         self._record_of = record_of
