@@ -255,7 +255,6 @@ def test_threads_of_a_dead_disk_are_not_waited_for_at_exit(file: Path) -> None:
     code = f"""
 import threading, zlib
 from pathlib import Path
-from offload_moe.native import reads as native_reads
 from offload_moe.memory.arena import Arena
 from offload_moe.native import reads as native_reads
 from offload_moe.store import Record
