@@ -19,7 +19,7 @@ class Mover(Protocol):
         """The expert that is being prefetched into the slot is demanded now."""
 
     def cancel(self, slot: int) -> bool:
-        """Forget the prefetch into the slot, if nothing of it is under way. Whether it is: `arrived` is not called."""
+        """Cancel the prefetch into the slot, if nothing of it is under way. Whether it is: `arrived` is not called."""
 
     def drain(self) -> None:
         """Call `arrived` for transfers that have ended, where the mover leaves that to its callers (lock held)."""

@@ -23,7 +23,7 @@ class Reader(Protocol):
         """Promote the read of an expert, if it is on its way: it overtakes prefetches, and is not dropped any more."""
 
     def cancel(self, key: int) -> bool:
-        """Forget a submitted prefetch unless a part of it is being read. Whether it is forgotten."""
+        """Cancel a submitted prefetch unless a part of it is being read. Whether it is cancelled."""
 
     def num_bytes(self, key: int) -> int:
         """Of the expert's record."""

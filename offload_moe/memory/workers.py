@@ -38,7 +38,7 @@ class TransferWorkers:
         self._queue.promote(slot)
 
     def cancel(self, slot: int) -> bool:
-        """Forget a prefetch unless it is running. Whether it is forgotten: then no thread writes there."""
+        """Cancel a prefetch unless it is running. Whether it is cancelled: then no thread writes there."""
         return self._queue.cancel(slot)
 
     def close(self) -> bool:

@@ -128,7 +128,7 @@ class Reads:
         library().om_reads_read_with(self.handle, ctypes.cast(function, ctypes.c_void_p) if function else None)
 
     def submit(self, key: int, slot: int, *, is_prefetch: bool = False) -> None:
-        """Line up the read of a record into a slot. A closed reader forgets it. Raises: MemoryError."""
+        """Line up the read of a record into a slot. A closed reader drops it. Raises: MemoryError."""
         if self._submit(self._handle, key, slot, self._slot_table.address(slot), is_prefetch) < 0:
             raise MemoryError("No memory for the queue of reads.")
 
@@ -137,7 +137,7 @@ class Reads:
         self._demand(self._handle, key)
 
     def cancel(self, key: int) -> bool:
-        """Forget a submitted prefetch unless a part of it is being read. Whether it is forgotten."""
+        """Cancel a submitted prefetch unless a part of it is being read. Whether it is cancelled."""
         return bool(self._cancel(self._handle, key))
 
     def reserve(self, slot: int) -> None:

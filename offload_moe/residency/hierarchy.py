@@ -77,7 +77,7 @@ class Hierarchy:
             self.record_of = self._device_slots.slot
 
     def reserved(self) -> ReservedSlots | None:
-        """The slots that token passes fetch experts into; None where they have to ask for each."""
+        """The slots that token passes fetch experts into; None where Python brings each."""
         mover = self.ram.mover
         if self._reserved is None and self.slot_table is not None and isinstance(mover, DiskMover):
             try:

@@ -62,7 +62,7 @@ class VirtualDisk:
             self._begin_what_can()
 
     def cancel(self, key: int) -> bool:
-        """Forget a prefetch of which nothing is being read. Whether it is forgotten."""
+        """Cancel a prefetch of which nothing is being read. Whether it is cancelled."""
         read = self._prefetches.get(key)
         if read is None or read.num_left > len(read.waiting):
             return False

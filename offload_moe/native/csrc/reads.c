@@ -69,8 +69,11 @@ OM_EXPORT void om_reads_leave(om_reads *reads) {
 }
 
 static om_fetch *begin(om_reads *reads, int64_t key, int32_t slot, uint8_t *record, int is_prefetch, int is_of_pass) {
-    om_fetch *fetch = om_completions_fit(&reads->completions) ? calloc(1, sizeof *fetch) : NULL;
-    if (fetch == NULL) return NULL;
+    om_fetch *fetch = calloc(1, sizeof *fetch);
+    if (fetch == NULL || !om_completions_fit(&reads->completions)) {
+        free(fetch);
+        return NULL;
+    }
     *fetch = (om_fetch){.record = record, .key = key, .slot = slot, .is_of_pass = (uint8_t)is_of_pass,
                         .is_prefetch = (uint8_t)is_prefetch, .was_prefetch = (uint8_t)is_prefetch};
     reads->fetches[key] = fetch;
@@ -131,7 +134,7 @@ OM_EXPORT void om_reads_demand(om_reads *reads, int64_t key) {
     unlock(reads);
 }
 
-/* Forget a prefetch that Python submitted, unless a part of it is being read. Returns whether it is forgotten. */
+/* Cancel a prefetch that Python submitted, unless a part of it is being read. Returns whether it is cancelled. */
 OM_EXPORT int om_reads_cancel(om_reads *reads, int64_t key) {
     lock(reads);
     om_fetch *fetch = reads->fetches[key];
