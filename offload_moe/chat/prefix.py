@@ -59,6 +59,36 @@ class PrefixCache:
         return self._cache
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that take memory: those in the cache, and those of a snapshot that layers keep copies for."""
+        snapshot = self._snapshot
+        return len(self._ids) + (snapshot.length if snapshot is not None and snapshot.layers else 0)
+
+    def num_usable(self, ids: Sequence[int]) -> int:
+        """How many leading tokens of `ids` would be taken from here, without changing anything."""
+        if self._cache is None or not self._ids or not self._is_supported:
+            return 0
+        if self._keeper is not None and self._keeper.window_between(self._cache, len(ids)) is not None:
+            return 0
+        shared = min(common_prefix(self._ids, ids), len(ids) - 1)
+        if shared == len(self._ids) or all(_can_crop(layer) for layer in self._cache.layers):
+            return shared
+        return self._snapshot.length if self._snapshot is not None and self._snapshot.length <= shared else 0
+
+    def num_lost(self, ids: Sequence[int]) -> int:
+        """How many tokens in the cache `begin` with these ids would drop."""
+        return len(self._ids) - self.num_usable(ids)
+
+    def fork(self, ids: Sequence[int]) -> "PrefixCache":
+        """Another cache of its own, which holds what this one has of `ids`."""
+        twin = PrefixCache(self._hf)
+        twin._cache, twin._ids = copy.deepcopy(self._cache), list(self._ids)
+        twin._snapshot = self._snapshot  # `_restore` copies its layers
+        twin.begin(ids)
+        twin._is_open = False
+        return twin
+
+    @property
     def wants_snapshot(self) -> bool:
         """Whether a layer forgets, so that a state must be kept before the answer."""
         return self._cache is not None and not all(_is_plain(layer) for layer in self._cache.layers)

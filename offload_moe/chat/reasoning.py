@@ -112,7 +112,7 @@ class TagSplitter:
     def _reason(self) -> list[Piece]:
         end = self._held.find(self._closing)
         if end < 0:
-            return self._give("reasoning", len(self._held) - _overlap(self._held, self._closing))
+            return self._give("reasoning", len(self._held) - overlap(self._held, self._closing))
         pieces = self._give("reasoning", end)
         self._held = self._held[len(self._closing) :]
         self._state, self._has_begun = "answer", False
@@ -162,6 +162,6 @@ def split_unfinished(text: str) -> tuple[str, str, str | None]:
     return text, "", None
 
 
-def _overlap(text: str, tag: str) -> int:
+def overlap(text: str, tag: str) -> int:
     """Length of the longest end of `text` that may be the beginning of `tag`."""
     return next((size for size in range(min(len(text), len(tag) - 1), 0, -1) if tag.startswith(text[-size:])), 0)

@@ -12,6 +12,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTok
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from offload_moe.chat.recompute import recompute_of
+from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.chat.steps import steps
 from offload_moe.chat.turns import StoppedInForward, turns_of
 from offload_moe.decode.hooks import HookObserver
@@ -38,6 +39,7 @@ class TokenStream(Iterator[int]):
         tokenizer: PreTrainedTokenizerBase | None = None,
         seed: int | None = None,
         stop_event: threading.Event | None = None,
+        steering: Steering = NO_STEERING,
     ) -> None:
         self.tokens: list[int] = []
         self.interrupted_forward = False
@@ -60,15 +62,18 @@ class TokenStream(Iterator[int]):
             tokenizer=tokenizer,
             seed=seed,
             watched=self._watched,
+            steering=steering,
         )
 
     def __next__(self) -> int:
-        while not self._is_stopping():
-            token = self._step()
-            if token == _END:
-                break
-            if token is not None:
-                return token
+        while (token := self.step()) is None:
+            pass
+        return token
+
+    def step(self) -> int | None:
+        """One turn: a token, or None for a part of the prompt. Raises StopIteration at the end."""
+        if not self._is_stopping() and (token := self._step()) != _END:
+            return token
         self.close()
         raise StopIteration
 
