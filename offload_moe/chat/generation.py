@@ -26,8 +26,8 @@ class TokenRequest:
     """What is to be computed.
 
     ids: the prompt, ``[T]``. boundary: how many of them are certain to open the next prompt too; called only where a
-    layer forgets. make_config: for so many new tokens. max_new_tokens: None takes the model's own limit. seed: None draws
-    from torch's own random numbers.
+    layer forgets. make_config: for so many new tokens. max_new_tokens: None takes the model's own limit. seed: None
+    draws from torch's own random numbers.
     """
 
     ids: Sequence[int]
@@ -112,7 +112,7 @@ class Generation:
                     yield token
 
     def steps(self) -> Generator[int | None, None, None]:
-        """None for each part of the prompt, then the tokens. Closing it stops; the prefix is up to date in every case."""
+        """None for each part of the prompt, then the tokens. Closing it stops; the prefix is right in every case."""
         yield from self._compute_opening()
         if self.is_stopped:
             return

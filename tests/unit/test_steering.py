@@ -80,8 +80,7 @@ def test_steps_show_the_parts_of_a_prompt(monkeypatch: pytest.MonkeyPatch) -> No
     model = chat_model()
     steps: list[Any] = []
     with TokenStream(model, PROMPT, config_of(model, max_new_tokens=2)) as stream:
-        for _ in range(4):
-            steps.append(stream.step())
+        steps += [stream.step() for _ in range(4)]
         with pytest.raises(StopIteration):
             stream.step()
     assert steps[:2] == [None, None]
