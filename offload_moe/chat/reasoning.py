@@ -31,6 +31,10 @@ class Piece:
 class Splitter(Protocol):
     """Turns text and special tokens into pieces. Special tokens that it does not know are dropped."""
 
+    @property
+    def kind(self) -> Kind | None:
+        """What the next text is; None where that is still open."""
+
     def text(self, text: str) -> list[Piece]: ...
 
     def marker(self, token: str) -> list[Piece]: ...
@@ -62,6 +66,8 @@ def is_harmony(template: str) -> bool:
 class PlainSplitter:
     """Everything is answer, to the last space."""
 
+    kind: Kind | None = "answer"
+
     def text(self, text: str) -> list[Piece]:
         return [Piece("answer", text)] if text else []
 
@@ -81,6 +87,10 @@ class TagSplitter:
         self._closing = closing or ""
         self._held = ""
         self._has_begun = has_begun
+
+    @property
+    def kind(self) -> Kind | None:
+        return None if self._state == "start" else self._state
 
     def text(self, text: str) -> list[Piece]:
         self._held += text
@@ -134,6 +144,10 @@ class HarmonySplitter:
         self._kind: Kind = "answer"
         self._in_header = not is_in_answer
         self._channel = ""
+
+    @property
+    def kind(self) -> Kind | None:
+        return None if self._in_header else self._kind
 
     def text(self, text: str) -> list[Piece]:
         if self._in_header:

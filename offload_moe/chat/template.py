@@ -1,11 +1,12 @@
 """Messages to token ids through the model's own chat template, and the tokens that end its turn."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offload_moe.chat.chat_template import ChatTemplate, Message
+from offload_moe.chat.chat_template import NO_ARGUMENTS, ChatTemplate, Message
 from offload_moe.chat.reasoning import is_harmony
 from offload_moe.checkpoint.token_ids import check_ids, num_embeddings
 from offload_moe.errors import ConfigError
@@ -54,8 +55,16 @@ class PromptFormat:
         """The template's source."""
         return self._chat_template.source if self._chat_template is not None else None
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        arguments: Mapping[str, Any] = NO_ARGUMENTS,
+    ) -> str:
         """The conversation as the model reads it. With a generation prompt, a last assistant message is continued.
+
+        arguments: what else a chat template reads, such as tools.
 
         Raises:
             ConfigError: the template cannot render it, for example a system message; or a content is no text.
@@ -66,7 +75,7 @@ class PromptFormat:
             return messages[-1]["content"]
         if self._chat_template is None:
             return "\n".join(message["content"] for message in messages)
-        return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt, arguments=arguments)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered prompt; a template has placed its own special tokens already.
@@ -83,14 +92,16 @@ class PromptFormat:
         check_ids(ids, self._num_rows, self.tokenizer)
         return ids
 
-    def boundary(self, messages: Sequence[Message], ids: Sequence[int]) -> int:
+    def boundary(
+        self, messages: Sequence[Message], ids: Sequence[int], arguments: Mapping[str, Any] = NO_ARGUMENTS
+    ) -> int:
         """How many tokens of the prompt are certain to open the next prompt too: all but the generation prompt.
 
         The last token is never among them, because generating needs one token to compute.
         """
         if self.template is None:
             return len(ids) - 1
-        without = self.encode(self.render(messages, add_generation_prompt=False))
+        without = self.encode(self.render(messages, add_generation_prompt=False, arguments=arguments))
         return min(common_prefix(without, ids), len(ids) - 1)
 
     def _notice(self) -> str | None:

@@ -13,7 +13,7 @@ Compute that chooses among the resident experts without asking has a `Lookup`, i
 The pool shrinks from its end: closed slots take no expert any more, and are given up once the last of them is FREE.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from enum import IntEnum
 from typing import Protocol
 
@@ -91,6 +91,10 @@ class Residency:
 
     def resident_keys(self) -> list[int]:
         return [key for key, slot in self._slot_of.items() if self._state[slot] is SlotState.RESIDENT]
+
+    def states(self) -> Iterator[tuple[int, SlotState]]:
+        """Each expert that has a slot, and whether it is resident or loading."""
+        return ((key, self._state[slot]) for key, slot in self._slot_of.items())
 
     def lease(self, slot: int) -> None:
         """Protect a LOADING or RESIDENT slot from eviction until `release`."""

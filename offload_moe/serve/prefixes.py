@@ -21,9 +21,9 @@ class _Kept:
 class Prefixes:
     """Caches that are kept, least valuable first to go. The engine's thread uses it alone.
 
-    A cache that was never continued is worth less than any that was: requests on the side (titles, tags) push each other
-    out, and no long conversation. A request that leaves a conversation early, as a sub-agent does behind the same system
-    prompt, gets a copy of what they share, and the conversation stays.
+    A cache that was never continued is worth less than any that was: requests on the side (titles, tags) push each
+    other out, and no long conversation. A request that leaves a conversation early, as a sub-agent does behind the same
+    system prompt, gets a copy of what they share, and the conversation stays.
     """
 
     def __init__(self, make: Callable[[], PrefixCache], *, most: int, budget_tokens: int | None = None) -> None:

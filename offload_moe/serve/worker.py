@@ -1,4 +1,4 @@
-"""One thread computes for all requests: a bounded queue, first in, first out, and the steps of those that run in turn."""
+"""One thread computes for all requests: a bounded queue, first in, first out; the steps of those that run alternate."""
 
 import logging
 import threading
@@ -29,10 +29,11 @@ class WaitForRoom(Exception):
 class Job:
     """A request's place in the queue, then in the engine. `stop` ends it, also in the middle of a prompt."""
 
-    def __init__(self, begin: Callable[["Job"], Work]) -> None:
+    def __init__(self, begin: Callable[["Job"], Work], on_drop: Callable[[], object] = lambda: None) -> None:
+        """on_drop: called when the worker is closed before the request began."""
         self.stop = threading.Event()
         self.began_at: float | None = None  # of `time.monotonic`; None while it waits
-        self.begin = begin
+        self.begin, self.on_drop = begin, on_drop
         self.work: Work | None = None
 
 
@@ -124,8 +125,11 @@ class Worker:
             self._is_closed = True
             for job in (*self._waiting, *self._running):
                 job.stop.set()
+            dropped = [*self._waiting]
             self._waiting.clear()
             self._changed.notify_all()
+        for job in dropped:
+            job.on_drop()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 

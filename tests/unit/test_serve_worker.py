@@ -3,7 +3,6 @@
 import threading
 import time
 
-
 import pytest
 
 from offload_moe.serve.worker import Job, QueueFull, WaitForRoom, Work, Worker, WorkerClosed

@@ -97,9 +97,17 @@ def _keywords(text: str) -> dict[str, Any]:
     try:
         call = ast.parse(f"f({text})", mode="eval").body
         assert isinstance(call, ast.Call)
-        return {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+        return {str(each.arg): ast.literal_eval(_JsonNames().visit(each.value)) for each in call.keywords}
     except (SyntaxError, ValueError, AssertionError, RecursionError):
         return {"text": text}
+
+
+class _JsonNames(ast.NodeTransformer):
+    """JSON's own names for Python's constants, which models mix up."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        names = {"true": True, "false": False, "null": None}
+        return ast.Constant(names[node.id]) if node.id in names else node
 
 
 class TaggedArguments:

@@ -18,7 +18,8 @@ class CallFormat:
 
     arguments: "json" is one object; "python" are keyword arguments up to a closing bracket; else a pattern of one
     parameter, with groups `key` and `value`. special: special tokens that belong to the format's text.
-    forced: what to write before and behind the arguments when a call is forced; NAME stands for the name.
+    forced: what to write before and behind the arguments when a call is forced; NAME stands for the name. parameter:
+    likewise around one parameter's value, with KEY.
     """
 
     name: str
@@ -30,7 +31,8 @@ class CallFormat:
     more: str = NOTHING
     closing: str = NOTHING
     special: tuple[str, ...] = ()
-    forced: tuple[str, str] | None = None
+    forced: tuple[str, str]
+    parameter: tuple[str, str] = ("", "")
 
 
 HERMES = CallFormat(
@@ -109,6 +111,8 @@ QWEN3_CODER = CallFormat(  # Qwen3-Coder, Qwen3-Next and later, Nemotron 3
     openings=("<tool_call>", "<function="),
     header=r"\s*(?:<function=)?" + NAME + r">",
     arguments=r"\s*<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>",
+    forced=("<tool_call>\n<function=NAME>\n", "</function>\n</tool_call>"),
+    parameter=("<parameter=KEY>\n", "\n</parameter>\n"),
     end=r"\s*</function>",
     closing=r"\s*</tool_call>",
     special=("<tool_call>", "</tool_call>"),
@@ -119,6 +123,8 @@ GLM = CallFormat(  # GLM-4.5 and later
     openings=("<tool_call>",),
     header=r"\s*" + NAME + r"(?=\s*(?:<arg_key>|</tool_call>))",
     arguments=r"\s*<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>",
+    forced=("<tool_call>NAME\n", "</tool_call>"),
+    parameter=("<arg_key>KEY</arg_key>\n<arg_value>", "</arg_value>\n"),
     end=r"\s*</tool_call>",
     special=("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
 )
@@ -128,6 +134,8 @@ MINIMAX = CallFormat(  # M2
     openings=("<minimax:tool_call>",),
     header=r'\s*<invoke name="?' + NAME + r'"?>',
     arguments=r'\s*<parameter name="?(?P<key>[^">]+)"?>(?P<value>.*?)</parameter>',
+    forced=('<minimax:tool_call>\n<invoke name="NAME">\n', "</invoke>\n</minimax:tool_call>"),
+    parameter=('<parameter name="KEY">', "</parameter>\n"),
     end=r"\s*</invoke>",
     more=r"\s*(?=<invoke )",
     closing=r"\s*</minimax:tool_call>",
@@ -139,11 +147,19 @@ LLAMA4 = CallFormat(
     openings=("<|python_start|>[", "["),
     header=r"\s*" + NAME + r"\(",
     arguments="python",
+    forced=("[NAME(", ")]"),
+    parameter=("KEY=", ", "),
     more=r"\s*,\s*(?=\w)",
     closing=r"\s*\]",
     special=("<|python_start|>",),
 )
-HARMONY = CallFormat(name="harmony", marks=("<|channel|>",), openings=(), header=NOTHING)
+HARMONY = CallFormat(  # read by its splitter, see `harmony.py`
+    name="harmony",
+    marks=("<|channel|>",),
+    openings=(),
+    header=NOTHING,
+    forced=("<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>", "<|call|>"),
+)
 
 # Marks are looked for in this order: several formats share `<tool_call>`.
 FORMATS = (

@@ -1,0 +1,46 @@
+"""A tiny model behind the HTTP application, in this process."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from starlette.testclient import TestClient
+
+from offload_moe.engine.model import Model
+from offload_moe.serve.app import make_app
+from offload_moe.serve.config import ServeConfig
+from tests.support.chat import chat_store
+from tests.support.models import open_model
+
+HELLO = [{"role": "user", "content": "Hello!"}]
+
+
+@contextmanager
+def served(model: Model, **settings: Any) -> Iterator[TestClient]:
+    """A client of an application of its own."""
+    app = make_app(model, ServeConfig(**settings), name="tiny")
+    try:
+        with TestClient(app) as client:
+            yield client
+    finally:
+        app.close()
+
+
+def open_tiny(folder: Path, num_slots: int | None = None) -> Model:
+    return open_model(chat_store(folder, max_position_embeddings=4096), num_slots, context=4096)
+
+
+def chat(client: TestClient, messages: Any = HELLO, **fields: Any) -> Any:
+    """The document of an answer, greedy and short."""
+    body = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 8} | fields
+    response = client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def events(text: str) -> list[Any]:
+    """The documents of a stream, without its comments; `[DONE]` is a string."""
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
