@@ -26,6 +26,7 @@ KINDS: Mapping[str, tuple[type, ...]] = {
 }
 STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 BRACKETS = re.compile(rb"[\[\]{}]")
+SURROGATE = re.compile(rb"\\u[dD]")
 MOST_SHOWN = 60  # characters of a value in a message
 
 
@@ -39,6 +40,8 @@ def parse_json(body: bytes) -> dict[str, Any]:
         if _depth(body) > MOST_DEPTH:
             raise invalid(f"The body is nested more than {MOST_DEPTH} levels deep.")
         document = json.loads(body, parse_constant=refuse)
+        if SURROGATE.search(body):
+            json.dumps(document, ensure_ascii=False).encode()  # fails for half a character
     except (ValueError, RecursionError) as error:
         raise invalid(f"The body is no JSON: {error}.", code="invalid_json") from error
     if not isinstance(document, dict):

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from anyio import to_thread
 from starlette.types import Receive, Scope, Send
 
-from offload_moe.serve.errors import Api, ApiError, api_error
+from offload_moe.serve.errors import Api, ApiError, api_error, closed
 from offload_moe.serve.events import Event, Failed, Finished, Progress
 from offload_moe.serve.host import Host, Loaded
 from offload_moe.serve.jobs import Answering, Request
@@ -90,7 +90,7 @@ class Delivery:
                         job.stop.set()
 
                 self._answering = Answering(self._host, loaded, request, emit)
-                job = Job(self._answering.work, lambda: emit(Failed(error=_closed())))
+                job = Job(self._answering.work, lambda: emit(Failed(error=closed())))
                 self._host.submit(job)
                 try:
                     await self._is_over.wait()
@@ -188,10 +188,6 @@ async def _send_json(send: Send, status: int, body: bytes, headers: dict[str, st
         send, status, {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
     )
     await send({"type": "http.response.body", "body": body})
-
-
-def _closed() -> ApiError:
-    return ApiError(503, "The server has been closed.", retry_after_s=5)
 
 
 def encode(document: Any) -> bytes:

@@ -84,6 +84,11 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
     return ApiError(400, message, param=param, code=code)
 
 
+def closed() -> ApiError:
+    """The server ends before the answer does."""
+    return ApiError(503, "The server has been closed.", code="shutting_down", retry_after_s=5)
+
+
 def api_error(error: BaseException) -> ApiError:
     """Any error as one that may be shown; what is nobody's fault but ours is logged with its traceback."""
     match error:

@@ -21,7 +21,7 @@ from offload_moe.plan.budget import give_back_freed_memory
 from offload_moe.residency.counters import Counters
 from offload_moe.serve.board import Board
 from offload_moe.serve.config import ServeConfig
-from offload_moe.serve.errors import ApiError
+from offload_moe.serve.errors import ApiError, closed
 from offload_moe.serve.guide import Guides
 from offload_moe.serve.prefixes import Prefixes
 from offload_moe.serve.prompts import Prompts
@@ -97,6 +97,10 @@ class Host:
             parallel=config.parallel, most_waiting=config.queue, idle_s=idle_s, on_idle=self._unload_when_idle
         )
 
+    def adopt(self, model: Model) -> None:
+        """Take over a model that `load` would make, before the first request."""
+        self._loaded = Loaded(model, self.config)
+
     @property
     def state(self) -> State:
         if self.is_draining:
@@ -135,7 +139,7 @@ class Host:
         try:
             return self.worker.call(function)
         except WorkerClosed as error:
-            raise ApiError(503, "The server has been closed.", retry_after_s=5) from error
+            raise closed() from error
 
     def submit(self, job: Job) -> None:
         """Put a request into the queue. Raises: ApiError when it is full."""
@@ -151,7 +155,7 @@ class Host:
                 retry_after_s=self._retry_after_s(),
             ) from None
         except WorkerClosed as error:
-            raise ApiError(503, "The server has been closed.", retry_after_s=5) from error
+            raise closed() from error
 
     def cancel(self, job: Job) -> None:
         """The client has left, or the request has ended."""

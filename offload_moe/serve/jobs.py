@@ -13,6 +13,7 @@ from offload_moe.chat.steering import Steering
 from offload_moe.errors import BudgetError
 from offload_moe.serve.board import Board, Running
 from offload_moe.serve.choice import ChoiceText, Reading
+from offload_moe.serve.errors import closed
 from offload_moe.serve.events import ChoiceEnd, Event, Failed, Finished, Started, Usage
 from offload_moe.serve.guide import Grammar, Guide, Guides, json_grammar
 from offload_moe.serve.host import Host, Loaded
@@ -83,8 +84,12 @@ class Answering:
             if not isinstance(error, Exception):
                 raise
             return
-        self._board.end(self.running, "cancelled" if job.stop.is_set() else "finished")
-        self._emit(Finished(usage=self._usage()))
+        if job.stop.is_set():  # the client has left, or the server ends
+            self._board.end(self.running, "cancelled")
+            self._emit(Failed(error=closed()))
+        else:
+            self._board.end(self.running, "finished")
+            self._emit(Finished(usage=self._usage()))
 
     def _choice(self, number: int, job: Job) -> Work:
         prefixes = self._loaded.prefixes

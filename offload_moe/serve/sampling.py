@@ -13,9 +13,10 @@ COUNTS = ("top_k", "seed")
 
 def settings_of(document: Mapping[str, Any], *, max_tokens: int | None, top_logprobs: int | None = None) -> Settings:
     """Of a checked document. Raises: ApiError."""
+    chosen: dict[str, Any] = {name: float(value) for name, value in given(document, NUMBERS).items()}
+    chosen |= {name: int(value) for name, value in given(document, COUNTS).items()}
     return Settings(
-        **{name: float(value) for name, value in given(document, NUMBERS).items()},
-        **{name: int(value) for name, value in given(document, COUNTS).items()},
+        **chosen,
         max_tokens=None if max_tokens is None else int(max_tokens),
         stop=texts(document.get("stop")),
         logit_bias=_bias(document.get("logit_bias") or {}),

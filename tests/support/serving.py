@@ -1,11 +1,15 @@
 """A tiny model behind the HTTP application, in this process."""
 
 import json
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from starlette.testclient import TestClient
 
 from offload_moe.engine.model import Model
@@ -44,3 +48,22 @@ def events(text: str) -> list[Any]:
     """The documents of a stream, without its comments; `[DONE]` is a string."""
     lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+@contextmanager
+def listening(model: Model, **settings: Any) -> Iterator[tuple[str, int]]:
+    """The address of a real server, in a thread of this process."""
+    app = make_app(model, ServeConfig(**settings), name="tiny")
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    try:
+        yield listener.getsockname()
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        app.close()
+        listener.close()
