@@ -97,7 +97,7 @@ async def count_tokens(host: Host, document: Mapping[str, Any]) -> dict[str, Any
 
 
 def conversation_of(host: Host, document: Mapping[str, Any]) -> Conversation:
-    """Raises: ApiError."""
+    """What the model is to read. Raises: ApiError."""
     messages: list[dict[str, Any]] = []
     if document.get("system"):
         messages.append({"role": "system", "content": _texts(document["system"], "system")})
@@ -214,8 +214,7 @@ class MessageWriter:
             case TextDelta():
                 return self._text(event)
             case ToolStart():
-                block = {"type": "tool_use", "id": _tool_id(event.id), "name": event.name, "input": {}}
-                return self._begin("tool_use", block, is_new=True)
+                return self._begin("tool_use", _tool_block(event.id, event.name, {}), is_new=True)
             case ToolDelta():
                 return self._delta({"type": "input_json_delta", "partial_json": event.text})
             case ChoiceEnd():
@@ -245,6 +244,8 @@ class MessageWriter:
             "content": content,
             "stop_reason": reason,
             "stop_sequence": stop,
+            "stop_details": None,
+            "container": None,
             "usage": usage,
         }
 
@@ -254,8 +255,7 @@ class MessageWriter:
             blocks.append({"type": "thinking", "thinking": choice.reasoning, "signature": self._signature})
         if choice.text or not (choice.calls or choice.reasoning):
             blocks.append({"type": "text", "text": choice.text, "citations": None})
-        calls = ((_tool_id(call.id), call.name, call.parsed) for call in choice.calls)
-        return blocks + [{"type": "tool_use", "id": each, "name": name, "input": given} for each, name, given in calls]
+        return blocks + [_tool_block(call.id, call.name, call.parsed) for call in choice.calls]
 
     def _text(self, event: TextDelta) -> bytes:
         if event.is_reasoning:
@@ -298,15 +298,21 @@ def _stop_reason(choice: CollectedChoice) -> str:
     return "stop_sequence" if choice.stop is not None else STOP_REASONS[choice.reason]
 
 
-def _tool_id(identity: str) -> str:
-    return f"toolu_{identity.removeprefix('call_')}"
+def _tool_block(identity: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    tool_id = f"toolu_{identity.removeprefix('call_')}"
+    return {"type": "tool_use", "id": tool_id, "name": name, "input": given, "caller": {"type": "direct"}}
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
     """Anthropic counts kept tokens apart from those of the input."""
     return {
         "input_tokens": usage.num_prompt - usage.num_cached,
+        "cache_creation": None,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": usage.num_cached,
         "output_tokens": usage.num_generated,
+        "output_tokens_details": {"thinking_tokens": usage.num_reasoning},
+        "server_tool_use": None,
+        "service_tier": "standard",
+        "inference_geo": None,
     }

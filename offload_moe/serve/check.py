@@ -59,7 +59,10 @@ def _depth(body: bytes) -> int:
 
 
 def check(document: Mapping[str, Any], schema: Schema) -> None:
-    """Raises: ApiError that names the first field at fault. Fields that the schema does not have are logged."""
+    """Refuse a document that its schema does not fit, and log fields that the schema does not have.
+
+    Raises: ApiError that names the first field at fault.
+    """
     _check(document, schema, "")
     if unknown := sorted(document.keys() - schema["properties"].keys()):
         logger.info("Ignored: %s", ", ".join(unknown)[:500])

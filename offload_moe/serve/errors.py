@@ -90,7 +90,7 @@ def closed() -> ApiError:
 
 
 def api_error(error: BaseException) -> ApiError:
-    """Any error as one that may be shown; what is nobody's fault but ours is logged with its traceback."""
+    """Any error as one that may be shown; a fault of the server's own is logged with its traceback."""
     match error:
         case ApiError():
             return error

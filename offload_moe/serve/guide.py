@@ -24,7 +24,7 @@ ANY_OBJECT = '{"type": "object"}'
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grammar:
-    """kind: "json" is a JSON schema, "any" is Lark's or llama.cpp's form. param: the request's field, for errors."""
+    """What an answer must be. kind: "any" is Lark's or llama.cpp's form. param: the request's field, for errors."""
 
     kind: Literal["json", "lark", "regex", "any"]
     source: str

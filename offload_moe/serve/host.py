@@ -1,4 +1,4 @@
-"""The model of a server: loaded at the first request, given back while nobody needs it."""
+"""The model of a server: loaded at the first request, given back while it is idle."""
 
 import copy
 import gc
@@ -36,6 +36,7 @@ class Loaded:
     """A model, and what requests need of it. Requests read texts with a tokenizer of their own, under `lock`."""
 
     def __init__(self, model: Model, config: ServeConfig) -> None:
+        """Read the tokenizer and its template. Raises: ConfigError where there is none."""
         if model.tokenizer is None:
             raise ConfigError(f"{model.no_tokenizer} A server needs one.")
         self.model = model
@@ -50,7 +51,7 @@ class Loaded:
 
     @cached_property
     def guides(self) -> Guides:
-        """Raises: ApiError where there can be none."""
+        """Made at the first use. Raises: ApiError where there can be none."""
         return Guides(self.tokenizer, self.prompts.format.stop_ids, self.num_logits)
 
     @property

@@ -31,7 +31,7 @@ Emit = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What a client wants, in no API's form, with its prompt rendered. guides: made where a grammar is needed."""
+    """What is to be answered, in no API's form, with its prompt rendered. guides: made where a grammar is needed."""
 
     id: str
     prompts: Prompts

@@ -13,7 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, *, is_parallel: bool = True) -> ToolUse:
-    """tools: nested (chat) or flat (responses). Hosted tools are dropped with a notice. Raises: ApiError."""
+    """The tools of a request, nested (chat) or flat (responses). Hosted ones are dropped with a notice.
+
+    Raises: ApiError.
+    """
     offered = [tool for at, each in enumerate(tools or ()) if (tool := _tool(each, f"tools[{at}]")) is not None]
     names = [tool.name for tool in offered]
     if choice == "none":
@@ -88,16 +91,16 @@ def _own_grammar(document: Mapping[str, Any]) -> Grammar | None:
         return Grammar(kind="any", source=document["grammar"], param="grammar")
     if document.get("json_schema"):
         return json_grammar(document["json_schema"], "json_schema")
-    wanted = document.get("structured_outputs") or {}
+    asked = document.get("structured_outputs") or {}
     param = "structured_outputs"
-    if isinstance(wanted.get("json"), dict):
-        return json_grammar(wanted["json"], param)
-    if isinstance(wanted.get("choice"), list):
-        return choice_grammar([str(each) for each in wanted["choice"]], param)
-    if isinstance(wanted.get("regex"), str):
-        return Grammar(kind="regex", source=wanted["regex"], param=param)
-    if isinstance(wanted.get("grammar"), str):
-        return Grammar(kind="any", source=wanted["grammar"], param=param)
+    if isinstance(asked.get("json"), dict):
+        return json_grammar(asked["json"], param)
+    if isinstance(asked.get("choice"), list):
+        return choice_grammar([str(each) for each in asked["choice"]], param)
+    if isinstance(asked.get("regex"), str):
+        return Grammar(kind="regex", source=asked["regex"], param=param)
+    if isinstance(asked.get("grammar"), str):
+        return Grammar(kind="any", source=asked["grammar"], param=param)
     return None
 
 

@@ -98,7 +98,7 @@ def chat_delivery(host: Host, document: Mapping[str, Any]) -> Delivery:
 
     def prepare(loaded: Loaded) -> Request:
         return prepare_chat(
-            loaded, identity, conversation, settings, grammar=grammar, num_choices=document.get("n") or 1
+            loaded, identity, conversation, settings, grammar=grammar, num_choices=int(document.get("n") or 1)
         )
 
     options = as_mapping(document.get("stream_options"))
@@ -115,7 +115,7 @@ def chat_delivery(host: Host, document: Mapping[str, Any]) -> Delivery:
 
 
 def conversation_of(document: Mapping[str, Any], config: ServeConfig) -> Conversation:
-    """Raises: ApiError."""
+    """What the model is to read. Raises: ApiError."""
     tools = tool_use(
         document.get("tools"),
         document.get("tool_choice"),

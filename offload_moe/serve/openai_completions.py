@@ -92,7 +92,7 @@ def _prepare(
         prompts=loaded.raw,
         rendered=rendered,
         settings=settings,
-        num_choices=document.get("n") or 1,
+        num_choices=int(document.get("n") or 1),
         grammar=grammar,
         guides=guides,
     )

@@ -108,7 +108,7 @@ async def tokenize(host: Host, document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 async def detokenize(host: Host, document: Mapping[str, Any]) -> dict[str, Any]:
-    """Raises: ApiError."""
+    """The text of tokens. Raises: ApiError."""
 
     def text_of(loaded: Loaded) -> str:
         ids = [int(token) for token in document["tokens"]]
@@ -122,7 +122,7 @@ async def detokenize(host: Host, document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_model(host: Host, document: Mapping[str, Any]) -> None:
-    """Raises: ApiError when only the real name is accepted, and it is another one."""
+    """Refuse another name than the real one, where only that is accepted. Raises: ApiError."""
     name = document.get("model")
     if host.config.is_strict_model and name not in (None, host.name):
         raise ApiError(

@@ -20,7 +20,7 @@ def prepare_chat(
     grammar: Grammar | None = None,
     num_choices: int = 1,
 ) -> Request:
-    """Raises: ApiError."""
+    """Render a conversation and check that it can be answered. Raises: ApiError."""
     tools = conversation.tools
     check_bias(settings, loaded.num_logits)
     with loaded.lock:
@@ -56,6 +56,6 @@ def render(loaded: Loaded, conversation: Conversation) -> Rendered:
 
 
 def check_length(loaded: Loaded, num_tokens: int) -> None:
-    """Raises: ApiError when the prompt leaves no token of the context."""
+    """Refuse a prompt that leaves no token of the context. Raises: ApiError."""
     if loaded.context is not None and num_tokens >= loaded.context:
         raise PromptTooLong(num_tokens, loaded.context)

@@ -39,7 +39,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendered:
-    """messages: as they were rendered, with the template's arguments. unfinished: an answer that is continued."""
+    """A prompt. messages: as they were rendered, with the template's arguments. unfinished: an answer to be continued."""
 
     text: str
     ids: Sequence[int]
@@ -56,7 +56,7 @@ class Prompts:
         self.call_format: CallFormat | None = format_of(prompt_format.template)
 
     def render(self, conversation: Conversation) -> Rendered:
-        """Raises: ConfigError when the template refuses every form of it."""
+        """The prompt for a conversation. Raises: ConfigError when the template refuses every form of it."""
         arguments = dict(conversation.arguments)
         messages = [*conversation.messages]
         if conversation.tools.tools and self.call_format is not None:

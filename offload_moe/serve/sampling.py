@@ -20,7 +20,7 @@ def settings_of(document: Mapping[str, Any], *, max_tokens: int | None, top_logp
         max_tokens=None if max_tokens is None else int(max_tokens),
         stop=texts(document.get("stop")),
         logit_bias=_bias(document.get("logit_bias") or {}),
-        top_logprobs=top_logprobs,
+        top_logprobs=None if top_logprobs is None else int(top_logprobs),
         ignores_end=bool(document.get("ignore_eos")),
     )
 
@@ -40,7 +40,7 @@ def _bias(given_bias: Mapping[str, float]) -> dict[int, float]:
 
 
 def check_bias(settings: Settings, num_logits: int) -> None:
-    """Raises: ApiError when the model has no such token."""
+    """Refuse a bias of tokens that the model does not have. Raises: ApiError."""
     unknown = [token for token in settings.logit_bias if token >= num_logits]
     if unknown:
         raise invalid(f"logit_bias names token {unknown[0]}, and the model has {num_logits}.", "logit_bias")

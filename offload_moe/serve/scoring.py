@@ -55,7 +55,7 @@ class LogprobRecorder:
         self._row: Tensor | None = None
 
     def observe(self, logits: Tensor) -> None:
-        """logits: ``[1, V]``."""
+        """Keep the distribution of these logits, ``[1, V]``."""
         self._row = logits[0].float().log_softmax(-1)
 
     def of(self, token: int) -> tuple[float, Sequence[tuple[int, float]]]:

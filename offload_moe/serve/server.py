@@ -18,7 +18,7 @@ CLOSING_S = 5  # for connections whose answers have ended
 
 
 def listen(config: ServeConfig) -> socket.socket:
-    """Raises: ConfigError when the address cannot be bound."""
+    """A socket at the address. Raises: ConfigError when it cannot be bound."""
     try:
         family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
@@ -37,7 +37,7 @@ def url_of(listener: socket.socket) -> str:
 
 
 class _Server(uvicorn.Server):
-    """The first signal lets answers end, within a limit; the second one ends them."""
+    """The first signal lets answers end, within a limit; the second one does not."""
 
     def __init__(self, config: uvicorn.Config, host: Host, drain_s: float) -> None:
         super().__init__(config)

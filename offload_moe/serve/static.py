@@ -16,7 +16,7 @@ ELEMENTS = {
 
 
 def page() -> Response:
-    """Raises: ApiError where the page is not installed."""
+    """The page, with its policy. Raises: ApiError where it is not installed."""
     text = _text()
     if text is None:
         raise ApiError(404, "The page is not part of this installation. The API is at /v1.")

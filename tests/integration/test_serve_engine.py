@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ from tests.support.serving import HELLO, chat, events, listening, open_tiny, ser
 
 LIMIT_S = 20
 LONG = {"model": "x", "messages": HELLO, "max_tokens": 4000, "temperature": 0, "ignore_eos": True}
-PROMPTS = [f"Tell me about {word}, please." for word in ["the sea", "a ship", "ice", "old maps", "salt", "bread", "moss", "glass"]]
+PROMPTS = [
+    f"Tell me about {word}, please."
+    for word in ["the sea", "a ship", "ice", "old maps", "salt", "bread", "moss", "glass"]
+]
 
 
 @pytest.fixture(scope="module", params=[None, 4], ids=["resident", "from disk"])
@@ -64,7 +68,7 @@ def begun(
     """A stream whose client leaves at the end of the context."""
     connection = http.client.HTTPConnection(*address, timeout=60)
     body = json.dumps(LONG | {"stream": True} | fields)
-    connection.request("POST", path, body, {"Content-Type": "application/json"})
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
     response = connection.getresponse()
     try:
         yield response
@@ -165,7 +169,7 @@ def test_answers_go_on_between_the_parts_of_a_long_prompt(model: Model, monkeypa
         handle.remove()
     parts = [at for at, size in enumerate(sizes) if size == 32]
     assert len(parts) > 20
-    assert all(after - before > 1 for before, after in zip(parts, parts[1:], strict=False))
+    assert all(after - before > 1 for before, after in pairwise(parts))
 
 
 def test_long_conversations_survive_requests_on_the_side(model: Model) -> None:

@@ -14,7 +14,7 @@ NOTHING = r"(?!)"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallFormat:
-    """openings: texts that begin a call; the first one is how it is written. marks: in a template's source, it is this.
+    """One format. openings: texts that begin a call. marks: texts in a chat template by which it is known.
 
     arguments: "json" is one object; "python" are keyword arguments up to a closing bracket; else a pattern of one
     parameter, with groups `key` and `value`. special: special tokens that belong to the format's text.

@@ -9,7 +9,7 @@ INPUT = "input"  # the one argument of a custom tool
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tool:
-    """parameters: a JSON schema. is_strict: arguments are held to it. is_custom: takes one text, not JSON."""
+    """One function. parameters: a JSON schema. is_strict: arguments are held to it. is_custom: takes one text."""
 
     name: str
     description: str = ""
@@ -26,8 +26,9 @@ class Tool:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """Of the arguments; always of an object."""
-        return {"type": "object", **self.parameters}
+        """Of the arguments: an object, without parameters of the model's own unless the client allows them."""
+        closed = {"additionalProperties": False} if "properties" in self.parameters else {}
+        return {"type": "object", **closed, **self.parameters}
 
 
 def custom_tool(name: str, description: str) -> Tool:
