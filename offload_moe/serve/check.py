@@ -65,7 +65,7 @@ def check(document: Mapping[str, Any], schema: Schema) -> None:
     """
     _check(document, schema, "")
     if unknown := sorted(document.keys() - schema["properties"].keys()):
-        logger.info("Ignored: %s", ", ".join(unknown)[:500])
+        logger.info("Ignored: %r", ", ".join(unknown)[:500])
 
 
 def _check(value: Any, schema: Schema, path: str) -> None:
@@ -133,8 +133,7 @@ def _is_kind(value: Any, kinds: str | Sequence[str]) -> bool:
 
 def _is_in_range(value: float, schema: Schema) -> bool:
     low, high = schema.get("minimum"), schema.get("maximum")
-    above = schema.get("exclusiveMinimum")
-    return (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
+    return (low is None or value >= low) and (high is None or value <= high)
 
 
 def _wrong(value: Any, schema: Schema, path: str) -> Exception:
@@ -151,7 +150,7 @@ def describe(schema: Schema) -> str:
         return "one of " + ", ".join(json.dumps(each) for each in schema["enum"])
     kinds = schema.get("type", "anything")
     words = " or ".join([kinds] if isinstance(kinds, str) else kinds)
-    for word, names in (("from", ("minimum",)), ("above", ("exclusiveMinimum",)), ("to", ("maximum",))):
+    for word, names in (("from", ("minimum",)), ("to", ("maximum",))):
         words += "".join(f" {word} {schema[name]}" for name in names if name in schema)
     sizes = [("at least", "minItems"), ("at most", "maxItems")]
     words += "".join(f" of {word} {schema[name]} items" for word, name in sizes if name in schema)

@@ -47,7 +47,7 @@ def _tool(tool: Mapping[str, Any], path: str) -> Tool | None:
     inner = as_mapping(tool.get(str(kind))) or tool
     name = inner.get("name")
     if kind not in ("function", "custom"):
-        logger.warning("The hosted tool %s is not here; the request goes on without it", str(kind)[:60])
+        logger.warning("The hosted tool %r is not here; the request goes on without it", str(kind)[:60])
         return None
     if not isinstance(name, str) or not name:
         raise invalid(f"{path}.{kind}.name is missing.", f"{path}.{kind}.name")

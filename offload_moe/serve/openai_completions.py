@@ -99,7 +99,7 @@ def _prepare(
 
 
 def _rendered(loaded: Loaded, prompt: str | Sequence[Any]) -> Rendered:
-    if not isinstance(prompt, str) and not isinstance(prompt[0], int):
+    if not isinstance(prompt, str) and isinstance(prompt[0], str | list):
         prompt = prompt[0]
     try:
         if isinstance(prompt, str):

@@ -82,7 +82,7 @@ SAMPLING: Schema = {
     "user": optional(TEXT),
     "top_k": optional(integer(-1, MOST_TOKENS)),
     "min_p": optional(number(0, 1)),
-    "repetition_penalty": optional({"type": "number", "exclusiveMinimum": 0, "maximum": 100}),
+    "repetition_penalty": optional(number(0.01, 100)),
     "ignore_eos": optional(BOOLEAN),
     "return_progress": optional(BOOLEAN),
 }

@@ -33,7 +33,7 @@ def served(model: Model, **settings: Any) -> Iterator[TestClient]:
 
 
 def open_tiny(folder: Path, num_slots: int | None = None) -> Model:
-    return open_model(chat_store(folder, max_position_embeddings=4096), num_slots, context=4096)
+    return open_model(chat_store(folder, max_position_embeddings=4096, vocab_size=280), num_slots, context=4096)
 
 
 def chat(client: TestClient, messages: Any = HELLO, **fields: Any) -> Any:
