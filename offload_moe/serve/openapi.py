@@ -124,7 +124,7 @@ def _post(path: str, summary: str, schema: Schema, answer: Schema, has_stream: b
     error = ANTHROPIC_ERROR if path.startswith("/v1/messages") else ERROR
     content: dict[str, Any] = _json(answer)
     if has_stream:
-        content["text/event-stream"] = {"schema": TEXT}
+        content["text/event-stream"] = {"schema": {}}
     refusals = {status: {"description": text, "content": _json(error)} for status, text in REFUSALS.items()}
     return {
         "summary": summary,

@@ -39,7 +39,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendered:
-    """A prompt. messages: as they were rendered, with the template's arguments. unfinished: an answer to be continued."""
+    """A prompt. messages: as they were rendered, with the template's arguments. unfinished: an answer to continue."""
 
     text: str
     ids: Sequence[int]

@@ -24,8 +24,8 @@ def listen(config: ServeConfig) -> socket.socket:
         return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
         raise ConfigError(
-            f"Cannot listen on {config.host}:{config.port}: {getattr(error, 'strerror', None) or error}. Choose another "
-            "--port or --host, or end the server that has it."
+            f"Cannot listen on {config.host}:{config.port}: {getattr(error, 'strerror', None) or error}. Choose "
+            "another --port or --host, or end the server that has it."
         ) from error
 
 

@@ -155,9 +155,9 @@ class TestOpenai:
         with pytest.raises(openai.BadRequestError) as caught:
             openai_client.chat.completions.create(model="x", messages=long)
         assert caught.value.code == "context_length_exceeded"
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as stranger:
-            with pytest.raises(openai.AuthenticationError):
-                stranger.models.list()
+        stranger = openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0)
+        with stranger, pytest.raises(openai.AuthenticationError):
+            stranger.models.list()
 
 
 class TestAnthropic:

@@ -73,7 +73,9 @@ def test_reasoning_is_told_from_the_answer(speaking: Any, template: str, said: s
 def test_reasoning_streams_in_every_api(speaking: Any) -> None:
     with speaking(OPENED, "Hm.</think>Two.") as client:
         body = {"model": "x", "messages": HELLO, "stream": True, "max_tokens": 100, "temperature": 0}
-        deltas = [part["choices"][0]["delta"] for part in events(client.post("/v1/chat/completions", json=body).text)[:-1]]
+        deltas = [
+            part["choices"][0]["delta"] for part in events(client.post("/v1/chat/completions", json=body).text)[:-1]
+        ]
         assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm."
         assert "".join(delta.get("content", "") for delta in deltas) == "Two."
     with speaking(OPENED, "Hm.</think>Two.") as client:
@@ -119,9 +121,7 @@ def test_calls_of_harmony(speaking: Any) -> None:
 
 
 def test_harmony_without_a_known_recipient_is_reasoning(speaking: Any) -> None:
-    said = (
-        "<|channel|>commentary to=browser.open<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>Done."
-    )
+    said = "<|channel|>commentary to=browser.open<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>Done."
     with speaking(HARMONY, said) as client:
         message = chat(client, max_tokens=300, tools=[PAINT])["choices"][0]["message"]
         assert (message["content"], "tool_calls" in message) == ("Done.", False)
