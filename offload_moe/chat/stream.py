@@ -14,9 +14,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from offload_moe.chat.recompute import recompute_of
 from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.chat.steps import steps
-from offload_moe.chat.turns import StoppedInForward, turns_of
+from offload_moe.chat.turns import turns_of
 from offload_moe.decode.hooks import HookObserver
 from offload_moe.system.interrupts import HeldInterrupt
+from offload_moe.system.stopping import StoppedInForward, stoppable
 
 _END: Final = -1  # no token
 
@@ -25,7 +26,7 @@ class TokenStream(Iterator[int]):
     """Iterates over the new tokens of one sequence. Use it as a context manager, or call `close`.
 
     Streams of one model may be iterated in any order and from any threads: they take turns, a step each. `close`, the
-    stop event and an interrupt end a stream after the step in progress; a prompt ends at its next decoder layer.
+    stop event and an interrupt end a stream after the step in progress; a prompt ends at its next layer or wave of experts.
     `num_prompt_tokens` counts those computed, in fractions: how far a long prompt is.
     """
 
@@ -134,11 +135,12 @@ class TokenStream(Iterator[int]):
 
     @contextmanager
     def _watched(self, num_tokens: int) -> Iterator[None]:
-        """Stop at the next decoder layer once it is wanted: a prompt over a slow disk takes minutes per forward."""
+        """Stop in the middle once that is asked for: a prompt over a slow disk takes minutes per forward."""
         watch = _LayerWatch(self._at_layer, num_tokens / max(len(self._layers), 1))
         handles = [layer.register_forward_pre_hook(watch) for layer in self._layers]
         try:
-            yield
+            with stoppable(self._is_stopping):
+                yield
         finally:
             for handle in handles:
                 handle.remove()

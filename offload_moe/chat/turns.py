@@ -9,12 +9,10 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
+from offload_moe.system.stopping import StoppedInForward
+
 # Waiting without an end cannot be interrupted on Windows.
 POLL_S = 0.1
-
-
-class StoppedInForward(Exception):
-    """Ends a step of a stopped request, in its middle or before its turn."""
 
 
 class Turns:

@@ -108,7 +108,8 @@ def test_a_schema_holds_without_reasoning_too(speaking: Any) -> None:
 
 def test_calls_of_harmony(speaking: Any) -> None:
     said = (
-        "<|channel|>analysis<|message|>I shall paint.<|end|><|start|>assistant<|channel|>commentary to=functions.paint json"
+        "<|channel|>analysis<|message|>I shall paint.<|end|>"
+        "<|start|>assistant<|channel|>commentary to=functions.paint json"
         '<|message|>{"colour": "red"}'
     )
     with speaking(HARMONY, said) as client:
