@@ -26,7 +26,8 @@ class TokenStream(Iterator[int]):
     """Iterates over the new tokens of one sequence. Use it as a context manager, or call `close`.
 
     Streams of one model may be iterated in any order and from any threads: they take turns, a step each. `close`, the
-    stop event and an interrupt end a stream after the step in progress; a prompt ends at its next layer or wave of experts.
+    stop event and an interrupt end a stream after the step in progress; a prompt ends at its next layer or wave of
+    experts.
     `num_prompt_tokens` counts those computed, in fractions: how far a long prompt is.
     """
 

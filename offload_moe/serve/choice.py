@@ -14,7 +14,7 @@ from offload_moe.serve.guide import Guide
 from offload_moe.serve.scoring import LogprobRecorder
 from offload_moe.serve.stops import StopStrings
 from offload_moe.serve.tools.harmony import HarmonyCalls
-from offload_moe.serve.tools.parser import CallParser, call_id
+from offload_moe.serve.tools.parser import Parser, call_id
 from offload_moe.serve.tools.tool import Tool
 
 REASONS: Mapping[Finish, Reason] = {"length": "length", "context": "length", "memory": "length"}
@@ -42,7 +42,7 @@ class ChoiceText(LogitsProcessor):
         splitter: Splitter,
         *,
         stops: Sequence[str] = (),
-        parser: CallParser | None = None,
+        parser: Parser | None = None,
         is_parallel: bool = True,
         guide: Guide | None = None,
         guide_of: Callable[[Tool], Guide | None] = lambda tool: None,

@@ -1,7 +1,7 @@
 """A request in the engine's thread: its prompt, its choices one after the other, and what it cost."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
@@ -20,9 +20,10 @@ from offload_moe.serve.host import Host, Loaded
 from offload_moe.serve.prompts import Prompts, Rendered
 from offload_moe.serve.scoring import LogprobRecorder, processors_of
 from offload_moe.serve.settings import Settings
+from offload_moe.serve.tools.by_template import TemplateCalls, special_texts
 from offload_moe.serve.tools.formats import HARMONY
 from offload_moe.serve.tools.harmony import HarmonyCalls
-from offload_moe.serve.tools.parser import CallParser
+from offload_moe.serve.tools.parser import CallParser, Parser
 from offload_moe.serve.tools.tool import NO_TOOLS, Tool, ToolUse
 from offload_moe.serve.worker import Job, WaitForRoom, Work
 
@@ -154,28 +155,37 @@ class Answering:
         request = self._request
         prompt_format, settings = request.prompts.format, request.settings
         tools = request.tools.callable
-        calls = request.prompts.written_calls
-        is_plain = not tools or calls is HARMONY
+        parser, texts = self._parser(number, tools)
         reading = Reading(
             tokenizer=self._loaded.model.tokenizer,
             context=request.rendered.ids[-CONTEXT_TOKENS:],
             special_tokens=prompt_format.special_tokens,
             stop_ids=() if settings.ignores_end else prompt_format.stop_ids,
             token_bytes=self._loaded.token_bytes,
-            texts=frozenset() if is_plain else frozenset(calls.special),
+            texts=frozenset(texts),
         )
         return ChoiceText(
             number,
             reading,
             self._splitter(tools),
             stops=settings.stop,
-            parser=None if is_plain else CallParser(calls, tools, number),
+            parser=parser,
             is_parallel=request.tools.is_parallel,
             guide=self._guide(),
             guide_of=self._guide_of,
             tools=tools,
             recorder=LogprobRecorder(settings.top_logprobs) if settings.top_logprobs is not None else None,
         )
+
+    def _parser(self, number: int, tools: dict[str, Tool]) -> tuple[Parser | None, Sequence[str]]:
+        """How calls are read, and the special tokens that are a part of them."""
+        prompts, tokenizer = self._request.prompts, self._loaded.model.tokenizer
+        if not tools or prompts.call_format is HARMONY:
+            return None, ()
+        if prompts.has_own_parser:
+            special = special_texts(tokenizer, [*prompts.format.special_tokens.values()])
+            return TemplateCalls(tokenizer, tools, number), special
+        return CallParser(prompts.call_format, tools, number), prompts.call_format.special
 
     def _splitter(self, tools: dict[str, Tool]) -> Splitter:
         request = self._request
@@ -198,7 +208,8 @@ class Answering:
 
     def _guide_of(self, tool: Tool) -> Guide | None:
         request = self._request
-        if request.guides is None or request.prompts.written_calls.arguments != "json" or request.settings.stop:
+        is_read = request.prompts.call_format.arguments == "json" and not request.prompts.has_own_parser
+        if request.guides is None or not is_read or request.settings.stop:
             return None
         return request.guides.make(json_grammar(tool.schema, "tools"))
 

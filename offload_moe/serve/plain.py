@@ -69,7 +69,7 @@ def props(host: Host) -> dict[str, Any]:
         "notices": list(loaded.model.notices),
         "context": loaded.context,
         "has_chat_template": template is not None,
-        "has_tools": loaded.prompts.call_format is not None,
+        "has_tools": loaded.prompts.knows_tools,
         "has_reasoning": template is not None and re.search(r"think|<\|channel", template, re.IGNORECASE) is not None,
         "sampling": _sampling(loaded),
     }

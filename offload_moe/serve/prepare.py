@@ -25,10 +25,14 @@ def prepare_chat(
     check_bias(settings, loaded.num_logits)
     with loaded.lock:
         rendered = render(loaded, conversation)
+        if tools.forced and loaded.prompts.has_own_parser:
+            raise invalid(
+                "A call cannot be required of this model: only its tokenizer knows the format.", "tool_choice"
+            )
         if tools.forced:
             chosen = [tools.callable[name] for name in tools.forced]
             special = {text: token for token, text in loaded.prompts.format.special_tokens.items()}
-            grammar = forced_grammar(loaded.prompts.written_calls, chosen, special)
+            grammar = forced_grammar(loaded.prompts.call_format, chosen, special)
         needs_guides = grammar is not None or any(tool.is_strict for tool in tools.callable.values())
         guides = loaded.guides if needs_guides else None
     if grammar is not None and guides is not None:

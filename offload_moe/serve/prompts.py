@@ -10,7 +10,8 @@ from typing import Any
 from offload_moe.chat.chat_template import Message, unfinished
 from offload_moe.chat.template import PromptFormat
 from offload_moe.errors import ConfigError
-from offload_moe.serve.tools.formats import HERMES, CallFormat, format_of
+from offload_moe.serve.tools.by_template import can_parse
+from offload_moe.serve.tools.formats import HERMES, CallFormat, format_of, knows_tools
 from offload_moe.serve.tools.tool import ToolUse
 
 logger = logging.getLogger(__name__)
@@ -49,19 +50,26 @@ class Rendered:
 
 
 class Prompts:
-    """How one model is asked. call_format: None where its template knows no tools; then they are described as text."""
+    """How one model is asked. Where its template knows no tools, they are described as text.
+
+    call_format: how calls are written. has_own_parser: they are read by transformers instead.
+    """
 
     def __init__(self, prompt_format: PromptFormat) -> None:
         self.format = prompt_format
-        self.call_format: CallFormat | None = format_of(prompt_format.template)
+        template = prompt_format.template
+        self.knows_tools = knows_tools(template)
+        found = format_of(template) if template is not None and self.knows_tools else None
+        self.has_own_parser = self.knows_tools and found is None and can_parse(prompt_format.tokenizer)
+        self.call_format: CallFormat = found or HERMES
 
     def render(self, conversation: Conversation) -> Rendered:
         """The prompt for a conversation. Raises: ConfigError when the template refuses every form of it."""
         arguments = dict(conversation.arguments)
         messages = [*conversation.messages]
-        if conversation.tools.tools and self.call_format is not None:
+        if conversation.tools.tools and self.knows_tools:
             arguments["tools"] = [tool.as_function for tool in conversation.tools.tools]
-        elif self.call_format is None:
+        elif not self.knows_tools:
             messages = _without_calls(messages, conversation.tools)
         messages = _merged(messages, "system")
         try:
@@ -82,10 +90,6 @@ class Prompts:
         if not rendered.messages:
             return len(rendered.ids) - 1
         return self.format.boundary(rendered.messages, rendered.ids, rendered.arguments)
-
-    @property
-    def written_calls(self) -> CallFormat:
-        return self.call_format or HERMES
 
 
 def _without_calls(messages: Sequence[Message], tools: ToolUse) -> list[Message]:

@@ -135,6 +135,42 @@ def test_special_tokens_of_a_format_are_read(model: Model, speaking: Any) -> Non
         assert call["function"]["name"] == "paint"
 
 
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "tool_calls": {
+            "open_pattern": r"<call:(?P<name>\w+)>",
+            "close": "</call>",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+        },
+        "content": {"content": "text"},
+    },
+}
+
+
+def test_a_tokenizers_own_parser_is_used_where_the_format_is_unknown(model: Model, speaking: Any) -> None:
+    model.tokenizer.response_template = RESPONSE_TEMPLATE
+    try:
+        for said, text, calls in (
+            ('So. <call:paint>{"colour": "red"}</call>', "So. ", [{"colour": "red"}]),
+            ('<call:launch>{"a": 1}</call>', '{"a": 1}', []),
+            ("<call:paint>no JSON</call> Done.", "no JSON Done.", []),
+            ("<call:paint>", None, []),
+        ):
+            with speaking(TOOLS + CHATML, said) as client:
+                message = chat(client, max_tokens=300, tools=[PAINT])["choices"][0]["message"]
+                found = [json.loads(call["function"]["arguments"]) for call in message.get("tool_calls", ())]
+                assert (message["content"] or None, found) == (text, calls), said
+        with speaking(TOOLS + CHATML, "x") as client:
+            body = {"model": "x", "messages": HELLO, "tools": [PAINT], "tool_choice": "required"}
+            assert client.post("/v1/chat/completions", json=body).json()["error"]["param"] == "tool_choice"
+    finally:
+        model.tokenizer.response_template = None
+
+
 def test_the_template_is_given_tools_and_arguments(speaking: Any, tmp_path: Path) -> None:
     template = TOOLS + "{{ enable_thinking }}{{ reasoning_effort }}{{ mood }}" + CHATML + "{# <tool_call> #}"
     with speaking(template, "x") as client:

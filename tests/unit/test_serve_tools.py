@@ -5,7 +5,7 @@ import json
 import pytest
 
 from offload_moe.serve.events import TextDelta, ToolDelta, ToolStart
-from offload_moe.serve.tools.formats import FORMATS, HERMES, CallFormat, format_of
+from offload_moe.serve.tools.formats import FORMATS, HERMES, CallFormat, format_of, knows_tools
 from offload_moe.serve.tools.parser import CallParser
 from offload_moe.serve.tools.tool import Tool
 
@@ -135,8 +135,9 @@ def test_text_behind_a_call_is_kept() -> None:
 
 
 def test_formats_are_known_by_their_templates() -> None:
-    assert format_of(None) is None
-    assert format_of("{{ messages }}") is None
+    assert not knows_tools(None)
+    assert not knows_tools("{{ messages }}")
+    assert knows_tools("{% if tools %}")
     found = {each.name: format_of("{% if tools %}" + each.marks[0]) for each in FORMATS}
     assert {name: each.name for name, each in found.items() if each is not None} == {name: name for name in found}
-    assert format_of("{% if tools %} something else") is HERMES
+    assert format_of("{% if tools %} something else") is None

@@ -176,8 +176,10 @@ FORMATS = (
 )
 
 
-def format_of(template: str | None) -> CallFormat | None:
-    """The format whose marks a chat template has; None where it knows no tools."""
-    if template is None or "tools" not in template:
-        return None
-    return next((each for each in FORMATS if any(mark in template for mark in each.marks)), HERMES)
+def knows_tools(template: str | None) -> bool:
+    return template is not None and "tools" in template
+
+
+def format_of(template: str) -> CallFormat | None:
+    """The format whose marks a chat template has."""
+    return next((each for each in FORMATS if any(mark in template for mark in each.marks)), None)

@@ -7,6 +7,7 @@ back as text.
 import secrets
 from collections.abc import Mapping
 from enum import Enum, auto
+from typing import Protocol
 
 import regex
 
@@ -25,12 +26,28 @@ class _State(Enum):
     AFTER = auto()  # another call of the same opening, or its closing
 
 
+class Parser(Protocol):
+    """Turns an answer's text into events."""
+
+    num_calls: int
+
+    @property
+    def is_in_call(self) -> bool:
+        """Whether a call has begun and its arguments go on."""
+
+    def push(self, text: str) -> list[Event]:
+        """What became certain with this text."""
+
+    def flush(self) -> list[Event]:
+        """The rest, once no more text comes."""
+
+
 def call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
 class CallParser:
-    """Turns text into events."""
+    """Reads the formats of `FORMATS`."""
 
     def __init__(self, call_format: CallFormat, tools: Mapping[str, Tool], choice: int = 0) -> None:
         self.num_calls = 0
@@ -53,11 +70,9 @@ class CallParser:
 
     @property
     def is_in_call(self) -> bool:
-        """Whether a call has begun and its arguments go on."""
         return self._state is _State.ARGUMENTS
 
     def push(self, text: str) -> list[Event]:
-        """What became certain with this text."""
         self._held += text
         events: list[Event] = []
         while self._read[self._state](events, False):
@@ -65,7 +80,6 @@ class CallParser:
         return events
 
     def flush(self) -> list[Event]:
-        """The rest, once no more text comes."""
         events: list[Event] = []
         while self._read[self._state](events, True):
             pass
