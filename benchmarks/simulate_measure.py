@@ -80,7 +80,7 @@ def bytes_of(folder: Path, num_slots: Sequence[int], context: int) -> list[int]:
 def open_model(folder: Path, num_slots: int, ram: int, context: int) -> Model:
     model = load(folder, ram=ram, context=context, prefetch=0)
     assert model.engine.hierarchy.num_slots("ram") == num_slots
-    model.room.lends = False  # so many, not more
+    model.room.borrows = False  # so many, not more
     model.hf.generation_config.eos_token_id = None
     return model
 

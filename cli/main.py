@@ -74,6 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
     for name in COMMANDS:
         module = import_module(f".commands.{name}", __package__)
         module.add_parser(subparsers)
+        command = subparsers.choices[name]
+        command.add_argument(
+            "--debug", action="store_true", help="show the traceback of an error, and the libraries' own messages"
+        )
+        command.set_defaults(run=module.run, usage_error=command.error)
     return parser
 
 

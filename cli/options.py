@@ -18,12 +18,6 @@ MOST_TOKENS = 1 << 31
 SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "seed": int, "max_new_tokens": int}
 
 
-def add_common_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--debug", action="store_true", help="show the traceback of an error, and the libraries' own messages"
-    )
-
-
 def add_display_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plain", action="store_true", help="show answers unchanged: no Markdown on a terminal")
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Talk:
-    """One chat. `confirm` asks a yes-or-no question at the terminal; None without a terminal."""
+    """One chat. `confirm` puts a yes-or-no question at the terminal; None without a terminal."""
 
     def __init__(
         self,

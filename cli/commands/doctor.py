@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import offload_moe
 
-from ..options import Subparsers, add_common_flags
+from ..options import Subparsers
 from ..progress import Reporter, reporter
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="write the results for a bug report, without names, paths or tokens"
     )
-    add_common_flags(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

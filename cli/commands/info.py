@@ -8,7 +8,7 @@ from offload_moe.system.names import check_installed
 from offload_moe.system.sizes import format_size
 
 from ..installed import entry_to_json, origin_text, state_text
-from ..options import Subparsers, add_common_flags
+from ..options import Subparsers
 from ..terminal import safe
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("store", metavar="STORE", help="store, by path or by its name in `offload-moe list`")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    add_common_flags(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

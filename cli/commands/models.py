@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from ..options import Subparsers, add_common_flags
+from ..options import Subparsers
 from ..progress import reporter
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ def add_parser(subparsers: Subparsers) -> None:
         "declared.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    add_common_flags(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from offload_moe.system.names import check_model
 from offload_moe.system.sizes import format_size, parse_size
 
-from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_common_flags, context_tokens
+from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, context_tokens
 from ..progress import reporter
 from ..terminal import console
 
@@ -60,8 +60,6 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    add_common_flags(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

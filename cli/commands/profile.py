@@ -9,7 +9,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.system.progress import Progress
 
 from ..loading import loaded_model
-from ..options import SAMPLING, Subparsers, add_common_flags, add_model_flags
+from ..options import SAMPLING, Subparsers, add_model_flags
 from ..progress import reporter
 from ..tables import print_replay, print_report
 
@@ -48,8 +48,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--html", metavar="OUT.html", help="write the report as one self-contained HTML page")
     add_model_flags(parser)
-    add_common_flags(parser)
-    parser.set_defaults(run=run, usage_error=parser.error, **dict.fromkeys(SAMPLING))
+    parser.set_defaults(**dict.fromkeys(SAMPLING))
 
 
 def run(options: argparse.Namespace) -> int:

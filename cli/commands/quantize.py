@@ -6,7 +6,7 @@ from pathlib import Path
 
 from offload_moe.system.names import check_source, hub_name
 
-from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_common_flags, add_link_flag
+from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_link_flag
 from ..progress import reporter
 
 
@@ -30,8 +30,6 @@ def add_parser(subparsers: Subparsers) -> None:
         help="for a hub id: download shard by shard beside the store, and delete each shard once it is converted",
     )
     add_link_flag(parser)
-    add_common_flags(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from offload_moe.system.names import check_installed, is_whole_name
 from offload_moe.system.sizes import format_size
 
 from ..installed import state_text
-from ..options import Subparsers, add_common_flags
+from ..options import Subparsers
 
 EXIT_REMOVED, EXIT_KEPT = 0, 1
 
@@ -22,8 +22,6 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("name", metavar="NAME", help="store, by its name in `offload-moe list` or by path")
     parser.add_argument("--yes", action="store_true", help="delete without a confirmation; NAME must be complete")
-    add_common_flags(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

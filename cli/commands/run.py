@@ -9,7 +9,6 @@ from offload_moe.errors import ConfigError
 from ..loading import loaded_model
 from ..options import (
     Subparsers,
-    add_common_flags,
     add_display_flags,
     add_model_flags,
     add_sampling_flags,
@@ -43,8 +42,6 @@ def add_parser(subparsers: Subparsers) -> None:
     add_sampling_flags(parser)
     add_model_flags(parser)
     add_display_flags(parser)
-    add_common_flags(parser)
-    parser.set_defaults(run=run, usage_error=parser.error)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from offload_moe.system.names import DEMO
 from offload_moe.system.texts import read_text
 
 from ..loading import load_model
-from ..options import SAMPLING, Subparsers, add_common_flags, add_model_flags
+from ..options import SAMPLING, Subparsers, add_model_flags
 
 if TYPE_CHECKING:
     from offload_moe.serve.config import ServeConfig
@@ -34,8 +34,7 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_network_flags(parser)
     _add_engine_flags(parser)
     add_model_flags(parser)
-    add_common_flags(parser)
-    parser.set_defaults(run=run, **dict.fromkeys(SAMPLING))
+    parser.set_defaults(**dict.fromkeys(SAMPLING))
 
 
 def _add_network_flags(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.system.names import check_model
 from offload_moe.system.sizes import format_size, parse_size
 
-from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_common_flags, context_tokens, policy_name
+from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, context_tokens, policy_name
 from ..progress import reporter
 from ..terminal import console
 
@@ -57,8 +57,6 @@ def add_parser(subparsers: Subparsers) -> None:
     group.add_argument("--dense-codec", choices=DENSE_CODECS, help="format of the other weights")
     group.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    add_common_flags(parser)
-    parser.set_defaults(run=run, usage_error=parser.error)
 
 
 def run(options: argparse.Namespace) -> int:

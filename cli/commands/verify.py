@@ -8,7 +8,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.system.names import check_installed
 from offload_moe.system.sizes import format_size
 
-from ..options import Subparsers, add_common_flags, add_link_flag
+from ..options import Subparsers, add_link_flag
 from ..progress import Reporter, reporter
 from ..terminal import safe
 
@@ -36,8 +36,6 @@ def add_parser(subparsers: Subparsers) -> None:
         help="folder, name in the cache, or hub id of the checkpoint (default: the store's own source)",
     )
     add_link_flag(parser)
-    add_common_flags(parser)
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:

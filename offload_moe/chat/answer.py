@@ -1,4 +1,4 @@
-"""One answer in the making: prompt, tokens, text, reasoning, and what it cost."""
+"""One answer in progress: prompt, tokens, text, reasoning, and its statistics afterwards."""
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ CONTEXT_TOKENS = 8  # of the prompt, which the text of the first token depends o
 
 
 class Answer:
-    """The prompt is rendered, checked and matched with the cache at once; `pieces` computes.
+    """One answer. The constructor renders the prompt, checks it and matches it with the cache; `pieces` computes.
 
     Raises:
         ConfigError: the prompt does not fit in the model's context.
@@ -69,11 +69,11 @@ class Answer:
 
     @property
     def prompt_progress(self) -> tuple[int, int]:
-        """Prompt tokens computed so far, and how many are to be computed."""
+        """Prompt tokens computed so far, and to be computed in all."""
         return self._generation.prompt_progress
 
     def pieces(self) -> Iterator[Piece]:
-        """The answer as it streams. Closing it stops the model; the cache is up to date in every case."""
+        """Yield the answer piece by piece. Closing the iterator stops the model; the cache stays consistent."""
         with closing(self._generation.new_tokens()) as tokens:
             for piece in self._split(tokens):
                 if piece.kind == "answer":
@@ -85,7 +85,7 @@ class Answer:
     def stats(
         self, counters: Counters | None, memory_bytes: Mapping[str, int], num_slots_given_up: int = 0
     ) -> TurnStats:
-        """What it cost, once it has ended."""
+        """Tokens, seconds and bytes (by part of memory) of the ended answer. counters: of the tiers, of this answer."""
         generation = self._generation
         return TurnStats(
             num_prompt_tokens=len(self._ids),

@@ -1,4 +1,4 @@
-"""A model's chat template: what it makes of messages, and what it leaves out of them."""
+"""A model's chat template: the text it renders from messages, and the messages it omits."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -15,12 +15,10 @@ MAX_ERROR_CHARACTERS = 300
 
 
 class ChatTemplate:
-    """Renders messages. Contents are strings; templates that only know lists of parts get those.
-
-    Raises: ConfigError when the tokenizer has several templates and none is the default.
-    """
+    """Renders messages. Contents are strings; a template that reads only lists of parts receives lists."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Take the tokenizer's template. Raises: ConfigError when it has several and none is the default."""
         self._tokenizer = tokenizer
         try:
             self.source: str = tokenizer.get_chat_template()
@@ -38,12 +36,12 @@ class ChatTemplate:
         add_generation_prompt: bool,
         arguments: Mapping[str, Any] = NO_ARGUMENTS,
     ) -> str:
-        """The conversation as the model reads it. With a generation prompt, a last assistant message is continued.
+        """The text of a conversation. With a generation prompt, a last assistant message is continued.
 
         arguments: what else the template reads, such as tools.
 
         Raises:
-            ConfigError: the template refuses the conversation, fails on it, or leaves out what is to be answered.
+            ConfigError: the template refuses the conversation, fails on it, or omits a message that needs an answer.
         """
         as_parts, left_out = self._fit(messages, arguments)
         _check_left_out(messages, left_out)
@@ -57,18 +55,18 @@ class ChatTemplate:
                 continue_final_message=is_continued,
                 **arguments,
             )
-        except Exception as error:  # whatever the operations in a template raise
+        except Exception as error:  # a template may raise anything
             raise ConfigError(_failure(error)) from error
 
     def left_out(self, messages: Sequence[Message]) -> list[int]:
-        """Which messages' contents the template leaves out."""
+        """Indices of the messages whose contents the template omits."""
         return self._fit(messages, NO_ARGUMENTS)[1]
 
     def _fit(self, messages: Sequence[Message], arguments: Mapping[str, Any]) -> tuple[Collection[int], list[int]]:
-        """Which messages are to be lists of parts, and which are left out even so.
+        """Indices of the messages to pass as lists of parts, and of those omitted in any form.
 
-        Found with markers as contents, since a template may trim or escape the text itself. A template that refuses
-        every form is left to refuse the conversation itself.
+        Markers replace the contents, since a template may trim or escape text. Where the template refuses every form,
+        no message counts as omitted, and `render` reports the refusal.
         """
         everything = range(len(messages))
         best: Collection[int] = ()
@@ -88,7 +86,7 @@ class ChatTemplate:
     def _missing(
         self, messages: Sequence[Message], as_parts: Collection[int], arguments: Mapping[str, Any]
     ) -> list[int] | None:
-        """Which contents do not appear in the rendered text; None where it cannot be rendered."""
+        """Indices of the contents missing from the rendered text; None where rendering fails."""
         markers = [f"zq{index}qz" for index in range(len(messages))]
         marked = [message | {"content": marker} for message, marker in zip(messages, markers, strict=True)]
         try:
@@ -103,12 +101,12 @@ class ChatTemplate:
 
 
 def _is_text_of(marker: str, text: str) -> bool:
-    """Whether it was rendered as text, not only as part of a list that was printed as Python or JSON writes it."""
+    """Whether the marker appears as text, not only within a list printed in Python's or JSON's syntax."""
     return re.search(rf"""(?<!['"]text['"]: ['"]){marker}""", text) is not None
 
 
 def unfinished(messages: Sequence[Message]) -> str | None:
-    """The beginning of an answer that a conversation ends with."""
+    """The beginning of an answer at the end of a conversation; None where there is none."""
     last = messages[-1] if messages else {"role": "user"}
     is_begun = last["role"] == "assistant" and not last.get("tool_calls") and last["content"].strip()
     return last["content"] if is_begun else None
@@ -122,7 +120,7 @@ def _contents(messages: Sequence[Message], as_parts: Collection[int]) -> list[di
 
 
 def _check_left_out(messages: Sequence[Message], left_out: Sequence[int]) -> None:
-    """Refuse to go without the system prompt, and without what follows the last finished answer."""
+    """Refuse to omit the system prompt, or a message behind the last finished answer."""
     answers = [index for index, message in enumerate(messages[:-1]) if message["role"] == "assistant"]
     last_answer = answers[-1] if answers else -1
     for index in left_out:

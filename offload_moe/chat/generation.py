@@ -17,7 +17,7 @@ from offload_moe.chat.stream import TokenStream
 from offload_moe.errors import BudgetError, ConfigError
 from offload_moe.plan.room import ContextRoom
 
-# Where neither the user, the checkpoint nor the context says when to stop, a model that never stops has to be stopped.
+# The limit where settings, checkpoint and context set none: some models never end an answer.
 DEFAULT_MAX_NEW_TOKENS = 4096
 
 
@@ -26,8 +26,8 @@ class TokenRequest:
     """What is to be computed.
 
     ids: the prompt, ``[T]``. boundary: how many of them are certain to open the next prompt too; called only where a
-    layer forgets. make_config: for so many new tokens. max_new_tokens: None takes the model's own limit. seed: None
-    draws from torch's own random numbers.
+    layer drops earlier state. make_config: for so many new tokens. max_new_tokens: None takes the model's own limit.
+    seed: None draws from torch's own random numbers.
     """
 
     ids: Sequence[int]
@@ -63,7 +63,7 @@ class Generation:
         self.num_reused, self.reuse = prefix.begin(self._ids)
         self._cache = prefix.cache
         if room is not None:
-            self._heed(room)
+            self._limit_to(room)
         self._num_in_cache = self.num_reused
         self._opening_s = 0.0
         self._stream: TokenStream | None = None
@@ -97,7 +97,7 @@ class Generation:
 
     @property
     def prompt_progress(self) -> tuple[int, int]:
-        """Prompt tokens computed so far, and how many are to be computed."""
+        """Prompt tokens computed so far, and to be computed in all."""
         total = len(self._ids) - self.num_reused
         if self._prompt_stream is None:
             return 0, total
@@ -129,8 +129,8 @@ class Generation:
                 in_cache = [*self._ids, *tokens][:-1] if tokens else self._ids[: self._num_in_cache]
                 self._prefix.commit(self._cache, in_cache, is_whole=not self._stream.interrupted_forward)
 
-    def _heed(self, room: ContextRoom) -> None:
-        """Refuse a prompt that memory has no room for, and end an answer before it runs out of it."""
+    def _limit_to(self, room: ContextRoom) -> None:
+        """Refuse a prompt that does not fit in memory, and limit the answer to what fits behind it."""
         num_tokens = len(self._ids)
         num_new = num_tokens - self.num_reused
         try:
@@ -142,8 +142,8 @@ class Generation:
             self.max_new_tokens, self.end = limit - num_tokens, "memory"
 
     def _compute_opening(self) -> Iterator[None]:
-        """Where a layer forgets, compute the part that the next prompt shares first and keep its state."""
-        if not self._prefix.wants_snapshot:
+        """Where a layer drops earlier state, compute the part that the next prompt shares first, and keep its state."""
+        if not self._prefix.needs_snapshot:
             return
         boundary = self._request.boundary()
         if boundary <= self.num_reused or not self._prefix.is_kept_at(boundary, len(self._ids)):
@@ -187,7 +187,7 @@ def _steps_of(stream: TokenStream) -> Iterator[int | None]:
 
 
 def _room(hf: PreTrainedModel, num_prompt_tokens: int, max_new_tokens: int | None) -> tuple[int, Finish]:
-    """How many tokens the answer may have, and what it means to reach that many."""
+    """The most tokens of the answer, and why it ends at that many."""
     wanted = max_new_tokens or hf.generation_config.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     limit = context_limit(hf)
     if limit is None or num_prompt_tokens + wanted <= limit:

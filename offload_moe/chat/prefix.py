@@ -1,4 +1,4 @@
-"""Reusing the key/value cache of earlier turns: what the next prompt shares with it is not computed again."""
+"""Reuse of the key/value cache: the prefix that the next prompt shares with earlier turns is not computed again."""
 
 import copy
 from collections.abc import Sequence
@@ -9,15 +9,15 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from offload_moe.chat.template import common_prefix
-from offload_moe.decode.cache import RoomyLayer
+from offload_moe.decode.cache import RoomyLayer, RoomySlidingLayer
 from offload_moe.decode.rotation import Factors, kept_factors, rotation_keeper
 
 Reuse = Literal["nothing cached", "continued", "cropped", "snapshot", "recomputed", "not supported"]
 
 # Exact types: a subclass may keep more than keys and values.
 ATTENTION_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
-# Families with recurrent or compressed state whose code continues a state by several tokens at once as if it had read
-# everything in one pass. Others differ silently (Jamba in 5.23), so they compute every prompt from its beginning.
+# Families with recurrent or compressed state that continue it by several tokens at once with the numbers of a single
+# pass. Others differ silently (Jamba in 5.23), so they compute every prompt from its beginning.
 CONTINUED_FAMILIES = frozenset(
     {"deepseek_v4", "granitemoehybrid", "kimi_linear", "lfm2_moe", "nemotron_h", "qwen3_5_moe_text", "qwen3_next"}
 )
@@ -25,7 +25,7 @@ CONTINUED_FAMILIES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
-    """State after `length` tokens. Layers that can be cropped need no copy: they still hold it."""
+    """State after `length` tokens. Layers that can be cropped need no copy: cropping restores their state."""
 
     length: int
     layers: dict[int, CacheLayerMixin]
@@ -35,9 +35,9 @@ class _Snapshot:
 class PrefixCache:
     """The cache of one conversation and the tokens that are in it.
 
-    Layers with full attention are cropped to the longest common prefix. Sliding windows, recurrent and linear
-    attention forget, so they continue only from a state they were in: the end of the last turn, or the snapshot
-    taken before the last answer.
+    Layers with full attention are cropped to the longest common prefix. Layers with sliding windows, recurrent or
+    linear attention drop earlier state, so they continue only from a recorded one: the end of the last turn, or the
+    snapshot taken before the last answer.
     """
 
     def __init__(self, hf: PreTrainedModel) -> None:
@@ -55,7 +55,7 @@ class PrefixCache:
 
     @property
     def cache(self) -> Cache | None:
-        """What to pass to generate(); None lets the model make its own."""
+        """The cache to compute with; None makes the model create one for each answer."""
         return self._cache
 
     @property
@@ -89,20 +89,20 @@ class PrefixCache:
         return twin
 
     @property
-    def wants_snapshot(self) -> bool:
-        """Whether a layer forgets, so that a state must be kept before the answer."""
+    def needs_snapshot(self) -> bool:
+        """Whether a layer drops earlier state, so that a snapshot is needed before the answer."""
         return self._cache is not None and not all(_is_plain(layer) for layer in self._cache.layers)
 
     def begin(self, ids: Sequence[int]) -> tuple[int, Reuse]:
-        """Make the cache hold a prefix of `ids`, shorter than `ids`, and say how long it is and how it was had.
+        """Reduce the cache to a prefix of `ids`, shorter than `ids`. Returns its length in tokens and how it is reused.
 
-        `crossed_window` is then the length beyond which the model rotates otherwise, if that is why nothing is left.
+        Sets `crossed_window`: the length beyond which the model rotates otherwise, if that is why nothing is reused.
         """
         self.crossed_window = None
         if not self._is_supported:
             return 0, "not supported"
         if self._is_open:
-            # The last answer has not said what it computed, and may go on computing.
+            # The last answer is not committed, and may still be computed.
             self._start_over()
         self._is_open = True
         shared = min(common_prefix(self._ids, ids), len(ids) - 1)
@@ -126,7 +126,7 @@ class PrefixCache:
         return 0, "recomputed"
 
     def commit(self, cache: Cache | None, ids: Sequence[int], *, is_whole: bool) -> None:
-        """Note which tokens are in the cache now, unless another one has taken its place.
+        """Record which tokens are in the cache now; does nothing for a cache that was replaced.
 
         `is_whole` is False when a forward pass was left in the middle: some layers then hold more than `ids`.
         """
@@ -150,18 +150,18 @@ class PrefixCache:
             self.clear()
 
     def take_snapshot(self) -> None:
-        """Keep the present state."""
+        """Keep the present state for later turns."""
         assert self._cache is not None
         layers = {index: copy.deepcopy(layer) for index, layer in enumerate(self._cache.layers) if not _is_plain(layer)}
         self._snapshot = _Snapshot(len(self._ids), layers, kept_factors(self._cache))
 
     def is_kept_at(self, length: int, total: int) -> bool:
-        """Whether a state after `length` tokens serves a sequence of `total` tokens as well."""
+        """Whether the keys after `length` tokens are rotated as in a sequence of `total` tokens."""
         keeper = self._keeper
         return keeper is None or keeper.rotation.factors(length) == keeper.rotation.factors(total)
 
     def _num_held(self) -> int:
-        """Tokens that all layers hold; fewer than before where they were being computed anew."""
+        """Tokens that all layers hold; fewer than before when a recomputation was interrupted."""
         assert self._cache is not None
         held = [layer.get_seq_length() for layer in self._cache.layers if isinstance(layer, DynamicLayer)]
         return min(held, default=0)
@@ -189,7 +189,7 @@ class PrefixCache:
 
 
 def continues_exactly(hf: PreTrainedModel) -> bool:
-    """Whether a sequence can be computed in several passes over one cache as in a single one."""
+    """Whether several passes over one cache give the numbers of a single pass."""
     # "hybrid" is an old default of some checkpoints that generate() itself ignores.
     if (
         hf.config.is_encoder_decoder
@@ -212,7 +212,7 @@ def _is_plain(layer: CacheLayerMixin) -> bool:
 
 
 def _can_crop(layer: CacheLayerMixin) -> bool:
-    if type(layer) is DynamicSlidingWindowLayer:
+    if type(layer) in (DynamicSlidingWindowLayer, RoomySlidingLayer):
         return bool(layer.get_seq_length() < layer.sliding_window)
     return _is_plain(layer)
 

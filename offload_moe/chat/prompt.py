@@ -1,6 +1,6 @@
-"""Text and tokens out of a model: one call, one stream.
+"""Text and tokens for a single prompt, whole or as a stream.
 
-Conversations that go on are `offload_moe.chat.ChatSession`.
+For conversations of several turns see `offload_moe.chat.ChatSession`.
 """
 
 import threading
@@ -42,7 +42,7 @@ def stream(
     raw: bool = False,
     **sampling: Unpack[SamplingArguments],
 ) -> Generator[str, None, None]:
-    """The answer as it comes, without its reasoning. `raw` continues the text instead of answering it."""
+    """The answer piece by piece, without its reasoning. `raw` continues the text instead of answering it."""
     for piece in stream_pieces(hf, tokenizer, prompt, raw=raw, **sampling):
         if piece.kind == "answer":
             yield piece.text
@@ -56,7 +56,7 @@ def stream_pieces(
     raw: bool = False,
     **sampling: Unpack[SamplingArguments],
 ) -> Generator[Piece, None, None]:
-    """The answer and the reasoning as they come.
+    """The answer and the reasoning piece by piece.
 
     Raises:
         ConfigError: a setting is out of range, or the prompt is longer than the model's context.

@@ -11,7 +11,7 @@ from offload_moe.plan.budget import CPU_PROMPT_TOKENS, DEVICE_PROMPT_TOKENS
 
 
 def prompt_chunk_tokens(hf: PreTrainedModel) -> int | None:
-    """None where the family must compute a prompt in one pass, because it does not continue a state exactly."""
+    """Tokens per chunk; None where a prompt is computed in one pass, as the family continues no state exactly."""
     if not continues_exactly(hf):
         return None
     return CPU_PROMPT_TOKENS if hf.device.type == "cpu" else DEVICE_PROMPT_TOKENS

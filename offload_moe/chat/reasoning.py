@@ -1,7 +1,7 @@
-"""Telling a model's reasoning from its answer while both stream.
+"""Separation of a model's reasoning from its answer while both stream.
 
-Two conventions are in use: a pair of tags around the reasoning at the start of an answer (`<think>...</think>` and its
-cousins), and the harmony format of gpt-oss, where every message names its channel.
+Two conventions are in use: a pair of tags around the reasoning at the start of an answer (`<think>...</think>` and
+variants), and the harmony format of gpt-oss, where every message names its channel.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Piece:
 
 
 class Splitter(Protocol):
-    """Turns text and special tokens into pieces. Special tokens that it does not know are dropped."""
+    """Turns text and special tokens into pieces. Special tokens outside its format are dropped."""
 
     @property
     def kind(self) -> Kind | None:
@@ -79,10 +79,10 @@ class PlainSplitter:
 
 
 class TagSplitter:
-    """Reasoning between two tags before the answer. Tags further on are ordinary text: answers may talk about them."""
+    """Reasoning between two tags before the answer. Later tags are ordinary text: an answer may quote them."""
 
     def __init__(self, closing: str | None = None, *, has_begun: bool = False) -> None:
-        """`closing` is the tag that ends reasoning which the prompt has opened, and `has_begun` with more than that."""
+        """closing: the tag that ends reasoning opened in the prompt. has_begun: the prompt has text of it already."""
         self._state: Literal["start", "reasoning", "answer"] = "start" if closing is None else "reasoning"
         self._closing = closing or ""
         self._held = ""
@@ -129,7 +129,7 @@ class TagSplitter:
         return pieces
 
     def _give(self, kind: Kind, length: int) -> list[Piece]:
-        """Give out the first characters held, less the blank ones that a section begins with."""
+        """Take the first characters held, without the blank ones at the start of a section."""
         text, self._held = self._held[:length], self._held[length:]
         if not self._has_begun:
             text = text.lstrip()
@@ -168,7 +168,7 @@ class HarmonySplitter:
 
 
 def split_unfinished(text: str) -> tuple[str, str, str | None]:
-    """Answer and reasoning of the beginning of an answer, and the tag that would end the reasoning, if it is open."""
+    """Answer and reasoning within the beginning of an answer, and the tag that closes the reasoning, if it is open."""
     for opening, closing in TAG_PAIRS:
         if text.rfind(opening) > text.rfind(closing):
             answer, _, reasoning = text.rpartition(opening)

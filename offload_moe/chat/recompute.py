@@ -1,14 +1,14 @@
 """generate() for models whose keys are rotated by the length of the sequence, see `offload_moe.decode.rotation`.
 
-A prompt is rotated for its whole length also where it is computed in chunks. Where a sequence comes to a length that
-rotates otherwise than the keys in its cache, in a prompt or in the middle of an answer, all of it is computed anew.
+A prompt is rotated for its whole length also where it is computed in chunks. Where a sequence reaches a length that
+rotates otherwise than the keys in its cache, in a prompt or in the middle of an answer, all of it is computed again.
 """
 
 import logging
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import wraps
+from functools import update_wrapper
 from typing import Any
 
 from torch import Tensor
@@ -20,13 +20,11 @@ from offload_moe.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_ATTRIBUTE = "_offload_moe_recompute"  # of a model
-
 
 class Recompute:
-    """Stands before two methods of one model's generate(): `_prefill` and `prepare_inputs_for_generation`.
+    """Wraps two methods of one model's generate(): `_prefill` and `prepare_inputs_for_generation`.
 
-    Our own loop does the first one's part itself, with `begin` and `whole_sequence_of`.
+    `offload_moe.chat.steps` replaces the first one by `begin` and `whole_sequence_of`.
     """
 
     def __init__(self, hf: Any, keeper: RotationKeeper) -> None:
@@ -35,16 +33,18 @@ class Recompute:
         self._has_warned = False
         self._prefill: Callable[..., Any] = hf._prefill
         self._prepare: Callable[..., dict[str, Any]] = hf.prepare_inputs_for_generation
-        hf._prefill = _in_place_of(self._prefill, self.prefill)
-        hf.prepare_inputs_for_generation = _in_place_of(self._prepare, self.prepare)
+        hf._prefill = _Replacement(self, self._prefill, self.prefill)
+        hf.prepare_inputs_for_generation = _Replacement(self, self._prepare, self.prepare)
 
     def take_crossed_window(self) -> int | None:
-        """The window, in tokens, that a sequence of this thread came across since the last call; None for none."""
-        window: int | None = vars(self._thread).pop("crossed_window", None)
-        return window
+        """The window, in tokens, that a sequence of this thread crossed since the last call; None for none."""
+        return vars(self._thread).pop("crossed_window", None)
 
     def begin(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> int:
-        """Empties a cache that does not fit a prompt. Returns the prompt's length, which its parts are rotated for."""
+        """Empty a cache that does not fit a prompt. Returns the prompt's length, for which its parts are rotated.
+
+        Raises: ConfigError when the emptied part of the sequence is not in `input_ids`.
+        """
         cache = model_kwargs.get("past_key_values")
         length = _sequence_length(input_ids, model_kwargs)
         if cache is not None and not self._keeper.fits(cache, length):
@@ -64,7 +64,7 @@ class Recompute:
         *args: Any,
         **rest: Any,
     ) -> Any:
-        """A prompt, or what a cache does not hold of it."""
+        """Compute a prompt, or the part of it that the cache does not hold."""
         with self.whole_sequence_of(self.begin(input_ids, model_kwargs)):
             return self._prefill(input_ids, generation_config, model_kwargs, *args, **rest)
 
@@ -75,14 +75,14 @@ class Recompute:
         past_key_values: Cache | None = None,
         **settings: Any,
     ) -> dict[str, Any]:
-        """The inputs of the next step, behind a cache whose keys are rotated as that step needs it."""
+        """The inputs of the next step, with a cache whose keys are rotated as that step requires."""
         cache = past_key_values
         if cache is not None and next_sequence_length is not None and not self._keeper.final_length:
             self._renew(cache, input_ids, next_sequence_length, settings)
         arguments = {"next_sequence_length": next_sequence_length, **settings}
         inputs = self._prepare(input_ids, past_key_values=cache, **arguments)
         if cache is not None and inputs.get("past_key_values") is not cache:
-            # Phi's own switch between its factors: it goes on without the cache that the caller has.
+            # Phi's own switch between its factors continues without the caller's cache.
             inputs = self._prepare(input_ids, past_key_values=None, **arguments)
             inputs["past_key_values"] = cache
         return inputs
@@ -130,22 +130,23 @@ class Recompute:
 
 
 def recompute_of(hf: PreTrainedModel) -> Recompute | None:
-    """Makes generate() of a model that rotates by length exact, once; None for all other models."""
-    if _ATTRIBUTE not in vars(hf):
-        keeper = rotation_keeper(hf)
-        setattr(hf, _ATTRIBUTE, None if keeper is None else Recompute(hf, keeper))
-    recompute: Recompute | None = vars(hf)[_ATTRIBUTE]
-    return recompute
+    """Install a `Recompute` in a model that rotates by length, once; None for all other models."""
+    replaced = vars(hf).get("_prefill")
+    if isinstance(replaced, _Replacement):
+        return replaced.owner
+    keeper = rotation_keeper(hf)
+    return None if keeper is None else Recompute(hf, keeper)
 
 
-def _in_place_of(method: Callable[..., Any], new: Callable[..., Any]) -> Callable[..., Any]:
-    """`new` with the signature of `method`, which generate() looks at."""
+class _Replacement:
+    """A method of `owner` in place of a model's, with its signature, which generate() inspects."""
 
-    @wraps(method)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        return new(*args, **kwargs)
+    def __init__(self, owner: Recompute, method: Callable[..., Any], new: Callable[..., Any]) -> None:
+        self.owner, self._new = owner, new
+        update_wrapper(self, method)
 
-    return replacement
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._new(*args, **kwargs)
 
 
 def _sequence_length(input_ids: Tensor, settings: dict[str, Any]) -> int:
@@ -154,7 +155,7 @@ def _sequence_length(input_ids: Tensor, settings: dict[str, Any]) -> int:
 
 
 def _num_places(given: Tensor, settings: dict[str, Any]) -> int:
-    """Of the whole sequence, padding included."""
+    """Length of the whole sequence, padding included."""
     known = [
         value.shape[-1] for name in ("position_ids", "attention_mask") if (value := settings.get(name)) is not None
     ]

@@ -13,7 +13,7 @@ from offload_moe.errors import ConfigError
 LEAST_TEMPERATURE, GREATEST_TEMPERATURE = 1e-6, 100
 GREATEST_COUNT = 2**31 - 1
 NUM_SEEDS = 2**64
-# What each setting may be, in words.
+# The values of each setting, for error messages.
 RANGES = {
     "temperature": f"0, or a number from {LEAST_TEMPERATURE:f} to {GREATEST_TEMPERATURE}",
     "top_p": "a number above 0 and at most 1",
@@ -61,7 +61,7 @@ class Sampling:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
-        """From keyword arguments.
+        """Settings from keyword arguments.
 
         Raises:
             ConfigError: one is unknown or out of range.
@@ -122,7 +122,7 @@ def _is_integer(value: object) -> TypeGuard[int]:
 
 
 def _shown(value: object) -> str:
-    """Python refuses to write integers of thousands of digits."""
+    """A value for a message. Python refuses to format integers of thousands of digits."""
     if isinstance(value, int) and value.bit_length() > MAX_SHOWN_BITS:
         return f"an integer of {value.bit_length():,} bits"
     return repr(value)

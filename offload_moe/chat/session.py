@@ -31,9 +31,9 @@ _answers: WeakSet[Generator[Piece, None, None]] = WeakSet()
 class ChatSession:
     """One conversation. Earlier turns stay in the key/value cache and are not computed again.
 
-    `counters` are the model's running totals and `memory` its present use, for the statistics of each answer. `room`
-    knows how long the conversation may grow. `raw` continues the text instead of answering it. `notice` is what the
-    user must know before the first answer. Sessions of one model take turns, a token or a part of a prompt each.
+    `counters` are the model's running totals and `memory` its present use in bytes, for the statistics of each answer.
+    `room` limits the length of the conversation. `raw` continues the text instead of answering it. `notice` is a
+    message to show before the first answer. Sessions of one model take turns, a token or a part of a prompt each.
     """
 
     def __init__(
@@ -86,12 +86,12 @@ class ChatSession:
         A conversation that ends with an assistant message is continued there: the stream is what follows it, and the
         session keeps both as one message. An empty one is left out.
 
-        Closing the iterator, or an interrupt, stops the model and keeps what it has said. A message whose answer had
+        Closing the iterator, or an interrupt, stops the model and keeps the text so far. A message whose answer had
         not begun is withdrawn; `retry` sends it again.
 
         Raises:
             ConfigError: a setting is out of range, or the prompt is longer than the model's context.
-            BudgetError: memory has no room for the prompt, or the device ran out of it.
+            BudgetError: the prompt does not fit in memory, or the device ran out of memory.
         """
         settings = Sampling.of(sampling)
         if isinstance(message, str):
@@ -127,16 +127,19 @@ class ChatSession:
         return self._begin(messages, settings, stop_event)
 
     def reset(self) -> None:
-        """Forget the conversation and its cache; the system prompt stays."""
+        """Drop the conversation and its cache; the system prompt stays."""
         self.messages, self._withdrawn_message, self.last_stats = [], None, None
         self._prefix.clear()
 
     def save(self, path: str | Path) -> None:
-        """Write the conversation to a JSON file, whole or not at all."""
+        """Write the conversation to a JSON file, whole or not at all. Raises: ConfigError, see `write_transcript`."""
         write_transcript(Path(path), system=self.system, messages=self.messages)
 
     def load(self, path: str | Path) -> None:
-        """Take over a saved conversation; on an error the present one stays."""
+        """Replace the conversation by a saved one; on an error the present one stays.
+
+        Raises: ConfigError, see `read_transcript`.
+        """
         self.system, self.messages = read_transcript(Path(path))
         self._withdrawn_message = None
 
@@ -181,7 +184,7 @@ class ChatSession:
                 said = begun | {"content": text + answer.text}
                 reasoning = begun.get("reasoning_content", "") + thought + reasoning
             if reasoning:
-                # The name that chat templates look for; most drop it from earlier turns.
+                # The name that chat templates use; most drop it from earlier turns.
                 said["reasoning_content"] = reasoning
             self.messages = [*messages, said]
         elif messages[-1]["role"] == "user":
@@ -191,7 +194,7 @@ class ChatSession:
 
 @atexit.register
 def _close_answers() -> None:
-    """Those that are held: later there are no modules left to close them with."""
+    """Close answers that are still referenced: later in the exit, the modules that closing needs are gone."""
     for answer in list(_answers):
-        with suppress(ValueError):  # another thread is in it
+        with suppress(ValueError):  # another thread executes it
             answer.close()

@@ -1,4 +1,4 @@
-"""What one answer cost."""
+"""The cost of one answer: tokens, seconds, and the work of the expert tiers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ Finish = Literal["stop", "length", "context", "memory", "interrupted"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnStats:
-    """One answer: token counts, seconds, and what the expert tiers did meanwhile.
+    """One answer: token counts, seconds, and the counters of the expert tiers meanwhile.
 
     `finish` is why it ended: the model's own stop token, max_new_tokens, the end of the context, no memory for a longer
     one, or the user. `num_slots_given_up`: expert slots that made room for the context, beyond what was planned.
-    `crossed_window`: tokens beyond which this model rotates keys by other factors, where the conversation came across
-    them in this turn and all of it was computed anew.
+    `crossed_window`: tokens beyond which this model rotates keys by other factors, where the conversation crossed that
+    length in this turn and was computed again.
     """
 
     num_prompt_tokens: int
@@ -54,7 +54,7 @@ class TurnStats:
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of routed experts that were resident, 0 to 1; None where no expert was asked for."""
+        """Share of routed experts that were resident, 0 to 1; None where no expert was routed to."""
         return self.counters.hit_rate if self.counters is not None and self.counters.num_accesses else None
 
     @property

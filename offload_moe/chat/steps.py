@@ -1,7 +1,7 @@
 """One request, step by step: the tokens that transformers' `generate()` gives for one sequence.
 
-generate() itself prepares the request: processors, stopping criteria, cache, encoder. The loop is ours, so that
-requests of one model may alternate, nothing runs in the background, and a usual step passes one token and its position.
+generate() itself prepares the request: processors, stopping criteria, cache, encoder. The loop stands here, so that
+requests of one model may alternate, no thread is needed, and a usual step passes one token and its position.
 
 S tokens so far, N new ones, V vocabulary.
 """
@@ -31,14 +31,14 @@ from offload_moe.chat.recompute import recompute_of
 from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.errors import ConfigError
 
-Watched = Callable[[int], AbstractContextManager[None]]  # what computes so many tokens and may be left in the middle
+Watched = Callable[[int], AbstractContextManager[None]]  # the context that so many tokens are computed in
 SHORT_INPUTS = {"past_key_values", "position_ids", "attention_mask", "logits_to_keep", "use_cache"}
 OWN_METHODS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
 
 @dataclass(slots=True)
 class _Request:
-    """What generate() prepares."""
+    """A request as generate() prepares it."""
 
     input_ids: Tensor  # [1, S], of the decoder
     processors: LogitsProcessorList
@@ -58,7 +58,7 @@ def steps(
     watched: Watched = lambda num_tokens: nullcontext(),
     steering: Steering = NO_STEERING,
 ) -> Generator[int | None, None, None]:
-    """Each `next` computes once: a part of the prompt (None), or the next token. Call it in inference mode.
+    """Each `next` computes one step: a part of the prompt (None), or the next token. Call it in inference mode.
 
     Tokens that the steering forces cost no `next` of the model: the run is computed together with the token before it.
 
@@ -67,7 +67,7 @@ def steps(
 
     Raises: ConfigError when the cache leaves no token to compute, or stop strings come without a tokenizer.
     """
-    with watched(input_ids.shape[1]):  # an encoder computes here
+    with watched(input_ids.shape[1]):  # `_prepare` runs an encoder
         request = _prepare(hf, input_ids, config, cache, tokenizer, steering)
     random = None if seed is None else torch.Generator(request.input_ids.device).manual_seed(seed)
     logits = None
@@ -100,7 +100,7 @@ def _prepare(
     tokenizer: PreTrainedTokenizerBase | None,
     steering: Steering,
 ) -> _Request:
-    """A custom decoding method of generate() is given all it has prepared; this one returns it."""
+    """The request that generate() prepares: it passes it to its custom decoding method, here `take`."""
 
     def take(
         model: Any,
@@ -115,7 +115,7 @@ def _prepare(
     arguments: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
     if steering.processors:
         arguments["logits_processor"] = LogitsProcessorList(steering.processors)
-    if config.stop_strings is not None:  # generate() looks for no tokenizer where the method is a custom one
+    if config.stop_strings is not None:  # generate() uses no tokenizer with a custom method
         if tokenizer is None:
             raise ConfigError("This model's answers end at strings of text, which needs a tokenizer. Give it one.")
         arguments["stopping_criteria"] = [StopStringCriteria(tokenizer, config.stop_strings)]
@@ -126,7 +126,7 @@ def _prepare(
 
 
 class _WithoutStopStrings(GenerationConfig):
-    """generate() replaces a None by what the model's own config has."""
+    """Has no stop strings, also where the model's own config has: generate() fills a plain None from it."""
 
     stop_strings = property(lambda self: None, lambda self, value: None)
 
@@ -167,7 +167,7 @@ def _inputs_of_part(hf: Any, request: _Request, begin: int, end: int) -> dict[st
 
 
 def _decode(hf: Any, request: _Request, watched: Watched, num_new: int) -> Tensor:
-    """The logits ``[1, V]`` behind the last tokens, by the model's own methods."""
+    """The logits ``[1, V]`` after the last tokens, by the model's own methods."""
     if num_new > 1:
         request.inputs = hf._update_model_kwargs_for_generation(
             {}, request.inputs, is_encoder_decoder=hf.config.is_encoder_decoder, num_new_tokens=num_new - 1
@@ -193,7 +193,7 @@ def _last_logits(request: _Request, outputs: Any) -> Tensor:
 
 
 def _is_short(hf: Any, request: _Request) -> bool:
-    """Whether the model's own methods would pass on the token, its position and the cache, and nothing else."""
+    """Whether the model's own methods pass the token, its position and the cache, and nothing else."""
     is_usual = all(getattr(getattr(hf, name), "__func__", None) is vars(GenerationMixin)[name] for name in OWN_METHODS)
     cache = request.inputs.get("past_key_values")
     return (
@@ -209,7 +209,7 @@ def _is_short(hf: Any, request: _Request) -> bool:
 
 
 def _decode_short(hf: Any, request: _Request, watched: Watched, num_new: int) -> Tensor:
-    """The same as `_decode`, without its detours."""
+    """The logits of `_decode`, without a call of those methods."""
     inputs = request.inputs
     inputs["input_ids"] = request.input_ids[:, -num_new:].contiguous()
     if inputs.get("position_ids") is not None:
@@ -222,9 +222,9 @@ def _decode_short(hf: Any, request: _Request, watched: Watched, num_new: int) ->
 
 
 def _choose(request: _Request, logits: Tensor, random: torch.Generator | None) -> int:
-    """The next token, which is then the last of ``input_ids``."""
+    """Choose the next token and append it to ``input_ids``."""
     scores = logits
-    for process in request.processors:  # the list itself looks at the signature of each of them, every time
+    for process in request.processors:  # calling the list itself inspects each one's signature, every time
         scores = process(request.input_ids, scores)
     if request.config.do_sample:
         token = torch.multinomial(scores.softmax(-1), num_samples=1, generator=random)

@@ -15,7 +15,7 @@ from offload_moe.chat.recompute import recompute_of
 from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.chat.steps import steps
 from offload_moe.chat.turns import turns_of
-from offload_moe.decode.hooks import HookObserver
+from offload_moe.experts.observer import HookObserver
 from offload_moe.system.interrupts import HeldInterrupt
 from offload_moe.system.stopping import StoppedInForward, stoppable
 
@@ -28,7 +28,7 @@ class TokenStream(Iterator[int]):
     Streams of one model may be iterated in any order and from any threads: they take turns, a step each. `close`, the
     stop event and an interrupt end a stream after the step in progress; a prompt ends at its next layer or wave of
     experts.
-    `num_prompt_tokens` counts those computed, in fractions: how far a long prompt is.
+    `num_prompt_tokens` is the number of prompt tokens computed so far; fractional within a forward pass.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class TokenStream(Iterator[int]):
         self.interrupted_forward = False
         self.num_prompt_tokens = 0.0
         self.prompt_s = 0.0  # seconds until the first token, 0 before it
-        self.decode_s = 0.0  # seconds that the tokens behind it took, waiting for their turns included
-        self.crossed_window: int | None = None  # tokens beyond which all keys were rotated, and so computed, anew
+        self.decode_s = 0.0  # seconds of the tokens after it, waiting for their turns included
+        self.crossed_window: int | None = None  # tokens beyond which all keys are rotated, and so computed, again
         self._is_closed = False
         self._stop_event = stop_event
         self._elapsed_s = 0.0
@@ -80,9 +80,9 @@ class TokenStream(Iterator[int]):
         raise StopIteration
 
     def close(self) -> None:
-        """Compute no further step. One that another thread computes meanwhile ends as a stopped one does."""
+        """Compute no further step. A step that another thread computes meanwhile ends as a stopped one does."""
         self._is_closed = True
-        with suppress(ValueError):  # another thread is in it
+        with suppress(ValueError):  # another thread executes it
             self._steps.close()
 
     def __enter__(self) -> Self:
@@ -106,10 +106,10 @@ class TokenStream(Iterator[int]):
         return _END
 
     def _compute(self) -> int | None:
-        """A part of the prompt (None), a token, or nothing any more."""
+        """One step: None after a part of the prompt, a token, or `_END`."""
         self.interrupted_forward = True
         if self._recompute is not None:
-            self._recompute.take_crossed_window()  # of whatever this thread computed before
+            self._recompute.take_crossed_window()  # drops the one of earlier work of this thread
         try:
             # generate() itself only turns gradients off; inference mode also saves their bookkeeping, 7% of a token.
             with torch.inference_mode():
@@ -136,7 +136,7 @@ class TokenStream(Iterator[int]):
 
     @contextmanager
     def _watched(self, num_tokens: int) -> Iterator[None]:
-        """Stop in the middle once that is asked for: a prompt over a slow disk takes minutes per forward."""
+        """Let a stop take effect within a forward: a prompt over a slow disk takes minutes per forward."""
         watch = _LayerWatch(self._at_layer, num_tokens / max(len(self._layers), 1))
         handles = [layer.register_forward_pre_hook(watch) for layer in self._layers]
         try:
@@ -153,7 +153,7 @@ class TokenStream(Iterator[int]):
 
 
 class _LayerWatch(HookObserver):
-    """Called before each decoder layer; reports those of the thread that made it."""
+    """Runs before each decoder layer; reports the layers computed by the thread that created it."""
 
     def __init__(self, report: Callable[[float], None], share: float) -> None:
         self._report, self._share, self._thread = report, share, threading.get_ident()

@@ -13,7 +13,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.system.texts import check_text
 
 NO_TEMPLATE = (
-    "This model has no chat template: it continues your text instead of answering it, and remembers the text so far."
+    "This model has no chat template: it continues your text instead of answering it, and keeps the text so far."
 )
 ENCODER_DECODER = (
     "This model turns one text into another: each message stands alone, without earlier ones or the system prompt."
@@ -30,10 +30,11 @@ class PromptFormat:
     """How a conversation becomes a prompt.
 
     Without a chat template, or where `raw` ignores it, the texts are joined and continued. An encoder-decoder without
-    one reads the last text alone. `notice` is what the user must know of that.
+    one reads the last text alone. `notice` is the message about that for the user.
     """
 
     def __init__(self, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, raw: bool = False) -> None:
+        """raw: ignore the chat template. Raises: ConfigError without a tokenizer, or see `ChatTemplate`."""
         if tokenizer is None:
             raise ConfigError(
                 "The model has no tokenizer, so it cannot take text. Use model.hf.generate with token ids, or put "
@@ -62,12 +63,12 @@ class PromptFormat:
         add_generation_prompt: bool = True,
         arguments: Mapping[str, Any] = NO_ARGUMENTS,
     ) -> str:
-        """The conversation as the model reads it. With a generation prompt, a last assistant message is continued.
+        """The text of a conversation. With a generation prompt, a last assistant message is continued.
 
         arguments: what else a chat template reads, such as tools.
 
         Raises:
-            ConfigError: the template cannot render it, for example a system message; or a content is no text.
+            ConfigError: the template cannot render it, for example a system message; or a content is not text.
         """
         for message in messages:
             check_text(message["content"], f"The {message['role']} message")
@@ -81,13 +82,13 @@ class PromptFormat:
         """Token ids of a rendered prompt; a template has placed its own special tokens already.
 
         Raises:
-            ConfigError: there are none, so the model has nothing to go on from, or it has no embedding for one.
+            ConfigError: the prompt has no tokens, or the model has no embedding for one of them.
         """
         ids: list[int] = self.tokenizer(text, add_special_tokens=self.template is None)["input_ids"]
         if not ids:
             raise ConfigError(
                 f"The prompt has no tokens ({len(text):,} characters, of which the tokenizer keeps none), and this "
-                "tokenizer begins no text by itself. Give a prompt that is not empty."
+                "tokenizer adds none at the start. Give a prompt that is not empty."
             )
         check_ids(ids, self._num_rows, self.tokenizer)
         return ids
@@ -95,9 +96,9 @@ class PromptFormat:
     def boundary(
         self, messages: Sequence[Message], ids: Sequence[int], arguments: Mapping[str, Any] = NO_ARGUMENTS
     ) -> int:
-        """How many tokens of the prompt are certain to open the next prompt too: all but the generation prompt.
+        """Number of prompt tokens that the next prompt is certain to begin with: all but the generation prompt.
 
-        The last token is never among them, because generating needs one token to compute.
+        The last token never counts, because a request needs one token to compute.
         """
         if self.template is None:
             return len(ids) - 1

@@ -57,10 +57,10 @@ def read_transcript(path: Path) -> tuple[str | None, list[Message]]:
 
 
 def check_messages(messages: object, source: str) -> list[Message]:
-    """A copy of the messages, if each has a role and a text.
+    """A copy of the messages. source: where they come from, for messages of errors.
 
     Raises:
-        ConfigError: one does not.
+        ConfigError: one has no usable role or no text.
     """
     if not isinstance(messages, list | tuple):
         raise ConfigError(f"{source}: the messages are {type(messages).__name__}, not a list.")

@@ -1,4 +1,4 @@
-"""Requests of one model compute in turn, first come, first served. A turn is one step of a request."""
+"""Turns: requests of one model compute one after another, first come, first served. A turn is one step of a request."""
 
 import os
 import threading
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from offload_moe.system.stopping import StoppedInForward
 
-# Waiting without an end cannot be interrupted on Windows.
+# A wait without a timeout cannot be interrupted on Windows.
 POLL_S = 0.1
 
 
@@ -24,7 +24,7 @@ class Turns:
 
     @contextmanager
     def turn(self, is_stopping: Callable[[], bool]) -> Iterator[None]:
-        """Raises: StoppedInForward once `is_stopping`, while it waits."""
+        """Wait for the turn and hold it. Raises: StoppedInForward when `is_stopping` during the wait."""
         ticket = object()
         try:
             with self._changed:
@@ -42,7 +42,7 @@ class Turns:
 
 _TURNS: WeakKeyDictionary[PreTrainedModel, Turns] = WeakKeyDictionary()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_TURNS.clear)  # who computes stayed in the parent
+    os.register_at_fork(after_in_child=_TURNS.clear)  # computing threads exist only in the parent
 
 
 def turns_of(hf: PreTrainedModel) -> Turns:

@@ -1,7 +1,8 @@
 """The fast path: what transformers' own code spends per layer on small operations, spent once or not at all.
 
-No model code is copied and nothing is compiled at run time. Each optimisation recognizes the modules it fits by probing
-what they compute, replaces a forward of that instance or the module, and leaves everything else as it is.
+No model code is copied and nothing is compiled at run time. Modules of prompts and of decode steps alike (norms, MLPs,
+attention, routers, experts) are recognized by probing what they compute, and get another forward. One new token of one
+sequence passes through the decoder's forward alone: a plan of native spans, made from what the layers' classes declare.
 """
 
 from dataclasses import dataclass
@@ -12,11 +13,11 @@ import torch
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from offload_moe.decode.cache import give_room
-from offload_moe.decode.experts import shorten_dispatch
+from offload_moe.decode.forward import DecoderForward
 from offload_moe.decode.latent import absorb_latents
-from offload_moe.decode.layer import shorten_layers
 from offload_moe.decode.mlp import fuse_mlps
 from offload_moe.decode.norm import fuse_norms
+from offload_moe.decode.plan import Planned, plan_pass
 from offload_moe.decode.report import DENSE, LayerPath, layer_paths, tell_reasons
 from offload_moe.decode.router import shorten_routers
 from offload_moe.decode.shorten import shorten_attention
@@ -27,18 +28,11 @@ __all__ = ["FastPath", "LayerPath", "make_fast"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FastPath:
-    """How many modules each optimisation recognized, and how decode goes through each layer.
+    """How a decode step passes each layer.
 
     why_none: why no layer is computed by native calls alone, whatever it is; empty where some may be.
     """
 
-    num_norms: int
-    num_mlps: int
-    num_attentions: int
-    num_latent_attentions: int
-    num_experts: int
-    num_routers: int
-    num_layers: int
     why_none: str
     layers: tuple[LayerPath, ...]
 
@@ -71,25 +65,20 @@ def make_fast(
     is_exact: only what gives the same bits. Otherwise results may differ by the rounding of the dtype. context: tokens
     that memory was planned for. hierarchy: where the experts are.
     """
-    num_latent_attentions = 0 if is_exact else absorb_latents(hf)
-    num_mlps = fuse_mlps(hf)
-    num_norms = fuse_norms(hf, is_exact=is_exact)
-    num_attentions = shorten_attention(hf, is_exact=is_exact)
+    if not is_exact:
+        absorb_latents(hf)
+    fuse_mlps(hf)
+    fuse_norms(hf, is_exact=is_exact)
+    shorten_attention(hf, is_exact=is_exact)
     hf.get_decoder().register_forward_pre_hook(partial(_give_room, context), with_kwargs=True)
+    if not is_exact:
+        shorten_routers(hf)
     why_none = _why_none(hf, is_exact=is_exact)
-    num_experts = shorten_dispatch(hf)
-    num_routers = 0 if is_exact else shorten_routers(hf)
-    return FastPath(
-        num_norms=num_norms,
-        num_mlps=num_mlps,
-        num_attentions=num_attentions,
-        num_latent_attentions=num_latent_attentions,
-        num_experts=num_experts,
-        num_routers=num_routers,
-        num_layers=0 if is_exact else shorten_layers(hf, hierarchy),  # of the parts made before
-        why_none=why_none,
-        layers=layer_paths(hf),
-    )
+    planned = Planned(plan=None, paths={}) if why_none else plan_pass(hf, hierarchy)  # of the parts made before
+    if planned.plan is not None:
+        decoder = hf.get_decoder()
+        decoder.forward = DecoderForward(decoder, planned.plan)
+    return FastPath(why_none=why_none, layers=layer_paths(hf, planned.paths))
 
 
 def _why_none(hf: PreTrainedModel, *, is_exact: bool) -> str:

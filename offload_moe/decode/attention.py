@@ -65,9 +65,7 @@ class DecodeAttention:
             )
         if self.step is not None and attention_mask is None and self.step.fits(hidden_states, past_key_values):
             cos, signed_sin = self.rotary.prepare(position_embeddings)
-            stepped = self.step(hidden_states, cos, signed_sin, past_key_values)
-            if stepped is not None:
-                return stepped, None
+            return self.step(hidden_states, cos, signed_sin, past_key_values), None
         query, key, value = self._heads(hidden_states, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self._layer)

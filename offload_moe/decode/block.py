@@ -1,4 +1,4 @@
-"""The blocks behind attention whose parts a decode step calls by itself: a router, experts, perhaps a shared expert."""
+"""Blocks behind attention whose parts a decode step calls: a router, experts, perhaps a shared expert."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,24 +6,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offload_moe.decode.dense import number_linear
 from offload_moe.decode.mlp import FusedMLP
 from offload_moe.decode.router import Routed, StepRouter
+from offload_moe.decode.step import is_fp32
+from offload_moe.errors import ConfigError
 from offload_moe.experts.attach import BoundExperts
+from offload_moe.families.layer_spec import LayerSpec, RouterSpec
+from offload_moe.families.limits import router_limits
 from offload_moe.native import kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlainBlock:
-    """``experts(x)``, or ``experts(x) + shared(x)``, or ``experts(x) + sigmoid(gate . x) * shared(x)``."""
+    """``experts(x)``, or ``experts(x) + shared(x)``, or ``experts(x) + sigmoid(gate . x) * shared(x)``.
 
-    router: Any
+    router: the module, for its observers. is_exact: its own code gives the bits of `route`.
+    """
+
+    router: nn.Module
+    route: kernels.RouterKernel
+    is_exact: bool
     experts: Any
     shared: kernels.SharedKernel | None
-
-    @property
-    def route(self) -> StepRouter:
-        forward: StepRouter = self.router.forward
-        return forward
 
     @property
     def bound(self) -> BoundExperts:
@@ -39,26 +44,62 @@ class PlainBlock:
         return out
 
 
-def plain_block(block: nn.Module) -> PlainBlock | None:
-    """The parts of this block by their kinds; None where it has others. What it makes of them is for a probe to see."""
-    children = list(block.children())
-    routers = [child for child in children if isinstance(vars(child).get("forward"), StepRouter)]
-    experts = [child for child in children if isinstance(vars(child).get("forward"), BoundExperts)]
-    shared = [child for child in children if isinstance(child, FusedMLP)]
-    gates = [child for child in children if isinstance(child, nn.Linear) and _is_gate(child)]
-    is_plain = len(routers) == len(experts) == 1 and len(shared) <= 1 and len(gates) <= len(shared)
-    if not is_plain or len(children) != len(routers) + len(experts) + len(shared) + len(gates):
+def plain_block(layer: nn.Module, spec: LayerSpec) -> PlainBlock | None:
+    """The parts of a layer's block; None where it is a dense MLP, or has a part that no kernel computes."""
+    if spec.router is None or router_limits(spec.router):
         return None
-    kernel = _shared_kernel(shared[0], gates[0] if gates else None) if shared else None
-    return PlainBlock(router=routers[0], experts=experts[0], shared=kernel)
+    experts, router = layer.get_submodule(spec.experts), layer.get_submodule(spec.router.path)
+    forward = vars(router).get("forward")
+    route = forward.kernel if isinstance(forward, StepRouter) else _route(layer, spec.router)
+    if route is None or not isinstance(vars(experts).get("forward"), BoundExperts):
+        return None
+    shared = None
+    if spec.shared is not None:
+        mlp = layer.get_submodule(spec.shared.gate.rpartition(".")[0])
+        gate = layer.get_submodule(spec.shared.scale_gate) if spec.shared.scale_gate else None
+        if not isinstance(mlp, FusedMLP) or not (gate is None or _is_gate(gate)):
+            return None
+        shared = _shared_kernel(mlp, gate)
+    return PlainBlock(
+        router=router, route=route, is_exact=isinstance(forward, StepRouter), experts=experts, shared=shared
+    )
 
 
-def _is_gate(linear: nn.Linear) -> bool:
-    weight = linear.weight
-    is_plain = weight.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous()
-    return linear.out_features == 1 and linear.bias is None and is_plain
+def _route(layer: nn.Module, spec: RouterSpec) -> kernels.RouterKernel | None:
+    weight = _tensor(layer, spec.weight)
+    bias, correction = (_tensor(layer, path) if path else None for path in (spec.bias, spec.correction))
+    if correction is not None:
+        correction = correction.flatten()
+    if weight.dtype != torch.float32 or not weight.is_cpu or not is_fp32(bias) or not is_fp32(correction):
+        return None
+    try:
+        return kernels.RouterKernel(
+            number_linear(weight, bias),
+            top_k=spec.top_k,
+            is_of_chosen=spec.is_normalized,
+            is_sigmoid=spec.scoring == "sigmoid",
+            correction=correction,
+            num_groups=spec.num_groups,
+            num_chosen_groups=spec.num_chosen_groups,
+            num_best=1 if spec.group_score == "max" else 2,
+            scale=spec.scale,
+        )
+    except ConfigError:
+        return None
 
 
-def _shared_kernel(mlp: FusedMLP, gate: nn.Linear | None) -> kernels.SharedKernel:
-    weight = None if gate is None else gate.weight.detach()
+def _tensor(layer: nn.Module, path: str) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    tensor: Tensor = getattr(layer.get_submodule(owner), name)
+    return tensor.detach()
+
+
+def _is_gate(linear: nn.Module) -> bool:
+    if not isinstance(linear, nn.Linear):
+        return False
+    return linear.out_features == 1 and linear.bias is None and linear.weight.is_cpu and is_fp32(linear.weight)
+
+
+def _shared_kernel(mlp: FusedMLP, gate: nn.Module | None) -> kernels.SharedKernel:
+    weight = None if gate is None else gate.weight.detach()  # type: ignore[operator]
     return kernels.SharedKernel(mlp.kernel, mlp.record, weight, hidden=mlp.hidden_size, mode=mlp.mode)

@@ -1,6 +1,6 @@
 """A key/value cache with room to grow: a decode step writes one row instead of copying all earlier ones.
 
-Shapes: B batch, N key/value heads, S cached tokens, C capacity, D head dim.
+Shapes: B batch, N key/value heads, S cached tokens, C capacity, W sliding window, D head dim.
 """
 
 from typing import Any
@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-Room = tuple[Tensor, Tensor, int]  # of keys and of values, [1, N, C, D], and the tokens there were
+# Of keys and of values, from the first token that the new one sees on, [1, N, C or less, D]; and how many it sees.
+Room = tuple[Tensor, Tensor, int]
 
 GROWTH = 1.25
 STEP = 128  # tokens; capacities are multiples of it
@@ -54,15 +55,13 @@ class RoomyLayer(DynamicLayer):
     @property
     def can_extend(self) -> bool:
         """Whether `extend` has a sequence to append to."""
-        return self.is_initialized and self.keys.dim() == 4 and len(self.keys) == 1 and not self.keys.requires_grad
+        return _is_one_sequence(self)
 
-    def extend(self) -> Room | None:
+    def extend(self) -> Room:
         """Count one more token of one sequence, whose key and value the caller writes into the room ``[1, N, C, D]``.
 
-        Returns the room of keys and of values, and the index of the token; None where `update` has to do it.
+        Returns the room of keys and of values, and the index of the token. Where `can_extend`; `update` does the rest.
         """
-        if not self.can_extend:
-            return None
         length, room = self.keys.shape[2], self._room
         if room is None or length >= room[0].shape[2] or not _begins(self.keys, room[0]):
             self._room = room = self._make_room(self.keys[:, :, :0], self.values[:, :, :0], length, length + 1)
@@ -70,7 +69,7 @@ class RoomyLayer(DynamicLayer):
         return *room, length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens; the room is given back once no more than half of it is used."""
+        """Remove the last `-tokens_to_remove` tokens; the room is given back once no more than half of it is used."""
         super().crop(tokens_to_remove)
         if self._room is not None and 2 * self.get_seq_length() <= self._room[0].shape[2]:
             self.keys, self.values, self._room = self.keys.clone(), self.values.clone(), None
@@ -92,8 +91,73 @@ class RoomyLayer(DynamicLayer):
         return places[0], places[1]
 
 
+class RoomySlidingLayer(DynamicSlidingWindowLayer):
+    """transformers' sliding window, which one token at a time moves through a larger tensor.
+
+    Everything else is inherited; keys and values are the last W - 1 tokens, wherever in the room they lie.
+    """
+
+    keys: Tensor
+    values: Tensor
+    _room: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, layer: DynamicSlidingWindowLayer) -> "RoomySlidingLayer":
+        """The same contents; the old layer must not be used any more."""
+        roomy = cls.__new__(cls)
+        roomy.__dict__.update(layer.__dict__)
+        return roomy
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append ``[B, N, T, D]``; returns what the new tokens see and those, ``[B, N, W - 1 + T, D]`` or less."""
+        is_step = key_states.shape[2] == 1 and not key_states.requires_grad and not self.record_past
+        if not is_step or not self.is_initialized or self.keys.dim() != 4 or len(self.keys) != len(key_states):
+            return super().update(key_states, value_states, *args, **kwargs)
+        keys, values, length = self._move_on()
+        keys[:, :, length : length + 1], values[:, :, length : length + 1] = key_states, value_states
+        return keys[:, :, : length + 1], values[:, :, : length + 1]
+
+    @property
+    def can_extend(self) -> bool:
+        """Whether `extend` has a sequence to append to."""
+        return _is_one_sequence(self) and not self.record_past
+
+    def extend(self) -> Room:
+        """As `RoomyLayer.extend`, of the last W - 1 tokens."""
+        return self._move_on()
+
+    def _move_on(self) -> Room:
+        """Count one more token."""
+        length, room = self.keys.shape[2], self._room
+        first = None if room is None else _offset(self.keys, room[0])
+        if room is None or first is None or first + length >= room[0].shape[2]:
+            first, room = 0, self._move_to_new_room(length)
+            self._room = room
+        end = first + length + 1
+        begin = max(first, end - (self.sliding_window - 1))
+        keys, values = room[0][:, :, first:], room[1][:, :, first:]
+        self.keys, self.values = room[0][:, :, begin:end], room[1][:, :, begin:end]
+        self.cumulative_length += 1
+        return keys, values, length
+
+    def _move_to_new_room(self, length: int) -> tuple[Tensor, Tensor]:
+        places = []
+        for old in (self.keys, self.values):
+            place = old.new_empty(old.shape[0], old.shape[1], _in_steps(length + STEP), old.shape[3])
+            place[:, :, :length] = old
+            places.append(place)
+        return places[0], places[1]
+
+    def reset(self) -> None:
+        self._room = None
+        super().reset()
+
+
+ROOMY = (RoomyLayer, RoomySlidingLayer)
+
+
 def give_room(cache: Cache, context: int | None = None) -> None:
-    """Let every plain growing layer of a cache, and those it will add, grow in place.
+    """Let every plain growing or sliding layer of a cache, and growing ones that it will add, grow in place.
 
     context: tokens that memory was planned for.
     """
@@ -101,6 +165,8 @@ def give_room(cache: Cache, context: int | None = None) -> None:
         if type(layer) is DynamicLayer:
             cache.layers[index] = roomy = RoomyLayer.of(layer)
             roomy.context = context
+        elif type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[index] = RoomySlidingLayer.of(layer)
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = RoomyLayer
 
@@ -109,13 +175,19 @@ def _in_steps(num_tokens: int) -> int:
     return -(-num_tokens // STEP) * STEP
 
 
+def _is_one_sequence(layer: DynamicLayer) -> bool:
+    keys = layer.keys
+    return layer.is_initialized and keys.dim() == 4 and len(keys) == 1 and not keys.requires_grad
+
+
 def _begins(view: Tensor, room: Tensor) -> bool:
     """Whether `view` is the beginning of `room` (a cropped view is; a copy for another batch is not)."""
+    return _offset(view, room) == 0
+
+
+def _offset(view: Tensor, room: Tensor) -> int | None:
+    """The token of `room` at which `view` begins; None where it is no view of it, or may not be written to."""
     is_writable = not room.is_inference() or torch.is_inference_mode_enabled()
-    return (
-        is_writable
-        and view.data_ptr() == room.data_ptr()
-        and view.stride() == room.stride()
-        and view.shape[:2] == room.shape[:2]
-        and view.dtype == room.dtype
-    )
+    is_like = view.stride() == room.stride() and view.shape[:2] == room.shape[:2] and view.dtype == room.dtype
+    offset, rest = divmod(view.data_ptr() - room.data_ptr(), room.element_size() * room.stride(2))
+    return offset if is_writable and is_like and rest == 0 and 0 <= offset <= room.shape[2] - view.shape[2] else None

@@ -82,6 +82,16 @@ class NarrowEmbedding(nn.Module):
         return nn.functional.embedding(ids, self.weight).to(self.dtype)
 
 
+def number_linear(weight: Tensor, bias: Tensor | None = None) -> kernels.Linear:
+    """A linear that is not quantized, for the kernels: weight fp32 or bf16 ``[O, K]``.
+
+    In bf16 where the numbers are the same, as they are where the checkpoint was: half the bytes.
+    """
+    narrow = weight.to(torch.bfloat16)
+    is_same = weight.dtype == torch.bfloat16 or torch.equal(narrow.to(weight.dtype), weight)
+    return kernels.Linear.of_numbers((narrow if is_same else weight).contiguous(), bias)
+
+
 def lookup_tables(model: nn.Module, ignored: str | None = None) -> set[str]:
     """Names of the embeddings that are only looked up: plain ones whose weight no other module has.
 

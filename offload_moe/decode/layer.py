@@ -1,20 +1,17 @@
-"""Decoder layers whose decode step is two kernel calls: all up to the experts, and the experts.
+"""Decoder layers whose decode step is two native calls: all up to the block behind attention, and the block.
 
     residual = x + attention(norm(x));  residual + block(norm(residual))
 
-is what a layer of most families does. Where the block is a router and experts, the router is part of the first call;
-any other block is called as it is. The same kernels as before run in the same order: the same bits, but for the gate
-of a shared expert.
-
-Layers of the first kind in a row are one call, as long as their experts are resident: see `run.py`.
+A layer is one if it is declared (`families/layer_classes.py`), if kernels exist for all that its declaration says of
+attention, norms and their order, and if a probe gives what the layer's own code gives. Where the block is a router and
+experts whose kernels exist, the router is part of the first call; any other block is called as a module.
 
 Shapes: H hidden. One token of one sequence.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -22,126 +19,89 @@ from torch import Tensor, nn
 
 from offload_moe.decode.attention import DecodeAttention
 from offload_moe.decode.block import plain_block
-from offload_moe.decode.cache import Room, give_room
-from offload_moe.decode.hooks import are_watched, have_only_observers, hooks_of
+from offload_moe.decode.cache import give_room
+from offload_moe.decode.hooks import Hooks
+from offload_moe.decode.latent_step import LatentStep, latent_step
 from offload_moe.decode.norm import FusedRMSNorm
-from offload_moe.decode.probe import Refused, Uncovered, agree, answer, probes, structure
-from offload_moe.decode.shorten import position_embeddings, probe_cache, probe_positions
-from offload_moe.decode.span import LayerSpan, Rotary, span_kind
+from offload_moe.decode.probe import Refused, Uncovered, agree, answer, probes
+from offload_moe.decode.rotary import Embeddings, StepRotary
+from offload_moe.decode.router import room_for_routed
+from offload_moe.decode.shorten import NUM_CACHED, STEP_TOLERANCE
+from offload_moe.decode.step import AttentionStep
 from offload_moe.experts.attach import BoundExperts
-from offload_moe.experts.probe import ResidualCapture
+from offload_moe.families.layer_spec import LayerSpec, NormSpec
+from offload_moe.families.limits import attention_limits, order_limits
 from offload_moe.native import kernels
-from offload_moe.residency.hierarchy import Hierarchy
 
-NORMS = ("input_layernorm", "post_attention_layernorm")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerParts:
-    """What a layer is made of, if all but its block are kernel calls."""
-
-    first: Any
-    second: Any
-    norm_kernels: tuple[kernels.NormKernel, kernels.NormKernel]
-    attention: DecodeAttention
-    block: Any
-
-    @classmethod
-    def of(cls, layer: Any) -> "LayerParts":
-        """Raises: Uncovered when they are others."""
-        norms: list[Any] = [getattr(layer, name, None) for name in NORMS]
-        others = [module for module in layer.children() if module not in norms]
-        if None in norms or len(others) != 2:
-            raise Uncovered("a layer of other parts than two norms, attention and one block")
-        attention = _forward(others[0])
-        if not isinstance(attention, DecodeAttention):
-            raise Uncovered("attention of a kind that is not known, or that gives other numbers on probes")
-        if attention.step is None:
-            raise Uncovered(attention.why_no_step)
-        return cls(
-            first=norms[0],
-            second=norms[1],
-            norm_kernels=(_norm_kernel(norms[0]), _norm_kernel(norms[1])),
-            attention=attention,
-            block=others[1],
-        )
+Rotary = tuple[Tensor, Tensor]
 
 
-class LayerStep:
-    """The forward of one decoder layer: decode steps are done here, anything else by the layer itself."""
+@dataclass(frozen=True, slots=True)
+class TokenStep:
+    """What every layer of a pass is given beside the hidden state.
 
-    def __init__(self, layer: Any) -> None:
-        """Raises: Uncovered when a part is not one that can take part."""
-        parts = LayerParts.of(layer)
-        first, self._norm, block = parts.first, parts.second, parts.block
-        attention = parts.attention
-        assert attention.step is not None
+    embeddings: as the model's rotary embedding made them, of `position_ids`.
+    """
+
+    embeddings: Embeddings
+    position_ids: Tensor
+    cache: Any
+
+
+class NativeLayer:
+    """One decoder layer, computed without its modules."""
+
+    def __init__(self, layer: Any, spec: LayerSpec, rotary: StepRotary) -> None:
+        """spec: what the layer computes. rotary: of latent attention. Raises: Uncovered where a kernel is missing."""
+        limits = [*attention_limits(spec.attention), *order_limits(spec)]
+        if limits:
+            raise Uncovered(*limits)
+        assert spec.before_attention is not None
+        assert spec.before_mlp is not None
         self.layer = layer
-        self.attention = attention.step
-        self.run: LayerSpan | None = None  # that this layer is part of
-        self._layer_forward = layer.forward
-        self._rotary = attention.rotary
-        self._block = block
-        self.plain = plain = plain_block(block)
-        router = None if plain is None else plain.route.kernel
-        self.kernel = kernels.LayerKernel(parts.norm_kernels, self.attention.kernel, router)
-        # Only residual captures and a router's observers may watch what the pass does not call; it runs them itself.
-        self._hooks = hooks_of([first, self.attention.module])
-        self._hooks += [self._norm._forward_hooks, self._norm._forward_pre_hooks_with_kwargs]
-        if plain is not None:
-            others = [module for module in block.children() if module not in (plain.router, plain.experts)]
-            self._hooks += [*hooks_of([block, *others])]
-            self._hooks += [plain.router._forward_pre_hooks, plain.router._forward_hooks_with_kwargs]
+        self.spec = spec
+        self.attention, self._rotary = _attention(layer, spec, rotary)
+        self._first: nn.Module = layer.get_submodule(spec.before_attention.path)
+        self._norm: nn.Module = layer.get_submodule(spec.before_mlp.path)
+        self._block = layer.get_submodule(_block_path(spec))
+        self.plain = plain_block(layer, spec)
+        router = None if self.plain is None else self.plain.route
+        self._norms = (_norm_kernel(layer, spec.before_attention), _norm_kernel(layer, spec.before_mlp))
+        self.kernel = kernels.LayerKernel(self._norms, self.attention.kernel, router)
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not args and hidden_states.shape[1] == 1:
-            done = self._done(hidden_states, **kwargs)
-            if done is not None:
-                return done
-        return self._layer_forward(hidden_states, *args, **kwargs)
+    def bypassed(self) -> list[nn.Module]:
+        """Modules that the pass does not call."""
+        called = set() if self.plain is not None else set(self._block.modules())
+        others = [module for module in self.layer.modules() if module not in called]
+        assert {self.layer, self._first, self._norm} <= set(others)
+        return others
 
-    def fits(self, hidden_states: Tensor, cache: Any) -> bool:
-        """Whether this call is such a step, and nobody waits for a module that would not be called."""
-        captures = self._norm._forward_pre_hooks
-        return (
-            not are_watched(self._hooks)
-            and (not captures or all(isinstance(hook, ResidualCapture) for hook in captures.values()))
-            and (self.plain is None or have_only_observers([self.plain.router._forward_hooks]))
-            and self.attention.fits(hidden_states, cache)
+    def observed(self) -> list[Hooks]:
+        """Registries whose observers the pass calls."""
+        registries = [self.layer._forward_pre_hooks, self._norm._forward_pre_hooks]
+        return registries if self.plain is None else [*registries, self.plain.router._forward_hooks]
+
+    def fits(self, cache: Any) -> bool:
+        """Whether this layer's part of the cache can take one more token in place."""
+        return self.attention.can_extend(cache) and self.attention.sees_window(
+            cache, self.spec.attention.sliding_window
         )
 
-    def _done(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_embeddings: Rotary | None = None,
-        past_key_values: Any = None,
-        **_: Any,
-    ) -> Tensor | None:
-        """``[1, 1, H]`` -> ``[1, 1, H]``; None where this is another kind of step."""
-        if self.run is not None and self.run.has_passed(self, hidden_states):
-            return hidden_states
-        if attention_mask is not None or position_embeddings is None or not self.fits(hidden_states, past_key_values):
-            return None
-        rotary = self._rotary.prepare(position_embeddings)
-        run = self.run
-        if run is not None and run.begins_with(self) and run.fits(hidden_states, past_key_values):
-            return run(hidden_states, rotary, past_key_values)
-        room = self.attention.extend(past_key_values)
-        if room is None:
-            return None
-        done = self._step(hidden_states.contiguous(), rotary, room)
-        if run is not None:
-            run.watch(self, hidden_states, done, (position_embeddings, past_key_values))
-        return done
+    def rotary(self, step: TokenStep) -> Rotary:
+        """cos and signed sin, as the kernels read them."""
+        return self._rotary.prepare(step.embeddings)
 
-    def _step(self, x: Tensor, rotary: Rotary, room: Room) -> Tensor:
+    def __call__(self, x: Tensor, step: TokenStep) -> Tensor:
+        """``[1, 1, H] -> [1, 1, H]``, fp32 and contiguous; the cache `fits`."""
+        self.note_begin()
+        room = self.attention.extend(step.cache)
         residual, normed = torch.empty_like(x), torch.empty_like(x)
         plain = self.plain
-        routed = None if plain is None else plain.route.empty()
-        (cos, signed_sin), (keys, values, length) = rotary, room
+        routed = None if plain is None else room_for_routed(plain.route)
+        (cos, signed_sin), (keys, values, length) = self.rotary(step), room
         self.kernel.step(x, cos, signed_sin, keys, values, length, residual, normed, routed)
-        self.keep(residual)
+        for observer in self._norm._forward_pre_hooks.values():
+            observer(self._norm, (residual,))
         if plain is None or routed is None:
             out = self._block(normed)
             return residual + (out[0] if isinstance(out, tuple) else out)
@@ -149,96 +109,94 @@ class LayerStep:
             observer(plain.router, (), routed)
         return residual + plain.compute(normed[0], routed)
 
+    def note_begin(self) -> None:
+        """The layer is about to be computed."""
+        for observer in self.layer._forward_pre_hooks.values():
+            observer(self.layer, ())
+
+    @property
+    def hidden_size(self) -> int:
+        return self._norms[0].length
+
     @property
     def num_captures(self) -> int:
-        """How many want to know the layer's residual."""
+        """How many observers the layer's residual has."""
         return len(self._norm._forward_pre_hooks)
 
-    def keep(self, residual: Tensor) -> None:
-        """Tell them."""
-        for capture in self._norm._forward_pre_hooks.values():
-            capture(self._norm, (residual,))
+
+def _attention(layer: nn.Module, spec: LayerSpec, rotary: StepRotary) -> tuple[AttentionStep | LatentStep, StepRotary]:
+    if spec.attention.latent is not None:
+        return latent_step(layer, spec.attention), rotary
+    attention = _forward(layer.get_submodule(spec.attention.path))
+    if not isinstance(attention, DecodeAttention):
+        raise Uncovered("attention that gives other numbers than expected on probes")
+    if attention.step is None:
+        raise Uncovered(attention.why_no_step)
+    return attention.step, attention.rotary
 
 
-def shorten_layers(model: nn.Module, hierarchy: Hierarchy | None) -> int:
-    """Give every decoder layer that is recognized the short decode step. Returns how many."""
-    embeddings = position_embeddings(model, probe_positions(model))
-    if embeddings is None:
-        return 0
-    is_alike: dict[Hashable, bool] = {}
-    num_shortened = 0
-    for layer in [module for module in model.modules() if all(hasattr(module, name) for name in NORMS)]:
-        try:
-            step = LayerStep(layer)
-        except Uncovered:
-            continue
-        kind = structure(layer)
-        if kind not in is_alike:
-            is_alike[kind] = _steps_alike(layer, step, embeddings)
-        if is_alike[kind]:
-            layer.forward = step
-            num_shortened += 1
-    if hierarchy is not None:
-        _join(model, hierarchy)
-    return num_shortened
-
-
-def _join(model: nn.Module, hierarchy: Hierarchy) -> None:
-    """Make a run of each row of layers that follow each other and can take part."""
-    for siblings in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
-        for shape, row in groupby((_forward(layer) for layer in siblings), key=partial(span_kind, hierarchy)):
-            if shape is not None:
-                steps = list(row)
-                run = LayerSpan(steps, hierarchy)
-                for step in steps:
-                    step.run = run
+def _block_path(spec: LayerSpec) -> str:
+    if spec.router is not None:
+        return spec.experts.rpartition(".")[0]
+    assert spec.dense is not None
+    return spec.dense.gate.rpartition(".")[0]
 
 
 def _forward(module: nn.Module) -> Any:
     return vars(module).get("forward")
 
 
-def _norm_kernel(module: nn.Module) -> kernels.NormKernel:
-    norm = _forward(module)
+def _norm_kernel(layer: nn.Module, spec: NormSpec) -> kernels.NormKernel:
+    norm = _forward(layer.get_submodule(spec.path))
     if not isinstance(norm, FusedRMSNorm) or norm.kernel is None:
         raise Uncovered("norms that are not kernel calls")
     return norm.kernel
 
 
 @torch.inference_mode()
-def _steps_alike(layer: Any, step: LayerStep, embeddings: Rotary) -> bool:
-    """Whether step and layer give the same, here and in the cache. No expert is read: others stand in for them.
+def check_layer(native: NativeLayer, embeddings: Embeddings) -> None:
+    """Compare it with its module: what both give, and leave in the cache. Stand-ins compute in place of its experts.
 
-    The same bits, unless a shared expert's gate is computed in another order of additions.
+    embeddings: of one position. The same bits where the module's own parts are kernels, too. Raises: Uncovered.
     """
-    is_exact = step.plain is None or step.plain.shared is None
-    cos, sin = (part[1:] for part in embeddings)
-    stand_ins = [module for module in layer.modules() if isinstance(_forward(module), BoundExperts)]
+    plain = native.plain
+    is_exact = native.spec.attention.latent is None and (plain is None or (plain.is_exact and plain.shared is None))
+    stand_ins = [module for module in native.layer.modules() if isinstance(_forward(module), BoundExperts)]
     bound = [module.forward for module in stand_ins]
     for module in stand_ins:
         module.forward = _stand_in
     try:
-        for hidden in probes((1, 1, step.attention.module.q_proj.in_features), cos.dtype, cos.device):
-            theirs = _probe(partial(answer, layer.forward), step, hidden, (cos, sin))
-            ours = _probe(step, step, hidden, (cos, sin))
+        for hidden in probes((1, 1, native.hidden_size), torch.float32, torch.device("cpu")):
+            theirs = _probe(partial(_call_module, native.layer), native, hidden, embeddings)
+            ours = _probe(native, native, hidden, embeddings)
             pairs = zip(ours, theirs, strict=True)
-            if not all(isinstance(their, Tensor) and agree(our, their, is_exact=is_exact) for our, their in pairs):
-                return False
-    except Refused:
-        return False
+            if not all(isinstance(their, Tensor) and _agree(our, their, is_exact=is_exact) for our, their in pairs):
+                raise Uncovered("native calls that give other numbers than the layer on probes")
+    except Refused as error:
+        raise Uncovered("a layer that does not take a probe") from error
     finally:
         for module, forward in zip(stand_ins, bound, strict=True):
             module.forward = forward
-    return True
 
 
-def _probe(forward: Callable[..., Any], step: LayerStep, hidden: Tensor, embeddings: Rotary) -> list[Any]:
+def _agree(got: Tensor, expected: Tensor, *, is_exact: bool) -> bool:
+    return agree(got, expected, is_exact=is_exact, tolerance=STEP_TOLERANCE)
+
+
+def _probe(
+    forward: Callable[[Tensor, TokenStep], Any], native: NativeLayer, hidden: Tensor, embeddings: Embeddings
+) -> list[Any]:
     """What a layer gives for one token, and what it leaves in the cache."""
-    cache = probe_cache(step.attention.module, hidden)
+    cache = native.attention.probe_cache(NUM_CACHED)
     give_room(cache)
-    settings = {"attention_mask": None, "past_key_values": cache, "use_cache": True}
-    out = forward(hidden, position_embeddings=embeddings, **settings)
+    positions = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
+    out = forward(hidden, TokenStep(embeddings, positions, cache))
     return [out, cache.layers[-1].keys, cache.layers[-1].values]
+
+
+def _call_module(layer: nn.Module, hidden: Tensor, step: TokenStep) -> Any:
+    settings = {"attention_mask": None, "past_key_values": step.cache, "use_cache": True}
+    return answer(layer.forward, hidden, position_embeddings=step.embeddings, **settings)
 
 
 def _stand_in(hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

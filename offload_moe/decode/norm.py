@@ -71,6 +71,6 @@ def _recognized_eps(module: nn.Module, weight: Tensor, *, is_exact: bool) -> flo
 def _same(module: nn.Module, fused: FusedRMSNorm, x: Tensor, *, is_exact: bool) -> bool:
     try:
         expected = answer(module.forward, x)
-    except Refused:  # such as a gated norm, which wants more than a hidden state
+    except Refused:  # such as a gated norm, which takes more than a hidden state
         return False
     return isinstance(expected, Tensor) and agree(fused(x), expected, is_exact=is_exact)

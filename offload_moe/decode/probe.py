@@ -21,7 +21,11 @@ PLACES = frozenset({"layer_idx", "layer_index", "layer_id"})  # where a module i
 
 
 class Uncovered(Exception):
-    """A module that no kernel call replaces. The message says what of it."""
+    """A module that no kernel call replaces. reasons: what of it."""
+
+    def __init__(self, *reasons: str) -> None:
+        super().__init__("; ".join(reasons))
+        self.reasons = reasons
 
 
 class Refused(Exception):

@@ -1,18 +1,13 @@
 """Which decoder layers take the fast path, and why others do not."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
 
-from offload_moe.decode.layer import LayerParts, LayerStep
-from offload_moe.decode.probe import Uncovered
-from offload_moe.experts.attach import BoundExperts
-from offload_moe.families.layer_spec import LayerSpec
-from offload_moe.families.limits import attention_limits, order_limits, router_limits
-from offload_moe.families.read_layer import layer_spec
+from offload_moe.experts.attach import bound_experts
 
 Kind = Literal["span", "layer", "modules"]
 DENSE = ("a dense MLP",)  # between spans: attention and MLP are native calls
@@ -26,9 +21,9 @@ class LayerPath:
     the experts are called from Python; "modules": the layer's own code calls its parts. reasons: why it is no span.
     """
 
-    name: str
     kind: Kind
     reasons: tuple[str, ...] = ()
+    name: str = ""
 
 
 def tell_reasons(layers: Iterable[tuple[str, ...]]) -> str:
@@ -36,9 +31,15 @@ def tell_reasons(layers: Iterable[tuple[str, ...]]) -> str:
     return "; ".join(f"{count} with {' and '.join(reasons)}" for reasons, count in Counter(layers).items())
 
 
-def layer_paths(hf: nn.Module) -> tuple[LayerPath, ...]:
-    """Of every decoder layer, once the model was made fast."""
-    return tuple(_path(name, layer) for name, layer in decoder_layers(hf, _has_experts))
+def layer_paths(hf: nn.Module, planned: Mapping[nn.Module, LayerPath]) -> tuple[LayerPath, ...]:
+    """Of every layer of the stacks that have experts. planned: those of the decoder."""
+    return tuple(
+        replace(planned.get(layer) or _unplanned(layer), name=name) for name, layer in decoder_layers(hf, has_experts)
+    )
+
+
+def _unplanned(layer: nn.Module) -> LayerPath:
+    return LayerPath(kind="modules", reasons=(f"a class that is not declared ({type(layer).__name__})",))
 
 
 def decoder_layers(hf: nn.Module, has_experts: Callable[[nn.Module], bool]) -> Iterator[tuple[str, Any]]:
@@ -51,34 +52,6 @@ def decoder_layers(hf: nn.Module, has_experts: Callable[[nn.Module], bool]) -> I
             yield from ((f"{name}.{index}", layer) for index, layer in enumerate(stack))
 
 
-def _has_experts(layer: nn.Module) -> bool:
-    return any(isinstance(vars(module).get("_offload_moe"), BoundExperts) for module in layer.modules())
-
-
-def _path(name: str, layer: Any) -> LayerPath:
-    step, spec = vars(layer).get("forward"), layer_spec(layer)
-    if not isinstance(step, LayerStep):
-        return LayerPath(name=name, kind="modules", reasons=tuple(_why_modules(layer, spec)))
-    if step.run is not None:
-        return LayerPath(name=name, kind="span")
-    return LayerPath(name=name, kind="layer", reasons=tuple(_why_no_span(step, layer, spec)))
-
-
-def _why_modules(layer: Any, spec: LayerSpec | None) -> list[str]:
-    """What is declared; of a layer that could be a step, or is not declared, what was found."""
-    reasons = [] if spec is None else [*attention_limits(spec.attention), *order_limits(spec)]
-    if not reasons:
-        try:
-            LayerParts.of(layer)
-        except Uncovered as reason:
-            reasons = [str(reason)]
-    return reasons or ["native calls that give other numbers than the layer on probes"]
-
-
-def _why_no_span(step: LayerStep, layer: Any, spec: LayerSpec | None) -> list[str]:
-    if step.plain is not None:
-        return ["experts that are not computed out of slots in RAM by the native kernels"]
-    if not _has_experts(layer):
-        return list(DENSE)
-    limits = [] if spec is None or spec.router is None else router_limits(spec.router)
-    return limits or ["a router or a shared expert of another kind, or that gives other numbers on probes"]
+def has_experts(layer: nn.Module) -> bool:
+    """Whether routed experts of ours are in it."""
+    return any(bound_experts(module) is not None for module in layer.modules())

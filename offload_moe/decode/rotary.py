@@ -6,23 +6,27 @@ same bits. Shapes: B batch, N heads, D rotated dims.
 
 from torch import Tensor, cat
 
+Embeddings = tuple[Tensor, Tensor] | Tensor  # what a model's rotary embedding gives
+
 
 class StepRotary:
-    """Shared by the attention modules of one model, which all get the same cos and sin in one forward.
-
-    is_half: the model's cos and sin are made for one half of the rotated dims (gpt-oss), not for both.
-    """
+    """Shared by the attention modules of one model, which all get the same cos and sin in one forward."""
 
     def __init__(self, *, is_half: bool) -> None:
+        """is_half: the model's cos and sin are made for one half of the rotated dims (gpt-oss), not for both."""
         self._is_half = is_half
         self._prepared: tuple[object, Tensor, Tensor] = (None, Tensor(), Tensor())
 
-    def prepare(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """cos and sin ``[B, 1, D]``, or ``[B, 1, D / 2]`` -> cos and signed sin, ``[B, 1, 1, D]``."""
+    def prepare(self, position_embeddings: Embeddings) -> tuple[Tensor, Tensor]:
+        """cos, sin ``[B, 1, D]`` or ``[B, 1, D / 2]``, or complex numbers -> cos, signed sin ``[B, 1, 1, D]``."""
         owner, cos, signed_sin = self._prepared
         if owner is not position_embeddings:
-            cos, sin = position_embeddings
-            if self._is_half:
+            is_half = self._is_half
+            if isinstance(position_embeddings, Tensor):
+                cos, sin, is_half = position_embeddings.real, position_embeddings.imag, True
+            else:
+                cos, sin = position_embeddings
+            if is_half:
                 cos, first, second = cat((cos, cos), -1), sin, sin
             else:
                 first, second = sin.chunk(2, dim=-1)

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offload_moe.decode.dense import number_linear
 from offload_moe.decode.probe import TOLERANCE, Refused, agree, answer, probes, structure
 from offload_moe.families.layer_spec import RouterSpec
 from offload_moe.families.routers import declared_routers
 from offload_moe.native import kernels
-from offload_moe.quant import get_codec
-from offload_moe.quant.layout import weight_shape
 
 NEGLIGIBLE = 1e-30  # experts whose shares vanish are tied, and either choice of them adds nothing
 TIED = 1e-6  # logits nearer than that have shares that may round to the same number
@@ -30,7 +29,7 @@ class StepRouter:
         self._prompt_forward: Callable[[Tensor], Routed] = router.forward
         self.num_experts, self.hidden_size = router.weight.shape
         self.top_k = top_k
-        linear = _linear(router.weight.detach(), getattr(router, "bias", None))
+        linear = number_linear(router.weight.detach(), getattr(router, "bias", None))
         self.kernel = kernels.RouterKernel(linear, top_k=top_k, is_of_chosen=is_of_chosen)
 
     def __call__(self, hidden_states: Tensor) -> Routed:
@@ -42,9 +41,14 @@ class StepRouter:
         return routed
 
     def empty(self) -> Routed:
-        """Room for what one token is given: logits ``[1, E]``, weights ``[1, K]``, ids ``[1, K]``."""
-        k = self.top_k
-        return torch.empty(1, self.num_experts), torch.empty(1, k), torch.empty(1, k, dtype=torch.int64)
+        """Room for what one token is given."""
+        return room_for_routed(self.kernel)
+
+
+def room_for_routed(kernel: kernels.RouterKernel) -> Routed:
+    """Logits ``[1, E]``, weights ``[1, K]``, ids ``[1, K]``."""
+    k = kernel.top_k
+    return torch.empty(1, kernel.num_experts), torch.empty(1, k), torch.empty(1, k, dtype=torch.int64)
 
 
 def shorten_routers(model: nn.Module) -> int:
@@ -77,15 +81,6 @@ def _is_candidate(module: Any) -> bool:
     return is_plain and weight.dim() == 2 and isinstance(top_k, int) and 1 <= top_k <= len(weight)
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> kernels.Linear:
-    """In bf16 where the numbers are the same, as they are where the checkpoint was: half the bytes."""
-    if not torch.equal(weight.bfloat16().float(), weight):
-        return kernels.Linear.of_fp32(weight.contiguous(), bias)
-    shape, codec = weight_shape(*weight.shape), get_codec("bf16")
-    record = codec.encode(shape, {"weight": weight})
-    return kernels.Linear(codec=codec.name, shape=shape, layout=codec.layout(shape), record=record, bias=bias)
-
-
 @torch.inference_mode()
 def _recognized(module: Any, spec: RouterSpec | None) -> bool | None:
     """Whether its weights are shares of the chosen experts or of all; None where it is another kind of router."""
@@ -115,7 +110,7 @@ def _same(module: nn.Module, step: StepRouter, x: Tensor) -> bool:
 
 
 def _chooses_alike(ids: Tensor, expected: Routed) -> bool:
-    """Whether these are the experts that were expected, or ones whose logits only rounding tells from theirs."""
+    """Whether these are the experts that were expected, or others whose logits differ by rounding alone."""
     logits, weights, expected_ids = expected
     distance = (logits.gather(-1, ids) - logits.gather(-1, expected_ids)).abs()
     limit = TIED + TOLERANCE[torch.float32] * logits.abs().max()

@@ -95,7 +95,7 @@ def position_embeddings(model: nn.Module, positions: Tensor) -> PositionEmbeddin
     try:
         probe = torch.zeros(1, dtype=weight.dtype, device=weight.device)
         embeddings = answer(rotaries[0], probe, positions.to(weight.device))
-    except Refused:  # such as one that wants to know the layer's type: the model mixes embeddings
+    except Refused:  # such as one that takes the layer's type: the model mixes embeddings
         return None
     is_plain = isinstance(embeddings, tuple) and len(embeddings) == 2 and embeddings[0].dim() == 3
     return embeddings if is_plain else None

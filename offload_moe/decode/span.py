@@ -1,26 +1,23 @@
-"""A run: consecutive decoder layers whose decode step is done by a native thread, from the first layer to the last.
+"""A span: consecutive decoder layers through which a native thread takes a token, from the first to the last.
 
-A token streams so many bytes of weights through the caches that whatever Python does between two kernel calls finds its
-code and data in none: about half a millisecond per layer where all is there, two where experts are missing. So the
-thread goes on by itself: it leases what is resident and fetches what is not into slots that were reserved for it (see
-`residency/reserved.py`). Python decides what is evicted for them, lends more when they run out, and brings experts that
-could not be fetched. What the thread did is accounted for when Python hears of it, layer by layer, in their order.
+A token streams so many bytes of weights through the caches that Python's code and data between two kernel calls are in
+none of them: about half a millisecond per layer where everything is resident, two where experts are missing. So the
+thread does without Python: it leases what is resident and fetches what is not into slots that are reserved for it (see
+`residency/reserved.py`). Python chooses what is evicted for these slots, reserves more when they run out, and brings
+experts that could not be fetched. Counters and policy are updated afterwards, layer by layer, in their order.
 """
 
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offload_moe.decode.block import PlainBlock
-from offload_moe.decode.cache import Room
-from offload_moe.decode.chain import Chain
-from offload_moe.decode.hooks import are_watched, have_only_observers, hooks_of
-from offload_moe.decode.step import AttentionStep
+from offload_moe.decode.layer import NativeLayer, TokenStep
 from offload_moe.experts.attach import BoundExperts, SpannedLayers
 from offload_moe.experts.native import NativeArithmetic
 from offload_moe.memory.waiting import STEP_S
@@ -32,117 +29,82 @@ from offload_moe.residency.lease import Lease
 from offload_moe.residency.reserved import SLOTS_PER_CHOICE
 from offload_moe.residency.scheduler import Scheduler
 
-Rotary = tuple[Tensor, Tensor]
-
-
-class Step(Protocol):
-    """A layer of the run: `LayerStep` where its block is a router and experts."""
-
-    layer: nn.Module
-    attention: AttentionStep
-    plain: PlainBlock | None
-    kernel: kernels.LayerKernel
-
-    @property
-    def num_captures(self) -> int: ...
-
-    def fits(self, hidden_states: Tensor, cache: Any) -> bool: ...
-
 
 @dataclass(slots=True)
 class _Account:
-    """When a token pass began, and what `mark` said before the first layer and after each."""
+    """When a token pass began, and the `mark` before the first layer and after each."""
 
     began: float
     marks: list[Mark]
 
 
 class _StallWatchdog:
-    """How long a token pass has made no progress, asked every tenth of a second unless the process is stopped."""
+    """How long a token pass has made no progress. Time in which the process is stopped does not count."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._clock = scheduler.clock
         self._progress: tuple[int, ...] = ()
-        self._waited_s, self._asked_at = 0.0, self._clock()
+        self._waited_s, self._looked_at = 0.0, self._clock()
 
     def since(self, progress: tuple[int, ...]) -> float:
         """Seconds for which this has been the progress, as far as they count against a limit."""
-        before, self._asked_at = self._asked_at, self._clock()
+        before, self._looked_at = self._looked_at, self._clock()
         is_new, self._progress = progress != self._progress, progress
-        self._waited_s = 0.0 if is_new else self._waited_s + min(self._asked_at - before, STEP_S)
+        self._waited_s = 0.0 if is_new else self._waited_s + min(self._looked_at - before, STEP_S)
         return self._waited_s
 
 
 class LayerSpan:
-    """The decode step of these layers; the first of them calls it, and the others find their work done."""
+    """Consecutive layers of one token pass."""
 
-    def __init__(self, steps: Sequence[Step], hierarchy: Hierarchy) -> None:
-        """steps: layers that follow each other, for which `span_kind` says the same."""
-        self._steps = steps
+    def __init__(self, layers: Sequence[NativeLayer], hierarchy: Hierarchy) -> None:
+        """layers: that follow each other, for which `span_kind` is the same."""
+        self.layers = layers
         assert hierarchy.slot_table is not None
         self._slot_table = hierarchy.slot_table
         self._reserved = hierarchy.reserved()
         self._scheduler = hierarchy.scheduler
         self._hierarchy = hierarchy
-        self._blocks = [cast(PlainBlock, step.plain) for step in steps]
+        self._blocks = [cast(PlainBlock, layer.plain) for layer in layers]
         self._bound = [block.bound for block in self._blocks]
-        self._chain = Chain(steps)
-        self._passed: tuple[Tensor | None, int] = (None, 0)  # what the last run gave, and how many layers know
-        self._layer_hooks = hooks_of(step.layer for step in steps)
-        self._expert_hooks = hooks_of(block.experts for block in self._blocks)
         route = self._blocks[0].route
         self._num_experts, self._top_k = route.num_experts, route.top_k
         self._kernel = kernels.SpanKernel(
-            [_run_layer(step, hierarchy.pools.keys) for step in steps],
-            hidden=route.hidden_size,
+            [_span_layer(layer, hierarchy.pools.keys) for layer in layers],
+            hidden=layers[0].hidden_size,
             num_experts=route.num_experts,
             top_k=route.top_k,
         )
 
-    def begins_with(self, step: Step) -> bool:
-        return step is self._steps[0]
+    def fits(self, cache: Any) -> bool:
+        """Whether the cache can take one more token of all layers in place."""
+        return all(layer.fits(cache) for layer in self.layers)
 
-    def has_passed(self, step: Step, hidden_states: Tensor) -> bool:
-        """Whether this is the run's result on its way through the layers that made it."""
-        result, num_told = self._passed
-        if hidden_states is not result or step is not self._steps[num_told]:
-            return False
-        self._passed = (result, num_told + 1) if num_told + 1 < len(self._steps) else (None, 0)
-        return True
+    def __call__(self, x: Tensor, step: TokenStep) -> Tensor:
+        """``[1, 1, H]`` -> ``[1, 1, H]``. Raises: TransferError, ModelClosed."""
+        if not self._is_native_throughout():
+            for layer in self.layers:
+                x = layer(x, step)
+            return x
+        with self._hierarchy.lifecycle:
+            return self.pass_natively(x, step)
 
-    def watch(self, step: Step, given: Tensor, result: Tensor, settings: tuple[Any, ...]) -> None:
-        """See `Chain.watch`."""
-        self._chain.watch(step, given, result, settings)
-
-    def fits(self, hidden_states: Tensor, cache: Any) -> bool:
-        """Whether all layers can be done at once: nobody looks in between, or waits for a module; there is room.
-
-        Lookahead goes along where the run may ask the routers for it.
-        """
+    def _is_native_throughout(self) -> bool:
+        """Whether a pass has slots enough, and no layer has other observers than those it serves."""
         recorder, lookahead = self._bound[0].recorder, self._bound[0].lookahead
         return (
-            self._chain.is_known
-            and self._scheduler.residency.num_slots >= SLOTS_PER_CHOICE * self._top_k
+            self._scheduler.residency.num_slots >= SLOTS_PER_CHOICE * self._top_k
             and all(bound.lookahead is lookahead and bound.recorder is recorder for bound in self._bound)
-            and not are_watched(self._expert_hooks)
-            and have_only_observers(self._layer_hooks)
-            and all(step.num_captures == (lookahead is not None) for step in self._steps)
-            and all(step.fits(hidden_states, cache) and step.attention.can_extend(cache) for step in self._steps)
-            and (lookahead is None or not self._ranks() or lookahead.can_be_spanned(len(self._steps)))
+            and all(layer.num_captures == (lookahead is not None) for layer in self.layers)
+            and (lookahead is None or not self._ranks() or lookahead.can_be_spanned(len(self.layers)))
         )
 
-    def __call__(self, hidden_states: Tensor, rotary: Rotary, cache: Any) -> Tensor:
-        """``[1, 1, H]`` -> ``[1, 1, H]``. Raises: TransferError, ModelClosed."""
-        with self._hierarchy.lifecycle:
-            return self._pass(hidden_states, rotary, cache)
-
-    def _pass(self, hidden_states: Tensor, rotary: Rotary, cache: Any) -> Tensor:
-        rooms = [cast(Room, step.attention.extend(cache)) for step in self._steps]
-        x = hidden_states.clone(memory_format=torch.contiguous_format)
+    def pass_natively(self, x: Tensor, step: TokenStep) -> Tensor:
+        rooms = [layer.attention.extend(step.cache) for layer in self.layers]
+        x = x.clone(memory_format=torch.contiguous_format)
         shape = {"num_experts": self._num_experts, "top_k": self._top_k}
-        token = kernels.SpanToken(x, rooms, rotary, **shape, ranks=self._ranks())
+        token = kernels.SpanToken(x, rooms, self.layers[0].rotary(step), **shape, ranks=self._ranks())
         self._token_pass(token)
-        self._passed = (x, 1) if len(self._steps) > 1 else (None, 0)
         return x
 
     def _token_pass(self, token: kernels.SpanToken) -> None:
@@ -152,7 +114,7 @@ class LayerSpan:
             if are_here:
                 self._kernel.pass_through(token, self._slot_table)
         if are_here:
-            self._note_passed(token, 0, len(self._steps), account)
+            self._note_passed(token, 0, len(self.layers), account)
         else:
             self._follow_pass(token, account)
         self._scheduler.counters.stall_s += token.stalls.sum().item()
@@ -161,36 +123,33 @@ class LayerSpan:
             recorder.ran(self._ran(token, account))
 
     def _follow_pass(self, token: kernels.SpanToken, account: "_Account") -> None:
-        """On a thread of its own, with slots to fill.
-
-        They are taken back once it has ended, which whoever waits for a slot is told: then it leases none any more.
-        """
+        """On a thread of its own, with slots to fill, which are reclaimed once it has ended and leases nothing."""
         reads = None if self._reserved is None else self._reserved.reads
         try:
             with self._kernel.start(token, self._slot_table, reads) as token_pass:
                 self._reserve()
-                self._go_along(token_pass, token, account)
+                self._serve(token_pass, token, account)
         finally:
             if self._reserved is not None:
                 self._reserved.reclaim()
 
-    def _go_along(self, token_pass: kernels.TokenPass, token: kernels.SpanToken, account: "_Account") -> None:
-        """Give the token pass what it needs until it is over."""
-        num_layers, num_told, watchdog = len(self._steps), 0, _StallWatchdog(self._scheduler)
+    def _serve(self, token_pass: kernels.TokenPass, token: kernels.SpanToken, account: "_Account") -> None:
+        """Give the token pass what it needs until it ends."""
+        num_layers, num_noted, watchdog = len(self.layers), 0, _StallWatchdog(self._scheduler)
         with ExitStack() as held:
-            while num_told < num_layers:
-                said = token_pass.next(num_told)
-                if said is None:
-                    self._wait_on(token, num_told, watchdog)
+            while num_noted < num_layers:
+                need = token_pass.next(num_noted)
+                if need is None:
+                    self._wait_on(token, num_noted, watchdog)
                     continue
-                at, needs = said
+                at, needs = need
                 held.close()
-                self._note_passed(token, num_told, at, account)
-                num_told = at
+                self._note_passed(token, num_noted, at, account)
+                num_noted = at
                 if needs & kernels.NEEDS_EXPERTS:
                     held.enter_context(self._acquire(token, at)).bring()
                     account.marks.append(mark(self._scheduler))
-                    num_told += 1
+                    num_noted += 1
                 if needs & kernels.NEEDS_SLOTS:
                     self._reserve()
             while token_pass.next(num_layers) is None:
@@ -201,12 +160,12 @@ class LayerSpan:
             self._reserved.reserve(may_evict=not self._hierarchy.holds_every_expert)
 
     def _wait_on(self, token: kernels.SpanToken, at: int, watchdog: "_StallWatchdog") -> None:
-        """Nothing was needed by layers from this one on: whoever wants to stop may say so.
+        """Nothing is needed by layers from this one on yet; observers may stop the token here.
 
         Raises: TransferError, ModelClosed.
         """
         self._hierarchy.lifecycle.check_waiting()
-        self._tell_layer(at)
+        self.layers[at].note_begin()
         with self._scheduler.changed:
             self._scheduler.drain_completions()
         num_begun = int((token.times[:, 0] > 0).sum())
@@ -214,37 +173,32 @@ class LayerSpan:
         if waited_s > self._scheduler.stall_limit_s:
             raise self._scheduler.late(f"Experts of layer {self._bound[max(0, num_begun - 1)].layer}")
 
-    def _tell_layer(self, at: int) -> None:
-        layer = self._steps[at].layer
-        for observer in layer._forward_pre_hooks.values():
-            observer(layer, ())
-
     def _note_passed(self, token: kernels.SpanToken, first: int, end: int, account: "_Account") -> None:
-        """Layers that asked for no expert."""
+        """Account for layers for which Python brought no expert."""
         if first == end:
             return
         experts, found = token.ids[first:end].tolist(), token.found[first:end].tolist()
         account.marks += note_passed(self._scheduler, self._bound[first].layer, experts, found)
         for at, chosen in enumerate(experts, first):
             self._note_guesses(token, at, chosen)
-            self._tell_router(token, at)
+            self._note_routed(token, at)
 
     def _acquire(self, token: kernels.SpanToken, at: int) -> Lease:
         """The experts of a layer that could not fetch them all."""
         bound = self._bound[at]
-        self._tell_layer(at)
+        self.layers[at].note_begin()
         chosen = token.ids[at].tolist()
         experts = sorted(chosen)
         found = sort_found(chosen, token.found[at].tolist())
         lease = self._scheduler.acquire(bound.layer, experts, found=found)
         self._note_guesses(token, at, experts)
-        self._tell_router(token, at)
+        self._note_routed(token, at)
         return lease
 
     def _note_guesses(self, token: kernels.SpanToken, at: int, experts: Sequence[int]) -> None:
         lookahead = self._bound[at].lookahead
         if lookahead is not None:
-            num_ahead = len(self._steps) - 1 - at
+            num_ahead = len(self.layers) - 1 - at
             guesses, found = token.guesses[at, :num_ahead].tolist(), token.guesses_found[at, :num_ahead].tolist()
             lookahead.passed(self._bound[at].layer, experts, guesses, found)
 
@@ -261,25 +215,25 @@ class LayerSpan:
             disk_bytes=disk_bytes,
         )
 
-    def _tell_router(self, token: kernels.SpanToken, at: int) -> None:
+    def _note_routed(self, token: kernels.SpanToken, at: int) -> None:
         if self._bound[at].recorder is not None:
-            return  # it is told of all layers at once
+            return  # it is given all layers at once
         router = self._blocks[at].router
         for observer in router._forward_hooks.values():
             observer(router, (), token.routed[at])
 
     def _ranks(self) -> list[int]:
-        """How many guesses are wanted of each layer, per layer behind it."""
+        """How many guesses of each layer count, per layer behind it."""
         lookahead = self._bound[0].lookahead
         return [] if lookahead is None else lookahead.num_ranks(self._bound[0].layer, self._top_k)
 
 
-def span_kind(hierarchy: Hierarchy, step: Any) -> tuple[int, int] | None:
-    """Experts and top-k of a `Step` whose experts the native kernels compute out of the RAM arena; None for others.
+def span_kind(hierarchy: Hierarchy, layer: NativeLayer) -> tuple[int, int] | None:
+    """Experts and top-k of a layer whose experts the native kernels compute out of the RAM arena; None for others.
 
-    Layers of one run have the same.
+    Layers of one span have the same.
     """
-    plain: PlainBlock | None = getattr(step, "plain", None)
+    plain = layer.plain
     if plain is None or hierarchy.slot_table is None or plain.route.top_k > kernels.MAX_TOP_K:
         return None
     bound, route = plain.bound, plain.route
@@ -287,12 +241,12 @@ def span_kind(hierarchy: Hierarchy, step: Any) -> tuple[int, int] | None:
     return (route.num_experts, route.top_k) if is_native else None
 
 
-def _run_layer(step: Step, keys: ExpertKeys) -> kernels.SpanLayer:
-    block = cast(PlainBlock, step.plain)
+def _span_layer(layer: NativeLayer, keys: ExpertKeys) -> kernels.SpanLayer:
+    block = cast(PlainBlock, layer.plain)
     arithmetic = block.bound.arithmetic
     assert isinstance(arithmetic, NativeArithmetic)
     return kernels.SpanLayer(
-        step=step.kernel,
+        step=layer.kernel,
         experts=arithmetic.kernel,
         shared=block.shared,
         first_key=keys.first(block.bound.layer),

@@ -1,4 +1,4 @@
-"""A decode step of attention as one kernel call, where the module's parts are ones that the kernel knows.
+"""A decode step of attention as one kernel call, where the module's parts are ones that the kernel takes.
 
 H hidden, N query heads, M key/value heads, D head dim, S cached tokens, C room in the cache.
 """
@@ -7,67 +7,90 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from offload_moe.decode.cache import Room, RoomyLayer
+from offload_moe.decode.cache import ROOMY, Room, RoomySlidingLayer
 from offload_moe.decode.dense import QuantLinear
 from offload_moe.decode.hooks import are_watched, hooks_of
 from offload_moe.decode.norm import FusedRMSNorm
-from offload_moe.decode.probe import Uncovered
+from offload_moe.decode.probe import Uncovered, probes
 from offload_moe.decode.projections import NAMES
 from offload_moe.errors import ConfigError
 from offload_moe.native import kernels
 
 
-class AttentionStep:
+class CachedStep:
+    """What a decode step of attention reads and writes in one layer of a cache."""
+
+    def __init__(self, layer: int, cache_shapes: tuple[tuple[int, int], tuple[int, int]]) -> None:
+        """cache_shapes: heads and dims of keys and of values, or of what the cache holds in their place."""
+        self._layer = layer
+        self.cache_shapes = cache_shapes
+
+    def can_extend(self, cache: Any) -> bool:
+        """Whether the cache has room of ours for this layer, of one sequence."""
+        if cache is None or self._layer >= len(cache.layers):
+            return False
+        layer = cache.layers[self._layer]
+        return type(layer) in ROOMY and layer.can_extend
+
+    def sees_window(self, cache: Any, window: int | None) -> bool:
+        """Whether the next token sees this window of the tokens before it, and itself; None: all. It `can_extend`."""
+        layer = cache.layers[self._layer]
+        if isinstance(layer, RoomySlidingLayer):
+            return layer.sliding_window == window
+        return window is None or layer.get_seq_length() < window
+
+    def extend(self, cache: Any) -> Room:
+        """The room of keys and of values, which now count the token that the kernel will write, and its index."""
+        room: Room = cache.layers[self._layer].extend()
+        assert room[0].dtype == room[1].dtype == torch.float32
+        return room
+
+    def probe_cache(self, num_tokens: int) -> DynamicCache:
+        """A few random keys and values in this layer, in fp32 on the CPU."""
+        cache = DynamicCache()
+        keys, values = (
+            probes((1, num_heads, num_tokens, dims), torch.float32, torch.device("cpu"), seed)[1]
+            for seed, (num_heads, dims) in enumerate(self.cache_shapes)
+        )
+        cache.update(keys, values, self._layer)
+        return cache
+
+
+class AttentionStep(CachedStep):
     """One token of one sequence in fp32, without a mask and over the whole cache: the usual decode step."""
 
     def __init__(self, attention: Any, kernel: kernels.AttentionKernel) -> None:
-        self.module = attention
-        self._layer: int = attention.layer_idx
+        num_heads = attention.k_proj.out_features // attention.head_dim
+        super().__init__(attention.layer_idx, ((num_heads, attention.head_dim),) * 2)
         self.kernel = kernel
         self._hooks = hooks_of(attention.modules())
 
     def fits(self, hidden_states: Tensor, cache: Any) -> bool:
-        """Whether this call is such a step, and nobody waits for the module's parts to be called."""
+        """Whether this call is such a step, and no hook takes something from the module's parts."""
         return (
             hidden_states.shape[0] == 1
             and hidden_states.dtype == torch.float32
             and hidden_states.is_cpu
-            and cache is not None
-            and self._layer < len(cache.layers)
-            and type(cache.layers[self._layer]) is RoomyLayer
+            and self.can_extend(cache)
             and not are_watched(self._hooks)
         )
 
-    def __call__(self, hidden_states: Tensor, cos: Tensor, signed_sin: Tensor, cache: Any) -> Tensor | None:
-        """hidden ``[1, 1, H]`` -> ``[1, 1, H]``; None when the cache cannot be appended to in place."""
-        room = self.extend(cache)
-        if room is None:
-            return None
+    def __call__(self, hidden_states: Tensor, cos: Tensor, signed_sin: Tensor, cache: Any) -> Tensor:
+        """hidden ``[1, 1, H]`` -> ``[1, 1, H]``; the call `fits`."""
         out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-        self.kernel.step(hidden_states.contiguous(), cos, signed_sin, *room, out)
+        self.kernel.step(hidden_states.contiguous(), cos, signed_sin, *self.extend(cache), out)
         return out
-
-    def can_extend(self, cache: Any) -> bool:
-        """Whether `extend` will do it; the cache `fits`."""
-        layer: RoomyLayer = cache.layers[self._layer]
-        return layer.can_extend
-
-    def extend(self, cache: Any) -> Room | None:
-        """The room of keys and of values, which now count the token that the kernel will write, and its index."""
-        layer: RoomyLayer = cache.layers[self._layer]
-        room = layer.extend()
-        assert room is None or room[0].dtype == room[1].dtype == torch.float32
-        return room
 
 
 def attention_step(attention: Any, rotated_dims: int) -> AttentionStep:
-    """The step of this module. Raises: Uncovered where a part is not one that the kernel knows."""
+    """The step of this module. Raises: Uncovered where a part is not one that the kernel takes."""
     modules: list[Any] = [getattr(attention, name) for name in (*NAMES, "o_proj")]
-    linears = [_linear(module) for module in modules]
+    linears = [quantized_linear(module) for module in modules]
     norms = [_head_norm(getattr(attention, name, None)) for name in ("q_norm", "k_norm")]
     sinks = getattr(attention, "sinks", None)
-    if len({module.mode for module in modules}) > 1 or not _is_fp32(sinks):
+    if len({module.mode for module in modules}) > 1 or not is_fp32(sinks):
         raise Uncovered("attention whose parts are computed in several ways")
     try:
         kernel = kernels.AttentionKernel(
@@ -84,10 +107,11 @@ def attention_step(attention: Any, rotated_dims: int) -> AttentionStep:
     return AttentionStep(attention, kernel)
 
 
-def _linear(module: Any) -> kernels.Linear:
+def quantized_linear(module: Any) -> kernels.Linear:
+    """A projection as the kernels take it. Raises: Uncovered."""
     if not isinstance(module, QuantLinear) or not module.has_kernel:
         raise Uncovered("attention whose projections are not quantized, or in a codec without a kernel")
-    if module.shape.biases or not _is_fp32(module.bias):
+    if module.shape.biases or not is_fp32(module.bias):
         raise Uncovered("attention whose biases are quantized with its projections")
     layout = module.codec.layout(module.shape)
     return kernels.Linear(
@@ -100,10 +124,11 @@ def _head_norm(module: nn.Module | None) -> kernels.HeadNorm | None:
     if module is None:
         return None
     forward = vars(module).get("forward")
-    if not isinstance(forward, FusedRMSNorm) or not _is_fp32(forward.weight):
+    if not isinstance(forward, FusedRMSNorm) or not is_fp32(forward.weight):
         raise Uncovered("attention with norms of queries and keys of another kind")
     return kernels.HeadNorm(weight=forward.weight, epsilon=forward.eps)
 
 
-def _is_fp32(tensor: Tensor | None) -> bool:
+def is_fp32(tensor: Tensor | None) -> bool:
+    """Whether the kernels read it where it lies; nothing is read of None."""
     return tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous())

@@ -22,7 +22,7 @@ from offload_moe.store import Store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assembled:
-    """The model without experts, and its experts modules in layer order. notices: what the user must know of it."""
+    """The model without experts, and its experts modules in layer order. notices: messages for the user."""
 
     hf: Any
     layers: list[ExpertsModule]
@@ -67,9 +67,9 @@ def assemble(
 ) -> Assembled:
     """Build the model and load every dense weight, cast to the compute dtype, onto the device.
 
-    skeleton: of `skeleton_of`, which becomes the model; None makes one.
+    skeleton: from `skeleton_of`, filled in place; None makes one.
     dense_codec: quantize the large projections and the output head that the store holds as numbers; None keeps them.
-    mode: of the native kernels under quantized linears.
+    mode: of the native kernels of quantized linears.
 
     Raises:
         StoreError: the store does not hold what the model needs.
@@ -81,7 +81,7 @@ def assemble(
     _check_layers(store, layers)
     detach_parameters(layers)
     to_quantize = projection_linears(hf).keys() if dense_codec else ()
-    share_tied_weights(hf)  # so that it can be seen what shares a weight
+    share_tied_weights(hf)  # `_tied_head` and `lookup_tables` compare weights by identity
     head = _tied_head(hf) if dense_codec else None
     lookups = lookup_tables(hf, head.name if head else None) if device.type == "cpu" else set()
     untied: QuantLinear | None = None
@@ -89,7 +89,7 @@ def assemble(
     for entry, tensor in store.dense_tensors():
         name = entry.name.removesuffix(".weight")
         if dense_codec and head is not None and name == head.embedding:
-            # Multiply with a quantized copy of a tied embedding: reading all of it for every token costs more.
+            # The head takes a quantized copy of a tied embedding: reading all of that for every token costs more.
             untied = quantize_linear(tensor, get_codec(dense_codec), mode=mode).to(device)
         if entry.quantized is not None:
             linear = QuantLinear(tensor.to(device), entry.quantized, get_codec(store.dense_codec), mode=mode)

@@ -29,10 +29,10 @@ from offload_moe.store import Store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blueprint:
-    """What is built of a store.
+    """What to build from a store.
 
     device, dtype: of dense weights and compute. dense_codec: see `assemble`. make_copier: None without a device tier.
-    experts_device: whose arithmetic the experts take; None takes `device`'s.
+    experts_device: the device whose arithmetic computes the experts; None takes `device`. prefetch: MoE layers ahead.
     """
 
     pools: Pools
@@ -48,9 +48,9 @@ class Blueprint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """A model that computes, and what its experts come through. The tiers are public to be measured and watched.
+    """A model that computes, and the tiers of its experts, which are public for measurements.
 
-    layers, experts: one for each MoE layer, in order. notices: what the user must know.
+    layers, experts: one for each MoE layer, in order. notices: messages for the user.
     """
 
     hf: Any
@@ -73,7 +73,7 @@ def pools_of(
     num_device_slots: int = 0,
     policy: str = DEFAULT_POLICY,
 ) -> Pools:
-    """Slots for the experts of a store."""
+    """Slots for the experts of a store. slot_bytes: of the largest record; a policy is one of `POLICY_NAMES`."""
     return Pools(
         keys=ExpertKeys(layer.num_experts for layer in store.layers),
         slot_bytes=slot_bytes,
@@ -88,7 +88,7 @@ def build(store: Store, blueprint: Blueprint, skeleton: Any = None) -> Engine:
 
     Raises:
         StoreError: the store does not hold what the model needs.
-        ConfigError: `hybrid` is on and cannot be.
+        ConfigError: `hybrid` is "on", and no native kernel computes these experts.
     """
     mode: Mode = "exact" if blueprint.is_exact else "fast"
     assembled = assemble(
@@ -118,7 +118,7 @@ def _make_hierarchy(store: Store, blueprint: Blueprint) -> Hierarchy:
 
 @contextmanager
 def closed_on_error(hierarchy: Hierarchy) -> Iterator[Hierarchy]:
-    """Free memory, threads and files when what follows fails."""
+    """Free memory, threads and files when the body fails."""
     try:
         yield hierarchy
     except BaseException:
@@ -127,7 +127,7 @@ def closed_on_error(hierarchy: Hierarchy) -> Iterator[Hierarchy]:
 
 
 def _refuse_once_closed(hf: Any, hierarchy: Hierarchy) -> None:
-    """Before anything is computed; the experts themselves refuse, too."""
+    """Make every forward fail once the model is closed, before it computes anything. The experts check it, too."""
     encoder = [hf.get_encoder()] if hf.config.is_encoder_decoder else []
     for module in (*encoder, hf.get_decoder()):
         module.register_forward_pre_hook(lambda *_: hierarchy.lifecycle.begin_forward())
@@ -136,7 +136,7 @@ def _refuse_once_closed(hf: Any, hierarchy: Hierarchy) -> None:
 def _bind_experts(
     hf: Any, layers: list[ExpertsModule], store: Store, hierarchy: Hierarchy, blueprint: Blueprint
 ) -> tuple[list[BoundExperts], list[str]]:
-    """The experts of each MoE layer, and what the user must know about them."""
+    """The experts of each MoE layer, and messages about them for the user."""
     codec = get_codec(store.codec)
     device = blueprint.experts_device or blueprint.device
     lookahead = None

@@ -1,4 +1,4 @@
-"""`load`: from what a user names to a model that answers."""
+"""`load`: from the name of a source to a model that answers."""
 
 import gc
 import warnings
@@ -31,7 +31,7 @@ from offload_moe.plan.fit import fit, measure_load, notices_of_budget, summary
 from offload_moe.plan.machine import compute_dtype
 from offload_moe.plan.parameters import ModelShape, describe_skeleton
 from offload_moe.plan.placement import Placement
-from offload_moe.plan.room import ContextRoom, may_lend
+from offload_moe.plan.room import ContextRoom, may_borrow
 from offload_moe.residency.popularity import warm_start
 from offload_moe.store import Store
 from offload_moe.system.names import DEMO
@@ -68,7 +68,7 @@ def load(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """A model that is still on the meta device, and where it goes. keeps_bits: it promises eager's bits."""
+    """A model still on the meta device, and the plan of its memory. keeps_bits: results have eager's bits."""
 
     skeleton: Any
     device: torch.device
@@ -87,9 +87,9 @@ def _options(options: LoadOptions | None, keywords: LoadKeywords) -> LoadOptions
 
 
 def _open_store(source: str | Path, options: LoadOptions, progress: Progress) -> tuple[Store, list[str]]:
-    """The store of a source, converted where need be, and what the user must know of the conversion."""
-    gc.collect()  # a model that was dropped
-    give_back_freed_memory()  # of a conversion in this process
+    """The store of a source, converted where necessary, and messages about the conversion for the user."""
+    gc.collect()  # frees a model that was dropped
+    give_back_freed_memory()  # left by a conversion in this process
     notices: list[str] = []
     path = ensure_store(
         source,
@@ -143,7 +143,7 @@ def _blueprint(store: Store, options: LoadOptions, planned: Planned) -> Blueprin
 
 
 def _make_model(store: Store, options: LoadOptions, planned: Planned, engine: Engine) -> Model:
-    """Warm the slots up, take the fast path, and watch what is computed."""
+    """Warm the slots up, install the fast path, and the checks of token ids and overflow."""
     hf, hierarchy, placement = engine.hf, engine.hierarchy, planned.placement
     if options.prefetch:
         warm_start(hierarchy, store.path)
@@ -163,8 +163,8 @@ def _make_model(store: Store, options: LoadOptions, planned: Planned, engine: En
 def _make_room(planned: Planned, engine: Engine) -> ContextRoom:
     """Room for contexts, made before each forward of the decoder."""
     resize = partial(engine.hierarchy.resize, "vram" if planned.placement.vram else "ram")
-    lends = may_lend(engine.hf, planned.shape, planned.placement)
-    room = ContextRoom(planned.shape, planned.dtype, planned.placement, resize, lends=lends)
+    borrows = may_borrow(engine.hf, planned.shape, planned.placement)
+    room = ContextRoom(planned.shape, planned.dtype, planned.placement, resize, borrows=borrows)
     engine.hf.get_decoder().register_forward_pre_hook(room.before_forward, with_kwargs=True)
     return room
 
@@ -177,10 +177,10 @@ def _notices_of_machine(options: LoadOptions, device: torch.device) -> list[str]
 
 
 def _notify(model: Model, of_model: Iterable[str], of_machine: Iterable[str]) -> None:
-    """Keep what the user must know on the model, and warn of it."""
+    """Keep the messages for the user on the model, and warn of each."""
     of_tokenizer = tokenizer_notices(model.tokenizer, model.hf) if model.tokenizer is not None else []
     unique = dict.fromkeys([*of_model, *of_tokenizer])
-    model.notices += [text for text in unique if text != model.no_tokenizer]  # which `chat` raises
+    model.notices += [text for text in unique if text != model.no_tokenizer]  # `chat` raises that one
     model.notices += of_machine
     for notice in model.notices:
         warnings.warn(notice, UserWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""`Model`: a loaded model, as its user has it."""
+"""`Model`: a loaded model, as `load` returns it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,13 +37,13 @@ class Model:
         room: ContextRoom,
         summary: str,
     ) -> None:
-        """tokenizer: None has a reason beside it. placement: where everything was planned to go. room: for contexts.
+        """tokenizer: with the reason where it is None. placement: the plan of memory. room: memory for contexts.
 
         summary: the plan in one line.
         """
         self.placement = placement
         self.summary = summary
-        self.notices: list[str] = []  # what the user must know
+        self.notices: list[str] = []  # messages for the user
         self.fast_path: FastPath | None = None  # the layers that take it, and why others do not; None: not installed
         self.room = room
         self.store = store
@@ -60,7 +60,7 @@ class Model:
 
     @property
     def lookahead_tallies(self) -> list[LayerTally]:
-        """For each MoE layer, how good the guesses for it were and what they moved; empty where nothing is guessed."""
+        """For each MoE layer, how many guesses for it were right and fetched; empty without prefetch."""
         lookahead = self.engine.lookahead
         return lookahead.tallies if lookahead is not None else []
 
@@ -83,7 +83,7 @@ class Model:
 
     @property
     def peaks(self) -> dict[str, tuple[int, int]]:
-        """Memory -> bytes that were planned, for the whole planned context, and the most that were in use so far."""
+        """By memory: bytes planned for the whole planned context, and the most bytes in use so far."""
         peaks = {"RAM": (self.placement.ram.used_bytes, peak_ram())}
         if self.placement.vram is not None:
             peaks["VRAM"] = (self.placement.vram.used_bytes, peak_device_memory(self.hf.device))
@@ -94,7 +94,7 @@ class Model:
         return "".join(self.stream(prompt, raw=raw, **sampling))
 
     def stream(self, prompt: Prompt, *, raw: bool = False, **sampling: Unpack[SamplingArguments]) -> Iterator[str]:
-        """The answer as it comes, without its reasoning."""
+        """The answer piece by piece, without its reasoning."""
         for piece in self.chat(raw=raw).send(prompt, **sampling):
             if piece.kind == "answer":
                 yield piece.text
@@ -119,7 +119,10 @@ class Model:
 
     @contextmanager
     def trace(self) -> Iterator[Recorder]:
-        """Record routing, hits, stalls and times of what is computed meanwhile; then ask the recorder for its trace."""
+        """Record routing, hits, stalls and times of all passes meanwhile; the recorder makes a trace of them.
+
+        Raises: ModelClosed.
+        """
         hierarchy = self.engine.hierarchy
         hierarchy.lifecycle.check()
         tiers = [RecordedTier(name="ram", scheduler=hierarchy.ram, bytes_field="disk_bytes")]
@@ -137,10 +140,10 @@ class Model:
             yield recorder
 
     def close(self) -> None:
-        """Free experts, threads and files. What is being computed ends at its next layer; every use raises ModelClosed.
+        """Free experts, threads and files. A pass in progress ends at its next layer; a later use raises ModelClosed.
 
-        May be called again, and from any thread or signal handler. How often each expert was used is kept beside the
-        store, where that may be written, for the next `load`. A model that is dropped is freed, too, without that note.
+        May be called again, and from any thread or signal handler. The number of uses of each expert is kept beside the
+        store, where that is writable, for the next `load`. A model that is dropped is freed, too, without saving those.
         """
         hierarchy = self.engine.hierarchy
         was_open = hierarchy.lifecycle.is_open

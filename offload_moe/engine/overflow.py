@@ -1,4 +1,4 @@
-"""fp16 ends at 65,504: a model that was trained in bf16 may leave it. Better a message than nonsense."""
+"""An error in place of nonsense where a model that was trained in bf16 leaves the range of fp16, 65,504."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from offload_moe.errors import ConfigError
 
 
 def watch_overflow(hf: Any) -> None:
-    """Let a model that computes in fp16 stop at the first logits that are not finite.
+    """Make a model that computes in fp16 raise ConfigError at the first logits that are not finite.
 
-    One look per forward at the last position, where the host waits for a token in any case.
+    Checks the last position of each forward, where the host waits for a token in any case.
     """
     hf.get_output_embeddings().register_forward_hook(_check)
 

@@ -8,7 +8,7 @@ WRITERS = ("save_pretrained", "push_to_hub", "__reduce_ex__")  # the last one: t
 
 
 def refuse_to_save(*_: Any, **__: Any) -> NoReturn:
-    """Raises: ConfigError."""
+    """Stands in place of the methods that write a model. Raises: ConfigError."""
     raise ConfigError(
         "A loaded model cannot be saved, copied or pickled: its experts stay in the store, so what is written would "
         "lack most weights. Copy the store's folder (model.store.path), use the checkpoint it was made from, or load() "
@@ -17,6 +17,6 @@ def refuse_to_save(*_: Any, **__: Any) -> NoReturn:
 
 
 def refuse_saving(hf: Any) -> None:
-    """Make a transformers model refuse whatever would write it down."""
+    """Make a transformers model refuse to be saved, pickled or copied."""
     for name in WRITERS:
         setattr(hf, name, refuse_to_save)

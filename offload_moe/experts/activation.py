@@ -1,4 +1,4 @@
-"""Which activation an experts module applies, found by trying it rather than by its name."""
+"""The activation of an experts module, recognized by its results rather than by its name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Which arithmetic computes a layer's experts."""
+"""The choice of the arithmetic that computes a layer's experts."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -18,7 +18,7 @@ from offload_moe.residency.lease import Lease
 
 
 class Arithmetic(Protocol):
-    """Computes the routed experts of one layer from the records a lease brings."""
+    """Computes the routed experts of one layer from the records of a lease."""
 
     def forward(
         self, hidden: Tensor, weights: Tensor, routing: Routing, lease: Lease, record_of: Callable[[int], Tensor]
@@ -61,7 +61,7 @@ def native_arithmetic(
 
 
 def notice_without_kernel(module: ExpertsContract, shape: ExpertShape, codec: Codec) -> str:
-    """For experts that no native kernel computes."""
+    """The message about experts that no native kernel computes."""
     reason = kernels.unsupported_reason(codec.name, shape) or "no kernel has their activation"
     if module.has_post_expert_norm:
         reason = "a norm follows each expert"
@@ -69,11 +69,11 @@ def notice_without_kernel(module: ExpertsContract, shape: ExpertShape, codec: Co
 
 
 def keeps_eagers_bits(codec: str, device: torch.device, dtype: torch.dtype, *, is_exact: bool) -> bool:
-    """Whether the operations are to be eager's own, on the same operands and in its order.
+    """Whether the operations are eager's own, on the same operands and in its order.
 
     Results then have eager's bits as far as the math library's product of a row depends on its operands alone
     (MKL's may change with the number of rows). The lossless codec promises that, except where the CPU computes in
-    bf16: eager rounds everywhere there, and the kernels, which sum in fp32, are quicker and nearer to the truth.
-    `is_exact` asks for eager's bits there too.
+    bf16: eager rounds everywhere there, and the kernels, which sum in fp32, are faster and more precise.
+    `is_exact` gives eager's bits there too.
     """
     return codec == "bf16" and (device.type != "cpu" or is_exact or dtype != torch.bfloat16)

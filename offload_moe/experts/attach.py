@@ -1,34 +1,29 @@
-"""Binding the experts of a transformers model to our scheduler.
+"""Binding the experts of a transformers model to a scheduler.
 
-transformers looks an experts function up by the name in the module's config; ours is registered once, is stateless, and
-calls what was bound to that very module. Two models in one process therefore never meet. Modules outside the registry
-get the forward of their adapter instead.
+The forward of each experts module is replaced, and nothing else of it: by its `BoundExperts`, which have the arguments
+and the result of classes in transformers' experts registry, or by the forward of an adapter for other classes.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol
 
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.experts.arithmetic import Arithmetic
-from offload_moe.experts.contract import ExpertsContract
 from offload_moe.experts.lookahead import Lookahead
 from offload_moe.experts.native import NativeArithmetic
 from offload_moe.experts.routing import group_by_expert
 from offload_moe.residency.scheduler import Scheduler
 
-EXPERTS_FUNCTION = "offload_moe"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpannedLayers:
-    """Layers that were done in one run, one token through n of them.
+    """The layers of one native span: one token through n of them.
 
-    logits ``[n, E]``, weights and ids ``[n, K]``: what their routers said. times ``[n, 2]``: of `time.perf_counter`,
-    when the experts of a layer began and when they ended. stalls ``[n]``: seconds between them that it waited.
+    logits ``[n, E]``, weights and ids ``[n, K]``: the routers' outputs. times ``[n, 2]``: `time.perf_counter` at the
+    begin and at the end of a layer's experts. stalls ``[n]``: seconds between them that the layer waited.
     num_useful, disk_bytes ``[n + 1]``: useful prefetches and bytes read, counted before and after each.
     """
 
@@ -43,18 +38,21 @@ class SpannedLayers:
 
 
 class LayerRecorder(Protocol):
-    """Told when the experts of a layer begin and end, and what they were asked for."""
+    """Receives the begin and the end of each layer's experts, with the routed ids and weights ``[T, K]``."""
 
     def begin(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor) -> None: ...
 
     def end(self) -> None: ...
 
     def ran(self, layers: SpannedLayers) -> None:
-        """In place of `begin` and `end`, and of the routers' own hooks."""
+        """Receives all layers of a span at once, in place of `begin`, `end` and the routers' own hooks."""
 
 
 class BoundExperts:
-    """The routed experts of one MoE layer, wherever they are."""
+    """The routed experts of one MoE layer: hidden ``[T, H]``, ids and weights ``[T, K]`` -> ``[T, H]``.
+
+    Raises: ModelClosed, TransferError.
+    """
 
     def __init__(
         self,
@@ -90,16 +88,16 @@ class BoundExperts:
             if result is not None:
                 return result
         self._settle()
-        routing = group_by_expert(top_k_index, self._num_experts, self._ask(hidden, top_k_index))
+        routing = group_by_expert(top_k_index, self._num_experts, self._route_ahead(hidden, top_k_index))
         num_tokens = len(hidden)
         with self.scheduler.acquire(self.layer, routing.experts, routing.shares(num_tokens), num_tokens) as lease:
-            self._look_ahead(hidden, routing.experts, top_k_index, routing.answers)
+            self._look_ahead(hidden, routing.experts, top_k_index, routing.ahead)
             return self.arithmetic.forward(hidden, top_k_weights, routing, lease, self._record_of)
 
     def _one_token(
         self, arithmetic: NativeArithmetic, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor | None:
-        """A decode step; None where the general way has to be taken."""
+        """A decode step; None where only the general path applies."""
         ids: list[int] = top_k_index.tolist()[0]
         weight_of: dict[int, float] = dict(zip(ids, arithmetic.scaled(top_k_weights).tolist()[0], strict=True))
         experts = sorted(weight_of)
@@ -110,45 +108,52 @@ class BoundExperts:
         slots = self.scheduler.hold(self.layer, experts)
         if slots is None:
             with self.scheduler.acquire(self.layer, experts) as lease:
-                self._ask_and_look_ahead(hidden, experts, top_k_index)
+                self._route_and_look_ahead(hidden, experts, top_k_index)
                 return arithmetic.one_token_in_waves(step, experts, weights, lease, self._record_of)
         try:
-            self._ask_and_look_ahead(hidden, experts, top_k_index)
+            self._route_and_look_ahead(hidden, experts, top_k_index)
             return arithmetic.one_token(step, weights, [self._record_of(slot) for slot in slots])
         finally:
             self.scheduler.release_held(slots)
 
     def _settle(self) -> None:
-        """What was demanded before has arrived, and is accounted for."""
+        """Wait for earlier demands and count them."""
         self.scheduler.settle()
 
-    def _ask(self, hidden: Tensor, top_k_index: Tensor) -> list[Tensor]:
-        """Routers of later layers; on a device this is issued before the host waits for this layer's own ids."""
-        return [] if self.lookahead is None else self.lookahead.ask(self.layer, hidden, top_k_index.shape[-1])
+    def _route_ahead(self, hidden: Tensor, top_k_index: Tensor) -> list[Tensor]:
+        """Run routers of later layers; on a device they are issued before the host waits for this layer's own ids."""
+        return [] if self.lookahead is None else self.lookahead.route_ahead(self.layer, hidden, top_k_index.shape[-1])
 
     def _look_ahead(
-        self, hidden: Tensor, experts: Sequence[int], top_k_index: Tensor, answers: Sequence[list[int]]
+        self, hidden: Tensor, experts: Sequence[int], top_k_index: Tensor, ahead: Sequence[list[int]]
     ) -> None:
         if self.lookahead is not None:
-            self.lookahead.after_acquire(self.layer, len(hidden), experts, top_k_index.shape[-1], answers)
+            self.lookahead.after_acquire(self.layer, len(hidden), experts, top_k_index.shape[-1], ahead)
 
-    def _ask_and_look_ahead(self, hidden: Tensor, experts: Sequence[int], top_k_index: Tensor) -> None:
-        """On the host, where asking takes time that this layer's misses should not wait for."""
+    def _route_and_look_ahead(self, hidden: Tensor, experts: Sequence[int], top_k_index: Tensor) -> None:
+        """On the host, after this layer's misses are issued: routing ahead takes time there."""
         if self.lookahead is not None:
-            answers = [ids.tolist()[0] for ids in self._ask(hidden, top_k_index)]
-            self._look_ahead(hidden, experts, top_k_index, answers)
+            ahead = [ids.tolist()[0] for ids in self._route_ahead(hidden, top_k_index)]
+            self._look_ahead(hidden, experts, top_k_index, ahead)
 
 
-def offloaded_experts(module: ExpertsContract, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The function transformers calls in place of the eager experts."""
-    bound: BoundExperts = module._offload_moe
-    return bound(hidden, top_k_index, top_k_weights)
+@dataclass(frozen=True, slots=True)
+class AdaptedForward:
+    """The forward of an adapter, which passes ids and weights to `bound`."""
+
+    bound: BoundExperts
+    forward: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
 
 
 def bound_experts(module: nn.Module) -> BoundExperts | None:
-    """What `attach` bound to a module."""
-    bound: BoundExperts | None = module.__dict__.get("_offload_moe")
-    return bound
+    """The experts that `attach` bound to a module; None where it has none."""
+    forward = vars(module).get("forward")
+    if isinstance(forward, AdaptedForward):
+        return forward.bound
+    return forward if isinstance(forward, BoundExperts) else None
 
 
 def detach_parameters(layers: Sequence[ExpertsModule]) -> None:
@@ -161,11 +166,9 @@ def detach_parameters(layers: Sequence[ExpertsModule]) -> None:
 
 def attach(layers: Sequence[ExpertsModule], bound: Sequence[BoundExperts]) -> None:
     """Bind each experts module to its layer. The model must own its config: modules share it."""
-    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, offloaded_experts)
     for layer, experts in zip(layers, bound, strict=True):
-        module = cast(ExpertsContract, layer.module)
-        module._offload_moe = experts
         if layer.adapter is None:
-            module.config._experts_implementation = EXPERTS_FUNCTION
+            layer.contract.config._experts_implementation = "eager"  # generate() switches between the other ones
+            layer.module.forward = experts
         else:
-            layer.module.forward = layer.adapter.forward(layer.module, experts)
+            layer.module.forward = AdaptedForward(experts, layer.adapter.forward(layer.module, experts))

@@ -1,4 +1,4 @@
-"""What transformers promises of an experts module (`transformers/integrations/moe.py`), as a type."""
+"""The attributes of transformers' experts modules (`transformers/integrations/moe.py`), as a type."""
 
 from typing import Any, Protocol
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class ExpertsContract(Protocol):
-    """The attributes every decorated experts class has; `_offload_moe` is ours."""
+    """The attributes of every decorated experts class."""
 
     has_gate: bool
     has_bias: bool
@@ -14,8 +14,6 @@ class ExpertsContract(Protocol):
     is_concatenated: bool
     has_post_expert_norm: bool
     config: Any
-
-    _offload_moe: Any
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor: ...
 
@@ -25,6 +23,5 @@ class ExpertsContract(Protocol):
 
 
 def pair_scale_of(module: ExpertsContract) -> float:
-    """What every weighted output is multiplied by once more; only an adapter's module says so."""
-    scale: float = getattr(module, "pair_scale", 1.0)
-    return scale
+    """A factor of every weighted output; 1 except for the modules of some adapters."""
+    return getattr(module, "pair_scale", 1.0)

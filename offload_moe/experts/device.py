@@ -2,8 +2,8 @@
 
 T tokens, K top-k, H hidden, I intermediate, P routed pairs, p pairs of one group, t tokens of one expert.
 
-Every operation costs the host tens of microseconds, and a decoded token gives each of them next to nothing to compute.
-So the matrices are multiplied expert by expert, as they lie, and everything between is done once per group.
+Every operation costs the host tens of microseconds, and the work of a decoded token in each of them is tiny. So the
+matrices are multiplied expert by expert, where they lie, and the operations between are done once per group.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,12 +17,12 @@ from offload_moe.native.device import keeps_module_order, linear_of
 from offload_moe.quant import Codec, ExpertShape
 from offload_moe.residency.lease import Lease, Wave
 
-GROUP_PAIRS = 256  # beyond it one expert is work enough for the device, and a group only costs memory
+GROUP_PAIRS = 256  # beyond it one expert keeps the device busy, and a group only costs memory
 ROW_ALIGNMENT = 256  # bytes; a library may choose another kernel, and other bits, for a matrix that lies unaligned
 
 
 class DeviceArithmetic:
-    """Records are multiplied as they lie in device memory.
+    """Multiplies with records where they lie in device memory.
 
     The result does not depend on which experts arrived together: matrices are multiplied expert by expert, the rest
     works on each number alone, and pairs are added as eager adds them, by ascending expert, in the hidden dtype.
@@ -52,7 +52,7 @@ class DeviceArithmetic:
     def begin(
         self, hidden: Tensor, weights: Tensor, routing: Routing, record_of: Callable[[int], Tensor]
     ) -> "DeviceLayer":
-        """The layer with no expert computed yet; there is at least one."""
+        """A layer with no expert computed yet; `routing` has at least one."""
         weights = weights if self._pair_scale == 1 else weights * self._pair_scale
         return DeviceLayer(self, hidden, weights, routing, record_of)
 

@@ -27,7 +27,7 @@ from offload_moe.residency.split import Balance, Split
 
 Hybrid = Literal["off", "auto", "on"]
 HYBRID_CHOICES: tuple[Hybrid, ...] = ("off", "auto", "on")
-MAX_TOKENS = 4  # beyond it the device's arithmetic wins over the CPU's, whatever the link costs
+MAX_TOKENS = 4  # beyond it the device's arithmetic is faster than the CPU's, whatever the link costs
 
 
 class HybridExperts(BoundExperts):
@@ -54,7 +54,7 @@ class HybridExperts(BoundExperts):
             return super()._compute(hidden, top_k_index, top_k_weights)
         self._settle()
         on_host = hidden.to("cpu", non_blocking=True)  # issued before the ids: the wait for them covers both
-        routing = group_by_expert(top_k_index, self._num_experts, self._ask(hidden, top_k_index))
+        routing = group_by_expert(top_k_index, self._num_experts, self._route_ahead(hidden, top_k_index))
         if not routing.experts:
             return torch.zeros_like(hidden)
         began = time.perf_counter()
@@ -64,7 +64,7 @@ class HybridExperts(BoundExperts):
             num_hits = sum(self.scheduler.is_resident(self.layer, expert) for expert in on_device)
             lease = self.scheduler.acquire(self.layer, on_device, on_cpu=split.on_cpu)
         with lease:
-            self._look_ahead(hidden, routing.experts, top_k_index, routing.answers)
+            self._look_ahead(hidden, routing.experts, top_k_index, routing.ahead)
             layer = self._device.begin(hidden, top_k_weights, routing, self._record_of)
             waves = iter(lease)
             if num_hits:
@@ -82,7 +82,7 @@ class HybridExperts(BoundExperts):
         self._balance.finish()
 
     def _split(self, experts: Sequence[int]) -> Split:
-        """Who takes the experts that are not resident (the device tier's lock is held)."""
+        """Divide the experts that are not resident between CPU and device (the device tier's lock is held)."""
         device, ram, layer = self.scheduler, self._hierarchy.ram, self.layer
         missing = [expert for expert in experts if not device.is_resident(layer, expert)]
         if not missing:
@@ -110,9 +110,9 @@ class HybridExperts(BoundExperts):
         counters.cpu_predicted_s += split.cpu_s
 
     def _finish(self, split: Split, began: float, experts: Sequence[int]) -> None:
-        """Count what the copies took, and bring one of the experts that the CPU computed, as a copied miss would come.
+        """Count the seconds of the copies, and copy one of the experts that the CPU computed, as a miss without it.
 
-        One at a time, and behind whatever is demanded: the next layer's misses should not wait for it.
+        One at a time, and only on an idle link: the next layer's misses do not wait for it.
         """
         scheduler, keys = self.scheduler, self.scheduler.keys
         if split.copied:
@@ -133,13 +133,13 @@ class HybridBinder:
         self._hierarchy = hierarchy
         self._codec = codec
         self._is_required = hybrid == "on"
-        # A lossless store promises the same bits wherever an expert is computed.
+        # A lossless store gives the same bits wherever an expert is computed, which two arithmetics do not.
         self._is_wanted = self._is_required or (hybrid == "auto" and codec.name != "bf16")
         self.lookahead = lookahead
         self._balance = Balance(hierarchy.link.cost)
 
     def __call__(self, ordinal: int, layer: ExpertsModule, arithmetic: Arithmetic) -> HybridExperts | None:
-        """None where hybrid is off or cannot be. Raises: ConfigError when it must be and cannot."""
+        """None where hybrid is off or no kernel fits. Raises: ConfigError when hybrid is "on" and no kernel fits."""
         if not self._is_wanted:
             return None
         cpu = native_arithmetic(layer.contract, layer.shape, self._codec, is_exact=True)

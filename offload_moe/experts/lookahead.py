@@ -1,13 +1,13 @@
-"""Lookahead: which experts the next MoE layers will want, guessed and fetched before they say so.
+"""Lookahead: the experts that the next MoE layers will choose, guessed and fetched before their routers run.
 
-The residual stream changes slowly from layer to layer, so what a later router would choose now is a good guess of what
-it will choose. Where a router cannot be asked, what usually follows the experts of this layer is the guess. The guess
-is made after a layer's demands are on their way and before its experts are computed.
+The residual stream changes slowly from layer to layer, so a later router's choice on the present residual is a good
+guess of its choice later. Where a router cannot run early, the guess is what usually follows the experts of this layer.
+The guess is made after a layer's demands are issued and before its experts are computed.
 
-The likeliest of a guess are right far more often than the others. Only those ranks are fetched that have been right
-often enough where they were absent; the others are judged too, without being fetched.
+The likeliest experts of a guess are right far more often than the others. Only those ranks are fetched that have been
+right often enough where they were absent; the other ranks are judged too, without being fetched.
 
-A chunk of a prompt wants nearly every expert of every layer: the next layer's are fetched while this one computes.
+A chunk of a prompt uses nearly every expert of every layer: the next layer's are fetched while this one computes.
 
 Source: Eliseev and Mazur 2023, "Fast Inference of Mixture-of-Experts Language Models with Offloading", section 3.2.
 """
@@ -34,7 +34,7 @@ LEAST_CHUNK_SHARE = 0.8  # of a layer's experts that a chunk must be expected to
 
 @dataclass(frozen=True, slots=True)
 class _Absent:
-    """What of a guess was not there when it was made: ranks and experts, and which of them were fetched."""
+    """The part of a guess that was not resident when it was made: ranks and experts, and the experts fetched."""
 
     guesses: list[tuple[int, int]]
     fetched: list[int]
@@ -51,7 +51,7 @@ class Lookahead:
         depth: int,
         ram: Scheduler | None = None,
     ) -> None:
-        """probes: one per MoE layer, None where its router cannot be asked. depth: how many layers ahead.
+        """probes: one per MoE layer, None where its router cannot run early. depth: how many layers ahead.
 
         scheduler: the tier that computes. ram: the tier behind it, where it is another one.
         """
@@ -65,8 +65,8 @@ class Lookahead:
         self._by_rank: list[list[RankTally]] = [[] for _ in range(self._reach)]  # one list per depth
         self._is_on = self._has_begun = False
         self._residuals: dict[int, Tensor] = {}
-        self._guesses: dict[int, list[int]] = {}  # layer -> what was guessed one layer before
-        self._absent: dict[int, dict[int, _Absent]] = {}  # layer -> how many layers before -> guesses not there then
+        self._guesses: dict[int, list[int]] = {}  # layer -> the guess made one layer before
+        self._absent: dict[int, dict[int, _Absent]] = {}  # layer -> how many layers before -> guesses absent then
         self._trusted: dict[int, bool] = {}
         self._habits: CoOccurrence | None = None
         for layer, probe in enumerate(probes):
@@ -75,10 +75,10 @@ class Lookahead:
             else:
                 self._fall_back()
 
-    def ask(self, layer: int, hidden: Tensor, num_experts_per_token: int) -> list[Tensor]:
-        """What the next layers' routers would choose now: ids ``[1, K]`` each, as far as they can be asked.
+    def route_ahead(self, layer: int, hidden: Tensor, num_experts_per_token: int) -> list[Tensor]:
+        """The choices of the next layers' routers on the present residual: ids ``[1, K]`` each, as far as they can run.
 
-        hidden: ``[T, H]``, what this layer's experts are given. Asked of layer 0, a token begins.
+        hidden: ``[T, H]``, the input of this layer's experts. A call for layer 0 begins a token.
         """
         residual = self._residuals.pop(layer, None)
         if len(hidden) != 1:
@@ -87,16 +87,16 @@ class Lookahead:
             self._begin_token()
         if not self._is_on or residual is None or not self._is_trusted(layer, residual, hidden):
             return []
-        asked: list[Tensor] = []
+        chosen: list[Tensor] = []
         for ahead in self._worth_guessing(layer, num_experts_per_token):
             probe = self._probes[ahead]
             if probe is None or not self._trusted.get(ahead, True):
                 break
-            ids = probe.ask(residual, num_experts_per_token).reshape(1, -1)
+            ids = probe.route(residual, num_experts_per_token).reshape(1, -1)
             if ids.shape[1] != num_experts_per_token:
                 break
-            asked.append(ids)
-        return asked
+            chosen.append(ids)
+        return chosen
 
     def after_acquire(
         self,
@@ -104,9 +104,12 @@ class Lookahead:
         num_tokens: int,
         experts: Sequence[int],
         num_experts_per_token: int,
-        answers: Sequence[list[int]],
+        ahead_ids: Sequence[list[int]],
     ) -> None:
-        """Guess and prefetch for the layers behind `layer`, whose experts have been acquired. answers: to `ask`."""
+        """Guess and prefetch for the layers behind `layer`, whose experts have been acquired.
+
+        ahead_ids: the results of `route_ahead`, K ids each.
+        """
         if num_tokens != 1:
             self.governor.pause()
             self._forget_guesses()
@@ -118,8 +121,8 @@ class Lookahead:
         keep = self._keys(layer, experts)
         for ahead in self._worth_guessing(layer, num_experts_per_token):
             depth = ahead - layer
-            if depth <= len(answers):
-                guessed = list(dict.fromkeys(answers[depth - 1]))
+            if depth <= len(ahead_ids):
+                guessed = list(dict.fromkeys(ahead_ids[depth - 1]))
             else:
                 guessed = self._guess_by_habit(layer, experts, depth, num_experts_per_token)
             if guessed:
@@ -135,9 +138,9 @@ class Lookahead:
         return self._habits.predict(layer, experts, depth, k) if self._habits is not None else []
 
     def num_ranks(self, layer: int, num_experts_per_token: int) -> list[int]:
-        """How many of the likeliest experts are to be guessed now, per layer behind this one.
+        """How many of the likeliest experts to guess now, per layer behind this one.
 
-        Asked of layer 0, a token begins.
+        A call for layer 0 begins a token.
         """
         if layer == 0:
             self._begin_token()
@@ -146,16 +149,16 @@ class Lookahead:
         return list(itertools.takewhile(bool, ranks))
 
     def can_be_spanned(self, num_layers: int) -> bool:
-        """Whether every layer's own router is a good guesser, as far as its norm goes, so that a run may ask it."""
+        """Whether the norm of every layer's router is verified, so that a native span may run the routers early."""
         is_whole = num_layers == len(self._probes) and self._habits is None
         return is_whole and all(self._trusted.get(layer, False) for layer in range(num_layers))
 
     def passed(
         self, layer: int, experts: Sequence[int], guesses: Sequence[list[int]], found: Sequence[Sequence[int]]
     ) -> None:
-        """`after_acquire` of a layer in a run, which has asked the next layers' routers and fetched what is worth it.
+        """`after_acquire` of a layer in a span, which has run the next layers' routers and fetched what is worth it.
 
-        guesses: one list per layer behind this one. found: how each of them was found.
+        guesses: one list of experts per layer behind this one. found: the state in which the span found each of them.
         """
         self._note(layer, experts)
         for ahead, (guessed, states) in enumerate(zip(guesses, found, strict=True), layer + 1):
@@ -164,7 +167,7 @@ class Lookahead:
             self._keep_guess(layer, ahead, guessed, _Absent(absent, fetched))
 
     def _note(self, layer: int, experts: Sequence[int]) -> None:
-        """What a layer's router chose for one token."""
+        """Record the choice of a layer's router for one token."""
         if self._habits is not None:
             self._habits.learn(layer, experts)
         if layer == 0:
@@ -179,7 +182,7 @@ class Lookahead:
             self._is_on = self.governor.begin_token()
 
     def _judge(self, layer: int, experts: Sequence[int]) -> None:
-        """Compare what was guessed for this layer with what its router chose."""
+        """Compare the guesses for this layer with its router's choice."""
         for depth, absent in self._absent.pop(layer, {}).items():
             tallies = self._by_rank[depth - 1]
             for rank, expert in absent.guesses:
@@ -194,7 +197,7 @@ class Lookahead:
         self._absent.clear()
 
     def _num_ranks(self, depth: int, num_experts_per_token: int) -> int:
-        """How many of the likeliest guesses, so many layers ahead, are worth fetching; none: it is not even guessed."""
+        """How many of the likeliest guesses, `depth` layers ahead, are worth fetching; 0: no guess is made."""
         tallies = self._by_rank[depth - 1]
         num_worth = next((rank for rank, tally in enumerate(tallies) if not tally.is_worth_fetching), None)
         is_retried = num_worth == 0 and self.governor.num_tokens % RETRY_TOKENS == 0
@@ -205,7 +208,7 @@ class Lookahead:
         self._bring(ahead, guessed[:num_ranks], keep, to_device=ahead - layer <= self._depth)
 
     def _note_guess(self, layer: int, ahead: int, guessed: list[int], num_ranks: int) -> None:
-        """Keep a guess until it can be judged. num_ranks: the likeliest of it are fetched where they are absent."""
+        """Keep a guess until its layer routes. num_ranks: how many of the likeliest are fetched where absent."""
         depth = ahead - layer
         tier = self._scheduler if depth <= self._depth or self._ram is None else self._ram
         absent = [(rank, expert) for rank, expert in enumerate(guessed) if not tier.is_known(ahead, expert)]
@@ -218,7 +221,7 @@ class Lookahead:
         self._absent.setdefault(ahead, {})[ahead - layer] = absent
 
     def _bring(self, layer: int, experts: Sequence[int], keep: set[int], *, to_device: bool = True) -> None:
-        """What is on disk comes to RAM first, so that no copy to the device waits for a read nobody demanded."""
+        """Prefetch into RAM first, and into the device what is in RAM: no copy to the device waits for a prefetch."""
         if self._ram is not None:
             self._ram.prefetch(layer, experts, keep)
             experts = self._ram.resident(layer, experts)
@@ -238,7 +241,7 @@ class Lookahead:
         return {*self._scheduler.keys.keys(layer, experts)}
 
     def _is_trusted(self, layer: int, residual: Tensor, hidden: Tensor) -> bool:
-        """Whether the norm we found is the one before these experts: checked once, by its result."""
+        """Whether the probe's norm is the one before these experts: checked once, by its result."""
         if layer not in self._trusted:
             probe = self._probes[layer]
             assert probe is not None
@@ -250,6 +253,6 @@ class Lookahead:
         return self._trusted[layer]
 
     def _fall_back(self) -> None:
-        """Some layer's router cannot be asked: learn what usually follows."""
+        """Some layer's router cannot run early: learn which experts usually follow."""
         if self._habits is None:
             self._habits = CoOccurrence(len(self._probes), self._scheduler.keys.most, self._depth)

@@ -1,4 +1,4 @@
-"""The native arithmetic: one kernel call for all experts that are ready, in RAM, as they lie."""
+"""The native arithmetic: one kernel call for all experts that are ready, on their records in RAM."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,10 @@ from offload_moe.residency.lease import Lease, Wave
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """x, out ``[1, H]``, in a dtype of the kernel; pairs: fp32 ``[K, H]``, for waves; dtype: of the result."""
+    """The memory of a decode step. x, out: ``[1, H]``, in a dtype of the kernel; pairs: fp32 ``[K, H]``, for waves.
+
+    dtype: of the result.
+    """
 
     x: Tensor
     out: Tensor
@@ -24,14 +27,14 @@ class Step:
     dtype: torch.dtype
 
 
-_spare_pairs: list[Tensor] = []  # of steps that are done, in whatever model; as many as steps were under way at once
+_spare_pairs: list[Tensor] = []  # of finished steps of all models; as many as there were steps at the same time
 
 
 class NativeArithmetic:
-    """T tokens, K top-k, H hidden, P routed pairs.
+    """Experts computed by the native kernels. T tokens, K top-k, H hidden, P routed pairs.
 
-    The kernel adds experts in ascending order, in fp32. When experts arrive in several waves, each pair is computed on
-    its own and the pairs are added afterwards in that same order: the same bits, whatever arrived when.
+    The kernel adds experts in ascending order, in fp32. When experts arrive in several waves, each pair is computed
+    separately and the pairs are added afterwards in that same order: the same bits for any order of arrival.
     """
 
     def __init__(
@@ -76,14 +79,14 @@ class NativeArithmetic:
         return self._add_pairs(pairs, routing, hidden)
 
     def scaled(self, weights: Tensor) -> Tensor:
-        """Routing weights as the family applies them."""
+        """Routing weights ``[T, K]`` as the family applies them."""
         return weights if self.pair_scale == 1 else weights * self.pair_scale
 
     def new_step(self, hidden: Tensor, num_experts: int) -> Step:
         """All the memory that a decode step takes, for hidden ``[1, H]``.
 
-        To be had before copies are asked for: a new tensor lets go of the GIL, and who issues the copies would take it
-        for longer than the step can wait. He does better beside the kernel.
+        Allocate it before issuing copies: an allocation releases the GIL, and the copy thread would hold it longer than
+        the step can wait. That thread runs beside the kernel instead.
         """
         x = _kernel_input(hidden)
         shape = (num_experts, x.shape[1])
@@ -125,9 +128,9 @@ class NativeArithmetic:
         return step.out if step.out.dtype is step.dtype else step.out.to(step.dtype)
 
     def outputs(self, hidden: Tensor, routing: Routing, indices: list[int], records: list[Tensor]) -> Tensor:
-        """What ``routing.experts[index]`` make of their tokens, before routing weights: fp32 ``[p, H]``, one by one.
+        """The outputs of ``routing.experts[index]`` on their tokens, before routing weights: fp32 ``[p, H]``.
 
-        hidden: ``[T, H]`` on the CPU. records: of the same experts in the same order.
+        Rows are sorted by expert. hidden: ``[T, H]`` on the CPU. records: of the same experts in the same order.
         """
         offsets, pairs = _pairs_of(routing, indices)
         x = _kernel_input(hidden)
@@ -147,7 +150,7 @@ class NativeArithmetic:
         record_of: Callable[[int], Tensor],
         pairs: Tensor,
     ) -> None:
-        """Set the rows of these experts' pairs in `pairs` ``[P, H]``."""
+        """Write the rows of these experts' pairs into `pairs` ``[P, H]``."""
         place_of = {expert: index for index, expert in enumerate(routing.experts)}
         offsets, rows = _pairs_of(routing, [place_of[expert] for expert, _ in wave])
         tokens, chosen = [routing.tokens[row] for row in rows], [pair_weights[row] for row in rows]

@@ -1,7 +1,7 @@
 """Arithmetic that takes one expert at a time: the reference.
 
-It does exactly what transformers' eager experts do, in its order. It decodes an expert first, so it runs any codec on
-any device, is slow on quantized experts, and is the oracle of the faster ones.
+It performs the operations of transformers' eager experts, in their order. It decodes an expert first, so it takes any
+codec on any device, is slow on quantized experts, and is the oracle of the faster ones.
 T tokens, K top-k, H hidden, I intermediate, t tokens routed to one expert.
 """
 
@@ -17,7 +17,7 @@ from offload_moe.residency.lease import Lease
 
 
 class ReferenceArithmetic:
-    """Experts are computed as they arrive and added as eager adds them: by ascending id, in the hidden dtype.
+    """Computes experts as they arrive, and adds them as eager does: by ascending id, in the hidden dtype.
 
     Decoded, then the same torch operations as eager: for the lossless codec the same operands, so the same bits
     wherever the math library's products depend on their operands alone.

@@ -1,4 +1,4 @@
-"""A layer's router behind that layer's norm, asked with the residual state of an earlier layer."""
+"""A layer's router behind that layer's norm, applied to the residual state of an earlier layer."""
 
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
@@ -9,39 +9,40 @@ from torch import Tensor, nn
 
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.errors import ConfigError
+from offload_moe.experts.observer import HookObserver
 from offload_moe.families.routers import BlockRouter, find_router
 from offload_moe.native import kernels
 
 NORM_NAMES = ("post_attention_layernorm", "pre_feedforward_layernorm", "pre_mlp_layernorm", "ffn_norm", "norm2")
 
 TRIED_TOKENS = 16
-LEAST_SAME = 0.95  # of the ids; ties and roundings differ
+LEAST_SAME = 0.95  # share of the ids; ties and roundings differ
 
-Way = Callable[[Tensor], Tensor]  # residual ``[T, H]`` -> ids ``[T, K]``
+Route = Callable[[Tensor], Tensor]  # residual ``[T, H]`` -> ids ``[T, K]``
 
 
 class RouterProbe:
-    """Callable on a residual state that is not its layer's own."""
+    """The norm and the router of one layer, for the residual state of an earlier layer."""
 
     def __init__(self, norm: nn.Module, router: nn.Module, declared: BlockRouter | None = None) -> None:
-        """declared: the same router, where its declaration says what it computes."""
+        """declared: the same router, where its class is declared."""
         self.norm = norm
         self._router = router
         self._declared = declared
-        self._ways: dict[int, Way] = {}  # K -> the shortest way to the router's ids
+        self._routes: dict[int, Route] = {}  # K -> the fastest computation of the router's ids
 
     def predict(self, residual: Tensor, num_experts_per_token: int) -> list[int]:
         """Residual ``[T, H]`` -> distinct expert ids; the likeliest first where T is 1."""
-        return list(dict.fromkeys(self.ask(residual, num_experts_per_token).flatten().tolist()))
+        return list(dict.fromkeys(self.route(residual, num_experts_per_token).flatten().tolist()))
 
-    def ask(self, residual: Tensor, num_experts_per_token: int) -> Tensor:
-        """Residual ``[T, H]`` -> expert ids ``[T, K]`` where the residual is; each token's likeliest first."""
-        way = self._ways.get(num_experts_per_token)
-        if way is None:
-            way = self._ways[num_experts_per_token] = self._find_way(residual, num_experts_per_token)
-        return way(residual)
+    def route(self, residual: Tensor, num_experts_per_token: int) -> Tensor:
+        """Residual ``[T, H]`` -> expert ids ``[T, K]`` on the residual's device; each token's likeliest first."""
+        route = self._routes.get(num_experts_per_token)
+        if route is None:
+            route = self._routes[num_experts_per_token] = self._find_route(residual, num_experts_per_token)
+        return route(residual)
 
-    def _ask_modules(self, residual: Tensor, k: int) -> Tensor:
+    def _route_by_modules(self, residual: Tensor, k: int) -> Tensor:
         if self._declared is not None and not self._is_short:
             return self._declared.choose(self.norm.forward(residual))
         out: Any = self._router(self.norm.forward(residual))
@@ -57,39 +58,39 @@ class RouterProbe:
 
     @property
     def _is_short(self) -> bool:
-        """Whether it has a short step of its own."""
+        """Whether the fast path has replaced the router's forward."""
         return "forward" in vars(self._router)
 
-    def _find_way(self, residual: Tensor, k: int) -> Way:
-        """By trying shorter ones on noise as large as the residual: most ids have to be the same."""
+    def _find_route(self, residual: Tensor, k: int) -> Route:
+        """The first shorter computation that gives most of the modules' ids on noise as large as the residual."""
 
-        def ask_modules(residual: Tensor) -> Tensor:
-            return self._ask_modules(residual, k)
+        def by_modules(residual: Tensor) -> Tensor:
+            return self._route_by_modules(residual, k)
 
         if self._is_short:
-            return ask_modules
+            return by_modules
         generator = torch.Generator(residual.device).manual_seed(0)
         noise = torch.randn(TRIED_TOKENS, residual.shape[-1], generator=generator, device=residual.device)
         tried = (noise * residual.float().std()).to(residual.dtype)
         for kind in (NativeRouter, PlainRouter):
             try:
-                way = kind(self.norm, self._router, k)
-                expected, found = ask_modules(tried), way(tried)
+                route = kind(self.norm, self._router, k)
+                expected, found = by_modules(tried), route(tried)
             except (TypeError, ValueError, RuntimeError, AttributeError, ConfigError):
                 continue
             if expected.shape != found.shape:
                 continue
             num_same = (expected[..., None] == found[..., None, :]).sum()
             if bool(num_same >= LEAST_SAME * expected.numel()):
-                return way
-        return ask_modules
+                return route
+        return by_modules
 
 
 class PlainRouter:
     """An RMS norm and the greatest logits, in three operations: modules take a dozen and more for the same ids."""
 
     def __init__(self, norm: Any, router: Any, k: int) -> None:
-        """Raises: AttributeError where they are something else."""
+        """norm, router: modules with a weight. Raises: AttributeError where they have none."""
         self._norm, self._router, self._k = norm.weight, router.weight, k
         self._bias = getattr(router, "bias", None)
         self._epsilon = _epsilon(norm)
@@ -103,7 +104,7 @@ class NativeRouter:
     """The same in fp32 on the CPU, in two native calls for a token."""
 
     def __init__(self, norm: Any, router: Any, k: int) -> None:
-        """Raises: AttributeError where they are something else, ConfigError where there is no kernel for them."""
+        """norm, router: modules with a weight. Raises: AttributeError for others, ConfigError where no kernel fits."""
         weights = [norm.weight, router.weight, *([] if getattr(router, "bias", None) is None else [router.bias])]
         if not all(weight.is_cpu and weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights):
             raise ConfigError("The kernels take norms and routers in fp32, on the CPU.")
@@ -111,7 +112,7 @@ class NativeRouter:
         if norm_weight.shape != weight.shape[1:] or any(each.shape != weight.shape[:1] for each in bias):
             raise ConfigError(f"A norm of {tuple(norm_weight.shape)} before a router of {tuple(weight.shape)}.")
         self._norm = kernels.NormKernel(norm_weight, _epsilon(norm))
-        linear = kernels.Linear.of_fp32(weight, *bias)
+        linear = kernels.Linear.of_numbers(weight, *bias)
         self._router = kernels.RouterKernel(linear, top_k=k, is_of_chosen=True)
         sizes = (*weight.shape[::-1], k)
         self._normed, self._logits, self._weights = (torch.empty(1, n, dtype=torch.float32) for n in sizes)
@@ -119,9 +120,9 @@ class NativeRouter:
     def __call__(self, residual: Tensor) -> Tensor:
         if residual.dtype != torch.float32 or residual.shape[1:] != self._normed.shape[1:]:
             raise TypeError(f"A residual {tuple(residual.shape)} in {residual.dtype}, where the kernels read fp32.")
-        return self._ask(residual) if len(residual) == 1 else torch.cat([self._ask(row) for row in residual.split(1)])
+        return self._row(residual) if len(residual) == 1 else torch.cat([self._row(row) for row in residual.split(1)])
 
-    def _ask(self, residual: Tensor) -> Tensor:
+    def _row(self, residual: Tensor) -> Tensor:
         ids = torch.empty(self._weights.shape, dtype=torch.int64)
         self._norm.step(residual if residual.is_contiguous() else residual.contiguous(), self._normed)
         self._router.step(self._normed, self._logits, self._weights, ids)
@@ -133,8 +134,8 @@ def _epsilon(norm: Any) -> float:
     return torch.finfo(norm.weight.dtype).eps if epsilon is None else float(epsilon)
 
 
-class ResidualCapture:
-    """A forward pre-hook of a layer's norm that keeps what it is given, ``[T, H]``, and changes nothing."""
+class ResidualCapture(HookObserver):
+    """A forward pre-hook of a layer's norm that keeps the norm's input, ``[T, H]``, and changes nothing."""
 
     def __init__(self, residuals: MutableMapping[int, Tensor], layer: int) -> None:
         self._residuals, self._layer = residuals, layer
@@ -155,7 +156,7 @@ def _find_probe(hf: nn.Module, block_name: str) -> RouterProbe | None:
         return None
     norms: dict[str, Any] = dict(found.layer.named_children())
     norm = next((norms[name] for name in NORM_NAMES if name in norms), None)
-    if norm is None or isinstance(norm, nn.ModuleList) or not found.can_be_asked(_row(hf, norm)):
+    if norm is None or isinstance(norm, nn.ModuleList) or not found.routes_alone(_row(hf, norm)):
         return None
     return RouterProbe(norm, found.module, found if found.spec is not None else None)
 

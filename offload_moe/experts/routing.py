@@ -1,4 +1,4 @@
-"""What the router decided, grouped by expert, on the host.
+"""The router's choice, grouped by expert, on the host.
 
 T tokens, K top-k, P = T * K routed pairs.
 """
@@ -20,14 +20,14 @@ class Routing:
     """Routed pairs sorted by expert; within one expert in eager's order: by place in the top-k, then by token.
 
     experts: distinct ids, ascending. offsets: ``experts[i]`` owns pairs ``offsets[i] : offsets[i + 1]``.
-    tokens: the token of each pair. places: its column in the top-k. answers: ids of other routers that were asked.
+    tokens: the token of each pair. places: its column in the top-k. ahead: ids of later layers' routers, K each.
     """
 
     experts: list[int]
     offsets: list[int]
     tokens: list[int]
     places: list[int]
-    answers: list[list[int]] = field(default_factory=list)
+    ahead: list[list[int]] = field(default_factory=list)
 
     def pairs(self, index: int) -> slice:
         return slice(self.offsets[index], self.offsets[index + 1])
@@ -37,21 +37,21 @@ class Routing:
         return [(end - start) / num_tokens for start, end in pairwise(self.offsets)]
 
 
-def group_by_expert(top_k_index: Tensor, num_experts: int, asked: Sequence[Tensor] = ()) -> Routing:
+def group_by_expert(top_k_index: Tensor, num_experts: int, ahead: Sequence[Tensor] = ()) -> Routing:
     """Group ``[T, K]`` expert ids. The copy to the host here is the only synchronization of an MoE layer.
 
     Ids of `num_experts` and above are sentinels of masked tokens and are dropped, as eager drops them.
-    asked: ids ``[1, K]`` that come to the host with them.
+    ahead: ids ``[1, K]`` of later layers' routers, copied to the host with them.
     """
     num_tokens = len(top_k_index)
-    ids = fetch_top_k(torch.cat((top_k_index, *asked)) if asked else top_k_index)
+    ids = fetch_top_k(torch.cat((top_k_index, *ahead)) if ahead else top_k_index)
     own = ids[:num_tokens]
     routing = _one_token(own[0].tolist(), num_experts) if num_tokens == 1 else _many_tokens(own, num_experts)
-    return replace(routing, answers=ids[num_tokens:].tolist()) if asked else routing
+    return replace(routing, ahead=ids[num_tokens:].tolist()) if ahead else routing
 
 
 def fetch_top_k(top_k_index: Tensor) -> Ids:
-    """Bring the routed ids to the host, ``[T, K]``. Tests under FakeTensorMode replace this one function."""
+    """Copy the routed ids to the host, ``[T, K]``. Tests under FakeTensorMode replace this one function."""
     return top_k_index.detach().to("cpu", torch.int64).numpy()
 
 

@@ -1,7 +1,7 @@
-"""Adapters for the experts classes that transformers' experts registry does not know, one small file each.
+"""Adapters for the experts classes outside transformers' experts registry, one small file each.
 
-An adapter says where the experts' parameters are and hands (hidden, expert ids, weights) to what is bound in their
-place. Model code stays transformers' own: only the forward of the module that owns the experts is replaced.
+An adapter describes where the experts' parameters are and passes (hidden, expert ids, weights) to the experts bound in
+their place. Model code stays transformers' own: only the forward of the module that owns the experts is replaced.
 """
 
 from torch import nn
@@ -21,12 +21,12 @@ ADAPTERS: tuple[Adapter, ...] = (
 
 
 def find_adapter(module: nn.Module) -> Adapter | None:
-    """The adapter for this very module."""
+    """The adapter for the class of a module; None where it has none."""
     return next((adapter for adapter in ADAPTERS if adapter.fits(module)), None)
 
 
 def is_left_alone(module: nn.Module) -> bool:
-    """Whether an adapter says that a module of its family stays dense, though it looks like experts."""
+    """Whether an adapter declares that a module of its family stays dense, though it looks like experts."""
     kind = type(module)
     return any(kind.__name__ in adapter.left_alone and f".{adapter.family}." in kind.__module__ for adapter in ADAPTERS)
 

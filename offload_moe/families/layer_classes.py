@@ -17,7 +17,7 @@ Rotates = Literal["always", "local layers", "local layers, or all where there is
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterClass:
-    """path, weight: below the MoE block. correction: below the block, too."""
+    """The router of a declared layer class. path, weight, correction: below the MoE block."""
 
     path: str = "gate"
     weight: str = "weight"
@@ -33,13 +33,15 @@ class RouterClass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionClass:
-    """norms: children that norm queries and keys, where the instance has them.
+    """The attention of a declared layer class. norms: children that norm queries and keys, where an instance has them.
+    keeps_pairs: see `AttentionSpec`.
 
     window: None or a number. is_local: whether it counts for this layer.
     """
 
     is_latent: bool = False
     is_interleaved: Setting = False
+    keeps_pairs: bool = False
     norm_span: NormSpan = "none"
     norms: tuple[str, str] = ("q_norm", "k_norm")
     is_normed_rotated: bool = False
@@ -53,9 +55,11 @@ class AttentionClass:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerClass:
-    """norms: before and after attention, before and after the MLP. block: the child that is the MLP or the MoE block.
+    """A declared layer class. norms: before and after attention, before and after the MLP.
 
-    shared, shared_gate: children of the block; shared_beside: a child of the layer instead. fast_path: what native
+    block: the child that is the MLP or the MoE block.
+    shared, shared_gate: children of the block; shared_beside: a child of the layer instead. embedding_scale: a setting
+    of the decoder, which multiplies its embeddings by it before the first layer. fast_path: what native
     decode kernels compute with the family's usual settings: all of it, attention and norms, or its experts only.
     """
 
@@ -67,6 +71,7 @@ class LayerClass:
     shared_gate: str = ""
     shared_beside: str = ""
     residual_scale: Setting = 1.0
+    embedding_scale: Setting = 1.0
     fast_path: FastPath = "yes"
 
 
@@ -96,9 +101,12 @@ LATENT = AttentionClass(
 )
 
 GRANITE = LayerClass(
-    router=replace(OF_CHOSEN, path="router"), block="block_sparse_moe", residual_scale="residual_multiplier"
+    router=replace(OF_CHOSEN, path="router"),
+    block="block_sparse_moe",
+    residual_scale="residual_multiplier",
+    embedding_scale="embedding_multiplier",
 )
-WITH_SHARED = LayerClass(router=DEEPSEEK, shared="shared_experts", fast_path="attention")
+WITH_SHARED = LayerClass(router=DEEPSEEK, shared="shared_experts")
 
 LAYERS: Mapping[str, LayerClass] = {
     "AfmoeDecoderLayer": LayerClass(
@@ -123,9 +131,11 @@ LAYERS: Mapping[str, LayerClass] = {
     ),
     "AriaTextDecoderLayer": LayerClass(router=replace(OF_CHOSEN, path="router"), shared="shared_experts"),
     "DeepseekV2DecoderLayer": LayerClass(
-        router=DEEPSEEK_V2, attention=replace(LATENT, is_interleaved=True), shared="shared_experts", fast_path="no"
+        router=DEEPSEEK_V2,
+        attention=replace(LATENT, is_interleaved=True, keeps_pairs=True),
+        shared="shared_experts",
     ),
-    "DeepseekV3DecoderLayer": replace(WITH_SHARED, attention=LATENT, fast_path="no"),
+    "DeepseekV3DecoderLayer": replace(WITH_SHARED, attention=LATENT),
     "Dots1DecoderLayer": replace(WITH_SHARED, attention=replace(NORMED_HEADS, window="sliding_window")),
     "Ernie4_5_MoeDecoderLayer": LayerClass(
         router=RouterClass(is_normalized=True, correction="gate.moe_statics.e_score_correction_bias"),
@@ -149,7 +159,7 @@ LAYERS: Mapping[str, LayerClass] = {
         fast_path="no",
     ),
     "Glm4MoeDecoderLayer": replace(WITH_SHARED, attention=NORMED_HEADS),
-    "Glm4MoeLiteDecoderLayer": replace(WITH_SHARED, attention=LATENT, fast_path="no"),
+    "Glm4MoeLiteDecoderLayer": replace(WITH_SHARED, attention=LATENT),
     "GptOssDecoderLayer": LayerClass(
         router=replace(OF_CHOSEN, path="router"),
         attention=AttentionClass(window="sliding_window", sinks="sinks"),
@@ -160,7 +170,6 @@ LAYERS: Mapping[str, LayerClass] = {
         router=replace(CORRECTED, scale="router_scaling_factor"),
         attention=NORMED_HEADS,
         shared="shared_experts",
-        fast_path="attention",
     ),
     "HunYuanMoEV1DecoderLayer": LayerClass(
         router=replace(OF_CHOSEN, weight="wg.weight"),
@@ -168,7 +177,7 @@ LAYERS: Mapping[str, LayerClass] = {
         shared="shared_mlp",
         fast_path="no",
     ),
-    "MiniMaxM2DecoderLayer": LayerClass(router=CORRECTED, attention=NORMED_ROWS, fast_path="attention"),
+    "MiniMaxM2DecoderLayer": LayerClass(router=CORRECTED, attention=NORMED_ROWS),
     "MixtralDecoderLayer": LayerClass(router=OF_CHOSEN, attention=AttentionClass(window="config.sliding_window")),
     "OlmoeDecoderLayer": LayerClass(router=SOFTMAX, attention=replace(NORMED_ROWS, clip="config.clip_qkv")),
     "PhimoeDecoderLayer": LayerClass(

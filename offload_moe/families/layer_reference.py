@@ -1,4 +1,4 @@
-"""A decoder layer computed from its `LayerSpec` alone, slowly: what a declaration means.
+"""A decoder layer computed from its `LayerSpec` alone, slowly: the meaning of a declaration.
 
 Only weights, and the routed experts with them, come from the module. Tests compare it with transformers' own layer.
 
@@ -184,5 +184,4 @@ def _linear(layer: nn.Module, path: str, x: Tensor, *, has_bias: bool | None) ->
 
 def _tensor(layer: nn.Module, path: str) -> Tensor:
     owner, _, name = path.rpartition(".")
-    tensor: Tensor = getattr(layer.get_submodule(owner), name)
-    return tensor
+    return getattr(layer.get_submodule(owner), name)

@@ -1,4 +1,4 @@
-"""What a decoder layer computes, in values: the kernels, the reference and the reports read it, not the module's code.
+"""What a decoder layer computes, as values, which the kernels, the reference and the reports read.
 
 Paths are module or tensor names below the layer. An empty path: the layer has no such part.
 """
@@ -69,7 +69,8 @@ class AttentionSpec:
     head_dim: of a query and a key. rotated_dims: the first ones of a head, of latent attention the last ones.
     norm_span: what the norms of queries and keys extend over; is_normed_rotated: they come after the rotation.
     sliding_window: None sees all. sinks: a logit per head that takes a share and gives nothing. clip: queries, keys and
-    values are clamped. gate: a projection whose sigmoid the heads' outputs are multiplied by.
+    values are clamped. keeps_pairs: dims that turn as pairs stay pairs; otherwise they are halves from then on. gate:
+    a projection whose sigmoid the heads' outputs are multiplied by.
     """
 
     path: str
@@ -78,6 +79,7 @@ class AttentionSpec:
     scaling: float
     rotary: Rotary
     rotated_dims: int
+    keeps_pairs: bool = False
     latent: LatentSpec | None = None
     norm_span: NormSpan = "none"
     query_norm: NormSpec | None = None

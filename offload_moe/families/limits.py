@@ -1,4 +1,4 @@
-"""What of a declared layer the native decode kernels do not compute, in words."""
+"""The parts of a declared layer that the native decode kernels do not compute, as texts."""
 
 from collections.abc import Iterator, Mapping
 
@@ -6,9 +6,9 @@ from offload_moe.families.layer_spec import AttentionSpec, LayerSpec, RouterSpec
 
 
 def attention_limits(spec: AttentionSpec) -> list[str]:
-    """Of the kernel call for one attention module."""
+    """Limits of the kernel call for one attention module."""
     if spec.latent is not None:
-        return ["latent attention"]
+        return []
     reasons = {
         "an output gate": bool(spec.gate),
         "clamped queries, keys and values": spec.clip is not None,
@@ -20,20 +20,13 @@ def attention_limits(spec: AttentionSpec) -> list[str]:
 
 
 def router_limits(spec: RouterSpec) -> list[str]:
-    """Of the kernel call for one router."""
-    has_groups = spec.num_chosen_groups < spec.num_groups
-    reasons = {
-        "sigmoid scores": spec.scoring == "sigmoid",
-        "a sparse mixer": spec.scoring == "sparsemixer",
-        "a correction of its scores": bool(spec.correction),
-        f"{spec.num_chosen_groups} of {spec.num_groups} groups of experts": has_groups,
-        f"a scale of {spec.scale:g}": spec.scale != 1.0 and spec.scoring == "softmax",
-    }
+    """Limits of the kernel call for one router."""
+    reasons = {"a sparse mixer": spec.scoring == "sparsemixer"}
     return _phrase("a router", reasons)
 
 
 def order_limits(spec: LayerSpec) -> list[str]:
-    """Of the kernel call that joins norms, attention, residual sums and the router of a layer."""
+    """Limits of the kernel call that joins norms, attention, residual sums and the router of a layer."""
     return list(_order_limits(spec))
 
 
@@ -55,6 +48,6 @@ def _phrase(part: str, reasons: Mapping[str, bool]) -> list[str]:
 
 
 def layer_limits(spec: LayerSpec) -> list[str]:
-    """All of them. None: one native thread takes a token through such layers, if their sizes allow it."""
+    """All limits. Without any, one native thread takes a token through such layers, if their sizes allow it."""
     router = [] if spec.router is None else router_limits(spec.router)
     return [*attention_limits(spec.attention), *order_limits(spec), *router]

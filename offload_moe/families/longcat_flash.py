@@ -1,4 +1,4 @@
-"""LongCat-Flash: some experts compute nothing and hand their input on; they have ids after the others.
+"""LongCat-Flash: some experts compute nothing and return their input; they have ids after the others.
 
 Source: transformers/models/longcat_flash/modeling_longcat_flash.py, `LongcatFlashExperts`; Meituan 2025,
 "LongCat-Flash Technical Report", arXiv:2509.01322, section 2.1.

@@ -1,8 +1,8 @@
 """NLLB-MoE: encoder-decoder, GShard's top-2 gating.
 
 transformers 5.23 sends every token to experts 0 and 1: `NllbMoeExperts` takes its one-hot mask for a list of expert
-ids. Published weights translate to nothing that way, so this adapter does what the router says, as transformers 4 did;
-a test fails once upstream does so again.
+ids. Published weights do not translate that way, so this adapter follows the router, as transformers 4 did; a test
+fails once upstream does so again.
 
 Source: transformers/models/nllb_moe/modeling_nllb_moe.py, `NllbMoeTop2Router`; Lepikhin et al. 2020, "GShard".
 """

@@ -1,4 +1,4 @@
-"""What an adapter says of an experts class that transformers' registry does not know.
+"""The description of an experts class outside transformers' registry by an adapter.
 
 Shape legend: T tokens, E experts, K top-k, H hidden, I intermediate.
 """
@@ -14,7 +14,7 @@ from offload_moe.quant.layout import ExpertShape
 Bound = Callable[[Tensor, Tensor, Tensor], Tensor]
 """hidden ``[T, H]``, expert ids ``[T, K]``, weights ``[T, K]`` -> ``[T, H]``, summed by ascending id.
 
-Ids of E and above are nobody.
+Ids of E and above are dropped.
 """
 
 
@@ -46,9 +46,9 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Between:
-    """What happens between and after an expert's matrices, in the words of transformers' own contract.
+    """The operations between and after an expert's matrices, in the terms of transformers' own contract.
 
-    pair_scale: every weighted output is multiplied by it once more; decorated classes have none.
+    pair_scale: a factor of every weighted output; decorated classes have none.
     """
 
     has_gate: bool
@@ -88,8 +88,8 @@ class Adapter:
 
     family, class_name: transformers' folder and class. describe: what the module holds, parameters may be on `meta`.
     forward: what replaces the module's forward once its parameters are gone. left_alone: classes of the same family
-    that look like experts and stay dense. special: what a user should know. top_k: experts per token,
-    where no config says so.
+    that look like experts and stay dense. special: a remark for users. top_k: experts per token, where no config has
+    it.
     """
 
     family: str

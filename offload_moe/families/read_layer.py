@@ -19,6 +19,12 @@ def layer_spec(layer: nn.Module) -> LayerSpec | None:
     return None if declared is None else _read(layer, declared)
 
 
+def embedding_scale(decoder: Any) -> float:
+    """What a decoder multiplies its embeddings by; 1 where its layers' class is not declared."""
+    declared = LAYERS.get(type(decoder.layers[0]).__name__)
+    return 1.0 if declared is None else _number(decoder, declared.embedding_scale)
+
+
 def _read(layer: Any, declared: LayerClass) -> LayerSpec:
     before_attention, after_attention, before_mlp, after_mlp = (_norm(layer, path) for path in declared.norms)
     block = getattr(layer, declared.block)
@@ -82,6 +88,7 @@ def _attention(module: Any, declared: AttentionClass) -> AttentionSpec:
         scaling=module.scaling,
         rotary=rotary,
         rotated_dims=module.qk_rope_head_dim if latent else _rotated_dims(module),
+        keeps_pairs=declared.keeps_pairs,
         latent=latent,
         norm_span=declared.norm_span if norms[0] is not None else "none",
         query_norm=norms[0],
@@ -146,8 +153,7 @@ def _setting(module: Any, setting: Setting, *, is_optional: bool = False) -> Set
         return setting
     for name in setting.split("."):
         module = getattr(module, name, None) if is_optional else getattr(module, name)
-    value: Setting = module
-    return value
+    return module
 
 
 def _number(module: Any, setting: Setting) -> float:

@@ -16,7 +16,7 @@ ROUTER_NAMES = ("gate", "router")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockRouter:
-    """spec: what it computes, in paths below `layer`; None where the layer's class is not declared."""
+    """A router and its decoder layer. spec: paths are below `layer`; None where the layer's class is not declared."""
 
     module: nn.Module
     layer: nn.Module
@@ -32,7 +32,7 @@ class BlockRouter:
         return scoring == "sigmoid" or hasattr(self.module, "e_score_correction_bias")
 
     @torch.no_grad()
-    def can_be_asked(self, rows: Tensor) -> bool:
+    def routes_alone(self, rows: Tensor) -> bool:
         """Whether expert ids follow from hidden states ``[T, H]`` alone: by its declaration, or from the module itself.
 
         Some modules also take a correction, which their block has.
@@ -41,12 +41,12 @@ class BlockRouter:
             return True
         try:
             self.module(rows)
-        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):  # whatever it misses
+        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):  # an input is missing
             return False
         return True
 
     def choose(self, rows: Tensor) -> Tensor:
-        """``[T, H]`` -> ids ``[T, K]``, each token's likeliest first. Only of a declared one."""
+        """``[T, H]`` -> ids ``[T, K]``, each token's likeliest first. Only for a declared router."""
         assert self.spec is not None
         return route(self.layer, self.spec, rows)[1]
 

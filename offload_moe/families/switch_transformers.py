@@ -1,4 +1,4 @@
-"""Switch Transformers: encoder-decoder, top-1; a token whose expert is full passes by it.
+"""Switch Transformers: encoder-decoder, top-1; a token whose expert is full skips it.
 
 Source: transformers/models/switch_transformers/modeling_switch_transformers.py, `SwitchTransformersExperts`; Fedus,
 Zoph and Shazeer 2021, "Switch Transformers", section 2.2 (expert capacity).

@@ -1,17 +1,18 @@
-"""Native calls of a decode step: grouped-query attention, a router, a norm, and all of them as one."""
+"""Native calls of a decode step: a norm, and grouped-query attention."""
 
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from offload_moe.errors import ConfigError
 from offload_moe.native.bindings import library
 from offload_moe.native.constants import MODES
 from offload_moe.native.planes import Mode, matrix_struct
-from offload_moe.native.structs import AttentionStruct, LayerStruct, MatrixStruct, RouterStruct
+from offload_moe.native.structs import AttentionStruct, MatrixStruct
 from offload_moe.quant.layout import ExpertShape, RecordLayout, pack_planes, weight_shape
 
 HEAD_DIM_STEP = 16  # head dims are multiples of the widest vector
@@ -28,10 +29,11 @@ class Linear:
     bias: Tensor | None = None
 
     @classmethod
-    def of_fp32(cls, weight: Tensor, bias: Tensor | None = None) -> Self:
-        """Of the numbers themselves: weight ``[O, K]``, fp32 and contiguous, is read where it lies."""
+    def of_numbers(cls, weight: Tensor, bias: Tensor | None = None) -> Self:
+        """Of the numbers themselves: weight ``[O, K]``, fp32 or bf16 and contiguous, is read where it lies."""
         layout = pack_planes([("weight.values", weight.dtype, tuple(weight.shape))])
-        return cls(codec="fp32", shape=weight_shape(*weight.shape), layout=layout, record=weight, bias=bias)
+        codec = "fp32" if weight.dtype == torch.float32 else "bf16"
+        return cls(codec=codec, shape=weight_shape(*weight.shape), layout=layout, record=weight, bias=bias)
 
     def struct(self) -> MatrixStruct:
         return matrix_struct(self.codec, self.shape.matrices[0], self.layout)
@@ -87,9 +89,9 @@ class AttentionKernel:
         self._struct = AttentionStruct(
             matrices=(MatrixStruct * 4)(*(linear.struct() for linear in linears)),
             records=(ctypes.c_void_p * 4)(*(linear.record.data_ptr() for linear in linears)),
-            biases=(ctypes.c_void_p * 4)(*(_address(linear.bias) for linear in linears)),
+            biases=(ctypes.c_void_p * 4)(*(optional_address(linear.bias) for linear in linears)),
             norms=(ctypes.c_void_p * 2)(*addresses),
-            sinks=_address(sinks),
+            sinks=optional_address(sinks),
             num_heads=outs[0] // head_dim,
             num_kv_heads=outs[1] // head_dim,
             head_dim=head_dim,
@@ -107,87 +109,21 @@ class AttentionKernel:
     ) -> None:
         """x ``[..., H]`` of one token -> out ``[..., H]``, all fp32 and contiguous; not checked, this is the hot path.
 
-        cos, signed_sin ``[R]``. keys, values ``[1, M, C, D]`` hold `length` tokens and get one more.
+        cos, signed_sin ``[R]``. keys, values ``[1, M, C, D]``, whose heads lie apart as they may, hold `length` tokens
+        and get one more.
         """
         status = self._native(
             *(self.struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),
-            *(keys.data_ptr(), values.data_ptr(), keys.shape[2], length, out.data_ptr()),
+            *(keys.data_ptr(), values.data_ptr(), tokens_apart(keys), length, out.data_ptr()),
         )
         if status:
             raise MemoryError(f"No memory for the scores of {length + 1} tokens.")
 
 
-class RouterKernel:
-    """Logits, softmax and top-k of one token, in fp32. Shape legend: H hidden, E experts, K top-k."""
-
-    def __init__(self, linear: Linear, *, top_k: int, is_of_chosen: bool) -> None:
-        """is_of_chosen: weights are shares among the K chosen experts, otherwise among all E. Raises: ConfigError."""
-        num_experts = linear.shape.matrices[0].out_features
-        if not 1 <= top_k <= num_experts:
-            raise ConfigError(f"A router of {num_experts} experts cannot choose {top_k}.")
-        self._owned = linear
-        self._struct = RouterStruct(
-            matrix=linear.struct(),
-            record=linear.record.data_ptr(),
-            bias=_address(linear.bias),
-            top_k=top_k,
-            is_of_chosen=is_of_chosen,
-        )
-        self.struct_address = ctypes.addressof(self._struct)
-        self._native = library().om_router_step
-
-    def step(self, x: Tensor, logits: Tensor, weights: Tensor, ids: Tensor) -> None:
-        """x ``[H]``, logits ``[E]``, weights ``[K]`` fp32, ids ``[K]`` int64: contiguous, not checked."""
-        status = self._native(self.struct_address, x.data_ptr(), logits.data_ptr(), weights.data_ptr(), ids.data_ptr())
-        if status:
-            raise MemoryError("No memory for a router's activations.")
+def tokens_apart(keys: Tensor) -> int:
+    """How many tokens lie between the beginnings of two heads of ``[1, M, C, D]``: at least C."""
+    return keys.stride(1) // keys.shape[3]
 
 
-class LayerKernel:
-    """A decoder layer up to its experts, for one token: norm, attention, residual sum, norm, and router if it has one.
-
-    The bits of the separate calls. Shape legend: H hidden, E experts, K top-k; others as `AttentionKernel` has them.
-    """
-
-    def __init__(
-        self, norms: tuple[NormKernel, NormKernel], attention: AttentionKernel, router: RouterKernel | None
-    ) -> None:
-        """norms: before attention, and before the router."""
-        self._owned = (norms, attention, router)
-        self._struct = LayerStruct(
-            attention=attention.struct_address,
-            router=None if router is None else router.struct_address,
-            norms=(ctypes.c_void_p * 2)(*(norm.weight_address for norm in norms)),
-            epsilons=(ctypes.c_float * 2)(*(norm.epsilon for norm in norms)),
-            hidden=norms[0].length,
-        )
-        self.struct_address = ctypes.addressof(self._struct)
-        self._native = library().om_layer_step
-
-    def step(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        signed_sin: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        length: int,
-        residual: Tensor,
-        normed: Tensor,
-        routed: tuple[Tensor, Tensor, Tensor] | None,
-    ) -> None:
-        """x ``[..., H]`` -> residual and normed ``[..., H]``, and logits, weights and ids as `RouterKernel` has them.
-
-        Contiguous, not checked, this is the hot path. routed: None without a router.
-        """
-        status = self._native(
-            *(self.struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),
-            *(keys.data_ptr(), values.data_ptr(), keys.shape[2], length, residual.data_ptr(), normed.data_ptr()),
-            *((None, None, None) if routed is None else (part.data_ptr() for part in routed)),
-        )
-        if status:
-            raise MemoryError(f"No memory for the scores of {length + 1} tokens.")
-
-
-def _address(tensor: Tensor | None) -> int | None:
+def optional_address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()

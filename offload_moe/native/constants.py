@@ -4,15 +4,19 @@ CODECS = {"nf4": 0, "int8": 1, "mxfp4": 2, "bf16": 3, "fp32": 4}
 MODES = {"exact": 0, "fast": 1}
 FP32_VALUES, BF16_VALUES = 0, 1  # dtypes of activations
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gpt_oss": 3, "relu": 4, "relu2": 5, "identity": 6}
+ROTATIONS = {"halves": 0, "pairs_to_halves": 1, "pairs": 2}  # which dims turn together, and where they are then
 READING, DONE, DROPPED, FAILED = 1, 2, 3, 4  # what has happened to a read
 HIT, ARRIVING, MISSING, FETCHED = 0, 1, 2, 3  # how an expert was found
 NEEDS_EXPERTS, NEEDS_SLOTS = 1, 2  # what a layer of a token pass needs
 UNDER_WAY = -2  # in place of a layer: nothing yet
 BLOCK = 64  # weights that share a scale
 MAX_TOP_K = 64  # of the layers of a span
+MAX_SCORED = 1024  # experts of a router with corrections or groups
+MAX_ROTATED = 256  # dims of latent attention
 
+_TABLES = (CODECS, MODES, ACTIVATIONS, ROTATIONS)
 CONSTANTS = {
-    **{f"OM_{name.upper()}": value for table in (CODECS, MODES, ACTIVATIONS) for name, value in table.items()},
+    **{f"OM_{name.upper()}": value for table in _TABLES for name, value in table.items()},
     "OM_F32": FP32_VALUES,
     "OM_BF16_VALUES": BF16_VALUES,
     "OM_READING": READING,
@@ -28,4 +32,6 @@ CONSTANTS = {
     "OM_UNDER_WAY": UNDER_WAY,
     "OM_BLOCK": BLOCK,
     "OM_MAX_TOP_K": MAX_TOP_K,
+    "OM_MAX_SCORED": MAX_SCORED,
+    "OM_MAX_ROTATED": MAX_ROTATED,
 }

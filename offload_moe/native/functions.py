@@ -24,6 +24,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "om_moe_forward": (integer, pointer, pointer, int64, int32, *[pointer] * 5, int64, pointer, int32, int32, int32),
     "om_sum_rows": (None, pointer, int64, int64, pointer, int32),
     "om_attention_step": (integer, *[pointer] * 6, int64, int64, pointer),
+    "om_latent_step": (integer, *[pointer] * 6, int64, pointer),
     "om_rms_norm": (None, pointer, pointer, int64, float32, pointer),
     "om_router_step": (integer, *[pointer] * 5),
     "om_layer_step": (integer, *[pointer] * 6, int64, int64, *[pointer] * 5),

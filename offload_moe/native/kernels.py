@@ -1,6 +1,6 @@
 """Native CPU kernels: quantized matrices times a few tokens, whole MoE layers in one call."""
 
-from offload_moe.native.attention import AttentionKernel, HeadNorm, LayerKernel, Linear, NormKernel, RouterKernel
+from offload_moe.native.attention import AttentionKernel, HeadNorm, Linear, NormKernel
 from offload_moe.native.bindings import (
     instruction_set,
     num_threads,
@@ -25,9 +25,12 @@ from offload_moe.native.constants import (
 )
 from offload_moe.native.encode import encode_int8, encode_nf4
 from offload_moe.native.experts import ExpertKernel, add_rows
+from offload_moe.native.latent import LatentKernel
+from offload_moe.native.layer import LayerKernel
 from offload_moe.native.linear import LinearKernel
 from offload_moe.native.planes import unsupported_reason
 from offload_moe.native.reads import Reads, ReadSizes
+from offload_moe.native.router import RouterKernel
 from offload_moe.native.slot_table import SlotTable
 from offload_moe.native.span import (
     SharedKernel,
@@ -54,6 +57,7 @@ __all__ = [
     "ExpertKernel",
     "FileStruct",
     "HeadNorm",
+    "LatentKernel",
     "LayerKernel",
     "Linear",
     "LinearKernel",

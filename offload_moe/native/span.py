@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from offload_moe.errors import ConfigError
-from offload_moe.native.attention import LayerKernel
+from offload_moe.native.attention import tokens_apart
 from offload_moe.native.bindings import library
 from offload_moe.native.constants import MAX_TOP_K, MODES, UNDER_WAY
 from offload_moe.native.experts import ExpertKernel
+from offload_moe.native.layer import LayerKernel
 from offload_moe.native.planes import Mode
 from offload_moe.native.reads import Reads
 from offload_moe.native.slot_table import SlotTable
@@ -96,7 +97,7 @@ class SpanToken:
         guess_space, row_space = torch.empty(x.numel() + num_experts + top_k), torch.empty(top_k, x.numel())
         keys = array("Q", [room[0].data_ptr() for room in rooms])
         values = array("Q", [room[1].data_ptr() for room in rooms])
-        capacities = array("q", [room[0].shape[2] for room in rooms])
+        capacities = array("q", [tokens_apart(room[0]) for room in rooms])
         lengths = array("q", [room[2] for room in rooms])
         leading = array("q", ranks)
         self._owned = (rooms, rotary, keys, values, capacities, lengths, leading, guess_space, row_space)

@@ -41,15 +41,30 @@ class AttentionStruct(ctypes.Structure):
     )
 
 
+class LatentStruct(ctypes.Structure):
+    """`om_latent`."""
+
+    _fields_ = (
+        ("matrices", MatrixStruct * 6),
+        ("records", ctypes.c_void_p * 6),
+        ("biases", ctypes.c_void_p * 6),
+        *((name, ctypes.c_void_p) for name in ("query_norm", "latent_norm")),
+        *((name, ctypes.c_float) for name in ("query_epsilon", "latent_epsilon")),
+        *((name, ctypes.c_int64) for name in ("num_heads", "unrotated_dims", "rotated_dims", "value_dims", "rank")),
+        ("scaling", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("rotation", "mode")),
+    )
+
+
 class RouterStruct(ctypes.Structure):
     """`om_router`."""
 
     _fields_ = (
         ("matrix", MatrixStruct),
-        ("record", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("top_k", ctypes.c_int64),
-        ("is_of_chosen", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("record", "bias", "correction")),
+        *((name, ctypes.c_int64) for name in ("top_k", "num_groups", "num_chosen_groups")),
+        *((name, ctypes.c_int32) for name in ("num_best", "is_sigmoid", "is_of_chosen")),
+        ("scale", ctypes.c_float),
     )
 
 
@@ -57,8 +72,7 @@ class LayerStruct(ctypes.Structure):
     """`om_layer`."""
 
     _fields_ = (
-        ("attention", ctypes.c_void_p),
-        ("router", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("attention", "latent", "router")),
         ("norms", ctypes.c_void_p * 2),
         ("epsilons", ctypes.c_float * 2),
         ("hidden", ctypes.c_int64),
@@ -174,6 +188,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "om_matrix": MatrixStruct,
     "om_moe_layer": MoeLayerStruct,
     "om_attention": AttentionStruct,
+    "om_latent": LatentStruct,
     "om_router": RouterStruct,
     "om_layer": LayerStruct,
     "om_shared": SharedStruct,

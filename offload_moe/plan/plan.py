@@ -72,7 +72,7 @@ def make_plan(
         dense_codec = _agreed("--dense-codec", dense_codec, source.dense_codec)
     _suitable("--dense-codec", dense_codec or LOSSLESS, DENSE_CODECS)
     stored = source.dense_codec or dense_codec or LOSSLESS
-    shape = describe_model(source.config, is_fast_path=_is_lean(codec, machine), dense_names=source.dense_names)
+    shape = describe_model(source.config, is_fast_path=_takes_fast_path(codec, machine), dense_names=source.dense_names)
     shape = with_narrow_embeddings(shape, lambda weight: weight.dtype == torch.bfloat16)
     check_context(context, shape)
     settings = Settings(codec=codec, context=context, dense_codec=dense_codec, stored_dense_codec=stored)
@@ -106,8 +106,8 @@ def _plan(source: PlannedSource, shape: ModelShape, machine: Machine, settings: 
     )
 
 
-def _is_lean(codec: str, machine: Machine) -> bool:
-    """The default of `load`."""
+def _takes_fast_path(codec: str, machine: Machine) -> bool:
+    """Whether `load`, by default, takes the whole fast path, whose numbers may differ in the last bits."""
     from offload_moe.experts.arithmetic import keeps_eagers_bits
 
     where = torch.device("cuda" if machine.has_device else "cpu")

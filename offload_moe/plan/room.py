@@ -24,7 +24,7 @@ from offload_moe.plan.working import activation_bytes, cache_bytes
 from offload_moe.system.sizes import format_size
 
 GROWING = ("key/value cache", "activations")  # parts of the plan
-NEVER_LENT_BYTES = 12 << 20  # freed blocks too small to return to the system at once: 4 to 15 MB were found
+NEVER_BORROWED_BYTES = 12 << 20  # freed blocks too small to return to the system at once: 4 to 15 MB were found
 DOUBT = 0.25  # reserve, as a share of the expected activations, that is not borrowed
 UNBOUNDED = 1 << 24  # tokens, for models without a maximum
 
@@ -35,14 +35,14 @@ class ContextRoom:
     """Divides memory between the fast tier's slots and the live caches. Safe for several threads."""
 
     def __init__(
-        self, shape: ModelShape, dtype: torch.dtype, placement: Placement, resize: Resize, *, lends: bool = False
+        self, shape: ModelShape, dtype: torch.dtype, placement: Placement, resize: Resize, *, borrows: bool = False
     ) -> None:
         """resize: changes the number of the fast tier's slots, and returns the new number.
 
-        lends: slots may borrow planned memory that the context does not need yet.
+        borrows: slots may borrow planned memory that the context does not need yet.
         """
         self._shape, self._dtype, self._placement, self._resize = shape, dtype, placement, resize
-        self.lends = lends
+        self.borrows = borrows
         self._tokens: WeakKeyDictionary[Cache, int] = WeakKeyDictionary()  # tokens of the last resize, batch included
         self._is_decoding = False  # whether the last resize was for a single token
         self._lock = threading.Lock()
@@ -130,8 +130,8 @@ class ContextRoom:
         """
         fast = self._placement.fast
         num_missing = -(-max(0, extra) // fast.slot_bytes)
-        num_reserved = max(0, -extra - NEVER_LENT_BYTES - int(DOUBT * activations)) // fast.slot_bytes
-        most_slots = self._shape.num_experts if self.lends else fast.num_slots
+        num_reserved = max(0, -extra - NEVER_BORROWED_BYTES - int(DOUBT * activations)) // fast.slot_bytes
+        most_slots = self._shape.num_experts if self.borrows else fast.num_slots
         return min(most_slots, fast.num_slots - num_missing + num_reserved)
 
     def _have(self, num_slots: int) -> bool:
@@ -174,7 +174,7 @@ class ContextRoom:
         return min(steps, planned) if num_tokens <= planned else steps
 
 
-def may_lend(hf: PreTrainedModel, shape: ModelShape, placement: Placement) -> bool:
+def may_borrow(hf: PreTrainedModel, shape: ModelShape, placement: Placement) -> bool:
     """Whether slots may borrow planned memory of the context, whose future need must be known exactly.
 
     False with a device, whose memory is resized by chunks; if a layer keeps anything else than keys and values of all

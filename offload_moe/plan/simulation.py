@@ -103,7 +103,7 @@ def simulate_plan(
         LinkModel(bytes_per_s=rates.link, latency_s=rates.link_latency_s),
         LookaheadModel(recall=recall),
         num_warm_up=1 if len(answers) > 1 else 0,
-        slots_for=lent_room(plan),
+        slots_for=borrowed_room(plan),
     )
     workload = str(json.loads(trace.metadata).get("model") or "a trace")
     return PlanSimulation(plan=plan, pools=pools, costs=costs, recall=recall, workload=workload, result=result)
@@ -159,12 +159,12 @@ def _check_shape(trace: Trace, keys: ExpertKeys, top_k: int) -> None:
         )
 
 
-def lent_room(plan: Plan) -> SlotsFor | None:
-    """Slots borrow the room of a context that is not there yet, see `offload_moe.plan.room.may_lend`."""
+def borrowed_room(plan: Plan) -> SlotsFor | None:
+    """Slots borrow the room of a context that is not there yet, see `offload_moe.plan.room.may_borrow`."""
     attention = plan.shape.attention
     if plan.machine.has_device or not attention.keeps_all_tokens or attention.writes_scores:
         return None
-    return ContextRoom(plan.shape, plan.machine.dtype, plan.placement, resize=int, lends=True).slots_for
+    return ContextRoom(plan.shape, plan.machine.dtype, plan.placement, resize=int, borrows=True).slots_for
 
 
 def _recall(trace: Trace) -> tuple[float, ...]:

@@ -47,7 +47,7 @@ class Forward:
         self.outcomes = [[] for _ in range(self.num_tiers)]
         self.prefetches = [[] for _ in range(self.num_tiers)]
 
-    def add_run(self, layers: SpannedLayers, mark: Mark) -> None:
+    def add_span(self, layers: SpannedLayers, mark: Mark) -> None:
         """One token through several layers; mark: the totals afterwards."""
         if not self.calls and self.whole is None and len(layers.ids) == self.num_layers:
             self.whole = layers, mark
@@ -76,9 +76,9 @@ class Forward:
         """Keep only the arrays' data, which leaves fewer objects to the garbage collector."""
         scores: Sequence[Tensor | None]
         if self.whole is not None:
-            ran, mark = self.whole
-            index, weights, scores = ran.ids[None], ran.weights[None], ran.logits[None].unbind(1)
-            marks = _marks_of(ran, mark)
+            span, mark = self.whole
+            index, weights, scores = span.ids[None], span.weights[None], span.logits[None].unbind(1)
+            marks = _marks_of(span, mark)
         else:
             layers, all_ids, all_weights, begins = zip(*self.calls, strict=True)
             index, weights = torch.stack(all_ids, dim=1), torch.stack(all_weights, dim=1)
@@ -115,14 +115,14 @@ class Forward:
         return issued
 
 
-def _marks_of(ran: SpannedLayers, mark: Mark) -> Array:
+def _marks_of(span: SpannedLayers, mark: Mark) -> Array:
     """[2, L, C]: the marks before and after each layer of a token pass; mark: afterwards. Passes have one tier."""
-    marks = np.empty((2, len(ran.ids), len(mark)))
-    stalled = mark[STALL] - ran.stalls.sum().item() + np.cumsum(ran.stalls.numpy())
-    marks[:, :, SECONDS] = ran.times.numpy().T
-    marks[0, :, USEFUL], marks[1, :, USEFUL] = ran.num_useful[:-1], ran.num_useful[1:]
-    marks[0, :, STALL], marks[1, :, STALL] = stalled - ran.stalls.numpy(), stalled
-    marks[0, :, STALL + 1], marks[1, :, STALL + 1] = ran.disk_bytes[:-1], ran.disk_bytes[1:]
+    marks = np.empty((2, len(span.ids), len(mark)))
+    stalled = mark[STALL] - span.stalls.sum().item() + np.cumsum(span.stalls.numpy())
+    marks[:, :, SECONDS] = span.times.numpy().T
+    marks[0, :, USEFUL], marks[1, :, USEFUL] = span.num_useful[:-1], span.num_useful[1:]
+    marks[0, :, STALL], marks[1, :, STALL] = stalled - span.stalls.numpy(), stalled
+    marks[0, :, STALL + 1], marks[1, :, STALL + 1] = span.disk_bytes[:-1], span.disk_bytes[1:]
     return marks
 
 
@@ -263,5 +263,4 @@ def _probabilities(
         if router is None or len(known) < len(forwards):
             return None
         found.append(pad_experts(router.probabilities(torch.cat(known)), num_experts))
-    stacked: Array = torch.stack(found, dim=1).cpu().numpy().astype(np.float16)
-    return stacked
+    return torch.stack(found, dim=1).cpu().numpy().astype(np.float16)

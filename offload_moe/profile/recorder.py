@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from offload_moe.checkpoint.experts import ExpertsModule
-from offload_moe.decode.hooks import HookObserver
 from offload_moe.errors import ConfigError
 from offload_moe.experts.attach import SpannedLayers, bound_experts
+from offload_moe.experts.observer import HookObserver
 from offload_moe.profile.columns import Columns, Forward, Mark, PackedForward, make_trace, to_columns
 from offload_moe.profile.routers import Router, find_router
 from offload_moe.profile.trace import Trace
@@ -102,7 +102,7 @@ class Recorder:
     def ran(self, layers: SpannedLayers) -> None:
         forward = self._current
         if forward is not None:
-            forward.add_run(layers, self._mark())
+            forward.add_span(layers, self._mark())
 
     def _begin_forward(self, input_ids: Tensor, start: int) -> None:
         """input_ids: [1, T]; start: number of the sequence's tokens in the cache."""

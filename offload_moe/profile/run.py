@@ -70,8 +70,7 @@ def _answer(model: Recordable, prompt: GroupedPrompt, max_new_tokens: int, *, is
 
 def _ids(trace: Trace) -> list[int]:
     assert trace.token_ids is not None
-    ids: list[int] = trace.token_ids.tolist()
-    return ids
+    return trace.token_ids.tolist()
 
 
 def _recall(model: Recordable, trace: Trace) -> dict[str, list[float | None]]:

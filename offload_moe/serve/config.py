@@ -15,7 +15,7 @@ class ServeConfig:
 
     parallel: requests answered at once, their steps in turn. queue: requests that may wait. cache_slots: conversations
     whose key/value caches are kept; 0 computes every prompt whole. keep_alive_s: seconds without a request until the
-    model is unloaded; None keeps it. api_key: None asks for none. cors: origins of other sites' pages that may call.
+    model is unloaded; None keeps it. api_key: None needs none. cors: origins of other sites' pages that may call.
     hosts: further names in a Host header; the local ones, `host` and addresses count always. ignore_prefix: a pattern,
     removed from the beginning of the prompt's first message. max_body_bytes: of a request.
 

@@ -1,4 +1,4 @@
-"""The tools and structured output that a request asks for, as every OpenAI API writes them."""
+"""The tools and the structured output of a request, as every OpenAI API writes them."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, *, is_paral
             raise invalid(f"tool_choice names {str(name)[:60]!r}, which is not among the tools.", "tool_choice")
         forced = (str(name),)
     if choice in ("required", "any") and not offered:
-        raise invalid("tool_choice asks for a call, and there is no tool to call.", "tool_choice")
+        raise invalid("tool_choice requires a call, and there is no tool to call.", "tool_choice")
     return ToolUse(tools=tuple(offered), forced=forced, is_parallel=is_parallel)
 
 

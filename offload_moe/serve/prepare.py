@@ -27,7 +27,7 @@ def prepare_chat(
         rendered = render(loaded, conversation)
         if tools.forced and loaded.prompts.has_own_parser:
             raise invalid(
-                "A call cannot be required of this model: only its tokenizer knows the format.", "tool_choice"
+                "A call cannot be required of this model: the format is a part of its tokenizer.", "tool_choice"
             )
         if tools.forced:
             chosen = [tools.callable[name] for name in tools.forced]

@@ -50,7 +50,7 @@ class Rendered:
 
 
 class Prompts:
-    """How one model is asked. Where its template knows no tools, they are described as text.
+    """How one model is prompted. Where its template has no place for tools, they are described as text.
 
     call_format: how calls are written. has_own_parser: they are read by transformers instead.
     """
@@ -93,7 +93,7 @@ class Prompts:
 
 
 def _without_calls(messages: Sequence[Message], tools: ToolUse) -> list[Message]:
-    """Tools, calls and results as text, for a template that knows none of them."""
+    """Tools, calls and results as text, for a template without a place for them."""
     plain = [_plain(message) for message in messages]
     if tools.tools and not tools.is_off:
         functions = "\n".join(json.dumps(tool.as_function, ensure_ascii=False) for tool in tools.tools)

@@ -14,7 +14,6 @@ from offload_moe.store.manifest import DenseEntry, Layer, Manifest, Place
 from offload_moe.store.manifest_json import read_manifest
 from offload_moe.store.reading import check, read_checked, touch
 from offload_moe.system.paths import MANIFEST_NAME, file_advice
-from offload_moe.system.progress import Progress, silent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +61,7 @@ class Store:
 
     @classmethod
     def open(cls, path: Path | str) -> "Store":
-        """Read the manifest and check that every file is there in full; checksums are left to `verify`.
+        """Read the manifest and check that every file is there in full; checksums are left to `pieces`.
 
         Raises:
             StoreError: not a store, or not finished.
@@ -153,18 +152,6 @@ class Store:
 
     def _largest_first(self) -> list[DenseEntry]:
         return sorted(self.dense.values(), key=lambda entry: -entry.place.num_bytes)
-
-    def verify(self, progress: Progress = silent) -> None:
-        """Read everything and compare it with its checksum.
-
-        Raises: StoreCorrupt naming the first file and expert or tensor that differs.
-        """
-        pieces = list(self.pieces())
-        total, done = sum(piece.place.num_bytes for piece in pieces), 0
-        for piece in pieces:
-            piece.check()
-            done += piece.place.num_bytes
-            progress("Verifying", done, total)
 
     def pieces(self) -> Iterator[Piece]:
         """All of the store but its manifest: small files, headers, dense tensors, experts."""

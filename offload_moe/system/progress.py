@@ -20,5 +20,5 @@ def silent(phase: str, done: float = -1.0, total: float | None = None) -> None:
 
 
 def log_notice(text: str) -> None:
-    """What the user must know, for callers who take no notices."""
+    """Log a message for the user, where a caller takes no notices."""
     logger.warning("%s", text)

@@ -8,7 +8,7 @@ _thread = threading.local()
 
 
 class StoppedInForward(Exception):
-    """Ends a step of a stopped request, in its middle or before its turn."""
+    """A request was stopped within a step, or while it waited for its turn."""
 
 
 @contextmanager

@@ -138,7 +138,7 @@ def test_lookahead_costs_no_synchronization_of_its_own(model: PreTrainedModel) -
         assert torch.equal(found, last_logits(oracle, lambda: None))
     assert counts[-1] - counts[-2] == len(layers)  # the first token tries the probes, which looks at values
     assert scheduler.counters.num_prefetches > 0
-    ways = [way for probe in lookahead._probes if probe is not None for way in probe._ways.values()]
+    ways = [way for probe in lookahead._probes if probe is not None for way in probe._routes.values()]
     assert any(isinstance(way, PlainRouter) for way in ways)
     scheduler.close()
 

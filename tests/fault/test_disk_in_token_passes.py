@@ -131,8 +131,8 @@ def test_damage_is_named_though_a_run_read_it(store: Path, model: Model) -> None
 
 def test_a_run_in_a_process_that_was_stopped_is_not_given_up() -> None:
     seconds = iter((0.0, 0.1, 3600.0, 3600.1, 3600.2, 3600.4))
-    patience = _StallWatchdog(SimpleNamespace(clock=lambda: next(seconds)))
-    found = [patience.since(progress) for progress in ((1,), (1,), (1,), (2,), (2,))]
+    watchdog = _StallWatchdog(SimpleNamespace(clock=lambda: next(seconds)))
+    found = [watchdog.since(progress) for progress in ((1,), (1,), (1,), (2,), (2,))]
     assert found == pytest.approx([0.0, 1.0, 1.1, 0.0, 0.2])
 
 

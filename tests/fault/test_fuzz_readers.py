@@ -22,6 +22,7 @@ from offload_moe.store.journal import JOURNAL_NAME, Journal
 from offload_moe.store.manifest_json import MANIFEST_NAME
 from tests.support.checkpoints import write_checkpoint
 from tests.support.fuzz import mutated, mutated_bytes, opened_files, to_bytes
+from tests.support.stores import check_all
 
 SETTINGS = {"source": "tiny", "codec": "nf4"}
 CODE = (".py", ".pyc", ".so")  # Python's own imports
@@ -122,7 +123,7 @@ def read_store(folder: Path) -> None:
         store.read_expert(layer, 0)
     for _ in store.dense_tensors():
         pass
-    store.verify()
+    check_all(store)
 
 
 FUZZERS: dict[str, Fuzzer] = {

@@ -38,7 +38,8 @@ try:
 except KeyboardInterrupt:
     pass
 quantize(model, store, codec="bf16")
-Store.open(store).verify()
+for piece in Store.open(store).pieces():
+    piece.check()
 print(len(Store.open(store).layers))
 """
 

@@ -9,6 +9,7 @@ from offload_moe.convert.quantize import quantize
 from offload_moe.errors import StoreCorrupt
 from offload_moe.store import Store
 from tests.support.checkpoints import write_checkpoint
+from tests.support.stores import check_all
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_a_flipped_bit_in_an_expert(store: Path) -> None:
     with pytest.raises(StoreCorrupt, match=r"experts-00001\.safetensors: expert 2 of layer 1 .* its checksum"):
         damaged.read_expert(1, 2)
     with pytest.raises(StoreCorrupt, match="expert 2 of layer 1"):
-        damaged.verify()
+        check_all(damaged)
     damaged.read_expert(1, 1)
 
 
@@ -51,13 +52,13 @@ def test_a_flipped_bit_in_a_dense_tensor(store: Path) -> None:
 def test_a_flipped_bit_in_a_header(store: Path, name: str) -> None:
     flip(store / name, 40)
     with pytest.raises(StoreCorrupt, match=f"{name}: the header"):
-        Store.open(store).verify()
+        check_all(Store.open(store))
 
 
 def test_a_flipped_bit_in_a_small_file(store: Path) -> None:
     flip(store / "config.json", 20)
     with pytest.raises(StoreCorrupt, match=r"config\.json"):
-        Store.open(store).verify()
+        check_all(Store.open(store))
 
 
 def test_no_bit_of_the_manifest_flips_unnoticed(store: Path) -> None:

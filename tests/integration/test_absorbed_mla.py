@@ -85,26 +85,26 @@ def prompted(model: PreTrainedModel, batch: int) -> tuple[DynamicCache, Tensor, 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_decode_steps_follow_the_expanded_ones(pair: tuple[PreTrainedModel, PreTrainedModel], batch: int) -> None:
-    (cache, mask, prompt), (lean_cache, _, fast_prompt) = (prompted(model, batch) for model in pair)
+    (cache, mask, prompt), (fast_cache, _, fast_prompt) = (prompted(model, batch) for model in pair)
     assert distance(fast_prompt, prompt) < TOLERANCE
     for step in range(STEPS):
         expected, _ = continue_with(pair[0], cache, mask, 1, step)
-        got, mask = continue_with(pair[1], lean_cache, mask, 1, step)
+        got, mask = continue_with(pair[1], fast_cache, mask, 1, step)
         assert 0 < distance(got, expected) < TOLERANCE  # 0 would mean that nothing was absorbed
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_few_tokens_more_and_a_cropped_cache(pair: tuple[PreTrainedModel, PreTrainedModel], batch: int) -> None:
-    (cache, mask, _), (lean_cache, _, _) = (prompted(model, batch) for model in pair)
+    (cache, mask, _), (fast_cache, _, _) = (prompted(model, batch) for model in pair)
     expected, longer = continue_with(pair[0], cache, mask, 5, 0)
-    got, _ = continue_with(pair[1], lean_cache, mask, 5, 0)
+    got, _ = continue_with(pair[1], fast_cache, mask, 5, 0)
     assert 0 < distance(got, expected) < TOLERANCE
     if not all(layer.is_croppable for layer in cache.layers):
         return  # linear attention forgets
-    for each in (cache, lean_cache):
+    for each in (cache, fast_cache):
         each.crop(-3)
     expected, _ = continue_with(pair[0], cache, longer[:, :-3], 1, 1)
-    got, _ = continue_with(pair[1], lean_cache, longer[:, :-3], 1, 1)
+    got, _ = continue_with(pair[1], fast_cache, longer[:, :-3], 1, 1)
     assert distance(got, expected) < TOLERANCE
 
 
@@ -147,9 +147,9 @@ def test_it_works_on_the_eager_function_too(family: str) -> None:
     fast_path = copy.deepcopy(plain)
     make_fast(fast_path, is_exact=False)
     assert fast_path.config._attn_implementation == f"{NAME}_eager"
-    (cache, mask, _), (lean_cache, _, _) = (prompted(model, 3) for model in (plain, fast_path))
+    (cache, mask, _), (fast_cache, _, _) = (prompted(model, 3) for model in (plain, fast_path))
     expected, _ = continue_with(plain, cache, mask, 1, 0)
-    got, _ = continue_with(fast_path, lean_cache, mask, 1, 0)
+    got, _ = continue_with(fast_path, fast_cache, mask, 1, 0)
     assert distance(got, expected) < TOLERANCE
 
 

@@ -172,7 +172,7 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ("ms_per_token.om_layer_step", "ms_per_token.layers", "share_outside_of_native_calls"),
     ),
 ]
-BY_THEMSELVES = {"chat_start.py", "gpu_decode.py", "peers/run_llamacpp.py"}
+BY_THEMSELVES = {"chat_start.py", "gpu_decode.py", "paired.py", "peers/run_llamacpp.py"}
 
 
 def test_every_script_is_run() -> None:

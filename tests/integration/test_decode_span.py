@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from offload_moe.convert.quantize import quantize
-from offload_moe.decode import layer as fast_layer
-from offload_moe.decode.hooks import HookObserver
-from offload_moe.decode.layer import LayerStep
+from offload_moe.decode import plan as decode_plan
+from offload_moe.decode.forward import DecoderForward
 from offload_moe.decode.span import LayerSpan, span_kind
 from offload_moe.engine.model import Model
 from offload_moe.experts.lookahead import Lookahead
+from offload_moe.experts.observer import HookObserver
 from offload_moe.native import span as native_span
 from offload_moe.native.kernels import MAX_TOP_K
 from offload_moe.profile.trace import DELAYED_HIT, HIT, MISS
@@ -37,7 +37,7 @@ SHARED = {
 }
 NUM_PROMPT, NUM_NEW, NUM_LAYERS = 9, 12, 3
 LEAST_SLOTS = 6  # twice a token's experts per layer
-INT8_ROUNDING = 5e-2  # see test_lean
+INT8_ROUNDING = 5e-2  # see test_decode
 
 
 @pytest.fixture(scope="module")
@@ -54,20 +54,20 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def num_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every run."""
     calls: list[int] = []
-    call = LayerSpan.__call__
+    call = LayerSpan.pass_natively
 
     def counted(self: LayerSpan, *args: Any) -> Tensor:
-        calls.append(len(self._steps))
+        calls.append(len(self.layers))
         return call(self, *args)
 
-    monkeypatch.setattr(LayerSpan, "__call__", counted)
+    monkeypatch.setattr(LayerSpan, "pass_natively", counted)
     return calls
 
 
 @pytest.fixture
 def layer_by_layer() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fast_layer, "span_kind", lambda hierarchy, step: None)
+        patch.setattr(decode_plan, "span_kind", lambda hierarchy, layer: None)
         yield patch
 
 
@@ -114,8 +114,8 @@ def test_a_run_gives_the_bits_and_the_counts_of_its_layers(
     with open_model(stores[family]) as model:
         before = uses(model)
         assert torch.equal(logits(model), expected)
-        # the prompt, and the token that showed that layers follow each other, are done layer by layer
-        assert num_runs == [NUM_LAYERS] * (NUM_NEW - 2)
+        # all forwards but the prompt
+        assert num_runs == [NUM_LAYERS] * (NUM_NEW - 1)
         assert counted(model)["num_acquires"] == counts["num_acquires"]
         assert uses(model) - before == used
 
@@ -152,11 +152,12 @@ def test_routers_of_other_weights_take_part(factor: float, tmp_path: Path, num_r
     store = quantize(tmp_path / "source", tmp_path / "store", codec="nf4")
     with open_model(store) as model:
         expected = logits(model)
-    assert num_runs == [NUM_LAYERS] * (NUM_NEW - 2)
+    assert num_runs == [NUM_LAYERS] * (NUM_NEW - 1)
     for num_slots in (1, LEAST_SLOTS):
         with open_model(store, num_slots) as model:
             assert torch.equal(logits(model), expected)
-    assert num_runs == [NUM_LAYERS] * (NUM_NEW - 2) * 2
+    # with misses, lookahead learns from the first decode step which routers may be asked
+    assert num_runs == [NUM_LAYERS] * (2 * (NUM_NEW - 1) - 1)
 
 
 @pytest.mark.parametrize("num_slots", [LEAST_SLOTS, 12, 18])
@@ -384,29 +385,33 @@ def test_a_recorder_counts_in_a_run_what_the_scheduler_counts(
         counts: list[Any] = []
         model.hf.register_forward_pre_hook(lambda *_: counts.append(model.stats.copy()))
         generate(model)
-        seen, trace = model.stats.since(counts[2]), recorder.trace()  # the first forward in a run is the third
-        assert len(num_runs) == NUM_NEW - 2
-    outcomes = trace.outcomes[NUM_PROMPT + 1 :]
+        first = 2 if prefetch else 1  # forward in a pass: lookahead learns from one which routers may be asked
+        seen, trace = model.stats.since(counts[first]), recorder.trace()
+        assert len(num_runs) == NUM_NEW - first
+    outcomes = trace.outcomes[NUM_PROMPT + first - 1 :]
     assert (outcomes == MISS).sum() == seen.num_misses > 0
     assert (outcomes == DELAYED_HIT).sum() == seen.num_delayed_hits
     assert (outcomes == HIT).sum() == seen.num_hits > 0
-    assert trace.loaded_bytes[2:].sum() == seen.disk_bytes
-    assert trace.stall_s[2:].sum() == pytest.approx(seen.stall_s)
-    assert trace.prefetch_issued[2:].sum() == seen.num_prefetches
-    assert trace.prefetch_useful[2:].sum() == seen.num_useful_prefetches
+    assert trace.loaded_bytes[first:].sum() == seen.disk_bytes
+    assert trace.stall_s[first:].sum() == pytest.approx(seen.stall_s)
+    assert trace.prefetch_issued[first:].sum() == seen.num_prefetches
+    assert trace.prefetch_useful[first:].sum() == seen.num_useful_prefetches
 
 
-def test_layers_that_are_not_handed_on_as_they_are_make_no_run(stores: dict[str, Path], num_runs: list[int]) -> None:
+def test_a_layer_with_another_forward_is_called(stores: dict[str, Path], num_runs: list[int]) -> None:
+    """As libraries that wrap modules set it."""
     with open_model(stores["qwen3_moe"]) as model:
         expected = logits(model)
         num_runs.clear()
-    with open_model(stores["qwen3_moe"]) as model:
         second = model.hf.model.layers[1]
-        step = second.forward
-        second.forward = lambda hidden, *args, **kwargs: step(hidden * 1.5, *args, **kwargs)
+        forward = second.forward
+        second.forward = lambda hidden, *args, **kwargs: forward(hidden * 1.5, *args, **kwargs)
         changed = logits(model)
         assert not num_runs
         assert not torch.equal(changed, expected)
+        del second.forward
+        assert torch.equal(logits(model), expected)
+        assert num_runs
 
 
 def test_what_others_bring_meanwhile_takes_nothing_from_a_run(
@@ -466,7 +471,7 @@ def test_a_pool_that_holds_every_expert_shrinks_between_tokens_only(
         assert torch.equal(logits(model), expected)
 
 
-def test_a_stop_within_a_token_is_heard(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_within_a_token_takes_effect(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every other time a run has nothing to say."""
     calls, say = [], native_span.TokenPass.next
 
@@ -477,8 +482,7 @@ def test_a_stop_within_a_token_is_heard(stores: dict[str, Path], monkeypatch: py
     monkeypatch.setattr(native_span.TokenPass, "next", say_at_times)
     with open_model(stores["qwen3_moe"], LEAST_SLOTS, prefetch=0) as model:
         logits(model)
-        steps = [layer.forward for layer in model.hf.model.layers]
-        assert all(isinstance(step, LayerStep) and step.run is not None for step in steps)
+        assert spans(model)
         told: list[int] = []
 
         class Watch(HookObserver):
@@ -518,7 +522,7 @@ def test_who_waits_for_slots_gets_them_when_a_run_is_left(
     with open_model(stores["qwen3_moe"], 18, prefetch=0) as model:
         logits(model)
         monkeypatch.setattr(LayerSpan, "_reserve", lambda self: None)
-        monkeypatch.setattr(LayerSpan, "_go_along", leave)
+        monkeypatch.setattr(LayerSpan, "_serve", leave)
         monkeypatch.setattr(native_span.TokenPass, "__exit__", end_late)
         with pytest.raises(KeyboardInterrupt):
             logits(model, max_new_tokens=2)
@@ -526,13 +530,23 @@ def test_who_waits_for_slots_gets_them_when_a_run_is_left(
         assert model.engine.hierarchy.num_slots("ram") == 1
 
 
-def test_layers_with_other_routers_are_no_part_of_a_run(stores: dict[str, Path]) -> None:
+def spans(model: Model) -> list[LayerSpan]:
+    forward = model.hf.model.forward
+    assert isinstance(forward, DecoderForward)
+    return [stage for stage in forward.plan.stages if isinstance(stage, LayerSpan)]
+
+
+def test_layers_with_other_routers_are_no_part_of_a_span(stores: dict[str, Path]) -> None:
     with open_model(stores["qwen3_moe"]) as model:
-        steps = [layer.forward for layer in model.hf.model.layers]
-        assert len({id(step.run) for step in steps}) == 1
-        steps[2].plain.route.top_k = 2
-        fast_layer._join(model.hf, model.engine.hierarchy)
-        assert steps[0].run is steps[1].run
-        assert steps[2].run is not steps[1].run
-        steps[1].plain.route.top_k = MAX_TOP_K + 1
-        assert span_kind(model.engine.hierarchy, steps[1]) is None
+        (span,) = spans(model)
+        layers = span.layers
+        assert len(layers) == NUM_LAYERS
+        hierarchy, kind = model.engine.hierarchy, span_kind(model.engine.hierarchy, layers[0])
+        assert kind is not None
+        layers[2].plain.route.top_k = 2
+        assert span_kind(hierarchy, layers[1]) == kind != span_kind(hierarchy, layers[2])
+        modules = [layer.layer for layer in layers]
+        lengths = [len(stage.layers) for stage in decode_plan.stages_of(modules, layers, hierarchy)]
+        assert lengths == [2, 1]
+        layers[1].plain.route.top_k = MAX_TOP_K + 1
+        assert span_kind(hierarchy, layers[1]) is None

@@ -106,6 +106,7 @@ def test_a_missing_wait_is_found(
     monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path))
     monkeypatch.setattr("offload_moe.doctor.examination.measurements", lambda _: [])
     monkeypatch.setattr(self_test_module, "copiers_for", lambda _: simulated_copiers(NeverWaiting))
+    monkeypatch.setattr(self_test_module, "POOLS", self_test_module.POOLS[2:3])
     assert load_cli().main(["doctor", "--self-test"]) == 1
     out = capsys.readouterr().out
     for codec in ("nf4", "int8", "bf16"):
@@ -115,7 +116,8 @@ def test_a_missing_wait_is_found(
     assert "Self-test, device tests on a simulated accelerator, because there is no GPU here:" in out
 
 
-def test_copies_that_do_not_overlap_are_found(model: SmallModel) -> None:
+def test_copies_that_do_not_overlap_are_found(model: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload_moe.doctor.overlap.MAX_TRIALS", 4)
     assert failures(outcomes(model, simulated_copiers(OneAfterTheOther), but=SLOW)) == {"simulated device, overlap"}
 
 

@@ -8,7 +8,9 @@ from support.checkpoints import write_checkpoint
 
 from offload_moe import load, quantize
 from offload_moe.checkpoint.catalog import families
-from offload_moe.decode.layer import LayerStep
+from offload_moe.decode.forward import DecoderForward
+from offload_moe.decode.layer import NativeLayer
+from offload_moe.decode.span import LayerSpan
 from offload_moe.doctor.fast_path import check_fast_path
 from offload_moe.engine.model import Model
 from offload_moe.store import Store
@@ -27,13 +29,18 @@ def kinds(model: Model) -> list[str]:
     return [layer.kind for layer in model.fast_path.layers]
 
 
-def steps(model: Model) -> list[str]:
-    """As the report should have it, from what is in place."""
-    forwards = [vars(layer).get("forward") for layer in model.hf.get_decoder().layers]
-    return [
-        "modules" if not isinstance(forward, LayerStep) else "layer" if forward.run is None else "span"
-        for forward in forwards
-    ]
+def kinds_in_place(model: Model) -> list[str]:
+    """As the report should have it, from the plan in place."""
+    decoder = model.hf.get_decoder()
+    if not isinstance(decoder.forward, DecoderForward):
+        return ["modules"] * len(decoder.layers)
+    found: list[str] = []
+    for stage in decoder.forward.plan.stages:
+        if isinstance(stage, LayerSpan):
+            found += ["span"] * len(stage.layers)
+        else:
+            found.append("layer" if isinstance(stage, NativeLayer) else "modules")
+    return found
 
 
 @pytest.mark.parametrize(
@@ -43,9 +50,8 @@ def steps(model: Model) -> list[str]:
         ("gpt_oss", {}, ["span"] * 3, "yes", ""),
         ("granitemoe", {"residual_multiplier": 0.5}, ["modules"] * 3, "yes", "residual sums scaled by 0.5"),
         ("olmoe", {"clip_qkv": 4.0}, ["modules"] * 3, "yes", "clamped queries, keys and values"),
-        ("dots1", {"first_k_dense_replace": 1}, ["layer"] * 3, "attention", "a router with sigmoid scores"),
-        ("minimax_m2", {}, ["layer"] * 3, "attention", "a correction of its scores"),
-        ("deepseek_v3", {}, ["modules"] * 3, "no", "latent attention"),
+        ("minimax_m2", {}, ["span"] * 3, "yes", ""),
+        ("ernie4_5_moe", {}, ["modules"] * 3, "no", "rotation of pairs of neighbours"),
         ("flex_olmo", {}, ["modules"] * 3, "no", "norms after attention and MLP"),
     ],
 )
@@ -54,7 +60,7 @@ def test_every_place_says_the_same_of_a_declared_family(
 ) -> None:
     store = quantized(tmp_path, family, **changes)
     with load(store) as model:
-        assert kinds(model) == steps(model) == expected
+        assert kinds(model) == kinds_in_place(model) == expected
         notices = [notice for notice in model.notices if "slow path" in notice]
     examined = check_fast_path(Store.open(store))
     assert examined.verdict == "ok"
@@ -72,8 +78,8 @@ def test_every_place_says_the_same_of_a_declared_family(
 def test_a_layer_that_is_not_declared_is_reported_as_found(tmp_path: Path) -> None:
     store = quantized(tmp_path, "kolibri1")
     with load(store) as model:
-        assert kinds(model) == steps(model) == ["modules"] * 3
-        assert "a layer of other parts" in str(model.fast_path)
+        assert kinds(model) == kinds_in_place(model) == ["modules"] * 3
+        assert "a class that is not declared (Kolibri1DecoderLayer)" in str(model.fast_path)
     assert "Kolibri1DecoderLayer" in check_fast_path(Store.open(store)).found
 
 

@@ -14,7 +14,7 @@ from offload_moe.engine.load import load
 from offload_moe.engine.model import Model
 from offload_moe.errors import BudgetError
 from offload_moe.plan import room
-from offload_moe.plan.room import may_lend
+from offload_moe.plan.room import may_borrow
 from tests.support.chat import byte_tokenizer, chat_model
 from tests.support.plan import tiny_shape
 from tests.support.tiny_models import tiny_model, tiny_prompt
@@ -52,7 +52,7 @@ def test_tokens_stay_the_same_while_slots_borrow_room_and_give_it_back(
     tmp_path: Path, fast_path: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two prompts and two answers in one cache; 24 of 192 experts have a slot of their own."""
-    monkeypatch.setattr(room, "NEVER_LENT_BYTES", 0)
+    monkeypatch.setattr(room, "NEVER_BORROWED_BYTES", 0)
     hf = tiny_model("mixtral", num_local_experts=64, max_position_embeddings=1024).to(torch.bfloat16)
     hf.save_pretrained(tmp_path / "model")
     store, context = quantize(tmp_path / "model", tmp_path / "store"), 640
@@ -94,16 +94,16 @@ def _two_answers(model: Model) -> torch.Tensor:
 def test_room_is_lent_only_where_it_is_known_what_a_context_needs(store: Path) -> None:
     with load(store, context=64) as model:
         placement = model.placement
-        assert model.room.lends
+        assert model.room.borrows
     shapes = {family: (tiny_model(family), tiny_shape(family)) for family in ("mixtral", "gpt_oss", "deepseek_v3")}
-    assert [may_lend(hf, shape, placement) for hf, shape in shapes.values()] == [True, False, False]
+    assert [may_borrow(hf, shape, placement) for hf, shape in shapes.values()] == [True, False, False]
     hf, shape = shapes["deepseek_v3"]
     absorb_latents(hf)
-    assert may_lend(hf, shape, placement)
+    assert may_borrow(hf, shape, placement)
     hf, shape = shapes["mixtral"]
-    assert not may_lend(hf, shape, replace(placement, vram=placement.ram))
+    assert not may_borrow(hf, shape, replace(placement, vram=placement.ram))
     hf.set_attn_implementation("eager")
-    assert not may_lend(hf, shape, placement)
+    assert not may_borrow(hf, shape, placement)
 
 
 def test_generation_beyond_all_room_is_refused_by_name(store: Path) -> None:

@@ -58,8 +58,8 @@ def test_a_predictor_that_is_always_wrong_changes_no_token(
 ) -> None:
     with open_model(stores["qwen3_moe"], 8, prefetch=0) as model:
         expected = greedy(model)
-    monkeypatch.setattr("offload_moe.decode.layer.span_kind", lambda hierarchy, step: None)  # a run asks routers itself
-    monkeypatch.setattr(RouterProbe, "ask", lambda self, residual, k: torch.tensor([[0, 1, 2][:k]]))
+    monkeypatch.setattr("offload_moe.decode.plan.span_kind", lambda hierarchy, layer: None)  # spans route ahead
+    monkeypatch.setattr(RouterProbe, "route", lambda self, residual, k: torch.tensor([[0, 1, 2][:k]]))
     with open_model(stores["qwen3_moe"], 8, prefetch=2) as model:
         assert torch.equal(greedy(model), expected)
 
@@ -73,7 +73,7 @@ def lookahead_of(model: Model) -> Lookahead:
 def test_a_norm_that_is_not_the_right_one_is_noticed(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offload_moe.experts.probe.NORM_NAMES", ("input_layernorm",))
     asked: list[int] = []
-    monkeypatch.setattr(RouterProbe, "ask", lambda self, residual, k: asked.append(k))
+    monkeypatch.setattr(RouterProbe, "route", lambda self, residual, k: asked.append(k))
     with open_model(stores["mixtral"], 4, prefetch=2) as model:
         with torch.no_grad():
             for layer in model.hf.model.layers:

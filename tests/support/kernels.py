@@ -90,8 +90,8 @@ def make_linear(codec: str, out_features: int, in_features: int, *, has_bias: bo
     shape = weight_shape(out_features, in_features)
     weight = torch.randn(out_features, in_features) * in_features**-0.5
     bias = torch.randn(out_features) if has_bias else None
-    if codec == "fp32":
-        return kernels.Linear.of_fp32(weight, bias)
+    if codec in ("bf16", "fp32"):
+        return kernels.Linear.of_numbers(weight.to({"bf16": torch.bfloat16, "fp32": torch.float32}[codec]), bias)
     coder = get_codec(codec)
     record = coder.encode(shape, {"weight": weight})
     return kernels.Linear(codec=codec, shape=shape, layout=coder.layout(shape), record=record, bias=bias)
@@ -99,6 +99,6 @@ def make_linear(codec: str, out_features: int, in_features: int, *, has_bias: bo
 
 def decoded(linear: kernels.Linear) -> Tensor:
     """Its weight ``[O, K]`` in fp64."""
-    if linear.codec == "fp32":
+    if linear.record.is_floating_point():
         return linear.record.double()
     return get_codec(linear.codec).decode(linear.shape, linear.record, torch.float32)["weight"].double()

@@ -153,6 +153,7 @@ ENDS: list[Use] = [left_behind, computed_by_a_daemon, dropped]
 
 def main(store: Path, seed: int, num_rounds: int) -> None:
     torch.set_num_threads(2)
+    gc.freeze()  # imported modules, which every collection would go through
     stress = Stress(store, seed)
     rounds = ROUNDS * (num_rounds // len(ROUNDS) + 1)
     for use in stress.random.sample(rounds, len(rounds))[:num_rounds]:

@@ -7,6 +7,12 @@ import torch
 from offload_moe.store import Store
 
 
+def check_all(store: Store) -> None:
+    """Read everything and compare it with its checksum. Raises: StoreCorrupt."""
+    for piece in store.pieces():
+        piece.check()
+
+
 def assert_same_stores(first: Path, second: Path) -> None:
     """Every record and dense tensor has the same bytes."""
     a, b = Store.open(first), Store.open(second)

@@ -33,14 +33,14 @@ class Forwards:
 
     def __init__(self, left_over: int = 0) -> None:
         """left_over: bytes of the budget that neither slots nor anything else is planned to use."""
-        self._begin(place_with(place_with(GIB).fast.bytes_with(18) + left_over), lends=False)
+        self._begin(place_with(place_with(GIB).fast.bytes_with(18) + left_over), borrows=False)
 
-    def _begin(self, placement: Placement, *, lends: bool) -> None:
+    def _begin(self, placement: Placement, *, borrows: bool) -> None:
         self.placement = placement
         self.slots = self.placement.fast.num_slots
         self.num_resizes = 0
         self.is_busy = False  # another thread has leased all slots
-        self.room = ContextRoom(self.shape, torch.float32, placement, self._resize, lends=lends)
+        self.room = ContextRoom(self.shape, torch.float32, placement, self._resize, borrows=borrows)
 
     def step(self, cache: DynamicCache, num_new: int) -> None:
         ids = torch.zeros(1, num_new, dtype=torch.long)
@@ -76,21 +76,21 @@ def forwards() -> Forwards:
     return Forwards()
 
 
-class Lending(Forwards):
+class Borrowing(Forwards):
     """Planned beside 2,000 tokens: slots for 50 of 600 experts."""
 
     shape = MANY_EXPERTS
 
-    def __init__(self, num_slots: int = 50, *, lends: bool = True) -> None:
+    def __init__(self, num_slots: int = 50, *, borrows: bool = True) -> None:
         ram = place_with(GIB, 2000, self.shape).fast.bytes_with(num_slots)
-        self._begin(place_with(ram, 2000, self.shape), lends=lends)
+        self._begin(place_with(ram, 2000, self.shape), borrows=borrows)
 
 
 @pytest.fixture
-def lending(monkeypatch: pytest.MonkeyPatch) -> Forwards:
-    monkeypatch.setattr(room, "NEVER_LENT_BYTES", 0)
+def borrowing(monkeypatch: pytest.MonkeyPatch) -> Forwards:
+    monkeypatch.setattr(room, "NEVER_BORROWED_BYTES", 0)
     monkeypatch.setattr(room, "DOUBT", 0.0)
-    return Lending()
+    return Borrowing()
 
 
 def test_nothing_moves_within_the_planned_context(forwards: Forwards) -> None:
@@ -174,87 +174,87 @@ def test_what_is_no_cache_is_left_alone(forwards: Forwards) -> None:
     assert forwards.slots == 18
 
 
-def test_slots_borrow_what_a_context_does_not_need_yet_and_give_it_back_in_time(lending: Forwards) -> None:
+def test_slots_borrow_what_a_context_does_not_need_yet_and_give_it_back_in_time(borrowing: Forwards) -> None:
     cache, seen = DynamicCache(), []
-    lending.step(cache, 100)
-    assert lending.budget_is_kept(cache, num_new=100)
+    borrowing.step(cache, 100)
+    assert borrowing.budget_is_kept(cache, num_new=100)
     for _ in range(100, 2000):
-        lending.step(cache, 1)
-        assert lending.budget_is_kept(cache, num_new=1)
-        seen.append(lending.slots)
+        borrowing.step(cache, 1)
+        assert borrowing.budget_is_kept(cache, num_new=1)
+        seen.append(borrowing.slots)
     assert seen == sorted(seen, reverse=True)
     assert seen[0] > 200 > seen[-1] >= 50
-    assert lending.num_resizes <= 17
-    assert lending.room.num_slots_given_up == 0
+    assert borrowing.num_resizes <= 17
+    assert borrowing.room.num_slots_given_up == 0
 
 
-def test_a_prompt_finds_the_room_for_its_activations(lending: Forwards) -> None:
+def test_a_prompt_finds_the_room_for_its_activations(borrowing: Forwards) -> None:
     cache = DynamicCache()
-    lending.read(cache, 600)
-    lending.step(cache, 1)
-    decoding = lending.slots
-    lending.step(cache, 512)
-    assert 50 <= lending.slots < decoding
-    assert lending.budget_is_kept(cache, num_new=512)
-    lending.step(cache, 1)
-    assert lending.slots > 50
+    borrowing.read(cache, 600)
+    borrowing.step(cache, 1)
+    decoding = borrowing.slots
+    borrowing.step(cache, 512)
+    assert 50 <= borrowing.slots < decoding
+    assert borrowing.budget_is_kept(cache, num_new=512)
+    borrowing.step(cache, 1)
+    assert borrowing.slots > 50
 
 
-def test_a_forward_without_a_cache_takes_back_what_was_borrowed_and_no_more(lending: Forwards) -> None:
+def test_a_forward_without_a_cache_takes_back_what_was_borrowed_and_no_more(borrowing: Forwards) -> None:
     cache = DynamicCache()
-    lending.step(cache, 10)
-    lending.step(cache, 1)
-    assert lending.slots > 50
-    lending.room.before_forward(None, (torch.zeros(1, 9999),), {"past_key_values": None})
-    assert lending.slots == 50
-    lending.step(cache, 1)
-    assert lending.slots > 50
+    borrowing.step(cache, 10)
+    borrowing.step(cache, 1)
+    assert borrowing.slots > 50
+    borrowing.room.before_forward(None, (torch.zeros(1, 9999),), {"past_key_values": None})
+    assert borrowing.slots == 50
+    borrowing.step(cache, 1)
+    assert borrowing.slots > 50
 
 
-def test_what_one_conversation_borrowed_another_takes_back(lending: Forwards) -> None:
+def test_what_one_conversation_borrowed_another_takes_back(borrowing: Forwards) -> None:
     caches = [DynamicCache() for _ in range(3)]
     for cache in caches:
-        lending.read(cache, 600)
-        lending.step(cache, 1)
-        assert lending.budget_is_kept(*caches[: caches.index(cache) + 1], num_new=1)
-    lending.step(caches[0], 1)
-    assert lending.budget_is_kept(*caches, num_new=1)
+        borrowing.read(cache, 600)
+        borrowing.step(cache, 1)
+        assert borrowing.budget_is_kept(*caches[: caches.index(cache) + 1], num_new=1)
+    borrowing.step(caches[0], 1)
+    assert borrowing.budget_is_kept(*caches, num_new=1)
 
 
-def test_a_cropped_cache_is_counted_whole_until_half_of_it_is_empty(lending: Forwards) -> None:
+def test_a_cropped_cache_is_counted_whole_until_half_of_it_is_empty(borrowing: Forwards) -> None:
     cache = DynamicCache()
-    lending.read(cache, 1900)
-    lending.step(cache, 1)
-    slots = lending.slots
+    borrowing.read(cache, 1900)
+    borrowing.step(cache, 1)
+    slots = borrowing.slots
     cache.crop(-500)
-    lending.step(cache, 1)
-    assert lending.slots == slots
+    borrowing.step(cache, 1)
+    assert borrowing.slots == slots
     cache.crop(-900)
-    lending.step(cache, 1)
-    assert lending.slots > slots
+    borrowing.step(cache, 1)
+    assert borrowing.slots > slots
 
 
-def test_slots_that_another_thread_holds_come_back_later(lending: Forwards) -> None:
+def test_slots_that_another_thread_holds_come_back_later(borrowing: Forwards) -> None:
     cache = DynamicCache()
-    lending.step(cache, 10)
-    borrowed = lending.slots
-    lending.is_busy = True
-    lending.read(cache, 1900)
-    assert lending.slots == lending.room.num_slots == borrowed
-    lending.is_busy = False
-    lending.step(cache, 64)
-    assert 50 <= lending.slots == lending.room.num_slots < borrowed
-    assert lending.budget_is_kept(cache, num_new=64)
+    borrowing.step(cache, 10)
+    borrowed = borrowing.slots
+    borrowing.is_busy = True
+    borrowing.read(cache, 1900)
+    assert borrowing.slots == borrowing.room.num_slots == borrowed
+    borrowing.is_busy = False
+    borrowing.step(cache, 64)
+    assert 50 <= borrowing.slots == borrowing.room.num_slots < borrowed
+    assert borrowing.budget_is_kept(cache, num_new=64)
 
 
 def test_some_room_is_never_lent() -> None:
-    forwards = Lending()
+    forwards = Borrowing()
     forwards.step(DynamicCache(), 10)
-    assert forwards.room.planned_bytes < room.NEVER_LENT_BYTES
+    assert forwards.room.planned_bytes < room.NEVER_BORROWED_BYTES
     assert forwards.num_resizes == 0
 
 
-def test_nothing_is_lent_unless_asked_for_or_where_every_expert_has_a_slot(lending: Forwards) -> None:
-    for forwards in (Lending(lends=False), Lending(600)):
+def test_nothing_is_borrowed_unless_set_or_where_every_expert_has_a_slot(borrowing: Forwards) -> None:
+    for forwards in (Borrowing(borrows=False), Borrowing(600)):
         forwards.step(DynamicCache(), 10)
         assert forwards.num_resizes == 0

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-from offload_moe.decode.cache import STEP, RoomyLayer, give_room
+from offload_moe.decode.cache import STEP, RoomyLayer, RoomySlidingLayer, give_room
 
 OPERATIONS = st.one_of(
     st.tuples(st.just("update"), st.integers(1, STEP)),
@@ -37,9 +37,9 @@ class Pair:
         self.plain, self.roomy, self.batch = DynamicLayer(), RoomyLayer(), 2
 
     def extend(self, seed: int, length: int) -> None:
-        room = self.roomy.extend()
-        assert (room is not None) == (self.batch == 1 and length > 0)
-        if room is not None:
+        assert self.roomy.can_extend == (self.batch == 1 and length > 0)
+        if self.roomy.can_extend:
+            room = self.roomy.extend()
             new = states(1, 1, seed)
             assert room[2] == length
             for place, value in zip(room[:2], new, strict=True):
@@ -137,15 +137,65 @@ def test_gradients_flow_through_it() -> None:
     assert torch.equal(keys.grad, torch.ones_like(keys))
 
 
-def test_only_plain_growing_layers_get_room() -> None:
+def test_only_layers_that_grow_or_slide_get_room() -> None:
     cache = DynamicCache()
-    cache.layers = [DynamicLayer(), DynamicSlidingWindowLayer(sliding_window=4)]
+    cache.layers = [DynamicLayer(), DynamicSlidingWindowLayer(sliding_window=4), DummyLayer()]
     cache.layers[0].update(*states(1, 3, 0))
     give_room(cache)
-    assert [type(layer) for layer in cache.layers] == [RoomyLayer, DynamicSlidingWindowLayer]
+    assert [type(layer) for layer in cache.layers] == [RoomyLayer, RoomySlidingLayer, DummyLayer]
     assert cache.get_seq_length() == 3
-    cache.update(*states(1, 1, 1), 2)
-    assert type(cache.layers[2]) is RoomyLayer
+    cache.update(*states(1, 1, 1), 3)
+    assert type(cache.layers[3]) is RoomyLayer
+
+
+class SlidingPair(Pair):
+    """A plain and a roomy window."""
+
+    def __init__(self, window: int, *, is_recording: bool) -> None:
+        self.plain, self.roomy, self.batch = DynamicSlidingWindowLayer(window), RoomySlidingLayer(window), 1
+        if is_recording:
+            self.plain.activate_past_recording()
+            self.roomy.activate_past_recording()
+
+    def extend(self, seed: int, length: int) -> None:
+        assert self.roomy.can_extend == (self.batch == 1 and length > 0 and not self.roomy.record_past)
+        if not self.roomy.can_extend:
+            return
+        *room, num_seen = self.roomy.extend()
+        new = states(1, 1, seed)
+        assert num_seen == min(length, self.roomy.sliding_window - 1)
+        for place, value in zip(room, new, strict=True):
+            place[:, :, num_seen : num_seen + 1] = value
+        for place, expected in zip(room, self.plain.update(*new), strict=True):
+            assert torch.equal(place[:, :, : num_seen + 1], expected)
+
+    def apply(self, name: str, number: int, seed: int) -> None:
+        is_full = self.plain.get_seq_length() >= self.plain.sliding_window
+        if name != "crop" or not is_full or self.plain.record_past:
+            super().apply(name, number, seed)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(OPERATIONS, max_size=14), st.integers(3, 7), st.booleans(), st.integers(0, 300))
+def test_a_window_holds_what_the_sliding_layer_holds(
+    operations: list[tuple[str, int]], window: int, is_recording: bool, num_steps: int
+) -> None:
+    pair = SlidingPair(window, is_recording=is_recording)
+    steps = [("extend" if step % 3 else "update", 1) for step in range(num_steps)]
+    for seed, (name, number) in enumerate([*operations, *steps, *operations]):
+        pair.apply(name, number, seed)
+        pair.check()
+
+
+def test_a_window_moves_through_its_room_in_place() -> None:
+    layer = RoomySlidingLayer(4)
+    layer.update(*states(1, 10, 0))
+    layer.update(*states(1, 1, 1))
+    place = layer.keys.data_ptr()
+    for step in range(STEP - 10):
+        layer.update(*states(1, 1, step))
+        assert layer.keys.data_ptr() == place + (step + 1) * layer.keys.stride(2) * 4
+    assert layer.keys.untyped_storage().nbytes() <= 2 * STEP * 2 * 6 * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

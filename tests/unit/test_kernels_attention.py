@@ -1,4 +1,4 @@
-"""One call for a decode step of attention, and one for a router, against torch in fp64."""
+"""One call for a decode step of attention, against torch in fp64."""
 
 import pytest
 import torch
@@ -110,36 +110,6 @@ def test_heads_that_fit_no_vector_are_refused() -> None:
     for settings in ({"head_dim": 8, "rotated_dims": 8}, {"head_dim": 16, "rotated_dims": 32}):
         with pytest.raises(ConfigError):
             kernels.AttentionKernel(made.linears, scaling=1.0, **settings)
-
-
-@pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("is_of_chosen", [True, False])
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("codec", ["bf16", "fp32"])
-def test_a_router_chooses_as_torch_does(codec: str, has_bias: bool, is_of_chosen: bool, name: str) -> None:
-    kernels.select_instruction_set(name)
-    torch.manual_seed(3)
-    made, weight = linear(codec, 40, 100, has_bias=has_bias)
-    kernel = kernels.RouterKernel(made, top_k=6, is_of_chosen=is_of_chosen)
-    for scale in (0.01, 1.0, 30.0):
-        x = torch.randn(100) * scale
-        logits, weights, ids = torch.empty(40), torch.empty(6), torch.empty(6, dtype=torch.int64)
-        kernel.step(x, logits, weights, ids)
-        expected = weight @ x.double() + (0 if made.bias is None else made.bias)
-        shares = expected.softmax(0)
-        assert torch.allclose(logits.double(), expected, rtol=1e-5, atol=1e-5 * scale)
-        assert ids.tolist() == expected.topk(6).indices.tolist()
-        chosen = shares[ids] / (shares[ids].sum() if is_of_chosen else 1)
-        assert torch.allclose(weights.double(), chosen, rtol=1e-4)
-
-
-def test_a_router_of_equal_or_unusable_logits_still_chooses_distinct_experts() -> None:
-    made, _ = linear("bf16", 8, 64, has_bias=False)
-    kernel = kernels.RouterKernel(made, top_k=3, is_of_chosen=True)
-    for x in (torch.zeros(64), torch.full((64,), torch.nan)):
-        logits, weights, ids = torch.empty(8), torch.empty(3), torch.empty(3, dtype=torch.int64)
-        kernel.step(x, logits, weights, ids)
-        assert ids.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("length", [7, 64, 100])

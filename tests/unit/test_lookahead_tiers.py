@@ -61,7 +61,7 @@ def pass_layer(lookahead: Lookahead, layer: int, num_tokens: int = 1) -> None:
     probe = lookahead._probes[layer]
     assert probe is not None
     probe.norm(hidden)  # the model's own call, which leaves the residual behind
-    answers = [ids.tolist()[0] for ids in lookahead.ask(layer, hidden, 2)]
+    answers = [ids.tolist()[0] for ids in lookahead.route_ahead(layer, hidden, 2)]
     lookahead.after_acquire(layer, num_tokens, [0, 1], 2, answers)
 
 
@@ -134,9 +134,9 @@ def test_the_shortest_way_to_the_same_experts_is_taken(norm: nn.Module, dtype: t
     probe = RouterProbe(norm.to(dtype), Softmax().to(dtype))
     residuals = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     for residual in (residuals[:1], residuals):
-        assert torch.equal(probe.ask(residual, 4), probe._router(norm(residual)).topk(4).indices)
-    assert isinstance(probe._ways[4], PlainRouter | NativeRouter) == (kind is not None)
-    assert kind is None or isinstance(probe._ways[4], kind)
+        assert torch.equal(probe.route(residual, 4), probe._router(norm(residual)).topk(4).indices)
+    assert isinstance(probe._routes[4], PlainRouter | NativeRouter) == (kind is not None)
+    assert kind is None or isinstance(probe._routes[4], kind)
 
 
 @torch.no_grad()

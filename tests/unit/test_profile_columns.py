@@ -162,7 +162,7 @@ class TestRuns:
             made = Forward(input_ids=torch.tensor([[7]]), start=3, is_new=False, num_tiers=1, num_layers=2)
             made.began = (1.0, 0, 0.5, 10)
             for first_layer, num_layers, stalled in parts:
-                made.add_run(self.layers(first_layer, num_layers), (9.0, 3, stalled, 35))
+                made.add_span(self.layers(first_layer, num_layers), (9.0, 3, stalled, 35))
             assert made.is_complete()
             routers = [Router(module=nn.Identity(), num_experts=4, is_sigmoid=False)] * 2
             found.append(to_columns([made.pack((5.0, 3, 0.75, 40), 4)], routers, 4))
@@ -178,5 +178,5 @@ class TestRuns:
 
     def test_half_a_run_is_not_complete(self) -> None:
         made = Forward(input_ids=torch.tensor([[7]]), start=3, is_new=False, num_tiers=1, num_layers=2)
-        made.add_run(self.layers(0, 1), (9.0, 3, 0.5, 20))
+        made.add_span(self.layers(0, 1), (9.0, 3, 0.5, 20))
         assert not made.is_complete()

@@ -29,6 +29,11 @@ ROOMS = [
             "serve",
             "doctor",
             "demo",
+            "decode",
+            "families",
+            "experts",
+            "engine",
+            "chat",
         )
     ),
 ]
@@ -43,7 +48,7 @@ DOCUMENTS = [
 # A program is no person, and names that were replaced must not return.
 BANNED = re.compile(
     r"\b(hears?|heard|told|whoever|nobody|somebody|himself|patience|onlookers?|rides?|lean|wants?|wanted|foretells?|"
-    r"foretold|by itself|at hand|for good)\b",
+    r"foretold|by itself|at hand|for good|asks?|asking|tells?|telling|knows|remembers?|forgets?)\b",
     re.IGNORECASE,
 )
 CODE_SPAN = re.compile(r"```.*?```|`[^`]*`|\{[^}]*\}|\([^()\s]*\.md[^()\s]*\)", re.DOTALL)

@@ -205,7 +205,7 @@ def test_other_models_are_left_alone() -> None:
     assert recompute_of(hf) is None
     assert rotation_keeper(hf) is None
     assert "_prefill" not in vars(hf)
-    assert vars(hf).keys() - before.keys() == {"_offload_moe_rotation", "_offload_moe_recompute"}
+    assert vars(hf).keys() - before.keys() == {"_offload_moe_rotation"}
     assert not hf.get_decoder()._forward_pre_hooks
 
 

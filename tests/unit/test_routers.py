@@ -41,7 +41,7 @@ def test_a_declared_router_chooses_as_its_module(family: str, correction: str | 
     block_name = find_experts(model)[-1].block_name
     router = find_router(model, block_name)
     assert router is not None
-    assert router.can_be_asked(torch.ones(1, model.config.hidden_size))
+    assert router.routes_alone(torch.ones(1, model.config.hidden_size))
     assert router.spec == declared_routers(model)[router.module]
     rows = torch.randn(20, model.config.hidden_size)
     arguments = [getattr(model.get_submodule(block_name), correction)] if correction else []
@@ -81,7 +81,7 @@ class Alone(nn.Module):
 
 
 def test_a_router_that_is_not_declared_and_takes_more_cannot_be_asked() -> None:
-    for module, can_be_asked in (
+    for module, routes_alone in (
         (WithBias(), False),
         (WithLateBias(), False),
         (Alone(), True),
@@ -91,7 +91,7 @@ def test_a_router_that_is_not_declared_and_takes_more_cannot_be_asked() -> None:
         found = find_router(model, "layer.mlp")
         assert found is not None
         assert found.spec is None
-        assert found.can_be_asked(torch.ones(1, 2)) == can_be_asked
+        assert found.routes_alone(torch.ones(1, 2)) == routes_alone
 
 
 def test_a_block_without_a_router() -> None:

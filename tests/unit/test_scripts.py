@@ -1,5 +1,6 @@
 """What `scripts/` name is there: the scripts themselves take minutes, and `.ci/run` runs their short forms."""
 
+import json
 import re
 import subprocess
 import sys
@@ -32,3 +33,31 @@ def test_the_kernel_tests_that_are_sanitized_exist() -> None:
     named = re.findall(r"tests/\S+?\.py", (ROOT / "scripts/sanitize").read_text())
     assert len(named) >= 4
     assert all(list(ROOT.glob(pattern)) for pattern in named)
+
+
+def test_two_checkouts_are_compared_trial_by_trial(tmp_path: Path) -> None:
+    """`benchmarks/paired.py`, on checkouts whose script takes ever longer, and the new one half as long again."""
+    for side, factor in (("old", 1.0), ("new", 1.5)):
+        folder = tmp_path / side
+        (folder / "benchmarks").mkdir(parents=True)
+        (folder / ".venv/bin").mkdir(parents=True)
+        (folder / ".venv/bin/python").symlink_to(sys.executable)
+        (folder / "benchmarks/made.py").write_text(
+            "import json, pathlib, sys\n"
+            "count = pathlib.Path(__file__).with_suffix('.count')\n"
+            "number = len(count.read_text()) if count.exists() else 0\n"
+            "count.write_text('x' * (number + 1))\n"
+            f"value = {factor} * (number + 2)\n"
+            "print(json.dumps({'runs': [{'cpu_ms': value}], 'other': 1, 'argument': sys.argv[1]}))\n"
+        )
+    command = [sys.executable, str(ROOT / "benchmarks/paired.py"), str(tmp_path / "old"), str(tmp_path / "new")]
+    command += ["--trials", "7", "--", "made.py", "--tokens"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document["new_over_old"].keys() == {"runs.0.cpu_ms"}
+    ratio = document["new_over_old"]["runs.0.cpu_ms"]
+    assert ratio["median"] == 1.5
+    assert ratio["interval"] == [1.5, 1.5]
+    assert ratio["old"] == {"median": 5.0, "min": 2.0, "max": 8.0}
+    assert document["script"] == ["made.py", "--tokens"]

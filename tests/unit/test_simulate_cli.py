@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from offload_moe.plan import Machine, make_plan
-from offload_moe.plan.simulation import lent_room, simulate_plan
+from offload_moe.plan.simulation import borrowed_room, simulate_plan
 from offload_moe.plan.speed import takes_token_passes
 from offload_moe.profile.trace import save_trace
 from offload_moe.simulate import synthetic_trace
@@ -72,14 +72,15 @@ def test_slots_borrow_the_room_of_a_context_that_is_not_there_yet() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "lends", "passes"),
+    ("name", "borrows", "passes"),
     [("Mixtral-8x7B-v0.1", True, True), ("DeepSeek-V2", True, False), ("gpt-oss-120b", False, False)],
 )
-def test_what_layers_keep_decides_over_lent_room_and_rides(name: str, lends: bool, passes: bool) -> None:
-    """Latents are lent room as in the model, and taken layer by layer; sliding windows neither way."""
-    plan = make_plan(str(CONFIGS / f"{name}.json"), Machine(ram_bytes=64 * GIB))
-    assert (lent_room(plan) is not None, takes_token_passes(plan.shape, plan.machine)) == (lends, passes)
-    assert lent_room(make_plan(str(CONFIGS / f"{name}.json"), Machine(ram_bytes=64 * GIB, vram_bytes=12 * GIB))) is None
+def test_what_layers_keep_decides_over_borrowed_room_and_token_passes(name: str, borrows: bool, passes: bool) -> None:
+    """Slots borrow room beside latents too, which are taken layer by layer; sliding windows neither way."""
+    config = str(CONFIGS / f"{name}.json")
+    plan = make_plan(config, Machine(ram_bytes=64 * GIB))
+    assert (borrowed_room(plan) is not None, takes_token_passes(plan.shape, plan.machine)) == (borrows, passes)
+    assert borrowed_room(make_plan(config, Machine(ram_bytes=64 * GIB, vram_bytes=12 * GIB))) is None
 
 
 def test_the_plan_and_the_simulation_agree_where_nothing_is_missed() -> None:

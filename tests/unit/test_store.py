@@ -13,10 +13,12 @@ from safetensors import safe_open
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.convert.quantize import quantize
+from offload_moe.convert.repair import find_damage
 from offload_moe.errors import StoreCorrupt, StoreError, StoreVersion
 from offload_moe.quant import get_codec
 from offload_moe.store import Store, is_store
 from tests.support.checkpoints import write_checkpoint
+from tests.support.stores import check_all
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,7 @@ def test_small_files_come_along_and_code_does_not(folders: tuple[Path, Path]) ->
 
 def test_verify_reads_everything(folders: tuple[Path, Path]) -> None:
     reports: list[tuple[object, ...]] = []
-    Store.open(folders[1]).verify(lambda *report: reports.append(report))
+    assert not find_damage(Store.open(folders[1]), lambda *report: reports.append(report))
     files = [path for path in folders[1].rglob("*") if path.is_file() and path.name != "store.json"]
     num_bytes = sum(path.stat().st_size for path in files)
     assert reports[-1] == ("Verifying", num_bytes, num_bytes)
@@ -121,7 +123,7 @@ def edit(store: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 def test_an_edit_that_changes_nothing_is_fine(store: Path) -> None:
     edit(store, lambda document: None)
-    Store.open(store).verify()
+    check_all(Store.open(store))
 
 
 def test_another_version(store: Path) -> None:

@@ -36,15 +36,35 @@
     FIELD(T, float, scaling, ) \
     FIELD(T, int32_t, mode, )
 
+/* Multi-head latent attention, absorbed: N heads of K unrotated and P rotated dims, values of V dims, latents of R. */
+#define OM_LATENT_FIELDS(FIELD, T) \
+    FIELD(T, om_matrix, matrices, [6]) /* the query, or its way down; latent and rotated key; the query's way up; */ \
+    FIELD(T, const uint8_t *, records, [6]) /* keys to latents [N * R, K]; latents to keys and values [N * (K + V), R]; output */ \
+    FIELD(T, const float *, biases, [6]) /* those kept outside of the records, or NULL */ \
+    FIELD(T, const float *, query_norm, ) /* weight of the RMS norm between the query's ways; NULL: the first matrix is all */ \
+    FIELD(T, const float *, latent_norm, ) \
+    FIELD(T, float, query_epsilon, ) FIELD(T, float, latent_epsilon, ) \
+    FIELD(T, int64_t, num_heads, ) FIELD(T, int64_t, unrotated_dims, ) FIELD(T, int64_t, rotated_dims, ) \
+    FIELD(T, int64_t, value_dims, ) FIELD(T, int64_t, rank, ) \
+    FIELD(T, float, scaling, ) \
+    FIELD(T, int32_t, rotation, ) \
+    FIELD(T, int32_t, mode, )
+
 #define OM_ROUTER_FIELDS(FIELD, T) \
     FIELD(T, om_matrix, matrix, ) /* [E, H] */ \
     FIELD(T, const uint8_t *, record, ) \
     FIELD(T, const float *, bias, ) /* [E] or NULL */ \
+    FIELD(T, const float *, correction, ) /* [E] or NULL: added to the scores for the choice only */ \
     FIELD(T, int64_t, top_k, ) \
-    FIELD(T, int32_t, is_of_chosen, ) /* weights are shares of the chosen experts' softmax, not of all experts' */
+    FIELD(T, int64_t, num_groups, ) FIELD(T, int64_t, num_chosen_groups, ) /* of experts; the others are not chosen */ \
+    FIELD(T, int32_t, num_best, ) /* 1 or 2: scores of a group that are added up for its own */ \
+    FIELD(T, int32_t, is_sigmoid, ) /* scores are sigmoids of the logits, not their softmax */ \
+    FIELD(T, int32_t, is_of_chosen, ) /* weights are shares among the chosen experts' scores */ \
+    FIELD(T, float, scale, ) /* of the weights, afterwards */
 
 #define OM_LAYER_FIELDS(FIELD, T) \
     FIELD(T, const om_attention *, attention, ) \
+    FIELD(T, const om_latent *, latent, ) /* in place of `attention`, which is NULL then */ \
     FIELD(T, const om_router *, router, ) /* NULL: the block after the second norm has its own router */ \
     FIELD(T, const float *, norms, [2]) /* [hidden]: before attention, and before the router */ \
     FIELD(T, float, epsilons, [2]) \
@@ -134,6 +154,7 @@
     STRUCT(om_matrix, OM_MATRIX_FIELDS) \
     STRUCT(om_moe_layer, OM_MOE_LAYER_FIELDS) \
     STRUCT(om_attention, OM_ATTENTION_FIELDS) \
+    STRUCT(om_latent, OM_LATENT_FIELDS) \
     STRUCT(om_router, OM_ROUTER_FIELDS) \
     STRUCT(om_layer, OM_LAYER_FIELDS) \
     STRUCT(om_shared, OM_SHARED_FIELDS) \
@@ -169,6 +190,8 @@
     FUNCTION(int, om_attention_step, (const om_attention *attention, const float *x, const float *cos, \
                                       const float *signed_sin, float *keys, float *values, int64_t capacity, \
                                       int64_t length, float *out)) \
+    FUNCTION(int, om_latent_step, (const om_latent *latent, const float *x, const float *cos, const float *signed_sin, \
+                                   float *latents, float *rotated, int64_t length, float *out)) \
     FUNCTION(void, om_rms_norm, (const float *values, const float *weight, int64_t length, float epsilon, float *result)) \
     FUNCTION(int, om_router_step, (const om_router *router, const float *x, float *logits, float *weights, int64_t *ids)) \
     FUNCTION(int, om_layer_step, (const om_layer *layer, const float *x, const float *cos, const float *signed_sin, \
@@ -199,6 +222,8 @@ enum { OM_EXACT = 0, OM_FAST = 1 };
 enum { OM_F32 = 0, OM_BF16_VALUES = 1 };
 enum { OM_SILU = 0, OM_GELU = 1, OM_GELU_TANH = 2, OM_GPT_OSS = 3, OM_RELU = 4, OM_RELU2 = 5, OM_IDENTITY = 6 };
 enum { OM_READING = 1, OM_DONE = 2, OM_DROPPED = 3, OM_FAILED = 4 };
+/* Which dims of a rotated part turn together, and where they are afterwards. */
+enum { OM_HALVES = 0, OM_PAIRS_TO_HALVES = 1, OM_PAIRS = 2 };
 /* How an expert was found when it was chosen, or guessed. */
 enum { OM_HIT = 0, OM_ARRIVING = 1, OM_MISSING = 2, OM_FETCHED = 3 /* guessed, absent, and fetched */ };
 /* What a layer needs from Python: experts that it could not fetch; slots, as few are left. */
@@ -208,6 +233,8 @@ enum { OM_UNDER_WAY = -2 };
 
 #define OM_BLOCK 64     /* weights that share an nf4 or int8 scale, and activations that share an int8 scale */
 #define OM_MAX_TOP_K 64 /* experts of one token and layer in a span */
+#define OM_MAX_ROTATED 256 /* dims of a rotated part of latent attention */
+#define OM_MAX_SCORED 1024 /* experts of a layer whose router adds corrections or has groups */
 
 #define OM_CONSTANTS(CONSTANT) \
     CONSTANT(OM_NF4) CONSTANT(OM_INT8) CONSTANT(OM_MXFP4) CONSTANT(OM_BF16) CONSTANT(OM_FP32) \
@@ -215,10 +242,11 @@ enum { OM_UNDER_WAY = -2 };
     CONSTANT(OM_F32) CONSTANT(OM_BF16_VALUES) \
     CONSTANT(OM_SILU) CONSTANT(OM_GELU) CONSTANT(OM_GELU_TANH) CONSTANT(OM_GPT_OSS) CONSTANT(OM_RELU) CONSTANT(OM_RELU2) \
     CONSTANT(OM_IDENTITY) \
+    CONSTANT(OM_HALVES) CONSTANT(OM_PAIRS_TO_HALVES) CONSTANT(OM_PAIRS) \
     CONSTANT(OM_READING) CONSTANT(OM_DONE) CONSTANT(OM_DROPPED) CONSTANT(OM_FAILED) \
     CONSTANT(OM_HIT) CONSTANT(OM_ARRIVING) CONSTANT(OM_MISSING) CONSTANT(OM_FETCHED) \
     CONSTANT(OM_NEEDS_EXPERTS) CONSTANT(OM_NEEDS_SLOTS) CONSTANT(OM_UNDER_WAY) \
-    CONSTANT(OM_BLOCK) CONSTANT(OM_MAX_TOP_K)
+    CONSTANT(OM_BLOCK) CONSTANT(OM_MAX_TOP_K) CONSTANT(OM_MAX_SCORED) CONSTANT(OM_MAX_ROTATED)
 
 typedef struct om_slot_table om_slot_table; /* these Python keeps by address */
 typedef struct om_reads om_reads;

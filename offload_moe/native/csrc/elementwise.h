@@ -209,5 +209,6 @@ static float encode_int8_block(const float *values, int8_t *codes) {
 }
 
 #include "attend.h"
+#include "attend_latent.h"
 
-#define OM_ELEMENTWISE_TABLE quantize_blocks, pack_blocks, activate, encode_nf4_block, encode_int8_block, attend
+#define OM_ELEMENTWISE_TABLE quantize_blocks, pack_blocks, activate, encode_nf4_block, encode_int8_block, attend, attend_latent

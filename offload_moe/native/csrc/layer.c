@@ -4,12 +4,15 @@
 #include "job.h"
 
 /* x[H] -> residual[H] = x + attention, normed[H]; and logits, weights, ids as `om_router_step` has them. The cache and the
- * rotary embedding as `om_attention_step` has them. Returns 0, or -1 when memory is short. */
+ * rotary embedding as `om_attention_step` or `om_latent_step` has them. Returns 0, or -1 when memory is short. */
 OM_EXPORT int om_layer_step(const om_layer *layer, const float *x, const float *cos, const float *signed_sin, float *keys,
                             float *values, int64_t capacity, int64_t length, float *residual, float *normed, float *logits,
                             float *weights, int64_t *ids) {
     om_rms_norm(x, layer->norms[0], layer->hidden, layer->epsilons[0], normed);
-    if (om_attention_step(layer->attention, normed, cos, signed_sin, keys, values, capacity, length, residual) != 0) return -1;
+    const int status = layer->latent != NULL
+        ? om_latent_step(layer->latent, normed, cos, signed_sin, keys, values, length, residual)
+        : om_attention_step(layer->attention, normed, cos, signed_sin, keys, values, capacity, length, residual);
+    if (status != 0) return -1;
     for (int64_t i = 0; i < layer->hidden; i++) residual[i] += x[i];
     om_rms_norm(residual, layer->norms[1], layer->hidden, layer->epsilons[1], normed);
     return layer->router == NULL ? 0 : om_router_step(layer->router, normed, logits, weights, ids);

@@ -52,6 +52,15 @@ typedef struct {
     int num_tokens;
 } om_tile;
 
+/* What the heads of one token see: latents [length, rank] and rotated keys [length, rotated_dims]. */
+typedef struct {
+    const float *latents, *rotated;
+    int64_t length, rank, rotated_dims, turned_stride; /* between the rotated parts of two heads' queries */
+    float scaling;
+} om_latent_view;
+
+#define OM_LATENT_ROOM 4 /* heads whose scores `attend_latent` keeps */
+
 /* results[row * OM_TILE + token] */
 typedef void (*om_rows_fn)(const om_weights *weights, int64_t first_row, int64_t num_rows, const om_tile *tile, float *results);
 
@@ -70,6 +79,9 @@ typedef struct {
     /* One token's heads that share keys and values: q, out [num_heads, dim]; keys, values [length, dim]; sinks may be NULL. */
     void (*attend)(const float *q, const float *keys, const float *values, const float *sinks, int64_t num_heads, int64_t dim,
                    int64_t length, float scaling, float *scores, float *out);
+    /* See `attend_latent.h`; scores: room for OM_LATENT_ROOM * length. */
+    void (*attend_latent)(const om_latent_view *view, const float *inner, const float *turned, int64_t num_heads, float *scores,
+                          float *out);
 } om_isa;
 
 extern const om_isa om_isa_portable;

@@ -1,15 +1,15 @@
-/* The router of one token in one call: logits, softmax and top-k, in fp32. E experts, K chosen. */
+/* The router of one token in one call: logits, scores, the greatest K of E experts and their weights, in fp32. */
 #include "job.h"
 
 #include <math.h>
 
 /* The greatest first; of equal ones the lower expert. */
-static void choose(const float *logits, int64_t num_experts, int64_t top_k, int64_t *ids) {
+static void choose(const float *scores, int64_t num_experts, int64_t top_k, int64_t *ids) {
     for (int64_t k = 0; k < top_k; k++) {
         int64_t best = -1;
         for (int64_t e = 0; e < num_experts; e++) {
             int is_taken = 0;
-            if (best >= 0 && !(logits[e] > logits[best])) continue;
+            if (best >= 0 && !(scores[e] > scores[best])) continue;
             for (int64_t i = 0; i < k; i++) is_taken |= ids[i] == e;
             if (!is_taken) best = e;
         }
@@ -17,13 +17,78 @@ static void choose(const float *logits, int64_t num_experts, int64_t top_k, int6
     }
 }
 
-static void weigh(const om_router *router, const float *logits, const int64_t *ids, float *weights) {
-    const float greatest = logits[ids[0]];
-    float all = 0.0f, chosen = 0.0f;
+static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+/* For weights that are shares of a softmax: the chosen logits are those of the greatest shares. */
+static void weigh_shares(const om_router *router, const float *logits, const int64_t *ids, float *weights) {
+    float greatest = logits[ids[0]], all = 0.0f, chosen = 0.0f;
+    for (int64_t k = 1; k < router->top_k; k++) greatest = logits[ids[k]] > greatest ? logits[ids[k]] : greatest;
     for (int64_t k = 0; k < router->top_k; k++) chosen += weights[k] = expf(logits[ids[k]] - greatest);
     if (!router->is_of_chosen)
         for (int64_t e = 0; e < router->matrix.rows; e++) all += expf(logits[e] - greatest);
     for (int64_t k = 0; k < router->top_k; k++) weights[k] /= router->is_of_chosen ? chosen : all;
+}
+
+static void weigh_sigmoids(const om_router *router, const float *logits, const int64_t *ids, float *weights) {
+    float chosen = 0.0f;
+    for (int64_t k = 0; k < router->top_k; k++) chosen += weights[k] = sigmoid(logits[ids[k]]);
+    if (router->is_of_chosen)
+        for (int64_t k = 0; k < router->top_k; k++) weights[k] /= chosen + 1e-20f;
+}
+
+/* What the choice is made by; scores[E]. */
+static void score(const om_router *router, const float *logits, float *scores) {
+    const int64_t num_experts = router->matrix.rows;
+    if (router->is_sigmoid) {
+        for (int64_t e = 0; e < num_experts; e++) scores[e] = sigmoid(logits[e]);
+    } else {
+        float greatest = logits[0], all = 0.0f;
+        for (int64_t e = 1; e < num_experts; e++) greatest = logits[e] > greatest ? logits[e] : greatest;
+        for (int64_t e = 0; e < num_experts; e++) all += scores[e] = expf(logits[e] - greatest);
+        for (int64_t e = 0; e < num_experts; e++) scores[e] /= all;
+    }
+    if (router->correction != NULL)
+        for (int64_t e = 0; e < num_experts; e++) scores[e] += router->correction[e];
+}
+
+/* The greatest score of a group, or the sum of its two greatest. */
+static float score_of_group(const om_router *router, const float *scores, int64_t size) {
+    float best = -INFINITY, second = -INFINITY;
+    for (int64_t e = 0; e < size; e++) {
+        if (scores[e] > best) {
+            second = best;
+            best = scores[e];
+        } else if (scores[e] > second) {
+            second = scores[e];
+        }
+    }
+    return router->num_best == 1 || size == 1 ? best : best + second;
+}
+
+/* Experts outside of the best groups cannot be chosen. */
+static void exclude_groups(const om_router *router, float *scores) {
+    float of_groups[OM_MAX_SCORED];
+    int64_t chosen[OM_MAX_SCORED];
+    const int64_t size = router->matrix.rows / router->num_groups;
+    for (int64_t g = 0; g < router->num_groups; g++) of_groups[g] = score_of_group(router, scores + g * size, size);
+    choose(of_groups, router->num_groups, router->num_chosen_groups, chosen);
+    for (int64_t g = 0; g < router->num_groups; g++) {
+        int is_chosen = 0;
+        for (int64_t i = 0; i < router->num_chosen_groups; i++) is_chosen |= chosen[i] == g;
+        for (int64_t e = g * size; !is_chosen && e < (g + 1) * size; e++) scores[e] = -INFINITY;
+    }
+}
+
+static void choose_experts(const om_router *router, const float *logits, int64_t *ids) {
+    float scores[OM_MAX_SCORED];
+    const int has_groups = router->num_chosen_groups < router->num_groups;
+    if (router->correction == NULL && !has_groups) {
+        choose(logits, router->matrix.rows, router->top_k, ids); /* scores grow with them */
+        return;
+    }
+    score(router, logits, scores);
+    if (has_groups) exclude_groups(router, scores);
+    choose(scores, router->matrix.rows, router->top_k, ids);
 }
 
 /* x[H] -> logits[E], ids[K] from the most to the least likely, their weights[K]. Returns 0, or -1 when memory is short. */
@@ -34,7 +99,8 @@ OM_EXPORT int om_router_step(const om_router *router, const float *x, float *log
     if (om_call_linear(&job) != 0) return -1;
     if (router->bias != NULL)
         for (int64_t e = 0; e < router->matrix.rows; e++) logits[e] += router->bias[e];
-    choose(logits, router->matrix.rows, router->top_k, ids);
-    weigh(router, logits, ids, weights);
+    choose_experts(router, logits, ids);
+    (router->is_sigmoid ? weigh_sigmoids : weigh_shares)(router, logits, ids, weights);
+    for (int64_t k = 0; k < router->top_k; k++) weights[k] *= router->scale;
     return 0;
 }

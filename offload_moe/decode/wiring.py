@@ -1,0 +1,180 @@
+"""Decoders that pass a token through their layers and do nothing else:
+
+    x = scale * embedding(id);  for each layer: x = layer(x, rotary(positions));  norm(x)
+
+Nearly all are, and their code spends most of its time elsewhere: masks, keyword arguments, empty hooks. A rehearsal
+with stand-ins for the layers shows whether a decoder is one.
+
+H hidden, D rotated dims.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from offload_moe.decode.probe import Refused, Uncovered, answer
+from offload_moe.decode.rotary import Embeddings
+from offload_moe.families.read_layer import embedding_scale
+
+NUM_CACHED = 5
+TOKEN = 1
+FAR = 37  # a position that no cache of the rehearsal has
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wiring:
+    """Parts of a decoder, to be called as modules. make_output: what its forward returns, given a hidden state."""
+
+    embedding: nn.Module
+    scale: float
+    rotary: nn.Module
+    layers: nn.ModuleList
+    norm: nn.Module
+    make_output: type
+    has_planes: bool  # of positions: text, time, height, width
+    last_position: int
+
+    def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """``[1, 1]`` or ``[1, 1, H]`` -> ``[1, 1, H]``."""
+        x: Tensor = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        return x if self.scale == 1.0 else x * self.scale
+
+    @torch.inference_mode()
+    def last_embeddings(self, hidden_size: int) -> Embeddings:
+        """What the rotary embedding gives for the last position, where scaling by position would show."""
+        embeddings: Embeddings = self.rotary(torch.zeros(1, 1, hidden_size), torch.tensor([[self.last_position]]))
+        return embeddings
+
+    def positions(self, given: Tensor | None, cache: Any) -> Tensor | None:
+        """``[1, 1]`` or planes ``[3, 1, 1]``, as the rotary embedding takes them; None: positions of another kind."""
+        if given is None:
+            return torch.tensor([[cache.get_seq_length()]])
+        if given.shape == (1, 1):
+            return given
+        if self.has_planes and given.dim() == 3 and given.shape[1:] == (1, 1) and len(given) in (3, 4):
+            return given[-3:]
+        return None
+
+
+def wiring_of(decoder: Any) -> Wiring:
+    """The parts of a decoder. Raises: Uncovered where it does something else with a token."""
+    parts: list[Any] = [getattr(decoder, name, None) for name in ("embed_tokens", "rotary_emb", "layers", "norm")]
+    embedding, rotary, layers, norm = parts
+    if not all(isinstance(part, nn.Module) for part in parts) or not isinstance(layers, nn.ModuleList):
+        raise Uncovered("a decoder of other parts than an embedding, a rotary embedding, layers and a norm")
+    scale = embedding_scale(decoder)
+    try:
+        make_output = _rehearse(decoder, embedding, scale, rotary, norm, (1, 1))
+    except Refused as error:
+        raise Uncovered("a decoder that does not take a token, its position and a cache") from error
+    try:
+        _rehearse(decoder, embedding, scale, rotary, norm, (4, 1, 1))
+        has_planes = True
+    except (Refused, Uncovered):
+        has_planes = False
+    return Wiring(
+        embedding=embedding,
+        scale=scale,
+        rotary=rotary,
+        layers=layers,
+        norm=norm,
+        make_output=make_output,
+        has_planes=has_planes,
+        last_position=getattr(decoder.config, "max_position_embeddings", 4096) - 1,
+    )
+
+
+class _StandIn:
+    """The forward of a layer: notes what it is given and returns something else of its kind."""
+
+    def __init__(self) -> None:
+        self.given: list[Tensor] = []
+        self.settings: list[dict[str, Any]] = []
+        self.results: list[Tensor] = []
+
+    def __call__(self, hidden_states: Tensor, **settings: Any) -> Tensor:
+        result = hidden_states.roll(1, -1) * 1.5 + 0.25
+        self.given.append(hidden_states)
+        self.settings.append(settings)
+        self.results.append(result)
+        return result
+
+
+@torch.inference_mode()
+def _rehearse(
+    decoder: Any, embedding: nn.Module, scale: float, rotary: nn.Module, norm: nn.Module, shape: tuple[int, ...]
+) -> type:
+    """One token through the decoder, after cached ones and at a given position of this shape; its output's class.
+
+    Raises: Uncovered, Refused.
+    """
+    layers = list(decoder.layers)
+    ids = torch.tensor([[TOKEN]], device=decoder.device)
+    given_positions = torch.full(shape, FAR, device=decoder.device)
+    make_output = None
+    before = [vars(layer).get("forward") for layer in layers]
+    try:
+        for positions in (None, given_positions):
+            stand_in = _StandIn()
+            for layer in layers:
+                layer.forward = stand_in
+            cache = _filled_cache(decoder)
+            out = answer(decoder.forward, input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+            expected = torch.full((1, 1), NUM_CACHED, device=decoder.device) if positions is None else positions[-3:]
+            x = embedding(ids)
+            _check(stand_in, len(layers), x if scale == 1.0 else x * scale, answer(rotary, x, expected))
+            make_output = _check_output(out, norm(stand_in.results[-1]), cache)
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+    assert make_output is not None
+    return make_output
+
+
+def _filled_cache(decoder: Any) -> DynamicCache:
+    cache = DynamicCache()
+    cache.update(*(torch.zeros(1, 1, NUM_CACHED, 8, device=decoder.device, dtype=decoder.dtype) for _ in "kv"), 0)
+    return cache
+
+
+def _check(stand_in: _StandIn, num_layers: int, embedded: Tensor, embeddings: Any) -> None:
+    is_chain = len(stand_in.given) == num_layers and all(
+        given is result for given, result in zip(stand_in.given[1:], stand_in.results, strict=False)
+    )
+    if not is_chain or not torch.equal(stand_in.given[0], embedded):
+        raise Uncovered("a decoder that changes what its layers give")
+    for settings in stand_in.settings:
+        if not _are_equal(settings.get("position_embeddings"), embeddings):
+            raise Uncovered("a decoder whose layers are rotated differently")
+        if not _hides_nothing(settings.get("attention_mask")):
+            raise Uncovered("a decoder that hides tokens from the last one")
+
+
+def _hides_nothing(mask: Any) -> bool:
+    """Some attention functions are given a mask whatever it is."""
+    if mask is None:
+        return True
+    return isinstance(mask, Tensor) and bool((mask if mask.dtype == torch.bool else mask == 0).all())
+
+
+def _are_equal(got: Any, expected: Any) -> bool:
+    if isinstance(got, Tensor) and isinstance(expected, Tensor):  # complex numbers
+        return torch.equal(got, expected)
+    if not isinstance(got, tuple) or not isinstance(expected, tuple) or len(got) != 2 or got[0].dim() != 3:
+        return False
+    return all(torch.equal(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
+
+
+def _check_output(out: Any, hidden: Tensor, cache: DynamicCache) -> type:
+    fields = {name: value for name, value in out.items() if value is not None}
+    if fields.keys() != {"last_hidden_state", "past_key_values"} or fields["past_key_values"] is not cache:
+        raise Uncovered("a decoder that returns more than a hidden state and a cache")
+    if not torch.equal(fields["last_hidden_state"], hidden):
+        raise Uncovered("a decoder that changes what its norm gives")
+    return type(out)

@@ -1,0 +1,153 @@
+/* A decode step of latent attention in one call: projections, norms, rotary embedding, cache, attention, output.
+ *
+ * The cache holds one latent and one rotated key per token, for all heads. With k = W_k c and v = W_v c, scores are
+ * (W_k^T q) . c, and the output is W_v times the mean of c: nothing is expanded. Source: DeepSeek-V2, arXiv:2405.04434.
+ * One token of one sequence, in fp32. N heads, K unrotated and P rotated dims, V value dims, R rank. */
+#include "job.h"
+
+enum { FIRST = 0, COMPRESS = 1, UP = 2, INNER = 3, EXPAND = 4, OUTPUT = 5 };
+#define ROWS_AT_ONCE 64
+
+typedef struct {
+    const om_latent *latent;
+    const float *cos, *signed_sin;
+    float *latents, *rotated; /* [length + 1, R], [length + 1, P] */
+    int64_t length, heads_per_unit;
+    om_linear_job first, compress, up, output;
+    void *down;                   /* the query's way down, or the query */
+    void *compressed;             /* latent and rotated key [R + P] */
+    void *query;                  /* [N, K + P] */
+    float *inner, *means, *mixed; /* [N, R], [N, R], [N, V] */
+    float *scores;                /* per thread */
+    void *out;
+} latent_job;
+
+static int64_t query_dims(const om_latent *l) { return l->unrotated_dims + l->rotated_dims; }
+
+static void add_bias(float *values, const float *bias, int64_t count) {
+    if (bias != NULL)
+        for (int64_t i = 0; i < count; i++) values[i] += bias[i];
+}
+
+/* cos and signed_sin as halves have them: the second half of `signed_sin` is the sine. `source` may be `target`. */
+static void rotate(const latent_job *job, const float *source, float *target) {
+    const om_latent *l = job->latent;
+    const int64_t half = l->rotated_dims / 2, is_apart = l->rotation == OM_HALVES, stays = l->rotation == OM_PAIRS;
+    float turned[OM_MAX_ROTATED];
+    for (int64_t i = 0; i < half; i++) {
+        const float cosine = job->cos[i], sine = job->signed_sin[half + i];
+        const float first = source[is_apart ? i : 2 * i], second = source[is_apart ? half + i : 2 * i + 1];
+        turned[stays ? 2 * i : i] = first * cosine - second * sine;
+        turned[stays ? 2 * i + 1 : half + i] = second * cosine + first * sine;
+    }
+    __builtin_memcpy(target, turned, (size_t)l->rotated_dims * sizeof(float));
+}
+
+static void finish_projections(latent_job *job) {
+    const om_latent *l = job->latent;
+    float *down = job->down, *compressed = job->compressed, *query = job->query;
+    add_bias(down, l->biases[FIRST], l->matrices[FIRST].rows);
+    add_bias(compressed, l->biases[COMPRESS], l->rank + l->rotated_dims);
+    if (l->query_norm != NULL) {
+        om_rms_norm(down, l->query_norm, l->matrices[FIRST].rows, l->query_epsilon, down);
+        om_run_linear(&job->up);
+        add_bias(query, l->biases[UP], l->matrices[UP].rows);
+    }
+    for (int64_t n = 0; n < l->num_heads; n++) {
+        float *turned = query + n * query_dims(l) + l->unrotated_dims;
+        rotate(job, turned, turned);
+    }
+    om_rms_norm(compressed, l->latent_norm, l->rank, l->latent_epsilon, job->latents + job->length * l->rank);
+    rotate(job, compressed + l->rank, job->rotated + job->length * l->rotated_dims);
+}
+
+/* out[num_rows] = rows of the matrix from `first_row` on, times x. */
+static void multiply_rows(const om_latent *l, int which, int64_t first_row, int64_t num_rows, const float *x, float *out) {
+    const om_weights w = om_resolve(&l->matrices[which], l->records[which]);
+    const om_rows_fn rows = om_active_isa()->rows[OM_EXACT][w.codec];
+    const om_tile tile = {.values = {(float *)x}, .num_tokens = 1};
+    float results[ROWS_AT_ONCE * OM_TILE];
+    for (int64_t at = 0; at < num_rows; at += ROWS_AT_ONCE) {
+        const int64_t count = om_min(ROWS_AT_ONCE, num_rows - at);
+        rows(&w, first_row + at, count, &tile, results);
+        for (int64_t i = 0; i < count; i++) out[at + i] = results[i * OM_TILE];
+    }
+}
+
+static void heads_unit(void *context, int64_t unit, int64_t next, int thread) {
+    (void)next;
+    const latent_job *job = context;
+    const om_latent *l = job->latent;
+    const int64_t begin = unit * job->heads_per_unit, end = om_min(l->num_heads, begin + job->heads_per_unit);
+    const float *query = job->query;
+    for (int64_t n = begin; n < end; n++)
+        multiply_rows(l, INNER, n * l->rank, l->rank, query + n * query_dims(l), job->inner + n * l->rank);
+    const om_latent_view view = {.latents = job->latents, .rotated = job->rotated, .length = job->length + 1, .rank = l->rank,
+                                 .rotated_dims = l->rotated_dims, .turned_stride = query_dims(l), .scaling = l->scaling};
+    om_active_isa()->attend_latent(&view, job->inner + begin * l->rank, query + begin * query_dims(l) + l->unrotated_dims,
+                                   end - begin, job->scores + thread * OM_LATENT_ROOM * (job->length + 1),
+                                   job->means + begin * l->rank);
+    for (int64_t n = begin; n < end; n++)
+        multiply_rows(l, EXPAND, n * (l->unrotated_dims + l->value_dims) + l->unrotated_dims, l->value_dims,
+                      job->means + n * l->rank, job->mixed + n * l->value_dims);
+}
+
+static void lay_out(latent_job *job, uintptr_t *cursor) {
+    const om_latent *l = job->latent;
+    const int64_t size = sizeof(float);
+    om_lay_out_linear(&job->first, cursor);
+    om_lay_out_linear(&job->compress, cursor);
+    om_lay_out_linear(&job->output, cursor);
+    job->query = job->down = om_take(cursor, l->matrices[FIRST].rows * size);
+    job->compressed = om_take(cursor, (l->rank + l->rotated_dims) * size);
+    if (l->query_norm != NULL) {
+        om_lay_out_linear(&job->up, cursor);
+        job->query = om_take(cursor, l->num_heads * query_dims(l) * size);
+        job->up.x = job->down;
+    }
+    job->inner = om_take(cursor, l->num_heads * l->rank * size);
+    job->means = om_take(cursor, l->num_heads * l->rank * size);
+    job->mixed = om_take(cursor, l->num_heads * l->value_dims * size);
+    job->scores = om_take(cursor, om_pool_threads() * OM_LATENT_ROOM * (job->length + 1) * size);
+    job->output.x = job->mixed;
+}
+
+static void run(latent_job *job) {
+    const om_latent *l = job->latent;
+    om_run_linear(&job->first);
+    om_run_linear(&job->compress);
+    finish_projections(job);
+    om_pool_run(heads_unit, job, om_divide_up(l->num_heads, job->heads_per_unit));
+    om_run_linear(&job->output);
+    add_bias(job->out, l->biases[OUTPUT], l->matrices[OUTPUT].rows);
+}
+
+static om_linear_job linear_job(const om_latent *l, int which, void *const *out) {
+    return (om_linear_job){.matrices = l->matrices + which, .records = l->records + which, .outs = out,
+                           .num_matrices = 1, .num_tokens = 1, .mode = l->mode};
+}
+
+/* x[H] -> out[H]. cos and signed_sin: [P]. Writes the token's latent and rotated key at `length` of `latents` [length + 1, R]
+ * and `rotated` [length + 1, P], and attends to `length` + 1 tokens. Returns 0, or -1 when memory is short. */
+OM_EXPORT int om_latent_step(const om_latent *latent, const float *x, const float *cos, const float *signed_sin, float *latents,
+                             float *rotated, int64_t length, float *out) {
+    latent_job job = {.latent = latent, .cos = cos, .signed_sin = signed_sin, .latents = latents, .rotated = rotated,
+                      .length = length, .out = out};
+    job.heads_per_unit = om_divide_up(latent->num_heads, om_pool_threads());
+    job.first = linear_job(latent, FIRST, &job.down);
+    job.compress = linear_job(latent, COMPRESS, &job.compressed);
+    job.first.x = job.compress.x = x;
+    job.up = linear_job(latent, UP, &job.query);
+    job.output = linear_job(latent, OUTPUT, &job.out);
+    uintptr_t num_bytes = 0;
+    om_pool_begin();
+    lay_out(&job, &num_bytes);
+    uintptr_t arena = (uintptr_t)om_arena_reserve(num_bytes);
+    if (arena != 0) {
+        uintptr_t cursor = arena;
+        lay_out(&job, &cursor);
+        run(&job);
+    }
+    om_pool_end();
+    return arena == 0 ? -1 : 0;
+}

@@ -1,0 +1,103 @@
+"""The native call of a decode step's latent attention."""
+
+import ctypes
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from offload_moe.errors import ConfigError
+from offload_moe.native.attention import HeadNorm, Linear, optional_address
+from offload_moe.native.bindings import library
+from offload_moe.native.constants import MAX_ROTATED, MODES, ROTATIONS
+from offload_moe.native.planes import VALUES, Mode
+from offload_moe.native.structs import LatentStruct, MatrixStruct
+
+DIM_STEP = 16  # ranks and rotated dims are multiples of the widest vector
+
+
+class LatentKernel:
+    """Projections, norms, rotary embedding, cache, attention and output projection of one token, in fp32.
+
+    Shape legend: H hidden, N heads, K unrotated, P rotated and V value dims, R rank, Q rank of the query, C room in the
+    cache. Source: DeepSeek-V2, arXiv:2405.04434.
+    """
+
+    def __init__(
+        self,
+        *,
+        query: Sequence[Linear],
+        compress: Linear,
+        inner: Linear,
+        expand: Linear,
+        output: Linear,
+        query_norm: HeadNorm | None,
+        latent_norm: HeadNorm,
+        rotated_dims: int,
+        scaling: float,
+        rotation: str,
+        mode: Mode = "fast",
+    ) -> None:
+        """Matrices are [out, in].
+
+        query: ``[N * (K + P), H]``, or ``[Q, H]`` and ``[N * (K + P), Q]`` around `query_norm`.
+        compress: ``[R + P, H]``.
+        inner, expand: keys to latents ``[N * R, K]``, latents to keys and values ``[N * (K + V), R]``: plain numbers.
+        output: ``[H, N * V]``. rotation: a key of `ROTATIONS`.
+
+        Raises: ConfigError.
+        """
+        rank, unrotated = latent_norm.weight.numel(), inner.shape.matrices[0].in_features
+        num_heads = inner.shape.matrices[0].out_features // rank
+        value_dims = output.shape.matrices[0].in_features // num_heads
+        if rank % DIM_STEP or rotated_dims % DIM_STEP or rotated_dims > MAX_ROTATED:
+            raise ConfigError(f"The latent attention kernel takes no rank of {rank} with {rotated_dims} rotated dims.")
+        expected = {
+            "query": (query[-1], num_heads * (unrotated + rotated_dims)),
+            "compress": (compress, rank + rotated_dims),
+            "inner": (inner, num_heads * rank),
+            "expand": (expand, num_heads * (unrotated + value_dims)),
+        }
+        for name, (linear, features) in expected.items():
+            if linear.shape.matrices[0].out_features != features:
+                got = linear.shape.matrices[0].out_features
+                raise ConfigError(f"The projection {name} of latent attention has {got} features, not {features}.")
+        if inner.codec not in VALUES or expand.codec not in VALUES:
+            raise ConfigError("Projections of latent attention in codecs that its kernel does not take together.")
+        if len(query) != 1 + (query_norm is not None):
+            raise ConfigError("A norm of the query stands between two projections.")
+        linears = [query[0], compress, query[-1], inner, expand, output]
+        self._owned = (linears, query_norm, latent_norm)
+        self._struct = LatentStruct(
+            matrices=(MatrixStruct * 6)(*(linear.struct() for linear in linears)),
+            records=(ctypes.c_void_p * 6)(*(linear.record.data_ptr() for linear in linears)),
+            biases=(ctypes.c_void_p * 6)(*(optional_address(linear.bias) for linear in linears)),
+            query_norm=None if query_norm is None else query_norm.weight.data_ptr(),
+            latent_norm=latent_norm.weight.data_ptr(),
+            query_epsilon=0.0 if query_norm is None else query_norm.epsilon,
+            latent_epsilon=latent_norm.epsilon,
+            num_heads=num_heads,
+            unrotated_dims=unrotated,
+            rotated_dims=rotated_dims,
+            value_dims=value_dims,
+            rank=rank,
+            scaling=scaling,
+            rotation=ROTATIONS[rotation],
+            mode=MODES[mode],
+        )
+        self.struct_address = ctypes.addressof(self._struct)
+        self._native = library().om_latent_step
+
+    def step(
+        self, x: Tensor, cos: Tensor, signed_sin: Tensor, latents: Tensor, rotated: Tensor, length: int, out: Tensor
+    ) -> None:
+        """x ``[..., H]`` of one token -> out ``[..., H]``, all fp32 and contiguous; not checked, this is the hot path.
+
+        cos, signed_sin ``[P]``, as of halves. latents ``[1, 1, C, R]`` and rotated ``[1, 1, C, P]`` hold `length`
+        tokens and get one more.
+        """
+        status = self._native(
+            *(self.struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),
+            *(latents.data_ptr(), rotated.data_ptr(), length, out.data_ptr()),
+        )
+        if status:
+            raise MemoryError(f"No memory for the scores of {length + 1} tokens.")

@@ -1,0 +1,62 @@
+"""The native call of a decode step's layer, up to its experts."""
+
+import ctypes
+
+from torch import Tensor
+
+from offload_moe.native.attention import AttentionKernel, NormKernel, tokens_apart
+from offload_moe.native.bindings import library
+from offload_moe.native.latent import LatentKernel
+from offload_moe.native.router import RouterKernel
+from offload_moe.native.structs import LayerStruct
+
+
+class LayerKernel:
+    """A decoder layer up to its experts, for one token: norm, attention, residual sum, norm, and router if it has one.
+
+    The bits of the separate calls. Shape legend: H hidden, E experts, K top-k; others as `AttentionKernel` has them.
+    """
+
+    def __init__(
+        self,
+        norms: tuple[NormKernel, NormKernel],
+        attention: AttentionKernel | LatentKernel,
+        router: RouterKernel | None,
+    ) -> None:
+        """norms: before attention, and before the router."""
+        self._owned = (norms, attention, router)
+        is_latent = isinstance(attention, LatentKernel)
+        self._struct = LayerStruct(
+            attention=None if is_latent else attention.struct_address,
+            latent=attention.struct_address if is_latent else None,
+            router=None if router is None else router.struct_address,
+            norms=(ctypes.c_void_p * 2)(*(norm.weight_address for norm in norms)),
+            epsilons=(ctypes.c_float * 2)(*(norm.epsilon for norm in norms)),
+            hidden=norms[0].length,
+        )
+        self.struct_address = ctypes.addressof(self._struct)
+        self._native = library().om_layer_step
+
+    def step(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        signed_sin: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        length: int,
+        residual: Tensor,
+        normed: Tensor,
+        routed: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> None:
+        """x ``[..., H]`` -> residual and normed ``[..., H]``, and logits, weights and ids as `RouterKernel` has them.
+
+        Contiguous, not checked, this is the hot path. routed: None without a router.
+        """
+        status = self._native(
+            *(self.struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),
+            *(keys.data_ptr(), values.data_ptr(), tokens_apart(keys), length, residual.data_ptr(), normed.data_ptr()),
+            *((None, None, None) if routed is None else (part.data_ptr() for part in routed)),
+        )
+        if status:
+            raise MemoryError(f"No memory for the scores of {length + 1} tokens.")

@@ -1,0 +1,69 @@
+"""The native call of a decode step's router."""
+
+import ctypes
+
+from torch import Tensor
+
+from offload_moe.errors import ConfigError
+from offload_moe.native.attention import Linear, optional_address
+from offload_moe.native.bindings import library
+from offload_moe.native.constants import MAX_SCORED
+from offload_moe.native.structs import RouterStruct
+
+
+class RouterKernel:
+    """Logits, scores and top-k of one token, in fp32. Shape legend: H hidden, E experts, K top-k."""
+
+    def __init__(
+        self,
+        linear: Linear,
+        *,
+        top_k: int,
+        is_of_chosen: bool,
+        is_sigmoid: bool = False,
+        correction: Tensor | None = None,
+        num_groups: int = 1,
+        num_chosen_groups: int = 1,
+        num_best: int = 1,
+        scale: float = 1.0,
+    ) -> None:
+        """Settings as `RouterSpec` has them; scores are a softmax unless they are sigmoids.
+
+        is_of_chosen: weights are shares among the K chosen experts' scores, otherwise their scores.
+        correction: fp32 ``[E]``, added to the scores for the choice only. num_best: scores of a group that are added up
+        for its own.
+
+        Raises: ConfigError.
+        """
+        num_experts = linear.shape.matrices[0].out_features
+        if not 1 <= top_k <= num_experts:
+            raise ConfigError(f"A router of {num_experts} experts cannot choose {top_k}.")
+        has_groups = num_chosen_groups < num_groups
+        if num_experts % num_groups or (has_groups and top_k > num_experts // num_groups * num_chosen_groups):
+            groups = f"{num_chosen_groups} of {num_groups} groups"
+            raise ConfigError(f"A router of {num_experts} experts cannot choose {top_k} in {groups}.")
+        if num_experts > MAX_SCORED and (has_groups or correction is not None):
+            raise ConfigError(f"The router kernel scores no more than {MAX_SCORED} experts, not {num_experts}.")
+        self._owned = (linear, correction)
+        self._struct = RouterStruct(
+            matrix=linear.struct(),
+            record=linear.record.data_ptr(),
+            bias=optional_address(linear.bias),
+            correction=optional_address(correction),
+            top_k=top_k,
+            num_groups=num_groups,
+            num_chosen_groups=num_chosen_groups,
+            num_best=num_best,
+            is_sigmoid=is_sigmoid,
+            is_of_chosen=is_of_chosen,
+            scale=scale,
+        )
+        self.num_experts, self.top_k = num_experts, top_k
+        self.struct_address = ctypes.addressof(self._struct)
+        self._native = library().om_router_step
+
+    def step(self, x: Tensor, logits: Tensor, weights: Tensor, ids: Tensor) -> None:
+        """x ``[H]``, logits ``[E]``, weights ``[K]`` fp32, ids ``[K]`` int64: contiguous, not checked."""
+        status = self._native(self.struct_address, x.data_ptr(), logits.data_ptr(), weights.data_ptr(), ids.data_ptr())
+        if status:
+            raise MemoryError("No memory for a router's activations.")
