@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager
 from functools import cached_property
 from typing import Literal
 
+import psutil
+
 from offload_moe.chat.generation import DEFAULT_MAX_NEW_TOKENS, context_limit
 from offload_moe.chat.prefix import PrefixCache
 from offload_moe.chat.template import PromptFormat
@@ -28,6 +30,8 @@ from offload_moe.serve.prompts import Prompts
 from offload_moe.serve.worker import Job, QueueFull, Worker, WorkerClosed
 
 logger = logging.getLogger(__name__)
+
+PARKED_SHARE = 0.25  # of the available RAM, for one cache
 
 State = Literal["ok", "loading", "unloaded", "draining"]
 
@@ -46,7 +50,10 @@ class Loaded:
         self.raw = Prompts(PromptFormat(model.hf, self.tokenizer, raw=True))
         self.context = context_limit(model.hf)
         self.prefixes = Prefixes(
-            lambda: PrefixCache(model.hf), most=config.cache_slots, budget_tokens=model.placement.context
+            lambda: PrefixCache(model.hf),
+            most=config.cache_slots,
+            budget_tokens=model.placement.context,
+            can_park=_has_ram_for if model.hf.device.type != "cpu" else lambda num_bytes: False,
         )
 
     @cached_property
@@ -206,3 +213,8 @@ class Host:
             del loaded
             gc.collect()
             give_back_freed_memory()
+
+
+def _has_ram_for(num_bytes: int) -> bool:
+    """Whether a device's cache may be moved to RAM, which the plan did not count: by far the most of it stays free."""
+    return num_bytes < PARKED_SHARE * psutil.virtual_memory().available

@@ -26,9 +26,21 @@ class Prefixes:
     system prompt, gets a copy of what they share, and the conversation stays.
     """
 
-    def __init__(self, make: Callable[[], PrefixCache], *, most: int, budget_tokens: int | None = None) -> None:
-        """most: caches, lent ones included; 0 keeps none. budget_tokens: of all kept caches together."""
+    def __init__(
+        self,
+        make: Callable[[], PrefixCache],
+        *,
+        most: int,
+        budget_tokens: int | None = None,
+        can_park: Callable[[int], bool] = lambda num_bytes: False,
+    ) -> None:
+        """most: caches, lent ones included; 0 keeps none. budget_tokens: of all kept caches together.
+
+        can_park: whether RAM has room for so many bytes of a device's cache. A cache that is over the budget is moved
+        there instead of being dropped, and back when a request takes it.
+        """
         self._make, self._most, self.budget_tokens = make, most, budget_tokens
+        self._can_park = can_park
         self._kept: list[_Kept] = []
         self._clock = count()
 
@@ -38,8 +50,8 @@ class Prefixes:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that take memory, in caches that no request uses at the moment."""
-        return sum(each.prefix.num_tokens for each in self._kept if not each.is_lent)
+        """Tokens that take the model's own memory, in caches that no request uses at the moment."""
+        return sum(each.prefix.num_tokens for each in self._free() if not each.prefix.is_parked)
 
     def lend(self, ids: Sequence[int]) -> PrefixCache:
         """The cache to compute this prompt with; it is in use until `give_back`."""
@@ -56,6 +68,8 @@ class Prefixes:
             best.is_lent = False
             return fork
         best.is_lent = True
+        best.prefix.unpark()
+        self._trim(0)
         return best.prefix
 
     def give_back(self, prefix: PrefixCache) -> None:
@@ -66,11 +80,15 @@ class Prefixes:
         self._trim(0)
 
     def make_room(self) -> bool:
-        """Drop the least valuable cache that is not in use; False where there is none."""
-        free = self._free()
-        if not free:
+        """Park or drop the least valuable cache that is not in use; False where there is none."""
+        kept = [each for each in self._free() if not each.prefix.is_parked]
+        if not kept:
             return False
-        self._kept.remove(min(free, key=lambda each: (each.num_continued > 0, each.used_at)))
+        least = min(kept, key=_value)
+        if self._can_park(least.prefix.num_bytes):
+            least.prefix.park()
+        else:
+            self._kept.remove(least)
         return True
 
     def clear(self) -> None:
@@ -83,9 +101,10 @@ class Prefixes:
         return prefix
 
     def _trim(self, num_new: int, num_more: int = 0) -> None:
-        while len(self._kept) + num_more > self._most or not self._fits(num_new):
-            if not self.make_room():
-                return
+        while len(self._kept) + num_more > self._most and (free := self._free()):
+            self._kept.remove(min(free, key=_value))
+        while not self._fits(num_new) and self.make_room():
+            pass
 
     def _fits(self, num_new: int) -> bool:
         return self.budget_tokens is None or self.num_tokens + num_new <= self.budget_tokens
@@ -95,3 +114,7 @@ class Prefixes:
 
     def _free(self) -> list[_Kept]:
         return [each for each in self._kept if not each.is_lent]
+
+
+def _value(kept: _Kept) -> tuple[bool, int]:
+    return kept.num_continued > 0, kept.used_at

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 
 from offload_moe.chat.prefix import PrefixCache
@@ -12,15 +13,24 @@ from tests.support.chat import chat_model
 class Desk:
     """Requests that end at once: what they share with a kept cache, by its number of tokens."""
 
-    def __init__(self, most: int = 4, budget_tokens: int | None = None, family: str = "llama") -> None:
-        self.model = chat_model(family)
-        self.prefixes = Prefixes(lambda: PrefixCache(self.model), most=most, budget_tokens=budget_tokens)
+    def __init__(
+        self, most: int = 4, budget_tokens: int | None = None, family: str = "llama", can_park: bool = False
+    ) -> None:
+        self.model, self.made = chat_model(family), list[PrefixCache]()
+        self.prefixes = Prefixes(
+            lambda: PrefixCache(self.model),
+            most=most,
+            budget_tokens=budget_tokens,
+            can_park=lambda num_bytes: can_park and num_bytes > 0,
+        )
 
     def ask(self, ids: Sequence[int]) -> int:
         prefix = self.prefixes.lend(ids)
         num_reused, _ = prefix.begin(ids)
         with torch.inference_mode():
-            self.model(torch.tensor([ids[num_reused:]]), past_key_values=prefix.cache)
+            out = self.model(torch.tensor([ids[num_reused:]]), past_key_values=prefix.cache)
+        self.logits = out.logits[0, -1]
+        self.made += [prefix] if prefix not in self.made else []
         prefix.commit(prefix.cache, ids, is_whole=True)
         self.prefixes.give_back(prefix)
         return num_reused
@@ -100,3 +110,27 @@ def test_windows_continue_from_the_end_only() -> None:
     desk.ask(chat)
     assert desk.ask([*chat, 1, 2]) == 60
     assert desk.ask([*chat[:50], 251]) == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "qwen3_next"])
+def test_caches_over_the_budget_are_parked_and_come_back_whole(family: str) -> None:
+    """On the CPU a move is a copy; the logits behind it are the same."""
+    desk, plain = Desk(budget_tokens=60, family=family, can_park=True), Desk(family=family)
+    chats = [conversation(first, 50) for first in range(3)]
+    for _ in range(3):
+        for number, chat in enumerate(chats):
+            assert desk.ask(chat) == plain.ask(chat)
+            assert torch.equal(desk.logits, plain.logits)
+            assert desk.prefixes.num_tokens <= 60
+            chats[number] = [*chat, 5, 6, 7]
+    assert desk.prefixes.num_kept == 3
+    assert sum(prefix.is_parked for prefix in desk.made) == 2
+
+
+def test_a_copy_of_a_parked_cache_computes_at_once() -> None:
+    desk = Desk(budget_tokens=110, can_park=True)
+    chat = conversation(1, 100)
+    desk.ask(chat)
+    desk.ask(conversation(2, 60))
+    assert [prefix.is_parked for prefix in desk.made] == [True, False]
+    assert desk.ask([*chat[:40], 251, 252]) == 40
