@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from offload_moe import load
@@ -299,3 +301,16 @@ def test_closing_ends_what_runs_and_what_waits(model: Model) -> None:
         app.close()
         assert events(running.result(LIMIT_S).text)[-1]["error"]["code"] == "shutting_down"
         assert waiting.result(LIMIT_S).status_code == 503
+
+
+def test_it_may_be_mounted_below_a_path(model: Model) -> None:
+    app = make_app(model, ServeConfig(api_key="sesame"), name="tiny")
+    with TestClient(Starlette(routes=[Mount("/llm", app)])) as client:
+        assert client.get("/llm/health").status_code == 200
+        assert client.get("/llm/v1/models").status_code == 401
+        client.headers["x-api-key"] = "sesame"
+        assert client.get("/llm/v1/models").json()["data"][0]["id"] == "tiny"
+        body = {"model": "x", "messages": HELLO, "max_tokens": 2}
+        assert client.post("/llm/v1/chat/completions", json=body).status_code == 200
+        assert client.post("/llm/v1/messages", json=body | {"max_tokens": "x"}).json()["type"] == "error"
+    app.close()
