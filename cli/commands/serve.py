@@ -1,6 +1,7 @@
 """`offload-moe serve`: the model behind an HTTP API."""
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,6 +90,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("The server's libraries are not installed: pip install 'offload-moe[serve]'.") from error
     from offload_moe.serve.config import ServeConfig
 
+    logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format="%(levelname)s: %(message)s")
     config = ServeConfig(
         host=options.host,
         port=_port(options.port),

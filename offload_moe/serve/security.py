@@ -16,7 +16,7 @@ from offload_moe.serve.config import ServeConfig
 from offload_moe.serve.errors import Api, ApiError
 
 OPEN_PATHS = frozenset({"/", "/health", "/favicon.ico"})  # need no key
-LOCAL_NAMES = ("localhost", "testserver")
+LOCAL_NAME = "localhost"
 
 
 class Guard:
@@ -24,7 +24,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
         self._app, self._config = app, config
-        self._names = {*LOCAL_NAMES, config.host.lower(), *(name.lower() for name in config.hosts)}
+        self._names = {LOCAL_NAME, config.host.lower(), *(name.lower() for name in config.hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -19,7 +19,7 @@ from offload_moe.serve.app import App
 from offload_moe.serve.host import Host
 from tests.support.chat import chat_store
 from tests.support.cli import ROOT, load_cli
-from tests.support.serving import chat, listening, open_tiny
+from tests.support.serving import URL, chat, listening, open_tiny
 
 PAGE = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
 SHOWN = re.compile(r"^    offload-moe (serve .+)$", re.MULTILINE)
@@ -51,7 +51,7 @@ def test_commands_serve(
     def answer_once(host: Host, listener: socket.socket, *, drain_s: float, on_ready: Callable[[], None]) -> bool:
         on_ready()
         app = App(host)
-        with TestClient(app, headers={"x-api-key": "sesame"}) as client:
+        with TestClient(app, base_url=URL, headers={"x-api-key": "sesame"}) as client:
             assert chat(client)["model"] == "mixtral-store"
         app.close()
         listener.close()

@@ -22,7 +22,7 @@ from offload_moe.engine.model import Model
 from offload_moe.serve.app import App, make_app
 from offload_moe.serve.config import ServeConfig
 from offload_moe.serve.host import Host
-from tests.support.serving import HELLO, chat, events, listening, open_tiny, served
+from tests.support.serving import HELLO, URL, chat, events, listening, open_tiny, served
 
 LIMIT_S = 20
 LONG = {"model": "x", "messages": HELLO, "max_tokens": 4000, "temperature": 0, "ignore_eos": True}
@@ -240,7 +240,7 @@ def test_an_idle_model_is_unloaded_and_loaded_again(model: Model) -> None:
         return loads[-1]
 
     app = App(Host(open_again, ServeConfig(keep_alive_s=0.2), "tiny"))
-    with TestClient(app) as client:
+    with TestClient(app, base_url=URL) as client:
         assert client.get("/health").json()["status"] == "unloaded"
         assert client.get("/live").json()["residency"] == []
         first = chat(client)
@@ -266,7 +266,7 @@ def test_health_answers_while_a_model_loads(model: Model) -> None:
         return load(Path(model.store.path), context=4096)
 
     app = App(Host(slow, ServeConfig(silence_s=0.05), "tiny"))
-    with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
+    with TestClient(app, base_url=URL) as client, ThreadPoolExecutor(1) as pool:
         body = {"model": "x", "messages": HELLO, "max_tokens": 2, "stream": True}
         answer = pool.submit(client.post, "/v1/chat/completions", json=body)
         wait_for(lambda: client.get("/health").json()["status"] == "loading")
@@ -280,7 +280,7 @@ def test_health_answers_while_a_model_loads(model: Model) -> None:
 
 def test_draining_lets_answers_end_and_refuses_new_ones(model: Model) -> None:
     app = make_app(model, name="tiny")
-    with TestClient(app) as client, ThreadPoolExecutor(2) as pool:
+    with TestClient(app, base_url=URL) as client, ThreadPoolExecutor(2) as pool:
         answer = pool.submit(client.post, "/v1/chat/completions", json=LONG | {"max_tokens": 100})
         wait_for(lambda: client.get("/live").json()["running"])
         drained = pool.submit(app.host.drain, LIMIT_S)
@@ -296,7 +296,7 @@ def test_draining_lets_answers_end_and_refuses_new_ones(model: Model) -> None:
 
 def test_closing_ends_what_runs_and_what_waits(model: Model) -> None:
     app = make_app(model, ServeConfig(silence_s=0.05), name="tiny")
-    with TestClient(app) as client, ThreadPoolExecutor(2) as pool:
+    with TestClient(app, base_url=URL) as client, ThreadPoolExecutor(2) as pool:
         running = pool.submit(client.post, "/v1/chat/completions", json=LONG | {"stream": True})
         wait_for(lambda: client.get("/live").json()["running"])
         waiting = pool.submit(client.post, "/v1/chat/completions", json=LONG)
@@ -308,7 +308,7 @@ def test_closing_ends_what_runs_and_what_waits(model: Model) -> None:
 
 def test_it_may_be_mounted_below_a_path(model: Model) -> None:
     app = make_app(model, ServeConfig(api_key="sesame"), name="tiny")
-    with TestClient(Starlette(routes=[Mount("/llm", app)])) as client:
+    with TestClient(Starlette(routes=[Mount("/llm", app)]), base_url=URL) as client:
         assert client.get("/llm/health").status_code == 200
         assert client.get("/llm/v1/models").status_code == 401
         client.headers["x-api-key"] = "sesame"

@@ -18,6 +18,7 @@ from offload_moe.serve.config import ServeConfig
 from tests.support.chat import chat_store
 from tests.support.models import open_model
 
+URL = "http://localhost"
 HELLO = [{"role": "user", "content": "Hello!"}]
 
 
@@ -26,7 +27,7 @@ def served(model: Model, **settings: Any) -> Iterator[TestClient]:
     """A client of an application of its own."""
     app = make_app(model, ServeConfig(**settings), name="tiny")
     try:
-        with TestClient(app) as client:
+        with TestClient(app, base_url=URL) as client:
             yield client
     finally:
         app.close()
