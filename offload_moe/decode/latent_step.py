@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from offload_moe.decode.dense import QuantLinear, number_linear
 from offload_moe.decode.latent import KeptLatents, NarrowLinear
 from offload_moe.decode.probe import Uncovered
-from offload_moe.decode.step import CachedStep, is_fp32, quantized_linear
+from offload_moe.decode.step import CachedStep, is_fp32, quantized_linear, rotation_of
 from offload_moe.errors import ConfigError
 from offload_moe.families.layer_spec import AttentionSpec, LatentSpec, NormSpec
 from offload_moe.native import kernels
@@ -49,7 +49,7 @@ def latent_step(layer: nn.Module, spec: AttentionSpec) -> LatentStep:
             latent_norm=_norm(layer, spec.key_norm),
             rotated_dims=spec.rotated_dims,
             scaling=spec.scaling,
-            rotation="halves" if spec.rotary == "halves" else "pairs" if spec.keeps_pairs else "pairs_to_halves",
+            rotation=rotation_of(spec),
             mode=modes.pop(),
         )
     except ConfigError as error:

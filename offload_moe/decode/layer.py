@@ -27,9 +27,9 @@ from offload_moe.decode.probe import Refused, Uncovered, agree, answer, probes
 from offload_moe.decode.rotary import Embeddings, StepRotary
 from offload_moe.decode.router import room_for_routed
 from offload_moe.decode.shorten import NUM_CACHED, STEP_TOLERANCE
-from offload_moe.decode.step import AttentionStep
+from offload_moe.decode.step import AttentionStep, attention_step, rotation_of
 from offload_moe.experts.attach import BoundExperts
-from offload_moe.families.layer_spec import LayerSpec, NormSpec
+from offload_moe.families.layer_spec import AttentionSpec, LayerSpec, NormSpec
 from offload_moe.families.limits import attention_limits, order_limits
 from offload_moe.native import kernels
 
@@ -51,8 +51,8 @@ class TokenStep:
 class NativeLayer:
     """One decoder layer, computed without its modules."""
 
-    def __init__(self, layer: Any, spec: LayerSpec, rotary: StepRotary) -> None:
-        """spec: what the layer computes. rotary: of latent attention. Raises: Uncovered where a kernel is missing."""
+    def __init__(self, layer: Any, spec: LayerSpec) -> None:
+        """spec: what the layer computes. Raises: Uncovered where a kernel is missing."""
         limits = [*attention_limits(spec.attention), *order_limits(spec)]
         if limits:
             raise Uncovered(*limits)
@@ -60,14 +60,15 @@ class NativeLayer:
         assert spec.before_mlp is not None
         self.layer = layer
         self.spec = spec
-        self.attention, self._rotary = _attention(layer, spec, rotary)
+        self.attention = _attention(layer, spec.attention)
+        self.rotary = StepRotary(is_half=False)  # the decoder's, once it is known
         self._first: nn.Module = layer.get_submodule(spec.before_attention.path)
         self._norm: nn.Module = layer.get_submodule(spec.before_mlp.path)
         self._block = layer.get_submodule(_block_path(spec))
         self.plain = plain_block(layer, spec)
         router = None if self.plain is None else self.plain.route
         self._norms = (_norm_kernel(layer, spec.before_attention), _norm_kernel(layer, spec.before_mlp))
-        self.kernel = kernels.LayerKernel(self._norms, self.attention.kernel, router)
+        self.kernel = kernels.LayerKernel(self._norms, self.attention.kernel, router, spec.residual_scale)
 
     def bypassed(self) -> list[nn.Module]:
         """Modules that the pass does not call."""
@@ -87,10 +88,6 @@ class NativeLayer:
             cache, self.spec.attention.sliding_window
         )
 
-    def rotary(self, step: TokenStep) -> Rotary:
-        """cos and signed sin, as the kernels read them."""
-        return self._rotary.prepare(step.embeddings)
-
     def __call__(self, x: Tensor, step: TokenStep) -> Tensor:
         """``[1, 1, H] -> [1, 1, H]``, fp32 and contiguous; the cache `fits`."""
         self.note_begin()
@@ -98,21 +95,30 @@ class NativeLayer:
         residual, normed = torch.empty_like(x), torch.empty_like(x)
         plain = self.plain
         routed = None if plain is None else room_for_routed(plain.route)
-        (cos, signed_sin), (keys, values, length) = self.rotary(step), room
+        (cos, signed_sin), (keys, values, length) = self.rotary.prepare(step.embeddings), room
         self.kernel.step(x, cos, signed_sin, keys, values, length, residual, normed, routed)
         for observer in self._norm._forward_pre_hooks.values():
             observer(self._norm, (residual,))
         if plain is None or routed is None:
             out = self._block(normed)
-            return residual + (out[0] if isinstance(out, tuple) else out)
+            return self._sum(residual, out[0] if isinstance(out, tuple) else out)
         for observer in plain.router._forward_hooks.values():
             observer(plain.router, (), routed)
-        return residual + plain.compute(normed[0], routed)
+        return self._sum(residual, plain.compute(normed[0], routed))
+
+    def _sum(self, residual: Tensor, added: Tensor) -> Tensor:
+        scale = self.spec.residual_scale
+        return residual + (added if scale == 1.0 else added * scale)
 
     def note_begin(self) -> None:
         """The layer is about to be computed."""
         for observer in self.layer._forward_pre_hooks.values():
             observer(self.layer, ())
+
+    @property
+    def rotates(self) -> bool:
+        """Whether its keys depend on their positions."""
+        return self.spec.attention.rotary != "none"
 
     @property
     def hidden_size(self) -> int:
@@ -124,15 +130,13 @@ class NativeLayer:
         return len(self._norm._forward_pre_hooks)
 
 
-def _attention(layer: nn.Module, spec: LayerSpec, rotary: StepRotary) -> tuple[AttentionStep | LatentStep, StepRotary]:
-    if spec.attention.latent is not None:
-        return latent_step(layer, spec.attention), rotary
-    attention = _forward(layer.get_submodule(spec.attention.path))
-    if not isinstance(attention, DecodeAttention):
-        raise Uncovered("attention that gives other numbers than expected on probes")
-    if attention.step is None:
-        raise Uncovered(attention.why_no_step)
-    return attention.step, attention.rotary
+def _attention(layer: nn.Module, spec: AttentionSpec) -> AttentionStep | LatentStep:
+    if spec.latent is not None:
+        return latent_step(layer, spec)
+    module: Any = layer.get_submodule(spec.path)
+    names = [norm.path.rpartition(".")[2] if norm is not None else "" for norm in (spec.query_norm, spec.key_norm)]
+    rotated_dims = 0 if spec.rotary == "none" else spec.rotated_dims
+    return attention_step(module, rotated_dims, norms=(names[0], names[1]), rotation=rotation_of(spec))
 
 
 def _block_path(spec: LayerSpec) -> str:
@@ -160,7 +164,9 @@ def check_layer(native: NativeLayer, embeddings: Embeddings) -> None:
     embeddings: of one position. The same bits where the module's own parts are kernels, too. Raises: Uncovered.
     """
     plain = native.plain
-    is_exact = native.spec.attention.latent is None and (plain is None or (plain.is_exact and plain.shared is None))
+    attention = _forward(native.layer.get_submodule(native.spec.attention.path))
+    has_kernel = isinstance(attention, DecodeAttention) and attention.step is not None
+    is_exact = has_kernel and (plain is None or (plain.is_exact and plain.shared is None))
     stand_ins = [module for module in native.layer.modules() if isinstance(_forward(module), BoundExperts)]
     bound = [module.forward for module in stand_ins]
     for module in stand_ins:

@@ -13,7 +13,6 @@ from offload_moe.decode.hooks import Bypass
 from offload_moe.decode.layer import NativeLayer, TokenStep, check_layer
 from offload_moe.decode.probe import Uncovered, structure
 from offload_moe.decode.report import DENSE, LayerPath, has_experts
-from offload_moe.decode.rotary import StepRotary
 from offload_moe.decode.span import LayerSpan, span_kind
 from offload_moe.decode.wiring import Wiring, wiring_of
 from offload_moe.families.limits import router_limits
@@ -124,20 +123,23 @@ def plan_pass(hf: Any, hierarchy: Hierarchy | None) -> Planned:
 def _native_layers(layers: Iterable[Any], wiring: Wiring | Uncovered) -> list[Found]:
     """One layer of each kind is checked."""
     is_checked: dict[Hashable, Uncovered | None] = {}
-    rotary = StepRotary(is_half=False)
-    return [_native_layer(layer, wiring, rotary, is_checked) for layer in layers]
+    found = [_native_layer(layer, wiring, is_checked) for layer in layers]
+    natives = [each for each in found if isinstance(each, NativeLayer)]
+    rotaries = [native.rotary for native in natives if native.rotates]
+    for native in natives:  # those that do not rotate are given what the others read
+        native.rotary = rotaries[0] if rotaries else native.rotary
+    return found
 
 
-def _native_layer(
-    layer: Any, wiring: Wiring | Uncovered, rotary: StepRotary, is_checked: dict[Hashable, Uncovered | None]
-) -> Found:
+def _native_layer(layer: Any, wiring: Wiring | Uncovered, is_checked: dict[Hashable, Uncovered | None]) -> Found:
     spec = layer_spec(layer)
     if spec is None:
         return (f"a class that is not declared ({type(layer).__name__})",)
     try:
-        native, kind = NativeLayer(layer, spec, rotary), structure(layer)
+        native, kind = NativeLayer(layer, spec), structure(layer)
         if isinstance(wiring, Uncovered):
             raise wiring
+        native.rotary = wiring.step_rotary(spec.attention.rotated_dims if native.rotates else 0)
         if kind not in is_checked:
             is_checked[kind] = _outcome(native, wiring)
         outcome = is_checked[kind]
@@ -150,7 +152,7 @@ def _native_layer(
 
 def _outcome(native: NativeLayer, wiring: Wiring) -> Uncovered | None:
     try:
-        check_layer(native, wiring.last_embeddings(native.hidden_size))
+        check_layer(native, wiring.last_embeddings())
     except Uncovered as reason:
         return reason
     return None

@@ -103,7 +103,8 @@ class LayerSpan:
         rooms = [layer.attention.extend(step.cache) for layer in self.layers]
         x = x.clone(memory_format=torch.contiguous_format)
         shape = {"num_experts": self._num_experts, "top_k": self._top_k}
-        token = kernels.SpanToken(x, rooms, self.layers[0].rotary(step), **shape, ranks=self._ranks())
+        rotary = self.layers[0].rotary.prepare(step.embeddings)
+        token = kernels.SpanToken(x, rooms, rotary, **shape, ranks=self._ranks())
         self._token_pass(token)
         return x
 

@@ -16,6 +16,7 @@ from offload_moe.decode.norm import FusedRMSNorm
 from offload_moe.decode.probe import Uncovered, probes
 from offload_moe.decode.projections import NAMES
 from offload_moe.errors import ConfigError
+from offload_moe.families.layer_spec import AttentionSpec
 from offload_moe.native import kernels
 
 
@@ -84,11 +85,20 @@ class AttentionStep(CachedStep):
         return out
 
 
-def attention_step(attention: Any, rotated_dims: int) -> AttentionStep:
-    """The step of this module. Raises: Uncovered where a part is not one that the kernel takes."""
+def attention_step(
+    attention: Any,
+    rotated_dims: int,
+    *,
+    norms: tuple[str, str] = ("q_norm", "k_norm"),
+    rotation: str = "halves",
+) -> AttentionStep:
+    """The step of this module. norms: names of its children that norm queries and keys, if it has them.
+
+    Raises: Uncovered where a part is not one that the kernel takes.
+    """
     modules: list[Any] = [getattr(attention, name) for name in (*NAMES, "o_proj")]
     linears = [quantized_linear(module) for module in modules]
-    norms = [_head_norm(getattr(attention, name, None)) for name in ("q_norm", "k_norm")]
+    head_norms = [_head_norm(getattr(attention, name, None)) for name in norms]
     sinks = getattr(attention, "sinks", None)
     if len({module.mode for module in modules}) > 1 or not is_fp32(sinks):
         raise Uncovered("attention whose parts are computed in several ways")
@@ -98,13 +108,21 @@ def attention_step(attention: Any, rotated_dims: int) -> AttentionStep:
             head_dim=attention.head_dim,
             rotated_dims=rotated_dims,
             scaling=attention.scaling,
-            norms=norms,
+            norms=head_norms,
             sinks=sinks,
+            rotation=rotation,
             mode=modules[0].mode,
         )
     except ConfigError as error:  # such as heads that are no multiple of a vector
         raise Uncovered(f"attention of sizes without a kernel ({str(error).rstrip(chr(46))})") from error
     return AttentionStep(attention, kernel)
+
+
+def rotation_of(spec: AttentionSpec) -> str:
+    """As the kernels name it."""
+    if spec.rotary != "pairs":
+        return "halves"
+    return "pairs" if spec.keeps_pairs else "pairs_to_halves"
 
 
 def quantized_linear(module: Any) -> kernels.Linear:

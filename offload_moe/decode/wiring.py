@@ -8,7 +8,7 @@ with stand-ins for the layers shows whether a decoder is one.
 H hidden, D rotated dims.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from offload_moe.decode.probe import Refused, Uncovered, answer
-from offload_moe.decode.rotary import Embeddings
+from offload_moe.decode.rotary import Embeddings, StepRotary
 from offload_moe.families.read_layer import embedding_scale
 
 NUM_CACHED = 5
@@ -36,6 +36,10 @@ class Wiring:
     make_output: type
     has_planes: bool  # of positions: text, time, height, width
     last_position: int
+    hidden_size: int
+    rotaries: tuple[StepRotary, StepRotary] = field(
+        default_factory=lambda: (StepRotary(is_half=False), StepRotary(is_half=True))
+    )
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """``[1, 1]`` or ``[1, 1, H]`` -> ``[1, 1, H]``."""
@@ -43,10 +47,17 @@ class Wiring:
         return x if self.scale == 1.0 else x * self.scale
 
     @torch.inference_mode()
-    def last_embeddings(self, hidden_size: int) -> Embeddings:
+    def last_embeddings(self) -> Embeddings:
         """What the rotary embedding gives for the last position, where scaling by position would show."""
-        embeddings: Embeddings = self.rotary(torch.zeros(1, 1, hidden_size), torch.tensor([[self.last_position]]))
+        embeddings: Embeddings = self.rotary(torch.zeros(1, 1, self.hidden_size), torch.tensor([[self.last_position]]))
         return embeddings
+
+    def step_rotary(self, rotated_dims: int) -> StepRotary:
+        """For layers that rotate so many dims, 0 for none. Raises: Uncovered where the embeddings are of others."""
+        for rotary in self.rotaries:
+            if rotated_dims in (0, rotary.prepare(self.last_embeddings())[0].shape[-1]):
+                return rotary
+        raise Uncovered(f"a rotary embedding of other than {rotated_dims} dims")
 
     def positions(self, given: Tensor | None, cache: Any) -> Tensor | None:
         """``[1, 1]`` or planes ``[3, 1, 1]``, as the rotary embedding takes them; None: positions of another kind."""
@@ -84,6 +95,7 @@ def wiring_of(decoder: Any) -> Wiring:
         make_output=make_output,
         has_planes=has_planes,
         last_position=getattr(decoder.config, "max_position_embeddings", 4096) - 1,
+        hidden_size=decoder.config.hidden_size,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 from offload_moe.families.layer_spec import GroupScore, NormSpan, Scoring
 
 Setting = str | bool | float | None
-FastPath = Literal["yes", "attention", "no"]
+FastPath = Literal["yes", "no"]
 Rotates = Literal["always", "local layers", "local layers, or all where there is no window"]
 
 
@@ -59,8 +59,8 @@ class LayerClass:
 
     block: the child that is the MLP or the MoE block.
     shared, shared_gate: children of the block; shared_beside: a child of the layer instead. embedding_scale: a setting
-    of the decoder, which multiplies its embeddings by it before the first layer. fast_path: what native
-    decode kernels compute with the family's usual settings: all of it, attention and norms, or its experts only.
+    of the decoder, which multiplies its embeddings by it before the first layer. fast_path: whether
+    native decode kernels compute all of it with the family's usual settings, or its experts only.
     """
 
     router: RouterClass
@@ -139,9 +139,8 @@ LAYERS: Mapping[str, LayerClass] = {
     "Dots1DecoderLayer": replace(WITH_SHARED, attention=replace(NORMED_HEADS, window="sliding_window")),
     "Ernie4_5_MoeDecoderLayer": LayerClass(
         router=RouterClass(is_normalized=True, correction="gate.moe_statics.e_score_correction_bias"),
-        attention=AttentionClass(is_interleaved=True),
+        attention=AttentionClass(is_interleaved=True, keeps_pairs=True),
         shared="shared_experts",
-        fast_path="no",
     ),
     "ExaoneMoeDecoderLayer": replace(
         WITH_SHARED,

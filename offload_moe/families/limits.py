@@ -13,8 +13,6 @@ def attention_limits(spec: AttentionSpec) -> list[str]:
         "an output gate": bool(spec.gate),
         "clamped queries, keys and values": spec.clip is not None,
         "norms of queries and keys after the rotation": spec.is_normed_rotated and spec.norm_span != "none",
-        "rotation of pairs of neighbours": spec.rotary == "pairs",
-        "no rotation": spec.rotary == "none",
     }
     return _phrase("attention", reasons)
 
@@ -36,8 +34,6 @@ def _order_limits(spec: LayerSpec) -> Iterator[str]:
         yield "norms after attention and MLP"
     if any(norm is not None and norm.is_centered for norm in norms):
         yield "layer norms"
-    if spec.residual_scale != 1.0:
-        yield f"residual sums scaled by {spec.residual_scale:g}"
     if spec.shared is not None and spec.experts.rpartition(".")[0] not in spec.shared.gate:
         yield "a shared expert outside the block of experts"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from offload_moe.errors import ConfigError
 from offload_moe.native.bindings import library
-from offload_moe.native.constants import MODES
+from offload_moe.native.constants import MAX_ROTATED, MODES, ROTATIONS
 from offload_moe.native.planes import Mode, matrix_struct
 from offload_moe.native.structs import AttentionStruct, MatrixStruct
 from offload_moe.quant.layout import ExpertShape, RecordLayout, pack_planes, weight_shape
@@ -76,12 +76,20 @@ class AttentionKernel:
         scaling: float,
         norms: Sequence[HeadNorm | None] = (None, None),
         sinks: Tensor | None = None,
+        rotation: str = "halves",
         mode: Mode = "fast",
     ) -> None:
-        """linears: query, key, value, output. norms: of query and key. Other tensors: fp32. Raises: ConfigError."""
+        """linears: query, key, value, output. norms: of query and key. Other tensors: fp32.
+
+        rotated_dims: 0 rotates nothing. rotation: a key of `ROTATIONS`.
+
+        Raises: ConfigError.
+        """
         outs = [linear.shape.matrices[0].out_features for linear in linears]
         if head_dim % HEAD_DIM_STEP or rotated_dims % 2 or rotated_dims > head_dim:
             raise ConfigError(f"The attention kernel takes no heads of {head_dim} with {rotated_dims} rotated.")
+        if rotation != "halves" and rotated_dims > MAX_ROTATED:
+            raise ConfigError(f"The attention kernel turns {MAX_ROTATED} dims as pairs at most, not {rotated_dims}.")
         if outs[0] % outs[1] or outs[1] != outs[2] or any(out % head_dim for out in outs[:3]):
             raise ConfigError(f"Projections of {outs[:3]} features are not heads of {head_dim} in equal groups.")
         self._owned = (linears, norms, sinks)
@@ -99,6 +107,7 @@ class AttentionKernel:
             norm_lengths=(ctypes.c_int64 * 2)(*(head_dim if norm is None else len(norm.weight) for norm in norms)),
             epsilons=(ctypes.c_float * 2)(*(0.0 if norm is None else norm.epsilon for norm in norms)),
             scaling=scaling,
+            rotation=ROTATIONS[rotation],
             mode=MODES[mode],
         )
         self.struct_address = ctypes.addressof(self._struct)

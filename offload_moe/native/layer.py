@@ -22,8 +22,9 @@ class LayerKernel:
         norms: tuple[NormKernel, NormKernel],
         attention: AttentionKernel | LatentKernel,
         router: RouterKernel | None,
+        residual_scale: float = 1.0,
     ) -> None:
-        """norms: before attention, and before the router."""
+        """norms: before attention, and before the router. residual_scale: of what attention adds, and experts."""
         self._owned = (norms, attention, router)
         is_latent = isinstance(attention, LatentKernel)
         self._struct = LayerStruct(
@@ -32,6 +33,7 @@ class LayerKernel:
             router=None if router is None else router.struct_address,
             norms=(ctypes.c_void_p * 2)(*(norm.weight_address for norm in norms)),
             epsilons=(ctypes.c_float * 2)(*(norm.epsilon for norm in norms)),
+            residual_scale=residual_scale,
             hidden=norms[0].length,
         )
         self.struct_address = ctypes.addressof(self._struct)

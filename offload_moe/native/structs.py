@@ -37,7 +37,7 @@ class AttentionStruct(ctypes.Structure):
         ("norm_lengths", ctypes.c_int64 * 2),
         ("epsilons", ctypes.c_float * 2),
         ("scaling", ctypes.c_float),
-        ("mode", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("rotation", "mode")),
     )
 
 
@@ -75,6 +75,7 @@ class LayerStruct(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("attention", "latent", "router")),
         ("norms", ctypes.c_void_p * 2),
         ("epsilons", ctypes.c_float * 2),
+        ("residual_scale", ctypes.c_float),
         ("hidden", ctypes.c_int64),
     )
 

@@ -261,7 +261,12 @@ def test_another_attention_function_takes_the_modules(model: Model, plain: Model
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("granitemoe", {"embedding_multiplier": 3.0, "logits_scaling": 2.0}),
+        ("granitemoe", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4}),
+        ("ernie4_5_moe", {}),
+        (
+            "exaone_moe",
+            {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        ),
         ("dots1", {"first_k_dense_replace": 1}),
         ("minimax_m2", {}),
         ("olmoe", {}),

@@ -14,7 +14,7 @@ from offload_moe.checkpoint.skeleton import auto_class
 from offload_moe.families.layer_classes import LAYERS
 from offload_moe.families.layer_reference import layer_output
 from offload_moe.families.layer_spec import LayerSpec, NormSpec
-from offload_moe.families.limits import attention_limits, order_limits, router_limits
+from offload_moe.families.limits import layer_limits
 from offload_moe.families.read_layer import layer_spec
 
 TOLERANCE = 1e-5
@@ -147,12 +147,7 @@ def test_what_the_kernels_compute_of_a_class_follows_from_its_usual_spec(class_n
     specs = [layer_spec(layer) for layer in usual_model(class_name).modules() if type(layer).__name__ == class_name]
     sparse = [spec for spec in specs if spec is not None and spec.router is not None]
     assert sparse
-    expected = "yes"
-    for spec in sparse:
-        if attention_limits(spec.attention) or order_limits(spec):
-            expected = "no"
-        elif spec.router is not None and router_limits(spec.router) and expected == "yes":
-            expected = "attention"
+    expected = "no" if any(layer_limits(spec) for spec in sparse) else "yes"
     assert LAYERS[class_name].fast_path == expected
 
 

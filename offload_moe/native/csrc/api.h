@@ -34,6 +34,7 @@
     FIELD(T, int64_t, norm_lengths, [2]) /* D: each head has its norm; more: one over all heads */ \
     FIELD(T, float, epsilons, [2]) \
     FIELD(T, float, scaling, ) \
+    FIELD(T, int32_t, rotation, ) \
     FIELD(T, int32_t, mode, )
 
 /* Multi-head latent attention, absorbed: N heads of K unrotated and P rotated dims, values of V dims, latents of R. */
@@ -68,6 +69,7 @@
     FIELD(T, const om_router *, router, ) /* NULL: the block after the second norm has its own router */ \
     FIELD(T, const float *, norms, [2]) /* [hidden]: before attention, and before the router */ \
     FIELD(T, float, epsilons, [2]) \
+    FIELD(T, float, residual_scale, ) /* of what attention and experts add */ \
     FIELD(T, int64_t, hidden, )
 
 #define OM_SHARED_FIELDS(FIELD, T) \
@@ -233,7 +235,7 @@ enum { OM_UNDER_WAY = -2 };
 
 #define OM_BLOCK 64     /* weights that share an nf4 or int8 scale, and activations that share an int8 scale */
 #define OM_MAX_TOP_K 64 /* experts of one token and layer in a span */
-#define OM_MAX_ROTATED 256 /* dims of a rotated part of latent attention */
+#define OM_MAX_ROTATED 256 /* dims that turn as pairs, or in latent attention */
 #define OM_MAX_SCORED 1024 /* experts of a layer whose router adds corrections or has groups */
 
 #define OM_CONSTANTS(CONSTANT) \

@@ -22,16 +22,6 @@ static void add_bias(float *values, const float *bias, int64_t count) {
         for (int64_t i = 0; i < count; i++) values[i] += bias[i];
 }
 
-/* values * cos + roll(values) * signed_sin, over the first `dims` of a head. */
-static void rotate(float *head, const float *cos, const float *signed_sin, int64_t dims) {
-    const int64_t half = dims / 2;
-    for (int64_t i = 0; i < half; i++) {
-        const float first = head[i], second = head[i + half];
-        head[i] = first * cos[i] + second * signed_sin[i];
-        head[i + half] = second * cos[i + half] + first * signed_sin[i + half];
-    }
-}
-
 static void finish_heads(const attention_job *job, int which, int64_t num_heads) {
     const om_attention *a = job->attention;
     const int64_t dim = a->head_dim, count = num_heads * dim;
@@ -41,7 +31,8 @@ static void finish_heads(const attention_job *job, int which, int64_t num_heads)
     if (a->norms[which] != NULL)
         for (int64_t at = 0; at < count; at += a->norm_lengths[which])
             om_rms_norm(values + at, a->norms[which], a->norm_lengths[which], a->epsilons[which], values + at);
-    for (int64_t at = 0; at < count; at += dim) rotate(values + at, job->cos, job->signed_sin, a->rotated_dims);
+    for (int64_t at = 0; at < count; at += dim)
+        om_rotate(values + at, job->cos, job->signed_sin, a->rotated_dims, a->rotation);
 }
 
 static void append(const attention_job *job) {

@@ -61,6 +61,8 @@ void om_run_linear(om_linear_job *job);
 /* The job as a call of its own: lays it out and holds the pool. Returns 0, or -1 when memory is short. */
 int om_call_linear(om_linear_job *job);
 
+void om_rotate(float *head, const float *cos, const float *signed_sin, int64_t dims, int rotation);
+
 /* Unlike the calls of `api.h`, only a part of one: the pool is not held. */
 int om_layer_guess(const om_layer *layer, const float *residual, float *normed, float *logits, float *weights, int64_t *ids);
 

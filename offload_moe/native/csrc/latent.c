@@ -29,20 +29,6 @@ static void add_bias(float *values, const float *bias, int64_t count) {
         for (int64_t i = 0; i < count; i++) values[i] += bias[i];
 }
 
-/* cos and signed_sin as halves have them: the second half of `signed_sin` is the sine. `source` may be `target`. */
-static void rotate(const latent_job *job, const float *source, float *target) {
-    const om_latent *l = job->latent;
-    const int64_t half = l->rotated_dims / 2, is_apart = l->rotation == OM_HALVES, stays = l->rotation == OM_PAIRS;
-    float turned[OM_MAX_ROTATED];
-    for (int64_t i = 0; i < half; i++) {
-        const float cosine = job->cos[i], sine = job->signed_sin[half + i];
-        const float first = source[is_apart ? i : 2 * i], second = source[is_apart ? half + i : 2 * i + 1];
-        turned[stays ? 2 * i : i] = first * cosine - second * sine;
-        turned[stays ? 2 * i + 1 : half + i] = second * cosine + first * sine;
-    }
-    __builtin_memcpy(target, turned, (size_t)l->rotated_dims * sizeof(float));
-}
-
 static void finish_projections(latent_job *job) {
     const om_latent *l = job->latent;
     float *down = job->down, *compressed = job->compressed, *query = job->query;
@@ -53,12 +39,11 @@ static void finish_projections(latent_job *job) {
         om_run_linear(&job->up);
         add_bias(query, l->biases[UP], l->matrices[UP].rows);
     }
-    for (int64_t n = 0; n < l->num_heads; n++) {
-        float *turned = query + n * query_dims(l) + l->unrotated_dims;
-        rotate(job, turned, turned);
-    }
+    for (int64_t n = 0; n < l->num_heads; n++)
+        om_rotate(query + n * query_dims(l) + l->unrotated_dims, job->cos, job->signed_sin, l->rotated_dims, l->rotation);
     om_rms_norm(compressed, l->latent_norm, l->rank, l->latent_epsilon, job->latents + job->length * l->rank);
-    rotate(job, compressed + l->rank, job->rotated + job->length * l->rotated_dims);
+    om_rotate(compressed + l->rank, job->cos, job->signed_sin, l->rotated_dims, l->rotation);
+    for (int64_t i = 0; i < l->rotated_dims; i++) job->rotated[job->length * l->rotated_dims + i] = compressed[l->rank + i];
 }
 
 /* out[num_rows] = rows of the matrix from `first_row` on, times x. */

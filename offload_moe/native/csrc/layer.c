@@ -13,7 +13,7 @@ OM_EXPORT int om_layer_step(const om_layer *layer, const float *x, const float *
         ? om_latent_step(layer->latent, normed, cos, signed_sin, keys, values, length, residual)
         : om_attention_step(layer->attention, normed, cos, signed_sin, keys, values, capacity, length, residual);
     if (status != 0) return -1;
-    for (int64_t i = 0; i < layer->hidden; i++) residual[i] += x[i];
+    for (int64_t i = 0; i < layer->hidden; i++) residual[i] = x[i] + layer->residual_scale * residual[i];
     om_rms_norm(residual, layer->norms[1], layer->hidden, layer->epsilons[1], normed);
     return layer->router == NULL ? 0 : om_router_step(layer->router, normed, logits, weights, ids);
 }

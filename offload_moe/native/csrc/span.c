@@ -211,7 +211,8 @@ static int step_layer(om_pass *pass, int64_t at, double began) {
     release(pass, &chosen);
     if (status != 0) return status;
     if (layer->shared != NULL && om_add_shared(layer->shared, token->normed, token->x) != 0) return -1;
-    for (int64_t i = 0; i < span->hidden; i++) token->x[i] += token->residual[i];
+    for (int64_t i = 0; i < span->hidden; i++)
+        token->x[i] = token->residual[i] + layer->layer->residual_scale * token->x[i];
     token->times[2 * at + 1] = seconds() - began;
     return 0;
 }
