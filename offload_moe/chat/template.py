@@ -1,7 +1,6 @@
 """Messages to token ids through the model's own chat template, and the tokens that end its turn."""
 
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,7 +129,12 @@ class PromptFormat:
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     """Number of leading tokens in which two sequences agree."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
+    left, right = list(left), list(right)
+    low, high = 0, min(len(left), len(right))
+    while low < high:  # bisection, by comparisons of slices
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if left[low:middle] == right[low:middle] else (low, middle - 1)
+    return low
 
 
 def model_stop_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:

@@ -1,9 +1,12 @@
 """A request in the engine's thread: its prompt, its choices one after the other, and what it cost."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from typing import Final
+
+import torch
 
 from offload_moe.chat.answer import CONTEXT_TOKENS
 from offload_moe.chat.generation import Generation, TokenRequest
@@ -28,6 +31,7 @@ from offload_moe.serve.tools.tool import NO_TOOLS, Tool, ToolUse
 from offload_moe.serve.worker import Job, WaitForRoom, Work
 
 Emit = Callable[[Event], None]
+END: Final = -1  # no token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +76,7 @@ class Answering:
         self.running.began_at = time.monotonic()
         self._board.running[self.running.id] = self.running
         try:
-            for number in range(self._request.num_choices):
-                yield from self._choice(number, job)
-                if job.stop.is_set():
-                    break
+            yield from self._choices(job)
         except WaitForRoom:
             self._board.running.pop(self.running.id, None)
             raise
@@ -92,34 +93,56 @@ class Answering:
             self._board.end(self.running, "finished")
             self._emit(Finished(usage=self._usage()))
 
-    def _choice(self, number: int, job: Job) -> Work:
+    def _choices(self, job: Job) -> Work:
+        """One after the other, with one cache."""
         prefixes = self._loaded.prefixes
         prefix = prefixes.lend(self._request.rendered.ids)
         try:
-            choice = self._read_choice(number)
-            generation = self._generation(prefix, choice, number, job)
-            self._began(number, generation)
-            with closing(generation.steps()) as steps:
-                while choice.reason is None:
-                    with self._counted():
-                        token = next(steps, -1)
-                    if token == -1:
-                        for event in choice.end(generation.end if not job.stop.is_set() else "interrupted"):
-                            self._emit(event)
-                        break
-                    if token is None:
-                        done, _ = generation.prompt_progress
-                        self.running.num_done = generation.num_reused + done
-                    else:
-                        self._took(number, generation)
-                        for event in choice.take(token):
-                            self._emit(event)
-                    yield
-            self._ended(generation, choice)
+            for number in range(self._request.num_choices):
+                if not prefixes.keeps_any:
+                    prefix.clear()
+                if not job.stop.is_set():
+                    yield from self._choice(number, prefix, job)
         finally:
             prefixes.give_back(prefix)
+
+    def _choice(self, number: int, prefix: PrefixCache, job: Job) -> Work:
+        choice = self._read_choice(number)
+        generation = self._generation(prefix, choice, number, job)
+        self._began(number, generation)
+        with closing(generation.steps()) as steps:
+            while choice.reason is None:
+                token = self._next(steps, generation)
+                if token == END:
+                    events = choice.end("interrupted" if job.stop.is_set() else generation.end)
+                elif token is None:
+                    done, _ = generation.prompt_progress
+                    self.running.num_done = generation.num_reused + done
+                    events = []
+                else:
+                    self._took(number, generation)
+                    events = choice.take(token)
+                for event in events:
+                    self._emit(event)
+                yield
+        self._ended(generation, choice)
         assert choice.reason is not None
         self._emit(ChoiceEnd(choice=number, reason=choice.reason, stop=choice.stop))
+
+    def _next(self, steps: Generator[int | None, None, None], generation: Generation) -> int | None:
+        """A token, None for a part of the prompt, or END. An answer that memory has no more room for ends."""
+        try:
+            with self._counted():
+                return next(steps, END)
+        except (BudgetError, torch.OutOfMemoryError) as error:
+            if generation.tokens:
+                return END
+            if isinstance(error, BudgetError):
+                raise
+            raise BudgetError(
+                f"Out of device memory in a prompt of {generation.num_prompt_tokens:,} tokens. Start the server with a "
+                "smaller --vram, or with fewer --cache-slots."
+            ) from error
 
     def _generation(self, prefix: PrefixCache, choice: ChoiceText, number: int, job: Job) -> Generation:
         """Kept caches make room for the prompt; then it waits for other requests to end."""

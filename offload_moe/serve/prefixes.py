@@ -7,7 +7,7 @@ from itertools import count
 from offload_moe.chat.prefix import PrefixCache
 
 LEAST_SHARED = 16  # tokens; copying a cache for fewer saves nothing
-MOST_LOST = 0.5  # of a cache's tokens, where a request may take it over though it differs
+MOST_LOST = 1 / 3  # of a cache's tokens, where a request takes it over: its last answer, as a template rewrites it
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,6 +45,10 @@ class Prefixes:
         self._clock = count()
 
     @property
+    def keeps_any(self) -> bool:
+        return self._most > 0
+
+    @property
     def num_kept(self) -> int:
         return len(self._kept)
 
@@ -59,14 +63,10 @@ class Prefixes:
         num_shared = best.prefix.num_usable(ids) if best is not None else 0
         if best is None or num_shared < LEAST_SHARED:
             return self._add(self._make(), len(ids))
+        if best.prefix.num_lost(ids) > MOST_LOST * best.prefix.num_tokens:
+            return self._add_fork(best, ids)
         best.num_continued += 1
         best.used_at = next(self._clock)
-        num_lost = best.prefix.num_lost(ids)
-        if num_lost and (self._has_room(num_shared) or num_lost > MOST_LOST * best.prefix.num_tokens):
-            best.is_lent = True  # so that making room keeps it
-            fork = self._add(best.prefix.fork(ids), len(ids))
-            best.is_lent = False
-            return fork
         best.is_lent = True
         best.prefix.unpark()
         self._trim(0)
@@ -100,6 +100,14 @@ class Prefixes:
             self._kept.append(_Kept(prefix=prefix, used_at=next(self._clock), is_lent=True))
         return prefix
 
+    def _add_fork(self, kept: _Kept, ids: Sequence[int]) -> PrefixCache:
+        """The conversation stays, and is worth what it was."""
+        kept.is_lent = True  # so that making room keeps it
+        try:
+            return self._add(kept.prefix.fork(ids), len(ids))
+        finally:
+            kept.is_lent = False
+
     def _trim(self, num_new: int, num_more: int = 0) -> None:
         while len(self._kept) + num_more > self._most and (free := self._free()):
             self._kept.remove(min(free, key=_value))
@@ -108,9 +116,6 @@ class Prefixes:
 
     def _fits(self, num_new: int) -> bool:
         return self.budget_tokens is None or self.num_tokens + num_new <= self.budget_tokens
-
-    def _has_room(self, num_new: int) -> bool:
-        return len(self._kept) < self._most and self._fits(num_new)
 
     def _free(self) -> list[_Kept]:
         return [each for each in self._kept if not each.is_lent]

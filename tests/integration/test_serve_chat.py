@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from starlette.testclient import TestClient
 
 from offload_moe.engine.model import Model
+from offload_moe.errors import BudgetError
 from tests.support.serving import HELLO, chat, events, open_tiny, served
 
 SAMPLED = {"temperature": 1.3, "top_k": 40, "seed": 11, "max_tokens": 24}
@@ -101,6 +103,37 @@ def test_choices_differ_and_repeat_with_the_seed(client: TestClient) -> None:
     assert texts == [content(second, number) for number in range(3)]
     assert texts[0] == content(chat(client, **SAMPLED))
     assert first["usage"]["completion_tokens"] == 3 * 24
+
+
+def test_choices_are_those_of_generate_too(model: Model) -> None:
+    with served(model, cache_slots=0) as client:
+        answer = chat(client, n=2, **SAMPLED)
+    ours = {"temperature": 1.3, "top_k": 40, "max_new_tokens": 24}
+    assert [content(answer, number) for number in range(2)] == [
+        model.generate(HELLO, seed=seed, **ours) for seed in (11, 12)
+    ]
+
+
+@pytest.mark.parametrize("error", [BudgetError("full"), torch.OutOfMemoryError("full")])
+def test_an_answer_ends_where_memory_ends(client: TestClient, model: Model, error: Exception) -> None:
+    num_left = 0
+
+    def count(*_: Any) -> None:
+        nonlocal num_left
+        num_left -= 1
+        if num_left < 0:
+            raise error
+
+    handle = model.hf.get_decoder().register_forward_pre_hook(count)
+    try:
+        num_left = 4
+        answer = chat(client, [{"role": "user", "content": "One of its own"}], max_tokens=20)
+        assert (answer["choices"][0]["finish_reason"], answer["usage"]["completion_tokens"]) == ("length", 4)
+        num_left = 0
+        assert refused(client)["code"] == "context_length_exceeded"
+    finally:
+        handle.remove()
+    assert chat(client)["usage"]["completion_tokens"] == 8
 
 
 def test_without_a_seed_answers_differ(client: TestClient) -> None:

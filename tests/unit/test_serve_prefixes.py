@@ -69,8 +69,8 @@ def test_a_request_that_leaves_early_gets_a_copy() -> None:
     assert desk.prefixes.num_kept == 2
 
 
-def test_without_room_for_a_copy_a_small_difference_takes_the_cache_over() -> None:
-    desk = Desk(most=1)
+def test_a_small_difference_takes_the_cache_over() -> None:
+    desk = Desk()
     chat = conversation(1, 100)
     desk.ask(chat)
     assert desk.ask([*chat[:90], 251, 252]) == 90
