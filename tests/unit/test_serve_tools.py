@@ -121,6 +121,25 @@ def test_a_call_that_is_cut_off_keeps_what_there_is() -> None:
     assert calls == [("add", '{"a": 1}')]
 
 
+ENDINGS = {
+    "hermes": '<tool_call>{"name": "add", "arguments": {"a": 1}}\n</tool',
+    "mistral": '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}',
+    "deepseek v3": '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜><｜tool▁calls',
+    "qwen3 coder": "<tool_call><function=add><parameter=a>1</parameter></function>\n</tool",
+    "minimax": '<minimax:tool_call><invoke name="add"><parameter name="a">1</parameter></invoke>\n</mini',
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_the_ending_of_a_call_that_is_cut_off_is_no_text(name: str) -> None:
+    written = ENDINGS[name]
+    first = written.index("1") + 5
+    for end in range(first, len(written) + 1):
+        text, [(called, arguments)] = read(BY_NAME[name], [written[:end]])
+        assert (text, called) == ("", "add")
+        assert json.loads(arguments) in ({"a": 1}, {})  # a parameter may be cut off, too
+
+
 def test_arguments_stream_as_they_come() -> None:
     parser = CallParser(HERMES, TOOLS)
     parser.push('<tool_call>{"name": "add", "arguments": {"a": ')

@@ -148,19 +148,25 @@ class CallParser:
         return reader.is_over
 
     def _read_end(self, events: list[Event], is_last: bool) -> bool:
-        match = self._end.match(self._held, partial=not is_last)
+        match = self._end.match(self._held, partial=True)
         if match is not None and match.partial:
-            return False
+            return self._cut_off(is_last)
         if match is not None:
             self._held = self._held[match.end() :]
         self._state = _State.AFTER
         return True
 
+    def _cut_off(self, is_last: bool) -> bool:
+        """Wait for the rest of a call's ending; where no more comes, it is no text of the answer's."""
+        if is_last:
+            self._held, self._state = "", _State.TEXT
+        return False
+
     def _read_after(self, events: list[Event], is_last: bool) -> bool:
         for pattern, state in ((self._more, _State.HEADER), (self._closing, _State.TEXT)):
-            match = pattern.match(self._held, partial=not is_last)
+            match = pattern.match(self._held, partial=True)
             if match is not None and match.partial:
-                return False
+                return self._cut_off(is_last)
             if match is not None:
                 self._raw, self._held, self._state = "", self._held[match.end() :], state
                 return True
