@@ -124,7 +124,8 @@ def test_a_call_that_is_cut_off_keeps_what_there_is() -> None:
 ENDINGS = {
     "hermes": '<tool_call>{"name": "add", "arguments": {"a": 1}}\n</tool',
     "mistral": '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}',
-    "deepseek v3": '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜><｜tool▁calls',
+    "deepseek v3": '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 1}'
+    "<｜tool▁call▁end｜><｜tool▁calls",
     "qwen3 coder": "<tool_call><function=add><parameter=a>1</parameter></function>\n</tool",
     "minimax": '<minimax:tool_call><invoke name="add"><parameter name="a">1</parameter></invoke>\n</mini',
 }
