@@ -99,22 +99,22 @@ class Guide(LogitsProcessor):
 
     def __init__(self, matcher: Any, guides: Guides, *, is_whole: bool = False) -> None:
         self.is_whole = is_whole
-        self._matcher, self._guides = matcher, guides
+        self.matcher, self._guides = matcher, guides
         self.is_active = True
         self.openings: frozenset[int] = frozenset()
 
     @property
     def is_complete(self) -> bool:
         """Whether nothing but a stop token may follow."""
-        return bool(self._matcher.is_stopped())
+        return bool(self.matcher.is_stopped())
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids: ``[1, T]``, scores: ``[1, V]``."""
         if not self.is_active:
             return scores
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error():
-            raise ApiError(500, f"The grammar cannot be followed any further: {self._matcher.get_error().strip()}")
+        bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+        if self.matcher.is_error():
+            raise ApiError(500, f"The grammar cannot be followed any further: {self.matcher.get_error().strip()}")
         allowed = torch.from_numpy(np.unpackbits(bits, count=self._guides.width, bitorder="little")).bool()
         if self.openings:
             allowed[sorted(self.openings)] = True
@@ -124,17 +124,17 @@ class Guide(LogitsProcessor):
         """The token was chosen; False where the grammar does not have it."""
         if token in self._guides.stop_ids:
             return True
-        if token in self.openings and not self._matcher.validate_tokens([token]):
+        if token in self.openings and not self.matcher.validate_tokens([token]):
             return False
         self.openings = frozenset()
-        return bool(self._matcher.consume_token(token))
+        return bool(self.matcher.consume_token(token))
 
     def take_text(self, text: str) -> bool:
         """Text that was written before the guide became active."""
         tokens = self._guides.tokenizer.tokenize_str(text)
-        is_valid = self._matcher.validate_tokens(tokens) == len(tokens)
-        return is_valid and bool(self._matcher.consume_tokens(tokens))
+        is_valid = self.matcher.validate_tokens(tokens) == len(tokens)
+        return is_valid and bool(self.matcher.consume_tokens(tokens))
 
     def forced(self) -> Sequence[int]:
         """The only tokens that may come next."""
-        return self._matcher.compute_ff_tokens() if self.is_active and not self.openings else ()
+        return self.matcher.compute_ff_tokens() if self.is_active and not self.openings else ()

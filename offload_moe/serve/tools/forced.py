@@ -34,8 +34,10 @@ def _tagged(
         names.append(rule if key in required else f"{rule}?")
         is_text = isinstance(schema, dict) and schema.get("type") == "string" and "enum" not in schema
         if is_text and call_format.arguments != "python":
-            rules.append(f"{rule}: {_text(before, special_ids)} value{number}x{at}")
-            rules.append(f"value{number}x{at}[suffix={json.dumps(behind)}]: /(?s:.*)/")
+            closing = behind.strip("\n")  # where the reader sees the end of a text
+            after = _text(behind.rpartition(closing)[2], special_ids)
+            rules.append(f"{rule}: {_text(before, special_ids)} value{number}x{at} {after}")
+            rules.append(f"value{number}x{at}[suffix={json.dumps(closing)}]: /(?s:.*)/")
         else:
             value = f"{_text(before, special_ids)} value{number}x{at} {_text(behind, special_ids)}"
             rules += [f"{rule}: {value}", f"value{number}x{at}: {_json(schema)}"]
