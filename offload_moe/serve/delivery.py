@@ -74,6 +74,7 @@ class Delivery:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._answering = None  # which holds the model
 
     async def _produce(self) -> None:
         """Have the request computed; every error becomes an event."""

@@ -198,9 +198,13 @@ class Host:
         return max(1, min(60, int(max(ages, default=1))))
 
     def _unload_when_idle(self) -> None:
-        if not self._num_users and self._own and self._loaded is not None:
+        if self._num_users or not self._own:
+            return
+        if self._loaded is not None:
             logger.info("%s is unloaded until the next request", self.name)
             self._unload()
+        else:
+            give_back_freed_memory()  # what the frames of the last request held a moment longer
 
     def _unload(self) -> None:
         loaded, self._loaded = self._loaded, None
