@@ -1,4 +1,4 @@
-"""What it takes until experts that a native run asks Python for are being read, for simulate_validation.py."""
+"""What it takes until reads are queued for experts that a token pass needs from Python, for simulate_validation.py."""
 
 import statistics
 import time
@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 from offload_moe.decode import span
-from offload_moe.memory.record_file import RecordFile
+from offload_moe.memory.disk import DiskMover
 from offload_moe.native.kernels import SpanKernel, TokenPass
 from offload_moe.residency.scheduler import Scheduler
 
@@ -24,11 +24,10 @@ class _Ask:
 
 
 class AskWatch:
-    """num_readers: of Python's reads; those that begin later wait for the disk."""
+    """Times the requests of token passes."""
 
-    def __init__(self, num_readers: int) -> None:
+    def __init__(self) -> None:
         self.num_passes = 0
-        self._num_readers = num_readers
         self._drained_at = 0.0
         self._asks: list[_Ask] = []
         self._is_asked = False
@@ -41,7 +40,7 @@ class AskWatch:
             (SpanKernel, "start", self._see_start),
             (span, "note_passed", self._see_account),
             (Scheduler, "acquire", self._see_ask),
-            (RecordFile, "read_into", self._see_read),
+            (DiskMover, "start", self._see_read),
         ]
         with ExitStack() as stack:
             for owner, name, see in seen:
@@ -49,16 +48,15 @@ class AskWatch:
             stack.enter_context(patch.object(TokenPass, "next", self._drained_from(TokenPass.next)))
             yield
 
-    def delays(self) -> list[tuple[int, int, int, float]]:
-        """Layers that were accounted for first, reads, how many asks had so many of both, and the median of the seconds
-        from hearing of it until the last of the reads began.
+    def delays(self) -> list[tuple[int, int, float]]:
+        """Layers that were accounted for first, how many asks had so many, and the median of the seconds from hearing
+        of it until the last of the reads was queued.
         """
-        delays: dict[tuple[int, int], list[float]] = defaultdict(list)
+        delays: dict[int, list[float]] = defaultdict(list)
         for ask in self._asks:
             if ask.begun:
-                num_reads = min(len(ask.begun), self._num_readers)
-                delays[ask.num_layers, num_reads].append(ask.begun[num_reads - 1] - ask.at)
-        return [(*kind, len(seconds), statistics.median(seconds)) for kind, seconds in sorted(delays.items())]
+                delays[ask.num_layers].append(ask.begun[-1] - ask.at)
+        return [(kind, len(seconds), statistics.median(seconds)) for kind, seconds in sorted(delays.items())]
 
     def _see_start(self, *_: Any) -> None:
         self.num_passes += 1
@@ -80,7 +78,7 @@ class AskWatch:
     def _see_account(self, scheduler: Scheduler, first_layer: int, experts: Sequence[Any], found: Any) -> None:
         self._num_layers = len(experts)
 
-    def _see_read(self, *_: Any) -> None:
+    def _see_read(self, *_: Any, **__: Any) -> None:
         if self._is_asked:
             self._asks[-1].begun.append(time.perf_counter())
 

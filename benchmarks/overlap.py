@@ -165,7 +165,7 @@ class Rig:
             num_ram_slots=num_records,
             num_device_slots=int(num_records * share),
         )
-        self.hierarchy = Hierarchy(pools, lambda arena: SameRecord(arena, self.record), self.copier)
+        self.hierarchy = Hierarchy(pools, lambda arena, _: SameRecord(arena, self.record), self.copier)
         self.scheduler = self.hierarchy.scheduler
         for slot in range(self.scheduler.residency.num_slots):  # what the link would bring, for it brings nothing
             self.hierarchy.record_of(slot)[: self.record.numel()] = self.record

@@ -24,12 +24,15 @@ class SameRecord:
         self._workers = TransferWorkers(1, "same-record")
 
     def start(self, key: int, slot: int, arrived: Any, *, is_prefetch: bool = False) -> None:
-        self._workers.submit(slot, [lambda: arrived(slot, self._record.numel(), None)], is_prefetch=is_prefetch)
+        self._workers.submit(slot, lambda: arrived(slot, self._record.numel(), None), is_prefetch=is_prefetch)
 
     def promote(self, slot: int) -> None: ...
 
     def cancel(self, slot: int) -> bool:
         return False
+
+    def drain(self) -> None:
+        pass
 
     def used(self, slots: Sequence[int]) -> None: ...
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from harness import finish
 
+from offload_moe.native.kernels import SlotTable
 from offload_moe.profile.replay import parse_slots, replay
 from offload_moe.profile.trace import Trace, load_trace
 from offload_moe.residency.policy import DEFAULT_POLICY
@@ -58,7 +59,7 @@ def hit_rate(trace: Trace, num_slots: int, half_life: float, share_of_scores: fl
     """share_of_scores: 0 sums uses, 1 sums router probabilities times top-k."""
     assert trace.router_probabilities is not None
     policy = DecayedScores(trace.keys.total)
-    residency, decay, num_hits = Residency(num_slots, policy), 0.5 ** (1 / half_life), 0
+    residency, decay, num_hits = Residency(SlotTable(trace.keys.total, num_slots), policy), 0.5 ** (1 / half_life), 0
     for token in range(trace.num_tokens):
         for layer in range(trace.num_layers):
             first = trace.keys.first(layer)

@@ -35,10 +35,12 @@ def record_accesses(model: "Model") -> Accesses:
 
 def replay_lru(accesses: Accesses, num_slots: int, first: int) -> float:
     """Hit rate of an LRU pool of that many slots over the accesses from `first` on, after those before it."""
+    from offload_moe.native.kernels import SlotTable
     from offload_moe.residency.policy import LRU
     from offload_moe.residency.residency import Residency
 
-    residency = Residency(num_slots, LRU())
+    most_keys = max((max(keys) for _, keys in accesses), default=0) + 1
+    residency = Residency(SlotTable(most_keys, num_slots), LRU())
     num_hits = num_asked = 0
     for index, (layer, keys) in enumerate(accesses):
         residency.policy.access(layer, keys)

@@ -74,7 +74,7 @@ def make(options: argparse.Namespace, copier: Any) -> Any:
         num_ram_slots=num_records,
         num_device_slots=num_records if copier else 0,
     )
-    hierarchy = Hierarchy(pools, lambda arena: InstantMover(), copier)
+    hierarchy = Hierarchy(pools, lambda arena, _: InstantMover(), copier)
     for layer in range(options.layers):
         with hierarchy.scheduler.acquire(layer, range(options.experts)) as lease:
             for _ in lease:
@@ -91,10 +91,13 @@ class InstantMover:
         self._workers = TransferWorkers(1, "instant")
 
     def start(self, key: int, slot: int, arrived: Callable[..., None], *, is_prefetch: bool = False) -> None:
-        self._workers.submit(slot, [lambda: arrived(slot, SLOT_BYTES, None)], is_prefetch=is_prefetch)
+        self._workers.submit(slot, lambda: arrived(slot, SLOT_BYTES, None), is_prefetch=is_prefetch)
 
     def promote(self, slot: int) -> None:
         self._workers.promote(slot)
+
+    def drain(self) -> None:
+        pass
 
     def used(self, slots: Sequence[int]) -> None:
         pass

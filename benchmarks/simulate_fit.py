@@ -40,19 +40,18 @@ class Fitter:
         self._busy_s = dict(zip(descending, _ascending(busy_s), strict=True))
         self._costs = self._resident_costs()
         passes = any(trial["num_passes"] for share in partial for trial in self._trials(share))
-        ask_host_s, account_host_s, turn_s = self._asking(partial)
+        ask_host_s, account_host_s = self._asking(partial)
         self._costs = replace(
             self._costs, has_token_passes=passes, ask_host_s=ask_host_s, account_host_s=account_host_s
         )
-        self._disk = replace(self._disk, turn_s=turn_s)
         busy = [self._busy_s[share] for share in partial]
         self._costs = replace(self._costs, **self._host_costs(partial, busy))
         self._fit_disk(partial)
 
     def _asking(self, shares: Sequence[float]) -> list[float]:
-        """Seconds that a request takes, more for each layer before it, and for each read. The median of the trials."""
+        """Seconds that a request takes, and more for each layer before it. The median of the trials."""
         trials = zip(*(self._trials(share) for share in shares), strict=True)
-        found = [_plane([delay for trial in same for delay in trial["ask_delays"]]) for same in trials]
+        found = [_line([delay for trial in same for delay in trial["ask_delays"]]) for same in trials]
         return [statistics.median(values) for values in zip(*found, strict=True)]
 
     def _fit_disk(self, shares: Sequence[float]) -> None:
@@ -144,12 +143,12 @@ class Fitter:
         return trials
 
 
-def _plane(delays: Sequence[Sequence[float]]) -> list[float]:
-    """What `AskWatch.delays` grows by: at all, per layer, and per read."""
+def _line(delays: Sequence[Sequence[float]]) -> list[float]:
+    """What `AskWatch.delays` grows by: at all, and per layer."""
     if not delays:
-        return [0.0, 0.0, 0.0]
-    num_layers, num_reads, counts, seconds = np.array(delays).T
-    columns, weights = np.stack([np.ones_like(counts), num_layers, num_reads], axis=1), np.sqrt(counts)
+        return [0.0, 0.0]
+    num_layers, counts, seconds = np.array(delays).T
+    columns, weights = np.stack([np.ones_like(counts), num_layers], axis=1), np.sqrt(counts)
     found = np.linalg.lstsq(columns * weights[:, None], seconds * weights, rcond=None)[0]
     return [max(0.0, value) for value in found.tolist()]
 

@@ -61,7 +61,7 @@ def measure(
         for share in (*shares[trial % len(shares) :], *shares[: trial % len(shares)]):
             with open_model(folder, counts[share], budgets[share], context) as model:
                 prepare(model, is_whole=counts[share] == num_all)
-                watch = AskWatch(document["num_readers"])
+                watch = AskWatch()
                 with watch.watching():
                     result = {"num_slots": counts[share], **answers(model, **answer_all)}
                 result |= {"num_passes": watch.num_passes, "ask_delays": watch.delays()}

@@ -125,7 +125,7 @@ class LayerSpan:
 
     def _follow_pass(self, token: kernels.SpanToken, account: "_Account") -> None:
         """On a thread of its own, with slots to fill, which are reclaimed once it has ended and leases nothing."""
-        reads = None if self._reserved is None else self._reserved.reads
+        reads = self._hierarchy.pass_reads
         try:
             with self._kernel.start(token, self._slot_table, reads) as token_pass:
                 self._reserve()

@@ -5,8 +5,8 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,11 @@ import numpy as np
 import psutil
 
 from offload_moe.doctor.check import Check, format_rate, judge
+from offload_moe.errors import TransferError
 from offload_moe.memory.arena import Arena
 from offload_moe.memory.disk import readers_for
 from offload_moe.memory.record_file import RecordFile
+from offload_moe.native.kernels import DONE, PlaceStruct, Reads, ReadSizes, SlotTable
 from offload_moe.store import Store
 from offload_moe.store.durable import write_at
 from offload_moe.store.reading import forget_cached
@@ -110,30 +112,43 @@ def write_noise(descriptor: int, clock: Callable[[], float] = time.perf_counter)
 def measure_read(path: Path, clock: Callable[[], float] = time.perf_counter) -> DiskSpeed:
     """Read several blocks concurrently past the page cache, in random order and each once, for a second at most.
 
-    path: a file of at least one block. Raises: TransferError.
+    path: a file of at least one block. Raises: OSError, TransferError.
     """
     num_bytes = path.stat().st_size
     order = random.sample(range(num_bytes // BLOCK_BYTES), num_bytes // BLOCK_BYTES)
-    arena = Arena(NUM_READERS, BLOCK_BYTES)
     with closing(RecordFile(path, uses_cached=False)) as file:
         if not file.is_direct:
             forget_cached(path)
         begun = clock()
-
-        def read(reader: int) -> int:
-            view = arena.slot(reader).numpy().data
-            done = 0
-            for block in order[reader::NUM_READERS]:
-                file.read_into(view, block * BLOCK_BYTES)
-                done += 1
-                if clock() - begun > MEASURE_S:
-                    break
-            return done
-
-        with ThreadPoolExecutor(NUM_READERS) as pool:
-            num_read = sum(pool.map(read, range(NUM_READERS)))
+        num_read = _read_blocks(file, order, lambda: clock() - begun > MEASURE_S)
         rate = num_read * BLOCK_BYTES / (clock() - begun)
         return DiskSpeed(bytes_per_s=rate, is_direct=file.is_direct, file_bytes=num_bytes)
+
+
+def _read_blocks(file: RecordFile, order: Sequence[int], is_over: Callable[[], bool]) -> int:
+    """Read these blocks with the engine's reader until the time is over. Returns how many. Raises: TransferError."""
+    arena = Arena(NUM_READERS, BLOCK_BYTES)
+    sizes = ReadSizes(num_threads=NUM_READERS, part_bytes=BLOCK_BYTES, prefetch_part_bytes=BLOCK_BYTES)
+    left, num_read, num_reading = deque(order), 0, 0
+    with closing(Reads(SlotTable(max(order) + 1, NUM_READERS, arena.addresses), sizes, owner=(arena, file))) as reads:
+        reads.use_file(0, file.native())
+        reads.trust()
+        free = deque(range(NUM_READERS))
+        while True:
+            while free and left and not (num_read and is_over()):
+                block = left.popleft()
+                reads.place(block, PlaceStruct(file=0, offset=block * BLOCK_BYTES, num_bytes=BLOCK_BYTES))
+                reads.submit(block, free.popleft())
+                num_reading += 1
+            if not num_reading:
+                return num_read
+            reads.wait(reads.num_wakes, MEASURE_S)
+            for completion in reads.completions():
+                if completion.state != DONE:
+                    raise TransferError(f"A block of {BLOCK_BYTES} bytes could not be read from the disk.")
+                free.append(completion.slot)
+                num_reading -= 1
+                num_read += 1
 
 
 def _judge_speed(name: str, speed: DiskSpeed) -> Check:

@@ -112,7 +112,9 @@ def _make_hierarchy(store: Store, blueprint: Blueprint) -> Hierarchy:
     copier = blueprint.make_copier() if blueprint.make_copier is not None else None
     keys = blueprint.pools.keys
     return Hierarchy(
-        blueprint.pools, lambda arena: DiskMover(arena, lambda key: store.record(*keys.layer_expert(key))), copier
+        blueprint.pools,
+        lambda arena, slot_table: DiskMover(arena, slot_table, lambda key: store.record(*keys.layer_expert(key))),
+        copier,
     )
 
 

@@ -140,6 +140,9 @@ class DeviceMover:
                 return True
         return self._loaders.cancel(slot)
 
+    def drain(self) -> None:
+        """Landings are noticed by a thread of their own."""
+
     def used(self, slots: Sequence[int]) -> None:
         marker = self._copier.mark()
         for slot in slots:
@@ -180,7 +183,7 @@ class DeviceMover:
                 self._fly(load, record, give_back)
                 return
             give_back()
-        self._loaders.submit(load.slot, [partial(self._fetch, load)], is_prefetch=load.is_prefetch)
+        self._loaders.submit(load.slot, partial(self._fetch, load), is_prefetch=load.is_prefetch)
 
     def _fetch(self, load: _Load) -> None:
         try:

@@ -1,20 +1,32 @@
 """The disk tier: whole-record reads straight into the RAM arena, several in flight."""
 
 import errno
+import heapq
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
+from contextlib import suppress
+from itertools import count
 
 from offload_moe.errors import TransferError
 from offload_moe.memory.arena import Arena
+from offload_moe.memory.arrivals import ArrivalCondition
 from offload_moe.memory.mover import Arrived
-from offload_moe.memory.record_file import RecordFile
-from offload_moe.memory.workers import TransferWorkers
-from offload_moe.native.kernels import PlaceStruct, Reads, ReadSizes, SlotTable, crc32
+from offload_moe.memory.record_file import RecordFiles
+from offload_moe.memory.transfers import PassReads, Reading, Transfers
+from offload_moe.native.kernels import (
+    SHORT_READ,
+    WRONG_CHECKSUM,
+    Completion,
+    PlaceStruct,
+    Reads,
+    ReadSizes,
+    SlotTable,
+)
 from offload_moe.store import Record
+from offload_moe.system.lifecycle import finalize
 
 # Bytes in flight: enough for a fast disk, and no more, so that records arrive one after the other and one computes
 # while the next is read. Every read wakes a thread, which takes a core from the compute for a moment.
@@ -23,7 +35,12 @@ PART_BYTES = 4 << 20
 PREFETCH_PART_BYTES = 2 << 20  # what a demand may have to wait for, and what a wrong guess may cost
 LEAST_READERS, MOST_READERS = 2, 8
 RETRY_PAUSES_S = (0.01, 0.2)  # before each further attempt
-PASSING = frozenset({errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EBADF})
+PASSING = frozenset({SHORT_READ, errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EBADF})
+REFUSED = frozenset({errno.EINVAL, errno.EOPNOTSUPP})  # direct reads: some file systems accept the flag only
+ATTEND_S = 3600.0  # between two looks where there is nothing to do
+JOIN_S = 5.0
+
+RecordOf = Callable[[int], Record]
 
 
 def readers_for(record_bytes: int) -> int:
@@ -32,172 +49,176 @@ def readers_for(record_bytes: int) -> int:
 
 
 class DiskMover:
-    """Fills arena slots from disk on threads; the read itself holds no lock of the interpreter."""
+    """Fills arena slots from disk, by native threads. Closed, or dropped, its threads end."""
 
-    def __init__(self, arena: Arena, record_of: Callable[[int], Record], num_readers: int | None = None) -> None:
-        """record_of: key -> where the record lies, and its checksum. num_readers: None asks `readers_for`."""
-        self._arena = arena
-        self._record_of = record_of
-        self._checked: set[int] = set()
-        self._files = _OpenFiles()
-        self._workers = TransferWorkers(num_readers or readers_for(arena.slot_bytes), "expert-read")
-
-    def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
-        record = self._record_of(key)
-        part_bytes = PREFETCH_PART_BYTES if is_prefetch else PART_BYTES
-        starts = range(0, record.num_bytes, part_bytes)
-        reading = _Reading(key, slot, record, self._arena, self._files, self._checked, arrived, len(starts))
-        parts = [partial(reading.read_part, start, part_bytes) for start in starts]  # which do not keep the mover alive
-        self._workers.submit(slot, parts, is_prefetch=is_prefetch)
-
-    def promote(self, slot: int) -> None:
-        self._workers.promote(slot)
-
-    def cancel(self, slot: int) -> bool:
-        return self._workers.cancel(slot)
-
-    def used(self, slots: Sequence[int]) -> None:
-        """Compute on the CPU is finished when it returns: nothing to wait for."""
-
-    def native_reads(self, slot_table: SlotTable, num_keys: int) -> Reads:
-        """Reads of the same records into the same arena that native runs begin by themselves."""
-        records = [self._record_of(key) for key in range(num_keys)]
-        paths = list(dict.fromkeys(record.path for record in records))
-        places = [
-            PlaceStruct(
-                file=paths.index(record.path),
-                offset=record.offset,
-                num_bytes=record.num_bytes,
-                checksum=record.checksum,
-            )
-            for record in records
-        ]
-        try:
-            files = [self._files.get(path).native() for path in paths]
-        except OSError as error:
-            raise TransferError(f"{error.filename} cannot be read: {error.strerror}.") from error
+    def __init__(
+        self, arena: Arena, slot_table: SlotTable, record_of: RecordOf, num_readers: int | None = None
+    ) -> None:
+        """record_of: key -> where the record lies, and its checksum. num_readers: None takes `readers_for`."""
         sizes = ReadSizes(
-            num_threads=readers_for(self._arena.slot_bytes),
+            num_threads=num_readers or readers_for(arena.slot_bytes),
             part_bytes=PART_BYTES,
             prefetch_part_bytes=PREFETCH_PART_BYTES,
         )
-        return Reads(slot_table, files, places, sizes, owner=(self._arena, self._files))
+        files = RecordFiles()
+        self.reads = Reads(slot_table, sizes, owner=(arena, files))
+        self.transfers = transfers = DiskTransfers(self.reads, files, record_of)
+        self.changed = transfers.changed  # the condition of the tier
+        thread = threading.Thread(target=transfers.attend, name="expert-reads", daemon=True)
+        self._close = finalize(self, _close, self.reads, files, thread)  # also at exit, before daemon threads stop
+        thread.start()
+
+    def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
+        self.transfers.start(key, slot, arrived, is_prefetch=is_prefetch)
+
+    def promote(self, slot: int) -> None:
+        self.transfers.promote(slot)
+
+    def cancel(self, slot: int) -> bool:
+        return self.transfers.cancel(slot)
+
+    def used(self, slots: Sequence[int]) -> None:
+        self.transfers.used(slots)
+
+    def drain(self) -> None:
+        self.transfers.drain()
+
+    def read_passes(self, pass_reads: PassReads) -> Reads:
+        """The reads that token passes fetch experts with; pass_reads accounts for them. Raises: OSError."""
+        self.transfers.open_all(range(self.reads.num_keys))
+        self.transfers.account_to(pass_reads)
+        return self.reads
 
     def close(self) -> None:
-        if self._workers.close():  # a thread that is still reading needs its file
-            self._files.close()
+        self._close()
 
 
-@dataclass(slots=True)
-class _Reading:
-    """One record on its way, in parts. checked: keys whose checksum was compared."""
+class DiskTransfers(Transfers):
+    """Reads of a store: its files, and the retries of what may pass. Does not keep the mover alive."""
 
-    key: int
-    slot: int
-    record: Record
-    arena: Arena
-    files: "_OpenFiles"
-    checked: set[int]
-    arrived: Arrived
-    num_left: int
-    error: Exception | None = None
-    view: memoryview | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, reads: Reads, files: RecordFiles, record_of: RecordOf) -> None:
+        super().__init__(reads, ArrivalCondition(reads, weakref.WeakMethod(self.drain)))
+        self._reads = reads
+        self._files = files
+        self._record_of = record_of
+        self._waiting: list[tuple[float, int, Reading]] = []  # reads to submit, by the time when they are due
+        self._order = count()
 
-    def read_part(self, start: int, part_bytes: int) -> None:
-        error = None
-        try:
-            if self.view is None:
-                self.view = self.arena.slot(self.slot).numpy().data[: self.record.num_bytes]
-            self._read_patiently(self.view[start : start + part_bytes], start)
-        except Exception as raised:
-            error = raised
-        if not self._is_last(error):
-            return
-        try:
-            if self.error is not None:
-                raise self.error
-            self._check_once()
-        except Exception as raised:
-            self.arrived(self.slot, 0, raised)
+    def submit(self, reading: Reading) -> None:
+        if self._place(reading.key):
+            super().submit(reading)
         else:
-            self.arrived(self.slot, self.record.num_bytes, None)
+            self._submit_after(0.0, reading)  # a file is opened without the lock
 
-    def _is_last(self, error: Exception | None) -> bool:
-        """Note that a part has ended; whether it was the last one."""
-        with self.lock:
-            self.error = self.error or error
-            self.num_left -= 1
-            return self.num_left == 0
+    def has_failed(self, reading: Reading, completion: Completion) -> None:
+        """Read again what may pass, after a pause."""
+        record = self._record_of(reading.key)
+        if completion.was_direct and completion.error in REFUSED:
+            self._files.refuse_direct(record.path, os.strerror(completion.error))
+            self._reads.use_file(*self._files.native(record.path))
+            super().submit(reading)
+        elif completion.error == WRONG_CHECKSUM:
+            self.give_up(reading, _damaged(record))
+        elif completion.error in PASSING and reading.num_failures < len(RETRY_PAUSES_S):
+            reading.num_failures += 1
+            self._submit_after(RETRY_PAUSES_S[reading.num_failures - 1], reading)
+        else:
+            self.give_up(reading, _failed(record, completion))
 
-    def _read_patiently(self, view: memoryview, start: int) -> None:
-        """Read, and read again what may pass. Raises: TransferError naming the expert, the file and the offset."""
-        record, offset = self.record, self.record.offset + start
-        failure: OSError | None
-        for pause in (*RETRY_PAUSES_S, None):
-            try:
-                count = self.files.get(record.path).read_into(view, offset)
-            except OSError as error:
-                failure, why = error, error.strerror or str(error)
-                may_pass = error.errno in PASSING
-            else:
-                if count == len(view):
-                    return
-                failure, why, may_pass = None, f"short read, {count} of {len(view)} bytes", True
-            if pause is None or not may_pass:
-                raise _failed(record, offset, why) from failure
-            time.sleep(pause)
-            self.files.renew(record.path)
+    def open_all(self, keys: range) -> None:
+        """Open the files of all records. Raises: OSError."""
+        for key in keys:
+            if not self._place(key):
+                self._open(key)
 
-    def _check_once(self) -> None:
-        """Compare the first read of every expert with its checksum; the file does not change afterwards.
+    def attend(self) -> None:
+        """What the thread does: it drains while no other thread does, and submits what is due."""
+        pause_s = 0.0
+        while self._reads.attend(pause_s):
+            with self.changed:
+                self.drain()
+                due = self._take_due()
+            for reading in due:
+                self._submit_again(reading)
+            with self.changed:
+                pause_s = max(0.0, self._waiting[0][0] - time.monotonic()) if self._waiting else ATTEND_S
 
-        One that differs is read once more: a transfer can go wrong where the disk is right.
-        """
-        if self.key in self.checked:
-            return
-        record, view = self.record, self.view
-        assert view is not None
-        if crc32(view) != record.checksum:
-            self._read_patiently(view, 0)
-            if crc32(view) != record.checksum:
-                raise TransferError(
-                    f"{record.name}, {record.path} at offset {record.offset} ({record.num_bytes} bytes): it does not "
-                    "match its checksum. Check the disk; `offload-moe verify` finds what is damaged."
-                )
-        self.checked.add(self.key)
+    def _submit_after(self, pause_s: float, reading: Reading) -> None:
+        heapq.heappush(self._waiting, (time.monotonic() + pause_s, next(self._order), reading))
+        self._reads.notice()
 
+    def _take_due(self) -> list[Reading]:
+        due, now = [], time.monotonic()
+        while self._waiting and self._waiting[0][0] <= now:
+            due.append(heapq.heappop(self._waiting)[2])
+        return due
 
-class _OpenFiles:
-    """Files opened when first read, and anew when another file has taken their place."""
+    def _submit_again(self, reading: Reading) -> None:
+        """Submit a read whose file has to be opened, or opened anew, which may take long: no lock is held."""
+        try:
+            self._open(reading.key)
+        except Exception as error:
+            failure = _unreadable(self._record_of(reading.key), error) if isinstance(error, OSError) else error
+            with self.changed:
+                self.give_up(reading, failure)
+        else:
+            with self.changed:
+                super().submit(reading)
 
-    def __init__(self) -> None:
-        self._files: dict[Path, RecordFile] = {}
-        self._replaced: list[RecordFile] = []  # threads may still be reading them
-        self._lock = threading.Lock()
+    def _open(self, key: int) -> None:
+        """Open the file of a record, if it is not open, or anew where another has taken its place. Raises: OSError."""
+        path = self._record_of(key).path
+        if self._files.open(path):
+            self._reads.use_file(*self._files.native(path))
+        self._place(key)
 
-    def get(self, path: Path) -> RecordFile:
-        with self._lock:
-            file = self._files.get(path)
-            if file is None:
-                file = self._files[path] = RecordFile(path)
-            return file
-
-    def renew(self, path: Path) -> None:
-        """Open the path anew next time, where it leads to another file by now."""
-        with self._lock:
-            file = self._files.get(path)
-            if file is not None and not file.is_current():
-                self._replaced.append(self._files.pop(path))
-
-    def close(self) -> None:
-        for file in (*self._files.values(), *self._replaced):
-            file.close()
-        self._files.clear()
-        self._replaced.clear()
+    def _place(self, key: int) -> bool:
+        """Have the reader know where the record lies, if its file is open. Whether it is."""
+        if self._reads.is_placed(key):
+            return True
+        record = self._record_of(key)
+        number = self._files.number(record.path)
+        if number is None:
+            return False
+        place = PlaceStruct(file=number, offset=record.offset, num_bytes=record.num_bytes, checksum=record.checksum)
+        self._reads.place(key, place)
+        return True
 
 
-def _failed(record: Record, offset: int, why: str) -> TransferError:
+def _close(reads: Reads, files: RecordFiles, thread: threading.Thread) -> None:
+    has_ended = reads.close()
+    if thread is not threading.current_thread():  # else a collection of garbage runs there
+        with suppress(RuntimeError):  # it was never started
+            thread.join(JOIN_S)
+    if has_ended:  # a thread that is still reading needs its file
+        files.close()
+
+
+def _damaged(record: Record) -> TransferError:
+    return TransferError(
+        f"{record.name}, {record.path} at offset {record.offset} ({record.num_bytes} bytes): it does not match its "
+        "checksum. Check the disk; `offload-moe verify` finds what is damaged."
+    )
+
+
+def _failed(record: Record, completion: Completion) -> TransferError:
+    if completion.error == SHORT_READ:
+        why = f"short read, {completion.num_read} of {completion.num_wanted} bytes"
+        return _reading_failed(record, record.offset + completion.start, why)
+    why = os.strerror(completion.error)
+    error = _reading_failed(record, record.offset + completion.start, why)
+    error.__cause__ = OSError(completion.error, why, str(record.path))
+    return error
+
+
+def _unreadable(record: Record, cause: OSError) -> TransferError:
+    """What opening a file raised."""
+    error = _reading_failed(record, record.offset, cause.strerror or str(cause))
+    error.__cause__ = cause
+    return error
+
+
+def _reading_failed(record: Record, offset: int, why: str) -> TransferError:
     return TransferError(
         f"Reading {record.name} from {record.path} at offset {offset} failed: {why}. Check that the store is still "
         "there and its disk is well, then ask again; `offload-moe verify` checks the store."

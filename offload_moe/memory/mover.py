@@ -12,14 +12,17 @@ class Mover(Protocol):
     def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
         """Begin the transfer; a prefetch is lined up behind the demanded ones.
 
-        Calls ``arrived(slot, num_bytes, error)`` once, from a thread of the mover.
+        Calls ``arrived(slot, num_bytes, error)`` once, from a thread of the mover or from one that drains.
         """
 
     def promote(self, slot: int) -> None:
         """The expert that is being prefetched into the slot is demanded now."""
 
     def cancel(self, slot: int) -> bool:
-        """Forget the prefetch into the slot, if nothing of it is under way. Whether it is: `arrived` is not called."""
+        """Cancel the prefetch into the slot, if nothing of it is under way. Whether it is: `arrived` is not called."""
+
+    def drain(self) -> None:
+        """Call `arrived` for transfers that have ended, where the mover leaves that to its callers (lock held)."""
 
     def used(self, slots: Sequence[int]) -> None:
         """The calling thread has issued compute that reads the slots; they may be overwritten once it is done."""

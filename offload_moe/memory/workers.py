@@ -1,10 +1,9 @@
-"""Threads for transfers: demanded ones first, prefetches when nothing is demanded."""
+"""Threads for copies to the device that have to wait for a read or a buffer: demanded ones first, then prefetches."""
 
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from offload_moe.system.lifecycle import finalize
 
@@ -12,19 +11,11 @@ Job = Callable[[], None]
 CLOSE_LIMIT_S = 5.0  # a thread that is stuck in a dead disk must not keep the process from ending
 
 
-@dataclass(slots=True)
-class _Transfer:
-    """One slot's parts that have not begun, and how many are under way."""
-
-    parts: deque[Job]
-    num_running: int = 0
-
-
 class TransferWorkers:
-    """Runs the parts of one transfer per slot, in order, on several threads.
+    """Runs one job per slot, on several threads.
 
-    A demand overtakes prefetches between their parts, also those that have begun; a prefetch whose expert is demanded
-    becomes a demand. Prefetches never take all threads: a demand must not wait for something nobody asked for.
+    A demand overtakes prefetches; a prefetch whose expert is demanded becomes a demand. Prefetches never take all
+    threads: a demand must not wait for a guess.
 
     The threads end once this is dropped: they know only its queue.
     """
@@ -38,16 +29,16 @@ class TransferWorkers:
             thread.start()
             threads.append(thread)
 
-    def submit(self, slot: int, parts: Sequence[Job], *, is_prefetch: bool) -> None:
-        """Line up a transfer; its parts may run at the same time."""
-        self._queue.submit(slot, parts, is_prefetch=is_prefetch)
+    def submit(self, slot: int, job: Job, *, is_prefetch: bool) -> None:
+        """Line up a transfer."""
+        self._queue.submit(slot, job, is_prefetch=is_prefetch)
 
     def promote(self, slot: int) -> None:
         """The slot's expert is demanded now."""
         self._queue.promote(slot)
 
     def cancel(self, slot: int) -> bool:
-        """Forget a prefetch unless one of its parts is running. Whether it is forgotten: then nobody writes there."""
+        """Cancel a prefetch unless it is running. Whether it is cancelled: then no thread writes there."""
         return self._queue.cancel(slot)
 
     def close(self) -> bool:
@@ -70,16 +61,16 @@ class _Queue:
 
     def __init__(self, max_prefetches: int) -> None:
         self._max_prefetches = max_prefetches
-        self._demanded: OrderedDict[int, _Transfer] = OrderedDict()
-        self._prefetches: OrderedDict[int, _Transfer] = OrderedDict()
+        self._demanded: OrderedDict[int, Job] = OrderedDict()
+        self._prefetches: OrderedDict[int, Job] = OrderedDict()
         self._num_prefetching = 0
         self._is_closed = False
         self._changed = threading.Condition()
 
-    def submit(self, slot: int, parts: Sequence[Job], *, is_prefetch: bool) -> None:
+    def submit(self, slot: int, job: Job, *, is_prefetch: bool) -> None:
         with self._changed:
-            (self._prefetches if is_prefetch else self._demanded)[slot] = _Transfer(deque(parts))
-            self._changed.notify(len(parts))
+            (self._prefetches if is_prefetch else self._demanded)[slot] = job
+            self._changed.notify()
 
     def promote(self, slot: int) -> None:
         with self._changed:
@@ -89,11 +80,7 @@ class _Queue:
 
     def cancel(self, slot: int) -> bool:
         with self._changed:
-            transfer = self._prefetches.get(slot)
-            if transfer is None or transfer.num_running:
-                return False
-            del self._prefetches[slot]
-            return True
+            return self._prefetches.pop(slot, None) is not None
 
     def close(self) -> None:
         with self._changed:
@@ -108,31 +95,21 @@ class _Queue:
             pass
 
     def _work_once(self) -> bool:
-        """One part, of which nothing is kept afterwards. False once closed."""
+        """One job, of which nothing is kept afterwards. False once closed."""
         with self._changed:
             while not self._is_closed and not self._demanded and not self._may_prefetch():
                 self._changed.wait()
             if self._is_closed:
                 return False
             is_prefetch = not self._demanded
-            transfer, part = self._take(self._prefetches if is_prefetch else self._demanded)
+            _, job = (self._prefetches if is_prefetch else self._demanded).popitem(last=False)
             self._num_prefetching += is_prefetch
-        part()
-        with self._changed:
-            transfer.num_running -= 1
-            if is_prefetch:
+        job()
+        if is_prefetch:
+            with self._changed:
                 self._num_prefetching -= 1
                 self._changed.notify()
         return True
-
-    @staticmethod
-    def _take(queue: OrderedDict[int, _Transfer]) -> tuple[_Transfer, Job]:
-        slot, transfer = next(iter(queue.items()))
-        transfer.num_running += 1
-        part = transfer.parts.popleft()
-        if not transfer.parts:
-            del queue[slot]
-        return transfer, part
 
     def _may_prefetch(self) -> bool:
         return bool(self._prefetches) and self._num_prefetching < self._max_prefetches

@@ -5,7 +5,9 @@ MODES = {"exact": 0, "fast": 1}
 FP32_VALUES, BF16_VALUES = 0, 1  # dtypes of activations
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gpt_oss": 3, "relu": 4, "relu2": 5, "identity": 6}
 ROTATIONS = {"halves": 0, "pairs_to_halves": 1, "pairs": 2}  # which dims turn together, and where they are then
+FREE, LOADING, RESIDENT, RESERVED, ARRIVED = 0, 1, 2, 3, 4  # states of a slot
 READING, DONE, DROPPED, FAILED = 1, 2, 3, 4  # what has happened to a read
+SHORT_READ, WRONG_CHECKSUM = -1, -2  # why it failed, where that is no errno
 HIT, ARRIVING, MISSING, FETCHED = 0, 1, 2, 3  # how an expert was found
 NEEDS_EXPERTS, NEEDS_SLOTS = 1, 2  # what a layer of a token pass needs
 UNDER_WAY = -2  # in place of a layer: nothing yet
@@ -19,10 +21,17 @@ CONSTANTS = {
     **{f"OM_{name.upper()}": value for table in _TABLES for name, value in table.items()},
     "OM_F32": FP32_VALUES,
     "OM_BF16_VALUES": BF16_VALUES,
+    "OM_SLOT_FREE": FREE,
+    "OM_SLOT_LOADING": LOADING,
+    "OM_SLOT_RESIDENT": RESIDENT,
+    "OM_SLOT_RESERVED": RESERVED,
+    "OM_SLOT_ARRIVED": ARRIVED,
     "OM_READING": READING,
     "OM_DONE": DONE,
     "OM_DROPPED": DROPPED,
     "OM_FAILED": FAILED,
+    "OM_SHORT_READ": SHORT_READ,
+    "OM_WRONG_CHECKSUM": WRONG_CHECKSUM,
     "OM_HIT": HIT,
     "OM_ARRIVING": ARRIVING,
     "OM_MISSING": MISSING,

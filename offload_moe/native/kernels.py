@@ -22,6 +22,8 @@ from offload_moe.native.constants import (
     NEEDS_EXPERTS,
     NEEDS_SLOTS,
     READING,
+    SHORT_READ,
+    WRONG_CHECKSUM,
 )
 from offload_moe.native.encode import encode_int8, encode_nf4
 from offload_moe.native.experts import ExpertKernel, add_rows
@@ -29,7 +31,7 @@ from offload_moe.native.latent import LatentKernel
 from offload_moe.native.layer import LayerKernel
 from offload_moe.native.linear import LinearKernel
 from offload_moe.native.planes import unsupported_reason
-from offload_moe.native.reads import Reads, ReadSizes
+from offload_moe.native.reads import Completion, Reads, ReadSizes
 from offload_moe.native.router import RouterKernel
 from offload_moe.native.slot_table import SlotTable
 from offload_moe.native.span import (
@@ -53,7 +55,10 @@ __all__ = [
     "NEEDS_EXPERTS",
     "NEEDS_SLOTS",
     "READING",
+    "SHORT_READ",
+    "WRONG_CHECKSUM",
     "AttentionKernel",
+    "Completion",
     "ExpertKernel",
     "FileStruct",
     "HeadNorm",

@@ -1,19 +1,26 @@
-"""Reads of a native token pass, into slots that were reserved for them."""
+"""Reads of records into the slots of one arena, by native threads: a queue of what to read, and one of completions."""
 
 import ctypes
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from offload_moe.errors import ModelClosed
 from offload_moe.native.bindings import library
+from offload_moe.native.library import load_for_short_calls
 from offload_moe.native.slot_table import SlotTable
 from offload_moe.native.structs import CompletionStruct, FileStruct, PlaceStruct, ReadsOptionsStruct
 from offload_moe.system.lifecycle import CLOSED, finalize
 
+POLL_S = 0.1  # how long a native wait may keep signals from being handled
 _COMPLETION_ROOM = 256
 _CLOSE_LIMIT_S = 5.0  # a thread that is stuck in a dead disk must not keep the process from ending
 _STUCK: list[object] = []  # memory and files that a thread may still use
+_READ_AT = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+_kept: list[object] = []  # functions of `read_with`, in which a thread may still be
+
+ReadAt = Callable[[int, int, int, int], int]  # descriptor, address, bytes, offset -> bytes, or a negative errno
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,36 +32,58 @@ class ReadSizes:
     prefetch_part_bytes: int
 
 
-class Reads:
-    """A queue of its own for one pool, beside the one of its mover. Safe to use from several threads."""
+class Completion(NamedTuple):
+    """A change of a read.
 
-    def __init__(
-        self,
-        slot_table: SlotTable,
-        files: Sequence[FileStruct],
-        places: Sequence[PlaceStruct],
-        sizes: ReadSizes,
-        owner: object = None,
-    ) -> None:
-        """places: by key. owner: of memory and files."""
-        self._files = (FileStruct * len(files))(*files)
-        self._places = (PlaceStruct * len(places))(*places)
-        self._is_checked = array("B", bytes(len(places)))
+    READING: a token pass has begun it, in a slot that was reserved. DONE: its expert is resident. DROPPED: a guess of a
+    token pass was wrong, and its slot is reserved again. FAILED: the slot belongs to Python, which may submit the read
+    again; the expert counts as on its way until it is published or withdrawn.
+
+    error: an errno, SHORT_READ or WRONG_CHECKSUM; 0 unless FAILED. start, num_wanted, num_read: bytes of the part
+    of the record that failed. was_direct: it was read around the page cache.
+    """
+
+    key: int
+    slot: int
+    state: int
+    was_prefetch: bool = False
+    error: int = 0
+    start: int = 0
+    num_wanted: int = 0
+    num_read: int = 0
+    was_direct: bool = False
+
+
+class Reads:
+    """The reader of one arena. Safe to use from several threads."""
+
+    def __init__(self, slot_table: SlotTable, sizes: ReadSizes, owner: object = None) -> None:
+        """owner: of memory and files, which stay in use as long as a thread is stuck in a read."""
+        num_keys = slot_table.num_keys
+        self._places = (PlaceStruct * num_keys)()
+        self._is_checked, self._counts = array("B", bytes(num_keys)), array("q", [0, 0])
         self._completions = (CompletionStruct * _COMPLETION_ROOM)()
         self._slot_table, self._owner = slot_table, owner
         options = ReadsOptionsStruct(
             part_bytes=sizes.part_bytes,
             prefetch_part_bytes=sizes.prefetch_part_bytes,
+            num_keys=num_keys,
             places=ctypes.addressof(self._places),
-            files=ctypes.addressof(self._files),
             is_checked=self._is_checked.buffer_info()[0],
+            counts=self._counts.buffer_info()[0],
             num_threads=sizes.num_threads,
         )
-        handle = library().om_reads_open(slot_table.handle, ctypes.addressof(options))
+        native, short = library(), load_for_short_calls()
+        handle = native.om_reads_open(slot_table.handle, ctypes.addressof(options))
         if not handle:
             raise MemoryError("No memory for the threads that read experts.")
-        self._handle = handle
-        used = (self._files, self._places, self._is_checked, slot_table.memory, owner)
+        self._handle, self._has_ended = handle, False
+        self._submit, self._demand, self._cancel = short.om_reads_submit, short.om_reads_demand, short.om_reads_cancel
+        self._take, self._wake = short.om_reads_completions, short.om_reads_wake
+        self._wait, self._attend = native.om_reads_wait, native.om_reads_attend
+        used = (self._places, self._is_checked, self._counts, slot_table.memory, owner)
+        # Freed after it was closed, and not at exit: token passes of daemon threads may use it.
+        finalize(self, native.om_reads_leave, handle).atexit = False
         self._close = finalize(self, _close, handle, used)
 
     @property
@@ -64,41 +93,123 @@ class Reads:
             raise ModelClosed(CLOSED)
         return self._handle
 
+    @property
+    def num_keys(self) -> int:
+        return self._slot_table.num_keys
+
+    def use_file(self, number: int, file: FileStruct) -> None:
+        """Parts that begin from now on are read from this file, in place of the one that had the number."""
+        if library().om_reads_use_file(self.handle, number, ctypes.addressof(file)):
+            raise MemoryError("No memory for the list of open files.")
+
+    def place(self, key: int, place: PlaceStruct) -> None:
+        """Where the record of an expert lies. Required before it is read; its file must be in use."""
+        self._places[key] = place
+
+    def trust(self) -> None:
+        """Compare no checksum."""
+        self._set_checked(True)
+
+    def check_again(self) -> None:
+        """Compare the checksum of every expert at its next read, whatever was compared before."""
+        self._set_checked(False)
+
+    def is_placed(self, key: int) -> bool:
+        return self._places[key].num_bytes > 0
+
     def num_bytes(self, key: int) -> int:
         """Of the expert's record."""
         return int(self._places[key].num_bytes)
 
+    def read_with(self, read_at: ReadAt | None) -> None:
+        """Read parts by this function from now on, on the threads of the reader; None: by the system. For tests."""
+        function = None if read_at is None else _READ_AT(read_at)
+        _kept.append(function)
+        library().om_reads_read_with(self.handle, ctypes.cast(function, ctypes.c_void_p) if function else None)
+
+    def submit(self, key: int, slot: int, *, is_prefetch: bool = False) -> None:
+        """Line up the read of a record into a slot. A closed reader drops it. Raises: MemoryError."""
+        if self._submit(self._handle, key, slot, self._slot_table.address(slot), is_prefetch) < 0:
+            raise MemoryError("No memory for the queue of reads.")
+
+    def demand(self, key: int) -> None:
+        """Promote the read of an expert, if it is on its way: it overtakes prefetches, and is not dropped any more."""
+        self._demand(self._handle, key)
+
+    def cancel(self, key: int) -> bool:
+        """Cancel a submitted prefetch unless a part of it is being read. Whether it is cancelled."""
+        return bool(self._cancel(self._handle, key))
+
     def reserve(self, slot: int) -> None:
-        """No more than 128 at a time."""
+        """A slot for token passes. No more than 128 at a time."""
         library().om_reads_reserve(self.handle, slot, self._slot_table.address(slot))
 
     def ask_below(self, least_slots: int) -> None:
         """With fewer reserved slots left a token pass needs slots; guesses leave half of so many."""
         library().om_reads_ask_below(self.handle, least_slots)
 
-    def demand(self, key: int) -> None:
-        """Mark the read of an expert as demanded, if it is on its way: it is not dropped any more."""
-        library().om_reads_demand(self.handle, key)
-
-    def reclaim(self) -> Iterator[int]:
-        """Slots that were reserved and are not in use."""
+    def reclaim(self) -> list[int]:
+        """Take back the slots that are reserved and not in use."""
+        slots = []
         while (slot := library().om_reads_reclaim(self.handle)) >= 0:
-            yield slot
+            slots.append(slot)
+        return slots
 
-    def completions(self) -> Iterator[CompletionStruct]:
-        """The completions since the last call, in the order in which they happened.
+    @property
+    def num_completions(self) -> int:
+        """Completions to drain, by a look at memory that the threads write to."""
+        return self._counts[0]
 
-        READING: a reserved slot is being filled. DONE: its expert is resident. DROPPED: it is reserved and empty.
-        FAILED: it is not reserved any more; the expert counts as on its way until it is published or withdrawn.
-        """
-        while count := library().om_reads_completions(
-            self.handle, ctypes.addressof(self._completions), _COMPLETION_ROOM
-        ):
-            yield from self._completions[:count]
+    @property
+    def num_wakes(self) -> int:
+        """How often `wake` was called; for `wait`."""
+        return self._counts[1]
+
+    def completions(self) -> list[Completion]:
+        """The completions since the last call, in the order in which they happened. By one thread at a time."""
+        found: list[Completion] = []
+        buffer = self._completions
+        while count := self._take(self._handle, ctypes.addressof(buffer), _COMPLETION_ROOM):
+            found += [_completion(buffer[at]) for at in range(count)]
+        return found
+
+    def wait(self, num_wakes: int, limit_s: float) -> None:
+        """Wait until a read has ended that is not drained, or `num_wakes` has changed; `POLL_S` at most."""
+        self._wait(self._handle, num_wakes, min(limit_s, POLL_S))
+
+    def wake(self) -> None:
+        """End all calls of `wait`."""
+        self._wake(self._handle)
+
+    def attend(self, limit_s: float) -> bool:
+        """Wait until completions should be drained and no thread is in `wait`, or for `notice`. False once closed."""
+        return bool(self._attend(self._handle, limit_s))
+
+    def notice(self) -> None:
+        """End a call of `attend`."""
+        library().om_reads_notice(self._handle)
 
     def close(self) -> bool:
         """Finish what is being read. False where that takes too long: then its memory and files stay in use."""
         return self._close() is not False
+
+    def _set_checked(self, is_checked: bool) -> None:
+        for key in range(self.num_keys):
+            self._is_checked[key] = is_checked
+
+
+def _completion(struct: CompletionStruct) -> Completion:
+    return Completion(
+        key=struct.key,
+        slot=struct.slot,
+        state=struct.state,
+        was_prefetch=bool(struct.was_prefetch),
+        error=struct.error,
+        start=struct.start,
+        num_wanted=struct.num_wanted,
+        num_read=struct.num_read,
+        was_direct=bool(struct.was_direct),
+    )
 
 
 def _close(handle: int, used: object) -> bool:

@@ -1,46 +1,96 @@
-"""The table in which native runs find resident experts and lease them by themselves."""
+"""Which expert is in which slot of a pool: one state machine, for Python, readers and token passes."""
 
 from array import array
 from collections.abc import Sequence
 
 from offload_moe.native.bindings import library
+from offload_moe.native.constants import FREE, RESERVED
+from offload_moe.native.library import load_for_short_calls
 from offload_moe.system.lifecycle import finalize
+
+_RECORD_UNIT = 4096  # of addresses that stand for records where there is no memory
 
 
 class SlotTable:
-    """One per pool; see `schedule.residency.Lookup`. Safe to use from several threads."""
+    """One per pool; `csrc/slot_table.h` draws the states. Safe to use from several threads.
 
-    def __init__(self, num_keys: int, addresses: Sequence[int]) -> None:
-        """addresses: of the slots' records, live."""
+    What native threads change can be read here at once, without a call. Python's own leases are not in it.
+    """
+
+    def __init__(self, num_keys: int, num_slots: int, addresses: Sequence[int] | None = None) -> None:
+        """addresses: of the slots' records, live; None for a table without memory, in which no pass computes."""
+        self.num_keys = num_keys
         self._addresses = addresses
         self._records, self._leases = array("Q", bytes(8 * num_keys)), array("i", bytes(4 * num_keys))
-        self.memory = (self._records, self._leases)  # what those who use the table keep
+        self.slots = array("i", [-1]) * num_keys  # by key: its slot, -1 absent
+        self.keys, self.states = array("q"), array("B")  # by slot: its expert, -1 none; and its state
+        self.memory = [self._records, self._leases, self.slots, self.keys, self.states]  # what its users keep
         self._num_holds = 0
-        native = library()
-        self._claim, self._publish = native.om_slot_table_claim, native.om_slot_table_publish
-        self._withdraw = native.om_slot_table_withdraw
-        self.handle = native.om_slot_table_open(self._records.buffer_info()[0], self._leases.buffer_info()[0])
+        native, short = library(), load_for_short_calls()
+        self._admit, self._loaded, self._vacate = (
+            short.om_slot_table_admit,
+            short.om_slot_table_loaded,
+            short.om_slot_table_vacate,
+        )
+        self._resize = short.om_slot_table_resize
+        arrays = (self._records, self._leases, self.slots)
+        self.handle = native.om_slot_table_open(*(each.buffer_info()[0] for each in arrays))
         if not self.handle:
-            raise MemoryError("No memory for the table of resident experts.")
-        finalize(self, native.om_slot_table_close, self.handle).atexit = False  # runs of daemon threads may use it
+            raise MemoryError("No memory for the table of slots.")
+        finalize(self, native.om_slot_table_close, self.handle).atexit = False  # passes of daemon threads may use it
+        self.resize(num_slots)
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.states)
+
+    def resize(self, num_slots: int) -> None:
+        """Append FREE slots, or give up the last ones, which must be FREE."""
+        keys, states = array("q", bytes(8 * num_slots)), array("B", bytes(num_slots))
+        self._resize(self.handle, keys.buffer_info()[0], states.buffer_info()[0], num_slots)
+        self.keys, self.states = keys, states
+        self.memory[-2:] = [keys, states]
 
     def address(self, slot: int) -> int:
-        return self._addresses[slot]
+        return _RECORD_UNIT * (slot + 1) if self._addresses is None else self._addresses[slot]
 
-    def claim(self, key: int) -> bool:
-        return bool(self._claim(self.handle, key))
+    def admit(self, key: int, slot: int) -> bool:
+        """A FREE or RESERVED slot is LOADING; False, and nothing changed, where the expert is in one already."""
+        return bool(self._admit(self.handle, key, slot))
 
-    def publish(self, key: int, slot: int) -> None:
-        self._publish(self.handle, key, self._addresses[slot])
+    def loaded(self, slot: int) -> None:
+        """A LOADING or ARRIVED slot is RESIDENT."""
+        self._loaded(self.handle, slot, self.address(slot))
 
-    def withdraw(self, key: int) -> bool:
-        return not self._num_holds and bool(self._withdraw(self.handle, key))
+    def vacate(self, slot: int) -> bool:
+        """The slot is FREE; False, and nothing changed, where a token pass computes with its expert."""
+        return bool(self._vacate(self.handle, slot, FREE))
+
+    def reserve(self, slot: int) -> None:
+        """A FREE slot is RESERVED, and so is one whose reserved read was dropped."""
+        self._vacate(self.handle, slot, RESERVED)
+
+    def arrive(self, slot: int) -> None:
+        """A LOADING slot is ARRIVED. For readers without native threads."""
+        library().om_slot_table_arrived(self.handle, slot, self.address(slot))
 
     def is_leased(self, key: int) -> bool:
+        """By a token pass, or while all are held."""
         return self._num_holds > 0 or self._leases[key] > 0
 
+    def lease_arrived(self, keys: Sequence[int]) -> list[int]:
+        """Lease those of the experts that token passes can compute with, and return them."""
+        wanted, is_here = array("q", keys), array("B", bytes(len(keys)))
+        library().om_slot_table_lease(self.handle, wanted.buffer_info()[0], len(wanted), is_here.buffer_info()[0])
+        return [key for key, here in zip(keys, is_here, strict=True) if here]
+
+    def release(self, keys: Sequence[int]) -> None:
+        """End a lease of a token pass on each of the experts."""
+        ended = array("q", keys)
+        library().om_slot_table_release(self.handle, ended.buffer_info()[0], len(ended))
+
     def hold_all(self) -> None:
-        """Nothing is withdrawn until `release_all_holds`. Under the lock that whoever withdraws holds."""
+        """Every expert counts as leased until `release_all_holds`. Under the lock under which experts are evicted."""
         self._num_holds += 1
 
     def release_all_holds(self) -> None:

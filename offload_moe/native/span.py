@@ -20,11 +20,9 @@ from offload_moe.native.constants import MAX_TOP_K, MODES, UNDER_WAY
 from offload_moe.native.experts import ExpertKernel
 from offload_moe.native.layer import LayerKernel
 from offload_moe.native.planes import Mode
-from offload_moe.native.reads import Reads
+from offload_moe.native.reads import POLL_S, Reads
 from offload_moe.native.slot_table import SlotTable
 from offload_moe.native.structs import SharedStruct, SpanLayerStruct, SpanStruct, SpanTokenStruct
-
-POLL_S = 0.1  # how long a wait for a token pass may keep signals from being heard
 
 
 class SharedKernel:

@@ -150,8 +150,8 @@ class ReadsOptionsStruct(ctypes.Structure):
     """`om_reads_options`."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("part_bytes", "prefetch_part_bytes")),
-        *((name, ctypes.c_void_p) for name in ("places", "files", "is_checked")),
+        *((name, ctypes.c_int64) for name in ("part_bytes", "prefetch_part_bytes", "num_keys")),
+        *((name, ctypes.c_void_p) for name in ("places", "is_checked", "counts")),
         ("num_threads", ctypes.c_int32),
     )
 
@@ -159,7 +159,10 @@ class ReadsOptionsStruct(ctypes.Structure):
 class CompletionStruct(ctypes.Structure):
     """`om_completion`."""
 
-    _fields_ = (("key", ctypes.c_int64), *((name, ctypes.c_int32) for name in ("slot", "state", "was_prefetch")))
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("key", "start", "num_wanted", "num_read")),
+        *((name, ctypes.c_int32) for name in ("slot", "state", "was_prefetch", "error", "was_direct")),
+    )
 
 
 class RankingStruct(ctypes.Structure):

@@ -27,8 +27,8 @@ class Rates:
     link: rate of pinned copies over PCIe 4.0 x16; 31.5 GB/s by its standard. disk: a cautious value for NVMe drives.
     layer_s: transformers' Python, 0.7 to 1.1 ms measured on two cores of an EPYC. wave_s: a further wave of experts in
     a layer. probe_s: evaluating a later router ahead. Latencies: per read, per copy.
-    For decode steps in one native call: pass_layer_s: Python per layer; ask_s: per request for experts or slots;
-    turn_s: per read that Python starts. Measured on two cores of a Xeon, see docs/simulate.md.
+    For decode steps in one native call: pass_layer_s: Python per layer; ask_s: per request for experts or slots.
+    Measured on two cores of a Xeon, see docs/simulate.md.
     """
 
     vram: float = 360e9
@@ -42,7 +42,6 @@ class Rates:
     probe_s: float = 0.1e-3
     pass_layer_s: float = 0.15e-3
     ask_s: float = 0.5e-3
-    turn_s: float = 0.2e-3
     disk_latency_s: float = 0.1e-3
     link_latency_s: float = 30e-6
 

@@ -98,7 +98,6 @@ def simulate_plan(
             latency_s=rates.disk_latency_s,
             num_readers=readers_for(pools.slot_bytes),
             part_bytes=PART_BYTES,
-            turn_s=rates.turn_s if costs.has_token_passes else 0.0,
         ),
         LinkModel(bytes_per_s=rates.link, latency_s=rates.link_latency_s),
         LookaheadModel(recall=recall),

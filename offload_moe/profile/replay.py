@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from offload_moe.errors import ConfigError
+from offload_moe.native.slot_table import SlotTable
 from offload_moe.profile.belady import Belady
 from offload_moe.profile.trace import Trace
 from offload_moe.residency.policy import Policy, make_policy
@@ -120,14 +121,18 @@ def _pools(trace: Trace, policy: str, num_slots: int, pool: Pool) -> list[Reside
     """The pool that serves each layer."""
     num_layers = trace.num_layers
     if pool == "global":
-        return [Residency(num_slots, _make(trace, policy, num_slots, range(num_layers)))] * num_layers
+        table = SlotTable(trace.keys.total, num_slots)
+        return [Residency(table, _make(trace, policy, num_slots, range(num_layers)))] * num_layers
     each, rest = divmod(num_slots, num_layers)
     if not each:
         raise ConfigError(
             f"{num_slots} slots cannot serve {num_layers} layers apart. Use a global pool, or more slots."
         )
     sizes = [each + (layer < rest) for layer in range(num_layers)]
-    return [Residency(size, _make(trace, policy, size, range(layer, layer + 1))) for layer, size in enumerate(sizes)]
+    return [
+        Residency(SlotTable(trace.keys.total, size), _make(trace, policy, size, range(layer, layer + 1)))
+        for layer, size in enumerate(sizes)
+    ]
 
 
 def _make(trace: Trace, policy: str, num_slots: int, layers: range) -> Policy:

@@ -20,8 +20,8 @@ from offload_moe.residency.counters import Counters
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import DEFAULT_POLICY, LRU, Policy, make_policy
 from offload_moe.residency.records import RamRecords
-from offload_moe.residency.reserved import ReservedSlots
-from offload_moe.residency.residency import Lookup, Residency
+from offload_moe.residency.reserved import PassAccounts, ReservedSlots
+from offload_moe.residency.residency import Residency
 from offload_moe.residency.scheduler import Scheduler
 from offload_moe.system.lifecycle import Lifecycle
 
@@ -40,10 +40,13 @@ class Pools:
     chunk_bytes: int = CHUNK_BYTES  # what is allocated, locked and given back at once
 
 
+MakeMover = Callable[[Arena, kernels.SlotTable], Mover]
+
+
 class Hierarchy:
     """`scheduler` is what layers acquire from; `record_of` turns one of its slots into the record's bytes."""
 
-    def __init__(self, pools: Pools, make_mover: Callable[[Arena], Mover], copier: Copier | None = None) -> None:
+    def __init__(self, pools: Pools, make_mover: MakeMover, copier: Copier | None = None) -> None:
         """make_mover: fills the RAM arena, from disk as a rule. copier: moves RAM slots to the device."""
         self.pools = pools
         self.lifecycle = Lifecycle()
@@ -52,10 +55,12 @@ class Hierarchy:
         self._began_whole: set[Scheduler] = set()  # the tiers that were given a slot for every expert
         self._copier = copier if pools.num_device_slots else None
         self._reserved: ReservedSlots | None = None
-        self.slot_table: kernels.SlotTable | None = None  # of the fast tier, for native runs
-        if self._copier is None:
-            self.slot_table = kernels.SlotTable(self._num_keys, self.arena.addresses)
-        self.ram = self._scheduler(pools.num_ram_slots, make_mover(self.arena), "disk_bytes", self.slot_table)
+        self._pass_reads: kernels.Reads | None = None
+        ram_table = kernels.SlotTable(self._num_keys, pools.num_ram_slots, self.arena.addresses)
+        self.slot_table = ram_table if self._copier is None else None  # of the fast tier, for token passes
+        mover = make_mover(self.arena, ram_table)
+        changed = mover.changed if isinstance(mover, DiskMover) else None
+        self.ram = self._scheduler(ram_table, mover, "disk_bytes", changed=changed)
         self.scheduler = self.ram
         self.record_of: Callable[[int], Tensor] = self.arena.slot
         if self._copier is not None:
@@ -65,21 +70,27 @@ class Hierarchy:
             records = RamRecords(self.ram, self.arena)
             self._device_mover = DeviceMover(self._copier, self._device_slots, records)
             flights = self._device_mover.flights
-            self.scheduler = self._scheduler(pools.num_device_slots, self._device_mover, "h2d_bytes", flights=flights)
+            device_table = kernels.SlotTable(self._num_keys, pools.num_device_slots)
+            self.scheduler = self._scheduler(device_table, self._device_mover, "h2d_bytes", flights=flights)
             self.ram.count_bytes_in(self.scheduler.counters)
             self.ram.is_asked_by_layer = False  # but for one expert at a time, by the device's loaders
             self.record_of = self._device_slots.slot
 
     def reserved(self) -> ReservedSlots | None:
-        """What native runs fetch experts with; None where they have to ask for each."""
-        mover, slot_table = self.ram.mover, self.slot_table
-        if self._reserved is None and slot_table is not None and isinstance(mover, DiskMover):
+        """The slots that token passes fetch experts into; None where Python brings each."""
+        mover = self.ram.mover
+        if self._reserved is None and self.slot_table is not None and isinstance(mover, DiskMover):
             try:
-                reads = mover.native_reads(slot_table, self._num_keys)
+                self._pass_reads = mover.read_passes(PassAccounts(self.ram))
             except OSError:
-                return None  # the mover will say what is wrong with the file, once an expert is wanted
-            self.ram.reserved = self._reserved = ReservedSlots(self.ram, reads)
+                return None  # the error names the file once an expert is read
+            self.ram.reserved = self._reserved = ReservedSlots(self.ram, self._pass_reads)
         return self._reserved
+
+    @property
+    def pass_reads(self) -> kernels.Reads | None:
+        """What token passes fetch with; None where `reserved` is."""
+        return self._pass_reads
 
     @property
     def counters(self) -> Counters:
@@ -176,22 +187,23 @@ class Hierarchy:
 
     def _scheduler(
         self,
-        num_slots: int,
+        table: kernels.SlotTable,
         mover: Mover,
         bytes_counter: str,
-        lookup: Lookup | None = None,
         flights: Flights | None = None,
+        changed: threading.Condition | None = None,
     ) -> Scheduler:
-        residency = Residency(num_slots, self._policy(num_slots), lookup)
+        residency = Residency(table, self._policy(table.num_slots))
         scheduler = Scheduler(
             residency,
             mover,
             keys=self.pools.keys,
             bytes_counter=bytes_counter,
+            changed=changed,
             flights=flights,
             lifecycle=self.lifecycle,
         )
-        if self._is_whole(num_slots):
+        if self._is_whole(table.num_slots):
             self._began_whole.add(scheduler)
         return scheduler
 

@@ -1,4 +1,4 @@
-"""The routed experts of one layer while it is computed: who is ready, who is on the way, who waits for a slot.
+"""The routed experts of one layer while it is computed: those that are ready, on their way, or waiting for a slot.
 
 A wave's slots are leased until the lease ends, or, while others of the layer still want slots, until the next wave is
 asked for. When a layer routes to more experts than there are slots, the lease simply takes more waves; down to one slot
@@ -169,7 +169,7 @@ class Lease:
         residency = self._tier.residency
         slot = residency.find(key)
         if slot is not None and not residency.is_resident(slot):
-            self._tier.promote(key, slot)
+            self._tier.promote(slot)
             slot = residency.find(key)
         if self._tier.unproven:
             self._tier.demanded(key, is_here=slot is not None)

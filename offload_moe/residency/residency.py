@@ -1,44 +1,30 @@
-"""Which expert is in which slot of one pool. Pure Python: no bytes, no torch, no threads.
-
-A slot is FREE, LOADING or RESIDENT, and counts its leases:
+"""The slots of one pool: which expert is admitted, evicted, leased. No bytes, no torch, no threads.
 
     FREE --admit--> LOADING --loaded--> RESIDENT --evict--> FREE
                        |                                      ^
                        +----------------abandon---------------+
 
-A leased slot is never evicted. A LOADING slot is never evicted either: its bytes are on the way.
-
-Compute that chooses among the resident experts without asking has a `Lookup`, in which it leases by itself.
+The states are those of the slot table, which native readers and token passes change, too; what they have changed is
+entered here when their completions are drained. A leased slot is never evicted. A LOADING slot is never evicted either:
+its bytes are on the way.
 
 The pool shrinks from its end: closed slots take no expert any more, and are given up once the last of them is FREE.
 """
 
 from collections.abc import Collection, Iterator
 from enum import IntEnum
-from typing import Protocol
 
+from offload_moe.native import constants
+from offload_moe.native.constants import ARRIVED, FREE, LOADING, RESERVED, RESIDENT
+from offload_moe.native.slot_table import SlotTable
 from offload_moe.residency.policy import Policy
 
 
 class SlotState(IntEnum):
-    FREE = 0
-    LOADING = 1
-    RESIDENT = 2
-
-
-class Lookup(Protocol):
-    """Where other threads find what is resident; theirs are the leases counted there."""
-
-    def claim(self, key: int) -> bool:
-        """The expert is on its way; False, and nothing changed, where it is already, or resident."""
-
-    def publish(self, key: int, slot: int) -> None:
-        """The expert is resident in this slot."""
-
-    def withdraw(self, key: int) -> bool:
-        """The expert is gone; False, and nothing changed, where it is leased there."""
-
-    def is_leased(self, key: int) -> bool: ...
+    FREE = constants.FREE
+    LOADING = constants.LOADING
+    RESIDENT = constants.RESIDENT
+    RESERVED = constants.RESERVED
 
 
 class Residency:
@@ -47,30 +33,23 @@ class Residency:
     Keys are those of an `ExpertKeys`; slots are ``0 .. num_slots - 1``.
     """
 
-    def __init__(self, num_slots: int, policy: Policy, lookup: Lookup | None = None) -> None:
-        if num_slots < 1:
-            raise ValueError(f"a pool needs at least one slot, got {num_slots}")
+    def __init__(self, table: SlotTable, policy: Policy) -> None:
+        if table.num_slots < 1:
+            raise ValueError(f"a pool needs at least one slot, got {table.num_slots}")
         self.policy = policy
         self.num_evictions = 0
         self.num_resident = 0
-        self.lookup = lookup
-        self._slot_of: dict[int, int] = {}
-        self._key_of = [-1] * num_slots
-        self._state = [SlotState.FREE] * num_slots
-        self._num_leases = [0] * num_slots
-        self._free = list(range(num_slots - 1, -1, -1))  # pop() hands out slot 0 first
-        self._num_open = num_slots
-        self._reserved: set[int] = set()
-
-    @property
-    def num_reserved(self) -> int:
-        """Slots that are reserved and not being filled, as far as is known here."""
-        return len(self._reserved)
+        self.num_reserved = 0  # slots that are reserved and not being filled, as far as completions are drained
+        self.table = table
+        self._slot_of = table.slots
+        self._num_leases = [0] * table.num_slots
+        self._free = list(range(table.num_slots - 1, -1, -1))  # pop() hands out slot 0 first
+        self._num_open = table.num_slots
 
     @property
     def num_slots(self) -> int:
         """Slots there are, closed ones included."""
-        return len(self._key_of)
+        return len(self._num_leases)
 
     @property
     def num_free(self) -> int:
@@ -78,19 +57,23 @@ class Residency:
 
     def find(self, key: int) -> int | None:
         """The slot that holds `key` or is loading it."""
-        return self._slot_of.get(key)
+        slot = self._slot_of[key]
+        return None if slot < 0 else slot
 
     def is_resident(self, slot: int) -> bool:
-        return self._state[slot] is SlotState.RESIDENT
+        return self.table.states[slot] == RESIDENT
 
     def state(self, slot: int) -> SlotState:
-        return self._state[slot]
+        """LOADING until its arrival is entered."""
+        state = self.table.states[slot]
+        return SlotState.LOADING if state == ARRIVED else SlotState(state)
 
     def num_leases(self, slot: int) -> int:
         return self._num_leases[slot]
 
     def resident_keys(self) -> list[int]:
-        return [key for key, slot in self._slot_of.items() if self._state[slot] is SlotState.RESIDENT]
+        table = self.table
+        return [key for key, state in zip(table.keys, table.states, strict=True) if state == RESIDENT]
 
     def states(self) -> Iterator[tuple[int, SlotState]]:
         """Each expert that has a slot, and whether it is resident or loading."""
@@ -98,7 +81,7 @@ class Residency:
 
     def lease(self, slot: int) -> None:
         """Protect a LOADING or RESIDENT slot from eviction until `release`."""
-        assert self._state[slot] is not SlotState.FREE
+        assert self.table.keys[slot] >= 0
         self._num_leases[slot] += 1
 
     def release(self, slot: int) -> None:
@@ -108,9 +91,10 @@ class Residency:
     def lease_all(self, keys: Collection[int]) -> list[int] | None:
         """Lease the slots of these keys if all are RESIDENT; else None, and nothing changed."""
         slots: list[int] = []
+        slot_of, states = self._slot_of, self.table.states
         for key in keys:
-            slot = self._slot_of.get(key)
-            if slot is None or self._state[slot] is not SlotState.RESIDENT:
+            slot = slot_of[key]
+            if slot < 0 or states[slot] != RESIDENT:
                 return None
             slots.append(slot)
         for slot in slots:
@@ -125,59 +109,41 @@ class Residency:
     def admit(self, key: int, keep: Collection[int] = ()) -> int | None:
         """Take a free slot for `key`, or evict the least valuable unleased expert for it, but none of `keep`.
 
-        Returns the slot, now LOADING and unleased; None when every slot is leased, loading, reserved or kept.
+        Returns the slot, now LOADING and unleased; None when every slot is leased, loading, reserved or kept, or where
+        a token pass has begun to read the expert by now.
         """
-        assert key not in self._slot_of
         if not self._free and not self._evict_one(keep):
             return None
-        if self.lookup is not None and not self.lookup.claim(key):
-            return None  # a run is fetching it
-        slot = self._free.pop()
-        self._begin(key, slot)
-        return slot
+        if not self.table.admit(key, self._free[-1]):
+            return None
+        return self._free.pop()
 
     def reserve(self, *, may_evict: bool) -> int | None:
-        """Set a slot aside that whoever has the lookup fills by himself; None where none can be had."""
+        """Reserve a slot for the reader of token passes; None if none is free or evictable."""
         if not self._free and not (may_evict and self._evict_one(())):
             return None
         slot = self._free.pop()
-        self._reserved.add(slot)
+        self.table.reserve(slot)
+        self.num_reserved += 1
         return slot
-
-    def admit_reserved(self, key: int, slot: int) -> None:
-        """A reserved slot is being filled: LOADING, and nobody's lease."""
-        self._reserved.remove(slot)
-        self._begin(key, slot)
-
-    def reserve_again(self, slot: int) -> None:
-        """What was filling a reserved slot is not coming; the lookup knows."""
-        assert self._state[slot] is SlotState.LOADING
-        del self._slot_of[self._key_of[slot]]
-        self._key_of[slot] = -1
-        self._state[slot] = SlotState.FREE
-        self._reserved.add(slot)
 
     def reclaim(self, slot: int) -> None:
         """A reserved slot is FREE again."""
-        self._reserved.remove(slot)
-        if slot < self._num_open:
-            self._free.append(slot)
+        assert self.table.states[slot] == RESERVED
+        self.num_reserved -= 1
+        self._vacate(slot)
 
     def loaded(self, slot: int) -> None:
         """The bytes have arrived: LOADING -> RESIDENT."""
-        assert self._state[slot] is SlotState.LOADING
-        self._state[slot] = SlotState.RESIDENT
+        assert self.state(slot) is SlotState.LOADING
+        self.table.loaded(slot)
         self.num_resident += 1
-        if self.lookup is not None:
-            self.lookup.publish(self._key_of[slot], slot)
-        self.policy.insert(self._key_of[slot])
+        self.policy.insert(self.table.keys[slot])
 
     def abandon(self, slot: int) -> None:
-        """The transfer failed: LOADING -> FREE, once nobody leases it."""
-        assert self._state[slot] is SlotState.LOADING
+        """The transfer failed: LOADING -> FREE, once it is not leased."""
+        assert self.table.states[slot] == LOADING
         assert self._num_leases[slot] == 0
-        if self.lookup is not None:
-            self.lookup.withdraw(self._key_of[slot])
         self._vacate(slot)
 
     def close_slots(self, first: int) -> None:
@@ -187,50 +153,43 @@ class Residency:
         self._free = [slot for slot in self._free if slot < first]
 
     def empty_closed_slots(self) -> bool:
-        """Evict what nobody leases from the closed slots. Returns whether all of them are FREE now."""
+        """Evict what is not leased from the closed slots. Returns whether all of them are FREE now."""
         for slot in range(self._num_open, self.num_slots):
             if self.is_resident(slot) and not self._num_leases[slot]:
                 self._evict(slot)
-        is_reserved = any(slot >= self._num_open for slot in self._reserved)
-        return not is_reserved and all(state is SlotState.FREE for state in self._state[self._num_open :])
+        return not any(self.table.states[self._num_open :])
 
     def open_slots(self) -> None:
         """Closed slots take experts again, whatever became of them meanwhile."""
         closed = range(self._num_open, self.num_slots)
-        self._free += [slot for slot in closed if self._state[slot] is SlotState.FREE and slot not in self._reserved]
+        self._free += [slot for slot in closed if self.table.states[slot] == FREE]
         self._num_open = self.num_slots
 
     def cut(self) -> None:
         """Give up the closed slots; all of them must be FREE."""
-        assert all(state is SlotState.FREE for state in self._state[self._num_open :])
-        for column in (self._key_of, self._state, self._num_leases):
-            del column[self._num_open :]
+        assert not any(self.table.states[self._num_open :])
+        del self._num_leases[self._num_open :]
+        self.table.resize(self.num_slots)
         self.policy.resize(self.num_slots)
 
     def grow(self, num_slots: int) -> None:
         """Append FREE slots until there are `num_slots`. None may be closed."""
         added = range(self.num_slots, num_slots)
         assert self._num_open == self.num_slots <= num_slots
-        self._key_of += [-1 for _ in added]
-        self._state += [SlotState.FREE for _ in added]
+        self.table.resize(num_slots)
         self._num_leases += [0 for _ in added]
         self._free += added
         self._num_open = num_slots
         self.policy.resize(num_slots)
 
     def use_policy(self, policy: Policy) -> None:
-        """Let another policy decide from now on; it is told what is resident."""
+        """Let another policy decide from now on; what is resident is inserted into it."""
         for key in self.resident_keys():
             policy.insert(key)
         self.policy = policy
 
-    def _begin(self, key: int, slot: int) -> None:
-        self._slot_of[key] = slot
-        self._key_of[slot] = key
-        self._state[slot] = SlotState.LOADING
-
     def _evict_one(self, keep: Collection[int]) -> bool:
-        refused: set[int] = set()  # leased in the lookup since they were chosen
+        refused: set[int] = set()  # leased by a token pass since they were chosen
 
         def is_spared(key: int) -> bool:
             return key in keep or key in refused or self._must_stay(key)
@@ -242,13 +201,13 @@ class Residency:
         return False
 
     def _evict(self, slot: int) -> bool:
-        """False where it has been leased in the lookup meanwhile."""
-        assert self._state[slot] is SlotState.RESIDENT
+        """False where a token pass has leased it meanwhile."""
+        assert self.is_resident(slot)
         assert self._num_leases[slot] == 0
-        if self.lookup is not None and not self.lookup.withdraw(self._key_of[slot]):
+        key = self.table.keys[slot]
+        if self.table.is_leased(key) or not self._vacate(slot):
             return False
-        self.policy.remove(self._key_of[slot])
-        self._vacate(slot)
+        self.policy.remove(key)
         self.num_evictions += 1
         self.num_resident -= 1
         return True
@@ -256,12 +215,11 @@ class Residency:
     def _must_stay(self, key: int) -> bool:
         """Whether it is leased, or in a closed slot, which would make no room."""
         slot = self._slot_of[key]
-        is_leased = self._num_leases[slot] > 0 or (self.lookup is not None and self.lookup.is_leased(key))
-        return is_leased or slot >= self._num_open
+        return self._num_leases[slot] > 0 or self.table.is_leased(key) or slot >= self._num_open
 
-    def _vacate(self, slot: int) -> None:
-        del self._slot_of[self._key_of[slot]]
-        self._key_of[slot] = -1
-        self._state[slot] = SlotState.FREE
+    def _vacate(self, slot: int) -> bool:
+        if not self.table.vacate(slot):
+            return False
         if slot < self._num_open:
             self._free.append(slot)
+        return True

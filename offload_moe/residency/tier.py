@@ -23,23 +23,11 @@ STALL_LIMIT_S = 120.0  # a transfer that takes longer than this is reported inst
 FILL_DEPTH = 4  # reads of a warm start in flight: all that is not in flight can still be overtaken
 
 
-class NativeFetches(Protocol):
-    """Experts that native code reads into slots of the tier by itself."""
-
-    @property
-    def drain_interval_s(self) -> float | None:
-        """How long to wait at most before completions are drained again; None: no read is in flight."""
-
-    def drain_completions(self) -> None:
-        """Enter what has been read (lock held)."""
-
-    def demand(self, key: int) -> None:
-        """Do not drop the read of this expert any more (lock held)."""
+class Reservations(Protocol):
+    """Slots that are reserved for token passes."""
 
     def reclaim(self) -> None:
         """Take back the slots that are not in use."""
-
-    def close(self) -> None: ...
 
 
 class Tier:
@@ -80,18 +68,18 @@ class Tier:
         self.flying: dict[int, int] = {}  # slot -> key of a prefetch on its way
         self._wanted: deque[int] = deque()  # what a warm start still has to bring
         self.observer: Observer | None = None
-        self.reserved: NativeFetches | None = None
+        self.reserved: Reservations | None = None
         self._bytes_counter = bytes_counter
         self._bytes_counters = self.counters
-        self._on_arrival = _on_arrival(weakref.ref(self))
+        self.arrived = _on_arrival(weakref.ref(self))  # what transfers call at their end
 
     def is_resident(self, layer: int, expert: int) -> bool:
-        """Whether the expert is in a slot and complete (lock held by whoever relies on it)."""
+        """Whether the expert is in a slot and complete (the lock is held by a caller that relies on it)."""
         slot = self.residency.find(self.keys.key(layer, expert))
         return slot is not None and self.residency.is_resident(slot)
 
     def is_known(self, layer: int, expert: int) -> bool:
-        """Whether the expert is in a slot or on its way to one (lock held by whoever relies on it)."""
+        """Whether the expert is in a slot or on its way to one (the lock is held by a caller that relies on it)."""
         return self.residency.find(self.keys.key(layer, expert)) is not None
 
     def late(self, what: str) -> TransferError:
@@ -102,9 +90,8 @@ class Tier:
         )
 
     def drain_completions(self) -> None:
-        """Learn what native runs have fetched by themselves (lock held)."""
-        if self.reserved is not None:
-            self.reserved.drain_completions()
+        """Enter the transfers that have ended (lock held)."""
+        self.mover.drain()
 
     def wait(self, limit_s: float) -> float:
         """Until something may have changed (lock held). Returns the seconds that count against a limit.
@@ -112,22 +99,15 @@ class Tier:
         Raises: ModelClosed.
         """
         self.lifecycle.check_waiting()
-        drain_interval_s = self.reserved.drain_interval_s if self.reserved is not None else None
-        waited_s = wait_step(
-            self.changed, limit_s if drain_interval_s is None else min(limit_s, drain_interval_s), self.clock
-        )
+        waited_s = wait_step(self.changed, limit_s, self.clock)
         self.drain_completions()
         return waited_s
 
-    def promote(self, key: int, slot: int) -> None:
+    def promote(self, slot: int) -> None:
         """The expert on its way is demanded (lock held). It may turn out to have been dropped just before."""
+        self.drain_completions()  # its beginning, perhaps
         self.mover.promote(slot)
-        if self.reserved is not None:
-            self.reserved.demand(key)
-
-    def read_again(self, key: int, slot: int) -> None:
-        """A run's read of it has failed (lock held): the mover has more patience, and words for what is wrong."""
-        self.mover.start(key, slot, self._on_arrival)
+        self.drain_completions()
 
     def fill(self, keys: Iterable[int]) -> None:
         """Bring experts into slots that are free, the most valuable first, while nothing is demanded."""
@@ -168,7 +148,7 @@ class Tier:
             self.counters.num_evictions = self.residency.num_evictions
             if is_prefetch:
                 self.flying[slot] = key
-            self.mover.start(key, slot, self._on_arrival, is_prefetch=is_prefetch)
+            self.mover.start(key, slot, self.arrived, is_prefetch=is_prefetch)
         return slot
 
     def demanded(self, key: int, *, is_here: bool) -> None:
@@ -229,8 +209,6 @@ class Tier:
         self._bytes_counters = counters
 
     def close(self) -> None:
-        if self.reserved is not None:
-            self.reserved.close()
         self.mover.close()
 
     def _arrived(self, slot: int, num_bytes: int, error: BaseException | None) -> None:

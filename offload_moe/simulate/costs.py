@@ -57,7 +57,6 @@ class DiskModel:
 
     latency_s: from the request to its first byte. bytes_per_s: of all reads together; stream_bytes_per_s: of one.
     check_bytes_per_s: the checksum of an expert's first read, on the reading thread. num_readers: reads at once.
-    turn_s: the interpreter's time for a read that Python starts; such reads run one after another there.
     """
 
     bytes_per_s: float
@@ -66,7 +65,6 @@ class DiskModel:
     check_bytes_per_s: float = float("inf")
     num_readers: int = 4
     part_bytes: int = 1 << 20
-    turn_s: float = 0.0
 
     def alone_s(self, num_bytes: int) -> float:
         """Seconds of one record on an idle disk; its parts are read concurrently."""

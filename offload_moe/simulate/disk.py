@@ -1,15 +1,14 @@
 """The disk in virtual time: reads that share its bandwidth, demands before prefetches.
 
-The order is that of `offload_moe.memory.workers`: parts of a record concurrently, prefetches on at most half of the
-readers, and a prefetch that is demanded moves to the front of the queue.
+The order is that of `native/csrc/reads.c`: parts of a record concurrently, prefetches on at most half of the readers,
+and a prefetch that is demanded moves behind the other demands.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from offload_moe.memory.mover import Arrived
 from offload_moe.simulate.clock import VirtualClock
 from offload_moe.simulate.costs import DiskModel
 
@@ -18,17 +17,12 @@ HALF_A_BYTE = 0.5
 
 @dataclass(slots=True)
 class _Read:
-    """One record in flight. waiting: bytes of its parts that have not begun; num_left: parts that have not ended.
-
-    turn_s: the delay of the parts that start after each part.
-    """
+    """One record in flight. waiting: bytes of its parts that have not begun; num_left: parts that have not ended."""
 
     key: int
-    slot: int
-    arrived: Arrived
+    ended: Callable[[], None]
     waiting: list[int]
     num_left: int
-    turn_s: float
 
 
 @dataclass(slots=True)
@@ -39,7 +33,7 @@ class _Part:
 
 
 class VirtualDisk:
-    """A mover, whose reads share the interpreter, and the reads of token passes, which do not."""
+    """Reads records, by key."""
 
     def __init__(self, clock: VirtualClock, model: DiskModel, record_bytes: int) -> None:
         self._clock = clock
@@ -51,41 +45,29 @@ class VirtualDisk:
         self._num_busy = 0
         self._num_prefetching = 0
         self._settled_at = 0.0
-        self._turn_at = 0.0  # the time at which the interpreter is free for another read
         self._version = 0  # start of the current division of the bandwidth
         self._checked: set[int] = set()
 
-    def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
-        self._line_up(key, slot, arrived, is_prefetch, self._model.turn_s)
-
-    def fetch(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
-        """As `start`, by a native thread."""
-        self._line_up(key, slot, arrived, is_prefetch, turn_s=0.0)
-
-    def promote(self, slot: int) -> None:
-        if slot in self._prefetches:
-            self._demanded[slot] = self._prefetches.pop(slot)
-            self._begin_what_can()
-
-    def cancel(self, slot: int) -> bool:
-        read = self._prefetches.get(slot)
-        if read is None or read.num_left > len(read.waiting):
-            return False
-        del self._prefetches[slot]
-        return True
-
-    def used(self, slots: Sequence[int]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def _line_up(self, key: int, slot: int, arrived: Arrived, is_prefetch: bool, turn_s: float) -> None:
+    def read(self, key: int, ended: Callable[[], None], *, is_prefetch: bool = False) -> None:
+        """Line up the read of a record. ended: called once it is read."""
         whole, rest = divmod(self.record_bytes, self._model.part_bytes)
         parts = [self._model.part_bytes] * whole + ([rest] if rest else [])
         queue = self._prefetches if is_prefetch else self._demanded
-        queue[slot] = _Read(key, slot, arrived, parts, len(parts), turn_s)
+        queue[key] = _Read(key, ended, parts, len(parts))
         self._begin_what_can()
+
+    def promote(self, key: int) -> None:
+        if key in self._prefetches:
+            self._demanded[key] = self._prefetches.pop(key)
+            self._begin_what_can()
+
+    def cancel(self, key: int) -> bool:
+        """Cancel a prefetch of which nothing is being read. Whether it is cancelled."""
+        read = self._prefetches.get(key)
+        if read is None or read.num_left > len(read.waiting):
+            return False
+        del self._prefetches[key]
+        return True
 
     def _begin_what_can(self) -> None:
         model = self._model
@@ -96,20 +78,13 @@ class VirtualDisk:
                 queue, is_prefetch = self._prefetches, True
             else:
                 return
-            slot, read = next(iter(queue.items()))
+            key, read = next(iter(queue.items()))
             part = _Part(read, is_prefetch, read.waiting.pop())
             if not read.waiting:
-                del queue[slot]
+                del queue[key]
             self._num_busy += 1
             self._num_prefetching += is_prefetch
-            self._clock.at(self._turn(read.turn_s) + model.latency_s, partial(self._flow, part))
-
-    def _turn(self, seconds: float) -> float:
-        """The time at which a read has had its share of the interpreter."""
-        if not seconds:
-            return self._clock.now
-        self._turn_at = max(self._turn_at, self._clock.now) + seconds
-        return self._turn_at
+            self._clock.after(model.latency_s, partial(self._flow, part))
 
     def _flow(self, part: _Part) -> None:
         self._settle()
@@ -154,5 +129,5 @@ class VirtualDisk:
         if read.num_left == 0:
             read.num_left = -1  # several parts may end at the same time, but the record arrives once
             self._checked.add(read.key)
-            read.arrived(read.slot, self.record_bytes, None)
+            read.ended()
         self._begin_what_can()

@@ -1,12 +1,11 @@
 """The thread that called the model, during a token pass on a native thread: `decode/span.py` in virtual time."""
 
 from collections.abc import Sequence
-from functools import partial
 
 from offload_moe.native.kernels import NEEDS_EXPERTS, NEEDS_SLOTS
 from offload_moe.residency.accounts import note_passed, sort_found
 from offload_moe.residency.lease import Lease
-from offload_moe.residency.reserved import DRAIN_INTERVAL_S, ReservedSlots
+from offload_moe.residency.reserved import ReservedSlots
 from offload_moe.residency.scheduler import Scheduler
 from offload_moe.simulate.clock import VirtualClock, VirtualCondition
 from offload_moe.simulate.costs import RunCosts
@@ -72,16 +71,10 @@ class Helper:
         self._held = self._scheduler.acquire(at, sorted(chosen), found=sort_found(chosen, self._found[at]))
         self._num_accounted = at + 1
         self._is_bringing, self._lends_next = True, bool(needs & NEEDS_SLOTS)
-        self._wait(self._held)
-
-    def _wait(self, lease: Lease) -> None:
-        """Wait for the whole lease; completions of the pass's own reads are polled at intervals."""
-        if lease is self._held:
-            self._check_arrivals()
-            if self._is_bringing:
-                self._clock.after(DRAIN_INTERVAL_S, partial(self._wait, lease))
+        self._check_arrivals()
 
     def _check_arrivals(self) -> None:
+        """Wait for the whole lease: a completion wakes the thread."""
         if not self._is_bringing:
             return
         assert self._held is not None

@@ -56,6 +56,9 @@ class VirtualLink:
     def cancel(self, slot: int) -> bool:
         return self._prefetches.pop(slot, None) is not None
 
+    def drain(self) -> None:
+        pass
+
     def used(self, slots: Sequence[int]) -> None:
         for slot in slots:
             self._read_until[slot] = self._processor.done_at

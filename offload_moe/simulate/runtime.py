@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload_moe.memory.mover import Mover
+from offload_moe.native.slot_table import SlotTable
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import DEFAULT_POLICY, LRU, make_policy
 from offload_moe.residency.reserved import SLOTS_PER_CHOICE
-from offload_moe.residency.residency import Lookup, Residency
+from offload_moe.residency.residency import Residency
 from offload_moe.residency.scheduler import Scheduler
 from offload_moe.simulate.clock import VirtualClock, VirtualCondition
 from offload_moe.simulate.costs import DiskModel, LinkModel, LookaheadModel, RunCosts
@@ -22,7 +23,7 @@ from offload_moe.simulate.disk import VirtualDisk
 from offload_moe.simulate.guesses import Guesser
 from offload_moe.simulate.link import VirtualLink
 from offload_moe.simulate.processor import DeviceProcessor, Processor
-from offload_moe.simulate.reads import VirtualSlotTable
+from offload_moe.simulate.reader import VirtualReader
 from offload_moe.simulate.token_pass import VirtualPasses
 
 
@@ -53,15 +54,18 @@ class VirtualRuntime:
         self.processor = (DeviceProcessor if costs.has_device else Processor)(self.clock)
         self._pools = pools
         self._costs = costs
-        reader = VirtualDisk(self.clock, disk, pools.slot_bytes)
-        slot_table = VirtualSlotTable() if costs.has_token_passes and not pools.num_device_slots else None
-        self.ram = self._scheduler(pools.num_ram_slots, reader, "disk_bytes", slot_table)
+        table, changed = SlotTable(pools.keys.total, pools.num_ram_slots), VirtualCondition(self.clock)
+        reader = VirtualReader(table, VirtualDisk(self.clock, disk, pools.slot_bytes), changed)
+        self.ram = self._scheduler(table, reader.transfers, "disk_bytes", changed)
         self.scheduler = self.ram
-        self._passes = VirtualPasses(self.clock, self.processor, costs, self.ram, reader) if slot_table else None
+        has_passes = costs.has_token_passes and not pools.num_device_slots
+        passes = VirtualPasses(self.clock, self.processor, costs, self.ram, reader) if has_passes else None
+        self._passes = passes
         if pools.num_device_slots:
             assert link is not None
             mover = VirtualLink(self.clock, link, self.ram, self.processor, pools.slot_bytes)
-            self.scheduler = self._scheduler(pools.num_device_slots, mover, "h2d_bytes")
+            table, changed = SlotTable(pools.keys.total, pools.num_device_slots), VirtualCondition(self.clock)
+            self.scheduler = self._scheduler(table, mover, "h2d_bytes", changed)
         is_whole = self.scheduler.residency.num_slots >= pools.keys.total
         self._guesser = Guesser(self.clock, LookaheadModel() if lookahead is None or is_whole else lookahead)
 
@@ -123,17 +127,23 @@ class VirtualRuntime:
         self.processor.run(len(guesses) * self._costs.probe_host_s, 0.0)
         return guesses
 
-    def _scheduler(self, num_slots: int, mover: Mover, bytes_counter: str, lookup: Lookup | None = None) -> Scheduler:
-        pools = self._pools
+    def _scheduler(
+        self,
+        table: SlotTable,
+        mover: Mover,
+        bytes_counter: str,
+        changed: VirtualCondition,
+    ) -> Scheduler:
+        pools, num_slots = self._pools, table.num_slots
         is_whole = num_slots >= pools.keys.total
         policy = make_policy(LRU.name if is_whole else pools.policy, pools.keys, num_slots=num_slots)
         return Scheduler(
-            Residency(num_slots, policy, lookup),
+            Residency(table, policy),
             mover,
             keys=pools.keys,
             bytes_counter=bytes_counter,
             clock=self.clock,
-            changed=VirtualCondition(self.clock),
+            changed=changed,
         )
 
 

@@ -4,19 +4,18 @@ L MoE layers, K top-k.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 from numpy.typing import NDArray
 
-from offload_moe.native.kernels import ARRIVING, HIT, MISSING, NEEDS_EXPERTS, NEEDS_SLOTS, Reads
-from offload_moe.residency.reserved import ReservedSlots
+from offload_moe.native.kernels import ARRIVING, HIT, MISSING, NEEDS_EXPERTS, NEEDS_SLOTS
+from offload_moe.residency.reserved import PassAccounts, ReservedSlots
 from offload_moe.residency.scheduler import Scheduler
 from offload_moe.simulate.clock import VirtualClock
 from offload_moe.simulate.costs import RunCosts
-from offload_moe.simulate.disk import VirtualDisk
 from offload_moe.simulate.helper import Helper
 from offload_moe.simulate.processor import Processor
-from offload_moe.simulate.reads import VirtualReads, VirtualSlotTable
+from offload_moe.simulate.reader import VirtualReader
 
 Guesses = Sequence[tuple[int, Sequence[int]]]  # later layers, and their predicted experts
 
@@ -25,19 +24,22 @@ class VirtualPasses:
     """Token passes through all layers, with reads of missing experts into reserved slots."""
 
     def __init__(
-        self, clock: VirtualClock, processor: Processor, costs: RunCosts, scheduler: Scheduler, disk: VirtualDisk
+        self,
+        clock: VirtualClock,
+        processor: Processor,
+        costs: RunCosts,
+        scheduler: Scheduler,
+        reader: VirtualReader,
     ) -> None:
-        """scheduler: of a residency whose lookup is a `VirtualSlotTable`. disk: its mover."""
+        """reader: fills the scheduler's slots."""
         self._clock = clock
         self._processor = processor
         self._costs = costs
         self._scheduler = scheduler
-        slot_table = scheduler.residency.lookup
-        assert isinstance(slot_table, VirtualSlotTable)
-        self._slot_table = slot_table
-        self._reads = VirtualReads(slot_table, disk)
-        reserved = ReservedSlots(scheduler, cast(Reads, self._reads))  # the same interface, without the C code
-        scheduler.reserved = reserved
+        self._slot_table = scheduler.residency.table
+        self._reads = reader
+        reader.transfers.account_to(PassAccounts(scheduler))
+        scheduler.reserved = reserved = ReservedSlots(scheduler, reader)
         self._helper = Helper(clock, scheduler, reserved, costs)
 
     def forward(self, experts: NDArray[Any], guess: Callable[[int], Guesses]) -> None:
@@ -52,7 +54,7 @@ class VirtualPasses:
         guesses = guess(layer)
         keys_of = self._scheduler.keys
         keys = keys_of.keys(layer, sorted(chosen))
-        here = self._slot_table.lease_those_here(keys)
+        here = self._slot_table.lease_arrived(keys)
         self._reads.drop_wrong(keys_of.end(layer), keys)
         found, needs = self._fetch(keys, here)
         for ahead, guessed in guesses:
@@ -71,7 +73,7 @@ class VirtualPasses:
         for key in keys:
             if key in here:
                 found.append(HIT)
-            elif self._slot_table.is_known(key):
+            elif self._scheduler.residency.find(key) is not None:
                 found.append(ARRIVING)
                 self._reads.demand(key)
             else:
@@ -81,7 +83,7 @@ class VirtualPasses:
 
     def _fetch_guesses(self, keys: Sequence[int]) -> None:
         for key in keys:
-            if not self._slot_table.is_known(key):
+            if self._scheduler.residency.find(key) is None:
                 self._reads.fetch(key, is_prefetch=True)
 
     def _compute(self, keys: Sequence[int], here: Sequence[int], *, has_asked: bool) -> None:
@@ -89,7 +91,7 @@ class VirtualPasses:
         costs, left = self._costs, [key for key in keys if key not in here]
         self._processor.run(costs.partial_host_s if left else 0.0, costs.experts([1] * len(here)))
         while left:
-            if not has_asked and not all(self._slot_table.is_known(key) for key in left):
+            if not has_asked and not all(self._scheduler.residency.find(key) is not None for key in left):
                 self._helper.need(NEEDS_EXPERTS)  # one was read and evicted while the others were computed
                 has_asked = True
             here = self._wait(left)
@@ -99,7 +101,7 @@ class VirtualPasses:
     def _wait(self, keys: Sequence[int]) -> list[int]:
         """Wait until some of them are resident."""
         began = self._clock.now
-        while not (here := self._slot_table.lease_those_here(keys)):
+        while not (here := self._slot_table.lease_arrived(keys)):
             has_happened = self._clock.run_next()
             assert has_happened, "an expert of a token pass never arrives"
         self._scheduler.counters.stall_s += self._clock.now - began

@@ -11,6 +11,7 @@ from offload_moe.errors import TransferError
 from offload_moe.memory.copier import Marker
 from offload_moe.memory.device import Borrowed, DeviceMover, DeviceSlots
 from offload_moe.memory.simulated import SimulatedCopier, SimulatedEvent, SimulatedStream
+from offload_moe.native.kernels import SlotTable
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import make_policy
 from offload_moe.residency.residency import Residency
@@ -178,7 +179,9 @@ def make_scheduler(copier: SimulatedCopier, num_slots: int) -> tuple[Scheduler, 
     slots = DeviceSlots(copier, num_slots, RECORD)
     mover = DeviceMover(copier, slots, Records())
     policy = make_policy("lru", ExpertKeys([8]), num_slots=num_slots)
-    return Scheduler(Residency(num_slots, policy), mover, keys=ExpertKeys([8]), flights=mover.flights), slots
+    return Scheduler(
+        Residency(SlotTable(8, num_slots), policy), mover, keys=ExpertKeys([8]), flights=mover.flights
+    ), slots
 
 
 def test_compute_follows_a_copy_that_the_host_does_not_wait_for(copier: SimulatedCopier) -> None:

@@ -1,23 +1,26 @@
 """A disk that fails, stalls or vanishes in mid-answer: a named error, no hang, and the next question works."""
 
 import errno
-import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from support.chat import chat_store, say
+from support.disk import disk_that, failing, pread
 from support.pressure import wait_until_quiet
 from support.short_of_slots import short_of_slots
 
 from offload_moe.chat import ChatSession
 from offload_moe.engine.model import Model
 from offload_moe.errors import TransferError
+from offload_moe.memory.disk import DiskMover
+from offload_moe.native.kernels import Reads
+from offload_moe.native.reads import ReadAt
 from offload_moe.store import Store
 
 NUM_SLOTS = 3
-Preadv = Callable[[int, list[memoryview], int], int]
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +34,26 @@ def model(store: Path) -> Iterator[Model]:
         yield model
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, spoiled: Callable[[Preadv], Preadv], after: int = 20) -> threading.Event:
-    """Reads go wrong after that many; the event is set when they do."""
-    real, left, begun = os.preadv, [after], threading.Event()
-    wrong = spoiled(real)
+def reads_of(model: Model) -> Reads:
+    mover = model.engine.hierarchy.ram.mover
+    assert isinstance(mover, DiskMover)
+    return mover.reads
 
-    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+
+@contextmanager
+def spoiled(model: Model, wrong: ReadAt, after: int = 20) -> Iterator[threading.Event]:
+    """Reads go wrong after that many; the event is set when they do."""
+    left, begun = [after], threading.Event()
+
+    def read_at(*arguments: int) -> int:
         left[0] -= 1
         if left[0] >= 0:
-            return real(descriptor, buffers, offset)
+            return pread(*arguments)
         begun.set()
-        return wrong(descriptor, buffers, offset)
+        return wrong(*arguments)
 
-    monkeypatch.setattr(os, "preadv", preadv)
-    return begun
+    with disk_that(reads_of(model), read_at):
+        yield begun
 
 
 def ask_anew(model: Model, session: ChatSession, expected: str) -> None:
@@ -54,54 +63,40 @@ def ask_anew(model: Model, session: ChatSession, expected: str) -> None:
     assert say(session, "Hello") == expected
 
 
-def refuse(number: int) -> Callable[[Preadv], Preadv]:
-    def wrong(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        raise OSError(number, os.strerror(number))
-
-    return lambda real: wrong
-
-
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENODEV, errno.ESTALE])
-def test_a_disk_that_fails_in_an_answer(model: Model, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_a_disk_that_fails_in_an_answer(model: Model, number: int) -> None:
     session, undisturbed = model.chat(), model.chat()
     expected = say(undisturbed, "Hello")
-    with monkeypatch.context() as patch:
-        begun = spoil(patch, refuse(number))
+    with spoiled(model, failing(number)) as begun:
         with pytest.raises(TransferError, match=r"expert \d of layer \d .*experts-00001.safetensors at offset \d+"):
             say(session, "Hello")
         assert begun.is_set()
     ask_anew(model, session, expected)
 
 
-def test_the_answer_can_be_asked_for_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_answer_can_be_asked_for_again(model: Model) -> None:
     session, undisturbed = model.chat(), model.chat()
     for question in ("One", "Two"):
         expected = say(undisturbed, question)
     say(session, "One")
-    with monkeypatch.context() as patch:
-        spoil(patch, refuse(errno.EIO), after=0)
-        with pytest.raises(TransferError):
-            say(session, "Two")
+    with spoiled(model, failing(errno.EIO), after=0), pytest.raises(TransferError):
+        say(session, "Two")
     wait_until_quiet(model.engine.hierarchy.ram)
     again = "".join(piece.text for piece in session.retry(temperature=0, max_new_tokens=12))
     assert again == expected
 
 
-def test_a_disk_that_stops_answering(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_stops_answering(model: Model) -> None:
     session, undisturbed = model.chat(), model.chat()
     expected = say(undisturbed, "Hello")
     gate = threading.Event()
 
-    def stuck(real: Preadv) -> Preadv:
-        def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-            gate.wait(30)  # then it answers, and no error is raised any more
-            return real(descriptor, buffers, offset)
-
-        return preadv
+    def stuck(*arguments: int) -> int:
+        gate.wait(30)  # then it answers, and no error is raised any more
+        return pread(*arguments)
 
     model.engine.hierarchy.ram.stall_limit_s = 0.2
-    with monkeypatch.context() as patch:
-        spoil(patch, stuck)
+    with spoiled(model, stuck):
         with pytest.raises(TransferError, match="did not arrive within"):
             say(session, "Hello")
         gate.set()  # the disk is back
@@ -109,15 +104,12 @@ def test_a_disk_that_stops_answering(model: Model, monkeypatch: pytest.MonkeyPat
     ask_anew(model, session, expected)
 
 
-def test_a_store_that_is_replaced_by_nothing_and_comes_back(
-    store: Path, model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_is_replaced_by_nothing_and_comes_back(store: Path, model: Model) -> None:
     """What an unplugged disk does: open files fail, and so does opening them again."""
     session, undisturbed = model.chat(), model.chat()
     expected = say(undisturbed, "Hello")
     hidden = store.with_name("hidden")
-    with monkeypatch.context() as patch:
-        spoil(patch, refuse(errno.EIO))
+    with spoiled(model, failing(errno.EIO)):
         store.rename(hidden)
         try:
             with pytest.raises(TransferError, match="No such file"):
@@ -136,7 +128,7 @@ def test_damage_on_the_disk_is_named_and_other_experts_go_on(store: Path, model:
     with record.path.open("r+b") as file:
         file.write(damaged)
     try:
-        model.engine.hierarchy.ram.mover._checked.clear()
+        reads_of(model).check_again()
         with (
             pytest.raises(TransferError, match=r"expert 5 of layer 0.*checksum"),
             model.engine.hierarchy.ram.acquire(0, [5]) as lease,

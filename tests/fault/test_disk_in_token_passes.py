@@ -1,5 +1,6 @@
 """A disk that fails, lies or stops while a native run reads from it: a named error, and the next question works."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,12 +9,16 @@ from types import SimpleNamespace
 
 import pytest
 from support.chat import chat_store, say
+from support.disk import disk_that, pread
 from support.pressure import wait_until_quiet
 from support.short_of_slots import short_of_slots
 
 from offload_moe.decode.span import LayerSpan, _StallWatchdog
 from offload_moe.engine.model import Model
 from offload_moe.errors import TransferError
+from offload_moe.memory.disk import DiskMover
+from offload_moe.memory.record_file import RecordFiles
+from offload_moe.native import reads as native_reads
 from offload_moe.native.kernels import TokenPass
 
 NUM_SLOTS = 5
@@ -36,10 +41,16 @@ def model(store: Path) -> Iterator[Model]:
         assert not any(residency.num_leases(slot) for slot in range(NUM_SLOTS))
 
 
+def files_of(model: Model) -> RecordFiles:
+    mover = model.engine.hierarchy.ram.mover
+    assert isinstance(mover, DiskMover)
+    return mover.transfers._files
+
+
 @contextmanager
 def broken(model: Model) -> Iterator[None]:
     """The open files of the store lead to a pipe, of which nobody reads at an offset."""
-    (file,) = model.engine.hierarchy.ram.mover._files._files.values()
+    (file,) = files_of(model)._files.values()
     descriptors = [each for each in (file._direct, file._cached) if each is not None]
     kept = [os.dup(each) for each in descriptors]
     ends = os.pipe()
@@ -84,39 +95,39 @@ def test_a_disk_that_fails_in_a_run(model: Model, monkeypatch: pytest.MonkeyPatc
     assert say(session, "Hello") == expected
 
 
-def test_what_a_run_cannot_read_the_mover_reads(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It opens the file anew."""
+def test_what_a_run_cannot_read_is_read_again_from_a_file_that_is_opened_anew(model: Model) -> None:
     expected = say(model.chat(), "Hello")
-    mover, by_mover = model.engine.hierarchy.ram.mover, []
-    start = mover.start
+    files, num_reads = files_of(model), [0]
+    ((path, file),) = files._files.items()
+    stale = {file._direct, file._cached}
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)  # another file, which has taken its place
 
-    def start_and_note(key: int, *args: object, **settings: object) -> None:
-        by_mover.append(key)
-        start(key, *args, **settings)
+    def read_at(descriptor: int, address: int, num_bytes: int, offset: int) -> int:
+        if descriptor in stale:
+            num_reads[0] += 1
+            return -errno.ESTALE
+        return pread(descriptor, address, num_bytes, offset)
 
-    with broken(model):
-        mover._files._replaced += mover._files._files.values()
-        mover._files._files.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(mover, "start", start_and_note)
-            assert say(model.chat(), "Hello") == expected
-    assert by_mover
+    reads = model.engine.hierarchy.pass_reads
+    assert reads is not None
+    with disk_that(reads, read_at):
+        assert say(model.chat(), "Hello") == expected
+    assert num_reads[0] >= 1
 
 
 def test_damage_is_named_though_a_run_read_it(store: Path, model: Model) -> None:
     expected = say(model.chat(), "Hello")
-    reserved = model.engine.hierarchy.ram.reserved
-    assert reserved is not None
+    reads = model.engine.hierarchy.pass_reads
+    assert reads is not None
     (path,) = store.glob("experts-*")
     content = path.read_bytes()
-    num_keys = len(reserved.reads._is_checked)
-    records = [model.store.record(*divmod(key, 8)) for key in range(num_keys)]
+    records = [model.store.record(*divmod(key, 8)) for key in range(reads.num_keys)]
     damaged = bytearray(content)
     for record in records:
         damaged[record.offset] ^= 1
-    model.engine.hierarchy.ram.mover._checked.clear()
-    for key in range(num_keys):
-        reserved.reads._is_checked[key] = 0
+    reads.check_again()
     with path.open("r+b") as file:
         file.write(damaged)
     try:
@@ -127,6 +138,15 @@ def test_damage_is_named_though_a_run_read_it(store: Path, model: Model) -> None
         with path.open("r+b") as file:
             file.write(content)
     assert say(model.chat(), "Hello") == expected
+
+
+def test_completions_wake_who_waits_and_nothing_is_polled(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = say(model.chat(), "Hello")
+    before = model.stats.copy()
+    monkeypatch.setattr(native_reads, "POLL_S", 600.0)
+    monkeypatch.setattr("offload_moe.memory.waiting.STEP_S", 600.0)
+    assert say(model.chat(), "Hello") == expected
+    assert model.stats.since(before).num_misses > 20
 
 
 def test_a_run_in_a_process_that_was_stopped_is_not_given_up() -> None:

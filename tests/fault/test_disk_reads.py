@@ -1,26 +1,29 @@
 """Disks that fail: retried where it may pass, else an error that names the expert, the file and the offset."""
 
+import ctypes
 import errno
 import os
+import subprocess
+import sys
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 
 from offload_moe.errors import TransferError
-from offload_moe.memory import disk, record_file, workers
+from offload_moe.memory import disk
 from offload_moe.memory.arena import Arena
-from offload_moe.memory.disk import PART_BYTES, DiskMover
+from offload_moe.memory.disk import PART_BYTES, PREFETCH_PART_BYTES, DiskMover
 from offload_moe.memory.record_file import RecordFile
-from offload_moe.memory.workers import TransferWorkers
+from offload_moe.native import reads as native_reads
 from offload_moe.store import Record
 from offload_moe.store.manifest import Place
-from offload_moe.store.reading import read_checked
-from tests.support.disk import read
+from offload_moe.store.reading import forget_cached, read_checked
+from tests.support.disk import disk_mover, disk_that, failing, is_direct, pread, read
 
 RECORD = 8192
 
@@ -58,58 +61,82 @@ def arena() -> Arena:
 
 @pytest.fixture
 def mover(file: Path, arena: Arena) -> Iterator[DiskMover]:
-    mover = DiskMover(arena, record_in(file, file.read_bytes()))
+    mover = disk_mover(arena, record_in(file, file.read_bytes()))
     yield mover
     mover.close()
 
 
-def failing(times: int, number: int) -> Callable[..., int]:
-    """`os.preadv` that fails the first times."""
-    real, left = os.preadv, [times]
-
-    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        if left[0]:
-            left[0] -= 1
-            raise OSError(number, os.strerror(number))
-        return real(descriptor, buffers, offset)
-
-    return preadv
+def test_an_input_output_error_that_passes_is_not_noticed(mover: DiskMover) -> None:
+    with disk_that(mover.reads, failing(errno.EIO, 2)):
+        assert read(mover, 1) == (RECORD, None)
 
 
-def test_an_input_output_error_that_passes_is_not_noticed(mover: DiskMover, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "preadv", failing(2, errno.EIO))
-    assert read(mover, 1) == (RECORD, None)
-
-
-def test_one_that_stays_names_expert_file_and_offset_and_the_next_read_works(
-    mover: DiskMover, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "preadv", failing(1000, errno.EIO))
-    num_bytes, error = read(mover, 1)
+def test_one_that_stays_names_expert_file_and_offset_and_the_next_read_works(mover: DiskMover, file: Path) -> None:
+    with disk_that(mover.reads, failing(errno.EIO)):
+        num_bytes, error = read(mover, 1)
     assert num_bytes == 0
     assert isinstance(error, TransferError)
     for part in ("expert 1 of layer 0", str(file), f"offset {RECORD}", "Input/output error"):
         assert part in str(error)
-    monkeypatch.undo()
+    assert isinstance(error.__cause__, OSError)
+    assert error.__cause__.errno == errno.EIO
     assert read(mover, 1) == (RECORD, None)
 
 
-def test_short_reads_are_continued(mover: DiskMover, arena: Arena, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real(fd, [buffers[0][:4096]], offset))
-    assert read(mover, 2) == (RECORD, None)
+@pytest.mark.parametrize("number", [errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EBADF, errno.ENODEV])
+def test_only_what_may_pass_is_read_again(mover: DiskMover, number: int) -> None:
+    num_reads, fails = [0], failing(number)
+
+    def read_at(*arguments: int) -> int:
+        num_reads[0] += 1
+        return fails(*arguments)
+
+    with disk_that(mover.reads, read_at):
+        read(mover, 1)
+    assert num_reads[0] == (1 if number == errno.ENODEV else 3)
+
+
+def test_short_reads_are_continued(mover: DiskMover, arena: Arena, file: Path) -> None:
+    def read_at(descriptor: int, address: int, num_bytes: int, offset: int) -> int:
+        return pread(descriptor, address, min(num_bytes, 4096), offset)
+
+    with disk_that(mover.reads, read_at):
+        assert read(mover, 2) == (RECORD, None)
     assert arena.slot(0).numpy().tobytes() == file.read_bytes()[2 * RECORD : 3 * RECORD]
 
 
-def test_a_transfer_that_went_wrong_once_is_read_again(mover: DiskMover, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, is_first = disk.crc32, [True]
+def test_reads_that_are_interrupted_are_continued(mover: DiskMover) -> None:
+    with disk_that(mover.reads, failing(errno.EINTR, 5)):
+        assert read(mover, 2) == (RECORD, None)
 
-    def crc32(view: memoryview) -> int:
-        wrong, is_first[0] = is_first[0], False
-        return real(view) ^ wrong
 
-    monkeypatch.setattr(disk, "crc32", crc32)
-    assert read(mover, 0) == (RECORD, None)
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_transfer_that_went_wrong_once_is_read_again(mover: DiskMover, arena: Arena, times: int) -> None:
+    left = [times]
+
+    def read_at(descriptor: int, address: int, num_bytes: int, offset: int) -> int:
+        count = pread(descriptor, address, num_bytes, offset)
+        left[0] -= 1
+        if left[0] >= 0:
+            ctypes.c_uint8.from_address(address).value ^= 1
+        return count
+
+    with disk_that(mover.reads, read_at):
+        num_bytes, error = read(mover, 0)
+    assert num_bytes == (RECORD if times == 1 else 0)
+    assert error is None or "does not match its checksum" in str(error)
+    assert (error is None) == (times == 1)
+
+
+def test_the_checksum_of_an_expert_is_compared_once(mover: DiskMover, file: Path) -> None:
+    """Files do not change."""
+    assert read(mover, 1) == (RECORD, None)
+    with file.open("r+b") as opened:
+        opened.seek(RECORD)
+        opened.write(b"changed")
+    assert read(mover, 1) == (RECORD, None)
+    mover.reads.check_again()
+    assert isinstance(read(mover, 1)[1], TransferError)
 
 
 def test_a_truncated_file_that_is_put_back_is_read_again(mover: DiskMover, file: Path) -> None:
@@ -135,63 +162,55 @@ def test_a_file_that_vanished_is_found_again(mover: DiskMover, file: Path) -> No
     assert read(mover, 1) == (RECORD, None)
 
 
-def test_direct_reads_that_are_refused_become_buffered_and_it_is_said_once(
-    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    real = os.preadv
-    opened = RecordFile(file)
-    if not opened.is_direct:
-        pytest.skip("the file system of the temporary folder has no direct reads")
-    monkeypatch.setattr(record_file._CachedPages, "hold", lambda self, offset, num_bytes: False)
-
-    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        if descriptor == opened._direct:
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return real(descriptor, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", preadv)
-    buffer = bytearray(RECORD)
-    for _ in range(3):
-        assert opened.read_into(memoryview(buffer), RECORD) == RECORD
-    assert bytes(buffer) == file.read_bytes()[RECORD : 2 * RECORD]
-    assert not opened.is_direct
-    assert [r.message for r in caplog.records if "page cache" in r.message] == [caplog.records[0].message]
-    opened.close()
-
-
-def test_what_is_cached_is_copied_and_what_is_not_is_read_around_the_cache(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used: list[int] = []
-    opened = RecordFile(file)
-    real = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: used.append(fd) or real(fd, buffers, offset))
-    memory = memoryview(torch.from_numpy(Arena(1, RECORD).slot(0).numpy()).numpy().data)
-    file.read_bytes()  # now it is cached
-    opened.read_into(memory, 0)
+@pytest.fixture
+def uncached(file: Path) -> None:
     descriptor = os.open(file, os.O_RDONLY)
     os.fsync(descriptor)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(descriptor)
-    opened.read_into(memory, 0)
-    if not opened.is_direct or opened._pages is None or opened._pages._base is None:
-        pytest.skip("no direct reads here")
-    assert used[0] == opened._cached
-    assert used[1] == opened._direct
-    opened.close()
+    with closing(RecordFile(file)) as opened:
+        if not opened.is_direct:
+            pytest.skip("the file system of the temporary folder has no direct reads")
 
 
-def test_without_preadv_and_without_mincore_it_seeks_and_reads(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Windows has."""
-    monkeypatch.delattr(os, "preadv")
-    monkeypatch.setattr(record_file, "_find_mincore", lambda: None)
+@pytest.mark.usefixtures("uncached")
+def test_direct_reads_that_are_refused_become_buffered_and_it_is_said_once(
+    file: Path, arena: Arena, caplog: pytest.LogCaptureFixture
+) -> None:
     content = file.read_bytes()
-    arena = Arena(4, RECORD)
-    mover = DiskMover(arena, record_in(file, content))
-    for key in (3, 0, 2, 1):
-        assert read(mover, key, key) == (RECORD, None)
-        assert arena.slot(key).numpy().tobytes() == content[key * RECORD : (key + 1) * RECORD]
+    mover = disk_mover(arena, record_in(file, content))
+    refused: list[int] = []
+
+    def read_at(descriptor: int, address: int, num_bytes: int, offset: int) -> int:
+        if is_direct(descriptor):
+            refused.append(offset)
+            return -errno.EINVAL
+        return pread(descriptor, address, num_bytes, offset)
+
+    forget_cached(file)
+    with disk_that(mover.reads, read_at):
+        for key in (1, 2, 3):
+            assert read(mover, key) == (RECORD, None)
+            assert arena.slot(0).numpy().tobytes() == content[key * RECORD : (key + 1) * RECORD]
+    assert len(refused) == 1
+    assert [r.message for r in caplog.records if "page cache" in r.message] == [caplog.records[0].message]
     mover.close()
+
+
+@pytest.mark.usefixtures("uncached")
+def test_what_is_cached_is_copied_and_what_is_not_is_read_around_the_cache(mover: DiskMover, file: Path) -> None:
+    used: list[bool] = []
+
+    def read_at(descriptor: int, address: int, num_bytes: int, offset: int) -> int:
+        used.append(is_direct(descriptor))
+        return pread(descriptor, address, num_bytes, offset)
+
+    with disk_that(mover.reads, read_at):
+        file.read_bytes()  # now it is cached
+        read(mover, 0)
+        forget_cached(file)
+        read(mover, 0)
+    assert used == [False, True]
 
 
 def test_a_store_is_read_without_preadv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,36 +227,112 @@ def test_records_of_many_parts_arrive_whole(tmp_path: Path) -> None:
     path = tmp_path / "large.bin"
     path.write_bytes(content)
     arena = Arena(2, num_bytes)
-    mover = DiskMover(arena, record_in(path, content, num_bytes))
+    mover = disk_mover(arena, record_in(path, content, num_bytes))
     assert read(mover, 2, 1) == (num_bytes, None)
     assert arena.slot(1).numpy().tobytes() == content[2 * num_bytes :]
     mover.close()
 
 
 def test_closing_does_not_wait_for_a_dead_disk(mover: DiskMover, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "CLOSE_LIMIT_S", 0.05)
+    monkeypatch.setattr(native_reads, "_CLOSE_LIMIT_S", 0.05)
     gate, begun = threading.Event(), threading.Event()
-    stuck = TransferWorkers(2, "stuck")
-    stuck.submit(0, [lambda: (begun.set(), gate.wait(30))[0]], is_prefetch=False)
+
+    def read_at(*arguments: int) -> int:
+        begun.set()
+        gate.wait(30)
+        return pread(*arguments)
+
+    mover.reads.read_with(read_at)
+    mover.start(0, 0, lambda *_: None)
     assert begun.wait(10)
-    assert stuck.close() is False  # once the disk answered, it would be True
+    assert not mover.reads.close()  # once the disk answered, it would be true
+    mover.close()
     gate.set()
 
 
-def test_demands_overtake_the_parts_of_a_prefetch_and_only_a_quiet_one_can_be_cancelled() -> None:
-    order: list[str] = []
-    gate, begun = threading.Event(), threading.Event()
-    pool = TransferWorkers(1, "test")
-    pool.submit(0, [lambda: (begun.set(), gate.wait())[0], lambda: order.append("second part")], is_prefetch=True)
-    assert begun.wait(10)
-    assert not pool.cancel(0)
-    pool.submit(1, [lambda: order.append("cancelled")], is_prefetch=True)
-    pool.submit(2, [lambda: order.append("demand")], is_prefetch=False)
-    assert pool.cancel(1)
-    assert not pool.cancel(1)
-    gate.set()
-    deadline = time.monotonic() + 10
-    while len(order) < 2 and time.monotonic() < deadline:
-        time.sleep(0.001)
-    pool.close()
-    assert order == ["demand", "second part"]
+def test_threads_of_a_dead_disk_are_not_waited_for_at_exit(file: Path) -> None:
+    """Neither by the interpreter: a daemon thread that was stopped inside of torch would abort the process."""
+    code = f"""
+import threading, zlib
+from pathlib import Path
+from offload_moe.memory.arena import Arena
+from offload_moe.native import reads as native_reads
+from offload_moe.store import Record
+from tests.support.disk import disk_mover
+native_reads._CLOSE_LIMIT_S = 0.1
+record = Record(name="expert", path=Path({str(file)!r}), offset=0, num_bytes={RECORD}, checksum=0)
+mover, begun, gate = disk_mover(Arena(1, {RECORD}), lambda key: record), threading.Event(), threading.Event()
+mover.reads.read_with(lambda *_: (begun.set(), gate.wait(60))[1])
+mover.start(0, 0, lambda *_: None)
+assert begun.wait(10)
+print("stuck")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False)
+    assert (run.returncode, run.stdout.strip(), run.stderr.strip()) == (0, "stuck", "")
+
+
+class OneReader:
+    """A disk with one reader, which shows what it reads, and waits for a word before each part."""
+
+    def __init__(self, tmp_path: Path, num_parts: int) -> None:
+        num_bytes = num_parts * PREFETCH_PART_BYTES
+        path = tmp_path / "parts.bin"
+        content = bytes(4 * num_bytes)
+        path.write_bytes(content)
+        self.mover = disk_mover(Arena(4, num_bytes), record_in(path, content, num_bytes), num_readers=1)
+        self.mover.transfers.open_all(range(4))
+        self.read: list[tuple[int, int]] = []  # record and part
+        self._num_bytes = num_bytes
+        self._words, self._begun = threading.Semaphore(0), threading.Semaphore(0)
+        self.mover.reads.read_with(self._read_at)
+
+    def _read_at(self, descriptor: int, address: int, num_bytes: int, offset: int) -> int:
+        record, start = divmod(offset, self._num_bytes)
+        self.read.append((record, start // PREFETCH_PART_BYTES))
+        self._begun.release()
+        self._words.acquire()
+        return num_bytes
+
+    def until_it_reads(self) -> None:
+        assert self._begun.acquire(timeout=10)
+
+    def go_on(self, num_parts: int) -> None:
+        self._words.release(num_parts)
+
+
+def test_demands_overtake_the_parts_of_a_prefetch_and_only_a_quiet_one_can_be_cancelled(tmp_path: Path) -> None:
+    disk = OneReader(tmp_path, num_parts=2)
+    mover, arrived = disk.mover, threading.Semaphore(0)
+    for key in (0, 1, 2):
+        mover.start(key, key, lambda *_: arrived.release(), is_prefetch=True)
+    disk.until_it_reads()
+    assert not mover.cancel(0)  # it is being read
+    assert mover.cancel(1)
+    assert not mover.cancel(1)
+    mover.start(3, 3, lambda *_: arrived.release())
+    mover.promote(2)
+    assert not mover.cancel(2)  # it is demanded
+    disk.go_on(100)
+    for _ in range(3):
+        assert arrived.acquire(timeout=10)
+    assert disk.read == [(0, 0), (3, 0), (2, 0), (0, 1)]  # demands in parts of twice the size
+    mover.close()
+
+
+def test_prefetches_leave_a_thread_to_demands(file: Path) -> None:
+    mover = disk_mover(Arena(4, RECORD), record_in(file, file.read_bytes()), num_readers=2)
+    gate, demanded = threading.Event(), threading.Event()
+
+    def read_at(descriptor: int, address: int, num_bytes: int, offset: int) -> int:
+        if offset < 3 * RECORD:
+            gate.wait(30)
+        return num_bytes
+
+    mover.reads.trust()
+    with disk_that(mover.reads, read_at):
+        for key in range(3):
+            mover.start(key, key, lambda *_: None, is_prefetch=True)
+        mover.start(3, 3, lambda *_: demanded.set())
+        assert demanded.wait(10)
+        gate.set()
+    mover.close()

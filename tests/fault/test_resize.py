@@ -49,7 +49,7 @@ def make(num_ram_slots: int, num_device_slots: int = 0, copier: SimulatedCopier 
         num_device_slots=num_device_slots,
         chunk_bytes=3 * SLOT,
     )
-    return Hierarchy(pools, lambda arena: MemoryMover(records, arena), copier)
+    return Hierarchy(pools, lambda arena, _: MemoryMover(records, arena), copier)
 
 
 def check_all_experts(hierarchy: Hierarchy) -> None:

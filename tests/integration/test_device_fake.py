@@ -26,6 +26,7 @@ from offload_moe.experts.contract import ExpertsContract
 from offload_moe.experts.device import DeviceArithmetic
 from offload_moe.memory.mover import Arrived
 from offload_moe.native.device import record_linear
+from offload_moe.native.kernels import SlotTable
 from offload_moe.quant import CODECS, Codec, ExpertShape, Matrix, get_codec
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import make_policy
@@ -46,6 +47,9 @@ class MetadataMover:
         return False
 
     def promote(self, slot: int) -> None:
+        pass
+
+    def drain(self) -> None:
         pass
 
     def used(self, slots: object) -> None:
@@ -99,7 +103,7 @@ def fake_model(family: str, codec: Codec, num_slots: int = NUM_SLOTS, **changes:
     layers = find_experts(model)
     keys = ExpertKeys(layer.num_experts for layer in layers)
     policy = make_policy("lru", keys, num_slots=num_slots)
-    scheduler = Scheduler(Residency(num_slots, policy), MetadataMover(), keys=keys)
+    scheduler = Scheduler(Residency(SlotTable(keys.total, num_slots), policy), MetadataMover(), keys=keys)
     num_bytes = codec.layout(layers[0].shape).record_bytes
     slots = [torch.empty(num_bytes, dtype=torch.uint8, device=CUDA) for _ in range(num_slots)]
     detach_parameters(layers)

@@ -21,10 +21,10 @@ from offload_moe.doctor.small_model import NUM_EXPERTS, NUM_LAYERS, SmallModel, 
 from offload_moe.experts.device import DeviceArithmetic
 from offload_moe.experts.native import NativeArithmetic
 from offload_moe.memory.copier import Marker
-from offload_moe.memory.disk import DiskMover
 from offload_moe.memory.simulated import SimulatedCopier
+from offload_moe.native.kernels import PlaceStruct, Reads
 from offload_moe.residency.residency import Residency
-from offload_moe.store import Store
+from offload_moe.store import Record, Store
 from tests.support.chat import byte_tokenizer
 from tests.support.checkpoints import write_checkpoint
 from tests.support.cli import load_cli
@@ -150,12 +150,12 @@ def test_wrong_arithmetic_on_the_device_is_found(model: SmallModel, monkeypatch:
 
 def test_an_expert_read_from_the_wrong_place_is_found(model: SmallModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its checksum is right, only it is another expert's."""
-    start = DiskMover.start
+    record = Store.record
 
-    def start_neighbour(self: DiskMover, key: int, slot: int, arrived: Any, *, is_prefetch: bool = False) -> None:
-        start(self, key ^ 1 if key == 4 else key, slot, arrived, is_prefetch=is_prefetch)
+    def neighbour(self: Store, layer: int, expert: int) -> Record:
+        return record(self, layer, expert ^ 1 if (layer, expert) == (0, 4) else expert)
 
-    monkeypatch.setattr(DiskMover, "start", start_neighbour)
+    monkeypatch.setattr(Store, "record", neighbour)
     assert {"CPU against oracle, nf4", "simulated device against oracle, nf4"} <= failures(outcomes(model, but=SLOW))
 
 
@@ -198,13 +198,17 @@ def test_the_demo_says_the_same_with_few_slots(demo: Path, monkeypatch: pytest.M
     found = check_demo()
     assert found.startswith("the same 12 tokens")
     assert "(0 evictions)" not in found
-    record_of, reads = Store.record, Counter[tuple[int, int]]()
+    submit, num_reads, store = Reads.submit, Counter[tuple[int, int]](), Store.open(demo)
 
-    def wrong_after_eviction(self: Store, layer: int, expert: int) -> Any:
-        reads[layer, expert] += 1
-        return record_of(self, layer, expert if reads[layer, expert] <= 2 else expert ^ 1)
+    def wrong_after_eviction(self: Reads, key: int, slot: int, *, is_prefetch: bool = False) -> None:
+        num_reads[id(self), key] += 1
+        if num_reads[id(self), key] > 1:
+            layer, expert = divmod(key, store.num_experts)
+            record = store.record(layer, expert ^ 1)
+            self.place(key, PlaceStruct(file=0, offset=record.offset, num_bytes=record.num_bytes))
+        submit(self, key, slot, is_prefetch=is_prefetch)
 
-    monkeypatch.setattr(Store, "record", wrong_after_eviction)
+    monkeypatch.setattr(Reads, "submit", wrong_after_eviction)
     with pytest.raises(Failed, match="with many slots"):
         check_demo()
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from offload_moe.errors import TransferError
 from offload_moe.memory.mover import Arrived
+from offload_moe.native.kernels import SlotTable
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import POLICY_NAMES, make_policy
 from offload_moe.residency.residency import Residency, SlotState
@@ -53,6 +54,9 @@ class Order:
     def promote(self, slot: int) -> None:
         pass
 
+    def drain(self) -> None:
+        pass
+
     def used(self, slot: int) -> None:
         pass
 
@@ -76,7 +80,11 @@ class PumpedCondition(threading.Condition):
 def make(num_slots: int, policy: str, data: st.DataObject, *, may_fail: bool) -> tuple[Scheduler, Order]:
     order = Order(data, may_fail, [-1] * num_slots)
     made = make_policy(policy, ExpertKeys([NUM_EXPERTS] * NUM_LAYERS), num_slots=num_slots)
-    scheduler = Scheduler(Residency(num_slots, made), order, keys=ExpertKeys([NUM_EXPERTS] * NUM_LAYERS))
+    scheduler = Scheduler(
+        Residency(SlotTable(NUM_LAYERS * NUM_EXPERTS, num_slots), made),
+        order,
+        keys=ExpertKeys([NUM_EXPERTS] * NUM_LAYERS),
+    )
     scheduler.changed = PumpedCondition(order)
     return scheduler, order
 
@@ -154,7 +162,7 @@ def test_the_pump_notices_a_lost_transfer() -> None:
     order = Order(None, False, [-1])  # type: ignore[arg-type]
     order.start = lambda key, slot, arrived, is_prefetch=False: None  # type: ignore[method-assign]
     made = make_policy("lru", ExpertKeys([1]), num_slots=1)
-    scheduler = Scheduler(Residency(1, made), order, keys=ExpertKeys([1]))
+    scheduler = Scheduler(Residency(SlotTable(1, 1), made), order, keys=ExpertKeys([1]))
     scheduler.changed = PumpedCondition(order)
     with pytest.raises(AssertionError, match="deadlock"), scheduler.acquire(0, [0]) as lease:
         list(lease)

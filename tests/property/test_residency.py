@@ -1,10 +1,12 @@
-"""The residency machine against a dict model: leases, here and in the lookup, reserved slots, completions in any order,
-failures, resizing, one slot."""
+"""The residency machine against a dict model: leases of Python and of token passes, reserved slots, completions in any
+order, failures, resizing, one slot."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from offload_moe.native.constants import RESERVED
+from offload_moe.native.kernels import SlotTable
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import POLICY_NAMES, make_policy
 from offload_moe.residency.residency import Residency, SlotState
@@ -13,40 +15,15 @@ NUM_LAYERS, NUM_EXPERTS = 3, 5
 KEYS = st.integers(0, NUM_LAYERS * NUM_EXPERTS - 1)
 
 
-class FakeLookup:
-    """What kernels would find, with leases that the residency only hears of when it wants to evict."""
-
-    def __init__(self) -> None:
-        self.slot_of: dict[int, int | None] = {}  # None: on its way
-        self.leased: set[int] = set()
-
-    def claim(self, key: int) -> bool:
-        if key in self.slot_of:
-            return False
-        self.slot_of[key] = None
-        return True
-
-    def publish(self, key: int, slot: int) -> None:
-        self.slot_of[key] = slot
-
-    def withdraw(self, key: int) -> bool:
-        if key in self.leased:
-            return False
-        self.slot_of.pop(key, None)
-        return True
-
-    def is_leased(self, key: int) -> bool:
-        return key in self.leased and key % 2 == 0  # of the others it hears too late: when it withdraws them
-
-
 class ResidencyMachine(RuleBasedStateMachine):
     """The model: key -> [slot, is_loading, num_leases]."""
 
     @initialize(num_slots=st.integers(1, 6), policy=st.sampled_from(POLICY_NAMES))
     def start(self, num_slots: int, policy: str) -> None:
         made = make_policy(policy, ExpertKeys([NUM_EXPERTS] * NUM_LAYERS), num_slots=num_slots)
-        self.lookup = FakeLookup()
-        self.residency = Residency(num_slots, made, self.lookup)
+        self.table = SlotTable(NUM_LAYERS * NUM_EXPERTS, num_slots)
+        self.residency = Residency(self.table, made)
+        self.leased: set[int] = set()  # by token passes
         self.model: dict[int, list[int]] = {}
         self.reserved: set[int] = set()
         self.num_open = num_slots
@@ -69,7 +46,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         movable = [
             k
             for k, (_, is_loading, leases) in self.model.items()
-            if not is_loading and not leases and is_open[k] and k not in self.lookup.leased
+            if not is_loading and not leases and is_open[k] and k not in self.leased
         ]
         is_full = sum(is_open.values()) + sum(each < self.num_open for each in self.reserved) == self.num_open
         assert (slot is None) == (is_full and not (movable and may_evict))
@@ -92,10 +69,11 @@ class ResidencyMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.reserved)
     @rule(key=KEYS, data=st.data())
     def fill_reserved(self, key: int, data: st.DataObject) -> None:
-        if not self.lookup.claim(key):
-            return
         slot = data.draw(st.sampled_from(sorted(self.reserved)))
-        self.residency.admit_reserved(key, slot)
+        if not self.table.admit(key, slot):
+            assert key in self.model
+            return
+        self.residency.num_reserved -= 1
         self.reserved.remove(slot)
         self.model[key] = [slot, 1, 0]
 
@@ -103,9 +81,9 @@ class ResidencyMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def drop_reserved(self, data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(sorted(k for k, entry in self.model.items() if entry[1] and not entry[2])))
-        self.lookup.withdraw(key)
         slot = self.model.pop(key)[0]
-        self.residency.reserve_again(slot)
+        self.table.reserve(slot)
+        self.residency.num_reserved += 1
         self.reserved.add(slot)
 
     @precondition(lambda self: self.reserved)
@@ -116,14 +94,17 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.reserved.remove(slot)
 
     @precondition(lambda self: self.loading())
-    @rule(data=st.data(), fails=st.booleans())
-    def finish(self, data: st.DataObject, fails: bool) -> None:
+    @rule(data=st.data(), fails=st.booleans(), arrives=st.booleans())
+    def finish(self, data: st.DataObject, fails: bool, arrives: bool) -> None:
         key = data.draw(st.sampled_from(self.loading()))
         slot, _, leases = self.model[key]
         if fails and not leases:
             self.residency.abandon(slot)
             del self.model[key]
         else:
+            if arrives:  # a reader has filled it
+                self.table.arrive(slot)
+                assert self.residency.state(slot) is SlotState.LOADING
             self.residency.loaded(slot)
             self.model[key][1] = 0
 
@@ -143,13 +124,17 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: any(not entry[1] for entry in self.model.values()))
     @rule(data=st.data())
-    def lease_in_the_lookup(self, data: st.DataObject) -> None:
+    def lease_by_a_token_pass(self, data: st.DataObject) -> None:
         resident = sorted(key for key, entry in self.model.items() if not entry[1])
-        self.lookup.leased.add(data.draw(st.sampled_from(resident)))
+        key = data.draw(st.sampled_from(resident))
+        if key not in self.leased:
+            assert self.table.lease_arrived([key]) == [key]
+            self.leased.add(key)
 
     @rule()
-    def release_in_the_lookup(self) -> None:
-        self.lookup.leased.clear()
+    def end_the_token_pass(self) -> None:
+        self.table.release(sorted(self.leased))
+        self.leased.clear()
 
     @precondition(lambda self: self.num_open == self.residency.num_slots)
     @rule(data=st.data())
@@ -162,7 +147,7 @@ class ResidencyMachine(RuleBasedStateMachine):
     def drain(self, gives_up: bool) -> None:
         is_empty = self.residency.empty_closed_slots()
         closed = [k for k, entry in self.model.items() if entry[0] >= self.num_open]
-        in_use = [k for k in closed if self.model[k][1] or self.model[k][2] or k in self.lookup.leased]
+        in_use = [k for k in closed if self.model[k][1] or self.model[k][2] or k in self.leased]
         assert is_empty == (not in_use and all(slot < self.num_open for slot in self.reserved))
         for key in set(closed) - set(in_use):
             del self.model[key]
@@ -189,6 +174,7 @@ class ResidencyMachine(RuleBasedStateMachine):
     def agrees_with_the_model(self) -> None:
         if not hasattr(self, "model"):
             return
+        assert {slot for slot, state in enumerate(self.table.states) if state == RESERVED} == self.reserved
         slots = [entry[0] for entry in self.model.values()]
         assert len(set(slots)) == len(slots)
         for key in range(NUM_LAYERS * NUM_EXPERTS):
@@ -197,8 +183,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             if entry:
                 assert self.residency.state(entry[0]) == (SlotState.LOADING if entry[1] else SlotState.RESIDENT)
                 assert self.residency.num_leases(entry[0]) == entry[2]
-            assert (key in self.lookup.slot_of) == bool(entry)
-            assert self.lookup.slot_of.get(key) == (entry[0] if entry and not entry[1] else None)
+            assert self.table.is_leased(key) == (key in self.leased)
         assert self.residency.num_reserved == len(self.reserved)
         assert self.residency.num_resident == sum(not entry[1] for entry in self.model.values())
         assert sorted(self.residency.resident_keys()) == sorted(k for k, entry in self.model.items() if not entry[1])

@@ -44,6 +44,9 @@ class MemoryMover:
     def promote(self, slot: int) -> None:
         pass
 
+    def drain(self) -> None:
+        pass
+
     def used(self, slots: Sequence[int]) -> None:
         pass
 
@@ -81,7 +84,7 @@ def offload(
         num_device_slots=num_device_slots,
         chunk_bytes=slots_per_chunk * round_up(max(record.numel() for record in records.values()), RECORD_ALIGNMENT),
     )
-    attached.hierarchy = hierarchy = Hierarchy(pools, lambda arena: MemoryMover(records, arena), copier)
+    attached.hierarchy = hierarchy = Hierarchy(pools, lambda arena, _: MemoryMover(records, arena), copier)
     detach_parameters(layers)
     bind = HybridBinder(hierarchy, codec, hybrid) if num_device_slots else None
     bound = []

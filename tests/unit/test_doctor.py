@@ -21,10 +21,11 @@ from offload_moe.doctor.outcome import run_check
 from offload_moe.doctor.versions import check_package
 from offload_moe.errors import TransferError
 from offload_moe.memory.nvidia import Nvidia, find_nvidia
-from offload_moe.memory.record_file import RecordFile
 from offload_moe.memory.unused_card import build_of_torch
 from offload_moe.native import kernels
+from offload_moe.native.kernels import Reads
 from tests.support.cli import load_cli
+from tests.support.disk import is_direct, pread
 
 CARD = Nvidia(driver="580.1", name="NVIDIA GeForce RTX 3060", link_generation=4, lanes=16, max_lanes=16)
 GIB = 1 << 30
@@ -199,14 +200,18 @@ def test_what_memory_holds_of_a_file_does_not_make_its_disk_faster(
     path = tmp_path / "records"
     path.write_bytes(os.urandom(5 << 20))
     path.read_bytes()
-    reads: list[tuple[int | None, int]] = []
-    fill = RecordFile._fill
+    reads: list[tuple[bool, int]] = []
 
-    def watched(self: RecordFile, descriptor: int, buffer: memoryview, offset: int) -> int:
-        reads.append((descriptor == self._direct, offset))
-        return fill(self, descriptor, buffer, offset)
+    def read_at(descriptor: int, address: int, num_bytes: int, offset: int) -> int:
+        reads.append((is_direct(descriptor), offset))
+        return pread(descriptor, address, num_bytes, offset)
 
-    monkeypatch.setattr(RecordFile, "_fill", watched)
+    class WatchedReads(Reads):
+        def trust(self) -> None:
+            super().trust()
+            self.read_with(read_at)
+
+    monkeypatch.setattr(storage, "Reads", WatchedReads)
     monkeypatch.setattr(storage, "BLOCK_BYTES", 1 << 20)
     monkeypatch.setattr(storage, "MEASURE_S", 60.0)
     speed = storage.measure_read(path)

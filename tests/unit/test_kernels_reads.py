@@ -18,6 +18,7 @@ from offload_moe.quant.layout import round_up
 from tests.unit.test_native_span import NUM_EXPERTS, NUM_LAYERS, TOP_K, Run, wait
 
 NUM_KEYS, NUM_SLOTS = NUM_LAYERS * NUM_EXPERTS, 6
+FIRST = NUM_KEYS  # slot on the disk's arena; those before are the run's
 pytestmark = pytest.mark.usefixtures("best_kernels_afterwards")
 Completion = list[tuple[int, int, int, bool]]
 
@@ -34,23 +35,30 @@ class Disk:
         path.write_bytes(b"".join(self.content))
         self.checksums = [zlib.crc32(each) for each in self.content]
         self.part_bytes = part_bytes
-        run.slot_table._addresses = self.arena.addresses
+        run.addresses += self.arena.addresses
+        run.slot_table.resize(FIRST + NUM_SLOTS)
+
+    def slot(self, slot: int) -> torch.Tensor:
+        return self.arena.slot(slot - FIRST)
+
+    def bring(self, key: int, slot: int) -> None:
+        self.slot(slot).copy_(torch.frombuffer(bytearray(self.content[key]), dtype=torch.uint8))
 
     @contextmanager
     def reads(self, run: Run, num_reserved: int, least_slots: int = 0, num_threads: int = 2) -> Iterator[kernels.Reads]:
         file = RecordFile(self.path)
-        places = [
-            kernels.PlaceStruct(
-                file=0, offset=key * self.num_bytes, num_bytes=self.num_bytes, checksum=self.checksums[key]
-            )
-            for key in range(NUM_KEYS)
-        ]
         sizes = kernels.ReadSizes(
             num_threads=num_threads, part_bytes=self.part_bytes, prefetch_part_bytes=self.part_bytes
         )
-        reads = kernels.Reads(run.slot_table, [file.native()], places, sizes)
+        reads = kernels.Reads(run.slot_table, sizes)
+        reads.use_file(0, file.native())
+        for key in range(NUM_KEYS):
+            offset = key * self.num_bytes
+            place = kernels.PlaceStruct(file=0, offset=offset, num_bytes=self.num_bytes, checksum=self.checksums[key])
+            reads.place(key, place)
         reads.ask_below(least_slots)
-        for slot in range(num_reserved):
+        for slot in range(FIRST, FIRST + num_reserved):
+            run.slot_table.reserve(slot)
             reads.reserve(slot)
         yield reads
         assert reads.close()
@@ -58,7 +66,7 @@ class Disk:
 
 
 def completions_of(reads: kernels.Reads) -> Completion:
-    return [(each.key, each.slot, each.state, bool(each.was_prefetch)) for each in reads.completions()]
+    return [each[:4] for each in reads.completions()]
 
 
 def drain_completions(reads: kernels.Reads, num_completions: int) -> Completion:
@@ -99,9 +107,11 @@ def test_what_is_missing_is_fetched_without_asking(tmp_path: Path, part_bytes: i
             mine = [(slot, state, was_prefetch) for of, slot, state, was_prefetch in completions if of == key]
             slot = mine[0][0]
             assert mine == [(slot, kernels.READING, False), (slot, kernels.DONE, False)]
-            assert disk.arena.slot(slot).numpy().tobytes() == disk.content[key]
+            assert disk.slot(slot).numpy().tobytes() == disk.content[key]
         assert completions_of(reads) == []
-        assert sorted(reads.reclaim()) == sorted(set(range(NUM_SLOTS)) - {slot for _, slot, *_ in completions})
+        assert sorted(reads.reclaim()) == sorted(
+            set(range(FIRST, FIRST + NUM_SLOTS)) - {slot for _, slot, *_ in completions}
+        )
 
 
 def test_a_ride_says_that_its_slots_run_out_and_asks_for_what_it_cannot_fetch(tmp_path: Path) -> None:
@@ -113,10 +123,10 @@ def test_a_ride_says_that_its_slots_run_out_and_asks_for_what_it_cannot_fetch(tm
         run.kernel.start(run.token, run.slot_table, reads) as token_pass,
     ):
         assert wait(token_pass, 0) == (1, kernels.NEEDS_EXPERTS | kernels.NEEDS_SLOTS)
-        left = [key for key in run.chosen(1) if run.slot_table.claim(key)]
-        assert len(left) == 1
-        disk.arena.slot(5).copy_(torch.frombuffer(bytearray(disk.content[left[0]]), dtype=torch.uint8))
-        run.slot_table.publish(left[0], 5)
+        (left,) = [key for key in run.chosen(1) if run.slot_table.slots[key] < 0]
+        assert run.slot_table.admit(left, FIRST + 5)
+        disk.bring(left, FIRST + 5)
+        run.slot_table.loaded(FIRST + 5)
         assert wait(token_pass, 2)[0] == 2  # still short
         assert wait(token_pass, 3)[0] == NUM_LAYERS
     assert torch.equal(run.token.x, whole.token.x)
@@ -137,17 +147,17 @@ def test_a_read_that_fails_leaves_its_slot_to_who_has_patience(tmp_path: Path, d
         with run.kernel.start(run.token, run.slot_table, reads) as token_pass:
             completions = drain_completions(reads, 2)
             assert [(key, slot, state) for key, slot, state, _ in completions] == [
-                (missing, 0, kernels.READING),
-                (missing, 0, kernels.FAILED),
+                (missing, FIRST, kernels.READING),
+                (missing, FIRST, kernels.FAILED),
             ]
-            assert not run.slot_table.claim(missing)
+            assert run.slot_table.slots[missing] == FIRST
             assert token_pass.next(0) is None
             if is_given_up:
-                assert run.slot_table.withdraw(missing)
+                assert run.slot_table.vacate(FIRST)
                 assert wait(token_pass, 0) == (1, kernels.NEEDS_EXPERTS)
-                assert run.slot_table.claim(missing)
-            disk.arena.slot(0).copy_(torch.frombuffer(bytearray(disk.content[missing]), dtype=torch.uint8))
-            run.slot_table.publish(missing, 0)
+                assert run.slot_table.admit(missing, FIRST)
+            disk.bring(missing, FIRST)
+            run.slot_table.loaded(FIRST)
             assert wait(token_pass, 0)[0] == NUM_LAYERS
         assert list(reads.reclaim()) == []
     assert torch.equal(run.token.x, whole.token.x)
@@ -187,9 +197,9 @@ def test_prefetches_leave_the_last_slots_to_what_is_demanded(tmp_path: Path) -> 
 FORGOTTEN = """
 import gc
 from offload_moe.native import kernels
-slot_table = kernels.SlotTable(1, [0])
+slot_table = kernels.SlotTable(1, 1)
 sizes = kernels.ReadSizes(num_threads=2, part_bytes=4096, prefetch_part_bytes=4096)
-slot_table.cycle = kernels.Reads(slot_table, [], [], sizes)
+slot_table.cycle = kernels.Reads(slot_table, sizes)
 del slot_table
 gc.collect()
 """

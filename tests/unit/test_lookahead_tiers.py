@@ -9,6 +9,7 @@ from torch import nn
 from offload_moe.errors import ConfigError
 from offload_moe.experts.lookahead import DISK_DEPTH, Lookahead
 from offload_moe.experts.probe import NativeRouter, PlainRouter, RouterProbe
+from offload_moe.native.kernels import SlotTable
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import LRU
 from offload_moe.residency.prefetch import PrefetchGovernor
@@ -24,7 +25,7 @@ class FakeTier:
 
     def __init__(self, num_slots: int = 64) -> None:
         self.prefetched: dict[int, list[int]] = {}
-        self.residency = Residency(num_slots, LRU())
+        self.residency = Residency(SlotTable(self.keys.total, num_slots), LRU())
 
     def prefetch(self, layer: int, experts: Sequence[int], keep: Collection[int] = ()) -> int:
         self.prefetched[layer] = list(experts)

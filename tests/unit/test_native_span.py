@@ -100,6 +100,10 @@ def test_a_shared_expert_is_added_as_much_as_its_gate_says(has_gate: bool) -> No
     assert torch.allclose(out, 1 + share * alone, rtol=1e-5, atol=1e-6)
 
 
+def slot_of(key: int) -> int:
+    return NUM_LAYERS * NUM_EXPERTS - 1 - key
+
+
 class Run:
     """A row of layers whose experts lie in slots in reverse order."""
 
@@ -114,7 +118,8 @@ class Run:
         ]
         self.kernel = kernels.SpanKernel(runs, hidden=HIDDEN, num_experts=NUM_EXPERTS, top_k=TOP_K)
         records = [record for layer in self.layers for record in layer.experts.records]
-        self.slot_table = kernels.SlotTable(len(records), [record.data_ptr() for record in reversed(records)])
+        self.addresses = [record.data_ptr() for record in reversed(records)]
+        self.slot_table = kernels.SlotTable(len(records), len(records), self.addresses)
         for key in set(range(len(records))) - set(absent):
             self.bring(key)
         rooms = [(layer.keys, layer.values, LENGTH) for layer in self.layers]
@@ -122,7 +127,8 @@ class Run:
         self.token = kernels.SpanToken(one_token(), rooms, rotary(), **shape, ranks=ranks)
 
     def bring(self, key: int) -> None:
-        self.slot_table.publish(key, NUM_LAYERS * NUM_EXPERTS - 1 - key)
+        self.slot_table.admit(key, slot_of(key))
+        self.slot_table.loaded(slot_of(key))
 
     def chosen(self, layer: int) -> list[int]:
         """Keys, once the router has spoken."""
@@ -194,8 +200,8 @@ def test_what_a_run_computes_with_cannot_be_withdrawn() -> None:
     run = Run(absent=[missing])
     with run.kernel.start(run.token, run.slot_table) as token_pass:
         assert wait(token_pass, 0) == (1, kernels.NEEDS_EXPERTS)
-        assert all(run.slot_table.is_leased(key) and not run.slot_table.withdraw(key) for key in others)
-        assert all(run.slot_table.withdraw(key) for key in run.chosen(0))
+        assert all(run.slot_table.is_leased(key) and not run.slot_table.vacate(slot_of(key)) for key in others)
+        assert all(run.slot_table.vacate(slot_of(key)) for key in run.chosen(0))
         run.bring(missing)
         assert wait(token_pass, 2) == (NUM_LAYERS, 0)
     assert torch.equal(run.token.x, whole.token.x)
@@ -212,13 +218,28 @@ def test_a_ride_that_is_left_stops_where_it_waits() -> None:
     assert not any(run.slot_table.is_leased(key) for key in range(NUM_LAYERS * NUM_EXPERTS))
 
 
-def test_an_expert_is_claimed_once() -> None:
-    slot_table = Run(absent=[3]).slot_table
-    assert not slot_table.claim(2)
-    assert slot_table.claim(3)
-    assert not slot_table.claim(3)
-    assert slot_table.withdraw(3)
-    assert slot_table.claim(3)
+def test_an_expert_is_admitted_once() -> None:
+    slot_table, slot = Run(absent=[3]).slot_table, slot_of(3)
+    assert not slot_table.admit(2, slot)
+    assert slot_table.admit(3, slot)
+    assert not slot_table.admit(3, slot)
+    assert slot_table.vacate(slot)
+    assert slot_table.admit(3, slot)
+
+
+def test_a_table_that_grows_and_shrinks_keeps_its_slots() -> None:
+    slot_table = kernels.SlotTable(4, 2)
+    assert slot_table.admit(3, 1)
+    slot_table.loaded(1)
+    slot_table.resize(300)
+    assert slot_table.admit(0, 299)
+    assert slot_table.lease_arrived([0, 1, 2, 3]) == [3]
+    assert not slot_table.vacate(1)
+    slot_table.release([3])
+    assert slot_table.vacate(1)
+    assert slot_table.vacate(299)
+    slot_table.resize(1)
+    assert (slot_table.num_slots, [*slot_table.slots]) == (1, [-1] * 4)
 
 
 def test_a_run_asks_the_next_layers_and_notes_what_was_there() -> None:

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from offload_moe.memory.workers import TransferWorkers
+from offload_moe.native.kernels import SlotTable
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import make_policy
 from offload_moe.residency.prefetch import BLOCK_TOKENS, NUM_BLOCKS, SETTLED_TOKENS, PrefetchGovernor
@@ -71,10 +72,10 @@ def test_demands_overtake_prefetches_and_a_hurried_prefetch_is_a_demand() -> Non
     order: list[str] = []
     gate = threading.Event()
     workers = TransferWorkers(1, "test")
-    workers.submit(0, [gate.wait], is_prefetch=False)
+    workers.submit(0, gate.wait, is_prefetch=False)
     for slot, name in ((1, "first"), (2, "second"), (3, "third")):
-        workers.submit(slot, [lambda name=name: order.append(name)], is_prefetch=True)
-    workers.submit(4, [lambda: order.append("demand")], is_prefetch=False)
+        workers.submit(slot, lambda name=name: order.append(name), is_prefetch=True)
+    workers.submit(4, lambda: order.append("demand"), is_prefetch=False)
     workers.promote(3)
     gate.set()
     deadline = time.monotonic() + 10
@@ -84,12 +85,25 @@ def test_demands_overtake_prefetches_and_a_hurried_prefetch_is_a_demand() -> Non
     assert order == ["demand", "third", "first", "second"]
 
 
+def test_a_prefetch_can_be_cancelled_until_it_runs() -> None:
+    gate, begun = threading.Event(), threading.Event()
+    workers = TransferWorkers(1, "test")
+    workers.submit(0, lambda: (begun.set(), gate.wait())[0], is_prefetch=True)
+    workers.submit(1, gate.wait, is_prefetch=True)
+    assert begun.wait(10)
+    assert not workers.cancel(0)
+    assert workers.cancel(1)
+    assert not workers.cancel(1)
+    gate.set()
+    workers.close()
+
+
 def test_prefetches_leave_a_thread_to_demands() -> None:
     gate, demanded = threading.Event(), threading.Event()
     workers = TransferWorkers(2, "test")
     for slot in range(5):
-        workers.submit(slot, [gate.wait], is_prefetch=True)
-    workers.submit(9, [demanded.set], is_prefetch=False)
+        workers.submit(slot, gate.wait, is_prefetch=True)
+    workers.submit(9, demanded.set, is_prefetch=False)
     assert demanded.wait(10)
     gate.set()
     workers.close()
@@ -102,14 +116,14 @@ import atexit, threading, time
 atexit.register(lambda: print([t.name for t in threading.enumerate() if t.name.startswith("reader")]))
 from offload_moe.memory.workers import TransferWorkers
 from offload_moe.residency.keys import ExpertKeys
-TransferWorkers(2, "reader").submit(0, [lambda: time.sleep(0.2)], is_prefetch=False)
+TransferWorkers(2, "reader").submit(0, lambda: time.sleep(0.2), is_prefetch=False)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (run.returncode, run.stdout.strip()) == (0, "[]")
 
 
 def test_what_is_kept_is_not_evicted() -> None:
-    residency = Residency(2, make_policy("lru", ExpertKeys([9]), num_slots=2))
+    residency = Residency(SlotTable(9, 2), make_policy("lru", ExpertKeys([9]), num_slots=2))
     for key in (0, 1):
         slot = residency.admit(key)
         assert slot is not None

@@ -3,19 +3,19 @@
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
 from offload_moe.errors import TransferError
-from offload_moe.memory.mover import Arrived
+from offload_moe.memory.mover import Arrived, Mover
+from offload_moe.memory.transfers import Transfers
 from offload_moe.memory.waiting import STEP_S
-from offload_moe.native.kernels import DROPPED, READING, Reads
+from offload_moe.native.kernels import DONE, DROPPED, FAILED, READING, Completion, SlotTable
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import make_policy
-from offload_moe.residency.reserved import ReservedSlots
+from offload_moe.residency.reserved import PassAccounts, ReservedSlots
 from offload_moe.residency.residency import Residency
 from offload_moe.residency.scheduler import Scheduler
 from offload_moe.residency.tier import FILL_DEPTH
@@ -52,6 +52,9 @@ class ManualMover:
     def promote(self, slot: int) -> None:
         pass
 
+    def drain(self) -> None:
+        pass
+
     def used(self, slots: Sequence[int]) -> None:
         self.num_used += len(slots)
 
@@ -75,9 +78,10 @@ class ThreadMover(ManualMover):
         arrived(slot, 100, None)
 
 
-def make_scheduler(num_slots: int, mover: ManualMover, **options: Any) -> Scheduler:
+def make_scheduler(num_slots: int, mover: Mover, **options: Any) -> Scheduler:
     policy = make_policy("lru", ExpertKeys([NUM_EXPERTS] * NUM_LAYERS), num_slots=num_slots)
-    return Scheduler(Residency(num_slots, policy), mover, keys=ExpertKeys([NUM_EXPERTS] * NUM_LAYERS), **options)
+    table = SlotTable(NUM_LAYERS * NUM_EXPERTS, num_slots)
+    return Scheduler(Residency(table, policy), mover, keys=ExpertKeys([NUM_EXPERTS] * NUM_LAYERS), **options)
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3, 7, 32])
@@ -382,12 +386,46 @@ def test_a_demand_finds_room_during_a_warm_start() -> None:
         assert [[expert for expert, _ in wave] for wave in lease] == [[0]]
 
 
-class LentSlots:
-    """Slots that runs would fill, and what became of a guess after its run had ended."""
+class ScriptedReader:
+    """A reader in which reads end when, and as, the test says; token passes fetch by hand, too."""
 
     def __init__(self) -> None:
+        self.table: SlotTable | None = None
         self.reserved: list[int] = []
-        self.untold: list[SimpleNamespace] = []
+        self.submitted: list[tuple[int, int]] = []
+        self.told: list[Completion] = []
+
+    @property
+    def num_completions(self) -> int:
+        return len(self.told)
+
+    def completions(self) -> list[Completion]:
+        told, self.told = self.told, []
+        return told
+
+    def tell(self, *completions: Completion) -> None:
+        """This happens to slots, in the table, too."""
+        assert self.table is not None
+        for completion in completions:
+            if completion.state == READING:
+                assert self.table.admit(completion.key, completion.slot)
+            elif completion.state == DROPPED:
+                self.table.reserve(completion.slot)
+            elif completion.state == DONE:
+                self.table.arrive(completion.slot)
+        self.told += completions
+
+    def submit(self, key: int, slot: int, *, is_prefetch: bool = False) -> None:
+        self.submitted.append((key, slot))
+
+    def demand(self, key: int) -> None:
+        pass
+
+    def cancel(self, key: int) -> bool:
+        return False
+
+    def num_bytes(self, key: int) -> int:
+        return 100
 
     def reserve(self, slot: int) -> None:
         self.reserved.append(slot)
@@ -395,27 +433,67 @@ class LentSlots:
     def ask_below(self, least_slots: int) -> None:
         pass
 
-    def reclaim(self) -> Iterator[int]:
-        while self.reserved:
-            yield self.reserved.pop()
+    def reclaim(self) -> list[int]:
+        slots, self.reserved = self.reserved, []
+        return slots
 
-    def completions(self) -> list[SimpleNamespace]:
-        told, self.untold = self.untold, []
-        return told
+
+def scripted(num_slots: int, **options: Any) -> tuple[Scheduler, ScriptedReader, ReservedSlots]:
+    """A scheduler, its reader, and slots for token passes."""
+    reader, changed = ScriptedReader(), threading.Condition()
+    transfers = Transfers(reader, changed)
+    scheduler = make_scheduler(num_slots, transfers, changed=changed, **options)
+    transfers.account_to(PassAccounts(scheduler))
+    reader.table = scheduler.residency.table
+    scheduler.reserved = reserved = ReservedSlots(scheduler, reader)
+    return scheduler, reader, reserved
 
 
 def test_a_pool_shrinks_though_a_guess_is_dropped_after_its_run() -> None:
-    scheduler = make_scheduler(8, ManualMover(8), stall_limit_s=0.5)
-    reads = LentSlots()
-    scheduler.reserved = reserved = ReservedSlots(scheduler, cast(Reads, reads))
+    scheduler, reader, reserved = scripted(8, stall_limit_s=0.5)
     for slot in range(8):
         scheduler.residency.reserve(may_evict=False)
-        reads.reserve(slot)
-    guessed = reads.reserved.pop()
-    reads.untold.append(SimpleNamespace(key=3, slot=guessed, state=READING, was_prefetch=1))
+        reader.reserve(slot)
+    guessed = reader.reserved.pop()
+    reader.tell(Completion(3, guessed, READING, was_prefetch=True))
     reserved.reclaim()  # the run has ended
-    reads.untold.append(SimpleNamespace(key=3, slot=guessed, state=DROPPED, was_prefetch=1))
-    reads.reserve(guessed)
+    reader.tell(Completion(3, guessed, DROPPED, was_prefetch=True))
+    reader.reserve(guessed)
     scheduler.shrink(guessed)
     assert scheduler.residency.num_slots == guessed == 7
     assert scheduler.residency.num_reserved == 0
+
+
+def test_a_slot_that_was_dropped_and_filled_again_before_anybody_looked_is_entered_in_order() -> None:
+    scheduler, reader, _ = scripted(4)
+    scheduler.residency.reserve(may_evict=False)
+    reader.tell(
+        Completion(3, 0, READING, was_prefetch=True),
+        Completion(3, 0, DROPPED, was_prefetch=True),
+        Completion(5, 0, READING),
+        Completion(5, 0, DONE),
+    )
+    with scheduler.acquire(0, [5]) as lease:
+        assert [list(wave) for wave in lease] == [[(5, 0)]]
+    counters = scheduler.counters
+    assert (counters.num_hits, counters.disk_bytes) == (1, 100)
+    assert (counters.num_prefetches, counters.num_cancelled_prefetches) == (1, 1)
+
+
+def test_a_read_of_a_token_pass_that_has_failed_frees_its_slot() -> None:
+    scheduler, reader, _ = scripted(4)
+    scheduler.residency.reserve(may_evict=False)
+    reader.tell(Completion(3, 0, READING), Completion(3, 0, FAILED, error=5))
+    with scheduler.changed:
+        scheduler.drain_completions()
+    assert (scheduler.residency.find(3), scheduler.residency.num_free) == (None, 4)
+
+
+def test_a_read_that_has_failed_fails_whoever_waits_for_it() -> None:
+    scheduler, reader, _ = scripted(4)
+    with scheduler.acquire(0, [3]) as lease:
+        ((key, slot),) = reader.submitted
+        reader.tell(Completion(key, slot, FAILED, error=5))
+        with pytest.raises(TransferError, match="record 3 failed"):
+            list(lease)
+    assert scheduler.residency.num_free == 4

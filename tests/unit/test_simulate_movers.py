@@ -2,6 +2,8 @@
 
 import pytest
 
+from offload_moe.memory.transfers import Transfers
+from offload_moe.native.kernels import SlotTable
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import make_policy
 from offload_moe.residency.residency import Residency
@@ -11,6 +13,7 @@ from offload_moe.simulate.clock import VirtualClock, VirtualCondition
 from offload_moe.simulate.disk import VirtualDisk
 from offload_moe.simulate.link import VirtualLink
 from offload_moe.simulate.processor import DeviceProcessor, Processor
+from offload_moe.simulate.reader import VirtualReader
 
 MB = 1_000_000
 WHOLE = 1 << 40  # records are read in one part
@@ -27,11 +30,16 @@ class Arrivals:
         self.at[slot] = self._clock.now
 
 
+def mover_of(clock: VirtualClock, model: DiskModel, record_bytes: int, table: SlotTable | None = None) -> Transfers:
+    disk = VirtualDisk(clock, model, record_bytes)
+    return VirtualReader(table or SlotTable(8, 8), disk, VirtualCondition(clock)).transfers
+
+
 def read(
     model: DiskModel, record_bytes: int, demands: int, prefetches: int = 0, hurry: int | None = None
 ) -> list[float]:
     clock = VirtualClock()
-    disk, arrivals = VirtualDisk(clock, model, record_bytes), Arrivals(clock)
+    disk, arrivals = mover_of(clock, model, record_bytes), Arrivals(clock)
     for slot in range(demands + prefetches):
         disk.start(slot, slot, arrivals, is_prefetch=slot >= demands)
     if hurry is not None:
@@ -71,23 +79,10 @@ def test_prefetches_leave_half_of_the_readers_to_demands_and_one_that_is_demande
     assert read(model, 10 * MB, 0, prefetches=3, hurry=2) == pytest.approx([0.3] * 3)
 
 
-def test_reads_that_python_begins_take_turns_and_native_ones_do_not() -> None:
-    model = DiskModel(bytes_per_s=1e15, latency_s=0.01, part_bytes=WHOLE, turn_s=0.1)
-    assert read(model, MB, 3) == pytest.approx([0.11, 0.21, 0.31])
-    clock = VirtualClock()
-    disk, arrivals = VirtualDisk(clock, model, MB), Arrivals(clock)
-    disk.start(0, 0, arrivals)
-    for slot in (1, 2):
-        disk.fetch(slot, slot, arrivals)
-    while clock.run_next():
-        pass
-    assert [arrivals.at[slot] for slot in range(3)] == pytest.approx([0.11, 0.01, 0.01])
-
-
 def test_only_the_first_read_of_an_expert_is_checked() -> None:
     clock = VirtualClock()
     model = DiskModel(bytes_per_s=100 * MB, check_bytes_per_s=50 * MB, latency_s=0.0, part_bytes=WHOLE)
-    disk, first, second = VirtualDisk(clock, model, 10 * MB), Arrivals(clock), Arrivals(clock)
+    disk, first, second = mover_of(clock, model, 10 * MB), Arrivals(clock), Arrivals(clock)
     disk.start(7, 0, first)
     while clock.run_next():
         pass
@@ -100,10 +95,11 @@ def test_only_the_first_read_of_an_expert_is_checked() -> None:
 def test_a_copy_waits_for_the_disk_the_link_and_the_readers_of_its_slot() -> None:
     clock = VirtualClock()
     processor = DeviceProcessor(clock)
-    reader = VirtualDisk(clock, DiskModel(bytes_per_s=100 * MB, latency_s=0.0, part_bytes=WHOLE), 10 * MB)
-    keys = ExpertKeys([8])
-    residency = Residency(8, make_policy("lru", keys, num_slots=8))
-    ram = Scheduler(residency, reader, keys=keys, clock=clock, changed=VirtualCondition(clock))
+    keys, table = ExpertKeys([8]), SlotTable(8, 8)
+    reader = mover_of(clock, DiskModel(bytes_per_s=100 * MB, latency_s=0.0, part_bytes=WHOLE), 10 * MB, table)
+    residency = Residency(table, make_policy("lru", keys, num_slots=8))
+    changed = reader.changed
+    ram = Scheduler(residency, reader, keys=keys, clock=clock, changed=changed)
     link = VirtualLink(clock, LinkModel(bytes_per_s=1000 * MB, latency_s=0.001), ram, processor, 10 * MB)
     arrivals = Arrivals(clock)
     processor.run(0.0, 0.5)

@@ -7,9 +7,8 @@ import torch
 
 from offload_moe.errors import TransferError
 from offload_moe.memory.arena import Arena
-from offload_moe.memory.disk import DiskMover
 from offload_moe.store import Record
-from tests.support.disk import read
+from tests.support.disk import disk_mover, read
 
 RECORD = 8192
 
@@ -35,7 +34,7 @@ def test_records_arrive_whole(tmp_path: Path) -> None:
     content = torch.randint(0, 256, (5 * RECORD,), dtype=torch.uint8)
     path.write_bytes(content.numpy().tobytes())
     arena = Arena(num_slots=2, slot_bytes=RECORD)
-    mover = DiskMover(arena, lambda key: record(path, key))
+    mover = disk_mover(arena, lambda key: record(path, key))
     for key in (4, 0, 2):
         assert read(mover, key, key % 2) == (RECORD, None)
         assert torch.equal(arena.slot(key % 2), content[key * RECORD : (key + 1) * RECORD])
@@ -45,7 +44,7 @@ def test_records_arrive_whole(tmp_path: Path) -> None:
 def test_a_short_file_names_the_file_and_the_offset(tmp_path: Path) -> None:
     path = tmp_path / "experts.bin"
     path.write_bytes(b"x" * (RECORD + 100))
-    mover = DiskMover(Arena(1, RECORD), lambda key: record(path, key))
+    mover = disk_mover(Arena(1, RECORD), lambda key: record(path, key))
     num_bytes, error = read(mover, 1, 0)
     assert num_bytes == 0
     assert isinstance(error, TransferError)
@@ -57,7 +56,7 @@ def test_a_short_file_names_the_file_and_the_offset(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_a_transfer_error(tmp_path: Path) -> None:
     path = tmp_path / "gone.bin"
-    mover = DiskMover(Arena(1, RECORD), lambda key: record(path, key))
+    mover = disk_mover(Arena(1, RECORD), lambda key: record(path, key))
     _, error = read(mover, 0, 0)
     assert isinstance(error, TransferError)
     mover.close()
@@ -68,7 +67,7 @@ def test_a_flipped_bit_is_refused_with_file_and_offset(tmp_path: Path) -> None:
     path.write_bytes(bytes(3 * RECORD))
     records = [record(path, key) for key in range(3)]
     path.write_bytes(bytes(RECORD) + b"\x01" + bytes(2 * RECORD - 1))
-    mover = DiskMover(Arena(1, RECORD), records.__getitem__)
+    mover = disk_mover(Arena(1, RECORD), records.__getitem__)
     _, error = read(mover, 1, 0)
     assert isinstance(error, TransferError)
     assert "expert 1" in str(error)

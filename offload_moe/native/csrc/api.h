@@ -118,17 +118,21 @@
     FIELD(T, int32_t, file, ) \
     FIELD(T, uint32_t, checksum, )
 
-/* A change of a fetch: it has begun (OM_READING), its expert is resident (OM_DONE), its slot is reserved again
- * (OM_DROPPED), or the slot belongs to Python, which reads the expert again (OM_FAILED). */
+/* A change of a read: a token pass has begun it (OM_READING), its expert is resident (OM_DONE), its slot is reserved again
+ * (OM_DROPPED), or it has failed and the slot belongs to Python, which may submit it again (OM_FAILED). */
 #define OM_COMPLETION_FIELDS(FIELD, T) \
     FIELD(T, int64_t, key, ) \
-    FIELD(T, int32_t, slot, ) FIELD(T, int32_t, state, ) FIELD(T, int32_t, was_prefetch, )
+    FIELD(T, int64_t, start, ) FIELD(T, int64_t, num_wanted, ) FIELD(T, int64_t, num_read, ) /* of the part that failed */ \
+    FIELD(T, int32_t, slot, ) FIELD(T, int32_t, state, ) FIELD(T, int32_t, was_prefetch, ) \
+    FIELD(T, int32_t, error, ) /* an errno, OM_SHORT_READ or OM_WRONG_CHECKSUM; 0 where nothing has failed */ \
+    FIELD(T, int32_t, was_direct, ) /* whether it failed around the page cache */
 
 #define OM_READS_OPTIONS_FIELDS(FIELD, T) \
     FIELD(T, int64_t, part_bytes, ) FIELD(T, int64_t, prefetch_part_bytes, ) \
-    FIELD(T, const om_place *, places, ) /* by key */ \
-    FIELD(T, om_file *, files, ) \
+    FIELD(T, int64_t, num_keys, ) \
+    FIELD(T, const om_place *, places, ) /* by key; of no bytes where it is not known yet: token passes fetch none of those */ \
     FIELD(T, uint8_t *, is_checked, ) /* by key: whether its checksum was compared */ \
+    FIELD(T, int64_t *, counts, ) /* [2]: completions to drain, calls of `om_reads_wake` */ \
     FIELD(T, int32_t, num_threads, )
 
 /* X experts of the pool, M remembered tokens, D features. */
@@ -200,18 +204,31 @@
                                   float *keys, float *values, int64_t capacity, int64_t length, float *residual, \
                                   float *normed, float *logits, float *weights, int64_t *ids)) \
     FUNCTION(int, om_add_shared, (const om_shared *shared, const float *x, float *out)) \
-    FUNCTION(om_slot_table *, om_slot_table_open, (const uint8_t **records, int32_t *leases)) \
+    FUNCTION(om_slot_table *, om_slot_table_open, (const uint8_t **records, int32_t *leases, int32_t *slots)) \
     FUNCTION(void, om_slot_table_close, (om_slot_table *slot_table)) \
-    FUNCTION(int, om_slot_table_claim, (om_slot_table *slot_table, int64_t key)) \
-    FUNCTION(void, om_slot_table_publish, (om_slot_table *slot_table, int64_t key, const uint8_t *record)) \
-    FUNCTION(int, om_slot_table_withdraw, (om_slot_table *slot_table, int64_t key)) \
+    FUNCTION(void, om_slot_table_resize, (om_slot_table *slot_table, int64_t *keys, uint8_t *states, int64_t num_slots)) \
+    FUNCTION(int, om_slot_table_admit, (om_slot_table *slot_table, int64_t key, int32_t slot)) \
+    FUNCTION(void, om_slot_table_arrived, (om_slot_table *slot_table, int32_t slot, const uint8_t *record)) \
+    FUNCTION(void, om_slot_table_loaded, (om_slot_table *slot_table, int32_t slot, const uint8_t *record)) \
+    FUNCTION(int, om_slot_table_vacate, (om_slot_table *slot_table, int32_t slot, int32_t state)) \
+    FUNCTION(void, om_slot_table_lease, (om_slot_table *slot_table, const int64_t *keys, int64_t num_keys, uint8_t *is_here)) \
+    FUNCTION(void, om_slot_table_release, (om_slot_table *slot_table, const int64_t *keys, int64_t num_keys)) \
     FUNCTION(om_reads *, om_reads_open, (om_slot_table *slot_table, const om_reads_options *options)) \
     FUNCTION(int, om_reads_close, (om_reads *reads, double limit_s)) \
+    FUNCTION(void, om_reads_leave, (om_reads *reads)) \
+    FUNCTION(int, om_reads_use_file, (om_reads *reads, int32_t number, const om_file *file)) \
+    FUNCTION(void, om_reads_read_with, (om_reads *reads, om_read_at *read_at)) \
+    FUNCTION(int, om_reads_submit, (om_reads *reads, int64_t key, int32_t slot, uint8_t *record, int is_prefetch)) \
+    FUNCTION(void, om_reads_demand, (om_reads *reads, int64_t key)) \
+    FUNCTION(int, om_reads_cancel, (om_reads *reads, int64_t key)) \
     FUNCTION(void, om_reads_reserve, (om_reads *reads, int32_t slot, uint8_t *record)) \
     FUNCTION(void, om_reads_ask_below, (om_reads *reads, int32_t least_spares)) \
-    FUNCTION(void, om_reads_demand, (om_reads *reads, int64_t key)) \
     FUNCTION(int32_t, om_reads_reclaim, (om_reads *reads)) \
     FUNCTION(int64_t, om_reads_completions, (om_reads *reads, om_completion *completions, int64_t room)) \
+    FUNCTION(void, om_reads_wait, (om_reads *reads, int64_t num_wakes, double limit_s)) \
+    FUNCTION(void, om_reads_wake, (om_reads *reads)) \
+    FUNCTION(int, om_reads_attend, (om_reads *reads, double limit_s)) \
+    FUNCTION(void, om_reads_notice, (om_reads *reads)) \
     FUNCTION(int64_t, om_span_pass, (const om_span *span, const om_span_token *token, om_slot_table *slot_table)) \
     FUNCTION(om_pass *, om_pass_start, (const om_span *span, const om_span_token *token, om_slot_table *slot_table, \
                                         om_reads *reads)) \
@@ -223,7 +240,9 @@ enum { OM_NF4 = 0, OM_INT8 = 1, OM_MXFP4 = 2, OM_BF16 = 3, OM_FP32 = 4 };
 enum { OM_EXACT = 0, OM_FAST = 1 };
 enum { OM_F32 = 0, OM_BF16_VALUES = 1 };
 enum { OM_SILU = 0, OM_GELU = 1, OM_GELU_TANH = 2, OM_GPT_OSS = 3, OM_RELU = 4, OM_RELU2 = 5, OM_IDENTITY = 6 };
+enum { OM_SLOT_FREE = 0, OM_SLOT_LOADING = 1, OM_SLOT_RESIDENT = 2, OM_SLOT_RESERVED = 3, OM_SLOT_ARRIVED = 4 };
 enum { OM_READING = 1, OM_DONE = 2, OM_DROPPED = 3, OM_FAILED = 4 };
+enum { OM_SHORT_READ = -1, OM_WRONG_CHECKSUM = -2 }; /* beside the numbers of errno */
 /* Which dims of a rotated part turn together, and where they are afterwards. */
 enum { OM_HALVES = 0, OM_PAIRS_TO_HALVES = 1, OM_PAIRS = 2 };
 /* How an expert was found when it was chosen, or guessed. */
@@ -245,7 +264,10 @@ enum { OM_UNDER_WAY = -2 };
     CONSTANT(OM_SILU) CONSTANT(OM_GELU) CONSTANT(OM_GELU_TANH) CONSTANT(OM_GPT_OSS) CONSTANT(OM_RELU) CONSTANT(OM_RELU2) \
     CONSTANT(OM_IDENTITY) \
     CONSTANT(OM_HALVES) CONSTANT(OM_PAIRS_TO_HALVES) CONSTANT(OM_PAIRS) \
+    CONSTANT(OM_SLOT_FREE) CONSTANT(OM_SLOT_LOADING) CONSTANT(OM_SLOT_RESIDENT) CONSTANT(OM_SLOT_RESERVED) \
+    CONSTANT(OM_SLOT_ARRIVED) \
     CONSTANT(OM_READING) CONSTANT(OM_DONE) CONSTANT(OM_DROPPED) CONSTANT(OM_FAILED) \
+    CONSTANT(OM_SHORT_READ) CONSTANT(OM_WRONG_CHECKSUM) \
     CONSTANT(OM_HIT) CONSTANT(OM_ARRIVING) CONSTANT(OM_MISSING) CONSTANT(OM_FETCHED) \
     CONSTANT(OM_NEEDS_EXPERTS) CONSTANT(OM_NEEDS_SLOTS) CONSTANT(OM_UNDER_WAY) \
     CONSTANT(OM_BLOCK) CONSTANT(OM_MAX_TOP_K) CONSTANT(OM_MAX_SCORED) CONSTANT(OM_MAX_ROTATED)
@@ -253,6 +275,9 @@ enum { OM_UNDER_WAY = -2 };
 typedef struct om_slot_table om_slot_table; /* these Python keeps by address */
 typedef struct om_reads om_reads;
 typedef struct om_pass om_pass;
+
+/* Reads at an offset. Returns bytes, fewer at the end of the file, or a negative number of errno. */
+typedef int64_t om_read_at(int32_t descriptor, uint8_t *to, int64_t num_bytes, int64_t offset);
 
 #define OM_DECLARE_FIELD(T, type, name, dimension) type name dimension;
 #define OM_DECLARE_STRUCT(T, FIELDS) \

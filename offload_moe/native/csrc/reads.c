@@ -1,61 +1,94 @@
 /* Records are read in parts, demanded ones first, by threads of their own; see `memory/disk.py` for the sizes of parts.
  *
- * A read that fails is not tried again here: the expert stays on its way until the other side, which is told, has tried. */
+ * A demand overtakes prefetches between their parts, also those that have begun; prefetches never take all threads.
+ * A read that fails is not tried again here, but for a wrong checksum: the expert stays on its way until Python, which
+ * drains the completion, has tried or given up. */
 #define _GNU_SOURCE
 #include "reads.h"
 
+#include "completions.h"
 #include "deadline.h"
+#include "fetches.h"
 
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
-#define MAX_FETCHES 128
-#define PAGE 4096
-
-enum { NOTHING = 0 }; /* or OM_READING ... */
-
-typedef struct {
-    uint8_t *record;
-    int64_t key, sequence, next; /* next: the first byte that is not asked for yet */
-    int32_t slot, num_running;
-    uint8_t state, is_prefetch, was_prefetch, is_told, is_wrong, is_checked, has_failed; /* is_checked: or being so */
-} om_fetch;
+#define MAX_SPARES 128
 
 struct om_reads {
     om_slot_table *slot_table;
     om_reads_options options;
     pthread_cond_t work, ended;
-    om_fetch fetches[MAX_FETCHES];
-    int64_t num_fetched;
+    om_queue demands, prefetches; /* with parts to begin, the oldest first */
+    om_fetch **fetches;           /* by key, until they have ended */
+    om_file *files;
+    om_read_at *read_at;
+    om_completions completions;
+    int64_t num_files;
     int32_t num_threads, num_prefetching, num_spares, least_spares, is_closed, num_users;
     struct {
         uint8_t *record;
         int32_t slot;
-    } spares[MAX_FETCHES];
+    } spares[MAX_SPARES];
 };
 
-static int64_t bytes_of(const om_reads *reads, const om_fetch *fetch) { return reads->options.places[fetch->key].num_bytes; }
+static void lock(om_reads *reads) { pthread_mutex_lock(&reads->slot_table->lock); }
+static void unlock(om_reads *reads) { pthread_mutex_unlock(&reads->slot_table->lock); }
+
+static om_queue *queue_of(om_reads *reads, const om_fetch *fetch) { return fetch->is_prefetch ? &reads->prefetches : &reads->demands; }
+
+static void forget(om_reads *reads, om_fetch *fetch) {
+    om_withdraw(queue_of(reads, fetch), fetch);
+    reads->fetches[fetch->key] = NULL;
+    free(fetch);
+}
 
 int om_reads_are_short(const om_reads *reads) { return reads->num_spares < reads->least_spares; }
 
 void om_reads_use(om_reads *reads) {
-    pthread_mutex_lock(&reads->slot_table->lock);
+    lock(reads);
     reads->num_users++;
-    pthread_mutex_unlock(&reads->slot_table->lock);
+    unlock(reads);
 }
 
-void om_reads_leave(om_reads *reads) {
-    pthread_mutex_lock(&reads->slot_table->lock);
+/* Called by the opener, by each token pass and by each thread at its end; the last call frees them. */
+OM_EXPORT void om_reads_leave(om_reads *reads) {
+    lock(reads);
     const int is_used = --reads->num_users > 0;
-    pthread_mutex_unlock(&reads->slot_table->lock);
+    unlock(reads);
     if (is_used) return;
+    if (reads->fetches != NULL)
+        for (int64_t key = 0; key < reads->options.num_keys; key++) free(reads->fetches[key]);
     om_slot_table_close(reads->slot_table);
     pthread_cond_destroy(&reads->work);
     pthread_cond_destroy(&reads->ended);
+    om_completions_destroy(&reads->completions);
+    free(reads->fetches);
+    free(reads->files);
     free(reads);
+}
+
+static om_fetch *begin(om_reads *reads, int64_t key, int32_t slot, uint8_t *record, int is_prefetch, int is_of_pass) {
+    om_fetch *fetch = calloc(1, sizeof *fetch);
+    if (fetch == NULL || !om_completions_fit(&reads->completions)) {
+        free(fetch);
+        return NULL;
+    }
+    *fetch = (om_fetch){.record = record, .key = key, .slot = slot, .is_of_pass = (uint8_t)is_of_pass,
+                        .is_prefetch = (uint8_t)is_prefetch, .was_prefetch = (uint8_t)is_prefetch};
+    reads->fetches[key] = fetch;
+    om_slot_table_begin(reads->slot_table, key, slot);
+    om_append(queue_of(reads, fetch), fetch);
+    pthread_cond_signal(&reads->work); /* all of them at once would take the cores from those who compute */
+    return fetch;
+}
+
+static void complete(om_reads *reads, const om_fetch *fetch, int32_t state) {
+    const om_part *part = &fetch->failure;
+    const om_completion completion = {.key = fetch->key, .slot = fetch->slot, .state = state, .was_prefetch = fetch->was_prefetch,
+                                      .error = part->error, .was_direct = part->was_direct, .start = part->start,
+                                      .num_wanted = part->num_wanted, .num_read = part->num_read};
+    om_completions_add(&reads->completions, &completion, !fetch->is_of_pass || state == OM_FAILED);
 }
 
 static void give_spare(om_reads *reads, int32_t slot, uint8_t *record) {
@@ -66,148 +99,138 @@ static void give_spare(om_reads *reads, int32_t slot, uint8_t *record) {
 int om_reads_fetch(om_reads *reads, int64_t key, int is_prefetch) {
     /* the last spares are for what is demanded */
     if (reads->is_closed || reads->num_spares <= (is_prefetch ? reads->least_spares / 2 : 0)) return 0;
-    for (int at = 0; at < MAX_FETCHES; at++) {
-        om_fetch *fetch = reads->fetches + at;
-        if (fetch->state != NOTHING) continue;
-        reads->num_spares--;
-        *fetch = (om_fetch){.record = reads->spares[reads->num_spares].record,
-                            .slot = reads->spares[reads->num_spares].slot,
-                            .key = key,
-                            .sequence = reads->num_fetched++,
-                            .state = OM_READING,
-                            .is_prefetch = (uint8_t)is_prefetch,
-                            .was_prefetch = (uint8_t)is_prefetch};
-        reads->slot_table->records[key] = OM_COMING;
-        pthread_cond_signal(&reads->work); /* all of them at once would take the cores from those who compute */
-        return 1;
-    }
-    return 0;
+    if (reads->options.places[key].num_bytes == 0) return 0;
+    const int at = reads->num_spares - 1;
+    om_fetch *fetch = begin(reads, key, reads->spares[at].slot, reads->spares[at].record, is_prefetch, 1);
+    if (fetch == NULL) return 0;
+    reads->num_spares = at;
+    complete(reads, fetch, OM_READING);
+    return 1;
+}
+
+/* Line up the read of a record into this slot. Returns 1, or -1 when memory is short. Closed, nothing is read. */
+OM_EXPORT int om_reads_submit(om_reads *reads, int64_t key, int32_t slot, uint8_t *record, int is_prefetch) {
+    lock(reads);
+    const int is_well = reads->is_closed || begin(reads, key, slot, record, is_prefetch, 0) != NULL;
+    unlock(reads);
+    return is_well ? 1 : -1;
+}
+
+void om_reads_promote(om_reads *reads, int64_t key) {
+    om_fetch *fetch = reads->fetches[key];
+    if (fetch == NULL || !fetch->is_prefetch) return;
+    const int is_queued = fetch->is_queued;
+    om_withdraw(&reads->prefetches, fetch);
+    fetch->is_prefetch = 0;
+    reads->num_prefetching -= fetch->num_running;
+    if (is_queued) om_append(&reads->demands, fetch);
+    pthread_cond_broadcast(&reads->work);
 }
 
 /* The expert on its way is demanded, so that it is not dropped any more. */
 OM_EXPORT void om_reads_demand(om_reads *reads, int64_t key) {
-    pthread_mutex_lock(&reads->slot_table->lock);
+    lock(reads);
     om_reads_promote(reads, key);
-    pthread_mutex_unlock(&reads->slot_table->lock);
+    unlock(reads);
 }
 
-void om_reads_promote(om_reads *reads, int64_t key) {
-    for (int at = 0; at < MAX_FETCHES; at++) {
-        om_fetch *fetch = reads->fetches + at;
-        if (fetch->state != OM_READING || fetch->key != key || !fetch->is_prefetch) continue;
-        fetch->is_prefetch = 0;
-        reads->num_prefetching -= fetch->num_running;
-        pthread_cond_broadcast(&reads->work);
+/* Cancel a prefetch that Python submitted, unless a part of it is being read. Returns whether it is cancelled. */
+OM_EXPORT int om_reads_cancel(om_reads *reads, int64_t key) {
+    lock(reads);
+    om_fetch *fetch = reads->fetches[key];
+    const int is_idle = fetch != NULL && fetch->is_prefetch && !fetch->is_of_pass && fetch->is_queued && fetch->num_running == 0;
+    if (is_idle) {
+        reads->completions.num_promised--;
+        forget(reads, fetch);
     }
+    unlock(reads);
+    return is_idle;
 }
 
 /* The expert is absent again and the slot reserved. */
 static void drop(om_reads *reads, om_fetch *fetch) {
-    reads->slot_table->records[fetch->key] = NULL;
+    om_slot_table_empty(reads->slot_table, fetch->slot, OM_SLOT_RESERVED);
     give_spare(reads, fetch->slot, fetch->record);
-    fetch->state = OM_DROPPED;
+    complete(reads, fetch, OM_DROPPED);
+    forget(reads, fetch);
 }
 
 void om_reads_drop_wrong(om_reads *reads, int64_t end, const int64_t *keys, int64_t num_keys) {
-    for (int at = 0; at < MAX_FETCHES; at++) {
-        om_fetch *fetch = reads->fetches + at;
-        if (fetch->state != OM_READING || !fetch->is_prefetch || fetch->key >= end) continue;
-        int is_wanted = 0;
+    om_fetch *next;
+    for (om_fetch *fetch = reads->prefetches.first; fetch != NULL; fetch = next) {
+        next = fetch->next;
+        int is_wanted = !fetch->is_of_pass || fetch->key >= end;
         for (int64_t k = 0; k < num_keys; k++) is_wanted |= keys[k] == fetch->key;
         if (is_wanted) continue;
         fetch->is_wrong = 1;
-        if (fetch->num_running == 0 && !fetch->is_checked) drop(reads, fetch);
+        if (fetch->num_running == 0) drop(reads, fetch);
     }
-}
-
-/* Whether all pages of the range are cached; the last is asked first, which is enough as a rule. */
-static int is_cached(const om_file *file, int64_t offset, int64_t num_bytes) {
-    unsigned char present[1024];
-    if (file->pages == NULL || offset + num_bytes > file->num_bytes) return 0;
-#if defined(__linux__)
-    const int64_t last = (offset + num_bytes - 1) / PAGE * PAGE;
-    if (mincore((void *)(uintptr_t)(file->pages + last), PAGE, present) != 0 || !(present[0] & 1)) return 0;
-    for (int64_t at = offset; at < last; at += sizeof present * PAGE) {
-        const int64_t length = last - at < (int64_t)sizeof present * PAGE ? last - at : (int64_t)sizeof present * PAGE;
-        if (mincore((void *)(uintptr_t)(file->pages + at), (size_t)length, present) != 0) return 0;
-        for (int64_t page = 0; page < (length + PAGE - 1) / PAGE; page++)
-            if (!(present[page] & 1)) return 0;
-    }
-    return 1;
-#else
-    (void)present;
-    return 0;
-#endif
-}
-
-/* Returns whether all of it was read. */
-static int read_part(om_file *file, uint8_t *to, int64_t offset, int64_t num_bytes) {
-    const int is_direct = file->direct >= 0 && !is_cached(file, offset, num_bytes);
-    for (int64_t done = 0; done < num_bytes;) {
-        const ssize_t count = pread(is_direct ? file->direct : file->cached, to + done, (size_t)(num_bytes - done), offset + done);
-        if (count < 0 && errno == EINTR) continue;
-        if (count <= 0) return 0;
-        done += count;
-    }
-    return 1;
 }
 
 static om_fetch *pick(om_reads *reads) {
-    om_fetch *best = NULL;
-    for (int at = 0; at < MAX_FETCHES; at++) {
-        om_fetch *fetch = reads->fetches + at;
-        if (fetch->state != OM_READING || fetch->has_failed || fetch->next == bytes_of(reads, fetch)) continue;
-        if (fetch->is_prefetch && reads->num_prefetching >= (reads->options.num_threads + 1) / 2) continue;
-        if (best == NULL || fetch->is_prefetch < best->is_prefetch ||
-            (fetch->is_prefetch == best->is_prefetch && fetch->sequence < best->sequence))
-            best = fetch;
-    }
-    return best;
+    const int32_t most = reads->options.num_threads > 1 ? reads->options.num_threads / 2 : 1;
+    if (reads->demands.first != NULL) return reads->demands.first;
+    return reads->num_prefetching < most ? reads->prefetches.first : NULL;
 }
 
-/* The last part has ended (lock held, but let go while the checksum is made). */
-static void finish(om_reads *reads, om_fetch *fetch) {
-    const om_place *place = reads->options.places + fetch->key;
-    fetch->is_checked = 1;
-    if (!fetch->has_failed && !reads->options.is_checked[fetch->key]) {
-        pthread_mutex_unlock(&reads->slot_table->lock);
-        const int is_right = om_crc32(fetch->record, place->num_bytes, 0) == place->checksum;
-        pthread_mutex_lock(&reads->slot_table->lock);
-        reads->options.is_checked[fetch->key] = (uint8_t)is_right;
-        fetch->has_failed = !is_right;
-    }
-    if (fetch->has_failed) {
-        fetch->state = OM_FAILED;
-        return;
-    }
-    reads->slot_table->records[fetch->key] = fetch->record;
-    fetch->state = OM_DONE;
-    pthread_cond_broadcast(&reads->slot_table->arrived);
+/* Whether the bytes are the expert's. Only the first read of each is looked at: files do not change. (Lock held, but let go.) */
+static int check(om_reads *reads, om_fetch *fetch, const om_place *place) {
+    if (reads->options.is_checked[fetch->key]) return 1;
+    unlock(reads);
+    const int is_right = om_crc32(fetch->record, place->num_bytes, 0) == place->checksum;
+    lock(reads);
+    reads->options.is_checked[fetch->key] = (uint8_t)is_right;
+    return is_right;
 }
 
+/* The last part has ended (lock held). A transfer can go wrong where the disk is right: a wrong record is read once more. */
+static void finish(om_reads *reads, om_fetch *fetch, const om_place *place) {
+    if (!fetch->has_failed && !check(reads, fetch, place)) {
+        if (!fetch->is_reread && !reads->is_closed) {
+            fetch->is_reread = 1;
+            fetch->next_byte = 0;
+            om_append(queue_of(reads, fetch), fetch);
+            return;
+        }
+        fetch->failure = (om_part){.error = OM_WRONG_CHECKSUM, .num_wanted = place->num_bytes, .num_read = place->num_bytes};
+        fetch->has_failed = 1;
+    }
+    if (!fetch->has_failed) om_slot_table_arrive(reads->slot_table, fetch->slot, fetch->record);
+    complete(reads, fetch, fetch->has_failed ? OM_FAILED : OM_DONE);
+    forget(reads, fetch);
+}
+
+/* Read the next part (lock held, but let go). */
 static void read_next(om_reads *reads, om_fetch *fetch) {
-    const om_place *place = reads->options.places + fetch->key;
-    const int64_t start = fetch->next, left = place->num_bytes - start;
-    const int64_t wanted = fetch->is_prefetch ? reads->options.prefetch_part_bytes : reads->options.part_bytes;
-    const int64_t num_bytes = left < wanted ? left : wanted;
-    fetch->next += num_bytes;
-    if (num_bytes < left) pthread_cond_signal(&reads->work);
+    const om_place place = reads->options.places[fetch->key];
+    const om_file file = reads->files[place.file];
+    om_read_at *const read_at = reads->read_at;
+    const int64_t left = place.num_bytes - fetch->next_byte;
+    const int64_t most = fetch->is_prefetch ? reads->options.prefetch_part_bytes : reads->options.part_bytes;
+    om_part part = {.start = fetch->next_byte, .num_wanted = left < most ? left : most};
+    fetch->next_byte += part.num_wanted;
+    if (part.num_wanted < left) pthread_cond_signal(&reads->work);
+    else om_withdraw(queue_of(reads, fetch), fetch);
     fetch->num_running++;
     reads->num_prefetching += fetch->is_prefetch;
-    pthread_mutex_unlock(&reads->slot_table->lock);
-    const int is_read = read_part(reads->options.files + place->file, fetch->record + start, place->offset + start, num_bytes);
-    pthread_mutex_lock(&reads->slot_table->lock);
+    unlock(reads);
+    om_read_part(&file, &place, fetch->record, read_at, &part);
+    lock(reads);
     fetch->num_running--;
     reads->num_prefetching -= fetch->is_prefetch;
-    fetch->has_failed |= !is_read;
+    if (part.error != 0 && !fetch->has_failed) {
+        om_withdraw(queue_of(reads, fetch), fetch);
+        fetch->has_failed = 1;
+        fetch->failure = part;
+    }
     if (fetch->num_running > 0) return;
-    if (fetch->has_failed || fetch->next == place->num_bytes) finish(reads, fetch);
+    if (!fetch->is_queued) finish(reads, fetch, &place);
     else if (fetch->is_wrong && fetch->is_prefetch) drop(reads, fetch);
 }
 
 static void *read_all(void *argument) {
     om_reads *reads = argument;
-    pthread_mutex_lock(&reads->slot_table->lock);
+    lock(reads);
     while (!reads->is_closed) {
         om_fetch *fetch = pick(reads);
         if (fetch == NULL) pthread_cond_wait(&reads->work, &reads->slot_table->lock);
@@ -215,7 +238,8 @@ static void *read_all(void *argument) {
     }
     reads->num_threads--;
     pthread_cond_signal(&reads->ended);
-    pthread_mutex_unlock(&reads->slot_table->lock);
+    unlock(reads);
+    om_reads_leave(reads);
     return NULL;
 }
 
@@ -227,18 +251,22 @@ OM_EXPORT om_reads *om_reads_open(om_slot_table *slot_table, const om_reads_opti
     reads->slot_table = slot_table;
     reads->options = *options;
     reads->num_users = 1;
+    reads->fetches = calloc((size_t)options->num_keys + 1, sizeof *reads->fetches);
     pthread_cond_init(&reads->work, NULL);
     om_init_condition(&reads->ended);
-    for (int n = 0; n < options->num_threads; n++) {
+    om_completions_init(&reads->completions, options->counts);
+    for (int n = 0; reads->fetches != NULL && n < options->num_threads; n++) {
         pthread_t thread;
-        if (pthread_create(&thread, NULL, read_all, reads) != 0) break;
+        lock(reads); /* which the thread needs to begin */
+        const int is_there = pthread_create(&thread, NULL, read_all, reads) == 0;
+        reads->num_threads += is_there;
+        reads->num_users += is_there;
+        unlock(reads);
+        if (!is_there) break;
         om_pool_place_anywhere(thread);
         pthread_detach(thread);
-        pthread_mutex_lock(&slot_table->lock);
-        reads->num_threads++;
-        pthread_mutex_unlock(&slot_table->lock);
     }
-    if (reads->num_threads > 0) return reads;
+    if (reads->num_users > 1) return reads;
     om_reads_leave(reads);
     return NULL;
 }
@@ -246,63 +274,102 @@ OM_EXPORT om_reads *om_reads_open(om_slot_table *slot_table, const om_reads_opti
 /* Finish what is being read and begin nothing more. Returns whether all has ended in time: else it still uses its memory. */
 OM_EXPORT int om_reads_close(om_reads *reads, double limit_s) {
     const struct timespec deadline = om_deadline(limit_s);
-    pthread_mutex_lock(&reads->slot_table->lock);
+    om_reads_use(reads);
+    lock(reads);
     reads->is_closed = 1;
     pthread_cond_broadcast(&reads->work);
+    om_completions_close(&reads->completions);
     while (reads->num_threads > 0 && pthread_cond_timedwait(&reads->ended, &reads->slot_table->lock, &deadline) == 0) {}
     const int has_ended = reads->num_threads == 0;
-    pthread_mutex_unlock(&reads->slot_table->lock);
-    if (has_ended) om_reads_leave(reads);
+    unlock(reads);
+    om_reads_leave(reads);
     return has_ended;
 }
 
-OM_EXPORT void om_reads_reserve(om_reads *reads, int32_t slot, uint8_t *record) {
-    pthread_mutex_lock(&reads->slot_table->lock);
-    give_spare(reads, slot, record);
-    pthread_mutex_unlock(&reads->slot_table->lock);
+/* Parts that begin from now on are read from this file, in place of the one that had the number. -1 when memory is short. */
+OM_EXPORT int om_reads_use_file(om_reads *reads, int32_t number, const om_file *file) {
+    lock(reads);
+    if (number >= reads->num_files) {
+        om_file *files = realloc(reads->files, ((size_t)number + 1) * sizeof *files);
+        if (files == NULL) {
+            unlock(reads);
+            return -1;
+        }
+        memset(files + reads->num_files, 0, (size_t)(number + 1 - reads->num_files) * sizeof *files);
+        reads->files = files;
+        reads->num_files = number + 1;
+    }
+    reads->files[number] = *file;
+    unlock(reads);
+    return 0;
 }
 
-/* TokenPasses ask for slots when fewer than these are left; until the next call. */
+/* Parts that begin from now on are read by this function: disks that fail, for tests. NULL: by the system. */
+OM_EXPORT void om_reads_read_with(om_reads *reads, om_read_at *read_at) {
+    lock(reads);
+    reads->read_at = read_at;
+    unlock(reads);
+}
+
+/* A slot for token passes to fetch into; no more than 128 at a time. */
+OM_EXPORT void om_reads_reserve(om_reads *reads, int32_t slot, uint8_t *record) {
+    lock(reads);
+    give_spare(reads, slot, record);
+    unlock(reads);
+}
+
+/* Token passes need slots when fewer than these are left; until the next call. */
 OM_EXPORT void om_reads_ask_below(om_reads *reads, int32_t least_spares) {
-    pthread_mutex_lock(&reads->slot_table->lock);
+    lock(reads);
     reads->least_spares = least_spares;
-    pthread_mutex_unlock(&reads->slot_table->lock);
+    unlock(reads);
 }
 
 /* Returns a slot that was reserved and is not used; -1: there is none. */
 OM_EXPORT int32_t om_reads_reclaim(om_reads *reads) {
-    pthread_mutex_lock(&reads->slot_table->lock);
+    lock(reads);
     const int32_t slot = reads->num_spares == 0 ? -1 : reads->spares[--reads->num_spares].slot;
-    pthread_mutex_unlock(&reads->slot_table->lock);
+    unlock(reads);
     return slot;
 }
 
-/* The first fetch after that one: a slot can be used again before the other side has heard of its first use. */
-static om_fetch *next_begun(om_reads *reads, int64_t sequence) {
-    om_fetch *first = NULL;
-    for (int at = 0; at < MAX_FETCHES; at++) {
-        om_fetch *fetch = reads->fetches + at;
-        if (fetch->state != NOTHING && fetch->sequence > sequence && (first == NULL || fetch->sequence < first->sequence))
-            first = fetch;
-    }
-    return first;
+/* What has happened since the last call, in its order. Returns how much of `completions` was filled. */
+OM_EXPORT int64_t om_reads_completions(om_reads *reads, om_completion *completions, int64_t room) {
+    lock(reads);
+    const int64_t count = om_completions_take(&reads->completions, completions, room);
+    unlock(reads);
+    return count;
 }
 
-/* What has happened since the last call. Returns how much of `completions` was filled. */
-OM_EXPORT int64_t om_reads_completions(om_reads *reads, om_completion *completions, int64_t room) {
-    int64_t count = 0;
-    pthread_mutex_lock(&reads->slot_table->lock);
-    om_fetch *fetch;
-    for (int64_t last = -1; count + 2 <= room && (fetch = next_begun(reads, last)) != NULL;) {
-        last = fetch->sequence;
-        om_completion entry = {.key = fetch->key, .slot = fetch->slot, .state = OM_READING, .was_prefetch = fetch->was_prefetch};
-        if (!fetch->is_told) completions[count++] = entry;
-        fetch->is_told = 1;
-        if (fetch->state == OM_READING) continue;
-        entry.state = fetch->state;
-        completions[count++] = entry;
-        fetch->state = NOTHING;
-    }
-    pthread_mutex_unlock(&reads->slot_table->lock);
-    return count;
+/* Wait until a read has ended that is not drained, or `om_reads_wake` was called since `num_wakes` was counted. */
+OM_EXPORT void om_reads_wait(om_reads *reads, int64_t num_wakes, double limit_s) {
+    om_reads_use(reads);
+    lock(reads);
+    om_completions_wait(&reads->completions, &reads->slot_table->lock, num_wakes, limit_s);
+    unlock(reads);
+    om_reads_leave(reads);
+}
+
+/* End all calls of `om_reads_wait`. */
+OM_EXPORT void om_reads_wake(om_reads *reads) {
+    lock(reads);
+    om_completions_wake(&reads->completions);
+    unlock(reads);
+}
+
+/* Wait until completions should be drained and no thread is in `om_reads_wait`, or for `om_reads_notice`. Returns 0 once closed. */
+OM_EXPORT int om_reads_attend(om_reads *reads, double limit_s) {
+    om_reads_use(reads);
+    lock(reads);
+    const int is_open = om_completions_attend(&reads->completions, &reads->slot_table->lock, limit_s);
+    unlock(reads);
+    om_reads_leave(reads);
+    return is_open;
+}
+
+/* Let `om_reads_attend` return. */
+OM_EXPORT void om_reads_notice(om_reads *reads) {
+    lock(reads);
+    om_completions_notice(&reads->completions);
+    unlock(reads);
 }

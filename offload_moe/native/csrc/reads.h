@@ -1,6 +1,7 @@
-/* Experts that a token pass fetches: slots reserved for it, and threads that read records into them.
+/* The reads of one arena: queues of records, threads that read them in parts, and completions for Python to drain.
  *
- * The lock of the slot table guards all of it. Python drains the completions. */
+ * Python submits reads into slots of its choice; token passes fetch into slots that were reserved for them. The lock of the
+ * slot table guards all of it. */
 #ifndef OM_READS_H
 #define OM_READS_H
 
@@ -8,13 +9,12 @@
 
 /* A token pass uses them from begin to end: closed meanwhile, they fetch nothing more and are freed by the last user. */
 void om_reads_use(om_reads *reads);
-void om_reads_leave(om_reads *reads);
 
-/* Take a reserved slot and line up the read of an absent expert (lock held). Returns 0 where there is no slot or no place in line. */
+/* Take a reserved slot and line up the read of an absent expert (lock held). Returns 0 where there is no slot or no memory. */
 int om_reads_fetch(om_reads *reads, int64_t key, int is_prefetch);
 /* The expert on its way is demanded now (lock held). */
 void om_reads_promote(om_reads *reads, int64_t key);
-/* Forget guesses with keys below `end` that are not among these, as far as they are not being read (lock held). */
+/* Drop guesses of token passes with keys below `end` that are not among these, unless they are being read (lock held). */
 void om_reads_drop_wrong(om_reads *reads, int64_t end, const int64_t *keys, int64_t num_keys);
 /* Whether slots are running out (lock held). */
 int om_reads_are_short(const om_reads *reads);
