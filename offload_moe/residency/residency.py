@@ -77,7 +77,7 @@ class Residency:
 
     def states(self) -> Iterator[tuple[int, SlotState]]:
         """Each expert that has a slot, and whether it is resident or loading."""
-        return ((key, self._state[slot]) for key, slot in self._slot_of.items())
+        return ((key, self.state(slot)) for key, slot in enumerate(self._slot_of) if slot >= 0)
 
     def lease(self, slot: int) -> None:
         """Protect a LOADING or RESIDENT slot from eviction until `release`."""
