@@ -1,0 +1,28 @@
+// Drawing that is sharp on every screen, in the colours of the style sheet.
+
+/** A canvas that fits its box: `draw(context, width, height)` is called in units of CSS pixels whenever something changes. */
+export class Canvas {
+  constructor(canvas, draw) {
+    this.canvas = canvas;
+    this.drawing = draw;
+    new ResizeObserver(() => this.draw()).observe(canvas);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
+  }
+
+  draw() {
+    const { clientWidth: width, clientHeight: height } = this.canvas;
+    if (!width || !height) return;
+    const ratio = devicePixelRatio || 1;
+    const [across, down] = [Math.round(width * ratio), Math.round(height * ratio)];
+    if (this.canvas.width !== across || this.canvas.height !== down) Object.assign(this.canvas, { width: across, height: down });
+    const context = this.canvas.getContext("2d");
+    context.setTransform(ratio, 0, 0, ratio, 0, 0);
+    context.clearRect(0, 0, width, height);
+    this.drawing(context, width, height);
+  }
+
+  /** The value of a custom property such as `--hot`. */
+  colour(name) {
+    return getComputedStyle(this.canvas).getPropertyValue(name).trim();
+  }
+}

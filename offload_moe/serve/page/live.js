@@ -1,0 +1,152 @@
+// The live panel: the hierarchy of disk, RAM and VRAM at work, out of snapshots of the server.
+
+import { element, show } from "./dom.js";
+import { activity, between, tiersOf } from "./figures.js";
+import { bytes, count, milliseconds, number, percent } from "./format.js";
+import { HeatMap } from "./heatmap.js";
+import { Line, Stack } from "./plots.js";
+
+const WINDOW = 5; // snapshots over which a figure is taken: one second is too short for slow models
+const FIGURES = [
+  ["Tokens per second", "tokensPerS", number],
+  ["Expert hits", "hitRate", percent],
+  ["Stall per token", "stallMs", milliseconds],
+  ["Read from disk", "diskPerS", (value) => `${bytes(value)}/s`],
+];
+const PARTS = [
+  ["hits", "--ram", "hits"],
+  ["delayed", "--coming", "delayed"],
+  ["misses", "--hot", "misses"],
+];
+const TIERS = [
+  ["2", "vram", "VRAM"],
+  ["1", "ram", "RAM"],
+  ["3", "coming", "on its way"],
+  ["0", "disk", "disk"],
+];
+
+/** Shows snapshots in `container`. */
+export class Live {
+  constructor(container) {
+    this.history = [];
+    this.figures = FIGURES.map(([label, name, format]) => new Figure(label, name, format));
+    const stack = element("canvas", { class: "stack", role: "img", "aria-label": "Experts per token over the last minute and a half" });
+    this.stack = new Stack(stack, PARTS.map(([, colour]) => colour));
+    this.perToken = element("ul", { class: "legend" });
+    this.map = element("canvas", { class: "map", tabindex: "0", role: "img", "aria-describedby": "cell" });
+    const readout = element("output", { id: "cell" });
+    this.tiers = element("ul", { class: "legend" });
+    this.heatmap = new HeatMap(this.map, readout);
+    this.empty = element("p", { class: "quiet-text" });
+    this.hierarchy = part("Experts", this.empty, element("div", { class: "axes" }, this.map), this.tiers, readout);
+    this.memory = element("div");
+    this.requests = element("div");
+    show(
+      container,
+      element("dl", { class: "figures" }, ...this.figures.map((figure) => figure.element)),
+      this.hierarchy,
+      part("Experts per token", stack, this.perToken),
+      part("Memory", this.memory),
+      part("Requests", this.requests),
+    );
+  }
+
+  update(live) {
+    const last = this.history.at(-1);
+    if (last && last.started_s !== live.started_s) this.history = [];
+    this.history = [...this.history, live].slice(-WINDOW - 1);
+    const step = between(last, live);
+    const span = between(this.history[0], live);
+    if (step) {
+      for (const figure of this.figures) figure.add(step, span);
+      this.stack.add(PARTS.map(([name]) => step[name]));
+    }
+    this.showPerToken(span);
+    this.showExperts(live, last);
+    show(this.memory, ...memoryOf(live));
+    show(this.requests, ...requestsOf(live));
+  }
+
+  showPerToken(span) {
+    if (span && !span.tokens && this.perToken.childElementCount) return;
+    const row = ([name, colour, label]) => element("li", {}, swatch(colour.slice(2)), `${number(span ? span[name] : NaN)} ${label}`);
+    show(this.perToken, ...PARTS.map(row));
+  }
+
+  showExperts(live, last) {
+    const isLoaded = live.residency.length > 0;
+    this.empty.hidden = isLoaded;
+    this.empty.textContent = live.state === "loading" ? "The model is being loaded." : "The model is not loaded. The next message loads it.";
+    for (const shown of [this.map, this.tiers]) shown.hidden = !isLoaded;
+    if (!isLoaded) return;
+    this.heatmap.update(live.residency, live.uses, activity(last, live));
+    const counts = tiersOf(live.residency);
+    const present = TIERS.filter(([tier]) => counts[tier] || (tier === "1" && live.slots.ram) || (tier === "2" && live.slots.vram));
+    const words = present.map(([tier, , label]) => `${counts[tier] ?? 0} ${label}`);
+    this.map.setAttribute("aria-label", `${count(live.residency.length, "layer")} of experts: ${words.join(", ")}`);
+    show(
+      this.tiers,
+      ...present.map(([, name], position) => element("li", {}, swatch(name), words[position])),
+      element("li", {}, swatch("hot"), "used now"),
+    );
+  }
+}
+
+/** One value, with its plot. What is idle keeps its last value, dimmed. */
+class Figure {
+  constructor(label, name, format) {
+    this.name = name;
+    this.format = format;
+    const canvas = element("canvas", { "aria-hidden": "true" });
+    this.line = new Line(canvas);
+    this.value = element("dd", {}, "–");
+    this.element = element("div", {}, element("dt", {}, label), this.value, canvas);
+  }
+
+  add(step, span) {
+    const isIdle = span.tokens === 0 || !Number.isFinite(span[this.name]);
+    this.element.classList.toggle("idle", isIdle);
+    if (!isIdle) this.value.textContent = this.format(span[this.name]);
+    this.line.add(step[this.name]);
+  }
+}
+
+function part(title, ...children) {
+  return element("section", {}, element("h3", {}, title), ...children);
+}
+
+function swatch(name) {
+  return element("span", { class: `swatch ${name}`, "aria-hidden": "true" });
+}
+
+function memoryOf({ memory, budget, slots, prefixes }) {
+  const parts = Object.entries(memory).filter(([, size]) => size > 0);
+  const total = parts.reduce((sum, [, size]) => sum + size, 0);
+  const bar = element("div", { class: "bar", "aria-hidden": "true" });
+  const list = element("ul", { class: "parts" });
+  parts.forEach(([name, size], position) => {
+    const segment = swatch(`part-${position % 6}`);
+    segment.style.flexGrow = `${size / Math.max(1, total)}`;
+    bar.append(segment);
+    list.append(element("li", {}, swatch(`part-${position % 6}`), element("span", {}, name), element("span", {}, bytes(size))));
+  });
+  const places = [["RAM", budget.ram], ["VRAM", budget.vram]].filter(([, size]) => size);
+  const facts = [`${bytes(total)} in all`, ...places.map(([place, size]) => `${bytes(size)} of ${place} to use`)];
+  for (const [place, name] of [["RAM", "ram"], ["VRAM", "vram"]]) {
+    if (slots[name]) facts.push(`${slots[name].resident} of ${slots[name].slots} ${place} slots full`);
+  }
+  if (prefixes?.kept) facts.push(`${count(prefixes.kept, "conversation")} kept: ${count(prefixes.tokens, "token")}`);
+  return [bar, list, element("p", { class: "quiet-text" }, facts.join(" · "))];
+}
+
+function requestsOf({ running, requests }) {
+  const line = (request) => {
+    const isPrompt = request.phase === "prompt";
+    const words = isPrompt
+      ? `prompt, ${request.prompt_done.toLocaleString("en")} of ${count(request.prompt_tokens, "token")}`
+      : `answer, ${count(request.generated, "token")}`;
+    return element("li", {}, element("span", {}, words), element("span", {}, `${number(request.age_s)} s`));
+  };
+  const facts = [`${requests.finished} answered`, requests.waiting && `${requests.waiting} waiting`, requests.cancelled && `${requests.cancelled} cancelled`, requests.refused && `${requests.refused} refused`];
+  return [element("ul", { class: "parts requests" }, ...running.map(line)), element("p", { class: "quiet-text" }, facts.filter(Boolean).join(" · "))];
+}
