@@ -95,7 +95,7 @@ function readItem(lines, at, [, before, mark, space = " ", rest = ""], depth) {
     const line = lines[end];
     const indent = indentOf(line);
     const isNested = indent >= width || (indent >= before.length + 2 && ITEM.test(line));
-    const isLazy = lastFull === end && !openFence && !beginsBlock(lines, end);
+    const isLazy = lastFull === end && !openFence && !ITEM.test(line) && !beginsBlock(lines, end);
     if (!isBlank(line) && !isNested && !isLazy) break;
     const dedented = dedent(line, isNested ? Math.min(indent, width) : indent);
     inner.push(dedented);

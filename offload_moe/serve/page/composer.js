@@ -10,7 +10,8 @@ export class Composer {
     this.area = form.querySelector("textarea");
     this.button = form.querySelector("button");
     this.chats = chats;
-    this.hasKeyboard = matchMedia("(pointer: fine), (hover: hover)").matches || !matchMedia("(pointer: coarse)").matches;
+    this.hasKeyboard = !matchMedia("(pointer: coarse)").matches; // else Enter begins a line, and the button sends
+    this.area.setAttribute("enterkeyhint", this.hasKeyboard ? "send" : "enter");
     form.addEventListener("submit", (event) => this.submit(event));
     this.area.addEventListener("keydown", (event) => this.press(event));
     this.area.addEventListener("input", () => this.update());
@@ -61,6 +62,7 @@ export class Composer {
     this.isWriting = isWriting;
     const name = isWriting ? "Stop the answer" : "Send";
     show(this.button, icon(isWriting ? "stop" : "send"));
+    this.button.classList.toggle("stop", isWriting);
     this.button.setAttribute("aria-label", name);
     this.button.title = name;
   }

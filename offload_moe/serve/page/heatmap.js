@@ -58,7 +58,7 @@ export class HeatMap {
   paintHeat(context, hot, heat, left, top, width, height) {
     const across = width >= 6 ? Math.max(3, Math.round(width * 0.5)) : width;
     const down = height >= 6 ? Math.max(3, Math.round(height * 0.5)) : height;
-    context.globalAlpha = 0.3 + 0.7 * heat;
+    context.globalAlpha = 0.15 + 0.85 * heat;
     context.fillStyle = hot;
     context.fillRect(left + (width - across) / 2, top + (height - down) / 2, across, down);
     context.globalAlpha = 1;
@@ -97,7 +97,7 @@ export class HeatMap {
       this.cursor = [layer, expert];
       const [, place] = TIERS[this.residency[layer][expert]] ?? TIERS[0];
       const uses = Math.round(this.uses[layer]?.[expert] ?? 0);
-      this.readout.textContent = `Layer ${layer}, expert ${expert}: ${place}, recently used ${uses} ×`;
+      this.readout.textContent = `Layer ${layer}, expert ${expert}: ${place}, used ${uses} ×`;
     } else {
       this.cursor = null;
       this.readout.textContent = "";

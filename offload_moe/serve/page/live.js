@@ -38,13 +38,13 @@ export class Live {
     this.tiers = element("ul", { class: "legend" });
     this.heatmap = new HeatMap(this.map, readout);
     this.empty = element("p", { class: "quiet-text" });
-    this.hierarchy = part("Experts", this.empty, element("div", { class: "axes" }, this.map), this.tiers, readout);
+    const title = element("div", { class: "title-row" }, element("h3", {}, "Experts"), readout);
     this.memory = element("div");
     this.requests = element("div");
     show(
       container,
       element("dl", { class: "figures" }, ...this.figures.map((figure) => figure.element)),
-      this.hierarchy,
+      element("section", {}, title, this.empty, this.map, this.tiers),
       part("Experts per token", stack, this.perToken),
       part("Memory", this.memory),
       part("Requests", this.requests),

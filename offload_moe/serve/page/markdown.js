@@ -4,6 +4,8 @@ import { parseBlocks } from "./blocks.js";
 import { copyButton, element } from "./dom.js";
 import { inline } from "./inline.js";
 
+const RIGHT_TO_LEFT = /[\p{Script=Arabic}\p{Script=Hebrew}\p{Script=Syriac}\p{Script=Thaana}\p{Script=Nko}\p{Script=Adlam}]/u;
+
 /** Shows a text in `container`. */
 export class Markdown {
   constructor(container) {
@@ -36,11 +38,17 @@ const BUILDERS = {
   paragraph: (block) => element("p", { dir: "auto" }, inline(block.text)),
   heading: (block) => element(`h${Math.min(block.level + 2, 6)}`, { dir: "auto", class: `level-${block.level}` }, inline(block.text)),
   rule: () => element("hr"),
-  quote: (block) => element("blockquote", { dir: "auto" }, ...block.blocks.map(build)),
+  quote: (block) => element("blockquote", { dir: directionOf(block.source) }, ...block.blocks.map(build)),
   code: buildCode,
   list: buildList,
   table: buildTable,
 };
+
+/** Of the first letter. A container's own `dir="auto"` overlooks parts that have one too. */
+function directionOf(source) {
+  const letter = /\p{L}/u.exec(source.replace(/`[^`]*`/g, ""))?.[0] ?? "";
+  return RIGHT_TO_LEFT.test(letter) ? "rtl" : "ltr";
+}
 
 function build(block) {
   return BUILDERS[block.type](block);
@@ -54,12 +62,12 @@ function buildCode(block) {
 }
 
 function buildList(block) {
-  const list = element(block.isOrdered ? "ol" : "ul", { start: block.isOrdered && block.start !== 1 && `${block.start}`, dir: "auto" });
+  const list = element(block.isOrdered ? "ol" : "ul", { start: block.isOrdered && block.start !== 1 && `${block.start}`, dir: directionOf(block.source) });
   for (const item of block.items) {
     const children = item.blocks.flatMap((child) => (child.type === "paragraph" && !block.isLoose ? [inline(child.text)] : [build(child)]));
     const isTask = item.isDone !== null;
     const box = isTask ? element("input", { type: "checkbox", disabled: true, checked: item.isDone, "aria-label": item.isDone ? "done" : "not done" }) : null;
-    list.append(element("li", { dir: "auto", class: isTask && "task" }, box, ...children));
+    list.append(element("li", { class: isTask && "task" }, box, ...children));
   }
   return list;
 }
@@ -69,5 +77,5 @@ function buildTable(block) {
     element("tr", {}, ...cells.map((cell, column) => element(tag, { dir: "auto", class: block.align[column], scope: tag === "th" && "col" }, inline(cell))));
   const head = element("thead", {}, row("th", block.header));
   const body = element("tbody", {}, ...block.rows.map((cells) => row("td", cells)));
-  return element("div", { class: "scroll" }, element("table", {}, head, body));
+  return element("div", { class: "scroll" }, element("table", { dir: directionOf(block.source) }, head, body));
 }

@@ -55,7 +55,7 @@ export class MessageView {
   updateReasoning() {
     const { content, reasoningMs, state } = this.message;
     const isThinking = state === "writing" && !content;
-    this.summary.textContent = isThinking ? "Thinking…" : reasoningMs ? `Thought for ${milliseconds(reasoningMs)}` : "Thoughts";
+    this.summary.textContent = isThinking ? "Thinking…" : reasoningMs >= 1000 ? `Thought for ${milliseconds(reasoningMs)}` : "Thoughts";
     if (this.reasoning.open) this.thinking.update(this.message.reasoning);
   }
 
@@ -141,11 +141,11 @@ function noteOf({ role, state, finish, usage, timings, firstMs }) {
   if (finish === "length") words.push("ended at the token limit");
   const tokens = timings?.predicted_n ?? usage?.completion_tokens;
   if (tokens) words.push(count(tokens, "token"));
-  if (tokens > 1 && timings?.predicted_ms > 0) words.push(`${number((tokens * 1000) / timings.predicted_ms)} per second`);
+  if (tokens > 1 && timings?.predicted_ms > 0) words.push(`${number((tokens * 1000) / timings.predicted_ms)}/s`);
   if (firstMs && tokens) words.push(`first after ${milliseconds(firstMs)}`);
   const cached = usage?.prompt_tokens_details?.cached_tokens;
-  if (cached) words.push(`${count(cached, "prompt token")} kept`);
+  if (cached) words.push(`${cached.toLocaleString("en")} of the prompt kept`);
   if (timings?.hits + timings?.misses > 0) words.push(`${percent(timings.hits / (timings.hits + timings.misses))} hits`);
-  if (tokens && timings?.stall_ms > 0) words.push(`${milliseconds(timings.stall_ms / tokens)} stalled per token`);
+  if (tokens && timings?.stall_ms > 0) words.push(`${milliseconds(timings.stall_ms / tokens)} stall/token`);
   return words.join(" · ");
 }

@@ -11,7 +11,7 @@ export class Sampling {
     this.inputs = new Map();
     this.system = element("textarea", { id: "system", rows: "4", dir: "auto", placeholder: "Stands before every conversation" });
     this.system.addEventListener("input", () => this.set("system", this.system.value.trim()));
-    this.effort = element("select", { id: "effort" }, ...["", ...EFFORTS].map((effort) => element("option", { value: effort }, effort || "as the model is")));
+    this.effort = element("select", { id: "effort" }, ...["", ...EFFORTS].map((effort) => element("option", { value: effort }, effort || "default")));
     this.effort.addEventListener("change", () => this.set("effort", this.effort.value));
     this.effortRow = field("effort", "Reasoning effort", "", this.effort);
     show(

@@ -4,13 +4,13 @@ const NAME = "offload-moe settings";
 
 /** min, max and step as in HTML. `default` names the field of the server's defaults. */
 export const FIELDS = [
-  { name: "temperature", label: "Temperature", min: 0, max: 5, step: 0.05, hint: "0 always takes the likeliest token" },
-  { name: "top_p", label: "Top p", min: 0.01, max: 1, step: 0.01, hint: "share of probability to choose from" },
-  { name: "top_k", label: "Top k", min: 0, max: 1000, step: 1, hint: "number of tokens to choose from" },
-  { name: "min_p", label: "Min p", min: 0, max: 1, step: 0.01, hint: "least probability, beside the likeliest" },
-  { name: "repetition_penalty", label: "Repetition penalty", min: 0.5, max: 2, step: 0.01, hint: "above 1 avoids what was said" },
+  { name: "temperature", label: "Temperature", min: 0, max: 5, step: 0.05, hint: "0 takes the likeliest token" },
+  { name: "top_p", label: "Top p", min: 0.01, max: 1, step: 0.01, hint: "share of probability" },
+  { name: "top_k", label: "Top k", min: 0, max: 1000, step: 1, hint: "tokens to choose from" },
+  { name: "min_p", label: "Min p", min: 0, max: 1, step: 0.01, hint: "least relative probability" },
+  { name: "repetition_penalty", label: "Repetition penalty", min: 0.5, max: 2, step: 0.01, hint: "above 1 avoids repeats" },
   { name: "max_tokens", label: "Answer length", min: 1, max: 1000000, step: 1, hint: "tokens at most" },
-  { name: "seed", label: "Seed", min: 0, max: 4294967295, step: 1, hint: "the same seed, the same answer" },
+  { name: "seed", label: "Seed", min: 0, max: 4294967295, step: 1, hint: "same seed, same answer" },
 ];
 export const EFFORTS = ["low", "medium", "high"];
 
