@@ -18,12 +18,16 @@ export function parseBlocks(text) {
 function blocksOf(lines, depth) {
   const blocks = [];
   let at = 0;
+  let isAfterBlank = false;
   while (at < lines.length) {
     if (isBlank(lines[at])) {
       at += 1;
+      isAfterBlank = true;
       continue;
     }
     const [block, end] = readBlock(lines, at, depth);
+    block.isAfterBlank = isAfterBlank;
+    isAfterBlank = false;
     block.source = lines.slice(at, end).join("\n");
     blocks.push(block);
     at = end;
@@ -105,7 +109,7 @@ function readItem(lines, at, [, before, mark, space = " ", rest = ""], depth) {
   }
   inner.length = lastFull - at;
   const blocks = blocksOf(inner, depth + 1);
-  const isLoose = blocks.filter((block) => block.type === "paragraph").length > 1;
+  const isLoose = blocks.some((block, position) => position > 0 && block.isAfterBlank);
   return [{ blocks, isLoose, isDone: task ? task[1] !== " " : null }, lastFull];
 }
 

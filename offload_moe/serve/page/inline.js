@@ -116,8 +116,8 @@ class Inline {
   /** Formulas are shown as they are written: their * and _ are no emphasis. */
   parseMath(open, close) {
     const end = this.find(close, this.at + open.length);
-    if (end < 0) return false;
-    const formula = this.text.slice(this.at + open.length, end).trim();
+    const formula = this.text.slice(this.at + open.length, Math.max(0, end)).trim();
+    if (!formula) return false;
     const isBlock = open === "$$" || open === "\\[";
     this.append(element("code", { class: isBlock ? "math block" : "math", dir: "ltr" }, formula));
     this.at = end + close.length;
