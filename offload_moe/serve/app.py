@@ -12,7 +12,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from offload_moe.engine.model import Model
-from offload_moe.serve import anthropic, openai_chat, openai_completions, plain, responses, static
+from offload_moe.serve import anthropic, openai_chat, openai_completions, plain, responses
 from offload_moe.serve.check import Schema, check, parse_json
 from offload_moe.serve.config import ServeConfig
 from offload_moe.serve.errors import ApiError, api_error
@@ -21,6 +21,7 @@ from offload_moe.serve.live import live
 from offload_moe.serve.metrics import CONTENT_TYPE, metrics
 from offload_moe.serve.openapi import openapi
 from offload_moe.serve.security import Guard, api_of, path_of, too_large
+from offload_moe.serve.static import page_routes
 
 Answer = Callable[[Host, Mapping[str, Any]], ASGIApp]
 
@@ -58,7 +59,7 @@ def model_name(source: str) -> str:
 
 def _routes(host: Host) -> list[Route]:
     routes = [
-        _get("/", lambda: static.page()),
+        *page_routes(),
         _get("/health", lambda: JSONResponse(plain.health(host), 503 if host.state == "draining" else 200)),
         _get("/v1/models", lambda: JSONResponse(plain.models(host))),
         _get("/props", lambda: JSONResponse(plain.props(host))),

@@ -14,8 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from offload_moe.serve.config import ServeConfig
 from offload_moe.serve.errors import Api, ApiError
+from offload_moe.serve.page import page_files
 
-OPEN_PATHS = frozenset({"/", "/health", "/favicon.ico"})  # need no key
+OPEN_PATHS = frozenset({"/health", "/favicon.ico", *page_files()})  # need no key
 LOCAL_NAME = "localhost"
 
 

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 from offload_moe.engine.model import Model
 from offload_moe.errors import ConfigError
 from offload_moe.serve.config import ServeConfig
-from offload_moe.serve.static import policy
+from offload_moe.serve.page import page_files
 from tests.support.serving import HELLO, chat, listening, open_tiny, served
 
 BODY = {"model": "x", "messages": HELLO, "max_tokens": 1}
@@ -175,10 +175,12 @@ def test_the_key_is_in_no_text() -> None:
     assert KEY not in repr(ServeConfig(api_key=KEY))
 
 
-def test_the_policy_names_the_pages_own_parts() -> None:
-    text = "<style>a{}</style><script>one</script><script>two</script>"
-    made = policy(text)
-    assert made.count("sha256-") == 3
-    assert "default-src 'none'" in made
-    assert "unsafe" not in made
-    assert "script-src 'none'" in policy("<p>")
+def test_the_pages_files_need_no_key(locked: TestClient) -> None:
+    for path, file in page_files().items():
+        answer = locked.get(path)
+        assert (answer.status_code, answer.content) == (200, file.body)
+        assert answer.headers["content-type"] == file.content_type
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert locked.get(path, headers={"If-None-Match": answer.headers["etag"]}).status_code == 304
+    assert locked.get("/page/__init__.py").status_code in (401, 404)
+    assert locked.get("/page/../security.py").status_code in (401, 404)

@@ -84,7 +84,7 @@ function showProps() {
   sampling.showDefaults(props);
   showTitle();
   const facts = [props.summary, props.context && `Room for ${props.context.toLocaleString("en")} tokens of prompt and answer together.`];
-  const notices = [...(props.notices ?? []), ...(props.has_chat_template ? [] : ["The model has no chat template: it continues texts and knows no turns."])];
+  const notices = [...(props.notices ?? []), ...(props.has_chat_template !== false ? [] : ["The model has no chat template: it continues texts and knows no turns."])];
   show(
     welcome,
     element("h2", { dir: "auto" }, props.model),

@@ -41,7 +41,7 @@ export class Sampling {
       const value = props.sampling?.[name];
       input.placeholder = value === undefined || value === null ? "default" : `${value}`;
     }
-    this.effortRow.hidden = !props.has_reasoning;
+    this.effortRow.hidden = props.has_reasoning === false;
   }
 
   set(name, value) {
