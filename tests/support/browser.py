@@ -76,7 +76,9 @@ class Page:
 
     def text(self, selector: str) -> str:
         """Of the first element, as it is seen; empty where none is."""
-        script = "const each = document.querySelector(arguments[0]); return each?.checkVisibility() ? each.innerText : ''"
+        script = (
+            "const each = document.querySelector(arguments[0]); return each?.checkVisibility() ? each.innerText : ''"
+        )
         return self.js(script, selector).strip()
 
     def texts(self, selector: str) -> list[str]:

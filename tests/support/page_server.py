@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -64,10 +65,8 @@ class FakeServer:
         self.is_killed.set()
         self._http.shutdown()
         for connection in tuple(self.connections):
-            try:
+            with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
         self._http.server_close()  # joins the threads of requests
         self._thread.join()
 
@@ -168,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.fake.connections.discard(self.connection)
         super().finish()
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, *args: Any) -> None:
         pass
 
     def do_GET(self) -> None:
@@ -189,7 +188,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.fake.requests.append(body)
         answer = self.fake.next_answer()
         if answer.status != 200:
-            self._send_json(answer.status, {"error": {"message": answer.error, "type": "x", "code": None, "param": None}})
+            self._send_json(
+                answer.status, {"error": {"message": answer.error, "type": "x", "code": None, "param": None}}
+            )
             return
         self._send(200, None, {"Content-Type": "text/event-stream"})
         try:
