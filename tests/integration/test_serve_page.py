@@ -111,6 +111,7 @@ def test_an_edited_question_is_a_branch(page: Page, server: FakeServer) -> None:
     page.press("second question", keys.ENTER)
     page.wait(lambda: page.answer == "second answer" and not page.is_writing)
     assert server.requests[1]["messages"] == [{"role": "user", "content": "second question"}]
+    assert page.focus == "Message"
     assert page.text(".words") == "second question"
     page.named("Previous version").send_keys(keys.ENTER)
     page.wait(lambda: page.answer == "first answer")

@@ -32,7 +32,7 @@ const live = new Live(at("live"));
 const sampling = new Sampling(at("settings"), settings);
 let isDeclined = false; // the user has closed the question for the key
 const layout = new Layout((panel) => connection.watch(panel === "live"));
-const thread = new Thread(at("thread"), chats, welcome);
+const thread = new Thread(at("thread"), chats, { welcome, focusLost: () => composer.focus() });
 const composer = new Composer(at("composer"), chats);
 new Sidebar(at("conversations"), chats, { chosen: enterConversation, toast });
 
@@ -48,7 +48,7 @@ chats.addEventListener("titles", showTitle);
 chats.addEventListener("ended", ({ detail }) => announce(detail.state === "done" ? "The answer is complete" : "The answer has ended early"));
 chats.addEventListener("unsaved", () => toast("The browser's storage is full: this conversation is not kept."));
 at("composer").addEventListener("editlast", ({ detail }) => thread.views.get(detail.id).edit());
-at("thread").addEventListener("focusout", () => queueMicrotask(returnFocus));
+document.querySelector(".skip").addEventListener("click", skip);
 document.addEventListener("keydown", pressKey);
 addEventListener("hashchange", () => chats.select(location.hash.slice(1)));
 
@@ -105,9 +105,10 @@ function showTitle() {
   document.title = [title, connection.props?.model ?? "offload-moe"].filter(Boolean).join(" · ");
 }
 
-/** When an edited message has been sent, its field has gone. */
-function returnFocus() {
-  if (document.activeElement === document.body) composer.focus();
+/** Without the link's own effect on the address, which names the conversation. */
+function skip(event) {
+  event.preventDefault();
+  at("message").focus();
 }
 
 /** Escape closes what lies above, else stops the answer. */

@@ -21,7 +21,8 @@ export function bytes(value) {
 
 export function percent(share) {
   if (!Number.isFinite(share)) return "–";
-  return `${(share * 100).toFixed(share > 0.995 || share < 0.1 ? 1 : 0)}%`;
+  const isNearEnd = (share > 0.99 && share < 1) || (share > 0 && share < 0.1);
+  return `${(share * 100).toFixed(isNearEnd ? 1 : 0)}%`;
 }
 
 export function milliseconds(value) {

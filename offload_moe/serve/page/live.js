@@ -6,7 +6,7 @@ import { bytes, count, milliseconds, number, percent } from "./format.js";
 import { HeatMap } from "./heatmap.js";
 import { Line, Stack } from "./plots.js";
 
-const WINDOW = 5; // snapshots over which a figure is taken: one second is too short for slow models
+const WINDOW = 5; // steps between snapshots over which a figure is taken: one second is too short for slow models
 const FIGURES = [
   ["Tokens per second", "tokensPerS", number],
   ["Expert hits", "hitRate", percent],
@@ -28,7 +28,8 @@ const TIERS = [
 /** Shows snapshots in `container`. */
 export class Live {
   constructor(container) {
-    this.history = [];
+    this.last = null;
+    this.busy = []; // the newest snapshots between which the server has worked
     this.figures = FIGURES.map(([label, name, format]) => new Figure(label, name, format));
     const stack = element("canvas", { class: "stack", role: "img", "aria-label": "Experts per token over the last minute and a half" });
     this.stack = new Stack(stack, PARTS.map(([, colour]) => colour));
@@ -52,23 +53,23 @@ export class Live {
   }
 
   update(live) {
-    const last = this.history.at(-1);
-    if (last && last.started_s !== live.started_s) this.history = [];
-    this.history = [...this.history, live].slice(-WINDOW - 1);
+    const last = this.last;
     const step = between(last, live);
-    const span = between(this.history[0], live);
+    this.last = live;
+    this.busy = step && isBusy(step, last, live) ? [...(this.busy.length ? this.busy : [last]), live].slice(-WINDOW - 1) : [];
+    const span = between(this.busy[0], live);
     if (step) {
       for (const figure of this.figures) figure.add(step, span);
       this.stack.add(PARTS.map(([name]) => step[name]));
     }
     this.showPerToken(span);
-    this.showExperts(live, last);
+    this.showExperts(live, step ? last : null);
     show(this.memory, ...memoryOf(live));
     show(this.requests, ...requestsOf(live));
   }
 
   showPerToken(span) {
-    if (span && !span.tokens && this.perToken.childElementCount) return;
+    if (!span?.tokens && this.perToken.childElementCount) return;
     const row = ([name, colour, label]) => element("li", {}, swatch(colour.slice(2)), `${number(span ? span[name] : NaN)} ${label}`);
     show(this.perToken, ...PARTS.map(row));
   }
@@ -104,11 +105,15 @@ class Figure {
   }
 
   add(step, span) {
-    const isIdle = span.tokens === 0 || !Number.isFinite(span[this.name]);
-    this.element.classList.toggle("idle", isIdle);
-    if (!isIdle) this.value.textContent = this.format(span[this.name]);
+    this.element.classList.toggle("idle", !span);
+    if (Number.isFinite(span?.[this.name])) this.value.textContent = this.format(span[this.name]);
     this.line.add(step[this.name]);
   }
+}
+
+/** The step in which a request begins is not one of the others: most of it is idle. */
+function isBusy(step, last, live) {
+  return last.running.length > 0 ? step.tokens > 0 || live.running.length > 0 : step.tokens > 0 && !live.running.length;
 }
 
 function part(title, ...children) {

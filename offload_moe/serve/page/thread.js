@@ -1,17 +1,21 @@
 // The messages of the open conversation. It follows the newest words as long as the user is at the end.
 
-import { element, iconButton, show } from "./dom.js";
+import { element, iconButton } from "./dom.js";
 import { MessageView } from "./message.js";
 import { pathOf } from "./conversation.js";
 
 const NEAR_END = 80; // pixels
 
-/** Shows `chats.open` in an element that scrolls. */
+/**
+ * Shows `chats.open` in an element that scrolls, and `welcome` where there are no messages. `focusLost` is called when what
+ * had the focus has gone: the field of a message that was edited, the button of an answer that was tried again.
+ */
 export class Thread {
-  constructor(scroller, chats, welcome) {
+  constructor(scroller, chats, { welcome, focusLost }) {
     this.scroller = scroller;
     this.chats = chats;
     this.welcome = welcome;
+    this.focusLost = focusLost;
     this.views = new Map(); // by message
     this.changed = new Set();
     this.isFollowing = true;
@@ -32,13 +36,29 @@ export class Thread {
     const isOther = this.chats.open !== this.conversation;
     this.conversation = this.chats.open;
     if (isOther) this.views.clear();
+    const hadFocus = this.list.contains(document.activeElement);
     const focused = document.activeElement?.closest?.(".pager [data-step]");
     const position = focused ? [...this.list.children].indexOf(focused.closest("article")) : -1;
     const views = path.map(({ message, siblings }) => this.viewOf(message, siblings));
     this.views = new Map(views.map((view) => [view.message.id, view]));
-    show(this.list, ...(views.length ? views.map((view) => view.element) : [this.welcome]));
+    this.place(views.length ? views.map((view) => view.element) : [this.welcome]);
     if (focused) this.refocus(focused.dataset.step, position);
+    if (hadFocus && !this.list.contains(document.activeElement)) this.focusLost();
     if (isOther || this.chats.answer) this.follow();
+  }
+
+  /** What stays is not moved: a selection, a focus and the place in wide code are kept. */
+  place(elements) {
+    let next = this.list.firstChild;
+    for (const each of elements) {
+      if (each === next) next = next.nextSibling;
+      else this.list.insertBefore(each, next);
+    }
+    while (next) {
+      const gone = next;
+      next = next.nextSibling;
+      gone.remove();
+    }
   }
 
   viewOf(message, siblings) {
