@@ -35,7 +35,7 @@ def server() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def page(driver: Any, server: FakeServer) -> Page:
-    return Page(driver, server)
+    return Page(driver, server.address)
 
 
 def hold(server: FakeServer, *pieces: str, **fields: Any) -> threading.Event:
@@ -230,9 +230,7 @@ def test_errors_are_the_servers_words(page: Page, server: FakeServer, is_late: b
 
 def test_the_key_is_asked_for(driver: Any, server: FakeServer) -> None:
     server.key = "secret"
-    driver.get(server.address)
-    page = Page.__new__(Page)
-    page.driver, page.server = driver, server
+    page = Page(driver, server.address, is_locked=True)
     for key in ("wrong", "secret"):
         page.wait(lambda: page.count("dialog[open]"))
         page.press(key, keys.ENTER)

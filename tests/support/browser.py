@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-from tests.support.page_server import FakeServer
-
 webdriver = pytest.importorskip("selenium.webdriver")
 keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
 
@@ -37,17 +35,18 @@ def chromium() -> Iterator[Any]:
 
 
 class Page:
-    """The page of one server: a user's hands and eyes. Every server has a port of its own, so its page begins empty."""
+    """The page at an address: a user's hands and eyes. A server has a port of its own, so its page begins empty."""
 
-    def __init__(self, driver: Any, server: FakeServer) -> None:
-        self.driver, self.server = driver, server
+    def __init__(self, driver: Any, address: str, *, is_locked: bool = False) -> None:
+        self.driver, self.address = driver, address
         self.emulate()
         self.resize(1280, 800)
-        self.open()
+        self.open(is_locked)
 
-    def open(self) -> None:
-        self.driver.get(self.server.address)
-        self.wait(lambda: self.text("#state") not in ("", "connecting"))
+    def open(self, is_locked: bool = False) -> None:
+        """is_locked: the page asks for a key first."""
+        self.driver.get(self.address)
+        self.wait(lambda: self.count("dialog[open]") if is_locked else self.text("#state") not in ("", "connecting"))
 
     def reload(self) -> None:
         self.driver.refresh()

@@ -245,7 +245,7 @@ class _Handler(BaseHTTPRequestHandler):
 PROPS = {
     "model": "demo",
     "version": "0.1.0",
-    "summary": "16 layers of 64 experts, 4 used per token: 512 of 1,024 experts fit into 1.6 GiB of RAM.",
+    "summary": "RAM 4.00 GiB of 15.6 GiB; 50% of 1,024 experts in RAM, dense weights in int8, room for 8,192 tokens",
     "notices": [],
     "context": 8192,
     "parallel": 1,

@@ -83,12 +83,11 @@ function showProps() {
   at("model").textContent = props.model;
   sampling.showDefaults(props);
   showTitle();
-  const facts = [props.summary, props.context && `Room for ${props.context.toLocaleString("en")} tokens of prompt and answer together.`];
   const notices = [...(props.notices ?? []), ...(props.has_chat_template !== false ? [] : ["The model has no chat template: it continues texts and knows no turns."])];
   show(
     welcome,
     element("h2", { dir: "auto" }, props.model),
-    ...facts.filter(Boolean).map((fact) => element("p", {}, fact)),
+    props.summary && element("p", {}, props.summary),
     notices.length ? element("ul", {}, ...notices.map((notice) => element("li", {}, notice))) : null,
     element("p", { class: "quiet-text" }, `offload-moe ${props.version}`),
   );
