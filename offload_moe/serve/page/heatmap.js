@@ -4,6 +4,7 @@ import { Canvas } from "./canvas.js";
 
 const TIERS = { 0: ["--disk", "on disk only"], 1: ["--ram", "in RAM"], 2: ["--vram", "in VRAM"], 3: ["--coming", "on its way"] };
 const COOLING = 0.55; // what is left of a cell's heat after one snapshot
+const BAR = 6; // pixels that a bar needs
 const [MIN_ROW, MAX_ROW, AIM] = [3, 16, 210]; // pixels
 
 export class HeatMap {
@@ -54,14 +55,17 @@ export class HeatMap {
     if (this.cursor) this.paintCursor(context, width);
   }
 
-  /** Where there is room, the tier stays visible around the heat. */
+  /** A bar as long as the heat along the cell's longer side; a veil over a cell that has no room for one. */
   paintHeat(context, hot, heat, left, top, width, height) {
-    const across = width >= 6 ? Math.max(3, Math.round(width * 0.5)) : width;
-    const down = height >= 6 ? Math.max(3, Math.round(height * 0.5)) : height;
-    context.globalAlpha = 0.15 + 0.85 * heat;
     context.fillStyle = hot;
-    context.fillRect(left + (width - across) / 2, top + (height - down) / 2, across, down);
-    context.globalAlpha = 1;
+    const thick = Math.max(2, Math.round(height * 0.4));
+    if (width >= BAR) context.fillRect(left, top + Math.floor((height - thick) / 2), Math.max(1, width * heat), thick);
+    else if (height >= BAR) context.fillRect(left, top + height * (1 - heat), width, height * heat);
+    else {
+      context.globalAlpha = heat;
+      context.fillRect(left, top, width, height);
+      context.globalAlpha = 1;
+    }
   }
 
   paintCursor(context, width) {

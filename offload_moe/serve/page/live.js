@@ -83,7 +83,7 @@ export class Live {
     this.heatmap.update(live.residency, live.uses, activity(last, live));
     const counts = tiersOf(live.residency);
     const present = TIERS.filter(([tier]) => counts[tier] || (tier === "1" && live.slots.ram) || (tier === "2" && live.slots.vram));
-    const words = present.map(([tier, , label]) => `${counts[tier] ?? 0} ${label}`);
+    const words = present.map(([tier, , label]) => `${(counts[tier] ?? 0).toLocaleString("en")} ${label}`);
     this.map.setAttribute("aria-label", `${count(live.residency.length, "layer")} of experts: ${words.join(", ")}`);
     show(
       this.tiers,
@@ -129,11 +129,13 @@ function memoryOf({ memory, budget, slots, prefixes }) {
   const total = parts.reduce((sum, [, size]) => sum + size, 0);
   const bar = element("div", { class: "bar", "aria-hidden": "true" });
   const list = element("ul", { class: "parts" });
-  parts.forEach(([name, size], position) => {
-    const segment = swatch(`part-${position % 6}`);
+  let others = 0;
+  parts.forEach(([name, size]) => {
+    const colour = /\bVRAM$/.test(name) ? "vram" : /\bRAM$/.test(name) ? "ram" : `part-${others++ % 4}`;
+    const segment = swatch(colour);
     segment.style.flexGrow = `${size / Math.max(1, total)}`;
     bar.append(segment);
-    list.append(element("li", {}, swatch(`part-${position % 6}`), element("span", {}, name), element("span", {}, bytes(size))));
+    list.append(element("li", {}, swatch(colour), element("span", {}, name), element("span", {}, bytes(size))));
   });
   const places = [["RAM", budget.ram], ["VRAM", budget.vram]].filter(([, size]) => size);
   const facts = [`${bytes(total)} in all`, ...places.map(([place, size]) => `${bytes(size)} of ${place} to use`)];
