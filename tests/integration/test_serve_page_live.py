@@ -130,7 +130,7 @@ def test_a_model_that_is_not_loaded_is_said(driver: Any) -> None:
     server.state = "unloaded"
     try:
         page = Page(driver, server.address)
-        page.wait(lambda: "not loaded" in page.text("#live"))
+        page.wait(lambda: "loads the model" in page.text("#live"))
         assert page.text("#state") == "unloaded"
         assert page.text(".map") == ""
         server.live.is_loaded = True

@@ -21,6 +21,12 @@ const STATES = {
   draining: "ending",
   lost: "not reachable",
 };
+const SHORTCUTS = {
+  KeyN: begin,
+  KeyK: () => layout.toggle("sidebar"),
+  KeyL: () => layout.toggle("live"),
+  KeyS: () => layout.toggle("settings"),
+};
 const at = (id) => document.getElementById(id);
 
 const settings = loadSettings();
@@ -36,7 +42,8 @@ const thread = new Thread(at("thread"), chats, { welcome, focusLost: () => compo
 const composer = new Composer(at("composer"), chats);
 new Sidebar(at("conversations"), chats, { chosen: enterConversation, toast });
 
-show(at("new"), element("button", { type: "button", class: "new", title: "New conversation (Alt+N)", onclick: begin }, icon("add"), "New conversation"));
+const newButton = { type: "button", class: "new", title: "New conversation (Alt+N)", onclick: begin };
+show(at("new"), element("button", newButton, icon("add"), "New conversation"));
 at("storage").hidden = store.isKept;
 
 connection.addEventListener("state", showState);
@@ -45,7 +52,9 @@ connection.addEventListener("live", () => live.update(connection.live));
 connection.addEventListener("key", askForKey);
 chats.addEventListener("path", showPath);
 chats.addEventListener("titles", showTitle);
-chats.addEventListener("ended", ({ detail }) => announce(detail.state === "done" ? "The answer is complete" : "The answer has ended early"));
+chats.addEventListener("ended", ({ detail }) => {
+  announce(detail.state === "done" ? "The answer is complete" : "The answer has ended early");
+});
 chats.addEventListener("unsaved", () => toast("The browser's storage is full: this conversation is not kept."));
 at("composer").addEventListener("editlast", ({ detail }) => thread.views.get(detail.id).edit());
 document.querySelector(".skip").addEventListener("click", skip);
@@ -74,8 +83,9 @@ function showState() {
   label.textContent = STATES[state] ?? state;
   const banner = at("banner");
   banner.hidden = state !== "lost" && !isDeclined;
-  if (state === "lost") banner.textContent = "The server does not answer. The page tries again every second.";
-  else if (isDeclined) show(banner, "The server needs its key. ", element("button", { type: "button", class: "quiet", onclick: reconsider }, "Enter it"));
+  const enter = element("button", { type: "button", class: "quiet", onclick: reconsider }, "Enter it");
+  if (state === "lost") show(banner, "The server does not answer. The page tries again every second.");
+  else if (isDeclined) show(banner, "The server needs its key. ", enter);
 }
 
 function showProps() {
@@ -83,7 +93,8 @@ function showProps() {
   at("model").textContent = props.model;
   sampling.showDefaults(props);
   showTitle();
-  const notices = [...(props.notices ?? []), ...(props.has_chat_template !== false ? [] : ["The model has no chat template: it continues texts and knows no turns."])];
+  const notices = [...(props.notices ?? [])];
+  if (props.has_chat_template === false) notices.push("The model has no chat template: it continues texts.");
   show(
     welcome,
     element("h2", { dir: "auto" }, props.model),
@@ -115,7 +126,7 @@ function pressKey(event) {
   if (event.key === "Escape" && !event.defaultPrevented && !at("ask-key").open) {
     if (!layout.closeOverlay()) chats.stop();
   }
-  const shortcut = event.altKey && !event.ctrlKey && { KeyN: begin, KeyL: () => layout.toggle("live"), KeyS: () => layout.toggle("settings"), KeyK: () => layout.toggle("sidebar") }[event.code];
+  const shortcut = event.altKey && !event.ctrlKey && SHORTCUTS[event.code];
   if (!shortcut) return;
   event.preventDefault();
   shortcut();
@@ -148,7 +159,11 @@ function toast(words, action, act, durationMs = 5000) {
   const hide = () => {
     box.hidden = true;
   };
-  const button = action ? element("button", { type: "button", class: "quiet", onclick: () => (hide(), act()) }, action) : null;
+  const onclick = () => {
+    hide();
+    act();
+  };
+  const button = action ? element("button", { type: "button", class: "quiet", onclick }, action) : null;
   show(box, element("span", { dir: "auto" }, words), button);
   box.hidden = false;
   box.timer = setTimeout(hide, durationMs);

@@ -40,7 +40,7 @@ function readBlock(lines, at, depth) {
   const fence = FENCE.exec(line);
   if (fence) return readFence(lines, at, fence);
   const heading = HEADING.exec(line);
-  if (heading) return [{ type: "heading", level: heading[1].length, text: withoutClosing((heading[2] ?? "").trim()) }, at + 1];
+  if (heading) return [{ type: "heading", level: heading[1].length, text: headingText(heading[2]) }, at + 1];
   if (RULE.test(line)) return [{ type: "rule" }, at + 1];
   if (depth < MAX_DEPTH && QUOTE.test(line)) return readQuote(lines, at, depth);
   if (depth < MAX_DEPTH && ITEM.test(line)) return readList(lines, at, depth);
@@ -68,8 +68,9 @@ function readQuote(lines, at, depth) {
 }
 
 function readList(lines, at, depth) {
-  const kind = kindOf(ITEM.exec(lines[at]));
-  const list = { type: "list", isOrdered: kind !== "-", start: parseInt(ITEM.exec(lines[at])[2], 10) || 0, isLoose: false, items: [] };
+  const first = ITEM.exec(lines[at]);
+  const kind = kindOf(first);
+  const list = { type: "list", isOrdered: kind !== "-", start: parseInt(first[2], 10) || 0, isLoose: false, items: [] };
   const outer = indentOf(lines[at]);
   let end = at;
   while (end < lines.length) {
@@ -146,7 +147,7 @@ function beginsBlock(lines, at) {
   const line = lines[at];
   const item = ITEM.exec(line);
   const beginsList = item && item[4] && (kindOf(item) === "-" || parseInt(item[2], 10) === 1 || indentOf(line) > 0);
-  return FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || beginsList || beginsTable(lines, at);
+  return beginsList || beginsTable(lines, at) || [FENCE, HEADING, RULE, QUOTE].some((pattern) => pattern.test(line));
 }
 
 function beginsTable(lines, at) {
@@ -171,7 +172,8 @@ function paragraphText(lines) {
 }
 
 /** A heading's text may be followed by more #. */
-function withoutClosing(text) {
+function headingText(rest = "") {
+  const text = rest.trim();
   let end = text.length;
   while (text[end - 1] === "#") end -= 1;
   return end === 0 || text[end - 1] === " " ? text.slice(0, end).trimEnd() : text;

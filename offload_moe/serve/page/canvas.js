@@ -1,6 +1,6 @@
 // Drawing that is sharp on every screen, in the colours of the style sheet.
 
-/** A canvas that fits its box: `draw(context, width, height)` is called in units of CSS pixels whenever something changes. */
+/** A canvas that fits its box. `draw(context, width, height)`, in CSS pixels, is called whenever something changes. */
 export class Canvas {
   constructor(canvas, draw) {
     this.canvas = canvas;
@@ -14,7 +14,8 @@ export class Canvas {
     if (!width || !height) return;
     const ratio = devicePixelRatio || 1;
     const [across, down] = [Math.round(width * ratio), Math.round(height * ratio)];
-    if (this.canvas.width !== across || this.canvas.height !== down) Object.assign(this.canvas, { width: across, height: down });
+    if (this.canvas.width !== across) this.canvas.width = across;
+    if (this.canvas.height !== down) this.canvas.height = down;
     const context = this.canvas.getContext("2d");
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, width, height);

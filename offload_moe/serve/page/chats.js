@@ -6,7 +6,10 @@ import { samplingOf } from "./settings.js";
 
 const SAVE_MS = 1000;
 
-/** Events: "titles" (the list has changed), "path" (other messages are shown), "message" (`detail`: one that has changed), "ended" (an answer has), "unsaved". */
+/**
+ * Events: "titles" (the list has changed), "path" (other messages are shown), "message" (`detail`: one that changed),
+ * "ended" (`detail`: the message of an answer that has), "unsaved" (the browser keeps no more).
+ */
 export class Chats extends EventTarget {
   constructor(store, connection, settings) {
     super();
@@ -67,7 +70,8 @@ export class Chats extends EventTarget {
   }
 
   async rename(id, title) {
-    const conversation = id === this.open.id ? this.open : this.answers.get(id)?.conversation ?? (await this.store.get(id));
+    const loaded = id === this.open.id ? this.open : this.answers.get(id)?.conversation;
+    const conversation = loaded ?? (await this.store.get(id));
     Object.assign(conversation, { title, isNamed: true });
     await this.save(conversation);
   }

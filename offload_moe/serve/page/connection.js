@@ -1,4 +1,4 @@
-// Whether a server is there and what it serves: asked again and again, so that the page notices an end and a new beginning.
+// Whether a server is there and what it serves, asked in intervals: the page notices an end and a new beginning.
 
 import { getJson, ServerError } from "./transport.js";
 
@@ -6,7 +6,8 @@ const CALM_MS = 5000;
 const EAGER_MS = 1000;
 
 /**
- * Events: "state" when `state` has changed, "props" when `props` has, "live" with each snapshot, "key" when the server needs one.
+ * Events: "state" when `state` has changed, "props" when `props` has, "live" with each snapshot, "key" when the server
+ * needs one.
  * States: "connecting", "ok", "loading", "unloaded", "draining", "lost".
  */
 export class Connection extends EventTarget {

@@ -1,7 +1,7 @@
 // A conversation: a tree of messages, of which one path is shown. Editing and retrying add branches; nothing is lost.
 //
-// A message: {id, parent, role, content, reasoning, at, state, error, finish, usage, timings}. States: "done", "writing",
-// "stopped", "failed". `chosen` has the child that is shown by its parent's id; the first message's parent is "".
+// A message: {id, parent, role, content, reasoning, at, state, error, finish, usage, timings}. States: "done",
+// "writing", "stopped", "failed". `chosen` has the child that is shown, by its parent's id; the first one's is "".
 
 const TITLE_LENGTH = 60;
 
@@ -53,8 +53,9 @@ export function chooseSibling(conversation, message, step) {
 
 /** A page that was closed while an answer was being written has left it so. */
 export function settle(conversation) {
+  const left = { state: "failed", error: "The page was closed before the answer ended." };
   for (const message of Object.values(conversation.messages)) {
-    if (message.state === "writing") Object.assign(message, { state: "failed", error: "The page was closed before the answer ended." });
+    if (message.state === "writing") Object.assign(message, left);
   }
   return conversation;
 }

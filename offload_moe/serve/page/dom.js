@@ -2,7 +2,7 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** Make an element. `onclick` and its like are listeners, true is an attribute without a value, null and false are left out. */
+/** Make an element. `onclick` and its like are listeners; true is an attribute without a value, null and false none. */
 export function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -16,7 +16,8 @@ export function element(tag, attributes = {}, ...children) {
 
 /** A button with a symbol: its name is for screen readers and the pointer. */
 export function iconButton(symbol, name, onclick, attributes = {}) {
-  return element("button", { type: "button", class: "icon", "aria-label": name, title: name, onclick, ...attributes }, icon(symbol));
+  const usual = { type: "button", class: "icon", "aria-label": name, title: name, onclick };
+  return element("button", { ...usual, ...attributes }, icon(symbol));
 }
 
 /** A symbol out of lines in a box of 20 x 20. */

@@ -6,7 +6,8 @@ export function between(before, after) {
   const seconds = after.at_s - before.at_s;
   const generated = after.tokens.generated - before.tokens.generated;
   const tokens = generated + after.tokens.prompt - before.tokens.prompt;
-  const [hits, delayed, misses] = ["hits", "delayed", "misses"].map((name) => after.experts[name] - before.experts[name]);
+  const experts = (name) => after.experts[name] - before.experts[name];
+  const [hits, delayed, misses] = ["hits", "delayed", "misses"].map(experts);
   const perToken = (value) => (tokens > 0 ? value / tokens : NaN);
   return {
     seconds,
@@ -24,7 +25,8 @@ export function between(before, after) {
 
 /** How much each expert was used between two snapshots: 0 to 1, 1 the most used. */
 export function activity(before, after) {
-  const grown = after.uses.map((row, layer) => row.map((uses, expert) => Math.max(0, uses - (before?.uses[layer]?.[expert] ?? uses))));
+  const used = (uses, earlier = uses) => Math.max(0, uses - earlier);
+  const grown = after.uses.map((row, layer) => row.map((uses, expert) => used(uses, before?.uses[layer]?.[expert])));
   const most = Math.max(1e-9, ...grown.map((row) => Math.max(0, ...row)));
   return grown.map((row) => row.map((uses) => uses / most));
 }

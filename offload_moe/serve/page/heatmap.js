@@ -2,7 +2,12 @@
 
 import { Canvas } from "./canvas.js";
 
-const TIERS = { 0: ["--disk", "on disk only"], 1: ["--ram", "in RAM"], 2: ["--vram", "in VRAM"], 3: ["--coming", "on its way"] };
+const TIERS = {
+  0: ["--disk", "on disk only"],
+  1: ["--ram", "in RAM"],
+  2: ["--vram", "in VRAM"],
+  3: ["--coming", "on its way"],
+};
 const COOLING = 0.55; // what is left of a cell's heat after one snapshot
 const BAR = 6; // pixels that a bar needs
 const [MIN_ROW, MAX_ROW, AIM] = [3, 16, 210]; // pixels
@@ -28,7 +33,8 @@ export class HeatMap {
     const previous = this.heat;
     this.residency = residency;
     this.uses = uses;
-    this.heat = activity.map((row, layer) => row.map((heat, expert) => Math.max(heat, (previous[layer]?.[expert] ?? 0) * COOLING)));
+    const cooled = (layer, expert) => (previous[layer]?.[expert] ?? 0) * COOLING;
+    this.heat = activity.map((row, layer) => row.map((heat, expert) => Math.max(heat, cooled(layer, expert))));
     const rows = residency.length;
     this.rowHeight = Math.min(MAX_ROW, Math.max(MIN_ROW, Math.floor(AIM / Math.max(1, rows))));
     this.view.canvas.style.height = `${rows * this.rowHeight}px`;
@@ -71,9 +77,10 @@ export class HeatMap {
   paintCursor(context, width) {
     const [layer, expert] = this.cursor;
     const left = this.leftOf(expert, width);
+    const across = Math.max(3, this.leftOf(expert + 1, width) - left - 1);
     context.strokeStyle = this.view.colour("--text");
     context.lineWidth = 2;
-    context.strokeRect(left, layer * this.rowHeight, Math.max(3, this.leftOf(expert + 1, width) - left - 1), this.rowHeight - 1);
+    context.strokeRect(left, layer * this.rowHeight, across, this.rowHeight - 1);
   }
 
   /** On whole pixels of the screen. */

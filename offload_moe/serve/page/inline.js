@@ -7,12 +7,15 @@ import { linkTo } from "./links.js";
 const MAX_OPEN = 1000; // delimiters that wait for their end: bounds the depth of the document and the time
 const PLAIN = /[^\\`*_~[\]!<&$\nh]+/y;
 const ESCAPED = /[!-/:-@[-`{-~]/;
-const TAIL = /\(\s{0,9}(?:<([^<>\n]{0,2000})>|((?:[^\s()\\]|\\.|\([^\s()]{0,500}\)){0,2000}))(?:\s{1,9}(?:"[^"]{0,500}"|'[^']{0,500}'))?\s{0,9}\)/y;
+const PLACE = /<([^<>\n]{0,2000})>|((?:[^\s()\\]|\\.|\([^\s()]{0,500}\)){0,2000})/;
+const TITLE = /"[^"]{0,500}"|'[^']{0,500}'/;
+const TAIL = new RegExp(`\\(\\s{0,9}(?:${PLACE.source})(?:\\s{1,9}(?:${TITLE.source}))?\\s{0,9}\\)`, "y");
 const ADDRESS = /<((?:https?:\/\/|mailto:)[^\s<>]{1,2000})>/iy;
 const BARE = /https?:\/\/[^\s<>"'`*]{1,2000}/y;
 const BREAK = /<br\s*\/?>/iy;
 const ENTITY = /&(?:#(\d{1,7})|#[xX]([0-9a-fA-F]{1,6})|([a-zA-Z]{2,8}));/y;
-const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", ndash: "–", mdash: "—", hellip: "…", times: "×", rarr: "→", larr: "←", le: "≤", ge: "≥" };
+const NAMED = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", ndash: "–", mdash: "—", le: "≤" };
+const ENTITIES = new Map(Object.entries({ ...NAMED, hellip: "…", ge: "≥", times: "×", rarr: "→", larr: "←" }));
 const WIDE = /[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Hangul}]/u;
 const PUNCTUATION = /[\p{P}\p{S}]/u;
 const TAGS = { "*": ["em", "strong"], _: ["em", "strong"], "~": ["del", "del"] };
@@ -169,8 +172,10 @@ class Inline {
     const isMark = (character !== "~" || length === 2) && (canOpen || canClose) && this.delimiters.length < MAX_OPEN;
     const run = this.text.slice(this.at, end);
     this.at = end;
-    if (!isMark) this.plain += run;
-    else this.delimiters.push({ node: this.append(document.createTextNode(run)), character, length, original: length, canOpen, canClose });
+    if (isMark) {
+      const node = this.append(document.createTextNode(run));
+      this.delimiters.push({ node, character, length, original: length, canOpen, canClose });
+    } else this.plain += run;
     return true;
   }
 
@@ -208,12 +213,11 @@ class Inline {
   }
 
   parseEntity() {
-    const start = this.at;
     const found = this.match(ENTITY);
     if (!found) return false;
-    const code = found[1] ? parseInt(found[1], 10) : parseInt(found[2] ?? "0", 16);
-    const isScalar = code > 0 && code <= 0x10ffff && !(code >= 0xd800 && code <= 0xdfff);
-    this.plain += found[3] ? (Object.hasOwn(ENTITIES, found[3]) ? ENTITIES[found[3]] : this.text.slice(start, this.at)) : isScalar ? String.fromCodePoint(code) : "\ufffd";
+    const [whole, decimal, hexadecimal, name] = found;
+    if (name) this.plain += ENTITIES.get(name) ?? whole;
+    else this.plain += characterOf(decimal ? parseInt(decimal, 10) : parseInt(hexadecimal, 16));
     return true;
   }
 
@@ -268,7 +272,12 @@ function wrap(open, end) {
   }
 }
 
-/** Whether a run may open and close. Between wide characters there are no spaces, so punctuation there does not decide. */
+function characterOf(code) {
+  const isScalar = code > 0 && code <= 0x10ffff && !(code >= 0xd800 && code <= 0xdfff);
+  return isScalar ? String.fromCodePoint(code) : "\ufffd";
+}
+
+/** Whether a run may open and close. Wide characters have no spaces between them: punctuation there does not decide. */
 function flanks(character, before, after) {
   const [spaceBefore, spaceAfter] = [/\s/.test(before), /\s/.test(after)];
   const [markBefore, markAfter] = [PUNCTUATION.test(before), PUNCTUATION.test(after)];

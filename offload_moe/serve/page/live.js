@@ -13,11 +13,8 @@ const FIGURES = [
   ["Stall per token", "stallMs", milliseconds],
   ["Read from disk", "diskPerS", (value) => `${bytes(value)}/s`],
 ];
-const PARTS = [
-  ["hits", "--ram", "hits"],
-  ["delayed", "--coming", "delayed"],
-  ["misses", "--hot", "misses"],
-];
+const COLOURS = { hits: "ram", delayed: "coming", misses: "hot" };
+const PARTS = Object.keys(COLOURS);
 const TIERS = [
   ["2", "vram", "VRAM"],
   ["1", "ram", "RAM"],
@@ -31,8 +28,8 @@ export class Live {
     this.last = null;
     this.busy = []; // the newest snapshots between which the server has worked
     this.figures = FIGURES.map(([label, name, format]) => new Figure(label, name, format));
-    const stack = element("canvas", { class: "stack", role: "img", "aria-label": "Experts per token over the last minute and a half" });
-    this.stack = new Stack(stack, PARTS.map(([, colour]) => colour));
+    const stack = element("canvas", { class: "stack", role: "img", "aria-label": "Experts per token, newest right" });
+    this.stack = new Stack(stack, PARTS.map((name) => `--${COLOURS[name]}`));
     this.perToken = element("ul", { class: "legend" });
     this.map = element("canvas", { class: "map", tabindex: "0", role: "img", "aria-describedby": "cell" });
     const readout = element("output", { id: "cell" });
@@ -56,11 +53,12 @@ export class Live {
     const last = this.last;
     const step = between(last, live);
     this.last = live;
-    this.busy = step && isBusy(step, last, live) ? [...(this.busy.length ? this.busy : [last]), live].slice(-WINDOW - 1) : [];
+    if (!step || !isBusy(step, last, live)) this.busy = [];
+    else this.busy = [...(this.busy.length ? this.busy : [last]), live].slice(-WINDOW - 1);
     const span = between(this.busy[0], live);
     if (step) {
       for (const figure of this.figures) figure.add(step, span);
-      this.stack.add(PARTS.map(([name]) => step[name]));
+      this.stack.add(PARTS.map((name) => step[name]));
     }
     this.showPerToken(span);
     this.showExperts(live, step ? last : null);
@@ -70,19 +68,20 @@ export class Live {
 
   showPerToken(span) {
     if (!span?.tokens && this.perToken.childElementCount) return;
-    const row = ([name, colour, label]) => element("li", {}, swatch(colour.slice(2)), `${number(span ? span[name] : NaN)} ${label}`);
+    const row = (name) => element("li", {}, swatch(COLOURS[name]), `${number(span ? span[name] : NaN)} ${name}`);
     show(this.perToken, ...PARTS.map(row));
   }
 
   showExperts(live, last) {
     const isLoaded = live.residency.length > 0;
     this.empty.hidden = isLoaded;
-    this.empty.textContent = live.state === "loading" ? "The model is being loaded." : "The model is not loaded. The next message loads it.";
+    const isLoading = live.state === "loading";
+    this.empty.textContent = isLoading ? "The model is being loaded." : "The next message loads the model.";
     for (const shown of [this.map, this.tiers]) shown.hidden = !isLoaded;
     if (!isLoaded) return;
     this.heatmap.update(live.residency, live.uses, activity(last, live));
     const counts = tiersOf(live.residency);
-    const present = TIERS.filter(([tier]) => counts[tier] || (tier === "1" && live.slots.ram) || (tier === "2" && live.slots.vram));
+    const present = TIERS.filter(([tier, name]) => counts[tier] || live.slots[name]);
     const words = present.map(([tier, , label]) => `${(counts[tier] ?? 0).toLocaleString("en")} ${label}`);
     this.map.setAttribute("aria-label", `${count(live.residency.length, "layer")} of experts: ${words.join(", ")}`);
     show(
@@ -154,6 +153,8 @@ function requestsOf({ running, requests }) {
       : `answer, ${count(request.generated, "token")}`;
     return element("li", {}, element("span", {}, words), element("span", {}, `${number(request.age_s)} s`));
   };
-  const facts = [`${requests.finished} answered`, requests.waiting && `${requests.waiting} waiting`, requests.cancelled && `${requests.cancelled} cancelled`, requests.refused && `${requests.refused} refused`];
-  return [element("ul", { class: "parts requests" }, ...running.map(line)), element("p", { class: "quiet-text" }, facts.filter(Boolean).join(" · "))];
+  const others = ["waiting", "cancelled", "refused"].filter((name) => requests[name]);
+  const facts = [`${requests.finished} answered`, ...others.map((name) => `${requests[name]} ${name}`)];
+  const list = element("ul", { class: "parts" }, ...running.map(line));
+  return [list, element("p", { class: "quiet-text" }, facts.join(" · "))];
 }

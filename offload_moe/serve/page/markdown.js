@@ -4,7 +4,7 @@ import { parseBlocks } from "./blocks.js";
 import { copyButton, element } from "./dom.js";
 import { inline } from "./inline.js";
 
-const RIGHT_TO_LEFT = /[\p{Script=Arabic}\p{Script=Hebrew}\p{Script=Syriac}\p{Script=Thaana}\p{Script=Nko}\p{Script=Adlam}]/u;
+const RIGHT_TO_LEFT = /[\p{sc=Arabic}\p{sc=Hebrew}\p{sc=Syriac}\p{sc=Thaana}\p{sc=Nko}\p{sc=Adlam}]/u;
 
 /** Shows a text in `container`. */
 export class Markdown {
@@ -36,7 +36,7 @@ export class Markdown {
 
 const BUILDERS = {
   paragraph: (block) => element("p", { dir: "auto" }, inline(block.text)),
-  heading: (block) => element(`h${Math.min(block.level + 2, 6)}`, { dir: "auto", class: `level-${block.level}` }, inline(block.text)),
+  heading: buildHeading,
   rule: () => element("hr"),
   quote: (block) => element("blockquote", { dir: directionOf(block.source) }, ...block.blocks.map(build)),
   code: buildCode,
@@ -54,28 +54,41 @@ function build(block) {
   return BUILDERS[block.type](block);
 }
 
+/** The page's own headings are above these. */
+function buildHeading(block) {
+  const attributes = { dir: "auto", class: `level-${block.level}` };
+  return element(`h${Math.min(block.level + 2, 6)}`, attributes, inline(block.text));
+}
+
 function buildCode(block) {
   const code = element("code", { dir: "ltr" }, block.text);
   const name = block.language ? `Copy the ${block.language} code` : "Copy the code";
-  const head = element("figcaption", {}, element("span", {}, block.language || "text"), copyButton(name, () => code.textContent));
+  const button = copyButton(name, () => code.textContent);
+  const head = element("figcaption", {}, element("span", {}, block.language || "text"), button);
   return element("figure", { class: "code" }, head, element("pre", {}, code));
 }
 
 function buildList(block) {
-  const list = element(block.isOrdered ? "ol" : "ul", { start: block.isOrdered && block.start !== 1 && `${block.start}`, dir: directionOf(block.source) });
-  for (const item of block.items) {
-    const children = item.blocks.flatMap((child) => (child.type === "paragraph" && !block.isLoose ? [inline(child.text)] : [build(child)]));
-    const isTask = item.isDone !== null;
-    const box = isTask ? element("input", { type: "checkbox", disabled: true, checked: item.isDone, "aria-label": item.isDone ? "done" : "not done" }) : null;
-    list.append(element("li", { class: isTask && "task" }, box, ...children));
-  }
-  return list;
+  const start = block.isOrdered && block.start !== 1 && `${block.start}`;
+  const items = block.items.map((item) => buildItem(item, block.isLoose));
+  return element(block.isOrdered ? "ol" : "ul", { start, dir: directionOf(block.source) }, ...items);
 }
 
-function buildTable(block) {
-  const row = (tag, cells) =>
-    element("tr", {}, ...cells.map((cell, column) => element(tag, { dir: "auto", class: block.align[column], scope: tag === "th" && "col" }, inline(cell))));
-  const head = element("thead", {}, row("th", block.header));
-  const body = element("tbody", {}, ...block.rows.map((cells) => row("td", cells)));
-  return element("div", { class: "scroll" }, element("table", { dir: directionOf(block.source) }, head, body));
+function buildItem({ blocks, isDone }, isLoose) {
+  const children = blocks.map((child) => (child.type === "paragraph" && !isLoose ? inline(child.text) : build(child)));
+  if (isDone === null) return element("li", {}, ...children);
+  const name = isDone ? "done" : "not done";
+  const box = element("input", { type: "checkbox", disabled: true, checked: isDone, "aria-label": name });
+  return element("li", { class: "task" }, box, ...children);
+}
+
+function buildTable({ header, align, rows, source }) {
+  const cell = (tag, text, column) => {
+    const scope = tag === "th" && "col";
+    return element(tag, { dir: "auto", class: align[column], scope }, inline(text));
+  };
+  const row = (tag, cells) => element("tr", {}, ...cells.map((text, column) => cell(tag, text, column)));
+  const head = element("thead", {}, row("th", header));
+  const body = element("tbody", {}, ...rows.map((cells) => row("td", cells)));
+  return element("div", { class: "scroll" }, element("table", { dir: directionOf(source) }, head, body));
 }

@@ -12,7 +12,8 @@ export class MessageView {
     this.isUser = message.role === "user";
     this.content = element("div", { class: this.isUser ? "words" : "prose", dir: this.isUser && "auto" });
     this.foot = element("div", { class: "foot" });
-    this.element = element("article", { class: message.role, "aria-label": this.isUser ? "You" : "Answer" }, this.content, this.foot);
+    const name = this.isUser ? "You" : "Answer";
+    this.element = element("article", { class: message.role, "aria-label": name }, this.content, this.foot);
     if (!this.isUser) this.prepareAnswer();
     this.update();
     this.showSiblings(siblings);
@@ -23,7 +24,8 @@ export class MessageView {
     this.thought = element("div", { class: "prose" });
     this.thinking = new Markdown(this.thought);
     this.summary = element("summary");
-    this.reasoning = element("details", { class: "reasoning", hidden: true, ontoggle: () => this.updateReasoning() }, this.summary, this.thought);
+    const ontoggle = () => this.updateReasoning();
+    this.reasoning = element("details", { class: "reasoning", hidden: true, ontoggle }, this.summary, this.thought);
     this.waiting = element("div", { class: "waiting", hidden: true });
     this.content.before(this.reasoning, this.waiting);
     this.fault = element("p", { class: "fault", role: "alert", hidden: true });
@@ -54,19 +56,18 @@ export class MessageView {
   /** Reasoning is folded: its text is built when it is unfolded. */
   updateReasoning() {
     const { content, reasoningMs, state } = this.message;
-    const isThinking = state === "writing" && !content;
-    this.summary.textContent = isThinking ? "Thinking…" : reasoningMs >= 1000 ? `Thought for ${milliseconds(reasoningMs)}` : "Thoughts";
+    if (state === "writing" && !content) this.summary.textContent = "Thinking…";
+    else this.summary.textContent = reasoningMs >= 1000 ? `Thought for ${milliseconds(reasoningMs)}` : "Thoughts";
     if (this.reasoning.open) this.thinking.update(this.message.reasoning);
   }
 
   showWaiting() {
-    const progress = this.chats.answers.get(this.chats.open.id)?.answer.progress;
-    const words = progress ? `Reading the prompt: ${count(progress.processed, "token")} of ${progress.total.toLocaleString("en")}` : "Waiting for the first token";
+    const progress = this.chats.answer?.progress;
     if (this.waiting.childElementCount !== 2) {
       show(this.waiting, element("span"), element("progress", { "aria-label": "Prompt", max: "1" }));
     }
     const [label, bar] = this.waiting.children;
-    label.textContent = progress?.cache ? `${words}, ${progress.cache.toLocaleString("en")} kept from before` : words;
+    label.textContent = progress ? wordsFor(progress) : "Waiting for the first token";
     bar.hidden = !progress;
     if (progress) bar.value = progress.total ? progress.processed / progress.total : 0;
   }
@@ -78,14 +79,16 @@ export class MessageView {
       ? iconButton("edit", "Edit", () => this.edit())
       : iconButton("retry", "Try again", () => this.chats.retry(this.message));
     this.pager ??= element("span", { class: "pager" });
-    show(this.foot, this.pager, ...(isWriting ? [] : [copy, again]), element("span", { class: "note" }, isWriting ? "" : noteOf(this.message)));
+    const note = element("span", { class: "note" }, isWriting ? "" : noteOf(this.message));
+    show(this.foot, this.pager, ...(isWriting ? [] : [copy, again]), note);
   }
 
   showSiblings(siblings) {
     if (siblings.length < 2) return;
     const at = siblings.indexOf(this.message);
     const kind = this.isUser ? "version" : "answer";
-    const button = (symbol, name, step, isOff) => iconButton(symbol, name, () => this.turn(step), { disabled: isOff, "data-step": `${step}` });
+    const button = (symbol, name, step, disabled) =>
+      iconButton(symbol, name, () => this.turn(step), { disabled, "data-step": `${step}` });
     show(
       this.pager,
       button("previous", `Previous ${kind}`, -1, at === 0),
@@ -133,6 +136,11 @@ export class MessageView {
   }
 }
 
+function wordsFor({ processed, total, cache }) {
+  const words = `Reading the prompt: ${count(processed, "token")} of ${total.toLocaleString("en")}`;
+  return cache ? `${words}, ${cache.toLocaleString("en")} kept from before` : words;
+}
+
 /** What an answer cost, in one line. */
 function noteOf({ role, state, finish, usage, timings, firstMs }) {
   if (role === "user") return "";
@@ -145,7 +153,8 @@ function noteOf({ role, state, finish, usage, timings, firstMs }) {
   if (firstMs && tokens) words.push(`first after ${milliseconds(firstMs)}`);
   const cached = usage?.prompt_tokens_details?.cached_tokens;
   if (cached) words.push(`${cached.toLocaleString("en")} of the prompt kept`);
-  if (timings?.hits + timings?.misses > 0) words.push(`${percent(timings.hits / (timings.hits + timings.misses))} hits`);
+  const experts = timings?.hits + timings?.misses;
+  if (experts > 0) words.push(`${percent(timings.hits / experts)} hits`);
   if (tokens && timings?.stall_ms > 0) words.push(`${milliseconds(timings.stall_ms / tokens)} stall/token`);
   return words.join(" · ");
 }

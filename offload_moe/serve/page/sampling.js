@@ -9,9 +9,11 @@ export class Sampling {
     this.container = container;
     this.settings = settings;
     this.inputs = new Map();
-    this.system = element("textarea", { id: "system", rows: "4", dir: "auto", placeholder: "Stands before every conversation" });
+    const placeholder = "Stands before every conversation";
+    this.system = element("textarea", { id: "system", rows: "4", dir: "auto", placeholder });
     this.system.addEventListener("input", () => this.set("system", this.system.value.trim()));
-    this.effort = element("select", { id: "effort" }, ...["", ...EFFORTS].map((effort) => element("option", { value: effort }, effort || "default")));
+    const options = ["", ...EFFORTS].map((effort) => element("option", { value: effort }, effort || "default"));
+    this.effort = element("select", { id: "effort" }, ...options);
     this.effort.addEventListener("change", () => this.set("effort", this.effort.value));
     this.effortRow = field("effort", "Reasoning effort", "", this.effort);
     show(
@@ -25,7 +27,8 @@ export class Sampling {
   }
 
   numberField({ name, label, hint, ...limits }) {
-    const input = element("input", { type: "number", inputmode: "decimal", id: name, placeholder: "default", ...limits, "aria-describedby": `${name}-hint` });
+    const described = { id: name, "aria-describedby": `${name}-hint` };
+    const input = element("input", { type: "number", inputmode: "decimal", ...described, ...limits });
     input.addEventListener("input", () => {
       const isUsable = input.validity.valid;
       input.setAttribute("aria-invalid", `${!isUsable}`);

@@ -1,4 +1,4 @@
-// What the user has set: how tokens are chosen and what stands before every conversation. Empty means the server's default.
+// What the user has set: how tokens are chosen, and what stands before every conversation. Empty: the server's default.
 
 const NAME = "offload-moe settings";
 
@@ -8,7 +8,7 @@ export const FIELDS = [
   { name: "top_p", label: "Top p", min: 0.01, max: 1, step: 0.01, hint: "share of probability" },
   { name: "top_k", label: "Top k", min: 0, max: 1000, step: 1, hint: "tokens to choose from" },
   { name: "min_p", label: "Min p", min: 0, max: 1, step: 0.01, hint: "least relative probability" },
-  { name: "repetition_penalty", label: "Repetition penalty", min: 0.5, max: 2, step: 0.01, hint: "above 1 avoids repeats" },
+  { name: "repetition_penalty", label: "Repetition", min: 0.5, max: 2, step: 0.01, hint: "above 1 penalizes repeats" },
   { name: "max_tokens", label: "Answer length", min: 1, max: 1000000, step: 1, hint: "tokens at most" },
   { name: "seed", label: "Seed", min: 0, max: 4294967295, step: 1, hint: "same seed, same answer" },
 ];

@@ -29,11 +29,9 @@ export class Sidebar {
   row({ id, title }) {
     const name = title || "Untitled";
     const isOpen = id === this.chats.open.id;
-    const open = element(
-      "button",
-      { type: "button", class: "title", dir: "auto", title: name, "aria-current": isOpen && "true", onclick: () => this.open(id), ondblclick: () => this.rename(id, title) },
-      name,
-    );
+    const acts = { onclick: () => this.open(id), ondblclick: () => this.rename(id, title) };
+    const attributes = { type: "button", class: "title", dir: "auto", title: name, "aria-current": isOpen && "true" };
+    const open = element("button", { ...attributes, ...acts }, name);
     return element(
       "li",
       { "data-id": id, class: this.chats.answers.has(id) && "writing" },

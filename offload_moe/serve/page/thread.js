@@ -7,8 +7,8 @@ import { pathOf } from "./conversation.js";
 const NEAR_END = 80; // pixels
 
 /**
- * Shows `chats.open` in an element that scrolls, and `welcome` where there are no messages. `focusLost` is called when what
- * had the focus has gone: the field of a message that was edited, the button of an answer that was tried again.
+ * Shows `chats.open` in an element that scrolls, and `welcome` where there are no messages. `focusLost` is called when
+ * what had the focus has gone: the field of a message that was edited, the button of an answer that was tried again.
  */
 export class Thread {
   constructor(scroller, chats, { welcome, focusLost }) {
@@ -70,8 +70,8 @@ export class Thread {
 
   /** After turning to another version, the button that did it has gone with the old one. */
   refocus(step, position) {
-    const buttons = [...(this.list.children[position]?.querySelectorAll("[data-step]") ?? [])];
-    (buttons.find((button) => button.dataset.step === step && !button.disabled) ?? buttons.find((button) => !button.disabled))?.focus();
+    const buttons = [...(this.list.children[position]?.querySelectorAll("[data-step]:enabled") ?? [])];
+    (buttons.find((button) => button.dataset.step === step) ?? buttons[0])?.focus();
   }
 
   schedule(message) {

@@ -17,7 +17,8 @@ export function keepKey(key) {
 
 /** The JSON document of a route. Raises ServerError, or TypeError where no server answers. */
 export async function getJson(route, timeoutMs = 8000) {
-  const response = await fetch(route, { headers: headers(), signal: AbortSignal.timeout(timeoutMs), cache: "no-store" });
+  const signal = AbortSignal.timeout(timeoutMs);
+  const response = await fetch(route, { headers: headers(), signal, cache: "no-store" });
   if (!response.ok && !(route === "health" && response.status === 503)) throw await errorOf(response);
   return response.json();
 }
