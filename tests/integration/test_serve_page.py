@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -128,6 +129,39 @@ def test_escape_leaves_a_question_as_it_was(page: Page) -> None:
     assert page.count("article") == 2
 
 
+def test_characters_arrive_in_parts(page: Page, server: FakeServer) -> None:
+    text = "Größe 重要 \N{GRINNING FACE} שלום"
+    server.answers[:] = [Answer(pieces=[text], num_bytes=1)]
+    assert page.ask("Hello") == text
+
+
+def test_a_stream_that_ends_early_is_no_answer(page: Page, server: FakeServer) -> None:
+    server.answers[:] = [Answer(pieces=["Half an"], finish=None)]
+    assert page.ask("Hello") == "Half an"
+    assert page.text(".fault") == "The connection to the server was lost."
+
+
+def test_a_deleted_conversation_is_not_written_on(page: Page, server: FakeServer) -> None:
+    hold(server, "So far")
+    page.send("Hello")
+    page.wait(lambda: page.answer and page.titles)
+    page.find("#conversations .title").send_keys(keys.DELETE)
+    page.wait(lambda: page.titles == [] and page.count("article") == 0)
+    assert server.left.wait(5)
+    page.find("#toast button").click()
+    page.wait(lambda: page.answer == "So far")
+    assert "stopped" in page.text(".assistant .foot")
+
+
+def test_a_browser_that_keeps_nothing_is_said(page: Page) -> None:
+    with page.lacking("Object.defineProperty(window, 'indexedDB', { value: undefined });"):
+        assert page.ask("Hello") == "An answer."
+        assert page.titles == ["Hello"]
+        assert "keeps nothing" in page.text("nav")
+        page.reload()
+        assert page.titles == []
+
+
 def test_another_answer_keeps_the_first(page: Page, server: FakeServer) -> None:
     server.answers[:] = [Answer(pieces=["first"]), Answer(pieces=["second"])]
     page.ask("Say it")
@@ -147,7 +181,18 @@ def test_reasoning_is_folded(page: Page, server: FakeServer) -> None:
     page.wait(lambda: page.text("details .prose") == "Because of this.")
 
 
-def test_code_is_copied_as_it_is(page: Page, server: FakeServer) -> None:
+@pytest.mark.parametrize("is_secure", [True, False])
+def test_code_is_copied_as_it_is(page: Page, server: FakeServer, is_secure: bool) -> None:
+    """Also where other machines see the page over plain HTTP: browsers have no clipboard for it there."""
+    with (
+        nullcontext()
+        if is_secure
+        else page.lacking("Object.defineProperty(navigator, 'clipboard', { value: undefined });")
+    ):
+        check_copies(page, server)
+
+
+def check_copies(page: Page, server: FakeServer) -> None:
     code = "if a < b:\n    print('<b>&amp;')\n"
     server.answers[:] = [Answer(pieces=[f"Try:\n\n```python\n{code}```\n"])]
     page.ask("Code?")

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from offload_moe.engine.model import Model
+from offload_moe.serve.app import make_app
 from tests.integration.test_serve_command import serving
 from tests.support.browser import Page, chromium, keys
 from tests.support.chat import chat_store
-from tests.support.serving import listening, open_tiny
+from tests.support.serving import listening, open_tiny, running
 
 KEY = "sesame"
 NUM_TOKENS = 12
@@ -50,6 +53,21 @@ def test_a_conversation_with_the_real_server(driver: Any, model: Model) -> None:
         page.wait(lambda: "2 answered" in page.text("#live"))
         assert "layers of experts" in page.find(".map").accessible_name
         assert page.console() == []
+        loaded = page.js("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+        assert len(loaded) > 10
+        assert all(address.startswith(page.address) for address in loaded)
+
+
+def test_an_application_below_a_path_has_its_page(driver: Any, model: Model) -> None:
+    app = make_app(model, name="tiny")
+    try:
+        with running(Starlette(routes=[Mount("/models/tiny", app)])) as (host, port):
+            page = Page(driver, f"http://{host}:{port}/models/tiny")
+            set_length(page, NUM_TOKENS)
+            page.ask("Hello!")
+            assert f"{NUM_TOKENS} tokens" in page.texts(".assistant .foot")[-1]
+    finally:
+        app.close()
 
 
 def test_the_real_server_stops(driver: Any, model: Model) -> None:

@@ -52,6 +52,17 @@ class Page:
         self.driver.refresh()
         self.wait(lambda: self.text("#state") not in ("", "connecting"))
 
+    @contextmanager
+    def lacking(self, script: str) -> Iterator[None]:
+        """The page in a browser that a script has changed before anything else ran."""
+        command = "Page.addScriptToEvaluateOnNewDocument"
+        added = self.driver.execute_cdp_cmd(command, {"source": script})
+        try:
+            self.reload()
+            yield
+        finally:
+            self.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
     def resize(self, width: int, height: int) -> None:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -128,7 +139,7 @@ class Page:
 
     @property
     def is_writing(self) -> bool:
-        return self.count(".writing[aria-busy='true']") > 0
+        return self.count(".writing") > 0  # in the conversation, and in the list of conversations
 
     @property
     def titles(self) -> list[str]:

@@ -27,6 +27,7 @@ class Answer:
     error: str | None = None  # in the stream, after the pieces
     status: int = 200
     pause_s: float = 0.0
+    num_bytes: int | None = None  # per write: characters and events arrive in parts
     hold: threading.Event | None = None
 
 
@@ -195,8 +196,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, None, {"Content-Type": "text/event-stream"})
         try:
             for event in self._events(answer):
-                self.wfile.write(event)
-                self.wfile.flush()
+                size = answer.num_bytes or len(event)
+                for at in range(0, len(event), size):
+                    self.wfile.write(event[at : at + size])
+                    self.wfile.flush()
                 if answer.pause_s:
                     time.sleep(answer.pause_s)
         except OSError:

@@ -55,6 +55,16 @@ def events(text: str) -> list[Any]:
 def listening(model: Model, **settings: Any) -> Iterator[tuple[str, int]]:
     """The address of a real server, in a thread of this process."""
     app = make_app(model, ServeConfig(**settings), name="tiny")
+    try:
+        with running(app) as address:
+            yield address
+    finally:
+        app.close()
+
+
+@contextmanager
+def running(app: Any) -> Iterator[tuple[str, int]]:
+    """The address of any application, in a thread of this process."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -66,5 +76,4 @@ def listening(model: Model, **settings: Any) -> Iterator[tuple[str, int]]:
     finally:
         server.should_exit = True
         thread.join(20)
-        app.close()
         listener.close()
