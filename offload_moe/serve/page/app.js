@@ -81,6 +81,7 @@ function showState() {
   const label = at("state");
   label.className = state;
   label.textContent = STATES[state] ?? state;
+  at("live").classList.toggle("stale", state === "lost");
   const banner = at("banner");
   banner.hidden = state !== "lost" && !isDeclined;
   const enter = element("button", { type: "button", class: "quiet", onclick: reconsider }, "Enter it");

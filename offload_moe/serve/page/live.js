@@ -39,18 +39,20 @@ export class Live {
     const title = element("div", { class: "title-row" }, element("h3", {}, "Experts"), readout);
     this.memory = element("div");
     this.requests = element("div");
-    show(
-      container,
+    this.container = container;
+    this.parts = [
       element("dl", { class: "figures" }, ...this.figures.map((figure) => figure.element)),
       element("section", {}, title, this.empty, this.map, this.tiers),
       part("Experts per token", stack, this.perToken),
       part("Memory", this.memory),
       part("Requests", this.requests),
-    );
+    ];
+    show(container, element("p", { class: "quiet-text" }, "No server has answered yet."));
   }
 
   update(live) {
     const last = this.last;
+    if (!last) show(this.container, ...this.parts);
     const step = between(last, live);
     this.last = live;
     if (!step || !isBusy(step, last, live)) this.busy = [];

@@ -142,10 +142,11 @@ function wordsFor({ processed, total, cache }) {
 }
 
 /** What an answer cost, in one line. */
-function noteOf({ role, state, finish, usage, timings, firstMs }) {
+function noteOf({ role, state, content, finish, usage, timings, firstMs }) {
   if (role === "user") return "";
   const words = [];
   if (state === "stopped") words.push("stopped");
+  if (state === "done" && !content) words.push("an answer without words");
   if (finish === "length") words.push("ended at the token limit");
   const tokens = timings?.predicted_n ?? usage?.completion_tokens;
   if (tokens) words.push(count(tokens, "token"));
