@@ -14,7 +14,7 @@ def page_routes() -> list[Route]:
 
 
 def _endpoint(file: PageFile) -> Callable[[Request], Awaitable[Response]]:
-    """A browser asks each time, and receives a file again only where it has changed."""
+    """A browser sends the tag of its copy each time, and receives a file again only where it has changed."""
     headers = {**PAGE_HEADERS, "ETag": file.etag, "Content-Type": file.content_type}
 
     async def endpoint(request: Request) -> Response:

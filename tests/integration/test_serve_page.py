@@ -63,8 +63,8 @@ def test_an_answer_is_shown_while_it_is_written(page: Page, server: FakeServer) 
 
 def test_the_next_question_carries_the_conversation(page: Page, server: FakeServer) -> None:
     server.answers[:] = [Answer(pieces=["One"], reasoning=["hm"]), Answer(pieces=["Two"])]
-    page.ask("First")
-    page.ask("Second")
+    page.converse("First")
+    page.converse("Second")
     said = [(message["role"], message["content"]) for message in server.requests[1]["messages"]]
     assert said == [("user", "First"), ("assistant", "One"), ("user", "Second")]
 
@@ -91,7 +91,7 @@ def test_an_answer_is_stopped(page: Page, server: FakeServer, by: str) -> None:
     assert server.left.wait(5)
     assert page.answer == "As far as here"
     assert "stopped" in page.text(".assistant .foot")
-    assert page.ask("Again") == "An answer."
+    assert page.converse("Again") == "An answer."
 
 
 def test_the_progress_of_a_prompt_is_shown(page: Page, server: FakeServer) -> None:
@@ -105,7 +105,7 @@ def test_the_progress_of_a_prompt_is_shown(page: Page, server: FakeServer) -> No
 
 def test_an_edited_question_is_a_branch(page: Page, server: FakeServer) -> None:
     server.answers[:] = [Answer(pieces=["first answer"]), Answer(pieces=["second answer"])]
-    page.ask("first question")
+    page.converse("first question")
     page.press(keys.ARROW_UP)
     assert page.focus == "Edit your message"
     page.chord(keys.CONTROL, "a")
@@ -121,7 +121,7 @@ def test_an_edited_question_is_a_branch(page: Page, server: FakeServer) -> None:
 
 
 def test_escape_leaves_a_question_as_it_was(page: Page) -> None:
-    page.ask("as it was")
+    page.converse("as it was")
     page.click("Edit", ".user")
     page.press("something else", keys.ESCAPE)
     assert page.text(".words") == "as it was"
@@ -132,12 +132,12 @@ def test_escape_leaves_a_question_as_it_was(page: Page) -> None:
 def test_characters_arrive_in_parts(page: Page, server: FakeServer) -> None:
     text = "Größe 重要 \N{GRINNING FACE} שלום"
     server.answers[:] = [Answer(pieces=[text], num_bytes=1)]
-    assert page.ask("Hello") == text
+    assert page.converse("Hello") == text
 
 
 def test_a_stream_that_ends_early_is_no_answer(page: Page, server: FakeServer) -> None:
     server.answers[:] = [Answer(pieces=["Half an"], finish=None)]
-    assert page.ask("Hello") == "Half an"
+    assert page.converse("Hello") == "Half an"
     assert page.text(".fault") == "The connection to the server was lost."
 
 
@@ -155,7 +155,7 @@ def test_a_deleted_conversation_is_not_written_on(page: Page, server: FakeServer
 
 def test_a_browser_that_keeps_nothing_is_said(page: Page) -> None:
     with page.lacking("Object.defineProperty(window, 'indexedDB', { value: undefined });"):
-        assert page.ask("Hello") == "An answer."
+        assert page.converse("Hello") == "An answer."
         assert page.titles == ["Hello"]
         assert "keeps nothing" in page.text("nav")
         page.reload()
@@ -164,7 +164,7 @@ def test_a_browser_that_keeps_nothing_is_said(page: Page) -> None:
 
 def test_another_answer_keeps_the_first(page: Page, server: FakeServer) -> None:
     server.answers[:] = [Answer(pieces=["first"]), Answer(pieces=["second"])]
-    page.ask("Say it")
+    page.converse("Say it")
     page.click("Try again")
     page.wait(lambda: page.answer == "second" and not page.is_writing)
     assert server.requests[0] == server.requests[1]
@@ -175,7 +175,7 @@ def test_another_answer_keeps_the_first(page: Page, server: FakeServer) -> None:
 
 def test_reasoning_is_folded(page: Page, server: FakeServer) -> None:
     server.answers[:] = [Answer(pieces=["So it is."], reasoning=["Because of ", "*this*."])]
-    page.ask("Why?")
+    page.converse("Why?")
     assert page.text("details") == "Thoughts"
     page.find("summary").send_keys(keys.ENTER)
     page.wait(lambda: page.text("details .prose") == "Because of this.")
@@ -195,7 +195,7 @@ def test_code_is_copied_as_it_is(page: Page, server: FakeServer, is_secure: bool
 def check_copies(page: Page, server: FakeServer) -> None:
     code = "if a < b:\n    print('<b>&amp;')\n"
     server.answers[:] = [Answer(pieces=[f"Try:\n\n```python\n{code}```\n"])]
-    page.ask("Code?")
+    page.converse("Code?")
     page.named("Copy the python code").send_keys(keys.ENTER)
     page.wait(lambda: page.js("return document.querySelector('#announcements').textContent") == "Copied")
     page.find("#message").click()
@@ -204,9 +204,9 @@ def check_copies(page: Page, server: FakeServer) -> None:
 
 
 def test_conversations_survive_a_reload(page: Page) -> None:
-    page.ask("The first one")
+    page.converse("The first one")
     page.chord(keys.ALT, "n")
-    page.ask("The second one")
+    page.converse("The second one")
     page.wait(lambda: page.titles == ["The second one", "The first one"])
     page.reload()
     page.wait(lambda: page.text(".words") == "The second one")
@@ -217,7 +217,7 @@ def test_conversations_survive_a_reload(page: Page) -> None:
 
 def test_conversations_are_kept_in_order_by_keyboard(page: Page) -> None:
     for text in ("one", "two"):
-        page.ask(text)
+        page.converse(text)
         page.chord(keys.ALT, "n")
     page.find("#conversations .title").send_keys(keys.ARROW_DOWN)
     assert page.focus == "one"
@@ -232,7 +232,7 @@ def test_conversations_are_kept_in_order_by_keyboard(page: Page) -> None:
 
 
 def test_an_answer_goes_on_while_another_conversation_is_read(page: Page, server: FakeServer) -> None:
-    page.ask("The first one")
+    page.converse("The first one")
     page.chord(keys.ALT, "n")
     end = hold(server, "slow")
     page.send("The second one")
@@ -255,7 +255,7 @@ def test_only_what_was_set_is_sent(page: Page, server: FakeServer) -> None:
     page.find("#system").send_keys("Be brief.")
     assert page.find("#top_p").get_attribute("aria-invalid") == "true"
     page.reload()
-    page.ask("Hello")
+    page.converse("Hello")
     request = server.requests[0]
     assert request["temperature"] == 0.25
     assert request["messages"][0] == {"role": "system", "content": "Be brief."}
@@ -280,14 +280,14 @@ def test_the_key_is_asked_for(driver: Any, server: FakeServer) -> None:
         page.wait(lambda: page.count("dialog[open]"))
         page.press(key, keys.ENTER)
     page.wait(lambda: page.text("#state") == "ready")
-    assert page.ask("Hello") == "An answer."
+    assert page.converse("Hello") == "An answer."
     assert "secret" not in page.js("return JSON.stringify(localStorage)")
     page.reload()
     assert page.text("#state") == "ready"
 
 
 def test_the_page_reconnects_after_the_server_was_killed(page: Page, server: FakeServer) -> None:
-    page.ask("Before")
+    page.converse("Before")
     hold(server, "The server dies in the mid")
     page.send("During")
     page.wait(lambda: page.answer.endswith("mid"))
@@ -301,7 +301,7 @@ def test_the_page_reconnects_after_the_server_was_killed(page: Page, server: Fak
     assert page.text("#banner") == ""
     page.click("Try again")
     page.wait(lambda: page.answer == "An answer." and not page.is_writing)
-    assert page.ask("After") == "An answer."
+    assert page.converse("After") == "An answer."
     assert [message["content"] for message in server.requests[-1]["messages"]][::2] == ["Before", "During", "After"]
 
 
@@ -317,13 +317,13 @@ def test_a_page_that_was_closed_shows_how_far_an_answer_came(page: Page, server:
 
 
 def test_two_tabs_agree(page: Page, driver: Any) -> None:
-    page.ask("In the first tab")
+    page.converse("In the first tab")
     first = driver.current_window_handle
     driver.switch_to.new_window("tab")
     try:
         page.open()
         page.wait(lambda: page.titles == ["In the first tab"])
-        page.ask("In the second tab")
+        page.converse("In the second tab")
     finally:
         driver.close()
         driver.switch_to.window(first)

@@ -124,7 +124,7 @@ def page(driver: Any, server: FakeServer) -> Page:
 
 def test_the_focus_walks_through_everything_and_is_seen(page: Page, server: FakeServer) -> None:
     server.answers[:] = [Answer(pieces=[ANSWER], reasoning=["hm"])]
-    page.ask("Hello")
+    page.converse("Hello")
     page.reload()
     page.wait(lambda: page.answer and page.count(".map:not([hidden])"))
     page.chord(keys.ALT, "n")
@@ -142,7 +142,7 @@ def test_the_focus_walks_through_everything_and_is_seen(page: Page, server: Fake
 
 
 def test_the_skip_link_leads_to_the_field(page: Page) -> None:
-    page.ask("Hello")
+    page.converse("Hello")
     address = page.driver.current_url
     page.find(".skip").send_keys(keys.ENTER)
     page.press("typed")
@@ -152,7 +152,7 @@ def test_the_skip_link_leads_to_the_field(page: Page) -> None:
 
 def test_every_control_has_a_name(page: Page, server: FakeServer) -> None:
     server.answers[:] = [Answer(pieces=[ANSWER], reasoning=["hm"])]
-    page.ask("Hello")
+    page.converse("Hello")
     page.click("Settings", "header")
     controls = page.driver.find_elements(
         "css selector", "button, input, textarea, select, summary, a, canvas[role], [tabindex='0']"
@@ -166,7 +166,7 @@ def test_every_control_has_a_name(page: Page, server: FakeServer) -> None:
 
 def test_what_happens_is_announced(page: Page, server: FakeServer) -> None:
     """Once, not with every token: the thread itself is no live region."""
-    page.ask("Hello")
+    page.converse("Hello")
     assert page.js("return document.querySelector('#announcements').textContent") == "The answer is complete"
     assert page.js("return document.querySelector('#thread').closest('[aria-live], [role=log]')") is None
 
@@ -175,7 +175,7 @@ def test_what_happens_is_announced(page: Page, server: FakeServer) -> None:
 def test_texts_stand_out(page: Page, server: FakeServer, scheme: str) -> None:
     page.emulate(prefers_color_scheme=scheme, prefers_reduced_motion="reduce")
     server.answers[:] = [Answer(pieces=[ANSWER], reasoning=["hm"]), Answer(pieces=["half"], error="It failed.")]
-    page.ask("Hello")
+    page.converse("Hello")
     page.send("Again")
     page.wait(lambda: page.text(".fault:not([hidden])"))
     page.js("document.querySelector('details').open = true")
@@ -202,7 +202,7 @@ def test_a_small_screen_has_room_for_everything(page: Page, server: FakeServer) 
     server.answers[:] = [Answer(pieces=[ANSWER])]
     page.resize(360, 740)
     page.reload()
-    page.ask("A question that is long enough for several lines on such a small screen")
+    page.converse("A question that is long enough for several lines on such a small screen")
     assert page.js(OUTSIDE) == []
     for name in ("Conversations", "Settings", "The hierarchy at work"):
         page.click(name, "header")
@@ -232,7 +232,7 @@ def test_a_long_conversation_stays_quick(page: Page, server: FakeServer) -> None
         " }).observe({ entryTypes: ['longtask'] })"
     )
     server.answers[:] = [Answer(pieces=[f"Word {n} of *many*. " for n in range(300)], pause_s=0.002)]
-    page.ask("One more")
+    page.converse("One more")
     assert page.js("return [...document.querySelectorAll('article')].filter((each) => each.isOld).length") == 200
     assert page.js("return window.long") < 1000
     scroller = (

@@ -114,7 +114,7 @@ def test_no_text_takes_long(page: Page) -> None:
 def test_an_answer_cannot_do_anything(page: Page, server: FakeServer) -> None:
     page.console()
     server.answers[:] = [Answer(pieces=[f"{attack}\n\n" for attack in ATTACKS], reasoning=ATTACKS)]
-    page.ask(ATTACKS[1])
+    page.converse(ATTACKS[1])
     page.find("summary").send_keys(keys.ENTER)
     page.wait(lambda: "onerror" in page.text("details .prose"))
     assert page.titles == [ATTACKS[1]]
@@ -164,7 +164,7 @@ def test_right_to_left_texts_run_so(page: Page, server: FakeServer) -> None:
     text = "זה *טקסט* עם `code`.\n\n- אחת\n- שתיים\n\n> ציטוט\n\nEnglish again.\n\n```\ncode\n```"
     server.answers[:] = [Answer(pieces=[text])]
     page.chord(keys.ALT, "n")
-    page.ask("כתוב בעברית")
+    page.converse("כתוב בעברית")
     direction = "return getComputedStyle(document.querySelector(arguments[0])).direction"
     for selector in (".words", ".prose > p", ".prose ul", ".prose blockquote", "#conversations .title"):
         assert page.js(direction, selector) == "rtl", selector
@@ -177,7 +177,7 @@ def test_long_lines_do_not_widen_the_page(page: Page, server: FakeServer) -> Non
     text = f"{wide}\n\n```\n{wide}\n```\n\n| {wide} | b |\n|---|---|\n| `{wide}` | {wide} |\n\n- `{wide}`\n\n$${wide}$$\n\nhttps://{wide}.org"
     server.answers[:] = [Answer(pieces=[text], reasoning=[wide])]
     page.chord(keys.ALT, "n")
-    page.ask(wide[:400])
+    page.converse(wide[:400])
     page.js("document.querySelector('details').open = true")
     for width in (1280, 360):
         page.resize(width, 740)

@@ -45,10 +45,10 @@ def test_a_conversation_with_the_real_server(driver: Any, model: Model) -> None:
         page.press(KEY, keys.ENTER)
         page.wait(lambda: page.text("#state") == "ready")
         set_length(page, NUM_TOKENS)
-        page.ask("Hello!")
+        page.converse("Hello!")
         assert f"{NUM_TOKENS} tokens" in page.texts(".assistant .foot")[-1]
         assert "token limit" in page.texts(".assistant .foot")[-1]
-        page.ask("And again?")
+        page.converse("And again?")
         assert "of the prompt kept" in page.texts(".assistant .foot")[-1]
         page.wait(lambda: "2 answered" in page.text("#live"))
         assert "layers of experts" in page.find(".map").accessible_name
@@ -64,7 +64,7 @@ def test_an_application_below_a_path_has_its_page(driver: Any, model: Model) -> 
         with running(Starlette(routes=[Mount("/models/tiny", app)])) as (host, port):
             page = Page(driver, f"http://{host}:{port}/models/tiny")
             set_length(page, NUM_TOKENS)
-            page.ask("Hello!")
+            page.converse("Hello!")
             assert f"{NUM_TOKENS} tokens" in page.texts(".assistant .foot")[-1]
     finally:
         app.close()

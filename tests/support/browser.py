@@ -44,7 +44,7 @@ class Page:
         self.open(is_locked)
 
     def open(self, is_locked: bool = False) -> None:
-        """is_locked: the page asks for a key first."""
+        """is_locked: the page shows a field for the key first."""
         self.driver.get(self.address)
         self.wait(lambda: self.count("dialog[open]") if is_locked else self.text("#state") not in ("", "connecting"))
 
@@ -125,7 +125,7 @@ class Page:
     def send(self, text: str) -> None:
         self.find("#message").send_keys(text, keys.ENTER)
 
-    def ask(self, text: str) -> str:
+    def converse(self, text: str) -> str:
         """Send, and wait for the whole answer."""
         before = self.count("article")
         self.send(text)

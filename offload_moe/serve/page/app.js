@@ -36,7 +36,7 @@ const chats = new Chats(store, connection, settings);
 const welcome = element("section", { class: "welcome" });
 const live = new Live(at("live"));
 const sampling = new Sampling(at("settings"), settings);
-let isDeclined = false; // the user has closed the question for the key
+let isDeclined = false; // the user has closed the dialog for the key
 const layout = new Layout((panel) => connection.watch(panel === "live"));
 const thread = new Thread(at("thread"), chats, { welcome, focusLost: () => composer.focus() });
 const composer = new Composer(at("composer"), chats);
@@ -49,7 +49,7 @@ at("storage").hidden = store.isKept;
 connection.addEventListener("state", showState);
 connection.addEventListener("props", showProps);
 connection.addEventListener("live", () => live.update(connection.live));
-connection.addEventListener("key", askForKey);
+connection.addEventListener("key", showKeyDialog);
 chats.addEventListener("path", showPath);
 chats.addEventListener("titles", showTitle);
 chats.addEventListener("ended", ({ detail }) => {
@@ -124,7 +124,7 @@ function skip(event) {
 
 /** Escape closes what lies above, else stops the answer. */
 function pressKey(event) {
-  if (event.key === "Escape" && !event.defaultPrevented && !at("ask-key").open) {
+  if (event.key === "Escape" && !event.defaultPrevented && !at("key-dialog").open) {
     if (!layout.closeOverlay()) chats.stop();
   }
   const shortcut = event.altKey && !event.ctrlKey && SHORTCUTS[event.code];
@@ -133,8 +133,8 @@ function pressKey(event) {
   shortcut();
 }
 
-function askForKey() {
-  const dialog = at("ask-key");
+function showKeyDialog() {
+  const dialog = at("key-dialog");
   if (dialog.open || isDeclined) return;
   const field = dialog.querySelector("input");
   field.value = "";
@@ -150,7 +150,7 @@ function askForKey() {
 
 function reconsider() {
   isDeclined = false;
-  askForKey();
+  showKeyDialog();
 }
 
 /** A few words at the page's end, with something to do about them. */

@@ -46,17 +46,17 @@ export class Chats extends EventTarget {
   /** Add the user's words to the open conversation, and an answer. */
   send(text) {
     const last = pathOf(this.open).at(-1)?.message;
-    return this.ask(add(this.open, last?.id ?? "", "user", { content: text }));
+    return this.answerTo(add(this.open, last?.id ?? "", "user", { content: text }));
   }
 
   /** The same place in the conversation with other words: a branch of its own. */
   edit(message, text) {
-    return this.ask(add(this.open, message.parent, "user", { content: text }));
+    return this.answerTo(add(this.open, message.parent, "user", { content: text }));
   }
 
   /** Another answer to the same words. */
   retry(message) {
-    return this.ask(this.open.messages[message.parent]);
+    return this.answerTo(this.open.messages[message.parent]);
   }
 
   choose(message, step) {
@@ -91,7 +91,7 @@ export class Chats extends EventTarget {
     };
   }
 
-  async ask(question) {
+  async answerTo(question) {
     const conversation = this.open;
     const before = this.answers.get(conversation.id);
     before?.answer.stop();

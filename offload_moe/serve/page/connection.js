@@ -1,4 +1,4 @@
-// Whether a server is there and what it serves, asked in intervals: the page notices an end and a new beginning.
+// Whether a server is there and what it serves, polled in intervals: the page notices an end and a new beginning.
 
 import { getJson, ServerError } from "./transport.js";
 
@@ -28,13 +28,13 @@ export class Connection extends EventTarget {
     this.check();
   }
 
-  /** Ask now, and from then on in intervals. Nothing is asked while the page is not seen. */
+  /** Poll now, and from then on in intervals. Nothing is sent while the page is not seen. */
   async check() {
     clearTimeout(this.timer);
     if (document.hidden || this.isChecking) return;
     this.isChecking = true;
     try {
-      await this.ask();
+      await this.poll();
     } finally {
       this.isChecking = false;
     }
@@ -43,7 +43,7 @@ export class Connection extends EventTarget {
     this.timer = setTimeout(() => this.check(), isEager ? EAGER_MS : CALM_MS);
   }
 
-  async ask() {
+  async poll() {
     const before = this.state;
     try {
       const health = await getJson("health");

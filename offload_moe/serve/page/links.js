@@ -1,4 +1,4 @@
-// Links out of text that is not trusted: only addresses that a browser merely opens, and never by itself.
+// Links out of text that is not trusted: only kinds of addresses that a browser merely opens, and only on a click.
 
 import { element } from "./dom.js";
 
