@@ -127,6 +127,9 @@ function pressKey(event) {
   if (event.key === "Escape" && !event.defaultPrevented && !at("key-dialog").open) {
     if (!layout.closeOverlay()) chats.stop();
   }
+  if (event.key === "z" && (event.ctrlKey || event.metaKey) && !event.target.matches("input, textarea")) {
+    at("toast").querySelector("button")?.click();
+  }
   const shortcut = event.altKey && !event.ctrlKey && SHORTCUTS[event.code];
   if (!shortcut) return;
   event.preventDefault();
@@ -159,6 +162,7 @@ function toast(words, action, act, durationMs = 5000) {
   clearTimeout(box.timer);
   const hide = () => {
     box.hidden = true;
+    show(box);
   };
   const onclick = () => {
     hide();

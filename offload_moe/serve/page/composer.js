@@ -1,6 +1,6 @@
 // Where the user writes. Enter sends, Shift+Enter begins a line, Escape stops the answer.
 
-import { announce, icon, show } from "./dom.js";
+import { announce, growing, icon, isComposing, show } from "./dom.js";
 import { pathOf } from "./conversation.js";
 
 /** The form at the end of the page; `chats` receives what is sent. */
@@ -12,6 +12,7 @@ export class Composer {
     this.chats = chats;
     this.hasKeyboard = !matchMedia("(pointer: coarse)").matches; // else Enter begins a line, and the button sends
     this.area.setAttribute("enterkeyhint", this.hasKeyboard ? "send" : "enter");
+    growing(this.area);
     form.addEventListener("submit", (event) => this.submit(event));
     this.area.addEventListener("keydown", (event) => this.press(event));
     this.area.addEventListener("input", () => this.update());
@@ -32,12 +33,12 @@ export class Composer {
     const text = this.area.value.trim();
     if (!text) return;
     this.area.value = "";
+    this.area.dispatchEvent(new Event("input"));
     this.chats.send(text);
-    this.update();
   }
 
   press(event) {
-    if (event.isComposing) return;
+    if (isComposing(event)) return;
     if (event.key === "Enter" && !event.shiftKey && this.hasKeyboard) this.pressEnter(event);
     if (event.key === "ArrowUp" && !this.area.value) this.editLast(event);
   }

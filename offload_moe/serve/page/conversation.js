@@ -24,9 +24,7 @@ export function add(conversation, parent, role, fields = {}) {
 
 /** The messages that are shown, each with its siblings: [{message, siblings}]. */
 export function pathOf(conversation) {
-  const children = Map.groupBy
-    ? Map.groupBy(Object.values(conversation.messages), (message) => message.parent)
-    : grouped(Object.values(conversation.messages));
+  const children = childrenOf(conversation);
   const path = [];
   for (let id = conversation.chosen[""]; id; id = conversation.chosen[id]) {
     const message = conversation.messages[id];
@@ -60,10 +58,14 @@ export function settle(conversation) {
   return conversation;
 }
 
-function grouped(messages) {
-  const groups = new Map();
-  for (const message of messages) groups.set(message.parent, [...(groups.get(message.parent) ?? []), message]);
-  return groups;
+/** Messages by their parent's id. */
+function childrenOf(conversation) {
+  const children = new Map();
+  for (const message of Object.values(conversation.messages)) {
+    if (!children.has(message.parent)) children.set(message.parent, []);
+    children.get(message.parent).push(message);
+  }
+  return children;
 }
 
 function titleOf(text) {

@@ -85,6 +85,22 @@ export function copyButton(name, textOf) {
   return button;
 }
 
+/** Whether a key belongs to the choice of a character. Safari says so by its code alone. */
+export function isComposing(event) {
+  return event.isComposing || event.keyCode === 229;
+}
+
+/** A field grows with its text, also where the browser's style sheets cannot say so. */
+export function growing(area) {
+  if (CSS.supports("field-sizing", "content")) return;
+  const fit = () => {
+    area.style.height = "auto";
+    area.style.height = `${area.scrollHeight + 2}px`;
+  };
+  area.addEventListener("input", fit);
+  requestAnimationFrame(fit);
+}
+
 /** Text for screen readers, without moving the focus. */
 export function announce(text) {
   document.getElementById("announcements").textContent = text;

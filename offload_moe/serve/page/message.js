@@ -1,6 +1,6 @@
 // The view of one message: the user's words as they were typed, the model's as markdown.
 
-import { copyButton, element, iconButton, show } from "./dom.js";
+import { copyButton, element, growing, iconButton, isComposing, show } from "./dom.js";
 import { count, milliseconds, number, percent } from "./format.js";
 import { Markdown } from "./markdown.js";
 
@@ -118,7 +118,7 @@ export class MessageView {
     };
     const keys = { Enter: send, Escape: close };
     area.addEventListener("keydown", (event) => {
-      if (event.isComposing || (event.key === "Enter" && event.shiftKey) || !keys[event.key]) return;
+      if (isComposing(event) || (event.key === "Enter" && event.shiftKey) || !keys[event.key]) return;
       event.preventDefault();
       event.stopPropagation();
       keys[event.key]();
@@ -132,6 +132,7 @@ export class MessageView {
     this.editor = element("div", { class: "editing" }, area, buttons);
     this.content.replaceWith(this.editor);
     this.foot.hidden = true;
+    growing(area);
     area.focus();
   }
 }

@@ -1,6 +1,6 @@
 // The list of conversations: open, rename, delete.
 
-import { announce, element, iconButton, show } from "./dom.js";
+import { announce, element, iconButton, isComposing, show } from "./dom.js";
 
 const UNDO_MS = 8000;
 
@@ -77,7 +77,7 @@ export class Sidebar {
       this.list.querySelector(`[data-id="${id}"] .title`)?.focus();
     };
     field.addEventListener("keydown", (event) => {
-      if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
+      if (isComposing(event) || !["Enter", "Escape"].includes(event.key)) return;
       event.stopPropagation();
       event.preventDefault();
       end(event.key === "Enter");

@@ -4,10 +4,9 @@ const KEY = "offload-moe key";
 
 /** An answer with a status that is an error, with the server's own words. */
 export class ServerError extends Error {
-  constructor(status, message, retryAfterS) {
+  constructor(status, message) {
     super(message);
     this.status = status;
-    this.retryAfterS = retryAfterS;
   }
 }
 
@@ -43,5 +42,5 @@ function headers() {
 async function errorOf(response) {
   const document = await response.json().catch(() => null);
   const message = document?.error?.message ?? `The server answered with status ${response.status}.`;
-  return new ServerError(response.status, message, Number(response.headers.get("Retry-After")) || null);
+  return new ServerError(response.status, message);
 }
