@@ -138,13 +138,17 @@ function memoryOf({ memory, budget, slots, prefixes }) {
     bar.append(segment);
     list.append(element("li", {}, swatch(colour), element("span", {}, name), element("span", {}, bytes(size))));
   });
-  const places = [["RAM", budget.ram], ["VRAM", budget.vram]].filter(([, size]) => size);
-  const facts = [`${bytes(total)} in all`, ...places.map(([place, size]) => `${bytes(size)} of ${place} to use`)];
+  const facts = [["in all", bytes(total)]];
   for (const [place, name] of [["RAM", "ram"], ["VRAM", "vram"]]) {
-    if (slots[name]) facts.push(`${slots[name].resident} of ${slots[name].slots} ${place} slots full`);
+    if (budget[name]) facts.push([`${place} to use`, bytes(budget[name])]);
+    if (slots[name]) facts.push([`${place} slots full`, `${slots[name].resident} of ${slots[name].slots}`]);
   }
-  if (prefixes?.kept) facts.push(`${count(prefixes.kept, "conversation")} kept: ${count(prefixes.tokens, "token")}`);
-  return [bar, list, element("p", { class: "quiet-text" }, facts.join(" · "))];
+  if (prefixes.kept) facts.push([`${count(prefixes.kept, "conversation")} kept`, count(prefixes.tokens, "token")]);
+  return [bar, list, element("ul", { class: "parts facts" }, ...facts.map(([name, value]) => row(name, value)))];
+}
+
+function row(...words) {
+  return element("li", {}, ...words.map((each) => element("span", {}, each)));
 }
 
 function requestsOf({ running, requests }) {
@@ -153,7 +157,7 @@ function requestsOf({ running, requests }) {
     const words = isPrompt
       ? `prompt, ${request.prompt_done.toLocaleString("en")} of ${count(request.prompt_tokens, "token")}`
       : `answer, ${count(request.generated, "token")}`;
-    return element("li", {}, element("span", {}, words), element("span", {}, `${number(request.age_s)} s`));
+    return row(words, `${number(request.age_s)} s`);
   };
   const others = ["waiting", "cancelled", "refused"].filter((name) => requests[name]);
   const facts = [`${requests.finished} answered`, ...others.map((name) => `${requests[name]} ${name}`)];
