@@ -89,7 +89,7 @@ def test_figures_are_differences_of_snapshots(page: Page, live: Hierarchy) -> No
 
 def test_the_hierarchy_is_shown_while_it_works(page: Page) -> None:
     page.wait(lambda: figure(page, "Tokens per second")[0].isdigit())
-    assert 5 < number(figure(page, "Tokens per second")) < 60
+    assert 0 < number(figure(page, "Tokens per second")) < 100
     assert 50 < number(figure(page, "Expert hits")) <= 100
     assert figure(page, "Read from disk").endswith("iB/s")
     shown = page.text("#live")
