@@ -181,3 +181,10 @@ def test_a_busy_figure_is_dimmed_when_nothing_runs(page: Page, server: FakeServe
     server.live = still
     page.wait(lambda: page.count("#live .idle") == 4)
     assert figure(page, "Tokens per second")[0].isdigit()
+
+
+def test_conversations_need_no_panel(page: Page, server: FakeServer) -> None:
+    server.live = None  # every snapshot fails
+    page.reload()
+    assert page.text("#state") == "ready"
+    assert page.converse("Hello") == "An answer."

@@ -177,9 +177,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, file.body, {**PAGE_HEADERS, "Content-Type": file.content_type})
         elif self.path == "/health":
             self._send_json(200, {"status": self.fake.state, "model": "demo"})
-        elif self._has_key() and self.path in ("/props", "/live"):
-            self._send_json(200, PROPS if self.path == "/props" else self.fake.live.snapshot())
-        elif self._has_key():
+        elif not self._has_key():
+            pass
+        elif self.path == "/props":
+            self._send_json(200, PROPS)
+        elif self.path == "/live" and self.fake.live is None:
+            self._send_json(500, {"error": {"message": "It failed."}})
+        elif self.path == "/live":
+            self._send_json(200, self.fake.live.snapshot())
+        else:
             self._send(204, b"", {})
 
     def do_POST(self) -> None:

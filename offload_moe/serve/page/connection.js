@@ -49,8 +49,8 @@ export class Connection extends EventTarget {
       const health = await getJson("health");
       const isBack = before === "lost" || before === "connecting" || this.props === null || before !== health.status;
       if (isBack) await this.fetchProps();
-      if (this.isWatched) await this.fetchLive();
       this.become(health.status);
+      if (this.isWatched) await this.fetchLive();
     } catch (error) {
       if (!(error instanceof ServerError)) this.become("lost");
       else if (error.status === 401) this.dispatchEvent(new Event("key"));
