@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 @contextmanager
 def loaded_model(options: argparse.Namespace) -> "Iterator[Model]":
     """The model that the flags select, closed at the end. Settings are checked first, as loading may take minutes."""
+    model = load_model(options)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def load_model(options: argparse.Namespace) -> "Model":
+    """The model that the flags select, which the caller closes."""
     check_model(options.model, options.revision)
     with reporter() as report:
         report("Loading libraries")
@@ -35,10 +44,7 @@ def loaded_model(options: argparse.Namespace) -> "Iterator[Model]":
     for notice in model.notices:
         console(stderr=True).print(notice, style="bold yellow", soft_wrap=True)
     print(model.summary, file=sys.stderr)
-    try:
-        yield model
-    finally:
-        model.close()
+    return model
 
 
 @contextmanager

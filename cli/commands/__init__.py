@@ -3,6 +3,7 @@
 COMMANDS = (
     "chat",
     "run",
+    "serve",
     "quantize",
     "plan",
     "simulate",

@@ -1,7 +1,7 @@
 """A model's chat template: the text it renders from messages, and the messages it omits."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from offload_moe.errors import ConfigError
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role and content are strings; a template may read more
+NO_ARGUMENTS: Mapping[str, Any] = {}
 MAX_ERROR_CHARACTERS = 300
 
 
@@ -28,13 +29,21 @@ class ChatTemplate:
                 "(model.tokenizer.chat_template = model.tokenizer.chat_template[NAME]), or continue text with --raw."
             ) from error
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        arguments: Mapping[str, Any] = NO_ARGUMENTS,
+    ) -> str:
         """The text of a conversation. With a generation prompt, a last assistant message is continued.
+
+        arguments: what else the template reads, such as tools.
 
         Raises:
             ConfigError: the template refuses the conversation, fails on it, or omits a message that needs an answer.
         """
-        as_parts, left_out = self._fit(messages)
+        as_parts, left_out = self._fit(messages, arguments)
         _check_left_out(messages, left_out)
         is_continued = add_generation_prompt and unfinished(messages) is not None
         if add_generation_prompt and not is_continued and messages[-1]["role"] == "assistant":
@@ -44,15 +53,16 @@ class ChatTemplate:
                 _contents(messages, as_parts),
                 add_generation_prompt=add_generation_prompt and not is_continued,
                 continue_final_message=is_continued,
+                **arguments,
             )
         except Exception as error:  # a template may raise anything
             raise ConfigError(_failure(error)) from error
 
     def left_out(self, messages: Sequence[Message]) -> list[int]:
         """Indices of the messages whose contents the template omits."""
-        return self._fit(messages)[1]
+        return self._fit(messages, NO_ARGUMENTS)[1]
 
-    def _fit(self, messages: Sequence[Message]) -> tuple[Collection[int], list[int]]:
+    def _fit(self, messages: Sequence[Message], arguments: Mapping[str, Any]) -> tuple[Collection[int], list[int]]:
         """Indices of the messages to pass as lists of parts, and of those omitted in any form.
 
         Markers replace the contents, since a template may trim or escape text. Where the template refuses every form,
@@ -60,7 +70,7 @@ class ChatTemplate:
         """
         everything = range(len(messages))
         best: Collection[int] = ()
-        fewest = missing = self._missing(messages, best)
+        fewest = missing = self._missing(messages, best, arguments)
         for as_parts in (
             everything if missing is None else missing,
             [index for index in everything if messages[index]["role"] != "system"],
@@ -68,22 +78,24 @@ class ChatTemplate:
         ):
             if fewest == []:
                 break
-            missing = self._missing(messages, as_parts)
+            missing = self._missing(messages, as_parts, arguments)
             if missing is not None and (fewest is None or len(missing) < len(fewest)):
                 best, fewest = as_parts, missing
         return best, fewest or []
 
-    def _missing(self, messages: Sequence[Message], as_parts: Collection[int]) -> list[int] | None:
+    def _missing(
+        self, messages: Sequence[Message], as_parts: Collection[int], arguments: Mapping[str, Any]
+    ) -> list[int] | None:
         """Indices of the contents missing from the rendered text; None where rendering fails."""
         markers = [f"zq{index}qz" for index in range(len(messages))]
         marked = [message | {"content": marker} for message, marker in zip(messages, markers, strict=True)]
         try:
-            text = self._apply(_contents(marked, as_parts), add_generation_prompt=False).lower()
+            text = self._apply(_contents(marked, as_parts), add_generation_prompt=False, **arguments).lower()
         except Exception:  # as in `render`
             return None
         return [index for index, marker in enumerate(markers) if not _is_text_of(marker, text)]
 
-    def _apply(self, messages: list[dict[str, Any]], **settings: bool) -> str:
+    def _apply(self, messages: list[dict[str, Any]], **settings: Any) -> str:
         text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, **settings)
         return text
 
@@ -96,7 +108,8 @@ def _is_text_of(marker: str, text: str) -> bool:
 def unfinished(messages: Sequence[Message]) -> str | None:
     """The beginning of an answer at the end of a conversation; None where there is none."""
     last = messages[-1] if messages else {"role": "user"}
-    return last["content"] if last["role"] == "assistant" and last["content"].strip() else None
+    is_begun = last["role"] == "assistant" and not last.get("tool_calls") and last["content"].strip()
+    return last["content"] if is_begun else None
 
 
 def _contents(messages: Sequence[Message], as_parts: Collection[int]) -> list[dict[str, Any]]:

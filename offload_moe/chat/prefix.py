@@ -2,14 +2,15 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from offload_moe.chat.template import common_prefix
-from offload_moe.decode.cache import RoomyLayer, RoomySlidingLayer
+from offload_moe.decode.cache import ROOMY, RoomyLayer, RoomySlidingLayer
 from offload_moe.decode.rotation import Factors, kept_factors, rotation_keeper
 
 Reuse = Literal["nothing cached", "continued", "cropped", "snapshot", "recomputed", "not supported"]
@@ -49,6 +50,7 @@ class PrefixCache:
         self.clear()
 
     def clear(self) -> None:
+        self._is_parked = False
         self._cache: Cache | None = None
         self._ids: list[int] = []
         self._snapshot: _Snapshot | None = None
@@ -57,6 +59,71 @@ class PrefixCache:
     def cache(self) -> Cache | None:
         """The cache to compute with; None makes the model create one for each answer."""
         return self._cache
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that take memory: those in the cache, and those of a snapshot that layers keep copies for."""
+        snapshot = self._snapshot
+        return len(self._ids) + (snapshot.length if snapshot is not None and snapshot.layers else 0)
+
+    def num_usable(self, ids: Sequence[int]) -> int:
+        """How many leading tokens of `ids` would be taken from here, without changing anything."""
+        if self._cache is None or not self._ids or not self._is_supported:
+            return 0
+        if self._keeper is not None and self._keeper.window_between(self._cache, len(ids)) is not None:
+            return 0
+        shared = min(common_prefix(self._ids, ids), len(ids) - 1)
+        if shared == len(self._ids) or all(_can_crop(layer) for layer in self._cache.layers):
+            return shared
+        return self._snapshot.length if self._snapshot is not None and self._snapshot.length <= shared else 0
+
+    def num_lost(self, ids: Sequence[int]) -> int:
+        """How many tokens in the cache `begin` with these ids would drop."""
+        return len(self._ids) - self.num_usable(ids)
+
+    def fork(self, ids: Sequence[int]) -> "PrefixCache":
+        """Another cache of its own, which holds what this one has of `ids`."""
+        twin = PrefixCache(self._hf)
+        twin._cache, twin._ids = copy.deepcopy(self._cache), list(self._ids)
+        twin._snapshot = self._snapshot  # `_restore` copies its layers
+        twin._is_parked = self._is_parked
+        twin.unpark()
+        twin.begin(ids)
+        twin._is_open = False
+        return twin
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether the cache lies in RAM, away from the device that computes with it."""
+        return self._is_parked
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors in the cache, without a snapshot's."""
+        layers = self._cache.layers if self._cache is not None else []
+        values = [value for layer in layers for value in vars(layer).values()]
+        return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+
+    def park(self) -> None:
+        """Move the cache to RAM."""
+        self._move("cpu")
+        self._is_parked = self._cache is not None
+
+    def unpark(self) -> None:
+        """Move the cache back to the model's device."""
+        if self._is_parked:
+            self._move(self._hf.device)
+            self._is_parked = False
+
+    def _move(self, device: torch.device | str) -> None:
+        """Replace the cache by another object, so that what is accounted by cache counts the old one no more."""
+        if self._cache is not None:
+            cache = copy.copy(self._cache)
+            cache.layers = [_moved(layer, device) for layer in cache.layers]
+            self._cache = cache
+        if self._snapshot is not None:
+            layers = {index: _moved(layer, device) for index, layer in self._snapshot.layers.items()}
+            self._snapshot = replace(self._snapshot, layers=layers)
 
     @property
     def needs_snapshot(self) -> bool:
@@ -171,6 +238,27 @@ def continues_exactly(hf: PreTrainedModel) -> bool:
     layers = _new_cache(hf).layers
     family = hf.config.get_text_config(decoder=True).model_type
     return family in CONTINUED_FAMILIES or all(type(layer) in ATTENTION_LAYERS for layer in layers)
+
+
+def _moved(layer: CacheLayerMixin, device: torch.device | str) -> CacheLayerMixin:
+    """A copy on another device, without room to grow."""
+    twin = copy.copy(layer)
+    if isinstance(twin, ROOMY):
+        twin.give_room_up()
+    for name, value in list(vars(twin).items()):
+        setattr(twin, name, _moved_value(value, device))
+    return twin
+
+
+def _moved_value(value: Any, device: torch.device | str) -> Any:
+    match value:
+        case torch.Tensor():
+            return value.to(device, copy=True)
+        case list() | tuple():
+            return type(value)(_moved_value(each, device) for each in value)
+        case dict():
+            return {name: _moved_value(each, device) for name, each in value.items()}
+    return value
 
 
 def _new_cache(hf: PreTrainedModel) -> DynamicCache:

@@ -10,7 +10,7 @@ from typing import Unpack
 import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from offload_moe.chat.answer import DEFAULT_MAX_NEW_TOKENS
+from offload_moe.chat.generation import DEFAULT_MAX_NEW_TOKENS
 from offload_moe.chat.reasoning import Piece
 from offload_moe.chat.sampling import Sampling, SamplingArguments
 from offload_moe.chat.session import ChatSession

@@ -31,6 +31,10 @@ class Piece:
 class Splitter(Protocol):
     """Turns text and special tokens into pieces. Special tokens outside its format are dropped."""
 
+    @property
+    def kind(self) -> Kind | None:
+        """What the next text is; None where that is still open."""
+
     def text(self, text: str) -> list[Piece]: ...
 
     def marker(self, token: str) -> list[Piece]: ...
@@ -62,6 +66,8 @@ def is_harmony(template: str) -> bool:
 class PlainSplitter:
     """Everything is answer, to the last space."""
 
+    kind: Kind | None = "answer"
+
     def text(self, text: str) -> list[Piece]:
         return [Piece("answer", text)] if text else []
 
@@ -81,6 +87,10 @@ class TagSplitter:
         self._closing = closing or ""
         self._held = ""
         self._has_begun = has_begun
+
+    @property
+    def kind(self) -> Kind | None:
+        return None if self._state == "start" else self._state
 
     def text(self, text: str) -> list[Piece]:
         self._held += text
@@ -112,7 +122,7 @@ class TagSplitter:
     def _reason(self) -> list[Piece]:
         end = self._held.find(self._closing)
         if end < 0:
-            return self._give("reasoning", len(self._held) - _overlap(self._held, self._closing))
+            return self._give("reasoning", len(self._held) - overlap(self._held, self._closing))
         pieces = self._give("reasoning", end)
         self._held = self._held[len(self._closing) :]
         self._state, self._has_begun = "answer", False
@@ -134,6 +144,10 @@ class HarmonySplitter:
         self._kind: Kind = "answer"
         self._in_header = not is_in_answer
         self._channel = ""
+
+    @property
+    def kind(self) -> Kind | None:
+        return None if self._in_header else self._kind
 
     def text(self, text: str) -> list[Piece]:
         if self._in_header:
@@ -162,6 +176,6 @@ def split_unfinished(text: str) -> tuple[str, str, str | None]:
     return text, "", None
 
 
-def _overlap(text: str, tag: str) -> int:
+def overlap(text: str, tag: str) -> int:
     """Length of the longest end of `text` that may be the beginning of `tag`."""
     return next((size for size in range(min(len(text), len(tag) - 1), 0, -1) if tag.startswith(text[-size:])), 0)

@@ -3,7 +3,7 @@
 generate() itself prepares the request: processors, stopping criteria, cache, encoder. The loop stands here, so that
 requests of one model may alternate, no thread is needed, and a usual step passes one token and its position.
 
-S tokens so far, V vocabulary.
+S tokens so far, N new ones, V vocabulary.
 """
 
 import copy
@@ -25,8 +25,10 @@ from transformers import (
 )
 from transformers.generation.utils import GenerationMixin
 
+from offload_moe.chat.prefix import continues_exactly
 from offload_moe.chat.prompt_chunks import prompt_chunk_tokens
 from offload_moe.chat.recompute import recompute_of
+from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.errors import ConfigError
 
 Watched = Callable[[int], AbstractContextManager[None]]  # the context that so many tokens are computed in
@@ -54,8 +56,11 @@ def steps(
     tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int | None = None,
     watched: Watched = lambda num_tokens: nullcontext(),
+    steering: Steering = NO_STEERING,
 ) -> Generator[int | None, None, None]:
     """Each `next` computes one step: a part of the prompt (None), or the next token. Call it in inference mode.
+
+    Tokens that the steering forces cost no `next` of the model: the run is computed together with the token before it.
 
     input_ids: ``[1, S]``, the whole sequence, also where the cache holds its beginning.
     seed: None draws from torch's own random numbers.
@@ -63,21 +68,28 @@ def steps(
     Raises: ConfigError when the cache leaves no token to compute, or stop strings come without a tokenizer.
     """
     with watched(input_ids.shape[1]):  # `_prepare` runs an encoder
-        request = _prepare(hf, input_ids, config, cache, tokenizer)
+        request = _prepare(hf, input_ids, config, cache, tokenizer, steering)
     random = None if seed is None else torch.Generator(request.input_ids.device).manual_seed(seed)
     logits = None
     for logits in _compute_prompt(hf, request, watched):
         if logits is None:
             yield None
     decode = _decode_short if _is_short(hf, request) else _decode
+    takes_runs = bool(request.inputs["use_cache"]) and continues_exactly(hf)
     while True:
         assert logits is not None
-        token = _choose(request, logits, random)
-        is_over = bool(request.criteria(request.input_ids, None).all())
-        yield token
-        if is_over:
+        steering.observe(logits)
+        yield _choose(request, logits, random)
+        num_new = 1
+        if _is_over(request):
             return
-        logits = decode(hf, request, watched)
+        for token in steering.forced() if takes_runs else ():
+            _append(request, torch.tensor([[token]], device=request.input_ids.device))
+            yield token
+            num_new += 1
+            if _is_over(request):
+                return
+        logits = decode(hf, request, watched, num_new)
 
 
 def _prepare(
@@ -86,6 +98,7 @@ def _prepare(
     config: GenerationConfig,
     cache: Cache | None,
     tokenizer: PreTrainedTokenizerBase | None,
+    steering: Steering,
 ) -> _Request:
     """The request that generate() prepares: it passes it to its custom decoding method, here `take`."""
 
@@ -100,6 +113,8 @@ def _prepare(
         return _Request(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
 
     arguments: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+    if steering.processors:
+        arguments["logits_processor"] = LogitsProcessorList(steering.processors)
     if config.stop_strings is not None:  # generate() uses no tokenizer with a custom method
         if tokenizer is None:
             raise ConfigError("This model's answers end at strings of text, which needs a tokenizer. Give it one.")
@@ -151,11 +166,15 @@ def _inputs_of_part(hf: Any, request: _Request, begin: int, end: int) -> dict[st
     return prepared
 
 
-def _decode(hf: Any, request: _Request, watched: Watched) -> Tensor:
-    """The logits ``[1, V]`` after the last token, by the model's own methods."""
-    num_new = 1 if request.inputs["use_cache"] else None
+def _decode(hf: Any, request: _Request, watched: Watched, num_new: int) -> Tensor:
+    """The logits ``[1, V]`` after the last tokens, by the model's own methods."""
+    if num_new > 1:
+        request.inputs = hf._update_model_kwargs_for_generation(
+            {}, request.inputs, is_encoder_decoder=hf.config.is_encoder_decoder, num_new_tokens=num_new - 1
+        )
+    length = num_new if request.inputs["use_cache"] else None
     with watched(0):
-        inputs = hf.prepare_inputs_for_generation(request.input_ids, next_sequence_length=num_new, **request.inputs)
+        inputs = hf.prepare_inputs_for_generation(request.input_ids, next_sequence_length=length, **request.inputs)
         outputs = hf(**inputs, return_dict=True)
     return _take(hf, request, outputs)
 
@@ -189,15 +208,16 @@ def _is_short(hf: Any, request: _Request) -> bool:
     )
 
 
-def _decode_short(hf: Any, request: _Request, watched: Watched) -> Tensor:
+def _decode_short(hf: Any, request: _Request, watched: Watched, num_new: int) -> Tensor:
     """The logits of `_decode`, without a call of those methods."""
     inputs = request.inputs
-    inputs["input_ids"] = request.input_ids[:, -1:].contiguous()
+    inputs["input_ids"] = request.input_ids[:, -num_new:].contiguous()
     if inputs.get("position_ids") is not None:
-        inputs["position_ids"] = inputs["position_ids"][..., -1:]
+        last = inputs["position_ids"][..., -1:]
+        inputs["position_ids"] = last if num_new == 1 else last + torch.arange(num_new, device=last.device)
     outputs = hf(**inputs, return_dict=True)
     if inputs.get("position_ids") is not None:
-        inputs["position_ids"] = inputs["position_ids"] + 1
+        inputs["position_ids"] = inputs["position_ids"][..., -1:] + 1
     return _last_logits(request, outputs)
 
 
@@ -210,5 +230,13 @@ def _choose(request: _Request, logits: Tensor, random: torch.Generator | None) -
         token = torch.multinomial(scores.softmax(-1), num_samples=1, generator=random)
     else:
         token = scores.argmax(-1, keepdim=True)
-    request.input_ids = torch.cat((request.input_ids, token), -1)
+    _append(request, token)
     return int(token)
+
+
+def _append(request: _Request, token: Tensor) -> None:
+    request.input_ids = torch.cat((request.input_ids, token), -1)
+
+
+def _is_over(request: _Request) -> bool:
+    return bool(request.criteria(request.input_ids, None).all())

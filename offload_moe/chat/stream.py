@@ -12,10 +12,12 @@ from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTok
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from offload_moe.chat.recompute import recompute_of
+from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.chat.steps import steps
-from offload_moe.chat.turns import StoppedInForward, turns_of
+from offload_moe.chat.turns import turns_of
 from offload_moe.experts.observer import HookObserver
 from offload_moe.system.interrupts import HeldInterrupt
+from offload_moe.system.stopping import StoppedInForward, stoppable
 
 _END: Final = -1  # no token
 
@@ -24,7 +26,8 @@ class TokenStream(Iterator[int]):
     """Iterates over the new tokens of one sequence. Use it as a context manager, or call `close`.
 
     Streams of one model may be iterated in any order and from any threads: they take turns, a step each. `close`, the
-    stop event and an interrupt end a stream after the step in progress; a prompt ends at its next decoder layer.
+    stop event and an interrupt end a stream after the step in progress; a prompt ends at its next layer or wave of
+    experts.
     `num_prompt_tokens` is the number of prompt tokens computed so far; fractional within a forward pass.
     """
 
@@ -38,6 +41,7 @@ class TokenStream(Iterator[int]):
         tokenizer: PreTrainedTokenizerBase | None = None,
         seed: int | None = None,
         stop_event: threading.Event | None = None,
+        steering: Steering = NO_STEERING,
     ) -> None:
         self.tokens: list[int] = []
         self.interrupted_forward = False
@@ -60,15 +64,18 @@ class TokenStream(Iterator[int]):
             tokenizer=tokenizer,
             seed=seed,
             watched=self._watched,
+            steering=steering,
         )
 
     def __next__(self) -> int:
-        while not self._is_stopping():
-            token = self._step()
-            if token == _END:
-                break
-            if token is not None:
-                return token
+        while (token := self.step()) is None:
+            pass
+        return token
+
+    def step(self) -> int | None:
+        """One turn: a token, or None for a part of the prompt. Raises StopIteration at the end."""
+        if not self._is_stopping() and (token := self._step()) != _END:
+            return token
         self.close()
         raise StopIteration
 
@@ -129,11 +136,12 @@ class TokenStream(Iterator[int]):
 
     @contextmanager
     def _watched(self, num_tokens: int) -> Iterator[None]:
-        """Let a stop take effect at the next decoder layer: a prompt over a slow disk takes minutes per forward."""
+        """Let a stop take effect within a forward: a prompt over a slow disk takes minutes per forward."""
         watch = _LayerWatch(self._at_layer, num_tokens / max(len(self._layers), 1))
         handles = [layer.register_forward_pre_hook(watch) for layer in self._layers]
         try:
-            yield
+            with stoppable(self._is_stopping):
+                yield
         finally:
             for handle in handles:
                 handle.remove()

@@ -1,11 +1,11 @@
 """Messages to token ids through the model's own chat template, and the tokens that end its turn."""
 
-from collections.abc import Sequence
-from itertools import takewhile
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offload_moe.chat.chat_template import ChatTemplate, Message
+from offload_moe.chat.chat_template import NO_ARGUMENTS, ChatTemplate, Message
 from offload_moe.chat.reasoning import is_harmony
 from offload_moe.checkpoint.token_ids import check_ids, num_embeddings
 from offload_moe.errors import ConfigError
@@ -55,8 +55,16 @@ class PromptFormat:
         """The template's source."""
         return self._chat_template.source if self._chat_template is not None else None
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        arguments: Mapping[str, Any] = NO_ARGUMENTS,
+    ) -> str:
         """The text of a conversation. With a generation prompt, a last assistant message is continued.
+
+        arguments: what else a chat template reads, such as tools.
 
         Raises:
             ConfigError: the template cannot render it, for example a system message; or a content is not text.
@@ -67,7 +75,7 @@ class PromptFormat:
             return messages[-1]["content"]
         if self._chat_template is None:
             return "\n".join(message["content"] for message in messages)
-        return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt, arguments=arguments)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered prompt; a template has placed its own special tokens already.
@@ -84,14 +92,16 @@ class PromptFormat:
         check_ids(ids, self._num_rows, self.tokenizer)
         return ids
 
-    def boundary(self, messages: Sequence[Message], ids: Sequence[int]) -> int:
+    def boundary(
+        self, messages: Sequence[Message], ids: Sequence[int], arguments: Mapping[str, Any] = NO_ARGUMENTS
+    ) -> int:
         """Number of prompt tokens that the next prompt is certain to begin with: all but the generation prompt.
 
         The last token never counts, because a request needs one token to compute.
         """
         if self.template is None:
             return len(ids) - 1
-        without = self.encode(self.render(messages, add_generation_prompt=False))
+        without = self.encode(self.render(messages, add_generation_prompt=False, arguments=arguments))
         return min(common_prefix(without, ids), len(ids) - 1)
 
     def _notice(self) -> str | None:
@@ -119,7 +129,12 @@ class PromptFormat:
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     """Number of leading tokens in which two sequences agree."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
+    left, right = list(left), list(right)
+    low, high = 0, min(len(left), len(right))
+    while low < high:  # bisection, by comparisons of slices
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if left[low:middle] == right[low:middle] else (low, middle - 1)
+    return low
 
 
 def model_stop_ids(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:

@@ -9,12 +9,10 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
+from offload_moe.system.stopping import StoppedInForward
+
 # A wait without a timeout cannot be interrupted on Windows.
 POLL_S = 0.1
-
-
-class StoppedInForward(Exception):
-    """A request was stopped within a step, or while it waited for its turn."""
 
 
 class Turns:

@@ -74,6 +74,10 @@ class RoomyLayer(DynamicLayer):
         if self._room is not None and 2 * self.get_seq_length() <= self._room[0].shape[2]:
             self.keys, self.values, self._room = self.keys.clone(), self.values.clone(), None
 
+    def give_room_up(self) -> None:
+        """Use no place beside the present keys and values any more."""
+        self._room = None
+
     def reset(self) -> None:
         self._room = None
         super().reset()
@@ -147,6 +151,10 @@ class RoomySlidingLayer(DynamicSlidingWindowLayer):
             place[:, :, :length] = old
             places.append(place)
         return places[0], places[1]
+
+    def give_room_up(self) -> None:
+        """Use no place beside the present keys and values any more."""
+        self._room = None
 
     def reset(self) -> None:
         self._room = None

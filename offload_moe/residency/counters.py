@@ -49,6 +49,10 @@ class Counters:
     def copy(self) -> "Counters":
         return Counters(**{f.name: getattr(self, f.name) for f in fields(self)})
 
+    def plus(self, other: "Counters") -> "Counters":
+        """Both together."""
+        return Counters(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
     def since(self, earlier: "Counters") -> "Counters":
         """What happened between an earlier copy and now."""
         return Counters(**{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)})

@@ -12,6 +12,7 @@ from typing import Self
 from offload_moe.errors import TransferError
 from offload_moe.residency.accounts import Found, count_found
 from offload_moe.residency.tier import Tier
+from offload_moe.system.stopping import leave_if_stopped
 
 Wave = list[tuple[int, int]]
 
@@ -53,9 +54,12 @@ class Lease:
     def __iter__(self) -> Iterator[Wave]:
         """Waves of ``(expert, slot)``; each wave holds every expert that is ready when it is asked for.
 
-        Raises: TransferError when an expert of this lease could not be loaded, or not in time.
+        Raises:
+            TransferError: an expert of this lease could not be loaded, or not in time.
+            StoppedInForward: the forward of this thread is to end.
         """
         while self._ready or self._loading or self._absent:
+            leave_if_stopped()
             yield self._next_wave()
 
     def poll(self) -> Wave:

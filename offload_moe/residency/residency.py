@@ -11,7 +11,7 @@ its bytes are on the way.
 The pool shrinks from its end: closed slots take no expert any more, and are given up once the last of them is FREE.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from enum import IntEnum
 
 from offload_moe.native import constants
@@ -74,6 +74,10 @@ class Residency:
     def resident_keys(self) -> list[int]:
         table = self.table
         return [key for key, state in zip(table.keys, table.states, strict=True) if state == RESIDENT]
+
+    def states(self) -> Iterator[tuple[int, SlotState]]:
+        """Each expert that has a slot, and whether it is resident or loading."""
+        return ((key, self.state(slot)) for key, slot in enumerate(self._slot_of) if slot >= 0)
 
     def lease(self, slot: int) -> None:
         """Protect a LOADING or RESIDENT slot from eviction until `release`."""

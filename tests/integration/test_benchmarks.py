@@ -135,6 +135,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ("us_per_layer.*.median", "goal_us"),
     ),
     (
+        "serve.py",
+        "{store} --trials 1 --tokens 6 --prompt-tokens 20",
+        ("ms_per_token.*.median", "ratio.median", "first_token_ms.median"),
+    ),
+    (
         "simulate_validation.py",
         "--folder {folder} --models olmoe --config {config} --trials 1 --threads 1 --tokens 12",
         (

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,3 +60,21 @@ def test_beside_a_generate_of_the_users_own(model: Model) -> None:
     ids = model.tokenizer("Once upon", return_tensors="pt").input_ids
     assert model.hf.generate(ids, max_new_tokens=5, do_sample=False).shape[1] > ids.shape[1]
     assert said + "".join(pieces) == expected
+
+
+def test_a_prompt_is_left_between_two_waves_of_experts(tmp_path: Path) -> None:
+    """With four slots for eight experts a layer takes several waves; the conversation goes on afterwards."""
+    with open_model(chat_store(tmp_path), 4, context=256) as model:
+        expected = model.generate(QUESTIONS[1], **GREEDY)
+        session, stop, sizes = model.chat(), threading.Event(), list[int]()
+
+        def stop_in_the_first_wave(slots: Any) -> None:
+            sizes.append(len(slots))
+            stop.set()
+
+        mover = model.engine.hierarchy.ram.mover
+        used, mover.used = mover.used, stop_in_the_first_wave  # type: ignore[method-assign]
+        assert list(session.send(QUESTIONS[1], stop_event=stop, **GREEDY)) == []
+        mover.used = used  # type: ignore[method-assign]
+        assert len(sizes) == 1  # released once: neither another wave nor another layer
+        assert "".join(piece.text for piece in session.retry(**GREEDY)) == expected

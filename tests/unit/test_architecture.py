@@ -25,6 +25,7 @@ FLOW = [
     "plan",
     "chat",
     "engine",
+    "serve",
     "doctor",
 ]
 COMMON = {

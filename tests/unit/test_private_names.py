@@ -39,7 +39,6 @@ ALLOWED: dict[str, int] = {
     "unit/test_native_abi.py": 1,
     "unit/test_policy_contract.py": 1,
     "unit/test_policy_knn.py": 3,
-    "unit/test_rotation.py": 2,
 }
 
 

@@ -26,6 +26,7 @@ ROOMS = [
             "plan",
             "simulate",
             "profile",
+            "serve",
             "doctor",
             "demo",
             "decode",

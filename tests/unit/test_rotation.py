@@ -255,7 +255,7 @@ class Watched:
         return self.session.last_stats
 
     def _check(self) -> None:
-        stats, ids = self.session.last_stats, [*self.answer._ids, *self.answer._stream.tokens]
+        stats, ids = self.session.last_stats, self.answer.ids
         steps = self._logits[-stats.num_decode_tokens :] if stats.num_decode_tokens else []
         for step in {0, len(steps) - 1} & set(range(len(steps))):
             expected = expected_logits(self.name, torch.tensor([ids[: stats.num_prompt_tokens + step]]))[0]

@@ -1,0 +1,82 @@
+"""A server process: a socket, the application, and an end that lets answers end."""
+
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from offload_moe.errors import ConfigError
+from offload_moe.serve.app import App
+from offload_moe.serve.config import ServeConfig
+from offload_moe.serve.host import Host
+
+BACKLOG = 128
+CLOSING_S = 5  # for connections whose answers have ended
+
+
+def listen(config: ServeConfig) -> socket.socket:
+    """A socket at the address. Raises: ConfigError when it cannot be bound."""
+    try:
+        family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"Cannot listen on {config.host}:{config.port}: {getattr(error, 'strerror', None) or error}. Choose "
+            "another --port or --host, or end the server that has it."
+        ) from error
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a browser finds it."""
+    host, port = listener.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{port}"
+
+
+class _Server(uvicorn.Server):
+    """The first signal lets answers end, within a limit; the second one does not."""
+
+    def __init__(self, config: uvicorn.Config, host: Host, drain_s: float) -> None:
+        super().__init__(config)
+        self._host, self._drain_s = host, drain_s
+        self.was_interrupted = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.was_interrupted = self.was_interrupted or sig == signal.SIGINT
+        if self._host.is_draining:
+            self.force_exit = self.should_exit = True
+            return
+        self._host.is_draining = True
+        threading.Thread(target=self._drain, name="offload-moe drain", daemon=True).start()
+
+    def _drain(self) -> None:
+        self._host.drain(self._drain_s)
+        self.should_exit = True
+
+
+def serve(host: Host, listener: socket.socket, *, drain_s: float, on_ready: Callable[[], None]) -> bool:
+    """Answer until a signal comes, then let answers end for `drain_s` seconds. Whether the signal was an interrupt.
+
+    The host is closed at the end.
+    """
+    app = App(host)
+    settings = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=CLOSING_S,
+    )
+    server = _Server(settings, host, drain_s)
+    on_ready()
+    try:
+        server.run(sockets=[listener])
+    finally:
+        app.close()
+        listener.close()
+    return server.was_interrupted

@@ -1,0 +1,157 @@
+"""The arguments of a call as JSON text, while they stream."""
+
+import ast
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import regex
+
+BRACKETS = {"{": "}", "[": "]", "(": ")"}
+
+
+class Reader(Protocol):
+    """Takes the text behind a header. `is_over`: the arguments are complete, and `rest` follows them."""
+
+    is_over: bool
+    rest: str
+
+    def push(self, text: str) -> str:
+        """JSON text to append."""
+
+    def flush(self) -> str:
+        """JSON text to append where no more comes."""
+
+
+class Enclosed:
+    """Finds the end of what stands in brackets, strings in it included."""
+
+    def __init__(self, quotes: str) -> None:
+        self._quotes, self._quote, self._is_escaped = quotes, "", False
+        self._open: list[str] = []
+
+    def end(self, text: str) -> int | None:
+        """Behind the bracket that closes the first one; None where it is not in this text."""
+        for index, letter in enumerate(text):
+            if self._quote:
+                self._in_string(letter)
+            elif letter in self._quotes:
+                self._quote = letter
+            elif letter in BRACKETS:
+                self._open.append(BRACKETS[letter])
+            elif self._open and letter == self._open[-1]:
+                self._open.pop()
+                if not self._open:
+                    return index + 1
+        return None
+
+    def _in_string(self, letter: str) -> None:
+        if self._is_escaped:
+            self._is_escaped = False
+        elif letter == "\\":
+            self._is_escaped = True
+        elif letter == self._quote:
+            self._quote = ""
+
+
+class JsonArguments:
+    """One JSON object, passed on as it comes."""
+
+    def __init__(self) -> None:
+        self.is_over, self.rest = False, ""
+        self._object = Enclosed('"')
+
+    def push(self, text: str) -> str:
+        end = self._object.end(text)
+        if end is None:
+            return text
+        self.is_over, self.rest = True, text[end:]
+        return text[:end]
+
+    def flush(self) -> str:
+        return ""
+
+
+class PythonArguments:
+    """Keyword arguments up to the closing bracket, passed on once it is there."""
+
+    def __init__(self) -> None:
+        self.is_over, self.rest = False, ""
+        self._call = Enclosed("\"'")
+        self._call.end("(")
+        self._text = ""
+
+    def push(self, text: str) -> str:
+        end = self._call.end(text)
+        self._text += text if end is None else text[: end - 1]
+        if end is None:
+            return ""
+        self.is_over, self.rest = True, text[end:]
+        return json.dumps(_keywords(self._text), ensure_ascii=False)
+
+    def flush(self) -> str:
+        return json.dumps(_keywords(self._text), ensure_ascii=False)
+
+
+def _keywords(text: str) -> dict[str, Any]:
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        return {str(each.arg): ast.literal_eval(_JsonNames().visit(each.value)) for each in call.keywords}
+    except (SyntaxError, ValueError, AssertionError, RecursionError):
+        return {"text": text}
+
+
+class _JsonNames(ast.NodeTransformer):
+    """JSON's own names for Python's constants, which models mix up."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        names = {"true": True, "false": False, "null": None}
+        return ast.Constant(names[node.id]) if node.id in names else node
+
+
+class TaggedArguments:
+    """Parameters in tags; a member of the JSON object for each one that is complete."""
+
+    def __init__(self, pattern: str, schema: Mapping[str, Any]) -> None:
+        self.is_over, self.rest = False, ""
+        self._pattern = regex.compile(pattern, regex.DOTALL)
+        self._properties: Mapping[str, Any] = schema.get("properties") or {}
+        self._text = ""
+        self._num_given = 0
+
+    def push(self, text: str) -> str:
+        self._text += text
+        given = ""
+        while True:
+            match = self._pattern.match(self._text, partial=True)
+            if match is None:
+                self.is_over, self.rest = True, self._text
+                return given + self._close()
+            if match.partial:
+                return given
+            given += self._member(match["key"].strip(), match["value"])
+            self._text = self._text[match.end() :]
+
+    def flush(self) -> str:
+        return self._close()
+
+    def _member(self, key: str, text: str) -> str:
+        separator = ", " if self._num_given else "{"
+        self._num_given += 1
+        value = json.dumps(_value(text, self._properties.get(key)), ensure_ascii=False)
+        return f"{separator}{json.dumps(key, ensure_ascii=False)}: {value}"
+
+    def _close(self) -> str:
+        return "}" if self._num_given else "{}"
+
+
+def _value(text: str, schema: Any) -> Any:
+    """A parameter's text as its schema has it: a string stays one, whatever it looks like."""
+    kind = schema.get("type") if isinstance(schema, dict) else None
+    if kind == "string":
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text

@@ -1,0 +1,188 @@
+"""`offload-moe serve` as a process: what it prints, a request, signals, addresses, and what is refused at once."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offload_moe.errors import ConfigError
+from offload_moe.serve.host import Host
+from offload_moe.system.durations import parse_duration
+from tests.support.chat import chat_store
+from tests.support.cli import ROOT, environment, load_cli
+
+CLI = "import sys; from tests.support.cli import load_cli; sys.exit(load_cli().main(sys.argv[1:]))"
+READY = re.compile(r"(\S+) is served at http://127\.0\.0\.1:(\d+) ")
+LIMIT_S = 60
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chat_store(tmp_path_factory.mktemp("served"), max_position_embeddings=4096)
+
+
+def start(store: Path, *flags: str) -> "subprocess.Popen[str]":
+    arguments = ["serve", str(store), "--port", "0", "--ram", "2GiB", *flags]
+    return subprocess.Popen(
+        [sys.executable, "-c", CLI, *arguments],
+        cwd=ROOT,
+        env=environment(store.parent),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@contextmanager
+def serving(store: Path, *flags: str) -> "Iterator[tuple[subprocess.Popen[str], int, list[str]]]":
+    """The process, its port, and the lines it printed."""
+    process = start(store, *flags)
+    try:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(2)]
+        found = READY.match(lines[0])
+        assert found is not None, (lines, process.stderr and process.stderr.read())
+        yield process, int(found[2]), lines
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def post(port: int, path: str = "/v1/chat/completions", headers: Any = None, **body: Any) -> tuple[int, Any]:
+    document = {"model": "x", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3} | body
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT_S)) as connection:
+        connection.request("POST", path, json.dumps(document), {"Content-Type": "application/json", **(headers or {})})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+
+def test_it_answers_with_a_key_and_lets_answers_end(store: Path, tmp_path: Path) -> None:
+    key = tmp_path / "key.txt"
+    key.write_text("open-sesame\nanything else\n")
+    headers = {"Authorization": "Bearer open-sesame"}
+    with serving(store, "--api-key-file", str(key)) as (process, port, lines):
+        assert lines[0].startswith("store is served at")
+        assert f"http://127.0.0.1:{port}/v1/chat/completions" in lines[1]
+        assert "open-sesame" not in "".join(lines)
+        done = subprocess.run(
+            lines[1],
+            shell=True,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
+            env={"KEY": "open-sesame", "PATH": os.environ["PATH"]},
+        )
+        if done.returncode != 127:  # curl is here
+            assert json.loads(done.stdout)["model"] == "store"
+        assert post(port)[0] == 401
+        answers: list[tuple[int, Any]] = []
+        thread = threading.Thread(
+            target=lambda: answers.append(post(port, headers=headers, max_tokens=300, ignore_eos=True))
+        )
+        thread.start()
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        thread.join(LIMIT_S)
+        out, error = process.communicate(timeout=LIMIT_S)
+        assert (process.returncode, out) == (130, "")
+        assert "Traceback" not in error
+        [(status, answer)] = answers
+        assert (status, answer["usage"]["completion_tokens"]) == (200, 300)
+
+
+def test_a_second_signal_ends_at_once(store: Path) -> None:
+    with serving(store) as (process, port, _):
+
+        def ask() -> None:
+            with suppress(OSError, ValueError, http.client.HTTPException):  # it is cut off
+                post(port, max_tokens=4000, ignore_eos=True)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        time.sleep(0.5)
+        for _ in range(2):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        process.communicate(timeout=LIMIT_S)
+        thread.join(LIMIT_S)
+        assert process.returncode == 0
+
+
+def test_an_address_in_use_is_said_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_cli()
+    monkeypatch.setattr("offload_moe_cli.commands.serve.load_model", lambda _: pytest.fail("loads"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert load_cli().main(["serve", "demo", "--port", str(port)]) == 1
+        assert capsys.readouterr().err.startswith(f"error: Cannot listen on 127.0.0.1:{port}: ")
+
+
+@pytest.mark.parametrize(("flags", "is_warned"), [([], True), (["--api-key-file", "key.txt"], False)])
+def test_an_open_address_without_a_key_is_warned_of(
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    is_warned: bool,
+) -> None:
+    def be_ready(host: Host, listener: socket.socket, *, drain_s: float, on_ready: Callable[[], None]) -> bool:
+        on_ready()
+        host.close()
+        listener.close()
+        return False
+
+    monkeypatch.setattr("offload_moe.serve.server.serve", be_ready)
+    monkeypatch.chdir(tmp_path)
+    Path("key.txt").write_text("secret")
+    assert load_cli().main(["serve", str(store), "--host", "0.0.0.0", "--port", "0", "--ram", "2GiB", *flags]) == 0
+    streams = capsys.readouterr()
+    assert ("warning: 0.0.0.0 may be reached from other machines" in streams.err) == is_warned
+    assert "is served at http://127.0.0.1:" in streams.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--port", "99999"], "Port 99999 is not usable"),
+        (["--keep-alive", "soon"], "Cannot read 'soon' as a duration"),
+        (["--parallel", "0"], "parallel is 0"),
+        (["--api-key-file", "nonexistent"], "nonexistent"),
+        (["--ignore-prefix", "("], "no regular expression"),
+    ],
+)
+def test_flags_are_checked_first(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with suppress(SystemExit):  # wrong usage
+        assert load_cli().main(["serve", "demo", *flags]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_durations() -> None:
+    assert [parse_duration(text) for text in ("30s", "10m", "1.5h", "2D")] == [30, 600, 5400, 172800]
+    for text in ("", "10", "0s", "-1m", "1e9s", "999999d", "m"):
+        with pytest.raises(ConfigError):
+            parse_duration(text)
+
+
+@pytest.mark.parametrize("module", ["starlette", "uvicorn"])
+def test_the_extra_is_named_where_it_is_missing(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert load_cli().main(["serve", "demo"]) == 1
+    assert "pip install 'offload-moe[serve]'" in capsys.readouterr().err

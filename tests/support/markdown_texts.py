@@ -1,0 +1,65 @@
+"""Markdown as models write it, with what becomes of it; as attackers write it; and texts that are long to read."""
+
+CASES = {
+    "a paragraph\nof two lines\n\nanother": "<p>a paragraph\nof two lines</p><p>another</p>",
+    "# Title #\n\n###### six": "<h3>Title</h3><h6>six</h6>",
+    "Title\n=====\ntext": "<h3>Title</h3><p>text</p>",
+    "#no heading": "<p>#no heading</p>",
+    "*a* **b** ***c*** _d_ __e__ ~~f~~": "<p><em>a</em> <strong>b</strong> <em><strong>c</strong></em> <em>d</em> "
+    "<strong>e</strong> <del>f</del></p>",
+    "2 * 3 * 4 and snake_case_name and ~5": "<p>2 * 3 * 4 and snake_case_name and ~5</p>",
+    "**open and *closed*": "<p>**open and <em>closed</em></p>",
+    "**重要。**文字": "<p><strong>重要。</strong>文字</p>",
+    "`a * b` and ``a ` b``": "<p><code>a * b</code> and <code>a ` b</code></p>",
+    r"\*not\* \`code\`": "<p>*not* `code`</p>",
+    "one  \ntwo\\\nthree<br>four": "<p>one<br>two<br>three<br>four</p>",
+    "- a\n- b\n  - c\n- d": "<ul><li>a</li><li>b<ul><li>c</li></ul></li><li>d</li></ul>",
+    "1. a\n2. b\n   - c\n   - d\n3. e": "<ol><li>a</li><li>b<ul><li>c</li><li>d</li></ul></li><li>e</li></ol>",
+    "3) c\n4) d": '<ol start="3"><li>c</li><li>d</li></ol>',
+    "- a\n\n- b": "<ul><li><p>a</p></li><li><p>b</p></li></ul>",
+    "- a\ngoes on\n\nafter": "<ul><li>a\ngoes on</li></ul><p>after</p>",
+    "1. a\n\n   ```sh\n   ls\n   ```\n2. b": "<ol><li><p>a</p><figure><pre><code>ls</code></pre></figure></li>"
+    "<li><p>b</p></li></ol>",
+    "- [x] done\n- [ ] open": "<ul><li>[x]done</li><li>[ ]open</li></ul>",
+    "In\n1999. No list": "<p>In\n1999. No list</p>",
+    "```py\na  = 1\n\n<b>\n```": "<figure><pre><code>a  = 1\n\n&lt;b&gt;</code></pre></figure>",
+    "```\nnot closed\n**yet**": "<figure><pre><code>not closed\n**yet**</code></pre></figure>",
+    "````\n```\n````": "<figure><pre><code>```</code></pre></figure>",
+    "> a\nb\n>\n> - c": "<blockquote><p>a\nb</p><ul><li>c</li></ul></blockquote>",
+    "a\n\n---\n\nb": "<p>a</p><hr><p>b</p>",
+    "| a | b |\n|---|--:|\n| `x\\|y` | 1 |\n| 2 |\nend": "<div><table><thead><tr><th>a</th><th>b</th></tr></thead>"
+    "<tbody><tr><td><code>x|y</code></td><td>1</td></tr><tr><td>2</td><td></td></tr></tbody></table></div><p>end</p>",
+    "a | b, no table": "<p>a | b, no table</p>",
+    "[a *b*](https://x.org/ 'c') <https://y.org>": "<p><a>a <em>b</em></a> <a>https://y.org</a></p>",
+    "(see https://x.org/a_(b)_c).": "<p>(see <a>https://x.org/a_(b)_c</a>).</p>",
+    "[a] (b) [c][d] [e](f g)": "<p>[a] (b) [c][d] [e](f g)</p>",
+    "![cat](https://x.org/cat.png)": "<p><a>cat</a></p>",
+    "&lt;b&gt; &amp;amp; &#65; &bogus; AT&T": "<p>&lt;b&gt; &amp;amp; A &amp;bogus; AT&amp;T</p>",
+    r"\(a_1 * b_1\) $x_i$ costs $5 and $6": "<p><code>a_1 * b_1</code> <code>x_i</code> costs $5 and $6</p>",
+    "<b>text</b> <script>alert(1)</script>": "<p>&lt;b&gt;text&lt;/b&gt; &lt;script&gt;alert(1)&lt;/script&gt;</p>",
+    "": "",
+}
+ATTACKS = [
+    "<script>window.hit = 1</script>",
+    "<img src=x onerror='window.hit = 1'>",
+    "<svg onload=window.hit=1><iframe src=javascript:window.hit=1>",
+    "[click](javascript:window.hit=1) [click](JaVaScRiPt:window.hit=1) [click](\tjavascript:window.hit=1)",
+    "[click](<javascript:window.hit=1>) [click](java\\script:window.hit=1) [click](&#106;avascript:window.hit=1)",
+    "[click](data:text/html,<script>window.hit=1</script>) [click](vbscript:window.hit=1) [click](file:///etc/passwd)",
+    "<javascript:window.hit=1> ![x](javascript:window.hit=1) [x](//evil.org) [x](blob:window.hit)",
+    '```"><script>window.hit=1</script>\nx\n```',
+    "```<img src=x onerror=window.hit=1>\nx\n```",
+    "| <img src=x onerror=window.hit=1> |\n|---|\n| <script>window.hit=1</script> |",
+    '[x](https://ok.org/" onclick="window.hit=1) [x](https://ok.org "\\" onmouseover=window.hit=1")',
+    "`</code><script>window.hit=1</script>` $<img src=x onerror=window.hit=1>$",
+    "&lt;script&gt;window.hit=1&lt;/script&gt; &#60;img src=x onerror=window.hit=1&#62;",
+]
+# Each one is repeated until it is long.
+SLOW = [
+    *("*", "_", "**a ", "*a_b", "a*", "*a ** b", "~~"),
+    *("[", "![", "](", "[a](", "[a](b", "[a](<", '![a]("'),
+    *("`", "`a``", "```\n", "\\(", "\\[", "$", "$$a", "\\"),
+    *("<", "<a", "&", "&#", "http://", "https://a.b(", "h"),
+    *("#", "# ", ">", "> ", "- ", "1. ", "-\n", "  - a\n", "a\n"),
+    *("|", "|a", "| a |\n|-", " ", "\t", "\u202e", "重要"),
+]

@@ -1,0 +1,165 @@
+"""The engine's thread: order, turns, cancellation, calls between steps, idleness, and its end."""
+
+import threading
+import time
+
+import pytest
+
+from offload_moe.serve.worker import Job, QueueFull, WaitForRoom, Work, Worker, WorkerClosed
+
+LIMIT_S = 10
+
+
+@pytest.fixture
+def log() -> list[str]:
+    return []
+
+
+def job(name: str, num_steps: int, log: list[str], gate: threading.Event | None = None) -> Job:
+    def work(job: Job) -> Work:
+        for step in range(num_steps):
+            if gate is not None:
+                gate.wait(LIMIT_S)
+            if job.stop.is_set():
+                log.append(f"{name} stopped")
+                return
+            log.append(f"{name}{step}")
+            yield
+
+    return Job(work)
+
+
+def run(worker: Worker, jobs: list[Job]) -> None:
+    for each in jobs:
+        worker.submit(each)
+    assert worker.drain(LIMIT_S)
+    worker.close()
+
+
+def test_one_after_the_other(log: list[str]) -> None:
+    gate = threading.Event()
+    worker = Worker()
+    jobs = [job(name, 2, log, gate) for name in "abc"]
+    worker.submit(jobs[0])
+    gate.set()
+    run(worker, jobs[1:])
+    assert log == ["a0", "a1", "b0", "b1", "c0", "c1"]
+
+
+def test_steps_alternate_and_the_queue_moves_up(log: list[str]) -> None:
+    gate = threading.Event()
+    worker = Worker(parallel=2)
+    jobs = [job(name, 2, log, gate) for name in "abc"]
+    for each in jobs:
+        worker.submit(each)
+    time.sleep(0.05)
+    gate.set()
+    assert worker.drain(LIMIT_S)
+    worker.close()
+    assert log == ["a0", "b0", "a1", "b1", "c0", "c1"]
+
+
+def test_a_full_queue_refuses(log: list[str]) -> None:
+    gate = threading.Event()
+    worker = Worker(most_waiting=2)
+    first = job("a", 1, log, gate)
+    worker.submit(first)
+    while worker.num_running == 0:
+        time.sleep(0.001)
+    for name in "bc":
+        worker.submit(job(name, 1, log))
+    with pytest.raises(QueueFull):
+        worker.submit(job("d", 1, log))
+    gate.set()
+    assert worker.drain(LIMIT_S)
+    worker.close()
+    assert log == ["a0", "b0", "c0"]
+
+
+def test_cancelling_removes_what_waits_and_stops_what_runs(log: list[str]) -> None:
+    gate = threading.Event()
+    worker = Worker()
+    running, waiting = job("a", 3, log, gate), job("b", 1, log)
+    worker.submit(running)
+    while worker.num_running == 0:
+        time.sleep(0.001)
+    worker.submit(waiting)
+    worker.cancel(waiting)
+    assert worker.num_waiting == 0
+    worker.cancel(running)
+    gate.set()
+    assert worker.drain(LIMIT_S)
+    worker.close()
+    assert log == ["a stopped"]
+
+
+def test_calls_run_between_steps_in_the_same_thread() -> None:
+    names: list[str] = []
+
+    def work(job: Job) -> Work:
+        for _ in range(2):
+            names.append(threading.current_thread().name)
+            yield
+
+    worker = Worker()
+    worker.submit(Job(work))
+    names.append(worker.call(lambda: threading.current_thread().name).result(LIMIT_S))
+    with pytest.raises(ZeroDivisionError):
+        worker.call(lambda: 1 / 0).result(LIMIT_S)
+    assert worker.drain(LIMIT_S)
+    worker.close()
+    assert set(names) == {"offload-moe engine"}
+
+
+def test_a_work_without_room_keeps_its_place(log: list[str]) -> None:
+    gate = threading.Event()
+    worker = Worker(parallel=2)
+
+    def hungry(job: Job) -> Work:
+        if worker.num_running > 1:
+            log.append("no room")
+            raise WaitForRoom
+        log.append("room")
+        yield
+
+    worker.submit(job("a", 1, log, gate))
+    while worker.num_running == 0:
+        time.sleep(0.001)
+    worker.submit(Job(hungry))
+    worker.submit(job("c", 1, log))
+    gate.set()
+    assert worker.drain(LIMIT_S)
+    worker.close()
+    assert log == ["a0", "no room", "room", "c0"] or log == ["a0", "room", "c0"]
+
+
+def test_idleness_is_noticed_once_per_period() -> None:
+    idle = threading.Event()
+    worker = Worker(idle_s=0.05, on_idle=idle.set)
+    worker.call(lambda: None).result(LIMIT_S)
+    assert idle.wait(LIMIT_S)
+    worker.close()
+
+
+def test_a_failing_work_does_not_end_the_thread(log: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    def broken(job: Job) -> Work:
+        raise ValueError("broken")
+        yield
+
+    worker = Worker()
+    run(worker, [Job(broken), job("b", 1, log)])
+    assert log == ["b0"]
+    assert "broken" in caplog.text
+
+
+def test_closing_leaves_no_thread(log: list[str]) -> None:
+    worker = Worker()
+    worker.submit(job("a", 10**9, log))
+    while not log:
+        time.sleep(0.001)
+    worker.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "offload-moe engine"]
+    with pytest.raises(WorkerClosed):
+        worker.submit(job("b", 1, log))
+    with pytest.raises(WorkerClosed):
+        worker.call(lambda: None)
