@@ -136,7 +136,7 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ),
     (
         "serve.py",
-        "{store} --trials 1 --tokens 6 --prompt-tokens 20",
+        "{store} --trials 1 --tokens 40 --prompt-tokens 20",
         ("ms_per_token.*.median", "ratio.median", "first_token_ms.median"),
     ),
     (
