@@ -3,12 +3,14 @@
 fp32 operations are numpy's; an fma is computed in exact rationals and rounded once.
 """
 
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
 import torch
 
-from offload_moe.quant import ExpertShape, RecordLayout
+from offload_moe.quant import ExpertShape, Matrix, RecordLayout
+from tests.support.kernels import Experts
 
 F = np.float32
 LEVELS = {
@@ -109,3 +111,26 @@ class Reference:
             total = total + segment
         result = total * UNITS[self.codec]
         return result if self.bias is None else result + F(self.bias[row])
+
+
+def expert_of(experts: Experts, index: int, x: np.ndarray, activate: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """One expert's result for fp32 ``[H]``: gate and up, activation, down; its weight is not applied."""
+    first, second = (_matrix(experts, index, matrix) for matrix in experts.shape.matrices)
+    gate, up = np.split(first.times(x), 2)
+    return second.times(activate(gate) * up)
+
+
+def _matrix(experts: Experts, index: int, matrix: Matrix) -> Reference:
+    """A matrix of a record as a record of its own."""
+    planes = experts.layout.planes
+    renamed = {
+        name.replace(f"{matrix.name}.", "weight.").replace(f"{matrix.name}_bias", "bias"): plane
+        for name, plane in planes.items()
+        if name.startswith(matrix.name)
+    }
+    shape = ExpertShape(
+        matrices=(Matrix(name="weight", out_features=matrix.out_features, in_features=matrix.in_features),)
+    )
+    return Reference(
+        experts.codec, shape, RecordLayout(planes=renamed, num_bytes=experts.layout.num_bytes), experts.records[index]
+    )

@@ -8,6 +8,8 @@ from torch import Tensor
 from offload_moe.errors import ConfigError
 from offload_moe.native import kernels
 from offload_moe.quant import ExpertShape, Matrix, RecordLayout, get_codec
+from offload_moe.quant.nf4 import dynamic_map
+from tests.support import one_arithmetic
 from tests.support.kernels import SETS, relative_error
 from tests.support.one_arithmetic import Reference
 
@@ -211,3 +213,11 @@ def test_what_has_no_panels_is_refused() -> None:
         kernels.PanelOrder("bf16", shape, get_codec("bf16").layout(shape))
     with pytest.raises(ConfigError, match="rows in order"):
         kernels.LinearKernel("bf16", [shape], [get_codec("bf16").layout(shape)], num_parts=1)
+
+
+def test_the_formula_of_nested_scales_is_near_the_codecs_table() -> None:
+    table = dynamic_map().numpy()
+    formula = np.array([one_arithmetic.dynamic_map(code) for code in range(256)], np.float32)
+    apart = np.abs(formula - table)
+    assert (apart <= 2.8e-7 * np.abs(table)).all()
+    assert (apart > 0).sum() == 176

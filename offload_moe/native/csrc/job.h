@@ -58,7 +58,8 @@ typedef struct {
     om_activations activations;
     om_panel_inputs inputs; /* of matrices in panels, in place of `activations` */
     float *scratch; /* per thread */
-    uint8_t *tiles; /* per thread, of panels */
+    om_panel_tile *tiles; /* [num_tokens / OM_TILE, rounded up], of panels */
+    uint8_t *tile_memory;
 } om_linear_job;
 
 void om_lay_out_linear(om_linear_job *job, uintptr_t *cursor);

@@ -2,13 +2,8 @@
 #include <immintrin.h>
 
 #define OM_SLICES 2
-#ifndef OM_SLICES_AT_ONCE
 #define OM_SLICES_AT_ONCE(T) ((T) > 4 ? 1 : 2)
-#endif
 #define OM_SPAN 32 /* the latencies of decoding overlap only among themselves */
-#ifndef OM_PANEL_PREFETCH
-#define OM_PANEL_PREFETCH 8192
-#endif
 
 /* Else gcc 12 keeps all products or codes of a block, on the stack, and adds them last. */
 #define OM_IN_TURN(sum) __asm__("" : "+x"(sum))

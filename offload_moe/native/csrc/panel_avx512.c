@@ -13,9 +13,6 @@
 #define OM_SLICES 1
 #define OM_SLICES_AT_ONCE(T) 1
 #define OM_SPAN 0
-#ifndef OM_PANEL_PREFETCH
-#define OM_PANEL_PREFETCH 8192
-#endif
 
 typedef __m512 slice_f;
 typedef __m512i slice_i;

@@ -7,7 +7,6 @@
 #define OM_SLICES 4
 #define OM_SLICES_AT_ONCE(T) ((T) > 2 ? 2 : 4)
 #define OM_SPAN 32
-#define OM_PANEL_PREFETCH 8192
 
 typedef float32x4_t slice_f;
 typedef int32x4_t slice_i;
