@@ -9,7 +9,10 @@ static void quantize_unit(void *context, int64_t token, int64_t next, int thread
     om_quantize_row(&job->inputs, token, job->x, job->x_dtype, job->scratch + thread * job->scratch_floats);
 }
 
-static int64_t units_of(const om_matrix *m) { return m->rows / m->part_rows * om_divide_up(m->part_rows, UNIT_ROWS); }
+static int64_t units_of(const om_matrix *m) {
+    const int64_t units = om_divide_up(m->part_rows, UNIT_ROWS);
+    return m->rows == m->part_rows ? units : m->rows / m->part_rows * units;
+}
 
 /* The matrix of a unit; `unit` becomes the unit within it. */
 static int64_t find_matrix(const om_linear_job *job, int64_t *unit) {
