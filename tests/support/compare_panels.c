@@ -1,5 +1,5 @@
 /* compare_panels NAME: the panels of the set NAME against the portable ones, bit for bit, without Python: for emulators, and
- * for sets that were changed on purpose. Links with `panel_*.c` alone. Exits 1 on a difference. */
+ * for sets that were changed on purpose. Links with `panel_*.c` and `cpu.c` alone. Exits 1 on a difference. */
 #include "arithmetic.h"
 #include "panel.h"
 

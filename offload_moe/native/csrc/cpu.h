@@ -1,4 +1,4 @@
-/* What the processor and the system run, on x86-64. */
+/* What the processor and the system run, and how it reads memory. */
 #ifndef OM_CPU_H
 #define OM_CPU_H
 
@@ -6,5 +6,7 @@
 enum { OM_CPU_PCLMUL = 1, OM_CPU_AVX2 = 2, OM_CPU_AVX512 = 4, OM_CPU_AVX512_VBMI = 8, OM_CPU_AVX_VNNI = 16 };
 
 int om_cpu_has(int feature);
+/* How far ahead of a panel's codes the next ones are prefetched for so many tokens; 0: the processor's own streams do better. */
+int om_panel_ahead(int num_tokens);
 
 #endif

@@ -60,6 +60,7 @@ typedef struct {
 } om_latent_view;
 
 #define OM_LATENT_ROOM 4 /* heads whose scores `attend_latent` keeps */
+
 typedef struct om_panel_set om_panel_set; /* `panel.h` */
 
 /* results[row * OM_TILE + token] */

@@ -15,6 +15,13 @@
 #define OM_BLOCK_BYTES(codec) (OM_ROW_DWORDS(codec) * 4 * OM_PANEL) /* of a whole panel */
 #define OM_SCALE_BYTES(codec) ((codec) == OM_INT8 ? 4 : 1)
 
+/* Else gcc 12 keeps all products or codes of a block, on the stack, and adds them last. */
+#if defined(__clang__)
+#define OM_IN_TURN(constraint, sum) ((void)(sum))
+#else
+#define OM_IN_TURN(constraint, sum) __asm__("" : constraint(sum))
+#endif
+
 /* One token's activations. A group's quants: those that meet low nibbles, then those that meet high ones; int8 in order. */
 typedef struct {
     int8_t *quants;       /* [B, 64] */

@@ -5,9 +5,6 @@
 #define OM_SLICES_AT_ONCE(T) ((T) > 4 ? 1 : 2)
 #define OM_SPAN 32 /* the latencies of decoding overlap only among themselves */
 
-/* Else gcc 12 keeps all products or codes of a block, on the stack, and adds them last. */
-#define OM_IN_TURN(sum) __asm__("" : "+x"(sum))
-
 typedef __m256 slice_f;
 typedef __m256i slice_i;
 
@@ -113,7 +110,7 @@ OM_INLINE void group_sums(const int codec, const int T, const int H, const uint8
                 _Pragma("GCC unroll 16") for (int h = 0; h < H; h++) {
                     slice_i *sum = sums + t * OM_SLICES + h;
                     *sum = add_products(codec, *sum, weights[h][n], q);
-                    OM_IN_TURN(*sum);
+                    OM_IN_TURN("+x", *sum);
                 }
             }
     }

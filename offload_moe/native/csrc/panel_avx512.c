@@ -94,7 +94,7 @@ OM_INLINE void group_sums(const int codec, const int T, const int H, const uint8
             }
             sums[t] = _mm512_dpbusd_epi32(sums[t], low, broadcast_dword(q));
             *other = _mm512_dpbusd_epi32(*other, high, broadcast_dword(q + half));
-            if (T > 4) __asm__("" : "+v"(sums[t])); /* else gcc 12 reads all codes of a group first, and spills them */
+            if (T > 4) OM_IN_TURN("+v", sums[t]);
         }
     }
     if (T <= 4)

@@ -11,6 +11,7 @@
  *   powers_of_two(bytes)          om_e8m0 of OM_SLICE_ROWS bytes
  *   group_sums(codec, T, H, codes, quants, corrections, sums)
  *                                 the integer sums of one group for H slices from `codes` on, sums[t * OM_SLICES + h] */
+#include "cpu.h"
 #include "panel_elementwise.h"
 
 #define OM_UNROLL _Pragma("GCC unroll 16") /* sums stay in registers only where their indices are constants */
@@ -22,14 +23,13 @@
 typedef struct {
     const om_weights *w;
     const uint8_t *codes, *scales;
-    int64_t start;
+    int64_t start, ahead; /* ahead: bytes from the codes to those that are prefetched */
     om_panel_steps steps;
     float decoded[(OM_SPAN ? OM_SPAN : 1) * OM_PANEL];
 } panel_place;
 
-/* 4 KiB ahead: to the second level where memory is the limit, to the first where several tokens make the instructions one. */
-OM_INLINE void prefetch_block(const int T, const uint8_t *codes, const int num_bytes) {
-    OM_UNROLL for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(codes + OM_PREFETCH_BYTES + i, 0, T > 2 ? 3 : 2);
+OM_INLINE void prefetch_block(const uint8_t *ahead, const int num_bytes) {
+    OM_UNROLL for (int i = 0; i < num_bytes; i += 64) OM_PREFETCH(ahead + i);
 }
 
 OM_INLINE slice_f nf4_scale(const panel_place *place, int64_t b, const int slice) {
@@ -68,7 +68,7 @@ OM_INLINE void add_block(const int codec, const int T, const panel_place *place,
     OM_ONE_POINTER(quants);
     OM_ONE_POINTER(corrections);
     OM_ONE_POINTER(scales);
-    prefetch_block(T, codes, OM_BLOCK_BYTES(codec));
+    prefetch_block(codes + place->ahead, OM_BLOCK_BYTES(codec));
     OM_UNROLL for (int g = 0; g < groups; g++) OM_UNROLL for (int h0 = 0; h0 < OM_SLICES; h0 += H) {
         slice_i sums[OM_TILE * OM_SLICES];
         group_sums(codec, T, H, codes + (g * dwords * OM_PANEL + h0 * OM_SLICE_ROWS) * 4,
@@ -115,7 +115,7 @@ OM_INLINE void whole_panel(const int codec, const int T, panel_place *place, int
 
 OM_INLINE void panel_rows(const int codec, const int T, const om_weights *w, int64_t first_row, int64_t num_rows,
                           const om_panel_tile *tile, float *results, int64_t stride) {
-    panel_place place = {.w = w};
+    panel_place place = {.w = w, .ahead = om_panel_ahead(T)};
     int64_t r = 0;
     for (; r + OM_PANEL <= num_rows; r += OM_PANEL) {
         place.codes = w->codes + (first_row + r) * w->row_bytes;
