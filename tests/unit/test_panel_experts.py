@@ -7,7 +7,7 @@ from torch import Tensor
 
 from offload_moe.errors import ConfigError
 from offload_moe.native import kernels
-from tests.support.kernels import SETS, Experts, make_experts, reference, relative_error, route
+from tests.support.kernels import PANEL_SETS, Experts, make_experts, reference, relative_error, route
 from tests.support.one_arithmetic import expert_of
 
 pytestmark = pytest.mark.usefixtures("best_kernels_afterwards")
@@ -35,7 +35,7 @@ def rows(num_tokens: int, hidden: int) -> Tensor:
     return torch.randn(num_tokens, hidden, generator=torch.Generator().manual_seed(num_tokens))
 
 
-@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("instruction_set", PANEL_SETS)
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize(("hidden", "intermediate"), [(128, 64), (200, 97)])
 def test_layer_matches_fp64(instruction_set: str, codec: str, hidden: int, intermediate: int) -> None:
@@ -59,7 +59,7 @@ def test_bits_are_those_of_the_definition(codec: str) -> None:
     assert np.array_equal(out[0].numpy().view(np.int32), expected.view(np.int32))
 
 
-@pytest.mark.parametrize("instruction_set", [name for name in SETS if name != "portable"])
+@pytest.mark.parametrize("instruction_set", [name for name in PANEL_SETS if name != "portable"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_set_gives_the_same_bits(instruction_set: str, activation: str) -> None:
     experts = make_experts("nf4", 192, 160)

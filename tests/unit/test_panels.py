@@ -1,16 +1,19 @@
 """Panels of 16 rows: every set gives the definition's bits, for any number of tokens, and records come back exactly."""
 
+import shutil
+import subprocess
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from offload_moe.errors import ConfigError
-from offload_moe.native import kernels
+from offload_moe.native import kernels, library
 from offload_moe.quant import ExpertShape, Matrix, RecordLayout, get_codec
 from offload_moe.quant.nf4 import dynamic_map
 from tests.support import one_arithmetic
-from tests.support.kernels import SETS, relative_error
+from tests.support.kernels import PANEL_SETS, relative_error
 from tests.support.one_arithmetic import Reference
 
 pytestmark = pytest.mark.usefixtures("best_kernels_afterwards")
@@ -55,7 +58,7 @@ def random_rows(num_tokens: int, columns: int) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("instruction_set", PANEL_SETS)
 @pytest.mark.parametrize("codec", CODECS)
 def test_bits_are_those_of_the_definition(instruction_set: str, codec: str) -> None:
     for rows, columns in ((21, 200), (16, 192)):
@@ -67,7 +70,7 @@ def test_bits_are_those_of_the_definition(instruction_set: str, codec: str) -> N
         assert np.array_equal(out.numpy().view(np.int32), expected.view(np.int32))
 
 
-@pytest.mark.parametrize("instruction_set", [name for name in SETS if name != "portable"])
+@pytest.mark.parametrize("instruction_set", [name for name in PANEL_SETS if name != "portable"])
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_every_set_and_number_of_tokens_gives_the_same_bits(
@@ -83,7 +86,7 @@ def test_every_set_and_number_of_tokens_gives_the_same_bits(
         assert torch.equal(multiply(codec, shape, layout, panels, x[:num_tokens]), expected[:num_tokens])
 
 
-@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("instruction_set", PANEL_SETS)
 @pytest.mark.parametrize("codec", CODECS)
 def test_results_are_near_the_decoded_weights(instruction_set: str, codec: str) -> None:
     shape, layout, record = make_matrix(codec, 64, 512)
@@ -131,7 +134,7 @@ def test_a_panel_holds_the_same_columns_of_its_rows_in_one_vector() -> None:
     )
 
 
-@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("instruction_set", PANEL_SETS)
 @pytest.mark.parametrize("codec", CODECS)
 def test_groups_of_extreme_activations(instruction_set: str, codec: str) -> None:
     shape, layout, record = make_matrix(codec, 16, 320)
@@ -154,7 +157,7 @@ def test_groups_of_extreme_activations(instruction_set: str, codec: str) -> None
     assert out[5:].isnan().all()
 
 
-@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("instruction_set", PANEL_SETS)
 def test_scales_of_mxfp4_at_both_ends(instruction_set: str) -> None:
     shape, layout, record = make_matrix("mxfp4", 16, 64)
     scales = layout.view(record, "weight.scales").view(16, 2)
@@ -171,7 +174,7 @@ def test_scales_of_mxfp4_at_both_ends(instruction_set: str) -> None:
     assert np.array_equal(np.delete(out.numpy(), 1).view(np.int32), np.delete(expected, 1).view(np.int32))
 
 
-@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("instruction_set", PANEL_SETS)
 def test_int8_codes_of_minus_128(instruction_set: str) -> None:
     shape, layout, record = make_matrix("int8", 16, 64)
     layout.view(record, "weight.codes").fill_(-128)
@@ -181,7 +184,7 @@ def test_int8_codes_of_minus_128(instruction_set: str) -> None:
     assert np.array_equal(out.numpy(), Reference("int8", shape, layout, record).times(x[0].numpy()))
 
 
-@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("instruction_set", PANEL_SETS)
 def test_bits_do_not_depend_on_the_callers_treatment_of_subnormal_numbers(instruction_set: str) -> None:
     shape, layout, record = make_matrix("mxfp4", 64, 128)
     layout.view(record, "weight.scales").fill_(1)  # 2^-126
@@ -221,3 +224,13 @@ def test_the_formula_of_nested_scales_is_near_the_codecs_table() -> None:
     apart = np.abs(formula - table)
     assert (apart <= 2.8e-7 * np.abs(table)).all()
     assert (apart > 0).sum() == 176
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None or "avxvnni" not in PANEL_SETS, reason="disassembles AVX-VNNI")
+def test_avx_vnni_has_its_own_encoding() -> None:
+    """Processors that have AVX-VNNI without AVX-512 know the VEX form of vpdpbusd only."""
+    command = ["objdump", "-d", "--no-show-raw-insn", library.load_library()._name]
+    code = subprocess.run(command, capture_output=True, text=True, check=True)
+    forms = [line for line in code.stdout.splitlines() if "vpdpbusd" in line and "ymm" in line]
+    assert sum("{vex}" in line for line in forms) > 100
+    assert sum("{vex}" not in line for line in forms) > 100  # the EVEX form of the same source
