@@ -22,6 +22,7 @@ ZIG = [sys.executable, "-m", "ziglang", "cc"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd", "-mavx512vnni"]
 AVX512_VBMI_FLAGS = [*AVX512_FLAGS, "-mavx512vbmi"]
+AVX_VNNI_FLAGS = [*AVX2_FLAGS, "-mavxvnni"]  # since gcc 11 and clang 12: the set is left out before
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 _PROBE = "#include <math.h>\n#include <pthread.h>\nfloat probe(float x) { return expf(x); }\n"
@@ -62,11 +63,16 @@ def find_compiler() -> list[str] | None:
     return next((words for command in commands if _failure(words := shlex.split(command)) is None), None)
 
 
+def accepts(compiler: list[str], flags: list[str]) -> bool:
+    """Whether a compiler that works knows these flags too."""
+    return _failure(compiler, flags) is None
+
+
 def is_zig(compiler: list[str]) -> bool:
     return any("zig" in Path(word).name for word in compiler)
 
 
-def _failure(compiler: list[str]) -> str | None:
+def _failure(compiler: list[str], flags: list[str] | None = None) -> str | None:
     """Why a small shared library cannot be built with every flag that ours needs; None where it can.
 
     A compiler may be there without its headers, as a stub that offers to install it, or too old for the flags.
@@ -76,8 +82,9 @@ def _failure(compiler: list[str]) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.c")
         source.write_text(_PROBE)
-        flags = ["-std=c11", "-fPIC", "-shared", *(AVX512_VBMI_FLAGS if IS_X86 else [])]
-        command = [*compiler, *flags, str(source), "-o", str(Path(folder, "probe.so")), "-lm", "-lpthread"]
+        for_sets = flags or (AVX512_VBMI_FLAGS if IS_X86 else [])
+        always = [*compiler, "-std=c11", "-fPIC", "-shared"]
+        command = [*always, *for_sets, str(source), "-o", str(Path(folder, "probe.so")), "-lm", "-lpthread"]
         run = subprocess.run(command, capture_output=True, text=True, errors="replace")
     lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
     return lines[0] if run.returncode else None

@@ -11,7 +11,17 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from build_backend import AVX2_FLAGS, AVX512_FLAGS, AVX512_VBMI_FLAGS, IS_X86, ZIG, choose_compiler, is_zig
+from build_backend import (
+    AVX2_FLAGS,
+    AVX512_FLAGS,
+    AVX512_VBMI_FLAGS,
+    AVX_VNNI_FLAGS,
+    IS_X86,
+    ZIG,
+    accepts,
+    choose_compiler,
+    is_zig,
+)
 
 SOURCES = Path("offload_moe/native/csrc")
 COMMON_FLAGS = [
@@ -27,7 +37,16 @@ COMMON_FLAGS = [
 # libm's, which have other bits.
 ZIG_FLAGS = ["-mcpu=baseline", "-fno-sanitize=undefined"]
 ZIG_LINK_FLAGS = ["-rtlib=none", "-s"]
-X86_FLAGS = {"isa_avx2.c": AVX2_FLAGS, "isa_avx512.c": AVX512_FLAGS, "isa_avx512_vbmi.c": AVX512_VBMI_FLAGS}
+X86_FLAGS = {
+    "isa_avx2.c": AVX2_FLAGS,
+    "isa_avx512.c": AVX512_FLAGS,
+    "isa_avx512_vbmi.c": AVX512_VBMI_FLAGS,
+    "panel_avx2.c": AVX2_FLAGS,
+    "panel_avx_vnni.c": AVX_VNNI_FLAGS,
+    "panel_avx512.c": AVX512_FLAGS,
+    "panel_avx512_vbmi.c": AVX512_VBMI_FLAGS,
+    "panel_avx512_vl.c": AVX512_FLAGS,
+}
 
 
 class BuildKernels(build_ext):
@@ -52,13 +71,16 @@ class BuildKernels(build_ext):
             flags, link_flags = [*COMMON_FLAGS, *ZIG_FLAGS], ZIG_LINK_FLAGS
         if self.command == ZIG:  # it knows few of the flags that Python was built with
             self.compiler.set_executables(compiler_so=[*ZIG, "-fPIC"], linker_so=[*ZIG, *ZIG_FLAGS, "-shared"])
+        x86_flags = X86_FLAGS if IS_X86 else {}
+        if IS_X86 and not accepts(self.command, AVX_VNNI_FLAGS):
+            x86_flags = {**X86_FLAGS, "panel_avx_vnni.c": []}
         objects: list[str] = []
         for source in ext.sources:
             objects += self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
                 depends=ext.depends,
-                extra_postargs=[*flags, *(X86_FLAGS.get(Path(source).name, []) if IS_X86 else [])],
+                extra_postargs=[*flags, *x86_flags.get(Path(source).name, [])],
             )
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)

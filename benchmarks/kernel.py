@@ -1,12 +1,17 @@
 """CPU kernels against the read bandwidth measured beside them, for each codec, mode and instruction set.
 
-    python benchmarks/kernel.py [--trials 7] [--threads 1,2] [--rows 14336] [--columns 4096] [--tokens 1]
-                                [--codecs nf4,int8,mxfp4,bf16] [--unpinned] [--peers]
+    python benchmarks/kernel.py [--trials 7] [--threads 1,2] [--shapes 4096x14336 | --shapes experts] [--tokens 1,2,4,8]
+                                [--codecs nf4,int8,mxfp4,bf16] [--modes fast,exact,panels] [--sets avx512vbmi,avx2]
+                                [--megabytes 256] [--unpinned] [--peers]
 
+Shapes are COLUMNSxROWS; `experts` are those of the matrices of Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V2-Lite and gpt-oss.
 Every trial runs each contender once, in turn, over the same weights, right after a plain read of them; ratios are
 taken trial by trial. The weights are several matrices, so that none is in the cache when its turn comes, in huge pages
-as in the RAM arena. `cached` is the rate on a matrix that stays in the cache: what the instructions allow where memory
-is no limit. `error` is against fp64 on the decoded weights. The last line is one JSON document.
+as in the RAM arena. With one thread, time is the thread's own, so that other work on the machine takes none of it.
+`panels` is `fast` over records in panels; `repack` is what making them costs a core. `cached` is the rate on a matrix
+that stays in the cache: what the instructions allow where memory is no limit, and what a call costs beside. `rows_gain`
+is the weights times tokens per second, over those of one token in the same trial. `error` is against fp64 on the
+decoded weights. The last line is one JSON document.
 """
 
 import argparse
@@ -23,12 +28,15 @@ from torch import Tensor
 from offload_moe.errors import ConfigError
 from offload_moe.memory.arena import Arena
 from offload_moe.native import kernels
-from offload_moe.quant import ExpertShape, Matrix, get_codec
+from offload_moe.quant import get_codec
+from offload_moe.quant.layout import weight_shape
 
-NUM_MATRICES = 4
+MIN_MATRICES = 4
+MATRICES_PER_CALL = 16  # an expert's matrices are small beside the cost of a call from Python
 CACHED_BYTES = 400_000
-SETS = ("avx512vbmi", "avx512", "avx2", "neon")
-MODES = ("fast", "exact")
+SETS = ("avx512vbmi", "avx512", "avx512vl", "avxvnni", "avx2", "neon", "portable")
+EXPERTS = "2048x2048,1024x2048,2048x1536,768x2048,2048x2816,1408x2048,2880x2880,4096x28672,14336x4096"
+Contender = tuple[str, str, int]  # set, mode, tokens
 
 
 def main() -> None:
@@ -36,34 +44,44 @@ def main() -> None:
     if not options.unpinned:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: max(options.threads)])
     results: list[dict[str, Any]] = []
-    for codec in options.codecs:
-        bench = CodecBench(codec, options.rows, options.columns, options.tokens)
-        for threads in options.threads:
-            torch.set_num_threads(threads)
-            kernels.set_threads(threads, pinned_to_cores=not options.unpinned)
-            results += bench.measure(options.trials, threads)
+    for shape in options.shapes:
+        columns, rows = map(int, shape.split("x"))
+        for codec in options.codecs:
+            bench = CodecBench(codec, rows, columns, options)
+            for threads in options.threads:
+                torch.set_num_threads(threads)
+                kernels.set_threads(threads, pinned_to_cores=not options.unpinned)
+                results += bench.measure(options.trials, threads)
+            results += bench.repack_rates(options.trials)
     if options.peers:
         results += bitsandbytes_rate(options)
-    names = ("rows", "columns", "tokens", "trials")
-    finish({"benchmark": "kernel", **{name: getattr(options, name) for name in names}, "results": results})
+    finish({"benchmark": "kernel", "trials": options.trials, "results": results})
 
 
 def parse_options() -> argparse.Namespace:
+    def words(text: str) -> list[str]:
+        return (EXPERTS if text == "experts" else text).split(",")
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=7)
-    parser.add_argument("--threads", type=lambda text: [int(part) for part in text.split(",")], default=[1, 2])
-    parser.add_argument("--rows", type=int, default=14336)
-    parser.add_argument("--columns", type=int, default=4096)
-    parser.add_argument("--tokens", type=int, default=1)
-    parser.add_argument("--codecs", type=lambda text: text.split(","), default=["nf4", "int8", "mxfp4", "bf16"])
+    parser.add_argument("--threads", type=numbers, default=[1, 2])
+    parser.add_argument("--shapes", type=words, default=["4096x14336"])
+    parser.add_argument("--tokens", type=numbers, default=[1])
+    parser.add_argument("--codecs", type=words, default=["nf4", "int8", "mxfp4", "bf16"])
+    parser.add_argument("--modes", type=words, default=["fast", "exact", "panels"])
+    parser.add_argument("--sets", type=words, default=list(SETS[:-1]))
+    parser.add_argument("--megabytes", type=int, default=256, help="at least so much weight memory for each mode")
     parser.add_argument("--unpinned", action="store_true", help="on a machine that is busy with other work")
     parser.add_argument("--peers", action="store_true", help="bitsandbytes' CPU gemv_4bit too (slow)")
     return parser.parse_args()
 
 
-def runnable_sets() -> list[str]:
+def runnable_sets(names: list[str]) -> list[str]:
     found = []
-    for name in SETS:
+    for name in names:
         try:
             kernels.select_instruction_set(name)
         except ConfigError:
@@ -73,116 +91,173 @@ def runnable_sets() -> list[str]:
     return found
 
 
-class CodecBench:
-    """A matrix in one codec: copies of it in memory, and a piece of it that fits the cache."""
+class Weights:
+    """A matrix in one codec and order of rows: copies of it in memory, and a piece of it that fits the cache."""
 
-    def __init__(self, codec: str, rows: int, columns: int, num_tokens: int) -> None:
-        self._codec, self._rows, self._columns = codec, rows, columns
-        self._x = torch.randn(num_tokens, columns)
-        self._weight = torch.randn(rows, columns) * 0.02
-        self._kernel, record = self._encode(self._weight)
-        self._arena = Arena(NUM_MATRICES, record.numel())
-        self._records = [self._arena.slot(index) for index in range(NUM_MATRICES)]
-        for slot in self._records:
+    clock = staticmethod(time.perf_counter)
+
+    def __init__(self, codec: str, weight: Tensor, in_panels: bool, num_bytes: int) -> None:
+        self.codec, self.in_panels = codec, in_panels
+        self.rows, self.columns = weight.shape
+        record = self._encode(weight)
+        count = max(MIN_MATRICES, -(-num_bytes // record.numel()))
+        self._arena = Arena(count, record.numel(), chunk_bytes=count * record.numel())
+        self.records = [self._arena.slot(index) for index in range(count)]
+        for slot in self.records:
             slot[: record.numel()] = record
-        self._cached_rows = min(rows, max(8, CACHED_BYTES * rows // record.numel()))
-        self._cached_kernel, self._cached = self._encode(self._weight[: self._cached_rows])
+        (self._memory,) = self._arena.chunks_behind(0)
+        self.num_bytes = count * record.numel()
+        self._kernel = self._kernel_for(self.rows, min(MATRICES_PER_CALL, count))
+        self._cached_rows = min(self.rows, max(16, CACHED_BYTES * self.rows // record.numel() // 16 * 16))
+        self._cached_weight = weight[: self._cached_rows]
+        self._cached = self._encode(self._cached_weight)
+        self._cached_kernel = self._kernel_for(self._cached_rows, 1)
 
-    def _encode(self, weight: Tensor) -> tuple[kernels.LinearKernel, Tensor]:
-        matrix = Matrix(name="weight", out_features=weight.shape[0], in_features=weight.shape[1])
-        shape = ExpertShape(matrices=(matrix,))
-        codec = kernels.fast_encoding(get_codec(self._codec))
-        return kernels.LinearKernel(self._codec, [shape], [codec.layout(shape)]), codec.encode(
-            shape, {"weight": weight}
-        )
+    def _encode(self, weight: Tensor) -> Tensor:
+        shape, codec = weight_shape(*weight.shape), kernels.fast_encoding(get_codec(self.codec))
+        record = codec.encode(shape, {"weight": weight})
+        if self.in_panels:
+            kernels.PanelOrder(self.codec, shape, codec.layout(shape)).to_panels(record)
+        return record
+
+    def _kernel_for(self, rows: int, count: int) -> kernels.LinearKernel:
+        shape = weight_shape(rows, self.columns)
+        layout = get_codec(self.codec).layout(shape)
+        return kernels.LinearKernel(self.codec, [shape] * count, [layout] * count, num_parts=int(self.in_panels))
+
+    def read_rate(self) -> float:
+        began = self.clock()
+        self._memory.view(torch.int64).sum()
+        return self.num_bytes / (self.clock() - began) / 1e9
+
+    def rate(self, x: Tensor, mode: str) -> float:
+        """GB of weights per second; the few records that fill no call are left out."""
+        outs = [torch.empty(len(x), self.rows) for _ in range(min(MATRICES_PER_CALL, len(self.records)))]
+        groups = [self.records[first : first + len(outs)] for first in range(0, len(self.records), len(outs))]
+        whole = [group for group in groups if len(group) == len(outs)]
+        began = self.clock()
+        for group in whole:
+            self._kernel.forward(x, group, outs, mode=mode)
+        num_bytes = len(whole) * len(outs) * self.records[0].numel()
+        return num_bytes / (self.clock() - began) / 1e9
+
+    def cached_rate(self, x: Tensor, mode: str) -> float:
+        out, best = torch.empty(len(x), self._cached_rows), float("inf")
+        for _ in range(30):
+            began = self.clock()
+            for _ in range(10):
+                self._cached_kernel.forward(x, [self._cached], [out], mode=mode)
+            best = min(best, (self.clock() - began) / 10)
+        return self._cached.numel() / best / 1e9
+
+    def error(self, x: Tensor, mode: str) -> float:
+        """Relative to fp64 on the decoded weights, over the piece that fits the cache."""
+        shape, codec = weight_shape(self._cached_rows, self.columns), kernels.fast_encoding(get_codec(self.codec))
+        record = codec.encode(shape, {"weight": self._cached_weight})
+        weight = codec.decode(shape, record, torch.float32)["weight"].double()
+        expected, out = x.double() @ weight.T, torch.empty(len(x), self._cached_rows)
+        self._cached_kernel.forward(x, [self._cached], [out], mode=mode)
+        return float((out - expected).norm() / expected.norm())
+
+
+class CodecBench:
+    """The contenders over one matrix in one codec."""
+
+    def __init__(self, codec: str, rows: int, columns: int, options: argparse.Namespace) -> None:
+        weight, num_bytes = torch.randn(rows, columns) * 0.02, options.megabytes << 20
+        self._codec, self._shape = codec, f"{columns}x{rows}"
+        self._in_rows = Weights(codec, weight, False, num_bytes)
+        modes = [mode for mode in options.modes if codec != "bf16" or mode == "exact"]
+        self._in_panels = Weights(codec, weight, True, num_bytes) if "panels" in modes else None
+        self._inputs = {count: torch.randn(count, columns) for count in options.tokens}
+        sets = runnable_sets(options.sets)
+        self._contenders = [(name, mode, count) for mode in modes for name in sets for count in options.tokens]
 
     def measure(self, num_trials: int, threads: int) -> list[dict[str, Any]]:
-        modes = MODES if self._codec != "bf16" else ("exact",)
-        contenders = [(name, mode) for name in runnable_sets() for mode in modes]
-        reads: dict[tuple[str, str], list[float]] = {each: [] for each in contenders}
-        rates: dict[tuple[str, str], list[float]] = {each: [] for each in contenders}
+        Weights.clock = staticmethod(time.thread_time if threads == 1 else time.perf_counter)
+        reads: dict[Contender, list[float]] = {each: [] for each in self._contenders}
+        rates: dict[Contender, list[float]] = {each: [] for each in self._contenders}
         for trial in range(num_trials + 1):
-            for each in contenders:
-                read = self._rate(lambda record: record.view(torch.int64).sum())
-                rate = self._rate(self._forward(*each))
+            for each in self._contenders:
+                read, rate = self._in_rows.read_rate(), self._run(each, Weights.rate)
                 if trial:
                     reads[each].append(read)
                     rates[each].append(rate)
-        return [self._row(each, threads, reads[each], rates[each]) for each in contenders]
+        return [self._row(each, threads, reads[each], rates) for each in self._contenders]
 
-    def _forward(self, name: str, mode: str) -> Callable[[Tensor], object]:
-        out = torch.empty(len(self._x), self._rows)
-
-        def run(record: Tensor) -> None:
-            kernels.select_instruction_set(name)
-            self._kernel.forward(self._x, [record], [out], mode=mode)
-
-        return run
-
-    def _rate(self, run: Callable[[Tensor], object]) -> float:
-        began = time.perf_counter()
-        for record in self._records:
-            run(record)
-        return len(self._records) * self._records[0].numel() / (time.perf_counter() - began) / 1e9
-
-    def _cached_rate(self, name: str, mode: str) -> float:
+    def _run(self, each: Contender, measure: Callable[[Weights, Tensor, str], float]) -> float:
+        name, mode, count = each
         kernels.select_instruction_set(name)
-        out = torch.empty(len(self._x), self._cached_rows)
-        best = float("inf")
-        for _ in range(30):
-            began = time.perf_counter()
-            for _ in range(10):
-                self._cached_kernel.forward(self._x, [self._cached], [out], mode=mode)
-            best = min(best, (time.perf_counter() - began) / 10)
-        return self._cached.numel() / best / 1e9
+        weights = self._in_panels if mode == "panels" else self._in_rows
+        assert weights is not None
+        return measure(weights, self._inputs[count], "fast" if mode == "panels" else mode)
 
-    def _error(self, name: str, mode: str) -> float:
-        """Relative to fp64 on the decoded weights, over the piece that fits the cache."""
-        kernels.select_instruction_set(name)
-        shape = ExpertShape(
-            matrices=(Matrix(name="weight", out_features=self._cached_rows, in_features=self._columns),)
-        )
-        weight = get_codec(self._codec).decode(shape, self._cached, torch.float32)["weight"].double()
-        expected, out = self._x.double() @ weight.T, torch.empty(len(self._x), self._cached_rows)
-        self._cached_kernel.forward(self._x, [self._cached], [out], mode=mode)
-        return float((out - expected).norm() / expected.norm())
-
-    def _row(self, each: tuple[str, str], threads: int, reads: list[float], rates: list[float]) -> dict[str, Any]:
-        name, mode = each
+    def _row(
+        self, each: Contender, threads: int, reads: list[float], all_rates: dict[Contender, list[float]]
+    ) -> dict[str, Any]:
+        (name, mode, count), rates = each, all_rates[each]
+        single = all_rates.get((name, mode, 1), rates)
         row = {
             "codec": self._codec,
+            "shape": self._shape,
             "set": name,
             "mode": mode,
+            "tokens": count,
             "threads": threads,
             "gb_per_s": spread(rates),
             "read_gb_per_s": spread(reads),
             "of_read": spread([rate / read for rate, read in zip(rates, reads, strict=True)]),
-            "cached_gb_per_s": self._cached_rate(name, mode),
-            "error": self._error(name, mode),
+            "rows_gain": spread([count * rate / one for rate, one in zip(rates, single, strict=True)]),
+            "cached_gb_per_s": self._run(each, Weights.cached_rate),
+            "error": self._run(each, Weights.error),
         }
         kernels.select_instruction_set(None)
         of_read = row["of_read"]
         print(
-            f"{threads} threads  {self._codec:5} {name:10} {mode:5} {row['gb_per_s']['median']:6.2f} GB/s  "
-            f"{of_read['median']:.2f} of read ({of_read['min']:.2f} to {of_read['max']:.2f})  "
-            f"cached {row['cached_gb_per_s']:6.2f}  error {row['error']:.1e}",
+            f"{self._shape:11} {threads} threads  {self._codec:5} {name:10} {mode:6} {count} tokens "
+            f"{row['gb_per_s']['median']:6.2f} GB/s  {of_read['median']:.2f} of read ({of_read['min']:.2f} to "
+            f"{of_read['max']:.2f})  x{row['rows_gain']['median']:.2f}  cached {row['cached_gb_per_s']:6.2f}  "
+            f"error {row['error']:.1e}",
             file=sys.stderr,
             flush=True,
         )
         return row
+
+    def repack_rates(self, num_trials: int) -> list[dict[str, Any]]:
+        """GB per second that one thread repacks in place, there and back."""
+        if self._in_panels is None:
+            return []
+        weights, rates = self._in_panels, {"to_rows": list[float](), "to_panels": list[float]()}
+        shape = weight_shape(weights.rows, weights.columns)
+        order = kernels.PanelOrder(self._codec, shape, get_codec(self._codec).layout(shape))
+        for _ in range(num_trials):
+            for name, repack in (("to_rows", order.to_rows), ("to_panels", order.to_panels)):
+                began = time.thread_time()
+                for record in weights.records:
+                    repack(record)
+                rates[name].append(weights.num_bytes / (time.thread_time() - began) / 1e9)
+        row = {name: spread(values) for name, values in rates.items()}
+        print(
+            f"{self._shape:11} repack  {self._codec:5} to panels {row['to_panels']['median']:.2f} GB/s, "
+            f"to rows {row['to_rows']['median']:.2f}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return [{"codec": self._codec, "shape": self._shape, "repack_gb_per_s": row}]
 
 
 def bitsandbytes_rate(options: argparse.Namespace) -> list[dict[str, Any]]:
     """bitsandbytes' gemv_4bit on a sixteenth of the rows: it is that slow."""
     from bitsandbytes.functional import quantize_4bit
 
-    rows = options.rows // 16
-    packed, state = quantize_4bit(torch.randn(rows, options.columns), blocksize=64, quant_type="nf4")
-    x = torch.randn(1, options.columns).bfloat16()
+    columns, rows = map(int, options.shapes[0].split("x"))
+    rows //= 16
+    packed, state = quantize_4bit(torch.randn(rows, columns), blocksize=64, quant_type="nf4")
+    x = torch.randn(1, columns).bfloat16()
     rates = []
     for _ in range(options.trials):
         began = time.perf_counter()
-        torch.ops.bitsandbytes.gemv_4bit(x, packed, (rows, options.columns), state.absmax, state.code, 64)
+        torch.ops.bitsandbytes.gemv_4bit(x, packed, (rows, columns), state.absmax, state.code, 64)
         rates.append(packed.numel() / (time.perf_counter() - began) / 1e9)
     return [{"codec": "nf4", "set": "bitsandbytes", "threads": torch.get_num_threads(), "gb_per_s": spread(rates)}]
 

@@ -27,6 +27,7 @@ class Linear:
     layout: RecordLayout
     record: Tensor
     bias: Tensor | None = None
+    in_panels: bool = False  # the record's rows: see `PanelOrder`
 
     @classmethod
     def of_numbers(cls, weight: Tensor, bias: Tensor | None = None) -> Self:
@@ -35,8 +36,11 @@ class Linear:
         codec = "fp32" if weight.dtype == torch.float32 else "bf16"
         return cls(codec=codec, shape=weight_shape(*weight.shape), layout=layout, record=weight, bias=bias)
 
-    def struct(self) -> MatrixStruct:
-        return matrix_struct(self.codec, self.shape.matrices[0], self.layout)
+    def struct(self, mode: Mode = "fast") -> MatrixStruct:
+        """For a call in this mode. Raises: ConfigError for panels in `exact` mode."""
+        if self.in_panels and mode != "fast":
+            raise ConfigError("Records in panels have no exact mode. Keep them in row order for it.")
+        return matrix_struct(self.codec, self.shape.matrices[0], self.layout, num_parts=int(self.in_panels))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +99,7 @@ class AttentionKernel:
         self._owned = (linears, norms, sinks)
         addresses = [None if norm is None else norm.weight.data_ptr() for norm in norms]
         self._struct = AttentionStruct(
-            matrices=(MatrixStruct * 4)(*(linear.struct() for linear in linears)),
+            matrices=(MatrixStruct * 4)(*(linear.struct(mode) for linear in linears)),
             records=(ctypes.c_void_p * 4)(*(linear.record.data_ptr() for linear in linears)),
             biases=(ctypes.c_void_p * 4)(*(optional_address(linear.bias) for linear in linears)),
             norms=(ctypes.c_void_p * 2)(*addresses),

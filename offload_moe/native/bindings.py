@@ -11,7 +11,7 @@ from offload_moe.native.library import load_library
 from offload_moe.system.cores import are_threads_bound, usable_cores
 from offload_moe.system.lifecycle import was_forked_with_torch
 
-INSTRUCTION_SETS = ("avx512vbmi", "avx512", "avx2", "neon", "portable")
+INSTRUCTION_SETS = ("avx512vbmi", "avx512", "avx512vl", "avxvnni", "avx2", "neon", "portable")
 ENVIRONMENT_VARIABLE = "OFFLOAD_MOE_KERNEL"
 MAX_THREADS = 256
 
@@ -34,7 +34,7 @@ def library() -> ctypes.CDLL:
 
 
 def instruction_set() -> str:
-    """The kernel set in use: `avx512`, `avx2`, `neon` or `portable`."""
+    """The kernel set in use: one of INSTRUCTION_SETS."""
     name: bytes = library().om_active_name()
     return name.decode()
 

@@ -16,6 +16,7 @@ from offload_moe.native.planes import (
     address_of,
     check_rows,
     matrix_struct,
+    not_in_panels_reason,
     unsupported_reason,
 )
 from offload_moe.native.structs import MoeLayerStruct
@@ -40,17 +41,22 @@ class ExpertKernel:
         has_gate: bool = True,
         alpha: float = 1.702,
         limit: float = 7.0,
+        in_panels: bool = False,
     ) -> None:
-        """`alpha` and `limit` are the parameters of the `gpt_oss` activation. Raises: ConfigError."""
-        if reason := unsupported_reason(codec, shape):
+        """`alpha` and `limit` are the parameters of the `gpt_oss` activation. `in_panels`: records are in `PanelOrder`.
+
+        Raises: ConfigError.
+        """
+        if reason := unsupported_reason(codec, shape) or (in_panels and not_in_panels_reason(codec)):
             raise ConfigError(f"No native kernel for these experts: {reason}. Use torch's operators.")
         if activation not in ACTIVATIONS:
             raise ConfigError(f"Unknown activation {activation!r}. Choose one of: {', '.join(ACTIVATIONS)}.")
         first, second = shape.matrices
         self._hidden = second.out_features
+        self._is_in_panels = in_panels
         self._layer = MoeLayerStruct(
-            first=matrix_struct(codec, first, layout),
-            second=matrix_struct(codec, second, layout),
+            first=matrix_struct(codec, first, layout, num_parts=in_panels * (2 if has_gate else 1)),
+            second=matrix_struct(codec, second, layout, num_parts=int(in_panels)),
             activation=ACTIVATIONS[activation],
             has_gate=has_gate,
             is_interleaved=shape.is_interleaved and codec == "bf16",  # the other codecs store gate rows first
@@ -90,6 +96,8 @@ class ExpertKernel:
             DTYPES[out.dtype] or len(out_ids) != len(token_ids) or max(out_ids, default=0) >= len(out)
         ):
             raise ConfigError(f"{len(out_ids)} rows of out for {len(token_ids)} pairs, of {len(out)} in {out.dtype}.")
+        if self._is_in_panels and mode != "fast":
+            raise ConfigError("Records in panels have no exact mode. Keep them in row order for it.")
         if len(offsets) != len(records) + 1 or len(token_ids) != len(weights):
             raise ConfigError(f"{len(records)} records, {len(offsets)} offsets, {len(token_ids)} pairs do not fit.")
         addresses = array("Q", [address_of(record) for record in records])

@@ -20,6 +20,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "om_encode_nf4": (None, pointer, int32, int64, pointer, pointer),
     "om_encode_int8": (None, pointer, int32, int64, pointer, pointer),
     "om_encode_nested": (None, pointer, float32, int64, pointer, pointer),
+    "om_repack": (None, pointer, int64, pointer, int32, pointer),
     "om_linear_forward": (integer, *[pointer] * 3, int64, pointer, int64, int32, int32, int32),
     "om_moe_forward": (integer, pointer, pointer, int64, int32, *[pointer] * 5, int64, pointer, int32, int32, int32),
     "om_sum_rows": (None, pointer, int64, int64, pointer, int32),

@@ -30,6 +30,7 @@ from offload_moe.native.experts import ExpertKernel, add_rows
 from offload_moe.native.latent import LatentKernel
 from offload_moe.native.layer import LayerKernel
 from offload_moe.native.linear import LinearKernel
+from offload_moe.native.panels import PanelOrder
 from offload_moe.native.planes import unsupported_reason
 from offload_moe.native.reads import Completion, Reads, ReadSizes
 from offload_moe.native.router import RouterKernel
@@ -67,6 +68,7 @@ __all__ = [
     "Linear",
     "LinearKernel",
     "NormKernel",
+    "PanelOrder",
     "PlaceStruct",
     "ReadSizes",
     "Reads",

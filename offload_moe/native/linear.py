@@ -10,7 +10,15 @@ from torch import Tensor
 from offload_moe.errors import ConfigError
 from offload_moe.native.bindings import library
 from offload_moe.native.constants import MODES
-from offload_moe.native.planes import DTYPES, Mode, address_of, check_rows, matrix_struct, unsupported_reason
+from offload_moe.native.planes import (
+    DTYPES,
+    Mode,
+    address_of,
+    check_rows,
+    matrix_struct,
+    not_in_panels_reason,
+    unsupported_reason,
+)
 from offload_moe.native.structs import MatrixStruct
 from offload_moe.quant.layout import ExpertShape, RecordLayout
 
@@ -21,11 +29,16 @@ class LinearKernel:
     Shape legend: T tokens, K in features, O out features of one matrix.
     """
 
-    def __init__(self, codec: str, shapes: Sequence[ExpertShape], layouts: Sequence[RecordLayout]) -> None:
-        """`shapes`: one-matrix shapes with the same in features. Raises: ConfigError."""
+    def __init__(
+        self, codec: str, shapes: Sequence[ExpertShape], layouts: Sequence[RecordLayout], *, num_parts: int = 0
+    ) -> None:
+        """`shapes`: one-matrix shapes with the same in features. `num_parts`: records are in panels of so many parts.
+
+        Raises: ConfigError.
+        """
         matrices = [shape.matrices[0] for shape in shapes]
         for shape in shapes:
-            if reason := unsupported_reason(codec, shape):
+            if reason := unsupported_reason(codec, shape) or (num_parts and not_in_panels_reason(codec)):
                 raise ConfigError(f"No native kernel for this linear: {reason}. Use torch's operators.")
         if len({m.in_features for m in matrices}) != 1:
             raise ConfigError(
@@ -35,7 +48,10 @@ class LinearKernel:
         self._out_features = [m.out_features for m in matrices]
         self._starts = [sum(self._out_features[:index]) for index in range(len(matrices))]
         self._sum_features = sum(self._out_features)
-        structs = [matrix_struct(codec, m, layout) for m, layout in zip(matrices, layouts, strict=True)]
+        self._is_in_panels = num_parts > 0
+        structs = [
+            matrix_struct(codec, m, layout, num_parts=num_parts) for m, layout in zip(matrices, layouts, strict=True)
+        ]
         self._matrices = (MatrixStruct * len(structs))(*structs)
         self._matrices_address = ctypes.addressof(self._matrices)
         self._native = library().om_linear_forward
@@ -74,6 +90,8 @@ class LinearKernel:
     def _call(
         self, x: Tensor, records: Sequence[Tensor | int], targets: Sequence[int], dtype: torch.dtype, mode: Mode
     ) -> None:
+        if self._is_in_panels and mode != "fast":
+            raise ConfigError("Records in panels have no exact mode. Keep them in row order for it.")
         addresses = array("Q", [address_of(record) for record in records])
         places = array("Q", targets)
         status = self._native(

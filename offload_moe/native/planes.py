@@ -26,8 +26,16 @@ def unsupported_reason(codec: str, shape: ExpertShape) -> str | None:
     return None
 
 
-def matrix_struct(codec: str, matrix: Matrix, layout: RecordLayout) -> MatrixStruct:
-    """Offsets and dimensions of one matrix of a record."""
+def not_in_panels_reason(codec: str) -> str | None:
+    """Why records of this codec have no panels, or None when they have."""
+    return f"{codec} records keep their rows in order" if codec in VALUES else None
+
+
+def matrix_struct(codec: str, matrix: Matrix, layout: RecordLayout, *, num_parts: int = 0) -> MatrixStruct:
+    """Offsets and dimensions of one matrix of a record.
+
+    num_parts: its rows are in panels, which begin anew with each part (gate and up rows are two); 0: in row order.
+    """
     planes = _PLANES[codec]
     bias = "bias.values" if matrix.name == "weight" else f"{matrix.name}_bias.values"
     return MatrixStruct(
@@ -35,6 +43,7 @@ def matrix_struct(codec: str, matrix: Matrix, layout: RecordLayout) -> MatrixStr
         cols=matrix.in_features,
         padded=round_up(matrix.in_features, BLOCK),
         codec=CODECS[codec],
+        part_rows=matrix.out_features // num_parts if num_parts else 0,
         bias=layout.planes[bias].offset if bias in layout.planes else ABSENT,
         bias_dtype=DTYPES[layout.planes[bias].dtype] if bias in layout.planes else 0,
         **{field: layout.planes[f"{matrix.name}.{plane}"].offset for field, plane in planes.items()},

@@ -8,7 +8,7 @@ class MatrixStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "cols", "padded", "codes", "scales")),
-        *((name, ctypes.c_int64) for name in ("nested_scales", "nested_offset", "bias")),
+        *((name, ctypes.c_int64) for name in ("nested_scales", "nested_offset", "bias", "part_rows")),
         *((name, ctypes.c_int32) for name in ("codec", "bias_dtype")),
     )
 

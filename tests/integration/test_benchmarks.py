@@ -66,8 +66,8 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ),
     (
         "kernel.py",
-        "--trials 1 --threads 1 --rows 1024 --columns 128 --unpinned --peers",
-        ("results.*.gb_per_s.median", "results.0.of_read.median", "results.0.error"),
+        "--trials 1 --threads 1 --shapes 128x1024 --tokens 1,2 --megabytes 1 --unpinned --peers",
+        ("results.0.gb_per_s.median", "results.0.of_read.median", "results.0.error", "results.1.rows_gain.median"),
     ),
     (
         "memory_budget.py",

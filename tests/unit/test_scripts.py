@@ -61,3 +61,10 @@ def test_two_checkouts_are_compared_trial_by_trial(tmp_path: Path) -> None:
     assert ratio["interval"] == [1.5, 1.5]
     assert ratio["old"] == {"median": 5.0, "min": 2.0, "max": 8.0}
     assert document["script"] == ["made.py", "--tokens"]
+
+
+def test_every_addition_that_is_to_be_reordered_is_found() -> None:
+    command = [sys.executable, str(ROOT / "scripts/reorder_additions"), "--list"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 8

@@ -16,6 +16,7 @@
     FIELD(T, int64_t, rows, ) FIELD(T, int64_t, cols, ) FIELD(T, int64_t, padded, ) \
     FIELD(T, int64_t, codes, ) FIELD(T, int64_t, scales, ) \
     FIELD(T, int64_t, nested_scales, ) FIELD(T, int64_t, nested_offset, ) FIELD(T, int64_t, bias, ) \
+    FIELD(T, int64_t, part_rows, ) /* in panels, which begin anew after so many rows; 0: in row order */ \
     FIELD(T, int32_t, codec, ) FIELD(T, int32_t, bias_dtype, )
 
 #define OM_MOE_LAYER_FIELDS(FIELD, T) \
@@ -185,6 +186,8 @@
     FUNCTION(void, om_encode_nf4, (const void *values, int32_t dtype, int64_t num_blocks, uint8_t *codes, float *absmax)) \
     FUNCTION(void, om_encode_int8, (const void *values, int32_t dtype, int64_t num_blocks, int8_t *codes, float *scales)) \
     FUNCTION(void, om_encode_nested, (const float *absmax, float offset, int64_t count, uint8_t *codes, float *scales)) \
+    FUNCTION(void, om_repack, (const om_matrix *matrices, int64_t num_matrices, uint8_t *record, int32_t to_panels, \
+                               uint8_t *scratch)) \
     FUNCTION(int, om_linear_forward, (const om_matrix *matrices, const uint8_t *const *records, void *const *outs, \
                                       int64_t num_matrices, const void *x, int64_t num_tokens, int32_t x_dtype, \
                                       int32_t out_dtype, int32_t mode)) \

@@ -2,6 +2,8 @@
  * the system's. */
 #include "cpu.h"
 
+#define AHEAD 4096 /* bandwidth times latency of a core */
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <stdatomic.h>
@@ -13,6 +15,7 @@ enum { SSE41_PCLMUL = 1u << 19 | 1u << 1, FMA = 1u << 12, OSXSAVE = 1u << 27 }; 
 enum { AVX2 = 1u << 5, AVX512F_DQ_CD_BW = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 };      /* leaf 7, ebx */
 #define AVX512VL (1u << 31)
 enum { AVX512_VBMI = 1u << 1, AVX512_VNNI = 1u << 11 };                                     /* leaf 7, ecx */
+enum { AVX_VNNI = 1u << 4 };                                                                /* leaf 7.1, eax */
 enum { YMM_STATE = 0x6, ZMM_STATE = 0xe6 };                                                 /* kept by the system: xcr0 */
 
 static unsigned kept_states(void) {
@@ -29,7 +32,9 @@ static int detect(void) {
     if (!HAS_ALL(ecx, OSXSAVE) || !__get_cpuid_count(7, 0, &eax, &ebx7, &ecx7, &edx)) return found;
     const unsigned states = kept_states();
     if (HAS_ALL(states, YMM_STATE) && HAS_ALL(ecx, FMA) && HAS_ALL(ebx7, AVX2)) found |= OM_CPU_AVX2;
-    if (!(found & OM_CPU_AVX2) || !HAS_ALL(states, ZMM_STATE)) return found;
+    if (!(found & OM_CPU_AVX2)) return found;
+    if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && HAS_ALL(eax, AVX_VNNI)) found |= OM_CPU_AVX_VNNI;
+    if (!HAS_ALL(states, ZMM_STATE)) return found;
     if (!HAS_ALL(ebx7, AVX512F_DQ_CD_BW | AVX512VL) || !HAS_ALL(ecx7, AVX512_VNNI)) return found;
     found |= OM_CPU_AVX512;
     if (HAS_ALL(ecx7, AVX512_VBMI)) found |= OM_CPU_AVX512_VBMI;
@@ -41,4 +46,21 @@ int om_cpu_has(int feature) {
     if (!found) found = detect();
     return (found & feature) != 0;
 }
+
+/* AMD's family 25: with prefetches, Zen 4 reads panels for one token at 0.74 to 0.85 of a plain read, without at 0.93 to 1.0. Zen 5:
+ * 0.90 to 0.94 and 0.78 to 0.92. */
+static int detect_ahead(void) {
+    unsigned eax, ebx, ecx, edx;
+    if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx) || ebx != signature_AMD_ebx || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return AHEAD;
+    const unsigned family = (eax >> 8 & 15) + (eax >> 20 & 255);
+    return family == 25 ? -1 : AHEAD;
+}
+
+int om_panel_ahead(int num_tokens) {
+    static _Atomic int found;
+    if (!found) found = detect_ahead();
+    return found > 0 || num_tokens > 2 ? AHEAD : 0;
+}
+#else
+int om_panel_ahead(int num_tokens) { return (void)num_tokens, AHEAD; }
 #endif

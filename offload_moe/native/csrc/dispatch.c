@@ -1,6 +1,6 @@
 /* Which kernel set serves: the best one that the machine runs, or the one asked for. */
 #include "cpu.h"
-#include "om_kernels.h"
+#include "panel.h"
 
 #include <string.h>
 
@@ -11,6 +11,9 @@ static const om_isa *find(const char *name) {
 #if defined(__x86_64__)
     if ((is_any || strcmp(name, "avx512vbmi") == 0) && om_cpu_has(OM_CPU_AVX512_VBMI)) return &om_isa_avx512_vbmi;
     if ((is_any || strcmp(name, "avx512") == 0) && om_cpu_has(OM_CPU_AVX512)) return &om_isa_avx512;
+    if (strcmp(name, "avx512vl") == 0 && om_cpu_has(OM_CPU_AVX512)) return &om_isa_avx512_vl;
+    if ((is_any || strcmp(name, "avxvnni") == 0) && om_cpu_has(OM_CPU_AVX_VNNI) && om_panels_avx_vnni.rows[0] != NULL)
+        return &om_isa_avx_vnni;
     if ((is_any || strcmp(name, "avx2") == 0) && om_cpu_has(OM_CPU_AVX2)) return &om_isa_avx2;
 #elif defined(__aarch64__)
     if (is_any || strcmp(name, "neon") == 0) return &om_isa_neon;

@@ -1,7 +1,7 @@
 /* AVX2 with FMA: one unit is one block, 64 weights. */
 #include "lanes8.h"
 #include "levels.h"
-#include "om_kernels.h"
+#include "panel.h"
 
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
@@ -106,5 +106,8 @@ OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const 
 #include "elementwise.h"
 #include "rows.h"
 
-const om_isa om_isa_avx2 = {"avx2", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE};
+const om_isa om_isa_avx2 = {"avx2", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_avx2};
+/* Rows of weights in row order as AVX2 has them; panels with dot products, in two encodings. */
+const om_isa om_isa_avx_vnni = {"avxvnni", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_avx_vnni};
+const om_isa om_isa_avx512_vl = {"avx512vl", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_avx512_vl};
 #endif

@@ -1,15 +1,17 @@
 /* AVX-512 with VNNI: one unit of 4-bit codes is one register, 128 weights. */
 #include "levels.h"
-#include "om_kernels.h"
+#include "panel.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512CD__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
 
 #if defined(__AVX512VBMI__)
 #define OM_AVX512_TABLE om_isa_avx512_vbmi
+#define OM_AVX512_PANELS om_panels_avx512_vbmi
 #define OM_AVX512_NAME "avx512vbmi"
 #else
 #define OM_AVX512_TABLE om_isa_avx512
+#define OM_AVX512_PANELS om_panels_avx512
 #define OM_AVX512_NAME "avx512"
 #endif
 
@@ -125,5 +127,5 @@ OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const 
 #include "elementwise.h"
 #include "rows.h"
 
-const om_isa OM_AVX512_TABLE = {OM_AVX512_NAME, OM_ROW_TABLE, OM_ELEMENTWISE_TABLE};
+const om_isa OM_AVX512_TABLE = {OM_AVX512_NAME, OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &OM_AVX512_PANELS};
 #endif

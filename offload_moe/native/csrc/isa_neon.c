@@ -1,7 +1,7 @@
 /* NEON (AArch64); the dot-product instructions where the compiler may use them. */
 #include "lanes8.h"
 #include "levels.h"
-#include "om_kernels.h"
+#include "panel.h"
 
 #if defined(__aarch64__) && defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -91,5 +91,5 @@ OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const 
 #include "elementwise.h"
 #include "rows.h"
 
-const om_isa om_isa_neon = {"neon", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE};
+const om_isa om_isa_neon = {"neon", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_neon};
 #endif

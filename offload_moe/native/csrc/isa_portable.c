@@ -1,7 +1,7 @@
 /* Plain C: serves where no other set does, and is what the others are tested against. */
 #include "lanes8.h"
 #include "levels.h"
-#include "om_kernels.h"
+#include "panel.h"
 
 #define OM_QUANT_BYTES OM_BLOCK
 #define OM_KEEPS_MAGNITUDES 0
@@ -109,4 +109,4 @@ OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const 
 #include "elementwise.h"
 #include "rows.h"
 
-const om_isa om_isa_portable = {"portable", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE};
+const om_isa om_isa_portable = {"portable", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_portable};

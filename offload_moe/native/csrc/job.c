@@ -71,18 +71,17 @@ void om_prepare_blocks(const om_activations *a, int64_t token, const float *valu
     if (first_block + num_blocks == a->blocks) pad_token(a, &target);
 }
 
+const float *om_padded_row(const void *x, int32_t dtype, int64_t token, int64_t cols, int64_t padded, float *buffer) {
+    if (dtype == OM_F32 && cols == padded) return (const float *)x + token * cols;
+    for (int64_t i = 0; i < cols; i++)
+        buffer[i] = dtype == OM_F32 ? ((const float *)x)[token * cols + i]
+                                    : om_bf16_to_float(((const uint16_t *)x)[token * cols + i]);
+    for (int64_t i = cols; i < padded; i++) buffer[i] = 0.0f;
+    return buffer;
+}
+
 void om_prepare_row(const om_activations *a, int64_t token, const void *x, int32_t dtype, int64_t cols, float *buffer) {
-    const int64_t padded = a->blocks * OM_BLOCK;
-    const float *values = buffer;
-    if (dtype == OM_F32 && cols == padded) {
-        values = (const float *)x + token * cols;
-    } else {
-        for (int64_t i = 0; i < cols; i++)
-            buffer[i] = dtype == OM_F32 ? ((const float *)x)[token * cols + i]
-                                        : om_bf16_to_float(((const uint16_t *)x)[token * cols + i]);
-        for (int64_t i = cols; i < padded; i++) buffer[i] = 0.0f;
-    }
-    om_prepare_blocks(a, token, values, 0, a->blocks);
+    om_prepare_blocks(a, token, om_padded_row(x, dtype, token, cols, a->blocks * OM_BLOCK, buffer), 0, a->blocks);
 }
 
 om_tile om_gather_tile(const om_activations *a, const int32_t *token_ids, int64_t first, int num_tokens) {

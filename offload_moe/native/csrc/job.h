@@ -3,6 +3,7 @@
 #define OM_JOB_H
 
 #include "om_kernels.h"
+#include "panel_inputs.h"
 
 /* Activations of several tokens, ready for the rows of one matrix. */
 typedef struct {
@@ -38,6 +39,8 @@ void om_lay_out_activations(om_activations *a, const om_matrix *matrix, int mode
 /* A tile of token_ids[first..first + num_tokens), or of consecutive tokens from `first` where `token_ids` is NULL. */
 om_tile om_gather_tile(const om_activations *a, const int32_t *token_ids, int64_t first, int num_tokens);
 void om_prepare_blocks(const om_activations *a, int64_t token, const float *values, int64_t first_block, int64_t num_blocks);
+/* One row of x, fp32 or bf16, in fp32 and padded with zeros, in place or in `buffer`. */
+const float *om_padded_row(const void *x, int32_t dtype, int64_t token, int64_t cols, int64_t padded, float *buffer);
 /* One row of x, fp32 or bf16, padded with zeros; `buffer` holds 64 floats per block. */
 void om_prepare_row(const om_activations *a, int64_t token, const void *x, int32_t dtype, int64_t cols, float *buffer);
 int64_t om_padded_columns(const om_matrix *matrix);
@@ -53,7 +56,10 @@ typedef struct {
     int64_t num_matrices, num_tokens, scratch_floats;
     int32_t x_dtype, out_dtype, mode;
     om_activations activations;
+    om_panel_inputs inputs; /* of matrices in panels, in place of `activations` */
     float *scratch; /* per thread */
+    om_panel_tile *tiles; /* [num_tokens / OM_TILE, rounded up], of panels */
+    uint8_t *tile_memory;
 } om_linear_job;
 
 void om_lay_out_linear(om_linear_job *job, uintptr_t *cursor);

@@ -1,5 +1,5 @@
 /* Dense linears: several matrices times the same tokens in one call. */
-#include "job.h"
+#include "panel_linear.h"
 
 #define UNIT_ROWS 64
 
@@ -56,11 +56,18 @@ static void rows_unit(void *context, int64_t unit, int64_t next_unit, int thread
 
 void om_lay_out_linear(om_linear_job *job, uintptr_t *cursor) {
     job->scratch_floats = om_padded_columns(&job->matrices[0]);
-    om_lay_out_activations(&job->activations, &job->matrices[0], job->mode, job->num_tokens, cursor);
+    if (job->matrices[0].part_rows)
+        om_lay_out_panel_linear(job, cursor);
+    else
+        om_lay_out_activations(&job->activations, &job->matrices[0], job->mode, job->num_tokens, cursor);
     job->scratch = om_take(cursor, om_pool_threads() * job->scratch_floats * (int64_t)sizeof(float));
 }
 
 void om_run_linear(om_linear_job *job) {
+    if (job->matrices[0].part_rows) {
+        om_run_panel_linear(job);
+        return;
+    }
     om_pool_run(prepare_unit, job, job->num_tokens);
     int64_t num_units = 0;
     for (int64_t i = 0; i < job->num_matrices; i++) num_units += om_divide_up(job->matrices[i].rows, UNIT_ROWS);
@@ -81,7 +88,8 @@ int om_call_linear(om_linear_job *job) {
     return arena == 0 ? -1 : 0;
 }
 
-/* outs[i][T, rows of i] = x[T, K] times matrix i, plus its bias. All matrices have the codec and the columns of the first.
+/* outs[i][T, rows of i] = x[T, K] times matrix i, plus its bias. All matrices have the codec, the columns and the order of
+ * rows of the first; panels are computed in `fast` mode.
  * Returns 0, or -1 when memory is short. */
 OM_EXPORT int om_linear_forward(const om_matrix *matrices, const uint8_t *const *records, void *const *outs,
                                 int64_t num_matrices, const void *x, int64_t num_tokens, int32_t x_dtype, int32_t out_dtype,

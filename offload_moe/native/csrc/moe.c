@@ -2,46 +2,25 @@
  *
  * A pair is a token routed to an expert. Each output element is the sum of its pairs in the order of the experts given,
  * made by one thread, so the result depends neither on the number of threads nor on how the pairs are split into groups. */
-#include "job.h"
+#include "moe.h"
 
 #include <string.h>
 
-#define CHUNK OM_BLOCK            /* intermediate features per unit of the first phase: one block of the next activations */
-#define MAX_OUT_ROWS 128          /* output features per unit of the second phase */
 #define MIN_OUT_ROWS 32
 #define GROUP_BYTES (48ll << 20)  /* intermediate activations kept at once */
-
-typedef struct {
-    int64_t expert, first_pair, num_pairs;
-} segment;
-
-typedef struct {
-    const om_moe_layer *layer;
-    const uint8_t *const *records;
-    const int32_t *offsets, *token_ids, *out_ids;
-    const float *pair_weights;
-    const void *x;
-    float *out;
-    int64_t num_experts, num_tokens, group_pairs, scratch_floats;
-    int32_t x_dtype, mode;
-    int is_first_write, has_out_ids;
-    int64_t intermediate, num_chunks, out_rows;
-    om_activations inputs, hidden;
-    segment *segments; /* of the current group */
-    int64_t num_segments, group_first_pair;
-    float *scratch; /* per thread */
-} moe_job;
-
-static float *scratch_of(const moe_job *job, int thread) { return job->scratch + thread * job->scratch_floats; }
 
 static void prepare_unit(void *context, int64_t token, int64_t next, int thread) {
     (void)next;
     const moe_job *job = context;
-    om_prepare_row(&job->inputs, token, job->x, job->x_dtype, job->layer->first.cols, scratch_of(job, thread));
+    float *scratch = job->scratch + thread * job->scratch_floats;
+    if (job->is_in_panels)
+        om_quantize_row(&job->panel_inputs, token, job->x, job->x_dtype, scratch);
+    else
+        om_prepare_row(&job->inputs, token, job->x, job->x_dtype, job->layer->first.cols, scratch);
 }
 
 typedef struct {
-    float gate[2 * CHUNK * OM_TILE], up[CHUNK * OM_TILE];
+    float gate[2 * OM_CHUNK * OM_TILE], up[OM_CHUNK * OM_TILE];
 } chunk_results;
 
 static int is_interleaved(const om_moe_layer *layer) { return layer->has_gate && layer->is_interleaved; }
@@ -63,7 +42,7 @@ static void first_rows(const moe_job *job, const om_weights *w, int64_t first_ro
 
 static const uint8_t *first_codes_of_unit(const moe_job *job, int64_t unit) {
     if (unit < 0) return NULL;
-    const int64_t row = unit % job->num_chunks * CHUNK * (is_interleaved(job->layer) ? 2 : 1);
+    const int64_t row = unit % job->num_chunks * OM_CHUNK * (is_interleaved(job->layer) ? 2 : 1);
     return om_codes_at(&job->layer->first, job->records[job->segments[unit / job->num_chunks].expert], row);
 }
 
@@ -71,8 +50,8 @@ static const uint8_t *first_codes_of_unit(const moe_job *job, int64_t unit) {
 static void finish_chunk(const moe_job *job, const om_weights *w, int64_t chunk, int64_t num_rows, const chunk_results *results,
                          int tile_token, int64_t pair) {
     const om_moe_layer *layer = job->layer;
-    const int64_t first_row = chunk * CHUNK;
-    float gate[CHUNK], up[CHUNK], hidden[CHUNK] = {0};
+    const int64_t first_row = chunk * OM_CHUNK;
+    float gate[OM_CHUNK], up[OM_CHUNK], hidden[OM_CHUNK] = {0};
     for (int64_t r = 0; r < num_rows; r++) {
         if (is_interleaved(layer)) {
             gate[r] = results->gate[2 * r * OM_TILE + tile_token] + om_bias_at(w, 2 * (first_row + r));
@@ -91,8 +70,8 @@ static void first_unit(void *context, int64_t unit, int64_t next_unit, int threa
     (void)thread;
     const moe_job *job = context;
     const segment *s = &job->segments[unit / job->num_chunks];
-    const int64_t chunk = unit % job->num_chunks, first_row = chunk * CHUNK;
-    const int64_t num_rows = om_min(CHUNK, job->intermediate - first_row);
+    const int64_t chunk = unit % job->num_chunks, first_row = chunk * OM_CHUNK;
+    const int64_t num_rows = om_min(OM_CHUNK, job->intermediate - first_row);
     om_weights w = om_resolve(&job->layer->first, job->records[s->expert]);
     w.next_codes = first_codes_of_unit(job, next_unit);
     chunk_results results;
@@ -117,7 +96,7 @@ static void second_segment(const moe_job *job, const segment *s, const uint8_t *
     om_weights w = om_resolve(&job->layer->second, job->records[s->expert]);
     w.next_codes = next_codes;
     const om_rows_fn rows = om_active_isa()->rows[job->mode][w.codec];
-    float results[MAX_OUT_ROWS * OM_TILE];
+    float results[OM_MAX_OUT_ROWS * OM_TILE];
     for (int64_t first = s->first_pair, end = first + s->num_pairs; first < end; first += OM_TILE) {
         const int num_tokens = (int)om_min(OM_TILE, end - first);
         const om_tile tile = om_gather_tile(&job->hidden, NULL, first - job->group_first_pair, num_tokens);
@@ -140,11 +119,14 @@ static void clear_rows(const moe_job *job, int64_t first_column, int64_t num_col
 }
 
 static void second_unit(void *context, int64_t unit, int64_t next_unit, int thread) {
-    (void)thread;
     const moe_job *job = context;
     const int64_t hidden = job->layer->second.rows, first_row = unit * job->out_rows;
     const int64_t num_rows = om_min(job->out_rows, hidden - first_row);
     if (job->is_first_write) clear_rows(job, first_row, num_rows);
+    if (job->is_in_panels) {
+        om_second_panels(job, first_row, num_rows, thread);
+        return;
+    }
     for (int64_t i = 0; i < job->num_segments; i++) {
         const uint8_t *next_codes = i + 1 < job->num_segments ? second_codes(job, i + 1, first_row)
                                     : next_unit >= 0          ? second_codes(job, 0, next_unit * job->out_rows)
@@ -173,7 +155,7 @@ static void run_groups(moe_job *job) {
     om_pool_run(prepare_unit, job, job->num_tokens);
     do {
         pair = fill_group(job, pair, &expert);
-        om_pool_run(first_unit, job, job->num_segments * job->num_chunks);
+        om_pool_run(job->is_in_panels ? om_first_panels : first_unit, job, job->num_segments * job->num_chunks);
         om_pool_run(second_unit, job, om_divide_up(job->layer->second.rows, job->out_rows));
         job->is_first_write = 0;
     } while (pair < num_pairs);
@@ -186,8 +168,12 @@ static void convert_out(const float *values, uint16_t *out, int64_t count) {
 static uintptr_t lay_out(moe_job *job, void **bf16_sums, uintptr_t start) {
     const om_moe_layer *layer = job->layer;
     uintptr_t cursor = start;
-    om_lay_out_activations(&job->inputs, &layer->first, job->mode, job->num_tokens, &cursor);
-    om_lay_out_activations(&job->hidden, &layer->second, job->mode, job->group_pairs, &cursor);
+    if (job->is_in_panels) {
+        om_lay_out_panels(job, &cursor);
+    } else {
+        om_lay_out_activations(&job->inputs, &layer->first, job->mode, job->num_tokens, &cursor);
+        om_lay_out_activations(&job->hidden, &layer->second, job->mode, job->group_pairs, &cursor);
+    }
     job->segments = om_take(&cursor, job->num_experts * (int64_t)sizeof(segment));
     job->scratch = om_take(&cursor, om_pool_threads() * job->scratch_floats * (int64_t)sizeof(float));
     if (*bf16_sums != NULL) *bf16_sums = om_take(&cursor, job->num_tokens * layer->second.rows * (int64_t)sizeof(float));
@@ -196,14 +182,15 @@ static uintptr_t lay_out(moe_job *job, void **bf16_sums, uintptr_t start) {
 
 static void plan(moe_job *job) {
     const om_moe_layer *layer = job->layer;
+    job->is_in_panels = layer->first.part_rows != 0;
     const int64_t bytes_per_pair = layer->second.cols * (job->mode == OM_EXACT || OM_ARE_VALUES(layer->second.codec) ? 4 : 1);
     const int64_t room = GROUP_BYTES / bytes_per_pair / OM_TILE * OM_TILE;
     job->group_pairs = om_max(1, om_min(job->offsets[job->num_experts], om_max(OM_TILE, room)));
     job->intermediate = layer->has_gate ? layer->first.rows / 2 : layer->first.rows;
-    job->num_chunks = om_divide_up(job->intermediate, CHUNK);
+    job->num_chunks = om_divide_up(job->intermediate, OM_CHUNK);
     /* long streams where threads are few, enough units to share where they are many */
-    const int64_t share = layer->second.rows / (8 * om_pool_threads());
-    job->out_rows = om_max(MIN_OUT_ROWS, om_min(MAX_OUT_ROWS, share));
+    const int64_t share = layer->second.rows / (8 * om_pool_threads()) / OM_PANEL * OM_PANEL;
+    job->out_rows = om_max(MIN_OUT_ROWS, om_min(OM_MAX_OUT_ROWS, share));
     job->scratch_floats = om_max(om_padded_columns(&layer->first), om_padded_columns(&layer->second));
 }
 
@@ -218,7 +205,7 @@ static int is_in_range(const int32_t *offsets, const int32_t *token_ids, int64_t
 
 /* out[T, H] = (accumulate: +=) the experts' weighted sum for x[T, H]. Pairs of expert e: offsets[e] .. offsets[e + 1] of
  * token_ids and pair_weights. An `out` of bf16 is rounded once, at the end, and cannot be accumulated into.
- * out_ids: the row of `out`, then of fp32, that each pair goes to; NULL: its token's.
+ * Records in panels (both matrices) are computed in `fast` mode. out_ids: the row of `out`, then of fp32, that each pair goes to; NULL: its token's.
  * Returns 0, -1 when memory is short, -2 when a pair or a token id is out of range. */
 OM_EXPORT int om_moe_forward(const om_moe_layer *layer, const void *x, int64_t num_tokens, int32_t x_dtype,
                              const uint8_t *const *records, const int32_t *offsets, const int32_t *token_ids,

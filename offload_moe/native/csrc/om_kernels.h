@@ -61,6 +61,8 @@ typedef struct {
 
 #define OM_LATENT_ROOM 4 /* heads whose scores `attend_latent` keeps */
 
+typedef struct om_panel_set om_panel_set; /* `panel.h` */
+
 /* results[row * OM_TILE + token] */
 typedef void (*om_rows_fn)(const om_weights *weights, int64_t first_row, int64_t num_rows, const om_tile *tile, float *results);
 
@@ -82,11 +84,14 @@ typedef struct {
     /* See `attend_latent.h`; scores: room for OM_LATENT_ROOM * length. */
     void (*attend_latent)(const om_latent_view *view, const float *inner, const float *turned, int64_t num_heads, float *scores,
                           float *out);
+    const om_panel_set *panels;
 } om_isa;
 
 extern const om_isa om_isa_portable;
 extern const om_isa om_isa_avx2;
+extern const om_isa om_isa_avx_vnni;
 extern const om_isa om_isa_avx512;
+extern const om_isa om_isa_avx512_vl;
 extern const om_isa om_isa_avx512_vbmi;
 extern const om_isa om_isa_neon;
 

@@ -3,6 +3,7 @@
  * A phase is open while its units are handed out. A worker that wakes too late finds it closed and goes back to sleep, so
  * the caller waits only for workers that hold a unit. After fork() the child starts with no workers and makes its own. */
 #define _GNU_SOURCE
+#include "float_mode.h"
 #include "om_kernels.h"
 
 #include <pthread.h>
@@ -31,6 +32,7 @@ static struct {
     void *context;
     uint8_t *arena;
     size_t arena_bytes;
+    uint64_t callers_mode; /* of floating point, of the thread whose job it is */
 } pool = {.job_mutex = PTHREAD_MUTEX_INITIALIZER,
           .sleep_mutex = PTHREAD_MUTEX_INITIALIZER,
           .wake = PTHREAD_COND_INITIALIZER,
@@ -89,6 +91,7 @@ static uint32_t wait_for_phase(uint32_t seen) {
 static void *worker(void *argument) {
     const int thread = (int)(intptr_t)argument;
     uint32_t seen = 0;
+    om_enter_float_mode();
     while (!atomic_load(&pool.is_stopping)) {
         if (join_phase()) {
             run_units(thread);
@@ -170,10 +173,14 @@ __attribute__((constructor)) static void register_fork_handler(void) { pthread_a
 
 void om_pool_begin(void) {
     pthread_mutex_lock(&pool.job_mutex);
+    pool.callers_mode = om_enter_float_mode();
     start_workers();
 }
 
-void om_pool_end(void) { pthread_mutex_unlock(&pool.job_mutex); }
+void om_pool_end(void) {
+    om_restore_float_mode(pool.callers_mode);
+    pthread_mutex_unlock(&pool.job_mutex);
+}
 
 int om_pool_threads(void) { return pool.wanted_threads; }
 

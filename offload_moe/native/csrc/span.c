@@ -4,6 +4,7 @@
  * An expert that it cannot fetch is a need that Python serves; the resident experts are computed meanwhile. */
 #define _GNU_SOURCE
 #include "deadline.h"
+#include "float_mode.h"
 #include "job.h"
 #include "reads.h"
 
@@ -241,6 +242,7 @@ static void delete_pass(om_pass *pass) {
 static void *pass_through_layers(void *argument) {
     om_pass *pass = argument;
     const double began = seconds();
+    const uint64_t callers_mode = om_enter_float_mode();
     int64_t at = 0;
     int status = 0;
     while (at < pass->span->num_layers && (status = step_layer(pass, at, began)) == 0) at++;
@@ -248,6 +250,7 @@ static void *pass_through_layers(void *argument) {
     pass->result = status < 0 ? -1 : at;
     pthread_cond_signal(&pass->changed);
     pthread_mutex_unlock(&pass->slot_table->lock);
+    om_restore_float_mode(callers_mode);
     return NULL;
 }
 

@@ -1,0 +1,50 @@
+/* Quantization and activation of `fast` mode; included once per set, compiled with its flags. */
+#include "arithmetic.h"
+#include "panel.h"
+
+OM_INLINE void quantize_as(const int codec, const float *values, int64_t first_block, int64_t num_blocks, om_panel_token *token) {
+    const int groups = OM_GROUPS(codec), count = OM_BLOCK / groups, half = count / 2, low_is_odd = codec == OM_NF4;
+    for (int64_t g = first_block * groups; g < (first_block + num_blocks) * groups; g++, values += count) {
+        int8_t natural[OM_BLOCK], *quants = token->quants + g * count;
+        token->corrections[g] = -128 * om_quantize_group(values, count, natural, token->scales + g);
+        if (codec == OM_INT8) {
+            __builtin_memcpy(quants, natural, OM_BLOCK);
+            continue;
+        }
+        for (int i = 0; i < half; i++) {
+            quants[i] = natural[2 * i + low_is_odd];
+            quants[half + i] = natural[2 * i + 1 - low_is_odd];
+        }
+    }
+}
+
+static void panel_quantize_blocks(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks,
+                                  om_panel_token *token) {
+    switch (codec) {
+    case OM_NF4: quantize_as(OM_NF4, values, first_block, num_blocks, token); break;
+    case OM_INT8: quantize_as(OM_INT8, values, first_block, num_blocks, token); break;
+    default: quantize_as(OM_MXFP4, values, first_block, num_blocks, token); break;
+    }
+}
+
+OM_INLINE void activate_each(const int activation, int has_gate, const float *gate, const float *up, float *result, int64_t count) {
+    if (has_gate)
+        for (int64_t i = 0; i < count; i++) result[i] = om_activation(activation, gate[i]) * up[i];
+    else
+        for (int64_t i = 0; i < count; i++) result[i] = om_activation(activation, gate[i]);
+}
+
+static void panel_activate(int32_t activation, float alpha, float limit, int has_gate, const float *gate, const float *up,
+                           float *result, int64_t count) {
+    switch (activation) {
+    case OM_SILU: activate_each(OM_SILU, has_gate, gate, up, result, count); break;
+    case OM_GELU: activate_each(OM_GELU, has_gate, gate, up, result, count); break;
+    case OM_GELU_TANH: activate_each(OM_GELU_TANH, has_gate, gate, up, result, count); break;
+    case OM_RELU: activate_each(OM_RELU, has_gate, gate, up, result, count); break;
+    case OM_RELU2: activate_each(OM_RELU2, has_gate, gate, up, result, count); break;
+    case OM_GPT_OSS:
+        for (int64_t i = 0; i < count; i++) result[i] = om_gpt_oss(alpha, limit, gate[i], up[i]);
+        break;
+    default: activate_each(OM_IDENTITY, has_gate, gate, up, result, count); break;
+    }
+}

@@ -1,0 +1,43 @@
+"""Records whose rows are kept in panels of 16, and back: docs/decisions/064-one-arithmetic.md."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from offload_moe.errors import ConfigError
+from offload_moe.native.bindings import library
+from offload_moe.native.planes import address_of, matrix_struct, not_in_panels_reason, unsupported_reason
+from offload_moe.native.structs import MatrixStruct
+from offload_moe.quant.layout import ExpertShape, RecordLayout, round_up
+
+PANEL_ROWS = 16
+
+
+class PanelOrder:
+    """Both orders of one kind of record: planes keep their places and sizes, a plane's bytes change places."""
+
+    def __init__(self, codec: str, shape: ExpertShape, layout: RecordLayout, *, has_gate: bool = False) -> None:
+        """`has_gate`: the first matrix has gate rows and then up rows, whose panels begin anew. Raises: ConfigError."""
+        if reason := unsupported_reason(codec, shape) or not_in_panels_reason(codec):
+            raise ConfigError(f"No panels for these records: {reason}.")
+        structs = [
+            matrix_struct(codec, matrix, layout, num_parts=2 if has_gate and index == 0 else 1)
+            for index, matrix in enumerate(shape.matrices)
+        ]
+        self._matrices = (MatrixStruct * len(structs))(*structs)
+        self._scratch_bytes = PANEL_ROWS * max(round_up(m.in_features, 64) for m in shape.matrices)
+
+    def to_panels(self, record: Tensor | int) -> None:
+        """From row order, in place; a uint8 record or its address."""
+        self._repack(record, True)
+
+    def to_rows(self, record: Tensor | int) -> None:
+        """The inverse, exactly."""
+        self._repack(record, False)
+
+    def _repack(self, record: Tensor | int, to_panels: bool) -> None:
+        scratch = torch.empty(self._scratch_bytes, dtype=torch.uint8)
+        library().om_repack(
+            ctypes.addressof(self._matrices), len(self._matrices), address_of(record), to_panels, scratch.data_ptr()
+        )

@@ -1,0 +1,113 @@
+/* compare_panels NAME: the panels of the set NAME against the portable ones, bit for bit, without Python: for emulators, and
+ * for sets that were changed on purpose. Links with `panel_*.c` and `cpu.c` alone. Exits 1 on a difference. */
+#include "arithmetic.h"
+#include "panel.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MAX_ROWS = 53, MAX_COLUMNS = 1920, MAX_BLOCKS = MAX_COLUMNS / OM_BLOCK, COUNT = 4096 };
+
+static const char *const codecs[] = {"nf4", "int8", "mxfp4"};
+static uint8_t codes[MAX_ROWS * MAX_COLUMNS], scales[MAX_ROWS * MAX_BLOCKS * 4];
+static float nested[MAX_ROWS * MAX_BLOCKS / OM_NESTED + 2], x[OM_TILE * MAX_COLUMNS];
+static int8_t quants[2][OM_TILE * MAX_COLUMNS];
+static float input_scales[2][OM_TILE * MAX_BLOCKS * 2];
+static int32_t corrections[2][OM_TILE * MAX_BLOCKS * 2];
+static float results[2][OM_TILE * MAX_ROWS];
+
+#define SET(NAME, TABLE) \
+    if (strcmp(name, NAME) == 0) return &TABLE;
+
+/* OM_ONLY_...: without references to the other sets. */
+static const om_panel_set *find(const char *name) {
+#if defined(OM_ONLY_AVX512VBMI)
+    SET("avx512vbmi", om_panels_avx512_vbmi)
+#elif defined(OM_ONLY_AVX512)
+    SET("avx512", om_panels_avx512)
+#elif defined(OM_ONLY_AVX512VL)
+    SET("avx512vl", om_panels_avx512_vl)
+#elif defined(OM_ONLY_AVXVNNI)
+    SET("avxvnni", om_panels_avx_vnni)
+#elif defined(OM_ONLY_AVX2)
+    SET("avx2", om_panels_avx2)
+#elif defined(__aarch64__)
+    SET("neon", om_panels_neon)
+#endif
+    return NULL;
+}
+
+static float noise(void) { return (float)(rand() % 2001 - 1000) / 500.0f; }
+
+static om_weights random_weights(int codec, int64_t rows, int64_t blocks) {
+    for (size_t i = 0; i < sizeof codes; i++) codes[i] = (uint8_t)(rand() >> 7);
+    for (size_t i = 0; i < sizeof nested / sizeof *nested; i++) nested[i] = 0.01f + noise() / 500.0f;
+    for (size_t i = 0; i < sizeof scales; i++) scales[i] = codec == OM_NF4 ? (uint8_t)(rand() >> 7) : (uint8_t)(110 + rand() % 20);
+    if (codec == OM_INT8)
+        for (size_t i = 0; i < sizeof scales / 4; i++) ((float *)scales)[i] = 0.01f + noise() / 500.0f;
+    return (om_weights){.codes = codes, .scales = scales, .nested_scales = nested, .nested_offset = 0.05f, .rows = rows,
+                        .cols = blocks * OM_BLOCK, .blocks = blocks, .codec = codec,
+                        .row_bytes = blocks * OM_ROW_DWORDS(codec) * 4};
+}
+
+/* The set's own quantization of T tokens, interleaved. */
+static om_panel_tile quantize(const om_panel_set *set, int which, int codec, int64_t blocks, int num_tokens) {
+    const int64_t groups = blocks * OM_GROUPS(codec);
+    for (int t = 0; t < num_tokens; t++) {
+        static int8_t q[MAX_COLUMNS];
+        static float s[MAX_BLOCKS * 2];
+        static int32_t c[MAX_BLOCKS * 2];
+        om_panel_token token = {q, s, c};
+        set->quantize_blocks(codec, x + t * MAX_COLUMNS, 0, blocks, &token);
+        for (int64_t b = 0; b < blocks; b++) memcpy(quants[which] + (b * num_tokens + t) * OM_BLOCK, q + b * OM_BLOCK, OM_BLOCK);
+        for (int64_t g = 0; g < groups; g++) {
+            input_scales[which][g * num_tokens + t] = s[g];
+            corrections[which][g * num_tokens + t] = c[g];
+        }
+    }
+    return (om_panel_tile){quants[which], input_scales[which], corrections[which], num_tokens};
+}
+
+static int compare_rows(const om_panel_set *set) {
+    static const int64_t rows[] = {16, 53, 37, 7}, blocks[] = {1, 2, 5, 12, 30};
+    int num_bad = 0, num_cases = 0;
+    for (int codec = OM_NF4; codec <= OM_MXFP4; codec++)
+        for (size_t r = 0; r < sizeof rows / sizeof *rows; r++)
+            for (size_t b = 0; b < sizeof blocks / sizeof *blocks; b++)
+                for (int num_tokens = 1; num_tokens <= OM_TILE; num_tokens *= 2, num_cases++) {
+                    const om_panel_set *sets[] = {set, &om_panels_portable};
+                    const om_weights w = random_weights(codec, rows[r], blocks[b]);
+                    for (int i = 0; i < OM_TILE * MAX_COLUMNS; i++) x[i] = noise();
+                    memset(results, 0, sizeof results);
+                    for (int which = 0; which < 2; which++) {
+                        const om_panel_tile tile = quantize(sets[which], which, codec, blocks[b], num_tokens);
+                        sets[which]->rows[codec](&w, 0, rows[r], &tile, results[which], MAX_ROWS);
+                    }
+                    if (memcmp(results[0], results[1], sizeof results[0]) == 0) continue;
+                    num_bad++;
+                    printf("%s, %d rows, %d blocks, %d tokens: other bits than portable\n", codecs[codec], (int)rows[r],
+                           (int)blocks[b], num_tokens);
+                }
+    printf("panels: %d of %d cases have other bits than portable\n", num_bad, num_cases);
+    return num_bad;
+}
+
+static int compare_activations(const om_panel_set *set) {
+    static float gate[COUNT], up[COUNT], mine[COUNT], portable[COUNT];
+    int num_bad = 0;
+    for (int i = 0; i < COUNT; i++) gate[i] = noise() * noise() * 25.0f, up[i] = noise() * 5.0f;
+    for (int activation = OM_SILU; activation <= OM_IDENTITY; activation++) {
+        set->activate(activation, 1.702f, 7.0f, 1, gate, up, mine, COUNT);
+        om_panels_portable.activate(activation, 1.702f, 7.0f, 1, gate, up, portable, COUNT);
+        if (memcmp(mine, portable, sizeof mine) != 0) num_bad++;
+    }
+    printf("panels: %d of %d activations have other bits than portable\n", num_bad, OM_IDENTITY + 1);
+    return num_bad;
+}
+
+int main(int count, char **arguments) {
+    const om_panel_set *set = count == 2 ? find(arguments[1]) : NULL;
+    if (set == NULL) return 2;
+    return compare_rows(set) + compare_activations(set) > 0;
+}
