@@ -113,7 +113,8 @@ class DiskTransfers(Transfers):
     def has_failed(self, reading: Reading, completion: Completion) -> None:
         """Read again what may pass, after a pause."""
         record = self._record_of(reading.key)
-        if completion.was_direct and completion.error in REFUSED:
+        is_open = self._files.number(record.path) is not None
+        if completion.was_direct and completion.error in REFUSED and is_open:
             self._files.refuse_direct(record.path, os.strerror(completion.error))
             self._reads.use_file(*self._files.native(record.path))
             super().submit(reading)
