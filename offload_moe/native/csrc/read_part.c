@@ -7,7 +7,7 @@
 
 #define PAGE 4096
 
-/* Whether all pages of the range are cached; the last is looked up first, which is enough as a rule. */
+/* Whether all pages of the range are cached; the last is looked up first, which usually decides. */
 static int is_cached(const om_file *file, int64_t offset, int64_t num_bytes) {
     unsigned char present[1024];
     if (file->pages == NULL || offset + num_bytes > file->num_bytes) return 0;
