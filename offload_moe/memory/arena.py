@@ -83,13 +83,13 @@ class Arena:
         ends = [first + size for first, size in zip(self._firsts, self.chunk_sizes, strict=True)]
         return [chunk for chunk, end in zip(self._chunks, ends, strict=True) if end > num_slots]
 
-    def _map(self, num_slots: int, num_wanted: int) -> None:
+    def _map(self, num_slots: int, num_in_all: int) -> None:
         num_bytes = num_slots * self.slot_bytes
         try:
             mapping = _anonymous(num_bytes)
         except OSError as error:
             raise BudgetError(
-                f"The RAM arena needs {format_size(num_wanted * self.slot_bytes)} for {num_wanted} slots and the "
+                f"The RAM arena needs {format_size(num_in_all * self.slot_bytes)} for {num_in_all} slots and the "
                 f"system refused a chunk of {format_size(num_bytes)} ({error.strerror}). Try a smaller --ram."
             ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):

@@ -102,9 +102,10 @@ class _Load:
 class DeviceMover:
     """Copies records from the RAM tier; a RAM slot stays leased until its copy has landed.
 
-    A demand whose record is in RAM is issued at once if the link is idle. Further ones are issued by the thread that
-    notices landings, while the caller computes: demands first, then prefetches, few at a time, so that a later demand
-    waits for few. Records that have to be read first, or pass through the staging ring, are issued by loader threads.
+    A demand whose record is in RAM is issued at once, unless the thread that notices landings can issue it before the
+    link is idle. That thread issues the other copies while the caller computes: demands first, then prefetches, few at
+    a time, so that a later demand waits for few. Loader threads issue records that have to be read first, or to pass
+    through the staging ring.
     """
 
     def __init__(self, copier: Copier, slots: DeviceSlots, records: Records) -> None:

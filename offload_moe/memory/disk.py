@@ -204,7 +204,7 @@ def _damaged(record: Record) -> TransferError:
 
 def _failed(record: Record, completion: Completion) -> TransferError:
     if completion.error == SHORT_READ:
-        why = f"short read, {completion.num_read} of {completion.num_wanted} bytes"
+        why = f"short read, {completion.num_read} of {completion.num_bytes} bytes"
         return _reading_failed(record, record.offset + completion.start, why)
     why = os.strerror(completion.error)
     error = _reading_failed(record, record.offset + completion.start, why)

@@ -39,8 +39,8 @@ class Completion(NamedTuple):
     token pass was wrong, and its slot is reserved again. FAILED: the slot belongs to Python, which may submit the read
     again; the expert counts as on its way until then, or until the slot is vacated.
 
-    error: an errno, SHORT_READ or WRONG_CHECKSUM; 0 unless FAILED. start, num_wanted, num_read: bytes of the part
-    of the record that failed. was_direct: it was read around the page cache.
+    error: an errno, SHORT_READ or WRONG_CHECKSUM; 0 unless FAILED. start, num_bytes, num_read: of the part of
+    the record that failed, in bytes. was_direct: it was read around the page cache.
     """
 
     key: int
@@ -49,7 +49,7 @@ class Completion(NamedTuple):
     was_prefetch: bool = False
     error: int = 0
     start: int = 0
-    num_wanted: int = 0
+    num_bytes: int = 0
     num_read: int = 0
     was_direct: bool = False
 
@@ -211,7 +211,7 @@ def _completion(struct: CompletionStruct) -> Completion:
         was_prefetch=bool(struct.was_prefetch),
         error=struct.error,
         start=struct.start,
-        num_wanted=struct.num_wanted,
+        num_bytes=struct.num_bytes,
         num_read=struct.num_read,
         was_direct=bool(struct.was_direct),
     )

@@ -160,7 +160,7 @@ class CompletionStruct(ctypes.Structure):
     """`om_completion`."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("key", "start", "num_wanted", "num_read")),
+        *((name, ctypes.c_int64) for name in ("key", "start", "num_bytes", "num_read")),
         *((name, ctypes.c_int32) for name in ("slot", "state", "was_prefetch", "error", "was_direct")),
     )
 

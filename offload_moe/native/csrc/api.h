@@ -123,7 +123,7 @@
  * (OM_DROPPED), or it has failed and the slot belongs to Python, which may submit it again (OM_FAILED). */
 #define OM_COMPLETION_FIELDS(FIELD, T) \
     FIELD(T, int64_t, key, ) \
-    FIELD(T, int64_t, start, ) FIELD(T, int64_t, num_wanted, ) FIELD(T, int64_t, num_read, ) /* of the part that failed */ \
+    FIELD(T, int64_t, start, ) FIELD(T, int64_t, num_bytes, ) FIELD(T, int64_t, num_read, ) /* of the part that failed */ \
     FIELD(T, int32_t, slot, ) FIELD(T, int32_t, state, ) FIELD(T, int32_t, was_prefetch, ) \
     FIELD(T, int32_t, error, ) /* an errno, OM_SHORT_READ or OM_WRONG_CHECKSUM; 0 unless OM_FAILED */ \
     FIELD(T, int32_t, was_direct, ) /* whether the failed read was around the page cache */

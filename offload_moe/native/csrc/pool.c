@@ -22,7 +22,7 @@ static struct {
     pthread_mutex_t job_mutex, sleep_mutex;
     pthread_cond_t wake;
     pthread_t workers[MAX_THREADS];
-    int wanted_threads, num_workers, is_pinned;
+    int chosen_threads, num_workers, is_pinned;
     atomic_int num_sleeping, is_stopping;
     _Atomic uint32_t epoch;   /* counts phases; workers watch it */
     _Atomic uint32_t members; /* OPEN_BIT, and how many workers are inside of the phase */
@@ -36,7 +36,7 @@ static struct {
 } pool = {.job_mutex = PTHREAD_MUTEX_INITIALIZER,
           .sleep_mutex = PTHREAD_MUTEX_INITIALIZER,
           .wake = PTHREAD_COND_INITIALIZER,
-          .wanted_threads = 1};
+          .chosen_threads = 1};
 
 OM_INLINE void relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -146,7 +146,7 @@ static void stop_workers(void) {
 
 /* Thread 0 is the caller. A thread that cannot be made is no error: the others do all units. */
 static void start_workers(void) {
-    while (pool.num_workers < pool.wanted_threads - 1) {
+    while (pool.num_workers < pool.chosen_threads - 1) {
         const int thread = pool.num_workers + 1;
         if (pthread_create(&pool.workers[thread - 1], NULL, worker, (void *)(intptr_t)thread) != 0) return;
         pool.num_workers = thread;
@@ -182,7 +182,7 @@ void om_pool_end(void) {
     pthread_mutex_unlock(&pool.job_mutex);
 }
 
-int om_pool_threads(void) { return pool.wanted_threads; }
+int om_pool_threads(void) { return pool.chosen_threads; }
 
 void om_pool_run(om_unit_fn unit, void *context, int64_t num_units) {
     if (num_units <= 1 || pool.num_workers == 0) {
@@ -216,9 +216,9 @@ uint8_t *om_arena_reserve(size_t num_bytes) {
 OM_EXPORT int om_configure_threads(int num_threads, int is_pinned) {
     if (num_threads < 1 || num_threads > MAX_THREADS) return -1;
     pthread_mutex_lock(&pool.job_mutex);
-    if (num_threads != pool.wanted_threads || is_pinned != pool.is_pinned) {
+    if (num_threads != pool.chosen_threads || is_pinned != pool.is_pinned) {
         stop_workers();
-        pool.wanted_threads = num_threads;
+        pool.chosen_threads = num_threads;
         pool.is_pinned = is_pinned;
     }
     pthread_mutex_unlock(&pool.job_mutex);
@@ -236,4 +236,4 @@ OM_EXPORT void om_use_cores(const int *cpus, int num_cpus) {
 #endif
 }
 
-OM_EXPORT int om_num_threads(void) { return pool.wanted_threads; }
+OM_EXPORT int om_num_threads(void) { return pool.chosen_threads; }

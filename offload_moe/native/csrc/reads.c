@@ -87,7 +87,7 @@ static void complete(om_reads *reads, const om_fetch *fetch, int32_t state) {
     const om_part *part = &fetch->failure;
     const om_completion completion = {.key = fetch->key, .slot = fetch->slot, .state = state, .was_prefetch = fetch->was_prefetch,
                                       .error = part->error, .was_direct = part->was_direct, .start = part->start,
-                                      .num_wanted = part->num_wanted, .num_read = part->num_read};
+                                      .num_bytes = part->num_bytes, .num_read = part->num_read};
     om_completions_add(&reads->completions, &completion, !fetch->is_of_pass || state == OM_FAILED);
 }
 
@@ -159,9 +159,9 @@ void om_reads_drop_wrong(om_reads *reads, int64_t end, const int64_t *keys, int6
     om_fetch *next;
     for (om_fetch *fetch = reads->prefetches.first; fetch != NULL; fetch = next) {
         next = fetch->next;
-        int is_wanted = !fetch->is_of_pass || fetch->key >= end;
-        for (int64_t k = 0; k < num_keys; k++) is_wanted |= keys[k] == fetch->key;
-        if (is_wanted) continue;
+        int is_kept = !fetch->is_of_pass || fetch->key >= end;
+        for (int64_t k = 0; k < num_keys; k++) is_kept |= keys[k] == fetch->key;
+        if (is_kept) continue;
         fetch->is_wrong = 1;
         if (fetch->num_running == 0) drop(reads, fetch);
     }
@@ -192,7 +192,7 @@ static void finish(om_reads *reads, om_fetch *fetch, const om_place *place) {
             om_append(queue_of(reads, fetch), fetch);
             return;
         }
-        fetch->failure = (om_part){.error = OM_WRONG_CHECKSUM, .num_wanted = place->num_bytes, .num_read = place->num_bytes};
+        fetch->failure = (om_part){.error = OM_WRONG_CHECKSUM, .num_bytes = place->num_bytes, .num_read = place->num_bytes};
         fetch->has_failed = 1;
     }
     if (!fetch->has_failed) om_slot_table_arrive(reads->slot_table, fetch->slot, fetch->record);
@@ -207,9 +207,9 @@ static void read_next(om_reads *reads, om_fetch *fetch) {
     om_read_at *const read_at = reads->read_at;
     const int64_t left = place.num_bytes - fetch->next_byte;
     const int64_t most = fetch->is_prefetch ? reads->options.prefetch_part_bytes : reads->options.part_bytes;
-    om_part part = {.start = fetch->next_byte, .num_wanted = left < most ? left : most};
-    fetch->next_byte += part.num_wanted;
-    if (part.num_wanted < left) pthread_cond_signal(&reads->work);
+    om_part part = {.start = fetch->next_byte, .num_bytes = left < most ? left : most};
+    fetch->next_byte += part.num_bytes;
+    if (part.num_bytes < left) pthread_cond_signal(&reads->work);
     else om_withdraw(queue_of(reads, fetch), fetch);
     fetch->num_running++;
     reads->num_prefetching += fetch->is_prefetch;
