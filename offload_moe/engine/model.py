@@ -20,7 +20,7 @@ from offload_moe.plan.placement import Placement
 from offload_moe.plan.room import ContextRoom
 from offload_moe.profile.recorder import RecordedTier, Recorder, Subject, record
 from offload_moe.residency.counters import Counters
-from offload_moe.residency.popularity import remember
+from offload_moe.residency.popularity import save_popularity
 from offload_moe.residency.prefetch import LayerTally
 from offload_moe.store import Store
 
@@ -149,7 +149,7 @@ class Model:
         was_open = hierarchy.lifecycle.is_open
         hierarchy.close()
         if was_open:
-            remember(hierarchy, self.store.path)
+            save_popularity(hierarchy, self.store.path)
 
     __reduce_ex__ = refuse_to_save  # pickle and copy
 

@@ -21,12 +21,12 @@ MADV_WIPEONFORK = 18  # Linux 4.14, asm-generic/mman-common.h
 class Arena:
     """``num_slots`` slots of ``slot_bytes`` bytes. Pages are committed when first written, not before.
 
-    Memory is mapped by us rather than by torch, whose pinned allocator rounds up to a power of two. A slot that is
-    given up keeps its address and loses its pages, so a stale view of it reads zeros and nothing worse.
+    Memory is mapped here rather than by torch, whose pinned allocator rounds up to a power of two. A slot that is given
+    up keeps its address and loses its pages, so a stale view of it reads zeros.
     """
 
     def __init__(self, num_slots: int, slot_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> None:
-        """Raises: BudgetError when the address space cannot be had."""
+        """Map the slots. Raises: BudgetError when the system refuses the address space."""
         self.num_slots = 0
         self.slot_bytes = round_up(slot_bytes, RECORD_ALIGNMENT)
         self._slots_per_chunk = max(1, chunk_bytes // self.slot_bytes)
@@ -34,11 +34,12 @@ class Arena:
         self._chunks: list[Tensor] = []
         self._firsts: list[int] = []  # the first slot of each chunk
         self.addresses = array("Q")  # of every slot
-        self._slots: dict[int, Tensor] = {}  # a view costs a microsecond to make, and a layer asks for many
+        self._slots: dict[int, Tensor] = {}  # a view costs a microsecond to make, and a layer needs many
         self.grow(num_slots)
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all slots."""
         return self.num_slots * self.slot_bytes
 
     @property
@@ -56,15 +57,18 @@ class Arena:
         return slot
 
     def grow(self, num_slots: int) -> None:
-        """Raises: BudgetError when the address space cannot be had; `num_slots` has not changed then."""
+        """Map slots up to `num_slots`.
+
+        Raises: BudgetError when the system refuses the address space; `num_slots` has not changed then.
+        """
         while (missing := num_slots - sum(self.chunk_sizes)) > 0:
             self._map(min(self._slots_per_chunk, missing), num_slots)
         self.num_slots = num_slots
 
     def shrink(self, num_slots: int) -> None:
-        """Give the pages of the slots from `num_slots` on back to the system. Nobody may use them, or have them locked.
+        """Return the pages of the slots from `num_slots` on to the system. They must be neither in use nor page-locked.
 
-        A system without `madvise` (Windows) takes no part of a mapping back: there the pages stay.
+        Without `madvise` (Windows) no part of a mapping can be returned: there the pages stay.
         """
         self.num_slots = num_slots
         if not hasattr(mmap, "MADV_DONTNEED"):
@@ -79,13 +83,13 @@ class Arena:
         ends = [first + size for first, size in zip(self._firsts, self.chunk_sizes, strict=True)]
         return [chunk for chunk, end in zip(self._chunks, ends, strict=True) if end > num_slots]
 
-    def _map(self, num_slots: int, num_wanted: int) -> None:
+    def _map(self, num_slots: int, num_in_all: int) -> None:
         num_bytes = num_slots * self.slot_bytes
         try:
             mapping = _anonymous(num_bytes)
         except OSError as error:
             raise BudgetError(
-                f"The RAM arena needs {format_size(num_wanted * self.slot_bytes)} for {num_wanted} slots and the "
+                f"The RAM arena needs {format_size(num_in_all * self.slot_bytes)} for {num_in_all} slots and the "
                 f"system refused a chunk of {format_size(num_bytes)} ({error.strerror}). Try a smaller --ram."
             ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -93,13 +97,13 @@ class Arena:
         _keep_from_children(mapping)
         self._firsts.append(sum(self.chunk_sizes))
         self._mappings.append(mapping)
-        with torch.inference_mode(False):  # transfer threads write to it, whatever mode it was made in
+        with torch.inference_mode(False):  # transfer threads write to it, whatever mode it is made in
             self._chunks.append(chunk := torch.frombuffer(mapping, dtype=torch.uint8))
         self.addresses.extend(range(chunk.data_ptr(), chunk.data_ptr() + num_bytes, self.slot_bytes))
 
 
 def whole_chunks(chunk_sizes: Sequence[int], num_slots: int) -> int:
-    """The slots of the whole chunks within `num_slots`, and of the first chunk always; `num_slots` beyond them all."""
+    """Slots of the whole chunks within `num_slots`, at least the first; `num_slots` if it exceeds all of them."""
     kept = chunk_sizes[0]
     for size in chunk_sizes[1:]:
         if kept + size > num_slots:
@@ -109,10 +113,10 @@ def whole_chunks(chunk_sizes: Sequence[int], num_slots: int) -> int:
 
 
 def _keep_from_children(mapping: mmap.mmap) -> None:
-    """A forked process finds zeros.
+    """Make the pages zeros in a forked process.
 
-    Pages that it shared would be copied when they are next written, and direct reads under way go to the copy that is
-    the child's: see open(2) on O_DIRECT and fork.
+    Shared pages would be copied at the next write, and a direct read under way could end in the child's copy: see
+    open(2) on O_DIRECT and fork.
     """
     if sys.platform == "linux":
         with suppress(OSError):  # an older kernel
@@ -120,7 +124,7 @@ def _keep_from_children(mapping: mmap.mmap) -> None:
 
 
 def _anonymous(num_bytes: int) -> mmap.mmap:
-    """Private pages: unlike those of a shared mapping, Python's default, they can be given back one by one."""
+    """Map private pages: unlike those of a shared mapping, Python's default, they can be returned one by one."""
     if hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return mmap.mmap(-1, num_bytes)

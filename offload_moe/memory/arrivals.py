@@ -8,19 +8,19 @@ from offload_moe.memory.reader import Waitable
 
 
 class ArrivalCondition(threading.Condition):
-    """A thread that waits blocks in the reader, with the GIL released; afterwards it drains the completions.
+    """Blocks a waiting thread in the reader, with the GIL released; afterwards the thread drains the completions.
 
-    Every wait returns after a moment, so that signals are handled and a closed model is noticed.
+    Every wait returns within `native.reads.POLL_S`, so that signals are handled and a closed model is noticed.
     """
 
     def __init__(self, reader: Waitable, drain: "weakref.WeakMethod[Callable[[], None]]") -> None:
-        """drain: enters what has been completed; called with the lock held. Weak, as its object holds the condition."""
+        """drain: enters completions; called with the lock held. Weak, because its object holds the condition."""
         super().__init__(threading.RLock())
         self._reader, self._drain = reader, drain
         self._num_waiting = 0  # guarded by the lock
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Until a read has ended, or `notify_all`, or for a moment (lock held)."""
+        """Wait until a read has ended, or for `notify_all`, but not longer than a moment (lock held)."""
         reader, num_wakes = self._reader, self._reader.num_wakes
         self._num_waiting += 1
         held = self._release_save()  # type: ignore[attr-defined]
@@ -35,9 +35,10 @@ class ArrivalCondition(threading.Condition):
         return True
 
     def notify(self, n: int = 1) -> None:
-        """Wake all who wait (lock held)."""
+        """Wake all waiting threads (lock held)."""
         if self._num_waiting:
             self._reader.wake()
 
     def notify_all(self) -> None:
+        """Wake all waiting threads (lock held)."""
         self.notify()

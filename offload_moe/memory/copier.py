@@ -21,14 +21,14 @@ from torch import Tensor
 from offload_moe.errors import BudgetError, ConfigError
 from offload_moe.memory.page_lock import PageLock
 
-SUPPORTED = ("cuda", "xpu")  # ROCm calls itself cuda; MPS shares its memory with the CPU, so nothing is to be moved
+SUPPORTED = ("cuda", "xpu")  # ROCm has the name cuda; MPS shares its memory with the CPU, so nothing is moved
 STAGING_BYTES = 4 << 20  # one buffer of the ring: a power of two, which torch's pinned allocator does not round up
 NUM_STAGING_BUFFERS = 4
 AMPERE = 8  # major compute capability; Turing is 7.5
 
 
 class Stream(Protocol):
-    """What is used of `torch.Stream`."""
+    """The methods of `torch.Stream` that this file uses."""
 
     @property
     def stream_id(self) -> int: ...
@@ -41,7 +41,7 @@ class Stream(Protocol):
 
 
 class Event(Protocol):
-    """What is used of `torch.Event`. One that was never recorded is done."""
+    """The methods of `torch.Event` that this file uses. One that was never recorded is done."""
 
     def record(self, stream: Any) -> None: ...
 
@@ -73,37 +73,37 @@ class Copier(Protocol):
         ...
 
     def is_direct(self, source: Tensor) -> bool:
-        """Whether the device reads this memory by itself, so that `copy` returns at once."""
+        """Whether the device can read this memory directly, so that `copy` returns at once."""
         ...
 
     def follow(self, copied: Marker, limit_s: float) -> bool:
-        """Compute that the calling thread issues from now on comes after the copy. Whether the host has waited for it.
+        """Order compute that the calling thread issues from now on after the copy. Returns whether the host has waited.
 
-        Raises: TimeoutError where it waited for longer than that.
+        Raises: TimeoutError when the host waits for longer than `limit_s`.
         """
         ...
 
     def mark(self) -> Marker:
-        """The point behind all compute that the calling thread has issued so far."""
+        """Mark the point behind all compute that the calling thread has issued so far."""
         ...
 
     def free(self, memory: Tensor) -> None:
-        """Device memory is not used any more: neither a copy nor compute on it is to come or under way."""
+        """Give device memory back. No copy or compute on it may be under way or follow."""
         ...
 
     def unlock(self, memory: Tensor) -> None:
-        """The chunk of host memory this is a part of is about to be given back. No copy from it may be under way."""
+        """Unlock the chunk of host memory that this is a part of. No copy from it may be under way."""
         ...
 
     def close(self) -> None:
-        """Let go of page-locked memory. No copy may be under way."""
+        """Unlock all page-locked memory. No copy may be under way."""
         ...
 
 
 class StreamCopier(ABC):
-    """One copy stream. Sources that cannot be page-locked pass through a small ring of buffers that are.
+    """Copies on one stream. Sources that cannot be page-locked pass through a small ring of buffers that are.
 
-    Everything here is about order; what a stream, an event and a copy are, a subclass says.
+    This class defines the order; a subclass defines stream, event and copy.
     """
 
     def __init__(self, page_lock: PageLock) -> None:
@@ -156,11 +156,11 @@ class StreamCopier(ABC):
 
     @abstractmethod
     def free(self, memory: Tensor) -> None:
-        """Nothing is to read or write this memory any more, nor does anything now."""
+        """Give device memory back. No copy or compute on it may be under way or follow."""
 
     @abstractmethod
     def staging_buffer(self, num_bytes: int) -> Tensor:
-        """Host memory the device can read by itself: uint8 ``[num_bytes]``."""
+        """Host memory that the device can read directly: uint8 ``[num_bytes]``."""
 
     @abstractmethod
     def new_stream(self) -> Stream: ...
@@ -170,7 +170,7 @@ class StreamCopier(ABC):
 
     @abstractmethod
     def current_stream(self) -> Stream:
-        """The stream that the calling thread's compute goes to."""
+        """The stream of the calling thread's compute."""
 
     @abstractmethod
     def issue_copy(self, source: Tensor, destination: Tensor) -> None:
@@ -178,18 +178,18 @@ class StreamCopier(ABC):
 
 
 class AcceleratorCopier(StreamCopier):
-    """The copier of a real device: CUDA, ROCm, XPU, whatever `torch.accelerator` offers."""
+    """Copies to a real device: CUDA, ROCm, XPU, whatever `torch.accelerator` offers."""
 
     def __init__(self, device: torch.device, page_lock: PageLock | None = None) -> None:
         self._device = device
         super().__init__(page_lock or PageLock(CudaRuntime(device) if device.type == "cuda" else None))
 
     def allocate(self, num_bytes: int) -> Tensor:
-        with torch.inference_mode(False):  # loader threads write to it, whatever mode it was allocated in
+        with torch.inference_mode(False):  # loader threads write to it, whatever mode it is allocated in
             return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
 
     def free(self, memory: Tensor) -> None:
-        """The allocator takes it back when its last view is gone."""
+        """Do nothing: the allocator takes the memory back when its last view is gone."""
 
     def staging_buffer(self, num_bytes: int) -> Tensor:
         with torch.inference_mode(False):
@@ -209,7 +209,7 @@ class AcceleratorCopier(StreamCopier):
 
 
 class CudaRuntime:
-    """Page-locking through the runtime that torch itself has loaded."""
+    """Locks pages through the runtime that torch has loaded."""
 
     def __init__(self, device: torch.device) -> None:
         with torch.inference_mode(False):
@@ -227,15 +227,15 @@ class CudaRuntime:
             self._drain_error()
 
     def _drain_error(self) -> None:
-        """A refused call leaves its error latched, and the next kernel launch would raise it: let that be ours."""
+        """Clear the error that a refused call leaves latched, which the next kernel launch would raise."""
         with suppress(RuntimeError):
             self._scratch.fill_(1)
 
 
 def compute_device(name: str | None = None) -> torch.device:
-    """The device to compute on; None takes the accelerator when there is one.
+    """The device to compute on; None chooses the accelerator when there is one.
 
-    Raises: ConfigError when there is no such device here.
+    Raises: ConfigError when the machine has no such device.
     """
     found = torch.accelerator.current_accelerator(check_available=True)
     offered = [f"{found.type}:{index}" for index in range(torch.accelerator.device_count())] if found else []
@@ -250,28 +250,28 @@ def compute_device(name: str | None = None) -> torch.device:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bf16 by itself: NVIDIA cards before Ampere, such as Turing's, emulate it."""
+    """Whether the device has bf16 arithmetic: NVIDIA cards before Ampere, such as Turing's, emulate it."""
     if device.type != "cuda" or torch.version.hip is not None:
         return True
     return torch.cuda.get_device_capability(device)[0] >= AMPERE
 
 
 def free_device_memory(device: torch.device) -> int:
-    """Bytes that can be allocated now: what the device has free, and what torch's allocator holds unused.
+    """Bytes that can be allocated now: free on the device, or held unused by torch's allocator.
 
-    Raises: BudgetError when the device does not say.
+    Raises: BudgetError when the device does not report its memory.
     """
     unused = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
     return _memory_info(device)[0] + unused
 
 
 def peak_device_memory(device: torch.device) -> int:
-    """The most bytes that torch has held on the device at once; the device's own context comes on top."""
+    """The most bytes that torch has held on the device at once; the device's own context is not included."""
     return torch.accelerator.max_memory_reserved(device)
 
 
 def total_device_memory(device: torch.device) -> int:
-    """Bytes of the device. Raises: BudgetError when it does not say."""
+    """Bytes of the device. Raises: BudgetError when it does not report them."""
     return _memory_info(device)[1]
 
 
@@ -279,4 +279,4 @@ def _memory_info(device: torch.device) -> tuple[int, int]:
     try:
         return torch.accelerator.get_memory_info(device)
     except RuntimeError as error:
-        raise BudgetError(f"{device} does not say how much memory it has. Name a budget with --vram.") from error
+        raise BudgetError(f"{device} does not report how much memory it has. Name a budget with --vram.") from error

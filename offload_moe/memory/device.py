@@ -26,7 +26,7 @@ class DeviceSlots:
     """VRAM slots of equal size, allocated in chunks; the last chunks can be given back."""
 
     def __init__(self, copier: Copier, num_slots: int, slot_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> None:
-        """Raises: BudgetError when the device has less memory."""
+        """Allocate the slots. Raises: BudgetError when the device has less memory."""
         self._copier = copier
         self._slot_bytes = slot_bytes
         self._per_chunk = max(1, chunk_bytes // slot_bytes)
@@ -36,6 +36,7 @@ class DeviceSlots:
 
     @property
     def num_slots(self) -> int:
+        """Slots of all chunks."""
         return len(self._slots)
 
     @property
@@ -44,7 +45,10 @@ class DeviceSlots:
         return [chunk.numel() // self._slot_bytes for chunk in self._chunks]
 
     def grow(self, num_slots: int) -> None:
-        """Raises: BudgetError when the device has less memory; nothing has changed then."""
+        """Allocate slots up to `num_slots`.
+
+        Raises: BudgetError when the device has less memory; nothing has changed then.
+        """
         num_before = self.num_slots
         while (missing := num_slots - self.num_slots) > 0:
             num_bytes = min(self._per_chunk, missing) * self._slot_bytes
@@ -62,7 +66,7 @@ class DeviceSlots:
             self._slots += chunk.split(self._slot_bytes)
 
     def shrink(self, num_slots: int) -> None:
-        """Give back the chunks behind the first `num_slots` slots. No copy or compute may be under way there."""
+        """Free the chunks behind the first `num_slots` slots. No copy or compute may be under way there."""
         while self.num_slots > num_slots:
             chunk = self._chunks.pop()
             del self._slots[-(chunk.numel() // self._slot_bytes) :]
@@ -78,13 +82,13 @@ Borrowed = tuple[Tensor, Callable[[], None]]  # a record, which stays where it i
 
 
 class Records(Protocol):
-    """The RAM tier, as far as copies out of it go."""
+    """The RAM tier as a source of copies."""
 
     def borrow(self, key: int) -> Borrowed:
-        """Read it from disk if need be. Raises: TransferError."""
+        """Lease a record, which is read from disk if it is not resident. Raises: TransferError."""
 
     def borrow_resident(self, key: int) -> Borrowed | None:
-        """None where it would have to be read, or waited for."""
+        """Lease a record that is resident; None where it would have to be read, or waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +102,10 @@ class _Load:
 class DeviceMover:
     """Copies records from the RAM tier; a RAM slot stays leased until its copy has landed.
 
-    A demand whose record is in RAM is issued at once where that brings the link to work. What follows is issued behind
-    the caller's back, who has experts to compute: demands first, then prefetches, few at a time, so that a later demand
-    waits for few. What has to be read first, or has to pass through the staging ring, is left to other threads.
+    A demand whose record is in RAM is issued at once, unless the thread that notices landings can issue it before the
+    link is idle. That thread issues the other copies while the caller computes: demands first, then prefetches, few at
+    a time, so that a later demand waits for few. Loader threads issue records that have to be read first, or to pass
+    through the staging ring.
     """
 
     def __init__(self, copier: Copier, slots: DeviceSlots, records: Records) -> None:
@@ -110,7 +115,7 @@ class DeviceMover:
         self.pace = LinkPace()
         self.flights = Flights(copier, self.pace, self._issue_more)
         self._readers: dict[int, dict[int, Marker]] = {}  # slot -> stream -> the point behind its last reader there
-        self._demands: deque[_Load] = deque()  # not issued, and so are these, by slot:
+        self._demands: deque[_Load] = deque()  # not issued yet; prefetches likewise, by slot
         self._prefetches: OrderedDict[int, _Load] = OrderedDict()
         self._loaders = TransferWorkers(NUM_LOADERS, "expert-h2d")
 
@@ -124,7 +129,7 @@ class DeviceMover:
             else:
                 self._issue(load)
                 return
-            self.flights.ask_for_more()
+            self.flights.request_issue()
 
     def promote(self, slot: int) -> None:
         with self.flights.changed:
@@ -141,7 +146,7 @@ class DeviceMover:
         return self._loaders.cancel(slot)
 
     def drain(self) -> None:
-        """Landings are noticed by a thread of their own."""
+        """Do nothing: a thread of its own notices landings."""
 
     def used(self, slots: Sequence[int]) -> None:
         marker = self._copier.mark()
@@ -175,7 +180,7 @@ class DeviceMover:
             return None
 
     def _issue(self, load: _Load) -> None:
-        """Issue the copy here if that takes no waiting, else have a thread do it."""
+        """Issue the copy here if that does not block, else on a loader thread."""
         borrowed = self._records.borrow_resident(load.key)
         if borrowed is not None:
             record, give_back = borrowed
@@ -196,7 +201,7 @@ class DeviceMover:
     def _fly(self, load: _Load, record: Tensor, give_back: Callable[[], None]) -> None:
         """Issue the copy; what was borrowed is given back once it has landed.
 
-        The slot's readers are forgotten only when a copy over them is issued: one that fails leaves them to the next.
+        The slot's readers are cleared only when a copy over them is issued: a copy that fails leaves them to the next.
         """
         readers = self._readers.get(load.slot)
         marker, failed, began = None, None, self.pace.begin()

@@ -28,8 +28,8 @@ from offload_moe.native.kernels import (
 from offload_moe.store import Record
 from offload_moe.system.lifecycle import finalize
 
-# Bytes in flight: enough for a fast disk, and no more, so that records arrive one after the other and one computes
-# while the next is read. Every read wakes a thread, which takes a core from the compute for a moment.
+# Bytes in flight: enough for a fast disk, and no more, so that records arrive one after the other and one is computed
+# with while the next is read. Every read wakes a thread, which takes a core from the compute for a moment.
 FLIGHT_BYTES = 8 << 20
 PART_BYTES = 4 << 20
 PREFETCH_PART_BYTES = 2 << 20  # what a demand may have to wait for, and what a wrong guess may cost
@@ -37,7 +37,7 @@ LEAST_READERS, MOST_READERS = 2, 8
 RETRY_PAUSES_S = (0.01, 0.2)  # before each further attempt
 PASSING = frozenset({SHORT_READ, errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EBADF})
 REFUSED = frozenset({errno.EINVAL, errno.EOPNOTSUPP})  # direct reads: some file systems accept the flag only
-ATTEND_S = 3600.0  # between two looks where there is nothing to do
+ATTEND_S = 3600.0  # between two wakings where there is nothing to do
 JOIN_S = 5.0
 
 RecordOf = Callable[[int], Record]
@@ -49,7 +49,7 @@ def readers_for(record_bytes: int) -> int:
 
 
 class DiskMover:
-    """Fills arena slots from disk, by native threads. Closed, or dropped, its threads end."""
+    """Fills arena slots from disk, by native threads, which end when the mover is closed or dropped."""
 
     def __init__(
         self, arena: Arena, slot_table: SlotTable, record_of: RecordOf, num_readers: int | None = None
@@ -84,7 +84,7 @@ class DiskMover:
         self.transfers.drain()
 
     def read_passes(self, pass_reads: PassReads) -> Reads:
-        """The reads that token passes fetch experts with; pass_reads accounts for them. Raises: OSError."""
+        """The reader with which token passes fetch experts; `pass_reads` accounts for its reads. Raises: OSError."""
         self.transfers.open_all(range(self.reads.num_keys))
         self.transfers.account_to(pass_reads)
         return self.reads
@@ -94,7 +94,7 @@ class DiskMover:
 
 
 class DiskTransfers(Transfers):
-    """Reads of a store: its files, and the retries of what may pass. Does not keep the mover alive."""
+    """Reads of a store: its files, and retries after errors that may pass. Does not keep the mover alive."""
 
     def __init__(self, reads: Reads, files: RecordFiles, record_of: RecordOf) -> None:
         super().__init__(reads, ArrivalCondition(reads, weakref.WeakMethod(self.drain)))
@@ -111,7 +111,7 @@ class DiskTransfers(Transfers):
             self._submit_after(0.0, reading)  # a file is opened without the lock
 
     def has_failed(self, reading: Reading, completion: Completion) -> None:
-        """Read again what may pass, after a pause."""
+        """Submit the read again, after a pause, if its error may pass; else give it up."""
         record = self._record_of(reading.key)
         is_open = self._files.number(record.path) is not None
         if completion.was_direct and completion.error in REFUSED and is_open:
@@ -133,7 +133,7 @@ class DiskTransfers(Transfers):
                 self._open(key)
 
     def attend(self) -> None:
-        """What the thread does: it drains while no other thread does, and submits what is due."""
+        """Drain while no other thread does, and submit reads that are due; the body of a thread."""
         pause_s = 0.0
         while self._reads.attend(pause_s):
             with self.changed:
@@ -155,7 +155,7 @@ class DiskTransfers(Transfers):
         return due
 
     def _submit_again(self, reading: Reading) -> None:
-        """Submit a read whose file has to be opened, or opened anew, which may take long: no lock is held."""
+        """Submit a read whose file has to be opened, or opened again, which may take long: no lock is held."""
         try:
             self._open(reading.key)
         except Exception as error:
@@ -167,14 +167,14 @@ class DiskTransfers(Transfers):
                 super().submit(reading)
 
     def _open(self, key: int) -> None:
-        """Open the file of a record, if it is not open, or anew where another has taken its place. Raises: OSError."""
+        """Open the file of a record, if it is not open, or again if another has taken its place. Raises: OSError."""
         path = self._record_of(key).path
         if self._files.open(path):
             self._reads.use_file(*self._files.native(path))
         self._place(key)
 
     def _place(self, key: int) -> bool:
-        """Have the reader know where the record lies, if its file is open. Whether it is."""
+        """Give the reader the place of the record, if its file is open. Returns whether it is."""
         if self._reads.is_placed(key):
             return True
         record = self._record_of(key)
@@ -198,13 +198,13 @@ def _close(reads: Reads, files: RecordFiles, thread: threading.Thread) -> None:
 def _damaged(record: Record) -> TransferError:
     return TransferError(
         f"{record.name}, {record.path} at offset {record.offset} ({record.num_bytes} bytes): it does not match its "
-        "checksum. Check the disk; `offload-moe verify` finds what is damaged."
+        "checksum. Check the disk; `offload-moe verify` lists what is damaged."
     )
 
 
 def _failed(record: Record, completion: Completion) -> TransferError:
     if completion.error == SHORT_READ:
-        why = f"short read, {completion.num_read} of {completion.num_wanted} bytes"
+        why = f"short read, {completion.num_read} of {completion.num_bytes} bytes"
         return _reading_failed(record, record.offset + completion.start, why)
     why = os.strerror(completion.error)
     error = _reading_failed(record, record.offset + completion.start, why)
@@ -213,7 +213,7 @@ def _failed(record: Record, completion: Completion) -> TransferError:
 
 
 def _unreadable(record: Record, cause: OSError) -> TransferError:
-    """What opening a file raised."""
+    """The error for a file that could not be opened."""
     error = _reading_failed(record, record.offset, cause.strerror or str(cause))
     error.__cause__ = cause
     return error
@@ -222,5 +222,5 @@ def _unreadable(record: Record, cause: OSError) -> TransferError:
 def _reading_failed(record: Record, offset: int, why: str) -> TransferError:
     return TransferError(
         f"Reading {record.name} from {record.path} at offset {offset} failed: {why}. Check that the store is still "
-        "there and its disk is well, then ask again; `offload-moe verify` checks the store."
+        "there and its disk works, then try again; `offload-moe verify` checks the store."
     )

@@ -1,7 +1,7 @@
 """Copies that were issued to the link and have not landed.
 
-Compute does not wait for a landing, it follows a copy: on a device the host goes on at once, and the compute it issues
-begins when the copy is done. One thread notices landings, and then the slot is resident for everybody.
+Compute does not wait for a landing, it follows a copy: on a device the host continues at once, and the compute that it
+issues begins when the copy is done. One thread notices landings, and then the slot is resident for all threads.
 """
 
 import threading
@@ -23,35 +23,39 @@ MOST_TOGETHER = 4  # landings that are noticed at once; a slot whose copy has la
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """land: called once, with what went wrong, from the thread that notices landings. marker: None if not issued."""
+    """A copy on its way.
+
+    land: called once, with the error or None, from the thread that notices landings. marker: None if not issued.
+    began: seconds, from `LinkPace.begin`.
+    """
 
     slot: int
     land: Callable[[BaseException | None], None]
     marker: Marker | None = None
-    began: float = 0.0  # what `LinkPace.begin` said
+    began: float = 0.0
     error: BaseException | None = None
     is_prefetch: bool = False
 
 
 class Flights:
-    """In the order in which they were issued. Safe to use from several threads."""
+    """Copies in the order in which they were issued. Safe to use from several threads."""
 
     def __init__(self, copier: Copier, pace: LinkPace, issue_more: Callable[[], None]) -> None:
-        """issue_more: called after landings and when asked for, by the thread that notices them; no lock is held."""
+        """issue_more: called by the thread that notices landings, after these and `request_issue`; no lock is held."""
         self._copier = copier
         self._pace = pace
         self._issue_more = issue_more
-        self._is_asked_for_more = False
+        self._is_issue_requested = False
         self._is_watching = False  # the thread waits for a landing, and does nothing else before
         self._flying: OrderedDict[int, Flight] = OrderedDict()  # by slot
         self._awaited: set[Flight] = set()  # demanded, or followed by compute, and not landed
-        self._followed_at: float | None = None  # when compute was told so first
+        self._followed_at: float | None = None  # when compute followed the first of them
         self._landed_at = 0.0
         self._is_closed = threading.Event()
         lock = threading.RLock()  # shared with the scheduler: a thread that is woken in an acquire runs after it
         self.changed, self._has_work = threading.Condition(lock), threading.Condition(lock)
-        known = (weakref.ref(self), self._has_work, self._is_closed)
-        thread = threading.Thread(target=_notice_landings, args=known, name="expert-landings", daemon=True)
+        shared = (weakref.ref(self), self._has_work, self._is_closed)
+        thread = threading.Thread(target=_notice_landings, args=shared, name="expert-landings", daemon=True)
         thread.start()
         self._close = finalize(self, _close, self._has_work, self._is_closed, thread)  # as with `TransferWorkers`
 
@@ -60,7 +64,7 @@ class Flights:
 
     @property
     def can_issue_in_time(self) -> bool:
-        """Whether copies are under way, and more will be issued before they land if that is asked for (lock held)."""
+        """Whether copies are under way, and `request_issue` has more issued before they land (lock held)."""
         return bool(self._flying) and not self._is_watching
 
     def add(self, flight: Flight) -> None:
@@ -71,22 +75,22 @@ class Flights:
             self._has_work.notify()
             self.changed.notify_all()
 
-    def ask_for_more(self) -> None:
-        """There is something to issue that need not be issued by the calling thread."""
+    def request_issue(self) -> None:
+        """Have the thread that notices landings call `issue_more`."""
         with self.changed:
-            self._is_asked_for_more = True
+            self._is_issue_requested = True
             self._has_work.notify()
 
     def first(self, slots: Collection[int]) -> int | None:
-        """The one of these slots whose copy was issued before those of the others; None where none is on its way."""
+        """The one of these slots whose copy was issued first; None where none is on its way."""
         with self.changed:
             return next((slot for slot, flight in self._flying.items() if slot in slots and flight.marker), None)
 
     def follow(self, slot: int, limit_s: float) -> bool:
-        """Compute that the calling thread issues from now on comes after the copy to the slot.
+        """Order compute that the calling thread issues from now on after the copy to the slot.
 
-        False when that copy is not on its way any more: it has arrived, or is about to be called failed.
-        Raises: TimeoutError where the host itself has to wait, and waits longer than that.
+        Returns False when that copy is not on its way any more: it has arrived, or is about to be reported as failed.
+        Raises: TimeoutError when the host itself has to wait, and waits for longer than `limit_s`.
         """
         with self.changed:
             flight = self._flying.get(slot)
@@ -101,9 +105,9 @@ class Flights:
         return True
 
     def settle(self, limit_s: float) -> float:
-        """Wait until all that was demanded has landed. Returns the seconds since compute was told to follow the first.
+        """Wait until all that was demanded has landed. Returns the seconds from the first `follow` to the last landing.
 
-        Raises: TimeoutError.
+        Raises: TimeoutError after `limit_s` seconds.
         """
         with self.changed:
             while self._awaited:
@@ -114,11 +118,11 @@ class Flights:
             return 0.0 if began is None else max(0.0, self._landed_at - began)
 
     def close(self) -> None:
-        """Wait for what is flying, but not for a copy that never ends."""
+        """Wait for copies under way, for `CLOSE_LIMIT_S` seconds at most."""
         self._close()
 
     def notice_landings(self) -> bool:
-        """By the thread that does so, while there are any, or something to issue. False: there will be none."""
+        """Wait for landings and issue copies while there are any; called by one thread. Returns False once closed."""
         while (flights := self._next_to_land()) is not None:
             errors = [flight.error or _wait(flight.marker) for flight in reversed(flights)]
             self._land(flights, errors[::-1])
@@ -128,16 +132,16 @@ class Flights:
     @property
     def has_work(self) -> bool:
         """Whether something flies or is to be issued (lock held)."""
-        return bool(self._flying) or self._is_asked_for_more
+        return bool(self._flying) or self._is_issue_requested
 
     def _next_to_land(self) -> list[Flight] | None:
-        """The first on the link, or the first few where they are demanded, to be woken once.
+        """The first copy on the link, or the first few where they are demanded, to wake once for them.
 
         Empty when there is more to issue first, None when there is nothing to do.
         """
         with self.changed:
-            if self._is_asked_for_more:
-                self._is_asked_for_more = False
+            if self._is_issue_requested:
+                self._is_issue_requested = False
                 return []
             flying = [*islice(self._flying.values(), MOST_TOGETHER)]
             demanded = [*takewhile(lambda flight: not flight.is_prefetch, flying)]
@@ -170,7 +174,7 @@ class Flights:
 def _notice_landings(
     reference: "weakref.ref[Flights]", has_work: threading.Condition, is_closed: threading.Event
 ) -> None:
-    """While nothing flies the thread does not keep the flights alive."""
+    """The body of the thread. While nothing flies it does not keep the flights alive."""
     flights = reference()
     while flights is not None and flights.notice_landings():
         with has_work:

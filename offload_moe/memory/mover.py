@@ -1,4 +1,4 @@
-"""What every tier's mover offers the scheduler."""
+"""The interface of the mover of a tier, which the scheduler calls."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -16,16 +16,19 @@ class Mover(Protocol):
         """
 
     def promote(self, slot: int) -> None:
-        """The expert that is being prefetched into the slot is demanded now."""
+        """Treat the prefetch into the slot as a demand from now on."""
 
     def cancel(self, slot: int) -> bool:
-        """Cancel the prefetch into the slot, if nothing of it is under way. Whether it is: `arrived` is not called."""
+        """Cancel the prefetch into the slot, if nothing of it is under way.
+
+        Returns whether it is cancelled: then `arrived` is not called.
+        """
 
     def drain(self) -> None:
         """Call `arrived` for transfers that have ended, where the mover leaves that to its callers (lock held)."""
 
     def used(self, slots: Sequence[int]) -> None:
-        """The calling thread has issued compute that reads the slots; they may be overwritten once it is done."""
+        """Keep the slots from being overwritten until compute that the calling thread has issued on them is done."""
 
     def close(self) -> None:
         """Stop the threads; transfers under way are finished or dropped."""

@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says, without torch: it may be a build that cannot ask."""
+"""What NVIDIA's driver reports, without torch, whose build may lack CUDA."""
 
 import shutil
 import subprocess
@@ -11,12 +11,12 @@ WSL_TOOL = "/usr/lib/wsl/lib/nvidia-smi"
 TIMEOUT_S = 10.0
 FIELDS = ("name", "driver_version", "pcie.link.gen.max", "pcie.link.width.current", "pcie.link.width.max")
 
-Ask = Callable[[Sequence[str]], str | None]
+Query = Callable[[Sequence[str]], str | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Nvidia:
-    """The driver, and its first card as far as `nvidia-smi` knows it; lanes are of the PCIe link."""
+    """The driver, and its first card as `nvidia-smi` lists it; lanes are of the PCIe link."""
 
     driver: str | None = None
     name: str | None = None
@@ -25,9 +25,12 @@ class Nvidia:
     max_lanes: int | None = None
 
 
-def find_nvidia(proc: Path = PROC, ask: Ask | None = None) -> Nvidia | None:
-    """None on a machine without an NVIDIA driver. ask: runs `nvidia-smi` with arguments, None when it cannot."""
-    answer = (ask or _ask_tool)([f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader"])
+def find_nvidia(proc: Path = PROC, query: Query | None = None) -> Nvidia | None:
+    """The driver and its first card; None without an NVIDIA driver.
+
+    query: runs `nvidia-smi` with these arguments and returns its output; None when it fails.
+    """
+    answer = (query or _query_tool)([f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader"])
     if answer and answer.strip():
         values = [value.strip() for value in answer.strip().splitlines()[0].split(",")]
         if len(values) == len(FIELDS):
@@ -42,7 +45,7 @@ def find_nvidia(proc: Path = PROC, ask: Ask | None = None) -> Nvidia | None:
     return Nvidia(driver=_driver_of(proc)) if proc.exists() else None
 
 
-def _ask_tool(arguments: Sequence[str]) -> str | None:
+def _query_tool(arguments: Sequence[str]) -> str | None:
     tool = shutil.which("nvidia-smi") or (WSL_TOOL if Path(WSL_TOOL).exists() else None)
     if tool is None:
         return None

@@ -1,4 +1,4 @@
-"""What things cost lately: seconds per record on the link, measured while everything else runs too."""
+"""Recent costs: seconds per record on the link, measured while everything else runs, too."""
 
 import threading
 import time
@@ -8,17 +8,18 @@ NEWEST_SHARE = 0.2  # of the newest measurement in the running estimate
 
 
 class RunningCost:
-    """Seconds of one piece of work, as measured lately; None before the first measurement."""
+    """A running estimate of the seconds of one piece of work; None before the first measurement."""
 
     def __init__(self) -> None:
         self.seconds: float | None = None
 
     def note(self, seconds: float) -> None:
+        """Add a measurement."""
         self.seconds = seconds if self.seconds is None else self.seconds + NEWEST_SHARE * (seconds - self.seconds)
 
 
 class LinkPace:
-    """Copies queue behind one another: one costs the time since it began, or since the one before it arrived."""
+    """Measures copies, which queue: one takes the time since its beginning or since the last arrival."""
 
     def __init__(self) -> None:
         self.cost = RunningCost()
@@ -27,14 +28,14 @@ class LinkPace:
         self._lock = threading.Lock()
 
     def begin(self) -> float:
-        """A copy is issued now. Returns what `end` wants to know."""
+        """Note that a copy is issued now. Returns its time, for `end` or `fail`."""
         with self._lock:
             began = time.perf_counter()
             self._began.append(began)
             return began
 
     def end(self, began: Sequence[float], *, are_demanded: bool = True) -> None:
-        """These copies have arrived, one behind the other, the last of them just now."""
+        """Note that these copies have arrived one after the other, the last of them now."""
         if not began:
             return
         with self._lock:
@@ -48,12 +49,12 @@ class LinkPace:
                 self.last_demanded_arrival = now
 
     def fail(self, began: float) -> None:
-        """This copy will not arrive."""
+        """Note that this copy will not arrive."""
         with self._lock:
             self._began.remove(began)
 
     def busy_s(self) -> float:
-        """Seconds until the copies under way should have arrived; 0 when the link is idle."""
+        """Seconds until the copies under way are expected to have arrived; 0 when the link is idle."""
         with self._lock:
             if not self._began:
                 return 0.0

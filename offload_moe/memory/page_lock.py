@@ -1,7 +1,7 @@
-"""Which chunks of the RAM arena are page-locked, so that the device can read them by itself.
+"""Which chunks of the RAM arena are page-locked, so that the device can read them directly.
 
-A chunk is locked when the first copy out of it is issued: locking commits its pages, and a chunk that is never copied
-from should cost nothing.
+A chunk is locked when the first copy out of it is issued: locking commits its pages, and a chunk that no copy reads
+costs nothing.
 """
 
 import logging
@@ -15,13 +15,13 @@ from torch import Tensor
 from offload_moe.system.lifecycle import finalize
 from offload_moe.system.sizes import format_size
 
-SHARE_OF_RAM = 0.75  # locked pages are taken from everybody; the operating system keeps the rest to itself
+SHARE_OF_RAM = 0.75  # locked pages are lost to all other uses of memory
 
 logger = logging.getLogger(__name__)
 
 
 class LockRuntime(Protocol):
-    """The two calls of the device's runtime. A refusal leaves no error behind."""
+    """The two calls of the device's runtime; a refused call leaves no error behind."""
 
     def register(self, address: int, num_bytes: int) -> int:
         """Lock the pages. Returns 0, or the runtime's error code."""
@@ -31,7 +31,7 @@ class LockRuntime(Protocol):
 
 
 class PageLock:
-    """Locks chunks up to a limit, and none after the first refusal, which is said once."""
+    """Locks chunks up to a limit, and none after the first refusal, which is logged once."""
 
     def __init__(self, runtime: LockRuntime | None, limit_bytes: int | None = None) -> None:
         """runtime: None where the device offers no page-locking of foreign memory."""
@@ -49,7 +49,7 @@ class PageLock:
         return self._locked_bytes
 
     def holds(self, memory: Tensor) -> bool:
-        """Whether the chunk this tensor is a part of is page-locked. The first question about a chunk locks it."""
+        """Whether the chunk this tensor is a part of is page-locked. The first call for a chunk tries to lock it."""
         chunk = memory.untyped_storage()
         address = chunk.data_ptr()
         with self._lock:
@@ -58,7 +58,7 @@ class PageLock:
             return address in self._locked
 
     def unlock(self, memory: Tensor) -> None:
-        """Unlock the chunk this tensor is a part of, if it is locked. It is locked again by the next question."""
+        """Unlock the chunk this tensor is a part of, if it is locked. The next call of `holds` locks it again."""
         with self._lock:
             self._unlock(memory.untyped_storage().data_ptr())
 

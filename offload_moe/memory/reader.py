@@ -1,4 +1,4 @@
-"""What reads records into slots: native threads (`native.reads.Reads`), virtual time (`simulate/`), a test's script."""
+"""The interface of what reads records into slots: native threads (`native.reads.Reads`), virtual time (`simulate/`)."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -17,29 +17,29 @@ class Reader(Protocol):
         """The completions since the last call, in the order in which they happened."""
 
     def submit(self, key: int, slot: int, *, is_prefetch: bool = False) -> None:
-        """Line up the read of a record into a slot."""
+        """Queue the read of a record into a slot."""
 
     def demand(self, key: int) -> None:
-        """Promote the read of an expert, if it is on its way: it overtakes prefetches, and is not dropped any more."""
+        """Promote the read of an expert, if it is on its way: it overtakes prefetches and cannot be dropped."""
 
     def cancel(self, key: int) -> bool:
-        """Cancel a submitted prefetch unless a part of it is being read. Whether it is cancelled."""
+        """Cancel a submitted prefetch unless a part of it is being read. Returns whether it is cancelled."""
 
     def num_bytes(self, key: int) -> int:
-        """Of the expert's record."""
+        """Bytes of the expert's record."""
 
     def reserve(self, slot: int) -> None:
-        """A slot for token passes."""
+        """Reserve a slot for token passes."""
 
-    def ask_below(self, least_slots: int) -> None:
+    def need_below(self, least_slots: int) -> None:
         """With fewer reserved slots left a token pass needs slots; guesses leave half of so many."""
 
     def reclaim(self) -> Sequence[int]:
-        """Take back the slots that are reserved and not in use."""
+        """Reclaim the slots that are reserved and not in use."""
 
 
 class Waitable(Protocol):
-    """A reader at which threads wait for completions."""
+    """A reader whose completions threads can wait for."""
 
     @property
     def num_wakes(self) -> int:

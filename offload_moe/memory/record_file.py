@@ -1,4 +1,4 @@
-"""The open files of a store's records for native threads, which read around the page cache where that pays."""
+"""The open files of a store's records for native threads, which bypass the page cache where that pays."""
 
 import logging
 import mmap
@@ -18,26 +18,26 @@ logger = logging.getLogger(__name__)
 
 
 class RecordFile:
-    """Raises: OSError from every call; the caller makes a `TransferError` of it."""
+    """A file of records, open for native threads. Every call may raise OSError, which the caller translates."""
 
     def __init__(self, path: Path, *, allow_direct: bool = True, uses_cached: bool = True) -> None:
-        """uses_cached: what is in the page cache already is copied from there."""
+        """uses_cached: whether pages that are in the page cache are copied from there."""
         self._path = path
         self._cached = open_for_reading(path)
         descriptors = [self._cached]
-        self._close = finalize(self, _close_all, descriptors)  # also where it is dropped
+        self._close = finalize(self, _close_all, descriptors)  # also when it is dropped
         self._direct = _open_direct(path) if allow_direct else None
         if self._direct is not None:
             descriptors.append(self._direct)
         self._pages = _map_pages(self._cached) if self._direct is not None and uses_cached else None
         if allow_direct and self._direct is None:
-            self._say_buffered("the file system does not offer direct reads")
+            self._warn_of_buffering("the file system does not offer direct reads")
         status = os.fstat(self._cached)
         self.identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     @property
     def is_direct(self) -> bool:
-        """Whether what is not in the page cache is read around it."""
+        """Whether pages that are not in the page cache are read around it."""
         return self._direct is not None
 
     def is_current(self) -> bool:
@@ -52,10 +52,10 @@ class RecordFile:
         """Read through the page cache from now on."""
         if self._direct is not None:
             self._direct = None
-            self._say_buffered(f"direct reads are refused ({why})")
+            self._warn_of_buffering(f"direct reads are refused ({why})")
 
     def native(self) -> FileStruct:
-        """For native threads; valid until `close`."""
+        """The file for native threads; valid until `close`."""
         pages = 0 if self._pages is None else self._pages.ctypes.data
         direct = -1 if self._direct is None else self._direct
         return FileStruct(direct=direct, cached=self._cached, pages=pages, num_bytes=self.identity[2])
@@ -63,7 +63,7 @@ class RecordFile:
     def close(self) -> None:
         self._close()
 
-    def _say_buffered(self, why: str) -> None:
+    def _warn_of_buffering(self, why: str) -> None:
         logger.warning("%s: %s; experts are read through the page cache.", self._path, why)
 
 
@@ -77,11 +77,11 @@ class RecordFiles:
         self._lock = threading.Lock()
 
     def number(self, path: Path) -> int | None:
-        """None where it is not open."""
+        """The number of an open file; None where it is not open."""
         return self._numbers.get(path) if path in self._files else None
 
     def open(self, path: Path) -> bool:
-        """Open a file that is not open, or whose place another has taken. Whether it was opened. Raises: OSError."""
+        """Open a file that is not open, or whose place another has taken. Returns whether. Raises: OSError."""
         with self._lock:
             file = self._files.get(path)
             if file is not None:
@@ -122,10 +122,10 @@ def _open_direct(path: Path) -> int | None:
 
 
 def _map_pages(descriptor: int) -> np.ndarray | None:
-    """The file, mapped, to look up which of its pages are cached: reading those is a copy, reading around them is not.
+    """Map the file, to look up which of its pages are cached: those are copied, the others are read directly.
 
-    Linux says so only of files that may be written; others are read directly. Address space only: no page is ever
-    touched through it. The array keeps the mapping alive.
+    Linux reports this only for files that may be written. The mapping uses address space only: no page is touched
+    through it. The array keeps the mapping alive.
     """
     size = os.fstat(descriptor).st_size
     if sys.platform != "linux" or not size or not os.access(f"/proc/self/fd/{descriptor}", os.W_OK):

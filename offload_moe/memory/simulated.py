@@ -1,10 +1,10 @@
 """A simulated accelerator: streams that are real threads, memory of its own, a bandwidth and a latency.
 
-It runs the very code of `StreamCopier`; only streams, events and the copy itself are simulated. A copy reads its source
-when it *completes*, not when it is issued: whoever forgets to wait, or lets go of the source too early, computes with
-wrong bytes. Overlap with compute is real, because the thread really sleeps.
+It runs the code of `StreamCopier`; only streams, events and the copy itself are simulated. A copy reads its source when
+it *completes*, not when it is issued: a missing wait, or a source that is released too early, gives wrong bytes.
+Overlap with compute is real, because the thread sleeps.
 
-A lazy stream does nothing until somebody waits for it: the worst timing that a real device may show, without any luck.
+A lazy stream does nothing until a thread waits for it: the worst timing that a real device may show, every time.
 """
 
 import threading
@@ -43,13 +43,14 @@ class SimulatedStream:
         return id(self)
 
     def issue(self, job: Callable[[], None]) -> None:
+        """Queue a job."""
         with self._changed:
             self._jobs.append(job)
             self.num_issued += 1
             self._changed.notify_all()
 
     def wait_event(self, event: "SimulatedEvent") -> None:
-        """What is issued from now on runs after the event's point."""
+        """Order what is issued from now on after the event's point."""
         self.issue(event.as_recorded())
 
     def wait_for(self, position: int, limit_s: float | None = None) -> None:
@@ -98,7 +99,7 @@ class SimulatedStream:
 
 
 class SimulatedEvent:
-    """The number of jobs that a stream had been given when the event was recorded."""
+    """The number of jobs that a stream had received when the event was recorded."""
 
     def __init__(self) -> None:
         self._stream: SimulatedStream | None = None
@@ -111,7 +112,7 @@ class SimulatedEvent:
         self.as_recorded(limit_s)()
 
     def as_recorded(self, limit_s: float | None = None) -> Callable[[], None]:
-        """A wait for the point as it is now, whatever is recorded later. It raises TimeoutError."""
+        """A function that waits for the point as it is now, whatever is recorded later. It raises TimeoutError."""
         stream, position = self._stream, self._position
         return lambda: stream.wait_for(position, limit_s) if stream is not None else None
 
@@ -120,7 +121,7 @@ class SimulatedCopier(StreamCopier):
     """Copies one after another, as one link does.
 
     Compute that runs on the calling thread is done when it returns, so that thread has to wait for copies itself. With
-    `defers_compute` it is issued to the current stream instead, and runs when that comes to it.
+    `defers_compute` it is issued to the current stream instead, and runs in that stream's order.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class SimulatedCopier(StreamCopier):
             return torch.full((num_bytes,), POISON, dtype=torch.uint8)
 
     def free(self, memory: Tensor) -> None:
-        """Somebody else owns the memory now, and writes to it."""
+        """Overwrite the memory, as its next owner would."""
         memory.numpy().fill(POISON)  # at once, whatever torch operations are deferred to
 
     def staging_buffer(self, num_bytes: int) -> Tensor:
@@ -187,7 +188,7 @@ class SimulatedCopier(StreamCopier):
 
 
 class EveryLock(LockRuntime):
-    """A runtime that locks whatever it is asked to."""
+    """A runtime that refuses no lock."""
 
     def register(self, address: int, num_bytes: int) -> int:
         return 0

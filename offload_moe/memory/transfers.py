@@ -1,7 +1,7 @@
-"""The transfers of a tier that a reader fills: what was submitted, and what its completions say of it.
+"""The transfers of a tier that a reader fills: what was submitted, and what its completions report.
 
-A completion is entered in the order in which it happened, under the lock of the tier: by the thread that looks next
-(`drain`), or by one that attends while none does.
+Completions are entered in their order, under the lock of the tier: by the next thread that drains, or by the attending
+thread while no other drains.
 """
 
 import threading
@@ -19,10 +19,10 @@ class PassReads(Protocol):
     """Accounts for the reads of token passes, into slots that were reserved for them (lock held)."""
 
     def began(self, key: int, slot: int, was_prefetch: bool) -> Arrived:
-        """A reserved slot is being filled. Returns what is called at the end of the read, as by `Mover.start`."""
+        """Enter that a reserved slot is being filled. Returns what to call at the read's end (`Mover.start`)."""
 
     def dropped(self, key: int, slot: int, was_prefetch: bool) -> None:
-        """A guess is not read any further: its slot is reserved and empty."""
+        """Enter that a guess is not read any further: its slot is reserved and empty."""
 
 
 @dataclass(slots=True)
@@ -40,14 +40,14 @@ class Transfers:
     """A mover over a reader. A subclass may read again what has failed."""
 
     def __init__(self, reader: Reader, changed: threading.Condition) -> None:
-        """changed: of the tier."""
+        """changed: the condition of the tier."""
         self.reader = reader
         self.changed = changed
         self._pass_reads: PassReads | None = None
         self._readings: dict[int, Reading] = {}  # by slot
 
     def account_to(self, pass_reads: PassReads) -> None:
-        """Have the reads of token passes accounted for from now on."""
+        """Account for the reads of token passes to `pass_reads` from now on."""
         self._pass_reads = pass_reads
 
     def start(self, key: int, slot: int, arrived: Arrived, *, is_prefetch: bool = False) -> None:
@@ -57,7 +57,7 @@ class Transfers:
             self.submit(reading)
 
     def submit(self, reading: Reading) -> None:
-        """Have the reader read (lock held)."""
+        """Submit the read to the reader (lock held)."""
         self.reader.submit(reading.key, reading.slot, is_prefetch=reading.is_prefetch)
 
     def promote(self, slot: int) -> None:
@@ -76,24 +76,24 @@ class Transfers:
             return True
 
     def used(self, slots: Sequence[int]) -> None:
-        """Compute on the CPU is finished when it returns: nothing to wait for."""
+        """Do nothing: compute on the CPU is finished when it returns."""
 
     def close(self) -> None:
-        """What the reader still reads is not entered any more."""
+        """Do nothing: reads that still run are not entered any more."""
 
     def drain(self) -> None:
-        """Enter what has happened to reads."""
+        """Enter the completions since the last call."""
         if self.reader.num_completions:
             with self.changed:
                 for completion in self.reader.completions():
                     self._enter(completion)
 
     def has_failed(self, reading: Reading, completion: Completion) -> None:
-        """A read has failed (lock held): it is given up."""
+        """Handle a read that has failed (lock held): give it up."""
         self.give_up(reading, TransferError(f"Reading expert record {reading.key} failed ({completion.error})."))
 
     def give_up(self, reading: Reading, error: Exception) -> None:
-        """The record will not arrive (lock held)."""
+        """End a transfer whose record will not arrive (lock held)."""
         del self._readings[reading.slot]
         reading.arrived(reading.slot, 0, error)
 

@@ -10,7 +10,7 @@ from offload_moe.memory.nvidia import Nvidia, find_nvidia
 
 
 def build_of_torch() -> str | None:
-    """What this torch was built for beside the CPU: `CUDA 13.0`, `ROCm 7.0`, `XPU`; None for a CPU-only build."""
+    """What torch was built for beside the CPU: `CUDA 13.0`, `ROCm 7.0`, `XPU`; None for a CPU-only build."""
     if torch.version.cuda:
         return f"CUDA {torch.version.cuda}"
     if torch.version.hip:
@@ -27,13 +27,13 @@ def install_line(system: str) -> str:
 
 
 def is_hidden(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether CUDA_VISIBLE_DEVICES leaves no card to be seen."""
+    """Whether CUDA_VISIBLE_DEVICES hides every card."""
     hidden = (os.environ if environ is None else environ).get("CUDA_VISIBLE_DEVICES")
     return hidden is not None and not hidden.strip("-1, ")
 
 
 def why_unused(build: str | None, system: str | None = None) -> str:
-    """For a machine whose NVIDIA card torch does not see. build: of `build_of_torch`."""
+    """Why torch does not find the NVIDIA card of this machine, and the remedy. build: of `build_of_torch`."""
     if build is None:
         return f"This torch cannot use the GPU. {install_line(system or platform.system())}"
     return (
@@ -43,7 +43,7 @@ def why_unused(build: str | None, system: str | None = None) -> str:
 
 
 def notice_of_unused_card(nvidia: Nvidia | None = None) -> str | None:
-    """What to tell someone whose model is about to run on the CPU; None where there is no card, or it is hidden."""
+    """The notice for a model that is about to run on the CPU; None where there is no card, or it is hidden."""
     nvidia = nvidia or find_nvidia()
     if nvidia is None or is_hidden():
         return None

@@ -1,4 +1,4 @@
-"""Threads for copies to the device that have to wait for a read or a buffer: demanded ones first, then prefetches."""
+"""Threads for copies to the device that wait for a read or a buffer first: demanded ones, then prefetches."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from offload_moe.system.lifecycle import finalize
 
 Job = Callable[[], None]
-CLOSE_LIMIT_S = 5.0  # a thread that is stuck in a dead disk must not keep the process from ending
+CLOSE_LIMIT_S = 5.0  # a thread that is stuck in a read must not keep the process from ending
 
 
 class TransferWorkers:
@@ -17,7 +17,7 @@ class TransferWorkers:
     A demand overtakes prefetches; a prefetch whose expert is demanded becomes a demand. Prefetches never take all
     threads: a demand must not wait for a guess.
 
-    The threads end once this is dropped: they know only its queue.
+    The threads end once this is dropped: they refer only to its queue.
     """
 
     def __init__(self, num_threads: int, name: str) -> None:
@@ -30,19 +30,19 @@ class TransferWorkers:
             threads.append(thread)
 
     def submit(self, slot: int, job: Job, *, is_prefetch: bool) -> None:
-        """Line up a transfer."""
+        """Queue a transfer."""
         self._queue.submit(slot, job, is_prefetch=is_prefetch)
 
     def promote(self, slot: int) -> None:
-        """The slot's expert is demanded now."""
+        """Treat the prefetch into the slot as a demand from now on."""
         self._queue.promote(slot)
 
     def cancel(self, slot: int) -> bool:
-        """Cancel a prefetch unless it is running. Whether it is cancelled: then no thread writes there."""
+        """Cancel a prefetch unless it is running. Returns whether: then no thread writes to the slot."""
         return self._queue.cancel(slot)
 
     def close(self) -> bool:
-        """Drop what is waiting, finish what is running. False when a thread is still stuck in its job."""
+        """Drop the jobs that wait, finish those that run. Returns False when a thread is still stuck in its job."""
         return self._close() is not False
 
 
@@ -57,7 +57,7 @@ def _close(queue: "_Queue", threads: Sequence[threading.Thread]) -> bool:
 
 
 class _Queue:
-    """What the threads share."""
+    """The state that the threads share."""
 
     def __init__(self, max_prefetches: int) -> None:
         self._max_prefetches = max_prefetches
@@ -90,12 +90,12 @@ class _Queue:
             self._changed.notify_all()
 
     def work(self) -> None:
-        """What each thread does."""
+        """Run jobs until closed; the body of each thread."""
         while self._work_once():
             pass
 
     def _work_once(self) -> bool:
-        """One job, of which nothing is kept afterwards. False once closed."""
+        """Run one job, of which nothing is kept afterwards. Returns False once closed."""
         with self._changed:
             while not self._is_closed and not self._demanded and not self._may_prefetch():
                 self._changed.wait()

@@ -1,4 +1,4 @@
-"""Whether a built library is the one that this Python code binds: structs, functions and constants, one by one.
+"""Compares structs, functions and constants of a built library with those that this Python code binds.
 
 A library that was built from other sources would read other bytes than Python wrote.
 """
@@ -50,7 +50,7 @@ class _Constant(ctypes.Structure):
 
 
 def check(library: ctypes.CDLL) -> None:
-    """Raises: NativeLibraryError when the library is not built from the sources that this Python code belongs to."""
+    """Check that a library is built from the sources of this Python code. Raises: NativeLibraryError when it is not."""
     try:
         version = ctypes.c_int32.in_dll(library, "om_abi_version").value
         theirs = [fields_of(library), functions_of(library), constants_of(library)] if version == ABI_VERSION else []
@@ -65,7 +65,7 @@ def check(library: ctypes.CDLL) -> None:
 
 
 def declare(library: ctypes.CDLL) -> None:
-    """Give the functions of a library that was checked their types. Raises: NativeLibraryError."""
+    """Set the types of the functions of a checked library. Raises: NativeLibraryError when one is missing."""
     for name, (result, *parameters) in FUNCTIONS.items():
         try:
             function = getattr(library, name)
@@ -75,7 +75,7 @@ def declare(library: ctypes.CDLL) -> None:
 
 
 def fields_of(library: ctypes.CDLL) -> dict[str, Any]:
-    """Of a library: (type, offset, bytes) by `struct.field`, and the bytes of each struct by its name."""
+    """Fields of a library: (type, offset, bytes) by `struct.field`, and the bytes of each struct by its name."""
     found: dict[str, Any] = {}
     for entry in _entries(library, "om_abi_fields", _Field):
         owner, name = entry.owner.decode(), entry.name.decode()
@@ -87,7 +87,7 @@ def fields_of(library: ctypes.CDLL) -> dict[str, Any]:
 
 
 def functions_of(library: ctypes.CDLL) -> dict[str, tuple[Any, ...]]:
-    """Of a library: types of the result and the parameters by name."""
+    """Functions of a library: types of the result and the parameters by name."""
     return {
         entry.name.decode(): (_ctype(entry.result.decode()), *_parameters(entry.parameters.decode()))
         for entry in _entries(library, "om_abi_functions", _Function)
@@ -95,11 +95,12 @@ def functions_of(library: ctypes.CDLL) -> dict[str, tuple[Any, ...]]:
 
 
 def constants_of(library: ctypes.CDLL) -> dict[str, int]:
+    """Constants of a library: values by name."""
     return {entry.name.decode(): entry.value for entry in _entries(library, "om_abi_constants", _Constant)}
 
 
 def _entries(library: ctypes.CDLL, symbol: str, kind: Any) -> Iterator[Any]:
-    """Those before the entry of zeros."""
+    """Entries of a list, which ends with an entry of zeros."""
     first = ctypes.addressof(kind.in_dll(library, symbol))
     while (entry := kind.from_address(first)).name is not None:
         yield entry
@@ -117,7 +118,7 @@ def _own_fields() -> dict[str, Any]:
 
 
 def _ctype(declared: str) -> Any:
-    """`const float *`, `int64_t[2]` and the like; the arrays of ctypes are one class for each type and length."""
+    """The type of a declaration such as `const float *` or `int64_t[2]`; arrays have one class per type and length."""
     if declared.endswith("]"):
         base, length = declared[:-1].split("[")
         return _ctype(base) * int(length)
@@ -125,7 +126,7 @@ def _ctype(declared: str) -> Any:
 
 
 def _parameters(declared: str) -> Iterator[Any]:
-    """Of `(const char *name, int64_t length)`; of `(void)` none."""
+    """The types in `(const char *name, int64_t length)`; none for `(void)`."""
     for part in declared[1:-1].split(", "):
         if part != "void":
             yield _ctype(part[: part.rindex("*") + 1] if "*" in part else part.rpartition(" ")[0])

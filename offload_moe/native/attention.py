@@ -20,7 +20,7 @@ HEAD_DIM_STEP = 16  # head dims are multiples of the widest vector
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
-    """One projection: its record, and the bias that is kept outside of it."""
+    """One projection: its record, and the bias if it is not in the record."""
 
     codec: str
     shape: ExpertShape
@@ -31,13 +31,13 @@ class Linear:
 
     @classmethod
     def of_numbers(cls, weight: Tensor, bias: Tensor | None = None) -> Self:
-        """Of the numbers themselves: weight ``[O, K]``, fp32 or bf16 and contiguous, is read where it lies."""
+        """A projection by plain numbers: weight ``[O, K]``, fp32 or bf16 and contiguous, is read in place."""
         layout = pack_planes([("weight.values", weight.dtype, tuple(weight.shape))])
         codec = "fp32" if weight.dtype == torch.float32 else "bf16"
         return cls(codec=codec, shape=weight_shape(*weight.shape), layout=layout, record=weight, bias=bias)
 
     def struct(self, mode: Mode = "fast") -> MatrixStruct:
-        """For a call in this mode. Raises: ConfigError for panels in `exact` mode."""
+        """The matrix as calls in this mode read it. Raises: ConfigError for panels in `exact` mode."""
         if self.in_panels and mode != "fast":
             raise ConfigError("Records in panels have no exact mode. Keep them in row order for it.")
         return matrix_struct(self.codec, self.shape.matrices[0], self.layout, num_parts=int(self.in_panels))
@@ -61,7 +61,7 @@ class NormKernel:
         self._native = library().om_rms_norm
 
     def step(self, x: Tensor, out: Tensor) -> None:
-        """x and out: fp32 ``[..., H]`` of one row, contiguous; not checked, this is the hot path."""
+        """Set `out` to the norm of `x`: fp32 ``[..., H]`` of one row, contiguous; not checked, this is the hot path."""
         self._native(x.data_ptr(), self.weight_address, self.length, self.epsilon, out.data_ptr())
 
 
@@ -83,11 +83,11 @@ class AttentionKernel:
         rotation: str = "halves",
         mode: Mode = "fast",
     ) -> None:
-        """linears: query, key, value, output. norms: of query and key. Other tensors: fp32.
+        """Settings of one layer. linears: query, key, value, output. norms: of query and key. Other tensors: fp32.
 
         rotated_dims: 0 rotates nothing. rotation: a key of `ROTATIONS`.
 
-        Raises: ConfigError.
+        Raises: ConfigError when the kernel lacks these dims.
         """
         outs = [linear.shape.matrices[0].out_features for linear in linears]
         if head_dim % HEAD_DIM_STEP or rotated_dims % 2 or rotated_dims > head_dim:
@@ -120,10 +120,10 @@ class AttentionKernel:
     def step(
         self, x: Tensor, cos: Tensor, signed_sin: Tensor, keys: Tensor, values: Tensor, length: int, out: Tensor
     ) -> None:
-        """x ``[..., H]`` of one token -> out ``[..., H]``, all fp32 and contiguous; not checked, this is the hot path.
+        """Attend: x ``[..., H]`` of one token -> out ``[..., H]``, fp32, contiguous; not checked, this is the hot path.
 
-        cos, signed_sin ``[R]``. keys, values ``[1, M, C, D]``, whose heads lie apart as they may, hold `length` tokens
-        and get one more.
+        cos, signed_sin ``[R]``. keys, values ``[1, M, C, D]``, at any distance between heads, hold `length` tokens and
+        get one more. Raises: MemoryError.
         """
         status = self._native(
             *(self.struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),
@@ -134,9 +134,10 @@ class AttentionKernel:
 
 
 def tokens_apart(keys: Tensor) -> int:
-    """How many tokens lie between the beginnings of two heads of ``[1, M, C, D]``: at least C."""
+    """The distance of two heads of ``[1, M, C, D]`` in tokens: at least C."""
     return keys.stride(1) // keys.shape[3]
 
 
 def optional_address(tensor: Tensor | None) -> int | None:
+    """The address of a tensor; None for None."""
     return None if tensor is None else tensor.data_ptr()

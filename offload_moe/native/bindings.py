@@ -1,4 +1,4 @@
-"""Setting the native library up. It is called through ctypes, which releases the GIL for each call."""
+"""Sets the native library up, which is called through ctypes; each call releases the GIL."""
 
 import ctypes
 import os
@@ -20,14 +20,14 @@ MAX_THREADS = 256
 def library() -> ctypes.CDLL:
     """The library, with threads and a kernel set. Raises: ConfigError."""
     loaded = load_library()
-    if are_threads_bound():  # else new threads would inherit the one core of this thread
+    if are_threads_bound():  # new threads would inherit the one core of this thread
         cores = sorted(usable_cores())
         loaded.om_use_cores((ctypes.c_int * len(cores))(*cores), len(cores))
     loaded.om_configure_threads(min(torch.get_num_threads(), MAX_THREADS), 0)
-    wanted = os.environ.get(ENVIRONMENT_VARIABLE, "")
-    if loaded.om_select(wanted.encode()) != 0:
+    name = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if loaded.om_select(name.encode()) != 0:
         raise ConfigError(
-            f"{ENVIRONMENT_VARIABLE}={wanted} is not a kernel set that this machine runs. Unset it for the best, or "
+            f"{ENVIRONMENT_VARIABLE}={name} is not a kernel set that this machine runs. Unset it for the best, or "
             f"choose one of: {', '.join(INSTRUCTION_SETS)}."
         )
     return loaded
@@ -62,9 +62,9 @@ def num_threads() -> int:
 def use_torch_after_fork() -> None:
     """Make torch usable in a process that was forked from one that used it.
 
-    The threads of OpenMP stayed in the parent: the next parallel operation of the thread that forked crashes or hangs.
-    With one thread there is none. The kernels, which make their threads anew, keep as many.
+    The threads of OpenMP stay in the parent: the next parallel operation of the thread that forked crashes or hangs.
+    With one thread no operation is parallel. The kernels make new threads and keep their number.
     """
     if was_forked_with_torch():
-        library()  # so that they have been given as many as torch had
+        library()  # whose threads are as many as torch's before the next line
         torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""CRC-32, zlib's own numbers, many times as fast."""
+"""CRC-32: the values of zlib, many times as fast."""
 
 import zlib
 
@@ -10,7 +10,7 @@ LEAST_NATIVE_BYTES = 4096  # below, zlib is as fast
 
 
 def crc32(data: bytes | bytearray | memoryview, start: int = 0) -> int:
-    """The checksum of contiguous bytes; start: that of what came before them. Releases the GIL."""
+    """The checksum of contiguous bytes; start: the checksum of the bytes before them. Releases the GIL."""
     if len(data) < LEAST_NATIVE_BYTES:
         return zlib.crc32(data, start)
     view = np.frombuffer(data, dtype=np.uint8)

@@ -1,7 +1,7 @@
 """Linear layers on records that lie in device memory, through bitsandbytes and torch.
 
-The same functions run on the CPU, where they are tested. bitsandbytes' custom operators check neither device nor dtype,
-so the wrapper does.
+The same functions run on the CPU, where they are tested. bitsandbytes' custom operators check neither device nor dtype;
+the wrapper does.
 
 t tokens, O out features, K in features, P padded in features.
 """
@@ -19,14 +19,14 @@ from offload_moe.quant.blockwise import BlockwiseCodec, bias_of
 from offload_moe.quant.nf4 import BLOCK, dynamic_map
 
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-TILE_WEIGHTS = 1 << 24  # that are decoded at once, by rows: an output head may have forty times as many
+TILE_WEIGHTS = 1 << 24  # decoded at once, by rows: an output head may have forty times as many
 
 
 class RecordLinear:
     """One matrix of a record, as a linear layer.
 
-    nf4 is multiplied as it lies by `gemm_4bit`, the other quantizing codecs are decoded first, a large matrix by tiles
-    of rows. The lossless codec does what the module's eager code does with its own layout, to the bit.
+    nf4 is multiplied in place by `gemm_4bit`; the other quantizing codecs are decoded first, a large matrix by tiles of
+    rows. The lossless codec uses the operations of the module's eager code on the same layout: the same bits.
     """
 
     def __init__(self, shape: ExpertShape, codec: Codec, name: str) -> None:
@@ -41,7 +41,7 @@ class RecordLinear:
             import bitsandbytes  # noqa: F401  # registers the operator
 
     def __call__(self, x: Tensor, record: Tensor) -> Tensor:
-        """``x [t, K] -> [t, O]`` in the dtype of `x`, on its device. record: uint8, at least the layout's bytes."""
+        """Compute ``x [t, K] -> [t, O]`` in the dtype of `x`, on its device. record: uint8, of the layout's bytes."""
         assert x.device == record.device, f"x is on {x.device}, the record on {record.device}"
         assert x.dtype in COMPUTE_DTYPES, x.dtype
         assert record.dtype == torch.uint8, record.dtype
@@ -99,12 +99,12 @@ class RecordLinear:
 
 
 def tile_rows(in_features: int) -> int:
-    """How many rows of a matrix are decoded at once, at most."""
+    """The most rows of a matrix that are decoded at once."""
     return max(1, TILE_WEIGHTS // in_features)
 
 
 def record_linear(x: Tensor, record: Tensor, shape: ExpertShape, codec: Codec, name: str) -> Tensor:
-    """``x [t, K] @ W.T + bias -> [t, O]`` with the matrix `name` of a record."""
+    """Compute ``x [t, K] @ W.T + bias -> [t, O]`` with the matrix `name` of a record."""
     return linear_of(shape, codec, name)(x, record)
 
 
@@ -119,12 +119,12 @@ def _linear_of(shape: ExpertShape, codec_name: str, name: str) -> RecordLinear:
 
 
 def keeps_module_order(codec: Codec) -> bool:
-    """Whether the first matrix gives gate and up as the module keeps them; otherwise gate comes before up."""
+    """Whether the first matrix has gate and up rows in the module's order; otherwise gate comes before up."""
     return not isinstance(codec, BlockwiseCodec)
 
 
 def _part(plane: Plane, tile: slice, num_rows: int) -> Plane:
-    """What a plane holds of some of a matrix's rows. Blocks never cross a row."""
+    """The part of a plane for some rows of a matrix. Blocks never cross a row."""
     each = plane.shape[0] // num_rows
     skipped = tile.start * plane.num_bytes // num_rows
     shape = ((tile.stop - tile.start) * each, *plane.shape[1:])

@@ -29,7 +29,7 @@ def encode_nf4(rows: Tensor) -> dict[str, Tensor]:
 
 
 def encode_int8(rows: Tensor) -> dict[str, Tensor]:
-    """Planes of a matrix ``[O, P]``: codes int8 ``[O, P]``, scales fp32 ``[O*P/64]``, as the int8 codec has them."""
+    """Planes of a matrix ``[O, P]``: codes int8 ``[O, P]``, scales fp32 ``[O*P/64]``, as the int8 codec writes them."""
     values, num_blocks = _blocks_of(rows)
     codes = torch.empty(rows.shape, dtype=torch.int8)
     scales = torch.empty(num_blocks, dtype=torch.float32)

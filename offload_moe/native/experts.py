@@ -84,8 +84,8 @@ class ExpertKernel:
         x: fp32 or bf16 ``[T, H]``. records: N records (uint8 tensors or addresses), in the order they are summed.
         offsets ``[N + 1]``, token_ids ``[P]`` (int32 if tensors), weights ``[P]`` (fp32 if a tensor): the pairs of
         expert n are ``offsets[n]:offsets[n + 1]``. out: ``[T, H]``, fp32, or bf16 without `accumulate`; not `x`.
-        out_ids ``[P]``: the row of `out`, then fp32 ``[R, H]``, that each pair goes to in place of its token's; others
-        stay as they are.
+        out_ids ``[P]``: the row of `out`, then fp32 ``[R, H]``, of each pair in place of its token's; other rows do not
+        change.
         Raises: ConfigError.
         """
         check_rows("x", x, self._hidden)
@@ -124,7 +124,7 @@ class ExpertKernel:
         *,
         mode: Mode = "fast",
     ) -> None:
-        """`forward` for one token, an expert per weight: x, out ``[1, H]``, contiguous, of one dtype; not checked.
+        """Compute `forward` for one token, an expert per weight: x, out ``[1, H]``, contiguous, one dtype; not checked.
 
         rows: set these rows of `out`, fp32 ``[R, H]``, one per expert, instead. Raises: MemoryError.
         """
@@ -143,7 +143,7 @@ class ExpertKernel:
 
 
 def add_rows(rows: Tensor, out: Tensor) -> None:
-    """out ``[1, H]`` = the first of rows ``[N, H]`` plus the second plus the third, and so on, in fp32; contiguous."""
+    """Set out ``[1, H]`` to the sum of rows ``[N, H]``, added in their order in fp32; contiguous."""
     library().om_sum_rows(rows.data_ptr(), len(rows), rows.shape[1], out.data_ptr(), DTYPES[out.dtype])
 
 
@@ -158,7 +158,7 @@ def _zeros(length: int) -> "array[int]":
 
 
 class _Array:
-    """A sequence or tensor as C memory, kept alive while the object is."""
+    """A sequence or tensor as C memory, which lives as long as the object."""
 
     __slots__ = ("_owner", "address")
 

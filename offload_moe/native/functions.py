@@ -1,4 +1,4 @@
-"""The functions of the native library that Python calls: the type of the result, and those of the parameters."""
+"""The functions of the native library that Python calls: types of the result and the parameters."""
 
 from ctypes import c_char_p as text
 from ctypes import c_double as float64
@@ -48,7 +48,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "om_reads_demand": (None, pointer, int64),
     "om_reads_cancel": (integer, pointer, int64),
     "om_reads_reserve": (None, pointer, int32, pointer),
-    "om_reads_ask_below": (None, pointer, int32),
+    "om_reads_need_below": (None, pointer, int32),
     "om_reads_reclaim": (int32, pointer),
     "om_reads_completions": (int64, pointer, pointer, int64),
     "om_reads_wait": (None, pointer, int64, float64),

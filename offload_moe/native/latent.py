@@ -37,14 +37,14 @@ class LatentKernel:
         rotation: str,
         mode: Mode = "fast",
     ) -> None:
-        """Matrices are [out, in].
+        """Settings of one layer. Matrices are ``[out, in]``.
 
-        query: ``[N * (K + P), H]``, or ``[Q, H]`` and ``[N * (K + P), Q]`` around `query_norm`.
+        query: ``[N * (K + P), H]``, or ``[Q, H]`` and ``[N * (K + P), Q]`` with `query_norm` between them.
         compress: ``[R + P, H]``.
         inner, expand: keys to latents ``[N * R, K]``, latents to keys and values ``[N * (K + V), R]``: plain numbers.
         output: ``[H, N * V]``. rotation: a key of `ROTATIONS`.
 
-        Raises: ConfigError.
+        Raises: ConfigError when the kernel lacks these dims or codecs.
         """
         rank, unrotated = latent_norm.weight.numel(), inner.shape.matrices[0].in_features
         num_heads = inner.shape.matrices[0].out_features // rank
@@ -64,7 +64,7 @@ class LatentKernel:
         if inner.codec not in VALUES or expand.codec not in VALUES:
             raise ConfigError("Projections of latent attention in codecs that its kernel does not take together.")
         if len(query) != 1 + (query_norm is not None):
-            raise ConfigError("A norm of the query stands between two projections.")
+            raise ConfigError("A norm of the query needs two projections, one on either side.")
         linears = [query[0], compress, query[-1], inner, expand, output]
         self._owned = (linears, query_norm, latent_norm)
         self._struct = LatentStruct(
@@ -90,10 +90,10 @@ class LatentKernel:
     def step(
         self, x: Tensor, cos: Tensor, signed_sin: Tensor, latents: Tensor, rotated: Tensor, length: int, out: Tensor
     ) -> None:
-        """x ``[..., H]`` of one token -> out ``[..., H]``, all fp32 and contiguous; not checked, this is the hot path.
+        """Attend: x ``[..., H]`` of one token -> out ``[..., H]``, fp32, contiguous; not checked, this is the hot path.
 
-        cos, signed_sin ``[P]``, as of halves. latents ``[1, 1, C, R]`` and rotated ``[1, 1, C, P]`` hold `length`
-        tokens and get one more.
+        cos, signed_sin ``[P]``, in the order of halves. latents ``[1, 1, C, R]`` and rotated ``[1, 1, C, P]`` hold
+        `length` tokens and get one more. Raises: MemoryError.
         """
         status = self._native(
             *(self.struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),

@@ -14,7 +14,7 @@ from offload_moe.native.structs import LayerStruct
 class LayerKernel:
     """A decoder layer up to its experts, for one token: norm, attention, residual sum, norm, and router if it has one.
 
-    The bits of the separate calls. Shape legend: H hidden, E experts, K top-k; others as `AttentionKernel` has them.
+    Gives the bits of the separate calls. Shape legend: H hidden, E experts, K top-k; others as in `AttentionKernel`.
     """
 
     def __init__(
@@ -24,7 +24,10 @@ class LayerKernel:
         router: RouterKernel | None,
         residual_scale: float = 1.0,
     ) -> None:
-        """norms: before attention, and before the router. residual_scale: of what attention adds, and experts."""
+        """Parts of the layer. norms: before attention, and before the router.
+
+        residual_scale: factor of what attention and experts add.
+        """
         self._owned = (norms, attention, router)
         is_latent = isinstance(attention, LatentKernel)
         self._struct = LayerStruct(
@@ -51,9 +54,10 @@ class LayerKernel:
         normed: Tensor,
         routed: tuple[Tensor, Tensor, Tensor] | None,
     ) -> None:
-        """x ``[..., H]`` -> residual and normed ``[..., H]``, and logits, weights and ids as `RouterKernel` has them.
+        """Compute x ``[..., H]`` -> residual and normed ``[..., H]``, and the router's results.
 
-        Contiguous, not checked, this is the hot path. routed: None without a router.
+        routed: logits, weights and ids as in `RouterKernel`; None without a router. All tensors are contiguous; not
+        checked, this is the hot path. Raises: MemoryError.
         """
         status = self._native(
             *(self.struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),

@@ -11,7 +11,7 @@ from offload_moe.native import abi
 
 @cache
 def load_library() -> ctypes.CDLL:
-    """The library, whose calls release the GIL. Raises: NativeLibraryError."""
+    """Load the library, whose calls release the GIL. Raises: NativeLibraryError."""
     path = _path()
     if not path.exists():
         raise NativeLibraryError(f"The native library is not built: there is no {path}. {abi.HOW_TO_REBUILD}")
@@ -26,7 +26,10 @@ def load_library() -> ctypes.CDLL:
 
 @cache
 def load_for_short_calls() -> ctypes.PyDLL:
-    """The same library; calls keep the GIL, since taking it again may last longer than a call of microseconds."""
+    """Load the library for calls that keep the GIL: taking it again may last longer than a call of microseconds.
+
+    Raises: NativeLibraryError.
+    """
     load_library()
     library = ctypes.PyDLL(str(_path()))
     abi.declare(library)

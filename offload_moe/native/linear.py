@@ -1,4 +1,4 @@
-"""Dense linears on the same kernels: attention projections, shared experts, lm_head."""
+"""Dense linears on the expert kernels: attention projections, shared experts, lm_head."""
 
 import ctypes
 from array import array
@@ -78,7 +78,7 @@ class LinearKernel:
         self._call(x, records, [out.data_ptr() for out in outs], outs[0].dtype, mode)
 
     def forward_row(self, x: Tensor, records: Sequence[Tensor | int], out: Tensor, *, mode: Mode = "fast") -> None:
-        """One token, all results in one buffer: x ``[1, K]``, out ``[1, sum of O_i]``. Raises: ConfigError."""
+        """Compute one token into one buffer: x ``[1, K]``, out ``[1, sum of O_i]``. Raises: ConfigError."""
         check_rows("x", x, self._in_features)
         check_rows("out", out, self._sum_features)
         if x.shape[0] != 1 or out.shape[0] != 1:

@@ -52,7 +52,7 @@ def matrix_struct(codec: str, matrix: Matrix, layout: RecordLayout, *, num_parts
 
 
 def check_rows(name: str, value: Tensor, columns: int) -> None:
-    """Raises: ConfigError unless it is a contiguous CPU matrix of fp32 or bf16 with that many columns."""
+    """Check that a tensor is a contiguous CPU matrix of fp32 or bf16 with these columns. Raises: ConfigError."""
     if value.dtype not in DTYPES or value.dim() != 2 or value.shape[1] != columns or not value.is_contiguous():
         raise ConfigError(
             f"{name} is {value.dtype} {tuple(value.shape)}; the kernels need contiguous fp32 or bf16 [T, {columns}]."
@@ -62,6 +62,7 @@ def check_rows(name: str, value: Tensor, columns: int) -> None:
 
 
 def address_of(record: Tensor | int) -> int:
+    """The address of a record, which may be given as one."""
     return record if isinstance(record, int) else record.data_ptr()
 
 

@@ -13,19 +13,19 @@ from offload_moe.native.slot_table import SlotTable
 from offload_moe.native.structs import CompletionStruct, FileStruct, PlaceStruct, ReadsOptionsStruct
 from offload_moe.system.lifecycle import CLOSED, finalize
 
-POLL_S = 0.1  # how long a native wait may keep signals from being handled
+POLL_S = 0.1  # the longest native wait: signals are handled between two
 _COMPLETION_ROOM = 256
-_CLOSE_LIMIT_S = 5.0  # a thread that is stuck in a dead disk must not keep the process from ending
+_CLOSE_LIMIT_S = 5.0  # a thread that is stuck in a read must not keep the process from ending
 _STUCK: list[object] = []  # memory and files that a thread may still use
 _READ_AT = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-_kept: list[object] = []  # functions of `read_with`, in which a thread may still be
+_kept: list[object] = []  # functions of `read_with`, which a thread may still execute
 
 ReadAt = Callable[[int, int, int, int], int]  # descriptor, address, bytes, offset -> bytes, or a negative errno
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadSizes:
-    """Threads that read, and bytes that each of them reads at once."""
+    """Number of threads that read, and bytes that each of them reads at once."""
 
     num_threads: int
     part_bytes: int
@@ -35,12 +35,12 @@ class ReadSizes:
 class Completion(NamedTuple):
     """A change of a read.
 
-    READING: a token pass has begun it, in a slot that was reserved. DONE: its expert is resident. DROPPED: a guess of a
+    READING: a token pass has begun it, in a slot that was reserved. DONE: its expert has arrived. DROPPED: a guess of a
     token pass was wrong, and its slot is reserved again. FAILED: the slot belongs to Python, which may submit the read
-    again; the expert counts as on its way until it is published or withdrawn.
+    again; the expert counts as on its way until then, or until the slot is vacated.
 
-    error: an errno, SHORT_READ or WRONG_CHECKSUM; 0 unless FAILED. start, num_wanted, num_read: bytes of the part
-    of the record that failed. was_direct: it was read around the page cache.
+    error: an errno, SHORT_READ or WRONG_CHECKSUM; 0 unless FAILED. start, num_bytes, num_read: of the part of
+    the record that failed, in bytes. was_direct: it was read around the page cache.
     """
 
     key: int
@@ -49,7 +49,7 @@ class Completion(NamedTuple):
     was_prefetch: bool = False
     error: int = 0
     start: int = 0
-    num_wanted: int = 0
+    num_bytes: int = 0
     num_read: int = 0
     was_direct: bool = False
 
@@ -58,7 +58,7 @@ class Reads:
     """The reader of one arena. Safe to use from several threads."""
 
     def __init__(self, slot_table: SlotTable, sizes: ReadSizes, owner: object = None) -> None:
-        """owner: of memory and files, which stay in use as long as a thread is stuck in a read."""
+        """owner: of memory and files, which stay in use while a thread is stuck in a read. Raises: MemoryError."""
         num_keys = slot_table.num_keys
         self._places = (PlaceStruct * num_keys)()
         self._is_checked, self._counts = array("B", bytes(num_keys)), array("q", [0, 0])
@@ -82,74 +82,79 @@ class Reads:
         self._take, self._wake = short.om_reads_completions, short.om_reads_wake
         self._wait, self._attend = native.om_reads_wait, native.om_reads_attend
         used = (self._places, self._is_checked, self._counts, slot_table.memory, owner)
-        # Freed after it was closed, and not at exit: token passes of daemon threads may use it.
+        # Freed after it is closed, and not at exit: token passes of daemon threads may use it.
         finalize(self, native.om_reads_leave, handle).atexit = False
         self._close = finalize(self, _close, handle, used)
 
     @property
     def handle(self) -> int:
-        """Raises: ModelClosed."""
+        """The address of the native reader. Raises: ModelClosed."""
         if not self._close.alive:
             raise ModelClosed(CLOSED)
         return self._handle
 
     @property
     def num_keys(self) -> int:
+        """Experts of the model."""
         return self._slot_table.num_keys
 
     def use_file(self, number: int, file: FileStruct) -> None:
-        """Parts that begin from now on are read from this file, in place of the one that had the number."""
+        """Read parts that begin from now on from this file, which replaces the one with its number.
+
+        Raises: MemoryError.
+        """
         if library().om_reads_use_file(self.handle, number, ctypes.addressof(file)):
             raise MemoryError("No memory for the list of open files.")
 
     def place(self, key: int, place: PlaceStruct) -> None:
-        """Where the record of an expert lies. Required before it is read; its file must be in use."""
+        """Set the place of an expert's record. Required before it is read; its file must be in use."""
         self._places[key] = place
 
     def trust(self) -> None:
-        """Compare no checksum."""
+        """Count every checksum as compared: none is compared from now on."""
         self._set_checked(True)
 
     def check_again(self) -> None:
-        """Compare the checksum of every expert at its next read, whatever was compared before."""
+        """Compare the checksum of every expert at its next read again."""
         self._set_checked(False)
 
     def is_placed(self, key: int) -> bool:
+        """Whether the place of the expert's record is set."""
         return self._places[key].num_bytes > 0
 
     def num_bytes(self, key: int) -> int:
-        """Of the expert's record."""
+        """Bytes of the expert's record."""
         return int(self._places[key].num_bytes)
 
     def read_with(self, read_at: ReadAt | None) -> None:
-        """Read parts by this function from now on, on the threads of the reader; None: by the system. For tests."""
+        """Read parts with this function from now on, on the reader's threads; None: with the system's. For tests."""
         function = None if read_at is None else _READ_AT(read_at)
         _kept.append(function)
         library().om_reads_read_with(self.handle, ctypes.cast(function, ctypes.c_void_p) if function else None)
 
     def submit(self, key: int, slot: int, *, is_prefetch: bool = False) -> None:
-        """Line up the read of a record into a slot. A closed reader drops it. Raises: MemoryError."""
+        """Queue the read of a record into a slot. A closed reader drops it. Raises: MemoryError."""
         if self._submit(self._handle, key, slot, self._slot_table.address(slot), is_prefetch) < 0:
             raise MemoryError("No memory for the queue of reads.")
 
     def demand(self, key: int) -> None:
-        """Promote the read of an expert, if it is on its way: it overtakes prefetches, and is not dropped any more."""
+        """Promote the read of an expert, if it is on its way: it overtakes prefetches and cannot be dropped."""
         self._demand(self._handle, key)
 
     def cancel(self, key: int) -> bool:
-        """Cancel a submitted prefetch unless a part of it is being read. Whether it is cancelled."""
+        """Cancel a submitted prefetch unless a part of it is being read. Returns whether it is cancelled."""
         return bool(self._cancel(self._handle, key))
 
     def reserve(self, slot: int) -> None:
-        """A slot for token passes. No more than 128 at a time."""
+        """Reserve a slot for token passes, 128 at most at a time."""
         library().om_reads_reserve(self.handle, slot, self._slot_table.address(slot))
 
-    def ask_below(self, least_slots: int) -> None:
+    def need_below(self, least_slots: int) -> None:
         """With fewer reserved slots left a token pass needs slots; guesses leave half of so many."""
-        library().om_reads_ask_below(self.handle, least_slots)
+        library().om_reads_need_below(self.handle, least_slots)
 
     def reclaim(self) -> list[int]:
-        """Take back the slots that are reserved and not in use."""
+        """Reclaim the slots that are reserved and not in use."""
         slots = []
         while (slot := library().om_reads_reclaim(self.handle)) >= 0:
             slots.append(slot)
@@ -157,16 +162,16 @@ class Reads:
 
     @property
     def num_completions(self) -> int:
-        """Completions to drain, by a look at memory that the threads write to."""
+        """Completions to drain, read from memory that the threads write to."""
         return self._counts[0]
 
     @property
     def num_wakes(self) -> int:
-        """How often `wake` was called; for `wait`."""
+        """The number of calls of `wake`, for `wait`."""
         return self._counts[1]
 
     def completions(self) -> list[Completion]:
-        """The completions since the last call, in the order in which they happened. By one thread at a time."""
+        """The completions since the last call, in the order in which they happened. For one thread at a time."""
         found: list[Completion] = []
         buffer = self._completions
         while count := self._take(self._handle, ctypes.addressof(buffer), _COMPLETION_ROOM):
@@ -182,7 +187,7 @@ class Reads:
         self._wake(self._handle)
 
     def attend(self, limit_s: float) -> bool:
-        """Wait until completions should be drained and no thread is in `wait`, or for `notice`. False once closed."""
+        """Wait until completions need draining and no thread is in `wait`, or for `notice`. False once closed."""
         return bool(self._attend(self._handle, limit_s))
 
     def notice(self) -> None:
@@ -190,7 +195,7 @@ class Reads:
         library().om_reads_notice(self._handle)
 
     def close(self) -> bool:
-        """Finish what is being read. False where that takes too long: then its memory and files stay in use."""
+        """Finish parts that are being read. Returns False if that takes too long: then memory and files stay in use."""
         return self._close() is not False
 
     def _set_checked(self, is_checked: bool) -> None:
@@ -206,7 +211,7 @@ def _completion(struct: CompletionStruct) -> Completion:
         was_prefetch=bool(struct.was_prefetch),
         error=struct.error,
         start=struct.start,
-        num_wanted=struct.num_wanted,
+        num_bytes=struct.num_bytes,
         num_read=struct.num_read,
         was_direct=bool(struct.was_direct),
     )

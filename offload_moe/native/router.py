@@ -27,13 +27,13 @@ class RouterKernel:
         num_best: int = 1,
         scale: float = 1.0,
     ) -> None:
-        """Settings as `RouterSpec` has them; scores are a softmax unless they are sigmoids.
+        """Settings as in `RouterSpec`; scores are a softmax unless `is_sigmoid`.
 
         is_of_chosen: weights are shares among the K chosen experts' scores, otherwise their scores.
         correction: fp32 ``[E]``, added to the scores for the choice only. num_best: scores of a group that are added up
-        for its own.
+        for the group's.
 
-        Raises: ConfigError.
+        Raises: ConfigError when the kernel lacks such a router.
         """
         num_experts = linear.shape.matrices[0].out_features
         if not 1 <= top_k <= num_experts:
@@ -63,7 +63,10 @@ class RouterKernel:
         self._native = library().om_router_step
 
     def step(self, x: Tensor, logits: Tensor, weights: Tensor, ids: Tensor) -> None:
-        """x ``[H]``, logits ``[E]``, weights ``[K]`` fp32, ids ``[K]`` int64: contiguous, not checked."""
+        """Route x ``[H]`` to logits ``[E]``, weights ``[K]``, all fp32, and ids ``[K]`` int64.
+
+        Contiguous, not checked, this is the hot path. Raises: MemoryError.
+        """
         status = self._native(self.struct_address, x.data_ptr(), logits.data_ptr(), weights.data_ptr(), ids.data_ptr())
         if status:
             raise MemoryError("No memory for a router's activations.")

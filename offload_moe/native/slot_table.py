@@ -1,4 +1,4 @@
-"""Which expert is in which slot of a pool: one state machine, for Python, readers and token passes."""
+"""The table of experts and slots of a pool: one state machine for Python, readers and token passes."""
 
 from array import array
 from collections.abc import Sequence
@@ -12,19 +12,22 @@ _RECORD_UNIT = 4096  # of addresses that stand for records where there is no mem
 
 
 class SlotTable:
-    """One per pool; `csrc/slot_table.h` draws the states. Safe to use from several threads.
+    """The slot table of one pool; its states are those of `csrc/slot_table.h`. Safe to use from several threads.
 
-    What native threads change can be read here at once, without a call. Python's own leases are not in it.
+    Python reads the arrays that native threads change without a call. Python's own leases are not in the table.
     """
 
     def __init__(self, num_keys: int, num_slots: int, addresses: Sequence[int] | None = None) -> None:
-        """addresses: of the slots' records, live; None for a table without memory, in which no pass computes."""
+        """addresses: of the slots' records; may grow. None for a table without memory, with which no pass computes.
+
+        Raises: MemoryError.
+        """
         self.num_keys = num_keys
         self._addresses = addresses
         self._records, self._leases = array("Q", bytes(8 * num_keys)), array("i", bytes(4 * num_keys))
         self.slots = array("i", [-1]) * num_keys  # by key: its slot, -1 absent
         self.keys, self.states = array("q"), array("B")  # by slot: its expert, -1 none; and its state
-        self.memory = [self._records, self._leases, self.slots, self.keys, self.states]  # what its users keep
+        self.memory = [self._records, self._leases, self.slots, self.keys, self.states]  # kept alive by its users
         self._num_holds = 0
         native, short = library(), load_for_short_calls()
         self._admit, self._loaded, self._vacate = (
@@ -42,6 +45,7 @@ class SlotTable:
 
     @property
     def num_slots(self) -> int:
+        """Slots of the pool."""
         return len(self.states)
 
     def resize(self, num_slots: int) -> None:
@@ -52,36 +56,37 @@ class SlotTable:
         self.memory[-2:] = [keys, states]
 
     def address(self, slot: int) -> int:
+        """The address of the slot's record."""
         return _RECORD_UNIT * (slot + 1) if self._addresses is None else self._addresses[slot]
 
     def admit(self, key: int, slot: int) -> bool:
-        """A FREE or RESERVED slot is LOADING; False, and nothing changed, where the expert is in one already."""
+        """Change a FREE or RESERVED slot to LOADING; False, and no change, if the expert has a slot already."""
         return bool(self._admit(self.handle, key, slot))
 
     def loaded(self, slot: int) -> None:
-        """A LOADING or ARRIVED slot is RESIDENT."""
+        """Change a LOADING or ARRIVED slot to RESIDENT."""
         self._loaded(self.handle, slot, self.address(slot))
 
     def vacate(self, slot: int) -> bool:
-        """The slot is FREE; False, and nothing changed, where a token pass computes with its expert."""
+        """Change a slot to FREE; False, and no change, while a token pass computes with its expert."""
         return bool(self._vacate(self.handle, slot, FREE))
 
     def reserve(self, slot: int) -> None:
-        """A FREE slot is RESERVED, and so is one whose reserved read was dropped."""
+        """Change a FREE slot, or one whose reserved read was dropped, to RESERVED."""
         self._vacate(self.handle, slot, RESERVED)
 
     def arrive(self, slot: int) -> None:
-        """A LOADING slot is ARRIVED. For readers without native threads."""
+        """Change a LOADING slot to ARRIVED, for readers without native threads."""
         library().om_slot_table_arrived(self.handle, slot, self.address(slot))
 
     def is_leased(self, key: int) -> bool:
-        """By a token pass, or while all are held."""
+        """Whether a token pass leases the expert, or all experts are held."""
         return self._num_holds > 0 or self._leases[key] > 0
 
     def lease_arrived(self, keys: Sequence[int]) -> list[int]:
-        """Lease those of the experts that token passes can compute with, and return them."""
-        wanted, is_here = array("q", keys), array("B", bytes(len(keys)))
-        library().om_slot_table_lease(self.handle, wanted.buffer_info()[0], len(wanted), is_here.buffer_info()[0])
+        """Lease those of the experts that have arrived, as a token pass does, and return them."""
+        experts, is_here = array("q", keys), array("B", bytes(len(keys)))
+        library().om_slot_table_lease(self.handle, experts.buffer_info()[0], len(experts), is_here.buffer_info()[0])
         return [key for key, here in zip(keys, is_here, strict=True) if here]
 
     def release(self, keys: Sequence[int]) -> None:
@@ -90,8 +95,9 @@ class SlotTable:
         library().om_slot_table_release(self.handle, ended.buffer_info()[0], len(ended))
 
     def hold_all(self) -> None:
-        """Every expert counts as leased until `release_all_holds`. Under the lock under which experts are evicted."""
+        """Count every expert as leased until `release_all_holds` (under the lock that guards evictions)."""
         self._num_holds += 1
 
     def release_all_holds(self) -> None:
+        """End one `hold_all`."""
         self._num_holds -= 1

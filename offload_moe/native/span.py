@@ -1,6 +1,6 @@
-"""Decode steps of consecutive decoder layers on a native thread, which fetches the experts it lacks or asks for them.
+"""Decode steps of consecutive decoder layers on a native thread, which fetches missing experts or reports them.
 
-H hidden, E experts per layer, K top-k, L layers of the run.
+H hidden, E experts per layer, K top-k, L layers of the span.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ class SharedKernel:
     """A shared expert for one token, in fp32."""
 
     def __init__(self, expert: ExpertKernel, record: Tensor, gate: Tensor | None, *, hidden: int, mode: Mode) -> None:
-        """gate: fp32 ``[H]``, contiguous, whose product with the token decides, through a sigmoid, how much counts."""
+        """gate: fp32 ``[H]``, contiguous; the sigmoid of its product with the token scales the expert's result."""
         self._owned = (expert, record, gate)
         self._struct = SharedStruct(
             expert=expert.struct_address,
@@ -42,14 +42,14 @@ class SharedKernel:
         self._native = library().om_add_shared
 
     def add(self, x: Tensor, out: Tensor) -> None:
-        """Add it to `out`. x, out: of one token, contiguous, not checked."""
+        """Add the expert's result to `out`. x, out: of one token, contiguous, not checked. Raises: MemoryError."""
         if self._native(self.struct_address, x.data_ptr(), out.data_ptr()):
             raise MemoryError("No memory for the activations of a shared expert.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanLayer:
-    """A layer with a router, and its experts. first_key: of its experts in the slot table."""
+    """A layer with a router, and its experts. first_key: the key of its first expert in the slot table."""
 
     step: LayerKernel
     experts: ExpertKernel
@@ -60,11 +60,11 @@ class SpanLayer:
 
 
 class SpanToken:
-    """What one token needs and leaves: hidden states of one token ``[H]``, and what every router said.
+    """Inputs and results of one token: hidden states ``[H]``, and the results of every router.
 
     logits ``[L, E]``, weights ``[L, K]`` fp32, ids ``[L, K]`` int64. times ``[L, 2]`` fp64: seconds since the start
-    when a layer's experts began and ended. stalls ``[L]`` fp64: seconds that it waited for experts.
-    guesses ``[L, A, K]``: what the A next layers' routers said to its residual.
+    when a layer's experts began and ended. stalls ``[L]`` fp64: seconds of waiting for its experts.
+    guesses ``[L, A, K]``: ids that the routers of the A next layers chose for its residual.
     found ``[L, K]``, guesses_found ``[L, A, K]`` uint8: HIT, ARRIVING, MISSING or, of guesses, FETCHED.
     """
 
@@ -81,7 +81,7 @@ class SpanToken:
         """x: fp32 of one token, contiguous, overwritten. rotary: cos and signed sin.
 
         rooms: keys and values ``[1, M, C, D]`` and the number of tokens before this one, per layer. ranks ``[A]``: how
-        many of the likeliest guesses must not be absent, per layer ahead.
+        many of the likeliest guesses are fetched if they are absent, per layer ahead.
         """
         num_layers = len(rooms)
         self.x, self.residual, self.normed = x, torch.empty_like(x), torch.empty_like(x)
@@ -99,12 +99,12 @@ class SpanToken:
         lengths = array("q", [room[2] for room in rooms])
         leading = array("q", ranks)
         self._owned = (rooms, rotary, keys, values, capacities, lengths, leading, guess_space, row_space)
-        said = (self.logits, self.weights, self.ids, self.times, self.stalls)
-        tensors = (*rotary, x, self.residual, self.normed, *said, row_space)
+        results = (self.logits, self.weights, self.ids, self.times, self.stalls)
+        tensors = (*rotary, x, self.residual, self.normed, *results, row_space)
         cos, signed_sin, *rest = (tensor.data_ptr() for tensor in tensors)
         arrays = (part.buffer_info()[0] for part in (keys, values, capacities, lengths))
-        asked = (self.guesses, self.found, self.guesses_found, guess_space)
-        guesses = (leading.buffer_info()[0], *(tensor.data_ptr() for tensor in asked))
+        guess_tensors = (self.guesses, self.found, self.guesses_found, guess_space)
+        guesses = (leading.buffer_info()[0], *(tensor.data_ptr() for tensor in guess_tensors))
         self.struct = SpanTokenStruct(cos, signed_sin, *arrays, *rest, len(ranks), *guesses)
 
     @cached_property
@@ -114,12 +114,12 @@ class SpanToken:
 
 
 class SpanKernel:
-    """The layers of one run."""
+    """Consecutive layers that one call or one thread takes a token through."""
 
     def __init__(self, layers: Sequence[SpanLayer], *, hidden: int, num_experts: int, top_k: int) -> None:
         """num_experts, top_k: of every layer. Raises: ConfigError."""
         if top_k > MAX_TOP_K:
-            raise ConfigError(f"A run of layers takes no more than {MAX_TOP_K} experts per token, not {top_k}.")
+            raise ConfigError(f"A span of layers takes no more than {MAX_TOP_K} experts per token, not {top_k}.")
         self._layers = layers
         self._structs = (SpanLayerStruct * len(layers))(
             *(
@@ -143,15 +143,15 @@ class SpanKernel:
         )
 
     def pass_through(self, token: SpanToken, slot_table: SlotTable) -> None:
-        """Take the token through the layers, every expert of which is resident for good. Raises: MemoryError."""
+        """Take the token through the layers, all experts of which are resident and held. Raises: MemoryError."""
         structs = (ctypes.addressof(self._struct), ctypes.addressof(token.struct))
         if library().om_span_pass(*structs, slot_table.handle) < 0:
             raise MemoryError("No memory for the activations of a decode step.")
 
     def start(self, token: SpanToken, slot_table: SlotTable, reads: Reads | None = None) -> "TokenPass":
-        """Send the token through the layers, on a thread of its own. End the token pass before anything it uses goes.
+        """Send the token through the layers on a thread of its own. The token pass must end before anything it uses.
 
-        reads: fetches what is missing as long as it has slots; without, the token pass asks for everything.
+        reads: fetches missing experts while it has slots; None: all missing experts are needs. Raises: MemoryError.
         """
         structs = (ctypes.addressof(self._struct), ctypes.addressof(token.struct))
         handle = library().om_pass_start(*structs, slot_table.handle, None if reads is None else reads.handle)
@@ -161,7 +161,7 @@ class SpanKernel:
 
 
 class TokenPass:
-    """A token on its way through a run. As a context: left early, it is stopped."""
+    """A token on its way through a span. A context manager: leaving it early stops the pass."""
 
     def __init__(self, handle: int, owned: tuple[Any, ...]) -> None:
         self._handle = handle
@@ -176,10 +176,11 @@ class TokenPass:
         library().om_pass_end(self._handle)
 
     def next(self, first: int) -> tuple[int, int] | None:
-        """The first layer from `first` on that needs something, and what, told once; the number of layers at the end.
+        """Wait for the first layer from `first` on with a need. Returns the layer and the need, each need once.
 
-        NEEDS_EXPERTS: bring what it chose, or the pass does not go on. NEEDS_SLOTS: reserve some for its reads. Layers
-        before the one returned are done. None after `POLL_S` seconds: nothing yet. Raises: MemoryError.
+        NEEDS_EXPERTS: the pass continues once the experts that the layer chose are resident. NEEDS_SLOTS: its reads
+        need reserved slots. Layers before the returned one are done; at the end it is the number of layers. None after
+        `POLL_S` seconds without a need. Raises: MemoryError.
         """
         at: int = self._next(self._handle, first, POLL_S, ctypes.addressof(self._needs))
         if at == UNDER_WAY:

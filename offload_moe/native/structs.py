@@ -1,10 +1,10 @@
-"""The structs of the native library as ctypes has them. What they mean stands in `csrc/api.h`, by the names given."""
+"""The structs of the native library for ctypes; `csrc/api.h` documents them under the names given here."""
 
 import ctypes
 
 
 class MatrixStruct(ctypes.Structure):
-    """`om_matrix`: where one matrix lies inside a record; -1 marks planes that the codec lacks."""
+    """`om_matrix`: offsets of one matrix inside a record; -1 marks planes that the codec lacks."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "cols", "padded", "codes", "scales")),
@@ -127,7 +127,7 @@ class SpanTokenStruct(ctypes.Structure):
 
 
 class PlaceStruct(ctypes.Structure):
-    """`om_place`: where the record of an expert lies, and in which of the files."""
+    """`om_place`: the place of an expert's record, and the number of its file."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("offset", "num_bytes")),
@@ -137,7 +137,7 @@ class PlaceStruct(ctypes.Structure):
 
 
 class FileStruct(ctypes.Structure):
-    """`om_file`. direct: -1 where it cannot be read around the page cache. pages: its mapping, or 0."""
+    """`om_file`. direct: -1 if it cannot be read around the page cache. pages: its mapping, or 0."""
 
     _fields_ = (
         ("pages", ctypes.c_void_p),
@@ -160,7 +160,7 @@ class CompletionStruct(ctypes.Structure):
     """`om_completion`."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("key", "start", "num_wanted", "num_read")),
+        *((name, ctypes.c_int64) for name in ("key", "start", "num_bytes", "num_read")),
         *((name, ctypes.c_int32) for name in ("slot", "state", "was_prefetch", "error", "was_direct")),
     )
 

@@ -1,6 +1,6 @@
-"""What a layer that found its experts is counted as: in policy, popularity and counters, and for an observer.
+"""How the experts of an acquired layer are counted: in policy, popularity and counters, and for an observer.
 
-The lock of the tier is held, but by `note_passed`, which takes it.
+Callers hold the lock of the tier, except those of `note_passed`, which takes it.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from offload_moe.native.kernels import ARRIVING, MISSING
 from offload_moe.residency.tier import Tier
 
 Mark = tuple[int, int]
-Found = tuple[list[int], list[int]]  # experts that were on their way, and that were absent; all others were here
+Found = tuple[list[int], list[int]]  # experts that were on their way, and that were absent; all others were resident
 
 
 def mark(tier: Tier) -> Mark:
@@ -24,7 +24,7 @@ def note_layer(
     arriving: Sequence[int] = (),
     missing: Sequence[int] = (),
 ) -> None:
-    """One acquire. arriving, missing: experts that were on their way, or absent; all others were here."""
+    """Count one acquire. arriving, missing: experts that were on their way, or absent; all others were resident."""
     tier.drop_wrong_guesses(layer, keys)
     tier.residency.policy.access(layer, keys)
     tier.uses.note(keys)
@@ -37,7 +37,7 @@ def note_layer(
 
 
 def count_found(tier: Tier, layer: int, num_experts: int, arriving: Sequence[int], missing: Sequence[int]) -> None:
-    """One acquire of so many experts, and how they were found."""
+    """Add one acquire of `num_experts` experts to the counters, by how they were found."""
     counters = tier.counters
     counters.num_acquires += 1
     counters.num_hits += num_experts - len(missing) - len(arriving)
@@ -48,16 +48,16 @@ def count_found(tier: Tier, layer: int, num_experts: int, arriving: Sequence[int
 
 
 def sort_found(chosen: Sequence[int], states: Sequence[int]) -> Found:
-    """states: how a run found each expert."""
+    """The arriving and the missing ones of the chosen experts. states: HIT, ARRIVING or MISSING of each."""
     found = list(zip(chosen, states, strict=True))
     arriving = [expert for expert, how in found if how == ARRIVING]
     return arriving, [expert for expert, how in found if how == MISSING]
 
 
 def note_passed(tier: Tier, layer: int, experts: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> list[Mark]:
-    """Count layers, from this one on, that a token pass has computed, as an `acquire` of each would.
+    """Count layers from `layer` on that a token pass has computed, as an `acquire` of each would.
 
-    found: how each expert was found. Returns what `mark` says after each.
+    experts, found: of each layer, its experts and how each was found. Returns the `mark` after each layer.
     """
     marks = []
     with tier.changed:

@@ -1,6 +1,6 @@
-"""What usually follows: experts of later layers, foretold from those that this layer chose. Imports no torch.
+"""Co-occurrence of experts: predicts those of later layers from those that this layer chose. Imports no torch.
 
-For families whose routers cannot be asked ahead. Shapes: E experts per layer.
+For families whose routers cannot be evaluated ahead. Shapes: E experts per layer.
 
 Source: the idea of expert activation matrices, Xue et al. 2024, "MoE-Infinity", arXiv:2401.14361, section 4.
 """
@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-LEAST_TOKENS = 16  # before there is anything to say
-FADE_TOKENS = 2048  # after which what was learned counts half
+LEAST_TOKENS = 16  # before the first prediction
+FADE_TOKENS = 2048  # after which all counts are halved
 
 
 class CoOccurrence:
-    """Counts, for each layer and depth, which experts were used together in one token; learned while it runs."""
+    """Counts, for each layer and depth, of experts that one token used together; learned while the model decodes."""
 
     def __init__(self, num_layers: int, num_experts: int, depth: int) -> None:
         self._num_layers = num_layers
@@ -24,7 +24,7 @@ class CoOccurrence:
         self._num_tokens = 0
 
     def learn(self, layer: int, experts: Sequence[int]) -> None:
-        """Layer by layer, for each token in turn."""
+        """Add the experts of a layer; called layer by layer, for each token in turn."""
         if layer == 0:
             self._recent.clear()
             self._num_tokens += 1
@@ -37,10 +37,10 @@ class CoOccurrence:
                 self._counts[depth - 1, layer - depth][np.ix_(before, now)] += 1.0
         self._recent[layer] = now
 
-    def predict(self, layer: int, experts: Sequence[int], depth: int, num_wanted: int) -> list[int]:
-        """Experts of layer ``layer + depth``, the likeliest first; nothing while too little is known."""
+    def predict(self, layer: int, experts: Sequence[int], depth: int, num_most: int) -> list[int]:
+        """Experts of layer ``layer + depth``, the likeliest first; empty before `LEAST_TOKENS` tokens."""
         if self._num_tokens <= LEAST_TOKENS or depth > self._depth:
             return []
         scores = self._counts[depth - 1, layer, list(experts)].sum(axis=0)
-        best = np.argsort(-scores, kind="stable")[:num_wanted]
+        best = np.argsort(-scores, kind="stable")[:num_most]
         return [int(expert) for expert in best if scores[expert] > 0]

@@ -1,4 +1,4 @@
-"""Counters of a model: what was hit, what was waited for, what was moved, and how many tokens came of it."""
+"""Counters of a model: hits and misses, waits, moved bytes, tokens."""
 
 from dataclasses import dataclass, fields
 
@@ -15,22 +15,23 @@ class Counters:
     num_waves: int = 0
     num_prefetches: int = 0
     num_useful_prefetches: int = 0
-    num_cancelled_prefetches: int = 0  # found wrong before they were read
+    num_cancelled_prefetches: int = 0  # dropped as wrong before they were read
     num_computed_on_cpu: int = 0  # of the misses, with a device tier
-    cpu_s: float = 0.0  # until the CPU's share of the misses was computed, and what was predicted
+    cpu_s: float = 0.0  # until the CPU's share of the misses was computed; the prediction
     cpu_predicted_s: float = 0.0
-    link_s: float = 0.0  # until the others had been copied, in layers that were split, and what was predicted
+    link_s: float = 0.0  # until the others had been copied, in layers that were split; the prediction
     link_predicted_s: float = 0.0
     stall_s: float = 0.0
     disk_bytes: int = 0
     h2d_bytes: int = 0
-    num_prompt_tokens: int = 0  # computed ones, not those found in the key/value cache
+    num_prompt_tokens: int = 0  # computed ones, without those found in the key/value cache
     prompt_s: float = 0.0
-    num_decode_tokens: int = 0  # after the first of an answer, which belongs to the prompt's time
+    num_decode_tokens: int = 0  # without the first of an answer, which counts as prompt time
     decode_s: float = 0.0
 
     @property
     def num_accesses(self) -> int:
+        """Routed experts at acquire, however they were found."""
         return self.num_hits + self.num_delayed_hits + self.num_misses
 
     @property
@@ -40,13 +41,16 @@ class Counters:
 
     @property
     def prompt_tokens_per_s(self) -> float:
+        """Computed prompt tokens per second; 0 before the first."""
         return self.num_prompt_tokens / self.prompt_s if self.prompt_s else 0.0
 
     @property
     def decode_tokens_per_s(self) -> float:
+        """Decoded tokens per second; 0 before the first."""
         return self.num_decode_tokens / self.decode_s if self.decode_s else 0.0
 
     def copy(self) -> "Counters":
+        """The present totals."""
         return Counters(**{f.name: getattr(self, f.name) for f in fields(self)})
 
     def plus(self, other: "Counters") -> "Counters":
@@ -54,5 +58,5 @@ class Counters:
         return Counters(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
     def since(self, earlier: "Counters") -> "Counters":
-        """What happened between an earlier copy and now."""
+        """The difference between now and an earlier copy."""
         return Counters(**{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)})

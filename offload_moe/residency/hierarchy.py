@@ -1,4 +1,4 @@
-"""The tiers of one model put together: disk -> RAM, and RAM -> device when there is one."""
+"""The tiers of one model: disk -> RAM, and RAM -> device when there is one."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -30,24 +30,27 @@ Tier = Literal["ram", "vram"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pools:
-    """How many slots each tier begins with. Without a device tier, RAM is the fast tier and `num_device_slots` is 0."""
+    """The slots that each tier begins with. Without a device tier, RAM is the fast tier and `num_device_slots` is 0."""
 
     keys: ExpertKeys
     slot_bytes: int
     num_ram_slots: int
     num_device_slots: int = 0
     policy: str = DEFAULT_POLICY
-    chunk_bytes: int = CHUNK_BYTES  # what is allocated, locked and given back at once
+    chunk_bytes: int = CHUNK_BYTES  # of memory that is allocated, locked and returned as one
 
 
 MakeMover = Callable[[Arena, kernels.SlotTable], Mover]
 
 
 class Hierarchy:
-    """`scheduler` is what layers acquire from; `record_of` turns one of its slots into the record's bytes."""
+    """The tiers of one model.
+
+    Layers acquire experts from `scheduler`, which is the fast tier; `record_of` gives the bytes in one of its slots.
+    """
 
     def __init__(self, pools: Pools, make_mover: MakeMover, copier: Copier | None = None) -> None:
-        """make_mover: fills the RAM arena, from disk as a rule. copier: moves RAM slots to the device."""
+        """make_mover: for the mover that fills the RAM arena, usually from disk. copier: of RAM slots to the device."""
         self.pools = pools
         self.lifecycle = Lifecycle()
         self.arena = Arena(pools.num_ram_slots, pools.slot_bytes, pools.chunk_bytes)
@@ -73,23 +76,23 @@ class Hierarchy:
             device_table = kernels.SlotTable(self._num_keys, pools.num_device_slots)
             self.scheduler = self._scheduler(device_table, self._device_mover, "h2d_bytes", flights=flights)
             self.ram.count_bytes_in(self.scheduler.counters)
-            self.ram.is_asked_by_layer = False  # but for one expert at a time, by the device's loaders
+            self.ram.acquires_name_layers = False  # the device's loaders acquire one expert at a time
             self.record_of = self._device_slots.slot
 
     def reserved(self) -> ReservedSlots | None:
-        """The slots that token passes fetch experts into; None where Python brings each."""
+        """The slots that token passes fetch experts into; None where Python fetches all."""
         mover = self.ram.mover
         if self._reserved is None and self.slot_table is not None and isinstance(mover, DiskMover):
             try:
                 self._pass_reads = mover.read_passes(PassAccounts(self.ram))
             except OSError:
-                return None  # the error names the file once an expert is read
+                return None  # the read of an expert raises an error that names the file
             self.ram.reserved = self._reserved = ReservedSlots(self.ram, self._pass_reads)
         return self._reserved
 
     @property
     def pass_reads(self) -> kernels.Reads | None:
-        """What token passes fetch with; None where `reserved` is."""
+        """The reader with which token passes fetch; None where `reserved` is."""
         return self._pass_reads
 
     @property
@@ -99,12 +102,12 @@ class Hierarchy:
 
     @property
     def holds_every_expert(self) -> bool:
-        """Whether the fast tier has a slot for each: then nothing is ever evicted."""
+        """Whether the fast tier has a slot for each expert: then nothing is ever evicted."""
         return self._is_whole(self.scheduler.residency.num_slots)
 
     @contextmanager
     def every_expert(self) -> Iterator[bool]:
-        """Whether each is resident in the fast tier; then they stay as long as the context lasts."""
+        """Whether every expert is resident in the fast tier; if so, all of them stay until the context ends."""
         assert self.slot_table is not None
         with self.scheduler.changed:
             are_here = self.scheduler.residency.num_resident == self._num_keys
@@ -124,32 +127,32 @@ class Hierarchy:
 
     @property
     def link(self) -> LinkPace:
-        """What copies to the device cost lately; only with a device tier."""
+        """The recent cost of copies to the device; only with a device tier."""
         return self._device_mover.pace
 
     def num_slots(self, tier: Tier) -> int:
-        """Slots of a tier now; 0 VRAM slots without a device tier."""
+        """Present slots of a tier; 0 VRAM slots without a device tier."""
         if tier == "ram":
             return self.ram.residency.num_slots
         return self.scheduler.residency.num_slots if self._copier is not None else 0
 
     def resize(self, tier: Tier, num_slots: int) -> int:
-        """Give memory of a tier back, or take more. Returns the slots it has now.
+        """Shrink or grow a tier to `num_slots` slots. Returns the slots that it has now.
 
-        Memory that the device uses comes and goes by chunks, so fewer slots than asked for may be left, but not fewer
-        than the first chunk has. What is leased meanwhile is waited for: call it between forwards, or from another
-        thread than the one that holds a lease. Experts in the slots that go are evicted, nothing else happens to them.
+        Memory that the device uses is resized by chunks, so fewer slots than `num_slots` may be left, but not fewer
+        than the first chunk has. Leases on the slots that are given up are waited for: call it between forwards, or
+        from another thread than the one that holds a lease. Experts in these slots are evicted.
 
         Raises:
             TransferError: slots to be given up are still in use after the scheduler's limit; nothing has changed.
-            BudgetError: the memory to grow by cannot be had; nothing has changed.
-            ModelClosed: there is no memory any more.
+            BudgetError: the system or the device refuses the memory to grow by; nothing has changed.
+            ModelClosed: the model is closed.
         """
         with self.lifecycle, self._resizing:
             return self._resize(tier, num_slots)
 
     def close(self) -> None:
-        """Wait for passes in flight, stop all threads, close files, give slots back. Again: nothing."""
+        """Wait for passes in flight, stop all threads, close files, free the slots. A second call does nothing."""
         self.lifecycle.end(self._release)
 
     def _release(self) -> None:
@@ -178,7 +181,7 @@ class Hierarchy:
         return num_slots
 
     def _settle(self, tier: Tier, num_slots: int, num_before: int) -> None:
-        """Slots that no lease holds any more may still be read by the device's compute, or be page-locked."""
+        """Wait until the device's compute has read the slots that are given up, or unlock their chunks."""
         if tier == "vram":
             self._device_mover.wait_for_readers(range(num_slots, num_before))
         elif self._copier is not None:
@@ -208,14 +211,14 @@ class Hierarchy:
         return scheduler
 
     def _policy(self, num_slots: int) -> Policy:
-        """A pool with a slot for every expert never evicts: the cheapest policy serves it."""
+        """Make a policy: the cheapest for a pool with a slot for every expert, which never evicts."""
         name = LRU.name if self._is_whole(num_slots) else self.pools.policy
         return make_policy(name, self.pools.keys, num_slots=num_slots)
 
     def _refit_policy(self, scheduler: Scheduler, num_before: int) -> None:
-        """A pool that was to hold every expert needs a policy that chooses only while it does not.
+        """Change between LRU and a policy that chooses, in a pool that began with a slot for every expert.
 
-        Any other keeps its policy, and with it what was learned, also while borrowed slots make it hold them all.
+        Any other pool keeps its policy with what it has learned, also while borrowed slots make it hold every expert.
         """
         now = scheduler.residency.num_slots
         if scheduler in self._began_whole and self._is_whole(num_before) != self._is_whole(now):

@@ -1,8 +1,8 @@
 """The routed experts of one layer while it is computed: those that are ready, on their way, or waiting for a slot.
 
-A wave's slots are leased until the lease ends, or, while others of the layer still want slots, until the next wave is
-asked for. When a layer routes to more experts than there are slots, the lease simply takes more waves; down to one slot
-it never deadlocks, because a lease never waits for a slot while holding one.
+A wave's slots are leased until the lease ends, or, while other experts of the layer still need slots, until the next
+wave. When a layer routes to more experts than there are slots, the lease takes more waves; down to one slot it never
+deadlocks, because a lease never waits for a slot while it holds one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ class Lease:
     """The routed experts of one layer for one forward. Iterate it once; leaving the context releases what is held."""
 
     def __init__(self, tier: Tier, layer: int, keys: Sequence[int], found: Found | None = None) -> None:
-        """found: how the layer's experts were found before, where this is not the first who asks."""
+        """found: how a token pass found the layer's experts before this lease; None: as they are now."""
         self._tier = tier
         self._layer = layer
         self._first_key = tier.keys.first(layer)
@@ -45,14 +45,14 @@ class Lease:
         self.close()
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release all slots."""
         with self._tier.changed:
             self._release_held()
             self._tier.release([slot for wave in (self._ready, self._loading) for _, slot in wave])
             self._ready, self._loading, self._absent = [], [], []
 
     def __iter__(self) -> Iterator[Wave]:
-        """Waves of ``(expert, slot)``; each wave holds every expert that is ready when it is asked for.
+        """Waves of ``(expert, slot)``; each wave holds every expert that is ready by then.
 
         Raises:
             TransferError: an expert of this lease could not be loaded, or not in time.
@@ -63,20 +63,20 @@ class Lease:
             yield self._next_wave()
 
     def poll(self) -> Wave:
-        """The next wave if any of it is ready, else an empty one. Does not wait."""
+        """The next wave if any expert is ready, else an empty one. Does not wait."""
         return self._next_wave(may_wait=False)
 
     def have_come(self) -> bool:
-        """Whether all of them are resident by now; they stay leased, as after `bring`. Does not wait."""
+        """Whether all experts are resident by now; they stay leased, as after `bring`. Does not wait."""
         with self._tier.changed:
             self._admit()
             self._collect()
             return not self._loading and not self._absent
 
     def bring(self) -> None:
-        """Wait until all of them are resident, and leave them leased: for compute that finds them by itself.
+        """Wait until all experts are resident, and keep them leased: for compute that finds them in the slot table.
 
-        There must be slots for all at once. Raises: TransferError, as iterating does.
+        The pool must have slots for all at once. Raises: TransferError, as iterating does.
         """
         tier = self._tier
         with tier.changed:
@@ -106,14 +106,14 @@ class Lease:
                     return self._take_ready()
 
     def _take_ready(self) -> Wave:
-        """What is ready is held from now on (lock held)."""
+        """Hold the experts that are ready from now on (lock held)."""
         wave, self._ready = self._next_half() if self._absent and not self._loading else (self._ready, [])
         self._held += wave
         self._tier.counters.num_waves += bool(wave)
         return wave
 
     def _first_flying(self) -> tuple[int, int] | None:
-        """The one of ours that the link brings first (lock held): compute can follow its copy."""
+        """The entry of this lease whose copy was issued first (lock held): compute can follow it."""
         flights = self._tier.flights
         if flights is None or not self._loading:
             return None
@@ -121,7 +121,7 @@ class Lease:
         return next((entry for entry in self._loading if entry[1] == slot), None)
 
     def _follow(self, entry: tuple[int, int]) -> bool:
-        """Compute that is issued from now on comes after its copy. No lock is held: the host may have to wait."""
+        """Order compute that is issued from now on after the entry's copy. No lock is held: the host may wait."""
         tier = self._tier
         assert tier.flights is not None
         began = tier.clock()
@@ -133,12 +133,12 @@ class Lease:
             tier.counters.stall_s += tier.clock() - began
 
     def _next_half(self) -> tuple[Wave, Wave]:
-        """All slots are ours and all are here: compute half of them while the other half's successors are loaded."""
+        """Split a wave that occupies all slots: half is computed while the other half's successors are loaded."""
         middle = (len(self._ready) + 1) // 2
         return self._ready[:middle], self._ready[middle:]
 
     def _wait(self, *, for_all: bool = False) -> float:
-        """Until something of ours is resident or flying, or all is resident (lock held). Returns the seconds."""
+        """Wait until an expert is resident or flying, or until all are resident (lock held). Returns the seconds."""
         tier = self._tier
         began, left_s = tier.clock(), tier.stall_limit_s
         while self._loading or self._absent if for_all else not self._ready and self._first_flying() is None:
@@ -153,7 +153,7 @@ class Lease:
         return self._tier.late(f"{num_missing} experts of layer {self._layer}")
 
     def _admit(self) -> None:
-        """Find or start what is still absent, as far as slots can be had (lock held)."""
+        """Find or start experts that are still absent, while slots are available (lock held)."""
         while self._absent:
             key = self._absent[0]
             if not self._join(key):
@@ -183,7 +183,7 @@ class Lease:
         return True
 
     def _collect(self) -> None:
-        """Move what has arrived from loading to ready; raise what has failed (lock held)."""
+        """Move experts that have arrived from loading to ready; raise the error of one that has failed (lock held)."""
         tier = self._tier
         for _, slot in self._loading:
             if error := tier.failed.get(slot):
@@ -194,7 +194,7 @@ class Lease:
             self._loading = [entry for entry in self._loading if entry not in arrived]
 
     def _release_held(self) -> None:
-        """Compute that reads these slots has been issued (lock held)."""
+        """Release the last wave, as compute that reads its slots has been issued (lock held)."""
         if self._held:
             slots = [slot for _, slot in self._held]
             self._tier.mover.used(slots)

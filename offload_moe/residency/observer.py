@@ -1,17 +1,17 @@
-"""What a recorder is told by the scheduler of one tier."""
+"""The interface of a recorder of what the scheduler of one tier does."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
 
 class Observer(Protocol):
-    """Called with the tier's lock held, from the thread that asks: take note and return."""
+    """Notes events. Called with the tier's lock held, from the acquiring thread: calls must return soon."""
 
     def acquired(self, layer: int, arriving: Sequence[int], missing: Sequence[int]) -> None:
-        """A lease began. arriving: its experts on their way already; missing: those nobody has asked for before."""
+        """A lease has begun. arriving: its experts that were on their way; missing: those that were absent."""
 
     def computed_on_cpu(self, layer: int, experts: Sequence[int]) -> None:
-        """These experts are missing and will be computed on the CPU; no lease of this tier has them."""
+        """These experts are missing and are computed on the CPU; no lease of this tier includes them."""
 
     def prefetched(self, layer: int, num_started: int) -> None:
-        """Experts of `layer` that nobody asked for yet are on their way."""
+        """`num_started` experts of `layer` are on their way that are not demanded yet."""

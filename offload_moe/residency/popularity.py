@@ -1,6 +1,6 @@
-"""A small file beside the experts of a store: how often each was used, so that the next session begins warm.
+"""A small file beside the experts of a store with the uses of each, so that the next session begins warm.
 
-It is a hint: a file that is missing, foreign, damaged or cannot be written changes nothing but the first seconds.
+It is a hint: a file that is missing, foreign, damaged or not writable affects only the first seconds.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ FORMAT_VERSION = 1
 
 
 def read_popularity(store: Path, keys: ExpertKeys) -> dict[int, float]:
-    """Uses by key; empty where the store has none that fits its shape."""
+    """Uses by key; empty where the store has no file that fits its layers."""
     try:
         document = json.loads((store / POPULARITY_NAME).read_text())
         if document["format version"] != FORMAT_VERSION:
@@ -30,24 +30,24 @@ def read_popularity(store: Path, keys: ExpertKeys) -> dict[int, float]:
 
 
 def write_popularity(store: Path, counts: Mapping[int, float], keys: ExpertKeys) -> None:
-    """Whole or not at all; nothing happens where the store may not be written."""
+    """Write the file atomically; a store that cannot be written is left as it is."""
     document = {"format version": FORMAT_VERSION, "uses": keys.rows(lambda key: round(counts.get(key, 0.0)))}
     with contextlib.suppress(OffloadMoeError, OSError), named_errors(store):
         write_file(store / POPULARITY_NAME, json.dumps(document, separators=(",", ":")).encode())
 
 
 def warm_start(hierarchy: Hierarchy, store: Path) -> None:
-    """Fill free slots with what earlier sessions used most, in the background. Returns at once."""
+    """Fill free slots with the experts that earlier sessions used most, in the background. Returns at once."""
     pools = hierarchy.pools
     uses = hierarchy.scheduler.uses
     uses.restore(read_popularity(store, pools.keys))
     favourites = uses.most_used()
     hierarchy.scheduler.fill(favourites)
-    if hierarchy.ram is not hierarchy.scheduler:  # the device tier holds the first ones
+    if hierarchy.ram is not hierarchy.scheduler:  # the device tier gets the first ones
         hierarchy.ram.fill([*favourites[pools.num_device_slots :], *favourites[: pools.num_device_slots]])
 
 
-def remember(hierarchy: Hierarchy, store: Path) -> None:
-    """Write down what was used, where it says anything: a session that used nothing leaves the file alone."""
+def save_popularity(hierarchy: Hierarchy, store: Path) -> None:
+    """Write the uses of this session and earlier ones; a session without a use leaves the file unchanged."""
     if hierarchy.counters.num_accesses:
         write_popularity(store, hierarchy.scheduler.uses.counts, hierarchy.pools.keys)

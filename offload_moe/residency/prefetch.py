@@ -1,7 +1,7 @@
-"""Whether prefetching pays, found by trying. Pure Python, no torch.
+"""Decides by measurement whether prefetching pays. Pure Python, no torch.
 
-Tokens are timed in short blocks, with prefetch and without it in turn; the quicker way is taken for a long while, then
-tried again. Trials are few, so that even a predictor that is always wrong costs little.
+Tokens are timed in short blocks, alternately with and without prefetch; the quicker way is kept for many tokens, then
+measured again. Trials are few, so that even a predictor that is always wrong costs little.
 """
 
 import statistics
@@ -16,15 +16,15 @@ LEAST_LOSS = 0.01  # prefetch must cost this share of a token's time to be turne
 MEMORY_GUESSES = 4096  # of a tally
 RANK_MEMORY = 256
 LEAST_GUESSES = 16  # before a rank is judged
-LEAST_PRECISION = 0.5  # below it a fetch takes the disk or the link from others more often than it helps
+LEAST_PRECISION = 0.5  # below it a fetch delays others on the disk or the link more often than it helps
 
 
 @dataclass(slots=True)
 class LayerTally:
-    """How good the guesses for one layer were; counts of experts, recent ones mostly.
+    """The quality of the guesses for one layer; counts of experts, mostly of recent tokens.
 
-    num_fetched, num_useful: of all guesses ever, those that were brought, and those of them that were wanted; times the
-    bytes of a record they are what the lookahead moved, and what of it was useful.
+    num_fetched, num_useful: of all guesses, those that were fetched, and those of them that were then routed to; times
+    the bytes of a record, the bytes that the lookahead moved, and the useful ones among them.
     """
 
     num_guessed: int = 0
@@ -34,7 +34,7 @@ class LayerTally:
     num_useful: int = 0
 
     def note(self, guessed: Sequence[int], routed: Sequence[int]) -> None:
-        """One token: what was guessed, and what the router then chose."""
+        """Count one token. guessed, routed: the predicted experts, and those that the router then chose."""
         if self.num_guessed >= MEMORY_GUESSES:  # the recent ones count more
             self.num_guessed //= 2
             self.num_right //= 2
@@ -44,7 +44,7 @@ class LayerTally:
         self.num_routed += len(routed)
 
     def note_fetched(self, fetched: Sequence[int], routed: Sequence[int]) -> None:
-        """One token: which guesses had to be brought, and what the router then chose."""
+        """Count one token. fetched, routed: guesses that were fetched, and the experts that the router then chose."""
         self.num_fetched += len(fetched)
         self.num_useful += len(set(fetched) & set(routed))
 
@@ -61,12 +61,13 @@ class LayerTally:
 
 @dataclass(slots=True)
 class RankTally:
-    """How often the n-th likeliest guess, where it was not there, was wanted; recent guesses mostly."""
+    """How often the n-th likeliest guess, where it was absent, was right; mostly of recent guesses."""
 
     num_guessed: int = 0
     num_right: int = 0
 
     def note(self, *, is_right: bool) -> None:
+        """Count one guess that was absent."""
         if self.num_guessed >= RANK_MEMORY:
             self.num_guessed //= 2
             self.num_right //= 2
@@ -75,11 +76,12 @@ class RankTally:
 
     @property
     def is_worth_fetching(self) -> bool:
+        """Whether at least `LEAST_PRECISION` of these guesses were right, or too few were counted."""
         return self.num_guessed < LEAST_GUESSES or self.num_right >= LEAST_PRECISION * self.num_guessed
 
 
 class PrefetchGovernor:
-    """Call `begin_token` at the first layer of every decoded token."""
+    """Turns prefetch on and off. `begin_token` is called at the first layer of every decoded token."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.is_on = True
@@ -107,7 +109,7 @@ class PrefetchGovernor:
         return self.is_on
 
     def pause(self) -> None:
-        """A prompt or a wait for the user comes between tokens: the time until the next token says nothing."""
+        """Leave the time until the next token out: a prompt, or a wait for the user, comes between."""
         self._began = None
 
     def _note(self, seconds: float) -> None:

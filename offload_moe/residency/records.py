@@ -1,4 +1,4 @@
-"""The RAM tier as the device tier sees it: records to copy from."""
+"""The RAM tier as a source of copies to the device tier."""
 
 from functools import partial
 
@@ -8,14 +8,14 @@ from offload_moe.residency.scheduler import Scheduler
 
 
 class RamRecords:
-    """Leases one record at a time; what was borrowed may be given back by another thread."""
+    """Leases one record at a time; another thread may give it back."""
 
     def __init__(self, ram: Scheduler, arena: Arena) -> None:
         self._ram = ram
         self._arena = arena
 
     def borrow(self, key: int) -> Borrowed:
-        """Read it from disk if need be. Raises: TransferError."""
+        """Lease a record, which is read from disk if it is not resident. Raises: TransferError."""
         layer, expert = self._ram.keys.layer_expert(key)
         lease = self._ram.acquire(layer, [expert])
         try:
@@ -26,7 +26,7 @@ class RamRecords:
         return self._arena.slot(slot), lease.close
 
     def borrow_resident(self, key: int) -> Borrowed | None:
-        """None where it would have to be read, or waited for."""
+        """Lease a record that is resident; None where it would have to be read, or waited for."""
         layer, expert = self._ram.keys.layer_expert(key)
         slots = self._ram.hold(layer, [expert])
         return None if slots is None else (self._arena.slot(slots[0]), partial(self._ram.release_held, slots))

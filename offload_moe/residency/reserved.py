@@ -1,4 +1,4 @@
-"""Slots of a tier that native token passes fill: reserved in advance, and accounted for when Python drains completions.
+"""Slots of a tier that native token passes fill: reserved in advance, accounted for when completions are drained.
 
 A pass decides only what it fetches. Evictions happen when a slot is reserved.
 """
@@ -10,28 +10,28 @@ from typing import Protocol
 from offload_moe.memory.mover import Arrived
 from offload_moe.residency.tier import Tier
 
-SLOTS_PER_CHOICE = 2  # that a pass needs: for a layer's experts, beside those of a layer that another thread computes
-SLOTS_PER_RESERVATION = 24  # one slot of so many is reserved, and empty until a pass needs it
+SLOTS_PER_CHOICE = 2  # that a pass needs: for a layer's experts, and for those of a layer that another thread computes
+SLOTS_PER_RESERVATION = 24  # one slot in this many is reserved, and empty until a pass needs it
 MOST_RESERVED = 12
 
 
 class SpareSlots(Protocol):
-    """A reader (`memory.reader.Reader`), as far as slots are reserved for the reads of token passes."""
+    """The part of a reader (`memory.reader.Reader`) that reserves slots for the reads of token passes."""
 
     def reserve(self, slot: int) -> None: ...
 
-    def ask_below(self, least_slots: int) -> None: ...
+    def need_below(self, least_slots: int) -> None: ...
 
     def reclaim(self) -> Sequence[int]: ...
 
 
 def reserved_slots_for(num_slots: int) -> int:
-    """How many slots of a pool are reserved at a time."""
+    """Slots of a pool that are reserved at a time."""
     return max(1, min(MOST_RESERVED, num_slots // SLOTS_PER_RESERVATION))
 
 
 class ReservedSlots:
-    """Of one tier, which computes where it lies."""
+    """Reserved slots of one tier, out of which the CPU computes."""
 
     def __init__(self, tier: Tier, reads: SpareSlots) -> None:
         self._tier = tier
@@ -43,15 +43,15 @@ class ReservedSlots:
         with tier.changed:
             tier.drain_completions()
             residency = tier.residency
-            num_wanted = reserved_slots_for(residency.num_slots)
-            while residency.num_reserved < num_wanted and (slot := residency.reserve(may_evict=may_evict)) is not None:
+            num_usual = reserved_slots_for(residency.num_slots)
+            while residency.num_reserved < num_usual and (slot := residency.reserve(may_evict=may_evict)) is not None:
                 self._reads.reserve(slot)
-            has_all = residency.num_reserved == num_wanted  # else there are no more, and a request would be in vain
-            self._reads.ask_below(num_wanted // 2 if has_all else 0)
+            has_all = residency.num_reserved == num_usual  # else no more are available, and a need could not be served
+            self._reads.need_below(num_usual // 2 if has_all else 0)
             tier.counters.num_evictions = residency.num_evictions
 
     def reclaim(self) -> None:
-        """Take back reserved slots that are not in use; slots that are being filled follow later."""
+        """Free reserved slots that are not in use; slots that are being filled follow when their reads have ended."""
         tier = self._tier
         with tier.changed:
             slots = self._reads.reclaim()

@@ -1,14 +1,14 @@
-"""The slots of one pool: which expert is admitted, evicted, leased. No bytes, no torch, no threads.
+"""The slots of one pool: admits, evicts and leases experts. No bytes, no torch, no threads.
 
     FREE --admit--> LOADING --loaded--> RESIDENT --evict--> FREE
                        |                                      ^
                        +----------------abandon---------------+
 
-The states are those of the slot table, which native readers and token passes change, too; what they have changed is
-entered here when their completions are drained. A leased slot is never evicted. A LOADING slot is never evicted either:
+The states are those of the slot table, which native readers and token passes change, too; their changes are entered
+here when completions are drained. A leased slot is never evicted. A LOADING slot is never evicted either:
 its bytes are on the way.
 
-The pool shrinks from its end: closed slots take no expert any more, and are given up once the last of them is FREE.
+The pool shrinks from its end: closed slots take no more experts, and are given up once all of them are FREE.
 """
 
 from collections.abc import Collection, Iterator
@@ -21,6 +21,8 @@ from offload_moe.residency.policy import Policy
 
 
 class SlotState(IntEnum):
+    """States of a slot as Python sees them: ARRIVED counts as LOADING."""
+
     FREE = constants.FREE
     LOADING = constants.LOADING
     RESIDENT = constants.RESIDENT
@@ -34,6 +36,7 @@ class Residency:
     """
 
     def __init__(self, table: SlotTable, policy: Policy) -> None:
+        """table: with at least one slot, all FREE. Raises: ValueError."""
         if table.num_slots < 1:
             raise ValueError(f"a pool needs at least one slot, got {table.num_slots}")
         self.policy = policy
@@ -48,11 +51,12 @@ class Residency:
 
     @property
     def num_slots(self) -> int:
-        """Slots there are, closed ones included."""
+        """Slots of the pool, closed ones included."""
         return len(self._num_leases)
 
     @property
     def num_free(self) -> int:
+        """Open slots that are FREE."""
         return len(self._free)
 
     def find(self, key: int) -> int | None:
@@ -61,17 +65,20 @@ class Residency:
         return None if slot < 0 else slot
 
     def is_resident(self, slot: int) -> bool:
+        """Whether the slot is RESIDENT."""
         return self.table.states[slot] == RESIDENT
 
     def state(self, slot: int) -> SlotState:
-        """LOADING until its arrival is entered."""
+        """The state of a slot: LOADING until its arrival is entered."""
         state = self.table.states[slot]
         return SlotState.LOADING if state == ARRIVED else SlotState(state)
 
     def num_leases(self, slot: int) -> int:
+        """Leases on the slot, without those of token passes."""
         return self._num_leases[slot]
 
     def resident_keys(self) -> list[int]:
+        """Keys of RESIDENT slots, by slot."""
         table = self.table
         return [key for key, state in zip(table.keys, table.states, strict=True) if state == RESIDENT]
 
@@ -85,11 +92,12 @@ class Residency:
         self._num_leases[slot] += 1
 
     def release(self, slot: int) -> None:
+        """End one lease."""
         assert self._num_leases[slot] > 0
         self._num_leases[slot] -= 1
 
     def lease_all(self, keys: Collection[int]) -> list[int] | None:
-        """Lease the slots of these keys if all are RESIDENT; else None, and nothing changed."""
+        """Lease the slots of these keys if all are RESIDENT; else None, and nothing has changed."""
         slots: list[int] = []
         slot_of, states = self._slot_of, self.table.states
         for key in keys:
@@ -102,6 +110,7 @@ class Residency:
         return slots
 
     def release_all(self, slots: Collection[int]) -> None:
+        """End one lease on each slot."""
         for slot in slots:
             assert self._num_leases[slot] > 0
             self._num_leases[slot] -= 1
@@ -109,8 +118,8 @@ class Residency:
     def admit(self, key: int, keep: Collection[int] = ()) -> int | None:
         """Take a free slot for `key`, or evict the least valuable unleased expert for it, but none of `keep`.
 
-        Returns the slot, now LOADING and unleased; None when every slot is leased, loading, reserved or kept, or where
-        a token pass has begun to read the expert by now.
+        Returns the slot, now LOADING and unleased; None when every slot is leased, loading, reserved or kept, or when a
+        token pass has begun to read the expert.
         """
         if not self._free and not self._evict_one(keep):
             return None
@@ -128,39 +137,39 @@ class Residency:
         return slot
 
     def reclaim(self, slot: int) -> None:
-        """A reserved slot is FREE again."""
+        """Free a reserved slot: RESERVED -> FREE."""
         assert self.table.states[slot] == RESERVED
         self.num_reserved -= 1
         self._vacate(slot)
 
     def loaded(self, slot: int) -> None:
-        """The bytes have arrived: LOADING -> RESIDENT."""
+        """Enter that the bytes have arrived: LOADING -> RESIDENT."""
         assert self.state(slot) is SlotState.LOADING
         self.table.loaded(slot)
         self.num_resident += 1
         self.policy.insert(self.table.keys[slot])
 
     def abandon(self, slot: int) -> None:
-        """The transfer failed: LOADING -> FREE, once it is not leased."""
+        """Enter that the transfer has failed: LOADING -> FREE. The slot must not be leased."""
         assert self.table.states[slot] == LOADING
         assert self._num_leases[slot] == 0
         self._vacate(slot)
 
     def close_slots(self, first: int) -> None:
-        """No expert is admitted to slots from `first` on until they are opened again. At least one stays open."""
+        """Admit no expert to slots from `first` on until they are opened again. At least one stays open."""
         assert 1 <= first <= self._num_open
         self._num_open = first
         self._free = [slot for slot in self._free if slot < first]
 
     def empty_closed_slots(self) -> bool:
-        """Evict what is not leased from the closed slots. Returns whether all of them are FREE now."""
+        """Evict experts that are not leased from the closed slots. Returns whether all of them are FREE now."""
         for slot in range(self._num_open, self.num_slots):
             if self.is_resident(slot) and not self._num_leases[slot]:
                 self._evict(slot)
         return not any(self.table.states[self._num_open :])
 
     def open_slots(self) -> None:
-        """Closed slots take experts again, whatever became of them meanwhile."""
+        """Open the closed slots again, in whatever state they are."""
         closed = range(self._num_open, self.num_slots)
         self._free += [slot for slot in closed if self.table.states[slot] == FREE]
         self._num_open = self.num_slots
@@ -183,13 +192,13 @@ class Residency:
         self.policy.resize(num_slots)
 
     def use_policy(self, policy: Policy) -> None:
-        """Let another policy decide from now on; what is resident is inserted into it."""
+        """Replace the policy; resident experts are inserted into the new one."""
         for key in self.resident_keys():
             policy.insert(key)
         self.policy = policy
 
     def _evict_one(self, keep: Collection[int]) -> bool:
-        refused: set[int] = set()  # leased by a token pass since they were chosen
+        refused: set[int] = set()  # leased by a token pass after they were chosen
 
         def is_spared(key: int) -> bool:
             return key in keep or key in refused or self._must_stay(key)
@@ -201,7 +210,7 @@ class Residency:
         return False
 
     def _evict(self, slot: int) -> bool:
-        """False where a token pass has leased it meanwhile."""
+        """Evict the expert of a slot. Returns False where a token pass has leased it meanwhile."""
         assert self.is_resident(slot)
         assert self._num_leases[slot] == 0
         key = self.table.keys[slot]
@@ -213,7 +222,7 @@ class Residency:
         return True
 
     def _must_stay(self, key: int) -> bool:
-        """Whether it is leased, or in a closed slot, which would make no room."""
+        """Whether an expert is leased, or in a closed slot, whose eviction makes no room."""
         slot = self._slot_of[key]
         return self._num_leases[slot] > 0 or self.table.is_leased(key) or slot >= self._num_open
 

@@ -1,10 +1,10 @@
-"""Acquire, wait, release: the one verb that crosses the border between arithmetic and bytes.
+"""The scheduler of a tier: `acquire`, the one verb between arithmetic and bytes.
 
     with scheduler.acquire(layer, experts) as lease:
         for wave in lease:                      # resident experts first, then the others as they arrive
             for expert, slot in wave: ...
 
-What a lease is and does is in `lease.py`.
+Leases are in `lease.py`.
 """
 
 from collections.abc import Collection, Sequence
@@ -13,7 +13,7 @@ from offload_moe.residency.accounts import Found, note_layer
 from offload_moe.residency.lease import Lease
 from offload_moe.residency.tier import Tier
 
-MAX_PREFETCHES = 64  # on their way at once; each holds a slot that nothing else can use
+MAX_PREFETCHES = 64  # on their way at once; each occupies a slot
 
 
 class Scheduler(Tier):
@@ -29,11 +29,11 @@ class Scheduler(Tier):
         on_cpu: Sequence[int] = (),
         found: Found | None = None,
     ) -> Lease:
-        """Lease what is resident, start loading what is not. Does not wait.
+        """Lease experts that are resident, start loading the others. Does not wait.
 
         experts: distinct ids. weights, num_tokens: as `Policy.access` takes them. on_cpu: other experts of the layer,
-        computed from the tier below: they are routed to and missed here, but not loaded. found: how a run found them,
-        which has fetched some of them since.
+        computed from the tier below: they count as routed and missed, but are not loaded. found: how a token pass
+        found the experts, some of which it has fetched since.
         """
         keys = self.keys.keys(layer, experts)
         with self.changed:
@@ -51,7 +51,7 @@ class Scheduler(Tier):
     def hold(self, layer: int, experts: Sequence[int]) -> list[int] | None:
         """The slots of these experts, leased until `release_held`, where all are resident; else None and no change.
 
-        What `acquire` and one wave do, with the lock taken once: the usual decode step of a model that fits.
+        `acquire` and one wave in one, with the lock taken once: the usual decode step of a model that fits.
         """
         keys = self.keys.keys(layer, experts)
         with self.changed:
@@ -70,7 +70,7 @@ class Scheduler(Tier):
             self.changed.notify_all()
 
     def settle(self) -> None:
-        """Wait for the copies that were demanded. Where the compute that follows them is waited for next, this is free.
+        """Wait for the copies that were demanded. Costs nothing if the compute that follows them is waited for next.
 
         Raises: TransferError when they do not land in time.
         """
@@ -83,7 +83,7 @@ class Scheduler(Tier):
     def prefetch(self, layer: int, experts: Sequence[int], keep: Collection[int] = ()) -> int:
         """Start loading experts that are not demanded yet, as far as slots are available. Returns the number started.
 
-        Neither a leased expert is evicted for them, nor one of them, nor one of the keys in `keep`.
+        Evicts no leased expert for them, none of them, and none of the keys in `keep`.
         """
         keys = self.keys.keys(layer, experts)
         num_started = 0
@@ -102,7 +102,7 @@ class Scheduler(Tier):
         return num_started
 
     def resident(self, layer: int, experts: Sequence[int]) -> list[int]:
-        """Those of the experts whose bytes are here."""
+        """Those of the experts that are resident."""
         first = self.keys.first(layer)
         with self.changed:
             found = [(expert, self.residency.find(first + expert)) for expert in experts]

@@ -1,4 +1,4 @@
-"""Which misses are copied to the device and which are computed on the CPU, so that both finish together.
+"""Splits misses between copies to the device and compute on the CPU, so that both finish together.
 
 Pure Python: seconds and experts, no bytes.
 """
@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 from offload_moe.memory.pace import RunningCost
 
-SPLITS_BETWEEN_TRIALS = 256  # a CPU that got no work for so long gets one expert, to see whether it is still that slow
+SPLITS_BETWEEN_TRIALS = 256  # after this many without work the CPU gets one expert, to measure its cost again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """Experts of one layer. link_s, cpu_s: when each side should be done, in seconds from now."""
+    """Experts of one layer by side. link_s, cpu_s: expected seconds until each side is done."""
 
     copied: list[int] = field(default_factory=list)
     on_cpu: list[int] = field(default_factory=list)
@@ -22,16 +22,16 @@ class Split:
 
 
 class Balance:
-    """Gives each miss to the side that would finish it first, by what an expert cost either side lately."""
+    """Gives each miss to the side that is expected to finish it first, by the recent cost of an expert there."""
 
     def __init__(self, link: RunningCost) -> None:
         self.link = link
         self.cpu = RunningCost()
-        self.unfinished: Callable[[], None] | None = None  # what is left to do once a layer's copies have landed
+        self.unfinished: Callable[[], None] | None = None  # the work that is left once a layer's copies have landed
         self._num_splits_without_cpu = 0
 
     def finish(self) -> None:
-        """The copies of the layer before have landed."""
+        """Do the work that was left until the copies of the last layer had landed."""
         if self.unfinished is not None:
             self.unfinished()
             self.unfinished = None
@@ -39,9 +39,11 @@ class Balance:
     def split(
         self, absent: Sequence[int], arriving: Sequence[int] = (), unread: Sequence[int] = (), busy_s: float = 0.0
     ) -> Split:
-        """absent: in RAM, not on the device. arriving: on their way, the last of them in `busy_s` seconds, which is how
-        long the link is taken. unread: on disk only; while they are read one by one the link and the CPU come to rest,
-        so each goes where it is quicker. Arriving experts that are not given to the CPU are not listed.
+        """Split the misses of one layer.
+
+        absent: in RAM, not on the device. arriving: on their way, the last of them in `busy_s` seconds, for which the
+        link is busy. unread: on disk only; while they are read one by one the link and the CPU become idle, so each
+        goes where it is quicker. Arriving experts that are not given to the CPU are not listed.
         """
         link, cpu = self.link.seconds, self.cpu.seconds
         if link is None:
@@ -72,7 +74,7 @@ class Balance:
         return Split(copied=copied, on_cpu=on_cpu, link_s=link_s, cpu_s=cpu_s)
 
     def _trial(self, absent: Sequence[int], unread: Sequence[int], busy_s: float, link: float) -> Split:
-        """One expert for the CPU, whose cost is not known or was measured long ago."""
+        """Give one expert to the CPU, whose cost is unmeasured or was measured long ago."""
         waiting = [*absent, *unread]
         if not waiting:
             return Split(link_s=busy_s)

@@ -19,15 +19,15 @@ from offload_moe.residency.residency import Residency
 from offload_moe.residency.uses import Uses
 from offload_moe.system.lifecycle import Lifecycle
 
-STALL_LIMIT_S = 120.0  # a transfer that takes longer than this is reported instead of waited for
-FILL_DEPTH = 4  # reads of a warm start in flight: all that is not in flight can still be overtaken
+STALL_LIMIT_S = 120.0  # a transfer that takes longer is an error
+FILL_DEPTH = 4  # reads of a warm start in flight; a demand overtakes all others
 
 
 class Reservations(Protocol):
     """Slots that are reserved for token passes."""
 
     def reclaim(self) -> None:
-        """Take back the slots that are not in use."""
+        """Free the slots that are not in use."""
 
 
 class Tier:
@@ -46,9 +46,9 @@ class Tier:
         flights: Flights | None = None,
         lifecycle: Lifecycle | None = None,
     ) -> None:
-        """bytes_counter: the field of `Counters` that this tier's transfers add to. clock, changed: how to wait.
+        """bytes_counter: the field of `Counters` that this tier's transfers add to. clock, changed: for waits.
 
-        flights: the mover's, where compute can follow copies that are still on their way. lifecycle: of the model.
+        flights: the mover's, if compute can follow copies that are still on their way. lifecycle: of the model.
         """
         self.lifecycle = lifecycle or Lifecycle()
         self.residency = residency
@@ -60,13 +60,12 @@ class Tier:
         self.flights = flights
         self.changed = changed or (flights.changed if flights is not None else threading.Condition())
         self.failed: dict[int, BaseException] = {}
-        self.unproven: set[int] = set()  # prefetched and not asked for since
+        self.unproven: set[int] = set()  # prefetched and not demanded since
         self.uses = Uses()
-        self.is_asked_by_layer = (
-            True  # an acquire names all that a layer wants: what it does not name was guessed wrong
-        )
+        # Whether an acquire names all experts that a layer uses: then a guess that it does not name was wrong.
+        self.acquires_name_layers = True
         self.flying: dict[int, int] = {}  # slot -> key of a prefetch on its way
-        self._wanted: deque[int] = deque()  # what a warm start still has to bring
+        self._to_fill: deque[int] = deque()  # what a warm start still has to load
         self.observer: Observer | None = None
         self.reserved: Reservations | None = None
         self._bytes_counter = bytes_counter
@@ -83,10 +82,10 @@ class Tier:
         return self.residency.find(self.keys.key(layer, expert)) is not None
 
     def late(self, what: str) -> TransferError:
-        """What is said of transfers that are not waited for any longer."""
+        """The error for transfers that are not waited for any longer."""
         return TransferError(
             f"{what} did not arrive within {self.stall_limit_s:.0f} s. "
-            "Check the disk that holds the store, then ask again."
+            "Check the disk that holds the store, then try again."
         )
 
     def drain_completions(self) -> None:
@@ -94,7 +93,7 @@ class Tier:
         self.mover.drain()
 
     def wait(self, limit_s: float) -> float:
-        """Until something may have changed (lock held). Returns the seconds that count against a limit.
+        """Wait until something may have changed (lock held). Returns the seconds that count against a limit.
 
         Raises: ModelClosed.
         """
@@ -104,30 +103,30 @@ class Tier:
         return waited_s
 
     def promote(self, slot: int) -> None:
-        """The expert on its way is demanded (lock held). It may turn out to have been dropped just before."""
-        self.drain_completions()  # its beginning, perhaps
+        """Treat the transfer into the slot as a demand (lock held). Its read may have been dropped just before."""
+        self.drain_completions()  # which may include its beginning
         self.mover.promote(slot)
         self.drain_completions()
 
     def fill(self, keys: Iterable[int]) -> None:
-        """Bring experts into slots that are free, the most valuable first, while nothing is demanded."""
+        """Load experts into free slots, the most valuable first, behind all demands."""
         with self.changed:
-            self._wanted = deque(keys)
+            self._to_fill = deque(keys)
             for _ in range(FILL_DEPTH):
                 self._fill_one()
 
     def _fill_one(self) -> None:
         """Begin one transfer of a warm start (lock held); nothing is evicted for it."""
-        while self._wanted and self.residency.num_free:
-            key = self._wanted.popleft()
+        while self._to_fill and self.residency.num_free:
+            key = self._to_fill.popleft()
             if self.residency.find(key) is None:
                 self.start(key, is_prefetch=True)
                 return
-        self._wanted.clear()
+        self._to_fill.clear()
 
     def drop_wrong_guesses(self, layer: int, keys: Sequence[int]) -> None:
-        """Forget what was guessed up to this layer, is still waiting to be read and is not asked for (lock held)."""
-        if not self.flying or not self.is_asked_by_layer:
+        """Cancel guesses up to this layer that are not being read yet and not among `keys` (lock held)."""
+        if not self.flying or not self.acquires_name_layers:
             return
         end = self.keys.end(layer)
         num_before = len(self.flying)
@@ -142,7 +141,7 @@ class Tier:
             self.changed.notify_all()  # slots have become free
 
     def start(self, key: int, keep: Collection[int] = (), *, is_prefetch: bool = False) -> int | None:
-        """Take a slot and begin the transfer (lock held). None when no slot can be had now."""
+        """Take a slot and begin the transfer (lock held). None when no slot is available now."""
         slot = self.residency.admit(key, keep)
         if slot is not None:
             self.counters.num_evictions = self.residency.num_evictions
@@ -152,13 +151,13 @@ class Tier:
         return slot
 
     def demanded(self, key: int, *, is_here: bool) -> None:
-        """Count a prefetch that was worth it (lock held): its expert is asked for while it is here or on its way."""
+        """Count a prefetch that was useful (lock held): its expert is demanded while it is resident or on its way."""
         if key in self.unproven:
             self.unproven.discard(key)
             self.counters.num_useful_prefetches += is_here
 
     def release(self, slots: Sequence[int]) -> None:
-        """End one lease on each slot (lock held); a slot whose transfer failed is freed by its last lessee."""
+        """End one lease on each slot (lock held); the last release of a slot whose transfer has failed frees it."""
         for slot in slots:
             self.residency.release(slot)
             if slot in self.failed and not self.residency.num_leases(slot):
@@ -168,7 +167,7 @@ class Tier:
             self.changed.notify_all()
 
     def shrink(self, num_slots: int) -> None:
-        """Empty the slots from `num_slots` on and give them up: what is leased is waited for, what arrives too.
+        """Empty the slots from `num_slots` on and give them up; waits for their leases and transfers.
 
         Raises: TransferError when they are not free in time; nothing has changed then.
         """
@@ -183,24 +182,24 @@ class Tier:
                 self.changed.notify_all()
                 raise TransferError(
                     f"A pool cannot shrink to {num_slots} slots: some of the others are still leased or loading after "
-                    f"{self.stall_limit_s:.0f} s. Resize between answers, not while a layer is being computed."
+                    f"{self.stall_limit_s:.0f} s. Resize between answers, not while a layer is computed."
                 )
             self.residency.cut()
 
     def _empty_closed_slots(self) -> bool:
-        """Whether all of them are free (lock held); a wrong guess, dropped after its run, leaves its slot reserved."""
+        """Empty them and return whether all are FREE (lock held). A guess that is dropped leaves its slot reserved."""
         if self.reserved is not None:
             self.reserved.reclaim()
         return self.residency.empty_closed_slots()
 
     def grow(self, num_slots: int) -> None:
-        """Use slots up to `num_slots`, which the mover can fill already."""
+        """Use slots up to `num_slots`, which the mover must be able to fill."""
         with self.changed:
             self.residency.grow(num_slots)
             self.changed.notify_all()
 
     def use_policy(self, policy: Policy) -> None:
-        """Let another policy decide from now on."""
+        """Replace the policy."""
         with self.changed:
             self.residency.use_policy(policy)
 
@@ -209,6 +208,7 @@ class Tier:
         self._bytes_counters = counters
 
     def close(self) -> None:
+        """Close the mover."""
         self.mover.close()
 
     def _arrived(self, slot: int, num_bytes: int, error: BaseException | None) -> None:
@@ -222,13 +222,13 @@ class Tier:
                 self.failed[slot] = error
             else:
                 self.residency.abandon(slot)
-            if was_prefetch and self._wanted and error is None:
+            if was_prefetch and self._to_fill and error is None:
                 self._fill_one()
             self.changed.notify_all()
 
 
 def _on_arrival(reference: "weakref.ref[Tier]") -> Arrived:
-    """What a transfer calls at its end, and does not keep the tier alive with meanwhile."""
+    """The function that a transfer calls at its end, which does not keep the tier alive."""
 
     def arrived(slot: int, num_bytes: int, error: BaseException | None) -> None:
         tier = reference()

@@ -1,4 +1,4 @@
-"""How often each expert was used, so that the next session can begin with the most popular ones. Imports no torch."""
+"""Uses of each expert, so that the next session can begin with the most popular ones. Imports no torch."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -6,14 +6,14 @@ HALF_LIFE_USES = 1 << 20  # routed experts after which a use counts half: about 
 
 
 class Uses:
-    """Counts by key."""
+    """Counts of uses by key."""
 
     def __init__(self, counts: Mapping[int, float] | None = None) -> None:
         self._counts: dict[int, float] = dict(counts or {})
         self._num_noted = 0
 
     def note(self, keys: Iterable[int]) -> None:
-        """One acquire."""
+        """Count one acquire."""
         counts = self._counts
         for key in keys:
             counts[key] = counts.get(key, 0.0) + 1.0
@@ -29,6 +29,7 @@ class Uses:
 
     @property
     def counts(self) -> dict[int, float]:
+        """A copy of the counts."""
         return dict(self._counts)
 
     def most_used(self) -> Sequence[int]:

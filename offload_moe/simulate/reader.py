@@ -47,7 +47,7 @@ class VirtualReader:
     def reserve(self, slot: int) -> None:
         self._spares.append(slot)
 
-    def ask_below(self, least_slots: int) -> None:
+    def need_below(self, least_slots: int) -> None:
         self._least_spares = least_slots
 
     def reclaim(self) -> list[int]:

@@ -23,20 +23,22 @@ class NumpyRanking(Ranking):
         used[keys - first] = passed.shares
         if passed.observes:
             observe(self.history, keys, passed.num_layers)
-        foretold, trust = foretells(self.history, first, end)
-        worth = update(self.reuse, first, end, used, foretold, trust, learn=passed.learns, num_tokens=passed.num_tokens)
+        predicted, trust = predict(self.history, first, end)
+        worth = update(
+            self.reuse, first, end, used, predicted, trust, learn=passed.learns, num_tokens=passed.num_tokens
+        )
         self.worth[first:end] = worth
         np.add(worth * self.discount, self.absent[first:end], out=self.order[first:end])
 
 
 def observe(history: History, keys: NDArray[np.intp], num_layers: int) -> None:
-    """Compare the past with what `num_layers` layers of the present token used, and remember that."""
+    """Compare the past with what `num_layers` layers of the present token used, and store that."""
     history.matched *= history.fade(len(keys), num_layers)
     history.matched += np.add.reduce(history.was_used[keys], axis=0, dtype=np.uint8 if len(keys) < 256 else np.uint16)
     history.used[keys] = 1
 
 
-def foretells(history: History, first: int, end: int) -> tuple[Vector, float]:
+def predict(history: History, first: int, end: int) -> tuple[Vector, float]:
     """For keys `first` to `end`: discounted reuse after the neighbours, a weighted sum; the sum of the weights."""
     nearest = _nearest(history.matched)
     weights = (history.matched[nearest] * (1.0 / history.matchable)) ** SHARPNESS
@@ -56,7 +58,7 @@ def update(
     first: int,
     end: int,
     used: Vector,
-    foretold: Vector,
+    predicted: Vector,
     trust: float,
     *,
     learn: bool,
@@ -64,7 +66,7 @@ def update(
 ) -> Vector:
     """Expected discounted reuse of keys `first` to `end`, whose layers the present token has just passed.
 
-    used: 1.0 where this token used the expert, or the share of a chunk's tokens that did; foretold, trust: from the
+    used: 1.0 where this token used the expert, or the share of a chunk's tokens that did; predicted, trust: from the
     neighbours.
     """
     features = reuse.features[:, first:end]
@@ -74,7 +76,7 @@ def update(
     slow_step, fast_step = reuse.steps(num_tokens)
     frequencies += np.array([[slow_step], [fast_step], [1.0]], np.float32) * (used - frequencies)
     share = 1.0 / (trust + SHRINKAGE)
-    np.multiply(foretold, share, out=features[4])
+    np.multiply(predicted, share, out=features[4])
     np.multiply(features[1], SHRINKAGE * share, out=features[5])
     if learn:
         reuse.covariance += before @ (before - (reuse.discount * (1.0 - used)) * features).T

@@ -56,7 +56,7 @@ class Disk:
             offset = key * self.num_bytes
             place = kernels.PlaceStruct(file=0, offset=offset, num_bytes=self.num_bytes, checksum=self.checksums[key])
             reads.place(key, place)
-        reads.ask_below(least_slots)
+        reads.need_below(least_slots)
         for slot in range(FIRST, FIRST + num_reserved):
             run.slot_table.reserve(slot)
             reads.reserve(slot)

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from support.numpy_ranking import NumpyRanking, foretells, observe, update
+from support.numpy_ranking import NumpyRanking, observe, predict, update
 
 from offload_moe.profile.replay import replay
 from offload_moe.profile.trace import Trace
@@ -46,7 +46,7 @@ class TestHistory:
         history = History(num_keys=8, discount=0.5, num_tokens=64)
         for used in ([0, 1], [2, 3], [4, 5], [6, 7], [0, 1]):
             observe(history, np.array(used), 1)
-            reuse, trust = foretells(history, 0, 8)
+            reuse, trust = predict(history, 0, 8)
             history.advance()
         assert trust > 0
         assert reuse[2] == reuse[3] == pytest.approx(trust, rel=0.01)  # after (0, 1) came (2, 3): at once
@@ -57,7 +57,7 @@ class TestHistory:
         history = History(num_keys=8, discount=0.5, num_tokens=64)
         for used in ([0], [1], [1], [1], [0]):
             observe(history, np.array(used), 1)
-            reuse, trust = foretells(history, 0, 8)
+            reuse, trust = predict(history, 0, 8)
             history.advance()
         assert reuse[1] == pytest.approx(trust, rel=0.01)
 
@@ -66,14 +66,14 @@ class TestHistory:
         for used, remembered in (([0], 0.0), ([2], 0.0), ([0], 1.0), *[([1], None)] * (64 + NUM_AHEAD), ([0], 0.0)):
             observe(history, np.array(used), 1)
             if remembered is not None:
-                reuse, trust = foretells(history, 0, 8)
+                reuse, trust = predict(history, 0, 8)
                 assert reuse[2] == pytest.approx(remembered * trust, rel=0.01)
             history.advance()
 
-    def test_nothing_is_foretold_at_first(self) -> None:
+    def test_nothing_is_predicted_at_first(self) -> None:
         history = History(num_keys=8, discount=0.5)
         observe(history, np.array([0, 1]), 1)
-        reuse, trust = foretells(history, 0, 8)
+        reuse, trust = predict(history, 0, 8)
         assert trust == 0.0
         assert not reuse.any()
 
@@ -85,8 +85,8 @@ class TestReuseModel:
         random = np.random.default_rng(0)
         coming = random.random((4000, 2)) < 0.3
         for now, after in pairwise(coming):
-            foretold = np.where(after, 1.0, 0.1).astype(np.float32)
-            worth = update(model, 0, 2, now.astype(np.float32), foretold, 1.0, learn=True)
+            predicted = np.where(after, 1.0, 0.1).astype(np.float32)
+            worth = update(model, 0, 2, now.astype(np.float32), predicted, 1.0, learn=True)
             model.advance()
         assert worth[after].min(initial=1.0) > 0.8
         assert worth[~after].max(initial=0.0) < 0.5
@@ -184,7 +184,7 @@ class TestKNN:
         for _ in range(5):
             policy.access(0, list(range(NUM_EXPERTS)))
         policy.access(0, [1, 2])
-        assert foretells(policy.ranking.history, 0, NUM_EXPERTS)[1] == 0.0
+        assert predict(policy.ranking.history, 0, NUM_EXPERTS)[1] == 0.0
 
 
 def test_a_chunk_tells_which_experts_its_tokens_like() -> None:

@@ -34,6 +34,9 @@ ROOMS = [
             "experts",
             "engine",
             "chat",
+            "native",
+            "memory",
+            "residency",
         )
     ),
 ]
@@ -43,7 +46,7 @@ DOCUMENTS = [
     path
     for folder in ("docs", "docs/decisions")
     for path in sorted((ROOT / folder).glob("*.md"))
-    if path.name not in ("LOG.md", "cli.md", "how-it-works.md")
+    if path.name not in ("LOG.md", "cli.md")
 ]
 # A program is no person, and names that were replaced must not return.
 BANNED = re.compile(

@@ -430,7 +430,7 @@ class ScriptedReader:
     def reserve(self, slot: int) -> None:
         self.reserved.append(slot)
 
-    def ask_below(self, least_slots: int) -> None:
+    def need_below(self, least_slots: int) -> None:
         pass
 
     def reclaim(self) -> list[int]:

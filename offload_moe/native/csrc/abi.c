@@ -1,4 +1,4 @@
-/* The lists of `api.h` as data: Python compares them with its own before it calls anything. */
+/* The lists of `api.h` as data: Python compares them with its own before it calls a function. */
 #include "om_kernels.h"
 
 typedef struct {

@@ -1,7 +1,7 @@
-/* What Python sees: the structs that it fills in, the functions that it calls, and constants that both have.
+/* The interface for Python: the structs that it fills in, the functions that it calls, and shared constants.
  *
  * Each is written once. `abi.c` exports the three lists, and Python compares them with its own when it loads the library.
- * Raise OM_ABI_VERSION when the meaning of something changes that the lists do not show. */
+ * Raise OM_ABI_VERSION when a meaning changes that the lists do not show. */
 #ifndef OM_API_H
 #define OM_API_H
 
@@ -11,7 +11,7 @@
 
 /* Fields are FIELD(struct, type, name, array dimension or nothing). */
 
-/* Where one matrix lies inside a record: byte offsets, -1 where the codec has no such plane. */
+/* The place of one matrix inside a record: byte offsets, -1 for planes that the codec lacks. */
 #define OM_MATRIX_FIELDS(FIELD, T) \
     FIELD(T, int64_t, rows, ) FIELD(T, int64_t, cols, ) FIELD(T, int64_t, padded, ) \
     FIELD(T, int64_t, codes, ) FIELD(T, int64_t, scales, ) \
@@ -27,7 +27,7 @@
 #define OM_ATTENTION_FIELDS(FIELD, T) \
     FIELD(T, om_matrix, matrices, [4]) /* query, key, value: one codec; output */ \
     FIELD(T, const uint8_t *, records, [4]) \
-    FIELD(T, const float *, biases, [4]) /* those kept outside of the records, or NULL */ \
+    FIELD(T, const float *, biases, [4]) /* those that are not in the records, or NULL */ \
     FIELD(T, const float *, norms, [2]) /* weights of the query's and the key's RMS norm, or NULL */ \
     FIELD(T, const float *, sinks, ) /* [N] or NULL */ \
     FIELD(T, int64_t, num_heads, ) FIELD(T, int64_t, num_kv_heads, ) \
@@ -40,10 +40,10 @@
 
 /* Multi-head latent attention, absorbed: N heads of K unrotated and P rotated dims, values of V dims, latents of R. */
 #define OM_LATENT_FIELDS(FIELD, T) \
-    FIELD(T, om_matrix, matrices, [6]) /* the query, or its way down; latent and rotated key; the query's way up; */ \
+    FIELD(T, om_matrix, matrices, [6]) /* the query, or its projection down; latent and rotated key; the query's projection up; */ \
     FIELD(T, const uint8_t *, records, [6]) /* keys to latents [N * R, K]; latents to keys and values [N * (K + V), R]; output */ \
-    FIELD(T, const float *, biases, [6]) /* those kept outside of the records, or NULL */ \
-    FIELD(T, const float *, query_norm, ) /* weight of the RMS norm between the query's ways; NULL: the first matrix is all */ \
+    FIELD(T, const float *, biases, [6]) /* those that are not in the records, or NULL */ \
+    FIELD(T, const float *, query_norm, ) /* weight of the RMS norm between the query's projections; NULL: it has one only */ \
     FIELD(T, const float *, latent_norm, ) \
     FIELD(T, float, query_epsilon, ) FIELD(T, float, latent_epsilon, ) \
     FIELD(T, int64_t, num_heads, ) FIELD(T, int64_t, unrotated_dims, ) FIELD(T, int64_t, rotated_dims, ) \
@@ -58,15 +58,15 @@
     FIELD(T, const float *, bias, ) /* [E] or NULL */ \
     FIELD(T, const float *, correction, ) /* [E] or NULL: added to the scores for the choice only */ \
     FIELD(T, int64_t, top_k, ) \
-    FIELD(T, int64_t, num_groups, ) FIELD(T, int64_t, num_chosen_groups, ) /* of experts; the others are not chosen */ \
-    FIELD(T, int32_t, num_best, ) /* 1 or 2: scores of a group that are added up for its own */ \
+    FIELD(T, int64_t, num_groups, ) FIELD(T, int64_t, num_chosen_groups, ) /* of experts; experts of the other groups are not chosen */ \
+    FIELD(T, int32_t, num_best, ) /* 1 or 2: scores of a group that are added up for the group's */ \
     FIELD(T, int32_t, is_sigmoid, ) /* scores are sigmoids of the logits, not their softmax */ \
     FIELD(T, int32_t, is_of_chosen, ) /* weights are shares among the chosen experts' scores */ \
-    FIELD(T, float, scale, ) /* of the weights, afterwards */
+    FIELD(T, float, scale, ) /* of the weights, applied last */
 
 #define OM_LAYER_FIELDS(FIELD, T) \
     FIELD(T, const om_attention *, attention, ) \
-    FIELD(T, const om_latent *, latent, ) /* in place of `attention`, which is NULL then */ \
+    FIELD(T, const om_latent *, latent, ) /* replaces `attention`, which is NULL then */ \
     FIELD(T, const om_router *, router, ) /* NULL: the block after the second norm has its own router */ \
     FIELD(T, const float *, norms, [2]) /* [hidden]: before attention, and before the router */ \
     FIELD(T, float, epsilons, [2]) \
@@ -83,8 +83,8 @@
 #define OM_SPAN_LAYER_FIELDS(FIELD, T) \
     FIELD(T, const om_layer *, layer, ) /* with a router */ \
     FIELD(T, const om_moe_layer *, experts, ) \
-    FIELD(T, const om_shared *, shared, ) /* NULL where there is none */ \
-    FIELD(T, int64_t, first_key, ) /* of the layer's experts */ \
+    FIELD(T, const om_shared *, shared, ) /* NULL if the layer has none */ \
+    FIELD(T, int64_t, first_key, ) /* the key of the layer's first expert */ \
     FIELD(T, float, weight_scale, ) \
     FIELD(T, int32_t, mode, )
 
@@ -95,7 +95,7 @@
 
 #define OM_SPAN_TOKEN_FIELDS(FIELD, T) \
     FIELD(T, const float *, cos, ) FIELD(T, const float *, signed_sin, ) \
-    FIELD(T, float *const *, keys, ) FIELD(T, float *const *, values, ) /* per layer, as `om_attention_step` has them */ \
+    FIELD(T, float *const *, keys, ) FIELD(T, float *const *, values, ) /* per layer, as in `om_attention_step` */ \
     FIELD(T, const int64_t *, capacities, ) FIELD(T, const int64_t *, lengths, ) \
     FIELD(T, float *, x, ) FIELD(T, float *, residual, ) FIELD(T, float *, normed, ) /* [H] */ \
     FIELD(T, float *, logits, ) FIELD(T, float *, weights, ) /* [layers, E], [layers, K] */ \
@@ -103,40 +103,40 @@
     FIELD(T, double *, times, ) /* [layers, 2]: seconds since the start when the experts of a layer began and ended */ \
     FIELD(T, double *, stalls, ) /* [layers]: seconds that a layer waited for experts */ \
     FIELD(T, float *, rows, ) /* [K, H] */ \
-    FIELD(T, int64_t, num_ahead, ) /* layers behind each one whose routers are asked ahead */ \
-    FIELD(T, const int64_t *, ranks, ) /* [num_ahead]: how many of the likeliest of what they say count */ \
-    FIELD(T, int64_t *, guesses, ) /* [layers, num_ahead, K]: what they say */ \
+    FIELD(T, int64_t, num_ahead, ) /* following layers whose routers are evaluated ahead */ \
+    FIELD(T, const int64_t *, ranks, ) /* [num_ahead]: how many of the likeliest guesses are fetched */ \
+    FIELD(T, int64_t *, guesses, ) /* [layers, num_ahead, K]: ids that these routers choose */ \
     FIELD(T, uint8_t *, found, ) FIELD(T, uint8_t *, guesses_found, ) /* [layers, K], [layers, num_ahead, K]: OM_HIT ... */ \
     FIELD(T, float *, guess_space, ) /* [H + E + K] */
 
 #define OM_FILE_FIELDS(FIELD, T) \
-    FIELD(T, const uint8_t *, pages, ) /* the mapped file, to look up which pages are cached; NULL where the system cannot say */ \
+    FIELD(T, const uint8_t *, pages, ) /* the mapped file, to look up which pages are cached; NULL where the system does not report it */ \
     FIELD(T, int64_t, num_bytes, ) \
-    FIELD(T, int32_t, direct, ) FIELD(T, int32_t, cached, ) /* descriptors; -1: not to be read so */
+    FIELD(T, int32_t, direct, ) FIELD(T, int32_t, cached, ) /* descriptors; -1: this way of reading is not available */
 
 #define OM_PLACE_FIELDS(FIELD, T) \
     FIELD(T, int64_t, offset, ) FIELD(T, int64_t, num_bytes, ) \
     FIELD(T, int32_t, file, ) \
     FIELD(T, uint32_t, checksum, )
 
-/* A change of a read: a token pass has begun it (OM_READING), its expert is resident (OM_DONE), its slot is reserved again
+/* A change of a read: a token pass has begun it (OM_READING), its expert has arrived (OM_DONE), its slot is reserved again
  * (OM_DROPPED), or it has failed and the slot belongs to Python, which may submit it again (OM_FAILED). */
 #define OM_COMPLETION_FIELDS(FIELD, T) \
     FIELD(T, int64_t, key, ) \
-    FIELD(T, int64_t, start, ) FIELD(T, int64_t, num_wanted, ) FIELD(T, int64_t, num_read, ) /* of the part that failed */ \
+    FIELD(T, int64_t, start, ) FIELD(T, int64_t, num_bytes, ) FIELD(T, int64_t, num_read, ) /* of the part that failed */ \
     FIELD(T, int32_t, slot, ) FIELD(T, int32_t, state, ) FIELD(T, int32_t, was_prefetch, ) \
-    FIELD(T, int32_t, error, ) /* an errno, OM_SHORT_READ or OM_WRONG_CHECKSUM; 0 where nothing has failed */ \
-    FIELD(T, int32_t, was_direct, ) /* whether it failed around the page cache */
+    FIELD(T, int32_t, error, ) /* an errno, OM_SHORT_READ or OM_WRONG_CHECKSUM; 0 unless OM_FAILED */ \
+    FIELD(T, int32_t, was_direct, ) /* whether the failed read was around the page cache */
 
 #define OM_READS_OPTIONS_FIELDS(FIELD, T) \
     FIELD(T, int64_t, part_bytes, ) FIELD(T, int64_t, prefetch_part_bytes, ) \
     FIELD(T, int64_t, num_keys, ) \
-    FIELD(T, const om_place *, places, ) /* by key; of no bytes where it is not known yet: token passes fetch none of those */ \
+    FIELD(T, const om_place *, places, ) /* by key; num_bytes is 0 until it is set: token passes do not fetch such experts */ \
     FIELD(T, uint8_t *, is_checked, ) /* by key: whether its checksum was compared */ \
     FIELD(T, int64_t *, counts, ) /* [2]: completions to drain, calls of `om_reads_wake` */ \
     FIELD(T, int32_t, num_threads, )
 
-/* X experts of the pool, M remembered tokens, D features. */
+/* X experts of the pool, M stored tokens, D features. */
 #define OM_RANKING_FIELDS(FIELD, T) \
     FIELD(T, int64_t, num_keys, ) FIELD(T, int64_t, num_tokens, ) FIELD(T, int64_t, num_neighbours, ) /* X, M */ \
     FIELD(T, uint8_t *, used, ) FIELD(T, uint8_t *, was_used, ) FIELD(T, uint8_t *, future, ) /* [X], [X, M], [M, X] */ \
@@ -148,7 +148,7 @@
     FIELD(T, float, sharpness, ) FIELD(T, float, shrinkage, )
 
 #define OM_PASSED_FIELDS(FIELD, T) \
-    FIELD(T, const int32_t *, keys, ) /* that these layers used */ \
+    FIELD(T, const int32_t *, keys, ) /* of experts that these layers used */ \
     FIELD(T, const float *, shares, ) /* of the tokens that used them */ \
     FIELD(T, int64_t, num_keys, ) \
     FIELD(T, int64_t, first, ) FIELD(T, int64_t, end, ) /* their experts */ \
@@ -156,7 +156,7 @@
     FIELD(T, float, slow_step, ) FIELD(T, float, fast_step, ) FIELD(T, float, discount, ) \
     FIELD(T, int32_t, observes, ) FIELD(T, int32_t, learns, )
 
-/* Before one another as they are used. */
+/* In an order in which each uses only earlier ones. */
 #define OM_STRUCTS(STRUCT) \
     STRUCT(om_matrix, OM_MATRIX_FIELDS) \
     STRUCT(om_moe_layer, OM_MOE_LAYER_FIELDS) \
@@ -175,7 +175,7 @@
     STRUCT(om_ranking, OM_RANKING_FIELDS) \
     STRUCT(om_passed, OM_PASSED_FIELDS)
 
-/* What they do is said where they are defined. */
+/* Documented at their definitions. */
 #define OM_FUNCTIONS(FUNCTION) \
     FUNCTION(int, om_select, (const char *name)) \
     FUNCTION(const char *, om_active_name, (void)) \
@@ -225,7 +225,7 @@
     FUNCTION(void, om_reads_demand, (om_reads *reads, int64_t key)) \
     FUNCTION(int, om_reads_cancel, (om_reads *reads, int64_t key)) \
     FUNCTION(void, om_reads_reserve, (om_reads *reads, int32_t slot, uint8_t *record)) \
-    FUNCTION(void, om_reads_ask_below, (om_reads *reads, int32_t least_spares)) \
+    FUNCTION(void, om_reads_need_below, (om_reads *reads, int32_t least_spares)) \
     FUNCTION(int32_t, om_reads_reclaim, (om_reads *reads)) \
     FUNCTION(int64_t, om_reads_completions, (om_reads *reads, om_completion *completions, int64_t room)) \
     FUNCTION(void, om_reads_wait, (om_reads *reads, int64_t num_wakes, double limit_s)) \
@@ -245,14 +245,14 @@ enum { OM_F32 = 0, OM_BF16_VALUES = 1 };
 enum { OM_SILU = 0, OM_GELU = 1, OM_GELU_TANH = 2, OM_GPT_OSS = 3, OM_RELU = 4, OM_RELU2 = 5, OM_IDENTITY = 6 };
 enum { OM_SLOT_FREE = 0, OM_SLOT_LOADING = 1, OM_SLOT_RESIDENT = 2, OM_SLOT_RESERVED = 3, OM_SLOT_ARRIVED = 4 };
 enum { OM_READING = 1, OM_DONE = 2, OM_DROPPED = 3, OM_FAILED = 4 };
-enum { OM_SHORT_READ = -1, OM_WRONG_CHECKSUM = -2 }; /* beside the numbers of errno */
-/* Which dims of a rotated part turn together, and where they are afterwards. */
+enum { OM_SHORT_READ = -1, OM_WRONG_CHECKSUM = -2 }; /* errors beside those of errno */
+/* The dims of a rotated part that turn together, and their places afterwards. */
 enum { OM_HALVES = 0, OM_PAIRS_TO_HALVES = 1, OM_PAIRS = 2 };
 /* How an expert was found when it was chosen, or guessed. */
 enum { OM_HIT = 0, OM_ARRIVING = 1, OM_MISSING = 2, OM_FETCHED = 3 /* guessed, absent, and fetched */ };
-/* What a layer needs from Python: experts that it could not fetch; slots, as few are left. */
+/* Needs of a layer that Python serves: experts that could not be fetched; slots, of which few are left. */
 enum { OM_NEEDS_EXPERTS = 1, OM_NEEDS_SLOTS = 2 };
-/* What calls return in place of a layer or a number of layers. */
+/* Results in place of a layer or a number of layers. */
 enum { OM_UNDER_WAY = -2 };
 
 #define OM_BLOCK 64     /* weights that share an nf4 or int8 scale, and activations that share an int8 scale */
@@ -275,7 +275,7 @@ enum { OM_UNDER_WAY = -2 };
     CONSTANT(OM_NEEDS_EXPERTS) CONSTANT(OM_NEEDS_SLOTS) CONSTANT(OM_UNDER_WAY) \
     CONSTANT(OM_BLOCK) CONSTANT(OM_MAX_TOP_K) CONSTANT(OM_MAX_SCORED) CONSTANT(OM_MAX_ROTATED)
 
-typedef struct om_slot_table om_slot_table; /* these Python keeps by address */
+typedef struct om_slot_table om_slot_table; /* opaque to Python, which keeps their addresses */
 typedef struct om_reads om_reads;
 typedef struct om_pass om_pass;
 

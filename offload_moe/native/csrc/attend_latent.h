@@ -1,4 +1,4 @@
-/* Latent attention of one token: all heads see the same latents. Included once per instruction set, after `attend.h`. */
+/* Latent attention of one token: all heads share the latents. Included once per instruction set, after `attend.h`. */
 #define OM_LATENT_HEADS OM_LATENT_ROOM /* whose sums stay in registers beside each other */
 #define OM_LATENT_TOKENS 2             /* likewise, where scores are made */
 

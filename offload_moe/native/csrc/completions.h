@@ -1,7 +1,7 @@
-/* The completion queue of reads, and the threads that wait at it. The lock of the slot table guards all of it.
+/* The completion queue of reads, and the threads that wait for it. The lock of the slot table guards all of it.
  *
- * Reads that Python submitted, and failures, are drained at once: by the threads that wait for experts or slots, or, where
- * there is none, by one that attends. Reads of a token pass stay in the queue until Python looks. */
+ * Reads that Python submitted, and failures, are drained at once: by the threads that wait for experts or slots, or, if
+ * none waits, by the one that attends. Reads of a token pass stay in the queue until Python drains it. */
 #ifndef OM_COMPLETIONS_H
 #define OM_COMPLETIONS_H
 

@@ -1,5 +1,5 @@
-/* By cpuid itself: `__builtin_cpu_supports` needs the compiler's runtime library, and zig's brings an `expf` of other bits than
- * the system's. */
+/* Uses cpuid directly: `__builtin_cpu_supports` needs the compiler's runtime library, and zig's has an `expf` with other bits
+ * than the system's. */
 #include "cpu.h"
 
 #define AHEAD 4096 /* bandwidth times latency of a core */

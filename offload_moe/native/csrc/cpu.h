@@ -1,4 +1,4 @@
-/* What the processor and the system run, and how it reads memory. */
+/* Instruction sets that the processor and the system support, and how the processor reads memory. */
 #ifndef OM_CPU_H
 #define OM_CPU_H
 

@@ -76,7 +76,7 @@ CARRYLESS static uint32_t by_products(const uint8_t *data, int64_t length, uint3
 }
 #endif
 
-/* Goes on from `crc`, which is 0 at the beginning. */
+/* Continue from `crc`, which is 0 at the beginning. */
 OM_EXPORT uint32_t om_crc32(const uint8_t *data, int64_t length, uint32_t crc) {
     crc = ~crc;
 #if defined(__x86_64__) && defined(__GNUC__)

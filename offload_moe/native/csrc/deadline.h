@@ -1,4 +1,4 @@
-/* Waits with a limit, on a clock that nobody sets where a condition variable can wait by one. _GNU_SOURCE comes first. */
+/* Waits with a limit, on a monotonic clock where a condition variable can wait by one. _GNU_SOURCE comes first. */
 #ifndef OM_DEADLINE_H
 #define OM_DEADLINE_H
 

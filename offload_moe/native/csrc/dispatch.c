@@ -1,4 +1,4 @@
-/* Which kernel set serves: the best one that the machine runs, or the one asked for. */
+/* The choice of a kernel set: the best one that the machine runs, or the one named. */
 #include "cpu.h"
 #include "panel.h"
 

@@ -1,4 +1,4 @@
-/* Reads that have been asked for, and queues of them. */
+/* Reads that are queued or under way, and queues of them. */
 #ifndef OM_FETCHES_H
 #define OM_FETCHES_H
 
@@ -8,7 +8,7 @@ typedef struct om_fetch om_fetch;
 struct om_fetch {
     om_fetch *next; /* in its queue */
     uint8_t *record;
-    int64_t key, next_byte; /* the first byte that no part has asked for yet */
+    int64_t key, next_byte; /* the first byte that belongs to no part yet */
     int32_t slot, num_running;
     uint8_t is_queued;                /* there are parts to begin */
     uint8_t is_prefetch, was_prefetch;

@@ -1,4 +1,4 @@
-/* Plain C: serves where no other set does, and is what the others are tested against. */
+/* Plain C: used where no other set runs; the others are tested against it. */
 #include "lanes8.h"
 #include "levels.h"
 #include "panel.h"

@@ -1,4 +1,4 @@
-/* What the calls (`linear.c`, `moe.c`) share: prepared activations and scratch memory. */
+/* Prepared activations and scratch memory, for the calls (`linear.c`, `moe.c`). */
 #ifndef OM_JOB_H
 #define OM_JOB_H
 

@@ -1,4 +1,4 @@
-/* What the sets of eight lanes share: a unit is one block, whose scale is broadcast from memory. */
+/* Shared by the sets of eight lanes: a unit is one block, whose scale is broadcast from memory. */
 #ifndef OM_LANES8_H
 #define OM_LANES8_H
 

@@ -14,7 +14,7 @@ typedef struct {
     float *latents, *rotated; /* [length + 1, R], [length + 1, P] */
     int64_t length, heads_per_unit;
     om_linear_job first, compress, up, output;
-    void *down;                   /* the query's way down, or the query */
+    void *down;                   /* the query projected down, or the query */
     void *compressed;             /* latent and rotated key [R + P] */
     void *query;                  /* [N, K + P] */
     float *inner, *means, *mixed; /* [N, R], [N, R], [N, V] */

@@ -1,10 +1,10 @@
 /* A decode step of one decoder layer up to its experts in one call: norm, attention, residual sum, norm, router.
  *
- * One token of one sequence, in fp32; each part is the call of its own that it would be without this. */
+ * One token of one sequence, in fp32; each part computes the same as its own call. */
 #include "job.h"
 
-/* x[H] -> residual[H] = x + attention, normed[H]; and logits, weights, ids as `om_router_step` has them. The cache and the
- * rotary embedding as `om_attention_step` or `om_latent_step` has them. Returns 0, or -1 when memory is short. */
+/* x[H] -> residual[H] = x + attention, normed[H]; and logits, weights, ids as in `om_router_step`. The cache and the
+ * rotary embedding are as in `om_attention_step` or `om_latent_step`. Returns 0, or -1 when memory is short. */
 OM_EXPORT int om_layer_step(const om_layer *layer, const float *x, const float *cos, const float *signed_sin, float *keys,
                             float *values, int64_t capacity, int64_t length, float *residual, float *normed, float *logits,
                             float *weights, int64_t *ids) {
@@ -18,7 +18,7 @@ OM_EXPORT int om_layer_step(const om_layer *layer, const float *x, const float *
     return layer->router == NULL ? 0 : om_router_step(layer->router, normed, logits, weights, ids);
 }
 
-/* What the layer's router would choose were this another layer's residual[H] its own. The rest as `om_layer_step` has it. */
+/* Route another layer's residual[H] with this layer's norm and router. The rest is as in `om_layer_step`. */
 int om_layer_guess(const om_layer *layer, const float *residual, float *normed, float *logits, float *weights, int64_t *ids) {
     om_rms_norm(residual, layer->norms[1], layer->hidden, layer->epsilons[1], normed);
     return om_router_step(layer->router, normed, logits, weights, ids);

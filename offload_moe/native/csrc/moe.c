@@ -46,7 +46,7 @@ static const uint8_t *first_codes_of_unit(const moe_job *job, int64_t unit) {
     return om_codes_at(&job->layer->first, job->records[job->segments[unit / job->num_chunks].expert], row);
 }
 
-/* Bias and activation of one token's chunk, then into the form the second matrix wants. */
+/* Bias and activation of one token's chunk, then into the form of the second matrix's input. */
 static void finish_chunk(const moe_job *job, const om_weights *w, int64_t chunk, int64_t num_rows, const chunk_results *results,
                          int tile_token, int64_t pair) {
     const om_moe_layer *layer = job->layer;

@@ -1,7 +1,7 @@
-/* What the translation units share.
+/* Shared by the translation units.
  *
  * Shape legend: T tokens, O output rows, K input columns, P columns padded to 64, B blocks of 64 columns in a row.
- * One kernel set per instruction set (`om_isa`); everything outside of it is plain C and knows no vector width. */
+ * One kernel set per instruction set (`om_isa`); everything outside of it is plain C, independent of the vector width. */
 #ifndef OM_KERNELS_H
 #define OM_KERNELS_H
 
@@ -32,14 +32,14 @@ typedef struct {
     const uint8_t *scales;
     const float *nested_scales;
     const uint8_t *bias;
-    const uint8_t *next_codes; /* what the thread reads after the rows asked for; NULL where that is not known */
+    const uint8_t *next_codes; /* the codes that the thread reads after these rows; NULL if open */
     float nested_offset;
     int64_t rows, cols, blocks, row_bytes;
     int32_t codec, bias_dtype;
 } om_weights;
 
 /* One token's activations. `fast`: `quants` (int8, in the order of the set's units), one scale per scale of a row, and
- * `corrections` (minus the sum of the quants times what the set's weights have too much). `exact`: `values`, in that order too. */
+ * `corrections` (minus the sum of the quants times the set's OM_WEIGHT_OFFSET). `exact`: `values`, in that order too. */
 typedef struct {
     int8_t *quants;
     float *scales, *corrections, *values;
@@ -52,7 +52,7 @@ typedef struct {
     int num_tokens;
 } om_tile;
 
-/* What the heads of one token see: latents [length, rank] and rotated keys [length, rotated_dims]. */
+/* The cache of one token's heads: latents [length, rank] and rotated keys [length, rotated_dims]. */
 typedef struct {
     const float *latents, *rotated;
     int64_t length, rank, rotated_dims, turned_stride; /* between the rotated parts of two heads' queries */
@@ -106,7 +106,7 @@ typedef void (*om_unit_fn)(void *context, int64_t unit, int64_t next_unit, int t
 void om_pool_begin(void); /* one job at a time: hold this around a call's phases */
 void om_pool_end(void);
 void om_pool_run(om_unit_fn unit, void *context, int64_t num_units);
-void om_pool_place_caller(pthread_t thread); /* where a thread that makes such calls belongs */
+void om_pool_place_caller(pthread_t thread); /* pins a thread that makes such calls, as the caller is */
 void om_pool_place_anywhere(pthread_t thread);
 int om_pool_threads(void);
 uint8_t *om_arena_reserve(size_t num_bytes); /* 64-byte aligned, valid until the next call; only between begin and end */

@@ -1,4 +1,4 @@
-/* A thread pool of our own: workers spin briefly for the next phase, then sleep; one job at a time.
+/* The kernels' own thread pool: workers spin briefly for the next phase, then sleep; one job at a time.
  *
  * A phase is open while its units are handed out. A worker that wakes too late finds it closed and goes back to sleep, so
  * the caller waits only for workers that hold a unit. After fork() the child starts with no workers and makes its own. */
@@ -22,9 +22,9 @@ static struct {
     pthread_mutex_t job_mutex, sleep_mutex;
     pthread_cond_t wake;
     pthread_t workers[MAX_THREADS];
-    int wanted_threads, num_workers, is_pinned;
+    int chosen_threads, num_workers, is_pinned;
     atomic_int num_sleeping, is_stopping;
-    _Atomic uint32_t epoch;   /* counts phases; what workers watch */
+    _Atomic uint32_t epoch;   /* counts phases; workers watch it */
     _Atomic uint32_t members; /* OPEN_BIT, and how many workers are inside of the phase */
     _Atomic int64_t next_unit;
     int64_t num_units;
@@ -36,7 +36,7 @@ static struct {
 } pool = {.job_mutex = PTHREAD_MUTEX_INITIALIZER,
           .sleep_mutex = PTHREAD_MUTEX_INITIALIZER,
           .wake = PTHREAD_COND_INITIALIZER,
-          .wanted_threads = 1};
+          .chosen_threads = 1};
 
 OM_INLINE void relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -111,13 +111,13 @@ static void announce(void) {
 }
 
 #if defined(__linux__)
-static cpu_set_t cores; /* where workers may run; empty: wherever the caller may */
+static cpu_set_t cores; /* cores for workers; empty: the caller's */
 
 /* The caller is thread 0, on the first core if it is pinned at all. */
 static void keep_one(cpu_set_t *allowed, int thread) {
-    const int wanted = thread % CPU_COUNT(allowed);
+    const int chosen = thread % CPU_COUNT(allowed);
     for (int cpu = 0, seen = 0; cpu < CPU_SETSIZE; cpu++)
-        if (CPU_ISSET(cpu, allowed) && seen++ != wanted) CPU_CLR(cpu, allowed);
+        if (CPU_ISSET(cpu, allowed) && seen++ != chosen) CPU_CLR(cpu, allowed);
 }
 
 static void place(pthread_t handle, int thread) {
@@ -144,9 +144,9 @@ static void stop_workers(void) {
     atomic_store(&pool.is_stopping, 0);
 }
 
-/* Thread 0 is the caller. A thread that cannot be made is a thread less, not an error: the units are all done either way. */
+/* Thread 0 is the caller. A thread that cannot be made is no error: the others do all units. */
 static void start_workers(void) {
-    while (pool.num_workers < pool.wanted_threads - 1) {
+    while (pool.num_workers < pool.chosen_threads - 1) {
         const int thread = pool.num_workers + 1;
         if (pthread_create(&pool.workers[thread - 1], NULL, worker, (void *)(intptr_t)thread) != 0) return;
         pool.num_workers = thread;
@@ -154,7 +154,7 @@ static void start_workers(void) {
     }
 }
 
-/* Only the forking thread lives on in the child: no workers, and locks and an arena that another thread may have been using. */
+/* Only the forking thread exists in the child: no workers, and locks and an arena that another thread may have been using. */
 static void after_fork_in_child(void) {
     const pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
     const pthread_cond_t condition = PTHREAD_COND_INITIALIZER;
@@ -182,7 +182,7 @@ void om_pool_end(void) {
     pthread_mutex_unlock(&pool.job_mutex);
 }
 
-int om_pool_threads(void) { return pool.wanted_threads; }
+int om_pool_threads(void) { return pool.chosen_threads; }
 
 void om_pool_run(om_unit_fn unit, void *context, int64_t num_units) {
     if (num_units <= 1 || pool.num_workers == 0) {
@@ -216,9 +216,9 @@ uint8_t *om_arena_reserve(size_t num_bytes) {
 OM_EXPORT int om_configure_threads(int num_threads, int is_pinned) {
     if (num_threads < 1 || num_threads > MAX_THREADS) return -1;
     pthread_mutex_lock(&pool.job_mutex);
-    if (num_threads != pool.wanted_threads || is_pinned != pool.is_pinned) {
+    if (num_threads != pool.chosen_threads || is_pinned != pool.is_pinned) {
         stop_workers();
-        pool.wanted_threads = num_threads;
+        pool.chosen_threads = num_threads;
         pool.is_pinned = is_pinned;
     }
     pthread_mutex_unlock(&pool.job_mutex);
@@ -236,4 +236,4 @@ OM_EXPORT void om_use_cores(const int *cpus, int num_cpus) {
 #endif
 }
 
-OM_EXPORT int om_num_threads(void) { return pool.wanted_threads; }
+OM_EXPORT int om_num_threads(void) { return pool.chosen_threads; }

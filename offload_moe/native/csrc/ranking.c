@@ -1,6 +1,6 @@
-/* The ranking of the default policy in one call; see `residency/policy/ranking.py`, and `tests/support/numpy_ranking.py` for it
- * in numpy.
- * X experts of the pool, M remembered tokens, D features. */
+/* The ranking of the default policy in one call; see `residency/policy/ranking.py`, and `tests/support/numpy_ranking.py` for the
+ * same in numpy.
+ * X experts of the pool, M stored tokens, D features. */
 #include "job.h"
 
 #include <math.h>
@@ -8,9 +8,9 @@
 #define BLOCK 64 /* tokens, or experts, at a time; M is a multiple of it */
 #define MAX_NEIGHBOURS 16
 
-enum { CONSTANT, SLOW, FAST, USED, FORETOLD, UNFORETOLD, NUM_FEATURES };
+enum { CONSTANT, SLOW, FAST, USED, PREDICTED, UNPREDICTED, NUM_FEATURES };
 
-/* Compare the past with what the present token used, and remember that. */
+/* Compare stored tokens with the experts that the present one used, and store these. */
 static void observe(const om_ranking *r, const om_passed *passed) {
     for (int64_t first = 0; first < r->num_tokens; first += BLOCK) {
         int32_t shared[BLOCK] = {0};
@@ -23,7 +23,7 @@ static void observe(const om_ranking *r, const om_passed *passed) {
     for (int64_t k = 0; k < passed->num_keys; k++) r->used[passed->keys[k]] = 1;
 }
 
-/* The best match of each of the best columns, as `History` takes them; their weights. Returns the sum of these. */
+/* The best match of each of the best columns, by the constants of `History`, and their weights. Returns the sum of the weights. */
 static float find_nearest(const om_ranking *r, float matchable, int64_t *nearest, float *weights) {
     float best[BLOCK], trust = 0.0f;
     int32_t at[BLOCK];
@@ -66,7 +66,7 @@ static void learn(const om_ranking *r, float discount, float before[][BLOCK], fl
         }
 }
 
-static void rank_block(const om_ranking *r, const om_passed *passed, int64_t first, int64_t count, const float *foretold,
+static void rank_block(const om_ranking *r, const om_passed *passed, int64_t first, int64_t count, const float *predicted,
                        float trust) {
     float used[BLOCK], before[NUM_FEATURES][BLOCK], after[NUM_FEATURES][BLOCK];
     const float share = 1.0f / (trust + r->shrinkage);
@@ -77,8 +77,8 @@ static void rank_block(const om_ranking *r, const om_passed *passed, int64_t fir
         after[SLOW][i] += passed->slow_step * (used[i] - after[SLOW][i]);
         after[FAST][i] += passed->fast_step * (used[i] - after[FAST][i]);
         after[USED][i] = used[i];
-        after[FORETOLD][i] = foretold[i] * share;
-        after[UNFORETOLD][i] = after[SLOW][i] * r->shrinkage * share;
+        after[PREDICTED][i] = predicted[i] * share;
+        after[UNPREDICTED][i] = after[SLOW][i] * r->shrinkage * share;
     }
     if (passed->learns) learn(r, passed->discount, before, after, used, count);
     for (int64_t i = 0; i < count; i++) {
@@ -99,12 +99,12 @@ OM_EXPORT void om_rank(const om_ranking *r, const om_passed *passed) {
     const float trust = find_nearest(r, passed->matchable, nearest, weights);
     for (int64_t first = passed->first; first < passed->end; first += BLOCK) {
         const int64_t count = om_min(BLOCK, passed->end - first);
-        float foretold[BLOCK] = {0};
+        float predicted[BLOCK] = {0};
         for (int64_t n = 0; n < r->num_neighbours; n++) {
             const uint8_t *future = r->future + nearest[n] * r->num_keys + first;
             const float weight = weights[n] / 255.0f;
-            for (int64_t i = 0; i < count; i++) foretold[i] += weight * (float)future[i];
+            for (int64_t i = 0; i < count; i++) predicted[i] += weight * (float)future[i];
         }
-        rank_block(r, passed, first, count, foretold, trust);
+        rank_block(r, passed, first, count, predicted, trust);
     }
 }

@@ -1,8 +1,8 @@
 /* Records are read in parts, demanded ones first, by threads of their own; see `memory/disk.py` for the sizes of parts.
  *
  * A demand overtakes prefetches between their parts, also those that have begun; prefetches never take all threads.
- * A read that fails is not tried again here, but for a wrong checksum: the expert stays on its way until Python, which
- * drains the completion, has tried or given up. */
+ * A read that fails is not repeated here, except for a wrong checksum: the expert counts as on its way until Python, which
+ * drains the completion, has submitted it again or given it up. */
 #define _GNU_SOURCE
 #include "reads.h"
 
@@ -37,7 +37,7 @@ static void unlock(om_reads *reads) { pthread_mutex_unlock(&reads->slot_table->l
 
 static om_queue *queue_of(om_reads *reads, const om_fetch *fetch) { return fetch->is_prefetch ? &reads->prefetches : &reads->demands; }
 
-static void forget(om_reads *reads, om_fetch *fetch) {
+static void end_fetch(om_reads *reads, om_fetch *fetch) {
     om_withdraw(queue_of(reads, fetch), fetch);
     reads->fetches[fetch->key] = NULL;
     free(fetch);
@@ -79,7 +79,7 @@ static om_fetch *begin(om_reads *reads, int64_t key, int32_t slot, uint8_t *reco
     reads->fetches[key] = fetch;
     om_slot_table_begin(reads->slot_table, key, slot);
     om_append(queue_of(reads, fetch), fetch);
-    pthread_cond_signal(&reads->work); /* all of them at once would take the cores from those who compute */
+    pthread_cond_signal(&reads->work); /* waking all of them would take the cores from the compute threads */
     return fetch;
 }
 
@@ -87,7 +87,7 @@ static void complete(om_reads *reads, const om_fetch *fetch, int32_t state) {
     const om_part *part = &fetch->failure;
     const om_completion completion = {.key = fetch->key, .slot = fetch->slot, .state = state, .was_prefetch = fetch->was_prefetch,
                                       .error = part->error, .was_direct = part->was_direct, .start = part->start,
-                                      .num_wanted = part->num_wanted, .num_read = part->num_read};
+                                      .num_bytes = part->num_bytes, .num_read = part->num_read};
     om_completions_add(&reads->completions, &completion, !fetch->is_of_pass || state == OM_FAILED);
 }
 
@@ -108,7 +108,7 @@ int om_reads_fetch(om_reads *reads, int64_t key, int is_prefetch) {
     return 1;
 }
 
-/* Line up the read of a record into this slot. Returns 1, or -1 when memory is short. Closed, nothing is read. */
+/* Queue the read of a record into this slot. Returns 1, or -1 when memory is short. Closed, nothing is read. */
 OM_EXPORT int om_reads_submit(om_reads *reads, int64_t key, int32_t slot, uint8_t *record, int is_prefetch) {
     lock(reads);
     const int is_well = reads->is_closed || begin(reads, key, slot, record, is_prefetch, 0) != NULL;
@@ -127,7 +127,7 @@ void om_reads_promote(om_reads *reads, int64_t key) {
     pthread_cond_broadcast(&reads->work);
 }
 
-/* The expert on its way is demanded, so that it is not dropped any more. */
+/* Treat the read of an expert, if it is on its way, as a demand: it cannot be dropped any more. */
 OM_EXPORT void om_reads_demand(om_reads *reads, int64_t key) {
     lock(reads);
     om_reads_promote(reads, key);
@@ -141,27 +141,27 @@ OM_EXPORT int om_reads_cancel(om_reads *reads, int64_t key) {
     const int is_idle = fetch != NULL && fetch->is_prefetch && !fetch->is_of_pass && fetch->is_queued && fetch->num_running == 0;
     if (is_idle) {
         reads->completions.num_promised--;
-        forget(reads, fetch);
+        end_fetch(reads, fetch);
     }
     unlock(reads);
     return is_idle;
 }
 
-/* The expert is absent again and the slot reserved. */
+/* Drop a guess: the expert is absent again and the slot reserved. */
 static void drop(om_reads *reads, om_fetch *fetch) {
     om_slot_table_empty(reads->slot_table, fetch->slot, OM_SLOT_RESERVED);
     give_spare(reads, fetch->slot, fetch->record);
     complete(reads, fetch, OM_DROPPED);
-    forget(reads, fetch);
+    end_fetch(reads, fetch);
 }
 
 void om_reads_drop_wrong(om_reads *reads, int64_t end, const int64_t *keys, int64_t num_keys) {
     om_fetch *next;
     for (om_fetch *fetch = reads->prefetches.first; fetch != NULL; fetch = next) {
         next = fetch->next;
-        int is_wanted = !fetch->is_of_pass || fetch->key >= end;
-        for (int64_t k = 0; k < num_keys; k++) is_wanted |= keys[k] == fetch->key;
-        if (is_wanted) continue;
+        int is_kept = !fetch->is_of_pass || fetch->key >= end;
+        for (int64_t k = 0; k < num_keys; k++) is_kept |= keys[k] == fetch->key;
+        if (is_kept) continue;
         fetch->is_wrong = 1;
         if (fetch->num_running == 0) drop(reads, fetch);
     }
@@ -173,7 +173,7 @@ static om_fetch *pick(om_reads *reads) {
     return reads->num_prefetching < most ? reads->prefetches.first : NULL;
 }
 
-/* Whether the bytes are the expert's. Only the first read of each is looked at: files do not change. (Lock held, but let go.) */
+/* Whether the bytes are the expert's. Only the first read of each is compared: files do not change. (Lock held, released meanwhile.) */
 static int check(om_reads *reads, om_fetch *fetch, const om_place *place) {
     if (reads->options.is_checked[fetch->key]) return 1;
     unlock(reads);
@@ -183,7 +183,7 @@ static int check(om_reads *reads, om_fetch *fetch, const om_place *place) {
     return is_right;
 }
 
-/* The last part has ended (lock held). A transfer can go wrong where the disk is right: a wrong record is read once more. */
+/* End a read after its last part (lock held). A transfer may corrupt what the disk has right: a wrong record is read once more. */
 static void finish(om_reads *reads, om_fetch *fetch, const om_place *place) {
     if (!fetch->has_failed && !check(reads, fetch, place)) {
         if (!fetch->is_reread && !reads->is_closed) {
@@ -192,24 +192,24 @@ static void finish(om_reads *reads, om_fetch *fetch, const om_place *place) {
             om_append(queue_of(reads, fetch), fetch);
             return;
         }
-        fetch->failure = (om_part){.error = OM_WRONG_CHECKSUM, .num_wanted = place->num_bytes, .num_read = place->num_bytes};
+        fetch->failure = (om_part){.error = OM_WRONG_CHECKSUM, .num_bytes = place->num_bytes, .num_read = place->num_bytes};
         fetch->has_failed = 1;
     }
     if (!fetch->has_failed) om_slot_table_arrive(reads->slot_table, fetch->slot, fetch->record);
     complete(reads, fetch, fetch->has_failed ? OM_FAILED : OM_DONE);
-    forget(reads, fetch);
+    end_fetch(reads, fetch);
 }
 
-/* Read the next part (lock held, but let go). */
+/* Read the next part (lock held, released meanwhile). */
 static void read_next(om_reads *reads, om_fetch *fetch) {
     const om_place place = reads->options.places[fetch->key];
     const om_file file = reads->files[place.file];
     om_read_at *const read_at = reads->read_at;
     const int64_t left = place.num_bytes - fetch->next_byte;
     const int64_t most = fetch->is_prefetch ? reads->options.prefetch_part_bytes : reads->options.part_bytes;
-    om_part part = {.start = fetch->next_byte, .num_wanted = left < most ? left : most};
-    fetch->next_byte += part.num_wanted;
-    if (part.num_wanted < left) pthread_cond_signal(&reads->work);
+    om_part part = {.start = fetch->next_byte, .num_bytes = left < most ? left : most};
+    fetch->next_byte += part.num_bytes;
+    if (part.num_bytes < left) pthread_cond_signal(&reads->work);
     else om_withdraw(queue_of(reads, fetch), fetch);
     fetch->num_running++;
     reads->num_prefetching += fetch->is_prefetch;
@@ -243,7 +243,7 @@ static void *read_all(void *argument) {
     return NULL;
 }
 
-/* The arrays belong to the caller. NULL when memory is short or no thread can be had. */
+/* Open a reader; the arrays belong to the caller. NULL when memory is short or no thread can be made. */
 OM_EXPORT om_reads *om_reads_open(om_slot_table *slot_table, const om_reads_options *options) {
     om_reads *reads = calloc(1, sizeof *reads);
     if (reads == NULL) return NULL;
@@ -257,7 +257,7 @@ OM_EXPORT om_reads *om_reads_open(om_slot_table *slot_table, const om_reads_opti
     om_completions_init(&reads->completions, options->counts);
     for (int n = 0; reads->fetches != NULL && n < options->num_threads; n++) {
         pthread_t thread;
-        lock(reads); /* which the thread needs to begin */
+        lock(reads); /* so that the thread begins after it is counted */
         const int is_there = pthread_create(&thread, NULL, read_all, reads) == 0;
         reads->num_threads += is_there;
         reads->num_users += is_there;
@@ -271,7 +271,7 @@ OM_EXPORT om_reads *om_reads_open(om_slot_table *slot_table, const om_reads_opti
     return NULL;
 }
 
-/* Finish what is being read and begin nothing more. Returns whether all has ended in time: else it still uses its memory. */
+/* Finish parts that are being read and begin none. Returns whether all have ended in time: else memory stays in use. */
 OM_EXPORT int om_reads_close(om_reads *reads, double limit_s) {
     const struct timespec deadline = om_deadline(limit_s);
     om_reads_use(reads);
@@ -286,7 +286,7 @@ OM_EXPORT int om_reads_close(om_reads *reads, double limit_s) {
     return has_ended;
 }
 
-/* Parts that begin from now on are read from this file, in place of the one that had the number. -1 when memory is short. */
+/* Read parts that begin from now on from this file, which replaces the one with its number. -1 when memory is short. */
 OM_EXPORT int om_reads_use_file(om_reads *reads, int32_t number, const om_file *file) {
     lock(reads);
     if (number >= reads->num_files) {
@@ -304,28 +304,28 @@ OM_EXPORT int om_reads_use_file(om_reads *reads, int32_t number, const om_file *
     return 0;
 }
 
-/* Parts that begin from now on are read by this function: disks that fail, for tests. NULL: by the system. */
+/* Read parts that begin from now on with this function: failing disks, for tests. NULL: with the system's. */
 OM_EXPORT void om_reads_read_with(om_reads *reads, om_read_at *read_at) {
     lock(reads);
     reads->read_at = read_at;
     unlock(reads);
 }
 
-/* A slot for token passes to fetch into; no more than 128 at a time. */
+/* Reserve a slot for token passes to fetch into; 128 at most at a time. */
 OM_EXPORT void om_reads_reserve(om_reads *reads, int32_t slot, uint8_t *record) {
     lock(reads);
     give_spare(reads, slot, record);
     unlock(reads);
 }
 
-/* Token passes need slots when fewer than these are left; until the next call. */
-OM_EXPORT void om_reads_ask_below(om_reads *reads, int32_t least_spares) {
+/* Token passes need slots when fewer than these are left. */
+OM_EXPORT void om_reads_need_below(om_reads *reads, int32_t least_spares) {
     lock(reads);
     reads->least_spares = least_spares;
     unlock(reads);
 }
 
-/* Returns a slot that was reserved and is not used; -1: there is none. */
+/* Reclaim a slot that is reserved and not in use. Returns -1 if none is. */
 OM_EXPORT int32_t om_reads_reclaim(om_reads *reads) {
     lock(reads);
     const int32_t slot = reads->num_spares == 0 ? -1 : reads->spares[--reads->num_spares].slot;
@@ -333,7 +333,7 @@ OM_EXPORT int32_t om_reads_reclaim(om_reads *reads) {
     return slot;
 }
 
-/* What has happened since the last call, in its order. Returns how much of `completions` was filled. */
+/* Take the completions since the last call, in their order. Returns their number, `room` at most. */
 OM_EXPORT int64_t om_reads_completions(om_reads *reads, om_completion *completions, int64_t room) {
     lock(reads);
     const int64_t count = om_completions_take(&reads->completions, completions, room);
@@ -357,7 +357,7 @@ OM_EXPORT void om_reads_wake(om_reads *reads) {
     unlock(reads);
 }
 
-/* Wait until completions should be drained and no thread is in `om_reads_wait`, or for `om_reads_notice`. Returns 0 once closed. */
+/* Wait until completions need draining and no thread is in `om_reads_wait`, or for `om_reads_notice`. Returns 0 once closed. */
 OM_EXPORT int om_reads_attend(om_reads *reads, double limit_s) {
     om_reads_use(reads);
     lock(reads);

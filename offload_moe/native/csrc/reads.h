@@ -7,16 +7,16 @@
 
 #include "slot_table.h"
 
-/* A token pass uses them from begin to end: closed meanwhile, they fetch nothing more and are freed by the last user. */
+/* Keep the reads from being freed until `om_reads_leave`; closed meanwhile, they fetch no more. */
 void om_reads_use(om_reads *reads);
 
-/* Take a reserved slot and line up the read of an absent expert (lock held). Returns 0 where there is no slot or no memory. */
+/* Take a reserved slot and queue the read of an absent expert (lock held). Returns 0 without a slot or memory. */
 int om_reads_fetch(om_reads *reads, int64_t key, int is_prefetch);
-/* The expert on its way is demanded now (lock held). */
+/* Treat the read of an expert, if it is on its way, as a demand from now on (lock held). */
 void om_reads_promote(om_reads *reads, int64_t key);
 /* Drop guesses of token passes with keys below `end` that are not among these, unless they are being read (lock held). */
 void om_reads_drop_wrong(om_reads *reads, int64_t end, const int64_t *keys, int64_t num_keys);
-/* Whether slots are running out (lock held). */
+/* Whether fewer slots are reserved than token passes need (lock held). */
 int om_reads_are_short(const om_reads *reads);
 
 #endif

@@ -1,7 +1,7 @@
 /* Rotary position embeddings of one head. */
 #include "job.h"
 
-/* The first `dims` of a head turn; cos and signed_sin as halves have them: [dims], the first half of the sines negative. */
+/* The first `dims` of a head turn; cos and signed_sin in the order of halves: [dims], the first half of the sines negative. */
 void om_rotate(float *head, const float *cos, const float *signed_sin, int64_t dims, int rotation) {
     const int64_t half = dims / 2;
     if (rotation == OM_HALVES) {

@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-/* The greatest first; of equal ones the lower expert. */
+/* The order of choice: the greatest first; of equal ones the lower expert. */
 static void choose(const float *scores, int64_t num_experts, int64_t top_k, int64_t *ids) {
     for (int64_t k = 0; k < top_k; k++) {
         int64_t best = -1;
@@ -36,7 +36,7 @@ static void weigh_sigmoids(const om_router *router, const float *logits, const i
         for (int64_t k = 0; k < router->top_k; k++) weights[k] /= chosen + 1e-20f;
 }
 
-/* What the choice is made by; scores[E]. */
+/* The scores[E] that the choice is made by. */
 static void score(const om_router *router, const float *logits, float *scores) {
     const int64_t num_experts = router->matrix.rows;
     if (router->is_sigmoid) {

@@ -9,7 +9,7 @@
  *   fv_dot(codec, qunit, quants)  its products with int8 activations; each lane sums products of weights of one scale
  *   spread(codec, scales, unit)   the scale of each of those lanes, from the chunk's
  *   x_raw load_raw(codes, num_blocks), x_vector(codec, raw, codes, k)   vector k of a unit's weights as floats
- *   OM_WEIGHT_OFFSET              what fv_dot's weights have too much; OM_EXACT_TILE tokens whose sums fit the registers
+ *   OM_WEIGHT_OFFSET              the excess of fv_dot's weights; OM_EXACT_TILE tokens whose sums fit the registers
  *
  * A token's sum is built in the same order whatever the number of tokens beside it, so results do not depend on the batch.
  * Rows are read one after another: a single stream comes nearer to the memory's bandwidth than several at once. */
@@ -32,7 +32,7 @@ typedef struct {
     int64_t first_scale;
 } row_place;
 
-/* A fixed distance ahead in the rows asked for, then in what follows them. */
+/* Prefetch a fixed distance ahead in these rows, then in the codes that follow them. */
 OM_INLINE row_place place_of_row(const om_weights *w, int64_t row, int64_t end_row, int64_t scales) {
     const uint8_t *codes = w->codes + row * w->row_bytes;
     const int64_t beyond = OM_PREFETCH_BYTES - (end_row - row) * w->row_bytes;
@@ -122,7 +122,7 @@ OM_INLINE void fast_row(const int codec, const int num_tokens, const om_weights 
     OM_UNROLL for (int t = 0; t < num_tokens; t++) results[t] = fv_sum(sums[t]) * unit;
 }
 
-/* Two chains of additions a token: one would wait for itself. */
+/* Two chains of additions a token: in one, each addition would wait for the last. */
 OM_INLINE void exact_unit(const int codec, const int num_tokens, const row_place *place, const om_tile *tile, int64_t unit,
                           const int num_blocks, fvec *dots) {
     const uint8_t *codes = place->codes + unit * OM_UNIT_BYTES(codec);

@@ -1,4 +1,4 @@
-/* A shared expert of one token: added to what the routed experts gave, scaled by the sigmoid of its own gate if it has one. */
+/* A shared expert of one token: added to the result of the routed experts, scaled by the sigmoid of its gate if it has one. */
 #include "job.h"
 
 #include <math.h>

@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The arrays belong to the caller. NULL when memory is short. */
+/* Open a table; the arrays belong to the caller. NULL when memory is short. */
 OM_EXPORT om_slot_table *om_slot_table_open(const uint8_t **records, int32_t *leases, int32_t *slots) {
     om_slot_table *slot_table = calloc(1, sizeof *slot_table);
     if (slot_table == NULL) return NULL;
@@ -33,7 +33,7 @@ OM_EXPORT void om_slot_table_close(om_slot_table *slot_table) {
     free(slot_table);
 }
 
-/* Continue in these arrays, which are the caller's, with so many slots; those that go must be FREE. */
+/* Continue in these arrays, which belong to the caller, with `num_slots` slots; those that are given up must be FREE. */
 OM_EXPORT void om_slot_table_resize(om_slot_table *slot_table, int64_t *keys, uint8_t *states, int64_t num_slots) {
     pthread_mutex_lock(&slot_table->lock);
     const int64_t num_kept = num_slots < slot_table->num_slots ? num_slots : slot_table->num_slots;
@@ -75,7 +75,7 @@ void om_slot_table_arrive(om_slot_table *slot_table, int32_t slot, const uint8_t
     pthread_cond_broadcast(&slot_table->arrived);
 }
 
-/* The expert is on its way to a slot that is FREE or RESERVED. Returns 0 where it is in one already. */
+/* Begin to load an expert into a FREE or RESERVED slot. Returns 0 if it has a slot already. */
 OM_EXPORT int om_slot_table_admit(om_slot_table *slot_table, int64_t key, int32_t slot) {
     pthread_mutex_lock(&slot_table->lock);
     const int is_absent = slot_table->slots[key] < 0;
@@ -84,14 +84,14 @@ OM_EXPORT int om_slot_table_admit(om_slot_table *slot_table, int64_t key, int32_
     return is_absent;
 }
 
-/* A reader without native threads has filled the slot. */
+/* Enter that a reader without native threads has filled the slot. */
 OM_EXPORT void om_slot_table_arrived(om_slot_table *slot_table, int32_t slot, const uint8_t *record) {
     pthread_mutex_lock(&slot_table->lock);
     om_slot_table_arrive(slot_table, slot, record);
     pthread_mutex_unlock(&slot_table->lock);
 }
 
-/* The expert of a slot is RESIDENT; its record lies there. */
+/* Enter that the expert of a slot is RESIDENT. */
 OM_EXPORT void om_slot_table_loaded(om_slot_table *slot_table, int32_t slot, const uint8_t *record) {
     pthread_mutex_lock(&slot_table->lock);
     if (slot_table->states[slot] == OM_SLOT_LOADING) om_slot_table_arrive(slot_table, slot, record);
@@ -99,18 +99,18 @@ OM_EXPORT void om_slot_table_loaded(om_slot_table *slot_table, int32_t slot, con
     pthread_mutex_unlock(&slot_table->lock);
 }
 
-/* Returns whether the slot holds no expert any more and has this state, FREE or RESERVED; not while a token pass computes with it. */
+/* Empty a slot and set its state, FREE or RESERVED. Returns 0, without a change, while a token pass leases its expert. */
 OM_EXPORT int om_slot_table_vacate(om_slot_table *slot_table, int32_t slot, int32_t state) {
     pthread_mutex_lock(&slot_table->lock);
     const int64_t key = slot_table->keys[slot];
     const int is_free = key < 0 || slot_table->leases[key] == 0;
-    if (is_free && key >= 0 && slot_table->records[key] == OM_COMING) pthread_cond_broadcast(&slot_table->arrived); /* a pass that waits for it needs it from Python */
+    if (is_free && key >= 0 && slot_table->records[key] == OM_COMING) pthread_cond_broadcast(&slot_table->arrived); /* a pass that waits for the expert needs Python now */
     if (is_free) om_slot_table_empty(slot_table, slot, (uint8_t)state);
     pthread_mutex_unlock(&slot_table->lock);
     return is_free;
 }
 
-/* Lease those experts that have arrived, as a token pass does. is_here: which they are. */
+/* Lease those experts that have arrived, as a token pass does. is_here: 1 for those. */
 OM_EXPORT void om_slot_table_lease(om_slot_table *slot_table, const int64_t *keys, int64_t num_keys, uint8_t *is_here) {
     pthread_mutex_lock(&slot_table->lock);
     for (int64_t k = 0; k < num_keys; k++) {

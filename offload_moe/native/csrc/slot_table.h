@@ -1,10 +1,10 @@
-/* Which expert is in which slot of one pool, as token passes, readers and Python see it. A state machine: no threads, no clock.
+/* The experts and slots of one pool, for token passes, readers and Python. A state machine: no threads, no clock.
  *
  *     FREE --admit--> LOADING --arrive--> ARRIVED --loaded--> RESIDENT --vacate--> FREE
  *     FREE --reserve--> RESERVED --begin--> LOADING;  RESERVED --reclaim--> FREE
  *
  * A token pass computes with an expert from ARRIVED on, and leases it meanwhile: a leased slot is not vacated. Python enters
- * what has arrived into its policy and its counters, and calls it RESIDENT then; it picks what to vacate. */
+ * arrivals into its policy and counters and sets RESIDENT then; its policy chooses the slots to vacate. */
 #ifndef OM_SLOT_TABLE_H
 #define OM_SLOT_TABLE_H
 
@@ -23,16 +23,16 @@ struct om_slot_table {
     int64_t *keys;           /* by slot: its expert, -1 none */
     uint8_t *states;         /* by slot: OM_SLOT_FREE ... */
     int64_t num_slots;
-    int64_t num_users;       /* in whatever order Python forgets them, the last of them frees it */
+    int64_t num_users;       /* the last one to leave frees it */
 };
 
 void om_slot_table_use(om_slot_table *slot_table);
 
-/* The slot, which is FREE, RESERVED or LOADING, is being filled with the expert (lock held). */
+/* Begin to fill a FREE, RESERVED or LOADING slot with the expert (lock held). */
 void om_slot_table_begin(om_slot_table *slot_table, int64_t key, int32_t slot);
-/* It holds the expert now (lock held). */
+/* Enter that the slot holds its expert (lock held). */
 void om_slot_table_arrive(om_slot_table *slot_table, int32_t slot, const uint8_t *record);
-/* It holds no expert any more, and has this state (lock held). */
+/* Empty the slot and set its state (lock held). */
 void om_slot_table_empty(om_slot_table *slot_table, int32_t slot, uint8_t state);
 
 OM_INLINE int om_is_resident(const om_slot_table *slot_table, int64_t key) { return slot_table->records[key] > OM_COMING; }

@@ -1,4 +1,4 @@
-/* A decode step of consecutive decoder layers on a thread of its own, which fetches the experts that it lacks.
+/* A decode step of consecutive decoder layers on a thread of its own, which fetches missing experts.
  *
  * One token of one sequence, in fp32; per layer the calls of `layer.c` and `moe.c`. H hidden, E experts, K chosen.
  * An expert that it cannot fetch is a need that Python serves; the resident experts are computed meanwhile. */
@@ -57,7 +57,7 @@ static void sort_chosen(const om_span *span, const om_span_token *token, int64_t
     }
 }
 
-/* Ask the routers of the layers behind. Returns 0, or -1 when memory is short. */
+/* Evaluate the routers of the next layers ahead. Returns 0, or -1 when memory is short. */
 static int guess(const om_span *span, const om_span_token *token, int64_t at) {
     float *normed = token->guess_space, *logits = normed + span->hidden, *weights = logits + span->num_experts;
     for (int64_t ahead = 0; ahead < token->num_ahead && at + 1 + ahead < span->num_layers; ahead++) {
@@ -67,7 +67,7 @@ static int guess(const om_span *span, const om_span_token *token, int64_t at) {
     return 0;
 }
 
-/* Fetch those guesses that count and are absent, and note what was there (lock held). */
+/* Fetch the likeliest guesses if they are absent, and note how all were found (lock held). */
 static void fetch_guesses(const om_pass *pass, int64_t at) {
     const om_span *span = pass->span;
     const om_span_token *token = pass->token;
@@ -82,7 +82,7 @@ static void fetch_guesses(const om_pass *pass, int64_t at) {
     }
 }
 
-/* Fetch what a layer chose and lacks (lock held). Returns whether that went well. */
+/* Fetch the absent ones of a layer's experts (lock held). Returns whether all could be fetched. */
 static int fetch_chosen(const om_pass *pass, int64_t at, const om_chosen *chosen) {
     uint8_t *found = pass->token->found + at * pass->span->top_k;
     int is_well = 1;
@@ -106,7 +106,7 @@ static void need_experts(om_pass *pass, int64_t at, om_chosen *chosen) {
     chosen->has_need = 1;
 }
 
-/* Lease what is resident and not leased yet (lock held). Returns how many those are; places: which of the chosen. */
+/* Lease experts that are resident and not leased yet (lock held). Returns their number; places: their places in `chosen`. */
 static int64_t lease_resident(const om_pass *pass, om_chosen *chosen, int32_t *places) {
     int64_t num_leased = 0;
     for (int32_t k = 0; k < pass->span->top_k; k++)
@@ -125,7 +125,7 @@ static void release(const om_pass *pass, const om_chosen *chosen) {
     pthread_mutex_unlock(&pass->slot_table->lock);
 }
 
-/* A router has spoken. Returns how many of the experts are there. */
+/* Lease and fetch the experts that the router has chosen. Returns the number of resident ones. */
 static int64_t begin_layer(om_pass *pass, int64_t at, om_chosen *chosen, int32_t *places) {
     const int64_t end = pass->span->layers[at].first_key + pass->span->num_experts;
     pthread_mutex_lock(&pass->slot_table->lock);
@@ -140,14 +140,14 @@ static int64_t begin_layer(om_pass *pass, int64_t at, om_chosen *chosen, int32_t
     return num_leased;
 }
 
-/* Whether something of the layer is neither here nor on its way any more: a read has failed (lock held). */
+/* Whether an expert of the layer is neither resident nor on its way any more: its read has failed (lock held). */
 static int has_lost(const om_pass *pass, const om_chosen *chosen) {
     for (int64_t k = 0; k < pass->span->top_k; k++)
         if (chosen->records[k] == NULL && pass->slot_table->records[chosen->keys[k]] == NULL) return 1;
     return 0;
 }
 
-/* Wait until something more of the layer is resident. Returns how many those are; 0: the token pass is stopped. */
+/* Wait until more experts of the layer are resident. Returns their number; 0: the token pass is stopped. */
 static int64_t wait_for_more(om_pass *pass, int64_t at, om_chosen *chosen, int32_t *places) {
     const double began = seconds();
     int64_t num_leased = 0;
@@ -161,7 +161,7 @@ static int64_t wait_for_more(om_pass *pass, int64_t at, om_chosen *chosen, int32
     return num_leased;
 }
 
-/* out[H] = their weighted sum; with `rows`, each sets its row instead. The same bits once the rows are summed. */
+/* out[H] = the weighted sum of these experts; with `rows`, each sets its row instead: the same bits once they are summed. */
 static int compute(const om_pass *pass, int64_t at, const om_chosen *chosen, const int32_t *places, int64_t num_experts,
                    float *rows) {
     static const int32_t token_ids[OM_MAX_TOP_K] = {0};
@@ -178,7 +178,7 @@ static int compute(const om_pass *pass, int64_t at, const om_chosen *chosen, con
                           weights, num_experts, rows == NULL ? pass->token->x : rows, OM_F32, 0, layer->mode);
 }
 
-/* x = the experts of the layer, those that are there first. Returns 0, -1 when memory is short, 1 when the token pass is stopped. */
+/* x = the experts of the layer, the resident ones first. Returns 0, -1 when memory is short, 1 when the token pass is stopped. */
 static int run_experts(om_pass *pass, int64_t at, om_chosen *chosen) {
     const om_span *span = pass->span;
     int32_t places[OM_MAX_TOP_K];
@@ -254,7 +254,7 @@ static void *pass_through_layers(void *argument) {
     return NULL;
 }
 
-/* x goes through all layers; nothing may be missing. Returns the number of layers, or -1 when memory is short. */
+/* Take x through all layers, whose experts must all be resident. Returns the number of layers, or -1 when memory is short. */
 OM_EXPORT int64_t om_span_pass(const om_span *span, const om_span_token *token, om_slot_table *slot_table) {
     om_pass *pass = new_pass(span, token, slot_table, NULL);
     if (pass == NULL) return -1;
@@ -264,7 +264,7 @@ OM_EXPORT int64_t om_span_pass(const om_span *span, const om_span_token *token, 
     return result;
 }
 
-/* x goes through all layers on another thread. reads: may be NULL. NULL when the thread cannot be had. */
+/* Take x through all layers on another thread. reads: may be NULL. NULL when the thread cannot be made. */
 OM_EXPORT om_pass *om_pass_start(const om_span *span, const om_span_token *token, om_slot_table *slot_table, om_reads *reads) {
     om_pass *pass = new_pass(span, token, slot_table, reads);
     if (pass == NULL) return NULL;
@@ -276,8 +276,8 @@ OM_EXPORT om_pass *om_pass_start(const om_span *span, const om_span_token *token
     return NULL;
 }
 
-/* Wait, but not for ever, for the first layer from `first` on that needs something. Returns it, and what that is, once; the
- * number of layers when all are done; -1 when memory was short; -2 when there is nothing yet. */
+/* Wait, `limit_s` seconds at most, for the first layer from `first` on with a need. Returns the layer and the need, once; the
+ * number of layers when all are done; -1 when memory was short; -2 when the limit has passed. */
 OM_EXPORT int64_t om_pass_next(om_pass *pass, int64_t first, double limit_s, int32_t *needs) {
     const struct timespec deadline = om_deadline(limit_s);
     int64_t at = first;
@@ -299,7 +299,7 @@ OM_EXPORT int64_t om_pass_next(om_pass *pass, int64_t first, double limit_s, int
     return at;
 }
 
-/* Stop it where it waits for an expert, if it is not over, and free it. */
+/* Stop the token pass where it waits for an expert, unless it has ended, and free it. */
 OM_EXPORT void om_pass_end(om_pass *pass) {
     pthread_mutex_lock(&pass->slot_table->lock);
     pass->is_stopped = 1;

@@ -26,12 +26,12 @@ DEFAULT_POLICY = KNN.name
 
 
 def check_policy(name: str) -> None:
-    """Raises: ConfigError when the name is unknown."""
+    """Check the name of a policy. Raises: ConfigError when it is unknown."""
     choice("policy", name, POLICY_NAMES)
 
 
 def make_policy(name: str, keys: ExpertKeys, *, num_slots: int, layers: range | None = None) -> Policy:
-    """A fresh policy for one pool of `num_slots` slots. layers: those that it serves; None: all.
+    """A fresh policy for one pool of `num_slots` slots. layers: the pool's; None: all.
 
     Raises:
         ConfigError: the name is unknown.

@@ -9,7 +9,7 @@ HALF_LIFE = 20.0  # tokens
 
 
 class LFU(Ranked):
-    """Evicts the expert with the fewest uses since the start, whether it was resident at the time or not."""
+    """Evicts the expert with the fewest uses since the start, resident or not."""
 
     name = "lfu"
 

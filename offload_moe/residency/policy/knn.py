@@ -1,4 +1,4 @@
-"""The default policy: keep what was used next when the routing last looked like this."""
+"""The default policy: keep the experts that were used next when the routing was last like this."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,7 +7,7 @@ import numpy as np
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy.ranking import Passed, Ranking
 
-HALF_LIFE_PER_SHARE = 10.0  # tokens until a reuse is worth half, were there a slot for every expert
+HALF_LIFE_PER_SHARE = 10.0  # tokens until a reuse is worth half, in a pool with a slot for every expert
 LAYERS_PER_RANKING = 2  # that many layers are ranked at once: fewer calls, slightly staler ranks
 PREFETCH_WORTH = 0.8  # of an expert that a prefetch brought, until its layer has been passed
 AHEAD_OF_CHUNK = 1.0  # more than anything that waits for the next token is worth
@@ -16,18 +16,18 @@ AHEAD_OF_CHUNK = 1.0  # more than anything that waits for the next token is wort
 class KNN:
     """Evicts the expert with the lowest expected `discount ** (tokens until the next use)`.
 
-    The more of the experts fit, the longer they stay, and the further ahead it pays to look: that sets the discount.
-    An expert whose layer this token has passed waits one token longer than its worth says, so it counts that much less.
+    The more of the experts fit, the longer they stay, and the longer the horizon that pays: that sets the discount. An
+    expert whose layer this token has passed waits one token longer than its worth assumes, so it counts that much less.
     A token ends when an earlier layer than the last is accessed, or in a pool of one layer with each access.
 
-    A victim is one argmin over the pool's experts. A chunk that uses more than half of a layer's experts says nothing
-    about what goes with what, and stays out of the history; how many of its tokens chose each expert is what it tells.
+    A victim is one argmin over the pool's experts. A chunk that uses more than half of a layer's experts shows no
+    co-occurrence and stays out of the history; the number of its tokens that chose each expert counts.
     """
 
     name = "knn"
 
     def __init__(self, keys: ExpertKeys, layers: range, num_slots: int) -> None:
-        """layers: those that the pool serves; inside, their keys begin at 0."""
+        """layers: the pool's; internally, their keys begin at 0."""
         self._layers = layers
         self._first_key = keys.first(layers.start)
         self._local = ExpertKeys(keys.num_experts[layers.start : layers.stop])
@@ -35,11 +35,11 @@ class KNN:
         self.ranking = Ranking(self._num_keys, _discount(self._num_keys, num_slots))
         self._pending: list[int] = []  # used by layers not ranked yet, from position `_ranked` on
         self._shares: list[float] = []  # of the tokens that used them
-        self._num_tokens = 1  # accessed at once
+        self._num_tokens = 1  # of the last access
         self._ranked = 0
         self._position = -1  # of the layer accessed last
         self._is_chunk = False
-        self._is_partial = False  # the layer accessed last is asked for expert by expert
+        self._is_partial = False  # the layer accessed last is acquired expert by expert
         self._current: frozenset[int] = frozenset()
 
     def access(
@@ -59,7 +59,7 @@ class KNN:
         self._num_tokens = num_tokens
         if 2 * len(keys) > self._local.num_experts[position] and not self._is_chunk:
             self._is_chunk = True
-            # A chunk uses nearly all of the layers that it has yet to pass, sooner than what it has passed.
+            # A chunk uses nearly all experts of the layers ahead, and uses them before any of the layers behind.
             self.ranking.order[self._local.end(position) :] += AHEAD_OF_CHUNK
         if position + 1 - self._ranked >= LAYERS_PER_RANKING or position + 1 == len(self._layers):
             self._rank_pending()
@@ -80,7 +80,7 @@ class KNN:
         self.ranking.absent[local] = self.ranking.order[local] = np.inf
 
     def resize(self, num_slots: int) -> None:
-        """Look further ahead, or less far, from now on; what was learned with the discount before fades by itself."""
+        """Use a longer or shorter horizon from now on; what was learned with the last discount fades."""
         self.ranking.use_discount(_discount(self._num_keys, num_slots))
 
     def victim(self, leased: Callable[[int], bool]) -> int | None:

@@ -27,7 +27,7 @@ class LRU:
         del self._resident[key]
 
     def resize(self, num_slots: int) -> None:
-        """Does not ask how many there are."""
+        """Do nothing: the order does not depend on the number of slots."""
 
     def victim(self, leased: Callable[[int], bool]) -> int | None:
         return next((key for key in self._resident if not leased(key)), None)

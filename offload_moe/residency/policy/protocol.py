@@ -1,4 +1,4 @@
-"""What the residency machine asks of a replacement policy, and what it tells it."""
+"""The interface of a replacement policy, which the residency calls."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -17,20 +17,20 @@ class Policy(Protocol):
     def access(
         self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None, num_tokens: int = 1
     ) -> None:
-        """One acquire: the distinct routed experts of one layer, hits and misses alike, for one token or one chunk.
+        """Note one acquire: the distinct routed experts of one layer, hits and misses alike, of one token or chunk.
 
         weights: in the order of `keys`, where the caller has them: of one token the routing weights, of a chunk the
         share of its `num_tokens` that chose each expert. A policy may ignore them.
         """
 
     def insert(self, key: int) -> None:
-        """`key` became resident, by demand or by prefetch."""
+        """Note that `key` is resident, by demand or by prefetch."""
 
     def remove(self, key: int) -> None:
-        """`key` is no longer resident. Its history may be kept."""
+        """Note that `key` is not resident any more. Its history may be kept."""
 
     def resize(self, num_slots: int) -> None:
-        """The pool has that many slots from now on. Nothing that was learned is lost."""
+        """Adapt to a pool of `num_slots` slots. What was learned is kept."""
 
     def victim(self, leased: Callable[[int], bool]) -> int | None:
-        """The resident key worth least that is not leased, or None when all are leased. Changes no decision state."""
+        """The resident key worth least that is not leased, or None when all are leased. Changes no later decision."""

@@ -44,8 +44,8 @@ class Ranked(ABC):
     def remove(self, key: int) -> None:
         self._resident.remove(key)
 
-    def resize(self, num_slots: int) -> None:  # noqa: B027 (those that ask override it)
-        """Does not ask how many there are."""
+    def resize(self, num_slots: int) -> None:  # noqa: B027 (a subclass may override it)
+        """Do nothing: ranks do not depend on the number of slots."""
 
     def victim(self, leased: Callable[[int], bool]) -> int | None:
         heap, passed, chosen = self._heap, [], None

@@ -1,7 +1,7 @@
-"""What every expert of a pool is worth, and which of the resident ones least: the numbers of the default policy.
+"""The worth of every expert of a pool, and the least of the resident ones: the numbers of the default policy.
 
 Layers that were passed are ranked in one native call (`csrc/ranking.c`): a decode step's experts have just passed
-through the caches, and thirty calls of numpy are slow behind them. Shapes: X all experts of the pool.
+through the processor's caches, and thirty calls of numpy are slow after that. Shapes: X all experts of the pool.
 """
 
 import ctypes
@@ -20,8 +20,8 @@ from offload_moe.residency.policy.reuse import SHRINKAGE, ReuseModel
 class Passed(NamedTuple):
     """Layers that were passed: their experts are `first` to `end`.
 
-    keys: what they used. shares: of the `num_tokens` tokens that used them. observes: keep it as this token's routing.
-    learns: let it change what the features are worth.
+    keys: the experts that they used. shares: of the `num_tokens` tokens that used them. observes: whether it is kept as
+    this token's routing. learns: whether the weights of the features are fitted to it.
     """
 
     keys: Sequence[int]
@@ -35,12 +35,14 @@ class Passed(NamedTuple):
 
 
 class Ranking:
-    """All arrays are written in place: native code has their addresses."""
+    """The worth of the experts of a pool. Its arrays are written in place, as native code has their addresses."""
 
     def __init__(self, num_keys: int, discount: float) -> None:
         self.history = History(num_keys, discount)
         self.reuse = ReuseModel(num_keys, discount)
-        self.worth = np.zeros(num_keys, dtype=np.float32)  # [X]: when the token reaches the expert's layer
+        self.worth = np.zeros(
+            num_keys, dtype=np.float32
+        )  # [X]: as of the moment when the token reaches the expert's layer
         self.absent = np.full(num_keys, np.inf, dtype=np.float32)  # [X]: 0 where resident
         self.order = self.absent.copy()  # [X]: worth now where resident, infinite elsewhere
         self.use_discount(discount)
@@ -49,7 +51,7 @@ class Ranking:
         self._native = load_for_short_calls().om_rank
 
     def use_discount(self, discount: float) -> None:
-        """Use another discount from now on; what was learned with the old one fades."""
+        """Use another discount from now on; what was learned with the last one fades."""
         self.discount = np.float32(discount)
         self.history.use_discount(discount)
         self.reuse.use_discount(discount)
@@ -70,7 +72,7 @@ class Ranking:
         self._native(*self._addresses)
 
     def advance(self) -> None:
-        """Go on to the next token."""
+        """Begin the next token."""
         np.add(self.worth, self.absent, out=self.order)
         self.history.advance()
         self.reuse.advance()

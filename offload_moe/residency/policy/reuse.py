@@ -1,4 +1,4 @@
-"""How soon an expert is used again, learned while it runs.
+"""A model of how soon an expert is used again, learned while the model decodes.
 
 Shapes: X all experts of the pool, D features.
 """
@@ -9,7 +9,7 @@ SLOW_HALF_LIFE, FAST_HALF_LIFE = 50.0, 3.0  # tokens
 CONSTANT = 0.1
 SHRINKAGE = 0.05  # weight of the slow frequency among the neighbours
 PRIOR_WEIGHTS = (0.0, 0.5, 0.3, 0.05, 0.75, 1.0)
-PRIOR_SAMPLES = 50.0  # how much evidence the prior weights stand for
+PRIOR_SAMPLES = 50.0  # evidence that the prior weights count as
 WARM_UP = 8  # tokens before learning begins
 LEARN_EVERY, SOLVE_EVERY = 4, 16  # tokens
 
@@ -18,7 +18,7 @@ class ReuseModel:
     """Expected `discount ** (tokens until the next use)`, linear in six features, fitted by least squares.
 
     The features of an expert: a constant; its use frequency with a long and with a short memory; whether this token
-    used it; what neighbours foretell; and the slow frequency once more where there are no good neighbours.
+    used it; the prediction of the neighbours; and the slow frequency once more where there are no good neighbours.
     `csrc/ranking.c` computes the features and gathers the evidence.
 
     Source: least-squares temporal differences, Bradtke and Barto, Machine Learning 22, 1996; here a use ends the sum.
@@ -35,10 +35,11 @@ class ReuseModel:
         self._num_tokens = 0
 
     def use_discount(self, discount: float) -> None:
-        """Of what is learned from now on."""
+        """Discount by this in what is learned from now on."""
         self.discount = np.float32(discount)
 
     def advance(self) -> None:
+        """Begin the next token; every `SOLVE_EVERY` tokens, fit the weights to the evidence."""
         self._num_tokens += 1
         if self._num_tokens % SOLVE_EVERY == 0:
             self.weights[:] = np.linalg.solve(self.covariance, self.evidence)
@@ -50,7 +51,7 @@ class ReuseModel:
 
     @staticmethod
     def steps(num_tokens: int) -> tuple[float, float]:
-        """How far so many tokens move the slow and the fast frequency."""
+        """The weights of `num_tokens` new tokens in the slow and the fast frequency."""
         return _STEPS if num_tokens == 1 else (_step(num_tokens, SLOW_HALF_LIFE), _step(num_tokens, FAST_HALF_LIFE))
 
 

@@ -7,7 +7,7 @@ PROTECTED_SHARE = 0.6
 
 
 class SLRU:
-    """LRU in two segments: what was used while resident is protected from what was used once. O(1).
+    """LRU in two segments: experts that were used while resident are protected from those that were used once. O(1).
 
     Source: Karedla, Love and Wherry, "Caching strategies to improve disk system performance", Computer 27(3), 1994.
     """
@@ -48,7 +48,7 @@ class SLRU:
         return next((key for key in chain(self._probation, self._protected) if not leased(key)), None)
 
     def _demote(self) -> None:
-        """The oldest of those that are protected beyond their share are on probation again."""
+        """Move the oldest protected experts beyond the segment's size back to probation."""
         while len(self._protected) > self._max_protected:
             oldest = next(iter(self._protected))
             del self._protected[oldest]
