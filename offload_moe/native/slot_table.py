@@ -77,6 +77,7 @@ class SlotTable:
 
     def arrive(self, slot: int) -> None:
         """Change a LOADING slot to ARRIVED, for readers without native threads."""
+        assert self.keys[slot] >= 0, f"no expert is loading into slot {slot}"
         library().om_slot_table_arrived(self.handle, slot, self.address(slot))
 
     def is_leased(self, key: int) -> bool:

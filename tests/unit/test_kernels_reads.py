@@ -14,6 +14,7 @@ import torch
 from offload_moe.memory.arena import Arena
 from offload_moe.memory.record_file import RecordFile
 from offload_moe.native import kernels
+from offload_moe.native.constants import FREE, RESIDENT
 from offload_moe.quant.layout import round_up
 from tests.unit.test_native_span import NUM_EXPERTS, NUM_LAYERS, TOP_K, Run, wait
 
@@ -208,3 +209,15 @@ gc.collect()
 def test_a_model_that_was_not_closed_is_forgotten_in_any_order() -> None:
     """What reads use goes after them. A process of its own, as one that got it wrong hung."""
     subprocess.run([sys.executable, "-c", FORGOTTEN], check=True, timeout=60)
+
+
+def test_what_arrives_in_a_slot_that_was_vacated_changes_nothing() -> None:
+    table = kernels.SlotTable(2, 2)
+    table.loaded(1)
+    assert list(table.states) == [FREE, FREE]
+    assert list(table.slots) == list(table.keys) == [-1, -1]
+    with pytest.raises(AssertionError, match="no expert is loading into slot 1"):
+        table.arrive(1)
+    assert table.admit(0, 1)
+    table.loaded(1)
+    assert list(table.states) == [FREE, RESIDENT]

@@ -31,8 +31,12 @@ class Arrivals:
 
 
 def mover_of(clock: VirtualClock, model: DiskModel, record_bytes: int, table: SlotTable | None = None) -> Transfers:
+    """table: None makes one that admits expert n into slot n."""
     disk = VirtualDisk(clock, model, record_bytes)
-    return VirtualReader(table or SlotTable(8, 8), disk, VirtualCondition(clock)).transfers
+    if table is None:
+        table = SlotTable(8, 8)
+        assert all(table.admit(slot, slot) for slot in range(8))
+    return VirtualReader(table, disk, VirtualCondition(clock)).transfers
 
 
 def read(

@@ -70,6 +70,7 @@ void om_slot_table_begin(om_slot_table *slot_table, int64_t key, int32_t slot) {
 }
 
 void om_slot_table_arrive(om_slot_table *slot_table, int32_t slot, const uint8_t *record) {
+    if (slot_table->keys[slot] < 0) return; /* the slot was vacated meanwhile */
     slot_table->records[slot_table->keys[slot]] = record;
     slot_table->states[slot] = OM_SLOT_ARRIVED;
     pthread_cond_broadcast(&slot_table->arrived);
@@ -95,7 +96,7 @@ OM_EXPORT void om_slot_table_arrived(om_slot_table *slot_table, int32_t slot, co
 OM_EXPORT void om_slot_table_loaded(om_slot_table *slot_table, int32_t slot, const uint8_t *record) {
     pthread_mutex_lock(&slot_table->lock);
     if (slot_table->states[slot] == OM_SLOT_LOADING) om_slot_table_arrive(slot_table, slot, record);
-    slot_table->states[slot] = OM_SLOT_RESIDENT;
+    if (slot_table->keys[slot] >= 0) slot_table->states[slot] = OM_SLOT_RESIDENT;
     pthread_mutex_unlock(&slot_table->lock);
 }
 
