@@ -210,13 +210,13 @@ class Rig:
 
     def noting(self, layer: int, probe: Any) -> Any:
         """The probe; what it foretold last is what the layer is compared with."""
-        ask = probe.ask
+        route = probe.route
 
         def noted(residual: Any, num_experts_per_token: int) -> Any:
-            self._foretold[layer] = ask(residual, num_experts_per_token)
+            self._foretold[layer] = route(residual, num_experts_per_token)
             return self._foretold[layer]
 
-        probe.ask = noted
+        probe.route = noted
         return probe
 
     def acquired(self, layer: int, arriving: Sequence[int], missing: Sequence[int]) -> None:

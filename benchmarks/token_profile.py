@@ -3,8 +3,8 @@
     python benchmarks/token_profile.py [STORE] [--threads 1] [--tokens 32] [--plain]
 
 CPU time of the thread that generates, so that other work on the machine counts less; with one thread it is all there
-is. Every expert is read first, so that layers are done in runs; their parts, which nothing calls then, show in a
-profile with `--layer-by-layer`. `--plain` loads without the fast path. The last line of stdout is one JSON document.
+is. Every expert is read first, so that layers pass in spans; `--layer-by-layer` computes each by two native calls.
+`--plain` loads without the fast path, and shows the parts of layers. The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -46,7 +46,23 @@ class Clock:
 
 
 def watch(hf: Any, clock: Clock) -> None:
-    """Time the parts of every layer by the names of their classes, and the whole forward."""
+    """Time the whole forward, the head, and what lies between them: the pass, or the modules that are called."""
+    from offload_moe.decode.forward import DecoderForward
+    from offload_moe.decode.layer import NativeLayer
+    from offload_moe.decode.plan import PassPlan
+
+    if isinstance(hf.get_decoder().forward, DecoderForward):  # a forward that is set on a module would bypass the pass
+        PassPlan.__call__ = clock.timed("pass", PassPlan.__call__)
+        NativeLayer.__call__ = clock.timed("layers", NativeLayer.__call__)
+    else:
+        watch_modules(hf, clock)
+    head = hf.get_output_embeddings()
+    head.forward = clock.timed("head", head.forward)
+    hf.forward = clock.timed("forward", hf.forward)
+
+
+def watch_modules(hf: Any, clock: Clock) -> None:
+    """Time the parts of every layer by the names of their classes."""
     kinds_watched: set[type] = set()
     for module in hf.modules():
         name = type(module).__name__
@@ -54,8 +70,6 @@ def watch(hf: Any, clock: Clock) -> None:
         part = next((part for end, part in kinds.items() if name.endswith(end)), None)
         if name.endswith("DecoderLayer"):
             part = "layers"
-        elif module is hf.get_output_embeddings():
-            part = "head"
         if part is None:
             continue
         kind = type(module.forward)
@@ -64,7 +78,6 @@ def watch(hf: Any, clock: Clock) -> None:
         elif kind not in kinds_watched:  # an object that others use too, so it stays
             kinds_watched.add(kind)
             kind.__call__ = clock.timed(part, kind.__call__)
-    hf.forward = clock.timed("forward", hf.forward)
 
 
 def main() -> None:
@@ -73,7 +86,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--plain", action="store_true")
-    parser.add_argument("--layer-by-layer", action="store_true", help="no run of layers in one kernel call")
+    parser.add_argument("--layer-by-layer", action="store_true", help="no span of layers in one native call")
     options = parser.parse_args()
     bind_to_cores(options.threads)
     import torch
@@ -90,9 +103,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     kernels.set_threads(options.threads)
     if options.layer_by_layer:
-        from offload_moe.decode import layer
+        from offload_moe.decode import plan
 
-        layer.span_kind = lambda hierarchy, step: None
+        plan.span_kind = lambda hierarchy, layer: None
     model = load(options.store, fast_path=not options.plain)
     for layer, stored in enumerate(model.store.layers):
         with model.engine.hierarchy.scheduler.acquire(layer, range(stored.num_experts)) as lease:
@@ -119,7 +132,7 @@ def main() -> None:
             "store": options.store,
             "threads": options.threads,
             "fast_path": not options.plain,
-            "in_runs": not (options.plain or options.layer_by_layer),
+            "in_spans": not (options.plain or options.layer_by_layer),
             "ms_per_token": parts,
             "share_outside_of_native_calls": 1 - in_native / parts["forward"],
         }
