@@ -43,7 +43,6 @@ class DecodeAttention:
         if hasattr(attention, "sinks"):
             self._arguments["s_aux"] = attention.sinks
         self.step: AttentionStep | None = None  # set where it is known to give the same
-        self.why_no_step = ""
         self._interface_name: str | None = None
         self._interface: Callable[..., tuple[Tensor, Tensor | None]] | None = None
 

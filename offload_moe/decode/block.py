@@ -12,6 +12,7 @@ from offload_moe.decode.router import Routed, StepRouter
 from offload_moe.decode.step import is_fp32
 from offload_moe.errors import ConfigError
 from offload_moe.experts.attach import BoundExperts
+from offload_moe.families.layer_reference import tensor_at
 from offload_moe.families.layer_spec import LayerSpec, RouterSpec
 from offload_moe.families.limits import router_limits
 from offload_moe.native import kernels
@@ -66,8 +67,9 @@ def plain_block(layer: nn.Module, spec: LayerSpec) -> PlainBlock | None:
 
 
 def _route(layer: nn.Module, spec: RouterSpec) -> kernels.RouterKernel | None:
-    weight = _tensor(layer, spec.weight)
-    bias, correction = (_tensor(layer, path) if path else None for path in (spec.bias, spec.correction))
+    paths = (spec.weight, spec.bias, spec.correction)
+    weight, bias, correction = (tensor_at(layer, path).detach() if path else None for path in paths)
+    assert weight is not None
     if correction is not None:
         correction = correction.flatten()
     if weight.dtype != torch.float32 or not weight.is_cpu or not is_fp32(bias) or not is_fp32(correction):
@@ -86,12 +88,6 @@ def _route(layer: nn.Module, spec: RouterSpec) -> kernels.RouterKernel | None:
         )
     except ConfigError:
         return None
-
-
-def _tensor(layer: nn.Module, path: str) -> Tensor:
-    owner, _, name = path.rpartition(".")
-    tensor: Tensor = getattr(layer.get_submodule(owner), name)
-    return tensor.detach()
 
 
 def _is_gate(linear: nn.Module) -> bool:

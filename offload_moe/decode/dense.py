@@ -82,14 +82,38 @@ class NarrowEmbedding(nn.Module):
         return nn.functional.embedding(ids, self.weight).to(self.dtype)
 
 
+class NarrowLinear(nn.Module):
+    """A linear of bf16 numbers that are widened when they are used: the same values in half the memory."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        """weight: bf16 ``[O, K]``; dtype: of what it takes and returns."""
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., K] -> [..., O]``."""
+        return nn.functional.linear(x, self.weight.to(self.dtype), self.bias)
+
+
 def number_linear(weight: Tensor, bias: Tensor | None = None) -> kernels.Linear:
     """A linear that is not quantized, for the kernels: weight fp32 or bf16 ``[O, K]``.
 
     In bf16 where the numbers are the same, as they are where the checkpoint was: half the bytes.
     """
+    narrow = exact_bf16(weight)
+    return kernels.Linear.of_numbers((weight if narrow is None else narrow).contiguous(), bias)
+
+
+def exact_bf16(weight: Tensor) -> Tensor | None:
+    """The same numbers in bf16; None where they are others."""
     narrow = weight.to(torch.bfloat16)
     is_same = weight.dtype == torch.bfloat16 or torch.equal(narrow.to(weight.dtype), weight)
-    return kernels.Linear.of_numbers((narrow if is_same else weight).contiguous(), bias)
+    return narrow if is_same else None
 
 
 def lookup_tables(model: nn.Module, ignored: str | None = None) -> set[str]:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from offload_moe.decode.dense import NarrowLinear, exact_bf16
+
 NAME = "offload_moe_latent"  # and the name of the attention that prompts take: "offload_moe_latent_sdpa"
 NUMBERS = ("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj")  # linears that are not quantized
 MAX_SCORES = 1 << 24  # scores that exist at once, all heads together: 64 MiB
@@ -101,24 +103,6 @@ def _weights(module: Any) -> tuple[Tensor, Tensor]:
     return weight[:, :keys], weight[:, keys:]
 
 
-class NarrowLinear(nn.Module):
-    """A linear of bf16 numbers that are widened when they are used: the same values in half the memory."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        """weight: bf16 ``[O, K]``; dtype: of what it takes and returns."""
-        super().__init__()
-        self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
-        self.dtype = dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., K] -> [..., O]``."""
-        return nn.functional.linear(x, self.weight.to(self.dtype), self.bias)
-
-
 def _numbers(linear: nn.Linear | NarrowLinear) -> Tensor:
     """Its weight in the dtype in which it computes."""
     return linear.weight.to(linear.dtype) if isinstance(linear, NarrowLinear) else linear.weight
@@ -130,11 +114,10 @@ def _narrow(module: Any) -> None:
         linear = getattr(module, name, None)
         if type(linear) is not nn.Linear or linear.weight.dtype != torch.float32:
             continue
-        weight = linear.weight.detach()
-        narrow = weight.to(torch.bfloat16)
-        if torch.equal(narrow.to(weight.dtype), weight):
+        narrow = exact_bf16(linear.weight.detach())
+        if narrow is not None:
             bias = None if linear.bias is None else linear.bias.detach()
-            setattr(module, name, NarrowLinear(narrow, bias, weight.dtype))
+            setattr(module, name, NarrowLinear(narrow, bias, linear.weight.dtype))
 
 
 def _per_head(states: Tensor, weight: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from offload_moe.decode.dense import QuantLinear, number_linear
-from offload_moe.decode.latent import KeptLatents, NarrowLinear
+from offload_moe.decode.dense import NarrowLinear, QuantLinear, number_linear
+from offload_moe.decode.latent import KeptLatents
 from offload_moe.decode.probe import Uncovered
 from offload_moe.decode.step import CachedStep, is_fp32, quantized_linear, rotation_of
 from offload_moe.errors import ConfigError

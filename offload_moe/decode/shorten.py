@@ -69,14 +69,12 @@ def _give_step(
     """Set the kernel call, or why there is none. has_step: what was found of each kind of module."""
     try:
         step = attention_step(module, rotated_dims)
-    except Uncovered as reason:
-        short.why_no_step = str(reason)
+    except Uncovered:
         return
     kind = structure(module)
     if kind not in has_step:
         has_step[kind] = _steps_alike(module, short, step, embeddings)
     short.step = step if has_step[kind] else None
-    short.why_no_step = "" if has_step[kind] else "attention whose kernel call gives other numbers on probes"
 
 
 def probe_positions(model: Any) -> Tensor:

@@ -35,15 +35,15 @@ def mlp_output(layer: nn.Module, spec: LayerSpec, x: Tensor) -> Tensor:
 
 def route(layer: nn.Module, spec: RouterSpec, rows: Tensor) -> tuple[Tensor, Tensor]:
     """``[T, H]`` -> weights and ids ``[T, K]``, in fp32; ids by their scores, the greatest first."""
-    bias = _tensor(layer, spec.bias).float() if spec.bias else None
-    logits = functional.linear(rows.float(), _tensor(layer, spec.weight).float(), bias)
+    bias = tensor_at(layer, spec.bias).float() if spec.bias else None
+    logits = functional.linear(rows.float(), tensor_at(layer, spec.weight).float(), bias)
     weights, ids = _sparsemixer(logits, spec) if spec.scoring == "sparsemixer" else _choose(layer, logits, spec)
     return weights * spec.scale, ids
 
 
 def _choose(layer: nn.Module, logits: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
     scores = logits.softmax(-1) if spec.scoring == "softmax" else logits.sigmoid()
-    wanted = scores + _tensor(layer, spec.correction).flatten() if spec.correction else scores
+    wanted = scores + tensor_at(layer, spec.correction).flatten() if spec.correction else scores
     ids = wanted.masked_fill(~_in_chosen_groups(wanted, spec), -torch.inf).topk(spec.top_k).indices
     weights = scores.gather(-1, ids)
     if spec.is_normalized:
@@ -77,12 +77,12 @@ def attention_output(layer: nn.Module, spec: AttentionSpec, x: Tensor, cos: Tens
     scores = query @ key.transpose(2, 3) * spec.scaling
     scores = scores.masked_fill(~_is_seen(x.shape[1], spec.sliding_window), -torch.inf)
     if spec.sinks:
-        sinks = _tensor(layer, spec.sinks).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        sinks = tensor_at(layer, spec.sinks).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, sinks), -1)
     shares = scores.softmax(-1)[..., : x.shape[1]]
     out = (shares @ value).transpose(1, 2).flatten(2)
     if spec.gate:
-        out = out * functional.linear(x, _tensor(layer, f"{spec.gate}.weight")).sigmoid()
+        out = out * functional.linear(x, tensor_at(layer, f"{spec.gate}.weight")).sigmoid()
     return _linear(layer, f"{spec.path}.o_proj", out, has_bias=spec.has_output_bias)
 
 
@@ -157,9 +157,9 @@ def _rotate(x: Tensor, spec: AttentionSpec, cos: Tensor, sin: Tensor) -> Tensor:
 def _norm(layer: nn.Module, spec: NormSpec | None, x: Tensor) -> Tensor:
     if spec is None:
         return x
-    weight = _tensor(layer, f"{spec.path}.weight")
+    weight = tensor_at(layer, f"{spec.path}.weight")
     if spec.is_centered:
-        return functional.layer_norm(x, weight.shape, weight, _tensor(layer, f"{spec.path}.bias"), spec.epsilon)
+        return functional.layer_norm(x, weight.shape, weight, tensor_at(layer, f"{spec.path}.bias"), spec.epsilon)
     return x * (x.square().mean(-1, keepdim=True) + spec.epsilon).rsqrt() * weight
 
 
@@ -182,6 +182,7 @@ def _linear(layer: nn.Module, path: str, x: Tensor, *, has_bias: bool | None) ->
     return functional.linear(x, weight, bias)  # type: ignore[arg-type]
 
 
-def _tensor(layer: nn.Module, path: str) -> Tensor:
+def tensor_at(layer: nn.Module, path: str) -> Tensor:
+    """A tensor of a layer, by its path below it."""
     owner, _, name = path.rpartition(".")
     return getattr(layer.get_submodule(owner), name)
