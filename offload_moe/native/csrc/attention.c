@@ -17,16 +17,11 @@ typedef struct {
     void *out;
 } attention_job;
 
-static void add_bias(float *values, const float *bias, int64_t count) {
-    if (bias != NULL)
-        for (int64_t i = 0; i < count; i++) values[i] += bias[i];
-}
-
 static void finish_heads(const attention_job *job, int which, int64_t num_heads) {
     const om_attention *a = job->attention;
     const int64_t dim = a->head_dim, count = num_heads * dim;
     float *values = job->heads[which];
-    add_bias(values, a->biases[which], count);
+    om_add_bias(values, a->biases[which], count);
     if (which == VALUE) return;
     if (a->norms[which] != NULL)
         for (int64_t at = 0; at < count; at += a->norm_lengths[which])
@@ -55,7 +50,8 @@ static void heads_unit(void *context, int64_t unit, int64_t next, int thread) {
                             job->scores + thread * job->heads_per_unit * job->capacity, job->mixed + head * dim);
 }
 
-static void lay_out(attention_job *job, uintptr_t *cursor) {
+static void lay_out(void *context, uintptr_t *cursor) {
+    attention_job *job = context;
     const om_attention *a = job->attention;
     const int64_t query_bytes = a->num_heads * a->head_dim * (int64_t)sizeof(float);
     const int64_t key_bytes = a->num_kv_heads * a->head_dim * (int64_t)sizeof(float);
@@ -69,7 +65,8 @@ static void lay_out(attention_job *job, uintptr_t *cursor) {
     job->output.x = job->mixed;
 }
 
-static void run(attention_job *job) {
+static void run(void *context) {
+    attention_job *job = context;
     const om_attention *a = job->attention;
     om_run_linear(&job->projections);
     finish_heads(job, QUERY, a->num_heads);
@@ -78,7 +75,7 @@ static void run(attention_job *job) {
     append(job);
     om_pool_run(heads_unit, job, a->num_heads / job->heads_per_unit);
     om_run_linear(&job->output);
-    add_bias(job->out, a->biases[OUTPUT], a->matrices[OUTPUT].rows);
+    om_add_bias(job->out, a->biases[OUTPUT], a->matrices[OUTPUT].rows);
 }
 
 /* x[H] -> out[H]. cos and signed_sin: [rotated_dims]. Writes the token's keys and values at `length` of `keys` and `values`,
@@ -94,15 +91,5 @@ OM_EXPORT int om_attention_step(const om_attention *attention, const float *x, c
                                       .x = x, .num_matrices = 3, .num_tokens = 1, .mode = attention->mode};
     job.output = (om_linear_job){.matrices = attention->matrices + OUTPUT, .records = attention->records + OUTPUT,
                                  .outs = &job.out, .num_matrices = 1, .num_tokens = 1, .mode = attention->mode};
-    uintptr_t num_bytes = 0;
-    om_pool_begin();
-    lay_out(&job, &num_bytes);
-    uintptr_t arena = (uintptr_t)om_arena_reserve(num_bytes);
-    if (arena != 0) {
-        uintptr_t cursor = arena;
-        lay_out(&job, &cursor);
-        run(&job);
-    }
-    om_pool_end();
-    return arena == 0 ? -1 : 0;
+    return om_call_in_arena(&job, lay_out, run);
 }

@@ -105,3 +105,17 @@ float om_bias_at(const om_weights *w, int64_t row) {
 const uint8_t *om_codes_at(const om_matrix *m, const uint8_t *record, int64_t row) {
     return record + m->codes + row * row_bytes(m);
 }
+
+int om_call_in_arena(void *job, om_lay_out_fn lay_out, void (*execute)(void *job)) {
+    uintptr_t num_bytes = 0;
+    om_pool_begin();
+    lay_out(job, &num_bytes);
+    uintptr_t cursor = (uintptr_t)om_arena_reserve(num_bytes);
+    const int has_memory = cursor != 0;
+    if (has_memory) {
+        lay_out(job, &cursor);
+        execute(job);
+    }
+    om_pool_end();
+    return has_memory ? 0 : -1;
+}

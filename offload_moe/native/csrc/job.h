@@ -20,6 +20,16 @@ OM_INLINE void *om_take(uintptr_t *cursor, int64_t num_bytes) {
     return (void *)at;
 }
 
+/* A call whose scratch is the arena: with the pool held, counts the bytes, lays the job out and executes it. Returns 0, or -1
+ * when memory is short. */
+typedef void (*om_lay_out_fn)(void *job, uintptr_t *cursor);
+int om_call_in_arena(void *job, om_lay_out_fn lay_out, void (*execute)(void *job));
+
+OM_INLINE void om_add_bias(float *values, const float *bias, int64_t count) {
+    if (bias != NULL)
+        for (int64_t i = 0; i < count; i++) values[i] += bias[i];
+}
+
 /* In partial sums, so that the compiler can vectorize. */
 OM_INLINE float om_dot(const float *a, const float *b, int64_t length) {
     float parts[16] = {0}, sum = 0.0f;

@@ -24,20 +24,15 @@ typedef struct {
 
 static int64_t query_dims(const om_latent *l) { return l->unrotated_dims + l->rotated_dims; }
 
-static void add_bias(float *values, const float *bias, int64_t count) {
-    if (bias != NULL)
-        for (int64_t i = 0; i < count; i++) values[i] += bias[i];
-}
-
 static void finish_projections(latent_job *job) {
     const om_latent *l = job->latent;
     float *down = job->down, *compressed = job->compressed, *query = job->query;
-    add_bias(down, l->biases[FIRST], l->matrices[FIRST].rows);
-    add_bias(compressed, l->biases[COMPRESS], l->rank + l->rotated_dims);
+    om_add_bias(down, l->biases[FIRST], l->matrices[FIRST].rows);
+    om_add_bias(compressed, l->biases[COMPRESS], l->rank + l->rotated_dims);
     if (l->query_norm != NULL) {
         om_rms_norm(down, l->query_norm, l->matrices[FIRST].rows, l->query_epsilon, down);
         om_run_linear(&job->up);
-        add_bias(query, l->biases[UP], l->matrices[UP].rows);
+        om_add_bias(query, l->biases[UP], l->matrices[UP].rows);
     }
     for (int64_t n = 0; n < l->num_heads; n++)
         om_rotate(query + n * query_dims(l) + l->unrotated_dims, job->cos, job->signed_sin, l->rotated_dims, l->rotation);
@@ -77,7 +72,8 @@ static void heads_unit(void *context, int64_t unit, int64_t next, int thread) {
                       job->means + n * l->rank, job->mixed + n * l->value_dims);
 }
 
-static void lay_out(latent_job *job, uintptr_t *cursor) {
+static void lay_out(void *context, uintptr_t *cursor) {
+    latent_job *job = context;
     const om_latent *l = job->latent;
     const int64_t size = sizeof(float);
     om_lay_out_linear(&job->first, cursor);
@@ -97,14 +93,15 @@ static void lay_out(latent_job *job, uintptr_t *cursor) {
     job->output.x = job->mixed;
 }
 
-static void run(latent_job *job) {
+static void run(void *context) {
+    latent_job *job = context;
     const om_latent *l = job->latent;
     om_run_linear(&job->first);
     om_run_linear(&job->compress);
     finish_projections(job);
     om_pool_run(heads_unit, job, om_divide_up(l->num_heads, job->heads_per_unit));
     om_run_linear(&job->output);
-    add_bias(job->out, l->biases[OUTPUT], l->matrices[OUTPUT].rows);
+    om_add_bias(job->out, l->biases[OUTPUT], l->matrices[OUTPUT].rows);
 }
 
 static om_linear_job linear_job(const om_latent *l, int which, void *const *out) {
@@ -124,15 +121,5 @@ OM_EXPORT int om_latent_step(const om_latent *latent, const float *x, const floa
     job.first.x = job.compress.x = x;
     job.up = linear_job(latent, UP, &job.query);
     job.output = linear_job(latent, OUTPUT, &job.out);
-    uintptr_t num_bytes = 0;
-    om_pool_begin();
-    lay_out(&job, &num_bytes);
-    uintptr_t arena = (uintptr_t)om_arena_reserve(num_bytes);
-    if (arena != 0) {
-        uintptr_t cursor = arena;
-        lay_out(&job, &cursor);
-        run(&job);
-    }
-    om_pool_end();
-    return arena == 0 ? -1 : 0;
+    return om_call_in_arena(&job, lay_out, run);
 }

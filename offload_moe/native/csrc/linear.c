@@ -74,19 +74,10 @@ void om_run_linear(om_linear_job *job) {
     om_pool_run(rows_unit, job, num_units);
 }
 
-int om_call_linear(om_linear_job *job) {
-    uintptr_t num_bytes = 0;
-    om_pool_begin();
-    om_lay_out_linear(job, &num_bytes);
-    uintptr_t arena = (uintptr_t)om_arena_reserve(num_bytes);
-    if (arena != 0) {
-        uintptr_t cursor = arena;
-        om_lay_out_linear(job, &cursor);
-        om_run_linear(job);
-    }
-    om_pool_end();
-    return arena == 0 ? -1 : 0;
-}
+static void lay_out(void *job, uintptr_t *cursor) { om_lay_out_linear(job, cursor); }
+static void run(void *job) { om_run_linear(job); }
+
+int om_call_linear(om_linear_job *job) { return om_call_in_arena(job, lay_out, run); }
 
 /* outs[i][T, rows of i] = x[T, K] times matrix i, plus its bias. All matrices have the codec, the columns and the order of
  * rows of the first; panels are computed in `fast` mode.

@@ -97,8 +97,7 @@ OM_EXPORT int om_router_step(const om_router *router, const float *x, float *log
     om_linear_job job = {.matrices = &router->matrix, .records = &router->record, .outs = &out, .x = x, .num_matrices = 1,
                          .num_tokens = 1, .mode = OM_EXACT};
     if (om_call_linear(&job) != 0) return -1;
-    if (router->bias != NULL)
-        for (int64_t e = 0; e < router->matrix.rows; e++) logits[e] += router->bias[e];
+    om_add_bias(logits, router->bias, router->matrix.rows);
     choose_experts(router, logits, ids);
     (router->is_sigmoid ? weigh_sigmoids : weigh_shares)(router, logits, ids, weights);
     for (int64_t k = 0; k < router->top_k; k++) weights[k] *= router->scale;
