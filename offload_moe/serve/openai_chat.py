@@ -1,31 +1,27 @@
 """OpenAI's `/v1/chat/completions`."""
 
 import secrets
-import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from offload_moe.serve.collected import Collected, CollectedCall, CollectedChoice, custom_input
+from offload_moe.serve.collected import CollectedCall, CollectedChoice, custom_input
 from offload_moe.serve.config import ServeConfig
-from offload_moe.serve.delivery import Delivery, encode, sse
-from offload_moe.serve.errors import ApiError, as_mapping, invalid
+from offload_moe.serve.delivery import Delivery
+from offload_moe.serve.errors import as_mapping, invalid
 from offload_moe.serve.events import (
     ChoiceEnd,
     Event,
-    Finished,
     Logprob,
-    Progress,
-    Started,
     TextDelta,
     ToolDelta,
     ToolStart,
-    Usage,
 )
 from offload_moe.serve.host import Host, Loaded
 from offload_moe.serve.jobs import Request
 from offload_moe.serve.messages import template_messages
 from offload_moe.serve.offers import grammar_of, tool_use
+from offload_moe.serve.openai_chunks import ChunkWriter, usage_json
 from offload_moe.serve.prepare import prepare_chat
 from offload_moe.serve.prompts import Conversation
 from offload_moe.serve.sampling import settings_of
@@ -140,52 +136,29 @@ def template_arguments(effort: str | None, more: Mapping[str, Any] | None) -> di
     return arguments | dict(more or {})
 
 
-class ChatWriter:
+class ChatWriter(ChunkWriter):
     """See `Writer`."""
 
     def __init__(self, identity: str, model: str, *, has_usage: bool, tools: tuple[Tool, ...] = ()) -> None:
         """has_usage: a stream ends with the usage."""
-        self._id, self._model, self._has_usage = identity, model, has_usage
-        self._created = int(time.time())
-        self._collected = Collected()
+        super().__init__(identity, "chat.completion.chunk", model, has_usage=has_usage)
+        self._id, self._model = identity, model
         self._custom = {tool.name for tool in tools if tool.is_custom}
-        self._begun: set[int] = set()
-        # A chunk around a text, as bytes: encoding it for every token would be the most of a token's cost here.
-        self._head = encode(
-            {"id": identity, "object": "chat.completion.chunk", "created": self._created, "model": model}
-        )
 
     def write(self, event: Event) -> bytes:
+        self._collected.add(event)
         match event:
             case TextDelta():
-                self._collected.add(event)
                 name = "reasoning_content" if event.is_reasoning else "content"
                 return self._delta(event.choice, {name: event.text}, event.logprobs)
             case ToolStart():
-                self._collected.add(event)
                 call = {"index": event.tool, "id": event.id, **self._named(event.name, "")}
                 return self._delta(event.choice, {"tool_calls": [call]})
             case ToolDelta():
-                self._collected.add(event)
                 return self._arguments(event)
             case ChoiceEnd():
-                self._collected.add(event)
                 return self._chunk([_choice(event.choice, self._role(event.choice), event.reason)])
-            case Finished():
-                self._collected.add(event)
-                usage = self._chunk([], usage=usage_json(event.usage), timings=event.usage.timings)
-                return (usage if self._has_usage else b"") + b"data: [DONE]\n\n"
-            case Progress():
-                return self._chunk([], prompt_progress=progress_json(event))
-            case Started():
-                return b""
-        return b""
-
-    def failed(self, error: ApiError) -> bytes:
-        return sse(error.document("openai"))
-
-    def silence(self) -> bytes:
-        return b": waiting\n\n"
+        return super().write(event)
 
     def document(self) -> dict[str, Any]:
         collected = self._collected
@@ -247,11 +220,6 @@ class ChatWriter:
         content = {"content": [_logprob(each) for each in logprobs], "refusal": None} if logprobs else None
         return self._chunk([_choice(choice, self._role(choice) | delta, None, content)])
 
-    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        if self._has_usage:
-            more = {"usage": None} | more
-        return b"data: " + self._head[:-1] + b"," + encode({"choices": choices, **more})[1:] + b"\n\n"
-
 
 def _choice(index: int, delta: dict[str, Any], reason: str | None, logprobs: Any = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
@@ -261,28 +229,3 @@ def _logprob(entry: Logprob) -> dict[str, Any]:
     shown = {"token": entry.token, "logprob": entry.value, "bytes": entry.bytes}
     top = [{"token": each.token, "logprob": each.value, "bytes": each.bytes} for each in entry.top]
     return shown | {"top_logprobs": top}
-
-
-def progress_json(event: Progress) -> dict[str, Any]:
-    return {
-        "total": event.num_prompt,
-        "cache": event.num_cached,
-        "processed": event.num_done,
-        "time_ms": round(1e3 * event.elapsed_s),
-    }
-
-
-def usage_json(usage: Usage) -> dict[str, Any]:
-    """As chat and text completions have it."""
-    return {
-        "prompt_tokens": usage.num_prompt,
-        "completion_tokens": usage.num_generated,
-        "total_tokens": usage.num_prompt + usage.num_generated,
-        "prompt_tokens_details": {"cached_tokens": usage.num_cached, "audio_tokens": 0},
-        "completion_tokens_details": {
-            "reasoning_tokens": usage.num_reasoning,
-            "audio_tokens": 0,
-            "accepted_prediction_tokens": 0,
-            "rejected_prediction_tokens": 0,
-        },
-    }

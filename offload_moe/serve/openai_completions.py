@@ -1,22 +1,20 @@
 """OpenAI's `/v1/completions`: text or token ids, continued without a template."""
 
 import secrets
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from offload_moe.checkpoint.token_ids import check_ids
 from offload_moe.errors import ConfigError
-from offload_moe.serve.collected import Collected
-from offload_moe.serve.delivery import Delivery, sse
-from offload_moe.serve.errors import ApiError, as_mapping, invalid
-from offload_moe.serve.events import ChoiceEnd, Event, Finished, Logprob, Progress, TextDelta
+from offload_moe.serve.delivery import Delivery
+from offload_moe.serve.errors import as_mapping, invalid
+from offload_moe.serve.events import ChoiceEnd, Event, Logprob, TextDelta
 from offload_moe.serve.guide import Grammar
 from offload_moe.serve.host import Host, Loaded
 from offload_moe.serve.jobs import Request
 from offload_moe.serve.offers import grammar_of
-from offload_moe.serve.openai_chat import progress_json, usage_json
+from offload_moe.serve.openai_chunks import ChunkWriter, usage_json
 from offload_moe.serve.prepare import check_length
 from offload_moe.serve.prompts import Rendered
 from offload_moe.serve.sampling import check_bias, settings_of
@@ -111,14 +109,14 @@ def _rendered(loaded: Loaded, prompt: str | Sequence[Any]) -> Rendered:
         raise invalid(str(error), "prompt") from error
 
 
-class CompletionWriter:
+class CompletionWriter(ChunkWriter):
     """See `Writer`."""
 
     def __init__(self, identity: str, model: str, *, has_usage: bool, echoed: str = "") -> None:
-        self._base = {"id": identity, "object": "text_completion", "created": int(time.time()), "model": model}
-        self._has_usage, self._echoed = has_usage, echoed
-        self._collected = Collected()
-        self._begun: set[int] = set()
+        """has_usage: a stream ends with the usage. echoed: text before the first token of each choice."""
+        super().__init__(identity, "text_completion", model, has_usage=has_usage)
+        self._base = {"id": identity, "object": "text_completion", "created": self._created, "model": model}
+        self._echoed = echoed
 
     def write(self, event: Event) -> bytes:
         self._collected.add(event)
@@ -129,18 +127,7 @@ class CompletionWriter:
                 return self._chunk([_choice(event.choice, text, None, event.logprobs)])
             case ChoiceEnd():
                 return self._chunk([_choice(event.choice, "", event.reason)])
-            case Finished():
-                usage = self._chunk([], usage=usage_json(event.usage), timings=event.usage.timings)
-                return (usage if self._has_usage else b"") + b"data: [DONE]\n\n"
-            case Progress():
-                return self._chunk([], prompt_progress=progress_json(event))
-        return b""
-
-    def failed(self, error: ApiError) -> bytes:
-        return sse(error.document("openai"))
-
-    def silence(self) -> bytes:
-        return b": waiting\n\n"
+        return super().write(event)
 
     def document(self) -> dict[str, Any]:
         collected = self._collected
@@ -150,11 +137,6 @@ class CompletionWriter:
         ]
         usage = usage_json(collected.usage)
         return self._base | {"choices": choices, "usage": usage, "timings": collected.usage.timings}
-
-    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        if self._has_usage:
-            more = {"usage": None} | more
-        return sse(self._base | {"choices": choices, **more})
 
 
 def _choice(index: int, text: str, reason: str | None, logprobs: Sequence[Logprob] = ()) -> dict[str, Any]:
