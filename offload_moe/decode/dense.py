@@ -1,6 +1,8 @@
 """Dense linear layers whose weight stays in its codec's record."""
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +20,17 @@ class QuantLinear(nn.Module):
     """``y = x W^T + b`` on a record, with the native kernels on the CPU and bitsandbytes on the device.
 
     O out features, K in features. The record is a buffer, so it moves with the model; it is not a parameter, because
-    its bytes are not numbers.
+    its bytes are not numbers. It is in panels on the CPU where the kernel reads panels, and in rows elsewhere.
     """
 
     record: Tensor
     bias: nn.Parameter | None
 
     def __init__(self, record: Tensor, shape: ExpertShape, codec: Codec, *, mode: Mode = "fast") -> None:
-        """shape: one matrix named `weight`, and a bias named `bias` where the record holds one.
+        """record: in rows; it is changed to panels where it lies. mode: of the native kernel.
 
-        A layer whose bias is kept outside the record sets `bias` afterwards. mode: of the native kernel.
+        shape: one matrix named `weight`, and a bias named `bias` where the record holds one. A layer whose bias is kept
+        outside the record sets `bias` afterwards.
         """
         super().__init__()
         self.register_buffer("record", record, persistent=False)
@@ -37,9 +40,16 @@ class QuantLinear(nn.Module):
         self.shape = shape
         self.codec = codec
         self.mode: Mode = mode
+        self._order: kernels.PanelOrder | None = None
         self._kernel: kernels.LinearKernel | None = None
         if kernels.unsupported_reason(codec.name, shape) is None:
-            self._kernel = kernels.LinearKernel(codec.name, [shape], [codec.layout(shape)])
+            layout = codec.layout(shape)
+            if mode == "fast" and kernels.not_in_panels_reason(codec.name) is None:
+                self._order = kernels.PanelOrder(codec.name, shape, layout)
+            num_parts = int(self._order is not None)
+            self._kernel = kernels.LinearKernel(codec.name, [shape], [layout], num_parts=num_parts)
+        if self._order is not None and record.is_cpu:
+            self._order.to_panels(record)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K] -> [..., O]`` in the dtype of `x`."""
@@ -48,7 +58,7 @@ class QuantLinear(nn.Module):
             out = torch.empty(rows.shape[0], self.out_features, dtype=rows.dtype)
             self._kernel.forward(rows.contiguous(), [self.record], [out], mode=self.mode)
         else:
-            out = record_linear(rows, self.record, self.shape, self.codec, "weight")
+            out = record_linear(rows, self.in_rows(), self.shape, self.codec, "weight")
         if self.bias is not None:
             out += self.bias
         return out.view(*x.shape[:-1], self.out_features)
@@ -58,8 +68,33 @@ class QuantLinear(nn.Module):
         """Whether the native kernels read its record, on the CPU."""
         return self._kernel is not None and self.record.is_cpu
 
+    @property
+    def in_panels(self) -> bool:
+        """Whether the record is in panels: see `kernels.PanelOrder`."""
+        return self._order is not None and self.record.is_cpu
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, codec={self.codec.name}"
+
+    def in_rows(self) -> Tensor:
+        """The record in rows; a copy where it is in panels."""
+        if self._order is None or not self.record.is_cpu:
+            return self.record
+        record = self.record.clone()
+        self._order.to_rows(record)
+        return record
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move, as `.to()` does, in the order of the other device."""
+        was_on_cpu, rows = self.record.is_cpu, None
+        if self._order is not None and was_on_cpu and not fn(self.record[:0]).is_cpu:
+            rows = fn(self.in_rows())
+        super()._apply(fn, recurse)
+        if rows is not None:
+            self.record = rows
+        elif self._order is not None and self.record.is_cpu and not was_on_cpu:
+            self._order.to_panels(self.record)
+        return self
 
 
 class NarrowEmbedding(nn.Module):

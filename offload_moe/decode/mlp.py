@@ -40,7 +40,12 @@ class FusedMLP(nn.Module):
         )
         self.register_buffer("record", _join(codec, shape, gate, up, down), persistent=False)
         self.kernel = kernels.ExpertKernel(
-            codec.name, shape, codec.layout(shape), activation=activation.name, has_gate=True
+            codec.name,
+            shape,
+            codec.layout(shape),
+            activation=activation.name,
+            has_gate=True,
+            in_panels=gate.in_panels,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,6 +119,7 @@ def _can_join(linear: QuantLinear) -> bool:
 
 
 def _join(codec: Codec, shape: ExpertShape, gate: QuantLinear, up: QuantLinear, down: QuantLinear) -> Tensor:
+    """The three records in one: joined rows are joined panels, too, since panels begin anew with each part."""
     layout = codec.layout(shape)
     record = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=gate.record.device)
     for plane in ("codes", "scales"):

@@ -47,6 +47,7 @@ class JointProjections:
             linears[0].codec.name,
             [linear.shape for linear in linears],
             [linear.codec.layout(linear.shape) for linear in linears],
+            num_parts=int(linears[0].in_panels),
         )
 
     def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:

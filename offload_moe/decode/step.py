@@ -133,7 +133,12 @@ def quantized_linear(module: Any) -> kernels.Linear:
         raise Uncovered("attention whose biases are quantized with its projections")
     layout = module.codec.layout(module.shape)
     return kernels.Linear(
-        codec=module.codec.name, shape=module.shape, layout=layout, record=module.record, bias=module.bias
+        codec=module.codec.name,
+        shape=module.shape,
+        layout=layout,
+        record=module.record,
+        bias=module.bias,
+        in_panels=module.in_panels,
     )
 
 

@@ -35,6 +35,8 @@ class NativeArithmetic:
 
     The kernel adds experts in ascending order, in fp32. When experts arrive in several waves, each pair is computed
     separately and the pairs are added afterwards in that same order: the same bits for any order of arrival.
+
+    order: of the records that it reads; None: rows.
     """
 
     def __init__(
@@ -49,14 +51,18 @@ class NativeArithmetic:
     ) -> None:
         self.mode: Mode = "exact" if is_exact else "fast"
         self.pair_scale = pair_scale
+        layout = codec.layout(shape)
+        in_panels = not is_exact and kernels.not_in_panels_reason(codec.name) is None
+        self.order = kernels.PanelOrder(codec.name, shape, layout, has_gate=has_gate) if in_panels else None
         self.kernel = kernels.ExpertKernel(
             codec.name,
             shape,
-            codec.layout(shape),
+            layout,
             activation=activation.name,
             has_gate=has_gate,
             alpha=activation.alpha,
             limit=activation.limit,
+            in_panels=in_panels,
         )
 
     def forward(

@@ -131,6 +131,8 @@ class PlaceStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("offset", "num_bytes")),
+        ("matrices", ctypes.c_void_p),
+        ("num_matrices", ctypes.c_int64),
         ("file", ctypes.c_int32),
         ("checksum", ctypes.c_uint32),
     )
@@ -152,6 +154,7 @@ class ReadsOptionsStruct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("part_bytes", "prefetch_part_bytes", "num_keys")),
         *((name, ctypes.c_void_p) for name in ("places", "is_checked", "counts")),
+        ("scratch_bytes", ctypes.c_int64),
         ("num_threads", ctypes.c_int32),
     )
 

@@ -116,6 +116,7 @@
 
 #define OM_PLACE_FIELDS(FIELD, T) \
     FIELD(T, int64_t, offset, ) FIELD(T, int64_t, num_bytes, ) \
+    FIELD(T, const om_matrix *, matrices, ) FIELD(T, int64_t, num_matrices, ) /* to bring into panels; none: the record stays as it is */ \
     FIELD(T, int32_t, file, ) \
     FIELD(T, uint32_t, checksum, )
 
@@ -134,6 +135,7 @@
     FIELD(T, const om_place *, places, ) /* by key; num_bytes is 0 until it is set: token passes do not fetch such experts */ \
     FIELD(T, uint8_t *, is_checked, ) /* by key: whether its checksum was compared */ \
     FIELD(T, int64_t *, counts, ) /* [2]: completions to drain, calls of `om_reads_wake` */ \
+    FIELD(T, int64_t, scratch_bytes, ) /* that `om_repack` needs for these places */ \
     FIELD(T, int32_t, num_threads, )
 
 /* X experts of the pool, M stored tokens, D features. */
