@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from offload_moe.native import kernels
 from offload_moe.native.device import record_linear
-from offload_moe.native.planes import Mode
 from offload_moe.quant import Codec, ExpertShape
 from offload_moe.quant.layout import weight_shape
 
@@ -26,8 +25,8 @@ class QuantLinear(nn.Module):
     record: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, record: Tensor, shape: ExpertShape, codec: Codec, *, mode: Mode = "fast") -> None:
-        """record: in rows; it is changed to panels where it lies. mode: of the native kernel.
+    def __init__(self, record: Tensor, shape: ExpertShape, codec: Codec, *, is_exact: bool = False) -> None:
+        """record: in rows; it is changed to panels where it lies. is_exact: it stays in rows, and activations in fp32.
 
         shape: one matrix named `weight`, and a bias named `bias` where the record holds one. A layer whose bias is kept
         outside the record sets `bias` afterwards.
@@ -39,12 +38,11 @@ class QuantLinear(nn.Module):
         self.out_features = shape.matrices[0].out_features
         self.shape = shape
         self.codec = codec
-        self.mode: Mode = mode
         self._order: kernels.PanelOrder | None = None
         self._kernel: kernels.LinearKernel | None = None
         if kernels.unsupported_reason(codec.name, shape) is None:
             layout = codec.layout(shape)
-            if mode == "fast" and kernels.not_in_panels_reason(codec.name) is None:
+            if not is_exact and kernels.not_in_panels_reason(codec.name) is None:
                 self._order = kernels.PanelOrder(codec.name, shape, layout)
             num_parts = int(self._order is not None)
             self._kernel = kernels.LinearKernel(codec.name, [shape], [layout], num_parts=num_parts)
@@ -56,7 +54,7 @@ class QuantLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         if self._kernel is not None and rows.is_cpu and rows.dtype in KERNEL_DTYPES:
             out = torch.empty(rows.shape[0], self.out_features, dtype=rows.dtype)
-            self._kernel.forward(rows.contiguous(), [self.record], [out], mode=self.mode)
+            self._kernel.forward(rows.contiguous(), [self.record], [out])
         else:
             out = record_linear(rows, self.in_rows(), self.shape, self.codec, "weight")
         if self.bias is not None:
@@ -170,11 +168,11 @@ def lookup_tables(model: nn.Module, ignored: str | None = None) -> set[str]:
     }
 
 
-def quantize_linear(weight: Tensor, codec: Codec, *, mode: Mode = "fast") -> QuantLinear:
+def quantize_linear(weight: Tensor, codec: Codec, *, is_exact: bool = False) -> QuantLinear:
     """A linear layer of a weight ``[O, K]``, quantized now. Its bias, if it has one, stays outside the record.
 
     Raises: CheckpointError when a weight is not finite.
     """
     shape = weight_shape(*weight.shape)
     record = kernels.fast_encoding(codec).encode(shape, {"weight": weight})
-    return QuantLinear(record[: codec.layout(shape).num_bytes].clone(), shape, codec, mode=mode)
+    return QuantLinear(record[: codec.layout(shape).num_bytes].clone(), shape, codec, is_exact=is_exact)

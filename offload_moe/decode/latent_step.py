@@ -32,8 +32,8 @@ def latent_step(layer: nn.Module, spec: AttentionSpec) -> LatentStep:
         raise Uncovered("latent attention whose latents are expanded")
     names = ("q_a_proj", "q_b_proj") if latent.query_rank else ("q_proj",)
     linears: list[Any] = [module.get_submodule(name) for name in (*names, "kv_a_proj_with_mqa", "o_proj")]
-    modes = {linear.mode for linear in linears if isinstance(linear, QuantLinear)}
-    if len(modes) != 1:
+    orders = {linear.in_panels for linear in linears if isinstance(linear, QuantLinear)}
+    if len(orders) != 1:
         raise Uncovered("attention whose parts are computed in several ways")
     *query, compress, output = (_linear(linear) for linear in linears)
     weight: Tensor = module.get_submodule("kv_b_proj").weight  # type: ignore[assignment]
@@ -50,7 +50,6 @@ def latent_step(layer: nn.Module, spec: AttentionSpec) -> LatentStep:
             rotated_dims=spec.rotated_dims,
             scaling=spec.scaling,
             rotation=rotation_of(spec),
-            mode=modes.pop(),
         )
     except ConfigError as error:
         raise Uncovered(f"latent attention of sizes without a kernel ({str(error).rstrip('.')})") from error

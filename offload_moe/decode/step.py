@@ -100,7 +100,7 @@ def attention_step(
     linears = [quantized_linear(module) for module in modules]
     head_norms = [_head_norm(getattr(attention, name, None)) for name in norms]
     sinks = getattr(attention, "sinks", None)
-    if len({module.mode for module in modules}) > 1 or not is_fp32(sinks):
+    if len({module.in_panels for module in modules}) > 1 or not is_fp32(sinks):
         raise Uncovered("attention whose parts are computed in several ways")
     try:
         kernel = kernels.AttentionKernel(
@@ -111,7 +111,6 @@ def attention_step(
             norms=head_norms,
             sinks=sinks,
             rotation=rotation,
-            mode=modules[0].mode,
         )
     except ConfigError as error:  # such as heads that are no multiple of a vector
         raise Uncovered(f"attention of sizes without a kernel ({str(error).rstrip(chr(46))})") from error

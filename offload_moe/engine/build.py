@@ -20,7 +20,6 @@ from offload_moe.memory.arena import Arena
 from offload_moe.memory.copier import Copier
 from offload_moe.memory.disk import DiskMover
 from offload_moe.native.kernels import SlotTable
-from offload_moe.native.planes import Mode
 from offload_moe.quant import get_codec
 from offload_moe.residency.hierarchy import Hierarchy, Pools
 from offload_moe.residency.keys import ExpertKeys
@@ -92,9 +91,13 @@ def build(store: Store, blueprint: Blueprint, skeleton: Any = None) -> Engine:
         StoreError: the store does not hold what the model needs.
         ConfigError: `hybrid` is "on", and no native kernel computes these experts.
     """
-    mode: Mode = "exact" if blueprint.is_exact else "fast"
     assembled = assemble(
-        store, blueprint.device, blueprint.dtype, dense_codec=blueprint.dense_codec, mode=mode, skeleton=skeleton
+        store,
+        blueprint.device,
+        blueprint.dtype,
+        dense_codec=blueprint.dense_codec,
+        is_exact=blueprint.is_exact,
+        skeleton=skeleton,
     )
     arithmetics = _arithmetics(assembled.layers, store, blueprint)
     with closed_on_error(_make_hierarchy(store, blueprint, arithmetics)) as hierarchy:

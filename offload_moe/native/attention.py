@@ -10,8 +10,8 @@ from torch import Tensor
 
 from offload_moe.errors import ConfigError
 from offload_moe.native.bindings import library
-from offload_moe.native.constants import MAX_ROTATED, MODES, ROTATIONS
-from offload_moe.native.planes import Mode, matrix_struct
+from offload_moe.native.constants import MAX_ROTATED, ROTATIONS
+from offload_moe.native.planes import matrix_struct
 from offload_moe.native.structs import AttentionStruct, MatrixStruct
 from offload_moe.quant.layout import ExpertShape, RecordLayout, pack_planes, weight_shape
 
@@ -36,10 +36,8 @@ class Linear:
         codec = "fp32" if weight.dtype == torch.float32 else "bf16"
         return cls(codec=codec, shape=weight_shape(*weight.shape), layout=layout, record=weight, bias=bias)
 
-    def struct(self, mode: Mode = "fast") -> MatrixStruct:
-        """The matrix as calls in this mode read it. Raises: ConfigError for panels in `exact` mode."""
-        if self.in_panels and mode != "fast":
-            raise ConfigError("Records in panels have no exact mode. Keep them in row order for it.")
+    def struct(self) -> MatrixStruct:
+        """The matrix as calls read it."""
         return matrix_struct(self.codec, self.shape.matrices[0], self.layout, num_parts=int(self.in_panels))
 
 
@@ -81,7 +79,6 @@ class AttentionKernel:
         norms: Sequence[HeadNorm | None] = (None, None),
         sinks: Tensor | None = None,
         rotation: str = "halves",
-        mode: Mode = "fast",
     ) -> None:
         """Settings of one layer. linears: query, key, value, output. norms: of query and key. Other tensors: fp32.
 
@@ -99,7 +96,7 @@ class AttentionKernel:
         self._owned = (linears, norms, sinks)
         addresses = [None if norm is None else norm.weight.data_ptr() for norm in norms]
         self._struct = AttentionStruct(
-            matrices=(MatrixStruct * 4)(*(linear.struct(mode) for linear in linears)),
+            matrices=(MatrixStruct * 4)(*(linear.struct() for linear in linears)),
             records=(ctypes.c_void_p * 4)(*(linear.record.data_ptr() for linear in linears)),
             biases=(ctypes.c_void_p * 4)(*(optional_address(linear.bias) for linear in linears)),
             norms=(ctypes.c_void_p * 2)(*addresses),
@@ -112,7 +109,6 @@ class AttentionKernel:
             epsilons=(ctypes.c_float * 2)(*(0.0 if norm is None else norm.epsilon for norm in norms)),
             scaling=scaling,
             rotation=ROTATIONS[rotation],
-            mode=MODES[mode],
         )
         self.struct_address = ctypes.addressof(self._struct)
         self._native = library().om_attention_step

@@ -8,8 +8,8 @@ from torch import Tensor
 from offload_moe.errors import ConfigError
 from offload_moe.native.attention import HeadNorm, Linear, optional_address
 from offload_moe.native.bindings import library
-from offload_moe.native.constants import MAX_ROTATED, MODES, ROTATIONS
-from offload_moe.native.planes import VALUES, Mode
+from offload_moe.native.constants import MAX_ROTATED, ROTATIONS
+from offload_moe.native.planes import VALUES
 from offload_moe.native.structs import LatentStruct, MatrixStruct
 
 DIM_STEP = 16  # ranks and rotated dims are multiples of the widest vector
@@ -35,7 +35,6 @@ class LatentKernel:
         rotated_dims: int,
         scaling: float,
         rotation: str,
-        mode: Mode = "fast",
     ) -> None:
         """Settings of one layer. Matrices are ``[out, in]``.
 
@@ -82,7 +81,6 @@ class LatentKernel:
             rank=rank,
             scaling=scaling,
             rotation=ROTATIONS[rotation],
-            mode=MODES[mode],
         )
         self.struct_address = ctypes.addressof(self._struct)
         self._native = library().om_latent_step

@@ -117,6 +117,6 @@ def test_a_record_is_in_panels_on_the_host_and_in_rows_elsewhere(codec: str) -> 
 def test_exact_linears_keep_their_rows() -> None:
     shape = ExpertShape(matrices=(Matrix(name="weight", out_features=40, in_features=72),))
     rows = get_codec("nf4").encode(shape, {"weight": torch.randn(40, 72)})
-    linear = QuantLinear(rows.clone(), shape, get_codec("nf4"), mode="exact")
+    linear = QuantLinear(rows.clone(), shape, get_codec("nf4"), is_exact=True)
     assert not linear.in_panels
     assert torch.equal(linear.record, rows)

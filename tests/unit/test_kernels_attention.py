@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from offload_moe.errors import ConfigError
 from offload_moe.native import kernels
-from offload_moe.native.planes import Mode
 
 HIDDEN, CAPACITY = 96, 40
 pytestmark = pytest.mark.usefixtures("best_kernels_afterwards")
@@ -45,7 +44,7 @@ class Case:
         self.signed_sin = torch.cat((-angles.sin(), angles.sin()))
         self.cache = [torch.randn(1, kv_heads, CAPACITY, dim) for _ in range(2)]
 
-    def step(self, mode: Mode = "exact") -> tuple[Tensor, Tensor, Tensor]:
+    def step(self) -> tuple[Tensor, Tensor, Tensor]:
         kernel = kernels.AttentionKernel(
             self.linears,
             head_dim=self.dim,
@@ -53,7 +52,6 @@ class Case:
             scaling=0.3,
             norms=self.norms,
             sinks=self.sinks,
-            mode=mode,
         )
         keys, values = (part.clone() for part in self.cache)
         out = torch.full_like(self.x, torch.nan)
@@ -126,14 +124,11 @@ def test_a_norm_of_one_row(length: int) -> None:
 
 @pytest.mark.parametrize("codec", ["nf4", "int8"])
 def test_projections_in_panels_give_what_rows_give(codec: str) -> None:
-    """Both are `fast`; sums of rows are added in another order."""
     case = Case(codec, 6, 2, 32, 32, 7, "head")
-    expected = case.step("fast")
+    expected = case.step()
     case.linears = [in_panels(each) for each in case.linears]
-    for mine, theirs in zip(case.step("fast"), expected, strict=True):
-        assert (mine - theirs).norm() < 1e-3 * theirs.norm()  # a quantized value may round the other way
-    with pytest.raises(ConfigError, match="no exact mode"):
-        case.step("exact")
+    for mine, theirs in zip(case.step(), expected, strict=True):
+        assert 0 < (mine - theirs).norm() < 0.02 * theirs.norm()  # int8 activations
 
 
 def in_panels(linear: kernels.Linear) -> kernels.Linear:

@@ -65,7 +65,6 @@ class Case:
             **{name: getattr(self, name) for name in ("query_norm", "latent_norm", "rotation")},
             "rotated_dims": self.rotated,
             "scaling": SCALING,
-            "mode": "exact",
         }
         return kernels.LatentKernel(**settings | changes)
 

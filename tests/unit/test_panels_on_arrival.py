@@ -75,7 +75,7 @@ def test_a_damaged_record_fails_and_a_transfer_that_was_wrong_once_is_read_again
     assert read(disk.mover, 0) == (disk.num_bytes, None)
     assert torch.equal(disk.arena.slot(0), disk.in_panels(0))
     wrong[0] = 2
-    num_bytes, error = read(disk.mover, 1)
+    _, error = read(disk.mover, 1)
     assert isinstance(error, TransferError)
     assert "checksum" in str(error)
     disk.mover.close()

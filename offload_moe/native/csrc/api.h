@@ -35,8 +35,7 @@
     FIELD(T, int64_t, norm_lengths, [2]) /* D: each head has its norm; more: one over all heads */ \
     FIELD(T, float, epsilons, [2]) \
     FIELD(T, float, scaling, ) \
-    FIELD(T, int32_t, rotation, ) \
-    FIELD(T, int32_t, mode, )
+    FIELD(T, int32_t, rotation, )
 
 /* Multi-head latent attention, absorbed: N heads of K unrotated and P rotated dims, values of V dims, latents of R. */
 #define OM_LATENT_FIELDS(FIELD, T) \
@@ -49,8 +48,7 @@
     FIELD(T, int64_t, num_heads, ) FIELD(T, int64_t, unrotated_dims, ) FIELD(T, int64_t, rotated_dims, ) \
     FIELD(T, int64_t, value_dims, ) FIELD(T, int64_t, rank, ) \
     FIELD(T, float, scaling, ) \
-    FIELD(T, int32_t, rotation, ) \
-    FIELD(T, int32_t, mode, )
+    FIELD(T, int32_t, rotation, )
 
 #define OM_ROUTER_FIELDS(FIELD, T) \
     FIELD(T, om_matrix, matrix, ) /* [E, H] */ \
@@ -77,16 +75,14 @@
     FIELD(T, const om_moe_layer *, expert, ) \
     FIELD(T, const uint8_t *, record, ) \
     FIELD(T, const float *, gate, ) /* [hidden] or NULL */ \
-    FIELD(T, int64_t, hidden, ) \
-    FIELD(T, int32_t, mode, )
+    FIELD(T, int64_t, hidden, )
 
 #define OM_SPAN_LAYER_FIELDS(FIELD, T) \
     FIELD(T, const om_layer *, layer, ) /* with a router */ \
     FIELD(T, const om_moe_layer *, experts, ) \
     FIELD(T, const om_shared *, shared, ) /* NULL if the layer has none */ \
     FIELD(T, int64_t, first_key, ) /* the key of the layer's first expert */ \
-    FIELD(T, float, weight_scale, ) \
-    FIELD(T, int32_t, mode, )
+    FIELD(T, float, weight_scale, )
 
 #define OM_SPAN_FIELDS(FIELD, T) \
     FIELD(T, const om_span_layer *, layers, ) \
@@ -192,11 +188,11 @@
                                uint8_t *scratch)) \
     FUNCTION(int, om_linear_forward, (const om_matrix *matrices, const uint8_t *const *records, void *const *outs, \
                                       int64_t num_matrices, const void *x, int64_t num_tokens, int32_t x_dtype, \
-                                      int32_t out_dtype, int32_t mode)) \
+                                      int32_t out_dtype)) \
     FUNCTION(int, om_moe_forward, (const om_moe_layer *layer, const void *x, int64_t num_tokens, int32_t x_dtype, \
                                    const uint8_t *const *records, const int32_t *offsets, const int32_t *token_ids, \
                                    const int32_t *out_ids, const float *pair_weights, int64_t num_experts, void *out, \
-                                   int32_t out_dtype, int32_t accumulate, int32_t mode)) \
+                                   int32_t out_dtype, int32_t accumulate)) \
     FUNCTION(void, om_sum_rows, (const float *pairs, int64_t num_rows, int64_t num_columns, void *out, int32_t out_dtype)) \
     FUNCTION(int, om_attention_step, (const om_attention *attention, const float *x, const float *cos, \
                                       const float *signed_sin, float *keys, float *values, int64_t capacity, \
@@ -242,7 +238,6 @@
     FUNCTION(void, om_rank, (const om_ranking *r, const om_passed *passed))
 
 enum { OM_NF4 = 0, OM_INT8 = 1, OM_MXFP4 = 2, OM_BF16 = 3, OM_FP32 = 4 };
-enum { OM_EXACT = 0, OM_FAST = 1 };
 enum { OM_F32 = 0, OM_BF16_VALUES = 1 };
 enum { OM_SILU = 0, OM_GELU = 1, OM_GELU_TANH = 2, OM_GPT_OSS = 3, OM_RELU = 4, OM_RELU2 = 5, OM_IDENTITY = 6 };
 enum { OM_SLOT_FREE = 0, OM_SLOT_LOADING = 1, OM_SLOT_RESIDENT = 2, OM_SLOT_RESERVED = 3, OM_SLOT_ARRIVED = 4 };
@@ -264,7 +259,6 @@ enum { OM_UNDER_WAY = -2 };
 
 #define OM_CONSTANTS(CONSTANT) \
     CONSTANT(OM_NF4) CONSTANT(OM_INT8) CONSTANT(OM_MXFP4) CONSTANT(OM_BF16) CONSTANT(OM_FP32) \
-    CONSTANT(OM_EXACT) CONSTANT(OM_FAST) \
     CONSTANT(OM_F32) CONSTANT(OM_BF16_VALUES) \
     CONSTANT(OM_SILU) CONSTANT(OM_GELU) CONSTANT(OM_GELU_TANH) CONSTANT(OM_GPT_OSS) CONSTANT(OM_RELU) CONSTANT(OM_RELU2) \
     CONSTANT(OM_IDENTITY) \

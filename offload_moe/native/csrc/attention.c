@@ -88,8 +88,8 @@ OM_EXPORT int om_attention_step(const om_attention *attention, const float *x, c
     /* heads that share keys are computed together where that leaves work for every thread */
     job.heads_per_unit = attention->num_kv_heads >= om_pool_threads() ? group : 1;
     job.projections = (om_linear_job){.matrices = attention->matrices, .records = attention->records, .outs = job.heads,
-                                      .x = x, .num_matrices = 3, .num_tokens = 1, .mode = attention->mode};
+                                      .x = x, .num_matrices = 3, .num_tokens = 1};
     job.output = (om_linear_job){.matrices = attention->matrices + OUTPUT, .records = attention->records + OUTPUT,
-                                 .outs = &job.out, .num_matrices = 1, .num_tokens = 1, .mode = attention->mode};
+                                 .outs = &job.out, .num_matrices = 1, .num_tokens = 1};
     return om_call_in_arena(&job, lay_out, run);
 }

@@ -44,7 +44,7 @@ static void finish_projections(latent_job *job) {
 /* out[num_rows] = rows of the matrix from `first_row` on, times x. */
 static void multiply_rows(const om_latent *l, int which, int64_t first_row, int64_t num_rows, const float *x, float *out) {
     const om_weights w = om_resolve(&l->matrices[which], l->records[which]);
-    const om_rows_fn rows = om_active_isa()->rows[OM_EXACT][w.codec];
+    const om_rows_fn rows = om_active_isa()->rows[w.codec];
     const om_tile tile = {.values = {(float *)x}, .num_tokens = 1};
     float results[ROWS_AT_ONCE * OM_TILE];
     for (int64_t at = 0; at < num_rows; at += ROWS_AT_ONCE) {
@@ -106,7 +106,7 @@ static void run(void *context) {
 
 static om_linear_job linear_job(const om_latent *l, int which, void *const *out) {
     return (om_linear_job){.matrices = l->matrices + which, .records = l->records + which, .outs = out,
-                           .num_matrices = 1, .num_tokens = 1, .mode = l->mode};
+                           .num_matrices = 1, .num_tokens = 1};
 }
 
 /* x[H] -> out[H]. cos and signed_sin: [P]. Writes the token's latent and rotated key at `length` of `latents` [length + 1, R]

@@ -22,7 +22,6 @@
 #include "api.h"
 
 #define OM_ARE_VALUES(codec) ((codec) == OM_BF16 || (codec) == OM_FP32) /* no codes: rows without padding or scales */
-#define OM_SCALE_PADDING 16 /* a token's scales are followed by zeros up to a multiple of this */
 #define OM_TILE 8        /* tokens that one pass over a row's codes serves */
 #define OM_PREFETCH_BYTES 4096 /* bandwidth times latency is 4 to 8 KiB a core; twice that, as rows of scales lie between */
 
@@ -38,17 +37,9 @@ typedef struct {
     int32_t codec, bias_dtype;
 } om_weights;
 
-/* One token's activations. `fast`: `quants` (int8, in the order of the set's units), one scale per scale of a row, and
- * `corrections` (minus the sum of the quants times the set's OM_WEIGHT_OFFSET). `exact`: `values`, in that order too. */
+/* Values of 1, 2, 4 or 8 tokens (`om_tile_stride`), in the order of the set's units; the last one is repeated to fill it. */
 typedef struct {
-    int8_t *quants;
-    float *scales, *corrections, *values;
-} om_token;
-
-/* 1, 2, 4 or 8 tokens (`om_tile_stride`); the last one is repeated to fill it. */
-typedef struct {
-    const int8_t *quants[OM_TILE];
-    const float *scales[OM_TILE], *corrections[OM_TILE], *values[OM_TILE];
+    const float *values[OM_TILE];
     int num_tokens;
 } om_tile;
 
@@ -68,11 +59,10 @@ typedef void (*om_rows_fn)(const om_weights *weights, int64_t first_row, int64_t
 
 typedef struct {
     const char *name;
-    om_rows_fn rows[2][5]; /* [mode][codec] */
-    int unit_blocks, quant_bytes; /* blocks that are packed together where codes have 4 bits; bytes of a block's quants */
-    /* fp32 activations -> int8 (`quantize`) or reordered fp32 (`pack`), from block `first_block` of the token on. */
-    void (*quantize_blocks)(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, om_token *token);
-    void (*pack_blocks)(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, om_token *token);
+    om_rows_fn rows[5]; /* [codec], of matrices in row order */
+    int unit_blocks;    /* blocks that are packed together where codes have 4 bits */
+    /* The values of a token, from block `first_block` on, into the order of units. */
+    void (*pack_blocks)(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, float *packed);
     void (*activate)(int32_t activation, float alpha, float limit, int has_gate, const float *gate, const float *up,
                      float *result, int64_t count);
     /* 64 values -> 32 packed bytes, returns absmax; 64 values -> 64 codes, returns absmax / 127. */
@@ -112,9 +102,6 @@ int om_pool_threads(void);
 uint8_t *om_arena_reserve(size_t num_bytes); /* 64-byte aligned, valid until the next call; only between begin and end */
 
 om_weights om_resolve(const om_matrix *matrix, const uint8_t *record);
-
-/* Scales in a row: mxfp4 has one per 32 weights. */
-OM_INLINE int64_t om_row_scales(const om_weights *w) { return w->codec == OM_MXFP4 ? 2 * w->blocks : w->blocks; }
 
 OM_INLINE int om_tile_stride(int num_tokens) { return num_tokens <= 2 ? num_tokens : num_tokens <= 4 ? 4 : OM_TILE; }
 

@@ -95,7 +95,7 @@ static void choose_experts(const om_router *router, const float *logits, int64_t
 OM_EXPORT int om_router_step(const om_router *router, const float *x, float *logits, float *weights, int64_t *ids) {
     void *out = logits;
     om_linear_job job = {.matrices = &router->matrix, .records = &router->record, .outs = &out, .x = x, .num_matrices = 1,
-                         .num_tokens = 1, .mode = OM_EXACT};
+                         .num_tokens = 1};
     if (om_call_linear(&job) != 0) return -1;
     om_add_bias(logits, router->bias, router->matrix.rows);
     choose_experts(router, logits, ids);

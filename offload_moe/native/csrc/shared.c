@@ -7,6 +7,5 @@
 OM_EXPORT int om_add_shared(const om_shared *shared, const float *x, float *out) {
     static const int32_t offsets[] = {0, 1}, token = 0;
     const float weight = shared->gate == NULL ? 1.0f : 1.0f / (1.0f + expf(-om_dot(x, shared->gate, shared->hidden)));
-    return om_moe_forward(shared->expert, x, 1, OM_F32, &shared->record, offsets, &token, NULL, &weight, 1, out, OM_F32, 1,
-                          shared->mode);
+    return om_moe_forward(shared->expert, x, 1, OM_F32, &shared->record, offsets, &token, NULL, &weight, 1, out, OM_F32, 1);
 }
