@@ -76,7 +76,7 @@ class QuantLinear(nn.Module):
 
     def in_rows(self) -> Tensor:
         """The record in rows; a copy where it is in panels."""
-        if self._order is None or not self.record.is_cpu:
+        if self._order is None or not self.in_panels:
             return self.record
         record = self.record.clone()
         self._order.to_rows(record)
@@ -84,13 +84,13 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move, as `.to()` does, in the order of the other device."""
-        was_on_cpu, rows = self.record.is_cpu, None
-        if self._order is not None and was_on_cpu and not fn(self.record[:0]).is_cpu:
+        was_in_panels, rows = self.in_panels, None
+        if was_in_panels and not fn(self.record[:0]).is_cpu:
             rows = fn(self.in_rows())
         super()._apply(fn, recurse)
         if rows is not None:
             self.record = rows
-        elif self._order is not None and self.record.is_cpu and not was_on_cpu:
+        elif self._order is not None and self.in_panels and not was_in_panels:
             self._order.to_panels(self.record)
         return self
 
