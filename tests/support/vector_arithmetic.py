@@ -21,15 +21,15 @@ def exp(t: float) -> F:
 
 
 def add_lanes(lanes: list[F]) -> F:
-    for count in (8, 4, 2, 1):
+    while (count := len(lanes) // 2) > 0:
         lanes = [lanes[j] + lanes[j + count] for j in range(count)]
     return lanes[0]
 
 
-def dot(a: np.ndarray, b: np.ndarray) -> F:
-    lanes = [F(0)] * 16
+def dot(a: np.ndarray, b: np.ndarray, num_lanes: int = 16) -> F:
+    lanes = [F(0)] * num_lanes
     for i, (left, right) in enumerate(zip(a, b, strict=True)):
-        lanes[i % 16] = fma(left, right, lanes[i % 16])
+        lanes[i % num_lanes] = fma(left, right, lanes[i % num_lanes])
     return add_lanes(lanes)
 
 

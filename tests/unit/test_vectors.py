@@ -126,6 +126,44 @@ def test_a_norm_is_the_definition(instruction_set: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("instruction_set", PANEL_SETS)
+@pytest.mark.parametrize("columns", [16, 100])
+@pytest.mark.parametrize("codec", ["bf16", "fp32"])
+@pytest.mark.parametrize("is_of_chosen", [True, False])
+def test_a_router_is_the_definition(is_of_chosen: bool, codec: str, columns: int, instruction_set: str) -> None:
+    torch.manual_seed(columns)
+    linear, x = make_linear(codec, 21, columns, has_bias=True), torch.randn(columns)
+    logits, weights, ids = torch.empty(21), torch.empty(5), torch.empty(5, dtype=torch.int64)
+    kernels.select_instruction_set(instruction_set)
+    kernels.RouterKernel(linear, top_k=5, is_of_chosen=is_of_chosen).step(x, logits, weights, ids)
+    rows = linear.record.float().numpy()
+    expected = np.array([vector_arithmetic.dot(row, x.numpy(), 32) for row in rows]) + linear.bias.numpy()
+    order = sorted(range(21), key=lambda expert: -expected[expert])[:5]
+    shares = np.array(vector_arithmetic.softmax(list(expected[order] if is_of_chosen else expected)))
+    assert ids.tolist() == order
+    assert np.array_equal(bits(logits), expected.view(np.int32))
+    assert np.array_equal(bits(weights), (shares if is_of_chosen else shares[order]).view(np.int32))
+
+
+@pytest.mark.parametrize("instruction_set", [name for name in PANEL_SETS if name != "portable"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_numbers_have_the_same_bits_for_any_number_of_tokens(instruction_set: str, dtype: torch.dtype) -> None:
+    for rows, columns in ((37, 100), (64, 192), (3, 8)):
+        generator = torch.Generator().manual_seed(columns)
+        linear = kernels.Linear.of_numbers(torch.randn(rows, columns, generator=generator).to(dtype))
+        x = torch.randn(11, columns, generator=generator)
+        results = []
+        for name in ("portable", instruction_set):
+            kernels.select_instruction_set(name)
+            kernel = kernels.LinearKernel(linear.codec, [linear.shape], [linear.layout])
+            for num_tokens in (1, 2, 3, 4, 5, 8, 11):
+                out = torch.empty(num_tokens, rows)
+                kernel.forward(x[:num_tokens], [linear.record.view(torch.uint8)], [out])
+                results.append(out)
+        assert all(np.array_equal(bits(out), bits(results[6][: len(out)])) for out in results)
+        assert (results[6] - x @ linear.record.float().T).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("instruction_set", PANEL_SETS)
 def test_a_key_that_is_no_number_reaches_the_result(instruction_set: str) -> None:
     made = Attention(4, 2, 32, 700, torch.bfloat16, has_norms=False)
     kernels.select_instruction_set(instruction_set)

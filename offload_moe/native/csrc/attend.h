@@ -3,14 +3,6 @@
 #define OM_ROWS_CACHED 16      /* rows of keys that stay in the L1 cache while all heads use them */
 #define OM_KEYS_AHEAD 4096     /* bytes */
 
-OM_INLINE const void *row_at(const int is_bf16, const void *rows, int64_t at) {
-    return (const char *)rows + at * (is_bf16 ? 2 : 4);
-}
-
-OM_INLINE vec load_row(const int is_bf16, const void *rows, int64_t at) {
-    return is_bf16 ? vec_load_bf16((const uint16_t *)rows + at) : vec_load((const float *)rows + at);
-}
-
 /* sums[h * R + r] += q[h] . rows[r]; H and R are constants, so that sums stay in registers. */
 OM_INLINE void add_products(const int is_bf16, const int H, const int R, const float *q, int64_t width, const void *rows,
                             int64_t dim, vec *sums) {
@@ -42,10 +34,6 @@ OM_INLINE void score_heads(const int is_bf16, const int H, const om_cached *c, c
     const int R = OM_AT_ONCE(H);
     for (; first + R <= end; first += R) score_rows(is_bf16, H, R, c, q, first, scores);
     for (; first < end; first++) score_rows(is_bf16, H, 1, c, q, first, scores);
-}
-
-OM_INLINE void prefetch_rows(const void *rows, int64_t num_bytes) {
-    for (int64_t at = 0; at < num_bytes; at += 64) OM_PREFETCH((const char *)rows + at);
 }
 
 OM_INLINE void score_section(const int is_bf16, const om_cached *c, const float *q, int64_t num_heads, int64_t count,

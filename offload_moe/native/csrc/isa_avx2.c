@@ -59,10 +59,6 @@ OM_INLINE fvec permute_16(__m256i raw, const int k, fvec lower, fvec upper) {
 OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const int k) {
     if (codec == OM_INT8)
         return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(codes + 8 * k))));
-    if (codec == OM_FP32) return fv_load((const float *)codes + OM_LANES * k);
-    if (codec == OM_BF16)
-        return _mm256_castsi256_ps(
-            _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(codes + 16 * k))), 16));
     const fvec positive = _mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f);
     if (codec == OM_MXFP4) return permute_16(raw, k, positive, _mm256_xor_ps(positive, _mm256_set1_ps(-0.0f)));
     return permute_16(raw, k, fv_load(om_nf4_values), fv_load(om_nf4_values + 8));

@@ -72,15 +72,8 @@ OM_INLINE fvec widen_signed(const uint8_t *codes) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)codes)));
 }
 
-OM_INLINE fvec widen_bf16(const uint8_t *values) {
-    return _mm512_castsi512_ps(
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)values)), 16));
-}
-
 OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const int k) {
     if (codec == OM_INT8) return widen_signed(codes + 16 * k);
-    if (codec == OM_FP32) return fv_load((const float *)codes + OM_LANES * k);
-    if (codec == OM_BF16) return widen_bf16(codes + 32 * k);
     const fvec levels = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_setr_epi8(OM_MXFP4_LEVELS)));
     const fvec table = codec == OM_NF4 ? fv_load(om_nf4_values) : _mm512_mul_ps(levels, _mm512_set1_ps(1.0f / OM_MXFP4_UNIT));
     return _mm512_permutexvar_ps(_mm512_srli_epi32(raw, (unsigned)(4 * k)), table); /* ignores bits above the nibble */

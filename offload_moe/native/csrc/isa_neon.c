@@ -39,10 +39,6 @@ OM_INLINE float32x4_t look_up_floats(uint8x16x4_t table, uint32x4_t raw, const i
     return vreinterpretq_f32_u8(vqtbl4q_u8(table, vreinterpretq_u8_u32(places)));
 }
 
-OM_INLINE float32x4_t widen_bf16(const uint8_t *values) {
-    return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(values)), 16));
-}
-
 OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const int k) {
     static const float mxfp4_values[16] = {0.0f,  0.5f,  1.0f,  1.5f,  2.0f,  3.0f,  4.0f,  6.0f,
                                            -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
@@ -50,8 +46,6 @@ OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const 
         const int16x8_t wide = vmovl_s8(vld1_s8((const int8_t *)codes + 8 * k));
         return (fvec){vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_high_s16(wide))};
     }
-    if (codec == OM_FP32) return fv_load((const float *)codes + OM_LANES * k);
-    if (codec == OM_BF16) return (fvec){widen_bf16(codes + 16 * k), widen_bf16(codes + 16 * k + 8)};
     const uint8_t *values = (const uint8_t *)(codec == OM_NF4 ? om_nf4_values : mxfp4_values);
     const uint8x16x4_t table = {{vld1q_u8(values), vld1q_u8(values + 16), vld1q_u8(values + 32), vld1q_u8(values + 48)}};
     return (fvec){look_up_floats(table, raw.val[0], k), look_up_floats(table, raw.val[1], k)};

@@ -60,14 +60,9 @@ OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const 
                                            -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
     fvec v;
     (void)raw;
-    if (codec == OM_FP32) return fv_load((const float *)codes + OM_LANES * k);
     for (int lane = 0; lane < OM_LANES; lane++) {
         if (codec == OM_INT8) {
             v.lane[lane] = (float)(int8_t)codes[OM_LANES * k + lane];
-        } else if (codec == OM_BF16) {
-            uint16_t bits;
-            __builtin_memcpy(&bits, codes + 2 * (OM_LANES * k + lane), 2);
-            v.lane[lane] = om_bf16_to_float(bits);
         } else {
             const int nibble = codes[4 * lane + k / 2] >> (k % 2 * 4) & 15;
             v.lane[lane] = (codec == OM_NF4 ? om_nf4_values : mxfp4_values)[nibble];

@@ -45,7 +45,7 @@ static void finish_projections(latent_job *job) {
 /* out[num_rows] = rows of the matrix from `first_row` on, times x. */
 static void multiply_rows(const om_latent *l, int which, int64_t first_row, int64_t num_rows, const float *x, float *out) {
     const om_weights w = om_resolve(&l->matrices[which], l->records[which]);
-    const om_rows_fn rows = om_active_isa()->rows[w.codec];
+    const om_rows_fn rows = om_rows_of(w.codec);
     const om_tile tile = {.values = {(float *)x}, .num_tokens = 1};
     float results[ROWS_AT_ONCE * OM_TILE];
     for (int64_t at = 0; at < num_rows; at += ROWS_AT_ONCE) {

@@ -44,7 +44,7 @@ static void rows_unit(void *context, int64_t unit, int64_t next_unit, int thread
     om_weights w = om_resolve(&job->matrices[matrix], job->records[matrix]);
     w.next_codes = next_codes;
     const int64_t first_row = unit * UNIT_ROWS, num_rows = om_min(UNIT_ROWS, w.rows - first_row);
-    const om_rows_fn rows = om_active_isa()->rows[w.codec];
+    const om_rows_fn rows = om_rows_of(w.codec);
     float results[UNIT_ROWS * OM_TILE];
     for (int64_t first = 0; first < job->num_tokens; first += OM_TILE) {
         const int num_tokens = (int)om_min(OM_TILE, job->num_tokens - first);

@@ -27,7 +27,7 @@ static int is_interleaved(const om_moe_layer *layer) { return layer->has_gate &&
 
 static void first_rows(const moe_job *job, const om_weights *w, int64_t first_row, int64_t num_rows, const om_tile *tile,
                        chunk_results *results) {
-    const om_rows_fn rows = om_active_isa()->rows[w->codec];
+    const om_rows_fn rows = om_rows_of(w->codec);
     if (is_interleaved(job->layer)) {
         rows(w, 2 * first_row, 2 * num_rows, tile, results->gate);
     } else if (job->layer->has_gate) {
@@ -95,7 +95,7 @@ static void second_segment(const moe_job *job, const segment *s, const uint8_t *
                            int64_t num_rows) {
     om_weights w = om_resolve(&job->layer->second, job->records[s->expert]);
     w.next_codes = next_codes;
-    const om_rows_fn rows = om_active_isa()->rows[w.codec];
+    const om_rows_fn rows = om_rows_of(w.codec);
     float results[OM_MAX_OUT_ROWS * OM_TILE];
     for (int64_t first = s->first_pair, end = first + s->num_pairs; first < end; first += OM_TILE) {
         const int num_tokens = (int)om_min(OM_TILE, end - first);

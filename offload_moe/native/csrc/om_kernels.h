@@ -51,7 +51,7 @@ typedef void (*om_rows_fn)(const om_weights *weights, int64_t first_row, int64_t
 
 typedef struct {
     const char *name;
-    om_rows_fn rows[5]; /* [codec], of matrices in row order */
+    om_rows_fn rows[3]; /* [codec], of matrices in row order; of plain numbers see `om_rows_of` */
     int unit_blocks;    /* blocks that are packed together where codes have 4 bits */
     /* The values of a token, from block `first_block` on, into the order of units. */
     void (*pack_blocks)(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, float *packed);
@@ -76,6 +76,7 @@ extern const float om_nf4_values[16];
 extern const float om_dynamic_map[256];
 
 const om_isa *om_active_isa(void);
+om_rows_fn om_rows_of(int32_t codec); /* in row order */
 
 /* Thread pool: `unit` runs once for each number below `num_units`, on any thread; returns when all have.
  * `next_unit` is what the thread runs afterwards, -1 where that is open. */

@@ -18,8 +18,7 @@
 #define OM_IS_NIBBLES(codec) ((codec) == OM_NF4 || (codec) == OM_MXFP4)
 #define OM_BLOCKS_PER_UNIT(codec) (OM_IS_NIBBLES(codec) ? OM_UNIT_BLOCKS : 1)
 #define OM_SCALES_PER_UNIT(codec) ((codec) == OM_MXFP4 ? 2 * OM_UNIT_BLOCKS : OM_BLOCKS_PER_UNIT(codec))
-#define OM_WEIGHT_BYTES(codec) ((codec) == OM_INT8 ? 1 : (codec) == OM_BF16 ? 2 : 4) /* where they have more than 4 bits */
-#define OM_UNIT_BYTES(codec) (OM_IS_NIBBLES(codec) ? OM_UNIT_BLOCKS * OM_BLOCK / 2 : OM_WEIGHT_BYTES(codec) * OM_BLOCK)
+#define OM_UNIT_BYTES(codec) (OM_IS_NIBBLES(codec) ? OM_UNIT_BLOCKS * OM_BLOCK / 2 : OM_BLOCK)
 #define OM_UNITS_PER_LINE(codec) (OM_UNIT_BYTES(codec) < 64 ? 64 / OM_UNIT_BYTES(codec) : 1) /* of the cache */
 #define OM_UNIT_VECTORS(codec) (OM_BLOCKS_PER_UNIT(codec) * OM_BLOCK / OM_LANES)
 
@@ -96,14 +95,6 @@ OM_INLINE void exact_chunk(const int codec, const int num_tokens, const om_weigh
     }
 }
 
-/* Rows of values are not padded: the columns past the last whole block. */
-OM_INLINE float values_tail(const int codec, const om_weights *w, const uint8_t *codes, const float *values) {
-    float sum = 0.0f;
-    for (int64_t i = w->blocks * OM_BLOCK; i < w->cols; i++)
-        sum += (codec == OM_FP32 ? ((const float *)codes)[i] : om_bf16_to_float(((const uint16_t *)codes)[i])) * values[i];
-    return sum;
-}
-
 OM_INLINE void exact_row(const int codec, const int num_tokens, const om_weights *w, int64_t row, int64_t end_row,
                          const om_tile *tile, float *results) {
     const int64_t count = w->blocks * (codec == OM_MXFP4 ? 2 : 1);
@@ -111,16 +102,9 @@ OM_INLINE void exact_row(const int codec, const int num_tokens, const om_weights
     fvec sums[OM_EXACT_TILE];
     int64_t i = 0;
     OM_UNROLL for (int t = 0; t < num_tokens; t++) sums[t] = fv_zero();
-    if (OM_ARE_VALUES(codec))
-        for (; i < count; i++) {
-            fvec dots[OM_EXACT_TILE];
-            exact_unit(codec, num_tokens, &place, tile, i, 1, dots);
-            OM_UNROLL for (int t = 0; t < num_tokens; t++) sums[t] = fv_add(sums[t], dots[t]);
-        }
     for (; i + OM_LANES <= count; i += OM_LANES) exact_chunk(codec, num_tokens, w, &place, tile, i, OM_LANES, sums);
     if (i < count) exact_chunk(codec, num_tokens, w, &place, tile, i, (int)(count - i), sums);
-    OM_UNROLL for (int t = 0; t < num_tokens; t++)
-        results[t] = fv_sum(sums[t]) + (OM_ARE_VALUES(codec) ? values_tail(codec, w, place.codes, tile->values[t]) : 0.0f);
+    OM_UNROLL for (int t = 0; t < num_tokens; t++) results[t] = fv_sum(sums[t]);
 }
 
 #define OM_ROWS_PARAMETERS const om_weights *w, int64_t first_row, int64_t num_rows, const om_tile *tile, float *results
@@ -151,7 +135,5 @@ OM_INLINE om_tile upper_tile(const om_tile *tile, const int first) {
 OM_DEFINE_EXACT(exact_nf4, OM_NF4)
 OM_DEFINE_EXACT(exact_int8, OM_INT8)
 OM_DEFINE_EXACT(exact_mxfp4, OM_MXFP4)
-OM_DEFINE_EXACT(exact_bf16, OM_BF16)
-OM_DEFINE_EXACT(exact_fp32, OM_FP32)
 
-#define OM_ROW_TABLE {exact_nf4, exact_int8, exact_mxfp4, exact_bf16, exact_fp32}, OM_UNIT_BLOCKS
+#define OM_ROW_TABLE {exact_nf4, exact_int8, exact_mxfp4}, OM_UNIT_BLOCKS

@@ -3,7 +3,7 @@
 /* Up to 16 values, then zeros. */
 OM_INLINE vec load_some(const float *p, int64_t count) {
     float some[OM_LANES] = {0};
-    for (int64_t j = 0; j < count; j++) some[j] = p[j];
+    for (int64_t j = 0; j < count && j < OM_LANES; j++) some[j] = p[j];
     return vec_load(some);
 }
 

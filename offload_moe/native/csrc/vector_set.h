@@ -20,6 +20,7 @@ typedef struct {
 } om_section;
 
 struct om_vector_set {
+    om_rows_fn value_rows[2]; /* of a matrix in bf16 and in fp32 */
     /* One section: `count` rows. q [num_heads, dim + more_dim]. Results of two heads are `stride` sections apart: `sections`, and
      * `sums` of the values weighed by exponentials. room: for num_heads * OM_SECTION floats. */
     void (*attend)(const om_cached *cached, const float *q, int64_t num_heads, int64_t count, float *room, om_section *sections,
