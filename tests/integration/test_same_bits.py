@@ -1,0 +1,54 @@
+"""A decode step has the same bits with every kernel set, and for every number of threads."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.checkpoints import write_checkpoint
+from support.kernels import PANEL_SETS
+from torch import Tensor
+from transformers import DynamicCache
+
+from offload_moe import load
+from offload_moe.convert.quantize import quantize
+from offload_moe.engine.model import Model
+from offload_moe.native import kernels
+
+pytestmark = pytest.mark.usefixtures("best_kernels_afterwards")
+
+NUM_PROMPT, NUM_STEPS = 11, 3
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("qwen3_moe", {}),
+    ("qwen2_moe", {}),
+    ("gpt_oss", {}),
+    ("deepseek_v3", {"qk_rope_head_dim": 16}),
+]
+
+
+@torch.inference_mode()
+def logits_of(model: Model) -> Tensor:
+    cache = DynamicCache(config=model.hf.config)
+    model.hf(torch.arange(3, 3 + NUM_PROMPT)[None], past_key_values=cache)
+    return torch.cat([model.hf(torch.tensor([[5 + step]]), past_key_values=cache).logits for step in range(NUM_STEPS)])
+
+
+@pytest.mark.parametrize(("family", "changes"), FAMILIES)
+def test_a_step_has_the_same_bits_everywhere(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint", family, **{"head_dim": 16, "hidden_size": 64} | changes)
+    quantize(tmp_path / "checkpoint", tmp_path / "store")
+    with load(tmp_path / "store") as model:
+        assert model.fast_path is not None
+        assert any(layer.kind == "span" for layer in model.fast_path.layers)
+        results = []
+        try:
+            for name in PANEL_SETS:
+                kernels.select_instruction_set(name)
+                for threads in (1, 2):
+                    kernels.set_threads(threads)
+                    results.append(logits_of(model))
+        finally:
+            kernels.set_threads(1)
+    assert len(results) >= 2
+    assert results[0].abs().max() > 1e-2
+    assert all(torch.equal(each.view(torch.int32), results[0].view(torch.int32)) for each in results[1:])
