@@ -10,9 +10,13 @@ PANEL_ROWS = 16
 
 def to_panels(elements: Tensor) -> Tensor:
     """Elements ``[rows, n]`` of one part -> flat: each panel of 16 rows, and the last of fewer, is transposed."""
-    whole = len(elements) // PANEL_ROWS * PANEL_ROWS
-    panels = elements[:whole].unflatten(0, (whole // PANEL_ROWS, PANEL_ROWS)).transpose(1, 2)
-    return torch.cat([panels.flatten(), elements[whole:].T.flatten()])
+    num_rows, count = elements.shape
+    whole = num_rows // PANEL_ROWS * PANEL_ROWS
+    panels = torch.empty(num_rows * count, dtype=elements.dtype)
+    target = panels[: whole * count].view(-1, count, PANEL_ROWS)
+    target.copy_(elements[:whole].view(-1, PANEL_ROWS, count).transpose(1, 2))
+    panels[whole * count :].view(count, -1).copy_(elements[whole:].T)
+    return panels
 
 
 def panels_of_codes(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -21,8 +25,8 @@ def panels_of_codes(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
     for piece in pieces:
         rows = piece if rest is None else torch.cat([rest, piece])
         whole = len(rows) // PANEL_ROWS * PANEL_ROWS
+        rest = rows[whole:].clone() if whole < len(rows) else None
         yield to_panels(_dwords(rows[:whole]))
-        rest = rows[whole:]
     if rest is not None:
         yield to_panels(_dwords(rest))
 
