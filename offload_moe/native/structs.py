@@ -37,7 +37,7 @@ class AttentionStruct(ctypes.Structure):
         ("norm_lengths", ctypes.c_int64 * 2),
         ("epsilons", ctypes.c_float * 2),
         ("scaling", ctypes.c_float),
-        ("rotation", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("rotation", "cache_dtype")),
     )
 
 
@@ -52,7 +52,7 @@ class LatentStruct(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("query_epsilon", "latent_epsilon")),
         *((name, ctypes.c_int64) for name in ("num_heads", "unrotated_dims", "rotated_dims", "value_dims", "rank")),
         ("scaling", ctypes.c_float),
-        ("rotation", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("rotation", "cache_dtype")),
     )
 
 

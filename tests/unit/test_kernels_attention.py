@@ -44,7 +44,7 @@ class Case:
         self.signed_sin = torch.cat((-angles.sin(), angles.sin()))
         self.cache = [torch.randn(1, kv_heads, CAPACITY, dim) for _ in range(2)]
 
-    def step(self) -> tuple[Tensor, Tensor, Tensor]:
+    def step(self, cache_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
         kernel = kernels.AttentionKernel(
             self.linears,
             head_dim=self.dim,
@@ -52,13 +52,15 @@ class Case:
             scaling=0.3,
             norms=self.norms,
             sinks=self.sinks,
+            cache_dtype=cache_dtype,
         )
-        keys, values = (part.clone() for part in self.cache)
+        keys, values = (part.to(cache_dtype, copy=True) for part in self.cache)
         out = torch.full_like(self.x, torch.nan)
         kernel.step(self.x, self.cos, self.signed_sin, keys, values, self.length, out)
         return out, keys, values
 
-    def expected(self) -> tuple[Tensor, Tensor, Tensor]:
+    def expected(self, cache: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The result, and the cache afterwards. cache: that of a step, to attend to."""
         projected = []
         for which in range(3):
             bias = self.linears[which].bias
@@ -70,7 +72,7 @@ class Case:
         keys, values = (part.double() for part in self.cache)
         keys[0, :, self.length], values[0, :, self.length] = projected[1:]
         group, end = self.heads // self.kv_heads, self.length + 1
-        k, v = (part[0, :, :end].repeat_interleave(group, 0) for part in (keys, values))
+        k, v = (part[0, :, :end].double().repeat_interleave(group, 0) for part in cache or (keys, values))
         scores = torch.einsum("nd,nsd->ns", projected[0], k) * 0.3
         if self.sinks is not None:
             scores = torch.cat((scores, self.sinks[:, None]), 1)
@@ -104,6 +106,23 @@ def test_a_step_is_attention(case: tuple[str, int, int, int, int, int, str], nam
         assert (got - expected).norm() <= 2e-6 * expected.norm()
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("case", CASES)
+def test_keys_and_values_are_rounded_to_bf16_once(case: tuple[str, int, int, int, int, int, str], name: str) -> None:
+    kernels.select_instruction_set(name)
+    made = Case(*case)
+    out, *cache = made.step(torch.bfloat16)
+    expected, *unrounded = made.expected(tuple(cache))
+    assert (out - expected).norm() <= 2e-6 * expected.norm()
+    for got, before, exact in zip(cache, made.cache, unrounded, strict=True):
+        assert got.dtype == torch.bfloat16
+        new, others = got[:, :, made.length].double(), [t for t in range(CAPACITY) if t != made.length]
+        assert torch.equal(got[:, :, others], before[:, :, others].bfloat16())
+        errors = (new - exact[:, :, made.length]).abs() / exact[:, :, made.length].abs()
+        assert errors.max() <= 2**-8  # half a unit in the last place
+        assert errors.max() > 2**-13
 
 
 def test_heads_that_fit_no_vector_are_refused() -> None:

@@ -35,7 +35,8 @@
     FIELD(T, int64_t, norm_lengths, [2]) /* D: each head has its norm; more: one over all heads */ \
     FIELD(T, float, epsilons, [2]) \
     FIELD(T, float, scaling, ) \
-    FIELD(T, int32_t, rotation, )
+    FIELD(T, int32_t, rotation, ) \
+    FIELD(T, int32_t, cache_dtype, ) /* of keys and values */
 
 /* Multi-head latent attention, absorbed: N heads of K unrotated and P rotated dims, values of V dims, latents of R. */
 #define OM_LATENT_FIELDS(FIELD, T) \
@@ -48,7 +49,8 @@
     FIELD(T, int64_t, num_heads, ) FIELD(T, int64_t, unrotated_dims, ) FIELD(T, int64_t, rotated_dims, ) \
     FIELD(T, int64_t, value_dims, ) FIELD(T, int64_t, rank, ) \
     FIELD(T, float, scaling, ) \
-    FIELD(T, int32_t, rotation, )
+    FIELD(T, int32_t, rotation, ) \
+    FIELD(T, int32_t, cache_dtype, ) /* of latents and rotated keys */
 
 #define OM_ROUTER_FIELDS(FIELD, T) \
     FIELD(T, om_matrix, matrix, ) /* [E, H] */ \
@@ -91,7 +93,7 @@
 
 #define OM_SPAN_TOKEN_FIELDS(FIELD, T) \
     FIELD(T, const float *, cos, ) FIELD(T, const float *, signed_sin, ) \
-    FIELD(T, float *const *, keys, ) FIELD(T, float *const *, values, ) /* per layer, as in `om_attention_step` */ \
+    FIELD(T, void *const *, keys, ) FIELD(T, void *const *, values, ) /* per layer, as in `om_attention_step` */ \
     FIELD(T, const int64_t *, capacities, ) FIELD(T, const int64_t *, lengths, ) \
     FIELD(T, float *, x, ) FIELD(T, float *, residual, ) FIELD(T, float *, normed, ) /* [H] */ \
     FIELD(T, float *, logits, ) FIELD(T, float *, weights, ) /* [layers, E], [layers, K] */ \
@@ -195,14 +197,14 @@
                                    int32_t out_dtype, int32_t accumulate)) \
     FUNCTION(void, om_sum_rows, (const float *pairs, int64_t num_rows, int64_t num_columns, void *out, int32_t out_dtype)) \
     FUNCTION(int, om_attention_step, (const om_attention *attention, const float *x, const float *cos, \
-                                      const float *signed_sin, float *keys, float *values, int64_t capacity, \
+                                      const float *signed_sin, void *keys, void *values, int64_t capacity, \
                                       int64_t length, float *out)) \
     FUNCTION(int, om_latent_step, (const om_latent *latent, const float *x, const float *cos, const float *signed_sin, \
-                                   float *latents, float *rotated, int64_t length, float *out)) \
+                                   void *latents, void *rotated, int64_t length, float *out)) \
     FUNCTION(void, om_rms_norm, (const float *values, const float *weight, int64_t length, float epsilon, float *result)) \
     FUNCTION(int, om_router_step, (const om_router *router, const float *x, float *logits, float *weights, int64_t *ids)) \
     FUNCTION(int, om_layer_step, (const om_layer *layer, const float *x, const float *cos, const float *signed_sin, \
-                                  float *keys, float *values, int64_t capacity, int64_t length, float *residual, \
+                                  void *keys, void *values, int64_t capacity, int64_t length, float *residual, \
                                   float *normed, float *logits, float *weights, int64_t *ids)) \
     FUNCTION(int, om_add_shared, (const om_shared *shared, const float *x, float *out)) \
     FUNCTION(om_slot_table *, om_slot_table_open, (const uint8_t **records, int32_t *leases, int32_t *slots)) \
@@ -255,7 +257,7 @@ enum { OM_UNDER_WAY = -2 };
 #define OM_BLOCK 64     /* weights that share an nf4 or int8 scale, and activations that share an int8 scale */
 #define OM_MAX_TOP_K 64 /* experts of one token and layer in a span */
 #define OM_MAX_ROTATED 256 /* dims that turn as pairs, or in latent attention */
-#define OM_MAX_SCORED 1024 /* experts of a layer whose router adds corrections or has groups */
+#define OM_MAX_SCORED 1024 /* experts of a layer whose router scores all of them */
 
 #define OM_CONSTANTS(CONSTANT) \
     CONSTANT(OM_NF4) CONSTANT(OM_INT8) CONSTANT(OM_MXFP4) CONSTANT(OM_BF16) CONSTANT(OM_FP32) \

@@ -146,7 +146,4 @@ static float encode_int8_block(const float *values, int8_t *codes) {
     return scale;
 }
 
-#include "attend.h"
-#include "attend_latent.h"
-
-#define OM_ELEMENTWISE_TABLE pack_blocks, activate, encode_nf4_block, encode_int8_block, attend, attend_latent
+#define OM_ELEMENTWISE_TABLE pack_blocks, activate, encode_nf4_block, encode_int8_block

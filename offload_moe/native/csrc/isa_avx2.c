@@ -2,6 +2,7 @@
 #include "lanes8.h"
 #include "levels.h"
 #include "panel.h"
+#include "vector_set.h"
 
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
@@ -70,8 +71,8 @@ OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const 
 #include "elementwise.h"
 #include "rows.h"
 
-const om_isa om_isa_avx2 = {"avx2", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_avx2};
+const om_isa om_isa_avx2 = {"avx2", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_avx2, &om_vectors_avx2};
 /* Rows of weights in row order as AVX2 has them; panels with dot products, in two encodings. */
-const om_isa om_isa_avx_vnni = {"avxvnni", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_avx_vnni};
-const om_isa om_isa_avx512_vl = {"avx512vl", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_avx512_vl};
+const om_isa om_isa_avx_vnni = {"avxvnni", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_avx_vnni, &om_vectors_avx2};
+const om_isa om_isa_avx512_vl = {"avx512vl", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_avx512_vl, &om_vectors_avx2};
 #endif

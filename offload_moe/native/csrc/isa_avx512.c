@@ -1,6 +1,7 @@
 /* AVX-512 with VNNI: one unit of 4-bit codes is one register, 128 weights. */
 #include "levels.h"
 #include "panel.h"
+#include "vector_set.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512CD__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
@@ -88,5 +89,5 @@ OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const 
 #include "elementwise.h"
 #include "rows.h"
 
-const om_isa OM_AVX512_TABLE = {OM_AVX512_NAME, OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &OM_AVX512_PANELS};
+const om_isa OM_AVX512_TABLE = {OM_AVX512_NAME, OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &OM_AVX512_PANELS, &om_vectors_avx512};
 #endif

@@ -2,6 +2,7 @@
 #include "lanes8.h"
 #include "levels.h"
 #include "panel.h"
+#include "vector_set.h"
 
 #if defined(__aarch64__) && defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -59,5 +60,5 @@ OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const 
 #include "elementwise.h"
 #include "rows.h"
 
-const om_isa om_isa_neon = {"neon", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_neon};
+const om_isa om_isa_neon = {"neon", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_neon, &om_vectors_neon};
 #endif

@@ -2,6 +2,7 @@
 #include "lanes8.h"
 #include "levels.h"
 #include "panel.h"
+#include "vector_set.h"
 
 #define OM_EXACT_TILE 4
 
@@ -78,4 +79,4 @@ OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const 
 #include "elementwise.h"
 #include "rows.h"
 
-const om_isa om_isa_portable = {"portable", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_portable};
+const om_isa om_isa_portable = {"portable", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_portable, &om_vectors_portable};

@@ -29,17 +29,6 @@ OM_INLINE void om_add_bias(float *values, const float *bias, int64_t count) {
         for (int64_t i = 0; i < count; i++) values[i] += bias[i];
 }
 
-/* In partial sums, so that the compiler can vectorize. */
-OM_INLINE float om_dot(const float *a, const float *b, int64_t length) {
-    float parts[16] = {0}, sum = 0.0f;
-    int64_t i = 0;
-    for (; i + 16 <= length; i += 16)
-        for (int j = 0; j < 16; j++) parts[j] += a[i + j] * b[i + j];
-    for (; i < length; i++) sum += a[i] * b[i];
-    for (int j = 0; j < 16; j++) sum += parts[j];
-    return sum;
-}
-
 OM_INLINE int64_t om_min(int64_t a, int64_t b) { return a < b ? a : b; }
 OM_INLINE int64_t om_max(int64_t a, int64_t b) { return a > b ? a : b; }
 OM_INLINE int64_t om_divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -43,16 +43,8 @@ typedef struct {
     int num_tokens;
 } om_tile;
 
-/* The cache of one token's heads: latents [length, rank] and rotated keys [length, rotated_dims]. */
-typedef struct {
-    const float *latents, *rotated;
-    int64_t length, rank, rotated_dims, turned_stride; /* between the rotated parts of two heads' queries */
-    float scaling;
-} om_latent_view;
-
-#define OM_LATENT_ROOM 4 /* heads whose scores `attend_latent` keeps */
-
-typedef struct om_panel_set om_panel_set; /* `panel.h` */
+typedef struct om_panel_set om_panel_set;   /* `panel.h` */
+typedef struct om_vector_set om_vector_set; /* `vector.h` */
 
 /* results[row * OM_TILE + token] */
 typedef void (*om_rows_fn)(const om_weights *weights, int64_t first_row, int64_t num_rows, const om_tile *tile, float *results);
@@ -68,13 +60,8 @@ typedef struct {
     /* 64 values -> 32 packed bytes, returns absmax; 64 values -> 64 codes, returns absmax / 127. */
     float (*encode_nf4_block)(const float *values, uint8_t *codes);
     float (*encode_int8_block)(const float *values, int8_t *codes);
-    /* One token's heads that share keys and values: q, out [num_heads, dim]; keys, values [length, dim]; sinks may be NULL. */
-    void (*attend)(const float *q, const float *keys, const float *values, const float *sinks, int64_t num_heads, int64_t dim,
-                   int64_t length, float scaling, float *scores, float *out);
-    /* See `attend_latent.h`; scores: room for OM_LATENT_ROOM * length. */
-    void (*attend_latent)(const om_latent_view *view, const float *inner, const float *turned, int64_t num_heads, float *scores,
-                          float *out);
     const om_panel_set *panels;
+    const om_vector_set *vectors;
 } om_isa;
 
 extern const om_isa om_isa_portable;
