@@ -69,7 +69,6 @@ SCHEMA = record(
         "response_format": optional(record({"type": TEXT}, "type")),
         "reasoning_effort": optional(string("none", "minimal", "low", "medium", "high", "xhigh", "max")),
         "chat_template_kwargs": optional(OBJECT),
-        "metadata": optional(OBJECT),
         "grammar": optional(TEXT),
         "json_schema": optional(OBJECT),
         "structured_outputs": optional(OBJECT),
