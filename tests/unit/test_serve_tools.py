@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from offload_moe.serve.events import TextDelta, ToolDelta, ToolStart
-from offload_moe.serve.tools.arguments import PythonArguments
+from offload_moe.serve.tools.arguments import PythonArguments, TaggedArguments
 from offload_moe.serve.tools.formats import FORMATS, HERMES, CallFormat, format_of, knows_tools
 from offload_moe.serve.tools.parameters import choices, kinds, names, parameter, resolved, value_of
 from offload_moe.serve.tools.parser import CallParser
@@ -149,6 +149,26 @@ def test_arguments_stream_as_they_come() -> None:
     parser = CallParser(HERMES, TOOLS)
     parser.push('<tool_call>{"name": "add", "arguments": {"a": ')
     assert [event.text for event in parser.push("12") if isinstance(event, ToolDelta)] == ["12"]
+
+
+@pytest.mark.parametrize("name", ["qwen3 coder", "glm", "minimax"])
+def test_a_long_text_is_looked_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent writes whole files: the work for a token does not grow with what stands before it."""
+    long = "".join(f"line {number} </param> <\n" for number in range(2000))
+    written = TWO_CALLS[name].replace(str(CITY["city"]), long)
+    parser, num_read = CallParser(BY_NAME[name], TOOLS), 0
+    read_once = TaggedArguments._read
+
+    def count(reader: TaggedArguments) -> str:
+        nonlocal num_read
+        num_read += len(reader._text)
+        return read_once(reader)
+
+    monkeypatch.setattr(TaggedArguments, "_read", count)
+    events = [event for at in range(0, len(written), 7) for event in parser.push(written[at : at + 7])]
+    arguments = "".join(event.text for event in events if isinstance(event, ToolDelta) and event.tool == 0)
+    assert json.loads(arguments)["city"].strip() == long.strip()
+    assert num_read < 3 * len(written)
 
 
 def test_text_behind_a_call_is_kept() -> None:

@@ -118,25 +118,38 @@ class _JsonNames(ast.NodeTransformer):
 class TaggedArguments:
     """Parameters in tags; a member of the JSON object for each one that is complete."""
 
-    def __init__(self, pattern: str, schema: Mapping[str, Any]) -> None:
+    def __init__(self, pattern: str, closing: str, schema: Mapping[str, Any]) -> None:
+        """pattern: of one parameter, with the groups `key` and `value`. closing: the text that ends a value."""
         self.is_over, self.rest = False, ""
         self._pattern = regex.compile(pattern, regex.DOTALL)
-        self._schema = schema
+        self._opening = regex.compile(pattern.partition("(?P<value>")[0], regex.DOTALL)
+        self._closing, self._schema = closing, schema
         self._text = ""
+        self._more: list[str] = []  # behind the text: of a long value, which is looked at once it is whole
+        self._tail = ""
+        self._is_in_value = False
         self._num_given = 0
 
     def push(self, text: str) -> str:
-        self._text += text
+        self._more.append(text)
+        self._tail = self._tail[-len(self._closing) :] + text
+        if self._is_in_value and self._closing not in self._tail:
+            return ""
+        self._text += "".join(self._more)
+        self._more.clear()
+        return self._read()
+
+    def _read(self) -> str:
         given = ""
-        while True:
-            match = self._pattern.match(self._text, partial=True)
-            if match is None:
-                self.is_over, self.rest = True, self._text
-                return given + self._close()
+        while (match := self._pattern.match(self._text, partial=True)) is not None:
             if match.partial:
+                self._is_in_value = self._opening.match(self._text) is not None
+                self._tail = self._text[-len(self._closing) :]
                 return given
             given += self._member(match["key"].strip(), match["value"])
             self._text = self._text[match.end() :]
+        self.is_over, self.rest = True, self._text
+        return given + self._close()
 
     def flush(self) -> str:
         return self._close()

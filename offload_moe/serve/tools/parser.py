@@ -138,7 +138,7 @@ class CallParser:
             return JsonArguments()
         if self._format.arguments == "python":
             return PythonArguments(tool.parameters)
-        return TaggedArguments(self._format.arguments, tool.parameters)
+        return TaggedArguments(self._format.arguments, self._format.parameter[1].strip(), tool.parameters)
 
     def _no_call(self, events: list[Event]) -> bool:
         """Give the opening back as text, and look at what follows it anew."""
