@@ -46,6 +46,8 @@ X86_FLAGS = {
     "panel_avx512.c": AVX512_FLAGS,
     "panel_avx512_vbmi.c": AVX512_VBMI_FLAGS,
     "panel_avx512_vl.c": AVX512_FLAGS,
+    "vector_avx2.c": AVX2_FLAGS,
+    "vector_avx512.c": AVX512_FLAGS,
 }
 
 

@@ -1,17 +1,17 @@
 """CPU kernels against the read bandwidth measured beside them, for each codec, mode and instruction set.
 
     python benchmarks/kernel.py [--trials 7] [--threads 1,2] [--shapes 4096x14336 | --shapes experts] [--tokens 1,2,4,8]
-                                [--codecs nf4,int8,mxfp4,bf16] [--modes fast,exact,panels] [--sets avx512vbmi,avx2]
+                                [--codecs nf4,int8,mxfp4,bf16] [--modes fast,exact] [--sets avx512vbmi,avx2]
                                 [--megabytes 256] [--unpinned] [--peers]
 
 Shapes are COLUMNSxROWS; `experts` are those of the matrices of Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V2-Lite and gpt-oss.
 Every trial runs each contender once, in turn, over the same weights, right after a plain read of them; ratios are
 taken trial by trial. The weights are several matrices, so that none is in the cache when its turn comes, in huge pages
 as in the RAM arena. With one thread, time is the thread's own, so that other work on the machine takes none of it.
-`panels` is `fast` over records in panels; `repack` is what making them costs a core. `cached` is the rate on a matrix
-that stays in the cache: what the instructions allow where memory is no limit, and what a call costs beside. `rows_gain`
-is the weights times tokens per second, over those of one token in the same trial. `error` is against fp64 on the
-decoded weights. The last line is one JSON document.
+`fast` reads records in panels with int8 activations, `exact` records in rows with fp32 ones; `repack` is what making
+panels costs a core. `cached` is the rate on a matrix that stays in the cache: what the instructions allow where memory
+is no limit, and what a call costs beside. `rows_gain` is the weights times tokens per second, over those of one token
+in the same trial. `error` is against fp64 on the decoded weights. The last line is one JSON document.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--shapes", type=words, default=["4096x14336"])
     parser.add_argument("--tokens", type=numbers, default=[1])
     parser.add_argument("--codecs", type=words, default=["nf4", "int8", "mxfp4", "bf16"])
-    parser.add_argument("--modes", type=words, default=["fast", "exact", "panels"])
+    parser.add_argument("--modes", type=words, default=["fast", "exact"])
     parser.add_argument("--sets", type=words, default=list(SETS[:-1]))
     parser.add_argument("--megabytes", type=int, default=256, help="at least so much weight memory for each mode")
     parser.add_argument("--unpinned", action="store_true", help="on a machine that is busy with other work")
@@ -130,33 +130,33 @@ class Weights:
         self._memory.view(torch.int64).sum()
         return self.num_bytes / (self.clock() - began) / 1e9
 
-    def rate(self, x: Tensor, mode: str) -> float:
+    def rate(self, x: Tensor) -> float:
         """GB of weights per second; the few records that fill no call are left out."""
         outs = [torch.empty(len(x), self.rows) for _ in range(min(MATRICES_PER_CALL, len(self.records)))]
         groups = [self.records[first : first + len(outs)] for first in range(0, len(self.records), len(outs))]
         whole = [group for group in groups if len(group) == len(outs)]
         began = self.clock()
         for group in whole:
-            self._kernel.forward(x, group, outs, mode=mode)
+            self._kernel.forward(x, group, outs)
         num_bytes = len(whole) * len(outs) * self.records[0].numel()
         return num_bytes / (self.clock() - began) / 1e9
 
-    def cached_rate(self, x: Tensor, mode: str) -> float:
+    def cached_rate(self, x: Tensor) -> float:
         out, best = torch.empty(len(x), self._cached_rows), float("inf")
         for _ in range(30):
             began = self.clock()
             for _ in range(10):
-                self._cached_kernel.forward(x, [self._cached], [out], mode=mode)
+                self._cached_kernel.forward(x, [self._cached], [out])
             best = min(best, (self.clock() - began) / 10)
         return self._cached.numel() / best / 1e9
 
-    def error(self, x: Tensor, mode: str) -> float:
+    def error(self, x: Tensor) -> float:
         """Relative to fp64 on the decoded weights, over the piece that fits the cache."""
         shape, codec = weight_shape(self._cached_rows, self.columns), kernels.fast_encoding(get_codec(self.codec))
         record = codec.encode(shape, {"weight": self._cached_weight})
         weight = codec.decode(shape, record, torch.float32)["weight"].double()
         expected, out = x.double() @ weight.T, torch.empty(len(x), self._cached_rows)
-        self._cached_kernel.forward(x, [self._cached], [out], mode=mode)
+        self._cached_kernel.forward(x, [self._cached], [out])
         return float((out - expected).norm() / expected.norm())
 
 
@@ -168,7 +168,7 @@ class CodecBench:
         self._codec, self._shape = codec, f"{columns}x{rows}"
         self._in_rows = Weights(codec, weight, False, num_bytes)
         modes = [mode for mode in options.modes if codec != "bf16" or mode == "exact"]
-        self._in_panels = Weights(codec, weight, True, num_bytes) if "panels" in modes else None
+        self._in_panels = Weights(codec, weight, True, num_bytes) if "fast" in modes else None
         self._inputs = {count: torch.randn(count, columns) for count in options.tokens}
         sets = runnable_sets(options.sets)
         self._contenders = [(name, mode, count) for mode in modes for name in sets for count in options.tokens]
@@ -185,12 +185,12 @@ class CodecBench:
                     rates[each].append(rate)
         return [self._row(each, threads, reads[each], rates) for each in self._contenders]
 
-    def _run(self, each: Contender, measure: Callable[[Weights, Tensor, str], float]) -> float:
+    def _run(self, each: Contender, measure: Callable[[Weights, Tensor], float]) -> float:
         name, mode, count = each
         kernels.select_instruction_set(name)
-        weights = self._in_panels if mode == "panels" else self._in_rows
+        weights = self._in_panels if mode == "fast" else self._in_rows
         assert weights is not None
-        return measure(weights, self._inputs[count], "fast" if mode == "panels" else mode)
+        return measure(weights, self._inputs[count])
 
     def _row(
         self, each: Contender, threads: int, reads: list[float], all_rates: dict[Contender, list[float]]

@@ -23,7 +23,7 @@ from offload_moe.decode.router import shorten_routers
 from offload_moe.decode.shorten import shorten_attention
 from offload_moe.residency.hierarchy import Hierarchy
 
-__all__ = ["FastPath", "LayerPath", "make_fast"]
+__all__ = ["FastPath", "LayerPath", "make_fast", "make_room"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,19 +58,25 @@ class FastPath:
 
 
 def make_fast(
-    hf: PreTrainedModel, *, is_exact: bool, context: int | None = None, hierarchy: Hierarchy | None = None
+    hf: PreTrainedModel,
+    *,
+    is_exact: bool,
+    context: int | None = None,
+    kept: torch.dtype | None = None,
+    hierarchy: Hierarchy | None = None,
 ) -> FastPath:
     """Make the decode steps of a loaded model cheaper, in place.
 
     is_exact: only what gives the same bits. Otherwise results may differ by the rounding of the dtype. context: tokens
-    that memory was planned for. hierarchy: where the experts are.
+    that memory was planned for. kept: the dtype of keys and values in the cache; None: as they are computed.
+    hierarchy: where the experts are.
     """
     if not is_exact:
         absorb_latents(hf)
     fuse_mlps(hf)
     fuse_norms(hf, is_exact=is_exact)
     shorten_attention(hf, is_exact=is_exact)
-    hf.get_decoder().register_forward_pre_hook(partial(_give_room, context), with_kwargs=True)
+    make_room(hf, context, kept)
     if not is_exact:
         shorten_routers(hf)
     why_none = _why_none(hf, is_exact=is_exact)
@@ -81,6 +87,11 @@ def make_fast(
     return FastPath(why_none=why_none, layers=layer_paths(hf, planned.paths))
 
 
+def make_room(hf: PreTrainedModel, context: int | None, kept: torch.dtype | None) -> None:
+    """Let the caches that the model is given grow in place. context, kept: as of `RoomyLayer`."""
+    hf.get_decoder().register_forward_pre_hook(partial(_give_room, context, kept), with_kwargs=True)
+
+
 def _why_none(hf: PreTrainedModel, *, is_exact: bool) -> str:
     if is_exact:
         return "its numbers are kept bit for bit"
@@ -89,9 +100,11 @@ def _why_none(hf: PreTrainedModel, *, is_exact: bool) -> str:
     return ""
 
 
-def _give_room(context: int | None, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _give_room(
+    context: int | None, kept: torch.dtype | None, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     cache = kwargs.get("past_key_values")
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache  # the other one does not grow
     if isinstance(cache, Cache):
-        give_room(cache, context)
+        give_room(cache, context, kept)

@@ -1,8 +1,12 @@
 """A key/value cache with room to grow: a decode step writes one row instead of copying all earlier ones.
 
+Keys and values are rounded to the dtype that they are kept in once, as they enter, and attention always reads them
+rounded: a chunk's own ones, too, so that results do not depend on how a prompt is cut into chunks.
+
 Shapes: B batch, N key/value heads, S cached tokens, C capacity, W sliding window, D head dim.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,18 +30,31 @@ class RoomyLayer(DynamicLayer):
 
     keys: Tensor
     values: Tensor
-    context: int | None = None  # tokens that memory was planned for: no more room is made ahead than that
     _room: tuple[Tensor, Tensor] | None = None
 
+    def __init__(self, context: int | None = None, kept: torch.dtype | None = None) -> None:
+        """context: tokens that memory was planned for: no more room is made ahead than that.
+
+        kept: the dtype of keys and values in memory; None: the one they come in.
+        """
+        super().__init__()
+        self.context, self.kept = context, kept
+
     @classmethod
-    def of(cls, layer: DynamicLayer) -> "RoomyLayer":
+    def of(cls, layer: DynamicLayer, context: int | None = None, kept: torch.dtype | None = None) -> "RoomyLayer":
         """The same contents; the old layer must not be used any more."""
-        roomy = cls()
+        roomy = cls(context, kept)
         roomy.__dict__.update(layer.__dict__)
+        _round_contents(roomy, kept)
         return roomy
 
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """Of the room that `extend` returns."""
+        return self.kept or self.keys.dtype
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append ``[B, N, T, D]``; returns all keys and values, ``[B, N, S + T, D]``."""
+        """Append ``[B, N, T, D]``; returns all keys and values as kept, ``[B, N, S + T, D]``, in the dtype given."""
         if key_states.requires_grad:  # a gradient must not see its input overwritten
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
@@ -50,7 +67,7 @@ class RoomyLayer(DynamicLayer):
         for place, new in zip(room, (key_states, value_states), strict=True):
             place[:, :, length:total] = new
         self.keys, self.values = room[0][:, :, :total], room[1][:, :, :total]
-        return self.keys, self.values
+        return self.keys.to(key_states.dtype), self.values.to(value_states.dtype)
 
     @property
     def can_extend(self) -> bool:
@@ -88,7 +105,7 @@ class RoomyLayer(DynamicLayer):
             capacity = min(capacity, max(_in_steps(total), _in_steps(self.context)))
         places = []
         for old, new in ((self.keys, key_states), (self.values, value_states)):
-            place = new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3])
+            place = new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3], dtype=self.kept)
             if length:
                 place[:, :, :length] = old
             places.append(place)
@@ -105,21 +122,37 @@ class RoomySlidingLayer(DynamicSlidingWindowLayer):
     values: Tensor
     _room: tuple[Tensor, Tensor] | None = None
 
+    def __init__(self, sliding_window: int, kept: torch.dtype | None = None) -> None:
+        """kept: as of `RoomyLayer`."""
+        super().__init__(sliding_window)
+        self.kept = kept
+
     @classmethod
-    def of(cls, layer: DynamicSlidingWindowLayer) -> "RoomySlidingLayer":
+    def of(cls, layer: DynamicSlidingWindowLayer, kept: torch.dtype | None = None) -> "RoomySlidingLayer":
         """The same contents; the old layer must not be used any more."""
-        roomy = cls.__new__(cls)
+        roomy = cls(layer.sliding_window, kept)
         roomy.__dict__.update(layer.__dict__)
+        _round_contents(roomy, kept)
         return roomy
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """Of the room that `extend` returns."""
+        return self.kept or self.keys.dtype
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``[B, N, T, D]``; returns what the new tokens see and those, ``[B, N, W - 1 + T, D]`` or less."""
-        is_step = key_states.shape[2] == 1 and not key_states.requires_grad and not self.record_past
-        if not is_step or not self.is_initialized or self.keys.dim() != 4 or len(self.keys) != len(key_states):
+        if key_states.requires_grad:
             return super().update(key_states, value_states, *args, **kwargs)
-        keys, values, length = self._move_on()
-        keys[:, :, length : length + 1], values[:, :, length : length + 1] = key_states, value_states
-        return keys[:, :, : length + 1], values[:, :, : length + 1]
+        is_step = key_states.shape[2] == 1 and not self.record_past
+        if is_step and self.is_initialized and self.keys.dim() == 4 and len(self.keys) == len(key_states):
+            keys, values, length = self._move_on()
+            keys[:, :, length : length + 1], values[:, :, length : length + 1] = key_states, value_states
+            keys, values = keys[:, :, : length + 1], values[:, :, : length + 1]
+        else:
+            rounded = (part.to(self.kept or part.dtype) for part in (key_states, value_states))
+            keys, values = super().update(*rounded, *args, **kwargs)
+        return keys.to(key_states.dtype), values.to(value_states.dtype)
 
     @property
     def can_extend(self) -> bool:
@@ -147,7 +180,7 @@ class RoomySlidingLayer(DynamicSlidingWindowLayer):
     def _move_to_new_room(self, length: int) -> tuple[Tensor, Tensor]:
         places = []
         for old in (self.keys, self.values):
-            place = old.new_empty(old.shape[0], old.shape[1], _in_steps(length + STEP), old.shape[3])
+            place = old.new_empty(old.shape[0], old.shape[1], _in_steps(length + STEP), old.shape[3], dtype=self.kept)
             place[:, :, :length] = old
             places.append(place)
         return places[0], places[1]
@@ -164,19 +197,28 @@ class RoomySlidingLayer(DynamicSlidingWindowLayer):
 ROOMY = (RoomyLayer, RoomySlidingLayer)
 
 
-def give_room(cache: Cache, context: int | None = None) -> None:
+def give_room(cache: Cache, context: int | None = None, kept: torch.dtype | None = None) -> None:
     """Let every plain growing or sliding layer of a cache, and growing ones that it will add, grow in place.
 
-    context: tokens that memory was planned for.
+    context, kept: as of `RoomyLayer`.
     """
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[index] = roomy = RoomyLayer.of(layer)
-            roomy.context = context
+            cache.layers[index] = RoomyLayer.of(layer, context, kept)
         elif type(layer) is DynamicSlidingWindowLayer:
-            cache.layers[index] = RoomySlidingLayer.of(layer)
+            cache.layers[index] = RoomySlidingLayer.of(layer, kept)
     if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = RoomyLayer
+        cache.layer_class_to_replicate = partial(RoomyLayer, context, kept)
+
+
+def kept_dtype(*, is_exact: bool) -> torch.dtype:
+    """In which native calls keep keys and values. is_exact: they keep activations in full precision."""
+    return torch.float32 if is_exact else torch.bfloat16
+
+
+def _round_contents(layer: RoomyLayer | RoomySlidingLayer, kept: torch.dtype | None) -> None:
+    if layer.is_initialized and kept is not None:
+        layer.keys, layer.values = layer.keys.to(kept), layer.values.to(kept)
 
 
 def _in_steps(num_tokens: int) -> int:

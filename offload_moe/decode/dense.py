@@ -1,13 +1,14 @@
 """Dense linear layers whose weight stays in its codec's record."""
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from offload_moe.native import kernels
 from offload_moe.native.device import record_linear
-from offload_moe.native.planes import Mode
 from offload_moe.quant import Codec, ExpertShape
 from offload_moe.quant.layout import weight_shape
 
@@ -18,16 +19,17 @@ class QuantLinear(nn.Module):
     """``y = x W^T + b`` on a record, with the native kernels on the CPU and bitsandbytes on the device.
 
     O out features, K in features. The record is a buffer, so it moves with the model; it is not a parameter, because
-    its bytes are not numbers.
+    its bytes are not numbers. It is in panels on the CPU where the kernel reads panels, and in rows elsewhere.
     """
 
     record: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, record: Tensor, shape: ExpertShape, codec: Codec, *, mode: Mode = "fast") -> None:
-        """shape: one matrix named `weight`, and a bias named `bias` where the record holds one.
+    def __init__(self, record: Tensor, shape: ExpertShape, codec: Codec, *, is_exact: bool = False) -> None:
+        """record: in rows; it is changed to panels where it lies. is_exact: it stays in rows, and activations in fp32.
 
-        A layer whose bias is kept outside the record sets `bias` afterwards. mode: of the native kernel.
+        shape: one matrix named `weight`, and a bias named `bias` where the record holds one. A layer whose bias is kept
+        outside the record sets `bias` afterwards.
         """
         super().__init__()
         self.register_buffer("record", record, persistent=False)
@@ -36,19 +38,25 @@ class QuantLinear(nn.Module):
         self.out_features = shape.matrices[0].out_features
         self.shape = shape
         self.codec = codec
-        self.mode: Mode = mode
+        self._order: kernels.PanelOrder | None = None
         self._kernel: kernels.LinearKernel | None = None
         if kernels.unsupported_reason(codec.name, shape) is None:
-            self._kernel = kernels.LinearKernel(codec.name, [shape], [codec.layout(shape)])
+            layout = codec.layout(shape)
+            if not is_exact and kernels.not_in_panels_reason(codec.name) is None:
+                self._order = kernels.PanelOrder(codec.name, shape, layout)
+            num_parts = int(self._order is not None)
+            self._kernel = kernels.LinearKernel(codec.name, [shape], [layout], num_parts=num_parts)
+        if self._order is not None and record.is_cpu:
+            self._order.to_panels(record)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K] -> [..., O]`` in the dtype of `x`."""
         rows = x.reshape(-1, self.in_features)
         if self._kernel is not None and rows.is_cpu and rows.dtype in KERNEL_DTYPES:
             out = torch.empty(rows.shape[0], self.out_features, dtype=rows.dtype)
-            self._kernel.forward(rows.contiguous(), [self.record], [out], mode=self.mode)
+            self._kernel.forward(rows.contiguous(), [self.record], [out])
         else:
-            out = record_linear(rows, self.record, self.shape, self.codec, "weight")
+            out = record_linear(rows, self.in_rows(), self.shape, self.codec, "weight")
         if self.bias is not None:
             out += self.bias
         return out.view(*x.shape[:-1], self.out_features)
@@ -58,8 +66,33 @@ class QuantLinear(nn.Module):
         """Whether the native kernels read its record, on the CPU."""
         return self._kernel is not None and self.record.is_cpu
 
+    @property
+    def in_panels(self) -> bool:
+        """Whether the record is in panels: see `kernels.PanelOrder`."""
+        return self._order is not None and self.record.is_cpu
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, codec={self.codec.name}"
+
+    def in_rows(self) -> Tensor:
+        """The record in rows; a copy where it is in panels."""
+        if self._order is None or not self.in_panels:
+            return self.record
+        record = self.record.clone()
+        self._order.to_rows(record)
+        return record
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move, as `.to()` does, in the order of the other device."""
+        was_in_panels, rows = self.in_panels, None
+        if was_in_panels and not fn(self.record[:0]).is_cpu:
+            rows = fn(self.in_rows())
+        super()._apply(fn, recurse)
+        if rows is not None:
+            self.record = rows
+        elif self._order is not None and self.in_panels and not was_in_panels:
+            self._order.to_panels(self.record)
+        return self
 
 
 class NarrowEmbedding(nn.Module):
@@ -135,11 +168,11 @@ def lookup_tables(model: nn.Module, ignored: str | None = None) -> set[str]:
     }
 
 
-def quantize_linear(weight: Tensor, codec: Codec, *, mode: Mode = "fast") -> QuantLinear:
+def quantize_linear(weight: Tensor, codec: Codec, *, is_exact: bool = False) -> QuantLinear:
     """A linear layer of a weight ``[O, K]``, quantized now. Its bias, if it has one, stays outside the record.
 
     Raises: CheckpointError when a weight is not finite.
     """
     shape = weight_shape(*weight.shape)
     record = kernels.fast_encoding(codec).encode(shape, {"weight": weight})
-    return QuantLinear(record[: codec.layout(shape).num_bytes].clone(), shape, codec, mode=mode)
+    return QuantLinear(record[: codec.layout(shape).num_bytes].clone(), shape, codec, is_exact=is_exact)

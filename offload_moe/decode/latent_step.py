@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from offload_moe.decode.cache import kept_dtype
 from offload_moe.decode.dense import NarrowLinear, QuantLinear, number_linear
 from offload_moe.decode.latent import KeptLatents
 from offload_moe.decode.probe import Uncovered
@@ -20,7 +21,7 @@ class LatentStep(CachedStep):
     """One token of one sequence in fp32, over a cache of latents and rotated keys."""
 
     def __init__(self, layer: int, kernel: kernels.LatentKernel, *, rank: int, rotated_dims: int) -> None:
-        super().__init__(layer, ((1, rank), (1, rotated_dims)))
+        super().__init__(layer, ((1, rank), (1, rotated_dims)), kernel.cache_dtype)
         self.kernel = kernel
 
 
@@ -32,12 +33,13 @@ def latent_step(layer: nn.Module, spec: AttentionSpec) -> LatentStep:
         raise Uncovered("latent attention whose latents are expanded")
     names = ("q_a_proj", "q_b_proj") if latent.query_rank else ("q_proj",)
     linears: list[Any] = [module.get_submodule(name) for name in (*names, "kv_a_proj_with_mqa", "o_proj")]
-    modes = {linear.mode for linear in linears if isinstance(linear, QuantLinear)}
-    if len(modes) != 1:
+    orders = {linear.in_panels for linear in linears if isinstance(linear, QuantLinear)}
+    if len(orders) != 1:
         raise Uncovered("attention whose parts are computed in several ways")
     *query, compress, output = (_linear(linear) for linear in linears)
     weight: Tensor = module.get_submodule("kv_b_proj").weight  # type: ignore[assignment]
     assert spec.key_norm is not None
+    (is_in_panels,) = orders
     try:
         kernel = kernels.LatentKernel(
             query=query,
@@ -50,7 +52,7 @@ def latent_step(layer: nn.Module, spec: AttentionSpec) -> LatentStep:
             rotated_dims=spec.rotated_dims,
             scaling=spec.scaling,
             rotation=rotation_of(spec),
-            mode=modes.pop(),
+            cache_dtype=kept_dtype(is_exact=not is_in_panels),
         )
     except ConfigError as error:
         raise Uncovered(f"latent attention of sizes without a kernel ({str(error).rstrip('.')})") from error

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from offload_moe.decode.attention import DecodeAttention
 from offload_moe.decode.block import plain_block
-from offload_moe.decode.cache import give_room
 from offload_moe.decode.hooks import Hooks
 from offload_moe.decode.latent_step import LatentStep, latent_step
 from offload_moe.decode.norm import FusedRMSNorm
@@ -194,7 +193,6 @@ def _probe(
 ) -> list[Any]:
     """What a layer gives for one token, and what it leaves in the cache."""
     cache = native.attention.probe_cache(NUM_CACHED)
-    give_room(cache)
     positions = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
     out = forward(hidden, TokenStep(embeddings, positions, cache))
     return [out, cache.layers[-1].keys, cache.layers[-1].values]

@@ -30,7 +30,7 @@ class FusedMLP(nn.Module):
     def __init__(self, gate: QuantLinear, up: QuantLinear, down: QuantLinear, activation: Activation) -> None:
         """The three records are copied into one, bit by bit."""
         super().__init__()
-        codec, self.mode = gate.codec, gate.mode
+        codec = gate.codec
         self.hidden_size = gate.in_features
         shape = ExpertShape(
             matrices=(
@@ -40,7 +40,12 @@ class FusedMLP(nn.Module):
         )
         self.register_buffer("record", _join(codec, shape, gate, up, down), persistent=False)
         self.kernel = kernels.ExpertKernel(
-            codec.name, shape, codec.layout(shape), activation=activation.name, has_gate=True
+            codec.name,
+            shape,
+            codec.layout(shape),
+            activation=activation.name,
+            has_gate=True,
+            in_panels=gate.in_panels,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,7 +55,7 @@ class FusedMLP(nn.Module):
             rows = rows.float()
         num_tokens, out = rows.shape[0], torch.empty_like(rows)
         tokens = list(range(num_tokens))
-        self.kernel.forward(rows, [self.record], [0, num_tokens], tokens, [1.0] * num_tokens, out, mode=self.mode)
+        self.kernel.forward(rows, [self.record], [0, num_tokens], tokens, [1.0] * num_tokens, out)
         return out.to(x.dtype).view(x.shape)
 
 
@@ -76,7 +81,7 @@ def fuse_mlps(model: nn.Module) -> int:
 def _is_candidate(module: Any) -> bool:
     linears: list[Any] = [getattr(module, name, None) for name in NAMES]
     can_join = all(isinstance(linear, QuantLinear) and _can_join(linear) for linear in linears)
-    return can_join and callable(getattr(module, "act_fn", None)) and len({linear.mode for linear in linears}) == 1
+    return can_join and callable(getattr(module, "act_fn", None)) and len({linear.in_panels for linear in linears}) == 1
 
 
 @torch.inference_mode()
@@ -114,6 +119,7 @@ def _can_join(linear: QuantLinear) -> bool:
 
 
 def _join(codec: Codec, shape: ExpertShape, gate: QuantLinear, up: QuantLinear, down: QuantLinear) -> Tensor:
+    """The three records in one: joined rows are joined panels, too, since panels begin anew with each part."""
     layout = codec.layout(shape)
     record = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=gate.record.device)
     for plane in ("codes", "scales"):

@@ -40,13 +40,13 @@ class JointProjections:
         self._linears = linears
         self._hooks, self._watched = hooks_of(linears), watched
         self._records = [linear.record for linear in linears]
-        self._mode = linears[0].mode
         self._sizes = [linear.out_features for linear in linears]
         self._has_bias = any(linear.bias is not None for linear in linears)
         self._kernel = kernels.LinearKernel(
             linears[0].codec.name,
             [linear.shape for linear in linears],
             [linear.codec.layout(linear.shape) for linear in linears],
+            num_parts=int(linears[0].in_panels),
         )
 
     def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,11 +55,11 @@ class JointProjections:
         rows = hidden_states[:, 0].contiguous()
         if rows.shape[0] == 1:
             out = rows.new_empty(1, sum(self._sizes))
-            self._kernel.forward_row(rows, self._records, out, mode=self._mode)
+            self._kernel.forward_row(rows, self._records, out)
             q, k, v = out.split(self._sizes, dim=1)
         else:
             q, k, v = (rows.new_empty(rows.shape[0], size) for size in self._sizes)
-            self._kernel.forward(rows, self._records, (q, k, v), mode=self._mode)
+            self._kernel.forward(rows, self._records, (q, k, v))
         if self._has_bias:
             for each, linear in zip((q, k, v), self._linears, strict=True):
                 if linear.bias is not None:
@@ -72,6 +72,6 @@ def joint_or_separate(attention: nn.Module) -> Projections:
     linears, separate = [getattr(attention, name) for name in NAMES], SeparateProjections(attention)
     if all(isinstance(linear, QuantLinear) and linear.has_kernel for linear in linears):
         first = linears[0]
-        if all(linear.codec is first.codec and linear.mode == first.mode for linear in linears):
+        if all(linear.codec is first.codec and linear.in_panels == first.in_panels for linear in linears):
             return JointProjections(linears, separate)
     return separate

@@ -142,7 +142,7 @@ def _steps_alike(module: Any, short: DecodeAttention, step: AttentionStep, embed
         caches = [probe_cache(module, hidden), probe_cache(module, hidden)]
         results = []
         for cache, short.step in zip(caches, (None, step), strict=True):
-            give_room(cache)
+            give_room(cache, kept=step.cache_dtype)
             results.append(short(hidden, position_embeddings=(cos, sin), past_key_values=cache)[0])
         results += [part for cache in caches for part in (cache.layers[-1].keys, cache.layers[-1].values)]
         got, expected = (results[1], *results[4:]), (results[0], *results[2:4])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from offload_moe.decode.cache import ROOMY, Room, RoomySlidingLayer
+from offload_moe.decode.cache import ROOMY, Room, RoomySlidingLayer, give_room, kept_dtype
 from offload_moe.decode.dense import QuantLinear
 from offload_moe.decode.hooks import are_watched, hooks_of
 from offload_moe.decode.norm import FusedRMSNorm
@@ -23,17 +23,20 @@ from offload_moe.native import kernels
 class CachedStep:
     """What a decode step of attention reads and writes in one layer of a cache."""
 
-    def __init__(self, layer: int, cache_shapes: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    def __init__(
+        self, layer: int, cache_shapes: tuple[tuple[int, int], tuple[int, int]], cache_dtype: torch.dtype
+    ) -> None:
         """cache_shapes: heads and dims of keys and of values, or of what the cache holds in their place."""
         self._layer = layer
         self.cache_shapes = cache_shapes
+        self.cache_dtype = cache_dtype
 
     def can_extend(self, cache: Any) -> bool:
         """Whether the cache has room of ours for this layer, of one sequence."""
         if cache is None or self._layer >= len(cache.layers):
             return False
         layer = cache.layers[self._layer]
-        return type(layer) in ROOMY and layer.can_extend
+        return type(layer) in ROOMY and layer.can_extend and layer.kept_dtype == self.cache_dtype
 
     def sees_window(self, cache: Any, window: int | None) -> bool:
         """Whether the next token sees this window of the tokens before it, and itself; None: all. It `can_extend`."""
@@ -45,17 +48,18 @@ class CachedStep:
     def extend(self, cache: Any) -> Room:
         """The room of keys and of values, which now count the token that the kernel will write, and its index."""
         room: Room = cache.layers[self._layer].extend()
-        assert room[0].dtype == room[1].dtype == torch.float32
+        assert room[0].dtype == room[1].dtype == self.cache_dtype
         return room
 
     def probe_cache(self, num_tokens: int) -> DynamicCache:
-        """A few random keys and values in this layer, in fp32 on the CPU."""
+        """A few random keys and values in this layer, on the CPU."""
         cache = DynamicCache()
         keys, values = (
             probes((1, num_heads, num_tokens, dims), torch.float32, torch.device("cpu"), seed)[1]
             for seed, (num_heads, dims) in enumerate(self.cache_shapes)
         )
         cache.update(keys, values, self._layer)
+        give_room(cache, kept=self.cache_dtype)
         return cache
 
 
@@ -64,7 +68,7 @@ class AttentionStep(CachedStep):
 
     def __init__(self, attention: Any, kernel: kernels.AttentionKernel) -> None:
         num_heads = attention.k_proj.out_features // attention.head_dim
-        super().__init__(attention.layer_idx, ((num_heads, attention.head_dim),) * 2)
+        super().__init__(attention.layer_idx, ((num_heads, attention.head_dim),) * 2, kernel.cache_dtype)
         self.kernel = kernel
         self._hooks = hooks_of(attention.modules())
 
@@ -100,7 +104,7 @@ def attention_step(
     linears = [quantized_linear(module) for module in modules]
     head_norms = [_head_norm(getattr(attention, name, None)) for name in norms]
     sinks = getattr(attention, "sinks", None)
-    if len({module.mode for module in modules}) > 1 or not is_fp32(sinks):
+    if len({module.in_panels for module in modules}) > 1 or not is_fp32(sinks):
         raise Uncovered("attention whose parts are computed in several ways")
     try:
         kernel = kernels.AttentionKernel(
@@ -111,7 +115,7 @@ def attention_step(
             norms=head_norms,
             sinks=sinks,
             rotation=rotation,
-            mode=modules[0].mode,
+            cache_dtype=kept_dtype(is_exact=not linears[0].in_panels),
         )
     except ConfigError as error:  # such as heads that are no multiple of a vector
         raise Uncovered(f"attention of sizes without a kernel ({str(error).rstrip(chr(46))})") from error
@@ -133,7 +137,12 @@ def quantized_linear(module: Any) -> kernels.Linear:
         raise Uncovered("attention whose biases are quantized with its projections")
     layout = module.codec.layout(module.shape)
     return kernels.Linear(
-        codec=module.codec.name, shape=module.shape, layout=layout, record=module.record, bias=module.bias
+        codec=module.codec.name,
+        shape=module.shape,
+        layout=layout,
+        record=module.record,
+        bias=module.bias,
+        in_panels=module.in_panels,
     )
 
 

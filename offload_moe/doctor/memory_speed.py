@@ -60,8 +60,9 @@ def check_kernel_speed() -> Check:
     layout = codec.layout(shape)
     weights = {name: torch.full(size, 0.01) for name, size in shape.module_shapes().items()}
     records = [codec.encode(shape, weights)]
+    kernels.PanelOrder("nf4", shape, layout, has_gate=True).to_panels(records[0])
     records += [records[0].clone() for _ in range(NUM_EXPERTS - 1)]
-    kernel = kernels.ExpertKernel("nf4", shape, layout, activation="silu")
+    kernel = kernels.ExpertKernel("nf4", shape, layout, activation="silu", in_panels=True)
     x, out = torch.ones(1, HIDDEN), torch.empty(1, HIDDEN)
 
     def decode() -> None:

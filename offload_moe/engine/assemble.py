@@ -15,7 +15,6 @@ from offload_moe.checkpoint.ties import share_tied_weights, untie
 from offload_moe.decode.dense import NarrowEmbedding, QuantLinear, lookup_tables, quantize_linear
 from offload_moe.errors import StoreError
 from offload_moe.experts.attach import detach_parameters
-from offload_moe.native.planes import Mode
 from offload_moe.quant import get_codec
 from offload_moe.store import Store
 
@@ -62,14 +61,14 @@ def assemble(
     dtype: torch.dtype,
     *,
     dense_codec: str | None = None,
-    mode: Mode = "fast",
+    is_exact: bool = False,
     skeleton: Any = None,
 ) -> Assembled:
     """Build the model and load every dense weight, cast to the compute dtype, onto the device.
 
     skeleton: from `skeleton_of`, filled in place; None makes one.
     dense_codec: quantize the large projections and the output head that the store holds as numbers; None keeps them.
-    mode: of the native kernels of quantized linears.
+    is_exact: quantized linears keep activations in fp32.
 
     Raises:
         StoreError: the store does not hold what the model needs.
@@ -90,12 +89,12 @@ def assemble(
         name = entry.name.removesuffix(".weight")
         if dense_codec and head is not None and name == head.embedding:
             # The head takes a quantized copy of a tied embedding: reading all of that for every token costs more.
-            untied = quantize_linear(tensor, get_codec(dense_codec), mode=mode).to(device)
+            untied = quantize_linear(tensor, get_codec(dense_codec), is_exact=is_exact).to(device)
         if entry.quantized is not None:
-            linear = QuantLinear(tensor.to(device), entry.quantized, get_codec(store.dense_codec), mode=mode)
+            linear = QuantLinear(tensor.to(device), entry.quantized, get_codec(store.dense_codec), is_exact=is_exact)
             _replace(hf, name, linear)
         elif dense_codec and name in to_quantize:
-            _replace(hf, name, quantize_linear(tensor, get_codec(dense_codec), mode=mode).to(device))
+            _replace(hf, name, quantize_linear(tensor, get_codec(dense_codec), is_exact=is_exact).to(device))
         elif name in lookups and tensor.dtype == torch.bfloat16 and _dtype_of(hf, entry.name, dtypes) == torch.float32:
             narrow[name] = NarrowEmbedding(tensor, torch.float32)
         else:

@@ -1,6 +1,6 @@
 """From a store to an engine: dense weights in place, tiers made, every MoE layer bound to them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +10,16 @@ import torch
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.engine.assemble import assemble
 from offload_moe.engine.saving import refuse_saving
-from offload_moe.experts.arithmetic import choose_arithmetic, keeps_eagers_bits, notice_without_kernel
+from offload_moe.experts.arithmetic import Arithmetic, choose_arithmetic, keeps_eagers_bits, notice_without_kernel
 from offload_moe.experts.attach import BoundExperts, attach
 from offload_moe.experts.hybrid import Hybrid, HybridBinder
 from offload_moe.experts.lookahead import Lookahead
 from offload_moe.experts.per_expert import ReferenceArithmetic
 from offload_moe.experts.probe import find_probes
+from offload_moe.memory.arena import Arena
 from offload_moe.memory.copier import Copier
 from offload_moe.memory.disk import DiskMover
-from offload_moe.native.planes import Mode
+from offload_moe.native.kernels import SlotTable
 from offload_moe.quant import get_codec
 from offload_moe.residency.hierarchy import Hierarchy, Pools
 from offload_moe.residency.keys import ExpertKeys
@@ -90,32 +91,67 @@ def build(store: Store, blueprint: Blueprint, skeleton: Any = None) -> Engine:
         StoreError: the store does not hold what the model needs.
         ConfigError: `hybrid` is "on", and no native kernel computes these experts.
     """
-    mode: Mode = "exact" if blueprint.is_exact else "fast"
     assembled = assemble(
-        store, blueprint.device, blueprint.dtype, dense_codec=blueprint.dense_codec, mode=mode, skeleton=skeleton
+        store,
+        blueprint.device,
+        blueprint.dtype,
+        dense_codec=blueprint.dense_codec,
+        is_exact=blueprint.is_exact,
+        skeleton=skeleton,
     )
-    with closed_on_error(_make_hierarchy(store, blueprint)) as hierarchy:
+    arithmetics = _arithmetics(assembled.layers, store, blueprint)
+    with closed_on_error(_make_hierarchy(store, blueprint, arithmetics)) as hierarchy:
         _refuse_once_closed(assembled.hf, hierarchy)
         refuse_saving(assembled.hf)
-        experts, notices = _bind_experts(assembled.hf, assembled.layers, store, hierarchy, blueprint)
+        experts = _bind_experts(assembled.hf, assembled.layers, arithmetics, store, hierarchy, blueprint)
         attach(assembled.layers, experts)
     return Engine(
         hf=assembled.hf,
         layers=assembled.layers,
         experts=experts,
         hierarchy=hierarchy,
-        notices=(*assembled.notices, *notices),
+        notices=(*assembled.notices, *_notices(assembled.layers, arithmetics, store, blueprint)),
     )
 
 
-def _make_hierarchy(store: Store, blueprint: Blueprint) -> Hierarchy:
+def _arithmetics(layers: list[ExpertsModule], store: Store, blueprint: Blueprint) -> list[Arithmetic]:
+    """The arithmetic of each MoE layer."""
+    codec, device = get_codec(store.codec), blueprint.experts_device or blueprint.device
+    return [
+        choose_arithmetic(
+            layer.contract, layer.shape, codec, device, dtype=blueprint.dtype, is_exact=blueprint.is_exact
+        )
+        for layer in layers
+    ]
+
+
+def _notices(
+    layers: list[ExpertsModule], arithmetics: Sequence[Arithmetic], store: Store, blueprint: Blueprint
+) -> list[str]:
+    """Messages about the experts for the user."""
+    codec, device = get_codec(store.codec), blueprint.experts_device or blueprint.device
+    if keeps_eagers_bits(codec.name, device, blueprint.dtype, is_exact=blueprint.is_exact):
+        return []
+    return [
+        notice_without_kernel(layer.contract, layer.shape, codec)
+        for layer, arithmetic in zip(layers, arithmetics, strict=True)
+        if isinstance(arithmetic, ReferenceArithmetic)
+    ]
+
+
+def _make_hierarchy(store: Store, blueprint: Blueprint, arithmetics: Sequence[Arithmetic]) -> Hierarchy:
     copier = blueprint.make_copier() if blueprint.make_copier is not None else None
     keys = blueprint.pools.keys
-    return Hierarchy(
-        blueprint.pools,
-        lambda arena, slot_table: DiskMover(arena, slot_table, lambda key: store.record(*keys.layer_expert(key))),
-        copier,
-    )
+
+    def make_mover(arena: Arena, slot_table: SlotTable) -> DiskMover:
+        return DiskMover(
+            arena,
+            slot_table,
+            lambda key: store.record(*keys.layer_expert(key)),
+            lambda key: arithmetics[keys.layer_expert(key)[0]].order,
+        )
+
+    return Hierarchy(blueprint.pools, make_mover, copier)
 
 
 @contextmanager
@@ -136,27 +172,28 @@ def _refuse_once_closed(hf: Any, hierarchy: Hierarchy) -> None:
 
 
 def _bind_experts(
-    hf: Any, layers: list[ExpertsModule], store: Store, hierarchy: Hierarchy, blueprint: Blueprint
-) -> tuple[list[BoundExperts], list[str]]:
-    """The experts of each MoE layer, and messages about them for the user."""
-    codec = get_codec(store.codec)
-    device = blueprint.experts_device or blueprint.device
+    hf: Any,
+    layers: list[ExpertsModule],
+    arithmetics: Sequence[Arithmetic],
+    store: Store,
+    hierarchy: Hierarchy,
+    blueprint: Blueprint,
+) -> list[BoundExperts]:
+    """The experts of each MoE layer."""
     lookahead = None
     if blueprint.prefetch and not hierarchy.holds_every_expert:
         probes = find_probes(hf, layers)
         lookahead = Lookahead(probes, hierarchy.scheduler, PrefetchGovernor(), blueprint.prefetch, hierarchy.ram)
-    bind = HybridBinder(hierarchy, codec, blueprint.hybrid, lookahead) if hierarchy.num_slots("vram") else None
-    keeps_bits = keeps_eagers_bits(codec.name, device, blueprint.dtype, is_exact=blueprint.is_exact)
-    bound, notices = [], []
-    for ordinal, layer in enumerate(layers):
-        arithmetic = choose_arithmetic(
-            layer.contract, layer.shape, codec, device, dtype=blueprint.dtype, is_exact=blueprint.is_exact
-        )
-        if isinstance(arithmetic, ReferenceArithmetic) and not keeps_bits:
-            notices.append(notice_without_kernel(layer.contract, layer.shape, codec))
+    bind = (
+        HybridBinder(hierarchy, get_codec(store.codec), blueprint.hybrid, lookahead)
+        if hierarchy.num_slots("vram")
+        else None
+    )
+    bound = []
+    for ordinal, (layer, arithmetic) in enumerate(zip(layers, arithmetics, strict=True)):
         split = bind(ordinal, layer, arithmetic) if bind is not None else None
         bound.append(
             split
             or BoundExperts(ordinal, layer.num_experts, hierarchy.scheduler, hierarchy.record_of, arithmetic, lookahead)
         )
-    return bound, notices
+    return bound

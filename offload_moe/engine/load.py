@@ -15,7 +15,7 @@ from offload_moe.checkpoint.token_ids import watch_ids
 from offload_moe.checkpoint.tokenizer import load_tokenizer, tokenizer_notices
 from offload_moe.convert.jobs import LOSSLESS
 from offload_moe.convert.sources import ensure_store
-from offload_moe.decode import make_fast
+from offload_moe.decode import make_fast, make_room
 from offload_moe.engine.assemble import skeleton_of
 from offload_moe.engine.build import Blueprint, Engine, build, closed_on_error, pools_of
 from offload_moe.engine.model import Model
@@ -149,7 +149,15 @@ def _make_model(store: Store, options: LoadOptions, planned: Planned, engine: En
         warm_start(hierarchy, store.path)
     report = None
     if options.fast_path:
-        report = make_fast(hf, is_exact=planned.keeps_bits, context=placement.context, hierarchy=hierarchy)
+        report = make_fast(
+            hf,
+            is_exact=planned.keeps_bits,
+            context=placement.context,
+            kept=placement.cache_dtype,
+            hierarchy=hierarchy,
+        )
+    elif placement.cache_dtype != planned.dtype:
+        make_room(hf, placement.context, placement.cache_dtype)
     if planned.dtype == torch.float16:
         watch_overflow(hf)
     watch_ids(hf)

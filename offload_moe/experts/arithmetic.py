@@ -18,7 +18,13 @@ from offload_moe.residency.lease import Lease
 
 
 class Arithmetic(Protocol):
-    """Computes the routed experts of one layer from the records of a lease."""
+    """Computes the routed experts of one layer from the records of a lease.
+
+    order: the panels in which it reads records; None: rows.
+    """
+
+    @property
+    def order(self) -> kernels.PanelOrder | None: ...
 
     def forward(
         self, hidden: Tensor, weights: Tensor, routing: Routing, lease: Lease, record_of: Callable[[int], Tensor]

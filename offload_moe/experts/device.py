@@ -28,6 +28,8 @@ class DeviceArithmetic:
     works on each number alone, and pairs are added as eager adds them, by ascending expert, in the hidden dtype.
     """
 
+    order = None  # rows
+
     def __init__(self, module: ExpertsContract, shape: ExpertShape, codec: Codec) -> None:
         first, last = (matrix.name for matrix in shape.matrices)
         self._module = module

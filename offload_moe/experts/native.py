@@ -9,7 +9,6 @@ from torch import Tensor
 from offload_moe.experts.activation import Activation
 from offload_moe.experts.routing import Routing
 from offload_moe.native import kernels
-from offload_moe.native.planes import Mode
 from offload_moe.quant import Codec, ExpertShape
 from offload_moe.residency.lease import Lease, Wave
 
@@ -35,6 +34,8 @@ class NativeArithmetic:
 
     The kernel adds experts in ascending order, in fp32. When experts arrive in several waves, each pair is computed
     separately and the pairs are added afterwards in that same order: the same bits for any order of arrival.
+
+    order: of the records that it reads; None: rows.
     """
 
     def __init__(
@@ -47,16 +48,19 @@ class NativeArithmetic:
         pair_scale: float = 1.0,
         is_exact: bool = False,
     ) -> None:
-        self.mode: Mode = "exact" if is_exact else "fast"
         self.pair_scale = pair_scale
+        layout = codec.layout(shape)
+        in_panels = not is_exact and kernels.not_in_panels_reason(codec.name) is None
+        self.order = kernels.PanelOrder(codec.name, shape, layout, has_gate=has_gate) if in_panels else None
         self.kernel = kernels.ExpertKernel(
             codec.name,
             shape,
-            codec.layout(shape),
+            layout,
             activation=activation.name,
             has_gate=has_gate,
             alpha=activation.alpha,
             limit=activation.limit,
+            in_panels=in_panels,
         )
 
     def forward(
@@ -70,7 +74,7 @@ class NativeArithmetic:
         if len(first) == len(routing.experts):
             out = torch.empty_like(x)
             records = [record_of(slot) for _, slot in sorted(first)]
-            self.kernel.forward(x, records, routing.offsets, routing.tokens, pair_weights, out, mode=self.mode)
+            self.kernel.forward(x, records, routing.offsets, routing.tokens, pair_weights, out)
             return out.to(hidden.dtype)
         pairs = torch.empty(len(routing.tokens), x.shape[1], dtype=torch.float32)
         self._compute_wave(first, x, pair_weights, routing, record_of, pairs)
@@ -101,7 +105,7 @@ class NativeArithmetic:
     def one_token(self, step: Step, weights: Sequence[float], records: Sequence[Tensor]) -> Tensor:
         """A weight and a record per expert, by ascending id -> ``[1, H]``: the bits of `forward`."""
         addresses = [record.data_ptr() for record in records]
-        self.kernel.forward_token(step.x, addresses, weights, step.out, mode=self.mode)
+        self.kernel.forward_token(step.x, addresses, weights, step.out)
         return self._end(step)
 
     def one_token_in_waves(
@@ -117,9 +121,7 @@ class NativeArithmetic:
         for wave in lease:
             rows = [row_of[expert] for expert, _ in wave]
             addresses = [record_of(slot).data_ptr() for _, slot in wave]
-            self.kernel.forward_token(
-                step.x, addresses, [weights[row] for row in rows], step.pairs, rows, mode=self.mode
-            )
+            self.kernel.forward_token(step.x, addresses, [weights[row] for row in rows], step.pairs, rows)
         kernels.add_rows(step.pairs, step.out)
         return self._end(step)
 
@@ -136,9 +138,7 @@ class NativeArithmetic:
         x = _kernel_input(hidden)
         out = torch.empty(len(pairs), x.shape[1], dtype=torch.float32)
         tokens = [routing.tokens[pair] for pair in pairs]
-        self.kernel.forward(
-            *(x, records, offsets, tokens, [1.0] * len(pairs), out), mode=self.mode, out_ids=range(len(pairs))
-        )
+        self.kernel.forward(*(x, records, offsets, tokens, [1.0] * len(pairs), out), out_ids=range(len(pairs)))
         return out
 
     def _compute_wave(
@@ -155,7 +155,7 @@ class NativeArithmetic:
         offsets, rows = _pairs_of(routing, [place_of[expert] for expert, _ in wave])
         tokens, chosen = [routing.tokens[row] for row in rows], [pair_weights[row] for row in rows]
         records = [record_of(slot) for _, slot in wave]
-        self.kernel.forward(*(x, records, offsets, tokens, chosen, pairs), mode=self.mode, out_ids=rows)
+        self.kernel.forward(*(x, records, offsets, tokens, chosen, pairs), out_ids=rows)
 
     @staticmethod
     def _add_pairs(pairs: Tensor, routing: Routing, hidden: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ class ReferenceArithmetic:
     wherever the math library's products depend on their operands alone.
     """
 
+    order = None  # rows
+
     def __init__(self, module: ExpertsContract, shape: ExpertShape, codec: Codec) -> None:
         self._module = module
         self._shape = shape

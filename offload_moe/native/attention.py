@@ -10,8 +10,8 @@ from torch import Tensor
 
 from offload_moe.errors import ConfigError
 from offload_moe.native.bindings import library
-from offload_moe.native.constants import MAX_ROTATED, MODES, ROTATIONS
-from offload_moe.native.planes import Mode, matrix_struct
+from offload_moe.native.constants import MAX_ROTATED, ROTATIONS
+from offload_moe.native.planes import DTYPES, matrix_struct
 from offload_moe.native.structs import AttentionStruct, MatrixStruct
 from offload_moe.quant.layout import ExpertShape, RecordLayout, pack_planes, weight_shape
 
@@ -36,10 +36,8 @@ class Linear:
         codec = "fp32" if weight.dtype == torch.float32 else "bf16"
         return cls(codec=codec, shape=weight_shape(*weight.shape), layout=layout, record=weight, bias=bias)
 
-    def struct(self, mode: Mode = "fast") -> MatrixStruct:
-        """The matrix as calls in this mode read it. Raises: ConfigError for panels in `exact` mode."""
-        if self.in_panels and mode != "fast":
-            raise ConfigError("Records in panels have no exact mode. Keep them in row order for it.")
+    def struct(self) -> MatrixStruct:
+        """The matrix as calls read it."""
         return matrix_struct(self.codec, self.shape.matrices[0], self.layout, num_parts=int(self.in_panels))
 
 
@@ -69,6 +67,8 @@ class AttentionKernel:
     """Projections, head norms, rotary embedding, cache, attention and output projection of one token, in fp32.
 
     Shape legend: H hidden, N query heads, M key/value heads, D head dim, R rotated dims, C room in the cache.
+
+    cache_dtype: of keys and values.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class AttentionKernel:
         norms: Sequence[HeadNorm | None] = (None, None),
         sinks: Tensor | None = None,
         rotation: str = "halves",
-        mode: Mode = "fast",
+        cache_dtype: torch.dtype = torch.float32,
     ) -> None:
         """Settings of one layer. linears: query, key, value, output. norms: of query and key. Other tensors: fp32.
 
-        rotated_dims: 0 rotates nothing. rotation: a key of `ROTATIONS`.
+        rotated_dims: 0 rotates nothing. rotation: a key of `ROTATIONS`. cache_dtype: of keys and values, fp32 or bf16.
 
         Raises: ConfigError when the kernel lacks these dims.
         """
@@ -96,10 +96,11 @@ class AttentionKernel:
             raise ConfigError(f"The attention kernel turns {MAX_ROTATED} dims as pairs at most, not {rotated_dims}.")
         if outs[0] % outs[1] or outs[1] != outs[2] or any(out % head_dim for out in outs[:3]):
             raise ConfigError(f"Projections of {outs[:3]} features are not heads of {head_dim} in equal groups.")
+        self.cache_dtype = cache_dtype
         self._owned = (linears, norms, sinks)
         addresses = [None if norm is None else norm.weight.data_ptr() for norm in norms]
         self._struct = AttentionStruct(
-            matrices=(MatrixStruct * 4)(*(linear.struct(mode) for linear in linears)),
+            matrices=(MatrixStruct * 4)(*(linear.struct() for linear in linears)),
             records=(ctypes.c_void_p * 4)(*(linear.record.data_ptr() for linear in linears)),
             biases=(ctypes.c_void_p * 4)(*(optional_address(linear.bias) for linear in linears)),
             norms=(ctypes.c_void_p * 2)(*addresses),
@@ -112,7 +113,7 @@ class AttentionKernel:
             epsilons=(ctypes.c_float * 2)(*(0.0 if norm is None else norm.epsilon for norm in norms)),
             scaling=scaling,
             rotation=ROTATIONS[rotation],
-            mode=MODES[mode],
+            cache_dtype=DTYPES[cache_dtype],
         )
         self.struct_address = ctypes.addressof(self._struct)
         self._native = library().om_attention_step
@@ -122,8 +123,8 @@ class AttentionKernel:
     ) -> None:
         """Attend: x ``[..., H]`` of one token -> out ``[..., H]``, fp32, contiguous; not checked, this is the hot path.
 
-        cos, signed_sin ``[R]``. keys, values ``[1, M, C, D]``, at any distance between heads, hold `length` tokens and
-        get one more. Raises: MemoryError.
+        cos, signed_sin ``[R]``. keys, values ``[1, M, C, D]`` in `cache_dtype`, at any distance between heads, hold
+        `length` tokens and get one more. Raises: MemoryError.
         """
         status = self._native(
             *(self.struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),

@@ -1,7 +1,6 @@
 """Numbers that C and Python share. `abi.py` compares them with those of the library."""
 
 CODECS = {"nf4": 0, "int8": 1, "mxfp4": 2, "bf16": 3, "fp32": 4}
-MODES = {"exact": 0, "fast": 1}
 FP32_VALUES, BF16_VALUES = 0, 1  # dtypes of activations
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "gpt_oss": 3, "relu": 4, "relu2": 5, "identity": 6}
 ROTATIONS = {"halves": 0, "pairs_to_halves": 1, "pairs": 2}  # the dims that turn together, and their places afterwards
@@ -13,10 +12,10 @@ NEEDS_EXPERTS, NEEDS_SLOTS = 1, 2  # what a layer of a token pass needs
 UNDER_WAY = -2  # in place of a layer: no layer needs anything yet
 BLOCK = 64  # weights that share a scale
 MAX_TOP_K = 64  # of the layers of a span
-MAX_SCORED = 1024  # experts of a router with corrections or groups
+MAX_SCORED = 1024  # experts of a router that scores all of them
 MAX_ROTATED = 256  # dims of latent attention
 
-_TABLES = (CODECS, MODES, ACTIVATIONS, ROTATIONS)
+_TABLES = (CODECS, ACTIVATIONS, ROTATIONS)
 CONSTANTS = {
     **{f"OM_{name.upper()}": value for table in _TABLES for name, value in table.items()},
     "OM_F32": FP32_VALUES,

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from offload_moe.errors import ConfigError
 from offload_moe.native.bindings import library
-from offload_moe.native.constants import ACTIVATIONS, MODES
+from offload_moe.native.constants import ACTIVATIONS
 from offload_moe.native.planes import (
     DTYPES,
-    Mode,
     address_of,
     check_rows,
     matrix_struct,
@@ -43,7 +42,9 @@ class ExpertKernel:
         limit: float = 7.0,
         in_panels: bool = False,
     ) -> None:
-        """`alpha` and `limit` are the parameters of the `gpt_oss` activation. `in_panels`: records are in `PanelOrder`.
+        """`alpha` and `limit` are the parameters of the `gpt_oss` activation.
+
+        `in_panels`: records are in `PanelOrder` and activations in int8; else they are in rows and in fp32.
 
         Raises: ConfigError.
         """
@@ -53,7 +54,6 @@ class ExpertKernel:
             raise ConfigError(f"Unknown activation {activation!r}. Choose one of: {', '.join(ACTIVATIONS)}.")
         first, second = shape.matrices
         self._hidden = second.out_features
-        self._is_in_panels = in_panels
         self._layer = MoeLayerStruct(
             first=matrix_struct(codec, first, layout, num_parts=in_panels * (2 if has_gate else 1)),
             second=matrix_struct(codec, second, layout, num_parts=int(in_panels)),
@@ -75,7 +75,6 @@ class ExpertKernel:
         weights: Sequence[float] | Tensor,
         out: Tensor,
         *,
-        mode: Mode = "fast",
         accumulate: bool = False,
         out_ids: Sequence[int] | None = None,
     ) -> None:
@@ -96,9 +95,6 @@ class ExpertKernel:
             DTYPES[out.dtype] or len(out_ids) != len(token_ids) or max(out_ids, default=0) >= len(out)
         ):
             raise ConfigError(f"{len(out_ids)} rows of out for {len(token_ids)} pairs, of {len(out)} in {out.dtype}.")
-        if self._is_in_panels and mode != "fast":
-            raise ConfigError("Records in panels have no exact mode. Keep them in row order for it.")
-        if len(offsets) != len(records) + 1 or len(token_ids) != len(weights):
             raise ConfigError(f"{len(records)} records, {len(offsets)} offsets, {len(token_ids)} pairs do not fit.")
         addresses = array("Q", [address_of(record) for record in records])
         offset_values, token_values, weight_values = _Array("i", offsets), _Array("i", token_ids), _Array("f", weights)
@@ -107,7 +103,7 @@ class ExpertKernel:
             *(self.struct_address, x.data_ptr(), x.shape[0], DTYPES[x.dtype], addresses.buffer_info()[0]),
             *(offset_values.address, token_values.address, rows.address if rows else None, weight_values.address),
             len(records),
-            *(out.data_ptr(), DTYPES[out.dtype], accumulate, MODES[mode]),
+            *(out.data_ptr(), DTYPES[out.dtype], accumulate),
         )
         if status == _SHORT_OF_MEMORY:
             raise MemoryError(f"No memory for the intermediate activations of {len(token_ids)} pairs.")
@@ -121,8 +117,6 @@ class ExpertKernel:
         weights: Sequence[float],
         out: Tensor,
         rows: Sequence[int] | None = None,
-        *,
-        mode: Mode = "fast",
     ) -> None:
         """Compute `forward` for one token, an expert per weight: x, out ``[1, H]``, contiguous, one dtype; not checked.
 
@@ -136,7 +130,7 @@ class ExpertKernel:
             *(self.struct_address, x.data_ptr(), 1, DTYPES[x.dtype], records.buffer_info()[0]),
             *(offsets.buffer_info()[0], tokens.buffer_info()[0], places and places.buffer_info()[0]),
             *(shares.buffer_info()[0], num_experts),
-            *(out.data_ptr(), DTYPES[out.dtype], False, MODES[mode]),
+            *(out.data_ptr(), DTYPES[out.dtype], False),
         )
         if status:
             raise MemoryError(f"No memory for the intermediate activations of {num_experts} experts.")

@@ -31,7 +31,7 @@ from offload_moe.native.latent import LatentKernel
 from offload_moe.native.layer import LayerKernel
 from offload_moe.native.linear import LinearKernel
 from offload_moe.native.panels import PanelOrder
-from offload_moe.native.planes import unsupported_reason
+from offload_moe.native.planes import not_in_panels_reason, unsupported_reason
 from offload_moe.native.reads import Completion, Reads, ReadSizes
 from offload_moe.native.router import RouterKernel
 from offload_moe.native.slot_table import SlotTable
@@ -85,6 +85,7 @@ __all__ = [
     "encode_nf4",
     "fast_encoding",
     "instruction_set",
+    "not_in_panels_reason",
     "num_threads",
     "select_instruction_set",
     "set_threads",

@@ -3,13 +3,14 @@
 import ctypes
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from offload_moe.errors import ConfigError
 from offload_moe.native.attention import HeadNorm, Linear, optional_address
 from offload_moe.native.bindings import library
-from offload_moe.native.constants import MAX_ROTATED, MODES, ROTATIONS
-from offload_moe.native.planes import VALUES, Mode
+from offload_moe.native.constants import MAX_ROTATED, ROTATIONS
+from offload_moe.native.planes import DTYPES, VALUES
 from offload_moe.native.structs import LatentStruct, MatrixStruct
 
 DIM_STEP = 16  # ranks and rotated dims are multiples of the widest vector
@@ -20,6 +21,8 @@ class LatentKernel:
 
     Shape legend: H hidden, N heads, K unrotated, P rotated and V value dims, R rank, Q rank of the query, C room in the
     cache. Source: DeepSeek-V2, arXiv:2405.04434.
+
+    cache_dtype: of latents and rotated keys.
     """
 
     def __init__(
@@ -35,14 +38,14 @@ class LatentKernel:
         rotated_dims: int,
         scaling: float,
         rotation: str,
-        mode: Mode = "fast",
+        cache_dtype: torch.dtype = torch.float32,
     ) -> None:
         """Settings of one layer. Matrices are ``[out, in]``.
 
         query: ``[N * (K + P), H]``, or ``[Q, H]`` and ``[N * (K + P), Q]`` with `query_norm` between them.
         compress: ``[R + P, H]``.
         inner, expand: keys to latents ``[N * R, K]``, latents to keys and values ``[N * (K + V), R]``: plain numbers.
-        output: ``[H, N * V]``. rotation: a key of `ROTATIONS`.
+        output: ``[H, N * V]``. rotation: a key of `ROTATIONS`. cache_dtype: of latents and rotated keys, fp32 or bf16.
 
         Raises: ConfigError when the kernel lacks these dims or codecs.
         """
@@ -65,6 +68,7 @@ class LatentKernel:
             raise ConfigError("Projections of latent attention in codecs that its kernel does not take together.")
         if len(query) != 1 + (query_norm is not None):
             raise ConfigError("A norm of the query needs two projections, one on either side.")
+        self.cache_dtype = cache_dtype
         linears = [query[0], compress, query[-1], inner, expand, output]
         self._owned = (linears, query_norm, latent_norm)
         self._struct = LatentStruct(
@@ -82,7 +86,7 @@ class LatentKernel:
             rank=rank,
             scaling=scaling,
             rotation=ROTATIONS[rotation],
-            mode=MODES[mode],
+            cache_dtype=DTYPES[cache_dtype],
         )
         self.struct_address = ctypes.addressof(self._struct)
         self._native = library().om_latent_step
@@ -92,8 +96,8 @@ class LatentKernel:
     ) -> None:
         """Attend: x ``[..., H]`` of one token -> out ``[..., H]``, fp32, contiguous; not checked, this is the hot path.
 
-        cos, signed_sin ``[P]``, in the order of halves. latents ``[1, 1, C, R]`` and rotated ``[1, 1, C, P]`` hold
-        `length` tokens and get one more. Raises: MemoryError.
+        cos, signed_sin ``[P]``, in the order of halves. latents ``[1, 1, C, R]`` and rotated ``[1, 1, C, P]`` in
+        `cache_dtype` hold `length` tokens and get one more. Raises: MemoryError.
         """
         status = self._native(
             *(self.struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),

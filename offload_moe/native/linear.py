@@ -9,10 +9,8 @@ from torch import Tensor
 
 from offload_moe.errors import ConfigError
 from offload_moe.native.bindings import library
-from offload_moe.native.constants import MODES
 from offload_moe.native.planes import (
     DTYPES,
-    Mode,
     address_of,
     check_rows,
     matrix_struct,
@@ -48,7 +46,6 @@ class LinearKernel:
         self._out_features = [m.out_features for m in matrices]
         self._starts = [sum(self._out_features[:index]) for index in range(len(matrices))]
         self._sum_features = sum(self._out_features)
-        self._is_in_panels = num_parts > 0
         structs = [
             matrix_struct(codec, m, layout, num_parts=num_parts) for m, layout in zip(matrices, layouts, strict=True)
         ]
@@ -61,8 +58,6 @@ class LinearKernel:
         x: Tensor,
         records: Sequence[Tensor | int],
         outs: Sequence[Tensor],
-        *,
-        mode: Mode = "fast",
     ) -> None:
         """Set ``outs[i]`` to ``x @ matrix_i.T + bias_i``.
 
@@ -75,9 +70,9 @@ class LinearKernel:
                 raise ConfigError(
                     f"out is {out.dtype} {tuple(out.shape)}; {outs[0].dtype}, {x.shape[0]} rows expected."
                 )
-        self._call(x, records, [out.data_ptr() for out in outs], outs[0].dtype, mode)
+        self._call(x, records, [out.data_ptr() for out in outs], outs[0].dtype)
 
-    def forward_row(self, x: Tensor, records: Sequence[Tensor | int], out: Tensor, *, mode: Mode = "fast") -> None:
+    def forward_row(self, x: Tensor, records: Sequence[Tensor | int], out: Tensor) -> None:
         """Compute one token into one buffer: x ``[1, K]``, out ``[1, sum of O_i]``. Raises: ConfigError."""
         check_rows("x", x, self._in_features)
         check_rows("out", out, self._sum_features)
@@ -85,18 +80,14 @@ class LinearKernel:
             raise ConfigError(f"forward_row takes one token, not {x.shape[0]} into {out.shape[0]} rows.")
         first = out.data_ptr()
         targets = [first + start * out.element_size() for start in self._starts]
-        self._call(x, records, targets, out.dtype, mode)
+        self._call(x, records, targets, out.dtype)
 
-    def _call(
-        self, x: Tensor, records: Sequence[Tensor | int], targets: Sequence[int], dtype: torch.dtype, mode: Mode
-    ) -> None:
-        if self._is_in_panels and mode != "fast":
-            raise ConfigError("Records in panels have no exact mode. Keep them in row order for it.")
+    def _call(self, x: Tensor, records: Sequence[Tensor | int], targets: Sequence[int], dtype: torch.dtype) -> None:
         addresses = array("Q", [address_of(record) for record in records])
         places = array("Q", targets)
         status = self._native(
             *(self._matrices_address, addresses.buffer_info()[0], places.buffer_info()[0], len(addresses)),
-            *(x.data_ptr(), x.shape[0], DTYPES[x.dtype], DTYPES[dtype], MODES[mode]),
+            *(x.data_ptr(), x.shape[0], DTYPES[x.dtype], DTYPES[dtype]),
         )
         if status:
             raise MemoryError(f"No memory for the activations of {x.shape[0]} tokens.")

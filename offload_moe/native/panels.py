@@ -15,7 +15,10 @@ PANEL_ROWS = 16
 
 
 class PanelOrder:
-    """Both orders of one kind of record: planes keep their places and sizes, a plane's bytes change places."""
+    """Both orders of one kind of record: planes keep their places and sizes, a plane's bytes change places.
+
+    num_matrices: at `address`. scratch_bytes: that `om_repack` needs.
+    """
 
     def __init__(self, codec: str, shape: ExpertShape, layout: RecordLayout, *, has_gate: bool = False) -> None:
         """`has_gate`: the first matrix has gate rows and then up rows, whose panels begin anew. Raises: ConfigError."""
@@ -26,7 +29,13 @@ class PanelOrder:
             for index, matrix in enumerate(shape.matrices)
         ]
         self._matrices = (MatrixStruct * len(structs))(*structs)
-        self._scratch_bytes = PANEL_ROWS * max(round_up(m.in_features, 64) for m in shape.matrices)
+        self.num_matrices = len(structs)
+        self.scratch_bytes = PANEL_ROWS * max(round_up(m.in_features, 64) for m in shape.matrices)
+
+    @property
+    def address(self) -> int:
+        """Of the matrices, for native code."""
+        return ctypes.addressof(self._matrices)
 
     def to_panels(self, record: Tensor | int) -> None:
         """From row order, in place; a uint8 record or its address."""
@@ -37,7 +46,5 @@ class PanelOrder:
         self._repack(record, False)
 
     def _repack(self, record: Tensor | int, to_panels: bool) -> None:
-        scratch = torch.empty(self._scratch_bytes, dtype=torch.uint8)
-        library().om_repack(
-            ctypes.addressof(self._matrices), len(self._matrices), address_of(record), to_panels, scratch.data_ptr()
-        )
+        scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8)
+        library().om_repack(self.address, self.num_matrices, address_of(record), to_panels, scratch.data_ptr())

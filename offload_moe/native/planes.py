@@ -1,7 +1,5 @@
 """Record layouts as the native kernels read them."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -9,8 +7,6 @@ from offload_moe.errors import ConfigError
 from offload_moe.native.constants import BF16_VALUES, BLOCK, CODECS, FP32_VALUES
 from offload_moe.native.structs import MatrixStruct
 from offload_moe.quant.layout import ExpertShape, Matrix, RecordLayout, round_up
-
-Mode = Literal["exact", "fast"]
 
 VALUES = ("bf16", "fp32")  # no codes
 DTYPES = {torch.float32: FP32_VALUES, torch.bfloat16: BF16_VALUES}

@@ -25,11 +25,15 @@ ReadAt = Callable[[int, int, int, int], int]  # descriptor, address, bytes, offs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadSizes:
-    """Number of threads that read, and bytes that each of them reads at once."""
+    """Number of threads that read, and bytes that each of them reads at once.
+
+    scratch_bytes: that each of them needs to bring a record into panels.
+    """
 
     num_threads: int
     part_bytes: int
     prefetch_part_bytes: int
+    scratch_bytes: int = 0
 
 
 class Completion(NamedTuple):
@@ -71,6 +75,7 @@ class Reads:
             places=ctypes.addressof(self._places),
             is_checked=self._is_checked.buffer_info()[0],
             counts=self._counts.buffer_info()[0],
+            scratch_bytes=sizes.scratch_bytes,
             num_threads=sizes.num_threads,
         )
         native, short = library(), load_for_short_calls()

@@ -42,7 +42,8 @@ class RouterKernel:
         if num_experts % num_groups or (has_groups and top_k > num_experts // num_groups * num_chosen_groups):
             groups = f"{num_chosen_groups} of {num_groups} groups"
             raise ConfigError(f"A router of {num_experts} experts cannot choose {top_k} in {groups}.")
-        if num_experts > MAX_SCORED and (has_groups or correction is not None):
+        scores_all = has_groups or correction is not None or not (is_sigmoid or is_of_chosen)
+        if num_experts > MAX_SCORED and scores_all:
             raise ConfigError(f"The router kernel scores no more than {MAX_SCORED} experts, not {num_experts}.")
         self._owned = (linear, correction)
         self._struct = RouterStruct(

@@ -16,10 +16,9 @@ from torch import Tensor
 from offload_moe.errors import ConfigError
 from offload_moe.native.attention import tokens_apart
 from offload_moe.native.bindings import library
-from offload_moe.native.constants import MAX_TOP_K, MODES, UNDER_WAY
+from offload_moe.native.constants import MAX_TOP_K, UNDER_WAY
 from offload_moe.native.experts import ExpertKernel
 from offload_moe.native.layer import LayerKernel
-from offload_moe.native.planes import Mode
 from offload_moe.native.reads import POLL_S, Reads
 from offload_moe.native.slot_table import SlotTable
 from offload_moe.native.structs import SharedStruct, SpanLayerStruct, SpanStruct, SpanTokenStruct
@@ -28,7 +27,7 @@ from offload_moe.native.structs import SharedStruct, SpanLayerStruct, SpanStruct
 class SharedKernel:
     """A shared expert for one token, in fp32."""
 
-    def __init__(self, expert: ExpertKernel, record: Tensor, gate: Tensor | None, *, hidden: int, mode: Mode) -> None:
+    def __init__(self, expert: ExpertKernel, record: Tensor, gate: Tensor | None, *, hidden: int) -> None:
         """gate: fp32 ``[H]``, contiguous; the sigmoid of its product with the token scales the expert's result."""
         self._owned = (expert, record, gate)
         self._struct = SharedStruct(
@@ -36,7 +35,6 @@ class SharedKernel:
             record=record.data_ptr(),
             gate=None if gate is None else gate.data_ptr(),
             hidden=hidden,
-            mode=MODES[mode],
         )
         self.struct_address = ctypes.addressof(self._struct)
         self._native = library().om_add_shared
@@ -56,7 +54,6 @@ class SpanLayer:
     shared: SharedKernel | None = None
     first_key: int
     weight_scale: float = 1.0
-    mode: Mode = "fast"
 
 
 class SpanToken:
@@ -129,7 +126,6 @@ class SpanKernel:
                     shared=None if layer.shared is None else layer.shared.struct_address,
                     first_key=layer.first_key,
                     weight_scale=layer.weight_scale,
-                    mode=MODES[layer.mode],
                 )
                 for layer in layers
             )

@@ -37,7 +37,7 @@ class AttentionStruct(ctypes.Structure):
         ("norm_lengths", ctypes.c_int64 * 2),
         ("epsilons", ctypes.c_float * 2),
         ("scaling", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("rotation", "mode")),
+        *((name, ctypes.c_int32) for name in ("rotation", "cache_dtype")),
     )
 
 
@@ -52,7 +52,7 @@ class LatentStruct(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("query_epsilon", "latent_epsilon")),
         *((name, ctypes.c_int64) for name in ("num_heads", "unrotated_dims", "rotated_dims", "value_dims", "rank")),
         ("scaling", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("rotation", "mode")),
+        *((name, ctypes.c_int32) for name in ("rotation", "cache_dtype")),
     )
 
 
@@ -86,7 +86,6 @@ class SharedStruct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("expert", "record", "gate")),
         ("hidden", ctypes.c_int64),
-        ("mode", ctypes.c_int32),
     )
 
 
@@ -99,7 +98,6 @@ class SpanLayerStruct(ctypes.Structure):
         ("shared", ctypes.c_void_p),
         ("first_key", ctypes.c_int64),
         ("weight_scale", ctypes.c_float),
-        ("mode", ctypes.c_int32),
     )
 
 
@@ -131,6 +129,8 @@ class PlaceStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("offset", "num_bytes")),
+        ("matrices", ctypes.c_void_p),
+        ("num_matrices", ctypes.c_int64),
         ("file", ctypes.c_int32),
         ("checksum", ctypes.c_uint32),
     )
@@ -152,6 +152,7 @@ class ReadsOptionsStruct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("part_bytes", "prefetch_part_bytes", "num_keys")),
         *((name, ctypes.c_void_p) for name in ("places", "is_checked", "counts")),
+        ("scratch_bytes", ctypes.c_int64),
         ("num_threads", ctypes.c_int32),
     )
 

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 class CacheLayer:
     """Elements one layer's cache holds: `per_token` for the last `window` tokens (None: all), and a fixed state.
 
-    is_complete: False if the layer also keeps a state of unknown size.
+    is_complete: False if the layer also keeps a state of unknown size. is_plain: it keeps keys and values, or latents,
+    and nothing else.
     """
 
     per_token: int = 0
     window: int | None = None
     fixed: int = 0
     is_complete: bool = True
+    is_plain: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +99,7 @@ def _cache_layers(config: "PreTrainedConfig", modules: dict[int, list[nn.Module]
                 window=getattr(layer, "sliding_window", None),
                 fixed=fixed,
                 is_complete=type(layer) in plain or fixed > 0,
+                is_plain=type(layer) in (DynamicLayer, DynamicSlidingWindowLayer),
             )
         )
     return tuple(layers)

@@ -6,6 +6,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from offload_moe.convert.jobs import LOSSLESS
 from offload_moe.plan.budget import DEVICE_RESERVE_BYTES, runtime_bytes
 from offload_moe.plan.machine import Machine
@@ -23,7 +25,7 @@ class Settings:
     """The user's settings. context: tokens; None takes as many as fit, at most 8,192.
 
     dense_codec: of dense weights in memory; None takes the most exact one that fits. stored_dense_codec: on disk.
-    is_exact: the CPU rounds dense weights only if `dense_codec` is given.
+    is_exact: the CPU rounds dense weights only if `dense_codec` is given, and no keys and values.
     """
 
     codec: str
@@ -81,7 +83,7 @@ class Tier:
 class Placement:
     """All memories; `vram` is None without a device. Every expert in VRAM has its copy in the RAM tier or on disk.
 
-    context, dense_codec: the chosen settings.
+    context, dense_codec: the chosen settings. cache_dtype: of keys and values.
     """
 
     vram: Tier | None
@@ -89,6 +91,7 @@ class Placement:
     disk: Tier
     context: int
     dense_codec: str
+    cache_dtype: torch.dtype
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
@@ -120,7 +123,21 @@ def place(shape: ModelShape, machine: Machine, settings: Settings, *, download_b
     to_write = () if is_store else _store_parts(shape, settings.codec, settings.stored_dense_codec)
     to_fetch = (Part(name="download", num_bytes=download_bytes),) if download_bytes else ()
     disk = Tier(name="disk", budget_bytes=machine.disk_bytes, fixed=(*to_write, *to_fetch))
-    return Placement(vram=vram, ram=ram, disk=disk, context=context, dense_codec=dense_codec)
+    return Placement(
+        vram=vram,
+        ram=ram,
+        disk=disk,
+        context=context,
+        dense_codec=dense_codec,
+        cache_dtype=cache_dtype(machine, settings),
+    )
+
+
+def cache_dtype(machine: Machine, settings: Settings) -> torch.dtype:
+    """Of keys and values: the CPU keeps those of a quantized store in bf16, see docs/decisions/066-narrow-cache.md."""
+    is_rounded = settings.codec != LOSSLESS and not settings.is_exact
+    is_on_cpu = not machine.has_device and machine.dtype == torch.float32
+    return torch.bfloat16 if is_rounded and is_on_cpu else machine.dtype
 
 
 def dense_codecs(machine: Machine, settings: Settings) -> tuple[str, ...]:
@@ -204,17 +221,17 @@ def _model_parts(
     shape: ModelShape, machine: Machine, settings: Settings, context: int, dense_codec: str
 ) -> tuple[Part, ...]:
     """The parts of the memory in which the model computes."""
-    dtype = machine.dtype
+    dtype, kept = machine.dtype, cache_dtype(machine, settings)
     tiles = tile_bytes(shape, settings.codec, dense_codec, dtype, has_device=machine.has_device)
     dense_bytes = dense_memory_bytes(shape, dense_codec, dtype, stored=settings.stored_dense_codec)
     return (
         Part(name="dense weights", num_bytes=dense_bytes, detail=dense_codec),
         Part(
             name="key/value cache",
-            num_bytes=cache_bytes(shape, context, dtype),
+            num_bytes=cache_bytes(shape, context, dtype, kept=kept),
             detail=_cache_detail(shape, context),
         ),
-        Part(name="activations", num_bytes=activation_bytes(shape, context, dtype)),
+        Part(name="activations", num_bytes=activation_bytes(shape, context, dtype, kept=kept)),
         Part(name="dequantized tiles", num_bytes=tiles),
     )
 

@@ -156,17 +156,18 @@ class ContextRoom:
 
     def _others(self, cache: Cache | None) -> int:
         return sum(
-            cache_bytes(self._shape, num_tokens, self._dtype)
-            for other, num_tokens in list(self._tokens.items())
-            if other is not cache
+            self._cache_bytes(num_tokens) for other, num_tokens in list(self._tokens.items()) if other is not cache
         )
 
     def _need(self, num_tokens: int, num_new: int) -> int:
-        kept = cache_bytes(self._shape, self._in_steps(num_tokens), self._dtype)
-        return kept + self._activations(num_tokens, num_new)
+        return self._cache_bytes(self._in_steps(num_tokens)) + self._activations(num_tokens, num_new)
+
+    def _cache_bytes(self, num_tokens: int) -> int:
+        return cache_bytes(self._shape, num_tokens, self._dtype, kept=self._placement.cache_dtype)
 
     def _activations(self, num_tokens: int, num_new: int) -> int:
-        return activation_bytes(self._shape, self._in_steps(num_tokens), self._dtype, num_new=num_new)
+        num_tokens, kept = self._in_steps(num_tokens), self._placement.cache_dtype
+        return activation_bytes(self._shape, num_tokens, self._dtype, kept=kept, num_new=num_new)
 
     def _in_steps(self, num_tokens: int) -> int:
         """Round up to a step, but not above the planned context if that suffices."""

@@ -120,7 +120,7 @@ def run_costs(shape: ModelShape, machine: Machine, settings: Settings, placement
     read_bytes = (
         dense_memory_bytes(shape, placement.dense_codec, machine.dtype, stored=settings.stored_dense_codec)
         - shape.lookup_elements * machine.dtype.itemsize
-        + cache_bytes(shape, placement.context, machine.dtype)
+        + cache_bytes(shape, placement.context, machine.dtype, kept=placement.cache_dtype)
     )
     is_ridden = takes_token_passes(shape, machine)
     layer_s = rates.pass_layer_s if is_ridden else rates.layer_s

@@ -16,18 +16,30 @@ FEED_FORWARD = ("gate_proj", "up_proj", "gate_up_proj")
 HEAD = "lm_head"
 
 
-def cache_bytes(shape: ModelShape, context: int, dtype: torch.dtype) -> int:
-    """The key/value cache of one sequence of `context` tokens."""
-    elements = sum(
-        layer.per_token * min(context, layer.window or context) + layer.fixed for layer in shape.attention.cache_layers
-    )
-    return elements * dtype.itemsize
+def cache_bytes(shape: ModelShape, context: int, dtype: torch.dtype, *, kept: torch.dtype | None = None) -> int:
+    """The key/value cache of one sequence of `context` tokens.
+
+    kept: the dtype of keys and values where a layer has nothing else; None: `dtype`.
+    """
+    total = 0
+    for layer in shape.attention.cache_layers:
+        each = kept if kept is not None and layer.is_plain else dtype
+        total += layer.per_token * min(context, layer.window or context) * each.itemsize + layer.fixed * dtype.itemsize
+    return total
 
 
-def activation_bytes(shape: ModelShape, context: int, dtype: torch.dtype, *, num_new: int | None = None) -> int:
+def activation_bytes(
+    shape: ModelShape,
+    context: int,
+    dtype: torch.dtype,
+    *,
+    kept: torch.dtype | None = None,
+    num_new: int | None = None,
+) -> int:
     """An upper estimate of the widest layer's activations for a prompt chunk.
 
-    num_new: tokens that are computed at once; None takes a chunk of a prompt.
+    num_new: tokens that are computed at once; None takes a chunk of a prompt. kept: as of `cache_bytes`; prompts widen
+    one layer's keys and values.
 
     Residual stream, its norm and their sums: 4 H. In addition the largest of: queries, keys, values and output of the
     attention, with keys and values of the whole context expanded to all heads (before that, and also if every head has
@@ -43,6 +55,8 @@ def activation_bytes(shape: ModelShape, context: int, dtype: torch.dtype, *, num
     dense = num_tokens * 3 * max((linear.out_features for linear in _matrices(shape, *FEED_FORWARD)), default=0)
     intermediate = max(layer.expert.matrices[-1].in_features for layer in shape.layers)
     routed = num_tokens * ((shape.top_k + 1) * shape.hidden_size + 3 * intermediate)
+    if num_tokens > 1 and kept not in (None, dtype):
+        attention += context * max((layer.per_token for layer in shape.attention.cache_layers), default=0)
     return (num_tokens * 4 * shape.hidden_size + max(attention, dense, routed)) * dtype.itemsize
 
 

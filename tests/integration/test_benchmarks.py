@@ -24,6 +24,11 @@ RUN = ("runs.*.decode_tokens_per_s", "runs.*.prompt_tokens_per_s", "peak_rss_byt
 # Script, arguments, and the figures that are not zero.
 CASES: list[tuple[str, str, tuple[str, ...]]] = [
     (
+        "attention.py",
+        "--trials 1 --threads 1 --heads 4x2x32 --latents 4x32x16 --contexts 600 --megabytes 1 --unpinned",
+        ("results.*.us.median", "results.*.gb_per_s.median", "results.*.of_read.median"),
+    ),
+    (
         "codec_error.py",
         "{checkpoint} --experts-per-layer 1",
         ("errors.nf4 down_proj.median", "errors.int8 down_proj.max"),

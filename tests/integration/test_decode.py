@@ -172,7 +172,7 @@ def test_a_tied_head_is_a_quantized_copy(checkpoints: dict[str, Path]) -> None:
         embedding, head = model.hf.get_input_embeddings(), model.hf.get_output_embeddings()
         assert isinstance(head, QuantLinear)
         assert embedding.weight.dtype == torch.bfloat16  # widened when looked up
-        decoded = head.codec.decode(head.shape, head.record, torch.float32)["weight"]
+        decoded = head.codec.decode(head.shape, head.in_rows(), torch.float32)["weight"]
         assert 0 < distance(decoded, embedding.weight) < 0.01
 
 

@@ -53,9 +53,10 @@ def test_bytes_per_token_are_the_latent_and_the_rotated_key(
         cache = filled_cache(model.hf)
     tokens = BATCH * (NUM_TOKENS + NUM_DECODED)
     found = sum(num_bytes(layer.keys, layer.values) for layer in cache.layers)
-    assert found == tokens * WIDTH * dtype.itemsize * NUM_LAYERS
-    assert found < tokens * ALL_HEADS * dtype.itemsize * NUM_LAYERS
+    kept = torch.bfloat16
+    assert found == tokens * WIDTH * kept.itemsize * NUM_LAYERS
+    assert found < tokens * ALL_HEADS * kept.itemsize * NUM_LAYERS
     rooms = [room for layer in cache.layers if (room := getattr(layer, "_room", None)) is not None]
-    assert len(rooms) == (NUM_LAYERS if fast_path else 0)
+    assert len(rooms) == (NUM_LAYERS if fast_path or dtype == torch.float32 else 0)
     for room in rooms:  # room to grow is as narrow
-        assert num_bytes(*room) == room[0].shape[0] * room[0].shape[2] * WIDTH * dtype.itemsize
+        assert num_bytes(*room) == room[0].shape[0] * room[0].shape[2] * WIDTH * kept.itemsize

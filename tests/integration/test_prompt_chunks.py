@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.chat import byte_tokenizer, chat_model
+from transformers import DynamicCache
 
 from offload_moe import load
 from offload_moe.chat import prompt_chunks
@@ -67,6 +68,32 @@ def test_tokens_do_not_depend_on_slots(store: Path, lengths: list[int], prefetch
     for num_slots in (1, 5, 20):
         with load_with(store, num_slots, prefetch) as model:
             assert say(model) == expected
+
+
+@pytest.mark.parametrize("fast_path", [True, False])
+def test_tokens_do_not_depend_on_the_length_of_chunks(
+    store: Path, monkeypatch: pytest.MonkeyPatch, fast_path: bool
+) -> None:
+    """Nor does what is cached, apart from the rounding of torch's products."""
+    said, kept = [], []
+    for chunk in (5, 16, 1000):
+        monkeypatch.setattr(prompt_chunks, "CPU_PROMPT_TOKENS", chunk)
+        with load(store, fast_path=fast_path) as model:
+            cache = DynamicCache(config=model.hf.config)
+            ids = torch.arange(3, 60)[None]
+            with torch.inference_mode():
+                for part in ids.split(chunk, 1):
+                    model.hf(part, past_key_values=cache)
+            said.append(say(model))
+        kept.append([part for layer in cache.layers for part in (layer.keys, layer.values)])
+    assert said[0] == said[1] == said[2]
+    assert all(part.dtype == torch.bfloat16 for part in kept[0])
+    for parts in kept[1:]:
+        differs = torch.cat([(a != b).flatten() for a, b in zip(parts, kept[0], strict=True)])
+        assert differs.float().mean() < 0.01
+        assert all(
+            torch.allclose(a.float(), b.float(), rtol=2**-7, atol=1e-4) for a, b in zip(parts, kept[0], strict=True)
+        )
 
 
 def test_each_expert_is_loaded_at_most_once_a_chunk(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ NUM_KEYS = 16
 
 def disk_mover(arena: Arena, record_of: Callable[[int], Record], num_readers: int | None = None) -> DiskMover:
     """Of records with keys below `NUM_KEYS`."""
-    return DiskMover(arena, SlotTable(NUM_KEYS, arena.num_slots, arena.addresses), record_of, num_readers)
+    return DiskMover(arena, SlotTable(NUM_KEYS, arena.num_slots, arena.addresses), record_of, num_readers=num_readers)
 
 
 def read(mover: DiskMover, key: int, slot: int = 0) -> tuple[int, BaseException | None]:

@@ -62,9 +62,11 @@ class Forwards:
 
     def budget_is_kept(self, *caches: DynamicCache, num_new: int = 0) -> bool:
         """num_new: of the forward that comes, whose activations count too."""
-        held = sum(cache_bytes(self.shape, cache.get_seq_length(), torch.float32) for cache in caches)
+        kept = self.placement.cache_dtype
+        held = sum(cache_bytes(self.shape, cache.get_seq_length(), torch.float32, kept=kept) for cache in caches)
         if num_new:
-            held += activation_bytes(self.shape, caches[-1].get_seq_length(), torch.float32, num_new=num_new)
+            length = caches[-1].get_seq_length()
+            held += activation_bytes(self.shape, length, torch.float32, kept=kept, num_new=num_new)
         fast = self.placement.fast
         used = fast.fixed_bytes + self.slots * fast.slot_bytes
         planned = sum(part.num_bytes for part in fast.fixed if part.name in ("key/value cache", "activations"))
@@ -129,7 +131,7 @@ def test_what_the_budget_has_left_goes_first() -> None:
 
 
 def test_conversations_share_the_room(forwards: Forwards) -> None:
-    caches = [DynamicCache() for _ in range(4)]
+    caches = [DynamicCache() for _ in range(6)]
     for cache in caches:
         forwards.step(cache, 40)
         assert forwards.budget_is_kept(*caches[: caches.index(cache) + 1])

@@ -1,6 +1,8 @@
 """The cache with room against transformers' growing one, over every operation a cache is put through."""
 
 import copy
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -204,3 +206,69 @@ def test_it_keeps_the_dtype(dtype: torch.dtype) -> None:
     keys, values = states(1, 3, 0)
     got, _ = layer.update(keys.to(dtype), values.to(dtype))
     assert got.dtype == dtype
+
+
+def rounded(states: tuple[Tensor, Tensor]) -> list[Tensor]:
+    return [part.bfloat16().float() for part in states]
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_states_are_rounded_as_they_enter_whatever_they_are_cut_into(window: int | None) -> None:
+    """Chunks read their own states rounded, too."""
+    whole, results = states(1, 12, 0), []
+    for cuts in ([12], [5, 7], [1] * 12, [3, 1, 8]):
+        layer = RoomyLayer(kept=torch.bfloat16) if window is None else RoomySlidingLayer(window, torch.bfloat16)
+        first = 0
+        for num_new in cuts:
+            new = tuple(part[:, :, first : first + num_new] for part in whole)
+            seen = layer.update(*new)
+            first += num_new
+            num_seen = first if window is None else min(first, window - 1 + num_new)
+            for got, part in zip(seen, rounded(whole), strict=True):
+                assert got.dtype == torch.float32
+                assert torch.equal(got, part[:, :, first - num_seen : first])
+        results.append([layer.keys, layer.values])
+    assert all(part.dtype == torch.bfloat16 for parts in results for part in parts)
+    assert all(torch.equal(a, b) for parts in results[1:] for a, b in zip(parts, results[0], strict=True))
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_a_cache_in_bf16_has_half_the_bytes(window: int | None) -> None:
+    def num_bytes(kept: torch.dtype | None) -> int:
+        layer = RoomyLayer(kept=kept) if window is None else RoomySlidingLayer(window, kept)
+        for seed in range(3):
+            layer.update(*states(1, 30, seed))
+            layer.update(*states(1, 1, seed))
+        assert layer.kept_dtype == (kept or torch.float32)
+        return layer.keys.untyped_storage().nbytes()
+
+    assert 2 * num_bytes(torch.bfloat16) == num_bytes(None)
+
+
+def test_room_that_is_given_later_rounds_what_is_there() -> None:
+    cache = DynamicCache()
+    cache.layers = [DynamicLayer(), DynamicSlidingWindowLayer(sliding_window=8)]
+    for layer in cache.layers:
+        layer.update(*states(1, 5, 0))
+    give_room(cache, kept=torch.bfloat16)
+    for layer in cache.layers:
+        assert torch.equal(layer.update(*states(1, 1, 1))[0][:, :, :5], rounded(states(1, 5, 0))[0])
+        keys, _, length = layer.extend()
+        assert (keys.dtype, length) == (torch.bfloat16, 6)
+    cache.update(*states(1, 2, 2), 2)
+    assert (type(cache.layers[2]), cache.layers[2].keys.dtype) == (RoomyLayer, torch.bfloat16)
+
+
+@pytest.mark.parametrize("make", [partial(RoomyLayer), partial(RoomySlidingLayer, 8)])
+def test_gradients_flow_through_a_cache_in_bf16(make: Any) -> None:
+    layer = make(kept=torch.bfloat16)
+    keys, values = states(1, 2, 0)
+    layer.update(keys, values)
+    keys.requires_grad_()
+    layer.update(keys, values)[0].sum().backward()
+    assert torch.equal(keys.grad, torch.ones_like(keys))
+    layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+    assert torch.equal(
+        layer.update(*states(1, 1, 1))[0], torch.cat([*rounded((keys.detach(),) * 2), rounded(states(1, 1, 1))[0]], 2)
+    )
+    assert layer.extend()[0].dtype == torch.bfloat16

@@ -96,3 +96,27 @@ def test_a_narrow_embedding_gives_the_same_values() -> None:
     ids = torch.tensor([[3, 0, 9]])
     assert torch.equal(narrow(ids), exact(ids))
     assert narrow(ids).dtype == torch.float32
+
+
+@pytest.mark.parametrize("codec", ["nf4", "int8", "mxfp4"])
+def test_a_record_is_in_panels_on_the_host_and_in_rows_elsewhere(codec: str) -> None:
+    shape = ExpertShape(matrices=(Matrix(name="weight", out_features=40, in_features=72),))
+    rows = get_codec(codec).encode(shape, {"weight": torch.randn(40, 72)})
+    linear = QuantLinear(rows.clone(), shape, get_codec(codec))
+    assert linear.in_panels
+    assert not torch.equal(linear.record, rows)
+    assert torch.equal(linear.in_rows(), rows)
+    x = torch.randn(3, 72)
+    expected = linear(x)
+    assert torch.equal(linear.to(torch.float64).record, linear.to("cpu").record)  # nothing moves
+    assert torch.equal(linear(x), expected)
+    assert (linear(x.half()) - expected).norm() / expected.norm() < 0.02  # a dtype that no kernel takes
+    assert not linear.to("meta").in_panels
+
+
+def test_exact_linears_keep_their_rows() -> None:
+    shape = ExpertShape(matrices=(Matrix(name="weight", out_features=40, in_features=72),))
+    rows = get_codec("nf4").encode(shape, {"weight": torch.randn(40, 72)})
+    linear = QuantLinear(rows.clone(), shape, get_codec("nf4"), is_exact=True)
+    assert not linear.in_panels
+    assert torch.equal(linear.record, rows)

@@ -65,17 +65,17 @@ class Case:
             **{name: getattr(self, name) for name in ("query_norm", "latent_norm", "rotation")},
             "rotated_dims": self.rotated,
             "scaling": SCALING,
-            "mode": "exact",
         }
         return kernels.LatentKernel(**settings | changes)
 
-    def step(self) -> tuple[Tensor, Tensor, Tensor]:
-        latents, turned = (part.clone() for part in self.cache)
+    def step(self, cache_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+        latents, turned = (part.to(cache_dtype, copy=True) for part in self.cache)
         out = torch.full_like(self.x, torch.nan)
-        self.kernel().step(self.x, self.cos, self.signed_sin, latents, turned, self.length, out)
+        self.kernel(cache_dtype=cache_dtype).step(self.x, self.cos, self.signed_sin, latents, turned, self.length, out)
         return out, latents, turned
 
-    def expected(self) -> tuple[Tensor, Tensor, Tensor]:
+    def expected(self, cache: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The result, and the cache afterwards. cache: that of a step, to attend to."""
         x = self.x.flatten().double()
         query = product(self.query[0], x)
         if self.query_norm is not None:
@@ -84,7 +84,7 @@ class Case:
         latent, key = product(self.compress, x).split([self.rank, self.rotated])
         latents, keys = (part.double() for part in self.cache)
         latents[0, 0, self.length], keys[0, 0, self.length] = normed(latent, self.latent_norm), self.turn(key)
-        seen, turned_keys = latents[0, 0, : self.length + 1], keys[0, 0, : self.length + 1]
+        seen, turned_keys = (part[0, 0, : self.length + 1].double() for part in cache or (latents, keys))
         expanded = torch.einsum("nxr,sr->nsx", self.per_head, seen)
         scores = torch.einsum("nk,nsk->ns", unrotated, expanded[..., : self.unrotated])
         scores = (scores + self.turn(turned) @ turned_keys.T) * SCALING
@@ -123,6 +123,19 @@ def test_a_step_is_latent_attention(settings: dict[str, Any], name: str) -> None
     for got, expected in zip(results[0], made.expected(), strict=True):
         assert (got - expected).norm() <= 3e-6 * expected.norm()
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("settings", CASES, ids=str)
+def test_latents_are_rounded_to_bf16_once(settings: dict[str, Any], name: str) -> None:
+    kernels.select_instruction_set(name)
+    made = Case(**settings)
+    out, *cache = made.step(torch.bfloat16)
+    expected, *unrounded = made.expected(tuple(cache))
+    assert (out - expected).norm() <= 3e-6 * expected.norm()
+    for got, exact in zip(cache, unrounded, strict=True):
+        errors = (got[:, :, made.length].double() - exact[:, :, made.length]).abs() / exact[:, :, made.length].abs()
+        assert 2**-13 < errors.max() <= 2**-8
 
 
 def test_nothing_beyond_the_token_is_written() -> None:

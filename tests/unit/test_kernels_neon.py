@@ -19,6 +19,8 @@ def test_neon_agrees_with_portable() -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     for what in ("cases", "activations"):
         assert len(re.findall(rf"panels: 0 of [1-9]\d* {what} have other bits", run.stdout)) == 2
+    for what in ("attentions", "sums"):
+        assert len(re.findall(rf"vectors: 0 of [1-9]\d* {what} have other bits", run.stdout)) == 2
     assert (
         len(re.findall(r"neon: 0 of [1-9]\d+ cases differ", run.stdout)) == 2
     )  # with and without the dot-product instructions

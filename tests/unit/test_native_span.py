@@ -93,7 +93,7 @@ def test_a_shared_expert_is_added_as_much_as_its_gate_says(has_gate: bool) -> No
     gate = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(1)) * 0.1 if has_gate else None
     out, alone = torch.ones(1, HIDDEN), torch.empty(1, HIDDEN)
     kernel.forward_token(x, [experts.records[0].data_ptr()], [1.0], alone)
-    kernels.SharedKernel(kernel, experts.records[0], gate, hidden=HIDDEN, mode="fast").add(x, out)
+    kernels.SharedKernel(kernel, experts.records[0], gate, hidden=HIDDEN).add(x, out)
     share = 1.0 if gate is None else (gate.double() @ x[0].double()).sigmoid().item()
     assert alone.norm() > 0.1
     assert gate is None or 0.1 < share < 0.9
@@ -111,9 +111,7 @@ class Run:
         """absent: keys of experts that are not there."""
         self.layers = [Layer(number) for number in range(NUM_LAYERS)]
         runs = [
-            kernels.SpanLayer(
-                step=layer.step, experts=layer.kernel, first_key=number * NUM_EXPERTS, weight_scale=SCALE, mode="fast"
-            )
+            kernels.SpanLayer(step=layer.step, experts=layer.kernel, first_key=number * NUM_EXPERTS, weight_scale=SCALE)
             for number, layer in enumerate(self.layers)
         ]
         self.kernel = kernels.SpanKernel(runs, hidden=HIDDEN, num_experts=NUM_EXPERTS, top_k=TOP_K)

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from offload_moe.errors import ConfigError
 from offload_moe.native import kernels
 from tests.support.kernels import PANEL_SETS, Experts, make_experts, reference, relative_error, route
 from tests.support.one_arithmetic import expert_of
@@ -45,7 +44,9 @@ def test_layer_matches_fp64(instruction_set: str, codec: str, hidden: int, inter
     for num_tokens in (1, 2, 3, 8, 9, 33):
         x = rows(num_tokens, hidden)
         expected = reference(experts, x, route(num_tokens, 4))
-        assert relative_error(run(experts, records, x), expected) < 0.025  # as `fast` has it: int8 activations twice
+        assert (
+            relative_error(run(experts, records, x), expected) < 0.025
+        )  # int8 activations twice and, for nf4, 8-bit levels: 1.6% on these sizes
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -137,10 +138,3 @@ def test_a_nan_reaches_its_own_token_only() -> None:
     out = run(experts, in_panels(experts), x)
     assert out[0].isfinite().all()
     assert out[1].isnan().all()
-
-
-def test_exact_mode_is_refused() -> None:
-    experts = make_experts("nf4", 128, 64, count=1)
-    kernel = kernels.ExpertKernel("nf4", experts.shape, experts.layout, activation="silu", in_panels=True)
-    with pytest.raises(ConfigError, match="no exact mode"):
-        kernel.forward(rows(1, 128), experts.records, [0, 1], [0], [1.0], torch.empty(1, 128), mode="exact")

@@ -39,7 +39,7 @@ def test_without_a_device_everything_is_in_ram(mixtral: ModelShape) -> None:
     assert placement.vram is None
     assert ram["runtime"] == runtime_bytes(32_000)
     assert ram["dense weights"] == dense_memory_bytes(mixtral, "nf4", torch.float32)
-    assert ram["key/value cache"] == cache_bytes(mixtral, 64, torch.float32)
+    assert ram["key/value cache"] == cache_bytes(mixtral, 64, torch.float32, kept=torch.bfloat16)
     assert placement.ram.num_slots == (20 * GIB - sum(ram.values())) // slot_bytes(mixtral, "nf4")
     assert 20 * GIB - slot_bytes(mixtral, "nf4") < placement.ram.used_bytes <= 20 * GIB
 

@@ -47,7 +47,11 @@ def test_a_token_in_ram_by_hand() -> None:
     outlook = look_ahead(task(shape, machine, context=100, dense_codec="bf16"))
     assert outlook.speed is not None
     (forecast, _) = outlook.speed.forecasts
-    read = dense_memory_bytes(shape, "bf16", torch.float32) - 128 * 64 * 4 + cache_bytes(shape, 100, torch.float32)
+    read = (
+        dense_memory_bytes(shape, "bf16", torch.float32)
+        - 128 * 64 * 4
+        + cache_bytes(shape, 100, torch.float32, kept=torch.bfloat16)
+    )
     assert (forecast.hit_rate, forecast.disk_rate, forecast.link_s, forecast.disk_s) == (1, 0, 0, 0)
     assert forecast.dense_s == pytest.approx(read / 1e9)
     assert forecast.expert_s == pytest.approx(3 * 2 * 12288 / 1e9)

@@ -36,7 +36,7 @@
     FIELD(T, float, epsilons, [2]) \
     FIELD(T, float, scaling, ) \
     FIELD(T, int32_t, rotation, ) \
-    FIELD(T, int32_t, mode, )
+    FIELD(T, int32_t, cache_dtype, ) /* of keys and values */
 
 /* Multi-head latent attention, absorbed: N heads of K unrotated and P rotated dims, values of V dims, latents of R. */
 #define OM_LATENT_FIELDS(FIELD, T) \
@@ -50,7 +50,7 @@
     FIELD(T, int64_t, value_dims, ) FIELD(T, int64_t, rank, ) \
     FIELD(T, float, scaling, ) \
     FIELD(T, int32_t, rotation, ) \
-    FIELD(T, int32_t, mode, )
+    FIELD(T, int32_t, cache_dtype, ) /* of latents and rotated keys */
 
 #define OM_ROUTER_FIELDS(FIELD, T) \
     FIELD(T, om_matrix, matrix, ) /* [E, H] */ \
@@ -77,16 +77,14 @@
     FIELD(T, const om_moe_layer *, expert, ) \
     FIELD(T, const uint8_t *, record, ) \
     FIELD(T, const float *, gate, ) /* [hidden] or NULL */ \
-    FIELD(T, int64_t, hidden, ) \
-    FIELD(T, int32_t, mode, )
+    FIELD(T, int64_t, hidden, )
 
 #define OM_SPAN_LAYER_FIELDS(FIELD, T) \
     FIELD(T, const om_layer *, layer, ) /* with a router */ \
     FIELD(T, const om_moe_layer *, experts, ) \
     FIELD(T, const om_shared *, shared, ) /* NULL if the layer has none */ \
     FIELD(T, int64_t, first_key, ) /* the key of the layer's first expert */ \
-    FIELD(T, float, weight_scale, ) \
-    FIELD(T, int32_t, mode, )
+    FIELD(T, float, weight_scale, )
 
 #define OM_SPAN_FIELDS(FIELD, T) \
     FIELD(T, const om_span_layer *, layers, ) \
@@ -95,7 +93,7 @@
 
 #define OM_SPAN_TOKEN_FIELDS(FIELD, T) \
     FIELD(T, const float *, cos, ) FIELD(T, const float *, signed_sin, ) \
-    FIELD(T, float *const *, keys, ) FIELD(T, float *const *, values, ) /* per layer, as in `om_attention_step` */ \
+    FIELD(T, void *const *, keys, ) FIELD(T, void *const *, values, ) /* per layer, as in `om_attention_step` */ \
     FIELD(T, const int64_t *, capacities, ) FIELD(T, const int64_t *, lengths, ) \
     FIELD(T, float *, x, ) FIELD(T, float *, residual, ) FIELD(T, float *, normed, ) /* [H] */ \
     FIELD(T, float *, logits, ) FIELD(T, float *, weights, ) /* [layers, E], [layers, K] */ \
@@ -116,6 +114,7 @@
 
 #define OM_PLACE_FIELDS(FIELD, T) \
     FIELD(T, int64_t, offset, ) FIELD(T, int64_t, num_bytes, ) \
+    FIELD(T, const om_matrix *, matrices, ) FIELD(T, int64_t, num_matrices, ) /* to bring into panels; none: the record stays as it is */ \
     FIELD(T, int32_t, file, ) \
     FIELD(T, uint32_t, checksum, )
 
@@ -134,6 +133,7 @@
     FIELD(T, const om_place *, places, ) /* by key; num_bytes is 0 until it is set: token passes do not fetch such experts */ \
     FIELD(T, uint8_t *, is_checked, ) /* by key: whether its checksum was compared */ \
     FIELD(T, int64_t *, counts, ) /* [2]: completions to drain, calls of `om_reads_wake` */ \
+    FIELD(T, int64_t, scratch_bytes, ) /* that `om_repack` needs for these places */ \
     FIELD(T, int32_t, num_threads, )
 
 /* X experts of the pool, M stored tokens, D features. */
@@ -190,21 +190,21 @@
                                uint8_t *scratch)) \
     FUNCTION(int, om_linear_forward, (const om_matrix *matrices, const uint8_t *const *records, void *const *outs, \
                                       int64_t num_matrices, const void *x, int64_t num_tokens, int32_t x_dtype, \
-                                      int32_t out_dtype, int32_t mode)) \
+                                      int32_t out_dtype)) \
     FUNCTION(int, om_moe_forward, (const om_moe_layer *layer, const void *x, int64_t num_tokens, int32_t x_dtype, \
                                    const uint8_t *const *records, const int32_t *offsets, const int32_t *token_ids, \
                                    const int32_t *out_ids, const float *pair_weights, int64_t num_experts, void *out, \
-                                   int32_t out_dtype, int32_t accumulate, int32_t mode)) \
+                                   int32_t out_dtype, int32_t accumulate)) \
     FUNCTION(void, om_sum_rows, (const float *pairs, int64_t num_rows, int64_t num_columns, void *out, int32_t out_dtype)) \
     FUNCTION(int, om_attention_step, (const om_attention *attention, const float *x, const float *cos, \
-                                      const float *signed_sin, float *keys, float *values, int64_t capacity, \
+                                      const float *signed_sin, void *keys, void *values, int64_t capacity, \
                                       int64_t length, float *out)) \
     FUNCTION(int, om_latent_step, (const om_latent *latent, const float *x, const float *cos, const float *signed_sin, \
-                                   float *latents, float *rotated, int64_t length, float *out)) \
+                                   void *latents, void *rotated, int64_t length, float *out)) \
     FUNCTION(void, om_rms_norm, (const float *values, const float *weight, int64_t length, float epsilon, float *result)) \
     FUNCTION(int, om_router_step, (const om_router *router, const float *x, float *logits, float *weights, int64_t *ids)) \
     FUNCTION(int, om_layer_step, (const om_layer *layer, const float *x, const float *cos, const float *signed_sin, \
-                                  float *keys, float *values, int64_t capacity, int64_t length, float *residual, \
+                                  void *keys, void *values, int64_t capacity, int64_t length, float *residual, \
                                   float *normed, float *logits, float *weights, int64_t *ids)) \
     FUNCTION(int, om_add_shared, (const om_shared *shared, const float *x, float *out)) \
     FUNCTION(om_slot_table *, om_slot_table_open, (const uint8_t **records, int32_t *leases, int32_t *slots)) \
@@ -240,7 +240,6 @@
     FUNCTION(void, om_rank, (const om_ranking *r, const om_passed *passed))
 
 enum { OM_NF4 = 0, OM_INT8 = 1, OM_MXFP4 = 2, OM_BF16 = 3, OM_FP32 = 4 };
-enum { OM_EXACT = 0, OM_FAST = 1 };
 enum { OM_F32 = 0, OM_BF16_VALUES = 1 };
 enum { OM_SILU = 0, OM_GELU = 1, OM_GELU_TANH = 2, OM_GPT_OSS = 3, OM_RELU = 4, OM_RELU2 = 5, OM_IDENTITY = 6 };
 enum { OM_SLOT_FREE = 0, OM_SLOT_LOADING = 1, OM_SLOT_RESIDENT = 2, OM_SLOT_RESERVED = 3, OM_SLOT_ARRIVED = 4 };
@@ -258,11 +257,10 @@ enum { OM_UNDER_WAY = -2 };
 #define OM_BLOCK 64     /* weights that share an nf4 or int8 scale, and activations that share an int8 scale */
 #define OM_MAX_TOP_K 64 /* experts of one token and layer in a span */
 #define OM_MAX_ROTATED 256 /* dims that turn as pairs, or in latent attention */
-#define OM_MAX_SCORED 1024 /* experts of a layer whose router adds corrections or has groups */
+#define OM_MAX_SCORED 1024 /* experts of a layer whose router scores all of them */
 
 #define OM_CONSTANTS(CONSTANT) \
     CONSTANT(OM_NF4) CONSTANT(OM_INT8) CONSTANT(OM_MXFP4) CONSTANT(OM_BF16) CONSTANT(OM_FP32) \
-    CONSTANT(OM_EXACT) CONSTANT(OM_FAST) \
     CONSTANT(OM_F32) CONSTANT(OM_BF16_VALUES) \
     CONSTANT(OM_SILU) CONSTANT(OM_GELU) CONSTANT(OM_GELU_TANH) CONSTANT(OM_GPT_OSS) CONSTANT(OM_RELU) CONSTANT(OM_RELU2) \
     CONSTANT(OM_IDENTITY) \

@@ -1,47 +1,154 @@
-/* Attention of one token: query heads that share a key/value head. Included once per instruction set, after `elementwise.h`. */
-#define OM_MIXED 4 /* vectors of a mean that stay in registers */
+/* Attention of one token over rows of a cache. Included once per instruction set, by `vector_loops.h`. */
+#define OM_TILE_ROWS 64        /* whose weighed values are added up by themselves */
+#define OM_ROWS_CACHED 16      /* rows of keys that stay in the L1 cache while all heads use them */
+#define OM_KEYS_AHEAD 4096     /* bytes */
 
-/* scores[s] = q . keys[s]; both have `dim` values, a multiple of OM_LANES. */
-OM_INLINE float attend_dot(const float *q, const float *key, int64_t dim) {
-    fvec sum = fv_zero();
-    for (int64_t i = 0; i < dim; i += OM_LANES) sum = fv_fma(fv_load(q + i), fv_load(key + i), sum);
-    return fv_sum(sum);
+OM_INLINE const void *row_at(const int is_bf16, const void *rows, int64_t at) {
+    return (const char *)rows + at * (is_bf16 ? 2 : 4);
 }
 
-/* Scores to shares, in place; a sink takes part in the sum only. Source: torch's softmax: the greatest is subtracted. */
-OM_INLINE void attend_softmax(float *scores, int64_t length, const float *sink) {
-    float greatest = sink != NULL ? *sink : scores[0];
-    for (int64_t s = 0; s < length; s++) greatest = scores[s] > greatest ? scores[s] : greatest;
-    for (int64_t s = 0; s < length; s++) scores[s] = exp_approximate(scores[s] - greatest);
-    float sum = sink != NULL ? exp_approximate(*sink - greatest) : 0.0f;
-    for (int64_t s = 0; s < length; s++) sum += scores[s];
-    const float share = 1.0f / sum;
-    for (int64_t s = 0; s < length; s++) scores[s] *= share;
+OM_INLINE vec load_row(const int is_bf16, const void *rows, int64_t at) {
+    return is_bf16 ? vec_load_bf16((const uint16_t *)rows + at) : vec_load((const float *)rows + at);
 }
 
-/* out[0 .. count * OM_LANES) = sum over s of shares[s] * values[s]; `count` is a constant, so that the sums stay in registers. */
-OM_INLINE void attend_mix(const float *shares, const float *values, int64_t dim, int64_t length, const int count, float *out) {
-    fvec sums[OM_MIXED];
-    for (int i = 0; i < count; i++) sums[i] = fv_zero();
-    for (int64_t s = 0; s < length; s++) {
-        const fvec share = fv_broadcast(shares[s]);
-        for (int i = 0; i < count; i++) sums[i] = fv_fma(share, fv_load(values + s * dim + i * OM_LANES), sums[i]);
+/* sums[h * R + r] += q[h] . rows[r]; H and R are constants, so that sums stay in registers. */
+OM_INLINE void add_products(const int is_bf16, const int H, const int R, const float *q, int64_t width, const void *rows,
+                            int64_t dim, vec *sums) {
+    for (int64_t i = 0; i < dim; i += OM_LANES)
+        OM_UNROLL for (int r = 0; r < R; r++) {
+            const vec row = load_row(is_bf16, rows, r * dim + i);
+            OM_UNROLL for (int h = 0; h < H; h++) sums[h * R + r] = vec_fma(vec_load(q + h * width + i), row, sums[h * R + r]);
+        }
+}
+
+/* Unscaled scores[h * OM_SECTION + r] of rows from `at` on. */
+OM_INLINE void score_rows(const int is_bf16, const int H, const int R, const om_cached *c, const float *q, int64_t at,
+                          float *scores) {
+    const int64_t width = c->dim + c->more_dim;
+    vec sums[OM_HEADS * 4];
+    float results[OM_HEADS * 4];
+    OM_UNROLL for (int n = 0; n < H * R; n++) sums[n] = vec_broadcast(0.0f);
+    add_products(is_bf16, H, R, q, width, row_at(is_bf16, c->keys, at * c->dim), c->dim, sums);
+    if (c->more_dim > 0)
+        add_products(is_bf16, H, R, q + c->dim, width, row_at(is_bf16, c->more_keys, at * c->more_dim), c->more_dim, sums);
+    OM_UNROLL for (int n = 0; n + 4 <= H * R; n += 4) vec_sums(sums + n, results + n);
+    OM_UNROLL for (int n = H * R / 4 * 4; n < H * R; n++) results[n] = vec_sum(sums[n]);
+    OM_UNROLL for (int h = 0; h < H; h++)
+        OM_UNROLL for (int r = 0; r < R; r++) scores[h * OM_SECTION + at + r] = results[h * R + r];
+}
+
+OM_INLINE void score_heads(const int is_bf16, const int H, const om_cached *c, const float *q, int64_t first, int64_t end,
+                           float *scores) {
+    const int R = OM_AT_ONCE(H);
+    for (; first + R <= end; first += R) score_rows(is_bf16, H, R, c, q, first, scores);
+    for (; first < end; first++) score_rows(is_bf16, H, 1, c, q, first, scores);
+}
+
+OM_INLINE void prefetch_rows(const void *rows, int64_t num_bytes) {
+    for (int64_t at = 0; at < num_bytes; at += 64) OM_PREFETCH((const char *)rows + at);
+}
+
+OM_INLINE void score_section(const int is_bf16, const om_cached *c, const float *q, int64_t num_heads, int64_t count,
+                             float *scores) {
+    const int64_t width = c->dim + c->more_dim;
+    for (int64_t first = 0; first < count; first += OM_ROWS_CACHED) {
+        const int64_t end = first + OM_ROWS_CACHED < count ? first + OM_ROWS_CACHED : count;
+        int64_t h = 0;
+        prefetch_rows((const char *)row_at(is_bf16, c->keys, first * c->dim) + OM_KEYS_AHEAD, OM_ROWS_CACHED * c->dim * (is_bf16 ? 2 : 4));
+        if (OM_HEADS >= 4)
+            for (; h + 4 <= num_heads; h += 4) score_heads(is_bf16, 4, c, q + h * width, first, end, scores + h * OM_SECTION);
+        if (OM_HEADS >= 2)
+            for (; h + 2 <= num_heads; h += 2) score_heads(is_bf16, 2, c, q + h * width, first, end, scores + h * OM_SECTION);
+        for (; h < num_heads; h++) score_heads(is_bf16, 1, c, q + h * width, first, end, scores + h * OM_SECTION);
     }
-    for (int i = 0; i < count; i++) fv_store(out + i * OM_LANES, sums[i]);
 }
 
-/* q, out [num_heads, dim]; keys, values [length, dim]; scores: room for num_heads * length; sinks: one per head or NULL. */
-static void attend(const float *q, const float *keys, const float *values, const float *sinks, int64_t num_heads, int64_t dim,
-                   int64_t length, float scaling, float *scores, float *out) {
-    for (int64_t s = 0; s < length; s++)
-        for (int64_t h = 0; h < num_heads; h++)
-            scores[h * length + s] = scaling * attend_dot(q + h * dim, keys + s * dim, dim);
+/* sums[h * stride + i ..] += those of a tile: W vectors of its rows' values from `i` on, weighed. ahead: bytes, or 0. */
+OM_INLINE void weigh_tile(const int is_bf16, const int H, const int W, const void *values, int64_t dim, int64_t count,
+                          int64_t ahead, const float *weights, float *sums, int64_t stride) {
+    vec tile[OM_HEADS * 4];
+    OM_UNROLL for (int n = 0; n < H * W; n++) tile[n] = vec_broadcast(0.0f);
+    for (int64_t s = 0; s < count; s++) {
+        const void *row = row_at(is_bf16, values, s * dim);
+        vec value[4];
+        if (ahead) prefetch_rows((const char *)row + ahead, W * OM_LANES * (is_bf16 ? 2 : 4));
+        OM_UNROLL for (int w = 0; w < W; w++) value[w] = load_row(is_bf16, row, w * OM_LANES);
+        OM_UNROLL for (int h = 0; h < H; h++) {
+            const vec weight = vec_broadcast(weights[h * OM_SECTION + s]);
+            OM_UNROLL for (int w = 0; w < W; w++) tile[h * W + w] = vec_fma(weight, value[w], tile[h * W + w]);
+        }
+    }
+    OM_UNROLL for (int h = 0; h < H; h++)
+        OM_UNROLL for (int w = 0; w < W; w++) {
+            float *sum = sums + h * stride + w * OM_LANES;
+            vec_store(sum, vec_add(vec_load(sum), tile[h * W + w]));
+        }
+}
+
+/* All features of a tile. */
+OM_INLINE void weigh_heads(const int is_bf16, const int H, const void *values, int64_t dim, int64_t count, int64_t ahead,
+                           const float *weights, float *sums, int64_t stride) {
+    const int W = OM_AT_ONCE(H);
+    int64_t i = 0;
+    for (; i + W * OM_LANES <= dim; i += W * OM_LANES)
+        weigh_tile(is_bf16, H, W, row_at(is_bf16, values, i), dim, count, ahead, weights, sums + i, stride);
+    for (; i < dim; i += OM_LANES)
+        weigh_tile(is_bf16, H, 1, row_at(is_bf16, values, i), dim, count, ahead, weights, sums + i, stride);
+}
+
+OM_INLINE void weigh_section(const int is_bf16, const om_cached *c, const float *weights, int64_t num_heads, int64_t count,
+                             float *sums, int64_t stride) {
+    const int64_t dim = c->value_dim, tile_bytes = OM_TILE_ROWS * dim * (is_bf16 ? 2 : 4);
+    for (int64_t h = 0; h < num_heads; h++)
+        for (int64_t i = 0; i < dim; i++) sums[h * stride + i] = 0.0f;
+    for (int64_t first = 0; first < count; first += OM_TILE_ROWS) {
+        const int64_t rows = first + OM_TILE_ROWS < count ? OM_TILE_ROWS : count - first;
+        const void *values = row_at(is_bf16, c->values, first * dim);
+        const float *of_tile = weights + first;
+        int64_t h = 0;
+        if (OM_HEADS >= 4)
+            for (; h + 4 <= num_heads; h += 4)
+                weigh_heads(is_bf16, 4, values, dim, rows, h ? 0 : tile_bytes, of_tile + h * OM_SECTION, sums + h * stride, stride);
+        if (OM_HEADS >= 2)
+            for (; h + 2 <= num_heads; h += 2)
+                weigh_heads(is_bf16, 2, values, dim, rows, h ? 0 : tile_bytes, of_tile + h * OM_SECTION, sums + h * stride, stride);
+        for (; h < num_heads; h++)
+            weigh_heads(is_bf16, 1, values, dim, rows, h ? 0 : tile_bytes, of_tile + h * OM_SECTION, sums + h * stride, stride);
+    }
+}
+
+OM_INLINE void attend_as(const int is_bf16, const om_cached *c, const float *q, int64_t num_heads, int64_t count, float *room,
+                         om_section *sections, float *sums, int64_t stride) {
+    score_section(is_bf16, c, q, num_heads, count, room);
     for (int64_t h = 0; h < num_heads; h++) {
-        float *shares = scores + h * length, *target = out + h * dim;
-        attend_softmax(shares, length, sinks == NULL ? NULL : sinks + h);
-        int64_t first = 0;
-        for (; first + OM_MIXED * OM_LANES <= dim; first += OM_MIXED * OM_LANES)
-            attend_mix(shares, values + first, dim, length, OM_MIXED, target + first);
-        for (; first < dim; first += OM_LANES) attend_mix(shares, values + first, dim, length, 1, target + first);
+        float *scores = room + h * OM_SECTION;
+        for (int64_t s = 0; s < count; s++) scores[s] *= c->scaling;
+        const float greatest = greatest_of(scores, count);
+        sections[h * stride] = (om_section){greatest, take_exponentials(greatest, scores, count)};
     }
+    weigh_section(is_bf16, c, room, num_heads, count, sums, stride * c->value_dim);
+}
+
+static void attend(const om_cached *c, const float *q, int64_t num_heads, int64_t count, float *room, om_section *sections,
+                   float *sums, int64_t stride) {
+    if (c->is_bf16)
+        attend_as(1, c, q, num_heads, count, room, sections, sums, stride);
+    else
+        attend_as(0, c, q, num_heads, count, room, sections, sums, stride);
+}
+
+static void merge_sections(const om_section *sections, const float *sums, int64_t num_sections, int64_t dim, const float *sink,
+                           float *out) {
+    float greatest = sink != NULL ? *sink : -INFINITY, total = 0.0f;
+    for (int64_t s = 0; s < num_sections; s++) greatest = sections[s].greatest > greatest ? sections[s].greatest : greatest;
+    for (int64_t i = 0; i < dim; i++) out[i] = 0.0f;
+    for (int64_t s = 0; s < num_sections; s++) {
+        const float factor = om_exp(sections[s].greatest - greatest);
+        total = om_fma(factor, sections[s].sum, total);
+        for (int64_t i = 0; i < dim; i += OM_LANES)
+            vec_store(out + i, vec_fma(vec_broadcast(factor), vec_load(sums + s * dim + i), vec_load(out + i)));
+    }
+    if (sink != NULL) total += om_exp(*sink - greatest);
+    const vec share = vec_broadcast(1.0f / total);
+    for (int64_t i = 0; i < dim; i += OM_LANES) vec_store(out + i, vec_mul(vec_load(out + i), share));
 }

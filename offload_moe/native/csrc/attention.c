@@ -1,19 +1,19 @@
 /* A decode step of grouped-query attention in one call: projections, head norms, rotary embedding, cache, attention, output.
  *
  * One token of one sequence, in fp32. N query heads, M key/value heads, D head dim, S cached tokens, C room in the cache. */
-#include "job.h"
+#include "attend_job.h"
 
 enum { QUERY = 0, KEY = 1, VALUE = 2, OUTPUT = 3 };
 
 typedef struct {
     const om_attention *attention;
     const float *cos, *signed_sin;
-    float *keys, *values; /* [M, C, D] */
-    int64_t capacity, length, heads_per_unit;
+    void *keys, *values; /* [M, C, D] */
+    int64_t length;
     om_linear_job projections, output;
+    om_attend_job attend;
     void *heads[3]; /* query [N, D], key and value [M, D] */
     float *mixed;   /* [N, D] */
-    float *scores;  /* per thread */
     void *out;
 } attention_job;
 
@@ -31,23 +31,28 @@ static void finish_heads(const attention_job *job, int which, int64_t num_heads)
 }
 
 static void append(const attention_job *job) {
-    const int64_t dim = job->attention->head_dim;
-    for (int64_t head = 0; head < job->attention->num_kv_heads; head++) {
-        const int64_t at = (head * job->capacity + job->length) * dim;
-        __builtin_memcpy(job->keys + at, (const float *)job->heads[KEY] + head * dim, (size_t)dim * sizeof(float));
-        __builtin_memcpy(job->values + at, (const float *)job->heads[VALUE] + head * dim, (size_t)dim * sizeof(float));
+    const om_attention *a = job->attention;
+    const int is_bf16 = a->cache_dtype == OM_BF16_VALUES;
+    for (int64_t head = 0; head < a->num_kv_heads; head++) {
+        const int64_t row = head * job->attend.capacity + job->length, at = head * a->head_dim;
+        om_write_row(is_bf16, (const float *)job->heads[KEY] + at, a->head_dim, job->keys, row);
+        om_write_row(is_bf16, (const float *)job->heads[VALUE] + at, a->head_dim, job->values, row);
     }
 }
 
-static void heads_unit(void *context, int64_t unit, int64_t next, int thread) {
-    (void)next;
+static void merge_unit(void *context, int64_t unit, int64_t next, int thread) {
+    (void)next, (void)thread;
     const attention_job *job = context;
-    const om_attention *a = job->attention;
-    const int64_t head = unit * job->heads_per_unit, dim = a->head_dim;
-    const int64_t cached = head / (a->num_heads / a->num_kv_heads) * job->capacity * dim;
-    om_active_isa()->attend((const float *)job->heads[QUERY] + head * dim, job->keys + cached, job->values + cached,
-                            a->sinks == NULL ? NULL : a->sinks + head, job->heads_per_unit, dim, job->length + 1, a->scaling,
-                            job->scores + thread * job->heads_per_unit * job->capacity, job->mixed + head * dim);
+    om_merge_head(&job->attend, unit, job->mixed + unit * job->attention->head_dim);
+}
+
+static void attend_to_all(attention_job *job) {
+    om_run_sections(&job->attend);
+    if (job->attend.num_sections > 1) {
+        om_pool_run(merge_unit, job, job->attention->num_heads);
+        return;
+    }
+    for (int64_t head = 0; head < job->attention->num_heads; head++) merge_unit(job, head, -1, 0); /* less than a wake-up costs */
 }
 
 static void lay_out(void *context, uintptr_t *cursor) {
@@ -57,11 +62,12 @@ static void lay_out(void *context, uintptr_t *cursor) {
     const int64_t key_bytes = a->num_kv_heads * a->head_dim * (int64_t)sizeof(float);
     om_lay_out_linear(&job->projections, cursor);
     om_lay_out_linear(&job->output, cursor);
+    om_lay_out_attend(&job->attend, cursor);
     job->heads[QUERY] = om_take(cursor, query_bytes);
     job->heads[KEY] = om_take(cursor, key_bytes);
     job->heads[VALUE] = om_take(cursor, key_bytes);
     job->mixed = om_take(cursor, query_bytes);
-    job->scores = om_take(cursor, om_pool_threads() * job->heads_per_unit * job->capacity * (int64_t)sizeof(float));
+    job->attend.queries = job->heads[QUERY];
     job->output.x = job->mixed;
 }
 
@@ -73,23 +79,25 @@ static void run(void *context) {
     finish_heads(job, KEY, a->num_kv_heads);
     finish_heads(job, VALUE, a->num_kv_heads);
     append(job);
-    om_pool_run(heads_unit, job, a->num_heads / job->heads_per_unit);
+    attend_to_all(job);
     om_run_linear(&job->output);
     om_add_bias(job->out, a->biases[OUTPUT], a->matrices[OUTPUT].rows);
 }
 
 /* x[H] -> out[H]. cos and signed_sin: [rotated_dims]. Writes the token's keys and values at `length` of `keys` and `values`,
- * [M, capacity, D], and attends to `length` + 1 tokens. Returns 0, or -1 when memory is short. */
+ * [M, capacity, D] in the cache's dtype, and attends to `length` + 1 tokens. Returns 0, or -1 when memory is short. */
 OM_EXPORT int om_attention_step(const om_attention *attention, const float *x, const float *cos, const float *signed_sin,
-                                float *keys, float *values, int64_t capacity, int64_t length, float *out) {
-    const int64_t group = attention->num_heads / attention->num_kv_heads;
-    attention_job job = {.attention = attention, .cos = cos, .signed_sin = signed_sin, .keys = keys, .values = values,
-                         .capacity = capacity, .length = length, .out = out};
-    /* heads that share keys are computed together where that leaves work for every thread */
-    job.heads_per_unit = attention->num_kv_heads >= om_pool_threads() ? group : 1;
-    job.projections = (om_linear_job){.matrices = attention->matrices, .records = attention->records, .outs = job.heads,
-                                      .x = x, .num_matrices = 3, .num_tokens = 1, .mode = attention->mode};
-    job.output = (om_linear_job){.matrices = attention->matrices + OUTPUT, .records = attention->records + OUTPUT,
-                                 .outs = &job.out, .num_matrices = 1, .num_tokens = 1, .mode = attention->mode};
+                                void *keys, void *values, int64_t capacity, int64_t length, float *out) {
+    const om_attention *a = attention;
+    attention_job job = {.attention = a, .cos = cos, .signed_sin = signed_sin, .keys = keys, .values = values,
+                         .length = length, .out = out};
+    job.attend = (om_attend_job){.cached = {.keys = keys, .values = values, .dim = a->head_dim, .value_dim = a->head_dim,
+                                            .scaling = a->scaling, .is_bf16 = a->cache_dtype == OM_BF16_VALUES},
+                                 .sinks = a->sinks, .num_heads = a->num_heads, .num_kv_heads = a->num_kv_heads,
+                                 .capacity = capacity, .length = length + 1};
+    job.projections = (om_linear_job){.matrices = a->matrices, .records = a->records, .outs = job.heads,
+                                      .x = x, .num_matrices = 3, .num_tokens = 1};
+    job.output = (om_linear_job){.matrices = a->matrices + OUTPUT, .records = a->records + OUTPUT,
+                                 .outs = &job.out, .num_matrices = 1, .num_tokens = 1};
     return om_call_in_arena(&job, lay_out, run);
 }

@@ -4,7 +4,6 @@
 #include <math.h>
 
 #define OM_ROUND_MAGIC 12582912.0f /* 1.5 * 2^23: adding it rounds to the nearest even integer, for |x| < 2^22 */
-#define OM_SMALLEST_ABSMAX 1e-30f  /* below, 127 / absmax overflows; such a block counts as zero */
 
 OM_INLINE uint32_t float_bits(float value) {
     uint32_t bits;
@@ -28,68 +27,7 @@ OM_INLINE float absmax_of(const float *values, const int count) {
     return bits_float((uint32_t)largest);
 }
 
-/* int8 activations of one group; returns their sum. A group that is not finite makes its scale not finite. */
-OM_INLINE int32_t quantize_group(const float *values, const int count, int8_t *quants, float *scale) {
-    const float absmax = absmax_of(values, count);
-    const int usable = absmax >= OM_SMALLEST_ABSMAX && absmax < INFINITY;
-    const float inverse = usable ? 127.0f / absmax : 0.0f;
-    *scale = usable ? absmax / 127.0f : absmax < OM_SMALLEST_ABSMAX ? 0.0f : NAN;
-    if (!usable) {
-        for (int i = 0; i < count; i++) quants[i] = 0;
-        return 0;
-    }
-    int32_t sum = 0;
-    for (int i = 0; i < count; i++) {
-        const int32_t quant = (int32_t)float_bits(values[i] * inverse + OM_ROUND_MAGIC) - (int32_t)0x4b400000;
-        quants[i] = (int8_t)quant;
-        sum += quant;
-    }
-    return sum;
-}
-
-/* Where the units of a codec put a block's elements: see OM_UNIT_BLOCKS in rows.h. */
 #define OM_ARE_NIBBLES(codec) ((codec) == OM_NF4 || (codec) == OM_MXFP4)
-
-OM_INLINE void place_quants(const int codec, const int8_t *natural, int64_t block, int8_t *quants) {
-    if (codec == OM_INT8) {
-        quants += block * OM_QUANT_BYTES;
-        __builtin_memcpy(quants, natural, OM_BLOCK);
-        if (OM_KEEPS_MAGNITUDES)
-            for (int i = 0; i < OM_BLOCK; i++) quants[OM_BLOCK + i] = (int8_t)(natural[i] < 0 ? -natural[i] : natural[i]);
-        return;
-    }
-    const int half = OM_BLOCK / 2, low_is_odd = codec == OM_NF4; /* which element is in the low nibble */
-    int8_t *low = quants + block / OM_UNIT_BLOCKS * OM_UNIT_BLOCKS * OM_QUANT_BYTES + block % OM_UNIT_BLOCKS * half;
-    int8_t *high = low + half * OM_UNIT_BLOCKS;
-    for (int i = 0; i < half; i++) {
-        low[i] = natural[2 * i + low_is_odd];
-        high[i] = natural[2 * i + 1 - low_is_odd];
-    }
-    if (OM_KEEPS_MAGNITUDES)
-        for (int i = 0; i < OM_BLOCK; i++) low[OM_BLOCK + i] = (int8_t)(low[i] < 0 ? -low[i] : low[i]);
-}
-
-OM_INLINE void quantize_blocks_as(const int codec, const float *values, int64_t first_block, int64_t num_blocks, om_token *token) {
-    const int groups = codec == OM_MXFP4 ? 2 : 1;
-    for (int64_t b = first_block; b < first_block + num_blocks; b++, values += OM_BLOCK) {
-        int8_t natural[OM_BLOCK];
-        for (int g = 0; g < groups; g++) {
-            const int length = codec == OM_MXFP4 ? OM_BLOCK / 2 : OM_BLOCK;
-            const int64_t at = b * groups + g;
-            const int32_t sum = quantize_group(values + g * length, length, natural + g * length, token->scales + at);
-            token->corrections[at] = (float)(-OM_WEIGHT_OFFSET * sum);
-        }
-        place_quants(codec, natural, b, token->quants);
-    }
-}
-
-static void quantize_blocks(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, om_token *token) {
-    switch (codec) {
-    case OM_NF4: quantize_blocks_as(OM_NF4, values, first_block, num_blocks, token); break;
-    case OM_INT8: quantize_blocks_as(OM_INT8, values, first_block, num_blocks, token); break;
-    default: quantize_blocks_as(OM_MXFP4, values, first_block, num_blocks, token); break;
-    }
-}
 
 /* A unit has 8 * OM_UNIT_BLOCKS dwords of codes: nibble k of dword j meets element k * dwords + j of the packed values. */
 OM_INLINE void pack_nibbles(const int codec, const float *values, float *unit, int block_in_unit) {
@@ -99,13 +37,13 @@ OM_INLINE void pack_nibbles(const int codec, const float *values, float *unit, i
             unit[k * dwords + block_in_unit * 8 + j] = values[8 * j + k / 2 * 2 + ((k & 1) ^ low_is_odd)];
 }
 
-static void pack_blocks(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, om_token *token) {
+static void pack_blocks(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, float *packed) {
     if (!OM_ARE_NIBBLES(codec)) {
-        __builtin_memcpy(token->values + first_block * OM_BLOCK, values, (size_t)num_blocks * OM_BLOCK * sizeof(float));
+        __builtin_memcpy(packed + first_block * OM_BLOCK, values, (size_t)num_blocks * OM_BLOCK * sizeof(float));
         return;
     }
     for (int64_t b = first_block; b < first_block + num_blocks; b++, values += OM_BLOCK) {
-        float *unit = token->values + b / OM_UNIT_BLOCKS * OM_UNIT_BLOCKS * OM_BLOCK;
+        float *unit = packed + b / OM_UNIT_BLOCKS * OM_UNIT_BLOCKS * OM_BLOCK;
         if (codec == OM_NF4)
             pack_nibbles(OM_NF4, values, unit, (int)(b % OM_UNIT_BLOCKS));
         else
@@ -208,7 +146,4 @@ static float encode_int8_block(const float *values, int8_t *codes) {
     return scale;
 }
 
-#include "attend.h"
-#include "attend_latent.h"
-
-#define OM_ELEMENTWISE_TABLE quantize_blocks, pack_blocks, activate, encode_nf4_block, encode_int8_block, attend, attend_latent
+#define OM_ELEMENTWISE_TABLE pack_blocks, activate, encode_nf4_block, encode_int8_block

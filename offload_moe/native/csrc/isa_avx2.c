@@ -2,18 +2,15 @@
 #include "lanes8.h"
 #include "levels.h"
 #include "panel.h"
+#include "vector_set.h"
 
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 
-#define OM_QUANT_BYTES (2 * OM_BLOCK) /* quants, then their magnitudes */
-#define OM_KEEPS_MAGNITUDES 1
 #define OM_EXACT_TILE 4
 
 typedef __m256 fvec;
 typedef __m256i x_raw;
-/* u8 times s8 with 8 bits on both sides saturates in vpmaddubsw; |x| times sign(w, x) cannot, as both stay within 127. */
-typedef struct { __m256i low, high; } qunit;
 
 OM_INLINE fvec fv_zero(void) { return _mm256_setzero_ps(); }
 OM_INLINE fvec fv_load(const float *p) { return _mm256_loadu_ps(p); }
@@ -37,18 +34,6 @@ OM_INLINE __m256i widen_bytes(const uint8_t *bytes, const int count) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)whole_bytes(bytes, count, some)));
 }
 
-/* By the piece of the map that an entry's distance from the middle lies on: the exponent of the distance as a float. */
-OM_INLINE fvec dynamic_map(const uint8_t *bytes, const int count) {
-    const __m256i centred = _mm256_sub_epi32(widen_bytes(bytes, count), _mm256_set1_epi32(127));
-    const fvec distance = _mm256_cvtepi32_ps(_mm256_abs_epi32(centred));
-    /* the exponent of 2^k is 127 + k, of which the permutes see the lower three bits: k - 1; 0 shares the piece of 1 */
-    const __m256i piece = _mm256_srli_epi32(_mm256_castps_si256(_mm256_max_ps(distance, _mm256_set1_ps(1.0f))), 23);
-    static const float starts[9] = {OM_MAP_STARTS_UP, OM_MAP_START_0}, steps[9] = {OM_MAP_STEPS_UP, OM_MAP_STEP_0};
-    const fvec start = _mm256_permutevar8x32_ps(fv_load(starts + 1), piece);
-    const fvec size = fv_fma(_mm256_permutevar8x32_ps(fv_load(steps + 1), piece), distance, start);
-    return _mm256_or_ps(size, _mm256_and_ps(_mm256_castsi256_ps(centred), _mm256_set1_ps(-0.0f)));
-}
-
 OM_INLINE fvec powers_of_two(const uint8_t *bytes, const int count) {
     const __m256i exponents = widen_bytes(bytes, count), bits = _mm256_slli_epi32(exponents, 23);
     const __m256i is_tiny = _mm256_cmpeq_epi32(exponents, _mm256_setzero_si256());
@@ -58,26 +43,6 @@ OM_INLINE fvec powers_of_two(const uint8_t *bytes, const int count) {
 }
 
 OM_INLINE __m256i load_bytes(const void *bytes) { return _mm256_loadu_si256((const __m256i *)bytes); }
-
-OM_INLINE qunit load_quantized(const int codec, const uint8_t *codes, const int num_blocks) {
-    const __m256i first = load_bytes(codes), mask = _mm256_set1_epi8(15);
-    (void)num_blocks;
-    if (codec == OM_INT8) return (qunit){first, load_bytes(codes + 32)};
-    const __m128i levels = codec == OM_NF4 ? _mm_setr_epi8(OM_NF4_LEVELS) : _mm_setr_epi8(OM_MXFP4_LEVELS);
-    const __m256i table = _mm256_broadcastsi128_si256(levels);
-    return (qunit){_mm256_shuffle_epi8(table, _mm256_and_si256(first, mask)),
-                   _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(first, 4), mask))};
-}
-
-OM_INLINE __m256i dot_bytes(__m256i weights, const int8_t *quants) {
-    const __m256i signed_weights = _mm256_sign_epi8(weights, load_bytes(quants));
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(load_bytes(quants + OM_BLOCK), signed_weights), _mm256_set1_epi16(1));
-}
-
-OM_INLINE fvec fv_dot(const int codec, qunit w, const int8_t *quants) {
-    (void)codec;
-    return _mm256_cvtepi32_ps(_mm256_add_epi32(dot_bytes(w.low, quants), dot_bytes(w.high, quants + 32)));
-}
 
 OM_INLINE __m256i load_raw(const int codec, const uint8_t *codes, const int num_blocks) {
     (void)codec, (void)num_blocks;
@@ -106,8 +71,8 @@ OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const 
 #include "elementwise.h"
 #include "rows.h"
 
-const om_isa om_isa_avx2 = {"avx2", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_avx2};
+const om_isa om_isa_avx2 = {"avx2", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_avx2, &om_vectors_avx2};
 /* Rows of weights in row order as AVX2 has them; panels with dot products, in two encodings. */
-const om_isa om_isa_avx_vnni = {"avxvnni", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_avx_vnni};
-const om_isa om_isa_avx512_vl = {"avx512vl", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_avx512_vl};
+const om_isa om_isa_avx_vnni = {"avxvnni", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_avx_vnni, &om_vectors_avx2};
+const om_isa om_isa_avx512_vl = {"avx512vl", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_avx512_vl, &om_vectors_avx2};
 #endif

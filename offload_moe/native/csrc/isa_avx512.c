@@ -1,6 +1,7 @@
 /* AVX-512 with VNNI: one unit of 4-bit codes is one register, 128 weights. */
 #include "levels.h"
 #include "panel.h"
+#include "vector_set.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512CD__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
@@ -17,14 +18,10 @@
 
 #define OM_LANES 16
 #define OM_UNIT_BLOCKS 2
-#define OM_QUANT_BYTES OM_BLOCK
-#define OM_WEIGHT_OFFSET 128 /* vpdpbusd multiplies unsigned weights with signed activations */
-#define OM_KEEPS_MAGNITUDES 0
 #define OM_EXACT_TILE 4
 
 typedef __m512 fvec;
 typedef __m512i x_raw;
-typedef struct { __m512i low, high; } qunit;
 
 OM_INLINE fvec fv_zero(void) { return _mm512_setzero_ps(); }
 OM_INLINE fvec fv_load(const float *p) { return _mm512_loadu_ps(p); }
@@ -47,18 +44,6 @@ OM_INLINE __m512i widen_bytes(const uint8_t *bytes, int count) {
     return _mm512_cvtepu8_epi32(narrow);
 }
 
-/* By the piece of the map that an entry's distance from the middle, 1..128, lies on. */
-OM_INLINE fvec dynamic_map(const uint8_t *bytes, int count) {
-    const __m512i centred = _mm512_sub_epi32(widen_bytes(bytes, count), _mm512_set1_epi32(127));
-    const __m512i distance = _mm512_abs_epi32(centred), zeros = _mm512_lzcnt_epi32(distance); /* 24 for 128, 31 for 1, 32 for 0 */
-    static const float starts[16] = {OM_MAP_START_0, 0, 0, 0, 0, 0, 0, 0, OM_MAP_STARTS_DOWN};
-    static const float steps[16] = {OM_MAP_STEP_0, 0, 0, 0, 0, 0, 0, 0, OM_MAP_STEPS_DOWN};
-    const fvec start = _mm512_permutexvar_ps(zeros, fv_load(starts)), step = _mm512_permutexvar_ps(zeros, fv_load(steps));
-    const fvec size = _mm512_fmadd_ps(step, _mm512_cvtepi32_ps(distance), start);
-    const __m512i sign = _mm512_set1_epi32(INT32_MIN); /* size | (centred & sign) */
-    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(size), centred, sign, 0xf8));
-}
-
 OM_INLINE fvec powers_of_two(const uint8_t *bytes, int count) {
     const __m512i exponents = widen_bytes(bytes, count), bits = _mm512_slli_epi32(exponents, 23);
     const __m512i tiny = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(exponents, exponents), _mm512_set1_epi32(0x00400000));
@@ -69,29 +54,6 @@ OM_INLINE fvec powers_of_two(const uint8_t *bytes, int count) {
 OM_INLINE __m512i load_raw(const int codec, const uint8_t *codes, const int num_blocks) {
     if (OM_UNIT_BLOCKS == num_blocks || codec == OM_INT8) return _mm512_loadu_si512(codes);
     return _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)codes));
-}
-
-/* `index`: the nibble, other bits above it. */
-OM_INLINE __m512i look_up_levels(__m128i levels, __m512i index) {
-    const __m512i table = _mm512_broadcast_i32x4(_mm_xor_si128(levels, _mm_set1_epi8(-128)));
-#if defined(__AVX512VBMI__)
-    return _mm512_permutexvar_epi8(index, table); /* four copies of the table: two of the bits above are ignored thus */
-#else
-    return _mm512_shuffle_epi8(table, _mm512_and_si512(index, _mm512_set1_epi8(15)));
-#endif
-}
-
-OM_INLINE qunit load_quantized(const int codec, const uint8_t *codes, const int num_blocks) {
-    const __m512i raw = load_raw(codec, codes, num_blocks);
-    if (codec == OM_INT8) return (qunit){_mm512_xor_si512(raw, _mm512_set1_epi8(-128)), raw};
-    const __m128i levels = codec == OM_NF4 ? _mm_setr_epi8(OM_NF4_LEVELS) : _mm_setr_epi8(OM_MXFP4_LEVELS);
-    return (qunit){look_up_levels(levels, raw), look_up_levels(levels, _mm512_srli_epi16(raw, 4))};
-}
-
-OM_INLINE fvec fv_dot(const int codec, qunit weights, const int8_t *quants) {
-    __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights.low, _mm512_loadu_si512(quants));
-    if (codec != OM_INT8) sum = _mm512_dpbusd_epi32(sum, weights.high, _mm512_loadu_si512(quants + OM_BLOCK));
-    return _mm512_cvtepi32_ps(sum);
 }
 
 #define LANES_OF_2(a, b) {a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b}
@@ -127,5 +89,5 @@ OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const 
 #include "elementwise.h"
 #include "rows.h"
 
-const om_isa OM_AVX512_TABLE = {OM_AVX512_NAME, OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &OM_AVX512_PANELS};
+const om_isa OM_AVX512_TABLE = {OM_AVX512_NAME, OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &OM_AVX512_PANELS, &om_vectors_avx512};
 #endif

@@ -1,17 +1,15 @@
-/* NEON (AArch64); the dot-product instructions where the compiler may use them. */
+/* NEON (AArch64). */
 #include "lanes8.h"
 #include "levels.h"
 #include "panel.h"
+#include "vector_set.h"
 
 #if defined(__aarch64__) && defined(__ARM_NEON)
 #include <arm_neon.h>
 
-#define OM_QUANT_BYTES OM_BLOCK
-#define OM_KEEPS_MAGNITUDES 0
 #define OM_EXACT_TILE 4
 
 typedef struct { float32x4_t low, high; } fvec;
-typedef struct { int8x16_t part[4]; } qunit; /* low nibbles of bytes 0..15 and 16..31, then the high ones */
 typedef uint32x4x2_t x_raw;
 
 OM_INLINE fvec fv_zero(void) { return (fvec){vdupq_n_f32(0.0f), vdupq_n_f32(0.0f)}; }
@@ -28,35 +26,6 @@ OM_INLINE float fv_sum(fvec v) { return vaddvq_f32(vaddq_f32(v.low, v.high)); }
 
 OM_DEFINE_CHUNK_END
 OM_DEFINE_SCALES_BY_TABLE
-
-OM_INLINE qunit load_quantized(const int codec, const uint8_t *codes, const int num_blocks) {
-    static const int8_t nf4_levels[16] = {OM_NF4_LEVELS}, mxfp4_levels[16] = {OM_MXFP4_LEVELS};
-    const int8_t *p = (const int8_t *)codes;
-    (void)num_blocks, (void)whole_bytes;
-    if (codec == OM_INT8) return (qunit){{vld1q_s8(p), vld1q_s8(p + 16), vld1q_s8(p + 32), vld1q_s8(p + 48)}};
-    const int8x16_t table = vld1q_s8(codec == OM_NF4 ? nf4_levels : mxfp4_levels);
-    const uint8x16_t mask = vdupq_n_u8(15), first = vld1q_u8(codes), second = vld1q_u8(codes + 16);
-    return (qunit){{vqtbl1q_s8(table, vandq_u8(first, mask)), vqtbl1q_s8(table, vandq_u8(second, mask)),
-                    vqtbl1q_s8(table, vshrq_n_u8(first, 4)), vqtbl1q_s8(table, vshrq_n_u8(second, 4))}};
-}
-
-OM_INLINE int32x4_t add_products(int32x4_t sum, int8x16_t a, int8x16_t b) {
-#if defined(__ARM_FEATURE_DOTPROD)
-    return vdotq_s32(sum, a, b);
-#else
-    sum = vpadalq_s16(sum, vmull_s8(vget_low_s8(a), vget_low_s8(b)));
-    return vpadalq_s16(sum, vmull_high_s8(a, b));
-#endif
-}
-
-OM_INLINE fvec fv_dot(const int codec, qunit w, const int8_t *quants) {
-    (void)codec;
-    const int32x4_t zero = vdupq_n_s32(0);
-    const int32x4_t first = add_products(add_products(zero, w.part[0], vld1q_s8(quants)), w.part[2], vld1q_s8(quants + 32));
-    const int32x4_t second =
-        add_products(add_products(zero, w.part[1], vld1q_s8(quants + 16)), w.part[3], vld1q_s8(quants + 48));
-    return (fvec){vcvtq_f32_s32(first), vcvtq_f32_s32(second)};
-}
 
 OM_INLINE x_raw load_raw(const int codec, const uint8_t *codes, const int num_blocks) {
     (void)codec, (void)num_blocks;
@@ -91,5 +60,5 @@ OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const 
 #include "elementwise.h"
 #include "rows.h"
 
-const om_isa om_isa_neon = {"neon", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_neon};
+const om_isa om_isa_neon = {"neon", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_neon, &om_vectors_neon};
 #endif

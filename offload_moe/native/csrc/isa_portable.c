@@ -2,13 +2,11 @@
 #include "lanes8.h"
 #include "levels.h"
 #include "panel.h"
+#include "vector_set.h"
 
-#define OM_QUANT_BYTES OM_BLOCK
-#define OM_KEEPS_MAGNITUDES 0
 #define OM_EXACT_TILE 4
 
 typedef struct { float lane[OM_LANES]; } fvec;
-typedef struct { int8_t weight[OM_BLOCK]; } qunit;
 typedef int x_raw;
 
 #define OM_EACH_LANE for (int i = 0; i < OM_LANES; i++)
@@ -53,34 +51,6 @@ OM_INLINE fvec fv_halves(float first, float second) {
 OM_DEFINE_CHUNK_END
 OM_DEFINE_SCALES_BY_TABLE
 
-OM_INLINE qunit load_quantized(const int codec, const uint8_t *codes, const int num_blocks) {
-    static const int8_t nf4_levels[16] = {OM_NF4_LEVELS}, mxfp4_levels[16] = {OM_MXFP4_LEVELS};
-    const int8_t *levels = codec == OM_NF4 ? nf4_levels : mxfp4_levels;
-    qunit unit;
-    (void)num_blocks, (void)whole_bytes;
-    if (codec == OM_INT8) {
-        __builtin_memcpy(&unit, codes, sizeof unit);
-        return unit;
-    }
-    for (int i = 0; i < OM_BLOCK / 2; i++) {
-        unit.weight[i] = levels[codes[i] & 15];
-        unit.weight[OM_BLOCK / 2 + i] = levels[codes[i] >> 4];
-    }
-    return unit;
-}
-
-OM_INLINE fvec fv_dot(const int codec, qunit weights, const int8_t *quants) {
-    fvec v;
-    (void)codec;
-    for (int lane = 0; lane < OM_LANES; lane++) {
-        int32_t sum = 0;
-        for (int i = 4 * lane; i < 4 * lane + 4; i++)
-            sum += weights.weight[i] * quants[i] + weights.weight[OM_BLOCK / 2 + i] * quants[OM_BLOCK / 2 + i];
-        v.lane[lane] = (float)sum;
-    }
-    return v;
-}
-
 OM_INLINE x_raw load_raw(const int codec, const uint8_t *codes, const int num_blocks) {
     return (void)codec, (void)codes, num_blocks;
 }
@@ -109,4 +79,4 @@ OM_INLINE fvec x_vector(const int codec, x_raw raw, const uint8_t *codes, const 
 #include "elementwise.h"
 #include "rows.h"
 
-const om_isa om_isa_portable = {"portable", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_portable};
+const om_isa om_isa_portable = {"portable", OM_ROW_TABLE, OM_ELEMENTWISE_TABLE, &om_panels_portable, &om_vectors_portable};

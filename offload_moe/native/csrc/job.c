@@ -24,51 +24,23 @@ om_weights om_resolve(const om_matrix *m, const uint8_t *record) {
 
 int64_t om_padded_columns(const om_matrix *m) { return om_divide_up(m->cols, OM_BLOCK) * OM_BLOCK; }
 
-void om_lay_out_activations(om_activations *a, const om_matrix *m, int mode, int64_t num_tokens, uintptr_t *cursor) {
-    const om_isa *isa = om_active_isa();
+void om_lay_out_activations(om_activations *a, const om_matrix *m, int64_t num_tokens, uintptr_t *cursor) {
+    const int64_t unit_blocks = om_active_isa()->unit_blocks;
     a->codec = m->codec;
-    a->has_values = mode == OM_EXACT || OM_ARE_VALUES(m->codec);
     a->blocks = om_divide_up(m->cols, OM_BLOCK);
-    a->padded_blocks = om_divide_up(a->blocks, isa->unit_blocks) * isa->unit_blocks;
-    a->scales = m->codec == OM_MXFP4 ? 2 * a->blocks : a->blocks;
-    a->padded_scales = om_divide_up(a->scales, OM_SCALE_PADDING) * OM_SCALE_PADDING;
-    if (a->has_values) {
-        a->values = om_take(cursor, num_tokens * a->padded_blocks * OM_BLOCK * (int64_t)sizeof(float));
-        return;
-    }
-    a->quants = om_take(cursor, num_tokens * a->padded_blocks * isa->quant_bytes);
-    a->block_scales = om_take(cursor, num_tokens * a->padded_scales * (int64_t)sizeof(float));
-    a->corrections = om_take(cursor, num_tokens * a->padded_scales * (int64_t)sizeof(float));
+    a->padded_blocks = om_divide_up(a->blocks, unit_blocks) * unit_blocks;
+    a->values = om_take(cursor, num_tokens * a->padded_blocks * OM_BLOCK * (int64_t)sizeof(float));
 }
 
-static om_token activation_at(const om_activations *a, int64_t token) {
-    om_token result = {0};
-    if (a->has_values) {
-        result.values = a->values + token * a->padded_blocks * OM_BLOCK;
-        return result;
-    }
-    result.quants = a->quants + token * a->padded_blocks * om_active_isa()->quant_bytes;
-    result.scales = a->block_scales + token * a->padded_scales;
-    result.corrections = a->corrections + token * a->padded_scales;
-    return result;
-}
+static float *values_of(const om_activations *a, int64_t token) { return a->values + token * a->padded_blocks * OM_BLOCK; }
 
 /* What a row reads past a token's last block counts as zero. */
-static void pad_token(const om_activations *a, om_token *token) {
+void om_prepare_blocks(const om_activations *a, int64_t token, const float *values, int64_t first_block, int64_t num_blocks) {
     static const float zeros[OM_BLOCK];
     const om_isa *isa = om_active_isa();
-    if (a->has_values) {
-        if (a->padded_blocks > a->blocks) isa->pack_blocks(a->codec, zeros, a->blocks, a->padded_blocks - a->blocks, token);
-        return;
-    }
-    for (int64_t i = a->scales; i < a->padded_scales; i++) token->scales[i] = token->corrections[i] = 0.0f;
-}
-
-void om_prepare_blocks(const om_activations *a, int64_t token, const float *values, int64_t first_block, int64_t num_blocks) {
-    const om_isa *isa = om_active_isa();
-    om_token target = activation_at(a, token);
-    (a->has_values ? isa->pack_blocks : isa->quantize_blocks)(a->codec, values, first_block, num_blocks, &target);
-    if (first_block + num_blocks == a->blocks) pad_token(a, &target);
+    isa->pack_blocks(a->codec, values, first_block, num_blocks, values_of(a, token));
+    if (first_block + num_blocks == a->blocks && a->padded_blocks > a->blocks)
+        isa->pack_blocks(a->codec, zeros, a->blocks, a->padded_blocks - a->blocks, values_of(a, token));
 }
 
 const float *om_padded_row(const void *x, int32_t dtype, int64_t token, int64_t cols, int64_t padded, float *buffer) {
@@ -88,11 +60,7 @@ om_tile om_gather_tile(const om_activations *a, const int32_t *token_ids, int64_
     om_tile tile = {.num_tokens = om_tile_stride(num_tokens)};
     for (int t = 0; t < tile.num_tokens; t++) {
         const int64_t pair = first + om_min(t, num_tokens - 1);
-        const om_token token = activation_at(a, token_ids == NULL ? pair : token_ids[pair]);
-        tile.quants[t] = token.quants;
-        tile.scales[t] = token.scales;
-        tile.corrections[t] = token.corrections;
-        tile.values[t] = token.values;
+        tile.values[t] = values_of(a, token_ids == NULL ? pair : token_ids[pair]);
     }
     return tile;
 }

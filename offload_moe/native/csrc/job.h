@@ -5,12 +5,11 @@
 #include "om_kernels.h"
 #include "panel_inputs.h"
 
-/* Activations of several tokens, ready for the rows of one matrix. */
+/* Activations of several tokens in fp32, ready for the rows of one matrix. */
 typedef struct {
-    int32_t codec, has_values;
-    int64_t blocks, padded_blocks, scales, padded_scales; /* per token */
-    int8_t *quants;
-    float *block_scales, *corrections, *values;
+    int32_t codec;
+    int64_t blocks, padded_blocks; /* per token */
+    float *values;
 } om_activations;
 
 /* Bytes of scratch are counted and then handed out by the same code: run it at address 0 first. */
@@ -30,22 +29,11 @@ OM_INLINE void om_add_bias(float *values, const float *bias, int64_t count) {
         for (int64_t i = 0; i < count; i++) values[i] += bias[i];
 }
 
-/* In partial sums, so that the compiler can vectorize. */
-OM_INLINE float om_dot(const float *a, const float *b, int64_t length) {
-    float parts[16] = {0}, sum = 0.0f;
-    int64_t i = 0;
-    for (; i + 16 <= length; i += 16)
-        for (int j = 0; j < 16; j++) parts[j] += a[i + j] * b[i + j];
-    for (; i < length; i++) sum += a[i] * b[i];
-    for (int j = 0; j < 16; j++) sum += parts[j];
-    return sum;
-}
-
 OM_INLINE int64_t om_min(int64_t a, int64_t b) { return a < b ? a : b; }
 OM_INLINE int64_t om_max(int64_t a, int64_t b) { return a > b ? a : b; }
 OM_INLINE int64_t om_divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-void om_lay_out_activations(om_activations *a, const om_matrix *matrix, int mode, int64_t num_tokens, uintptr_t *cursor);
+void om_lay_out_activations(om_activations *a, const om_matrix *matrix, int64_t num_tokens, uintptr_t *cursor);
 /* A tile of token_ids[first..first + num_tokens), or of consecutive tokens from `first` where `token_ids` is NULL. */
 om_tile om_gather_tile(const om_activations *a, const int32_t *token_ids, int64_t first, int num_tokens);
 void om_prepare_blocks(const om_activations *a, int64_t token, const float *values, int64_t first_block, int64_t num_blocks);
@@ -64,7 +52,7 @@ typedef struct {
     void *const *outs;
     const void *x;
     int64_t num_matrices, num_tokens, scratch_floats;
-    int32_t x_dtype, out_dtype, mode;
+    int32_t x_dtype, out_dtype;
     om_activations activations;
     om_panel_inputs inputs; /* of matrices in panels, in place of `activations` */
     float *scratch; /* per thread */

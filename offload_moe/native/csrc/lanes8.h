@@ -4,7 +4,6 @@
 
 #define OM_LANES 8
 #define OM_UNIT_BLOCKS 1
-#define OM_WEIGHT_OFFSET 0 /* their products take signed weights */
 
 /* Scales of a chunk that ends early, without reading past them. */
 #define OM_DEFINE_CHUNK_END \
@@ -31,11 +30,6 @@
 
 /* For sets without a quicker way. */
 #define OM_DEFINE_SCALES_BY_TABLE \
-    OM_INLINE fvec dynamic_map(const uint8_t *bytes, const int count) { \
-        float scales[OM_LANES] = {0}; \
-        for (int i = 0; i < count; i++) scales[i] = om_dynamic_map[bytes[i]]; \
-        return fv_load(scales); \
-    } \
     OM_INLINE fvec powers_of_two(const uint8_t *bytes, const int count) { \
         float scales[OM_LANES] = {0}; \
         for (int i = 0; i < count; i++) scales[i] = om_e8m0(bytes[i]); \

@@ -3,7 +3,7 @@
  * The cache holds one latent and one rotated key per token, for all heads. With k = W_k c and v = W_v c, scores are
  * (W_k^T q) . c, and the output is W_v times the mean of c: nothing is expanded. Source: DeepSeek-V2, arXiv:2405.04434.
  * One token of one sequence, in fp32. N heads, K unrotated and P rotated dims, V value dims, R rank. */
-#include "job.h"
+#include "attend_job.h"
 
 enum { FIRST = 0, COMPRESS = 1, UP = 2, INNER = 3, EXPAND = 4, OUTPUT = 5 };
 #define ROWS_AT_ONCE 64
@@ -11,14 +11,14 @@ enum { FIRST = 0, COMPRESS = 1, UP = 2, INNER = 3, EXPAND = 4, OUTPUT = 5 };
 typedef struct {
     const om_latent *latent;
     const float *cos, *signed_sin;
-    float *latents, *rotated; /* [length + 1, R], [length + 1, P] */
-    int64_t length, heads_per_unit;
+    void *latents, *rotated; /* [length + 1, R], [length + 1, P] */
+    int64_t length;
     om_linear_job first, compress, up, output;
+    om_attend_job attend;
     void *down;                   /* the query projected down, or the query */
     void *compressed;             /* latent and rotated key [R + P] */
     void *query;                  /* [N, K + P] */
-    float *inner, *means, *mixed; /* [N, R], [N, R], [N, V] */
-    float *scores;                /* per thread */
+    float *inner, *means, *mixed; /* [N, R + P], [N, R], [N, V] */
     void *out;
 } latent_job;
 
@@ -36,15 +36,16 @@ static void finish_projections(latent_job *job) {
     }
     for (int64_t n = 0; n < l->num_heads; n++)
         om_rotate(query + n * query_dims(l) + l->unrotated_dims, job->cos, job->signed_sin, l->rotated_dims, l->rotation);
-    om_rms_norm(compressed, l->latent_norm, l->rank, l->latent_epsilon, job->latents + job->length * l->rank);
+    om_rms_norm(compressed, l->latent_norm, l->rank, l->latent_epsilon, compressed);
     om_rotate(compressed + l->rank, job->cos, job->signed_sin, l->rotated_dims, l->rotation);
-    for (int64_t i = 0; i < l->rotated_dims; i++) job->rotated[job->length * l->rotated_dims + i] = compressed[l->rank + i];
+    om_write_row(job->attend.cached.is_bf16, compressed, l->rank, job->latents, job->length);
+    om_write_row(job->attend.cached.is_bf16, compressed + l->rank, l->rotated_dims, job->rotated, job->length);
 }
 
 /* out[num_rows] = rows of the matrix from `first_row` on, times x. */
 static void multiply_rows(const om_latent *l, int which, int64_t first_row, int64_t num_rows, const float *x, float *out) {
     const om_weights w = om_resolve(&l->matrices[which], l->records[which]);
-    const om_rows_fn rows = om_active_isa()->rows[OM_EXACT][w.codec];
+    const om_rows_fn rows = om_active_isa()->rows[w.codec];
     const om_tile tile = {.values = {(float *)x}, .num_tokens = 1};
     float results[ROWS_AT_ONCE * OM_TILE];
     for (int64_t at = 0; at < num_rows; at += ROWS_AT_ONCE) {
@@ -54,22 +55,26 @@ static void multiply_rows(const om_latent *l, int which, int64_t first_row, int6
     }
 }
 
-static void heads_unit(void *context, int64_t unit, int64_t next, int thread) {
-    (void)next;
+/* One head's query, moved into the latent space; its rotated part stays. */
+static void query_unit(void *context, int64_t head, int64_t next, int thread) {
+    (void)next, (void)thread;
     const latent_job *job = context;
     const om_latent *l = job->latent;
-    const int64_t begin = unit * job->heads_per_unit, end = om_min(l->num_heads, begin + job->heads_per_unit);
-    const float *query = job->query;
-    for (int64_t n = begin; n < end; n++)
-        multiply_rows(l, INNER, n * l->rank, l->rank, query + n * query_dims(l), job->inner + n * l->rank);
-    const om_latent_view view = {.latents = job->latents, .rotated = job->rotated, .length = job->length + 1, .rank = l->rank,
-                                 .rotated_dims = l->rotated_dims, .turned_stride = query_dims(l), .scaling = l->scaling};
-    om_active_isa()->attend_latent(&view, job->inner + begin * l->rank, query + begin * query_dims(l) + l->unrotated_dims,
-                                   end - begin, job->scores + thread * OM_LATENT_ROOM * (job->length + 1),
-                                   job->means + begin * l->rank);
-    for (int64_t n = begin; n < end; n++)
-        multiply_rows(l, EXPAND, n * (l->unrotated_dims + l->value_dims) + l->unrotated_dims, l->value_dims,
-                      job->means + n * l->rank, job->mixed + n * l->value_dims);
+    const float *query = (const float *)job->query + head * query_dims(l);
+    float *inner = job->inner + head * (l->rank + l->rotated_dims);
+    multiply_rows(l, INNER, head * l->rank, l->rank, query, inner);
+    for (int64_t i = 0; i < l->rotated_dims; i++) inner[l->rank + i] = query[l->unrotated_dims + i];
+}
+
+/* One head's mean of latents -> its mean of values. */
+static void value_unit(void *context, int64_t head, int64_t next, int thread) {
+    (void)next, (void)thread;
+    const latent_job *job = context;
+    const om_latent *l = job->latent;
+    float *mean = job->means + head * l->rank;
+    om_merge_head(&job->attend, head, mean);
+    multiply_rows(l, EXPAND, head * (l->unrotated_dims + l->value_dims) + l->unrotated_dims, l->value_dims, mean,
+                  job->mixed + head * l->value_dims);
 }
 
 static void lay_out(void *context, uintptr_t *cursor) {
@@ -86,10 +91,10 @@ static void lay_out(void *context, uintptr_t *cursor) {
         job->query = om_take(cursor, l->num_heads * query_dims(l) * size);
         job->up.x = job->down;
     }
-    job->inner = om_take(cursor, l->num_heads * l->rank * size);
+    om_lay_out_attend(&job->attend, cursor);
+    job->attend.queries = job->inner = om_take(cursor, l->num_heads * (l->rank + l->rotated_dims) * size);
     job->means = om_take(cursor, l->num_heads * l->rank * size);
     job->mixed = om_take(cursor, l->num_heads * l->value_dims * size);
-    job->scores = om_take(cursor, om_pool_threads() * OM_LATENT_ROOM * (job->length + 1) * size);
     job->output.x = job->mixed;
 }
 
@@ -99,27 +104,33 @@ static void run(void *context) {
     om_run_linear(&job->first);
     om_run_linear(&job->compress);
     finish_projections(job);
-    om_pool_run(heads_unit, job, om_divide_up(l->num_heads, job->heads_per_unit));
+    om_pool_run(query_unit, job, l->num_heads);
+    om_run_sections(&job->attend);
+    om_pool_run(value_unit, job, l->num_heads);
     om_run_linear(&job->output);
     om_add_bias(job->out, l->biases[OUTPUT], l->matrices[OUTPUT].rows);
 }
 
 static om_linear_job linear_job(const om_latent *l, int which, void *const *out) {
     return (om_linear_job){.matrices = l->matrices + which, .records = l->records + which, .outs = out,
-                           .num_matrices = 1, .num_tokens = 1, .mode = l->mode};
+                           .num_matrices = 1, .num_tokens = 1};
 }
 
 /* x[H] -> out[H]. cos and signed_sin: [P]. Writes the token's latent and rotated key at `length` of `latents` [length + 1, R]
- * and `rotated` [length + 1, P], and attends to `length` + 1 tokens. Returns 0, or -1 when memory is short. */
-OM_EXPORT int om_latent_step(const om_latent *latent, const float *x, const float *cos, const float *signed_sin, float *latents,
-                             float *rotated, int64_t length, float *out) {
-    latent_job job = {.latent = latent, .cos = cos, .signed_sin = signed_sin, .latents = latents, .rotated = rotated,
+ * and `rotated` [length + 1, P], in the cache's dtype, and attends to `length` + 1 tokens. Returns 0, or -1 when memory is short. */
+OM_EXPORT int om_latent_step(const om_latent *latent, const float *x, const float *cos, const float *signed_sin, void *latents,
+                             void *rotated, int64_t length, float *out) {
+    const om_latent *l = latent;
+    latent_job job = {.latent = l, .cos = cos, .signed_sin = signed_sin, .latents = latents, .rotated = rotated,
                       .length = length, .out = out};
-    job.heads_per_unit = om_divide_up(latent->num_heads, om_pool_threads());
-    job.first = linear_job(latent, FIRST, &job.down);
-    job.compress = linear_job(latent, COMPRESS, &job.compressed);
+    job.attend = (om_attend_job){.cached = {.keys = latents, .more_keys = rotated, .values = latents, .dim = l->rank,
+                                            .more_dim = l->rotated_dims, .value_dim = l->rank, .scaling = l->scaling,
+                                            .is_bf16 = l->cache_dtype == OM_BF16_VALUES},
+                                 .num_heads = l->num_heads, .num_kv_heads = 1, .length = length + 1};
+    job.first = linear_job(l, FIRST, &job.down);
+    job.compress = linear_job(l, COMPRESS, &job.compressed);
     job.first.x = job.compress.x = x;
-    job.up = linear_job(latent, UP, &job.query);
-    job.output = linear_job(latent, OUTPUT, &job.out);
+    job.up = linear_job(l, UP, &job.query);
+    job.output = linear_job(l, OUTPUT, &job.out);
     return om_call_in_arena(&job, lay_out, run);
 }

@@ -5,8 +5,8 @@
 
 /* x[H] -> residual[H] = x + attention, normed[H]; and logits, weights, ids as in `om_router_step`. The cache and the
  * rotary embedding are as in `om_attention_step` or `om_latent_step`. Returns 0, or -1 when memory is short. */
-OM_EXPORT int om_layer_step(const om_layer *layer, const float *x, const float *cos, const float *signed_sin, float *keys,
-                            float *values, int64_t capacity, int64_t length, float *residual, float *normed, float *logits,
+OM_EXPORT int om_layer_step(const om_layer *layer, const float *x, const float *cos, const float *signed_sin, void *keys,
+                            void *values, int64_t capacity, int64_t length, float *residual, float *normed, float *logits,
                             float *weights, int64_t *ids) {
     om_rms_norm(x, layer->norms[0], layer->hidden, layer->epsilons[0], normed);
     const int status = layer->latent != NULL

@@ -44,7 +44,7 @@ static void rows_unit(void *context, int64_t unit, int64_t next_unit, int thread
     om_weights w = om_resolve(&job->matrices[matrix], job->records[matrix]);
     w.next_codes = next_codes;
     const int64_t first_row = unit * UNIT_ROWS, num_rows = om_min(UNIT_ROWS, w.rows - first_row);
-    const om_rows_fn rows = om_active_isa()->rows[job->mode][w.codec];
+    const om_rows_fn rows = om_active_isa()->rows[w.codec];
     float results[UNIT_ROWS * OM_TILE];
     for (int64_t first = 0; first < job->num_tokens; first += OM_TILE) {
         const int num_tokens = (int)om_min(OM_TILE, job->num_tokens - first);
@@ -59,7 +59,7 @@ void om_lay_out_linear(om_linear_job *job, uintptr_t *cursor) {
     if (job->matrices[0].part_rows)
         om_lay_out_panel_linear(job, cursor);
     else
-        om_lay_out_activations(&job->activations, &job->matrices[0], job->mode, job->num_tokens, cursor);
+        om_lay_out_activations(&job->activations, &job->matrices[0], job->num_tokens, cursor);
     job->scratch = om_take(cursor, om_pool_threads() * job->scratch_floats * (int64_t)sizeof(float));
 }
 
@@ -80,12 +80,11 @@ static void run(void *job) { om_run_linear(job); }
 int om_call_linear(om_linear_job *job) { return om_call_in_arena(job, lay_out, run); }
 
 /* outs[i][T, rows of i] = x[T, K] times matrix i, plus its bias. All matrices have the codec, the columns and the order of
- * rows of the first; panels are computed in `fast` mode.
+ * rows of the first: panels are multiplied with int8 activations, rows with fp32 ones.
  * Returns 0, or -1 when memory is short. */
 OM_EXPORT int om_linear_forward(const om_matrix *matrices, const uint8_t *const *records, void *const *outs,
-                                int64_t num_matrices, const void *x, int64_t num_tokens, int32_t x_dtype, int32_t out_dtype,
-                                int32_t mode) {
+                                int64_t num_matrices, const void *x, int64_t num_tokens, int32_t x_dtype, int32_t out_dtype) {
     om_linear_job job = {.matrices = matrices, .records = records, .outs = outs, .x = x, .num_matrices = num_matrices,
-                         .num_tokens = num_tokens, .x_dtype = x_dtype, .out_dtype = out_dtype, .mode = mode};
+                         .num_tokens = num_tokens, .x_dtype = x_dtype, .out_dtype = out_dtype};
     return om_call_linear(&job);
 }

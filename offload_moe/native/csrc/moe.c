@@ -27,7 +27,7 @@ static int is_interleaved(const om_moe_layer *layer) { return layer->has_gate &&
 
 static void first_rows(const moe_job *job, const om_weights *w, int64_t first_row, int64_t num_rows, const om_tile *tile,
                        chunk_results *results) {
-    const om_rows_fn rows = om_active_isa()->rows[job->mode][w->codec];
+    const om_rows_fn rows = om_active_isa()->rows[w->codec];
     if (is_interleaved(job->layer)) {
         rows(w, 2 * first_row, 2 * num_rows, tile, results->gate);
     } else if (job->layer->has_gate) {
@@ -95,7 +95,7 @@ static void second_segment(const moe_job *job, const segment *s, const uint8_t *
                            int64_t num_rows) {
     om_weights w = om_resolve(&job->layer->second, job->records[s->expert]);
     w.next_codes = next_codes;
-    const om_rows_fn rows = om_active_isa()->rows[job->mode][w.codec];
+    const om_rows_fn rows = om_active_isa()->rows[w.codec];
     float results[OM_MAX_OUT_ROWS * OM_TILE];
     for (int64_t first = s->first_pair, end = first + s->num_pairs; first < end; first += OM_TILE) {
         const int num_tokens = (int)om_min(OM_TILE, end - first);
@@ -171,8 +171,8 @@ static uintptr_t lay_out(moe_job *job, void **bf16_sums, uintptr_t start) {
     if (job->is_in_panels) {
         om_lay_out_panels(job, &cursor);
     } else {
-        om_lay_out_activations(&job->inputs, &layer->first, job->mode, job->num_tokens, &cursor);
-        om_lay_out_activations(&job->hidden, &layer->second, job->mode, job->group_pairs, &cursor);
+        om_lay_out_activations(&job->inputs, &layer->first, job->num_tokens, &cursor);
+        om_lay_out_activations(&job->hidden, &layer->second, job->group_pairs, &cursor);
     }
     job->segments = om_take(&cursor, job->num_experts * (int64_t)sizeof(segment));
     job->scratch = om_take(&cursor, om_pool_threads() * job->scratch_floats * (int64_t)sizeof(float));
@@ -183,7 +183,7 @@ static uintptr_t lay_out(moe_job *job, void **bf16_sums, uintptr_t start) {
 static void plan(moe_job *job) {
     const om_moe_layer *layer = job->layer;
     job->is_in_panels = layer->first.part_rows != 0;
-    const int64_t bytes_per_pair = layer->second.cols * (job->mode == OM_EXACT || OM_ARE_VALUES(layer->second.codec) ? 4 : 1);
+    const int64_t bytes_per_pair = layer->second.cols * (job->is_in_panels ? 1 : 4);
     const int64_t room = GROUP_BYTES / bytes_per_pair / OM_TILE * OM_TILE;
     job->group_pairs = om_max(1, om_min(job->offsets[job->num_experts], om_max(OM_TILE, room)));
     job->intermediate = layer->has_gate ? layer->first.rows / 2 : layer->first.rows;
@@ -205,16 +205,17 @@ static int is_in_range(const int32_t *offsets, const int32_t *token_ids, int64_t
 
 /* out[T, H] = (accumulate: +=) the experts' weighted sum for x[T, H]. Pairs of expert e: offsets[e] .. offsets[e + 1] of
  * token_ids and pair_weights. An `out` of bf16 is rounded once, at the end, and cannot be accumulated into.
- * Records in panels (both matrices) are computed in `fast` mode. out_ids: the row of `out`, then of fp32, that each pair goes to; NULL: its token's.
+ * Records in panels (both matrices) are multiplied with int8 activations, rows with fp32 ones. out_ids: the row of `out`, then
+ * of fp32, that each pair goes to; NULL: its token's.
  * Returns 0, -1 when memory is short, -2 when a pair or a token id is out of range. */
 OM_EXPORT int om_moe_forward(const om_moe_layer *layer, const void *x, int64_t num_tokens, int32_t x_dtype,
                              const uint8_t *const *records, const int32_t *offsets, const int32_t *token_ids,
                              const int32_t *out_ids, const float *pair_weights, int64_t num_experts, void *out,
-                             int32_t out_dtype, int32_t accumulate, int32_t mode) {
+                             int32_t out_dtype, int32_t accumulate) {
     moe_job job = {.layer = layer, .records = records, .offsets = offsets, .token_ids = token_ids,
                    .out_ids = out_ids != NULL ? out_ids : token_ids, .has_out_ids = out_ids != NULL,
                    .pair_weights = pair_weights, .x = x, .out = out, .num_experts = num_experts,
-                   .num_tokens = num_tokens, .x_dtype = x_dtype, .mode = mode, .is_first_write = !accumulate};
+                   .num_tokens = num_tokens, .x_dtype = x_dtype, .is_first_write = !accumulate};
     void *sums = out_dtype == OM_F32 ? NULL : out;
     if (!is_in_range(offsets, token_ids, num_experts, num_tokens)) return -2;
     om_pool_begin();

@@ -19,7 +19,7 @@ typedef struct {
     const void *x;
     float *out;
     int64_t num_experts, num_tokens, group_pairs, scratch_floats;
-    int32_t x_dtype, mode;
+    int32_t x_dtype;
     int is_first_write, has_out_ids, is_in_panels;
     int64_t intermediate, num_chunks, out_rows;
     om_activations inputs, hidden;

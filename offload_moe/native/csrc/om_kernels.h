@@ -22,7 +22,6 @@
 #include "api.h"
 
 #define OM_ARE_VALUES(codec) ((codec) == OM_BF16 || (codec) == OM_FP32) /* no codes: rows without padding or scales */
-#define OM_SCALE_PADDING 16 /* a token's scales are followed by zeros up to a multiple of this */
 #define OM_TILE 8        /* tokens that one pass over a row's codes serves */
 #define OM_PREFETCH_BYTES 4096 /* bandwidth times latency is 4 to 8 KiB a core; twice that, as rows of scales lie between */
 
@@ -38,53 +37,31 @@ typedef struct {
     int32_t codec, bias_dtype;
 } om_weights;
 
-/* One token's activations. `fast`: `quants` (int8, in the order of the set's units), one scale per scale of a row, and
- * `corrections` (minus the sum of the quants times the set's OM_WEIGHT_OFFSET). `exact`: `values`, in that order too. */
+/* Values of 1, 2, 4 or 8 tokens (`om_tile_stride`), in the order of the set's units; the last one is repeated to fill it. */
 typedef struct {
-    int8_t *quants;
-    float *scales, *corrections, *values;
-} om_token;
-
-/* 1, 2, 4 or 8 tokens (`om_tile_stride`); the last one is repeated to fill it. */
-typedef struct {
-    const int8_t *quants[OM_TILE];
-    const float *scales[OM_TILE], *corrections[OM_TILE], *values[OM_TILE];
+    const float *values[OM_TILE];
     int num_tokens;
 } om_tile;
 
-/* The cache of one token's heads: latents [length, rank] and rotated keys [length, rotated_dims]. */
-typedef struct {
-    const float *latents, *rotated;
-    int64_t length, rank, rotated_dims, turned_stride; /* between the rotated parts of two heads' queries */
-    float scaling;
-} om_latent_view;
-
-#define OM_LATENT_ROOM 4 /* heads whose scores `attend_latent` keeps */
-
-typedef struct om_panel_set om_panel_set; /* `panel.h` */
+typedef struct om_panel_set om_panel_set;   /* `panel.h` */
+typedef struct om_vector_set om_vector_set; /* `vector.h` */
 
 /* results[row * OM_TILE + token] */
 typedef void (*om_rows_fn)(const om_weights *weights, int64_t first_row, int64_t num_rows, const om_tile *tile, float *results);
 
 typedef struct {
     const char *name;
-    om_rows_fn rows[2][5]; /* [mode][codec] */
-    int unit_blocks, quant_bytes; /* blocks that are packed together where codes have 4 bits; bytes of a block's quants */
-    /* fp32 activations -> int8 (`quantize`) or reordered fp32 (`pack`), from block `first_block` of the token on. */
-    void (*quantize_blocks)(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, om_token *token);
-    void (*pack_blocks)(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, om_token *token);
+    om_rows_fn rows[5]; /* [codec], of matrices in row order */
+    int unit_blocks;    /* blocks that are packed together where codes have 4 bits */
+    /* The values of a token, from block `first_block` on, into the order of units. */
+    void (*pack_blocks)(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, float *packed);
     void (*activate)(int32_t activation, float alpha, float limit, int has_gate, const float *gate, const float *up,
                      float *result, int64_t count);
     /* 64 values -> 32 packed bytes, returns absmax; 64 values -> 64 codes, returns absmax / 127. */
     float (*encode_nf4_block)(const float *values, uint8_t *codes);
     float (*encode_int8_block)(const float *values, int8_t *codes);
-    /* One token's heads that share keys and values: q, out [num_heads, dim]; keys, values [length, dim]; sinks may be NULL. */
-    void (*attend)(const float *q, const float *keys, const float *values, const float *sinks, int64_t num_heads, int64_t dim,
-                   int64_t length, float scaling, float *scores, float *out);
-    /* See `attend_latent.h`; scores: room for OM_LATENT_ROOM * length. */
-    void (*attend_latent)(const om_latent_view *view, const float *inner, const float *turned, int64_t num_heads, float *scores,
-                          float *out);
     const om_panel_set *panels;
+    const om_vector_set *vectors;
 } om_isa;
 
 extern const om_isa om_isa_portable;
@@ -112,9 +89,6 @@ int om_pool_threads(void);
 uint8_t *om_arena_reserve(size_t num_bytes); /* 64-byte aligned, valid until the next call; only between begin and end */
 
 om_weights om_resolve(const om_matrix *matrix, const uint8_t *record);
-
-/* Scales in a row: mxfp4 has one per 32 weights. */
-OM_INLINE int64_t om_row_scales(const om_weights *w) { return w->codec == OM_MXFP4 ? 2 * w->blocks : w->blocks; }
 
 OM_INLINE int om_tile_stride(int num_tokens) { return num_tokens <= 2 ? num_tokens : num_tokens <= 4 ? 4 : OM_TILE; }
 

@@ -24,8 +24,9 @@ struct om_reads {
     om_file *files;
     om_read_at *read_at;
     om_completions completions;
+    uint8_t *scratch; /* a part for each thread */
     int64_t num_files;
-    int32_t num_threads, num_prefetching, num_spares, least_spares, is_closed, num_users;
+    int32_t num_begun, num_threads, num_prefetching, num_spares, least_spares, is_closed, num_users;
     struct {
         uint8_t *record;
         int32_t slot;
@@ -65,6 +66,7 @@ OM_EXPORT void om_reads_leave(om_reads *reads) {
     om_completions_destroy(&reads->completions);
     free(reads->fetches);
     free(reads->files);
+    free(reads->scratch);
     free(reads);
 }
 
@@ -173,19 +175,23 @@ static om_fetch *pick(om_reads *reads) {
     return reads->num_prefetching < most ? reads->prefetches.first : NULL;
 }
 
-/* Whether the bytes are the expert's. Only the first read of each is compared: files do not change. (Lock held, released meanwhile.) */
-static int check(om_reads *reads, om_fetch *fetch, const om_place *place) {
-    if (reads->options.is_checked[fetch->key]) return 1;
+/* Bring a record into panels if its bytes are the expert's, and return whether they are (lock held, released meanwhile).
+ * Only the first read of each is compared: files do not change. */
+static int accept(om_reads *reads, om_fetch *fetch, const om_place *place, uint8_t *scratch) {
+    uint8_t *is_checked = &reads->options.is_checked[fetch->key];
+    const int was_checked = *is_checked;
+    if (was_checked && place->num_matrices == 0) return 1;
     unlock(reads);
-    const int is_right = om_crc32(fetch->record, place->num_bytes, 0) == place->checksum;
+    const int is_right = was_checked || om_crc32(fetch->record, place->num_bytes, 0) == place->checksum;
+    if (is_right) om_repack(place->matrices, place->num_matrices, fetch->record, 1, scratch);
     lock(reads);
-    reads->options.is_checked[fetch->key] = (uint8_t)is_right;
+    if (!was_checked) *is_checked = (uint8_t)is_right;
     return is_right;
 }
 
 /* End a read after its last part (lock held). A transfer may corrupt what the disk has right: a wrong record is read once more. */
-static void finish(om_reads *reads, om_fetch *fetch, const om_place *place) {
-    if (!fetch->has_failed && !check(reads, fetch, place)) {
+static void finish(om_reads *reads, om_fetch *fetch, const om_place *place, uint8_t *scratch) {
+    if (!fetch->has_failed && !accept(reads, fetch, place, scratch)) {
         if (!fetch->is_reread && !reads->is_closed) {
             fetch->is_reread = 1;
             fetch->next_byte = 0;
@@ -201,7 +207,7 @@ static void finish(om_reads *reads, om_fetch *fetch, const om_place *place) {
 }
 
 /* Read the next part (lock held, released meanwhile). */
-static void read_next(om_reads *reads, om_fetch *fetch) {
+static void read_next(om_reads *reads, om_fetch *fetch, uint8_t *scratch) {
     const om_place place = reads->options.places[fetch->key];
     const om_file file = reads->files[place.file];
     om_read_at *const read_at = reads->read_at;
@@ -224,17 +230,18 @@ static void read_next(om_reads *reads, om_fetch *fetch) {
         fetch->failure = part;
     }
     if (fetch->num_running > 0) return;
-    if (!fetch->is_queued) finish(reads, fetch, &place);
+    if (!fetch->is_queued) finish(reads, fetch, &place, scratch);
     else if (fetch->is_wrong && fetch->is_prefetch) drop(reads, fetch);
 }
 
 static void *read_all(void *argument) {
     om_reads *reads = argument;
     lock(reads);
+    uint8_t *scratch = reads->scratch + reads->num_begun++ * reads->options.scratch_bytes;
     while (!reads->is_closed) {
         om_fetch *fetch = pick(reads);
         if (fetch == NULL) pthread_cond_wait(&reads->work, &reads->slot_table->lock);
-        else read_next(reads, fetch);
+        else read_next(reads, fetch, scratch);
     }
     reads->num_threads--;
     pthread_cond_signal(&reads->ended);
@@ -255,7 +262,8 @@ OM_EXPORT om_reads *om_reads_open(om_slot_table *slot_table, const om_reads_opti
     pthread_cond_init(&reads->work, NULL);
     om_init_condition(&reads->ended);
     om_completions_init(&reads->completions, options->counts);
-    for (int n = 0; reads->fetches != NULL && n < options->num_threads; n++) {
+    reads->scratch = malloc((size_t)(options->num_threads * options->scratch_bytes) + 1);
+    for (int n = 0; reads->fetches != NULL && reads->scratch != NULL && n < options->num_threads; n++) {
         pthread_t thread;
         lock(reads); /* so that the thread begins after it is counted */
         const int is_there = pthread_create(&thread, NULL, read_all, reads) == 0;

@@ -1,5 +1,6 @@
 /* The router of one token in one call: logits, scores, the greatest K of E experts and their weights, in fp32. */
 #include "job.h"
+#include "vector_set.h"
 
 #include <math.h>
 
@@ -17,38 +18,36 @@ static void choose(const float *scores, int64_t num_experts, int64_t top_k, int6
     }
 }
 
-static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+/* values[count] -> their softmax. */
+static void soften(float *values, int64_t count) {
+    const float share = 1.0f / om_active_isa()->vectors->exponentials(values, count);
+    for (int64_t i = 0; i < count; i++) values[i] *= share;
+}
 
-/* For weights that are shares of a softmax: the chosen logits are those of the greatest shares. */
+/* The scores[E] of all experts. */
+static void score(const om_router *router, const float *logits, float *scores) {
+    __builtin_memcpy(scores, logits, (size_t)router->matrix.rows * sizeof(float));
+    if (router->is_sigmoid)
+        om_active_isa()->vectors->sigmoids(scores, router->matrix.rows);
+    else
+        soften(scores, router->matrix.rows);
+}
+
+/* Shares among the chosen are a softmax of theirs: the factor that all of them have in common cancels. */
 static void weigh_shares(const om_router *router, const float *logits, const int64_t *ids, float *weights) {
-    float greatest = logits[ids[0]], all = 0.0f, chosen = 0.0f;
-    for (int64_t k = 1; k < router->top_k; k++) greatest = logits[ids[k]] > greatest ? logits[ids[k]] : greatest;
-    for (int64_t k = 0; k < router->top_k; k++) chosen += weights[k] = expf(logits[ids[k]] - greatest);
-    if (!router->is_of_chosen)
-        for (int64_t e = 0; e < router->matrix.rows; e++) all += expf(logits[e] - greatest);
-    for (int64_t k = 0; k < router->top_k; k++) weights[k] /= router->is_of_chosen ? chosen : all;
+    float scores[OM_MAX_SCORED];
+    if (!router->is_of_chosen) score(router, logits, scores);
+    for (int64_t k = 0; k < router->top_k; k++) weights[k] = (router->is_of_chosen ? logits : scores)[ids[k]];
+    if (router->is_of_chosen) soften(weights, router->top_k);
 }
 
 static void weigh_sigmoids(const om_router *router, const float *logits, const int64_t *ids, float *weights) {
     float chosen = 0.0f;
-    for (int64_t k = 0; k < router->top_k; k++) chosen += weights[k] = sigmoid(logits[ids[k]]);
+    for (int64_t k = 0; k < router->top_k; k++) weights[k] = logits[ids[k]];
+    om_active_isa()->vectors->sigmoids(weights, router->top_k);
+    for (int64_t k = 0; k < router->top_k; k++) chosen += weights[k];
     if (router->is_of_chosen)
         for (int64_t k = 0; k < router->top_k; k++) weights[k] /= chosen + 1e-20f;
-}
-
-/* The scores[E] that the choice is made by. */
-static void score(const om_router *router, const float *logits, float *scores) {
-    const int64_t num_experts = router->matrix.rows;
-    if (router->is_sigmoid) {
-        for (int64_t e = 0; e < num_experts; e++) scores[e] = sigmoid(logits[e]);
-    } else {
-        float greatest = logits[0], all = 0.0f;
-        for (int64_t e = 1; e < num_experts; e++) greatest = logits[e] > greatest ? logits[e] : greatest;
-        for (int64_t e = 0; e < num_experts; e++) all += scores[e] = expf(logits[e] - greatest);
-        for (int64_t e = 0; e < num_experts; e++) scores[e] /= all;
-    }
-    if (router->correction != NULL)
-        for (int64_t e = 0; e < num_experts; e++) scores[e] += router->correction[e];
 }
 
 /* The greatest score of a group, or the sum of its two greatest. */
@@ -87,6 +86,8 @@ static void choose_experts(const om_router *router, const float *logits, int64_t
         return;
     }
     score(router, logits, scores);
+    if (router->correction != NULL)
+        for (int64_t e = 0; e < router->matrix.rows; e++) scores[e] += router->correction[e];
     if (has_groups) exclude_groups(router, scores);
     choose(scores, router->matrix.rows, router->top_k, ids);
 }
@@ -95,7 +96,7 @@ static void choose_experts(const om_router *router, const float *logits, int64_t
 OM_EXPORT int om_router_step(const om_router *router, const float *x, float *logits, float *weights, int64_t *ids) {
     void *out = logits;
     om_linear_job job = {.matrices = &router->matrix, .records = &router->record, .outs = &out, .x = x, .num_matrices = 1,
-                         .num_tokens = 1, .mode = OM_EXACT};
+                         .num_tokens = 1};
     if (om_call_linear(&job) != 0) return -1;
     om_add_bias(logits, router->bias, router->matrix.rows);
     choose_experts(router, logits, ids);

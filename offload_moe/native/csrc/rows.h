@@ -1,15 +1,13 @@
-/* Rows of a quantized matrix times 1..OM_TILE tokens: the inner loops, written once for every instruction set.
+/* Rows of a matrix in row order times 1..OM_TILE tokens in fp32: the inner loops, written once for every instruction set.
  *
  * A unit is the codes that one vector of OM_LANES dwords holds: OM_UNIT_BLOCKS blocks where codes have 4 bits, one block
  * otherwise. A chunk is OM_LANES scales and the units they belong to. The including file defines before:
  *   fvec                          OM_LANES floats; fv_zero, fv_load, fv_load_some, fv_store, fv_broadcast, fv_add, fv_mul,
  *                                 fv_fma(a, b, c) = a * b + c, fv_pick(a, b, n): the first n lanes of a, the others of b, fv_sum
- *   dynamic_map(bytes, count)     om_dynamic_map[bytes[i]] to 3e-7, without reading past `count`; powers_of_two alike, by om_e8m0
- *   qunit load_quantized(codec, codes, num_blocks)   a unit as 8-bit integers
- *   fv_dot(codec, qunit, quants)  its products with int8 activations; each lane sums products of weights of one scale
- *   spread(codec, scales, unit)   the scale of each of those lanes, from the chunk's
+ *   powers_of_two(bytes, count)   om_e8m0(bytes[i]), without reading past `count`
+ *   spread(codec, scales, unit)   the scale of each lane of a unit, from the chunk's
  *   x_raw load_raw(codes, num_blocks), x_vector(codec, raw, codes, k)   vector k of a unit's weights as floats
- *   OM_WEIGHT_OFFSET              the excess of fv_dot's weights; OM_EXACT_TILE tokens whose sums fit the registers
+ *   OM_EXACT_TILE                 tokens whose sums fit the registers
  *
  * A token's sum is built in the same order whatever the number of tokens beside it, so results do not depend on the batch.
  * Rows are read one after another: a single stream comes nearer to the memory's bandwidth than several at once. */
@@ -17,7 +15,6 @@
 #include "om_kernels.h"
 
 #define OM_UNROLL _Pragma("GCC unroll 16") /* sums stay in registers only where their indices are constants */
-#define OM_SPAN 64
 #define OM_IS_NIBBLES(codec) ((codec) == OM_NF4 || (codec) == OM_MXFP4)
 #define OM_BLOCKS_PER_UNIT(codec) (OM_IS_NIBBLES(codec) ? OM_UNIT_BLOCKS : 1)
 #define OM_SCALES_PER_UNIT(codec) ((codec) == OM_MXFP4 ? 2 * OM_UNIT_BLOCKS : OM_BLOCKS_PER_UNIT(codec))
@@ -47,79 +44,23 @@ OM_INLINE row_place place_of_row(const om_weights *w, int64_t row, int64_t end_r
 /* As integers, which keeps the vector units free. */
 OM_INLINE fvec dynamic_map_entries(const uint8_t *bytes, const int count) {
     float entries[OM_LANES] = {0};
-    for (int i = 0; i < count; i++) __builtin_memcpy(entries + i, om_dynamic_map + bytes[i], sizeof *entries);
+    for (int i = 0; i < OM_LANES && i < count; i++) __builtin_memcpy(entries + i, om_dynamic_map + bytes[i], sizeof *entries);
     return fv_load(entries);
 }
 
-/* `exact` rounds as bitsandbytes decodes: offset and product may cancel. */
-OM_INLINE fvec chunk_scales(const int codec, const int mode, const om_weights *w, int64_t first, const int count) {
+/* Rounded as bitsandbytes decodes: offset and product may cancel. */
+OM_INLINE fvec chunk_scales(const int codec, const om_weights *w, int64_t first, const int count) {
     if (codec == OM_INT8) return fv_load_some((const float *)w->scales + first, count);
     if (codec == OM_MXFP4) return powers_of_two(w->scales + first, count);
     const int left_in_group = 256 - (int)(first & 255);
     const float *group = w->nested_scales + (first >> 8);
     fvec step = fv_broadcast(group[0]);
     if (left_in_group < count) step = fv_pick(step, fv_broadcast(group[1]), left_in_group);
-    const uint8_t *bytes = w->scales + first;
-    const fvec entries = mode == OM_EXACT ? dynamic_map_entries(bytes, count) : dynamic_map(bytes, count);
-    return fv_add(fv_mul(entries, step), fv_broadcast(w->nested_offset));
+    return fv_add(fv_mul(dynamic_map_entries(w->scales + first, count), step), fv_broadcast(w->nested_offset));
 }
 
 OM_INLINE void prefetch_lines(const uint8_t *ahead, const int num_bytes) {
     for (int i = 0; i < num_bytes; i += 64) OM_PREFETCH(ahead + i);
-}
-
-/* `offset`: of the unit's quants in a token's; products[t * OM_SPAN + i]: of the unit's chunk. */
-OM_INLINE void fast_unit(const int codec, const int num_tokens, const uint8_t *codes, const om_tile *tile, int64_t offset,
-                         const float *products, const int unit, const int num_blocks, fvec *sums) {
-    const qunit weights = load_quantized(codec, codes, num_blocks);
-    OM_UNROLL for (int t = 0; t < num_tokens; t++) {
-        const fvec scale = spread(codec, products + t * OM_SPAN, unit);
-        sums[t] = fv_fma(fv_dot(codec, weights, tile->quants[t] + offset), scale, sums[t]);
-    }
-}
-
-OM_INLINE void fast_chunk(const int codec, const int num_tokens, const row_place *place, const om_tile *tile, int64_t first,
-                          const int count, const float *products, fvec *sums) {
-    const int per_unit = OM_SCALES_PER_UNIT(codec), unit_bytes = OM_UNIT_BYTES(codec), per_line = OM_UNITS_PER_LINE(codec);
-    const int unit_quants = OM_BLOCKS_PER_UNIT(codec) * OM_QUANT_BYTES;
-    const int64_t start = first / per_unit;
-    const uint8_t *codes = place->codes + start * unit_bytes, *ahead = place->ahead + start * unit_bytes;
-    for (int u = 0; u * per_unit < count; u++) {
-        const int is_whole = OM_BLOCKS_PER_UNIT(codec) == 1 || (u + 1) * per_unit <= count;
-        if (u % per_line == 0) prefetch_lines(ahead + u * unit_bytes, per_line * unit_bytes);
-        fast_unit(codec, num_tokens, codes + u * unit_bytes, tile, (start + u) * unit_quants, products, u,
-                  is_whole ? OM_BLOCKS_PER_UNIT(codec) : 1, sums);
-    }
-}
-
-/* The scales of a span first, all of them: each takes some forty cycles, which overlap only among themselves. */
-OM_INLINE void fast_span(const int codec, const int num_tokens, const om_weights *w, const row_place *place,
-                         const om_tile *tile, int64_t first, const int count, fvec *sums) {
-    float products[OM_TILE * OM_SPAN];
-    for (int i = 0; i < count; i += OM_LANES) {
-        const fvec scales = chunk_scales(codec, OM_FAST, w, place->first_scale + first + i, count - i < OM_LANES ? count - i : OM_LANES);
-        OM_UNROLL for (int t = 0; t < num_tokens; t++) {
-            const fvec product = fv_mul(scales, fv_load(tile->scales[t] + first + i));
-            fv_store(products + t * OM_SPAN + i, product);
-            if (OM_WEIGHT_OFFSET) sums[t] = fv_fma(product, fv_load(tile->corrections[t] + first + i), sums[t]);
-        }
-    }
-    int i = 0;
-    for (; i + OM_LANES <= count; i += OM_LANES)
-        fast_chunk(codec, num_tokens, place, tile, first + i, OM_LANES, products + i, sums);
-    if (i < count) fast_chunk(codec, num_tokens, place, tile, first + i, count - i, products + i, sums);
-}
-
-OM_INLINE void fast_row(const int codec, const int num_tokens, const om_weights *w, int64_t row, int64_t end_row,
-                        const om_tile *tile, float *results) {
-    const int64_t count = w->blocks * (codec == OM_MXFP4 ? 2 : 1);
-    const row_place place = place_of_row(w, row, end_row, count);
-    fvec sums[OM_TILE];
-    OM_UNROLL for (int t = 0; t < num_tokens; t++) sums[t] = fv_zero();
-    for (int64_t i = 0; i < count; i += OM_SPAN)
-        fast_span(codec, num_tokens, w, &place, tile, i, (int)(count - i < OM_SPAN ? count - i : OM_SPAN), sums);
-    const float unit = codec == OM_NF4 ? 1.0f / OM_NF4_UNIT : codec == OM_MXFP4 ? 1.0f / OM_MXFP4_UNIT : 1.0f;
-    OM_UNROLL for (int t = 0; t < num_tokens; t++) results[t] = fv_sum(sums[t]) * unit;
 }
 
 /* Two chains of additions a token: in one, each addition would wait for the last. */
@@ -145,7 +86,7 @@ OM_INLINE void exact_chunk(const int codec, const int num_tokens, const om_weigh
                            const om_tile *tile, int64_t first, const int count, fvec *sums) {
     const int per_unit = OM_SCALES_PER_UNIT(codec), num_units = (count + per_unit - 1) / per_unit;
     float scales[OM_LANES];
-    fv_store(scales, chunk_scales(codec, OM_EXACT, w, place->first_scale + first, count));
+    fv_store(scales, chunk_scales(codec, w, place->first_scale + first, count));
     for (int u = 0; u < num_units; u++) {
         fvec dots[OM_EXACT_TILE];
         const int is_whole = (u + 1) * per_unit <= count || OM_BLOCKS_PER_UNIT(codec) == 1;
@@ -189,14 +130,6 @@ OM_INLINE void exact_row(const int codec, const int num_tokens, const om_weights
             FUNCTION(CODEC, N, w, first_row + i, end, tile, results + i * OM_TILE); \
         break;
 
-#define OM_DEFINE_FAST(NAME, CODEC) \
-    static void NAME(OM_ROWS_PARAMETERS) { \
-        switch (tile->num_tokens) { \
-            OM_ROWS_CASE(fast_row, CODEC, 1) OM_ROWS_CASE(fast_row, CODEC, 2) \
-            OM_ROWS_CASE(fast_row, CODEC, 4) OM_ROWS_CASE(fast_row, CODEC, 8) \
-        } \
-    }
-
 /* The tokens of an exact tile from `first` on. */
 OM_INLINE om_tile upper_tile(const om_tile *tile, const int first) {
     om_tile upper = {.num_tokens = tile->num_tokens - first};
@@ -215,15 +148,10 @@ OM_INLINE om_tile upper_tile(const om_tile *tile, const int first) {
         NAME(w, first_row, num_rows, &upper, results + OM_EXACT_TILE); \
     }
 
-OM_DEFINE_FAST(fast_nf4, OM_NF4)
-OM_DEFINE_FAST(fast_int8, OM_INT8)
-OM_DEFINE_FAST(fast_mxfp4, OM_MXFP4)
 OM_DEFINE_EXACT(exact_nf4, OM_NF4)
 OM_DEFINE_EXACT(exact_int8, OM_INT8)
 OM_DEFINE_EXACT(exact_mxfp4, OM_MXFP4)
 OM_DEFINE_EXACT(exact_bf16, OM_BF16)
 OM_DEFINE_EXACT(exact_fp32, OM_FP32)
 
-#define OM_ROW_TABLE \
-    {{exact_nf4, exact_int8, exact_mxfp4, exact_bf16, exact_fp32}, {fast_nf4, fast_int8, fast_mxfp4, exact_bf16, exact_fp32}}, \
-        OM_UNIT_BLOCKS, OM_QUANT_BYTES
+#define OM_ROW_TABLE {exact_nf4, exact_int8, exact_mxfp4, exact_bf16, exact_fp32}, OM_UNIT_BLOCKS

@@ -175,7 +175,7 @@ static int compute(const om_pass *pass, int64_t at, const om_chosen *chosen, con
         offsets[n + 1] = (int32_t)n + 1;
     }
     return om_moe_forward(layer->experts, pass->token->normed, 1, OM_F32, records, offsets, token_ids, rows == NULL ? NULL : places,
-                          weights, num_experts, rows == NULL ? pass->token->x : rows, OM_F32, 0, layer->mode);
+                          weights, num_experts, rows == NULL ? pass->token->x : rows, OM_F32, 0);
 }
 
 /* x = the experts of the layer, the resident ones first. Returns 0, -1 when memory is short, 1 when the token pass is stopped. */

@@ -1,0 +1,112 @@
+/* compare_vectors NAME: the vectors of the set NAME against the portable ones, bit for bit, without Python: for emulators, and
+ * for sets that were changed on purpose. Links with `vector_*.c` alone. Exits 1 on a difference. */
+#include "vector_set.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MAX_HEADS = 9, MAX_DIM = 144, MAX_WIDTH = MAX_DIM + 64, ROWS = OM_SECTION, COUNT = 1500 };
+
+static uint16_t bf16_rows[3][ROWS * MAX_DIM];
+static float fp32_rows[3][ROWS * MAX_DIM], q[MAX_HEADS * MAX_WIDTH], room[MAX_HEADS * OM_SECTION];
+static float sums[2][2 * MAX_HEADS * MAX_DIM], means[2][MAX_DIM];
+static om_section sections[2][2 * MAX_HEADS];
+
+#define SET(NAME, TABLE) \
+    if (strcmp(name, NAME) == 0) return &TABLE;
+
+/* OM_ONLY_...: without references to the other sets. */
+static const om_vector_set *find(const char *name) {
+#if defined(OM_ONLY_AVX512)
+    SET("avx512", om_vectors_avx512)
+#elif defined(OM_ONLY_AVX2)
+    SET("avx2", om_vectors_avx2)
+#elif defined(__aarch64__)
+    SET("neon", om_vectors_neon)
+#endif
+    return NULL;
+}
+
+static float noise(void) { return (float)(rand() % 2001 - 1000) / 500.0f; }
+
+static void fill(float *values, int64_t count) {
+    for (int64_t i = 0; i < count; i++) values[i] = noise();
+}
+
+static int differ(const char *what, const void *mine, const void *theirs, size_t num_bytes) {
+    if (memcmp(mine, theirs, num_bytes) == 0) return 0;
+    printf("%s: other bits than portable\n", what);
+    return 1;
+}
+
+/* Two sections of two sizes, and their mean. */
+static int compare_attention(const om_vector_set *set, om_cached c, int64_t num_heads, int64_t count) {
+    const om_vector_set *sets[] = {set, &om_vectors_portable};
+    const float sink = noise();
+    int num_bad = 0;
+    for (int which = 0; which < 2; which++) {
+        memset(sums[which], 0, sizeof sums[which]);
+        sets[which]->attend(&c, q, num_heads, count, room, sections[which], sums[which], 2);
+        sets[which]->attend(&c, q, num_heads, (count + 1) / 2, room, sections[which] + 1, sums[which] + c.value_dim, 2);
+    }
+    num_bad += differ("sections", sections[0], sections[1], (size_t)num_heads * 2 * sizeof(om_section));
+    num_bad += differ("weighed values", sums[0], sums[1], sizeof sums[0]);
+    for (int has_sink = 0; has_sink < 2; has_sink++) {
+        for (int which = 0; which < 2; which++)
+            sets[which]->merge(sections[1], sums[1], 2, c.value_dim, has_sink ? &sink : NULL, means[which]);
+        num_bad += differ("means", means[0], means[1], (size_t)c.value_dim * sizeof(float));
+    }
+    return num_bad > 0;
+}
+
+static int compare_all_attention(const om_vector_set *set) {
+    static const int64_t dims[][3] = {{16, 0, 16}, {128, 0, 128}, {80, 0, 80}, {96, 64, 96}, {144, 16, 48}};
+    static const int64_t heads[] = {1, 2, 3, 7, 9}, counts[] = {1, 5, 16, 67, 200, OM_SECTION};
+    int num_bad = 0, num_cases = 0;
+    for (int is_bf16 = 0; is_bf16 < 2; is_bf16++)
+        for (size_t d = 0; d < sizeof dims / sizeof *dims; d++)
+            for (size_t h = 0; h < sizeof heads / sizeof *heads; h++)
+                for (size_t n = 0; n < sizeof counts / sizeof *counts; n++, num_cases++) {
+                    const void *rows[3];
+                    for (int part = 0; part < 3; part++) {
+                        fill(fp32_rows[part], ROWS * MAX_DIM);
+                        for (int64_t i = 0; i < ROWS * MAX_DIM; i++) bf16_rows[part][i] = om_float_to_bf16(fp32_rows[part][i]);
+                        rows[part] = is_bf16 ? (const void *)bf16_rows[part] : fp32_rows[part];
+                    }
+                    fill(q, MAX_HEADS * MAX_WIDTH);
+                    const om_cached c = {.keys = rows[0], .more_keys = rows[1], .values = rows[2], .dim = dims[d][0],
+                                         .more_dim = dims[d][1], .value_dim = dims[d][2], .scaling = 0.21f, .is_bf16 = is_bf16};
+                    num_bad += compare_attention(set, c, heads[h], counts[n]);
+                }
+    printf("vectors: %d of %d attentions have other bits than portable\n", num_bad, num_cases);
+    return num_bad;
+}
+
+static int compare_sums(const om_vector_set *set) {
+    static float a[COUNT], b[COUNT], mine[COUNT], theirs[COUNT];
+    static const int64_t lengths[] = {1, 7, 16, 40, 100, 1024, COUNT};
+    int num_bad = 0, num_cases = 0;
+    for (size_t n = 0; n < sizeof lengths / sizeof *lengths; n++, num_cases += 4) {
+        const int64_t length = lengths[n];
+        const size_t num_bytes = (size_t)length * sizeof(float);
+        fill(a, length), fill(b, length);
+        float my_sum = set->dot(a, b, length), their_sum = om_vectors_portable.dot(a, b, length);
+        num_bad += differ("a dot product", &my_sum, &their_sum, sizeof my_sum);
+        set->rms_norm(a, b, length, 1e-5f, mine), om_vectors_portable.rms_norm(a, b, length, 1e-5f, theirs);
+        num_bad += differ("a norm", mine, theirs, num_bytes);
+        memcpy(mine, a, num_bytes), memcpy(theirs, a, num_bytes);
+        my_sum = set->exponentials(mine, length), their_sum = om_vectors_portable.exponentials(theirs, length);
+        num_bad += differ("exponentials", mine, theirs, num_bytes) + differ("their sum", &my_sum, &their_sum, sizeof my_sum) > 0;
+        set->sigmoids(mine, length), om_vectors_portable.sigmoids(theirs, length);
+        num_bad += differ("sigmoids", mine, theirs, num_bytes);
+    }
+    printf("vectors: %d of %d sums have other bits than portable\n", num_bad, num_cases);
+    return num_bad;
+}
+
+int main(int count, char **arguments) {
+    const om_vector_set *set = count == 2 ? find(arguments[1]) : NULL;
+    if (set == NULL) return 2;
+    return compare_all_attention(set) + compare_sums(set) > 0;
+}

@@ -1,0 +1,82 @@
+"""Norms and attention in Python, operation for operation as docs/decisions/064-one-arithmetic.md defines them."""
+
+import numpy as np
+
+from tests.support.one_arithmetic import F, fma
+
+SECTION, TILE = 512, 64
+POLYNOMIAL = [
+    F(value) for value in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+]
+
+
+def exp(t: float) -> F:
+    t = F(min(max(t, -87), 88))
+    n = np.rint(t * F(float.fromhex("0x1.715476p+0")))
+    r = fma(n, F(2.12194440e-4), fma(n, F(-0.693359375), t))
+    p = F(1.9875691500e-4)
+    for coefficient in POLYNOMIAL:
+        p = fma(p, r, coefficient)
+    return (fma(p, r * r, r) + F(1)) * F(2.0**n)
+
+
+def add_lanes(lanes: list[F]) -> F:
+    for count in (8, 4, 2, 1):
+        lanes = [lanes[j] + lanes[j + count] for j in range(count)]
+    return lanes[0]
+
+
+def dot(a: np.ndarray, b: np.ndarray) -> F:
+    lanes = [F(0)] * 16
+    for i, (left, right) in enumerate(zip(a, b, strict=True)):
+        lanes[i % 16] = fma(left, right, lanes[i % 16])
+    return add_lanes(lanes)
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
+    scale = F(1) / np.sqrt(dot(x, x) / F(len(x)) + F(epsilon))
+    return x * scale * weight
+
+
+def exponentials(values: list[F]) -> tuple[F, list[F], F]:
+    """The greatest, the exponentials of the distances from it, and their sum."""
+    greatest, lanes = max(values), [F(0)] * 16
+    results = [exp(value - greatest) for value in values]
+    for i, value in enumerate(results):
+        lanes[i % 16] = lanes[i % 16] + value
+    return greatest, results, add_lanes(lanes)
+
+
+def softmax(values: list[F]) -> list[F]:
+    _, results, total = exponentials(values)
+    return [value * (F(1) / total) for value in results]
+
+
+def attention(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, scaling: float, sink: float | None = None
+) -> np.ndarray:
+    """One head: q ``[D]``, keys and values ``[S, D]``, all fp32 -> ``[D]``."""
+    sections = []
+    for first in range(0, len(keys), SECTION):
+        scores = [F(scaling) * dot(q, key) for key in keys[first : first + SECTION]]
+        greatest, weights, total = exponentials(scores)
+        weighed = np.zeros(values.shape[1], F)
+        for begin in range(0, len(weights), TILE):
+            weighed = weighed + _weigh(weights[begin : begin + TILE], values[first + begin :])
+        sections.append((greatest, total, weighed))
+    greatest = max([section[0] for section in sections] + ([] if sink is None else [F(sink)]))
+    total, out = F(0), np.zeros(values.shape[1], F)
+    for its_greatest, its_total, weighed in sections:
+        factor = exp(its_greatest - greatest)
+        total = fma(factor, its_total, total)
+        out = np.array([fma(factor, new, old) for new, old in zip(weighed, out, strict=True)], F)
+    if sink is not None:
+        total = total + exp(F(sink) - greatest)
+    return out * (F(1) / total)
+
+
+def _weigh(weights: list[F], values: np.ndarray) -> np.ndarray:
+    tile = np.zeros(values.shape[1], F)
+    for weight, row in zip(weights, values, strict=False):
+        tile = np.array([fma(weight, value, old) for value, old in zip(row, tile, strict=True)], F)
+    return tile

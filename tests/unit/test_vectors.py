@@ -1,0 +1,134 @@
+"""Norms and attention in vectors of 16 lanes: every set gives the definition's bits, for any number of threads."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from offload_moe.native import kernels
+from tests.support import vector_arithmetic
+from tests.support.kernels import PANEL_SETS, make_linear
+from tests.support.one_arithmetic import Reference
+
+pytestmark = pytest.mark.usefixtures("best_kernels_afterwards")
+
+HIDDEN, CAPACITY = 64, 1400
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def in_panels(linear: kernels.Linear) -> kernels.Linear:
+    record = linear.record.clone()
+    kernels.PanelOrder(linear.codec, linear.shape, linear.layout).to_panels(record)
+    return replace(linear, record=record, in_panels=True)
+
+
+class Attention:
+    """A layer's attention, and a cache of random keys and values."""
+
+    def __init__(
+        self, heads: int, kv_heads: int, dim: int, length: int, dtype: torch.dtype, *, has_norms: bool
+    ) -> None:
+        generator = torch.Generator().manual_seed(heads * dim + length)
+        torch.manual_seed(dim)
+        sizes = [(heads * dim, HIDDEN), (kv_heads * dim, HIDDEN), (kv_heads * dim, HIDDEN), (HIDDEN, heads * dim)]
+        self.linears = [make_linear("int8", *size) for size in sizes]
+        self.dim, self.length, self.dtype = dim, length, dtype
+        norm = kernels.HeadNorm(weight=torch.rand(dim, generator=generator) + 0.5, epsilon=1e-5)
+        self.norms = (norm, norm) if has_norms else (None, None)
+        self.sinks = torch.randn(heads, generator=generator) if has_norms else None
+        self.rotated = dim // 2 if has_norms else 0
+        self.x = torch.randn(HIDDEN, generator=generator)
+        self.turn = torch.rand(dim, generator=generator), torch.rand(dim, generator=generator)
+        shape = (1, kv_heads, CAPACITY, dim)
+        self.cache = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+
+    def step(self) -> tuple[Tensor, Tensor, Tensor]:
+        kernel = kernels.AttentionKernel(
+            [in_panels(linear) for linear in self.linears],
+            head_dim=self.dim,
+            rotated_dims=self.rotated,
+            scaling=0.3,
+            norms=self.norms,
+            sinks=self.sinks,
+            cache_dtype=self.dtype,
+        )
+        keys, values = (part.clone() for part in self.cache)
+        out = torch.full_like(self.x, torch.nan)
+        kernel.step(self.x, *self.turn, keys, values, self.length, out)
+        return out, keys, values
+
+
+def bits(tensor: Tensor) -> np.ndarray:
+    return tensor.float().numpy().view(np.int32)
+
+
+@pytest.mark.parametrize("length", [0, 17, 529])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_of_attention_is_the_definition(dtype: torch.dtype, length: int) -> None:
+    made = Attention(2, 1, 16, length, dtype, has_norms=False)
+    kernels.select_instruction_set("portable")
+    out, keys, values = made.step()
+    x = made.x.numpy()
+    query, key, value = (Reference("int8", each.shape, each.layout, each.record).times(x) for each in made.linears[:3])
+    for part, new in ((keys, key), (values, value)):
+        assert np.array_equal(bits(part[0, 0, length]), bits(torch.from_numpy(new).to(dtype)))
+    seen = [part[0, 0, : length + 1].float().numpy() for part in (keys, values)]
+    mixed = [vector_arithmetic.attention(head, *seen, 0.3) for head in query.reshape(2, 16)]
+    last = made.linears[3]
+    expected = Reference("int8", last.shape, last.layout, last.record).times(np.concatenate(mixed))
+    assert np.array_equal(bits(out), expected.view(np.int32))
+
+
+def test_a_sink_takes_part_in_the_sum_alone() -> None:
+    generator = np.random.default_rng(1)
+    q, keys, values = (generator.standard_normal(shape).astype(np.float32) for shape in (16, (5, 16), (5, 16)))
+    scores = np.append(keys @ q * np.float32(0.3), 2.0)
+    shares = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+    got = vector_arithmetic.attention(q, keys, values, 0.3, sink=2.0)
+    assert np.allclose(got, shares[:5] @ values, atol=1e-6)
+
+
+@pytest.mark.parametrize("instruction_set", [name for name in PANEL_SETS if name != "portable"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "length"),
+    [(4, 4, 16, 0), (6, 2, 48, 5), (14, 2, 128, 200), (8, 1, 80, 511), (3, 3, 64, 512), (18, 1, 32, 1300)],
+)
+def test_every_set_and_number_of_threads_gives_the_same_bits(
+    instruction_set: str, dtype: torch.dtype, heads: int, kv_heads: int, dim: int, length: int
+) -> None:
+    made = Attention(heads, kv_heads, dim, length, dtype, has_norms=True)
+    kernels.set_threads(1)
+    kernels.select_instruction_set("portable")
+    expected = made.step()
+    assert all(part[:, :, : length + 1].isfinite().all() for part in expected[1:])
+    assert expected[0].isfinite().all()
+    kernels.select_instruction_set(instruction_set)
+    try:
+        for threads in (1, 2, 3):
+            kernels.set_threads(threads)
+            assert all(np.array_equal(bits(a), bits(b)) for a, b in zip(made.step(), expected, strict=True))
+    finally:
+        kernels.set_threads(1)
+
+
+@pytest.mark.parametrize("instruction_set", PANEL_SETS)
+@pytest.mark.parametrize("length", [7, 64, 100])
+def test_a_norm_is_the_definition(instruction_set: str, length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    weight, x = torch.rand(length, generator=generator) + 0.5, torch.randn(length, generator=generator) * 30
+    out = torch.empty(length)
+    kernels.select_instruction_set(instruction_set)
+    kernels.NormKernel(weight, 1e-3).step(x, out)
+    assert np.array_equal(bits(out), vector_arithmetic.rms_norm(x.numpy(), weight.numpy(), 1e-3).view(np.int32))
+
+
+@pytest.mark.parametrize("instruction_set", PANEL_SETS)
+def test_a_key_that_is_no_number_reaches_the_result(instruction_set: str) -> None:
+    made = Attention(4, 2, 32, 700, torch.bfloat16, has_norms=False)
+    kernels.select_instruction_set(instruction_set)
+    assert made.step()[0].isfinite().all()
+    made.cache[0][0, 1, 40, 3] = torch.nan
+    assert made.step()[0].isnan().all()
