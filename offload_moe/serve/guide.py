@@ -19,7 +19,7 @@ from offload_moe.serve.errors import ApiError, invalid
 
 # Blanks as models write them, and no others: each is then forced, and none repeats without an end.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-MOST_COMPILED = 256  # grammars that are kept
+MOST_COMPILED = 64  # grammars that are kept
 ANY_OBJECT = '{"type": "object"}'
 
 

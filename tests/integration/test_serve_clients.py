@@ -55,6 +55,17 @@ def anthropic_client(url: str) -> Iterator[Any]:
         yield client
 
 
+def paint_model() -> Any:
+    """A schema as a class."""
+    pydantic = pytest.importorskip("pydantic")
+
+    class Paint(pydantic.BaseModel):
+        is_warm: bool
+        level: int = pydantic.Field(ge=0, le=9)
+
+    return Paint
+
+
 class TestOpenai:
     def test_an_answer_and_its_stream(self, openai_client: Any) -> None:
         answer = openai_client.chat.completions.create(
@@ -84,16 +95,15 @@ class TestOpenai:
         assert len(set(asyncio.run(ask()))) == 1
 
     def test_a_schema_of_pydantic(self, openai_client: Any) -> None:
-        pydantic = pytest.importorskip("pydantic")
-
-        class Paint(pydantic.BaseModel):
-            is_warm: bool
-            level: int = pydantic.Field(ge=0, le=9)
-
+        paint = paint_model()
         answer = openai_client.chat.completions.parse(
-            model="x", messages=HELLO, response_format=Paint, max_tokens=60, temperature=0
+            model="x", messages=HELLO, response_format=paint, max_tokens=60, temperature=0
         )
-        assert isinstance(answer.choices[0].message.parsed, Paint)
+        assert isinstance(answer.choices[0].message.parsed, paint)
+        response = openai_client.responses.parse(
+            model="x", input="Hello!", text_format=paint, max_output_tokens=60, temperature=0
+        )
+        assert isinstance(response.output_parsed, paint)
 
     def test_tools(self, openai_client: Any, calling: Scripted) -> None:
         with openai_client.chat.completions.stream(model="x", messages=HELLO, tools=[TOOL], max_tokens=300) as stream:
@@ -190,6 +200,23 @@ class TestAnthropic:
         again = anthropic_client.messages.create(model="x", messages=messages, tools=tools, max_tokens=300)
         counted = anthropic_client.messages.count_tokens(model="x", messages=messages, tools=tools).input_tokens
         assert again.usage.input_tokens + again.usage.cache_read_input_tokens == counted
+
+    def test_asynchronously(self, url: str) -> None:
+        anthropic = pytest.importorskip("anthropic")
+        asked: dict[str, Any] = {"model": "x", "messages": HELLO, "max_tokens": 12}
+
+        async def ask() -> list[str]:
+            async with anthropic.AsyncAnthropic(base_url=url, api_key=KEY) as client:
+                answers = await asyncio.gather(*(client.messages.create(**asked) for _ in range(3)))
+                async with client.messages.stream(**asked) as stream:
+                    said = "".join([text async for text in stream.text_stream])
+                return [*(answer.content[0].text for answer in answers), said]
+
+        assert len(set(asyncio.run(ask()))) == 1
+
+    def test_a_schema_of_pydantic(self, anthropic_client: Any) -> None:
+        answer = anthropic_client.messages.parse(model="x", messages=HELLO, max_tokens=60, output_format=paint_model())
+        assert 0 <= answer.parsed_output.level <= 9
 
     @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "paint"}])
     def test_a_call_may_be_required(self, anthropic_client: Any, choice: Any) -> None:
