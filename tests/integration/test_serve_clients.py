@@ -245,6 +245,11 @@ class TestAnthropic:
         answer = anthropic_client.messages.create(model="x", messages=HELLO, max_tokens=50, stop_sequences=["."])
         assert (answer.stop_reason, answer.stop_sequence, answer.content[0].text) == ("stop_sequence", ".", "So")
 
+    def test_models(self, anthropic_client: Any) -> None:
+        [listed] = anthropic_client.models.list()
+        assert (listed.id, listed.display_name, listed.created_at.year > 2024) == ("tiny", "tiny", True)
+        assert anthropic_client.models.retrieve("tiny").type == "model"
+
     def test_errors_are_of_its_own_kinds(self, anthropic_client: Any) -> None:
         anthropic = pytest.importorskip("anthropic")
         with pytest.raises(anthropic.BadRequestError, match="prompt is too long: 50"):
