@@ -155,7 +155,7 @@ class Measured:
 
     def report(self, threads: int, sizes: dict[str, float]) -> dict[str, Any]:
         decodes, prompts = self.figures("decode_tokens_per_s"), self.figures("prompt_tokens_per_s")
-        cpu, reads = self.figures("decode_cpu_ms"), self.figures("bytes_per_s")[READ]
+        cpu, prompt_cpu = self.figures("decode_cpu_ms"), self.figures("prompt_cpu_ms")
         peers = [name for name in decodes if name != OURS]
         return {
             "context": self.length,
@@ -166,7 +166,11 @@ class Measured:
             "decode_cpu_ratios": {f"{name} over ours": paired_ratio(cpu, name, OURS) for name in peers if name in cpu},
             "prompt_tokens_per_s": {name: spread(values) for name, values in prompts.items()},
             "prompt_ratios": {f"vs {name}": paired_ratio(prompts, OURS, name) for name in peers if name in prompts},
-            "read_bytes_per_s": spread(reads),
+            "prompt_cpu_ms": {name: spread(values) for name, values in prompt_cpu.items()},
+            "prompt_cpu_ratios": {
+                f"{name} over ours": paired_ratio(prompt_cpu, name, OURS) for name in peers if name in prompt_cpu
+            },
+            "read_bytes_per_s": spread(self.figures("bytes_per_s")[READ]),
             "bytes_per_token": sizes,
             "share_of_byte_bound": {name: self._share(num_bytes, name, threads) for name, num_bytes in sizes.items()},
         }
@@ -185,7 +189,7 @@ def with_cache(sizes: dict[str, dict[str, float]], files: Files, measured: Measu
 
 
 def print_summary(result: dict[str, Any]) -> None:
-    for name in ("decode_cpu_ratios", "decode_ratios", "prompt_ratios", "share_of_byte_bound"):
+    for name in ("decode_cpu_ratios", "decode_ratios", "prompt_cpu_ratios", "prompt_ratios", "share_of_byte_bound"):
         for what, values in result[name].items():
             median, least, most = (values[each] for each in ("median", "min", "max"))
             line = f"after {result['context']} tokens  {name:20} {what:30} {median:.3f} ({least:.3f} to {most:.3f})"

@@ -111,9 +111,13 @@ class StoreEngine:
         self.end()
         room = self._context - num_tokens
         self._tokens = self.stream(prompt_ids(seed, num_tokens), seed=seed, **HOT_SAMPLING, max_new_tokens=room)
+        began_cpu_s = time.process_time()
         with self.on_cores(len(self._cores) if all_cores else self._threads):
             next(self._tokens)
-        return {"prompt_tokens_per_s": num_tokens / self._tokens.prompt_s}
+        return {
+            "prompt_tokens_per_s": num_tokens / self._tokens.prompt_s,
+            "prompt_cpu_ms": 1e3 * (time.process_time() - began_cpu_s) / num_tokens,
+        }
 
     def decode(self, *, num_tokens: int) -> dict[str, float]:
         counted, decoded_s = self.model.stats.copy(), self._tokens.decode_s

@@ -13,14 +13,16 @@ def of_store(folder: Path) -> dict[str, float]:
     store = Store.open(folder)
     top_k = json.loads((folder / "config.json").read_text())["num_experts_per_tok"]
     dense = [entry for entry in store.dense.values() if not entry.name.endswith("embed_tokens.weight")]
-    expert_weights = sum(m.out_features * m.in_features for layer in store.layers for m in layer.shape.matrices)
-    dense_weights = sum(math.prod(entry.shape) for entry in dense)
     return _figures(
         top_k * sum(layer.record_bytes for layer in store.layers),
         sum(entry.place.num_bytes for entry in dense),
-        top_k * expert_weights,
-        dense_weights,
+        top_k * sum(_num_weights(layer.shape) for layer in store.layers),
+        sum(_num_weights(entry.quantized) if entry.quantized else math.prod(entry.shape) for entry in dense),
     )
+
+
+def _num_weights(shape: Any) -> int:
+    return sum(matrix.out_features * matrix.in_features for matrix in shape.matrices)
 
 
 def of_gguf(file: Path, config: dict[str, Any]) -> dict[str, float]:

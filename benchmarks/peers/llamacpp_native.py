@@ -16,6 +16,7 @@ from harness import HOT_SAMPLING, bind_to_cores, io_bytes, prompt_ids
 
 BATCH = 2048
 ERROR = 4  # of llama.cpp's log levels
+CACHE_TYPES = {"f16": 1, "bf16": 30, "q8_0": 8}  # ggml's numbers
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 # The kernel's name of an instruction set, and llama.cpp's.
 INSTRUCTIONS = {
@@ -92,7 +93,7 @@ class NativeEngine:
         params.n_batch, params.n_ubatch = BATCH, options.ubatch
         params.n_threads = params.n_threads_batch = options.threads
         params.flash_attn_type = FLASH_ATTENTION[options.flash_attention]
-        params.type_k = params.type_v = getattr(self._lib, f"GGML_TYPE_{options.kv.upper()}")
+        params.type_k = params.type_v = CACHE_TYPES[options.kv]
         params.swa_full = False  # a window needs no more than its own keys
         params.no_perf = True
         return params
@@ -103,15 +104,16 @@ class NativeEngine:
         self._make_sampler(seed)
         self._use_cores(len(self._cores) if all_cores else self._threads)
         ids = (ctypes.c_int32 * num_tokens)(*prompt_ids(seed, num_tokens))
-        began = time.perf_counter()
+        began_cpu_s, began = time.process_time(), time.perf_counter()
         for first in range(0, num_tokens, BATCH):
             part = (ctypes.c_int32 * min(BATCH, num_tokens - first)).from_buffer(ids, 4 * first)
             self._compute(part, len(part))
         self._sample()
-        elapsed_s = time.perf_counter() - began
+        elapsed_s, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu_s
         self._use_cores(self._threads)
         return {
             "prompt_tokens_per_s": num_tokens / elapsed_s,
+            "prompt_cpu_ms": 1e3 * cpu_s / num_tokens,
             "prompt_disk_bytes": io_bytes()["from_disk"] - read,
         }
 

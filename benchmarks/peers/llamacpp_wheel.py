@@ -43,9 +43,11 @@ class WheelEngine:
             "seed": seed,
             "ignore_eos": True,
         }
+        began_cpu_s = time.process_time()
         timings = self._complete(1, keep=False)
         return {
             "prompt_tokens_per_s": timings["prompt_per_second"],
+            "prompt_cpu_ms": 1e3 * (time.process_time() - began_cpu_s) / num_tokens,
             "prompt_disk_bytes": io_bytes()["from_disk"] - read,
         }
 

@@ -35,7 +35,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--flash-attention", choices=list(llamacpp_native.FLASH_ATTENTION), default="auto")
-    parser.add_argument("--kv", choices=("f16", "bf16", "q8_0"), default="f16", help="type of keys and values")
+    parser.add_argument(
+        "--kv", choices=list(llamacpp_native.CACHE_TYPES), default="f16", help="type of keys and values"
+    )
     parser.add_argument("--ubatch", type=int, default=512)
     # Repacked weights are private copies that would not fit under a memory limit.
     parser.add_argument("--mapped", action="store_true", help="the file stays mapped, and so is not repacked")

@@ -3,8 +3,8 @@
 Usage: python benchmarks/peers/tune_llamacpp.py MODEL.gguf --native PYTHON [--threads 2] [--prompt-tokens 512]
        [--tokens 24] [--trials 3]
 
-Flash attention, type of keys and values, batch, repacking and huge pages, each setting in a process of its own. The
-last line of stdout is one JSON document.
+Flash attention, type of keys and values, batch, repacking and huge pages, each setting in a process of its own. With
+one thread, CPU time counts. The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SETTINGS = (
     "--flash-attention on --huge-pages",
     "--flash-attention on --huge-pages --kv q8_0",
 )
-RATES = ("decode_tokens_per_s", "prompt_tokens_per_s")
+PHASES = ("decode", "prompt")
 
 
 def main() -> None:
@@ -45,8 +45,8 @@ def main() -> None:
     command = [options.native, RUNNER, str(options.model), "--threads", str(options.threads)]
     command += ["--tokens", str(options.tokens), "--prompt-tokens", str(options.prompt_tokens)]
     command += ["--context", str(options.prompt_tokens + options.tokens + 64), "--runs", str(1 + options.trials)]
-    rates = {setting: trial_rates([*command, *setting.split()], setting) for setting in options.settings}
-    medians = {rate: {name: statistics.median(each[rate]) for name, each in rates.items()} for rate in RATES}
+    rates = {each: trial_rates([*command, *each.split()], each, options.threads) for each in options.settings}
+    medians = {phase: {name: statistics.median(each[phase]) for name, each in rates.items()} for phase in PHASES}
     finish(
         {
             "benchmark": "tune_llamacpp",
@@ -54,17 +54,21 @@ def main() -> None:
             "threads": options.threads,
             "prompt_tokens": options.prompt_tokens,
             "peers": builds,
-            "rates": {name: {rate: spread(values) for rate, values in each.items()} for name, each in rates.items()},
-            "best": {rate: max(values, key=values.__getitem__) for rate, values in medians.items()},
+            "tokens_per_s": {name: {phase: spread(each[phase]) for phase in PHASES} for name, each in rates.items()},
+            "best": {phase: max(values, key=values.__getitem__) for phase, values in medians.items()},
         }
     )
 
 
-def trial_rates(command: list[str], setting: str) -> dict[str, list[float]]:
-    """Of every run but the first."""
+def trial_rates(command: list[str], setting: str, threads: int) -> dict[str, list[float]]:
+    """Tokens per second of every run but the first; with one thread, of CPU time."""
     runs = run_json(command, timeout_s=None)["runs"][1:]
-    rates = {rate: [run[rate] for run in runs] for rate in RATES}
-    print(setting, {rate: round(statistics.median(values), 2) for rate, values in rates.items()}, file=sys.stderr)
+
+    def rate(run: dict[str, float], phase: str) -> float:
+        return 1e3 / run[f"{phase}_cpu_ms"] if threads == 1 else run[f"{phase}_tokens_per_s"]
+
+    rates = {phase: [rate(run, phase) for run in runs] for phase in PHASES}
+    print(setting, {phase: round(statistics.median(values), 2) for phase, values in rates.items()}, file=sys.stderr)
     return rates
 
 
