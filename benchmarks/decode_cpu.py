@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/decode_cpu.py --config benchmarks/configs/OLMoE-1B-7B-0125.json --folder SCRATCH
        [--native PYTHON] [--wheel PYTHON] [--threads 2] [--trials 5] [--prompt-tokens 64 512] [--context 2000 8000]
-       [--tokens 32] [--layers N] [--codec mxfp4] [--peer-options "--kv q8_0"] [--reload] [--transformers]
+       [--tokens 32] [--layers N] [--codec mxfp4] [--peer-options="--huge-pages"] [--reload] [--transformers]
 
 `--native`: the Python of an environment with llama.cpp built for this processor (docs/benchmarks.md), which is
 checked for the processor's instructions; `llama.cpp native` in the result. `--wheel`: one with the wheel `xllamacpp`,
