@@ -25,6 +25,7 @@ from offload_moe.quant import ExpertShape, Matrix, get_codec
 from offload_moe.quant.nf4 import NF4_TABLE, dynamic_map
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest
 from offload_moe.store.manifest_json import manifest_to_json
+from offload_moe.store.order import order_of_codec
 from offload_moe.store.plan import Blob, plan_files, record_blob
 from offload_moe.store.writer import Payload, StoreWriter, describe_metadata, stored_files
 
@@ -33,7 +34,10 @@ ROUTER_GAIN = 2.0  # router logits of this spread give a top-k that differs from
 
 
 class RandomRecords:
-    """Records whose codes are runs of one pool of random bytes, so that writing is as fast as the disk."""
+    """Records whose codes are runs of one pool of random bytes, so that writing is as fast as the disk.
+
+    All scales of a matrix are the same, so they are records in rows and in panels alike.
+    """
 
     def __init__(self, codec_name: str, seed: int, shapes: Sequence[ExpertShape]) -> None:
         """shapes: of all records, for few bytes need no large pool."""
@@ -111,11 +115,20 @@ def synthesize(config_file: Path, folder: Path, *, codec: str, dense_codec: str,
     tied = set(model.all_tied_weights_keys)
     plain = [(name, tuple(t.shape)) for name, t in model.state_dict().items() if name not in inside | tied]
     dense_blobs = [
-        record_blob(f"{name}.weight", dense_records.codec.layout(shape).record_bytes, quantized=shape)
+        record_blob(
+            f"{name}.weight",
+            dense_records.codec.layout(shape).record_bytes,
+            quantized=shape,
+            order=order_of_codec(dense_codec),
+        )
         for name, shape in linears.items()
     ] + [Blob(name=n, dtype=torch.bfloat16, shape=s, num_bytes=2 * math.prod(s)) for n, s in plain]
     expert_blobs = [
-        record_blob(f"layers.{ordinal}.experts.{expert}", records.codec.layout(layer.shape).record_bytes)
+        record_blob(
+            f"layers.{ordinal}.experts.{expert}",
+            records.codec.layout(layer.shape).record_bytes,
+            order=order_of_codec(codec),
+        )
         for ordinal, layer in enumerate(experts)
         for expert in range(layer.num_experts)
     ]

@@ -14,6 +14,8 @@ from ..terminal import safe
 if TYPE_CHECKING:
     from offload_moe.store.installed import Installed
 
+UPGRADE = "an older version wrote it: `offload-moe verify STORE --upgrade` makes reads from the disk cheaper"
+
 
 def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
@@ -58,6 +60,7 @@ def _details(entry: "Installed") -> dict[str, Any]:
         ],
         "experts_bytes": store.experts_bytes,
         "dense_bytes": store.dense_bytes,
+        "files_in_rows": [file.name for file in store.files_in_rows()],
         "num_dense_tensors": len(store.dense),
         "num_checksums": sum(1 for _ in store.pieces()),
     }
@@ -75,4 +78,5 @@ def _lines(entry: "Installed", details: dict[str, Any]) -> list[tuple[str, str]]
         ("experts", f"{experts}, {format_size(largest)} each"),
         ("rest", dense),
         ("checksums", f"{details['num_checksums']:,}, fingerprint {details['fingerprint']}"),
+        ("next", UPGRADE if details["files_in_rows"] else ""),
     ]

@@ -1,4 +1,4 @@
-"""`offload-moe verify`: compares a store with its checksums, and repairs it."""
+"""`offload-moe verify`: compares a store with its checksums, repairs it, and upgrades it."""
 
 import argparse
 import sys
@@ -24,12 +24,19 @@ EXIT_WHOLE, EXIT_DAMAGED = 0, 1
 def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "verify",
-        help="check a store, and repair it",
+        help="check a store, repair it, upgrade it",
         description="Read a whole store and compare it with its checksums. Exits with 0 if everything matches and "
-        "with 1 if anything differs. With --repair, damaged pieces are made again from the checkpoint.",
+        "with 1 if anything differs. With --repair, damaged pieces are made again from the checkpoint. With --upgrade, "
+        "a store of an older version is first rewritten in the order in which it is computed with.",
     )
     parser.add_argument("store", metavar="STORE", help="store, by path or by its name in `offload-moe list`")
-    parser.add_argument("--repair", action="store_true", help="make damaged pieces again from the source")
+    changes = parser.add_mutually_exclusive_group()
+    changes.add_argument("--repair", action="store_true", help="make damaged pieces again from the source")
+    changes.add_argument(
+        "--upgrade",
+        action="store_true",
+        help="rewrite an older store file by file; needs disk space for one more file, and can be stopped and repeated",
+    )
     parser.add_argument(
         "--source",
         metavar="SOURCE",
@@ -47,11 +54,15 @@ def run(options: argparse.Namespace) -> int:
         from offload_moe.convert.repair import find_damage, restore_sizes
         from offload_moe.store import Store
         from offload_moe.store.installed import check_finished, resolve_installed
+        from offload_moe.store.journal import check_not_written
 
         path = resolve_installed(options.store)
         check_finished(path)
         if options.repair:
+            check_not_written(path)
             restore_sizes(path)
+        if options.upgrade:
+            _upgrade(path, report)
         store = Store.open(path)
         damages = find_damage(store, report)
         source = _source(store, options.source)
@@ -64,6 +75,13 @@ def run(options: argparse.Namespace) -> int:
     line = _verdict(store, damages, remaining, source, is_repair=options.repair)
     print(line, file=sys.stderr if damages else sys.stdout)
     return EXIT_DAMAGED if remaining else EXIT_WHOLE
+
+
+def _upgrade(path: "Path", report: Reporter) -> None:
+    from offload_moe.store.upgrade import upgrade
+
+    num_files = upgrade(path, report, report.notice)
+    report.notice(f"Upgraded {num_files} files of {path}." if num_files else f"{path} has nothing to upgrade.")
 
 
 def _source(store: "Store", named: str | None) -> "Path | str | None":

@@ -9,7 +9,7 @@ from torch import nn
 from offload_moe.checkpoint.overlooked import overlooked_experts
 from offload_moe.errors import UnsupportedModelError
 from offload_moe.families import Adapter, Part, find_adapter
-from offload_moe.quant.layout import ExpertShape, Matrix
+from offload_moe.quant.layout import GATED, ExpertShape, Matrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ def expert_shape(module: nn.Module) -> ExpertShape:
     Raises:
         UnsupportedModelError: the module has per-expert parameters beyond two matrices and their biases.
     """
-    names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    names = (GATED if module.has_gate else "up_proj", "down_proj")
     parameters = dict(module.named_parameters(recurse=False))
     bias_names = tuple(f"{name}_bias" for name in names) if module.has_bias else ()
     if set(parameters) != {*names, *bias_names}:

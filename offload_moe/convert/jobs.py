@@ -1,6 +1,7 @@
 """The work of a conversion: the source of each part of a store, its file, and the order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from offload_moe.native.kernels import fast_encoding
 from offload_moe.quant import Codec, ExpertShape, Matrix
 from offload_moe.quant.blockwise import BlockwiseCodec
 from offload_moe.quant.pieces import encode_pieces
+from offload_moe.store.order import Order, order_of_codec, panel_order, reorder
 from offload_moe.store.plan import Blob, PlannedFile, plan_files, record_blob
 from offload_moe.store.writer import Payload
 
@@ -33,8 +35,16 @@ class Job:
     paths: frozenset[Path]
 
 
+OrderOf = Callable[[str], Order | None]  # of the rows in the record of that name; None: as new stores have it
+
+
 def plan_conversion(
-    checkpoint: Checkpoint, experts_codec: Codec, linears_codec: Codec, *, by_shard: bool = False
+    checkpoint: Checkpoint,
+    experts_codec: Codec,
+    linears_codec: Codec,
+    *,
+    by_shard: bool = False,
+    order_of: OrderOf = lambda name: None,
 ) -> tuple[list[PlannedFile], list[Job]]:
     """The planned files of the store, and the jobs that fill them, in order.
 
@@ -43,8 +53,8 @@ def plan_conversion(
     number = {path: index for index, path in enumerate(checkpoint.tensors.paths)} if by_shard else {}
     stages: dict[int, dict[str, list[Job]]] = {}
     for prefix, made in (
-        ("dense", dense_jobs(checkpoint, linears_codec)),
-        ("experts", expert_jobs(checkpoint, experts_codec)),
+        ("dense", dense_jobs(checkpoint, linears_codec, order_of)),
+        ("experts", expert_jobs(checkpoint, experts_codec, order_of)),
     ):
         for job in made:
             stage = max((number.get(path, 0) for path in job.paths), default=0)
@@ -61,53 +71,55 @@ def plan_conversion(
     return files, jobs
 
 
-def expert_jobs(checkpoint: Checkpoint, codec: Codec) -> list[Job]:
+def expert_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list[Job]:
     """Every expert in flat order."""
     codec = fast_encoding(codec)
     read = checkpoint.packed_expert if codec.name == MXFP4 and checkpoint.is_mxfp4 else checkpoint.expert
 
-    def encode(ordinal: int, expert: int) -> Payload:
+    def encode(ordinal: int, expert: int, order: Order) -> Payload:
         layer = checkpoint.layers[ordinal]
-        try:
+        with _errors_name(f"Expert {expert} of {layer.name}"):
             record = codec.encode(layer.shape, read(ordinal, expert))
-        except CheckpointError as error:
-            raise CheckpointError(f"Expert {expert} of {layer.name}: {error}") from error
+        reorder(record, panel_order(codec.name, layer.shape), "rows", order)
         return [_bytes(record)]
 
-    return [
-        Job(
-            blob=record_blob(expert_name(ordinal, expert), codec.layout(layer.shape).record_bytes),
-            make=partial(encode, ordinal, expert),
+    def job(ordinal: int, expert: int, record_bytes: int) -> Job:
+        name = expert_name(ordinal, expert)
+        order = order_of(name) or order_of_codec(codec.name)
+        return Job(
+            blob=record_blob(name, record_bytes, order=order),
+            make=partial(encode, ordinal, expert, order),
             paths=checkpoint.expert_paths(ordinal, expert),
         )
+
+    return [
+        job(ordinal, expert, codec.layout(layer.shape).record_bytes)
         for ordinal, layer in enumerate(checkpoint.layers)
         for expert in range(layer.num_experts)
     ]
 
 
-def dense_jobs(checkpoint: Checkpoint, codec: Codec) -> list[Job]:
+def dense_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list[Job]:
     """Records of quantized linears first, then wider dtypes before narrower ones, so that everything is aligned."""
     codec = fast_encoding(codec)
     shapes = {} if codec.name == LOSSLESS else _linear_shapes(checkpoint)
 
-    def encode(name: str) -> Payload:
+    def encode(name: str, order: Order) -> Payload:
         shape = shapes[name]
         if checkpoint.dense[f"{name}.weight"].num_bytes > WHOLE_BYTES:
-            return encode_runs(name, shape)
+            return encode_runs(name, shape, order)
         tensors = {part: checkpoint.dense_tensor(f"{name}.{part}") for part in shape.module_shapes()}
-        try:
-            return [_bytes(codec.encode(shape, tensors))]
-        except CheckpointError as error:
-            raise CheckpointError(f"{name}.weight: {error}") from error
+        with _errors_name(f"{name}.weight"):
+            record = codec.encode(shape, tensors)
+        reorder(record, panel_order(codec.name, shape), "rows", order)
+        return [_bytes(record)]
 
-    def encode_runs(name: str, shape: ExpertShape) -> Payload:
+    def encode_runs(name: str, shape: ExpertShape, order: Order) -> Payload:
         assert isinstance(codec, BlockwiseCodec)
         bias = checkpoint.dense_tensor(f"{name}.bias") if shape.biases else None
-        try:
-            for piece in encode_pieces(codec, shape, checkpoint.dense_rows(f"{name}.weight", RUN_BYTES), bias):
-                yield _bytes(piece)
-        except CheckpointError as error:
-            raise CheckpointError(f"{name}.weight: {error}") from error
+        rows = checkpoint.dense_rows(f"{name}.weight", RUN_BYTES)
+        with _errors_name(f"{name}.weight"):
+            yield from map(_bytes, encode_pieces(codec, shape, rows, bias, in_panels=order == "panels"))
 
     def copy(name: str) -> Payload:
         dtype = checkpoint.dense[name].dtype
@@ -115,15 +127,16 @@ def dense_jobs(checkpoint: Checkpoint, codec: Codec) -> list[Job]:
 
     inside = {f"{name}.{part}" for name, shape in shapes.items() for part in shape.module_shapes()}
     plain = sorted((t for t in checkpoint.dense.values() if t.name not in inside), key=lambda t: -t.dtype.itemsize)
-    records = [
-        Job(
-            blob=record_blob(f"{name}.weight", codec.layout(shape).record_bytes, quantized=shape),
-            make=partial(encode, name),
+
+    def job(name: str, shape: ExpertShape) -> Job:
+        order = order_of(f"{name}.weight") or order_of_codec(codec.name)
+        return Job(
+            blob=record_blob(f"{name}.weight", codec.layout(shape).record_bytes, shape, order=order),
+            make=partial(encode, name, order),
             paths=frozenset().union(*(checkpoint.dense_paths(f"{name}.{part}") for part in shape.module_shapes())),
         )
-        for name, shape in shapes.items()
-    ]
-    return records + [
+
+    return [job(name, shape) for name, shape in shapes.items()] + [
         Job(
             blob=Blob(name=t.name, dtype=t.dtype, shape=t.shape, num_bytes=t.num_bytes),
             make=partial(copy, t.name),
@@ -136,6 +149,14 @@ def dense_jobs(checkpoint: Checkpoint, codec: Codec) -> list[Job]:
 def expert_name(layer: int, expert: int) -> str:
     """The tensor name of a record in its file; `layer` is the ordinal of the MoE layer."""
     return f"layers.{layer}.experts.{expert}"
+
+
+@contextmanager
+def _errors_name(what: str) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{what}: {error}") from error
 
 
 def _checked(name: str, data: Tensor, dtype: torch.dtype) -> Tensor:

@@ -25,9 +25,12 @@ class QuantLinear(nn.Module):
     record: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, record: Tensor, shape: ExpertShape, codec: Codec, *, is_exact: bool = False) -> None:
+    def __init__(
+        self, record: Tensor, shape: ExpertShape, codec: Codec, *, is_exact: bool = False, is_repacked: bool = False
+    ) -> None:
         """record: in rows; it is changed to panels where it lies. is_exact: it stays in rows, and activations in fp32.
 
+        is_repacked: the record is in the order that this linear reads already.
         shape: one matrix named `weight`, and a bias named `bias` where the record holds one. A layer whose bias is kept
         outside the record sets `bias` afterwards.
         """
@@ -46,7 +49,7 @@ class QuantLinear(nn.Module):
                 self._order = kernels.PanelOrder(codec.name, shape, layout)
             num_parts = int(self._order is not None)
             self._kernel = kernels.LinearKernel(codec.name, [shape], [layout], num_parts=num_parts)
-        if self._order is not None and record.is_cpu:
+        if self._order is not None and record.is_cpu and not is_repacked:
             self._order.to_panels(record)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -85,14 +85,14 @@ def assemble(
     lookups = lookup_tables(hf, head.name if head else None) if device.type == "cpu" else set()
     untied: QuantLinear | None = None
     narrow: dict[str, NarrowEmbedding] = {}
-    for entry, tensor in store.dense_tensors():
+    for entry, tensor in store.dense_tensors("panels" if device.type == "cpu" and not is_exact else "rows"):
         name = entry.name.removesuffix(".weight")
         if dense_codec and head is not None and name == head.embedding:
             # The head takes a quantized copy of a tied embedding: reading all of that for every token costs more.
             untied = quantize_linear(tensor, get_codec(dense_codec), is_exact=is_exact).to(device)
         if entry.quantized is not None:
-            linear = QuantLinear(tensor.to(device), entry.quantized, get_codec(store.dense_codec), is_exact=is_exact)
-            _replace(hf, name, linear)
+            codec, record = get_codec(store.dense_codec), tensor.to(device)
+            _replace(hf, name, QuantLinear(record, entry.quantized, codec, is_exact=is_exact, is_repacked=True))
         elif dense_codec and name in to_quantize:
             _replace(hf, name, quantize_linear(tensor, get_codec(dense_codec), is_exact=is_exact).to(device))
         elif name in lookups and tensor.dtype == torch.bfloat16 and _dtype_of(hf, entry.name, dtypes) == torch.float32:

@@ -19,13 +19,13 @@ from offload_moe.experts.probe import find_probes
 from offload_moe.memory.arena import Arena
 from offload_moe.memory.copier import Copier
 from offload_moe.memory.disk import DiskMover
-from offload_moe.native.kernels import SlotTable
+from offload_moe.native.kernels import Repacking, SlotTable
 from offload_moe.quant import get_codec
 from offload_moe.residency.hierarchy import Hierarchy, Pools
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy import DEFAULT_POLICY
 from offload_moe.residency.prefetch import PrefetchGovernor
-from offload_moe.store import Store
+from offload_moe.store import Record, Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,13 +143,14 @@ def _make_hierarchy(store: Store, blueprint: Blueprint, arithmetics: Sequence[Ar
     copier = blueprint.make_copier() if blueprint.make_copier is not None else None
     keys = blueprint.pools.keys
 
+    def record_of(key: int) -> Record:
+        return store.record(*keys.layer_expert(key))
+
+    def repacking_of(key: int) -> Repacking | None:
+        return Repacking.between(record_of(key).panels, arithmetics[keys.layer_expert(key)[0]].order)
+
     def make_mover(arena: Arena, slot_table: SlotTable) -> DiskMover:
-        return DiskMover(
-            arena,
-            slot_table,
-            lambda key: store.record(*keys.layer_expert(key)),
-            lambda key: arithmetics[keys.layer_expert(key)[0]].order,
-        )
+        return DiskMover(arena, slot_table, record_of, repacking_of)
 
     return Hierarchy(blueprint.pools, make_mover, copier)
 

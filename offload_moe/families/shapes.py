@@ -1,8 +1,9 @@
 """Expert shapes that several families share."""
 
+from offload_moe.quant import layout
 from offload_moe.quant.layout import ExpertShape, Matrix
 
-GATED = "gate_up_proj"
+GATED = layout.GATED
 PLAIN = "up_proj"
 DOWN = "down_proj"
 

@@ -20,10 +20,10 @@ from offload_moe.native.kernels import (
     SHORT_READ,
     WRONG_CHECKSUM,
     Completion,
-    PanelOrder,
     PlaceStruct,
     Reads,
     ReadSizes,
+    Repacking,
     SlotTable,
 )
 from offload_moe.store import Record
@@ -42,7 +42,7 @@ ATTEND_S = 3600.0  # between two wakings where there is nothing to do
 JOIN_S = 5.0
 
 RecordOf = Callable[[int], Record]
-OrderOf = Callable[[int], PanelOrder | None]  # the panels in which a record is kept in RAM; None: as it is on the disk
+RepackingOf = Callable[[int], Repacking | None]  # of a record on its arrival in RAM; None: it is kept as on the disk
 
 
 def readers_for(record_bytes: int) -> int:
@@ -58,20 +58,20 @@ class DiskMover:
         arena: Arena,
         slot_table: SlotTable,
         record_of: RecordOf,
-        order_of: OrderOf = lambda _: None,
+        repacking_of: RepackingOf = lambda _: None,
         num_readers: int | None = None,
     ) -> None:
         """record_of: key -> where the record lies, and its checksum. num_readers: None takes `readers_for`."""
-        orders = [order_of(key) for key in range(slot_table.num_keys)]
+        repackings = [repacking_of(key) for key in range(slot_table.num_keys)]
         sizes = ReadSizes(
             num_threads=num_readers or readers_for(arena.slot_bytes),
             part_bytes=PART_BYTES,
             prefetch_part_bytes=PREFETCH_PART_BYTES,
-            scratch_bytes=max((order.scratch_bytes for order in orders if order is not None), default=0),
+            scratch_bytes=max((found.order.scratch_bytes for found in repackings if found is not None), default=0),
         )
         files = RecordFiles()
-        self.reads = Reads(slot_table, sizes, owner=(arena, files, orders))
-        self.transfers = transfers = DiskTransfers(self.reads, files, record_of, orders)
+        self.reads = Reads(slot_table, sizes, owner=(arena, files, repackings))
+        self.transfers = transfers = DiskTransfers(self.reads, files, record_of, repackings)
         self.changed = transfers.changed  # the condition of the tier
         thread = threading.Thread(target=transfers.attend, name="expert-reads", daemon=True)
         self._close = finalize(self, _close, self.reads, files, thread)  # also at exit, before daemon threads stop
@@ -106,13 +106,13 @@ class DiskTransfers(Transfers):
     """Reads of a store: its files, and retries after errors that may pass. Does not keep the mover alive."""
 
     def __init__(
-        self, reads: Reads, files: RecordFiles, record_of: RecordOf, orders: Sequence[PanelOrder | None]
+        self, reads: Reads, files: RecordFiles, record_of: RecordOf, repackings: Sequence[Repacking | None]
     ) -> None:
         super().__init__(reads, ArrivalCondition(reads, weakref.WeakMethod(self.drain)))
         self._reads = reads
         self._files = files
         self._record_of = record_of
-        self._orders = orders
+        self._repackings = repackings
         self._waiting: list[tuple[float, int, Reading]] = []  # reads to submit, by the time when they are due
         self._order = count()
 
@@ -193,14 +193,15 @@ class DiskTransfers(Transfers):
         number = self._files.number(record.path)
         if number is None:
             return False
-        order = self._orders[key]
+        repacking = self._repackings[key]
         place = PlaceStruct(
             file=number,
             offset=record.offset,
             num_bytes=record.num_bytes,
             checksum=record.checksum,
-            matrices=order.address if order is not None else None,
-            num_matrices=order.num_matrices if order is not None else 0,
+            matrices=repacking.order.address if repacking is not None else None,
+            num_matrices=repacking.order.num_matrices if repacking is not None else 0,
+            to_panels=repacking is not None and repacking.to_panels,
         )
         self._reads.place(key, place)
         return True

@@ -1,6 +1,7 @@
 """Records whose rows are kept in panels of 16, and back: docs/decisions/064-one-arithmetic.md."""
 
 import ctypes
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -10,8 +11,7 @@ from offload_moe.native.bindings import library
 from offload_moe.native.planes import address_of, matrix_struct, not_in_panels_reason, unsupported_reason
 from offload_moe.native.structs import MatrixStruct
 from offload_moe.quant.layout import ExpertShape, RecordLayout, round_up
-
-PANEL_ROWS = 16
+from offload_moe.quant.panels import PANEL_ROWS
 
 
 class PanelOrder:
@@ -48,3 +48,16 @@ class PanelOrder:
     def _repack(self, record: Tensor | int, to_panels: bool) -> None:
         scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8)
         library().om_repack(self.address, self.num_matrices, address_of(record), to_panels, scratch.data_ptr())
+
+
+class Repacking(NamedTuple):
+    """A change of the order of a record's rows: to panels, or else from panels to rows."""
+
+    order: PanelOrder
+    to_panels: bool
+
+    @classmethod
+    def between(cls, found: PanelOrder | None, wished: PanelOrder | None) -> Self | None:
+        """What brings a record from one order into the other, of which None is rows; None where nothing changes."""
+        order = found or wished
+        return None if order is None or (found is None) == (wished is None) else cls(order, wished is not None)

@@ -125,13 +125,12 @@ class SpanTokenStruct(ctypes.Structure):
 
 
 class PlaceStruct(ctypes.Structure):
-    """`om_place`: the place of an expert's record, and the number of its file."""
+    """`om_place`: the place of an expert's record, the number of its file, and the change of its order on arrival."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("offset", "num_bytes")),
         ("matrices", ctypes.c_void_p),
-        ("num_matrices", ctypes.c_int64),
-        ("file", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("num_matrices", "file", "to_panels")),
         ("checksum", ctypes.c_uint32),
     )
 

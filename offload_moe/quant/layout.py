@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 PLANE_ALIGNMENT = 256  # bitsandbytes' CUDA kernels read planes with vector loads
+GATED = "gate_up_proj"  # the first matrix of an expert with a gate; any other name has none
 RECORD_ALIGNMENT = 4096  # O_DIRECT and page-locked transfers need no bounce buffer
 
 
@@ -40,6 +41,11 @@ class ExpertShape:
     @property
     def num_weights(self) -> int:
         return sum(m.out_features * m.in_features for m in self.matrices)
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether the rows of the first matrix are gate rows and then as many up rows, in the kernels' layout."""
+        return self.matrices[0].name == GATED
 
     def module_shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter name -> shape of one expert's tensor as the experts module keeps it."""

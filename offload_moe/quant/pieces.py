@@ -13,27 +13,40 @@ from offload_moe.quant.blockwise import BlockwiseCodec, bias_of, pad_rows
 from offload_moe.quant.int8 import Int8Codec
 from offload_moe.quant.layout import ExpertShape
 from offload_moe.quant.nf4 import BLOCK, Nf4Codec, nested_absmax
+from offload_moe.quant.panels import panels_of_codes, to_panels
 
 
 def encode_pieces(
-    codec: BlockwiseCodec, shape: ExpertShape, pieces: Iterable[Tensor], bias: Tensor | None = None
+    codec: BlockwiseCodec,
+    shape: ExpertShape,
+    pieces: Iterable[Tensor],
+    bias: Tensor | None = None,
+    *,
+    in_panels: bool = False,
 ) -> Iterator[Tensor]:
     """The record of one nf4 or int8 matrix in uint8 pieces.
 
-    shape: one matrix, kept as ``[O, K]``. pieces: its rows ``[o, K]`` in their order.
+    shape: one matrix, kept as ``[O, K]``. pieces: its rows ``[o, K]`` in their order. in_panels: the record's rows are.
 
     Raises: CheckpointError at the end, when a weight is not finite.
     """
     (matrix,) = shape.matrices
     scales: list[Tensor] = []
-    for piece in pieces:
-        rows = pad_rows(piece)
-        planes = codec.encode_matrix(rows)
-        scales.append(planes["scales"] if isinstance(codec, Int8Codec) else _absmax(rows))
-        yield _bytes(planes["codes"])
+
+    def codes() -> Iterator[Tensor]:
+        for piece in pieces:
+            rows = pad_rows(piece)
+            planes = codec.encode_matrix(rows)
+            scales.append(planes["scales"] if isinstance(codec, Int8Codec) else _absmax(rows))
+            yield planes["codes"]
+
+    yield from map(_bytes, panels_of_codes(codes()) if in_panels else codes())
     rest = _scale_planes(codec, torch.cat(scales))
     if not codec.is_finite(rest):
         raise CheckpointError(f"{matrix.name} has NaN or infinite weights; {codec.name} cannot encode them.")
+    if in_panels:
+        per_block = "scales" if isinstance(codec, Int8Codec) else "absmax"
+        rest[per_block] = to_panels(rest[per_block].view(matrix.out_features, -1))
     named = {f"{matrix.name}.{plane}": value for plane, value in rest.items()}
     if bias is not None:
         named[f"{bias_of(matrix)}.values"] = bias

@@ -31,11 +31,7 @@ def sync(descriptor: int) -> None:
 def publish(part: Path, final: Path) -> None:
     """Rename a finished and synced file to its final name."""
     os.replace(part, final)
-    directory = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    _sync_folder(final.parent)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -50,6 +46,12 @@ def write_file(path: Path, data: bytes) -> None:
     publish(part, path)
 
 
+def remove(path: Path) -> None:
+    """Delete a file, if it is there."""
+    path.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
 @contextmanager
 def named_errors(folder: Path) -> Iterator[None]:
     """Translate errors of writing. Raises: BudgetError for a full disk, TransferError for any other OSError."""
@@ -62,3 +64,11 @@ def named_errors(folder: Path) -> Iterator[None]:
                 "again to resume."
             ) from error
         raise TransferError(f"Writing to {folder} failed: {error.strerror}.") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

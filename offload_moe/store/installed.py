@@ -16,7 +16,8 @@ from offload_moe.demo.source import HUB_REPOSITORY, MODEL_NAME
 from offload_moe.errors import OffloadMoeError, StoreError
 from offload_moe.store import Store, is_store
 from offload_moe.store.durable import PART
-from offload_moe.store.journal import JOURNAL_NAME, is_being_written
+from offload_moe.store.journal import JOURNAL_NAME, UPGRADE_LOCK, check_not_written
+from offload_moe.store.manifest import DATA_FILE
 from offload_moe.store.manifest_json import read_manifest
 from offload_moe.system.locks import lock_file
 from offload_moe.system.names import DEMO, DEMOS, STORES, check_installed, looks_like_hub_id, resolve
@@ -27,7 +28,6 @@ POPULARITY_NAME = "popularity.json"  # counts of each expert's use, kept beside 
 DEMO_IS_NOT_BUILT = "The demo model is not built yet. `offload-moe chat` builds it, from a 93 MB download."
 Kind = Literal["store", "demo", "conversion", "damaged store", "unfinished demo"]
 
-_DATA_FILE = re.compile(r"(dense|experts)-\d{5}\.safetensors")
 _UNFINISHED_DEMO = re.compile(rf"\.({re.escape(MODEL_NAME)}-MoE-[0-9a-f]{{8}})\.partial")
 _DEMO = re.compile(rf"{re.escape(MODEL_NAME)}-MoE-[0-9a-f]{{8}}")
 
@@ -129,8 +129,7 @@ def remove(entry: Installed) -> None:
     if entry.kind in ("demo", "unfinished demo"):
         _remove_demo(path)
         return
-    if is_being_written(path):
-        raise StoreError(f"{path} is being written by another process. Stop it first.")
+    check_not_written(path)
     if foreign := sorted(_foreign(path)):
         raise StoreError(
             f"{path} holds {foreign[0]}, which no conversion writes ({len(foreign)} such entries). Move it and retry."
@@ -228,7 +227,7 @@ def _small_files(path: Path) -> set[str] | None:
 
 
 def _is_ours(name: str, small_files: set[str] | None) -> bool:
-    if name in (MANIFEST_NAME, JOURNAL_NAME, POPULARITY_NAME) or _DATA_FILE.fullmatch(name):
+    if name in (MANIFEST_NAME, JOURNAL_NAME, UPGRADE_LOCK, POPULARITY_NAME) or DATA_FILE.fullmatch(name):
         return True
     if small_files is not None:
         return name in small_files

@@ -11,6 +11,7 @@ from offload_moe.system.locks import no_locks, try_lock
 from offload_moe.system.paths import MANIFEST_NAME
 
 JOURNAL_NAME = "conversion.journal"
+UPGRADE_LOCK = "upgrade.lock"  # a file, which stays where an upgrade was stopped
 LINE_BYTES = 9  # CRC-32 in hexadecimal and a newline
 
 
@@ -65,21 +66,30 @@ class Journal:
     def _lock(self) -> None:
         state = try_lock(self._file)
         if state == "held elsewhere":
-            raise StoreError(f"{self._path.parent} is being written by another process. Wait for it to end.")
+            raise StoreError(_is_being_written(self._path.parent))
         if state == "unavailable":
             self.notice = no_locks(self._path.parent)
 
 
-def is_being_written(folder: Path) -> bool:
-    """Whether another process holds the folder's lock."""
+def check_not_written(folder: Path) -> None:
+    """Check that no other process converts into the folder, or upgrades it. Raises: StoreError."""
+    if any(_is_locked(folder / name) for name in (JOURNAL_NAME, UPGRADE_LOCK)):
+        raise StoreError(_is_being_written(folder))
+
+
+def _is_being_written(folder: Path) -> str:
+    return f"{folder} is being written by another process. Wait for it to end, or stop it."
+
+
+def _is_locked(path: Path) -> bool:
     try:
-        journal = os.open(folder / JOURNAL_NAME, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
-        return try_lock(journal, is_shared=True) == "held elsewhere"
+        return try_lock(descriptor, is_shared=True) == "held elsewhere"
     finally:
-        os.close(journal)
+        os.close(descriptor)
 
 
 def _checksums(lines: bytes) -> list[int]:

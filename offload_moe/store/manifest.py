@@ -1,10 +1,14 @@
 """The manifest of an expert store, `store.json`: contents and their places."""
 
+import re
 from dataclasses import dataclass
 
 import torch
 
 from offload_moe.quant import ExpertShape
+from offload_moe.store.order import Order
+
+DATA_FILE = re.compile(r"(dense|experts)-\d{5}(-panels)?\.safetensors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +44,18 @@ class DenseEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredFile:
-    """A file of the store: its size and the CRC-32 of its header (of all of it, for metadata files)."""
+    """A file of the store, its size and its CRC-32."""
 
     name: str
     num_bytes: int
     checksum: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFile(StoredFile):
+    """A file of tensors, with the CRC-32 of its header. order: of the rows in all of its records."""
+
+    order: Order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +67,7 @@ class Manifest:
     codec: str
     dense_codec: str
     layers: tuple[Layer, ...]
-    files: tuple[StoredFile, ...]
+    files: tuple[DataFile, ...]
     experts: tuple[Place, ...]
     dense: tuple[DenseEntry, ...]
     metadata: tuple[StoredFile, ...]

@@ -16,12 +16,15 @@ from offload_moe.checkpoint.header import DTYPES
 from offload_moe.errors import StoreCorrupt, StoreError, StoreVersion
 from offload_moe.quant import ExpertShape, Matrix
 from offload_moe.quant.layout import RECORD_ALIGNMENT
-from offload_moe.store.manifest import DenseEntry, Layer, Manifest, Place, StoredFile
+from offload_moe.store.manifest import DATA_FILE, DataFile, DenseEntry, Layer, Manifest, Place, StoredFile
+from offload_moe.store.order import Order
 from offload_moe.system.paths import MANIFEST_NAME
 
 FORMAT_NAME = "offload-moe expert store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+ROWS_VERSION = 1  # the rows of all records are one after another, and files have no order
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SMALL_FILE = re.compile(r"(additional_chat_templates/)?[\w-][\w.-]*")
 MAX_NUMBER = 1 << 53  # larger JSON numbers are not exact in every reader, and no model has them
 
 
@@ -52,7 +55,7 @@ def manifest_to_json(manifest: Manifest) -> str:
             }
             for layer in manifest.layers
         ],
-        "files": [[file.name, file.num_bytes, file.checksum] for file in manifest.files],
+        "files": [[file.name, file.num_bytes, file.checksum, file.order] for file in manifest.files],
         "experts": [[place.file, place.offset, place.checksum] for place in manifest.experts],
         "dense": [
             {
@@ -86,7 +89,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         StoreError: not a store, or one that was not finished.
-        StoreVersion: written by another format version.
+        StoreVersion: written by a later version.
         StoreCorrupt: malformed.
     """
     path = folder / MANIFEST_NAME
@@ -100,10 +103,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise StoreCorrupt(f"{path} is damaged: {error}. Quantize the model again.") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT_NAME:
         raise StoreError(f"{path} does not describe an expert store.")
-    if document.get("version") != FORMAT_VERSION:
+    if document.get("version") not in (ROWS_VERSION, FORMAT_VERSION):
         raise StoreVersion(
-            f"{folder} is a store of format version {document.get('version')}, this program reads version "
-            f"{FORMAT_VERSION}. Quantize the model again, or use the program that wrote it."
+            f"{folder} is a store of format version {document.get('version')}, this program reads versions "
+            f"{ROWS_VERSION} and {FORMAT_VERSION}. Quantize the model again, or use the program that wrote it."
         )
     if document.pop("checksum", None) != _checksum(document):
         raise StoreCorrupt(f"{path} does not match its own checksum. Quantize the model again.")
@@ -114,7 +117,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _manifest(document: dict[str, Any]) -> Manifest:
-    files = tuple(_file(fields, r"(dense|experts)-\d{5}\.safetensors") for fields in document["files"])
+    has_orders = document["version"] != ROWS_VERSION
+    files = tuple(_data_file(fields if has_orders else [*fields, "rows"]) for fields in document["files"])
+    if len({file.name.replace("-panels", "") for file in files}) != len(files):
+        raise ValueError("a data file is listed twice")
     layers = tuple(_layer(fields) for fields in document["layers"])
     record_bytes = [layer.record_bytes for layer in layers for _ in range(layer.num_experts)]
     places = document["experts"]
@@ -135,7 +141,7 @@ def _manifest(document: dict[str, Any]) -> Manifest:
             for (file, offset, checksum), num_bytes in zip(places, record_bytes, strict=True)
         ),
         dense=dense,
-        metadata=tuple(_file(fields, r"(additional_chat_templates/)?[\w-][\w.-]*") for fields in document["metadata"]),
+        metadata=tuple(_small_file(fields) for fields in document["metadata"]),
     )
 
 
@@ -163,11 +169,16 @@ def _shape(fields: dict[str, Any]) -> ExpertShape:
     )
     if not matrices or not all(m.out_features and m.in_features for m in matrices):
         raise ValueError("an expert without weights")
+    if len({matrix.name for matrix in matrices}) != len(matrices):
+        raise ValueError("an expert with two matrices of one name")
     biases = tuple((_text(name), _number(length)) for name, length in fields["biases"])
-    return ExpertShape(matrices=matrices, biases=biases, is_transposed=flags[0], is_interleaved=flags[1])
+    shape = ExpertShape(matrices=matrices, biases=biases, is_transposed=flags[0], is_interleaved=flags[1])
+    if shape.has_gate and matrices[0].out_features % 2:
+        raise ValueError(f"{matrices[0].out_features} rows, half of them of the gate")
+    return shape
 
 
-def _dense(fields: dict[str, Any], files: tuple[StoredFile, ...]) -> DenseEntry:
+def _dense(fields: dict[str, Any], files: tuple[DataFile, ...]) -> DenseEntry:
     quantized = None if fields["quantized"] is None else _shape(fields["quantized"])
     entry = DenseEntry(
         name=_text(fields["name"]),
@@ -181,16 +192,29 @@ def _dense(fields: dict[str, Any], files: tuple[StoredFile, ...]) -> DenseEntry:
     return entry
 
 
-def _place(fields: Sequence[object], files: tuple[StoredFile, ...], alignment: int) -> Place:
+def _place(fields: Sequence[object], files: tuple[DataFile, ...], alignment: int) -> Place:
     file, offset, num_bytes, checksum = (_number(field) for field in fields)
     if offset % alignment or offset + num_bytes > files[file].num_bytes:
         raise ValueError(f"bytes {offset} to {offset + num_bytes} of {files[file].name}")
     return Place(file=file, offset=offset, num_bytes=num_bytes, checksum=checksum)
 
 
-def _file(fields: list[Any], pattern: str) -> StoredFile:
+def _data_file(fields: list[Any]) -> DataFile:
+    name, num_bytes, checksum, order = fields
+    if DATA_FILE.fullmatch(_text(name)) is None:
+        raise ValueError(f"file name {name!r}")
+    return DataFile(name=name, num_bytes=_number(num_bytes), checksum=_number(checksum), order=_order(order))
+
+
+def _order(value: object) -> Order:
+    if value == "rows" or value == "panels":
+        return value
+    raise ValueError(f"{value!r} where the order of rows belongs")
+
+
+def _small_file(fields: list[Any]) -> StoredFile:
     name, num_bytes, checksum = fields
-    if re.fullmatch(pattern, _text(name)) is None or name == MANIFEST_NAME:
+    if _SMALL_FILE.fullmatch(_text(name)) is None or name == MANIFEST_NAME:
         raise ValueError(f"file name {name!r}")
     return StoredFile(name=name, num_bytes=_number(num_bytes), checksum=_number(checksum))
 

@@ -12,20 +12,23 @@ import torch
 
 from offload_moe.quant import ExpertShape
 from offload_moe.quant.layout import RECORD_ALIGNMENT, round_up
-from offload_moe.store.manifest_json import DTYPE_NAMES, FORMAT_NAME, FORMAT_VERSION
+from offload_moe.store.manifest_json import DTYPE_NAMES, FORMAT_NAME
+from offload_moe.store.order import Order
 
+WRITTEN_BY = f"{FORMAT_NAME} 1"  # headers do not depend on the order of rows: an upgrade keeps them
 FILE_BYTES = 4 << 30  # a file is closed before it grows past this, except for one larger tensor alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blob:
-    """One planned tensor of a store: a record, or an unquantized dense tensor."""
+    """One planned tensor of a store: a record with its order of rows, or an unquantized dense tensor."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     num_bytes: int
     quantized: ExpertShape | None = None
+    order: Order = "rows"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +43,11 @@ class PlannedFile:
     def num_bytes(self) -> int:
         return len(self.header) + sum(blob.num_bytes for blob in self.blobs)
 
+    @property
+    def order(self) -> Order:
+        """Of the rows in its records."""
+        return "panels" if any(blob.order == "panels" for blob in self.blobs) else "rows"
+
     def offsets(self) -> list[int]:
         """The offset of each blob from the start of the file."""
         position = len(self.header)
@@ -50,8 +58,10 @@ class PlannedFile:
         return offsets
 
 
-def record_blob(name: str, record_bytes: int, quantized: ExpertShape | None = None) -> Blob:
-    return Blob(name=name, dtype=torch.uint8, shape=(record_bytes,), num_bytes=record_bytes, quantized=quantized)
+def record_blob(name: str, record_bytes: int, quantized: ExpertShape | None = None, *, order: Order = "rows") -> Blob:
+    return Blob(
+        name=name, dtype=torch.uint8, shape=(record_bytes,), num_bytes=record_bytes, quantized=quantized, order=order
+    )
 
 
 def plan_files(
@@ -74,7 +84,7 @@ def plan_files(
 
 def header_of(blobs: Sequence[Blob]) -> bytes:
     """The beginning of a file of these blobs: the same bytes for the same blobs."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt", "written_by": f"{FORMAT_NAME} {FORMAT_VERSION}"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", "written_by": WRITTEN_BY}}
     position = 0
     for blob in blobs:
         entries[blob.name] = {

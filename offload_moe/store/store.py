@@ -9,31 +9,41 @@ from pathlib import Path
 from torch import Tensor
 
 from offload_moe.errors import ConfigError, StoreCorrupt, StoreError
-from offload_moe.quant import get_codec
-from offload_moe.store.manifest import DenseEntry, Layer, Manifest, Place
+from offload_moe.native.kernels import PanelOrder
+from offload_moe.quant import ExpertShape, get_codec
+from offload_moe.store.manifest import DataFile, DenseEntry, Layer, Manifest, Place
 from offload_moe.store.manifest_json import read_manifest
+from offload_moe.store.order import Order, panel_order, reorder
 from offload_moe.store.reading import check, read_checked, touch
 from offload_moe.system.paths import MANIFEST_NAME, file_advice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """The place of one expert: `offset` and `num_bytes` are multiples of 4096. `name` is for messages."""
+    """The place of one expert: `offset` and `num_bytes` are multiples of 4096. `name` is for messages.
+
+    panels: in which its rows are on the disk; None: they are one after another.
+    """
 
     name: str
     path: Path
     offset: int
     num_bytes: int
     checksum: int
+    panels: PanelOrder | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A range of bytes with a checksum; `name` describes it."""
+    """A range of bytes with a checksum; `name` describes it.
+
+    panels: in which the rows of a record can be, whether they are or not; None for anything else.
+    """
 
     name: str
     path: Path
     place: Place
+    panels: PanelOrder | None = None
 
     def check(self) -> None:
         """Read and compare. Raises: StoreCorrupt, StoreError naming the file and the piece."""
@@ -56,7 +66,7 @@ class Store:
         self.dense_codec = manifest.dense_codec
         self.layers: tuple[Layer, ...] = manifest.layers
         self.dense: Mapping[str, DenseEntry] = {entry.name: entry for entry in manifest.dense}
-        self._manifest = manifest
+        self.manifest = manifest
         self._first = [sum(layer.num_experts for layer in self.layers[:i]) for i in range(len(self.layers))]
 
     @classmethod
@@ -73,7 +83,7 @@ class Store:
             raise StoreError(file_advice(folder))
         store = cls(folder, read_manifest(folder))
         store._check_layouts()
-        for file in (*store._manifest.files, *store._manifest.metadata):
+        for file in (*store.manifest.files, *store.manifest.metadata):
             try:
                 found = (folder / file.name).stat().st_size
             except OSError as error:
@@ -91,12 +101,12 @@ class Store:
 
     @property
     def has_tokenizer(self) -> bool:
-        names = [file.name for file in self._manifest.metadata]
+        names = [file.name for file in self.manifest.metadata]
         return any(n.startswith(("tokenizer", "vocab", "tekken")) or n.endswith((".model", ".tiktoken")) for n in names)
 
     @property
     def experts_bytes(self) -> int:
-        return sum(place.num_bytes for place in self._manifest.experts)
+        return sum(place.num_bytes for place in self.manifest.experts)
 
     @property
     def dense_bytes(self) -> int:
@@ -111,39 +121,43 @@ class Store:
             offset=place.offset,
             num_bytes=place.num_bytes,
             checksum=place.checksum,
+            panels=self._panels_of(layer) if self._order(place) == "panels" else None,
         )
+
+    def order_of(self, name: str) -> Order | None:
+        """The order of rows in the file of the tensor `name`, which is as for `place_of`."""
+        place = self._place_of(name)
+        return None if place is None else self._order(place)
 
     def place_of(self, name: str) -> tuple[Path, int, int] | None:
         """File, offset and length of the tensor `name` of a data file: a dense tensor, or an expert's record."""
-        if name in self.dense:
-            place = self.dense[name].place
-        elif match := re.fullmatch(r"layers\.(\d{1,9})\.experts\.(\d{1,9})", name):
-            layer, expert = int(match[1]), int(match[2])
-            if layer >= len(self.layers) or expert >= self.layers[layer].num_experts:
-                return None
-            place = self._place(layer, expert)
-        else:
-            return None
-        return self._file(place), place.offset, place.num_bytes
+        place = self._place_of(name)
+        return None if place is None else (self._file(place), place.offset, place.num_bytes)
 
-    def read_expert(self, layer: int, expert: int) -> Tensor:
-        """The record, uint8 ``[record_bytes]``, checked. Raises: StoreCorrupt naming the expert and its file."""
+    def read_expert(self, layer: int, expert: int, order: Order = "rows") -> Tensor:
+        """The record, uint8 ``[record_bytes]``, checked. order: of its rows, where the codec has panels.
+
+        Raises: StoreCorrupt naming the expert and its file.
+        """
         place = self._place(layer, expert)
-        return read_checked(self._file(place), place, self._expert_name(layer, expert))
+        record = read_checked(self._file(place), place, self._expert_name(layer, expert))
+        reorder(record, self._panels_of(layer), self._order(place), order)
+        return record
 
-    def read_dense(self, name: str) -> Tensor:
+    def read_dense(self, name: str, order: Order = "rows") -> Tensor:
         """A dense tensor, checked; if `dense[name].quantized` is set, the uint8 record of a linear.
 
-        Raises: StoreCorrupt naming the tensor and its file.
+        order: of the rows of a record, where the codec has panels. Raises: StoreCorrupt naming the tensor and its file.
         """
         entry = self.dense[name]
         data = read_checked(self._file(entry.place), entry.place, name)
+        reorder(data, self._panels_of_linear(entry.quantized), self._order(entry.place), order)
         return data.view(entry.dtype).view(entry.shape)
 
-    def dense_tensors(self) -> Iterator[tuple[DenseEntry, Tensor]]:
+    def dense_tensors(self, order: Order = "rows") -> Iterator[tuple[DenseEntry, Tensor]]:
         """Every dense entry with its tensor, read one at a time, the largest first to limit the peak of memory."""
         for entry in self._largest_first():
-            yield entry, self.read_dense(entry.name)
+            yield entry, self.read_dense(entry.name, order)
 
     def read_ahead(self) -> None:
         """Let the system read the dense tensors into the page cache in the background."""
@@ -155,34 +169,63 @@ class Store:
 
     def pieces(self) -> Iterator[Piece]:
         """All of the store but its manifest: small files, headers, dense tensors, experts."""
-        for file in self._manifest.metadata:
+        for file in self.manifest.metadata:
             whole = Place(file=0, offset=0, num_bytes=file.num_bytes, checksum=file.checksum)
             yield Piece(name="the file", path=self.path / file.name, place=whole)
-        for place, name in self._places():
-            yield Piece(name=name, path=self._file(place), place=place)
+        for place, name, panels in self._places():
+            yield Piece(name=name, path=self._file(place), place=place, panels=panels)
 
-    def _places(self) -> Iterator[tuple[Place, str]]:
-        header_bytes = [file.num_bytes for file in self._manifest.files]
-        for place in (*self._manifest.experts, *(entry.place for entry in self.dense.values())):
+    def files_in_rows(self) -> list[DataFile]:
+        """The data files with records that have panels but are not in them: those that `upgrade` rewrites."""
+        with_panels = self._files_with_panels()
+        files = enumerate(self.manifest.files)
+        return [file for index, file in files if file.order == "rows" and index in with_panels]
+
+    def _files_with_panels(self) -> set[int]:
+        """Indices of the data files with records that have panels, whether they are in them or not."""
+        return {place.file for place, _, panels in self._places() if panels is not None}
+
+    def _places(self) -> Iterator[tuple[Place, str, PanelOrder | None]]:
+        """Places in data files with their names and, of records, panels."""
+        header_bytes = [file.num_bytes for file in self.manifest.files]
+        for place in (*self.manifest.experts, *(entry.place for entry in self.dense.values())):
             header_bytes[place.file] = min(header_bytes[place.file], place.offset)
-        for index, file in enumerate(self._manifest.files):
+        for index, file in enumerate(self.manifest.files):
             place = Place(file=index, offset=0, num_bytes=header_bytes[index], checksum=file.checksum)
-            yield place, "the header"
+            yield place, "the header", None
         for entry in self.dense.values():
-            yield entry.place, entry.name
+            yield entry.place, entry.name, self._panels_of_linear(entry.quantized)
         for layer, description in enumerate(self.layers):
+            panels = self._panels_of(layer)
             for expert in range(description.num_experts):
-                yield self._place(layer, expert), self._expert_name(layer, expert)
+                yield self._place(layer, expert), self._expert_name(layer, expert), panels
+
+    def _place_of(self, name: str) -> Place | None:
+        if name in self.dense:
+            return self.dense[name].place
+        match = re.fullmatch(r"layers\.(\d{1,9})\.experts\.(\d{1,9})", name)
+        layer, expert = (int(match[1]), int(match[2])) if match else (len(self.layers), 0)
+        is_there = layer < len(self.layers) and expert < self.layers[layer].num_experts
+        return self._place(layer, expert) if is_there else None
 
     def _place(self, layer: int, expert: int) -> Place:
         assert 0 <= expert < self.layers[layer].num_experts
-        return self._manifest.experts[self._first[layer] + expert]
+        return self.manifest.experts[self._first[layer] + expert]
 
     def _expert_name(self, layer: int, expert: int) -> str:
         return f"expert {expert} of layer {layer} ({self.layers[layer].name})"
 
+    def _order(self, place: Place) -> Order:
+        return self.manifest.files[place.file].order
+
+    def _panels_of(self, layer: int) -> PanelOrder | None:
+        return panel_order(self.codec, self.layers[layer].shape)
+
+    def _panels_of_linear(self, shape: ExpertShape | None) -> PanelOrder | None:
+        return None if shape is None else panel_order(self.dense_codec, shape)
+
     def _file(self, place: Place) -> Path:
-        return self.path / self._manifest.files[place.file].name
+        return self.path / self.manifest.files[place.file].name
 
     def _check_layouts(self) -> None:
         """Check the records' lengths against the codec, since arithmetic would read past shorter ones."""
@@ -195,3 +238,7 @@ class Store:
         for name, num_bytes, layout in sizes:
             if layout.record_bytes != num_bytes:
                 raise StoreCorrupt(f"{self.path / MANIFEST_NAME}: {name} has records of {num_bytes} bytes.")
+        with_panels = self._files_with_panels()
+        for index, file in enumerate(self.manifest.files):
+            if file.order == "panels" and index not in with_panels:
+                raise StoreCorrupt(f"{self.path / MANIFEST_NAME}: {file.name} has no records that have panels.")

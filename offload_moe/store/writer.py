@@ -16,7 +16,7 @@ from offload_moe.errors import BudgetError
 from offload_moe.native.kernels import crc32
 from offload_moe.store import durable
 from offload_moe.store.journal import Journal
-from offload_moe.store.manifest import Place, StoredFile
+from offload_moe.store.manifest import DataFile, Place, StoredFile
 from offload_moe.store.plan import PlannedFile
 from offload_moe.system.paths import MANIFEST_NAME
 from offload_moe.system.sizes import format_size
@@ -183,9 +183,11 @@ class StoreWriter:
         return self._folder / (file.name + durable.PART)
 
 
-def stored_files(files: Sequence[PlannedFile]) -> tuple[StoredFile, ...]:
+def stored_files(files: Sequence[PlannedFile]) -> tuple[DataFile, ...]:
     """The data files' entries of the manifest."""
-    return tuple(StoredFile(name=f.name, num_bytes=f.num_bytes, checksum=zlib.crc32(f.header)) for f in files)
+    return tuple(
+        DataFile(name=f.name, num_bytes=f.num_bytes, checksum=zlib.crc32(f.header), order=f.order) for f in files
+    )
 
 
 def describe_metadata(metadata: dict[str, bytes]) -> tuple[StoredFile, ...]:

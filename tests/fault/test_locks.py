@@ -12,7 +12,7 @@ from offload_moe.convert.quantize import quantize
 from offload_moe.errors import StoreError
 from offload_moe.store import Store, is_store
 from offload_moe.store.installed import describe, remove
-from offload_moe.store.journal import JOURNAL_NAME, is_being_written
+from offload_moe.store.journal import JOURNAL_NAME, check_not_written
 from offload_moe.system.locks import lock_file, try_lock
 from tests.support.checkpoints import write_checkpoint
 from tests.support.reference import converted
@@ -52,7 +52,7 @@ def test_a_lock_that_is_held_is_one(number: int, flock_fails: Callable[[int], No
 def test_what_is_installed_can_be_looked_at_and_removed(flock_fails: Callable[[int], None], tmp_path: Path) -> None:
     (tmp_path / JOURNAL_NAME).write_text("{}\n")
     flock_fails(errno.ENOLCK)
-    assert not is_being_written(tmp_path)
+    check_not_written(tmp_path)
     entry = describe(tmp_path)
     assert entry is not None
     remove(entry)

@@ -145,6 +145,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ("ms_per_token.*.median", "ratio.median", "first_token_ms.median"),
     ),
     (
+        "serve_peers.py",
+        "--config {config} --folder {folder} --threads 1 --trials 1 --prompt-tokens 20 --new-tokens 4",
+        ("first_token_ms.*.median", "without_prefix_ms.*"),
+    ),
+    (
         "simulate_validation.py",
         "--folder {folder} --models olmoe --config {config} --trials 1 --threads 1 --tokens 12",
         (
@@ -177,7 +182,13 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ("ms_per_token.om_layer_step", "ms_per_token.layers", "share_outside_of_native_calls"),
     ),
 ]
-BY_THEMSELVES = {"chat_start.py", "gpu_decode.py", "paired.py", "peers/run_llamacpp.py"}
+BY_THEMSELVES = {
+    "chat_start.py",
+    "gpu_decode.py",
+    "paired.py",
+    "peers/run_llamacpp.py",
+    "peers/serve_llamacpp.py",  # by serve_peers.py
+}
 
 
 def test_every_script_is_run() -> None:

@@ -10,36 +10,38 @@ from torch import Tensor
 from offload_moe.errors import TransferError
 from offload_moe.memory.arena import Arena
 from offload_moe.memory.disk import DiskMover
-from offload_moe.native.kernels import PanelOrder, SlotTable
+from offload_moe.native.kernels import PanelOrder, Repacking, SlotTable
 from offload_moe.quant.layout import round_up
 from offload_moe.store import Record
 from tests.support.disk import pread, read
 from tests.support.kernels import Experts, make_experts
 
 CODECS = ("nf4", "int8", "mxfp4")
-NUM_RECORDS = 3
-AS_STORED = 2  # the key of a record without an order
+NUM_RECORDS = 4
+AS_STORED, TO_ROWS = 2, 3  # keys of records that stay as they are, and that are in panels on the disk
 
 
 class Disk:
-    """Three records of ragged matrices, two of which come into panels."""
+    """Records of ragged matrices, two of which come into panels, and one into rows."""
 
     def __init__(self, folder: Path, codec: str) -> None:
         self.experts: Experts = make_experts(codec, 200, 72, count=NUM_RECORDS)
         self.num_bytes = round_up(self.experts.layout.num_bytes, 4096)
         self.order = PanelOrder(codec, self.experts.shape, self.experts.layout, has_gate=True)
         self.path = folder / "experts"
+        self.order.to_panels(self.experts.records[TO_ROWS])
         self.stored = [record.numpy().tobytes().ljust(self.num_bytes, b"\0") for record in self.experts.records]
         self.path.write_bytes(b"".join(self.stored))
         self.arena = Arena(NUM_RECORDS, self.num_bytes)
         table = SlotTable(NUM_RECORDS, NUM_RECORDS, self.arena.addresses)
-        self.mover = DiskMover(
-            self.arena, table, self.record_of, lambda key: None if key == AS_STORED else self.order, num_readers=2
-        )
+        self.mover = DiskMover(self.arena, table, self.record_of, self.repacking_of, num_readers=2)
 
     def record_of(self, key: int) -> Record:
         offset, checksum = key * self.num_bytes, zlib.crc32(self.stored[key])
         return Record(name=f"expert {key}", path=self.path, offset=offset, num_bytes=self.num_bytes, checksum=checksum)
+
+    def repacking_of(self, key: int) -> Repacking | None:
+        return None if key == AS_STORED else Repacking(self.order, key != TO_ROWS)
 
     def in_panels(self, key: int) -> Tensor:
         record = torch.frombuffer(bytearray(self.stored[key]), dtype=torch.uint8)
@@ -48,7 +50,7 @@ class Disk:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_records_arrive_in_panels_where_they_have_an_order(codec: str, tmp_path: Path) -> None:
+def test_records_arrive_in_the_order_that_is_read(codec: str, tmp_path: Path) -> None:
     disk = Disk(tmp_path, codec)
     for _ in range(2):  # the second read of a record compares no checksum
         for key in range(NUM_RECORDS):
@@ -57,6 +59,10 @@ def test_records_arrive_in_panels_where_they_have_an_order(codec: str, tmp_path:
             assert torch.equal(disk.arena.slot(key), disk.in_panels(key))
             assert disk.arena.slot(key).numpy().tobytes() != disk.stored[key]
         assert disk.arena.slot(AS_STORED).numpy().tobytes() == disk.stored[AS_STORED]
+        rows = disk.arena.slot(TO_ROWS).clone()
+        assert rows.numpy().tobytes() != disk.stored[TO_ROWS]
+        disk.order.to_panels(rows)
+        assert rows.numpy().tobytes() == disk.stored[TO_ROWS]
     disk.mover.close()
 
 
@@ -79,3 +85,13 @@ def test_a_damaged_record_fails_and_a_transfer_that_was_wrong_once_is_read_again
     assert isinstance(error, TransferError)
     assert "checksum" in str(error)
     disk.mover.close()
+
+
+def test_nothing_is_repacked_where_both_orders_are_the_same(tmp_path: Path) -> None:
+    disk = Disk(tmp_path, "nf4")
+    disk.mover.close()
+    order = disk.order
+    assert Repacking.between(None, None) is None
+    assert Repacking.between(order, order) is None
+    assert Repacking.between(None, order) == (order, True)
+    assert Repacking.between(order, None) == (order, False)

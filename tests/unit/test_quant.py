@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from offload_moe.errors import CheckpointError, ConfigError
-from offload_moe.native.kernels import fast_encoding
+from offload_moe.native.kernels import PanelOrder, fast_encoding
 from offload_moe.quant import CODECS, ExpertShape, Matrix, get_codec
 from offload_moe.quant.mxfp4 import Mxfp4Codec, mxfp4_values
 from offload_moe.quant.nf4 import NF4_TABLE, dynamic_map
@@ -155,6 +155,22 @@ def test_mxfp4_takes_blocks_and_scales_as_they_are(features: int) -> None:
     scales[3, 1] = 255
     with pytest.raises(CheckpointError, match="gate_up_proj has NaN"):
         codec.encode(shape, {"gate_up_proj_blocks": codes, "gate_up_proj_scales": scales})
+
+
+@pytest.mark.parametrize("num_rows", [300, 5, 16])
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_pieces_in_panels_are_the_bytes_of_the_whole(name: str, num_rows: int) -> None:
+    """Pieces that cut through panels, and a last panel of fewer rows."""
+    torch.manual_seed(0)
+    matrix = Matrix(name="weight", out_features=num_rows, in_features=100)
+    shape = ExpertShape(matrices=(matrix,), biases=(("bias", num_rows),))
+    rows, bias = torch.randn(num_rows, 100), torch.randn(num_rows)
+    codec = fast_encoding(get_codec(name))
+    whole = codec.encode(shape, {"weight": rows, "bias": bias})
+    PanelOrder(name, shape, codec.layout(shape)).to_panels(whole)
+    for piece_rows in (1, 7, 16, 77, 300):
+        pieces = encode_pieces(codec, shape, rows.split(piece_rows), bias, in_panels=True)
+        assert torch.equal(torch.cat([*pieces]), whole)
 
 
 @pytest.mark.parametrize("is_native", [False, True])

@@ -127,8 +127,8 @@ def test_an_edit_that_changes_nothing_is_fine(store: Path) -> None:
 
 
 def test_another_version(store: Path) -> None:
-    edit(store, lambda document: document.update(version=2))
-    with pytest.raises(StoreVersion, match="format version 2, this program reads version 1"):
+    edit(store, lambda document: document.update(version=3))
+    with pytest.raises(StoreVersion, match="format version 3, this program reads versions 1 and 2"):
         Store.open(store)
 
 
@@ -149,6 +149,10 @@ def set_at(document: Any, path: list[Any], value: object) -> None:
     [
         (["files", 0, 0], "../dense-00001.safetensors"),
         (["files", 0, 0], "/etc/passwd"),
+        (["files", 0, 3], "columns"),
+        (["files", 0, 3], None),
+        (["files", 1, 0], "dense-00001.safetensors"),
+        (["files", 1, 0], "dense-00001-panels.safetensors"),
         (["metadata", 0, 0], "../config.json"),
         (["metadata", 0, 0], ".."),
         (["experts", 0, 0], 99),
@@ -166,6 +170,8 @@ def set_at(document: Any, path: list[Any], value: object) -> None:
         (["layers", 0, "shape", "matrices"], []),
         (["layers", 0, "shape", "matrices", 0, 1], 10**6),
         (["layers", 0, "shape", "matrices", 0, 1], "48"),
+        (["layers", 0, "shape", "matrices", 0, 1], 47),
+        (["layers", 0, "shape", "matrices", 0, 0], "down_proj"),
         (["layers", 0, "shape", "is_transposed"], 1),
         (["dense", 0, "dtype"], "F4"),
         (["dense", -1, "shape"], [10**9]),

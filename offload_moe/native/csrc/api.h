@@ -114,8 +114,8 @@
 
 #define OM_PLACE_FIELDS(FIELD, T) \
     FIELD(T, int64_t, offset, ) FIELD(T, int64_t, num_bytes, ) \
-    FIELD(T, const om_matrix *, matrices, ) FIELD(T, int64_t, num_matrices, ) /* to bring into panels; none: the record stays as it is */ \
-    FIELD(T, int32_t, file, ) \
+    FIELD(T, const om_matrix *, matrices, ) FIELD(T, int32_t, num_matrices, ) /* to bring into panels or rows; none: the record stays as it is */ \
+    FIELD(T, int32_t, file, ) FIELD(T, int32_t, to_panels, ) \
     FIELD(T, uint32_t, checksum, )
 
 /* A change of a read: a token pass has begun it (OM_READING), its expert has arrived (OM_DONE), its slot is reserved again

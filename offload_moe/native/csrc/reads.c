@@ -175,7 +175,7 @@ static om_fetch *pick(om_reads *reads) {
     return reads->num_prefetching < most ? reads->prefetches.first : NULL;
 }
 
-/* Bring a record into panels if its bytes are the expert's, and return whether they are (lock held, released meanwhile).
+/* Bring a record into its order in RAM if its bytes are the expert's, and return whether they are (lock held, released meanwhile).
  * Only the first read of each is compared: files do not change. */
 static int accept(om_reads *reads, om_fetch *fetch, const om_place *place, uint8_t *scratch) {
     uint8_t *is_checked = &reads->options.is_checked[fetch->key];
@@ -183,7 +183,7 @@ static int accept(om_reads *reads, om_fetch *fetch, const om_place *place, uint8
     if (was_checked && place->num_matrices == 0) return 1;
     unlock(reads);
     const int is_right = was_checked || om_crc32(fetch->record, place->num_bytes, 0) == place->checksum;
-    if (is_right) om_repack(place->matrices, place->num_matrices, fetch->record, 1, scratch);
+    if (is_right) om_repack(place->matrices, place->num_matrices, fetch->record, place->to_panels, scratch);
     lock(reads);
     if (!was_checked) *is_checked = (uint8_t)is_right;
     return is_right;
