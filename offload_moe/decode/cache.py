@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-# Of keys and of values, from the first token that the new one sees on, [1, N, C or less, D]; and how many it sees.
-Room = tuple[Tensor, Tensor, int]
+from offload_moe.native.kernels import Room
 
 GROWTH = 1.25
 STEP = 128  # tokens; capacities are multiples of it

@@ -94,8 +94,7 @@ class NativeLayer:
         residual, normed = torch.empty_like(x), torch.empty_like(x)
         plain = self.plain
         routed = None if plain is None else room_for_routed(plain.route)
-        (cos, signed_sin), (keys, values, length) = self.rotary.prepare(step.embeddings), room
-        self.kernel.step(x, cos, signed_sin, keys, values, length, residual, normed, routed)
+        self.kernel.step(x, *self.rotary.prepare(step.embeddings), [room], residual, normed, routed)
         for observer in self._norm._forward_pre_hooks.values():
             observer(self._norm, (residual,))
         if plain is None or routed is None:

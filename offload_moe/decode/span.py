@@ -100,15 +100,15 @@ class LayerSpan:
         )
 
     def pass_natively(self, x: Tensor, step: TokenStep) -> Tensor:
-        rooms = [layer.attention.extend(step.cache) for layer in self.layers]
+        rooms = [[layer.attention.extend(step.cache)] for layer in self.layers]
         x = x.clone(memory_format=torch.contiguous_format)
         shape = {"num_experts": self._num_experts, "top_k": self._top_k}
         rotary = self.layers[0].rotary.prepare(step.embeddings)
-        token = kernels.SpanToken(x, rooms, rotary, **shape, ranks=self._ranks())
+        token = kernels.SpanRows(x, rooms, rotary, **shape, ranks=self._ranks())
         self._token_pass(token)
         return x
 
-    def _token_pass(self, token: kernels.SpanToken) -> None:
+    def _token_pass(self, token: kernels.SpanRows) -> None:
         """Through all layers, and account for them in their order."""
         account = _Account(began=time.perf_counter(), marks=[mark(self._scheduler)])
         with self._hierarchy.every_expert() as are_here:
@@ -123,7 +123,7 @@ class LayerSpan:
         if recorder is not None:
             recorder.ran(self._ran(token, account))
 
-    def _follow_pass(self, token: kernels.SpanToken, account: "_Account") -> None:
+    def _follow_pass(self, token: kernels.SpanRows, account: "_Account") -> None:
         """On a thread of its own, with slots to fill, which are reclaimed once it has ended and leases nothing."""
         reads = self._hierarchy.pass_reads
         try:
@@ -134,7 +134,7 @@ class LayerSpan:
             if self._reserved is not None:
                 self._reserved.reclaim()
 
-    def _serve(self, token_pass: kernels.TokenPass, token: kernels.SpanToken, account: "_Account") -> None:
+    def _serve(self, token_pass: kernels.TokenPass, token: kernels.SpanRows, account: "_Account") -> None:
         """Give the token pass what it needs until it ends."""
         num_layers, num_noted, watchdog = len(self.layers), 0, _StallWatchdog(self._scheduler)
         with ExitStack() as held:
@@ -160,7 +160,7 @@ class LayerSpan:
         if self._reserved is not None:
             self._reserved.reserve(may_evict=not self._hierarchy.holds_every_expert)
 
-    def _wait_on(self, token: kernels.SpanToken, at: int, watchdog: "_StallWatchdog") -> None:
+    def _wait_on(self, token: kernels.SpanRows, at: int, watchdog: "_StallWatchdog") -> None:
         """Nothing is needed by layers from this one on yet; observers may stop the token here.
 
         Raises: TransferError, ModelClosed.
@@ -174,49 +174,49 @@ class LayerSpan:
         if waited_s > self._scheduler.stall_limit_s:
             raise self._scheduler.late(f"Experts of layer {self._bound[max(0, num_begun - 1)].layer}")
 
-    def _note_passed(self, token: kernels.SpanToken, first: int, end: int, account: "_Account") -> None:
+    def _note_passed(self, token: kernels.SpanRows, first: int, end: int, account: "_Account") -> None:
         """Account for layers for which Python brought no expert."""
         if first == end:
             return
-        experts, found = token.ids[first:end].tolist(), token.found[first:end].tolist()
+        experts, found = token.ids[first:end, 0].tolist(), token.found[first:end, 0].tolist()
         account.marks += note_passed(self._scheduler, self._bound[first].layer, experts, found)
         for at, chosen in enumerate(experts, first):
             self._note_guesses(token, at, chosen)
             self._note_routed(token, at)
 
-    def _acquire(self, token: kernels.SpanToken, at: int) -> Lease:
+    def _acquire(self, token: kernels.SpanRows, at: int) -> Lease:
         """The experts of a layer that could not fetch them all."""
         bound = self._bound[at]
         self.layers[at].note_begin()
-        chosen = token.ids[at].tolist()
+        chosen = token.ids[at, 0].tolist()
         experts = sorted(chosen)
-        found = sort_found(chosen, token.found[at].tolist())
+        found = sort_found(chosen, token.found[at, 0].tolist())
         lease = self._scheduler.acquire(bound.layer, experts, found=found)
         self._note_guesses(token, at, experts)
         self._note_routed(token, at)
         return lease
 
-    def _note_guesses(self, token: kernels.SpanToken, at: int, experts: Sequence[int]) -> None:
+    def _note_guesses(self, token: kernels.SpanRows, at: int, experts: Sequence[int]) -> None:
         lookahead = self._bound[at].lookahead
         if lookahead is not None:
             num_ahead = len(self.layers) - 1 - at
             guesses, found = token.guesses[at, :num_ahead].tolist(), token.guesses_found[at, :num_ahead].tolist()
             lookahead.passed(self._bound[at].layer, experts, guesses, found)
 
-    def _ran(self, token: kernels.SpanToken, account: "_Account") -> SpannedLayers:
+    def _ran(self, token: kernels.SpanRows, account: "_Account") -> SpannedLayers:
         num_useful, disk_bytes = zip(*account.marks, strict=True)
         return SpannedLayers(
             first_layer=self._bound[0].layer,
-            logits=token.logits,
-            weights=token.weights,
-            ids=token.ids,
+            logits=token.logits[:, 0],
+            weights=token.weights[:, 0],
+            ids=token.ids[:, 0],
             times=token.times + account.began,
             stalls=token.stalls,
             num_useful=num_useful,
             disk_bytes=disk_bytes,
         )
 
-    def _note_routed(self, token: kernels.SpanToken, at: int) -> None:
+    def _note_routed(self, token: kernels.SpanRows, at: int) -> None:
         if self._bound[at].recorder is not None:
             return  # it is given all layers at once
         router = self._blocks[at].router

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from offload_moe.decode.cache import ROOMY, Room, RoomySlidingLayer, give_room, kept_dtype
+from offload_moe.decode.cache import ROOMY, RoomySlidingLayer, give_room, kept_dtype
 from offload_moe.decode.dense import QuantLinear
 from offload_moe.decode.hooks import are_watched, hooks_of
 from offload_moe.decode.norm import FusedRMSNorm
@@ -18,6 +18,7 @@ from offload_moe.decode.projections import NAMES
 from offload_moe.errors import ConfigError
 from offload_moe.families.layer_spec import AttentionSpec
 from offload_moe.native import kernels
+from offload_moe.native.kernels import Room
 
 
 class CachedStep:
@@ -85,7 +86,7 @@ class AttentionStep(CachedStep):
     def __call__(self, hidden_states: Tensor, cos: Tensor, signed_sin: Tensor, cache: Any) -> Tensor:
         """hidden ``[1, 1, H]`` -> ``[1, 1, H]``; the call `fits`."""
         out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-        self.kernel.step(hidden_states.contiguous(), cos, signed_sin, *self.extend(cache), out)
+        self.kernel.step(hidden_states.contiguous(), cos, signed_sin, [self.extend(cache)], out)
         return out
 
 
