@@ -134,8 +134,8 @@ def quantized_linear(module: Any) -> kernels.Linear:
     """A projection as the kernels take it. Raises: Uncovered."""
     if not isinstance(module, QuantLinear) or not module.has_kernel:
         raise Uncovered("attention whose projections are not quantized, or in a codec without a kernel")
-    if module.shape.biases or not is_fp32(module.bias):
-        raise Uncovered("attention whose biases are quantized with its projections")
+    if not is_fp32(module.bias):
+        raise Uncovered("attention whose biases are in another dtype")
     layout = module.codec.layout(module.shape)
     return kernels.Linear(
         codec=module.codec.name,

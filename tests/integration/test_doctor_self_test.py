@@ -205,7 +205,8 @@ def test_the_demo_says_the_same_with_few_slots(demo: Path, monkeypatch: pytest.M
         if num_reads[id(self), key] > 1:
             layer, expert = divmod(key, store.num_experts)
             record = store.record(layer, expert ^ 1)
-            self.place(key, PlaceStruct(file=0, offset=record.offset, num_bytes=record.num_bytes))
+            place = {"offset": record.offset, "num_bytes": record.num_bytes, "checksum": record.checksum}
+            self.place(key, PlaceStruct(file=0, **place))
         submit(self, key, slot, is_prefetch=is_prefetch)
 
     monkeypatch.setattr(Reads, "submit", wrong_after_eviction)

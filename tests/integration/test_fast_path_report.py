@@ -1,9 +1,10 @@
 """What `load`, `doctor` and `models` say of the fast path is what a decode step does."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import torch
 from support.checkpoints import write_checkpoint
 
 from offload_moe import load, quantize
@@ -91,12 +92,20 @@ def test_sizes_that_no_kernel_takes_are_a_reason(tmp_path: Path) -> None:
         assert "heads of 8" in str(model.fast_path)
 
 
-def test_biases_in_a_record_are_a_reason(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "checkpoint", "qwen2_moe", **SIZES)
-    quantize(tmp_path / "checkpoint", tmp_path / "store", dense_codec="int8")
-    with load(tmp_path / "store") as model:
-        assert kinds(model) == ["modules"] * 3
-        assert "biases are quantized with its projections" in str(model.fast_path)
+@pytest.mark.parametrize(("family", "dense_codec"), [("qwen2_moe", "int8"), ("gpt_oss", "int8"), ("gpt_oss", "nf4")])
+def test_biases_in_a_record_decode_natively(family: str, dense_codec: Literal["int8", "nf4"], tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint", family, **SIZES)
+    quantize(tmp_path / "checkpoint", tmp_path / "store", dense_codec=dense_codec)
+    ids = torch.arange(1, 10).view(1, -1)
+    logits = []
+    for fast_path in (True, False):
+        with load(tmp_path / "store", fast_path=fast_path) as model, torch.inference_mode():
+            assert not fast_path or kinds(model) == ["span"] * 3
+            cache = model.hf(input_ids=ids, use_cache=True).past_key_values
+            logits.append(model.hf(input_ids=torch.tensor([[5]]), past_key_values=cache).logits)
+            linear = model.hf.model.layers[0].self_attn.q_proj
+            assert linear.shape.biases
+    assert (logits[0] - logits[1]).norm() < 0.05 * logits[1].norm()
 
 
 def test_a_check_that_fails_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 /* Attention of one token over rows of a cache. Included once per instruction set, by `vector_loops.h`. */
 #define OM_TILE_ROWS 64        /* whose weighed values are added up by themselves */
 #define OM_ROWS_CACHED 16      /* rows of keys that stay in the L1 cache while all heads use them */
-#define OM_KEYS_AHEAD 4096     /* bytes */
 
 /* sums[h * R + r] += q[h] . rows[r]; H and R are constants, so that sums stay in registers. */
 OM_INLINE void add_products(const int is_bf16, const int H, const int R, const float *q, int64_t width, const void *rows,
@@ -29,10 +28,15 @@ OM_INLINE void score_rows(const int is_bf16, const int H, const int R, const om_
         OM_UNROLL for (int r = 0; r < R; r++) scores[h * OM_SECTION + at + r] = results[h * R + r];
 }
 
+/* `ahead`: NULL, or what is prefetched meanwhile, as many bytes for each row as it has. */
 OM_INLINE void score_heads(const int is_bf16, const int H, const om_cached *c, const float *q, int64_t first, int64_t end,
-                           float *scores) {
+                           const char *ahead, float *scores) {
+    const int64_t row_bytes = c->dim * (is_bf16 ? 2 : 4);
     const int R = OM_AT_ONCE(H);
-    for (; first + R <= end; first += R) score_rows(is_bf16, H, R, c, q, first, scores);
+    for (; first + R <= end; first += R) {
+        if (ahead != NULL) prefetch_rows(ahead + first * row_bytes, R * row_bytes);
+        score_rows(is_bf16, H, R, c, q, first, scores);
+    }
     for (; first < end; first++) score_rows(is_bf16, H, 1, c, q, first, scores);
 }
 
@@ -41,13 +45,16 @@ OM_INLINE void score_section(const int is_bf16, const om_cached *c, const float 
     const int64_t width = c->dim + c->more_dim;
     for (int64_t first = 0; first < count; first += OM_ROWS_CACHED) {
         const int64_t end = first + OM_ROWS_CACHED < count ? first + OM_ROWS_CACHED : count;
+        const char *ahead = (const char *)c->keys + OM_PREFETCH_BYTES;
         int64_t h = 0;
-        prefetch_rows((const char *)row_at(is_bf16, c->keys, first * c->dim) + OM_KEYS_AHEAD, OM_ROWS_CACHED * c->dim * (is_bf16 ? 2 : 4));
         if (OM_HEADS >= 4)
-            for (; h + 4 <= num_heads; h += 4) score_heads(is_bf16, 4, c, q + h * width, first, end, scores + h * OM_SECTION);
+            for (; h + 4 <= num_heads; h += 4, ahead = NULL)
+                score_heads(is_bf16, 4, c, q + h * width, first, end, ahead, scores + h * OM_SECTION);
         if (OM_HEADS >= 2)
-            for (; h + 2 <= num_heads; h += 2) score_heads(is_bf16, 2, c, q + h * width, first, end, scores + h * OM_SECTION);
-        for (; h < num_heads; h++) score_heads(is_bf16, 1, c, q + h * width, first, end, scores + h * OM_SECTION);
+            for (; h + 2 <= num_heads; h += 2, ahead = NULL)
+                score_heads(is_bf16, 2, c, q + h * width, first, end, ahead, scores + h * OM_SECTION);
+        for (; h < num_heads; h++, ahead = NULL)
+            score_heads(is_bf16, 1, c, q + h * width, first, end, ahead, scores + h * OM_SECTION);
     }
 }
 
