@@ -1,7 +1,7 @@
 """A model larger than memory: decode from disk under a memory limit, against llama.cpp's mapped file under it.
 
 Usage: python benchmarks/disk_tier.py --folder SCRATCH [--limit 2500000000] [--trials 5] [--trial-log FILE.jsonl]
-       [--accelerate 1] (needs root for the cgroup)
+       [--native PYTHON | --wheel PYTHON] [--accelerate 1] (needs root for the cgroup)
 
 Both files are written first and their pages dropped before every run; the engines alternate. `share_of_bound`: the
 time that the needed bytes take at the disk's own rate of random direct reads of whole records, measured before and
@@ -21,13 +21,13 @@ from harness import (
     can_limit_memory,
     finish,
     forget_cached,
-    has_llamacpp,
     make,
     paired_ratio,
     random_read_bytes_per_s,
     run_json,
     spread,
 )
+from llamacpp_builds import add_options, chosen_pythons, describe_builds
 
 OURS, LLAMA, ACCELERATE = "offload_moe", "llama.cpp", "accelerate"
 RUNTIME_BYTES = 450_000_000  # of the LRU replay that we are compared with
@@ -53,9 +53,9 @@ def our_trial(store: Path, options: argparse.Namespace, shared: list[str], lru_s
     return {**last, **kept, "disk_bytes_per_s": rate, "share_of_bound": share}
 
 
-def peer_trial(script: str, file: Path, options: argparse.Namespace, arguments: list[str]) -> Trial:
+def peer_trial(python: str, script: str, file: Path, options: argparse.Namespace, arguments: list[str]) -> Trial:
     forget_cached(file)
-    command = [sys.executable, str(HERE / "peers" / script), str(file), *arguments]
+    command = [python, str(HERE / "peers" / script), str(file), *arguments]
     result = run_json(command, memory_limit=options.enforced_limit)
     return {**result["runs"][-1], "peak_rss_bytes": result["peak_rss_bytes"]}
 
@@ -68,7 +68,7 @@ def accelerate_trial(options: argparse.Namespace) -> Trial:
         run_json(
             [sys.executable, str(HERE / "peers" / script), str(folder), *arguments, "--write-only"], timeout_s=None
         )
-    return peer_trial(script, folder, options, arguments)
+    return peer_trial(sys.executable, script, folder, options, arguments)
 
 
 def run_trials(options: argparse.Namespace, store: Path, gguf: Path) -> list[dict[str, Trial]]:
@@ -88,8 +88,8 @@ def run_trials(options: argparse.Namespace, store: Path, gguf: Path) -> list[dic
     for _ in range(options.trials):
         trial = {OURS: our_trial(store, options, [*shared, str(options.tokens), *context], options.lru_slots)}
         if options.peer_tokens:
-            arguments = [*shared, str(options.peer_tokens), *context, "--no-repack"]
-            trial[LLAMA] = peer_trial("run_llamacpp.py", gguf, options, arguments)
+            arguments = [*shared, str(options.peer_tokens), *context, "--mapped"]
+            trial[LLAMA] = peer_trial(options.peer_python, "run_llamacpp.py", gguf, options, arguments)
         keep(trial)
     for _ in range(options.accelerate):
         keep({ACCELERATE: accelerate_trial(options)})
@@ -108,6 +108,7 @@ def report(options: argparse.Namespace, trials: list[dict[str, Trial]]) -> dict[
         "limit_bytes": options.limit,
         "is_limit_enforced": options.enforced_limit is not None,
         "threads": options.threads,
+        "peers": options.builds,
         "num_trials": len(figures("share_of_bound")),
         "prompt_tokens": options.prompt_tokens,
         "decode_ratio_vs_llamacpp": paired_ratio(decodes, OURS, LLAMA) if decodes[LLAMA] else None,
@@ -138,9 +139,12 @@ def main() -> None:
     parser.add_argument("--policy", default=None)
     parser.add_argument("--trial-log", type=Path)
     parser.add_argument("--accelerate", type=int, default=0, help="runs of accelerate's disk offload, after the trials")
+    add_options(parser)
     options = parser.parse_args()
     options.enforced_limit = options.limit if can_limit_memory() else None
-    options.peer_tokens = options.peer_tokens if options.peer_tokens and has_llamacpp() else 0
+    pythons = dict(list(chosen_pythons(options).items())[:1]) if options.peer_tokens else {}
+    options.builds, options.peer_python = describe_builds(pythons), next(iter(pythons.values()), None)
+    options.peer_tokens = options.peer_tokens if pythons else 0
     store, gguf = (options.folder / f"{options.config.stem}{end}" for end in ("-store", ".gguf"))
     make("synthesize.py", options.config, store)
     if options.peer_tokens:

@@ -1,4 +1,7 @@
-"""What every benchmark shares: alternated trials, medians with their spread, the machine, one JSON line at the end."""
+"""What every benchmark shares: alternated trials, medians with their spread, the machine, one JSON line at the end.
+
+Needs the standard library only: peers import it in environments of their own.
+"""
 
 import argparse
 import json
@@ -18,8 +21,6 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 HERE = Path(__file__).parent
 PACKAGES = ("torch", "transformers", "bitsandbytes", "numpy")
@@ -127,12 +128,12 @@ def machine() -> dict[str, Any]:
     """Where and with what a result was measured."""
     return {
         "cpu": _cpu_name(),
-        "cores": psutil.cpu_count(logical=True),
-        "instruction_set": _instruction_set(),
-        "ram_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "cores": os.cpu_count(),
+        "instruction_set": _instruction_set() if find_spec("offload_moe") else None,
+        "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
         "commit": _commit(),
-        **{package: version(package) for package in PACKAGES},
+        **{package: version(package) for package in PACKAGES if find_spec(package)},
     }
 
 

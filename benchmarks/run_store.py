@@ -5,14 +5,19 @@ Usage: python benchmarks/run_store.py STORE --threads 2 --tokens 32 --prompt-tok
 The counterpart of peers/run_llamacpp.py: the same prompt, the same hot sampling, the same JSON on the last line.
 Before the runs: seconds from the end of the imports to the first token of a short prompt, with the experts still on
 disk; then every slot is filled. After them: how many distinct experts the decoded tokens used, beside what an even
-spread would give.
+spread would give. With `--live` it answers requests instead, see live.py.
 """
 
+import argparse
+import os
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from harness import HOT_SAMPLING, bind_to_cores, finish, io_bytes, peak_rss_bytes, prompt_ids, runner_arguments
+from harness import HOT_SAMPLING, bind_to_cores, finish, peak_rss_bytes, prompt_ids, runner_arguments
+from live import Answers, measured_runs
 
 SHORT_PROMPT = 4
 
@@ -68,82 +73,134 @@ def fill(model: Any) -> None:
         time.sleep(0.05)
 
 
+class StoreEngine:
+    """A store with every slot filled. A prompt begins a stream of tokens, which `decode` continues."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._threads, self._cores = options.threads, os.sched_getaffinity(0)
+        bind_to_cores(options.threads)
+        began = time.perf_counter()
+        import torch
+
+        from offload_moe import load
+        from offload_moe.native import kernels
+
+        self.figures: dict[str, float] = {"import_s": time.perf_counter() - began}
+        torch.set_num_threads(options.threads)
+        kernels.set_threads(options.threads)
+        chosen = {name: getattr(options, name) for name in ("policy", "prefetch") if getattr(options, name) is not None}
+        self._context = options.context or options.prompt_tokens + options.tokens + 32
+        began = time.perf_counter()
+        self.model = load(options.store, ram=options.ram, context=self._context, **chosen)
+        self.figures["load_s"] = time.perf_counter() - began
+        self.model.hf.generation_config.eos_token_id = None
+        with self.stream(prompt_ids(options.tokens, SHORT_PROMPT), max_new_tokens=1) as tokens:
+            next(tokens)
+        self.figures["first_token_s"] = time.perf_counter() - began
+        fill(self.model)
+        self._tokens: Any = None
+
+    def stream(self, ids: list[int], **sampling: Any) -> Any:
+        import torch
+
+        from offload_moe.chat.prompt import stream_tokens
+
+        return stream_tokens(self.model.hf, None, torch.tensor([ids]), **sampling)
+
+    def prompt(self, *, num_tokens: int, seed: int, all_cores: bool = False) -> dict[str, float]:
+        self.end()
+        room = self._context - num_tokens
+        self._tokens = self.stream(prompt_ids(seed, num_tokens), seed=seed, **HOT_SAMPLING, max_new_tokens=room)
+        began_cpu_s = time.process_time()
+        with self.on_cores(len(self._cores) if all_cores else self._threads):
+            next(self._tokens)
+        return {
+            "prompt_tokens_per_s": num_tokens / self._tokens.prompt_s,
+            "prompt_cpu_ms": 1e3 * (time.process_time() - began_cpu_s) / num_tokens,
+        }
+
+    def decode(self, *, num_tokens: int) -> dict[str, float]:
+        counted, decoded_s = self.model.stats.copy(), self._tokens.decode_s
+        began_cpu_s = time.process_time()
+        for _ in range(num_tokens):
+            next(self._tokens)
+        cpu_s, decode_s = time.process_time() - began_cpu_s, self._tokens.decode_s - decoded_s
+        decoding = self.model.stats.since(counted)
+        return {
+            "decode_tokens_per_s": num_tokens / decode_s,
+            "decode_cpu_ms": 1e3 * cpu_s / num_tokens,
+            "decode_hit_rate": decoding.hit_rate,
+            "decode_disk_bytes": decoding.disk_bytes,
+            "decode_stall_s": decoding.stall_s,
+            "decode_s": decode_s,
+            "num_prefetches": decoding.num_prefetches,
+            "num_useful_prefetches": decoding.num_useful_prefetches,
+        }
+
+    @contextmanager
+    def on_cores(self, num_threads: int) -> Iterator[None]:
+        if num_threads == self._threads:
+            yield
+            return
+        self._use_threads(num_threads)
+        try:
+            yield
+        finally:
+            self._use_threads(self._threads)
+
+    def _use_threads(self, num_threads: int) -> None:
+        import torch
+
+        from offload_moe.native import kernels
+
+        os.sched_setaffinity(0, sorted(self._cores)[:num_threads])
+        torch.set_num_threads(num_threads)
+        kernels.set_threads(num_threads)
+
+    def distinct(self, *, num_tokens: int) -> dict[str, float]:
+        """How many distinct experts these tokens use, after a short prompt."""
+        self.end()
+
+        def generate() -> None:
+            with self.stream(prompt_ids(0, SHORT_PROMPT), **HOT_SAMPLING, max_new_tokens=num_tokens) as tokens:
+                for _ in tokens:
+                    pass
+
+        return distinct_experts(self.model, generate)
+
+    def end(self) -> None:
+        if self._tokens is not None:
+            self._tokens.close()
+
+
 def main() -> None:
     parser = runner_arguments(__doc__ or "")
+    parser.add_argument("--context", type=int, default=None, help="tokens that there is room for")
+    parser.add_argument("--live", action="store_true", help="answer requests, see live.py")
     options = parser.parse_args()
+    answers = Answers() if options.live else None
+    engine = StoreEngine(options)
+    if answers is not None:
+        answers.serve(engine, engine.figures)
+    else:
+        report(engine, options)
+    engine.end()
+    engine.model.close()
 
-    bind_to_cores(options.threads)
-    began = time.perf_counter()
-    import torch
 
-    from offload_moe import load
-    from offload_moe.chat.prompt import stream_tokens
-    from offload_moe.native import kernels
-
-    import_s = time.perf_counter() - began
-
-    def prompt(seed: int, num_tokens: int) -> Any:
-        return torch.tensor([prompt_ids(seed, num_tokens)])
-
-    torch.set_num_threads(options.threads)
-    kernels.set_threads(options.threads)
-    chosen = {name: getattr(options, name) for name in ("policy", "prefetch") if getattr(options, name) is not None}
-    began = time.perf_counter()
-    model = load(options.store, ram=options.ram, context=options.prompt_tokens + options.tokens + 32, **chosen)
-    load_s = time.perf_counter() - began
-    model.hf.generation_config.eos_token_id = None
-    with stream_tokens(model.hf, None, prompt(options.tokens, SHORT_PROMPT), max_new_tokens=1) as tokens:
-        next(tokens)
-    first_token_s = time.perf_counter() - began
-    fill(model)
-    runs: list[dict[str, float]] = []
-    sampling: dict[str, Any] = HOT_SAMPLING | {"max_new_tokens": options.tokens}
-    for seed in range(options.runs):
-        ids = prompt(seed, options.prompt_tokens)
-        before, counted = io_bytes()["from_disk"], model.stats.copy()
-        with stream_tokens(model.hf, None, ids, seed=seed, **sampling) as tokens:
-            num_tokens, prompt_counters, prompt_cpu_s = 0, counted, 0.0
-            for _ in tokens:
-                num_tokens += 1
-                if num_tokens == 1:
-                    prompt_counters, prompt_cpu_s = model.stats.copy(), time.process_time()
-            decode_cpu_s = time.process_time() - prompt_cpu_s
-            decoding = model.stats.since(prompt_counters)
-            runs.append(
-                {
-                    "prompt_tokens_per_s": options.prompt_tokens / tokens.prompt_s,
-                    "decode_tokens_per_s": (num_tokens - 1) / tokens.decode_s,
-                    "decode_cpu_ms": 1e3 * decode_cpu_s / (num_tokens - 1),
-                    "disk_bytes": io_bytes()["from_disk"] - before,
-                    "decode_hit_rate": decoding.hit_rate,
-                    "decode_disk_bytes": decoding.disk_bytes,
-                    "decode_stall_s": decoding.stall_s,
-                    "decode_s": tokens.decode_s,
-                    "num_prefetches": decoding.num_prefetches,
-                    "num_useful_prefetches": decoding.num_useful_prefetches,
-                }
-            )
-
-    def once_more() -> None:
-        with stream_tokens(model.hf, None, prompt(0, SHORT_PROMPT), **sampling) as tokens:
-            for _ in tokens:
-                pass
-
-    distinct = distinct_experts(model, once_more)
-    pools = model.engine.hierarchy.pools
+def report(engine: StoreEngine, options: argparse.Namespace) -> None:
+    runs = measured_runs(engine, options)
+    pools = engine.model.engine.hierarchy.pools
     finish(
         {
-            "import_s": import_s,
-            "load_s": load_s,
-            "first_token_s": first_token_s,
-            **distinct,
+            **engine.figures,
+            **engine.distinct(num_tokens=options.tokens),
             "peak_rss_bytes": peak_rss_bytes(),
             "num_ram_slots": pools.num_ram_slots,
             "slot_bytes": pools.slot_bytes,
             "runs": runs,
         }
     )
-    model.close()
 
 
 if __name__ == "__main__":

@@ -15,23 +15,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from harness import alternate, finish, paired_ratio, prompt_ids, spread
 
 
-def ask(port: int, ids: list[int], num_tokens: int) -> dict[str, float]:
+def ask(port: int, body: Mapping[str, Any]) -> dict[str, float]:
     """Seconds until the first token, and per token behind it, of one stream."""
-    body = {"model": "x", "prompt": ids, "max_tokens": num_tokens, "temperature": 0, "stream": True, "ignore_eos": True}
+    body = {"model": "x", "temperature": 0, "stream": True, "ignore_eos": True} | dict(body)
     connection = http.client.HTTPConnection("127.0.0.1", port)
     began_at = time.perf_counter()
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
     times = [time.perf_counter() for line in response if line.startswith(b"data: {")]
     connection.close()
-    return {"first_s": times[0] - began_at, "token_s": (times[-1] - times[0]) / (num_tokens - 1)}
+    return {"first_s": times[0] - began_at, "token_s": (times[-1] - times[0]) / (body["max_tokens"] - 1)}
 
 
 def ask_from_another_process(port: int, ids: list[int], num_tokens: int) -> dict[str, float]:
@@ -105,7 +105,8 @@ def main() -> None:
     parser.add_argument("--client", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.client is not None:
-        print(json.dumps(ask(options.client, json.load(sys.stdin), options.tokens)))
+        body = {"prompt": json.load(sys.stdin), "max_tokens": options.tokens}
+        print(json.dumps(ask(options.client, body)))
         return
     from offload_moe import load
 

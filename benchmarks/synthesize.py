@@ -22,6 +22,7 @@ from offload_moe.checkpoint.experts import find_experts
 from offload_moe.checkpoint.linears import projection_linears
 from offload_moe.checkpoint.skeleton import build_skeleton, load_config
 from offload_moe.quant import ExpertShape, Matrix, get_codec
+from offload_moe.quant.mxfp4 import BIAS, E2M1_TABLE
 from offload_moe.quant.nf4 import NF4_TABLE, dynamic_map
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest
 from offload_moe.store.manifest_json import manifest_to_json
@@ -44,7 +45,7 @@ class RandomRecords:
         self.codec = get_codec(codec_name)
         self._pool_bytes = min(POOL_BYTES, sum(self.codec.layout(shape).record_bytes for shape in shapes))
         self._random = np.random.default_rng(seed)
-        codes = {"nf4": self._nf4_codes, "int8": self._int8_codes}[codec_name]
+        codes = {"nf4": self._nf4_codes, "int8": self._int8_codes, "mxfp4": self._mxfp4_codes}[codec_name]
         self._pool = torch.from_numpy(codes())
 
     def record(self, shape: ExpertShape) -> Tensor:
@@ -60,6 +61,8 @@ class RandomRecords:
                 layout.view(record, f"{matrix.name}.absmax").fill_(int((dynamic_map() == 0).nonzero()))
                 layout.view(record, f"{matrix.name}.absmax_scale").fill_(1.0)
                 layout.view(record, f"{matrix.name}.absmax_offset").fill_(std / self._code_std)
+            elif self.codec.name == "mxfp4":
+                layout.view(record, f"{matrix.name}.scales").fill_(BIAS + round(math.log2(std / self._code_std)))
             else:
                 layout.view(record, f"{matrix.name}.scales").fill_(std / self._code_std)
         return record
@@ -76,6 +79,10 @@ class RandomRecords:
         self._code_std = math.sqrt((share * table**2).sum())
         nibbles = self._random.choice(16, size=2 * self._pool_bytes, p=share).astype(np.uint8)
         return nibbles[::2] << 4 | nibbles[1::2]
+
+    def _mxfp4_codes(self) -> np.ndarray:
+        self._code_std = float(np.std(E2M1_TABLE))
+        return self._random.integers(0, 256, self._pool_bytes, np.uint8)
 
     def _int8_codes(self) -> np.ndarray:
         self._code_std = 40.0
@@ -183,7 +190,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("store", type=Path)
-    parser.add_argument("--codec", choices=("nf4", "int8"), default="nf4")
+    parser.add_argument("--codec", choices=("nf4", "int8", "mxfp4"), default="nf4")
     parser.add_argument("--dense-codec", choices=("nf4", "int8"), default="nf4")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--seed", type=int, default=0)

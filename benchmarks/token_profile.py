@@ -4,7 +4,8 @@
 
 CPU time of the thread that generates, so that other work on the machine counts less; with one thread it is all there
 is. Every expert is read first, so that layers pass in spans; `--layer-by-layer` computes each by two native calls.
-`--plain` loads without the fast path, and shows the parts of layers. The last line of stdout is one JSON document.
+`--plain` loads without the fast path, and shows the parts of layers. `share_of_token_outside` is of the whole token,
+sampling included. The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -113,13 +114,15 @@ def main() -> None:
                 pass
     watch(model.hf, clock)
     model.hf.generation_config.eos_token_id = None
-    ids = torch.tensor([prompt_ids(0, 16)])
+    ids, began_s = torch.tensor([prompt_ids(0, 16)]), 0.0
     for seed in range(2):
         sampling = HOT_SAMPLING | {"seed": seed, "max_new_tokens": options.tokens}
         with stream_tokens(model.hf, None, ids, **sampling) as tokens:
             for count, _ in enumerate(tokens, 1):
                 if count == 1:
                     clock.reset()
+                    began_s = time.thread_time()
+    token_ms = 1e3 * (time.thread_time() - began_s) / (options.tokens - 1)
     num_tokens = options.tokens - 1
     parts = {part: 1e3 * seconds / num_tokens for part, seconds in clock.seconds.most_common()}
     in_native = sum(parts.get(name, 0.0) for name in NATIVE_CALLS)
@@ -134,7 +137,9 @@ def main() -> None:
             "fast_path": not options.plain,
             "in_spans": not (options.plain or options.layer_by_layer),
             "ms_per_token": parts,
+            "token_ms": token_ms,
             "share_outside_of_native_calls": 1 - in_native / parts["forward"],
+            "share_of_token_outside": 1 - in_native / token_ms,
         }
     )
     model.close()

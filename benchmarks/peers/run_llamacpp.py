@@ -1,70 +1,69 @@
-"""Prompt and decode tokens per second of llama.cpp (PyPI wheel `xllamacpp`) on a GGUF file, and bytes read from disk.
+"""Prompt and decode tokens per second of llama.cpp on a GGUF file, and bytes read from disk.
 
-Usage: python benchmarks/peers/run_llamacpp.py MODEL.gguf --threads 2 --tokens 32 --prompt-tokens 64 [--no-repack]
+Usage: PYTHON benchmarks/peers/run_llamacpp.py MODEL.gguf --threads 2 --tokens 32 --prompt-tokens 64 [--mapped]
+       [--flash-attention on] [--kv q8_0] [--ubatch 512] [--no-repack] [--huge-pages]
 
-The last line of stdout is one JSON document.
+PYTHON is one that has `llama-cpp-python`, built for this processor (docs/benchmarks.md), or else the wheel
+`xllamacpp`, for which attention, keys and values are as it has them. `--huge-pages` is glibc's setting, for llama.cpp
+asks for none where the system gives them only on request. The last line of stdout is one JSON document. With `--live`
+it answers requests instead, see live.py; `--describe` says which build this is.
 """
 
 import argparse
 import json
+import os
 import sys
-import time
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from harness import HOT_SAMPLING, bind_to_cores, finish, has_llamacpp, io_bytes, peak_rss_bytes, prompt_ids
+import llamacpp_native
+import llamacpp_wheel
+from harness import finish, has_llamacpp, peak_rss_bytes
+from live import Answers, measured_runs
+
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # read when a program starts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--flash-attention", choices=list(llamacpp_native.FLASH_ATTENTION), default="auto")
+    parser.add_argument(
+        "--kv", choices=list(llamacpp_native.CACHE_TYPES), default="f16", help="type of keys and values"
+    )
+    parser.add_argument("--ubatch", type=int, default=512)
     # Repacked weights are private copies that would not fit under a memory limit.
-    parser.add_argument("--no-repack", action="store_true")
+    parser.add_argument("--mapped", action="store_true", help="the file stays mapped, and so is not repacked")
+    parser.add_argument("--no-repack", action="store_true", help="weights in the order of the file")
+    parser.add_argument("--huge-pages", action="store_true")
+    parser.add_argument("--live", action="store_true")
+    parser.add_argument("--describe", action="store_true")
     options = parser.parse_args()
-    if not has_llamacpp():
+    if options.huge_pages and not HUGE_PAGES.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | HUGE_PAGES)
+    is_native = find_spec("llama_cpp") is not None
+    if not is_native and not has_llamacpp():
         sys.exit(1)
-    import xllamacpp
+    if options.describe:
+        print(json.dumps(llamacpp_native.describe() if is_native else llamacpp_wheel.describe()))
+    else:
+        run(llamacpp_native.NativeEngine if is_native else llamacpp_wheel.WheelEngine, options)
 
-    bind_to_cores(options.threads)
-    params = xllamacpp.CommonParams()
-    params.model.path = options.model
-    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = options.context, 1, False, 1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads
-    params.no_extra_bufts = options.no_repack
-    began = time.perf_counter()
-    server = xllamacpp.Server(params)
-    load_s = time.perf_counter() - began
-    runs = []
-    for seed in range(options.runs):
-        before = io_bytes()["from_disk"]
-        request = {
-            "prompt": prompt_ids(seed, options.prompt_tokens),
-            **HOT_SAMPLING,
-            "min_p": 0.0,
-            "seed": seed,
-            "ignore_eos": True,
-            "cache_prompt": False,
-        }
-        marks = [time.process_time()]
-        for num_tokens in (1, options.tokens):  # the first is there to tell the prompt's CPU time from that of decoding
-            answer = server.handle_completions({**request, "n_predict": num_tokens})
-            marks.append(time.process_time())
-        decode_cpu_s = (marks[2] - marks[1]) - (marks[1] - marks[0])
-        timings = (json.loads(answer) if isinstance(answer, str) else answer)["timings"]
-        runs.append(
-            {
-                "prompt_tokens_per_s": timings["prompt_per_second"],
-                "decode_tokens_per_s": timings["predicted_per_second"],
-                "decode_cpu_ms": 1e3 * decode_cpu_s / (options.tokens - 1),
-                "disk_bytes": io_bytes()["from_disk"] - before,
-            }
-        )
-    finish({"load_s": load_s, "peak_rss_bytes": peak_rss_bytes(), "runs": runs})
+
+def run(kind: Any, options: argparse.Namespace) -> None:
+    answers = Answers() if options.live else None
+    engine = kind(options)
+    if answers is not None:
+        answers.serve(engine, engine.figures)
+    else:
+        finish({**engine.figures, "runs": measured_runs(engine, options), "peak_rss_bytes": peak_rss_bytes()})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from offload_moe.serve.prepare import prepare_chat
 from offload_moe.serve.prompts import Conversation
 from offload_moe.serve.sampling import settings_of
 from offload_moe.serve.schemas import (
-    BOOLEAN,
+    CHOOSING,
     MOST_STOPS,
     MOST_TOKENS,
     NAME,
@@ -49,14 +49,11 @@ COUNT_SCHEMA = record(COUNTED, "model", "messages")
 SCHEMA = record(
     {
         **COUNTED,
+        **CHOOSING,
         "max_tokens": integer(1, MOST_TOKENS),
         "temperature": optional(number(0, 1)),
-        "top_p": optional(number(0, 1)),
-        "top_k": optional(integer(0, MOST_TOKENS)),
         "stop_sequences": optional(array(TEXT, most=MOST_STOPS)),
-        "stream": optional(BOOLEAN),
         "output_config": optional(OBJECT),
-        "metadata": optional(OBJECT),
     },
     "model",
     "messages",

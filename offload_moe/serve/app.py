@@ -35,7 +35,11 @@ class App:
         self._app = Guard(Starlette(routes=_routes(host), exception_handlers=cast(Any, handlers)), host.config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app(scope, receive, send)
+        try:
+            await self._app(scope, receive, send)
+        except asyncio.CancelledError:
+            if not self.host.is_draining:  # else the server ends without a client that does not read
+                raise
 
     def close(self) -> None:
         """Stop what is computed and end the engine's thread. A model that was given stays open."""

@@ -14,7 +14,7 @@ from offload_moe.serve.guide import Guide
 from offload_moe.serve.scoring import LogprobRecorder
 from offload_moe.serve.stops import StopStrings
 from offload_moe.serve.tools.harmony import HarmonyCalls
-from offload_moe.serve.tools.parser import Parser, call_id
+from offload_moe.serve.tools.parser import Called, Parser, call_id
 from offload_moe.serve.tools.tool import Tool
 
 REASONS: Mapping[Finish, Reason] = {"length": "length", "context": "length", "memory": "length"}
@@ -55,15 +55,16 @@ class ChoiceText(LogitsProcessor):
         self._number, self._reading, self._splitter = number, reading, splitter
         self._stops = StopStrings(stops)
         self._parser, self._is_parallel = parser, is_parallel
-        self.guide, self._guide_of, self._tools = guide, guide_of, tools or {}
+        self._answer_guide, self._guide_of, self._tools = guide, guide_of, tools or {}
+        self._call_guide: Guide | None = None
         self.recorder = recorder
         self._text = IncrementalText(reading.tokenizer, reading.context)
         self._logprobs: list[Logprob] = []
+        self._guided: str | None = None  # the tool whose call was last seen to begin
         self._recipient: str | None = None
         self._num_harmony_calls = 0
-        self._is_guiding_arguments = False
         self._has_begun_reasoning = False
-        self._direct_guide()
+        self._direct_guides()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """input_ids: ``[1, T]``, scores: ``[1, V]``."""
@@ -72,6 +73,11 @@ class ChoiceText(LogitsProcessor):
     def forced(self) -> Sequence[int]:
         """See `Steering`."""
         return self.guide.forced() if self.guide is not None and self.reason is None else ()
+
+    @property
+    def guide(self) -> Guide | None:
+        """That of a call's arguments, or else that of the whole answer."""
+        return self._call_guide or self._answer_guide
 
     @property
     def stop(self) -> str | None:
@@ -86,12 +92,12 @@ class ChoiceText(LogitsProcessor):
         """What became certain with this token."""
         if token in self._reading.stop_ids:
             return self.end("stop")
-        if self._splitter.kind == "reasoning":
+        if self._splitter.kind == "reasoning" and self._called is None:
             self.num_reasoning += 1
         self._note(token)
         self._guide_takes(token)
         events = [event for piece in self._pieces(token) for event in self._read(piece)]
-        self._direct_guide()
+        self._direct_guides()
         if self._stops.found is not None or self._is_complete or (self.num_calls and not self._goes_on):
             events += self.end("stop")
         return events
@@ -113,13 +119,16 @@ class ChoiceText(LogitsProcessor):
         return guide is not None and guide.is_active and guide.is_complete
 
     @property
-    def _is_in_call(self) -> bool:
-        return self._parser is not None and self._parser.is_in_call
+    def _called(self) -> Called | None:
+        """The tool whose arguments are being written, or come next."""
+        if isinstance(self._splitter, HarmonyCalls):
+            return (self._splitter.recipient, "") if self._splitter.recipient is not None else None
+        return self._parser.called(self._stops.held) if self._parser is not None else None
 
     @property
     def _goes_on(self) -> bool:
         """Whether more may follow a call that has ended."""
-        return self._is_parallel or self._is_in_call or self._recipient is not None
+        return self._is_parallel or self._called is not None
 
     def _pieces(self, token: int) -> list[Piece]:
         special = self._reading.special_tokens.get(token)
@@ -143,18 +152,7 @@ class ChoiceText(LogitsProcessor):
         if not text:
             return []
         events = [TextDelta(choice=self._number, text=text)] if self._parser is None else self._parser.push(text)
-        self._guide_arguments(events)
         return [self._with_logprobs(event) for event in events]
-
-    def _guide_arguments(self, events: Sequence[Event]) -> None:
-        """Hold the arguments of a strict tool to its schema, once its name is known."""
-        names = [event.name for event in events if isinstance(event, ToolStart)]
-        if not names or self.guide is not None or not self._is_in_call or not self._tools[names[-1]].is_strict:
-            return
-        guide = self._guide_of(self._tools[names[-1]])
-        begun = "".join(event.text for event in events if isinstance(event, ToolDelta))
-        if guide is not None and guide.take_text(begun):
-            self.guide, self._is_guiding_arguments = guide, True
 
     def _call(self, recipient: str, text: str) -> list[Event]:
         events: list[Event] = []
@@ -185,16 +183,26 @@ class ChoiceText(LogitsProcessor):
 
     def _guide_takes(self, token: int) -> None:
         guide = self.guide
-        if guide is not None and guide.is_active and not guide.take(token):
+        if guide is not None and guide.is_active and not guide.take(token) and guide is self._answer_guide:
             self._has_begun_reasoning = True
 
-    def _direct_guide(self) -> None:
+    def _direct_guides(self) -> None:
         """The grammar holds in the answer alone; where reasoning may still begin, its first token may come too."""
-        if self._is_guiding_arguments and not self._is_in_call:
-            self.guide, self._is_guiding_arguments = None, False
-        guide = self.guide
+        called, begun = self._called or (None, "")
+        if called != self._guided:
+            self._guided, self._recipient = called, None
+            self._call_guide = self._arguments_guide(called, begun) if called is not None else None
+        guide = self._answer_guide
         if guide is None:
             return
         kind = self._splitter.kind
         is_at_start = kind is None and not isinstance(self._splitter, HarmonySplitter) and not self._has_begun_reasoning
         guide.is_active = guide.is_whole or kind == "answer" or is_at_start
+
+    def _arguments_guide(self, called: str, begun: str) -> Guide | None:
+        """Holds the arguments of a strict tool to its schema, unless the grammar of the answer does."""
+        tool, answer = self._tools[called], self._answer_guide
+        if not tool.is_strict or (answer is not None and answer.is_active):
+            return None
+        guide = self._guide_of(tool)
+        return guide if guide is not None and guide.take_text(begun) else None

@@ -64,13 +64,13 @@ class ApiError(Exception):
 class PromptTooLong(ApiError):
     """The prompt, or prompt and answer together, exceed the context. Both APIs' clients look for certain words."""
 
-    def __init__(self, num_tokens: int, limit: int) -> None:
+    def __init__(self, num_tokens: int, limit: int, param: str = "messages") -> None:
         super().__init__(
             400,
             f"This model's maximum context length is {limit} tokens. However, the prompt has {num_tokens} tokens, "
             "which leaves none for an answer. Shorten it, or start the server with a longer --context.",
             code="context_length_exceeded",
-            param="messages",
+            param=param,
         )
         self.num_tokens, self.limit = num_tokens, limit
 

@@ -19,6 +19,7 @@ from offload_moe.serve.errors import ApiError, invalid
 
 # Blanks as models write them, and no others: each is then forced, and none repeats without an end.
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+MOST_COMPILED = 64  # grammars that are kept
 ANY_OBJECT = '{"type": "object"}'
 
 
@@ -52,13 +53,13 @@ class Guides:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise invalid(
                 f"Structured output needs a fast tokenizer, and this model has a {type(tokenizer).__name__}. Send the "
-                "request without response_format, grammar and forced tools."
+                "request without response_format, grammar, strict and forced tools."
             )
         self.width = width
         self.stop_ids = frozenset(stop_ids)
         self._library = llguidance
         self.tokenizer = from_tokenizer(tokenizer, n_vocab=width, eos_token=sorted(stop_ids) or None)
-        self._compiled = lru_cache(maxsize=64)(self._compile)
+        self._compiled = lru_cache(maxsize=MOST_COMPILED)(self._compile)
         self._lock = threading.Lock()
 
     def make(self, grammar: Grammar) -> "Guide":
@@ -131,7 +132,9 @@ class Guide(LogitsProcessor):
 
     def take_text(self, text: str) -> bool:
         """Text that was written before the guide became active."""
-        tokens = self._guides.tokenizer.tokenize_str(text)
+        if not text:
+            return True
+        tokens = self._guides.tokenizer.tokenize_str(text, parse_special=True)
         is_valid = self.matcher.validate_tokens(tokens) == len(tokens)
         return is_valid and bool(self.matcher.consume_tokens(tokens))
 

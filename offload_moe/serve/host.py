@@ -108,6 +108,8 @@ class Host:
     def adopt(self, model: Model) -> None:
         """Take over a model that `load` would make, before the first request."""
         self._loaded = Loaded(model, self.config)
+        if self.config.keep_alive_s is not None:
+            self.worker.call(lambda: None)  # begins the thread, which counts the seconds
 
     @property
     def state(self) -> State:
@@ -202,13 +204,16 @@ class Host:
             return
         if self._loaded is not None:
             logger.info("%s is unloaded until the next request", self.name)
-            self._unload()
+            self._unload(unless_used=True)
         else:
             give_back_freed_memory()  # what the frames of the last request held a moment longer
 
-    def _unload(self) -> None:
+    def _unload(self, *, unless_used: bool = False) -> None:
         loaded, self._loaded = self._loaded, None
         if loaded is None:
+            return
+        if unless_used and self._num_users:  # a request has come meanwhile, and may have seen the model
+            self._loaded = loaded
             return
         loaded.prefixes.clear()
         self._earlier = self._earlier.plus(loaded.model.stats)

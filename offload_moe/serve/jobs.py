@@ -18,13 +18,14 @@ from offload_moe.serve.board import Board, Running
 from offload_moe.serve.choice import ChoiceText, Reading
 from offload_moe.serve.errors import closed
 from offload_moe.serve.events import ChoiceEnd, Event, Failed, Finished, Started, Usage
-from offload_moe.serve.guide import Grammar, Guide, Guides, json_grammar
+from offload_moe.serve.guide import Grammar, Guide, Guides
 from offload_moe.serve.host import Host, Loaded
 from offload_moe.serve.prompts import Prompts, Rendered
 from offload_moe.serve.scoring import LogprobRecorder, processors_of
 from offload_moe.serve.settings import Settings
 from offload_moe.serve.tools.by_template import TemplateCalls, special_texts
 from offload_moe.serve.tools.formats import HARMONY
+from offload_moe.serve.tools.grammars import arguments_grammar
 from offload_moe.serve.tools.harmony import HarmonyCalls
 from offload_moe.serve.tools.parser import CallParser, Parser
 from offload_moe.serve.tools.tool import NO_TOOLS, Tool, ToolUse
@@ -231,10 +232,9 @@ class Answering:
 
     def _guide_of(self, tool: Tool) -> Guide | None:
         request = self._request
-        is_read = request.prompts.call_format.arguments == "json" and not request.prompts.has_own_parser
-        if request.guides is None or not is_read or request.settings.stop:
+        if request.guides is None or request.prompts.has_own_parser:
             return None
-        return request.guides.make(json_grammar(tool.schema, "tools"))
+        return request.guides.make(arguments_grammar(request.prompts.call_format, tool, request.prompts.special_ids))
 
     def _began(self, number: int, generation: Generation) -> None:
         cached = generation.num_reused

@@ -96,8 +96,15 @@ def _of_model(model: Model) -> dict[str, Any]:
 
 
 def _slots(tier: Tier, slot_bytes: int) -> dict[str, int]:
-    residency = tier.residency
-    return {"slots": residency.num_slots, "resident": residency.num_resident, "slot_bytes": slot_bytes}
+    residency, counters = tier.residency, tier.counters
+    return {
+        "slots": residency.num_slots,
+        "resident": residency.num_resident,
+        "slot_bytes": slot_bytes,
+        "hits": counters.num_hits,
+        "delayed": counters.num_delayed_hits,
+        "misses": counters.num_misses,
+    }
 
 
 def residency(hierarchy: Hierarchy) -> list[str]:

@@ -8,6 +8,7 @@ from offload_moe.serve.live import live
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "offload_moe_"
+FOUND = ("hits", "delayed", "misses")
 
 
 def metrics(host: Host) -> str:
@@ -49,6 +50,11 @@ def _tiers(slots: dict[str, dict[str, int] | None]) -> Iterator[str]:
         for tier, numbers in slots.items():
             if numbers is not None:
                 yield f'{PREFIX}tier_{name}{{tier="{tier}"}} {numbers[name]}'
+    yield from _head("tier_experts_total", "counter", "Experts looked up in a tier, by how it had them.")
+    for tier, numbers in slots.items():
+        if numbers is not None:
+            for found in FOUND:
+                yield f'{PREFIX}tier_experts_total{{tier="{tier}",found="{found}"}} {numbers[found]}'
 
 
 def _head(name: str, kind: str, text: str) -> Iterator[str]:

@@ -11,6 +11,8 @@ from offload_moe.serve.tools.tool import Tool, ToolUse, custom_tool
 
 logger = logging.getLogger(__name__)
 
+OWN_KINDS = ("function", "custom")  # of tools that the client runs itself
+
 
 def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, *, is_parallel: bool = True) -> ToolUse:
     """The tools of a request, nested (chat) or flat (responses). Hosted ones are dropped with a notice.
@@ -24,8 +26,8 @@ def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, *, is_paral
     forced: tuple[str, ...] = ()
     if choice in ("required", "any") or as_mapping(choice).get("type") in ("required", "any", "allowed_tools"):
         forced = _allowed(as_mapping(choice), names)
-    elif isinstance(choice, dict):
-        name = as_mapping(choice.get(str(choice.get("type")))).get("name") or choice.get("name")
+    elif isinstance(choice, dict) and not _is_hosted(choice, tools or ()):
+        name = _name_of(choice)
         if name not in names:
             raise invalid(f"tool_choice names {str(name)[:60]!r}, which is not among the tools.", "tool_choice")
         forced = (str(name),)
@@ -34,11 +36,27 @@ def tool_use(tools: Sequence[Mapping[str, Any]] | None, choice: Any, *, is_paral
     return ToolUse(tools=tuple(offered), forced=forced, is_parallel=is_parallel)
 
 
+def _name_of(tool: Mapping[str, Any]) -> Any:
+    """Of a tool, or of a choice of one, nested or flat."""
+    return as_mapping(tool.get(str(tool.get("type")))).get("name") or tool.get("name")
+
+
+def _is_hosted(choice: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a choice is a hosted tool, by its type or by its name: it is dropped as the tool is."""
+    hosted = [tool for tool in tools if tool.get("type", "function") not in OWN_KINDS]
+    known = [each for tool in hosted for each in (tool.get("type"), _name_of(tool)) if isinstance(each, str)]
+    is_hosted = choice.get("type") in known or _name_of(choice) in known
+    if is_hosted:
+        logger.warning("tool_choice is a hosted tool, which is not here; the request goes on without it")
+    return is_hosted
+
+
 def _allowed(choice: Mapping[str, Any], names: list[str]) -> tuple[str, ...]:
     if choice.get("type") != "allowed_tools":
         return tuple(names)
     allowed = as_mapping(choice.get("allowed_tools")) or choice
-    chosen = [as_mapping(tool.get("function")).get("name") or tool.get("name") for tool in allowed.get("tools", ())]
+    listed = allowed.get("tools")
+    chosen = [_name_of(as_mapping(tool)) for tool in (listed if isinstance(listed, list) else ())]
     return tuple(name for name in names if name in chosen) if allowed.get("mode") == "required" else ()
 
 
@@ -46,7 +64,7 @@ def _tool(tool: Mapping[str, Any], path: str) -> Tool | None:
     kind = tool.get("type", "function")
     inner = as_mapping(tool.get(str(kind))) or tool
     name = inner.get("name")
-    if kind not in ("function", "custom"):
+    if kind not in OWN_KINDS:
         logger.warning("The hosted tool %r is not here; the request goes on without it", str(kind)[:60])
         return None
     if not isinstance(name, str) or not name:

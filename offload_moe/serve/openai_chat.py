@@ -69,7 +69,6 @@ SCHEMA = record(
         "response_format": optional(record({"type": TEXT}, "type")),
         "reasoning_effort": optional(string("none", "minimal", "low", "medium", "high", "xhigh", "max")),
         "chat_template_kwargs": optional(OBJECT),
-        "metadata": optional(OBJECT),
         "grammar": optional(TEXT),
         "json_schema": optional(OBJECT),
         "structured_outputs": optional(OBJECT),
@@ -204,8 +203,10 @@ class ChatWriter(ChunkWriter):
         if call.name not in self._custom:
             function = {"arguments": event.text}
             return self._delta(event.choice, {"tool_calls": [{"index": event.tool, "function": function}]})
+        if not event.text.rstrip().endswith("}"):  # not whole yet
+            return b""
         text = custom_input(call.arguments)
-        if text == call.arguments:  # not whole yet
+        if text == call.arguments:
             return b""
         return self._delta(event.choice, {"tool_calls": [{"index": event.tool, "custom": {"input": text}}]})
 

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from offload_moe.checkpoint.token_ids import check_ids
@@ -82,7 +83,7 @@ def _prepare(
     with loaded.lock:
         rendered = _rendered(loaded, document["prompt"])
         guides = loaded.guides if grammar is not None else None
-    check_length(loaded, len(rendered.ids))
+    check_length(loaded, len(rendered.ids), "prompt")
     if grammar is not None and guides is not None:
         guides.make(grammar)
     return Request(
@@ -117,14 +118,17 @@ class CompletionWriter(ChunkWriter):
         super().__init__(identity, "text_completion", model, has_usage=has_usage)
         self._base = {"id": identity, "object": "text_completion", "created": self._created, "model": model}
         self._echoed = echoed
+        self._lengths: dict[int, int] = {}  # of the text so far, by choice
 
     def write(self, event: Event) -> bytes:
         self._collected.add(event)
         match event:
             case TextDelta():
-                text = event.text if event.choice in self._begun else self._echoed + event.text
-                self._begun.add(event.choice)
-                return self._chunk([_choice(event.choice, text, None, event.logprobs)])
+                begun = self._lengths.get(event.choice, 0)
+                text = event.text if begun else self._echoed + event.text
+                self._lengths[event.choice] = begun + len(text)
+                shown = _logprobs(event.logprobs, begun or len(self._echoed))
+                return self._chunk([_choice(event.choice, text, None, shown)])
             case ChoiceEnd():
                 return self._chunk([_choice(event.choice, "", event.reason)])
         return super().write(event)
@@ -132,24 +136,25 @@ class CompletionWriter(ChunkWriter):
     def document(self) -> dict[str, Any]:
         collected = self._collected
         choices = [
-            _choice(number, self._echoed + choice.text, choice.reason, choice.logprobs)
+            _choice(number, self._echoed + choice.text, choice.reason, _logprobs(choice.logprobs, len(self._echoed)))
             for number, choice in sorted(collected.choices.items())
         ]
         usage = usage_json(collected.usage)
         return self._base | {"choices": choices, "usage": usage, "timings": collected.usage.timings}
 
 
-def _choice(index: int, text: str, reason: str | None, logprobs: Sequence[Logprob] = ()) -> dict[str, Any]:
-    shown = None
-    if logprobs:
-        offsets, at = [], 0
-        for each in logprobs:
-            offsets.append(at)
-            at += len(each.token)
-        shown = {
-            "tokens": [each.token for each in logprobs],
-            "token_logprobs": [each.value for each in logprobs],
-            "top_logprobs": [{top.token: top.value for top in each.top} for each in logprobs],
-            "text_offset": offsets,
-        }
-    return {"index": index, "text": text, "logprobs": shown, "finish_reason": reason}
+def _choice(index: int, text: str, reason: str | None, logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _logprobs(logprobs: Sequence[Logprob], begun: int) -> dict[str, Any] | None:
+    """begun: characters of the text before them."""
+    if not logprobs:
+        return None
+    lengths = [len(each.token) for each in logprobs]
+    return {
+        "tokens": [each.token for each in logprobs],
+        "token_logprobs": [each.value for each in logprobs],
+        "top_logprobs": [{top.token: top.value for top in each.top} for each in logprobs],
+        "text_offset": [*accumulate(lengths[:-1], initial=begun)],
+    }

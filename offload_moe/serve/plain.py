@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from anyio import to_thread
@@ -26,15 +27,21 @@ DETOKENIZE = record({"tokens": array(integer(0, MOST_TOKENS)), "model": optional
 
 
 def models(host: Host) -> dict[str, Any]:
-    return {"object": "list", "data": [model(host)]}
+    page = {"has_more": False, "first_id": host.name, "last_id": host.name}
+    return {"object": "list", "data": [model(host)], **page}
 
 
 def model(host: Host) -> dict[str, Any]:
+    """With the fields of both APIs."""
     loaded = host.loaded
+    created_at = int(host.created_at)
     return {
         "id": host.name,
         "object": "model",
-        "created": int(host.created_at),
+        "type": "model",
+        "display_name": host.name,
+        "created": created_at,
+        "created_at": datetime.fromtimestamp(created_at, UTC).isoformat(),
         "owned_by": "offload-moe",
         "max_model_len": loaded.context if loaded is not None else None,
     }

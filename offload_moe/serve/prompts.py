@@ -30,12 +30,13 @@ For each call, write a JSON object with the function's name and its arguments wi
 class Conversation:
     """Messages in the form of chat templates: role, content as a string, and for calls what templates read.
 
-    arguments: further ones of the template, such as `enable_thinking`.
+    arguments: further ones of the template, such as `enable_thinking`. param: the request's field, for errors.
     """
 
     messages: Sequence[Message]
     tools: ToolUse = field(default_factory=ToolUse)
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    param: str = "messages"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +63,11 @@ class Prompts:
         found = format_of(template) if template is not None and self.knows_tools else None
         self.has_own_parser = self.knows_tools and found is None and can_parse(prompt_format.tokenizer)
         self.call_format: CallFormat = found or HERMES
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The special tokens, by their texts."""
+        return {text: token for token, text in self.format.special_tokens.items()}
 
     def render(self, conversation: Conversation) -> Rendered:
         """The prompt for a conversation. Raises: ConfigError when the template refuses every form of it."""

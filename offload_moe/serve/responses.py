@@ -19,9 +19,11 @@ from offload_moe.serve.responses_writer import ResponseWriter
 from offload_moe.serve.sampling import settings_of
 from offload_moe.serve.schemas import (
     BOOLEAN,
+    CHOOSING,
     MOST_TOKENS,
     MOST_TOP_LOGPROBS,
     OBJECT,
+    STOP,
     TEXT,
     array,
     either,
@@ -37,25 +39,21 @@ SCHEMA = record(
         "model": TEXT,
         "input": either(TEXT, array(record({"type": optional(TEXT)}))),
         "instructions": optional(TEXT),
+        **CHOOSING,
+        "stop": STOP,
         "max_output_tokens": optional(integer(1, MOST_TOKENS)),
         "temperature": optional(number(0, 2)),
-        "top_p": optional(number(0, 1)),
         "top_logprobs": optional(integer(0, MOST_TOP_LOGPROBS)),
-        "presence_penalty": optional(number(-2, 2)),
-        "frequency_penalty": optional(number(-2, 2)),
         "tools": optional(array(record({"type": TEXT}, "type"))),
         "tool_choice": optional(either(string("none", "auto", "required"), OBJECT)),
         "parallel_tool_calls": optional(BOOLEAN),
         "text": optional(record({"format": optional(record({"type": TEXT}, "type"))})),
         "reasoning": optional(record({"effort": optional(TEXT)})),
-        "stream": optional(BOOLEAN),
         "store": optional(BOOLEAN),
         "background": optional(BOOLEAN),
         "previous_response_id": optional(TEXT),
         "include": optional(array(TEXT)),
-        "metadata": optional(OBJECT),
         "truncation": optional(string("auto", "disabled")),
-        "user": optional(TEXT),
         "prompt_cache_key": optional(TEXT),
         "safety_identifier": optional(TEXT),
         "service_tier": optional(TEXT),
@@ -155,6 +153,7 @@ def _conversation(host: Host, document: Mapping[str, Any]) -> Conversation:
         raise invalid("input has no message to answer.", "input")
     effort = as_mapping(document.get("reasoning")).get("effort")
     return Conversation(
+        param="input",
         messages=template_messages(messages, host.config.ignore_prefix),
         tools=tool_use(
             document.get("tools"),
@@ -187,7 +186,7 @@ def _add_item(messages: list[dict[str, Any]], item: Mapping[str, Any], path: str
             output = text_of(_content(item.get("output"), f"{path}.output"), f"{path}.output")
             messages.append({"role": "tool", "tool_call_id": str(item.get("call_id", "")), "content": output})
         case "reasoning":
-            parts = [*(item.get("content") or ()), *(item.get("summary") or ())]
+            parts = [part for name in ("content", "summary") for part in _list(item.get(name))]
             text = "".join(str(as_mapping(part).get("text", "")) for part in parts)
             if text:
                 _last_answer(messages)["reasoning_content"] = text
@@ -199,6 +198,10 @@ def _content(content: Any, path: str) -> Any:
     if content is None or isinstance(content, str | list):
         return content
     raise invalid(f"{path} must be a text or a list of parts.", path)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _last_answer(messages: list[dict[str, Any]]) -> dict[str, Any]:

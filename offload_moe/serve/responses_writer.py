@@ -59,7 +59,8 @@ class ResponseWriter:
         return problem + self._state("response.failed")
 
     def silence(self) -> bytes:
-        return b": waiting\n\n"
+        """Comments are not enough for Codex, which counts events alone."""
+        return self._state("response.in_progress") if self._number else b": waiting\n\n"
 
     def document(self) -> dict[str, Any]:
         return self._response

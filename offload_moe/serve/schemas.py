@@ -67,23 +67,28 @@ BOOLEAN: Schema = {"type": "boolean"}
 TEXT: Schema = {"type": "string"}
 STOP = optional(either(string(), array(string(), most=MOST_STOPS)))
 NAME: Schema = {"type": "string", "minLength": 1, "maxLength": LONGEST_NAME}
-# Fields that both OpenAI endpoints take in the same sense; the last ones are those of llama.cpp and vLLM.
-SAMPLING: Schema = {
+# Fields that every API takes in the same sense; the last ones are those of llama.cpp and vLLM.
+CHOOSING: Schema = {
     "temperature": optional(number(0, GREATEST_TEMPERATURE)),
     "top_p": optional(number(0, 1)),
     "seed": optional(integer(0, GREATEST_SEED)),
-    "stop": STOP,
     "frequency_penalty": optional(number(-2, 2)),
     "presence_penalty": optional(number(-2, 2)),
     "logit_bias": optional({"type": "object", "additionalProperties": number(-100, 100)}),
-    "n": optional(integer(1, MOST_CHOICES)),
     "stream": optional(BOOLEAN),
-    "stream_options": optional(record({"include_usage": optional(BOOLEAN)})),
     "user": optional(TEXT),
+    "metadata": optional(OBJECT),
     "top_k": optional(integer(-1, MOST_TOKENS)),
     "min_p": optional(number(0, 1)),
     "repetition_penalty": optional(number(0.01, 100)),
     "ignore_eos": optional(BOOLEAN),
+}
+# And those that both of OpenAI's completions take.
+SAMPLING: Schema = {
+    **CHOOSING,
+    "stop": STOP,
+    "n": optional(integer(1, MOST_CHOICES)),
+    "stream_options": optional(record({"include_usage": optional(BOOLEAN)})),
     "return_progress": optional(BOOLEAN),
 }
 

@@ -14,7 +14,7 @@ from offload_moe.serve.config import ServeConfig
 from offload_moe.serve.host import Host
 
 BACKLOG = 128
-CLOSING_S = 5  # for connections whose answers have ended
+CLOSING_S = 2  # for connections whose answers have ended
 
 
 def listen(config: ServeConfig) -> socket.socket:
@@ -37,23 +37,30 @@ def url_of(listener: socket.socket) -> str:
 
 
 class _Server(uvicorn.Server):
-    """The first signal lets answers end, within a limit; the second one does not."""
+    """The first signal lets answers end, within a limit; the second one ends them; the third one waits for nothing."""
 
     def __init__(self, config: uvicorn.Config, host: Host, drain_s: float) -> None:
         super().__init__(config)
         self._host, self._drain_s = host, drain_s
         self.was_interrupted = False
+        self._num_signals = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.was_interrupted = self.was_interrupted or sig == signal.SIGINT
-        if self._host.is_draining:
-            self.force_exit = self.should_exit = True
-            return
+        self._num_signals += 1
         self._host.is_draining = True
-        threading.Thread(target=self._drain, name="offload-moe drain", daemon=True).start()
+        match self._num_signals:
+            case 1:
+                threading.Thread(target=self._drain, name="offload-moe drain", daemon=True).start()
+            case 2:
+                threading.Thread(target=self._host.worker.close, name="offload-moe end", daemon=True).start()
+            case _:
+                self.force_exit = self.should_exit = True
 
     def _drain(self) -> None:
+        """Clients of what has not ended by then receive an error in their API's form."""
         self._host.drain(self._drain_s)
+        self._host.worker.close()
         self.should_exit = True
 
 

@@ -3,6 +3,7 @@
 What they print here are no measurements.
 """
 
+import sys
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
@@ -40,14 +41,23 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ),
     (
         "decode_cpu.py",
-        "--config {config} --folder {folder} --trials 1 --layers 2 --transformers " + DECODE,
+        "--config {config} --folder {folder} --trials 1 --layers 2 --transformers --context 8 " + DECODE,
         (
-            "decode_tokens_per_s.*.median",
-            "decode_ratios.vs transformers bf16.median",
-            "decode_cpu_ms.offload_moe.median",
-            "offload_moe.first_token_s.median",
-            "offload_moe.distinct_experts_per_layer.median",
+            "results.*.decode_tokens_per_s.*.median",
+            "results.0.prompt_tokens_per_s.*.median",
+            "results.0.decode_ratios.vs transformers bf16.median",
+            "results.*.decode_cpu_ms.offload_moe.median",
+            "results.*.share_of_byte_bound.offload_moe.median",
+            "bytes_per_token.offload_moe.*",
+            "outside_of_native_calls.*",
+            "offload_moe.first_token_s",
+            "offload_moe.distinct_experts_per_layer",
         ),
+    ),
+    (
+        "decode_cpu.py",
+        "--config {config} --folder {folder} --trials 1 --codec mxfp4 --reload --context 8 " + DECODE,
+        ("results.*.decode_tokens_per_s.offload_moe.min", "bytes_per_token.offload_moe.bits_per_expert_weight"),
     ),
     (
         "decode_demo.py",
@@ -88,6 +98,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         "overlap.py",
         "--rates 1 --tokens 2 --trials 1 --hidden 128 --intermediate 64",
         ("rates.*.off", "rates.*.on", "rates.*.prompt", "rates.*.recall", "compute_equals_transfer_gb_per_s"),
+    ),
+    (
+        "plain_read.py",
+        "--threads 1 --megabytes 1 --trials 1",
+        ("bytes_per_s.median",),
     ),
     ("peers/make_random_checkpoint.py", "{config} {folder}/made", ("checkpoint_bytes",)),
     ("peers/make_random_gguf.py", "{config} {folder}/made.gguf", ("gguf_bytes",)),
@@ -145,6 +160,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ("ms_per_token.*.median", "ratio.median", "first_token_ms.median"),
     ),
     (
+        "serve_peers.py",
+        "--config {config} --folder {folder} --threads 1 --trials 1 --prompt-tokens 20 --new-tokens 4",
+        ("first_token_ms.*.median", "without_prefix_ms.*"),
+    ),
+    (
         "simulate_validation.py",
         "--folder {folder} --models olmoe --config {config} --trials 1 --threads 1 --tokens 12",
         (
@@ -177,7 +197,14 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ("ms_per_token.om_layer_step", "ms_per_token.layers", "share_outside_of_native_calls"),
     ),
 ]
-BY_THEMSELVES = {"chat_start.py", "gpu_decode.py", "paired.py", "peers/run_llamacpp.py"}
+BY_THEMSELVES = {
+    "chat_start.py",
+    "gpu_decode.py",
+    "paired.py",
+    "peers/run_llamacpp.py",
+    "peers/serve_llamacpp.py",  # by serve_peers.py
+    "peers/tune_llamacpp.py",
+}
 
 
 def test_every_script_is_run() -> None:
@@ -209,7 +236,7 @@ def test_a_script_ends_with_its_figures(
 
 @pytest.mark.slow
 def test_llamacpp_runs_where_it_is_installed(files: Files, tmp_path: Path) -> None:
-    if find_spec("xllamacpp") is None:
+    if find_spec("xllamacpp") is None and find_spec("llama_cpp") is None:
         done = run_script("peers/run_llamacpp.py", "absent.gguf", files, tmp_path)
         assert done.returncode == 1
         assert done.stderr == "llama.cpp is not here, so it is left out: pip install xllamacpp\n"
@@ -220,6 +247,16 @@ def test_llamacpp_runs_where_it_is_installed(files: Files, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     for path in RUN:
         assert all(figures_at(last_line(done.stdout), path))
+
+
+@pytest.mark.slow
+def test_a_python_without_a_build_of_its_own_is_no_native_peer(files: Files, tmp_path: Path) -> None:
+    if find_spec("llama_cpp") is not None:
+        pytest.skip("llama-cpp-python is here")
+    arguments = f"--config {{config}} --folder {{folder}} --native {sys.executable} {DECODE}"
+    done = run_script("decode_cpu.py", arguments, files, tmp_path)
+    assert done.returncode == 1
+    assert not list(tmp_path.iterdir()), "files were made before it was noticed"
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """`/v1/chat/completions` and `/v1/completions` of a tiny model: answers, streams, parameters, usage, errors."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,21 +9,9 @@ from starlette.testclient import TestClient
 
 from offload_moe.engine.model import Model
 from offload_moe.errors import BudgetError
-from tests.support.serving import HELLO, chat, events, open_tiny, served
+from tests.support.serving import HELLO, chat, events, served
 
 SAMPLED = {"temperature": 1.3, "top_k": 40, "seed": 11, "max_tokens": 24}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    with open_tiny(tmp_path_factory.mktemp("store")) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def client(model: Model) -> Iterator[TestClient]:
-    with served(model) as client:
-        yield client
 
 
 def content(document: Any, choice: int = 0) -> str:
@@ -203,8 +190,12 @@ def test_completions_continue_texts_and_ids(client: TestClient, model: Model) ->
     echoed = client.post("/v1/completions", json=body | {"echo": True, "logprobs": 2}).json()["choices"][0]
     assert echoed["text"] == "Once upon" + text
     assert len(echoed["logprobs"]["tokens"]) == 6
-    streamed = events(client.post("/v1/completions", json=body | {"stream": True}).text)
-    assert "".join(part["choices"][0]["text"] for part in streamed[:-1]) == text
+    assert echoed["logprobs"]["text_offset"][0] == len("Once upon")
+    asked = body | {"stream": True, "echo": True, "logprobs": 2}
+    chunks = [part["choices"][0] for part in events(client.post("/v1/completions", json=asked).text)[:-1]]
+    assert "".join(chunk["text"] for chunk in chunks) == echoed["text"]
+    offsets = [offset for chunk in chunks if chunk["logprobs"] for offset in chunk["logprobs"]["text_offset"]]
+    assert offsets == echoed["logprobs"]["text_offset"]
 
 
 def test_texts_and_tokens(client: TestClient) -> None:
@@ -242,6 +233,91 @@ def test_fields_that_are_not_usable_are_named(client: TestClient, fields: dict[s
     assert error["type"] == "invalid_request_error"
 
 
+PROMPTS: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": HELLO},
+    "/v1/completions": {"prompt": "Hello!"},
+    "/v1/responses": {"input": "Hello!"},
+    "/v1/messages": {"messages": HELLO, "max_tokens": 4},
+}
+WRONG: dict[str, Any] = {
+    "temperature": "hot",
+    "top_p": [],
+    "top_k": "many",
+    "min_p": {},
+    "seed": "lucky",
+    "frequency_penalty": "low",
+    "presence_penalty": "low",
+    "repetition_penalty": "low",
+    "logit_bias": "none",
+    "stream": 1,
+    "metadata": "x",
+    "user": {},
+}
+
+
+@pytest.mark.parametrize("path", PROMPTS)
+def test_fields_are_checked_in_every_api(client: TestClient, path: str) -> None:
+    for name, value in WRONG.items():
+        body = {"model": "x", "max_tokens": 4, name: value} | PROMPTS[path]
+        response = client.post(path, json=body)
+        assert response.status_code == 400, (name, response.text)
+        assert name in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", PROMPTS)
+def test_sampling_is_the_same_in_every_api(client: TestClient, path: str) -> None:
+    def text(**fields: Any) -> str:
+        length = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+        found = client.post(path, json={"model": "x", "temperature": 0} | PROMPTS[path] | {length: 24} | fields)
+        assert found.status_code == 200, found.text
+        match found.json():
+            case {"choices": [{"message": {"content": said}}]} | {"choices": [{"text": said}]}:
+                return said
+            case {"output": [{"content": [{"text": said}]}]} | {"content": [{"text": said}]}:
+                return said
+            case document:
+                raise AssertionError(document)
+
+    greedy = text()
+    assert text(temperature=1, min_p=1, seed=3) == greedy
+    assert text(temperature=1, top_k=1) == greedy
+    assert text(repetition_penalty=3) != greedy
+    assert text(logit_bias={"65": 100}) != greedy
+
+
+def test_a_prompt_that_does_not_fit_names_its_field(client: TestClient) -> None:
+    long = "x" * 5000
+    for path, field in (("/v1/completions", "prompt"), ("/v1/responses", "input")):
+        error = client.post(path, json={"model": "x", field: long}).json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", field)
+
+
+def test_items_of_responses_may_be_odd(client: TestClient) -> None:
+    said = {"role": "user", "content": "Hello!"}
+    for item in ({"type": "reasoning", "content": 5, "summary": 7}, {"type": "reasoning", "summary": ["x"]}):
+        body = {"model": "x", "input": [item, said], "max_output_tokens": 2}
+        assert client.post("/v1/responses", json=body).status_code == 200
+    for item, param in (
+        ({"type": "web_search_call"}, "input[0]"),
+        (
+            {"role": "user", "content": [{"type": "input_image", "image_url": "file:///etc/passwd"}]},
+            "input[0].content[0]",
+        ),
+        ({"role": "king", "content": "x"}, "input[0].role"),
+    ):
+        response = client.post("/v1/responses", json={"model": "x", "input": [item]})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("kind", ["image", "document", "server_tool_use"])
+def test_blocks_of_messages_that_are_no_text_are_refused_by_name(client: TestClient, kind: str) -> None:
+    blocks = [{"type": "text", "text": "See:"}, {"type": kind, "source": {"type": "url", "url": "http://localhost/"}}]
+    body = {"model": "x", "max_tokens": 2, "messages": [{"role": "user", "content": blocks}]}
+    response = client.post("/v1/messages", json=body)
+    assert response.status_code == 400
+    assert f"messages[0].content[1] is of the type '{kind}'" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
 def test_parts_that_are_no_text_are_refused_by_name(client: TestClient, kind: str) -> None:
     parts = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: {"url": "http://169.254.169.254/"}}]
@@ -275,8 +351,10 @@ def test_a_suffix_is_refused_by_name(client: TestClient) -> None:
     assert (error["param"], "suffix" in error["message"]) == ("suffix", True)
 
 
-def test_unknown_fields_are_ignored(client: TestClient) -> None:
-    assert content(chat(client, service_tier="auto", metadata={"a": "b"}, x=1)) == content(chat(client))
+def test_unknown_fields_are_ignored_and_logged(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert content(chat(client, service_tier="auto", metadata={"a": "b"}, x=1)) == content(chat(client))
+    assert "Ignored: 'service_tier, x'" in caplog.text
 
 
 def test_any_model_name_is_taken_unless_told_otherwise(model: Model, client: TestClient) -> None:

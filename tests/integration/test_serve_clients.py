@@ -1,15 +1,19 @@
-"""The clients that people have, against a real socket: OpenAI's and Anthropic's own packages."""
+"""The clients that people have, against a real socket: OpenAI's and Anthropic's packages, LiteLLM, and llm."""
 
 import asyncio
 import json
+import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from offload_moe.engine.model import Model
 from tests.support.chat import Scripted, ids_of
-from tests.support.serving import HELLO, listening, open_tiny
+from tests.support.clients import run_client
+from tests.support.serving import HELLO, listening
 
 KEY = "sesame"
 CALL = '<tool_call>\n{"name": "paint", "arguments": {"colour": "red"}}\n</tool_call>'
@@ -21,12 +25,6 @@ COLOUR = {
 }
 TOOL: Any = {"type": "function", "function": {"name": "paint", "parameters": COLOUR}}
 LIMITS: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    with open_tiny(tmp_path_factory.mktemp("store")) as model:
-        yield model
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +53,17 @@ def anthropic_client(url: str) -> Iterator[Any]:
     anthropic = pytest.importorskip("anthropic")
     with anthropic.Anthropic(base_url=url, api_key=KEY, max_retries=0) as client:
         yield client
+
+
+def paint_model() -> Any:
+    """A schema as a class."""
+    pydantic = pytest.importorskip("pydantic")
+
+    class Paint(pydantic.BaseModel):
+        is_warm: bool
+        level: int = pydantic.Field(ge=0, le=9)
+
+    return Paint
 
 
 class TestOpenai:
@@ -86,16 +95,15 @@ class TestOpenai:
         assert len(set(asyncio.run(ask()))) == 1
 
     def test_a_schema_of_pydantic(self, openai_client: Any) -> None:
-        pydantic = pytest.importorskip("pydantic")
-
-        class Paint(pydantic.BaseModel):
-            is_warm: bool
-            level: int = pydantic.Field(ge=0, le=9)
-
+        paint = paint_model()
         answer = openai_client.chat.completions.parse(
-            model="x", messages=HELLO, response_format=Paint, max_tokens=60, temperature=0
+            model="x", messages=HELLO, response_format=paint, max_tokens=60, temperature=0
         )
-        assert isinstance(answer.choices[0].message.parsed, Paint)
+        assert isinstance(answer.choices[0].message.parsed, paint)
+        response = openai_client.responses.parse(
+            model="x", input="Hello!", text_format=paint, max_output_tokens=60, temperature=0
+        )
+        assert isinstance(response.output_parsed, paint)
 
     def test_tools(self, openai_client: Any, calling: Scripted) -> None:
         with openai_client.chat.completions.stream(model="x", messages=HELLO, tools=[TOOL], max_tokens=300) as stream:
@@ -193,9 +201,54 @@ class TestAnthropic:
         counted = anthropic_client.messages.count_tokens(model="x", messages=messages, tools=tools).input_tokens
         assert again.usage.input_tokens + again.usage.cache_read_input_tokens == counted
 
+    def test_asynchronously(self, url: str) -> None:
+        anthropic = pytest.importorskip("anthropic")
+        asked: dict[str, Any] = {"model": "x", "messages": HELLO, "max_tokens": 12}
+
+        async def ask() -> list[str]:
+            async with anthropic.AsyncAnthropic(base_url=url, api_key=KEY) as client:
+                answers = await asyncio.gather(*(client.messages.create(**asked) for _ in range(3)))
+                async with client.messages.stream(**asked) as stream:
+                    said = "".join([text async for text in stream.text_stream])
+                return [*(answer.content[0].text for answer in answers), said]
+
+        assert len(set(asyncio.run(ask()))) == 1
+
+    def test_a_schema_of_pydantic(self, anthropic_client: Any) -> None:
+        answer = anthropic_client.messages.parse(model="x", messages=HELLO, max_tokens=60, output_format=paint_model())
+        assert 0 <= answer.parsed_output.level <= 9
+
+    @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "paint"}])
+    def test_a_call_may_be_required(self, anthropic_client: Any, choice: Any) -> None:
+        tools: Any = [{"name": "paint", "input_schema": COLOUR}]
+        answer = anthropic_client.messages.create(
+            model="x", messages=HELLO, tools=tools, tool_choice=choice, max_tokens=200
+        )
+        [call] = answer.content
+        assert (answer.stop_reason, call.name) == ("tool_use", "paint")
+        assert call.input["colour"] in ("red", "green")
+
+    def test_calls_may_be_off(self, anthropic_client: Any, calling: Scripted) -> None:
+        tools: Any = [{"name": "paint", "input_schema": COLOUR}]
+        asked: dict[str, Any] = {"model": "x", "messages": HELLO, "tools": tools, "max_tokens": 300}
+        answer = anthropic_client.messages.create(tool_choice={"type": "none"}, **asked)
+        assert (answer.stop_reason, answer.content[0].text) == ("end_turn", "So. " + CALL)
+        calling.tokens = [*calling.tokens[:-1], *calling.tokens[3:]]
+        calling.num_calls = 0
+        one = {"type": "auto", "disable_parallel_tool_use": True}
+        assert [block.type for block in anthropic_client.messages.create(tool_choice=one, **asked).content] == [
+            "text",
+            "tool_use",
+        ]
+
     def test_stop_sequences(self, anthropic_client: Any, calling: Scripted) -> None:
         answer = anthropic_client.messages.create(model="x", messages=HELLO, max_tokens=50, stop_sequences=["."])
         assert (answer.stop_reason, answer.stop_sequence, answer.content[0].text) == ("stop_sequence", ".", "So")
+
+    def test_models(self, anthropic_client: Any) -> None:
+        [listed] = anthropic_client.models.list()
+        assert (listed.id, listed.display_name, listed.created_at.year > 2024) == ("tiny", "tiny", True)
+        assert anthropic_client.models.retrieve("tiny").type == "model"
 
     def test_errors_are_of_its_own_kinds(self, anthropic_client: Any) -> None:
         anthropic = pytest.importorskip("anthropic")
@@ -203,3 +256,73 @@ class TestAnthropic:
             anthropic_client.messages.create(
                 model="x", max_tokens=1, messages=[{"role": "user", "content": "x" * 5000}]
             )
+
+
+LITELLM = """
+import asyncio, json, sys
+import litellm
+
+url, key, tool, schema = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
+hello = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 12, "temperature": 0}
+openai = {"model": "openai/x", "api_base": url + "/v1", "api_key": key}
+anthropic = {"model": "anthropic/x", "api_base": url, "api_key": key}
+
+
+def text(answer):
+    return answer.choices[0].message.content
+
+
+def streamed(chunks):
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+found = {
+    "answers": [
+        text(litellm.completion(**openai, **hello)),
+        streamed(litellm.completion(**openai, **hello, stream=True)),
+        text(asyncio.run(litellm.acompletion(**openai, **hello))),
+        text(litellm.completion(**anthropic, **hello)),
+        streamed(litellm.completion(**anthropic, **hello, stream=True)),
+    ]
+}
+asked = hello | {"max_tokens": 200}
+called = litellm.completion(**openai, **asked, tools=[tool], tool_choice="required")
+[call] = called.choices[0].message.tool_calls
+found["call"] = [call.function.name, json.loads(call.function.arguments)]
+wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+found["schema"] = json.loads(text(litellm.completion(**openai, **asked, response_format=wanted)))
+for each in (openai, anthropic):
+    try:
+        litellm.completion(**each, messages=[{"role": "user", "content": "x" * 5000}], max_tokens=5)
+    except litellm.ContextWindowExceededError as error:
+        found.setdefault("errors", []).append(error.status_code)
+print(json.dumps(found))
+"""
+
+
+def test_litellm(url: str, tmp_path: Path) -> None:
+    """Through both APIs, whole and in parts; with tools and a schema; and its own error for prompts that do not fit."""
+    if find_spec("litellm") is None:
+        pytest.skip("no litellm")
+    command = [sys.executable, "-c", LITELLM, url, KEY, json.dumps(TOOL), json.dumps(COLOUR)]
+    found = json.loads(run_client(command, tmp_path).stdout.splitlines()[-1])
+    assert len(set(found["answers"])) == 1
+    assert len(found["answers"][0]) > 5
+    assert found["call"][0] == "paint"
+    assert found["call"][1]["colour"] in ("red", "green")
+    assert found["schema"]["colour"] in ("red", "green")
+    assert found["errors"] == [400, 400]
+
+
+def test_llm_calls_a_function(url: str, calling: Scripted, tmp_path: Path) -> None:
+    """Then it sends the result, and the model has nothing to add."""
+    if find_spec("llm") is None:
+        pytest.skip("no llm")
+    names = "- model_id: tiny\n  model_name: tiny\n  api_key_name: tiny\n"
+    settings = f"{names}  api_base: {url}/v1\n  supports_tools: true\n"
+    (tmp_path / "extra-openai-models.yaml").write_text(settings)
+    function = "def paint(colour: str) -> str:\n    return 'painted ' + colour"
+    command = [sys.executable, "-m", "llm", "-m", "tiny", "--functions", function, "--td", "--key", KEY, "Paint!"]
+    done = run_client(command, tmp_path, LLM_USER_PATH=str(tmp_path))
+    assert done.stdout.startswith("So.")
+    assert "painted red" in done.stderr

@@ -103,22 +103,27 @@ def test_it_answers_with_a_key_and_lets_answers_end(store: Path, tmp_path: Path)
         assert (status, answer["usage"]["completion_tokens"]) == (200, 300)
 
 
-def test_a_second_signal_ends_at_once(store: Path) -> None:
-    with serving(store) as (process, port, _):
-
-        def ask() -> None:
-            with suppress(OSError, ValueError, http.client.HTTPException):  # it is cut off
-                post(port, max_tokens=4000, ignore_eos=True)
-
-        thread = threading.Thread(target=ask)
-        thread.start()
-        time.sleep(0.5)
-        for _ in range(2):
-            process.send_signal(signal.SIGTERM)
-            time.sleep(0.2)
-        process.communicate(timeout=LIMIT_S)
-        thread.join(LIMIT_S)
-        assert process.returncode == 0
+@pytest.mark.parametrize(("num_signals", "flags"), [(2, ()), (1, ("--drain", "1s"))], ids=["a second", "the limit"])
+def test_answers_that_go_on_are_ended(store: Path, num_signals: int, flags: tuple[str, ...]) -> None:
+    """By a second signal, or at the end of the time. Streams end with an error, also where nobody reads."""
+    asked = {"model": "x", "prompt": "Once", "max_tokens": 3000, "n": 16, "ignore_eos": True, "stream": True}
+    with serving(store, "--parallel", "2", *flags) as (process, port, _), socket.socket() as slow:
+        body = json.dumps(asked)
+        head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        request = f"POST /v1/completions HTTP/1.1\r\n{head}\r\n\r\n{body}".encode()
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", port))
+        slow.sendall(request)
+        with socket.create_connection(("127.0.0.1", port), timeout=LIMIT_S) as reader:
+            reader.sendall(request)
+            assert reader.recv(10)
+            for _ in range(num_signals):
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.2)
+            answer = b"".join(iter(lambda: reader.recv(65536), b""))
+        _, error = process.communicate(timeout=LIMIT_S)
+        assert (process.returncode, "Traceback" in error) == (0, False), error
+        assert b'"code":"shutting_down"' in answer
 
 
 def test_an_address_in_use_is_said_before_anything_is_loaded(

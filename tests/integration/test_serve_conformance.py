@@ -12,7 +12,7 @@ import torch
 
 from offload_moe.engine.model import Model
 from tests.support.chat import ids_of
-from tests.support.serving import listening, open_tiny
+from tests.support.serving import listening
 
 SAID = 'Say "hi" to all.'
 END = 256
@@ -23,12 +23,6 @@ SUITES = {
 }
 # Probes that fail by design: models that read text alone, and no `/responses/compact`, whose probes take a 404.
 NOT_PASSED = {"chat-image-input", "anth-image-input", "image-input"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    with open_tiny(tmp_path_factory.mktemp("store")) as model:
-        yield model
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import http.client
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -160,6 +161,46 @@ def test_a_full_queue_says_when_to_come_back(model: Model) -> None:
         assert live(address)["requests"]["refused"] == 1
 
 
+def test_a_client_that_does_not_read_holds_nothing(model: Model) -> None:
+    with listening(model) as address, socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(address)
+        body = json.dumps(LONG | {"stream": True, "logprobs": True, "top_logprobs": 20, "max_tokens": 150}).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        slow.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_for(lambda: live(address)["running"])
+        assert ask(address, "And who reads this?")
+        assert live(address)["requests"]["finished"] == 2
+
+
+def test_a_model_that_is_never_used_is_unloaded_too(model: Model) -> None:
+    host = Host(lambda: pytest.fail("loads"), ServeConfig(keep_alive_s=0.1), "tiny")
+    host.adopt(load(Path(model.store.path), context=64))
+    assert host.state == "ok"
+    wait_for(lambda: host.state == "unloaded")
+    host.close()
+
+
+def test_a_request_that_comes_while_a_model_is_unloaded_keeps_it(model: Model) -> None:
+    """Between the look at who uses the model and its end."""
+    host = Host(lambda: pytest.fail("loads"), ServeConfig(), "tiny")
+    host.adopt(model)
+    loaded = host.loaded
+
+    class Meanwhile(int):
+        looks = 0
+
+        def __bool__(self) -> bool:
+            Meanwhile.looks += 1
+            return Meanwhile.looks > 1
+
+    host._num_users = Meanwhile()
+    host._unload_when_idle()
+    assert host.loaded is loaded
+    assert model.engine.hierarchy.lifecycle.is_open
+    host.worker.close()
+
+
 def test_answers_go_on_between_the_parts_of_a_long_prompt(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offload_moe.chat.prompt_chunks.CPU_PROMPT_TOKENS", 32)
     sizes: list[int] = []
@@ -202,6 +243,10 @@ def test_silent_streams_are_kept_alive_in_each_apis_way(model: Model) -> None:
             body = {"model": "x", "messages": HELLO, "max_tokens": 1, "stream": True}
             assert "\n: waiting\n" in "\n" + client.post("/v1/chat/completions", json=body).text
             assert '"type":"ping"' in client.post("/v1/messages", json=body).text
+            asked = {"model": "x", "input": "Hello!", "max_output_tokens": 1, "stream": True}
+            kinds = [event["type"] for event in events(client.post("/v1/responses", json=asked).text)]
+            assert kinds.count("response.in_progress") > 1
+            assert kinds.count("response.created") == 1
     finally:
         handle.remove()
 
@@ -224,12 +269,15 @@ def test_metrics_are_prometheus_text(model: Model) -> None:
     with served(model) as client:
         chat(client)
         text = client.get("/metrics").text
-    line = re.compile(r'[a-z_]+(\{[a-z]+="[^"]+"\})? [0-9.e+-]+')
+    line = re.compile(r'[a-z_]+(\{[a-z]+="[^"]+"(,[a-z]+="[^"]+")*\})? [0-9.e+-]+')
     samples = [each for each in text.splitlines() if not each.startswith("#")]
     assert all(line.fullmatch(each) for each in samples)
     assert 'offload_moe_requests_total{outcome="finished"} 1' in samples
     assert 'offload_moe_tokens_total{kind="generated"} 8' in samples
     assert "offload_moe_first_token_seconds_count 1" in samples
+    found = [float(each.rpartition(" ")[2]) for each in samples if 'tier_experts_total{tier="ram"' in each]
+    assert len(found) == 3
+    assert sum(found) > 0
 
 
 def test_an_idle_model_is_unloaded_and_loaded_again(model: Model) -> None:

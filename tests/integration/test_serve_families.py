@@ -11,8 +11,9 @@ from starlette.testclient import TestClient
 from tokenizers import AddedToken
 
 from offload_moe.engine.model import Model
+from offload_moe.serve.tools.formats import FORMATS, CallFormat
 from tests.support.chat import CHATML, Scripted
-from tests.support.serving import HELLO, chat, events, open_tiny, served
+from tests.support.serving import HELLO, chat, events, served
 
 THINKING = CHATML + "{# <think></think> #}"
 OPENED = CHATML.replace("<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>\n{% endif")
@@ -29,12 +30,6 @@ PAINT = {
     },
 }
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["red", "green"]}}}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    with open_tiny(tmp_path_factory.mktemp("store")) as model:
-        yield model
 
 
 @pytest.fixture
@@ -121,6 +116,33 @@ def test_calls_of_harmony(speaking: Any) -> None:
         assert answer["finish_reason"] == "tool_calls"
 
 
+def strict(tool: Any) -> Any:
+    return {"type": "function", "function": tool["function"] | {"strict": True}}
+
+
+@pytest.mark.parametrize("call_format", FORMATS, ids=lambda each: each.name)
+@pytest.mark.parametrize("stop", [None, ["{never", "<never", "(never"]], ids=["", "texts are held back"])
+def test_arguments_of_strict_tools_follow_their_schema(speaking: Any, call_format: CallFormat, stop: Any) -> None:
+    """The model begins a call and then says something else; where no tool is strict, that is what comes out."""
+    comment = "{# " + " ".join(call_format.marks) + " #}"
+    template = HARMONY if call_format.name == "harmony" else TOOLS + CHATML + comment
+    said = call_format.forced[0].replace("NAME", "paint") + "blue"
+    for tools, is_right in (([strict(PAINT)], True), ([PAINT], False)):
+        with speaking(template, said) as client:
+            message = chat(client, max_tokens=300, tools=tools, stop=stop)["choices"][0]["message"]
+            found = [call["function"] for call in message.get("tool_calls", ())]
+            assert (found == [{"name": "paint", "arguments": '{"colour": "red"}'}]) == is_right, message
+
+
+def test_two_calls_of_harmony_to_the_same_tool(speaking: Any) -> None:
+    call = '<|channel|>commentary to=functions.paint json<|message|>{"colour": "red"}<|end|>'
+    with speaking(HARMONY, f"{call}<|start|>assistant{call}") as client:
+        answer = chat(client, max_tokens=300, tools=[PAINT])
+        calls = answer["choices"][0]["message"]["tool_calls"]
+        assert [json.loads(call["function"]["arguments"]) for call in calls] == [{"colour": "red"}] * 2
+        assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 0
+
+
 def test_harmony_without_a_known_recipient_is_reasoning(speaking: Any) -> None:
     said = "<|channel|>commentary to=browser.open<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>Done."
     with speaking(HARMONY, said) as client:
@@ -151,7 +173,9 @@ RESPONSE_TEMPLATE = {
 }
 
 
-def test_a_tokenizers_own_parser_is_used_where_the_format_is_unknown(model: Model, speaking: Any) -> None:
+def test_a_tokenizers_own_parser_is_used_where_the_format_is_unknown(
+    model: Model, speaking: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     model.tokenizer.response_template = RESPONSE_TEMPLATE
     try:
         for said, text, calls in (
@@ -165,6 +189,8 @@ def test_a_tokenizers_own_parser_is_used_where_the_format_is_unknown(model: Mode
                 found = [json.loads(call["function"]["arguments"]) for call in message.get("tool_calls", ())]
                 assert (message["content"] or None, found) == (text, calls), said
         with speaking(TOOLS + CHATML, "x") as client:
+            chat(client, tools=[strict(PAINT)])
+            assert "not held to their schemas" in caplog.text
             body = {"model": "x", "messages": HELLO, "tools": [PAINT], "tool_choice": "required"}
             assert client.post("/v1/chat/completions", json=body).json()["error"]["param"] == "tool_choice"
     finally:

@@ -1,15 +1,13 @@
 """Structured output and tools, through a tiny model that knows nothing: only the grammar makes its answers right."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
 from offload_moe.engine.model import Model
-from tests.support.chat import Scripted, ids_of
-from tests.support.serving import HELLO, chat, events, open_tiny, served
+from tests.support.serving import HELLO, chat, events
 
 COLOURS = {
     "type": "object",
@@ -24,32 +22,6 @@ COLOURS = {
 PAINT = {"type": "function", "function": {"name": "paint", "description": "Paints.", "parameters": COLOURS}}
 WASH = {"type": "function", "function": {"name": "wash", "parameters": {"type": "object", "properties": {}}}}
 CALL = '<tool_call>\n{"name": "paint", "arguments": {"colour": "red", "is_warm": true}}\n</tool_call>'
-STOP = [256]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    with open_tiny(tmp_path_factory.mktemp("store")) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def client(model: Model) -> Iterator[TestClient]:
-    with served(model) as client:
-        yield client
-
-
-@pytest.fixture
-def say(model: Model) -> Iterator[Any]:
-    """Makes the model say a text and stop."""
-    scripts: list[Scripted] = []
-
-    def script(text: str) -> None:
-        scripts.append(Scripted(model.hf, [*ids_of(model.tokenizer, text), *STOP]))
-
-    yield script
-    for each in scripts:
-        each.remove()
 
 
 def message(document: Any) -> Any:
@@ -175,6 +147,29 @@ def test_arguments_of_a_strict_tool_follow_its_schema(client: TestClient, say: A
     assert call["function"]["arguments"].startswith('{"colour": "')
 
 
+def test_a_strict_tool_whose_schema_cannot_be_compiled_is_refused(client: TestClient) -> None:
+    tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "nonsense"}}}
+    body = {"model": "x", "messages": HELLO, "tools": [tool], "stream": True}
+    response = client.post("/v1/chat/completions", json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "tools")
+    assert "cannot be compiled: " in error["message"]
+
+
+def test_a_call_may_come_in_place_of_an_answer_with_a_schema(client: TestClient, say: Any) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": COLOURS}}
+    fields = {"tools": [WASH, PAINT], "response_format": wanted, "max_tokens": 300}
+    say('<tool_call>\n{"name": "paint", "arguments": {"blue"')
+    called = chat(client, **fields)["choices"][0]
+    [call] = called["message"]["tool_calls"]
+    assert (called["finish_reason"], call["function"]["name"]) == ("tool_calls", "paint")
+    assert is_painted(call["function"]["arguments"])
+    say('{"blue"')
+    answered = chat(client, **fields)["choices"][0]
+    assert answered["finish_reason"] == "stop"
+    assert is_painted(answered["message"]["content"])
+
+
 def test_a_conversation_with_calls_and_results(client: TestClient) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "paint", "arguments": '{"colour": "red"}'}}
     messages = [
@@ -197,6 +192,18 @@ def test_hosted_tools_are_dropped_and_custom_ones_take_a_text(client: TestClient
     assert call["type"] == "custom"
     assert call["custom"]["name"] == "patch"
     assert isinstance(call["custom"]["input"], str)
+
+
+@pytest.mark.parametrize(
+    "choice", [{"type": "web_search"}, {"type": "function", "name": "search"}, {"type": "mcp", "server_label": "x"}]
+)
+def test_a_choice_of_a_hosted_tool_is_dropped_too(
+    client: TestClient, choice: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    tools = [{"type": "web_search", "name": "search"}, {"type": "mcp", "server_label": "x"}, PAINT]
+    assert chat(client, tools=tools, tool_choice=choice, max_tokens=4)["choices"][0]["finish_reason"] == "length"
+    assert "hosted tool 'web_search' is not here" in caplog.text
+    assert "tool_choice is a hosted tool" in caplog.text
 
 
 def test_a_tool_that_is_not_offered_cannot_be_required(client: TestClient) -> None:

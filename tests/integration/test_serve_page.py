@@ -1,13 +1,12 @@
 """The page in a browser: a conversation, by keyboard, with everything that may go wrong on the way."""
 
 import threading
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
-from tests.support.browser import Page, chromium, keys
+from tests.support.browser import Page, keys
 from tests.support.page_server import Answer, FakeServer
 
 KEPT = """
@@ -19,24 +18,6 @@ return new Promise((resolve) => {
   };
 });
 """
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Any]:
-    with chromium() as driver:
-        yield driver
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    server = FakeServer()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def page(driver: Any, server: FakeServer) -> Page:
-    return Page(driver, server.address)
 
 
 def hold(server: FakeServer, *pieces: str, **fields: Any) -> threading.Event:

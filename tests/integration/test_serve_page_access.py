@@ -1,12 +1,10 @@
 """The page for everyone: by keyboard alone, by screen reader, in the dark, on a small screen, in long conversations."""
 
 import threading
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
-from tests.support.browser import Page, chromium, keys
+from tests.support.browser import Page, keys
 from tests.support.page_server import Answer, FakeServer
 
 SMALLEST_RATIO = 4.5  # of contrast: WCAG AA
@@ -102,24 +100,6 @@ import("./page/store.js").then(async ({ openStore }) => {
   done();
 });
 """
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Any]:
-    with chromium() as driver:
-        yield driver
-
-
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    server = FakeServer()
-    yield server
-    server.kill()
-
-
-@pytest.fixture
-def page(driver: Any, server: FakeServer) -> Page:
-    return Page(driver, server.address)
 
 
 def test_the_focus_walks_through_everything_and_is_seen(page: Page, server: FakeServer) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.browser import Page, chromium, keys
+from tests.support.browser import Page, keys
 from tests.support.page_server import FakeServer, Hierarchy
 
 # Differences of two snapshots: [figures between them, activity of the experts].
@@ -34,12 +34,6 @@ class Still(Hierarchy):
         return self.first | {"at_s": self.first["at_s"] + self.asked, "running": []} | self.changed
 
 
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Any]:
-    with chromium() as driver:
-        yield driver
-
-
 @pytest.fixture
 def live() -> Hierarchy:
     return Hierarchy()
@@ -50,11 +44,6 @@ def server(live: Hierarchy) -> Iterator[FakeServer]:
     server = FakeServer(live=live)
     yield server
     server.kill()
-
-
-@pytest.fixture
-def page(driver: Any, server: FakeServer) -> Page:
-    return Page(driver, server.address)
 
 
 def figure(page: Page, label: str) -> str:

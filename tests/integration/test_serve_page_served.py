@@ -1,7 +1,6 @@
 """The page with the real server and a tiny model: what the scripted one promises is so."""
 
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +11,12 @@ from starlette.routing import Mount
 from offload_moe.engine.model import Model
 from offload_moe.serve.app import make_app
 from tests.integration.test_serve_command import serving
-from tests.support.browser import Page, chromium, keys
+from tests.support.browser import Page, keys
 from tests.support.chat import chat_store
-from tests.support.serving import listening, open_tiny, running
+from tests.support.serving import listening, running
 
 KEY = "sesame"
 NUM_TOKENS = 12
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    with open_tiny(tmp_path_factory.mktemp("store")) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Any]:
-    with chromium() as driver:
-        yield driver
 
 
 def set_length(page: Page, num_tokens: int) -> None:

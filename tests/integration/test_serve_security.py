@@ -12,24 +12,12 @@ from offload_moe.engine.model import Model
 from offload_moe.errors import ConfigError
 from offload_moe.serve.config import ServeConfig
 from offload_moe.serve.page import page_files
-from tests.support.serving import HELLO, chat, listening, open_tiny, served
+from tests.support.serving import HELLO, chat, listening, served
 
 BODY = {"model": "x", "messages": HELLO, "max_tokens": 1}
 POSTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/tokenize", "/detokenize")
 GETS = ("/v1/models", "/props", "/live", "/metrics", "/openapi.json", "/v1/models/tiny")
 KEY = "sesame"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    with open_tiny(tmp_path_factory.mktemp("store")) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def client(model: Model) -> Iterator[TestClient]:
-    with served(model) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

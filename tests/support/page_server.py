@@ -106,7 +106,7 @@ class Hierarchy:
             "experts": dict(self.totals),
             "stall_s": self.totals["misses"] * 0.0011,
             "bytes": {"disk": self.totals["misses"] * 3_300_000, "h2d": self.totals["hits"] * 90_000},
-            "slots": {"ram": {"slots": 512, "resident": 498, "slot_bytes": 3_300_000}, "vram": None},
+            "slots": {"ram": {"slots": 512, "resident": 498, "slot_bytes": 3_300_000, **self._found()}, "vram": None},
             "memory": {
                 "dense weights": 1_240_000_000,
                 "expert slots in RAM": 1_690_000_000,
@@ -128,6 +128,9 @@ class Hierarchy:
                 }
             ],
         }
+
+    def _found(self) -> dict[str, int]:
+        return {name: self.totals[name] for name in ("hits", "delayed", "misses")}
 
     def _layers(self) -> range:
         return range(self.num_layers if self.is_loaded else 0)

@@ -1,7 +1,7 @@
 """Small parts of the server: scores, stop strings, schemas, JSON, errors, hosts."""
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ import torch
 from offload_moe.errors import BudgetError, ConfigError
 from offload_moe.serve.check import MOST_DEPTH, check, parse_json
 from offload_moe.serve.errors import ApiError, PromptTooLong, api_error
+from offload_moe.serve.guide import Guides
 from offload_moe.serve.schemas import array, either, integer, number, optional, record, string
 from offload_moe.serve.scoring import Bias, LogprobRecorder, Penalties
 from offload_moe.serve.security import host_name, is_address
@@ -50,6 +51,15 @@ def test_stop_strings(stops: list[str], pieces: list[str], expected: str, found:
     strings = StopStrings(stops)
     text = "".join(strings.push(piece) for piece in pieces)
     assert (text + strings.flush(), strings.found) == (expected, found)
+
+
+def test_structured_output_needs_a_tokenizer_of_the_rust_library() -> None:
+    class PythonTokenizer:
+        """Any other one."""
+
+    with pytest.raises(ApiError, match="needs a fast tokenizer, and this model has a PythonTokenizer") as caught:
+        Guides(cast(Any, PythonTokenizer()), {1}, 10)
+    assert caught.value.status == 400
 
 
 SCHEMA = record(

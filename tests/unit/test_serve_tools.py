@@ -1,11 +1,15 @@
 """Calls in the formats of the families, cut at every place, and what only looks like a call."""
 
 import json
+from itertools import groupby
+from typing import Any
 
 import pytest
 
 from offload_moe.serve.events import TextDelta, ToolDelta, ToolStart
+from offload_moe.serve.tools.arguments import PythonArguments, TaggedArguments
 from offload_moe.serve.tools.formats import FORMATS, HERMES, CallFormat, format_of, knows_tools
+from offload_moe.serve.tools.parameters import choices, kinds, names, parameter, resolved, value_of
 from offload_moe.serve.tools.parser import CallParser
 from offload_moe.serve.tools.tool import Tool
 
@@ -147,6 +151,26 @@ def test_arguments_stream_as_they_come() -> None:
     assert [event.text for event in parser.push("12") if isinstance(event, ToolDelta)] == ["12"]
 
 
+@pytest.mark.parametrize("name", ["qwen3 coder", "glm", "minimax"])
+def test_a_long_text_is_looked_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent writes whole files: the work for a token does not grow with what stands before it."""
+    long = "".join(f"line {number} </param> <\n" for number in range(2000))
+    written = TWO_CALLS[name].replace(str(CITY["city"]), long)
+    parser, num_read = CallParser(BY_NAME[name], TOOLS), 0
+    read_once = TaggedArguments._read
+
+    def count(reader: TaggedArguments) -> str:
+        nonlocal num_read
+        num_read += len(reader._text)
+        return read_once(reader)
+
+    monkeypatch.setattr(TaggedArguments, "_read", count)
+    events = [event for at in range(0, len(written), 7) for event in parser.push(written[at : at + 7])]
+    arguments = "".join(event.text for event in events if isinstance(event, ToolDelta) and event.tool == 0)
+    assert json.loads(arguments)["city"].strip() == long.strip()
+    assert num_read < 3 * len(written)
+
+
 def test_text_behind_a_call_is_kept() -> None:
     for pieces in cuts(TWO_CALLS["hermes"] + "\nDone."):
         text, calls = read(HERMES, pieces)
@@ -161,3 +185,114 @@ def test_formats_are_known_by_their_templates() -> None:
     found = {each.name: format_of("{% if tools %}" + each.marks[0]) for each in FORMATS}
     assert {name: each.name for name, each in found.items() if each is not None} == {name: name for name in found}
     assert format_of("{% if tools %} something else") is None
+
+
+@pytest.mark.parametrize("num_ahead", [0, 3])
+@pytest.mark.parametrize("name", TWO_CALLS)
+def test_the_tool_that_is_called_is_known_before_its_arguments(name: str, num_ahead: int) -> None:
+    """From the header's end to that of the arguments, without a gap, also where text is held back elsewhere."""
+    written = TWO_CALLS[name]
+    parser = CallParser(BY_NAME[name], TOOLS)
+    found: list[tuple[str, str] | None] = []
+    for end in range(1, len(written) + 1):
+        parser.push(written[end - num_ahead - 1 : end - num_ahead] if end > num_ahead else "")
+        found.append(parser.called(written[max(0, end - num_ahead) : end]))
+    runs = [[each for each in run if each] for called, run in groupby(found, lambda each: each and each[0]) if called]
+    assert [run[0][0] for run in runs] == ["get_weather", "add"]
+    for run in runs:
+        texts = [*dict.fromkeys(text for _, text in run)]  # a header may end with a blank or without
+        assert texts[0] == ""
+        assert texts == [texts[-1][:length] for length in range(len(texts))]
+        assert len(texts[-1]) > 4
+
+
+def test_a_name_that_may_go_on_is_not_called_yet() -> None:
+    parser = CallParser(BY_NAME["glm"], {"get": WEATHER, "get_weather": WEATHER})
+    parser.push("<tool_call>get")
+    assert parser.called() is None
+    parser.push("_weather\n")
+    assert parser.called() == ("get_weather", "")
+    assert parser.called("<arg") == ("get_weather", "<arg")
+    assert parser.called("Rome") is None
+
+
+ROOT: dict[str, Any] = {
+    "properties": {
+        "text": {"type": "string"},
+        "either": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "list": {"type": ["string", "integer"]},
+        "colour": {"$ref": "#/$defs/Colour"},
+        "number": {"type": "number"},
+        "size": {"enum": [1, "big"]},
+        "fixed": {"const": "7"},
+        "open": {},
+        "mixed": {"anyOf": [{"type": "string"}, {}]},
+        "lost": {"$ref": "#/$defs/Absent"},
+        "loop": {"$ref": "#/$defs/Loop"},
+        "anything": True,
+    },
+    "$defs": {"Colour": {"type": "string", "enum": ["red", "1"]}, "Loop": {"$ref": "#/$defs/Loop"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("text", "12", "12"),
+        ("text", "null", "null"),
+        ("either", "12", "12"),
+        ("either", "null", None),
+        ("either", '"12"', "12"),
+        ("either", "plain", "plain"),
+        ("list", "12", 12),
+        ("list", "1.5", "1.5"),
+        ("list", "true", "true"),
+        ("colour", "1", "1"),
+        ("number", "3", 3),
+        ("number", "three", "three"),
+        ("size", "1", 1),
+        ("size", "big", "big"),
+        ("fixed", "7", "7"),
+        ("open", "[1]", [1]),
+        ("open", "NaN", "NaN"),
+        ("mixed", "[1]", [1]),
+        ("lost", "1", 1),
+        ("loop", "1", 1),
+        ("anything", "1", 1),
+        ("unknown", "1", 1),
+    ],
+)
+def test_a_parameters_text_is_read_by_its_schema(name: str, text: str, value: object) -> None:
+    read = value_of(text, parameter(ROOT, name))
+    assert (read, type(read)) == (value, type(value))
+
+
+def test_what_a_schema_says_of_a_parameter() -> None:
+    assert names(ROOT)[:2] == ["text", "either"]
+    assert names({"properties": None}) == []
+    assert kinds(parameter(ROOT, "colour")) == {"string"}
+    assert choices(parameter(ROOT, "colour")) == ["red", "1"]
+    assert choices(parameter(ROOT, "fixed")) == ["7"]
+    assert kinds(parameter(ROOT, "mixed")) == kinds(parameter(ROOT, "lost")) == frozenset()
+    assert resolved(parameter(ROOT, "loop")) == {}
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ("city='Rome', days=2)", {"city": "Rome", "days": 2}),
+        ("'Rome', days=2)", {"city": "Rome", "days": 2}),
+        ("'Rome', 2)", {"city": "Rome", "days": 2}),
+        ("true, null)", {"city": True, "days": None}),
+        ("1, 2, 3)", {"text": "1, 2, 3"}),
+        ("city={1, 2})", {"text": "city={1, 2}"}),
+        ("city=1e999)", {"text": "city=1e999"}),
+        ("city=b'x')", {"text": "city=b'x'"}),
+        ("city=open('x'))", {"text": "city=open('x')"}),
+        (")", {}),
+    ],
+)
+def test_arguments_of_python(written: str, arguments: object) -> None:
+    reader = PythonArguments(WEATHER.parameters)
+    assert json.loads(reader.push(written)) == arguments
+    assert (reader.is_over, reader.rest) == (True, "")

@@ -2,10 +2,12 @@
 
 import ast
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import regex
+
+from offload_moe.serve.tools.parameters import names, parameter, value_of
 
 BRACKETS = {"{": "}", "[": "]", "(": ")"}
 
@@ -73,10 +75,11 @@ class JsonArguments:
 
 
 class PythonArguments:
-    """Keyword arguments up to the closing bracket, passed on once it is there."""
+    """Arguments up to the closing bracket, passed on once it is there."""
 
-    def __init__(self) -> None:
+    def __init__(self, schema: Mapping[str, Any]) -> None:
         self.is_over, self.rest = False, ""
+        self._names = names(schema)
         self._call = Enclosed("\"'")
         self._call.end("(")
         self._text = ""
@@ -87,19 +90,21 @@ class PythonArguments:
         if end is None:
             return ""
         self.is_over, self.rest = True, text[end:]
-        return json.dumps(_keywords(self._text), ensure_ascii=False)
+        return self.flush()
 
     def flush(self) -> str:
-        return json.dumps(_keywords(self._text), ensure_ascii=False)
+        try:
+            return json.dumps(_arguments(self._text, self._names), ensure_ascii=False, allow_nan=False)
+        except (SyntaxError, ValueError, TypeError, AssertionError, RecursionError):
+            return json.dumps({"text": self._text}, ensure_ascii=False)
 
 
-def _keywords(text: str) -> dict[str, Any]:
-    try:
-        call = ast.parse(f"f({text})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        return {str(each.arg): ast.literal_eval(_JsonNames().visit(each.value)) for each in call.keywords}
-    except (SyntaxError, ValueError, AssertionError, RecursionError):
-        return {"text": text}
+def _arguments(text: str, names: Sequence[str]) -> dict[str, Any]:
+    """Raises: several errors, where the text is no list of arguments."""
+    call = ast.parse(f"f({text})", mode="eval").body
+    assert isinstance(call, ast.Call)
+    given = [*zip(names[: len(call.args)], call.args, strict=True), *((each.arg, each.value) for each in call.keywords)]
+    return {str(name): ast.literal_eval(_JsonNames().visit(value)) for name, value in given}
 
 
 class _JsonNames(ast.NodeTransformer):
@@ -113,25 +118,38 @@ class _JsonNames(ast.NodeTransformer):
 class TaggedArguments:
     """Parameters in tags; a member of the JSON object for each one that is complete."""
 
-    def __init__(self, pattern: str, schema: Mapping[str, Any]) -> None:
+    def __init__(self, pattern: str, closing: str, schema: Mapping[str, Any]) -> None:
+        """pattern: of one parameter, with the groups `key` and `value`. closing: the text that ends a value."""
         self.is_over, self.rest = False, ""
         self._pattern = regex.compile(pattern, regex.DOTALL)
-        self._properties: Mapping[str, Any] = schema.get("properties") or {}
+        self._opening = regex.compile(pattern.partition("(?P<value>")[0], regex.DOTALL)
+        self._closing, self._schema = closing, schema
         self._text = ""
+        self._more: list[str] = []  # behind the text: of a long value, which is looked at once it is whole
+        self._tail = ""
+        self._is_in_value = False
         self._num_given = 0
 
     def push(self, text: str) -> str:
-        self._text += text
+        self._more.append(text)
+        self._tail = self._tail[-len(self._closing) :] + text
+        if self._is_in_value and self._closing not in self._tail:
+            return ""
+        self._text += "".join(self._more)
+        self._more.clear()
+        return self._read()
+
+    def _read(self) -> str:
         given = ""
-        while True:
-            match = self._pattern.match(self._text, partial=True)
-            if match is None:
-                self.is_over, self.rest = True, self._text
-                return given + self._close()
+        while (match := self._pattern.match(self._text, partial=True)) is not None:
             if match.partial:
+                self._is_in_value = self._opening.match(self._text) is not None
+                self._tail = self._text[-len(self._closing) :]
                 return given
             given += self._member(match["key"].strip(), match["value"])
             self._text = self._text[match.end() :]
+        self.is_over, self.rest = True, self._text
+        return given + self._close()
 
     def flush(self) -> str:
         return self._close()
@@ -139,19 +157,8 @@ class TaggedArguments:
     def _member(self, key: str, text: str) -> str:
         separator = ", " if self._num_given else "{"
         self._num_given += 1
-        value = json.dumps(_value(text, self._properties.get(key)), ensure_ascii=False)
+        value = json.dumps(value_of(text, parameter(self._schema, key)), ensure_ascii=False)
         return f"{separator}{json.dumps(key, ensure_ascii=False)}: {value}"
 
     def _close(self) -> str:
         return "}" if self._num_given else "{}"
-
-
-def _value(text: str, schema: Any) -> Any:
-    """A parameter's text as its schema has it: a string stays one, whatever it looks like."""
-    kind = schema.get("type") if isinstance(schema, dict) else None
-    if kind == "string":
-        return text
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text

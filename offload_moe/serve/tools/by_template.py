@@ -20,14 +20,15 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 class TemplateCalls:
     """The same as `CallParser`."""
 
-    is_in_call = False  # arguments are never streamed
-
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Mapping[str, Tool], choice: int = 0) -> None:
         self.num_calls = 0
         self._tools, self._choice = tools, choice
         self._parser = tokenizer.get_response_parser(prefix="", tools=[tool.as_function for tool in tools.values()])
         self._held = ""  # of a region of calls
         self._has_failed = False
+
+    def called(self, ahead: str = "") -> None:
+        """Arguments are never streamed."""
 
     def push(self, text: str) -> list[Event]:
         if self._has_failed:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 NAME = r"(?P<name>[\w.\-/]+)"
-JSON_HEADER = r'\s*\{\s*"name"\s*:\s*"' + NAME + r'"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+JSON_HEADER = r'\s*\{\s*"name"\s*:\s*"' + NAME + r'"\s*,\s*"(?:arguments|parameters)"\s*:\s*'
+OBJECT = r"\{"
 NOTHING = r"(?!)"
 
 
@@ -16,6 +17,7 @@ NOTHING = r"(?!)"
 class CallFormat:
     """One format. openings: texts that begin a call. marks: texts in a chat template by which it is known.
 
+    follows: what must stand behind a header, for it to be one.
     arguments: "json" is one object; "python" are keyword arguments up to a closing bracket; else a pattern of one
     parameter, with groups `key` and `value`. special: special tokens that belong to the format's text.
     forced: what to write before and behind the arguments when a call is forced; NAME stands for the name. parameter:
@@ -26,6 +28,7 @@ class CallFormat:
     marks: tuple[str, ...]
     openings: tuple[str, ...]
     header: str
+    follows: str = ""
     arguments: str | Literal["json", "python"] = "json"
     end: str = r"\s*"
     more: str = NOTHING
@@ -40,6 +43,7 @@ HERMES = CallFormat(
     marks=("<tool_call>",),
     openings=("<tool_call>",),
     header=JSON_HEADER,
+    follows=OBJECT,
     end=r"\s*\}?\s*(?=</tool_call>)",
     closing=r"\s*</tool_call>",
     special=("<tool_call>", "</tool_call>"),
@@ -50,6 +54,7 @@ MISTRAL = CallFormat(  # Mixtral 8x7B and 8x22B, Mistral 3
     marks=("[TOOL_CALLS]",),
     openings=("[TOOL_CALLS]",),
     header=r"\s*\[?" + JSON_HEADER,
+    follows=OBJECT,
     end=r'\s*(?:,\s*"id"\s*:\s*"[^"]*"\s*)?\}',
     more=r"\s*,\s*(?=\{)",
     closing=r"\s*\]",
@@ -60,7 +65,8 @@ MISTRAL_NAMED = CallFormat(  # since Mistral Small 3.2
     name="mistral with names",
     marks=("[ARGS]",),
     openings=("[TOOL_CALLS]",),
-    header=r"\s*" + NAME + r"(?:\[CALL_ID\]\w+)?\[ARGS\]\s*(?=\{)",
+    header=r"\s*" + NAME + r"(?:\[CALL_ID\]\w+)?\[ARGS\]\s*",
+    follows=OBJECT,
     special=("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
     forced=("[TOOL_CALLS]NAME[ARGS]", ""),
 )
@@ -68,7 +74,8 @@ DEEPSEEK_V3 = CallFormat(  # V3 and R1
     name="deepseek v3",
     marks=("<｜tool▁sep｜>",),
     openings=("<｜tool▁calls▁begin｜>",),
-    header=r"\s*<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?" + NAME + r"(?:<｜tool▁sep｜>|\s*```json)\s*(?=\{)",
+    header=r"\s*<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?" + NAME + r"(?:<｜tool▁sep｜>|\s*```json)\s*",
+    follows=OBJECT,
     end=r"\s*(?:```)?\s*<｜tool▁call▁end｜>",
     more=r"\s*(?=<｜tool▁call▁begin｜>)",
     closing=r"\s*<｜tool▁calls▁end｜>",
@@ -89,7 +96,8 @@ KIMI_K2 = CallFormat(
     marks=("<|tool_calls_section_begin|>",),
     openings=("<|tool_calls_section_begin|>",),
     header=r"\s*<\|tool_call_begin\|>\s*(?:functions\.)?"
-    + r"(?P<name>[\w.\-/]+?)(?::\d+)?\s*<\|tool_call_argument_begin\|>\s*(?=\{)",
+    + r"(?P<name>[\w.\-/]+?)(?::\d+)?\s*<\|tool_call_argument_begin\|>\s*",
+    follows=OBJECT,
     end=r"\s*<\|tool_call_end\|>",
     more=r"\s*(?=<\|tool_call_begin\|>)",
     closing=r"\s*<\|tool_calls_section_end\|>",
@@ -121,7 +129,8 @@ GLM = CallFormat(  # GLM-4.5 and later
     name="glm",
     marks=("<arg_key>",),
     openings=("<tool_call>",),
-    header=r"\s*" + NAME + r"(?=\s*(?:<arg_key>|</tool_call>))",
+    header=r"\s*" + NAME + r"\s*",
+    follows="<arg_key>|</tool_call>",
     arguments=r"\s*<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>",
     forced=("<tool_call>NAME\n", "</tool_call>"),
     parameter=("<arg_key>KEY</arg_key>\n<arg_value>", "</arg_value>\n"),

@@ -17,6 +17,8 @@ from offload_moe.serve.tools.arguments import JsonArguments, PythonArguments, Re
 from offload_moe.serve.tools.formats import CallFormat
 from offload_moe.serve.tools.tool import Tool
 
+Called = tuple[str, str]  # a tool, and what has been written of its arguments
+
 
 class _State(Enum):
     TEXT = auto()
@@ -31,9 +33,8 @@ class Parser(Protocol):
 
     num_calls: int
 
-    @property
-    def is_in_call(self) -> bool:
-        """Whether a call has begun and its arguments go on."""
+    def called(self, ahead: str = "") -> Called | None:
+        """The tool whose arguments are being written, or come next. ahead: text that is not pushed yet."""
 
     def push(self, text: str) -> list[Event]:
         """What became certain with this text."""
@@ -50,12 +51,17 @@ class CallParser:
     """Reads the formats of `FORMATS`."""
 
     def __init__(self, call_format: CallFormat, tools: Mapping[str, Tool], choice: int = 0) -> None:
-        self.num_calls = 0
+        self.num_calls, self._begun = 0, ""
         self._format, self._tools, self._choice = call_format, tools, choice
-        self._header, self._end, self._more, self._closing = (
+        header = f"{call_format.header}(?={call_format.follows})"
+        self._complete, self._follows, self._header, self._end, self._more, self._closing = (
             regex.compile(pattern, regex.DOTALL)
-            for pattern in (call_format.header, call_format.end, call_format.more, call_format.closing)
+            for pattern in (
+                *(call_format.header, call_format.follows, header),
+                *(call_format.end, call_format.more, call_format.closing),
+            )
         )
+        self._name = ""
         self._state = _State.TEXT
         self._held = ""
         self._raw = ""  # the opening, in case that what follows is no call
@@ -68,9 +74,15 @@ class CallParser:
             _State.AFTER: self._read_after,
         }
 
-    @property
-    def is_in_call(self) -> bool:
-        return self._state is _State.ARGUMENTS
+    def called(self, ahead: str = "") -> Called | None:
+        if self._state is _State.ARGUMENTS:
+            return self._name, self._begun + ahead
+        text = self._held + ahead
+        match = self._complete.match(text) if self._state is _State.HEADER else None
+        if match is None or match.end("name") == len(text) or match["name"] not in self._tools:
+            return None
+        rest = text[match.end() :]
+        return (match["name"], rest) if not rest or self._follows.match(rest, partial=True) else None
 
     def push(self, text: str) -> list[Event]:
         self._held += text
@@ -116,6 +128,7 @@ class CallParser:
         events.append(ToolStart(choice=self._choice, tool=self.num_calls, id=call_id(), name=name))
         self.num_calls += 1
         self._held = self._held[match.end() :]
+        self._name = name
         self._reader = self._new_reader(self._tools[name])
         self._state = _State.ARGUMENTS
         return True
@@ -124,8 +137,8 @@ class CallParser:
         if self._format.arguments == "json":
             return JsonArguments()
         if self._format.arguments == "python":
-            return PythonArguments()
-        return TaggedArguments(self._format.arguments, tool.parameters)
+            return PythonArguments(tool.parameters)
+        return TaggedArguments(self._format.arguments, self._format.parameter[1].strip(), tool.parameters)
 
     def _no_call(self, events: list[Event]) -> bool:
         """Give the opening back as text, and look at what follows it anew."""
@@ -138,13 +151,14 @@ class CallParser:
         reader = self._reader
         assert reader is not None
         text, self._held = self._held, ""
+        self._begun += text
         given = reader.push(text)
         if is_last and not reader.is_over:
             given += reader.flush()
         if given:
             events.append(ToolDelta(choice=self._choice, tool=self.num_calls - 1, text=given))
         if reader.is_over:
-            self._held, self._state = reader.rest, _State.END
+            self._held, self._state, self._begun = reader.rest, _State.END, ""
         return reader.is_over
 
     def _read_end(self, events: list[Event], is_last: bool) -> bool:
