@@ -1,29 +1,33 @@
 """The fast path: what transformers' own code spends per layer on small operations, spent once or not at all.
 
 No model code is copied and nothing is compiled at run time. Modules of prompts and of decode steps alike (norms, MLPs,
-attention, routers, experts) are recognized by probing what they compute, and get another forward. One new token of one
-sequence passes through the decoder's forward alone: a plan of native spans, made from what the layers' classes declare.
+attention, routers, experts) are recognized by probing what they compute, and get another forward. A few new tokens of
+one sequence pass through the decoder's forward alone: a plan of native spans, made from what the layers' classes
+declare; `pass_rows` takes tokens of several sequences through it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from offload_moe.decode.cache import give_room
-from offload_moe.decode.forward import DecoderForward
+from offload_moe.decode.forward import DecoderForward, NextTokens
 from offload_moe.decode.latent import absorb_latents
 from offload_moe.decode.mlp import fuse_mlps
 from offload_moe.decode.norm import fuse_norms
 from offload_moe.decode.plan import Planned, plan_pass
 from offload_moe.decode.report import DENSE, LayerPath, layer_paths, tell_reasons
+from offload_moe.decode.rotation import rotation_keeper
 from offload_moe.decode.router import shorten_routers
 from offload_moe.decode.shorten import shorten_attention
 from offload_moe.residency.hierarchy import Hierarchy
 
-__all__ = ["FastPath", "LayerPath", "make_fast", "make_room"]
+__all__ = ["FastPath", "LayerPath", "make_fast", "make_room", "pass_rows"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +89,20 @@ def make_fast(
         decoder = hf.get_decoder()
         decoder.forward = DecoderForward(decoder, planned.plan)
     return FastPath(why_none=why_none, layers=layer_paths(hf, planned.paths))
+
+
+def pass_rows(hf: PreTrainedModel, sequences: Sequence[NextTokens]) -> Tensor | None:
+    """The next tokens of several sequences, each with a cache of its own, in one pass of the decoder.
+
+    sequences: of each the ids ``[n]`` of its next tokens, and its cache, which gets them; `MAX_ROWS` tokens in all at
+    most. Returns what the decoder returns for each, ``[T, H]`` behind its last norm, in the order given and with the
+    bits of a forward of each token alone. None where the model or a cache does not allow it: nothing has changed then.
+    Models whose keys rotate by the length of the sequence do not. Raises: TransferError, ModelClosed.
+    """
+    forward = vars(hf.get_decoder()).get("forward")
+    if not isinstance(forward, DecoderForward) or rotation_keeper(hf) is not None:
+        return None
+    return forward.pass_rows(sequences)
 
 
 def make_room(hf: PreTrainedModel, context: int | None, kept: torch.dtype | None) -> None:

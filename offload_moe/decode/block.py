@@ -12,6 +12,7 @@ from offload_moe.decode.router import Routed, StepRouter
 from offload_moe.decode.step import is_fp32
 from offload_moe.errors import ConfigError
 from offload_moe.experts.attach import BoundExperts
+from offload_moe.experts.native import NativeArithmetic
 from offload_moe.families.layer_reference import tensor_at
 from offload_moe.families.layer_spec import LayerSpec, RouterSpec
 from offload_moe.families.limits import router_limits
@@ -37,9 +38,13 @@ class PlainBlock:
         return forward
 
     def compute(self, normed: Tensor, routed: Routed) -> Tensor:
-        """normed ``[1, H]``, and what the router gave -> ``[1, H]``."""
+        """normed ``[T, H]``, and what the router gave -> ``[T, H]``: the bits of each row alone."""
         _, weights, ids = routed
-        out: Tensor = self.experts(normed, ids, weights)
+        if len(normed) == 1 or isinstance(self.bound.arithmetic, NativeArithmetic):
+            out: Tensor = self.experts(normed, ids, weights)
+        else:
+            rows = zip(normed.split(1), ids.split(1), weights.split(1), strict=True)
+            out = torch.cat([self.experts(*row) for row in rows])
         if self.shared is not None:
             self.shared.add(normed, out)
         return out

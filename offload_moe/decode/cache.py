@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-# Of keys and of values, from the first token that the new one sees on, [1, N, C or less, D]; and how many it sees.
-Room = tuple[Tensor, Tensor, int]
+from offload_moe.native.kernels import Room
 
 GROWTH = 1.25
 STEP = 128  # tokens; capacities are multiples of it
@@ -74,16 +73,18 @@ class RoomyLayer(DynamicLayer):
         """Whether `extend` has a sequence to append to."""
         return _is_one_sequence(self)
 
-    def extend(self) -> Room:
-        """Count one more token of one sequence, whose key and value the caller writes into the room ``[1, N, C, D]``.
+    def extend(self, num_tokens: int = 1) -> list[Room]:
+        """Count more tokens of one sequence, whose keys and values the caller writes into the room ``[1, N, C, D]``.
 
-        Returns the room of keys and of values, and the index of the token. Where `can_extend`; `update` does the rest.
+        Returns of each the room of keys and of values, and the index of the token. Where `can_extend`; `update` does
+        the rest.
         """
         length, room = self.keys.shape[2], self._room
-        if room is None or length >= room[0].shape[2] or not _begins(self.keys, room[0]):
-            self._room = room = self._make_room(self.keys[:, :, :0], self.values[:, :, :0], length, length + 1)
-        self.keys, self.values = room[0][:, :, : length + 1], room[1][:, :, : length + 1]
-        return *room, length
+        total = length + num_tokens
+        if room is None or total > room[0].shape[2] or not _begins(self.keys, room[0]):
+            self._room = room = self._make_room(self.keys[:, :, :0], self.values[:, :, :0], length, total)
+        self.keys, self.values = room[0][:, :, :total], room[1][:, :, :total]
+        return [(*room, index) for index in range(length, total)]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens; the room is given back once no more than half of it is used."""
@@ -146,7 +147,7 @@ class RoomySlidingLayer(DynamicSlidingWindowLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         is_step = key_states.shape[2] == 1 and not self.record_past
         if is_step and self.is_initialized and self.keys.dim() == 4 and len(self.keys) == len(key_states):
-            keys, values, length = self._move_on()
+            ((keys, values, length),) = self.extend()
             keys[:, :, length : length + 1], values[:, :, length : length + 1] = key_states, value_states
             keys, values = keys[:, :, : length + 1], values[:, :, : length + 1]
         else:
@@ -159,28 +160,28 @@ class RoomySlidingLayer(DynamicSlidingWindowLayer):
         """Whether `extend` has a sequence to append to."""
         return _is_one_sequence(self) and not self.record_past
 
-    def extend(self) -> Room:
-        """As `RoomyLayer.extend`, of the last W - 1 tokens."""
-        return self._move_on()
-
-    def _move_on(self) -> Room:
-        """Count one more token."""
+    def extend(self, num_tokens: int = 1) -> list[Room]:
+        """As `RoomyLayer.extend`; the room of each token begins with the W - 1 tokens before it."""
         length, room = self.keys.shape[2], self._room
         first = None if room is None else _offset(self.keys, room[0])
-        if room is None or first is None or first + length >= room[0].shape[2]:
-            first, room = 0, self._move_to_new_room(length)
+        if room is None or first is None or first + length + num_tokens > room[0].shape[2]:
+            first, room = 0, self._move_to_new_room(length, num_tokens)
             self._room = room
-        end = first + length + 1
-        begin = max(first, end - (self.sliding_window - 1))
-        keys, values = room[0][:, :, first:], room[1][:, :, first:]
-        self.keys, self.values = room[0][:, :, begin:end], room[1][:, :, begin:end]
-        self.cumulative_length += 1
-        return keys, values, length
+        rooms: list[Room] = []
+        end = first + length
+        for last in range(end, end + num_tokens):
+            rooms.append((room[0][:, :, first:], room[1][:, :, first:], last - first))
+            first = max(first, last + 1 - (self.sliding_window - 1))
+        end += num_tokens
+        self.keys, self.values = room[0][:, :, first:end], room[1][:, :, first:end]
+        self.cumulative_length += num_tokens
+        return rooms
 
-    def _move_to_new_room(self, length: int) -> tuple[Tensor, Tensor]:
+    def _move_to_new_room(self, length: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+        capacity = _in_steps(length + max(STEP, num_tokens))
         places = []
         for old in (self.keys, self.values):
-            place = old.new_empty(old.shape[0], old.shape[1], _in_steps(length + STEP), old.shape[3], dtype=self.kept)
+            place = old.new_empty(old.shape[0], old.shape[1], capacity, old.shape[3], dtype=self.kept)
             place[:, :, :length] = old
             places.append(place)
         return places[0], places[1]

@@ -1,20 +1,25 @@
-"""The seam: a decoder's forward passes one new token through a plan, and anything else through its modules.
+"""The seam: a decoder's forward passes a few new tokens through a plan, and anything else through its modules.
 
-One token of one sequence, in fp32 on the CPU, behind a cache with room, without padding, captures or gradients.
+One to eight tokens of one sequence, in fp32 on the CPU, behind a cache with room, without padding, captures or
+gradients.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from offload_moe.decode.hooks import is_capturing
-from offload_moe.decode.layer import TokenStep
+from offload_moe.decode.layer import RowsStep
 from offload_moe.decode.plan import PassPlan
+from offload_moe.decode.rotary import Embeddings
+from offload_moe.native.kernels import MAX_ROWS
 
 logger = logging.getLogger(__name__)
 
+NextTokens = tuple[Tensor, Any]  # ids ``[n]`` of one sequence, and the cache behind which they come
 CAPTURES = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -49,25 +54,46 @@ class DecoderForward:
     ) -> Any:
         """None where the modules have to do it; nothing has changed then."""
         given = input_ids if inputs_embeds is None else inputs_embeds
-        is_one = given is not None and (input_ids is None or inputs_embeds is None) and given.shape[:2] == (1, 1)
-        if not is_one or use_cache is False or return_dict is False or not self._is_usual(others):
+        if given is None or (input_ids is not None and inputs_embeds is not None) or not _are_few(given):
             return None
-        plan = self.plan
-        if not plan.fits(past_key_values) or not _sees_all(attention_mask, past_key_values):
+        if use_cache is False or return_dict is False or not self._is_usual(others):
+            return None
+        plan, num_tokens = self.plan, given.shape[1]
+        if not plan.fits(past_key_values, num_tokens) or not _sees_all(attention_mask, past_key_values, num_tokens):
             return None
         if not plan.bypass.is_clear:
             self._say_why()
             return None
         wiring = plan.wiring
-        positions = wiring.positions(position_ids, past_key_values)
+        positions = wiring.positions(position_ids, past_key_values, num_tokens)
         if positions is None:
             return None
         x = wiring.embed(input_ids, inputs_embeds)
         if x.dtype != torch.float32 or not x.is_cpu or x.requires_grad:
             return None
-        step = TokenStep(wiring.rotary(x, positions), positions, past_key_values)
-        hidden = wiring.norm(plan(x, step))
+        step = RowsStep(wiring.rotary(x, positions), positions, [past_key_values] * num_tokens)
+        hidden = wiring.finish(plan(x, step))
         return wiring.make_output(last_hidden_state=hidden, past_key_values=past_key_values)
+
+    def pass_rows(self, sequences: Sequence[NextTokens]) -> Tensor | None:
+        """See `decode.pass_rows`."""
+        plan, wiring, counts = self.plan, self.plan.wiring, [len(ids) for ids, _ in sequences]
+        are_apart = len({id(cache) for _, cache in sequences}) == len(sequences)
+        if not are_apart or not all(counts) or not 1 <= sum(counts) <= MAX_ROWS or not self._is_usual({}):
+            return None
+        if not all(plan.fits(cache, len(ids)) for ids, cache in sequences) or not plan.bypass.is_clear:
+            return None
+        parts = []
+        for ids, cache in sequences:
+            x, positions = wiring.embed(ids[None], None), wiring.positions(None, cache, len(ids))
+            assert positions is not None
+            parts.append((x, positions, wiring.rotary(x, positions)))
+        xs, positions_of, embeddings = zip(*parts, strict=True)
+        x = torch.cat(xs, dim=1)
+        if x.dtype != torch.float32 or not x.is_cpu or x.requires_grad:
+            return None
+        caches = [cache for ids, cache in sequences for _ in ids]
+        return wiring.finish(plan(x, RowsStep(_joined(embeddings), torch.cat(positions_of, dim=1), caches)))[0]
 
     def _is_usual(self, others: dict[str, Any]) -> bool:
         """Whether no argument and no setting of the config requires anything else."""
@@ -88,9 +114,22 @@ class DecoderForward:
         logger.warning("%s is not called on the fast path: tokens pass module by module, which takes longer.", what)
 
 
-def _sees_all(mask: Any, cache: Any) -> bool:
+def _joined(embeddings: Sequence[Embeddings]) -> Embeddings:
+    """Of positions that follow each other in one row."""
+    if isinstance(embeddings[0], Tensor):
+        return torch.cat(embeddings, dim=1)  # type: ignore[arg-type]
+    cos, sin = (torch.cat(parts, dim=1) for parts in zip(*embeddings, strict=True))
+    return cos, sin
+
+
+def _are_few(tokens: Tensor) -> bool:
+    """Whether ``[B, T, ...]`` are tokens of one sequence that a pass takes at once."""
+    return tokens.dim() > 1 and len(tokens) == 1 and 1 <= tokens.shape[1] <= MAX_ROWS
+
+
+def _sees_all(mask: Any, cache: Any, num_tokens: int) -> bool:
     """Whether an attention mask ``[1, S]`` hides nothing."""
     if mask is None:
         return True
     is_plain = isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point()
-    return is_plain and mask.shape == (1, cache.get_seq_length() + 1) and bool(mask.all())
+    return is_plain and mask.shape == (1, cache.get_seq_length() + num_tokens) and bool(mask.all())

@@ -6,12 +6,13 @@ A layer is one if it is declared (`families/layer_classes.py`), if kernels exist
 attention, norms and their order, and if a probe gives what the layer's own code gives. Where the block is a router and
 experts whose kernels exist, the router is part of the first call; any other block is called as a module.
 
-Shapes: H hidden. One token of one sequence.
+Shapes: T rows, each the next token of a sequence, H hidden.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from offload_moe.decode.attention import DecodeAttention
 from offload_moe.decode.block import plain_block
 from offload_moe.decode.hooks import Hooks
 from offload_moe.decode.latent_step import LatentStep, latent_step
+from offload_moe.decode.mlp import FusedMLP
 from offload_moe.decode.norm import FusedRMSNorm
 from offload_moe.decode.probe import Refused, Uncovered, agree, answer, probes
 from offload_moe.decode.rotary import Embeddings, StepRotary
@@ -35,16 +37,46 @@ from offload_moe.native import kernels
 Rotary = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class TokenStep:
-    """What every layer of a pass is given beside the hidden state.
+@dataclass(frozen=True)
+class RowsStep:
+    """What every layer of a pass is given beside the hidden states of T rows.
 
-    embeddings: as the model's rotary embedding made them, of `position_ids`.
+    embeddings: as the model's rotary embedding made them, of `position_ids` ``[1, T]`` or planes ``[3, 1, T]``.
+    caches: of each row; rows of one sequence follow each other.
     """
 
     embeddings: Embeddings
     position_ids: Tensor
-    cache: Any
+    caches: Sequence[Any]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.caches)
+
+    def rooms(self, attention: AttentionStep | LatentStep) -> list[kernels.Room]:
+        """Of each row in one layer, whose caches count the rows from now on."""
+        return [room for cache, count in sequences_of(self.caches) for room in attention.extend(cache, count)]
+
+    @cached_property
+    def rows(self) -> list["RowsStep"]:
+        """Of each row alone."""
+        if self.num_rows == 1:
+            return [self]
+        positions = self.position_ids.split(1, dim=-1)
+        embeddings: list[Embeddings]
+        if isinstance(self.embeddings, Tensor):
+            embeddings = [*self.embeddings.split(1, dim=1)]
+        else:
+            embeddings = [*zip(*(part.split(1, dim=1) for part in self.embeddings), strict=True)]
+        parts = zip(embeddings, positions, self.caches, strict=True)
+        return [RowsStep(embedding, position, [cache]) for embedding, position, cache in parts]
+
+
+def sequences_of(caches: Sequence[Any]) -> Iterator[tuple[Any, int]]:
+    """Each cache, and how many rows that follow each other have it."""
+    for _, group in groupby(caches, key=id):
+        rows = list(group)
+        yield rows[0], len(rows)
 
 
 class NativeLayer:
@@ -81,29 +113,32 @@ class NativeLayer:
         registries = [self.layer._forward_pre_hooks, self._norm._forward_pre_hooks]
         return registries if self.plain is None else [*registries, self.plain.router._forward_hooks]
 
-    def fits(self, cache: Any) -> bool:
-        """Whether this layer's part of the cache can take one more token in place."""
-        return self.attention.can_extend(cache) and self.attention.sees_window(
-            cache, self.spec.attention.sliding_window
-        )
+    def fits(self, cache: Any, num_tokens: int = 1) -> bool:
+        """Whether this layer's part of the cache can take the next tokens in place."""
+        window = self.spec.attention.sliding_window
+        return self.attention.can_extend(cache) and self.attention.sees_window(cache, window, num_tokens)
 
-    def __call__(self, x: Tensor, step: TokenStep) -> Tensor:
-        """``[1, 1, H] -> [1, 1, H]``, fp32 and contiguous; the cache `fits`."""
+    def __call__(self, x: Tensor, step: RowsStep) -> Tensor:
+        """``[1, T, H] -> [1, T, H]``, fp32 and contiguous; the caches `fit`."""
         self.note_begin()
-        room = self.attention.extend(step.cache)
+        rooms = step.rooms(self.attention)
         residual, normed = torch.empty_like(x), torch.empty_like(x)
         plain = self.plain
-        routed = None if plain is None else room_for_routed(plain.route)
-        (cos, signed_sin), (keys, values, length) = self.rotary.prepare(step.embeddings), room
-        self.kernel.step(x, cos, signed_sin, keys, values, length, residual, normed, routed)
+        routed = None if plain is None else room_for_routed(plain.route, len(rooms))
+        self.kernel.step(x, *self.rotary.prepare(step.embeddings), rooms, residual, normed, routed)
         for observer in self._norm._forward_pre_hooks.values():
             observer(self._norm, (residual,))
         if plain is None or routed is None:
-            out = self._block(normed)
-            return self._sum(residual, out[0] if isinstance(out, tuple) else out)
+            return self._sum(residual, self._call_block(normed))
         for observer in plain.router._forward_hooks.values():
             observer(plain.router, (), routed)
         return self._sum(residual, plain.compute(normed[0], routed))
+
+    def _call_block(self, normed: Tensor) -> Tensor:
+        """``[1, T, H] -> [1, T, H]``, row by row where more rows may change the bits of each."""
+        rows = [normed] if isinstance(self._block, FusedMLP) else normed.split(1, dim=1)
+        outs = [out[0] if isinstance(out, tuple) else out for out in map(self._block, rows)]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
     def _sum(self, residual: Tensor, added: Tensor) -> Tensor:
         scale = self.spec.residual_scale
@@ -189,17 +224,17 @@ def _agree(got: Tensor, expected: Tensor, *, is_exact: bool) -> bool:
 
 
 def _probe(
-    forward: Callable[[Tensor, TokenStep], Any], native: NativeLayer, hidden: Tensor, embeddings: Embeddings
+    forward: Callable[[Tensor, RowsStep], Any], native: NativeLayer, hidden: Tensor, embeddings: Embeddings
 ) -> list[Any]:
     """What a layer gives for one token, and what it leaves in the cache."""
     cache = native.attention.probe_cache(NUM_CACHED)
     positions = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
-    out = forward(hidden, TokenStep(embeddings, positions, cache))
+    out = forward(hidden, RowsStep(embeddings, positions, [cache]))
     return [out, cache.layers[-1].keys, cache.layers[-1].values]
 
 
-def _call_module(layer: nn.Module, hidden: Tensor, step: TokenStep) -> Any:
-    settings = {"attention_mask": None, "past_key_values": step.cache, "use_cache": True}
+def _call_module(layer: nn.Module, hidden: Tensor, step: RowsStep) -> Any:
+    settings = {"attention_mask": None, "past_key_values": step.caches[0], "use_cache": True}
     return answer(layer.forward, hidden, position_embeddings=step.embeddings, **settings)
 
 

@@ -6,11 +6,12 @@ from functools import partial
 from itertools import groupby
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from offload_moe.decode.cache import RoomyLayer
 from offload_moe.decode.hooks import Bypass
-from offload_moe.decode.layer import NativeLayer, TokenStep, check_layer
+from offload_moe.decode.layer import NativeLayer, RowsStep, check_layer
 from offload_moe.decode.probe import Uncovered, structure
 from offload_moe.decode.report import DENSE, LayerPath, has_experts
 from offload_moe.decode.span import LayerSpan, span_kind
@@ -25,28 +26,37 @@ Found = NativeLayer | tuple[str, ...]  # a layer, or why it is called as a modul
 class Stage(Protocol):
     """One or several layers."""
 
-    def fits(self, cache: Any) -> bool:
-        """Whether the cache can take one more token of them in place."""
+    def fits(self, cache: Any, num_tokens: int = 1) -> bool:
+        """Whether the cache can take the next tokens of them in place."""
 
-    def __call__(self, x: Tensor, step: TokenStep) -> Tensor:
-        """``[1, 1, H] -> [1, 1, H]``."""
+    def __call__(self, x: Tensor, step: RowsStep) -> Tensor:
+        """``[1, T, H] -> [1, T, H]``."""
 
 
 class ModuleLayer:
-    """A layer that is called as a module, without a mask: its cache, which grows, holds all that it sees."""
+    """A layer that is called as a module, without a mask: its cache, which grows, holds all that it sees.
+
+    Row by row: more rows may change the bits of each.
+    """
 
     def __init__(self, layer: Any, index: int) -> None:
         self._layer, self._index = layer, index
 
-    def fits(self, cache: Any) -> bool:
+    def fits(self, cache: Any, num_tokens: int = 1) -> bool:
         return self._index < len(cache.layers) and type(cache.layers[self._index]) is RoomyLayer
 
-    def __call__(self, x: Tensor, step: TokenStep) -> Tensor:
+    def __call__(self, x: Tensor, step: RowsStep) -> Tensor:
+        if step.num_rows == 1:
+            return self._call(x, step)
+        rows = zip(x.split(1, dim=1), step.rows, strict=True)
+        return torch.cat([self._call(*row) for row in rows], dim=1)
+
+    def _call(self, x: Tensor, step: RowsStep) -> Tensor:
         result = self._layer(
             x,
             attention_mask=None,
             position_ids=step.position_ids,
-            past_key_values=step.cache,
+            past_key_values=step.caches[0],
             use_cache=True,
             position_embeddings=step.embeddings,
         )
@@ -55,7 +65,7 @@ class ModuleLayer:
 
 
 class PassPlan:
-    """Takes one token through all layers of a decoder.
+    """Takes some rows through all layers of a decoder: tokens of one sequence, one after the other, or of several.
 
     bypass: the modules that it does not call.
     """
@@ -69,12 +79,15 @@ class PassPlan:
         )
         self.stages = stages
 
-    def fits(self, cache: Any) -> bool:
-        """Whether a token may be passed behind this cache."""
-        return hasattr(cache, "layers") and all(stage.fits(cache) for stage in self.stages)
+    def fits(self, cache: Any, num_tokens: int = 1) -> bool:
+        """Whether so many tokens of a sequence may be passed behind this cache."""
+        return hasattr(cache, "layers") and all(stage.fits(cache, num_tokens) for stage in self.stages)
 
-    def __call__(self, x: Tensor, step: TokenStep) -> Tensor:
-        """``[1, 1, H] -> [1, 1, H]``, fp32 on the CPU. Raises: TransferError, ModelClosed."""
+    def __call__(self, x: Tensor, step: RowsStep) -> Tensor:
+        """``[1, T, H] -> [1, T, H]``, fp32 on the CPU, T at most `MAX_ROWS`: the bits of each row alone.
+
+        Raises: TransferError, ModelClosed.
+        """
         x = x.contiguous()
         for stage in self.stages:
             x = stage(x, step)

@@ -36,19 +36,15 @@ class StepRouter:
         """hidden ``[..., H]`` -> logits ``[T, E]``, weights ``[T, K]``, ids ``[T, K]``."""
         if hidden_states.numel() != self.hidden_size or hidden_states.dtype != torch.float32:
             return self._prompt_forward(hidden_states)
-        routed = self.empty()
+        routed = room_for_routed(self.kernel)
         self.kernel.step(hidden_states.contiguous(), *routed)
         return routed
 
-    def empty(self) -> Routed:
-        """Room for what one token is given."""
-        return room_for_routed(self.kernel)
 
-
-def room_for_routed(kernel: kernels.RouterKernel) -> Routed:
-    """Logits ``[1, E]``, weights ``[1, K]``, ids ``[1, K]``."""
-    k = kernel.top_k
-    return torch.empty(1, kernel.num_experts), torch.empty(1, k), torch.empty(1, k, dtype=torch.int64)
+def room_for_routed(kernel: kernels.RouterKernel, num_tokens: int = 1) -> Routed:
+    """Logits ``[T, E]``, weights ``[T, K]``, ids ``[T, K]``."""
+    shape = num_tokens, kernel.top_k
+    return torch.empty(num_tokens, kernel.num_experts), torch.empty(shape), torch.empty(shape, dtype=torch.int64)
 
 
 def shorten_routers(model: nn.Module) -> int:

@@ -1,4 +1,8 @@
-"""A span: consecutive decoder layers through which a native thread takes a token, from the first to the last.
+"""A span: consecutive decoder layers through which a native thread takes some rows, from the first to the last.
+
+A row is the next token of a sequence; nearly always there is one. Experts that several rows chose are acquired and
+counted once, as those of a chunk of a prompt are. Lookahead and the recording of layers know one token at a time:
+several rows are not looked ahead for, and where a recorder is they go layer by layer.
 
 A token streams so many bytes of weights through the caches that Python's code and data between two kernel calls are in
 none of them: about half a millisecond per layer where everything is resident, two where experts are missing. So the
@@ -8,6 +12,7 @@ experts that could not be fetched. Counters and policy are updated afterwards, l
 """
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,12 +22,12 @@ import torch
 from torch import Tensor
 
 from offload_moe.decode.block import PlainBlock
-from offload_moe.decode.layer import NativeLayer, TokenStep
+from offload_moe.decode.layer import NativeLayer, RowsStep
 from offload_moe.experts.attach import BoundExperts, SpannedLayers
 from offload_moe.experts.native import NativeArithmetic
 from offload_moe.memory.waiting import STEP_S
 from offload_moe.native import kernels
-from offload_moe.residency.accounts import Mark, mark, note_passed, sort_found
+from offload_moe.residency.accounts import Choice, Mark, mark, note_passed, sort_found
 from offload_moe.residency.hierarchy import Hierarchy
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.lease import Lease
@@ -76,91 +81,93 @@ class LayerSpan:
             top_k=route.top_k,
         )
 
-    def fits(self, cache: Any) -> bool:
-        """Whether the cache can take one more token of all layers in place."""
-        return all(layer.fits(cache) for layer in self.layers)
+    def fits(self, cache: Any, num_tokens: int = 1) -> bool:
+        """Whether the cache can take the next tokens of all layers in place."""
+        return all(layer.fits(cache, num_tokens) for layer in self.layers)
 
-    def __call__(self, x: Tensor, step: TokenStep) -> Tensor:
-        """``[1, 1, H]`` -> ``[1, 1, H]``. Raises: TransferError, ModelClosed."""
-        if not self._is_native_throughout():
+    def __call__(self, x: Tensor, step: RowsStep) -> Tensor:
+        """``[1, T, H]`` -> ``[1, T, H]``. Raises: TransferError, ModelClosed."""
+        if not self._is_native_throughout(step.num_rows):
             for layer in self.layers:
                 x = layer(x, step)
             return x
         with self._hierarchy.lifecycle:
             return self.pass_natively(x, step)
 
-    def _is_native_throughout(self) -> bool:
+    def _is_native_throughout(self, num_rows: int) -> bool:
         """Whether a pass has slots enough, and no layer has other observers than those it serves."""
         recorder, lookahead = self._bound[0].recorder, self._bound[0].lookahead
+        most_chosen = min(num_rows * self._top_k, self._num_experts)
         return (
-            self._scheduler.residency.num_slots >= SLOTS_PER_CHOICE * self._top_k
+            self._scheduler.residency.num_slots >= SLOTS_PER_CHOICE * most_chosen
+            and (recorder is None or num_rows == 1)
             and all(bound.lookahead is lookahead and bound.recorder is recorder for bound in self._bound)
             and all(layer.num_captures == (lookahead is not None) for layer in self.layers)
-            and (lookahead is None or not self._ranks() or lookahead.can_be_spanned(len(self.layers)))
+            and (lookahead is None or not self._ranks(num_rows) or lookahead.can_be_spanned(len(self.layers)))
         )
 
-    def pass_natively(self, x: Tensor, step: TokenStep) -> Tensor:
-        rooms = [layer.attention.extend(step.cache) for layer in self.layers]
+    def pass_natively(self, x: Tensor, step: RowsStep) -> Tensor:
+        rooms = [step.rooms(layer.attention) for layer in self.layers]
         x = x.clone(memory_format=torch.contiguous_format)
         shape = {"num_experts": self._num_experts, "top_k": self._top_k}
         rotary = self.layers[0].rotary.prepare(step.embeddings)
-        token = kernels.SpanToken(x, rooms, rotary, **shape, ranks=self._ranks())
-        self._token_pass(token)
+        rows = kernels.SpanRows(x, rooms, rotary, **shape, ranks=self._ranks(step.num_rows))
+        self._token_pass(rows)
         return x
 
-    def _token_pass(self, token: kernels.SpanToken) -> None:
+    def _token_pass(self, rows: kernels.SpanRows) -> None:
         """Through all layers, and account for them in their order."""
         account = _Account(began=time.perf_counter(), marks=[mark(self._scheduler)])
         with self._hierarchy.every_expert() as are_here:
             if are_here:
-                self._kernel.pass_through(token, self._slot_table)
+                self._kernel.pass_through(rows, self._slot_table)
         if are_here:
-            self._note_passed(token, 0, len(self.layers), account)
+            self._note_passed(rows, 0, len(self.layers), account)
         else:
-            self._follow_pass(token, account)
-        self._scheduler.counters.stall_s += token.stalls.sum().item()
+            self._follow_pass(rows, account)
+        self._scheduler.counters.stall_s += rows.stalls.sum().item()
         recorder = self._bound[0].recorder
         if recorder is not None:
-            recorder.ran(self._ran(token, account))
+            recorder.ran(self._ran(rows, account))
 
-    def _follow_pass(self, token: kernels.SpanToken, account: "_Account") -> None:
+    def _follow_pass(self, rows: kernels.SpanRows, account: "_Account") -> None:
         """On a thread of its own, with slots to fill, which are reclaimed once it has ended and leases nothing."""
         reads = self._hierarchy.pass_reads
         try:
-            with self._kernel.start(token, self._slot_table, reads) as token_pass:
+            with self._kernel.start(rows, self._slot_table, reads) as token_pass:
                 self._reserve()
-                self._serve(token_pass, token, account)
+                self._serve(token_pass, rows, account)
         finally:
             if self._reserved is not None:
                 self._reserved.reclaim()
 
-    def _serve(self, token_pass: kernels.TokenPass, token: kernels.SpanToken, account: "_Account") -> None:
+    def _serve(self, token_pass: kernels.TokenPass, rows: kernels.SpanRows, account: "_Account") -> None:
         """Give the token pass what it needs until it ends."""
         num_layers, num_noted, watchdog = len(self.layers), 0, _StallWatchdog(self._scheduler)
         with ExitStack() as held:
             while num_noted < num_layers:
                 need = token_pass.next(num_noted)
                 if need is None:
-                    self._wait_on(token, num_noted, watchdog)
+                    self._wait_on(rows, num_noted, watchdog)
                     continue
                 at, needs = need
                 held.close()
-                self._note_passed(token, num_noted, at, account)
+                self._note_passed(rows, num_noted, at, account)
                 num_noted = at
                 if needs & kernels.NEEDS_EXPERTS:
-                    held.enter_context(self._acquire(token, at)).bring()
+                    held.enter_context(self._acquire(rows, at)).bring()
                     account.marks.append(mark(self._scheduler))
                     num_noted += 1
                 if needs & kernels.NEEDS_SLOTS:
                     self._reserve()
             while token_pass.next(num_layers) is None:
-                self._wait_on(token, num_layers - 1, watchdog)
+                self._wait_on(rows, num_layers - 1, watchdog)
 
     def _reserve(self) -> None:
         if self._reserved is not None:
             self._reserved.reserve(may_evict=not self._hierarchy.holds_every_expert)
 
-    def _wait_on(self, token: kernels.SpanToken, at: int, watchdog: "_StallWatchdog") -> None:
+    def _wait_on(self, rows: kernels.SpanRows, at: int, watchdog: "_StallWatchdog") -> None:
         """Nothing is needed by layers from this one on yet; observers may stop the token here.
 
         Raises: TransferError, ModelClosed.
@@ -169,64 +176,77 @@ class LayerSpan:
         self.layers[at].note_begin()
         with self._scheduler.changed:
             self._scheduler.drain_completions()
-        num_begun = int((token.times[:, 0] > 0).sum())
+        num_begun = int((rows.times[:, 0] > 0).sum())
         waited_s = watchdog.since((num_begun, self._scheduler.counters.disk_bytes))
         if waited_s > self._scheduler.stall_limit_s:
             raise self._scheduler.late(f"Experts of layer {self._bound[max(0, num_begun - 1)].layer}")
 
-    def _note_passed(self, token: kernels.SpanToken, first: int, end: int, account: "_Account") -> None:
+    def _note_passed(self, rows: kernels.SpanRows, first: int, end: int, account: "_Account") -> None:
         """Account for layers for which Python brought no expert."""
         if first == end:
             return
-        experts, found = token.ids[first:end].tolist(), token.found[first:end].tolist()
-        account.marks += note_passed(self._scheduler, self._bound[first].layer, experts, found)
-        for at, chosen in enumerate(experts, first):
-            self._note_guesses(token, at, chosen)
-            self._note_routed(token, at)
+        choices = [choice_of(rows, at) for at in range(first, end)]
+        account.marks += note_passed(self._scheduler, self._bound[first].layer, choices, rows.num_rows)
+        for at, choice in enumerate(choices, first):
+            self._note_guesses(rows, at, choice.experts)
+            self._note_routed(rows, at)
 
-    def _acquire(self, token: kernels.SpanToken, at: int) -> Lease:
+    def _acquire(self, rows: kernels.SpanRows, at: int) -> Lease:
         """The experts of a layer that could not fetch them all."""
         bound = self._bound[at]
         self.layers[at].note_begin()
-        chosen = token.ids[at].tolist()
-        experts = sorted(chosen)
-        found = sort_found(chosen, token.found[at].tolist())
-        lease = self._scheduler.acquire(bound.layer, experts, found=found)
-        self._note_guesses(token, at, experts)
-        self._note_routed(token, at)
+        choice = choice_of(rows, at)
+        experts = sorted(choice.experts)
+        found = sort_found(choice.experts, choice.found)
+        lease = self._scheduler.acquire(bound.layer, experts, choice.shares, rows.num_rows, found=found)
+        self._note_guesses(rows, at, experts)
+        self._note_routed(rows, at)
         return lease
 
-    def _note_guesses(self, token: kernels.SpanToken, at: int, experts: Sequence[int]) -> None:
+    def _note_guesses(self, rows: kernels.SpanRows, at: int, experts: Sequence[int]) -> None:
         lookahead = self._bound[at].lookahead
-        if lookahead is not None:
+        if lookahead is not None and rows.num_rows > 1:
+            lookahead.pause()
+        elif lookahead is not None:
             num_ahead = len(self.layers) - 1 - at
-            guesses, found = token.guesses[at, :num_ahead].tolist(), token.guesses_found[at, :num_ahead].tolist()
+            guesses, found = rows.guesses[at, :num_ahead].tolist(), rows.guesses_found[at, :num_ahead].tolist()
             lookahead.passed(self._bound[at].layer, experts, guesses, found)
 
-    def _ran(self, token: kernels.SpanToken, account: "_Account") -> SpannedLayers:
+    def _ran(self, rows: kernels.SpanRows, account: "_Account") -> SpannedLayers:
         num_useful, disk_bytes = zip(*account.marks, strict=True)
         return SpannedLayers(
             first_layer=self._bound[0].layer,
-            logits=token.logits,
-            weights=token.weights,
-            ids=token.ids,
-            times=token.times + account.began,
-            stalls=token.stalls,
+            logits=rows.logits[:, 0],
+            weights=rows.weights[:, 0],
+            ids=rows.ids[:, 0],
+            times=rows.times + account.began,
+            stalls=rows.stalls,
             num_useful=num_useful,
             disk_bytes=disk_bytes,
         )
 
-    def _note_routed(self, token: kernels.SpanToken, at: int) -> None:
+    def _note_routed(self, rows: kernels.SpanRows, at: int) -> None:
         if self._bound[at].recorder is not None:
             return  # it is given all layers at once
         router = self._blocks[at].router
         for observer in router._forward_hooks.values():
-            observer(router, (), token.routed[at])
+            observer(router, (), rows.routed[at])
 
-    def _ranks(self) -> list[int]:
+    def _ranks(self, num_rows: int) -> list[int]:
         """How many guesses of each layer count, per layer behind it."""
         lookahead = self._bound[0].lookahead
-        return [] if lookahead is None else lookahead.num_ranks(self._bound[0].layer, self._top_k)
+        return [] if lookahead is None or num_rows > 1 else lookahead.num_ranks(self._bound[0].layer, self._top_k)
+
+
+def choice_of(rows: kernels.SpanRows, at: int) -> Choice:
+    """The distinct experts of a layer: in the router's order for one row, else ascending."""
+    ids, states = rows.ids[at].tolist(), rows.found[at].tolist()
+    if rows.num_rows == 1:
+        return Choice(ids[0], states[0])
+    counts = Counter(expert for row in ids for expert in row)
+    how = {expert: state for row in zip(ids, states, strict=True) for expert, state in zip(*row, strict=True)}
+    experts = sorted(how)
+    return Choice(experts, [how[expert] for expert in experts], [counts[expert] / rows.num_rows for expert in experts])
 
 
 def span_kind(hierarchy: Hierarchy, layer: NativeLayer) -> tuple[int, int] | None:

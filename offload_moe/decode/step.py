@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from offload_moe.decode.cache import ROOMY, Room, RoomySlidingLayer, give_room, kept_dtype
+from offload_moe.decode.cache import ROOMY, RoomySlidingLayer, give_room, kept_dtype
 from offload_moe.decode.dense import QuantLinear
 from offload_moe.decode.hooks import are_watched, hooks_of
 from offload_moe.decode.norm import FusedRMSNorm
@@ -18,6 +18,7 @@ from offload_moe.decode.projections import NAMES
 from offload_moe.errors import ConfigError
 from offload_moe.families.layer_spec import AttentionSpec
 from offload_moe.native import kernels
+from offload_moe.native.kernels import Room
 
 
 class CachedStep:
@@ -38,18 +39,18 @@ class CachedStep:
         layer = cache.layers[self._layer]
         return type(layer) in ROOMY and layer.can_extend and layer.kept_dtype == self.cache_dtype
 
-    def sees_window(self, cache: Any, window: int | None) -> bool:
-        """Whether the next token sees this window of the tokens before it, and itself; None: all. It `can_extend`."""
+    def sees_window(self, cache: Any, window: int | None, num_tokens: int = 1) -> bool:
+        """Whether each next token sees this window of those before it, and itself; None: all. It `can_extend`."""
         layer = cache.layers[self._layer]
         if isinstance(layer, RoomySlidingLayer):
             return layer.sliding_window == window
-        return window is None or layer.get_seq_length() < window
+        return window is None or layer.get_seq_length() + num_tokens <= window
 
-    def extend(self, cache: Any) -> Room:
-        """The room of keys and of values, which now count the token that the kernel will write, and its index."""
-        room: Room = cache.layers[self._layer].extend()
-        assert room[0].dtype == room[1].dtype == self.cache_dtype
-        return room
+    def extend(self, cache: Any, num_tokens: int = 1) -> list[Room]:
+        """Of each token the room of keys and of values, which now count what the kernel will write, and its index."""
+        rooms: list[Room] = cache.layers[self._layer].extend(num_tokens)
+        assert rooms[0][0].dtype == rooms[0][1].dtype == self.cache_dtype
+        return rooms
 
     def probe_cache(self, num_tokens: int) -> DynamicCache:
         """A few random keys and values in this layer, on the CPU."""
@@ -85,7 +86,7 @@ class AttentionStep(CachedStep):
     def __call__(self, hidden_states: Tensor, cos: Tensor, signed_sin: Tensor, cache: Any) -> Tensor:
         """hidden ``[1, 1, H]`` -> ``[1, 1, H]``; the call `fits`."""
         out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-        self.kernel.step(hidden_states.contiguous(), cos, signed_sin, *self.extend(cache), out)
+        self.kernel.step(hidden_states.contiguous(), cos, signed_sin, self.extend(cache), out)
         return out
 
 

@@ -42,7 +42,7 @@ class Wiring:
     )
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """``[1, 1]`` or ``[1, 1, H]`` -> ``[1, 1, H]``."""
+        """``[1, T]`` or ``[1, T, H]`` -> ``[1, T, H]``."""
         x: Tensor = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         return x if self.scale == 1.0 else x * self.scale
 
@@ -59,15 +59,21 @@ class Wiring:
                 return rotary
         raise Uncovered(f"a rotary embedding of other than {rotated_dims} dims")
 
-    def positions(self, given: Tensor | None, cache: Any) -> Tensor | None:
-        """``[1, 1]`` or planes ``[3, 1, 1]``, as the rotary embedding takes them; None: positions of another kind."""
+    def positions(self, given: Tensor | None, cache: Any, num_tokens: int = 1) -> Tensor | None:
+        """``[1, T]`` or planes ``[3, 1, T]``, as the rotary embedding takes them; None: positions of another kind."""
         if given is None:
-            return torch.tensor([[cache.get_seq_length()]])
-        if given.shape == (1, 1):
+            num_cached = cache.get_seq_length()
+            return torch.arange(num_cached, num_cached + num_tokens).unsqueeze(0)
+        if given.shape == (1, num_tokens):
             return given
-        if self.has_planes and given.dim() == 3 and given.shape[1:] == (1, 1) and len(given) in (3, 4):
+        if self.has_planes and given.dim() == 3 and given.shape[1:] == (1, num_tokens) and len(given) in (3, 4):
             return given[-3:]
         return None
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The norm behind the layers of ``[1, T, H]``, with the bits of each row alone."""
+        rows = [self.norm(row) for row in x.split(1, dim=1)]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
 
 def wiring_of(decoder: Any) -> Wiring:

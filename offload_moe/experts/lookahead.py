@@ -111,8 +111,7 @@ class Lookahead:
         ahead_ids: the results of `route_ahead`, K ids each.
         """
         if num_tokens != 1:
-            self.governor.pause()
-            self._forget_guesses()
+            self.pause()
             self._prefetch_for_chunk(layer, num_tokens, experts, num_experts_per_token)
             return
         self._note(layer, experts)
@@ -165,6 +164,11 @@ class Lookahead:
             absent = [(rank, guessed[rank]) for rank, state in enumerate(states) if state in (MISSING, FETCHED)]
             fetched = [guessed[rank] for rank, state in enumerate(states) if state == FETCHED]
             self._keep_guess(layer, ahead, guessed, _Absent(absent, fetched))
+
+    def pause(self) -> None:
+        """A forward of several tokens comes between: nothing that was guessed before counts."""
+        self.governor.pause()
+        self._forget_guesses()
 
     def _note(self, layer: int, experts: Sequence[int]) -> None:
         """Record the choice of a layer's router for one token."""

@@ -12,6 +12,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.native.bindings import library
 from offload_moe.native.constants import MAX_ROTATED, ROTATIONS
 from offload_moe.native.planes import DTYPES, matrix_struct
+from offload_moe.native.rooms import Room, rooms_array
 from offload_moe.native.structs import AttentionStruct, MatrixStruct
 from offload_moe.quant.layout import ExpertShape, RecordLayout, pack_planes, weight_shape
 
@@ -64,9 +65,10 @@ class NormKernel:
 
 
 class AttentionKernel:
-    """Projections, head norms, rotary embedding, cache, attention and output projection of one token, in fp32.
+    """Projections, head norms, rotary embedding, cache, attention and output projection of some tokens, in fp32.
 
-    Shape legend: H hidden, N query heads, M key/value heads, D head dim, R rotated dims, C room in the cache.
+    Shape legend: T rows, at most `MAX_ROWS`, H hidden, N query heads, M key/value heads, D head dim, R rotated dims,
+    C room in the cache.
 
     cache_dtype: of keys and values.
     """
@@ -118,25 +120,20 @@ class AttentionKernel:
         self.struct_address = ctypes.addressof(self._struct)
         self._native = library().om_attention_step
 
-    def step(
-        self, x: Tensor, cos: Tensor, signed_sin: Tensor, keys: Tensor, values: Tensor, length: int, out: Tensor
-    ) -> None:
-        """Attend: x ``[..., H]`` of one token -> out ``[..., H]``, fp32, contiguous; not checked, this is the hot path.
+    def step(self, x: Tensor, cos: Tensor, signed_sin: Tensor, rooms: Sequence[Room], out: Tensor) -> None:
+        """Attend: x ``[..., H]`` of T rows -> out ``[..., H]``, fp32, contiguous; not checked, this is the hot path.
 
-        cos, signed_sin ``[R]``. keys, values ``[1, M, C, D]`` in `cache_dtype`, at any distance between heads, hold
-        `length` tokens and get one more. Raises: MemoryError.
+        cos, signed_sin ``[T, R]``. rooms: of each row. keys, values ``[1, M, C, D]`` in `cache_dtype`, at any distance
+        between heads, hold as many tokens as the room says and get the row's. Rows of one sequence follow each other in
+        the same room. Raises: MemoryError.
         """
+        places = rooms_array(rooms)
         status = self._native(
             *(self.struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),
-            *(keys.data_ptr(), values.data_ptr(), tokens_apart(keys), length, out.data_ptr()),
+            *(places.buffer_info()[0], len(rooms), out.data_ptr()),
         )
         if status:
-            raise MemoryError(f"No memory for the scores of {length + 1} tokens.")
-
-
-def tokens_apart(keys: Tensor) -> int:
-    """The distance of two heads of ``[1, M, C, D]`` in tokens: at least C."""
-    return keys.stride(1) // keys.shape[3]
+            raise MemoryError(f"No memory for the scores of {max(room[2] for room in rooms) + 1} tokens.")
 
 
 def optional_address(tensor: Tensor | None) -> int | None:

@@ -12,6 +12,7 @@ NEEDS_EXPERTS, NEEDS_SLOTS = 1, 2  # what a layer of a token pass needs
 UNDER_WAY = -2  # in place of a layer: no layer needs anything yet
 BLOCK = 64  # weights that share a scale
 MAX_TOP_K = 64  # of the layers of a span
+MAX_ROWS = 8  # tokens that layers and spans take at once
 MAX_SCORED = 1024  # experts of a router that scores all of them
 MAX_ROTATED = 256  # dims of latent attention
 
@@ -40,6 +41,7 @@ CONSTANTS = {
     "OM_UNDER_WAY": UNDER_WAY,
     "OM_BLOCK": BLOCK,
     "OM_MAX_TOP_K": MAX_TOP_K,
+    "OM_MAX_ROWS": MAX_ROWS,
     "OM_MAX_SCORED": MAX_SCORED,
     "OM_MAX_ROTATED": MAX_ROTATED,
 }

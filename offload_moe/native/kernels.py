@@ -17,6 +17,7 @@ from offload_moe.native.constants import (
     FAILED,
     FETCHED,
     HIT,
+    MAX_ROWS,
     MAX_TOP_K,
     MISSING,
     NEEDS_EXPERTS,
@@ -34,13 +35,14 @@ from offload_moe.native.mlp import MlpKernel
 from offload_moe.native.panels import PanelOrder, Repacking
 from offload_moe.native.planes import not_in_panels_reason, unsupported_reason
 from offload_moe.native.reads import Completion, Reads, ReadSizes
+from offload_moe.native.rooms import Room
 from offload_moe.native.router import RouterKernel
 from offload_moe.native.slot_table import SlotTable
 from offload_moe.native.span import (
     SharedKernel,
     SpanKernel,
     SpanLayer,
-    SpanToken,
+    SpanRows,
     TokenPass,
 )
 from offload_moe.native.structs import FileStruct, PlaceStruct
@@ -52,6 +54,7 @@ __all__ = [
     "FAILED",
     "FETCHED",
     "HIT",
+    "MAX_ROWS",
     "MAX_TOP_K",
     "MISSING",
     "NEEDS_EXPERTS",
@@ -75,12 +78,13 @@ __all__ = [
     "ReadSizes",
     "Reads",
     "Repacking",
+    "Room",
     "RouterKernel",
     "SharedKernel",
     "SlotTable",
     "SpanKernel",
     "SpanLayer",
-    "SpanToken",
+    "SpanRows",
     "TokenPass",
     "add_rows",
     "crc32",

@@ -11,16 +11,17 @@ from offload_moe.native.attention import HeadNorm, Linear, optional_address
 from offload_moe.native.bindings import library
 from offload_moe.native.constants import MAX_ROTATED, ROTATIONS
 from offload_moe.native.planes import DTYPES, VALUES
+from offload_moe.native.rooms import Room, rooms_array
 from offload_moe.native.structs import LatentStruct, MatrixStruct
 
 DIM_STEP = 16  # ranks and rotated dims are multiples of the widest vector
 
 
 class LatentKernel:
-    """Projections, norms, rotary embedding, cache, attention and output projection of one token, in fp32.
+    """Projections, norms, rotary embedding, cache, attention and output projection of some tokens, in fp32.
 
-    Shape legend: H hidden, N heads, K unrotated, P rotated and V value dims, R rank, Q rank of the query, C room in the
-    cache. Source: DeepSeek-V2, arXiv:2405.04434.
+    Shape legend: T rows, at most `MAX_ROWS`, H hidden, N heads, K unrotated, P rotated and V value dims, R rank, Q rank
+    of the query, C room in the cache. Source: DeepSeek-V2, arXiv:2405.04434.
 
     cache_dtype: of latents and rotated keys.
     """
@@ -91,17 +92,16 @@ class LatentKernel:
         self.struct_address = ctypes.addressof(self._struct)
         self._native = library().om_latent_step
 
-    def step(
-        self, x: Tensor, cos: Tensor, signed_sin: Tensor, latents: Tensor, rotated: Tensor, length: int, out: Tensor
-    ) -> None:
-        """Attend: x ``[..., H]`` of one token -> out ``[..., H]``, fp32, contiguous; not checked, this is the hot path.
+    def step(self, x: Tensor, cos: Tensor, signed_sin: Tensor, rooms: Sequence[Room], out: Tensor) -> None:
+        """Attend: x ``[..., H]`` of T rows -> out ``[..., H]``, fp32, contiguous; not checked, this is the hot path.
 
-        cos, signed_sin ``[P]``, in the order of halves. latents ``[1, 1, C, R]`` and rotated ``[1, 1, C, P]`` in
-        `cache_dtype` hold `length` tokens and get one more. Raises: MemoryError.
+        cos, signed_sin ``[T, P]``, in the order of halves. rooms: as of `AttentionKernel.step`: latents
+        ``[1, 1, C, R]`` and rotated keys ``[1, 1, C, P]`` in `cache_dtype`. Raises: MemoryError.
         """
+        places = rooms_array(rooms)
         status = self._native(
             *(self.struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),
-            *(latents.data_ptr(), rotated.data_ptr(), length, out.data_ptr()),
+            *(places.buffer_info()[0], len(rooms), out.data_ptr()),
         )
         if status:
-            raise MemoryError(f"No memory for the scores of {length + 1} tokens.")
+            raise MemoryError(f"No memory for the scores of {max(room[2] for room in rooms) + 1} tokens.")

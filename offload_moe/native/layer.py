@@ -1,20 +1,23 @@
 """The native call of a decode step's layer, up to its experts."""
 
 import ctypes
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from offload_moe.native.attention import AttentionKernel, NormKernel, tokens_apart
+from offload_moe.native.attention import AttentionKernel, NormKernel
 from offload_moe.native.bindings import library
 from offload_moe.native.latent import LatentKernel
+from offload_moe.native.rooms import Room, rooms_array
 from offload_moe.native.router import RouterKernel
 from offload_moe.native.structs import LayerStruct
 
 
 class LayerKernel:
-    """A decoder layer up to its experts, for one token: norm, attention, residual sum, norm, and router if it has one.
+    """A decoder layer up to its experts: norm, attention, residual sum, norm, and router if it has one.
 
-    Gives the bits of the separate calls. Shape legend: H hidden, E experts, K top-k; others as in `AttentionKernel`.
+    Gives the bits of the separate calls, and of each row alone. Shape legend: E experts, K top-k; others as in
+    `AttentionKernel`.
     """
 
     def __init__(
@@ -47,22 +50,21 @@ class LayerKernel:
         x: Tensor,
         cos: Tensor,
         signed_sin: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        length: int,
+        rooms: Sequence[Room],
         residual: Tensor,
         normed: Tensor,
         routed: tuple[Tensor, Tensor, Tensor] | None,
     ) -> None:
-        """Compute x ``[..., H]`` -> residual and normed ``[..., H]``, and the router's results.
+        """Compute x ``[..., H]`` of T rows -> residual and normed ``[..., H]``, and the router's results.
 
-        routed: logits, weights and ids as in `RouterKernel`; None without a router. All tensors are contiguous; not
-        checked, this is the hot path. Raises: MemoryError.
+        cos, signed_sin, rooms: as of `AttentionKernel.step`. routed: logits, weights and ids as in `RouterKernel`; None
+        without a router. All tensors are contiguous; not checked, this is the hot path. Raises: MemoryError.
         """
+        places = rooms_array(rooms)
         status = self._native(
             *(self.struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),
-            *(keys.data_ptr(), values.data_ptr(), tokens_apart(keys), length, residual.data_ptr(), normed.data_ptr()),
+            *(places.buffer_info()[0], len(rooms), residual.data_ptr(), normed.data_ptr()),
             *((None, None, None) if routed is None else (part.data_ptr() for part in routed)),
         )
         if status:
-            raise MemoryError(f"No memory for the scores of {length + 1} tokens.")
+            raise MemoryError(f"No memory for the scores of {max(room[2] for room in rooms) + 1} tokens.")

@@ -12,7 +12,7 @@ from offload_moe.native.structs import RouterStruct
 
 
 class RouterKernel:
-    """Logits, scores and top-k of one token, in fp32. Shape legend: H hidden, E experts, K top-k."""
+    """Logits, scores and top-k of some tokens, in fp32. Shape legend: T tokens, H hidden, E experts, K top-k."""
 
     def __init__(
         self,
@@ -60,14 +60,16 @@ class RouterKernel:
             scale=scale,
         )
         self.num_experts, self.top_k = num_experts, top_k
+        self._hidden = linear.shape.matrices[0].in_features
         self.struct_address = ctypes.addressof(self._struct)
         self._native = library().om_router_step
 
     def step(self, x: Tensor, logits: Tensor, weights: Tensor, ids: Tensor) -> None:
-        """Route x ``[H]`` to logits ``[E]``, weights ``[K]``, all fp32, and ids ``[K]`` int64.
+        """Route x ``[T, H]`` to logits ``[T, E]``, weights ``[T, K]``, all fp32, and ids ``[T, K]`` int64.
 
         Contiguous, not checked, this is the hot path. Raises: MemoryError.
         """
-        status = self._native(self.struct_address, x.data_ptr(), logits.data_ptr(), weights.data_ptr(), ids.data_ptr())
+        results = logits.data_ptr(), weights.data_ptr(), ids.data_ptr()
+        status = self._native(self.struct_address, x.data_ptr(), x.numel() // self._hidden, *results)
         if status:
             raise MemoryError("No memory for a router's activations.")

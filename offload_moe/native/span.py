@@ -1,6 +1,6 @@
 """Decode steps of consecutive decoder layers on a native thread, which fetches missing experts or reports them.
 
-H hidden, E experts per layer, K top-k, L layers of the span.
+T rows, H hidden, E experts per layer, K top-k, L layers of the span.
 """
 
 import ctypes
@@ -14,32 +14,33 @@ import torch
 from torch import Tensor
 
 from offload_moe.errors import ConfigError
-from offload_moe.native.attention import tokens_apart
 from offload_moe.native.bindings import library
-from offload_moe.native.constants import MAX_TOP_K, UNDER_WAY
+from offload_moe.native.constants import MAX_ROWS, MAX_TOP_K, UNDER_WAY
 from offload_moe.native.experts import ExpertKernel
 from offload_moe.native.layer import LayerKernel
 from offload_moe.native.mlp import MlpKernel
 from offload_moe.native.reads import POLL_S, Reads
+from offload_moe.native.rooms import Room, rooms_array
 from offload_moe.native.slot_table import SlotTable
-from offload_moe.native.structs import SharedStruct, SpanLayerStruct, SpanStruct, SpanTokenStruct
+from offload_moe.native.structs import SharedStruct, SpanLayerStruct, SpanRowsStruct, SpanStruct
 
 
 class SharedKernel:
-    """A shared expert for one token, in fp32."""
+    """A shared expert, in fp32."""
 
     def __init__(self, mlp: MlpKernel, gate: Tensor | None) -> None:
-        """gate: fp32 ``[H]``, contiguous; the sigmoid of its product with the token scales the expert's result."""
+        """gate: fp32 ``[H]``, contiguous; the sigmoid of its product with a token scales the expert's result."""
         self._owned = (mlp, gate)
         self._struct = SharedStruct(
             mlp=mlp.struct_address, gate=None if gate is None else gate.data_ptr(), hidden=mlp.hidden
         )
         self.struct_address = ctypes.addressof(self._struct)
+        self._hidden = mlp.hidden
         self._native = library().om_add_shared
 
     def add(self, x: Tensor, out: Tensor) -> None:
-        """Add the expert's result to `out`. x, out: of one token, contiguous, not checked. Raises: MemoryError."""
-        if self._native(self.struct_address, x.data_ptr(), out.data_ptr()):
+        """Add the expert's results to `out`. x, out ``[T, H]``: contiguous, not checked. Raises: MemoryError."""
+        if self._native(self.struct_address, x.data_ptr(), x.numel() // self._hidden, out.data_ptr()):
             raise MemoryError("No memory for the activations of a shared expert.")
 
 
@@ -54,62 +55,65 @@ class SpanLayer:
     weight_scale: float = 1.0
 
 
-class SpanToken:
-    """Inputs and results of one token: hidden states ``[H]``, and the results of every router.
+class SpanRows:
+    """Inputs and results of T rows: hidden states ``[T, H]``, and the results of every router.
 
-    logits ``[L, E]``, weights ``[L, K]`` fp32, ids ``[L, K]`` int64. times ``[L, 2]`` fp64: seconds since the start
-    when a layer's experts began and ended. stalls ``[L]`` fp64: seconds of waiting for its experts.
-    guesses ``[L, A, K]``: ids that the routers of the A next layers chose for its residual.
-    found ``[L, K]``, guesses_found ``[L, A, K]`` uint8: HIT, ARRIVING, MISSING or, of guesses, FETCHED.
+    Rows are tokens of one sequence, one after the other, or of several sequences.
+
+    logits ``[L, T, E]``, weights ``[L, T, K]`` fp32, ids ``[L, T, K]`` int64. times ``[L, 2]`` fp64: seconds since the
+    start when a layer's experts began and ended. stalls ``[L]`` fp64: seconds of waiting for its experts.
+    guesses ``[L, A, K]``: ids that the routers of the A next layers chose for the residual of the last row.
+    found ``[L, T, K]``, guesses_found ``[L, A, K]`` uint8: HIT, ARRIVING, MISSING or, of guesses, FETCHED.
     """
 
     def __init__(
         self,
         x: Tensor,
-        rooms: Sequence[tuple[Tensor, Tensor, int]],
+        rooms: Sequence[Sequence[Room]],
         rotary: tuple[Tensor, Tensor],
         *,
         num_experts: int,
         top_k: int,
         ranks: Sequence[int] = (),
     ) -> None:
-        """x: fp32 of one token, contiguous, overwritten. rotary: cos and signed sin.
+        """x: fp32 of the rows, contiguous, overwritten. rotary: cos and signed sin of each row, contiguous.
 
-        rooms: keys and values ``[1, M, C, D]`` and the number of tokens before this one, per layer. ranks ``[A]``: how
-        many of the likeliest guesses are fetched if they are absent, per layer ahead.
+        rooms: of each layer, of each of its rows; see `AttentionKernel.step`. ranks ``[A]``: how many of the likeliest
+        guesses are fetched if they are absent, per layer ahead. Raises: ConfigError for more than `MAX_ROWS` rows.
         """
-        num_layers = len(rooms)
+        num_layers, num_rows = len(rooms), len(rooms[0])
+        if num_rows > MAX_ROWS:
+            raise ConfigError(f"A span of layers takes no more than {MAX_ROWS} rows at once, not {num_rows}.")
+        self.num_rows = num_rows
         self.x, self.residual, self.normed = x, torch.empty_like(x), torch.empty_like(x)
-        self.logits, self.weights = torch.empty(num_layers, num_experts), torch.empty(num_layers, top_k)
-        self.ids = torch.empty(num_layers, top_k, dtype=torch.int64)
+        self.logits = torch.empty(num_layers, num_rows, num_experts)
+        self.weights = torch.empty(num_layers, num_rows, top_k)
+        self.ids = torch.empty(num_layers, num_rows, top_k, dtype=torch.int64)
         self.times = torch.zeros(num_layers, 2, dtype=torch.float64)
         self.stalls = torch.zeros(num_layers, dtype=torch.float64)
         self.guesses = torch.empty(num_layers, len(ranks), top_k, dtype=torch.int64)
-        self.found = torch.zeros(num_layers, top_k, dtype=torch.uint8)
+        self.found = torch.zeros(num_layers, num_rows, top_k, dtype=torch.uint8)
         self.guesses_found = torch.zeros(num_layers, len(ranks), top_k, dtype=torch.uint8)
-        guess_space, row_space = torch.empty(x.numel() + num_experts + top_k), torch.empty(top_k, x.numel())
-        keys = array("Q", [room[0].data_ptr() for room in rooms])
-        values = array("Q", [room[1].data_ptr() for room in rooms])
-        capacities = array("q", [tokens_apart(room[0]) for room in rooms])
-        lengths = array("q", [room[2] for room in rooms])
+        guess_space = torch.empty(x.numel() // num_rows + num_experts + top_k)
+        pair_space, places = torch.empty(top_k, x.numel()), rooms_array(room for layer in rooms for room in layer)
         leading = array("q", ranks)
-        self._owned = (rooms, rotary, keys, values, capacities, lengths, leading, guess_space, row_space)
+        self._owned = (rooms, rotary, places, leading, guess_space, pair_space)
         results = (self.logits, self.weights, self.ids, self.times, self.stalls)
-        tensors = (*rotary, x, self.residual, self.normed, *results, row_space)
+        tensors = (*rotary, x, self.residual, self.normed, *results, pair_space)
         cos, signed_sin, *rest = (tensor.data_ptr() for tensor in tensors)
-        arrays = (part.buffer_info()[0] for part in (keys, values, capacities, lengths))
         guess_tensors = (self.guesses, self.found, self.guesses_found, guess_space)
         guesses = (leading.buffer_info()[0], *(tensor.data_ptr() for tensor in guess_tensors))
-        self.struct = SpanTokenStruct(cos, signed_sin, *arrays, *rest, len(ranks), *guesses)
+        inputs = (num_rows, cos, signed_sin, places.buffer_info()[0])
+        self.struct = SpanRowsStruct(*inputs, *rest, len(ranks), *guesses)
 
     @cached_property
     def routed(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Logits ``[1, E]``, weights and ids ``[1, K]`` of each layer."""
-        return list(zip(self.logits.split(1), self.weights.split(1), self.ids.split(1), strict=True))
+        """Logits ``[T, E]``, weights and ids ``[T, K]`` of each layer."""
+        return list(zip(self.logits.unbind(), self.weights.unbind(), self.ids.unbind(), strict=True))
 
 
 class SpanKernel:
-    """Consecutive layers that one call or one thread takes a token through."""
+    """Consecutive layers that one call or one thread takes some rows through."""
 
     def __init__(self, layers: Sequence[SpanLayer], *, hidden: int, num_experts: int, top_k: int) -> None:
         """num_experts, top_k: of every layer. Raises: ConfigError."""
@@ -136,26 +140,26 @@ class SpanKernel:
             top_k=top_k,
         )
 
-    def pass_through(self, token: SpanToken, slot_table: SlotTable) -> None:
-        """Take the token through the layers, all experts of which are resident and held. Raises: MemoryError."""
-        structs = (ctypes.addressof(self._struct), ctypes.addressof(token.struct))
+    def pass_through(self, rows: SpanRows, slot_table: SlotTable) -> None:
+        """Take the rows through the layers, all experts of which are resident and held. Raises: MemoryError."""
+        structs = (ctypes.addressof(self._struct), ctypes.addressof(rows.struct))
         if library().om_span_pass(*structs, slot_table.handle) < 0:
             raise MemoryError("No memory for the activations of a decode step.")
 
-    def start(self, token: SpanToken, slot_table: SlotTable, reads: Reads | None = None) -> "TokenPass":
-        """Send the token through the layers on a thread of its own. The token pass must end before anything it uses.
+    def start(self, rows: SpanRows, slot_table: SlotTable, reads: Reads | None = None) -> "TokenPass":
+        """Send the rows through the layers on a thread of its own. The token pass must end before anything it uses.
 
         reads: fetches missing experts while it has slots; None: all missing experts are needs. Raises: MemoryError.
         """
-        structs = (ctypes.addressof(self._struct), ctypes.addressof(token.struct))
+        structs = (ctypes.addressof(self._struct), ctypes.addressof(rows.struct))
         handle = library().om_pass_start(*structs, slot_table.handle, None if reads is None else reads.handle)
         if not handle:
             raise MemoryError("No memory for a thread that runs a decode step.")
-        return TokenPass(handle, (self, token, slot_table, reads))
+        return TokenPass(handle, (self, rows, slot_table, reads))
 
 
 class TokenPass:
-    """A token on its way through a span. A context manager: leaving it early stops the pass."""
+    """Rows on their way through a span. A context manager: leaving it early stops the pass."""
 
     def __init__(self, handle: int, owned: tuple[Any, ...]) -> None:
         self._handle = handle

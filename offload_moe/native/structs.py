@@ -24,6 +24,15 @@ class MoeLayerStruct(ctypes.Structure):
     )
 
 
+class RoomStruct(ctypes.Structure):
+    """`om_room`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        *((name, ctypes.c_int64) for name in ("capacity", "length")),
+    )
+
+
 class AttentionStruct(ctypes.Structure):
     """`om_attention`."""
 
@@ -120,14 +129,15 @@ class SpanStruct(ctypes.Structure):
     )
 
 
-class SpanTokenStruct(ctypes.Structure):
-    """`om_span_token`."""
+class SpanRowsStruct(ctypes.Structure):
+    """`om_span_rows`."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("cos", "signed_sin", "keys", "values", "capacities", "lengths")),
+        ("num_rows", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("cos", "signed_sin", "rooms")),
         *(
             (name, ctypes.c_void_p)
-            for name in ("x", "residual", "normed", "logits", "weights", "ids", "times", "stalls", "rows")
+            for name in ("x", "residual", "normed", "logits", "weights", "ids", "times", "stalls", "pairs")
         ),
         ("num_ahead", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("ranks", "guesses", "found", "guesses_found", "guess_space")),
@@ -201,6 +211,7 @@ class PassedStruct(ctypes.Structure):
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "om_matrix": MatrixStruct,
     "om_moe_layer": MoeLayerStruct,
+    "om_room": RoomStruct,
     "om_attention": AttentionStruct,
     "om_latent": LatentStruct,
     "om_router": RouterStruct,
@@ -209,7 +220,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "om_shared": SharedStruct,
     "om_span_layer": SpanLayerStruct,
     "om_span": SpanStruct,
-    "om_span_token": SpanTokenStruct,
+    "om_span_rows": SpanRowsStruct,
     "om_file": FileStruct,
     "om_place": PlaceStruct,
     "om_completion": CompletionStruct,

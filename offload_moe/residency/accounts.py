@@ -4,12 +4,25 @@ Callers hold the lock of the tier, except those of `note_passed`, which takes it
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from offload_moe.native.kernels import ARRIVING, MISSING
 from offload_moe.residency.tier import Tier
 
 Mark = tuple[int, int]
 Found = tuple[list[int], list[int]]  # experts that were on their way, and that were absent; all others were resident
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The distinct experts of one layer in a token pass, and how each was found: HIT, ARRIVING or MISSING.
+
+    shares: of the tokens that chose each expert; None for one token.
+    """
+
+    experts: Sequence[int]
+    found: Sequence[int]
+    shares: Sequence[float] | None = None
 
 
 def mark(tier: Tier) -> Mark:
@@ -23,10 +36,15 @@ def note_layer(
     keys: Sequence[int],
     arriving: Sequence[int] = (),
     missing: Sequence[int] = (),
+    shares: Sequence[float] | None = None,
+    num_tokens: int = 1,
 ) -> None:
-    """Count one acquire. arriving, missing: experts that were on their way, or absent; all others were resident."""
+    """Count one acquire. arriving, missing: experts that were on their way, or absent; all others were resident.
+
+    shares, num_tokens: as `Policy.access` takes them.
+    """
     tier.drop_wrong_guesses(layer, keys)
-    tier.residency.policy.access(layer, keys)
+    tier.residency.policy.access(layer, keys, shares, num_tokens)
     tier.uses.note(keys)
     if tier.unproven:
         first = tier.keys.first(layer)
@@ -54,17 +72,18 @@ def sort_found(chosen: Sequence[int], states: Sequence[int]) -> Found:
     return arriving, [expert for expert, how in found if how == MISSING]
 
 
-def note_passed(tier: Tier, layer: int, experts: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> list[Mark]:
-    """Count layers from `layer` on that a token pass has computed, as an `acquire` of each would.
+def note_passed(tier: Tier, layer: int, choices: Sequence[Choice], num_tokens: int = 1) -> list[Mark]:
+    """Count layers from `layer` on that a pass of so many tokens has computed, as an `acquire` of each would.
 
-    experts, found: of each layer, its experts and how each was found. Returns the `mark` after each layer.
+    Returns the `mark` after each layer.
     """
     marks = []
     with tier.changed:
         tier.drain_completions()
-        for number, (chosen, states) in enumerate(zip(experts, found, strict=True), layer):
-            arriving, missing = sort_found(chosen, states)
-            note_layer(tier, number, tier.keys.keys(number, chosen), arriving, missing)
+        for number, choice in enumerate(choices, layer):
+            arriving, missing = sort_found(choice.experts, choice.found)
+            keys = tier.keys.keys(number, choice.experts)
+            note_layer(tier, number, keys, arriving, missing, choice.shares, num_tokens)
             marks.append(mark(tier))
         tier.changed.notify_all()
     return marks

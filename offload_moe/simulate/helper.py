@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from offload_moe.native.kernels import NEEDS_EXPERTS, NEEDS_SLOTS
-from offload_moe.residency.accounts import note_passed, sort_found
+from offload_moe.residency.accounts import Choice, note_passed, sort_found
 from offload_moe.residency.lease import Lease
 from offload_moe.residency.reserved import ReservedSlots
 from offload_moe.residency.scheduler import Scheduler
@@ -101,10 +101,7 @@ class Helper:
             self._held.close()
             self._held = None
         if self._num_accounted < end:
-            note_passed(
-                self._scheduler,
-                self._num_accounted,
-                self._chosen[self._num_accounted : end],
-                self._found[self._num_accounted : end],
-            )
+            layers = range(self._num_accounted, end)
+            choices = [Choice(self._chosen[at], self._found[at]) for at in layers]
+            note_passed(self._scheduler, self._num_accounted, choices)
         self._num_accounted = max(self._num_accounted, end)

@@ -143,7 +143,9 @@ PADDED = torch.tensor([[0, 0, *[1] * (NUM_PROMPT - 1)]])
         ({"attention_mask": PADDED}, 0),
         ({"attention_mask": torch.zeros(1, 1, 1, NUM_PROMPT + 1)}, 0),
         ({"output_hidden_states": True}, 0),
-        ({"input_ids": torch.tensor([[5, 6]])}, 0),
+        ({"input_ids": torch.tensor([[5, 6]])}, 1),
+        ({"input_ids": torch.arange(8)[None]}, 1),
+        ({"input_ids": torch.arange(9)[None]}, 0),
         ({"return_dict": False}, 1),  # the head makes a tuple of what the decoder returns
     ],
 )

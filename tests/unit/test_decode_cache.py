@@ -22,7 +22,7 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("repeat"), st.integers(1, 2)),
     st.tuples(st.just("copy"), st.just(0)),
     st.tuples(st.just("reset"), st.just(0)),
-    st.tuples(st.just("extend"), st.just(0)),
+    st.tuples(st.just("extend"), st.integers(1, 8)),
 )
 
 
@@ -38,15 +38,15 @@ class Pair:
     def __init__(self) -> None:
         self.plain, self.roomy, self.batch = DynamicLayer(), RoomyLayer(), 2
 
-    def extend(self, seed: int, length: int) -> None:
+    def extend(self, number: int, seed: int, length: int) -> None:
         assert self.roomy.can_extend == (self.batch == 1 and length > 0)
         if self.roomy.can_extend:
-            room = self.roomy.extend()
-            new = states(1, 1, seed)
-            assert room[2] == length
-            for place, value in zip(room[:2], new, strict=True):
-                place[:, :, length : length + 1] = value
-            self.plain.update(*new)
+            for index, room in enumerate(self.roomy.extend(number), length):
+                new = states(1, 1, seed + index)
+                assert room[2] == index
+                for place, value in zip(room[:2], new, strict=True):
+                    place[:, :, index : index + 1] = value
+                self.plain.update(*new)
 
     def apply(self, name: str, number: int, seed: int) -> None:
         length = self.plain.get_seq_length()
@@ -55,7 +55,7 @@ class Pair:
             for got, expected in zip(self.roomy.update(*new), self.plain.update(*new), strict=True):
                 assert torch.equal(got, expected)
         elif name == "extend":
-            self.extend(seed, length)
+            self.extend(number, seed, length)
         elif name == "crop" and number < length:
             self.plain.crop(-number)
             self.roomy.crop(-number)
@@ -159,17 +159,18 @@ class SlidingPair(Pair):
             self.plain.activate_past_recording()
             self.roomy.activate_past_recording()
 
-    def extend(self, seed: int, length: int) -> None:
+    def extend(self, number: int, seed: int, length: int) -> None:
         assert self.roomy.can_extend == (self.batch == 1 and length > 0 and not self.roomy.record_past)
         if not self.roomy.can_extend:
             return
-        *room, num_seen = self.roomy.extend()
-        new = states(1, 1, seed)
-        assert num_seen == min(length, self.roomy.sliding_window - 1)
-        for place, value in zip(room, new, strict=True):
-            place[:, :, num_seen : num_seen + 1] = value
-        for place, expected in zip(room, self.plain.update(*new), strict=True):
-            assert torch.equal(place[:, :, : num_seen + 1], expected)
+        rows = [(*room, states(1, 1, seed + index)) for index, room in enumerate(self.roomy.extend(number))]
+        for *room, num_seen, new in rows:  # all are written before one is read
+            for place, value in zip(room, new, strict=True):
+                place[:, :, num_seen : num_seen + 1] = value
+        for index, (*room, num_seen, new) in enumerate(rows, length):
+            assert num_seen == min(index, self.roomy.sliding_window - 1)
+            for place, expected in zip(room, self.plain.update(*new), strict=True):
+                assert torch.equal(place[:, :, : num_seen + 1], expected)
 
     def apply(self, name: str, number: int, seed: int) -> None:
         is_full = self.plain.get_seq_length() >= self.plain.sliding_window
@@ -253,7 +254,7 @@ def test_room_that_is_given_later_rounds_what_is_there() -> None:
     give_room(cache, kept=torch.bfloat16)
     for layer in cache.layers:
         assert torch.equal(layer.update(*states(1, 1, 1))[0][:, :, :5], rounded(states(1, 5, 0))[0])
-        keys, _, length = layer.extend()
+        ((keys, _, length),) = layer.extend()
         assert (keys.dtype, length) == (torch.bfloat16, 6)
     cache.update(*states(1, 2, 2), 2)
     assert (type(cache.layers[2]), cache.layers[2].keys.dtype) == (RoomyLayer, torch.bfloat16)
@@ -271,4 +272,4 @@ def test_gradients_flow_through_a_cache_in_bf16(make: Any) -> None:
     assert torch.equal(
         layer.update(*states(1, 1, 1))[0], torch.cat([*rounded((keys.detach(),) * 2), rounded(states(1, 1, 1))[0]], 2)
     )
-    assert layer.extend()[0].dtype == torch.bfloat16
+    assert layer.extend()[0][0].dtype == torch.bfloat16

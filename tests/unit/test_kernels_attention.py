@@ -56,7 +56,7 @@ class Case:
         )
         keys, values = (part.to(cache_dtype, copy=True) for part in self.cache)
         out = torch.full_like(self.x, torch.nan)
-        kernel.step(self.x, self.cos, self.signed_sin, keys, values, self.length, out)
+        kernel.step(self.x, self.cos, self.signed_sin, [(keys, values, self.length)], out)
         return out, keys, values
 
     def expected(self, cache: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor, Tensor]:

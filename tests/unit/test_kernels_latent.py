@@ -71,7 +71,9 @@ class Case:
     def step(self, cache_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
         latents, turned = (part.to(cache_dtype, copy=True) for part in self.cache)
         out = torch.full_like(self.x, torch.nan)
-        self.kernel(cache_dtype=cache_dtype).step(self.x, self.cos, self.signed_sin, latents, turned, self.length, out)
+        self.kernel(cache_dtype=cache_dtype).step(
+            self.x, self.cos, self.signed_sin, [(latents, turned, self.length)], out
+        )
         return out, latents, turned
 
     def expected(self, cache: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,7 +37,7 @@ class Layer:
         """Residual, normed, and what the router says."""
         normed, residual = torch.empty_like(x), torch.empty_like(x)
         self.norms[0].step(x, normed)
-        self.attention.step(normed, cos, sin, self.keys, self.values, LENGTH, residual)
+        self.attention.step(normed, cos, sin, [(self.keys, self.values, LENGTH)], residual)
         residual = residual + x
         self.norms[1].step(residual, normed)
         routed = torch.empty(1, NUM_EXPERTS), torch.empty(1, TOP_K), torch.empty(1, TOP_K, dtype=torch.int64)
@@ -71,7 +71,7 @@ def test_a_layer_is_its_parts(name: str) -> None:
     said = torch.empty(1, NUM_EXPERTS), torch.empty(1, TOP_K), torch.empty(1, TOP_K, dtype=torch.int64)
     cache = layer.keys.clone(), layer.values.clone()
     layer.keys[0, :, LENGTH], layer.values[0, :, LENGTH] = 0, 0
-    layer.step.step(x, *rotary(), layer.keys, layer.values, LENGTH, *got, said)
+    layer.step.step(x, *rotary(), [(layer.keys, layer.values, LENGTH)], *got, said)
     for ours, theirs in zip((*got, *said, layer.keys, layer.values), (residual, normed, *routed, *cache), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -81,7 +81,7 @@ def test_a_layer_without_a_router_leaves_it_to_the_caller() -> None:
     residual, normed, _ = layer.separately(x, *rotary())
     got = torch.empty_like(x), torch.empty_like(x)
     step = kernels.LayerKernel(layer.norms, layer.attention, None)
-    step.step(x, *rotary(), layer.keys, layer.values, LENGTH, *got, None)
+    step.step(x, *rotary(), [(layer.keys, layer.values, LENGTH)], *got, None)
     assert torch.equal(got[0], residual)
     assert torch.equal(got[1], normed)
 
@@ -121,9 +121,9 @@ class Run:
         self.slot_table = kernels.SlotTable(len(records), len(records), self.addresses)
         for key in set(range(len(records))) - set(absent):
             self.bring(key)
-        rooms = [(layer.keys, layer.values, LENGTH) for layer in self.layers]
+        rooms = [[(layer.keys, layer.values, LENGTH)] for layer in self.layers]
         shape = {"num_experts": NUM_EXPERTS, "top_k": TOP_K}
-        self.token = kernels.SpanToken(one_token(), rooms, rotary(), **shape, ranks=ranks)
+        self.token = kernels.SpanRows(one_token(), rooms, rotary(), **shape, ranks=ranks)
 
     def bring(self, key: int) -> None:
         self.slot_table.admit(key, slot_of(key))
@@ -131,7 +131,7 @@ class Run:
 
     def chosen(self, layer: int) -> list[int]:
         """Keys, once the router has spoken."""
-        return [layer * NUM_EXPERTS + expert for expert in self.token.ids[layer].tolist()]
+        return [layer * NUM_EXPERTS + expert for expert in self.token.ids[layer].flatten().tolist()]
 
     def go(self) -> list[tuple[int, int]]:
         """Through all layers; what they needed, which is brought one by one, the last one first."""
@@ -169,7 +169,7 @@ def test_a_run_is_its_layers(name: str, threads: int) -> None:
     assert run.go() == []
     assert torch.equal(run.token.x, x)
     for got, parts in zip((run.token.logits, run.token.weights, run.token.ids), zip(*said, strict=True), strict=True):
-        assert torch.equal(got, torch.cat(parts))
+        assert torch.equal(got, torch.stack(parts))
     begins, ends = run.token.times.T
     assert (begins < ends).all()
     assert (ends[:-1] <= begins[1:]).all()
@@ -187,7 +187,9 @@ def test_what_is_missing_is_asked_for_once_and_waited_for(name: str, num_missing
     run = Run(absent=[*absent, *whole.chosen(2)])
     assert run.go() == [(1, kernels.NEEDS_EXPERTS), (2, kernels.NEEDS_EXPERTS)]
     assert torch.equal(run.token.x, whole.token.x)
-    assert run.token.found[1].tolist() == [kernels.MISSING if key in absent else kernels.HIT for key in whole.chosen(1)]
+    assert run.token.found[1, 0].tolist() == [
+        kernels.MISSING if key in absent else kernels.HIT for key in whole.chosen(1)
+    ]
     assert run.token.stalls[0] == 0
     assert (run.token.stalls[1:] > 0).all()
 

@@ -56,7 +56,7 @@ class Attention:
         )
         keys, values = (part.clone() for part in self.cache)
         out = torch.full_like(self.x, torch.nan)
-        kernel.step(self.x, *self.turn, keys, values, self.length, out)
+        kernel.step(self.x, *self.turn, [(keys, values, self.length)], out)
         return out, keys, values
 
 

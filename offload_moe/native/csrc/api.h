@@ -24,6 +24,11 @@
     FIELD(T, int32_t, activation, ) FIELD(T, int32_t, has_gate, ) FIELD(T, int32_t, is_interleaved, ) \
     FIELD(T, float, alpha, ) FIELD(T, float, limit, )
 
+/* What one row of activations, a token, attends to in one layer: `length` tokens before it, and itself behind them. */
+#define OM_ROOM_FIELDS(FIELD, T) \
+    FIELD(T, void *, keys, ) FIELD(T, void *, values, ) /* [M, capacity, D]; or latents [C, R] and rotated keys [C, P] */ \
+    FIELD(T, int64_t, capacity, ) FIELD(T, int64_t, length, )
+
 #define OM_ATTENTION_FIELDS(FIELD, T) \
     FIELD(T, om_matrix, matrices, [4]) /* query, key, value: one codec; output */ \
     FIELD(T, const uint8_t *, records, [4]) \
@@ -96,20 +101,21 @@
     FIELD(T, int64_t, num_layers, ) FIELD(T, int64_t, hidden, ) \
     FIELD(T, int64_t, num_experts, ) FIELD(T, int64_t, top_k, )
 
-#define OM_SPAN_TOKEN_FIELDS(FIELD, T) \
-    FIELD(T, const float *, cos, ) FIELD(T, const float *, signed_sin, ) \
-    FIELD(T, void *const *, keys, ) FIELD(T, void *const *, values, ) /* per layer, as in `om_attention_step` */ \
-    FIELD(T, const int64_t *, capacities, ) FIELD(T, const int64_t *, lengths, ) \
-    FIELD(T, float *, x, ) FIELD(T, float *, residual, ) FIELD(T, float *, normed, ) /* [H] */ \
-    FIELD(T, float *, logits, ) FIELD(T, float *, weights, ) /* [layers, E], [layers, K] */ \
-    FIELD(T, int64_t *, ids, ) /* [layers, K] */ \
+/* N rows: tokens of one sequence, one after the other, or of several. */
+#define OM_SPAN_ROWS_FIELDS(FIELD, T) \
+    FIELD(T, int64_t, num_rows, ) /* 1 to OM_MAX_ROWS */ \
+    FIELD(T, const float *, cos, ) FIELD(T, const float *, signed_sin, ) /* [N, rotated_dims] */ \
+    FIELD(T, const om_room *, rooms, ) /* [layers, N] */ \
+    FIELD(T, float *, x, ) FIELD(T, float *, residual, ) FIELD(T, float *, normed, ) /* [N, H] */ \
+    FIELD(T, float *, logits, ) FIELD(T, float *, weights, ) /* [layers, N, E], [layers, N, K] */ \
+    FIELD(T, int64_t *, ids, ) /* [layers, N, K] */ \
     FIELD(T, double *, times, ) /* [layers, 2]: seconds since the start when the experts of a layer began and ended */ \
     FIELD(T, double *, stalls, ) /* [layers]: seconds that a layer waited for experts */ \
-    FIELD(T, float *, rows, ) /* [K, H] */ \
-    FIELD(T, int64_t, num_ahead, ) /* following layers whose routers are evaluated ahead */ \
+    FIELD(T, float *, pairs, ) /* [N, K, H] */ \
+    FIELD(T, int64_t, num_ahead, ) /* following layers whose routers are evaluated ahead, on the last row */ \
     FIELD(T, const int64_t *, ranks, ) /* [num_ahead]: how many of the likeliest guesses are fetched */ \
     FIELD(T, int64_t *, guesses, ) /* [layers, num_ahead, K]: ids that these routers choose */ \
-    FIELD(T, uint8_t *, found, ) FIELD(T, uint8_t *, guesses_found, ) /* [layers, K], [layers, num_ahead, K]: OM_HIT ... */ \
+    FIELD(T, uint8_t *, found, ) FIELD(T, uint8_t *, guesses_found, ) /* [layers, N, K], [layers, num_ahead, K]: OM_HIT ... */ \
     FIELD(T, float *, guess_space, ) /* [H + E + K] */
 
 #define OM_FILE_FIELDS(FIELD, T) \
@@ -165,6 +171,7 @@
 #define OM_STRUCTS(STRUCT) \
     STRUCT(om_matrix, OM_MATRIX_FIELDS) \
     STRUCT(om_moe_layer, OM_MOE_LAYER_FIELDS) \
+    STRUCT(om_room, OM_ROOM_FIELDS) \
     STRUCT(om_attention, OM_ATTENTION_FIELDS) \
     STRUCT(om_latent, OM_LATENT_FIELDS) \
     STRUCT(om_router, OM_ROUTER_FIELDS) \
@@ -173,7 +180,7 @@
     STRUCT(om_shared, OM_SHARED_FIELDS) \
     STRUCT(om_span_layer, OM_SPAN_LAYER_FIELDS) \
     STRUCT(om_span, OM_SPAN_FIELDS) \
-    STRUCT(om_span_token, OM_SPAN_TOKEN_FIELDS) \
+    STRUCT(om_span_rows, OM_SPAN_ROWS_FIELDS) \
     STRUCT(om_file, OM_FILE_FIELDS) \
     STRUCT(om_place, OM_PLACE_FIELDS) \
     STRUCT(om_completion, OM_COMPLETION_FIELDS) \
@@ -203,18 +210,18 @@
                                    int32_t out_dtype, int32_t accumulate)) \
     FUNCTION(void, om_sum_rows, (const float *pairs, int64_t num_rows, int64_t num_columns, void *out, int32_t out_dtype)) \
     FUNCTION(int, om_attention_step, (const om_attention *attention, const float *x, const float *cos, \
-                                      const float *signed_sin, void *keys, void *values, int64_t capacity, \
-                                      int64_t length, float *out)) \
+                                      const float *signed_sin, const om_room *rooms, int64_t num_rows, float *out)) \
     FUNCTION(int, om_latent_step, (const om_latent *latent, const float *x, const float *cos, const float *signed_sin, \
-                                   void *latents, void *rotated, int64_t length, float *out)) \
+                                   const om_room *rooms, int64_t num_rows, float *out)) \
     FUNCTION(void, om_rms_norm, (const float *values, const float *weight, int64_t length, float epsilon, float *result)) \
-    FUNCTION(int, om_router_step, (const om_router *router, const float *x, float *logits, float *weights, int64_t *ids)) \
+    FUNCTION(int, om_router_step, (const om_router *router, const float *x, int64_t num_rows, float *logits, \
+                                   float *weights, int64_t *ids)) \
     FUNCTION(int, om_layer_step, (const om_layer *layer, const float *x, const float *cos, const float *signed_sin, \
-                                  void *keys, void *values, int64_t capacity, int64_t length, float *residual, \
-                                  float *normed, float *logits, float *weights, int64_t *ids)) \
+                                  const om_room *rooms, int64_t num_rows, float *residual, float *normed, \
+                                  float *logits, float *weights, int64_t *ids)) \
     FUNCTION(int, om_mlp_forward, (const om_mlp *mlp, const void *x, int64_t num_tokens, int32_t x_dtype, void *out, \
                                    int32_t out_dtype)) \
-    FUNCTION(int, om_add_shared, (const om_shared *shared, const float *x, float *out)) \
+    FUNCTION(int, om_add_shared, (const om_shared *shared, const float *x, int64_t num_rows, float *out)) \
     FUNCTION(om_slot_table *, om_slot_table_open, (const uint8_t **records, int32_t *leases, int32_t *slots)) \
     FUNCTION(void, om_slot_table_close, (om_slot_table *slot_table)) \
     FUNCTION(void, om_slot_table_resize, (om_slot_table *slot_table, int64_t *keys, uint8_t *states, int64_t num_slots)) \
@@ -240,8 +247,8 @@
     FUNCTION(void, om_reads_wake, (om_reads *reads)) \
     FUNCTION(int, om_reads_attend, (om_reads *reads, double limit_s)) \
     FUNCTION(void, om_reads_notice, (om_reads *reads)) \
-    FUNCTION(int64_t, om_span_pass, (const om_span *span, const om_span_token *token, om_slot_table *slot_table)) \
-    FUNCTION(om_pass *, om_pass_start, (const om_span *span, const om_span_token *token, om_slot_table *slot_table, \
+    FUNCTION(int64_t, om_span_pass, (const om_span *span, const om_span_rows *rows, om_slot_table *slot_table)) \
+    FUNCTION(om_pass *, om_pass_start, (const om_span *span, const om_span_rows *rows, om_slot_table *slot_table, \
                                         om_reads *reads)) \
     FUNCTION(int64_t, om_pass_next, (om_pass *pass, int64_t first, double limit_s, int32_t *needs)) \
     FUNCTION(void, om_pass_end, (om_pass *pass)) \
@@ -264,6 +271,7 @@ enum { OM_UNDER_WAY = -2 };
 
 #define OM_BLOCK 64     /* weights that share an nf4 or int8 scale, and activations that share an int8 scale */
 #define OM_MAX_TOP_K 64 /* experts of one token and layer in a span */
+#define OM_MAX_ROWS 8   /* tokens that attention, layers and spans take at once: `OM_TILE` */
 #define OM_MAX_ROTATED 256 /* dims that turn as pairs, or in latent attention */
 #define OM_MAX_SCORED 1024 /* experts of a layer whose router scores all of them */
 
@@ -279,7 +287,7 @@ enum { OM_UNDER_WAY = -2 };
     CONSTANT(OM_SHORT_READ) CONSTANT(OM_WRONG_CHECKSUM) \
     CONSTANT(OM_HIT) CONSTANT(OM_ARRIVING) CONSTANT(OM_MISSING) CONSTANT(OM_FETCHED) \
     CONSTANT(OM_NEEDS_EXPERTS) CONSTANT(OM_NEEDS_SLOTS) CONSTANT(OM_UNDER_WAY) \
-    CONSTANT(OM_BLOCK) CONSTANT(OM_MAX_TOP_K) CONSTANT(OM_MAX_SCORED) CONSTANT(OM_MAX_ROTATED)
+    CONSTANT(OM_BLOCK) CONSTANT(OM_MAX_TOP_K) CONSTANT(OM_MAX_ROWS) CONSTANT(OM_MAX_SCORED) CONSTANT(OM_MAX_ROTATED)
 
 typedef struct om_slot_table om_slot_table; /* opaque to Python, which keeps their addresses */
 typedef struct om_reads om_reads;

@@ -1,4 +1,4 @@
-/* The router of one token in one call: logits, scores, the greatest K of E experts and their weights, in fp32. */
+/* The router of some tokens in one call: logits, scores, the greatest K of E experts and their weights, in fp32. */
 #include "job.h"
 #include "vector_set.h"
 
@@ -92,15 +92,22 @@ static void choose_experts(const om_router *router, const float *logits, int64_t
     choose(scores, router->matrix.rows, router->top_k, ids);
 }
 
-/* x[H] -> logits[E], ids[K] from the most to the least likely, their weights[K]. Returns 0, or -1 when memory is short. */
-OM_EXPORT int om_router_step(const om_router *router, const float *x, float *logits, float *weights, int64_t *ids) {
-    void *out = logits;
-    om_linear_job job = {.matrices = &router->matrix, .records = &router->record, .outs = &out, .x = x, .num_matrices = 1,
-                         .num_tokens = 1};
-    if (om_call_linear(&job) != 0) return -1;
+static void route(const om_router *router, float *logits, float *weights, int64_t *ids) {
     om_add_bias(logits, router->bias, router->matrix.rows);
     choose_experts(router, logits, ids);
     (router->is_sigmoid ? weigh_sigmoids : weigh_shares)(router, logits, ids, weights);
     for (int64_t k = 0; k < router->top_k; k++) weights[k] *= router->scale;
+}
+
+/* x[T, H] -> logits[T, E], ids[T, K] from the most to the least likely, their weights[T, K]. Returns 0, or -1 when memory is
+ * short. */
+OM_EXPORT int om_router_step(const om_router *router, const float *x, int64_t num_rows, float *logits, float *weights,
+                             int64_t *ids) {
+    void *out = logits;
+    om_linear_job job = {.matrices = &router->matrix, .records = &router->record, .outs = &out, .x = x, .num_matrices = 1,
+                         .num_tokens = num_rows};
+    if (om_call_linear(&job) != 0) return -1;
+    for (int64_t t = 0; t < num_rows; t++)
+        route(router, logits + t * router->matrix.rows, weights + t * router->top_k, ids + t * router->top_k);
     return 0;
 }

@@ -1,7 +1,9 @@
 /* A decode step of consecutive decoder layers on a thread of its own, which fetches missing experts.
  *
- * One token of one sequence, in fp32; per layer the calls of `layer.c` and `moe.c`. H hidden, E experts, K chosen.
- * An expert that it cannot fetch is a need that Python serves; the resident experts are computed meanwhile. */
+ * N rows in fp32, each a token; per layer the calls of `layer.c` and `moe.c`. H hidden, E experts, K chosen by each row.
+ * An expert that it cannot fetch is a need that Python serves; the resident experts are computed meanwhile. An expert that several
+ * rows chose is computed once, for all of them; each row's sum is in ascending order of its own experts, so it has the bits of a
+ * pass of that row alone. */
 #define _GNU_SOURCE
 #include "deadline.h"
 #include "float_mode.h"
@@ -11,9 +13,11 @@
 #include <stdlib.h>
 #include <time.h>
 
+#define MAX_PAIRS (OM_MAX_ROWS * OM_MAX_TOP_K)
+
 struct om_pass {
     const om_span *span;
-    const om_span_token *token;
+    const om_span_rows *rows;
     om_slot_table *slot_table; /* its lock guards the fields below */
     om_reads *reads;         /* NULL: every missing expert is a need */
     pthread_t thread;
@@ -24,13 +28,14 @@ struct om_pass {
     uint8_t needs[];         /* [layers]: needs that om_pass_next has not returned yet */
 };
 
-/* The experts of one token in ascending order. */
+/* The experts of all rows in ascending order, and their pairs: a row that chose an expert. */
 typedef struct {
-    int64_t keys[OM_MAX_TOP_K];
-    float weights[OM_MAX_TOP_K];
-    int32_t rank[OM_MAX_TOP_K]; /* among what the router chose */
-    const uint8_t *records[OM_MAX_TOP_K]; /* of those that are leased; NULL until then */
-    int has_need; /* of experts that could not be fetched */
+    int64_t num_experts;
+    int64_t keys[MAX_PAIRS];
+    const uint8_t *records[MAX_PAIRS]; /* of those that are leased; NULL until then */
+    int32_t first_pairs[MAX_PAIRS + 1]; /* the pairs of expert n: first_pairs[n] to first_pairs[n + 1] */
+    int32_t choices[MAX_PAIRS];         /* of each pair: row * K + its place among what the router chose for the row */
+    int has_need;                       /* of experts that could not be fetched */
 } om_chosen;
 
 static double seconds(void) {
@@ -39,30 +44,33 @@ static double seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-static void sort_chosen(const om_span *span, const om_span_token *token, int64_t at, om_chosen *chosen) {
-    const om_span_layer *layer = span->layers + at;
-    chosen->has_need = 0;
-    for (int64_t k = 0; k < span->top_k; k++) {
-        const int64_t key = layer->first_key + token->ids[at * span->top_k + k];
-        int64_t place = k;
-        for (; place > 0 && chosen->keys[place - 1] > key; place--) {
-            chosen->keys[place] = chosen->keys[place - 1];
-            chosen->weights[place] = chosen->weights[place - 1];
-            chosen->rank[place] = chosen->rank[place - 1];
-        }
-        chosen->keys[place] = key;
-        chosen->rank[place] = (int32_t)k;
-        chosen->weights[place] = token->weights[at * span->top_k + k] * layer->weight_scale;
-        chosen->records[k] = NULL;
+static int64_t choices_of(const om_span *span, const om_span_rows *rows) { return rows->num_rows * span->top_k; }
+
+static void sort_chosen(const om_span *span, const om_span_rows *rows, int64_t at, om_chosen *chosen) {
+    const int64_t count = choices_of(span, rows), *ids = rows->ids + at * count;
+    chosen->num_experts = chosen->has_need = 0;
+    for (int32_t c = 0; c < count; c++) {
+        int64_t place = c;
+        for (; place > 0 && ids[chosen->choices[place - 1]] > ids[c]; place--) chosen->choices[place] = chosen->choices[place - 1];
+        chosen->choices[place] = c;
     }
+    for (int32_t pair = 0; pair < count; pair++) {
+        const int64_t key = span->layers[at].first_key + ids[chosen->choices[pair]], n = chosen->num_experts;
+        if (n > 0 && chosen->keys[n - 1] == key) continue;
+        chosen->keys[n] = key;
+        chosen->records[n] = NULL;
+        chosen->first_pairs[chosen->num_experts++] = pair;
+    }
+    chosen->first_pairs[chosen->num_experts] = (int32_t)count;
 }
 
-/* Evaluate the routers of the next layers ahead. Returns 0, or -1 when memory is short. */
-static int guess(const om_span *span, const om_span_token *token, int64_t at) {
-    float *normed = token->guess_space, *logits = normed + span->hidden, *weights = logits + span->num_experts;
-    for (int64_t ahead = 0; ahead < token->num_ahead && at + 1 + ahead < span->num_layers; ahead++) {
-        int64_t *ids = token->guesses + (at * token->num_ahead + ahead) * span->top_k;
-        if (om_layer_guess(span->layers[at + 1 + ahead].layer, token->residual, normed, logits, weights, ids) != 0) return -1;
+/* Evaluate the routers of the next layers ahead, for the last row. Returns 0, or -1 when memory is short. */
+static int guess(const om_span *span, const om_span_rows *rows, int64_t at) {
+    const float *residual = rows->residual + (rows->num_rows - 1) * span->hidden;
+    float *normed = rows->guess_space, *logits = normed + span->hidden, *weights = logits + span->num_experts;
+    for (int64_t ahead = 0; ahead < rows->num_ahead && at + 1 + ahead < span->num_layers; ahead++) {
+        int64_t *ids = rows->guesses + (at * rows->num_ahead + ahead) * span->top_k;
+        if (om_layer_guess(span->layers[at + 1 + ahead].layer, residual, normed, logits, weights, ids) != 0) return -1;
     }
     return 0;
 }
@@ -70,28 +78,30 @@ static int guess(const om_span *span, const om_span_token *token, int64_t at) {
 /* Fetch the likeliest guesses if they are absent, and note how all were found (lock held). */
 static void fetch_guesses(const om_pass *pass, int64_t at) {
     const om_span *span = pass->span;
-    const om_span_token *token = pass->token;
-    for (int64_t ahead = 0; ahead < token->num_ahead && at + 1 + ahead < span->num_layers; ahead++) {
-        const int64_t first = (at * token->num_ahead + ahead) * span->top_k;
+    const om_span_rows *rows = pass->rows;
+    for (int64_t ahead = 0; ahead < rows->num_ahead && at + 1 + ahead < span->num_layers; ahead++) {
+        const int64_t first = (at * rows->num_ahead + ahead) * span->top_k;
         for (int64_t k = 0; k < span->top_k; k++) {
-            const int64_t key = span->layers[at + 1 + ahead].first_key + token->guesses[first + k];
-            uint8_t *found = token->guesses_found + first + k;
+            const int64_t key = span->layers[at + 1 + ahead].first_key + rows->guesses[first + k];
+            uint8_t *found = rows->guesses_found + first + k;
             if (pass->slot_table->records[key] != NULL) *found = OM_HIT;
-            else *found = k < token->ranks[ahead] && pass->reads != NULL && om_reads_fetch(pass->reads, key, 1) ? OM_FETCHED : OM_MISSING;
+            else *found = k < rows->ranks[ahead] && pass->reads != NULL && om_reads_fetch(pass->reads, key, 1) ? OM_FETCHED : OM_MISSING;
         }
     }
 }
 
 /* Fetch the absent ones of a layer's experts (lock held). Returns whether all could be fetched. */
 static int fetch_chosen(const om_pass *pass, int64_t at, const om_chosen *chosen) {
-    uint8_t *found = pass->token->found + at * pass->span->top_k;
+    uint8_t *found = pass->rows->found + at * choices_of(pass->span, pass->rows);
     int is_well = 1;
-    for (int64_t k = 0; k < pass->span->top_k; k++) {
-        const int64_t key = chosen->keys[k];
-        uint8_t *mine = found + chosen->rank[k];
-        *mine = chosen->records[k] != NULL ? OM_HIT : pass->slot_table->records[key] == OM_COMING ? OM_ARRIVING : OM_MISSING;
-        if (*mine == OM_ARRIVING && pass->reads != NULL) om_reads_promote(pass->reads, key);
-        if (*mine == OM_MISSING) is_well &= pass->reads != NULL && om_reads_fetch(pass->reads, key, 0);
+    for (int64_t n = 0; n < chosen->num_experts; n++) {
+        const int64_t key = chosen->keys[n];
+        const uint8_t how = chosen->records[n] != NULL                      ? OM_HIT
+                            : pass->slot_table->records[key] == OM_COMING ? OM_ARRIVING
+                                                                            : OM_MISSING;
+        for (int32_t pair = chosen->first_pairs[n]; pair < chosen->first_pairs[n + 1]; pair++) found[chosen->choices[pair]] = how;
+        if (how == OM_ARRIVING && pass->reads != NULL) om_reads_promote(pass->reads, key);
+        if (how == OM_MISSING) is_well &= pass->reads != NULL && om_reads_fetch(pass->reads, key, 0);
     }
     return is_well;
 }
@@ -109,7 +119,7 @@ static void need_experts(om_pass *pass, int64_t at, om_chosen *chosen) {
 /* Lease experts that are resident and not leased yet (lock held). Returns their number; places: their places in `chosen`. */
 static int64_t lease_resident(const om_pass *pass, om_chosen *chosen, int32_t *places) {
     int64_t num_leased = 0;
-    for (int32_t k = 0; k < pass->span->top_k; k++)
+    for (int32_t k = 0; k < chosen->num_experts; k++)
         if (chosen->records[k] == NULL && om_is_resident(pass->slot_table, chosen->keys[k])) {
             pass->slot_table->leases[chosen->keys[k]]++;
             chosen->records[k] = pass->slot_table->records[chosen->keys[k]];
@@ -120,17 +130,17 @@ static int64_t lease_resident(const om_pass *pass, om_chosen *chosen, int32_t *p
 
 static void release(const om_pass *pass, const om_chosen *chosen) {
     pthread_mutex_lock(&pass->slot_table->lock);
-    for (int64_t k = 0; k < pass->span->top_k; k++)
+    for (int64_t k = 0; k < chosen->num_experts; k++)
         if (chosen->records[k] != NULL) pass->slot_table->leases[chosen->keys[k]]--;
     pthread_mutex_unlock(&pass->slot_table->lock);
 }
 
-/* Lease and fetch the experts that the router has chosen. Returns the number of resident ones. */
+/* Lease and fetch the experts that the router has chosen for all rows. Returns the number of resident ones. */
 static int64_t begin_layer(om_pass *pass, int64_t at, om_chosen *chosen, int32_t *places) {
     const int64_t end = pass->span->layers[at].first_key + pass->span->num_experts;
     pthread_mutex_lock(&pass->slot_table->lock);
     const int64_t num_leased = lease_resident(pass, chosen, places);
-    if (pass->reads != NULL) om_reads_drop_wrong(pass->reads, end, chosen->keys, pass->span->top_k);
+    if (pass->reads != NULL) om_reads_drop_wrong(pass->reads, end, chosen->keys, chosen->num_experts);
     const int is_well = fetch_chosen(pass, at, chosen);
     fetch_guesses(pass, at);
     pass->num_routed = at + 1;
@@ -142,7 +152,7 @@ static int64_t begin_layer(om_pass *pass, int64_t at, om_chosen *chosen, int32_t
 
 /* Whether an expert of the layer is neither resident nor on its way any more: its read has failed (lock held). */
 static int has_lost(const om_pass *pass, const om_chosen *chosen) {
-    for (int64_t k = 0; k < pass->span->top_k; k++)
+    for (int64_t k = 0; k < chosen->num_experts; k++)
         if (chosen->records[k] == NULL && pass->slot_table->records[chosen->keys[k]] == NULL) return 1;
     return 0;
 }
@@ -157,72 +167,109 @@ static int64_t wait_for_more(om_pass *pass, int64_t at, om_chosen *chosen, int32
         pthread_cond_wait(&pass->slot_table->arrived, &pass->slot_table->lock);
     }
     pthread_mutex_unlock(&pass->slot_table->lock);
-    pass->token->stalls[at] += seconds() - began;
+    pass->rows->stalls[at] += seconds() - began;
     return num_leased;
 }
 
-/* out[H] = the weighted sum of these experts; with `rows`, each sets its row instead: the same bits once they are summed. */
-static int compute(const om_pass *pass, int64_t at, const om_chosen *chosen, const int32_t *places, int64_t num_experts,
-                   float *rows) {
-    static const int32_t token_ids[OM_MAX_TOP_K] = {0};
-    const om_span_layer *layer = pass->span->layers + at;
-    const uint8_t *records[OM_MAX_TOP_K];
-    float weights[OM_MAX_TOP_K];
-    int32_t offsets[OM_MAX_TOP_K + 1] = {0};
+/* The pairs of some experts, as `om_moe_forward` takes them. */
+typedef struct {
+    const uint8_t *records[MAX_PAIRS];
+    int32_t offsets[MAX_PAIRS + 1], row_ids[MAX_PAIRS];
+    float weights[MAX_PAIRS];
+} om_pairs;
+
+static void gather_pairs(const om_pass *pass, int64_t at, const om_chosen *chosen, const int32_t *places, int64_t num_experts,
+                         om_pairs *pairs) {
+    const int64_t top_k = pass->span->top_k;
+    const float *weights = pass->rows->weights + at * choices_of(pass->span, pass->rows);
+    int32_t count = pairs->offsets[0] = 0;
     for (int64_t n = 0; n < num_experts; n++) {
-        records[n] = chosen->records[places[n]];
-        weights[n] = chosen->weights[places[n]];
-        offsets[n + 1] = (int32_t)n + 1;
+        pairs->records[n] = chosen->records[places[n]];
+        for (int32_t pair = chosen->first_pairs[places[n]]; pair < chosen->first_pairs[places[n] + 1]; pair++, count++) {
+            pairs->row_ids[count] = (int32_t)(chosen->choices[pair] / top_k);
+            pairs->weights[count] = weights[chosen->choices[pair]] * pass->span->layers[at].weight_scale;
+        }
+        pairs->offsets[n + 1] = count;
     }
-    return om_moe_forward(layer->experts, pass->token->normed, 1, OM_F32, records, offsets, token_ids, rows == NULL ? NULL : places,
-                          weights, num_experts, rows == NULL ? pass->token->x : rows, OM_F32, 0);
+}
+
+static int forward(const om_pass *pass, int64_t at, const om_pairs *pairs, const int32_t *out_ids, int64_t num_experts, float *out) {
+    return om_moe_forward(pass->span->layers[at].experts, pass->rows->normed, pass->rows->num_rows, OM_F32, pairs->records,
+                          pairs->offsets, pairs->row_ids, out_ids, pairs->weights, num_experts, out, OM_F32, 0);
+}
+
+/* x[N, H] = the weighted sums of the experts, all of which are leased. */
+static int compute_all(const om_pass *pass, int64_t at, const om_chosen *chosen, const int32_t *places) {
+    om_pairs pairs;
+    gather_pairs(pass, at, chosen, places, chosen->num_experts, &pairs);
+    return forward(pass, at, &pairs, NULL, chosen->num_experts, pass->rows->x);
+}
+
+/* Each pair of these experts sets its part of `pairs`, a row of which are K parts in ascending order of the experts. */
+static int compute_some(const om_pass *pass, int64_t at, const om_chosen *chosen, const int32_t *places, int64_t num_experts) {
+    int32_t parts[MAX_PAIRS], out_ids[MAX_PAIRS], num_parts[OM_MAX_ROWS] = {0}, count = 0;
+    om_pairs pairs;
+    gather_pairs(pass, at, chosen, places, num_experts, &pairs);
+    for (int32_t pair = 0; pair < chosen->first_pairs[chosen->num_experts]; pair++) {
+        const int32_t row = (int32_t)(chosen->choices[pair] / pass->span->top_k);
+        parts[pair] = (int32_t)(row * pass->span->top_k + num_parts[row]++);
+    }
+    for (int64_t n = 0; n < num_experts; n++)
+        for (int32_t pair = chosen->first_pairs[places[n]]; pair < chosen->first_pairs[places[n] + 1]; pair++)
+            out_ids[count++] = parts[pair];
+    return forward(pass, at, &pairs, out_ids, num_experts, pass->rows->pairs);
 }
 
 /* x = the experts of the layer, the resident ones first. Returns 0, -1 when memory is short, 1 when the token pass is stopped. */
 static int run_experts(om_pass *pass, int64_t at, om_chosen *chosen) {
-    const om_span *span = pass->span;
-    int32_t places[OM_MAX_TOP_K];
+    const int64_t hidden = pass->span->hidden, top_k = pass->span->top_k;
+    int32_t places[MAX_PAIRS];
     int64_t num_leased = begin_layer(pass, at, chosen, places), num_done = 0;
-    if (num_leased == span->top_k) return compute(pass, at, chosen, places, num_leased, NULL);
-    float *rows = pass->token->rows;
+    if (num_leased == chosen->num_experts) return compute_all(pass, at, chosen, places);
     for (;;) {
-        if (num_leased > 0 && compute(pass, at, chosen, places, num_leased, rows) != 0) return -1;
+        if (num_leased > 0 && compute_some(pass, at, chosen, places, num_leased) != 0) return -1;
         num_done += num_leased;
-        if (num_done == span->top_k) break;
+        if (num_done == chosen->num_experts) break;
         num_leased = wait_for_more(pass, at, chosen, places);
         if (num_leased == 0) return 1;
     }
-    om_sum_rows(rows, span->top_k, span->hidden, pass->token->x, OM_F32);
+    for (int64_t row = 0; row < pass->rows->num_rows; row++)
+        om_sum_rows(pass->rows->pairs + row * top_k * hidden, top_k, hidden, pass->rows->x + row * hidden, OM_F32);
     return 0;
+}
+
+static int begin_step(const om_span *span, const om_span_rows *rows, int64_t at) {
+    const int64_t count = choices_of(span, rows);
+    const int status = om_layer_step(span->layers[at].layer, rows->x, rows->cos, rows->signed_sin, rows->rooms + at * rows->num_rows,
+                                     rows->num_rows, rows->residual, rows->normed,
+                                     rows->logits + at * rows->num_rows * span->num_experts, rows->weights + at * count,
+                                     rows->ids + at * count);
+    return status != 0 ? -1 : guess(span, rows, at);
 }
 
 static int step_layer(om_pass *pass, int64_t at, double began) {
     const om_span *span = pass->span;
-    const om_span_token *token = pass->token;
+    const om_span_rows *rows = pass->rows;
     const om_span_layer *layer = span->layers + at;
     om_chosen chosen;
-    if (om_layer_step(layer->layer, token->x, token->cos, token->signed_sin, token->keys[at], token->values[at],
-                      token->capacities[at], token->lengths[at], token->residual, token->normed,
-                      token->logits + at * span->num_experts, token->weights + at * span->top_k, token->ids + at * span->top_k) != 0 ||
-        guess(span, token, at) != 0)
-        return -1;
-    sort_chosen(span, token, at, &chosen);
-    token->times[2 * at] = seconds() - began;
+    if (begin_step(span, rows, at) != 0) return -1;
+    sort_chosen(span, rows, at, &chosen);
+    rows->times[2 * at] = seconds() - began;
     const int status = run_experts(pass, at, &chosen);
     release(pass, &chosen);
     if (status != 0) return status;
-    if (layer->shared != NULL && om_add_shared(layer->shared, token->normed, token->x) != 0) return -1;
-    for (int64_t i = 0; i < span->hidden; i++)
-        token->x[i] = token->residual[i] + layer->layer->residual_scale * token->x[i];
-    token->times[2 * at + 1] = seconds() - began;
+    if (layer->shared != NULL && om_add_shared(layer->shared, rows->normed, rows->num_rows, rows->x) != 0) return -1;
+    for (int64_t i = 0; i < rows->num_rows * span->hidden; i++)
+        rows->x[i] = rows->residual[i] + layer->layer->residual_scale * rows->x[i];
+    rows->times[2 * at + 1] = seconds() - began;
     return 0;
 }
 
-static om_pass *new_pass(const om_span *span, const om_span_token *token, om_slot_table *slot_table, om_reads *reads) {
+static om_pass *new_pass(const om_span *span, const om_span_rows *rows, om_slot_table *slot_table, om_reads *reads) {
     om_pass *pass = calloc(1, sizeof *pass + (size_t)span->num_layers);
     if (pass == NULL) return NULL;
     pass->span = span;
-    pass->token = token;
+    pass->rows = rows;
     pass->slot_table = slot_table;
     pass->reads = reads;
     pass->result = OM_UNDER_WAY;
@@ -255,8 +302,8 @@ static void *pass_through_layers(void *argument) {
 }
 
 /* Take x through all layers, whose experts must all be resident. Returns the number of layers, or -1 when memory is short. */
-OM_EXPORT int64_t om_span_pass(const om_span *span, const om_span_token *token, om_slot_table *slot_table) {
-    om_pass *pass = new_pass(span, token, slot_table, NULL);
+OM_EXPORT int64_t om_span_pass(const om_span *span, const om_span_rows *rows, om_slot_table *slot_table) {
+    om_pass *pass = new_pass(span, rows, slot_table, NULL);
     if (pass == NULL) return -1;
     pass_through_layers(pass);
     const int64_t result = pass->result;
@@ -265,8 +312,8 @@ OM_EXPORT int64_t om_span_pass(const om_span *span, const om_span_token *token, 
 }
 
 /* Take x through all layers on another thread. reads: may be NULL. NULL when the thread cannot be made. */
-OM_EXPORT om_pass *om_pass_start(const om_span *span, const om_span_token *token, om_slot_table *slot_table, om_reads *reads) {
-    om_pass *pass = new_pass(span, token, slot_table, reads);
+OM_EXPORT om_pass *om_pass_start(const om_span *span, const om_span_rows *rows, om_slot_table *slot_table, om_reads *reads) {
+    om_pass *pass = new_pass(span, rows, slot_table, reads);
     if (pass == NULL) return NULL;
     if (pthread_create(&pass->thread, NULL, pass_through_layers, pass) == 0) {
         om_pool_place_caller(pass->thread);
