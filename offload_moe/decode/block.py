@@ -103,4 +103,4 @@ def _is_gate(linear: nn.Module) -> bool:
 
 def _shared_kernel(mlp: FusedMLP, gate: nn.Module | None) -> kernels.SharedKernel:
     weight = None if gate is None else gate.weight.detach()  # type: ignore[operator]
-    return kernels.SharedKernel(mlp.kernel, mlp.record, weight, hidden=mlp.hidden_size)
+    return kernels.SharedKernel(mlp.kernel, weight)

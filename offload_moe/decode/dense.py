@@ -74,6 +74,17 @@ class QuantLinear(nn.Module):
         """Whether the record is in panels: see `kernels.PanelOrder`."""
         return self._order is not None and self.record.is_cpu
 
+    def as_projection(self) -> kernels.Linear:
+        """As kernels of several linears take it: it `has_kernel`."""
+        return kernels.Linear(
+            codec=self.codec.name,
+            shape=self.shape,
+            layout=self.codec.layout(self.shape),
+            record=self.record,
+            bias=self.bias,
+            in_panels=self.in_panels,
+        )
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, codec={self.codec.name}"
 

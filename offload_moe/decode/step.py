@@ -136,15 +136,7 @@ def quantized_linear(module: Any) -> kernels.Linear:
         raise Uncovered("attention whose projections are not quantized, or in a codec without a kernel")
     if not is_fp32(module.bias):
         raise Uncovered("attention whose biases are in another dtype")
-    layout = module.codec.layout(module.shape)
-    return kernels.Linear(
-        codec=module.codec.name,
-        shape=module.shape,
-        layout=layout,
-        record=module.record,
-        bias=module.bias,
-        in_panels=module.in_panels,
-    )
+    return module.as_projection()
 
 
 def _head_norm(module: nn.Module | None) -> kernels.HeadNorm | None:

@@ -148,16 +148,11 @@ def _make_model(store: Store, options: LoadOptions, planned: Planned, engine: En
     if options.prefetch:
         warm_start(hierarchy, store.path)
     report = None
+    kept = placement.cache_dtype if placement.cache_dtype != planned.dtype else None
     if options.fast_path:
-        report = make_fast(
-            hf,
-            is_exact=planned.keeps_bits,
-            context=placement.context,
-            kept=placement.cache_dtype,
-            hierarchy=hierarchy,
-        )
-    elif placement.cache_dtype != planned.dtype:
-        make_room(hf, placement.context, placement.cache_dtype)
+        report = make_fast(hf, is_exact=planned.keeps_bits, context=placement.context, kept=kept, hierarchy=hierarchy)
+    elif kept is not None:
+        make_room(hf, placement.context, kept)
     if planned.dtype == torch.float16:
         watch_overflow(hf)
     watch_ids(hf)

@@ -29,6 +29,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "om_rms_norm": (None, pointer, pointer, int64, float32, pointer),
     "om_router_step": (integer, *[pointer] * 2, int64, *[pointer] * 3),
     "om_layer_step": (integer, *[pointer] * 5, int64, *[pointer] * 5),
+    "om_mlp_forward": (integer, pointer, pointer, int64, int32, pointer, int32),
     "om_add_shared": (integer, *[pointer] * 2, int64, pointer),
     "om_slot_table_open": (pointer, pointer, pointer, pointer),
     "om_slot_table_close": (None, pointer),

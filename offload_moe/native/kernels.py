@@ -31,6 +31,7 @@ from offload_moe.native.experts import ExpertKernel, add_rows
 from offload_moe.native.latent import LatentKernel
 from offload_moe.native.layer import LayerKernel
 from offload_moe.native.linear import LinearKernel
+from offload_moe.native.mlp import MlpKernel
 from offload_moe.native.panels import PanelOrder, Repacking
 from offload_moe.native.planes import not_in_panels_reason, unsupported_reason
 from offload_moe.native.reads import Completion, Reads, ReadSizes
@@ -70,6 +71,7 @@ __all__ = [
     "LayerKernel",
     "Linear",
     "LinearKernel",
+    "MlpKernel",
     "NormKernel",
     "PanelOrder",
     "PlaceStruct",

@@ -18,6 +18,7 @@ from offload_moe.native.bindings import library
 from offload_moe.native.constants import MAX_ROWS, MAX_TOP_K, UNDER_WAY
 from offload_moe.native.experts import ExpertKernel
 from offload_moe.native.layer import LayerKernel
+from offload_moe.native.mlp import MlpKernel
 from offload_moe.native.reads import POLL_S, Reads
 from offload_moe.native.rooms import Room, rooms_array
 from offload_moe.native.slot_table import SlotTable
@@ -27,17 +28,14 @@ from offload_moe.native.structs import SharedStruct, SpanLayerStruct, SpanRowsSt
 class SharedKernel:
     """A shared expert, in fp32."""
 
-    def __init__(self, expert: ExpertKernel, record: Tensor, gate: Tensor | None, *, hidden: int) -> None:
+    def __init__(self, mlp: MlpKernel, gate: Tensor | None) -> None:
         """gate: fp32 ``[H]``, contiguous; the sigmoid of its product with a token scales the expert's result."""
-        self._owned = (expert, record, gate)
+        self._owned = (mlp, gate)
         self._struct = SharedStruct(
-            expert=expert.struct_address,
-            record=record.data_ptr(),
-            gate=None if gate is None else gate.data_ptr(),
-            hidden=hidden,
+            mlp=mlp.struct_address, gate=None if gate is None else gate.data_ptr(), hidden=mlp.hidden
         )
         self.struct_address = ctypes.addressof(self._struct)
-        self._hidden = hidden
+        self._hidden = mlp.hidden
         self._native = library().om_add_shared
 
     def add(self, x: Tensor, out: Tensor) -> None:

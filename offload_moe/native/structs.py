@@ -89,11 +89,21 @@ class LayerStruct(ctypes.Structure):
     )
 
 
+class MlpStruct(ctypes.Structure):
+    """`om_mlp`."""
+
+    _fields_ = (
+        ("matrices", MatrixStruct * 3),
+        ("records", ctypes.c_void_p * 3),
+        ("activation", ctypes.c_int32),
+    )
+
+
 class SharedStruct(ctypes.Structure):
     """`om_shared`."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("expert", "record", "gate")),
+        *((name, ctypes.c_void_p) for name in ("mlp", "gate")),
         ("hidden", ctypes.c_int64),
     )
 
@@ -206,6 +216,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "om_latent": LatentStruct,
     "om_router": RouterStruct,
     "om_layer": LayerStruct,
+    "om_mlp": MlpStruct,
     "om_shared": SharedStruct,
     "om_span_layer": SpanLayerStruct,
     "om_span": SpanStruct,

@@ -1,5 +1,6 @@
 """Reasoning and calls as families write them: templates that open the tag, special tokens, and harmony's channels."""
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -132,6 +133,39 @@ def test_arguments_of_strict_tools_follow_their_schema(speaking: Any, call_forma
             message = chat(client, max_tokens=300, tools=tools, stop=stop)["choices"][0]["message"]
             found = [call["function"] for call in message.get("tool_calls", ())]
             assert (found == [{"name": "paint", "arguments": '{"colour": "red"}'}]) == is_right, message
+
+
+@pytest.mark.parametrize("call_format", [each for each in FORMATS if each.special], ids=lambda each: each.name)
+def test_special_tokens_of_calls(model: Model, speaking: Any, call_format: CallFormat) -> None:
+    """Where the tags are special tokens, as most families have them: calls that are required, strict, and free."""
+    plain = model.tokenizer
+    model.tokenizer = copy.deepcopy(plain)
+    model.tokenizer.add_tokens([AddedToken(token, special=True) for token in call_format.special])
+    template = TOOLS + CHATML + "{# " + " ".join(call_format.marks) + " #}"
+    before, behind = (text.replace("NAME", "paint") for text in call_format.forced)
+    key, value_end = (text.replace("KEY", "colour") for text in call_format.parameter)
+    value = (
+        '{"colour": "red"}'
+        if call_format.arguments == "json"
+        else '"red"'
+        if "python" in call_format.arguments
+        else "red"
+    )
+    whole = before + key + value + value_end + behind
+    try:
+        for said, fields in (
+            (whole, {"tools": [PAINT]}),
+            (before + "blue", {"tools": [strict(PAINT)]}),
+            ("blue", {"tools": [PAINT], "tool_choice": "required"}),
+            (whole, {"tools": [PAINT], "response_format": SCHEMA}),
+        ):
+            with speaking(template, said) as client:
+                message = chat(client, max_tokens=300, **fields)["choices"][0]["message"]
+                [call] = message["tool_calls"]
+                assert json.loads(call["function"]["arguments"]) == {"colour": "red"}, (said, message)
+                assert not (message["content"] or "").startswith("<")
+    finally:
+        model.tokenizer = plain
 
 
 def test_two_calls_of_harmony_to_the_same_tool(speaking: Any) -> None:

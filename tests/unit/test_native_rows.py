@@ -120,8 +120,10 @@ class Decoder:
             self.records += records
             shared = None
             if kind.has_shared:
-                alone, (record,) = experts_of(kind, 40, 1)
-                shared = kernels.SharedKernel(alone, record, torch.randn(HIDDEN) * 0.1, hidden=HIDDEN)
+                sizes = [(40, HIDDEN), (40, HIDDEN), (HIDDEN, 40)]
+                linears = [panels(make_linear(kind.codec, *size), kind) for size in sizes]
+                mlp = kernels.MlpKernel(*linears, activation="silu")
+                shared = kernels.SharedKernel(mlp, torch.randn(HIDDEN) * 0.1)
             self.steps.append(step)
             layers.append(
                 kernels.SpanLayer(

@@ -88,12 +88,13 @@ def test_a_layer_without_a_router_leaves_it_to_the_caller() -> None:
 
 @pytest.mark.parametrize("has_gate", [True, False])
 def test_a_shared_expert_is_added_as_much_as_its_gate_says(has_gate: bool) -> None:
-    experts, x = make_experts("int8", HIDDEN, 64, count=1, has_bias=False), one_token()
-    kernel = kernels.ExpertKernel("int8", experts.shape, experts.layout, activation="silu")
+    x = one_token()
+    gate_proj, up_proj = make_linear("nf4", 64, HIDDEN), make_linear("nf4", 64, HIDDEN)
+    kernel = kernels.MlpKernel(gate_proj, up_proj, make_linear("int8", HIDDEN, 64), activation="silu")
     gate = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(1)) * 0.1 if has_gate else None
     out, alone = torch.ones(1, HIDDEN), torch.empty(1, HIDDEN)
-    kernel.forward_token(x, [experts.records[0].data_ptr()], [1.0], alone)
-    kernels.SharedKernel(kernel, experts.records[0], gate, hidden=HIDDEN).add(x, out)
+    kernel.forward(x, alone)
+    kernels.SharedKernel(kernel, gate).add(x, out)
     share = 1.0 if gate is None else (gate.double() @ x[0].double()).sigmoid().item()
     assert alone.norm() > 0.1
     assert gate is None or 0.1 < share < 0.9

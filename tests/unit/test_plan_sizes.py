@@ -1,6 +1,7 @@
 """Bytes: against numbers worked out by hand, and against real records, stores and caches."""
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from offload_moe.checkpoint.experts import find_experts
 from offload_moe.convert.quantize import quantize
+from offload_moe.decode.cache import give_room
 from offload_moe.plan.budget import DEVICE_PROMPT_TOKENS
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.outlook import look_ahead
@@ -131,9 +133,30 @@ def test_the_cache_is_as_large_as_a_real_one(family: str, context: int) -> None:
     ids=["linear", "latent", "indexed"],
 )
 def test_the_cache_of_other_kinds_of_attention(family: str, fields: dict[str, object]) -> None:
+    model = model_of(family, fields)
+    assert cache_bytes(describe_model(model.config), 20, torch.float32) == cached_bytes(model, 20)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "qwen3_next"])
+def test_a_cache_in_bf16_is_as_large_as_a_real_one(family: str) -> None:
+    fields = {"deepseek_v2": LATENT, "qwen3_next": LINEAR_ATTENTION}.get(family)
+    model = tiny_model(family) if fields is None else model_of(family, fields)
+    cache = DynamicCache(config=model.config)
+    give_room(cache, kept=torch.bfloat16)
+    with torch.inference_mode():
+        model(torch.arange(3, 43)[None], past_key_values=cache)
+    held = [value for layer in cache.layers for value in vars(layer).values()]
+    tensors = [part for value in held for part in (value.values() if isinstance(value, dict) else [value])]
+    total = sum(part.nbytes for part in tensors if isinstance(part, torch.Tensor) and part.numel() > 1)
+    narrow = cache_bytes(describe_model(model.config), 40, torch.float32, kept=torch.bfloat16)
+    assert narrow == total
+    assert total < 0.8 * cache_bytes(describe_model(model.config), 40, torch.float32)
+
+
+def model_of(family: str, fields: dict[str, object]) -> PreTrainedModel:
     config = AutoConfig.for_model(family, **(COMMON | fields))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
-    assert cache_bytes(describe_model(config), 20, torch.float32) == cached_bytes(model, 20)
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
+    return cast(PreTrainedModel, made.eval())
 
 
 def test_states_of_unknown_size_are_owned_up_to() -> None:

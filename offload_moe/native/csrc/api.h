@@ -78,9 +78,14 @@
     FIELD(T, float, residual_scale, ) /* of what attention and experts add */ \
     FIELD(T, int64_t, hidden, )
 
+/* A gated MLP that every token takes. */
+#define OM_MLP_FIELDS(FIELD, T) \
+    FIELD(T, om_matrix, matrices, [3]) /* gate and up [I, H], down [H, I], in the same order of rows */ \
+    FIELD(T, const uint8_t *, records, [3]) \
+    FIELD(T, int32_t, activation, )
+
 #define OM_SHARED_FIELDS(FIELD, T) \
-    FIELD(T, const om_moe_layer *, expert, ) \
-    FIELD(T, const uint8_t *, record, ) \
+    FIELD(T, const om_mlp *, mlp, ) \
     FIELD(T, const float *, gate, ) /* [hidden] or NULL */ \
     FIELD(T, int64_t, hidden, )
 
@@ -171,6 +176,7 @@
     STRUCT(om_latent, OM_LATENT_FIELDS) \
     STRUCT(om_router, OM_ROUTER_FIELDS) \
     STRUCT(om_layer, OM_LAYER_FIELDS) \
+    STRUCT(om_mlp, OM_MLP_FIELDS) \
     STRUCT(om_shared, OM_SHARED_FIELDS) \
     STRUCT(om_span_layer, OM_SPAN_LAYER_FIELDS) \
     STRUCT(om_span, OM_SPAN_FIELDS) \
@@ -213,6 +219,8 @@
     FUNCTION(int, om_layer_step, (const om_layer *layer, const float *x, const float *cos, const float *signed_sin, \
                                   const om_room *rooms, int64_t num_rows, float *residual, float *normed, \
                                   float *logits, float *weights, int64_t *ids)) \
+    FUNCTION(int, om_mlp_forward, (const om_mlp *mlp, const void *x, int64_t num_tokens, int32_t x_dtype, void *out, \
+                                   int32_t out_dtype)) \
     FUNCTION(int, om_add_shared, (const om_shared *shared, const float *x, int64_t num_rows, float *out)) \
     FUNCTION(om_slot_table *, om_slot_table_open, (const uint8_t **records, int32_t *leases, int32_t *slots)) \
     FUNCTION(void, om_slot_table_close, (om_slot_table *slot_table)) \
