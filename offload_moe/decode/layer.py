@@ -9,7 +9,7 @@ experts whose kernels exist, the router is part of the first call; any other blo
 Shapes: T rows, each the next token of a sequence, H hidden.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
@@ -55,7 +55,13 @@ class RowsStep:
 
     def rooms(self, attention: AttentionStep | LatentStep) -> list[kernels.Room]:
         """Of each row in one layer, whose caches count the rows from now on."""
-        return [room for cache, count in sequences_of(self.caches) for room in attention.extend(cache, count)]
+        return [room for cache, count in self._sequences for room in attention.extend(cache, count)]
+
+    @cached_property
+    def _sequences(self) -> list[tuple[Any, int]]:
+        """Each cache, and how many rows it has."""
+        groups = (list(group) for _, group in groupby(self.caches, key=id))
+        return [(group[0], len(group)) for group in groups]
 
     @cached_property
     def rows(self) -> list["RowsStep"]:
@@ -70,13 +76,6 @@ class RowsStep:
             embeddings = [*zip(*(part.split(1, dim=1) for part in self.embeddings), strict=True)]
         parts = zip(embeddings, positions, self.caches, strict=True)
         return [RowsStep(embedding, position, [cache]) for embedding, position, cache in parts]
-
-
-def sequences_of(caches: Sequence[Any]) -> Iterator[tuple[Any, int]]:
-    """Each cache, and how many rows that follow each other have it."""
-    for _, group in groupby(caches, key=id):
-        rows = list(group)
-        yield rows[0], len(rows)
 
 
 class NativeLayer:

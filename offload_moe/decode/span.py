@@ -1,7 +1,7 @@
 """A span: consecutive decoder layers through which a native thread takes some rows, from the first to the last.
 
 A row is the next token of a sequence; nearly always there is one. Experts that several rows chose are acquired and
-counted once, as those of a chunk of a prompt are. Lookahead and the recording of layers know one token at a time:
+counted once, as those of a chunk of a prompt are. Lookahead and the recording of layers take one token at a time:
 several rows are not looked ahead for, and where a recorder is they go layer by layer.
 
 A token streams so many bytes of weights through the caches that Python's code and data between two kernel calls are in
@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -185,7 +186,7 @@ class LayerSpan:
         """Account for layers for which Python brought no expert."""
         if first == end:
             return
-        choices = [choice_of(rows, at) for at in range(first, end)]
+        choices = choices_of(rows, first, end)
         account.marks += note_passed(self._scheduler, self._bound[first].layer, choices, rows.num_rows)
         for at, choice in enumerate(choices, first):
             self._note_guesses(rows, at, choice.experts)
@@ -195,7 +196,7 @@ class LayerSpan:
         """The experts of a layer that could not fetch them all."""
         bound = self._bound[at]
         self.layers[at].note_begin()
-        choice = choice_of(rows, at)
+        (choice,) = choices_of(rows, at, at + 1)
         experts = sorted(choice.experts)
         found = sort_found(choice.experts, choice.found)
         lease = self._scheduler.acquire(bound.layer, experts, choice.shares, rows.num_rows, found=found)
@@ -238,15 +239,20 @@ class LayerSpan:
         return [] if lookahead is None or num_rows > 1 else lookahead.num_ranks(self._bound[0].layer, self._top_k)
 
 
-def choice_of(rows: kernels.SpanRows, at: int) -> Choice:
-    """The distinct experts of a layer: in the router's order for one row, else ascending."""
-    ids, states = rows.ids[at].tolist(), rows.found[at].tolist()
+def choices_of(rows: kernels.SpanRows, first: int, end: int) -> list[Choice]:
+    """The experts of some layers: in the router's order for one row, else ascending."""
+    layers = zip(rows.ids[first:end].tolist(), rows.found[first:end].tolist(), strict=True)
     if rows.num_rows == 1:
-        return Choice(ids[0], states[0])
-    counts = Counter(expert for row in ids for expert in row)
-    how = {expert: state for row in zip(ids, states, strict=True) for expert, state in zip(*row, strict=True)}
+        return [Choice(ids, states) for (ids,), (states,) in layers]
+    return [_distinct(ids, states) for ids, states in layers]
+
+
+def _distinct(ids: list[list[int]], states: list[list[int]]) -> Choice:
+    """Of one layer: what each row chose, and how it was found."""
+    chosen = [*chain(*ids)]
+    how, counts = dict(zip(chosen, chain(*states), strict=True)), Counter(chosen)
     experts = sorted(how)
-    return Choice(experts, [how[expert] for expert in experts], [counts[expert] / rows.num_rows for expert in experts])
+    return Choice(experts, [how[expert] for expert in experts], [counts[expert] / len(ids) for expert in experts])
 
 
 def span_kind(hierarchy: Hierarchy, layer: NativeLayer) -> tuple[int, int] | None:

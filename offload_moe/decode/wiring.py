@@ -72,8 +72,10 @@ class Wiring:
 
     def finish(self, x: Tensor) -> Tensor:
         """The norm behind the layers of ``[1, T, H]``, with the bits of each row alone."""
-        rows = [self.norm(row) for row in x.split(1, dim=1)]
-        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+        if x.shape[1] == 1:
+            result: Tensor = self.norm(x)
+            return result
+        return torch.cat([self.norm(row) for row in x.split(1, dim=1)], dim=1)
 
 
 def wiring_of(decoder: Any) -> Wiring:

@@ -135,6 +135,15 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ("hit_rate.uses", "hit_rate.probabilities", "hit_rate.belady"),
     ),
     (
+        "rows_per_pass.py",
+        "{store} --threads 1 --rows 1,2 --tokens 4 --prompt-tokens 8 --trials 1",
+        (
+            "one_sequence.*.tokens_per_s.median",
+            "several_sequences.*.cpu_ms_per_row.median",
+            "several_sequences.2.experts_per_layer.median",
+        ),
+    ),
+    (
         "run_disk.py",
         "{store} --runs 1 --lru-slots 40 " + DECODE,
         (*RUN, "lru_hit_rate", "num_ram_slots"),

@@ -120,7 +120,7 @@ class Decoder:
             self.records += records
             shared = None
             if kind.has_shared:
-                sizes = (40, HIDDEN), (40, HIDDEN), (HIDDEN, 40)
+                sizes = [(40, HIDDEN), (40, HIDDEN), (HIDDEN, 40)]
                 linears = [panels(make_linear(kind.codec, *size), kind) for size in sizes]
                 mlp = kernels.MlpKernel(*linears, activation="silu")
                 shared = kernels.SharedKernel(mlp, torch.randn(HIDDEN) * 0.1)

@@ -23,6 +23,7 @@
 
 #define OM_ARE_VALUES(codec) ((codec) == OM_BF16 || (codec) == OM_FP32) /* no codes: rows without padding or scales */
 #define OM_TILE 8        /* tokens that one pass over a row's codes serves */
+_Static_assert(OM_MAX_ROWS <= OM_TILE, "the rows of a call are one tile");
 #define OM_PREFETCH_BYTES 4096 /* bandwidth times latency is 4 to 8 KiB a core; twice that, as rows of scales lie between */
 
 /* The same matrix in memory. */
