@@ -1,7 +1,12 @@
 /* A decode step of one decoder layer up to its experts in one call: norm, attention, residual sum, norm, router.
  *
  * One token of one sequence, in fp32; each part computes the same as its own call. */
+#include "float_mode.h"
 #include "job.h"
+
+OM_APART static void add_residual(const om_layer *layer, const float *x, float *residual) {
+    for (int64_t i = 0; i < layer->hidden; i++) residual[i] = x[i] + layer->residual_scale * residual[i];
+}
 
 /* x[H] -> residual[H] = x + attention, normed[H]; and logits, weights, ids as in `om_router_step`. The cache and the
  * rotary embedding are as in `om_attention_step` or `om_latent_step`. Returns 0, or -1 when memory is short. */
@@ -13,7 +18,9 @@ OM_EXPORT int om_layer_step(const om_layer *layer, const float *x, const float *
         ? om_latent_step(layer->latent, normed, cos, signed_sin, keys, values, length, residual)
         : om_attention_step(layer->attention, normed, cos, signed_sin, keys, values, capacity, length, residual);
     if (status != 0) return -1;
-    for (int64_t i = 0; i < layer->hidden; i++) residual[i] = x[i] + layer->residual_scale * residual[i];
+    const uint64_t callers_mode = om_enter_float_mode();
+    add_residual(layer, x, residual);
+    om_restore_float_mode(callers_mode);
     om_rms_norm(residual, layer->norms[1], layer->hidden, layer->epsilons[1], normed);
     return layer->router == NULL ? 0 : om_router_step(layer->router, normed, logits, weights, ids);
 }

@@ -1,4 +1,5 @@
 /* The router of one token in one call: logits, scores, the greatest K of E experts and their weights, in fp32. */
+#include "float_mode.h"
 #include "job.h"
 #include "vector_set.h"
 
@@ -92,15 +93,21 @@ static void choose_experts(const om_router *router, const float *logits, int64_t
     choose(scores, router->matrix.rows, router->top_k, ids);
 }
 
+OM_APART static void finish(const om_router *router, float *logits, float *weights, int64_t *ids) {
+    om_add_bias(logits, router->bias, router->matrix.rows);
+    choose_experts(router, logits, ids);
+    (router->is_sigmoid ? weigh_sigmoids : weigh_shares)(router, logits, ids, weights);
+    for (int64_t k = 0; k < router->top_k; k++) weights[k] *= router->scale;
+}
+
 /* x[H] -> logits[E], ids[K] from the most to the least likely, their weights[K]. Returns 0, or -1 when memory is short. */
 OM_EXPORT int om_router_step(const om_router *router, const float *x, float *logits, float *weights, int64_t *ids) {
     void *out = logits;
     om_linear_job job = {.matrices = &router->matrix, .records = &router->record, .outs = &out, .x = x, .num_matrices = 1,
                          .num_tokens = 1};
     if (om_call_linear(&job) != 0) return -1;
-    om_add_bias(logits, router->bias, router->matrix.rows);
-    choose_experts(router, logits, ids);
-    (router->is_sigmoid ? weigh_sigmoids : weigh_shares)(router, logits, ids, weights);
-    for (int64_t k = 0; k < router->top_k; k++) weights[k] *= router->scale;
+    const uint64_t callers_mode = om_enter_float_mode();
+    finish(router, logits, weights, ids);
+    om_restore_float_mode(callers_mode);
     return 0;
 }
