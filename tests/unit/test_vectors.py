@@ -170,3 +170,26 @@ def test_a_key_that_is_no_number_reaches_the_result(instruction_set: str) -> Non
     assert made.step()[0].isfinite().all()
     made.cache[0][0, 1, 40, 3] = torch.nan
     assert made.step()[0].isnan().all()
+
+
+def test_bits_do_not_depend_on_the_callers_treatment_of_subnormal_numbers() -> None:
+    torch.manual_seed(1)
+    linear, tiny = make_linear("fp32", 9, 40), torch.randn(40) * 1e-39
+    norm, x = kernels.NormKernel(torch.full((40,), 1e-40), 1e-3), torch.randn(40)
+    router = kernels.RouterKernel(linear, top_k=3, is_of_chosen=True, scale=1e-40)
+
+    def results() -> list[Tensor]:
+        normed, logits, shares = torch.empty(40), torch.empty(9), torch.empty(3)
+        norm.step(x, normed)
+        router.step(tiny, logits, shares, torch.empty(3, dtype=torch.int64))
+        return [normed, logits, shares]
+
+    expected = results()
+    assert all(part.view(torch.int32).any() and (part.abs() < 1.2e-38).all() for part in expected)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush")
+    try:
+        found = results()
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(np.array_equal(bits(a), bits(b)) for a, b in zip(found, expected, strict=True))

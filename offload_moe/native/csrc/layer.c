@@ -1,11 +1,16 @@
 /* A decode step of one decoder layer up to its experts in one call: norm, attention, residual sum, norm, router.
  *
  * T rows in fp32, each a token; each part computes the same as its own call. */
+#include "float_mode.h"
 #include "job.h"
 
 static void norm_rows(const om_layer *layer, int which, const float *x, int64_t num_rows, float *normed) {
     for (int64_t t = 0; t < num_rows; t++)
         om_rms_norm(x + t * layer->hidden, layer->norms[which], layer->hidden, layer->epsilons[which], normed + t * layer->hidden);
+}
+
+OM_APART static void add_residual(const om_layer *layer, const float *x, int64_t num_rows, float *residual) {
+    for (int64_t i = 0; i < num_rows * layer->hidden; i++) residual[i] = x[i] + layer->residual_scale * residual[i];
 }
 
 /* x[T, H] -> residual[T, H] = x + attention, normed[T, H]; and logits, weights, ids as in `om_router_step`. The rooms and the
@@ -18,7 +23,9 @@ OM_EXPORT int om_layer_step(const om_layer *layer, const float *x, const float *
         ? om_latent_step(layer->latent, normed, cos, signed_sin, rooms, num_rows, residual)
         : om_attention_step(layer->attention, normed, cos, signed_sin, rooms, num_rows, residual);
     if (status != 0) return -1;
-    for (int64_t i = 0; i < num_rows * layer->hidden; i++) residual[i] = x[i] + layer->residual_scale * residual[i];
+    const uint64_t callers_mode = om_enter_float_mode();
+    add_residual(layer, x, num_rows, residual);
+    om_restore_float_mode(callers_mode);
     norm_rows(layer, 1, residual, num_rows, normed);
     return layer->router == NULL ? 0 : om_router_step(layer->router, normed, num_rows, logits, weights, ids);
 }

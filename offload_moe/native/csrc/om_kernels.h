@@ -12,10 +12,12 @@
 #if defined(__GNUC__)
 #define OM_EXPORT __attribute__((visibility("default")))
 #define OM_INLINE static inline __attribute__((always_inline))
+#define OM_APART __attribute__((noinline)) /* keeps its operations between what surrounds the call */
 #define OM_PREFETCH(address) __builtin_prefetch((const void *)(address), 0, 3)
 #else
 #define OM_EXPORT
 #define OM_INLINE static inline
+#define OM_APART
 #define OM_PREFETCH(address) ((void)0)
 #endif
 

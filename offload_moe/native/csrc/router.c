@@ -1,4 +1,5 @@
 /* The router of some tokens in one call: logits, scores, the greatest K of E experts and their weights, in fp32. */
+#include "float_mode.h"
 #include "job.h"
 #include "vector_set.h"
 
@@ -92,7 +93,7 @@ static void choose_experts(const om_router *router, const float *logits, int64_t
     choose(scores, router->matrix.rows, router->top_k, ids);
 }
 
-static void route(const om_router *router, float *logits, float *weights, int64_t *ids) {
+OM_APART static void route(const om_router *router, float *logits, float *weights, int64_t *ids) {
     om_add_bias(logits, router->bias, router->matrix.rows);
     choose_experts(router, logits, ids);
     (router->is_sigmoid ? weigh_sigmoids : weigh_shares)(router, logits, ids, weights);
@@ -107,7 +108,9 @@ OM_EXPORT int om_router_step(const om_router *router, const float *x, int64_t nu
     om_linear_job job = {.matrices = &router->matrix, .records = &router->record, .outs = &out, .x = x, .num_matrices = 1,
                          .num_tokens = num_rows};
     if (om_call_linear(&job) != 0) return -1;
+    const uint64_t callers_mode = om_enter_float_mode();
     for (int64_t t = 0; t < num_rows; t++)
         route(router, logits + t * router->matrix.rows, weights + t * router->top_k, ids + t * router->top_k);
+    om_restore_float_mode(callers_mode);
     return 0;
 }
