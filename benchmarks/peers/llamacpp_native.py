@@ -93,7 +93,7 @@ class NativeEngine:
         params.n_batch, params.n_ubatch = BATCH, options.ubatch
         params.n_threads = params.n_threads_batch = options.threads
         params.flash_attn_type = FLASH_ATTENTION[options.flash_attention]
-        params.type_k = params.type_v = CACHE_TYPES[options.kv]
+        params.type_k, params.type_v = CACHE_TYPES[options.keys], CACHE_TYPES[options.values]
         params.swa_full = False  # a window needs no more than its own keys
         params.no_perf = True
         return params

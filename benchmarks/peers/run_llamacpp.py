@@ -1,7 +1,8 @@
 """Prompt and decode tokens per second of llama.cpp on a GGUF file, and bytes read from disk.
 
 Usage: PYTHON benchmarks/peers/run_llamacpp.py MODEL.gguf --threads 2 --tokens 32 --prompt-tokens 64 [--mapped]
-       [--flash-attention on] [--kv q8_0] [--ubatch 512] [--no-repack] [--huge-pages]
+       [--flash-attention off] [--keys q8_0] [--values f16] [--ubatch 512]
+       [--no-repack] [--huge-pages]
 
 PYTHON is one that has `llama-cpp-python`, built for this processor (docs/benchmarks.md), or else the wheel
 `xllamacpp`, for which attention, keys and values are as it has them. `--huge-pages` is glibc's setting, for llama.cpp
@@ -35,9 +36,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--flash-attention", choices=list(llamacpp_native.FLASH_ATTENTION), default="auto")
-    parser.add_argument(
-        "--kv", choices=list(llamacpp_native.CACHE_TYPES), default="f16", help="type of keys and values"
-    )
+    parser.add_argument("--keys", choices=list(llamacpp_native.CACHE_TYPES), default="f16")
+    parser.add_argument("--values", choices=list(llamacpp_native.CACHE_TYPES), default="f16")
     parser.add_argument("--ubatch", type=int, default=512)
     # Repacked weights are private copies that would not fit under a memory limit.
     parser.add_argument("--mapped", action="store_true", help="the file stays mapped, and so is not repacked")

@@ -19,14 +19,13 @@ from llamacpp_builds import NATIVE, RUNNER, describe_builds
 SETTINGS = (
     "--flash-attention off",
     "--flash-attention on",
-    "--flash-attention on --kv bf16",
-    "--flash-attention on --kv q8_0",
-    "--flash-attention on --ubatch 128",
-    "--flash-attention on --no-repack",
     "--flash-attention off --no-repack",
+    "--flash-attention off --ubatch 128",
     "--flash-attention off --huge-pages",
     "--flash-attention on --huge-pages",
-    "--flash-attention on --huge-pages --kv q8_0",
+    "--flash-attention off --huge-pages --keys q8_0",
+    "--flash-attention off --huge-pages --keys bf16 --values bf16",
+    "--flash-attention on --huge-pages --keys q8_0 --values q8_0",
 )
 PHASES = ("decode", "prompt")
 
