@@ -98,11 +98,11 @@ class Host:
         self._load, self._own = load, model is None
         self._loaded = Loaded(model, config) if model is not None else None
         self._is_loading = False
-        self._num_users = 0
+        self.num_users = 0
         self._earlier = Counters()  # of models that were unloaded
         idle_s = config.keep_alive_s if model is None else None
         self.worker = Worker(
-            parallel=config.parallel, most_waiting=config.queue, idle_s=idle_s, on_idle=self._unload_when_idle
+            parallel=config.parallel, most_waiting=config.queue, idle_s=idle_s, on_idle=self.unload_when_idle
         )
 
     def adopt(self, model: Model) -> None:
@@ -135,11 +135,11 @@ class Host:
         """The model, loaded where need be, and kept as long as the context lasts. Raises: ApiError."""
         if self.is_draining:
             raise ApiError(503, "The server is shutting down. Try again later.", code="shutting_down", retry_after_s=5)
-        self._num_users += 1
+        self.num_users += 1
         try:
             yield await wrap_future(self._call(self.ensure_loaded))
         finally:
-            self._num_users -= 1
+            self.num_users -= 1
 
     def _call(self, function: Callable[[], Loaded]) -> Future[Loaded]:
         if (loaded := self._loaded) is not None:
@@ -199,8 +199,9 @@ class Host:
         ages = [each.to_json()["age_s"] for each in list(self.board.running.values())]
         return max(1, min(60, int(max(ages, default=1))))
 
-    def _unload_when_idle(self) -> None:
-        if self._num_users or not self._own:
+    def unload_when_idle(self) -> None:
+        """Free the model of a server that nobody uses."""
+        if self.num_users or not self._own:
             return
         if self._loaded is not None:
             logger.info("%s is unloaded until the next request", self.name)
@@ -212,7 +213,7 @@ class Host:
         loaded, self._loaded = self._loaded, None
         if loaded is None:
             return
-        if unless_used and self._num_users:  # a request has come meanwhile, and may have seen the model
+        if unless_used and self.num_users:  # a request has come meanwhile, and may have seen the model
             self._loaded = loaded
             return
         loaded.prefixes.clear()

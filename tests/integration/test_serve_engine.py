@@ -194,8 +194,8 @@ def test_a_request_that_comes_while_a_model_is_unloaded_keeps_it(model: Model) -
             Meanwhile.looks += 1
             return Meanwhile.looks > 1
 
-    host._num_users = Meanwhile()
-    host._unload_when_idle()
+    host.num_users = Meanwhile()
+    host.unload_when_idle()
     assert host.loaded is loaded
     assert model.engine.hierarchy.lifecycle.is_open
     host.worker.close()

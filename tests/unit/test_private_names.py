@@ -11,6 +11,8 @@ ROOT = Path(__file__).parents[2]
 # Names of the standard library, of torch and of transformers that ours happen to share.
 FOREIGN = {
     "_exit",
+    "_name",
+    "_schema",
     "_replace",
     "_forward_hooks",
     "_forward_pre_hooks",

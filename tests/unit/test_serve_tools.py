@@ -157,14 +157,14 @@ def test_a_long_text_is_looked_at_once(name: str, monkeypatch: pytest.MonkeyPatc
     long = "".join(f"line {number} </param> <\n" for number in range(2000))
     written = TWO_CALLS[name].replace(str(CITY["city"]), long)
     parser, num_read = CallParser(BY_NAME[name], TOOLS), 0
-    read_once = TaggedArguments._read
+    read_once = TaggedArguments.read
 
     def count(reader: TaggedArguments) -> str:
         nonlocal num_read
-        num_read += len(reader._text)
+        num_read += len(reader.unread)
         return read_once(reader)
 
-    monkeypatch.setattr(TaggedArguments, "_read", count)
+    monkeypatch.setattr(TaggedArguments, "read", count)
     events = [event for at in range(0, len(written), 7) for event in parser.push(written[at : at + 7])]
     arguments = "".join(event.text for event in events if isinstance(event, ToolDelta) and event.tool == 0)
     assert json.loads(arguments)["city"].strip() == long.strip()

@@ -124,7 +124,7 @@ class TaggedArguments:
         self._pattern = regex.compile(pattern, regex.DOTALL)
         self._opening = regex.compile(pattern.partition("(?P<value>")[0], regex.DOTALL)
         self._closing, self._schema = closing, schema
-        self._text = ""
+        self.unread = ""
         self._more: list[str] = []  # behind the text: of a long value, which is looked at once it is whole
         self._tail = ""
         self._is_in_value = False
@@ -135,20 +135,21 @@ class TaggedArguments:
         self._tail = self._tail[-len(self._closing) :] + text
         if self._is_in_value and self._closing not in self._tail:
             return ""
-        self._text += "".join(self._more)
+        self.unread += "".join(self._more)
         self._more.clear()
-        return self._read()
+        return self.read()
 
-    def _read(self) -> str:
+    def read(self) -> str:
+        """The members of JSON for the parameters that are complete in `unread`, which keeps the rest."""
         given = ""
-        while (match := self._pattern.match(self._text, partial=True)) is not None:
+        while (match := self._pattern.match(self.unread, partial=True)) is not None:
             if match.partial:
-                self._is_in_value = self._opening.match(self._text) is not None
-                self._tail = self._text[-len(self._closing) :]
+                self._is_in_value = self._opening.match(self.unread) is not None
+                self._tail = self.unread[-len(self._closing) :]
                 return given
             given += self._member(match["key"].strip(), match["value"])
-            self._text = self._text[match.end() :]
-        self.is_over, self.rest = True, self._text
+            self.unread = self.unread[match.end() :]
+        self.is_over, self.rest = True, self.unread
         return given + self._close()
 
     def flush(self) -> str:
