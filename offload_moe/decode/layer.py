@@ -55,7 +55,11 @@ class RowsStep:
 
     def rooms(self, attention: AttentionStep | LatentStep) -> list[kernels.Room]:
         """Of each row in one layer, whose caches count the rows from now on."""
-        return [room for cache, count in self._sequences for room in attention.extend(cache, count)]
+        first, *others = self._sequences
+        rooms = attention.extend(*first)
+        for sequence in others:
+            rooms += attention.extend(*sequence)
+        return rooms
 
     @cached_property
     def _sequences(self) -> list[tuple[Any, int]]:

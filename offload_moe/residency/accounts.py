@@ -4,7 +4,7 @@ Callers hold the lock of the tier, except those of `note_passed`, which takes it
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from offload_moe.native.kernels import ARRIVING, MISSING
 from offload_moe.residency.tier import Tier
@@ -13,8 +13,7 @@ Mark = tuple[int, int]
 Found = tuple[list[int], list[int]]  # experts that were on their way, and that were absent; all others were resident
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """The distinct experts of one layer in a token pass, and how each was found: HIT, ARRIVING or MISSING.
 
     shares: of the tokens that chose each expert; None for one token.
@@ -80,10 +79,9 @@ def note_passed(tier: Tier, layer: int, choices: Sequence[Choice], num_tokens: i
     marks = []
     with tier.changed:
         tier.drain_completions()
-        for number, choice in enumerate(choices, layer):
-            arriving, missing = sort_found(choice.experts, choice.found)
-            keys = tier.keys.keys(number, choice.experts)
-            note_layer(tier, number, keys, arriving, missing, choice.shares, num_tokens)
+        for number, (chosen, states, shares) in enumerate(choices, layer):
+            arriving, missing = sort_found(chosen, states)
+            note_layer(tier, number, tier.keys.keys(number, chosen), arriving, missing, shares, num_tokens)
             marks.append(mark(tier))
         tier.changed.notify_all()
     return marks
