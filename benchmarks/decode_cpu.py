@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/decode_cpu.py --config benchmarks/configs/OLMoE-1B-7B-0125.json --folder SCRATCH
        [--native PYTHON] [--wheel PYTHON] [--threads 2] [--trials 5] [--prompt-tokens 64 512] [--context 2000 8000]
-       [--tokens 32] [--layers N] [--codec mxfp4] [--peer-options="--huge-pages"] [--reload] [--transformers]
+       [--tokens 32] [--layers N] [--codec mxfp4] [--peer-options="--keys q8_0"] [--reload] [--transformers]
 
 `--native`: the Python of an environment with llama.cpp built for this processor (docs/benchmarks.md), which is
 checked for the processor's instructions; `llama.cpp native` in the result. `--wheel`: one with the wheel `xllamacpp`,
@@ -47,6 +47,8 @@ LONG = 1 << 15  # positions of a shape whose own are too few
 def main() -> None:
     options = parse_options()
     files = Files(options)
+    if options.peer_options is None:
+        options.peer_options = best_settings(files.shape)
     pythons = chosen_pythons(options)
     builds = describe_builds(pythons)
     files.make(has_peers=bool(pythons))
@@ -87,7 +89,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--transformers", action="store_true")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--codec", default="nf4", help="of our experts")
-    parser.add_argument("--peer-options", default="", help="of run_llamacpp.py, as tune_llamacpp.py finds them")
+    parser.add_argument("--peer-options", help="of run_llamacpp.py, as tune_llamacpp.py finds them")
     parser.add_argument("--reload", action="store_true")
     return parser.parse_args()
 
@@ -115,12 +117,12 @@ class Files:
         if config["max_position_embeddings"] < room(options):
             name += "-long"
             config["max_position_embeddings"] = LONG
-        self._config, self.config = config, options.folder / f"{name}.json"
+        self.shape, self.config = config, options.folder / f"{name}.json"
         self.store = options.folder / f"{name}{'' if options.codec == 'nf4' else f'-{options.codec}'}-store"
 
     def make(self, *, has_peers: bool) -> None:
         self._options.folder.mkdir(parents=True, exist_ok=True)
-        self.config.write_text(json.dumps(self._config, indent=1))
+        self.config.write_text(json.dumps(self.shape, indent=1))
         make("synthesize.py", self.config, self.store, "--codec", self._options.codec)
         if has_peers:
             make("peers/make_random_gguf.py", self.config, self.gguf)
@@ -128,8 +130,14 @@ class Files:
             make("peers/make_random_checkpoint.py", self.config, self.checkpoint)
 
     def token_bytes(self, peers: list[str]) -> dict[str, dict[str, float]]:
-        of_peer = token_bytes.of_gguf(self.gguf, self._config) if peers else {}
+        of_peer = token_bytes.of_gguf(self.gguf, self.shape) if peers else {}
         return {OURS: token_bytes.of_store(self.store)} | dict.fromkeys(peers, of_peer)
+
+
+def best_settings(config: dict[str, Any]) -> str:
+    """Of llama.cpp on a CPU, see docs/benchmarks.md: its flash attention pays where several heads share their keys."""
+    is_shared = config["num_key_value_heads"] < config["num_attention_heads"] or bool(config.get("kv_lora_rank"))
+    return f"--flash-attention {'on' if is_shared else 'off'} --huge-pages"
 
 
 def engine_commands(options: argparse.Namespace, files: Files, pythons: dict[str, str]) -> dict[str, list[str]]:
