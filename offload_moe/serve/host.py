@@ -200,7 +200,7 @@ class Host:
         return max(1, min(60, int(max(ages, default=1))))
 
     def unload_when_idle(self) -> None:
-        """Free the model of a server that nobody uses."""
+        """Free the model where no request uses it."""
         if self.num_users or not self._own:
             return
         if self._loaded is not None:
