@@ -100,8 +100,8 @@ class Caches:
 
     def attend(self) -> None:
         x, out = torch.ones(HIDDEN), torch.empty(HIDDEN)
-        for parts in self.parts:
-            self._kernel.step(x, *self._rotary, *parts, self._length, out)
+        for keys, values in self.parts:
+            self._kernel.step(x, *self._rotary, [(keys, values, self._length)], out)
         assert out.isfinite().all()
 
 
