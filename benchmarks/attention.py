@@ -17,10 +17,9 @@ import time
 from typing import Any
 
 import torch
-from harness import finish, spread
+from harness import finish, runnable_sets, spread
 from torch import Tensor
 
-from offload_moe.errors import ConfigError
 from offload_moe.native import kernels
 from offload_moe.quant import get_codec
 from offload_moe.quant.layout import weight_shape
@@ -64,18 +63,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--megabytes", type=int, default=256, help="at least so much memory of caches")
     parser.add_argument("--unpinned", action="store_true", help="on a machine that is busy with other work")
     return parser.parse_args()
-
-
-def runnable_sets(names: list[str]) -> list[str]:
-    found = []
-    for name in names:
-        try:
-            kernels.select_instruction_set(name)
-        except ConfigError:
-            continue
-        found.append(name)
-    kernels.select_instruction_set(None)
-    return found
 
 
 class Caches:

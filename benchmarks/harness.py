@@ -68,6 +68,22 @@ def bind_to_cores(num_cores: int) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num_cores])
 
 
+def runnable_sets(names: list[str]) -> list[str]:
+    """Those of the kernel sets that this machine runs."""
+    from offload_moe.errors import ConfigError
+    from offload_moe.native import kernels
+
+    found = []
+    for name in names:
+        try:
+            kernels.select_instruction_set(name)
+        except ConfigError:
+            continue
+        found.append(name)
+    kernels.select_instruction_set(None)
+    return found
+
+
 def io_bytes() -> dict[str, int]:
     """What this process has read from disk and written to it so far."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())

@@ -22,10 +22,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import finish, spread
+from harness import finish, runnable_sets, spread
 from torch import Tensor
 
-from offload_moe.errors import ConfigError
 from offload_moe.memory.arena import Arena
 from offload_moe.native import kernels
 from offload_moe.quant import get_codec
@@ -77,18 +76,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--unpinned", action="store_true", help="on a machine that is busy with other work")
     parser.add_argument("--peers", action="store_true", help="bitsandbytes' CPU gemv_4bit too (slow)")
     return parser.parse_args()
-
-
-def runnable_sets(names: list[str]) -> list[str]:
-    found = []
-    for name in names:
-        try:
-            kernels.select_instruction_set(name)
-        except ConfigError:
-            continue
-        found.append(name)
-    kernels.select_instruction_set(None)
-    return found
 
 
 class Weights:

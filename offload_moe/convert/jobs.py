@@ -12,11 +12,11 @@ from torch import Tensor
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.linears import projection_linears
 from offload_moe.errors import CheckpointError
-from offload_moe.native.kernels import fast_encoding
+from offload_moe.native.kernels import fast_encoding, panel_order
 from offload_moe.quant import Codec, ExpertShape, Matrix
 from offload_moe.quant.blockwise import BlockwiseCodec
 from offload_moe.quant.pieces import encode_pieces
-from offload_moe.store.order import Order, order_of_codec, panel_order, reorder
+from offload_moe.store.order import Order, order_of_codec, reorder
 from offload_moe.store.plan import Blob, PlannedFile, plan_files, record_blob
 from offload_moe.store.writer import Payload
 

@@ -45,8 +45,7 @@ class QuantLinear(nn.Module):
         self._kernel: kernels.LinearKernel | None = None
         if kernels.unsupported_reason(codec.name, shape) is None:
             layout = codec.layout(shape)
-            if not is_exact and kernels.not_in_panels_reason(codec.name) is None:
-                self._order = kernels.PanelOrder(codec.name, shape, layout)
+            self._order = None if is_exact else kernels.panel_order(codec.name, shape)
             num_parts = int(self._order is not None)
             self._kernel = kernels.LinearKernel(codec.name, [shape], [layout], num_parts=num_parts)
         if self._order is not None and record.is_cpu and not is_repacked:

@@ -49,18 +49,16 @@ class NativeArithmetic:
         is_exact: bool = False,
     ) -> None:
         self.pair_scale = pair_scale
-        layout = codec.layout(shape)
-        in_panels = not is_exact and kernels.not_in_panels_reason(codec.name) is None
-        self.order = kernels.PanelOrder(codec.name, shape, layout, has_gate=has_gate) if in_panels else None
+        self.order = None if is_exact else kernels.panel_order(codec.name, shape)
         self.kernel = kernels.ExpertKernel(
             codec.name,
             shape,
-            layout,
+            codec.layout(shape),
             activation=activation.name,
             has_gate=has_gate,
             alpha=activation.alpha,
             limit=activation.limit,
-            in_panels=in_panels,
+            in_panels=self.order is not None,
         )
 
     def forward(

@@ -32,7 +32,7 @@ from offload_moe.native.latent import LatentKernel
 from offload_moe.native.layer import LayerKernel
 from offload_moe.native.linear import LinearKernel
 from offload_moe.native.mlp import MlpKernel
-from offload_moe.native.panels import PanelOrder, Repacking
+from offload_moe.native.panels import PanelOrder, Repacking, panel_order
 from offload_moe.native.planes import not_in_panels_reason, unsupported_reason
 from offload_moe.native.reads import Completion, Reads, ReadSizes
 from offload_moe.native.rooms import Room
@@ -94,6 +94,7 @@ __all__ = [
     "instruction_set",
     "not_in_panels_reason",
     "num_threads",
+    "panel_order",
     "select_instruction_set",
     "set_threads",
     "unsupported_reason",

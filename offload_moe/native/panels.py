@@ -1,6 +1,7 @@
 """Records whose rows are kept in panels of 16, and back: docs/decisions/064-one-arithmetic.md."""
 
 import ctypes
+from functools import cache
 from typing import NamedTuple, Self
 
 import torch
@@ -10,6 +11,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.native.bindings import library
 from offload_moe.native.planes import address_of, matrix_struct, not_in_panels_reason, unsupported_reason
 from offload_moe.native.structs import MatrixStruct
+from offload_moe.quant import get_codec
 from offload_moe.quant.layout import ExpertShape, RecordLayout, round_up
 from offload_moe.quant.panels import PANEL_ROWS
 
@@ -48,6 +50,17 @@ class PanelOrder:
     def _repack(self, record: Tensor | int, to_panels: bool) -> None:
         scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8)
         library().om_repack(self.address, self.num_matrices, address_of(record), to_panels, scratch.data_ptr())
+
+
+@cache
+def panel_order(codec: str, shape: ExpertShape) -> PanelOrder | None:
+    """What changes the order of such records; None where their rows are always one after another.
+
+    Raises: ConfigError for records that no kernel reads.
+    """
+    if not_in_panels_reason(codec):
+        return None
+    return PanelOrder(codec, shape, get_codec(codec).layout(shape), has_gate=shape.has_gate)
 
 
 class Repacking(NamedTuple):

@@ -9,11 +9,11 @@ from pathlib import Path
 from torch import Tensor
 
 from offload_moe.errors import ConfigError, StoreCorrupt, StoreError
-from offload_moe.native.kernels import PanelOrder
+from offload_moe.native.kernels import PanelOrder, panel_order
 from offload_moe.quant import ExpertShape, get_codec
 from offload_moe.store.manifest import DataFile, DenseEntry, Layer, Manifest, Place
 from offload_moe.store.manifest_json import read_manifest
-from offload_moe.store.order import Order, panel_order, reorder
+from offload_moe.store.order import Order, reorder
 from offload_moe.store.reading import check, read_checked, touch
 from offload_moe.system.paths import MANIFEST_NAME, file_advice
 

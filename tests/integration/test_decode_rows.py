@@ -43,18 +43,24 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+def rows_of_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[int]:
+    """Grows by the number of rows of each call of this method."""
+    calls: list[int] = []
+    call = getattr(owner, name)
+
+    def counted(self: object, x: Tensor, *args: Any) -> Tensor:
+        calls.append(x.shape[1])
+        result: Tensor = call(self, x, *args)
+        return result
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of rows of each native pass of a span."""
-    calls: list[int] = []
-    call = LayerSpan.pass_natively
-
-    def counted(self: LayerSpan, x: Tensor, *args: Any) -> Tensor:
-        calls.append(x.shape[1])
-        return call(self, x, *args)
-
-    monkeypatch.setattr(LayerSpan, "pass_natively", counted)
-    return calls
+    return rows_of_calls(monkeypatch, LayerSpan, "pass_natively")
 
 
 @pytest.fixture(params=[1, 2])
@@ -158,14 +164,7 @@ def test_experts_come_while_rows_are_computed(
 
 def test_layers_outside_of_spans_take_rows(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Layer by layer, and as a module."""
-    calls: list[int] = []
-    call = NativeLayer.__call__
-
-    def counted(self: NativeLayer, x: Tensor, *args: Any) -> Tensor:
-        calls.append(x.shape[1])
-        return call(self, x, *args)
-
-    monkeypatch.setattr(NativeLayer, "__call__", counted)
+    calls = rows_of_calls(monkeypatch, NativeLayer, "__call__")
     with open_model(stores["deepseek_v3, nf4"]) as model, model.trace():
         caches = [after_prompt(model) for _ in range(2)]
         expected = one_by_one(model, NEXT[:3], caches[1])
