@@ -103,4 +103,5 @@ def test_layers_with_heads_of_their_own() -> None:
 def test_an_indexer_keeps_keys_beside_the_cache() -> None:
     *linear, full = describe_model(tiny_config("qwen4_exp_text"), is_fast_path=True).attention.cache_layers
     keys_and_values, indexer = 2 * 2 * 8, 8
-    assert [layer.per_token for layer in linear] == [0, 0, 0] and full.per_token == keys_and_values + indexer
+    assert [layer.per_token for layer in linear] == [0, 0, 0]
+    assert full.per_token == keys_and_values + indexer
