@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from offload_moe.decode.cache import ROOMY, RoomySlidingLayer, give_room, kept_dtype
+from offload_moe.decode.cache import ROOMY, RoomySlidingLayer, give_room
 from offload_moe.decode.dense import QuantLinear
 from offload_moe.decode.hooks import are_watched, hooks_of
 from offload_moe.decode.norm import FusedRMSNorm
@@ -93,11 +93,14 @@ class AttentionStep(CachedStep):
 def attention_step(
     attention: Any,
     rotated_dims: int,
+    cache_dtype: torch.dtype,
     *,
     norms: tuple[str, str] = ("q_norm", "k_norm"),
     rotation: str = "halves",
 ) -> AttentionStep:
-    """The step of this module. norms: names of its children that norm queries and keys, if it has them.
+    """The step of this module. cache_dtype: of keys and values.
+
+    norms: names of its children that norm queries and keys, if it has them.
 
     Raises: Uncovered where a part is not one that the kernel takes.
     """
@@ -116,7 +119,7 @@ def attention_step(
             norms=head_norms,
             sinks=sinks,
             rotation=rotation,
-            cache_dtype=kept_dtype(is_exact=not linears[0].in_panels),
+            cache_dtype=cache_dtype,
         )
     except ConfigError as error:  # such as heads that are no multiple of a vector
         raise Uncovered(f"attention of sizes without a kernel ({str(error).rstrip(chr(46))})") from error

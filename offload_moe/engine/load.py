@@ -34,6 +34,7 @@ from offload_moe.plan.placement import Placement
 from offload_moe.plan.room import ContextRoom, may_borrow
 from offload_moe.residency.popularity import warm_start
 from offload_moe.store import Store
+from offload_moe.system.lifecycle import has_loaded
 from offload_moe.system.names import DEMO
 from offload_moe.system.progress import Progress, silent
 
@@ -88,7 +89,8 @@ def _options(options: LoadOptions | None, keywords: LoadKeywords) -> LoadOptions
 
 def _open_store(source: str | Path, options: LoadOptions, progress: Progress) -> tuple[Store, list[str]]:
     """The store of a source, converted where necessary, and messages about the conversion for the user."""
-    gc.collect()  # frees a model that was dropped
+    if has_loaded():
+        gc.collect()  # frees a model that was dropped
     give_back_freed_memory()  # left by a conversion in this process
     notices: list[str] = []
     path = ensure_store(

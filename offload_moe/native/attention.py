@@ -59,6 +59,12 @@ class NormKernel:
         self.weight_address = weight.data_ptr()
         self._native = library().om_rms_norm
 
+    def of_row(self, x: Tensor) -> Tensor:
+        """As `step`."""
+        out = torch.empty_like(x)
+        self.step(x, out)
+        return out
+
     def step(self, x: Tensor, out: Tensor) -> None:
         """Set `out` to the norm of `x`: fp32 ``[..., H]`` of one row, contiguous; not checked, this is the hot path."""
         self._native(x.data_ptr(), self.weight_address, self.length, self.epsilon, out.data_ptr())

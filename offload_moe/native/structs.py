@@ -112,9 +112,7 @@ class SpanLayerStruct(ctypes.Structure):
     """`om_span_layer`."""
 
     _fields_ = (
-        ("layer", ctypes.c_void_p),
-        ("experts", ctypes.c_void_p),
-        ("shared", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("layer", "experts", "dense", "shared")),
         ("first_key", ctypes.c_int64),
         ("weight_scale", ctypes.c_float),
     )
@@ -125,7 +123,9 @@ class SpanStruct(ctypes.Structure):
 
     _fields_ = (
         ("layers", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("num_layers", "hidden", "num_experts", "top_k")),
+        *((name, ctypes.c_int64) for name in ("num_layers", "hidden")),
+        ("with_experts", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_with_experts", "num_experts", "top_k")),
     )
 
 

@@ -305,10 +305,10 @@ def test_layers_that_are_not_native_are_called_as_modules(store: Path, passes: l
 
     init = plan.NativeLayer.__init__
 
-    def refuse_the_second(self: Any, layer: Any, *args: Any) -> None:
+    def refuse_the_second(self: Any, layer: Any, *args: Any, **kwargs: Any) -> None:
         if layer.self_attn.layer_idx == 1:
             raise Uncovered("what a test says")
-        init(self, layer, *args)
+        init(self, layer, *args, **kwargs)
 
     monkeypatch.setattr(plan.NativeLayer, "__init__", refuse_the_second)
     with open_model(store) as model:

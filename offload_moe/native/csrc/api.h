@@ -90,8 +90,9 @@
     FIELD(T, int64_t, hidden, )
 
 #define OM_SPAN_LAYER_FIELDS(FIELD, T) \
-    FIELD(T, const om_layer *, layer, ) /* with a router */ \
-    FIELD(T, const om_moe_layer *, experts, ) \
+    FIELD(T, const om_layer *, layer, ) /* with a router if it has experts */ \
+    FIELD(T, const om_moe_layer *, experts, ) /* NULL: the layer is dense */ \
+    FIELD(T, const om_mlp *, dense, ) /* of a dense layer */ \
     FIELD(T, const om_shared *, shared, ) /* NULL if the layer has none */ \
     FIELD(T, int64_t, first_key, ) /* the key of the layer's first expert */ \
     FIELD(T, float, weight_scale, )
@@ -99,23 +100,25 @@
 #define OM_SPAN_FIELDS(FIELD, T) \
     FIELD(T, const om_span_layer *, layers, ) \
     FIELD(T, int64_t, num_layers, ) FIELD(T, int64_t, hidden, ) \
+    FIELD(T, const int64_t *, with_experts, ) /* the layers that have experts, ascending; elsewhere they are counted by themselves */ \
+    FIELD(T, int64_t, num_with_experts, ) \
     FIELD(T, int64_t, num_experts, ) FIELD(T, int64_t, top_k, )
 
-/* N rows: tokens of one sequence, one after the other, or of several. */
+/* N rows: tokens of one sequence, one after the other, or of several. L layers have experts. */
 #define OM_SPAN_ROWS_FIELDS(FIELD, T) \
     FIELD(T, int64_t, num_rows, ) /* 1 to OM_MAX_ROWS */ \
     FIELD(T, const float *, cos, ) FIELD(T, const float *, signed_sin, ) /* [N, rotated_dims] */ \
-    FIELD(T, const om_room *, rooms, ) /* [layers, N] */ \
+    FIELD(T, const om_room *, rooms, ) /* [layers, N]: of the dense ones, too */ \
     FIELD(T, float *, x, ) FIELD(T, float *, residual, ) FIELD(T, float *, normed, ) /* [N, H] */ \
-    FIELD(T, float *, logits, ) FIELD(T, float *, weights, ) /* [layers, N, E], [layers, N, K] */ \
-    FIELD(T, int64_t *, ids, ) /* [layers, N, K] */ \
-    FIELD(T, double *, times, ) /* [layers, 2]: seconds since the start when the experts of a layer began and ended */ \
-    FIELD(T, double *, stalls, ) /* [layers]: seconds that a layer waited for experts */ \
+    FIELD(T, float *, logits, ) FIELD(T, float *, weights, ) /* [L, N, E], [L, N, K] */ \
+    FIELD(T, int64_t *, ids, ) /* [L, N, K] */ \
+    FIELD(T, double *, times, ) /* [L, 2]: seconds since the start when the experts of a layer began and ended */ \
+    FIELD(T, double *, stalls, ) /* [L]: seconds that a layer waited for experts */ \
     FIELD(T, float *, pairs, ) /* [N, K, H] */ \
-    FIELD(T, int64_t, num_ahead, ) /* following layers whose routers are evaluated ahead, on the last row */ \
+    FIELD(T, int64_t, num_ahead, ) /* following layers with experts whose routers are evaluated ahead, on the last row */ \
     FIELD(T, const int64_t *, ranks, ) /* [num_ahead]: how many of the likeliest guesses are fetched */ \
-    FIELD(T, int64_t *, guesses, ) /* [layers, num_ahead, K]: ids that these routers choose */ \
-    FIELD(T, uint8_t *, found, ) FIELD(T, uint8_t *, guesses_found, ) /* [layers, N, K], [layers, num_ahead, K]: OM_HIT ... */ \
+    FIELD(T, int64_t *, guesses, ) /* [L, num_ahead, K]: ids that these routers choose */ \
+    FIELD(T, uint8_t *, found, ) FIELD(T, uint8_t *, guesses_found, ) /* [L, N, K], [L, num_ahead, K]: OM_HIT ... */ \
     FIELD(T, float *, guess_space, ) /* [H + E + K] */
 
 #define OM_FILE_FIELDS(FIELD, T) \

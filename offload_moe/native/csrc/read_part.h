@@ -13,4 +13,7 @@ typedef struct {
 /* Read `num_bytes` bytes from `start` of a record on; the result is in the other fields. read_at: NULL for the system's. */
 void om_read_part(const om_file *file, const om_place *place, uint8_t *record, om_read_at *read_at, om_part *part);
 
+/* Whether all pages of the range are in the page cache. */
+int om_is_cached(const om_file *file, int64_t offset, int64_t num_bytes);
+
 #endif

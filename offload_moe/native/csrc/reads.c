@@ -14,6 +14,7 @@
 #include <string.h>
 
 #define MAX_SPARES 128
+#define MOST_HELPED (1 << 20) /* bytes: others arrive meanwhile */
 
 struct om_reads {
     om_slot_table *slot_table;
@@ -232,6 +233,20 @@ static void read_next(om_reads *reads, om_fetch *fetch, uint8_t *scratch) {
     if (fetch->num_running > 0) return;
     if (!fetch->is_queued) finish(reads, fetch, &place, scratch);
     else if (fetch->is_wrong && fetch->is_prefetch) drop(reads, fetch);
+}
+
+int om_reads_help(om_reads *reads) {
+    om_fetch *fetch = reads->demands.first;
+    const om_place *place = fetch == NULL ? NULL : &reads->options.places[fetch->key];
+    if (reads->is_closed || reads->read_at != NULL || place == NULL || place->num_bytes > MOST_HELPED) return 0;
+    uint8_t *scratch = malloc((size_t)reads->options.scratch_bytes + 1);
+    const int is_quick = scratch != NULL && om_is_cached(reads->files + place->file, place->offset, place->num_bytes);
+    reads->num_threads++; /* `om_reads_close` waits for this one, too */
+    if (is_quick) read_next(reads, fetch, scratch);
+    reads->num_threads--;
+    pthread_cond_signal(&reads->ended);
+    free(scratch);
+    return is_quick;
 }
 
 static void *read_all(void *argument) {
