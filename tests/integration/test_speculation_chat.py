@@ -24,7 +24,7 @@ SCHEMA = {
 }
 FIELDS: dict[str, dict[str, Any]] = {
     "greedy": {},
-    "sampled": {"temperature": 0.5, "seed": 5},
+    "sampled": {"temperature": 0.5, "seed": 5, "logit_bias": {"97": 6}},
     "stop": {"stop": ["a", "e"]},
     "penalties": {"frequency_penalty": 0.02, "presence_penalty": 0.1, "logit_bias": {"97": 2}},
     "log probabilities": {"logprobs": True, "top_logprobs": 3},
