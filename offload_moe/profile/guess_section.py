@@ -17,6 +17,7 @@ def guess_section(report: ProfileReport) -> Section | None:
     table = Table(
         title="Guesses by the length of the text that stood before",
         columns=["tokens alike", "passes", *(f"right {at}" for at in range(1, 1 + len(_first(guesses.kinds))))],
+        is_open=True,  # nothing is drawn of it
         rows=[[f"{kind.least} or more", f"{kind.num_passes:,}", *map(percent, kind.right)] for kind in guesses.kinds],
     )
     return Section(key="guesses", title="Guessed tokens", lines=lines, tables=[table] if guesses.kinds else [])

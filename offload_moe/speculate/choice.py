@@ -9,6 +9,6 @@ CHOICES: tuple[Choice, ...] = get_args(Choice)
 
 
 def check_choice(name: str) -> Choice:
-    """Raises: ConfigError for another name."""
+    """The name, if it is a choice. Raises: ConfigError for another."""
     choice("way to guess tokens", name, CHOICES)
     return name  # type: ignore[return-value]
