@@ -158,10 +158,10 @@ def _make_model(store: Store, options: LoadOptions, planned: Planned, engine: En
         watch_overflow(hf)
     watch_ids(hf)
     recompute_of(hf)
-    set_speculation(hf, Speculation(hf, options.speculate, hierarchy.counters))
     tokenizer, room = load_tokenizer(store.path), _make_room(planned, engine)
     model = Model(store, engine, tokenizer, placement, room, summary(planned.shape, placement))
     model.fast_path = report
+    set_speculation(hf, Speculation(hf, options.speculate, hierarchy.counters))  # once all hooks of ours are set
     return model
 
 

@@ -1,13 +1,13 @@
 """How one model's tokens are guessed: the choice, and what its conversations share."""
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from offload_moe.decode import why_no_rows
+from offload_moe.decode.hooks import hooks_of
 from offload_moe.errors import ConfigError
 from offload_moe.residency.counters import Counters
 from offload_moe.speculate.choice import Choice
@@ -16,9 +16,12 @@ from offload_moe.speculate.guess import Source
 from offload_moe.speculate.ngram import NgramSource
 from offload_moe.speculate.speculator import Speculator
 
+_ATTRIBUTE = "_offload_moe_speculation"  # of a model
+
 
 class Speculation:
-    """Of one model. counters: its running totals.
+    """Of one model. counters: its running totals. While a hook is set on the model itself, its decoder or its head, it
+    sees a token at a time.
 
     why_off: why no tokens are guessed whatever is chosen; empty where they are.
     """
@@ -28,6 +31,8 @@ class Speculation:
         self.why_off = why_no_rows(hf)
         self.is_paused = False
         self._costs = PassCosts()
+        head = hf.get_output_embeddings()
+        self._new_hooks = _NewHooks([hf, hf.get_decoder(), *([head] if isinstance(head, nn.Module) else [])])
         self._counters = Counters() if counters is None else counters
         self._sources: dict[Choice, Callable[[], Source]] = {"auto": NgramSource, "ngram": NgramSource}
 
@@ -41,7 +46,7 @@ class Speculation:
             return None
         if chosen not in self._sources:
             raise ConfigError(f"The model was loaded without {chosen} guesses. Load it with speculate={chosen!r}.")
-        return Speculator(self._sources[chosen](), self._costs, self._counters)
+        return Speculator(self._sources[chosen](), self._costs, self._counters, may_guess=lambda: not self._new_hooks)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -53,17 +58,24 @@ class Speculation:
             self.is_paused = False
 
 
-_SPECULATIONS: WeakKeyDictionary[PreTrainedModel, Speculation] = WeakKeyDictionary()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_SPECULATIONS.clear)  # computing threads exist only in the parent
-
-
 def speculation_of(hf: PreTrainedModel) -> Speculation:
     """What `set_speculation` gave a model, or the default."""
-    found = _SPECULATIONS.get(hf)
-    return _SPECULATIONS.setdefault(hf, Speculation(hf)) if found is None else found
+    if _ATTRIBUTE not in vars(hf):
+        set_speculation(hf, Speculation(hf))
+    found: Speculation = vars(hf)[_ATTRIBUTE]
+    return found
 
 
 def set_speculation(hf: PreTrainedModel, speculation: Speculation) -> None:
     """How the tokens of a model are guessed from now on."""
-    _SPECULATIONS[hf] = speculation
+    setattr(hf, _ATTRIBUTE, speculation)
+
+
+class _NewHooks:
+    """Hooks of some modules that were not there at first."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._registries = [(hooks, set(hooks)) for hooks in hooks_of(modules)]
+
+    def __bool__(self) -> bool:
+        return any(hooks.keys() - known for hooks, known in self._registries)

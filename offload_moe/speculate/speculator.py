@@ -1,7 +1,7 @@
 """The guesses of one conversation: its source, the governor, and what came of them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from offload_moe.residency.counters import Counters
@@ -31,9 +31,18 @@ class _Compared:
 class Speculator:
     """Used by one step loop at a time. `tally` counts from the last `begin` on."""
 
-    def __init__(self, source: Source, costs: PassCosts, counters: Counters, governor: Governor | None = None) -> None:
-        """costs, counters: of the model. governor: None makes one."""
+    def __init__(
+        self,
+        source: Source,
+        costs: PassCosts,
+        counters: Counters,
+        governor: Governor | None = None,
+        *,
+        may_guess: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """costs, counters: of the model. governor: None makes one. may_guess: whether a pass may have guesses now."""
         self.tally = Tally()
+        self._may_guess = may_guess
         self._source, self._costs, self._counters = source, costs, counters
         self._governor = governor or Governor(costs, source.certainties, is_free=source.is_free)
         self._free_guess = NO_GUESS
@@ -57,6 +66,8 @@ class Speculator:
     def guess(self, most: int) -> Sequence[int]:
         """The tokens to compute beside the next one, `most` or fewer."""
         self._making_s = 0.0
+        if not self._may_guess():
+            return ()
         if self._source.is_free:
             guess = self._free_guess
             return guess.tokens[: self._governor.choose(guess.kind, min(most, len(guess.tokens)))]

@@ -19,7 +19,7 @@ from offload_moe.convert.quantize import quantize
 from offload_moe.engine.model import Model
 from offload_moe.residency.counters import Counters
 from offload_moe.speculate.costs import PassCosts
-from offload_moe.speculate.governor import EveryGuess
+from offload_moe.speculate.governor import EveryGuess, Governor
 from offload_moe.speculate.guess import MOST_GUESSES, Guess
 from offload_moe.speculate.speculation import speculation_of
 from offload_moe.speculate.speculator import Speculator
@@ -293,3 +293,18 @@ def test_recording_pauses_guesses(model: Model) -> None:
         assert speculation_of(model.hf).conversation() is None
     assert speculation_of(model.hf).conversation("ngram") is not None
     assert speculation_of(model.hf).conversation("off") is None
+
+
+def test_a_hook_of_the_users_sees_a_token_at_a_time(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Governor, "choose", lambda self, kind, most: most)
+    speculator = speculation_of(model.hf).conversation("ngram")
+    assert speculator is not None
+    speculator.begin([5, 6, 7] * 3)
+    speculator.take(5)
+    assert list(speculator.guess(3)) == [6, 7, 5]
+    for module in (model.hf, model.hf.get_decoder(), model.hf.get_output_embeddings()):
+        for add in (module.register_forward_hook, module.register_forward_pre_hook):
+            handle = add(lambda *_: None)
+            assert not speculator.guess(3)
+            handle.remove()
+    assert speculator.guess(3)
