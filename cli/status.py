@@ -8,6 +8,7 @@ from offload_moe.system.sizes import format_size
 if TYPE_CHECKING:
     from offload_moe.chat import TurnStats
     from offload_moe.residency.counters import Counters
+    from offload_moe.speculate.tally import Tally
 
 ENDINGS = {
     "length": "stopped at {tokens:,} tokens, see /set max_new_tokens",
@@ -37,6 +38,10 @@ def status_line(stats: "TurnStats", width: int) -> str:
         parts.append(f"first token {stats.time_to_first_token_s:.1f} s")
     answer = f"answer {stats.num_decode_tokens:,} tok"
     parts.append(f"{answer} {stats.decode_tokens_per_s:.1f}/s" if stats.decode_s else answer)
+    if stats.guesses is not None and stats.guesses.num_passes:
+        guesses = stats.guesses
+        right = f"{guesses.num_right:,} of {guesses.num_guessed:,} guesses right"
+        parts.append(f"{right}, {guesses.gain(stats.decode_s):.2f} times as fast")
     if stats.hit_rate is not None:
         parts += [f"hits {stats.hit_rate:.1%}", f"stall {stats.stall_s:.1f} s"]
     if stats.memory_bytes:
@@ -65,6 +70,8 @@ def full_statistics(stats: "TurnStats | None", memory_bytes: Mapping[str, int]) 
             ("answer", f"{stats.num_decode_tokens:,} tokens ({stats.finish})"),
             ("answer time", f"{stats.decode_s:.2f} s, {stats.decode_tokens_per_s:.1f} tokens/s"),
         ]
+    if stats is not None and stats.guesses is not None:
+        rows += _guess_rows(stats.guesses, stats.decode_s)
     if stats is not None and stats.counters is not None:
         counters = stats.counters
         rows += [
@@ -84,6 +91,17 @@ def peak_rows(peaks: Mapping[str, tuple[int, int]]) -> list[tuple[str, str]]:
     return [
         (f"{memory} at its peak", f"{format_size(peak)}, planned {format_size(planned)} with the context full")
         for memory, (planned, peak) in peaks.items()
+    ]
+
+
+def _guess_rows(guesses: "Tally", decode_s: float) -> list[tuple[str, str]]:
+    """Guessed tokens that were computed, and what that gave."""
+    if not guesses.num_passes:
+        return [("guessed tokens", "none")]
+    shares = " ".join(f"{share:.0%}" for share in guesses.acceptance)
+    return [
+        ("guessed tokens", f"{guesses.num_right:,} of {guesses.num_guessed:,} right; first to last of a pass {shares}"),
+        ("with guesses", f"{guesses.gain(decode_s):.2f} times as fast, {guesses.num_misses:+,.0f} misses"),
     ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from offload_moe.errors import ConfigError
 
-from ..options import SAMPLING
+from ..options import SETTINGS
 from ..status import full_statistics, peak_rows
 from .talk import Talk
 
@@ -92,12 +92,12 @@ def _set(talk: Talk, text: str) -> None:
 
     name, _, value = text.partition(" ")
     if not name:
-        for setting in SAMPLING:
+        for setting in SETTINGS:
             talk.say(f"{setting:<16} {talk.sampling.get(setting, DEFAULT)!s:<10} {RANGES[setting]}")
         return
-    if name not in SAMPLING:
+    if name not in SETTINGS:
         raise ConfigError(
-            f"There is no setting {name}.{_did_you_mean(name, SAMPLING)} The settings are {', '.join(SAMPLING)}."
+            f"There is no setting {name}.{_did_you_mean(name, SETTINGS)} The settings are {', '.join(SETTINGS)}."
         )
     value = value.strip()
     if not value:
@@ -106,7 +106,7 @@ def _set(talk: Talk, text: str) -> None:
     changed = {key: old for key, old in talk.sampling.items() if key != name}
     if value != DEFAULT:
         try:
-            changed[name] = SAMPLING[name](value)
+            changed[name] = SETTINGS[name](value)
         except ValueError:
             raise ConfigError(f"{name} cannot be {value!r}. It must be {RANGES[name]}, or {DEFAULT}.") from None
     Sampling.of(changed)
@@ -166,7 +166,7 @@ COMMANDS = {
     "/help": Command("", "this list", _help),
     "/reset": Command("", "delete the conversation", _reset),
     "/system": Command("[TEXT]", "show or set the system prompt, - removes it", _system, takes_lines=True),
-    "/set": Command("[NAME [VALUE]]", "show or change the sampling", _set, choices=tuple(SAMPLING)),
+    "/set": Command("[NAME [VALUE]]", "show or change the sampling", _set, choices=tuple(SETTINGS)),
     "/retry": Command("", "answer the last message again", _retry),
     "/stats": Command("", "time and tokens of the last answer, and the memory in use", _stats),
     "/save": Command(FILE, "write the conversation to a file", _save),

@@ -17,6 +17,7 @@ from offload_moe.chat.template import PromptFormat
 from offload_moe.chat.text import IncrementalText
 from offload_moe.plan.room import ContextRoom
 from offload_moe.residency.counters import Counters
+from offload_moe.speculate.speculator import Speculator
 
 CONTEXT_TOKENS = 8  # of the prompt, which the text of the first token depends on
 
@@ -38,6 +39,7 @@ class Answer:
         sampling: Sampling,
         stop_event: threading.Event | None = None,
         room: ContextRoom | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         self.text = ""
         self.reasoning = ""
@@ -54,6 +56,7 @@ class Answer:
             tokenizer=prompt_format.tokenizer,
             max_new_tokens=sampling.max_new_tokens,
             seed=sampling.seed,
+            speculator=speculator,
         )
         self._generation = Generation(hf, prefix, request, stop_event=stop_event, room=room)
 
@@ -99,6 +102,7 @@ class Answer:
             memory_bytes=dict(memory_bytes),
             num_slots_given_up=num_slots_given_up,
             crossed_window=generation.crossed_window,
+            guesses=generation.guesses,
         )
 
     def _split(self, tokens: Iterable[int]) -> Iterator[Piece]:

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +16,8 @@ from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.chat.stream import TokenStream
 from offload_moe.errors import BudgetError, ConfigError
 from offload_moe.plan.room import ContextRoom
+from offload_moe.speculate.speculator import Speculator
+from offload_moe.speculate.tally import Tally
 
 # The limit where settings, checkpoint and context set none: some models never end an answer.
 DEFAULT_MAX_NEW_TOKENS = 4096
@@ -27,7 +29,7 @@ class TokenRequest:
 
     ids: the prompt, ``[T]``. boundary: how many of them are certain to open the next prompt too; called only where a
     layer drops earlier state. make_config: for so many new tokens. max_new_tokens: None takes the model's own limit.
-    seed: None draws from torch's own random numbers.
+    seed: None draws from torch's own random numbers. speculator: guesses of this conversation; None makes none.
     """
 
     ids: Sequence[int]
@@ -38,6 +40,7 @@ class TokenRequest:
     max_new_tokens: int | None = None
     seed: int | None = None
     steering: Steering = field(default=NO_STEERING)
+    speculator: Speculator | None = None
 
 
 class Generation:
@@ -92,6 +95,11 @@ class Generation:
         return self._prefix.crossed_window or (self._stream.crossed_window if self._stream is not None else None)
 
     @property
+    def guesses(self) -> Tally | None:
+        """What came of them; None where none were made."""
+        return self._request.speculator.tally if self._request.speculator is not None else None
+
+    @property
     def is_stopped(self) -> bool:
         return self._stop_event is not None and self._stop_event.is_set()
 
@@ -118,7 +126,7 @@ class Generation:
             return
         request = self._request
         config = request.make_config(self.max_new_tokens)
-        with self._start(self._ids, config, request.seed, request.steering) as self._stream:
+        with self._start(self._ids, config, request) as self._stream:
             self._prompt_stream = self._stream
             try:
                 yield from _steps_of(self._stream)
@@ -150,7 +158,8 @@ class Generation:
             return
         is_whole = False
         config = Sampling(temperature=0).generation_config(self._hf, stop_ids=self._request.stop_ids, max_new_tokens=1)
-        with self._start(self._ids[:boundary], config, None, NO_STEERING) as stream:
+        plain = replace(self._request, seed=None, steering=NO_STEERING, speculator=None)
+        with self._start(self._ids[:boundary], config, plain) as stream:
             self._prompt_stream = stream
             try:
                 for token in _steps_of(stream):
@@ -164,16 +173,17 @@ class Generation:
         if is_whole:
             self._prefix.take_snapshot()
 
-    def _start(self, ids: Sequence[int], config: GenerationConfig, seed: int | None, steering: Steering) -> TokenStream:
+    def _start(self, ids: Sequence[int], config: GenerationConfig, request: TokenRequest) -> TokenStream:
         return TokenStream(
             self._hf,
             torch.tensor([ids], device=self._hf.device),
             config,
             past_key_values=self._cache,
-            tokenizer=self._request.tokenizer,
-            seed=seed,
+            tokenizer=request.tokenizer,
+            seed=request.seed,
             stop_event=self._stop_event,
-            steering=steering,
+            steering=request.steering,
+            speculator=request.speculator,
         )
 
 

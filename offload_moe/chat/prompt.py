@@ -18,6 +18,7 @@ from offload_moe.chat.stream import TokenStream
 from offload_moe.chat.template import PromptFormat, model_stop_ids
 from offload_moe.checkpoint.token_ids import check_ids, num_embeddings
 from offload_moe.errors import ConfigError
+from offload_moe.speculate.speculation import speculation_of
 
 Prompt = str | Sequence[Mapping[str, str]]
 
@@ -97,4 +98,5 @@ def stream_tokens(
         tokenizer=tokenizer,
         seed=settings.seed,
         stop_event=stop_event,
+        speculator=speculation_of(hf).conversation(settings.speculate),
     )

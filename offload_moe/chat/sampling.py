@@ -8,6 +8,7 @@ from typing import Any, Self, TypedDict, TypeGuard
 from transformers import GenerationConfig, PreTrainedModel
 
 from offload_moe.errors import ConfigError
+from offload_moe.speculate.choice import CHOICES, Choice, check_choice
 
 # Logits divided by less overflow.
 LEAST_TEMPERATURE, GREATEST_TEMPERATURE = 1e-6, 100
@@ -20,6 +21,7 @@ RANGES = {
     "top_k": f"a whole number from 0 to {GREATEST_COUNT}",
     "seed": f"a whole number from 0 to {NUM_SEEDS - 1}",
     "max_new_tokens": f"a whole number from 1 to {GREATEST_COUNT}",
+    "speculate": f"one of {', '.join(CHOICES)}",
 }
 MAX_SHOWN_BITS = 256
 
@@ -32,13 +34,15 @@ class SamplingArguments(TypedDict, total=False):
     top_k: int | None
     seed: int | None
     max_new_tokens: int | None
+    speculate: Choice | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """Settings of one answer; None leaves the choice to the model's generation config.
 
-    Temperature 0 is greedy. A top_k of 0 turns that filter off.
+    Temperature 0 is greedy. A top_k of 0 turns that filter off. speculate: which tokens are guessed, which changes the
+    speed and no token; None leaves it to `LoadOptions`.
     """
 
     temperature: float | None = None
@@ -46,6 +50,7 @@ class Sampling:
     top_k: int | None = None
     seed: int | None = None
     max_new_tokens: int | None = None
+    speculate: Choice | None = None
 
     def __post_init__(self) -> None:
         # NaN is in no range.
@@ -53,6 +58,8 @@ class Sampling:
         _check("top_p", self.top_p, _is_number(self.top_p) and 0 < self.top_p <= 1)
         _check("top_k", self.top_k, _is_integer(self.top_k) and 0 <= self.top_k <= GREATEST_COUNT)
         _check("seed", self.seed, _is_integer(self.seed) and 0 <= self.seed < NUM_SEEDS)
+        if self.speculate is not None:
+            check_choice(self.speculate)
         _check(
             "max_new_tokens",
             self.max_new_tokens,

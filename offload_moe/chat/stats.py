@@ -6,6 +6,7 @@ from typing import Literal
 
 from offload_moe.chat.prefix import Reuse
 from offload_moe.residency.counters import Counters
+from offload_moe.speculate.tally import Tally
 
 Finish = Literal["stop", "length", "context", "memory", "interrupted"]
 
@@ -17,7 +18,7 @@ class TurnStats:
     `finish` is why it ended: the model's own stop token, max_new_tokens, the end of the context, no memory for a longer
     one, or the user. `num_slots_given_up`: expert slots that made room for the context, beyond what was planned.
     `crossed_window`: tokens beyond which this model rotates keys by other factors, where the conversation crossed that
-    length in this turn and was computed again.
+    length in this turn and was computed again. `guesses`: what came of guessed tokens; None where none were made.
     """
 
     num_prompt_tokens: int
@@ -31,6 +32,7 @@ class TurnStats:
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
     num_slots_given_up: int = 0
     crossed_window: int | None = None
+    guesses: Tally | None = None
 
     @property
     def num_computed_tokens(self) -> int:

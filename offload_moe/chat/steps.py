@@ -7,9 +7,10 @@ S tokens so far, N new ones, V vocabulary.
 """
 
 import copy
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +26,14 @@ from transformers import (
 )
 from transformers.generation.utils import GenerationMixin
 
+from offload_moe.chat.ahead import Compute, GuessedRows
 from offload_moe.chat.prefix import continues_exactly
 from offload_moe.chat.prompt_chunks import prompt_chunk_tokens
 from offload_moe.chat.recompute import recompute_of
 from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.errors import ConfigError
+from offload_moe.native.kernels import MAX_ROWS
+from offload_moe.speculate.speculator import Speculator
 
 Watched = Callable[[int], AbstractContextManager[None]]  # the context that so many tokens are computed in
 SHORT_INPUTS = {"past_key_values", "position_ids", "attention_mask", "logits_to_keep", "use_cache"}
@@ -46,6 +50,12 @@ class _Request:
     config: GenerationConfig
     inputs: dict[str, Any]  # of the next forward, beside the token ids
 
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still come."""
+        length: int = self.config.max_length
+        return length - self.input_ids.shape[1]
+
 
 def steps(
     hf: PreTrainedModel,
@@ -57,6 +67,7 @@ def steps(
     seed: int | None = None,
     watched: Watched = lambda num_tokens: nullcontext(),
     steering: Steering = NO_STEERING,
+    speculator: Speculator | None = None,
 ) -> Generator[int | None, None, None]:
     """Each `next` computes one step: a part of the prompt (None), or the next token. Call it in inference mode.
 
@@ -64,6 +75,8 @@ def steps(
 
     input_ids: ``[1, S]``, the whole sequence, also where the cache holds its beginning.
     seed: None draws from torch's own random numbers.
+    speculator: guesses tokens, which changes none of them; used where the model's own methods pass a token and its
+    position alone. Once it has ended, the cache holds the sequence without its last token.
 
     Raises: ConfigError when the cache leaves no token to compute, or stop strings come without a tokenizer.
     """
@@ -74,22 +87,32 @@ def steps(
     for logits in _compute_prompt(hf, request, watched):
         if logits is None:
             yield None
-    decode = _decode_short if _is_short(hf, request) else _decode
+    is_short = _is_short(hf, request)
+    compute = _decode_short(hf, request) if is_short else partial(_decode, hf, request, watched)
+    ids = request.input_ids[0].tolist()
+    rows = GuessedRows(hf, request.inputs.get("past_key_values"), ids, speculator if is_short else None, compute)
     takes_runs = bool(request.inputs["use_cache"]) and continues_exactly(hf)
-    while True:
-        assert logits is not None
-        steering.observe(logits)
-        yield _choose(request, logits, random)
-        num_new = 1
-        if _is_over(request):
-            return
-        for token in steering.forced() if takes_runs else ():
-            _append(request, torch.tensor([[token]], device=request.input_ids.device))
+    try:
+        while True:
+            assert logits is not None
+            steering.observe(logits)
+            token = _choose(request, logits, random)
+            rows.follow(token)
             yield token
-            num_new += 1
             if _is_over(request):
                 return
-        logits = decode(hf, request, watched, num_new)
+            forced = steering.forced() if takes_runs else ()
+            if len(forced) >= MAX_ROWS:
+                rows.take_back()  # so many are computed as a prompt is, which rounds otherwise than decode steps
+            for token in forced:
+                _append(request, torch.tensor([[token]], device=request.input_ids.device))
+                rows.follow(token)
+                yield token
+                if _is_over(request):
+                    return
+            logits = rows.next(request.num_left - 1)
+    finally:
+        rows.take_back()
 
 
 def _prepare(
@@ -166,8 +189,9 @@ def _inputs_of_part(hf: Any, request: _Request, begin: int, end: int) -> dict[st
     return prepared
 
 
-def _decode(hf: Any, request: _Request, watched: Watched, num_new: int) -> Tensor:
-    """The logits ``[1, V]`` after the last tokens, by the model's own methods."""
+def _decode(hf: Any, request: _Request, watched: Watched, num_new: int, guesses: Sequence[int]) -> Tensor:
+    """The logits ``[1, V]`` after the last tokens, by the model's own methods, which take no guesses."""
+    assert not guesses
     if num_new > 1:
         request.inputs = hf._update_model_kwargs_for_generation(
             {}, request.inputs, is_encoder_decoder=hf.config.is_encoder_decoder, num_new_tokens=num_new - 1
@@ -186,10 +210,10 @@ def _take(hf: Any, request: _Request, outputs: Any) -> Tensor:
     return _last_logits(request, outputs)
 
 
-def _last_logits(request: _Request, outputs: Any) -> Tensor:
-    """A copy, ``[1, V]``: the logits of a whole prompt may be large."""
+def _last_logits(request: _Request, outputs: Any, num_rows: int = 1) -> Tensor:
+    """A copy, ``[T, V]``: the logits of a whole prompt may be large."""
     logits: Tensor = outputs.logits
-    return logits[:, -1].to(copy=True, dtype=torch.float32, device=request.input_ids.device)
+    return logits[0, -num_rows:].to(copy=True, dtype=torch.float32, device=request.input_ids.device)
 
 
 def _is_short(hf: Any, request: _Request) -> bool:
@@ -208,17 +232,23 @@ def _is_short(hf: Any, request: _Request) -> bool:
     )
 
 
-def _decode_short(hf: Any, request: _Request, watched: Watched, num_new: int) -> Tensor:
-    """The logits of `_decode`, without a call of those methods."""
-    inputs = request.inputs
-    inputs["input_ids"] = request.input_ids[:, -num_new:].contiguous()
-    if inputs.get("position_ids") is not None:
-        last = inputs["position_ids"][..., -1:]
-        inputs["position_ids"] = last if num_new == 1 else last + torch.arange(num_new, device=last.device)
-    outputs = hf(**inputs, return_dict=True)
-    if inputs.get("position_ids") is not None:
-        inputs["position_ids"] = inputs["position_ids"][..., -1:] + 1
-    return _last_logits(request, outputs)
+def _decode_short(hf: Any, request: _Request) -> Compute:
+    """The logits of `_decode`, without a call of those methods, and behind each guess, too."""
+    inputs, offset = dict(request.inputs), None
+    if inputs.get("position_ids") is not None:  # of the first token that is not computed
+        offset = inputs["position_ids"][..., -1:] - request.input_ids.shape[1]
+
+    def compute(num_new: int, guesses: Sequence[int]) -> Tensor:
+        ids = request.input_ids[:, -num_new:]
+        inputs["input_ids"] = torch.cat((ids, ids.new_tensor([guesses])), -1) if guesses else ids.contiguous()
+        if offset is not None:
+            first = request.input_ids.shape[1] - num_new
+            inputs["position_ids"] = offset + torch.arange(first, first + num_new + len(guesses), device=offset.device)
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = 1 + len(guesses)
+        return _last_logits(request, hf(**inputs, return_dict=True), 1 + len(guesses))
+
+    return compute
 
 
 def _choose(request: _Request, logits: Tensor, random: torch.Generator | None) -> int:

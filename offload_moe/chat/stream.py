@@ -16,6 +16,7 @@ from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.chat.steps import steps
 from offload_moe.chat.turns import turns_of
 from offload_moe.experts.observer import HookObserver
+from offload_moe.speculate.speculator import Speculator
 from offload_moe.system.interrupts import HeldInterrupt
 from offload_moe.system.stopping import StoppedInForward, stoppable
 
@@ -42,6 +43,7 @@ class TokenStream(Iterator[int]):
         seed: int | None = None,
         stop_event: threading.Event | None = None,
         steering: Steering = NO_STEERING,
+        speculator: Speculator | None = None,
     ) -> None:
         self.tokens: list[int] = []
         self.interrupted_forward = False
@@ -65,6 +67,7 @@ class TokenStream(Iterator[int]):
             seed=seed,
             watched=self._watched,
             steering=steering,
+            speculator=speculator,
         )
 
     def __next__(self) -> int:

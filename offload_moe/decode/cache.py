@@ -142,6 +142,11 @@ class RoomyLayer(InRoom, DynamicLayer):
         self._put(room, 0, total)
         return [(*room, index) for index in range(length, total)]
 
+    def roll_back(self, num_tokens: int) -> None:
+        """Take back the last tokens that `extend` counted. Unlike `crop` it keeps the room: others come next."""
+        length = self.keys.shape[2] - num_tokens
+        self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens; the room is given back once no more than half of it is used."""
         super().crop(tokens_to_remove)
@@ -221,6 +226,17 @@ class RoomySlidingLayer(InRoom, DynamicSlidingWindowLayer):
         self._put(room, first, end + num_tokens)
         self.cumulative_length += num_tokens
         return rooms
+
+    def roll_back(self, num_tokens: int) -> None:
+        """Take back the last tokens that one `extend` counted: the room still has those that left the window by it."""
+        room = self._room
+        first = None if room is None else _offset(self.keys, room[0])
+        assert room is not None
+        assert first is not None
+        end = first + self.keys.shape[2] - num_tokens
+        self.cumulative_length -= num_tokens
+        first = end - min(self.cumulative_length, self.sliding_window - 1)
+        self.keys, self.values = room[0][:, :, first:end], room[1][:, :, first:end]
 
     def _move_to_new_room(self, length: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         capacity = _in_steps(length + max(STEP, num_tokens))

@@ -78,6 +78,11 @@ class DecoderForward:
         hidden = wiring.finish(plan(x, step))
         return wiring.make_output(hidden, past_key_values)
 
+    def takes(self, cache: Any, num_tokens: int) -> bool:
+        """Whether the next tokens of a sequence go through the plan now, with the bits of each alone."""
+        plan = self.plan
+        return num_tokens <= MAX_ROWS and self._is_usual({}) and plan.fits(cache, num_tokens) and plan.bypass.is_clear
+
     def pass_rows(self, sequences: Sequence[NextTokens]) -> Tensor | None:
         """See `decode.pass_rows`."""
         plan, wiring, counts = self.plan, self.plan.wiring, [len(ids) for ids, _ in sequences]

@@ -33,6 +33,7 @@ from offload_moe.plan.parameters import ModelShape, describe_skeleton
 from offload_moe.plan.placement import Placement
 from offload_moe.plan.room import ContextRoom, may_borrow
 from offload_moe.residency.popularity import warm_start
+from offload_moe.speculate.speculation import Speculation, set_speculation, speculation_of
 from offload_moe.store import Store
 from offload_moe.system.lifecycle import has_loaded
 from offload_moe.system.names import DEMO
@@ -162,6 +163,7 @@ def _make_model(store: Store, options: LoadOptions, planned: Planned, engine: En
     tokenizer, room = load_tokenizer(store.path), _make_room(planned, engine)
     model = Model(store, engine, tokenizer, placement, room, summary(planned.shape, placement))
     model.fast_path = report
+    set_speculation(hf, Speculation(hf, options.speculate, hierarchy.counters))  # once all hooks of ours are set
     return model
 
 
@@ -189,6 +191,8 @@ def _notify(model: Model, of_model: Iterable[str], of_machine: Iterable[str]) ->
     model.notices += of_machine
     for notice in model.notices:
         warnings.warn(notice, UserWarning, stacklevel=3)
-    report = model.fast_path
+    speculation, report = speculation_of(model.hf), model.fast_path
+    if speculation.choice == "ngram" and speculation.why_off:
+        model.notices.append(f"No tokens are guessed: {speculation.why_off}.")
     if report is not None and report.is_worth_a_notice:
         model.notices.append(str(report))  # the slow path is no fault, so it is no warning

@@ -22,6 +22,7 @@ from offload_moe.profile.recorder import RecordedTier, Recorder, Subject, record
 from offload_moe.residency.counters import Counters
 from offload_moe.residency.popularity import save_popularity
 from offload_moe.residency.prefetch import LayerTally
+from offload_moe.speculate.speculation import speculation_of
 from offload_moe.store import Store
 
 
@@ -121,6 +122,8 @@ class Model:
     def trace(self) -> Iterator[Recorder]:
         """Record routing, hits, stalls and times of all passes meanwhile; the recorder makes a trace of them.
 
+        Answers that begin meanwhile guess no tokens, so a pass of decode is a token.
+
         Raises: ModelClosed.
         """
         hierarchy = self.engine.hierarchy
@@ -136,7 +139,7 @@ class Model:
             "memory_bytes": self.memory,
         }
         subject = Subject(hf=self.hf, layers=self.layers, tiers=tiers, metadata=metadata)
-        with record(subject) as recorder:
+        with record(subject) as recorder, speculation_of(self.hf).paused():
             yield recorder
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from offload_moe.plan.machine import compute_dtype
 from offload_moe.plan.plan import check_context
 from offload_moe.quant import get_codec
 from offload_moe.residency.policy import DEFAULT_POLICY, check_policy
+from offload_moe.speculate.choice import Choice, check_choice
 from offload_moe.system.names import choice
 from offload_moe.system.sizes import parse_size
 
@@ -39,6 +40,8 @@ class LoadOptions:
     codec allow it, "on" or an error, "off" for results that never depend on where an expert was.
     prefetch: MoE layers to look ahead; 0 turns prefetch and warm starts off. It also turns itself off while it does not
     pay.
+    speculate: which tokens are guessed, so that one pass computes several; it changes the speed and no token. "auto" is
+    "ngram", what followed the same text before, while it pays; "off" guesses none.
     revision, token: of a hub id. follow_links: see `quantize`.
 
     Raises:
@@ -57,6 +60,7 @@ class LoadOptions:
     prefetch: int = DEFAULT_DEPTH
     hybrid: Hybrid = "auto"
     fast_path: bool = True
+    speculate: Choice = "auto"
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
     follow_links: bool = False
@@ -67,6 +71,7 @@ class LoadOptions:
         check_context(self.context)
         check_policy(self.policy)
         choice("hybrid mode", self.hybrid, HYBRID_CHOICES)
+        check_choice(self.speculate)
         if self.codec is not None:
             get_codec(self.codec)
         if self.dense_codec is not None:
@@ -112,6 +117,7 @@ class LoadKeywords(TypedDict, total=False):
     prefetch: int
     hybrid: Hybrid
     fast_path: bool
+    speculate: Choice
     revision: str | None
     token: str | None
     follow_links: bool

@@ -17,6 +17,7 @@ from transformers import Cache, PreTrainedModel
 from offload_moe.decode.cache import STEP
 from offload_moe.decode.latent import NAME as LATENT_ATTENTION
 from offload_moe.errors import BudgetError, TransferError
+from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.plan.budget import give_back_freed_memory
 from offload_moe.plan.parameters import ModelShape
 from offload_moe.plan.placement import Placement
@@ -96,7 +97,10 @@ class ContextRoom:
             return
         batch, num_new = inputs.shape[:2]
         if isinstance(cache, Cache):
-            self._admit(cache, batch * (cache.get_seq_length() + num_new), batch * num_new)
+            num_cached = cache.get_seq_length()
+            # A decode step of a few rows counts as one: slots must not come and go with guesses.
+            is_step = batch == 1 and num_cached > 0 and num_new <= MAX_ROWS
+            self._admit(cache, batch * (num_cached + num_new), 1 if is_step else batch * num_new)
         else:
             self._pass(batch * num_new)
 

@@ -23,7 +23,8 @@ def make_page(report: ProfileReport) -> str:
 
 
 def _section(section: Section, report: ProfileReport) -> str:
-    drawn = "".join(f"<figure>{plot}</figure>" for plot in plots.PLOTS[section.key](report))
+    draw = plots.PLOTS.get(section.key)
+    drawn = "" if draw is None else "".join(f"<figure>{plot}</figure>" for plot in draw(report))
     tables = "".join(_details(table) for table in section.tables)
     return f"<section><h2>{escape(section.title)}</h2>{_paragraphs(section.lines)}{drawn}{tables}</section>"
 

@@ -10,6 +10,7 @@ from offload_moe.profile.balance import Balance, balance
 from offload_moe.profile.behaviour import Coactivation, Overlap, Preference, coactivation, overlap, preferences
 from offload_moe.profile.costs import Costs, costs
 from offload_moe.profile.curves import Curves, Now, curves
+from offload_moe.profile.guesses import Guesses, guesses
 from offload_moe.profile.text import CLASSES, class_per_token
 from offload_moe.profile.trace import Trace
 from offload_moe.system.progress import Progress
@@ -20,7 +21,7 @@ class ProfileReport:
     """None and empty lists stand for parts whose arrays the trace lacks.
 
     num_experts: of the largest layer. lookahead_recall: by depth, per layer. slot_bytes: of one expert.
-    by_class, by_group: kinds of tokens and of text.
+    by_class, by_group: kinds of tokens and of text. guesses: of the generated tokens, by prompt lookup.
     """
 
     model: str
@@ -39,6 +40,7 @@ class ProfileReport:
     by_class: list[Preference]
     by_group: list[Preference]
     coactivation: Coactivation
+    guesses: Guesses | None
 
 
 def make_report(trace: Trace, *, progress: Progress) -> ProfileReport:
@@ -66,6 +68,7 @@ def make_report(trace: Trace, *, progress: Progress) -> ProfileReport:
         by_class=_by_class(trace, metadata),
         by_group=_by_group(trace, metadata),
         coactivation=coactivation(trace),
+        guesses=guesses(trace),
         curves=curves(trace, now=_now(trace, metadata, spent), slot_bytes=slot_bytes, spent=spent, progress=progress),
     )
 

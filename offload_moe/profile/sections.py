@@ -1,6 +1,7 @@
 """The report as text and tables, for the terminal and the page."""
 
 from offload_moe.profile.curves import VARIANTS, MoreMemory, Now, curve_of, variant_name
+from offload_moe.profile.guess_section import guess_section
 from offload_moe.profile.report import ProfileReport
 from offload_moe.profile.routing_sections import load_section, routing_section
 from offload_moe.profile.words import Section, Table, percent, plain
@@ -11,6 +12,7 @@ STALL_OF = {"ram": "waiting for the disk", "vram": "waiting for the link"}
 def make_sections(report: ProfileReport) -> list[Section]:
     """The sections for which the trace has data."""
     found = [_time(report), _layers(report), _sizes(report), load_section(report), routing_section(report)]
+    found.append(guess_section(report))
     return [section for section in found if section is not None]
 
 

@@ -28,6 +28,9 @@ class Counters:
     prompt_s: float = 0.0
     num_decode_tokens: int = 0  # without the first of an answer, which counts as prompt time
     decode_s: float = 0.0
+    num_guesses: int = 0  # tokens that were computed before they were chosen
+    num_right_guesses: int = 0
+    saved_by_guesses_s: float = 0.0  # more that plain passes would have taken; negative where guesses cost more
 
     @property
     def num_accesses(self) -> int:
@@ -48,6 +51,11 @@ class Counters:
     def decode_tokens_per_s(self) -> float:
         """Decoded tokens per second; 0 before the first."""
         return self.num_decode_tokens / self.decode_s if self.decode_s else 0.0
+
+    @property
+    def guess_gain(self) -> float:
+        """Decode speed over that without guesses, by the measured time of plain passes; 1 before the first."""
+        return (self.decode_s + self.saved_by_guesses_s) / self.decode_s if self.decode_s else 1.0
 
     def copy(self) -> "Counters":
         """The present totals."""

@@ -61,6 +61,11 @@ def totals(host: Host) -> dict[str, Any]:
             "prefetches": counters.num_prefetches,
             "useful_prefetches": counters.num_useful_prefetches,
         },
+        "guesses": {
+            "right": counters.num_right_guesses,
+            "wrong": counters.num_guesses - counters.num_right_guesses,
+            "saved_s": counters.saved_by_guesses_s,
+        },
         "stall_s": counters.stall_s,
         "bytes": {"disk": counters.disk_bytes, "h2d": counters.h2d_bytes},
     }

@@ -30,6 +30,11 @@ def _lines(host: Host) -> Iterator[str]:
     yield from _head("experts_total", "counter", "Routed experts by how the fast tier had them, and its changes.")
     for kind, number in now["experts"].items():
         yield f'{PREFIX}experts_total{{kind="{kind}"}} {number}'
+    yield from _head("guesses_total", "counter", "Tokens that were guessed and computed ahead, by whether they came.")
+    for kind in ("right", "wrong"):
+        yield f'{PREFIX}guesses_total{{kind="{kind}"}} {now["guesses"][kind]}'
+    saved_s = now["guesses"]["saved_s"]  # may fall, where guesses cost more than they gave
+    yield from _one("guesses_saved_seconds", "gauge", "Seconds that passes without guesses would add.", saved_s)
     yield from _one("stall_seconds_total", "counter", "Seconds that compute has waited for experts.", now["stall_s"])
     yield from _head("bytes_total", "counter", "Bytes read from disk, and copied to the device.")
     for kind, number in now["bytes"].items():

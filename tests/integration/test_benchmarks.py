@@ -183,6 +183,18 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
             "models.olmoe.num_validated",
         ),
     ),
+    (
+        "speculation.py",
+        "{store} --threads 1 --trials 1 --tokens 24 --context 2600 --prompts 2 --rows 2,4",
+        (
+            "ngram_edit_ratio.median",
+            "ngram_json_ratio.min",
+            "ngram_edit_disk_ratio.max",
+            "auto_prose_worst_ratio.median",
+            "replay_share_of_bound.median",
+            "replay.*.byte_bound",
+        ),
+    ),
     ("synthesize.py", "{config} {folder}/made --layers 1 --dense-codec int8", ("store_bytes",)),
     ("synthesize_checkpoint.py", "{config} {folder}/made --layers 1", ("checkpoint_bytes",)),
     (

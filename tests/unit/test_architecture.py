@@ -19,6 +19,7 @@ FLOW = [
     "residency",
     "experts",
     "decode",
+    "speculate",
     "convert",
     "profile",
     "simulate",

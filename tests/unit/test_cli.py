@@ -308,8 +308,10 @@ def test_names_of_settings_match_the_library() -> None:
     from offload_moe.plan.placement import DENSE_CODECS
     from offload_moe.quant import CODECS
     from offload_moe.residency.policy import POLICY_NAMES
+    from offload_moe.speculate.choice import CHOICES
 
-    assert set(options.SAMPLING) == set(SamplingArguments.__annotations__)
+    assert set(options.SETTINGS) == set(SamplingArguments.__annotations__)
+    assert options.GUESSES == CHOICES
     assert options.POLICIES == POLICY_NAMES
     assert (set(options.CODECS), set(options.DENSE_CODECS)) == (set(CODECS), set(DENSE_CODECS))
     assert tuple(DTYPES) == options.DTYPES

@@ -37,6 +37,7 @@ ROOMS = [
             "native",
             "memory",
             "residency",
+            "speculate",
         )
     ),
 ]

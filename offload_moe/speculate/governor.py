@@ -1,0 +1,96 @@
+"""How many guesses pay, from how often they were right and from what each row costs.
+
+With k guesses a pass gives 1 + p(1) + p(1) p(2) + ... tokens, where p(i) is how often guess i was right if those before
+it were, and takes `PassCosts.ratio(1 + k)` times as long as a plain one.
+"""
+
+from collections.abc import Sequence
+
+from offload_moe.speculate.costs import PassCosts
+from offload_moe.speculate.guess import MOST_GUESSES
+
+FORGET = 0.1  # weight of the newest guess, of those that are all compared
+FORGET_TRIED = 0.2  # of guesses that are compared only where they are computed
+LEAST_GAIN = 1.03  # expected, so that noise does not switch guessing on
+MOST_LOST = 0.015  # of all time so far that may be lost to wrong guesses
+CREDIT_PASSES = 2.0  # so many passes' time may be lost before anything was won, and won time covers no more than this
+CALIBRATE_AFTER = 64  # passes with guesses, then a plain one is measured
+RETRY_AFTER = 32  # tokens, for guesses that are compared only where they are computed
+
+
+class Governor:
+    """Of one conversation. costs: of the model."""
+
+    def __init__(self, costs: PassCosts, certainties: Sequence[float], *, is_free: bool) -> None:
+        """certainties, is_free: see `Source`."""
+        self._costs, self._is_free = costs, is_free
+        self._forget = FORGET if is_free else FORGET_TRIED
+        self._certainty = [[each] * MOST_GUESSES for each in certainties]  # p by kind and position
+        self._guess_ratio = 0.0  # seconds of making one guess, over those of a plain pass
+        self._balance_s = 0.0  # won and lost by guesses
+        self._spent_s = 0.0
+        self._since_plain = 0
+        self._since_guess = 0
+
+    def choose(self, kind: int, most: int) -> int:
+        """How many guesses of this kind to compute, 0 for none."""
+        if not most or not self._costs.plain_s or self._since_plain >= CALIBRATE_AFTER or self._is_overdrawn:
+            return 0
+        if not self._is_free and self._since_guess >= RETRY_AFTER:
+            return 1  # what is known of these guesses is old
+        rates = self._rates(kind, most)
+        best = max(range(most), key=rates.__getitem__)
+        return best + 1 if rates[best] >= LEAST_GAIN else 0
+
+    def score(self, kind: int, num_right: int, num_guesses: int) -> None:
+        """Of so many guesses of one kind the first `num_right` were right, and the next was not."""
+        certainty = self._certainty[kind]
+        for at in range(min(num_right + 1, num_guesses)):
+            certainty[at] += self._forget * ((at < num_right) - certainty[at])
+
+    def note_plain(self, seconds: float) -> None:
+        """A pass without guesses gave a token."""
+        self._spent_s += seconds
+        self._since_plain = 0
+        self._since_guess += 1
+
+    def note_guesses(self, num_right: int, seconds: float) -> float:
+        """A pass with guesses, which gave one token more than were right. Returns the seconds that it saved.
+
+        seconds: with those of making the guesses.
+        """
+        saved_s = (1 + num_right) * self._costs.plain_s - seconds
+        self._spent_s += seconds
+        self._balance_s = min(self._balance_s + saved_s, CREDIT_PASSES * self._costs.plain_s)
+        self._since_plain += 1
+        self._since_guess = 0
+        return saved_s
+
+    def note_making(self, num_guesses: int, seconds: float) -> None:
+        """So many guesses were made in this time."""
+        if num_guesses and self._costs.plain_s:
+            ratio = seconds / num_guesses / self._costs.plain_s
+            self._guess_ratio += (FORGET_TRIED if self._guess_ratio else 1.0) * (ratio - self._guess_ratio)
+
+    @property
+    def _is_overdrawn(self) -> bool:
+        return self._balance_s < -MOST_LOST * self._spent_s - CREDIT_PASSES * self._costs.plain_s
+
+    def _rates(self, kind: int, most: int) -> list[float]:
+        """Expected tokens per time of a plain pass, with 1, 2, ... guesses."""
+        tokens, all_right, rates = 1.0, 1.0, []
+        for num_guesses, certainty in enumerate(self._certainty[kind][:most], 1):
+            all_right *= certainty
+            tokens += all_right
+            rates.append(tokens / (self._costs.ratio(1 + num_guesses) + num_guesses * self._guess_ratio))
+        return rates
+
+
+class EveryGuess(Governor):
+    """Computes every guess, for measurements."""
+
+    def __init__(self) -> None:
+        super().__init__(PassCosts(), (0.0,), is_free=False)
+
+    def choose(self, kind: int, most: int) -> int:
+        return most

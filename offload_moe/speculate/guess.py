@@ -1,0 +1,41 @@
+"""What sources of guesses have in common."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from offload_moe.native.kernels import MAX_ROWS
+
+MOST_GUESSES = MAX_ROWS - 1  # beside the token that is computed in any case
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """Tokens that may come next. kind: guesses of one kind are right about equally often."""
+
+    tokens: tuple[int, ...] = ()
+    kind: int = 0
+
+
+NO_GUESS = Guess()
+
+
+class Source(Protocol):
+    """Guesses the tokens that follow one sequence."""
+
+    @property
+    def certainties(self) -> Sequence[float]:
+        """Of each kind, how often a token is expected to be right before any was compared."""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether guesses cost next to nothing, so that they are made and compared also where none is computed."""
+
+    def begin(self, ids: Sequence[int]) -> None:
+        """A sequence that has these tokens, in place of the one before."""
+
+    def take(self, token: int) -> None:
+        """The sequence has one more token."""
+
+    def guess(self, most: int) -> Guess:
+        """At most so many tokens; none where nothing can be said."""

@@ -1,0 +1,81 @@
+"""How one model's tokens are guessed: the choice, and what its conversations share."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from offload_moe.decode import why_no_rows
+from offload_moe.decode.hooks import hooks_of
+from offload_moe.errors import ConfigError
+from offload_moe.residency.counters import Counters
+from offload_moe.speculate.choice import Choice
+from offload_moe.speculate.costs import PassCosts
+from offload_moe.speculate.guess import Source
+from offload_moe.speculate.ngram import NgramSource
+from offload_moe.speculate.speculator import Speculator
+
+_ATTRIBUTE = "_offload_moe_speculation"  # of a model
+
+
+class Speculation:
+    """Of one model. counters: its running totals. While a hook is set on the model itself, its decoder or its head, it
+    sees a token at a time.
+
+    why_off: why no tokens are guessed whatever is chosen; empty where they are.
+    """
+
+    def __init__(self, hf: PreTrainedModel, choice: Choice = "auto", counters: Counters | None = None) -> None:
+        self.choice: Choice = choice
+        self.why_off = why_no_rows(hf)
+        self.is_paused = False
+        self._costs = PassCosts()
+        head = hf.get_output_embeddings()
+        self._new_hooks = _NewHooks([hf, hf.get_decoder(), *([head] if isinstance(head, nn.Module) else [])])
+        self._counters = Counters() if counters is None else counters
+        self._sources: dict[Choice, Callable[[], Source]] = {"auto": NgramSource, "ngram": NgramSource}
+
+    def conversation(self, choice: Choice | None = None) -> Speculator | None:
+        """Guesses for one conversation; None where there are none. choice: None takes the model's.
+
+        Raises: ConfigError where this source was not loaded with the model.
+        """
+        chosen = self.choice if choice is None else choice
+        if chosen == "off" or self.why_off or self.is_paused:
+            return None
+        if chosen not in self._sources:
+            raise ConfigError(f"The model was loaded without {chosen} guesses. Load it with speculate={chosen!r}.")
+        return Speculator(self._sources[chosen](), self._costs, self._counters, may_guess=lambda: not self._new_hooks)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Answers that begin meanwhile make no guesses."""
+        self.is_paused = True
+        try:
+            yield
+        finally:
+            self.is_paused = False
+
+
+def speculation_of(hf: PreTrainedModel) -> Speculation:
+    """What `set_speculation` gave a model, or the default."""
+    if _ATTRIBUTE not in vars(hf):
+        set_speculation(hf, Speculation(hf))
+    found: Speculation = vars(hf)[_ATTRIBUTE]
+    return found
+
+
+def set_speculation(hf: PreTrainedModel, speculation: Speculation) -> None:
+    """How the tokens of a model are guessed from now on."""
+    setattr(hf, _ATTRIBUTE, speculation)
+
+
+class _NewHooks:
+    """Hooks of some modules that were not there at first."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._registries = [(hooks, set(hooks)) for hooks in hooks_of(modules)]
+
+    def __bool__(self) -> bool:
+        return any(hooks.keys() - known for hooks, known in self._registries)

@@ -1,0 +1,133 @@
+"""Guesses in conversations and behind the server: the same answers, caches that go on, and the counts of them."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from offload_moe_cli.status import full_statistics, status_line
+
+from offload_moe.chat import ChatSession
+from offload_moe.engine.model import Model
+from offload_moe.errors import ConfigError
+from offload_moe.speculate.governor import Governor
+from offload_moe.speculate.speculation import speculation_of
+from tests.support.serving import chat, open_tiny, served
+
+REPEATED = "abc abc abc abc abc abc"
+SETTINGS: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 0.9, "seed": 3}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"names": {"type": "array", "items": {"enum": ["red", "green"]}, "minItems": 6, "maxItems": 6}},
+    "required": ["names"],
+    "additionalProperties": False,
+}
+FIELDS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"temperature": 0.5, "seed": 5, "logit_bias": {"97": 6}},
+    "stop": {"stop": ["a", "e"]},
+    "penalties": {"frequency_penalty": 0.02, "presence_penalty": 0.1, "logit_bias": {"97": 2}},
+    "log probabilities": {"logprobs": True, "top_logprobs": 3},
+    "two choices": {"n": 2, "temperature": 1, "seed": 1},
+    "grammar": {"response_format": {"type": "json_schema", "json_schema": {"name": "names", "schema": SCHEMA}}},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    with open_tiny(tmp_path_factory.mktemp("model")) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def every_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every guess is computed, whether it pays or not."""
+    monkeypatch.setattr(Governor, "choose", lambda self, kind, most: most)
+
+
+def say(session: ChatSession, text: str, num_pieces: int | None = None, **settings: Any) -> str:
+    """An answer, stopped after some pieces."""
+    pieces = session.send(text, max_new_tokens=40, **settings)
+    answer = ""
+    for number, piece in enumerate(pieces, 1):
+        answer += piece.text
+        if number == num_pieces:
+            break
+    pieces.close()
+    return answer
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["greedy", "sampled"])
+def test_conversations_are_the_same(model: Model, settings: dict[str, Any], every_guess: None) -> None:
+    """Also where an answer is stopped in the middle: what the cache holds is continued."""
+    plain, guessed = model.chat(), model.chat()
+    for text, num_pieces in ((REPEATED, None), ("More.", 3), (REPEATED, 5), ("And more.", None)):
+        expected = say(plain, text, num_pieces, speculate="off", **settings)
+        assert say(guessed, text, num_pieces, speculate="ngram", **settings) == expected
+        assert len(expected) >= 3
+        stats = guessed.last_stats
+        assert plain.last_stats is not None
+        assert plain.last_stats.guesses is None
+        assert stats is not None
+        assert stats.guesses is not None
+        assert (stats.num_reused_tokens, stats.finish) == (
+            plain.last_stats.num_reused_tokens,
+            plain.last_stats.finish,
+        )
+    assert plain.messages == guessed.messages
+
+
+def test_what_guesses_gave_is_shown(model: Model, every_guess: None) -> None:
+    session, before = model.chat(), model.stats.copy()
+    say(session, REPEATED, speculate="ngram", temperature=0)
+    stats = session.last_stats
+    assert stats is not None
+    assert stats.guesses is not None
+    seen, guesses = model.stats.since(before), stats.guesses
+    assert (seen.num_guesses, seen.num_right_guesses) == (guesses.num_guessed, guesses.num_right)
+    assert guesses.num_guessed > 0
+    assert f"{guesses.num_right:,} of {guesses.num_guessed:,} guesses right" in status_line(stats, 1000)
+    rows = dict(full_statistics(stats, {}))
+    assert rows["guessed tokens"].startswith(f"{guesses.num_right:,} of {guesses.num_guessed:,} right")
+    assert "times as fast" in rows["with guesses"]
+
+
+def test_automatic_guesses_change_no_answer(model: Model) -> None:
+    answers = {say(model.chat(), REPEATED, temperature=0, speculate=choice) for choice in ("auto", "off", "ngram")}
+    assert len(answers) == 1
+
+
+def test_a_choice_that_does_not_exist_is_refused(model: Model) -> None:
+    with pytest.raises(ConfigError, match="Did you mean ngram"):
+        model.generate("Hi", speculate="ngrams")
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_requests_get_the_same_answers(
+    model: Model, name: str, every_guess: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = [{"role": "user", "content": REPEATED}]
+    before = model.stats.num_guesses
+    with served(model) as client:
+        got = chat(client, messages, max_tokens=60, **FIELDS[name])
+    assert model.stats.num_guesses > before
+    monkeypatch.setattr(speculation_of(model.hf), "choice", "off")
+    before = model.stats.num_guesses
+    with served(model) as client:
+        expected = chat(client, messages, max_tokens=60, **FIELDS[name])
+    assert model.stats.num_guesses == before
+    assert got["choices"] == expected["choices"]
+    assert got["usage"]["completion_tokens"] == expected["usage"]["completion_tokens"] > 1
+    if name == "grammar":
+        assert len(json.loads(got["choices"][0]["message"]["content"])["names"]) == 6
+
+
+def test_metrics_count_guesses(model: Model, every_guess: None) -> None:
+    with served(model) as client:
+        chat(client, [{"role": "user", "content": REPEATED}], max_tokens=30)
+        text, live = client.get("/metrics").text, client.get("/live").json()
+    right, wrong = live["guesses"]["right"], live["guesses"]["wrong"]
+    assert right + wrong == model.stats.num_guesses > 0
+    assert f'offload_moe_guesses_total{{kind="right"}} {right}' in text
+    assert f'offload_moe_guesses_total{{kind="wrong"}} {wrong}' in text
+    assert "offload_moe_guesses_saved_seconds" in text

@@ -1,0 +1,265 @@
+"""Sources of guesses, what passes cost, and how many guesses pay."""
+
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offload_moe.errors import ConfigError
+from offload_moe.profile.guesses import guesses
+from offload_moe.profile.trace import Trace
+from offload_moe.residency.counters import Counters
+from offload_moe.speculate.choice import check_choice
+from offload_moe.speculate.costs import PassCosts
+from offload_moe.speculate.governor import Governor
+from offload_moe.speculate.guess import MOST_GUESSES, NO_GUESS, Guess
+from offload_moe.speculate.ngram import LONGEST, MOST_PLACES, NgramSource
+from offload_moe.speculate.speculator import PassCost, Speculator
+from offload_moe.speculate.tally import Tally
+
+PLAIN_S = 0.02
+Cost = Callable[[int], float]  # of a pass of so many rows, in plain ones
+
+
+def ngrams(ids: Sequence[int]) -> NgramSource:
+    source = NgramSource()
+    source.begin(ids)
+    return source
+
+
+def test_the_longest_match_is_continued() -> None:
+    ids = [1, 2, 3, 50, 51, 9, 2, 3, 60, 61, 1, 2, 3]
+    assert ngrams(ids).guess(4).tokens == (50, 51, 9, 2)
+    assert ngrams([*ids[:-3], 9, 2, 3]).guess(2).tokens == (60, 61)
+
+
+def test_of_equal_matches_the_latest_counts() -> None:
+    assert ngrams([2, 3, 50, 8, 2, 3, 60, 7, 2, 3]).guess(1).tokens == (60,)
+
+
+def test_a_repetition_goes_on() -> None:
+    assert ngrams([9, 5, 6, 7, 5, 6, 7, 5, 6]).guess(7).tokens == (7, 5, 6, 7, 5, 6, 7)
+    assert ngrams([4, 4, 4]).guess(3).tokens == (4, 4, 4)
+
+
+@pytest.mark.parametrize("ids", [[], [1], [1, 2], [1, 2, 3, 1, 3]])
+def test_nothing_is_guessed_without_a_match(ids: list[int]) -> None:
+    assert ngrams(ids).guess(7) == NO_GUESS
+
+
+def test_longer_matches_are_of_higher_kinds() -> None:
+    text = list(range(30))
+    kinds = [ngrams([*text, 99, *text[20 - length : 20]]).guess(1).kind for length in (2, 3, 4, 6, 10)]
+    assert kinds == [0, 1, 2, 3, 4] == sorted({*range(len(NgramSource.certainties))})
+
+
+@given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 7))
+def test_guesses_are_what_followed_a_longest_match(ids: list[int], most: int) -> None:
+    guess = ngrams(ids).guess(most)
+    last = len(ids)
+    lengths = {
+        end: next(n for n in range(LONGEST + 1) if n == min(LONGEST, end) or ids[end - n - 1] != ids[last - n - 1])
+        for end in range(2, last)
+    }
+    seen = [end for end, length in lengths.items() if length >= 2][-MOST_PLACES:]
+    if not seen:
+        assert guess == NO_GUESS
+        return
+    longest = max(lengths[end] for end in seen)
+    end = max(end for end in seen if lengths[end] == longest)
+    text = ids[end:]
+    while len(text) < most:
+        text += ids[end:]
+    assert list(guess.tokens) == text[:most]
+
+
+def test_many_places_of_a_pair_are_forgotten() -> None:
+    source = ngrams([1, 2, 7] * 5_000)
+    assert source.guess(3).tokens == (1, 2, 7)
+
+
+def costs_with(ratio: float, num_rows: int = 4) -> PassCosts:
+    costs = PassCosts()
+    costs.note(1, PLAIN_S, 0)
+    costs.note(num_rows, PLAIN_S * ratio, 0)
+    return costs
+
+
+def test_costs_are_measured_and_estimated_between() -> None:
+    assert PassCosts().ratio(1) == 1
+    assert 1 < PassCosts().ratio(2) < PassCosts().ratio(8) < 3
+    costs = costs_with(2.5, num_rows=4)
+    assert costs.ratio(4) == pytest.approx(2.5)
+    assert costs.ratio(7) == pytest.approx(4)
+    assert costs.ratio(1) == 1
+
+
+def test_one_slow_pass_does_not_count_for_all_time() -> None:
+    costs = costs_with(1.3)
+    costs.note(4, PLAIN_S * 100, 0)
+    assert costs.ratio(4) < 4
+    for _ in range(300):
+        costs.note(1, PLAIN_S, 0)
+    assert costs.ratio(4) < 2
+    costs.note(1, PLAIN_S * 1000, 0)
+    assert costs.plain_s < 2 * PLAIN_S
+
+
+def test_a_cost_is_unknown_before_the_first_plain_pass() -> None:
+    costs = PassCosts()
+    costs.note(8, 1.0, 0)
+    assert costs.ratio(8) == PassCosts().ratio(8)
+    assert Governor(costs, (1.0,), is_free=True).choose(0, 7) == 0
+
+
+@pytest.mark.parametrize(("certainty", "ratio", "expected"), [(0.95, 1.5, 7), (0.95, 30, 0), (0.1, 1.5, 0)])
+def test_as_many_are_computed_as_pay(certainty: float, ratio: float, expected: int) -> None:
+    assert Governor(costs_with(ratio, 8), (certainty,), is_free=True).choose(0, 7) == expected
+
+
+def test_a_middle_number_may_pay_best() -> None:
+    assert 0 < Governor(costs_with(2.4, 8), (0.7,), is_free=True).choose(0, 7) < 7
+    assert Governor(costs_with(1.5, 8), (0.95,), is_free=True).choose(0, 3) == 3
+    assert Governor(costs_with(1.5, 8), (0.95,), is_free=True).choose(0, 0) == 0
+
+
+class Scripted:
+    """Guesses that are right as a function of the position in the sequence says. All tokens are 7."""
+
+    certainties = (0.7,)
+
+    def __init__(self, is_right: Callable[[int], bool], *, is_free: bool) -> None:
+        self.is_free, self._is_right, self._length = is_free, is_right, 0
+
+    def begin(self, ids: Sequence[int]) -> None:
+        self._length = len(ids)
+
+    def take(self, token: int) -> None:
+        self._length += 1
+
+    def guess(self, most: int) -> Guess:
+        return Guess(tuple(7 if self._is_right(self._length + at) else 8 for at in range(most)))
+
+
+def decode(speculator: Speculator, num_tokens: int, cost: Cost, at: int = 0) -> tuple[float, list[int]]:
+    """Seconds of an answer in scripted passes, and after how many tokens a pass had how many guesses."""
+    spent, made, done = 0.0, [0] * (num_tokens + 8), at
+    speculator.begin([7] * at)
+    while done < at + num_tokens:
+        guesses = speculator.guess(MOST_GUESSES)
+        seconds = cost(1 + len(guesses)) * PLAIN_S
+        num_right = next((n for n, each in enumerate(guesses) if each != 7), len(guesses))
+        spent += seconds
+        made[done - at] = len(guesses)
+        if guesses:
+            speculator.note_pass(PassCost(1 + len(guesses), seconds, 0), len(guesses), num_right)
+        else:
+            speculator.note_plain(PassCost(1, seconds, 0))
+        for _ in range(1 + num_right):
+            speculator.take(7)
+        done += 1 + num_right
+    return spent / PLAIN_S, made
+
+
+def per_row(cost: float) -> Cost:
+    return lambda num_rows: 1 + cost * (num_rows - 1)
+
+
+@pytest.mark.parametrize("is_free", [True, False])
+@pytest.mark.parametrize("cost", [0.1, 0.3, 0.6, 1.0])
+def test_a_source_that_is_always_wrong_costs_under_three_percent(cost: float, is_free: bool) -> None:
+    source = Scripted(lambda at: False, is_free=is_free)
+    speculator = Speculator(source, PassCosts(), Counters())
+    spent, _ = decode(speculator, 400, per_row(cost))
+    assert spent < 400 * 1.03
+    assert speculator.tally.num_right == 0 < speculator.tally.num_guessed
+
+
+@pytest.mark.parametrize("is_free", [True, False])
+def test_a_source_that_is_always_right_is_used(is_free: bool) -> None:
+    speculator = Speculator(Scripted(lambda at: True, is_free=is_free), PassCosts(), Counters())
+    spent, _ = decode(speculator, 400, per_row(0.1))
+    assert 400 / spent > 3.5
+    assert speculator.tally.gain(spent * PLAIN_S) == pytest.approx(400 / spent, rel=0.1)
+
+
+@pytest.mark.parametrize("is_free", [True, False])
+def test_it_adapts_within_32_tokens(is_free: bool) -> None:
+    source = Scripted(lambda at: at >= 200, is_free=is_free)
+    _, made = decode(Speculator(source, costs_with(1.6, 4), Counters()), 400, per_row(0.2))
+    assert sum(made[100:200]) <= 8
+    assert any(made[200:233])
+    assert sum(made[250:400]) > 60
+    source = Scripted(lambda at: at < 200, is_free=is_free)
+    _, made = decode(Speculator(source, costs_with(1.6, 4), Counters()), 400, per_row(0.2))
+    assert sum(made[20:200]) > 80
+    assert sum(made[232:400]) <= 20
+
+
+def test_a_plain_pass_is_measured_now_and_then() -> None:
+    costs = costs_with(1.2, 8)
+    speculator = Speculator(Scripted(lambda at: True, is_free=True), costs, Counters())
+    decode(speculator, 2_000, lambda num_rows: 2 * per_row(0.1)(num_rows))
+    assert costs.plain_s > 1.5 * PLAIN_S
+
+
+def test_counts_go_to_the_tally_and_to_the_model() -> None:
+    counters = Counters()
+    speculator = Speculator(Scripted(lambda at: at % 5 != 0, is_free=True), PassCosts(), counters)
+    spent, _ = decode(speculator, 100, per_row(0.05))
+    tally = speculator.tally
+    assert (counters.num_guesses, counters.num_right_guesses) == (tally.num_guessed, tally.num_right)
+    assert counters.saved_by_guesses_s == pytest.approx(tally.saved_s)
+    assert tally.saved_s > 0
+    assert 0 < tally.num_right < tally.num_guessed
+    assert list(tally.acceptance) == sorted(tally.acceptance, reverse=True)
+    counters.decode_s = spent * PLAIN_S
+    assert counters.guess_gain == pytest.approx(tally.gain(spent * PLAIN_S))
+    assert counters.guess_gain > 1
+    speculator.begin([])
+    assert speculator.tally == Tally()
+
+
+def test_an_unknown_choice_is_refused() -> None:
+    assert check_choice("ngram") == "ngram"
+    with pytest.raises(ConfigError, match="Did you mean ngram"):
+        check_choice("ngrams")
+
+
+def test_prose_without_repeated_text_is_not_guessed_for_long() -> None:
+    """Random text has short matches, whose guesses are wrong."""
+    draw = random.Random(0)
+    speculator = Speculator(NgramSource(), costs_with(1.5, 2), Counters())
+    text = [draw.randrange(20) for _ in range(800)]
+    speculator.begin(text[:200])
+    for token in text[200:]:
+        if not (guesses := speculator.guess(MOST_GUESSES)):
+            speculator.note_plain(PassCost(1, PLAIN_S, 0))
+        else:
+            speculator.note_pass(PassCost(1 + len(guesses), PLAIN_S * (1 + 0.5 * len(guesses)), 0), len(guesses), 0)
+        speculator.take(token)
+    assert speculator.tally.num_passes < 0.05 * 600
+
+
+def trace_of(prompt: Sequence[int], answer: Sequence[int]) -> Trace:
+    """Of several sequences that are alike; one layer of two experts."""
+    ids = np.array([*prompt, *answer] * 2)
+    is_prompt = np.array(([True] * len(prompt) + [False] * len(answer)) * 2)
+    length = len(prompt) + len(answer)
+    experts = np.zeros((2 * length, 1, 1), dtype=np.int16)
+    return Trace(
+        experts=experts, num_experts=2, sequence_lengths=np.array([length] * 2), token_ids=ids, is_prompt=is_prompt
+    )
+
+
+def test_a_recorded_answer_is_guessed_afterwards() -> None:
+    found = guesses(trace_of([1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 60, 61]))
+    assert found is not None
+    assert found.num_tokens == 14
+    assert found.num_passes == 2 * 4  # 1; 2 with 3, 4, 5 and wrong ones; 60; 61
+    assert [(kind.least, kind.num_passes) for kind in found.kinds] == [(2, 2)]
+    assert found.kinds[0].right == [1, 1, 1, 0, 0, 0, 0]
+    assert guesses(trace_of([1, 2], [])) is None
