@@ -5,7 +5,7 @@ import io
 import os
 import sys
 from contextlib import suppress
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 REPLACING = "offload-moe-replace"
 
@@ -21,8 +21,8 @@ def prepare_streams() -> None:
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, REPLACING), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
-    if sys.stderr is sys.__stderr__:
-        sys.stderr = _Expendable(sys.stderr)  # type: ignore[assignment]
+    if sys.stderr is sys.__stderr__ and sys.stderr is not None:
+        sys.stderr = cast(TextIO, _Expendable(sys.stderr))
 
 
 def flush_streams() -> None:

@@ -229,14 +229,12 @@ class RoomySlidingLayer(InRoom, DynamicSlidingWindowLayer):
 
     def roll_back(self, num_tokens: int) -> None:
         """Take back the last tokens that one `extend` counted: the room still has those that left the window by it."""
-        room = self._room
-        first = None if room is None else _offset(self.keys, room[0])
+        place, room = self._find(), self._room
         assert room is not None
-        assert first is not None
-        end = first + self.keys.shape[2] - num_tokens
+        assert place is not None
+        end = place[1] - num_tokens
         self.cumulative_length -= num_tokens
-        first = end - min(self.cumulative_length, self.sliding_window - 1)
-        self.keys, self.values = room[0][:, :, first:end], room[1][:, :, first:end]
+        self._put(room, end - min(self.cumulative_length, self.sliding_window - 1), end)
 
     def _move_to_new_room(self, length: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         capacity = _in_steps(length + max(STEP, num_tokens))
