@@ -52,7 +52,7 @@ def obstacle(folder: Path) -> str | None:
     if not found:
         return None
     name, packages = found[0]
-    missing = [package for package in packages if not _is_installed(package)]
+    missing = [package for package in packages if not is_installed(package)]
     if not missing:
         return None
     return (
@@ -119,7 +119,8 @@ def asks_for_code(folder: Path) -> bool:
         return False
 
 
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Whether a package of that name is there, in any version."""
     try:
         version(package)
     except PackageNotFoundError:

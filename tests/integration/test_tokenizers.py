@@ -51,7 +51,7 @@ def test_kinds_that_need_packages(kind: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def without_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_is_installed", lambda package: package not in PACKAGES)
+    monkeypatch.setattr(module, "is_installed", lambda package: package not in PACKAGES)
 
 
 @pytest.mark.usefixtures("without_packages")
@@ -74,9 +74,9 @@ def test_only_the_packages_of_its_own_format_are_needed(
     kind: str, own: set[str], others: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tokenizer(tmp_path, kind)
-    monkeypatch.setattr(module, "_is_installed", lambda package: package in own)
+    monkeypatch.setattr(module, "is_installed", lambda package: package in own)
     assert obstacle(tmp_path) is None
-    monkeypatch.setattr(module, "_is_installed", lambda package: package in others)
+    monkeypatch.setattr(module, "is_installed", lambda package: package in others)
     assert all(package in (obstacle(tmp_path) or "") for package in own)
 
 
