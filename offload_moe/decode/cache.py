@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from offload_moe.native.kernels import Room
+from offload_moe.native.kernels import Room, tokens_apart
 
 GROWTH = 1.25
 STEP = 128  # tokens; capacities are multiples of it
@@ -30,6 +30,7 @@ class InRoom:
     _room: tuple[Tensor, Tensor] | None = None
     _place: tuple[int, int] | None = None  # the first and the last token of both in the room; None: see `_parts`
     _parts: tuple[Tensor | None, Tensor | None] | None = (None, None)  # None: not cut out yet
+    _addresses: tuple[int, ...] = ()  # of the room: keys, values, tokens between heads, bytes of a key and of a value
 
     @property
     def keys(self) -> Any:
@@ -50,7 +51,9 @@ class InRoom:
     @property
     def kept_dtype(self) -> torch.dtype:
         """Of the room that `extend` returns."""
-        dtype: torch.dtype = self.kept or self.keys.dtype
+        dtype: torch.dtype = (
+            self.kept or (self.keys if self._place is None or self._room is None else self._room[0]).dtype
+        )
         return dtype
 
     @property
@@ -58,6 +61,30 @@ class InRoom:
         """Whether it holds tokens of one sequence, behind which more can be written in place."""
         keys = self.keys if self._place is None or self._room is None else self._room[0]
         return keys is not None and keys.dim() == 4 and len(keys) == 1 and not keys.requires_grad
+
+    def extend(self, num_tokens: int = 1) -> list[Room]:
+        """Count more tokens of one sequence, whose keys and values the caller writes. Where `can_extend`.
+
+        Returns of each the room ``[1, N, C, D]`` of keys and of values from the first token on that it sees, and how
+        many it sees.
+        """
+        seen = self._advance(num_tokens)
+        assert self._room is not None
+        keys, values = self._room
+        return [(keys[:, :, first:], values[:, :, first:], last - first) for first, last in seen]
+
+    def places(self, num_tokens: int = 1) -> list[int]:
+        """`extend` for native calls: the fields of `rooms_array`."""
+        seen = self._advance(num_tokens)
+        keys, values, apart, key_bytes, value_bytes = self._addresses
+        fields: list[int] = []
+        for first, last in seen:
+            fields += (keys + first * key_bytes, values + first * value_bytes, apart, last - first)
+        return fields
+
+    def _advance(self, num_tokens: int) -> list[tuple[int, int]]:
+        """Count more tokens. Returns of each the first one in the room that it sees, and its own place."""
+        raise NotImplementedError
 
     def give_room_up(self) -> None:
         """Use no place beside the present keys and values any more."""
@@ -78,6 +105,9 @@ class InRoom:
         return self._parts
 
     def _put(self, room: tuple[Tensor, Tensor], first: int, end: int) -> None:
+        if room is not self._room:
+            row_bytes = [part.element_size() * part.stride(2) for part in room]
+            self._addresses = (room[0].data_ptr(), room[1].data_ptr(), tokens_apart(room[0]), *row_bytes)
         self._room, self._place, self._parts = room, (first, end), None
 
     def _find(self) -> tuple[int, int] | None:
@@ -128,19 +158,19 @@ class RoomyLayer(InRoom, DynamicLayer):
         """Whether `extend` has a sequence to append to."""
         return self.is_one_sequence
 
-    def extend(self, num_tokens: int = 1) -> list[Room]:
-        """Count more tokens of one sequence, whose keys and values the caller writes into the room ``[1, N, C, D]``.
+    def takes(self, num_tokens: int, dtype: torch.dtype, window: int | None) -> bool:
+        """Whether native calls may `extend` it, with this dtype, and each token sees so many of those before it."""
+        is_seen = window is None or self.get_seq_length() + num_tokens <= window
+        return is_seen and self.is_one_sequence and self.kept_dtype == dtype
 
-        Returns of each the room of keys and of values, and the index of the token. Where `can_extend`; `update` does
-        the rest.
-        """
+    def _advance(self, num_tokens: int) -> list[tuple[int, int]]:
         length = self.get_seq_length()
         total = length + num_tokens
         room = self._room_for(total)
         if room is None:
             room = self._make_room(self.keys[:, :, :0], self.values[:, :, :0], length, total)
         self._put(room, 0, total)
-        return [(*room, index) for index in range(length, total)]
+        return [(0, index) for index in range(length, total)]
 
     def roll_back(self, num_tokens: int) -> None:
         """Take back the last tokens that `extend` counted. Unlike `crop` it keeps the room: others come next."""
@@ -212,20 +242,23 @@ class RoomySlidingLayer(InRoom, DynamicSlidingWindowLayer):
         """Whether `extend` has a sequence to append to."""
         return self.is_one_sequence and not self.record_past
 
-    def extend(self, num_tokens: int = 1) -> list[Room]:
-        """As `RoomyLayer.extend`; the room of each token begins with the W - 1 tokens before it."""
+    def takes(self, num_tokens: int, dtype: torch.dtype, window: int | None) -> bool:
+        """As `RoomyLayer.takes`."""
+        return window == self.sliding_window and self.can_extend and self.kept_dtype == dtype
+
+    def _advance(self, num_tokens: int) -> list[tuple[int, int]]:
         place, room = self._find(), self._room
         if room is None or place is None or place[1] + num_tokens > room[0].shape[2]:
             length = self.keys.shape[2]
             place, room = (0, length), self._move_to_new_room(length, num_tokens)
         first, end = place
-        rooms: list[Room] = []
+        seen = []
         for last in range(end, end + num_tokens):
-            rooms.append((room[0][:, :, first:], room[1][:, :, first:], last - first))
+            seen.append((first, last))
             first = max(first, last + 1 - (self.sliding_window - 1))
         self._put(room, first, end + num_tokens)
         self.cumulative_length += num_tokens
-        return rooms
+        return seen
 
     def roll_back(self, num_tokens: int) -> None:
         """Take back the last tokens that one `extend` counted: the room still has those that left the window by it."""

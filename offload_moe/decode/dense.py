@@ -53,15 +53,15 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K] -> [..., O]`` in the dtype of `x`."""
-        rows = x.reshape(-1, self.in_features)
-        if self._kernel is not None and rows.is_cpu and rows.dtype in KERNEL_DTYPES:
-            out = torch.empty(rows.shape[0], self.out_features, dtype=rows.dtype)
-            self._kernel.forward(rows.contiguous(), [self.record], [out])
+        if self._kernel is not None and x.is_cpu and x.dtype in KERNEL_DTYPES and x.shape[-1] == self.in_features:
+            out = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
+            self._kernel.step(x.contiguous(), self.record, out)
         else:
-            out = record_linear(rows, self.in_rows(), self.shape, self.codec, "weight")
+            rows = record_linear(x.reshape(-1, self.in_features), self.in_rows(), self.shape, self.codec, "weight")
+            out = rows.view(*x.shape[:-1], self.out_features)
         if self.bias is not None:
             out += self.bias
-        return out.view(*x.shape[:-1], self.out_features)
+        return out
 
     @property
     def has_kernel(self) -> bool:

@@ -72,7 +72,7 @@ class DecoderForward:
         if positions is None:
             return None
         x = wiring.embed(input_ids, inputs_embeds)
-        if x.dtype != torch.float32 or not x.is_cpu or x.requires_grad:
+        if x.dtype != torch.float32 or not x.is_cpu or x.requires_grad or not x.is_contiguous():
             return None
         step = RowsStep(wiring, positions, [past_key_values] * num_tokens)
         hidden = wiring.finish(plan(x, step))

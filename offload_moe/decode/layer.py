@@ -9,7 +9,8 @@ experts whose kernels exist, the router is part of the first call; any other blo
 Shapes: T rows, each the next token of a sequence, H hidden.
 """
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
@@ -60,17 +61,19 @@ class RowsStep:
     def num_rows(self) -> int:
         return len(self.caches)
 
-    def rooms(self, attention: AttentionStep | LatentStep) -> list[kernels.Room]:
-        """Of each row in one layer, whose caches count the rows from now on."""
-        first, *others = self._sequences
-        rooms = attention.extend(*first)
-        for sequence in others:
-            rooms += attention.extend(*sequence)
-        return rooms
+    def places(self, attentions: Iterable[AttentionStep | LatentStep]) -> "array[int]":
+        """The fields of `rooms_array` of each row in some layers, whose caches count the rows from now on."""
+        fields: list[int] = []
+        for attention in attentions:
+            for cache, num_rows in self._sequences:
+                fields += attention.places(cache, num_rows)
+        return array("q", fields)
 
     @cached_property
     def _sequences(self) -> list[tuple[Any, int]]:
         """Each cache, and how many rows it has."""
+        if len(self.caches) == 1:
+            return [(self.caches[0], 1)]
         groups = (list(group) for _, group in groupby(self.caches, key=id))
         return [(group[0], len(group)) for group in groups]
 
@@ -126,16 +129,16 @@ class NativeLayer:
 
     def fits(self, cache: Any, num_tokens: int = 1) -> bool:
         """Whether this layer's part of the cache can take the next tokens in place."""
-        return self.attention.can_extend(cache) and self.attention.sees_window(cache, self._window, num_tokens)
+        return self.attention.takes(cache.layers, self._window, num_tokens)
 
     def __call__(self, x: Tensor, step: RowsStep) -> Tensor:
         """``[1, T, H] -> [1, T, H]``, fp32 and contiguous; the caches `fit`."""
         self.note_begin()
-        rooms = step.rooms(self.attention)
+        places = step.places((self.attention,))
         residual, normed = torch.empty_like(x), torch.empty_like(x)
         plain = self.plain
-        routed = None if plain is None else room_for_routed(plain.route, len(rooms))
-        self.kernel.step(x, *step.rotary(self.rotary), rooms, residual, normed, routed)
+        routed = None if plain is None else room_for_routed(plain.route, step.num_rows)
+        self.kernel.step(x, *step.rotary(self.rotary), places, residual, normed, routed)
         for observer in self._norm._forward_pre_hooks.values():
             observer(self._norm, (residual,))
         if plain is None or routed is None:

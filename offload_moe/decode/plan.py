@@ -25,7 +25,7 @@ Found = NativeLayer | tuple[str, ...]  # a layer, or why it is called as a modul
 
 
 class Stage(Protocol):
-    """One or several layers."""
+    """One or several layers. They may overwrite what they are given, and nothing else refers to what they return."""
 
     def fits(self, cache: Any, num_tokens: int = 1) -> bool:
         """Whether the cache can take the next tokens of them in place."""
@@ -62,7 +62,7 @@ class ModuleLayer:
             position_embeddings=step.embeddings,
         )
         hidden: Tensor = result[0] if isinstance(result, tuple) else result
-        return hidden
+        return hidden.clone(memory_format=torch.contiguous_format)
 
 
 class PassPlan:
@@ -85,11 +85,10 @@ class PassPlan:
         return hasattr(cache, "layers") and all(stage.fits(cache, num_tokens) for stage in self.stages)
 
     def __call__(self, x: Tensor, step: RowsStep) -> Tensor:
-        """``[1, T, H] -> [1, T, H]``, fp32 on the CPU, T at most `MAX_ROWS`: the bits of each row alone.
+        """``[1, T, H]``, overwritten -> ``[1, T, H]``, fp32 and contiguous, T at most `MAX_ROWS`.
 
-        Raises: TransferError, ModelClosed.
+        Each row has the bits that it would have alone. Raises: TransferError, ModelClosed.
         """
-        x = x.contiguous()
         for stage in self.stages:
             x = stage(x, step)
         return x

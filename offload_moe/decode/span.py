@@ -16,10 +16,8 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from offload_moe.decode.block import PlainBlock
@@ -69,6 +67,7 @@ class LayerSpan:
         Those that have experts are counted by themselves.
         """
         self.layers = layers
+        self._attentions = [layer.attention for layer in layers]
         self._routed = [layer for layer in layers if layer.plain is not None]
         assert hierarchy.slot_table is not None
         self._slot_table = hierarchy.slot_table
@@ -94,7 +93,7 @@ class LayerSpan:
         return all(layer.fits(cache, num_tokens) for layer in self.layers)
 
     def __call__(self, x: Tensor, step: RowsStep) -> Tensor:
-        """``[1, T, H]`` -> ``[1, T, H]``. Raises: TransferError, ModelClosed."""
+        """``[1, T, H]``, overwritten -> ``[1, T, H]``. Raises: TransferError, ModelClosed."""
         if not self._is_native_throughout(step.num_rows):
             for layer in self.layers:
                 x = layer(x, step)
@@ -115,8 +114,7 @@ class LayerSpan:
         )
 
     def pass_natively(self, x: Tensor, step: RowsStep) -> Tensor:
-        rooms = [step.rooms(layer.attention) for layer in self.layers]
-        x = x.clone(memory_format=torch.contiguous_format)
+        rooms = step.places(self._attentions)
         rotary, ranks = step.rotary(self.layers[0].rotary), self._ranks(step.num_rows)
         recorder = self._bound[0].recorder
         is_observed = recorder is not None or any(self._router_hooks)
@@ -261,18 +259,17 @@ class LayerSpan:
 
 def choices_of(rows: kernels.SpanRows, first: int, end: int) -> list[Choice]:
     """The experts of some layers: in the router's order for one row, else ascending."""
-    layers = rows.chosen(first, end)
+    layers = map(rows.chosen, range(first, end))
     if rows.num_rows == 1:
-        return [Choice(ids, states) for (ids,), (states,) in layers]
-    return [_distinct(ids, states) for ids, states in layers]
+        return [Choice(ids, states) for ids, states in layers]
+    return [_distinct(ids, states, rows.num_rows) for ids, states in layers]
 
 
-def _distinct(ids: list[list[int]], states: list[list[int]]) -> Choice:
-    """Of one layer: what each row chose, and how it was found."""
-    chosen = [*chain(*ids)]
-    how, counts = dict(zip(chosen, chain(*states), strict=True)), Counter(chosen)
+def _distinct(chosen: Sequence[int], states: Sequence[int], num_rows: int) -> Choice:
+    """Of one layer: what the rows chose, and how it was found."""
+    how, counts = dict(zip(chosen, states, strict=True)), Counter(chosen)
     experts = sorted(how)
-    return Choice(experts, [how[expert] for expert in experts], [counts[expert] / len(ids) for expert in experts])
+    return Choice(experts, [how[expert] for expert in experts], [counts[expert] / num_rows for expert in experts])
 
 
 def span_kind(hierarchy: Hierarchy, layer: NativeLayer) -> tuple[int, int] | None:

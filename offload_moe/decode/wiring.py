@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from offload_moe.decode.dense import NarrowEmbedding
 from offload_moe.decode.norm import FusedRMSNorm
 from offload_moe.decode.probe import Refused, Uncovered, answer
 from offload_moe.decode.rotary import Embeddings, RotaryTable, block_of
@@ -38,6 +39,7 @@ class Wiring:
     """
 
     embedding: nn.Module
+    table: kernels.EmbeddingKernel | None
     scale: float
     rotary: nn.Module
     layers: nn.ModuleList
@@ -52,13 +54,17 @@ class Wiring:
 
     def bypassed(self) -> list[nn.Module]:
         """Modules that the pass does not call for each token."""
-        rotary = [self.rotary] if self.is_by_position else []
-        return [*rotary, *([] if self.norm_kernel is None else [self.norm])]
+        replaced = {self.rotary: self.is_by_position, self.norm: self.norm_kernel, self.embedding: self.table}
+        return [module for module, replacement in replaced.items() if replacement]
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """``[1, T]`` or ``[1, T, H]`` -> ``[1, T, H]``."""
+        """``[1, T]`` or ``[1, T, H]`` -> ``[1, T, H]``, which nothing else refers to."""
+        if inputs_embeds is None and input_ids is not None and self.table is not None:
+            found = self.table.rows(input_ids)
+            if found is not None:
+                return found
         x: Tensor = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        return x if self.scale == 1.0 else x * self.scale
+        return x.clone() if self.scale == 1.0 else x * self.scale
 
     def make_output(self, hidden: Tensor, cache: Any) -> Any:
         """What the decoder's forward returns. The rehearsal has checked what is checked when it makes one."""
@@ -96,12 +102,12 @@ class Wiring:
         return torch.arange(num_cached, num_cached + num_tokens)[None]
 
     def finish(self, x: Tensor) -> Tensor:
-        """The norm behind the layers of ``[1, T, H]``, with the bits of each row alone."""
-        norm = self.norm if self.norm_kernel is None else self.norm_kernel.of_row
-        if x.shape[1] == 1:
-            result: Tensor = norm(x)
-            return result
-        return torch.cat([norm(row) for row in x.split(1, dim=1)], dim=1)
+        """The norm behind the layers of ``[1, T, H]``, which it may overwrite, with the bits of each row alone."""
+        if self.norm_kernel is None:
+            return torch.cat([self.norm(row) for row in x.split(1, dim=1)], dim=1)
+        for row in (x,) if x.shape[1] == 1 else x.split(1, dim=1):
+            self.norm_kernel.step(row, row)
+        return x
 
 
 def wiring_of(decoder: Any) -> Wiring:
@@ -127,6 +133,7 @@ def wiring_of(decoder: Any) -> Wiring:
     )
     return Wiring(
         embedding=embedding,
+        table=kernels.EmbeddingKernel(embedding, scale) if _is_lookup(embedding) else None,
         scale=scale,
         rotary=rotary,
         layers=layers,
@@ -142,6 +149,12 @@ def wiring_of(decoder: Any) -> Wiring:
             RotaryTable(embed_positions, is_half=True, is_by_position=is_by_position),
         ),
     )
+
+
+def _is_lookup(embedding: nn.Module) -> bool:
+    if type(embedding) is NarrowEmbedding:
+        return embedding.dtype == torch.float32
+    return type(embedding) is nn.Embedding and embedding.max_norm is None and embedding.weight.dtype == torch.float32
 
 
 @torch.inference_mode()

@@ -26,6 +26,7 @@ from offload_moe.native.constants import (
     SHORT_READ,
     WRONG_CHECKSUM,
 )
+from offload_moe.native.embedding import EmbeddingKernel
 from offload_moe.native.encode import encode_int8, encode_nf4
 from offload_moe.native.experts import ExpertKernel, add_rows
 from offload_moe.native.latent import LatentKernel
@@ -35,7 +36,7 @@ from offload_moe.native.mlp import MlpKernel
 from offload_moe.native.panels import PanelOrder, Repacking, panel_order
 from offload_moe.native.planes import not_in_panels_reason, unsupported_reason
 from offload_moe.native.reads import Completion, Reads, ReadSizes
-from offload_moe.native.rooms import Room
+from offload_moe.native.rooms import Room, tokens_apart
 from offload_moe.native.router import RouterKernel
 from offload_moe.native.slot_table import SlotTable
 from offload_moe.native.span import (
@@ -64,6 +65,7 @@ __all__ = [
     "WRONG_CHECKSUM",
     "AttentionKernel",
     "Completion",
+    "EmbeddingKernel",
     "ExpertKernel",
     "FileStruct",
     "HeadNorm",
@@ -97,6 +99,7 @@ __all__ = [
     "panel_order",
     "select_instruction_set",
     "set_threads",
+    "tokens_apart",
     "unsupported_reason",
     "use_torch_after_fork",
 ]

@@ -72,6 +72,10 @@ class LinearKernel:
                 )
         self._call(x, records, [out.data_ptr() for out in outs], outs[0].dtype)
 
+    def step(self, x: Tensor, record: Tensor, out: Tensor) -> None:
+        """Set `out` to ``x @ matrix.T + bias`` of the only matrix: contiguous; not checked, this is the hot path."""
+        self._call(x, [record], [out.data_ptr()], out.dtype)
+
     def forward_row(self, x: Tensor, records: Sequence[Tensor | int], out: Tensor) -> None:
         """Compute one token into one buffer: x ``[1, K]``, out ``[1, sum of O_i]``. Raises: ConfigError."""
         check_rows("x", x, self._in_features)
@@ -84,10 +88,10 @@ class LinearKernel:
 
     def _call(self, x: Tensor, records: Sequence[Tensor | int], targets: Sequence[int], dtype: torch.dtype) -> None:
         addresses = array("Q", [address_of(record) for record in records])
-        places = array("Q", targets)
+        places, num_tokens = array("Q", targets), x.numel() // self._in_features
         status = self._native(
             *(self._matrices_address, addresses.buffer_info()[0], places.buffer_info()[0], len(addresses)),
-            *(x.data_ptr(), x.shape[0], DTYPES[x.dtype], DTYPES[dtype]),
+            *(x.data_ptr(), num_tokens, DTYPES[x.dtype], DTYPES[dtype]),
         )
         if status:
-            raise MemoryError(f"No memory for the activations of {x.shape[0]} tokens.")
+            raise MemoryError(f"No memory for the activations of {num_tokens} tokens.")

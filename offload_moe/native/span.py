@@ -5,7 +5,7 @@ T rows, H hidden, E experts per layer, K top-k, L layers of the span that have e
 
 import ctypes
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -74,7 +74,7 @@ class SpanRows:
     def __init__(
         self,
         x: Tensor,
-        rooms: Sequence[Sequence[Room]],
+        rooms: "Sequence[Sequence[Room]] | array[int]",
         rotary: tuple[Tensor, Tensor],
         *,
         num_experts: int,
@@ -84,23 +84,25 @@ class SpanRows:
     ) -> None:
         """x: fp32 of the rows, contiguous, overwritten. rotary: cos and signed sin of each row, contiguous.
 
-        rooms: of each layer, of each of its rows; see `AttentionKernel.step`. num_layers: L; None: none is dense.
+        rooms: of each layer, of each of its rows; see `rooms_array`. num_layers: L; None: none is dense.
         ranks ``[A]``: how many of the likeliest guesses are fetched if they are absent, per layer ahead.
 
         Raises: ConfigError for more than `MAX_ROWS` rows.
         """
-        num_layers, num_rows = len(rooms) if num_layers is None else num_layers, len(rooms[0])
+        num_layers, num_rows = len(rooms) if num_layers is None else num_layers, x.numel() // x.shape[-1]
         if num_rows > MAX_ROWS:
             raise ConfigError(f"A span of layers takes no more than {MAX_ROWS} rows at once, not {num_rows}.")
         self.num_rows, self.x = num_rows, x
         self.residual, self.normed = torch.empty_like(x), torch.empty_like(x)
         self.logits = torch.empty(num_layers, num_rows, num_experts)
         self.weights = torch.empty(num_layers, num_rows, top_k)
-        self.ids = torch.empty(num_layers, num_rows, top_k, dtype=torch.int64)
+        self._ids = array("q", bytes(8 * num_layers * num_rows * top_k))
+        self.ids = torch.frombuffer(self._ids, dtype=torch.int64).view(num_layers, num_rows, top_k)
         self.times = torch.empty(num_layers, 2, dtype=torch.float64)
         self.stalls = torch.empty(num_layers, dtype=torch.float64)
         self.guesses = torch.empty(num_layers, len(ranks), top_k, dtype=torch.int64)
-        self.found = torch.empty(num_layers, num_rows, top_k, dtype=torch.uint8)
+        self._found = bytearray(num_layers * num_rows * top_k)
+        self.found = torch.frombuffer(self._found, dtype=torch.uint8).view(num_layers, num_rows, top_k)
         self.guesses_found = torch.zeros(num_layers, len(ranks), top_k, dtype=torch.uint8)
         self._spaces = {
             "pairs": torch.empty(top_k, x.numel()),
@@ -112,12 +114,11 @@ class SpanRows:
         self.struct = SpanRowsStruct(
             num_rows=num_rows, num_ahead=len(leading), ranks=leading.buffer_info()[0], **addresses
         )
-        self._ids, self._found = self.ids.numpy(), self.found.numpy()  # which make lists quicker
         self.begin(x, rooms, rotary)
 
-    def begin(self, x: Tensor, rooms: Sequence[Sequence[Room]], rotary: tuple[Tensor, Tensor]) -> None:
+    def begin(self, x: Tensor, rooms: "Sequence[Sequence[Room]] | array[int]", rotary: tuple[Tensor, Tensor]) -> None:
         """Take as many other rows next. Their results replace those of the last ones."""
-        places = rooms_array(chain.from_iterable(rooms))
+        places = rooms_array(rooms if isinstance(rooms, array) else chain.from_iterable(rooms))
         self.x, struct = x, self.struct
         self._owned: tuple[Any, ...] | None = (rooms, rotary, places)
         struct.x, struct.cos, struct.signed_sin = x.data_ptr(), rotary[0].data_ptr(), rotary[1].data_ptr()
@@ -127,9 +128,11 @@ class SpanRows:
         """Keep the results, and the caches no longer alive."""
         self._owned = None
 
-    def chosen(self, first: int, end: int) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
-        """Ids and how they were found, ``[T, K]``, of some layers."""
-        return zip(self._ids[first:end].tolist(), self._found[first:end].tolist(), strict=True)
+    def chosen(self, at: int) -> tuple[list[int], Sequence[int]]:
+        """Ids and how they were found of all rows of a layer, ``[T * K]``."""
+        count = self.num_rows * self.ids.shape[2]
+        choices = slice(at * count, (at + 1) * count)
+        return self._ids[choices].tolist(), self._found[choices]
 
     @cached_property
     def routed(self) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -216,6 +216,8 @@
                                       const float *signed_sin, const om_room *rooms, int64_t num_rows, float *out)) \
     FUNCTION(int, om_latent_step, (const om_latent *latent, const float *x, const float *cos, const float *signed_sin, \
                                    const om_room *rooms, int64_t num_rows, float *out)) \
+    FUNCTION(int, om_embed, (const void *table, int32_t codec, int64_t num_rows, int64_t hidden, const int64_t *ids, \
+                             int64_t count, float scale, float *x)) \
     FUNCTION(void, om_rms_norm, (const float *values, const float *weight, int64_t length, float epsilon, float *result)) \
     FUNCTION(int, om_router_step, (const om_router *router, const float *x, int64_t num_rows, float *logits, \
                                    float *weights, int64_t *ids)) \
