@@ -12,7 +12,7 @@ CODECS = ("nf4", "int8", "bf16", "mxfp4")
 DENSE_CODECS = ("nf4", "int8", "bf16")
 DTYPES = ("fp32", "bf16", "fp16")
 POLICIES = ("lru", "lfu", "decayed", "slru", "lru-2", "knn")
-GUESSES = ("auto", "off", "ngram")
+GUESSES = ("auto", "off", "ngram", "draft")
 REPLAYS = (*POLICIES, "belady", "all")  # a value of `profile --replay --policy`
 CODEC_HELP = "format of the experts (default: mxfp4 for a checkpoint in MXFP4, nf4 for any other)"
 MOST_TOKENS = 1 << 31
@@ -53,7 +53,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--speculate",
         choices=GUESSES,
-        help="guess tokens, to compute several at once; the answers stay the same (default: auto, while it pays)",
+        help="guess tokens, to compute several at once; the answers stay the same (default: auto, while it pays); "
+        "draft is followed by a MODEL, see --draft",
+    )
+    group.add_argument(
+        "--draft",
+        metavar="MODEL",
+        help="checkpoint folder or hub id of a small model of the same vocabulary that guesses",
     )
     group.add_argument("--dtype", choices=DTYPES, help="dtype to compute in (default: bf16 on a GPU, fp32 on the CPU)")
     group.add_argument(
@@ -114,7 +120,7 @@ def load_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """The given flags as options of `offload_moe.LoadOptions`; the others keep their defaults there."""
     names = (
         *("vram", "ram", "context", "policy", "hybrid", "device", "dtype"),
-        *("codec", "dense_codec", "revision", "follow_links", "exact", "speculate"),
+        *("codec", "dense_codec", "revision", "follow_links", "exact", "speculate", "draft"),
     )
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 

@@ -59,6 +59,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--dense-codec", choices=DENSE_CODECS, help="format of the other weights (default: the most exact that fits)"
     )
     parser.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
+    parser.add_argument("--draft", metavar="MODEL", help="a draft model that is loaded beside it, see `run --draft`")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -67,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
     with reporter() as report:
         report("Loading libraries")
         from offload_moe.convert.sources import find_source
+        from offload_moe.engine.draft import find_draft
         from offload_moe.plan import make_plan, plan_to_json
 
         report(f"Planning {options.model}")
@@ -77,6 +79,7 @@ def run(options: argparse.Namespace) -> int:
             codec=options.codec,
             dense_codec=options.dense_codec,
             revision=options.revision,
+            draft_bytes=None if options.draft is None else find_draft(options.draft).num_bytes,
         )
     if notice := _notice_of_another_machine(options):
         print(notice, file=sys.stderr)

@@ -2,7 +2,7 @@
 
 import gc
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,13 +11,14 @@ from typing import Any, Unpack
 import torch
 
 from offload_moe.chat.recompute import recompute_of
-from offload_moe.checkpoint.token_ids import watch_ids
+from offload_moe.checkpoint.token_ids import num_embeddings, watch_ids
 from offload_moe.checkpoint.tokenizer import load_tokenizer, tokenizer_notices
 from offload_moe.convert.jobs import LOSSLESS
 from offload_moe.convert.sources import ensure_store
-from offload_moe.decode import make_fast, make_room
+from offload_moe.decode import make_fast, make_room, why_no_rows
 from offload_moe.engine.assemble import skeleton_of
 from offload_moe.engine.build import Blueprint, Engine, build, closed_on_error, pools_of
+from offload_moe.engine.draft import DraftFiles, find_draft, load_draft
 from offload_moe.engine.model import Model
 from offload_moe.engine.options import LoadKeywords, LoadOptions
 from offload_moe.engine.overflow import watch_overflow
@@ -33,6 +34,9 @@ from offload_moe.plan.parameters import ModelShape, describe_skeleton
 from offload_moe.plan.placement import Placement
 from offload_moe.plan.room import ContextRoom, may_borrow
 from offload_moe.residency.popularity import warm_start
+from offload_moe.speculate.choice import Choice
+from offload_moe.speculate.draft import DraftSource
+from offload_moe.speculate.guess import Source
 from offload_moe.speculate.speculation import Speculation, set_speculation, speculation_of
 from offload_moe.store import Store
 from offload_moe.system.lifecycle import has_loaded
@@ -59,11 +63,13 @@ def load(
     device = compute_device("cpu" if chosen.vram_bytes == 0 and chosen.device is None else chosen.device)
     store, conversion_notices = _open_store(source, chosen, progress)
     progress("Planning memory")
-    planned = _plan(store, chosen, device)
+    draft = None if chosen.draft is None else find_draft(chosen.draft, token=chosen.token)
+    planned = _plan(store, chosen, device, draft)
     progress("Loading dense weights")
     engine = build(store, _blueprint(store, chosen, planned), planned.skeleton)
     with closed_on_error(engine.hierarchy):
         model = _make_model(store, chosen, planned, engine)
+        _speculate(model, chosen, draft)
     _notify(model, [*conversion_notices, *engine.notices], _notices_of_machine(chosen, device))
     return model
 
@@ -109,7 +115,19 @@ def _open_store(source: str | Path, options: LoadOptions, progress: Progress) ->
     return store, notices
 
 
-def _plan(store: Store, options: LoadOptions, device: torch.device) -> Planned:
+def _speculate(model: Model, options: LoadOptions, draft: DraftFiles | None) -> None:
+    """Choose how tokens are guessed. Raises: ConfigError where the draft has another vocabulary."""
+    hf = model.hf
+    sources: dict[Choice, Callable[[], Source]] = {}
+    if draft is not None and not why_no_rows(hf):
+        if model.tokenizer is None:
+            raise ConfigError(f"{model.no_tokenizer} Without one, its vocabulary cannot be compared with a draft's.")
+        guessing = load_draft(draft, model.tokenizer.get_vocab(), model.placement.context)
+        sources["draft"] = partial(DraftSource, guessing, num_embeddings(hf))
+    set_speculation(hf, Speculation(hf, options.speculate, model.stats, sources))
+
+
+def _plan(store: Store, options: LoadOptions, device: torch.device, draft: DraftFiles | None) -> Planned:
     give_back_freed_memory()
     forget_peak()
     dtype = compute_dtype(options.dtype, device)
@@ -118,7 +136,13 @@ def _plan(store: Store, options: LoadOptions, device: torch.device) -> Planned:
     shape = describe_skeleton(skeleton, is_fast_path=options.fast_path and not keeps_bits)
     machine = measure_load(device, vram=options.vram_bytes, ram=options.ram_bytes, dtype=dtype)
     placement = fit(
-        store, shape, machine, context=options.context, dense_codec=options.dense_codec, is_exact=options.exact
+        store,
+        shape,
+        machine,
+        context=options.context,
+        dense_codec=options.dense_codec,
+        is_exact=options.exact,
+        draft_bytes=None if draft is None else draft.num_bytes,
     )
     return Planned(
         skeleton=skeleton, device=device, dtype=dtype, keeps_bits=keeps_bits, shape=shape, placement=placement
@@ -163,7 +187,6 @@ def _make_model(store: Store, options: LoadOptions, planned: Planned, engine: En
     tokenizer, room = load_tokenizer(store.path), _make_room(planned, engine)
     model = Model(store, engine, tokenizer, placement, room, summary(planned.shape, placement))
     model.fast_path = report
-    set_speculation(hf, Speculation(hf, options.speculate, hierarchy.counters))  # once all hooks of ours are set
     return model
 
 
@@ -192,7 +215,7 @@ def _notify(model: Model, of_model: Iterable[str], of_machine: Iterable[str]) ->
     for notice in model.notices:
         warnings.warn(notice, UserWarning, stacklevel=3)
     speculation, report = speculation_of(model.hf), model.fast_path
-    if speculation.choice == "ngram" and speculation.why_off:
+    if speculation.choice in ("ngram", "draft") and speculation.why_off:
         model.notices.append(f"No tokens are guessed: {speculation.why_off}.")
     if report is not None and report.is_worth_a_notice:
         model.notices.append(str(report))  # the slow path is no fault, so it is no warning

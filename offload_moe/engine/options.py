@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Self, TypedDict
 
 import torch
@@ -41,7 +42,8 @@ class LoadOptions:
     prefetch: MoE layers to look ahead; 0 turns prefetch and warm starts off. It also turns itself off while it does not
     pay.
     speculate: which tokens are guessed, so that one pass computes several; it changes the speed and no token. "auto" is
-    "ngram", what followed the same text before, while it pays; "off" guesses none.
+    "ngram", what followed the same text before, while it pays; "draft" takes the guesses of the model `draft`, a
+    checkpoint folder or hub id of the same vocabulary, which has memory of its own; "off" guesses none.
     revision, token: of a hub id. follow_links: see `quantize`.
 
     Raises:
@@ -61,6 +63,7 @@ class LoadOptions:
     hybrid: Hybrid = "auto"
     fast_path: bool = True
     speculate: Choice = "auto"
+    draft: str | Path | None = None
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
     follow_links: bool = False
@@ -72,6 +75,8 @@ class LoadOptions:
         check_policy(self.policy)
         choice("hybrid mode", self.hybrid, HYBRID_CHOICES)
         check_choice(self.speculate)
+        if (self.speculate == "draft") != (self.draft is not None):
+            raise ConfigError('speculate="draft" and draft, the model that guesses, come together.')
         if self.codec is not None:
             get_codec(self.codec)
         if self.dense_codec is not None:
@@ -118,6 +123,7 @@ class LoadKeywords(TypedDict, total=False):
     hybrid: Hybrid
     fast_path: bool
     speculate: Choice
+    draft: str | Path | None
     revision: str | None
     token: str | None
     follow_links: bool

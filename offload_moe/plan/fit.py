@@ -1,5 +1,6 @@
 """The plan of a store before it is loaded, by the same code as `offload-moe plan`."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -57,8 +58,9 @@ def fit(
     context: int | None = None,
     dense_codec: str | None = None,
     is_exact: bool = False,
+    draft_bytes: Callable[[int], int] | None = None,
 ) -> Placement:
-    """The placement of a store on this machine. shape: of the store's model.
+    """The placement of a store on this machine. shape: of the store's model. draft_bytes: see `Settings`.
 
     Raises:
     BudgetError: not even one expert slot fits; the message has the shortfall and remedies.
@@ -74,6 +76,7 @@ def fit(
         dense_codec=dense_codec,
         stored_dense_codec=store.dense_codec,
         is_exact=is_exact,
+        draft_bytes=draft_bytes,
     )
     task = Task(shape=shape, machine=replace(machine, disk_bytes=None), settings=settings, is_store=True)
     placement = place(shape, task.machine, settings, download_bytes=0, is_store=True)

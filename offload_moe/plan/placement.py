@@ -3,7 +3,7 @@
 `offload-moe plan` and `load` share this code.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ class Settings:
 
     dense_codec: of dense weights in memory; None takes the most exact one that fits. stored_dense_codec: on disk.
     is_exact: the CPU rounds dense weights only if `dense_codec` is given, and no keys and values.
+    draft_bytes: of a draft model by the length of the context, which takes RAM of its own; None without one.
     """
 
     codec: str
@@ -33,6 +34,7 @@ class Settings:
     dense_codec: str | None = None
     stored_dense_codec: str = LOSSLESS
     is_exact: bool = False
+    draft_bytes: Callable[[int], int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +209,7 @@ def _memories(
     shape: ModelShape, machine: Machine, settings: Settings, context: int, dense_codec: str
 ) -> tuple[Tier | None, Tier]:
     model = _model_parts(shape, machine, settings, context, dense_codec)
-    in_ram = (Part(name="runtime", num_bytes=runtime_bytes(shape.vocabulary)),)
+    in_ram = (Part(name="runtime", num_bytes=runtime_bytes(shape.vocabulary)), *_draft_parts(settings, context))
     if not machine.has_device:
         return None, _fill("RAM", machine.ram_bytes, (*model, *in_ram), shape, settings.codec)
     on_device = (Part(name="device context and workspaces", num_bytes=DEVICE_RESERVE_BYTES),)
@@ -215,6 +217,12 @@ def _memories(
         _fill("VRAM", machine.vram_bytes, (*model, *on_device), shape, settings.codec),
         _fill("RAM", machine.ram_bytes, in_ram, shape, settings.codec),
     )
+
+
+def _draft_parts(settings: Settings, context: int) -> tuple[Part, ...]:
+    if settings.draft_bytes is None:
+        return ()
+    return (Part(name="draft model", num_bytes=settings.draft_bytes(context), detail=f"{context:,} tokens"),)
 
 
 def _model_parts(

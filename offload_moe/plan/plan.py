@@ -1,5 +1,6 @@
 """The plan itself: one model, one machine, one choice of settings."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,10 +57,11 @@ def make_plan(
     dense_codec: str | None = None,
     revision: str | None = None,
     token: str | None = None,
+    draft_bytes: Callable[[int], int] | None = None,
 ) -> Plan:
     """Plan a store, a checkpoint folder, a config file or a hub id. Only a hub id's config is downloaded.
 
-    context: tokens; None takes as many as fit, at most 8,192 and the model's maximum.
+    context: tokens; None takes as many as fit, at most 8,192 and the model's maximum. draft_bytes: see `Settings`.
 
     Raises:
         ConfigError: a codec or the context is not usable, or contradicts the store.
@@ -75,7 +77,9 @@ def make_plan(
     shape = describe_model(source.config, is_fast_path=_takes_fast_path(codec, machine), dense_names=source.dense_names)
     shape = with_narrow_embeddings(shape, lambda weight: weight.dtype == torch.bfloat16)
     check_context(context, shape)
-    settings = Settings(codec=codec, context=context, dense_codec=dense_codec, stored_dense_codec=stored)
+    settings = Settings(
+        codec=codec, context=context, dense_codec=dense_codec, stored_dense_codec=stored, draft_bytes=draft_bytes
+    )
     return _plan(source, shape, machine, settings)
 
 

@@ -1,7 +1,8 @@
 """How one model's tokens are guessed: the choice, and what its conversations share."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,7 +27,14 @@ class Speculation:
     why_off: why no tokens are guessed whatever is chosen; empty where they are.
     """
 
-    def __init__(self, hf: PreTrainedModel, choice: Choice = "auto", counters: Counters | None = None) -> None:
+    def __init__(
+        self,
+        hf: PreTrainedModel,
+        choice: Choice = "auto",
+        counters: Counters | None = None,
+        sources: Mapping[Choice, Callable[[], Source]] = MappingProxyType({}),
+    ) -> None:
+        """sources: what makes the source of a conversation, by choice, beside those that every model has."""
         self.choice: Choice = choice
         self.why_off = why_no_rows(hf)
         self.is_paused = False
@@ -34,7 +42,7 @@ class Speculation:
         head = hf.get_output_embeddings()
         self._new_hooks = _NewHooks([hf, hf.get_decoder(), *([head] if isinstance(head, nn.Module) else [])])
         self._counters = Counters() if counters is None else counters
-        self._sources: dict[Choice, Callable[[], Source]] = {"auto": NgramSource, "ngram": NgramSource}
+        self._sources: dict[Choice, Callable[[], Source]] = {"auto": NgramSource, "ngram": NgramSource, **sources}
 
     def conversation(self, choice: Choice | None = None) -> Speculator | None:
         """Guesses for one conversation; None where there are none. choice: None takes the model's.
@@ -45,7 +53,7 @@ class Speculation:
         if chosen == "off" or self.why_off or self.is_paused:
             return None
         if chosen not in self._sources:
-            raise ConfigError(f"The model was loaded without {chosen} guesses. Load it with speculate={chosen!r}.")
+            raise ConfigError(f"The model was loaded without a {chosen} model. Load it with speculate={chosen!r}.")
         return Speculator(self._sources[chosen](), self._costs, self._counters, may_guess=lambda: not self._new_hooks)
 
     @contextmanager

@@ -139,3 +139,19 @@ def test_full_statistics_of_a_turn() -> None:
     assert rows["prompt"] == "120 tokens, 100 from the cache (cropped)"
     assert rows["expert hits"] == "3 of 4 (75.0%)"
     assert rows["memory: experts"] == "1.0 GiB"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["run", "demo", "--speculate", "draft", "small", "Hello"], ("draft", "small", "Hello")),
+        (["run", "--speculate", "draft", "small", "demo", "Hello"], ("draft", "small", "Hello")),
+        (["run", "demo", "--speculate", "draft", "--draft", "small", "Hello"], ("draft", "small", "Hello")),
+        (["run", "demo", "Hello", "--speculate", "ngram"], ("ngram", None, "Hello")),
+        (["run", "demo", "Hello"], (None, None, "Hello")),
+    ],
+)
+def test_a_draft_may_follow_its_choice(words: list[str], expected: tuple[str | None, ...]) -> None:
+    options = load_cli().build_parser().parse_args(words)
+    assert (options.speculate, options.draft, options.prompt) == expected
+    assert options.model == "demo"
