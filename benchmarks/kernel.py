@@ -164,6 +164,7 @@ class CodecBench:
     def __init__(self, codec: str, rows: int, columns: int, options: argparse.Namespace) -> None:
         weight, num_bytes = torch.randn(rows, columns) * 0.02, options.megabytes << 20
         self._shape = f"{columns}x{rows}"
+        self._label = codec
         self._codec = f"{PREFIX}{codec}" if codec in TYPES else codec
         modes = [mode for mode in options.modes if (codec != "bf16" or mode == "exact") and self._has(mode)]
         self._in_rows = Weights(self._codec, weight, False, num_bytes) if self._has("exact") else None
@@ -218,7 +219,7 @@ class CodecBench:
         kernels.select_instruction_set(None)
         of_read = row["of_read"]
         print(
-            f"{self._shape:11} {threads} threads  {self._codec.removeprefix(PREFIX):6} {name:10} {mode:6} {count} tokens "
+            f"{self._shape:11} {threads} threads  {self._label:6} {name:10} {mode:6} {count} tokens "
             f"{row['gb_per_s']['median']:6.2f} GB/s  {of_read['median']:.2f} of read ({of_read['min']:.2f} to "
             f"{of_read['max']:.2f})  x{row['rows_gain']['median']:.2f}  cached {row['cached_gb_per_s']:6.2f}  "
             f"error {row['error']:.1e}",
@@ -242,7 +243,7 @@ class CodecBench:
                 rates[name].append(weights.num_bytes / (time.thread_time() - began) / 1e9)
         row = {name: spread(values) for name, values in rates.items()}
         print(
-            f"{self._shape:11} repack  {self._codec.removeprefix(PREFIX):6} to panels {row['to_panels']['median']:.2f} GB/s, "
+            f"{self._shape:11} repack  {self._label:6} to panels {row['to_panels']['median']:.2f} GB/s, "
             f"to rows {row['to_rows']['median']:.2f}",
             file=sys.stderr,
             flush=True,

@@ -8,8 +8,8 @@ from offload_moe.quant.gguf import GgufType
 
 # Where a block has fp16 numbers, and where an exponent.
 HALVES = {
-    **{kind: (0,) for kind in ("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS")},
-    **{kind: (0, 2) for kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K")},
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
     "Q2_K": (80, 82),
     "Q3_K": (108,),
     "Q6_K": (208,),

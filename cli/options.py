@@ -13,7 +13,7 @@ DENSE_CODECS = ("nf4", "int8", "bf16")
 DTYPES = ("fp32", "bf16", "fp16")
 POLICIES = ("lru", "lfu", "decayed", "slru", "lru-2", "knn")
 REPLAYS = (*POLICIES, "belady", "all")  # a value of `profile --replay --policy`
-CODEC_HELP = "format of the experts (default: mxfp4 for a checkpoint in MXFP4, nf4 for any other)"
+CODEC_HELP = "format of the experts (default: a GGUF file's own, mxfp4 for a checkpoint in MXFP4, nf4 for any other)"
 MOST_TOKENS = 1 << 31
 SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "seed": int, "max_new_tokens": int}
 

@@ -36,7 +36,7 @@ def _check_split(path: Path, model: object, split: object) -> None:
 
     if model == "gpt2" and split not in (*GGUF_PRE_TOKENIZER_SPLITS, *OF_GPT2):
         raise CheckpointError(
-            f"{path}: its tokenizer splits texts in a way named {split!r} (tokenizer.ggml.pre), which is not known here: "
-            "texts would become other tokens than the model learned. Put config.json and tokenizer.json of the original "
-            "model beside it in a folder of its own, and quantize that folder."
+            f"{path}: its tokenizer splits texts in a way named {split!r} (tokenizer.ggml.pre), which is not known "
+            "here: texts would become other tokens than the model learned. Put config.json and tokenizer.json of the "
+            "original model beside it in a folder of its own, and quantize that folder."
         )

@@ -1,4 +1,4 @@
-"""A GGUF file in place of a model folder: its parts, and the small files that transformers reads, out of its metadata."""
+"""A GGUF file in place of a model folder: the small files that transformers reads, out of its metadata."""
 
 import json
 from pathlib import Path

@@ -51,7 +51,8 @@ def quantize(
 ) -> Path:
     """Convert a checkpoint folder, hub id or GGUF file into an expert store and return the store's folder.
 
-    codec: of the experts; None keeps all bits of a GGUF file, takes mxfp4 for a checkpoint in MXFP4, whose bits it keeps, and nf4 for any other.
+    codec: of the experts; None keeps all bits of a GGUF file, takes mxfp4 for a checkpoint in MXFP4, whose bits it
+        keeps, and nf4 for any other.
     dense_codec: of the large dense projections.
     delete_source_shards: download a hub id shard by shard into a folder beside the store, and delete each once
         everything in it is safely in the store. Needs the disk for the store and about two shards.

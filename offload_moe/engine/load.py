@@ -92,8 +92,8 @@ def _device_for(store: Store, options: LoadOptions) -> torch.device:
     if store.codec == GGUF:
         if options.device not in (None, "cpu"):
             raise ConfigError(
-                f"The types of GGUF files are computed on the CPU so far, not on {options.device}. Leave --device out, or "
-                "convert the file: `offload-moe quantize FILE STORE --codec nf4`."
+                f"The types of GGUF files are computed on the CPU so far, not on {options.device}. Leave --device out, "
+                "or convert the file: `offload-moe quantize FILE STORE --codec nf4`."
             )
         return compute_device("cpu")
     return compute_device("cpu" if options.vram_bytes == 0 and options.device is None else options.device)

@@ -1,7 +1,7 @@
 """Where the parts of a record that lie apart in files are read into a slot: in windows that direct reads allow.
 
-Each window begins and ends on 4096 bytes, in the file and in the slot. The parts are moved down to their places when all
-have arrived, the lowest first, so no window lies below the place of its part.
+Each window begins and ends on 4096 bytes, in the file and in the slot. The parts are moved down to their places when
+all have arrived, the lowest first, so no window lies below the place of its part.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,10 @@ from offload_moe.quant.layout import RECORD_ALIGNMENT, round_up
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """One part of a record: `length` bytes, `skew` bytes behind `offset` of a file, are read from there on into the slot
-    from `start` on, and belong at `target`."""
+    """One part of a record: `length` bytes, `skew` bytes behind `offset` of a file, which belong at `target`.
+
+    start, num_bytes: of the whole window in the slot.
+    """
 
     path: Path
     offset: int
@@ -31,7 +33,10 @@ class Window:
 
 
 def window_starts(parts: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
-    """Where windows begin in a slot for parts of any skew, and the bytes of the slot. parts: target, length; ascending."""
+    """Where windows begin in a slot for parts of any skew, and the bytes of the slot.
+
+    parts: target and length of each, ascending.
+    """
     starts, end = [], 0
     for target, length in parts:
         starts.append(max(end, round_up(target, RECORD_ALIGNMENT)))

@@ -205,7 +205,7 @@ def test_metadata_that_is_not_usable(metadata: dict[str, Any], match: str, tmp_p
 
 def test_an_architecture_that_is_not_used_as_it_lies(tmp_path: Path) -> None:
     path = write_model(tmp_path, "qwen3_moe", metadata={"general.architecture": "grok"}).path
-    with pytest.raises(CheckpointError, match="architecture 'grok'; llama, .* can be used as they lie"):
+    with pytest.raises(CheckpointError, match=r"architecture 'grok'; llama, .* can be used as they lie"):
         load(path)
 
 

@@ -1,4 +1,4 @@
-"""Panels of GGUF's types: near what `gguf` decodes, the definition's bits, the same bits in every set, and back exactly."""
+"""Panels of GGUF's types: near what `gguf` decodes, the definition's bits in every set, and back exactly."""
 
 import numpy as np
 import pytest
@@ -226,7 +226,7 @@ def test_an_expert_of_several_types(kinds: tuple[str, ...]) -> None:
 
 def test_a_name_gives_one_codec() -> None:
     assert get_codec("gguf:Q4_K,Q4_K,Q6_K") is gguf_codec(("Q4_K", "Q4_K", "Q6_K"))
-    with pytest.raises(ConfigError, match="IQ2_XS has no kernel. Those that have: Q4_0"):
+    with pytest.raises(ConfigError, match=r"IQ2_XS has no kernel\. Those that have: Q4_0"):
         get_codec("gguf:IQ2_XS")
 
 
