@@ -11,7 +11,7 @@ from torch import Tensor
 from offload_moe.errors import ConfigError
 from offload_moe.native.bindings import library
 from offload_moe.native.constants import MAX_ROTATED, ROTATIONS
-from offload_moe.native.planes import DTYPES, matrix_struct
+from offload_moe.native.planes import DTYPES, record_structs
 from offload_moe.native.rooms import Rooms, rooms_array
 from offload_moe.native.structs import AttentionStruct, MatrixStruct
 from offload_moe.quant.layout import ExpertShape, RecordLayout, pack_planes, weight_shape
@@ -39,7 +39,7 @@ class Linear:
 
     def struct(self) -> MatrixStruct:
         """The matrix as calls read it."""
-        return matrix_struct(self.codec, self.shape.matrices[0], self.layout, num_parts=int(self.in_panels))
+        return record_structs(self.codec, self.shape, self.layout, [int(self.in_panels)])[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

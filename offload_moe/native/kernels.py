@@ -34,7 +34,7 @@ from offload_moe.native.layer import LayerKernel
 from offload_moe.native.linear import LinearKernel
 from offload_moe.native.mlp import MlpKernel
 from offload_moe.native.panels import PanelOrder, Repacking, panel_order
-from offload_moe.native.planes import not_in_panels_reason, unsupported_reason
+from offload_moe.native.planes import not_in_panels_reason, not_in_rows_reason, shares_inputs, unsupported_reason
 from offload_moe.native.reads import Completion, Reads, ReadSizes
 from offload_moe.native.rooms import Room, tokens_apart
 from offload_moe.native.router import RouterKernel
@@ -46,7 +46,7 @@ from offload_moe.native.span import (
     SpanRows,
     TokenPass,
 )
-from offload_moe.native.structs import FileStruct, PlaceStruct
+from offload_moe.native.structs import FileStruct, PieceStruct, PlaceStruct
 
 __all__ = [
     "ARRIVING",
@@ -76,6 +76,7 @@ __all__ = [
     "MlpKernel",
     "NormKernel",
     "PanelOrder",
+    "PieceStruct",
     "PlaceStruct",
     "ReadSizes",
     "Reads",
@@ -95,10 +96,12 @@ __all__ = [
     "fast_encoding",
     "instruction_set",
     "not_in_panels_reason",
+    "not_in_rows_reason",
     "num_threads",
     "panel_order",
     "select_instruction_set",
     "set_threads",
+    "shares_inputs",
     "tokens_apart",
     "unsupported_reason",
     "use_torch_after_fork",

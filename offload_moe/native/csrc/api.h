@@ -21,6 +21,7 @@
 
 #define OM_MOE_LAYER_FIELDS(FIELD, T) \
     FIELD(T, om_matrix, first, ) FIELD(T, om_matrix, second, ) \
+    FIELD(T, om_matrix, up, ) /* in panels, of a type of its own; no rows: `first` has gate rows and then up rows */ \
     FIELD(T, int32_t, activation, ) FIELD(T, int32_t, has_gate, ) FIELD(T, int32_t, is_interleaved, ) \
     FIELD(T, float, alpha, ) FIELD(T, float, limit, )
 
@@ -126,8 +127,16 @@
     FIELD(T, int64_t, num_bytes, ) \
     FIELD(T, int32_t, direct, ) FIELD(T, int32_t, cached, ) /* descriptors; -1: this way of reading is not available */
 
+/* A run of bytes that a record is put together from. Direct reads need aligned windows: `start` and `num_bytes` of the slot are
+ * filled from `offset` of the file on, and `length` bytes of that, from `skew` on, are then moved down to `target`. */
+#define OM_PIECE_FIELDS(FIELD, T) \
+    FIELD(T, int64_t, offset, ) FIELD(T, int64_t, start, ) FIELD(T, int64_t, num_bytes, ) \
+    FIELD(T, int64_t, skew, ) FIELD(T, int64_t, length, ) FIELD(T, int64_t, target, ) \
+    FIELD(T, int32_t, file, )
+
 #define OM_PLACE_FIELDS(FIELD, T) \
     FIELD(T, int64_t, offset, ) FIELD(T, int64_t, num_bytes, ) \
+    FIELD(T, const om_piece *, pieces, ) FIELD(T, int32_t, num_pieces, ) /* ascending in the slot, without a checksum; none: one run */ \
     FIELD(T, const om_matrix *, matrices, ) FIELD(T, int32_t, num_matrices, ) /* to bring into panels or rows; none: the record stays as it is */ \
     FIELD(T, int32_t, file, ) FIELD(T, int32_t, to_panels, ) \
     FIELD(T, uint32_t, checksum, )
@@ -185,6 +194,7 @@
     STRUCT(om_span, OM_SPAN_FIELDS) \
     STRUCT(om_span_rows, OM_SPAN_ROWS_FIELDS) \
     STRUCT(om_file, OM_FILE_FIELDS) \
+    STRUCT(om_piece, OM_PIECE_FIELDS) \
     STRUCT(om_place, OM_PLACE_FIELDS) \
     STRUCT(om_completion, OM_COMPLETION_FIELDS) \
     STRUCT(om_reads_options, OM_READS_OPTIONS_FIELDS) \
@@ -260,6 +270,9 @@
     FUNCTION(void, om_rank, (const om_ranking *r, const om_passed *passed))
 
 enum { OM_NF4 = 0, OM_INT8 = 1, OM_MXFP4 = 2, OM_BF16 = 3, OM_FP32 = 4 };
+/* Types of GGUF files: blocks of 32 weights, then superblocks of 256. */
+enum { OM_Q4_0 = 5, OM_Q4_1 = 6, OM_Q5_0 = 7, OM_Q5_1 = 8, OM_Q8_0 = 9, OM_IQ4_NL = 10, OM_GGUF_MXFP4 = 11,
+       OM_Q2_K = 12, OM_Q3_K = 13, OM_Q4_K = 14, OM_Q5_K = 15, OM_Q6_K = 16, OM_IQ4_XS = 17, OM_NUM_CODECS = 18 };
 enum { OM_F32 = 0, OM_BF16_VALUES = 1 };
 enum { OM_SILU = 0, OM_GELU = 1, OM_GELU_TANH = 2, OM_GPT_OSS = 3, OM_RELU = 4, OM_RELU2 = 5, OM_IDENTITY = 6 };
 enum { OM_SLOT_FREE = 0, OM_SLOT_LOADING = 1, OM_SLOT_RESIDENT = 2, OM_SLOT_RESERVED = 3, OM_SLOT_ARRIVED = 4 };
@@ -282,6 +295,8 @@ enum { OM_UNDER_WAY = -2 };
 
 #define OM_CONSTANTS(CONSTANT) \
     CONSTANT(OM_NF4) CONSTANT(OM_INT8) CONSTANT(OM_MXFP4) CONSTANT(OM_BF16) CONSTANT(OM_FP32) \
+    CONSTANT(OM_Q4_0) CONSTANT(OM_Q4_1) CONSTANT(OM_Q5_0) CONSTANT(OM_Q5_1) CONSTANT(OM_Q8_0) CONSTANT(OM_IQ4_NL) CONSTANT(OM_GGUF_MXFP4) \
+    CONSTANT(OM_Q2_K) CONSTANT(OM_Q3_K) CONSTANT(OM_Q4_K) CONSTANT(OM_Q5_K) CONSTANT(OM_Q6_K) CONSTANT(OM_IQ4_XS) \
     CONSTANT(OM_F32) CONSTANT(OM_BF16_VALUES) \
     CONSTANT(OM_SILU) CONSTANT(OM_GELU) CONSTANT(OM_GELU_TANH) CONSTANT(OM_GPT_OSS) CONSTANT(OM_RELU) CONSTANT(OM_RELU2) \
     CONSTANT(OM_IDENTITY) \
