@@ -17,7 +17,7 @@ from offload_moe.convert.jobs import LOSSLESS, MXFP4, Job, expert_name, plan_con
 from offload_moe.convert.source_shards import SourceShards
 from offload_moe.errors import ConfigError
 from offload_moe.native.kernels import use_torch_after_fork
-from offload_moe.quant import Codec, get_codec
+from offload_moe.quant import LEAST_ERROR, SCALES, Codec, get_codec
 from offload_moe.store.journal import check_target
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest
 from offload_moe.store.manifest_json import FORMAT_VERSION, manifest_to_json
@@ -37,6 +37,7 @@ def quantize(
     *,
     codec: str | None = None,
     dense_codec: str = LOSSLESS,
+    scales: str = LEAST_ERROR,
     revision: str | None = None,
     token: str | None = None,
     delete_source_shards: bool = False,
@@ -48,6 +49,7 @@ def quantize(
 
     codec: of the experts; None takes mxfp4 for a checkpoint in MXFP4, whose bits it keeps, and nf4 for any other.
     dense_codec: of the large dense projections.
+    scales: of nf4 and int8. "error" takes those of least squared error, "absmax" bitsandbytes' own bits.
     delete_source_shards: download a hub id shard by shard into a folder beside the store, and delete each once
         everything in it is safely in the store. Needs the disk for the store and about two shards.
     follow_links: also follow symbolic links in a folder to files of other users.
@@ -66,6 +68,8 @@ def quantize(
     """
     use_torch_after_fork()
     linears_codec = get_dense_codec(dense_codec)
+    if scales not in SCALES:
+        raise ConfigError(f"Unknown scales {scales!r}. Choose one of: {', '.join(SCALES)}.")
     if codec is not None:
         get_codec(codec)  # before a download
     target = Path(store)
@@ -83,16 +87,18 @@ def quantize(
         _check_codec(experts_codec, checkpoint)
         small_files = read_small_files(origin.folder, checkpoint.model)
         _report_notices(checkpoint, small_files, progress, on_notice)
-        files, jobs = plan_conversion(checkpoint, experts_codec, linears_codec, by_shard=download is not None)
+        files, jobs = plan_conversion(
+            checkpoint, experts_codec, linears_codec, scales=scales, by_shard=download is not None
+        )
         settings = _settings(
-            origin, checkpoint, experts_codec.name, dense_codec, files, is_download=download is not None
+            origin, checkpoint, experts_codec.name, dense_codec, scales, files, is_download=download is not None
         )
         with StoreWriter(target, files, settings) as writer:
             if writer.notice is not None:
                 on_notice(writer.notice)
             _fill(writer, SourceShards(download, checkpoint.tensors, files, jobs), jobs, progress)
             metadata = small_files.contents
-            manifest = _manifest(origin, checkpoint, experts_codec.name, dense_codec, files, writer, metadata)
+            manifest = _manifest(origin, checkpoint, experts_codec.name, dense_codec, scales, files, writer, metadata)
             writer.finish(manifest_to_json(manifest), metadata, download.remove if download is not None else None)
     return target
 
@@ -173,6 +179,7 @@ def _settings(
     checkpoint: Checkpoint,
     codec: str,
     dense_codec: str,
+    scales: str,
     files: Iterable[PlannedFile],
     *,
     is_download: bool,
@@ -185,6 +192,7 @@ def _settings(
         "revision": origin.revision,
         "codec": codec,
         "dense codec": dense_codec,
+        "scales": scales,
         "layout": plan,
     }
     if is_download:  # a commit never changes, while its shards are downloaded and deleted
@@ -199,6 +207,7 @@ def _manifest(
     checkpoint: Checkpoint,
     codec: str,
     dense_codec: str,
+    scales: str,
     files: Sequence[PlannedFile],
     writer: StoreWriter,
     metadata: dict[str, bytes],
@@ -213,6 +222,7 @@ def _manifest(
         revision=origin.revision,
         codec=codec,
         dense_codec=dense_codec,
+        scales=scales,
         layers=tuple(
             Layer(name=layer.name, num_experts=layer.num_experts, record_bytes=num_bytes, shape=layer.shape)
             for layer, num_bytes in zip(checkpoint.layers, record_bytes, strict=True)

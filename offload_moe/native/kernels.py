@@ -26,7 +26,7 @@ from offload_moe.native.constants import (
     SHORT_READ,
     WRONG_CHECKSUM,
 )
-from offload_moe.native.encode import encode_int8, encode_nf4
+from offload_moe.native.encode import encode_int8, encode_nf4, search_int8, search_nf4
 from offload_moe.native.experts import ExpertKernel, add_rows
 from offload_moe.native.latent import LatentKernel
 from offload_moe.native.layer import LayerKernel
@@ -95,6 +95,8 @@ __all__ = [
     "not_in_panels_reason",
     "num_threads",
     "panel_order",
+    "search_int8",
+    "search_nf4",
     "select_instruction_set",
     "set_threads",
     "unsupported_reason",

@@ -60,12 +60,13 @@ class DataFile(StoredFile):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """All of `store.json`. `experts` are places in flat order, layer after layer."""
+    """All of `store.json`. `experts` are places in flat order, layer after layer; `scales` those of nf4 and int8."""
 
     source: str
     revision: str | None
     codec: str
     dense_codec: str
+    scales: str
     layers: tuple[Layer, ...]
     files: tuple[DataFile, ...]
     experts: tuple[Place, ...]
