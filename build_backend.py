@@ -21,6 +21,7 @@ ZIG = [sys.executable, "-m", "ziglang", "cc"]
 
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512cd", "-mavx512vnni"]
+AVX512_FLAGS += ["-mprefer-vector-width=512"]  # also in loops that the compiler vectorizes
 AVX512_VBMI_FLAGS = [*AVX512_FLAGS, "-mavx512vbmi"]
 AVX_VNNI_FLAGS = [*AVX2_FLAGS, "-mavxvnni"]  # since gcc 11 and clang 12: the set is left out before
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")

@@ -15,9 +15,16 @@ import torch
 from offload_moe import demo
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.native.kernels import fast_encoding
-from offload_moe.quant import get_codec
+from offload_moe.quant import ABSMAX, LEAST_ERROR, get_codec
 
-CODECS = ("bf16", "int8", "nf4", "mxfp4")
+CODECS = {
+    "bf16": ("bf16", ABSMAX),
+    "int8 absmax": ("int8", ABSMAX),
+    "int8": ("int8", LEAST_ERROR),
+    "nf4 absmax": ("nf4", ABSMAX),
+    "nf4": ("nf4", LEAST_ERROR),
+    "mxfp4": ("mxfp4", ABSMAX),
+}
 
 
 def errors(folder: Path, experts_per_layer: int) -> dict[str, dict[str, list[tuple[float, str]]]]:
@@ -28,9 +35,9 @@ def errors(folder: Path, experts_per_layer: int) -> dict[str, dict[str, list[tup
             step = max(1, layer.num_experts // experts_per_layer)
             for expert in range(0, layer.num_experts, step):
                 tensors = checkpoint.expert(ordinal, expert)
-                for name in CODECS:
-                    codec = get_codec(name)
-                    record = fast_encoding(codec).encode(layer.shape, tensors)
+                for name, (codec_name, scales) in CODECS.items():
+                    codec = get_codec(codec_name)
+                    record = fast_encoding(codec, scales).encode(layer.shape, tensors)
                     decoded = codec.decode(layer.shape, record, torch.float32)
                     for matrix in layer.shape.matrices:
                         weight = tensors[matrix.name].float()
@@ -55,7 +62,7 @@ def main() -> int:
                 "count": len(values),
                 "worst": worst[1],
             }
-            print(f"{codec:6} {matrix:13} {summary[f'{codec} {matrix}']}")
+            print(f"{codec:11} {matrix:13} {summary[f'{codec} {matrix}']}")
     harness.finish({"benchmark": "relative error of codecs", "checkpoint": folder.name, "errors": summary})
     return 0
 

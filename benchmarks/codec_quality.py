@@ -10,20 +10,25 @@ one JSON document.
 import argparse
 import math
 import sys
+import tempfile
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from harness import finish
 
-# Experts' codec, dense codec, exact activations.
-CANDIDATES: tuple[tuple[str, str | None, bool], ...] = (
-    ("bf16", None, False),
-    ("int8", "bf16", True),
-    ("int8", None, False),
-    ("nf4", "bf16", True),
-    ("nf4", "bf16", False),
-    ("nf4", None, False),
-    ("nf4", "nf4", False),
+# Experts' codec, its scales, dense codec, exact activations.
+CANDIDATES: tuple[tuple[str, str, str | None, bool], ...] = (
+    ("bf16", "error", None, False),
+    ("int8", "absmax", "bf16", True),
+    ("int8", "error", "bf16", True),
+    ("int8", "error", None, False),
+    ("nf4", "absmax", "bf16", True),
+    ("nf4", "error", "bf16", True),
+    ("nf4", "error", "bf16", False),
+    ("nf4", "error", None, False),
+    ("nf4", "absmax", "nf4", False),
+    ("nf4", "error", "nf4", False),
 )
 
 
@@ -56,21 +61,26 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--length", type=int, default=256)
     options = parser.parse_args()
-    from offload_moe import load
+    from offload_moe import load, quantize
 
     rows = []
     ids = None
-    for codec, dense_codec, is_exact in CANDIDATES:
-        with load(options.model, codec=codec, dense_codec=dense_codec, exact=is_exact) as model:
-            if ids is None:
-                ids = chunks(model.tokenizer, options.tokens, options.length)
-            row = {
-                "experts": codec,
-                "dense": dense_codec or ("bf16" if codec == "bf16" else "int8 in memory"),
-                "activations": "fp32" if is_exact or codec == "bf16" else "int8",
-                "perplexity": perplexity(model.hf, ids),
-                "dense_bytes": model.memory["dense weights"],
-            }
+    for codec, scales, dense_codec, is_exact in CANDIDATES:
+        with tempfile.TemporaryDirectory() as folder:
+            store = quantize(
+                options.model, Path(folder) / "store", codec=codec, dense_codec=dense_codec or "bf16", scales=scales
+            )
+            with load(store, dense_codec=dense_codec, exact=is_exact) as model:
+                if ids is None:
+                    ids = chunks(model.tokenizer, options.tokens, options.length)
+                row = {
+                    "experts": codec,
+                    "scales": scales,
+                    "dense": dense_codec or ("bf16" if codec == "bf16" else "int8 in memory"),
+                    "activations": "fp32" if is_exact or codec == "bf16" else "int8",
+                    "perplexity": perplexity(model.hf, ids),
+                    "dense_bytes": model.memory["dense weights"],
+                }
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
     assert ids is not None

@@ -10,6 +10,7 @@ from offload_moe.system.sizes import parse_size
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 CODECS = ("nf4", "int8", "bf16", "mxfp4")
 DENSE_CODECS = ("nf4", "int8", "bf16")
+SCALES = ("error", "absmax")
 DTYPES = ("fp32", "bf16", "fp16")
 POLICIES = ("lru", "lfu", "decayed", "slru", "lru-2", "knn")
 GUESSES = ("auto", "off", "ngram", "draft")

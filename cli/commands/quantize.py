@@ -6,7 +6,7 @@ from pathlib import Path
 
 from offload_moe.system.names import check_source, hub_name
 
-from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_link_flag
+from ..options import CODEC_HELP, CODECS, DENSE_CODECS, SCALES, Subparsers, add_link_flag
 from ..progress import reporter
 
 
@@ -24,6 +24,12 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--codec", choices=CODECS, help=CODEC_HELP)
     parser.add_argument(
         "--dense-codec", choices=DENSE_CODECS, default="bf16", help="format of the other weights (default: bf16)"
+    )
+    parser.add_argument(
+        "--scales",
+        choices=SCALES,
+        default="error",
+        help="of nf4 and int8: error (default) is that of least squared error, absmax gives bitsandbytes' own bits",
     )
     parser.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
     parser.add_argument(
@@ -56,6 +62,7 @@ def _convert(options: argparse.Namespace) -> Path:
             options.store,
             codec=options.codec,
             dense_codec=options.dense_codec,
+            scales=options.scales,
             revision=revision,
             delete_source_shards=options.delete_source_shards,
             follow_links=bool(options.follow_links),

@@ -13,7 +13,7 @@ from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.linears import projection_linears
 from offload_moe.errors import CheckpointError
 from offload_moe.native.kernels import fast_encoding, panel_order
-from offload_moe.quant import Codec, ExpertShape, Matrix
+from offload_moe.quant import LEAST_ERROR, Codec, ExpertShape, Matrix
 from offload_moe.quant.blockwise import BlockwiseCodec
 from offload_moe.quant.pieces import encode_pieces
 from offload_moe.store.order import Order, order_of_codec, reorder
@@ -43,18 +43,20 @@ def plan_conversion(
     experts_codec: Codec,
     linears_codec: Codec,
     *,
+    scales: str = LEAST_ERROR,
     by_shard: bool = False,
     order_of: OrderOf = lambda name: None,
 ) -> tuple[list[PlannedFile], list[Job]]:
     """The planned files of the store, and the jobs that fill them, in order.
 
+    scales: see `fast_encoding`.
     by_shard: parts that need only the first shard come first, in files of their own, then those that need the second.
     """
     number = {path: index for index, path in enumerate(checkpoint.tensors.paths)} if by_shard else {}
     stages: dict[int, dict[str, list[Job]]] = {}
     for prefix, made in (
-        ("dense", dense_jobs(checkpoint, linears_codec, order_of)),
-        ("experts", expert_jobs(checkpoint, experts_codec, order_of)),
+        ("dense", dense_jobs(checkpoint, fast_encoding(linears_codec, scales), order_of)),
+        ("experts", expert_jobs(checkpoint, fast_encoding(experts_codec, scales), order_of)),
     ):
         for job in made:
             stage = max((number.get(path, 0) for path in job.paths), default=0)
@@ -73,7 +75,6 @@ def plan_conversion(
 
 def expert_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list[Job]:
     """Every expert in flat order."""
-    codec = fast_encoding(codec)
     read = checkpoint.packed_expert if codec.name == MXFP4 and checkpoint.is_mxfp4 else checkpoint.expert
 
     def encode(ordinal: int, expert: int, order: Order) -> Payload:
@@ -101,7 +102,6 @@ def expert_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list
 
 def dense_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list[Job]:
     """Records of quantized linears first, then wider dtypes before narrower ones, so that everything is aligned."""
-    codec = fast_encoding(codec)
     shapes = {} if codec.name == LOSSLESS else _linear_shapes(checkpoint)
 
     def encode(name: str, order: Order) -> Payload:

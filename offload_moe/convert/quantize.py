@@ -21,7 +21,7 @@ from offload_moe.convert.jobs import LOSSLESS, MXFP4, Job, expert_name, plan_con
 from offload_moe.convert.source_shards import SourceShards
 from offload_moe.errors import ConfigError
 from offload_moe.native.kernels import use_torch_after_fork
-from offload_moe.quant import Codec, get_codec
+from offload_moe.quant import LEAST_ERROR, SCALES, Codec, get_codec
 from offload_moe.store.in_place import GGUF
 from offload_moe.store.journal import check_target
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest
@@ -42,6 +42,7 @@ def quantize(
     *,
     codec: str | None = None,
     dense_codec: str = LOSSLESS,
+    scales: str = LEAST_ERROR,
     revision: str | None = None,
     token: str | None = None,
     delete_source_shards: bool = False,
@@ -54,6 +55,7 @@ def quantize(
     codec: of the experts; None keeps all bits of a GGUF file, takes mxfp4 for a checkpoint in MXFP4, whose bits it
         keeps, and nf4 for any other.
     dense_codec: of the large dense projections.
+    scales: of nf4 and int8. "error" takes those of least squared error, "absmax" bitsandbytes' own bits.
     delete_source_shards: download a hub id shard by shard into a folder beside the store, and delete each once
         everything in it is safely in the store. Needs the disk for the store and about two shards.
     follow_links: also follow symbolic links in a folder to files of other users.
@@ -72,6 +74,8 @@ def quantize(
     """
     use_torch_after_fork()
     linears_codec = get_dense_codec(dense_codec)
+    if scales not in SCALES:
+        raise ConfigError(f"Unknown scales {scales!r}. Choose one of: {', '.join(SCALES)}.")
     if codec is not None:
         get_codec(codec)  # before a download
     target = Path(store)
@@ -100,14 +104,16 @@ def quantize(
         else:
             experts_codec = get_codec(codec)
             _check_codec(experts_codec, checkpoint)
-            files, jobs = plan_conversion(checkpoint, experts_codec, linears_codec, by_shard=download is not None)
-        settings = _settings(origin, checkpoint, codec, dense_codec, files, is_download=download is not None)
+            files, jobs = plan_conversion(
+                checkpoint, experts_codec, linears_codec, scales=scales, by_shard=download is not None
+            )
+        settings = _settings(origin, checkpoint, codec, dense_codec, scales, files, is_download=download is not None)
         with StoreWriter(target, files, settings) as writer:
             if writer.notice is not None:
                 on_notice(writer.notice)
             _fill(writer, SourceShards(download, checkpoint.tensors, files, jobs), jobs, progress)
             metadata = small_files.contents
-            manifest = _manifest(origin, checkpoint, codec, dense_codec, files, writer, metadata)
+            manifest = _manifest(origin, checkpoint, codec, dense_codec, scales, files, writer, metadata)
             writer.finish(manifest_to_json(manifest), metadata, download.remove if download is not None else None)
     return target
 
@@ -201,6 +207,7 @@ def _settings(
     checkpoint: Checkpoint,
     codec: str,
     dense_codec: str,
+    scales: str,
     files: Iterable[PlannedFile],
     *,
     is_download: bool,
@@ -213,6 +220,7 @@ def _settings(
         "revision": origin.revision,
         "codec": codec,
         "dense codec": dense_codec,
+        "scales": scales,
         "layout": plan,
     }
     if is_download:  # a commit never changes, while its shards are downloaded and deleted
@@ -228,6 +236,7 @@ def _manifest(
     checkpoint: Checkpoint,
     codec: str,
     dense_codec: str,
+    scales: str,
     files: Sequence[PlannedFile],
     writer: StoreWriter,
     metadata: dict[str, bytes],
@@ -242,6 +251,7 @@ def _manifest(
         revision=origin.revision,
         codec=codec,
         dense_codec=dense_codec,
+        scales=scales,
         layers=tuple(
             Layer(
                 name=layer.name,

@@ -123,7 +123,7 @@ def _origin(store: Store, source: str | Path | None) -> tuple[str | Path, str | 
 def _payloads(store: Store, checkpoint: Checkpoint) -> Iterator[tuple[tuple[Path, int, int], _Payload]]:
     """(file, offset, length) of every piece that this checkpoint can make, with its job."""
     codecs = get_codec(store.codec), get_codec(store.dense_codec)
-    _, jobs = plan_conversion(checkpoint, *codecs, order_of=store.order_of)
+    _, jobs = plan_conversion(checkpoint, *codecs, scales=store.scales, order_of=store.order_of)
     blobs: dict[Path, list[tuple[int, Blob]]] = {}
     for job in jobs:
         if (found := store.place_of(job.blob.name)) is not None:

@@ -1,4 +1,7 @@
-"""Quantization on the native kernels: the bytes of bitsandbytes' CPU path, many times as fast."""
+"""Quantization on the native kernels.
+
+`encode_*` give the bytes of bitsandbytes' CPU path; `search_*` give bytes of the same form with less error.
+"""
 
 import torch
 from torch import Tensor
@@ -35,6 +38,51 @@ def encode_int8(rows: Tensor) -> dict[str, Tensor]:
     scales = torch.empty(num_blocks, dtype=torch.float32)
     library().om_encode_int8(values.data_ptr(), DTYPES[values.dtype], num_blocks, codes.data_ptr(), scales.data_ptr())
     return {"codes": codes, "scales": scales}
+
+
+def search_nf4(rows: Tensor, importance: Tensor | None = None) -> dict[str, Tensor]:
+    """As `encode_nf4`, with the scales and codes of least squared error, which bitsandbytes decodes as its own.
+
+    Scales are signed, because the levels of nf4 are not symmetric, and their offset is 0 (NaN where a weight is not
+    finite). importance: fp32 ``[P]``, by which the error of each column is multiplied.
+    """
+    values, num_blocks = _blocks_of(rows)
+    codes = torch.empty(rows.shape[0], rows.shape[1] // 2, dtype=torch.uint8)
+    nested = torch.empty(num_blocks, dtype=torch.uint8)
+    scales = torch.empty(round_up(num_blocks, NESTED_BLOCK) // NESTED_BLOCK, dtype=torch.float32)
+    library().om_search_nf4(
+        values.data_ptr(),
+        DTYPES[values.dtype],
+        num_blocks,
+        rows.shape[1] // BLOCK,
+        _address(importance),
+        codes.data_ptr(),
+        nested.data_ptr(),
+        scales.data_ptr(),
+    )
+    offset = scales.sum().view(1) * 0  # NaN where one of them is
+    return {"codes": codes, "absmax": nested, "absmax_scale": scales, "absmax_offset": offset}
+
+
+def search_int8(rows: Tensor, importance: Tensor | None = None) -> dict[str, Tensor]:
+    """As `encode_int8`, with the scales of least squared error. importance: fp32 ``[P]``, as in `search_nf4`."""
+    values, num_blocks = _blocks_of(rows)
+    codes = torch.empty(rows.shape, dtype=torch.int8)
+    scales = torch.empty(num_blocks, dtype=torch.float32)
+    library().om_search_int8(
+        values.data_ptr(),
+        DTYPES[values.dtype],
+        num_blocks,
+        rows.shape[1] // BLOCK,
+        _address(importance),
+        codes.data_ptr(),
+        scales.data_ptr(),
+    )
+    return {"codes": codes, "scales": scales}
+
+
+def _address(importance: Tensor | None) -> int | None:
+    return None if importance is None else importance.data_ptr()
 
 
 def _blocks_of(rows: Tensor) -> tuple[Tensor, int]:

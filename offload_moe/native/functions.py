@@ -19,6 +19,8 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "om_crc32": (uint32, pointer, int64, uint32),
     "om_encode_nf4": (None, pointer, int32, int64, pointer, pointer),
     "om_encode_int8": (None, pointer, int32, int64, pointer, pointer),
+    "om_search_nf4": (None, pointer, int32, int64, int64, *[pointer] * 4),
+    "om_search_int8": (None, pointer, int32, int64, int64, *[pointer] * 3),
     "om_encode_nested": (None, pointer, float32, int64, pointer, pointer),
     "om_repack": (None, pointer, int64, pointer, int32, pointer),
     "om_linear_forward": (integer, *[pointer] * 3, int64, pointer, int64, int32, int32),

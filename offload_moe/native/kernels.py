@@ -27,7 +27,7 @@ from offload_moe.native.constants import (
     WRONG_CHECKSUM,
 )
 from offload_moe.native.embedding import EmbeddingKernel
-from offload_moe.native.encode import encode_int8, encode_nf4
+from offload_moe.native.encode import encode_int8, encode_nf4, search_int8, search_nf4
 from offload_moe.native.experts import ExpertKernel, add_rows
 from offload_moe.native.latent import LatentKernel
 from offload_moe.native.layer import LayerKernel
@@ -99,6 +99,8 @@ __all__ = [
     "not_in_rows_reason",
     "num_threads",
     "panel_order",
+    "search_int8",
+    "search_nf4",
     "select_instruction_set",
     "set_threads",
     "shares_inputs",

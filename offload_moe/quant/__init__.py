@@ -2,7 +2,7 @@
 
 from offload_moe.errors import ConfigError
 from offload_moe.quant.bf16 import Bf16Codec
-from offload_moe.quant.codec import Codec
+from offload_moe.quant.codec import ABSMAX, LEAST_ERROR, SCALES, Codec
 from offload_moe.quant.gguf import parse_gguf
 from offload_moe.quant.int8 import Int8Codec
 from offload_moe.quant.layout import ExpertShape, Matrix, Plane, RecordLayout
@@ -21,4 +21,15 @@ def get_codec(name: str) -> Codec:
     return CODECS[name]
 
 
-__all__ = ["CODECS", "Codec", "ExpertShape", "Matrix", "Plane", "RecordLayout", "get_codec"]
+__all__ = [
+    "ABSMAX",
+    "CODECS",
+    "LEAST_ERROR",
+    "SCALES",
+    "Codec",
+    "ExpertShape",
+    "Matrix",
+    "Plane",
+    "RecordLayout",
+    "get_codec",
+]

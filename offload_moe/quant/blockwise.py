@@ -75,6 +75,18 @@ class BlockwiseCodec(ABC):
     def encode_matrix(self, rows: Tensor) -> dict[str, Tensor]:
         """``[O, P]`` of any floating dtype -> planes."""
 
+    def rows_together(self, padded_in: int) -> int:
+        """A piece of a matrix ``[O, P]`` is encoded as it is in the whole one if its rows are a multiple of this."""
+        return 1
+
+    def kept_of_piece(self, rows: Tensor, planes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `joined` needs of a piece ``[o, P]`` and its planes; codes are complete."""
+        return {name: plane for name, plane in planes.items() if name != "codes"}
+
+    def joined(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The planes of a whole matrix but its codes. kept: of its pieces, one after the other."""
+        return dict(kept)
+
     @abstractmethod
     def decode_matrix(self, planes: Mapping[str, Tensor]) -> Tensor:
         """Planes -> fp32 ``[O, P]``."""

@@ -8,6 +8,10 @@ from torch import Tensor
 
 from offload_moe.quant.layout import ExpertShape, RecordLayout
 
+# The scale of a block: of its greatest magnitude, as bitsandbytes has it, or of least squared error.
+ABSMAX, LEAST_ERROR = "absmax", "error"
+SCALES = (LEAST_ERROR, ABSMAX)
+
 
 class Codec(Protocol):
     """Converts the tensors of one expert to one contiguous record, and back.

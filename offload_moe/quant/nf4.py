@@ -66,6 +66,13 @@ class Nf4Codec(BlockwiseCodec):
             "absmax_offset": state.offset.view(1),
         }
 
+    def kept_of_piece(self, rows: Tensor, planes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        least, greatest = rows.view(-1, BLOCK).aminmax(dim=1)  # makes no copy of the rows, as `abs` would
+        return {"absmax": torch.maximum(greatest, -least).float()}
+
+    def joined(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return nested_absmax(kept["absmax"])
+
     def decode_matrix(self, planes: Mapping[str, Tensor]) -> Tensor:
         codes = planes["codes"]
         table = torch.tensor(NF4_TABLE, device=codes.device)

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from offload_moe.errors import CheckpointError
-from offload_moe.quant.blockwise import BlockwiseCodec, bias_of, pad_rows
-from offload_moe.quant.int8 import Int8Codec
-from offload_moe.quant.layout import ExpertShape
-from offload_moe.quant.nf4 import BLOCK, Nf4Codec, nested_absmax
+from offload_moe.quant.blockwise import IN_ALIGNMENT, BlockwiseCodec, bias_of, pad_rows
+from offload_moe.quant.layout import ExpertShape, round_up
 from offload_moe.quant.panels import panels_of_codes, to_panels
 
 
@@ -31,21 +29,21 @@ def encode_pieces(
     Raises: CheckpointError at the end, when a weight is not finite.
     """
     (matrix,) = shape.matrices
-    scales: list[Tensor] = []
+    kept: list[dict[str, Tensor]] = []
 
     def codes() -> Iterator[Tensor]:
-        for piece in pieces:
-            rows = pad_rows(piece)
+        together = codec.rows_together(round_up(matrix.in_features, IN_ALIGNMENT))
+        for rows in _in_multiples(map(pad_rows, pieces), together):
             planes = codec.encode_matrix(rows)
-            scales.append(planes["scales"] if isinstance(codec, Int8Codec) else _absmax(rows))
+            kept.append(codec.kept_of_piece(rows, planes))
             yield planes["codes"]
 
     yield from map(_bytes, panels_of_codes(codes()) if in_panels else codes())
-    rest = _scale_planes(codec, torch.cat(scales))
+    rest = codec.joined({name: torch.cat([each[name] for each in kept]) for name in kept[0]})
     if not codec.is_finite(rest):
         raise CheckpointError(f"{matrix.name} has NaN or infinite weights; {codec.name} cannot encode them.")
     if in_panels:
-        per_block = "scales" if isinstance(codec, Int8Codec) else "absmax"
+        per_block = "scales" if "scales" in rest else "absmax"
         rest[per_block] = to_panels(rest[per_block].view(matrix.out_features, -1))
     named = {f"{matrix.name}.{plane}": value for plane, value in rest.items()}
     if bias is not None:
@@ -60,17 +58,17 @@ def encode_pieces(
     yield tail
 
 
-def _absmax(rows: Tensor) -> Tensor:
-    """fp32, one for each block of a matrix."""
-    least, greatest = rows.view(-1, BLOCK).aminmax(dim=1)  # makes no copy of the rows, as `abs` would
-    return torch.maximum(greatest, -least).float()
-
-
-def _scale_planes(codec: BlockwiseCodec, scales: Tensor) -> dict[str, Tensor]:
-    if isinstance(codec, Int8Codec):
-        return {"scales": scales}
-    assert isinstance(codec, Nf4Codec)
-    return nested_absmax(scales)
+def _in_multiples(pieces: Iterable[Tensor], num_rows: int) -> Iterator[Tensor]:
+    """The same rows in pieces of a multiple of `num_rows`, but for the last."""
+    rest: Tensor | None = None
+    for piece in pieces:
+        rows = piece if rest is None else torch.cat([rest, piece])
+        whole = len(rows) // num_rows * num_rows
+        if whole:
+            yield rows[:whole]
+        rest = rows[whole:] if whole < len(rows) else None
+    if rest is not None:
+        yield rest
 
 
 def _bytes(codes: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from offload_moe.quant import ExpertShape
+from offload_moe.quant import ABSMAX, ExpertShape
 from offload_moe.store.order import Order
 
 DATA_FILE = re.compile(r"(dense|experts)-\d{5}(-panels)?\.safetensors")
@@ -69,12 +69,13 @@ class DataFile(StoredFile):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """All of `store.json`. `experts` are places in flat order, layer after layer."""
+    """All of `store.json`. `experts` are places in flat order, layer after layer; `scales` those of nf4 and int8."""
 
     source: str
     revision: str | None
     codec: str
     dense_codec: str
+    scales: str = ABSMAX
     layers: tuple[Layer, ...]
     files: tuple[DataFile, ...]
     experts: tuple[Place, ...]

@@ -14,7 +14,7 @@ from typing import Any
 
 from offload_moe.checkpoint.header import DTYPES
 from offload_moe.errors import StoreCorrupt, StoreError, StoreVersion
-from offload_moe.quant import ExpertShape, Matrix
+from offload_moe.quant import ABSMAX, ExpertShape, Matrix
 from offload_moe.quant.layout import RECORD_ALIGNMENT
 from offload_moe.store.manifest import DATA_FILE, DataFile, DenseEntry, Layer, Manifest, Place, StoredFile
 from offload_moe.store.order import Order
@@ -47,6 +47,7 @@ def manifest_to_json(manifest: Manifest) -> str:
         "revision": manifest.revision,
         "codec": manifest.codec,
         "dense_codec": manifest.dense_codec,
+        "scales": manifest.scales,
         "layers": [
             {
                 "name": layer.name,
@@ -137,6 +138,7 @@ def _manifest(document: dict[str, Any]) -> Manifest:
         revision=None if document["revision"] is None else _text(document["revision"]),
         codec=_text(document["codec"]),
         dense_codec=_text(document["dense_codec"]),
+        scales=_text(document.get("scales", ABSMAX)),
         layers=layers,
         files=files,
         experts=tuple(

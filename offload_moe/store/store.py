@@ -86,6 +86,7 @@ class Store:
         self.revision = manifest.revision
         self.codec = manifest.codec
         self.dense_codec = manifest.dense_codec
+        self.scales = manifest.scales
         self.layers: tuple[Layer, ...] = manifest.layers
         self.dense: Mapping[str, DenseEntry] = {entry.name: entry for entry in manifest.dense}
         self.manifest = manifest

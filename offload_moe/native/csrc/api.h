@@ -211,6 +211,10 @@
     FUNCTION(uint32_t, om_crc32, (const uint8_t *data, int64_t length, uint32_t crc)) \
     FUNCTION(void, om_encode_nf4, (const void *values, int32_t dtype, int64_t num_blocks, uint8_t *codes, float *absmax)) \
     FUNCTION(void, om_encode_int8, (const void *values, int32_t dtype, int64_t num_blocks, int8_t *codes, float *scales)) \
+    FUNCTION(void, om_search_nf4, (const void *values, int32_t dtype, int64_t num_blocks, int64_t row_blocks, \
+             const float *importance, uint8_t *codes, uint8_t *scale_codes, float *scales)) \
+    FUNCTION(void, om_search_int8, (const void *values, int32_t dtype, int64_t num_blocks, int64_t row_blocks, \
+             const float *importance, int8_t *codes, float *scales)) \
     FUNCTION(void, om_encode_nested, (const float *absmax, float offset, int64_t count, uint8_t *codes, float *scales)) \
     FUNCTION(void, om_repack, (const om_matrix *matrices, int64_t num_matrices, uint8_t *record, int32_t to_panels, \
                                uint8_t *scratch)) \

@@ -146,4 +146,6 @@ static float encode_int8_block(const float *values, int8_t *codes) {
     return scale;
 }
 
-#define OM_ELEMENTWISE_TABLE pack_blocks, activate, encode_nf4_block, encode_int8_block
+#include "scale_search.h"
+
+#define OM_ELEMENTWISE_TABLE pack_blocks, activate, encode_nf4_block, encode_int8_block, OM_SEARCH_TABLE

@@ -1,4 +1,5 @@
-/* Quantization, bit-identical to bitsandbytes' CPU path: nf4 codes and absmax, then the nested 8-bit absmax; int8. */
+/* Quantization. By the greatest magnitude, bit-identical to bitsandbytes' CPU path: nf4 codes and absmax, then the nested 8-bit
+ * absmax; int8. By least squared error: `scale_search.h`. */
 #include "job.h"
 
 #include <math.h>
@@ -15,12 +16,12 @@ typedef struct {
     int is_int8;
 } encode_job;
 
-static void load_block(const encode_job *job, int64_t block, float *out) {
+static void load_block(const void *values, int32_t dtype, int64_t block, float *out) {
     const int64_t first = block * OM_BLOCK;
-    if (job->dtype == OM_F32)
-        __builtin_memcpy(out, (const float *)job->values + first, OM_BLOCK * sizeof(float));
+    if (dtype == OM_F32)
+        __builtin_memcpy(out, (const float *)values + first, OM_BLOCK * sizeof(float));
     else
-        for (int i = 0; i < OM_BLOCK; i++) out[i] = om_bf16_to_float(((const uint16_t *)job->values)[first + i]);
+        for (int i = 0; i < OM_BLOCK; i++) out[i] = om_bf16_to_float(((const uint16_t *)values)[first + i]);
 }
 
 static void encode_unit(void *context, int64_t unit, int64_t next, int thread) {
@@ -30,7 +31,7 @@ static void encode_unit(void *context, int64_t unit, int64_t next, int thread) {
     float values[OM_BLOCK];
     (void)next, (void)thread;
     for (int64_t b = unit * UNIT_BLOCKS; b < end; b++) {
-        load_block(job, b, values);
+        load_block(job->values, job->dtype, b, values);
         job->absmax[b] = job->is_int8 ? isa->encode_int8_block(values, (int8_t *)job->codes + b * OM_BLOCK)
                                       : isa->encode_nf4_block(values, job->codes + b * OM_BLOCK / 2);
     }
@@ -84,4 +85,78 @@ OM_EXPORT void om_encode_nested(const float *absmax, float offset, int64_t count
         const float inverse = 1.0f / largest;
         for (int64_t i = first; i < end; i++) codes[i] = largest == 0.0f ? 0 : nested_code((absmax[i] - offset) * inverse);
     }
+}
+
+typedef struct {
+    const void *values;
+    const float *importance; /* of each column, or NULL */
+    int64_t num_blocks, row_blocks;
+    int32_t dtype, is_int8;
+    uint8_t *codes, *scale_codes;
+    float *scales;
+} search_job;
+
+/* A column's importance, or 1. */
+static const float *importance_of(const search_job *job, int64_t block, float *ones) {
+    if (job->importance) return job->importance + block % job->row_blocks * OM_BLOCK;
+    for (int i = 0; i < OM_BLOCK; i++) ones[i] = 1.0f;
+    return ones;
+}
+
+/* The nearest code of a scale and its neighbours: the one that makes the block's error least, and the codes that go with it. */
+static void search_nested(const search_job *job, int64_t block, const float *values, const float *weights, float scale,
+                          float largest) {
+    const int nearest = largest > 0.0f ? nested_code(scale / largest) : 127;
+    const int nested[3] = {nearest, nearest > 0 ? nearest - 1 : nearest, nearest < 255 ? nearest + 1 : nearest};
+    float scales[3];
+    for (int n = 0; n < 3; n++) scales[n] = om_dynamic_map[nested[n]] * largest;
+    uint8_t *codes = job->codes + block * OM_BLOCK / 2;
+    job->scale_codes[block] = (uint8_t)nested[om_active_isa()->choose_nf4_scale(values, weights, scales, 3, codes)];
+}
+
+/* One group of blocks, whose scales share a scale. */
+static void search_group(void *context, int64_t group, int64_t next, int thread) {
+    const search_job *job = context;
+    const om_isa *isa = om_active_isa();
+    const int64_t first = group * NESTED_BLOCK, end = om_min(first + NESTED_BLOCK, job->num_blocks);
+    float values[OM_BLOCK], ones[OM_BLOCK], scales[NESTED_BLOCK], largest = 0.0f;
+    (void)next, (void)thread;
+    for (int64_t b = first; b < end; b++) {
+        load_block(job->values, job->dtype, b, values);
+        const float *weights = importance_of(job, b, ones);
+        if (job->is_int8) {
+            job->scales[b] = isa->search_int8_block(values, weights, (int8_t *)job->codes + b * OM_BLOCK);
+            continue;
+        }
+        const float scale = scales[b - first] = isa->search_nf4_scale(values, weights), magnitude = fabsf(scale);
+        if (!(magnitude <= largest || isnan(largest))) largest = magnitude; /* a NaN wins */
+    }
+    if (job->is_int8) return;
+    job->scales[group] = largest;
+    for (int64_t b = first; b < end; b++) {
+        load_block(job->values, job->dtype, b, values);
+        search_nested(job, b, values, importance_of(job, b, ones), scales[b - first], largest);
+    }
+}
+
+static void search(search_job *job) {
+    om_pool_begin();
+    om_pool_run(search_group, job, om_divide_up(job->num_blocks, NESTED_BLOCK));
+    om_pool_end();
+}
+
+/* As om_encode_nf4, with signed scales of least error: their 8-bit codes, and one fp32 per 256 of them (NaN if a value is not
+ * finite); the offset is 0. importance: of the row_blocks * 64 columns of a row, or NULL. */
+OM_EXPORT void om_search_nf4(const void *values, int32_t dtype, int64_t num_blocks, int64_t row_blocks, const float *importance,
+                             uint8_t *codes, uint8_t *scale_codes, float *scales) {
+    search_job job = {.values = values, .dtype = dtype, .num_blocks = num_blocks, .row_blocks = row_blocks,
+                      .importance = importance, .codes = codes, .scale_codes = scale_codes, .scales = scales};
+    search(&job);
+}
+
+OM_EXPORT void om_search_int8(const void *values, int32_t dtype, int64_t num_blocks, int64_t row_blocks, const float *importance,
+                              int8_t *codes, float *scales) {
+    search_job job = {.values = values, .dtype = dtype, .num_blocks = num_blocks, .row_blocks = row_blocks,
+                      .importance = importance, .codes = (uint8_t *)codes, .scales = scales, .is_int8 = 1};
+    search(&job);
 }

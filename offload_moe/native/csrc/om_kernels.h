@@ -64,6 +64,10 @@ typedef struct {
     /* 64 values -> 32 packed bytes, returns absmax; 64 values -> 64 codes, returns absmax / 127. */
     float (*encode_nf4_block)(const float *values, uint8_t *codes);
     float (*encode_int8_block)(const float *values, int8_t *codes);
+    /* The same by least error, weighed by weights[64]: `scale_search.h`. */
+    float (*search_nf4_scale)(const float *values, const float *weights);
+    int (*choose_nf4_scale)(const float *values, const float *weights, const float *scales, int count, uint8_t *codes);
+    float (*search_int8_block)(const float *values, const float *weights, int8_t *codes);
     const om_panel_set *panels;
     const om_vector_set *vectors;
 } om_isa;

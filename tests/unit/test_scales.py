@@ -1,0 +1,135 @@
+"""Scales of least squared error: less error in bytes that bitsandbytes decodes, the same ones from every kernel set."""
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from torch import Tensor
+
+from offload_moe.errors import CheckpointError
+from offload_moe.native import kernels
+from offload_moe.quant import CODECS, LEAST_ERROR, ExpertShape, Matrix, get_codec
+from offload_moe.quant.int8 import Int8Codec
+from offload_moe.quant.nf4 import NF4_TABLE, Nf4Codec, block_absmax
+from offload_moe.quant.pieces import encode_pieces
+from tests.support.kernels import PANEL_SETS
+
+SEED = torch.Generator().manual_seed(0)
+GAUSSIAN = torch.randn(256, 512, generator=SEED)
+HEAVY = torch.randn(256, 512, generator=SEED) / torch.rand(256, 512, generator=SEED).clamp(0.05).sqrt()
+ODD = {
+    "zero": torch.zeros(8, 256),
+    "constant": torch.full((8, 256), -0.3),
+    "subnormal": GAUSSIAN[:8, :256] * 1e-40,
+    "huge": GAUSSIAN[:8, :256] * 1e37,
+    "one outlier": torch.cat([torch.full((1, 64), 1e-3), torch.full((1, 64), 100.0)], dim=1),
+    "all scales": GAUSSIAN[:64, :256] * torch.logspace(-30, 3, 64)[:, None],
+}
+
+
+def relative(decoded: Tensor, values: Tensor) -> float:
+    return float((decoded - values).norm() / values.norm())
+
+
+@pytest.mark.parametrize(("values", "most"), [(GAUSSIAN, 0.0835), (HEAVY, 0.102)])
+def test_nf4_has_less_error_than_by_the_greatest_magnitude(values: Tensor, most: float) -> None:
+    codec = Nf4Codec()
+    searched = relative(codec.decode_matrix(kernels.search_nf4(values)), values)
+    absmax = relative(codec.decode_matrix(kernels.encode_nf4(values)), values)
+    assert searched < most
+    assert searched < 0.93 * absmax
+
+
+def test_int8_has_less_error_than_by_the_greatest_magnitude() -> None:
+    codec = Int8Codec()
+    searched = relative(codec.decode_matrix(kernels.search_int8(GAUSSIAN)), GAUSSIAN)
+    assert searched < 0.96 * relative(codec.decode_matrix(kernels.encode_int8(GAUSSIAN)), GAUSSIAN)
+
+
+def test_hardly_any_scale_has_less_error() -> None:
+    """Of a fine grid of scales with both signs, codes by the nearest level."""
+    blocks = GAUSSIAN[:4].view(-1, 64)
+    table = torch.tensor(NF4_TABLE)
+    found = torch.inf * torch.ones(len(blocks))
+    for fraction in torch.linspace(0.5, 1.5, 401):
+        for sign in (1, -1):
+            scales = sign * fraction * blocks.abs().amax(1, keepdim=True)
+            levels = table[((blocks / scales)[..., None] - table).abs().argmin(-1)]
+            found = torch.minimum(found, (blocks - scales * levels).square().sum(1))
+    decoded = Nf4Codec().decode_matrix(kernels.search_nf4(GAUSSIAN[:4]))
+    assert (decoded - GAUSSIAN[:4]).square().sum() < 1.02 * found.sum()
+
+
+@pytest.mark.parametrize("case", [*ODD, "gaussian"])
+def test_bitsandbytes_decodes_it(case: str) -> None:
+    values = ODD.get(case, GAUSSIAN)
+    planes = kernels.search_nf4(values)
+    _, state = quantize_4bit(values, blocksize=64, compress_statistics=True, quant_type="nf4")
+    state.absmax, state.state2.absmax = planes["absmax"], planes["absmax_scale"]
+    state.offset = planes["absmax_offset"][0]
+    theirs = dequantize_4bit(planes["codes"].view(-1, 1), state)
+    ours = Nf4Codec().decode_matrix(planes)
+    torch.testing.assert_close(theirs.view_as(ours), ours, rtol=1e-6, atol=0)
+    assert ours.isfinite().all()
+
+
+def test_scales_have_both_signs() -> None:
+    """The levels of nf4 are not symmetric."""
+    is_negative = block_absmax(kernels.search_nf4(GAUSSIAN)) < 0
+    assert 0.4 < is_negative.float().mean() < 0.6
+
+
+@pytest.mark.parametrize("case", ["zero", "constant"])
+def test_blocks_without_error_stay_so(case: str) -> None:
+    values = ODD[case]
+    for codec, search in ((Nf4Codec(), kernels.search_nf4), (Int8Codec(), kernels.search_int8)):
+        torch.testing.assert_close(codec.decode_matrix(search(values)), values, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("search", [kernels.search_nf4, kernels.search_int8])
+def test_an_important_column_has_less_error(search: object) -> None:
+    assert callable(search)
+    importance = torch.ones(512)
+    importance[64:72] = 1000.0
+    codec = Nf4Codec() if search is kernels.search_nf4 else Int8Codec()
+    plain, weighed = (codec.decode_matrix(search(GAUSSIAN, weights)) for weights in (None, importance))
+    of_plain, of_weighed = ((decoded - GAUSSIAN).square().sum(0) for decoded in (plain, weighed))
+    assert of_weighed[64:72].sum() < (0.7 if search is kernels.search_nf4 else 0.95) * of_plain[64:72].sum()
+
+
+def test_every_kernel_set_finds_the_same() -> None:
+    chosen = kernels.instruction_set()
+    importance = torch.rand(512, generator=torch.Generator().manual_seed(1))
+    found = []
+    try:
+        for name in PANEL_SETS:
+            kernels.select_instruction_set(name)
+            for values in (GAUSSIAN, HEAVY.bfloat16()):
+                planes = kernels.search_nf4(values, importance) | kernels.search_int8(values)
+                found.append({plane: value.clone() for plane, value in planes.items()})
+    finally:
+        kernels.select_instruction_set(chosen)
+    for number, planes in enumerate(found):
+        for plane, value in planes.items():
+            assert torch.equal(value, found[number % 2][plane]), plane
+
+
+@pytest.mark.parametrize("in_features", [100, 64, 2880])
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_pieces_are_the_bytes_of_the_whole(name: str, in_features: int) -> None:
+    """256 blocks that share a nested scale end inside of rows and pieces."""
+    shape = ExpertShape(matrices=(Matrix(name="weight", out_features=300, in_features=in_features),))
+    rows = torch.randn(300, in_features, generator=torch.Generator().manual_seed(2))
+    codec = kernels.fast_encoding(get_codec(name), LEAST_ERROR)
+    whole = codec.encode(shape, {"weight": rows})
+    for piece_rows in (1, 77, 300):
+        assert torch.equal(torch.cat([*encode_pieces(codec, shape, rows.split(piece_rows))]), whole)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_weights_that_are_no_numbers_are_refused(name: str, value: float) -> None:
+    shape = ExpertShape(matrices=(Matrix(name="weight", out_features=8, in_features=64),))
+    rows = torch.ones(8, 64)
+    rows[1, 5] = value
+    with pytest.raises(CheckpointError, match=f"weight has NaN or infinite weights; {name} cannot encode them"):
+        kernels.fast_encoding(CODECS[name], LEAST_ERROR).encode(shape, {"weight": rows})
