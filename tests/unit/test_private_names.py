@@ -34,7 +34,6 @@ ALLOWED: dict[str, int] = {
     "integration/test_lifecycle.py": 5,
     "integration/test_lookahead.py": 12,
     "integration/test_profile_record.py": 1,
-    "integration/test_tokenizers.py": 1,
     "unit/test_demo_source.py": 1,
     "unit/test_first_hour.py": 1,
     "unit/test_lookahead_tiers.py": 4,

@@ -29,7 +29,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     (folder / "model" / "tokenizer.json").write_text("{}")
     (folder / "model" / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "model" / "modeling_evil.py").write_text("raise SystemExit")
-    return folder / "model", quantize(folder / "model", folder / "store", codec="int8", dense_codec="nf4")
+    return folder / "model", quantize(
+        folder / "model", folder / "store", codec="int8", dense_codec="nf4", scales="absmax"
+    )
 
 
 @pytest.fixture

@@ -54,7 +54,11 @@ def stores(checkpoint: Path, mxfp4: Path, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("stores")
     return {
         f"{codec}-{dense}": quantize(
-            mxfp4 if codec == "mxfp4" else checkpoint, folder / f"{codec}-{dense}", codec=codec, dense_codec=dense
+            mxfp4 if codec == "mxfp4" else checkpoint,
+            folder / f"{codec}-{dense}",
+            codec=codec,
+            dense_codec=dense,
+            scales="absmax",
         )
         for codec, dense in CODECS
     }
@@ -173,7 +177,7 @@ def test_damaged_pieces_are_made_again_in_the_order_of_their_file(
     """Also of matrices that are encoded by runs of rows, and in a store that is half upgraded."""
     monkeypatch.setattr(jobs, "WHOLE_BYTES", 1000)
     monkeypatch.setattr(jobs, "RUN_BYTES", 700)
-    by_runs = quantize(checkpoint, tmp_path / "runs", codec="nf4", dense_codec="int8")
+    by_runs = quantize(checkpoint, tmp_path / "runs", codec="nf4", dense_codec="int8", scales="absmax")
     assert_same_stores(by_runs, stores["nf4-int8"])
     older = to_version_1(Path(shutil.copytree(by_runs, tmp_path / "older")))
     for folder in (by_runs, older):
