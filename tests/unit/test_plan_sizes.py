@@ -145,9 +145,8 @@ def test_a_cache_in_bf16_is_as_large_as_a_real_one(family: str) -> None:
     give_room(cache, kept=torch.bfloat16)
     with torch.inference_mode():
         model(torch.arange(3, 43)[None], past_key_values=cache)
-    held = [
-        getattr(layer, name) for layer in cache.layers for name in {*vars(layer), "keys", "values"} if name[0] != "_"
-    ]
+    names = [(layer, name) for layer in cache.layers for name in {*vars(layer), "keys", "values"} if name[0] != "_"]
+    held = [getattr(layer, name, None) for layer, name in names]
     tensors = [part for value in held for part in (value.values() if isinstance(value, dict) else [value])]
     total = sum(part.nbytes for part in tensors if isinstance(part, torch.Tensor) and part.numel() > 1)
     narrow = cache_bytes(describe_model(model.config), 40, torch.float32, kept=torch.bfloat16)
