@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from offload_moe.decode.norm import FusedRMSNorm
 from offload_moe.decode.probe import Refused, Uncovered, answer
 from offload_moe.decode.rotary import Embeddings, StepRotary
 from offload_moe.families.read_layer import embedding_scale
@@ -72,7 +73,8 @@ class Wiring:
 
     def finish(self, x: Tensor) -> Tensor:
         """The norm behind the layers of ``[1, T, H]``, with the bits of each row alone."""
-        if x.shape[1] == 1:
+        forward = vars(self.norm).get("forward")
+        if x.shape[1] == 1 or (isinstance(forward, FusedRMSNorm) and forward.kernel is not None):
             result: Tensor = self.norm(x)
             return result
         return torch.cat([self.norm(row) for row in x.split(1, dim=1)], dim=1)
