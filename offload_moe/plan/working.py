@@ -52,15 +52,12 @@ def activation_bytes(
     num_tokens = min(context, chunk) if num_new is None else num_new
     works, cached = shape.attention.works, max((layer.per_token for layer in shape.attention.cache_layers), default=0)
     narrow = dtype if kept is None else kept
-    is_narrow = num_tokens > 1 and narrow != dtype
-    if is_narrow and shape.attention.is_native:
+    if narrow != dtype and shape.attention.is_native:
         attention = max((work.native_elements(num_tokens) for work in works), default=0)
-        attention += (
-            context * cached * narrow.itemsize // dtype.itemsize
-        )  # the copy of a cache that outgrows its tensor
+        attention += context * cached * narrow.itemsize // dtype.itemsize  # the copy of a cache that outgrows its tensor
     else:
         attention = max((work.elements(num_tokens, context, on_cpu=on_cpu) for work in works), default=0)
-        attention += context * cached * is_narrow
+        attention += context * cached * (num_tokens > 1 and narrow != dtype)
     dense = num_tokens * 3 * max((linear.out_features for linear in _matrices(shape, *FEED_FORWARD)), default=0)
     intermediate = max(layer.expert.matrices[-1].in_features for layer in shape.layers)
     routed = num_tokens * ((shape.top_k + 1) * shape.hidden_size + 3 * intermediate)

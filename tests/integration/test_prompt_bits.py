@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from offload_moe import load
 from offload_moe.convert.quantize import quantize
+from offload_moe.decode.cache import RoomyLayer, RoomySlidingLayer
 from offload_moe.decode.layer import NativeLayer
 from offload_moe.engine.model import Model
 from offload_moe.native import kernels
@@ -110,6 +111,50 @@ def test_a_prompt_beyond_a_section_of_positions(stores: dict[str, Path]) -> None
         last = forward(model, ids, [500, *[1] * 30], new_cache(model))
     assert torch.equal(whole, cut)
     assert torch.equal(whole, last)
+
+
+@pytest.fixture
+def widened(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each update of a cache, which returns a whole layer of it in fp32."""
+    seen: list[int] = []
+    for kind in (RoomyLayer, RoomySlidingLayer):
+        update = kind.update
+
+        def counted(self: Any, keys: Tensor, *rest: Any, update: Any = update, **settings: Any) -> Any:
+            seen.append(keys.shape[2])
+            return update(self, keys, *rest, **settings)
+
+        monkeypatch.setattr(kind, "update", counted)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["mixtral, nf4", "qwen3_moe, int8", "olmoe, nf4", "gpt_oss, int8"])
+def test_modules_have_the_same_bits(name: str, stores: dict[str, Path], calls: list[int], widened: list[int]) -> None:
+    """A hook sends tokens through them; masks of continued prompts and of windows are recognized."""
+    with open_model(stores[name]) as model:
+        expected = forward(model, prompt(), [61], new_cache(model))
+        calls.clear()
+        widened.clear()
+        handle = model.hf.model.layers[1].input_layernorm.register_forward_hook(lambda *_: None)
+        for cut in ([61], [20, 41], [1, 9, 8, 43], [1] * 61):
+            assert torch.equal(forward(model, prompt(), cut, new_cache(model)), expected)
+        handle.remove()
+    assert not calls
+    assert not any(widened)
+
+
+def test_projections_that_are_not_quantized_read_the_cache_as_it_lies(
+    stores: dict[str, Path], calls: list[int], widened: list[int]
+) -> None:
+    results = []
+    for is_fast in (True, False):
+        with load(stores["qwen3_moe, int8"], fast_path=is_fast, dense_codec="bf16") as model:
+            widened.clear()
+            results.append(forward(model, prompt(), [40, 1, 1, 19], new_cache(model)))
+            assert any(widened) == (not is_fast)
+    assert not calls
+    assert results[0].norm() > 1
+    assert (results[0] - results[1]).norm() < 0.02 * results[1].norm()
 
 
 def test_a_prompt_is_what_transformers_computes(stores: dict[str, Path], calls: list[int]) -> None:
