@@ -1,7 +1,7 @@
 """A prompt's attention in one layer: our kernel over a cache in bf16, beside torch's on a widened copy of it.
 
     python benchmarks/prompt_attention.py [--trials 5] [--threads 1] [--heads 16x16x128,32x4x128] [--latents 16x512x64]
-                                          [--prompts 512,4000] [--chunk 2048] [--sets avx512vbmi] [--unpinned]
+                                          [--prompts 512,4000] [--chunk 512] [--sets avx512vbmi] [--unpinned]
 
 Heads are QUERIESxKEYSxDIM, latents HEADSxRANKxROTATED, whose unrotated keys and values have 128 dims: torch expands
 them, and our call moves queries into the latent space and results out of it; both include that. A prompt comes in
@@ -52,7 +52,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--heads", type=words, default=["16x16x128", "32x4x128"])
     parser.add_argument("--latents", type=words, default=["16x512x64"])
     parser.add_argument("--prompts", type=lambda text: [int(part) for part in text.split(",")], default=[512, 4000])
-    parser.add_argument("--chunk", type=int, default=2048)
+    parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--sets", type=words, default=["avx512vbmi"])
     parser.add_argument("--unpinned", action="store_true", help="on a machine that is busy with other work")
     return parser.parse_args()
