@@ -1,7 +1,8 @@
 """How many prompt tokens are computed at once.
 
 Each chunk needs every expert of every layer once, so larger chunks read less; and a chunk's activations must fit beside
-the slots. The size depends on the model and on the kind of device, never on free memory: chunking changes last bits.
+the slots. The size depends on the model and on the kind of device, never on free memory: where torch computes prompts,
+chunking changes last bits.
 """
 
 from transformers import PreTrainedModel

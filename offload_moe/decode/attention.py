@@ -1,14 +1,15 @@
-"""Decode steps of grouped-query attention without the detours.
+"""Grouped-query attention of modules without the detours.
 
 The module's own parts do the work, in its own order: projections, head norms, rotary, cache, its attention function,
-output projection. What is saved: two of three kernel calls for query, key and value, and most small operations of the
-rotary embedding; the usual step is one kernel call (`step.py`). Prompts take the module's own forward.
+output projection. What is saved in a decode step: two of three kernel calls for query, key and value, and most small
+operations of the rotary embedding; the usual step is one kernel call (`step.py`). Over a cache in bf16 the kernel
+attends, for decode steps and prompts alike (`cache_attention.py`); other prompts take the module's own forward.
 
-Shapes: B batch, H hidden, N query heads, M key/value heads, D head dim, S cached tokens.
+Shapes: B batch, T new tokens, H hidden, N query heads, M key/value heads, D head dim, S cached tokens.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from offload_moe.decode.projections import joint_or_separate
+from offload_moe.decode.cache_attention import CacheAttention
+from offload_moe.decode.projections import NAMES, joint_or_separate
 from offload_moe.decode.rotary import StepRotary, rotate
 from offload_moe.decode.step import AttentionStep
 
@@ -24,7 +26,7 @@ MAX_FLASH_DIM = 256  # above it transformers repeats the key/value heads itself
 
 
 class DecodeAttention:
-    """The forward of one attention module: its decode steps are done here, anything else by the module itself."""
+    """The forward of one attention module: decode steps, and prompts that the kernel takes; else the module's own."""
 
     def __init__(self, attention: Any, rotary: StepRotary) -> None:
         self._module = attention
@@ -43,6 +45,7 @@ class DecodeAttention:
         if hasattr(attention, "sinks"):
             self._arguments["s_aux"] = attention.sinks
         self.step: AttentionStep | None = None  # set where it is known to give the same
+        self.cached: CacheAttention | None = None  # likewise
         self._interface_name: str | None = None
         self._interface: Callable[..., tuple[Tensor, Tensor | None]] | None = None
 
@@ -54,33 +57,49 @@ class DecodeAttention:
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if hidden_states.shape[1] != 1 or position_embeddings is None:
-            return self._prompt_forward(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
-        if self.step is not None and attention_mask is None and self.step.fits(hidden_states, past_key_values):
-            cos, signed_sin = self.rotary.prepare(position_embeddings)
-            return self.step(hidden_states, cos, signed_sin, past_key_values), None
-        query, key, value = self._heads(hidden_states, position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self._layer)
-        out, weights = self._attend()(self._module, query, key, value, attention_mask, **{**kwargs, **self._arguments})
-        return self._module.o_proj(out.reshape(hidden_states.shape[0], 1, -1)), weights
+        if position_embeddings is not None:
+            step, cached = self.step, self.cached
+            if step is not None and attention_mask is None and step.fits(hidden_states, past_key_values):
+                cos, signed_sin = self.rotary.prepare(position_embeddings)
+                return step(hidden_states, cos, signed_sin, past_key_values), None
+            if cached is not None and cached.fits(hidden_states, attention_mask, past_key_values):
+                out = cached(*self._heads(hidden_states, position_embeddings), past_key_values)
+                return self._output(out, hidden_states.shape[:2]), None
+            if hidden_states.shape[1] == 1:
+                query, key, value = self._heads(hidden_states, position_embeddings)
+                if past_key_values is not None:
+                    key, value = past_key_values.update(key, value, self._layer)
+                settings = {**kwargs, **self._arguments}
+                out, weights = self._attend()(self._module, query, key, value, attention_mask, **settings)
+                return self._output(out, hidden_states.shape[:2]), weights
+        return self._prompt_forward(
+            hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+    def _output(self, mixed: Tensor, shape: Sequence[int]) -> Tensor:
+        """Heads of B times T tokens -> ``[B, T, H]``. shape: B, T."""
+        out: Tensor = self._module.o_proj(mixed.reshape(*shape, -1))
+        return out
 
     def _heads(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query ``[B, N, 1, D]``, key and value ``[B, M, 1, D]``, rotated."""
-        shape = (hidden_states.shape[0], -1, 1, self._head_dim)
-        query, key, value = self._project(hidden_states)
+        """Query ``[B, N, T, D]``, key and value ``[B, M, T, D]``, rotated."""
+        num_new = hidden_states.shape[1]
+        shape = (len(hidden_states), num_new, -1, self._head_dim)
+        query, key, value = self._project(hidden_states) if num_new == 1 else self._separate(hidden_states)
         query = query.view(shape) if self._q_norm is None else _normed(self._q_norm, query, shape)
         key = key.view(shape) if self._k_norm is None else _normed(self._k_norm, key, shape)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value.view(shape)))
         cos, signed_sin = self.rotary.prepare(position_embeddings)
-        return rotate(query, cos, signed_sin), rotate(key, cos, signed_sin), value.view(shape)
+        return rotate(query, cos, signed_sin), rotate(key, cos, signed_sin), value
+
+    def _separate(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        return tuple(getattr(self._module, name)(hidden_states) for name in NAMES)
 
     def _attend(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
         """The attention function the config names now."""

@@ -38,9 +38,13 @@ class PlainBlock:
         return forward
 
     def compute(self, normed: Tensor, routed: Routed) -> Tensor:
-        """normed ``[T, H]``, and what the router gave -> ``[T, H]``: the bits of each row alone."""
+        """normed ``[T, H]``, and what the router gave -> ``[T, H]``: the bits of each row alone.
+
+        Other arithmetic than the kernels' has them for few rows.
+        """
         _, weights, ids = routed
-        if len(normed) == 1 or isinstance(self.bound.arithmetic, NativeArithmetic):
+        is_whole = len(normed) == 1 or len(normed) > kernels.MAX_ROWS
+        if is_whole or isinstance(self.bound.arithmetic, NativeArithmetic):
             out: Tensor = self.experts(normed, ids, weights)
         else:
             rows = zip(normed.split(1), ids.split(1), weights.split(1), strict=True)

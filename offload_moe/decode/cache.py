@@ -269,6 +269,12 @@ class RoomySlidingLayer(InRoom, DynamicSlidingWindowLayer):
         self.cumulative_length -= num_tokens
         self._put(room, end - min(self.cumulative_length, self.sliding_window - 1), end)
 
+    def trim(self) -> None:
+        """Give memory back that many tokens at once needed."""
+        length, room = self.keys.shape[2], self._room
+        if room is not None and room[0].shape[2] > _in_steps(length + STEP):
+            self._put(self._move_to_new_room(length, 0), 0, length)
+
     def _move_to_new_room(self, length: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         capacity = _in_steps(length + max(STEP, num_tokens))
         places = []
@@ -284,6 +290,20 @@ class RoomySlidingLayer(InRoom, DynamicSlidingWindowLayer):
 
 
 ROOMY = (RoomyLayer, RoomySlidingLayer)
+
+
+def begin(cache: Any, index: int, keys: Tensor, values: Tensor) -> None:
+    """Give the cache of one sequence a layer of ours, where it has none of this index yet.
+
+    keys, values: of no token, ``[1, N, 0, D]``.
+    """
+    is_there = index < len(cache.layers)
+    maker = cache.layer_class_to_replicate
+    is_ours = (
+        type(cache.layers[index]) in ROOMY if is_there else isinstance(maker, partial) and maker.func is RoomyLayer
+    )
+    if is_ours and not (is_there and cache.layers[index].is_initialized):
+        cache.update(keys, values, index)
 
 
 def give_room(cache: Cache, context: int | None = None, kept: torch.dtype | None = None) -> None:

@@ -1,7 +1,7 @@
-"""The seam: a decoder's forward passes a few new tokens through a plan, and anything else through its modules.
+"""The seam: a decoder's forward passes new tokens through a plan, and anything else through its modules.
 
-One to eight tokens of one sequence, in fp32 on the CPU, behind a cache with room, without padding, captures or
-gradients.
+Tokens of one sequence, in fp32 on the CPU, with a cache that has room, without padding, captures or gradients: a decode
+step, a few tokens, or a prompt, where the plan takes prompts.
 """
 
 import logging
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from offload_moe.decode.hooks import is_capturing
 from offload_moe.decode.layer import RowsStep
@@ -57,12 +58,14 @@ class DecoderForward:
     ) -> Any:
         """None where the modules have to do it; nothing has changed then."""
         given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is None or (input_ids is not None and inputs_embeds is not None) or not _are_few(given):
+        if given is None or (input_ids is not None and inputs_embeds is not None) or not self._takes(given):
             return None
         if use_cache is False or return_dict is False or not self._is_usual(others):
             return None
         plan, num_tokens = self.plan, given.shape[1]
-        if not plan.fits(past_key_values, num_tokens) or not _sees_all(attention_mask, past_key_values, num_tokens):
+        if not _has_place(plan, past_key_values, num_tokens) or not _sees_all(
+            attention_mask, past_key_values, num_tokens
+        ):
             return None
         if not plan.bypass.is_clear:
             self._say_why()
@@ -98,6 +101,11 @@ class DecoderForward:
         positions = torch.cat([wiring.next_positions(cache, len(ids)) for ids, cache in sequences], dim=1)
         return wiring.finish(plan(x, RowsStep(wiring, positions, caches)))[0]
 
+    def _takes(self, tokens: Tensor) -> bool:
+        """Whether ``[B, T, ...]`` are tokens of one sequence, as many as a pass takes at once."""
+        is_one = tokens.dim() > 1 and len(tokens) == 1 and tokens.shape[1] > 0
+        return is_one and (tokens.shape[1] <= MAX_ROWS or self.plan.takes_prompts)
+
     def _is_usual(self, others: dict[str, Any]) -> bool:
         """Whether no argument and no setting of the config requires anything else."""
         settings = self._settings
@@ -117,9 +125,11 @@ class DecoderForward:
         logger.warning("%s is not called on the fast path: tokens pass module by module, which takes longer.", what)
 
 
-def _are_few(tokens: Tensor) -> bool:
-    """Whether ``[B, T, ...]`` are tokens of one sequence that a pass takes at once."""
-    return tokens.dim() > 1 and len(tokens) == 1 and 1 <= tokens.shape[1] <= MAX_ROWS
+def _has_place(plan: PassPlan, cache: Any, num_tokens: int) -> bool:
+    """Whether the cache takes so many tokens in place. One without tokens may get empty layers for that."""
+    if isinstance(cache, Cache) and not cache.get_seq_length():
+        plan.begin(cache)
+    return plan.fits(cache, num_tokens)
 
 
 def _sees_all(mask: Any, cache: Any, num_tokens: int) -> bool:

@@ -1,4 +1,4 @@
-"""Decoder layers whose decode step is two native calls: all up to the block behind attention, and the block.
+"""Decoder layers that are two native calls: all up to the block behind attention, and the block.
 
     residual = x + attention(norm(x));  residual + block(norm(residual))
 
@@ -6,7 +6,7 @@ A layer is one if it is declared (`families/layer_classes.py`), if kernels exist
 attention, norms and their order, and if a probe gives what the layer's own code gives. Where the block is a router and
 experts whose kernels exist, the router is part of the first call; any other block is called as a module.
 
-Shapes: T rows, each the next token of a sequence, H hidden.
+Shapes: T rows, each the next token of a sequence, H hidden. Many rows are a prompt's.
 """
 
 from array import array
@@ -55,11 +55,23 @@ class RowsStep:
 
     def rotary(self, table: RotaryTable) -> Rotary:
         """As native calls take them."""
-        return table.rows(self.position_ids) or table.prepare(self.embeddings)
+        found = None if self.are_many else table.rows(self.position_ids)
+        return found or table.prepare(self.embeddings)
 
     @property
     def num_rows(self) -> int:
         return len(self.caches)
+
+    @property
+    def are_many(self) -> bool:
+        """Whether they are a prompt's: more than a span takes at once."""
+        return self.num_rows > kernels.MAX_ROWS
+
+    def trim(self, attention: AttentionStep | LatentStep) -> None:
+        """Let the caches of a prompt give back what it alone needed of one layer."""
+        if self.are_many:
+            for cache, _ in self._sequences:
+                attention.trim(cache)
 
     def places(self, attentions: Iterable[AttentionStep | LatentStep]) -> "array[int]":
         """The fields of `rooms_array` of each row in some layers, whose caches count the rows from now on."""
@@ -139,6 +151,7 @@ class NativeLayer:
         plain = self.plain
         routed = None if plain is None else room_for_routed(plain.route, step.num_rows)
         self.kernel.step(x, *step.rotary(self.rotary), places, residual, normed, routed)
+        step.trim(self.attention)
         for observer in self._norm._forward_pre_hooks.values():
             observer(self._norm, (residual,))
         if plain is None or routed is None:
@@ -148,8 +161,9 @@ class NativeLayer:
         return self._sum(residual, plain.compute(normed[0], routed))
 
     def _call_block(self, normed: Tensor) -> Tensor:
-        """``[1, T, H] -> [1, T, H]``, row by row where more rows may change the bits of each."""
-        rows = [normed] if isinstance(self._block, FusedMLP) else normed.split(1, dim=1)
+        """``[1, T, H] -> [1, T, H]``, a few rows one by one where more rows may change the bits of each."""
+        is_whole = isinstance(self._block, FusedMLP) or normed.shape[1] > kernels.MAX_ROWS
+        rows = [normed] if is_whole else normed.split(1, dim=1)
         outs = [out[0] if isinstance(out, tuple) else out for out in map(self._block, rows)]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 

@@ -1,4 +1,8 @@
-"""The plan of a token pass: native spans of layers, native layers, and layers that are called as modules."""
+"""The plan of a token pass: native spans of layers, native layers, and layers that are called as modules.
+
+A prompt takes the same plan, many rows at once, where no layer is called as a module: then each of its tokens has the
+bits that it has alone, however the prompt is cut.
+"""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -68,7 +72,7 @@ class ModuleLayer:
 class PassPlan:
     """Takes some rows through all layers of a decoder: tokens of one sequence, one after the other, or of several.
 
-    bypass: the modules that it does not call.
+    bypass: the modules that it does not call. takes_prompts: whether many rows may pass at once.
     """
 
     def __init__(self, wiring: Wiring, stages: Sequence[Stage], natives: Sequence[NativeLayer]) -> None:
@@ -79,15 +83,24 @@ class PassPlan:
             [hooks for native in natives for hooks in native.observed()],
         )
         self.stages = stages
+        self.takes_prompts = not any(isinstance(stage, ModuleLayer) for stage in stages)
+        self._natives = natives
+
+    def begin(self, cache: Any) -> None:
+        """Make the layers of a cache that has no tokens yet, where layers of ours are."""
+        for native in self._natives:
+            native.attention.begin(cache)
 
     def fits(self, cache: Any, num_tokens: int = 1) -> bool:
         """Whether so many tokens of a sequence may be passed behind this cache."""
         return hasattr(cache, "layers") and all(stage.fits(cache, num_tokens) for stage in self.stages)
 
     def __call__(self, x: Tensor, step: RowsStep) -> Tensor:
-        """``[1, T, H]``, overwritten -> ``[1, T, H]``, fp32 and contiguous, T at most `MAX_ROWS`.
+        """``[1, T, H]``, overwritten -> ``[1, T, H]``, fp32 and contiguous.
 
-        Each row has the bits that it would have alone. Raises: TransferError, ModelClosed.
+        T is at most `MAX_ROWS` unless it `takes_prompts`. Each row has the bits that it would have alone.
+
+        Raises: TransferError, ModelClosed.
         """
         for stage in self.stages:
             x = stage(x, step)

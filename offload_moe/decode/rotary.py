@@ -1,7 +1,7 @@
-"""Rotary position embeddings of decode steps: prepared once per token or looked up, applied in three operations.
+"""Rotary position embeddings: prepared once per forward or looked up, applied in three operations.
 
 ``x * cos + rotate_half(x) * sin`` is ``x * cos + roll(x) * signed_sin``: the same products and the same sum, so the
-same bits. Shapes: B batch, N heads, D rotated dims.
+same bits. Shapes: B batch, N heads, T tokens, D rotated dims.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class StepRotary:
         self._prepared: tuple[object, Tensor, Tensor] = (None, Tensor(), Tensor())
 
     def prepare(self, position_embeddings: Embeddings) -> tuple[Tensor, Tensor]:
-        """cos, sin ``[B, 1, D]`` or ``[B, 1, D / 2]``, or complex numbers -> cos, signed sin ``[B, 1, 1, D]``."""
+        """cos, sin ``[B, T, D]`` or ``[B, T, D / 2]``, or complex numbers -> cos, signed sin ``[B, 1, T, D]``."""
         owner, cos, signed_sin = self._prepared
         if owner is not position_embeddings:
             is_half = self._is_half
@@ -82,7 +82,7 @@ def block_of(position: int) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """``[B, N, 1, D]`` with the halves of its last dimension rotated; dimensions beyond those of cos pass through."""
+    """``[B, N, T, D]`` with the halves of its last dimension rotated; dimensions beyond those of cos pass through."""
     rotated_dims = cos.shape[-1]
     if rotated_dims == x.shape[-1]:
         return (x * cos).add_(x.roll(rotated_dims // 2, -1).mul_(signed_sin))

@@ -1,4 +1,4 @@
-"""Routers that choose the greatest of a softmax: one kernel call per decode step.
+"""Routers that choose the greatest of a softmax: one kernel call.
 
 T tokens, H hidden, E experts, K top-k.
 """
@@ -23,10 +23,10 @@ Routed = tuple[Tensor, Tensor, Tensor]
 
 
 class StepRouter:
-    """The forward of one router: one token is routed here, anything else by the module itself."""
+    """The forward of one router: tokens in fp32 are routed here, each with the bits it has alone."""
 
     def __init__(self, router: Any, *, top_k: int, is_of_chosen: bool) -> None:
-        self._prompt_forward: Callable[[Tensor], Routed] = router.forward
+        self._own_forward: Callable[[Tensor], Routed] = router.forward
         self.num_experts, self.hidden_size = router.weight.shape
         self.top_k = top_k
         linear = number_linear(router.weight.detach(), getattr(router, "bias", None))
@@ -34,9 +34,9 @@ class StepRouter:
 
     def __call__(self, hidden_states: Tensor) -> Routed:
         """hidden ``[..., H]`` -> logits ``[T, E]``, weights ``[T, K]``, ids ``[T, K]``."""
-        if hidden_states.numel() != self.hidden_size or hidden_states.dtype != torch.float32:
-            return self._prompt_forward(hidden_states)
-        routed = room_for_routed(self.kernel)
+        if hidden_states.dtype != torch.float32 or hidden_states.requires_grad:
+            return self._own_forward(hidden_states)
+        routed = room_for_routed(self.kernel, hidden_states.numel() // self.hidden_size)
         self.kernel.step(hidden_states.contiguous(), *routed)
         return routed
 
@@ -48,7 +48,7 @@ def room_for_routed(kernel: kernels.RouterKernel, num_tokens: int = 1) -> Routed
 
 
 def shorten_routers(model: nn.Module) -> int:
-    """Give every router that takes the greatest of a softmax the short decode step. Returns how many.
+    """Make every router that takes the greatest of a softmax a kernel call. Returns how many.
 
     Its declaration says whether it does, and a probe checks it; of a layer that is not declared, probes find it out.
     Results differ by rounding.

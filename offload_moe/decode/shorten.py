@@ -1,4 +1,4 @@
-"""Which attention modules take the short decode step: those that have its parts and whose results it gives."""
+"""Which attention modules are shortened: those that have the parts, and whose results the short way gives."""
 
 import sys
 from collections.abc import Hashable
@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from offload_moe.decode.attention import DecodeAttention
 from offload_moe.decode.cache import give_room
+from offload_moe.decode.cache_attention import CacheAttention
 from offload_moe.decode.probe import Refused, Uncovered, agree, answer, probes, structure
 from offload_moe.decode.projections import NAMES
 from offload_moe.decode.rotary import StepRotary
@@ -37,6 +38,7 @@ def shorten_attention(model: nn.Module, *, is_exact: bool, cache_dtype: torch.dt
     rotaries = ((StepRotary(is_half=False), num_angles), (StepRotary(is_half=True), 2 * num_angles))
     rotary_of: dict[Hashable, StepRotary | None] = {}
     has_step: dict[Hashable, bool] = {}
+    has_cached: dict[Hashable, bool] = {}
     num_shortened = 0
     modules: list[Any] = [module for module in model.modules() if _is_candidate(module)]
     for module in modules:
@@ -60,6 +62,7 @@ def shorten_attention(model: nn.Module, *, is_exact: bool, cache_dtype: torch.dt
                 if short.step is not None and kind not in has_step:
                     has_step[kind] = _steps_alike(module, short, short.step, embeddings)
                 short.step = short.step if has_step.get(kind) else None
+                _give_cached(module, short, embeddings, has_cached)
             module.forward = short
             num_shortened += 1
     return num_shortened
@@ -71,6 +74,20 @@ def _step(module: Any, rotated_dims: int, cache_dtype: torch.dtype) -> Attention
         return attention_step(module, rotated_dims, cache_dtype)
     except Uncovered:
         return None
+
+
+def _give_cached(
+    module: Any, short: DecodeAttention, embeddings: PositionEmbeddings, has_cached: dict[Hashable, bool]
+) -> None:
+    """Set the kernel call of attention over a cache, as `_give_step` does."""
+    try:
+        cached = CacheAttention(module)
+    except Uncovered:
+        return
+    kind = structure(module)
+    if kind not in has_cached:
+        has_cached[kind] = all(_attends_alike(module, short, cached, embeddings, count) for count in (1, 3))
+    short.cached = cached if has_cached[kind] else None
 
 
 def probe_positions(model: Any) -> Tensor:
@@ -144,6 +161,34 @@ def _steps_alike(module: Any, short: DecodeAttention, step: AttentionStep, embed
         got, expected = (results[1], *results[4:]), (results[0], *results[2:4])
         pairs = zip(got, expected, strict=True)
         if not all(agree(ours, theirs, is_exact=False, tolerance=STEP_TOLERANCE) for ours, theirs in pairs):
+            return False
+    return True
+
+
+@torch.inference_mode()
+def _attends_alike(
+    module: Any, short: DecodeAttention, cached: CacheAttention, embeddings: PositionEmbeddings, num_new: int
+) -> bool:
+    """Whether the kernel attends as the module's function does, over the same cache, and leaves the same in it."""
+    cos, sin = (part[1:].expand(-1, num_new, -1).contiguous() for part in embeddings)
+    if cos.dtype != torch.float32 or not cos.is_cpu:
+        return False
+    mask = torch.full((num_new, NUM_CACHED + num_new), torch.finfo(cos.dtype).min).triu(NUM_CACHED + 1)[None, None]
+    for hidden in probes((1, num_new, module.q_proj.in_features), cos.dtype, cos.device):
+        ours, theirs = probe_cache(module, hidden), probe_cache(module, hidden)
+        for cache in (ours, theirs):
+            give_room(cache, kept=cached.cache_dtype)
+        if not cached.fits(hidden, mask, ours):
+            return False
+        arguments: dict[str, Any] = {"attention_mask": mask, "position_embeddings": (cos, sin)}
+        expected = [answer(module.forward, hidden, past_key_values=theirs, **arguments)[0]]
+        short.cached, step, short.step = cached, short.step, None
+        got = [short(hidden, past_key_values=ours, **arguments)[0]]
+        short.cached, short.step = None, step
+        for each, cache in ((got, ours), (expected, theirs)):
+            each += [cache.layers[-1].keys, cache.layers[-1].values]
+        pairs = zip(got, expected, strict=True)
+        if not all(agree(mine, other, is_exact=False, tolerance=STEP_TOLERANCE) for mine, other in pairs):
             return False
     return True
 

@@ -93,8 +93,11 @@ class LayerSpan:
         return all(layer.fits(cache, num_tokens) for layer in self.layers)
 
     def __call__(self, x: Tensor, step: RowsStep) -> Tensor:
-        """``[1, T, H]``, overwritten -> ``[1, T, H]``. Raises: TransferError, ModelClosed."""
-        if not self._is_native_throughout(step.num_rows):
+        """``[1, T, H]``, overwritten -> ``[1, T, H]``. A prompt goes layer by layer.
+
+        Raises: TransferError, ModelClosed.
+        """
+        if step.are_many or not self._is_native_throughout(step.num_rows):
             for layer in self.layers:
                 x = layer(x, step)
             return x

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from offload_moe.decode.cache import ROOMY, give_room
+from offload_moe.decode.cache import ROOMY, RoomySlidingLayer, begin, give_room
 from offload_moe.decode.dense import QuantLinear
 from offload_moe.decode.hooks import are_watched, hooks_of
 from offload_moe.decode.norm import FusedRMSNorm
@@ -52,6 +52,17 @@ class CachedStep:
         fields: list[int] = cache.layers[self._layer].places(num_tokens)
         return fields
 
+    def begin(self, cache: Any) -> None:
+        """Make this layer of a cache that has no tokens yet, where layers of ours are."""
+        keys, values = (torch.empty(1, num_heads, 0, dims) for num_heads, dims in self.cache_shapes)
+        begin(cache, self._layer, keys, values)
+
+    def trim(self, cache: Any) -> None:
+        """Give memory back that only the tokens of a prompt needed."""
+        layer = cache.layers[self._layer]
+        if isinstance(layer, RoomySlidingLayer):
+            layer.trim()
+
     def probe_cache(self, num_tokens: int) -> DynamicCache:
         """A few random keys and values in this layer, on the CPU."""
         cache = DynamicCache()
@@ -76,7 +87,7 @@ class AttentionStep(CachedStep):
     def fits(self, hidden_states: Tensor, cache: Any) -> bool:
         """Whether this call is such a step, and no hook takes something from the module's parts."""
         return (
-            hidden_states.shape[0] == 1
+            hidden_states.shape[:2] == (1, 1)
             and hidden_states.dtype == torch.float32
             and hidden_states.is_cpu
             and self.can_extend(cache)

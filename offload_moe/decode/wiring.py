@@ -105,8 +105,7 @@ class Wiring:
         """The norm behind the layers of ``[1, T, H]``, which it may overwrite, with the bits of each row alone."""
         if self.norm_kernel is None:
             return torch.cat([self.norm(row) for row in x.split(1, dim=1)], dim=1)
-        for row in (x,) if x.shape[1] == 1 else x.split(1, dim=1):
-            self.norm_kernel.step(row, row)
+        self.norm_kernel.step(x, x)
         return x
 
 

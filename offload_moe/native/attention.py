@@ -1,4 +1,4 @@
-"""Native calls of a decode step: a norm, and grouped-query attention."""
+"""Native calls: a norm, and grouped-query attention."""
 
 import ctypes
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ class HeadNorm:
 
 
 class NormKernel:
-    """An RMS norm of one row, in fp32."""
+    """An RMS norm of some rows, in fp32: the bits of each alone."""
 
     def __init__(self, weight: Tensor, epsilon: float) -> None:
         """weight: fp32 ``[H]``, contiguous, on the CPU."""
@@ -60,18 +60,19 @@ class NormKernel:
         self._native = library().om_rms_norm
 
     def step(self, x: Tensor, out: Tensor) -> None:
-        """Set `out` to the norm of `x`: fp32 ``[..., H]`` of one row, contiguous; not checked, this is the hot path.
+        """Set `out` to the norm of `x`: fp32 ``[..., H]``, contiguous; not checked, this is the hot path.
 
         out: may be `x`.
         """
-        self._native(x.data_ptr(), self.weight_address, self.length, self.epsilon, out.data_ptr())
+        num_rows = x.numel() // self.length
+        self._native(x.data_ptr(), self.weight_address, num_rows, self.length, self.epsilon, out.data_ptr())
 
 
 class AttentionKernel:
     """Projections, head norms, rotary embedding, cache, attention and output projection of some tokens, in fp32.
 
-    Shape legend: T rows, at most `MAX_ROWS`, H hidden, N query heads, M key/value heads, D head dim, R rotated dims,
-    C room in the cache.
+    Each row's bits are those of a call of it alone. Shape legend: T rows, H hidden, N query heads, M key/value heads,
+    D head dim, R rotated dims, C room in the cache.
 
     cache_dtype: of keys and values.
     """
@@ -135,6 +136,45 @@ class AttentionKernel:
             *(self.struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),
             *(places.buffer_info()[0], len(places) // 4, out.data_ptr()),
         )
+        if status:
+            raise MemoryError(f"No memory for the scores of {max(places[3::4]) + 1} tokens.")
+
+
+class AttendKernel:
+    """Attention alone, over keys and values that a cache holds. Shape legend: as of `AttentionKernel`."""
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scaling: float,
+        sinks: Tensor | None,
+        cache_dtype: torch.dtype,
+    ) -> None:
+        """Settings of one layer. sinks: fp32 ``[N]``, contiguous. Raises: ConfigError for head dims it lacks."""
+        if head_dim % HEAD_DIM_STEP:
+            raise ConfigError(f"The attention kernel takes no heads of {head_dim}.")
+        self._sinks = sinks
+        self._struct = AttentionStruct(
+            sinks=optional_address(sinks),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            scaling=scaling,
+            cache_dtype=DTYPES[cache_dtype],
+        )
+        self._native = library().om_attend_rows
+
+    def forward(self, queries: Tensor, rooms: Rooms, out: Tensor) -> None:
+        """queries ``[T, N, D]`` -> out ``[T, N, D]``, fp32, contiguous; not checked.
+
+        rooms: as of `AttentionKernel.step`, but they hold each row's key and value. Raises: MemoryError.
+        """
+        places = rooms_array(rooms)
+        address = ctypes.addressof(self._struct)
+        status = self._native(address, queries.data_ptr(), places.buffer_info()[0], len(places) // 4, out.data_ptr())
         if status:
             raise MemoryError(f"No memory for the scores of {max(places[3::4]) + 1} tokens.")
 

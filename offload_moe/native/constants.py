@@ -14,7 +14,7 @@ NEEDS_EXPERTS, NEEDS_SLOTS = 1, 2  # what a layer of a token pass needs
 UNDER_WAY = -2  # in place of a layer: no layer needs anything yet
 BLOCK = 64  # weights that share a scale
 MAX_TOP_K = 64  # of the layers of a span
-MAX_ROWS = 8  # tokens that layers and spans take at once
+MAX_ROWS = 8  # tokens that a span takes at once
 MAX_SCORED = 1024  # experts of a router that scores all of them
 MAX_ROTATED = 256  # dims of latent attention
 

@@ -1,6 +1,6 @@
 """Native CPU kernels: quantized matrices times a few tokens, whole MoE layers in one call."""
 
-from offload_moe.native.attention import AttentionKernel, HeadNorm, Linear, NormKernel
+from offload_moe.native.attention import AttendKernel, AttentionKernel, HeadNorm, Linear, NormKernel
 from offload_moe.native.bindings import (
     instruction_set,
     num_threads,
@@ -63,6 +63,7 @@ __all__ = [
     "READING",
     "SHORT_READ",
     "WRONG_CHECKSUM",
+    "AttendKernel",
     "AttentionKernel",
     "Completion",
     "EmbeddingKernel",

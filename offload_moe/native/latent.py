@@ -1,4 +1,4 @@
-"""The native call of a decode step's latent attention."""
+"""The native call of latent attention."""
 
 import ctypes
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ DIM_STEP = 16  # ranks and rotated dims are multiples of the widest vector
 class LatentKernel:
     """Projections, norms, rotary embedding, cache, attention and output projection of some tokens, in fp32.
 
-    Shape legend: T rows, at most `MAX_ROWS`, H hidden, N heads, K unrotated, P rotated and V value dims, R rank, Q rank
-    of the query, C room in the cache. Source: DeepSeek-V2, arXiv:2405.04434.
+    Each row's bits are those of a call of it alone. Shape legend: T rows, H hidden, N heads, K unrotated, P rotated and
+    V value dims, R rank, Q rank of the query, C room in the cache. Source: DeepSeek-V2, arXiv:2405.04434.
 
     cache_dtype: of latents and rotated keys.
     """

@@ -1,4 +1,4 @@
-"""The native call of a decode step's layer, up to its experts."""
+"""The native call of a layer, up to its experts."""
 
 import ctypes
 

@@ -1,4 +1,4 @@
-"""The native call of a decode step's router."""
+"""The native call of a router."""
 
 import ctypes
 

@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from offload_moe.families.layer_spec import AttentionSpec
+from offload_moe.families.limits import attention_limits, order_limits
+from offload_moe.families.read_layer import layer_spec
+from offload_moe.native.attention import HEAD_DIM_STEP
 from offload_moe.plan.attention_work import AttentionWork, describe_work, out_features
 
 if TYPE_CHECKING:
@@ -29,10 +33,14 @@ class CacheLayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """The cache of all layers, and the working memory of each kind of attention."""
+    """The cache of all layers, and the working memory of each kind of attention.
+
+    is_native: whether native calls compute the attention of prompts, over a cache that is kept in bf16.
+    """
 
     cache_layers: tuple[CacheLayer, ...]
     works: tuple[AttentionWork, ...]
+    is_native: bool = False
 
     @property
     def keeps_all_tokens(self) -> bool:
@@ -52,7 +60,7 @@ class AttentionShape:
 def describe_attention(model: "PreTrainedModel", *, is_fast_path: bool) -> AttentionShape:
     """The cache and working memory of a model's attention.
 
-    is_fast_path: latent attention is absorbed if possible.
+    is_fast_path: latent attention is absorbed if possible, and native where the layers are declared.
     """
     from offload_moe.decode.latent import find_latents
 
@@ -67,7 +75,26 @@ def describe_attention(model: "PreTrainedModel", *, is_fast_path: bool) -> Atten
     return AttentionShape(
         cache_layers=_cache_layers(model.config.get_text_config(decoder=True), modules),
         works=tuple(works),
+        is_native=is_fast_path and _is_native(model),
     )
+
+
+def _is_native(model: "PreTrainedModel") -> bool:
+    """Whether every layer of the decoder is declared, and has parts and sizes that the kernels compute."""
+    layers = list(getattr(model.get_decoder(), "layers", ()))
+    specs = [layer_spec(layer) for layer in layers]
+    return bool(specs) and all(
+        spec is not None
+        and not attention_limits(spec.attention)
+        and not order_limits(spec)
+        and _has_sizes(spec.attention)
+        for spec in specs
+    )
+
+
+def _has_sizes(spec: AttentionSpec) -> bool:
+    dims = (spec.head_dim,) if spec.latent is None else (spec.latent.key_value_rank, spec.rotated_dims)
+    return all(dim % HEAD_DIM_STEP == 0 for dim in dims)
 
 
 def _cache_layers(config: "PreTrainedConfig", modules: dict[int, list[nn.Module]]) -> tuple[CacheLayer, ...]:

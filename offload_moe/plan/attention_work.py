@@ -8,12 +8,16 @@ from typing import Any
 
 from torch import nn
 
+NATIVE_ROWS, NATIVE_ROW_BYTES = 256, 32 << 20  # of a prompt that a native call takes at once: `om_rows_at_once`
+LEAST_ROWS, FP32_BYTES = 8, 4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionWork:
     """The working memory of one attention, in elements.
 
-    projected: per new token. expanded: per token of the context; decoded: the same for one new token.
+    projected: per new token. expanded: per token of the context; decoded: the same for one new token. native: per new
+    token that a native call takes at once.
 
     Additional on the CPU: padding, per token of the context; scores, per new token and token of the context.
     """
@@ -21,6 +25,7 @@ class AttentionWork:
     projected: int
     expanded: int
     decoded: int
+    native: int
     padding: int = 0
     scores: int = 0
 
@@ -30,6 +35,11 @@ class AttentionWork:
             return self.projected + context * self.decoded
         added = self.padding + num_new * self.scores if on_cpu else 0
         return num_new * self.projected + context * (self.expanded + added)
+
+    def native_elements(self, num_new: int) -> int:
+        """T new tokens of a prompt in native calls, which take some of them at once and expand nothing."""
+        most = max(LEAST_ROWS, NATIVE_ROW_BYTES // (self.native * FP32_BYTES))
+        return min(num_new, NATIVE_ROWS, most) * self.native
 
 
 def describe_work(module: Any, *, is_absorbed: bool) -> AttentionWork:
@@ -44,18 +54,21 @@ def describe_work(module: Any, *, is_absorbed: bool) -> AttentionWork:
     values = int(output.in_features) if isinstance(output, nn.Linear) else 0
     expanded = queries + values + expansion
     if not expansion:
-        return AttentionWork(projected=linears, expanded=expanded, decoded=expanded)
+        return AttentionWork(projected=linears, expanded=expanded, decoded=expanded, native=linears + values)
     # For new tokens the queries three times, N (K + P): projected, concatenated with their rotated dims, and scaled;
     # for all tokens the expansion, N (K + V), concatenated keys, N (K + P), and values, padded to that on the CPU.
     # Without padding torch scales the keys instead, and materializes scores and shares of all heads, and the mask
     # twice as numbers.
     padding = max(0, queries - values)
+    # In native calls queries move into the latent space, and means of latents come back: N (2 R + P).
     num_heads = _num_heads(module)
+    rank = int(module.kv_lora_rank)
     return AttentionWork(
         projected=linears - expansion + 2 * queries,
         expanded=expanded,
         # Scores and shares in the latent space, and the copy of a cache that outgrows its tensor.
         decoded=2 * num_heads + latent if is_absorbed else expanded + padding + 2 * num_heads,
+        native=linears - expansion + values + num_heads * (rank + latent),
         padding=padding,
         scores=1 if is_absorbed else 2 * num_heads + 3,
     )

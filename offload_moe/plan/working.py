@@ -38,8 +38,8 @@ def activation_bytes(
 ) -> int:
     """An upper estimate of the widest layer's activations for a prompt chunk.
 
-    num_new: tokens that are computed at once; None takes a chunk of a prompt. kept: as of `cache_bytes`; prompts widen
-    one layer's keys and values.
+    num_new: tokens that are computed at once; None takes a chunk of a prompt. kept: as of `cache_bytes`; prompts that
+    torch attends for widen one layer's keys and values.
 
     Residual stream, its norm and their sums: 4 H. In addition the largest of: queries, keys, values and output of the
     attention, with keys and values of the whole context expanded to all heads (before that, and also if every head has
@@ -50,13 +50,17 @@ def activation_bytes(
     on_cpu = dtype == torch.float32
     chunk = CPU_PROMPT_TOKENS if on_cpu else DEVICE_PROMPT_TOKENS
     num_tokens = min(context, chunk) if num_new is None else num_new
-    works = shape.attention.works
-    attention = max((work.elements(num_tokens, context, on_cpu=on_cpu) for work in works), default=0)
+    works, cached = shape.attention.works, max((layer.per_token for layer in shape.attention.cache_layers), default=0)
+    narrow = dtype if kept is None else kept
+    if narrow != dtype and shape.attention.is_native:
+        attention = max((work.native_elements(num_tokens) for work in works), default=0)
+        attention += context * cached * narrow.itemsize // dtype.itemsize  # a copy of one that outgrows its tensor
+    else:
+        attention = max((work.elements(num_tokens, context, on_cpu=on_cpu) for work in works), default=0)
+        attention += context * cached * (num_tokens > 1 and narrow != dtype)
     dense = num_tokens * 3 * max((linear.out_features for linear in _matrices(shape, *FEED_FORWARD)), default=0)
     intermediate = max(layer.expert.matrices[-1].in_features for layer in shape.layers)
     routed = num_tokens * ((shape.top_k + 1) * shape.hidden_size + 3 * intermediate)
-    if num_tokens > 1 and kept not in (None, dtype):
-        attention += context * max((layer.per_token for layer in shape.attention.cache_layers), default=0)
     return (num_tokens * 4 * shape.hidden_size + max(attention, dense, routed)) * dtype.itemsize
 
 

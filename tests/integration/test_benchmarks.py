@@ -30,6 +30,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ("results.*.us.median", "results.*.gb_per_s.median", "results.*.of_read.median"),
     ),
     (
+        "prompt_attention.py",
+        "--trials 1 --heads 4x2x32 --latents 4x32x16 --prompts 70 --chunk 40 --sets portable --unpinned",
+        ("results.*.portable.ms.median", "results.*.torch.ms.median", "results.*.portable.times_torch.median"),
+    ),
+    (
         "codec_error.py",
         "{checkpoint} --experts-per-layer 1",
         ("errors.nf4 down_proj.median", "errors.int8 down_proj.max"),

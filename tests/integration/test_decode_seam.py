@@ -22,6 +22,7 @@ from offload_moe.decode.wiring import wiring_of
 from offload_moe.engine.model import Model
 
 NUM_PROMPT, NUM_NEW = 9, 6
+ALL_PASSES = [NUM_PROMPT, *[1] * (NUM_NEW - 1)]
 ROUNDING = 5e-2  # int8 activations: a last bit before them may round one of them the other way
 
 
@@ -46,13 +47,13 @@ def plain(store: Path) -> Iterator[Model]:
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one with every pass of a plan."""
+    """The number of rows of every pass of a plan."""
     calls: list[int] = []
     call = PassPlan.__call__
 
-    def counted(self: PassPlan, *args: Any) -> Tensor:
-        calls.append(1)
-        return call(self, *args)
+    def counted(self: PassPlan, x: Tensor, *args: Any) -> Tensor:
+        calls.append(x.shape[1])
+        return call(self, x, *args)
 
     monkeypatch.setattr(PassPlan, "__call__", counted)
     return calls
@@ -81,9 +82,9 @@ def distance(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-def test_every_step_of_one_sequence_passes(model: Model, plain: Model, passes: list[int]) -> None:
+def test_a_prompt_and_every_step_of_one_sequence_pass(model: Model, plain: Model, passes: list[int]) -> None:
     got, expected = generated(model), generated(plain)
-    assert len(passes) == NUM_NEW - 1
+    assert passes == ALL_PASSES
     assert distance(torch.stack(got.logits), torch.stack(expected.logits)) < ROUNDING
 
 
@@ -145,7 +146,8 @@ PADDED = torch.tensor([[0, 0, *[1] * (NUM_PROMPT - 1)]])
         ({"output_hidden_states": True}, 0),
         ({"input_ids": torch.tensor([[5, 6]])}, 1),
         ({"input_ids": torch.arange(8)[None]}, 1),
-        ({"input_ids": torch.arange(9)[None]}, 0),
+        ({"input_ids": torch.arange(9)[None]}, 1),
+        ({"input_ids": torch.arange(60)[None]}, 1),
         ({"return_dict": False}, 1),  # the head makes a tuple of what the decoder returns
     ],
 )
@@ -160,7 +162,7 @@ def test_a_step_passes_where_nothing_else_is_asked_of_it(
             )
     else:
         got, expected = (one_more(**settings)(each) for each in (model, plain))
-    assert len(passes) == num_passes
+    assert passes == [NUM_PROMPT, *[settings["input_ids"].shape[1]] * num_passes]
     assert distance(got, expected) < ROUNDING
 
 
@@ -170,7 +172,7 @@ def test_embeddings_in_place_of_a_token_pass(model: Model, passes: list[int]) ->
         embedded = model.hf.get_input_embeddings()(TOKEN)
         got = model.hf(inputs_embeds=embedded, past_key_values=after_prompt(model), use_cache=True).logits
     assert torch.equal(got, expected)
-    assert len(passes) == 2
+    assert passes == [NUM_PROMPT, 1, NUM_PROMPT, 1]
 
 
 def test_embeddings_that_were_given_stay_as_they_are(model: Model) -> None:
@@ -231,7 +233,7 @@ def test_both_or_none_of_token_and_embeddings_is_transformers_own_error(model: M
         model.hf.model(past_key_values=cache, use_cache=True)
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         model.hf.model(input_ids=TOKEN, inputs_embeds=torch.ones(1, 1, 64), past_key_values=cache, use_cache=True)
-    assert not passes
+    assert passes == [NUM_PROMPT]
 
 
 def test_a_gradient_goes_through_the_modules(model: Model, plain: Model, passes: list[int]) -> None:
@@ -250,8 +252,8 @@ def test_a_gradient_goes_through_the_modules(model: Model, plain: Model, passes:
     assert got == expected
 
 
-def test_the_first_token_of_a_sequence_takes_the_modules(model: Model, passes: list[int]) -> None:
-    """There is no cache yet to append to."""
+def test_tokens_without_a_cache_take_the_modules(model: Model, passes: list[int]) -> None:
+    """They make one that has not rounded anything."""
     with torch.inference_mode():
         out = model.hf(input_ids=TOKEN, use_cache=True)
         assert not passes
@@ -292,7 +294,7 @@ def test_a_hook_that_comes_between_two_tokens_is_called(
     with caplog.at_level(logging.WARNING, "offload_moe"):
         got = generated(model)
     assert called.count(1) == NUM_NEW - 2
-    assert len(passes) == 1
+    assert passes == [NUM_PROMPT, 1]
     assert distance(torch.stack(got.logits), torch.stack(expected.logits)) < ROUNDING
     said = [record.getMessage() for record in caplog.records if "module by module" in record.getMessage()]
     assert len(said) == 1
@@ -301,7 +303,7 @@ def test_a_hook_that_comes_between_two_tokens_is_called(
         handle.remove()
     passes.clear()
     assert torch.equal(torch.stack(generated(model).logits), torch.stack(expected.logits))
-    assert len(passes) == NUM_NEW - 1
+    assert passes == ALL_PASSES
 
 
 def test_another_attention_function_takes_the_modules(model: Model, plain: Model, passes: list[int]) -> None:
@@ -345,7 +347,7 @@ def test_families_with_a_plan_give_the_numbers_of_their_modules(
         if is_fast:
             assert model.fast_path is not None
             assert [layer.kind for layer in model.fast_path.layers][1:] == ["span"] * 2
-    assert len(passes) == NUM_NEW - 1
+    assert passes == ALL_PASSES
     assert distance(*logits) < ROUNDING
 
 

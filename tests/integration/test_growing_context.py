@@ -40,9 +40,9 @@ def test_tokens_stay_the_same_while_slots_give_way(store: Path) -> None:
     with load(store, context=512) as model:
         expected = model.hf.generate(**arguments)
         assert model.engine.hierarchy.num_slots("ram") == 18
-    with load(store, context=64) as model:
+    with load(store, context=16) as model:
         ram = model.placement.fast.bytes_with(18)
-    with load(store, context=64, ram=ram) as model:
+    with load(store, context=16, ram=ram) as model:
         assert torch.equal(model.hf.generate(**arguments), expected)
         assert 6 <= model.engine.hierarchy.num_slots("ram") < 18
 
@@ -118,9 +118,9 @@ def test_an_answer_says_how_many_slots_gave_way(tmp_path: Path) -> None:
     chat_model("mixtral", num_local_experts=6, num_experts_per_tok=2).to(torch.bfloat16).save_pretrained(tmp_path / "m")
     byte_tokenizer().save_pretrained(tmp_path / "m")
     store = quantize(tmp_path / "m", tmp_path / "store")
-    with load(store, context=64) as model:
+    with load(store, context=16) as model:
         ram = model.placement.fast.bytes_with(12)
-    with load(store, context=64, ram=ram) as model:
+    with load(store, context=16, ram=ram) as model:
         session = model.chat(raw=True)
         text = "".join(piece.text for piece in session.send("Once upon a time", max_new_tokens=400, temperature=0))
         stats = session.last_stats

@@ -40,15 +40,20 @@ static int differ(const char *what, const void *mine, const void *theirs, size_t
     return 1;
 }
 
-/* Two sections of two sizes, and their mean. */
+/* Two sections of two sizes, and their mean: the heads of one token, then those of tokens that follow each other. */
 static int compare_attention(const om_vector_set *set, om_cached c, int64_t num_heads, int64_t count) {
     const om_vector_set *sets[] = {set, &om_vectors_portable};
     const float sink = noise();
+    int64_t counts[2][MAX_HEADS];
     int num_bad = 0;
+    for (int64_t h = 0; h < num_heads; h++) {
+        counts[0][h] = count;
+        counts[1][h] = (count + 1) / 2 + h < count ? (count + 1) / 2 + h : count;
+    }
     for (int which = 0; which < 2; which++) {
         memset(sums[which], 0, sizeof sums[which]);
-        sets[which]->attend(&c, q, num_heads, count, room, sections[which], sums[which], 2);
-        sets[which]->attend(&c, q, num_heads, (count + 1) / 2, room, sections[which] + 1, sums[which] + c.value_dim, 2);
+        for (int n = 0; n < 2; n++)
+            sets[which]->attend(&c, q, num_heads, counts[n], room, sections[which] + n, sums[which] + n * c.value_dim, 2);
     }
     num_bad += differ("sections", sections[0], sections[1], (size_t)num_heads * 2 * sizeof(om_section));
     num_bad += differ("weighed values", sums[0], sums[1], sizeof sums[0]);

@@ -131,7 +131,7 @@ def test_what_the_budget_has_left_goes_first() -> None:
 
 
 def test_conversations_share_the_room(forwards: Forwards) -> None:
-    caches = [DynamicCache() for _ in range(6)]
+    caches = [DynamicCache() for _ in range(9)]
     for cache in caches:
         forwards.step(cache, 40)
         assert forwards.budget_is_kept(*caches[: caches.index(cache) + 1])

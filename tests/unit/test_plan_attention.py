@@ -47,6 +47,28 @@ def test_works_by_hand() -> None:
         assert work.elements(5, 10, on_cpu=True) == 5 * work.projected + 10 * padded + 50 * work.scores
 
 
+def test_native_calls_hold_a_part_of_a_prompt_and_expand_nothing() -> None:
+    queries, values, compressed, output = 4 * 48, 4 * 32, 80, 64
+    shape = describe_model(AutoConfig.for_model("deepseek_v3", **(COMMON | NARROW)))
+    (work,) = shape.attention.works
+    row = compressed + output + queries + values + 4 * (2 * 64 + 16)
+    assert shape.attention.is_native
+    assert [work.native_elements(count) for count in (1, 100, 512)] == [row, 100 * row, 256 * row]
+    wide = real_shape("DeepSeek-V3").attention.works[0]
+    assert wide.native_elements(512) == (32 << 20) // (4 * wide.native) * wide.native
+    for context in (1024, 2048):
+        planned = activation_bytes(shape, context, torch.float32, kept=torch.bfloat16, num_new=512)
+        assert planned == (512 * 4 * 64 + 256 * row + context * 80 // 2) * 4
+
+
+def test_prompts_are_native_where_every_layer_is() -> None:
+    families = {"qwen3_moe": {}, "gpt_oss": {}, "deepseek_v3": {}, "mixtral": {"head_dim": 24}}  # 8 rotated dims, 24
+    found = {name: tiny_shape(name, **changes).attention.is_native for name, changes in families.items()}
+    assert found == {"qwen3_moe": True, "gpt_oss": True, "deepseek_v3": False, "mixtral": False}
+    assert real_shape("DeepSeek-V3").attention.is_native
+    assert not real_shape("Qwen3.5-35B-A3B").attention.is_native
+
+
 @pytest.mark.parametrize("is_fast_path", [True, False])
 @pytest.mark.parametrize("num_new", [512, 128, 1])
 def test_latents_need_what_is_planned(is_fast_path: bool, num_new: int) -> None:

@@ -228,11 +228,14 @@
     FUNCTION(void, om_sum_rows, (const float *pairs, int64_t num_rows, int64_t num_columns, void *out, int32_t out_dtype)) \
     FUNCTION(int, om_attention_step, (const om_attention *attention, const float *x, const float *cos, \
                                       const float *signed_sin, const om_room *rooms, int64_t num_rows, float *out)) \
+    FUNCTION(int, om_attend_rows, (const om_attention *attention, const float *queries, const om_room *rooms, \
+                                   int64_t num_rows, float *out)) \
     FUNCTION(int, om_latent_step, (const om_latent *latent, const float *x, const float *cos, const float *signed_sin, \
                                    const om_room *rooms, int64_t num_rows, float *out)) \
     FUNCTION(int, om_embed, (const void *table, int32_t codec, int64_t num_rows, int64_t hidden, const int64_t *ids, \
                              int64_t count, float scale, float *x)) \
-    FUNCTION(void, om_rms_norm, (const float *values, const float *weight, int64_t length, float epsilon, float *result)) \
+    FUNCTION(void, om_rms_norm, (const float *values, const float *weight, int64_t num_rows, int64_t length, float epsilon, \
+                                 float *result)) \
     FUNCTION(int, om_router_step, (const om_router *router, const float *x, int64_t num_rows, float *logits, \
                                    float *weights, int64_t *ids)) \
     FUNCTION(int, om_layer_step, (const om_layer *layer, const float *x, const float *cos, const float *signed_sin, \
@@ -293,7 +296,7 @@ enum { OM_UNDER_WAY = -2 };
 
 #define OM_BLOCK 64     /* weights that share an nf4 or int8 scale, and activations that share an int8 scale */
 #define OM_MAX_TOP_K 64 /* experts of one token and layer in a span */
-#define OM_MAX_ROWS 8   /* tokens that attention, layers and spans take at once: `OM_TILE` */
+#define OM_MAX_ROWS 8   /* tokens that a span takes at once: `OM_TILE` */
 #define OM_MAX_ROTATED 256 /* dims that turn as pairs, or in latent attention */
 #define OM_MAX_SCORED 1024 /* experts of a layer whose router scores all of them */
 

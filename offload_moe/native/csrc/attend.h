@@ -1,6 +1,9 @@
-/* Attention of one token over rows of a cache. Included once per instruction set, by `vector_loops.h`. */
+/* Attention of queries over the rows of a cache that they share: heads of one token, or of several. Included once per instruction
+ * set, by `vector_loops.h`. */
 #define OM_TILE_ROWS 64        /* whose weighed values are added up by themselves */
-#define OM_ROWS_CACHED 16      /* rows of keys that stay in the L1 cache while all heads use them */
+#define OM_ROWS_CACHED 16      /* rows of keys that stay in the L1 cache while all queries use them */
+
+OM_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* sums[h * R + r] += q[h] . rows[r]; H and R are constants, so that sums stay in registers. */
 OM_INLINE void add_products(const int is_bf16, const int H, const int R, const float *q, int64_t width, const void *rows,
@@ -40,30 +43,31 @@ OM_INLINE void score_heads(const int is_bf16, const int H, const om_cached *c, c
     for (; first < end; first++) score_rows(is_bf16, H, 1, c, q, first, scores);
 }
 
-OM_INLINE void score_section(const int is_bf16, const om_cached *c, const float *q, int64_t num_heads, int64_t count,
+OM_INLINE void score_section(const int is_bf16, const om_cached *c, const float *q, int64_t num_queries, const int64_t *counts,
                              float *scores) {
-    const int64_t width = c->dim + c->more_dim;
+    const int64_t width = c->dim + c->more_dim, count = counts[num_queries - 1];
     for (int64_t first = 0; first < count; first += OM_ROWS_CACHED) {
-        const int64_t end = first + OM_ROWS_CACHED < count ? first + OM_ROWS_CACHED : count;
+        const int64_t end = first + OM_ROWS_CACHED;
         const char *ahead = (const char *)c->keys + OM_PREFETCH_BYTES;
         int64_t h = 0;
         if (OM_HEADS >= 4)
-            for (; h + 4 <= num_heads; h += 4, ahead = NULL)
-                score_heads(is_bf16, 4, c, q + h * width, first, end, ahead, scores + h * OM_SECTION);
+            for (; h + 4 <= num_queries; h += 4, ahead = NULL)
+                score_heads(is_bf16, 4, c, q + h * width, first, lesser(end, counts[h + 3]), ahead, scores + h * OM_SECTION);
         if (OM_HEADS >= 2)
-            for (; h + 2 <= num_heads; h += 2, ahead = NULL)
-                score_heads(is_bf16, 2, c, q + h * width, first, end, ahead, scores + h * OM_SECTION);
-        for (; h < num_heads; h++, ahead = NULL)
-            score_heads(is_bf16, 1, c, q + h * width, first, end, ahead, scores + h * OM_SECTION);
+            for (; h + 2 <= num_queries; h += 2, ahead = NULL)
+                score_heads(is_bf16, 2, c, q + h * width, first, lesser(end, counts[h + 1]), ahead, scores + h * OM_SECTION);
+        for (; h < num_queries; h++, ahead = NULL)
+            score_heads(is_bf16, 1, c, q + h * width, first, lesser(end, counts[h]), ahead, scores + h * OM_SECTION);
     }
 }
 
-/* sums[h * stride + i ..] += those of a tile: W vectors of its rows' values from `i` on, weighed. ahead: bytes, or 0. */
-OM_INLINE void weigh_tile(const int is_bf16, const int H, const int W, const void *values, int64_t dim, int64_t count,
+/* sums[h * stride + i ..] += those of a tile: W vectors of its rows' values from `i` on, weighed. Query h sees counts[h] of the
+ * rows, no fewer than the query before it. ahead: bytes, or 0. */
+OM_INLINE void weigh_tile(const int is_bf16, const int H, const int W, const void *values, int64_t dim, const int64_t *counts,
                           int64_t ahead, const float *weights, float *sums, int64_t stride) {
     vec tile[OM_HEADS * 4];
     OM_UNROLL for (int n = 0; n < H * W; n++) tile[n] = vec_broadcast(0.0f);
-    for (int64_t s = 0; s < count; s++) {
+    for (int64_t s = 0; s < counts[0]; s++) {
         const void *row = row_at(is_bf16, values, s * dim);
         vec value[4];
         if (ahead) prefetch_rows((const char *)row + ahead, W * OM_LANES * (is_bf16 ? 2 : 4));
@@ -73,6 +77,13 @@ OM_INLINE void weigh_tile(const int is_bf16, const int H, const int W, const voi
             OM_UNROLL for (int w = 0; w < W; w++) tile[h * W + w] = vec_fma(weight, value[w], tile[h * W + w]);
         }
     }
+    OM_UNROLL for (int h = 1; h < H; h++)
+        for (int64_t s = counts[0]; s < counts[h]; s++) {
+            const void *row = row_at(is_bf16, values, s * dim);
+            const vec weight = vec_broadcast(weights[h * OM_SECTION + s]);
+            OM_UNROLL for (int w = 0; w < W; w++)
+                tile[h * W + w] = vec_fma(weight, load_row(is_bf16, row, w * OM_LANES), tile[h * W + w]);
+        }
     OM_UNROLL for (int h = 0; h < H; h++)
         OM_UNROLL for (int w = 0; w < W; w++) {
             float *sum = sums + h * stride + w * OM_LANES;
@@ -80,56 +91,56 @@ OM_INLINE void weigh_tile(const int is_bf16, const int H, const int W, const voi
         }
 }
 
-/* All features of a tile. */
-OM_INLINE void weigh_heads(const int is_bf16, const int H, const void *values, int64_t dim, int64_t count, int64_t ahead,
+/* All features of a tile whose first row is number `first` of the section. */
+OM_INLINE void weigh_heads(const int is_bf16, const int H, const om_cached *c, int64_t first, const int64_t *counts, int64_t ahead,
                            const float *weights, float *sums, int64_t stride) {
     const int W = OM_AT_ONCE(H);
-    int64_t i = 0;
-    for (; i + W * OM_LANES <= dim; i += W * OM_LANES)
-        weigh_tile(is_bf16, H, W, row_at(is_bf16, values, i), dim, count, ahead, weights, sums + i, stride);
-    for (; i < dim; i += OM_LANES)
-        weigh_tile(is_bf16, H, 1, row_at(is_bf16, values, i), dim, count, ahead, weights, sums + i, stride);
+    const void *values = row_at(is_bf16, c->values, first * c->value_dim);
+    int64_t of_tile[OM_HEADS], i = 0;
+    for (int h = 0; h < H; h++) of_tile[h] = counts[h] < first ? 0 : lesser(OM_TILE_ROWS, counts[h] - first);
+    if (of_tile[H - 1] == 0) return;
+    for (; i + W * OM_LANES <= c->value_dim; i += W * OM_LANES)
+        weigh_tile(is_bf16, H, W, row_at(is_bf16, values, i), c->value_dim, of_tile, ahead, weights + first, sums + i, stride);
+    for (; i < c->value_dim; i += OM_LANES)
+        weigh_tile(is_bf16, H, 1, row_at(is_bf16, values, i), c->value_dim, of_tile, ahead, weights + first, sums + i, stride);
 }
 
-OM_INLINE void weigh_section(const int is_bf16, const om_cached *c, const float *weights, int64_t num_heads, int64_t count,
+OM_INLINE void weigh_section(const int is_bf16, const om_cached *c, const float *weights, int64_t num_queries, const int64_t *counts,
                              float *sums, int64_t stride) {
-    const int64_t dim = c->value_dim, tile_bytes = OM_TILE_ROWS * dim * (is_bf16 ? 2 : 4);
-    for (int64_t h = 0; h < num_heads; h++)
-        for (int64_t i = 0; i < dim; i++) sums[h * stride + i] = 0.0f;
+    const int64_t count = counts[num_queries - 1], tile_bytes = OM_TILE_ROWS * c->value_dim * (is_bf16 ? 2 : 4);
+    for (int64_t h = 0; h < num_queries; h++)
+        for (int64_t i = 0; i < c->value_dim; i++) sums[h * stride + i] = 0.0f;
     for (int64_t first = 0; first < count; first += OM_TILE_ROWS) {
-        const int64_t rows = first + OM_TILE_ROWS < count ? OM_TILE_ROWS : count - first;
-        const void *values = row_at(is_bf16, c->values, first * dim);
-        const float *of_tile = weights + first;
-        int64_t h = 0;
+        int64_t h = 0, ahead = tile_bytes;
         if (OM_HEADS >= 4)
-            for (; h + 4 <= num_heads; h += 4)
-                weigh_heads(is_bf16, 4, values, dim, rows, h ? 0 : tile_bytes, of_tile + h * OM_SECTION, sums + h * stride, stride);
+            for (; h + 4 <= num_queries; h += 4, ahead = 0)
+                weigh_heads(is_bf16, 4, c, first, counts + h, ahead, weights + h * OM_SECTION, sums + h * stride, stride);
         if (OM_HEADS >= 2)
-            for (; h + 2 <= num_heads; h += 2)
-                weigh_heads(is_bf16, 2, values, dim, rows, h ? 0 : tile_bytes, of_tile + h * OM_SECTION, sums + h * stride, stride);
-        for (; h < num_heads; h++)
-            weigh_heads(is_bf16, 1, values, dim, rows, h ? 0 : tile_bytes, of_tile + h * OM_SECTION, sums + h * stride, stride);
+            for (; h + 2 <= num_queries; h += 2, ahead = 0)
+                weigh_heads(is_bf16, 2, c, first, counts + h, ahead, weights + h * OM_SECTION, sums + h * stride, stride);
+        for (; h < num_queries; h++, ahead = 0)
+            weigh_heads(is_bf16, 1, c, first, counts + h, ahead, weights + h * OM_SECTION, sums + h * stride, stride);
     }
 }
 
-OM_INLINE void attend_as(const int is_bf16, const om_cached *c, const float *q, int64_t num_heads, int64_t count, float *room,
-                         om_section *sections, float *sums, int64_t stride) {
-    score_section(is_bf16, c, q, num_heads, count, room);
-    for (int64_t h = 0; h < num_heads; h++) {
+OM_INLINE void attend_as(const int is_bf16, const om_cached *c, const float *q, int64_t num_queries, const int64_t *counts,
+                         float *room, om_section *sections, float *sums, int64_t stride) {
+    score_section(is_bf16, c, q, num_queries, counts, room);
+    for (int64_t h = 0; h < num_queries; h++) {
         float *scores = room + h * OM_SECTION;
-        for (int64_t s = 0; s < count; s++) scores[s] *= c->scaling;
-        const float greatest = greatest_of(scores, count);
-        sections[h * stride] = (om_section){greatest, take_exponentials(greatest, scores, count)};
+        for (int64_t s = 0; s < counts[h]; s++) scores[s] *= c->scaling;
+        const float greatest = greatest_of(scores, counts[h]);
+        sections[h * stride] = (om_section){greatest, take_exponentials(greatest, scores, counts[h])};
     }
-    weigh_section(is_bf16, c, room, num_heads, count, sums, stride * c->value_dim);
+    weigh_section(is_bf16, c, room, num_queries, counts, sums, stride * c->value_dim);
 }
 
-static void attend(const om_cached *c, const float *q, int64_t num_heads, int64_t count, float *room, om_section *sections,
-                   float *sums, int64_t stride) {
+static void attend(const om_cached *c, const float *q, int64_t num_queries, const int64_t *counts, float *room,
+                   om_section *sections, float *sums, int64_t stride) {
     if (c->is_bf16)
-        attend_as(1, c, q, num_heads, count, room, sections, sums, stride);
+        attend_as(1, c, q, num_queries, counts, room, sections, sums, stride);
     else
-        attend_as(0, c, q, num_heads, count, room, sections, sums, stride);
+        attend_as(0, c, q, num_queries, counts, room, sections, sums, stride);
 }
 
 static void merge_sections(const om_section *sections, const float *sums, int64_t num_sections, int64_t dim, const float *sink,

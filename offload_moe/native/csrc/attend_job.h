@@ -1,31 +1,51 @@
-/* Attention of some tokens, each over a cache, as a part of a call (`attend.c`). */
+/* Attention of some tokens, each over a cache, as a part of a call: `attend.c`, or of many, `attend_blocks.c`. */
 #ifndef OM_ATTEND_JOB_H
 #define OM_ATTEND_JOB_H
 
 #include "job.h"
 #include "vector_set.h"
 
-/* One token. The caller sets all up to `length` before it is laid out. */
+/* One of few tokens. */
 typedef struct {
-    om_cached cached;     /* rows of the first key/value head; those of two heads are `capacity` rows apart */
-    const float *queries; /* [num_heads, dim + more_dim] */
-    const float *sinks;   /* [num_heads] or NULL */
-    int64_t num_heads, num_kv_heads, capacity, length;
     int64_t num_sections, heads_per_unit;
     om_section *sections; /* [num_heads, num_sections] */
     float *sums;          /* [num_heads, num_sections, value_dim] */
-    float *room;          /* per thread */
-} om_attend_job;
+} om_attend_row;
 
+/* Many tokens: those that follow each other in one sequence, and see positions from the same one on, are a block. */
 typedef struct {
-    om_attend_job rows[OM_MAX_ROWS];
-    int64_t num_rows;
-} om_attend_rows;
+    int64_t heads_per_unit, rows_per_unit, num_sections; /* at most */
+    int64_t num_blocks, *first_rows;                     /* [num_blocks + 1] */
+    uint8_t *scratch;                                    /* per thread */
+    int64_t scratch_bytes;
+} om_attend_blocks;
 
-void om_lay_out_attend(om_attend_rows *attend, uintptr_t *cursor);
-void om_run_sections(om_attend_rows *attend);
-/* out[value_dim] of a row, once the sections are done. */
-void om_merge_head(const om_attend_job *row, int64_t head, float *out);
+/* The caller sets all up to `num_kv_heads` before it is laid out, but for `queries` and `out`. */
+typedef struct {
+    om_cached cached;     /* of a row: `om_cached_of` */
+    const om_room *rooms; /* [num_rows] */
+    const float *sinks;   /* [num_heads] or NULL */
+    int64_t num_rows, num_heads, num_kv_heads;
+    const float *queries; /* [num_rows, num_heads, dim + more_dim] */
+    float *out;           /* [num_rows, num_heads, value_dim] */
+    om_attend_row rows[OM_MAX_ROWS];
+    om_attend_blocks blocks;
+    float *room;          /* per thread, of few tokens */
+} om_attend;
+
+void om_lay_out_attend(om_attend *attend, uintptr_t *cursor);
+void om_run_attend(om_attend *attend);
+/* Sets `out` of one head of a row, where it is one of few: `om_run_attend` leaves that to the caller. */
+void om_merge_head(const om_attend *attend, int64_t row, int64_t head);
+
+OM_INLINE int om_are_few(int64_t num_rows) { return num_rows <= OM_MAX_ROWS; }
+OM_INLINE int64_t om_heads_per_group(const om_attend *attend) { return attend->num_heads / attend->num_kv_heads; }
+
+/* What a key/value head has of a room, from a position on. */
+om_cached om_cached_of(const om_attend *attend, const om_room *room, int64_t kv_head, int64_t position);
+
+void om_lay_out_blocks(om_attend *attend, uintptr_t *cursor);
+void om_run_blocks(om_attend *attend);
 
 /* rows[row] = values[dim], rounded to bf16 or as they are. */
 void om_write_row(int is_bf16, const float *values, int64_t dim, void *rows, int64_t row);

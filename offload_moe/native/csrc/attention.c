@@ -1,7 +1,7 @@
-/* A decode step of grouped-query attention in one call: projections, head norms, rotary embedding, cache, attention, output.
+/* Grouped-query attention in one call: projections, head norms, rotary embedding, cache, attention, output.
  *
- * T rows in fp32, each a token: their projections are computed together, and attention row by row. N query heads, M key/value
- * heads, D head dim, S cached tokens, C room in the cache. */
+ * T rows in fp32, each a token, of decode steps or of a prompt: the bits of each row alone. N query heads, M key/value heads, D head
+ * dim, S cached tokens, C room in the cache. */
 #include "attend_job.h"
 
 enum { QUERY = 0, KEY = 1, VALUE = 2, OUTPUT = 3 };
@@ -11,10 +11,10 @@ typedef struct {
     const float *cos, *signed_sin; /* [T, rotated_dims] */
     const om_room *rooms;          /* [T] */
     int64_t num_rows;
+    const float *x;
     om_linear_job projections, output;
-    om_attend_rows attend;
+    om_attend attend;
     void *heads[3]; /* query [T, N, D], key and value [T, M, D] */
-    float *mixed;   /* [T, N, D] */
     void *out;
 } attention_job;
 
@@ -25,8 +25,7 @@ static void finish_heads(const attention_job *job, int which, int64_t num_heads,
     om_add_bias(values, a->biases[which], count);
     if (which == VALUE) return;
     if (a->norms[which] != NULL)
-        for (int64_t at = 0; at < count; at += a->norm_lengths[which])
-            om_rms_norm(values + at, a->norms[which], a->norm_lengths[which], a->epsilons[which], values + at);
+        om_norm_rows(values, a->norms[which], count / a->norm_lengths[which], a->norm_lengths[which], a->epsilons[which], values);
     for (int64_t at = 0; at < count; at += dim)
         om_rotate(values + at, job->cos + turn, job->signed_sin + turn, a->rotated_dims, a->rotation);
 }
@@ -42,24 +41,33 @@ static void append(const attention_job *job, int64_t row) {
     }
 }
 
+static void row_unit(void *context, int64_t row, int64_t next, int thread) {
+    (void)next, (void)thread;
+    const attention_job *job = context;
+    finish_heads(job, QUERY, job->attention->num_heads, row);
+    finish_heads(job, KEY, job->attention->num_kv_heads, row);
+    finish_heads(job, VALUE, job->attention->num_kv_heads, row);
+    append(job, row);
+}
+
 /* One head of one row. */
 static void merge_unit(void *context, int64_t unit, int64_t next, int thread) {
     (void)next, (void)thread;
-    const attention_job *job = context;
-    const int64_t num_heads = job->attention->num_heads;
-    om_merge_head(&job->attend.rows[unit / num_heads], unit % num_heads, job->mixed + unit * job->attention->head_dim);
+    const om_attend *attend = context;
+    om_merge_head(attend, unit / attend->num_heads, unit % attend->num_heads);
 }
 
-static void attend_to_all(attention_job *job) {
-    const int64_t num_units = job->num_rows * job->attention->num_heads;
+static void attend_to_all(om_attend *attend) {
+    const int64_t num_units = attend->num_rows * attend->num_heads;
     int is_long = 0;
-    for (int64_t t = 0; t < job->num_rows; t++) is_long |= job->attend.rows[t].num_sections > 1;
-    om_run_sections(&job->attend);
+    om_run_attend(attend);
+    if (!om_are_few(attend->num_rows)) return;
+    for (int64_t t = 0; t < attend->num_rows; t++) is_long |= attend->rows[t].num_sections > 1;
     if (is_long) {
-        om_pool_run(merge_unit, job, num_units);
+        om_pool_run(merge_unit, attend, num_units);
         return;
     }
-    for (int64_t unit = 0; unit < num_units; unit++) merge_unit(job, unit, -1, 0); /* less than a wake-up costs */
+    for (int64_t unit = 0; unit < num_units; unit++) merge_unit(attend, unit, -1, 0); /* less than a wake-up costs */
 }
 
 static void lay_out(void *context, uintptr_t *cursor) {
@@ -73,47 +81,71 @@ static void lay_out(void *context, uintptr_t *cursor) {
     job->heads[QUERY] = om_take(cursor, query_bytes);
     job->heads[KEY] = om_take(cursor, key_bytes);
     job->heads[VALUE] = om_take(cursor, key_bytes);
-    job->mixed = om_take(cursor, query_bytes);
-    for (int64_t t = 0; t < job->num_rows; t++)
-        job->attend.rows[t].queries = (const float *)job->heads[QUERY] + t * a->num_heads * a->head_dim;
-    job->output.x = job->mixed;
+    job->attend.queries = job->heads[QUERY];
+    job->output.x = job->attend.out = om_take(cursor, query_bytes);
 }
 
 static void run(void *context) {
     attention_job *job = context;
     const om_attention *a = job->attention;
     om_run_linear(&job->projections);
-    for (int64_t t = 0; t < job->num_rows; t++) {
-        finish_heads(job, QUERY, a->num_heads, t);
-        finish_heads(job, KEY, a->num_kv_heads, t);
-        finish_heads(job, VALUE, a->num_kv_heads, t);
-        append(job, t);
-    }
-    attend_to_all(job);
+    om_run_rows(row_unit, job, job->num_rows);
+    attend_to_all(&job->attend);
     om_run_linear(&job->output);
     for (int64_t t = 0; t < job->num_rows; t++)
         om_add_bias((float *)job->out + t * a->matrices[OUTPUT].rows, a->biases[OUTPUT], a->matrices[OUTPUT].rows);
 }
 
-static om_attend_job attend_job(const om_attention *a, const om_room *room) {
-    return (om_attend_job){.cached = {.keys = room->keys, .values = room->values, .dim = a->head_dim, .value_dim = a->head_dim,
-                                      .scaling = a->scaling, .is_bf16 = a->cache_dtype == OM_BF16_VALUES},
-                           .sinks = a->sinks, .num_heads = a->num_heads, .num_kv_heads = a->num_kv_heads,
-                           .capacity = room->capacity, .length = room->length + 1};
+static om_attend attend_of(const om_attention *a, const om_room *rooms, int64_t num_rows) {
+    return (om_attend){.cached = {.dim = a->head_dim, .value_dim = a->head_dim, .scaling = a->scaling,
+                                  .is_bf16 = a->cache_dtype == OM_BF16_VALUES},
+                       .rooms = rooms, .sinks = a->sinks, .num_rows = num_rows, .num_heads = a->num_heads,
+                       .num_kv_heads = a->num_kv_heads};
+}
+
+static int64_t rows_at_once(const om_attention *a) {
+    return om_rows_at_once((2 * a->num_heads + 2 * a->num_kv_heads) * a->head_dim * (int64_t)sizeof(float));
+}
+
+static int compute(attention_job job) {
+    const om_attention *a = job.attention;
+    job.attend = attend_of(a, job.rooms, job.num_rows);
+    job.projections = (om_linear_job){.matrices = a->matrices, .records = a->records, .outs = job.heads,
+                                      .x = job.x, .num_matrices = 3, .num_tokens = job.num_rows};
+    job.output = (om_linear_job){.matrices = a->matrices + OUTPUT, .records = a->records + OUTPUT,
+                                 .outs = &job.out, .num_matrices = 1, .num_tokens = job.num_rows};
+    return om_call_in_arena(&job, lay_out, run);
 }
 
 /* x[T, H] -> out[T, H]. cos and signed_sin: [T, rotated_dims]. Writes the keys and values of each row at `length` of its room,
  * in the cache's dtype; then each row attends to `length` + 1 tokens of its room. Rows of one sequence have the same room, with
- * lengths that ascend by one. num_rows: OM_MAX_ROWS at most. Returns 0, or -1 when memory is short. */
+ * lengths that ascend by one, or rooms that begin later in the same memory. Returns 0, or -1 when memory is short. */
 OM_EXPORT int om_attention_step(const om_attention *attention, const float *x, const float *cos, const float *signed_sin,
                                 const om_room *rooms, int64_t num_rows, float *out) {
     const om_attention *a = attention;
-    attention_job job = {.attention = a, .cos = cos, .signed_sin = signed_sin, .rooms = rooms, .num_rows = num_rows, .out = out};
-    job.attend.num_rows = num_rows;
-    for (int64_t t = 0; t < num_rows; t++) job.attend.rows[t] = attend_job(a, rooms + t);
-    job.projections = (om_linear_job){.matrices = a->matrices, .records = a->records, .outs = job.heads,
-                                      .x = x, .num_matrices = 3, .num_tokens = num_rows};
-    job.output = (om_linear_job){.matrices = a->matrices + OUTPUT, .records = a->records + OUTPUT,
-                                 .outs = &job.out, .num_matrices = 1, .num_tokens = num_rows};
-    return om_call_in_arena(&job, lay_out, run);
+    const int64_t most = rows_at_once(a);
+    for (int64_t first = 0; first < num_rows; first += most) {
+        const attention_job job = {.attention = a, .cos = cos + first * a->rotated_dims, .rooms = rooms + first,
+                                   .signed_sin = signed_sin + first * a->rotated_dims, .num_rows = om_min(most, num_rows - first),
+                                   .x = x + first * a->matrices[QUERY].cols, .out = out + first * a->matrices[OUTPUT].rows};
+        if (compute(job) != 0) return -1;
+    }
+    return 0;
+}
+
+static void lay_out_alone(void *attend, uintptr_t *cursor) { om_lay_out_attend(attend, cursor); }
+static void run_alone(void *attend) { attend_to_all(attend); }
+
+/* out[T, N, D] = what queries[T, N, D] attend to: `length` + 1 tokens of their rooms. Rooms are as in `om_attention_step`, and hold
+ * the keys and values of all rows already. Returns 0, or -1 when memory is short. */
+OM_EXPORT int om_attend_rows(const om_attention *attention, const float *queries, const om_room *rooms, int64_t num_rows,
+                             float *out) {
+    const int64_t most = rows_at_once(attention), width = attention->num_heads * attention->head_dim;
+    for (int64_t first = 0; first < num_rows; first += most) {
+        om_attend attend = attend_of(attention, rooms + first, om_min(most, num_rows - first));
+        attend.queries = queries + first * width;
+        attend.out = out + first * width;
+        if (om_call_in_arena(&attend, lay_out_alone, run_alone) != 0) return -1;
+    }
+    return 0;
 }

@@ -1,6 +1,9 @@
 #include "job.h"
 #include "gguf_types.h"
 
+#define MOST_ROWS 256            /* a matrix is read once for so many */
+#define GROUP_BYTES (32ll << 20) /* of their vectors */
+
 static int64_t row_bytes(const om_matrix *m) {
     if (OM_ARE_VALUES(m->codec)) return (m->codec == OM_FP32 ? 4 : 2) * m->cols;
     if (OM_IS_GGUF(m->codec)) return om_num_chunks(m) * om_chunk_dwords(m->codec) * 4;
@@ -74,6 +77,18 @@ float om_bias_at(const om_weights *w, int64_t row) {
 
 const uint8_t *om_codes_at(const om_matrix *m, const uint8_t *record, int64_t row) {
     return record + m->codes + row * row_bytes(m);
+}
+
+void om_run_rows(om_unit_fn unit, void *context, int64_t num_rows) {
+    if (num_rows > OM_MAX_ROWS) {
+        om_pool_run(unit, context, num_rows);
+        return;
+    }
+    for (int64_t row = 0; row < num_rows; row++) unit(context, row, -1, 0);
+}
+
+int64_t om_rows_at_once(int64_t row_bytes) {
+    return om_min(MOST_ROWS, om_max(OM_TILE, GROUP_BYTES / row_bytes / OM_TILE * OM_TILE));
 }
 
 int om_call_in_arena(void *job, om_lay_out_fn lay_out, void (*execute)(void *job)) {

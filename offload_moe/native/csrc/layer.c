@@ -1,12 +1,11 @@
 /* A decode step of one decoder layer up to its experts in one call: norm, attention, residual sum, norm, router.
  *
- * T rows in fp32, each a token; each part computes the same as its own call. */
+ * T rows in fp32, each a token: of decode steps, or of a prompt. Each part computes the same as its own call. */
 #include "float_mode.h"
 #include "job.h"
 
 static void norm_rows(const om_layer *layer, int which, const float *x, int64_t num_rows, float *normed) {
-    for (int64_t t = 0; t < num_rows; t++)
-        om_rms_norm(x + t * layer->hidden, layer->norms[which], layer->hidden, layer->epsilons[which], normed + t * layer->hidden);
+    om_rms_norm(x, layer->norms[which], num_rows, layer->hidden, layer->epsilons[which], normed);
 }
 
 OM_APART static void add_residual(const om_layer *layer, const float *x, int64_t num_rows, float *residual) {

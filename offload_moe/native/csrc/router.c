@@ -1,5 +1,4 @@
 /* The router of some tokens in one call: logits, scores, the greatest K of E experts and their weights, in fp32. */
-#include "float_mode.h"
 #include "job.h"
 #include "vector_set.h"
 
@@ -100,6 +99,19 @@ OM_APART static void route(const om_router *router, float *logits, float *weight
     for (int64_t k = 0; k < router->top_k; k++) weights[k] *= router->scale;
 }
 
+typedef struct {
+    const om_router *router;
+    float *logits, *weights;
+    int64_t *ids;
+} route_job;
+
+static void route_unit(void *context, int64_t row, int64_t next, int thread) {
+    (void)next, (void)thread;
+    const route_job *job = context;
+    const int64_t top_k = job->router->top_k;
+    route(job->router, job->logits + row * job->router->matrix.rows, job->weights + row * top_k, job->ids + row * top_k);
+}
+
 /* x[T, H] -> logits[T, E], ids[T, K] from the most to the least likely, their weights[T, K]. Returns 0, or -1 when memory is
  * short. */
 OM_EXPORT int om_router_step(const om_router *router, const float *x, int64_t num_rows, float *logits, float *weights,
@@ -108,9 +120,9 @@ OM_EXPORT int om_router_step(const om_router *router, const float *x, int64_t nu
     om_linear_job job = {.matrices = &router->matrix, .records = &router->record, .outs = &out, .x = x, .num_matrices = 1,
                          .num_tokens = num_rows};
     if (om_call_linear(&job) != 0) return -1;
-    const uint64_t callers_mode = om_enter_float_mode();
-    for (int64_t t = 0; t < num_rows; t++)
-        route(router, logits + t * router->matrix.rows, weights + t * router->top_k, ids + t * router->top_k);
-    om_restore_float_mode(callers_mode);
+    route_job routes = {router, logits, weights, ids};
+    om_pool_begin();
+    om_run_rows(route_unit, &routes, num_rows);
+    om_pool_end();
     return 0;
 }

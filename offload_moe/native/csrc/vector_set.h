@@ -4,7 +4,7 @@
 
 #include "om_kernels.h"
 
-/* Rows of a cache that one token's heads attend to: keys [dim], beside them more keys [more_dim] or none (0), and values
+/* Rows of a cache that queries attend to: keys [dim], beside them more keys [more_dim] or none (0), and values
  * [value_dim], in fp32 or bf16. Dims are multiples of 16. */
 typedef struct {
     const void *keys, *more_keys, *values;
@@ -21,10 +21,11 @@ typedef struct {
 
 struct om_vector_set {
     om_rows_fn value_rows[2]; /* of a matrix in bf16 and in fp32 */
-    /* One section: `count` rows. q [num_heads, dim + more_dim]. Results of two heads are `stride` sections apart: `sections`, and
-     * `sums` of the values weighed by exponentials. room: for num_heads * OM_SECTION floats. */
-    void (*attend)(const om_cached *cached, const float *q, int64_t num_heads, int64_t count, float *room, om_section *sections,
-                   float *sums, int64_t stride);
+    /* One section. q [num_queries, dim + more_dim]; a query sees the first counts[query] rows, which are no fewer than the query
+     * before it sees. Results of two queries are `stride` sections apart: `sections`, and `sums` of the values weighed by
+     * exponentials. room: for num_queries * OM_SECTION floats. */
+    void (*attend)(const om_cached *cached, const float *q, int64_t num_queries, const int64_t *counts, float *room,
+                   om_section *sections, float *sums, int64_t stride);
     /* The sections of one head -> out[dim], the mean of values. sink: NULL if it has none. */
     void (*merge)(const om_section *sections, const float *sums, int64_t num_sections, int64_t dim, const float *sink, float *out);
     float (*dot)(const float *a, const float *b, int64_t length);
