@@ -85,6 +85,7 @@ class Reads:
         self._handle, self._has_ended = handle, False
         self._submit, self._demand, self._cancel = short.om_reads_submit, short.om_reads_demand, short.om_reads_cancel
         self._take, self._wake = short.om_reads_completions, short.om_reads_wake
+        self._reserve, self._reclaim = short.om_reads_reserve, short.om_reads_reclaim
         self._wait, self._attend = native.om_reads_wait, native.om_reads_attend
         used = (self._places, self._is_checked, self._counts, slot_table.memory, owner)
         # Freed after it is closed, and not at exit: token passes of daemon threads may use it.
@@ -152,7 +153,7 @@ class Reads:
 
     def reserve(self, slot: int) -> None:
         """Reserve a slot for token passes, 128 at most at a time."""
-        library().om_reads_reserve(self.handle, slot, self._slot_table.address(slot))
+        self._reserve(self.handle, slot, self._slot_table.address(slot))
 
     def need_below(self, least_slots: int) -> None:
         """With fewer reserved slots left a token pass needs slots; guesses leave half of so many."""
@@ -161,7 +162,7 @@ class Reads:
     def reclaim(self) -> list[int]:
         """Reclaim the slots that are reserved and not in use."""
         slots = []
-        while (slot := library().om_reads_reclaim(self.handle)) >= 0:
+        while (slot := self._reclaim(self.handle)) >= 0:
             slots.append(slot)
         return slots
 
