@@ -133,7 +133,7 @@ def test_what_is_missing_is_brought_meanwhile(
         assert torch.equal(logits(model), expected)
         seen = model.stats.since(before)
         assert bool(num_runs) == (num_slots >= LEAST_SLOTS)
-        assert seen.num_misses > NUM_LAYERS * model.store.num_experts  # some in the prompt, others behind it
+        assert seen.num_misses >= NUM_LAYERS * model.store.num_experts  # some in the prompt, others behind it
         assert seen.num_acquires == NUM_LAYERS * NUM_NEW
         residency = model.engine.hierarchy.scheduler.residency
         assert not any(residency.num_leases(slot) for slot in range(residency.num_slots))
