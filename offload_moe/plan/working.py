@@ -54,7 +54,7 @@ def activation_bytes(
     narrow = dtype if kept is None else kept
     if narrow != dtype and shape.attention.is_native:
         attention = max((work.native_elements(num_tokens) for work in works), default=0)
-        attention += context * cached * narrow.itemsize // dtype.itemsize  # a copy of one that outgrows its tensor
+        attention += context * cached * narrow.itemsize // dtype.itemsize  # the copy of a cache that outgrows its room
     else:
         attention = max((work.elements(num_tokens, context, on_cpu=on_cpu) for work in works), default=0)
         attention += context * cached * (num_tokens > 1 and narrow != dtype)

@@ -23,6 +23,7 @@ from offload_moe.engine.model import Model
 from offload_moe.serve.app import App, make_app
 from offload_moe.serve.config import ServeConfig
 from offload_moe.serve.host import Host
+from offload_moe.speculate.speculation import speculation_of
 from tests.support.serving import HELLO, URL, chat, events, listening, open_tiny, served
 
 LIMIT_S = 20
@@ -36,6 +37,7 @@ PROMPTS = [
 @pytest.fixture(scope="module", params=[None, 4], ids=["resident", "from disk"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     with open_tiny(tmp_path_factory.mktemp("store"), request.param) as model:
+        speculation_of(model.hf).choice = "off"  # answers are to take their time
         yield model
 
 

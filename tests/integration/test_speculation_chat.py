@@ -28,7 +28,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "stop": {"stop": ["a", "e"]},
     "penalties": {"frequency_penalty": 0.02, "presence_penalty": 0.1, "logit_bias": {"97": 2}},
     "log probabilities": {"logprobs": True, "top_logprobs": 3},
-    "two choices": {"n": 2, "temperature": 1, "seed": 1},
+    "two choices": {"n": 2, "temperature": 1, "seed": 1, "logit_bias": {"97": 6}},
     "grammar": {"response_format": {"type": "json_schema", "json_schema": {"name": "names", "schema": SCHEMA}}},
 }
 
