@@ -1,10 +1,11 @@
 """CPU kernels against the read bandwidth measured beside them, for each codec, mode and instruction set.
 
     python benchmarks/kernel.py [--trials 7] [--threads 1,2] [--shapes 4096x14336 | --shapes experts] [--tokens 1,2,4,8]
-                                [--codecs nf4,int8,mxfp4,bf16] [--modes fast,exact] [--sets avx512vbmi,avx2]
+                                [--codecs nf4,int8,mxfp4,bf16,Q4_K,Q6_K] [--modes fast,exact] [--sets avx512vbmi,avx2]
                                 [--megabytes 256] [--unpinned] [--peers]
 
-Shapes are COLUMNSxROWS; `experts` are those of the matrices of Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V2-Lite and gpt-oss.
+Codecs may be types of GGUF, which have random blocks and no exact mode; `gguf` is all of them. Shapes are
+COLUMNSxROWS; `experts` are those of the matrices of Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V2-Lite and gpt-oss.
 Every trial runs each contender once, in turn, over the same weights, right after a plain read of them; ratios are
 taken trial by trial. The weights are several matrices, so that none is in the cache when its turn comes, in huge pages
 as in the RAM arena. With one thread, time is the thread's own, so that other work on the machine takes none of it.
@@ -23,11 +24,13 @@ from typing import Any
 
 import torch
 from harness import finish, runnable_sets, spread
+from random_blocks import random_blocks
 from torch import Tensor
 
 from offload_moe.memory.arena import Arena
 from offload_moe.native import kernels
-from offload_moe.quant import get_codec
+from offload_moe.quant import Codec, get_codec
+from offload_moe.quant.gguf import PREFIX, TYPES, GgufCodec
 from offload_moe.quant.layout import weight_shape
 
 MIN_MATRICES = 4
@@ -59,7 +62,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     def words(text: str) -> list[str]:
-        return (EXPERTS if text == "experts" else text).split(",")
+        return {"experts": EXPERTS, "gguf": ",".join(TYPES)}.get(text, text).split(",")
 
     def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
@@ -101,8 +104,8 @@ class Weights:
         self._cached_kernel = self._kernel_for(self._cached_rows, 1)
 
     def _encode(self, weight: Tensor) -> Tensor:
-        shape, codec = weight_shape(*weight.shape), kernels.fast_encoding(get_codec(self.codec))
-        record = codec.encode(shape, {"weight": weight})
+        shape, codec = weight_shape(*weight.shape), get_codec(self.codec)
+        record = encoded(codec, weight)
         if self.in_panels:
             kernels.PanelOrder(self.codec, shape, codec.layout(shape)).to_panels(record)
         return record
@@ -139,12 +142,20 @@ class Weights:
 
     def error(self, x: Tensor) -> float:
         """Relative to fp64 on the decoded weights, over the piece that fits the cache."""
-        shape, codec = weight_shape(self._cached_rows, self.columns), kernels.fast_encoding(get_codec(self.codec))
-        record = codec.encode(shape, {"weight": self._cached_weight})
+        shape, codec = weight_shape(self._cached_rows, self.columns), get_codec(self.codec)
+        record = encoded(codec, self._cached_weight)
         weight = codec.decode(shape, record, torch.float32)["weight"].double()
         expected, out = x.double() @ weight.T, torch.empty(len(x), self._cached_rows)
         self._cached_kernel.forward(x, [self._cached], [out])
         return float((out - expected).norm() / expected.norm())
+
+
+def encoded(codec: Codec, weight: Tensor) -> Tensor:
+    """The record of a weight in rows; of a type of GGUF, one of random blocks of that shape."""
+    shape = weight_shape(*weight.shape)
+    if isinstance(codec, GgufCodec):
+        return codec.encode(shape, {"weight.codes": random_blocks(codec.kinds[0], *weight.shape)})
+    return kernels.fast_encoding(codec).encode(shape, {"weight": weight})
 
 
 class CodecBench:
@@ -152,10 +163,12 @@ class CodecBench:
 
     def __init__(self, codec: str, rows: int, columns: int, options: argparse.Namespace) -> None:
         weight, num_bytes = torch.randn(rows, columns) * 0.02, options.megabytes << 20
-        self._codec, self._shape = codec, f"{columns}x{rows}"
-        self._in_rows = Weights(codec, weight, False, num_bytes)
-        modes = [mode for mode in options.modes if codec != "bf16" or mode == "exact"]
-        self._in_panels = Weights(codec, weight, True, num_bytes) if "fast" in modes else None
+        self._shape = f"{columns}x{rows}"
+        self._label = codec
+        self._codec = f"{PREFIX}{codec}" if codec in TYPES else codec
+        modes = [mode for mode in options.modes if (codec != "bf16" or mode == "exact") and self._has(mode)]
+        self._in_rows = Weights(self._codec, weight, False, num_bytes) if self._has("exact") else None
+        self._in_panels = Weights(self._codec, weight, True, num_bytes) if "fast" in modes else None
         self._inputs = {count: torch.randn(count, columns) for count in options.tokens}
         sets = runnable_sets(options.sets)
         self._contenders = [(name, mode, count) for mode in modes for name in sets for count in options.tokens]
@@ -166,11 +179,16 @@ class CodecBench:
         rates: dict[Contender, list[float]] = {each: [] for each in self._contenders}
         for trial in range(num_trials + 1):
             for each in self._contenders:
-                read, rate = self._in_rows.read_rate(), self._run(each, Weights.rate)
+                plain = self._in_rows or self._in_panels
+                assert plain is not None
+                read, rate = plain.read_rate(), self._run(each, Weights.rate)
                 if trial:
                     reads[each].append(read)
                     rates[each].append(rate)
         return [self._row(each, threads, reads[each], rates) for each in self._contenders]
+
+    def _has(self, mode: str) -> bool:
+        return mode == "fast" or kernels.not_in_rows_reason(self._codec) is None
 
     def _run(self, each: Contender, measure: Callable[[Weights, Tensor], float]) -> float:
         name, mode, count = each
@@ -201,7 +219,7 @@ class CodecBench:
         kernels.select_instruction_set(None)
         of_read = row["of_read"]
         print(
-            f"{self._shape:11} {threads} threads  {self._codec:5} {name:10} {mode:6} {count} tokens "
+            f"{self._shape:11} {threads} threads  {self._label:6} {name:10} {mode:6} {count} tokens "
             f"{row['gb_per_s']['median']:6.2f} GB/s  {of_read['median']:.2f} of read ({of_read['min']:.2f} to "
             f"{of_read['max']:.2f})  x{row['rows_gain']['median']:.2f}  cached {row['cached_gb_per_s']:6.2f}  "
             f"error {row['error']:.1e}",
@@ -225,7 +243,7 @@ class CodecBench:
                 rates[name].append(weights.num_bytes / (time.thread_time() - began) / 1e9)
         row = {name: spread(values) for name, values in rates.items()}
         print(
-            f"{self._shape:11} repack  {self._codec:5} to panels {row['to_panels']['median']:.2f} GB/s, "
+            f"{self._shape:11} repack  {self._label:6} to panels {row['to_panels']['median']:.2f} GB/s, "
             f"to rows {row['to_rows']['median']:.2f}",
             file=sys.stderr,
             flush=True,

@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from contextlib import suppress
+from typing import Any, TextIO, cast
 
 REPLACING = "offload-moe-replace"
 
@@ -20,6 +21,8 @@ def prepare_streams() -> None:
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, REPLACING), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
+    if sys.stderr is sys.__stderr__ and sys.stderr is not None:
+        sys.stderr = cast(TextIO, _Expendable(sys.stderr))
 
 
 def flush_streams() -> None:
@@ -34,8 +37,7 @@ def discard_unwritten() -> None:
         try:
             stream.flush()
         except (OSError, ValueError):
-            with suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            _discard(stream)
 
 
 def say_on_stderr(text: str) -> None:
@@ -49,11 +51,42 @@ def uses_unicode(stream: object) -> bool:
     return (getattr(stream, "encoding", None) or "utf-8").lower().startswith(("utf-8", "utf8", "utf-16", "utf-32"))
 
 
+def _discard(stream: TextIO) -> None:
+    """Send what a stream still holds, and what follows, to the null device."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
 def _occupy_descriptors() -> None:
     """Open the null device in place of a closed 0, 1 or 2: libraries would print into a store that is opened as 1."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
+
+
+class _Expendable:
+    """A stream whose text is lost where it cannot be written: a full or closed stderr must not end an answer."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError:
+            _discard(self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            _discard(self._stream)
 
 
 class _Replacing:

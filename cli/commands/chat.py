@@ -25,7 +25,11 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Talk to a model. Input may be piped: each line is a turn, and stdout carries the answers only.",
     )
     parser.add_argument(
-        "model", metavar="MODEL", nargs="?", default=DEMO, help="store, checkpoint folder or hub id (default: demo)"
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default=DEMO,
+        help="store, GGUF file, checkpoint folder or hub id (default: demo)",
     )
     add_sampling_flags(parser)
     add_model_flags(parser)

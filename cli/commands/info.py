@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload_moe.system.names import check_installed
@@ -24,15 +25,20 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Show the contents of a store: source and revision, codecs, layers, sizes, checksums. Reads only "
         "the manifest; `offload-moe verify` reads everything.",
     )
-    parser.add_argument("store", metavar="STORE", help="store, by path or by its name in `offload-moe list`")
+    parser.add_argument(
+        "store", metavar="STORE", help="store, by path or by its name in `offload-moe list`, or a GGUF file"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def run(options: argparse.Namespace) -> int:
     check_installed(options.store)
+    from offload_moe.checkpoint.gguf_split import is_gguf
+    from offload_moe.convert.sources import ensure_view
     from offload_moe.store.installed import find, resume_advice
 
-    entry = find(options.store)
+    path = Path(options.store).expanduser()
+    entry = find(ensure_view(path, options.store) if is_gguf(path) else options.store)
     details = _details(entry) if entry.kind == "store" else {}
     if options.json:
         print(json.dumps(entry_to_json(entry) | details, indent=2))

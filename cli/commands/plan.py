@@ -36,7 +36,9 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Show the memory that a model needs, its placement and its speed, from its config alone. "
         "Exits with 0 if it fits and with 1 if it does not.",
     )
-    parser.add_argument("model", metavar="MODEL", help="hub id, checkpoint folder, store, demo, or a config.json")
+    parser.add_argument(
+        "model", metavar="MODEL", help="hub id, checkpoint folder, GGUF file, store, demo, or a config.json"
+    )
     group = parser.add_argument_group("machine")
     group.add_argument("--gpu", metavar="NAME", help="a card from `simulate --cards`, such as rtx-4090")
     group.add_argument(

@@ -28,7 +28,9 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Run prompts on a model and show the parts of a token's time, hits and misses, and the routing; "
         "or replay a recorded trace under other policies and cache sizes.",
     )
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="store, checkpoint folder, hub id, or demo")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="store, GGUF file, checkpoint folder, hub id, or demo"
+    )
     group = parser.add_argument_group("recording")
     group.add_argument(
         "--prompts",

@@ -17,7 +17,9 @@ def add_parser(subparsers: Subparsers) -> None:
         description="Convert a Hugging Face checkpoint to an expert store. A conversion can be stopped at any moment "
         "and is resumed by the same command.",
     )
-    parser.add_argument("source", metavar="SOURCE", help="checkpoint folder, or hub id such as Qwen/Qwen3-30B-A3B")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="checkpoint folder, GGUF file, or hub id such as Qwen/Qwen3-30B-A3B"
+    )
     parser.add_argument("store", metavar="STORE", help="folder to write")
     parser.add_argument("--codec", choices=CODECS, help=CODEC_HELP)
     parser.add_argument(

@@ -23,7 +23,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "run", help="answer one prompt", description="Answer one prompt. Only the answer goes to stdout."
     )
-    parser.add_argument("model", metavar="MODEL", help="store, checkpoint folder, hub id, or demo")
+    parser.add_argument("model", metavar="MODEL", help="store, GGUF file, checkpoint folder, hub id, or demo")
     parser.add_argument(
         "prompt",
         metavar="PROMPT",

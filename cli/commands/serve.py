@@ -30,7 +30,11 @@ def add_parser(subparsers: Subparsers) -> None:
         "offload-moe[serve].",
     )
     parser.add_argument(
-        "model", metavar="MODEL", nargs="?", default=DEMO, help="store, checkpoint folder or hub id (default: demo)"
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default=DEMO,
+        help="store, GGUF file, checkpoint folder or hub id (default: demo)",
     )
     _add_network_flags(parser)
     _add_engine_flags(parser)

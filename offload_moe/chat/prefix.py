@@ -101,7 +101,8 @@ class PrefixCache:
     def num_bytes(self) -> int:
         """Of the tensors in the cache, without a snapshot's."""
         layers = self._cache.layers if self._cache is not None else []
-        values = [value for layer in layers for value in vars(layer).values()]
+        names = {"keys", "values"}
+        values = [getattr(layer, name, None) for layer in layers for name in names | vars(layer).keys()]
         return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
 
     def park(self) -> None:

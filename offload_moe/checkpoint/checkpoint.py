@@ -14,10 +14,11 @@ from offload_moe.checkpoint.convert import convert, possible_targets
 from offload_moe.checkpoint.expert_reader import ExpertReader
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
 from offload_moe.checkpoint.formats import open_tensors
+from offload_moe.checkpoint.gguf_tensors import GgufTensors
 from offload_moe.checkpoint.names import SourceGroup, map_names, required_names
 from offload_moe.checkpoint.piece_reader import PieceReader
 from offload_moe.checkpoint.shards import Remote
-from offload_moe.checkpoint.skeleton import build_skeleton, load_config
+from offload_moe.checkpoint.skeleton import build_skeleton, load_config, read_config_json
 from offload_moe.checkpoint.tensors import TensorSource, row_runs
 from offload_moe.checkpoint.ties import untie
 from offload_moe.checkpoint.unused import with_a_meaning
@@ -50,10 +51,10 @@ class Checkpoint:
     tensors outside the language model if only that is built). `notices` are for the user.
     """
 
-    def __init__(self, folder: Path, remote: Remote | None = None) -> None:
+    def __init__(self, folder: Path, remote: Remote | None = None, gguf: tuple[Path, ...] = ()) -> None:
         """Opens the folder and checks every header against the model.
 
-        remote: fetches missing shards when they are read.
+        remote: fetches missing shards when they are read. gguf: files with the tensors, which lie elsewhere.
 
         Raises:
             CheckpointError: not a model folder, or a tensor is missing, unexpected, or of a wrong shape or dtype.
@@ -62,7 +63,9 @@ class Checkpoint:
         self.folder = folder
         self.model: PreTrainedModel = build_skeleton(load_config(folder))
         self.layers: tuple[ExpertsModule, ...] = tuple(find_experts(self.model))
-        self.tensors: TensorSource = open_tensors(folder, remote)
+        self.tensors: TensorSource = (
+            open_tensors(folder, remote) if not gguf else GgufTensors(gguf, read_config_json(folder))
+        )
         names = map_names(self.model, self.tensors.entries)
         if unexpected := with_a_meaning(self.tensors, names.unexpected, may_read=remote is None):
             entry = self.tensors.entries[unexpected[0]]

@@ -8,7 +8,7 @@ from typing import Any
 from offload_moe.checkpoint.bitsandbytes4 import bitsandbytes
 from offload_moe.checkpoint.compressed import compressed_tensors
 from offload_moe.checkpoint.fp8 import FP8_DTYPES, fbgemm, fp8_tensors, modelopt
-from offload_moe.checkpoint.gguf_tensors import GgufTensors
+from offload_moe.checkpoint.gguf_tensors import GgufTensors, parts_in
 from offload_moe.checkpoint.gptq import auto_round, awq, gptq
 from offload_moe.checkpoint.mxfp4 import BLOCKS, Mxfp4Tensors
 from offload_moe.checkpoint.shards import Remote, Shards
@@ -55,7 +55,7 @@ def open_tensors(folder: Path, remote: Remote | None = None) -> TensorSource:
     CheckpointError: the folder is damaged, or quantized in an unsupported format.
     """
     if remote is None and _is_gguf(folder):
-        found = GgufTensors(folder, read_config_json(folder))
+        found = GgufTensors(parts_in(folder), read_config_json(folder))
         return Mxfp4Tensors(found, {}) if any(name.endswith(BLOCKS) for name in found.entries) else found
     settings = quantization_settings(folder)
     if settings is None:
@@ -81,7 +81,7 @@ def is_mxfp4(folder: Path) -> bool:
     settings = quantization_settings(folder)
     if settings is None or settings["quant_method"] != "mxfp4":
         return False
-    return not _is_gguf(folder) or GgufTensors(folder, read_config_json(folder)).is_mxfp4
+    return not _is_gguf(folder) or GgufTensors(parts_in(folder), read_config_json(folder)).is_mxfp4
 
 
 def _is_gguf(folder: Path) -> bool:

@@ -53,6 +53,10 @@ class GgufExperts:
     def dtype(self) -> torch.dtype:
         return reduce(torch.promote_types, (expert.dtype for expert in self.experts))
 
+    def item(self, index: int) -> GgufTensor:
+        """As `GgufTensor.item`."""
+        return self.experts[index]
+
     def raw(self, start: int, stop: int) -> Tensor:
         """As `GgufTensor.raw`. Only if all experts have one type."""
         return torch.stack([expert.raw(0, expert.shape[0]) for expert in self.experts[start:stop]])

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,11 @@ class GgufTensor:
         """Bytes of the last dimension."""
         return self.num_bytes // math.prod(self.shape[:-1])
 
+    def item(self, index: int) -> "GgufTensor":
+        """One of its items along the leading dimension."""
+        num_bytes = self.num_bytes // self.shape[0]
+        return replace(self, shape=self.shape[1:], offset=self.offset + index * num_bytes, num_bytes=num_bytes)
+
     def raw(self, start: int, stop: int) -> Tensor:
         """The bytes of a slice along the leading dimension, uint8 ``[stop - start, ..., row_bytes]``."""
         return self._slice(start, stop).view(stop - start, *self.shape[1:-1], self.row_bytes)
@@ -69,20 +74,22 @@ class GgufTensor:
 
     def _slice(self, start: int, stop: int) -> Tensor:
         item_bytes = self.num_bytes // self.shape[0]
-        return self._read(self.offset + start * item_bytes, (stop - start) * item_bytes)
-
-    def _read(self, offset: int, num_bytes: int) -> Tensor:
-        data = torch.empty(num_bytes, dtype=torch.uint8)
-        view, done = data.numpy().data, 0
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                while done < num_bytes and (count := os.preadv(file.fileno(), [view[done:]], offset + done)):
-                    done += count
-        except OSError as error:
-            raise TransferError(f"{self.path}: reading tensor {self.name} failed: {error.strerror}.") from error
-        if done < num_bytes:
-            raise CheckpointError(f"{self.path} is truncated inside tensor {self.name}.")
+        data = torch.empty((stop - start) * item_bytes, dtype=torch.uint8)
+        read_bytes(self.path, self.offset + start * item_bytes, data, f"tensor {self.name}")
         return data
+
+
+def read_bytes(path: Path, offset: int, target: Tensor, what: str) -> None:
+    """Fill a contiguous uint8 tensor from there on. Raises: CheckpointError, TransferError naming `what`."""
+    view, done = target.numpy().data, 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            while done < len(view) and (count := os.preadv(file.fileno(), [view[done:]], offset + done)):
+                done += count
+    except OSError as error:
+        raise TransferError(f"{path}: reading {what} failed: {error.strerror}.") from error
+    if done < len(view):
+        raise CheckpointError(f"{path} is truncated inside {what}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

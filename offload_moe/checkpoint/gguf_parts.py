@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload_moe.checkpoint.gguf_experts import GgufExperts, stacked
+from offload_moe.checkpoint.gguf_experts import GgufExperts
 from offload_moe.checkpoint.gguf_file import GgufTensor
 from offload_moe.checkpoint.gguf_names import PERMUTED, fused_experts, split_latent, transformers_name
 from offload_moe.checkpoint.mxfp4 import BLOCKS, SCALES
@@ -41,6 +41,12 @@ class GgufPart:
         return self.join(*(tensor.rows(start, stop).to(self.dtype) for tensor in self.tensors))
 
     @property
+    def keeps_rows(self) -> bool:
+        """Whether it is one tensor with the same rows, possibly in another order, so that its bytes can be joined."""
+        function = self.join.func if isinstance(self.join, partial) else self.join
+        return len(self.tensors) == 1 and function in (_same, _halves) and len(self.tensors[0].shape) == 2
+
+    @property
     def dtype(self) -> torch.dtype:
         """The narrowest dtype that holds the numbers of all tensors, whose types may differ."""
         dtypes = (tensor.dtype for tensor in self.tensors)
@@ -56,15 +62,12 @@ class GgufPart:
             raise CheckpointError(f"{self.tensors[0].path}: {names} do not fit together: {shapes}.") from error
 
 
-def parts(
-    tensors: Mapping[str, GgufTensor], architecture: str, config: Mapping[str, Any]
-) -> Iterator[tuple[str, GgufPart]]:
-    """Every tensor of the model under its name in transformers.
+def parts(found: Mapping[str, Stored], architecture: str, config: Mapping[str, Any]) -> Iterator[tuple[str, GgufPart]]:
+    """Every tensor of the model under its name in transformers. found: of `stacked`.
 
     Raises: CheckpointError when a half is missing, or heads do not fit.
     """
     is_gpt_oss = architecture == GPT_OSS
-    found = stacked(tensors)
     for name, tensor in found.items():
         if ".ffn_up_exps." in name or ".attn_v_b." in name:
             _half(found, tensor, name.replace("ffn_up", "ffn_gate").replace("attn_v", "attn_k"))

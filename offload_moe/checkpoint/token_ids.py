@@ -37,7 +37,9 @@ def watch_ids(hf: Any) -> None:
         ids = keywords.get("input_ids", arguments[0] if arguments else None)
         if not isinstance(ids, torch.Tensor) or ids.numel() == 0 or ids.is_floating_point():
             return
-        if ids.device.type == "cpu" or ids.shape[-1] > 1:
+        if ids.numel() == 1 and ids.device.type == "cpu":
+            check_ids((int(ids),), num_rows)
+        elif ids.device.type == "cpu" or ids.shape[-1] > 1:
             least, most = ids.aminmax()
             check_ids((int(least), int(most)), num_rows)
 

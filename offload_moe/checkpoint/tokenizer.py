@@ -11,8 +11,12 @@ from offload_moe.checkpoint.token_ids import num_embeddings
 TOKENIZER_JSON = "tokenizer.json"
 JSON_FILES = (TOKENIZER_JSON, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Formats that transformers reads through additional packages, which the extra installs.
-SENTENCEPIECE, TIKTOKEN = ("*.model", "*.spm"), ("*.tiktoken", "tiktoken.model")
-PACKAGES = ("sentencepiece", "protobuf", "tiktoken")
+PACKAGES_OF = {
+    "tiktoken.model": ("tiktoken",),
+    "*.tiktoken": ("tiktoken",),
+    "*.model": ("sentencepiece", "protobuf"),
+    "*.spm": ("sentencepiece", "protobuf"),
+}
 INSTALL = "pip install 'offload-moe[tokenizers]'"
 
 
@@ -44,13 +48,17 @@ def obstacle(folder: Path) -> str | None:
             "The tokenizer needs remote code (auto_map), and code from a checkpoint is never run: put a "
             "tokenizer.json of this model beside the weights."
         )
-    found = sorted(path.name for pattern in (*SENTENCEPIECE, *TIKTOKEN) for path in folder.glob(pattern))
-    if found and not all(map(_is_installed, PACKAGES)):
-        return (
-            f"The tokenizer is in {found[0]} only, which needs packages that are not installed: {INSTALL}, or put a "
-            "tokenizer.json of this model beside the weights."
-        )
-    return None
+    found = [(path.name, packages) for pattern, packages in PACKAGES_OF.items() for path in folder.glob(pattern)]
+    if not found:
+        return None
+    name, packages = found[0]
+    missing = [package for package in packages if not is_installed(package)]
+    if not missing:
+        return None
+    return (
+        f"The tokenizer is in {name} only, which needs packages that are not installed ({', '.join(missing)}): "
+        f"{INSTALL}, or put a tokenizer.json of this model beside the weights."
+    )
 
 
 def damaged_file(folder: Path) -> str | None:
@@ -111,7 +119,8 @@ def asks_for_code(folder: Path) -> bool:
         return False
 
 
-def _is_installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
+    """Whether a package of that name is there, in any version."""
     try:
         version(package)
     except PackageNotFoundError:
@@ -120,7 +129,7 @@ def _is_installed(package: str) -> bool:
 
 
 def _unreadable(folder: Path, reason: str) -> str:
-    patterns = ("tokenizer*", "vocab*", "tekken*", *SENTENCEPIECE, *TIKTOKEN)
+    patterns = ("tokenizer*", "vocab*", "tekken*", *PACKAGES_OF)
     names = sorted({path.name for pattern in patterns for path in folder.glob(pattern)} - {"tokenizer_config.json"})
     if not names:
         return "The model has no tokenizer: put a tokenizer.json of this model beside the weights."

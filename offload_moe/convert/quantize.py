@@ -6,18 +6,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.download import Download
 from offload_moe.checkpoint.formats import is_mxfp4
+from offload_moe.checkpoint.gguf_split import is_gguf, parts_beside
+from offload_moe.checkpoint.gguf_view import write_small_files
 from offload_moe.checkpoint.small_files import SmallFiles, read_small_files
 from offload_moe.checkpoint.source import Source, open_download, resolve_source
+from offload_moe.convert.gguf import plan_same_bits
 from offload_moe.convert.jobs import LOSSLESS, MXFP4, Job, expert_name, plan_conversion
 from offload_moe.convert.source_shards import SourceShards
 from offload_moe.errors import ConfigError
 from offload_moe.native.kernels import use_torch_after_fork
 from offload_moe.quant import Codec, get_codec
+from offload_moe.store.in_place import GGUF
 from offload_moe.store.journal import check_target
 from offload_moe.store.manifest import DenseEntry, Layer, Manifest
 from offload_moe.store.manifest_json import FORMAT_VERSION, manifest_to_json
@@ -44,9 +49,10 @@ def quantize(
     progress: Progress = silent,
     on_notice: Callable[[str], None] = log_notice,
 ) -> Path:
-    """Convert a checkpoint folder or hub id into an expert store and return the store's folder.
+    """Convert a checkpoint folder, hub id or GGUF file into an expert store and return the store's folder.
 
-    codec: of the experts; None takes mxfp4 for a checkpoint in MXFP4, whose bits it keeps, and nf4 for any other.
+    codec: of the experts; None keeps all bits of a GGUF file, takes mxfp4 for a checkpoint in MXFP4, whose bits it
+        keeps, and nf4 for any other.
     dense_codec: of the large dense projections.
     delete_source_shards: download a hub id shard by shard into a folder beside the store, and delete each once
         everything in it is safely in the store. Needs the disk for the store and about two shards.
@@ -70,31 +76,53 @@ def quantize(
         get_codec(codec)  # before a download
     target = Path(store)
     check_target(target)
+    gguf = _parts_of(source, codec, dense_codec)
     with ExitStack() as stack:
         download = None
         if delete_source_shards:
             download = _begin_download(source, target, revision, token, progress)
             stack.callback(download.close)
             origin = Source(folder=download.folder, name=str(source), revision=download.commit)
+        elif gguf:
+            folder = Path(stack.enter_context(TemporaryDirectory()))
+            write_small_files(gguf, folder)
+            origin = Source(folder=folder, name=str(source), revision=None)
         else:
             origin = resolve_source(source, revision=revision, token=token, follow_links=follow_links)
-        experts_codec = get_codec(codec or default_codec(origin.folder))
-        checkpoint = stack.enter_context(Checkpoint(origin.folder, download))
-        _check_codec(experts_codec, checkpoint)
+        checkpoint = stack.enter_context(Checkpoint(origin.folder, download, gguf))
+        keeps_bits = bool(gguf) and codec is None
+        codec = GGUF if keeps_bits else codec or default_codec(origin.folder)
         small_files = read_small_files(origin.folder, checkpoint.model)
         _report_notices(checkpoint, small_files, progress, on_notice)
-        files, jobs = plan_conversion(checkpoint, experts_codec, linears_codec, by_shard=download is not None)
-        settings = _settings(
-            origin, checkpoint, experts_codec.name, dense_codec, files, is_download=download is not None
-        )
+        if keeps_bits:
+            files, jobs = plan_same_bits(checkpoint)
+            dense_codec = GGUF
+        else:
+            experts_codec = get_codec(codec)
+            _check_codec(experts_codec, checkpoint)
+            files, jobs = plan_conversion(checkpoint, experts_codec, linears_codec, by_shard=download is not None)
+        settings = _settings(origin, checkpoint, codec, dense_codec, files, is_download=download is not None)
         with StoreWriter(target, files, settings) as writer:
             if writer.notice is not None:
                 on_notice(writer.notice)
             _fill(writer, SourceShards(download, checkpoint.tensors, files, jobs), jobs, progress)
             metadata = small_files.contents
-            manifest = _manifest(origin, checkpoint, experts_codec.name, dense_codec, files, writer, metadata)
+            manifest = _manifest(origin, checkpoint, codec, dense_codec, files, writer, metadata)
             writer.finish(manifest_to_json(manifest), metadata, download.remove if download is not None else None)
     return target
+
+
+def _parts_of(source: str | Path, codec: str | None, dense_codec: str) -> tuple[Path, ...]:
+    """The parts of a source that is a GGUF file; none of another source. Raises: ConfigError, CheckpointError."""
+    path = Path(source).expanduser()
+    if not is_gguf(path):
+        return ()
+    if codec is None and dense_codec != LOSSLESS:
+        raise ConfigError(
+            f"A GGUF file keeps the types of all its matrices. Leave --dense-codec {dense_codec} out, or choose a "
+            "--codec as well, to quantize everything anew."
+        )
+    return parts_beside(path.absolute())
 
 
 def _begin_download(
@@ -189,7 +217,8 @@ def _settings(
     }
     if is_download:  # a commit never changes, while its shards are downloaded and deleted
         return settings | {"--delete-source-shards": True}
-    stats = [(path.name, path.stat()) for path in (*checkpoint.tensors.paths, origin.folder / CONFIG_NAME)]
+    small = [path for path in (origin.folder / CONFIG_NAME,) if codec != GGUF]  # else it is made of metadata anew
+    stats = [(path.name, path.stat()) for path in (*checkpoint.tensors.paths, *small)]
     state = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     return settings | {"state of the source files": state}
 
@@ -207,15 +236,21 @@ def _manifest(
     places = dict(zip(blobs, writer.places(), strict=True))
     names = [expert_name(layer, e) for layer, found in enumerate(checkpoint.layers) for e in range(found.num_experts)]
     experts = tuple(places.pop(name) for name in names)
-    record_bytes = [get_codec(codec).layout(layer.shape).record_bytes for layer in checkpoint.layers]
+    first = [blobs[expert_name(index, 0)] for index in range(len(checkpoint.layers))]
     return Manifest(
         source=origin.name,
         revision=origin.revision,
         codec=codec,
         dense_codec=dense_codec,
         layers=tuple(
-            Layer(name=layer.name, num_experts=layer.num_experts, record_bytes=num_bytes, shape=layer.shape)
-            for layer, num_bytes in zip(checkpoint.layers, record_bytes, strict=True)
+            Layer(
+                name=layer.name,
+                num_experts=layer.num_experts,
+                record_bytes=blob.num_bytes,
+                shape=layer.shape,
+                codec=blob.codec,
+            )
+            for layer, blob in zip(checkpoint.layers, first, strict=True)
         ),
         files=stored_files(files),
         experts=experts,
@@ -226,6 +261,8 @@ def _manifest(
                 shape=blobs[name].shape,
                 place=place,
                 quantized=blobs[name].quantized,
+                codec=blobs[name].codec,
+                is_lookup=blobs[name].is_lookup,
             )
             for name, place in places.items()
         ),

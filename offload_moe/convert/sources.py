@@ -5,12 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from offload_moe import demo
+from offload_moe.checkpoint.gguf_split import is_gguf, parts_beside
 from offload_moe.checkpoint.source import check_folder, resolve_source
 from offload_moe.checkpoint.weight_files import choose_weights
 from offload_moe.convert.jobs import MXFP4
 from offload_moe.convert.quantize import DEFAULT, default_codec, quantize
 from offload_moe.errors import CheckpointError
 from offload_moe.store import is_store
+from offload_moe.store.in_place import GGUF, make_view
 from offload_moe.store.installed import DEMO_IS_NOT_BUILT, check_finished
 from offload_moe.system.names import DEMO, STORES, check_model, hub_name, resolve
 from offload_moe.system.paths import CONFIG_NAME, cache_dir, file_advice
@@ -55,6 +57,8 @@ def ensure_store(
     folder = resolve(source)
     if is_store(folder):
         return folder
+    if is_gguf(folder) and codec is None:
+        return ensure_view(folder, str(source))
     if folder.is_file():
         raise CheckpointError(file_advice(folder))
     check_finished(folder)
@@ -82,6 +86,19 @@ def ensure_store(
         progress=progress,
         on_notice=on_notice,
     )
+
+
+def ensure_view(file: Path, source: str) -> Path:
+    """The folder of the cache that stands for a GGUF file, made from its metadata first; the file stays as it is.
+
+    Raises: CheckpointError naming what cannot be used as it lies.
+    """
+    paths = parts_beside(file.absolute())
+    states = [(str(path), path.stat()) for path in paths]
+    identity = "\n".join(f"{path} {status.st_size} {status.st_mtime_ns}" for path, status in states)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    folder = cache_dir() / STORES / f"{file.stem}-{GGUF}-{digest}"
+    return folder if is_store(folder) else make_view(paths, folder, source)
 
 
 def _cache_name(source: Path, codec: str, dense_codec: str, revision: str | None) -> str:

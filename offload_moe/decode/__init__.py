@@ -22,7 +22,6 @@ from offload_moe.decode.mlp import fuse_mlps
 from offload_moe.decode.norm import fuse_norms
 from offload_moe.decode.plan import Planned, plan_pass
 from offload_moe.decode.report import DENSE, LayerPath, layer_paths, tell_reasons
-from offload_moe.decode.rotation import rotation_keeper
 from offload_moe.decode.router import shorten_routers
 from offload_moe.decode.rows import roll_back, takes_rows, why_no_rows
 from offload_moe.decode.shorten import shorten_attention
@@ -89,12 +88,13 @@ def make_fast(
         absorb_latents(hf)
     fuse_mlps(hf)
     fuse_norms(hf, is_exact=is_exact)
-    shorten_attention(hf, is_exact=is_exact)
+    cache_dtype = kept or torch.float32
+    shorten_attention(hf, is_exact=is_exact, cache_dtype=cache_dtype)
     make_room(hf, context, kept)
     if not is_exact:
         shorten_routers(hf)
     why_none = _why_none(hf, is_exact=is_exact)
-    planned = Planned(plan=None, paths={}) if why_none else plan_pass(hf, hierarchy)  # of the parts made before
+    planned = Planned(plan=None, paths={}) if why_none else plan_pass(hf, hierarchy, cache_dtype)
     if planned.plan is not None:
         decoder = hf.get_decoder()
         decoder.forward = DecoderForward(decoder, planned.plan)
@@ -110,9 +110,7 @@ def pass_rows(hf: PreTrainedModel, sequences: Sequence[NextTokens]) -> Tensor | 
     Models whose keys rotate by the length of the sequence do not. Raises: TransferError, ModelClosed.
     """
     forward = vars(hf.get_decoder()).get("forward")
-    if not isinstance(forward, DecoderForward) or rotation_keeper(hf) is not None:
-        return None
-    return forward.pass_rows(sequences)
+    return forward.pass_rows(sequences) if isinstance(forward, DecoderForward) else None
 
 
 def make_room(hf: PreTrainedModel, context: int | None, kept: torch.dtype | None) -> None:

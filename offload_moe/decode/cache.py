@@ -14,22 +14,112 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from offload_moe.native.kernels import Room
+from offload_moe.native.kernels import Room, tokens_apart
 
 GROWTH = 1.25
 STEP = 128  # tokens; capacities are multiples of it
 
 
-class RoomyLayer(DynamicLayer):
-    """transformers' growing layer whose keys and values are the beginnings of larger tensors.
+class InRoom:
+    """A layer whose keys and values are parts of larger tensors, its room. They are cut out when they are read.
 
-    Everything else (reorder, select) is inherited: those replace `keys` by another tensor or by a shorter view,
-    and the next update sees whether it still lies at the beginning of the room.
+    Other code sets them, to another tensor or to a shorter view; the next update looks where in the room that lies.
     """
 
-    keys: Tensor
-    values: Tensor
+    kept: torch.dtype | None
     _room: tuple[Tensor, Tensor] | None = None
+    _place: tuple[int, int] | None = None  # the first and the last token of both in the room; None: see `_parts`
+    _parts: tuple[Tensor | None, Tensor | None] | None = (None, None)  # None: not cut out yet
+    _addresses: tuple[int, ...] = ()  # of the room: keys, values, tokens between heads, bytes of a key and of a value
+
+    @property
+    def keys(self) -> Any:
+        return self._cut_out()[0]
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._parts, self._place = (keys, self._cut_out()[1]), None
+
+    @property
+    def values(self) -> Any:
+        return self._cut_out()[1]
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._parts, self._place = (self._cut_out()[0], values), None
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """Of the room that `extend` returns."""
+        dtype: torch.dtype = (
+            self.kept or (self.keys if self._place is None or self._room is None else self._room[0]).dtype
+        )
+        return dtype
+
+    @property
+    def is_one_sequence(self) -> bool:
+        """Whether it holds tokens of one sequence, behind which more can be written in place."""
+        keys = self.keys if self._place is None or self._room is None else self._room[0]
+        return keys is not None and keys.dim() == 4 and len(keys) == 1 and not keys.requires_grad
+
+    def extend(self, num_tokens: int = 1) -> list[Room]:
+        """Count more tokens of one sequence, whose keys and values the caller writes. Where `can_extend`.
+
+        Returns of each the room ``[1, N, C, D]`` of keys and of values from the first token on that it sees, and how
+        many it sees.
+        """
+        seen = self._advance(num_tokens)
+        assert self._room is not None
+        keys, values = self._room
+        return [(keys[:, :, first:], values[:, :, first:], last - first) for first, last in seen]
+
+    def places(self, num_tokens: int = 1) -> list[int]:
+        """`extend` for native calls: the fields of `rooms_array`."""
+        seen = self._advance(num_tokens)
+        keys, values, apart, key_bytes, value_bytes = self._addresses
+        fields: list[int] = []
+        for first, last in seen:
+            fields += (keys + first * key_bytes, values + first * value_bytes, apart, last - first)
+        return fields
+
+    def _advance(self, num_tokens: int) -> list[tuple[int, int]]:
+        """Count more tokens. Returns of each the first one in the room that it sees, and its own place."""
+        raise NotImplementedError
+
+    def give_room_up(self) -> None:
+        """Use no place beside the present keys and values any more."""
+        self._parts, self._place, self._room = self._cut_out(), None, None
+
+    def _take_over(self, layer: DynamicLayer) -> None:
+        for name, value in vars(layer).items():
+            setattr(self, name, value)
+        if layer.is_initialized and self.kept is not None:
+            self.keys, self.values = self.keys.to(self.kept), self.values.to(self.kept)
+
+    def _cut_out(self) -> tuple[Tensor | None, Tensor | None]:
+        if self._parts is None:
+            assert self._room is not None
+            assert self._place is not None
+            keys, values = (part[:, :, slice(*self._place)] for part in self._room)
+            self._parts = keys, values
+        return self._parts
+
+    def _put(self, room: tuple[Tensor, Tensor], first: int, end: int) -> None:
+        if room is not self._room:
+            row_bytes = [part.element_size() * part.stride(2) for part in room]
+            self._addresses = (room[0].data_ptr(), room[1].data_ptr(), tokens_apart(room[0]), *row_bytes)
+        self._room, self._place, self._parts = room, (first, end), None
+
+    def _find(self) -> tuple[int, int] | None:
+        """The first and the last token in the room; None where they are elsewhere, or it may not be written to."""
+        room = self._room
+        if room is None or (room[0].is_inference() and not torch.is_inference_mode_enabled()):
+            return None
+        return _place_of(self.keys, room[0]) if self._place is None else self._place
+
+
+class RoomyLayer(InRoom, DynamicLayer):
+    """transformers' growing layer, at the beginning of its room. Everything else (reorder, select) is inherited."""
 
     def __init__(self, context: int | None = None, kept: torch.dtype | None = None) -> None:
         """context: tokens that memory was planned for: no more room is made ahead than that.
@@ -43,14 +133,8 @@ class RoomyLayer(DynamicLayer):
     def of(cls, layer: DynamicLayer, context: int | None = None, kept: torch.dtype | None = None) -> "RoomyLayer":
         """The same contents; the old layer must not be used any more."""
         roomy = cls(context, kept)
-        roomy.__dict__.update(layer.__dict__)
-        _round_contents(roomy, kept)
+        roomy._take_over(layer)
         return roomy
-
-    @property
-    def kept_dtype(self) -> torch.dtype:
-        """Of the room that `extend` returns."""
-        return self.kept or self.keys.dtype
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``[B, N, T, D]``; returns all keys and values as kept, ``[B, N, S + T, D]``, in the dtype given."""
@@ -58,33 +142,35 @@ class RoomyLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        length = self.keys.shape[-2] if self.keys.dim() == 4 else 0
+        length = self.get_seq_length()
         total = length + key_states.shape[-2]
-        room = self._room
-        if room is None or total > room[0].shape[2] or not _begins(self.keys, room[0]):
-            self._room = room = self._make_room(key_states, value_states, length, total)
+        room = self._room_for(total) or self._make_room(key_states, value_states, length, total)
         for place, new in zip(room, (key_states, value_states), strict=True):
             place[:, :, length:total] = new
-        self.keys, self.values = room[0][:, :, :total], room[1][:, :, :total]
+        self._put(room, 0, total)
         return self.keys.to(key_states.dtype), self.values.to(value_states.dtype)
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() if self._place is None else self._place[1]
 
     @property
     def can_extend(self) -> bool:
         """Whether `extend` has a sequence to append to."""
-        return _is_one_sequence(self)
+        return self.is_one_sequence
 
-    def extend(self, num_tokens: int = 1) -> list[Room]:
-        """Count more tokens of one sequence, whose keys and values the caller writes into the room ``[1, N, C, D]``.
+    def takes(self, num_tokens: int, dtype: torch.dtype, window: int | None) -> bool:
+        """Whether native calls may `extend` it, with this dtype, and each token sees so many of those before it."""
+        is_seen = window is None or self.get_seq_length() + num_tokens <= window
+        return is_seen and self.is_one_sequence and self.kept_dtype == dtype
 
-        Returns of each the room of keys and of values, and the index of the token. Where `can_extend`; `update` does
-        the rest.
-        """
-        length, room = self.keys.shape[2], self._room
+    def _advance(self, num_tokens: int) -> list[tuple[int, int]]:
+        length = self.get_seq_length()
         total = length + num_tokens
-        if room is None or total > room[0].shape[2] or not _begins(self.keys, room[0]):
-            self._room = room = self._make_room(self.keys[:, :, :0], self.values[:, :, :0], length, total)
-        self.keys, self.values = room[0][:, :, :total], room[1][:, :, :total]
-        return [(*room, index) for index in range(length, total)]
+        room = self._room_for(total)
+        if room is None:
+            room = self._make_room(self.keys[:, :, :0], self.values[:, :, :0], length, total)
+        self._put(room, 0, total)
+        return [(0, index) for index in range(length, total)]
 
     def roll_back(self, num_tokens: int) -> None:
         """Take back the last tokens that `extend` counted. Unlike `crop` it keeps the room: others come next."""
@@ -97,13 +183,14 @@ class RoomyLayer(DynamicLayer):
         if self._room is not None and 2 * self.get_seq_length() <= self._room[0].shape[2]:
             self.keys, self.values, self._room = self.keys.clone(), self.values.clone(), None
 
-    def give_room_up(self) -> None:
-        """Use no place beside the present keys and values any more."""
+    def reset(self) -> None:
+        super().reset()
         self._room = None
 
-    def reset(self) -> None:
-        self._room = None
-        super().reset()
+    def _room_for(self, total: int) -> tuple[Tensor, Tensor] | None:
+        """The present room, if it may be written to and holds so many tokens."""
+        place, room = self._find(), self._room
+        return room if room is not None and place is not None and place[0] == 0 and total <= room[0].shape[2] else None
 
     def _make_room(self, key_states: Tensor, value_states: Tensor, length: int, total: int) -> tuple[Tensor, Tensor]:
         capacity = _in_steps(int(total * GROWTH))
@@ -118,15 +205,11 @@ class RoomyLayer(DynamicLayer):
         return places[0], places[1]
 
 
-class RoomySlidingLayer(DynamicSlidingWindowLayer):
-    """transformers' sliding window, which one token at a time moves through a larger tensor.
+class RoomySlidingLayer(InRoom, DynamicSlidingWindowLayer):
+    """transformers' sliding window, which one token at a time moves through its room. Everything else is inherited.
 
-    Everything else is inherited; keys and values are the last W - 1 tokens, wherever in the room they lie.
+    Keys and values are the last W - 1 tokens.
     """
-
-    keys: Tensor
-    values: Tensor
-    _room: tuple[Tensor, Tensor] | None = None
 
     def __init__(self, sliding_window: int, kept: torch.dtype | None = None) -> None:
         """kept: as of `RoomyLayer`."""
@@ -137,14 +220,8 @@ class RoomySlidingLayer(DynamicSlidingWindowLayer):
     def of(cls, layer: DynamicSlidingWindowLayer, kept: torch.dtype | None = None) -> "RoomySlidingLayer":
         """The same contents; the old layer must not be used any more."""
         roomy = cls(layer.sliding_window, kept)
-        roomy.__dict__.update(layer.__dict__)
-        _round_contents(roomy, kept)
+        roomy._take_over(layer)
         return roomy
-
-    @property
-    def kept_dtype(self) -> torch.dtype:
-        """Of the room that `extend` returns."""
-        return self.kept or self.keys.dtype
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append ``[B, N, T, D]``; returns what the new tokens see and those, ``[B, N, W - 1 + T, D]`` or less."""
@@ -163,35 +240,34 @@ class RoomySlidingLayer(DynamicSlidingWindowLayer):
     @property
     def can_extend(self) -> bool:
         """Whether `extend` has a sequence to append to."""
-        return _is_one_sequence(self) and not self.record_past
+        return self.is_one_sequence and not self.record_past
 
-    def extend(self, num_tokens: int = 1) -> list[Room]:
-        """As `RoomyLayer.extend`; the room of each token begins with the W - 1 tokens before it."""
-        length, room = self.keys.shape[2], self._room
-        first = None if room is None else _offset(self.keys, room[0])
-        if room is None or first is None or first + length + num_tokens > room[0].shape[2]:
-            first, room = 0, self._move_to_new_room(length, num_tokens)
-            self._room = room
-        rooms: list[Room] = []
-        end = first + length
+    def takes(self, num_tokens: int, dtype: torch.dtype, window: int | None) -> bool:
+        """As `RoomyLayer.takes`."""
+        return window == self.sliding_window and self.can_extend and self.kept_dtype == dtype
+
+    def _advance(self, num_tokens: int) -> list[tuple[int, int]]:
+        place, room = self._find(), self._room
+        if room is None or place is None or place[1] + num_tokens > room[0].shape[2]:
+            length = self.keys.shape[2]
+            place, room = (0, length), self._move_to_new_room(length, num_tokens)
+        first, end = place
+        seen = []
         for last in range(end, end + num_tokens):
-            rooms.append((room[0][:, :, first:], room[1][:, :, first:], last - first))
+            seen.append((first, last))
             first = max(first, last + 1 - (self.sliding_window - 1))
-        end += num_tokens
-        self.keys, self.values = room[0][:, :, first:end], room[1][:, :, first:end]
+        self._put(room, first, end + num_tokens)
         self.cumulative_length += num_tokens
-        return rooms
+        return seen
 
     def roll_back(self, num_tokens: int) -> None:
         """Take back the last tokens that one `extend` counted: the room still has those that left the window by it."""
-        room = self._room
-        first = None if room is None else _offset(self.keys, room[0])
+        place, room = self._find(), self._room
         assert room is not None
-        assert first is not None
-        end = first + self.keys.shape[2] - num_tokens
+        assert place is not None
+        end = place[1] - num_tokens
         self.cumulative_length -= num_tokens
-        first = end - min(self.cumulative_length, self.sliding_window - 1)
-        self.keys, self.values = room[0][:, :, first:end], room[1][:, :, first:end]
+        self._put(room, end - min(self.cumulative_length, self.sliding_window - 1), end)
 
     def _move_to_new_room(self, length: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         capacity = _in_steps(length + max(STEP, num_tokens))
@@ -202,13 +278,9 @@ class RoomySlidingLayer(DynamicSlidingWindowLayer):
             places.append(place)
         return places[0], places[1]
 
-    def give_room_up(self) -> None:
-        """Use no place beside the present keys and values any more."""
-        self._room = None
-
     def reset(self) -> None:
-        self._room = None
         super().reset()
+        self._room = None
 
 
 ROOMY = (RoomyLayer, RoomySlidingLayer)
@@ -228,33 +300,13 @@ def give_room(cache: Cache, context: int | None = None, kept: torch.dtype | None
         cache.layer_class_to_replicate = partial(RoomyLayer, context, kept)
 
 
-def kept_dtype(*, is_exact: bool) -> torch.dtype:
-    """In which native calls keep keys and values. is_exact: they keep activations in full precision."""
-    return torch.float32 if is_exact else torch.bfloat16
-
-
-def _round_contents(layer: RoomyLayer | RoomySlidingLayer, kept: torch.dtype | None) -> None:
-    if layer.is_initialized and kept is not None:
-        layer.keys, layer.values = layer.keys.to(kept), layer.values.to(kept)
-
-
 def _in_steps(num_tokens: int) -> int:
     return -(-num_tokens // STEP) * STEP
 
 
-def _is_one_sequence(layer: DynamicLayer) -> bool:
-    keys = layer.keys
-    return layer.is_initialized and keys.dim() == 4 and len(keys) == 1 and not keys.requires_grad
-
-
-def _begins(view: Tensor, room: Tensor) -> bool:
-    """Whether `view` is the beginning of `room` (a cropped view is; a copy for another batch is not)."""
-    return _offset(view, room) == 0
-
-
-def _offset(view: Tensor, room: Tensor) -> int | None:
-    """The token of `room` at which `view` begins; None where it is no view of it, or may not be written to."""
-    is_writable = not room.is_inference() or torch.is_inference_mode_enabled()
+def _place_of(view: Tensor, room: Tensor) -> tuple[int, int] | None:
+    """The tokens of `room` that `view` is; None where it is no view of it (such as a copy for another batch)."""
     is_like = view.stride() == room.stride() and view.shape[:2] == room.shape[:2] and view.dtype == room.dtype
-    offset, rest = divmod(view.data_ptr() - room.data_ptr(), room.element_size() * room.stride(2))
-    return offset if is_writable and is_like and rest == 0 and 0 <= offset <= room.shape[2] - view.shape[2] else None
+    first, rest = divmod(view.data_ptr() - room.data_ptr(), room.element_size() * room.stride(2))
+    end = first + view.shape[2]
+    return (first, end) if is_like and rest == 0 and first >= 0 and end <= room.shape[2] else None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from offload_moe.native import kernels
 from offload_moe.native.device import record_linear
 from offload_moe.quant import Codec, ExpertShape
+from offload_moe.quant.gguf import GgufCodec, decode_rows
 from offload_moe.quant.layout import weight_shape
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -43,7 +44,9 @@ class QuantLinear(nn.Module):
         self.codec = codec
         self._order: kernels.PanelOrder | None = None
         self._kernel: kernels.LinearKernel | None = None
-        if kernels.unsupported_reason(codec.name, shape) is None:
+        if kernels.unsupported_reason(codec.name, shape) is None and not (
+            is_exact and kernels.not_in_rows_reason(codec.name)
+        ):
             layout = codec.layout(shape)
             self._order = None if is_exact else kernels.panel_order(codec.name, shape)
             num_parts = int(self._order is not None)
@@ -53,15 +56,15 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K] -> [..., O]`` in the dtype of `x`."""
-        rows = x.reshape(-1, self.in_features)
-        if self._kernel is not None and rows.is_cpu and rows.dtype in KERNEL_DTYPES:
-            out = torch.empty(rows.shape[0], self.out_features, dtype=rows.dtype)
-            self._kernel.forward(rows.contiguous(), [self.record], [out])
+        if self._kernel is not None and x.is_cpu and x.dtype in KERNEL_DTYPES and x.shape[-1] == self.in_features:
+            out = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
+            self._kernel.step(x.contiguous(), self.record, out)
         else:
-            out = record_linear(rows, self.in_rows(), self.shape, self.codec, "weight")
+            rows = record_linear(x.reshape(-1, self.in_features), self.in_rows(), self.shape, self.codec, "weight")
+            out = rows.view(*x.shape[:-1], self.out_features)
         if self.bias is not None:
             out += self.bias
-        return out.view(*x.shape[:-1], self.out_features)
+        return out
 
     @property
     def has_kernel(self) -> bool:
@@ -106,6 +109,31 @@ class QuantLinear(nn.Module):
         elif self._order is not None and self.in_panels and not was_in_panels:
             self._order.to_panels(self.record)
         return self
+
+
+class RecordEmbedding(nn.Module):
+    """An embedding whose rows stay in a type of GGUF and are decoded when they are looked up."""
+
+    record: Tensor
+
+    def __init__(self, record: Tensor, shape: ExpertShape, codec: GgufCodec, dtype: torch.dtype) -> None:
+        """record: in rows, of one matrix `weight` ``[V, H]``; dtype: of what it returns."""
+        super().__init__()
+        (part,) = codec.parts(shape)
+        self.kind, self.dtype = part.kind, dtype
+        self.num_embeddings, self.embedding_dim = part.num_rows, part.matrix.in_features
+        self.register_buffer("record", record[: part.num_bytes].view(part.num_rows, -1), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """Its shape and dtype alone, on `meta`: as a table of numbers it is never in memory."""
+        return torch.empty(self.num_embeddings, self.embedding_dim, dtype=self.dtype, device="meta")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``[...] -> [..., H]``."""
+        unique, places = ids.flatten().unique(return_inverse=True)
+        rows = decode_rows(self.kind, self.record[unique]).to(self.dtype)
+        return rows[places].view(*ids.shape, self.embedding_dim)
 
 
 class NarrowEmbedding(nn.Module):

@@ -14,13 +14,16 @@ from torch import Tensor
 from offload_moe.decode.hooks import is_capturing
 from offload_moe.decode.layer import RowsStep
 from offload_moe.decode.plan import PassPlan
-from offload_moe.decode.rotary import Embeddings
 from offload_moe.native.kernels import MAX_ROWS
 
 logger = logging.getLogger(__name__)
 
 NextTokens = tuple[Tensor, Any]  # ids ``[n]`` of one sequence, and the cache behind which they come
-CAPTURES = ("output_hidden_states", "output_attentions", "output_router_logits")
+CAPTURES = {  # arguments, and what the config has in their place
+    "output_hidden_states": "output_hidden_states",
+    "output_attentions": "_output_attentions",
+    "output_router_logits": "output_router_logits",
+}
 
 
 class DecoderForward:
@@ -29,8 +32,8 @@ class DecoderForward:
     def __init__(self, decoder: Any, plan: PassPlan) -> None:
         self.plan = plan
         self._modules_forward = decoder.forward
-        self._config = decoder.config
-        self._attention = decoder.config._attn_implementation
+        self._settings = vars(decoder.config)
+        self._attention = self._settings.get("_attn_implementation_internal")
         self._names = {module: name for name, module in decoder.named_modules()}
         self._has_said = False
 
@@ -69,11 +72,11 @@ class DecoderForward:
         if positions is None:
             return None
         x = wiring.embed(input_ids, inputs_embeds)
-        if x.dtype != torch.float32 or not x.is_cpu or x.requires_grad:
+        if x.dtype != torch.float32 or not x.is_cpu or x.requires_grad or not x.is_contiguous():
             return None
-        step = RowsStep(wiring.rotary(x, positions), positions, [past_key_values] * num_tokens)
+        step = RowsStep(wiring, positions, [past_key_values] * num_tokens)
         hidden = wiring.finish(plan(x, step))
-        return wiring.make_output(last_hidden_state=hidden, past_key_values=past_key_values)
+        return wiring.make_output(hidden, past_key_values)
 
     def takes(self, cache: Any, num_tokens: int) -> bool:
         """Whether the next tokens of a sequence go through the plan now, with the bits of each alone."""
@@ -83,30 +86,25 @@ class DecoderForward:
     def pass_rows(self, sequences: Sequence[NextTokens]) -> Tensor | None:
         """See `decode.pass_rows`."""
         plan, wiring, counts = self.plan, self.plan.wiring, [len(ids) for ids, _ in sequences]
-        are_apart = len({id(cache) for _, cache in sequences}) == len(sequences)
+        are_apart = wiring.is_by_position and len({id(cache) for _, cache in sequences}) == len(sequences)
         if not are_apart or not all(counts) or not 1 <= sum(counts) <= MAX_ROWS or not self._is_usual({}):
             return None
         if not all(plan.fits(cache, len(ids)) for ids, cache in sequences) or not plan.bypass.is_clear:
             return None
-        parts = []
-        for ids, cache in sequences:
-            x, positions = wiring.embed(ids[None], None), wiring.positions(None, cache, len(ids))
-            assert positions is not None
-            parts.append((x, positions, wiring.rotary(x, positions)))
-        xs, positions_of, embeddings = zip(*parts, strict=True)
-        x = torch.cat(xs, dim=1)
+        x = wiring.embed(torch.cat([ids for ids, _ in sequences])[None], None)
         if x.dtype != torch.float32 or not x.is_cpu or x.requires_grad:
             return None
         caches = [cache for ids, cache in sequences for _ in ids]
-        return wiring.finish(plan(x, RowsStep(_joined(embeddings), torch.cat(positions_of, dim=1), caches)))[0]
+        positions = torch.cat([wiring.next_positions(cache, len(ids)) for ids, cache in sequences], dim=1)
+        return wiring.finish(plan(x, RowsStep(wiring, positions, caches)))[0]
 
     def _is_usual(self, others: dict[str, Any]) -> bool:
         """Whether no argument and no setting of the config requires anything else."""
-        config = self._config
+        settings = self._settings
         return (
             not any(value is not None and value is not False for value in others.values())
-            and config._attn_implementation == self._attention
-            and not any(others.get(name) is None and getattr(config, name, False) for name in CAPTURES)
+            and settings.get("_attn_implementation_internal") == self._attention
+            and not any(others.get(name) is None and settings.get(key) for name, key in CAPTURES.items())
             and not is_capturing()
         )
 
@@ -117,14 +115,6 @@ class DecoderForward:
         changed = [self._names.get(module, "a module") for module in self.plan.bypass.changed_modules()]
         what = f"A forward hook, or a forward of its own, of {changed[0]}" if changed else "A hook of all modules"
         logger.warning("%s is not called on the fast path: tokens pass module by module, which takes longer.", what)
-
-
-def _joined(embeddings: Sequence[Embeddings]) -> Embeddings:
-    """Of positions that follow each other in one row."""
-    if isinstance(embeddings[0], Tensor):
-        return torch.cat(embeddings, dim=1)  # type: ignore[arg-type]
-    cos, sin = (torch.cat(parts, dim=1) for parts in zip(*embeddings, strict=True))
-    return cos, sin
 
 
 def _are_few(tokens: Tensor) -> bool:

@@ -1,11 +1,12 @@
 """Forward hooks, and which modules a token may pass by without calling them."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from operator import is_
+from itertools import repeat
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.utils.hooks import RemovableHandle
 from transformers.utils import output_capturing
 
 from offload_moe.experts.observer import HookObserver
@@ -34,38 +35,36 @@ class Bypass:
     def __init__(self, modules: Sequence[nn.Module], observed: Iterable[Hooks]) -> None:
         """modules: as they are now. observed: those of their registries whose observers the pass calls."""
         self._modules = modules
-        self._observed = list(observed)
-        theirs = {id(hooks) for hooks in self._observed}
-        self._silent = [hooks for hooks in hooks_of(modules) if id(hooks) not in theirs]
+        self._observed = {id(hooks) for hooks in observed}
         self._attributes = [vars(module) for module in modules]
         self._forwards = self._forwards_now()
+        self._last_hook = -1  # of all hooks, the last one that is known to be none of these modules
 
     @property
     def is_clear(self) -> bool:
-        if any(self._silent) and are_watched(self._silent):
-            return False
-        if any(self._observed) and not have_only_observers(self._observed):
-            return False
-        return all(map(is_, self._forwards_now(), self._forwards))
+        """Where nothing is captured: whether a pass may do without these modules."""
+        last_hook = RemovableHandle.next_id  # counts hooks of all modules
+        if self._last_hook != last_hook:
+            if any(self._has_hooks(module) for module in self._modules) or are_watched(hooks_of(())):
+                return False
+            self._last_hook = last_hook
+        return self._forwards_now() == self._forwards
 
     def changed_modules(self) -> Iterator[nn.Module]:
         """Those that keep it from being clear; none where a hook of all modules does."""
-        for module, forward, attributes in zip(self._modules, self._forwards, self._attributes, strict=True):
-            hooks = [module._forward_hooks, module._forward_pre_hooks]
-            silent = [each for each in hooks if not any(each is observed for observed in self._observed)]
-            observed = [each for each in hooks if any(each is observed for observed in self._observed)]
-            is_same = attributes.get("forward") is forward
-            if not is_same or are_watched(silent) or not have_only_observers(observed):
+        for module, attributes, forward in zip(self._modules, self._attributes, self._forwards, strict=True):
+            if attributes.get("forward") is not forward or self._has_hooks(module):
                 yield module
 
+    def _has_hooks(self, module: nn.Module) -> bool:
+        return any(
+            not _is_idle(hook) and not (isinstance(hook, HookObserver) and id(hooks) in self._observed)
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+            for hook in hooks.values()
+        )
+
     def _forwards_now(self) -> list[Any]:
-        return [attributes.get("forward") for attributes in self._attributes]
-
-
-def have_only_observers(registries: Iterable[Hooks]) -> bool:
-    return all(
-        isinstance(hook, HookObserver) or _is_idle(hook) for hooks in registries if hooks for hook in hooks.values()
-    )
+        return list(map(dict.get, self._attributes, repeat("forward")))
 
 
 def is_capturing() -> bool:

@@ -5,9 +5,9 @@ H hidden, N heads, K unrotated, P rotated and V value dims, R rank.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from offload_moe.decode.cache import kept_dtype
 from offload_moe.decode.dense import NarrowLinear, QuantLinear, number_linear
 from offload_moe.decode.latent import KeptLatents
 from offload_moe.decode.probe import Uncovered
@@ -25,8 +25,11 @@ class LatentStep(CachedStep):
         self.kernel = kernel
 
 
-def latent_step(layer: nn.Module, spec: AttentionSpec) -> LatentStep:
-    """The step of a layer's attention. Raises: Uncovered where a part is not one that the kernel takes."""
+def latent_step(layer: nn.Module, spec: AttentionSpec, cache_dtype: torch.dtype) -> LatentStep:
+    """The step of a layer's attention. cache_dtype: of latents and rotated keys.
+
+    Raises: Uncovered where a part is not one that the kernel takes.
+    """
     latent, module = spec.latent, layer.get_submodule(spec.path)
     assert latent is not None
     if not isinstance(vars(module).get("expand_kv"), KeptLatents):
@@ -39,7 +42,6 @@ def latent_step(layer: nn.Module, spec: AttentionSpec) -> LatentStep:
     *query, compress, output = (_linear(linear) for linear in linears)
     weight: Tensor = module.get_submodule("kv_b_proj").weight  # type: ignore[assignment]
     assert spec.key_norm is not None
-    (is_in_panels,) = orders
     try:
         kernel = kernels.LatentKernel(
             query=query,
@@ -52,7 +54,7 @@ def latent_step(layer: nn.Module, spec: AttentionSpec) -> LatentStep:
             rotated_dims=spec.rotated_dims,
             scaling=spec.scaling,
             rotation=rotation_of(spec),
-            cache_dtype=kept_dtype(is_exact=not is_in_panels),
+            cache_dtype=cache_dtype,
         )
     except ConfigError as error:
         raise Uncovered(f"latent attention of sizes without a kernel ({str(error).rstrip('.')})") from error

@@ -9,7 +9,8 @@ experts whose kernels exist, the router is part of the first call; any other blo
 Shapes: T rows, each the next token of a sequence, H hidden.
 """
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
@@ -25,45 +26,54 @@ from offload_moe.decode.latent_step import LatentStep, latent_step
 from offload_moe.decode.mlp import FusedMLP
 from offload_moe.decode.norm import FusedRMSNorm
 from offload_moe.decode.probe import Refused, Uncovered, agree, answer, probes
-from offload_moe.decode.rotary import Embeddings, StepRotary
+from offload_moe.decode.rotary import Embeddings, Rotary, RotaryTable
 from offload_moe.decode.router import room_for_routed
 from offload_moe.decode.shorten import NUM_CACHED, STEP_TOLERANCE
 from offload_moe.decode.step import AttentionStep, attention_step, rotation_of
+from offload_moe.decode.wiring import Wiring
 from offload_moe.experts.attach import BoundExperts
 from offload_moe.families.layer_spec import AttentionSpec, LayerSpec, NormSpec
 from offload_moe.families.limits import attention_limits, order_limits
 from offload_moe.native import kernels
-
-Rotary = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class RowsStep:
     """What every layer of a pass is given beside the hidden states of T rows.
 
-    embeddings: as the model's rotary embedding made them, of `position_ids` ``[1, T]`` or planes ``[3, 1, T]``.
-    caches: of each row; rows of one sequence follow each other.
+    position_ids: ``[1, T]`` or planes ``[3, 1, T]``. caches: of each row; rows of one sequence follow each other.
     """
 
-    embeddings: Embeddings
+    wiring: Wiring
     position_ids: Tensor
     caches: Sequence[Any]
+
+    @cached_property
+    def embeddings(self) -> Embeddings:
+        """As the model's rotary embedding makes them."""
+        return self.wiring.embed_positions(self.position_ids)
+
+    def rotary(self, table: RotaryTable) -> Rotary:
+        """As native calls take them."""
+        return table.rows(self.position_ids) or table.prepare(self.embeddings)
 
     @property
     def num_rows(self) -> int:
         return len(self.caches)
 
-    def rooms(self, attention: AttentionStep | LatentStep) -> list[kernels.Room]:
-        """Of each row in one layer, whose caches count the rows from now on."""
-        first, *others = self._sequences
-        rooms = attention.extend(*first)
-        for sequence in others:
-            rooms += attention.extend(*sequence)
-        return rooms
+    def places(self, attentions: Iterable[AttentionStep | LatentStep]) -> "array[int]":
+        """The fields of `rooms_array` of each row in some layers, whose caches count the rows from now on."""
+        fields: list[int] = []
+        for attention in attentions:
+            for cache, num_rows in self._sequences:
+                fields += attention.places(cache, num_rows)
+        return array("q", fields)
 
     @cached_property
     def _sequences(self) -> list[tuple[Any, int]]:
         """Each cache, and how many rows it has."""
+        if len(self.caches) == 1:
+            return [(self.caches[0], 1)]
         groups = (list(group) for _, group in groupby(self.caches, key=id))
         return [(group[0], len(group)) for group in groups]
 
@@ -72,21 +82,18 @@ class RowsStep:
         """Of each row alone."""
         if self.num_rows == 1:
             return [self]
-        positions = self.position_ids.split(1, dim=-1)
-        embeddings: list[Embeddings]
-        if isinstance(self.embeddings, Tensor):
-            embeddings = [*self.embeddings.split(1, dim=1)]
-        else:
-            embeddings = [*zip(*(part.split(1, dim=1) for part in self.embeddings), strict=True)]
-        parts = zip(embeddings, positions, self.caches, strict=True)
-        return [RowsStep(embedding, position, [cache]) for embedding, position, cache in parts]
+        parts = zip(self.position_ids.split(1, dim=-1), self.caches, strict=True)
+        return [RowsStep(self.wiring, position, [cache]) for position, cache in parts]
 
 
 class NativeLayer:
     """One decoder layer, computed without its modules."""
 
-    def __init__(self, layer: Any, spec: LayerSpec) -> None:
-        """spec: what the layer computes. Raises: Uncovered where a kernel is missing."""
+    def __init__(self, layer: Any, spec: LayerSpec, wiring: Wiring | Uncovered, cache_dtype: torch.dtype) -> None:
+        """spec: what the layer computes. wiring: of its decoder. cache_dtype: of what its attention keeps.
+
+        Raises: Uncovered where a kernel is missing.
+        """
         limits = [*attention_limits(spec.attention), *order_limits(spec)]
         if limits:
             raise Uncovered(*limits)
@@ -94,8 +101,8 @@ class NativeLayer:
         assert spec.before_mlp is not None
         self.layer = layer
         self.spec = spec
-        self.attention = _attention(layer, spec.attention)
-        self.rotary = StepRotary(is_half=False)  # the decoder's, once it is known
+        self.attention = _attention(layer, spec.attention, cache_dtype)
+        self._window = spec.attention.sliding_window
         self._first: nn.Module = layer.get_submodule(spec.before_attention.path)
         self._norm: nn.Module = layer.get_submodule(spec.before_mlp.path)
         self._block = layer.get_submodule(_block_path(spec))
@@ -103,6 +110,10 @@ class NativeLayer:
         router = None if self.plain is None else self.plain.route
         self._norms = (_norm_kernel(layer, spec.before_attention), _norm_kernel(layer, spec.before_mlp))
         self.kernel = kernels.LayerKernel(self._norms, self.attention.kernel, router, spec.residual_scale)
+        if isinstance(wiring, Uncovered):
+            raise wiring
+        self.wiring = wiring
+        self.rotary = wiring.step_rotary(spec.attention.rotated_dims if self.rotates else 0)
 
     def bypassed(self) -> list[nn.Module]:
         """Modules that the pass does not call."""
@@ -118,17 +129,16 @@ class NativeLayer:
 
     def fits(self, cache: Any, num_tokens: int = 1) -> bool:
         """Whether this layer's part of the cache can take the next tokens in place."""
-        window = self.spec.attention.sliding_window
-        return self.attention.can_extend(cache) and self.attention.sees_window(cache, window, num_tokens)
+        return self.attention.takes(cache.layers, self._window, num_tokens)
 
     def __call__(self, x: Tensor, step: RowsStep) -> Tensor:
         """``[1, T, H] -> [1, T, H]``, fp32 and contiguous; the caches `fit`."""
         self.note_begin()
-        rooms = step.rooms(self.attention)
+        places = step.places((self.attention,))
         residual, normed = torch.empty_like(x), torch.empty_like(x)
         plain = self.plain
-        routed = None if plain is None else room_for_routed(plain.route, len(rooms))
-        self.kernel.step(x, *self.rotary.prepare(step.embeddings), rooms, residual, normed, routed)
+        routed = None if plain is None else room_for_routed(plain.route, step.num_rows)
+        self.kernel.step(x, *step.rotary(self.rotary), places, residual, normed, routed)
         for observer in self._norm._forward_pre_hooks.values():
             observer(self._norm, (residual,))
         if plain is None or routed is None:
@@ -162,18 +172,26 @@ class NativeLayer:
         return self._norms[0].length
 
     @property
-    def num_captures(self) -> int:
-        """How many observers the layer's residual has."""
-        return len(self._norm._forward_pre_hooks)
+    def dense(self) -> kernels.MlpKernel | None:
+        """The kernel of its block, if that is a dense MLP that has one."""
+        return self._block.kernel if isinstance(self._block, FusedMLP) and self.spec.router is None else None
+
+    @property
+    def captures(self) -> Hooks:
+        """Observers of the layer's residual."""
+        return self._norm._forward_pre_hooks
 
 
-def _attention(layer: nn.Module, spec: AttentionSpec) -> AttentionStep | LatentStep:
+def _attention(layer: nn.Module, spec: AttentionSpec, cache_dtype: torch.dtype) -> AttentionStep | LatentStep:
     if spec.latent is not None:
-        return latent_step(layer, spec)
+        return latent_step(layer, spec, cache_dtype)
     module: Any = layer.get_submodule(spec.path)
+    short = _forward(module)
+    if isinstance(short, DecodeAttention) and short.step is not None and spec.rotary == "halves":
+        return short.step
     names = [norm.path.rpartition(".")[2] if norm is not None else "" for norm in (spec.query_norm, spec.key_norm)]
     rotated_dims = 0 if spec.rotary == "none" else spec.rotated_dims
-    return attention_step(module, rotated_dims, norms=(names[0], names[1]), rotation=rotation_of(spec))
+    return attention_step(module, rotated_dims, cache_dtype, norms=(names[0], names[1]), rotation=rotation_of(spec))
 
 
 def _block_path(spec: LayerSpec) -> str:
@@ -195,10 +213,10 @@ def _norm_kernel(layer: nn.Module, spec: NormSpec) -> kernels.NormKernel:
 
 
 @torch.inference_mode()
-def check_layer(native: NativeLayer, embeddings: Embeddings) -> None:
+def check_layer(native: NativeLayer) -> None:
     """Compare it with its module: what both give, and leave in the cache. Stand-ins compute in place of its experts.
 
-    embeddings: of one position. The same bits where the module's own parts are kernels, too. Raises: Uncovered.
+    The same bits where the module's own parts are kernels, too. Raises: Uncovered.
     """
     plain = native.plain
     attention = _forward(native.layer.get_submodule(native.spec.attention.path))
@@ -210,8 +228,8 @@ def check_layer(native: NativeLayer, embeddings: Embeddings) -> None:
         module.forward = _stand_in
     try:
         for hidden in probes((1, 1, native.hidden_size), torch.float32, torch.device("cpu")):
-            theirs = _probe(partial(_call_module, native.layer), native, hidden, embeddings)
-            ours = _probe(native, native, hidden, embeddings)
+            theirs = _probe(partial(_call_module, native.layer), native, hidden)
+            ours = _probe(native, native, hidden)
             pairs = zip(ours, theirs, strict=True)
             if not all(isinstance(their, Tensor) and _agree(our, their, is_exact=is_exact) for our, their in pairs):
                 raise Uncovered("native calls that give other numbers than the layer on probes")
@@ -226,13 +244,10 @@ def _agree(got: Tensor, expected: Tensor, *, is_exact: bool) -> bool:
     return agree(got, expected, is_exact=is_exact, tolerance=STEP_TOLERANCE)
 
 
-def _probe(
-    forward: Callable[[Tensor, RowsStep], Any], native: NativeLayer, hidden: Tensor, embeddings: Embeddings
-) -> list[Any]:
+def _probe(forward: Callable[[Tensor, RowsStep], Any], native: NativeLayer, hidden: Tensor) -> list[Any]:
     """What a layer gives for one token, and what it leaves in the cache."""
     cache = native.attention.probe_cache(NUM_CACHED)
-    positions = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
-    out = forward(hidden, RowsStep(embeddings, positions, [cache]))
+    out = forward(hidden, RowsStep(native.wiring, native.wiring.probe_position, [cache]))
     return [out, cache.layers[-1].keys, cache.layers[-1].values]
 
 

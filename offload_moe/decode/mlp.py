@@ -66,7 +66,7 @@ def _is_candidate(module: Any) -> bool:
     return (
         all(isinstance(linear, QuantLinear) and linear.has_kernel and linear.bias is None for linear in linears)
         and callable(getattr(module, "act_fn", None))
-        and linears[0].codec is linears[1].codec
+        and kernels.shares_inputs((linears[0].codec.name, linears[1].codec.name))
         and len({linear.in_panels for linear in linears}) == 1
     )
 

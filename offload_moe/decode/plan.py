@@ -1,9 +1,9 @@
 """The plan of a token pass: native spans of layers, native layers, and layers that are called as modules."""
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from offload_moe.decode.probe import Uncovered, structure
 from offload_moe.decode.report import DENSE, LayerPath, has_experts
 from offload_moe.decode.span import LayerSpan, span_kind
 from offload_moe.decode.wiring import Wiring, wiring_of
+from offload_moe.families.layer_spec import LayerSpec
 from offload_moe.families.limits import router_limits
 from offload_moe.families.read_layer import layer_spec
 from offload_moe.residency.hierarchy import Hierarchy
@@ -24,7 +25,7 @@ Found = NativeLayer | tuple[str, ...]  # a layer, or why it is called as a modul
 
 
 class Stage(Protocol):
-    """One or several layers."""
+    """One or several layers. They may overwrite what they are given, and nothing else refers to what they return."""
 
     def fits(self, cache: Any, num_tokens: int = 1) -> bool:
         """Whether the cache can take the next tokens of them in place."""
@@ -61,7 +62,7 @@ class ModuleLayer:
             position_embeddings=step.embeddings,
         )
         hidden: Tensor = result[0] if isinstance(result, tuple) else result
-        return hidden
+        return hidden.clone(memory_format=torch.contiguous_format)
 
 
 class PassPlan:
@@ -74,7 +75,7 @@ class PassPlan:
         """natives: the layers of these stages that are no modules."""
         self.wiring = wiring
         self.bypass = Bypass(
-            [module for native in natives for module in native.bypassed()],
+            [*wiring.bypassed(), *(module for native in natives for module in native.bypassed())],
             [hooks for native in natives for hooks in native.observed()],
         )
         self.stages = stages
@@ -84,11 +85,10 @@ class PassPlan:
         return hasattr(cache, "layers") and all(stage.fits(cache, num_tokens) for stage in self.stages)
 
     def __call__(self, x: Tensor, step: RowsStep) -> Tensor:
-        """``[1, T, H] -> [1, T, H]``, fp32 on the CPU, T at most `MAX_ROWS`: the bits of each row alone.
+        """``[1, T, H]``, overwritten -> ``[1, T, H]``, fp32 and contiguous, T at most `MAX_ROWS`.
 
-        Raises: TransferError, ModelClosed.
+        Each row has the bits that it would have alone. Raises: TransferError, ModelClosed.
         """
-        x = x.contiguous()
         for stage in self.stages:
             x = stage(x, step)
         return x
@@ -105,21 +105,19 @@ class Planned:
     paths: dict[nn.Module, LayerPath]
 
 
-def plan_pass(hf: Any, hierarchy: Hierarchy | None) -> Planned:
-    """The plan for the decoder of a model whose modules were made fast before. hierarchy: where its experts are."""
+def plan_pass(hf: Any, hierarchy: Hierarchy | None, cache_dtype: torch.dtype) -> Planned:
+    """The plan for the decoder of a model whose modules were made fast before.
+
+    hierarchy: where its experts are. cache_dtype: of what attention keeps.
+    """
     decoder = hf.get_decoder()
     layers: list[Any] = list(getattr(decoder, "layers", ()))
-    wiring: Wiring | Uncovered
-    try:
-        wiring = wiring_of(decoder)
-    except Uncovered as reason:
-        wiring = reason
-    found = _native_layers(layers, wiring)
+    specs = [layer_spec(layer) for layer in layers]
+    found = _native_layers(layers, specs, _wiring(decoder) if any(specs) else Uncovered(), cache_dtype)
     natives = [each for each in found if isinstance(each, NativeLayer)]
     plan = None
     if natives:
-        assert isinstance(wiring, Wiring)
-        plan = PassPlan(wiring, list(stages_of(layers, found, hierarchy)), natives)
+        plan = PassPlan(natives[0].wiring, list(stages_of(layers, found, hierarchy)), natives)
     spans = [] if plan is None else [stage for stage in plan.stages if isinstance(stage, LayerSpan)]
     spanned = {native for span in spans for native in span.layers}
     paths = {}
@@ -133,10 +131,20 @@ def plan_pass(hf: Any, hierarchy: Hierarchy | None) -> Planned:
     return Planned(plan=plan, paths=paths)
 
 
-def _native_layers(layers: Iterable[Any], wiring: Wiring | Uncovered) -> list[Found]:
+def _wiring(decoder: Any) -> Wiring | Uncovered:
+    try:
+        return wiring_of(decoder)
+    except Uncovered as reason:
+        return reason
+
+
+def _native_layers(
+    layers: Iterable[Any], specs: Iterable[LayerSpec | None], wiring: Wiring | Uncovered, cache_dtype: torch.dtype
+) -> list[Found]:
     """One layer of each kind is checked."""
     is_checked: dict[Hashable, Uncovered | None] = {}
-    found = [_native_layer(layer, wiring, is_checked) for layer in layers]
+    make = partial(NativeLayer, wiring=wiring, cache_dtype=cache_dtype)
+    found = [_native_layer(layer, spec, make, is_checked) for layer, spec in zip(layers, specs, strict=True)]
     natives = [each for each in found if isinstance(each, NativeLayer)]
     rotaries = [native.rotary for native in natives if native.rotates]
     for native in natives:  # those that do not rotate are given what the others read
@@ -144,17 +152,18 @@ def _native_layers(layers: Iterable[Any], wiring: Wiring | Uncovered) -> list[Fo
     return found
 
 
-def _native_layer(layer: Any, wiring: Wiring | Uncovered, is_checked: dict[Hashable, Uncovered | None]) -> Found:
-    spec = layer_spec(layer)
+def _native_layer(
+    layer: Any,
+    spec: LayerSpec | None,
+    make: Callable[[Any, LayerSpec], NativeLayer],
+    is_checked: dict[Hashable, Uncovered | None],
+) -> Found:
     if spec is None:
         return (f"a class that is not declared ({type(layer).__name__})",)
     try:
-        native, kind = NativeLayer(layer, spec), structure(layer)
-        if isinstance(wiring, Uncovered):
-            raise wiring
-        native.rotary = wiring.step_rotary(spec.attention.rotated_dims if native.rotates else 0)
+        native, kind = make(layer, spec), structure(layer)
         if kind not in is_checked:
-            is_checked[kind] = _outcome(native, wiring)
+            is_checked[kind] = _outcome(native)
         outcome = is_checked[kind]
         if outcome is not None:
             raise outcome
@@ -163,9 +172,9 @@ def _native_layer(layer: Any, wiring: Wiring | Uncovered, is_checked: dict[Hasha
     return native
 
 
-def _outcome(native: NativeLayer, wiring: Wiring) -> Uncovered | None:
+def _outcome(native: NativeLayer) -> Uncovered | None:
     try:
-        check_layer(native, wiring.last_embeddings())
+        check_layer(native)
     except Uncovered as reason:
         return reason
     return None
@@ -173,8 +182,8 @@ def _outcome(native: NativeLayer, wiring: Wiring) -> Uncovered | None:
 
 def stages_of(layers: Sequence[Any], found: Sequence[Found], hierarchy: Hierarchy | None) -> Iterator[Stage]:
     """Native layers that follow each other and can be one span are one."""
-    kind_of = partial(_span_kind, hierarchy)
-    for kind, row in groupby(enumerate(found), key=lambda item: kind_of(item[1])):
+    kinds = _span_kinds(found, hierarchy)
+    for kind, row in groupby(enumerate(found), key=lambda item: kinds[item[0]]):
         for index, each in row:
             if not isinstance(each, NativeLayer):
                 yield ModuleLayer(layers[index], index)
@@ -185,8 +194,17 @@ def stages_of(layers: Sequence[Any], found: Sequence[Found], hierarchy: Hierarch
                 yield LayerSpan([each, *rest], hierarchy)
 
 
-def _span_kind(hierarchy: Hierarchy | None, each: Found) -> Hashable:
-    return span_kind(hierarchy, each) if hierarchy is not None and isinstance(each, NativeLayer) else None
+def _span_kinds(found: Sequence[Found], hierarchy: Hierarchy | None) -> list[Hashable]:
+    """Equal for layers that may be in one span; None for those that may be in none. Dense ones join others."""
+    if hierarchy is None:
+        return [None for _ in found]
+    kinds: list[Hashable] = [span_kind(hierarchy, each) if isinstance(each, NativeLayer) else None for each in found]
+    for order in (range(len(found)), range(len(found))[::-1]):
+        for at, beside in pairwise(order):
+            each = found[beside]
+            if isinstance(each, NativeLayer) and each.dense is not None:
+                kinds[beside] = kinds[beside] or kinds[at]
+    return kinds
 
 
 def _why_no_span(native: NativeLayer) -> list[str]:

@@ -43,7 +43,7 @@ class JointProjections:
         self._sizes = [linear.out_features for linear in linears]
         self._has_bias = any(linear.bias is not None for linear in linears)
         self._kernel = kernels.LinearKernel(
-            linears[0].codec.name,
+            [linear.codec.name for linear in linears],
             [linear.shape for linear in linears],
             [linear.codec.layout(linear.shape) for linear in linears],
             num_parts=int(linears[0].in_panels),
@@ -72,6 +72,8 @@ def joint_or_separate(attention: nn.Module) -> Projections:
     linears, separate = [getattr(attention, name) for name in NAMES], SeparateProjections(attention)
     if all(isinstance(linear, QuantLinear) and linear.has_kernel for linear in linears):
         first = linears[0]
-        if all(linear.codec is first.codec and linear.in_panels == first.in_panels for linear in linears):
+        if kernels.shares_inputs(linear.codec.name for linear in linears) and all(
+            linear.in_panels == first.in_panels for linear in linears
+        ):
             return JointProjections(linears, separate)
     return separate

@@ -154,8 +154,7 @@ def length_of(position_ids: Tensor) -> int:
 
 def _install(hf: PreTrainedModel) -> RotationKeeper | None:
     decoder: Any = hf.get_decoder()
-    windows = {module: _windows(module) for module in decoder.modules() if hasattr(module, "rope_type")}
-    windows = {module: found for module, found in windows.items() if found != ((), ())}
+    windows = {module: _windows(module) for module in decoder.modules() if rotates_by_length(module)}
     if not windows:
         return None
     switching, growing = (tuple(sorted({w for found in windows.values() for w in found[kind]})) for kind in (0, 1))
@@ -164,6 +163,11 @@ def _install(hf: PreTrainedModel) -> RotationKeeper | None:
         module.forward = LengthRotary(module, keeper, is_growing=bool(found[1]))
     decoder.register_forward_pre_hook(keeper.before_forward, with_kwargs=True)
     return keeper
+
+
+def rotates_by_length(rotary: Any) -> bool:
+    """Whether a rotary embedding rotates by the length of the sequence, too."""
+    return hasattr(rotary, "rope_type") and _windows(rotary) != ((), ())
 
 
 def _windows(rotary: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -24,8 +24,11 @@ STEP_TOLERANCE = 1e-2  # of a kernel call: a last bit before int8 activations ma
 PositionEmbeddings = tuple[Tensor, Tensor]
 
 
-def shorten_attention(model: nn.Module, *, is_exact: bool) -> int:
-    """Give every attention module that is recognized the short decode step. Returns how many."""
+def shorten_attention(model: nn.Module, *, is_exact: bool, cache_dtype: torch.dtype = torch.float32) -> int:
+    """Give every attention module that is recognized the short decode step. Returns how many.
+
+    cache_dtype: of the keys and values that kernel calls read and write.
+    """
     positions = probe_positions(model)
     embeddings = position_embeddings(model, positions)
     if embeddings is None:
@@ -53,28 +56,21 @@ def shorten_attention(model: nn.Module, *, is_exact: bool) -> int:
             short = DecodeAttention(module, rotary)
             rotated_dims = next(dims for each, dims in rotaries if each is rotary)
             if not is_exact:
-                _give_step(module, short, rotated_dims, embeddings, has_step)
+                short.step = _step(module, rotated_dims, cache_dtype)
+                if short.step is not None and kind not in has_step:
+                    has_step[kind] = _steps_alike(module, short, short.step, embeddings)
+                short.step = short.step if has_step.get(kind) else None
             module.forward = short
             num_shortened += 1
     return num_shortened
 
 
-def _give_step(
-    module: Any,
-    short: DecodeAttention,
-    rotated_dims: int,
-    embeddings: PositionEmbeddings,
-    has_step: dict[Hashable, bool],
-) -> None:
-    """Set the kernel call, or why there is none. has_step: what was found of each kind of module."""
+def _step(module: Any, rotated_dims: int, cache_dtype: torch.dtype) -> AttentionStep | None:
+    """The kernel call, if there is one."""
     try:
-        step = attention_step(module, rotated_dims)
+        return attention_step(module, rotated_dims, cache_dtype)
     except Uncovered:
-        return
-    kind = structure(module)
-    if kind not in has_step:
-        has_step[kind] = _steps_alike(module, short, step, embeddings)
-    short.step = step if has_step[kind] else None
+        return None
 
 
 def probe_positions(model: Any) -> Tensor:

@@ -16,10 +16,8 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from offload_moe.decode.block import PlainBlock
@@ -38,10 +36,10 @@ from offload_moe.residency.scheduler import Scheduler
 
 @dataclass(slots=True)
 class _Account:
-    """When a token pass began, and the `mark` before the first layer and after each."""
+    """When a token pass began, and, for a recorder, the `mark` before the first layer and after each."""
 
     began: float
-    marks: list[Mark]
+    marks: list[Mark] | None
 
 
 class _StallWatchdog:
@@ -64,15 +62,23 @@ class LayerSpan:
     """Consecutive layers of one token pass."""
 
     def __init__(self, layers: Sequence[NativeLayer], hierarchy: Hierarchy) -> None:
-        """layers: that follow each other, for which `span_kind` is the same."""
+        """layers: that follow each other, for which `span_kind` is the same, and dense ones between and beside them.
+
+        Those that have experts are counted by themselves.
+        """
         self.layers = layers
+        self._attentions = [layer.attention for layer in layers]
+        self._routed = [layer for layer in layers if layer.plain is not None]
         assert hierarchy.slot_table is not None
         self._slot_table = hierarchy.slot_table
         self._reserved = hierarchy.reserved()
         self._scheduler = hierarchy.scheduler
         self._hierarchy = hierarchy
-        self._blocks = [cast(PlainBlock, layer.plain) for layer in layers]
+        self._blocks = [cast(PlainBlock, layer.plain) for layer in self._routed]
         self._bound = [block.bound for block in self._blocks]
+        self._router_hooks = [block.router._forward_hooks for block in self._blocks]
+        self._captures = [layer.captures for layer in self._routed]
+        self._spare: dict[tuple[int, ...], kernels.SpanRows] = {}  # memory of the last pass, by its rows and ranks
         route = self._blocks[0].route
         self._num_experts, self._top_k = route.num_experts, route.top_k
         self._kernel = kernels.SpanKernel(
@@ -87,7 +93,7 @@ class LayerSpan:
         return all(layer.fits(cache, num_tokens) for layer in self.layers)
 
     def __call__(self, x: Tensor, step: RowsStep) -> Tensor:
-        """``[1, T, H]`` -> ``[1, T, H]``. Raises: TransferError, ModelClosed."""
+        """``[1, T, H]``, overwritten -> ``[1, T, H]``. Raises: TransferError, ModelClosed."""
         if not self._is_native_throughout(step.num_rows):
             for layer in self.layers:
                 x = layer(x, step)
@@ -103,33 +109,41 @@ class LayerSpan:
             self._scheduler.residency.num_slots >= SLOTS_PER_CHOICE * most_chosen
             and (recorder is None or num_rows == 1)
             and all(bound.lookahead is lookahead and bound.recorder is recorder for bound in self._bound)
-            and all(layer.num_captures == (lookahead is not None) for layer in self.layers)
-            and (lookahead is None or not self._ranks(num_rows) or lookahead.can_be_spanned(len(self.layers)))
+            and all(len(captures) == (lookahead is not None) for captures in self._captures)
+            and (lookahead is None or not self._ranks(num_rows) or lookahead.can_be_spanned(len(self._routed)))
         )
 
     def pass_natively(self, x: Tensor, step: RowsStep) -> Tensor:
-        rooms = [step.rooms(layer.attention) for layer in self.layers]
-        x = x.clone(memory_format=torch.contiguous_format)
-        shape = {"num_experts": self._num_experts, "top_k": self._top_k}
-        rotary = self.layers[0].rotary.prepare(step.embeddings)
-        rows = kernels.SpanRows(x, rooms, rotary, **shape, ranks=self._ranks(step.num_rows))
-        self._token_pass(rows)
-        return x
-
-    def _token_pass(self, rows: kernels.SpanRows) -> None:
-        """Through all layers, and account for them in their order."""
-        account = _Account(began=time.perf_counter(), marks=[mark(self._scheduler)])
-        with self._hierarchy.every_expert() as are_here:
-            if are_here:
-                self._kernel.pass_through(rows, self._slot_table)
-        if are_here:
-            self._note_passed(rows, 0, len(self.layers), account)
-        else:
-            self._follow_pass(rows, account)
-        self._scheduler.counters.stall_s += rows.stalls.sum().item()
+        rooms = step.places(self._attentions)
+        rotary, ranks = step.rotary(self.layers[0].rotary), self._ranks(step.num_rows)
         recorder = self._bound[0].recorder
+        is_observed = recorder is not None or any(self._router_hooks)
+        rows = None if is_observed else self._spare.pop((step.num_rows, *ranks), None)
+        if rows is None:
+            shape = {"num_experts": self._num_experts, "top_k": self._top_k, "num_layers": len(self._routed)}
+            rows = kernels.SpanRows(x, rooms, rotary, **shape, ranks=ranks)
+        else:
+            rows.begin(x, rooms, rotary)
+        account = _Account(time.perf_counter(), None if recorder is None else [mark(self._scheduler)])
+        self._token_pass(rows, account)
         if recorder is not None:
             recorder.ran(self._ran(rows, account))
+        if not is_observed:
+            rows.end()
+            self._spare = {(step.num_rows, *ranks): rows}
+        return x
+
+    def _token_pass(self, rows: kernels.SpanRows, account: "_Account") -> None:
+        """Through all layers, and account for them in their order."""
+        if self._hierarchy.hold_every_expert():
+            try:
+                self._kernel.pass_through(rows, self._slot_table)
+            finally:
+                self._hierarchy.release_every_expert()
+            self._note_passed(rows, 0, len(self._routed), account)
+        else:
+            self._follow_pass(rows, account)
+            self._scheduler.counters.stall_s += rows.stalls.sum().item()
 
     def _follow_pass(self, rows: kernels.SpanRows, account: "_Account") -> None:
         """On a thread of its own, with slots to fill, which are reclaimed once it has ended and leases nothing."""
@@ -144,7 +158,7 @@ class LayerSpan:
 
     def _serve(self, token_pass: kernels.TokenPass, rows: kernels.SpanRows, account: "_Account") -> None:
         """Give the token pass what it needs until it ends."""
-        num_layers, num_noted, watchdog = len(self.layers), 0, _StallWatchdog(self._scheduler)
+        num_layers, num_noted, watchdog = len(self._routed), 0, _StallWatchdog(self._scheduler)
         with ExitStack() as held:
             while num_noted < num_layers:
                 need = token_pass.next(num_noted)
@@ -157,7 +171,8 @@ class LayerSpan:
                 num_noted = at
                 if needs & kernels.NEEDS_EXPERTS:
                     held.enter_context(self._acquire(rows, at)).bring()
-                    account.marks.append(mark(self._scheduler))
+                    if account.marks is not None:
+                        account.marks.append(mark(self._scheduler))
                     num_noted += 1
                 if needs & kernels.NEEDS_SLOTS:
                     self._reserve()
@@ -174,7 +189,7 @@ class LayerSpan:
         Raises: TransferError, ModelClosed.
         """
         self._hierarchy.lifecycle.check_waiting()
-        self.layers[at].note_begin()
+        self._routed[at].note_begin()
         with self._scheduler.changed:
             self._scheduler.drain_completions()
         num_begun = int((rows.times[:, 0] > 0).sum())
@@ -187,7 +202,9 @@ class LayerSpan:
         if first == end:
             return
         choices = choices_of(rows, first, end)
-        account.marks += note_passed(self._scheduler, self._bound[first].layer, choices, rows.num_rows)
+        note_passed(self._scheduler, self._bound[first].layer, choices, rows.num_rows, account.marks)
+        if self._bound[0].lookahead is None and not any(self._router_hooks):
+            return
         for at, choice in enumerate(choices, first):
             self._note_guesses(rows, at, choice.experts)
             self._note_routed(rows, at)
@@ -195,7 +212,7 @@ class LayerSpan:
     def _acquire(self, rows: kernels.SpanRows, at: int) -> Lease:
         """The experts of a layer that could not fetch them all."""
         bound = self._bound[at]
-        self.layers[at].note_begin()
+        self._routed[at].note_begin()
         (choice,) = choices_of(rows, at, at + 1)
         experts = sorted(choice.experts)
         found = sort_found(choice.experts, choice.found)
@@ -209,11 +226,12 @@ class LayerSpan:
         if lookahead is not None and rows.num_rows > 1:
             lookahead.pause()
         elif lookahead is not None:
-            num_ahead = len(self.layers) - 1 - at
+            num_ahead = len(self._routed) - 1 - at
             guesses, found = rows.guesses[at, :num_ahead].tolist(), rows.guesses_found[at, :num_ahead].tolist()
             lookahead.passed(self._bound[at].layer, experts, guesses, found)
 
     def _ran(self, rows: kernels.SpanRows, account: "_Account") -> SpannedLayers:
+        assert account.marks is not None
         num_useful, disk_bytes = zip(*account.marks, strict=True)
         return SpannedLayers(
             first_layer=self._bound[0].layer,
@@ -241,18 +259,17 @@ class LayerSpan:
 
 def choices_of(rows: kernels.SpanRows, first: int, end: int) -> list[Choice]:
     """The experts of some layers: in the router's order for one row, else ascending."""
-    layers = zip(rows.ids[first:end].tolist(), rows.found[first:end].tolist(), strict=True)
+    layers = map(rows.chosen, range(first, end))
     if rows.num_rows == 1:
-        return [Choice(ids, states) for (ids,), (states,) in layers]
-    return [_distinct(ids, states) for ids, states in layers]
+        return [Choice(ids, states) for ids, states in layers]
+    return [_distinct(ids, states, rows.num_rows) for ids, states in layers]
 
 
-def _distinct(ids: list[list[int]], states: list[list[int]]) -> Choice:
-    """Of one layer: what each row chose, and how it was found."""
-    chosen = [*chain(*ids)]
-    how, counts = dict(zip(chosen, chain(*states), strict=True)), Counter(chosen)
+def _distinct(chosen: Sequence[int], states: Sequence[int], num_rows: int) -> Choice:
+    """Of one layer: what the rows chose, and how it was found."""
+    how, counts = dict(zip(chosen, states, strict=True)), Counter(chosen)
     experts = sorted(how)
-    return Choice(experts, [how[expert] for expert in experts], [counts[expert] / len(ids) for expert in experts])
+    return Choice(experts, [how[expert] for expert in experts], [counts[expert] / num_rows for expert in experts])
 
 
 def span_kind(hierarchy: Hierarchy, layer: NativeLayer) -> tuple[int, int] | None:
@@ -269,7 +286,9 @@ def span_kind(hierarchy: Hierarchy, layer: NativeLayer) -> tuple[int, int] | Non
 
 
 def _span_layer(layer: NativeLayer, keys: ExpertKeys) -> kernels.SpanLayer:
-    block = cast(PlainBlock, layer.plain)
+    block = layer.plain
+    if block is None:
+        return kernels.SpanLayer(step=layer.kernel, dense=layer.dense)
     arithmetic = block.bound.arithmetic
     assert isinstance(arithmetic, NativeArithmetic)
     return kernels.SpanLayer(

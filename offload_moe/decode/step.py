@@ -3,13 +3,15 @@
 H hidden, N query heads, M key/value heads, D head dim, S cached tokens, C room in the cache.
 """
 
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from offload_moe.decode.cache import ROOMY, RoomySlidingLayer, give_room, kept_dtype
+from offload_moe.decode.cache import ROOMY, give_room
 from offload_moe.decode.dense import QuantLinear
 from offload_moe.decode.hooks import are_watched, hooks_of
 from offload_moe.decode.norm import FusedRMSNorm
@@ -18,7 +20,6 @@ from offload_moe.decode.projections import NAMES
 from offload_moe.errors import ConfigError
 from offload_moe.families.layer_spec import AttentionSpec
 from offload_moe.native import kernels
-from offload_moe.native.kernels import Room
 
 
 class CachedStep:
@@ -39,18 +40,17 @@ class CachedStep:
         layer = cache.layers[self._layer]
         return type(layer) in ROOMY and layer.can_extend and layer.kept_dtype == self.cache_dtype
 
-    def sees_window(self, cache: Any, window: int | None, num_tokens: int = 1) -> bool:
-        """Whether each next token sees this window of those before it, and itself; None: all. It `can_extend`."""
-        layer = cache.layers[self._layer]
-        if isinstance(layer, RoomySlidingLayer):
-            return layer.sliding_window == window
-        return window is None or layer.get_seq_length() + num_tokens <= window
+    def takes(self, layers: Sequence[Any], window: int | None, num_tokens: int) -> bool:
+        """Whether the cache can take the next tokens in place, of which each sees this window; None: all before it."""
+        if self._layer >= len(layers):
+            return False
+        layer = layers[self._layer]
+        return type(layer) in ROOMY and layer.takes(num_tokens, self.cache_dtype, window)
 
-    def extend(self, cache: Any, num_tokens: int = 1) -> list[Room]:
-        """Of each token the room of keys and of values, which now count what the kernel will write, and its index."""
-        rooms: list[Room] = cache.layers[self._layer].extend(num_tokens)
-        assert rooms[0][0].dtype == rooms[0][1].dtype == self.cache_dtype
-        return rooms
+    def places(self, cache: Any, num_tokens: int = 1) -> list[int]:
+        """Of each token the fields of `rooms_array`: the cache counts what the kernel will write."""
+        fields: list[int] = cache.layers[self._layer].places(num_tokens)
+        return fields
 
     def probe_cache(self, num_tokens: int) -> DynamicCache:
         """A few random keys and values in this layer, on the CPU."""
@@ -86,18 +86,21 @@ class AttentionStep(CachedStep):
     def __call__(self, hidden_states: Tensor, cos: Tensor, signed_sin: Tensor, cache: Any) -> Tensor:
         """hidden ``[1, 1, H]`` -> ``[1, 1, H]``; the call `fits`."""
         out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-        self.kernel.step(hidden_states.contiguous(), cos, signed_sin, self.extend(cache), out)
+        self.kernel.step(hidden_states.contiguous(), cos, signed_sin, array("q", self.places(cache)), out)
         return out
 
 
 def attention_step(
     attention: Any,
     rotated_dims: int,
+    cache_dtype: torch.dtype,
     *,
     norms: tuple[str, str] = ("q_norm", "k_norm"),
     rotation: str = "halves",
 ) -> AttentionStep:
-    """The step of this module. norms: names of its children that norm queries and keys, if it has them.
+    """The step of this module. cache_dtype: of keys and values.
+
+    norms: names of its children that norm queries and keys, if it has them.
 
     Raises: Uncovered where a part is not one that the kernel takes.
     """
@@ -116,7 +119,7 @@ def attention_step(
             norms=head_norms,
             sinks=sinks,
             rotation=rotation,
-            cache_dtype=kept_dtype(is_exact=not linears[0].in_panels),
+            cache_dtype=cache_dtype,
         )
     except ConfigError as error:  # such as heads that are no multiple of a vector
         raise Uncovered(f"attention of sizes without a kernel ({str(error).rstrip(chr(46))})") from error

@@ -8,16 +8,22 @@ with stand-ins for the layers shows whether a decoder is one.
 H hidden, D rotated dims.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from offload_moe.decode.dense import NarrowEmbedding
+from offload_moe.decode.norm import FusedRMSNorm
 from offload_moe.decode.probe import Refused, Uncovered, answer
-from offload_moe.decode.rotary import Embeddings, StepRotary
+from offload_moe.decode.rotary import Embeddings, RotaryTable, block_of
+from offload_moe.decode.rotation import rotates_by_length
 from offload_moe.families.read_layer import embedding_scale
+from offload_moe.native import kernels
 
 NUM_CACHED = 5
 TOKEN = 1
@@ -26,56 +32,82 @@ FAR = 37  # a position that no cache of the rehearsal has
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wiring:
-    """Parts of a decoder, to be called as modules. make_output: what its forward returns, given a hidden state."""
+    """Parts of a decoder, to be called as modules. output: the class of what its forward returns.
+
+    embed_positions: the rotary embedding. is_by_position: whether it gives for each position what it gives for that one
+    alone; then it is not called for each token. rotaries: of cos and sin for all rotated dims, and for half of them.
+    """
 
     embedding: nn.Module
+    table: kernels.EmbeddingKernel | None
     scale: float
     rotary: nn.Module
     layers: nn.ModuleList
     norm: nn.Module
-    make_output: type
+    norm_kernel: kernels.NormKernel | None
+    output: Any
     has_planes: bool  # of positions: text, time, height, width
     last_position: int
-    hidden_size: int
-    rotaries: tuple[StepRotary, StepRotary] = field(
-        default_factory=lambda: (StepRotary(is_half=False), StepRotary(is_half=True))
-    )
+    embed_positions: Callable[[Tensor], Embeddings]
+    is_by_position: bool
+    rotaries: tuple[RotaryTable, RotaryTable]
+
+    def bypassed(self) -> list[nn.Module]:
+        """Modules that the pass does not call for each token."""
+        replaced = {self.rotary: self.is_by_position, self.norm: self.norm_kernel, self.embedding: self.table}
+        return [module for module, replacement in replaced.items() if replacement]
 
     def embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """``[1, T]`` or ``[1, T, H]`` -> ``[1, T, H]``."""
+        """``[1, T]`` or ``[1, T, H]`` -> ``[1, T, H]``, which nothing else refers to."""
+        if inputs_embeds is None and input_ids is not None and self.table is not None:
+            found = self.table.rows(input_ids)
+            if found is not None:
+                return found
         x: Tensor = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        return x if self.scale == 1.0 else x * self.scale
+        return x.clone() if self.scale == 1.0 else x * self.scale
+
+    def make_output(self, hidden: Tensor, cache: Any) -> Any:
+        """What the decoder's forward returns. The rehearsal has checked what is checked when it makes one."""
+        output: Any = self.output.__new__(self.output)
+        output["last_hidden_state"], output["past_key_values"] = hidden, cache
+        return output
+
+    @property
+    def probe_position(self) -> Tensor:
+        """``[1, 1]``: the last one, where scaling by position would show."""
+        return torch.tensor([[self.last_position]])
 
     @torch.inference_mode()
-    def last_embeddings(self) -> Embeddings:
-        """What the rotary embedding gives for the last position, where scaling by position would show."""
-        embeddings: Embeddings = self.rotary(torch.zeros(1, 1, self.hidden_size), torch.tensor([[self.last_position]]))
-        return embeddings
-
-    def step_rotary(self, rotated_dims: int) -> StepRotary:
+    def step_rotary(self, rotated_dims: int) -> RotaryTable:
         """For layers that rotate so many dims, 0 for none. Raises: Uncovered where the embeddings are of others."""
+        embeddings = self.embed_positions(self.probe_position)
         for rotary in self.rotaries:
-            if rotated_dims in (0, rotary.prepare(self.last_embeddings())[0].shape[-1]):
+            if rotated_dims in (0, rotary.prepare(embeddings)[0].shape[-1]):
                 return rotary
         raise Uncovered(f"a rotary embedding of other than {rotated_dims} dims")
 
     def positions(self, given: Tensor | None, cache: Any, num_tokens: int = 1) -> Tensor | None:
         """``[1, T]`` or planes ``[3, 1, T]``, as the rotary embedding takes them; None: positions of another kind."""
         if given is None:
-            num_cached = cache.get_seq_length()
-            return torch.arange(num_cached, num_cached + num_tokens).unsqueeze(0)
+            return self.next_positions(cache, num_tokens)
         if given.shape == (1, num_tokens):
             return given
         if self.has_planes and given.dim() == 3 and given.shape[1:] == (1, num_tokens) and len(given) in (3, 4):
             return given[-3:]
         return None
 
+    def next_positions(self, cache: Any, num_tokens: int) -> Tensor:
+        """``[1, T]``, of the next tokens behind the cache."""
+        num_cached = cache.get_seq_length()
+        return torch.arange(num_cached, num_cached + num_tokens)[None]
+
     def finish(self, x: Tensor) -> Tensor:
-        """The norm behind the layers of ``[1, T, H]``, with the bits of each row alone."""
-        if x.shape[1] == 1:
-            result: Tensor = self.norm(x)
-            return result
-        return torch.cat([self.norm(row) for row in x.split(1, dim=1)], dim=1)
+        """The norm behind the layers of ``[1, T, H]``, which it may overwrite, with the bits of each row alone."""
+        if self.norm_kernel is None:
+            return torch.cat([self.norm(row) for row in x.split(1, dim=1)], dim=1)
+        for row in (x,) if x.shape[1] == 1 else x.split(1, dim=1):
+            self.norm_kernel.step(row, row)
+        return x
 
 
 def wiring_of(decoder: Any) -> Wiring:
@@ -86,7 +118,7 @@ def wiring_of(decoder: Any) -> Wiring:
         raise Uncovered("a decoder of other parts than an embedding, a rotary embedding, layers and a norm")
     scale = embedding_scale(decoder)
     try:
-        make_output = _rehearse(decoder, embedding, scale, rotary, norm, (1, 1))
+        output = _rehearse(decoder, embedding, scale, rotary, norm, (1, 1))
     except Refused as error:
         raise Uncovered("a decoder that does not take a token, its position and a cache") from error
     try:
@@ -94,17 +126,44 @@ def wiring_of(decoder: Any) -> Wiring:
         has_planes = True
     except (Refused, Uncovered):
         has_planes = False
+    last_position = getattr(decoder.config, "max_position_embeddings", 4096) - 1
+    embed_positions = partial(rotary, torch.zeros(1, 1, decoder.config.hidden_size))
+    is_by_position = not rotates_by_length(rotary) and all(
+        _is_by_position(embed_positions, block_of(position)) for position in (0, last_position)
+    )
     return Wiring(
         embedding=embedding,
+        table=kernels.EmbeddingKernel(embedding, scale) if _is_lookup(embedding) else None,
         scale=scale,
         rotary=rotary,
         layers=layers,
         norm=norm,
-        make_output=make_output,
+        norm_kernel=forward.kernel if isinstance(forward := vars(norm).get("forward"), FusedRMSNorm) else None,
+        output=output,
         has_planes=has_planes,
-        last_position=getattr(decoder.config, "max_position_embeddings", 4096) - 1,
-        hidden_size=decoder.config.hidden_size,
+        last_position=last_position,
+        embed_positions=embed_positions,
+        is_by_position=is_by_position,
+        rotaries=(
+            RotaryTable(embed_positions, is_half=False, is_by_position=is_by_position),
+            RotaryTable(embed_positions, is_half=True, is_by_position=is_by_position),
+        ),
     )
+
+
+def _is_lookup(embedding: nn.Module) -> bool:
+    if type(embedding) is NarrowEmbedding:
+        return embedding.dtype == torch.float32
+    return type(embedding) is nn.Embedding and embedding.max_norm is None and embedding.weight.dtype == torch.float32
+
+
+@torch.inference_mode()
+def _is_by_position(embed: Callable[[Tensor], Embeddings], positions: Tensor) -> bool:
+    """Whether these positions ``[1, T]`` together give what each of them gives alone."""
+    alone = [embed(position) for position in positions.split(1, dim=1)]
+    if isinstance(alone[0], Tensor):
+        return _are_equal(embed(positions), torch.cat(alone, dim=1))  # type: ignore[arg-type]
+    return _are_equal(embed(positions), tuple(torch.cat(parts, dim=1) for parts in zip(*alone, strict=True)))
 
 
 class _StandIn:

@@ -12,11 +12,13 @@ from offload_moe.checkpoint.generation import load_generation_config
 from offload_moe.checkpoint.linears import projection_linears
 from offload_moe.checkpoint.skeleton import build_skeleton, load_config
 from offload_moe.checkpoint.ties import share_tied_weights, untie
-from offload_moe.decode.dense import NarrowEmbedding, QuantLinear, lookup_tables, quantize_linear
+from offload_moe.decode.dense import NarrowEmbedding, QuantLinear, RecordEmbedding, lookup_tables, quantize_linear
 from offload_moe.errors import StoreError
 from offload_moe.experts.attach import detach_parameters
 from offload_moe.quant import get_codec
+from offload_moe.quant.gguf import parse_gguf
 from offload_moe.store import Store
+from offload_moe.store.manifest import DenseEntry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,13 +87,16 @@ def assemble(
     lookups = lookup_tables(hf, head.name if head else None) if device.type == "cpu" else set()
     untied: QuantLinear | None = None
     narrow: dict[str, NarrowEmbedding] = {}
+    tables: dict[str, tuple[Tensor, DenseEntry]] = {}
     for entry, tensor in store.dense_tensors("panels" if device.type == "cpu" and not is_exact else "rows"):
         name = entry.name.removesuffix(".weight")
         if dense_codec and head is not None and name == head.embedding:
             # The head takes a quantized copy of a tied embedding: reading all of that for every token costs more.
             untied = quantize_linear(tensor, get_codec(dense_codec), is_exact=is_exact).to(device)
-        if entry.quantized is not None:
-            codec, record = get_codec(store.dense_codec), tensor.to(device)
+        if entry.quantized is not None and entry.is_lookup:
+            tables[name] = tensor, entry
+        elif entry.quantized is not None:
+            codec, record = store.codec_of_dense(entry), tensor.to(device)
             _replace(hf, name, QuantLinear(record, entry.quantized, codec, is_exact=is_exact, is_repacked=True))
         elif dense_codec and name in to_quantize:
             _replace(hf, name, quantize_linear(tensor, get_codec(dense_codec), is_exact=is_exact).to(device))
@@ -104,6 +109,8 @@ def assemble(
         _replace(hf, head.name, untied)
     for name, table in narrow.items():
         hf.set_submodule(name, table)
+    for name, (record, entry) in tables.items():
+        _set_table(hf, name, record, entry, is_exact=is_exact)
     hf.to(device)  # buffers the store does not hold, such as rotary frequencies
     stranded = [name for name, value in [*hf.named_parameters(), *hf.named_buffers()] if value.is_meta]
     if stranded:
@@ -113,6 +120,18 @@ def assemble(
     hf.generation_config, notice = load_generation_config(store.path, hf)
     hf.requires_grad_(False)
     return Assembled(hf=hf, layers=layers, notices=(notice,) if notice else ())
+
+
+def _set_table(hf: Any, name: str, record: Tensor, entry: DenseEntry, *, is_exact: bool) -> None:
+    """An embedding in a type of GGUF; a head that shares it gets the same record in panels."""
+    assert entry.quantized is not None
+    codec = parse_gguf(entry.codec or "")
+    assert codec is not None
+    head, embedding = hf.get_output_embeddings(), hf.get_input_embeddings()
+    if type(head) is nn.Linear and head.weight is embedding.weight:
+        found = next(found for found, module in hf.named_modules() if module is head)
+        _replace(hf, found, QuantLinear(record.clone(), entry.quantized, codec, is_exact=is_exact))
+    hf.set_submodule(name, RecordEmbedding(record, entry.quantized, codec, embedding.weight.dtype))
 
 
 @dataclass(frozen=True, slots=True)

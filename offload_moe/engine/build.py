@@ -116,12 +116,17 @@ def build(store: Store, blueprint: Blueprint, skeleton: Any = None) -> Engine:
 
 def _arithmetics(layers: list[ExpertsModule], store: Store, blueprint: Blueprint) -> list[Arithmetic]:
     """The arithmetic of each MoE layer."""
-    codec, device = get_codec(store.codec), blueprint.experts_device or blueprint.device
+    device = blueprint.experts_device or blueprint.device
     return [
         choose_arithmetic(
-            layer.contract, layer.shape, codec, device, dtype=blueprint.dtype, is_exact=blueprint.is_exact
+            layer.contract,
+            layer.shape,
+            store.codec_of(index),
+            device,
+            dtype=blueprint.dtype,
+            is_exact=blueprint.is_exact,
         )
-        for layer in layers
+        for index, layer in enumerate(layers)
     ]
 
 
@@ -129,12 +134,12 @@ def _notices(
     layers: list[ExpertsModule], arithmetics: Sequence[Arithmetic], store: Store, blueprint: Blueprint
 ) -> list[str]:
     """Messages about the experts for the user."""
-    codec, device = get_codec(store.codec), blueprint.experts_device or blueprint.device
-    if keeps_eagers_bits(codec.name, device, blueprint.dtype, is_exact=blueprint.is_exact):
+    device = blueprint.experts_device or blueprint.device
+    if keeps_eagers_bits(store.codec, device, blueprint.dtype, is_exact=blueprint.is_exact):
         return []
     return [
-        notice_without_kernel(layer.contract, layer.shape, codec)
-        for layer, arithmetic in zip(layers, arithmetics, strict=True)
+        notice_without_kernel(layer.contract, layer.shape, store.codec_of(index))
+        for index, (layer, arithmetic) in enumerate(zip(layers, arithmetics, strict=True))
         if isinstance(arithmetic, ReferenceArithmetic)
     ]
 

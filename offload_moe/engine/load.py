@@ -39,6 +39,8 @@ from offload_moe.speculate.draft import DraftSource
 from offload_moe.speculate.guess import Source
 from offload_moe.speculate.speculation import Speculation, set_speculation, speculation_of
 from offload_moe.store import Store
+from offload_moe.store.in_place import GGUF
+from offload_moe.system.lifecycle import has_loaded
 from offload_moe.system.names import DEMO
 from offload_moe.system.progress import Progress, silent
 
@@ -59,8 +61,8 @@ def load(
     """
     use_torch_after_fork()
     chosen = _options(options, keywords)
-    device = compute_device("cpu" if chosen.vram_bytes == 0 and chosen.device is None else chosen.device)
     store, conversion_notices = _open_store(source, chosen, progress)
+    device = _device_for(store, chosen)
     progress("Planning memory")
     draft = None if chosen.draft is None else find_draft(chosen.draft, token=chosen.token)
     planned = _plan(store, chosen, device, draft)
@@ -93,9 +95,22 @@ def _options(options: LoadOptions | None, keywords: LoadKeywords) -> LoadOptions
     return (options or LoadOptions()).updated(keywords)
 
 
+def _device_for(store: Store, options: LoadOptions) -> torch.device:
+    """Where the model is computed. Raises: ConfigError for a device that has no kernels for the store's types."""
+    if store.codec == GGUF:
+        if options.device not in (None, "cpu"):
+            raise ConfigError(
+                f"The types of GGUF files are computed on the CPU so far, not on {options.device}. Leave --device out, "
+                "or convert the file: `offload-moe quantize FILE STORE --codec nf4`."
+            )
+        return compute_device("cpu")
+    return compute_device("cpu" if options.vram_bytes == 0 and options.device is None else options.device)
+
+
 def _open_store(source: str | Path, options: LoadOptions, progress: Progress) -> tuple[Store, list[str]]:
     """The store of a source, converted where necessary, and messages about the conversion for the user."""
-    gc.collect()  # frees a model that was dropped
+    if has_loaded():
+        gc.collect()  # frees a model that was dropped
     give_back_freed_memory()  # left by a conversion in this process
     notices: list[str] = []
     path = ensure_store(

@@ -59,6 +59,8 @@ def native_arithmetic(
     """The native kernels for these experts; None where they do not fit."""
     if module.has_post_expert_norm or kernels.unsupported_reason(codec.name, shape):
         return None
+    if is_exact and kernels.not_in_rows_reason(codec.name):
+        return None
     activation = recognize_activation(module, is_interleaved=shape.is_interleaved)
     if activation is None:
         return None
@@ -68,7 +70,11 @@ def native_arithmetic(
 
 def notice_without_kernel(module: ExpertsContract, shape: ExpertShape, codec: Codec) -> str:
     """The message about experts that no native kernel computes."""
-    reason = kernels.unsupported_reason(codec.name, shape) or "no kernel has their activation"
+    reason = (
+        kernels.unsupported_reason(codec.name, shape)
+        or kernels.not_in_rows_reason(codec.name)
+        or "no kernel has their activation"
+    )
     if module.has_post_expert_norm:
         reason = "a norm follows each expert"
     return f"torch computes this model's experts on the CPU, several times slower than the native kernels: {reason}."

@@ -1,5 +1,6 @@
 """The disk tier: whole-record reads straight into the RAM arena, several in flight."""
 
+import ctypes
 import errno
 import heapq
 import os
@@ -20,6 +21,7 @@ from offload_moe.native.kernels import (
     SHORT_READ,
     WRONG_CHECKSUM,
     Completion,
+    PieceStruct,
     PlaceStruct,
     Reads,
     ReadSizes,
@@ -69,9 +71,9 @@ class DiskMover:
             prefetch_part_bytes=PREFETCH_PART_BYTES,
             scratch_bytes=max((found.order.scratch_bytes for found in repackings if found is not None), default=0),
         )
-        files = RecordFiles()
-        self.reads = Reads(slot_table, sizes, owner=(arena, files, repackings))
-        self.transfers = transfers = DiskTransfers(self.reads, files, record_of, repackings)
+        files, pieces = RecordFiles(), dict[int, "ctypes.Array[PieceStruct]"]()
+        self.reads = Reads(slot_table, sizes, owner=(arena, files, repackings, pieces))
+        self.transfers = transfers = DiskTransfers(self.reads, files, record_of, repackings, pieces)
         self.changed = transfers.changed  # the condition of the tier
         thread = threading.Thread(target=transfers.attend, name="expert-reads", daemon=True)
         self._close = finalize(self, _close, self.reads, files, thread)  # also at exit, before daemon threads stop
@@ -106,13 +108,19 @@ class DiskTransfers(Transfers):
     """Reads of a store: its files, and retries after errors that may pass. Does not keep the mover alive."""
 
     def __init__(
-        self, reads: Reads, files: RecordFiles, record_of: RecordOf, repackings: Sequence[Repacking | None]
+        self,
+        reads: Reads,
+        files: RecordFiles,
+        record_of: RecordOf,
+        repackings: Sequence[Repacking | None],
+        pieces: dict[int, "ctypes.Array[PieceStruct]"],
     ) -> None:
         super().__init__(reads, ArrivalCondition(reads, weakref.WeakMethod(self.drain)))
         self._reads = reads
         self._files = files
         self._record_of = record_of
         self._repackings = repackings
+        self._pieces = pieces  # by key, which native threads read
         self._waiting: list[tuple[float, int, Reading]] = []  # reads to submit, by the time when they are due
         self._order = count()
 
@@ -125,10 +133,11 @@ class DiskTransfers(Transfers):
     def has_failed(self, reading: Reading, completion: Completion) -> None:
         """Submit the read again, after a pause, if its error may pass; else give it up."""
         record = self._record_of(reading.key)
-        is_open = self._files.number(record.path) is not None
+        path, _ = record.place_at(completion.start)
+        is_open = self._files.number(path) is not None
         if completion.was_direct and completion.error in REFUSED and is_open:
-            self._files.refuse_direct(record.path, os.strerror(completion.error))
-            self._reads.use_file(*self._files.native(record.path))
+            self._files.refuse_direct(path, os.strerror(completion.error))
+            self._reads.use_file(*self._files.native(path))
             super().submit(reading)
         elif completion.error == WRONG_CHECKSUM:
             self.give_up(reading, _damaged(record))
@@ -179,32 +188,51 @@ class DiskTransfers(Transfers):
                 super().submit(reading)
 
     def _open(self, key: int) -> None:
-        """Open the file of a record, if it is not open, or again if another has taken its place. Raises: OSError."""
-        path = self._record_of(key).path
-        if self._files.open(path):
-            self._reads.use_file(*self._files.native(path))
+        """Open the files of a record that are not open, or again if others have taken their place. Raises: OSError."""
+        for path in self._record_of(key).paths:
+            if self._files.open(path):
+                self._reads.use_file(*self._files.native(path))
         self._place(key)
 
     def _place(self, key: int) -> bool:
-        """Give the reader the place of the record, if its file is open. Returns whether it is."""
+        """Give the reader the place of the record, if its files are open. Returns whether they are."""
         if self._reads.is_placed(key):
             return True
         record = self._record_of(key)
         number = self._files.number(record.path)
-        if number is None:
+        if number is None or any(self._files.number(path) is None for path in record.paths):
             return False
         repacking = self._repackings[key]
+        if record.windows:
+            self._pieces[key] = self._pieces_of(record)
+        pieces = self._pieces.get(key)
         place = PlaceStruct(
             file=number,
             offset=record.offset,
             num_bytes=record.num_bytes,
             checksum=record.checksum,
+            pieces=ctypes.addressof(pieces) if pieces is not None else None,
+            num_pieces=len(record.windows),
             matrices=repacking.order.address if repacking is not None else None,
             num_matrices=repacking.order.num_matrices if repacking is not None else 0,
             to_panels=repacking is not None and repacking.to_panels,
         )
         self._reads.place(key, place)
         return True
+
+    def _pieces_of(self, record: Record) -> "ctypes.Array[PieceStruct]":
+        return (PieceStruct * len(record.windows))(
+            *(
+                PieceStruct(
+                    file=self._files.number(part.path),
+                    **{
+                        name: getattr(part, name)
+                        for name in ("offset", "start", "num_bytes", "skew", "length", "target")
+                    },
+                )
+                for part in record.windows
+            )
+        )
 
 
 def _close(reads: Reads, files: RecordFiles, thread: threading.Thread) -> None:
@@ -226,22 +254,23 @@ def _damaged(record: Record) -> TransferError:
 def _failed(record: Record, completion: Completion) -> TransferError:
     if completion.error == SHORT_READ:
         why = f"short read, {completion.num_read} of {completion.num_bytes} bytes"
-        return _reading_failed(record, record.offset + completion.start, why)
+        return _reading_failed(record, completion.start, why)
     why = os.strerror(completion.error)
-    error = _reading_failed(record, record.offset + completion.start, why)
-    error.__cause__ = OSError(completion.error, why, str(record.path))
+    error = _reading_failed(record, completion.start, why)
+    error.__cause__ = OSError(completion.error, why, str(record.place_at(completion.start)[0]))
     return error
 
 
 def _unreadable(record: Record, cause: OSError) -> TransferError:
     """The error for a file that could not be opened."""
-    error = _reading_failed(record, record.offset, cause.strerror or str(cause))
+    error = _reading_failed(record, 0, cause.strerror or str(cause))
     error.__cause__ = cause
     return error
 
 
-def _reading_failed(record: Record, offset: int, why: str) -> TransferError:
+def _reading_failed(record: Record, start: int, why: str) -> TransferError:
+    path, offset = record.place_at(start)
     return TransferError(
-        f"Reading {record.name} from {record.path} at offset {offset} failed: {why}. Check that the store is still "
+        f"Reading {record.name} from {path} at offset {offset} failed: {why}. Check that the store is still "
         "there and its disk works, then try again; `offload-moe verify` checks the store."
     )

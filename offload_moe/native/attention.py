@@ -11,8 +11,8 @@ from torch import Tensor
 from offload_moe.errors import ConfigError
 from offload_moe.native.bindings import library
 from offload_moe.native.constants import MAX_ROTATED, ROTATIONS
-from offload_moe.native.planes import DTYPES, matrix_struct
-from offload_moe.native.rooms import Room, rooms_array
+from offload_moe.native.planes import DTYPES, record_structs
+from offload_moe.native.rooms import Rooms, rooms_array
 from offload_moe.native.structs import AttentionStruct, MatrixStruct
 from offload_moe.quant.layout import ExpertShape, RecordLayout, pack_planes, weight_shape
 
@@ -39,7 +39,7 @@ class Linear:
 
     def struct(self) -> MatrixStruct:
         """The matrix as calls read it."""
-        return matrix_struct(self.codec, self.shape.matrices[0], self.layout, num_parts=int(self.in_panels))
+        return record_structs(self.codec, self.shape, self.layout, [int(self.in_panels)])[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,10 @@ class NormKernel:
         self._native = library().om_rms_norm
 
     def step(self, x: Tensor, out: Tensor) -> None:
-        """Set `out` to the norm of `x`: fp32 ``[..., H]`` of one row, contiguous; not checked, this is the hot path."""
+        """Set `out` to the norm of `x`: fp32 ``[..., H]`` of one row, contiguous; not checked, this is the hot path.
+
+        out: may be `x`.
+        """
         self._native(x.data_ptr(), self.weight_address, self.length, self.epsilon, out.data_ptr())
 
 
@@ -120,7 +123,7 @@ class AttentionKernel:
         self.struct_address = ctypes.addressof(self._struct)
         self._native = library().om_attention_step
 
-    def step(self, x: Tensor, cos: Tensor, signed_sin: Tensor, rooms: Sequence[Room], out: Tensor) -> None:
+    def step(self, x: Tensor, cos: Tensor, signed_sin: Tensor, rooms: Rooms, out: Tensor) -> None:
         """Attend: x ``[..., H]`` of T rows -> out ``[..., H]``, fp32, contiguous; not checked, this is the hot path.
 
         cos, signed_sin ``[T, R]``. rooms: of each row. keys, values ``[1, M, C, D]`` in `cache_dtype`, at any distance
@@ -130,10 +133,10 @@ class AttentionKernel:
         places = rooms_array(rooms)
         status = self._native(
             *(self.struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),
-            *(places.buffer_info()[0], len(rooms), out.data_ptr()),
+            *(places.buffer_info()[0], len(places) // 4, out.data_ptr()),
         )
         if status:
-            raise MemoryError(f"No memory for the scores of {max(room[2] for room in rooms) + 1} tokens.")
+            raise MemoryError(f"No memory for the scores of {max(places[3::4]) + 1} tokens.")
 
 
 def optional_address(tensor: Tensor | None) -> int | None:

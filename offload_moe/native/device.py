@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from offload_moe.quant import Codec, ExpertShape, Plane, get_codec
 from offload_moe.quant.blockwise import BlockwiseCodec, bias_of
+from offload_moe.quant.gguf import GgufCodec
 from offload_moe.quant.nf4 import BLOCK, dynamic_map
 
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -31,7 +32,7 @@ class RecordLinear:
 
     def __init__(self, shape: ExpertShape, codec: Codec, name: str) -> None:
         layout = codec.layout(shape)
-        self._codec = codec
+        self._codec, self._shape = codec, shape
         self._matrix = next(matrix for matrix in shape.matrices if matrix.name == name)
         self._is_transposed = shape.is_transposed
         self._planes = {key.removeprefix(f"{name}."): plane for key, plane in layout.planes.items()}
@@ -49,6 +50,8 @@ class RecordLinear:
         bias = None if self._bias is None else _view(record, self._bias).to(x.dtype)
         if self._codec.name == "nf4":
             return self._nf4(x, record, bias)
+        if isinstance(self._codec, GgufCodec):
+            return functional.linear(x, self._codec.matrix(self._shape, record, self._matrix.name).to(x), bias)
         if isinstance(self._codec, BlockwiseCodec):
             return self._decoded(x, record, bias)
         values = _view(record, self._planes["values"]).to(x.dtype)

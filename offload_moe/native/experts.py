@@ -14,11 +14,11 @@ from offload_moe.native.planes import (
     DTYPES,
     address_of,
     check_rows,
-    matrix_struct,
-    not_in_panels_reason,
+    order_reason,
+    record_structs,
     unsupported_reason,
 )
-from offload_moe.native.structs import MoeLayerStruct
+from offload_moe.native.structs import MatrixStruct, MoeLayerStruct
 from offload_moe.quant.layout import ExpertShape, RecordLayout
 
 _SHORT_OF_MEMORY = -1
@@ -48,15 +48,16 @@ class ExpertKernel:
 
         Raises: ConfigError.
         """
-        if reason := unsupported_reason(codec, shape) or (in_panels and not_in_panels_reason(codec)):
+        if reason := unsupported_reason(codec, shape) or order_reason(codec, in_panels=in_panels):
             raise ConfigError(f"No native kernel for these experts: {reason}. Use torch's operators.")
         if activation not in ACTIVATIONS:
             raise ConfigError(f"Unknown activation {activation!r}. Choose one of: {', '.join(ACTIVATIONS)}.")
-        first, second = shape.matrices
-        self._hidden = second.out_features
+        first, *up, second = record_structs(codec, shape, layout, [in_panels * (2 if has_gate else 1), int(in_panels)])
+        self._hidden = shape.matrices[-1].out_features
         self._layer = MoeLayerStruct(
-            first=matrix_struct(codec, first, layout, num_parts=in_panels * (2 if has_gate else 1)),
-            second=matrix_struct(codec, second, layout, num_parts=int(in_panels)),
+            first=first,
+            second=second,
+            up=up[0] if up else MatrixStruct(),
             activation=ACTIVATIONS[activation],
             has_gate=has_gate,
             is_interleaved=shape.is_interleaved and codec == "bf16",  # the other codecs store gate rows first

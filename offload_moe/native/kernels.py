@@ -26,6 +26,7 @@ from offload_moe.native.constants import (
     SHORT_READ,
     WRONG_CHECKSUM,
 )
+from offload_moe.native.embedding import EmbeddingKernel
 from offload_moe.native.encode import encode_int8, encode_nf4
 from offload_moe.native.experts import ExpertKernel, add_rows
 from offload_moe.native.latent import LatentKernel
@@ -33,9 +34,9 @@ from offload_moe.native.layer import LayerKernel
 from offload_moe.native.linear import LinearKernel
 from offload_moe.native.mlp import MlpKernel
 from offload_moe.native.panels import PanelOrder, Repacking, panel_order
-from offload_moe.native.planes import not_in_panels_reason, unsupported_reason
+from offload_moe.native.planes import not_in_panels_reason, not_in_rows_reason, shares_inputs, unsupported_reason
 from offload_moe.native.reads import Completion, Reads, ReadSizes
-from offload_moe.native.rooms import Room
+from offload_moe.native.rooms import Room, tokens_apart
 from offload_moe.native.router import RouterKernel
 from offload_moe.native.slot_table import SlotTable
 from offload_moe.native.span import (
@@ -45,7 +46,7 @@ from offload_moe.native.span import (
     SpanRows,
     TokenPass,
 )
-from offload_moe.native.structs import FileStruct, PlaceStruct
+from offload_moe.native.structs import FileStruct, PieceStruct, PlaceStruct
 
 __all__ = [
     "ARRIVING",
@@ -64,6 +65,7 @@ __all__ = [
     "WRONG_CHECKSUM",
     "AttentionKernel",
     "Completion",
+    "EmbeddingKernel",
     "ExpertKernel",
     "FileStruct",
     "HeadNorm",
@@ -74,6 +76,7 @@ __all__ = [
     "MlpKernel",
     "NormKernel",
     "PanelOrder",
+    "PieceStruct",
     "PlaceStruct",
     "ReadSizes",
     "Reads",
@@ -93,10 +96,13 @@ __all__ = [
     "fast_encoding",
     "instruction_set",
     "not_in_panels_reason",
+    "not_in_rows_reason",
     "num_threads",
     "panel_order",
     "select_instruction_set",
     "set_threads",
+    "shares_inputs",
+    "tokens_apart",
     "unsupported_reason",
     "use_torch_after_fork",
 ]

@@ -11,7 +11,7 @@ from offload_moe.native.attention import HeadNorm, Linear, optional_address
 from offload_moe.native.bindings import library
 from offload_moe.native.constants import MAX_ROTATED, ROTATIONS
 from offload_moe.native.planes import DTYPES, VALUES
-from offload_moe.native.rooms import Room, rooms_array
+from offload_moe.native.rooms import Rooms, rooms_array
 from offload_moe.native.structs import LatentStruct, MatrixStruct
 
 DIM_STEP = 16  # ranks and rotated dims are multiples of the widest vector
@@ -92,7 +92,7 @@ class LatentKernel:
         self.struct_address = ctypes.addressof(self._struct)
         self._native = library().om_latent_step
 
-    def step(self, x: Tensor, cos: Tensor, signed_sin: Tensor, rooms: Sequence[Room], out: Tensor) -> None:
+    def step(self, x: Tensor, cos: Tensor, signed_sin: Tensor, rooms: Rooms, out: Tensor) -> None:
         """Attend: x ``[..., H]`` of T rows -> out ``[..., H]``, fp32, contiguous; not checked, this is the hot path.
 
         cos, signed_sin ``[T, P]``, in the order of halves. rooms: as of `AttentionKernel.step`: latents
@@ -101,7 +101,7 @@ class LatentKernel:
         places = rooms_array(rooms)
         status = self._native(
             *(self.struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),
-            *(places.buffer_info()[0], len(rooms), out.data_ptr()),
+            *(places.buffer_info()[0], len(places) // 4, out.data_ptr()),
         )
         if status:
-            raise MemoryError(f"No memory for the scores of {max(room[2] for room in rooms) + 1} tokens.")
+            raise MemoryError(f"No memory for the scores of {max(places[3::4]) + 1} tokens.")

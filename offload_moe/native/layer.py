@@ -1,14 +1,13 @@
 """The native call of a decode step's layer, up to its experts."""
 
 import ctypes
-from collections.abc import Sequence
 
 from torch import Tensor
 
 from offload_moe.native.attention import AttentionKernel, NormKernel
 from offload_moe.native.bindings import library
 from offload_moe.native.latent import LatentKernel
-from offload_moe.native.rooms import Room, rooms_array
+from offload_moe.native.rooms import Rooms, rooms_array
 from offload_moe.native.router import RouterKernel
 from offload_moe.native.structs import LayerStruct
 
@@ -50,7 +49,7 @@ class LayerKernel:
         x: Tensor,
         cos: Tensor,
         signed_sin: Tensor,
-        rooms: Sequence[Room],
+        rooms: Rooms,
         residual: Tensor,
         normed: Tensor,
         routed: tuple[Tensor, Tensor, Tensor] | None,
@@ -63,8 +62,8 @@ class LayerKernel:
         places = rooms_array(rooms)
         status = self._native(
             *(self.struct_address, x.data_ptr(), cos.data_ptr(), signed_sin.data_ptr()),
-            *(places.buffer_info()[0], len(rooms), residual.data_ptr(), normed.data_ptr()),
+            *(places.buffer_info()[0], len(places) // 4, residual.data_ptr(), normed.data_ptr()),
             *((None, None, None) if routed is None else (part.data_ptr() for part in routed)),
         )
         if status:
-            raise MemoryError(f"No memory for the scores of {max(room[2] for room in rooms) + 1} tokens.")
+            raise MemoryError(f"No memory for the scores of {max(places[3::4]) + 1} tokens.")

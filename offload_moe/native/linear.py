@@ -13,8 +13,9 @@ from offload_moe.native.planes import (
     DTYPES,
     address_of,
     check_rows,
-    matrix_struct,
-    not_in_panels_reason,
+    order_reason,
+    record_structs,
+    shares_inputs,
     unsupported_reason,
 )
 from offload_moe.native.structs import MatrixStruct
@@ -28,16 +29,25 @@ class LinearKernel:
     """
 
     def __init__(
-        self, codec: str, shapes: Sequence[ExpertShape], layouts: Sequence[RecordLayout], *, num_parts: int = 0
+        self,
+        codec: str | Sequence[str],
+        shapes: Sequence[ExpertShape],
+        layouts: Sequence[RecordLayout],
+        *,
+        num_parts: int = 0,
     ) -> None:
-        """`shapes`: one-matrix shapes with the same in features. `num_parts`: records are in panels of so many parts.
+        """`codec`: of all records, or one of each, which `shares_inputs`. `num_parts`: records are in panels of so many
+        parts. `shapes`: one-matrix shapes with the same in features.
 
         Raises: ConfigError.
         """
         matrices = [shape.matrices[0] for shape in shapes]
-        for shape in shapes:
-            if reason := unsupported_reason(codec, shape) or (num_parts and not_in_panels_reason(codec)):
+        codecs = [codec] * len(shapes) if isinstance(codec, str) else codec
+        for each, shape in zip(codecs, shapes, strict=True):
+            if reason := unsupported_reason(each, shape) or order_reason(each, in_panels=num_parts > 0):
                 raise ConfigError(f"No native kernel for this linear: {reason}. Use torch's operators.")
+        if not shares_inputs(codecs):
+            raise ConfigError(f"The linears of one call have the codecs {', '.join(codecs)}.")
         if len({m.in_features for m in matrices}) != 1:
             raise ConfigError(
                 f"The linears of one call read one input, not {[m.in_features for m in matrices]} features."
@@ -47,7 +57,8 @@ class LinearKernel:
         self._starts = [sum(self._out_features[:index]) for index in range(len(matrices))]
         self._sum_features = sum(self._out_features)
         structs = [
-            matrix_struct(codec, m, layout, num_parts=num_parts) for m, layout in zip(matrices, layouts, strict=True)
+            record_structs(each, shape, layout, [num_parts])[0]
+            for each, shape, layout in zip(codecs, shapes, layouts, strict=True)
         ]
         self._matrices = (MatrixStruct * len(structs))(*structs)
         self._matrices_address = ctypes.addressof(self._matrices)
@@ -72,6 +83,10 @@ class LinearKernel:
                 )
         self._call(x, records, [out.data_ptr() for out in outs], outs[0].dtype)
 
+    def step(self, x: Tensor, record: Tensor, out: Tensor) -> None:
+        """Set `out` to ``x @ matrix.T + bias`` of the only matrix: contiguous; not checked, this is the hot path."""
+        self._call(x, [record], [out.data_ptr()], out.dtype)
+
     def forward_row(self, x: Tensor, records: Sequence[Tensor | int], out: Tensor) -> None:
         """Compute one token into one buffer: x ``[1, K]``, out ``[1, sum of O_i]``. Raises: ConfigError."""
         check_rows("x", x, self._in_features)
@@ -84,10 +99,10 @@ class LinearKernel:
 
     def _call(self, x: Tensor, records: Sequence[Tensor | int], targets: Sequence[int], dtype: torch.dtype) -> None:
         addresses = array("Q", [address_of(record) for record in records])
-        places = array("Q", targets)
+        places, num_tokens = array("Q", targets), x.numel() // self._in_features
         status = self._native(
             *(self._matrices_address, addresses.buffer_info()[0], places.buffer_info()[0], len(addresses)),
-            *(x.data_ptr(), x.shape[0], DTYPES[x.dtype], DTYPES[dtype]),
+            *(x.data_ptr(), num_tokens, DTYPES[x.dtype], DTYPES[dtype]),
         )
         if status:
-            raise MemoryError(f"No memory for the activations of {x.shape[0]} tokens.")
+            raise MemoryError(f"No memory for the activations of {num_tokens} tokens.")

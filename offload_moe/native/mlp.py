@@ -8,7 +8,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.native.attention import Linear
 from offload_moe.native.bindings import library
 from offload_moe.native.constants import ACTIVATIONS
-from offload_moe.native.planes import DTYPES, check_rows
+from offload_moe.native.planes import DTYPES, check_rows, shares_inputs
 from offload_moe.native.structs import MatrixStruct, MlpStruct
 
 
@@ -23,7 +23,7 @@ class MlpKernel:
             last.in_features != first.out_features
         ):
             raise ConfigError(f"Matrices {first}, {second} and {last} are no gated MLP.")
-        if gate.codec != up.codec or len({linear.in_panels for linear in linears}) > 1:
+        if not shares_inputs((gate.codec, up.codec)) or len({linear.in_panels for linear in linears}) > 1:
             raise ConfigError("The matrices of a gated MLP have several codecs, or orders of rows.")
         if any(linear.bias is not None for linear in linears):
             raise ConfigError("The MLP kernel takes biases that are in the records.")

@@ -9,9 +9,15 @@ from torch import Tensor
 
 from offload_moe.errors import ConfigError
 from offload_moe.native.bindings import library
-from offload_moe.native.planes import address_of, matrix_struct, not_in_panels_reason, unsupported_reason
+from offload_moe.native.planes import (
+    address_of,
+    not_in_panels_reason,
+    record_structs,
+    unsupported_reason,
+)
 from offload_moe.native.structs import MatrixStruct
 from offload_moe.quant import get_codec
+from offload_moe.quant.gguf import parse_gguf
 from offload_moe.quant.layout import ExpertShape, RecordLayout, round_up
 from offload_moe.quant.panels import PANEL_ROWS
 
@@ -26,13 +32,12 @@ class PanelOrder:
         """`has_gate`: the first matrix has gate rows and then up rows, whose panels begin anew. Raises: ConfigError."""
         if reason := unsupported_reason(codec, shape) or not_in_panels_reason(codec):
             raise ConfigError(f"No panels for these records: {reason}.")
-        structs = [
-            matrix_struct(codec, matrix, layout, num_parts=2 if has_gate and index == 0 else 1)
-            for index, matrix in enumerate(shape.matrices)
-        ]
+        structs = record_structs(
+            codec, shape, layout, [2 if has_gate and m is shape.matrices[0] else 1 for m in shape.matrices]
+        )
         self._matrices = (MatrixStruct * len(structs))(*structs)
         self.num_matrices = len(structs)
-        self.scratch_bytes = PANEL_ROWS * max(round_up(m.in_features, 64) for m in shape.matrices)
+        self.scratch_bytes = _scratch_bytes(codec, shape)
 
     @property
     def address(self) -> int:
@@ -50,6 +55,15 @@ class PanelOrder:
     def _repack(self, record: Tensor | int, to_panels: bool) -> None:
         scratch = torch.empty(self.scratch_bytes, dtype=torch.uint8)
         library().om_repack(self.address, self.num_matrices, address_of(record), to_panels, scratch.data_ptr())
+
+
+def _scratch_bytes(codec: str, shape: ExpertShape) -> int:
+    """That of a panel of the widest matrix; of GGUF's types also what lies beside the dwords of a whole part."""
+    of_gguf = parse_gguf(codec)
+    if of_gguf is None:
+        return PANEL_ROWS * max(round_up(m.in_features, 64) for m in shape.matrices)
+    parts = of_gguf.parts(shape)
+    return max(PANEL_ROWS * part.num_bytes // part.num_rows + part.num_bytes - part.sides_offset for part in parts)
 
 
 @cache

@@ -1,11 +1,15 @@
 """Record layouts as the native kernels read them."""
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
 from offload_moe.errors import ConfigError
-from offload_moe.native.constants import BF16_VALUES, BLOCK, CODECS, FP32_VALUES
+from offload_moe.native.constants import BF16_VALUES, BLOCK, CODECS, FP32_VALUES, GGUF_BLOCKS, GGUF_SUPERBLOCKS
 from offload_moe.native.structs import MatrixStruct
+from offload_moe.quant.blockwise import bias_of
+from offload_moe.quant.gguf import PREFIX, GgufPart, parse_gguf
 from offload_moe.quant.layout import ExpertShape, Matrix, RecordLayout, round_up
 
 VALUES = ("bf16", "fp32")  # no codes
@@ -15,6 +19,12 @@ ABSENT = -1
 
 def unsupported_reason(codec: str, shape: ExpertShape) -> str | None:
     """Why the kernels cannot compute experts of this shape, or None when they can."""
+    if (of_gguf := parse_gguf(codec)) is not None:
+        try:
+            of_gguf.layout(shape)
+        except ConfigError as error:
+            return str(error)
+        return None
     if codec not in CODECS:
         return f"codec {codec} has no native kernel"
     if codec in VALUES and shape.is_transposed:
@@ -27,13 +37,56 @@ def not_in_panels_reason(codec: str) -> str | None:
     return f"{codec} records keep their rows in order" if codec in VALUES else None
 
 
+def not_in_rows_reason(codec: str) -> str | None:
+    """Why no kernel multiplies records of this codec whose rows are in order, or None when one does."""
+    return "records of GGUF's types are multiplied in panels only" if parse_gguf(codec) is not None else None
+
+
+def order_reason(codec: str, *, in_panels: bool) -> str | None:
+    """Why no kernel multiplies records of this codec in this order, or None when one does."""
+    return not_in_panels_reason(codec) if in_panels else not_in_rows_reason(codec)
+
+
+def shares_inputs(codecs: Iterable[str]) -> bool:
+    """Whether matrices of these codecs take the same quantized activations, so that one call can have all of them."""
+    return len({PREFIX if codec.startswith(PREFIX) else codec for codec in codecs}) == 1
+
+
+def record_structs(codec: str, shape: ExpertShape, layout: RecordLayout, parts: Sequence[int]) -> list[MatrixStruct]:
+    """The matrices of a record in panels of so many parts each; of GGUF's types, those of each part."""
+    if (of_gguf := parse_gguf(codec)) is not None:
+        return [_gguf_struct(part, layout) for part in of_gguf.parts(shape)]
+    pairs = zip(shape.matrices, parts, strict=True)
+    return [matrix_struct(codec, matrix, layout, num_parts=num_parts) for matrix, num_parts in pairs]
+
+
+def _gguf_struct(part: GgufPart, layout: RecordLayout) -> MatrixStruct:
+    matrix, name = part.matrix, part.kind.name.lower()
+    numbers = GGUF_BLOCKS | GGUF_SUPERBLOCKS
+    offset = layout.planes[part.plane].offset
+    bias = f"{bias_of(matrix)}.values"
+    return MatrixStruct(
+        rows=part.num_rows,
+        cols=matrix.in_features,
+        padded=matrix.in_features,
+        codec=numbers["gguf_mxfp4" if name == "mxfp4" else name],
+        part_rows=part.num_rows,
+        codes=offset,
+        scales=offset + part.sides_offset,
+        nested_scales=ABSENT,
+        nested_offset=ABSENT,
+        bias=layout.planes[bias].offset + 4 * part.first_row if bias in layout.planes else ABSENT,
+        bias_dtype=FP32_VALUES,
+    )
+
+
 def matrix_struct(codec: str, matrix: Matrix, layout: RecordLayout, *, num_parts: int = 0) -> MatrixStruct:
     """Offsets and dimensions of one matrix of a record.
 
     num_parts: its rows are in panels, which begin anew with each part (gate and up rows are two); 0: in row order.
     """
     planes = _PLANES[codec]
-    bias = "bias.values" if matrix.name == "weight" else f"{matrix.name}_bias.values"
+    bias = f"{bias_of(matrix)}.values"
     return MatrixStruct(
         rows=matrix.out_features,
         cols=matrix.in_features,

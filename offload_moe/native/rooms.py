@@ -7,10 +7,16 @@ from torch import Tensor
 
 # Of keys and of values, from the first token that the new one sees on, [1, N, C or less, D]; and how many it sees.
 Room = tuple[Tensor, Tensor, int]
+Rooms = Iterable[Room] | array  # type: ignore[type-arg]
 
 
-def rooms_array(rooms: Iterable[Room]) -> "array[int]":
-    """`om_room` of each. Rows of one sequence follow each other, in rooms of the same memory."""
+def rooms_array(rooms: Rooms) -> "array[int]":
+    """`om_room` of each: addresses of keys and values, `tokens_apart` and the number of tokens.
+
+    Rows of one sequence follow each other, in rooms of the same memory. An array has the fields already.
+    """
+    if isinstance(rooms, array):
+        return rooms
     fields: array[int] = array("q")
     for keys, values, length in rooms:
         fields.extend((keys.data_ptr(), values.data_ptr(), tokens_apart(keys), length))

@@ -1,6 +1,6 @@
 """Decode steps of consecutive decoder layers on a native thread, which fetches missing experts or reports them.
 
-T rows, H hidden, E experts per layer, K top-k, L layers of the span.
+T rows, H hidden, E experts per layer, K top-k, L layers of the span that have experts.
 """
 
 import ctypes
@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -46,12 +47,16 @@ class SharedKernel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanLayer:
-    """A layer with a router, and its experts. first_key: the key of its first expert in the slot table."""
+    """A layer with a router and its experts, or a dense one with its MLP.
+
+    first_key: the key of its first expert in the slot table.
+    """
 
     step: LayerKernel
-    experts: ExpertKernel
+    experts: ExpertKernel | None = None
+    dense: MlpKernel | None = None
     shared: SharedKernel | None = None
-    first_key: int
+    first_key: int = 0
     weight_scale: float = 1.0
 
 
@@ -69,42 +74,65 @@ class SpanRows:
     def __init__(
         self,
         x: Tensor,
-        rooms: Sequence[Sequence[Room]],
+        rooms: "Sequence[Sequence[Room]] | array[int]",
         rotary: tuple[Tensor, Tensor],
         *,
         num_experts: int,
         top_k: int,
+        num_layers: int | None = None,
         ranks: Sequence[int] = (),
     ) -> None:
         """x: fp32 of the rows, contiguous, overwritten. rotary: cos and signed sin of each row, contiguous.
 
-        rooms: of each layer, of each of its rows; see `AttentionKernel.step`. ranks ``[A]``: how many of the likeliest
-        guesses are fetched if they are absent, per layer ahead. Raises: ConfigError for more than `MAX_ROWS` rows.
+        rooms: of each layer, of each of its rows; see `rooms_array`. num_layers: L; None: none is dense.
+        ranks ``[A]``: how many of the likeliest guesses are fetched if they are absent, per layer ahead.
+
+        Raises: ConfigError for more than `MAX_ROWS` rows.
         """
-        num_layers, num_rows = len(rooms), len(rooms[0])
+        num_layers, num_rows = len(rooms) if num_layers is None else num_layers, x.numel() // x.shape[-1]
         if num_rows > MAX_ROWS:
             raise ConfigError(f"A span of layers takes no more than {MAX_ROWS} rows at once, not {num_rows}.")
-        self.num_rows = num_rows
-        self.x, self.residual, self.normed = x, torch.empty_like(x), torch.empty_like(x)
+        self.num_rows, self.x = num_rows, x
+        self.residual, self.normed = torch.empty_like(x), torch.empty_like(x)
         self.logits = torch.empty(num_layers, num_rows, num_experts)
         self.weights = torch.empty(num_layers, num_rows, top_k)
-        self.ids = torch.empty(num_layers, num_rows, top_k, dtype=torch.int64)
-        self.times = torch.zeros(num_layers, 2, dtype=torch.float64)
-        self.stalls = torch.zeros(num_layers, dtype=torch.float64)
+        self._ids = array("q", bytes(8 * num_layers * num_rows * top_k))
+        self.ids = torch.frombuffer(self._ids, dtype=torch.int64).view(num_layers, num_rows, top_k)
+        self.times = torch.empty(num_layers, 2, dtype=torch.float64)
+        self.stalls = torch.empty(num_layers, dtype=torch.float64)
         self.guesses = torch.empty(num_layers, len(ranks), top_k, dtype=torch.int64)
-        self.found = torch.zeros(num_layers, num_rows, top_k, dtype=torch.uint8)
+        self._found = bytearray(num_layers * num_rows * top_k)
+        self.found = torch.frombuffer(self._found, dtype=torch.uint8).view(num_layers, num_rows, top_k)
         self.guesses_found = torch.zeros(num_layers, len(ranks), top_k, dtype=torch.uint8)
-        guess_space = torch.empty(x.numel() // num_rows + num_experts + top_k)
-        pair_space, places = torch.empty(top_k, x.numel()), rooms_array(room for layer in rooms for room in layer)
-        leading = array("q", ranks)
-        self._owned = (rooms, rotary, places, leading, guess_space, pair_space)
-        results = (self.logits, self.weights, self.ids, self.times, self.stalls)
-        tensors = (*rotary, x, self.residual, self.normed, *results, pair_space)
-        cos, signed_sin, *rest = (tensor.data_ptr() for tensor in tensors)
-        guess_tensors = (self.guesses, self.found, self.guesses_found, guess_space)
-        guesses = (leading.buffer_info()[0], *(tensor.data_ptr() for tensor in guess_tensors))
-        inputs = (num_rows, cos, signed_sin, places.buffer_info()[0])
-        self.struct = SpanRowsStruct(*inputs, *rest, len(ranks), *guesses)
+        self._spaces = {
+            "pairs": torch.empty(top_k, x.numel()),
+            "guess_space": torch.empty(x.numel() // num_rows + num_experts + top_k),
+        }
+        leading = self._ranks = array("q", ranks)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)} | self._spaces
+        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        self.struct = SpanRowsStruct(
+            num_rows=num_rows, num_ahead=len(leading), ranks=leading.buffer_info()[0], **addresses
+        )
+        self.begin(x, rooms, rotary)
+
+    def begin(self, x: Tensor, rooms: "Sequence[Sequence[Room]] | array[int]", rotary: tuple[Tensor, Tensor]) -> None:
+        """Take as many other rows next. Their results replace those of the last ones."""
+        places = rooms_array(rooms if isinstance(rooms, array) else chain.from_iterable(rooms))
+        self.x, struct = x, self.struct
+        self._owned: tuple[Any, ...] | None = (rooms, rotary, places)
+        struct.x, struct.cos, struct.signed_sin = x.data_ptr(), rotary[0].data_ptr(), rotary[1].data_ptr()
+        struct.rooms = places.buffer_info()[0]
+
+    def end(self) -> None:
+        """Keep the results, and the caches no longer alive."""
+        self._owned = None
+
+    def chosen(self, at: int) -> tuple[list[int], Sequence[int]]:
+        """Ids and how they were found of all rows of a layer, ``[T * K]``."""
+        count = self.num_rows * self.ids.shape[2]
+        choices = slice(at * count, (at + 1) * count)
+        return self._ids[choices].tolist(), self._found[choices]
 
     @cached_property
     def routed(self) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -116,7 +144,7 @@ class SpanKernel:
     """Consecutive layers that one call or one thread takes some rows through."""
 
     def __init__(self, layers: Sequence[SpanLayer], *, hidden: int, num_experts: int, top_k: int) -> None:
-        """num_experts, top_k: of every layer. Raises: ConfigError."""
+        """num_experts, top_k: of every layer that has experts. Raises: ConfigError."""
         if top_k > MAX_TOP_K:
             raise ConfigError(f"A span of layers takes no more than {MAX_TOP_K} experts per token, not {top_k}.")
         self._layers = layers
@@ -124,7 +152,8 @@ class SpanKernel:
             *(
                 SpanLayerStruct(
                     layer=layer.step.struct_address,
-                    experts=layer.experts.struct_address,
+                    experts=None if layer.experts is None else layer.experts.struct_address,
+                    dense=None if layer.dense is None else layer.dense.struct_address,
                     shared=None if layer.shared is None else layer.shared.struct_address,
                     first_key=layer.first_key,
                     weight_scale=layer.weight_scale,
@@ -132,10 +161,13 @@ class SpanKernel:
                 for layer in layers
             )
         )
+        self._with_experts = array("q", [at for at, layer in enumerate(layers) if layer.experts is not None])
         self._struct = SpanStruct(
             layers=ctypes.addressof(self._structs),
             num_layers=len(layers),
             hidden=hidden,
+            with_experts=self._with_experts.buffer_info()[0],
+            num_with_experts=len(self._with_experts),
             num_experts=num_experts,
             top_k=top_k,
         )

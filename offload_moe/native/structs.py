@@ -19,6 +19,7 @@ class MoeLayerStruct(ctypes.Structure):
     _fields_ = (
         ("first", MatrixStruct),
         ("second", MatrixStruct),
+        ("up", MatrixStruct),
         *((name, ctypes.c_int32) for name in ("activation", "has_gate", "is_interleaved")),
         *((name, ctypes.c_float) for name in ("alpha", "limit")),
     )
@@ -112,9 +113,7 @@ class SpanLayerStruct(ctypes.Structure):
     """`om_span_layer`."""
 
     _fields_ = (
-        ("layer", ctypes.c_void_p),
-        ("experts", ctypes.c_void_p),
-        ("shared", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("layer", "experts", "dense", "shared")),
         ("first_key", ctypes.c_int64),
         ("weight_scale", ctypes.c_float),
     )
@@ -125,7 +124,9 @@ class SpanStruct(ctypes.Structure):
 
     _fields_ = (
         ("layers", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("num_layers", "hidden", "num_experts", "top_k")),
+        *((name, ctypes.c_int64) for name in ("num_layers", "hidden")),
+        ("with_experts", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_with_experts", "num_experts", "top_k")),
     )
 
 
@@ -144,11 +145,22 @@ class SpanRowsStruct(ctypes.Structure):
     )
 
 
+class PieceStruct(ctypes.Structure):
+    """`om_piece`: a part of a record that is put together from other files, and the window that is read for it."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("offset", "start", "num_bytes", "skew", "length", "target")),
+        ("file", ctypes.c_int32),
+    )
+
+
 class PlaceStruct(ctypes.Structure):
     """`om_place`: the place of an expert's record, the number of its file, and the change of its order on arrival."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("offset", "num_bytes")),
+        ("pieces", ctypes.c_void_p),
+        ("num_pieces", ctypes.c_int32),
         ("matrices", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("num_matrices", "file", "to_panels")),
         ("checksum", ctypes.c_uint32),
@@ -222,6 +234,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "om_span": SpanStruct,
     "om_span_rows": SpanRowsStruct,
     "om_file": FileStruct,
+    "om_piece": PieceStruct,
     "om_place": PlaceStruct,
     "om_completion": CompletionStruct,
     "om_reads_options": ReadsOptionsStruct,

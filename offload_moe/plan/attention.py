@@ -90,7 +90,7 @@ def _cache_layers(config: "PreTrainedConfig", modules: dict[int, list[nn.Module]
             per_token = next((width for module in found if (width := _key_value_width(module))), 0)
             per_token = per_token or _configured_width(config)
         if isinstance(layer, DynamicIndexedLayer):  # sparse attention keeps the keys of its indexer too
-            per_token += config.index_head_dim
+            per_token += _indexer_width(config)
         if isinstance(layer, LinearAttentionCacheLayerMixin):
             fixed = sum(_state_elements(module) for module in found)
         layers.append(
@@ -124,6 +124,11 @@ def _key_value_width(module: nn.Module) -> int:
 def _configured_width(config: "PreTrainedConfig") -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return 2 * int(heads) * int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _indexer_width(config: "PreTrainedConfig") -> int:
+    names = ("index_head_dim", "indexer_head_dim")
+    return next((int(width) for name in names if (width := getattr(config, name, None))), 0)
 
 
 def _state_elements(module: nn.Module) -> int:

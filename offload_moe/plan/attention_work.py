@@ -50,7 +50,7 @@ def describe_work(module: Any, *, is_absorbed: bool) -> AttentionWork:
     # Without padding torch scales the keys instead, and materializes scores and shares of all heads, and the mask
     # twice as numbers.
     padding = max(0, queries - values)
-    num_heads = int(module.config.num_attention_heads)
+    num_heads = _num_heads(module)
     return AttentionWork(
         projected=linears - expansion + 2 * queries,
         expanded=expanded,
@@ -59,6 +59,13 @@ def describe_work(module: Any, *, is_absorbed: bool) -> AttentionWork:
         padding=padding,
         scores=1 if is_absorbed else 2 * num_heads + 3,
     )
+
+
+def _num_heads(module: Any) -> int:
+    """Of this layer: a config whose layers differ has no number for all."""
+    if isinstance(count := getattr(module, "num_heads", None), int):
+        return count
+    return int(module.config.num_attention_heads)
 
 
 def out_features(module: nn.Module, name: str) -> int:

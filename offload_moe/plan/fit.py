@@ -16,6 +16,7 @@ from offload_moe.plan.parameters import DenseWeight, ModelShape
 from offload_moe.plan.placement import Placement, Settings, Tier, place
 from offload_moe.plan.plan import check_context
 from offload_moe.plan.sizes import with_narrow_embeddings
+from offload_moe.plan.stored import as_stored
 from offload_moe.store import Store
 from offload_moe.system.sizes import format_size, typed_size
 
@@ -67,7 +68,7 @@ def fit(
     ConfigError: the context is longer than the model's maximum.
     """
     check_context(context, shape)
-    shape = with_narrow_embeddings(shape, partial(_is_bf16, store))
+    shape = with_narrow_embeddings(as_stored(shape, store), partial(_is_bf16, store))
     if not store.has_tokenizer:
         shape = replace(shape, vocabulary=0)
     settings = Settings(

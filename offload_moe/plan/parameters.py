@@ -31,10 +31,11 @@ TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_e
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeLayer:
-    """The routed experts of one layer."""
+    """The routed experts of one layer. record_bytes: of an expert, where a store says so; else its codec does."""
 
     num_experts: int
     expert: ExpertShape
+    record_bytes: int | None = None
 
     @property
     def expert_parameters(self) -> int:
@@ -50,6 +51,7 @@ class DenseWeight:
     dtype: torch.dtype
     is_parameter: bool = True
     linear: ExpertShape | None = None
+    record_bytes: int | None = None  # of one that a store keeps in a type of its own
     stays_bf16: bool = False  # an embedding kept in bf16 and widened at look-up, if the CPU computes in fp32
 
 

@@ -1,7 +1,7 @@
 """The plan itself: one model, one machine, one choice of settings."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,10 @@ from offload_moe.plan.sizes import (
 )
 from offload_moe.plan.source import PlannedSource, open_source
 from offload_moe.plan.speed import Speed
+from offload_moe.plan.stored import as_stored
 from offload_moe.quant import get_codec
+from offload_moe.store import Store
+from offload_moe.store.in_place import GGUF
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +71,10 @@ def make_plan(
         CheckpointError, UnsupportedModelError, TransferError: the model cannot be read; see `open_source`.
     """
     source = open_source(model, revision=revision, token=token)
+    if source.store is not None:
+        _agreed("--codec", codec, GGUF)
+        _agreed("--dense-codec", dense_codec, GGUF)
+        return _plan_of_types(source, source.store, replace(machine, vram_bytes=0), context)
     suitable = expert_codecs(source.config)
     codec = _suitable("--codec", _agreed("--codec", codec, source.codec) or suitable[0], suitable)
     if source.dense_codec not in (None, LOSSLESS):
@@ -81,6 +88,14 @@ def make_plan(
         codec=codec, context=context, dense_codec=dense_codec, stored_dense_codec=stored, draft_bytes=draft_bytes
     )
     return _plan(source, shape, machine, settings)
+
+
+def _plan_of_types(source: PlannedSource, store: Store, machine: Machine, context: int | None) -> Plan:
+    """The plan of a store in the types of a GGUF file, which the CPU computes."""
+    shape = describe_model(source.config, dense_names=source.dense_names)
+    check_context(context, shape)
+    settings = Settings(codec=GGUF, context=context, stored_dense_codec=GGUF)
+    return _plan(source, as_stored(shape, store), machine, settings)
 
 
 def _plan(source: PlannedSource, shape: ModelShape, machine: Machine, settings: Settings) -> Plan:
@@ -102,7 +117,11 @@ def _plan(source: PlannedSource, shape: ModelShape, machine: Machine, settings: 
         settings=settings,
         checkpoint_bytes=checkpoint_bytes,
         checkpoint_is_exact=source.checkpoint_bytes is not None,
-        store_bytes=store_bytes_per_codec(shape, settings.stored_dense_codec, expert_codecs(source.config)),
+        store_bytes=store_bytes_per_codec(
+            shape,
+            settings.stored_dense_codec,
+            expert_codecs(source.config) if settings.codec != GGUF else (GGUF,),
+        ),
         placement=outlook.placement,
         speed=outlook.speed,
         changes=best_changes(task, outlook) if outlook.speed is not None else (),

@@ -187,8 +187,8 @@ def may_borrow(hf: PreTrainedModel, shape: ModelShape, placement: Placement) -> 
     all of that memory, and the unused part of the context covers it.
     """
     config = hf.config.get_text_config(decoder=True)
-    attention, has_latents = config._attn_implementation, getattr(config, "kv_lora_rank", None) is not None
-    writes_no_scores = attention == (f"{LATENT_ATTENTION}_sdpa" if has_latents else "sdpa")
+    without_scores = f"{LATENT_ATTENTION}_sdpa" if shape.attention.has_latents else "sdpa"
+    writes_no_scores = config._attn_implementation == without_scores
     gives_back = sys.platform.startswith(
         "linux"
     )  # `Arena.shrink` and blocks that forwards free return memory only there

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offload_moe.convert.jobs import LOSSLESS, MXFP4
-from offload_moe.plan.parameters import DenseWeight, ModelShape
+from offload_moe.plan.parameters import DenseWeight, ModelShape, MoeLayer
 from offload_moe.quant import CODECS, get_codec
+from offload_moe.store.in_place import GGUF
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -17,21 +18,26 @@ FP16_BYTES = 2
 MXFP4_BITS = 4.25  # 4-bit codes and an 8-bit scale per 32
 
 
+def record_bytes(layer: MoeLayer, codec: str) -> int:
+    """Bytes of an expert's record."""
+    if layer.record_bytes is not None:
+        return layer.record_bytes
+    return get_codec(codec).layout(layer.expert).record_bytes
+
+
 def slot_bytes(shape: ModelShape, codec: str) -> int:
     """Bytes of one expert slot: every slot holds the largest record of any layer."""
-    return max(get_codec(codec).layout(layer.expert).record_bytes for layer in shape.layers)
+    return max(record_bytes(layer, codec) for layer in shape.layers)
 
 
 def experts_bytes(shape: ModelShape, codec: str) -> int:
     """Bytes of all expert records of a store."""
-    layout = get_codec(codec).layout
-    return sum(layer.num_experts * layout(layer.expert).record_bytes for layer in shape.layers)
+    return sum(layer.num_experts * record_bytes(layer, codec) for layer in shape.layers)
 
 
 def routed_bytes(shape: ModelShape, codec: str) -> int:
     """The expert records one token is routed to, over all layers."""
-    layout = get_codec(codec).layout
-    return sum(min(shape.top_k, layer.num_experts) * layout(layer.expert).record_bytes for layer in shape.layers)
+    return sum(min(shape.top_k, layer.num_experts) * record_bytes(layer, codec) for layer in shape.layers)
 
 
 def dense_store_bytes(shape: ModelShape, codec: str) -> int:
@@ -103,7 +109,9 @@ def fp16_bytes(num_parameters: int) -> int:
 
 def _weight_bytes(weight: DenseWeight, codec: str, dtype: torch.dtype, *, is_padded: bool = True) -> int:
     """is_padded: to the whole record of a store."""
-    if weight.linear is not None and codec != LOSSLESS:
+    if weight.record_bytes is not None:
+        return weight.record_bytes
+    if weight.linear is not None and codec not in (LOSSLESS, GGUF):
         layout = get_codec(codec).layout(weight.linear)
         return layout.record_bytes if is_padded else layout.num_bytes
     return weight.num_elements * (dtype if weight.dtype.is_floating_point else weight.dtype).itemsize

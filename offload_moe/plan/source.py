@@ -10,12 +10,15 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
+from offload_moe.checkpoint.gguf_split import is_gguf
 from offload_moe.checkpoint.names import map_names
 from offload_moe.checkpoint.skeleton import build_skeleton, load_config
 from offload_moe.checkpoint.weight_files import INDEX_NAME, choose_weights, file_names, refuse_adapter
+from offload_moe.convert.sources import ensure_view
 from offload_moe.errors import CheckpointError, OffloadMoeError
 from offload_moe.plan.hub import fetch_config
 from offload_moe.store import Store, is_store
+from offload_moe.store.in_place import GGUF
 from offload_moe.system.names import check_model, hub_name, resolve
 from offload_moe.system.paths import CONFIG_NAME, MANIFEST_NAME, file_advice
 
@@ -42,10 +45,11 @@ class PlannedSource:
     codec: str | None = None
     dense_codec: str | None = None
     dense_names: Collection[str] = ()
+    store: Store | None = None  # where its records have codecs of their own
 
 
 def open_source(model: str | Path, *, revision: str | None = None, token: str | None = None) -> PlannedSource:
-    """A store, a checkpoint folder, a config file, or a hub id, of which only the config is fetched.
+    """A store, a GGUF file, a checkpoint folder, a config file, or a hub id, of which only the config is fetched.
 
     Raises:
         CheckpointError: it is none of these, or its config or index is not usable.
@@ -55,6 +59,8 @@ def open_source(model: str | Path, *, revision: str | None = None, token: str | 
     check_model(model, revision)
     model, revision = hub_name(model, revision)
     path = resolve(model)
+    if is_gguf(path):
+        path = ensure_view(path, str(model))
     if is_store(path):
         store = Store.open(path)
         config = load_config(path)
@@ -65,6 +71,7 @@ def open_source(model: str | Path, *, revision: str | None = None, token: str | 
             codec=store.codec,
             dense_codec=store.dense_codec,
             dense_names=store.dense.keys(),
+            store=store if store.codec == GGUF else None,
         )
     if path.is_dir():
         refuse_adapter(path, file_names(path))

@@ -3,6 +3,7 @@
 from offload_moe.errors import ConfigError
 from offload_moe.quant.bf16 import Bf16Codec
 from offload_moe.quant.codec import Codec
+from offload_moe.quant.gguf import parse_gguf
 from offload_moe.quant.int8 import Int8Codec
 from offload_moe.quant.layout import ExpertShape, Matrix, Plane, RecordLayout
 from offload_moe.quant.mxfp4 import Mxfp4Codec
@@ -13,6 +14,8 @@ CODECS: dict[str, Codec] = {codec.name: codec for codec in (Nf4Codec(), Int8Code
 
 def get_codec(name: str) -> Codec:
     """The codec of that name. Raises: ConfigError with the list of names."""
+    if (found := parse_gguf(name)) is not None:
+        return found
     if name not in CODECS:
         raise ConfigError(f"Unknown codec {name!r}. Choose one of: {', '.join(CODECS)}.")
     return CODECS[name]

@@ -3,7 +3,7 @@
 Callers hold the lock of the tier, except those of `note_passed`, which takes it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from offload_moe.native.kernels import ARRIVING, MISSING
@@ -42,7 +42,8 @@ def note_layer(
 
     shares, num_tokens: as `Policy.access` takes them.
     """
-    tier.drop_wrong_guesses(layer, keys)
+    if tier.flying:
+        tier.drop_wrong_guesses(layer, keys)
     tier.residency.policy.access(layer, keys, shares, num_tokens)
     tier.uses.note(keys)
     if tier.unproven:
@@ -71,17 +72,18 @@ def sort_found(chosen: Sequence[int], states: Sequence[int]) -> Found:
     return arriving, [expert for expert, how in found if how == MISSING]
 
 
-def note_passed(tier: Tier, layer: int, choices: Sequence[Choice], num_tokens: int = 1) -> list[Mark]:
+def note_passed(
+    tier: Tier, layer: int, choices: Iterable[Choice], num_tokens: int = 1, marks: list[Mark] | None = None
+) -> None:
     """Count layers from `layer` on that a pass of so many tokens has computed, as an `acquire` of each would.
 
-    Returns the `mark` after each layer.
+    marks: gets the `mark` after each layer.
     """
-    marks = []
     with tier.changed:
         tier.drain_completions()
         for number, (chosen, states, shares) in enumerate(choices, layer):
-            arriving, missing = sort_found(chosen, states)
+            arriving, missing = sort_found(chosen, states) if any(states) else ([], [])
             note_layer(tier, number, tier.keys.keys(number, chosen), arriving, missing, shares, num_tokens)
-            marks.append(mark(tier))
+            if marks is not None:
+                marks.append(mark(tier))
         tier.changed.notify_all()
-    return marks

@@ -1,8 +1,7 @@
 """The tiers of one model: disk -> RAM, and RAM -> device when there is one."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +17,7 @@ from offload_moe.memory.pace import LinkPace
 from offload_moe.native import kernels
 from offload_moe.residency.counters import Counters
 from offload_moe.residency.keys import ExpertKeys
-from offload_moe.residency.policy import DEFAULT_POLICY, LRU, Policy, make_policy
+from offload_moe.residency.policy import DEFAULT_POLICY, policy_of_pool
 from offload_moe.residency.records import RamRecords
 from offload_moe.residency.reserved import PassAccounts, ReservedSlots
 from offload_moe.residency.residency import Residency
@@ -105,21 +104,21 @@ class Hierarchy:
         """Whether the fast tier has a slot for each expert: then nothing is ever evicted."""
         return self._is_whole(self.scheduler.residency.num_slots)
 
-    @contextmanager
-    def every_expert(self) -> Iterator[bool]:
-        """Whether every expert is resident in the fast tier; if so, all of them stay until the context ends."""
+    def hold_every_expert(self) -> bool:
+        """Whether every expert is resident in the fast tier; if so, all of them stay until `release_every_expert`."""
         assert self.slot_table is not None
         with self.scheduler.changed:
             are_here = self.scheduler.residency.num_resident == self._num_keys
             if are_here:
                 self.slot_table.hold_all()
-        try:
-            yield are_here
-        finally:
-            if are_here:
-                with self.scheduler.changed:
-                    self.slot_table.release_all_holds()
-                    self.scheduler.changed.notify_all()
+        return are_here
+
+    def release_every_expert(self) -> None:
+        """End one `hold_every_expert`."""
+        assert self.slot_table is not None
+        with self.scheduler.changed:
+            self.slot_table.release_all_holds()
+            self.scheduler.changed.notify_all()
 
     @property
     def _num_keys(self) -> int:
@@ -196,7 +195,7 @@ class Hierarchy:
         flights: Flights | None = None,
         changed: threading.Condition | None = None,
     ) -> Scheduler:
-        residency = Residency(table, self._policy(table.num_slots))
+        residency = Residency(table, policy_of_pool(self.pools.policy, self.pools.keys, num_slots=table.num_slots))
         scheduler = Scheduler(
             residency,
             mover,
@@ -210,19 +209,14 @@ class Hierarchy:
             self._began_whole.add(scheduler)
         return scheduler
 
-    def _policy(self, num_slots: int) -> Policy:
-        """Make a policy: the cheapest for a pool with a slot for every expert, which never evicts."""
-        name = LRU.name if self._is_whole(num_slots) else self.pools.policy
-        return make_policy(name, self.pools.keys, num_slots=num_slots)
-
     def _refit_policy(self, scheduler: Scheduler, num_before: int) -> None:
-        """Change between LRU and a policy that chooses, in a pool that began with a slot for every expert.
+        """Change between none and a policy that chooses, in a pool that began with a slot for every expert.
 
         Any other pool keeps its policy with what it has learned, also while borrowed slots make it hold every expert.
         """
         now = scheduler.residency.num_slots
         if scheduler in self._began_whole and self._is_whole(num_before) != self._is_whole(now):
-            scheduler.use_policy(self._policy(now))
+            scheduler.use_policy(policy_of_pool(self.pools.policy, self.pools.keys, num_slots=now))
 
     def _is_whole(self, num_slots: int) -> bool:
         return num_slots >= self._num_keys

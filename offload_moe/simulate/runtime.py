@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from offload_moe.memory.mover import Mover
 from offload_moe.native.slot_table import SlotTable
 from offload_moe.residency.keys import ExpertKeys
-from offload_moe.residency.policy import DEFAULT_POLICY, LRU, make_policy
+from offload_moe.residency.policy import DEFAULT_POLICY, policy_of_pool
 from offload_moe.residency.reserved import SLOTS_PER_CHOICE
 from offload_moe.residency.residency import Residency
 from offload_moe.residency.scheduler import Scheduler
@@ -134,9 +134,8 @@ class VirtualRuntime:
         bytes_counter: str,
         changed: VirtualCondition,
     ) -> Scheduler:
-        pools, num_slots = self._pools, table.num_slots
-        is_whole = num_slots >= pools.keys.total
-        policy = make_policy(LRU.name if is_whole else pools.policy, pools.keys, num_slots=num_slots)
+        pools = self._pools
+        policy = policy_of_pool(pools.policy, pools.keys, num_slots=table.num_slots)
         return Scheduler(
             Residency(table, policy),
             mover,

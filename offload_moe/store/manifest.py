@@ -13,12 +13,16 @@ DATA_FILE = re.compile(r"(dense|experts)-\d{5}(-panels)?\.safetensors")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One MoE layer: the experts module's name, the number of experts, and the shape of each."""
+    """One MoE layer: the experts module's name, the number of experts, and the shape of each.
+
+    codec: of its experts, if each layer has its own.
+    """
 
     name: str
     num_experts: int
     record_bytes: int
     shape: ExpertShape
+    codec: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,13 +37,18 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseEntry:
-    """A dense tensor, or, if `quantized` is set, the record of a quantized linear of that shape."""
+    """A dense tensor, or, if `quantized` is set, the record of a quantized linear of that shape.
+
+    codec: of the record, if each has its own. is_lookup: it is an embedding's, whose rows stay in order.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     place: Place
     quantized: ExpertShape | None = None
+    codec: str | None = None
+    is_lookup: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

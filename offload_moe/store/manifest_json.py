@@ -22,6 +22,7 @@ from offload_moe.system.paths import MANIFEST_NAME
 
 FORMAT_NAME = "offload-moe expert store"
 FORMAT_VERSION = 2
+CODECS_VERSION = 3  # each layer and each linear has a codec of its own
 ROWS_VERSION = 1  # the rows of all records are one after another, and files have no order
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SMALL_FILE = re.compile(r"(additional_chat_templates/)?[\w-][\w.-]*")
@@ -41,7 +42,7 @@ def manifest_to_json(manifest: Manifest) -> str:
     """The text of `store.json`: the same bytes for the same store."""
     document: dict[str, Any] = {
         "format": FORMAT_NAME,
-        "version": FORMAT_VERSION,
+        "version": CODECS_VERSION if any(layer.codec for layer in manifest.layers) else FORMAT_VERSION,
         "source": manifest.source,
         "revision": manifest.revision,
         "codec": manifest.codec,
@@ -52,6 +53,7 @@ def manifest_to_json(manifest: Manifest) -> str:
                 "num_experts": layer.num_experts,
                 "record_bytes": layer.record_bytes,
                 "shape": shape_to_json(layer.shape),
+                **({} if layer.codec is None else {"codec": layer.codec}),
             }
             for layer in manifest.layers
         ],
@@ -64,6 +66,7 @@ def manifest_to_json(manifest: Manifest) -> str:
                 "shape": list(entry.shape),
                 "place": [entry.place.file, entry.place.offset, entry.place.num_bytes, entry.place.checksum],
                 "quantized": shape_to_json(entry.quantized) if entry.quantized else None,
+                **({} if entry.codec is None else {"codec": entry.codec, "is_lookup": entry.is_lookup}),
             }
             for entry in manifest.dense
         ],
@@ -103,10 +106,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise StoreCorrupt(f"{path} is damaged: {error}. Quantize the model again.") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT_NAME:
         raise StoreError(f"{path} does not describe an expert store.")
-    if document.get("version") not in (ROWS_VERSION, FORMAT_VERSION):
+    if document.get("version") not in (ROWS_VERSION, FORMAT_VERSION, CODECS_VERSION):
         raise StoreVersion(
             f"{folder} is a store of format version {document.get('version')}, this program reads versions "
-            f"{ROWS_VERSION} and {FORMAT_VERSION}. Quantize the model again, or use the program that wrote it."
+            f"{ROWS_VERSION} to {CODECS_VERSION}. Quantize the model again, or use the program that wrote it."
         )
     if document.pop("checksum", None) != _checksum(document):
         raise StoreCorrupt(f"{path} does not match its own checksum. Quantize the model again.")
@@ -156,6 +159,7 @@ def _layer(fields: dict[str, Any]) -> Layer:
         num_experts=num_experts,
         record_bytes=record_bytes,
         shape=_shape(fields["shape"]),
+        codec=_text(fields["codec"]) if "codec" in fields else None,
     )
 
 
@@ -186,6 +190,8 @@ def _dense(fields: dict[str, Any], files: tuple[DataFile, ...]) -> DenseEntry:
         shape=tuple(_number(size) for size in fields["shape"]),
         place=_place(fields["place"], files, RECORD_ALIGNMENT if quantized else 1),
         quantized=quantized,
+        codec=_text(fields["codec"]) if "codec" in fields else None,
+        is_lookup=fields.get("is_lookup") is True,
     )
     if math.prod(entry.shape) * entry.dtype.itemsize != entry.place.num_bytes:
         raise ValueError(f"{entry.name} is {list(entry.shape)} in {entry.place.num_bytes} bytes")

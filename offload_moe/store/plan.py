@@ -21,7 +21,10 @@ FILE_BYTES = 4 << 30  # a file is closed before it grows past this, except for o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blob:
-    """One planned tensor of a store: a record with its order of rows, or an unquantized dense tensor."""
+    """One planned tensor of a store: a record with its order of rows, or an unquantized dense tensor.
+
+    codec, is_lookup: see `DenseEntry`.
+    """
 
     name: str
     dtype: torch.dtype
@@ -29,6 +32,8 @@ class Blob:
     num_bytes: int
     quantized: ExpertShape | None = None
     order: Order = "rows"
+    codec: str | None = None
+    is_lookup: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,19 +2,22 @@
 
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
 
 from offload_moe.errors import ConfigError, StoreCorrupt, StoreError
 from offload_moe.native.kernels import PanelOrder, panel_order
-from offload_moe.quant import ExpertShape, get_codec
+from offload_moe.quant import Codec, get_codec
 from offload_moe.store.manifest import DataFile, DenseEntry, Layer, Manifest, Place
 from offload_moe.store.manifest_json import read_manifest
 from offload_moe.store.order import Order, reorder
 from offload_moe.store.reading import check, read_checked, touch
+from offload_moe.store.view import is_view
+from offload_moe.store.windows import Window
 from offload_moe.system.paths import MANIFEST_NAME, file_advice
 
 
@@ -22,7 +25,8 @@ from offload_moe.system.paths import MANIFEST_NAME, file_advice
 class Record:
     """The place of one expert: `offset` and `num_bytes` are multiples of 4096. `name` is for messages.
 
-    panels: in which its rows are on the disk; None: they are one after another.
+    panels: in which its rows are on the disk; None: they are one after another. windows: of a record whose parts lie
+    apart and have no checksum; the other fields are then those of the first, and `num_bytes` those of the slot.
     """
 
     name: str
@@ -31,6 +35,19 @@ class Record:
     num_bytes: int
     checksum: int
     panels: PanelOrder | None = None
+    windows: tuple[Window, ...] = ()
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that it lies in."""
+        return tuple(dict.fromkeys(part.path for part in self.windows)) or (self.path,)
+
+    def place_at(self, start: int) -> tuple[Path, int]:
+        """The file and the offset in it of a byte of the slot."""
+        inside = next((part for part in reversed(self.windows) if part.start <= start), None)
+        return (
+            (self.path, self.offset + start) if inside is None else (inside.path, inside.offset + start - inside.start)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +73,12 @@ def is_store(path: Path | str) -> bool:
 
 
 class Store:
-    """A finished expert store, which is immutable."""
+    """A finished expert store, which is immutable.
+
+    open_view: opens a folder that stands for GGUF files; `in_place.py` sets it.
+    """
+
+    open_view: ClassVar[Callable[[Path], "Store"]]
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
@@ -81,6 +103,8 @@ class Store:
         folder = Path(path)
         if folder.is_file():
             raise StoreError(file_advice(folder))
+        if is_view(folder):
+            return cls.open_view(folder)
         store = cls(folder, read_manifest(folder))
         store._check_layouts()
         for file in (*store.manifest.files, *store.manifest.metadata):
@@ -111,6 +135,14 @@ class Store:
     @property
     def dense_bytes(self) -> int:
         return sum(entry.place.num_bytes for entry in self.dense.values())
+
+    def codec_of(self, layer: int) -> Codec:
+        """The codec of a layer's experts."""
+        return get_codec(self.layers[layer].codec or self.codec)
+
+    def codec_of_dense(self, entry: DenseEntry) -> Codec:
+        """The codec of the record of a quantized linear."""
+        return get_codec(entry.codec or self.dense_codec)
 
     def record(self, layer: int, expert: int) -> Record:
         """The place of an expert's record; `layer` is the ordinal of the MoE layer."""
@@ -151,7 +183,8 @@ class Store:
         """
         entry = self.dense[name]
         data = read_checked(self._file(entry.place), entry.place, name)
-        reorder(data, self._panels_of_linear(entry.quantized), self._order(entry.place), order)
+        if not entry.is_lookup:
+            reorder(data, self._panels_of_linear(entry), self._order(entry.place), order)
         return data.view(entry.dtype).view(entry.shape)
 
     def dense_tensors(self, order: Order = "rows") -> Iterator[tuple[DenseEntry, Tensor]]:
@@ -194,7 +227,7 @@ class Store:
             place = Place(file=index, offset=0, num_bytes=header_bytes[index], checksum=file.checksum)
             yield place, "the header", None
         for entry in self.dense.values():
-            yield entry.place, entry.name, self._panels_of_linear(entry.quantized)
+            yield entry.place, entry.name, self._panels_of_linear(entry)
         for layer, description in enumerate(self.layers):
             panels = self._panels_of(layer)
             for expert in range(description.num_experts):
@@ -219,10 +252,12 @@ class Store:
         return self.manifest.files[place.file].order
 
     def _panels_of(self, layer: int) -> PanelOrder | None:
-        return panel_order(self.codec, self.layers[layer].shape)
+        return panel_order(self.codec_of(layer).name, self.layers[layer].shape)
 
-    def _panels_of_linear(self, shape: ExpertShape | None) -> PanelOrder | None:
-        return None if shape is None else panel_order(self.dense_codec, shape)
+    def _panels_of_linear(self, entry: DenseEntry) -> PanelOrder | None:
+        if entry.quantized is None or entry.is_lookup:
+            return None
+        return panel_order(self.codec_of_dense(entry).name, entry.quantized)
 
     def _file(self, place: Place) -> Path:
         return self.path / self.manifest.files[place.file].name
@@ -230,11 +265,17 @@ class Store:
     def _check_layouts(self) -> None:
         """Check the records' lengths against the codec, since arithmetic would read past shorter ones."""
         try:
-            experts, dense = get_codec(self.codec), get_codec(self.dense_codec)
+            sizes = [
+                (layer.name, layer.record_bytes, self.codec_of(index).layout(layer.shape))
+                for index, layer in enumerate(self.layers)
+            ]
+            sizes += [
+                (entry.name, entry.place.num_bytes, self.codec_of_dense(entry).layout(entry.quantized))
+                for entry in self.dense.values()
+                if entry.quantized
+            ]
         except ConfigError as error:
             raise StoreCorrupt(f"{self.path / MANIFEST_NAME}: {error}") from error
-        sizes = [(layer.name, layer.record_bytes, experts.layout(layer.shape)) for layer in self.layers]
-        sizes += [(e.name, e.place.num_bytes, dense.layout(e.quantized)) for e in self.dense.values() if e.quantized]
         for name, num_bytes, layout in sizes:
             if layout.record_bytes != num_bytes:
                 raise StoreCorrupt(f"{self.path / MANIFEST_NAME}: {name} has records of {num_bytes} bytes.")

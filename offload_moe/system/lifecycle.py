@@ -129,6 +129,11 @@ class Lifecycle:
         self._ended = FORKED
 
 
+def has_loaded() -> bool:
+    """Whether this process has a model, or one that was dropped and is not freed yet."""
+    return len(_lifecycles) > 0
+
+
 def finalize(owner: object, release: Callable[..., object], *arguments: Any) -> "weakref.finalize[..., Any]":
     """Call `release` once `owner` is dropped, or at exit, but never in a process that was forked later.
 

@@ -237,12 +237,12 @@ def test_ram_is_unlocked_before_it_is_given_back() -> None:
 def test_a_pool_that_no_longer_holds_every_expert_gets_a_policy_that_chooses() -> None:
     hierarchy = make(16)
     check_all_experts(hierarchy)
-    assert hierarchy.ram.residency.policy.name == "lru"
+    assert hierarchy.ram.residency.policy.name == "unranked"
     hierarchy.resize("ram", 12)
     assert hierarchy.ram.residency.policy.name == "knn"
     check_all_experts(hierarchy)
     hierarchy.resize("ram", 16)
-    assert hierarchy.ram.residency.policy.name == "lru"
+    assert hierarchy.ram.residency.policy.name == "unranked"
     hierarchy.close()
 
 

@@ -85,6 +85,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ("results.0.gb_per_s.median", "results.0.of_read.median", "results.0.error", "results.1.rows_gain.median"),
     ),
     (
+        "kernel.py",
+        "--trials 1 --threads 1 --shapes 256x512 --codecs Q4_K,Q6_K --megabytes 1 --unpinned",
+        ("results.0.gb_per_s.median", "results.0.of_read.median", "results.0.error"),
+    ),
+    (
         "memory_budget.py",
         "--config {config} --folder {folder} --layers 2 --tokens 64 --prompts 8 --budgets 1500000000",
         ("results.*.peak_rss_bytes", "results.*.tokens_per_s", "peak_over_budget.8.0"),

@@ -126,7 +126,7 @@ def test_two_models_in_one_folder(tmp_path: Path) -> None:
 
 def test_a_file_alone_needs_its_config(tmp_path: Path) -> None:
     source, _ = write_gguf(tmp_path, "qwen3_moe")
-    refused(source / "model.gguf", tmp_path, "is a GGUF file, which is converted first")
+    refused(source / "model.gguf", tmp_path, "its metadata has no usable qwen3moe.block_count")
     (source / "config.json").unlink()
     refused(source, tmp_path, "it has no config.json")
 

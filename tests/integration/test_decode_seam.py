@@ -173,6 +173,58 @@ def test_embeddings_in_place_of_a_token_pass(model: Model, passes: list[int]) ->
     assert len(passes) == 2
 
 
+def test_embeddings_that_were_given_stay_as_they_are(model: Model) -> None:
+    with torch.inference_mode():
+        embedded = model.hf.get_input_embeddings()(TOKEN)
+        before = embedded.clone()
+        model.hf(inputs_embeds=embedded, past_key_values=after_prompt(model), use_cache=True)
+    assert torch.equal(embedded, before)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "rotary_emb", "norm"])
+def test_hooks_on_the_modules_around_the_layers_are_called(name: str, model: Model, passes: list[int]) -> None:
+    expected, called = one_more(input_ids=TOKEN)(model), []
+    assert len(passes) == 1
+    handle = getattr(model.hf.model, name).register_forward_hook(lambda *_: called.append(1))
+    got = one_more(input_ids=TOKEN)(model)
+    assert (len(called), len(passes)) == (2, 1)  # the prompt and the step
+    assert distance(got, expected) < ROUNDING
+    handle.remove()
+    assert torch.equal(one_more(input_ids=TOKEN)(model), expected)
+    assert len(passes) == 2
+
+
+def test_a_forward_that_appears_between_two_tokens_is_called(model: Model, passes: list[int]) -> None:
+    expected, called = one_more(input_ids=TOKEN)(model), []
+    block = model.hf.model.layers[1].mlp
+    forward = block.forward
+    block.forward = lambda x: (called.append(1), forward(x))[1]
+    got = one_more(input_ids=TOKEN)(model)
+    assert (len(called), len(passes)) == (2, 1)
+    assert distance(got, expected) < ROUNDING
+    del block.forward
+    assert torch.equal(one_more(input_ids=TOKEN)(model), expected)
+    assert len(passes) == 2
+
+
+def test_a_decoder_returns_what_its_own_forward_returns(model: Model, plain: Model, passes: list[int]) -> None:
+    """Of the same class, with the same fields."""
+    outputs = []
+    for each in (model, plain):
+        with torch.inference_mode():
+            cache = after_prompt(each)
+            outputs.append(each.hf.model(input_ids=TOKEN, past_key_values=cache, use_cache=True))
+        assert outputs[-1].past_key_values is cache
+    got, expected = outputs
+    assert len(passes) == 1
+    assert type(got) is type(expected)
+    assert list(got) == list(expected) == ["last_hidden_state", "past_key_values"]
+    assert distance(got.last_hidden_state, expected.last_hidden_state) < ROUNDING
+    assert got[0] is got["last_hidden_state"] is got.to_tuple()[0] is got.last_hidden_state
+    assert got.hidden_states is None
+    assert repr(got).startswith(type(expected).__name__)
+
+
 def test_both_or_none_of_token_and_embeddings_is_transformers_own_error(model: Model, passes: list[int]) -> None:
     cache = after_prompt(model)
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
@@ -305,10 +357,10 @@ def test_layers_that_are_not_native_are_called_as_modules(store: Path, passes: l
 
     init = plan.NativeLayer.__init__
 
-    def refuse_the_second(self: Any, layer: Any, *args: Any) -> None:
+    def refuse_the_second(self: Any, layer: Any, *args: Any, **kwargs: Any) -> None:
         if layer.self_attn.layer_idx == 1:
             raise Uncovered("what a test says")
-        init(self, layer, *args)
+        init(self, layer, *args, **kwargs)
 
     monkeypatch.setattr(plan.NativeLayer, "__init__", refuse_the_second)
     with open_model(store) as model:

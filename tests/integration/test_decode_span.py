@@ -302,14 +302,15 @@ def test_a_thread_that_captures_does_not_slow_another_one(stores: dict[str, Path
         capture(model, output_hidden_states=True)
         others: list[Tensor] = []
 
-        def look_on(*_: Any) -> None:
-            if not others:
-                others.append(torch.empty(0))
-                thread = threading.Thread(target=lambda: others.append(logits(model)))
-                thread.start()
-                thread.join()
+        class Onlooker(HookObserver):
+            def __call__(self, *_: Any) -> None:
+                if not others:
+                    others.append(torch.empty(0))
+                    thread = threading.Thread(target=lambda: others.append(logits(model)))
+                    thread.start()
+                    thread.join()
 
-        handle = model.hf.model.norm.register_forward_pre_hook(look_on)
+        handle = model.hf.model.layers[1].register_forward_pre_hook(Onlooker())
         num_runs.clear()
         hidden = capture(model, output_hidden_states=True).hidden_states
         handle.remove()

@@ -149,8 +149,8 @@ def test_every_expert_can_be_here_at_once(stores: dict[str, Path]) -> None:
                 lease.bring()
         assert scheduler.residency.num_resident == keys_of("qwen3_moe").total
         if model.engine.hierarchy.slot_table is not None:
-            with model.engine.hierarchy.every_expert() as are_here:
-                assert are_here
+            assert model.engine.hierarchy.hold_every_expert()
+            model.engine.hierarchy.release_every_expert()
 
 
 def test_a_chunk_prefetches_what_the_next_layer_has(stores: dict[str, Path]) -> None:

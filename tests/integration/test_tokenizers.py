@@ -8,7 +8,7 @@ import torch
 
 from offload_moe import load
 from offload_moe.checkpoint import tokenizer as module
-from offload_moe.checkpoint.tokenizer import INSTALL, PACKAGES, load_tokenizer, obstacle
+from offload_moe.checkpoint.tokenizer import INSTALL, PACKAGES_OF, load_tokenizer, obstacle
 from offload_moe.convert.quantize import quantize
 from offload_moe.errors import ConfigError
 from offload_moe.store import Store
@@ -17,6 +17,7 @@ from tests.support.checkpoints import write_checkpoint
 from tests.support.tokenizers import PACKAGED, PLAIN, write_byte_tokenizer, write_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+PACKAGES = {package for packages in PACKAGES_OF.values() for package in packages}
 
 
 def are_packages_there() -> bool:
@@ -50,7 +51,7 @@ def test_kinds_that_need_packages(kind: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def without_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_is_installed", lambda package: package not in PACKAGES)
+    monkeypatch.setattr(module, "is_installed", lambda package: package not in PACKAGES)
 
 
 @pytest.mark.usefixtures("without_packages")
@@ -60,6 +61,23 @@ def test_without_the_packages_they_are_named(kind: str, tmp_path: Path) -> None:
     assert INSTALL in (obstacle(tmp_path) or "")
     tokenizer, reason = load_tokenizer(tmp_path)
     assert tokenizer is not None or reason == obstacle(tmp_path)  # one that another program needs may be there
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "others"),
+    [
+        ("tiktoken", {"tiktoken"}, {"sentencepiece", "protobuf"}),
+        ("sentencepiece", {"sentencepiece", "protobuf"}, {"tiktoken"}),
+    ],
+)
+def test_only_the_packages_of_its_own_format_are_needed(
+    kind: str, own: set[str], others: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tokenizer(tmp_path, kind)
+    monkeypatch.setattr(module, "is_installed", lambda package: package in own)
+    assert obstacle(tmp_path) is None
+    monkeypatch.setattr(module, "is_installed", lambda package: package in others)
+    assert all(package in (obstacle(tmp_path) or "") for package in own)
 
 
 @pytest.mark.usefixtures("without_packages")

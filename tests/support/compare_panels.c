@@ -1,20 +1,23 @@
 /* compare_panels NAME: the panels of the set NAME against the portable ones, bit for bit, without Python: for emulators, and
  * for sets that were changed on purpose. Links with `panel_*.c` and `cpu.c` alone. Exits 1 on a difference. */
 #include "arithmetic.h"
+#include "gguf_types.h"
 #include "panel.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_ROWS = 53, MAX_COLUMNS = 1920, MAX_BLOCKS = MAX_COLUMNS / OM_BLOCK, COUNT = 4096 };
+enum { MAX_ROWS = 53, MAX_COLUMNS = 2048, MAX_BLOCKS = MAX_COLUMNS / OM_BLOCK, COUNT = 4096 };
 
-static const char *const codecs[] = {"nf4", "int8", "mxfp4"};
-static uint8_t codes[MAX_ROWS * MAX_COLUMNS], scales[MAX_ROWS * MAX_BLOCKS * 4];
+static const char *const codecs[] = {
+    "nf4",    "int8", "mxfp4", "bf16", "fp32", "Q4_0", "Q4_1", "Q5_0", "Q5_1",
+    "Q8_0", "IQ4_NL", "MXFP4 of GGUF", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"};
+static uint8_t codes[MAX_ROWS * MAX_COLUMNS * 2], scales[MAX_ROWS * MAX_BLOCKS * 4];
 static float nested[MAX_ROWS * MAX_BLOCKS / OM_NESTED + 2], x[OM_TILE * MAX_COLUMNS];
 static int8_t quants[2][OM_TILE * MAX_COLUMNS];
 static float input_scales[2][OM_TILE * MAX_BLOCKS * 2];
-static int32_t corrections[2][OM_TILE * MAX_BLOCKS * 2];
+static int32_t corrections[2][OM_TILE * MAX_BLOCKS * OM_SUMS];
 static float results[2][OM_TILE * MAX_ROWS];
 
 #define SET(NAME, TABLE) \
@@ -40,15 +43,31 @@ static const om_panel_set *find(const char *name) {
 
 static float noise(void) { return (float)(rand() % 2001 - 1000) / 500.0f; }
 
+/* Scales below 2: the upper bit of the exponent is cleared in the first dwords of each chunk, and beside the dwords. */
+static void make_scales_finite(int codec, int64_t rows, int64_t chunks) {
+    const int64_t dwords = om_chunk_dwords(codec), num_headers = om_has_mins(codec) && !OM_IS_OF_256(codec) ? 2 : 1;
+    for (int64_t first = 0; first < rows; first += OM_PANEL) {
+        const int64_t num_rows = rows - first < OM_PANEL ? rows - first : OM_PANEL;
+        for (int64_t k = 0; k < chunks; k++) {
+            uint8_t *chunk = codes + (first * chunks + k * num_rows) * dwords * 4;
+            for (int64_t i = 1; i < num_headers * num_rows * 4; i += 2) chunk[i] &= 0xbf;
+        }
+    }
+    if (codec != OM_GGUF_MXFP4)
+        for (size_t i = 1; i < sizeof scales; i += 2) scales[i] = (uint8_t)(rand() >> 7) & 0xbf;
+}
+
 static om_weights random_weights(int codec, int64_t rows, int64_t blocks) {
     for (size_t i = 0; i < sizeof codes; i++) codes[i] = (uint8_t)(rand() >> 7);
     for (size_t i = 0; i < sizeof nested / sizeof *nested; i++) nested[i] = 0.01f + noise() / 500.0f;
     for (size_t i = 0; i < sizeof scales; i++) scales[i] = codec == OM_NF4 ? (uint8_t)(rand() >> 7) : (uint8_t)(110 + rand() % 20);
     if (codec == OM_INT8)
         for (size_t i = 0; i < sizeof scales / 4; i++) ((float *)scales)[i] = 0.01f + noise() / 500.0f;
+    const int64_t chunks = OM_IS_GGUF(codec) ? blocks * OM_BLOCK / OM_CHUNK_COLUMNS(codec) : 0;
+    if (OM_IS_GGUF(codec)) make_scales_finite(codec, rows, chunks);
     return (om_weights){.codes = codes, .scales = scales, .nested_scales = nested, .nested_offset = 0.05f, .rows = rows,
                         .cols = blocks * OM_BLOCK, .blocks = blocks, .codec = codec,
-                        .row_bytes = blocks * OM_ROW_DWORDS(codec) * 4};
+                        .row_bytes = (OM_IS_GGUF(codec) ? chunks * om_chunk_dwords(codec) : blocks * OM_ROW_DWORDS(codec)) * 4};
 }
 
 /* The set's own quantization of T tokens, interleaved. */
@@ -57,24 +76,22 @@ static om_panel_tile quantize(const om_panel_set *set, int which, int codec, int
     for (int t = 0; t < num_tokens; t++) {
         static int8_t q[MAX_COLUMNS];
         static float s[MAX_BLOCKS * 2];
-        static int32_t c[MAX_BLOCKS * 2];
+        static int32_t c[MAX_BLOCKS * OM_SUMS];
         om_panel_token token = {q, s, c};
         set->quantize_blocks(codec, x + t * MAX_COLUMNS, 0, blocks, &token);
         for (int64_t b = 0; b < blocks; b++) memcpy(quants[which] + (b * num_tokens + t) * OM_BLOCK, q + b * OM_BLOCK, OM_BLOCK);
-        for (int64_t g = 0; g < groups; g++) {
-            input_scales[which][g * num_tokens + t] = s[g];
-            corrections[which][g * num_tokens + t] = c[g];
-        }
+        for (int64_t g = 0; g < groups; g++) input_scales[which][g * num_tokens + t] = s[g];
+        for (int64_t i = 0; i < blocks * OM_CORRECTIONS(codec); i++) corrections[which][i * num_tokens + t] = c[i];
     }
     return (om_panel_tile){quants[which], input_scales[which], corrections[which], num_tokens};
 }
 
 static int compare_rows(const om_panel_set *set) {
-    static const int64_t rows[] = {16, 53, 37, 7}, blocks[] = {1, 2, 5, 12, 30};
+    static const int64_t rows[] = {16, 53, 37, 7}, blocks[] = {1, 2, 5, 12, 32};
     int num_bad = 0, num_cases = 0;
-    for (int codec = OM_NF4; codec <= OM_MXFP4; codec++)
+    for (int codec = OM_NF4; codec < OM_NUM_CODECS; codec++)
         for (size_t r = 0; r < sizeof rows / sizeof *rows; r++)
-            for (size_t b = 0; b < sizeof blocks / sizeof *blocks; b++)
+            for (size_t b = OM_ARE_VALUES(codec) ? 5 : OM_IS_GGUF(codec) && OM_IS_OF_256(codec) ? 3 : 0; b < 5; b++)
                 for (int num_tokens = 1; num_tokens <= OM_TILE; num_tokens *= 2, num_cases++) {
                     const om_panel_set *sets[] = {set, &om_panels_portable};
                     const om_weights w = random_weights(codec, rows[r], blocks[b]);

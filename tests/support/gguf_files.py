@@ -62,7 +62,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(quantized / "model.gguf", architecture_name, split_max_tensors=tensors_per_file)
     stood_for: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
-        for stored_as, part in _as_llama_cpp(name, value.float(), model.config, names, is_latent_split):
+        for stored_as, part in as_llama_cpp(name, value.float(), model.config, names, is_latent_split):
             if stored_as == without:
                 continue
             is_kept = part.dim() == 1 or "gate_inp" in stored_as or stored_as.endswith("bias")
@@ -96,7 +96,7 @@ def write_mxfp4_gguf(folder: Path, checkpoint: Path) -> Path:
                 writer.add_tensor(f"blk.{block}.ffn_{part}", rows.numpy(), raw_dtype=gguf.GGMLQuantizationType.MXFP4)
         elif not name.endswith("_scales"):
             kind = gguf.GGMLQuantizationType.F32 if value.dtype == torch.float32 else gguf.GGMLQuantizationType.BF16
-            for stored_as, part in _as_llama_cpp(name, value.float(), config, names):
+            for stored_as, part in as_llama_cpp(name, value.float(), config, names):
                 writer.add_tensor(stored_as, gguf.quantize(part.numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -120,7 +120,7 @@ def sizes_of(family: str) -> dict[str, Any]:
     )
 
 
-def _as_llama_cpp(
+def as_llama_cpp(
     name: str, value: Tensor, config: Any, names: Any, is_latent_split: bool = True
 ) -> list[tuple[str, Tensor]]:
     block = name.split(".")[2] if ".layers." in name else ""
@@ -161,7 +161,7 @@ def _rounded(name: str, value: Tensor, kind: gguf.GGMLQuantizationType, config: 
         return value
     kept = {"F32": torch.float32, "F16": torch.float16}.get(kind.name, torch.bfloat16)
     if name.endswith("kv_b_proj.weight"):
-        keys, values = (_round(part, kind) for _, part in _as_llama_cpp(name, value, config, None))
+        keys, values = (_round(part, kind) for _, part in as_llama_cpp(name, value, config, None))
         return torch.cat([keys.transpose(1, 2), values], dim=1).flatten(0, 1).to(kept)
     is_turned = config.model_type == "gpt_oss" and ".mlp.experts." in name
     rounded = _round(value.transpose(1, 2).contiguous(), kind).transpose(1, 2) if is_turned else _round(value, kind)

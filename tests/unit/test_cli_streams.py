@@ -229,8 +229,8 @@ def test_files_do_not_get_the_numbers_of_closed_streams() -> None:
 @pytest.mark.parametrize(
     ("arguments", "stream", "status"),
     [
-        (["run", "thinker", "x"], "stderr", 141),
-        (["info", "absent"], "stderr", 141),
+        (["run", "thinker", "x"], "stderr", 0),
+        (["info", "absent"], "stderr", 1),
         (["info", "absent"], "stdout", 1),
         (["list", "--json"], "stdout", 141),
         (["list", "--json"], "stderr", 0),
@@ -248,6 +248,11 @@ def test_a_reader_that_has_left_is_no_error(tmp_path: Path, arguments: list[str]
     assert process.returncode == status
     rest = (out or b"") + (err or b"")
     assert not any(word in rest for word in (b"Traceback", b"Exception ignored", b"Broken pipe"))
+
+
+def test_an_answer_survives_messages_that_cannot_be_written(tmp_path: Path) -> None:
+    result = run(tmp_path, ["run", "thinker", "x"], "2>/dev/full")
+    assert (result.returncode, result.stdout.decode()) == (0, ANSWER)
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from offload_moe.decode.dense import QuantLinear, quantize_linear
 from offload_moe.decode.mlp import FusedMLP, fuse_mlps
 from offload_moe.decode.norm import FusedRMSNorm, fuse_norms
-from offload_moe.decode.rotary import StepRotary, rotate
+from offload_moe.decode.rotary import BLOCK, RotaryTable, StepRotary, rotate
 from offload_moe.decode.router import shorten_routers
 from offload_moe.decode.shorten import shorten_attention
 from offload_moe.quant import get_codec
@@ -89,6 +89,35 @@ def test_rotary_prepares_anew_for_each_token() -> None:
     kept = rotary.prepare(first)[0]
     assert rotary.prepare(first)[0] is kept
     assert torch.equal(rotary.prepare(second)[0], second[0].unsqueeze(1))
+
+
+def embedded(positions: Tensor) -> tuple[Tensor, Tensor]:
+    angles = positions[..., None] * torch.tensor([1.0, 0.1, 0.01])
+    return torch.cat((angles, angles), -1).cos(), torch.cat((angles, angles), -1).sin()
+
+
+def test_a_table_gives_what_is_prepared_for_each_position() -> None:
+    calls: list[Tensor] = []
+
+    def embed(positions: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(positions)
+        return embedded(positions)
+
+    table = RotaryTable(embed, is_half=False, is_by_position=True)
+    for positions in ([0], [1], [BLOCK - 1, BLOCK, BLOCK + 1], [5 * BLOCK + 7, 3], [2]):
+        found = table.rows(torch.tensor([positions]))
+        assert found is not None
+        for row, position in enumerate(positions):
+            expected = StepRotary(is_half=False).prepare(embedded(torch.tensor([[position]])))
+            for got, wanted in zip(found, expected, strict=True):
+                assert torch.equal(got[row], wanted.flatten())
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("positions", [torch.zeros(3, 1, 1, dtype=torch.int64), torch.tensor([[1.5]])])
+def test_planes_and_fractions_are_not_looked_up(positions: Tensor) -> None:
+    assert RotaryTable(embedded, is_half=False, is_by_position=True).rows(positions) is None
+    assert RotaryTable(embedded, is_half=False, is_by_position=False).rows(torch.tensor([[1]])) is None
 
 
 class MLP(nn.Module):

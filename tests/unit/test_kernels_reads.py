@@ -1,7 +1,9 @@
 """Reads that a run begins by itself: what it fetches, guesses, drops and gives up, and what Python hears of it."""
 
+import errno
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Collection, Iterator, Sequence
@@ -113,6 +115,31 @@ def test_what_is_missing_is_fetched_without_asking(tmp_path: Path, part_bytes: i
         assert sorted(reads.reclaim()) == sorted(
             set(range(FIRST, FIRST + NUM_SLOTS)) - {slot for _, slot, *_ in completions}
         )
+
+
+def test_a_ride_reads_by_itself_what_is_cached_while_no_other_thread_does(tmp_path: Path) -> None:
+    whole = whole_run()
+    absent = whole.chosen(1)
+    other = next(key for key in range(2 * NUM_EXPERTS, NUM_KEYS) if key not in whole.chosen(2))
+    run, is_reading, may_end = Run(absent=[*absent, other]), threading.Event(), threading.Event()
+    disk = Disk(tmp_path / "experts", run)
+
+    def stuck(*_: int) -> int:
+        is_reading.set()
+        may_end.wait(10)
+        return -errno.EIO
+
+    with disk.reads(run, NUM_SLOTS - 1, num_threads=1) as reads:
+        reads.read_with(stuck)
+        reads.submit(other, FIRST + NUM_SLOTS - 1)
+        assert is_reading.wait(10)
+        reads.read_with(None)
+        go(run, reads)
+        assert not may_end.is_set()
+        assert torch.equal(run.token.x, whole.token.x)
+        done = [key for key, _, state, _ in completions_of(reads) if state == kernels.DONE]
+        assert sorted(done) == sorted(absent)
+        may_end.set()
 
 
 def test_a_ride_says_that_its_slots_run_out_and_asks_for_what_it_cannot_fetch(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Layers of a decode step in one call, and rows of layers on a thread, against the separate calls: the same bits."""
 
+import gc
 import time
 from collections.abc import Collection, Sequence
 
@@ -121,9 +122,11 @@ class Run:
         self.slot_table = kernels.SlotTable(len(records), len(records), self.addresses)
         for key in set(range(len(records))) - set(absent):
             self.bring(key)
-        rooms = [[(layer.keys, layer.values, LENGTH)] for layer in self.layers]
         shape = {"num_experts": NUM_EXPERTS, "top_k": TOP_K}
-        self.token = kernels.SpanRows(one_token(), rooms, rotary(), **shape, ranks=ranks)
+        self.token = kernels.SpanRows(one_token(), self.rooms(), rotary(), **shape, ranks=ranks)
+
+    def rooms(self) -> list[list[kernels.Room]]:
+        return [[(layer.keys, layer.values, LENGTH)] for layer in self.layers]
 
     def bring(self, key: int) -> None:
         self.slot_table.admit(key, slot_of(key))
@@ -267,3 +270,83 @@ def test_a_run_asks_the_next_layers_and_notes_what_was_there() -> None:
 def test_a_run_takes_no_more_experts_than_it_has_room_for() -> None:
     with pytest.raises(ConfigError, match="64"):
         kernels.SpanKernel([], hidden=HIDDEN, num_experts=128, top_k=65)
+
+
+class Dense:
+    """A layer without a router, and its MLP."""
+
+    def __init__(self, number: int) -> None:
+        self.layer = Layer(number)
+        self.step = kernels.LayerKernel(self.layer.norms, self.layer.attention, None, SCALE)
+        linears = [make_linear("int8", *size) for size in ((96, HIDDEN), (96, HIDDEN), (HIDDEN, 96))]
+        self.mlp = kernels.MlpKernel(*linears, activation="silu")
+
+    def separately(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        residual, normed, out = (torch.empty_like(x) for _ in range(3))
+        self.step.step(x, cos, sin, [(self.layer.keys, self.layer.values, LENGTH)], residual, normed, None)
+        self.mlp.forward(normed, out)
+        return residual + SCALE * out
+
+
+@pytest.mark.parametrize("absent", [(), (1,)])
+def test_dense_layers_are_a_part_of_a_run(absent: Collection[int]) -> None:
+    """Before, between and behind those with experts, which are counted without them. absent: of all layers."""
+    run = Run(ranks=[TOP_K])
+    dense = [Dense(10 + number) for number in range(3)]
+    first, second, third = run.layers
+    order: list[Layer | Dense] = [dense[0], dense[1], first, second, dense[2], third]
+    parts = [
+        kernels.SpanLayer(step=each.step, dense=each.mlp)
+        if isinstance(each, Dense)
+        else kernels.SpanLayer(
+            step=each.step, experts=each.kernel, first_key=run.layers.index(each) * NUM_EXPERTS, weight_scale=SCALE
+        )
+        for each in order
+    ]
+    run.kernel = kernels.SpanKernel(parts, hidden=HIDDEN, num_experts=NUM_EXPERTS, top_k=TOP_K)
+    caches = [each.layer if isinstance(each, Dense) else each for each in order]
+    rooms = [[(layer.keys, layer.values, LENGTH)] for layer in caches]
+    shape = {"num_experts": NUM_EXPERTS, "top_k": TOP_K, "num_layers": NUM_LAYERS}
+    run.token = kernels.SpanRows(one_token(), rooms, rotary(), **shape, ranks=[TOP_K])
+    for layer in absent:
+        for key in range(layer * NUM_EXPERTS, (layer + 1) * NUM_EXPERTS):
+            assert run.slot_table.vacate(slot_of(key))
+    assert run.go() == [(layer, kernels.NEEDS_EXPERTS) for layer in absent]
+    x, said, guessed_from = one_token(), [], torch.empty(0)
+    for each in order:
+        if isinstance(each, Dense):
+            x = each.separately(x, *rotary())
+        else:
+            residual, normed, routed = each.separately(x, *rotary())
+            x = each.add_experts(residual, normed, routed)
+            said.append(routed)
+            guessed_from = residual if each is first else guessed_from
+    assert torch.equal(run.token.x, x)
+    for got, parts_of in zip(
+        (run.token.logits, run.token.ids), zip(*(each[::2] for each in said), strict=True), strict=True
+    ):
+        assert torch.equal(got, torch.stack(parts_of))
+    assert len(run.token.times) == NUM_LAYERS
+    assert (run.token.stalls > 0).tolist() == [layer in absent for layer in range(NUM_LAYERS)]
+    normed, said = torch.empty_like(x), [torch.empty_like(part) for part in said[0]]
+    second.norms[1].step(guessed_from, normed)
+    second.router.step(normed, *said)
+    assert torch.equal(run.token.guesses[0, 0], said[2][0])
+
+
+def test_rows_that_follow_replace_those_before() -> None:
+    """And the memory of caches is not held any longer."""
+    run, other = Run(), Run()
+    x = one_token() * 2
+    other.token = kernels.SpanRows(x.clone(), other.rooms(), rotary(), num_experts=NUM_EXPERTS, top_k=TOP_K)
+    assert run.go() == other.go() == []
+    assert not torch.equal(run.token.ids, other.token.ids)
+    for layer, fresh in zip(run.layers, Run().layers, strict=True):
+        layer.keys, layer.values = fresh.keys, fresh.values
+    run.token.begin(x, run.rooms(), rotary())
+    before = len(gc.get_referrers(run.layers[0].keys))
+    assert run.go() == []
+    run.token.end()
+    assert len(gc.get_referrers(run.layers[0].keys)) < before
+    for name in ("x", "logits", "weights", "ids", "found"):
+        assert torch.equal(getattr(run.token, name), getattr(other.token, name)), name

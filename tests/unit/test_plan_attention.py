@@ -12,6 +12,7 @@ from offload_moe.decode.latent import absorb_latents
 from offload_moe.plan.attention import describe_attention
 from offload_moe.plan.parameters import describe_model
 from offload_moe.plan.working import activation_bytes, cache_bytes
+from tests.support.checkpoints import tiny_config
 from tests.support.plan import real_shape, tiny_shape
 from tests.support.tiny_models import COMMON, FAMILIES, tiny_model
 
@@ -91,3 +92,16 @@ def test_scores_are_planned_where_they_are_written_down() -> None:
 @pytest.mark.parametrize("name", ["Mixtral-8x7B-v0.1", "Qwen3-235B-A22B", "gpt-oss-120b"])
 def test_others_write_none(name: str) -> None:
     assert {work.scores for work in real_shape(name).attention.works} == {0}
+
+
+def test_layers_with_heads_of_their_own() -> None:
+    """The config has no number of heads for all layers then."""
+    works = describe_model(tiny_config("dots3_note_text"), is_fast_path=True).attention.works
+    assert {work.scores for work in works} == {2 * 4 + 3, 2 * 64 + 3}
+
+
+def test_an_indexer_keeps_keys_beside_the_cache() -> None:
+    *linear, full = describe_model(tiny_config("qwen4_exp_text"), is_fast_path=True).attention.cache_layers
+    keys_and_values, indexer = 2 * 2 * 8, 8
+    assert [layer.per_token for layer in linear] == [0, 0, 0]
+    assert full.per_token == keys_and_values + indexer

@@ -127,8 +127,8 @@ def test_an_edit_that_changes_nothing_is_fine(store: Path) -> None:
 
 
 def test_another_version(store: Path) -> None:
-    edit(store, lambda document: document.update(version=3))
-    with pytest.raises(StoreVersion, match="format version 3, this program reads versions 1 and 2"):
+    edit(store, lambda document: document.update(version=4))
+    with pytest.raises(StoreVersion, match="format version 4, this program reads versions 1 to 3"):
         Store.open(store)
 
 

@@ -21,6 +21,7 @@
 
 #define OM_MOE_LAYER_FIELDS(FIELD, T) \
     FIELD(T, om_matrix, first, ) FIELD(T, om_matrix, second, ) \
+    FIELD(T, om_matrix, up, ) /* in panels, of a type of its own; no rows: `first` has gate rows and then up rows */ \
     FIELD(T, int32_t, activation, ) FIELD(T, int32_t, has_gate, ) FIELD(T, int32_t, is_interleaved, ) \
     FIELD(T, float, alpha, ) FIELD(T, float, limit, )
 
@@ -90,8 +91,9 @@
     FIELD(T, int64_t, hidden, )
 
 #define OM_SPAN_LAYER_FIELDS(FIELD, T) \
-    FIELD(T, const om_layer *, layer, ) /* with a router */ \
-    FIELD(T, const om_moe_layer *, experts, ) \
+    FIELD(T, const om_layer *, layer, ) /* with a router if it has experts */ \
+    FIELD(T, const om_moe_layer *, experts, ) /* NULL: the layer is dense */ \
+    FIELD(T, const om_mlp *, dense, ) /* of a dense layer */ \
     FIELD(T, const om_shared *, shared, ) /* NULL if the layer has none */ \
     FIELD(T, int64_t, first_key, ) /* the key of the layer's first expert */ \
     FIELD(T, float, weight_scale, )
@@ -99,23 +101,25 @@
 #define OM_SPAN_FIELDS(FIELD, T) \
     FIELD(T, const om_span_layer *, layers, ) \
     FIELD(T, int64_t, num_layers, ) FIELD(T, int64_t, hidden, ) \
+    FIELD(T, const int64_t *, with_experts, ) /* the layers that have experts, ascending; elsewhere they are counted by themselves */ \
+    FIELD(T, int64_t, num_with_experts, ) \
     FIELD(T, int64_t, num_experts, ) FIELD(T, int64_t, top_k, )
 
-/* N rows: tokens of one sequence, one after the other, or of several. */
+/* N rows: tokens of one sequence, one after the other, or of several. L layers have experts. */
 #define OM_SPAN_ROWS_FIELDS(FIELD, T) \
     FIELD(T, int64_t, num_rows, ) /* 1 to OM_MAX_ROWS */ \
     FIELD(T, const float *, cos, ) FIELD(T, const float *, signed_sin, ) /* [N, rotated_dims] */ \
-    FIELD(T, const om_room *, rooms, ) /* [layers, N] */ \
+    FIELD(T, const om_room *, rooms, ) /* [layers, N]: of the dense ones, too */ \
     FIELD(T, float *, x, ) FIELD(T, float *, residual, ) FIELD(T, float *, normed, ) /* [N, H] */ \
-    FIELD(T, float *, logits, ) FIELD(T, float *, weights, ) /* [layers, N, E], [layers, N, K] */ \
-    FIELD(T, int64_t *, ids, ) /* [layers, N, K] */ \
-    FIELD(T, double *, times, ) /* [layers, 2]: seconds since the start when the experts of a layer began and ended */ \
-    FIELD(T, double *, stalls, ) /* [layers]: seconds that a layer waited for experts */ \
+    FIELD(T, float *, logits, ) FIELD(T, float *, weights, ) /* [L, N, E], [L, N, K] */ \
+    FIELD(T, int64_t *, ids, ) /* [L, N, K] */ \
+    FIELD(T, double *, times, ) /* [L, 2]: seconds since the start when the experts of a layer began and ended */ \
+    FIELD(T, double *, stalls, ) /* [L]: seconds that a layer waited for experts */ \
     FIELD(T, float *, pairs, ) /* [N, K, H] */ \
-    FIELD(T, int64_t, num_ahead, ) /* following layers whose routers are evaluated ahead, on the last row */ \
+    FIELD(T, int64_t, num_ahead, ) /* following layers with experts whose routers are evaluated ahead, on the last row */ \
     FIELD(T, const int64_t *, ranks, ) /* [num_ahead]: how many of the likeliest guesses are fetched */ \
-    FIELD(T, int64_t *, guesses, ) /* [layers, num_ahead, K]: ids that these routers choose */ \
-    FIELD(T, uint8_t *, found, ) FIELD(T, uint8_t *, guesses_found, ) /* [layers, N, K], [layers, num_ahead, K]: OM_HIT ... */ \
+    FIELD(T, int64_t *, guesses, ) /* [L, num_ahead, K]: ids that these routers choose */ \
+    FIELD(T, uint8_t *, found, ) FIELD(T, uint8_t *, guesses_found, ) /* [L, N, K], [L, num_ahead, K]: OM_HIT ... */ \
     FIELD(T, float *, guess_space, ) /* [H + E + K] */
 
 #define OM_FILE_FIELDS(FIELD, T) \
@@ -123,8 +127,16 @@
     FIELD(T, int64_t, num_bytes, ) \
     FIELD(T, int32_t, direct, ) FIELD(T, int32_t, cached, ) /* descriptors; -1: this way of reading is not available */
 
+/* A run of bytes that a record is put together from. Direct reads need aligned windows: `start` and `num_bytes` of the slot are
+ * filled from `offset` of the file on, and `length` bytes of that, from `skew` on, are then moved down to `target`. */
+#define OM_PIECE_FIELDS(FIELD, T) \
+    FIELD(T, int64_t, offset, ) FIELD(T, int64_t, start, ) FIELD(T, int64_t, num_bytes, ) \
+    FIELD(T, int64_t, skew, ) FIELD(T, int64_t, length, ) FIELD(T, int64_t, target, ) \
+    FIELD(T, int32_t, file, )
+
 #define OM_PLACE_FIELDS(FIELD, T) \
     FIELD(T, int64_t, offset, ) FIELD(T, int64_t, num_bytes, ) \
+    FIELD(T, const om_piece *, pieces, ) FIELD(T, int32_t, num_pieces, ) /* ascending in the slot, without a checksum; none: one run */ \
     FIELD(T, const om_matrix *, matrices, ) FIELD(T, int32_t, num_matrices, ) /* to bring into panels or rows; none: the record stays as it is */ \
     FIELD(T, int32_t, file, ) FIELD(T, int32_t, to_panels, ) \
     FIELD(T, uint32_t, checksum, )
@@ -182,6 +194,7 @@
     STRUCT(om_span, OM_SPAN_FIELDS) \
     STRUCT(om_span_rows, OM_SPAN_ROWS_FIELDS) \
     STRUCT(om_file, OM_FILE_FIELDS) \
+    STRUCT(om_piece, OM_PIECE_FIELDS) \
     STRUCT(om_place, OM_PLACE_FIELDS) \
     STRUCT(om_completion, OM_COMPLETION_FIELDS) \
     STRUCT(om_reads_options, OM_READS_OPTIONS_FIELDS) \
@@ -213,6 +226,8 @@
                                       const float *signed_sin, const om_room *rooms, int64_t num_rows, float *out)) \
     FUNCTION(int, om_latent_step, (const om_latent *latent, const float *x, const float *cos, const float *signed_sin, \
                                    const om_room *rooms, int64_t num_rows, float *out)) \
+    FUNCTION(int, om_embed, (const void *table, int32_t codec, int64_t num_rows, int64_t hidden, const int64_t *ids, \
+                             int64_t count, float scale, float *x)) \
     FUNCTION(void, om_rms_norm, (const float *values, const float *weight, int64_t length, float epsilon, float *result)) \
     FUNCTION(int, om_router_step, (const om_router *router, const float *x, int64_t num_rows, float *logits, \
                                    float *weights, int64_t *ids)) \
@@ -255,6 +270,9 @@
     FUNCTION(void, om_rank, (const om_ranking *r, const om_passed *passed))
 
 enum { OM_NF4 = 0, OM_INT8 = 1, OM_MXFP4 = 2, OM_BF16 = 3, OM_FP32 = 4 };
+/* Types of GGUF files: blocks of 32 weights, then superblocks of 256. */
+enum { OM_Q4_0 = 5, OM_Q4_1 = 6, OM_Q5_0 = 7, OM_Q5_1 = 8, OM_Q8_0 = 9, OM_IQ4_NL = 10, OM_GGUF_MXFP4 = 11,
+       OM_Q2_K = 12, OM_Q3_K = 13, OM_Q4_K = 14, OM_Q5_K = 15, OM_Q6_K = 16, OM_IQ4_XS = 17, OM_NUM_CODECS = 18 };
 enum { OM_F32 = 0, OM_BF16_VALUES = 1 };
 enum { OM_SILU = 0, OM_GELU = 1, OM_GELU_TANH = 2, OM_GPT_OSS = 3, OM_RELU = 4, OM_RELU2 = 5, OM_IDENTITY = 6 };
 enum { OM_SLOT_FREE = 0, OM_SLOT_LOADING = 1, OM_SLOT_RESIDENT = 2, OM_SLOT_RESERVED = 3, OM_SLOT_ARRIVED = 4 };
@@ -277,6 +295,8 @@ enum { OM_UNDER_WAY = -2 };
 
 #define OM_CONSTANTS(CONSTANT) \
     CONSTANT(OM_NF4) CONSTANT(OM_INT8) CONSTANT(OM_MXFP4) CONSTANT(OM_BF16) CONSTANT(OM_FP32) \
+    CONSTANT(OM_Q4_0) CONSTANT(OM_Q4_1) CONSTANT(OM_Q5_0) CONSTANT(OM_Q5_1) CONSTANT(OM_Q8_0) CONSTANT(OM_IQ4_NL) CONSTANT(OM_GGUF_MXFP4) \
+    CONSTANT(OM_Q2_K) CONSTANT(OM_Q3_K) CONSTANT(OM_Q4_K) CONSTANT(OM_Q5_K) CONSTANT(OM_Q6_K) CONSTANT(OM_IQ4_XS) \
     CONSTANT(OM_F32) CONSTANT(OM_BF16_VALUES) \
     CONSTANT(OM_SILU) CONSTANT(OM_GELU) CONSTANT(OM_GELU_TANH) CONSTANT(OM_GPT_OSS) CONSTANT(OM_RELU) CONSTANT(OM_RELU2) \
     CONSTANT(OM_IDENTITY) \

@@ -11,7 +11,7 @@
 #define KNOWN (1 << 30)
 #define HAS_ALL(word, bits) (((word) & (bits)) == (bits))
 
-enum { SSE41_PCLMUL = 1u << 19 | 1u << 1, FMA = 1u << 12, OSXSAVE = 1u << 27 };              /* leaf 1, ecx */
+enum { SSE41_PCLMUL = 1u << 19 | 1u << 1, FMA_F16C = 1u << 12 | 1u << 29, OSXSAVE = 1u << 27 };              /* leaf 1, ecx */
 enum { AVX2 = 1u << 5, AVX512F_DQ_CD_BW = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 };      /* leaf 7, ebx */
 #define AVX512VL (1u << 31)
 enum { AVX512_VBMI = 1u << 1, AVX512_VNNI = 1u << 11 };                                     /* leaf 7, ecx */
@@ -31,7 +31,7 @@ static int detect(void) {
     if (HAS_ALL(ecx, SSE41_PCLMUL)) found |= OM_CPU_PCLMUL;
     if (!HAS_ALL(ecx, OSXSAVE) || !__get_cpuid_count(7, 0, &eax, &ebx7, &ecx7, &edx)) return found;
     const unsigned states = kept_states();
-    if (HAS_ALL(states, YMM_STATE) && HAS_ALL(ecx, FMA) && HAS_ALL(ebx7, AVX2)) found |= OM_CPU_AVX2;
+    if (HAS_ALL(states, YMM_STATE) && HAS_ALL(ecx, FMA_F16C) && HAS_ALL(ebx7, AVX2)) found |= OM_CPU_AVX2;
     if (!(found & OM_CPU_AVX2)) return found;
     if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && HAS_ALL(eax, AVX_VNNI)) found |= OM_CPU_AVX_VNNI;
     if (!HAS_ALL(states, ZMM_STATE)) return found;

@@ -1,7 +1,9 @@
 #include "job.h"
+#include "gguf_types.h"
 
 static int64_t row_bytes(const om_matrix *m) {
     if (OM_ARE_VALUES(m->codec)) return (m->codec == OM_FP32 ? 4 : 2) * m->cols;
+    if (OM_IS_GGUF(m->codec)) return om_num_chunks(m) * om_chunk_dwords(m->codec) * 4;
     return m->codec == OM_INT8 ? m->padded : m->padded / 2;
 }
 

@@ -11,6 +11,9 @@
 #define OM_MXFP4_LEVELS 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12
 #define OM_MXFP4_UNIT 2.0f
 
+/* IQ4_NL and IQ4_XS of GGUF: value = level. */
+#define OM_IQ4_LEVELS -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
+
 /* bitsandbytes' dynamic map is odd around entry 127, but for its last entry. At distance d from there, from 2^k on, its size
  * is start + step * d, to 2.8e-7 of it. Piece 0 holds 0 and 1; piece 7 is the last entry, 1. */
 #define OM_MAP_START_0 0.0f

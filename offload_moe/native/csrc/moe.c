@@ -186,7 +186,7 @@ static void plan(moe_job *job) {
     const int64_t bytes_per_pair = layer->second.cols * (job->is_in_panels ? 1 : 4);
     const int64_t room = GROUP_BYTES / bytes_per_pair / OM_TILE * OM_TILE;
     job->group_pairs = om_max(1, om_min(job->offsets[job->num_experts], om_max(OM_TILE, room)));
-    job->intermediate = layer->has_gate ? layer->first.rows / 2 : layer->first.rows;
+    job->intermediate = layer->has_gate && layer->up.rows == 0 ? layer->first.rows / 2 : layer->first.rows;
     job->num_chunks = om_divide_up(job->intermediate, OM_CHUNK);
     /* long streams where threads are few, enough units to share where they are many */
     const int64_t share = layer->second.rows / (8 * om_pool_threads()) / OM_PANEL * OM_PANEL;

@@ -23,6 +23,7 @@
 
 #include "api.h"
 
+#define OM_IS_GGUF(codec) ((codec) >= OM_Q4_0)
 #define OM_ARE_VALUES(codec) ((codec) == OM_BF16 || (codec) == OM_FP32) /* no codes: rows without padding or scales */
 #define OM_TILE 8        /* tokens that one pass over a row's codes serves */
 _Static_assert(OM_MAX_ROWS <= OM_TILE, "the rows of a call are one tile");

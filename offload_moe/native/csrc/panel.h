@@ -14,6 +14,8 @@
 #define OM_ROW_DWORDS(codec) ((codec) == OM_INT8 ? 16 : 8)         /* of a row in a block */
 #define OM_BLOCK_BYTES(codec) (OM_ROW_DWORDS(codec) * 4 * OM_PANEL) /* of a whole panel */
 #define OM_SCALE_BYTES(codec) ((codec) == OM_INT8 ? 4 : 1)
+#define OM_SUMS 4 /* of 16 quants each, of a block of activations for GGUF's types */
+#define OM_CORRECTIONS(codec) (OM_IS_GGUF(codec) ? OM_SUMS : OM_GROUPS(codec)) /* of a block */
 
 /* Else gcc 12 keeps all products or codes of a block, on the stack, and adds them last. */
 #if defined(__clang__)
@@ -22,14 +24,15 @@
 #define OM_IN_TURN(constraint, sum) __asm__("" : constraint(sum))
 #endif
 
-/* One token's activations. A group's quants: those that meet low nibbles, then those that meet high ones; int8 in order. */
+/* One token's activations. A group's quants: those that meet low nibbles, then those that meet high ones; int8 and GGUF's types
+ * in order. */
 typedef struct {
     int8_t *quants;       /* [B, 64] */
     float *scales;        /* [G] */
-    int32_t *corrections; /* [G]: -128 times the sum of a group's quants */
+    int32_t *corrections; /* [G]: -128 times the sum of a group's quants; of GGUF's types [B, 4]: the sums of 16 quants */
 } om_panel_token;
 
-/* The same of T tokens: quants [B, T, 64], scales and corrections [G, T]. */
+/* The same of T tokens: quants [B, T, 64], scales and corrections [..., T]. */
 typedef struct {
     const int8_t *quants;
     const float *scales;
@@ -42,7 +45,7 @@ typedef void (*om_panel_fn)(const om_weights *w, int64_t first_row, int64_t num_
                             int64_t stride);
 
 struct om_panel_set {
-    om_panel_fn rows[3]; /* [codec] */
+    om_panel_fn rows[OM_NUM_CODECS]; /* [codec] */
     void (*quantize_blocks)(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks, om_panel_token *token);
     void (*activate)(int32_t activation, float alpha, float limit, int has_gate, const float *gate, const float *up,
                      float *result, int64_t count);

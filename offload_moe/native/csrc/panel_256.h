@@ -38,12 +38,13 @@ OM_INLINE slice_f pick_steps(const om_panel_steps *steps, const int slice, int b
     return _mm256_blendv_ps(sf_load(steps->second + at), sf_load(steps->first + at), is_first);
 }
 
-OM_INLINE slice_f powers_of_two(const uint8_t *bytes) {
-    const __m256i exponents = widen_bytes(bytes);
+OM_INLINE slice_f powers_of(slice_i exponents) {
     const __m256i bits = _mm256_max_epu32(_mm256_slli_epi32(exponents, 23), _mm256_set1_epi32(0x00400000));
     const __m256i is_nan = _mm256_cmpeq_epi32(exponents, _mm256_set1_epi32(255));
     return _mm256_castsi256_ps(_mm256_blendv_epi8(bits, _mm256_set1_epi32(0x7fc00000), is_nan));
 }
+
+OM_INLINE slice_f powers_of_two(const uint8_t *bytes) { return powers_of(widen_bytes(bytes)); }
 
 OM_INLINE __m256i broadcast_dword(const void *p) {
     int32_t value;
@@ -60,10 +61,12 @@ OM_INLINE __m256i weights_of(const int codec, __m256i raw, const int high) {
 #else
     const __m128i flip = _mm_setzero_si128();
 #endif
-    const __m128i levels = codec == OM_NF4 ? _mm_setr_epi8(OM_NF4_LEVELS) : _mm_setr_epi8(OM_MXFP4_LEVELS);
+    const __m128i signed_levels = codec == OM_NF4                             ? _mm_setr_epi8(OM_NF4_LEVELS)
+                                  : codec == OM_IQ4_NL || codec == OM_IQ4_XS ? _mm_setr_epi8(OM_IQ4_LEVELS)
+                                                                             : _mm_setr_epi8(OM_MXFP4_LEVELS);
     if (codec == OM_INT8) return _mm256_xor_si256(raw, _mm256_broadcastsi128_si256(flip));
     const __m256i nibbles = _mm256_and_si256(high ? _mm256_srli_epi16(raw, 4) : raw, _mm256_set1_epi8(15));
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_xor_si128(levels, flip)), nibbles);
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_xor_si128(signed_levels, flip)), nibbles);
 }
 
 #if defined(OM_DOT)
@@ -118,5 +121,35 @@ OM_INLINE void group_sums(const int codec, const int T, const int H, const uint8
         _Pragma("GCC unroll 16") for (int h = 0; h < H; h++)
             sums[t * OM_SLICES + h] = whole_sum(codec, sums[t * OM_SLICES + h]);
 }
+
+typedef panel_weights levels;
+
+OM_INLINE slice_i si_load(const uint8_t *p) { return load_bytes(p); }
+OM_INLINE slice_i si_set(int32_t value) { return _mm256_set1_epi32(value); }
+OM_INLINE slice_i si_and(slice_i a, slice_i b) { return _mm256_and_si256(a, b); }
+OM_INLINE slice_i si_or(slice_i a, slice_i b) { return _mm256_or_si256(a, b); }
+OM_INLINE slice_i si_add(slice_i a, slice_i b) { return _mm256_add_epi32(a, b); }
+OM_INLINE slice_i si_mul(slice_i a, slice_i b) { return _mm256_mullo_epi32(a, b); }
+OM_INLINE slice_i si_left(slice_i a, int count) { return _mm256_slli_epi32(a, count); }
+OM_INLINE slice_i si_right(slice_i a, int count) { return _mm256_srli_epi32(a, count); }
+OM_INLINE slice_i si_right_signed(slice_i a, int count) { return _mm256_srai_epi32(a, count); }
+OM_INLINE slice_i si_words(const uint8_t *p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)); }
+OM_INLINE slice_f sf_of_halves(slice_i v) {
+    const __m256i low = _mm256_and_si256(v, _mm256_set1_epi32(0xffff)), words = _mm256_packus_epi32(low, low);
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(words, 0x08)));
+}
+OM_INLINE levels levels_of(const int codec, slice_i raw, const int high) { return prepare_weights(weights_of(codec, raw, high)); }
+OM_INLINE slice_i dot_levels(slice_i sum, levels weights, const int8_t *q) {
+    return add_products(OM_INT8, sum, weights, broadcast_dword(q));
+}
+#if defined(OM_DOT)
+#define OM_LEVEL_OFFSET 128
+OM_INLINE slice_i dot_codes(slice_i sum, slice_i codes, const int8_t *q) { return OM_DOT(sum, codes, broadcast_dword(q)); }
+#else
+#define OM_LEVEL_OFFSET 0
+OM_INLINE slice_i dot_codes(slice_i sum, slice_i codes, const int8_t *q) {
+    return _mm256_add_epi32(sum, add_pairs(_mm256_maddubs_epi16(codes, broadcast_dword(q)))); /* pairs: 2 * 63 * 127 fits */
+}
+#endif
 
 #include "panel_rows.h"

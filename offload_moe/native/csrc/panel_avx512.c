@@ -46,17 +46,20 @@ OM_INLINE slice_f pick_steps(const om_panel_steps *steps, const int slice, int b
     return _mm512_mask_blend_ps(is_second, sf_load(steps->first), sf_load(steps->second));
 }
 
-OM_INLINE slice_f powers_of_two(const uint8_t *bytes) {
-    const __m512i exponents = widen_bytes(bytes);
+OM_INLINE slice_f powers_of(slice_i exponents) {
     const __m512i bits = _mm512_max_epu32(_mm512_slli_epi32(exponents, 23), _mm512_set1_epi32(0x00400000));
     const __mmask16 is_nan = _mm512_cmpeq_epi32_mask(exponents, _mm512_set1_epi32(255));
     return _mm512_castsi512_ps(_mm512_mask_mov_epi32(bits, is_nan, _mm512_set1_epi32(0x7fc00000)));
 }
 
+OM_INLINE slice_f powers_of_two(const uint8_t *bytes) { return powers_of(widen_bytes(bytes)); }
+
 /* `index`: the nibble, other bits above it. Levels plus 128, as vpdpbusd multiplies unsigned weights with signed quants. */
 OM_INLINE __m512i look_up(const int codec, __m512i index) {
-    const __m128i levels = codec == OM_NF4 ? _mm_setr_epi8(OM_NF4_LEVELS) : _mm_setr_epi8(OM_MXFP4_LEVELS);
-    const __m512i table = _mm512_broadcast_i32x4(_mm_xor_si128(levels, _mm_set1_epi8(-128)));
+    const __m128i signed_levels = codec == OM_NF4                             ? _mm_setr_epi8(OM_NF4_LEVELS)
+                                  : codec == OM_IQ4_NL || codec == OM_IQ4_XS ? _mm_setr_epi8(OM_IQ4_LEVELS)
+                                                                             : _mm_setr_epi8(OM_MXFP4_LEVELS);
+    const __m512i table = _mm512_broadcast_i32x4(_mm_xor_si128(signed_levels, _mm_set1_epi8(-128)));
 #if defined(__AVX512VBMI__)
     return _mm512_permutexvar_epi8(index, table); /* four copies of the table: two of the bits above are ignored thus */
 #else
@@ -100,6 +103,29 @@ OM_INLINE void group_sums(const int codec, const int T, const int H, const uint8
     if (T <= 4)
         _Pragma("GCC unroll 16") for (int t = 0; t < T; t++) sums[t] = _mm512_add_epi32(sums[t], others[t]);
 }
+
+#define OM_LEVEL_OFFSET 128
+typedef __m512i levels;
+
+OM_INLINE slice_i si_load(const void *p) { return _mm512_loadu_si512(p); }
+OM_INLINE slice_i si_set(int32_t value) { return _mm512_set1_epi32(value); }
+OM_INLINE slice_i si_and(slice_i a, slice_i b) { return _mm512_and_si512(a, b); }
+OM_INLINE slice_i si_or(slice_i a, slice_i b) { return _mm512_or_si512(a, b); }
+OM_INLINE slice_i si_add(slice_i a, slice_i b) { return _mm512_add_epi32(a, b); }
+OM_INLINE slice_i si_mul(slice_i a, slice_i b) { return _mm512_mullo_epi32(a, b); }
+OM_INLINE slice_i si_left(slice_i a, int count) { return _mm512_slli_epi32(a, (unsigned)count); }
+OM_INLINE slice_i si_right(slice_i a, int count) { return _mm512_srli_epi32(a, (unsigned)count); }
+OM_INLINE slice_i si_right_signed(slice_i a, int count) { return _mm512_srai_epi32(a, (unsigned)count); }
+OM_INLINE slice_i si_words(const uint8_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
+OM_INLINE slice_f sf_of_halves(slice_i v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)); }
+OM_INLINE slice_i dot_codes(slice_i sum, slice_i codes, const int8_t *q) {
+    return _mm512_dpbusd_epi32(sum, codes, broadcast_dword(q));
+}
+OM_INLINE levels levels_of(const int codec, slice_i raw, const int high) {
+    if (codec == OM_INT8) return _mm512_xor_si512(raw, _mm512_set1_epi8(-128));
+    return look_up(codec, high ? _mm512_srli_epi16(raw, 4) : raw);
+}
+OM_INLINE slice_i dot_levels(slice_i sum, levels weights, const int8_t *q) { return dot_codes(sum, weights, q); }
 
 #include "panel_rows.h"
 

@@ -18,12 +18,26 @@ OM_INLINE void quantize_as(const int codec, const float *values, int64_t first_b
     }
 }
 
+/* For GGUF's types: in order, with the sums of each 16. */
+static void quantize_in_order(const float *values, int64_t first_block, int64_t num_blocks, om_panel_token *token) {
+    for (int64_t b = first_block; b < first_block + num_blocks; b++, values += OM_BLOCK) {
+        int8_t *quants = token->quants + b * OM_BLOCK;
+        om_quantize_group(values, OM_BLOCK, quants, token->scales + b);
+        for (int j = 0; j < OM_SUMS; j++) {
+            int32_t sum = 0;
+            for (int i = 0; i < OM_BLOCK / OM_SUMS; i++) sum += quants[j * (OM_BLOCK / OM_SUMS) + i];
+            token->corrections[b * OM_SUMS + j] = sum;
+        }
+    }
+}
+
 static void panel_quantize_blocks(int32_t codec, const float *values, int64_t first_block, int64_t num_blocks,
                                   om_panel_token *token) {
     switch (codec) {
     case OM_NF4: quantize_as(OM_NF4, values, first_block, num_blocks, token); break;
     case OM_INT8: quantize_as(OM_INT8, values, first_block, num_blocks, token); break;
-    default: quantize_as(OM_MXFP4, values, first_block, num_blocks, token); break;
+    case OM_MXFP4: quantize_as(OM_MXFP4, values, first_block, num_blocks, token); break;
+    default: quantize_in_order(values, first_block, num_blocks, token); break;
     }
 }
 

@@ -6,14 +6,15 @@ void om_lay_out_panel_inputs(om_panel_inputs *inputs, const om_matrix *m, int64_
     inputs->cols = m->cols;
     inputs->blocks = om_divide_up(m->cols, OM_BLOCK);
     inputs->groups = inputs->blocks * OM_GROUPS(m->codec);
+    inputs->num_corrections = inputs->blocks * OM_CORRECTIONS(m->codec);
     inputs->quants = om_take(cursor, num_tokens * inputs->blocks * OM_BLOCK);
     inputs->scales = om_take(cursor, num_tokens * inputs->groups * (int64_t)sizeof(float));
-    inputs->corrections = om_take(cursor, num_tokens * inputs->groups * (int64_t)sizeof(int32_t));
+    inputs->corrections = om_take(cursor, num_tokens * inputs->num_corrections * (int64_t)sizeof(int32_t));
 }
 
 static om_panel_token token_of(const om_panel_inputs *inputs, int64_t token) {
     return (om_panel_token){inputs->quants + token * inputs->blocks * OM_BLOCK, inputs->scales + token * inputs->groups,
-                            inputs->corrections + token * inputs->groups};
+                            inputs->corrections + token * inputs->num_corrections};
 }
 
 void om_quantize_input(const om_panel_inputs *inputs, int64_t token, const float *values, int64_t first_block, int64_t num_blocks) {
@@ -27,8 +28,8 @@ void om_quantize_row(const om_panel_inputs *inputs, int64_t token, const void *x
 }
 
 int64_t om_panel_tile_bytes(const om_panel_inputs *inputs) {
-    const int64_t num_bytes = OM_TILE * (inputs->blocks * OM_BLOCK + inputs->groups * (int64_t)(sizeof(float) + sizeof(int32_t)));
-    return om_divide_up(num_bytes, 64) * 64;
+    const int64_t words = inputs->groups + inputs->num_corrections;
+    return om_divide_up(OM_TILE * (inputs->blocks * OM_BLOCK + words * 4), 64) * 64;
 }
 
 /* from[count] of 4 bytes each -> to[count, num_tokens], at the token's place */
@@ -54,7 +55,7 @@ om_panel_tile om_gather_panel_tile(const om_panel_inputs *inputs, const int32_t 
         for (int64_t b = 0; b < inputs->blocks; b++)
             __builtin_memcpy(quants + (b * stride + t) * OM_BLOCK, token.quants + b * OM_BLOCK, OM_BLOCK);
         interleave_words(token.scales, inputs->groups, stride, t, scales);
-        interleave_words(token.corrections, inputs->groups, stride, t, corrections);
+        interleave_words(token.corrections, inputs->num_corrections, stride, t, corrections);
     }
     return (om_panel_tile){quants, scales, corrections, stride};
 }

@@ -6,7 +6,7 @@
 
 typedef struct {
     int32_t codec;
-    int64_t cols, blocks, groups; /* of a token */
+    int64_t cols, blocks, groups, num_corrections; /* of a token */
     int8_t *quants;
     float *scales;
     int32_t *corrections;

@@ -22,12 +22,12 @@ static void add_bias(const om_weights *w, int64_t first_row, int64_t num_rows, f
 }
 
 /* Bias and activation of one token's chunk, quantized for the second matrix. */
-static void finish_chunk(const moe_job *job, const om_weights *w, int64_t first_row, int64_t num_rows, float *gate, float *up,
-                         int64_t pair) {
+static void finish_chunk(const moe_job *job, const om_weights *gate_weights, const om_weights *up_weights, int64_t first_row,
+                         int64_t first_up, int64_t num_rows, float *gate, float *up, int64_t pair) {
     const om_moe_layer *layer = job->layer;
     float hidden[OM_CHUNK] = {0};
-    add_bias(w, first_row, num_rows, gate);
-    if (layer->has_gate) add_bias(w, job->intermediate + first_row, num_rows, up);
+    add_bias(gate_weights, first_row, num_rows, gate);
+    if (layer->has_gate) add_bias(up_weights, first_up, num_rows, up);
     om_active_isa()->panels->activate(layer->activation, layer->alpha, layer->limit, layer->has_gate, gate, up, hidden, num_rows);
     om_quantize_input(&job->panel_hidden, pair - job->group_first_pair, hidden, first_row / OM_CHUNK, 1);
 }
@@ -37,17 +37,20 @@ void om_first_panels(void *context, int64_t unit, int64_t next_unit, int thread)
     const moe_job *job = context;
     const segment *s = &job->segments[unit / job->num_chunks];
     const int64_t first_row = unit % job->num_chunks * OM_CHUNK, num_rows = om_min(OM_CHUNK, job->intermediate - first_row);
+    const int has_own_up = job->layer->up.rows != 0;
     const om_weights w = om_resolve(&job->layer->first, job->records[s->expert]);
-    const om_panel_fn rows = om_active_isa()->panels->rows[w.codec];
+    const om_weights up = has_own_up ? om_resolve(&job->layer->up, job->records[s->expert]) : w;
+    const int64_t first_up = has_own_up ? first_row : job->intermediate + first_row;
+    const om_panel_fn rows = om_active_isa()->panels->rows[w.codec], up_rows = om_active_isa()->panels->rows[up.codec];
     chunk_results results;
     for (int64_t first = s->first_pair, end = first + s->num_pairs; first < end; first += OM_TILE) {
         const int num_tokens = (int)om_min(OM_TILE, end - first);
         const om_panel_tile tile =
             om_gather_panel_tile(&job->panel_inputs, job->token_ids, first, num_tokens, scratch_of(job, thread));
         rows(&w, first_row, num_rows, &tile, results.gate, OM_CHUNK);
-        if (job->layer->has_gate) rows(&w, job->intermediate + first_row, num_rows, &tile, results.up, OM_CHUNK);
+        if (job->layer->has_gate) up_rows(&up, first_up, num_rows, &tile, results.up, OM_CHUNK);
         for (int t = 0; t < num_tokens; t++)
-            finish_chunk(job, &w, first_row, num_rows, results.gate + t * OM_CHUNK, results.up + t * OM_CHUNK, first + t);
+            finish_chunk(job, &w, &up, first_row, first_up, num_rows, results.gate + t * OM_CHUNK, results.up + t * OM_CHUNK, first + t);
     }
 }
 

@@ -48,17 +48,20 @@ OM_INLINE slice_f pick_steps(const om_panel_steps *steps, const int slice, int b
     return vbslq_f32(is_first, sf_load(steps->first + at), sf_load(steps->second + at));
 }
 
-OM_INLINE slice_f powers_of_two(const uint8_t *bytes) {
-    const uint32x4_t exponents = widen_bytes(bytes);
+OM_INLINE slice_f powers_of(slice_i v) {
+    const uint32x4_t exponents = vreinterpretq_u32_s32(v);
     const uint32x4_t bits = vmaxq_u32(vshlq_n_u32(exponents, 23), vdupq_n_u32(0x00400000u));
     const uint32x4_t is_nan = vceqq_u32(exponents, vdupq_n_u32(255));
     return vreinterpretq_f32_u32(vbslq_u32(is_nan, vdupq_n_u32(0x7fc00000u), bits));
 }
 
+OM_INLINE slice_f powers_of_two(const uint8_t *bytes) { return powers_of(vreinterpretq_s32_u32(widen_bytes(bytes))); }
+
 OM_INLINE int8x16_t weights_of(const int codec, uint8x16_t raw, const int high) {
-    static const int8_t nf4_levels[16] = {OM_NF4_LEVELS}, mxfp4_levels[16] = {OM_MXFP4_LEVELS};
+    static const int8_t nf4_levels[16] = {OM_NF4_LEVELS}, mxfp4_levels[16] = {OM_MXFP4_LEVELS}, iq4_levels[16] = {OM_IQ4_LEVELS};
+    const int is_iq4 = codec == OM_IQ4_NL || codec == OM_IQ4_XS;
     if (codec == OM_INT8) return vreinterpretq_s8_u8(raw);
-    const int8x16_t table = vld1q_s8(codec == OM_NF4 ? nf4_levels : mxfp4_levels);
+    const int8x16_t table = vld1q_s8(codec == OM_NF4 ? nf4_levels : is_iq4 ? iq4_levels : mxfp4_levels);
     return vqtbl1q_s8(table, high ? vshrq_n_u8(raw, 4) : vandq_u8(raw, vdupq_n_u8(15)));
 }
 
@@ -94,6 +97,30 @@ OM_INLINE void group_sums(const int codec, const int T, const int H, const uint8
                 }
             }
         }
+}
+
+#define OM_LEVEL_OFFSET 0
+typedef int8x16_t levels;
+
+OM_INLINE slice_i si_load(const uint8_t *p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
+OM_INLINE slice_i si_set(int32_t value) { return vdupq_n_s32(value); }
+OM_INLINE slice_i si_and(slice_i a, slice_i b) { return vandq_s32(a, b); }
+OM_INLINE slice_i si_or(slice_i a, slice_i b) { return vorrq_s32(a, b); }
+OM_INLINE slice_i si_add(slice_i a, slice_i b) { return vaddq_s32(a, b); }
+OM_INLINE slice_i si_mul(slice_i a, slice_i b) { return vmulq_s32(a, b); }
+OM_INLINE slice_i si_left(slice_i a, int count) { return vshlq_s32(a, vdupq_n_s32(count)); }
+OM_INLINE slice_i si_right(slice_i a, int count) {
+    return vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a), vdupq_n_s32(-count)));
+}
+OM_INLINE slice_i si_right_signed(slice_i a, int count) { return vshlq_s32(a, vdupq_n_s32(-count)); }
+OM_INLINE slice_i si_words(const uint8_t *p) { return vreinterpretq_s32_u32(vmovl_u16(vreinterpret_u16_u8(vld1_u8(p)))); }
+OM_INLINE slice_f sf_of_halves(slice_i v) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(vreinterpretq_u32_s32(v))));
+}
+OM_INLINE levels levels_of(const int codec, slice_i raw, const int high) { return weights_of(codec, vreinterpretq_u8_s32(raw), high); }
+OM_INLINE slice_i dot_levels(slice_i sum, levels weights, const int8_t *q) { return add_products(sum, weights, broadcast_dword(q)); }
+OM_INLINE slice_i dot_codes(slice_i sum, slice_i codes, const int8_t *q) {
+    return add_products(sum, vreinterpretq_s8_s32(codes), broadcast_dword(q));
 }
 
 #include "panel_rows.h"

@@ -1,4 +1,5 @@
 /* Records between row order and panels: each plane of a matrix is transposed, panel by panel, in place; exact both ways. */
+#include "gguf_types.h"
 #include "job.h"
 #include "panel.h"
 
@@ -40,10 +41,15 @@ static void repack_plane(const om_matrix *m, uint8_t *plane, int64_t row_bytes, 
         }
 }
 
-/* A record's matrices from row order to panels of their `part_rows`, or back. `scratch` holds 16 rows of codes of the widest. */
+/* A record's matrices from row order to panels of their `part_rows`, or back. `scratch` holds 16 rows of codes of the widest; for
+ * GGUF's types see `om_repack_gguf`. */
 OM_EXPORT void om_repack(const om_matrix *matrices, int64_t num_matrices, uint8_t *record, int32_t to_panels, uint8_t *scratch) {
     for (int64_t i = 0; i < num_matrices; i++) {
         const om_matrix *m = &matrices[i];
+        if (OM_IS_GGUF(m->codec)) {
+            om_repack_gguf(m, record, to_panels, scratch);
+            continue;
+        }
         const int64_t scale_bytes = OM_SCALE_BYTES(m->codec);
         repack_plane(m, record + m->codes, m->codec == OM_INT8 ? m->padded : m->padded / 2, 4, to_panels, scratch);
         repack_plane(m, record + m->scales, m->padded / OM_BLOCK * OM_GROUPS(m->codec) * scale_bytes, scale_bytes, to_panels, scratch);

@@ -140,4 +140,8 @@ OM_DEFINE_PANELS(panels_nf4, OM_NF4)
 OM_DEFINE_PANELS(panels_int8, OM_INT8)
 OM_DEFINE_PANELS(panels_mxfp4, OM_MXFP4)
 
-#define OM_PANEL_TABLE {{panels_nf4, panels_int8, panels_mxfp4}, panel_quantize_blocks, panel_activate}
+#include "panel_gguf.h"
+
+#define OM_PANEL_TABLE \
+    {.rows = {[OM_NF4] = panels_nf4, [OM_INT8] = panels_int8, [OM_MXFP4] = panels_mxfp4, OM_GGUF_PANELS}, \
+     .quantize_blocks = panel_quantize_blocks, .activate = panel_activate}

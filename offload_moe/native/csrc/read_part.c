@@ -7,8 +7,8 @@
 
 #define PAGE 4096
 
-/* Whether all pages of the range are cached; the last is looked up first, which usually decides. */
-static int is_cached(const om_file *file, int64_t offset, int64_t num_bytes) {
+/* The last page is looked up first, which usually decides. */
+int om_is_cached(const om_file *file, int64_t offset, int64_t num_bytes) {
     unsigned char present[1024];
     if (file->pages == NULL || offset + num_bytes > file->num_bytes) return 0;
 #if defined(__linux__)
@@ -32,19 +32,18 @@ static int64_t read_from_system(int32_t descriptor, uint8_t *to, int64_t num_byt
     return count < 0 ? -errno : count;
 }
 
-void om_read_part(const om_file *file, const om_place *place, uint8_t *record, om_read_at *read_at, om_part *part) {
-    const int64_t offset = place->offset + part->start;
-    part->was_direct = file->direct >= 0 && !is_cached(file, offset, part->num_bytes);
+void om_read_part(const om_file *file, uint8_t *record, om_read_at *read_at, om_part *part) {
+    part->was_direct = file->direct >= 0 && !om_is_cached(file, part->offset, part->least);
     const int32_t descriptor = part->was_direct ? file->direct : file->cached;
-    while (part->num_read < part->num_bytes && part->error == 0) {
+    while (part->num_read < part->least && part->error == 0) {
         const int64_t done = part->num_read;
         const int64_t count = (read_at == NULL ? read_from_system : read_at)(descriptor, record + part->start + done,
-                                                                             part->num_bytes - done, offset + done);
+                                                                             part->num_bytes - done, part->offset + done);
         if (count == -EINTR) continue;
         if (count < 0) part->error = (int32_t)-count;
         else part->num_read += count;
         /* the end of the file, behind which a direct read would be refused */
-        if (count == 0 || (count > 0 && part->was_direct && count % PAGE != 0 && part->num_read < part->num_bytes))
+        if (count == 0 || (count > 0 && part->was_direct && count % PAGE != 0 && part->num_read < part->least))
             part->error = OM_SHORT_READ;
     }
 }

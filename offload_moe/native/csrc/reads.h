@@ -16,6 +16,9 @@ int om_reads_fetch(om_reads *reads, int64_t key, int is_prefetch);
 void om_reads_promote(om_reads *reads, int64_t key);
 /* Drop guesses of token passes with keys below `end` that are not among these, unless they are being read (lock held). */
 void om_reads_drop_wrong(om_reads *reads, int64_t end, const int64_t *keys, int64_t num_keys);
+/* Read a demanded record in the calling thread, if no other has begun to and it is in the page cache (lock held, released
+ * meanwhile): quicker than waking a thread and being woken by it. Returns whether there was one. */
+int om_reads_help(om_reads *reads);
 /* Whether fewer slots are reserved than token passes need (lock held). */
 int om_reads_are_short(const om_reads *reads);
 

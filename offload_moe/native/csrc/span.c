@@ -1,6 +1,7 @@
 /* A decode step of consecutive decoder layers on a thread of its own, which fetches missing experts.
  *
- * N rows in fp32, each a token; per layer the calls of `layer.c` and `moe.c`. H hidden, E experts, K chosen by each row.
+ * N rows in fp32, each a token; per layer the calls of `layer.c` and `moe.c`, or `mlp.c` where it is dense. H hidden, E experts,
+ * K chosen by each row. `at` counts layers with experts.
  * An expert that it cannot fetch is a need that Python serves; the resident experts are computed meanwhile. An expert that several
  * rows chose is computed once, for all of them; each row's sum is in ascending order of its own experts, so it has the bits of a
  * pass of that row alone. */
@@ -11,6 +12,7 @@
 #include "reads.h"
 
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 #define MAX_PAIRS (OM_MAX_ROWS * OM_MAX_TOP_K)
@@ -23,7 +25,7 @@ struct om_pass {
     pthread_t thread;
     pthread_cond_t changed;
     int64_t num_routed;      /* layers whose routers have been computed */
-    int64_t result;          /* how many of all layers are done, or -1 when memory was short; OM_UNDER_WAY until then */
+    int64_t result;          /* how many layers with experts are done, or -1 when memory was short; OM_UNDER_WAY until then */
     int is_stopped;
     uint8_t needs[];         /* [layers]: needs that om_pass_next has not returned yet */
 };
@@ -44,6 +46,8 @@ static double seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
+static const om_span_layer *layer_of(const om_span *span, int64_t at) { return span->layers + span->with_experts[at]; }
+
 static int64_t choices_of(const om_span *span, const om_span_rows *rows) { return rows->num_rows * span->top_k; }
 
 static void sort_chosen(const om_span *span, const om_span_rows *rows, int64_t at, om_chosen *chosen) {
@@ -55,7 +59,7 @@ static void sort_chosen(const om_span *span, const om_span_rows *rows, int64_t a
         chosen->choices[place] = c;
     }
     for (int32_t pair = 0; pair < count; pair++) {
-        const int64_t key = span->layers[at].first_key + ids[chosen->choices[pair]], n = chosen->num_experts;
+        const int64_t key = layer_of(span, at)->first_key + ids[chosen->choices[pair]], n = chosen->num_experts;
         if (n > 0 && chosen->keys[n - 1] == key) continue;
         chosen->keys[n] = key;
         chosen->records[n] = NULL;
@@ -68,9 +72,9 @@ static void sort_chosen(const om_span *span, const om_span_rows *rows, int64_t a
 static int guess(const om_span *span, const om_span_rows *rows, int64_t at) {
     const float *residual = rows->residual + (rows->num_rows - 1) * span->hidden;
     float *normed = rows->guess_space, *logits = normed + span->hidden, *weights = logits + span->num_experts;
-    for (int64_t ahead = 0; ahead < rows->num_ahead && at + 1 + ahead < span->num_layers; ahead++) {
+    for (int64_t ahead = 0; ahead < rows->num_ahead && at + 1 + ahead < span->num_with_experts; ahead++) {
         int64_t *ids = rows->guesses + (at * rows->num_ahead + ahead) * span->top_k;
-        if (om_layer_guess(span->layers[at + 1 + ahead].layer, residual, normed, logits, weights, ids) != 0) return -1;
+        if (om_layer_guess(layer_of(span, at + 1 + ahead)->layer, residual, normed, logits, weights, ids) != 0) return -1;
     }
     return 0;
 }
@@ -79,10 +83,10 @@ static int guess(const om_span *span, const om_span_rows *rows, int64_t at) {
 static void fetch_guesses(const om_pass *pass, int64_t at) {
     const om_span *span = pass->span;
     const om_span_rows *rows = pass->rows;
-    for (int64_t ahead = 0; ahead < rows->num_ahead && at + 1 + ahead < span->num_layers; ahead++) {
+    for (int64_t ahead = 0; ahead < rows->num_ahead && at + 1 + ahead < span->num_with_experts; ahead++) {
         const int64_t first = (at * rows->num_ahead + ahead) * span->top_k;
         for (int64_t k = 0; k < span->top_k; k++) {
-            const int64_t key = span->layers[at + 1 + ahead].first_key + rows->guesses[first + k];
+            const int64_t key = layer_of(span, at + 1 + ahead)->first_key + rows->guesses[first + k];
             uint8_t *found = rows->guesses_found + first + k;
             if (pass->slot_table->records[key] != NULL) *found = OM_HIT;
             else *found = k < rows->ranks[ahead] && pass->reads != NULL && om_reads_fetch(pass->reads, key, 1) ? OM_FETCHED : OM_MISSING;
@@ -137,7 +141,7 @@ static void release(const om_pass *pass, const om_chosen *chosen) {
 
 /* Lease and fetch the experts that the router has chosen for all rows. Returns the number of resident ones. */
 static int64_t begin_layer(om_pass *pass, int64_t at, om_chosen *chosen, int32_t *places) {
-    const int64_t end = pass->span->layers[at].first_key + pass->span->num_experts;
+    const int64_t end = layer_of(pass->span, at)->first_key + pass->span->num_experts;
     pthread_mutex_lock(&pass->slot_table->lock);
     const int64_t num_leased = lease_resident(pass, chosen, places);
     if (pass->reads != NULL) om_reads_drop_wrong(pass->reads, end, chosen->keys, chosen->num_experts);
@@ -164,6 +168,7 @@ static int64_t wait_for_more(om_pass *pass, int64_t at, om_chosen *chosen, int32
     pthread_mutex_lock(&pass->slot_table->lock);
     while (!pass->is_stopped && (num_leased = lease_resident(pass, chosen, places)) == 0) {
         if (has_lost(pass, chosen)) need_experts(pass, at, chosen);
+        if (pass->reads != NULL && om_reads_help(pass->reads)) continue;
         pthread_cond_wait(&pass->slot_table->arrived, &pass->slot_table->lock);
     }
     pthread_mutex_unlock(&pass->slot_table->lock);
@@ -187,14 +192,14 @@ static void gather_pairs(const om_pass *pass, int64_t at, const om_chosen *chose
         pairs->records[n] = chosen->records[places[n]];
         for (int32_t pair = chosen->first_pairs[places[n]]; pair < chosen->first_pairs[places[n] + 1]; pair++, count++) {
             pairs->row_ids[count] = (int32_t)(chosen->choices[pair] / top_k);
-            pairs->weights[count] = weights[chosen->choices[pair]] * pass->span->layers[at].weight_scale;
+            pairs->weights[count] = weights[chosen->choices[pair]] * layer_of(pass->span, at)->weight_scale;
         }
         pairs->offsets[n + 1] = count;
     }
 }
 
 static int forward(const om_pass *pass, int64_t at, const om_pairs *pairs, const int32_t *out_ids, int64_t num_experts, float *out) {
-    return om_moe_forward(pass->span->layers[at].experts, pass->rows->normed, pass->rows->num_rows, OM_F32, pairs->records,
+    return om_moe_forward(layer_of(pass->span, at)->experts, pass->rows->normed, pass->rows->num_rows, OM_F32, pairs->records,
                           pairs->offsets, pairs->row_ids, out_ids, pairs->weights, num_experts, out, OM_F32, 0);
 }
 
@@ -238,40 +243,59 @@ static int run_experts(om_pass *pass, int64_t at, om_chosen *chosen) {
     return 0;
 }
 
-static int begin_step(const om_span *span, const om_span_rows *rows, int64_t at) {
-    const int64_t count = choices_of(span, rows);
-    const int status = om_layer_step(span->layers[at].layer, rows->x, rows->cos, rows->signed_sin, rows->rooms + at * rows->num_rows,
-                                     rows->num_rows, rows->residual, rows->normed,
-                                     rows->logits + at * rows->num_rows * span->num_experts, rows->weights + at * count,
-                                     rows->ids + at * count);
-    return status != 0 ? -1 : guess(span, rows, at);
+/* x[N, H] -> residual, normed. The routers' results are NULL for a dense layer. */
+static int begin_step(const om_pass *pass, const om_span_layer *layer, float *logits, float *weights, int64_t *ids) {
+    const om_span_rows *rows = pass->rows;
+    const om_room *rooms = rows->rooms + (layer - pass->span->layers) * rows->num_rows;
+    return om_layer_step(layer->layer, rows->x, rows->cos, rows->signed_sin, rooms, rows->num_rows, rows->residual, rows->normed, logits,
+                         weights, ids);
+}
+
+static void add_residual(const om_pass *pass, const om_span_layer *layer) {
+    const om_span_rows *rows = pass->rows;
+    for (int64_t i = 0; i < rows->num_rows * pass->span->hidden; i++)
+        rows->x[i] = rows->residual[i] + layer->layer->residual_scale * rows->x[i];
+}
+
+static int step_dense(const om_pass *pass, const om_span_layer *layer) {
+    const om_span_rows *rows = pass->rows;
+    if (begin_step(pass, layer, NULL, NULL, NULL) != 0) return -1;
+    if (om_mlp_forward(layer->dense, rows->normed, rows->num_rows, OM_F32, rows->x, OM_F32) != 0) return -1;
+    add_residual(pass, layer);
+    return 0;
 }
 
 static int step_layer(om_pass *pass, int64_t at, double began) {
     const om_span *span = pass->span;
     const om_span_rows *rows = pass->rows;
-    const om_span_layer *layer = span->layers + at;
+    const om_span_layer *layer = layer_of(span, at);
+    const int64_t count = choices_of(span, rows);
     om_chosen chosen;
-    if (begin_step(span, rows, at) != 0) return -1;
+    if (begin_step(pass, layer, rows->logits + at * rows->num_rows * span->num_experts, rows->weights + at * count,
+                   rows->ids + at * count) != 0 ||
+        guess(span, rows, at) != 0)
+        return -1;
     sort_chosen(span, rows, at, &chosen);
     rows->times[2 * at] = seconds() - began;
     const int status = run_experts(pass, at, &chosen);
     release(pass, &chosen);
     if (status != 0) return status;
     if (layer->shared != NULL && om_add_shared(layer->shared, rows->normed, rows->num_rows, rows->x) != 0) return -1;
-    for (int64_t i = 0; i < rows->num_rows * span->hidden; i++)
-        rows->x[i] = rows->residual[i] + layer->layer->residual_scale * rows->x[i];
+    add_residual(pass, layer);
     rows->times[2 * at + 1] = seconds() - began;
     return 0;
 }
 
 static om_pass *new_pass(const om_span *span, const om_span_rows *rows, om_slot_table *slot_table, om_reads *reads) {
-    om_pass *pass = calloc(1, sizeof *pass + (size_t)span->num_layers);
+    const size_t num_layers = (size_t)span->num_with_experts;
+    om_pass *pass = calloc(1, sizeof *pass + num_layers);
     if (pass == NULL) return NULL;
     pass->span = span;
     pass->rows = rows;
     pass->slot_table = slot_table;
     pass->reads = reads;
+    memset(rows->times, 0, 2 * num_layers * sizeof *rows->times);
+    memset(rows->stalls, 0, num_layers * sizeof *rows->stalls);
     pass->result = OM_UNDER_WAY;
     om_init_condition(&pass->changed);
     om_slot_table_use(slot_table);
@@ -290,9 +314,13 @@ static void *pass_through_layers(void *argument) {
     om_pass *pass = argument;
     const double began = seconds();
     const uint64_t callers_mode = om_enter_float_mode();
+    const om_span *span = pass->span;
     int64_t at = 0;
     int status = 0;
-    while (at < pass->span->num_layers && (status = step_layer(pass, at, began)) == 0) at++;
+    for (const om_span_layer *layer = span->layers; status == 0 && layer < span->layers + span->num_layers; layer++) {
+        status = layer->experts == NULL ? step_dense(pass, layer) : step_layer(pass, at, began);
+        at += status == 0 && layer->experts != NULL;
+    }
     pthread_mutex_lock(&pass->slot_table->lock);
     pass->result = status < 0 ? -1 : at;
     pthread_cond_signal(&pass->changed);
@@ -301,7 +329,7 @@ static void *pass_through_layers(void *argument) {
     return NULL;
 }
 
-/* Take x through all layers, whose experts must all be resident. Returns the number of layers, or -1 when memory is short. */
+/* Take x through all layers, whose experts must all be resident. Returns the number of layers with experts, or -1 when memory is short. */
 OM_EXPORT int64_t om_span_pass(const om_span *span, const om_span_rows *rows, om_slot_table *slot_table) {
     om_pass *pass = new_pass(span, rows, slot_table, NULL);
     if (pass == NULL) return -1;

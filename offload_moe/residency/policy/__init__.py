@@ -5,13 +5,13 @@ from collections.abc import Callable
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy.frequency import LFU, DecayedFrequency
 from offload_moe.residency.policy.knn import KNN
-from offload_moe.residency.policy.lru import LRU
+from offload_moe.residency.policy.lru import LRU, Unranked
 from offload_moe.residency.policy.lru_2 import LRU2
 from offload_moe.residency.policy.protocol import Policy
 from offload_moe.residency.policy.slru import SLRU
 from offload_moe.system.names import choice
 
-__all__ = ["DEFAULT_POLICY", "LRU", "POLICY_NAMES", "Policy", "check_policy", "make_policy"]
+__all__ = ["DEFAULT_POLICY", "LRU", "POLICY_NAMES", "Policy", "check_policy", "make_policy", "policy_of_pool"]
 
 _FACTORIES: dict[str, Callable[[ExpertKeys, range, int], Policy]] = {
     LRU.name: lambda keys, layers, num_slots: LRU(),
@@ -38,3 +38,8 @@ def make_policy(name: str, keys: ExpertKeys, *, num_slots: int, layers: range | 
     """
     check_policy(name)
     return _FACTORIES[name](keys, range(keys.num_layers) if layers is None else layers, num_slots)
+
+
+def policy_of_pool(policy: str, keys: ExpertKeys, *, num_slots: int) -> Policy:
+    """As `make_policy`, for a pool shared by all layers, which needs none where it has a slot for every expert."""
+    return Unranked() if num_slots >= keys.total else make_policy(policy, keys, num_slots=num_slots)

@@ -31,3 +31,14 @@ class LRU:
 
     def victim(self, leased: Callable[[int], bool]) -> int | None:
         return next((key for key in self._resident if not leased(key)), None)
+
+
+class Unranked(LRU):
+    """Of a pool with a slot for every expert, which evicts none: uses are not noted."""
+
+    name = "unranked"
+
+    def access(
+        self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None, num_tokens: int = 1
+    ) -> None:
+        pass

@@ -1,0 +1,150 @@
+"""The config of a model out of a GGUF file's metadata, for architectures that are read as they lie.
+
+Source: llama.cpp, conversion/*.py (what each converter writes) and src/llama-model.cpp (what each architecture does).
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from offload_moe.errors import CheckpointError
+
+Metadata = Mapping[str, Any]
+
+# Fields of every config: name in the config, key behind the architecture.
+_COMMON = {
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "max_position_embeddings": "context_length",
+    "num_experts_per_tok": "expert_used_count",
+}
+_OPTIONAL = {
+    "intermediate_size": "feed_forward_length",
+    "head_dim": "attention.key_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}
+DEFAULT_THETA = 10000.0
+
+
+class Reader:
+    """The metadata of one architecture."""
+
+    def __init__(self, path: Path, metadata: Metadata) -> None:
+        self.path, self.metadata = path, metadata
+        self.architecture = str(metadata.get("general.architecture", ""))
+
+    def get(self, key: str) -> Any:
+        return self.metadata.get(f"{self.architecture}.{key}")
+
+    def number(self, key: str) -> Any:
+        """A number that must be there; of a list with one for each layer, the one that all have.
+
+        Raises: CheckpointError naming the key that is missing or of another type.
+        """
+        value = self.get(key)
+        if isinstance(value, list) and value and all(each == value[0] for each in value):
+            value = value[0]
+        if isinstance(value, list):
+            raise CheckpointError(f"{self.path}: {self.architecture}.{key} differs from layer to layer, unsupported.")
+        if type(value) not in (int, float):
+            raise CheckpointError(f"{self.path}: its metadata has no usable {self.architecture}.{key}: {value!r}.")
+        return value
+
+
+def config_of(path: Path, metadata: Metadata, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """`config.json` of the model. shapes: of the file's tensors, by name.
+
+    Raises: CheckpointError for an architecture that is not read as it lies, or metadata that is not usable.
+    """
+    reader = Reader(path, metadata)
+    make = CONFIGS.get(reader.architecture)
+    if make is None:
+        raise CheckpointError(
+            f"{path} is a GGUF file of architecture {reader.architecture!r}; {', '.join(CONFIGS)} can be used as they "
+            "lie. Use a safetensors version of the model."
+        )
+    config: dict[str, Any] = {name: reader.number(key) for name, key in _COMMON.items()}
+    config |= {name: reader.number(key) for name, key in _OPTIONAL.items() if reader.get(key) is not None}
+    config["vocab_size"] = _vocabulary(path, shapes)
+    config["tie_word_embeddings"] = "output.weight" not in shapes
+    config["dtype"] = "bfloat16"
+    config["rope_parameters"] = _rope(reader)
+    for name in ("bos", "eos"):
+        if (token := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
+            config[f"{name}_token_id"] = token
+    return config | make(reader, shapes)
+
+
+def _vocabulary(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    if "token_embd.weight" not in shapes:
+        raise CheckpointError(f"{path} has no tensor token_embd.weight. Download it again.")
+    return shapes["token_embd.weight"][0]
+
+
+def _rope(reader: Reader) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": reader.get("rope.freq_base") or DEFAULT_THETA}
+    kind = reader.get("rope.scaling.type")
+    if kind in (None, "none"):
+        return rope
+    if kind == "linear":
+        return rope | {"rope_type": "linear", "factor": reader.number("rope.scaling.factor")}
+    if kind != "yarn":
+        raise CheckpointError(f"{reader.path}: rotary scaling of type {kind!r} is not supported.")
+    return rope | {
+        "rope_type": "yarn",
+        "factor": reader.number("rope.scaling.factor"),
+        "original_max_position_embeddings": reader.number("rope.scaling.original_context_length"),
+    }
+
+
+def _mixtral(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    if reader.get("expert_count") is None:
+        raise CheckpointError(f"{reader.path} is a model without experts, of architecture llama.")
+    return {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": reader.number("expert_count"),
+    }
+
+
+def _qwen2_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    return {
+        "model_type": "qwen2_moe",
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "num_experts": reader.number("expert_count"),
+        "moe_intermediate_size": shapes["blk.0.ffn_down_exps.weight"][-1],
+        "shared_expert_intermediate_size": shapes["blk.0.ffn_down_shexp.weight"][-1],
+        "norm_topk_prob": False,
+        "qkv_bias": "blk.0.attn_q.bias" in shapes,
+    }
+
+
+def _qwen3_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": reader.number("expert_count"),
+        "moe_intermediate_size": reader.number("expert_feed_forward_length"),
+        "norm_topk_prob": True,
+    }
+
+
+def _olmoe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    clip = reader.get("attention.clamp_kqv")
+    return {
+        "model_type": "olmoe",
+        "architectures": ["OlmoeForCausalLM"],
+        "num_experts": reader.number("expert_count"),
+        "norm_topk_prob": False,
+        "clip_qkv": clip or None,
+    }
+
+
+CONFIGS: Mapping[str, Callable[[Reader, Mapping[str, tuple[int, ...]]], dict[str, Any]]] = {
+    "llama": _mixtral,
+    "qwen2moe": _qwen2_moe,
+    "qwen3moe": _qwen3_moe,
+    "olmoe": _olmoe,
+}

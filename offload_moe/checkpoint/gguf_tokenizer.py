@@ -1,0 +1,42 @@
+"""The tokenizer and the chat template of a GGUF file, through transformers' own integration."""
+
+from pathlib import Path
+
+from offload_moe.errors import CheckpointError
+
+# Splits of text that are GPT-2's own, which transformers takes where a file names none of its own.
+# Source: llama.cpp, src/llama-vocab.cpp.
+OF_GPT2 = ("gpt-2", "gpt2", "olmo", "mpt", "phi-2", "jina-es", "jina-de", "roberta-bpe")
+
+
+def write_tokenizer(path: Path, folder: Path) -> None:
+    """Write the tokenizer of a GGUF file into a folder, as transformers saves one; nothing if the file has none.
+
+    Raises: CheckpointError for one that would split texts otherwise than the model learned.
+    """
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
+    from transformers.integrations.gguf.reader import read_gguf_metadata
+
+    metadata, _ = read_gguf_metadata(str(path))
+    if metadata.get("tokenizer.ggml.model") in (None, "none", "no_vocab"):
+        return
+    _check_split(path, metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
+    try:
+        architecture, content, settings = get_gguf_tokenizer(str(path))
+        backend, more = convert_gguf_tokenizer(architecture, content)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **settings, **more)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the integration may raise anything for foreign metadata
+        raise CheckpointError(f"{path}: its tokenizer cannot be read: {error}.") from error
+
+
+def _check_split(path: Path, model: object, split: object) -> None:
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    if model == "gpt2" and split not in (*GGUF_PRE_TOKENIZER_SPLITS, *OF_GPT2):
+        raise CheckpointError(
+            f"{path}: its tokenizer splits texts in a way named {split!r} (tokenizer.ggml.pre), which is not known "
+            "here: texts would become other tokens than the model learned. Put config.json and tokenizer.json of the "
+            "original model beside it in a folder of its own, and quantize that folder."
+        )

@@ -1,0 +1,108 @@
+"""The work of a conversion that keeps the bits of a GGUF file: each expert's parts become one record, read at once."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from offload_moe.checkpoint.checkpoint import Checkpoint
+from offload_moe.checkpoint.gguf_records import GgufRecords
+from offload_moe.convert.jobs import RUN_BYTES, Job, expert_name
+from offload_moe.native.kernels import panel_order
+from offload_moe.quant import Codec, ExpertShape
+from offload_moe.quant.layout import weight_shape
+from offload_moe.store.order import order_of_codec, reorder
+from offload_moe.store.plan import Blob, PlannedFile, plan_files
+from offload_moe.store.writer import Payload
+
+
+def plan_same_bits(checkpoint: Checkpoint) -> tuple[list[PlannedFile], list[Job]]:
+    """As `plan_conversion`. Raises: CheckpointError naming a tensor of experts whose type has no kernel."""
+    records = GgufRecords(checkpoint)
+    dense = [*_dense_records(records), *_dense_numbers(records)]
+    experts = [
+        _record_job(
+            expert_name(ordinal, expert),
+            layer.shape,
+            layer.codec,
+            partial(records.read_expert, ordinal, expert),
+            frozenset(run.path for run in layer.runs(expert)),
+        )
+        for ordinal, layer in enumerate(records.layers)
+        for expert in range(layer.num_experts)
+    ]
+    files = [
+        file
+        for prefix, jobs in (("dense", dense), ("experts", experts))
+        for file in plan_files(prefix, (job.blob for job in jobs))
+    ]
+    return files, [*dense, *experts]
+
+
+def _dense_records(records: GgufRecords) -> list[Job]:
+    checkpoint, table = records.checkpoint, records.lookup_name
+    return [
+        _record_job(
+            name,
+            weight_shape(*checkpoint.dense[name].shape),
+            codec,
+            partial(records.read_dense, name),
+            checkpoint.dense_paths(name),
+            is_lookup=name == table,
+        )
+        for name in checkpoint.dense
+        if (codec := records.dense_codec(name)) is not None
+    ]
+
+
+def _dense_numbers(records: GgufRecords) -> list[Job]:
+    """Wider dtypes before narrower ones, so that everything is aligned."""
+    checkpoint = records.checkpoint
+    plain = [tensor for tensor in checkpoint.dense.values() if records.dense_codec(tensor.name) is None]
+    return [
+        Job(
+            blob=Blob(name=t.name, dtype=t.dtype, shape=t.shape, num_bytes=t.num_bytes),
+            make=partial(_chunks, checkpoint, t.name),
+            paths=checkpoint.dense_paths(t.name),
+        )
+        for t in sorted(plain, key=lambda tensor: -tensor.dtype.itemsize)
+    ]
+
+
+def _record_job(
+    name: str,
+    shape: ExpertShape,
+    codec: Codec,
+    read: partial[Tensor],
+    paths: frozenset[Path],
+    *,
+    is_lookup: bool = False,
+) -> Job:
+    num_bytes = codec.layout(shape).record_bytes
+    blob = Blob(
+        name=name,
+        dtype=torch.uint8,
+        shape=(num_bytes,),
+        num_bytes=num_bytes,
+        quantized=shape,
+        order="rows" if is_lookup else order_of_codec(codec.name),
+        codec=codec.name,
+        is_lookup=is_lookup,
+    )
+    return Job(blob=blob, make=partial(_record, read, shape, codec, is_lookup=is_lookup), paths=paths)
+
+
+def _record(read: partial[Tensor], shape: ExpertShape, codec: Codec, *, is_lookup: bool) -> Payload:
+    record = read()
+    if not is_lookup:
+        reorder(record, panel_order(codec.name, shape), "rows", "panels")
+    return [_bytes(record)]
+
+
+def _chunks(checkpoint: Checkpoint, name: str) -> Payload:
+    return map(_bytes, checkpoint.dense_chunks(name, RUN_BYTES))
+
+
+def _bytes(data: Tensor) -> memoryview:
+    return data.reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,236 @@
+"""GGUF files used as they lie: the model of the decoded weights, from any part, without a copy."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from offload_moe import load
+from offload_moe.convert.quantize import quantize
+from offload_moe.convert.sources import ensure_view
+from offload_moe.engine.model import Model
+from offload_moe.errors import CheckpointError, ConfigError, StoreError
+from offload_moe.plan.machine import Machine
+from offload_moe.plan.plan import make_plan
+from offload_moe.quant.gguf import TYPES
+from offload_moe.store import Store
+from tests.support.gguf_models import SETTINGS, TEMPLATE, write_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # upstream's, of models outside their usual sizes
+IDS = torch.tensor([[72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100, 7, 260]])
+ROUNDED = 0.04  # relative, of most tokens: int8 activations; one whose routing changes is further off
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def logits_of(source: Path, **options: Any) -> Tensor:
+    with load(source, **options) as model, torch.no_grad():
+        found: Tensor = model.hf(IDS).logits
+        return found
+
+
+def answer(model: Model) -> list[int]:
+    """Greedy ids, token by token."""
+    with torch.no_grad():
+        ids: list[int] = model.hf.generate(IDS, max_new_tokens=12, do_sample=False, eos_token_id=None)[0].tolist()
+    return ids
+
+
+def errors_of(found: Tensor, expected: Tensor) -> Tensor:
+    """Relative, of each token."""
+    return ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).flatten()
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_logits_are_those_of_the_decoded_weights(family: str, tmp_path: Path) -> None:
+    written = write_model(tmp_path, family)
+    with torch.no_grad():
+        expected = written.hf(IDS).logits
+    assert errors_of(logits_of(written.path, exact=True), expected).max() < 1e-5
+    assert errors_of(logits_of(written.path), expected).median() < ROUNDED
+
+
+@pytest.mark.parametrize("kind", [*TYPES, "BF16"])
+def test_types(kind: str, tmp_path: Path) -> None:
+    written = write_model(tmp_path, "qwen3_moe", kind, {"none": kind})
+    with torch.no_grad():
+        expected = written.hf(IDS).logits
+    assert errors_of(logits_of(written.path), expected).median() < ROUNDED
+    if kind != "BF16":  # whose embedding is bf16, as the numbers that it is multiplied with are not
+        assert errors_of(logits_of(written.path, exact=True), expected).max() < 1e-5
+
+
+def test_layers_and_matrices_of_several_types(tmp_path: Path) -> None:
+    kinds = {
+        "ffn_up_exps": "Q5_K",
+        "ffn_down_exps": "Q3_K",
+        "attn_k": "Q8_0",
+        "attn_output": "F16",
+        "ffn_gate_exps": "IQ4_XS",
+    }
+    written = write_model(tmp_path, "qwen3_moe", "Q4_K", kinds)
+    with torch.no_grad():
+        expected = written.hf(IDS).logits
+    with load(written.path) as model, torch.no_grad():
+        assert [layer.codec for layer in model.store.layers] == ["gguf:IQ4_XS,Q5_K,Q3_K"] * 2
+        assert errors_of(model.hf(IDS).logits, expected).median() < ROUNDED
+
+
+def test_any_part_stands_for_the_whole_file(tmp_path: Path) -> None:
+    whole = logits_of(write_model(tmp_path / "whole", "qwen2_moe").path)
+    first = write_model(tmp_path / "parts", "qwen2_moe", tensors_per_file=3).path
+    parts = sorted(first.parent.iterdir())
+    assert len(parts) > 5
+    for part in (parts[0], parts[3], parts[-1]):
+        assert torch.equal(logits_of(part), whole)
+    parts[2].unlink()
+    with pytest.raises(CheckpointError, match=f"of this GGUF file 1 are missing: {parts[2].name}"):
+        load(parts[4])
+
+
+def test_nothing_is_written_but_a_small_folder(tmp_path: Path, cache: Path) -> None:
+    path = write_model(tmp_path, "qwen3_moe").path
+    before = path.read_bytes()
+    logits_of(path)
+    written = [file for file in cache.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in written) < 100_000
+    assert path.read_bytes() == before
+    assert len([*(cache / "stores").iterdir()]) == 1
+    logits_of(path)
+    assert len([*(cache / "stores").iterdir()]) == 1
+
+
+def test_experts_arrive_from_the_disk_in_their_windows(tmp_path: Path) -> None:
+    """With a slot for two experts of eight, every token reads some; windows begin at any distance from a page."""
+    path = write_model(tmp_path, "qwen3_moe", num_hidden_layers=2, intermediate_size=512).path
+    store = Store.open(ensure_view(path, str(path)))
+    windows = [store.record(layer, expert).windows for layer in range(2) for expert in range(4)]
+    assert {window.skew for each in windows for window in each} - {0}
+    with load(path, context=64) as model:
+        expected = answer(model)
+        model.engine.hierarchy.resize("ram", 2)
+        before = model.engine.hierarchy.counters.disk_bytes
+        assert answer(model) == expected
+        assert model.engine.hierarchy.counters.disk_bytes > before + 10 * store.layers[0].record_bytes
+
+
+def test_a_store_of_the_same_bits(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", "qwen2_moe", tensors_per_file=4).path
+    store = quantize(path, tmp_path / "store")
+    document = json.loads((store / "store.json").read_text())
+    assert (document["version"], document["codec"]) == (3, "gguf")
+    assert torch.equal(logits_of(store), logits_of(path))
+    assert torch.equal(logits_of(store, exact=True), logits_of(path, exact=True))
+    opened, in_place = Store.open(store), Store.open(ensure_view(path, str(path)))
+    for piece in opened.pieces():
+        piece.check()
+    for order in ("rows", "panels"):
+        found, expected = opened.read_expert(1, 3, order), in_place.read_expert(1, 3, order)
+        assert torch.equal(found, expected[: len(found)])
+    with load(store, context=64) as one, load(path, context=64) as other:
+        assert answer(one) == answer(other)
+
+
+def test_other_codecs_quantize_anew(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model", "qwen3_moe").path
+    store = quantize(path, tmp_path / "store", codec="int8", dense_codec="int8")
+    assert Store.open(store).codec == "int8"
+    assert errors_of(logits_of(store), logits_of(path)).median() < 2 * ROUNDED
+    with pytest.raises(ConfigError, match="Leave --dense-codec int8 out"):
+        quantize(path, tmp_path / "other", dense_codec="int8")
+
+
+def test_tied_embeddings(tmp_path: Path) -> None:
+    written = write_model(tmp_path, "qwen3_moe", tie_word_embeddings=True)
+    with torch.no_grad():
+        expected = written.hf(IDS).logits
+    assert errors_of(logits_of(written.path, exact=True), expected).max() < 1e-5
+    assert errors_of(logits_of(written.path), expected).median() < ROUNDED
+
+
+def test_a_conversation(tmp_path: Path) -> None:
+    path = write_model(tmp_path, "qwen3_moe").path
+    with load(path) as model:
+        assert model.tokenizer.chat_template == TEMPLATE
+        assert model.tokenizer("the <|im_end|>").input_ids[-1] == model.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        session = model.chat()
+        assert [*session.send("Hello", temperature=0, max_new_tokens=4)]
+        assert session.messages[-1]["role"] == "assistant"
+
+
+def test_types_that_have_no_kernel_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    path = write_model(tmp_path, "qwen3_moe", "F16", {"none": "F16"}).path
+    with pytest.raises(CheckpointError, match=r"tensor blk\.0\.ffn_gate_exps\.weight is F16, which is not computed"):
+        load(path)
+    path = write_model(tmp_path / "narrow", "qwen3_moe", "Q8_0", {"none": ""}, moe_intermediate_size=96).path
+    with pytest.raises(CheckpointError, match=r"ffn_down_exps\.weight has rows of 96 weights in Q8_0"):
+        load(path)
+
+
+def test_a_file_that_was_replaced_gets_a_folder_of_its_own(tmp_path: Path, cache: Path) -> None:
+    path = write_model(tmp_path, "qwen3_moe").path
+    view = ensure_view(path, str(path))
+    content = path.read_bytes()
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="is gone, or not the file any more that"):
+        Store.open(view)
+    assert ensure_view(path, str(path)) != view
+    path.unlink()
+    with pytest.raises(StoreError, match=r"model\.gguf is gone"):
+        Store.open(view)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "match"),
+    [
+        ({"tokenizer.ggml.pre": "unheard-of"}, r"named 'unheard-of' \(tokenizer\.ggml\.pre\)"),
+        ({"qwen3moe.expert_count": None}, r"no usable qwen3moe\.expert_count: None"),
+        ({"qwen3moe.block_count": "two"}, r"no usable qwen3moe\.block_count: 'two'"),
+        ({"qwen3moe.rope.scaling.type": "longrope"}, "rotary scaling of type 'longrope' is not supported"),
+    ],
+)
+def test_metadata_that_is_not_usable(metadata: dict[str, Any], match: str, tmp_path: Path) -> None:
+    path = write_model(tmp_path, "qwen3_moe", metadata=metadata).path
+    with pytest.raises(CheckpointError, match=match):
+        load(path)
+
+
+def test_an_architecture_that_is_not_used_as_it_lies(tmp_path: Path) -> None:
+    path = write_model(tmp_path, "qwen3_moe", metadata={"general.architecture": "grok"}).path
+    with pytest.raises(CheckpointError, match=r"architecture 'grok'; llama, .* can be used as they lie"):
+        load(path)
+
+
+def test_a_file_cut_short(tmp_path: Path) -> None:
+    path = write_model(tmp_path, "qwen3_moe").path
+    content = path.read_bytes()
+    for size in (0, 10, 3000, len(content) - 5000):
+        path.write_bytes(content[:size])
+        with pytest.raises(CheckpointError, match=r"model\.gguf"):
+            load(path)
+
+
+def test_other_files_in_the_folder_do_not_matter(tmp_path: Path) -> None:
+    path = write_model(tmp_path, "qwen3_moe").path
+    expected = logits_of(path)
+    shutil.copy(path, tmp_path / "another.gguf")
+    (tmp_path / "config.json").write_text("{}")
+    assert torch.equal(logits_of(path), expected)
+
+
+def test_a_plan(tmp_path: Path) -> None:
+    path = write_model(tmp_path, "qwen3_moe").path
+    plan = make_plan(path, Machine(ram_bytes=4 << 30))
+    assert plan.settings.codec == "gguf"
+    assert plan.placement.ram.num_slots == 8
+    assert plan.placement.ram.slot_bytes == Store.open(ensure_view(path, str(path))).layers[0].record_bytes
+    with load(path) as model:
+        assert model.placement.ram.slot_bytes == plan.placement.ram.slot_bytes

@@ -1,0 +1,192 @@
+"""Tiny random models as whole GGUF files, metadata and tokenizer included, beside what their weights decode to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from tests.support.gguf_files import ARCHITECTURES, as_llama_cpp
+from tests.support.gguf_records import HALVES
+
+Kind = gguf.GGMLQuantizationType
+MERGED = ("Ġt", "he")
+FIRST_SPECIAL = 256 + len(MERGED)
+VOCABULARY = 272
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "num_experts_per_tok": 2,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": FIRST_SPECIAL,
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 512},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 256, "head_dim": 64, "norm_topk_prob": True},
+    "olmoe": {"num_experts": 4},
+}
+# What the middle of a block's codes is, for types with minima: weights are centred with it.
+MIDDLES = {"Q4_1": -7.5, "Q5_1": -15.5, "Q4_K": 7.5, "Q5_K": 15.5, "Q2_K": 1.5}
+MIXED = {"ffn_down_exps": "Q6_K", "attn_v": "Q6_K", "output": "Q6_K", "token_embd": "Q5_K"}  # as Q4_K_M mixes
+
+
+@dataclass(frozen=True, slots=True)
+class GgufModel:
+    """path: of the file, or of its first part. hf: the model with the decoded weights, in fp32."""
+
+    path: Path
+    hf: PreTrainedModel
+
+
+def write_model(
+    folder: Path,
+    family: str,
+    kind: str = "Q4_K",
+    kinds: Mapping[str, str] | None = None,
+    tensors_per_file: int = 0,
+    *,
+    without: str = "",
+    metadata: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> GgufModel:
+    """A model of random blocks. kinds: of tensors whose name has this as its last part but one, in place of `kind`.
+
+    without: a tensor that is left out. metadata: keys that differ. settings: of the config.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = AutoConfig.for_model(family, **(COMMON | SETTINGS[family] | settings))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    architecture = ARCHITECTURES[family]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper().replace("-", "_")], config.num_hidden_layers)
+    writer = gguf.GGUFWriter(folder / "model.gguf", architecture, split_max_tensors=tensors_per_file)
+    _add_metadata(writer, config, metadata or {})
+    tied = config.tie_word_embeddings
+    for number, (name, value) in enumerate(model.state_dict().items()):
+        if tied and name == "lm_head.weight":
+            continue
+        stored = as_llama_cpp(name, value, config, names)
+        decoded = {}
+        for part, rows in stored:
+            chosen = _kind_of(part, rows, kind, kinds or MIXED)
+            data, decoded[part] = _random(rows, chosen, number)
+            if part != without:
+                writer.add_tensor(part, data, raw_dtype=Kind[chosen])
+        value.copy_(_as_transformers(name, decoded, config))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GgufModel(sorted(folder.glob("*.gguf"))[0], model)
+
+
+def _kind_of(name: str, rows: Tensor, kind: str, kinds: Mapping[str, str]) -> str:
+    if rows.dim() == 1 or "gate_inp" in name or name.endswith("bias"):
+        return "F32"
+    return kinds.get(name.split(".")[-2], kind)
+
+
+def _random(rows: Tensor, kind: str, seed: int) -> tuple[np.ndarray, Tensor]:
+    """The data of a tensor of this shape, and its numbers."""
+    generator = np.random.default_rng(seed)
+    if kind in ("F32", "F16", "BF16"):
+        is_norm = rows.dim() == 1
+        values = generator.normal(1.0 if is_norm else 0.0, 0.1 if is_norm else rows.shape[-1] ** -0.5, rows.shape)
+        data = gguf.quantize(values.astype(np.float32), Kind[kind])
+        return data, torch.from_numpy(gguf.dequantize(data, Kind[kind])).view(rows.shape)
+    block, num_bytes = gguf.GGML_QUANT_SIZES[Kind[kind]]
+    blocks = generator.integers(0, 256, (rows.numel() // block, num_bytes), dtype=np.uint8)
+    scales = generator.uniform(0.5, 1.5, len(blocks))
+    factor = 1.0
+    for _ in range(2):  # the second time by what the first one gave
+        for place, offset in enumerate(HALVES[kind]):
+            numbers = scales * factor * (MIDDLES[kind] if place else 1.0)
+            blocks[:, offset : offset + 2] = numbers.astype(np.float16)[:, None].view(np.uint8)
+        if kind == "MXFP4":
+            blocks[:, 0] = 123
+        factor *= 1.5 * rows.shape[-1] ** -0.5 / gguf.dequantize(blocks, Kind[kind]).std()
+    data = blocks.reshape(*rows.shape[:-1], -1)
+    return data, torch.from_numpy(gguf.dequantize(data, Kind[kind])).view(rows.shape)
+
+
+def _as_transformers(name: str, parts: Mapping[str, Tensor], config: Any) -> Tensor:
+    """The inverse of `as_llama_cpp`."""
+    values = list(parts.values())
+    if len(values) == 2:
+        return torch.cat(values, dim=1)
+    (value,) = values
+    if config.model_type == "mixtral" and name.endswith(("q_proj.weight", "k_proj.weight")):
+        heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+        value = value.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return value[None] if name.endswith("shared_expert_gate.weight") else value
+
+
+def _add_metadata(writer: gguf.GGUFWriter, config: Any, changes: Mapping[str, Any]) -> None:
+    architecture = writer.arch
+    keys: dict[str, Any] = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "expert_count": getattr(config, "num_experts", None) or config.num_local_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "vocab_size": config.vocab_size,
+    }
+    if config.model_type == "qwen3_moe":
+        keys |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
+    if config.model_type == "mixtral":
+        keys["rope.dimension_count"] = config.hidden_size // config.num_attention_heads
+    if config.model_type in ("qwen2_moe", "qwen3_moe"):
+        keys["expert_feed_forward_length"] = config.moe_intermediate_size
+    if config.model_type == "qwen2_moe":
+        keys["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
+    tokens = [*bytes_to_unicode().values(), *MERGED, *SPECIAL]
+    tokens += [f"<|unused_{n}|>" for n in range(VOCABULARY - len(tokens))]
+    whole: dict[str, Any] = {f"{architecture}.{key}": value for key, value in keys.items()} | {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * FIRST_SPECIAL + [3] * (VOCABULARY - FIRST_SPECIAL),
+        "tokenizer.ggml.merges": ["Ġ t", "h e"],
+        "tokenizer.ggml.eos_token_id": config.eos_token_id,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": TEMPLATE,
+    }
+    for key, value in (whole | dict(changes)).items():
+        if value is not None:
+            _add(writer, key, value)
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)

@@ -1,0 +1,237 @@
+"""Panels of GGUF's types: near what `gguf` decodes, the definition's bits in every set, and back exactly."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from offload_moe.errors import ConfigError
+from offload_moe.native import kernels
+from offload_moe.quant import ExpertShape, Matrix, get_codec
+from offload_moe.quant.gguf import TYPES, gguf_codec
+from tests.support.gguf_records import GgufMatrix, columns_of, with_scales_of_one_half
+from tests.support.kernels import PANEL_SETS
+from tests.support.one_arithmetic import F, fma, quantize
+
+pytestmark = pytest.mark.usefixtures("best_kernels_afterwards")
+
+FAST_SETS = [name for name in PANEL_SETS if name != "portable"]
+
+
+def random_x(num_tokens: int, columns: int) -> Tensor:
+    generator = torch.Generator().manual_seed(columns)
+    spread = torch.exp(torch.randn(num_tokens, columns // 64, 1, generator=generator))
+    return (torch.randn(num_tokens, columns // 64, 64, generator=generator) * spread).view(num_tokens, columns)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_product_is_that_of_the_decoded_weights(kind: str) -> None:
+    """With the activations that the kernels quantize exactly: integers up to 127 times a power of two."""
+    for columns in columns_of(kind):
+        matrix = GgufMatrix(kind, 37, columns)
+        generator = torch.Generator().manual_seed(columns)
+        x = torch.randint(-127, 128, (2, columns), generator=generator).float()
+        x.view(2, -1, 64)[:, :, 5] = 127.0
+        x *= torch.exp2(torch.randint(-3, 4, (2, columns // 64), generator=generator)).repeat_interleave(64, dim=1)
+        kernels.select_instruction_set("portable")
+        weight = matrix.weight
+        expected, size = x.double().numpy() @ weight.T, x.abs().double().numpy() @ np.abs(weight).T
+        assert (np.abs(matrix.times(x).numpy() - expected) <= 2e-6 * size).all()
+        assert (np.abs(expected) > 0).all()
+
+
+@pytest.mark.parametrize("instruction_set", FAST_SETS)
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_set_and_number_of_tokens_gives_the_same_bits(instruction_set: str, kind: str) -> None:
+    for rows, columns in zip((16, 37, 80), columns_of(kind), strict=True):
+        matrix, x = GgufMatrix(kind, rows, columns, has_bias=True), random_x(11, columns)
+        panels = matrix.in_panels()
+        kernels.select_instruction_set("portable")
+        expected = matrix.times(x, panels)
+        assert expected.isfinite().all()
+        kernels.select_instruction_set(instruction_set)
+        for num_tokens in (1, 2, 3, 4, 5, 8, 11):
+            found = matrix.times(x[:num_tokens], panels)
+            assert torch.equal(found, expected[:num_tokens]), (rows, columns, num_tokens)
+
+
+@pytest.mark.parametrize("instruction_set", PANEL_SETS)
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_largest_integers_are_summed_exactly(instruction_set: str, kind: str) -> None:
+    """All codes and scales at their ends, against all quants at theirs."""
+    matrix = GgufMatrix(kind, 16, TYPES[kind].columns)
+    for byte in (0x00, 0xFF, 0x80, 0x7F):
+        matrix.raw = with_scales_of_one_half(kind, np.full_like(matrix.raw, byte))
+        matrix.record = matrix.codec.encode(matrix.shape, {"weight.codes": torch.from_numpy(matrix.raw)})
+        for sign in (127.0, -127.0):
+            x = torch.full((1, TYPES[kind].columns), sign)
+            kernels.select_instruction_set(instruction_set)
+            expected = x.double().numpy() @ matrix.weight.T
+            assert np.allclose(matrix.times(x).numpy(), expected, rtol=3e-7)
+
+
+def definition_of_256(matrix: GgufMatrix, row: int, x: np.ndarray, *, has_mins: bool) -> np.float32:
+    """Q4_K and Q6_K as docs/decisions/120 has them, in exact arithmetic."""
+    quants, scales = quantize(x, 64)
+    total = F(0)
+    for start in range(0, len(x), 256):
+        codes, steps, mins, d, least = decode_256(matrix, row, start // 256)
+        sums, least_sums = F(0), F(0)
+        for block in range(4):
+            q = quants[start // 64 + block]
+            inside = slice(4 * block, 4 * block + 4)
+            parts = (codes[64 * block : 64 * block + 64] * q).reshape(4, 16).sum(1)
+            scaled = F(int((steps[inside] * parts).sum()))
+            sums = fma(scaled, scales[start // 64 + block], sums)
+            below = F(-int((mins[inside] * q.reshape(4, 16).sum(1)).sum()))
+            least_sums = fma(below, scales[start // 64 + block], least_sums)
+        total = fma(sums, d, total)
+        if has_mins:
+            total = fma(least_sums, least, total)
+    return total
+
+
+def decode_256(
+    matrix: GgufMatrix, row: int, index: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.float32, np.float32]:
+    """Codes ``[256]``, scales and minima of sub-blocks of 16, and the two scales of all, out of a block's bytes."""
+    size = TYPES[matrix.kind].num_bytes
+    block = matrix.raw[row, index * size : (index + 1) * size].astype(np.int64)
+    half = lambda at: F(matrix.raw[row, index * size + at : index * size + at + 2].view(np.float16)[0])  # noqa: E731
+    if matrix.kind == "Q6_K":
+        low, high, scales = block[:128].reshape(2, 2, 32), block[128:192].reshape(2, 32), block[192:208]
+        codes = [(low[g, n % 2] >> 4 * (n // 2) & 15) | (high[g] >> 2 * n & 3) << 4 for g in range(2) for n in range(4)]
+        signed = np.where(scales > 127, scales - 256, scales)
+        return np.concatenate(codes) - 32, signed, np.zeros(16, np.int64), half(208), F(0)
+    packed, nibbles = block[4:16], block[16:].reshape(4, 32)
+    codes = np.concatenate([nibbles[c] >> shift & 15 for c in range(4) for shift in (0, 4)])
+    steps = [packed[j] & 63 for j in range(4)] + [packed[8 + j] & 15 | packed[j] >> 6 << 4 for j in range(4)]
+    mins = [packed[4 + j] & 63 for j in range(4)] + [packed[8 + j] >> 4 | packed[4 + j] >> 6 << 4 for j in range(4)]
+    return codes, np.repeat(steps, 2), np.repeat(mins, 2), half(0), half(2)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
+def test_bits_are_those_of_the_definition(kind: str) -> None:
+    matrix, x = GgufMatrix(kind, 17, 768), random_x(1, 768)
+    kernels.select_instruction_set("portable")
+    found = matrix.times(x)[0].numpy()
+    for row in (0, 9, 16):
+        expected = definition_of_256(matrix, row, x[0].numpy(), has_mins=kind == "Q4_K")
+        assert found[row].view(np.int32) == expected.view(np.int32)
+
+
+def test_bits_of_blocks_of_32_are_those_of_the_definition() -> None:
+    matrix, x = GgufMatrix("Q4_1", 16, 192), random_x(1, 192)
+    quants, scales = quantize(x[0].numpy(), 64)
+    kernels.select_instruction_set("portable")
+    found = matrix.times(x)[0].numpy()
+    for row in range(16):
+        total = F(0)
+        for first in range(0, 3, 2):
+            segment = None
+            for block in range(first, min(first + 2, 3)):
+                for j in range(2):
+                    raw = matrix.raw[row, (2 * block + j) * 20 : (2 * block + j + 1) * 20]
+                    step, least = (F(number) for number in raw[:4].view(np.float16))
+                    codes = np.concatenate([raw[4:] & 15, raw[4:] >> 4]).astype(np.int64)
+                    q = quants[block, 32 * j : 32 * j + 32]
+                    total_q, scale = F(int((codes * q).sum())), scales[block]
+                    product = F(step * scale)
+                    segment = F(total_q * product) if segment is None else fma(total_q, product, segment)
+                    segment = fma(F(int(q.sum())), F(least * scale), segment)
+            total = F(total + segment)
+        assert found[row].view(np.int32) == total.view(np.int32)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("rows", [1, 16, 37])
+def test_a_record_comes_back_exactly(kind: str, rows: int) -> None:
+    matrix = GgufMatrix(kind, rows, columns_of(kind)[1], has_bias=True)
+    order = kernels.PanelOrder(matrix.codec.name, matrix.shape, matrix.layout)
+    repacked = matrix.record.clone()
+    order.to_panels(repacked)
+    assert torch.equal(repacked.sort().values, matrix.record.sort().values)  # the same bytes elsewhere
+    assert not torch.equal(repacked, matrix.record) or (rows == 1 and kind in ("Q4_K", "IQ4_XS"))
+    order.to_rows(repacked)
+    assert torch.equal(repacked, matrix.record)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_record_decodes_to_what_gguf_gives(kind: str) -> None:
+    matrix = GgufMatrix(kind, 5, 256)
+    found = matrix.codec.decode(matrix.shape, matrix.record, torch.float32)["weight"]
+    assert np.array_equal(found.numpy(), matrix.weight.astype(np.float32))
+    assert found.any()
+
+
+@pytest.mark.parametrize("instruction_set", PANEL_SETS)
+def test_exponents_of_mxfp4_at_both_ends(instruction_set: str) -> None:
+    matrix = GgufMatrix("MXFP4", 16, 64)
+    for row, exponent in enumerate((0, 1, 200, 255)):
+        matrix.raw[row, [0, 17]] = exponent
+    matrix.record = matrix.codec.encode(matrix.shape, {"weight.codes": torch.from_numpy(matrix.raw)})
+    x = torch.full((1, 64), 127.0 * 2.0**20)
+    kernels.select_instruction_set(instruction_set)
+    out = matrix.times(x)[0]
+    assert out[3].isnan()
+    matrix.raw[3] = 0
+    expected = (x.double().numpy() @ matrix.weight.T)[0]
+    assert np.allclose(out.numpy()[[0, 1, 2]], expected[[0, 1, 2]], rtol=1e-6, atol=0)
+    assert out[0] != 0
+
+
+@pytest.mark.parametrize("instruction_set", PANEL_SETS)
+def test_matrices_of_several_types_take_one_input(instruction_set: str) -> None:
+    first, second = GgufMatrix("Q4_K", 32, 512), GgufMatrix("Q8_0", 21, 512)
+    x = random_x(3, 512)
+    kernels.select_instruction_set(instruction_set)
+    kernel = kernels.LinearKernel(
+        [first.codec.name, second.codec.name], [first.shape, second.shape], [first.layout, second.layout], num_parts=1
+    )
+    outs = [torch.empty(3, 32), torch.empty(3, 21)]
+    kernel.forward(x, [first.in_panels(), second.in_panels()], outs)
+    assert torch.equal(outs[0], first.times(x))
+    assert torch.equal(outs[1], second.times(x))
+
+
+@pytest.mark.parametrize("kinds", [("Q4_K", "Q4_K", "Q6_K"), ("Q5_K", "Q3_K", "Q8_0"), ("Q8_0", "Q8_0", "MXFP4")])
+def test_an_expert_of_several_types(kinds: tuple[str, ...]) -> None:
+    hidden, intermediate = 256, 320 if kinds[2] != "Q6_K" else 256
+    shape = ExpertShape(
+        matrices=(
+            Matrix(name="gate_up_proj", out_features=2 * intermediate, in_features=hidden),
+            Matrix(name="down_proj", out_features=hidden, in_features=intermediate),
+        ),
+        biases=(("gate_up_proj_bias", 2 * intermediate), ("down_proj_bias", hidden)),
+    )
+    codec = gguf_codec(kinds)
+    layout = codec.layout(shape)
+    sizes = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
+    parts = [GgufMatrix(kind, *size) for kind, size in zip(kinds, sizes, strict=True)]
+    tensors = {part.plane: torch.from_numpy(m.raw) for part, m in zip(codec.parts(shape), parts, strict=True)}
+    biases = {name: torch.linspace(-1, 1, length) for name, length in shape.biases}
+    record = codec.encode(shape, tensors | biases)
+    decoded = codec.decode(shape, record, torch.float64)
+    assert torch.equal(decoded["gate_up_proj"], torch.from_numpy(np.concatenate([m.weight for m in parts[:2]])))
+    kernels.panel_order(codec.name, shape).to_panels(record)
+    kernel = kernels.ExpertKernel(codec.name, shape, layout, activation="silu", in_panels=True)
+    x, out = random_x(3, hidden) * 0.1, torch.empty(3, hidden)
+    kernel.forward(x, [record], [0, 3], [0, 1, 2], [1.0, 0.5, 2.0], out)
+    gate, up = (x.double() @ decoded["gate_up_proj"].T + biases["gate_up_proj_bias"].double()).chunk(2, dim=1)
+    middle = torch.nn.functional.silu(gate) * up
+    expected = middle @ decoded["down_proj"].T + biases["down_proj_bias"].double()
+    expected *= torch.tensor([1.0, 0.5, 2.0])[:, None]
+    assert (out - expected).norm() / expected.norm() < 0.02
+
+
+def test_a_name_gives_one_codec() -> None:
+    assert get_codec("gguf:Q4_K,Q4_K,Q6_K") is gguf_codec(("Q4_K", "Q4_K", "Q6_K"))
+    with pytest.raises(ConfigError, match=r"IQ2_XS has no kernel\. Those that have: Q4_0"):
+        get_codec("gguf:IQ2_XS")
+
+
+def test_rows_that_are_no_multiple_of_a_chunk_are_refused() -> None:
+    shape = ExpertShape(matrices=(Matrix(name="weight", out_features=16, in_features=192),))
+    with pytest.raises(ConfigError, match="rows of 192 weights in Q4_K"):
+        gguf_codec(["Q4_K"]).layout(shape)
+    assert "no multiple of 256" in (kernels.unsupported_reason("gguf:Q4_K", shape) or "")
