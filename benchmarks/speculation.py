@@ -2,11 +2,14 @@
 
     python benchmarks/speculation.py [STORE] [--threads 2] [--trials 5] [--tokens 160] [--resident 0.4]
 
-Answers are greedy, and the same with guesses and without, which is checked. Each figure alternates with plain decoding.
+Each figure alternates with plain decoding, and answers are the same with guesses and without, which is checked.
 
-edit, json      `speculate="ngram"` over "off"; `_disk`: with so many of the experts in RAM, the rest read from disk
-prose           "auto" over "off", the median of each of 20 prompts; the least of them is `auto_prose_worst_ratio`
-replay          the edit once more with its own tokens as guesses, of which a draw makes one in five wrong, 2 to 8 rows.
+edit, json      `speculate="ngram"` over "off". The answers are given: the right ones, which a model as small as the
+                demo does not find. They are computed like any other, only the choice is made for the model.
+                `own_edit`, `own_json`: the model's own, greedy. `_disk`: with so many of the experts in RAM, the rest
+                read from disk
+prose           "auto" over "off", greedy, the median of each of 20 prompts; the least is `auto_prose_worst_ratio`
+replay          the given edit with its own tokens as guesses, of which a draw makes one in five wrong, 2 to 8 rows.
                 `share_of_bound`: the gain over the gain that the bytes read allow, dense weights once per pass and each
                 expert that its rows chose; `replay_share_of_bound` has those of all numbers of rows
 
@@ -42,6 +45,22 @@ class Figures:
     experts_per_pass: float
 
 
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A prompt, and the answer that is given; empty for the model's own."""
+
+    ids: list[int]
+    answer: list[int]
+
+
+def choose(task: Task, input_ids: Any, scores: Any) -> Any:
+    """A logits processor: the next token of the answer."""
+    token = task.answer[input_ids.shape[1] - len(task.ids)]
+    chosen = scores.new_full(scores.shape, float("-inf"))
+    chosen[:, token] = 0.0
+    return chosen
+
+
 class Answers:
     """Greedy answers of one loaded model."""
 
@@ -51,24 +70,25 @@ class Answers:
         self.model, self._num_tokens, self._clock = model, num_tokens, clock
         self._format = PromptFormat(model.hf, model.tokenizer, raw=model.tokenizer.chat_template is None)
 
-    def ids(self, question: str, begin: str = "") -> Any:
-        """begin: of the answer, which is continued."""
+    def task(self, question: str, answer: str = "") -> Task:
+        """answer: what the model will choose; empty for its own choice."""
+        ids = self._format.encode(self._format.render([{"role": "user", "content": question}]))
+        return Task(ids, self._format.tokenizer(answer, add_special_tokens=False)["input_ids"] if answer else [])
+
+    def run(self, task: Task, expected: list[int], speculator: Any = None) -> Figures:
+        """One answer; its tokens are appended to `expected`, or compared with what is there."""
         import torch
 
-        messages = [{"role": "user", "content": question}]
-        if begin:
-            messages.append({"role": "assistant", "content": begin})
-        return torch.tensor([self._format.encode(self._format.render(messages))])
-
-    def run(self, ids: Any, expected: list[int], speculator: Any = None) -> Figures:
-        """One answer; its tokens are appended to `expected`, or compared with what is there."""
         from offload_moe.chat.sampling import Sampling
+        from offload_moe.chat.steering import Steering
         from offload_moe.chat.stream import TokenStream
 
         hf, stats = self.model.hf, self.model.stats
         greedy = Sampling(temperature=0)
-        config = greedy.generation_config(hf, stop_ids=self._format.stop_ids, max_new_tokens=self._num_tokens)
-        with TokenStream(hf, ids, config, speculator=speculator) as stream:
+        most = min(self._num_tokens, len(task.answer) or self._num_tokens)
+        config = greedy.generation_config(hf, stop_ids=self._format.stop_ids, max_new_tokens=most)
+        steering = Steering(processors=[partial(choose, task)] if task.answer else [])
+        with TokenStream(hf, torch.tensor([task.ids]), config, steering=steering, speculator=speculator) as stream:
             next(stream)
             before, began = stats.copy(), self._clock()
             for _ in stream:
@@ -127,13 +147,13 @@ class Bound:
         return self.dense + self.per_expert * figures.experts_per_pass
 
 
-def compared(answers: Answers, ids: Any, speculator: Callable[[], Any], trials: int) -> dict[str, Any]:
+def compared(answers: Answers, task: Task, speculator: Callable[[], Any], trials: int) -> dict[str, Any]:
     """An answer with guesses over one without. speculator: makes them, for each trial."""
     expected: list[int] = []
     last: dict[str, Figures] = {}
 
     def run(name: str, make: Callable[[], Any]) -> float:
-        last[name] = answers.run(ids, expected, make())
+        last[name] = answers.run(task, expected, make())
         return last[name].rate
 
     runs = {"off": partial(run, "off", lambda: None), "on": partial(run, "on", speculator)}
@@ -159,13 +179,13 @@ def show(name: str, found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def replayed(answers: Answers, ids: Any, rows: Sequence[int], trials: int) -> dict[str, Any]:
+def replayed(answers: Answers, task: Task, rows: Sequence[int], trials: int) -> dict[str, Any]:
     answer: list[int] = []
-    answers.run(ids, answer)
+    answers.run(task, answer)
     found = {}
     for count in rows:
         make = partial(every_guess, Replay(answer, count - 1))
-        found[str(count)] = show(f"replay, {count}", compared(answers, ids, make, trials))
+        found[str(count)] = show(f"replay, {count}", compared(answers, task, make, trials))
     return found
 
 
@@ -181,7 +201,7 @@ def every_guess(source: Any) -> Any:
 
 def prose(answers: Answers, questions: Sequence[str], trials: int) -> dict[str, Any]:
     make = partial(answers.guesses, "auto")
-    found = {question: compared(answers, answers.ids(question), make, trials) for question in questions}
+    found = {question: compared(answers, answers.task(question), make, trials) for question in questions}
     worst = min(found, key=lambda question: found[question]["ratio"]["median"])
     show("prose, worst", found[worst])
     return {"worst": found[worst]["ratio"], "medians": {text: each["ratio"]["median"] for text, each in found.items()}}
@@ -228,14 +248,16 @@ def main() -> None:
     for suffix, share in (("", None), ("_disk", options.resident)):
         with loaded(options, share, clock if share is None else time.perf_counter) as answers:
             for name in ("edit", "json"):
-                parts = prompts[name]
-                ids = answers.ids(parts["question"].format(text=parts["text"]), parts["begin"])
-                make = partial(answers.guesses, "ngram")
-                found = show(name + suffix, compared(answers, ids, make, options.trials))
-                document |= {f"ngram_{name}{suffix}_ratio": found["ratio"], f"{name}{suffix}": found}
+                given = prompts[name]
+                question = given["question"].format(text=given["text"])
+                task, make = answers.task(question, given["answer"]), partial(answers.guesses, "ngram")
+                for kind, each in (("", task), ("own_", answers.task(question))):
+                    key = f"{kind}{name}{suffix}"
+                    document[key] = show(key, compared(answers, each, make, options.trials))
+                document[f"ngram_{name}{suffix}_ratio"] = document[f"{name}{suffix}"]["ratio"]
                 if name == "edit" and share is None:
                     rows = [int(count) for count in options.rows.split(",")]
-                    document["replay"] = replayed(answers, ids, rows, options.trials)
+                    document["replay"] = replayed(answers, task, rows, options.trials)
             document[f"prose{suffix}"] = prose(answers, prompts["prose"][: options.prompts], options.trials)
     shares = [each["share_of_bound"]["median"] for each in document["replay"].values()]
     finish(

@@ -174,8 +174,10 @@ class RoomyLayer(InRoom, DynamicLayer):
 
     def roll_back(self, num_tokens: int) -> None:
         """Take back the last tokens that `extend` counted. Unlike `crop` it keeps the room: others come next."""
-        length = self.keys.shape[2] - num_tokens
-        self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+        place, room = self._find(), self._room
+        assert room is not None
+        assert place is not None
+        self._put(room, 0, place[1] - num_tokens)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens; the room is given back once no more than half of it is used."""

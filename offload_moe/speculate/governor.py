@@ -11,9 +11,9 @@ from offload_moe.speculate.guess import MOST_GUESSES
 
 FORGET = 0.1  # weight of the newest guess, of those that are all compared
 FORGET_TRIED = 0.2  # of guesses that are compared only where they are computed
-LEAST_GAIN = 1.03  # expected, so that noise does not switch guessing on
+LEAST_GAIN = 1.05  # expected, so that noise does not switch guessing on
 MOST_LOST = 0.015  # of all time so far that may be lost to wrong guesses
-CREDIT_PASSES = 2.0  # so many passes' time may be lost before anything was won, and won time covers no more than this
+CREDIT_PASSES = 1.0  # so many passes' time may be lost before anything was won, and won time covers no more than this
 CALIBRATE_AFTER = 64  # passes with guesses, then a plain one is measured
 RETRY_AFTER = 32  # tokens, for guesses that are compared only where they are computed
 

@@ -260,3 +260,16 @@ def test_nothing_is_borrowed_unless_set_or_where_every_expert_has_a_slot(borrowi
     for forwards in (Borrowing(borrows=False), Borrowing(600)):
         forwards.step(DynamicCache(), 10)
         assert forwards.num_resizes == 0
+
+
+def test_rows_of_a_decode_step_count_as_one(borrowing: Forwards) -> None:
+    cache = DynamicCache()
+    borrowing.read(cache, 100)
+    borrowing.step(cache, 1)
+    slots, num_resizes = borrowing.slots, borrowing.num_resizes
+    for num_rows in (8, 1, 3, 8, 2):
+        borrowing.step(cache, num_rows)
+    assert (borrowing.slots, borrowing.num_resizes) == (slots, num_resizes)
+    assert borrowing.num_resizes > 0
+    borrowing.step(cache, 60)  # a prompt
+    assert borrowing.num_resizes > num_resizes
