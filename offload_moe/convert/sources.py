@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from offload_moe import demo
-from offload_moe.checkpoint.gguf_split import is_gguf, parts_beside
+from offload_moe.checkpoint.gguf_split import is_gguf, model_name, parts_beside
 from offload_moe.checkpoint.source import check_folder, resolve_source
 from offload_moe.checkpoint.weight_files import choose_weights
 from offload_moe.convert.jobs import MXFP4
@@ -97,7 +97,7 @@ def ensure_view(file: Path, source: str) -> Path:
     states = [(str(path), path.stat()) for path in paths]
     identity = "\n".join(f"{path} {status.st_size} {status.st_mtime_ns}" for path, status in states)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    folder = cache_dir() / STORES / f"{file.stem}-{GGUF}-{digest}"
+    folder = cache_dir() / STORES / f"{model_name(file)}-{GGUF}-{digest}"
     return folder if is_store(folder) else make_view(paths, folder, source)
 
 
