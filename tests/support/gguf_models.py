@@ -37,10 +37,21 @@ COMMON: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": FIRST_SPECIAL,
 }
-LATENT: dict[str, Any] = {
-    **{"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 256, "first_k_dense_replace": 1},
-    **{"kv_lora_rank": 256, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 64},
-    **{"num_key_value_heads": 4, "routed_scaling_factor": 1.5, "num_hidden_layers": 3, "head_dim": 32},
+SHARED: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 256,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "num_hidden_layers": 3,
+}
+LATENT: dict[str, Any] = SHARED | {
+    "kv_lora_rank": 256,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
@@ -48,18 +59,26 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 256, "head_dim": 64, "norm_topk_prob": True},
     "deepseek_v2": LATENT | {"scoring_func": "softmax", "q_lora_rank": None, "n_group": 1, "topk_group": 1},
     "deepseek_v3": LATENT | {"q_lora_rank": 256, "n_group": 2, "topk_group": 1, "norm_topk_prob": True},
-    "glm4_moe": {
-        **{"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 256, "first_k_dense_replace": 1},
-        **{"head_dim": 64, "attention_bias": True, "use_qk_norm": True, "routed_scaling_factor": 1.5},
-        **{"norm_topk_prob": True, "n_group": 1, "topk_group": 1, "num_hidden_layers": 3},
+    "glm4_moe": SHARED
+    | {
+        "head_dim": 64,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "norm_topk_prob": True,
+        "n_group": 1,
+        "topk_group": 1,
     },
     "olmoe": {"num_experts": 4, "num_key_value_heads": 4},
 }
 # What the middle of a block's codes is, for types with minima: weights are centred with it.
 MIDDLES = {"Q4_1": -7.5, "Q5_1": -15.5, "Q4_K": 7.5, "Q5_K": 15.5, "Q2_K": 1.5}
 MIXED = {
-    **{"ffn_down_exps": "Q6_K", "attn_v": "Q6_K", "output": "Q6_K", "token_embd": "Q5_K"},
-    **{"attn_k_b": "Q8_0", "attn_v_b": "Q8_0"},
+    "ffn_down_exps": "Q6_K",
+    "attn_v": "Q6_K",
+    "output": "Q6_K",
+    "token_embd": "Q5_K",
+    "attn_k_b": "Q8_0",
+    "attn_v_b": "Q8_0",
 }  # as Q4_K_M mixes
 
 
