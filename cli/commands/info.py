@@ -13,6 +13,7 @@ from ..options import Subparsers
 from ..terminal import safe
 
 if TYPE_CHECKING:
+    from offload_moe.store import Store
     from offload_moe.store.installed import Installed
 
 UPGRADE = "an older version wrote it: `offload-moe verify STORE --upgrade` makes reads from the disk cheaper"
@@ -64,6 +65,7 @@ def _details(entry: "Installed") -> dict[str, Any]:
             {"name": layer.name, "num_experts": layer.num_experts, "record_bytes": layer.record_bytes}
             for layer in store.layers
         ],
+        "types": types_of(store),
         "experts_bytes": store.experts_bytes,
         "dense_bytes": store.dense_bytes,
         "files_in_rows": [file.name for file in store.files_in_rows()],
@@ -72,13 +74,22 @@ def _details(entry: "Installed") -> dict[str, Any]:
     }
 
 
+def types_of(store: "Store") -> list[str]:
+    """The types of the experts of a store that keeps those of a GGUF file, in the order of their first use."""
+    from offload_moe.quant.gguf import parse_gguf
+
+    codecs = [parse_gguf(layer.codec or "") for layer in store.layers]
+    return list(dict.fromkeys(kind.name for codec in codecs if codec is not None for kind in codec.kinds))
+
+
 def _lines(entry: "Installed", details: dict[str, Any]) -> list[tuple[str, str]]:
     if not details:
         return [("codec", entry.codec or "")]
     layers = details["layers"]
     num_experts = sum(layer["num_experts"] for layer in layers)
     largest = max(layer["record_bytes"] for layer in layers)
-    experts = f"{num_experts:,} in {len(layers)} layers, {entry.codec}, {format_size(details['experts_bytes'])}"
+    types = f" ({', '.join(details['types'])})" if details["types"] else ""
+    experts = f"{num_experts:,} in {len(layers)} layers, {entry.codec}{types}, {format_size(details['experts_bytes'])}"
     dense = f"{details['num_dense_tensors']:,} tensors, {entry.dense_codec}, {format_size(details['dense_bytes'])}"
     return [
         ("experts", f"{experts}, {format_size(largest)} each"),

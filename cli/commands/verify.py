@@ -112,6 +112,11 @@ def _verdict(
     from offload_moe.system.names import looks_like_hub_id
 
     pieces = list(store.pieces())
+    if not pieces:
+        return (
+            f"{store.path} stands for GGUF files, which have no checksums: all are there, with the sizes that they "
+            "had. `offload-moe quantize` writes a store of the same bits with checksums."
+        )
     if not damages:
         size = format_size(sum(piece.place.num_bytes for piece in pieces))
         return f"{store.path} is intact: {len(pieces):,} checksums match, {size}."

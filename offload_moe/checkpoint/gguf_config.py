@@ -26,6 +26,7 @@ _OPTIONAL = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
 DEFAULT_THETA = 10000.0
+SIGMOID = 2  # as `expert_gating_func`; 1 is softmax
 
 
 class Reader:
@@ -142,9 +143,67 @@ def _olmoe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, A
     }
 
 
+def _deepseek(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """DeepSeek-V2 and V3, and models of their kind. Older files have no gating function: they are V2's."""
+    is_v3 = reader.get("expert_gating_func") == SIGMOID
+    rotated, key = reader.number("rope.dimension_count"), "_mla" if reader.get("attention.key_length_mla") else ""
+    return {
+        "model_type": "deepseek_v3" if is_v3 else "deepseek_v2",
+        "architectures": ["DeepseekV3ForCausalLM" if is_v3 else "DeepseekV2ForCausalLM"],
+        "num_key_value_heads": reader.number("attention.head_count"),
+        "head_dim": rotated,
+        "n_routed_experts": reader.number("expert_count"),
+        "n_shared_experts": reader.number("expert_shared_count"),
+        "moe_intermediate_size": reader.number("expert_feed_forward_length"),
+        "first_k_dense_replace": reader.number("leading_dense_block_count"),
+        "routed_scaling_factor": reader.get("expert_weights_scale") or 1.0,
+        "norm_topk_prob": bool(reader.get("expert_weights_norm")),
+        "n_group": reader.get("expert_group_count") or (8 if is_v3 else 1),
+        "topk_group": reader.get("expert_group_used_count") or (4 if is_v3 else 1),
+        "q_lora_rank": reader.get("attention.q_lora_rank"),
+        "kv_lora_rank": reader.number("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": reader.number(f"attention.key_length{key}") - rotated,
+        "v_head_dim": reader.number(f"attention.value_length{key}"),
+        "rope_parameters": _deepseek_rope(reader),
+    }
+
+
+def _deepseek_rope(reader: Reader) -> dict[str, Any]:
+    rope = _rope(reader)
+    if rope["rope_type"] != "yarn":
+        return rope
+    # The converter writes a tenth of `mscale_all_dim`, which `mscale` equals in every published model.
+    scale = 10.0 * reader.number("rope.scaling.yarn_log_multiplier")
+    return rope | {"mscale": scale, "mscale_all_dim": scale, "beta_fast": 32, "beta_slow": 1}
+
+
+def _glm4_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    head_dim = reader.number("attention.key_length")
+    rope = _rope(reader) | {"partial_rotary_factor": reader.number("rope.dimension_count") / head_dim}
+    return {
+        "model_type": "glm4_moe",
+        "architectures": ["Glm4MoeForCausalLM"],
+        "num_hidden_layers": reader.number("block_count") - (reader.get("nextn_predict_layers") or 0),
+        "n_routed_experts": reader.number("expert_count"),
+        "n_shared_experts": reader.number("expert_shared_count"),
+        "moe_intermediate_size": reader.number("expert_feed_forward_length"),
+        "first_k_dense_replace": reader.number("leading_dense_block_count"),
+        "routed_scaling_factor": reader.get("expert_weights_scale") or 1.0,
+        "norm_topk_prob": bool(reader.get("expert_weights_norm")),
+        "n_group": reader.get("expert_group_count") or 1,
+        "topk_group": reader.get("expert_group_used_count") or 1,
+        "attention_bias": "blk.0.attn_q.bias" in shapes,
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in shapes,
+        "rope_parameters": rope,
+    }
+
+
 CONFIGS: Mapping[str, Callable[[Reader, Mapping[str, tuple[int, ...]]], dict[str, Any]]] = {
     "llama": _mixtral,
     "qwen2moe": _qwen2_moe,
     "qwen3moe": _qwen3_moe,
     "olmoe": _olmoe,
+    "deepseek2": _deepseek,
+    "glm4moe": _glm4_moe,
 }

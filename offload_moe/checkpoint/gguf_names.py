@@ -6,7 +6,7 @@ Source: gguf-py, gguf/constants.py and tensor_mapping.py; llama.cpp, convert_hf_
 import re
 
 # llama.cpp's names: `llama` is Mixtral here, `deepseek2` any DeepSeek since V2; a dense model is refused later.
-ARCHITECTURES = ("llama", "qwen2moe", "qwen3moe", "olmoe", "deepseek2", "gpt-oss")
+ARCHITECTURES = ("llama", "qwen2moe", "qwen3moe", "olmoe", "deepseek2", "glm4moe", "gpt-oss")
 PERMUTED = ("llama",)  # rows of query and key are in the order of another rotary embedding
 
 _WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -38,6 +38,13 @@ _IN_BLOCK_OF = {
         "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
         "attn_kv_a_norm": "self_attn.kv_a_layernorm",
         "attn_kv_b": "self_attn.kv_b_proj",
+        "exp_probs_b": "mlp.gate.e_score_correction",
+        "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+        "ffn_up_shexp": "mlp.shared_experts.up_proj",
+        "ffn_down_shexp": "mlp.shared_experts.down_proj",
+    },
+    "glm4moe": {
+        "post_attention_norm": "post_attention_layernorm",
         "exp_probs_b": "mlp.gate.e_score_correction",
         "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
         "ffn_up_shexp": "mlp.shared_experts.up_proj",

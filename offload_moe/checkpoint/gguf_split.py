@@ -14,6 +14,12 @@ def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf" and path.is_file()
 
 
+def model_name(path: Path) -> str:
+    """The name of a GGUF file's model: the file's own, without its ending and the number of its part."""
+    match = PART.fullmatch(path.name)
+    return path.stem if match is None else match["model"]
+
+
 def parts_beside(path: Path) -> tuple[Path, ...]:
     """All parts of the model that a GGUF file is a part of, in order; the file itself if it is whole.
 

@@ -12,6 +12,7 @@ from typing import Any
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.download import Download
 from offload_moe.checkpoint.formats import is_mxfp4
+from offload_moe.checkpoint.gguf_hub import download_gguf
 from offload_moe.checkpoint.gguf_split import is_gguf, parts_beside
 from offload_moe.checkpoint.gguf_view import write_small_files
 from offload_moe.checkpoint.small_files import SmallFiles, read_small_files
@@ -28,6 +29,7 @@ from offload_moe.store.manifest import DenseEntry, Layer, Manifest
 from offload_moe.store.manifest_json import FORMAT_VERSION, manifest_to_json
 from offload_moe.store.plan import PlannedFile
 from offload_moe.store.writer import Payload, StoreWriter, describe_metadata, stored_files
+from offload_moe.system.names import split_gguf_name
 from offload_moe.system.paths import CONFIG_NAME
 from offload_moe.system.progress import Progress, log_notice, silent
 
@@ -80,6 +82,9 @@ def quantize(
         get_codec(codec)  # before a download
     target = Path(store)
     check_target(target)
+    if split_gguf_name(str(source)) is not None and not Path(source).exists():
+        progress(f"Downloading {source}")
+        source, revision = download_gguf(str(source), revision=revision, token=token), None
     gguf = _parts_of(source, codec, dense_codec)
     with ExitStack() as stack:
         download = None

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from offload_moe import demo
-from offload_moe.checkpoint.gguf_split import is_gguf, parts_beside
+from offload_moe.checkpoint.gguf_hub import download_gguf
+from offload_moe.checkpoint.gguf_split import is_gguf, model_name, parts_beside
 from offload_moe.checkpoint.source import check_folder, resolve_source
 from offload_moe.checkpoint.weight_files import choose_weights
 from offload_moe.convert.jobs import MXFP4
@@ -14,7 +15,7 @@ from offload_moe.errors import CheckpointError
 from offload_moe.store import is_store
 from offload_moe.store.in_place import GGUF, make_view
 from offload_moe.store.installed import DEMO_IS_NOT_BUILT, check_finished
-from offload_moe.system.names import DEMO, STORES, check_model, hub_name, resolve
+from offload_moe.system.names import DEMO, STORES, check_model, hub_name, resolve, split_gguf_name
 from offload_moe.system.paths import CONFIG_NAME, cache_dir, file_advice
 from offload_moe.system.progress import Progress, log_notice, silent
 
@@ -54,6 +55,10 @@ def ensure_store(
     """
     check_model(source, revision)
     source, revision = hub_name(source, revision)
+    if split_gguf_name(str(source)) is not None and not resolve(source).exists():
+        progress(f"Downloading {source}")
+        source = download_gguf(str(source), revision=revision, token=token)
+        revision = None
     folder = resolve(source)
     if is_store(folder):
         return folder
@@ -97,7 +102,7 @@ def ensure_view(file: Path, source: str) -> Path:
     states = [(str(path), path.stat()) for path in paths]
     identity = "\n".join(f"{path} {status.st_size} {status.st_mtime_ns}" for path, status in states)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    folder = cache_dir() / STORES / f"{file.stem}-{GGUF}-{digest}"
+    folder = cache_dir() / STORES / f"{model_name(file)}-{GGUF}-{digest}"
     return folder if is_store(folder) else make_view(paths, folder, source)
 
 

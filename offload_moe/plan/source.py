@@ -18,8 +18,8 @@ from offload_moe.convert.sources import ensure_view
 from offload_moe.errors import CheckpointError, OffloadMoeError
 from offload_moe.plan.hub import fetch_config
 from offload_moe.store import Store, is_store
-from offload_moe.store.in_place import GGUF
-from offload_moe.system.names import check_model, hub_name, resolve
+from offload_moe.store.in_place import GGUF, InPlaceStore
+from offload_moe.system.names import check_model, hub_name, resolve, split_gguf_name
 from offload_moe.system.paths import CONFIG_NAME, MANIFEST_NAME, file_advice
 
 if TYPE_CHECKING:
@@ -59,14 +59,21 @@ def open_source(model: str | Path, *, revision: str | None = None, token: str | 
     check_model(model, revision)
     model, revision = hub_name(model, revision)
     path = resolve(model)
+    if split_gguf_name(str(model)) is not None and not path.exists():
+        raise CheckpointError(
+            f"{model} is a GGUF file on the hub, whose plan needs its metadata: download it first, with `chat` or "
+            "`huggingface-cli download`, or plan the original model's id."
+        )
     if is_gguf(path):
         path = ensure_view(path, str(model))
     if is_store(path):
         store = Store.open(path)
         config = load_config(path)
+        views = [Path(file.name) for file in store.manifest.files] if isinstance(store, InPlaceStore) else []
         return PlannedSource(
             name=str(model),
             config=config,
+            checkpoint_bytes=sum(file.stat().st_size for file in views) or None,
             is_local=True,
             codec=store.codec,
             dense_codec=store.dense_codec,

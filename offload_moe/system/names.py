@@ -21,6 +21,14 @@ def looks_like_hub_id(text: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", text) is not None and ".." not in text
 
 
+def split_gguf_name(name: str) -> tuple[str, str] | None:
+    """Repository and file of `organisation/model:Q4_K_M`, which means a GGUF file; None for another name."""
+    repo_id, colon, wanted = name.partition(":")
+    if not colon or not looks_like_hub_id(repo_id) or re.fullmatch(r"[\w.*?\[\]/-]{1,200}", wanted) is None:
+        return None
+    return None if wanted.startswith("/") else (repo_id, wanted)
+
+
 def hub_name(source: str | Path, revision: str | None = None) -> tuple[str | Path, str | None]:
     """A hub URL as id and revision; any other source unchanged.
 
@@ -89,7 +97,7 @@ def check_model(name: str | Path, revision: str | None = None) -> None:
     Raises: CheckpointError when it cannot; ConfigError as `hub_name`.
     """
     source, _ = hub_name(name, revision)
-    if source == DEMO or looks_like_hub_id(str(source)) or resolve(source).exists():
+    if source == DEMO or looks_like_hub_id(str(source)) or resolve(source).exists() or split_gguf_name(str(source)):
         return
     raise CheckpointError(
         f"{name} is neither a file or folder, nor a hub id like organisation/model, nor {DEMO!r}, nor a name that "
@@ -99,7 +107,8 @@ def check_model(name: str | Path, revision: str | None = None) -> None:
 
 def check_source(source: str | Path) -> None:
     """Check that `source` can be converted. Raises: CheckpointError."""
-    if not Path(source).expanduser().exists() and not looks_like_hub_id(str(source)):
+    is_on_hub = looks_like_hub_id(str(source)) or split_gguf_name(str(source)) is not None
+    if not Path(source).expanduser().exists() and not is_on_hub:
         raise CheckpointError(f"{source} is neither a folder nor a hub id like organisation/model. Check the path.")
 
 

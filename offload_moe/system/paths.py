@@ -48,9 +48,8 @@ def file_advice(path: Path) -> str:
     folder = path.absolute().parent
     if path.suffix.lower() == ".gguf":
         return (
-            f"{path} is a GGUF file, which is converted first. Put config.json and tokenizer of the original model "
-            f"beside it, and all parts of a split file, but no second model. Then `offload-moe quantize {folder} STORE`"
-            " and `offload-moe chat STORE`."
+            f"{path} is a GGUF file, not a store's folder. `offload-moe chat`, `run`, `serve`, `plan`, `info` and "
+            "`quantize` take it as it is."
         )
     what = "the manifest of a store, whose folder is" if path.name == MANIFEST_NAME else "a file, not a model folder:"
     return f"{path} is {what} {folder}. Name the folder, which holds config.json and tokenizer beside the weights."

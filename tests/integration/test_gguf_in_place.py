@@ -19,6 +19,7 @@ from offload_moe.plan.plan import make_plan
 from offload_moe.quant.gguf import TYPES
 from offload_moe.store import Store
 from tests.support.gguf_models import SETTINGS, TEMPLATE, write_model
+from tests.support.hub import hub_in_use
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # upstream's, of models outside their usual sizes
 IDS = torch.tensor([[72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100, 7, 260]])
@@ -31,7 +32,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def logits_of(source: Path, **options: Any) -> Tensor:
+def logits_of(source: Path | str, **options: Any) -> Tensor:
     with load(source, **options) as model, torch.no_grad():
         found: Tensor = model.hf(IDS).logits
         return found
@@ -224,6 +225,24 @@ def test_other_files_in_the_folder_do_not_matter(tmp_path: Path) -> None:
     shutil.copy(path, tmp_path / "another.gguf")
     (tmp_path / "config.json").write_text("{}")
     assert torch.equal(logits_of(path), expected)
+
+
+def test_a_file_of_a_hub_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_model(tmp_path / "repository", "qwen3_moe").path
+    expected = logits_of(path)
+    path.rename(path.with_name("tiny-Q4_K_M.gguf"))
+    (path.parent / "tiny-Q8_0.gguf").write_bytes(b"another")
+    with hub_in_use(path.parent, tmp_path / "hub", monkeypatch) as hub:
+        assert torch.equal(logits_of("org/tiny:q4_k_m"), expected)
+        assert "tiny-Q8_0.gguf" not in hub.sent
+        sent = hub.sent["tiny-Q4_K_M.gguf"]
+        store = quantize("org/tiny:Q4_K_M", tmp_path / "store")
+        assert hub.sent["tiny-Q4_K_M.gguf"] == sent
+        with pytest.raises(CheckpointError, match=r"no model in GGUF named Q5_K_M: tiny-Q4_K_M\.gguf, tiny-Q8_0"):
+            load("org/tiny:Q5_K_M")
+        with pytest.raises(CheckpointError, match="whose plan needs its metadata"):
+            make_plan("org/tiny:Q4_K_M", Machine(ram_bytes=4 << 30))
+    assert torch.equal(logits_of(store), expected)
 
 
 def test_a_plan(tmp_path: Path) -> None:

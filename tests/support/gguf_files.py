@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
     "gpt_oss": "gpt-oss",
+    "glm4_moe": "glm4moe",
 }
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

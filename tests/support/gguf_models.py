@@ -37,15 +37,49 @@ COMMON: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": FIRST_SPECIAL,
 }
+SHARED: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 256,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "num_hidden_layers": 3,
+}
+LATENT: dict[str, Any] = SHARED | {
+    "kv_lora_rank": 256,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 512},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 256, "head_dim": 64, "norm_topk_prob": True},
-    "olmoe": {"num_experts": 4},
+    "deepseek_v2": LATENT | {"scoring_func": "softmax", "q_lora_rank": None, "n_group": 1, "topk_group": 1},
+    "deepseek_v3": LATENT | {"q_lora_rank": 256, "n_group": 2, "topk_group": 1, "norm_topk_prob": True},
+    "glm4_moe": SHARED
+    | {
+        "head_dim": 64,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "norm_topk_prob": True,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "olmoe": {"num_experts": 4, "num_key_value_heads": 4},
 }
 # What the middle of a block's codes is, for types with minima: weights are centred with it.
 MIDDLES = {"Q4_1": -7.5, "Q5_1": -15.5, "Q4_K": 7.5, "Q5_K": 15.5, "Q2_K": 1.5}
-MIXED = {"ffn_down_exps": "Q6_K", "attn_v": "Q6_K", "output": "Q6_K", "token_embd": "Q5_K"}  # as Q4_K_M mixes
+MIXED = {
+    "ffn_down_exps": "Q6_K",
+    "attn_v": "Q6_K",
+    "output": "Q6_K",
+    "token_embd": "Q5_K",
+    "attn_k_b": "Q8_0",
+    "attn_v_b": "Q8_0",
+}  # as Q4_K_M mixes
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +110,19 @@ def write_model(
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     architecture = ARCHITECTURES[family]
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper().replace("-", "_")], config.num_hidden_layers)
+    known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(known[architecture], config.num_hidden_layers)
     writer = gguf.GGUFWriter(folder / "model.gguf", architecture, split_max_tensors=tensors_per_file)
     _add_metadata(writer, config, metadata or {})
     tied = config.tie_word_embeddings
+    kept = MIXED if kinds is None else kinds
     for number, (name, value) in enumerate(model.state_dict().items()):
         if tied and name == "lm_head.weight":
             continue
         stored = as_llama_cpp(name, value, config, names)
         decoded = {}
         for part, rows in stored:
-            chosen = _kind_of(part, rows, kind, kinds or MIXED)
+            chosen = _kind_of(part, rows, kind, kept)
             data, decoded[part] = _random(rows, chosen, number)
             if part != without:
                 writer.add_tensor(part, data, raw_dtype=Kind[chosen])
@@ -130,6 +166,10 @@ def _random(rows: Tensor, kind: str, seed: int) -> tuple[np.ndarray, Tensor]:
 def _as_transformers(name: str, parts: Mapping[str, Tensor], config: Any) -> Tensor:
     """The inverse of `as_llama_cpp`."""
     values = list(parts.values())
+    if name.endswith("kv_b_proj.weight"):
+        keys, latents = values
+        whole = torch.cat([keys.transpose(1, 2), latents], dim=1).flatten(0, 1)
+        return whole.bfloat16().float()  # as numbers that were quantized are read
     if len(values) == 2:
         return torch.cat(values, dim=1)
     (value,) = values
@@ -150,7 +190,7 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Any, changes: Mapping[str, An
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
-        "expert_count": getattr(config, "num_experts", None) or config.num_local_experts,
+        "expert_count": num_experts_of(config),
         "expert_used_count": config.num_experts_per_tok,
         "vocab_size": config.vocab_size,
     }
@@ -158,6 +198,39 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Any, changes: Mapping[str, An
         keys |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
     if config.model_type == "mixtral":
         keys["rope.dimension_count"] = config.hidden_size // config.num_attention_heads
+    if "deepseek" in config.model_type:
+        length = config.qk_nope_head_dim + config.qk_rope_head_dim
+        keys |= {
+            "attention.head_count_kv": 1,
+            "attention.q_lora_rank": config.q_lora_rank,
+            "attention.kv_lora_rank": config.kv_lora_rank,
+            "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
+            "attention.value_length": config.kv_lora_rank,
+            "attention.key_length_mla": length,
+            "attention.value_length_mla": config.v_head_dim,
+            "rope.dimension_count": config.qk_rope_head_dim,
+            "expert_gating_func": 2 if config.model_type == "deepseek_v3" else 1,
+            "expert_weights_norm": config.norm_topk_prob,
+            "expert_group_count": config.n_group,
+            "expert_group_used_count": config.topk_group,
+        }
+    if config.model_type == "glm4_moe":
+        keys |= {
+            "attention.key_length": config.head_dim,
+            "attention.value_length": config.head_dim,
+            "rope.dimension_count": config.head_dim // 2,
+            "expert_gating_func": 2,
+            "expert_weights_norm": config.norm_topk_prob,
+            "expert_group_count": config.n_group,
+            "expert_group_used_count": config.topk_group,
+        }
+    if hasattr(config, "n_shared_experts"):
+        keys |= {
+            "expert_feed_forward_length": config.moe_intermediate_size,
+            "expert_shared_count": config.n_shared_experts,
+            "leading_dense_block_count": config.first_k_dense_replace,
+            "expert_weights_scale": config.routed_scaling_factor,
+        }
     if config.model_type in ("qwen2_moe", "qwen3_moe"):
         keys["expert_feed_forward_length"] = config.moe_intermediate_size
     if config.model_type == "qwen2_moe":
@@ -177,6 +250,11 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Any, changes: Mapping[str, An
     for key, value in (whole | dict(changes)).items():
         if value is not None:
             _add(writer, key, value)
+
+
+def num_experts_of(config: Any) -> int:
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return int(next(found for name in names if (found := getattr(config, name, None)) is not None))
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

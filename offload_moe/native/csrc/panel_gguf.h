@@ -156,34 +156,50 @@ OM_INLINE void wide_sums(const int codec, const int N, const gguf_part *part, in
     }
 }
 
+/* What a superblock adds to so many tokens: scaled sums of codes, and of minima. */
+typedef struct {
+    slice_i scales[4], mins[4]; /* one in a byte */
+    slice_f codes[OM_TOKENS_AT_ONCE], least[OM_TOKENS_AT_ONCE];
+} superblock;
+
+/* Columns 64 c to 64 c + 63 of a type with sub-blocks of 32. */
+OM_INLINE void add_group_of_32(const int codec, const int N, const gguf_part *part, int c, slice_i header, superblock *to) {
+    slice_i first[OM_TOKENS_AT_ONCE], second[OM_TOKENS_AT_ONCE];
+    prefetch_block(part->ahead + c * om_chunk_dwords(codec) * 16, om_chunk_dwords(codec) * 16);
+    wide_sums(codec, N, part, c, first, second);
+    const int even = c % 2 * 2, odd = even + 1;
+    const slice_i s0 = om_has_mins(codec) ? byte_of(to->scales[c / 2], even) : iq4_scale(header, line(part, 1), 2 * c);
+    const slice_i s1 = om_has_mins(codec) ? byte_of(to->scales[c / 2], odd) : iq4_scale(header, line(part, 1), 2 * c + 1);
+    OM_UNROLL for (int t = 0; t < N; t++) {
+        const slice_f scale = scale_at(part, c, t);
+        to->codes[t] = sf_fma(sf_of_integers(si_add(si_mul(first[t], s0), si_mul(second[t], s1))), scale, to->codes[t]);
+        if (!om_has_mins(codec)) continue;
+        const slice_i m0 = si_mul(byte_of(to->mins[c / 2], even), si_set(-wide_sum(part, c, 0, t)));
+        const slice_i m1 = si_mul(byte_of(to->mins[c / 2], odd), si_set(-wide_sum(part, c, 1, t)));
+        to->least[t] = sf_fma(sf_of_integers(si_add(m0, m1)), scale, to->least[t]);
+    }
+}
+
+/* With `header`, whose low halves are the scale of all codes and, with minima, whose high halves are that of those. */
+OM_INLINE void add_superblock(const int codec, const int N, slice_i header, const superblock *from, slice_f *totals) {
+    OM_UNROLL for (int t = 0; t < N; t++) {
+        slice_f *total = totals + t * OM_SLICES;
+        *total = sf_fma(from->codes[t], sf_of_halves(header), *total);
+        if (om_has_mins(codec)) *total = sf_fma(from->least[t], sf_of_halves(si_right(header, 16)), *total);
+    }
+}
+
 /* Q4_K, Q5_K, IQ4_XS: eight sub-blocks of 32. */
 OM_INLINE void add_of_32(const int codec, const int N, const gguf_part *part, slice_f *totals) {
     const slice_i header = line(part, 0);
-    slice_i scales[2], mins[2];
-    slice_f codes[OM_TOKENS_AT_ONCE], least[OM_TOKENS_AT_ONCE];
-    if (om_has_mins(codec)) unpack_q45(part, scales, mins);
-    OM_UNROLL for (int t = 0; t < N; t++) codes[t] = least[t] = sf_zero();
-    for (int c = 0; c < 4; c++) {
-        slice_i first[OM_TOKENS_AT_ONCE], second[OM_TOKENS_AT_ONCE];
-        prefetch_block(part->ahead + c * om_chunk_dwords(codec) * 16, om_chunk_dwords(codec) * 16);
-        wide_sums(codec, N, part, c, first, second);
-        const int even = c % 2 * 2, odd = even + 1;
-        const slice_i s0 = om_has_mins(codec) ? byte_of(scales[c / 2], even) : iq4_scale(header, line(part, 1), 2 * c);
-        const slice_i s1 = om_has_mins(codec) ? byte_of(scales[c / 2], odd) : iq4_scale(header, line(part, 1), 2 * c + 1);
-        OM_UNROLL for (int t = 0; t < N; t++) {
-            const slice_f scale = scale_at(part, c, t);
-            codes[t] = sf_fma(sf_of_integers(si_add(si_mul(first[t], s0), si_mul(second[t], s1))), scale, codes[t]);
-            if (!om_has_mins(codec)) continue;
-            const slice_i m0 = si_mul(byte_of(mins[c / 2], even), si_set(-wide_sum(part, c, 0, t)));
-            const slice_i m1 = si_mul(byte_of(mins[c / 2], odd), si_set(-wide_sum(part, c, 1, t)));
-            least[t] = sf_fma(sf_of_integers(si_add(m0, m1)), scale, least[t]);
-        }
-    }
-    OM_UNROLL for (int t = 0; t < N; t++) {
-        slice_f *total = totals + t * OM_SLICES;
-        *total = sf_fma(codes[t], sf_of_halves(header), *total);
-        if (om_has_mins(codec)) *total = sf_fma(least[t], sf_of_halves(si_right(header, 16)), *total);
-    }
+    superblock sums;
+    if (om_has_mins(codec)) unpack_q45(part, sums.scales, sums.mins);
+    OM_UNROLL for (int t = 0; t < N; t++) sums.codes[t] = sums.least[t] = sf_zero();
+    if (N == 1) /* shifts by constants; for more tokens the code would be four times as long for little */
+        OM_UNROLL for (int c = 0; c < 4; c++) add_group_of_32(codec, N, part, c, header, &sums);
+    else
+        for (int c = 0; c < 4; c++) add_group_of_32(codec, N, part, c, header, &sums);
+    add_superblock(codec, N, header, &sums, totals);
 }
 
 /* Scales (and minima) of sub-blocks 4 i to 4 i + 3, one in a byte: of Q3_K plus 32. */
@@ -251,38 +267,38 @@ OM_INLINE void half_sums(const int codec, const int N, const gguf_part *part, in
     }
 }
 
+/* Blocks 2 g and 2 g + 1 of a type with sub-blocks of 16. */
+OM_INLINE void add_half_of_16(const int codec, const int N, const gguf_part *part, int g, superblock *to) {
+    slice_i sums[2][OM_TOKENS_AT_ONCE];
+    prefetch_block(part->ahead + g * om_chunk_dwords(codec) * 32, om_chunk_dwords(codec) * 32);
+    half_sums(codec, N, part, g, to->scales, sums);
+    OM_UNROLL for (int i = 0; i < 2; i++) OM_UNROLL for (int t = 0; t < N; t++) {
+        const int c = 2 * g + i;
+        const slice_f scale = scale_at(part, c, t);
+        to->codes[t] = sf_fma(sf_of_integers(sums[i][t]), scale, to->codes[t]);
+        if (!om_has_mins(codec)) continue;
+        slice_i sum = si_mul(byte_of(to->mins[c], 0), si_set(-sum_of(part, c, 0, t)));
+        OM_UNROLL for (int j = 1; j < 4; j++) sum = si_add(sum, si_mul(byte_of(to->mins[c], j), si_set(-sum_of(part, c, j, t))));
+        to->least[t] = sf_fma(sf_of_integers(sum), scale, to->least[t]);
+    }
+}
+
 /* Q6_K, Q3_K, Q2_K: sixteen sub-blocks of 16. */
 OM_INLINE void add_of_16(const int codec, const int N, const gguf_part *part, slice_f *totals) {
-    slice_i scales[4], mins[4];
-    slice_f codes[OM_TOKENS_AT_ONCE], least[OM_TOKENS_AT_ONCE];
-    unpack_of_16(codec, part, scales, mins);
-    OM_UNROLL for (int t = 0; t < N; t++) codes[t] = least[t] = sf_zero();
-    for (int g = 0; g < 2; g++) {
-        slice_i sums[2][OM_TOKENS_AT_ONCE];
-        prefetch_block(part->ahead + g * om_chunk_dwords(codec) * 32, om_chunk_dwords(codec) * 32);
-        half_sums(codec, N, part, g, scales, sums);
-        OM_UNROLL for (int i = 0; i < 2; i++) OM_UNROLL for (int t = 0; t < N; t++) {
-            const int c = 2 * g + i;
-            const slice_f scale = scale_at(part, c, t);
-            codes[t] = sf_fma(sf_of_integers(sums[i][t]), scale, codes[t]);
-            if (!om_has_mins(codec)) continue;
-            slice_i sum = si_mul(byte_of(mins[c], 0), si_set(-sum_of(part, c, 0, t)));
-            OM_UNROLL for (int j = 1; j < 4; j++) sum = si_add(sum, si_mul(byte_of(mins[c], j), si_set(-sum_of(part, c, j, t))));
-            least[t] = sf_fma(sf_of_integers(sum), scale, least[t]);
-        }
-    }
-    const slice_i header = om_has_sides(codec) ? si_words(part->sides) : line(part, 0);
-    OM_UNROLL for (int t = 0; t < N; t++) {
-        slice_f *total = totals + t * OM_SLICES;
-        *total = sf_fma(codes[t], sf_of_halves(header), *total);
-        if (om_has_mins(codec)) *total = sf_fma(least[t], sf_of_halves(si_right(header, 16)), *total);
-    }
+    superblock sums;
+    unpack_of_16(codec, part, sums.scales, sums.mins);
+    OM_UNROLL for (int t = 0; t < N; t++) sums.codes[t] = sums.least[t] = sf_zero();
+    if (N == 1)
+        OM_UNROLL for (int g = 0; g < 2; g++) add_half_of_16(codec, N, part, g, &sums);
+    else
+        for (int g = 0; g < 2; g++) add_half_of_16(codec, N, part, g, &sums);
+    add_superblock(codec, N, om_has_sides(codec) ? si_words(part->sides) : line(part, 0), &sums, totals);
 }
 
 /* Chunk k times N tokens of the tile, from token `first` on. */
 OM_INLINE void add_chunk(const int codec, const int N, const panel_place *place, const om_panel_tile *tile, int first, int64_t k,
                          const int is_first, slice_f *totals) {
-    const int blocks = OM_CHUNK_COLUMNS(codec) / OM_BLOCK, stride = tile->num_tokens;
+    const int blocks = OM_CHUNK_COLUMNS(codec) / OM_BLOCK, stride = N < OM_TOKENS_AT_ONCE ? N : tile->num_tokens;
     const uint8_t *chunk = place->codes + k * om_chunk_dwords(codec) * 64;
     OM_UNROLL for (int h = 0; h < OM_SLICES; h++) {
         const gguf_part part = {.dwords = chunk + h * OM_SLICE_ROWS * 4,
