@@ -10,6 +10,7 @@
 #include "deadline.h"
 #include "fetches.h"
 #include "job.h"
+#include "pieces.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -177,13 +178,6 @@ static om_fetch *pick(om_reads *reads) {
     return reads->num_prefetching < most ? reads->prefetches.first : NULL;
 }
 
-static void join_pieces(const om_place *place, uint8_t *record) {
-    for (int32_t i = 0; i < place->num_pieces; i++) {
-        const om_piece *piece = &place->pieces[i];
-        memmove(record + piece->target, record + piece->start + piece->skew, (size_t)piece->length);
-    }
-}
-
 /* Bring a record into its order in RAM if its bytes are the expert's, and return whether they are (lock held, released meanwhile).
  * Only the first read of each is compared: files do not change. Pieces of other files have no checksum. */
 static int accept(om_reads *reads, om_fetch *fetch, const om_place *place, uint8_t *scratch) {
@@ -191,7 +185,7 @@ static int accept(om_reads *reads, om_fetch *fetch, const om_place *place, uint8
     const int was_checked = *is_checked || place->num_pieces > 0;
     if (was_checked && place->num_matrices == 0 && place->num_pieces == 0) return 1;
     unlock(reads);
-    join_pieces(place, fetch->record);
+    om_join_pieces(place, fetch->record);
     const int is_right = was_checked || om_crc32(fetch->record, place->num_bytes, 0) == place->checksum;
     if (is_right) om_repack(place->matrices, place->num_matrices, fetch->record, place->to_panels, scratch);
     lock(reads);
@@ -216,33 +210,13 @@ static void finish(om_reads *reads, om_fetch *fetch, const om_place *place, uint
     end_fetch(reads, fetch);
 }
 
-/* The run of bytes of a record that `next_byte` is in, as if each record had pieces. */
-static om_piece piece_at(const om_place *place, int64_t next_byte) {
-    const om_piece whole = {.offset = place->offset, .num_bytes = place->num_bytes, .length = place->num_bytes, .file = place->file};
-    for (int32_t i = place->num_pieces - 1; i >= 0; i--)
-        if (place->pieces[i].start <= next_byte) return place->pieces[i];
-    return whole;
-}
-
-/* The next part of a fetch, at most `most` bytes; `fetch->next_byte` becomes the first byte behind it. */
-static om_part take_part(om_fetch *fetch, const om_place *place, const om_piece *piece, int64_t most) {
-    const int64_t at = fetch->next_byte - piece->start, num_bytes = om_min(most, piece->num_bytes - at);
-    const om_part part = {.start = fetch->next_byte, .num_bytes = num_bytes, .offset = piece->offset + at,
-                          .least = om_min(num_bytes, piece->skew + piece->length - at)};
-    fetch->next_byte += num_bytes;
-    for (int32_t i = 1; i < place->num_pieces; i++) /* windows need not be neighbours */
-        if (place->pieces[i - 1].start + place->pieces[i - 1].num_bytes == fetch->next_byte)
-            fetch->next_byte = place->pieces[i].start;
-    return part;
-}
-
 /* Read the next part (lock held, released meanwhile). */
 static void read_next(om_reads *reads, om_fetch *fetch, uint8_t *scratch) {
     const om_place place = reads->options.places[fetch->key];
-    const om_piece piece = piece_at(&place, fetch->next_byte);
+    const om_piece piece = om_piece_at(&place, fetch->next_byte);
     const om_file file = reads->files[piece.file];
     om_read_at *const read_at = reads->read_at;
-    om_part part = take_part(fetch, &place, &piece, fetch->is_prefetch ? reads->options.prefetch_part_bytes : reads->options.part_bytes);
+    om_part part = om_take_part(fetch, &place, &piece, fetch->is_prefetch ? reads->options.prefetch_part_bytes : reads->options.part_bytes);
     if (fetch->next_byte < place.num_bytes) pthread_cond_signal(&reads->work);
     else om_withdraw(queue_of(reads, fetch), fetch);
     fetch->num_running++;
@@ -267,7 +241,7 @@ int om_reads_help(om_reads *reads) {
     const om_place *place = fetch == NULL ? NULL : &reads->options.places[fetch->key];
     if (reads->is_closed || reads->read_at != NULL || place == NULL || place->num_bytes > MOST_HELPED) return 0;
     uint8_t *scratch = malloc((size_t)reads->options.scratch_bytes + 1);
-    const om_piece piece = piece_at(place, fetch->next_byte);
+    const om_piece piece = om_piece_at(place, fetch->next_byte);
     const int is_quick = scratch != NULL && om_is_cached(reads->files + piece.file, piece.offset, piece.skew + piece.length);
     reads->num_threads++; /* `om_reads_close` waits for this one, too */
     if (is_quick) read_next(reads, fetch, scratch);
