@@ -1,9 +1,11 @@
 /* What a pass of the card keeps in device memory, and the parameters of the kernels that decide residency:
- * docs/decisions/103-device-pass.md. Included by `params.h`, for the same readers.
+ * docs/decisions/103-device-pass.md. For the readers of `params.h`.
  *
  * T rows, K experts of a row, P = R * K pairs, L layers, H hidden. */
 #ifndef OM_CARD_PASS_H
 #define OM_CARD_PASS_H
+
+#include "params.h"
 
 #define OM_CARD_ROWS 8
 #define OM_CARD_PAIRS 512 /* 8 rows of 64 experts */
@@ -33,15 +35,6 @@ typedef struct {
     int advance[OM_CARD_ROWS];   /* what the last kernel adds to them */
     int tokens[OM_CARD_ROWS];
 } om_card_state;
-
-/* One row's part of one layer's cache. Index t of a position in it: position - base; its page: t / OM_CARD_PAGE. In a page, head h
- * has its tokens' dims at h * head_stride + t % OM_CARD_PAGE * dims, in bf16. */
-#define OM_CARD_PAGE 128
-typedef struct {
-    void *const *key_pages, *const *value_pages; /* of latents: latents, rotated keys */
-    long long key_head_stride, value_head_stride;
-    int base, reserved;
-} om_card_room;
 
 /* Written by `apply`, `resolve` and `admit`, and by nothing else. */
 typedef struct {

@@ -4,6 +4,7 @@
  *   admit: slots for those that are missing   fetch: their records   take: rows that the host has computed
  *   apply: the host's changes, before a token or a continuation   finish: the end of a token
  */
+#include "pass.h"
 
 static __device__ __forceinline__ unsigned stamp_of(const om_card_state *state, int layer, int num_layers) {
     return (unsigned)state->token * (unsigned)num_layers + (unsigned)layer + 1u;
