@@ -130,6 +130,11 @@ class Hierarchy:
         """The recent cost of copies to the device; only with a device tier."""
         return self._device_mover.pace
 
+    def is_direct(self, slot: int) -> bool:
+        """Whether the device can read a RAM slot itself, which is tried; only with a device tier."""
+        assert self._copier is not None
+        return self._copier.is_direct(self.arena.slot(slot))
+
     def num_slots(self, tier: Tier) -> int:
         """Present slots of a tier; 0 VRAM slots without a device tier."""
         if tier == "ram":

@@ -8,6 +8,6 @@
 /* Results of calls for a card: a CUresult as -1000 - code. */
 #define OM_CARD_ERROR(code) (-1000 - (int64_t)(code))
 
-int om_card_launch_node(const om_driver *driver, const om_card_node *node, void *stream);
+int om_card_launch_node(const om_session *session, const om_card_node *node);
 
 #endif

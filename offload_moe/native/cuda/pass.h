@@ -79,6 +79,7 @@ typedef struct {
 #define OM_EDIT_MODE 8
 #define OM_EDIT_OWNED 9
 #define OM_EDIT_STOP 10
+#define OM_EDIT_PASS 11 /* its number */
 
 /* Grid: OM_CARD_UP(num_edits, OM_APPLY_THREADS). It runs when the pass is stopped, too. */
 typedef struct {

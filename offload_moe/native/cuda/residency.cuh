@@ -33,6 +33,7 @@ extern "C" __global__ void __launch_bounds__(OM_APPLY_THREADS) om_apply(const om
     if (kind == OM_EDIT_MODE) p.state->mode = (int)value;
     if (kind == OM_EDIT_OWNED) p.state->num_owned = (int)value;
     if (kind == OM_EDIT_STOP) p.state->stop = (int)value;
+    if (kind == OM_EDIT_PASS) p.state->token = (int)value;
 }
 
 extern "C" __global__ void __launch_bounds__(OM_RESOLVE_THREADS) om_resolve(const om_card_resolve_params p) {
