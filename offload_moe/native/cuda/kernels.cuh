@@ -13,4 +13,9 @@
  *   OM_DEFINE_CHOOSE(name)
  *
  * Each makes `extern "C" __global__ void name(const om_card_..._params p)`; `params.h` has parameters and launches. */
-#include "params.h"
+#include "choose.cuh"
+#include "embed.cuh"
+#include "experts.cuh"
+#include "linear.cuh"
+#include "norm.cuh"
+#include "values.cuh"
