@@ -1,6 +1,6 @@
 """The structs of the card's kernels for ctypes, read from the headers that the kernels are compiled with.
 
-Pointers are 64-bit addresses of the card's memory.
+Pointers are addresses in the card's memory.
 """
 
 import ctypes
@@ -28,10 +28,9 @@ _DECLARATOR = re.compile(r"(?P<pointers>[\s*]*(?:const\s*)?\**)\s*(?P<name>\w+)\
 _QUALIFIERS = re.compile(r"\b(const|volatile)\b")
 
 
-@cache
-def _declared() -> tuple[dict[str, int], dict[str, Any]]:
-    """Constants and types of the headers."""
-    text = "\n".join(_COMMENT.sub(" ", (KERNELS / name).read_text(encoding="utf-8")) for name in HEADERS)
+def declared(text: str) -> tuple[dict[str, int], dict[str, Any]]:
+    """Constants and types of the text of headers, in which each type uses only earlier ones."""
+    text = _COMMENT.sub(" ", text)
     constants = {name: int(value) for name, value in _CONSTANT.findall(text)}
     types: dict[str, Any] = dict(_NUMBERS)
     for aliased, name in _ALIAS.findall(text):
@@ -40,6 +39,11 @@ def _declared() -> tuple[dict[str, int], dict[str, Any]]:
         fields = [field for line in body.split(";") if line.strip() for field in _fields(line, types, constants)]
         types[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
     return constants, types
+
+
+@cache
+def _declared() -> tuple[dict[str, int], dict[str, Any]]:
+    return declared("\n".join((KERNELS / name).read_text(encoding="utf-8") for name in HEADERS))
 
 
 def struct(name: str) -> Any:
@@ -63,7 +67,7 @@ def _fields(line: str, types: dict[str, Any], constants: dict[str, int]) -> list
     for declarator in (first[found.start() :], *others):
         match = _DECLARATOR.search(declarator.strip())
         assert match is not None, line
-        kind = ctypes.c_uint64 if "*" in match["pointers"] else types[base]
+        kind = ctypes.c_void_p if "*" in match["pointers"] else types[base]
         length = match["length"]
         if length is not None:
             kind = kind * (int(length) if length.isdigit() else constants[length])

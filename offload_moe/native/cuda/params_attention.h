@@ -55,7 +55,7 @@ typedef struct {
 } om_card_heads_params;
 
 /* query = the queries in the space of latents, and the cache gets the latents and rotated keys of all rows. Grid:
- * N * OM_ABSORB_BLOCKS(Z) + 1, R. */
+ * N * OM_ABSORB_BLOCKS(Z) + R. */
 typedef struct {
     om_card_pass pass;
     om_card_view view;
@@ -112,7 +112,7 @@ typedef struct {
 #define OM_ABSORB_THREADS 128
 #define OM_ABSORB_BLOCKS(rank) OM_CARD_UP(rank, 64)
 #define OM_ATTEND_THREADS 256
-#define OM_MERGE_THREADS 64
+#define OM_MERGE_THREADS 32
 #define OM_MERGE_BLOCKS(num_heads, dims) OM_CARD_UP((num_heads) * (dims), 64)
 #define OM_EXPAND_THREADS 256
 #define OM_EXPAND_BLOCKS(num_heads, dims) OM_CARD_UP((num_heads) * (dims), 64)
