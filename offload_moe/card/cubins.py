@@ -41,7 +41,7 @@ class Compiler:
         path = self._folder / f"{self._key(program)}.cubin"
         if kept := _read(path):
             return kept
-        image = self.nvrtc.compile(program, self._options())
+        image, _ = self.nvrtc.compile(program, self.options())
         with suppress(OSError):  # a cache that cannot be written costs a compilation at each load
             _write(path, image)
             _drop_oldest(self._folder)
@@ -51,7 +51,8 @@ class Compiler:
     def _folder(self) -> Path:
         return self.folder or cache_dir() / "cubins"
 
-    def _options(self) -> list[str]:
+    def options(self) -> list[str]:
+        """How programs are compiled."""
         return [f"--gpu-architecture=sm_{self.architecture}", "--std=c++17", *ARITHMETIC, f"-I{KERNELS}"]
 
     def _key(self, program: str) -> str:

@@ -38,25 +38,23 @@ class Nvrtc:
     version: tuple[int, int]
     architectures: tuple[int, ...]
 
-    def compile(self, text: str, options: Sequence[str]) -> bytes:
-        """The cubin of a program. Raises: DevicePassUnavailable with the compiler's first error."""
+    def compile(self, text: str, options: Sequence[str]) -> tuple[bytes, str]:
+        """The cubin of a program and the compiler's remarks. Raises: DevicePassUnavailable with its first error."""
         program = ctypes.c_void_p()
         name = b"kernels.cu"
         self._check(self.library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name, 0, None, None))
         try:
             words = [option.encode() for option in options]
             code = self.library.nvrtcCompileProgram(program, len(words), (ctypes.c_char_p * len(words))(*words))
+            log = self._bytes(program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
             if code:
-                raise DevicePassUnavailable(f"{self} does not compile the kernels: {_first_error(self._log(program))}")
-            return self._bytes(program, "CUBIN")
+                raise DevicePassUnavailable(f"{self} does not compile the kernels: {_first_error(log)}")
+            return self._bytes(program, "CUBIN"), log
         finally:
             self.library.nvrtcDestroyProgram(ctypes.byref(program))
 
     def __str__(self) -> str:
         return f"NVRTC {self.version[0]}.{self.version[1]}"
-
-    def _log(self, program: ctypes.c_void_p) -> str:
-        return self._bytes(program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
 
     def _bytes(self, program: ctypes.c_void_p, what: str) -> bytes:
         size = ctypes.c_size_t()

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -343,3 +344,31 @@ def test_without_kernels_only_named_ones_run(card: Card) -> None:
 def test_the_host_cannot_touch_the_cards_memory(card: Card) -> None:
     card.fake.host(card.alloc(64), 4, READS)
     assert "the host touches byte 0 of allocation 0" in only_problem(card.fake)
+
+
+@pytest.mark.parametrize(("mode", "breaks"), [(0, True), (1, False), (2, False)])
+def test_another_threads_query_breaks_a_capture_in_global_mode(card: Card, mode: int, breaks: bool) -> None:
+    stream, x, result = card.stream(), card.floats(ramp()), card.floats([0.0] * 64)
+    event = card.made("cuEventCreate", 2)
+    codes: list[int] = []
+
+    def query() -> None:
+        card.call("cuCtxSetCurrent", card.context)
+        codes.append(card.fake.library.cuEventQuery(ctypes.c_uint64(event)))
+
+    card.call("cuStreamBeginCapture_v2", stream, ctypes.c_int(mode))
+    card.add(stream, x, result, 1.0)
+    card.add(stream, result, result, 1.0)
+    thread = threading.Thread(target=query)
+    thread.start()
+    thread.join()
+    assert codes == [900 if breaks else 0]
+    if breaks:
+        with pytest.raises(DriverError, match="cuStreamEndCapture: 901"):
+            card.call("cuStreamEndCapture", stream, ctypes.byref(ctypes.c_uint64()))
+        return
+    graph = ctypes.c_uint64()
+    card.call("cuStreamEndCapture", stream, ctypes.byref(graph))
+    card.call("cuGraphLaunch", card.instantiate(graph.value), stream)
+    card.call("cuStreamSynchronize", stream)
+    assert card.read(result, 64) == ramp(2.0)

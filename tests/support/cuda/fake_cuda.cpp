@@ -2,64 +2,7 @@
  * parameters they were given, and operations or accesses of the host that touch the same bytes unordered are reported.
  *
  * `fake.py` builds it and has what tests need; the structs are those of `card_driver.h`. */
-#include "fake_graph.h"
-extern "C" {
-#include "card_driver.h"
-}
-
-namespace fake {
-
-static thread_local void *current;
-static int context; /* its address is the handle */
-static std::set<void *> streams, events, graphs, executables, modules;
-static int num_streams;
-
-struct event {
-    reference last;
-    bool is_recorded = false;
-};
-
-static stream &of(void *handle) { return *(stream *)handle; }
-
-static int begin(const char *call, bool needs_context = true) {
-    if (const int code = injected(call)) return code;
-    return needs_context && current != &context ? 201 : 0;
-}
-
-static reference queue_on(void *s, const std::string &name, std::function<void(const access &)> run, bool is_copy) {
-    return of(s).tail = operations.add({of(s).tail}, name, std::move(run), is_copy);
-}
-
-static int synchronize(const reference &op) {
-    counts["synchronizations"]++;
-    operations.finish(op);
-    return set.lost_after == 0 ? (int)set.lost_code : 0;
-}
-
-static std::function<void(const access &)> copying(uint64_t to, uint64_t from, size_t num_bytes, bool to_card, bool from_card) {
-    return [=](const access &me) {
-        if (from_card) card_touches(from, num_bytes, false, me);
-        else orders.touch(from, from + num_bytes, false, me);
-        if (to_card) card_touches(to, num_bytes, true, me);
-        else orders.touch(to, to + num_bytes, true, me);
-        if ((!to_card || cards_memory.reaches(to, num_bytes)) && (!from_card || cards_memory.reaches(from, num_bytes)))
-            std::memcpy((void *)to, (const void *)from, num_bytes);
-    };
-}
-
-static void count_copy(size_t num_bytes) { counts["copies"]++, counts["copied_bytes"] += (int64_t)num_bytes; }
-
-} // namespace fake
-
-using namespace fake;
-
-#define CALL(name, parameters, context, ...) \
-    extern "C" __attribute__((visibility("default"))) int name parameters { \
-        std::lock_guard<std::recursive_mutex> guard(fake::lock); \
-        if (const int code = begin(#name, context)) return code; \
-        __VA_ARGS__ \
-    }
-#define ALIVE(handles, handle) if (!handles.count((void *)handle)) return 400;
+#include "fake_calls.h"
 
 CALL(cuInit, (unsigned), false, return set.num_cards ? 0 : 100;)
 CALL(cuDriverGetVersion, (int *version), false, *version = 13000; return 0;)
@@ -214,78 +157,9 @@ CALL(cuLaunchKernel, (void *f, unsigned gx, unsigned gy, unsigned gz, unsigned b
      const unsigned b[] = {bx, by, bz};
      const launch l = describe((function *)f, g, b, params);
      if (!l.is_possible()) return 1;
-     queue_on(s, ((function *)f)->entry->name, [l](const access &me) { l.run(me); }, false);
+     if (of(s).taken) return of(s).taken->add({node::KERNEL, {}, l, std::string(l.what->entry->name) + " in a graph", nullptr}), 0;
+     queue_on(s, l.what->entry->name, [l](const access &me) { l.run(me); }, false);
      return 0;)
 
-static int added(void **made, void *g, void *const *after, size_t num_after, node &&n) {
-    ALIVE(graphs, g)
-    *made = ((graph *)g)->add(std::move(n), after, num_after);
-    return *made ? 0 : 1;
-}
-CALL(cuGraphCreate, (void **made, unsigned), true, graphs.insert(*made = new graph); return 0;)
-CALL(cuGraphDestroy, (void *g), true, ALIVE(graphs, g) graphs.erase(g); delete (graph *)g; return 0;)
-CALL(cuGraphAddKernelNode_v2, (void **made, void *g, void *const *after, size_t num_after, const om_kernel_node *params), true,
-     node n{node::KERNEL, {}, describe((function *)params->function, params->grid, params->block, params->params), "", nullptr};
-     n.name = std::string(n.kernel.what->entry->name) + " in a graph";
-     if (!n.kernel.is_possible()) return 1;
-     return added(made, g, after, num_after, std::move(n));)
-CALL(cuGraphAddMemcpyNode, (void **made, void *g, void *const *after, size_t num_after, const om_copy_node *params, void *), true,
-     const bool to_card = params->to.memory == OM_CU_CARD_MEMORY;
-     const bool from_card = params->from.memory == OM_CU_CARD_MEMORY;
-     if (params->num_rows != 1 || params->num_layers != 1) return 1;
-     const uint64_t to = to_card ? params->to.device : (uint64_t)params->to.host;
-     const uint64_t from = from_card ? params->from.device : (uint64_t)params->from.host;
-     return added(made, g, after, num_after, {node::COPY, {}, {}, "a copy in a graph", copying(to, from, params->num_bytes, to_card, from_card)});)
-CALL(cuGraphAddMemsetNode, (void **made, void *g, void *const *after, size_t num_after, const om_memset_node *params, void *), true,
-     if (params->element_bytes != 1 || params->height != 1) return 1;
-     const om_memset_node p = *params;
-     return added(made, g, after, num_after, {node::FILL, {}, {}, "a memset in a graph", [p](const access &me) {
-         card_touches(p.to, p.width, true, me);
-         if (cards_memory.reaches(p.to, p.width)) std::memset((void *)p.to, (int)p.value, p.width);
-     }});)
-CALL(cuGraphAddEmptyNode, (void **made, void *g, void *const *after, size_t num_after), true,
-     return added(made, g, after, num_after, {node::EMPTY, {}, {}, "an empty node", nullptr});)
-CALL(cuGraphInstantiateWithFlags, (void **made, void *g, unsigned long long), true,
-     ALIVE(graphs, g)
-     executables.insert(*made = new executable(*(graph *)g));
-     return 0;)
-CALL(cuGraphUpload, (void *e, void *s), true, ALIVE(executables, e) ALIVE(streams, s) return 0;)
-CALL(cuGraphLaunch, (void *e, void *s), true, ALIVE(executables, e) ALIVE(streams, s) ((executable *)e)->launch_on(of(s)); return 0;)
-CALL(cuGraphExecKernelNodeSetParams_v2, (void *e, void *handle, const om_kernel_node *params), true,
-     ALIVE(executables, e)
-     auto *x = (executable *)e;
-     const auto found = x->numbers.find((const node *)handle);
-     if (found == x->numbers.end() || x->nodes[found->second].kind != node::KERNEL) return 1;
-     x->nodes[found->second].kernel = describe((function *)params->function, params->grid, params->block, params->params);
-     return x->nodes[found->second].kernel.is_possible() ? 0 : 1;)
-CALL(cuGraphExecDestroy, (void *e), true, ALIVE(executables, e) executables.erase(e); delete (executable *)e; return 0;)
-
-#define CONTROL extern "C" __attribute__((visibility("default")))
-CONTROL void omHostAccess(const void *at, int64_t num_bytes, int kind) {
-    std::lock_guard<std::recursive_mutex> guard(fake::lock);
-    const uint64_t begin = cards_memory.canonical((uint64_t)at);
-    if (cards_memory.is_of_card(begin)) return report("the host touches " + cards_memory.words(begin));
-    if (kind != OM_HOST_POLLS) return orders.host_touches(begin, begin + (uint64_t)num_bytes, kind == OM_HOST_WRITES, "the host");
-    operations.step();
-    orders.host_follows(orders.writer(begin));
-}
-CONTROL int omFakeSet(const char *name, int64_t value) {
-    int64_t *option = fake::option(name);
-    if (option) *option = value;
-    return option ? 0 : 1;
-}
-CONTROL void omFakeFail(const char *call, int64_t after, int code) { failures[call] = {after, code}; }
-CONTROL void omFakeExecute(const char *kernel) { executed.insert(kernel); }
-CONTROL int64_t omFakeCount(const char *name) { return counts[name]; }
-CONTROL void omFakeForgetCounts() { counts.clear(); }
-CONTROL const char *omFakeProblem(int64_t number) { return number < (int64_t)problems.size() ? problems[(size_t)number].c_str() : nullptr; }
-/* As if the process began anew. Handles that are in use are no longer valid. */
-CONTROL void omFakeReset() {
-    operations.clear(), cards_memory.clear();
-    streams.clear(), events.clear(), graphs.clear(), executables.clear(), modules.clear();
-    fake::set = {}, failures.clear(), counts.clear(), problems.clear(), executed.clear();
-    const auto place = std::move(orders.place);
-    orders = {};
-    orders.place = [](uint64_t at) { return cards_memory.words(at); };
-    current = nullptr;
-}
+#include "fake_graph_calls.h"
+#include "fake_control.h"

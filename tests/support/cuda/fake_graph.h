@@ -3,6 +3,7 @@
 #include "entries.h"
 #include "fake_queue.h"
 #include <dlfcn.h>
+#include <thread>
 
 namespace fake {
 
@@ -73,6 +74,20 @@ struct graph {
         nodes.push_back(std::make_unique<node>(std::move(made)));
         numbers[nodes.back().get()] = nodes.size() - 1;
         return nodes.back().get();
+    }
+};
+
+/* A stream whose operations become a graph, each behind the last one. */
+struct capture {
+    graph made;
+    node *last;
+    int mode;
+    std::thread::id thread;
+    bool is_broken;
+
+    void add(node &&n) {
+        void *const after[] = {last};
+        last = made.add(std::move(n), after, last ? 1 : 0);
     }
 };
 

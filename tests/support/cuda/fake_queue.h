@@ -13,8 +13,11 @@ struct operation {
 };
 using reference = std::shared_ptr<operation>;
 
+struct capture;
+
 struct stream {
     reference tail;
+    std::shared_ptr<capture> taken; /* while it is captured */
 };
 
 inline order orders;
