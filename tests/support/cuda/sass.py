@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 WARP = 32
+READS_CODES = ("FIRST", "SECOND", "MLP_FIRST", "MLP_SECOND", "LINEAR")
 SCHEDULERS = 4  # of a multiprocessor: instructions of warps per cycle
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)a?'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -145,3 +146,19 @@ def _width(instruction: Instruction) -> int:
 def issue_bound(card: Card, cost: dict[str, int]) -> float:
     """GB of codes per second that the card's schedulers can issue the loop for."""
     return card.multiprocessors * SCHEDULERS * card.ghz * cost["code_bytes"] / cost["instructions"]
+
+
+# By rows of activations: registers of a thread that still leave two blocks of 256 threads on a multiprocessor, or one.
+MOST_REGISTERS = {1: 96, 2: 128, 4: 168, 8: 168}
+
+
+def problems(kind: str, rows: int, cost: dict[str, int]) -> list[str]:
+    """What is wrong with a kernel."""
+    found = []
+    if cost["spills"]:
+        found.append(f"{cost['spills']} bytes of spills")
+    if cost["registers"] > MOST_REGISTERS[rows]:
+        found.append(f"{cost['registers']} registers, more than {MOST_REGISTERS[rows]}")
+    if kind in READS_CODES and "instructions" in cost and not cost["code_bytes"]:
+        found.append("its codes are not loaded 16 bytes at a time")
+    return found
