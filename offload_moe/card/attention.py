@@ -25,7 +25,7 @@ from offload_moe.decode.step import rotation_of
 from offload_moe.families.layer_spec import AttentionSpec, LayerSpec, NormSpec
 from offload_moe.native.kernels import Linear
 
-NORM_SPANS = {"none": 0, "head": 1, "all heads": 2}
+NORM_SPANS = {"none": "OM_NO_NORM", "head": "OM_NORM_OF_HEAD", "all heads": "OM_NORM_OF_ALL"}
 BLOCKS_PER_PROCESSOR = 2
 
 
@@ -107,7 +107,7 @@ class _Attention:
         params = struct("attend_params")(
             **{"pass": frame.base}, view=self.view, query=query, attended=self.seen.attended, scaling=self.spec.scaling
         )
-        kernel = frame.program.kernel("ATTEND", *sizes, frame.rows)
+        kernel = frame.program.kernel("ATTEND", *sizes)
         self.add(kernel, params, "OM_ATTEND_THREADS", (BLOCKS_PER_PROCESSOR * self.seen.processors,))
 
     def put_out(self, out: int) -> None:
@@ -143,7 +143,6 @@ class _Grouped(_Attention):
             rotated,
             f"OM_{rotation_of(self.spec).upper()}",
             NORM_SPANS[self.spec.norm_span],
-            frame.rows,
         )
         self.add(kernel, params, "OM_HEADS_THREADS", (self.num_heads + 2 * self.num_kv_heads, frame.rows))
 
@@ -158,7 +157,7 @@ class _Grouped(_Attention):
             out=self.out_x,
             inputs=inputs_array(self.out_inputs),
         )
-        kernel = frame.program.kernel("MERGE", self.num_heads, self.dims, frame.rows)
+        kernel = frame.program.kernel("MERGE", self.num_heads, self.dims)
         grid = (launch("OM_MERGE_BLOCKS", self.num_heads, self.dims), frame.rows)
         self.add(kernel, params, "OM_MERGE_THREADS", grid)
 
@@ -234,7 +233,7 @@ class _Latent(_Attention):
             f"OM_{rotation_of(self.spec).upper()}",
             frame.rows,
         )
-        grid = (num_heads * launch("OM_ABSORB_BLOCKS", rank) + 1, frame.rows)
+        grid = (num_heads * launch("OM_ABSORB_BLOCKS", rank) + frame.rows,)
         self.add(kernel, params, "OM_ABSORB_THREADS", grid)
 
     def attend(self) -> None:
