@@ -51,7 +51,7 @@ def card_model(
     """A store with so many slots in RAM and on the card."""
     device = CardDevice.open(driver.path, fake.nvrtc(), cubins=fake.shim.CACHE / "cubins")
     store = Store.open(path)
-    slot_bytes = max(store.record(0, 0).num_bytes for _ in range(1))
+    slot_bytes = store.record(0, 0).num_bytes
     engine = build(
         store,
         Blueprint(
@@ -63,6 +63,9 @@ def card_model(
         ),
     )
     hf, hierarchy = engine.hf, engine.hierarchy
+    driver.set(adopts=1)
+    for chunk in hierarchy.arena.chunks_behind(0):
+        driver.declare_hosts(chunk.data_ptr(), chunk.numel())
     try:
         make_fast(hf, is_exact=False, context=context, kept=torch.bfloat16, hierarchy=hierarchy)
         card = install(hf, engine.layers, hierarchy, get_codec(store.codec), device, context=context)
