@@ -108,10 +108,11 @@ class CardPool:
             here = changed[wanted[changed] >= 0]
             self.slot_of[wanted[here]] = here
             keys = sorted({*gone, *wanted[here].tolist()})
-            edits.add_many("SLOT_OF", keys, self.slot_of[keys].tolist())
-            edits.add_many("KEY_OF", changed.tolist(), wanted[changed].tolist())
-            stamps = [FIRST_STAMP if key >= 0 else 0 for key in wanted[changed].tolist()]
-            edits.add_many("USED", changed.tolist(), stamps)
+            for key, slot in zip(keys, self.slot_of[keys].tolist(), strict=True):
+                edits.add("SLOT_OF", slot, key)
+            for slot, key in zip(changed.tolist(), wanted[changed].tolist(), strict=True):
+                edits.add("KEY_OF", key, slot)
+                edits.add("USED", FIRST_STAMP if key >= 0 else 0, slot)
             self.key_of[:] = wanted
         num_owned = int((wanted != HOSTS).sum())
         if num_owned != self.num_owned:

@@ -92,4 +92,5 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "om_card_cancel": (int64, pointer),
     "om_card_number": (int32, pointer),
     "om_card_cpu_seconds": (float64, pointer),
+    "om_card_num_on_cpu": (int64, pointer),
 }

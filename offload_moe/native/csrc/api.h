@@ -339,7 +339,8 @@
     FUNCTION(int64_t, om_card_edit_tables, (om_device_pass *pass, int64_t num_edits)) \
     FUNCTION(int64_t, om_card_cancel, (om_device_pass *pass)) \
     FUNCTION(int32_t, om_card_number, (const om_device_pass *pass)) \
-    FUNCTION(double, om_card_cpu_seconds, (const om_device_pass *pass))
+    FUNCTION(double, om_card_cpu_seconds, (const om_device_pass *pass)) \
+    FUNCTION(int64_t, om_card_num_on_cpu, (const om_device_pass *pass))
 
 enum { OM_NF4 = 0, OM_INT8 = 1, OM_MXFP4 = 2, OM_BF16 = 3, OM_FP32 = 4 };
 enum { OM_F32 = 0, OM_BF16_VALUES = 1 };
