@@ -182,7 +182,7 @@ OM_DEVICE void multiply_panels(const panel_part (&parts)[PARTS], int first_panel
             float total = first == 0 ? 0.0f : m.results[i];
 #pragma unroll 4
             for (int s = 0; s < count; s++) total = __fadd_rn(total, part[s * T * 16]);
-            m.results[i] = first + count < G::SEGMENTS ? total : __fmul_rn(total, unit_of<CODEC>());
+            m.results[i] = first + count < G::SEGMENTS ? total : __fmul_rn(total, unit_of_levels<CODEC>());
         }
         __syncthreads();
     }
