@@ -29,6 +29,7 @@ BASE_FLAGS = [
 SUFFIXES = (".h", ".cuh", ".cu", ".cpp")
 MODES = {
     "plain": ["-O2"],
+    "quick": ["-O0", "-g0"],  # to compile, for programs that run once
     "asan": [
         "-O1",
         "-fno-omit-frame-pointer",
