@@ -2,8 +2,8 @@
 
 import re
 import shutil
-import site
 import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,7 @@ def resources(remarks: str) -> dict[str, dict[str, int]]:
 
 def find_nvdisasm() -> str | None:
     """The disassembler, of the package `nvidia-cuda-nvdisasm` or of a toolkit."""
-    packages = [Path(folder) / "nvidia/cu13/bin/nvdisasm" for folder in site.getsitepackages()]
+    packages = [Path(folder) / "nvidia/cu13/bin/nvdisasm" for folder in sys.path]
     return next((str(path) for path in packages if path.exists()), None) or shutil.which("nvdisasm")
 
 
