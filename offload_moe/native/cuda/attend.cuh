@@ -88,7 +88,7 @@ template <class U> OM_DEVICE void soften_section(const attend_unit &u, float *sc
     const bool has_head = head < u.num_heads;
     float *own = scores + (has_head ? head : 0) * OM_CARD_SECTION;
     const float greatest = greatest_of_warp(own, u.count);
-    __syncthreads();
+    if constexpr (U::WARPS_OF_HEAD > 1) __syncthreads();
     if (has_head)
         for (int i = threadIdx.x % (32 * U::WARPS_OF_HEAD); i < u.count; i += 32 * U::WARPS_OF_HEAD)
             own[i] = own_exp(__fadd_rn(own[i], -greatest));
@@ -110,12 +110,11 @@ OM_DEVICE void load_weights(const float *weights, float (&weight)[4]) {
 template <class U, int COUNT>
 OM_DEVICE void weigh_tokens(const attend_unit &u, const section_pages &pages, bool are_keys, int token, int feature,
                             const float *weights, float (&sums)[U::NUM_HEADS_OF_UNIT][U::VECTOR]) {
+    const u16 *rows[COUNT];
     u32 words[COUNT][U::VECTOR / 2];
+    rows_in<U::VALUE_DIMS>(are_keys ? pages.keys : pages.values, u, token, rows);
 #pragma unroll
-    for (int k = 0; k < COUNT; k++) {
-        const u16 *row = row_in<U::VALUE_DIMS>(are_keys ? pages.keys : pages.values, u, token + k) + feature;
-        load_words(row, words[k]);
-    }
+    for (int k = 0; k < COUNT; k++) load_words(rows[k] + feature, words[k]);
 #pragma unroll
     for (int h = 0; h < U::NUM_HEADS_OF_UNIT; h++) {
         float weight[COUNT];
@@ -147,7 +146,8 @@ OM_DEVICE void weigh_tile(const attend_unit &u, const section_pages &pages, int 
     for (; token < end; token++) weigh_tokens<U, 1>(u, pages, ARE_KEYS, token, feature, weights, sums);
 }
 
-/* results[head * stride * VALUE_DIMS + feature]: tiles of 64 tokens, each from +0, are added in ascending order. */
+/* results[head * stride * VALUE_DIMS + feature]: tiles of 64 tokens, each from +0, are added in ascending order. The memory of the
+ * unit is free afterwards. */
 template <class U>
 OM_DEVICE void weigh_section(const attend_unit &u, const section_pages &pages, const float *weights, float *parts, float *results,
                              int stride) {
@@ -180,6 +180,7 @@ OM_DEVICE void weigh_section(const attend_unit &u, const section_pages &pages, c
             __syncthreads();
         }
     }
+    if constexpr (U::AT_ONCE == 1) __syncthreads();
 #pragma unroll
     for (int n = 0; n < U::OWNED; n++) {
         const int at = n * OM_ATTEND_THREADS + threadIdx.x;
@@ -211,7 +212,6 @@ template <class U, class MEMORY> OM_DEVICE void attend_units(const om_card_atten
         __syncthreads();
         soften_section<U>(u, scores, attended.sections + at, attended.capacity);
         weigh_section<U>(u, m.pages, scores, q, attended.sums + at * U::VALUE_DIMS, attended.capacity);
-        __syncthreads();
     }
 }
 

@@ -61,7 +61,7 @@ OM_DEVICE int sections_of_rows(const attended_rows &rows, int num_rows) {
 
 struct attend_unit {
     int row, section, kv_head, first_head, num_heads; /* heads of the row from first_head on */
-    int first_token, count;                           /* of the section; count <= 0: the row does not have it */
+    int first_token, in_page, count; /* of the section, in_page: in its first page; count <= 0: the row does not have it */
 };
 
 template <class U> OM_DEVICE attend_unit unit_at(const attended_rows &rows, int index) {
@@ -79,7 +79,7 @@ template <class U> OM_DEVICE attend_unit unit_at(const attended_rows &rows, int 
     u.first_head = u.kv_head * U::GROUP + in_group;
     u.num_heads = OM_CARD_LEAST(U::NUM_HEADS_OF_UNIT, U::GROUP - in_group);
     const seen_tokens seen = rows.seen[u.row];
-    u.first_token = seen.first + u.section * OM_CARD_SECTION;
+    u.first_token = seen.first + u.section * OM_CARD_SECTION, u.in_page = u.first_token % OM_CARD_PAGE;
     u.count = OM_CARD_LEAST(OM_CARD_SECTION, seen.count - u.section * OM_CARD_SECTION);
     return u;
 }
@@ -102,8 +102,16 @@ OM_DEVICE void find_pages(const om_card_room &room, const attend_unit &u, sectio
 
 /* A token of the section. */
 template <int DIMS> OM_DEVICE const u16 *row_in(const u16 *const *pages, const attend_unit &u, int token) {
-    const int at = u.first_token % OM_CARD_PAGE + token;
+    const u32 at = (u32)u.in_page + token;
     return pages[at / OM_CARD_PAGE] + at % OM_CARD_PAGE * DIMS;
+}
+
+/* Some tokens that follow each other. */
+template <int DIMS, int COUNT> OM_DEVICE void rows_in(const u16 *const *pages, const attend_unit &u, int token, const u16 *(&rows)[COUNT]) {
+    rows[0] = row_in<DIMS>(pages, u, token);
+    const bool are_in_one_page = ((u32)u.in_page + token) % OM_CARD_PAGE <= OM_CARD_PAGE - COUNT;
+#pragma unroll
+    for (int k = 1; k < COUNT; k++) rows[k] = are_in_one_page ? rows[0] + k * DIMS : row_in<DIMS>(pages, u, token + k);
 }
 
 #endif
