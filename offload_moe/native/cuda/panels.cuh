@@ -10,18 +10,18 @@
 /* Levels by nibble, as bytes: those of codes 0 to 7 and of codes 8 to 15. Level / unit is the value. */
 template <int CODEC> struct codes_of;
 template <> struct codes_of<OM_NF4> {
-    enum : int { DWORDS = 8, GROUPS = 1, SCALE_BYTES = 1 };
-    enum : u32 { LOW_A = 0xcfbfaa84u, LOW_B = 0x00f5e9ddu, HIGH_A = 0x2a1f140au, HIGH_B = 0x7c5a4637u };
-    enum : u32 { SIZE_A = 0x3141567cu, SIZE_B = 0x000b1723u }; /* of those that are negative: codes 0 to 7 */
+    static constexpr int DWORDS = 8, GROUPS = 1, SCALE_BYTES = 1; /* of a row in a block */
+    static constexpr u32 LOW_A = 0xcfbfaa84u, LOW_B = 0x00f5e9ddu, HIGH_A = 0x2a1f140au, HIGH_B = 0x7c5a4637u;
+    static constexpr u32 SIZE_A = 0x3141567cu, SIZE_B = 0x000b1723u; /* of those that are negative: codes 0 to 7 */
 };
 template <> struct codes_of<OM_MXFP4> {
-    enum : int { DWORDS = 8, GROUPS = 2, SCALE_BYTES = 1 };
-    enum : u32 { LOW_A = 0x03020100u, LOW_B = 0x0c080604u, HIGH_A = 0xfdfeff00u, HIGH_B = 0xf4f8fafcu };
-    enum : u32 { SIZE_A = 0x03020100u, SIZE_B = 0x0c080604u }; /* of codes 8 to 15 */
+    static constexpr int DWORDS = 8, GROUPS = 2, SCALE_BYTES = 1;
+    static constexpr u32 LOW_A = 0x03020100u, LOW_B = 0x0c080604u, HIGH_A = 0xfdfeff00u, HIGH_B = 0xf4f8fafcu;
+    static constexpr u32 SIZE_A = 0x03020100u, SIZE_B = 0x0c080604u; /* of codes 8 to 15 */
 };
 template <> struct codes_of<OM_INT8> {
-    enum : int { DWORDS = 16, GROUPS = 1, SCALE_BYTES = 4 };
-    enum : u32 { LOW_A = 0, LOW_B = 0, HIGH_A = 0, HIGH_B = 0, SIZE_A = 0, SIZE_B = 0 };
+    static constexpr int DWORDS = 16, GROUPS = 1, SCALE_BYTES = 4;
+    static constexpr u32 LOW_A = 0, LOW_B = 0, HIGH_A = 0, HIGH_B = 0, SIZE_A = 0, SIZE_B = 0;
 };
 
 template <int CODEC> OM_DEVICE float unit_of() {

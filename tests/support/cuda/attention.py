@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from support.cuda import attention_reference as reference
-from support.cuda import shim
-from support.cuda.bits import Floats, address, are_same, from_bf16, random_floats, to_bf16
-from support.cuda.pages import STRUCTS, Cache, Sequence
+from tests.support.cuda import attention_reference as reference
+from tests.support.cuda import shim
+from tests.support.cuda.bits import Floats, address, are_same, from_bf16, random_floats, to_bf16
+from tests.support.cuda.card import MODE, SOURCES
+from tests.support.cuda.pages import STRUCTS, Cache, Sequence
 
 NORMS = {"none": "OM_NO_NORM", "head": "OM_NORM_OF_HEAD", "all heads": "OM_NORM_OF_ALL"}
 NUM_POSITIONS = 1 << 13
@@ -88,15 +89,15 @@ def name_of(shape: Grouped | Latent) -> str:
 
 
 @cache
-def program(shapes: tuple[Grouped | Latent, ...], mode: str = "plain") -> shim.ShimLibrary:
+def program(shapes: tuple[Grouped | Latent, ...]) -> shim.ShimLibrary:
     """The kernels of these shapes."""
     lines = [line for shape in shapes for line in shape.lines(name_of(shape))]
-    return load("attention.cuh", lines, mode)
+    return load("attention.cuh", lines)
 
 
-def load(header: str, lines: Iterable[str], mode: str = "plain") -> shim.ShimLibrary:
+def load(header: str, lines: Iterable[str]) -> shim.ShimLibrary:
     text = "\n".join([f'#include "{header}"', *lines, ""])
-    return shim.ShimLibrary(shim.build(text, [f"-I{shim.KERNELS}"], mode=mode))
+    return shim.ShimLibrary(shim.build(text, [f"-I{SOURCES}"], mode=MODE))
 
 
 class Pass:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from support.cuda.bits import address, random_floats, to_bf16
-from support.cuda.params import structs
+from tests.support.cuda.bits import address, random_floats, to_bf16
+from tests.support.cuda.card import SOURCES
+from tests.support.cuda.params import structs_of
 
 PAGE = 128
 POISON = 0x7FC1  # a NaN
-STRUCTS = structs("params.h", "params_attention.h")
+STRUCTS = structs_of(SOURCES / "params.h", SOURCES / "params_attention.h")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

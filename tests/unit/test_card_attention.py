@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.cuda import routers, shim
-from support.cuda.attention import Case, Grouped, Latent, Setting, case_of, program
-from support.cuda.bits import are_same, random_floats
-from support.cuda.pages import Sequence
-from support.cuda.routers import Router
+from tests.support.cuda import routers, shim
+from tests.support.cuda.attention import Case, Grouped, Latent, Setting, case_of, program
+from tests.support.cuda.bits import are_same, random_floats
+from tests.support.cuda.pages import Sequence
+from tests.support.cuda.routers import Router
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
 

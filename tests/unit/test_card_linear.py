@@ -1,0 +1,124 @@
+"""The card's linears, executed on the CPU: the library's bits for every codec, number of rows and order of threads."""
+
+import numpy as np
+import pytest
+import torch
+
+from offload_moe.native import kernels
+from tests.support.cuda import shim
+from tests.support.cuda.card import Card, aligned, bits, codec_name, copied
+from tests.support.cuda.matrices import Records, extreme_rows, make_records, random_rows, spoil_scales
+from tests.support.kernels import make_linear
+
+pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
+
+# codec, rows of each matrix, columns, rows of activations: whole and broken panels, groups of panels that end early, odd
+# numbers of blocks, nested scales that change inside a panel, more segments than are multiplied at a time.
+CASES = [
+    ("nf4", (40, 16, 24), 200, 1),
+    ("nf4", (112, 16), 320, 4),
+    ("nf4", (33, 144), 832, 8),
+    ("int8", (48, 21), 192, 1),
+    ("int8", (16, 7), 832, 8),
+    ("mxfp4", (48, 21), 160, 1),
+    ("mxfp4", (32, 5), 320, 4),
+]
+VALUES = [("bf16", (40, 16), 200, 1), ("bf16", (21, 3), 83, 4), ("fp32", (17,), 112, 2), ("fp32", (5, 16), 48, 8)]
+COMPILED = [("LINEAR", codec_name(codec), cols, rows) for codec, _, cols, rows in CASES]
+COMPILED += [("VALUES", codec_name(codec), cols, rows) for codec, _, cols, rows in VALUES]
+COMPILED += [("QUANTIZE", cols) for cols in sorted({cols for _, _, cols, _ in CASES})]
+
+
+def multiply(card: Card, records: list[Records], x: np.ndarray, compiled: int, biases: list[np.ndarray | None]) -> list[np.ndarray]:
+    codec, cols = records[0].codec, x.shape[1]
+    rows = [each.shape.matrices[0].out_features for each in records]
+    outs = [np.full((compiled, count), 5.0, np.float32) for count in rows]
+    taken = card.input(codec, cols, compiled)
+    inputs = [taken if name == codec else {} for name in ("nf4", "int8", "mxfp4")]
+    card.run("QUANTIZE", (cols,), {"x": copied(x), "inputs": inputs}, y=compiled)
+    params = {
+        "input": taken,
+        "matrices": [each.matrix(0) for each in records],
+        "records": [each.memory[0] for each in records],
+        "biases": biases,
+        "outs": outs,
+        "num_matrices": len(rows),
+    }
+    card.run("LINEAR", (codec_name(codec), cols, compiled), params, rows=rows)
+    return outs
+
+
+def expected_of(records: list[Records], x: np.ndarray, biases: list[np.ndarray | None]) -> list[np.ndarray]:
+    kernel = kernels.LinearKernel(records[0].codec, [r.shape for r in records], [r.layout for r in records], num_parts=1)
+    outs = [torch.empty(len(x), each.shape.matrices[0].out_features) for each in records]
+    kernel.forward(torch.from_numpy(x), [each.tensors[0] for each in records], outs)
+    return [out.numpy() if bias is None else out.numpy() + bias for out, bias in zip(outs, biases, strict=True)]
+
+
+def make_matrices(codec: str, rows: tuple[int, ...], cols: int) -> tuple[list[Records], list[np.ndarray | None]]:
+    """The first has a bias in its record, the second one beside it."""
+    records = [make_records(codec, [("weight", n, cols)], has_bias=index == 0) for index, n in enumerate(rows)]
+    return records, [random_rows(1, n)[0] if index == 1 else None for index, n in enumerate(rows)]
+
+
+@pytest.mark.parametrize(("codec", "rows", "cols", "compiled"), CASES)
+def test_bits_are_the_librarys(codec: str, rows: tuple[int, ...], cols: int, compiled: int) -> None:
+    records, biases = make_matrices(codec, rows, cols)
+    for num_rows in sorted({1, compiled - 1, compiled} - {0}):
+        x = random_rows(num_rows, cols)
+        expected = expected_of(records, x, biases)
+        assert all(np.abs(out).max() > 0.1 for out in expected)
+        for seed in (0, 1, 5):
+            outs = multiply(Card(COMPILED, num_rows, seed=seed), records, x, compiled, biases)
+            for out, wanted in zip(outs, expected, strict=True):
+                assert np.array_equal(bits(out[:num_rows]), bits(wanted))
+                assert (out[num_rows:] == 5.0).all()
+
+
+@pytest.mark.parametrize(("codec", "rows", "cols", "compiled"), [case for case in CASES if case[3] == 8 or case[0] == "mxfp4"])
+def test_extreme_groups_and_scales(codec: str, rows: tuple[int, ...], cols: int, compiled: int) -> None:
+    records, biases = make_matrices(codec, rows, cols)
+    for each in records:
+        spoil_scales(each, "weight")
+    x = extreme_rows(compiled, cols)
+    expected = expected_of(records, x, biases)
+    outs = multiply(Card(COMPILED, compiled), records, x, compiled, biases)
+    for out, wanted in zip(outs, expected, strict=True):
+        assert np.isnan(wanted).any()
+        assert np.isfinite(wanted).any()
+        assert np.array_equal(bits(out), bits(wanted))
+
+
+@pytest.mark.parametrize(("codec", "rows", "cols", "compiled"), VALUES)
+def test_plain_numbers(codec: str, rows: tuple[int, ...], cols: int, compiled: int) -> None:
+    torch.manual_seed(cols)
+    linears = [make_linear(codec, count, cols) for count in rows]
+    biases = [None, *(random_rows(1, count)[0] for count in rows[1:])]
+    for num_rows in (1, compiled):
+        x = random_rows(num_rows, cols)
+        kernel = kernels.LinearKernel(codec, [each.shape for each in linears], [each.layout for each in linears])
+        expected = [torch.empty(num_rows, count) for count in rows]
+        kernel.forward(torch.from_numpy(x), [each.record for each in linears], expected)
+        places = [{"codes": 0, "bias": -1, "rows": count} for count in rows]
+        planes = [copied(each.record.view(torch.uint8).numpy()) for each in linears]
+        for seed in (0, 1, 5):
+            outs = [np.full((compiled, count), 5.0, np.float32) for count in rows]
+            memory = aligned(compiled * cols, np.float32)  # rows that are not there are read, and count nothing
+            memory[:] = np.nan
+            memory[: x.size] = x.reshape(-1)
+            params = {"x": memory, "matrices": places, "records": planes, "biases": biases, "outs": outs}
+            params["num_matrices"] = len(rows)
+            Card(COMPILED, num_rows, seed=seed).run("VALUES", (codec_name(codec), cols, compiled), params, rows=rows)
+            for out, wanted, bias in zip(outs, expected, biases, strict=True):
+                total = wanted.numpy() if bias is None else wanted.numpy() + bias
+                assert np.array_equal(bits(out[:num_rows]), bits(total))
+                assert (out[num_rows:] == 5.0).all()
+
+
+def test_nothing_is_written_once_the_pass_is_stopped() -> None:
+    codec, rows, cols, compiled = CASES[0]
+    records, biases = make_matrices(codec, rows, cols)
+    card = Card(COMPILED, 1)
+    card.stop[0] = 1
+    outs = multiply(card, records, random_rows(1, cols), compiled, biases)
+    assert all((out == 5.0).all() for out in outs)
