@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from tests.support.cuda.bits import Floats, address
 from tests.support.cuda.shim import CACHE, ROOT, SHIM
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from offload_moe.native import kernels
 from tests.support.cuda import shim
 from tests.support.cuda.attention import Pass, load
 from tests.support.cuda.bits import Floats, address
 from tests.support.cuda.pages import STRUCTS
-
-from offload_moe.native import kernels
 
 THREADS = 256
 
