@@ -131,5 +131,5 @@ def _unfit(nvrtc: Nvrtc, architecture: int, driver_version: int) -> str | None:
 
 
 def _first_error(log: str) -> str:
-    found = re.search(r"error[^\n]*", log)
+    found = re.search(r"[^\n]*\berror\b[^\n]*", log)
     return (found[0] if found else log.strip().partition("\n")[0])[:200] or "it does not say why"

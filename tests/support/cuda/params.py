@@ -1,4 +1,4 @@
-"""The structs of `native/cuda/params.h` for ctypes, read from that file, so that they are written once."""
+"""The structs of `native/cuda/params*.h` for ctypes, read from these files, so that they are written once."""
 
 import ctypes
 import re
@@ -16,10 +16,10 @@ _FIELDS = re.compile(r"(?:const )?((?:unsigned |signed |long )*\w+) ([^;]+);")
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 
 
-def structs_of(path: Path) -> dict[str, type[ctypes.Structure]]:
-    """Every struct of a header of plain structs, by name; pointers are `c_void_p`."""
+def structs_of(*paths: Path) -> dict[str, type[ctypes.Structure]]:
+    """Every struct of headers of plain structs, which use those before them, by name; pointers are `c_void_p`."""
     found: dict[str, type] = dict(_TYPES)
-    text = _COMMENT.sub("", path.read_text())
+    text = _COMMENT.sub("", "".join(path.read_text() for path in paths))
     for body, name in _STRUCT.findall(text):
         fields = [field for kind, names in _FIELDS.findall(body) for field in _fields_of(found.get(kind), names)]
         found[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
@@ -33,5 +33,5 @@ def _fields_of(kind: type | None, names: str) -> list[tuple[str, type]]:
         is_pointer = name.startswith("*")
         this = ctypes.c_void_p if is_pointer else kind
         assert this is not None, f"no type is known for {name}"
-        fields.append((name.lstrip("*"), this * int(count.rstrip("]")) if count else this))
+        fields.append((name.removeprefix("*const ").lstrip("*"), this * int(count.rstrip("]")) if count else this))
     return fields
