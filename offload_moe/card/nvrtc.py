@@ -126,10 +126,10 @@ def _unfit(nvrtc: Nvrtc, architecture: int, driver_version: int) -> str | None:
         return f"{nvrtc} needs a driver for CUDA {nvrtc.version[0]}, and this one has CUDA {major}.{minor}"
     if architecture not in nvrtc.architectures:
         newest = max(nvrtc.architectures, default=0)
-        return f"{nvrtc} does not know sm_{architecture}, this card's architecture (the newest it knows is sm_{newest})"
+        return f"{nvrtc} does not compile for this card, which is sm_{architecture}: its newest is sm_{newest}"
     return None
 
 
 def _first_error(log: str) -> str:
-    found = re.search(r"error[^\n]*", log)
+    found = re.search(r"[^\n]*\berror\b[^\n]*", log)
     return (found[0] if found else log.strip().partition("\n")[0])[:200] or "it does not say why"

@@ -40,7 +40,7 @@ class Driver:
         return found
 
     def check(self, code: int, what: str) -> None:
-        """Raises: TransferError with the driver's name of a code that is not 0."""
+        """Check one of the driver's codes. Raises: TransferError with its name where it is not 0."""
         if code:
             raise TransferError(f"The driver could not {what}: {self.describe(code)}.")
 

@@ -76,7 +76,7 @@ def test_a_missing_event_between_streams_is_found(card: Card, has_event: bool) -
         card.call("cuStreamSynchronize", stream)
     problems = card.fake.problems()
     assert len(problems) == (0 if has_event else 1)
-    assert has_event or ("om_add reads" in problems[0] or "reads byte 0" in problems[0] or "om_add" in problems[0])
+    assert has_event or ("om_add reads" in problems[0] and "a copy to the card" in problems[0])
 
 
 def test_what_an_event_does_not_cover_is_not_ordered(card: Card) -> None:
@@ -350,6 +350,7 @@ def test_the_host_cannot_touch_the_cards_memory(card: Card) -> None:
 def test_another_threads_query_breaks_a_capture_in_global_mode(card: Card, mode: int, breaks: bool) -> None:
     stream, x, result = card.stream(), card.floats(ramp()), card.floats([0.0] * 64)
     event = card.made("cuEventCreate", 2)
+    card.kernel("om_add")  # a module that is loaded breaks a capture, too
     codes: list[int] = []
 
     def query() -> None:

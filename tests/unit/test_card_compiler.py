@@ -31,6 +31,10 @@ def compiler(nvrtc: Nvrtc, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> C
     kernels.mkdir()
     (kernels / "value.cuh").write_text("#define VALUE 7\n")
     monkeypatch.setattr(cubins, "KERNELS", kernels)
+    quick = tmp_path / "quick"  # in place of a compiler: a checksum of the program
+    quick.write_text("#!/bin/sh\ncksum\n")
+    quick.chmod(0o755)
+    monkeypatch.setenv("OFFLOAD_MOE_SHIM", str(quick))
     return Compiler(nvrtc, 86, tmp_path / "cubins")
 
 
@@ -113,7 +117,8 @@ def test_only_the_newest_are_kept(compiler: Compiler, monkeypatch: pytest.Monkey
 
 
 def test_the_first_error_of_the_compiler_is_the_reason(compiler: Compiler) -> None:
-    with pytest.raises(DevicePassUnavailable, match=r"NVRTC 13\.0 does not compile the kernels: error: .*nonesuch"):
+    fake.nvrtc("plain")
+    with pytest.raises(DevicePassUnavailable, match=r"NVRTC 13\.0 does not compile the kernels: .*error: .*nonesuch"):
         compiler.image('extern "C" __global__ void om_x(const int p) { nonesuch(); }')
 
 
@@ -121,7 +126,7 @@ def test_the_first_error_of_the_compiler_is_the_reason(compiler: Compiler) -> No
     ("architecture", "driver_version", "reason"),
     [
         (61, DRIVER, "the kernels need sm_75 or newer, and this card is sm_61"),
-        (130, DRIVER, r"NVRTC 13\.0 does not know sm_130, this card's architecture \(the newest it knows is sm_120\)"),
+        (130, DRIVER, r"NVRTC 13\.0 does not compile for this card, which is sm_130: its newest is sm_120"),
         (86, 12040, r"NVRTC 13\.0 needs a driver for CUDA 13, and this one has CUDA 12\.4"),
     ],
 )

@@ -26,8 +26,8 @@ def test_the_first_card_is_described() -> None:
 @needs_compiler
 def test_codes_have_the_drivers_names() -> None:
     with FakeDriver() as fake, Driver(fake.path) as driver:
-        assert driver.describe(2) == "CUDA_ERROR_OUT_OF_MEMORY (2: as the fake driver was told)"
-        assert driver.describe(4711) == "an unknown error (4711: as the fake driver was told)"
+        assert driver.describe(2) == "CUDA_ERROR_OUT_OF_MEMORY (2: injected)"
+        assert driver.describe(4711) == "an unknown error (4711: injected)"
         driver.check(0, "do nothing")
         with pytest.raises(TransferError, match=r"^The driver could not lock pages: CUDA_ERROR_NOT_SUPPORTED \(801"):
             driver.check(801, "lock pages")

@@ -29,7 +29,9 @@ COMPILED += [("VALUES", codec_name(codec), cols, rows) for codec, _, cols, rows 
 COMPILED += [("QUANTIZE", cols) for cols in sorted({cols for _, _, cols, _ in CASES})]
 
 
-def multiply(card: Card, records: list[Records], x: np.ndarray, compiled: int, biases: list[np.ndarray | None]) -> list[np.ndarray]:
+def multiply(
+    card: Card, records: list[Records], x: np.ndarray, compiled: int, biases: list[np.ndarray | None]
+) -> list[np.ndarray]:
     codec, cols = records[0].codec, x.shape[1]
     rows = [each.shape.matrices[0].out_features for each in records]
     outs = [np.full((compiled, count), 5.0, np.float32) for count in rows]
@@ -49,7 +51,9 @@ def multiply(card: Card, records: list[Records], x: np.ndarray, compiled: int, b
 
 
 def expected_of(records: list[Records], x: np.ndarray, biases: list[np.ndarray | None]) -> list[np.ndarray]:
-    kernel = kernels.LinearKernel(records[0].codec, [r.shape for r in records], [r.layout for r in records], num_parts=1)
+    kernel = kernels.LinearKernel(
+        records[0].codec, [r.shape for r in records], [r.layout for r in records], num_parts=1
+    )
     outs = [torch.empty(len(x), each.shape.matrices[0].out_features) for each in records]
     kernel.forward(torch.from_numpy(x), [each.tensors[0] for each in records], outs)
     return [out.numpy() if bias is None else out.numpy() + bias for out, bias in zip(outs, biases, strict=True)]
@@ -75,7 +79,9 @@ def test_bits_are_the_librarys(codec: str, rows: tuple[int, ...], cols: int, com
                 assert (out[num_rows:] == 5.0).all()
 
 
-@pytest.mark.parametrize(("codec", "rows", "cols", "compiled"), [case for case in CASES if case[3] == 8 or case[0] == "mxfp4"])
+@pytest.mark.parametrize(
+    ("codec", "rows", "cols", "compiled"), [case for case in CASES if case[3] == 8 or case[0] == "mxfp4"]
+)
 def test_extreme_groups_and_scales(codec: str, rows: tuple[int, ...], cols: int, compiled: int) -> None:
     records, biases = make_matrices(codec, rows, cols)
     for each in records:
@@ -115,10 +121,22 @@ def test_plain_numbers(codec: str, rows: tuple[int, ...], cols: int, compiled: i
                 assert (out[num_rows:] == 5.0).all()
 
 
-def test_nothing_is_written_once_the_pass_is_stopped() -> None:
-    codec, rows, cols, compiled = CASES[0]
-    records, biases = make_matrices(codec, rows, cols)
-    card = Card(COMPILED, 1)
+@pytest.mark.parametrize("kind", ["QUANTIZE", "LINEAR", "VALUES"])
+def test_nothing_is_written_once_the_pass_is_stopped(kind: str) -> None:
+    (codec, rows, cols, compiled), (number_codec, _, number_cols, _) = CASES[0], VALUES[0]
+    card, outs = Card(COMPILED, 1), [np.full(40, 5.0, np.float32)]
     card.stop[0] = 1
-    outs = multiply(card, records, random_rows(1, cols), compiled, biases)
-    assert all((out == 5.0).all() for out in outs)
+    taken = card.input(codec, cols, 1)
+    x, plane = copied(random_rows(1, number_cols)), copied(random_rows(40, number_cols))
+    params = {"x": x, "outs": outs, "num_matrices": 1}
+    if kind == "QUANTIZE":
+        card.run(kind, (cols,), {"x": x, "inputs": [taken]})
+    elif kind == "LINEAR":
+        record = make_records(codec, [("weight", 40, cols)])
+        places = {"matrices": [record.matrix(0)], "records": record.memory, "input": taken}
+        card.run(kind, (codec_name(codec), cols, compiled), {**params, **places}, rows=rows[:1])
+    else:
+        places = {"matrices": [{"codes": 0, "bias": -1, "rows": 40}], "records": [plane]}
+        card.run(kind, (codec_name(number_codec), number_cols, 1), {**params, **places}, rows=[40])
+    assert (outs[0] == 5.0).all()
+    assert (taken["quants"] == 77).all()

@@ -19,6 +19,7 @@ def struct(**fields: Any) -> ctypes.Structure:
     made = type("Params", (ctypes.Structure,), {"_fields_": types})()
     for name, value in fields.items():
         setattr(made, name, value if type(value) in kinds else ctypes.addressof(value))
+    made.kept = fields
     return made
 
 

@@ -9,29 +9,38 @@ template <class LONG, class SHORT> struct attend_memory {
     alignas(16) float floats[LONG::FLOATS > SHORT::FLOATS ? LONG::FLOATS : SHORT::FLOATS];
     attended_rows rows;
     section_pages pages;
+    attend_unit unit; /* not in registers: they are all needed for scores */
+    bool has_long_units;
 };
+
+/* Registers are short while scores are made: what follows from this number is not computed before it. */
+OM_DEVICE int thread_of_now() {
+    int thread = threadIdx.x;
+#ifndef OM_SHIM
+    asm volatile("" : "+r"(thread));
+#endif
+    return thread;
+}
 
 OM_DEVICE void widen8(uint4 words, float (&values)[8]) {
     values[0] = low_half(words.x), values[1] = high_half(words.x), values[2] = low_half(words.y), values[3] = high_half(words.y);
     values[4] = low_half(words.z), values[5] = high_half(words.z), values[6] = low_half(words.w), values[7] = high_half(words.w);
 }
 
-/* sums[h][r] += q[h] * keys[r]: eight of sixteen lanes, the upper ones where is_upper. */
-template <class U, int DIMS>
-OM_DEVICE void add_products(const u16 *const (&keys)[2], const float *const (&q)[U::TILE], int is_upper, float (&sums)[U::TILE][2][8]) {
-#pragma unroll 2
-    for (int i = 8 * is_upper; i < DIMS; i += 16) {
-        float key[2][8];
-        widen8(load16(keys[0] + i), key[0]), widen8(load16(keys[1] + i), key[1]);
+/* sums[h][r] += q[h] * keys[r] for 16 dims: eight of sixteen lanes. A tile that has less heads than others repeats its last one. */
+template <class U>
+OM_DEVICE void add_products(const u16 *const (&keys)[2], const float *q, int last_head, float (&sums)[U::TILE][2][8]) {
+    float key[2][8];
+    widen8(load16(keys[0]), key[0]), widen8(load16(keys[1]), key[1]);
 #pragma unroll
-        for (int h = 0; h < U::TILE; h++) {
-            const float4 a = *(const float4 *)(q[h] + i), b = *(const float4 *)(q[h] + i + 4);
-            const float x[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    for (int h = 0; h < U::TILE; h++) {
+        const float *of_head = q + (U::NUM_HEADS_OF_UNIT % U::TILE == 0 ? h : OM_CARD_LEAST(h, last_head)) * U::WIDTH;
+        const float4 a = *(const float4 *)of_head, b = *(const float4 *)(of_head + 4);
+        const float x[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
-            for (int r = 0; r < 2; r++)
+        for (int r = 0; r < 2; r++)
 #pragma unroll
-                for (int e = 0; e < 8; e++) sums[h][r][e] = __fmaf_rn(x[e], key[r][e], sums[h][r][e]);
-        }
+            for (int e = 0; e < 8; e++) sums[h][r][e] = __fmaf_rn(x[e], key[r][e], sums[h][r][e]);
     }
 }
 
@@ -53,7 +62,7 @@ OM_DEVICE float sum_of_two(const float (&sums)[2][8], int is_upper) {
 /* scores[head * OM_CARD_SECTION + token]. A warp takes 32 tokens and a tile of heads; two threads share two tokens. */
 template <class U>
 OM_DEVICE void score_section(const attend_unit &u, const section_pages &pages, const float *q, float scaling, float *scores) {
-    const int warp = threadIdx.x / 32, pair = threadIdx.x % 32 / 2, is_upper = threadIdx.x % 2;
+    const int warp = threadIdx.x / 32, pair = threadIdx.x % 32 / 2, is_upper = threadIdx.x % 2, lanes = 8 * is_upper;
 #pragma unroll 1
     for (int item = warp; item < OM_CARD_SECTION / 32 * U::TILES; item += U::WARPS) {
         const int tile = item % U::TILES, first = item / U::TILES * 32;
@@ -61,17 +70,13 @@ OM_DEVICE void score_section(const attend_unit &u, const section_pages &pages, c
         const int tokens[2] = {first + pair, first + pair + 16}, last = u.count - 1;
         const int read[2] = {OM_CARD_LEAST(tokens[0], last), OM_CARD_LEAST(tokens[1], last)};
         float sums[U::TILE][2][8] = {};
-        const float *queries[U::TILE], *more[U::TILE];
-#pragma unroll
-        for (int h = 0; h < U::TILE; h++) {
-            queries[h] = q + OM_CARD_LEAST(tile * U::TILE + h, U::NUM_HEADS_OF_UNIT - 1) * U::WIDTH;
-            more[h] = queries[h] + U::KEY_DIMS;
-        }
-        const u16 *const keys[2] = {row_in<U::KEY_DIMS>(pages.keys, u, read[0]), row_in<U::KEY_DIMS>(pages.keys, u, read[1])};
-        add_products<U, U::KEY_DIMS>(keys, queries, is_upper, sums);
-        if constexpr (U::MORE_DIMS > 0) {
-            const u16 *const turned[2] = {row_in<U::MORE_DIMS>(pages.values, u, read[0]), row_in<U::MORE_DIMS>(pages.values, u, read[1])};
-            add_products<U, U::MORE_DIMS>(turned, more, is_upper, sums);
+        const float *queries = q + tile * U::TILE * U::WIDTH + lanes;
+        const u16 *keys[2] = {row_in<U::KEY_DIMS>(pages.keys, u, read[0]) + lanes, row_in<U::KEY_DIMS>(pages.keys, u, read[1]) + lanes};
+#pragma unroll 1
+        for (int i = 0; i < U::WIDTH; i += 16, queries += 16, keys[0] += 16, keys[1] += 16) {
+            if (U::MORE_DIMS > 0 && i == U::KEY_DIMS)
+                for (int r = 0; r < 2; r++) keys[r] = row_in<U::MORE_DIMS>(pages.values, u, read[r]) + lanes;
+            add_products<U>(keys, queries, U::NUM_HEADS_OF_UNIT - 1 - tile * U::TILE, sums);
         }
 #pragma unroll
         for (int h = 0; h < U::TILE; h++) {
@@ -84,18 +89,18 @@ OM_DEVICE void score_section(const attend_unit &u, const section_pages &pages, c
 
 /* scores -> exponentials of their distances from each head's greatest. */
 template <class U> OM_DEVICE void soften_section(const attend_unit &u, float *scores, om_card_section *sections, int stride) {
-    const int warp = threadIdx.x / 32, head = warp / U::WARPS_OF_HEAD, part = warp % U::WARPS_OF_HEAD;
+    const int thread = thread_of_now(), warp = thread / 32, head = warp / U::WARPS_OF_HEAD, part = warp % U::WARPS_OF_HEAD;
     const bool has_head = head < u.num_heads;
     float *own = scores + (has_head ? head : 0) * OM_CARD_SECTION;
     const float greatest = greatest_of_warp(own, u.count);
-    __syncthreads();
+    if constexpr (U::WARPS_OF_HEAD > 1) __syncthreads();
     if (has_head)
-        for (int i = threadIdx.x % (32 * U::WARPS_OF_HEAD); i < u.count; i += 32 * U::WARPS_OF_HEAD)
+        for (int i = thread % (32 * U::WARPS_OF_HEAD); i < u.count; i += 32 * U::WARPS_OF_HEAD)
             own[i] = own_exp(__fadd_rn(own[i], -greatest));
     __syncthreads();
     if (!has_head || part > 0) return;
     const float sum = sum_of_warp(own, u.count);
-    if (threadIdx.x % 32 == 0) sections[head * (long long)stride] = {greatest, sum};
+    if (thread % 32 == 0) sections[head * (long long)stride] = {greatest, sum};
 }
 
 OM_DEVICE void load_words(const u16 *row, u32 (&words)[1]) { words[0] = load4(row); }
@@ -110,11 +115,15 @@ OM_DEVICE void load_weights(const float *weights, float (&weight)[4]) {
 template <class U, int COUNT>
 OM_DEVICE void weigh_tokens(const attend_unit &u, const section_pages &pages, bool are_keys, int token, int feature,
                             const float *weights, float (&sums)[U::NUM_HEADS_OF_UNIT][U::VECTOR]) {
+    const u16 *const *of_section = are_keys ? pages.keys : pages.values;
+    const u16 *first = row_in<U::VALUE_DIMS>(of_section, u, token) + feature;
     u32 words[COUNT][U::VECTOR / 2];
+    if (are_in_page<COUNT>(u, token)) {
 #pragma unroll
-    for (int k = 0; k < COUNT; k++) {
-        const u16 *row = row_in<U::VALUE_DIMS>(are_keys ? pages.keys : pages.values, u, token + k) + feature;
-        load_words(row, words[k]);
+        for (int k = 0; k < COUNT; k++) load_words(first + k * U::VALUE_DIMS, words[k]);
+    } else {
+#pragma unroll
+        for (int k = 0; k < COUNT; k++) load_words(row_in<U::VALUE_DIMS>(of_section, u, token + k) + feature, words[k]);
     }
 #pragma unroll
     for (int h = 0; h < U::NUM_HEADS_OF_UNIT; h++) {
@@ -141,7 +150,7 @@ OM_DEVICE void weigh_tile(const attend_unit &u, const section_pages &pages, int 
     for (int h = 0; h < U::NUM_HEADS_OF_UNIT; h++)
 #pragma unroll
         for (int v = 0; v < U::VECTOR; v++) sums[h][v] = 0.0f;
-#pragma unroll 2
+#pragma unroll 1
     for (; token + 4 <= end; token += 4) weigh_tokens<U, 4>(u, pages, ARE_KEYS, token, feature, weights, sums);
 #pragma unroll 1
     for (; token < end; token++) weigh_tokens<U, 1>(u, pages, ARE_KEYS, token, feature, weights, sums);
@@ -152,7 +161,7 @@ template <class U>
 OM_DEVICE void weigh_section(const attend_unit &u, const section_pages &pages, const float *weights, float *parts, float *results,
                              int stride) {
     constexpr int HEADS = U::NUM_HEADS_OF_UNIT, DIMS = U::VALUE_DIMS;
-    const int across = threadIdx.x % U::ACROSS, at_once = threadIdx.x / U::ACROSS, num_tiles = OM_CARD_UP(u.count, 64);
+    const int thread = thread_of_now(), across = thread % U::ACROSS, at_once = thread / U::ACROSS, num_tiles = OM_CARD_UP(u.count, 64);
     float total[U::OWNED] = {};
 #pragma unroll 1
     for (int first = 0; first < num_tiles; first += U::AT_ONCE) {
@@ -173,16 +182,16 @@ OM_DEVICE void weigh_section(const attend_unit &u, const section_pages &pages, c
             const int count = OM_CARD_LEAST(U::AT_ONCE, num_tiles - first);
 #pragma unroll
             for (int n = 0; n < U::OWNED; n++) {
-                const int at = n * OM_ATTEND_THREADS + threadIdx.x;
+                const int at = n * OM_ATTEND_THREADS + thread;
                 if (at < HEADS * DIMS)
                     for (int i = 0; i < count; i++) total[n] = __fadd_rn(total[n], parts[i * HEADS * DIMS + at]);
             }
-            __syncthreads();
+            if (first + U::AT_ONCE < num_tiles) __syncthreads();
         }
     }
 #pragma unroll
     for (int n = 0; n < U::OWNED; n++) {
-        const int at = n * OM_ATTEND_THREADS + threadIdx.x;
+        const int at = n * OM_ATTEND_THREADS + thread;
         const int head = U::AT_ONCE == 1 ? n / U::VECTOR : at / DIMS;
         const int feature = U::AT_ONCE == 1 ? across * U::VECTOR + n % U::VECTOR : at % DIMS;
         if (head < u.num_heads && (U::AT_ONCE > 1 || at_once == 0)) results[head * (long long)stride * DIMS + feature] = total[n];
@@ -195,35 +204,46 @@ template <class U> OM_DEVICE void load_queries(const attend_unit &u, const float
         q[i] = i < u.num_heads * U::WIDTH ? from[i] : 0.0f;
 }
 
+/* Where the first head's section is among all of them. */
+template <class U> OM_DEVICE long long place_of(const attend_unit &u, const om_card_attended &attended) {
+    return ((long long)u.row * U::NUM_HEADS + u.first_head) * attended.capacity + u.section;
+}
+
 /* Units of this block. */
-template <class U, class MEMORY> OM_DEVICE void attend_units(const om_card_attend_params &p, int num_units, MEMORY &m) {
+template <class U, class MEMORY> OM_DEVICE void attend_units(const om_card_attend_params &p, MEMORY &m) {
     float *scores = m.floats, *q = m.floats + U::NUM_HEADS_OF_UNIT * OM_CARD_SECTION;
-    const om_card_attended attended = *p.attended;
 #pragma unroll 1
-    for (int index = blockIdx.x; index < num_units; index += gridDim.x) {
-        const attend_unit u = unit_at<U>(m.rows, index);
-        if (u.count <= 0) continue;
-        const long long at = ((long long)u.row * U::NUM_HEADS + u.first_head) * attended.capacity + u.section;
-        find_pages(p.view.rooms[u.row], u, m.pages);
-        load_queries<U>(u, p.query, q);
+    for (;;) {
+        if (threadIdx.x == 0) m.unit = take_unit<U>(m.rows);
         __syncthreads();
-        score_section<U>(u, m.pages, q, p.scaling, scores);
-        __syncthreads();
-        soften_section<U>(u, scores, attended.sections + at, attended.capacity);
-        weigh_section<U>(u, m.pages, scores, q, attended.sums + at * U::VALUE_DIMS, attended.capacity);
+        if (m.unit.row < 0) return;
+        if (m.unit.count > 0) {
+            find_pages(p.view.rooms[m.unit.row], m.unit, m.pages);
+            load_queries<U>(m.unit, p.query, q);
+            __syncthreads();
+            score_section<U>(m.unit, m.pages, q, p.scaling, scores);
+            __syncthreads();
+            soften_section<U>(m.unit, scores, p.attended->sections + place_of<U>(m.unit, *p.attended), p.attended->capacity);
+            float *sums = p.attended->sums + place_of<U>(m.unit, *p.attended) * U::VALUE_DIMS;
+            weigh_section<U>(m.unit, m.pages, scores, q, sums, p.attended->capacity);
+        }
         __syncthreads();
     }
 }
 
 template <class LONG, class SHORT> OM_DEVICE void attend(const om_card_attend_params &p, attend_memory<LONG, SHORT> &m) {
     if (*p.pass.stop) return;
-    const int num_rows = *p.pass.num_rows;
-    if (threadIdx.x == 0) find_rows(p.view, num_rows, m.rows);
+    if (threadIdx.x == 0) {
+        find_rows(p.view, *p.pass.num_rows, m.rows);
+        const int num_heads = sections_of_rows(m.rows, *p.pass.num_rows) * LONG::NUM_KV_HEADS;
+        /* Where units of several heads do not occupy the card, each has one. */
+        m.has_long_units = num_heads * LONG::PARTS >= (int)gridDim.x;
+        m.rows.num_units = num_heads * (m.has_long_units ? LONG::PARTS : SHORT::PARTS);
+        m.rows.next_unit = blockIdx.x;
+    }
     __syncthreads();
-    const int num_sections = sections_of_rows(m.rows, num_rows) * LONG::NUM_KV_HEADS;
-    /* Where units of several heads do not occupy the card, each has one. */
-    if (num_sections * LONG::PARTS >= (int)gridDim.x) attend_units<LONG>(p, num_sections * LONG::PARTS, m);
-    else attend_units<SHORT>(p, num_sections * SHORT::PARTS, m);
+    if (m.has_long_units) attend_units<LONG>(p, m);
+    else attend_units<SHORT>(p, m);
 }
 
 #define OM_DEFINE_ATTEND(name, num_heads, num_kv_heads, dim, more_dim, value_dim) \

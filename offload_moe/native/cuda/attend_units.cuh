@@ -30,6 +30,7 @@ struct attended_rows {
     seen_tokens seen[8];
     int num_sharing[8]; /* rows of one sequence that begin here; 0: the row belongs to one before it */
     int num_sections[8]; /* of the longest of these */
+    int num_units, next_unit; /* of this block */
 };
 
 OM_DEVICE bool is_same_sequence(const om_card_room &a, const om_card_room &b) {
@@ -60,8 +61,9 @@ OM_DEVICE int sections_of_rows(const attended_rows &rows, int num_rows) {
 }
 
 struct attend_unit {
-    int row, section, kv_head, first_head, num_heads; /* heads of the row from first_head on */
-    int first_token, count;                           /* of the section; count <= 0: the row does not have it */
+    int row; /* -1: there is none */
+    int section, kv_head, first_head, num_heads; /* heads of the row from first_head on */
+    int first_token, in_page, count; /* of the section, in_page: in its first page; count <= 0: the row does not have it */
 };
 
 template <class U> OM_DEVICE attend_unit unit_at(const attended_rows &rows, int index) {
@@ -79,9 +81,18 @@ template <class U> OM_DEVICE attend_unit unit_at(const attended_rows &rows, int 
     u.first_head = u.kv_head * U::GROUP + in_group;
     u.num_heads = OM_CARD_LEAST(U::NUM_HEADS_OF_UNIT, U::GROUP - in_group);
     const seen_tokens seen = rows.seen[u.row];
-    u.first_token = seen.first + u.section * OM_CARD_SECTION;
+    u.first_token = seen.first + u.section * OM_CARD_SECTION, u.in_page = u.first_token % OM_CARD_PAGE;
     u.count = OM_CARD_LEAST(OM_CARD_SECTION, seen.count - u.section * OM_CARD_SECTION);
     return u;
+}
+
+/* The next one of this block, by one thread. */
+template <class U> OM_DEVICE attend_unit take_unit(attended_rows &rows) {
+    attend_unit none;
+    const int index = rows.next_unit;
+    rows.next_unit += gridDim.x;
+    none.row = -1;
+    return index < rows.num_units ? unit_at<U>(rows, index) : none;
 }
 
 #define OM_SECTION_PAGES (OM_CARD_SECTION / OM_CARD_PAGE + 1)
@@ -102,8 +113,13 @@ OM_DEVICE void find_pages(const om_card_room &room, const attend_unit &u, sectio
 
 /* A token of the section. */
 template <int DIMS> OM_DEVICE const u16 *row_in(const u16 *const *pages, const attend_unit &u, int token) {
-    const int at = u.first_token % OM_CARD_PAGE + token;
+    const u32 at = (u32)u.in_page + token;
     return pages[at / OM_CARD_PAGE] + at % OM_CARD_PAGE * DIMS;
+}
+
+/* Whether COUNT tokens from `token` on are in one page. */
+template <int COUNT> OM_DEVICE bool are_in_page(const attend_unit &u, int token) {
+    return COUNT == 1 || ((u32)u.in_page + token) % OM_CARD_PAGE <= OM_CARD_PAGE - COUNT;
 }
 
 #endif

@@ -135,7 +135,7 @@ template <class E, int N, int K, int V, int Z, int R> OM_DEVICE void expand(cons
     OM_KERNEL __launch_bounds__(OM_MERGE_THREADS) name(const om_card_merge_params p) { merge<num_heads, value_dim>(p); }
 
 #define OM_DEFINE_EXPAND(name, codec, num_heads, unrotated_dims, value_dims, rank, R) \
-    OM_KERNEL __launch_bounds__(OM_EXPAND_THREADS) name(const om_card_expand_params p) { \
+    OM_KERNEL __launch_bounds__(OM_EXPAND_THREADS, 2) name(const om_card_expand_params p) { \
         typedef expand_of<codec, num_heads, unrotated_dims, value_dims, rank, R> sizes; \
         __shared__ sizes::memory memory; \
         expand<sizes, num_heads, unrotated_dims, value_dims, rank, R>(p, memory); \

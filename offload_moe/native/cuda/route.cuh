@@ -18,12 +18,13 @@ template <int EXPERTS, int TOP_K, int GROUPS, int CHOSEN_GROUPS, int BEST, bool 
     static_assert(EXPERTS % GROUPS == 0 && TOP_K <= EXPERTS / GROUPS * CHOSEN_GROUPS && EXPERTS <= 2048, "no router of such sizes");
 };
 
-/* scores[E], by the block. */
+/* scores[E], by the block; thread e % OM_ROUTE_THREADS has written logit e, and writes score e. */
 template <class S> OM_DEVICE void score_experts(const float *logits, float *scores) {
     if (S::IS_SIGMOID) {
         for (int e = threadIdx.x; e < S::E; e += OM_ROUTE_THREADS) scores[e] = over(1.0f, logits[e]);
         return;
     }
+    __syncthreads();
     const float greatest = greatest_of_warp(logits, S::E);
     for (int e = threadIdx.x; e < S::E; e += OM_ROUTE_THREADS) scores[e] = own_exp(__fadd_rn(logits[e], -greatest));
     __syncthreads();
@@ -41,8 +42,9 @@ OM_DEVICE float ranked_value(const float *values, int at) {
     return least;
 }
 
-/* ids of the `count` greatest values in order; of equal ones the lower. By the block, with a barrier at its end. */
+/* ids of the `count` greatest values in order; of equal ones the lower. By the block, with barriers at its beginning and end. */
 OM_DEVICE void choose_greatest(const float *values, int num_values, int count, float *ranked, int *ids) {
+    __syncthreads();
     for (int e = threadIdx.x; e < num_values; e += OM_ROUTE_THREADS) ranked[e] = ranked_value(values, e);
     __syncthreads();
     for (int e = threadIdx.x; e < num_values; e += OM_ROUTE_THREADS) {
@@ -68,15 +70,14 @@ template <class S> OM_DEVICE float score_of_group(const float *scores) {
 
 /* Experts outside of the best groups cannot be chosen. */
 template <class S> OM_DEVICE void exclude_groups(typename S::memory &m) {
-    for (int g = threadIdx.x; g < S::NUM_GROUPS; g += OM_ROUTE_THREADS) m.groups[g] = score_of_group<S>(m.wanted + g * S::SIZE);
     __syncthreads();
+    for (int g = threadIdx.x; g < S::NUM_GROUPS; g += OM_ROUTE_THREADS) m.groups[g] = score_of_group<S>(m.wanted + g * S::SIZE);
     choose_greatest(m.groups, S::NUM_GROUPS, S::NUM_CHOSEN_GROUPS, m.ranked, m.chosen_groups);
     for (int e = threadIdx.x; e < S::E; e += OM_ROUTE_THREADS) {
         bool is_chosen = false;
         for (int i = 0; i < S::NUM_CHOSEN_GROUPS; i++) is_chosen |= m.chosen_groups[i] == e / S::SIZE;
         if (!is_chosen) m.wanted[e] = OM_LEAST;
     }
-    __syncthreads();
 }
 
 /* By the first warp. `weights` has the chosen experts' logits, or scores of a softmax of all. */
@@ -106,21 +107,14 @@ template <class S> OM_DEVICE void weigh(float *weights, float scale) {
 template <class S> OM_DEVICE void route_row(const float *logits, const float *correction, float scale, typename S::memory &m) {
     const bool has_scores = S::HAS_GROUPS || correction || !(S::IS_SIGMOID || S::IS_OF_CHOSEN);
     for (int e = threadIdx.x; e < S::E; e += OM_ROUTE_THREADS) m.logits[e] = m.wanted[e] = logits[e];
-    __syncthreads();
-    if (has_scores) {
-        score_experts<S>(m.logits, m.scores);
-        __syncthreads();
-    }
-    if (S::HAS_GROUPS || correction) { /* without them scores are in the order of logits */
+    if (has_scores) score_experts<S>(m.logits, m.scores);
+    if (S::HAS_GROUPS || correction) /* without them scores are in the order of logits */
         for (int e = threadIdx.x; e < S::E; e += OM_ROUTE_THREADS)
             m.wanted[e] = correction ? __fadd_rn(m.scores[e], correction[e]) : m.scores[e];
-        __syncthreads();
-    }
     if constexpr (S::HAS_GROUPS) exclude_groups<S>(m);
     choose_greatest(m.wanted, S::E, S::K, m.ranked, m.ids);
     if (threadIdx.x < 32) {
         for (int k = threadIdx.x; k < S::K; k += 32) m.weights[k] = (S::IS_SIGMOID || S::IS_OF_CHOSEN ? m.logits : m.scores)[m.ids[k]];
-        __syncwarp();
         weigh<S>(m.weights, scale);
     }
     __syncthreads();

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from support.cuda import attention_reference as reference
-from support.cuda import shim
-from support.cuda.bits import Floats, address, are_same, from_bf16, random_floats, to_bf16
-from support.cuda.pages import STRUCTS, Cache, Sequence
+
+from tests.support.cuda import attention_reference as reference
+from tests.support.cuda import shim
+from tests.support.cuda.bits import Floats, address, are_same, from_bf16, random_floats, to_bf16
+from tests.support.cuda.card import MODE, SOURCES
+from tests.support.cuda.pages import STRUCTS, Cache, Sequence
 
 NORMS = {"none": "OM_NO_NORM", "head": "OM_NORM_OF_HEAD", "all heads": "OM_NORM_OF_ALL"}
 NUM_POSITIONS = 1 << 13
@@ -88,15 +90,15 @@ def name_of(shape: Grouped | Latent) -> str:
 
 
 @cache
-def program(shapes: tuple[Grouped | Latent, ...], mode: str = "plain") -> shim.ShimLibrary:
+def program(shapes: tuple[Grouped | Latent, ...]) -> shim.ShimLibrary:
     """The kernels of these shapes."""
     lines = [line for shape in shapes for line in shape.lines(name_of(shape))]
-    return load("attention.cuh", lines, mode)
+    return load("attention.cuh", lines)
 
 
-def load(header: str, lines: Iterable[str], mode: str = "plain") -> shim.ShimLibrary:
+def load(header: str, lines: Iterable[str]) -> shim.ShimLibrary:
     text = "\n".join([f'#include "{header}"', *lines, ""])
-    return shim.ShimLibrary(shim.build(text, [f"-I{shim.KERNELS}"], mode=mode))
+    return shim.ShimLibrary(shim.build(text, [f"-I{SOURCES}"], mode=MODE))
 
 
 class Pass:
@@ -170,7 +172,7 @@ class Case:
 
     def _cache(self, num_heads: int, dims: tuple[int, int]) -> Cache:
         sequences, options = list(self.setting.sequences), self.setting
-        made = Cache(
+        return Cache(
             self.random,
             sequences,
             num_heads,
@@ -179,7 +181,6 @@ class Case:
             is_one_room=options.is_one_room,
             num_special=options.num_special,
         )
-        return made
 
     def run(
         self, library: shim.ShimLibrary, *, num_blocks: int = 3, seed: int = 0, is_stopped: bool = False
@@ -214,6 +215,10 @@ class Case:
         assert are_same(out, expected_out), "results"
         assert inputs.are_those_of(out), "int8"
 
+    def _angles(self, row: int) -> tuple[Floats, Floats]:
+        cos, signed_sin = (table[self.cache.positions[row]] for table in self.angles)
+        return cos, signed_sin
+
     def seen(self, row: int) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
         """Keys and values that a row sees, by the cache as it is now: ``[M, S, D]``."""
         planes, _, token = self.cache.rows[row]
@@ -221,7 +226,9 @@ class Case:
         keys, values = (plane.in_order[:, first : token + 1] for plane in planes)
         return keys, values
 
-    def _launch(self, library: shim.ShimLibrary, kernel: str, grid: tuple[int, ...], threads: int, params: Any, seed: int) -> None:
+    def _launch(
+        self, library: shim.ShimLibrary, kernel: str, grid: tuple[int, ...], threads: int, params: Any, seed: int
+    ) -> None:
         library.launch(f"{self.name}_{kernel}", grid, (threads,), params, seed=seed)
 
 
@@ -264,14 +271,16 @@ class GroupedCase(Case):
         """Queries; keys and values of each sequence with those of its new rows."""
         queries = []
         for row, (planes, _, token) in enumerate(self.cache.rows):
-            angles = tuple(table[self.cache.positions[row]] for table in self.angles) if self.sizes.rotated_dims else None
+            angles = (
+                tuple(table[self.cache.positions[row]] for table in self.angles) if self.sizes.rotated_dims else None
+            )
             finished = [
                 reference.finish_heads(
                     self.heads[which][row],
                     self.biases[which],
                     self.norms[which] if which < 2 else None,
                     (EPSILON, 2 * EPSILON, 0.0)[which],
-                    angles if which < 2 else None,  # type: ignore[arg-type]
+                    angles if which < 2 else None,
                     self.sizes.rotation,
                 )
                 for which in range(3)
@@ -331,7 +340,7 @@ class LatentCase(Case):
         inner = np.ascontiguousarray(per_head[:, :k].transpose(0, 2, 1)).reshape(-1, k)
         queries = []
         for row, (planes, _, token) in enumerate(self.cache.rows):
-            angles = tuple(table[self.cache.positions[row]] for table in self.angles)
+            angles = self._angles(row)
             heads, compressed = self.heads[row].copy(), self.compressed[row].copy()
             if self.biases[0] is not None:
                 heads += self.biases[0].reshape(heads.shape)

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from support.cuda.bits import Floats, address
-from support.cuda.shim import CACHE, ROOT, SHIM
+
+from tests.support.cuda.bits import Floats, address
+from tests.support.cuda.shim import CACHE, ROOT, SHIM
 
 SOURCES = ROOT / "offload_moe" / "native" / "csrc"
 FLAGS = ["-std=c11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w"]

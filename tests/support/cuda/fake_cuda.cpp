@@ -1,4 +1,4 @@
-/* A driver that is none, with the names of NVIDIA's: streams do nothing until somebody waits, memory is poisoned, graphs keep the
+/* A driver that is none, with the names of NVIDIA's: streams do nothing until the host waits, memory is poisoned, graphs keep the
  * parameters they were given, and operations or accesses of the host that touch the same bytes unordered are reported.
  *
  * `fake.py` builds it and has what tests need; the structs are those of `card_driver.h`. */
@@ -18,7 +18,7 @@ CALL(cuGetErrorName, (int code, const char **name), false,
      const auto found = names.find(code);
      *name = found == names.end() ? nullptr : found->second;
      return *name ? 0 : 1;)
-CALL(cuGetErrorString, (int, const char **text), false, *text = "as the fake driver was told"; return 0;)
+CALL(cuGetErrorString, (int, const char **text), false, *text = "injected"; return 0;)
 CALL(cuDeviceGetCount, (int *count), false, *count = (int)set.num_cards; return 0;)
 CALL(cuDeviceGet, (int *device, int number), false, *device = number; return number < set.num_cards ? 0 : 101;)
 CALL(cuDeviceGetName, (char *name, int room, int), false, std::snprintf(name, (size_t)room, "Fake card"); return 0;)

@@ -75,7 +75,7 @@ public:
 
     const std::string &name_of(int what) const { return names[what]; }
 
-    /* The place of an operation in the order, behind what its clock knows: it continues a chain or begins one. */
+    /* The place of an operation in the order, behind what its clock has: it continues a chain or begins one. */
     access begin(clock c, int what) {
         uint32_t chain = 1;
         while (chain < last.size() && tick_of(c, chain) != last[chain]) chain++;

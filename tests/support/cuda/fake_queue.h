@@ -1,4 +1,4 @@
-/* Operations of the fake card: queued by streams and graphs, run when somebody waits for them, in an order that a test chooses. */
+/* Operations of the fake card: queued by streams and graphs, run when the host waits for them, in an order that a test chooses. */
 #pragma once
 #include "fake_memory.h"
 
@@ -111,7 +111,7 @@ public:
         while (step()) {}
     }
 
-    /* Whether it is done; the host knows then. Something runs between two queries. */
+    /* Whether it is done; the host follows it then. Something runs between two queries. */
     bool query(const reference &op) {
         submit();
         const bool is_done = !op || op->is_done;

@@ -78,8 +78,8 @@ def spoil_scales(records: Records, matrix_name: str) -> None:
             scales[[0, 3, 5, 9]] = torch.tensor(EXTREME_SCALES)
         else:
             nested = records.layout.view(record, f"{matrix_name}.absmax_scale").flatten()
-            count = min(len(nested), len(EXTREME_SCALES))
-            nested[:count] = torch.tensor(EXTREME_SCALES)[-count:]
+            count = min(len(nested) - 1, len(EXTREME_SCALES))  # the first one stays
+            nested[len(nested) - count :] = torch.tensor(EXTREME_SCALES)[len(EXTREME_SCALES) - count :]
 
 
 def random_rows(num_rows: int, cols: int, *, seed: int = 0) -> np.ndarray:

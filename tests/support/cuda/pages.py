@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from support.cuda.bits import address, random_floats, to_bf16
-from support.cuda.params import structs
+
+from tests.support.cuda.bits import address, random_floats, to_bf16
+from tests.support.cuda.card import SOURCES
+from tests.support.cuda.params import structs_of
 
 PAGE = 128
 POISON = 0x7FC1  # a NaN
-STRUCTS = structs("params.h", "params_attention.h")
+STRUCTS = structs_of(SOURCES / "params.h", SOURCES / "params_attention.h")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +32,14 @@ class Plane:
     """Keys, or values, of one sequence: in order, and in pages."""
 
     def __init__(
-        self, random: np.random.Generator, num_heads: int, dims: int, num_tokens: int, *, is_one_room: bool, num_special: int
+        self,
+        random: np.random.Generator,
+        num_heads: int,
+        dims: int,
+        num_tokens: int,
+        *,
+        is_one_room: bool,
+        num_special: int,
     ) -> None:
         """is_one_room: pages are parts of one room [M, C, D], else pages [M, PAGE, D] in any order."""
         self.num_heads, self.dims, self.num_tokens = num_heads, dims, num_tokens
@@ -85,7 +94,8 @@ class Cache:
         for sequence in sequences:
             tokens = sequence.length + sequence.num_rows
             pair = [
-                Plane(random, num_heads, each, tokens, is_one_room=is_one_room, num_special=num_special) for each in dims
+                Plane(random, num_heads, each, tokens, is_one_room=is_one_room, num_special=num_special)
+                for each in dims
             ]
             for plane in pair:
                 plane.fill(sequence.length)

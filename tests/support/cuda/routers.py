@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from support.cuda import shim
-from support.cuda.attention import Pass, load
-from support.cuda.bits import Floats, address
-from support.cuda.pages import STRUCTS
 
 from offload_moe.native import kernels
+from tests.support.cuda import shim
+from tests.support.cuda.attention import Pass, load
+from tests.support.cuda.bits import Floats, address
+from tests.support.cuda.pages import STRUCTS
 
 THREADS = 256
 
@@ -44,8 +44,8 @@ class Router:
         return f"OM_DEFINE_ROUTE({self.name}, {self.num_experts}, {self.top_k}, {self._settings})"
 
 
-def program(routers: list[Router], mode: str = "plain") -> shim.ShimLibrary:
-    return load("attention.cuh", [router.line for router in routers], mode)
+def program(routers: list[Router]) -> shim.ShimLibrary:
+    return load("attention.cuh", [router.line for router in routers])
 
 
 Routed = tuple[NDArray[np.int32], Floats]

@@ -2,8 +2,8 @@
 
 import re
 import shutil
-import site
 import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,7 @@ def resources(remarks: str) -> dict[str, dict[str, int]]:
 
 def find_nvdisasm() -> str | None:
     """The disassembler, of the package `nvidia-cuda-nvdisasm` or of a toolkit."""
-    packages = [Path(folder) / "nvidia/cu13/bin/nvdisasm" for folder in site.getsitepackages()]
+    packages = [Path(folder) / "nvidia/cu13/bin/nvdisasm" for folder in sys.path]
     return next((str(path) for path in packages if path.exists()), None) or shutil.which("nvdisasm")
 
 
@@ -148,8 +148,8 @@ def issue_bound(card: Card, cost: dict[str, int]) -> float:
     return card.multiprocessors * SCHEDULERS * card.ghz * cost["code_bytes"] / cost["instructions"]
 
 
-# By rows of activations: registers of a thread that still leave two blocks of 256 threads on a multiprocessor, or one.
-MOST_REGISTERS = {1: 96, 2: 128, 4: 168, 8: 168}
+# By rows of activations: registers of a thread that leave two blocks of 256 threads on a multiprocessor; one for many rows.
+MOST_REGISTERS = {1: 128, 2: 128, 4: 168, 8: 208}
 
 
 def problems(kind: str, rows: int, cost: dict[str, int]) -> list[str]:

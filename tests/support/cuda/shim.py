@@ -27,8 +27,10 @@ BASE_FLAGS = [
     "-w",
 ]
 SUFFIXES = (".h", ".cuh", ".cu", ".cpp")
+DEFAULT_MODE = os.environ.get("OM_SHIM_MODE", "plain")  # one of:
 MODES = {
     "plain": ["-O2"],
+    "quick": ["-O0", "-g0"],  # to compile, for programs that run once
     "asan": [
         "-O1",
         "-fno-omit-frame-pointer",
@@ -95,14 +97,14 @@ def has_compiler() -> bool:
     return shutil.which(_compiler()) is not None
 
 
-def load(source: str | Path, macros: Mapping[str, object] | None = None, *, mode: str = "plain") -> ShimLibrary:
+def load(source: str | Path, macros: Mapping[str, object] | None = None, *, mode: str = DEFAULT_MODE) -> ShimLibrary:
     """Compile a file of `native/cuda` (or one at a path of its own) and load it. Raises: ShimError."""
     path = KERNELS / source
     defines = [f"-D{name}={value}" for name, value in (macros or {}).items()]
     return _loaded(build(path.read_text(), [*defines, f"-I{path.parent}"], mode=mode))
 
 
-def build(text: str, options: Iterable[str] = (), *, mode: str = "plain") -> Path:
+def build(text: str, options: Iterable[str] = (), *, mode: str = DEFAULT_MODE) -> Path:
     """The library of this text, compiled unless it is there; options: -D and -I. Raises: ShimError."""
     options = list(options)
     path = CACHE / f"{_key(text, options, mode)}.so"

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.cuda import routers, shim
-from support.cuda.attention import Case, Grouped, Latent, Setting, case_of, program
-from support.cuda.bits import are_same, random_floats
-from support.cuda.pages import Sequence
-from support.cuda.routers import Router
+
+from tests.support.cuda import routers, shim
+from tests.support.cuda.attention import Case, Grouped, Latent, Setting, case_of, program
+from tests.support.cuda.bits import are_same, random_floats
+from tests.support.cuda.pages import Sequence
+from tests.support.cuda.routers import Router
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
 
@@ -22,7 +23,13 @@ SHAPES = {
     "without rotation": Grouped(num_heads=3, num_kv_heads=1, head_dim=128, rotated_dims=0, norm_span="head"),
     "DeepSeek-V2": Latent(num_heads=6, unrotated_dims=24, rotated_dims=16, value_dims=20, rank=48),
     "DeepSeek-V3": Latent(
-        num_heads=9, unrotated_dims=64, rotated_dims=32, value_dims=64, rank=512, rotation="pairs_to_halves", codec="fp32"
+        num_heads=9,
+        unrotated_dims=64,
+        rotated_dims=32,
+        value_dims=64,
+        rank=512,
+        rotation="pairs_to_halves",
+        codec="fp32",
     ),
 }
 SETTINGS = {
