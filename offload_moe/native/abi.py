@@ -17,6 +17,7 @@ HOW_TO_REBUILD = "Rebuild it: `scripts/install`, or `pip install --force-reinsta
 
 _TYPES = {
     "void": None,
+    "char": ctypes.c_char,
     "int": ctypes.c_int,
     "int32_t": ctypes.c_int32,
     "uint32_t": ctypes.c_uint32,

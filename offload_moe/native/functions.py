@@ -61,4 +61,8 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "om_pass_next": (int64, pointer, int64, float64, pointer),
     "om_pass_end": (None, pointer),
     "om_rank": (None, pointer, pointer),
+    "om_driver_open": (pointer, text, pointer, int64),
+    "om_driver_close": (None, pointer),
+    "om_driver_describe": (None, pointer, int32, pointer, int64),
+    "om_card_describe": (integer, pointer, pointer),
 }

@@ -208,6 +208,18 @@ class PassedStruct(ctypes.Structure):
     )
 
 
+class CardStruct(ctypes.Structure):
+    """`om_card`."""
+
+    _fields_ = (
+        ("num_bytes", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("device", "num_cards", "driver_version", "major", "minor")),
+        *((name, ctypes.c_int32) for name in ("num_multiprocessors", "core_khz", "memory_khz", "memory_bits")),
+        *((name, ctypes.c_int32) for name in ("has_watchdog", "is_integrated", "maps_host_memory")),
+        ("name", ctypes.c_char * 128),
+    )
+
+
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "om_matrix": MatrixStruct,
     "om_moe_layer": MoeLayerStruct,
@@ -227,4 +239,5 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "om_reads_options": ReadsOptionsStruct,
     "om_ranking": RankingStruct,
     "om_passed": PassedStruct,
+    "om_card": CardStruct,
 }

@@ -18,6 +18,7 @@ FLOW = [
     "memory",
     "residency",
     "experts",
+    "card",
     "decode",
     "convert",
     "profile",

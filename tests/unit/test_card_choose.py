@@ -1,5 +1,6 @@
 """The choice of the next token on the card, executed on the CPU: greedy as torch, draws as their definition, filters as transformers."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +33,16 @@ def logits_of(num_rows: int, num_tokens: int, *, seed: int = 0) -> np.ndarray:
     return (4 * random.standard_normal((num_rows, num_tokens))).astype(np.float32)
 
 
-def chosen(logits: np.ndarray, draw: Draw, position: int = 0, *, seed: int = 0, num_rows: int | None = None) -> np.ndarray:
+def chosen(
+    logits: np.ndarray,
+    draw: Draw,
+    position: int = 0,
+    *,
+    seed: int = 0,
+    num_rows: int | None = None,
+    stopped: Collection[str] = (),
+) -> np.ndarray:
+    """The tokens of the rows; -7 where none is written. stopped: kernels that find the pass stopped."""
     rows, num_tokens = logits.shape
     parts = min(-(-num_tokens // 1024), 256)
     sampling = STRUCTS["om_card_sampling"]()
@@ -42,9 +52,16 @@ def chosen(logits: np.ndarray, draw: Draw, position: int = 0, *, seed: int = 0, 
     params = {"logits": copied(logits), "greatest": np.zeros((rows, parts), np.uint64), "sampling": memory}
     params |= {"tokens": tokens, "num_tokens": num_tokens}
     card = Card(COMPILED, rows if num_rows is None else num_rows, seed=seed)
-    card.run("GREATEST", (), params, rows=[parts], y=rows)
-    card.run("CHOOSE", (), params, rows=[rows])
+    for kind, grid, y in (("GREATEST", parts, rows), ("CHOOSE", rows, 1)):
+        card.stop[0] = kind in stopped
+        card.run(kind, (), params, rows=[grid], y=y)
+    if "GREATEST" in stopped:
+        assert (params["greatest"] == 0).all()
     return tokens
+
+
+def test_nothing_is_written_once_the_pass_is_stopped() -> None:
+    assert chosen(logits_of(1, 300), SETTINGS[0], stopped=["GREATEST", "CHOOSE"])[0] == -7
 
 
 def test_greedy_takes_the_token_that_torch_takes() -> None:

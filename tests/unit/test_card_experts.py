@@ -93,6 +93,33 @@ def test_missing_experts_are_left_out_and_computed_by_another_launch(name: str) 
     assert np.array_equal(bits(layer.sums()), bits(library_rows(family, records, x, choice)))
 
 
+def test_nothing_is_written_once_the_pass_is_stopped() -> None:
+    family = FAMILIES["qwen3"]
+    records, choice = family.records(), choose(family, 1)
+    layer = CardExperts(family, records, COMPILED, 1, 0)
+    layer.quantize(random_rows(1, family.hidden))
+    layer.card.stop[0] = 1
+    layer.compute(choice, layer.addresses(choice))
+    assert (layer.hidden["quants"] == 77).all()
+    assert (layer.pairs == 5.0).all()
+
+
+def test_no_gated_mlp_is_computed_once_the_pass_is_stopped() -> None:
+    codec, last, hidden, intermediate, compiled = MLP
+    card = Card(COMPILED, 1)
+    card.stop[0] = 1
+    records = [make_records(c, [("weight", *dims)]) for c, dims in ((codec, (intermediate, hidden)), (last, (hidden, intermediate)))]
+    taken, between = card.input(codec, hidden, compiled), card.input(last, intermediate, compiled)
+    sizes = (codec_name(codec), codec_name(last), hidden, intermediate, compiled, "OM_GELU_TANH")
+    places = {"matrices": [records[0].matrix(0)] * 2, "records": records[0].memory * 2}
+    card.run("MLP_FIRST", sizes, {"input": taken, **places, "hidden": between})
+    out = np.full((compiled, hidden), 5.0, np.float32)
+    params = {"hidden": between, "matrix": records[1].matrix(0), "record": records[1].memory[0], "out": out, "stride": 1}
+    card.run("MLP_SECOND", (codec_name(last), intermediate, hidden, compiled), params)
+    assert (between["quants"] == 77).all()
+    assert (out == 5.0).all()
+
+
 @pytest.mark.parametrize("has_shares", [False, True])
 def test_shared_experts(has_shares: bool) -> None:
     codec, last, hidden, intermediate, compiled = MLP

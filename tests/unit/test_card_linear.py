@@ -115,10 +115,22 @@ def test_plain_numbers(codec: str, rows: tuple[int, ...], cols: int, compiled: i
                 assert (out[num_rows:] == 5.0).all()
 
 
-def test_nothing_is_written_once_the_pass_is_stopped() -> None:
-    codec, rows, cols, compiled = CASES[0]
-    records, biases = make_matrices(codec, rows, cols)
-    card = Card(COMPILED, 1)
+@pytest.mark.parametrize("kind", ["QUANTIZE", "LINEAR", "VALUES"])
+def test_nothing_is_written_once_the_pass_is_stopped(kind: str) -> None:
+    (codec, rows, cols, compiled), (number_codec, _, number_cols, _) = CASES[0], VALUES[0]
+    card, outs = Card(COMPILED, 1), [np.full(40, 5.0, np.float32)]
     card.stop[0] = 1
-    outs = multiply(card, records, random_rows(1, cols), compiled, biases)
-    assert all((out == 5.0).all() for out in outs)
+    taken = card.input(codec, cols, 1)
+    x, plane = copied(random_rows(1, number_cols)), copied(random_rows(40, number_cols))
+    params = {"x": x, "outs": outs, "num_matrices": 1}
+    if kind == "QUANTIZE":
+        card.run(kind, (cols,), {"x": x, "inputs": [taken]})
+    elif kind == "LINEAR":
+        record = make_records(codec, [("weight", 40, cols)])
+        places = {"matrices": [record.matrix(0)], "records": record.memory, "input": taken}
+        card.run(kind, (codec_name(codec), cols, compiled), {**params, **places}, rows=rows[:1])
+    else:
+        places = {"matrices": [{"codes": 0, "bias": -1, "rows": 40}], "records": [plane]}
+        card.run(kind, (codec_name(number_codec), number_cols, 1), {**params, **places}, rows=[40])
+    assert (outs[0] == 5.0).all()
+    assert (taken["quants"] == 77).all()

@@ -118,10 +118,27 @@ def test_a_layer_of_experts_has_the_librarys_bits() -> None:
 def test_embeddings(dtype: torch.dtype, hidden: int) -> None:
     table = torch.from_numpy(random_rows(9, hidden)).to(dtype)
     codec = "OM_BF16" if dtype == torch.bfloat16 else "OM_FP32"
-    x = np.full((4, hidden), 5.0, np.float32)
-    tokens = np.array([8, 0, 9, -1], np.int32)
+    x = np.full((5, hidden), 5.0, np.float32)
+    tokens = np.array([8, 0, 9, -1, 1], np.int32)
     params = {"tokens": tokens, "table": table, "x": x, "scale": 1.5, "num_tokens": 9}
-    Card(COMPILED, 3, seed=5).run("EMBED", (codec, hidden), params, y=4)
+    card = Card(COMPILED, 4, seed=5)
+    card.stop[0] = 1
+    card.run("EMBED", (codec, hidden), params, y=5)
+    assert (x == 5.0).all()
+    card.stop[0] = 0
+    card.run("EMBED", (codec, hidden), params, y=5)
     assert np.array_equal(x[:2], (table.float() * 1.5)[[8, 0]].numpy())
-    assert np.isnan(x[2]).all()  # no such token
-    assert (x[3] == 5.0).all()
+    assert np.isnan(x[2:4]).all()  # no such tokens
+    assert (x[4] == 5.0).all()
+
+
+def test_nothing_is_written_once_the_pass_is_stopped() -> None:
+    card, x, written = Card(COMPILED, 1), random_rows(1, 64), np.full(64, 5.0, np.float32)
+    card.stop[0] = 1
+    inputs = [card.input(codec, 64, 1) for codec in ("nf4", "int8", "mxfp4")]
+    shares = written[:1].copy()
+    params = {"x": copied(x), "weight": copied(x), "gate": copied(x), "normed": written, "sum": written, "shares": shares}
+    card.run("NORM", (64,), {**params, "inputs": inputs})
+    assert (written == 5.0).all()
+    assert (shares == 5.0).all()
+    assert all((taken["quants"] == 77).all() for taken in inputs)

@@ -167,6 +167,18 @@
     FIELD(T, float, slow_step, ) FIELD(T, float, fast_step, ) FIELD(T, float, discount, ) \
     FIELD(T, int32_t, observes, ) FIELD(T, int32_t, learns, )
 
+/* A graphics card, as its driver describes it. */
+#define OM_CARD_FIELDS(FIELD, T) \
+    FIELD(T, int64_t, num_bytes, ) \
+    FIELD(T, int32_t, device, ) FIELD(T, int32_t, num_cards, ) \
+    FIELD(T, int32_t, driver_version, ) /* 1000 * major + 10 * minor of the CUDA that it has */ \
+    FIELD(T, int32_t, major, ) FIELD(T, int32_t, minor, ) /* of its architecture */ \
+    FIELD(T, int32_t, num_multiprocessors, ) FIELD(T, int32_t, core_khz, ) \
+    FIELD(T, int32_t, memory_khz, ) FIELD(T, int32_t, memory_bits, ) /* 0 where it does not say */ \
+    FIELD(T, int32_t, has_watchdog, ) /* a kernel that runs for seconds is ended */ \
+    FIELD(T, int32_t, is_integrated, ) FIELD(T, int32_t, maps_host_memory, ) \
+    FIELD(T, char, name, [128])
+
 /* In an order in which each uses only earlier ones. */
 #define OM_STRUCTS(STRUCT) \
     STRUCT(om_matrix, OM_MATRIX_FIELDS) \
@@ -186,7 +198,8 @@
     STRUCT(om_completion, OM_COMPLETION_FIELDS) \
     STRUCT(om_reads_options, OM_READS_OPTIONS_FIELDS) \
     STRUCT(om_ranking, OM_RANKING_FIELDS) \
-    STRUCT(om_passed, OM_PASSED_FIELDS)
+    STRUCT(om_passed, OM_PASSED_FIELDS) \
+    STRUCT(om_card, OM_CARD_FIELDS)
 
 /* Documented at their definitions. */
 #define OM_FUNCTIONS(FUNCTION) \
@@ -252,7 +265,11 @@
                                         om_reads *reads)) \
     FUNCTION(int64_t, om_pass_next, (om_pass *pass, int64_t first, double limit_s, int32_t *needs)) \
     FUNCTION(void, om_pass_end, (om_pass *pass)) \
-    FUNCTION(void, om_rank, (const om_ranking *r, const om_passed *passed))
+    FUNCTION(void, om_rank, (const om_ranking *r, const om_passed *passed)) \
+    FUNCTION(om_driver *, om_driver_open, (const char *path, char *reason, int64_t room)) \
+    FUNCTION(void, om_driver_close, (om_driver *driver)) \
+    FUNCTION(void, om_driver_describe, (const om_driver *driver, int32_t code, char *text, int64_t room)) \
+    FUNCTION(int, om_card_describe, (const om_driver *driver, om_card *card))
 
 enum { OM_NF4 = 0, OM_INT8 = 1, OM_MXFP4 = 2, OM_BF16 = 3, OM_FP32 = 4 };
 enum { OM_F32 = 0, OM_BF16_VALUES = 1 };
@@ -292,6 +309,7 @@ enum { OM_UNDER_WAY = -2 };
 typedef struct om_slot_table om_slot_table; /* opaque to Python, which keeps their addresses */
 typedef struct om_reads om_reads;
 typedef struct om_pass om_pass;
+typedef struct om_driver om_driver;
 
 /* Reads at an offset. Returns bytes, fewer at the end of the file, or a negative number of errno. */
 typedef int64_t om_read_at(int32_t descriptor, uint8_t *to, int64_t num_bytes, int64_t offset);

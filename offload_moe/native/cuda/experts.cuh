@@ -77,7 +77,7 @@ template <int CODEC, int NEXT, int COLS, int INTERMEDIATE, int R, int ACTIVATION
     static constexpr int PARTS = HAS_GATE ? 2 : 1, GROUP = 4 * PARTS, TILE = OM_EXPERT_TILE(R);
     static constexpr int BLOCKS = OM_CARD_UP(INTERMEDIATE, 64), GROUPS = NEXT == OM_MXFP4 ? 2 : 1;
     typedef panel_group<CODEC, COLS, GROUP, PARTS, TILE> group;
-    static constexpr int THREADS = group::THREADS;
+    static constexpr int THREADS = group::THREADS, LEAST_BLOCKS = occupancy<THREADS, TILE, INTERMEDIATE % 16 == 0>::BLOCKS;
     struct memory {
         typename group::memory panels;
         float hidden[TILE * 64];
@@ -129,10 +129,10 @@ template <int CODEC, int NEXT, int COLS, int INTERMEDIATE, int R, int ACTIVATION
         fill_map<CODEC, THREADS>(m.panels.tables);
         if (TILE == 1 || pairs.count == 1) {
             run_tile<1>(parts, input, pairs, 0, divisor, place, numbers, hidden, m);
-            return;
+        } else if constexpr (TILE > 1) {
+            for (int first = 0; first < pairs.count; first += TILE)
+                run_tile<TILE>(parts, input, pairs, first, divisor, place, numbers, hidden, m);
         }
-        for (int first = 0; first < pairs.count; first += TILE)
-            run_tile<TILE>(parts, input, pairs, first, divisor, place, numbers, hidden, m);
     }
 
     OM_DEVICE void of_experts(const om_card_first_params &p, memory &m) {
@@ -162,7 +162,7 @@ template <int CODEC, int NEXT, int COLS, int INTERMEDIATE, int R, int ACTIVATION
 template <int CODEC, int COLS, int ROWS, int R> struct second_matrix {
     static constexpr int GROUP = OM_CARD_GROUP(COLS), TILE = OM_EXPERT_TILE(R);
     typedef panel_group<CODEC, COLS, GROUP, 1, TILE> group;
-    static constexpr int THREADS = group::THREADS;
+    static constexpr int THREADS = group::THREADS, LEAST_BLOCKS = occupancy<THREADS, TILE, ROWS % 16 == 0>::BLOCKS;
     struct memory {
         typename group::memory panels;
         pair_memory pairs;
@@ -192,10 +192,10 @@ template <int CODEC, int COLS, int ROWS, int R> struct second_matrix {
         fill_map<CODEC, THREADS>(m.panels.tables);
         if (TILE == 1 || pairs.count == 1) {
             run_tile<1>(parts, record, matrix, hidden, pairs, 0, store, m);
-            return;
+        } else if constexpr (TILE > 1) {
+            for (int first = 0; first < pairs.count; first += TILE)
+                run_tile<TILE>(parts, record, matrix, hidden, pairs, first, store, m);
         }
-        for (int first = 0; first < pairs.count; first += TILE)
-            run_tile<TILE>(parts, record, matrix, hidden, pairs, first, store, m);
     }
 
     struct store_pairs {
@@ -248,7 +248,7 @@ template <int CODEC, int COLS, int ROWS, int R> struct second_matrix {
 #define OM_ARE_ALIGNED(intermediate) ((intermediate) % 16 == 0)
 
 #define OM_DEFINE_OF(name, type, params, run) \
-    OM_KERNEL __launch_bounds__(type::THREADS) name(const params p) { \
+    OM_KERNEL __launch_bounds__(type::THREADS, type::LEAST_BLOCKS) name(const params p) { \
         __shared__ type::memory memory; \
         type::run(p, memory); \
     }

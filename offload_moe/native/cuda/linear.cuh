@@ -22,7 +22,7 @@ template <int CODEC, int COLS, int R> struct linear {
     static constexpr int GROUP = OM_CARD_GROUP(COLS);
     typedef panel_group<CODEC, COLS, GROUP, 1, R> group;
     typedef typename group::memory memory;
-    static constexpr int THREADS = group::THREADS;
+    static constexpr int THREADS = group::THREADS, LEAST_BLOCKS = occupancy<THREADS, R, false>::BLOCKS;
 
     template <bool WHOLE> OM_DEVICE void multiply(const panel_part (&parts)[1], int panel, const om_card_input &input, memory &m) {
         tile_rows<R> rows;
@@ -50,7 +50,7 @@ template <int CODEC, int COLS, int R> struct linear {
 };
 
 #define OM_DEFINE_LINEAR(name, codec, cols, R) \
-    OM_KERNEL __launch_bounds__(linear<codec, cols, R>::THREADS) name(const om_card_linear_params p) { \
+    OM_KERNEL __launch_bounds__(linear<codec, cols, R>::THREADS, linear<codec, cols, R>::LEAST_BLOCKS) name(const om_card_linear_params p) { \
         __shared__ linear<codec, cols, R>::memory memory; \
         linear<codec, cols, R>::run(p, memory); \
     }

@@ -24,7 +24,7 @@ template <> struct codes_of<OM_INT8> {
     static constexpr u32 LOW_A = 0, LOW_B = 0, HIGH_A = 0, HIGH_B = 0, SIZE_A = 0, SIZE_B = 0;
 };
 
-template <int CODEC> OM_DEVICE float unit_of() {
+template <int CODEC> OM_DEVICE float unit_of_levels() {
     return CODEC == OM_NF4 ? 1.0f / 124.11404726855135f : CODEC == OM_MXFP4 ? 0.5f : 1.0f;
 }
 

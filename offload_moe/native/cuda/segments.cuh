@@ -28,18 +28,18 @@ struct panel_place {
 template <int CODEC, bool WHOLE, bool ALIGNED> OM_DEVICE lane_scales<CODEC> load_scales(const panel_place &place, int block) {
     lane_scales<CODEC> scales;
     const int n = WHOLE ? 16 : place.n, row = 4 * place.lane, count = n - row;
-    if (CODEC == OM_INT8) {
+    if constexpr (CODEC == OM_INT8) {
         const u8 *from = place.scales + (block * n + row) * 4;
-        if (ALIGNED) {
+        if constexpr (ALIGNED) {
             const uint4 words = load16(from);
             scales.words[0] = words.x, scales.words[1] = words.y, scales.words[2] = words.z, scales.words[3] = words.w;
         } else
             for (int r = 0; r < 4; r++) scales.words[r] = r < count ? load4(from + 4 * r) : 0;
-        return scales;
-    }
+    } else {
 #pragma unroll
-    for (int g = 0; g < codes_of<CODEC>::GROUPS; g++)
-        scales.words[g] = load_bytes(ALIGNED, place.scales + (block * codes_of<CODEC>::GROUPS + g) * n + row, count);
+        for (int g = 0; g < codes_of<CODEC>::GROUPS; g++)
+            scales.words[g] = load_bytes(ALIGNED, place.scales + (block * codes_of<CODEC>::GROUPS + g) * n + row, count);
+    }
     return scales;
 }
 
@@ -128,6 +128,13 @@ template <int CODEC, int COLS, int GROUP, int PARTS, int R> struct panel_group {
     };
 };
 
+/* Thread blocks that the registers of a multiprocessor suffice for. One row leaves 64 registers a thread, enough for its loads, or
+ * 80 where there is code for panels of fewer than 16 rows: a second thread block works where the first one waits. More rows take
+ * the registers that they need. Without a number ptxas spills a few of them. */
+template <int THREADS, int T, bool ARE_WHOLE> struct occupancy {
+    static constexpr int BLOCKS = T > 1 ? 1 : OM_CARD_UP((ARE_WHOLE ? 1024 : 768) - THREADS + 1, THREADS);
+};
+
 /* One chunk of segments into memory.parts. */
 template <class G, int CODEC, int COLS, int GROUP, int PARTS, int T, bool WHOLE, bool ALIGNED>
 OM_DEVICE void multiply_chunk(const panel_part (&parts)[PARTS], int first_panel, int first_segment, const om_card_input &input,
@@ -175,7 +182,7 @@ OM_DEVICE void multiply_panels(const panel_part (&parts)[PARTS], int first_panel
             float total = first == 0 ? 0.0f : m.results[i];
 #pragma unroll 4
             for (int s = 0; s < count; s++) total = __fadd_rn(total, part[s * T * 16]);
-            m.results[i] = first + count < G::SEGMENTS ? total : __fmul_rn(total, unit_of<CODEC>());
+            m.results[i] = first + count < G::SEGMENTS ? total : __fmul_rn(total, unit_of_levels<CODEC>());
         }
         __syncthreads();
     }

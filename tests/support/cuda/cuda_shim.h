@@ -21,9 +21,9 @@
 #define gridDim shim::grid
 #define warpSize 32
 #define __syncthreads() shim::barrier(__LINE__)
-#define __threadfence_block shim::fence
-#define __threadfence shim::fence
-#define __threadfence_system shim::fence
+#define __threadfence_block shim::trace_fence
+#define __threadfence shim::trace_fence
+#define __threadfence_system shim::trace_fence
 
 struct alignas(4) uchar4 { unsigned char x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
@@ -56,15 +56,15 @@ inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask,
 inline void __syncwarp(unsigned mask = 0xffffffffu) { shim::warp_barrier(mask); }
 #define __syncthreads_or(predicate) shim::any_of_block(predicate, __LINE__)
 namespace shim {
-/* It is read between two barriers, so that the next one cannot change it meanwhile. */
+/* It is set between two barriers, so that no thread is still at the last one or already at the next. */
 inline int any_of_block(int predicate, int line) {
     static int votes;
     barrier(line);
-    __atomic_store_n(&votes, 0, __ATOMIC_RELAXED);
+    votes = 0;
     barrier(line);
-    if (predicate) __atomic_store_n(&votes, 1, __ATOMIC_RELAXED);
+    if (predicate) votes = 1;
     barrier(line);
-    return __atomic_load_n(&votes, __ATOMIC_RELAXED);
+    return votes;
 }
 } // namespace shim
 
@@ -74,23 +74,19 @@ template <class T> T __ldcg(const T *p) { return *p; }
 template <class T> void __stcs(T *p, T v) { *p = v; }
 
 /* Relaxed, as on a card: they order nothing but themselves. */
-template <class T> T atomicAdd(T *p, T v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
-template <class T> T atomicExch(T *p, T v) { return __atomic_exchange_n(p, v, __ATOMIC_RELAXED); }
-template <class T> T atomicOr(T *p, T v) { return __atomic_fetch_or(p, v, __ATOMIC_RELAXED); }
-template <class T> T atomicCAS(T *p, T expected, T v) {
-    __atomic_compare_exchange_n(p, &expected, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
-    return expected;
-}
-template <class T> T atomicMax(T *p, T v) {
-    T old = __atomic_load_n(p, __ATOMIC_RELAXED);
-    while (old < v && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
-    return old;
-}
-template <class T> T atomicMin(T *p, T v) {
-    T old = __atomic_load_n(p, __ATOMIC_RELAXED);
-    while (v < old && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
-    return old;
-}
+#define SHIM_ATOMIC(name, parameters, ...) \
+    template <class T> SHIM_QUIET T name parameters { \
+        shim::trace_atomic(p, sizeof *p); \
+        const T old = *p; \
+        *p = __VA_ARGS__; \
+        return old; \
+    }
+SHIM_ATOMIC(atomicAdd, (T *p, T v), old + v)
+SHIM_ATOMIC(atomicExch, (T *p, T v), v)
+SHIM_ATOMIC(atomicOr, (T *p, T v), old | v)
+SHIM_ATOMIC(atomicMax, (T *p, T v), old < v ? v : old)
+SHIM_ATOMIC(atomicMin, (T *p, T v), v < old ? v : old)
+SHIM_ATOMIC(atomicCAS, (T *p, T expected, T v), old == expected ? v : old)
 
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }

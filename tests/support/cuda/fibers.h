@@ -13,16 +13,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <vector>
-#if defined(__SANITIZE_THREAD__) && !defined(OM_SHIM_TRACE)
-#include <sanitizer/tsan_interface.h>
-#define SHIM_TSAN 1
-#define SHIM_ACQUIRE(tag) __tsan_acquire(tag)
-#define SHIM_RELEASE(tag) __tsan_release(tag)
-#else
-#define SHIM_TSAN 0
-#define SHIM_ACQUIRE(tag) (void)(tag)
-#define SHIM_RELEASE(tag) (void)(tag)
-#endif
+#include "trace.h"
 #define SHIM_QUIET __attribute__((no_sanitize("thread"), noinline))
 
 struct dim3 {
@@ -36,7 +27,7 @@ constexpr unsigned MAX_THREADS = 1024, STACK_BYTES = 1 << 17;
 enum state { READY, AT_BARRIER, AT_SHUFFLE, DONE };
 
 struct fiber {
-    void *stack_pointer, *stack, *tsan;
+    void *stack_pointer, *stack;
     ucontext_t context; /* where the switch below is not known */
     unsigned index;
     state now;
@@ -45,21 +36,13 @@ struct fiber {
 
 inline dim3 grid, block, block_index, thread_index;
 inline fiber fibers[MAX_THREADS], scheduler;
-inline unsigned num_fibers, num_threads;
+inline unsigned num_threads;
 inline fiber *self;
 inline std::function<void()> body;
 inline uint64_t slots[2][MAX_THREADS]; /* of shuffles, by turns: a lane may already be at the next one */
 inline unsigned turns[MAX_THREADS];
-inline char barrier_tag, warp_tags[MAX_THREADS / 32], done_tag, fence_tag;
 inline uint64_t random_state;
 inline unsigned order_seed;
-#ifdef OM_SHIM_TRACE
-void barrier_passed();
-void block_begins();
-#else
-inline void barrier_passed() {}
-inline void block_begins() {}
-#endif
 
 SHIM_QUIET inline unsigned random_below(unsigned n) {
     random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
@@ -97,34 +80,27 @@ inline void prepare(fiber &f, void (*start)()) {
 
 SHIM_QUIET inline void leave(state next) {
     self->now = next;
-#if SHIM_TSAN
-    __tsan_switch_to_fiber(scheduler.tsan, 1); /* fibers do not synchronize by being switched */
-#endif
+    is_inside = false;
     jump(*self, scheduler);
+    is_inside = true;
 }
 
 SHIM_QUIET inline void enter(fiber &f) {
     self = &f;
     thread_index = dim3(f.index % block.x, f.index / block.x % block.y, f.index / (block.x * block.y));
-#if SHIM_TSAN
-    __tsan_switch_to_fiber(f.tsan, 1);
-#endif
     jump(scheduler, f);
 }
 
-inline void start() { /* what blocks pass to each other shows in another order of blocks */
-    SHIM_ACQUIRE(&done_tag);
+inline void start() {
+    is_inside = true;
     body();
-    SHIM_RELEASE(&done_tag);
     leave(DONE);
     __builtin_unreachable();
 }
 
 inline void barrier(int line) {
     self->line = line;
-    SHIM_RELEASE(&barrier_tag);
     leave(AT_BARRIER);
-    SHIM_ACQUIRE(&barrier_tag);
 }
 
 /* A value of another lane. It orders no memory, as on a card. */
@@ -139,16 +115,8 @@ template <class T> SHIM_QUIET T shuffle(unsigned mask, T value, unsigned lane) {
 }
 
 inline void warp_barrier(unsigned mask) {
-    char *tag = &warp_tags[self->index / 32];
-    SHIM_RELEASE(tag);
     shuffle(mask, 0, 0);
-    SHIM_ACQUIRE(tag);
-}
-
-/* Fences are ordered among each other: a missing one leaves a race. */
-inline void fence() {
-    SHIM_RELEASE(&fence_tag);
-    SHIM_ACQUIRE(&fence_tag);
+    trace_warp_barrier();
 }
 
 extern "C" __attribute__((weak, visibility("hidden"))) char __start_shim_shared[], __stop_shim_shared[];
@@ -184,15 +152,13 @@ SHIM_QUIET inline bool meet() {
     if (elsewhere) fail("thread %d shuffles, and others of its warp do not come", (int)elsewhere->index);
     for (unsigned i = 0; i < num_threads; i++)
         if (fibers[i].now == AT_BARRIER) fibers[i].now = READY;
-    if (waiting) barrier_passed();
+    if (waiting) trace_barrier();
     return waiting != nullptr;
 }
 
 SHIM_QUIET inline void run_block() {
-    SHIM_ACQUIRE(&done_tag);
     poison_shared();
-    SHIM_RELEASE(&done_tag);
-    block_begins();
+    trace_block();
     for (unsigned i = 0; i < num_threads; i++) {
         fibers[i].index = i, fibers[i].now = READY, turns[i] = 0;
         prepare(fibers[i], start);
@@ -211,17 +177,11 @@ SHIM_QUIET inline void run_block() {
     } while (meet());
 }
 
-SHIM_QUIET inline void make_fibers() {
-#if SHIM_TSAN
-    scheduler.tsan = __tsan_get_current_fiber();
-#endif
-    for (; num_fibers < num_threads; num_fibers++) {
-        fibers[num_fibers].stack = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (fibers[num_fibers].stack == MAP_FAILED) fail("no memory for stacks");
-#if SHIM_TSAN
-        fibers[num_fibers].tsan = __tsan_create_fiber(0);
-#endif
-    }
+SHIM_QUIET inline void *stacks() {
+    static void *all = mmap(nullptr, (size_t)MAX_THREADS * STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (all == MAP_FAILED) fail("no memory for stacks");
+    for (unsigned i = 0; i < num_threads; i++) fibers[i].stack = (char *)all + (size_t)i * STACK_BYTES;
+    return all;
 }
 
 /* Run a kernel, already bound to its arguments. Not from two threads at once. */
@@ -231,17 +191,15 @@ SHIM_QUIET inline void launch(dim3 of_grid, dim3 of_block, unsigned seed, std::f
     num_threads = block.x * block.y * block.z;
     const unsigned num_blocks = grid.x * grid.y * grid.z;
     if (num_threads == 0 || num_threads > MAX_THREADS || num_blocks == 0) fail("%d threads in %d blocks", (int)num_threads, (int)num_blocks);
-    make_fibers();
+    trace_launch(stacks(), (uint64_t)MAX_THREADS * STACK_BYTES);
     std::vector<unsigned> blocks(num_blocks);
     for (unsigned i = 0; i < num_blocks; i++) blocks[i] = seed == 1 ? num_blocks - 1 - i : i;
     if (seed > 1)
         for (unsigned i = num_blocks - 1; i > 0; i--) std::swap(blocks[i], blocks[random_below(i + 1)]);
-    SHIM_RELEASE(&done_tag);
     for (unsigned i : blocks) {
         block_index = dim3(i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y));
         run_block();
     }
-    SHIM_ACQUIRE(&done_tag);
 }
 
 } // namespace shim

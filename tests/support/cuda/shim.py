@@ -26,7 +26,8 @@ BASE_FLAGS = [
     "-fno-strict-aliasing",
     "-w",
 ]
-SUFFIXES = (".h", ".cuh", ".cu")
+SUFFIXES = (".h", ".cuh", ".cu", ".cpp")
+DEFAULT_MODE = os.environ.get("OM_SHIM_MODE", "plain")  # one of:
 MODES = {
     "plain": ["-O2"],
     "asan": [
@@ -35,13 +36,13 @@ MODES = {
         "-fsanitize=address,undefined,float-cast-overflow",
         "-fno-sanitize-recover=all",
     ],
-    "tsan": ["-O1", "-fsanitize=thread"],
+    "race": ["-O1", "-DOM_SHIM_TRACE=1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"],
 }
 _KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\(")
 
 
 class ShimError(RuntimeError):
-    """A kernel does not compile; the compiler's output."""
+    """A kernel does not compile: the compiler's output. Or it has races: each one's line and threads."""
 
 
 class _Entry(ctypes.Structure):
@@ -68,26 +69,41 @@ class ShimLibrary:
     def launch(
         self, name: str, grid: Sequence[int], block: Sequence[int], params: ctypes.Structure, *, seed: int = 0
     ) -> None:
-        """Run a kernel. Seed 0: threads and blocks in ascending order, 1: descending, others: at random."""
+        """Run a kernel. Seed 0: threads and blocks in ascending order, 1: descending, others: at random.
+
+        Raises: ShimError in a build of mode "race", where two threads touch a byte unordered.
+        """
         entry = self.entries[name]
         if entry.num_bytes != ctypes.sizeof(params):
             raise ValueError(f"{name} takes {entry.num_bytes} bytes of parameters, not {ctypes.sizeof(params)}")
         dims = [(ctypes.c_uint * 3)(*(*sizes, 1, 1)[:3]) for sizes in (grid, block)]
         entry.run(ctypes.addressof(params), ctypes.addressof(dims[0]), ctypes.addressof(dims[1]), seed)
+        if races := self.races():
+            raise ShimError(f"{name}:\n" + "\n".join(races))
+
+    def races(self) -> list[str]:
+        """The races of the launches since the last call; none but in a build of mode "race"."""
+        if not hasattr(self.library, "shim_races"):
+            return []
+        self.library.shim_races.restype = ctypes.c_int64
+        text, found = ctypes.c_char_p(), []
+        while self.library.shim_races(ctypes.byref(text)):
+            found.append((text.value or b"").decode())
+        return found
 
 
 def has_compiler() -> bool:
     return shutil.which(_compiler()) is not None
 
 
-def load(source: str | Path, macros: Mapping[str, object] | None = None, *, mode: str = "plain") -> ShimLibrary:
+def load(source: str | Path, macros: Mapping[str, object] | None = None, *, mode: str = DEFAULT_MODE) -> ShimLibrary:
     """Compile a file of `native/cuda` (or one at a path of its own) and load it. Raises: ShimError."""
     path = KERNELS / source
     defines = [f"-D{name}={value}" for name, value in (macros or {}).items()]
     return _loaded(build(path.read_text(), [*defines, f"-I{path.parent}"], mode=mode))
 
 
-def build(text: str, options: Iterable[str] = (), *, mode: str = "plain") -> Path:
+def build(text: str, options: Iterable[str] = (), *, mode: str = DEFAULT_MODE) -> Path:
     """The library of this text, compiled unless it is there; options: -D and -I. Raises: ShimError."""
     options = list(options)
     path = CACHE / f"{_key(text, options, mode)}.so"
@@ -118,7 +134,16 @@ def _compile(text: str, options: list[str], mode: str, folder: Path) -> None:
     source.write_text(
         f'#include "cuda_shim.h"\n#include "entries.h"\n#line 1 "kernels.cu"\n{text}\nSHIM_KERNELS({" ".join(names)})\n'
     )
-    _run([*_command(mode), *options, str(source), "-o", str(folder / "kernels.so")])
+    library = folder / "kernels.so"
+    if mode != "race":
+        _run([*_command(mode), *options, str(source), "-o", str(library)])
+        return
+    objects = [
+        str(folder / name) for name in ("kernels.o", "trace.o")
+    ]  # the flag is for kernels; trace.cpp is its runtime
+    _run([*_command(mode), *options, "-c", str(source), "-o", objects[0]])
+    _run([*_command("plain"), "-DOM_SHIM_TRACE=1", "-c", str(SHIM / "trace.cpp"), "-o", objects[1]])
+    _run([_compiler(), "-shared", *objects, "-o", str(library)])
 
 
 def _preprocessed(text: str, options: list[str], folder: Path) -> str:
