@@ -70,7 +70,7 @@ class Latent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What is attended to. num_special: numbers that are NaN, infinite, zero, tiny or huge."""
+    """What is attended to. num_special: numbers that are NaN, infinite, zero, tiny or huge, in a fourth of all arrays."""
 
     sequences: tuple[Sequence, ...]
     window: int = 0
@@ -168,7 +168,10 @@ class Case:
         self.angles = rotary_tables(self.random, shape.rotated_dims)
 
     def _floats(self, *shape: int, scale: float = 1.0) -> Floats:
-        return random_floats(self.random, *shape, scale=scale, num_special=self.setting.num_special)
+        return random_floats(self.random, *shape, scale=scale, num_special=self._num_special())
+
+    def _num_special(self) -> int:
+        return self.setting.num_special if self.random.random() < 0.25 else 0
 
     def _cache(self, num_heads: int, dims: tuple[int, int]) -> Cache:
         sequences, options = list(self.setting.sequences), self.setting
