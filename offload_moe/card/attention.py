@@ -43,7 +43,9 @@ class Seen:
     processors: int
 
 
-def add_attention(nodes: Nodes, frame: Frame, layer: nn.Module, spec: LayerSpec, seen: Seen, added: Added | None) -> Added:
+def add_attention(
+    nodes: Nodes, frame: Frame, layer: nn.Module, spec: LayerSpec, seen: Seen, added: Added | None
+) -> Added:
     """Norm, projections, heads, attention, output. Returns what it adds. Raises: DevicePassUnavailable."""
     part = _Latent if spec.attention.latent is not None else _Grouped
     attention = part(nodes, frame, layer, spec, seen)
@@ -77,9 +79,7 @@ class _Attention:
         is_plain = any(linear.codec not in codecs for linear, _ in linears)
         normed = frame.floats("normed", frame.hidden) if is_plain else 0
         weight = self.weight(self.norm)
-        frame.add_norm(
-            self.nodes, weight=weight, epsilon=self.norm.epsilon, added=added, inputs=inputs, normed=normed
-        )
+        frame.add_norm(self.nodes, weight=weight, epsilon=self.norm.epsilon, added=added, inputs=inputs, normed=normed)
         self.add_projections(linears, inputs, normed)
 
     def add_projections(self, linears: list[tuple[Linear, int]], inputs: Inputs, x: int) -> None:
@@ -127,9 +127,7 @@ class _Grouped(_Attention):
         self.num_heads, self.num_kv_heads = (out_features(each) // self.dims for each in linears[:2])
         self.query = frame.floats("query", out_features(linears[0]))
         norms = [norm for norm in (self.spec.query_norm, self.spec.key_norm) if norm is not None]
-        params = struct("heads_params")(
-            **{"pass": frame.base}, view=self.view, angles=self.angles, query=self.query
-        )
+        params = struct("heads_params")(**{"pass": frame.base}, view=self.view, angles=self.angles, query=self.query)
         params.heads[:] = heads
         if self.spec.norm_span != "none":
             params.norms[:] = [self.weight(norm) for norm in norms]

@@ -78,9 +78,7 @@ def add_routed(
     shares = _add_norm(nodes, frame, layer, spec, added, inputs, normed)
     ids, weights = _add_router(nodes, frame, layer, spec.router, normed)
     maker = _Maker(frame, experts, inputs[codec], ids, weights, top_k, stride)
-    resolve_at = nodes.add(
-        "om_resolve", maker.resolve_params(normed), threads=launch("OM_RESOLVE_THREADS"), grid=(1,)
-    )
+    resolve_at = nodes.add("om_resolve", maker.resolve_params(normed), threads=launch("OM_RESOLVE_THREADS"), grid=(1,))
     queued, hits = Nodes(), Nodes()
     maker.add_experts(queued, maker.hits, "hits", after=())
     maker.add_late(queued)
@@ -164,9 +162,7 @@ def _add_router(nodes: Nodes, frame: Frame, layer: nn.Module, spec: RouterSpec, 
 class _Maker:
     """Launches behind a router."""
 
-    def __init__(
-        self, frame: Frame, experts: Experts, x: Any, ids: int, weights: int, top_k: int, stride: int
-    ) -> None:
+    def __init__(self, frame: Frame, experts: Experts, x: Any, ids: int, weights: int, top_k: int, stride: int) -> None:
         self.frame, self.experts, self.x, self.ids, self.weights = frame, experts, x, ids, weights
         self.top_k, self.stride, self.num_pairs = top_k, stride, frame.rows * top_k
         scratch = frame.scratch
@@ -336,5 +332,3 @@ class Mlp:
             threads=launch("OM_SECOND_THREADS", inner, rows),
             grid=(launch("OM_SECOND_BLOCKS", frame.hidden, inner),),
         )
-
-

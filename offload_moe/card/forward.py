@@ -52,4 +52,3 @@ class CardForward(DecoderForward):
         decoder_dtype = self.plan.wiring.norm.weight.dtype
         made = hidden.to(decoder_dtype, copy=True)[None]
         return self.plan.wiring.make_output(last_hidden_state=made, past_key_values=cache)
-

@@ -170,6 +170,7 @@ class CardPass:
             self._session.synchronize()
         if not self.tables.pool.is_lent:
             self.tables.pool.lend(self.tables.edits)
+            self._session.synchronize()
         self.tables.sources.publish(self.tables.edits)
 
     def _begin(self, steps: CardSteps, ids: Sequence[int], positions: Sequence[int], *, is_stepwise: bool) -> None:

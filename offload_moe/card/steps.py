@@ -54,7 +54,13 @@ class CardSteps:
     """The graphs for up to `rows` rows. log_ints: of each layer. hidden: fp32 ``[rows, H]``, what the last norm gives."""
 
     def __init__(
-        self, parts: DecoderParts, shared: Shared, session: Session, compile_text: Compile, allocate: Allocate, rows: int
+        self,
+        parts: DecoderParts,
+        shared: Shared,
+        session: Session,
+        compile_text: Compile,
+        allocate: Allocate,
+        rows: int,
     ) -> None:
         """Describe, compile and make the graphs. Raises: DevicePassUnavailable, BudgetError, TransferError."""
         self.rows = rows
@@ -95,8 +101,8 @@ class CardSteps:
 
     @property
     def hidden(self) -> Tensor:
-        return self._scratch.tensor("hidden out").view(torch.float32)[: self.rows * self._parts.hidden].view(
-            self.rows, -1
+        return (
+            self._scratch.tensor("hidden out").view(torch.float32)[: self.rows * self._parts.hidden].view(self.rows, -1)
         )
 
     def apply_node(self, params: Any) -> CardNodeStruct:

@@ -44,7 +44,9 @@ class Stops:
         if is_stepwise:
             edits.add("MODE", 1)
         else:
-            self._bring(at, self._chosen(notice, at, num_rows), self._missing(notice, at, num_rows), log, steps, num_rows)
+            self._bring(
+                at, self._chosen(notice, at, num_rows), self._missing(notice, at, num_rows), log, steps, num_rows
+            )
         edits.add("STOP", 0)
         return is_stepwise
 
