@@ -35,6 +35,10 @@ class Edits:
         place = self._places.setdefault((kind, index), len(self._places))
         self._list[place] = (_kind(kind), index, value & _MASK)
 
+    def close(self) -> None:
+        """Free the list."""
+        self._memory.close()
+
     def take(self) -> int:
         """How many there are; the next list begins."""
         count = len(self._places)

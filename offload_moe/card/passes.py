@@ -8,6 +8,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,8 @@ class CardPass:
                 self._begin(steps, ids, positions, is_stepwise=is_stepwise)
                 self._follow(steps, len(ids), is_stepwise=is_stepwise)
             except BaseException:
-                self._give_up()
+                with suppress(TransferError):  # of a lost card, whose error is raised already
+                    self._give_up()
                 raise
             seconds = time.perf_counter() - began_s
             self.tables.sources.applied()
@@ -141,13 +143,13 @@ class CardPass:
         """Free graphs and leases; no pass may be under way."""
         with self._lock:
             self.recall()
-            self.tables.sources.close()
             for steps in self._steps.values():
                 steps.close()
             self._steps.clear()
             if self._handle:
                 self._library.om_card_close(self._handle)
                 self._handle = 0
+                self.tables.close()
 
     def _steps_of(self, rows: int) -> CardSteps:
         """The graphs for so many rows, made at their first use."""

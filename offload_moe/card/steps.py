@@ -116,6 +116,7 @@ class CardSteps:
         for executable in self.executables:
             self._session.free_graph(executable)
         self.executables.clear()
+        self._program.close()
 
     def _new_frame(self) -> Frame:
         shared = self._shared

@@ -53,6 +53,13 @@ class CardTables:
     def notice(self) -> SharedMemory:
         return self._notice
 
+    def close(self) -> None:
+        """End the leases of sources, and free shared memory; no pass runs any more."""
+        self.sources.close()
+        self.edits.close()
+        for memory in (self._notice, self.host_normed, self.host_pairs):
+            memory.close()
+
     def read_notice(self) -> Any:
         """A view of `om_card_notice`."""
         return struct("notice").from_address(self._notice.host)
