@@ -87,7 +87,7 @@ class CardSteps:
             begin=self._executable(begin),
             end=self._executable(end),
             log=self._log.data_ptr(),
-            log_bytes=self._log.numel(),
+            log_bytes=self.num_layers * self.log_ints * LOG_INT,
         )
         self.address = ctypes.addressof(self.struct)
         self.num_nodes = sum(len(each.nodes) for each in (begin, end)) + sum(

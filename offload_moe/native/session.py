@@ -163,4 +163,3 @@ def _free_shared(session: Session, host: int) -> None:
 
 def _unload(session: Session, handle: int) -> None:
     load_library().om_session_unload(session.address, handle)
-

@@ -146,13 +146,14 @@ def warm_up(model: CardModel) -> None:
     assert scheduler.residency.num_resident == ALL
 
 
-@pytest.mark.parametrize("options", [{"lockable": 1 << 20}, {"aliases": 1, "batches": 1}, {"late_copies": 1, "order": 7}])
+@pytest.mark.parametrize(
+    "options", [{"lockable": 100_000}, {"aliases": 1, "batches": 1}, {"late_copies": 1, "order": 7}]
+)
 def test_other_systems(options: dict[str, int], store: Path, expected: Tensor, driver: fake.FakeDriver) -> None:
     """Page locks refused, as on WSL2: then records are copied at stops. Addresses of the card's own. Any order."""
     driver.set(**options)
     with card_model(store, driver, ALL, 5) as model:
-        if "lockable" in options:
-            driver.set(lockable=0)
+        model.card.mode.mode = "queued"
         assert torch.equal(logits(model.hf), expected)
         check_tables(model)
         assert (model.card.num_stops > 2 * NUM_LAYERS) == ("lockable" in options)
@@ -167,7 +168,6 @@ def test_rows_of_one_sequence(num_rows: int, num_vram: int, store: Path, driver:
     with card_model(store, driver, ALL, num_vram) as model:
         assert torch.equal(two_forwards(model.hf, ids), expected)
         check_tables(model)
-        assert driver.count("om_card") == 0 or model.card.num_bytes > 0
 
 
 def two_forwards(hf: Any, ids: Tensor) -> Tensor:
