@@ -12,8 +12,8 @@ from tests.support.kernels import make_linear
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
 
-# codec, rows of each matrix, columns, rows of activations: whole and broken panels, groups of panels that end early, odd
-# numbers of blocks, nested scales that change inside a panel, more segments than are multiplied at a time.
+# codec, rows of each matrix, columns, rows of activations: whole and broken panels, groups of panels that end early,
+# odd numbers of blocks, nested scales that change inside a panel, more segments than are multiplied at a time.
 CASES = [
     ("nf4", (40, 16, 24), 200, 1),
     ("nf4", (112, 16), 320, 4),
