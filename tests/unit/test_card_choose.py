@@ -28,7 +28,13 @@ class Draw:
     top_p: float = 1.0
 
 
-SETTINGS = [Draw(), Draw(temperature=0.6, top_k=20, top_p=0.95), Draw(top_p=0.7), Draw(temperature=3.0, top_k=5)]
+SETTINGS = [
+    Draw(),
+    Draw(temperature=0.6, top_k=20, top_p=0.95),
+    Draw(top_p=0.7),
+    Draw(temperature=3.0, top_k=5),
+    Draw(temperature=0.5, top_p=1e-8),
+]
 
 
 def logits_of(num_rows: int, num_tokens: int, *, seed: int = 0) -> np.ndarray:
