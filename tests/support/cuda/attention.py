@@ -202,12 +202,12 @@ class Case:
         self._finish(library, given, attended, out, inputs, seed)
         return query, out, inputs
 
-    def check(self, library: shim.ShimLibrary, *, num_blocks: int = 3, seed: int = 0) -> None:
-        """The same bits as the portable C, in queries, caches, results and int8."""
+    def check(self, library: shim.ShimLibrary, *, num_blocks: int = 3, seed: int = 0) -> Floats:
+        """The same bits as the portable C, in queries, caches, results and int8. Returns the results."""
         with np.errstate(all="ignore"):
-            self._compare(library, num_blocks, seed)
+            return self._compare(library, num_blocks, seed)
 
-    def _compare(self, library: shim.ShimLibrary, num_blocks: int, seed: int) -> None:
+    def _compare(self, library: shim.ShimLibrary, num_blocks: int, seed: int) -> Floats:
         query, out, inputs = self.run(library, num_blocks=num_blocks, seed=seed)
         expected_query, expected_keys, expected_values = self.expected_heads()
         assert are_same(query, expected_query), "queries"
@@ -217,6 +217,7 @@ class Case:
         expected_out = np.stack([self.expected_row(t, expected_query[t]) for t in range(self.num_rows)])
         assert are_same(out, expected_out), "results"
         assert inputs.are_those_of(out), "int8"
+        return out
 
     def _angles(self, row: int) -> tuple[Floats, Floats]:
         cos, signed_sin = (table[self.cache.positions[row]] for table in self.angles)
