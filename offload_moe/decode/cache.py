@@ -86,6 +86,12 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = room[0][:, :, :total], room[1][:, :, :total]
         return [(*room, index) for index in range(length, total)]
 
+    @property
+    def place(self) -> tuple[Tensor, Tensor, int]:
+        """The room of keys and of values behind an `extend`, and the index in them of the last token."""
+        assert self._room is not None
+        return (*self._room, self.keys.shape[2] - 1)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens; the room is given back once no more than half of it is used."""
         super().crop(tokens_to_remove)
@@ -176,6 +182,14 @@ class RoomySlidingLayer(DynamicSlidingWindowLayer):
         self.keys, self.values = room[0][:, :, first:end], room[1][:, :, first:end]
         self.cumulative_length += num_tokens
         return rooms
+
+    @property
+    def place(self) -> tuple[Tensor, Tensor, int]:
+        """As of `RoomyLayer`."""
+        assert self._room is not None
+        first = _offset(self.keys, self._room[0])
+        assert first is not None
+        return (*self._room, first + self.keys.shape[2] - 1)
 
     def _move_to_new_room(self, length: int, num_tokens: int) -> tuple[Tensor, Tensor]:
         capacity = _in_steps(length + max(STEP, num_tokens))

@@ -68,12 +68,17 @@ class DecoderForward:
         positions = wiring.positions(position_ids, past_key_values, num_tokens)
         if positions is None:
             return None
+        return self._compute(input_ids, inputs_embeds, positions, past_key_values)
+
+    def _compute(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, positions: Tensor, cache: Any) -> Any:
+        """The pass itself, once everything around it is usual."""
+        plan, wiring = self.plan, self.plan.wiring
         x = wiring.embed(input_ids, inputs_embeds)
         if x.dtype != torch.float32 or not x.is_cpu or x.requires_grad:
             return None
-        step = RowsStep(wiring.rotary(x, positions), positions, [past_key_values] * num_tokens)
+        step = RowsStep(wiring.rotary(x, positions), positions, [cache] * positions.shape[-1])
         hidden = wiring.finish(plan(x, step))
-        return wiring.make_output(last_hidden_state=hidden, past_key_values=past_key_values)
+        return wiring.make_output(last_hidden_state=hidden, past_key_values=cache)
 
     def pass_rows(self, sequences: Sequence[NextTokens]) -> Tensor | None:
         """See `decode.pass_rows`."""

@@ -28,6 +28,8 @@ class ExpertKernel:
     """The experts of one layer: first matrix, activation, second matrix, weighted sum.
 
     Shape legend: T tokens, H hidden, N active experts, P pairs (a token routed to an expert).
+
+    codec, activation: names of its records' codec and of a key of `ACTIVATIONS`.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class ExpertKernel:
             raise ConfigError(f"Unknown activation {activation!r}. Choose one of: {', '.join(ACTIVATIONS)}.")
         first, second = shape.matrices
         self._hidden = second.out_features
+        self.codec, self.activation = codec, activation
         self._layer = MoeLayerStruct(
             first=matrix_struct(codec, first, layout, num_parts=in_panels * (2 if has_gate else 1)),
             second=matrix_struct(codec, second, layout, num_parts=int(in_panels)),
@@ -65,6 +68,11 @@ class ExpertKernel:
         )
         self.struct_address = ctypes.addressof(self._layer)
         self._native = library().om_moe_forward
+
+    @property
+    def struct(self) -> MoeLayerStruct:
+        """As native code reads it."""
+        return self._layer
 
     def forward(
         self,

@@ -57,6 +57,7 @@ class Hierarchy:
         self._resizing = threading.Lock()
         self._began_whole: set[Scheduler] = set()  # the tiers that were given a slot for every expert
         self._copier = copier if pools.num_device_slots else None
+        self.before_release: list[Callable[[], None]] = []  # called when the model is closed, before its memory is freed
         self._reserved: ReservedSlots | None = None
         self._pass_reads: kernels.Reads | None = None
         ram_table = kernels.SlotTable(self._num_keys, pools.num_ram_slots, self.arena.addresses)
@@ -130,6 +131,11 @@ class Hierarchy:
         """The recent cost of copies to the device; only with a device tier."""
         return self._device_mover.pace
 
+    def is_direct(self, slot: int) -> bool:
+        """Whether the device can read a RAM slot itself, which is tried; only with a device tier."""
+        assert self._copier is not None
+        return self._copier.is_direct(self.arena.slot(slot))
+
     def num_slots(self, tier: Tier) -> int:
         """Present slots of a tier; 0 VRAM slots without a device tier."""
         if tier == "ram":
@@ -156,6 +162,8 @@ class Hierarchy:
         self.lifecycle.end(self._release)
 
     def _release(self) -> None:
+        for end in self.before_release:
+            end()
         self.scheduler.close()
         if self.ram is not self.scheduler:
             self.ram.close()

@@ -46,7 +46,13 @@ def chosen(
     rows, num_tokens = logits.shape
     parts = min(-(-num_tokens // 1024), 256)
     sampling = STRUCTS["om_card_sampling"]()
-    values = {"temperature": draw.temperature, "top_p": draw.top_p, "top_k": draw.top_k, "seed": SEED, "position": position}
+    values = {
+        "temperature": draw.temperature,
+        "top_p": draw.top_p,
+        "top_k": draw.top_k,
+        "seed": SEED,
+        "position": position,
+    }
     fill(sampling, values)
     memory, tokens = np.frombuffer(sampling, np.uint8), np.full(rows, -7, np.int32)
     params = {"logits": copied(logits), "greatest": np.zeros((rows, parts), np.uint64), "sampling": memory}

@@ -21,7 +21,9 @@ FAMILIES = {
     "deepseek": Family(codec="nf4", hidden=320, intermediate=87, top_k=3, compiled=2),
     "mixtral": Family(codec="int8", hidden=192, intermediate=224, top_k=2, compiled=4),
     "olmoe": Family(codec="int8", hidden=136, intermediate=50, top_k=4, activation="gelu"),
-    "gpt-oss": Family(codec="mxfp4", hidden=96, intermediate=96, top_k=3, activation="gpt_oss", has_bias=True, compiled=4),
+    "gpt-oss": Family(
+        codec="mxfp4", hidden=96, intermediate=96, top_k=3, activation="gpt_oss", has_bias=True, compiled=4
+    ),
     "without gates": Family(codec="mxfp4", hidden=160, intermediate=72, top_k=2, activation="relu2", has_gate=False),
 }
 MLP = ("nf4", "int8", 200, 104, 2)  # codecs of gate and up, and of down; hidden, intermediate, compiled rows
@@ -108,13 +110,22 @@ def test_no_gated_mlp_is_computed_once_the_pass_is_stopped() -> None:
     codec, last, hidden, intermediate, compiled = MLP
     card = Card(COMPILED, 1)
     card.stop[0] = 1
-    records = [make_records(c, [("weight", *dims)]) for c, dims in ((codec, (intermediate, hidden)), (last, (hidden, intermediate)))]
+    records = [
+        make_records(c, [("weight", *dims)])
+        for c, dims in ((codec, (intermediate, hidden)), (last, (hidden, intermediate)))
+    ]
     taken, between = card.input(codec, hidden, compiled), card.input(last, intermediate, compiled)
     sizes = (codec_name(codec), codec_name(last), hidden, intermediate, compiled, "OM_GELU_TANH")
     places = {"matrices": [records[0].matrix(0)] * 2, "records": records[0].memory * 2}
     card.run("MLP_FIRST", sizes, {"input": taken, **places, "hidden": between})
     out = np.full((compiled, hidden), 5.0, np.float32)
-    params = {"hidden": between, "matrix": records[1].matrix(0), "record": records[1].memory[0], "out": out, "stride": 1}
+    params = {
+        "hidden": between,
+        "matrix": records[1].matrix(0),
+        "record": records[1].memory[0],
+        "out": out,
+        "stride": 1,
+    }
     card.run("MLP_SECOND", (codec_name(last), intermediate, hidden, compiled), params)
     assert (between["quants"] == 77).all()
     assert (out == 5.0).all()
@@ -126,7 +137,8 @@ def test_shared_experts(has_shares: bool) -> None:
     sizes = [(codec, intermediate, hidden), (codec, intermediate, hidden), (last, hidden, intermediate)]
     records = [make_records(c, [("weight", rows, cols)], seed=n) for n, (c, rows, cols) in enumerate(sizes)]
     linears = [
-        kernels.Linear(codec=r.codec, shape=r.shape, layout=r.layout, record=r.tensors[0], in_panels=True) for r in records
+        kernels.Linear(codec=r.codec, shape=r.shape, layout=r.layout, record=r.tensors[0], in_panels=True)
+        for r in records
     ]
     mlp, x = kernels.MlpKernel(*linears, activation="gelu_tanh"), random_rows(compiled, hidden)
     shares = random_rows(1, compiled)[0] if has_shares else None
@@ -147,7 +159,11 @@ def run_mlp(records: list[Records], x: np.ndarray, num_rows: int, shares: np.nda
     card = Card(COMPILED, num_rows, seed=seed)
     taken, between = card.input(codec, hidden, compiled), card.input(last, intermediate, compiled)
     card.run("QUANTIZE", (hidden,), {"x": copied(x), "inputs": [taken]}, y=compiled)
-    first = {"input": taken, "matrices": [r.matrix(0) for r in records[:2]], "records": [r.memory[0] for r in records[:2]]}
+    first = {
+        "input": taken,
+        "matrices": [r.matrix(0) for r in records[:2]],
+        "records": [r.memory[0] for r in records[:2]],
+    }
     sizes = (codec_name(codec), codec_name(last), hidden, intermediate, compiled, "OM_GELU_TANH")
     card.run("MLP_FIRST", sizes, {**first, "hidden": between})
     out = np.full((compiled, 2, hidden), 5.0, np.float32)

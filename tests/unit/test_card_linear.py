@@ -29,7 +29,9 @@ COMPILED += [("VALUES", codec_name(codec), cols, rows) for codec, _, cols, rows 
 COMPILED += [("QUANTIZE", cols) for cols in sorted({cols for _, _, cols, _ in CASES})]
 
 
-def multiply(card: Card, records: list[Records], x: np.ndarray, compiled: int, biases: list[np.ndarray | None]) -> list[np.ndarray]:
+def multiply(
+    card: Card, records: list[Records], x: np.ndarray, compiled: int, biases: list[np.ndarray | None]
+) -> list[np.ndarray]:
     codec, cols = records[0].codec, x.shape[1]
     rows = [each.shape.matrices[0].out_features for each in records]
     outs = [np.full((compiled, count), 5.0, np.float32) for count in rows]
@@ -49,7 +51,9 @@ def multiply(card: Card, records: list[Records], x: np.ndarray, compiled: int, b
 
 
 def expected_of(records: list[Records], x: np.ndarray, biases: list[np.ndarray | None]) -> list[np.ndarray]:
-    kernel = kernels.LinearKernel(records[0].codec, [r.shape for r in records], [r.layout for r in records], num_parts=1)
+    kernel = kernels.LinearKernel(
+        records[0].codec, [r.shape for r in records], [r.layout for r in records], num_parts=1
+    )
     outs = [torch.empty(len(x), each.shape.matrices[0].out_features) for each in records]
     kernel.forward(torch.from_numpy(x), [each.tensors[0] for each in records], outs)
     return [out.numpy() if bias is None else out.numpy() + bias for out, bias in zip(outs, biases, strict=True)]
@@ -75,7 +79,9 @@ def test_bits_are_the_librarys(codec: str, rows: tuple[int, ...], cols: int, com
                 assert (out[num_rows:] == 5.0).all()
 
 
-@pytest.mark.parametrize(("codec", "rows", "cols", "compiled"), [case for case in CASES if case[3] == 8 or case[0] == "mxfp4"])
+@pytest.mark.parametrize(
+    ("codec", "rows", "cols", "compiled"), [case for case in CASES if case[3] == 8 or case[0] == "mxfp4"]
+)
 def test_extreme_groups_and_scales(codec: str, rows: tuple[int, ...], cols: int, compiled: int) -> None:
     records, biases = make_matrices(codec, rows, cols)
     for each in records:

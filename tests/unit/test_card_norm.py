@@ -15,7 +15,14 @@ pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler
 
 EPSILON = 1e-6
 LAYER = Family(codec="nf4", hidden=200, intermediate=48, top_k=3, compiled=2)
-COMPILED = [("NORM", 200), ("NORM", 64), ("QUANTIZE", 200), *LAYER.kernels(), ("EMBED", "OM_BF16", 200), ("EMBED", "OM_FP32", 64)]
+COMPILED = [
+    ("NORM", 200),
+    ("NORM", 64),
+    ("QUANTIZE", 200),
+    *LAYER.kernels(),
+    ("EMBED", "OM_BF16", 200),
+    ("EMBED", "OM_FP32", 64),
+]
 COMPILED += [("MLP_FIRST", "OM_INT8", "OM_INT8", 200, 72, 2, "OM_SILU"), ("MLP_SECOND", "OM_INT8", 72, 200, 2)]
 COMPILED = list(dict.fromkeys(COMPILED))
 
@@ -83,14 +90,20 @@ def test_a_layer_of_experts_has_the_librarys_bits() -> None:
     records, choice = family.records(), choose(family, num_rows)
     x, attended, weight, gate = (random_rows(2, hidden, seed=n) for n in range(4))
     weight, gate = weight[0], gate[0]
-    shared = [make_records("int8", [("weight", *dims)], seed=n) for n, dims in enumerate([(72, hidden), (72, hidden), (hidden, 72)])]
+    shared = [
+        make_records("int8", [("weight", *dims)], seed=n)
+        for n, dims in enumerate([(72, hidden), (72, hidden), (hidden, 72)])
+    ]
     linears = [
-        kernels.Linear(codec=r.codec, shape=r.shape, layout=r.layout, record=r.tensors[0], in_panels=True) for r in shared
+        kernels.Linear(codec=r.codec, shape=r.shape, layout=r.layout, record=r.tensors[0], in_panels=True)
+        for r in shared
     ]
     residual = x + scale * attended
     normed = norm_of(residual, weight)
     mixed = torch.from_numpy(library_rows(family, records, normed, choice))
-    kernels.SharedKernel(kernels.MlpKernel(*linears, activation="silu"), torch.from_numpy(gate)).add(torch.from_numpy(normed), mixed)
+    kernels.SharedKernel(kernels.MlpKernel(*linears, activation="silu"), torch.from_numpy(gate)).add(
+        torch.from_numpy(normed), mixed
+    )
     expected = residual + scale * mixed.numpy()
 
     layer = CardExperts(family, records, COMPILED, num_rows, 3)
@@ -104,12 +117,23 @@ def test_a_layer_of_experts_has_the_librarys_bits() -> None:
     assert np.array_equal(bits(own_norm), bits(normed))
     layer.pairs = parts
     layer.compute(choice, layer.addresses(choice), stride=family.top_k + 1)
-    first = {"input": taken, "matrices": [r.matrix(0) for r in shared[:2]], "records": [r.memory[0] for r in shared[:2]]}
+    first = {
+        "input": taken,
+        "matrices": [r.matrix(0) for r in shared[:2]],
+        "records": [r.memory[0] for r in shared[:2]],
+    }
     card.run("MLP_FIRST", ("OM_INT8", "OM_INT8", hidden, 72, 2, "OM_SILU"), {**first, "hidden": between})
     second = {"hidden": between, "matrix": shared[2].matrix(0), "record": shared[2].memory[0], "shares": shares}
     second |= {"out": parts.ctypes.data + 4 * hidden * family.top_k, "stride": family.top_k + 1}
     card.run("MLP_SECOND", ("OM_INT8", 72, hidden, 2), second)
-    params = {"x": sums, "sum": sums, "added": parts, "num_added": family.top_k + 1, "from_zero": 1, "scale": float(scale)}
+    params = {
+        "x": sums,
+        "sum": sums,
+        "added": parts,
+        "num_added": family.top_k + 1,
+        "from_zero": 1,
+        "scale": float(scale),
+    }
     card.run("NORM", (hidden,), params, rows=[2])
     assert np.array_equal(bits(sums), bits(expected))
 
@@ -137,7 +161,14 @@ def test_nothing_is_written_once_the_pass_is_stopped() -> None:
     card.stop[0] = 1
     inputs = [card.input(codec, 64, 1) for codec in ("nf4", "int8", "mxfp4")]
     shares = written[:1].copy()
-    params = {"x": copied(x), "weight": copied(x), "gate": copied(x), "normed": written, "sum": written, "shares": shares}
+    params = {
+        "x": copied(x),
+        "weight": copied(x),
+        "gate": copied(x),
+        "normed": written,
+        "sum": written,
+        "shares": shares,
+    }
     card.run("NORM", (64,), {**params, "inputs": inputs})
     assert (written == 5.0).all()
     assert (shares == 5.0).all()

@@ -243,8 +243,8 @@ template <class LONG, class SHORT> OM_DEVICE void attend(const om_card_attend_pa
 #define OM_DEFINE_ATTEND(name, num_heads, num_kv_heads, dim, more_dim, value_dim) \
     OM_KERNEL __launch_bounds__(OM_ATTEND_THREADS, 2) name(const om_card_attend_params p) { \
         constexpr int HEADS = OM_ATTEND_HEADS(num_heads / num_kv_heads); \
-        typedef unit_of<num_heads, num_kv_heads, dim, more_dim, value_dim, HEADS> many; \
-        typedef unit_of<num_heads, num_kv_heads, dim, more_dim, value_dim, 1> one; \
+        typedef attend_unit_of<num_heads, num_kv_heads, dim, more_dim, value_dim, HEADS> many; \
+        typedef attend_unit_of<num_heads, num_kv_heads, dim, more_dim, value_dim, 1> one; \
         __shared__ attend_memory<many, one> memory; \
         attend<many, one>(p, memory); \
     }

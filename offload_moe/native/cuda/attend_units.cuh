@@ -6,7 +6,7 @@
 #include "view.cuh"
 
 /* HEADS of a group of query heads that share keys are a unit; TILE of them are multiplied with a key together. */
-template <int N, int M, int DIM, int MORE, int VALUES, int HEADS> struct unit_of {
+template <int N, int M, int DIM, int MORE, int VALUES, int HEADS> struct attend_unit_of {
     static constexpr int NUM_HEADS = N, NUM_KV_HEADS = M, GROUP = N / M, NUM_HEADS_OF_UNIT = HEADS, PARTS = OM_CARD_UP(GROUP, HEADS);
     static constexpr int KEY_DIMS = DIM, MORE_DIMS = MORE, WIDTH = DIM + MORE, VALUE_DIMS = VALUES;
     static constexpr int TILE = HEADS <= 4 ? HEADS : OM_CARD_UP(HEADS, 2), TILES = OM_CARD_UP(HEADS, TILE);

@@ -12,6 +12,8 @@
  *   OM_DEFINE_GREATEST(name)
  *   OM_DEFINE_CHOOSE(name)
  *
+ * Attention and routers: `attention.cuh`; residency: `residency.cuh`.
+ *
  * Each makes `extern "C" __global__ void name(const om_card_..._params p)`; `params.h` has parameters and launches. */
 #include "choose.cuh"
 #include "embed.cuh"

@@ -66,7 +66,9 @@ class Card:
         self.stop = np.zeros(1, np.int32)
         self._rows = np.array([num_rows], np.int32)
 
-    def run(self, kind: str, sizes: Sequence[object], params: dict[str, Any], *, rows: Sequence[int] = (), y: int = 1) -> None:
+    def run(
+        self, kind: str, sizes: Sequence[object], params: dict[str, Any], *, rows: Sequence[int] = (), y: int = 1
+    ) -> None:
         """Launch a kernel. rows: of the matrices of a linear. y: the grid's second dimension."""
         name = name_of(kind, *sizes)
         threads, blocks = (ctypes.c_int * 2).in_dll(self._program.library, f"launch_{name}")
@@ -130,7 +132,6 @@ def matrix(struct: MatrixStruct) -> dict[str, int]:
 @cache
 def _loaded(wanted: tuple[tuple[Any, ...], ...]) -> shim.ShimLibrary:
     return shim.ShimLibrary(shim.build(program(wanted), [f"-I{SOURCES}"], mode=MODE))
-
 
 
 def bits(values: np.ndarray) -> np.ndarray:

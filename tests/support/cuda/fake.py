@@ -42,6 +42,10 @@ class FakeDriver:
         for name, value in options.items():
             assert self.library.omFakeSet(name.encode(), ctypes.c_int64(value)) == 0, f"there is no option {name}"
 
+    def declare_hosts(self, at: int, num_bytes: int) -> None:
+        """Memory that the card reaches only where it is page-locked, in spite of `adopts`."""
+        self.library.omFakeDeclareHosts(ctypes.c_void_p(at), ctypes.c_int64(num_bytes))
+
     def fail(self, call: str, code: int, *, after: int = 0) -> None:
         """Let a call of the driver fail once with this code, after so many that go well."""
         self.library.omFakeFail(call.encode(), ctypes.c_int64(after), code)

@@ -11,6 +11,7 @@ CONTROL void omHostAccess(const void *at, int64_t num_bytes, int kind) {
     operations.step();
     orders.host_follows(orders.writer(begin));
 }
+CONTROL void omFakeDeclareHosts(const void *at, int64_t num_bytes) { cards_memory.declare_hosts((uint64_t)at, (uint64_t)num_bytes); }
 CONTROL int omFakeSet(const char *name, int64_t value) {
     int64_t *option = fake::option(name);
     if (option) *option = value;

@@ -24,6 +24,7 @@ class memory {
     std::map<uint64_t, int> labels;
     std::map<uint64_t, locked_block> locked;
     std::map<uint64_t, uint64_t> host_of; /* alias -> address of the host */
+    std::map<uint64_t, uint64_t> hosts;   /* address -> bytes that are the host's, whatever `adopts` says */
     int num_blocks = 0;
     bool is_open = false;
 
@@ -140,7 +141,15 @@ public:
         uint64_t begin = 0;
         const uint64_t host = canonical(at);
         const locked_block *block = locked_around(host, num_bytes, &begin);
+        if (!block && set.adopts && !is_of_card(at)) return !is_hosts(at);
         return block && (block->flags & 2) && (host != at || block->alias == begin);
+    }
+
+    void declare_hosts(uint64_t at, uint64_t num_bytes) { hosts[at] = num_bytes; }
+
+    bool is_hosts(uint64_t at) const {
+        const auto found = containing(hosts, at);
+        return found != hosts.end() && at < found->first + found->second;
     }
 
     std::string words(uint64_t at) const {
@@ -166,6 +175,7 @@ public:
             unlock_pages(at);
             if (block.is_own) munmap((void *)at, up(block.num_bytes, PAGE));
         }
+        hosts.clear();
         blocks.clear(), labels.clear(), num_blocks = 0, num_allocated = 0;
         if (used) madvise((void *)arena, up(used, PAGE), MADV_DONTNEED);
     }

@@ -21,6 +21,7 @@ struct options {
     int64_t lockable = 1ll << 40, lock_error = 2; /* bytes that may be page-locked, and the code beyond that */
     int64_t lost_after = -1, lost_code = 719;     /* operations until the card is lost */
     int64_t architecture = 86, num_cards = 1;
+    int64_t adopts = 0;         /* memory of the process that is not declared the host's counts as the card's: torch's stands for it */
     int64_t node_bytes = 0;     /* VRAM that a node of an executable graph occupies */
 };
 
@@ -42,7 +43,8 @@ inline int64_t *option(const std::string &name) {
         {"no_kernels", &options::no_kernels}, {"aliases", &options::aliases}, {"batches", &options::batches},
         {"vram", &options::vram}, {"vram_elsewhere", &options::vram_elsewhere}, {"lockable", &options::lockable},
         {"lock_error", &options::lock_error}, {"lost_after", &options::lost_after}, {"lost_code", &options::lost_code},
-        {"architecture", &options::architecture}, {"num_cards", &options::num_cards}, {"node_bytes", &options::node_bytes}};
+        {"architecture", &options::architecture}, {"num_cards", &options::num_cards}, {"adopts", &options::adopts},
+        {"node_bytes", &options::node_bytes}};
     const auto found = all.find(name);
     return found == all.end() ? nullptr : &(set.*found->second);
 }

@@ -45,7 +45,10 @@ class Family:
 
     def records(self) -> Records:
         parts = 2 if self.has_gate else 1
-        sizes = [("gate_up_proj", parts * self.intermediate, self.hidden), ("down_proj", self.hidden, self.intermediate)]
+        sizes = [
+            ("gate_up_proj", parts * self.intermediate, self.hidden),
+            ("down_proj", self.hidden, self.intermediate),
+        ]
         return make_records(self.codec, sizes, count=self.num_experts, num_parts=parts, has_bias=self.has_bias)
 
 
@@ -86,7 +89,9 @@ def library_rows(family: Family, records: Records, x: np.ndarray, choice: Choice
 class CardExperts:
     """The kernels of a layer's experts, launched one after another."""
 
-    def __init__(self, family: Family, records: Records, wanted: list[tuple[Any, ...]], num_rows: int, seed: int) -> None:
+    def __init__(
+        self, family: Family, records: Records, wanted: list[tuple[Any, ...]], num_rows: int, seed: int
+    ) -> None:
         self.family, self.records = family, records
         self.card = Card(wanted, num_rows, seed=seed)
         compiled, pairs = family.compiled, family.compiled * family.top_k

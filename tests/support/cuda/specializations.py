@@ -3,9 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from support.cuda import shim
+
 ROWS = (1, 2, 4, 8)
 ARCHITECTURES = (75, 80, 86, 89, 90, 120)
-INCLUDES = ("kernels.cuh", "attention.cuh", "residency.cuh")
+INCLUDES = ("kernels.cuh", "attention.cuh")
+RESIDENCY = "residency.cuh"  # its kernels have no sizes
 Kernel = tuple[str, ...]  # the kind and sizes of an OM_DEFINE_... line
 
 
@@ -126,6 +129,12 @@ def program(lines: list[Kernel], includes: tuple[str, ...] = INCLUDES) -> tuple[
 
 def _line(kind: str, *sizes: int | str) -> Kernel:
     return (kind, *map(str, sizes))
+
+
+def residency() -> tuple[str, dict[str, Kernel]]:
+    """The program of the kernels that are there as they are."""
+    text = f'#include "{RESIDENCY}"\n'
+    return text, {name: (name,) for name in shim.kernel_names((shim.KERNELS / RESIDENCY).read_text())}
 
 
 def rows_of(kernel: Kernel | list[str]) -> int:
