@@ -85,8 +85,8 @@ OM_DEVICE void score_section(const attend_unit &u, const section_pages &pages, c
 template <class U> OM_DEVICE void soften_section(const attend_unit &u, float *scores, om_card_section *sections, int stride) {
     const int thread = thread_of_now(), warp = thread / 32, head = warp / U::WARPS_OF_HEAD, part = warp % U::WARPS_OF_HEAD;
     const bool has_head = head < u.num_heads;
-    float *own = scores + (has_head ? head : 0) * OM_CARD_SECTION;
-    const float greatest = greatest_of_warp(own, u.count);
+    float *own = scores + head * OM_CARD_SECTION;
+    const float greatest = has_head ? greatest_of_warp(own, u.count) : 0.0f;
     if constexpr (U::WARPS_OF_HEAD > 1) __syncthreads();
     if (has_head)
         for (int i = thread % (32 * U::WARPS_OF_HEAD); i < u.count; i += 32 * U::WARPS_OF_HEAD)
