@@ -50,6 +50,20 @@ def test_what_one_block_reads_of_another_is_found(seed: int) -> None:
         shim.load(PROBE, mode="race").launch("om_reverse", (3,), (64,), params, seed=seed)
 
 
+@pytest.mark.parametrize("skips", [0, 1])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_barriers_of_a_warp_order_its_lanes(seed: int, skips: int) -> None:
+    result = (ctypes.c_int * 64)()
+    params = struct(to=result, skips_warp_barrier=skips)
+    library = shim.load(PROBE, mode="race")
+    if skips:
+        with pytest.raises(shim.ShimError, match="writes shared memory that thread"):
+            library.launch("om_turns", (1,), (64,), params, seed=seed)
+        return
+    library.launch("om_turns", (1,), (64,), params, seed=seed)
+    assert list(result) == [t // 32 * 64 + (t + 2) % 32 for t in range(64)]
+
+
 def sums(seed: int, *, skips_fence: int) -> int:
     source = (ctypes.c_int * 128)(*range(128))
     parts, count, total = (ctypes.c_int * 4)(), ctypes.c_int(), ctypes.c_int()

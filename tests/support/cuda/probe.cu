@@ -71,3 +71,21 @@ extern "C" __global__ void om_flag(const om_flag_params p) {
     __threadfence_system();
     *p.flag = p.value;
 }
+
+/* Lanes of a warp read what they then overwrite, behind a barrier of the warp or not. */
+struct om_turns_params {
+    int *to;
+    int skips_warp_barrier;
+};
+extern "C" __global__ void om_turns(const om_turns_params p) {
+    __shared__ int values[64];
+    const int t = threadIdx.x, first = t / 32 * 32;
+    values[t] = t;
+    __syncwarp();
+    const int next = values[first + (t + 1) % 32];
+    const int all = values[first];
+    if (!p.skips_warp_barrier) __syncwarp();
+    values[t] = next + all;
+    __syncwarp();
+    p.to[t] = values[first + (t + 1) % 32];
+}

@@ -143,7 +143,7 @@ def _compile(text: str, options: list[str], mode: str, folder: Path) -> None:
         str(folder / name) for name in ("kernels.o", "trace.o")
     ]  # the flag is for kernels; trace.cpp is its runtime
     _run([*_command(mode), *options, "-c", str(source), "-o", objects[0]])
-    _run([*_command("plain"), "-DOM_SHIM_TRACE=1", "-c", str(SHIM / "trace.cpp"), "-o", objects[1]])
+    _run([*_command("plain"), "-O3", "-DOM_SHIM_TRACE=1", "-c", str(SHIM / "trace.cpp"), "-o", objects[1]])
     _run([_compiler(), "-shared", *objects, "-o", str(library)])
 
 

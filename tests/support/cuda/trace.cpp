@@ -17,7 +17,7 @@
 namespace {
 
 constexpr uint64_t PAGE = 4096;
-constexpr uint32_t OF_BLOCKS = 1u << 31, OF_THREADS = 1u << 30, SERIAL = OF_THREADS - 1; /* readers are of several ... */
+constexpr uint32_t OF_BLOCKS = 1u << 31, OF_WARPS = 1u << 30, OF_THREADS = 1u << 29, SERIAL = OF_THREADS - 1; /* of several readers */
 
 /* Accesses of one thread between two meeting points. */
 struct segment {
@@ -37,7 +37,7 @@ std::vector<segment> segments;      /* of this launch; the first has the number 
 std::vector<std::string> races;
 std::set<std::string> known;
 uint32_t base = 1, barriers, current[shim::MAX_THREADS], warp_barriers[shim::MAX_THREADS];
-uint64_t launches, stacks_begin, stacks_end, last_number = ~0ull;
+uint64_t launches, blocks, stacks_begin, stacks_end, last_number = ~0ull, epochs[shim::MAX_THREADS];
 page *last_page;
 
 /* By blocks, in the order of their atomics: what is published through fences. */
@@ -57,15 +57,13 @@ uint32_t block_number() {
 bool is_ours(uint64_t at) { return at >= (uint64_t)__ehdr_start && at < (uint64_t)_end; }
 bool is_shared(uint64_t at) { return at >= (uint64_t)shim::__start_shim_shared && at < (uint64_t)shim::__stop_shim_shared; }
 
+/* The number of the segment of an access; the last one of the thread while it meets no other thread. */
 uint32_t segment_of(uint32_t thread, bool is_atomic) {
-    const segment now = {block_number(), thread, barriers, warp_barriers[thread], is_atomic};
-    if (current[thread] >= base && !is_atomic) {
-        const segment &old = segments[current[thread] - base];
-        if (old.block == now.block && old.barriers == now.barriers && old.warp_barriers == now.warp_barriers && !old.is_atomic) return current[thread];
-    }
-    segments.push_back(now);
+    const uint64_t epoch = blocks << 40 | (uint64_t)barriers << 20 | warp_barriers[thread];
+    if (!is_atomic && epochs[thread] == epoch) return current[thread];
+    segments.push_back({block_number(), thread, barriers, warp_barriers[thread], is_atomic});
     const uint32_t number = base + (uint32_t)segments.size() - 1;
-    if (!is_atomic) current[thread] = number;
+    if (!is_atomic) current[thread] = number, epochs[thread] = epoch;
     return number;
 }
 
@@ -83,9 +81,8 @@ bool races_with(uint32_t stamp, const segment &now, bool are_shared) {
     }
     if (!are_shared && (stamp & OF_BLOCKS) && seen.empty()) return true;
     if (old.barriers != now.barriers) return false;
-    if (stamp & OF_THREADS) return true;
-    if (old.thread == now.thread) return false;
-    return old.thread / 32 != now.thread / 32 || old.warp_barriers == now.warp_barriers;
+    if ((stamp & OF_WARPS) || old.thread / 32 != now.thread / 32) return true;
+    return old.warp_barriers == now.warp_barriers && ((stamp & OF_THREADS) || old.thread != now.thread);
 }
 
 std::string line_of(const void *code) {
@@ -122,29 +119,59 @@ page *page_of(uint64_t number) {
     return last_page = found;
 }
 
+/* The readers of a byte since its last write: the last one, and whether there were others that a write must be ordered behind. */
 uint32_t with_reader(uint32_t old, uint32_t number, const segment &now) {
     if ((old & SERIAL) < base) return number;
     const segment &other = segments[(old & SERIAL) - base];
+    if (other.block != now.block) return number | OF_BLOCKS;
     uint32_t flags = old & OF_BLOCKS;
-    if (other.block != now.block) flags |= OF_BLOCKS;
-    else if (other.barriers == now.barriers && (other.thread != now.thread || (old & OF_THREADS))) flags |= OF_THREADS;
+    if (other.barriers != now.barriers) return number | flags;
+    flags |= old & OF_WARPS;
+    if (other.thread / 32 != now.thread / 32) flags |= OF_WARPS;
+    else if (other.warp_barriers == now.warp_barriers && (other.thread != now.thread || (old & OF_THREADS))) flags |= OF_THREADS;
     return number | flags;
+}
+
+bool is_one_of_this_launch(const uint32_t *stamps, uint64_t count) {
+    uint32_t newest = 0;
+    for (uint64_t k = 0; k < count; k++) newest = std::max(newest, stamps[k] & SERIAL);
+    return newest >= base;
+}
+
+void set_bits(uint64_t *bits, uint64_t first, uint64_t count) {
+    for (uint64_t i = first; i < first + count; i++) bits[i / 64] |= 1ull << i % 64;
+}
+
+/* An access within a page. */
+void touch_part(uint64_t at, uint64_t count, bool writes, uint32_t number, const void *code) {
+    page *p = page_of(at / PAGE);
+    const uint64_t first = at % PAGE;
+    const segment now = segments[number - base];
+    const bool are_shared = is_shared(at);
+    uint32_t *writer = p->writer + first, *reader = p->reader + first;
+    if (is_one_of_this_launch(writer, count))
+        for (uint64_t k = 0; k < count; k++)
+            if (races_with(writer[k], now, are_shared)) report(writer[k], true, now, writes, at + k, code);
+    if (!writes) {
+        for (uint64_t k = 0; k < count; k++)
+            if (reader[k] != number) reader[k] = with_reader(reader[k], number, now);
+        return set_bits(p->read, first, count);
+    }
+    if (is_one_of_this_launch(reader, count))
+        for (uint64_t k = 0; k < count; k++)
+            if (races_with(reader[k], now, are_shared)) report(reader[k], false, now, true, at + k, code);
+    std::fill_n(writer, count, number), std::fill_n(reader, count, 0);
+    set_bits(p->written, first, count);
 }
 
 void touch(uint64_t at, uint64_t num_bytes, bool writes, bool is_atomic, const void *code) {
     if (!shim::is_inside || (at >= stacks_begin && at < stacks_end) || (is_ours(at) && !is_shared(at))) return;
     const uint32_t thread = shim::self->index, number = segment_of(thread, is_atomic);
-    const segment now = segments[number - base];
-    const bool are_shared = is_shared(at);
     if (writes && !is_atomic) has_fenced[thread] = false;
-    for (uint64_t byte = at; byte < at + num_bytes; byte++) {
-        page *p = page_of(byte / PAGE);
-        const uint64_t i = byte % PAGE;
-        if (races_with(p->writer[i], now, are_shared)) report(p->writer[i], true, now, writes, byte, code);
-        if (writes && races_with(p->reader[i], now, are_shared)) report(p->reader[i], false, now, true, byte, code);
-        (writes ? p->written : p->read)[i / 64] |= 1ull << i % 64;
-        if (writes) p->writer[i] = number, p->reader[i] = 0;
-        else p->reader[i] = with_reader(p->reader[i], number, now);
+    for (uint64_t end = at + num_bytes; at < end;) {
+        const uint64_t count = std::min(end - at, PAGE - at % PAGE);
+        touch_part(at, count, writes, number, code);
+        at += count;
     }
 }
 
@@ -171,10 +198,10 @@ void shim::trace_launch(const void *stacks, uint64_t num_bytes) {
     }
     stacks_begin = (uint64_t)stacks, stacks_end = stacks_begin + num_bytes;
     segments.clear(), touched.clear(), published.clear(), known.clear(), launches++, last_number = ~0ull;
-    std::fill_n(current, shim::MAX_THREADS, 0);
+    std::fill_n(epochs, shim::MAX_THREADS, 0);
 }
 void shim::trace_block() {
-    barriers = 0, seen.clear(), pending.clear();
+    blocks++, barriers = 0, seen.clear(), pending.clear();
     std::fill_n(warp_barriers, shim::MAX_THREADS, 0), std::fill_n(has_fenced, shim::MAX_THREADS, false);
 }
 void shim::trace_barrier() { barriers++; }
