@@ -64,7 +64,8 @@ class _Attention:
         self.nodes, self.frame, self.layer, self.seen = nodes, frame, layer, seen
         self.norm, self.spec = spec.before_attention, spec.attention
         self.module: Any = layer.get_submodule(spec.attention.path)
-        self.output = linear_of(self.module.o_proj)
+        output: nn.Module = self.module.get_submodule("o_proj")
+        self.output = linear_of(output)
         self.width = self.output.shape.matrices[0].in_features
         self.out_inputs = frame.inputs("attended", codecs_of([self.output]), self.width)
         self.out_x = 0 if self.out_inputs else frame.floats("attended", self.width)

@@ -19,7 +19,7 @@ class Edits:
         """capacity: the most that are collected. Raises: BudgetError."""
         self._memory = SharedMemory(session, capacity * _EDIT.itemsize)
         buffer = (ctypes.c_byte * (capacity * _EDIT.itemsize)).from_address(self._memory.host)
-        self._list = np.frombuffer(buffer, dtype=_EDIT)
+        self._list = np.frombuffer(memoryview(buffer), dtype=_EDIT)
         self._places: dict[tuple[str, int], int] = {}
 
     @property

@@ -63,8 +63,8 @@ def decoder_parts(hf: Any) -> DecoderParts:
     decoder = hf.get_decoder()
     try:
         wiring = wiring_of(decoder)
-    except Uncovered as reason:
-        raise DevicePassUnavailable(str(reason)) from reason
+    except Uncovered as error:
+        raise DevicePassUnavailable(str(error)) from error
     embedding: Any = wiring.embedding
     if type(embedding) not in (nn.Embedding, NarrowEmbedding):
         raise DevicePassUnavailable(f"an embedding that is a {type(embedding).__name__}")

@@ -57,7 +57,8 @@ class CardPass:
         self._steps: dict[int, CardSteps] = {}
         self._lock = threading.RLock()
         self.mode = ModeChoice()
-        self._forget_state()
+        self._state: tuple[int, bool] = (0, False)  # rows and mode that the card has
+        self._positions: list[int] = []  # that it has
         first = self._steps_of(1)
         head = constant("OM_CARD_LOG_HEAD")
         most_log_ints = (first.log_ints - head) * MAX_ROWS + head
@@ -238,8 +239,7 @@ class CardPass:
         counters.cpu_s += self._library.om_card_cpu_seconds(self._handle)
 
     def _forget_state(self) -> None:
-        self._state: tuple[int, bool] = (0, False)
-        self._positions: list[int] = []
+        self._state, self._positions = (0, False), []
         self.rooms.forget()
 
     def _check(self, result: int, what: str) -> None:

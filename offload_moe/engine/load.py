@@ -169,8 +169,8 @@ def _make_model(
     if options.prefetch:
         warm_start(hierarchy, store.path)
     report = None
-    kept = torch.bfloat16 if device_pass.card is not None else placement.cache_dtype
-    kept = kept if kept != planned.dtype else None
+    cache_dtype = torch.bfloat16 if device_pass.card is not None else placement.cache_dtype
+    kept = cache_dtype if cache_dtype != planned.dtype else None
     if options.fast_path:
         report = make_fast(hf, is_exact=planned.keeps_bits, context=placement.context, kept=kept, hierarchy=hierarchy)
     elif kept is not None:
