@@ -100,11 +100,14 @@ class CardPass:
         """
         with self.hierarchy.lifecycle, self._lock:
             steps = self._steps_of(next(rows for rows in ROWS if rows >= len(ids)))
-            self._prepare(positions, caches)
+            are_extended = self._prepare(positions, caches)
             is_stepwise = self.mode.choose()
             began_s = time.perf_counter()
             try:
                 self._begin(steps, ids, positions, is_stepwise=is_stepwise)
+                if not are_extended:
+                    self.rooms.extend(caches)
+                self._account.settle()
                 self._follow(steps, len(ids), is_stepwise=is_stepwise)
             except BaseException:
                 with suppress(TransferError):  # of a lost card, whose error is raised already
@@ -112,7 +115,7 @@ class CardPass:
                 raise
             seconds = time.perf_counter() - began_s
             self.tables.sources.applied()
-            num_missed = self._account.enter(self._log, steps, len(ids))
+            num_missed = self._account.end(self._log, steps, len(ids))
             self._count_share()
             self.mode.measured(seconds, len(ids), num_missed=num_missed, is_stepwise=is_stepwise)
             return steps.hidden[: len(ids)]
@@ -120,13 +123,13 @@ class CardPass:
     def begin_other_forward(self) -> None:
         """A forward that is no pass: it may use the device's slots and change any cache."""
         with self._lock:
-            self.tables.pool.recall()
+            self.recall()
             self.rooms.forget()
 
     def end_loans(self) -> None:
         """Give slots of both tiers back to the host; waits for a pass of another thread."""
         with self._lock:
-            self.tables.pool.recall()
+            self.recall()
             self.tables.sources.withdraw_all(self.tables.edits)
             self._apply_now()
 
@@ -138,7 +141,16 @@ class CardPass:
     def recall(self) -> None:
         """Give the slots of the device back to the host's residency; waits for a pass of another thread."""
         with self._lock:
+            self._account.settle()
             self.tables.pool.recall()
+
+    def settle(self) -> None:
+        """Account for the last pass, unless one is under way, which does."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._account.settle()
+            finally:
+                self._lock.release()
 
     def close(self) -> None:
         """Free graphs and leases; no pass may be under way."""
@@ -159,14 +171,16 @@ class CardPass:
             self._steps[rows] = CardSteps(self.parts, shared, self._session, self._compile, self._allocate, rows)
         return self._steps[rows]
 
-    def _prepare(self, positions: Sequence[int], caches: Sequence[Any]) -> None:
-        """What has changed since the last pass."""
+    def _prepare(self, positions: Sequence[int], caches: Sequence[Any]) -> bool:
+        """What has changed since the last pass. Returns whether the caches count the rows already.
+
+        Where nothing has changed, they are counted while the pass is under way.
+        """
         end = max(positions) + 1
         if end > self.rooms.angles.num_positions:
             raise TransferError(f"Position {end} is beyond the {self.rooms.angles.num_positions} that were planned.")
-        if self.rooms.has_place(caches):
-            self.rooms.extend(caches)
-        else:
+        has_place = self.rooms.has_place(caches)
+        if not has_place:
             self._session.synchronize()
             self.rooms.attended.have(self.rooms.angles.num_positions)
             self.rooms.prepare(caches, positions)
@@ -175,6 +189,7 @@ class CardPass:
             self.tables.pool.lend(self.tables.edits)
             self._session.synchronize()
         self.tables.sources.publish(self.tables.edits)
+        return not has_place
 
     def _begin(self, steps: CardSteps, ids: Sequence[int], positions: Sequence[int], *, is_stepwise: bool) -> None:
         edits, count = self.tables.edits, len(ids)
