@@ -70,9 +70,7 @@ class Account:
 
     def _view(self, log: NDArray[np.int32], steps: CardSteps, num_rows: int) -> _Ended:
         ints = log[: steps.num_layers * steps.log_ints].reshape(steps.num_layers, steps.log_ints)
-        return _Ended(
-            ints=ints, rows=steps.rows, num_rows=num_rows, number=self._number, num_entered=self._num_entered
-        )
+        return _Ended(ints=ints, rows=steps.rows, num_rows=num_rows, number=self._number, num_entered=self._num_entered)
 
     def _replay(self, view: _Ended) -> list[LayerLog]:
         found = layers_of(view.ints, self._layers, max_rows=view.rows, num_rows=view.num_rows, number=view.number)

@@ -45,9 +45,7 @@ def layers_of(
     return found
 
 
-def num_missed(
-    ints: NDArray[np.int32], layers: Sequence[tuple[int, int]], *, max_rows: int, num_rows: int
-) -> int:
+def num_missed(ints: NDArray[np.int32], layers: Sequence[tuple[int, int]], *, max_rows: int, num_rows: int) -> int:
     """Pairs whose expert was not there, of all layers; layers as of `layers_of`."""
     top_k = layers[0][1]
     if any(each != top_k for _, each in layers):

@@ -37,7 +37,10 @@ SHORT_OF_MEMORY = -1
 
 
 class CardPass:
-    """A decoder on a card. mode: how its passes go. num_stops: of all passes."""
+    """A decoder on a card. mode: how its passes go. num_stops: of all passes.
+
+    queued_s: seconds of the host, of all passes, before everything was queued: what the card waits for.
+    """
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class CardPass:
         self._steps: dict[int, CardSteps] = {}
         self._lock = threading.RLock()
         self.mode = ModeChoice()
+        self.queued_s = 0.0
         self._state: tuple[int, bool] = (0, False)  # rows and mode that the card has
         self._positions: list[int] = []  # that it has
         first = self._steps_of(1)
@@ -99,12 +103,14 @@ class CardPass:
         Raises: TransferError, ModelClosed, BudgetError.
         """
         with self.hierarchy.lifecycle, self._lock:
+            called_s = time.perf_counter()
             steps = self._steps_of(next(rows for rows in ROWS if rows >= len(ids)))
             are_extended = self._prepare(positions, caches)
             is_stepwise = self.mode.choose()
             began_s = time.perf_counter()
             try:
                 self._begin(steps, ids, positions, is_stepwise=is_stepwise)
+                self.queued_s += time.perf_counter() - called_s
                 if not are_extended:
                     self.rooms.extend(caches)
                 self._account.settle()

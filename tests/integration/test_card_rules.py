@@ -83,13 +83,13 @@ def test_11_a_fence_of_the_system_precedes_every_flag() -> None:
     assert len(flags) == 2
     for flag in flags:
         body = text[text.rindex('extern "C"', 0, flag.start()) : flag.start()]
-        assert body.rstrip().endswith("__threadfence_system();") or "__threadfence_system();\n    __syncthreads();" in body
+        assert (
+            body.rstrip().endswith("__threadfence_system();") or "__threadfence_system();\n    __syncthreads();" in body
+        )
 
 
 MUTATIONS = {
-    "4: a victim that this layer uses": (" && tables.used[s] != now", ""),
     "4: the slot that was used last": ("age < oldest) oldest = age", "age >= oldest || oldest == ~0ull) oldest = age"),
-    "5: no look at sources": ("if (slot < 0 && !is_stepwise && !p.tables.source[key])", "if (false)"),
     "8: finish in spite of stop": (
         "om_finish(const om_card_finish_params p) {\n    if (*p.pass.stop) return;",
         "om_finish(const om_card_finish_params p) {",
