@@ -1,7 +1,7 @@
 """The device pass: rows through all layers of a decoder on a card, by graphs that native code launches.
 
-Python is not between two layers. It is needed before a pass, for what has changed since the last one; behind it, for the
-account; and where a pass stops because an expert is neither on the card nor where the card can fetch it.
+Python is not between two layers. It is needed before a pass, for what has changed since the last one; behind it, for
+the account; and where a pass stops because an expert is neither on the card nor where the card can fetch it.
 """
 
 import ctypes
@@ -39,7 +39,7 @@ SHORT_OF_MEMORY = -1
 class CardPass:
     """A decoder on a card. mode: how its passes go. num_stops: of all passes.
 
-    queued_s: seconds of the host, of all passes, before everything was queued: what the card waits for.
+    queued_s: processor seconds of the callers, of all passes, before everything was queued: the card waits for them.
     """
 
     def __init__(
@@ -103,14 +103,14 @@ class CardPass:
         Raises: TransferError, ModelClosed, BudgetError.
         """
         with self.hierarchy.lifecycle, self._lock:
-            called_s = time.perf_counter()
+            called_s = time.thread_time()
             steps = self._steps_of(next(rows for rows in ROWS if rows >= len(ids)))
             are_extended = self._prepare(positions, caches)
             is_stepwise = self.mode.choose()
             began_s = time.perf_counter()
             try:
                 self._begin(steps, ids, positions, is_stepwise=is_stepwise)
-                self.queued_s += time.perf_counter() - called_s
+                self.queued_s += time.thread_time() - called_s
                 if not are_extended:
                     self.rooms.extend(caches)
                 self._account.settle()
