@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from offload_moe.native import kernels
+from offload_moe.native.planes import matrix_struct
+from offload_moe.quant.layout import pack_planes, weight_shape
 from tests.support.cuda import shim
-from tests.support.cuda.card import Card, aligned, bits, codec_name, copied
+from tests.support.cuda.card import Card, aligned, bits, codec_name, copied, matrix
 from tests.support.cuda.linears import expected_of, make_matrices, multiply
 from tests.support.cuda.matrices import extreme_rows, make_records, random_rows, spoil_scales
 from tests.support.kernels import make_linear
@@ -87,6 +89,28 @@ def test_plain_numbers(codec: str, rows: tuple[int, ...], cols: int, compiled: i
                 total = wanted.numpy() if bias is None else wanted.numpy() + bias
                 assert np.array_equal(bits(out[:num_rows]), bits(total))
                 assert (out[num_rows:] == 5.0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_biases_in_records_of_plain_numbers(dtype: torch.dtype) -> None:
+    codec, (count, _), cols, _ = VALUES[0]
+    layout = pack_planes([("weight.values", torch.bfloat16, (count, cols)), ("bias.values", dtype, (count,))])
+    record, x = torch.zeros(layout.num_bytes, dtype=torch.uint8), random_rows(1, cols)
+    layout.view(record, "weight.values")[:] = torch.from_numpy(random_rows(count, cols))
+    layout.view(record, "bias.values")[:] = torch.from_numpy(random_rows(1, count)[0])
+    kernel, expected = kernels.LinearKernel(codec, [weight_shape(count, cols)], [layout]), torch.empty(1, count)
+    kernel.forward(torch.from_numpy(x), [record], [expected])
+    place = matrix(matrix_struct(codec, weight_shape(count, cols).matrices[0], layout))
+    out = np.empty((1, count), np.float32)
+    params = {
+        "x": copied(x),
+        "matrices": [place],
+        "records": [copied(record.numpy())],
+        "outs": [out],
+        "num_matrices": 1,
+    }
+    Card(COMPILED, 1).run("VALUES", (codec_name(codec), cols, 1), params, rows=[count])
+    assert np.array_equal(bits(out), bits(expected.numpy()))
 
 
 def test_products_below_the_least_number_add_up_to_a_positive_zero() -> None:
