@@ -129,6 +129,13 @@ def test_draws_follow_the_probabilities() -> None:
         assert chosen(logits, Draw(), position)[0] == tokens[position]
 
 
+def test_tokens_far_below_the_greatest_are_drawn_too() -> None:
+    logits = np.full((1, 2500), -11.0, np.float32)
+    logits[0, 1200] = 0.0
+    position = next(n for n in range(400) if drawn(logits[0], Draw(), n, 0) != 1200)
+    assert chosen(logits, Draw(), position)[0] == drawn(logits[0], Draw(), position, 0)
+
+
 def kept(logits: np.ndarray, draw: Draw) -> np.ndarray:
     """The masses of tokens ``[V]``, 0 of those that are left out."""
     t = (logits - logits.max()) * (np.float32(1) / np.float32(draw.temperature))
