@@ -122,9 +122,9 @@ def test_the_definition_keeps_what_transformers_keeps(draw: Draw) -> None:
 
 def test_draws_follow_the_probabilities() -> None:
     logits = np.log(np.array([[0.5, 0.25, 0.125, 0.125]], np.float32))
-    tokens = [drawn(logits[0], Draw(), position, 0) for position in range(4000)]
-    counts = np.bincount(tokens, minlength=4) / 4000
-    assert np.abs(counts - [0.5, 0.25, 0.125, 0.125]).max() < 0.03
+    tokens = [drawn(logits[0], Draw(), position, 0) for position in range(2000)]
+    counts = np.bincount(tokens, minlength=4) / 2000
+    assert np.abs(counts - [0.5, 0.25, 0.125, 0.125]).max() < 0.04
     for position in range(20):
         assert chosen(logits, Draw(), position)[0] == tokens[position]
 
