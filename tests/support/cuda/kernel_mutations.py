@@ -68,7 +68,7 @@ BOUNDS = [
 OPERATIONS = [
     ("choose.cuh", "0xffffffffu - id", "id"),
     ("choose.cuh", "__fadd_rn(logit, 0.0f)", "logit"),
-    ("choose.cuh", "high_product(g.number, total) + 1", "high_product(g.number, total)"),
+    ("choose.cuh", "high_product(g.number, total) + 1", "high_product(g.number, total) / 2 + 1"),
     ("choose.cuh", "round < 10", "round < 9"),
     (
         "common.cuh",
