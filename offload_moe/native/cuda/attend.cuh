@@ -34,14 +34,11 @@ OM_DEVICE void add_products(const u16 *const (&keys)[2], const float *q, int las
     }
 }
 
-/* Of two tokens, of which the lower lanes' thread gets the first one's sum and the upper lanes' thread the second one's. */
-OM_DEVICE float sum_of_two(const float (&sums)[2][8], int is_upper) {
+/* Of a thread's own token: half of its lanes are the other thread's, whose own token is this one's second. */
+OM_DEVICE float sum_of_own(const float (&sums)[2][8]) {
     float own[8];
 #pragma unroll
-    for (int e = 0; e < 8; e++) {
-        const float theirs = __shfl_xor_sync(OM_WARP, is_upper ? sums[0][e] : sums[1][e], 1);
-        own[e] = __fadd_rn(is_upper ? sums[1][e] : sums[0][e], theirs);
-    }
+    for (int e = 0; e < 8; e++) own[e] = __fadd_rn(sums[0][e], __shfl_xor_sync(OM_WARP, sums[1][e], 1));
 #pragma unroll
     for (int d = 4; d; d >>= 1)
 #pragma unroll
@@ -49,9 +46,9 @@ OM_DEVICE float sum_of_two(const float (&sums)[2][8], int is_upper) {
     return own[0];
 }
 
-/* Of the token of two threads, from each one's lanes on; of those behind the last token, that. */
-template <int DIMS> OM_DEVICE const u16 *key_of_pair(const u16 *const *pages, const attend_unit &u, int first) {
-    const int in_warp = thread_of_now() % 32, token = first + in_warp / 2;
+/* A thread's own token of 32, or the other one of its pair, from its lanes on; behind the last token that. */
+template <int DIMS> OM_DEVICE const u16 *key_of_pair(const u16 *const *pages, const attend_unit &u, int first, int is_other) {
+    const int in_warp = thread_of_now() % 32, token = first + in_warp / 2 + 16 * (in_warp % 2 ^ is_other);
     return row_in<DIMS>(pages, u, OM_CARD_LEAST(token, u.count - 1)) + in_warp % 2 * 8;
 }
 
@@ -65,16 +62,16 @@ OM_DEVICE void score_section(const attend_unit &u, const section_pages &pages, c
         if (first >= u.count) break;
         float sums[U::TILE][2][8] = {};
         const float *queries = q + tile * U::TILE * U::WIDTH + lanes;
-        const u16 *keys[2] = {key_of_pair<U::KEY_DIMS>(pages.keys, u, first), key_of_pair<U::KEY_DIMS>(pages.keys, u, first + 16)};
+        const u16 *keys[2] = {key_of_pair<U::KEY_DIMS>(pages.keys, u, first, 0), key_of_pair<U::KEY_DIMS>(pages.keys, u, first, 1)};
 #pragma unroll 1
         for (int i = 0; i < U::WIDTH; i += 16, queries += 16, keys[0] += 16, keys[1] += 16) {
             if (U::MORE_DIMS > 0 && i == U::KEY_DIMS)
-                for (int r = 0; r < 2; r++) keys[r] = key_of_pair<U::MORE_DIMS>(pages.values, u, first + 16 * r);
+                for (int r = 0; r < 2; r++) keys[r] = key_of_pair<U::MORE_DIMS>(pages.values, u, first, r);
             add_products<U>(keys, queries, U::NUM_HEADS_OF_UNIT - 1 - tile * U::TILE, sums);
         }
 #pragma unroll
         for (int h = 0; h < U::TILE; h++) {
-            const float score = __fmul_rn(sum_of_two(sums[h], is_upper), scaling);
+            const float score = __fmul_rn(sum_of_own(sums[h]), scaling);
             const int head = tile * U::TILE + h, token = first + pair + 16 * is_upper;
             if (token < u.count && head < U::NUM_HEADS_OF_UNIT) scores[head * OM_CARD_SECTION + token] = score;
         }
