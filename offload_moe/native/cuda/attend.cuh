@@ -52,7 +52,8 @@ template <int DIMS> OM_DEVICE const u16 *key_of_pair(const u16 *const *pages, co
     return row_in<DIMS>(pages, u, OM_CARD_LEAST(token, u.count - 1)) + in_warp % 2 * 8;
 }
 
-/* scores[head * OM_CARD_SECTION + token]. A warp takes 32 tokens and a tile of heads; two threads share two tokens. */
+/* scores[head * OM_CARD_SECTION + token]; those behind the last token say nothing. A warp takes 32 tokens and a tile of heads; two
+ * threads share two tokens. */
 template <class U>
 OM_DEVICE void score_section(const attend_unit &u, const section_pages &pages, const float *q, float scaling, float *scores) {
     const int warp = threadIdx.x / 32, pair = threadIdx.x % 32 / 2, is_upper = threadIdx.x % 2, lanes = 8 * is_upper;
@@ -73,7 +74,7 @@ OM_DEVICE void score_section(const attend_unit &u, const section_pages &pages, c
         for (int h = 0; h < U::TILE; h++) {
             const float score = __fmul_rn(sum_of_own(sums[h]), scaling);
             const int head = tile * U::TILE + h, token = first + pair + 16 * is_upper;
-            if (token < u.count && head < U::NUM_HEADS_OF_UNIT) scores[head * OM_CARD_SECTION + token] = score;
+            if (head < U::NUM_HEADS_OF_UNIT) scores[head * OM_CARD_SECTION + token] = score;
         }
     }
 }
