@@ -225,9 +225,12 @@ template <class U, class MEMORY> OM_DEVICE void attend_units(const om_card_atten
 
 template <class LONG, class SHORT> OM_DEVICE void attend(const om_card_attend_params &p, attend_memory<LONG, SHORT> &m) {
     if (*p.pass.stop) return;
+    const int num_rows = *p.pass.num_rows;
+    if ((int)threadIdx.x < num_rows) load_row(p.view, threadIdx.x, m.rows);
+    __syncthreads();
     if (threadIdx.x == 0) {
-        find_rows(p.view, *p.pass.num_rows, m.rows);
-        const int num_heads = sections_of_rows(m.rows, *p.pass.num_rows) * LONG::NUM_KV_HEADS;
+        find_sequences(num_rows, m.rows);
+        const int num_heads = sections_of_rows(m.rows, num_rows) * LONG::NUM_KV_HEADS;
         /* Where units of several heads do not occupy the card, each has one. */
         m.has_long_units = num_heads * LONG::PARTS >= (int)gridDim.x;
         m.rows.num_units = num_heads * (m.has_long_units ? LONG::PARTS : SHORT::PARTS);
