@@ -158,9 +158,8 @@ OM_DEVICE void weigh_section(const attend_unit &u, const section_pages &pages, c
 #pragma unroll 1
     for (int first = 0; first < num_tiles; first += U::AT_ONCE) {
         float sums[HEADS][U::VECTOR];
-        const int tile = first + at_once;
-        const bool has_tile = at_once < U::AT_ONCE && tile < num_tiles;
-        if (has_tile) weigh_tile<U>(u, pages, tile, across * U::VECTOR, weights, sums);
+        const bool has_tile = at_once < U::AT_ONCE; /* without tokens behind the last one */
+        if (has_tile) weigh_tile<U>(u, pages, first + at_once, across * U::VECTOR, weights, sums);
         if constexpr (U::AT_ONCE == 1) {
 #pragma unroll
             for (int n = 0; n < U::OWNED; n++)

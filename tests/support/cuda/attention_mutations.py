@@ -22,7 +22,7 @@ BOUNDS = [
     ("attend.cuh", "if (head < U::NUM_HEADS_OF_UNIT) scores", "scores"),
     ("attend.cuh", "if (has_head)\n        for", "for"),
     ("attend.cuh", "OM_CARD_LEAST(64 * tile + 64, u.count)", "(64 * tile + 64)"),
-    ("attend.cuh", "at_once < U::AT_ONCE && tile < num_tiles", "at_once < U::AT_ONCE"),
+    ("attend.cuh", "has_tile = at_once < U::AT_ONCE", "has_tile = true"),
     ("attend.cuh", "OM_CARD_LEAST(U::AT_ONCE, num_tiles - first)", "U::AT_ONCE"),
     ("attend.cuh", "if (at < HEADS * DIMS)", ""),
     ("attend.cuh", "head < u.num_heads && (U::AT_ONCE", "(U::AT_ONCE"),
