@@ -51,7 +51,6 @@ class Account:
         counters = self._hierarchy.counters
         counters.num_evictions = self._hierarchy.scheduler.residency.num_evictions
         counters.h2d_bytes += num_fetched * self._hierarchy.pools.slot_bytes
-        counters.num_computed_on_cpu += num_missed - num_fetched
         return num_missed
 
     def read_back(self, session: Session) -> None:

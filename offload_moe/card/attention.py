@@ -43,7 +43,9 @@ class Seen:
     processors: int
 
 
-def add_attention(nodes: Nodes, frame: Frame, layer: nn.Module, spec: LayerSpec, seen: Seen, added: Added | None) -> Added:
+def add_attention(
+    nodes: Nodes, frame: Frame, layer: nn.Module, spec: LayerSpec, seen: Seen, added: Added | None
+) -> Added:
     """Norm, projections, heads, attention, output. Returns what it adds. Raises: DevicePassUnavailable."""
     part = _Latent if spec.attention.latent is not None else _Grouped
     attention = part(nodes, frame, layer, spec, seen)
@@ -62,7 +64,8 @@ class _Attention:
         self.nodes, self.frame, self.layer, self.seen = nodes, frame, layer, seen
         self.norm, self.spec = spec.before_attention, spec.attention
         self.module: Any = layer.get_submodule(spec.attention.path)
-        self.output = linear_of(self.module.o_proj)
+        output: nn.Module = self.module.get_submodule("o_proj")
+        self.output = linear_of(output)
         self.width = self.output.shape.matrices[0].in_features
         self.out_inputs = frame.inputs("attended", codecs_of([self.output]), self.width)
         self.out_x = 0 if self.out_inputs else frame.floats("attended", self.width)
@@ -77,9 +80,7 @@ class _Attention:
         is_plain = any(linear.codec not in codecs for linear, _ in linears)
         normed = frame.floats("normed", frame.hidden) if is_plain else 0
         weight = self.weight(self.norm)
-        frame.add_norm(
-            self.nodes, weight=weight, epsilon=self.norm.epsilon, added=added, inputs=inputs, normed=normed
-        )
+        frame.add_norm(self.nodes, weight=weight, epsilon=self.norm.epsilon, added=added, inputs=inputs, normed=normed)
         self.add_projections(linears, inputs, normed)
 
     def add_projections(self, linears: list[tuple[Linear, int]], inputs: Inputs, x: int) -> None:
@@ -127,9 +128,7 @@ class _Grouped(_Attention):
         self.num_heads, self.num_kv_heads = (out_features(each) // self.dims for each in linears[:2])
         self.query = frame.floats("query", out_features(linears[0]))
         norms = [norm for norm in (self.spec.query_norm, self.spec.key_norm) if norm is not None]
-        params = struct("heads_params")(
-            **{"pass": frame.base}, view=self.view, angles=self.angles, query=self.query
-        )
+        params = struct("heads_params")(**{"pass": frame.base}, view=self.view, angles=self.angles, query=self.query)
         params.heads[:] = heads
         if self.spec.norm_span != "none":
             params.norms[:] = [self.weight(norm) for norm in norms]

@@ -25,6 +25,8 @@ from offload_moe.experts.native import NativeArithmetic
 from offload_moe.families.layer_reference import tensor_at
 from offload_moe.families.layer_spec import LayerSpec, MLPSpec, RouterSpec
 from offload_moe.decode.dense import number_linear
+from offload_moe.decode.mlp import FusedMLP
+from offload_moe.native.kernels import Linear
 from offload_moe.native.planes import VALUES
 
 ACTIVATIONS = {"silu": "SILU", "gelu": "GELU", "gelu_pytorch_tanh": "GELU_TANH", "gelu_tanh": "GELU_TANH"}
@@ -78,9 +80,7 @@ def add_routed(
     shares = _add_norm(nodes, frame, layer, spec, added, inputs, normed)
     ids, weights = _add_router(nodes, frame, layer, spec.router, normed)
     maker = _Maker(frame, experts, inputs[codec], ids, weights, top_k, stride)
-    resolve_at = nodes.add(
-        "om_resolve", maker.resolve_params(normed), threads=launch("OM_RESOLVE_THREADS"), grid=(1,)
-    )
+    resolve_at = nodes.add("om_resolve", maker.resolve_params(normed), threads=launch("OM_RESOLVE_THREADS"), grid=(1,))
     queued, hits = Nodes(), Nodes()
     maker.add_experts(queued, maker.hits, "hits", after=())
     maker.add_late(queued)
@@ -164,9 +164,7 @@ def _add_router(nodes: Nodes, frame: Frame, layer: nn.Module, spec: RouterSpec, 
 class _Maker:
     """Launches behind a router."""
 
-    def __init__(
-        self, frame: Frame, experts: Experts, x: Any, ids: int, weights: int, top_k: int, stride: int
-    ) -> None:
+    def __init__(self, frame: Frame, experts: Experts, x: Any, ids: int, weights: int, top_k: int, stride: int) -> None:
         self.frame, self.experts, self.x, self.ids, self.weights = frame, experts, x, ids, weights
         self.top_k, self.stride, self.num_pairs = top_k, stride, frame.rows * top_k
         scratch = frame.scratch
@@ -279,21 +277,30 @@ class _Maker:
         return Node(kernel="om_take", params=params, threads=launch("OM_TAKE_THREADS"), grid=(self.num_pairs, 1))
 
 
+def _mlp_parts(layer: nn.Module, spec: MLPSpec) -> tuple[str, Linear, Linear, Linear]:
+    """The activation, and the projections gate, up and down. Raises: DevicePassUnavailable."""
+    module = layer.get_submodule(spec.gate.rpartition(".")[0])
+    if isinstance(module, FusedMLP):
+        return module.activation, *module.projections
+    if spec.gate == spec.up:
+        raise DevicePassUnavailable("dense MLPs whose gate and up rows are one matrix have no kernel there")
+    gate, up, down = (linear_of(layer.get_submodule(path)) for path in (spec.gate, spec.up, spec.down))
+    return spec.activation, gate, up, down
+
+
 class Mlp:
     """A gated MLP of quantized projections."""
 
     def __init__(self, layer: nn.Module, spec: MLPSpec) -> None:
         """Raises: DevicePassUnavailable."""
-        self.gate, self.up, self.down = (
-            linear_of(layer.get_submodule(path)) for path in (spec.gate, spec.up, spec.down)
-        )
+        activation, self.gate, self.up, self.down = _mlp_parts(layer, spec)
         self.codec = self.gate.codec
         has_bias = any(linear.bias is not None for linear in (self.gate, self.up, self.down))
-        if self.codec in VALUES or self.up.codec != self.codec or spec.gate == spec.up or has_bias:
+        if self.codec in VALUES or self.up.codec != self.codec or has_bias:
             raise DevicePassUnavailable("dense MLPs or shared experts that are not quantized have no kernel there")
-        if spec.activation not in ACTIVATIONS:
-            raise DevicePassUnavailable(f"the activation {spec.activation} of a dense MLP has no kernel there")
-        self.activation = f"OM_{ACTIVATIONS[spec.activation]}"
+        if activation not in ACTIVATIONS:
+            raise DevicePassUnavailable(f"the activation {activation} of a dense MLP has no kernel there")
+        self.activation = f"OM_{ACTIVATIONS[activation]}"
 
     def add(
         self,
@@ -336,5 +343,3 @@ class Mlp:
             threads=launch("OM_SECOND_THREADS", inner, rows),
             grid=(launch("OM_SECOND_BLOCKS", frame.hidden, inner),),
         )
-
-

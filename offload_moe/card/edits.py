@@ -1,7 +1,7 @@
 """The list of changes that the host wants in the tables of a pass."""
 
 import ctypes
-from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
 
@@ -13,14 +13,14 @@ _MASK = (1 << 64) - 1
 
 
 class Edits:
-    """Collected here, applied by one kernel. No two have the same kind and index."""
+    """Collected here, applied by one kernel, whose threads may come in any order: one change of each number."""
 
     def __init__(self, session: Session, capacity: int) -> None:
         """capacity: the most that are collected. Raises: BudgetError."""
         self._memory = SharedMemory(session, capacity * _EDIT.itemsize)
         buffer = (ctypes.c_byte * (capacity * _EDIT.itemsize)).from_address(self._memory.host)
-        self._list = np.frombuffer(buffer, dtype=_EDIT)
-        self.count = 0
+        self._list = np.frombuffer(memoryview(buffer), dtype=_EDIT)
+        self._places: dict[tuple[str, int], int] = {}
 
     @property
     def host(self) -> int:
@@ -31,19 +31,21 @@ class Edits:
         return self._memory.address
 
     def add(self, kind: str, value: int, index: int = 0) -> None:
-        """Change one number; kind: as in `pass.h`, without its prefix."""
-        self._list[self.count] = (constant(f"OM_EDIT_{kind}"), index, value & _MASK)
-        self.count += 1
+        """Change one number, instead of an earlier change; kind: as in `pass.h`, without its prefix."""
+        place = self._places.setdefault((kind, index), len(self._places))
+        self._list[place] = (_kind(kind), index, value & _MASK)
 
-    def add_many(self, kind: str, indices: Iterable[int], values: Iterable[int]) -> None:
-        """Change a number for each index."""
-        where = np.fromiter(indices, dtype=np.int32)
-        part = self._list[self.count : self.count + len(where)]
-        part["kind"], part["index"] = constant(f"OM_EDIT_{kind}"), where
-        part["value"] = np.fromiter(values, dtype=np.int64).view(np.uint64)
-        self.count += len(where)
+    def close(self) -> None:
+        """Free the list."""
+        self._memory.close()
 
     def take(self) -> int:
         """How many there are; the next list begins."""
-        count, self.count = self.count, 0
+        count = len(self._places)
+        self._places.clear()
         return count
+
+
+@cache
+def _kind(name: str) -> int:
+    return constant(f"OM_EDIT_{name}")

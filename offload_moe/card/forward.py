@@ -6,7 +6,7 @@ from torch import Tensor
 
 from offload_moe.card.model import DecoderParts
 from offload_moe.card.passes import CardPass
-from offload_moe.decode.forward import DecoderForward
+from offload_moe.decode.forward import Seam
 from offload_moe.decode.hooks import Bypass
 
 
@@ -30,10 +30,14 @@ class CardPlan:
         return self.card.rooms.fits(cache, num_tokens) and all(bound.recorder is None for bound in self._bound)
 
 
-class CardForward(DecoderForward):
+class CardForward(Seam):
     """In place of the forward of one decoder."""
 
-    plan: CardPlan  # type: ignore[assignment]
+    plan: CardPlan
+
+    def __init__(self, decoder: Any, plan: CardPlan) -> None:
+        super().__init__(decoder)
+        self.plan = plan
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = None if args else self._pass(**kwargs)
@@ -49,7 +53,6 @@ class CardForward(DecoderForward):
         if places != list(range(places[0], places[0] + len(places))):
             return None
         hidden = self.plan.card.run(input_ids[0].tolist(), places, [cache] * len(places))
-        decoder_dtype = self.plan.wiring.norm.weight.dtype
-        made = hidden.to(decoder_dtype, copy=True)[None]
+        dtype = next(self.plan.wiring.norm.parameters()).dtype
+        made = hidden.to(dtype, copy=True)[None]
         return self.plan.wiring.make_output(last_hidden_state=made, past_key_values=cache)
-

@@ -42,13 +42,29 @@ class DecoderParts:
         return int(self.table.shape[1])
 
 
+def why_not(hf: Any) -> str:
+    """Why the device pass does not take a model, as far as its classes say; it may be on the meta device."""
+    layers = getattr(hf.get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        return "a decoder without layers"
+    for module in layers:
+        spec = layer_spec(module)
+        if spec is None:
+            return f"a layer of a class that is not declared ({type(module).__name__})"
+        if limits := layer_limits(spec):
+            return " and ".join(limits)
+    return ""
+
+
 def decoder_parts(hf: Any) -> DecoderParts:
     """The parts of a model's decoder. Raises: DevicePassUnavailable."""
+    if reason := why_not(hf):
+        raise DevicePassUnavailable(reason)
     decoder = hf.get_decoder()
     try:
         wiring = wiring_of(decoder)
-    except Uncovered as reason:
-        raise DevicePassUnavailable(str(reason) or "; ".join(reason.reasons)) from reason
+    except Uncovered as error:
+        raise DevicePassUnavailable(str(error)) from error
     embedding: Any = wiring.embedding
     if type(embedding) not in (nn.Embedding, NarrowEmbedding):
         raise DevicePassUnavailable(f"an embedding that is a {type(embedding).__name__}")
@@ -62,15 +78,8 @@ def decoder_parts(hf: Any) -> DecoderParts:
 
 def _decoder_layer(module: nn.Module) -> DecoderLayer:
     spec = layer_spec(module)
-    if spec is None:
-        raise DevicePassUnavailable(f"a layer of a class that is not declared ({type(module).__name__})")
-    if limits := layer_limits(spec):
-        raise DevicePassUnavailable(" and ".join(limits))
-    bound = None
-    if spec.router is not None:
-        bound = bound_experts(module.get_submodule(spec.experts))
-        if type(bound) is not BoundExperts and bound is None:
-            raise DevicePassUnavailable("experts that are not ours")
+    assert spec is not None
+    bound = None if spec.router is None else bound_experts(module.get_submodule(spec.experts))
     return DecoderLayer(module=module, spec=spec, bound=bound)
 
 

@@ -8,6 +8,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,8 @@ class CardPass:
         self._steps: dict[int, CardSteps] = {}
         self._lock = threading.RLock()
         self.mode = ModeChoice()
-        self._forget_state()
+        self._state: tuple[int, bool] = (0, False)  # rows and mode that the card has
+        self._positions: list[int] = []  # that it has
         first = self._steps_of(1)
         head = constant("OM_CARD_LOG_HEAD")
         most_log_ints = (first.log_ints - head) * MAX_ROWS + head
@@ -80,7 +82,7 @@ class CardPass:
         if not self._handle:
             raise MemoryError("No memory for a pass of the card.")
         self._account = Account(parts, hierarchy, tables.pool)
-        self._stops = Stops(parts, hierarchy, tables, self._account)
+        self._stops = Stops(parts, hierarchy, tables, self._account, self._apply_now)
 
     @property
     def num_stops(self) -> int:
@@ -105,11 +107,13 @@ class CardPass:
                 self._begin(steps, ids, positions, is_stepwise=is_stepwise)
                 self._follow(steps, len(ids), is_stepwise=is_stepwise)
             except BaseException:
-                self._give_up()
+                with suppress(TransferError):  # of a lost card, whose error is raised already
+                    self._give_up()
                 raise
             seconds = time.perf_counter() - began_s
             self.tables.sources.applied()
             num_missed = self._account.enter(self._log, steps, len(ids))
+            self._count_share()
             self.mode.measured(seconds, len(ids), num_missed=num_missed, is_stepwise=is_stepwise)
             return steps.hidden[: len(ids)]
 
@@ -124,9 +128,12 @@ class CardPass:
         with self._lock:
             self.tables.pool.recall()
             self.tables.sources.withdraw_all(self.tables.edits)
-            code = self._library.om_card_edit_tables(self._handle, self.tables.edits.take())
-            self._check(code, "change the tables of a pass")
-            self.tables.sources.applied()
+            self._apply_now()
+
+    def _apply_now(self) -> None:
+        code = self._library.om_card_edit_tables(self._handle, self.tables.edits.take())
+        self._check(code, "change the tables of a pass")
+        self.tables.sources.applied()
 
     def recall(self) -> None:
         """Give the slots of the device back to the host's residency; waits for a pass of another thread."""
@@ -137,13 +144,13 @@ class CardPass:
         """Free graphs and leases; no pass may be under way."""
         with self._lock:
             self.recall()
-            self.tables.sources.close()
             for steps in self._steps.values():
                 steps.close()
             self._steps.clear()
             if self._handle:
                 self._library.om_card_close(self._handle)
                 self._handle = 0
+                self.tables.close()
 
     def _steps_of(self, rows: int) -> CardSteps:
         """The graphs for so many rows, made at their first use."""
@@ -166,6 +173,7 @@ class CardPass:
             self._session.synchronize()
         if not self.tables.pool.is_lent:
             self.tables.pool.lend(self.tables.edits)
+            self._session.synchronize()
         self.tables.sources.publish(self.tables.edits)
 
     def _begin(self, steps: CardSteps, ids: Sequence[int], positions: Sequence[int], *, is_stepwise: bool) -> None:
@@ -173,11 +181,14 @@ class CardPass:
         if (count, is_stepwise) != self._state:
             edits.add("ROWS", count)
             edits.add("MODE", int(is_stepwise))
-            edits.add_many("ADVANCE", range(count), [count] * count)
+            for row in range(count):
+                edits.add("ADVANCE", count, row)
             self._state = count, is_stepwise
         if list(positions) != self._positions:
-            edits.add_many("POSITION", range(count), positions)
-        edits.add_many("TOKEN", range(count), ids)
+            for row, position in enumerate(positions):
+                edits.add("POSITION", position, row)
+        for row, token in enumerate(ids):
+            edits.add("TOKEN", token, row)
         self._account.begin(self._library.om_card_number(self._handle))
         code = self._library.om_card_begin(self._handle, steps.address, count, edits.take(), int(is_stepwise))
         self._check(code, "begin a pass")
@@ -191,14 +202,21 @@ class CardPass:
                 self.hierarchy.lifecycle.check_waiting()
                 at = self._next(POLL_S)
             elif is_stepwise:
-                for _ in self._stops.bring_to_ram(at, num_rows):
-                    at = self._next(0.0)
+                at = self._compute_waves(at, num_rows)
             else:
                 is_stepwise = self._stops.make_possible(at, num_rows, self._log, steps)
                 self._state = (0, False) if is_stepwise else self._state
                 code = self._library.om_card_continue(self._handle, self.tables.edits.take(), int(is_stepwise))
                 self._check(code, "continue a pass")
                 at = self._next(POLL_S)
+
+    def _compute_waves(self, at: int, num_rows: int) -> int:
+        """The CPU's share of a stepwise layer that is not in RAM, as it comes there. Returns as `_next`."""
+        now = at
+        for _ in self._stops.bring_to_ram(at, num_rows):
+            if (now := self._next(0.0)) != at:
+                break
+        return now
 
     def _next(self, limit_s: float) -> int:
         at = int(self._library.om_card_next(self._handle, limit_s))
@@ -208,14 +226,20 @@ class CardPass:
     def _give_up(self) -> None:
         """What was queued runs to its end, and the host reads what the card has left."""
         self._forget_state()
-        self.tables.edits.take()
         self._check(self._library.om_card_cancel(self._handle), "give a pass up")
-        self.tables.sources.applied()
+        self.tables.edits.add("STOP", 0)
+        self.tables.edits.add("PASS", self._library.om_card_number(self._handle))
+        self._apply_now()
         self._account.read_back(self._session)
 
+    def _count_share(self) -> None:
+        """The CPU's share of the pass."""
+        counters = self.hierarchy.counters
+        counters.num_computed_on_cpu += self._library.om_card_num_on_cpu(self._handle)
+        counters.cpu_s += self._library.om_card_cpu_seconds(self._handle)
+
     def _forget_state(self) -> None:
-        self._state: tuple[int, bool] = (0, False)
-        self._positions: list[int] = []
+        self._state, self._positions = (0, False), []
         self.rooms.forget()
 
     def _check(self, result: int, what: str) -> None:

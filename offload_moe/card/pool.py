@@ -4,18 +4,17 @@ Between a prompt and the next the pool is lent: the card takes slots for what it
 by the log of each pass. Anything else that wants a slot recalls it first.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from offload_moe.card.edits import Edits
 from offload_moe.card.memory import Allocate
 from offload_moe.card.structs import constant, struct
 from offload_moe.native.constants import FREE, RESIDENT
-from offload_moe.residency.scheduler import Scheduler
+from offload_moe.residency.hierarchy import Hierarchy
 
 EMPTY, HOSTS = -1, -2  # OM_CARD_EMPTY, OM_CARD_HOSTS
 FIRST_STAMP = 1  # of what the host brought: older than anything that a pass has used
@@ -27,10 +26,9 @@ class CardPool:
     slot_of, key_of: as published. tables: `om_card_tables`.
     """
 
-    def __init__(self, scheduler: Scheduler, memory_of: Callable[[int], Tensor], allocate: Allocate) -> None:
-        """memory_of: the device memory of a slot."""
-        self._scheduler = scheduler
-        self._memory_of = memory_of
+    def __init__(self, hierarchy: Hierarchy, allocate: Allocate) -> None:
+        self._hierarchy = hierarchy
+        self._scheduler = scheduler = hierarchy.scheduler
         num_keys, self.num_slots = scheduler.keys.total, scheduler.residency.num_slots
         self.slot_of: NDArray[np.int64] = np.full(num_keys, -1, dtype=np.int64)
         self.key_of: NDArray[np.int64] = np.full(self.num_slots, HOSTS, dtype=np.int64)
@@ -39,8 +37,8 @@ class CardPool:
         slots, sources, keys, used, memory = self._device
         slots.view(torch.int32).fill_(-1)
         keys.view(torch.int32).fill_(constant("OM_CARD_HOSTS"))
-        addresses = [memory_of(slot).data_ptr() for slot in range(self.num_slots)]
-        memory.view(torch.int64)[: self.num_slots] = torch.tensor(addresses, dtype=torch.int64)
+        self._memory = memory
+        self._num_resizes = -1
         self.tables = struct("tables")(
             slot_of=slots.data_ptr(),
             key_of=keys.data_ptr(),
@@ -58,11 +56,12 @@ class CardPool:
             self._settle()
             scheduler.residency.lend()
             table = scheduler.residency.table
-            states = np.frombuffer(table.states, dtype=np.uint8)
+            count = min(self.num_slots, len(table.states))
+            states, keys = np.frombuffer(table.states, np.uint8)[:count], np.frombuffer(table.keys, np.int64)[:count]
             wanted = np.full(self.num_slots, HOSTS, dtype=np.int64)
-            present = wanted[: len(states)]
-            present[states == FREE] = EMPTY
-            present[states == RESIDENT] = np.frombuffer(table.keys, dtype=np.int64)[states == RESIDENT]
+            wanted[:count][states == FREE] = EMPTY
+            wanted[:count][states == RESIDENT] = keys[states == RESIDENT]
+            self._place(count)
             self.is_lent = True
         self._publish(wanted, edits)
 
@@ -89,6 +88,13 @@ class CardPool:
             if slot >= 0 and self.key_of[slot] != key:
                 self.replay([(slot, int(self.key_of[slot]), key)])
 
+    def _place(self, num_slots: int) -> None:
+        """Write where the slots are, once the pool has been resized; no pass is under way."""
+        if self._num_resizes != self._hierarchy.num_resizes:
+            self._num_resizes = self._hierarchy.num_resizes
+            addresses = [self._hierarchy.record_of(slot).data_ptr() for slot in range(num_slots)]
+            self._memory.view(torch.int64)[:num_slots] = torch.tensor(addresses, dtype=torch.int64)
+
     def _settle(self) -> None:
         """Wait for what is on its way, and for leases (lock held)."""
         scheduler = self._scheduler
@@ -108,10 +114,11 @@ class CardPool:
             here = changed[wanted[changed] >= 0]
             self.slot_of[wanted[here]] = here
             keys = sorted({*gone, *wanted[here].tolist()})
-            edits.add_many("SLOT_OF", keys, self.slot_of[keys].tolist())
-            edits.add_many("KEY_OF", changed.tolist(), wanted[changed].tolist())
-            stamps = [FIRST_STAMP if key >= 0 else 0 for key in wanted[changed].tolist()]
-            edits.add_many("USED", changed.tolist(), stamps)
+            for key, slot in zip(keys, self.slot_of[keys].tolist(), strict=True):
+                edits.add("SLOT_OF", slot, key)
+            for slot, key in zip(changed.tolist(), wanted[changed].tolist(), strict=True):
+                edits.add("KEY_OF", key, slot)
+                edits.add("USED", FIRST_STAMP if key >= 0 else 0, slot)
             self.key_of[:] = wanted
         num_owned = int((wanted != HOSTS).sum())
         if num_owned != self.num_owned:

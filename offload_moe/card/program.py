@@ -33,6 +33,11 @@ class Program:
         self._module = session.load(compile_text(self.text))
         self._functions.clear()
 
+    def close(self) -> None:
+        """Unload it; its graphs are freed."""
+        if self._module is not None:
+            self._module.close()
+
     def function(self, name: str) -> int:
         """The handle of a kernel of a loaded program."""
         assert self._module is not None

@@ -101,7 +101,9 @@ class Rooms:
         if cache is None or len(cache.layers) < len(self._parts.layers):
             return False
         return all(
-            type(layer) in ROOMY and layer.can_extend and layer.kept_dtype == torch.bfloat16
+            type(layer) in ROOMY
+            and layer.can_extend
+            and layer.kept_dtype == torch.bfloat16
             and _sees_window(layer, each.spec.attention.sliding_window, num_tokens)
             for layer, each in zip(cache.layers, self._parts.layers, strict=False)
         )
@@ -134,9 +136,7 @@ class Rooms:
             for row, cache in enumerate(caches):
                 found = places.setdefault(id(cache), [layer.place for layer in cache.layers[: len(self._parts.layers)]])
                 self._write(index, row, found[index], ends[id(cache)])
-        self._num_left = min(
-            keys.shape[2] - 1 - last for found in places.values() for keys, _, last in found
-        )
+        self._num_left = min(keys.shape[2] - 1 - last for found in places.values() for keys, _, last in found)
         self._prune()
 
     def forget(self) -> None:

@@ -47,7 +47,7 @@ class Sources:
             states = np.frombuffer(table.states, dtype=np.uint8)
             keys = np.frombuffer(table.keys, dtype=np.int64)[states == RESIDENT]
             new = [key for key in keys[~self.is_published[keys]].tolist() if key not in wanted]
-            here = [key for key in wanted if not self.is_published[key] and self._is_here(key)]
+            here = [key for key in wanted if not self.is_published[key] and self._is_here(key)][: self._most]
             surplus = len(self._slot_of) + len(here) - self._most
             if surplus > 0:
                 self._withdraw([*self._slot_of][:surplus], edits)
@@ -58,6 +58,12 @@ class Sources:
     def withdraw_all(self, edits: Edits) -> None:
         """Let the RAM tier have its slots, once the edits are applied."""
         self._withdraw([*self._slot_of], edits)
+
+    def withdraw_for(self, num_slots: int, edits: Edits) -> None:
+        """Let so many RAM slots be without a lease of ours, once the edits are applied."""
+        surplus = len(self._slot_of) + num_slots - self._ram.residency.num_slots
+        if surplus > 0:
+            self._withdraw([*self._slot_of][:surplus], edits)
 
     def applied(self) -> None:
         """The edits have been applied: end the leases of what is not published any more."""

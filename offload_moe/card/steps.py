@@ -54,7 +54,13 @@ class CardSteps:
     """The graphs for up to `rows` rows. log_ints: of each layer. hidden: fp32 ``[rows, H]``, what the last norm gives."""
 
     def __init__(
-        self, parts: DecoderParts, shared: Shared, session: Session, compile_text: Compile, allocate: Allocate, rows: int
+        self,
+        parts: DecoderParts,
+        shared: Shared,
+        session: Session,
+        compile_text: Compile,
+        allocate: Allocate,
+        rows: int,
     ) -> None:
         """Describe, compile and make the graphs. Raises: DevicePassUnavailable, BudgetError, TransferError."""
         self.rows = rows
@@ -81,7 +87,7 @@ class CardSteps:
             begin=self._executable(begin),
             end=self._executable(end),
             log=self._log.data_ptr(),
-            log_bytes=self._log.numel(),
+            log_bytes=self.num_layers * self.log_ints * LOG_INT,
         )
         self.address = ctypes.addressof(self.struct)
         self.num_nodes = sum(len(each.nodes) for each in (begin, end)) + sum(
@@ -95,8 +101,8 @@ class CardSteps:
 
     @property
     def hidden(self) -> Tensor:
-        return self._scratch.tensor("hidden out").view(torch.float32)[: self.rows * self._parts.hidden].view(
-            self.rows, -1
+        return (
+            self._scratch.tensor("hidden out").view(torch.float32)[: self.rows * self._parts.hidden].view(self.rows, -1)
         )
 
     def apply_node(self, params: Any) -> CardNodeStruct:
@@ -110,6 +116,7 @@ class CardSteps:
         for executable in self.executables:
             self._session.free_graph(executable)
         self.executables.clear()
+        self._program.close()
 
     def _new_frame(self) -> Frame:
         shared = self._shared

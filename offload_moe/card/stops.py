@@ -1,6 +1,6 @@
 """What the host does where a pass cannot go on by itself."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,16 @@ MISSING_STOP, HIT = constant("OM_STOP_MISSING"), constant("OM_CARD_HIT")
 class Stops:
     """count: of all passes."""
 
-    def __init__(self, parts: DecoderParts, hierarchy: Hierarchy, tables: CardTables, account: Account) -> None:
+    def __init__(
+        self,
+        parts: DecoderParts,
+        hierarchy: Hierarchy,
+        tables: CardTables,
+        account: Account,
+        apply_now: Callable[[], None],
+    ) -> None:
+        """apply_now: applies the edits while no kernel runs, and waits."""
+        self._apply_now = apply_now
         self._hierarchy, self._tables, self._account = hierarchy, tables, account
         self._top_k = [0 if layer.spec.router is None else layer.spec.router.top_k for layer in parts.layers]
         self.count = 0
@@ -35,7 +44,9 @@ class Stops:
         if is_stepwise:
             edits.add("MODE", 1)
         else:
-            self._bring(at, self._chosen(notice, at, num_rows), self._missing(notice, at, num_rows), log, steps, num_rows)
+            self._bring(
+                at, self._chosen(notice, at, num_rows), self._missing(notice, at, num_rows), log, steps, num_rows
+            )
         edits.add("STOP", 0)
         return is_stepwise
 
@@ -52,9 +63,12 @@ class Stops:
         """To RAM where the card can fetch them from there, else to its slots."""
         tables, ordinal, keys = self._tables, self._account.ordinals[at], self._hierarchy.scheduler.keys
         wanted = tuple(keys.keys(ordinal, missing))
+        tables.sources.withdraw_for(len(missing), tables.edits)
+        self._apply_now()
         with self._hierarchy.ram.acquire(ordinal, missing) as lease:
             for _ in lease:
-                tables.sources.publish(tables.edits, wanted)
+                pass
+            tables.sources.publish(tables.edits, wanted)
         if tables.sources.is_published[list(wanted)].all():
             return
         self._account.follow(log, steps, num_rows)

@@ -39,7 +39,7 @@ class CardTables:
         self.state = allocate(ctypes.sizeof(struct("state")))
         first = struct("state")(token=1, num_rows=1)
         self.state[: ctypes.sizeof(first)] = torch.frombuffer(bytearray(bytes(first)), dtype=torch.uint8)
-        self.pool = CardPool(hierarchy.scheduler, hierarchy.record_of, allocate)
+        self.pool = CardPool(hierarchy, allocate)
         num_keys, num_slots = hierarchy.scheduler.keys.total, self.pool.num_slots
         self.edits = Edits(session, 3 * num_keys + 3 * num_slots + OTHER_EDITS)
         self.sources = Sources(hierarchy.ram, hierarchy.arena, hierarchy.is_direct, session)
@@ -52,6 +52,13 @@ class CardTables:
     @property
     def notice(self) -> SharedMemory:
         return self._notice
+
+    def close(self) -> None:
+        """End the leases of sources, and free shared memory; no pass runs any more."""
+        self.sources.close()
+        self.edits.close()
+        for memory in (self._notice, self.host_normed, self.host_pairs):
+            memory.close()
 
     def read_notice(self) -> Any:
         """A view of `om_card_notice`."""

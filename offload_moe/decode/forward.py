@@ -6,15 +6,16 @@ gradients.
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from offload_moe.decode.hooks import is_capturing
+from offload_moe.decode.hooks import Bypass, is_capturing
 from offload_moe.decode.layer import RowsStep
 from offload_moe.decode.plan import PassPlan
 from offload_moe.decode.rotary import Embeddings
+from offload_moe.decode.wiring import Wiring
 from offload_moe.native.kernels import MAX_ROWS
 
 logger = logging.getLogger(__name__)
@@ -23,11 +24,22 @@ NextTokens = tuple[Tensor, Any]  # ids ``[n]`` of one sequence, and the cache be
 CAPTURES = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
-class DecoderForward:
+class Plan(Protocol):
+    """What is asked before a pass."""
+
+    wiring: Wiring
+    bypass: Bypass
+
+    def fits(self, cache: Any, num_tokens: int = 1) -> bool:
+        """Whether so many tokens of a sequence may be passed behind this cache."""
+
+
+class Seam:
     """In place of the forward of one decoder, whose hooks stay where they are."""
 
-    def __init__(self, decoder: Any, plan: PassPlan) -> None:
-        self.plan = plan
+    plan: Plan
+
+    def __init__(self, decoder: Any) -> None:
         self._modules_forward = decoder.forward
         self._config = decoder.config
         self._attention = decoder.config._attn_implementation
@@ -71,7 +83,38 @@ class DecoderForward:
         return self._compute(input_ids, inputs_embeds, positions, past_key_values)
 
     def _compute(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, positions: Tensor, cache: Any) -> Any:
-        """The pass itself, once everything around it is usual."""
+        """The pass itself, once everything around it is usual; None where it does not take these tokens."""
+        raise NotImplementedError
+
+    def _is_usual(self, others: dict[str, Any]) -> bool:
+        """Whether no argument and no setting of the config requires anything else."""
+        config = self._config
+        return (
+            not any(value is not None and value is not False for value in others.values())
+            and config._attn_implementation == self._attention
+            and not any(others.get(name) is None and getattr(config, name, False) for name in CAPTURES)
+            and not is_capturing()
+        )
+
+    def _say_why(self) -> None:
+        if self._has_said:
+            return
+        self._has_said = True
+        changed = [self._names.get(module, "a module") for module in self.plan.bypass.changed_modules()]
+        what = f"A forward hook, or a forward of its own, of {changed[0]}" if changed else "A hook of all modules"
+        logger.warning("%s is not called on the fast path: tokens pass module by module, which takes longer.", what)
+
+
+class DecoderForward(Seam):
+    """Native spans and layers on the CPU."""
+
+    plan: PassPlan
+
+    def __init__(self, decoder: Any, plan: PassPlan) -> None:
+        super().__init__(decoder)
+        self.plan = plan
+
+    def _compute(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, positions: Tensor, cache: Any) -> Any:
         plan, wiring = self.plan, self.plan.wiring
         x = wiring.embed(input_ids, inputs_embeds)
         if x.dtype != torch.float32 or not x.is_cpu or x.requires_grad:
@@ -99,24 +142,6 @@ class DecoderForward:
             return None
         caches = [cache for ids, cache in sequences for _ in ids]
         return wiring.finish(plan(x, RowsStep(_joined(embeddings), torch.cat(positions_of, dim=1), caches)))[0]
-
-    def _is_usual(self, others: dict[str, Any]) -> bool:
-        """Whether no argument and no setting of the config requires anything else."""
-        config = self._config
-        return (
-            not any(value is not None and value is not False for value in others.values())
-            and config._attn_implementation == self._attention
-            and not any(others.get(name) is None and getattr(config, name, False) for name in CAPTURES)
-            and not is_capturing()
-        )
-
-    def _say_why(self) -> None:
-        if self._has_said:
-            return
-        self._has_said = True
-        changed = [self._names.get(module, "a module") for module in self.plan.bypass.changed_modules()]
-        what = f"A forward hook, or a forward of its own, of {changed[0]}" if changed else "A hook of all modules"
-        logger.warning("%s is not called on the fast path: tokens pass module by module, which takes longer.", what)
 
 
 def _joined(embeddings: Sequence[Embeddings]) -> Embeddings:

@@ -49,7 +49,9 @@ class Wiring:
     @torch.inference_mode()
     def last_embeddings(self) -> Embeddings:
         """What the rotary embedding gives for the last position, where scaling by position would show."""
-        embeddings: Embeddings = self.rotary(torch.zeros(1, 1, self.hidden_size), torch.tensor([[self.last_position]]))
+        device = next(self.norm.parameters()).device
+        positions = torch.tensor([[self.last_position]], device=device)
+        embeddings: Embeddings = self.rotary(torch.zeros(1, 1, self.hidden_size, device=device), positions)
         return embeddings
 
     def step_rotary(self, rotated_dims: int) -> StepRotary:

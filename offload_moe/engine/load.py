@@ -17,6 +17,7 @@ from offload_moe.convert.jobs import LOSSLESS
 from offload_moe.convert.sources import ensure_store
 from offload_moe.decode import make_fast, make_room
 from offload_moe.engine.assemble import skeleton_of
+from offload_moe.engine.device_pass import DevicePass, install_device_pass, open_device_pass, report_of
 from offload_moe.engine.build import Blueprint, Engine, build, closed_on_error, pools_of
 from offload_moe.engine.model import Model
 from offload_moe.engine.options import LoadKeywords, LoadOptions
@@ -58,11 +59,12 @@ def load(
     store, conversion_notices = _open_store(source, chosen, progress)
     progress("Planning memory")
     planned = _plan(store, chosen, device)
+    device_pass = _look_for_card(store, chosen, planned)
     progress("Loading dense weights")
-    engine = build(store, _blueprint(store, chosen, planned), planned.skeleton)
+    engine = build(store, _blueprint(store, chosen, planned, device_pass), planned.skeleton)
     with closed_on_error(engine.hierarchy):
-        model = _make_model(store, chosen, planned, engine)
-    _notify(model, [*conversion_notices, *engine.notices], _notices_of_machine(chosen, device))
+        model = _make_model(store, chosen, planned, engine, device_pass, progress)
+    _notify(model, [*conversion_notices, *engine.notices], [*_notices_of_machine(chosen, device), *device_pass.notices])
     return model
 
 
@@ -122,7 +124,18 @@ def _plan(store: Store, options: LoadOptions, device: torch.device) -> Planned:
     )
 
 
-def _blueprint(store: Store, options: LoadOptions, planned: Planned) -> Blueprint:
+def _look_for_card(store: Store, options: LoadOptions, planned: Planned) -> DevicePass:
+    why_off = ""
+    if options.device_pass == "off" or not options.fast_path:
+        why_off = "it is off"
+    elif planned.keeps_bits or options.exact:
+        why_off = "its numbers are kept bit for bit"
+    elif planned.placement.vram is None:
+        why_off = "its experts have no slots in VRAM"
+    return open_device_pass(store, planned.skeleton, planned.device, why_off=why_off)
+
+
+def _blueprint(store: Store, options: LoadOptions, planned: Planned, device_pass: DevicePass) -> Blueprint:
     placement = planned.placement
     return Blueprint(
         pools=pools_of(
@@ -139,20 +152,32 @@ def _blueprint(store: Store, options: LoadOptions, planned: Planned) -> Blueprin
         is_exact=options.exact,
         prefetch=options.prefetch,
         hybrid=options.hybrid,
+        in_panels=device_pass.card is not None,
     )
 
 
-def _make_model(store: Store, options: LoadOptions, planned: Planned, engine: Engine) -> Model:
+def _make_model(
+    store: Store,
+    options: LoadOptions,
+    planned: Planned,
+    engine: Engine,
+    device_pass: DevicePass,
+    progress: Progress,
+) -> Model:
     """Warm the slots up, install the fast path, and the checks of token ids and overflow."""
     hf, hierarchy, placement = engine.hf, engine.hierarchy, planned.placement
     if options.prefetch:
         warm_start(hierarchy, store.path)
     report = None
-    kept = placement.cache_dtype if placement.cache_dtype != planned.dtype else None
+    cache_dtype = torch.bfloat16 if device_pass.card is not None else placement.cache_dtype
+    kept = cache_dtype if cache_dtype != planned.dtype else None
     if options.fast_path:
         report = make_fast(hf, is_exact=planned.keeps_bits, context=placement.context, kept=kept, hierarchy=hierarchy)
     elif kept is not None:
         make_room(hf, placement.context, kept)
+    install_device_pass(device_pass, store, engine, placement.context, progress)
+    if report is not None and device_pass.made is not None:
+        report = report_of(report)
     if planned.dtype == torch.float16:
         watch_overflow(hf)
     watch_ids(hf)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self, TypedDict
+from typing import Any, Literal, Self, TypedDict
 
 import torch
 
@@ -16,6 +16,10 @@ from offload_moe.quant import get_codec
 from offload_moe.residency.policy import DEFAULT_POLICY, check_policy
 from offload_moe.system.names import choice
 from offload_moe.system.sizes import parse_size
+
+
+DevicePassChoice = Literal["auto", "off"]
+DEVICE_PASS_CHOICES: tuple[DevicePassChoice, ...] = ("auto", "off")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +39,8 @@ class LoadOptions:
     that has it, fp16 on an older one, fp32 on the CPU.
     exact: CPU kernels keep activations in full precision, slower. A bf16 store gives eager's bits with it, and in fp32.
     fast_path: decode steps through `offload_moe.decode`; False takes the model's own code.
+    device_pass: "auto" takes decode steps on an NVIDIA card through `offload_moe.card` where its kernels allow it; "off":
+    through bitsandbytes, as prompts.
     hybrid: with a device, whether the CPU computes some of the misses while others are copied: "auto" where kernels and
     codec allow it, "on" or an error, "off" for results that never depend on where an expert was.
     prefetch: MoE layers to look ahead; 0 turns prefetch and warm starts off. It also turns itself off while it does not
@@ -57,6 +63,7 @@ class LoadOptions:
     prefetch: int = DEFAULT_DEPTH
     hybrid: Hybrid = "auto"
     fast_path: bool = True
+    device_pass: DevicePassChoice = "auto"
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
     follow_links: bool = False
@@ -67,6 +74,7 @@ class LoadOptions:
         check_context(self.context)
         check_policy(self.policy)
         choice("hybrid mode", self.hybrid, HYBRID_CHOICES)
+        choice("device pass", self.device_pass, DEVICE_PASS_CHOICES)
         if self.codec is not None:
             get_codec(self.codec)
         if self.dense_codec is not None:
@@ -112,6 +120,7 @@ class LoadKeywords(TypedDict, total=False):
     prefetch: int
     hybrid: Hybrid
     fast_path: bool
+    device_pass: DevicePassChoice
     revision: str | None
     token: str | None
     follow_links: bool

@@ -66,6 +66,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "om_driver_close": (None, pointer),
     "om_driver_describe": (None, pointer, int32, pointer, int64),
     "om_card_describe": (integer, pointer, pointer),
+    "om_driver_is_lost": (integer, integer),
     "om_session_open": (integer, pointer, int32, pointer),
     "om_session_close": (None, pointer),
     "om_session_allocate": (integer, pointer, int64, pointer),
@@ -92,4 +93,5 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "om_card_cancel": (int64, pointer),
     "om_card_number": (int32, pointer),
     "om_card_cpu_seconds": (float64, pointer),
+    "om_card_num_on_cpu": (int64, pointer),
 }

@@ -87,11 +87,21 @@ class Session:
     def check_graph(self, result: int, what: str) -> None:
         """Raises: TransferError for an error of `om_card_graph` or of a pass."""
         if result <= GRAPH_ERROR:
+            self._raise_if_lost(GRAPH_ERROR - result)
             self.driver.check(GRAPH_ERROR - result, what)
+
+    def _raise_if_lost(self, code: int) -> None:
+        if self._library.om_driver_is_lost(code):
+            raise TransferError(
+                f"The card was lost: {self.driver.describe(code)}. It was reset, unplugged, or a kernel failed. "
+                "End this program and start it again; where it happens again, use --device-pass off."
+            )
 
     def synchronize(self) -> None:
         """Wait for all work of the card, torch's included. Raises: TransferError."""
-        self.driver.check(self._library.om_session_synchronize(self.address), "finish its work")
+        code = self._library.om_session_synchronize(self.address)
+        self._raise_if_lost(code)
+        self.driver.check(code, "finish its work")
 
 
 class SharedMemory:
@@ -111,8 +121,12 @@ class SharedMemory:
             raise BudgetError(f"The driver refused {format_size(num_bytes)} of page-locked RAM: {meaning}.")
         self.host, self.address = host.value, address.value
         ctypes.memset(self.host, 0, num_bytes)
-        self._owner = session
-        weakref.finalize(self, _free_shared, session, self.host).atexit = False
+        self._free = weakref.finalize(self, _free_shared, session, self.host)
+        self._free.atexit = False
+
+    def close(self) -> None:
+        """Free it; neither side may use it any more."""
+        self._free()
 
 
 class Module:
@@ -120,7 +134,12 @@ class Module:
 
     def __init__(self, session: Session, handle: int) -> None:
         self._session, self._handle = session, handle
-        weakref.finalize(self, _unload, session, handle).atexit = False
+        self._unload = weakref.finalize(self, _unload, session, handle)
+        self._unload.atexit = False
+
+    def close(self) -> None:
+        """Unload the kernels; no graph has them any more."""
+        self._unload()
 
     def function(self, name: str) -> int:
         """The handle of a kernel. Raises: TransferError."""
@@ -144,6 +163,3 @@ def _free_shared(session: Session, host: int) -> None:
 
 def _unload(session: Session, handle: int) -> None:
     load_library().om_session_unload(session.address, handle)
-
-
-__all__ = ["Module", "Session", "SharedMemory", "TransferError"]

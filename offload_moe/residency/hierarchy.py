@@ -55,9 +55,12 @@ class Hierarchy:
         self.lifecycle = Lifecycle()
         self.arena = Arena(pools.num_ram_slots, pools.slot_bytes, pools.chunk_bytes)
         self._resizing = threading.Lock()
+        self.num_resizes = 0  # after which slots may lie elsewhere
         self._began_whole: set[Scheduler] = set()  # the tiers that were given a slot for every expert
         self._copier = copier if pools.num_device_slots else None
-        self.before_release: list[Callable[[], None]] = []  # called when the model is closed, before its memory is freed
+        self.before_release: list[
+            Callable[[], None]
+        ] = []  # called when the model is closed, before its memory is freed
         self._reserved: ReservedSlots | None = None
         self._pass_reads: kernels.Reads | None = None
         ram_table = kernels.SlotTable(self._num_keys, pools.num_ram_slots, self.arena.addresses)
@@ -178,6 +181,7 @@ class Hierarchy:
         if self._copier is not None:
             num_slots = whole_chunks(pool.chunk_sizes, num_slots)
         num_before = pool.num_slots
+        self.num_resizes += 1
         if num_slots > num_before:
             pool.grow(num_slots)
             scheduler.grow(num_slots)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +46,24 @@ class CardModel:
 
 @contextmanager
 def card_model(
-    path: Path, driver: fake.FakeDriver, num_ram: int, num_vram: int, *, context: int = 512, dense_codec: str = "int8"
+    path: Path,
+    driver: fake.FakeDriver,
+    num_ram: int,
+    num_vram: int,
+    *,
+    context: int = 512,
+    dense_codec: str = "int8",
+    slots_per_chunk: int = 1000,
 ) -> Iterator[CardModel]:
     """A store with so many slots in RAM and on the card."""
     device = CardDevice.open(driver.path, fake.nvrtc(), cubins=fake.shim.CACHE / "cubins")
     store = Store.open(path)
     slot_bytes = store.record(0, 0).num_bytes
+    pools = pools_of(store, slot_bytes=slot_bytes, num_ram_slots=num_ram, num_device_slots=num_vram)
     engine = build(
         store,
         Blueprint(
-            pools=pools_of(store, slot_bytes=slot_bytes, num_ram_slots=num_ram, num_device_slots=num_vram),
+            pools=replace(pools, chunk_bytes=slots_per_chunk * slot_bytes),
             device=torch.device("cpu"),
             dtype=torch.float32,
             make_copier=lambda: SimulatedCopier(latency_s=0, page_lock=PageLock(SessionLocks(device))),

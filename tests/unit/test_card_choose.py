@@ -1,4 +1,7 @@
-"""The choice of the next token on the card, executed on the CPU: greedy as torch, draws as their definition, filters as transformers."""
+"""The choice of the next token on the card, executed on the CPU: greedy as torch, draws as their definition.
+
+The definition keeps the tokens that transformers' filters keep.
+"""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -25,7 +28,13 @@ class Draw:
     top_p: float = 1.0
 
 
-SETTINGS = [Draw(), Draw(temperature=0.6, top_k=20, top_p=0.95), Draw(top_p=0.7), Draw(temperature=3.0, top_k=5)]
+SETTINGS = [
+    Draw(),
+    Draw(temperature=0.6, top_k=20, top_p=0.95),
+    Draw(top_p=0.7),
+    Draw(temperature=3.0, top_k=5),
+    Draw(temperature=0.5, top_p=1e-8),
+]
 
 
 def logits_of(num_rows: int, num_tokens: int, *, seed: int = 0) -> np.ndarray:
@@ -139,7 +148,7 @@ def kept(logits: np.ndarray, draw: Draw) -> np.ndarray:
 
 
 def exponentials(t: np.ndarray) -> np.ndarray:
-    """As `vector_arithmetic.exp`, at once; each fma by way of fp64, which may round twice: a mass is then off by 2^-24 of it."""
+    """As `vector_arithmetic.exp`, of all; an fma by way of fp64 may round twice: a mass is then off by 2^-24 of it."""
     n = np.rint(t * np.float32(float.fromhex("0x1.715476p+0")))
     r = _fma(n, np.float32(2.12194440e-4), _fma(n, np.float32(-0.693359375), t))
     p = np.full_like(t, 1.9875691500e-4)

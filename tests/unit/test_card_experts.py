@@ -1,4 +1,4 @@
-"""The card's experts, executed on the CPU: the library's bits for layers of the seed families in small, for 1 to 8 rows."""
+"""The card's experts, executed on the CPU: the library's bits for layers of the families in small, for 1 to 8 rows."""
 
 from typing import Any
 

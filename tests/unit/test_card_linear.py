@@ -12,8 +12,8 @@ from tests.support.kernels import make_linear
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
 
-# codec, rows of each matrix, columns, rows of activations: whole and broken panels, groups of panels that end early, odd
-# numbers of blocks, nested scales that change inside a panel, more segments than are multiplied at a time.
+# codec, rows of each matrix, columns, rows of activations: whole and broken panels, groups of panels that end early,
+# odd numbers of blocks, nested scales that change inside a panel, more segments than are multiplied at a time.
 CASES = [
     ("nf4", (40, 16, 24), 200, 1),
     ("nf4", (112, 16), 320, 4),
@@ -22,6 +22,9 @@ CASES = [
     ("int8", (16, 7), 832, 8),
     ("mxfp4", (48, 21), 160, 1),
     ("mxfp4", (32, 5), 320, 4),
+    # threads that have no segment, in groups of four panels and of one
+    ("int8", (20,), 1088, 1),
+    ("nf4", (32,), 4160, 2),
 ]
 VALUES = [("bf16", (40, 16), 200, 1), ("bf16", (21, 3), 83, 4), ("fp32", (17,), 112, 2), ("fp32", (5, 16), 48, 8)]
 COMPILED = [("LINEAR", codec_name(codec), cols, rows) for codec, _, cols, rows in CASES]
@@ -119,6 +122,19 @@ def test_plain_numbers(codec: str, rows: tuple[int, ...], cols: int, compiled: i
                 total = wanted.numpy() if bias is None else wanted.numpy() + bias
                 assert np.array_equal(bits(out[:num_rows]), bits(total))
                 assert (out[num_rows:] == 5.0).all()
+
+
+def test_products_below_the_least_number_add_up_to_a_positive_zero() -> None:
+    cols, x, weight = 48, np.full((8, 48), 1e-30, np.float32), torch.full((5, 48), -1e-30)
+    linear = kernels.Linear.of_numbers(weight)
+    expected = torch.empty(8, 5)
+    kernel = kernels.LinearKernel("fp32", [linear.shape], [linear.layout])
+    kernel.forward(torch.from_numpy(x), [linear.record], [expected])
+    out = np.full((8, 5), 5.0, np.float32)
+    params = {"x": copied(x), "matrices": [{"codes": 0, "bias": -1, "rows": 5}], "records": [copied(weight.numpy())]}
+    Card(COMPILED, 8).run("VALUES", ("OM_FP32", cols, 8), {**params, "outs": [out], "num_matrices": 1}, rows=[5])
+    assert np.array_equal(bits(out), bits(expected.numpy()))
+    assert not np.signbit(out).any()
 
 
 @pytest.mark.parametrize("kind", ["QUANTIZE", "LINEAR", "VALUES"])

@@ -313,6 +313,7 @@
     FUNCTION(void, om_driver_close, (om_driver *driver)) \
     FUNCTION(void, om_driver_describe, (const om_driver *driver, int32_t code, char *text, int64_t room)) \
     FUNCTION(int, om_card_describe, (const om_driver *driver, om_card *card)) \
+    FUNCTION(int, om_driver_is_lost, (int code)) \
     FUNCTION(int, om_session_open, (om_driver *driver, int32_t device, om_session *session)) \
     FUNCTION(void, om_session_close, (om_session *session)) \
     FUNCTION(int, om_session_allocate, (const om_session *session, int64_t num_bytes, uint64_t *address)) \
@@ -339,7 +340,8 @@
     FUNCTION(int64_t, om_card_edit_tables, (om_device_pass *pass, int64_t num_edits)) \
     FUNCTION(int64_t, om_card_cancel, (om_device_pass *pass)) \
     FUNCTION(int32_t, om_card_number, (const om_device_pass *pass)) \
-    FUNCTION(double, om_card_cpu_seconds, (const om_device_pass *pass))
+    FUNCTION(double, om_card_cpu_seconds, (const om_device_pass *pass)) \
+    FUNCTION(int64_t, om_card_num_on_cpu, (const om_device_pass *pass))
 
 enum { OM_NF4 = 0, OM_INT8 = 1, OM_MXFP4 = 2, OM_BF16 = 3, OM_FP32 = 4 };
 enum { OM_F32 = 0, OM_BF16_VALUES = 1 };

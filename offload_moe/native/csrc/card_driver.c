@@ -101,7 +101,8 @@ OM_EXPORT om_driver *om_driver_open(const char *path, char *reason, int64_t room
 
 OM_EXPORT void om_driver_close(om_driver *driver) { free(driver); }
 
-int om_driver_is_lost(int code) {
+/* Whether every further call fails until the process ends: the card was reset (a kernel took too long), unplugged, or faulted. */
+OM_EXPORT int om_driver_is_lost(int code) {
     /* deinitialized, unavailable, illegal address, timeout, faults of kernels, launch failure, unknown (a display driver's reset) */
     return code == 4 || code == 46 || code == 700 || code == 702 || (code >= 714 && code <= 719) || code == 999;
 }

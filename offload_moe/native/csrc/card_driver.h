@@ -121,7 +121,4 @@ static inline void om_host_access(const om_driver *driver, const void *at, int64
     if (driver->host_access != NULL) driver->host_access(at, num_bytes, kind);
 }
 
-/* Whether every further call fails until the process ends: the card was reset (a kernel took too long), unplugged, or faulted. */
-int om_driver_is_lost(int code);
-
 #endif

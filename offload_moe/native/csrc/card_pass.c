@@ -126,6 +126,7 @@ static int64_t ended(om_device_pass *pass) {
  * short; or OM_CARD_ERROR. */
 OM_EXPORT int64_t om_card_next(om_device_pass *pass, double limit_s) {
     const double deadline_s = om_card_seconds() + limit_s;
+    if (pass->state == OM_CARD_IDLE) return pass->steps->num_layers;
     if (pass->state == OM_CARD_ROUTING || pass->state == OM_CARD_COMPUTING) {
         const int64_t result = om_card_step(pass, deadline_s);
         if (result != OM_UNDER_WAY || pass->state != OM_CARD_ENDING) return result;
@@ -138,18 +139,13 @@ OM_EXPORT int64_t om_card_next(om_device_pass *pass, double limit_s) {
     }
 }
 
-/* Give a pass up: what was queued runs to its end, and the next pass has a number of its own, so that nothing in the log is taken
- * for its part. Returns 0 or OM_CARD_ERROR. */
+/* Give a pass up: what was queued runs to its end. The next pass has a number of its own, which the host's edits have to tell the
+ * card, so that nothing in the log is taken for its part. Returns 0 or OM_CARD_ERROR. */
 OM_EXPORT int64_t om_card_cancel(om_device_pass *pass) {
-    om_card_edit *edits = pass->options->edits;
     int code = pass->driver->cuCtxSetCurrent(pass->session->context);
     if (code == 0) code = pass->driver->cuStreamSynchronize(pass->session->stream);
-    pass->state = OM_CARD_IDLE;
-    if (code != 0) return OM_CARD_ERROR(code);
-    edits[0] = (om_card_edit){.kind = OM_EDIT_STOP, .value = 0};
-    edits[1] = (om_card_edit){.kind = OM_EDIT_PASS, .value = ++pass->token};
-    pass->notice->stop = 0;
-    return om_card_edit_tables(pass, 2);
+    pass->state = OM_CARD_IDLE, pass->notice->stop = 0, pass->token++;
+    return code == 0 ? 0 : OM_CARD_ERROR(code);
 }
 
 /* The number of the next pass, or of the one that is under way: the log has it. */
@@ -157,3 +153,6 @@ OM_EXPORT int32_t om_card_number(const om_device_pass *pass) { return (int32_t)p
 
 /* Seconds of the CPU's share of the last pass. */
 OM_EXPORT double om_card_cpu_seconds(const om_device_pass *pass) { return pass->cpu_s; }
+
+/* Experts that it has computed, as often as it has read them. */
+OM_EXPORT int64_t om_card_num_on_cpu(const om_device_pass *pass) { return pass->num_on_cpu; }

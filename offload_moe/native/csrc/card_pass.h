@@ -22,7 +22,7 @@ struct om_device_pass {
     double expected_s;   /* of a queued pass, from its last ones */
     double began_s;
     double cpu_s;        /* seconds of the CPU's share of this pass */
-    int64_t num_on_cpu;  /* pairs that it has computed */
+    int64_t num_on_cpu;  /* experts that it has computed */
     uint8_t is_done[OM_CARD_PAIRS]; /* pairs of the layer that the CPU has computed */
 };
 

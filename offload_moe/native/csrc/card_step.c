@@ -81,7 +81,7 @@ static int compute_share(om_device_pass *pass, const share *s) {
     const int status = om_moe_forward(pass->steps->layers[pass->at].moe, o->host_normed, pass->num_rows, OM_F32, s->records, s->offsets,
                                       s->row_ids, s->out_ids, s->weights, s->num_experts, o->host_pairs, OM_F32, 0);
     pass->cpu_s += om_card_seconds() - began_s;
-    pass->num_on_cpu += s->offsets[s->num_experts];
+    pass->num_on_cpu += s->num_experts;
     return status;
 }
 

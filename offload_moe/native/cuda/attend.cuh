@@ -3,7 +3,6 @@
 #define OM_ATTEND_CUH
 
 #include "attend_units.cuh"
-#include "softmax.cuh"
 
 template <class LONG, class SHORT> struct attend_memory {
     alignas(16) float floats[LONG::FLOATS > SHORT::FLOATS ? LONG::FLOATS : SHORT::FLOATS];
@@ -12,15 +11,6 @@ template <class LONG, class SHORT> struct attend_memory {
     attend_unit unit; /* not in registers: they are all needed for scores */
     bool has_long_units;
 };
-
-/* Registers are short while scores are made: what follows from this number is not computed before it. */
-OM_DEVICE int thread_of_now() {
-    int thread = threadIdx.x;
-#ifndef OM_SHIM
-    asm volatile("" : "+r"(thread));
-#endif
-    return thread;
-}
 
 OM_DEVICE void widen8(uint4 words, float (&values)[8]) {
     values[0] = low_half(words.x), values[1] = high_half(words.x), values[2] = low_half(words.y), values[3] = high_half(words.y);
@@ -59,6 +49,12 @@ OM_DEVICE float sum_of_two(const float (&sums)[2][8], int is_upper) {
     return own[0];
 }
 
+/* Of the token of two threads, from each one's lanes on; of those behind the last token, that. */
+template <int DIMS> OM_DEVICE const u16 *key_of_pair(const u16 *const *pages, const attend_unit &u, int first) {
+    const int in_warp = thread_of_now() % 32, token = first + in_warp / 2;
+    return row_in<DIMS>(pages, u, OM_CARD_LEAST(token, u.count - 1)) + in_warp % 2 * 8;
+}
+
 /* scores[head * OM_CARD_SECTION + token]. A warp takes 32 tokens and a tile of heads; two threads share two tokens. */
 template <class U>
 OM_DEVICE void score_section(const attend_unit &u, const section_pages &pages, const float *q, float scaling, float *scores) {
@@ -67,21 +63,19 @@ OM_DEVICE void score_section(const attend_unit &u, const section_pages &pages, c
     for (int item = warp; item < OM_CARD_SECTION / 32 * U::TILES; item += U::WARPS) {
         const int tile = item % U::TILES, first = item / U::TILES * 32;
         if (first >= u.count) break;
-        const int tokens[2] = {first + pair, first + pair + 16}, last = u.count - 1;
-        const int read[2] = {OM_CARD_LEAST(tokens[0], last), OM_CARD_LEAST(tokens[1], last)};
         float sums[U::TILE][2][8] = {};
         const float *queries = q + tile * U::TILE * U::WIDTH + lanes;
-        const u16 *keys[2] = {row_in<U::KEY_DIMS>(pages.keys, u, read[0]) + lanes, row_in<U::KEY_DIMS>(pages.keys, u, read[1]) + lanes};
+        const u16 *keys[2] = {key_of_pair<U::KEY_DIMS>(pages.keys, u, first), key_of_pair<U::KEY_DIMS>(pages.keys, u, first + 16)};
 #pragma unroll 1
         for (int i = 0; i < U::WIDTH; i += 16, queries += 16, keys[0] += 16, keys[1] += 16) {
             if (U::MORE_DIMS > 0 && i == U::KEY_DIMS)
-                for (int r = 0; r < 2; r++) keys[r] = row_in<U::MORE_DIMS>(pages.values, u, read[r]) + lanes;
+                for (int r = 0; r < 2; r++) keys[r] = key_of_pair<U::MORE_DIMS>(pages.values, u, first + 16 * r);
             add_products<U>(keys, queries, U::NUM_HEADS_OF_UNIT - 1 - tile * U::TILE, sums);
         }
 #pragma unroll
         for (int h = 0; h < U::TILE; h++) {
             const float score = __fmul_rn(sum_of_two(sums[h], is_upper), scaling);
-            const int head = tile * U::TILE + h, token = is_upper ? tokens[1] : tokens[0];
+            const int head = tile * U::TILE + h, token = first + pair + 16 * is_upper;
             if (token < u.count && head < U::NUM_HEADS_OF_UNIT) scores[head * OM_CARD_SECTION + token] = score;
         }
     }
@@ -91,8 +85,8 @@ OM_DEVICE void score_section(const attend_unit &u, const section_pages &pages, c
 template <class U> OM_DEVICE void soften_section(const attend_unit &u, float *scores, om_card_section *sections, int stride) {
     const int thread = thread_of_now(), warp = thread / 32, head = warp / U::WARPS_OF_HEAD, part = warp % U::WARPS_OF_HEAD;
     const bool has_head = head < u.num_heads;
-    float *own = scores + (has_head ? head : 0) * OM_CARD_SECTION;
-    const float greatest = greatest_of_warp(own, u.count);
+    float *own = scores + head * OM_CARD_SECTION;
+    const float greatest = has_head ? greatest_of_warp(own, u.count) : 0.0f;
     if constexpr (U::WARPS_OF_HEAD > 1) __syncthreads();
     if (has_head)
         for (int i = thread % (32 * U::WARPS_OF_HEAD); i < u.count; i += 32 * U::WARPS_OF_HEAD)
@@ -200,7 +194,7 @@ OM_DEVICE void weigh_section(const attend_unit &u, const section_pages &pages, c
 
 template <class U> OM_DEVICE void load_queries(const attend_unit &u, const float *queries, float *q) {
     const float *from = queries + ((long long)u.row * U::NUM_HEADS + u.first_head) * U::WIDTH;
-    for (int i = threadIdx.x; i < U::NUM_HEADS_OF_UNIT * U::WIDTH; i += OM_ATTEND_THREADS)
+    for (int i = thread_of_now(); i < U::NUM_HEADS_OF_UNIT * U::WIDTH; i += OM_ATTEND_THREADS)
         q[i] = i < u.num_heads * U::WIDTH ? from[i] : 0.0f;
 }
 
@@ -214,7 +208,7 @@ template <class U, class MEMORY> OM_DEVICE void attend_units(const om_card_atten
     float *scores = m.floats, *q = m.floats + U::NUM_HEADS_OF_UNIT * OM_CARD_SECTION;
 #pragma unroll 1
     for (;;) {
-        if (threadIdx.x == 0) m.unit = take_unit<U>(m.rows);
+        if (threadIdx.x == 0) take_unit<U>(m.rows, m.unit);
         __syncthreads();
         if (m.unit.row < 0) return;
         if (m.unit.count > 0) {

@@ -2,6 +2,7 @@
 #ifndef OM_ATTEND_UNITS_CUH
 #define OM_ATTEND_UNITS_CUH
 
+#include "softmax.cuh"
 #include "view.cuh"
 
 /* HEADS of a group of query heads that share keys are a unit; TILE of them are multiplied with a key together. */
@@ -66,8 +67,7 @@ struct attend_unit {
     int first_token, in_page, count; /* of the section, in_page: in its first page; count <= 0: the row does not have it */
 };
 
-template <class U> OM_DEVICE attend_unit unit_at(const attended_rows &rows, int index) {
-    attend_unit u;
+template <class U> OM_DEVICE void find_unit(const attended_rows &rows, int index, attend_unit &u) {
     int first = 0;
     constexpr int PER_SECTION = U::NUM_KV_HEADS * U::PARTS;
     for (;; first++) {
@@ -75,24 +75,22 @@ template <class U> OM_DEVICE attend_unit unit_at(const attended_rows &rows, int 
         if (index < units) break;
         index -= units;
     }
-    u.row = first + index % rows.num_sharing[first], index /= rows.num_sharing[first];
-    const int part = index % U::PARTS, in_group = part * U::NUM_HEADS_OF_UNIT;
-    u.kv_head = index / U::PARTS % U::NUM_KV_HEADS, u.section = index / PER_SECTION;
-    u.first_head = u.kv_head * U::GROUP + in_group;
-    u.num_heads = OM_CARD_LEAST(U::NUM_HEADS_OF_UNIT, U::GROUP - in_group);
-    const seen_tokens seen = rows.seen[u.row];
-    u.first_token = seen.first + u.section * OM_CARD_SECTION, u.in_page = u.first_token % OM_CARD_PAGE;
-    u.count = OM_CARD_LEAST(OM_CARD_SECTION, seen.count - u.section * OM_CARD_SECTION);
-    return u;
+    const int row = first + index % rows.num_sharing[first];
+    index /= rows.num_sharing[first];
+    const int in_group = index % U::PARTS * U::NUM_HEADS_OF_UNIT, kv_head = index / U::PARTS % U::NUM_KV_HEADS;
+    const int section = index / PER_SECTION, first_token = rows.seen[row].first + section * OM_CARD_SECTION;
+    u.row = row, u.section = section, u.kv_head = kv_head;
+    u.first_head = kv_head * U::GROUP + in_group, u.num_heads = OM_CARD_LEAST(U::NUM_HEADS_OF_UNIT, U::GROUP - in_group);
+    u.first_token = first_token, u.in_page = first_token % OM_CARD_PAGE;
+    u.count = OM_CARD_LEAST(OM_CARD_SECTION, rows.seen[row].count - section * OM_CARD_SECTION);
 }
 
 /* The next one of this block, by one thread. */
-template <class U> OM_DEVICE attend_unit take_unit(attended_rows &rows) {
-    attend_unit none;
+template <class U> OM_DEVICE void take_unit(attended_rows &rows, attend_unit &u) {
     const int index = rows.next_unit;
     rows.next_unit += gridDim.x;
-    none.row = -1;
-    return index < rows.num_units ? unit_at<U>(rows, index) : none;
+    if (index < rows.num_units) find_unit<U>(rows, index, u);
+    else u.row = -1;
 }
 
 #define OM_SECTION_PAGES (OM_CARD_SECTION / OM_CARD_PAGE + 1)
@@ -105,9 +103,9 @@ struct section_pages {
 /* By threads 0 to 2 * OM_SECTION_PAGES. */
 OM_DEVICE void find_pages(const om_card_room &room, const attend_unit &u, section_pages &pages) {
     const int first = u.first_token / OM_CARD_PAGE, last = (u.first_token + u.count - 1) / OM_CARD_PAGE;
-    const int n = threadIdx.x % OM_SECTION_PAGES, page = first + n;
-    if (threadIdx.x >= 2 * OM_SECTION_PAGES || page > last) return;
-    if (threadIdx.x < OM_SECTION_PAGES) pages.keys[n] = (const u16 *)room.key_pages[page] + u.kv_head * room.key_stride;
+    const int thread = thread_of_now(), n = thread % OM_SECTION_PAGES, page = first + n;
+    if (thread >= 2 * OM_SECTION_PAGES || page > last) return;
+    if (thread < OM_SECTION_PAGES) pages.keys[n] = (const u16 *)room.key_pages[page] + u.kv_head * room.key_stride;
     else pages.values[n] = (const u16 *)room.value_pages[page] + u.kv_head * room.value_stride;
 }
 

@@ -77,7 +77,7 @@ template <int CODEC, int NEXT, int COLS, int INTERMEDIATE, int R, int ACTIVATION
     static constexpr int PARTS = HAS_GATE ? 2 : 1, GROUP = 4 * PARTS, TILE = OM_EXPERT_TILE(R);
     static constexpr int BLOCKS = OM_CARD_UP(INTERMEDIATE, 64), GROUPS = NEXT == OM_MXFP4 ? 2 : 1;
     typedef panel_group<CODEC, COLS, GROUP, PARTS, TILE> group;
-    static constexpr int THREADS = group::THREADS, LEAST_BLOCKS = occupancy<THREADS, TILE, INTERMEDIATE % 16 == 0>::BLOCKS;
+    static constexpr int THREADS = group::THREADS, LEAST_BLOCKS = occupancy<CODEC, THREADS, TILE, INTERMEDIATE % 16 == 0>::BLOCKS;
     struct memory {
         typename group::memory panels;
         float hidden[TILE * 64];
@@ -162,7 +162,7 @@ template <int CODEC, int NEXT, int COLS, int INTERMEDIATE, int R, int ACTIVATION
 template <int CODEC, int COLS, int ROWS, int R> struct second_matrix {
     static constexpr int GROUP = OM_CARD_GROUP(COLS), TILE = OM_EXPERT_TILE(R);
     typedef panel_group<CODEC, COLS, GROUP, 1, TILE> group;
-    static constexpr int THREADS = group::THREADS, LEAST_BLOCKS = occupancy<THREADS, TILE, ROWS % 16 == 0>::BLOCKS;
+    static constexpr int THREADS = group::THREADS, LEAST_BLOCKS = occupancy<CODEC, THREADS, TILE, ROWS % 16 == 0>::BLOCKS;
     struct memory {
         typename group::memory panels;
         pair_memory pairs;

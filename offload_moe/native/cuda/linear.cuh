@@ -22,7 +22,7 @@ template <int CODEC, int COLS, int R> struct linear {
     static constexpr int GROUP = OM_CARD_GROUP(COLS);
     typedef panel_group<CODEC, COLS, GROUP, 1, R> group;
     typedef typename group::memory memory;
-    static constexpr int THREADS = group::THREADS, LEAST_BLOCKS = occupancy<THREADS, R, false>::BLOCKS;
+    static constexpr int THREADS = group::THREADS, LEAST_BLOCKS = occupancy<CODEC, THREADS, R, false>::BLOCKS;
 
     template <bool WHOLE> OM_DEVICE void multiply(const panel_part (&parts)[1], int panel, const om_card_input &input, memory &m) {
         tile_rows<R> rows;

@@ -148,8 +148,8 @@ typedef struct {
 /* Panels that a thread block multiplies: so many that it has about 128 to 256 threads, four for each segment of each. */
 #define OM_CARD_GROUP(cols) \
     (OM_CARD_SEGMENTS(cols) >= 32 ? 1 : OM_CARD_SEGMENTS(cols) >= 16 ? 2 : OM_CARD_SEGMENTS(cols) >= 8 ? 4 : 8)
-/* Segments at a time: 512 threads, and 24 KiB of shared memory for the sums of R rows. */
-#define OM_CARD_MOST(group, R) OM_CARD_LEAST(128 / (group), 384 / ((group) * (R)))
+/* Segments at a time: 512 threads, or 256 that may have 255 registers each; and 24 KiB of shared memory for the sums of R rows. */
+#define OM_CARD_MOST(group, R) OM_CARD_LEAST(((R) > 2 ? 64 : 128) / (group), 384 / ((group) * (R)))
 #define OM_CARD_PASSES(group, cols, R) OM_CARD_UP(OM_CARD_SEGMENTS(cols), OM_CARD_MOST(group, R))
 #define OM_CARD_CHUNK(group, cols, R) OM_CARD_UP(OM_CARD_SEGMENTS(cols), OM_CARD_PASSES(group, cols, R))
 #define OM_CARD_THREADS(group, cols, R) (OM_CARD_UP((group) * OM_CARD_CHUNK(group, cols, R), 8) * 32)

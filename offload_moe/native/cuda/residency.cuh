@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(OM_RESOLVE_THREADS) om_resolve(cons
                                                      : 0;
     for (int i = t; i < num_pairs; i += OM_RESOLVE_THREADS) {
         const int slot = p.tables.slot_of[p.first_key + ids[i]];
-        if (!stop && slot >= 0) p.tables.used[slot] = now;
+        if (!stop && slot >= 0 && is_first(ids, i)) p.tables.used[slot] = now;
         p.hits[i] = slot >= 0 ? p.tables.memory[slot] : 0;
         if (!is_again) {
             int *line = p.log + OM_CARD_LOG_HEAD + i;

@@ -12,7 +12,7 @@ template <int EXPERTS, int TOP_K, int GROUPS, int CHOSEN_GROUPS, int BEST, bool 
     static constexpr int NUM_BEST = BEST;
     static constexpr bool HAS_GROUPS = CHOSEN_GROUPS < GROUPS, IS_SIGMOID = SIGMOID, IS_OF_CHOSEN = OF_CHOSEN;
     struct memory {
-        float logits[EXPERTS], scores[EXPERTS], wanted[EXPERTS], ranked[EXPERTS], groups[GROUPS], weights[TOP_K];
+        float logits[EXPERTS], scores[EXPERTS], wanted[EXPERTS], ranked[EXPERTS], groups[GROUPS], chosen[TOP_K], weights[TOP_K];
         int ids[TOP_K], chosen_groups[CHOSEN_GROUPS];
     };
     static_assert(EXPERTS % GROUPS == 0 && TOP_K <= EXPERTS / GROUPS * CHOSEN_GROUPS && EXPERTS <= 2048, "no router of such sizes");
@@ -80,24 +80,23 @@ template <class S> OM_DEVICE void exclude_groups(typename S::memory &m) {
     }
 }
 
-/* By the first warp. `weights` has the chosen experts' logits, or scores of a softmax of all. */
-template <class S> OM_DEVICE void weigh(float *weights, float scale) {
+/* weights of the chosen experts, by the first warp. chosen: their logits, or scores of a softmax of all; it is overwritten. */
+template <class S> OM_DEVICE void weigh(float *chosen, float scale, float *weights) {
     const int lane = threadIdx.x % 32;
     float share = 1.0f, sum = 0.0f;
     if (!S::IS_SIGMOID && S::IS_OF_CHOSEN) {
-        const float greatest = greatest_of_warp(weights, S::K);
-        for (int k = lane; k < S::K; k += 32) weights[k] = own_exp(__fadd_rn(weights[k], -greatest));
+        const float greatest = greatest_of_warp(chosen, S::K);
+        for (int k = lane; k < S::K; k += 32) chosen[k] = own_exp(__fadd_rn(chosen[k], -greatest));
         __syncwarp();
-        share = __fdiv_rn(1.0f, sum_of_warp(weights, S::K));
+        share = __fdiv_rn(1.0f, sum_of_warp(chosen, S::K));
     }
     if (S::IS_SIGMOID) {
-        for (int k = lane; k < S::K; k += 32) weights[k] = over(1.0f, weights[k]);
+        for (int k = lane; k < S::K; k += 32) chosen[k] = over(1.0f, chosen[k]);
         __syncwarp();
-        for (int k = 0; k < S::K; k++) sum = __fadd_rn(sum, weights[k]);
+        for (int k = 0; k < S::K; k++) sum = __fadd_rn(sum, chosen[k]);
     }
-    __syncwarp();
     for (int k = lane; k < S::K; k += 32) {
-        float weight = weights[k];
+        float weight = chosen[k];
         if (S::IS_OF_CHOSEN) weight = S::IS_SIGMOID ? __fdiv_rn(weight, __fadd_rn(sum, 1e-20f)) : __fmul_rn(weight, share);
         weights[k] = __fmul_rn(weight, scale);
     }
@@ -114,8 +113,8 @@ template <class S> OM_DEVICE void route_row(const float *logits, const float *co
     if constexpr (S::HAS_GROUPS) exclude_groups<S>(m);
     choose_greatest(m.wanted, S::E, S::K, m.ranked, m.ids);
     if (threadIdx.x < 32) {
-        for (int k = threadIdx.x; k < S::K; k += 32) m.weights[k] = (S::IS_SIGMOID || S::IS_OF_CHOSEN ? m.logits : m.scores)[m.ids[k]];
-        weigh<S>(m.weights, scale);
+        for (int k = threadIdx.x; k < S::K; k += 32) m.chosen[k] = (S::IS_SIGMOID || S::IS_OF_CHOSEN ? m.logits : m.scores)[m.ids[k]];
+        weigh<S>(m.chosen, scale, m.weights);
     }
     __syncthreads();
 }

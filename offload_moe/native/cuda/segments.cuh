@@ -128,11 +128,12 @@ template <int CODEC, int COLS, int GROUP, int PARTS, int R> struct panel_group {
     };
 };
 
-/* Thread blocks that the registers of a multiprocessor suffice for. One row leaves 64 registers a thread, enough for its loads, or
- * 80 where there is code for panels of fewer than 16 rows: a second thread block works where the first one waits. More rows take
- * the registers that they need. Without a number ptxas spills a few of them. */
-template <int THREADS, int T, bool ARE_WHOLE> struct occupancy {
-    static constexpr int BLOCKS = T > 1 ? 1 : OM_CARD_UP((ARE_WHOLE ? 1024 : 768) - THREADS + 1, THREADS);
+/* Thread blocks that the registers of a multiprocessor suffice for: one row leaves 64 registers a thread, enough for its loads, or
+ * 80 for int8 and where there is code for panels of fewer than 16 rows; two rows 96, more take what they need. Without a number
+ * ptxas spills a few of them. */
+template <int CODEC, int THREADS, int T, bool ARE_WHOLE> struct occupancy {
+    static constexpr int MOST = T == 1 ? (ARE_WHOLE && CODEC != OM_INT8 ? 1024 : 768) : T == 2 ? 640 : THREADS;
+    static constexpr int BLOCKS = MOST > THREADS ? MOST / THREADS : 1;
 };
 
 /* One chunk of segments into memory.parts. */

@@ -82,14 +82,14 @@ template <int CODEC, int COLS, int R> OM_DEVICE void values(const om_card_linear
         const four weights = COLS % 4 == 0 ? load_four(IS_BF16, plane, first + i) : load_some(IS_BF16, plane, first, i, COLS);
         add_four<COLS, R>(weights, p.x, i, true, lanes);
     }
-    /* the rest: 16 lanes, or 32, of which those behind the last column add a product of zeros */
-    if (WHOLE < COLS && (part < 4 || COLS - WHOLE > 16)) {
+    if (WHOLE < COLS) { /* lanes behind the last column add a product of zeros */
         const four weights = load_some(IS_BF16, plane, first, WHOLE + 4 * part, COLS);
         add_four<COLS, R>(weights, p.x, WHOLE + 4 * part, false, lanes);
     }
 #pragma unroll
     for (int t = 0; t < R; t++) {
-        const float sum = sum_of_row(lanes.of[t]);
+        float sum = sum_of_row(lanes.of[t]);
+        if (p.matrices[which].bias < 0) sum = __fadd_rn(sum, 0.0f); /* as the library does: no result is -0 */
         if (part == 0 && wanted < rows && t < num_rows)
             p.outs[which][(long long)t * rows + row] = with_biases(p, which, row, sum);
     }

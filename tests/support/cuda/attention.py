@@ -70,7 +70,7 @@ class Latent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What is attended to. num_special: numbers that are NaN, infinite, zero, tiny or huge."""
+    """What is attended to. num_special: NaN, infinite, zero, tiny or huge numbers, in a fourth of all arrays."""
 
     sequences: tuple[Sequence, ...]
     window: int = 0
@@ -168,7 +168,10 @@ class Case:
         self.angles = rotary_tables(self.random, shape.rotated_dims)
 
     def _floats(self, *shape: int, scale: float = 1.0) -> Floats:
-        return random_floats(self.random, *shape, scale=scale, num_special=self.setting.num_special)
+        return random_floats(self.random, *shape, scale=scale, num_special=self._num_special())
+
+    def _num_special(self) -> int:
+        return self.setting.num_special if self.random.random() < 0.25 else 0
 
     def _cache(self, num_heads: int, dims: tuple[int, int]) -> Cache:
         sequences, options = list(self.setting.sequences), self.setting
@@ -184,8 +187,8 @@ class Case:
 
     def run(
         self, library: shim.ShimLibrary, *, num_blocks: int = 3, seed: int = 0, is_stopped: bool = False
-    ) -> tuple[Floats, Floats, Inputs]:
-        """The queries, the result and its int8 inputs. num_blocks: of the sections' kernel."""
+    ) -> tuple[Floats, Floats, Inputs, Attended]:
+        """The queries, the result, its int8 inputs, and what sections gave. num_blocks: of their kernel."""
         given = Pass(self.num_rows, is_stopped=is_stopped)
         query = np.full((self.num_rows, *self.query_shape), np.nan, np.float32)
         attended = Attended(self.num_rows, self.scratch[0], self.cache.most_sections, self.scratch[1])
@@ -197,15 +200,15 @@ class Case:
         )
         library.launch(f"{self.name}_attend", (num_blocks,), (256,), params, seed=seed)
         self._finish(library, given, attended, out, inputs, seed)
-        return query, out, inputs
+        return query, out, inputs, attended
 
-    def check(self, library: shim.ShimLibrary, *, num_blocks: int = 3, seed: int = 0) -> None:
-        """The same bits as the portable C, in queries, caches, results and int8."""
+    def check(self, library: shim.ShimLibrary, *, num_blocks: int = 3, seed: int = 0) -> Floats:
+        """The same bits as the portable C, in queries, caches, results and int8. Returns the results."""
         with np.errstate(all="ignore"):
-            self._compare(library, num_blocks, seed)
+            return self._compare(library, num_blocks, seed)
 
-    def _compare(self, library: shim.ShimLibrary, num_blocks: int, seed: int) -> None:
-        query, out, inputs = self.run(library, num_blocks=num_blocks, seed=seed)
+    def _compare(self, library: shim.ShimLibrary, num_blocks: int, seed: int) -> Floats:
+        query, out, inputs, _ = self.run(library, num_blocks=num_blocks, seed=seed)
         expected_query, expected_keys, expected_values = self.expected_heads()
         assert are_same(query, expected_query), "queries"
         for planes, *expected in zip(self.cache.planes, expected_keys, expected_values, strict=True):
@@ -214,6 +217,7 @@ class Case:
         expected_out = np.stack([self.expected_row(t, expected_query[t]) for t in range(self.num_rows)])
         assert are_same(out, expected_out), "results"
         assert inputs.are_those_of(out), "int8"
+        return out
 
     def _angles(self, row: int) -> tuple[Floats, Floats]:
         cos, signed_sin = (table[self.cache.positions[row]] for table in self.angles)

@@ -61,7 +61,7 @@ class Card:
     """A compiled program and the memory of a pass. seed: the order of threads and blocks."""
 
     def __init__(self, wanted: Sequence[tuple[Any, ...]], num_rows: int, *, seed: int = 0) -> None:
-        self._program = _loaded(tuple(wanted))
+        self._wanted = tuple(wanted)
         self.num_rows, self.seed = num_rows, seed
         self.stop = np.zeros(1, np.int32)
         self._rows = np.array([num_rows], np.int32)
@@ -70,12 +70,12 @@ class Card:
         self, kind: str, sizes: Sequence[object], params: dict[str, Any], *, rows: Sequence[int] = (), y: int = 1
     ) -> None:
         """Launch a kernel. rows: of the matrices of a linear. y: the grid's second dimension."""
-        name = name_of(kind, *sizes)
-        threads, blocks = (ctypes.c_int * 2).in_dll(self._program.library, f"launch_{name}")
+        name, compiled = name_of(kind, *sizes), _loaded(((kind, *sizes),) if MODE == "quick" else self._wanted)
+        threads, blocks = (ctypes.c_int * 2).in_dll(compiled.library, f"launch_{name}")
         grid = sum(-(-count // blocks) for count in rows) if rows else blocks
         struct = STRUCTS[KINDS[kind][0]]()
         fill(struct, {"pass": {"stop": self.stop, "num_rows": self._rows}, **params})
-        self._program.launch(name, (grid, y), (threads,), struct, seed=self.seed)
+        compiled.launch(name, (grid, y), (threads,), struct, seed=self.seed)
 
     def input(self, codec: str, cols: int, rows: int) -> dict[str, np.ndarray]:
         """Memory for an input of so many rows, poisoned."""

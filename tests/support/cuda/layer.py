@@ -110,14 +110,18 @@ class CardExperts:
 
     def compute(self, choice: Choice, addresses: np.ndarray, *, stride: int | None = None) -> None:
         """The pairs whose address is not 0, into `pairs`, of which a row has `stride` parts."""
-        family, table = self.family, copied(addresses)
+        family, table = (
+            self.family,
+            np.full((self.family.compiled, self.family.top_k), self.records.memory[0].ctypes.data, np.uint64),
+        )
+        table[: len(addresses)] = addresses  # behind them lie experts of no row
         shared = {"addresses": table, "hidden": self.hidden, "top_k": family.top_k}
         first = {"input": self.input, "matrix": self.records.matrix(0), "alpha": 1.702, "limit": 7.0}
         self.card.run("FIRST", family.first_sizes, {**shared, **first}, y=family.compiled * family.top_k)
         second = {
             "matrix": self.records.matrix(1),
-            "ids": copied(choice.ids),
-            "weights": copied(choice.weights),
+            "ids": _padded(choice.ids, family.compiled),
+            "weights": _padded(choice.weights, family.compiled),
             "pairs": self.pairs,
             "weight_scale": WEIGHT_SCALE,
             "stride": stride or family.top_k,
@@ -130,3 +134,7 @@ class CardExperts:
         for place in range(self.family.top_k):
             out = out + self.pairs[:, place]
         return out[: self.card.num_rows]
+
+
+def _padded(values: np.ndarray, num_rows: int) -> np.ndarray:
+    return copied(np.concatenate([values, np.zeros((num_rows - len(values), values.shape[1]), values.dtype)]))

@@ -1,4 +1,4 @@
-"""Random matrices and experts in panels, for the library's kernels and for the card's, and inputs with extreme groups."""
+"""Random matrices and experts in panels, for the library's kernels and for the card's; inputs with extreme groups."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

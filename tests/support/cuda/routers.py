@@ -52,11 +52,18 @@ Routed = tuple[NDArray[np.int32], Floats]
 
 
 def route(
-    library: shim.ShimLibrary, router: Router, logits: Floats, correction: Floats | None, scale: float, *, seed: int = 0
+    library: shim.ShimLibrary,
+    router: Router,
+    logits: Floats,
+    correction: Floats | None,
+    scale: float,
+    *,
+    seed: int = 0,
+    is_stopped: bool = False,
 ) -> Routed:
     """logits ``[T, E]`` -> ids and weights ``[T, K]``, by the card's kernel, compiled for 8 rows."""
     num_rows = len(logits)
-    given = Pass(num_rows)
+    given = Pass(num_rows, is_stopped=is_stopped)
     ids, weights = np.full((8, router.top_k), -1, np.int32), np.full((8, router.top_k), np.nan, np.float32)
     params = STRUCTS["om_card_route_params"](
         **{"pass": given.struct, "logits": address(logits), "correction": address(correction), "scale": scale},

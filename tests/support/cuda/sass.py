@@ -149,7 +149,7 @@ def issue_bound(card: Card, cost: dict[str, int]) -> float:
 
 
 # By rows of activations: registers of a thread that leave two blocks of 256 threads on a multiprocessor, or one.
-MOST_REGISTERS = {1: 128, 2: 128, 4: 208, 8: 255}
+MOST_REGISTERS = {1: 128, 2: 168, 4: 208, 8: 255}
 
 
 def problems(kind: str, rows: int, cost: dict[str, int]) -> list[str]:

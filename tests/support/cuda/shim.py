@@ -31,6 +31,7 @@ SUFFIXES = (".h", ".cuh", ".cu", ".cpp")
 DEFAULT_MODE = os.environ.get("OM_SHIM_MODE", "plain")  # one of:
 MODES = {
     "plain": ["-O2"],
+    "quick": ["-O0", "-g0"],  # to compile, for programs that run once
     "asan": [
         "-O1",
         "-fno-omit-frame-pointer",
