@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -94,7 +95,7 @@ class ShimLibrary:
 
 
 def has_compiler() -> bool:
-    return shutil.which(_compiler()) is not None
+    return shutil.which(compiler()[0]) is not None
 
 
 def load(source: str | Path, macros: Mapping[str, object] | None = None, *, mode: str = DEFAULT_MODE) -> ShimLibrary:
@@ -125,8 +126,9 @@ def _loaded(path: Path) -> ShimLibrary:
     return ShimLibrary(path)
 
 
-def _compiler() -> str:
-    return os.environ.get("CXX", "g++")
+def compiler() -> list[str]:
+    """The words of the C++ compiler's command."""
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
 
 
 def _compile(text: str, options: list[str], mode: str, folder: Path) -> None:
@@ -144,19 +146,19 @@ def _compile(text: str, options: list[str], mode: str, folder: Path) -> None:
     ]  # the flag is for kernels; trace.cpp is its runtime
     _run([*_command(mode), *options, "-c", str(source), "-o", objects[0]])
     _run([*_command("plain"), "-O3", "-DOM_SHIM_TRACE=1", "-c", str(SHIM / "trace.cpp"), "-o", objects[1]])
-    _run([_compiler(), "-shared", *objects, "-o", str(library)])
+    _run([*compiler(), "-shared", *objects, "-o", str(library)])
 
 
 def _preprocessed(text: str, options: list[str], folder: Path) -> str:
     """With macros expanded, but for CUDA's words: kernels may be written by macros."""
     source = folder / "names.cpp"
     source.write_text(text)
-    return _run([_compiler(), "-E", "-P", "-DOM_SHIM=1", *options, str(source)])
+    return _run([*compiler(), "-E", "-P", "-DOM_SHIM=1", *options, str(source)])
 
 
 def _command(mode: str) -> list[str]:
     fma = ["-mfma"] if os.uname().machine == "x86_64" else []
-    return [_compiler(), *BASE_FLAGS, *MODES[mode], *fma, f"-I{SHIM}"]
+    return [*compiler(), *BASE_FLAGS, *MODES[mode], *fma, f"-I{SHIM}"]
 
 
 def _run(command: list[str]) -> str:

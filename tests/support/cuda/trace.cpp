@@ -5,10 +5,12 @@
  * a block, __syncwarp within a warp, and between blocks of a launch nothing but atomics and fences. It is compiled without that
  * flag, and linked in place of libtsan. */
 #include "fibers.h"
+#include <cstddef>
 #include <dlfcn.h>
 #include <map>
 #include <set>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -16,28 +18,29 @@
 
 namespace {
 
-constexpr uint64_t PAGE = 4096;
-constexpr uint32_t OF_BLOCKS = 1u << 31, OF_WARPS = 1u << 30, OF_THREADS = 1u << 29, SERIAL = OF_THREADS - 1; /* of several readers */
-
-/* Accesses of one thread between two meeting points. */
-struct segment {
-    uint32_t block, thread, barriers, warp_barriers;
-    bool is_atomic;
+constexpr uint64_t PAGE = 4096, MOST_PAGES = 4096; /* of 72 KiB each */
+/* Who touched a byte last, and when: the launch's other accesses to it are compared with that. 0: nobody. */
+union stamp {
+    uint64_t bits;
+    struct {
+        uint64_t thread : 10, warp_barriers : 12, barriers : 17, block : 20, is_there : 1, is_atomic : 1;
+        uint64_t of_threads : 1, of_warps : 1, of_blocks : 1; /* of a read: others of that warp, block or launch read it, too */
+    };
 };
+static_assert(sizeof(stamp) == 8);
 
 struct page {
     uint64_t read[PAGE / 64], written[PAGE / 64]; /* bits: bytes, in this launch */
-    uint32_t writer[PAGE], reader[PAGE];          /* by byte: number of the last segment */
+    stamp writer[PAGE], reader[PAGE];
     uint64_t launch;
 };
 
 std::unordered_map<uint64_t, page *> pages;
 std::map<uint64_t, page *> touched; /* in this launch */
-std::vector<segment> segments;      /* of this launch; the first has the number `base` */
 std::vector<std::string> races;
-std::set<std::string> known;
-uint32_t base = 1, barriers, current[shim::MAX_THREADS], warp_barriers[shim::MAX_THREADS];
-uint64_t launches, blocks, stacks_begin, stacks_end, last_number = ~0ull, epochs[shim::MAX_THREADS];
+std::set<std::tuple<const void *, bool, bool>> known; /* races of this launch, by code */
+uint32_t barriers, warp_barriers[shim::MAX_THREADS];
+uint64_t launches, stacks_begin, stacks_end, last_number = ~0ull;
 page *last_page;
 
 /* By blocks, in the order of their atomics: what is published through fences. */
@@ -57,32 +60,26 @@ uint32_t block_number() {
 bool is_ours(uint64_t at) { return at >= (uint64_t)__ehdr_start && at < (uint64_t)_end; }
 bool is_shared(uint64_t at) { return at >= (uint64_t)shim::__start_shim_shared && at < (uint64_t)shim::__stop_shim_shared; }
 
-/* The number of the segment of an access; the last one of the thread while it meets no other thread. */
-uint32_t segment_of(uint32_t thread, bool is_atomic) {
-    const uint64_t epoch = blocks << 40 | (uint64_t)barriers << 20 | warp_barriers[thread];
-    if (!is_atomic && epochs[thread] == epoch) return current[thread];
-    segments.push_back({block_number(), thread, barriers, warp_barriers[thread], is_atomic});
-    const uint32_t number = base + (uint32_t)segments.size() - 1;
-    if (!is_atomic) current[thread] = number, epochs[thread] = epoch;
-    return number;
+stamp stamp_of(uint32_t thread, bool is_atomic) {
+    stamp now = {};
+    now.thread = thread, now.warp_barriers = warp_barriers[thread], now.barriers = barriers, now.block = block_number();
+    now.is_there = 1, now.is_atomic = is_atomic;
+    return now;
 }
 
-/* Whether an earlier access of this launch is not ordered before one of `now`. */
-bool races_with(uint32_t stamp, const segment &now, bool are_shared) {
-    const uint32_t number = stamp & SERIAL;
-    if (number < base) return false;
-    const segment &old = segments[number - base];
-    if (old.is_atomic && now.is_atomic) return false;
+/* Whether an earlier access of this launch is not ordered before one of now. */
+bool races_with(stamp old, stamp now, bool are_shared) {
+    if (!old.is_there || (old.is_atomic && now.is_atomic)) return false;
     if (old.block != now.block) {
         if (are_shared) return false; /* each block has its own */
         const auto found = seen.find(old.block);
         if (found == seen.end()) return true;
         return !(old.barriers < found->second.barriers || old.thread == found->second.thread);
     }
-    if (!are_shared && (stamp & OF_BLOCKS) && seen.empty()) return true;
+    if (!are_shared && old.of_blocks && seen.empty()) return true;
     if (old.barriers != now.barriers) return false;
-    if ((stamp & OF_WARPS) || old.thread / 32 != now.thread / 32) return true;
-    return old.warp_barriers == now.warp_barriers && ((stamp & OF_THREADS) || old.thread != now.thread);
+    if (old.of_warps || old.thread / 32 != now.thread / 32) return true;
+    return old.warp_barriers == now.warp_barriers && (old.of_threads || old.thread != now.thread);
 }
 
 std::string line_of(const void *code) {
@@ -97,14 +94,13 @@ std::string line_of(const void *code) {
     return line;
 }
 
-void report(uint32_t stamp, bool old_writes, const segment &now, bool writes, uint64_t at, const void *code) {
-    const segment &old = segments[(stamp & SERIAL) - base];
+void report(stamp old, bool old_writes, stamp now, bool writes, uint64_t at, const void *code) {
+    if (!known.insert({code, old_writes, writes}).second || races.size() > 50) return;
     const std::string place = line_of(code);
-    if (!known.insert(place + (old_writes ? "w" : "r") + (writes ? "w" : "r")).second || races.size() > 50) return;
-    const char *verb = old_writes ? " wrote" : " read";
+    const bool are_several = old.of_threads || old.of_warps || old.of_blocks;
     races.push_back(place + ": thread " + std::to_string(now.thread) + " of block " + std::to_string(now.block) + (writes ? " writes" : " reads") +
                     (is_shared(at) ? " shared memory" : " memory") + " that thread " + std::to_string(old.thread) + " of block " +
-                    std::to_string(old.block) + verb + ", and nothing orders them");
+                    std::to_string(old.block) + (are_several ? " and others" : "") + (old_writes ? " wrote" : " read") + ", and nothing orders them");
 }
 
 page *page_of(uint64_t number) {
@@ -112,7 +108,7 @@ page *page_of(uint64_t number) {
     page *&found = pages[number];
     if (!found) found = new page();
     if (found->launch != launches) {
-        std::memset(found->read, 0, sizeof found->read + sizeof found->written);
+        std::memset((void *)found, 0, offsetof(page, launch));
         found->launch = launches, touched[number] = found;
     }
     last_number = number;
@@ -120,22 +116,15 @@ page *page_of(uint64_t number) {
 }
 
 /* The readers of a byte since its last write: the last one, and whether there were others that a write must be ordered behind. */
-uint32_t with_reader(uint32_t old, uint32_t number, const segment &now) {
-    if ((old & SERIAL) < base) return number;
-    const segment &other = segments[(old & SERIAL) - base];
-    if (other.block != now.block) return number | OF_BLOCKS;
-    uint32_t flags = old & OF_BLOCKS;
-    if (other.barriers != now.barriers) return number | flags;
-    flags |= old & OF_WARPS;
-    if (other.thread / 32 != now.thread / 32) flags |= OF_WARPS;
-    else if (other.warp_barriers == now.warp_barriers && (other.thread != now.thread || (old & OF_THREADS))) flags |= OF_THREADS;
-    return number | flags;
-}
-
-bool is_one_of_this_launch(const uint32_t *stamps, uint64_t count) {
-    uint32_t newest = 0;
-    for (uint64_t k = 0; k < count; k++) newest = std::max(newest, stamps[k] & SERIAL);
-    return newest >= base;
+stamp with_reader(stamp old, stamp now) {
+    if (!old.is_there) return now;
+    now.of_blocks = old.of_blocks;
+    if (old.block != now.block) now.of_blocks = 1;
+    else if (old.barriers == now.barriers) {
+        now.of_warps = old.of_warps || old.thread / 32 != now.thread / 32;
+        now.of_threads = old.warp_barriers == now.warp_barriers && (old.thread != now.thread || old.of_threads);
+    }
+    return now;
 }
 
 void set_bits(uint64_t *bits, uint64_t first, uint64_t count) {
@@ -143,34 +132,32 @@ void set_bits(uint64_t *bits, uint64_t first, uint64_t count) {
 }
 
 /* An access within a page. */
-void touch_part(uint64_t at, uint64_t count, bool writes, uint32_t number, const void *code) {
+void touch_part(uint64_t at, uint64_t count, bool writes, stamp now, const void *code) {
     page *p = page_of(at / PAGE);
     const uint64_t first = at % PAGE;
-    const segment now = segments[number - base];
     const bool are_shared = is_shared(at);
-    uint32_t *writer = p->writer + first, *reader = p->reader + first;
-    if (is_one_of_this_launch(writer, count))
-        for (uint64_t k = 0; k < count; k++)
-            if (races_with(writer[k], now, are_shared)) report(writer[k], true, now, writes, at + k, code);
+    stamp *writer = p->writer + first, *reader = p->reader + first;
+    for (uint64_t k = 0; k < count; k++)
+        if (writer[k].bits && races_with(writer[k], now, are_shared)) report(writer[k], true, now, writes, at + k, code);
+    set_bits(writes ? p->written : p->read, first, count);
     if (!writes) {
         for (uint64_t k = 0; k < count; k++)
-            if (reader[k] != number) reader[k] = with_reader(reader[k], number, now);
-        return set_bits(p->read, first, count);
+            if (reader[k].bits != now.bits) reader[k] = with_reader(reader[k], now);
+        return;
     }
-    if (is_one_of_this_launch(reader, count))
-        for (uint64_t k = 0; k < count; k++)
-            if (races_with(reader[k], now, are_shared)) report(reader[k], false, now, true, at + k, code);
-    std::fill_n(writer, count, number), std::fill_n(reader, count, 0);
-    set_bits(p->written, first, count);
+    for (uint64_t k = 0; k < count; k++)
+        if (reader[k].bits && races_with(reader[k], now, are_shared)) report(reader[k], false, now, true, at + k, code);
+    std::fill_n(writer, count, now), std::fill_n(reader, count, stamp{});
 }
 
 void touch(uint64_t at, uint64_t num_bytes, bool writes, bool is_atomic, const void *code) {
     if (!shim::is_inside || (at >= stacks_begin && at < stacks_end) || (is_ours(at) && !is_shared(at))) return;
-    const uint32_t thread = shim::self->index, number = segment_of(thread, is_atomic);
+    const uint32_t thread = shim::self->index;
+    const stamp now = stamp_of(thread, is_atomic);
     if (writes && !is_atomic) has_fenced[thread] = false;
     for (uint64_t end = at + num_bytes; at < end;) {
         const uint64_t count = std::min(end - at, PAGE - at % PAGE);
-        touch_part(at, count, writes, number, code);
+        touch_part(at, count, writes, now, code);
         at += count;
     }
 }
@@ -191,17 +178,15 @@ template <class F> void each_run(const uint64_t *bits, uint64_t begin, F each) {
 } // namespace
 
 void shim::trace_launch(const void *stacks, uint64_t num_bytes) {
-    base += (uint32_t)segments.size();
-    if (base > SERIAL / 2 || pages.size() > 1 << 14) {
+    if (pages.size() > MOST_PAGES) {
         for (auto &[number, p] : pages) delete p;
-        pages.clear(), base = 1;
+        pages.clear();
     }
     stacks_begin = (uint64_t)stacks, stacks_end = stacks_begin + num_bytes;
-    segments.clear(), touched.clear(), published.clear(), known.clear(), launches++, last_number = ~0ull;
-    std::fill_n(epochs, shim::MAX_THREADS, 0);
+    touched.clear(), published.clear(), known.clear(), launches++, last_number = ~0ull;
 }
 void shim::trace_block() {
-    blocks++, barriers = 0, seen.clear(), pending.clear();
+    barriers = 0, seen.clear(), pending.clear();
     std::fill_n(warp_barriers, shim::MAX_THREADS, 0), std::fill_n(has_fenced, shim::MAX_THREADS, false);
 }
 void shim::trace_barrier() { barriers++; }
