@@ -2,7 +2,8 @@
 """Host time of a token in the device pass, on the fake driver with kernels that do nothing.
 
 Shapes of real models with tiny tensors: the number of layers, experts and launches is theirs, the matrices are not. The
-fake driver's calls are in it, a real one's are not. Seconds of the calling thread's processor, not of a clock. Nothing here runs on a card.
+fake driver's calls are in it, a real one's are not. Seconds of the calling thread's processor, not of a clock. Nothing
+here runs on a card.
 
     python benchmarks/device_host_time.py --trials 5 --tokens 100
 """
