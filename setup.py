@@ -87,7 +87,7 @@ class BuildKernels(build_ext):
         target = self.get_ext_fullpath(ext.name)
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(
-            objects, target, libraries=["m", "pthread"], extra_postargs=link_flags, build_temp=self.build_temp
+            objects, target, libraries=["m", "pthread", "dl"], extra_postargs=link_flags, build_temp=self.build_temp
         )
 
 

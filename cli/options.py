@@ -49,6 +49,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="with a GPU: the CPU computes experts that it finishes before the link could copy them (default: auto)",
     )
     group.add_argument(
+        "--device-pass",
+        choices=("auto", "off"),
+        help="on an NVIDIA card: decode by the project's own kernels where they fit (default: auto)",
+    )
+    group.add_argument(
         "--device", metavar="NAME", help="device to compute on, such as cuda or cpu (default: a GPU if there is one)"
     )
     group.add_argument(
@@ -120,7 +125,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 def load_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """The given flags as options of `offload_moe.LoadOptions`; the others keep their defaults there."""
     names = (
-        *("vram", "ram", "context", "policy", "hybrid", "device", "dtype"),
+        *("vram", "ram", "context", "policy", "hybrid", "device_pass", "device", "dtype"),
         *("codec", "dense_codec", "revision", "follow_links", "exact", "speculate", "draft"),
     )
     return {name: value for name in names if (value := getattr(options, name)) is not None}

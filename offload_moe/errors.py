@@ -9,6 +9,7 @@ OffloadMoeError
 │   └── StoreVersion       it was written by another format version
 ├── BudgetError            the plan does not fit in VRAM, RAM or disk
 ├── UnsupportedModelError  the model has a layer this version cannot bind
+├── DevicePassUnavailable  the device pass cannot serve this model on this machine; the message is the reason
 ├── TransferError          bytes could not be moved: disk read, H2D copy, download
 └── ModelClosed            the model was closed, or stayed in the parent of a forked process
 
@@ -50,6 +51,10 @@ class BudgetError(OffloadMoeError):
 
 class UnsupportedModelError(OffloadMoeError):
     """The model has a layer this version cannot bind."""
+
+
+class DevicePassUnavailable(OffloadMoeError):
+    """The device pass cannot serve this model on this machine: the message is the reason, without a final period."""
 
 
 class TransferError(OffloadMoeError):

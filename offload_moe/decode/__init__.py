@@ -51,8 +51,8 @@ class FastPath:
 
     @property
     def slow_layers(self) -> tuple[LayerPath, ...]:
-        """Those that a decode step does not pass in a native span."""
-        return tuple(layer for layer in self.layers if layer.kind != "span")
+        """Those that a decode step passes neither in a native span nor in the device pass."""
+        return tuple(layer for layer in self.layers if layer.kind not in ("span", "card"))
 
     @property
     def is_worth_a_notice(self) -> bool:
@@ -64,6 +64,8 @@ class FastPath:
         if self.why_none:
             return f"Decode takes the slow path through all {len(self.layers)} layers: {self.why_none}."
         slow = self.slow_layers
+        if not slow and all(layer.kind == "card" for layer in self.layers):
+            return f"Decode takes the device pass through all {len(self.layers)} layers."
         if not slow:
             return f"Decode takes the fast path through all {len(self.layers)} layers."
         reasons = tell_reasons(layer.reasons for layer in slow)

@@ -86,6 +86,14 @@ class InRoom:
         """Count more tokens. Returns of each the first one in the room that it sees, and its own place."""
         raise NotImplementedError
 
+    @property
+    def place(self) -> tuple[Tensor, Tensor, int]:
+        """The room of keys and of values behind an `extend`, and the index in them of the last token."""
+        place, room = self._find(), self._room
+        assert room is not None
+        assert place is not None
+        return (*room, place[1] - 1)
+
     def give_room_up(self) -> None:
         """Use no place beside the present keys and values any more."""
         self._parts, self._place, self._room = self._cut_out(), None, None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_moe.native import kernels
-from offload_moe.native.device import record_linear
+from offload_moe.native.device import in_rows, record_linear
 from offload_moe.quant import Codec, ExpertShape
 from offload_moe.quant.gguf import GgufCodec, decode_rows
 from offload_moe.quant.layout import weight_shape
@@ -27,11 +27,19 @@ class QuantLinear(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self, record: Tensor, shape: ExpertShape, codec: Codec, *, is_exact: bool = False, is_repacked: bool = False
+        self,
+        record: Tensor,
+        shape: ExpertShape,
+        codec: Codec,
+        *,
+        is_exact: bool = False,
+        is_repacked: bool = False,
+        keeps_panels: bool = False,
     ) -> None:
         """record: in rows; it is changed to panels where it lies. is_exact: it stays in rows, and activations in fp32.
 
-        is_repacked: the record is in the order that this linear reads already.
+        is_repacked: the record is in the order that this linear reads already. keeps_panels: it stays in panels on a
+        device, for the device pass.
         shape: one matrix named `weight`, and a bias named `bias` where the record holds one. A layer whose bias is kept
         outside the record sets `bias` afterwards.
         """
@@ -42,6 +50,7 @@ class QuantLinear(nn.Module):
         self.out_features = shape.matrices[0].out_features
         self.shape = shape
         self.codec = codec
+        self._keeps_panels = keeps_panels
         self._order: kernels.PanelOrder | None = None
         self._kernel: kernels.LinearKernel | None = None
         if kernels.unsupported_reason(codec.name, shape) is None and not (
@@ -74,7 +83,7 @@ class QuantLinear(nn.Module):
     @property
     def in_panels(self) -> bool:
         """Whether the record is in panels: see `kernels.PanelOrder`."""
-        return self._order is not None and self.record.is_cpu
+        return self._order is not None and (self.record.is_cpu or self._keeps_panels)
 
     def as_projection(self) -> kernels.Linear:
         """As kernels of several linears take it: it `has_kernel`."""
@@ -94,6 +103,8 @@ class QuantLinear(nn.Module):
         """The record in rows; a copy where it is in panels."""
         if self._order is None or not self.in_panels:
             return self.record
+        if not self.record.is_cpu:
+            return in_rows(self.record, self.shape, self.codec)
         record = self.record.clone()
         self._order.to_rows(record)
         return record
@@ -101,7 +112,7 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move, as `.to()` does, in the order of the other device."""
         was_in_panels, rows = self.in_panels, None
-        if was_in_panels and not fn(self.record[:0]).is_cpu:
+        if was_in_panels and not self._keeps_panels and not fn(self.record[:0]).is_cpu:
             rows = fn(self.in_rows())
         super()._apply(fn, recurse)
         if rows is not None:
@@ -209,11 +220,12 @@ def lookup_tables(model: nn.Module, ignored: str | None = None) -> set[str]:
     }
 
 
-def quantize_linear(weight: Tensor, codec: Codec, *, is_exact: bool = False) -> QuantLinear:
+def quantize_linear(weight: Tensor, codec: Codec, *, is_exact: bool = False, keeps_panels: bool = False) -> QuantLinear:
     """A linear layer of a weight ``[O, K]``, quantized now. Its bias, if it has one, stays outside the record.
 
     Raises: CheckpointError when a weight is not finite.
     """
     shape = weight_shape(*weight.shape)
     record = kernels.fast_encoding(codec).encode(shape, {"weight": weight})
-    return QuantLinear(record[: codec.layout(shape).num_bytes].clone(), shape, codec, is_exact=is_exact)
+    kept = record[: codec.layout(shape).num_bytes].clone()
+    return QuantLinear(kept, shape, codec, is_exact=is_exact, keeps_panels=keeps_panels)

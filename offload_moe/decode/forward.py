@@ -6,15 +6,16 @@ step, a few tokens, or a prompt, where the plan takes prompts.
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from offload_moe.decode.hooks import is_capturing
+from offload_moe.decode.hooks import Bypass, is_capturing
 from offload_moe.decode.layer import RowsStep
 from offload_moe.decode.plan import PassPlan
+from offload_moe.decode.wiring import Wiring
 from offload_moe.native.kernels import MAX_ROWS
 
 logger = logging.getLogger(__name__)
@@ -27,11 +28,23 @@ CAPTURES = {  # arguments, and what the config has in their place
 }
 
 
-class DecoderForward:
+class Plan(Protocol):
+    """What is asked before a pass."""
+
+    wiring: Wiring
+    bypass: Bypass
+    takes_prompts: bool
+
+    def fits(self, cache: Any, num_tokens: int = 1) -> bool:
+        """Whether so many tokens of a sequence may be passed behind this cache."""
+
+
+class Seam:
     """In place of the forward of one decoder, whose hooks stay where they are."""
 
-    def __init__(self, decoder: Any, plan: PassPlan) -> None:
-        self.plan = plan
+    plan: Plan
+
+    def __init__(self, decoder: Any) -> None:
         self._modules_forward = decoder.forward
         self._settings = vars(decoder.config)
         self._attention = self._settings.get("_attn_implementation_internal")
@@ -63,9 +76,9 @@ class DecoderForward:
         if use_cache is False or return_dict is False or not self._is_usual(others):
             return None
         plan, num_tokens = self.plan, given.shape[1]
-        if not _has_place(plan, past_key_values, num_tokens) or not _sees_all(
-            attention_mask, past_key_values, num_tokens
-        ):
+        if not self._has_place(past_key_values, num_tokens):
+            return None
+        if not _sees_all(attention_mask, past_key_values, num_tokens):
             return None
         if not plan.bypass.is_clear:
             self._say_why()
@@ -74,12 +87,62 @@ class DecoderForward:
         positions = wiring.positions(position_ids, past_key_values, num_tokens)
         if positions is None:
             return None
+        return self._compute(input_ids, inputs_embeds, positions, past_key_values)
+
+    def _compute(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, positions: Tensor, cache: Any) -> Any:
+        """The pass itself, once everything around it is usual; None where it does not take these tokens."""
+        raise NotImplementedError
+
+    def _is_usual(self, others: dict[str, Any]) -> bool:
+        """Whether no argument and no setting of the config requires anything else."""
+        settings = self._settings
+        return (
+            not any(value is not None and value is not False for value in others.values())
+            and settings.get("_attn_implementation_internal") == self._attention
+            and not any(others.get(name) is None and settings.get(key) for name, key in CAPTURES.items())
+            and not is_capturing()
+        )
+
+    def _takes(self, tokens: Tensor) -> bool:
+        """Whether ``[B, T, ...]`` are tokens of one sequence, as many as a pass takes at once."""
+        is_one = tokens.dim() > 1 and len(tokens) == 1 and tokens.shape[1] > 0
+        return is_one and (tokens.shape[1] <= MAX_ROWS or self.plan.takes_prompts)
+
+    def _has_place(self, cache: Any, num_tokens: int) -> bool:
+        """Whether the cache takes so many tokens in place."""
+        return self.plan.fits(cache, num_tokens)
+
+    def _say_why(self) -> None:
+        if self._has_said:
+            return
+        self._has_said = True
+        changed = [self._names.get(module, "a module") for module in self.plan.bypass.changed_modules()]
+        what = f"A forward hook, or a forward of its own, of {changed[0]}" if changed else "A hook of all modules"
+        logger.warning("%s is not called on the fast path: tokens pass module by module, which takes longer.", what)
+
+
+class DecoderForward(Seam):
+    """Native spans and layers on the CPU."""
+
+    plan: PassPlan
+
+    def __init__(self, decoder: Any, plan: PassPlan) -> None:
+        super().__init__(decoder)
+        self.plan = plan
+
+    def _has_place(self, cache: Any, num_tokens: int) -> bool:
+        """A cache without tokens may get empty layers for that."""
+        if isinstance(cache, Cache) and not cache.get_seq_length():
+            self.plan.begin(cache)
+        return super()._has_place(cache, num_tokens)
+
+    def _compute(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, positions: Tensor, cache: Any) -> Any:
+        plan, wiring = self.plan, self.plan.wiring
         x = wiring.embed(input_ids, inputs_embeds)
         if x.dtype != torch.float32 or not x.is_cpu or x.requires_grad or not x.is_contiguous():
             return None
-        step = RowsStep(wiring, positions, [past_key_values] * num_tokens)
-        hidden = wiring.finish(plan(x, step))
-        return wiring.make_output(hidden, past_key_values)
+        step = RowsStep(wiring, positions, [cache] * positions.shape[-1])
+        return wiring.make_output(wiring.finish(plan(x, step)), cache)
 
     def takes(self, cache: Any, num_tokens: int) -> bool:
         """Whether the next tokens of a sequence go through the plan now, with the bits of each alone."""
@@ -100,36 +163,6 @@ class DecoderForward:
         caches = [cache for ids, cache in sequences for _ in ids]
         positions = torch.cat([wiring.next_positions(cache, len(ids)) for ids, cache in sequences], dim=1)
         return wiring.finish(plan(x, RowsStep(wiring, positions, caches)))[0]
-
-    def _takes(self, tokens: Tensor) -> bool:
-        """Whether ``[B, T, ...]`` are tokens of one sequence, as many as a pass takes at once."""
-        is_one = tokens.dim() > 1 and len(tokens) == 1 and tokens.shape[1] > 0
-        return is_one and (tokens.shape[1] <= MAX_ROWS or self.plan.takes_prompts)
-
-    def _is_usual(self, others: dict[str, Any]) -> bool:
-        """Whether no argument and no setting of the config requires anything else."""
-        settings = self._settings
-        return (
-            not any(value is not None and value is not False for value in others.values())
-            and settings.get("_attn_implementation_internal") == self._attention
-            and not any(others.get(name) is None and settings.get(key) for name, key in CAPTURES.items())
-            and not is_capturing()
-        )
-
-    def _say_why(self) -> None:
-        if self._has_said:
-            return
-        self._has_said = True
-        changed = [self._names.get(module, "a module") for module in self.plan.bypass.changed_modules()]
-        what = f"A forward hook, or a forward of its own, of {changed[0]}" if changed else "A hook of all modules"
-        logger.warning("%s is not called on the fast path: tokens pass module by module, which takes longer.", what)
-
-
-def _has_place(plan: PassPlan, cache: Any, num_tokens: int) -> bool:
-    """Whether the cache takes so many tokens in place. One without tokens may get empty layers for that."""
-    if isinstance(cache, Cache) and not cache.get_seq_length():
-        plan.begin(cache)
-    return plan.fits(cache, num_tokens)
 
 
 def _sees_all(mask: Any, cache: Any, num_tokens: int) -> bool:

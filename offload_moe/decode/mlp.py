@@ -28,9 +28,9 @@ class FusedMLP(nn.Module):
         self.hidden_size = gate.in_features
         for name, linear in zip(NAMES, (gate, up, down), strict=True):
             self.register_buffer(name.replace("proj", "record"), linear.record, persistent=False)
-        self.kernel = kernels.MlpKernel(
-            gate.as_projection(), up.as_projection(), down.as_projection(), activation=activation.name
-        )
+        self.projections = gate.as_projection(), up.as_projection(), down.as_projection()
+        self.activation = activation.name
+        self.kernel = kernels.MlpKernel(*self.projections, activation=activation.name)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., H] -> [..., H]`` in the dtype of `x`."""

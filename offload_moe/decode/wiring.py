@@ -10,7 +10,6 @@ H hidden, D rotated dims.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -126,7 +125,12 @@ def wiring_of(decoder: Any) -> Wiring:
     except (Refused, Uncovered):
         has_planes = False
     last_position = getattr(decoder.config, "max_position_embeddings", 4096) - 1
-    embed_positions = partial(rotary, torch.zeros(1, 1, decoder.config.hidden_size))
+    like = torch.zeros(1, 1, decoder.config.hidden_size, device=decoder.device)
+
+    def embed_positions(positions: Tensor) -> Embeddings:
+        embeddings: Embeddings = rotary(like, positions.to(like.device))
+        return embeddings
+
     is_by_position = not rotates_by_length(rotary) and all(
         _is_by_position(embed_positions, block_of(position)) for position in (0, last_position)
     )
@@ -153,7 +157,9 @@ def wiring_of(decoder: Any) -> Wiring:
 def _is_lookup(embedding: nn.Module) -> bool:
     if type(embedding) is NarrowEmbedding:
         return embedding.dtype == torch.float32
-    return type(embedding) is nn.Embedding and embedding.max_norm is None and embedding.weight.dtype == torch.float32
+    if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
+        return False
+    return embedding.weight.dtype == torch.float32 and embedding.weight.is_cpu
 
 
 @torch.inference_mode()

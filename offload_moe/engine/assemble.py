@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -64,13 +64,14 @@ def assemble(
     *,
     dense_codec: str | None = None,
     is_exact: bool = False,
+    in_panels: bool = False,
     skeleton: Any = None,
 ) -> Assembled:
     """Build the model and load every dense weight, cast to the compute dtype, onto the device.
 
     skeleton: from `skeleton_of`, filled in place; None makes one.
     dense_codec: quantize the large projections and the output head that the store holds as numbers; None keeps them.
-    is_exact: quantized linears keep activations in fp32.
+    is_exact: quantized linears keep activations in fp32. in_panels: on a device, they have the device pass's order.
 
     Raises:
         StoreError: the store does not hold what the model needs.
@@ -85,21 +86,23 @@ def assemble(
     share_tied_weights(hf)  # `_tied_head` and `lookup_tables` compare weights by identity
     head = _tied_head(hf) if dense_codec else None
     lookups = lookup_tables(hf, head.name if head else None) if device.type == "cpu" else set()
+    is_in_panels = in_panels or (device.type == "cpu" and not is_exact)
+    order: _Order = {"is_exact": is_exact, "keeps_panels": in_panels}
     untied: QuantLinear | None = None
     narrow: dict[str, NarrowEmbedding] = {}
     tables: dict[str, tuple[Tensor, DenseEntry]] = {}
-    for entry, tensor in store.dense_tensors("panels" if device.type == "cpu" and not is_exact else "rows"):
+    for entry, tensor in store.dense_tensors("panels" if is_in_panels else "rows"):
         name = entry.name.removesuffix(".weight")
         if dense_codec and head is not None and name == head.embedding:
             # The head takes a quantized copy of a tied embedding: reading all of that for every token costs more.
-            untied = quantize_linear(tensor, get_codec(dense_codec), is_exact=is_exact).to(device)
+            untied = quantize_linear(tensor, get_codec(dense_codec), **order).to(device)
         if entry.quantized is not None and entry.is_lookup:
             tables[name] = tensor, entry
         elif entry.quantized is not None:
             codec, record = store.codec_of_dense(entry), tensor.to(device)
-            _replace(hf, name, QuantLinear(record, entry.quantized, codec, is_exact=is_exact, is_repacked=True))
+            _replace(hf, name, QuantLinear(record, entry.quantized, codec, is_repacked=True, **order))
         elif dense_codec and name in to_quantize:
-            _replace(hf, name, quantize_linear(tensor, get_codec(dense_codec), is_exact=is_exact).to(device))
+            _replace(hf, name, quantize_linear(tensor, get_codec(dense_codec), **order).to(device))
         elif name in lookups and tensor.dtype == torch.bfloat16 and _dtype_of(hf, entry.name, dtypes) == torch.float32:
             narrow[name] = NarrowEmbedding(tensor, torch.float32)
         else:
@@ -120,6 +123,13 @@ def assemble(
     hf.generation_config, notice = load_generation_config(store.path, hf)
     hf.requires_grad_(False)
     return Assembled(hf=hf, layers=layers, notices=(notice,) if notice else ())
+
+
+class _Order(TypedDict):
+    """Settings of `QuantLinear`."""
+
+    is_exact: bool
+    keeps_panels: bool
 
 
 def _set_table(hf: Any, name: str, record: Tensor, entry: DenseEntry, *, is_exact: bool) -> None:

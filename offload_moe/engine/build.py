@@ -34,6 +34,7 @@ class Blueprint:
 
     device, dtype: of dense weights and compute. dense_codec: see `assemble`. make_copier: None without a device tier.
     experts_device: the device whose arithmetic computes the experts; None takes `device`. prefetch: MoE layers ahead.
+    in_panels: records on the device have the order of the device pass.
     """
 
     pools: Pools
@@ -45,6 +46,7 @@ class Blueprint:
     is_exact: bool = False
     prefetch: int = 0
     hybrid: Hybrid = "off"
+    in_panels: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +99,7 @@ def build(store: Store, blueprint: Blueprint, skeleton: Any = None) -> Engine:
         blueprint.dtype,
         dense_codec=blueprint.dense_codec,
         is_exact=blueprint.is_exact,
+        in_panels=blueprint.in_panels,
         skeleton=skeleton,
     )
     arithmetics = _arithmetics(assembled.layers, store, blueprint)
@@ -125,6 +128,7 @@ def _arithmetics(layers: list[ExpertsModule], store: Store, blueprint: Blueprint
             device,
             dtype=blueprint.dtype,
             is_exact=blueprint.is_exact,
+            in_panels=blueprint.in_panels,
         )
         for index, layer in enumerate(layers)
     ]

@@ -18,6 +18,7 @@ from offload_moe.convert.sources import ensure_store
 from offload_moe.decode import make_fast, make_room, why_no_rows
 from offload_moe.engine.assemble import skeleton_of
 from offload_moe.engine.build import Blueprint, Engine, build, closed_on_error, pools_of
+from offload_moe.engine.device_pass import DevicePass, install_device_pass, open_device_pass, report_of
 from offload_moe.engine.draft import DraftFiles, find_draft, load_draft
 from offload_moe.engine.model import Model
 from offload_moe.engine.options import LoadKeywords, LoadOptions
@@ -66,12 +67,13 @@ def load(
     progress("Planning memory")
     draft = None if chosen.draft is None else find_draft(chosen.draft, token=chosen.token)
     planned = _plan(store, chosen, device, draft)
+    device_pass = _look_for_card(store, chosen, planned)
     progress("Loading dense weights")
-    engine = build(store, _blueprint(store, chosen, planned), planned.skeleton)
+    engine = build(store, _blueprint(store, chosen, planned, device_pass), planned.skeleton)
     with closed_on_error(engine.hierarchy):
-        model = _make_model(store, chosen, planned, engine)
+        model = _make_model(store, chosen, planned, engine, device_pass, progress)
         _speculate(model, chosen, draft)
-    _notify(model, [*conversion_notices, *engine.notices], _notices_of_machine(chosen, device))
+    _notify(model, [*conversion_notices, *engine.notices], [*_notices_of_machine(chosen, device), *device_pass.notices])
     return model
 
 
@@ -162,7 +164,18 @@ def _plan(store: Store, options: LoadOptions, device: torch.device, draft: Draft
     )
 
 
-def _blueprint(store: Store, options: LoadOptions, planned: Planned) -> Blueprint:
+def _look_for_card(store: Store, options: LoadOptions, planned: Planned) -> DevicePass:
+    why_off = ""
+    if options.device_pass == "off" or not options.fast_path:
+        why_off = "it is off"
+    elif planned.keeps_bits or options.exact:
+        why_off = "its numbers are kept bit for bit"
+    elif planned.placement.vram is None:
+        why_off = "its experts have no slots in VRAM"
+    return open_device_pass(store, planned.skeleton, planned.device, why_off=why_off)
+
+
+def _blueprint(store: Store, options: LoadOptions, planned: Planned, device_pass: DevicePass) -> Blueprint:
     placement = planned.placement
     return Blueprint(
         pools=pools_of(
@@ -179,20 +192,32 @@ def _blueprint(store: Store, options: LoadOptions, planned: Planned) -> Blueprin
         is_exact=options.exact,
         prefetch=options.prefetch,
         hybrid=options.hybrid,
+        in_panels=device_pass.card is not None,
     )
 
 
-def _make_model(store: Store, options: LoadOptions, planned: Planned, engine: Engine) -> Model:
+def _make_model(
+    store: Store,
+    options: LoadOptions,
+    planned: Planned,
+    engine: Engine,
+    device_pass: DevicePass,
+    progress: Progress,
+) -> Model:
     """Warm the slots up, install the fast path, and the checks of token ids and overflow."""
     hf, hierarchy, placement = engine.hf, engine.hierarchy, planned.placement
     if options.prefetch:
         warm_start(hierarchy, store.path)
     report = None
-    kept = placement.cache_dtype if placement.cache_dtype != planned.dtype else None
+    cache_dtype = torch.bfloat16 if device_pass.card is not None else placement.cache_dtype
+    kept = cache_dtype if cache_dtype != planned.dtype else None
     if options.fast_path:
         report = make_fast(hf, is_exact=planned.keeps_bits, context=placement.context, kept=kept, hierarchy=hierarchy)
     elif kept is not None:
         make_room(hf, placement.context, kept)
+    install_device_pass(device_pass, store, engine, placement.context, progress)
+    if report is not None and device_pass.made is not None:
+        report = report_of(report)
     if planned.dtype == torch.float16:
         watch_overflow(hf)
     watch_ids(hf)

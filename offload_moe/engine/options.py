@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self, TypedDict
+from typing import Any, Literal, Self, TypedDict
 
 import torch
 
@@ -18,6 +18,9 @@ from offload_moe.residency.policy import DEFAULT_POLICY, check_policy
 from offload_moe.speculate.choice import Choice, check_choice
 from offload_moe.system.names import choice
 from offload_moe.system.sizes import parse_size
+
+DevicePassChoice = Literal["auto", "off"]
+DEVICE_PASS_CHOICES: tuple[DevicePassChoice, ...] = ("auto", "off")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +40,8 @@ class LoadOptions:
     that has it, fp16 on an older one, fp32 on the CPU.
     exact: CPU kernels keep activations in full precision, slower. A bf16 store gives eager's bits with it, and in fp32.
     fast_path: decode steps through `offload_moe.decode`; False takes the model's own code.
+    device_pass: "auto" takes decode steps on an NVIDIA card through `offload_moe.card` where its kernels allow it;
+    "off": through bitsandbytes, as prompts.
     hybrid: with a device, whether the CPU computes some of the misses while others are copied: "auto" where kernels and
     codec allow it, "on" or an error, "off" for results that never depend on where an expert was.
     prefetch: MoE layers to look ahead; 0 turns prefetch and warm starts off. It also turns itself off while it does not
@@ -64,6 +69,7 @@ class LoadOptions:
     fast_path: bool = True
     speculate: Choice = "auto"
     draft: str | Path | None = None
+    device_pass: DevicePassChoice = "auto"
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
     follow_links: bool = False
@@ -77,6 +83,7 @@ class LoadOptions:
         check_choice(self.speculate)
         if (self.speculate == "draft") != (self.draft is not None):
             raise ConfigError('speculate="draft" and draft, the model that guesses, come together.')
+        choice("device pass", self.device_pass, DEVICE_PASS_CHOICES)
         if self.codec is not None:
             get_codec(self.codec)
         if self.dense_codec is not None:
@@ -124,6 +131,7 @@ class LoadKeywords(TypedDict, total=False):
     fast_path: bool
     speculate: Choice
     draft: str | Path | None
+    device_pass: DevicePassChoice
     revision: str | None
     token: str | None
     follow_links: bool

@@ -41,13 +41,15 @@ def choose_arithmetic(
     *,
     dtype: torch.dtype = torch.float32,
     is_exact: bool = False,
+    in_panels: bool = False,
 ) -> Arithmetic:
     """The fastest arithmetic that fits: the device's, the native kernels, or torch where no kernel fits.
 
     dtype: of the hidden state. is_exact: the kernels keep activations in full precision; see also `keeps_eagers_bits`.
+    in_panels: a device reads records in the order of the device pass.
     """
     if device.type != "cpu":
-        return DeviceArithmetic(module, shape, codec)
+        return DeviceArithmetic(module, shape, codec, in_panels=in_panels)
     wants_kernels = not keeps_eagers_bits(codec.name, device, dtype, is_exact=is_exact)
     native = native_arithmetic(module, shape, codec, is_exact=is_exact) if wants_kernels else None
     return native or ReferenceArithmetic(module, shape, codec)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from offload_moe.experts.contract import ExpertsContract, pair_scale_of
 from offload_moe.experts.routing import Routing
-from offload_moe.native.device import keeps_module_order, linear_of
+from offload_moe.native import kernels
+from offload_moe.native.device import in_rows, keeps_module_order, linear_of
 from offload_moe.quant import Codec, ExpertShape
 from offload_moe.residency.lease import Lease, Wave
 
@@ -28,9 +29,10 @@ class DeviceArithmetic:
     works on each number alone, and pairs are added as eager adds them, by ascending expert, in the hidden dtype.
     """
 
-    order = None  # rows
-
-    def __init__(self, module: ExpertsContract, shape: ExpertShape, codec: Codec) -> None:
+    def __init__(self, module: ExpertsContract, shape: ExpertShape, codec: Codec, *, in_panels: bool = False) -> None:
+        """in_panels: records are in the order of the device pass; each computation makes a copy in rows."""
+        self.order = kernels.panel_order(codec.name, shape) if in_panels else None
+        self._shape, self._codec = shape, codec
         first, last = (matrix.name for matrix in shape.matrices)
         self._module = module
         self._pair_scale = pair_scale_of(module)
@@ -60,6 +62,8 @@ class DeviceArithmetic:
 
     def compute(self, group: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Rows ``[t, H]`` and record of each expert -> their outputs ``[p, H]``, one below the other."""
+        if self.order is not None:
+            group = [(rows, in_rows(record, self._shape, self._codec)) for rows, record in group]
         x = _concatenate([self._first(rows, record) for rows, record in group])
         if self._must_interleave:
             x = torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2)

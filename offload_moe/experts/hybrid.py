@@ -142,7 +142,8 @@ class HybridBinder:
         """None where hybrid is off or no kernel fits. Raises: ConfigError when hybrid is "on" and no kernel fits."""
         if not self._is_wanted:
             return None
-        cpu = native_arithmetic(layer.contract, layer.shape, self._codec, is_exact=True)
+        is_in_rows = arithmetic.order is None  # then the CPU keeps activations in full precision
+        cpu = native_arithmetic(layer.contract, layer.shape, self._codec, is_exact=is_in_rows)
         if cpu is not None and isinstance(arithmetic, DeviceArithmetic):
             return HybridExperts(
                 ordinal, layer.num_experts, self._hierarchy, arithmetic, cpu, self._balance, self.lookahead

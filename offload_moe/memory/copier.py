@@ -216,8 +216,8 @@ class CudaRuntime:
             self._scratch = torch.zeros(1, device=device)
 
     def register(self, address: int, num_bytes: int) -> int:
-        portable = 1
-        code = int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, portable))
+        portable, mapped = 1, 2  # by other threads, and by kernels
+        code = int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, portable | mapped))
         if code:
             self._drain_error()
         return code

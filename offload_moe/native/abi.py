@@ -17,9 +17,11 @@ HOW_TO_REBUILD = "Rebuild it: `scripts/install`, or `pip install --force-reinsta
 
 _TYPES = {
     "void": None,
+    "char": ctypes.c_char,
     "int": ctypes.c_int,
     "int32_t": ctypes.c_int32,
     "uint32_t": ctypes.c_uint32,
+    "uint64_t": ctypes.c_uint64,
     "int64_t": ctypes.c_int64,
     "float": ctypes.c_float,
     "double": ctypes.c_double,

@@ -18,8 +18,10 @@ from offload_moe.quant import Codec, ExpertShape, Plane, get_codec
 from offload_moe.quant.blockwise import BlockwiseCodec, bias_of
 from offload_moe.quant.gguf import GgufCodec
 from offload_moe.quant.nf4 import BLOCK, dynamic_map
+from offload_moe.quant.panels import from_panels
 
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+PANEL_PLANES = {"nf4": ("codes", "absmax"), "int8": ("codes", "scales"), "mxfp4": ("codes", "scales")}
 TILE_WEIGHTS = 1 << 24  # decoded at once, by rows: an output head may have forty times as many
 
 
@@ -99,6 +101,22 @@ class RecordLinear:
     def _tiles(self) -> Iterator[slice]:
         num_rows, step = self._matrix.out_features, tile_rows(self._matrix.in_features)
         return (slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step))
+
+
+def in_rows(record: Tensor, shape: ExpertShape, codec: Codec) -> Tensor:
+    """A copy of a record in panels with its rows one after another, made where it lies."""
+    layout, rows = codec.layout(shape), record.clone()
+    for index, matrix in enumerate(shape.matrices):
+        num_parts = 2 if shape.has_gate and index == 0 else 1
+        for name in PANEL_PLANES[codec.name]:
+            plane = layout.planes[f"{matrix.name}.{name}"]
+            element = torch.int32 if name == "codes" else plane.dtype
+            place = slice(plane.offset, plane.offset + plane.num_bytes)
+            parts = zip(record[place].chunk(num_parts), rows[place].chunk(num_parts), strict=True)
+            for found, wished in parts:
+                elements = from_panels(found.view(element), matrix.out_features // num_parts)
+                wished.view(element).view(elements.shape).copy_(elements)
+    return rows
 
 
 def tile_rows(in_features: int) -> int:

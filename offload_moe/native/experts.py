@@ -28,6 +28,8 @@ class ExpertKernel:
     """The experts of one layer: first matrix, activation, second matrix, weighted sum.
 
     Shape legend: T tokens, H hidden, N active experts, P pairs (a token routed to an expert).
+
+    codec, activation: names of its records' codec and of a key of `ACTIVATIONS`.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class ExpertKernel:
             raise ConfigError(f"Unknown activation {activation!r}. Choose one of: {', '.join(ACTIVATIONS)}.")
         first, *up, second = record_structs(codec, shape, layout, [in_panels * (2 if has_gate else 1), int(in_panels)])
         self._hidden = shape.matrices[-1].out_features
+        self.codec, self.activation = codec, activation
         self._layer = MoeLayerStruct(
             first=first,
             second=second,
@@ -66,6 +69,11 @@ class ExpertKernel:
         )
         self.struct_address = ctypes.addressof(self._layer)
         self._native = library().om_moe_forward
+
+    @property
+    def struct(self) -> MoeLayerStruct:
+        """As native code reads it."""
+        return self._layer
 
     def forward(
         self,

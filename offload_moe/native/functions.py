@@ -7,6 +7,7 @@ from ctypes import c_int as integer
 from ctypes import c_int32 as int32
 from ctypes import c_int64 as int64
 from ctypes import c_uint32 as uint32
+from ctypes import c_uint64 as uint64
 from ctypes import c_void_p as pointer
 from typing import Any
 
@@ -65,4 +66,36 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "om_pass_next": (int64, pointer, int64, float64, pointer),
     "om_pass_end": (None, pointer),
     "om_rank": (None, pointer, pointer),
+    "om_driver_open": (pointer, text, pointer, int64),
+    "om_driver_close": (None, pointer),
+    "om_driver_describe": (None, pointer, int32, pointer, int64),
+    "om_card_describe": (integer, pointer, pointer),
+    "om_driver_is_lost": (integer, integer),
+    "om_session_open": (integer, pointer, int32, pointer),
+    "om_session_close": (None, pointer),
+    "om_session_allocate": (integer, pointer, int64, pointer),
+    "om_session_free": (integer, pointer, uint64),
+    "om_session_allocate_shared": (integer, pointer, int64, pointer, pointer),
+    "om_session_free_shared": (integer, pointer, pointer),
+    "om_session_lock": (integer, pointer, pointer, int64),
+    "om_session_unlock": (integer, pointer, pointer),
+    "om_session_address_of": (integer, pointer, pointer, pointer),
+    "om_session_upload": (integer, pointer, uint64, pointer, int64),
+    "om_session_download": (integer, pointer, pointer, uint64, int64),
+    "om_session_load": (integer, pointer, pointer, pointer),
+    "om_session_unload": (integer, pointer, pointer),
+    "om_session_function": (integer, pointer, pointer, text, pointer),
+    "om_session_synchronize": (integer, pointer),
+    "om_card_graph": (int64, pointer, pointer, int64, pointer),
+    "om_card_graph_free": (None, pointer, pointer),
+    "om_card_open": (pointer, pointer),
+    "om_card_close": (None, pointer),
+    "om_card_begin": (int64, pointer, pointer, int64, int64, int32),
+    "om_card_next": (int64, pointer, float64),
+    "om_card_continue": (int64, pointer, int64, int32),
+    "om_card_edit_tables": (int64, pointer, int64),
+    "om_card_cancel": (int64, pointer),
+    "om_card_number": (int32, pointer),
+    "om_card_cpu_seconds": (float64, pointer),
+    "om_card_num_on_cpu": (int64, pointer),
 }

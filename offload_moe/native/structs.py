@@ -220,6 +220,70 @@ class PassedStruct(ctypes.Structure):
     )
 
 
+class CardStruct(ctypes.Structure):
+    """`om_card`."""
+
+    _fields_ = (
+        ("num_bytes", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("device", "num_cards", "driver_version", "major", "minor")),
+        *((name, ctypes.c_int32) for name in ("num_multiprocessors", "core_khz", "memory_khz", "memory_bits")),
+        *((name, ctypes.c_int32) for name in ("has_watchdog", "is_integrated", "maps_host_memory")),
+        ("name", ctypes.c_char * 128),
+    )
+
+
+class SessionStruct(ctypes.Structure):
+    """`om_session`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("driver", "context", "stream")),
+        ("device", ctypes.c_int64),
+    )
+
+
+class CardNodeStruct(ctypes.Structure):
+    """`om_card_node`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("function", "params")),
+        ("grid", ctypes.c_int32 * 3),
+        ("num_threads", ctypes.c_int32),
+        ("after", ctypes.c_int32 * 4),
+    )
+
+
+class CardLayerStruct(ctypes.Structure):
+    """`om_card_layer`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("attend", "experts", "hits", "resolve", "take", "moe")),
+        *((name, ctypes.c_int64) for name in ("first_key", "top_k", "stride")),
+        ("weight_scale", ctypes.c_float),
+    )
+
+
+class CardStepsStruct(ctypes.Structure):
+    """`om_card_steps`."""
+
+    _fields_ = (
+        ("layers", ctypes.c_void_p),
+        ("num_layers", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("begin", "end")),
+        ("log", ctypes.c_uint64),
+        ("log_bytes", ctypes.c_int64),
+    )
+
+
+class CardOptionsStruct(ctypes.Structure):
+    """`om_card_options`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("session", "apply", "notice", "edits", "host_log", "ram")),
+        *((name, ctypes.c_void_p) for name in ("host_normed", "host_pairs")),
+        ("hidden", ctypes.c_int64),
+    )
+
+
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "om_matrix": MatrixStruct,
     "om_moe_layer": MoeLayerStruct,
@@ -240,4 +304,10 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "om_reads_options": ReadsOptionsStruct,
     "om_ranking": RankingStruct,
     "om_passed": PassedStruct,
+    "om_card": CardStruct,
+    "om_session": SessionStruct,
+    "om_card_node": CardNodeStruct,
+    "om_card_layer": CardLayerStruct,
+    "om_card_steps": CardStepsStruct,
+    "om_card_options": CardOptionsStruct,
 }

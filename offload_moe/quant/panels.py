@@ -19,6 +19,18 @@ def to_panels(elements: Tensor) -> Tensor:
     return panels
 
 
+def from_panels(panels: Tensor, num_rows: int) -> Tensor:
+    """The inverse: flat -> elements ``[rows, n]`` of one part."""
+    count = panels.numel() // num_rows
+    whole = num_rows // PANEL_ROWS * PANEL_ROWS
+    elements = panels.new_empty(num_rows, count)
+    elements[:whole].view(-1, PANEL_ROWS, count).copy_(
+        panels[: whole * count].view(-1, count, PANEL_ROWS).transpose(1, 2)
+    )
+    elements[whole:].copy_(panels[whole * count :].view(count, -1).T)
+    return elements
+
+
 def panels_of_codes(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
     """Codes of one matrix in groups of rows, one byte each ``[rows, bytes]`` -> the same bytes in panels, flat."""
     rest: Tensor | None = None

@@ -54,8 +54,13 @@ class Hierarchy:
         self.lifecycle = Lifecycle()
         self.arena = Arena(pools.num_ram_slots, pools.slot_bytes, pools.chunk_bytes)
         self._resizing = threading.Lock()
+        self.num_resizes = 0  # after which slots may lie elsewhere
         self._began_whole: set[Scheduler] = set()  # the tiers that were given a slot for every expert
         self._copier = copier if pools.num_device_slots else None
+        self.before_release: list[
+            Callable[[], None]
+        ] = []  # called when the model is closed, before its memory is freed
+        self.before_counters: Callable[[], None] | None = None  # enters what has not been counted yet
         self._reserved: ReservedSlots | None = None
         self._pass_reads: kernels.Reads | None = None
         ram_table = kernels.SlotTable(self._num_keys, pools.num_ram_slots, self.arena.addresses)
@@ -97,6 +102,8 @@ class Hierarchy:
     @property
     def counters(self) -> Counters:
         """Running totals: hits and stalls of the fast tier, bytes of every tier."""
+        if self.before_counters is not None:
+            self.before_counters()
         return self.scheduler.counters
 
     @property
@@ -129,6 +136,11 @@ class Hierarchy:
         """The recent cost of copies to the device; only with a device tier."""
         return self._device_mover.pace
 
+    def is_direct(self, slot: int) -> bool:
+        """Whether the device can read a RAM slot itself, which is tried; only with a device tier."""
+        assert self._copier is not None
+        return self._copier.is_direct(self.arena.slot(slot))
+
     def num_slots(self, tier: Tier) -> int:
         """Present slots of a tier; 0 VRAM slots without a device tier."""
         if tier == "ram":
@@ -155,6 +167,8 @@ class Hierarchy:
         self.lifecycle.end(self._release)
 
     def _release(self) -> None:
+        for end in self.before_release:
+            end()
         self.scheduler.close()
         if self.ram is not self.scheduler:
             self.ram.close()
@@ -169,6 +183,7 @@ class Hierarchy:
         if self._copier is not None:
             num_slots = whole_chunks(pool.chunk_sizes, num_slots)
         num_before = pool.num_slots
+        self.num_resizes += 1
         if num_slots > num_before:
             pool.grow(num_slots)
             scheduler.grow(num_slots)

@@ -48,6 +48,7 @@ class Residency:
         self._num_leases = [0] * table.num_slots
         self._free = list(range(table.num_slots - 1, -1, -1))  # pop() hands out slot 0 first
         self._num_open = table.num_slots
+        self.is_lent = False
 
     @property
     def num_slots(self) -> int:
@@ -121,7 +122,7 @@ class Residency:
         Returns the slot, now LOADING and unleased; None when every slot is leased, loading, reserved or kept, or when a
         token pass has begun to read the expert.
         """
-        if not self._free and not self._evict_one(keep):
+        if self.is_lent or (not self._free and not self._evict_one(keep)):
             return None
         if not self.table.admit(key, self._free[-1]):
             return None
@@ -129,7 +130,7 @@ class Residency:
 
     def reserve(self, *, may_evict: bool) -> int | None:
         """Reserve a slot for the reader of token passes; None if none is free or evictable."""
-        if not self._free and not (may_evict and self._evict_one(())):
+        if self.is_lent or (not self._free and not (may_evict and self._evict_one(()))):
             return None
         slot = self._free.pop()
         self.table.reserve(slot)
@@ -154,6 +155,31 @@ class Residency:
         assert self.table.states[slot] == LOADING
         assert self._num_leases[slot] == 0
         self._vacate(slot)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether no slot is leased or being filled."""
+        states = self.table.states
+        return LOADING not in states and ARRIVED not in states and not any(self._num_leases)
+
+    def lend(self) -> None:
+        """Let a device decide what is in the slots: until `end_lending` they change by `exchange` alone."""
+        self.is_lent = True
+
+    def end_lending(self) -> None:
+        self.is_lent = False
+
+    def exchange(self, slot: int, key: int) -> None:
+        """Enter that the device has put another expert into a slot, which was FREE or RESIDENT."""
+        assert self.is_lent
+        evicted = self.table.keys[slot]
+        if evicted >= 0:
+            is_vacated = self._evict(slot)
+            assert is_vacated
+        self._free.remove(slot)
+        is_admitted = self.table.admit(key, slot)
+        assert is_admitted
+        self.loaded(slot)
 
     def close_slots(self, first: int) -> None:
         """Admit no expert to slots from `first` on until they are opened again. At least one stays open."""

@@ -38,6 +38,7 @@ class Scheduler(Tier):
         keys = self.keys.keys(layer, experts)
         with self.changed:
             self.lifecycle.check_waiting()
+            self.end_loan()
             self.drain_completions()
             seen = keys
             if on_cpu:
@@ -56,6 +57,7 @@ class Scheduler(Tier):
         keys = self.keys.keys(layer, experts)
         with self.changed:
             self.lifecycle.check_waiting()
+            self.end_loan()
             self.drain_completions()
             slots = self.residency.lease_all(keys)
             if slots is not None:

@@ -68,6 +68,7 @@ class Tier:
         self._to_fill: deque[int] = deque()  # what a warm start still has to load
         self.observer: Observer | None = None
         self.reserved: Reservations | None = None
+        self.lender: Callable[[], None] | None = None  # ends what `Residency.lend` has begun, and all other loans
         self._bytes_counter = bytes_counter
         self._bytes_counters = self.counters
         self.arrived = _on_arrival(weakref.ref(self))  # what transfers call at their end
@@ -101,6 +102,15 @@ class Tier:
         waited_s = wait_step(self.changed, limit_s, self.clock)
         self.drain_completions()
         return waited_s
+
+    def end_loan(self) -> None:
+        """Have the slots back that a device decides about (lock held, by this call alone)."""
+        while self.residency.is_lent and self.lender is not None:
+            self.changed.release()  # a pass that is under way needs it to end
+            try:
+                self.lender()
+            finally:
+                self.changed.acquire()
 
     def promote(self, slot: int) -> None:
         """Treat the transfer into the slot as a demand (lock held). Its read may have been dropped just before."""
@@ -171,7 +181,10 @@ class Tier:
 
         Raises: TransferError when they are not free in time; nothing has changed then.
         """
+        if self.lender is not None:
+            self.lender()
         with self.changed:
+            self.end_loan()
             self.residency.close_slots(num_slots)
             left_s = self.stall_limit_s
             while not (is_empty := self._empty_closed_slots()) and left_s > 0:
@@ -195,6 +208,7 @@ class Tier:
     def grow(self, num_slots: int) -> None:
         """Use slots up to `num_slots`, which the mover must be able to fill."""
         with self.changed:
+            self.end_loan()
             self.residency.grow(num_slots)
             self.changed.notify_all()
 

@@ -20,6 +20,7 @@ FLOW = [
     "experts",
     "decode",
     "speculate",
+    "card",
     "convert",
     "profile",
     "simulate",

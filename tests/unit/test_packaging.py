@@ -23,9 +23,9 @@ def test_every_package_is_in_the_wheel() -> None:
 
 def test_every_data_file_is_in_the_wheel() -> None:
     for path in (ROOT / "offload_moe").rglob("*"):
-        if path.is_file() and path.suffix not in (".py", ".pyc", ".so", ".c", ".h"):
-            package = ".".join(path.parent.relative_to(ROOT).parts)
-            patterns = SETUPTOOLS["package-data"].get(package, [])
+        if path.is_file() and path.suffix not in (".py", ".pyc", ".so") and path.parent.name != "csrc":
+            folder = next(folder for folder in path.parents if (folder / "__init__.py").exists())
+            patterns = SETUPTOOLS["package-data"].get(".".join(folder.relative_to(ROOT).parts), [])
             assert any(path.match(pattern) for pattern in patterns), f"{path.relative_to(ROOT)} is left out"
 
 

@@ -179,6 +179,56 @@
     FIELD(T, float, slow_step, ) FIELD(T, float, fast_step, ) FIELD(T, float, discount, ) \
     FIELD(T, int32_t, observes, ) FIELD(T, int32_t, learns, )
 
+/* A graphics card, as its driver describes it. */
+#define OM_CARD_FIELDS(FIELD, T) \
+    FIELD(T, int64_t, num_bytes, ) \
+    FIELD(T, int32_t, device, ) FIELD(T, int32_t, num_cards, ) \
+    FIELD(T, int32_t, driver_version, ) /* 1000 * major + 10 * minor of the CUDA that it has */ \
+    FIELD(T, int32_t, major, ) FIELD(T, int32_t, minor, ) /* of its architecture */ \
+    FIELD(T, int32_t, num_multiprocessors, ) FIELD(T, int32_t, core_khz, ) \
+    FIELD(T, int32_t, memory_khz, ) FIELD(T, int32_t, memory_bits, ) /* 0 where it does not say */ \
+    FIELD(T, int32_t, has_watchdog, ) /* a kernel that runs for seconds is ended */ \
+    FIELD(T, int32_t, is_integrated, ) FIELD(T, int32_t, maps_host_memory, ) \
+    FIELD(T, char, name, [128])
+
+/* The first card in use: its primary context, and a stream for passes. */
+#define OM_SESSION_FIELDS(FIELD, T) \
+    FIELD(T, om_driver *, driver, ) \
+    FIELD(T, void *, context, ) FIELD(T, void *, stream, ) \
+    FIELD(T, int64_t, device, )
+
+/* A launch of one kernel; `params` is its struct. */
+#define OM_CARD_NODE_FIELDS(FIELD, T) \
+    FIELD(T, void *, function, ) FIELD(T, const void *, params, ) \
+    FIELD(T, int32_t, grid, [3]) FIELD(T, int32_t, num_threads, ) \
+    FIELD(T, int32_t, after, [4]) /* earlier nodes of the same graph that it waits for; -1: none */
+
+/* A layer's graphs, by their handles; those behind the router are NULL where it has none. */
+#define OM_CARD_LAYER_FIELDS(FIELD, T) \
+    FIELD(T, void *, attend, ) /* up to `resolve` */ \
+    FIELD(T, void *, experts, ) /* queued: what is missing is fetched */ \
+    FIELD(T, void *, hits, ) /* stepwise: only what is here */ \
+    FIELD(T, const om_card_node *, resolve, ) FIELD(T, const om_card_node *, take, ) \
+    FIELD(T, const om_moe_layer *, moe, ) /* its experts, for the CPU */ \
+    FIELD(T, int64_t, first_key, ) FIELD(T, int64_t, top_k, ) \
+    FIELD(T, int64_t, stride, ) /* rows of H that each row of a pass has among the experts' results */ \
+    FIELD(T, float, weight_scale, )
+
+/* A pass for up to so many rows as its kernels were compiled for. */
+#define OM_CARD_STEPS_FIELDS(FIELD, T) \
+    FIELD(T, const om_card_layer *, layers, ) FIELD(T, int64_t, num_layers, ) \
+    FIELD(T, void *, begin, ) FIELD(T, void *, end, ) /* graphs */ \
+    FIELD(T, uint64_t, log, ) FIELD(T, int64_t, log_bytes, ) /* on the card */
+
+#define OM_CARD_OPTIONS_FIELDS(FIELD, T) \
+    FIELD(T, const om_session *, session, ) \
+    FIELD(T, const om_card_node *, apply, ) \
+    FIELD(T, void *, notice, ) FIELD(T, void *, edits, ) /* om_card_notice and om_card_edit[] in shared memory */ \
+    FIELD(T, void *, host_log, ) \
+    FIELD(T, om_slot_table *, ram, ) \
+    FIELD(T, float *, host_normed, ) FIELD(T, float *, host_pairs, ) /* shared memory: [OM_MAX_ROWS, H], [OM_MAX_ROWS, stride, H] */ \
+    FIELD(T, int64_t, hidden, )
+
 /* In an order in which each uses only earlier ones. */
 #define OM_STRUCTS(STRUCT) \
     STRUCT(om_matrix, OM_MATRIX_FIELDS) \
@@ -199,7 +249,13 @@
     STRUCT(om_completion, OM_COMPLETION_FIELDS) \
     STRUCT(om_reads_options, OM_READS_OPTIONS_FIELDS) \
     STRUCT(om_ranking, OM_RANKING_FIELDS) \
-    STRUCT(om_passed, OM_PASSED_FIELDS)
+    STRUCT(om_passed, OM_PASSED_FIELDS) \
+    STRUCT(om_card, OM_CARD_FIELDS) \
+    STRUCT(om_session, OM_SESSION_FIELDS) \
+    STRUCT(om_card_node, OM_CARD_NODE_FIELDS) \
+    STRUCT(om_card_layer, OM_CARD_LAYER_FIELDS) \
+    STRUCT(om_card_steps, OM_CARD_STEPS_FIELDS) \
+    STRUCT(om_card_options, OM_CARD_OPTIONS_FIELDS)
 
 /* Documented at their definitions. */
 #define OM_FUNCTIONS(FUNCTION) \
@@ -274,7 +330,40 @@
                                         om_reads *reads)) \
     FUNCTION(int64_t, om_pass_next, (om_pass *pass, int64_t first, double limit_s, int32_t *needs)) \
     FUNCTION(void, om_pass_end, (om_pass *pass)) \
-    FUNCTION(void, om_rank, (const om_ranking *r, const om_passed *passed))
+    FUNCTION(void, om_rank, (const om_ranking *r, const om_passed *passed)) \
+    FUNCTION(om_driver *, om_driver_open, (const char *path, char *reason, int64_t room)) \
+    FUNCTION(void, om_driver_close, (om_driver *driver)) \
+    FUNCTION(void, om_driver_describe, (const om_driver *driver, int32_t code, char *text, int64_t room)) \
+    FUNCTION(int, om_card_describe, (const om_driver *driver, om_card *card)) \
+    FUNCTION(int, om_driver_is_lost, (int code)) \
+    FUNCTION(int, om_session_open, (om_driver *driver, int32_t device, om_session *session)) \
+    FUNCTION(void, om_session_close, (om_session *session)) \
+    FUNCTION(int, om_session_allocate, (const om_session *session, int64_t num_bytes, uint64_t *address)) \
+    FUNCTION(int, om_session_free, (const om_session *session, uint64_t address)) \
+    FUNCTION(int, om_session_allocate_shared, (const om_session *session, int64_t num_bytes, void **at, uint64_t *address)) \
+    FUNCTION(int, om_session_free_shared, (const om_session *session, void *at)) \
+    FUNCTION(int, om_session_lock, (const om_session *session, void *at, int64_t num_bytes)) \
+    FUNCTION(int, om_session_unlock, (const om_session *session, void *at)) \
+    FUNCTION(int, om_session_address_of, (const om_session *session, void *at, uint64_t *address)) \
+    FUNCTION(int, om_session_upload, (const om_session *session, uint64_t to, const void *from, int64_t num_bytes)) \
+    FUNCTION(int, om_session_download, (const om_session *session, void *to, uint64_t from, int64_t num_bytes)) \
+    FUNCTION(int, om_session_load, (const om_session *session, const void *image, void **module)) \
+    FUNCTION(int, om_session_unload, (const om_session *session, void *module)) \
+    FUNCTION(int, om_session_function, (const om_session *session, void *module, const char *name, void **function)) \
+    FUNCTION(int, om_session_synchronize, (const om_session *session)) \
+    FUNCTION(int64_t, om_card_graph, (const om_session *session, const om_card_node *nodes, int64_t num_nodes, void **executable)) \
+    FUNCTION(void, om_card_graph_free, (const om_session *session, void *executable)) \
+    FUNCTION(om_device_pass *, om_card_open, (const om_card_options *options)) \
+    FUNCTION(void, om_card_close, (om_device_pass *pass)) \
+    FUNCTION(int64_t, om_card_begin, (om_device_pass *pass, const om_card_steps *steps, int64_t num_rows, int64_t num_edits, \
+                                      int32_t is_stepwise)) \
+    FUNCTION(int64_t, om_card_next, (om_device_pass *pass, double limit_s)) \
+    FUNCTION(int64_t, om_card_continue, (om_device_pass *pass, int64_t num_edits, int32_t is_stepwise)) \
+    FUNCTION(int64_t, om_card_edit_tables, (om_device_pass *pass, int64_t num_edits)) \
+    FUNCTION(int64_t, om_card_cancel, (om_device_pass *pass)) \
+    FUNCTION(int32_t, om_card_number, (const om_device_pass *pass)) \
+    FUNCTION(double, om_card_cpu_seconds, (const om_device_pass *pass)) \
+    FUNCTION(int64_t, om_card_num_on_cpu, (const om_device_pass *pass))
 
 enum { OM_NF4 = 0, OM_INT8 = 1, OM_MXFP4 = 2, OM_BF16 = 3, OM_FP32 = 4 };
 /* Types of GGUF files: blocks of 32 weights, then superblocks of 256. */
@@ -319,6 +408,8 @@ enum { OM_UNDER_WAY = -2 };
 typedef struct om_slot_table om_slot_table; /* opaque to Python, which keeps their addresses */
 typedef struct om_reads om_reads;
 typedef struct om_pass om_pass;
+typedef struct om_driver om_driver;
+typedef struct om_device_pass om_device_pass;
 
 /* Reads at an offset. Returns bytes, fewer at the end of the file, or a negative number of errno. */
 typedef int64_t om_read_at(int32_t descriptor, uint8_t *to, int64_t num_bytes, int64_t offset);

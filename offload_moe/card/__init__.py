@@ -1,0 +1,1 @@
+"""The device pass: kernels compiled for the card of this machine."""

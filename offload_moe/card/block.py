@@ -1,0 +1,345 @@
+"""The launches of a layer's block: router and experts, or a dense MLP.
+
+T rows, R rows that kernels are compiled for, K experts of a row, H hidden, I intermediate, E experts.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from offload_moe.card.frame import Added, Frame
+from offload_moe.card.launches import launch
+from offload_moe.card.linears import (
+    Inputs,
+    add_linears,
+    card_matrix,
+    in_features,
+    linear_of,
+    out_features,
+)
+from offload_moe.card.nodes import Node, Nodes
+from offload_moe.card.structs import struct
+from offload_moe.decode.dense import number_linear
+from offload_moe.decode.mlp import FusedMLP
+from offload_moe.errors import DevicePassUnavailable
+from offload_moe.experts.native import NativeArithmetic
+from offload_moe.families.layer_reference import tensor_at
+from offload_moe.families.layer_spec import LayerSpec, MLPSpec, RouterSpec
+from offload_moe.native.kernels import Linear
+from offload_moe.native.planes import VALUES
+
+ACTIVATIONS = {"silu": "SILU", "gelu": "GELU", "gelu_pytorch_tanh": "GELU_TANH", "gelu_tanh": "GELU_TANH"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """The experts of one layer. layer: its number in the decoder. log: the address of its part of the log."""
+
+    arithmetic: NativeArithmetic
+    num_experts: int
+    first_key: int
+    record_bytes: int
+    layer: int
+    log: int
+
+
+@dataclass(slots=True)
+class RoutedBlock:
+    """What a layer with experts launches behind its router, and the numbers that a pass needs of it."""
+
+    experts: Nodes
+    hits: Nodes
+    resolve: Node
+    take: Node
+    top_k: int
+    stride: int
+
+
+def add_dense(nodes: Nodes, frame: Frame, layer: nn.Module, spec: LayerSpec, added: Added) -> Added:
+    """The norm and the MLP of a layer without experts. Returns what it adds. Raises: DevicePassUnavailable."""
+    assert spec.dense is not None
+    mlp = Mlp(layer, spec.dense)
+    inputs = frame.inputs("block", {mlp.codec}, frame.hidden)
+    _add_norm(nodes, frame, layer, spec, added, inputs)
+    out = frame.floats("dense out", frame.hidden)
+    mlp.add(nodes, frame, inputs, out=out, stride=1, shares=0)
+    return Added(address=out, num_parts=1, from_zero=False, scale=spec.residual_scale)
+
+
+def add_routed(
+    nodes: Nodes, frame: Frame, layer: nn.Module, spec: LayerSpec, experts: Experts, added: Added
+) -> tuple[RoutedBlock, Added]:
+    """The norm and the router at the end of `nodes`, and what comes behind. Raises: DevicePassUnavailable."""
+    assert spec.router is not None
+    top_k, shared = spec.router.top_k, None if spec.shared is None else Mlp(layer, spec.shared)
+    stride = top_k + (shared is not None)
+    codec = experts.arithmetic.kernel.codec
+    inputs = frame.inputs("block", {codec} | ({shared.codec} if shared else set()), frame.hidden)
+    normed = frame.floats("normed", frame.hidden)
+    shares = _add_norm(nodes, frame, layer, spec, added, inputs, normed)
+    ids, weights = _add_router(nodes, frame, layer, spec.router, normed)
+    maker = _Maker(frame, experts, inputs[codec], ids, weights, top_k, stride)
+    resolve_at = nodes.add("om_resolve", maker.resolve_params(normed), threads=launch("OM_RESOLVE_THREADS"), grid=(1,))
+    queued, hits = Nodes(), Nodes()
+    maker.add_experts(queued, maker.hits, "hits", after=())
+    maker.add_late(queued)
+    maker.add_experts(hits, maker.hits, "hits", after=())
+    if shared is not None:
+        for graph in (queued, hits):
+            out = maker.pairs + 4 * top_k * frame.hidden
+            shared.add(graph, frame, inputs, out=out, stride=stride, shares=shares, after=())
+    block = RoutedBlock(
+        experts=queued,
+        hits=hits,
+        resolve=nodes.nodes[resolve_at],
+        take=maker.take(),
+        top_k=top_k,
+        stride=stride,
+    )
+    return block, Added(address=maker.pairs, num_parts=stride, from_zero=True, scale=spec.residual_scale)
+
+
+def _add_norm(
+    nodes: Nodes, frame: Frame, layer: nn.Module, spec: LayerSpec, added: Added, inputs: Inputs, normed: int = 0
+) -> int:
+    """The norm before the block. Returns where the shares of a shared expert are, 0 without a gate."""
+    assert spec.before_mlp is not None
+    gate = spec.shared.scale_gate if spec.shared is not None else ""
+    shares = frame.floats("shares", 1) if gate else 0
+    weight: Any = layer.get_submodule(spec.before_mlp.path)
+    frame.add_norm(
+        nodes,
+        weight=frame.keeper.numbers(weight.weight),
+        epsilon=spec.before_mlp.epsilon,
+        added=added,
+        inputs=inputs,
+        normed=normed,
+        gate=frame.keeper.numbers(tensor_at(layer, f"{gate}.weight")) if gate else 0,
+        shares=shares,
+    )
+    return shares
+
+
+def _add_router(nodes: Nodes, frame: Frame, layer: nn.Module, spec: RouterSpec, normed: int) -> tuple[int, int]:
+    """Logits and choice. Returns where ids and weights are."""
+    bias = tensor_at(layer, spec.bias) if spec.bias else None
+    linear = number_linear(tensor_at(layer, spec.weight).detach(), bias)
+    num_experts, top_k = out_features(linear), spec.top_k
+    logits = frame.floats("logits", num_experts)
+    add_linears(
+        nodes,
+        frame.program,
+        frame.keeper,
+        [(linear, logits)],
+        state=frame.base,
+        inputs={},
+        x=normed,
+        rows=frame.rows,
+    )
+    ids, weights = frame.floats("ids", top_k), frame.floats("routing weights", top_k)
+    correction = tensor_at(layer, spec.correction).flatten() if spec.correction else None
+    params = struct("route_params")(
+        **{"pass": frame.base},
+        logits=logits,
+        correction=frame.keeper.numbers(correction),
+        ids=ids,
+        weights=weights,
+        scale=spec.scale,
+    )
+    kernel = frame.program.kernel(
+        "ROUTE",
+        num_experts,
+        top_k,
+        spec.num_groups,
+        spec.num_chosen_groups,
+        1 if spec.group_score == "max" else 2,
+        int(spec.scoring == "sigmoid"),
+        int(spec.is_normalized),
+    )
+    nodes.add(kernel, params, threads=launch("OM_ROUTE_THREADS"), grid=(frame.rows,))
+    return ids, weights
+
+
+class _Maker:
+    """Launches behind a router."""
+
+    def __init__(self, frame: Frame, experts: Experts, x: Any, ids: int, weights: int, top_k: int, stride: int) -> None:
+        self.frame, self.experts, self.x, self.ids, self.weights = frame, experts, x, ids, weights
+        self.top_k, self.stride, self.num_pairs = top_k, stride, frame.rows * top_k
+        scratch = frame.scratch
+        self.hits, self.fetched = (scratch.addresses(name, self.num_pairs) for name in ("hits", "fetched"))
+        self.fetches = scratch.of("fetches", "fetches")
+        self.pairs = scratch.floats("pairs", frame.rows, stride, frame.hidden)
+        self.numbers = {
+            "first_key": experts.first_key,
+            "layer": experts.layer,
+            "num_layers": frame.num_layers,
+            "top_k": top_k,
+            "max_rows": frame.rows,
+        }
+
+    def resolve_params(self, normed: int) -> Any:
+        frame = self.frame
+        return struct("resolve_params")(
+            **{"pass": frame.base},
+            state=frame.state,
+            tables=frame.tables,
+            ids=self.ids,
+            weights=self.weights,
+            hits=self.hits,
+            log=self.experts.log,
+            notice=frame.notice,
+            normed=normed,
+            host_normed=frame.host_normed,
+            hidden=frame.hidden,
+            **self.numbers,
+        )
+
+    def add_experts(self, nodes: Nodes, addresses: int, name: str, after: tuple[int, ...] | None) -> int:
+        """Both matrices of the experts at these addresses."""
+        frame, kernel = self.frame, self.experts.arithmetic.kernel
+        moe, codec, activation = kernel.struct, f"OM_{kernel.codec.upper()}", f"OM_{kernel.activation.upper()}"
+        inner = moe.second.cols
+        hidden = frame.scratch.input(f"expert {name}", self.num_pairs, inner)
+        first = struct("first_params")(
+            **{"pass": frame.base},
+            input=self.x,
+            matrix=card_matrix(moe.first),
+            addresses=addresses,
+            hidden=hidden,
+            alpha=moe.alpha,
+            limit=moe.limit,
+            top_k=self.top_k,
+        )
+        rows, has_gate = frame.rows, int(moe.has_gate)
+        nodes.add(
+            frame.program.kernel("FIRST", codec, frame.hidden, inner, rows, activation, has_gate),
+            first,
+            threads=launch("OM_FIRST_THREADS", frame.hidden, rows, has_gate),
+            grid=(launch("OM_FIRST_BLOCKS", inner), self.num_pairs),
+            after=after,
+        )
+        second = struct("second_params")(
+            **{"pass": frame.base},
+            hidden=hidden,
+            matrix=card_matrix(moe.second),
+            addresses=addresses,
+            ids=self.ids,
+            weights=self.weights,
+            pairs=self.pairs,
+            weight_scale=self.experts.arithmetic.pair_scale,
+            top_k=self.top_k,
+            stride=self.stride,
+        )
+        return nodes.add(
+            frame.program.kernel("SECOND", codec, inner, frame.hidden, rows),
+            second,
+            threads=launch("OM_SECOND_THREADS", inner, rows),
+            grid=(launch("OM_SECOND_BLOCKS", frame.hidden, inner), self.num_pairs),
+        )
+
+    def add_late(self, nodes: Nodes) -> None:
+        """Beside the hits: slots for what is missing, its records, and its experts."""
+        frame = self.frame
+        admit = struct("admit_params")(
+            **{"pass": frame.base},
+            state=frame.state,
+            tables=frame.tables,
+            ids=self.ids,
+            hits=self.hits,
+            fetched=self.fetched,
+            fetches=self.fetches,
+            log=self.experts.log,
+            **self.numbers,
+        )
+        nodes.add("om_admit", admit, threads=launch("OM_ADMIT_THREADS"), grid=(1,), after=())
+        fetch = struct("fetch_params")(
+            **{"pass": frame.base}, fetches=self.fetches, record_bytes=self.experts.record_bytes
+        )
+        grid = (launch("OM_FETCH_BLOCKS"), self.num_pairs)
+        nodes.add("om_fetch", fetch, threads=launch("OM_FETCH_THREADS"), grid=grid)
+        self.add_experts(nodes, self.fetched, "late", after=None)
+
+    def take(self) -> Node:
+        """The host's rows."""
+        frame = self.frame
+        params = struct("take_params")(
+            **{"pass": frame.base},
+            ids=self.ids,
+            hits=self.hits,
+            host_pairs=frame.host_pairs,
+            pairs=self.pairs,
+            top_k=self.top_k,
+            stride=self.stride,
+            hidden=frame.hidden,
+        )
+        return Node(kernel="om_take", params=params, threads=launch("OM_TAKE_THREADS"), grid=(self.num_pairs, 1))
+
+
+def _mlp_parts(layer: nn.Module, spec: MLPSpec) -> tuple[str, Linear, Linear, Linear]:
+    """The activation, and the projections gate, up and down. Raises: DevicePassUnavailable."""
+    module = layer.get_submodule(spec.gate.rpartition(".")[0])
+    if isinstance(module, FusedMLP):
+        return module.activation, *module.projections
+    if spec.gate == spec.up:
+        raise DevicePassUnavailable("dense MLPs whose gate and up rows are one matrix have no kernel there")
+    gate, up, down = (linear_of(layer.get_submodule(path)) for path in (spec.gate, spec.up, spec.down))
+    return spec.activation, gate, up, down
+
+
+class Mlp:
+    """A gated MLP of quantized projections."""
+
+    def __init__(self, layer: nn.Module, spec: MLPSpec) -> None:
+        """Raises: DevicePassUnavailable."""
+        activation, self.gate, self.up, self.down = _mlp_parts(layer, spec)
+        self.codec = self.gate.codec
+        has_bias = any(linear.bias is not None for linear in (self.gate, self.up, self.down))
+        if self.codec in VALUES or self.up.codec != self.codec or has_bias:
+            raise DevicePassUnavailable("dense MLPs or shared experts that are not quantized have no kernel there")
+        if activation not in ACTIVATIONS:
+            raise DevicePassUnavailable(f"the activation {activation} of a dense MLP has no kernel there")
+        self.activation = f"OM_{ACTIVATIONS[activation]}"
+
+    def add(
+        self,
+        nodes: Nodes,
+        frame: Frame,
+        inputs: Inputs,
+        *,
+        out: int,
+        stride: int,
+        shares: int,
+        after: tuple[int, ...] | None = None,
+    ) -> int:
+        """Into rows of `out` at distances of `stride` rows."""
+        inner, rows = out_features(self.gate), frame.rows
+        hidden = frame.scratch.input("mlp", rows, inner)
+        first = struct("mlp_first_params")(**{"pass": frame.base}, input=inputs[self.codec], hidden=hidden)
+        for number, linear in enumerate((self.gate, self.up)):
+            first.matrices[number] = card_matrix(linear.struct())
+            first.records[number] = frame.keeper.address(linear.record)
+        codecs = f"OM_{self.codec.upper()}", f"OM_{self.down.codec.upper()}"
+        nodes.add(
+            frame.program.kernel("MLP_FIRST", *codecs, in_features(self.gate), inner, rows, self.activation),
+            first,
+            threads=launch("OM_FIRST_THREADS", frame.hidden, rows, 1),
+            grid=(launch("OM_FIRST_BLOCKS", inner),),
+            after=after,
+        )
+        second = struct("mlp_second_params")(
+            **{"pass": frame.base},
+            hidden=hidden,
+            matrix=card_matrix(self.down.struct()),
+            record=frame.keeper.address(self.down.record),
+            shares=shares,
+            out=out,
+            stride=stride,
+        )
+        return nodes.add(
+            frame.program.kernel("MLP_SECOND", codecs[1], inner, frame.hidden, rows),
+            second,
+            threads=launch("OM_SECOND_THREADS", inner, rows),
+            grid=(launch("OM_SECOND_BLOCKS", frame.hidden, inner),),
+        )

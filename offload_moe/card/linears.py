@@ -1,0 +1,146 @@
+"""Matrices of a model as the card's kernels read them, and their launches.
+
+T rows of activations, R rows that kernels are compiled for, O out features, K in features.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offload_moe.card.launches import launch
+from offload_moe.card.nodes import Nodes
+from offload_moe.card.program import Program
+from offload_moe.card.structs import struct
+from offload_moe.decode.dense import NarrowLinear, QuantLinear, number_linear
+from offload_moe.errors import DevicePassUnavailable
+from offload_moe.native.constants import CODECS
+from offload_moe.native.kernels import Linear
+from offload_moe.native.planes import VALUES
+from offload_moe.native.structs import MatrixStruct
+
+MOST_MATRICES = 4  # of one launch
+Inputs = Mapping[str, Any]  # codec -> `om_card_input`
+
+
+class Keeper:
+    """Tensors that the card reads: they stay alive as long as this object."""
+
+    def __init__(self) -> None:
+        self._kept: list[object] = []
+
+    def keep(self, value: object) -> None:
+        self._kept.append(value)
+
+    def numbers(self, tensor: Tensor | None) -> int:
+        """The address of a tensor's numbers in fp32, or 0."""
+        if tensor is None:
+            return 0
+        values = tensor.detach().float().contiguous()
+        self.keep(values)
+        return values.data_ptr()
+
+    def address(self, tensor: Tensor) -> int:
+        """The address of a tensor as it is."""
+        assert tensor.is_contiguous()
+        self.keep(tensor)
+        return tensor.data_ptr()
+
+
+def linear_of(module: nn.Module) -> Linear:
+    """A projection. Raises: DevicePassUnavailable."""
+    if isinstance(module, QuantLinear):
+        if not module.in_panels:
+            raise DevicePassUnavailable(f"dense weights in the codec {module.codec.name} have no kernel there")
+        return module.as_projection()
+    if isinstance(module, nn.Linear | NarrowLinear):
+        return number_linear(module.weight.detach(), module.bias)
+    raise DevicePassUnavailable(f"a projection that is a {type(module).__name__}")
+
+
+def out_features(linear: Linear) -> int:
+    return linear.shape.matrices[0].out_features
+
+
+def in_features(linear: Linear) -> int:
+    return linear.shape.matrices[0].in_features
+
+
+def codecs_of(linears: Iterable[Linear]) -> set[str]:
+    """Those whose activations have to be quantized."""
+    return {linear.codec for linear in linears} - set(VALUES)
+
+
+def inputs_array(inputs: Inputs) -> Any:
+    """`om_card_input[3]`, by codec."""
+    array = (struct("input") * 3)()
+    for codec, value in inputs.items():
+        array[CODECS[codec]] = value
+    return array
+
+
+def card_matrix(matrix: MatrixStruct) -> Any:
+    """`om_card_matrix`."""
+    names = ("codes", "scales", "nested_scales", "nested_offset", "bias", "bias_dtype", "rows")
+    return struct("matrix")(**{name: getattr(matrix, name) for name in names})
+
+
+def add_linears(
+    nodes: Nodes,
+    program: Program,
+    keeper: Keeper,
+    linears: Sequence[tuple[Linear, int]],
+    *,
+    state: Any,
+    inputs: Inputs,
+    x: int,
+    rows: int,
+) -> None:
+    """Multiply the same activations with several matrices, each into an address ``[T, O]`` of fp32.
+
+    inputs, x: the activations quantized, and as they are. state: `om_card_pass`.
+    """
+    ordered = sorted(linears, key=lambda pair: pair[0].codec)
+    for codec, group in groupby(ordered, key=lambda pair: pair[0].codec):
+        members = list(group)
+        for first in range(0, len(members), MOST_MATRICES):
+            _add(nodes, program, keeper, codec, members[first : first + MOST_MATRICES], state, inputs, x, rows)
+
+
+def _add(
+    nodes: Nodes,
+    program: Program,
+    keeper: Keeper,
+    codec: str,
+    members: Sequence[tuple[Linear, int]],
+    state: Any,
+    inputs: Inputs,
+    x: int,
+    rows: int,
+) -> None:
+    columns, is_plain = in_features(members[0][0]), codec in VALUES
+    params = struct("linear_params")(**{"pass": state}, x=x, num_matrices=len(members))
+    if not is_plain:
+        params.input = inputs[codec]
+    num_blocks = 0
+    for number, (linear, out) in enumerate(members):
+        params.matrices[number] = card_matrix(linear.struct())
+        params.records[number] = keeper.address(linear.record)
+        params.biases[number] = keeper.numbers(linear.bias)
+        params.outs[number] = out
+        sizes = (out_features(linear),) if is_plain else (out_features(linear), columns)
+        num_blocks += launch("OM_VALUES_BLOCKS" if is_plain else "OM_LINEAR_BLOCKS", *sizes)
+    kernel = program.kernel("VALUES" if is_plain else "LINEAR", f"OM_{codec.upper()}", columns, rows)
+    threads = launch("OM_VALUES_THREADS") if is_plain else launch("OM_LINEAR_THREADS", columns, rows)
+    nodes.add(kernel, params, threads=threads, grid=(num_blocks,))
+
+
+def plain_weight(module: nn.Module) -> tuple[str, Tensor]:
+    """The codec and the numbers of a projection that is not quantized. Raises: DevicePassUnavailable."""
+    linear = linear_of(module)
+    if linear.codec not in VALUES:
+        raise DevicePassUnavailable("latents whose expansion is quantized")
+    assert linear.record.dtype in (torch.bfloat16, torch.float32)
+    return linear.codec, linear.record

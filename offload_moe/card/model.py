@@ -1,0 +1,90 @@
+"""The parts of a decoder that a pass computes, and which the device pass takes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from offload_moe.decode.dense import NarrowEmbedding
+from offload_moe.decode.probe import Uncovered
+from offload_moe.decode.wiring import Wiring, wiring_of
+from offload_moe.errors import DevicePassUnavailable
+from offload_moe.experts.attach import BoundExperts, bound_experts
+from offload_moe.families.layer_spec import LayerSpec
+from offload_moe.families.limits import layer_limits
+from offload_moe.families.read_layer import layer_spec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderLayer:
+    """module: of transformers. bound: its experts; None for a dense MLP."""
+
+    module: Any
+    spec: LayerSpec
+    bound: BoundExperts | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderParts:
+    """A decoder whose layers the device pass knows.
+
+    table: of the embedding, ``[V, H]``. final_norm: weight and epsilon.
+    """
+
+    wiring: Wiring
+    layers: Sequence[DecoderLayer]
+    table: Tensor
+    final_norm: tuple[Tensor, float]
+
+    @property
+    def hidden(self) -> int:
+        return int(self.table.shape[1])
+
+
+def why_not(hf: Any) -> str:
+    """Why the device pass does not take a model, as far as its classes say; it may be on the meta device."""
+    layers = getattr(hf.get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        return "a decoder without layers"
+    for module in layers:
+        spec = layer_spec(module)
+        if spec is None:
+            return f"a layer of a class that is not declared ({type(module).__name__})"
+        if limits := layer_limits(spec):
+            return " and ".join(limits)
+    return ""
+
+
+def decoder_parts(hf: Any) -> DecoderParts:
+    """The parts of a model's decoder. Raises: DevicePassUnavailable."""
+    if reason := why_not(hf):
+        raise DevicePassUnavailable(reason)
+    decoder = hf.get_decoder()
+    try:
+        wiring = wiring_of(decoder)
+    except Uncovered as error:
+        raise DevicePassUnavailable(str(error)) from error
+    embedding: Any = wiring.embedding
+    if type(embedding) not in (nn.Embedding, NarrowEmbedding):
+        raise DevicePassUnavailable(f"an embedding that is a {type(embedding).__name__}")
+    return DecoderParts(
+        wiring=wiring,
+        layers=[_decoder_layer(module) for module in wiring.layers],
+        table=embedding.weight.detach(),
+        final_norm=_final_norm(wiring.norm),
+    )
+
+
+def _decoder_layer(module: nn.Module) -> DecoderLayer:
+    spec = layer_spec(module)
+    assert spec is not None
+    bound = None if spec.router is None else bound_experts(module.get_submodule(spec.experts))
+    return DecoderLayer(module=module, spec=spec, bound=bound)
+
+
+def _final_norm(norm: Any) -> tuple[Tensor, float]:
+    epsilons = [getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)]
+    if not epsilons or isinstance(norm, nn.LayerNorm):
+        raise DevicePassUnavailable(f"a last norm that is a {type(norm).__name__}")
+    return norm.weight.detach(), float(epsilons[0])

@@ -1,0 +1,269 @@
+"""The device pass: rows through all layers of a decoder on a card, by graphs that native code launches.
+
+Python is not between two layers. It is needed before a pass, for what has changed since the last one; behind it, for
+the account; and where a pass stops because an expert is neither on the card nor where the card can fetch it.
+"""
+
+import ctypes
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from offload_moe.card.account import Account
+from offload_moe.card.memory import Allocate
+from offload_moe.card.mode import ModeChoice
+from offload_moe.card.model import DecoderParts
+from offload_moe.card.program import Compile
+from offload_moe.card.rooms import Rooms
+from offload_moe.card.steps import CardSteps
+from offload_moe.card.stops import Stops
+from offload_moe.card.structs import constant, struct
+from offload_moe.card.tables import CardTables
+from offload_moe.errors import TransferError
+from offload_moe.native.constants import MAX_ROWS, UNDER_WAY
+from offload_moe.native.library import load_library
+from offload_moe.native.session import Session
+from offload_moe.native.structs import CardOptionsStruct
+from offload_moe.residency.hierarchy import Hierarchy
+
+POLL_S = 0.05
+ROWS = (1, 2, 4, 8)  # that kernels are compiled for
+SHORT_OF_MEMORY = -1
+
+
+class CardPass:
+    """A decoder on a card. mode: how its passes go. num_stops: of all passes.
+
+    queued_s: processor seconds of the callers, of all passes, before everything was queued: the card waits for them.
+    """
+
+    def __init__(
+        self,
+        parts: DecoderParts,
+        hierarchy: Hierarchy,
+        session: Session,
+        compile_text: Compile,
+        allocate: Allocate,
+        tables: CardTables,
+        rooms: Rooms,
+        processors: int,
+    ) -> None:
+        """Compiles the kernels for one row. Raises: DevicePassUnavailable, BudgetError, TransferError."""
+        self.parts, self.hierarchy, self.rooms, self.tables = parts, hierarchy, rooms, tables
+        self._session, self._compile, self._allocate, self._processors = session, compile_text, allocate, processors
+        self._library = load_library()
+        self._steps: dict[int, CardSteps] = {}
+        self._lock = threading.RLock()
+        self.mode = ModeChoice()
+        self.queued_s = 0.0
+        self._state: tuple[int, bool] = (0, False)  # rows and mode that the card has
+        self._positions: list[int] = []  # that it has
+        first = self._steps_of(1)
+        head = constant("OM_CARD_LOG_HEAD")
+        most_log_ints = (first.log_ints - head) * MAX_ROWS + head
+        self._log = np.zeros(len(parts.layers) * most_log_ints, dtype=np.int32)
+        params = struct("apply_params")(
+            state=tables.state.data_ptr(), tables=tables.pool.tables, edits=tables.edits.address
+        )
+        self._apply = first.apply_node(params)
+        self._options = CardOptionsStruct(
+            session=session.address,
+            apply=ctypes.addressof(self._apply),
+            notice=tables.notice.host,
+            edits=tables.edits.host,
+            host_log=self._log.ctypes.data,
+            ram=hierarchy.ram.residency.table.handle,
+            host_normed=tables.host_normed.host,
+            host_pairs=tables.host_pairs.host,
+            hidden=parts.hidden,
+        )
+        self._handle: int = self._library.om_card_open(ctypes.addressof(self._options))
+        if not self._handle:
+            raise MemoryError("No memory for a pass of the card.")
+        self._account = Account(parts, hierarchy, tables.pool)
+        self._stops = Stops(parts, hierarchy, tables, self._account, self._apply_now)
+
+    @property
+    def num_stops(self) -> int:
+        return self._stops.count
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of the buffers of all graphs."""
+        return sum(steps.num_bytes for steps in self._steps.values())
+
+    def run(self, ids: Sequence[int], positions: Sequence[int], caches: Sequence[Any]) -> Tensor:
+        """The rows' hidden states behind the last norm, fp32 ``[T, H]`` on the device, valid until the next pass.
+
+        Raises: TransferError, ModelClosed, BudgetError.
+        """
+        with self.hierarchy.lifecycle, self._lock:
+            called_s = time.thread_time()
+            steps = self._steps_of(next(rows for rows in ROWS if rows >= len(ids)))
+            are_extended = self._prepare(positions, caches)
+            is_stepwise = self.mode.choose()
+            began_s = time.perf_counter()
+            try:
+                self._begin(steps, ids, positions, is_stepwise=is_stepwise)
+                self.queued_s += time.thread_time() - called_s
+                if not are_extended:
+                    self.rooms.extend(caches)
+                self._account.settle()
+                self._follow(steps, len(ids), is_stepwise=is_stepwise)
+            except BaseException:
+                with suppress(TransferError):  # of a lost card, whose error is raised already
+                    self._give_up()
+                raise
+            seconds = time.perf_counter() - began_s
+            self.tables.sources.applied()
+            num_missed = self._account.end(self._log, steps, len(ids))
+            self._count_share()
+            self.mode.measured(seconds, len(ids), num_missed=num_missed, is_stepwise=is_stepwise)
+            return steps.hidden[: len(ids)]
+
+    def begin_other_forward(self) -> None:
+        """A forward that is no pass: it may use the device's slots and change any cache."""
+        with self._lock:
+            self.recall()
+            self.rooms.forget()
+
+    def end_loans(self) -> None:
+        """Give slots of both tiers back to the host; waits for a pass of another thread."""
+        with self._lock:
+            self.recall()
+            self.tables.sources.withdraw_all(self.tables.edits)
+            self._apply_now()
+
+    def _apply_now(self) -> None:
+        code = self._library.om_card_edit_tables(self._handle, self.tables.edits.take())
+        self._check(code, "change the tables of a pass")
+        self.tables.sources.applied()
+
+    def recall(self) -> None:
+        """Give the slots of the device back to the host's residency; waits for a pass of another thread."""
+        with self._lock:
+            self._account.settle()
+            self.tables.pool.recall()
+
+    def settle(self) -> None:
+        """Account for the last pass, unless one is under way, which does."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._account.settle()
+            finally:
+                self._lock.release()
+
+    def close(self) -> None:
+        """Free graphs and leases; no pass may be under way."""
+        with self._lock:
+            self.recall()
+            for steps in self._steps.values():
+                steps.close()
+            self._steps.clear()
+            if self._handle:
+                self._library.om_card_close(self._handle)
+                self._handle = 0
+                self.tables.close()
+
+    def _steps_of(self, rows: int) -> CardSteps:
+        """The graphs for so many rows, made at their first use."""
+        if rows not in self._steps:
+            shared = self.tables.shared(self.rooms, self._processors)
+            self._steps[rows] = CardSteps(self.parts, shared, self._session, self._compile, self._allocate, rows)
+        return self._steps[rows]
+
+    def _prepare(self, positions: Sequence[int], caches: Sequence[Any]) -> bool:
+        """What has changed since the last pass. Returns whether the caches count the rows already.
+
+        Where nothing has changed, they are counted while the pass is under way.
+        """
+        end = max(positions) + 1
+        if end > self.rooms.angles.num_positions:
+            raise TransferError(f"Position {end} is beyond the {self.rooms.angles.num_positions} that were planned.")
+        has_place = self.rooms.has_place(caches)
+        if not has_place:
+            self._session.synchronize()
+            self.rooms.attended.have(self.rooms.angles.num_positions)
+            self.rooms.prepare(caches, positions)
+            self._session.synchronize()
+        if not self.tables.pool.is_lent:
+            self.tables.pool.lend(self.tables.edits)
+            self._session.synchronize()
+        self.tables.sources.publish(self.tables.edits)
+        return not has_place
+
+    def _begin(self, steps: CardSteps, ids: Sequence[int], positions: Sequence[int], *, is_stepwise: bool) -> None:
+        edits, count = self.tables.edits, len(ids)
+        if (count, is_stepwise) != self._state:
+            edits.add("ROWS", count)
+            edits.add("MODE", int(is_stepwise))
+            for row in range(count):
+                edits.add("ADVANCE", count, row)
+            self._state = count, is_stepwise
+        if list(positions) != self._positions:
+            for row, position in enumerate(positions):
+                edits.add("POSITION", position, row)
+        for row, token in enumerate(ids):
+            edits.add("TOKEN", token, row)
+        self._account.begin(self._library.om_card_number(self._handle))
+        code = self._library.om_card_begin(self._handle, steps.address, count, edits.take(), int(is_stepwise))
+        self._check(code, "begin a pass")
+        self._positions = [position + count for position in positions]
+
+    def _follow(self, steps: CardSteps, num_rows: int, *, is_stepwise: bool) -> None:
+        """Until the pass has ended; brings what it needs."""
+        at = self._next(POLL_S)
+        while at != steps.num_layers:
+            if at == UNDER_WAY:
+                self.hierarchy.lifecycle.check_waiting()
+                at = self._next(POLL_S)
+            elif is_stepwise:
+                at = self._compute_waves(at, num_rows)
+            else:
+                is_stepwise = self._stops.make_possible(at, num_rows, self._log, steps)
+                self._state = (0, False) if is_stepwise else self._state
+                code = self._library.om_card_continue(self._handle, self.tables.edits.take(), int(is_stepwise))
+                self._check(code, "continue a pass")
+                at = self._next(POLL_S)
+
+    def _compute_waves(self, at: int, num_rows: int) -> int:
+        """The CPU's share of a stepwise layer that is not in RAM, as it comes there. Returns as `_next`."""
+        now = at
+        for _ in self._stops.bring_to_ram(at, num_rows):
+            if (now := self._next(0.0)) != at:
+                break
+        return now
+
+    def _next(self, limit_s: float) -> int:
+        at = int(self._library.om_card_next(self._handle, limit_s))
+        self._check(at, "compute a pass")
+        return at
+
+    def _give_up(self) -> None:
+        """What was queued runs to its end, and the host reads what the card has left."""
+        self._forget_state()
+        self._check(self._library.om_card_cancel(self._handle), "give a pass up")
+        self.tables.edits.add("STOP", 0)
+        self.tables.edits.add("PASS", self._library.om_card_number(self._handle))
+        self._apply_now()
+        self._account.read_back(self._session)
+
+    def _count_share(self) -> None:
+        """The CPU's share of the pass."""
+        counters = self.hierarchy.counters
+        counters.num_computed_on_cpu += self._library.om_card_num_on_cpu(self._handle)
+        counters.cpu_s += self._library.om_card_cpu_seconds(self._handle)
+
+    def _forget_state(self) -> None:
+        self._state, self._positions = (0, False), []
+        self.rooms.forget()
+
+    def _check(self, result: int, what: str) -> None:
+        if result == SHORT_OF_MEMORY:
+            raise MemoryError("No memory for the activations of a decode step.")
+        self._session.check_graph(result, what)

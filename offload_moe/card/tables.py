@@ -1,0 +1,77 @@
+"""What all graphs of a pass share: its state, the pool, sources and edits, and memory that both sides reach."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from offload_moe.card.block import Experts
+from offload_moe.card.edits import Edits
+from offload_moe.card.memory import Allocate
+from offload_moe.card.model import DecoderParts
+from offload_moe.card.pool import CardPool
+from offload_moe.card.rooms import Rooms
+from offload_moe.card.sources import Sources
+from offload_moe.card.steps import Shared
+from offload_moe.card.structs import struct
+from offload_moe.native.constants import MAX_ROWS
+from offload_moe.native.session import Session, SharedMemory
+from offload_moe.residency.hierarchy import Hierarchy
+
+OTHER_EDITS = 256  # beside those of keys and slots
+
+
+class CardTables:
+    """Allocated once for a model."""
+
+    def __init__(
+        self,
+        parts: DecoderParts,
+        hierarchy: Hierarchy,
+        session: Session,
+        allocate: Allocate,
+        experts: Sequence[Experts | None],
+    ) -> None:
+        """Raises: BudgetError."""
+        self.experts = experts
+        self._num_layers = len(parts.layers)
+        self.state = allocate(ctypes.sizeof(struct("state")))
+        first = struct("state")(token=1, num_rows=1)
+        self.state[: ctypes.sizeof(first)] = torch.frombuffer(bytearray(bytes(first)), dtype=torch.uint8)
+        self.pool = CardPool(hierarchy, allocate)
+        num_keys, num_slots = hierarchy.scheduler.keys.total, self.pool.num_slots
+        self.edits = Edits(session, 3 * num_keys + 3 * num_slots + OTHER_EDITS)
+        self.sources = Sources(hierarchy.ram, hierarchy.arena, hierarchy.is_direct, session)
+        row_bytes = 4 * parts.hidden
+        stride = max((layer.spec.router.top_k + 1 for layer in parts.layers if layer.spec.router), default=1)
+        self._notice = SharedMemory(session, ctypes.sizeof(struct("notice")))
+        self.host_normed = SharedMemory(session, MAX_ROWS * row_bytes)
+        self.host_pairs = SharedMemory(session, MAX_ROWS * stride * row_bytes)
+
+    @property
+    def notice(self) -> SharedMemory:
+        return self._notice
+
+    def close(self) -> None:
+        """End the leases of sources, and free shared memory; no pass runs any more."""
+        self.sources.close()
+        self.edits.close()
+        for memory in (self._notice, self.host_normed, self.host_pairs):
+            memory.close()
+
+    def read_notice(self) -> Any:
+        """A view of `om_card_notice`."""
+        return struct("notice").from_address(self._notice.host)
+
+    def shared(self, rooms: Rooms, processors: int) -> Shared:
+        """For the graphs of one number of rows."""
+        return Shared(
+            state=self.state.data_ptr(),
+            tables=self.pool.tables,
+            notice=self._notice.address,
+            host_normed=self.host_normed.address,
+            host_pairs=self.host_pairs.address,
+            seen=[rooms.seen(layer, processors) for layer in range(self._num_layers)],
+            experts=self.experts,
+        )

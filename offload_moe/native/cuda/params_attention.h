@@ -1,0 +1,121 @@
+/* Parameters and launches of the kernels of attention and of routers: docs/decisions/101-device-attention.md.
+ *
+ * Conventions as in `params.h`. N query heads, M key/value heads, D head dim; latent attention: K unrotated and P rotated dims of
+ * a head, V value dims, Z rank of the latents; E experts, K chosen by each row. A row is the next token of a sequence. */
+#ifndef OM_CARD_PARAMS_ATTENTION_H
+#define OM_CARD_PARAMS_ATTENTION_H
+
+#include "params.h"
+
+#define OM_CARD_PAGE 128    /* tokens of a page of a cache */
+#define OM_CARD_SECTION 512 /* tokens that are attended to by themselves */
+
+/* What one row attends to in one layer, in device memory. Token `i` of the room, at position base + i of its sequence, is in page
+ * i / OM_CARD_PAGE; its key is at element head * key_stride + i % OM_CARD_PAGE * D of the page, in bf16, and its value likewise.
+ * Latent attention has one head: keys are latents [Z], values are rotated keys [P]. Pages begin at multiples of 16 bytes. */
+typedef struct {
+    void *const *key_pages, *const *value_pages;
+    long long key_stride, value_stride;
+    int base, reserved;
+} om_card_room;
+
+/* Where a row is, and what it sees: tokens of its room up to its own, the last `window` of them where that is not 0. */
+typedef struct {
+    const om_card_room *rooms; /* [T] */
+    const int *positions;      /* [T]; rows of one sequence have positions that ascend by one, and the same pages */
+    int window, reserved;
+} om_card_view;
+
+/* Tables of rotary angles by position, [positions, rotated dims], in the order of halves, as `om_rotate` takes them. */
+typedef struct {
+    const float *cos, *signed_sin;
+} om_card_angles;
+
+typedef struct {
+    float greatest, sum;
+} om_card_section;
+
+/* What heads give for each section, in device memory: a longer context has other addresses. */
+typedef struct {
+    om_card_section *sections; /* [R, N, capacity] */
+    float *sums;               /* [R, N, capacity, value dims] */
+    int capacity, reserved;    /* sections that a row can have: as many as 512 times that are seen at most */
+} om_card_attended;
+
+/* query = the queries, and the caches get the keys and values of all rows: bias, norms, rotation. Grid: N + 2 M, R. */
+typedef struct {
+    om_card_pass pass;
+    om_card_view view;
+    om_card_angles angles;  /* not read where nothing rotates */
+    const float *heads[3];  /* query [T, N, D], key and value [T, M, D] */
+    const float *biases[3]; /* [N, D], [M, D], [M, D], or NULL */
+    const float *norms[2];  /* weights of the query's and the key's norm: [D], or of all heads [N, D] and [M, D] */
+    float epsilons[2];
+    float *query; /* [T, N, D]; not `heads[0]` */
+} om_card_heads_params;
+
+/* query = the queries in the space of latents, and the cache gets the latents and rotated keys of all rows. Grid:
+ * N * OM_ABSORB_BLOCKS(Z) + R. */
+typedef struct {
+    om_card_pass pass;
+    om_card_view view;
+    om_card_angles angles;
+    const float *heads;             /* [T, N, K + P] */
+    const float *compressed;        /* [T, Z + P] */
+    const float *biases[2];         /* of both, or NULL */
+    const float *norm;              /* [Z] */
+    const unsigned char *expansion; /* [N, K + V, Z]: latents to keys and values, plain numbers */
+    float *query;                   /* [T, N, Z + P] */
+    float epsilon;
+} om_card_absorb_params;
+
+/* Sections of all rows and heads: softmax and sums of values. Any grid; twice the card's multiprocessors. */
+typedef struct {
+    om_card_pass pass;
+    om_card_view view;
+    const float *query; /* [T, N, D], or [T, N, Z + P] */
+    const om_card_attended *attended;
+    float scaling;
+} om_card_attend_params;
+
+/* out = the means of values, and the same in int8. Grid: OM_MERGE_BLOCKS(N, D), R. */
+typedef struct {
+    om_card_pass pass;
+    om_card_view view;
+    const om_card_attended *attended;
+    const float *sinks;      /* [N] or NULL */
+    float *out;              /* [T, N, D], or NULL */
+    om_card_input inputs[3]; /* by codec; NULL where it is not needed */
+} om_card_merge_params;
+
+/* out = the means of values, out of the means of latents, and the same in int8. Grid: OM_EXPAND_BLOCKS(N, V). */
+typedef struct {
+    om_card_pass pass;
+    om_card_view view;
+    const om_card_attended *attended;
+    const unsigned char *expansion;
+    float *out;              /* [T, N, V], or NULL */
+    om_card_input inputs[3]; /* by codec; NULL where it is not needed */
+} om_card_expand_params;
+
+/* ids [T, K] from the most to the least likely of each row's experts, and their weights. Grid: R. */
+typedef struct {
+    om_card_pass pass;
+    const float *logits;     /* [T, E], biases included */
+    const float *correction; /* [E] or NULL: added to the scores for the choice only */
+    int *ids;
+    float *weights;
+    float scale; /* of the weights, applied last */
+} om_card_route_params;
+
+#define OM_HEADS_THREADS 128
+#define OM_ABSORB_THREADS 128
+#define OM_ABSORB_BLOCKS(rank) OM_CARD_UP(rank, 64)
+#define OM_ATTEND_THREADS 256
+#define OM_MERGE_THREADS 32
+#define OM_MERGE_BLOCKS(num_heads, dims) OM_CARD_UP((num_heads) * (dims), 64)
+#define OM_EXPAND_THREADS 256
+#define OM_EXPAND_BLOCKS(num_heads, dims) OM_CARD_UP((num_heads) * (dims), 64)
+#define OM_ROUTE_THREADS 256
+
+#endif

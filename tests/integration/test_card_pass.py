@@ -1,0 +1,251 @@
+"""The device pass on the fake driver: the CPU's bits, whatever is resident, refused, late, stopped or given up."""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.card_model import CardModel, card_model
+from support.cuda import fake, shim
+from support.models import open_model
+from support.tiny_models import tiny_model, tiny_prompt
+from torch import Tensor
+from transformers import DynamicCache
+
+from offload_moe.card.stops import Stops
+from offload_moe.convert.quantize import quantize
+from offload_moe.decode.cache import give_room
+from offload_moe.errors import BudgetError, DevicePassUnavailable, TransferError
+
+pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
+
+NUM_PROMPT, NUM_NEW, NUM_LAYERS, TOP_K, ALL = 9, 6, 3, 3, 24
+FAMILIES: dict[str, dict[str, object]] = {
+    "qwen3_moe": {},
+    "mixtral": {},
+    "gpt_oss": {},  # windows, sinks, biases, the clamped activation
+    "qwen2_moe": {  # a shared expert with a gate
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+    },
+    "deepseek_v3": {"qk_rope_head_dim": 16},  # latents, a dense layer, groups, a shared expert
+}
+
+
+def store_of(family: str, folder: Path) -> Path:
+    checkpoint = folder / family
+    tiny_model(family, **FAMILIES[family]).to(torch.bfloat16).save_pretrained(checkpoint)
+    return quantize(checkpoint, folder / f"{family}-nf4", codec="nf4")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return store_of("qwen3_moe", tmp_path_factory.mktemp("stores"))
+
+
+@pytest.fixture(scope="module")
+def expected(store: Path) -> Tensor:
+    with open_model(store) as model:
+        return logits(model.hf)
+
+
+@pytest.fixture
+def driver() -> Iterator[fake.FakeDriver]:
+    with fake.FakeDriver() as driver:
+        yield driver
+
+
+def logits(hf: Any, num_new: int = NUM_NEW) -> Tensor:
+    """Of each new token."""
+    ids, _ = tiny_prompt(1, NUM_PROMPT)
+    out = hf.generate(
+        input_ids=ids,
+        do_sample=False,
+        eos_token_id=None,
+        disable_compile=True,
+        return_dict_in_generate=True,
+        output_logits=True,
+        max_new_tokens=num_new,
+    )
+    found = torch.stack(out.logits)
+    assert found.abs().max() > 0.1
+    return found
+
+
+def check_tables(model: CardModel) -> None:
+    """The host's residency is what the card has, and every lent slot has one expert."""
+    pool, hierarchy = model.card.tables.pool, model.engine.hierarchy
+    model.card.settle()
+    slot_of = (ctypes.c_int32 * hierarchy.scheduler.keys.total).from_address(pool.tables.slot_of)
+    assert list(slot_of) == pool.slot_of.tolist()
+    resident = {key for key in range(len(slot_of)) if slot_of[key] >= 0}
+    assert resident == set(hierarchy.scheduler.residency.resident_keys())
+    assert len({slot_of[key] for key in resident}) == len(resident)
+
+
+@pytest.mark.parametrize("mode", ["queued", "stepwise"])
+@pytest.mark.parametrize(("num_ram", "num_vram"), [(ALL, ALL), (ALL, TOP_K + 1), (6, TOP_K + 1), (1, 5)])
+def test_the_bits_do_not_depend_on_where_experts_are(
+    num_ram: int, num_vram: int, mode: Any, store: Path, expected: Tensor, driver: fake.FakeDriver
+) -> None:
+    with card_model(store, driver, num_ram, num_vram) as model:
+        model.card.mode.mode = mode
+        assert torch.equal(logits(model.hf), expected)
+        check_tables(model)
+        counters = model.engine.hierarchy.counters
+        assert counters.num_hits + counters.num_misses == (NUM_NEW - 1) * NUM_LAYERS * TOP_K + prompt_accesses(model)
+        assert (counters.num_computed_on_cpu > 0) == (mode == "stepwise")
+        model.card.recall()
+        assert not any(model.engine.hierarchy.scheduler.residency.num_leases(slot) for slot in range(num_vram))
+
+
+def prompt_accesses(model: CardModel) -> int:
+    """Experts that the prompt, computed by modules, has acquired."""
+    counters = model.engine.hierarchy.counters
+    return counters.num_hits + counters.num_misses - (NUM_NEW - 1) * NUM_LAYERS * TOP_K
+
+
+@pytest.mark.parametrize("family", [pytest.param(name, marks=pytest.mark.slow) for name in list(FAMILIES)[1:]])
+@pytest.mark.parametrize("mode", ["queued", "stepwise"])
+def test_families(family: str, mode: Any, tmp_path: Path, driver: fake.FakeDriver) -> None:
+    store = store_of(family, tmp_path)
+    with open_model(store) as model:
+        expected = logits(model.hf, 12)
+    with card_model(store, driver, 12, 5) as model:
+        model.card.mode.mode = mode
+        assert torch.equal(logits(model.hf, 12), expected)
+        check_tables(model)
+
+
+def test_what_a_resident_token_costs(store: Path, driver: fake.FakeDriver) -> None:
+    """Two graphs a layer, one at either end, one launch for the token's id, one copy of the log; no synchronization."""
+    with card_model(store, driver, ALL, ALL) as model:
+        warm_up(model)
+        driver.forget_counts()
+        logits(model.hf, NUM_NEW)
+        num_tokens = NUM_NEW - 1
+        assert driver.count("cuGraphLaunch") == num_tokens * (2 * NUM_LAYERS + 2)
+        assert driver.count("cuLaunchKernel") == num_tokens
+        assert driver.count("copies") == num_tokens
+        assert driver.count("cuStreamSynchronize") == 0
+        assert driver.count("cuCtxSynchronize") == 3  # behind the prompt
+
+
+def warm_up(model: CardModel) -> None:
+    """Every expert on the card."""
+    model.card.recall()
+    scheduler = model.engine.hierarchy.scheduler
+    for layer in range(NUM_LAYERS):
+        with scheduler.acquire(layer, range(8)) as lease:
+            for _ in lease:
+                pass
+            scheduler.settle()
+    assert scheduler.residency.num_resident == ALL
+
+
+@pytest.mark.parametrize(
+    "options", [{"lockable": 100_000}, {"aliases": 1, "batches": 1}, {"late_copies": 1, "order": 7}]
+)
+def test_other_systems(options: dict[str, int], store: Path, expected: Tensor, driver: fake.FakeDriver) -> None:
+    """Page locks refused, as on WSL2: then records are copied at stops. Addresses of the card's own. Any order."""
+    driver.set(**options)
+    with card_model(store, driver, ALL, 5) as model:
+        model.card.mode.mode = "queued"
+        assert torch.equal(logits(model.hf), expected)
+        check_tables(model)
+        assert (model.card.num_stops > 2 * NUM_LAYERS) == ("lockable" in options)
+
+
+@pytest.mark.parametrize("num_rows", [2, 3, 8])
+@pytest.mark.parametrize("num_vram", [ALL, 8])
+def test_rows_of_one_sequence(num_rows: int, num_vram: int, store: Path, driver: fake.FakeDriver) -> None:
+    ids, _ = tiny_prompt(1, NUM_PROMPT + num_rows, seed=1)
+    with open_model(store) as model:
+        expected = two_forwards(model.hf, ids)
+    with card_model(store, driver, ALL, num_vram) as model:
+        assert torch.equal(two_forwards(model.hf, ids), expected)
+        check_tables(model)
+
+
+def two_forwards(hf: Any, ids: Tensor) -> Tensor:
+    """Hidden states of all tokens behind the prompt, which come at once."""
+    cache = DynamicCache(config=hf.config)
+    give_room(cache, 512, torch.bfloat16)
+    with torch.inference_mode():
+        hf(input_ids=ids[:, :NUM_PROMPT], past_key_values=cache, use_cache=True)
+        found: Tensor = hf.get_decoder()(input_ids=ids[:, NUM_PROMPT:], past_key_values=cache, use_cache=True)[0]
+    assert cache.get_seq_length() == ids.shape[1]
+    return found
+
+
+@pytest.mark.parametrize("layer", range(NUM_LAYERS))
+@pytest.mark.parametrize("mode", ["queued", "stepwise"])
+def test_a_pass_that_is_given_up_at_a_layer_leaves_nothing_behind(
+    layer: int, mode: Any, store: Path, expected: Tensor, driver: fake.FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "make_possible" if mode == "queued" else "bring_to_ram"
+    original: Callable[..., Any] = getattr(Stops, name)
+    interrupted = []
+
+    def interrupt(self: Stops, at: int, *args: Any) -> Any:
+        if at == layer and not interrupted:
+            interrupted.append(at)
+            raise KeyboardInterrupt
+        return original(self, at, *args)
+
+    monkeypatch.setattr(Stops, name, interrupt)
+    with card_model(store, driver, 6, 5) as model:
+        model.card.mode.mode = mode
+        with pytest.raises(KeyboardInterrupt):
+            logits(model.hf, 20)
+        check_tables(model)
+        assert torch.equal(logits(model.hf), expected)
+        check_tables(model)
+
+
+def test_the_pool_shrinks_and_grows_between_tokens(store: Path, driver: fake.FakeDriver) -> None:
+    ids, _ = tiny_prompt(1, NUM_PROMPT + 4, seed=2)
+    with open_model(store) as model:
+        expected = token_by_token(model.hf, ids, lambda: None)
+    with card_model(store, driver, ALL, 12, slots_per_chunk=4) as model:
+        sizes = iter([8, 12, 4, 8])
+        found = token_by_token(model.hf, ids, lambda: model.engine.hierarchy.resize("vram", next(sizes)))
+        assert torch.equal(found, expected)
+        check_tables(model)
+
+
+def token_by_token(hf: Any, ids: Tensor, between: Callable[[], object]) -> Tensor:
+    cache = DynamicCache(config=hf.config)
+    give_room(cache, 512, torch.bfloat16)
+    found = []
+    with torch.inference_mode():
+        hf(input_ids=ids[:, :NUM_PROMPT], past_key_values=cache, use_cache=True)
+        for token in ids[:, NUM_PROMPT:].split(1, dim=1):
+            between()
+            found.append(hf.get_decoder()(input_ids=token, past_key_values=cache, use_cache=True)[0])
+    return torch.cat(found, dim=1)
+
+
+def test_a_lost_card_is_a_named_error(store: Path, driver: fake.FakeDriver) -> None:
+    with card_model(store, driver, ALL, ALL) as model:
+        logits(model.hf, 2)
+        driver.set(lost_after=40)
+        with pytest.raises(TransferError, match="The card was lost"):
+            logits(model.hf)
+        with pytest.raises(TransferError, match="The card was lost"):
+            logits(model.hf)
+        driver.set(lost_after=-1)
+
+
+@pytest.mark.parametrize("call", ["cuMemHostAlloc", "cuModuleLoadData", "cuGraphInstantiateWithFlags"])
+def test_what_the_driver_refuses_at_load_is_an_error_of_ours(call: str, store: Path, driver: fake.FakeDriver) -> None:
+    driver.fail(call, 2)
+    with (
+        pytest.raises((BudgetError, TransferError, DevicePassUnavailable), match="CUDA_ERROR_OUT_OF_MEMORY"),
+        card_model(store, driver, ALL, ALL),
+    ):
+        pass

@@ -1,0 +1,83 @@
+"""Models that decode by the device pass, on the fake driver: torch's memory on the CPU stands for the card's."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offload_moe.card.build import install
+from offload_moe.card.device import CardDevice
+from offload_moe.card.passes import CardPass
+from offload_moe.decode import make_fast
+from offload_moe.engine.build import Blueprint, Engine, build, pools_of
+from offload_moe.memory.page_lock import LockRuntime, PageLock
+from offload_moe.memory.simulated import SimulatedCopier
+from offload_moe.quant import get_codec
+from offload_moe.store import Store
+from support.cuda import fake
+
+
+class SessionLocks(LockRuntime):
+    """Page locks of the fake driver."""
+
+    def __init__(self, device: CardDevice) -> None:
+        self._session = device.session
+
+    def register(self, address: int, num_bytes: int) -> int:
+        return self._session.lock(address, num_bytes)
+
+    def unregister(self, address: int) -> None:
+        self._session.unlock(address)
+
+
+@dataclass
+class CardModel:
+    engine: Engine
+    card: CardPass
+    driver: fake.FakeDriver
+
+    @property
+    def hf(self) -> Any:
+        return self.engine.hf
+
+
+@contextmanager
+def card_model(
+    path: Path,
+    driver: fake.FakeDriver,
+    num_ram: int,
+    num_vram: int,
+    *,
+    context: int = 512,
+    dense_codec: str = "int8",
+    slots_per_chunk: int = 1000,
+) -> Iterator[CardModel]:
+    """A store with so many slots in RAM and on the card."""
+    device = CardDevice.open(driver.path, fake.nvrtc(), cubins=fake.shim.CACHE / "cubins")
+    store = Store.open(path)
+    slot_bytes = store.record(0, 0).num_bytes
+    pools = pools_of(store, slot_bytes=slot_bytes, num_ram_slots=num_ram, num_device_slots=num_vram)
+    engine = build(
+        store,
+        Blueprint(
+            pools=replace(pools, chunk_bytes=slots_per_chunk * slot_bytes),
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            make_copier=lambda: SimulatedCopier(latency_s=0, page_lock=PageLock(SessionLocks(device))),
+            dense_codec=dense_codec,
+        ),
+    )
+    hf, hierarchy = engine.hf, engine.hierarchy
+    driver.set(adopts=1)
+    for chunk in hierarchy.arena.chunks_behind(0):
+        driver.declare_hosts(chunk.data_ptr(), chunk.numel())
+    try:
+        make_fast(hf, is_exact=False, context=context, kept=torch.bfloat16, hierarchy=hierarchy)
+        card = install(hf, engine.layers, hierarchy, get_codec(store.codec), device, context=context)
+        yield CardModel(engine, card, driver)
+    finally:
+        hierarchy.close()
+        device.session.close()
