@@ -232,6 +232,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20, help="of prose")
     parser.add_argument("--rows", default="2,4,8")
     parser.add_argument(
+        "--characters", type=int, default=None, help="of the texts, at most, for models of short context"
+    )
+    parser.add_argument(
         "--resident", type=float, default=0.4, help="share of the experts in RAM, with the rest on disk"
     )
     options = parser.parse_args()
@@ -249,7 +252,7 @@ def main() -> None:
         with loaded(options, share, clock if share is None else time.perf_counter) as answers:
             for name in ("edit", "json"):
                 given = prompts[name]
-                question = given["question"].format(text=given["text"])
+                question = given["question"].format(text=given["text"][: options.characters])
                 task, make = answers.task(question, given["answer"]), partial(answers.guesses, "ngram")
                 for kind, each in (("", task), ("own_", answers.task(question))):
                     key = f"{kind}{name}{suffix}"

@@ -195,7 +195,7 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ),
     (
         "speculation.py",
-        "{store} --threads 1 --trials 1 --tokens 24 --context 2600 --prompts 2 --rows 2,4",
+        "{store} --threads 1 --trials 1 --tokens 24 --context 512 --characters 120 --prompts 1 --rows 2,4",
         (
             "ngram_edit_ratio.median",
             "ngram_json_ratio.min",
