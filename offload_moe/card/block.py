@@ -20,12 +20,12 @@ from offload_moe.card.linears import (
 )
 from offload_moe.card.nodes import Node, Nodes
 from offload_moe.card.structs import struct
+from offload_moe.decode.dense import number_linear
+from offload_moe.decode.mlp import FusedMLP
 from offload_moe.errors import DevicePassUnavailable
 from offload_moe.experts.native import NativeArithmetic
 from offload_moe.families.layer_reference import tensor_at
 from offload_moe.families.layer_spec import LayerSpec, MLPSpec, RouterSpec
-from offload_moe.decode.dense import number_linear
-from offload_moe.decode.mlp import FusedMLP
 from offload_moe.native.kernels import Linear
 from offload_moe.native.planes import VALUES
 

@@ -50,6 +50,7 @@ def install(
         )
     hierarchy.scheduler.lender = hierarchy.ram.lender = card.end_loans
     hierarchy.before_release.append(card.close)
+    hierarchy.before_counters = card.settle
     decoder = hf.get_decoder()
     decoder.forward = CardForward(decoder, CardPlan(parts, card))
     return card

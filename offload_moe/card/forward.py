@@ -1,4 +1,4 @@
-"""The seam: a decoder's forward passes a few new tokens through the device pass, and anything else through its modules."""
+"""The seam: a decoder's forward takes a few new tokens through the device pass, and all others through its modules."""
 
 from typing import Any
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from offload_moe.card.structs import constant
 
-HEAD = constant("OM_CARD_LOG_HEAD")
+HEAD, MISSED = constant("OM_CARD_LOG_HEAD"), constant("OM_CARD_MISSED")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,3 +43,14 @@ def layers_of(
             )
         )
     return found
+
+
+def num_missed(ints: NDArray[np.int32], layers: Sequence[tuple[int, int]], *, max_rows: int, num_rows: int) -> int:
+    """Pairs whose expert was not there, of all layers; layers as of `layers_of`."""
+    top_k = layers[0][1]
+    if any(each != top_k for _, each in layers):
+        parts = [num_missed(ints, [layer], max_rows=max_rows, num_rows=num_rows) for layer in layers]
+        return sum(parts)
+    first = HEAD + 2 * max_rows * top_k
+    states = ints[[layer for layer, _ in layers], first : first + num_rows * top_k]
+    return int(np.count_nonzero(states == MISSED))

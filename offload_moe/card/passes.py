@@ -1,7 +1,7 @@
 """The device pass: rows through all layers of a decoder on a card, by graphs that native code launches.
 
-Python is not between two layers. It is needed before a pass, for what has changed since the last one; behind it, for the
-account; and where a pass stops because an expert is neither on the card nor where the card can fetch it.
+Python is not between two layers. It is needed before a pass, for what has changed since the last one; behind it, for
+the account; and where a pass stops because an expert is neither on the card nor where the card can fetch it.
 """
 
 import ctypes
@@ -37,7 +37,10 @@ SHORT_OF_MEMORY = -1
 
 
 class CardPass:
-    """A decoder on a card. mode: how its passes go. num_stops: of all passes."""
+    """A decoder on a card. mode: how its passes go. num_stops: of all passes.
+
+    queued_s: processor seconds of the callers, of all passes, before everything was queued: the card waits for them.
+    """
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class CardPass:
         self._steps: dict[int, CardSteps] = {}
         self._lock = threading.RLock()
         self.mode = ModeChoice()
+        self.queued_s = 0.0
         self._state: tuple[int, bool] = (0, False)  # rows and mode that the card has
         self._positions: list[int] = []  # that it has
         first = self._steps_of(1)
@@ -99,12 +103,17 @@ class CardPass:
         Raises: TransferError, ModelClosed, BudgetError.
         """
         with self.hierarchy.lifecycle, self._lock:
+            called_s = time.thread_time()
             steps = self._steps_of(next(rows for rows in ROWS if rows >= len(ids)))
-            self._prepare(positions, caches)
+            are_extended = self._prepare(positions, caches)
             is_stepwise = self.mode.choose()
             began_s = time.perf_counter()
             try:
                 self._begin(steps, ids, positions, is_stepwise=is_stepwise)
+                self.queued_s += time.thread_time() - called_s
+                if not are_extended:
+                    self.rooms.extend(caches)
+                self._account.settle()
                 self._follow(steps, len(ids), is_stepwise=is_stepwise)
             except BaseException:
                 with suppress(TransferError):  # of a lost card, whose error is raised already
@@ -112,7 +121,7 @@ class CardPass:
                 raise
             seconds = time.perf_counter() - began_s
             self.tables.sources.applied()
-            num_missed = self._account.enter(self._log, steps, len(ids))
+            num_missed = self._account.end(self._log, steps, len(ids))
             self._count_share()
             self.mode.measured(seconds, len(ids), num_missed=num_missed, is_stepwise=is_stepwise)
             return steps.hidden[: len(ids)]
@@ -120,13 +129,13 @@ class CardPass:
     def begin_other_forward(self) -> None:
         """A forward that is no pass: it may use the device's slots and change any cache."""
         with self._lock:
-            self.tables.pool.recall()
+            self.recall()
             self.rooms.forget()
 
     def end_loans(self) -> None:
         """Give slots of both tiers back to the host; waits for a pass of another thread."""
         with self._lock:
-            self.tables.pool.recall()
+            self.recall()
             self.tables.sources.withdraw_all(self.tables.edits)
             self._apply_now()
 
@@ -138,7 +147,16 @@ class CardPass:
     def recall(self) -> None:
         """Give the slots of the device back to the host's residency; waits for a pass of another thread."""
         with self._lock:
+            self._account.settle()
             self.tables.pool.recall()
+
+    def settle(self) -> None:
+        """Account for the last pass, unless one is under way, which does."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._account.settle()
+            finally:
+                self._lock.release()
 
     def close(self) -> None:
         """Free graphs and leases; no pass may be under way."""
@@ -159,14 +177,16 @@ class CardPass:
             self._steps[rows] = CardSteps(self.parts, shared, self._session, self._compile, self._allocate, rows)
         return self._steps[rows]
 
-    def _prepare(self, positions: Sequence[int], caches: Sequence[Any]) -> None:
-        """What has changed since the last pass."""
+    def _prepare(self, positions: Sequence[int], caches: Sequence[Any]) -> bool:
+        """What has changed since the last pass. Returns whether the caches count the rows already.
+
+        Where nothing has changed, they are counted while the pass is under way.
+        """
         end = max(positions) + 1
         if end > self.rooms.angles.num_positions:
             raise TransferError(f"Position {end} is beyond the {self.rooms.angles.num_positions} that were planned.")
-        if self.rooms.has_place(caches):
-            self.rooms.extend(caches)
-        else:
+        has_place = self.rooms.has_place(caches)
+        if not has_place:
             self._session.synchronize()
             self.rooms.attended.have(self.rooms.angles.num_positions)
             self.rooms.prepare(caches, positions)
@@ -175,6 +195,7 @@ class CardPass:
             self.tables.pool.lend(self.tables.edits)
             self._session.synchronize()
         self.tables.sources.publish(self.tables.edits)
+        return not has_place
 
     def _begin(self, steps: CardSteps, ids: Sequence[int], positions: Sequence[int], *, is_stepwise: bool) -> None:
         edits, count = self.tables.edits, len(ids)

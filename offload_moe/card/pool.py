@@ -1,7 +1,7 @@
 """The slots of the device while passes of the card decide what is in them.
 
-Between a prompt and the next the pool is lent: the card takes slots for what it misses, and the host's residency follows
-by the log of each pass. Anything else that wants a slot recalls it first.
+Between a prompt and the next the pool is lent: the card takes slots for what it misses, and the host's residency
+follows by the log of each pass. Anything else that wants a slot recalls it first.
 """
 
 from collections.abc import Sequence

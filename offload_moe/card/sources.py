@@ -29,6 +29,7 @@ class Sources:
         """is_locked: whether a RAM slot is page-locked, which it is tried to be."""
         self._ram, self._arena, self._is_locked, self._session = ram, arena, is_locked, session
         self._slot_of: dict[int, int] = {}  # published keys, the oldest first
+        self._num_seen = -1  # records that were resident at the last look
         self._ending: list[int] = []  # slots whose leases end once their edits are applied
         self.is_published: NDArray[np.bool_] = np.zeros(ram.keys.total, dtype=np.bool_)
 
@@ -41,8 +42,11 @@ class Sources:
 
     def publish(self, edits: Edits, wanted: tuple[int, ...] = ()) -> None:
         """Publish what is resident, as far as it may be, and these keys before others."""
+        if not wanted and self._ram.residency.num_resident == self._num_seen:
+            return
         with self._ram.changed:
             self._ram.drain_completions()
+            self._num_seen = self._ram.residency.num_resident
             table = self._ram.residency.table
             states = np.frombuffer(table.states, dtype=np.uint8)
             keys = np.frombuffer(table.keys, dtype=np.int64)[states == RESIDENT]

@@ -51,7 +51,10 @@ class _Described:
 
 
 class CardSteps:
-    """The graphs for up to `rows` rows. log_ints: of each layer. hidden: fp32 ``[rows, H]``, what the last norm gives."""
+    """The graphs for up to `rows` rows.
+
+    log_ints: of each layer. hidden: fp32 ``[rows, H]``, what the last norm gives.
+    """
 
     def __init__(
         self,

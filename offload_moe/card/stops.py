@@ -51,7 +51,7 @@ class Stops:
         return is_stepwise
 
     def bring_to_ram(self, at: int, num_rows: int) -> Iterator[None]:
-        """Bring the missing experts of a stepwise layer to RAM, wave by wave; they stay until the next one is wanted."""
+        """Bring the missing experts of a stepwise layer to RAM, in waves; each stays until the next one is wanted."""
         missing = self._missing(self._tables.read_notice(), at, num_rows)
         with self._hierarchy.ram.acquire(self._account.ordinals[at], missing) as lease:
             for _ in lease:

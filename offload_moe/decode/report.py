@@ -18,7 +18,8 @@ class LayerPath:
     """How a decode step goes through one layer.
 
     kind: "span": natively, with the layers beside it; "layer": attention and norms are one native call, and the MLP or
-    the experts are called from Python; "modules": the layer's own code calls its parts; "card": in the device pass. reasons: why it is no span.
+    the experts are called from Python; "modules": the layer's own code calls its parts; "card": in the device pass.
+    reasons: why it is no span.
     """
 
     kind: Kind

@@ -69,7 +69,7 @@ def assemble(
 
     skeleton: from `skeleton_of`, filled in place; None makes one.
     dense_codec: quantize the large projections and the output head that the store holds as numbers; None keeps them.
-    is_exact: quantized linears keep activations in fp32. in_panels: on a device, they have the order of the device pass.
+    is_exact: quantized linears keep activations in fp32. in_panels: on a device, they have the device pass's order.
 
     Raises:
         StoreError: the store does not hold what the model needs.

@@ -17,8 +17,8 @@ from offload_moe.convert.jobs import LOSSLESS
 from offload_moe.convert.sources import ensure_store
 from offload_moe.decode import make_fast, make_room
 from offload_moe.engine.assemble import skeleton_of
-from offload_moe.engine.device_pass import DevicePass, install_device_pass, open_device_pass, report_of
 from offload_moe.engine.build import Blueprint, Engine, build, closed_on_error, pools_of
+from offload_moe.engine.device_pass import DevicePass, install_device_pass, open_device_pass, report_of
 from offload_moe.engine.model import Model
 from offload_moe.engine.options import LoadKeywords, LoadOptions
 from offload_moe.engine.overflow import watch_overflow

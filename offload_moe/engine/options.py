@@ -17,7 +17,6 @@ from offload_moe.residency.policy import DEFAULT_POLICY, check_policy
 from offload_moe.system.names import choice
 from offload_moe.system.sizes import parse_size
 
-
 DevicePassChoice = Literal["auto", "off"]
 DEVICE_PASS_CHOICES: tuple[DevicePassChoice, ...] = ("auto", "off")
 
@@ -39,8 +38,8 @@ class LoadOptions:
     that has it, fp16 on an older one, fp32 on the CPU.
     exact: CPU kernels keep activations in full precision, slower. A bf16 store gives eager's bits with it, and in fp32.
     fast_path: decode steps through `offload_moe.decode`; False takes the model's own code.
-    device_pass: "auto" takes decode steps on an NVIDIA card through `offload_moe.card` where its kernels allow it; "off":
-    through bitsandbytes, as prompts.
+    device_pass: "auto" takes decode steps on an NVIDIA card through `offload_moe.card` where its kernels allow it;
+    "off": through bitsandbytes, as prompts.
     hybrid: with a device, whether the CPU computes some of the misses while others are copied: "auto" where kernels and
     codec allow it, "on" or an error, "off" for results that never depend on where an expert was.
     prefetch: MoE layers to look ahead; 0 turns prefetch and warm starts off. It also turns itself off while it does not

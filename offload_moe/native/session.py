@@ -1,4 +1,4 @@
-"""The first card in use: its memory, page locks and modules. Addresses are the card's unless they are called the host's."""
+"""The card in use: its memory, page locks and modules. Addresses are the card's unless they are called the host's."""
 
 import ctypes
 import weakref

@@ -61,6 +61,7 @@ class Hierarchy:
         self.before_release: list[
             Callable[[], None]
         ] = []  # called when the model is closed, before its memory is freed
+        self.before_counters: Callable[[], None] | None = None  # enters what has not been counted yet
         self._reserved: ReservedSlots | None = None
         self._pass_reads: kernels.Reads | None = None
         ram_table = kernels.SlotTable(self._num_keys, pools.num_ram_slots, self.arena.addresses)
@@ -102,6 +103,8 @@ class Hierarchy:
     @property
     def counters(self) -> Counters:
         """Running totals: hits and stalls of the fast tier, bytes of every tier."""
+        if self.before_counters is not None:
+            self.before_counters()
         return self.scheduler.counters
 
     @property

@@ -1,4 +1,4 @@
-"""`load(device="cuda")` to text through the device pass, on the fake driver; and the line that says why there is none."""
+"""`load` to text through the device pass, on the fake driver; and the line that says why there is none."""
 
 from collections.abc import Iterator
 from dataclasses import replace

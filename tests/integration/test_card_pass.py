@@ -79,6 +79,7 @@ def logits(hf: Any, num_new: int = NUM_NEW) -> Tensor:
 def check_tables(model: CardModel) -> None:
     """The host's residency is what the card has, and every lent slot has one expert."""
     pool, hierarchy = model.card.tables.pool, model.engine.hierarchy
+    model.card.settle()
     slot_of = (ctypes.c_int32 * hierarchy.scheduler.keys.total).from_address(pool.tables.slot_of)
     assert list(slot_of) == pool.slot_of.tolist()
     resident = {key for key in range(len(slot_of)) if slot_of[key] >= 0}

@@ -1,4 +1,4 @@
-"""Models whose decode steps take the device pass, on the fake driver: torch's memory on the CPU stands for the card's."""
+"""Models that decode by the device pass, on the fake driver: torch's memory on the CPU stands for the card's."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.cuda import fake
 
 from offload_moe.card.build import install
 from offload_moe.card.device import CardDevice
@@ -18,6 +17,7 @@ from offload_moe.memory.page_lock import LockRuntime, PageLock
 from offload_moe.memory.simulated import SimulatedCopier
 from offload_moe.quant import get_codec
 from offload_moe.store import Store
+from support.cuda import fake
 
 
 class SessionLocks(LockRuntime):

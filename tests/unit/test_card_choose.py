@@ -70,8 +70,8 @@ def chosen(
     for kind, grid, y in (("GREATEST", parts, rows), ("CHOOSE", rows, 1)):
         card.stop[0] = kind in stopped
         card.run(kind, (), params, rows=[grid], y=y)
-    if "GREATEST" in stopped:
-        assert (params["greatest"] == 0).all()
+    is_written = params["greatest"].any(axis=1)
+    assert is_written.tolist() == [index < card.num_rows and "GREATEST" not in stopped for index in range(rows)]
     return tokens
 
 
@@ -122,11 +122,18 @@ def test_the_definition_keeps_what_transformers_keeps(draw: Draw) -> None:
 
 def test_draws_follow_the_probabilities() -> None:
     logits = np.log(np.array([[0.5, 0.25, 0.125, 0.125]], np.float32))
-    tokens = [drawn(logits[0], Draw(), position, 0) for position in range(4000)]
-    counts = np.bincount(tokens, minlength=4) / 4000
-    assert np.abs(counts - [0.5, 0.25, 0.125, 0.125]).max() < 0.03
+    tokens = [drawn(logits[0], Draw(), position, 0) for position in range(2000)]
+    counts = np.bincount(tokens, minlength=4) / 2000
+    assert np.abs(counts - [0.5, 0.25, 0.125, 0.125]).max() < 0.04
     for position in range(20):
         assert chosen(logits, Draw(), position)[0] == tokens[position]
+
+
+def test_tokens_far_below_the_greatest_are_drawn_too() -> None:
+    logits = np.full((1, 2500), -11.0, np.float32)
+    logits[0, 1200] = 0.0
+    position = next(n for n in range(400) if drawn(logits[0], Draw(), n, 0) != 1200)
+    assert chosen(logits, Draw(), position)[0] == drawn(logits[0], Draw(), position, 0)
 
 
 def kept(logits: np.ndarray, draw: Draw) -> np.ndarray:

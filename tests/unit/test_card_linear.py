@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from offload_moe.native import kernels
+from offload_moe.native.planes import matrix_struct
+from offload_moe.quant.layout import pack_planes, weight_shape
 from tests.support.cuda import shim
-from tests.support.cuda.card import Card, aligned, bits, codec_name, copied
-from tests.support.cuda.matrices import Records, extreme_rows, make_records, random_rows, spoil_scales
+from tests.support.cuda.card import Card, aligned, bits, codec_name, copied, matrix
+from tests.support.cuda.linears import expected_of, make_matrices, multiply
+from tests.support.cuda.matrices import extreme_rows, make_records, random_rows, spoil_scales
 from tests.support.kernels import make_linear
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
@@ -30,42 +33,6 @@ VALUES = [("bf16", (40, 16), 200, 1), ("bf16", (21, 3), 83, 4), ("fp32", (17,), 
 COMPILED = [("LINEAR", codec_name(codec), cols, rows) for codec, _, cols, rows in CASES]
 COMPILED += [("VALUES", codec_name(codec), cols, rows) for codec, _, cols, rows in VALUES]
 COMPILED += [("QUANTIZE", cols) for cols in sorted({cols for _, _, cols, _ in CASES})]
-
-
-def multiply(
-    card: Card, records: list[Records], x: np.ndarray, compiled: int, biases: list[np.ndarray | None]
-) -> list[np.ndarray]:
-    codec, cols = records[0].codec, x.shape[1]
-    rows = [each.shape.matrices[0].out_features for each in records]
-    outs = [np.full((compiled, count), 5.0, np.float32) for count in rows]
-    taken = card.input(codec, cols, compiled)
-    inputs = [taken if name == codec else {} for name in ("nf4", "int8", "mxfp4")]
-    card.run("QUANTIZE", (cols,), {"x": copied(x), "inputs": inputs}, y=compiled)
-    params = {
-        "input": taken,
-        "matrices": [each.matrix(0) for each in records],
-        "records": [each.memory[0] for each in records],
-        "biases": biases,
-        "outs": outs,
-        "num_matrices": len(rows),
-    }
-    card.run("LINEAR", (codec_name(codec), cols, compiled), params, rows=rows)
-    return outs
-
-
-def expected_of(records: list[Records], x: np.ndarray, biases: list[np.ndarray | None]) -> list[np.ndarray]:
-    kernel = kernels.LinearKernel(
-        records[0].codec, [r.shape for r in records], [r.layout for r in records], num_parts=1
-    )
-    outs = [torch.empty(len(x), each.shape.matrices[0].out_features) for each in records]
-    kernel.forward(torch.from_numpy(x), [each.tensors[0] for each in records], outs)
-    return [out.numpy() if bias is None else out.numpy() + bias for out, bias in zip(outs, biases, strict=True)]
-
-
-def make_matrices(codec: str, rows: tuple[int, ...], cols: int) -> tuple[list[Records], list[np.ndarray | None]]:
-    """The first has a bias in its record, the second one beside it."""
-    records = [make_records(codec, [("weight", n, cols)], has_bias=index == 0) for index, n in enumerate(rows)]
-    return records, [random_rows(1, n)[0] if index == 1 else None for index, n in enumerate(rows)]
 
 
 @pytest.mark.parametrize(("codec", "rows", "cols", "compiled"), CASES)
@@ -122,6 +89,28 @@ def test_plain_numbers(codec: str, rows: tuple[int, ...], cols: int, compiled: i
                 total = wanted.numpy() if bias is None else wanted.numpy() + bias
                 assert np.array_equal(bits(out[:num_rows]), bits(total))
                 assert (out[num_rows:] == 5.0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_biases_in_records_of_plain_numbers(dtype: torch.dtype) -> None:
+    codec, (count, _), cols, _ = VALUES[0]
+    layout = pack_planes([("weight.values", torch.bfloat16, (count, cols)), ("bias.values", dtype, (count,))])
+    record, x = torch.zeros(layout.num_bytes, dtype=torch.uint8), random_rows(1, cols)
+    layout.view(record, "weight.values")[:] = torch.from_numpy(random_rows(count, cols))
+    layout.view(record, "bias.values")[:] = torch.from_numpy(random_rows(1, count)[0])
+    kernel, expected = kernels.LinearKernel(codec, [weight_shape(count, cols)], [layout]), torch.empty(1, count)
+    kernel.forward(torch.from_numpy(x), [record], [expected])
+    place = matrix(matrix_struct(codec, weight_shape(count, cols).matrices[0], layout))
+    out = np.empty((1, count), np.float32)
+    params = {
+        "x": copied(x),
+        "matrices": [place],
+        "records": [copied(record.numpy())],
+        "outs": [out],
+        "num_matrices": 1,
+    }
+    Card(COMPILED, 1).run("VALUES", (codec_name(codec), cols, 1), params, rows=[count])
+    assert np.array_equal(bits(out), bits(expected.numpy()))
 
 
 def test_products_below_the_least_number_add_up_to_a_positive_zero() -> None:

@@ -68,3 +68,10 @@ def test_every_addition_that_is_to_be_reordered_is_found() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 8
+
+
+def test_every_change_of_a_kernel_has_its_text() -> None:
+    command = [sys.executable, str(ROOT / "scripts/card_mutations"), "--list"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^\w+\.cuh:\d+: ", done.stdout, re.MULTILINE)) >= 200

@@ -34,14 +34,11 @@ OM_DEVICE void add_products(const u16 *const (&keys)[2], const float *q, int las
     }
 }
 
-/* Of two tokens, of which the lower lanes' thread gets the first one's sum and the upper lanes' thread the second one's. */
-OM_DEVICE float sum_of_two(const float (&sums)[2][8], int is_upper) {
+/* Of a thread's own token: half of its lanes are the other thread's, whose own token is this one's second. */
+OM_DEVICE float sum_of_own(const float (&sums)[2][8]) {
     float own[8];
 #pragma unroll
-    for (int e = 0; e < 8; e++) {
-        const float theirs = __shfl_xor_sync(OM_WARP, is_upper ? sums[0][e] : sums[1][e], 1);
-        own[e] = __fadd_rn(is_upper ? sums[1][e] : sums[0][e], theirs);
-    }
+    for (int e = 0; e < 8; e++) own[e] = __fadd_rn(sums[0][e], __shfl_xor_sync(OM_WARP, sums[1][e], 1));
 #pragma unroll
     for (int d = 4; d; d >>= 1)
 #pragma unroll
@@ -49,13 +46,14 @@ OM_DEVICE float sum_of_two(const float (&sums)[2][8], int is_upper) {
     return own[0];
 }
 
-/* Of the token of two threads, from each one's lanes on; of those behind the last token, that. */
-template <int DIMS> OM_DEVICE const u16 *key_of_pair(const u16 *const *pages, const attend_unit &u, int first) {
-    const int in_warp = thread_of_now() % 32, token = first + in_warp / 2;
+/* A thread's own token of 32, or the other one of its pair, from its lanes on; behind the last token that. */
+template <int DIMS> OM_DEVICE const u16 *key_of_pair(const u16 *const *pages, const attend_unit &u, int first, int is_other) {
+    const int in_warp = thread_of_now() % 32, token = first + in_warp / 2 + 16 * (in_warp % 2 ^ is_other);
     return row_in<DIMS>(pages, u, OM_CARD_LEAST(token, u.count - 1)) + in_warp % 2 * 8;
 }
 
-/* scores[head * OM_CARD_SECTION + token]. A warp takes 32 tokens and a tile of heads; two threads share two tokens. */
+/* scores[head * OM_CARD_SECTION + token]; those behind the last token say nothing. A warp takes 32 tokens and a tile of heads; two
+ * threads share two tokens. */
 template <class U>
 OM_DEVICE void score_section(const attend_unit &u, const section_pages &pages, const float *q, float scaling, float *scores) {
     const int warp = threadIdx.x / 32, pair = threadIdx.x % 32 / 2, is_upper = threadIdx.x % 2, lanes = 8 * is_upper;
@@ -65,18 +63,18 @@ OM_DEVICE void score_section(const attend_unit &u, const section_pages &pages, c
         if (first >= u.count) break;
         float sums[U::TILE][2][8] = {};
         const float *queries = q + tile * U::TILE * U::WIDTH + lanes;
-        const u16 *keys[2] = {key_of_pair<U::KEY_DIMS>(pages.keys, u, first), key_of_pair<U::KEY_DIMS>(pages.keys, u, first + 16)};
+        const u16 *keys[2] = {key_of_pair<U::KEY_DIMS>(pages.keys, u, first, 0), key_of_pair<U::KEY_DIMS>(pages.keys, u, first, 1)};
 #pragma unroll 1
         for (int i = 0; i < U::WIDTH; i += 16, queries += 16, keys[0] += 16, keys[1] += 16) {
             if (U::MORE_DIMS > 0 && i == U::KEY_DIMS)
-                for (int r = 0; r < 2; r++) keys[r] = key_of_pair<U::MORE_DIMS>(pages.values, u, first + 16 * r);
+                for (int r = 0; r < 2; r++) keys[r] = key_of_pair<U::MORE_DIMS>(pages.values, u, first, r);
             add_products<U>(keys, queries, U::NUM_HEADS_OF_UNIT - 1 - tile * U::TILE, sums);
         }
 #pragma unroll
         for (int h = 0; h < U::TILE; h++) {
-            const float score = __fmul_rn(sum_of_two(sums[h], is_upper), scaling);
+            const float score = __fmul_rn(sum_of_own(sums[h]), scaling);
             const int head = tile * U::TILE + h, token = first + pair + 16 * is_upper;
-            if (token < u.count && head < U::NUM_HEADS_OF_UNIT) scores[head * OM_CARD_SECTION + token] = score;
+            if (head < U::NUM_HEADS_OF_UNIT) scores[head * OM_CARD_SECTION + token] = score;
         }
     }
 }
@@ -160,9 +158,8 @@ OM_DEVICE void weigh_section(const attend_unit &u, const section_pages &pages, c
 #pragma unroll 1
     for (int first = 0; first < num_tiles; first += U::AT_ONCE) {
         float sums[HEADS][U::VECTOR];
-        const int tile = first + at_once;
-        const bool has_tile = at_once < U::AT_ONCE && tile < num_tiles;
-        if (has_tile) weigh_tile<U>(u, pages, tile, across * U::VECTOR, weights, sums);
+        const bool has_tile = at_once < U::AT_ONCE; /* without tokens behind the last one */
+        if (has_tile) weigh_tile<U>(u, pages, first + at_once, across * U::VECTOR, weights, sums);
         if constexpr (U::AT_ONCE == 1) {
 #pragma unroll
             for (int n = 0; n < U::OWNED; n++)
@@ -227,9 +224,12 @@ template <class U, class MEMORY> OM_DEVICE void attend_units(const om_card_atten
 
 template <class LONG, class SHORT> OM_DEVICE void attend(const om_card_attend_params &p, attend_memory<LONG, SHORT> &m) {
     if (*p.pass.stop) return;
+    const int num_rows = *p.pass.num_rows;
+    if ((int)threadIdx.x < num_rows) load_row(p.view, threadIdx.x, m.rows);
+    __syncthreads();
     if (threadIdx.x == 0) {
-        find_rows(p.view, *p.pass.num_rows, m.rows);
-        const int num_heads = sections_of_rows(m.rows, *p.pass.num_rows) * LONG::NUM_KV_HEADS;
+        find_sequences(num_rows, m.rows);
+        const int num_heads = sections_of_rows(m.rows, num_rows) * LONG::NUM_KV_HEADS;
         /* Where units of several heads do not occupy the card, each has one. */
         m.has_long_units = num_heads * LONG::PARTS >= (int)gridDim.x;
         m.rows.num_units = num_heads * (m.has_long_units ? LONG::PARTS : SHORT::PARTS);

@@ -26,25 +26,30 @@ template <int N, int M, int DIM, int MORE, int VALUES, int HEADS> struct attend_
 /* The same number of heads, 8 at most, in each unit of a group. */
 #define OM_ATTEND_HEADS(group) OM_CARD_UP(group, OM_CARD_UP(group, 8))
 
+#define OM_ATTENDED_ROWS 8
+
 /* Rows of one sequence are neighbours in the order of units, so that they find keys in the L2 cache. */
 struct attended_rows {
-    seen_tokens seen[8];
-    int num_sharing[8]; /* rows of one sequence that begin here; 0: the row belongs to one before it */
-    int num_sections[8]; /* of the longest of these */
-    int num_units, next_unit; /* of this block */
+    seen_tokens seen[OM_ATTENDED_ROWS];
+    void *const *pages[OM_ATTENDED_ROWS]; /* with the base, they tell sequences apart */
+    int bases[OM_ATTENDED_ROWS];
+    int num_sharing[OM_ATTENDED_ROWS];  /* rows of one sequence that begin here; 0: the row belongs to one before it */
+    int num_sections[OM_ATTENDED_ROWS]; /* of the longest of these */
+    int num_units, next_unit;           /* of this block */
 };
 
-OM_DEVICE bool is_same_sequence(const om_card_room &a, const om_card_room &b) {
-    return a.key_pages == b.key_pages && a.base == b.base;
+/* By as many threads as there are rows. */
+OM_DEVICE void load_row(const om_card_view &view, int t, attended_rows &rows) {
+    rows.seen[t] = tokens_seen(view, t);
+    rows.pages[t] = view.rooms[t].key_pages, rows.bases[t] = view.rooms[t].base;
 }
 
-/* By the first thread. */
-OM_DEVICE void find_rows(const om_card_view &view, int num_rows, attended_rows &rows) {
+/* By one thread. */
+OM_DEVICE void find_sequences(int num_rows, attended_rows &rows) {
     int first = 0;
     for (int t = 0; t < num_rows; t++) {
-        rows.seen[t] = tokens_seen(view, t);
         const int num_sections = sections_of(rows.seen[t]);
-        if (t > 0 && is_same_sequence(view.rooms[t - 1], view.rooms[t])) {
+        if (t > 0 && rows.pages[t - 1] == rows.pages[t] && rows.bases[t - 1] == rows.bases[t]) {
             rows.num_sharing[t] = 0, rows.num_sharing[first]++;
             if (num_sections > rows.num_sections[first]) rows.num_sections[first] = num_sections;
         } else {

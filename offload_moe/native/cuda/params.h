@@ -4,7 +4,8 @@
  * kernel takes one of these structs by value. What changes from token to token lies in device memory behind a pointer.
  *
  * Shape legend: T rows of activations (tokens), R the rows that a kernel was compiled for (1, 2, 4 or 8; T at most R), H hidden,
- * I intermediate, K experts of a row, V tokens of the vocabulary. A block is 64 columns. */
+ * I intermediate, K experts of a row, V tokens of the vocabulary. A block is 64 columns. Memory begins at multiples of 16 bytes,
+ * and inputs have R rows: those behind T are read where several are multiplied together, and nothing is written for them. */
 #ifndef OM_CARD_PARAMS_H
 #define OM_CARD_PARAMS_H
 

@@ -19,6 +19,7 @@ SETTINGS: Mapping[str, Setting] = {
     ),
     "one room": Setting(sequences=(Sequence(length=130, num_rows=2),), is_one_room=True, has_sinks=True),
     "a window": Setting(sequences=(Sequence(length=300, num_rows=3), Sequence(length=60)), window=128, has_sinks=True),
+    "a window up to the end of a page": Setting(sequences=(Sequence(length=383),), window=100),
     "a window of sections": Setting(sequences=(Sequence(length=777, base=5),), window=600),
     "a window of one": Setting(sequences=(Sequence(length=128, num_rows=2),), window=1),
 }

@@ -1,0 +1,129 @@
+"""The rules that keep a pass of the card free of races: each test fails where its rule is taken away."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.card_model import CardModel, card_model
+from support.cuda import fake, shim
+from support.models import open_model
+from support.tiny_models import tiny_model
+from torch import Tensor
+
+from offload_moe.card import cubins
+from offload_moe.convert.quantize import quantize
+from offload_moe.native.constants import LOADING
+from tests.integration.test_card_pass import ALL, TOP_K, logits
+
+pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stores")
+    tiny_model("qwen3_moe").to(torch.bfloat16).save_pretrained(folder / "model")
+    return quantize(folder / "model", folder / "store", codec="nf4")
+
+
+@pytest.fixture(scope="module")
+def expected(store: Path) -> Tensor:
+    with open_model(store) as model:
+        return logits(model.hf)
+
+
+@pytest.fixture
+def model(store: Path) -> Iterator[CardModel]:
+    with fake.FakeDriver() as driver, card_model(store, driver, 12, 6) as model:
+        model.card.mode.mode = "queued"
+        yield model
+
+
+def test_1_the_host_admits_nothing_while_the_pool_is_lent(model: CardModel) -> None:
+    scheduler = model.engine.hierarchy.scheduler
+    logits(model.hf)
+    assert scheduler.residency.is_lent
+    absent = next(key for key in range(ALL) if scheduler.residency.find(key) is None)
+    layer, expert = scheduler.keys.layer_expert(absent)
+    assert scheduler.prefetch(layer, [expert]) == 0
+    with scheduler.acquire(layer, [expert]) as lease:
+        assert [len(wave) for wave in lease] == [1]
+        assert not scheduler.residency.is_lent
+
+
+def test_3_what_is_on_its_way_is_published_when_it_is_there(model: CardModel) -> None:
+    scheduler, pool = model.engine.hierarchy.scheduler, model.card.tables.pool
+    model.card.recall()
+    scheduler.prefetch(0, [1, 2])
+    pool.lend(model.card.tables.edits)
+    assert LOADING not in scheduler.residency.table.states
+    assert all(pool.slot_of[key] == scheduler.residency.find(key) >= 0 for key in (1, 2))
+    assert pool.num_owned == pool.num_slots
+
+
+def test_6_a_ram_slot_stays_leased_until_the_edit_has_run(model: CardModel) -> None:
+    ram, sources = model.engine.hierarchy.ram, model.card.tables.sources
+    logits(model.hf)
+    key = int(sources.is_published.nonzero()[0][0])
+    slot = ram.residency.find(key)
+    assert slot is not None
+    assert ram.residency.num_leases(slot) == 1
+    sources.withdraw_all(model.card.tables.edits)
+    assert ram.residency.num_leases(slot) == 1
+    model.card.end_loans()
+    assert ram.residency.num_leases(slot) == 0
+
+
+def test_11_a_fence_of_the_system_precedes_every_flag() -> None:
+    text = (cubins.KERNELS / "residency.cuh").read_text()
+    flags = list(re.finditer(r"p\.notice->(stamp|done) = ", text))
+    assert len(flags) == 2
+    for flag in flags:
+        body = text[text.rindex('extern "C"', 0, flag.start()) : flag.start()]
+        assert (
+            body.rstrip().endswith("__threadfence_system();") or "__threadfence_system();\n    __syncthreads();" in body
+        )
+
+
+MUTATIONS = {
+    "4: the slot that was used last": ("age < oldest) oldest = age", "age >= oldest || oldest == ~0ull) oldest = age"),
+    "8: finish in spite of stop": (
+        "om_finish(const om_card_finish_params p) {\n    if (*p.pass.stop) return;",
+        "om_finish(const om_card_finish_params p) {",
+    ),
+    "9: counted again": ("is_again = p.log[0] == p.state->token", "is_again = 0"),
+    "10: positions stay": ("p.state->positions[t] += p.state->advance[t];", ""),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", list(MUTATIONS))
+def test_a_kernel_without_the_rule_is_noticed(
+    rule: str, store: Path, expected: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    misses = outcome(store, expected)
+    assert isinstance(misses, int)
+    before, after = MUTATIONS[rule]
+    shutil.copytree(cubins.KERNELS, tmp_path / "cuda")
+    text = (tmp_path / "cuda" / "residency.cuh").read_text()
+    assert text.count(before) == 1
+    (tmp_path / "cuda" / "residency.cuh").write_text(text.replace(before, after))
+    monkeypatch.setattr(cubins, "KERNELS", tmp_path / "cuda")
+    assert outcome(store, expected) != misses
+
+
+def outcome(store: Path, expected: Tensor) -> Any:
+    """The number of misses and stops where all is well, else what is wrong."""
+    driver = fake.FakeDriver()
+    try:
+        with card_model(store, driver, 12, TOP_K + 1) as model:
+            model.card.mode.mode = "queued"
+            found = logits(model.hf)
+            misses = model.engine.hierarchy.counters.num_misses
+    except Exception as error:
+        return repr(error)
+    problems = driver.problems()
+    return problems or (misses if torch.equal(found, expected) else "other numbers")
