@@ -78,11 +78,11 @@ def results() -> dict[str, Any]:
     return found
 
 
-def all_kernels() -> set[str]:
+def all_kernels(row_counts: list[int]) -> set[str]:
     return {
         " ".join(line)
         for model in MODELS.values()
-        for rows in ROWS
+        for rows in row_counts
         for line in (*specializations.kernels(model, rows), *specializations.attention(model, rows))
     } | set(specializations.residency()[1])
 
@@ -90,8 +90,9 @@ def all_kernels() -> set[str]:
 def test_every_kernel_was_compiled_for_every_architecture_without_a_problem() -> None:
     found = results()
     assert found["problems"] == []
-    assert found["nvcc"]
-    assert {(row[0], row[1]) for row in found["rows"]} == {(k, a) for k in all_kernels() for a in ARCHITECTURES}
+    assert set(ROWS) >= set(found["rows_of_activations"]) >= {1}
+    expected = {(kernel, a) for kernel in all_kernels(found["rows_of_activations"]) for a in ARCHITECTURES}
+    assert {(row[0], row[1]) for row in found["rows"]} == expected
 
 
 def test_five_cards_can_issue_twice_what_their_memory_reads() -> None:
