@@ -13,7 +13,7 @@ from torch import Tensor
 from offload_moe.checkpoint.convert import convert, possible_targets
 from offload_moe.checkpoint.expert_reader import ExpertReader
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
-from offload_moe.checkpoint.formats import open_tensors
+from offload_moe.checkpoint.formats import as_numbers, open_tensors
 from offload_moe.checkpoint.gguf_tensors import GgufTensors
 from offload_moe.checkpoint.names import SourceGroup, map_names, required_names
 from offload_moe.checkpoint.piece_reader import PieceReader
@@ -63,9 +63,8 @@ class Checkpoint:
         self.folder = folder
         self.model: PreTrainedModel = build_skeleton(load_config(folder))
         self.layers: tuple[ExpertsModule, ...] = tuple(find_experts(self.model))
-        self.tensors: TensorSource = (
-            open_tensors(folder, remote) if not gguf else GgufTensors(gguf, read_config_json(folder))
-        )
+        self.gguf = GgufTensors(gguf, read_config_json(folder)) if gguf else None
+        self.tensors: TensorSource = open_tensors(folder, remote) if self.gguf is None else as_numbers(self.gguf)
         names = map_names(self.model, self.tensors.entries)
         if unexpected := with_a_meaning(self.tensors, names.unexpected, may_read=remote is None):
             entry = self.tensors.entries[unexpected[0]]

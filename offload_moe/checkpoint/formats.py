@@ -55,8 +55,7 @@ def open_tensors(folder: Path, remote: Remote | None = None) -> TensorSource:
     CheckpointError: the folder is damaged, or quantized in an unsupported format.
     """
     if remote is None and _is_gguf(folder):
-        found = GgufTensors(parts_in(folder), read_config_json(folder))
-        return Mxfp4Tensors(found, {}) if any(name.endswith(BLOCKS) for name in found.entries) else found
+        return as_numbers(GgufTensors(parts_in(folder), read_config_json(folder)))
     settings = quantization_settings(folder)
     if settings is None:
         stored = Shards(folder, remote)
@@ -74,6 +73,11 @@ def open_tensors(folder: Path, remote: Remote | None = None) -> TensorSource:
             "Convert it without --delete-source-shards."
         )
     return READERS[method](Shards(folder, remote), settings)
+
+
+def as_numbers(found: GgufTensors) -> TensorSource:
+    """Tensors of GGUF files; MXFP4 experts of gpt-oss, which are joined as blocks and scales, as numbers."""
+    return Mxfp4Tensors(found, {}) if any(name.endswith(BLOCKS) for name in found.entries) else found
 
 
 def is_mxfp4(folder: Path) -> bool:

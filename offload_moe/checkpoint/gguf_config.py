@@ -199,6 +199,20 @@ def _glm4_moe(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
     }
 
 
+def _gpt_oss(reader: Reader, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    rope = _rope(reader)
+    if rope["rope_type"] == "yarn":
+        rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+    return {
+        "model_type": "gpt_oss",
+        "architectures": ["GptOssForCausalLM"],
+        "num_local_experts": reader.number("expert_count"),
+        "intermediate_size": reader.number("expert_feed_forward_length"),
+        "sliding_window": reader.number("attention.sliding_window"),
+        "rope_parameters": rope,
+    }
+
+
 CONFIGS: Mapping[str, Callable[[Reader, Mapping[str, tuple[int, ...]]], dict[str, Any]]] = {
     "llama": _mixtral,
     "qwen2moe": _qwen2_moe,
@@ -206,4 +220,5 @@ CONFIGS: Mapping[str, Callable[[Reader, Mapping[str, tuple[int, ...]]], dict[str
     "olmoe": _olmoe,
     "deepseek2": _deepseek,
     "glm4moe": _glm4_moe,
+    "gpt-oss": _gpt_oss,
 }

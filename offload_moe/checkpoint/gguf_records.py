@@ -1,7 +1,7 @@
 """The bytes of a model in GGUF as records: where each expert's parts lie, and the types of dense matrices."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,6 @@ from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.experts import ExpertsModule
 from offload_moe.checkpoint.gguf_experts import GgufExperts
 from offload_moe.checkpoint.gguf_file import GgufTensor, read_bytes
-from offload_moe.checkpoint.gguf_parts import GgufPart
-from offload_moe.checkpoint.gguf_tensors import GgufTensors
 from offload_moe.errors import CheckpointError, ConfigError
 from offload_moe.quant.bf16 import Bf16Codec
 from offload_moe.quant.gguf import TYPES, GgufCodec, gguf_codec
@@ -34,30 +32,35 @@ class FileRun:
     target: int
 
 
+@dataclass(frozen=True, slots=True)
+class PartSource:
+    """A tensor ``[E, ...]``; each expert takes one of so many equal runs of its item, which belongs at `target`."""
+
+    tensor: Stored
+    share: int
+    num_shares: int
+    target: int
+
+    def run(self, expert: int) -> FileRun:
+        """The bytes of one expert."""
+        item = self.tensor.item(expert)
+        num_bytes = item.num_bytes // self.num_shares
+        return FileRun(item.path, item.offset + self.share * num_bytes, num_bytes, self.target)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerRecords:
-    """The experts of one layer. sources: in the order of a record, with the share of an expert's rows that is taken."""
+    """The experts of one layer. sources: by ascending target."""
 
     name: str
     num_experts: int
     shape: ExpertShape
     codec: GgufCodec | Bf16Codec
-    sources: tuple[tuple[Stored, int, int], ...]  # tensor, which of how many runs of its rows
+    sources: tuple[PartSource, ...]
 
     def runs(self, expert: int) -> tuple[FileRun, ...]:
         """Where the parts of an expert's record lie."""
-        found, planes = [], [*self.codec.layout(self.shape).planes.values()]
-        target = planes[0].offset
-        for index, (tensor, share, num_shares) in enumerate(self.sources):
-            whole = tensor.item(expert)
-            num_bytes = whole.num_bytes // num_shares
-            if isinstance(self.codec, GgufCodec):
-                target = planes[index].offset
-            elif index == len(self.sources) - 1:
-                target = planes[-1].offset
-            found.append(FileRun(whole.path, whole.offset + share * num_bytes, num_bytes, target))
-            target += num_bytes
-        return tuple(found)
+        return tuple(source.run(expert) for source in self.sources)
 
 
 class GgufRecords:
@@ -65,9 +68,9 @@ class GgufRecords:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Find every expert. Raises: CheckpointError naming a tensor of them whose type or width has no kernel."""
-        assert isinstance(checkpoint.tensors, GgufTensors)
+        assert checkpoint.gguf is not None
         self.checkpoint = checkpoint
-        self._stored = checkpoint.tensors.stored
+        self._stored, self._parts = checkpoint.gguf.stored, checkpoint.gguf.parts
         self.layers = tuple(self._layer(layer) for layer in checkpoint.layers)
 
     @cached_property
@@ -97,11 +100,6 @@ class GgufRecords:
         return codec.encode(shape, {"weight.codes": raw})
 
     @cached_property
-    def _parts(self) -> Mapping[str, GgufPart]:
-        assert isinstance(self.checkpoint.tensors, GgufTensors)
-        return self.checkpoint.tensors.parts
-
-    @cached_property
     def _dense_codecs(self) -> dict[str, GgufCodec]:
         matrices = _matrices(self.checkpoint)
         if type(self.checkpoint.model.get_input_embeddings()) is nn.Embedding:  # a subclass may scale what it looks up
@@ -115,27 +113,56 @@ class GgufRecords:
 
     def _layer(self, layer: ExpertsModule) -> LayerRecords:
         block = re.search(r"\.layers\.(\d+)\.", f".{layer.name}.")
-        if block is None or layer.shape.biases or layer.shape.is_transposed or not layer.shape.has_gate:
+        if block is None or not layer.shape.has_gate:
             raise CheckpointError(f"{layer.name}: experts of this kind are not read out of GGUF files as they lie.")
         stem = f"blk.{block[1]}.ffn_"
-        joint = self._stored.get(f"{stem}gate_up_exps.weight")
-        halves = [(joint, 0, 2), (joint, 1, 2)] if joint is not None else self._halves(stem)
-        sources = (*halves, (self._stored[f"{stem}down_exps.weight"], 0, 1))
+        tensors = [*self._gate_and_up(stem, "weight"), (self._stored[f"{stem}down_exps.weight"], 0, 1)]
+        codec = _codec_of(layer.shape, [tensor for tensor, _, _ in tensors])
+        planes = {name: plane.offset for name, plane in codec.layout(layer.shape).planes.items()}
+        targets = _targets(codec, layer.shape, planes, tensors)
+        for name, _ in layer.shape.biases:
+            is_down = name.startswith("down_proj")
+            found = [(self._stored[f"{stem}down_exps.bias"], 0, 1)] if is_down else self._gate_and_up(stem, "bias")
+            tensors += found
+            targets += [planes[f"{name}.values"] + index * _bias_bytes(found[0][0]) for index in range(len(found))]
         return LayerRecords(
             name=layer.name,
             num_experts=layer.num_experts,
             shape=layer.shape,
-            codec=_codec_of(layer.shape, sources),
-            sources=sources,
+            codec=codec,
+            sources=tuple(PartSource(*source, target) for source, target in zip(tensors, targets, strict=True)),
         )
 
-    def _halves(self, stem: str) -> list[tuple[Stored, int, int]]:
-        return [(self._stored[f"{stem}{half}_exps.weight"], 0, 1) for half in ("gate", "up")]
+    def _gate_and_up(self, stem: str, kind: str) -> list[tuple[Stored, int, int]]:
+        joint = self._stored.get(f"{stem}gate_up_exps.{kind}")
+        if joint is not None:
+            return [(joint, 0, 2), (joint, 1, 2)]
+        return [(self._stored[f"{stem}{half}_exps.{kind}"], 0, 1) for half in ("gate", "up")]
 
 
-def _codec_of(shape: ExpertShape, sources: tuple[tuple[Stored, int, int], ...]) -> GgufCodec | Bf16Codec:
-    tensors = [tensor for tensor, _, _ in sources]
-    if all(tensor.kind == "BF16" for tensor in tensors):
+def _targets(
+    codec: GgufCodec | Bf16Codec,
+    shape: ExpertShape,
+    planes: Mapping[str, int],
+    tensors: Sequence[tuple[Stored, int, int]],
+) -> list[int]:
+    """Where gate, up and down begin in a record."""
+    if isinstance(codec, GgufCodec):
+        return [planes[part.plane] for part in codec.parts(shape)]
+    gate, num_shares = tensors[0][0], tensors[0][2]
+    first, second = planes.values()
+    return [first, first + gate.item(0).num_bytes // num_shares, second]
+
+
+def _bias_bytes(tensor: Stored) -> int:
+    """Of one expert's. Raises: CheckpointError for biases in another type than F32, as llama.cpp writes none."""
+    if tensor.kind != "F32":
+        raise CheckpointError(f"{tensor.path}: tensor {tensor.name} is {tensor.kind}; biases of experts are F32.")
+    return tensor.item(0).num_bytes
+
+
+def _codec_of(shape: ExpertShape, tensors: Sequence[Stored]) -> GgufCodec | Bf16Codec:
+    if all(tensor.kind == "BF16" for tensor in tensors) and not shape.biases and not shape.is_transposed:
         return LOSSLESS
     for tensor in tensors:
         if tensor.kind not in TYPES:

@@ -85,6 +85,20 @@ def test_layers_and_matrices_of_several_types(tmp_path: Path) -> None:
         assert errors_of(model.hf(IDS).logits, expected).median() < ROUNDED
 
 
+def test_experts_in_mxfp4_with_biases(tmp_path: Path) -> None:
+    """gpt-oss as it is published: rows of gate and up alternate in its module, biases lie apart."""
+    experts = dict.fromkeys(("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"), "MXFP4")
+    written = write_model(tmp_path / "model", "gpt_oss", "Q8_0", experts, tensors_per_file=7)
+    with torch.no_grad():
+        expected = written.hf(IDS).logits
+    assert errors_of(logits_of(written.path, exact=True), expected).max() < 1e-5
+    found = logits_of(written.path)
+    assert errors_of(found, expected).median() < ROUNDED
+    store = quantize(written.path, tmp_path / "store")
+    assert Store.open(store).layers[0].codec == "gguf:MXFP4,MXFP4,MXFP4"
+    assert torch.equal(logits_of(store), found)
+
+
 def test_any_part_stands_for_the_whole_file(tmp_path: Path) -> None:
     whole = logits_of(write_model(tmp_path / "whole", "qwen2_moe").path)
     first = write_model(tmp_path / "parts", "qwen2_moe", tensors_per_file=3).path

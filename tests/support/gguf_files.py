@@ -56,9 +56,8 @@ def write_gguf(
     model = write_checkpoint(plain, family, shard_size="1GB", **sizes_of(family))
     quantized.mkdir()
     (quantized / "config.json").write_bytes((plain / "config.json").read_bytes())
-    names = gguf.get_tensor_name_map(
-        gguf.MODEL_ARCH[ARCHITECTURES[family].upper().replace("-", "_")], model.config.num_hidden_layers
-    )
+    known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(known[ARCHITECTURES[family]], model.config.num_hidden_layers)
     architecture_name = architecture or ARCHITECTURES[family]
     writer = gguf.GGUFWriter(quantized / "model.gguf", architecture_name, split_max_tensors=tensors_per_file)
     stood_for: dict[str, Tensor] = {}

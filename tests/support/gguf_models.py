@@ -68,6 +68,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
     },
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 64, "sliding_window": 8, "max_position_embeddings": 131072},
     "olmoe": {"num_experts": 4, "num_key_value_heads": 4},
 }
 # What the middle of a block's codes is, for types with minima: weights are centred with it.
@@ -170,6 +171,9 @@ def _as_transformers(name: str, parts: Mapping[str, Tensor], config: Any) -> Ten
         keys, latents = values
         whole = torch.cat([keys.transpose(1, 2), latents], dim=1).flatten(0, 1)
         return whole.bfloat16().float()  # as numbers that were quantized are read
+    if config.model_type == "gpt_oss" and ".experts." in name:
+        joined = torch.stack(values, dim=2).flatten(1, 2) if len(values) == 2 else values[0]
+        return joined if name.endswith("_bias") else joined.transpose(1, 2)
     if len(values) == 2:
         return torch.cat(values, dim=1)
     (value,) = values
@@ -223,6 +227,16 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Any, changes: Mapping[str, An
             "expert_weights_norm": config.norm_topk_prob,
             "expert_group_count": config.n_group,
             "expert_group_used_count": config.topk_group,
+        }
+    if config.model_type == "gpt_oss":
+        keys |= {
+            "attention.key_length": config.head_dim,
+            "attention.value_length": config.head_dim,
+            "attention.sliding_window": config.sliding_window,
+            "expert_feed_forward_length": config.intermediate_size,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(config.rope_parameters["factor"]),
+            "rope.scaling.original_context_length": config.rope_parameters["original_max_position_embeddings"],
         }
     if hasattr(config, "n_shared_experts"):
         keys |= {
