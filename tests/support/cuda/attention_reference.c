@@ -28,8 +28,8 @@ OM_EXPORT void attend_to(const float *q, const uint16_t *keys, const uint16_t *m
             const om_cached cached = {.keys = keys + row * dim, .more_keys = more_keys == NULL ? NULL : more_keys + row * more_dim,
                                       .values = values + row * value_dim, .dim = dim, .more_dim = more_dim, .value_dim = value_dim,
                                       .scaling = scaling, .is_bf16 = 1};
-            attend(&cached, q + head * (dim + more_dim), 1, left < OM_SECTION ? left : OM_SECTION, room, sections + s,
-                   sums + s * value_dim, num_sections);
+            const int64_t seen = left < OM_SECTION ? left : OM_SECTION;
+            attend(&cached, q + head * (dim + more_dim), 1, &seen, room, sections + s, sums + s * value_dim, num_sections);
         }
         merge_sections(sections, sums, num_sections, value_dim, sinks == NULL ? NULL : sinks + head, out + head * value_dim);
     }
