@@ -1,0 +1,65 @@
+"""llama.cpp on the very same GGUF files, where its wheel `xllamacpp` is installed: the next token of both."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from offload_moe import load
+from tests.support.gguf_models import SETTINGS, VOCABULARY, write_model
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # upstream's, of models outside their usual sizes
+    pytest.mark.skipif(find_spec("xllamacpp") is None, reason="needs xllamacpp"),
+]
+IDS = [72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100, 7]
+PROMPTS = [IDS, IDS[:5], IDS[::-1], IDS[4:], IDS[::2]]
+# Both round activations to int8, each in its own way. Routers of random weights have near ties: where a token goes to
+# another expert, everything behind it differs.
+FAR, LEAST = 0.08, 2
+# In a process of its own, since llama.cpp ends it where it fails. A token that ends within a character gives no
+# probabilities, so another one is drawn.
+SCRIPT = """
+import json, sys
+import xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path = sys.argv[1]
+params.n_parallel, params.n_ctx, params.warmup, params.cpuparams.n_threads = 1, 512, False, 1
+server = xllamacpp.Server(params)
+settings = {"max_tokens": 1, "logprobs": int(sys.argv[3]), "temperature": 1.0, "cache_prompt": False}
+results = []
+for ids in json.loads(sys.argv[2]):
+    for seed in range(50):
+        answer = server.handle_completions(settings | {"prompt": ids, "seed": seed})
+        answer = json.loads(answer) if isinstance(answer, str) else answer
+        if found := answer["choices"][0]["logprobs"]:
+            break
+    results.append({token["id"]: token["logprob"] for token in found["content"][0]["top_logprobs"]})
+print(json.dumps(results))
+"""
+
+
+def llama_cpp(path: Path) -> Tensor:
+    """Logarithms of the next token's probabilities: ``[prompts, vocabulary]``."""
+    command = [sys.executable, "-c", SCRIPT, str(path), json.dumps(PROMPTS), str(VOCABULARY)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    return torch.tensor([[each[str(token)] for token in range(VOCABULARY)] for each in found])
+
+
+# llama.cpp reads a DeepSeek-V2 without low-rank queries with 27 layers only.
+@pytest.mark.parametrize("family", [family for family in SETTINGS if family != "deepseek_v2"])
+def test_next_token(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path / "cache"))
+    path = write_model(tmp_path, family).path
+    with load(path) as model, torch.no_grad():
+        ours = torch.stack([model.hf(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in PROMPTS])
+    theirs = llama_cpp(path)
+    spread = theirs - theirs.mean(dim=1, keepdim=True)
+    assert ((ours - theirs).norm(dim=1) / spread.norm(dim=1) < FAR).sum() >= LEAST
