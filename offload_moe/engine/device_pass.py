@@ -21,7 +21,10 @@ from offload_moe.system.progress import Progress
 
 @dataclass(slots=True)
 class DevicePass:
-    """card: ready for passes; None where there are none, for this reason, which is empty without a card."""
+    """Whether there is a device pass.
+
+    card: ready for passes; None where there are none, for this reason, which is empty without a card.
+    """
 
     card: CardDevice | None = None
     reason: str = ""
@@ -40,7 +43,7 @@ class DevicePass:
 def open_device_pass(store: Store, skeleton: Any, device: torch.device, *, why_off: str) -> DevicePass:
     """Look for a card and for whatever of the model has no kernel there, before anything is loaded.
 
-    why_off: the reason why none is wanted.
+    why_off: the reason why there shall be none.
     """
     if device.type != "cuda":
         return DevicePass()

@@ -17,7 +17,7 @@ class Session:
     """The primary context of the card, which torch uses too, with a stream of its own."""
 
     def __init__(self, driver: Driver, device: int = 0) -> None:
-        """Raises: TransferError."""
+        """Open the card of this number. Raises: TransferError."""
         self.driver = driver
         self._struct = SessionStruct()
         self._library = load_library()
@@ -85,7 +85,7 @@ class Session:
         self._library.om_card_graph_free(self.address, executable)
 
     def check_graph(self, result: int, what: str) -> None:
-        """Raises: TransferError for an error of `om_card_graph` or of a pass."""
+        """Check a result of `om_card_graph` or of a pass. Raises: TransferError."""
         if result <= GRAPH_ERROR:
             self._raise_if_lost(GRAPH_ERROR - result)
             self.driver.check(GRAPH_ERROR - result, what)
@@ -111,7 +111,7 @@ class SharedMemory:
     """
 
     def __init__(self, session: Session, num_bytes: int) -> None:
-        """Raises: BudgetError."""
+        """Allocate so many bytes. Raises: BudgetError."""
         host, address = ctypes.c_void_p(), ctypes.c_uint64()
         code = load_library().om_session_allocate_shared(
             session.address, num_bytes, ctypes.byref(host), ctypes.byref(address)
