@@ -89,7 +89,11 @@ def test_11_a_fence_of_the_system_precedes_every_flag() -> None:
 
 
 MUTATIONS = {
-    "4: the slot that was used last": ("age < oldest) oldest = age", "age >= oldest || oldest == ~0ull) oldest = age"),
+    "4: a victim that this layer uses": (
+        "take_slot(p, (int)(best & 0xffffffffu),",
+        "const int own = p.tables.slot_of[p.first_key + p.ids[0]];\n"
+        "            take_slot(p, own >= 0 ? own : (int)(best & 0xffffffffu),",
+    ),
     "8: finish in spite of stop": (
         "om_finish(const om_card_finish_params p) {\n    if (*p.pass.stop) return;",
         "om_finish(const om_card_finish_params p) {",
