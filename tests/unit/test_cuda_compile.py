@@ -51,7 +51,14 @@ def test_registers_and_spills_are_read() -> None:
 
 def test_the_loop_over_codes_is_the_innermost_one_that_loads_them() -> None:
     costs = sass.costs(sass.parse(LISTING)["om_first_0"])
-    assert costs == {"instructions": 4, "code_bytes": 1024, "generic_loads": 1, "loads_1": 1, "loads_16": 2}
+    assert costs == {
+        "instructions": 4,
+        "code_bytes": 1024,
+        "loop_spills": 0,
+        "generic_loads": 1,
+        "loads_1": 1,
+        "loads_16": 2,
+    }
 
 
 def test_the_issue_bound_is_that_of_the_schedulers() -> None:
@@ -63,7 +70,8 @@ def test_the_issue_bound_is_that_of_the_schedulers() -> None:
     ("change", "expected"),
     [
         ({}, []),
-        ({"spills": 8}, ["8 bytes of spills"]),
+        ({"spills": 36}, ["36 bytes of spills"]),
+        ({"spills": 8, "loop_spills": 2}, ["2 spills in the loop over codes"]),
         ({"registers": 129}, ["129 registers, more than 128"]),
         ({"code_bytes": 0}, ["its codes are not loaded 16 bytes at a time"]),
     ],

@@ -125,6 +125,7 @@ def costs(instructions: list[Instruction]) -> dict[str, int]:
     return {
         "instructions": len(body),
         "code_bytes": sum(map(is_code_load, body)) * 16 * WARP,
+        "loop_spills": sum(i.name.split(".")[0] in ("LDL", "STL") for i in body) if body is not instructions else 0,
         "generic_loads": sum(i.name.split(".")[0] == "LD" for i in body),
         **{f"loads_{width}": count for width, count in sorted(loads.items())},
     }
@@ -150,13 +151,17 @@ def issue_bound(card: Card, cost: dict[str, int]) -> float:
 
 # By rows of activations: registers of a thread that leave two blocks of 256 threads on a multiprocessor, or one.
 MOST_REGISTERS = {1: 128, 2: 168, 4: 208, 8: 255}
+# Left where a number of resident thread blocks is set: bytes of a thread, and accesses in the loop over codes.
+MOST_SPILLS, MOST_LOOP_SPILLS = 32, 1
 
 
 def problems(kind: str, rows: int, cost: dict[str, int]) -> list[str]:
     """What is wrong with a kernel."""
     found = []
-    if cost["spills"]:
+    if cost["spills"] > MOST_SPILLS:
         found.append(f"{cost['spills']} bytes of spills")
+    if cost.get("loop_spills", 0) > MOST_LOOP_SPILLS:
+        found.append(f"{cost['loop_spills']} spills in the loop over codes")
     if cost["registers"] > MOST_REGISTERS[rows]:
         found.append(f"{cost['registers']} registers, more than {MOST_REGISTERS[rows]}")
     if kind in READS_CODES and "instructions" in cost and not cost["code_bytes"]:
