@@ -21,11 +21,7 @@ from offload_moe.system.progress import Progress
 
 @dataclass(slots=True)
 class DevicePass:
-<<<<<<< HEAD
-    """A model's way to the device pass.
-=======
     """Whether there is a device pass.
->>>>>>> cupass
 
     card: ready for passes; None where there are none, for this reason, which is empty without a card.
     """
@@ -47,11 +43,7 @@ class DevicePass:
 def open_device_pass(store: Store, skeleton: Any, device: torch.device, *, why_off: str) -> DevicePass:
     """Look for a card and for whatever of the model has no kernel there, before anything is loaded.
 
-<<<<<<< HEAD
-    why_off: the reason for none, where one is given; else empty.
-=======
     why_off: the reason why there shall be none.
->>>>>>> cupass
     """
     if device.type != "cuda":
         return DevicePass()

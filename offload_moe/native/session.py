@@ -17,11 +17,7 @@ class Session:
     """The primary context of the card, which torch uses too, with a stream of its own."""
 
     def __init__(self, driver: Driver, device: int = 0) -> None:
-<<<<<<< HEAD
-        """Use a card of this machine. Raises: TransferError."""
-=======
         """Open the card of this number. Raises: TransferError."""
->>>>>>> cupass
         self.driver = driver
         self._struct = SessionStruct()
         self._library = load_library()
@@ -89,11 +85,7 @@ class Session:
         self._library.om_card_graph_free(self.address, executable)
 
     def check_graph(self, result: int, what: str) -> None:
-<<<<<<< HEAD
-        """Check what `om_card_graph` or a pass returned. Raises: TransferError."""
-=======
         """Check a result of `om_card_graph` or of a pass. Raises: TransferError."""
->>>>>>> cupass
         if result <= GRAPH_ERROR:
             self._raise_if_lost(GRAPH_ERROR - result)
             self.driver.check(GRAPH_ERROR - result, what)
@@ -119,11 +111,7 @@ class SharedMemory:
     """
 
     def __init__(self, session: Session, num_bytes: int) -> None:
-<<<<<<< HEAD
-        """Allocate memory that both the host and the card use. Raises: BudgetError."""
-=======
         """Allocate so many bytes. Raises: BudgetError."""
->>>>>>> cupass
         host, address = ctypes.c_void_p(), ctypes.c_uint64()
         code = load_library().om_session_allocate_shared(
             session.address, num_bytes, ctypes.byref(host), ctypes.byref(address)
