@@ -19,6 +19,7 @@ from offload_moe.plan import make_plan
 from offload_moe.store import Store
 from tests.support.chat import byte_tokenizer, chat_model
 from tests.support.cli import load_cli
+from tests.support.gguf_models import write_model
 from tests.support.plan import CONFIGS
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +87,7 @@ def folder_of_the_reader(small_demo: Path, tmp_path: Path, monkeypatch: pytest.M
     for copy in (checkpoint_folder(tmp_path / "cache"), Path("mistralai/Mixtral-8x7B-Instruct-v0.1")):
         shutil.copytree(small_demo.with_name("model"), copy)
     shutil.copytree(small_demo, "mixtral-store")
+    write_model(tmp_path / "gguf", "qwen3_moe").path.rename("Qwen3-30B-A3B-Q4_K_M.gguf")
     for name in ("Mixtral-8x7B-v0.1", "DeepSeek-V3"):
         shutil.copy(CONFIGS / f"{name}.json", tmp_path)
     Path("deepseek-ai/DeepSeek-V3").mkdir(parents=True)
