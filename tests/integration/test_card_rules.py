@@ -89,16 +89,10 @@ def test_11_a_fence_of_the_system_precedes_every_flag() -> None:
 
 
 MUTATIONS = {
-    "4: a victim that this layer uses": (
-        "take_slot(p, (int)(best & 0xffffffffu),",
-        "const int own = p.tables.slot_of[p.first_key + p.ids[0]];\n"
-        "            take_slot(p, own >= 0 ? own : (int)(best & 0xffffffffu),",
-    ),
     "8: finish in spite of stop": (
         "om_finish(const om_card_finish_params p) {\n    if (*p.pass.stop) return;",
         "om_finish(const om_card_finish_params p) {",
     ),
-    "9: counted again": ("is_again = p.log[0] == p.state->token", "is_again = 0"),
     "10: positions stay": ("p.state->positions[t] += p.state->advance[t];", ""),
 }
 
