@@ -23,8 +23,7 @@ from offload_moe.engine.model import Model
 from offload_moe.serve.app import App, make_app
 from offload_moe.serve.config import ServeConfig
 from offload_moe.serve.host import Host
-from offload_moe.speculate.speculation import speculation_of
-from tests.support.serving import HELLO, URL, chat, events, listening, open_tiny, served
+from tests.support.serving import HELLO, URL, chat, events, listening, open_tiny, served, slowly
 
 LIMIT_S = 20
 LONG = {"model": "x", "messages": HELLO, "max_tokens": 4000, "temperature": 0, "ignore_eos": True}
@@ -37,7 +36,6 @@ PROMPTS = [
 @pytest.fixture(scope="module", params=[None, 4], ids=["resident", "from disk"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     with open_tiny(tmp_path_factory.mktemp("store"), request.param) as model:
-        speculation_of(model.hf).choice = "off"  # answers are to take their time
         yield model
 
 
@@ -144,7 +142,7 @@ def test_a_client_that_leaves_in_a_prompt_ends_it_at_the_next_layer(model: Model
 
 
 def test_a_client_that_leaves_the_queue_is_never_computed(model: Model) -> None:
-    with listening(model, silence_s=0.05) as address, begun(address) as first:
+    with slowly(model), listening(model, silence_s=0.05) as address, begun(address) as first:
         first.read(100)
         with begun(address) as second:
             assert second.readline().startswith(b":")  # a comment, while it waits
@@ -154,7 +152,7 @@ def test_a_client_that_leaves_the_queue_is_never_computed(model: Model) -> None:
 
 
 def test_a_full_queue_says_when_to_come_back(model: Model) -> None:
-    with listening(model, queue=0) as address, begun(address) as first:
+    with slowly(model), listening(model, queue=0) as address, begun(address) as first:
         first.read(100)
         with begun(address) as second:
             assert second.status == 429

@@ -13,7 +13,7 @@ from offload_moe.serve.app import make_app
 from tests.integration.test_serve_command import serving
 from tests.support.browser import Page, keys
 from tests.support.chat import chat_store
-from tests.support.serving import listening, running
+from tests.support.serving import listening, running, slowly
 
 KEY = "sesame"
 NUM_TOKENS = 12
@@ -58,7 +58,7 @@ def test_an_application_below_a_path_has_its_page(driver: Any, model: Model) -> 
 
 
 def test_the_real_server_stops(driver: Any, model: Model) -> None:
-    with listening(model) as (host, port):
+    with slowly(model), listening(model) as (host, port):
         page = Page(driver, f"http://{host}:{port}/")
         set_length(page, 3000)
         page.send("Hello!")

@@ -37,6 +37,16 @@ def open_tiny(folder: Path, num_slots: int | None = None) -> Model:
     return open_model(chat_store(folder, max_position_embeddings=4096, vocab_size=280), num_slots, context=4096)
 
 
+@contextmanager
+def slowly(model: Model, seconds: float = 0.002) -> Iterator[None]:
+    """Every forward takes longer: a tiny model answers thousands of tokens a second."""
+    handle = model.hf.register_forward_pre_hook(lambda *_: time.sleep(seconds))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def chat(client: TestClient, messages: Any = HELLO, **fields: Any) -> Any:
     """The document of an answer, greedy and short."""
     body = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 8} | fields
