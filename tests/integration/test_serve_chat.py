@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 
 from offload_moe.engine.model import Model
 from offload_moe.errors import BudgetError
-from tests.support.serving import HELLO, chat, events, served
+from tests.support.serving import HELLO, chat, events, served, slowly
 
 SAMPLED = {"temperature": 1.3, "top_k": 40, "seed": 11, "max_tokens": 24}
 
@@ -385,7 +385,7 @@ def test_paths_and_methods_that_are_not_there(client: TestClient) -> None:
 def test_progress_of_a_prompt_is_shown_where_asked_for(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offload_moe.chat.prompt_chunks.CPU_PROMPT_TOKENS", 4)
     monkeypatch.setattr("offload_moe.serve.delivery.FIRST_S", 0.0)
-    with served(model, silence_s=0.001) as client:
+    with slowly(model), served(model, silence_s=0.001) as client:
         parts = stream(client, return_progress=True, messages=[{"role": "user", "content": "x" * 400}], max_tokens=2)
     shown = [part["prompt_progress"] for part in parts[:-1] if "prompt_progress" in part]
     assert len(shown) > 1
