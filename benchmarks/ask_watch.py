@@ -75,8 +75,8 @@ class AskWatch:
         self._is_asked = True
         self._asks.append(_Ask(self._drained_at, self._num_layers))
 
-    def _see_account(self, scheduler: Scheduler, first_layer: int, experts: Sequence[Any], found: Any) -> None:
-        self._num_layers = len(experts)
+    def _see_account(self, _scheduler: Scheduler, _layer: int, choices: Sequence[Any], *_: Any) -> None:
+        self._num_layers = len(choices)
 
     def _see_read(self, *_: Any, **__: Any) -> None:
         if self._is_asked:
