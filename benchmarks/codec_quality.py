@@ -61,14 +61,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--length", type=int, default=256)
     options = parser.parse_args()
-    from offload_moe import load, quantize
+    from offload_moe import demo, load, quantize
 
+    source = demo.checkpoint() if options.model == "demo" else options.model
     rows = []
     ids = None
     for codec, scales, dense_codec, is_exact in CANDIDATES:
         with tempfile.TemporaryDirectory() as folder:
             store = quantize(
-                options.model, Path(folder) / "store", codec=codec, dense_codec=dense_codec or "bf16", scales=scales
+                source, Path(folder) / "store", codec=codec, dense_codec=dense_codec or "bf16", scales=scales
             )
             with load(store, dense_codec=dense_codec, exact=is_exact) as model:
                 if ids is None:
