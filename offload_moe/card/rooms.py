@@ -34,12 +34,11 @@ class Angles:
         if rotated:
             wiring, (dims,) = parts.wiring, rotated
             rotary = wiring.step_rotary(dims)
-            like = torch.zeros(1, 1, parts.hidden, device=device)
             tables: list[tuple[Tensor, Tensor]] = []
             with torch.inference_mode():
                 for first in range(0, num_positions, ANGLES_AT_ONCE):
                     positions = torch.arange(first, min(first + ANGLES_AT_ONCE, num_positions), device=device)[None]
-                    tables.append(rotary.prepare(wiring.rotary(like, positions)))
+                    tables.append(rotary.prepare(wiring.embed_positions(positions)))
                 self.cos, self.signed_sin = (
                     torch.cat([table[part].reshape(-1, dims).float() for table in tables]).contiguous()
                     for part in (0, 1)
@@ -101,10 +100,7 @@ class Rooms:
         if cache is None or len(cache.layers) < len(self._parts.layers):
             return False
         return all(
-            type(layer) in ROOMY
-            and layer.can_extend
-            and layer.kept_dtype == torch.bfloat16
-            and _sees_window(layer, each.spec.attention.sliding_window, num_tokens)
+            type(layer) in ROOMY and layer.takes(num_tokens, torch.bfloat16, each.spec.attention.sliding_window)
             for layer, each in zip(cache.layers, self._parts.layers, strict=False)
         )
 
@@ -178,13 +174,6 @@ class Rooms:
 
 def _layers(caches: Sequence[Any], num_layers: int) -> list[Any]:
     return [layer for _, group in groupby(caches, key=id) for layer in next(group).layers[:num_layers]]
-
-
-def _sees_window(layer: Any, window: int | None, num_tokens: int) -> bool:
-    own = getattr(layer, "sliding_window", None)
-    if own is not None:
-        return bool(own == window)
-    return window is None or layer.get_seq_length() + num_tokens <= window
 
 
 def _write(memory: Tensor, value: ctypes.Structure) -> None:
