@@ -96,8 +96,10 @@ class Rooms:
         )
 
     def fits(self, cache: Any, num_tokens: int) -> bool:
-        """Whether the next tokens of a sequence can be written in place."""
+        """Whether the next tokens of a sequence can be written in place, at positions that the tables have."""
         if cache is None or len(cache.layers) < len(self._parts.layers):
+            return False
+        if cache.get_seq_length() + num_tokens > self.angles.num_positions:
             return False
         return all(
             type(layer) in ROOMY and layer.takes(num_tokens, torch.bfloat16, each.spec.attention.sliding_window)

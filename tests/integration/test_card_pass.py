@@ -121,6 +121,19 @@ def test_families(family: str, mode: Any, tmp_path: Path, driver: fake.FakeDrive
         check_tables(model)
 
 
+def test_tokens_beyond_the_planned_context_take_the_modules(
+    store: Path, expected: Tensor, driver: fake.FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_passed, passed = 2, []
+    with card_model(store, driver, ALL, ALL, context=NUM_PROMPT + num_passed) as model:
+        run = model.card.run
+        monkeypatch.setattr(model.card, "run", lambda *rows: (passed.append(rows[1]), run(*rows))[1])
+        found = logits(model.hf)
+        assert torch.equal(found[: 1 + num_passed], expected[: 1 + num_passed])
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
+        assert passed == [[NUM_PROMPT], [NUM_PROMPT + 1]]
+
+
 def test_what_a_resident_token_costs(store: Path, driver: fake.FakeDriver) -> None:
     """Two graphs a layer, one at either end, one launch for the token's id, one copy of the log; no synchronization."""
     with card_model(store, driver, ALL, ALL) as model:
