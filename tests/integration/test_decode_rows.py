@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import write_checkpoint
 from support.models import open_model
+from support.native_stores import STORES, write_stores
 from support.tiny_models import tiny_model
 from torch import Tensor
 from transformers import DynamicCache
@@ -24,23 +24,11 @@ from offload_moe.native import kernels
 
 NUM_PROMPT = 9
 NEXT = torch.tensor([7, 9, 11, 5, 5, 60, 3, 42])
-# family, changes, codec
-STORES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "mixtral, nf4": ("mixtral", {}, "nf4"),
-    "qwen3_moe, int8": ("qwen3_moe", {}, "int8"),
-    "qwen2_moe, nf4": ("qwen2_moe", {"shared_expert_intermediate_size": 48}, "nf4"),
-    "gpt_oss, int8": ("gpt_oss", {"sliding_window": 16}, "int8"),
-    "deepseek_v3, nf4": ("deepseek_v3", {"qk_rope_head_dim": 16}, "nf4"),
-}
 
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root, made = tmp_path_factory.mktemp("stores"), {}
-    for number, (name, (family, changes, codec)) in enumerate(STORES.items()):
-        write_checkpoint(root / f"{number}", family, **{"head_dim": 16, "hidden_size": 64} | changes)
-        made[name] = quantize(root / f"{number}", root / f"{number}-store", codec=codec)
-    return made
+    return write_stores(tmp_path_factory.mktemp("stores"))
 
 
 def rows_of_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[int]:

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import write_checkpoint
 from support.models import open_model
+from support.native_stores import STORES, write_stores
 from torch import Tensor
 from transformers import DynamicCache
 
 from offload_moe import load
-from offload_moe.convert.quantize import quantize
 from offload_moe.decode.cache import RoomyLayer, RoomySlidingLayer
 from offload_moe.decode.layer import NativeLayer
 from offload_moe.engine.model import Model
@@ -20,24 +19,11 @@ from offload_moe.native import kernels
 
 NUM_TOKENS = 61
 CUTS = ([61], [20, 41], [1, 9, 8, 30, 13], [45, 16], [1] * 61)
-# family, changes, codec
-STORES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "mixtral, nf4": ("mixtral", {}, "nf4"),
-    "qwen3_moe, int8": ("qwen3_moe", {}, "int8"),
-    "olmoe, nf4": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 3}, "nf4"),
-    "qwen2_moe, nf4": ("qwen2_moe", {"shared_expert_intermediate_size": 48}, "nf4"),
-    "gpt_oss, int8": ("gpt_oss", {"sliding_window": 16}, "int8"),
-    "deepseek_v3, nf4": ("deepseek_v3", {"qk_rope_head_dim": 16}, "nf4"),
-}
 
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root, made = tmp_path_factory.mktemp("stores"), {}
-    for number, (name, (family, changes, codec)) in enumerate(STORES.items()):
-        write_checkpoint(root / f"{number}", family, **{"head_dim": 16, "hidden_size": 64} | changes)
-        made[name] = quantize(root / f"{number}", root / f"{number}-store", codec=codec)
-    return made
+    return write_stores(tmp_path_factory.mktemp("stores"))
 
 
 def prompt(length: int = NUM_TOKENS) -> Tensor:
