@@ -180,7 +180,7 @@ def _codec_of(shape: ExpertShape, tensors: Sequence[Stored]) -> GgufCodec | Bf16
 
 
 def _kind_fits(tensor: Stored) -> bool:
-    return tensor.kind in TYPES and tensor.shape[-1] % TYPES[tensor.kind].columns == 0
+    return tensor.kind in TYPES and TYPES[tensor.kind].takes(tensor.shape[-1])
 
 
 def _matrices(checkpoint: Checkpoint) -> set[str]:

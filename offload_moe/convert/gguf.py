@@ -8,7 +8,7 @@ from torch import Tensor
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.gguf_records import GgufRecords
-from offload_moe.convert.jobs import RUN_BYTES, Job, expert_name
+from offload_moe.convert.jobs import Job, as_bytes, copy_jobs, expert_name
 from offload_moe.native.kernels import panel_order
 from offload_moe.quant import Codec, ExpertShape
 from offload_moe.quant.layout import weight_shape
@@ -20,7 +20,8 @@ from offload_moe.store.writer import Payload
 def plan_same_bits(checkpoint: Checkpoint) -> tuple[list[PlannedFile], list[Job]]:
     """As `plan_conversion`. Raises: CheckpointError naming a tensor of experts whose type has no kernel."""
     records = GgufRecords(checkpoint)
-    dense = [*_dense_records(records), *_dense_numbers(records)]
+    plain = copy_jobs(checkpoint, (name for name in checkpoint.dense if records.dense_codec(name) is None))
+    dense = [*_dense_records(records), *plain]
     experts = [
         _record_job(
             expert_name(ordinal, expert),
@@ -56,20 +57,6 @@ def _dense_records(records: GgufRecords) -> list[Job]:
     ]
 
 
-def _dense_numbers(records: GgufRecords) -> list[Job]:
-    """Wider dtypes before narrower ones, so that everything is aligned."""
-    checkpoint = records.checkpoint
-    plain = [tensor for tensor in checkpoint.dense.values() if records.dense_codec(tensor.name) is None]
-    return [
-        Job(
-            blob=Blob(name=t.name, dtype=t.dtype, shape=t.shape, num_bytes=t.num_bytes),
-            make=partial(_chunks, checkpoint, t.name),
-            paths=checkpoint.dense_paths(t.name),
-        )
-        for t in sorted(plain, key=lambda tensor: -tensor.dtype.itemsize)
-    ]
-
-
 def _record_job(
     name: str,
     shape: ExpertShape,
@@ -97,12 +84,4 @@ def _record(read: partial[Tensor], shape: ExpertShape, codec: Codec, *, is_looku
     record = read()
     if not is_lookup:
         reorder(record, panel_order(codec.name, shape), "rows", "panels")
-    return [_bytes(record)]
-
-
-def _chunks(checkpoint: Checkpoint, name: str) -> Payload:
-    return map(_bytes, checkpoint.dense_chunks(name, RUN_BYTES))
-
-
-def _bytes(data: Tensor) -> memoryview:
-    return data.reshape(-1).view(torch.uint8).numpy().data
+    return [as_bytes(record)]

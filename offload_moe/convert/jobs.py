@@ -1,6 +1,6 @@
 """The work of a conversion: the source of each part of a store, its file, and the order."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -82,7 +82,7 @@ def expert_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list
         with _errors_name(f"Expert {expert} of {layer.name}"):
             record = codec.encode(layer.shape, read(ordinal, expert))
         reorder(record, panel_order(codec.name, layer.shape), "rows", order)
-        return [_bytes(record)]
+        return [as_bytes(record)]
 
     def job(ordinal: int, expert: int, record_bytes: int) -> Job:
         name = expert_name(ordinal, expert)
@@ -112,21 +112,16 @@ def dense_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list[
         with _errors_name(f"{name}.weight"):
             record = codec.encode(shape, tensors)
         reorder(record, panel_order(codec.name, shape), "rows", order)
-        return [_bytes(record)]
+        return [as_bytes(record)]
 
     def encode_runs(name: str, shape: ExpertShape, order: Order) -> Payload:
         assert isinstance(codec, BlockwiseCodec)
         bias = checkpoint.dense_tensor(f"{name}.bias") if shape.biases else None
         rows = checkpoint.dense_rows(f"{name}.weight", RUN_BYTES)
         with _errors_name(f"{name}.weight"):
-            yield from map(_bytes, encode_pieces(codec, shape, rows, bias, in_panels=order == "panels"))
-
-    def copy(name: str) -> Payload:
-        dtype = checkpoint.dense[name].dtype
-        return (_bytes(_checked(name, chunk, dtype)) for chunk in checkpoint.dense_chunks(name, RUN_BYTES))
+            yield from map(as_bytes, encode_pieces(codec, shape, rows, bias, in_panels=order == "panels"))
 
     inside = {f"{name}.{part}" for name, shape in shapes.items() for part in shape.module_shapes()}
-    plain = sorted((t for t in checkpoint.dense.values() if t.name not in inside), key=lambda t: -t.dtype.itemsize)
 
     def job(name: str, shape: ExpertShape) -> Job:
         order = order_of(f"{name}.weight") or order_of_codec(codec.name)
@@ -136,13 +131,24 @@ def dense_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list[
             paths=frozenset().union(*(checkpoint.dense_paths(f"{name}.{part}") for part in shape.module_shapes())),
         )
 
-    return [job(name, shape) for name, shape in shapes.items()] + [
+    plain = copy_jobs(checkpoint, (name for name in checkpoint.dense if name not in inside))
+    return [job(name, shape) for name, shape in shapes.items()] + plain
+
+
+def copy_jobs(checkpoint: Checkpoint, names: Iterable[str]) -> list[Job]:
+    """Dense tensors of these names as they are: wider dtypes before narrower ones, so that everything is aligned."""
+
+    def copy(name: str) -> Payload:
+        dtype = checkpoint.dense[name].dtype
+        return (as_bytes(_checked(name, chunk, dtype)) for chunk in checkpoint.dense_chunks(name, RUN_BYTES))
+
+    return [
         Job(
             blob=Blob(name=t.name, dtype=t.dtype, shape=t.shape, num_bytes=t.num_bytes),
             make=partial(copy, t.name),
             paths=checkpoint.dense_paths(t.name),
         )
-        for t in plain
+        for t in sorted((checkpoint.dense[name] for name in names), key=lambda t: -t.dtype.itemsize)
     ]
 
 
@@ -181,5 +187,6 @@ def _linear_shapes(checkpoint: Checkpoint) -> dict[str, ExpertShape]:
     return shapes
 
 
-def _bytes(data: Tensor) -> memoryview:
+def as_bytes(data: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, not copied."""
     return data.reshape(-1).view(torch.uint8).numpy().data

@@ -29,9 +29,13 @@ class GgufType:
     num_bytes: int
     num_dwords: int
 
+    def takes(self, in_features: int) -> bool:
+        """Whether a kernel reads rows of so many weights."""
+        return in_features % self.columns == 0
+
     def row_bytes(self, in_features: int) -> int:
         """Bytes of a row. Raises: ConfigError for a row that no kernel reads."""
-        if in_features % self.columns:
+        if not self.takes(in_features):
             raise ConfigError(f"rows of {in_features} weights in {self.name}, which are no multiple of {self.columns}")
         return in_features // self.columns * self.num_bytes
 
