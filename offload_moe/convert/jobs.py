@@ -11,11 +11,13 @@ from torch import Tensor
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.linears import projection_linears
+from offload_moe.checkpoint.weights import ModelWeights
 from offload_moe.errors import CheckpointError
 from offload_moe.native.kernels import fast_encoding, panel_order
 from offload_moe.quant import LEAST_ERROR, Codec, ExpertShape, Matrix
 from offload_moe.quant.blockwise import BlockwiseCodec
 from offload_moe.quant.pieces import encode_pieces
+from offload_moe.store.manifest import MTP
 from offload_moe.store.order import Order, order_of_codec, reorder
 from offload_moe.store.plan import Blob, PlannedFile, plan_files, record_blob
 from offload_moe.store.writer import Payload
@@ -53,17 +55,25 @@ def plan_conversion(
     by_shard: parts that need only the first shard come first, in files of their own, then those that need the second.
     """
     number = {path: index for index, path in enumerate(checkpoint.tensors.paths)} if by_shard else {}
+    dense_codec, codec = fast_encoding(linears_codec, scales), fast_encoding(experts_codec, scales)
+    made_of = {
+        "dense": dense_jobs(checkpoint, dense_codec, order_of),
+        "experts": expert_jobs(checkpoint, codec, order_of),
+        "mtp": [],
+    }
+    if checkpoint.mtp is not None:  # in files of its own, which are not read where it is not used
+        made_of["mtp"] = [
+            *expert_jobs(checkpoint.mtp, codec, order_of, first_layer=len(checkpoint.layers)),
+            *dense_jobs(checkpoint.mtp, dense_codec, order_of, prefix=MTP),
+        ]
     stages: dict[int, dict[str, list[Job]]] = {}
-    for prefix, made in (
-        ("dense", dense_jobs(checkpoint, fast_encoding(linears_codec, scales), order_of)),
-        ("experts", expert_jobs(checkpoint, fast_encoding(experts_codec, scales), order_of)),
-    ):
+    for kind, made in made_of.items():
         for job in made:
             stage = max((number.get(path, 0) for path in job.paths), default=0)
-            stages.setdefault(stage, {"dense": [], "experts": []})[prefix].append(job)
+            stages.setdefault(stage, {kind: [] for kind in made_of})[kind].append(job)
     files: list[PlannedFile] = []
     jobs: list[Job] = []
-    first = {"dense": 1, "experts": 1}
+    first = dict.fromkeys(made_of, 1)
     for _, stage_jobs in sorted(stages.items()):
         for prefix, made in stage_jobs.items():
             planned = plan_files(prefix, (job.blob for job in made), first=first[prefix])
@@ -73,8 +83,8 @@ def plan_conversion(
     return files, jobs
 
 
-def expert_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list[Job]:
-    """Every expert in flat order."""
+def expert_jobs(checkpoint: ModelWeights, codec: Codec, order_of: OrderOf, *, first_layer: int = 0) -> list[Job]:
+    """Every expert in flat order. first_layer: the ordinal of the first layer in the store."""
     read = checkpoint.packed_expert if codec.name == MXFP4 and checkpoint.is_mxfp4 else checkpoint.expert
 
     def encode(ordinal: int, expert: int, order: Order) -> Payload:
@@ -85,7 +95,7 @@ def expert_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list
         return [as_bytes(record)]
 
     def job(ordinal: int, expert: int, record_bytes: int) -> Job:
-        name = expert_name(ordinal, expert)
+        name = expert_name(first_layer + ordinal, expert)
         order = order_of(name) or order_of_codec(codec.name)
         return Job(
             blob=record_blob(name, record_bytes, order=order),
@@ -100,8 +110,11 @@ def expert_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list
     ]
 
 
-def dense_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list[Job]:
-    """Records of quantized linears first, then wider dtypes before narrower ones, so that everything is aligned."""
+def dense_jobs(checkpoint: ModelWeights, codec: Codec, order_of: OrderOf, *, prefix: str = "") -> list[Job]:
+    """Records of quantized linears first, then wider dtypes before narrower ones, so that everything is aligned.
+
+    prefix: of the names in the store.
+    """
     shapes = {} if codec.name == LOSSLESS else _linear_shapes(checkpoint)
 
     def encode(name: str, order: Order) -> Payload:
@@ -124,18 +137,19 @@ def dense_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list[
     inside = {f"{name}.{part}" for name, shape in shapes.items() for part in shape.module_shapes()}
 
     def job(name: str, shape: ExpertShape) -> Job:
-        order = order_of(f"{name}.weight") or order_of_codec(codec.name)
+        stored = f"{prefix}{name}.weight"
+        order = order_of(stored) or order_of_codec(codec.name)
         return Job(
-            blob=record_blob(f"{name}.weight", codec.layout(shape).record_bytes, shape, order=order),
+            blob=record_blob(stored, codec.layout(shape).record_bytes, shape, order=order),
             make=partial(encode, name, order),
             paths=frozenset().union(*(checkpoint.dense_paths(f"{name}.{part}") for part in shape.module_shapes())),
         )
 
-    plain = copy_jobs(checkpoint, (name for name in checkpoint.dense if name not in inside))
+    plain = copy_jobs(checkpoint, (name for name in checkpoint.dense if name not in inside), prefix)
     return [job(name, shape) for name, shape in shapes.items()] + plain
 
 
-def copy_jobs(checkpoint: Checkpoint, names: Iterable[str]) -> list[Job]:
+def copy_jobs(checkpoint: ModelWeights, names: Iterable[str], prefix: str = "") -> list[Job]:
     """Dense tensors of these names as they are: wider dtypes before narrower ones, so that everything is aligned."""
 
     def copy(name: str) -> Payload:
@@ -144,7 +158,7 @@ def copy_jobs(checkpoint: Checkpoint, names: Iterable[str]) -> list[Job]:
 
     return [
         Job(
-            blob=Blob(name=t.name, dtype=t.dtype, shape=t.shape, num_bytes=t.num_bytes),
+            blob=Blob(name=prefix + t.name, dtype=t.dtype, shape=t.shape, num_bytes=t.num_bytes),
             make=partial(copy, t.name),
             paths=checkpoint.dense_paths(t.name),
         )
@@ -176,7 +190,7 @@ def _checked(name: str, data: Tensor, dtype: torch.dtype) -> Tensor:
     return data
 
 
-def _linear_shapes(checkpoint: Checkpoint) -> dict[str, ExpertShape]:
+def _linear_shapes(checkpoint: ModelWeights) -> dict[str, ExpertShape]:
     """Module name -> the one-matrix shape of each linear that a dense codec quantizes, with its bias if it has one."""
     shapes = {}
     for name, linear in projection_linears(checkpoint.model).items():

@@ -25,7 +25,7 @@ from offload_moe.native.kernels import use_torch_after_fork
 from offload_moe.quant import LEAST_ERROR, SCALES, Codec, get_codec
 from offload_moe.store.in_place import GGUF
 from offload_moe.store.journal import check_target
-from offload_moe.store.manifest import DenseEntry, Layer, Manifest
+from offload_moe.store.manifest import MTP, DenseEntry, Layer, Manifest
 from offload_moe.store.manifest_json import FORMAT_VERSION, manifest_to_json
 from offload_moe.store.plan import PlannedFile
 from offload_moe.store.writer import Payload, StoreWriter, describe_metadata, stored_files
@@ -248,9 +248,12 @@ def _manifest(
 ) -> Manifest:
     blobs = {blob.name: blob for file in files for blob in file.blobs}
     places = dict(zip(blobs, writer.places(), strict=True))
-    names = [expert_name(layer, e) for layer, found in enumerate(checkpoint.layers) for e in range(found.num_experts)]
+    layers = [(layer.name, layer) for layer in checkpoint.layers]
+    if checkpoint.mtp is not None and codec != GGUF:
+        layers += [(MTP + layer.name, layer) for layer in checkpoint.mtp.layers]
+    names = [expert_name(index, e) for index, (_, layer) in enumerate(layers) for e in range(layer.num_experts)]
     experts = tuple(places.pop(name) for name in names)
-    first = [blobs[expert_name(index, 0)] for index in range(len(checkpoint.layers))]
+    first = [blobs[expert_name(index, 0)] for index in range(len(layers))]
     return Manifest(
         source=origin.name,
         revision=origin.revision,
@@ -259,13 +262,13 @@ def _manifest(
         scales=scales,
         layers=tuple(
             Layer(
-                name=layer.name,
+                name=name,
                 num_experts=layer.num_experts,
                 record_bytes=blob.num_bytes,
                 shape=layer.shape,
                 codec=blob.codec,
             )
-            for layer, blob in zip(checkpoint.layers, first, strict=True)
+            for (name, layer), blob in zip(layers, first, strict=True)
         ),
         files=stored_files(files),
         experts=experts,
