@@ -22,18 +22,14 @@ Compute = Callable[[int, Sequence[int]], Tensor]
 class GuessedRows:
     """Follows the tokens of one sequence. The cache holds guesses only until a token comes that was not guessed."""
 
-    def __init__(
-        self, hf: PreTrainedModel, cache: Any, ids: Sequence[int], speculator: Speculator | None, compute: Compute
-    ) -> None:
-        """ids: of the sequence, which the cache holds."""
+    def __init__(self, hf: PreTrainedModel, cache: Any, speculator: Speculator | None, compute: Compute) -> None:
+        """cache: holds the sequence, with which the speculator has begun."""
         self._hf, self._cache, self._speculator, self._compute = hf, cache, speculator, compute
         self._num_new = 0  # tokens at the end of the sequence that the cache does not hold
         self._guesses: Sequence[int] = ()  # of the last pass
         self._num_right = 0  # of them, so far
         self._logits: Sequence[Tensor] = ()  # ``[1, V]`` behind each of them
         self._cost = PassCost()
-        if speculator is not None:
-            speculator.begin(ids)
 
     def follow(self, token: int) -> None:
         """The sequence has one more token."""

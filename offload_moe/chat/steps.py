@@ -36,6 +36,7 @@ from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.speculate.speculator import Speculator
 
 Watched = Callable[[int], AbstractContextManager[None]]  # the context that so many tokens are computed in
+Passing = Callable[[int, Sequence[int]], AbstractContextManager[None]]  # around a pass: the first token's place, ids
 SHORT_INPUTS = {"past_key_values", "position_ids", "attention_mask", "logits_to_keep", "use_cache"}
 OWN_METHODS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
@@ -83,14 +84,17 @@ def steps(
     with watched(input_ids.shape[1]):  # `_prepare` runs an encoder
         request = _prepare(hf, input_ids, config, cache, tokenizer, steering)
     random = None if seed is None else torch.Generator(request.input_ids.device).manual_seed(seed)
+    passing: Passing = _around_nothing
+    if speculator is not None:
+        speculator.begin(request.input_ids[0].tolist())
+        passing = speculator.passing
     logits = None
-    for logits in _compute_prompt(hf, request, watched):
+    for logits in _compute_prompt(hf, request, watched, passing):
         if logits is None:
             yield None
     is_short = _is_short(hf, request)
-    compute = _decode_short(hf, request) if is_short else partial(_decode, hf, request, watched)
-    ids = request.input_ids[0].tolist()
-    rows = GuessedRows(hf, request.inputs.get("past_key_values"), ids, speculator if is_short else None, compute)
+    compute = _decode_short(hf, request, passing) if is_short else partial(_decode, hf, request, watched)
+    rows = GuessedRows(hf, request.inputs.get("past_key_values"), speculator if is_short else None, compute)
     takes_runs = bool(request.inputs["use_cache"]) and continues_exactly(hf)
     try:
         while True:
@@ -154,7 +158,11 @@ class _WithoutStopStrings(GenerationConfig):
     stop_strings = property(lambda self: None, lambda self, value: None)
 
 
-def _compute_prompt(hf: Any, request: _Request, watched: Watched) -> Iterator[Tensor | None]:
+def _around_nothing(first: int, ids: Sequence[int]) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def _compute_prompt(hf: Any, request: _Request, watched: Watched, passing: Passing) -> Iterator[Tensor | None]:
     """None after each part but the last, then the logits ``[1, V]``."""
     recompute = recompute_of(hf)
     length = request.input_ids.shape[1] if recompute is None else recompute.begin(request.input_ids, request.inputs)
@@ -168,7 +176,11 @@ def _compute_prompt(hf: Any, request: _Request, watched: Watched) -> Iterator[Te
     chunk = prompt_chunk_tokens(hf) or end
     for begin in range(first, end, chunk):
         last = min(begin + chunk, end)
-        with watched(last - begin), nullcontext() if recompute is None else recompute.whole_sequence_of(length):
+        with (
+            watched(last - begin),
+            nullcontext() if recompute is None else recompute.whole_sequence_of(length),
+            passing(begin, request.input_ids[0, begin:last].tolist()),
+        ):
             outputs = hf(**_inputs_of_part(hf, request, begin, last), return_dict=True)
         if last < end:
             request.inputs["past_key_values"] = outputs.past_key_values
@@ -232,21 +244,23 @@ def _is_short(hf: Any, request: _Request) -> bool:
     )
 
 
-def _decode_short(hf: Any, request: _Request) -> Compute:
+def _decode_short(hf: Any, request: _Request, passing: Passing) -> Compute:
     """The logits of `_decode`, without a call of those methods, and behind each guess, too."""
     inputs, offset = dict(request.inputs), None
     if inputs.get("position_ids") is not None:  # of the first token that is not computed
         offset = inputs["position_ids"][..., -1:] - request.input_ids.shape[1]
 
     def compute(num_new: int, guesses: Sequence[int]) -> Tensor:
-        ids = request.input_ids[:, -num_new:]
+        first = request.input_ids.shape[1] - num_new
+        ids = request.input_ids[:, first:]
         inputs["input_ids"] = torch.cat((ids, ids.new_tensor([guesses])), -1) if guesses else ids.contiguous()
         if offset is not None:
-            first = request.input_ids.shape[1] - num_new
             inputs["position_ids"] = offset + torch.arange(first, first + num_new + len(guesses), device=offset.device)
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = 1 + len(guesses)
-        return _last_logits(request, hf(**inputs, return_dict=True), 1 + len(guesses))
+        with passing(first, [*ids[0].tolist(), *guesses]):
+            outputs = hf(**inputs, return_dict=True)
+        return _last_logits(request, outputs, 1 + len(guesses))
 
     return compute
 

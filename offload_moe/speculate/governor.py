@@ -42,6 +42,10 @@ class Governor:
         best = max(range(most), key=rates.__getitem__)
         return best + 1 if rates[best] >= LEAST_GAIN else 0
 
+    def rate(self, kind: int, num_guesses: int) -> float:
+        """Expected tokens per time of a plain pass."""
+        return self._rates(kind, num_guesses)[-1]
+
     def score(self, kind: int, num_right: int, num_guesses: int) -> None:
         """Of so many guesses of one kind the first `num_right` were right, and the next was not."""
         certainty = self._certainty[kind]
