@@ -68,6 +68,7 @@ def _details(entry: "Installed") -> dict[str, Any]:
         "types": types_of(store),
         "experts_bytes": store.experts_bytes,
         "dense_bytes": store.dense_bytes,
+        "multi_token_prediction_bytes": store.mtp_bytes,
         "files_in_rows": [file.name for file in store.files_in_rows()],
         "num_dense_tensors": len(store.dense),
         "num_checksums": sum(1 for _ in store.pieces()),
@@ -91,9 +92,11 @@ def _lines(entry: "Installed", details: dict[str, Any]) -> list[tuple[str, str]]
     types = f" ({', '.join(details['types'])})" if details["types"] else ""
     experts = f"{num_experts:,} in {len(layers)} layers, {entry.codec}{types}, {format_size(details['experts_bytes'])}"
     dense = f"{details['num_dense_tensors']:,} tensors, {entry.dense_codec}, {format_size(details['dense_bytes'])}"
+    guesses = details["multi_token_prediction_bytes"]
     return [
         ("experts", f"{experts}, {format_size(largest)} each"),
         ("rest", dense),
+        ("guesses", f"multi-token prediction, {format_size(guesses)}" if guesses else ""),
         ("checksums", f"{details['num_checksums']:,}, fingerprint {details['fingerprint']}"),
         ("next", UPGRADE if details["files_in_rows"] else ""),
     ]

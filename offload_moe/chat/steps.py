@@ -86,7 +86,7 @@ def steps(
     random = None if seed is None else torch.Generator(request.input_ids.device).manual_seed(seed)
     passing: Passing = _around_nothing
     if speculator is not None:
-        speculator.begin(request.input_ids[0].tolist())
+        speculator.begin(request.input_ids[0].tolist(), request.inputs.get("past_key_values"))
         passing = speculator.passing
     logits = None
     for logits in _compute_prompt(hf, request, watched, passing):

@@ -11,7 +11,7 @@ Source: DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", section 2.2; transform
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from offload_moe.errors import CheckpointError, UnsupportedModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-FAMILIES = frozenset({"deepseek_v3", "glm4_moe"})  # those that bring it as one more decoder layer
+FAMILIES = frozenset({"deepseek_v3", "glm4_moe", "glm4_moe_lite"})  # those that bring it as one more decoder layer
 OWN = ("enorm", "hnorm", "eh_proj")  # beside the decoder layer, as children of the module
 NORM, EMBEDDING, HEAD = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
 SHARED = frozenset({EMBEDDING, HEAD})
@@ -48,12 +48,23 @@ def build_mtp(config: "PreTrainedConfig") -> "PreTrainedModel | None":
     if config.model_type not in FAMILIES:
         return None
     config = copy.deepcopy(config)
-    config.num_hidden_layers, config.first_k_dense_replace, config.tie_word_embeddings = 1, 0, False
+    config.num_hidden_layers, config.tie_word_embeddings = 1, False
+    config.first_k_dense_replace, config.mlp_layer_types = 0, ["sparse"]  # families have the one or the other
     module: Any = build_skeleton(config)
     norm, size = module.get_decoder().norm, config.hidden_size
     module.enorm, module.hnorm = copy.deepcopy(norm), copy.deepcopy(norm)
     module.eh_proj = nn.Linear(2 * size, size, bias=False, device="meta", dtype=norm.weight.dtype)
     return module
+
+
+def brings_mtp(config: "PreTrainedConfig", names: Collection[str]) -> bool:
+    """Whether a checkpoint of this config seems to have the layer.
+
+    names: of its tensors; empty where they are unknown: then the config alone decides.
+    """
+    if config.model_type not in FAMILIES or not getattr(config, "num_nextn_predict_layers", 0):
+        return False
+    return not names or any(name.endswith(f"layers.{config.num_hidden_layers}.eh_proj.weight") for name in names)
 
 
 class MtpWeights(ModelWeights):

@@ -2,7 +2,7 @@
 
 import gc
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,10 @@ from offload_moe.engine.build import Blueprint, Engine, build, closed_on_error, 
 from offload_moe.engine.device_pass import DevicePass, install_device_pass, open_device_pass, report_of
 from offload_moe.engine.draft import DraftFiles, find_draft, load_draft
 from offload_moe.engine.model import Model
-from offload_moe.engine.mtp import find_module, with_mtp
+from offload_moe.engine.mtp import find_module, place_mtp
 from offload_moe.engine.options import LoadKeywords, LoadOptions
 from offload_moe.engine.overflow import watch_overflow
-from offload_moe.errors import BudgetError, ConfigError
+from offload_moe.errors import ConfigError
 from offload_moe.experts.arithmetic import keeps_eagers_bits
 from offload_moe.memory.copier import AcceleratorCopier, compute_device
 from offload_moe.memory.unused_card import notice_of_unused_card
@@ -170,11 +170,11 @@ def _plan(store: Store, options: LoadOptions, device: torch.device, draft: Draft
     )
     # Elsewhere no tokens are guessed.
     takes_guesses = device.type == "cpu" and dtype == torch.float32 and options.fast_path and not keeps_bits
-    mtp = find_module(store, options, dtype) if takes_guesses or options.speculate == "mtp" else None
-    if mtp is not None:
-        mtp, shape, placement = _plan_mtp(shape, mtp, options, place)
+    mtp = find_module(store, options, dtype)
+    if mtp is not None and takes_guesses:
+        mtp, shape, placement = place_mtp(shape, mtp, options, place)
     else:
-        placement = place(shape)
+        mtp, placement = None, place(shape)
     return Planned(
         skeleton=skeleton,
         mtp=mtp,
@@ -184,23 +184,6 @@ def _plan(store: Store, options: LoadOptions, device: torch.device, draft: Draft
         shape=shape,
         placement=placement,
     )
-
-
-def _plan_mtp(
-    shape: ModelShape, mtp: Any, options: LoadOptions, place: Callable[[ModelShape], Placement]
-) -> tuple[Any, ModelShape, Placement]:
-    """With the layer where it is chosen by name; else where everything but a few expert slots stays as it is."""
-    whole = with_mtp(shape, mtp, is_fast_path=True)
-    if options.speculate == "mtp":
-        return mtp, whole, place(whole)
-    placement = place(shape)
-    try:
-        beside = place(whole)
-    except BudgetError:
-        return None, shape, placement
-    is_same = (beside.context, beside.dense_codec) == (placement.context, placement.dense_codec)
-    top_k = sum(min(shape.top_k, layer.num_experts) for layer in whole.layers)
-    return (mtp, whole, beside) if is_same and beside.ram.num_slots >= top_k else (None, shape, placement)
 
 
 def _look_for_card(store: Store, options: LoadOptions, planned: Planned) -> DevicePass:

@@ -1,18 +1,19 @@
 """The checkpoint's layer for multi-token prediction beside a loaded model: its plan, its weights, its passes."""
 
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from offload_moe.checkpoint.mtp import SHARED, build_mtp
+from offload_moe.checkpoint.mtp import build_mtp
 from offload_moe.checkpoint.skeleton import load_config
 from offload_moe.engine.assemble import Assembled, assemble
 from offload_moe.engine.options import LoadOptions
-from offload_moe.errors import ConfigError
-from offload_moe.plan.parameters import ModelShape, describe_skeleton
+from offload_moe.errors import BudgetError, ConfigError
+from offload_moe.plan.mtp import describe_mtp, with_mtp
+from offload_moe.plan.parameters import ModelShape
+from offload_moe.plan.placement import Placement
 from offload_moe.store import Store
-from offload_moe.store.manifest import MTP
 
 
 def find_module(store: Store, options: LoadOptions, dtype: torch.dtype) -> Any:
@@ -39,17 +40,24 @@ def mtp_skeleton(store: Store, dtype: torch.dtype) -> Any:
     return build_mtp(config)
 
 
-def with_mtp(shape: ModelShape, module: Any, *, is_fast_path: bool) -> ModelShape:
-    """The shape of a model with the layer behind its others."""
-    found = describe_skeleton(module, is_fast_path=is_fast_path)
-    own = (replace(weight, name=MTP + weight.name) for weight in found.dense if weight.name not in SHARED)
-    caches = (*shape.attention.cache_layers, *found.attention.cache_layers)
-    return replace(
-        shape,
-        layers=(*shape.layers, *found.layers),
-        dense=(*shape.dense, *own),
-        attention=replace(shape.attention, cache_layers=caches),
-    )
+def place_mtp(
+    shape: ModelShape, module: Any, options: LoadOptions, place: Callable[[ModelShape], Placement]
+) -> tuple[Any, ModelShape, Placement]:
+    """The layer where it is chosen by name, or where everything else but a few expert slots stays as it is without it.
+
+    Returns None in its place elsewhere, and the shape and the placement of what is to be loaded. Raises: BudgetError.
+    """
+    whole = with_mtp(shape, describe_mtp(module, is_fast_path=True))
+    if options.speculate == "mtp":
+        return module, whole, place(whole)
+    placement = place(shape)
+    try:
+        beside = place(whole)
+    except BudgetError:
+        return None, shape, placement
+    is_same = (beside.context, beside.dense_codec) == (placement.context, placement.dense_codec)
+    top_k = sum(min(shape.top_k, layer.num_experts) for layer in whole.layers)
+    return (module, whole, beside) if is_same and beside.ram.num_slots >= top_k else (None, shape, placement)
 
 
 def assemble_mtp(store: Store, module: Any, hf: Any, dtype: torch.dtype, dense_codec: str | None) -> Assembled:

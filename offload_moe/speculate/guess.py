@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from transformers import Cache
+
 from offload_moe.native.kernels import MAX_ROWS
 
 MOST_GUESSES = MAX_ROWS - 1  # beside the token that is computed in any case
@@ -45,6 +47,9 @@ class Source(Protocol):
 @runtime_checkable
 class StateSource(Source, Protocol):
     """A source that needs what the model's decoder gives for each token."""
+
+    def attach(self, cache: Cache) -> None:
+        """Go on from what was kept with this cache, before `begin`."""
 
     def passing(self, first: int, ids: Sequence[int]) -> AbstractContextManager[None]:
         """Around the pass of tokens that stand from token `first` of the sequence on. The last may be guesses."""

@@ -10,17 +10,19 @@ import threading
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from offload_moe.decode import roll_back
 from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.speculate.guess import NO_GUESS, Guess, num_alike
 
 CHUNK = 512  # tokens of a prompt that the layer computes at once
+_ATTRIBUTE = "_offload_moe_mtp"  # of a cache
 
 
 class FinalStates:
@@ -71,6 +73,34 @@ class MtpModule:
         return int(self.hf.get_output_embeddings()(state)[0, : self._vocabulary].argmax())
 
 
+@dataclass(slots=True)
+class Followed:
+    """What the layer has of a sequence. It stays with the model's cache of it, and is copied with that.
+
+    ids: of the sequence. entries: of the layer's cache: which tokens' states they are made of. waiting ``[T, H]``:
+    states without entries yet, of the tokens `waiting_ids`, which stand from `first` on.
+    """
+
+    cache: DynamicCache
+    ids: list[int] = field(default_factory=list)
+    entries: list[int] = field(default_factory=list)
+    first: int = 0
+    waiting: Tensor | None = None
+    waiting_ids: list[int] = field(default_factory=list)
+
+    def crop(self, number: int) -> None:
+        """Keep so many entries."""
+        if number < len(self.entries):
+            roll_back(self.cache, len(self.entries) - number)
+            del self.entries[number:]
+
+    def forget(self, number: int) -> None:
+        """Drop the first of the waiting states."""
+        if number > 0 and self.waiting is not None:
+            self.first += number
+            self.waiting, self.waiting_ids = self.waiting[number:].clone(), self.waiting_ids[number:]
+
+
 class MtpSource:
     """The likeliest tokens by the layer; each guess behind the first takes its own state in place of the model's."""
 
@@ -80,22 +110,22 @@ class MtpSource:
     def __init__(self, module: MtpModule, states: FinalStates) -> None:
         """states: of the main model."""
         self._module, self._states = module, states
-        self.cache = module.new_cache()
-        self._ids: list[int] = []
-        self._entries: list[int] = []  # of the cache: which tokens' states they are made of
-        self._first = 0  # the token that the first of these states is of
-        self._waiting: Tensor | None = None  # states ``[T, H]`` of which no entry is made yet
-        self._waiting_ids: list[int] = []
+        self.followed = Followed(module.new_cache())
+
+    def attach(self, cache: Cache) -> None:
+        """See `StateSource`."""
+        self.followed = vars(cache).setdefault(_ATTRIBUTE, Followed(self._module.new_cache()))
 
     def begin(self, ids: Sequence[int]) -> None:
-        kept = num_alike(self._ids, ids)
-        self._crop(bisect_left(self._entries, kept - 1))
-        if kept <= self._first:
-            self._waiting = None
-        self._ids = list(ids)
+        followed = self.followed
+        kept = num_alike(followed.ids, ids)
+        followed.crop(bisect_left(followed.entries, kept - 1))
+        if kept <= followed.first:
+            followed.waiting = None
+        followed.ids = list(ids)
 
     def take(self, token: int) -> None:
-        self._ids.append(token)
+        self.followed.ids.append(token)
 
     @contextmanager
     def passing(self, first: int, ids: Sequence[int]) -> Iterator[None]:
@@ -109,51 +139,38 @@ class MtpSource:
         state = self._catch_up()
         if state is None:
             return NO_GUESS
-        tokens = [self._module.likeliest(state)]
+        cache, tokens = self.followed.cache, [self._module.likeliest(state)]
         while len(tokens) < most:
-            state = self._module(tokens[-1:], state, self.cache)
+            state = self._module(tokens[-1:], state, cache)
             tokens.append(self._module.likeliest(state))
         if len(tokens) > 1:
-            roll_back(self.cache, len(tokens) - 1)
+            roll_back(cache, len(tokens) - 1)
         return Guess(tuple(tokens))
 
     def _wait(self, first: int, ids: Sequence[int], states: Tensor) -> None:
         """States that a pass gave. Those of a prompt become entries at once; of others the last ones are kept."""
-        before = self._waiting
-        num_before = first - self._first
+        followed, before = self.followed, self.followed.waiting
+        num_before = first - followed.first
         if before is not None and 0 < num_before <= len(before):
-            states, ids = torch.cat((before[:num_before], states)), [*self._waiting_ids[:num_before], *ids]
-            first = self._first
-        self._first, self._waiting, self._waiting_ids = first, states, list(ids)
-        self._crop(bisect_left(self._entries, first))
+            states, ids = torch.cat((before[:num_before], states)), [*followed.waiting_ids[:num_before], *ids]
+            first = followed.first
+        followed.first, followed.waiting, followed.waiting_ids = first, states, list(ids)
+        followed.crop(bisect_left(followed.entries, first))
         if len(states) > 2 * MAX_ROWS:
             self._catch_up()
-        self._forget(len(self._waiting_ids) - MAX_ROWS)
+        followed.forget(len(followed.waiting_ids) - MAX_ROWS)
 
     def _catch_up(self) -> Tensor | None:
         """Make entries of all tokens but the last. The layer's state ``[1, H]`` behind the sequence, if it is known."""
-        states, first = self._waiting, self._first
-        number = min(len(self._waiting_ids), len(self._ids) - 1 - first)
-        if states is None or number < 1 or self._waiting_ids[:number] != self._ids[first : first + number]:
+        followed, states, first = self.followed, self.followed.waiting, self.followed.first
+        number = min(len(followed.waiting_ids), len(followed.ids) - 1 - first)
+        if states is None or number < 1 or followed.waiting_ids[:number] != followed.ids[first : first + number]:
             return None
-        made = None
+        made = states
         for begin in range(0, number, CHUNK):
             end = min(begin + CHUNK, number)
-            following = self._ids[first + begin + 1 : first + end + 1]
-            made = self._module(following, states[begin:end], self.cache)
-        self._entries += range(first, first + number)
-        self._forget(number)
-        assert made is not None
-        return made[-1:] if self._entries[-1] == len(self._ids) - 2 else None
-
-    def _forget(self, number: int) -> None:
-        """Drop the first of the waiting states."""
-        if number > 0 and self._waiting is not None:
-            self._first += number
-            self._waiting, self._waiting_ids = self._waiting[number:].clone(), self._waiting_ids[number:]
-
-    def _crop(self, number: int) -> None:
-        """Keep so many entries."""
-        if number < len(self._entries):
-            roll_back(self.cache, len(self._entries) - number)
-            del self._entries[number:]
+            following = followed.ids[first + begin + 1 : first + end + 1]
+            made = self._module(following, states[begin:end], followed.cache)
+        followed.entries += range(first, first + number)
+        followed.forget(number)
+        return made[-1:] if followed.entries[-1] == len(followed.ids) - 2 else None

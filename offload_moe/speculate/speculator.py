@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from transformers import Cache
+
 from offload_moe.residency.counters import Counters
 from offload_moe.speculate.costs import PassCosts
 from offload_moe.speculate.governor import Governor
@@ -68,10 +70,12 @@ class Speculator:
         self._compared: list[_Compared] = []
         self._making_s = 0.0
 
-    def begin(self, ids: Sequence[int]) -> None:
-        """The prompt of an answer, before its first pass."""
+    def begin(self, ids: Sequence[int], cache: Cache | None = None) -> None:
+        """The prompt of an answer, before its first pass. cache: that the model computes it with."""
         self.tally = Tally()
         self._compared = []
+        for source in self._of_states if cache is not None else ():
+            source.attach(cache)
         for way in self._ways:
             way.source.begin(ids)
 

@@ -148,6 +148,12 @@ class Store:
     def dense_bytes(self) -> int:
         return sum(entry.place.num_bytes for entry in self.dense.values())
 
+    @property
+    def mtp_bytes(self) -> int:
+        """What is kept for multi-token prediction."""
+        part = self.mtp
+        return 0 if part is None else part.experts_bytes + part.dense_bytes
+
     def codec_of(self, layer: int) -> Codec:
         """The codec of a layer's experts."""
         return get_codec(self.manifest.layers[layer].codec or self.codec)

@@ -1,5 +1,6 @@
 """Guesses of a checkpoint's own layer for multi-token prediction: what it computes, its cache, and the same tokens."""
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def stores(checkpoints: dict[str, Path]) -> dict[str, Path]:
     return {name: quantize(folder, folder / "store", codec="nf4") for name, folder in checkpoints.items()}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=["deepseek_v3", "glm4_moe"])
 def model(request: pytest.FixtureRequest, stores: dict[str, Path]) -> Iterator[Model]:
     with load(stores[request.param], speculate="mtp", context=512) as loaded:
         yield loaded
@@ -75,12 +76,14 @@ def assert_same(left: Contents, right: Contents) -> None:
         assert torch.equal(values, other_values)
 
 
-def stream_of(model: Model, source: Any = None, *, cache: Any = None, **settings: Any) -> TokenStream:
+def stream_of(
+    model: Model, source: Any = None, *, cache: Any = None, prompt: Tensor | None = None, **settings: Any
+) -> TokenStream:
     defaults = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1000}
     speculator = None if source is None else Speculator(source, PassCosts(), Counters(), EveryGuess())
     return TokenStream(
         model.hf,
-        PROMPT,
+        PROMPT if prompt is None else prompt,
         GenerationConfig(disable_compile=True, **(defaults | settings)),
         past_key_values=DynamicCache(config=model.hf.config) if cache is None else cache,
         seed=5,
@@ -101,8 +104,8 @@ class Mixed(MtpSource):
         number, num_right = PATTERNS[self.made.total() % len(PATTERNS)]
         own = super().guess(min(most, number))
         assert len(own.tokens) == min(most, number)
-        self.lengths.append(self.cache.get_seq_length())
-        known = self._answer[len(self._ids) - len(PROMPT[0]) :][: len(own.tokens)]
+        self.lengths.append(self.followed.cache.get_seq_length())
+        known = self._answer[len(self.followed.ids) - len(PROMPT[0]) :][: len(own.tokens)]
         self.made[number, num_right] += 1
         return Guess(tuple(token if at < num_right else (token + 1) % 64 for at, token in enumerate(known)))
 
@@ -122,6 +125,7 @@ def test_it_computes_what_transformers_has_published(family: str, checkpoints: d
     """In fp32 and without loss; names, projection, layer, norm, head, and one guess behind the other."""
     main = AutoModelForCausalLM.from_pretrained(checkpoints[family], dtype=torch.float32)
     main._keys_to_ignore_on_load_unexpected = [rf"{FIRST}.*"]
+    main.config.num_mtp_layers, main.config.mtp_mlp_layer_types = 1, ["sparse"]
     theirs = MtpModel.from_pretrained(main).eval()
     cache = MtpCache(config=main.config.get_mtp_config())
     states = main.model(PROMPT).last_hidden_state
@@ -181,10 +185,10 @@ def test_every_pattern_of_rejections(
     assert set(num_rolled) == set(range(1, MOST_GUESSES + 1))
     assert len(set(tokens)) > 4
     _, expected = entries(model, [*PROMPT[0].tolist(), *tokens])
-    length = source.cache.get_seq_length()
+    length = source.followed.cache.get_seq_length()
     assert source.lengths == sorted(source.lengths)
     assert length == source.lengths[-1] > 180
-    assert_same(contents(source.cache), contents(expected, length))
+    assert_same(contents(source.followed.cache), contents(expected, length))
 
 
 def test_guesses_are_the_layers_own_whatever_came_of_earlier_ones(model: Model, states: FinalStates) -> None:
@@ -193,7 +197,7 @@ def test_guesses_are_the_layers_own_whatever_came_of_earlier_ones(model: Model, 
     class Noting(MtpSource):
         def guess(self, most: int) -> Guess:
             found = super().guess(most)
-            made.append((list(self._ids), found.tokens))
+            made.append((list(self.followed.ids), found.tokens))
             return found
 
     module = module_of(model)
@@ -206,3 +210,19 @@ def test_guesses_are_the_layers_own_whatever_came_of_earlier_ones(model: Model, 
                 alone.append(module.likeliest(state))
                 state = module(alone[-1:], state, cache)
         assert tuple(alone) == tokens
+
+
+def test_what_it_knows_stays_with_the_models_cache(model: Model, states: FinalStates) -> None:
+    """As in a server: each request has a source of its own, and some go on from a copy."""
+    module, cache = module_of(model), DynamicCache(config=model.hf.config)
+    ids = [*PROMPT[0].tolist(), *stream_of(model, MtpSource(module, states), cache=cache)]
+    twin = copy.deepcopy(cache)
+    for each, words in ((cache, [5, 6, 7]), (twin, [9]), (cache, [9, 30])):
+        source, prompt = MtpSource(module, states), [*ids, *words]
+        tokens = list(stream_of(model, source, cache=each, prompt=torch.tensor([prompt]), max_new_tokens=9))
+        length = source.followed.cache.get_seq_length()
+        assert length > len(prompt)
+        _, expected = entries(model, [*prompt, *tokens])
+        assert_same(contents(source.followed.cache), contents(expected, length))
+        for layer in each.layers:
+            layer.crop(len(ids) - 1 - layer.get_seq_length())

@@ -18,12 +18,14 @@ from offload_moe.convert.quantize import quantize
 from offload_moe.convert.repair import find_damage, repair
 from offload_moe.engine.model import Model
 from offload_moe.errors import ConfigError, StoreCorrupt
+from offload_moe.plan import Machine, make_plan
 from offload_moe.quant import get_codec
 from offload_moe.residency.popularity import POPULARITY_NAME
 from offload_moe.speculate.governor import Governor
 from offload_moe.store import Store
 from offload_moe.store.upgrade import upgrade
 from tests.support.checkpoints import spread
+from tests.support.cli import load_cli
 from tests.support.mtp import FIRST, round_as_fp8, settings_of, to_fp8_checkpoint, write_mtp_checkpoint
 from tests.support.quantized import edit_tensors
 from tests.support.stores import assert_same_stores, check_all, to_version_1
@@ -202,6 +204,13 @@ def test_a_store_without_it(plain: Path) -> None:
         load(plain, speculate="mtp", context=512)
 
 
+def test_it_is_not_loaded_where_no_tokens_are_guessed(store: Path) -> None:
+    with load(store, speculate="mtp", fast_path=False, context=512) as model:
+        assert model.engine.mtp is None
+        assert any(text.startswith("No tokens are guessed: ") for text in model.notices)
+        assert model.generate("Hello", max_new_tokens=3, speculate="mtp")
+
+
 def test_it_is_loaded_where_it_fits(store: Path) -> None:
     with load(store, context=512) as model:
         assert model.engine.mtp is not None
@@ -214,6 +223,33 @@ def test_it_is_loaded_where_it_fits(store: Path) -> None:
         assert model.placement.ram.num_slots == 4
     with load(store, ram=least + 200_000, speculate="mtp", context=512) as model:
         assert model.engine.mtp is not None
+
+
+def test_plan_says_what_it_costs(
+    checkpoint: Path, store: Path, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = Machine(ram_bytes=2 << 30)
+    cost = make_plan(store, machine, context=512).mtp
+    part = Store.open(store).mtp
+    assert cost is not None
+    assert part is not None
+    assert cost.store_bytes == part.experts_bytes + part.dense_bytes == Store.open(store).mtp_bytes
+    assert cost.num_experts == 4
+    sizes: dict[str, Any] = {"context": 512, "ram": "2GiB"}
+    with load(store, speculate="mtp", **sizes) as model, load(store, speculate="off", **sizes) as other:
+        more = model.placement.ram.fixed_bytes - other.placement.ram.fixed_bytes
+        assert more >= cost.memory_bytes > 0.9 * more  # with a share of the activations
+        assert model.memory["dense weights"] - other.memory["dense weights"] < cost.memory_bytes
+    assert make_plan(checkpoint, machine, context=512).mtp == cost
+    spread(Path(shutil.copytree(checkpoint, tmp_path / "spread")), 20)
+    assert make_plan(tmp_path / "spread", machine, context=512).mtp == cost
+    assert make_plan(checkpoint / "config.json", machine, context=512).mtp == cost
+    assert make_plan(plain, machine, context=512).mtp is None
+    assert make_plan(checkpoint.parent / "plain", machine, context=512).mtp is None
+    assert load_cli().main(["plan", str(store), "--context", "512"]) == 0
+    assert "Beside that, for multi-token prediction: " in capsys.readouterr().out
+    assert load_cli().main(["info", str(store)]) == 0
+    assert "guesses      multi-token prediction, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ SIZES |= {"vocab_size": VOCABULARY_SIZE, "eos_token_id": END_OF_TEXT}
 FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": SIZES | {"qk_rope_head_dim": 16},  # latents
     "glm4_moe": SIZES,
+    "glm4_moe_lite": SIZES,
 }
 FIRST = "model.layers.3."  # the layer behind the three of the model
 
