@@ -249,7 +249,8 @@ def _make_model(
     watch_ids(hf)
     recompute_of(hf)
     tokenizer, room = load_tokenizer(store.path), _make_room(planned, engine)
-    model = Model(store, engine, tokenizer, placement, room, summary(planned.shape, placement))
+    line = summary(planned.shape, placement) + ("" if engine.mtp is None else "; with multi-token prediction")
+    model = Model(store, engine, tokenizer, placement, room, line)
     model.fast_path = report
     return model
 

@@ -27,8 +27,8 @@ def find_module(store: Store, options: LoadOptions, dtype: torch.dtype) -> Any:
     if module is None and options.speculate == "mtp":
         raise ConfigError(
             f"{store.path} has no layer for multi-token prediction: its checkpoint brings none that is whole and of a "
-            "known form, or an older version converted it, and then `offload-moe quantize` keeps it. Choose another "
-            "--speculate."
+            "known form, or an older version converted it. In the second case remove the store (`offload-moe remove`) "
+            "and convert the checkpoint again; in the first choose another --speculate."
         )
     return module
 

@@ -148,15 +148,16 @@ class MtpSource:
         return Guess(tuple(tokens))
 
     def _wait(self, first: int, ids: Sequence[int], states: Tensor) -> None:
-        """States that a pass gave. Those of a prompt become entries at once; of others the last ones are kept."""
+        """States that a pass gave. Many of a prompt become entries at once; of others the last ones are kept."""
         followed, before = self.followed, self.followed.waiting
+        is_prompt = len(ids) > 1 and first + len(ids) <= len(followed.ids)  # or a run that a grammar forced
         num_before = first - followed.first
         if before is not None and 0 < num_before <= len(before):
             states, ids = torch.cat((before[:num_before], states)), [*followed.waiting_ids[:num_before], *ids]
             first = followed.first
         followed.first, followed.waiting, followed.waiting_ids = first, states, list(ids)
         followed.crop(bisect_left(followed.entries, first))
-        if len(states) > 2 * MAX_ROWS:
+        if is_prompt and len(states) > MAX_ROWS:
             self._catch_up()
         followed.forget(len(followed.waiting_ids) - MAX_ROWS)
 

@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.modeling_layers import MtpModel
 
 from offload_moe import load
 from offload_moe.chat import ahead
+from offload_moe.chat.steering import Steering
 from offload_moe.chat.stream import TokenStream
 from offload_moe.convert.quantize import quantize
 from offload_moe.decode import make_room
@@ -22,6 +24,7 @@ from offload_moe.engine.assemble import skeleton_of
 from offload_moe.engine.build import Blueprint, build, pools_of
 from offload_moe.engine.model import Model
 from offload_moe.engine.mtp import mtp_skeleton
+from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.residency.counters import Counters
 from offload_moe.speculate.costs import PassCosts
 from offload_moe.speculate.governor import EveryGuess
@@ -79,6 +82,7 @@ def assert_same(left: Contents, right: Contents) -> None:
 def stream_of(
     model: Model, source: Any = None, *, cache: Any = None, prompt: Tensor | None = None, **settings: Any
 ) -> TokenStream:
+    steering = settings.pop("steering", Steering())
     defaults = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1000}
     speculator = None if source is None else Speculator(source, PassCosts(), Counters(), EveryGuess())
     return TokenStream(
@@ -87,6 +91,7 @@ def stream_of(
         GenerationConfig(disable_compile=True, **(defaults | settings)),
         past_key_values=DynamicCache(config=model.hf.config) if cache is None else cache,
         seed=5,
+        steering=steering,
         speculator=speculator,
     )
 
@@ -226,3 +231,42 @@ def test_what_it_knows_stays_with_the_models_cache(model: Model, states: FinalSt
         assert_same(contents(source.followed.cache), contents(expected, length))
         for layer in each.layers:
             layer.crop(len(ids) - 1 - layer.get_seq_length())
+
+
+@pytest.mark.parametrize("run", [[5, 6], [9] * 6, [9] * 9, [9, 30] * 12])
+def test_runs_that_a_grammar_forces(model: Model, states: FinalStates, run: list[int]) -> None:
+    def steering() -> Steering:
+        calls = count(1)
+        return Steering(forced=lambda: run if next(calls) in (4, 9) else ())
+
+    tokens = list(stream_of(model, steering=steering(), max_new_tokens=60))
+    assert tokens[4 : 4 + len(run)] == run
+    source = MtpSource(module_of(model), states)
+    assert list(stream_of(model, source, steering=steering(), max_new_tokens=60)) == tokens
+    assert source.followed.cache.get_seq_length() == len(source.followed.entries)
+    _, expected = entries(model, [*PROMPT[0].tolist(), *tokens])
+    assert source.followed.entries == list(range(len(source.followed.entries)))
+    assert_same(contents(source.followed.cache), contents(expected, len(source.followed.entries)))
+
+
+def test_guesses_that_are_made_rarely_leave_gaps(
+    model: Model, states: FinalStates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, made = count(), list[Guess]()
+
+    class Noting(MtpSource):
+        def guess(self, most: int) -> Guess:
+            made.append(super().guess(most))
+            return made[-1]
+
+    monkeypatch.setattr(EveryGuess, "choose", lambda self, kind, most: 0 if next(passes) % 20 else min(most, 2))
+    source, cache = Noting(module_of(model), states), DynamicCache(config=model.hf.config)
+    tokens = list(stream_of(model, source, cache=cache, max_new_tokens=70))
+    assert [len(guess.tokens) for guess in made] == [2] * 4
+    followed = source.followed
+    num_left_out = followed.entries[-1] + 1 - len(followed.entries)
+    assert 3 * (20 - MAX_ROWS) >= num_left_out > 20
+    assert followed.cache.get_seq_length() == len(followed.entries)
+    source.begin([*PROMPT[0].tolist(), *tokens[:30], 5])
+    assert followed.entries[-1] <= PROMPT.shape[1] + 28
+    assert followed.cache.get_seq_length() == len(followed.entries) > PROMPT.shape[1]

@@ -1,7 +1,9 @@
 """A checkpoint's layer for multi-token prediction in stores: converted, kept apart, loaded where it is asked for."""
 
+import gc
 import re
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from offload_moe.quant import get_codec
 from offload_moe.residency.popularity import POPULARITY_NAME
 from offload_moe.speculate.governor import Governor
 from offload_moe.store import Store
+from offload_moe.store.installed import describe, remove
 from offload_moe.store.upgrade import upgrade
 from tests.support.checkpoints import spread
 from tests.support.cli import load_cli
@@ -137,6 +140,10 @@ def test_an_upgrade_rewrites_it(store: Path, copied: Path) -> None:
     assert settings_of(copied)["version"] == 4
     assert torch.equal(after.read_expert(0, 1), expected.read_expert(0, 1))
     assert after.record(0, 1).path.name == "mtp-00001-panels.safetensors"
+    found = describe(copied)
+    assert found is not None
+    remove(found)
+    assert not copied.exists()
 
 
 @pytest.mark.parametrize("dense_codec", ["bf16", "int8"])
@@ -214,6 +221,7 @@ def test_it_is_not_loaded_where_no_tokens_are_guessed(store: Path) -> None:
 def test_it_is_loaded_where_it_fits(store: Path) -> None:
     with load(store, context=512) as model:
         assert model.engine.mtp is not None
+        assert model.summary.endswith("; with multi-token prediction")
         whole = model.placement.ram
     with load(store, speculate="off", context=512) as model:
         least = model.placement.ram.bytes_with(4)
@@ -274,6 +282,15 @@ def test_answers_are_the_same(
             assert sessions[0].last_stats is not None
             assert sessions[0].last_stats.guesses is not None
             assert sessions[0].last_stats.guesses.num_guessed > 10
+
+
+def test_a_model_that_is_dropped_takes_it_along(store: Path) -> None:
+    model = load(store, speculate="mtp", context=512)
+    assert model.generate("Hello", max_new_tokens=3)
+    gone = [weakref.ref(each) for each in (model.hf, model.engine.mtp, model.engine.hierarchy)]
+    del model
+    gc.collect()
+    assert [each() for each in gone] == [None] * 3
 
 
 def test_traces_are_of_the_model_itself(store: Path) -> None:
