@@ -158,6 +158,7 @@ def _plan(store: Store, options: LoadOptions, device: torch.device, draft: Draft
         dense_codec=options.dense_codec,
         is_exact=options.exact,
         draft_bytes=None if draft is None else draft.num_bytes,
+        device_pass=options.device_pass != "off" and options.fast_path and not keeps_bits,
     )
     return Planned(
         skeleton=skeleton, device=device, dtype=dtype, keeps_bits=keeps_bits, shape=shape, placement=placement
