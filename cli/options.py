@@ -25,6 +25,14 @@ def add_display_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plain", action="store_true", help="show answers unchanged: no Markdown on a terminal")
 
 
+def add_device_pass(group: "argparse._ActionsContainer") -> None:
+    group.add_argument(
+        "--device-pass",
+        choices=("auto", "off"),
+        help="on an NVIDIA card: decode by the project's own kernels where they fit (default: auto)",
+    )
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Flags for memory, device, and the reading of a checkpoint."""
     group = parser.add_argument_group("memory")
@@ -48,11 +56,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         choices=("off", "auto", "on"),
         help="with a GPU: the CPU computes experts that it finishes before the link could copy them (default: auto)",
     )
-    group.add_argument(
-        "--device-pass",
-        choices=("auto", "off"),
-        help="on an NVIDIA card: decode by the project's own kernels where they fit (default: auto)",
-    )
+    add_device_pass(group)
     group.add_argument(
         "--device", metavar="NAME", help="device to compute on, such as cuda or cpu (default: a GPU if there is one)"
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from offload_moe.system.names import check_model
 from offload_moe.system.sizes import format_size, parse_size
 
-from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, context_tokens
+from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_device_pass, context_tokens
 from ..progress import reporter
 from ..terminal import console
 
@@ -24,6 +24,7 @@ EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
 BOTTLENECKS = {
     "disk": "reading missed experts from disk",
     "link": "sending missed experts to the GPU",
+    "CPU": "computing missed experts on the CPU",
     "dense weights": "reading dense weights and the cache",
     "expert compute": "reading experts where they are computed",
     "layer overhead": "fixed costs of each layer",
@@ -61,6 +62,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--dense-codec", choices=DENSE_CODECS, help="format of the other weights (default: the most exact that fits)"
     )
+    add_device_pass(parser)
     parser.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
     parser.add_argument("--draft", metavar="MODEL", help="a draft model that is loaded beside it, see `run --draft`")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -83,6 +85,7 @@ def run(options: argparse.Namespace) -> int:
             dense_codec=options.dense_codec,
             revision=options.revision,
             draft_bytes=None if options.draft is None else find_draft(options.draft).num_bytes,
+            device_pass=options.device_pass != "off",
         )
     if notice := _notice_of_another_machine(options):
         print(notice, file=sys.stderr)
@@ -189,6 +192,7 @@ def _speed_lines(plan: "Plan") -> list[str]:
         f"Experts found in {fast}: {_span(low.hit_rate, high.hit_rate, '.0%')}; "
         f"read from disk: {_span(high.disk_rate, low.disk_rate, '.0%')}.",
         f"Hit rates as in {' and '.join(f.trace for f in (low, high))}; GB/s assumed, not measured: {bandwidths}.",
+        *_way_lines(plan),
         f"A run differs where the machine does (`offload-moe doctor` measures it), and is faster while the "
         f"conversation is shorter than {plan.placement.context:,} tokens.",
         f"What binds: {BOTTLENECKS[plan.speed.bottleneck]}.",
@@ -200,6 +204,17 @@ def _speed_lines(plan: "Plan") -> list[str]:
             f"{best.tokens_per_s:.1f} tokens/s on average."
         )
     return lines
+
+
+def _way_lines(plan: "Plan") -> list[str]:
+    """How tokens are decoded on a card, and what is assumed of it."""
+    assert plan.speed is not None
+    if not plan.machine.has_device:
+        return []
+    if plan.why_no_device_pass:
+        return [f"Decode goes through transformers' modules, without the device pass: {plan.why_no_device_pass}."]
+    ways = " or ".join(dict.fromkeys(forecast.way for forecast in plan.speed.forecasts))
+    return [f"Decode takes the device pass, {ways}; it has never run on a card. {plan.machine.describe_pass()}"]
 
 
 def _span(one: float, other: float, form: str) -> str:

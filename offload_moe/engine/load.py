@@ -167,6 +167,7 @@ def _plan(store: Store, options: LoadOptions, device: torch.device, draft: Draft
         dense_codec=options.dense_codec,
         is_exact=options.exact,
         draft_bytes=None if draft is None else draft.num_bytes,
+        device_pass=options.device_pass != "off" and options.fast_path and not keeps_bits,
     )
     # Elsewhere no tokens are guessed.
     takes_guesses = device.type == "cpu" and dtype == torch.float32 and options.fast_path and not keeps_bits

@@ -35,6 +35,12 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ("results.*.portable.ms.median", "results.*.torch.ms.median", "results.*.portable.times_torch.median"),
     ),
     (
+        "card_table.py",
+        "--cards rtx-3060 --configs {config} --contexts 64",
+        ("inputs.node_s", "cells.0.forecasts.*.tokens_per_s", "cells.0.device_pass_off_tokens_per_s"),
+    ),
+    ("card_table.py", "--replay {trace} --tokens 8", ("curves.*.queued.0.1", "curves.*.stepwise.0.1")),
+    (
         "codec_error.py",
         "{checkpoint} --experts-per-layer 1",
         ("errors.nf4 down_proj.median", "errors.int8 down_proj.max"),
