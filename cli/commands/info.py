@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ def _details(entry: "Installed") -> dict[str, Any]:
             for layer in store.layers
         ],
         "types": types_of(store),
+        "importances": asdict(store.importances) if store.importances is not None else None,
         "experts_bytes": store.experts_bytes,
         "dense_bytes": store.dense_bytes,
         "files_in_rows": [file.name for file in store.files_in_rows()],
@@ -82,6 +84,14 @@ def types_of(store: "Store") -> list[str]:
     return list(dict.fromkeys(kind.name for codec in codecs if codec is not None for kind in codec.kinds))
 
 
+def _importances(found: dict[str, str] | None) -> str:
+    if found is None:
+        return ""
+    return (
+        f"the importance matrix {found['name']}" if found["kind"] == "imatrix" else f"calibration text: {found['name']}"
+    )
+
+
 def _lines(entry: "Installed", details: dict[str, Any]) -> list[tuple[str, str]]:
     if not details:
         return [("codec", entry.codec or "")]
@@ -94,6 +104,7 @@ def _lines(entry: "Installed", details: dict[str, Any]) -> list[tuple[str, str]]
     return [
         ("experts", f"{experts}, {format_size(largest)} each"),
         ("rest", dense),
+        ("weighed by", _importances(details["importances"])),
         ("checksums", f"{details['num_checksums']:,}, fingerprint {details['fingerprint']}"),
         ("next", UPGRADE if details["files_in_rows"] else ""),
     ]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.linears import projection_linears
+from offload_moe.convert.weighing import Encoding, Unweighed, Weighing
 from offload_moe.errors import CheckpointError
-from offload_moe.native.kernels import fast_encoding, panel_order
+from offload_moe.native.kernels import panel_order
 from offload_moe.quant import LEAST_ERROR, Codec, ExpertShape, Matrix
 from offload_moe.quant.blockwise import BlockwiseCodec
 from offload_moe.quant.pieces import encode_pieces
@@ -44,19 +45,24 @@ def plan_conversion(
     linears_codec: Codec,
     *,
     scales: str = LEAST_ERROR,
+    weighing: Weighing | None = None,
     by_shard: bool = False,
     order_of: OrderOf = lambda name: None,
 ) -> tuple[list[PlannedFile], list[Job]]:
     """The planned files of the store, and the jobs that fill them, in order.
 
-    scales: see `fast_encoding`.
+    scales: see `fast_encoding`. weighing: of errors; None weighs none.
     by_shard: parts that need only the first shard come first, in files of their own, then those that need the second.
     """
     number = {path: index for index, path in enumerate(checkpoint.tensors.paths)} if by_shard else {}
+    linears, experts = (
+        Encoding(codec=codec, scales=scales, weighing=weighing or Unweighed())
+        for codec in (linears_codec, experts_codec)
+    )
     stages: dict[int, dict[str, list[Job]]] = {}
     for prefix, made in (
-        ("dense", dense_jobs(checkpoint, fast_encoding(linears_codec, scales), order_of)),
-        ("experts", expert_jobs(checkpoint, fast_encoding(experts_codec, scales), order_of)),
+        ("dense", dense_jobs(checkpoint, linears, order_of)),
+        ("experts", expert_jobs(checkpoint, experts, order_of)),
     ):
         for job in made:
             stage = max((number.get(path, 0) for path in job.paths), default=0)
@@ -73,14 +79,16 @@ def plan_conversion(
     return files, jobs
 
 
-def expert_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list[Job]:
+def expert_jobs(checkpoint: Checkpoint, encoding: Encoding, order_of: OrderOf) -> list[Job]:
     """Every expert in flat order."""
+    codec = encoding.codec
     read = checkpoint.packed_expert if codec.name == MXFP4 and checkpoint.is_mxfp4 else checkpoint.expert
 
     def encode(ordinal: int, expert: int, order: Order) -> Payload:
         layer = checkpoint.layers[ordinal]
         with _errors_name(f"Expert {expert} of {layer.name}"):
-            record = codec.encode(layer.shape, read(ordinal, expert))
+            tensors = read(ordinal, expert)
+            record = encoding.of_expert(ordinal, expert, tensors).encode(layer.shape, tensors)
         reorder(record, panel_order(codec.name, layer.shape), "rows", order)
         return [as_bytes(record)]
 
@@ -100,9 +108,10 @@ def expert_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list
     ]
 
 
-def dense_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list[Job]:
+def dense_jobs(checkpoint: Checkpoint, encoding: Encoding, order_of: OrderOf) -> list[Job]:
     """Records of quantized linears first, then wider dtypes before narrower ones, so that everything is aligned."""
-    shapes = {} if codec.name == LOSSLESS else _linear_shapes(checkpoint)
+    codec = encoding.codec
+    shapes = {} if codec.name == LOSSLESS else linear_shapes(checkpoint)
 
     def encode(name: str, order: Order) -> Payload:
         shape = shapes[name]
@@ -110,16 +119,17 @@ def dense_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list[
             return encode_runs(name, shape, order)
         tensors = {part: checkpoint.dense_tensor(f"{name}.{part}") for part in shape.module_shapes()}
         with _errors_name(f"{name}.weight"):
-            record = codec.encode(shape, tensors)
+            record = encoding.of_linear(name).encode(shape, tensors)
         reorder(record, panel_order(codec.name, shape), "rows", order)
         return [as_bytes(record)]
 
     def encode_runs(name: str, shape: ExpertShape, order: Order) -> Payload:
-        assert isinstance(codec, BlockwiseCodec)
+        weighed = encoding.of_linear(name)
+        assert isinstance(weighed, BlockwiseCodec)
         bias = checkpoint.dense_tensor(f"{name}.bias") if shape.biases else None
         rows = checkpoint.dense_rows(f"{name}.weight", RUN_BYTES)
         with _errors_name(f"{name}.weight"):
-            yield from map(as_bytes, encode_pieces(codec, shape, rows, bias, in_panels=order == "panels"))
+            yield from map(as_bytes, encode_pieces(weighed, shape, rows, bias, in_panels=order == "panels"))
 
     inside = {f"{name}.{part}" for name, shape in shapes.items() for part in shape.module_shapes()}
 
@@ -176,7 +186,7 @@ def _checked(name: str, data: Tensor, dtype: torch.dtype) -> Tensor:
     return data
 
 
-def _linear_shapes(checkpoint: Checkpoint) -> dict[str, ExpertShape]:
+def linear_shapes(checkpoint: Checkpoint) -> dict[str, ExpertShape]:
     """Module name -> the one-matrix shape of each linear that a dense codec quantizes, with its bias if it has one."""
     shapes = {}
     for name, linear in projection_linears(checkpoint.model).items():

@@ -87,6 +87,7 @@ class Store:
         self.codec = manifest.codec
         self.dense_codec = manifest.dense_codec
         self.scales = manifest.scales
+        self.importances = manifest.importances
         self.layers: tuple[Layer, ...] = manifest.layers
         self.dense: Mapping[str, DenseEntry] = {entry.name: entry for entry in manifest.dense}
         self.manifest = manifest
