@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ def _details(entry: "Installed") -> dict[str, Any]:
             for layer in store.layers
         ],
         "types": types_of(store),
+        "importances": asdict(store.importances) if store.importances is not None else None,
         "experts_bytes": store.experts_bytes,
         "dense_bytes": store.dense_bytes,
         "multi_token_prediction_bytes": store.mtp_bytes,
@@ -83,6 +85,14 @@ def types_of(store: "Store") -> list[str]:
     return list(dict.fromkeys(kind.name for codec in codecs if codec is not None for kind in codec.kinds))
 
 
+def _importances(found: dict[str, str] | None) -> str:
+    if found is None:
+        return ""
+    return (
+        f"the importance matrix {found['name']}" if found["kind"] == "imatrix" else f"calibration text: {found['name']}"
+    )
+
+
 def _lines(entry: "Installed", details: dict[str, Any]) -> list[tuple[str, str]]:
     if not details:
         return [("codec", entry.codec or "")]
@@ -97,6 +107,7 @@ def _lines(entry: "Installed", details: dict[str, Any]) -> list[tuple[str, str]]
         ("experts", f"{experts}, {format_size(largest)} each"),
         ("rest", dense),
         ("guesses", f"multi-token prediction, {format_size(guesses)}" if guesses else ""),
+        ("weighed by", _importances(details["importances"])),
         ("checksums", f"{details['num_checksums']:,}, fingerprint {details['fingerprint']}"),
         ("next", UPGRADE if details["files_in_rows"] else ""),
     ]

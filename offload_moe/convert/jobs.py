@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.linears import projection_linears
 from offload_moe.checkpoint.weights import ModelWeights
+from offload_moe.convert.weighing import Encoding, Unweighed, Weighing
 from offload_moe.errors import CheckpointError
-from offload_moe.native.kernels import fast_encoding, panel_order
+from offload_moe.native.kernels import panel_order
 from offload_moe.quant import LEAST_ERROR, Codec, ExpertShape, Matrix
 from offload_moe.quant.blockwise import BlockwiseCodec
 from offload_moe.quant.pieces import encode_pieces
@@ -46,25 +47,30 @@ def plan_conversion(
     linears_codec: Codec,
     *,
     scales: str = LEAST_ERROR,
+    weighing: Weighing | None = None,
     by_shard: bool = False,
     order_of: OrderOf = lambda name: None,
 ) -> tuple[list[PlannedFile], list[Job]]:
     """The planned files of the store, and the jobs that fill them, in order.
 
-    scales: see `fast_encoding`.
+    scales: see `fast_encoding`. weighing: of errors; None weighs none.
     by_shard: parts that need only the first shard come first, in files of their own, then those that need the second.
     """
     number = {path: index for index, path in enumerate(checkpoint.tensors.paths)} if by_shard else {}
-    dense_codec, codec = fast_encoding(linears_codec, scales), fast_encoding(experts_codec, scales)
+    linears, experts = (
+        Encoding(codec=codec, scales=scales, weighing=weighing or Unweighed())
+        for codec in (linears_codec, experts_codec)
+    )
     made_of = {
-        "dense": dense_jobs(checkpoint, dense_codec, order_of),
-        "experts": expert_jobs(checkpoint, codec, order_of),
+        "dense": dense_jobs(checkpoint, linears, order_of),
+        "experts": expert_jobs(checkpoint, experts, order_of),
         "mtp": [],
     }
     if checkpoint.mtp is not None:  # in files of its own, which are not read where it is not used
+        linears, experts = (replace(each, weighing=Unweighed()) for each in (linears, experts))  # by no known inputs
         made_of["mtp"] = [
-            *expert_jobs(checkpoint.mtp, codec, order_of, first_layer=len(checkpoint.layers)),
-            *dense_jobs(checkpoint.mtp, dense_codec, order_of, prefix=MTP),
+            *expert_jobs(checkpoint.mtp, experts, order_of, first_layer=len(checkpoint.layers)),
+            *dense_jobs(checkpoint.mtp, linears, order_of, prefix=MTP),
         ]
     stages: dict[int, dict[str, list[Job]]] = {}
     for kind, made in made_of.items():
@@ -83,14 +89,16 @@ def plan_conversion(
     return files, jobs
 
 
-def expert_jobs(checkpoint: ModelWeights, codec: Codec, order_of: OrderOf, *, first_layer: int = 0) -> list[Job]:
+def expert_jobs(checkpoint: ModelWeights, encoding: Encoding, order_of: OrderOf, *, first_layer: int = 0) -> list[Job]:
     """Every expert in flat order. first_layer: the ordinal of the first layer in the store."""
+    codec = encoding.codec
     read = checkpoint.packed_expert if codec.name == MXFP4 and checkpoint.is_mxfp4 else checkpoint.expert
 
     def encode(ordinal: int, expert: int, order: Order) -> Payload:
         layer = checkpoint.layers[ordinal]
         with _errors_name(f"Expert {expert} of {layer.name}"):
-            record = codec.encode(layer.shape, read(ordinal, expert))
+            tensors = read(ordinal, expert)
+            record = encoding.of_expert(ordinal, expert, tensors).encode(layer.shape, tensors)
         reorder(record, panel_order(codec.name, layer.shape), "rows", order)
         return [as_bytes(record)]
 
@@ -110,12 +118,13 @@ def expert_jobs(checkpoint: ModelWeights, codec: Codec, order_of: OrderOf, *, fi
     ]
 
 
-def dense_jobs(checkpoint: ModelWeights, codec: Codec, order_of: OrderOf, *, prefix: str = "") -> list[Job]:
+def dense_jobs(checkpoint: ModelWeights, encoding: Encoding, order_of: OrderOf, *, prefix: str = "") -> list[Job]:
     """Records of quantized linears first, then wider dtypes before narrower ones, so that everything is aligned.
 
     prefix: of the names in the store.
     """
-    shapes = {} if codec.name == LOSSLESS else _linear_shapes(checkpoint)
+    codec = encoding.codec
+    shapes = {} if codec.name == LOSSLESS else linear_shapes(checkpoint)
 
     def encode(name: str, order: Order) -> Payload:
         shape = shapes[name]
@@ -123,16 +132,17 @@ def dense_jobs(checkpoint: ModelWeights, codec: Codec, order_of: OrderOf, *, pre
             return encode_runs(name, shape, order)
         tensors = {part: checkpoint.dense_tensor(f"{name}.{part}") for part in shape.module_shapes()}
         with _errors_name(f"{name}.weight"):
-            record = codec.encode(shape, tensors)
+            record = encoding.of_linear(name).encode(shape, tensors)
         reorder(record, panel_order(codec.name, shape), "rows", order)
         return [as_bytes(record)]
 
     def encode_runs(name: str, shape: ExpertShape, order: Order) -> Payload:
-        assert isinstance(codec, BlockwiseCodec)
+        weighed = encoding.of_linear(name)
+        assert isinstance(weighed, BlockwiseCodec)
         bias = checkpoint.dense_tensor(f"{name}.bias") if shape.biases else None
         rows = checkpoint.dense_rows(f"{name}.weight", RUN_BYTES)
         with _errors_name(f"{name}.weight"):
-            yield from map(as_bytes, encode_pieces(codec, shape, rows, bias, in_panels=order == "panels"))
+            yield from map(as_bytes, encode_pieces(weighed, shape, rows, bias, in_panels=order == "panels"))
 
     inside = {f"{name}.{part}" for name, shape in shapes.items() for part in shape.module_shapes()}
 
@@ -190,7 +200,7 @@ def _checked(name: str, data: Tensor, dtype: torch.dtype) -> Tensor:
     return data
 
 
-def _linear_shapes(checkpoint: ModelWeights) -> dict[str, ExpertShape]:
+def linear_shapes(checkpoint: ModelWeights) -> dict[str, ExpertShape]:
     """Module name -> the one-matrix shape of each linear that a dense codec quantizes, with its bias if it has one."""
     shapes = {}
     for name, linear in projection_linears(checkpoint.model).items():

@@ -5,9 +5,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.download import Download
@@ -17,15 +18,16 @@ from offload_moe.checkpoint.gguf_split import is_gguf, parts_beside
 from offload_moe.checkpoint.gguf_view import write_small_files
 from offload_moe.checkpoint.small_files import SmallFiles, read_small_files
 from offload_moe.checkpoint.source import Source, open_download, resolve_source
+from offload_moe.convert.choose_weighing import WeighingOptions
 from offload_moe.convert.gguf import plan_same_bits
 from offload_moe.convert.jobs import LOSSLESS, MXFP4, Job, expert_name, plan_conversion
 from offload_moe.convert.source_shards import SourceShards
 from offload_moe.errors import ConfigError
 from offload_moe.native.kernels import use_torch_after_fork
-from offload_moe.quant import LEAST_ERROR, SCALES, Codec, get_codec
+from offload_moe.quant import LEAST_ERROR, Codec, get_codec
 from offload_moe.store.in_place import GGUF
 from offload_moe.store.journal import check_target
-from offload_moe.store.manifest import MTP, DenseEntry, Layer, Manifest
+from offload_moe.store.manifest import MTP, DenseEntry, Importances, Layer, Manifest
 from offload_moe.store.manifest_json import FORMAT_VERSION, manifest_to_json
 from offload_moe.store.plan import PlannedFile
 from offload_moe.store.writer import Payload, StoreWriter, describe_metadata, stored_files
@@ -45,6 +47,8 @@ def quantize(
     codec: str | None = None,
     dense_codec: str = LOSSLESS,
     scales: str = LEAST_ERROR,
+    imatrix: str | Path | None = None,
+    calibrate: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
     delete_source_shards: bool = False,
@@ -58,6 +62,9 @@ def quantize(
         keeps, and nf4 for any other.
     dense_codec: of the large dense projections.
     scales: of nf4 and int8. "error" takes those of least squared error, "absmax" bitsandbytes' own bits.
+    imatrix: llama.cpp's importance matrix of this model in GGUF form, by which errors are weighed.
+    calibrate: a text, or "auto" for a built-in one. The model reads it first, layer by layer; errors are weighed by the
+        inputs of each matrix, and in nf4 later columns take up the errors of earlier ones.
     delete_source_shards: download a hub id shard by shard into a folder beside the store, and delete each once
         everything in it is safely in the store. Needs the disk for the store and about two shards.
     follow_links: also follow symbolic links in a folder to files of other users.
@@ -68,7 +75,7 @@ def quantize(
     memory. A conversion that was stopped, by whatever means, is resumed by the same call.
 
     Raises:
-        ConfigError: there is no such codec, it does not suit the source, or shards of a folder are to be deleted.
+        ConfigError: there is no such codec, it does not suit the source, or options exclude each other.
         CheckpointError, UnsupportedModelError: the source cannot be read or bound.
         StoreError: the target folder is in use for something else.
         BudgetError: the disk is too small, or became full.
@@ -76,8 +83,8 @@ def quantize(
     """
     use_torch_after_fork()
     linears_codec = get_dense_codec(dense_codec)
-    if scales not in SCALES:
-        raise ConfigError(f"Unknown scales {scales!r}. Choose one of: {', '.join(SCALES)}.")
+    options = WeighingOptions(imatrix=imatrix, calibrate=calibrate)
+    options.check(scales=scales, deletes_shards=delete_source_shards)
     if codec is not None:
         get_codec(codec)  # before a download
     target = Path(store)
@@ -103,6 +110,7 @@ def quantize(
         codec = GGUF if keeps_bits else codec or default_codec(origin.folder)
         small_files = read_small_files(origin.folder, checkpoint.model)
         _report_notices(checkpoint, small_files, progress, on_notice)
+        weighing = options.open(checkpoint, codec, dense_codec, target, progress, on_notice)
         if keeps_bits:
             files, jobs = plan_same_bits(checkpoint)
             dense_codec = GGUF
@@ -110,17 +118,36 @@ def quantize(
             experts_codec = get_codec(codec)
             _check_codec(experts_codec, checkpoint)
             files, jobs = plan_conversion(
-                checkpoint, experts_codec, linears_codec, scales=scales, by_shard=download is not None
+                checkpoint,
+                experts_codec,
+                linears_codec,
+                scales=scales,
+                weighing=weighing,
+                by_shard=download is not None,
             )
-        settings = _settings(origin, checkpoint, codec, dense_codec, scales, files, is_download=download is not None)
+        chosen = _Chosen(codec, dense_codec, scales, weighing.importances)
+        settings = _settings(origin, checkpoint, chosen, files, is_download=download is not None)
         with StoreWriter(target, files, settings) as writer:
             if writer.notice is not None:
                 on_notice(writer.notice)
+            if writer.num_done < len(jobs):
+                weighing.prepare(settings)
             _fill(writer, SourceShards(download, checkpoint.tensors, files, jobs), jobs, progress)
             metadata = small_files.contents
-            manifest = _manifest(origin, checkpoint, codec, dense_codec, scales, files, writer, metadata)
-            writer.finish(manifest_to_json(manifest), metadata, download.remove if download is not None else None)
+            manifest = _manifest(origin, checkpoint, chosen, files, writer, metadata)
+            writer.finish(
+                manifest_to_json(manifest), metadata, weighing.remove if download is None else download.remove
+            )
     return target
+
+
+class _Chosen(NamedTuple):
+    """How the matrices of a store are quantized."""
+
+    codec: str
+    dense_codec: str
+    scales: str
+    importances: Importances | None
 
 
 def _parts_of(source: str | Path, codec: str | None, dense_codec: str) -> tuple[Path, ...]:
@@ -210,9 +237,7 @@ def _ahead(makers: Iterable[Callable[[], Payload]]) -> Iterator[Payload]:
 def _settings(
     origin: Source,
     checkpoint: Checkpoint,
-    codec: str,
-    dense_codec: str,
-    scales: str,
+    chosen: _Chosen,
     files: Iterable[PlannedFile],
     *,
     is_download: bool,
@@ -223,14 +248,18 @@ def _settings(
         "format version": FORMAT_VERSION,
         "source": origin.name,
         "revision": origin.revision,
-        "codec": codec,
-        "dense codec": dense_codec,
-        "scales": scales,
+        "codec": chosen.codec,
+        "dense codec": chosen.dense_codec,
+        "scales": chosen.scales,
         "layout": plan,
     }
+    if chosen.importances is not None:
+        settings["importances"] = asdict(chosen.importances)
     if is_download:  # a commit never changes, while its shards are downloaded and deleted
         return settings | {"--delete-source-shards": True}
-    small = [path for path in (origin.folder / CONFIG_NAME,) if codec != GGUF]  # else it is made of metadata anew
+    small = [
+        path for path in (origin.folder / CONFIG_NAME,) if chosen.codec != GGUF
+    ]  # else it is made of metadata anew
     stats = [(path.name, path.stat()) for path in (*checkpoint.tensors.paths, *small)]
     state = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     return settings | {"state of the source files": state}
@@ -239,9 +268,7 @@ def _settings(
 def _manifest(
     origin: Source,
     checkpoint: Checkpoint,
-    codec: str,
-    dense_codec: str,
-    scales: str,
+    chosen: _Chosen,
     files: Sequence[PlannedFile],
     writer: StoreWriter,
     metadata: dict[str, bytes],
@@ -249,7 +276,7 @@ def _manifest(
     blobs = {blob.name: blob for file in files for blob in file.blobs}
     places = dict(zip(blobs, writer.places(), strict=True))
     layers = [(layer.name, layer) for layer in checkpoint.layers]
-    if checkpoint.mtp is not None and codec != GGUF:
+    if checkpoint.mtp is not None and chosen.codec != GGUF:
         layers += [(MTP + layer.name, layer) for layer in checkpoint.mtp.layers]
     names = [expert_name(index, e) for index, (_, layer) in enumerate(layers) for e in range(layer.num_experts)]
     experts = tuple(places.pop(name) for name in names)
@@ -257,9 +284,10 @@ def _manifest(
     return Manifest(
         source=origin.name,
         revision=origin.revision,
-        codec=codec,
-        dense_codec=dense_codec,
-        scales=scales,
+        codec=chosen.codec,
+        dense_codec=chosen.dense_codec,
+        scales=chosen.scales,
+        importances=chosen.importances,
         layers=tuple(
             Layer(
                 name=name,

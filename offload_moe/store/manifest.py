@@ -69,6 +69,18 @@ class DataFile(StoredFile):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Importances:
+    """What the errors of nf4 and int8 were weighed by.
+
+    kind: "imatrix" or "text". name: of its file, or "auto". sha256: of the file, or of the text's token ids.
+    """
+
+    kind: str
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """All of `store.json`. `experts` are places in flat order, layer after layer; `scales` those of nf4 and int8.
 
@@ -81,6 +93,7 @@ class Manifest:
     codec: str
     dense_codec: str
     scales: str = ABSMAX
+    importances: Importances | None = None
     layers: tuple[Layer, ...]
     files: tuple[DataFile, ...]
     experts: tuple[Place, ...]

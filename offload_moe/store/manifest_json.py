@@ -9,6 +9,7 @@ import math
 import re
 import zlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,17 @@ from offload_moe.checkpoint.header import DTYPES
 from offload_moe.errors import StoreCorrupt, StoreError, StoreVersion
 from offload_moe.quant import ABSMAX, ExpertShape, Matrix
 from offload_moe.quant.layout import RECORD_ALIGNMENT
-from offload_moe.store.manifest import DATA_FILE, MTP, DataFile, DenseEntry, Layer, Manifest, Place, StoredFile
+from offload_moe.store.manifest import (
+    DATA_FILE,
+    MTP,
+    DataFile,
+    DenseEntry,
+    Importances,
+    Layer,
+    Manifest,
+    Place,
+    StoredFile,
+)
 from offload_moe.store.order import Order
 from offload_moe.system.paths import MANIFEST_NAME
 
@@ -50,6 +61,7 @@ def manifest_to_json(manifest: Manifest) -> str:
         "codec": manifest.codec,
         "dense_codec": manifest.dense_codec,
         "scales": manifest.scales,
+        **({} if manifest.importances is None else {"importances": asdict(manifest.importances)}),
         "layers": [
             {
                 "name": layer.name,
@@ -151,6 +163,7 @@ def _manifest(document: dict[str, Any]) -> Manifest:
         codec=_text(document["codec"]),
         dense_codec=_text(document["dense_codec"]),
         scales=_text(document.get("scales", ABSMAX)),
+        importances=_importances(document.get("importances")),
         layers=layers,
         files=files,
         experts=tuple(
@@ -160,6 +173,12 @@ def _manifest(document: dict[str, Any]) -> Manifest:
         dense=dense,
         metadata=tuple(_small_file(fields) for fields in document["metadata"]),
     )
+
+
+def _importances(fields: dict[str, Any] | None) -> Importances | None:
+    if fields is None:
+        return None
+    return Importances(kind=_text(fields["kind"]), name=_text(fields["name"]), sha256=_text(fields["sha256"]))
 
 
 def _layer(fields: dict[str, Any]) -> Layer:
