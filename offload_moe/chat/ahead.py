@@ -1,22 +1,19 @@
-"""Logits that a pass computed behind guessed tokens, for the step loop.
-
-T rows, V vocabulary.
-"""
+"""What a pass gave behind guessed tokens, for the step loop."""
 
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from offload_moe.chat.choice import Found
 from offload_moe.decode import roll_back, takes_rows
 from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.speculate.speculator import PassCost, Speculator
 
-# Passes the last tokens of the sequence, so many, and guessed ones behind them: the logits ``[T, V]`` behind the last
-# token and behind each guess.
-Compute = Callable[[int, Sequence[int]], Tensor]
+# Passes the last tokens of the sequence, so many, and guessed ones behind them: what it gives behind the last token and
+# behind each guess.
+Compute = Callable[[int, Sequence[int]], Sequence[Found]]
 
 
 class GuessedRows:
@@ -28,7 +25,7 @@ class GuessedRows:
         self._num_new = 0  # tokens at the end of the sequence that the cache does not hold
         self._guesses: Sequence[int] = ()  # of the last pass
         self._num_right = 0  # of them, so far
-        self._logits: Sequence[Tensor] = ()  # ``[1, V]`` behind each of them
+        self._found: Sequence[Found] = ()  # behind each of them
         self._cost = PassCost()
 
     def follow(self, token: int) -> None:
@@ -41,12 +38,12 @@ class GuessedRows:
         self._drop(self._num_ahead)
         self._num_new += 1
 
-    def next(self, most: int) -> Tensor:
-        """The logits ``[1, V]`` behind the sequence, which has more tokens than before.
+    def next(self, most: int) -> Found:
+        """What is behind the sequence, which has more tokens than before.
 
-        most: tokens that may come after the one that is chosen from them.
+        most: tokens that may come after the next one.
         """
-        return self._pass(most) if self._num_new else self._logits[self._num_right - 1]
+        return self._pass(most) if self._num_new else self._found[self._num_right - 1]
 
     def take_back(self) -> None:
         """The cache holds the sequence without its last token from now on, or less where more were not computed."""
@@ -60,7 +57,7 @@ class GuessedRows:
         """Guesses in the cache whose tokens have not come."""
         return len(self._guesses) - self._num_right
 
-    def _pass(self, most: int) -> Tensor:
+    def _pass(self, most: int) -> Found:
         speculator, guesses = self._speculator, self._guess(min(most, MAX_ROWS - self._num_new))
         num_misses = 0 if speculator is None else speculator.count_misses()
         began = time.perf_counter()
@@ -70,7 +67,7 @@ class GuessedRows:
             self._cost = PassCost(self._num_new + len(guesses), seconds, num_misses)
             if not guesses:
                 speculator.note_plain(self._cost)
-        first, *self._logits = rows.split(1)
+        first, *self._found = rows
         self._guesses, self._num_right, self._num_new = guesses, 0, 0
         return first
 
@@ -88,4 +85,4 @@ class GuessedRows:
         if num_tokens:
             roll_back(self._cache, num_tokens)
         self._speculator.note_pass(self._cost, len(self._guesses), self._num_right)
-        self._guesses, self._num_right, self._logits = (), 0, ()
+        self._guesses, self._num_right, self._found = (), 0, ()

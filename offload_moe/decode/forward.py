@@ -14,6 +14,7 @@ from transformers import Cache
 
 from offload_moe.decode.hooks import Bypass, is_capturing
 from offload_moe.decode.layer import RowsStep
+from offload_moe.decode.next_token import TokenPass
 from offload_moe.decode.plan import PassPlan
 from offload_moe.decode.wiring import Wiring
 from offload_moe.native.kernels import MAX_ROWS
@@ -43,6 +44,7 @@ class Seam:
     """In place of the forward of one decoder, whose hooks stay where they are."""
 
     plan: Plan
+    token_pass: TokenPass | None = None  # where the pass has the output head
 
     def __init__(self, decoder: Any) -> None:
         self._modules_forward = decoder.forward

@@ -195,6 +195,8 @@ def _look_for_card(store: Store, options: LoadOptions, planned: Planned) -> Devi
         why_off = "its numbers are kept bit for bit"
     elif planned.placement.vram is None:
         why_off = "its experts have no slots in VRAM"
+    elif planned.dtype == torch.float16:
+        why_off = "it computes in fp16, for which there are no kernels there"
     return open_device_pass(store, planned.skeleton, planned.device, why_off=why_off)
 
 

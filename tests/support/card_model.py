@@ -11,6 +11,7 @@ import torch
 from offload_moe.card.build import install
 from offload_moe.card.device import CardDevice
 from offload_moe.card.passes import CardPass
+from offload_moe.convert.quantize import quantize
 from offload_moe.decode import make_fast
 from offload_moe.engine.build import Blueprint, Engine, build, pools_of
 from offload_moe.memory.page_lock import LockRuntime, PageLock
@@ -18,6 +19,27 @@ from offload_moe.memory.simulated import SimulatedCopier
 from offload_moe.quant import get_codec
 from offload_moe.store import Store
 from support.cuda import fake
+from support.tiny_models import tiny_model
+
+FAMILIES: dict[str, dict[str, object]] = {
+    "qwen3_moe": {},
+    "mixtral": {},
+    "gpt_oss": {},  # windows, sinks, biases, the clamped activation
+    "qwen2_moe": {  # a shared expert with a gate
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+    },
+    "deepseek_v3": {"qk_rope_head_dim": 16},  # latents, a dense layer, groups, a shared expert
+}
+
+
+def store_of(family: str, folder: Path) -> Path:
+    """Of a tiny model."""
+    checkpoint = folder / family
+    tiny_model(family, **FAMILIES[family]).to(torch.bfloat16).save_pretrained(checkpoint)
+    return quantize(checkpoint, folder / f"{family}-nf4", codec="nf4")
 
 
 class SessionLocks(LockRuntime):

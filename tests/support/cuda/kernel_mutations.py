@@ -62,7 +62,7 @@ BOUNDS = [
     ("values.cuh", "part == 0 && wanted < rows && t < num_rows", "part == 0 && wanted < rows"),
     ("values.cuh", "part == 0 && wanted < rows && t < num_rows", "part == 0 && t < num_rows"),
     ("values.cuh", "at + j < end ?", "true ?"),
-    ("values.cuh", "sum = __fadd_rn(sum, 0.0f);", ";"),
+    ("values.cuh", "matrix.bias < 0 ? 0.0f :", "matrix.bias < 0 ? -0.0f :"),
 ]
 # Orders, roundings and operands.
 OPERATIONS = [
