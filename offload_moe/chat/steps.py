@@ -88,10 +88,9 @@ def steps(
     with watched(input_ids.shape[1]):  # `_prepare` runs an encoder
         request = _prepare(hf, input_ids, config, cache, tokenizer, steering)
     sequence = request.sequence
-    cache = request.inputs.get("past_key_values")
     passing: Passing = _around_nothing
     if speculator is not None:
-        speculator.begin(list(sequence.ids), cache)
+        speculator.begin(list(sequence.ids), request.inputs.get("past_key_values"))
         passing = speculator.passing
     found: Found | None = None
     for found in _compute_prompt(hf, request, watched, passing):
