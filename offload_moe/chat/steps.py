@@ -34,7 +34,7 @@ from offload_moe.chat.recompute import recompute_of
 from offload_moe.chat.sequence import TokenIds
 from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.chat.stopping import Stops
-from offload_moe.decode.next_token import Draw, TokenPass, Wanted, token_pass_of
+from offload_moe.decode.next_token import Draw, TokenPass, Wanted, head_alone_of, token_pass_of
 from offload_moe.errors import ConfigError
 from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.speculate.speculator import Speculator
@@ -268,7 +268,7 @@ def _decode_short(
     hf: Any, request: _Request, token_pass: TokenPass | None, draw: Draw | None, passing: Passing
 ) -> Compute:
     """The logits of `_decode`, without a call of those methods, and behind each guess, too; or the tokens by a draw."""
-    inputs, sequence, offset = dict(request.inputs), request.sequence, None
+    inputs, sequence, offset, alone = dict(request.inputs), request.sequence, None, head_alone_of(hf)
     if inputs.get("position_ids") is not None:  # of the first token that is not computed
         offset = inputs["position_ids"][..., -1:] - len(sequence)
 
@@ -282,10 +282,21 @@ def _decode_short(
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = 1 + len(guesses)
         with passing(first, inputs["input_ids"][0].tolist()):
-            logits = hf(**inputs, return_dict=True).logits
+            if alone is not None and alone.is_clear:
+                logits = _behind_decoder(hf, inputs, 1 + len(guesses))
+            else:
+                logits = hf(**inputs, return_dict=True).logits
         return list(_last_logits(request, logits, 1 + len(guesses)).split(1))
 
     return compute
+
+
+def _behind_decoder(hf: Any, inputs: dict[str, Any], num_rows: int) -> Tensor:
+    """The logits ``[1, num_rows, V]`` of the head alone, which saves a quarter of a millisecond of Python."""
+    inputs = {name: value for name, value in inputs.items() if name != "logits_to_keep"}
+    hidden = hf.get_decoder()(**inputs).last_hidden_state
+    logits: Tensor = hf.get_output_embeddings()(hidden[:, -num_rows:])
+    return logits
 
 
 def _pass(hf: Any, request: _Request, inputs: dict[str, Any], wanted: Wanted, num_rows: int) -> list[Found]:

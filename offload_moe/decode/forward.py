@@ -127,6 +127,7 @@ class DecoderForward(Seam):
     """Native spans and layers on the CPU."""
 
     plan: PassPlan
+    head_alone: Bypass | None = None  # see `next_token.head_alone_of`
 
     def __init__(self, decoder: Any, plan: PassPlan) -> None:
         super().__init__(decoder)
