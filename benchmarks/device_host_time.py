@@ -76,10 +76,9 @@ def measure_mode(store: Path, mode: str, options: argparse.Namespace) -> dict[st
 
 
 def trials(model: Any, driver: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of a token: until all is queued, which is what a card waits for; until
-    the pass has ended; and with the product's step loop, stopping rules included.
+    """Milliseconds of a token: until all is queued; until the pass has ended; and with the product's step loop.
 
-    The account of a pass is made while the card computes the next one: it is in the second and third figure.
+    No log is written, so the account of each pass, which is made while the card computes the next one, is in none.
     """
     from transformers import DynamicCache
 
@@ -95,12 +94,12 @@ def trials(model: Any, driver: Any, options: argparse.Namespace) -> dict[str, An
         before, began = card.queued_s, time.thread_time()
         for _ in range(count):
             card.run([5], [cache.get_seq_length()], [cache], wanted())
-        passed_s = time.thread_time() - began
+        passed_s, queued_s = time.thread_time() - began, card.queued_s - before
         looped_s = seconds_of_loop(hf, count)
         cache = prompt(hf, DynamicCache(config=hf.config))
         card.run([5], [cache.get_seq_length()], [cache], wanted())
         if card.mode.mode == "queued":
-            figures["queued_ms"].append(1e3 * (card.queued_s - before) / count)
+            figures["queued_ms"].append(1e3 * queued_s / count)
         figures["pass_ms"].append(1e3 * passed_s / count)
         figures["step_loop_ms"].append(1e3 * looped_s / count)
     layers = len(card.parts.layers)
