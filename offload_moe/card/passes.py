@@ -207,7 +207,7 @@ class CardPass:
         end = max(positions) + 1
         if end > self.rooms.angles.num_positions:
             raise TransferError(f"Position {end} is beyond the {self.rooms.angles.num_positions} that were planned.")
-        has_place = self.rooms.has_place(caches)
+        has_place = self.rooms.has_place(caches, positions)
         if not has_place:
             self._session.synchronize()
             self.rooms.attended.have(self.rooms.angles.num_positions)

@@ -98,6 +98,11 @@ class InRoom:
         assert place is not None
         return (*room, place[1] - 1)
 
+    @property
+    def end(self) -> tuple[tuple[Tensor, Tensor] | None, int]:
+        """The room, and the index in it of the next token; None while other code's tensors were not looked up in it."""
+        return (None, 0) if self._place is None else (self._room, self._place[1])
+
     def give_room_up(self) -> None:
         """Use no place beside the present keys and values any more."""
         self._parts, self._place, self._room = self._cut_out(), None, None

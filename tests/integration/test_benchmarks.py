@@ -214,7 +214,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     (
         "device_host_time.py",
         "--shapes Qwen3-30B-A3B --layers 1 --trials 1 --tokens 3",
-        ("host_time.Qwen3-30B-A3B.queued_ms.median", "host_time.Qwen3-30B-A3B.with_loop_head_and_sampling_ms.median"),
+        (
+            "host_time.Qwen3-30B-A3B.queued.queued_ms.median",
+            "host_time.Qwen3-30B-A3B.queued.step_loop_ms.median",
+            "host_time.Qwen3-30B-A3B.stepwise.per_layer.step_loop_us",
+        ),
     ),
     ("synthesize.py", "{config} {folder}/made --layers 1 --dense-codec int8", ("store_bytes",)),
     ("synthesize_checkpoint.py", "{config} {folder}/made --layers 1", ("checkpoint_bytes",)),

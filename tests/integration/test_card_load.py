@@ -76,6 +76,36 @@ def test_text(store: Path, card: CardDevice, monkeypatch: pytest.MonkeyPatch) ->
         assert answers(model)[0] == found[0]
 
 
+DEEPSEEK = {
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dense_codec", ["int8", "bf16"])
+def test_text_of_deepseek(dense_codec: str, card: CardDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents, a dense layer, groups and a shared expert, through the whole product."""
+    store, settings = chat_store(tmp_path, "deepseek_v3", **DEEPSEEK), SETTINGS | {"dense_codec": dense_codec}
+    with load(store, **settings) as model:
+        assert str(model.fast_path).startswith("Decode takes the device pass through all")
+        assert not [notice for notice in model.notices if "device pass" in notice]
+        found = answers(model)
+        assert model.stats.num_chosen_on_card > 10
+    monkeypatch.undo()
+    with load(store, **settings) as model:
+        assert answers(model)[0] == found[0]
+
+
 def answers(model: Model) -> list[str]:
     settings: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 0.8, "seed": 3}]
     texts = ["".join(piece.text for piece in model.chat().send("Hello", max_new_tokens=7, **each)) for each in settings]

@@ -97,6 +97,29 @@ def test_families(family: str, mode: Any, tmp_path: Path, driver: fake.FakeDrive
         check_tables(model)
 
 
+@pytest.mark.parametrize(
+    ("family", "shim_mode"),
+    [
+        ("deepseek_v3", "quick"),
+        *(pytest.param(name, "race", marks=pytest.mark.slow) for name in ("deepseek_v3", "glm4_moe", "qwen2_moe")),
+    ],
+)
+def test_dense_weights_that_are_not_quantized(
+    family: str, shim_mode: str, tmp_path: Path, driver: fake.FakeDriver
+) -> None:
+    """A dense layer, shared experts with and without a gate, projections and the head, in bf16."""
+    store = store_of(family, tmp_path)
+    with open_model(store, dense_codec="bf16") as model:
+        expected = logits(model.hf)
+    with card_model(store, driver, 12, 5, dense_codec=None, shim_mode=shim_mode) as model:
+        head = model.card.parts.head
+        assert head is not None
+        assert head.codec == "bf16"
+        found = logits(model.hf)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
 def test_tokens_beyond_the_planned_context_take_the_modules(
     card_store: Path, expected: Tensor, driver: fake.FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:

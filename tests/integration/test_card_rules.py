@@ -1,6 +1,5 @@
 """The rules that keep a pass of the card free of races: each test fails where its rule is taken away."""
 
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from support.models import open_model
 from torch import Tensor
 
 from offload_moe.card import cubins
+from offload_moe.card.stops import Stops
 from offload_moe.native.constants import LOADING
 from tests.integration.test_card_pass import ALL, TOP_K, logits
 
@@ -68,15 +68,24 @@ def test_6_a_ram_slot_stays_leased_until_the_edit_has_run(model: CardModel) -> N
     assert ram.residency.num_leases(slot) == 0
 
 
-def test_11_a_fence_of_the_system_precedes_every_flag() -> None:
-    text = (cubins.KERNELS / "residency.cuh").read_text()
-    flags = list(re.finditer(r"p\.notice->(stamp|done) = ", text))
-    assert len(flags) == 2
-    for flag in flags:
-        body = text[text.rindex('extern "C"', 0, flag.start()) : flag.start()]
-        assert (
-            body.rstrip().endswith("__threadfence_system();") or "__threadfence_system();\n    __syncthreads();" in body
-        )
+def test_9_a_stopped_pass_goes_on_behind_its_router(
+    model: CardModel, expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A continuation launches the experts of the layer that stopped, and the graphs behind it: not its attention."""
+    original, stops = Stops.make_possible, []
+
+    def recorded(self: Stops, at: int, *args: Any) -> bool:
+        stops.append(at)
+        return original(self, at, *args)
+
+    monkeypatch.setattr(Stops, "make_possible", recorded)
+    model.driver.forget_counts()
+    assert torch.equal(logits(model.hf), expected)
+    assert len(stops) > 3
+    assert len(set(stops)) > 1
+    num_passes, num_layers = len(expected) - 1, len(model.card.parts.layers)
+    continued = sum(2 * (num_layers - at) for at in stops)
+    assert model.driver.count("cuGraphLaunch") == num_passes * (2 * num_layers + 2) + continued
 
 
 MUTATIONS = {

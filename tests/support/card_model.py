@@ -32,6 +32,16 @@ FAMILIES: dict[str, dict[str, object]] = {
         "shared_expert_intermediate_size": 48,
     },
     "deepseek_v3": {"qk_rope_head_dim": 16},  # latents, a dense layer, groups, a shared expert
+    "glm4_moe": {  # grouped queries, else the same
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "head_dim": 16,
+    },
 }
 
 
@@ -74,11 +84,15 @@ def card_model(
     num_vram: int,
     *,
     context: int = 512,
-    dense_codec: str = "int8",
+    dense_codec: str | None = "int8",
     slots_per_chunk: int = 1000,
+    shim_mode: str = "race",
 ) -> Iterator[CardModel]:
-    """A store with so many slots in RAM and on the card."""
-    device = CardDevice.open(driver.path, fake.nvrtc(), cubins=fake.shim.CACHE / "cubins")
+    """A store with so many slots in RAM and on the card.
+
+    dense_codec: None keeps the store's. shim_mode: of `shim.py`.
+    """
+    device = CardDevice.open(driver.path, fake.nvrtc(shim_mode), cubins=fake.shim.CACHE / "cubins")
     store = Store.open(path)
     slot_bytes = store.record(0, 0).num_bytes
     pools = pools_of(store, slot_bytes=slot_bytes, num_ram_slots=num_ram, num_device_slots=num_vram)
