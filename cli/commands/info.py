@@ -68,6 +68,7 @@ def _details(entry: "Installed") -> dict[str, Any]:
         ],
         "types": types_of(store),
         "importances": asdict(store.importances) if store.importances is not None else None,
+        "adapter": store.adapter.name if store.adapter is not None else None,
         "experts_bytes": store.experts_bytes,
         "dense_bytes": store.dense_bytes,
         "files_in_rows": [file.name for file in store.files_in_rows()],
@@ -105,6 +106,7 @@ def _lines(entry: "Installed", details: dict[str, Any]) -> list[tuple[str, str]]
         ("experts", f"{experts}, {format_size(largest)} each"),
         ("rest", dense),
         ("weighed by", _importances(details["importances"])),
+        ("adapter", details["adapter"] or ""),
         ("checksums", f"{details['num_checksums']:,}, fingerprint {details['fingerprint']}"),
         ("next", UPGRADE if details["files_in_rows"] else ""),
     ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
+from offload_moe.checkpoint.adapter import AdaptedTensors, Adapter
 from offload_moe.checkpoint.convert import convert, possible_targets
 from offload_moe.checkpoint.expert_reader import ExpertReader
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
@@ -51,10 +52,17 @@ class Checkpoint:
     tensors outside the language model if only that is built). `notices` are for the user.
     """
 
-    def __init__(self, folder: Path, remote: Remote | None = None, gguf: tuple[Path, ...] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        remote: Remote | None = None,
+        gguf: tuple[Path, ...] = (),
+        adapter: Adapter | None = None,
+    ) -> None:
         """Opens the folder and checks every header against the model.
 
         remote: fetches missing shards when they are read. gguf: files with the tensors, which lie elsewhere.
+        adapter: is merged into weights as they are read.
 
         Raises:
             CheckpointError: not a model folder, or a tensor is missing, unexpected, or of a wrong shape or dtype.
@@ -64,7 +72,8 @@ class Checkpoint:
         self.model: PreTrainedModel = build_skeleton(load_config(folder))
         self.layers: tuple[ExpertsModule, ...] = tuple(find_experts(self.model))
         self.gguf = GgufTensors(gguf, read_config_json(folder)) if gguf else None
-        self.tensors: TensorSource = open_tensors(folder, remote) if self.gguf is None else as_numbers(self.gguf)
+        stored = open_tensors(folder, remote) if self.gguf is None else as_numbers(self.gguf)
+        self.tensors: TensorSource = stored if adapter is None else AdaptedTensors(stored, adapter)
         names = map_names(self.model, self.tensors.entries)
         if unexpected := with_a_meaning(self.tensors, names.unexpected, may_read=remote is None):
             entry = self.tensors.entries[unexpected[0]]
@@ -81,9 +90,9 @@ class Checkpoint:
         self.notices = (*self.tensors.notices, *self._settle_ties(can_compare=remote is None))
         self._check_complete()
         self._readers: list[ExpertReader | PieceReader] = [
-            ExpertReader(layer, groups, self.model, self.tensors)
+            ExpertReader(layer, groups, self.model, self._tensors_of(groups))
             if layer.is_stacked
-            else PieceReader(layer, groups, self.model, self.tensors)
+            else PieceReader(layer, groups, self.model, self._tensors_of(groups))
             for layer, groups in zip(self.layers, by_layer, strict=True)
         ]
 
@@ -145,6 +154,13 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _tensors_of(self, groups: list[SourceGroup]) -> TensorSource:
+        """The source of experts; those that an adapter leaves alone keep the bits of a quantized checkpoint."""
+        if not isinstance(self.tensors, AdaptedTensors):
+            return self.tensors
+        is_changed = self.tensors.changes(name for group in groups for name in group.names)
+        return self.tensors if is_changed else self.tensors.stored
 
     def _is_by_rows(self, name: str) -> bool:
         group = self._dense_groups[name]

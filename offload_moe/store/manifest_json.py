@@ -24,6 +24,7 @@ from offload_moe.store.manifest import (
     Importances,
     Layer,
     Manifest,
+    MergedAdapter,
     Place,
     StoredFile,
 )
@@ -59,6 +60,7 @@ def manifest_to_json(manifest: Manifest) -> str:
         "dense_codec": manifest.dense_codec,
         "scales": manifest.scales,
         **({} if manifest.importances is None else {"importances": asdict(manifest.importances)}),
+        **({} if manifest.adapter is None else {"adapter": asdict(manifest.adapter)}),
         "layers": [
             {
                 "name": layer.name,
@@ -151,6 +153,7 @@ def _manifest(document: dict[str, Any]) -> Manifest:
         dense_codec=_text(document["dense_codec"]),
         scales=_text(document.get("scales", ABSMAX)),
         importances=_importances(document.get("importances")),
+        adapter=_adapter(document.get("adapter")),
         layers=layers,
         files=files,
         experts=tuple(
@@ -166,6 +169,10 @@ def _importances(fields: dict[str, Any] | None) -> Importances | None:
     if fields is None:
         return None
     return Importances(kind=_text(fields["kind"]), name=_text(fields["name"]), sha256=_text(fields["sha256"]))
+
+
+def _adapter(fields: dict[str, Any] | None) -> MergedAdapter | None:
+    return None if fields is None else MergedAdapter(name=_text(fields["name"]), sha256=_text(fields["sha256"]))
 
 
 def _layer(fields: dict[str, Any]) -> Layer:

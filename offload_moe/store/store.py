@@ -88,6 +88,7 @@ class Store:
         self.dense_codec = manifest.dense_codec
         self.scales = manifest.scales
         self.importances = manifest.importances
+        self.adapter = manifest.adapter
         self.layers: tuple[Layer, ...] = manifest.layers
         self.dense: Mapping[str, DenseEntry] = {entry.name: entry for entry in manifest.dense}
         self.manifest = manifest
