@@ -68,6 +68,7 @@ def _details(entry: "Installed") -> dict[str, Any]:
         ],
         "types": types_of(store),
         "importances": asdict(store.importances) if store.importances is not None else None,
+        "adapter": store.adapter.name if store.adapter is not None else None,
         "experts_bytes": store.experts_bytes,
         "dense_bytes": store.dense_bytes,
         "multi_token_prediction_bytes": store.mtp_bytes,
@@ -108,6 +109,7 @@ def _lines(entry: "Installed", details: dict[str, Any]) -> list[tuple[str, str]]
         ("rest", dense),
         ("guesses", f"multi-token prediction, {format_size(guesses)}" if guesses else ""),
         ("weighed by", _importances(details["importances"])),
+        ("adapter", details["adapter"] or ""),
         ("checksums", f"{details['num_checksums']:,}, fingerprint {details['fingerprint']}"),
         ("next", UPGRADE if details["files_in_rows"] else ""),
     ]

@@ -43,6 +43,9 @@ def add_parser(subparsers: Subparsers) -> None:
         help="the model reads this text first, or a built-in one (auto); errors of nf4 and int8 are weighed by the "
         "inputs of each matrix",
     )
+    parser.add_argument(
+        "--adapter", metavar="FOLDER", help="merge a LoRA adapter in PEFT's files, which may lie beside the weights"
+    )
     parser.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
     parser.add_argument(
         "--delete-source-shards",
@@ -77,6 +80,7 @@ def _convert(options: argparse.Namespace) -> Path:
             scales=options.scales,
             imatrix=options.imatrix,
             calibrate=options.calibrate,
+            adapter=options.adapter,
             revision=revision,
             delete_source_shards=options.delete_source_shards,
             follow_links=bool(options.follow_links),

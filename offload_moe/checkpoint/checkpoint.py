@@ -4,6 +4,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from offload_moe.checkpoint.adapter import AdaptedTensors, Adapter
 from offload_moe.checkpoint.formats import as_numbers, open_tensors
 from offload_moe.checkpoint.gguf_tensors import GgufTensors
 from offload_moe.checkpoint.mtp import MtpWeights, find_mtp
@@ -24,10 +25,17 @@ class Checkpoint(ModelWeights):
     only that is built, other layers for multi-token prediction). `notices` are for the user.
     """
 
-    def __init__(self, folder: Path, remote: Remote | None = None, gguf: tuple[Path, ...] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        remote: Remote | None = None,
+        gguf: tuple[Path, ...] = (),
+        adapter: Adapter | None = None,
+    ) -> None:
         """Opens the folder and checks every header against the model.
 
         remote: fetches missing shards when they are read. gguf: files with the tensors, which lie elsewhere.
+        adapter: is merged into weights as they are read.
 
         Raises:
             CheckpointError: not a model folder, or a tensor is missing, unexpected, or of a wrong shape or dtype.
@@ -35,7 +43,8 @@ class Checkpoint(ModelWeights):
         """
         model = build_skeleton(load_config(folder))
         self.gguf = GgufTensors(gguf, read_config_json(folder)) if gguf else None
-        tensors: TensorSource = open_tensors(folder, remote) if self.gguf is None else as_numbers(self.gguf)
+        stored = open_tensors(folder, remote) if self.gguf is None else as_numbers(self.gguf)
+        tensors: TensorSource = stored if adapter is None else AdaptedTensors(stored, adapter)
         super().__init__(folder, model, tensors)
         can_read = remote is None
         names = map_names(model, tensors.entries)

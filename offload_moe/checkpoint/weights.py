@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from offload_moe.checkpoint.adapter import AdaptedTensors
 from offload_moe.checkpoint.convert import convert, possible_targets
 from offload_moe.checkpoint.expert_reader import ExpertReader
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
@@ -71,9 +72,9 @@ class ModelWeights:
         notices = tuple(self._settle_ties(can_compare=can_compare))
         self._check_complete()
         self._readers = [
-            ExpertReader(layer, groups, self.model, self.tensors)
+            ExpertReader(layer, groups, self.model, self._tensors_of(groups))
             if layer.is_stacked
-            else PieceReader(layer, groups, self.model, self.tensors)
+            else PieceReader(layer, groups, self.model, self._tensors_of(groups))
             for layer, groups in zip(self.layers, by_layer, strict=True)
         ]
         return notices
@@ -125,6 +126,13 @@ class ModelWeights:
             yield from self.tensors.chunks(group.names[0], chunk_bytes)
         else:
             yield self.dense_tensor(name).contiguous().reshape(-1).view(torch.uint8)
+
+    def _tensors_of(self, groups: list[SourceGroup]) -> TensorSource:
+        """The source of experts; those that an adapter leaves alone keep the bits of a quantized checkpoint."""
+        if not isinstance(self.tensors, AdaptedTensors):
+            return self.tensors
+        is_changed = self.tensors.changes(name for group in groups for name in group.names)
+        return self.tensors if is_changed else self.tensors.stored
 
     def _is_by_rows(self, name: str) -> bool:
         group = self._dense_groups[name]

@@ -1,15 +1,13 @@
 """`quantize`: from a Hugging Face checkpoint to an expert store, one expert at a time."""
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
 
+from offload_moe.checkpoint.adapter import Adapter
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.download import Download
 from offload_moe.checkpoint.formats import is_mxfp4
@@ -19,20 +17,19 @@ from offload_moe.checkpoint.gguf_view import write_small_files
 from offload_moe.checkpoint.small_files import SmallFiles, read_small_files
 from offload_moe.checkpoint.source import Source, open_download, resolve_source
 from offload_moe.convert.choose_weighing import WeighingOptions
+from offload_moe.convert.description import Chosen, manifest_of, settings_of
 from offload_moe.convert.gguf import plan_same_bits
-from offload_moe.convert.jobs import LOSSLESS, MXFP4, Job, expert_name, plan_conversion
+from offload_moe.convert.jobs import LOSSLESS, MXFP4, Job, plan_conversion
 from offload_moe.convert.source_shards import SourceShards
 from offload_moe.errors import ConfigError
 from offload_moe.native.kernels import use_torch_after_fork
 from offload_moe.quant import LEAST_ERROR, Codec, get_codec
 from offload_moe.store.in_place import GGUF
 from offload_moe.store.journal import check_target
-from offload_moe.store.manifest import MTP, DenseEntry, Importances, Layer, Manifest
-from offload_moe.store.manifest_json import FORMAT_VERSION, manifest_to_json
-from offload_moe.store.plan import PlannedFile
-from offload_moe.store.writer import Payload, StoreWriter, describe_metadata, stored_files
+from offload_moe.store.manifest import MergedAdapter
+from offload_moe.store.manifest_json import manifest_to_json
+from offload_moe.store.writer import Payload, StoreWriter
 from offload_moe.system.names import split_gguf_name
-from offload_moe.system.paths import CONFIG_NAME
 from offload_moe.system.progress import Progress, log_notice, silent
 
 DEFAULT = "nf4"
@@ -49,6 +46,7 @@ def quantize(
     scales: str = LEAST_ERROR,
     imatrix: str | Path | None = None,
     calibrate: str | Path | None = None,
+    adapter: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
     delete_source_shards: bool = False,
@@ -65,6 +63,7 @@ def quantize(
     imatrix: llama.cpp's importance matrix of this model in GGUF form, by which errors are weighed.
     calibrate: a text, or "auto" for a built-in one. The model reads it first, layer by layer; errors are weighed by the
         inputs of each matrix, and in nf4 later columns take up the errors of earlier ones.
+    adapter: the folder of a LoRA adapter in PEFT's files, which is merged into the weights.
     delete_source_shards: download a hub id shard by shard into a folder beside the store, and delete each once
         everything in it is safely in the store. Needs the disk for the store and about two shards.
     follow_links: also follow symbolic links in a folder to files of other users.
@@ -89,10 +88,11 @@ def quantize(
         get_codec(codec)  # before a download
     target = Path(store)
     check_target(target)
+    lora = None if adapter is None else Adapter(Path(adapter).expanduser())
     if split_gguf_name(str(source)) is not None and not Path(source).exists():
         progress(f"Downloading {source}")
         source, revision = download_gguf(str(source), revision=revision, token=token), None
-    gguf = _parts_of(source, codec, dense_codec)
+    gguf = _parts_of(source, codec, dense_codec, has_adapter=lora is not None)
     with ExitStack() as stack:
         download = None
         if delete_source_shards:
@@ -100,12 +100,11 @@ def quantize(
             stack.callback(download.close)
             origin = Source(folder=download.folder, name=str(source), revision=download.commit)
         elif gguf:
-            folder = Path(stack.enter_context(TemporaryDirectory()))
-            write_small_files(gguf, folder)
-            origin = Source(folder=folder, name=str(source), revision=None)
+            origin = _small_files_of(gguf, source, stack)
         else:
-            origin = resolve_source(source, revision=revision, token=token, follow_links=follow_links)
-        checkpoint = stack.enter_context(Checkpoint(origin.folder, download, gguf))
+            beside = None if lora is None else lora.folder
+            origin = resolve_source(source, revision=revision, token=token, follow_links=follow_links, adapter=beside)
+        checkpoint = stack.enter_context(Checkpoint(origin.folder, download, gguf, lora))
         keeps_bits = bool(gguf) and codec is None
         codec = GGUF if keeps_bits else codec or default_codec(origin.folder)
         small_files = read_small_files(origin.folder, checkpoint.model)
@@ -125,32 +124,27 @@ def quantize(
                 weighing=weighing,
                 by_shard=download is not None,
             )
-        chosen = _Chosen(codec, dense_codec, scales, weighing.importances)
-        settings = _settings(origin, checkpoint, chosen, files, is_download=download is not None)
+        chosen = Chosen(
+            codec=codec,
+            dense_codec=dense_codec,
+            scales=scales,
+            importances=weighing.importances,
+            adapter=None if lora is None else MergedAdapter(name=lora.name, sha256=lora.sha256),
+        )
+        settings = settings_of(origin, checkpoint, chosen, files, is_download=download is not None)
         with StoreWriter(target, files, settings) as writer:
             if writer.notice is not None:
                 on_notice(writer.notice)
             if writer.num_done < len(jobs):
                 weighing.prepare(settings)
             _fill(writer, SourceShards(download, checkpoint.tensors, files, jobs), jobs, progress)
-            metadata = small_files.contents
-            manifest = _manifest(origin, checkpoint, chosen, files, writer, metadata)
-            writer.finish(
-                manifest_to_json(manifest), metadata, weighing.remove if download is None else download.remove
-            )
+            manifest = manifest_of(origin, checkpoint, chosen, files, writer, small_files.contents)
+            clean_up = weighing.remove if download is None else download.remove
+            writer.finish(manifest_to_json(manifest), small_files.contents, clean_up)
     return target
 
 
-class _Chosen(NamedTuple):
-    """How the matrices of a store are quantized."""
-
-    codec: str
-    dense_codec: str
-    scales: str
-    importances: Importances | None
-
-
-def _parts_of(source: str | Path, codec: str | None, dense_codec: str) -> tuple[Path, ...]:
+def _parts_of(source: str | Path, codec: str | None, dense_codec: str, *, has_adapter: bool) -> tuple[Path, ...]:
     """The parts of a source that is a GGUF file; none of another source. Raises: ConfigError, CheckpointError."""
     path = Path(source).expanduser()
     if not is_gguf(path):
@@ -160,7 +154,16 @@ def _parts_of(source: str | Path, codec: str | None, dense_codec: str) -> tuple[
             f"A GGUF file keeps the types of all its matrices. Leave --dense-codec {dense_codec} out, or choose a "
             "--codec as well, to quantize everything anew."
         )
+    if codec is None and has_adapter:
+        raise ConfigError("A GGUF file keeps the bits of its matrices. Choose a --codec to merge an adapter.")
     return parts_beside(path.absolute())
+
+
+def _small_files_of(gguf: tuple[Path, ...], source: str | Path, stack: ExitStack) -> Source:
+    """A temporary folder with the config and the tokenizer of GGUF files."""
+    folder = Path(stack.enter_context(TemporaryDirectory()))
+    write_small_files(gguf, folder)
+    return Source(folder=folder, name=str(source), revision=None)
 
 
 def _begin_download(
@@ -232,85 +235,3 @@ def _ahead(makers: Iterable[Callable[[], Payload]]) -> Iterator[Payload]:
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _settings(
-    origin: Source,
-    checkpoint: Checkpoint,
-    chosen: _Chosen,
-    files: Iterable[PlannedFile],
-    *,
-    is_download: bool,
-) -> dict[str, Any]:
-    """Settings that must be equal to resume a conversion; the keys appear in the error message."""
-    plan = hashlib.sha256(b"".join(file.header for file in files)).hexdigest()
-    settings = {
-        "format version": FORMAT_VERSION,
-        "source": origin.name,
-        "revision": origin.revision,
-        "codec": chosen.codec,
-        "dense codec": chosen.dense_codec,
-        "scales": chosen.scales,
-        "layout": plan,
-    }
-    if chosen.importances is not None:
-        settings["importances"] = asdict(chosen.importances)
-    if is_download:  # a commit never changes, while its shards are downloaded and deleted
-        return settings | {"--delete-source-shards": True}
-    small = [
-        path for path in (origin.folder / CONFIG_NAME,) if chosen.codec != GGUF
-    ]  # else it is made of metadata anew
-    stats = [(path.name, path.stat()) for path in (*checkpoint.tensors.paths, *small)]
-    state = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-    return settings | {"state of the source files": state}
-
-
-def _manifest(
-    origin: Source,
-    checkpoint: Checkpoint,
-    chosen: _Chosen,
-    files: Sequence[PlannedFile],
-    writer: StoreWriter,
-    metadata: dict[str, bytes],
-) -> Manifest:
-    blobs = {blob.name: blob for file in files for blob in file.blobs}
-    places = dict(zip(blobs, writer.places(), strict=True))
-    layers = [(layer.name, layer) for layer in checkpoint.layers]
-    if checkpoint.mtp is not None and chosen.codec != GGUF:
-        layers += [(MTP + layer.name, layer) for layer in checkpoint.mtp.layers]
-    names = [expert_name(index, e) for index, (_, layer) in enumerate(layers) for e in range(layer.num_experts)]
-    experts = tuple(places.pop(name) for name in names)
-    first = [blobs[expert_name(index, 0)] for index in range(len(layers))]
-    return Manifest(
-        source=origin.name,
-        revision=origin.revision,
-        codec=chosen.codec,
-        dense_codec=chosen.dense_codec,
-        scales=chosen.scales,
-        importances=chosen.importances,
-        layers=tuple(
-            Layer(
-                name=name,
-                num_experts=layer.num_experts,
-                record_bytes=blob.num_bytes,
-                shape=layer.shape,
-                codec=blob.codec,
-            )
-            for (name, layer), blob in zip(layers, first, strict=True)
-        ),
-        files=stored_files(files),
-        experts=experts,
-        dense=tuple(
-            DenseEntry(
-                name=name,
-                dtype=blobs[name].dtype,
-                shape=blobs[name].shape,
-                place=place,
-                quantized=blobs[name].quantized,
-                codec=blobs[name].codec,
-                is_lookup=blobs[name].is_lookup,
-            )
-            for name, place in places.items()
-        ),
-        metadata=describe_metadata(metadata),
-    )

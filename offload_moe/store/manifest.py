@@ -81,6 +81,14 @@ class Importances:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MergedAdapter:
+    """An adapter that is part of the weights: the name of its folder, and the SHA-256 of its weights and settings."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """All of `store.json`. `experts` are places in flat order, layer after layer; `scales` those of nf4 and int8.
 
@@ -94,6 +102,7 @@ class Manifest:
     dense_codec: str
     scales: str = ABSMAX
     importances: Importances | None = None
+    adapter: MergedAdapter | None = None
     layers: tuple[Layer, ...]
     files: tuple[DataFile, ...]
     experts: tuple[Place, ...]

@@ -25,6 +25,7 @@ from offload_moe.store.manifest import (
     Importances,
     Layer,
     Manifest,
+    MergedAdapter,
     Place,
     StoredFile,
 )
@@ -62,6 +63,7 @@ def manifest_to_json(manifest: Manifest) -> str:
         "dense_codec": manifest.dense_codec,
         "scales": manifest.scales,
         **({} if manifest.importances is None else {"importances": asdict(manifest.importances)}),
+        **({} if manifest.adapter is None else {"adapter": asdict(manifest.adapter)}),
         "layers": [
             {
                 "name": layer.name,
@@ -164,6 +166,7 @@ def _manifest(document: dict[str, Any]) -> Manifest:
         dense_codec=_text(document["dense_codec"]),
         scales=_text(document.get("scales", ABSMAX)),
         importances=_importances(document.get("importances")),
+        adapter=_adapter(document.get("adapter")),
         layers=layers,
         files=files,
         experts=tuple(
@@ -179,6 +182,10 @@ def _importances(fields: dict[str, Any] | None) -> Importances | None:
     if fields is None:
         return None
     return Importances(kind=_text(fields["kind"]), name=_text(fields["name"]), sha256=_text(fields["sha256"]))
+
+
+def _adapter(fields: dict[str, Any] | None) -> MergedAdapter | None:
+    return None if fields is None else MergedAdapter(name=_text(fields["name"]), sha256=_text(fields["sha256"]))
 
 
 def _layer(fields: dict[str, Any]) -> Layer:

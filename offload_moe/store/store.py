@@ -89,7 +89,7 @@ class Store:
         self.codec = manifest.codec
         self.dense_codec = manifest.dense_codec
         self.scales = manifest.scales
-        self.importances = manifest.importances
+        self.importances, self.adapter = manifest.importances, manifest.adapter
         self.layers: tuple[Layer, ...] = manifest.layers[: manifest.num_layers]
         self._all_dense = {entry.name: entry for entry in manifest.dense}
         self.dense: Mapping[str, DenseEntry] = {

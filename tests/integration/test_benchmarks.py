@@ -48,7 +48,12 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     (
         "codec_quality.py",
         "{checkpoint} --tokens 64 --length 32",
-        ("tokens", "rows.*.perplexity", "rows.*.dense_bytes"),
+        ("tokens", "rows.*.perplexity", "rows.*.top1_agreement", "rows.*.dense_bytes"),
+    ),
+    (
+        "quality.py",
+        "{checkpoint} --linears --tokens 128 --length 32 --formats nf4,nf4-calibrated,Q8_0",
+        ("rows.*.perplexity_ratio", "rows.*.top1_agreement", "rows.*.bits_per_weight"),
     ),
     (
         "decode_cpu.py",

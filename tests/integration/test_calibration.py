@@ -12,7 +12,9 @@ from torch import Tensor
 from offload_moe import load
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.convert import calibration_text
+from offload_moe.convert.calibration import Calibration
 from offload_moe.convert.calibration_text import BUILT_IN, read_calibration_text
+from offload_moe.convert.inputs_folder import InputsFolder
 from offload_moe.convert.layerwise import ids_name, record_inputs
 from offload_moe.convert.quantize import quantize
 from offload_moe.errors import ConfigError, OffloadMoeError, StoreError
@@ -21,6 +23,7 @@ from offload_moe.store import Store, is_store
 from tests.integration.test_layerwise import Log
 from tests.support.chat import byte_tokenizer, chat_model
 from tests.support.checkpoints import write_checkpoint
+from tests.support.gguf_models import write_model
 
 LINEAR = "model.layers.1.self_attn.o_proj"
 HELD_OUT = Path(__file__).parents[2] / "benchmarks" / "heldout.txt"
@@ -121,6 +124,45 @@ def test_int8_is_weighed_too(model: Path, text: Path, tmp_path: Path) -> None:
     )
     assert not torch.equal(plain.read_expert(1, 0), calibrated.read_expert(1, 0))
     assert plain.layers == calibrated.layers
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_calibrated_where_it_is_quantized_anew(text: Path, tmp_path: Path) -> None:
+    made = write_model(tmp_path / "model", "mixtral", "Q8_0")
+    with pytest.raises(ConfigError, match="experts are kept in gguf"):
+        quantize(made.path, tmp_path / "store", calibrate=text)
+    store = Store.open(quantize(made.path, tmp_path / "store", codec="nf4", calibrate=text))
+    assert store.importances is not None
+    plain = Store.open(quantize(made.path, tmp_path / "plain", codec="nf4"))
+    assert not torch.equal(store.read_expert(1, 2), plain.read_expert(1, 2))
+
+
+class Kept(InputsFolder):
+    """Inputs of which expert 0 has all, and the others none."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+
+    def has(self, name: str) -> bool:
+        return True
+
+    def read(self, name: str) -> Tensor:
+        return torch.zeros(len(self._rows), 2, dtype=torch.int32) if name.endswith(".ids") else self._rows
+
+
+def test_an_expert_without_tokens_has_the_moments_of_its_layer(model: Path, text: Path) -> None:
+    rows = torch.randn(400, 128, generator=torch.Generator().manual_seed(0)).bfloat16() * torch.arange(1, 129)
+    with Checkpoint(model) as checkpoint:
+        calibration = Calibration(
+            checkpoint, read_calibration_text(text, model), (), Kept(rows.bfloat16()), feeds_back=["experts"]
+        )
+        own, none = (calibration.of_expert(1, expert, checkpoint.expert(1, expert)) for expert in (0, 5))
+    expected = rows.bfloat16().float().T @ rows.bfloat16().float() / len(rows)
+    for moments in (own, none):
+        torch.testing.assert_close(moments["gate_up_proj"], expected, rtol=1e-3, atol=1.0)
+        assert moments["down_proj"].shape == (128, 128)
+        assert (moments["down_proj"].diagonal() > 0).all()
+    assert not torch.equal(own["down_proj"], none["down_proj"])  # what each makes of them
 
 
 class Stopped(BaseException):

@@ -207,6 +207,7 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: 
         "scales": "error",
         "imatrix": None,
         "calibrate": None,
+        "adapter": None,
         "revision": "v1",
         "delete_source_shards": False,
     }
