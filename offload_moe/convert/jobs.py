@@ -26,7 +26,7 @@ from offload_moe.store.writer import Payload
 MXFP4 = "mxfp4"
 LOSSLESS = "bf16"  # as a dense codec: every dense weight stays in the checkpoint's dtype
 WHOLE_BYTES = 1 << 26  # a larger dense matrix is read and encoded by runs of rows
-RUN_BYTES = 1 << 24  # read at a time of a dense tensor
+RUN_BYTES = 1 << 23  # read at a time of a dense tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
