@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from offload_moe.chat.prefix import PrefixCache
 from offload_moe.chat.prompt_chunks import prompt_chunk_tokens
 from offload_moe.chat.sampling import Sampling
+from offload_moe.chat.sharing import Share
 from offload_moe.chat.stats import Finish
 from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.chat.stream import TokenStream
@@ -100,6 +101,11 @@ class Generation:
         return self._request.speculator.tally if self._request.speculator is not None else None
 
     @property
+    def share(self) -> Share:
+        """See `TokenStream.share`."""
+        return self._stream.share if self._stream is not None else Share()
+
+    @property
     def is_stopped(self) -> bool:
         return self._stop_event is not None and self._stop_event.is_set()
 
@@ -135,7 +141,8 @@ class Generation:
                 tokens = self._stream.tokens
                 # The last token has been chosen but not computed.
                 in_cache = [*self._ids, *tokens][:-1] if tokens else self._ids[: self._num_in_cache]
-                self._prefix.commit(self._cache, in_cache, is_whole=not self._stream.interrupted_forward)
+                if not self._stream.has_lost_cache:
+                    self._prefix.commit(self._cache, in_cache, is_whole=not self._stream.interrupted_forward)
 
     def _limit_to(self, room: ContextRoom) -> None:
         """Refuse a prompt that does not fit in memory, and limit the answer to what fits behind it."""

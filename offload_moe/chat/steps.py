@@ -30,6 +30,7 @@ from offload_moe.chat.ahead import Compute, GuessedRows
 from offload_moe.chat.prefix import continues_exactly
 from offload_moe.chat.prompt_chunks import prompt_chunk_tokens
 from offload_moe.chat.recompute import recompute_of
+from offload_moe.chat.sharing import Member
 from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.errors import ConfigError
 from offload_moe.native.kernels import MAX_ROWS
@@ -68,6 +69,7 @@ def steps(
     watched: Watched = lambda num_tokens: nullcontext(),
     steering: Steering = NO_STEERING,
     speculator: Speculator | None = None,
+    member: Member | None = None,
 ) -> Generator[int | None, None, None]:
     """Each `next` computes one step: a part of the prompt (None), or the next token. Call it in inference mode.
 
@@ -77,6 +79,7 @@ def steps(
     seed: None draws from torch's own random numbers.
     speculator: guesses tokens, which changes none of them; used where the model's own methods pass a token and its
     position alone. Once it has ended, the cache holds the sequence without its last token.
+    member: a new one lets passes have rows of other answers too, which changes no token either.
 
     Raises: ConfigError when the cache leaves no token to compute, or stop strings come without a tokenizer.
     """
@@ -89,8 +92,14 @@ def steps(
             yield None
     is_short = _is_short(hf, request)
     compute = _decode_short(hf, request) if is_short else partial(_decode, hf, request, watched)
-    ids = request.input_ids[0].tolist()
-    rows = GuessedRows(hf, request.inputs.get("past_key_values"), ids, speculator if is_short else None, compute)
+    rows = GuessedRows(
+        hf,
+        request.inputs.get("past_key_values"),
+        request.input_ids[0].tolist(),
+        compute,
+        speculator=speculator if is_short else None,
+        member=member if is_short and _counts_positions(request) else None,
+    )
     takes_runs = bool(request.inputs["use_cache"]) and continues_exactly(hf)
     try:
         while True:
@@ -98,8 +107,11 @@ def steps(
             steering.observe(logits)
             token = _choose(request, logits, random)
             rows.follow(token)
+            is_over = _is_over(request)
+            if not is_over:
+                rows.offer(request.num_left - 1)
             yield token
-            if _is_over(request):
+            if is_over:
                 return
             forced = steering.forced() if takes_runs else ()
             if len(forced) >= MAX_ROWS:
@@ -234,9 +246,7 @@ def _is_short(hf: Any, request: _Request) -> bool:
 
 def _decode_short(hf: Any, request: _Request) -> Compute:
     """The logits of `_decode`, without a call of those methods, and behind each guess, too."""
-    inputs, offset = dict(request.inputs), None
-    if inputs.get("position_ids") is not None:  # of the first token that is not computed
-        offset = inputs["position_ids"][..., -1:] - request.input_ids.shape[1]
+    inputs, offset = dict(request.inputs), _offset(request)
 
     def compute(num_new: int, guesses: Sequence[int]) -> Tensor:
         ids = request.input_ids[:, -num_new:]
@@ -249,6 +259,18 @@ def _decode_short(hf: Any, request: _Request) -> Compute:
         return _last_logits(request, hf(**inputs, return_dict=True), 1 + len(guesses))
 
     return compute
+
+
+def _offset(request: _Request) -> Tensor | None:
+    """From the number of a token in the sequence to its position. None where positions are not given."""
+    positions: Tensor | None = request.inputs.get("position_ids")  # up to the first token that is not computed
+    return None if positions is None else positions[..., -1:] - request.input_ids.shape[1]
+
+
+def _counts_positions(request: _Request) -> bool:
+    """Whether the position of each token is its number."""
+    offset = _offset(request)
+    return offset is None or not offset.any()
 
 
 def _choose(request: _Request, logits: Tensor, random: torch.Generator | None) -> int:

@@ -41,7 +41,7 @@ class Speculation:
         self._costs = PassCosts()
         head = hf.get_output_embeddings()
         self._new_hooks = _NewHooks([hf, hf.get_decoder(), *([head] if isinstance(head, nn.Module) else [])])
-        self._counters = Counters() if counters is None else counters
+        self.counters = Counters() if counters is None else counters
         self._sources: dict[Choice, Callable[[], Source]] = {"auto": NgramSource, "ngram": NgramSource, **sources}
 
     def conversation(self, choice: Choice | None = None) -> Speculator | None:
@@ -54,7 +54,12 @@ class Speculation:
             return None
         if chosen not in self._sources:
             raise ConfigError(f"The model was loaded without a {chosen} model. Load it with speculate={chosen!r}.")
-        return Speculator(self._sources[chosen](), self._costs, self._counters, may_guess=lambda: not self._new_hooks)
+        return Speculator(self._sources[chosen](), self._costs, self.counters, may_guess=lambda: not self._new_hooks)
+
+    @property
+    def may_share(self) -> bool:
+        """Whether a pass may have tokens of several conversations now."""
+        return not self.why_off and not self.is_paused and not self._new_hooks
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -81,6 +81,13 @@ class Speculator:
         self._compare(guess)
         return guess.tokens
 
+    def rate(self, most: int) -> float:
+        """Expected tokens of the next pass per time of one without guesses, with `most` guesses or fewer."""
+        if not self._may_guess():
+            return 1.0
+        guess = self._free_guess
+        return self._governor.rate(guess.kind, min(most, len(guess.tokens)) if self._source.is_free else most)
+
     def note_plain(self, cost: PassCost) -> None:
         """A pass without guesses."""
         if cost.num_rows == 1:  # several are tokens that a grammar forced
@@ -96,10 +103,6 @@ class Speculator:
         self._counters.num_guesses += num_guesses
         self._counters.num_right_guesses += num_right
         self._counters.saved_by_guesses_s += saved_s
-
-    def count_misses(self) -> int:
-        """Experts that were missing so far."""
-        return self._counters.num_misses + self._counters.num_delayed_hits
 
     def _compare(self, guess: Guess) -> None:
         if guess.tokens:
