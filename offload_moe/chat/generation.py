@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -117,13 +116,6 @@ class Generation:
             return 0, total
         done = self._num_in_cache - self.num_reused + int(self._prompt_stream.num_prompt_tokens)
         return min(done, total), total
-
-    def new_tokens(self) -> Generator[int, None, None]:
-        """See `steps`, without the parts of the prompt."""
-        with closing(self.steps()) as steps:
-            for token in steps:
-                if token is not None:
-                    yield token
 
     def steps(self) -> Generator[int | None, None, None]:
         """None for each part of the prompt, then the tokens. Closing it stops; the prefix is right in every case."""
