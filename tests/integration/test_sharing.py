@@ -1,5 +1,6 @@
 """Answers that share passes: tokens, logits and caches of each are those it has alone, in whatever order they come."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,7 +33,23 @@ STORES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"sliding_window": 16},  # windows and whole layers
     "qwen3_moe": {},
     "deepseek_v3": {"qk_rope_head_dim": 16},  # latents
+    "granitemoe": {"logits_scaling": 8.0, "embedding_multiplier": 3.0},
 }
+OTHERS = (
+    "mixtral",
+    "qwen2_moe",
+    "olmoe",
+    "aria_text",
+    "dots1",
+    "ernie4_5_moe",
+    "exaone_moe",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "granitemoeshared",
+    "hy_v3",
+    "minimax_m2",
+    "solar_open",
+)
 SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 0}
 LENGTHS = (9, 3, 17, 6, 11)  # of prompts
 NUM_NEW = (24, 30, 9, 17, 1)
@@ -350,16 +367,22 @@ def test_an_answer_that_ends_within_a_pass_of_its_thread_gives_its_cache_up(
     answers[2].check(sampled_alone[2])
 
 
-def test_a_pass_that_does_not_end_is_not_waited_for(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharing, "LIMIT_S", 0.01)
+@pytest.mark.parametrize("is_forked", [False, True])
+def test_a_pass_that_does_not_end_is_not_waited_for(
+    model: Model, is_forked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes too long, or its thread does not exist in this process."""
+    monkeypatch.setattr(sharing, "LIMIT_S", 60 if is_forked else 0.01)
     answers = [Answer(model, 0, **SAMPLED), Answer(model, 1, **SAMPLED)]
     for answer in answers:
         next(answer.stream)
 
     def close_elsewhere(caches: Sequence[Any]) -> None:
-        thread = threading.Thread(target=answers[1].stream.close)
-        thread.start()
-        thread.join(60)
+        thread, pid = threading.Thread(target=answers[1].stream.close), os.getpid()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: pid + is_forked)
+            thread.start()
+            thread.join(20)
         assert not thread.is_alive()
 
     counted_passes(monkeypatch, close_elsewhere)
@@ -428,3 +451,18 @@ def test_ended_answers_free_their_caches(model: Model) -> None:
     del answers
     assert [cache() for cache in caches] == [None, None]
     assert all(stream.tokens for stream in streams)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # upstream's, of models outside their usual sizes
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families(family: str, tmp_path: Path, passes: list[int]) -> None:
+    write_checkpoint(tmp_path / "checkpoint", family, head_dim=16, hidden_size=64)
+    with open_model(quantize(tmp_path / "checkpoint", tmp_path / "store", codec="nf4")) as model:
+        alone = [Alone(model, number, max_new_tokens=6) for number in range(3)]
+        passes.clear()
+        answers = [Answer(model, number, max_new_tokens=6) for number in range(3)]
+        in_turn([answer.stream for answer in answers])
+        for answer, each in zip(answers, alone, strict=True):
+            answer.check(each)
+        assert passes == [3] * 5
