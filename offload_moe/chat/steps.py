@@ -32,6 +32,7 @@ from offload_moe.chat.prefix import continues_exactly
 from offload_moe.chat.prompt_chunks import prompt_chunk_tokens
 from offload_moe.chat.recompute import recompute_of
 from offload_moe.chat.sequence import TokenIds
+from offload_moe.chat.sharing import Member
 from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.chat.stopping import Stops
 from offload_moe.decode.next_token import Draw, TokenPass, Wanted, head_alone_of, token_pass_of
@@ -73,6 +74,7 @@ def steps(
     watched: Watched = lambda num_tokens: nullcontext(),
     steering: Steering = NO_STEERING,
     speculator: Speculator | None = None,
+    member: Member | None = None,
 ) -> Generator[int | None, None, None]:
     """Each `next` computes one step: a part of the prompt (None), or the next token. Call it in inference mode.
 
@@ -82,6 +84,7 @@ def steps(
     seed: None draws from torch's own random numbers.
     speculator: guesses tokens, which changes none of them; used where the model's own methods pass a token and its
     position alone. Once it has ended, the cache holds the sequence without its last token.
+    member: a new one lets passes have rows of other answers too, which changes no token either.
 
     Raises: ConfigError when the cache leaves no token to compute, or stop strings come without a tokenizer.
     """
@@ -111,7 +114,13 @@ def steps(
         if is_short
         else partial(_decode, hf, request, watched)
     )
-    rows = GuessedRows(hf, request.inputs.get("past_key_values"), speculator if is_short else None, compute)
+    rows = GuessedRows(
+        hf,
+        request.inputs.get("past_key_values"),
+        compute,
+        speculator=speculator if is_short else None,
+        member=member if is_short and _counts_positions(request) else None,
+    )
     takes_runs = bool(request.inputs["use_cache"]) and continues_exactly(hf)
     try:
         while True:
@@ -119,8 +128,11 @@ def steps(
             token = choice.choose(sequence.tensor, len(sequence), found)
             sequence.append(token)
             rows.follow(token)
+            is_over = request.stops.are_met(sequence)
+            if not is_over:
+                rows.offer(request.num_left - 1)
             yield token
-            if request.stops.are_met(sequence):
+            if is_over:
                 return
             forced = steering.forced() if takes_runs else ()
             if len(forced) >= MAX_ROWS:
@@ -268,9 +280,7 @@ def _decode_short(
     hf: Any, request: _Request, token_pass: TokenPass | None, draw: Draw | None, passing: Passing
 ) -> Compute:
     """The logits of `_decode`, without a call of those methods, and behind each guess, too; or the tokens by a draw."""
-    inputs, sequence, offset, alone = dict(request.inputs), request.sequence, None, head_alone_of(hf)
-    if inputs.get("position_ids") is not None:  # of the first token that is not computed
-        offset = inputs["position_ids"][..., -1:] - len(sequence)
+    inputs, sequence, offset, alone = dict(request.inputs), request.sequence, _offset(request), head_alone_of(hf)
 
     def compute(num_new: int, guesses: Sequence[int]) -> list[Found]:
         inputs["input_ids"] = sequence.last(num_new, guesses)
@@ -297,6 +307,18 @@ def _behind_decoder(hf: Any, inputs: dict[str, Any], num_rows: int) -> Tensor:
     hidden = hf.get_decoder()(**inputs).last_hidden_state
     logits: Tensor = hf.get_output_embeddings()(hidden[:, -num_rows:])
     return logits
+
+
+def _offset(request: _Request) -> Tensor | None:
+    """From the number of a token in the sequence to its position. None where positions are not given."""
+    positions: Tensor | None = request.inputs.get("position_ids")  # up to the first token that is not computed
+    return None if positions is None else positions[..., -1:] - len(request.sequence)
+
+
+def _counts_positions(request: _Request) -> bool:
+    """Whether the position of each token is its number."""
+    offset = _offset(request)
+    return offset is None or not offset.any()
 
 
 def _pass(hf: Any, request: _Request, inputs: dict[str, Any], wanted: Wanted, num_rows: int) -> list[Found]:

@@ -42,7 +42,7 @@ class Speculation:
         self._costs = PassCosts()
         head = hf.get_output_embeddings()
         self._new_hooks = _NewHooks([hf, hf.get_decoder(), *([head] if isinstance(head, nn.Module) else [])])
-        self._counters = Counters() if counters is None else counters
+        self.counters = Counters() if counters is None else counters
         self._sources: dict[Choice, Makers] = {"auto": (NgramSource,), "ngram": (NgramSource,), **sources}
 
     def conversation(self, choice: Choice | None = None) -> Speculator | None:
@@ -57,7 +57,12 @@ class Speculation:
             what = "a draft model" if chosen == "draft" else "its layer for multi-token prediction"
             raise ConfigError(f"The model was loaded without {what}. Load it with speculate={chosen!r}.")
         source, *beside = (make() for make in self._sources[chosen])
-        return Speculator(source, self._costs, self._counters, beside=beside, may_guess=lambda: not self._new_hooks)
+        return Speculator(source, self._costs, self.counters, beside=beside, may_guess=lambda: not self._new_hooks)
+
+    @property
+    def may_share(self) -> bool:
+        """Whether a pass may have tokens of several conversations now."""
+        return not self.why_off and not self.is_paused and not self._new_hooks
 
     @contextmanager
     def paused(self) -> Iterator[None]:

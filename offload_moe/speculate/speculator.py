@@ -101,7 +101,7 @@ class Speculator:
         self._making_s = 0.0
         if not self._may_guess():
             return ()
-        chosen = [(way, number) for way in self._ways if (number := self._choose(way, most))]
+        chosen = self._chosen(most)
         if not chosen:
             return ()
         way, number = chosen[0] if len(chosen) == 1 else max(chosen, key=_rate)
@@ -114,6 +114,12 @@ class Speculator:
         way.governor.note_making(len(guess.tokens), self._making_s)
         self._compare(way, guess)
         return guess.tokens
+
+    def rate(self, most: int) -> float:
+        """Expected tokens of the next pass per time of one without guesses, with `most` guesses or fewer."""
+        if not self._may_guess():
+            return 1.0
+        return max(map(_rate, self._chosen(most)), default=1.0)
 
     def note_plain(self, cost: PassCost) -> None:
         """A pass without guesses."""
@@ -132,9 +138,9 @@ class Speculator:
         self._counters.num_right_guesses += num_right
         self._counters.saved_by_guesses_s += saved_s
 
-    def count_misses(self) -> int:
-        """Experts that were missing so far."""
-        return self._counters.num_misses + self._counters.num_delayed_hits
+    def _chosen(self, most: int) -> list[tuple[_Way, int]]:
+        """The sources whose guesses pay, and how many of them do."""
+        return [(way, number) for way in self._ways if (number := self._choose(way, most))]
 
     @staticmethod
     def _choose(way: _Way, most: int) -> int:

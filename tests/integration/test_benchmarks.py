@@ -41,6 +41,18 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ),
     ("card_table.py", "--replay {trace} --tokens 8", ("curves.*.queued.0.1", "curves.*.stepwise.0.1")),
     (
+        "batching.py",
+        "{store} --threads 1 --trials 1 --conversations 4 --tokens 16 --prompt-tokens 8 --clients 3",
+        (
+            "four_conversations_ratio.median",
+            "four_conversations_share_of_bound.min",
+            "four_conversations_disk_ratio.max",
+            "resident.rows_per_pass",
+            "resident.byte_bound",
+            "clients.p95_ms.*.median",
+        ),
+    ),
+    (
         "codec_error.py",
         "{checkpoint} --experts-per-layer 1",
         ("errors.nf4 down_proj.median", "errors.int8 down_proj.max"),
