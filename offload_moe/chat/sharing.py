@@ -97,11 +97,15 @@ class Member:
 
 
 class Sharing:
-    """Of one model. Only `withdraw` may be called without having the turn."""
+    """Of one model. Only `pays` and `withdraw` may be called without having the turn."""
 
     def __init__(self) -> None:
         self.governor = RowGovernor()
         self._ready: dict[Member, Row] = {}  # the longest ready one first
+
+    def pays(self, hf: PreTrainedModel) -> bool:
+        """Whether answers at once give more tokens per second than one after another."""
+        return speculation_of(hf).may_share and self.governor.pays
 
     def offer(self, member: Member, row: Row) -> None:
         """Its last token may be computed by a pass of another answer."""
