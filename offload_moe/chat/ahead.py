@@ -1,6 +1,6 @@
-"""Logits that a pass computed behind guessed tokens, or together with other answers, for the step loop.
+"""What a pass gave behind guessed tokens, or together with other answers, for the step loop.
 
-T rows, V vocabulary.
+V vocabulary.
 """
 
 import time
@@ -10,15 +10,16 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from offload_moe.chat.choice import Found
 from offload_moe.chat.sharing import Member, Row, sharing_of
 from offload_moe.decode import roll_back, takes_rows
 from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.speculate.speculation import speculation_of
 from offload_moe.speculate.speculator import PassCost, Speculator
 
-# Passes the last tokens of the sequence, so many, and guessed ones behind them: the logits ``[T, V]`` behind the last
-# token and behind each guess.
-Compute = Callable[[int, Sequence[int]], Tensor]
+# Passes the last tokens of the sequence, so many, and guessed ones behind them: what it gives behind the last token and
+# behind each guess.
+Compute = Callable[[int, Sequence[int]], Sequence[Found]]
 
 
 class GuessedRows:
@@ -32,13 +33,15 @@ class GuessedRows:
         self,
         hf: PreTrainedModel,
         cache: Any,
-        ids: Sequence[int],
         compute: Compute,
         *,
         speculator: Speculator | None = None,
         member: Member | None = None,
     ) -> None:
-        """ids: of the sequence, which the cache holds. member: its place among answers that share passes."""
+        """cache: holds the sequence, with which the speculator has begun.
+
+        member: its place among answers that share passes.
+        """
         self._hf, self._cache, self._speculator, self._compute = hf, cache, speculator, compute
         self._member, self._sharing = member, sharing_of(hf)
         self._counters = speculation_of(hf).counters
@@ -46,10 +49,8 @@ class GuessedRows:
         self._num_new = 0  # tokens at the end of the sequence that the cache does not hold
         self._guesses: Sequence[int] = ()  # of the last pass
         self._num_right = 0  # of them, so far
-        self._logits: Sequence[Tensor] = ()  # ``[1, V]`` behind each of them
+        self._found: Sequence[Found] = ()  # behind each of them
         self._cost = PassCost()
-        if speculator is not None:
-            speculator.begin(ids)
 
     def follow(self, token: int) -> None:
         """The sequence has one more token."""
@@ -68,15 +69,15 @@ class GuessedRows:
         if self._member is not None and self._num_new == 1:
             self._sharing.offer(self._member, self._row(most))
 
-    def next(self, most: int) -> Tensor:
-        """The logits ``[1, V]`` behind the sequence, which has more tokens than before.
+    def next(self, most: int) -> Found:
+        """What is behind the sequence, which has more tokens than before.
 
-        most: tokens that may come after the one that is chosen from them.
+        most: tokens that may come after the next one.
         """
         logits = self._withdraw()
         if logits is not None:
             return logits
-        return self._pass(most) if self._num_new else self._logits[self._num_right - 1]
+        return self._pass(most) if self._num_new else self._found[self._num_right - 1]
 
     def take_back(self) -> None:
         """The cache holds the sequence without its last token from now on, or less where more were not computed."""
@@ -100,7 +101,7 @@ class GuessedRows:
             self._num_new = 0
         return logits
 
-    def _pass(self, most: int) -> Tensor:
+    def _pass(self, most: int) -> Found:
         if self._member is not None and self._num_new == 1:
             logits = self._sharing.compute(self._hf, self._member, self._row(most))
             if logits is not None:
@@ -111,7 +112,7 @@ class GuessedRows:
         rows = self._compute(self._num_new, guesses)
         seconds, num_misses = time.perf_counter() - began, self._counters.num_absent - num_misses
         self._note(PassCost(self._num_new + len(guesses), seconds, num_misses), is_plain=not guesses)
-        first, *self._logits = rows.split(1)
+        first, *self._found = rows
         self._guesses, self._num_right, self._num_new = guesses, 0, 0
         return first
 
@@ -143,4 +144,4 @@ class GuessedRows:
         if num_tokens:
             roll_back(self._cache, num_tokens)
         self._speculator.note_pass(self._cost, len(self._guesses), self._num_right)
-        self._guesses, self._num_right, self._logits = (), 0, ()
+        self._guesses, self._num_right, self._found = (), 0, ()

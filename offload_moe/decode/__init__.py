@@ -17,6 +17,7 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from offload_moe.decode.cache import give_room
 from offload_moe.decode.forward import DecoderForward, NextTokens
+from offload_moe.decode.head import head_alone
 from offload_moe.decode.latent import absorb_latents
 from offload_moe.decode.mlp import fuse_mlps
 from offload_moe.decode.norm import fuse_norms
@@ -101,6 +102,7 @@ def make_fast(
     if planned.plan is not None:
         decoder = hf.get_decoder()
         decoder.forward = DecoderForward(decoder, planned.plan)
+        decoder.forward.head_alone = head_alone(hf, planned.plan.wiring)
     return FastPath(why_none=why_none, layers=layer_paths(hf, planned.paths))
 
 

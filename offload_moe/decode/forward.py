@@ -15,6 +15,7 @@ from transformers import Cache
 
 from offload_moe.decode.hooks import Bypass, is_capturing
 from offload_moe.decode.layer import RowsStep
+from offload_moe.decode.next_token import TokenPass
 from offload_moe.decode.plan import PassPlan
 from offload_moe.decode.wiring import Wiring
 from offload_moe.errors import UnsupportedModelError
@@ -54,6 +55,7 @@ class Seam:
     """In place of the forward of one decoder, whose hooks stay where they are."""
 
     plan: Plan
+    token_pass: TokenPass | None = None  # where the pass has the output head
 
     def __init__(self, decoder: Any) -> None:
         self._modules_forward = decoder.forward
@@ -136,6 +138,7 @@ class DecoderForward(Seam):
     """Native spans and layers on the CPU."""
 
     plan: PassPlan
+    head_alone: Bypass | None = None  # see `next_token.head_alone_of`
 
     def __init__(self, decoder: Any, plan: PassPlan) -> None:
         super().__init__(decoder)

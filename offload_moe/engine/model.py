@@ -54,7 +54,9 @@ class Model:
         self.hf = engine.hf
         self.tokenizer, self.no_tokenizer = tokenizer
         self.layers = engine.layers
-        self._dense_bytes = sum(t.nbytes for t in (*self.hf.parameters(), *self.hf.buffers()))
+        modules = [self.hf] if engine.mtp is None else [self.hf, engine.mtp]
+        tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+        self._dense_bytes = sum(t.nbytes for t in tensors.values())
 
     @property
     def stats(self) -> Counters:

@@ -33,6 +33,9 @@ class Counters:
     num_guesses: int = 0  # tokens that were computed before they were chosen
     num_right_guesses: int = 0
     saved_by_guesses_s: float = 0.0  # more that plain passes would have taken; negative where guesses cost more
+    num_chosen_on_card: int = 0  # tokens
+    num_chosen_from_logits: int = 0  # by transformers, although the card has the output head
+    choice_s: float = 0.0  # that those took, behind the pass
 
     @property
     def num_accesses(self) -> int:

@@ -41,10 +41,9 @@ class Governor:
         best = max(range(most), key=rates.__getitem__)
         return best + 1 if rates[best] >= LEAST_GAIN else 0
 
-    def rate(self, kind: int, most: int) -> float:
-        """Expected tokens of the next pass per time of a plain one."""
-        number = self.choose(kind, most)
-        return self._rates(kind, most)[number - 1] if number else 1.0
+    def rate(self, kind: int, num_guesses: int) -> float:
+        """Expected tokens per time of a plain pass."""
+        return self._rates(kind, num_guesses)[-1]
 
     def score(self, kind: int, num_right: int, num_guesses: int) -> None:
         """Of so many guesses of one kind the first `num_right` were right, and the next was not."""

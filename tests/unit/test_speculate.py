@@ -188,6 +188,33 @@ def test_a_source_that_is_always_right_is_used(is_free: bool) -> None:
     assert speculator.tally.gain(spent * PLAIN_S) == pytest.approx(400 / spent, rel=0.1)
 
 
+@pytest.mark.parametrize("cost", [0.1, 0.6])
+def test_two_sources_that_are_always_wrong_cost_little_more(cost: float) -> None:
+    sources = [Scripted(lambda at: False, is_free=is_free) for is_free in (True, False)]
+    speculator = Speculator(sources[0], PassCosts(), Counters(), beside=sources[1:])
+    spent, _ = decode(speculator, 400, per_row(cost))
+    assert spent < 400 * 1.035
+    assert speculator.tally.num_guessed > 0
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_of_two_sources_the_one_that_is_right_is_used(number: int) -> None:
+    sources = [Scripted(lambda at, is_right=at == number: is_right, is_free=at == 0) for at in range(2)]
+    speculator = Speculator(sources[0], PassCosts(), Counters(), beside=sources[1:])
+    spent, _ = decode(speculator, 400, per_row(0.1))
+    assert 400 / spent > 3
+
+
+def test_of_two_sources_the_better_one_is_used_at_each_token() -> None:
+    sources = [
+        Scripted(lambda at: at < 300 and at % 2 == 0, is_free=True),
+        Scripted(lambda at: at < 300 or at % 8 != 0, is_free=False),
+    ]
+    speculator = Speculator(sources[0], costs_with(1.3, 4), Counters(), beside=sources[1:])
+    decode(speculator, 600, per_row(0.1))
+    assert speculator.tally.num_right > 300
+
+
 @pytest.mark.parametrize("is_free", [True, False])
 def test_it_adapts_within_32_tokens(is_free: bool) -> None:
     source = Scripted(lambda at: at >= 200, is_free=is_free)
