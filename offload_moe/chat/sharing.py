@@ -148,12 +148,12 @@ class Sharing:
 
     def _partners(self, hf: PreTrainedModel, row: Row) -> list[Member]:
         """Those whose rows it pays to compute with this one."""
-        ready = list(self._ready.items())
+        ready = self._ready.copy()  # at one stroke: answers may end meanwhile, in other threads and as garbage
         number = self.governor.choose(1 + len(ready))
         rate = self.governor.rate(number)
         if number == 1 or row.rate() > rate or not speculation_of(hf).may_share or not takes_rows(hf, row.cache, 1):
             return []
-        fitting = (member for member, its in ready if its.rate() <= rate and takes_rows(hf, its.cache, 1))
+        fitting = (member for member, its in ready.items() if its.rate() <= rate and takes_rows(hf, its.cache, 1))
         return [member for _, member in zip(range(number - 1), fitting, strict=False)]
 
     def _claim(self, members: Sequence[Member], under_way: _UnderWay) -> dict[Member, Row]:

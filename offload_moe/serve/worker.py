@@ -173,7 +173,8 @@ class Worker:
         """Lock held. The one whose step is next, which is put behind the others."""
         if not self._running:
             return None
-        job = self._running[0] if self._alternates() else min(self._running, key=_urgency)
+        takes_turns = len(self._running) == 1 or self._alternates()
+        job = self._running[0] if takes_turns else min(self._running, key=_urgency)
         self._running.remove(job)
         self._running.append(job)
         return job
@@ -191,7 +192,9 @@ class Worker:
 
     @property
     def _can_admit(self) -> bool:
-        return bool(self._waiting) and len(self._running) < self._most_running and not self._is_short_of_room
+        if not self._waiting or self._is_short_of_room:
+            return False
+        return not self._running or len(self._running) < self._most_running
 
     @property
     def _most_running(self) -> int:
