@@ -59,7 +59,12 @@ def _add_network_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("requests")
-    group.add_argument("--parallel", type=int, metavar="N", default=1, help="answers at once, in turn (default: 1)")
+    group.add_argument(
+        "--parallel",
+        type=int,
+        metavar="N",
+        help="answers at once, in turn (default: 4 while that gives more tokens per second, else 1)",
+    )
     group.add_argument("--queue", type=int, metavar="N", default=64, help="requests that may wait (default: 64)")
     group.add_argument(
         "--cache-slots",

@@ -39,9 +39,14 @@ class _Asked:
 class Many:
     """The answers to these prompts, which are read as they are needed."""
 
-    def __init__(self, begin: Begin, prompts: Iterable[Prompt], parallel: int) -> None:
-        """begin: the steps of an answer, in a conversation of its own. parallel: at once, at most."""
-        self._begin, self._parallel = begin, parallel
+    def __init__(
+        self, begin: Begin, prompts: Iterable[Prompt], parallel: int, alternates: Callable[[], bool] = lambda: True
+    ) -> None:
+        """begin: the steps of an answer, in a conversation of its own.
+
+        parallel: at once, at most, while `alternates`. Else the first one is computed to its end, and none begins.
+        """
+        self._begin, self._parallel, self._alternates = begin, parallel, alternates
         self._coming = (_Asked(number, prompt) for number, prompt in enumerate(prompts))
         self._again = deque[_Asked]()  # had no room in memory beside the others
         self._running = deque[_Asked]()
@@ -60,8 +65,7 @@ class Many:
                     self._admit()
                     if not self._running:
                         return
-                    self._running.rotate(-1)
-                    self._advance(self._running[-1])
+                    self._advance(self._next())
                 ended = self._ended.pop(number)
                 if isinstance(ended, OffloadMoeError):
                     raise ended
@@ -70,8 +74,16 @@ class Many:
             for asked in self._running:
                 asked.drop()
 
+    def _next(self) -> _Asked:
+        """The one whose step is next, which is put behind the others."""
+        asked = self._running[0] if self._alternates() else min(self._running, key=lambda each: each.number)
+        self._running.remove(asked)
+        self._running.append(asked)
+        return asked
+
     def _admit(self) -> None:
-        while len(self._running) < self._parallel and not self._is_short_of_room:
+        most = self._parallel if self._alternates() else 1
+        while len(self._running) < most and not self._is_short_of_room:
             asked = self._again.popleft() if self._again else next(self._coming, None)
             if asked is None:
                 return

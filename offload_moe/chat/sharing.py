@@ -97,11 +97,15 @@ class Member:
 
 
 class Sharing:
-    """Of one model. Only `withdraw` may be called without having the turn."""
+    """Of one model. Only `pays` and `withdraw` may be called without having the turn."""
 
     def __init__(self) -> None:
         self.governor = RowGovernor()
         self._ready: dict[Member, Row] = {}  # the longest ready one first
+
+    def pays(self, hf: PreTrainedModel) -> bool:
+        """Whether answers at once give more tokens per second than one after another."""
+        return speculation_of(hf).may_share and self.governor.pays
 
     def offer(self, member: Member, row: Row) -> None:
         """Its last token may be computed by a pass of another answer."""
@@ -144,12 +148,12 @@ class Sharing:
 
     def _partners(self, hf: PreTrainedModel, row: Row) -> list[Member]:
         """Those whose rows it pays to compute with this one."""
-        ready = list(self._ready.items())
+        ready = self._ready.copy()  # at one stroke: answers may end meanwhile, in other threads and as garbage
         number = self.governor.choose(1 + len(ready))
         rate = self.governor.rate(number)
         if number == 1 or row.rate() > rate or not speculation_of(hf).may_share or not takes_rows(hf, row.cache, 1):
             return []
-        fitting = (member for member, its in ready if its.rate() <= rate and takes_rows(hf, its.cache, 1))
+        fitting = (member for member, its in ready.items() if its.rate() <= rate and takes_rows(hf, its.cache, 1))
         return [member for _, member in zip(range(number - 1), fitting, strict=False)]
 
     def _claim(self, members: Sequence[Member], under_way: _UnderWay) -> dict[Member, Row]:

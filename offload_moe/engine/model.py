@@ -11,6 +11,7 @@ from offload_moe.chat import ChatSession
 from offload_moe.chat.many import Many
 from offload_moe.chat.prompt import Prompt
 from offload_moe.chat.sampling import Sampling, SamplingArguments
+from offload_moe.chat.sharing import sharing_of
 from offload_moe.decode import FastPath
 from offload_moe.engine.build import Engine
 from offload_moe.engine.saving import refuse_to_save
@@ -109,23 +110,30 @@ class Model:
         prompts: Iterable[Prompt],
         *,
         raw: bool = False,
-        parallel: int = MAX_ROWS,
+        parallel: int | None = None,
         **sampling: Unpack[SamplingArguments],
     ) -> Iterator[str]:
         """The answers to many prompts in their order, each the one that `generate` gives, a seed included.
 
-        prompts: texts or lists of messages; an iterator is read as it is needed. parallel: answers at once, at most,
-        which share passes while that pays. One that memory has no room for beside the others waits for an end.
+        prompts: texts or lists of messages; an iterator is read as it is needed. parallel: answers at once, in turn, at
+        most; None takes 8 while passes that they share give more tokens per second, and else one after another. An
+        answer that memory has no room for beside the others waits.
 
         Raises: ConfigError, ModelClosed; while iterating, what `generate` raises for a prompt, in its place.
         """
         Sampling.of(sampling)
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             raise ConfigError("The prompts are not a list. Give a list of texts, or generate one answer.")
-        if not isinstance(parallel, int) or isinstance(parallel, bool) or parallel < 1:
+        if parallel is not None and (not isinstance(parallel, int) or isinstance(parallel, bool) or parallel < 1):
             raise ConfigError(f"parallel is {parallel!r}. It must be a whole number from 1 on.")
         self._check_chat()
-        return Many(lambda prompt: self.chat(raw=raw).steps(prompt, **sampling), prompts, parallel).answers()
+        sharing = sharing_of(self.hf)
+        return Many(
+            lambda prompt: self.chat(raw=raw).steps(prompt, **sampling),
+            prompts,
+            parallel or MAX_ROWS,
+            alternates=lambda: parallel is not None or sharing.pays(self.hf),
+        ).answers()
 
     def chat(self, *, system: str | None = None, raw: bool = False) -> ChatSession:
         """A conversation whose earlier turns are not computed again.

@@ -27,7 +27,7 @@ class Counters:
     num_prompt_tokens: int = 0  # computed ones, without those found in the key/value cache
     prompt_s: float = 0.0
     num_decode_tokens: int = 0  # without the first of an answer, which counts as prompt time
-    decode_s: float = 0.0
+    decode_s: float = 0.0  # of each answer: a pass that several share counts for each
     num_passes: int = 0  # of the decoder, behind the prompts
     num_rows: int = 0  # tokens in them, of one answer or of several, guessed ones included
     num_guesses: int = 0  # tokens that were computed before they were chosen

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from offload_moe.errors import ConfigError
 
 DEFAULT_PORT = 8000
+SHARED = 4  # requests at once that no choice of the user's limits
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
@@ -13,7 +14,8 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 class ServeConfig:
     """How a server admits and answers.
 
-    parallel: requests answered at once, their steps in turn. queue: requests that may wait. cache_slots: conversations
+    parallel: requests answered at once, their steps in turn; None takes `SHARED` while passes that they share give more
+    tokens per second, and else one after another. queue: requests that may wait. cache_slots: conversations
     whose key/value caches are kept; 0 computes every prompt whole. keep_alive_s: seconds without a request until the
     model is unloaded; None keeps it. api_key: None needs none. cors: origins of other sites' pages that may call.
     hosts: further names in a Host header; the local ones, `host` and addresses count always. ignore_prefix: a pattern,
@@ -25,7 +27,7 @@ class ServeConfig:
 
     host: str = "127.0.0.1"
     port: int = DEFAULT_PORT
-    parallel: int = 1
+    parallel: int | None = None
     queue: int = 64
     cache_slots: int = 8
     keep_alive_s: float | None = None
@@ -40,8 +42,9 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("parallel", 1), ("queue", 0), ("cache_slots", 0), ("max_body_bytes", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}. It must be at least {least}.")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}. It must be at least {least}.")
         if self.api_key is not None and not self.api_key.strip():
             raise ConfigError("The API key is empty. Write one into the file, or start the server without a key.")
         if self.ignore_prefix is not None:

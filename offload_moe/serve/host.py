@@ -16,13 +16,14 @@ import psutil
 
 from offload_moe.chat.generation import DEFAULT_MAX_NEW_TOKENS, context_limit
 from offload_moe.chat.prefix import PrefixCache
+from offload_moe.chat.sharing import sharing_of
 from offload_moe.chat.template import PromptFormat
 from offload_moe.engine.model import Model
 from offload_moe.errors import ConfigError
 from offload_moe.plan.budget import give_back_freed_memory
 from offload_moe.residency.counters import Counters
 from offload_moe.serve.board import Board
-from offload_moe.serve.config import ServeConfig
+from offload_moe.serve.config import SHARED, ServeConfig
 from offload_moe.serve.errors import ApiError, closed
 from offload_moe.serve.guide import Guides
 from offload_moe.serve.prefixes import Prefixes
@@ -102,8 +103,19 @@ class Host:
         self._earlier = Counters()  # of models that were unloaded
         idle_s = config.keep_alive_s if model is None else None
         self.worker = Worker(
-            parallel=config.parallel, most_waiting=config.queue, idle_s=idle_s, on_idle=self.unload_when_idle
+            parallel=config.parallel or SHARED,
+            alternates=self._alternates,
+            most_waiting=config.queue,
+            idle_s=idle_s,
+            on_idle=self.unload_when_idle,
         )
+
+    def _alternates(self) -> bool:
+        """Whether several requests are to be answered at once now."""
+        if self.config.parallel is not None:
+            return True
+        loaded = self._loaded
+        return loaded is not None and sharing_of(loaded.model.hf).pays(loaded.model.hf)
 
     def adopt(self, model: Model) -> None:
         """Take over a model that `load` would make, before the first request."""

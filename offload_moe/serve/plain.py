@@ -58,7 +58,7 @@ def props(host: Host) -> dict[str, Any]:
     document: dict[str, Any] = {
         "model": host.name,
         "version": offload_moe.__version__,
-        "parallel": config.parallel,
+        "parallel": host.worker.parallel,
         "queue": config.queue,
         "summary": None,
         "notices": [],

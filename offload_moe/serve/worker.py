@@ -1,6 +1,10 @@
-"""One thread computes for all requests: a bounded queue, first in, first out; the steps of those that run alternate."""
+"""One thread computes for all requests: a bounded queue, first in, first out; the steps of those that run alternate.
+
+Where alternating is of no use, the one that began first computes until it ends, and the others wait for that.
+"""
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -59,12 +63,17 @@ class Worker:
         self,
         *,
         parallel: int = 1,
+        alternates: Callable[[], bool] = lambda: True,
         most_waiting: int = 64,
         idle_s: float | None = None,
         on_idle: Callable[[], object] = lambda: None,
     ) -> None:
-        """parallel: requests whose steps alternate. on_idle: called in the thread after `idle_s` without any work."""
+        """parallel: requests whose steps alternate, while `alternates` says so.
+
+        on_idle: called in the thread after `idle_s` without any work.
+        """
         self.parallel, self.most_waiting = parallel, most_waiting
+        self._alternates = alternates
         self._idle_s, self._on_idle = idle_s, on_idle
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
@@ -92,7 +101,7 @@ class Worker:
         with self._changed:
             self._check_open()
             # What can begin at once does not count as waiting.
-            if len(self._waiting) >= self.most_waiting + max(0, self.parallel - len(self._running)):
+            if len(self._waiting) >= self.most_waiting + max(0, self._most_running - len(self._running)):
                 raise QueueFull
             self._waiting.append(job)
             self._wake()
@@ -152,15 +161,23 @@ class Worker:
                 self._calls.clear()
                 if is_open and self._can_admit:
                     self._running.appendleft(self._waiting.popleft())  # its first step is next
-                job = self._running.popleft() if self._running else None
-                if job is not None:
-                    self._running.append(job)  # behind the others
+                job = self._next()
             for call in calls:
                 call.run()
             if job is not None:
                 self._advance(job)
             elif not is_open:
                 return
+
+    def _next(self) -> Job | None:
+        """Lock held. The one whose step is next, which is put behind the others."""
+        if not self._running:
+            return None
+        takes_turns = len(self._running) == 1 or self._alternates()
+        job = self._running[0] if takes_turns else min(self._running, key=_urgency)
+        self._running.remove(job)
+        self._running.append(job)
+        return job
 
     def _wait_for_work(self) -> bool:
         """Lock held. False once it is closed."""
@@ -175,7 +192,13 @@ class Worker:
 
     @property
     def _can_admit(self) -> bool:
-        return bool(self._waiting) and len(self._running) < self.parallel and not self._is_short_of_room
+        if not self._waiting or self._is_short_of_room:
+            return False
+        return not self._running or len(self._running) < self._most_running
+
+    @property
+    def _most_running(self) -> int:
+        return self.parallel if self._alternates() else 1
 
     def _advance(self, job: Job) -> None:
         """One step of a request."""
@@ -205,3 +228,8 @@ class Worker:
             if not job.stop.is_set():
                 self._waiting.appendleft(job)
                 self._is_short_of_room = bool(self._running)
+
+
+def _urgency(job: Job) -> tuple[bool, float]:
+    """Least for a request that is to be stopped, then for the one that began first."""
+    return not job.stop.is_set(), math.inf if job.began_at is None else job.began_at

@@ -25,6 +25,12 @@ class RowGovernor:
         best = max(range(1, min(most, MAX_ROWS) + 1), key=self.rate)
         return best if self.rate(best) >= LEAST_GAIN else 1
 
+    @property
+    def pays(self) -> bool:
+        """Whether several rows give more tokens per time than passes one after another, as far as that is known."""
+        most = max(map(self.rate, range(2, MAX_ROWS + 1)))
+        return most >= LEAST_GAIN and not self._balance.is_overdrawn(self._costs.plain_s)
+
     def rate(self, num_rows: int) -> float:
         """Tokens per time of a plain pass."""
         return num_rows / self._costs.ratio(num_rows)

@@ -17,7 +17,7 @@ from tests.support.serving import open_tiny
 QUESTIONS = [
     f"Tell me about {word}{'!' * number * 5}" for number, word in enumerate(["ice", "salt", "moss", "glass", "tea"])
 ]
-SAMPLED = {"temperature": 1.2, "top_k": 0, "seed": 3, "max_new_tokens": 14}
+SAMPLED = {"temperature": 1.2, "top_k": 0, "seed": 3, "max_new_tokens": 14, "speculate": "off"}
 
 
 @pytest.fixture
@@ -84,6 +84,32 @@ def test_a_closed_model_answers_nothing(tmp_path: Path) -> None:
         list(answers)
     with pytest.raises(ModelClosed):
         model.generate_many(QUESTIONS)
+
+
+def test_where_sharing_does_not_pay_prompts_are_answered_one_after_another(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [model.generate(question, **SAMPLED) for question in QUESTIONS]
+    for pays, least, most in ((False, 1, 1), (True, 3, 5)):
+        monkeypatch.setattr(RowGovernor, "pays", property(lambda self, pays=pays: pays))
+        monkeypatch.setattr(RowGovernor, "choose", lambda self, most: min(most, MAX_ROWS))
+        monkeypatch.setattr(RowGovernor, "rate", lambda self, num_rows: float(num_rows))
+        before = model.stats.copy()
+        assert list(model.generate_many(QUESTIONS, **SAMPLED)) == expected
+        assert least <= model.stats.since(before).rows_per_pass <= most
+
+
+def test_answers_that_have_begun_wait_where_alternating_is_of_no_use_any_more() -> None:
+    log: list[str] = []
+
+    def begin(prompt: Any) -> Generator[Piece | None, None, None]:
+        for step in range(3):
+            log.append(f"{prompt}{step}")
+            yield None
+
+    many = Many(begin, "abcd", 3, alternates=lambda: len(log) < 4)
+    assert list(many.answers()) == [""] * 4
+    assert log == ["a0", "b0", "c0", "a1", "a2", "b1", "b2", "c1", "c2", "d0", "d1", "d2"]
 
 
 class Memory:

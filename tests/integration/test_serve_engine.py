@@ -162,7 +162,7 @@ def test_a_full_queue_says_when_to_come_back(model: Model) -> None:
 
 
 def test_a_client_that_does_not_read_holds_nothing(model: Model) -> None:
-    with listening(model) as address, socket.socket() as slow:
+    with listening(model, parallel=1) as address, socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.connect(address)
         body = json.dumps(LONG | {"stream": True, "logprobs": True, "top_logprobs": 20, "max_tokens": 150}).encode()
@@ -343,7 +343,7 @@ def test_draining_lets_answers_end_and_refuses_new_ones(model: Model) -> None:
 
 
 def test_closing_ends_what_runs_and_what_waits(model: Model) -> None:
-    app = make_app(model, ServeConfig(silence_s=0.05), name="tiny")
+    app = make_app(model, ServeConfig(silence_s=0.05, parallel=1), name="tiny")
     with TestClient(app, base_url=URL) as client, ThreadPoolExecutor(2) as pool:
         running = pool.submit(client.post, "/v1/chat/completions", json=LONG | {"stream": True})
         wait_for(lambda: client.get("/live").json()["running"])

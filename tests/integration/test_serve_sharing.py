@@ -12,6 +12,7 @@ import pytest
 from offload_moe.engine.model import Model
 from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.serve.app import make_app
+from offload_moe.serve.board import Board
 from offload_moe.serve.config import ServeConfig
 from offload_moe.speculate.row_governor import RowGovernor
 from offload_moe.speculate.speculation import speculation_of
@@ -90,3 +91,28 @@ def fetch(address: tuple[str, int], path: str, body: str | None = None) -> str:
     text = connection.getresponse().read().decode()
     connection.close()
     return text
+
+
+@pytest.mark.parametrize(("chosen", "is_paying", "expected"), [(None, True, 4), (None, False, 1), (3, False, 3)])
+def test_requests_come_one_after_another_where_sharing_does_not_pay(
+    model: Model, chosen: int | None, is_paying: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number of the user's own is answered in turn, whatever pays."""
+    monkeypatch.setattr(RowGovernor, "pays", property(lambda self: is_paying))
+    app = make_app(model, ServeConfig(parallel=chosen, cache_slots=0), name="tiny")
+    seen, gate, end = set[int](), threading.Event(), Board.end
+
+    def noted_end(self: Board, *arguments: Any) -> None:
+        seen.add(app.host.worker.num_running)
+        end(self, *arguments)
+
+    monkeypatch.setattr(Board, "end", noted_end)
+    with running(app) as address, ThreadPoolExecutor(5) as pool:
+        app.host.worker.call(lambda: gate.wait(60))
+        asked = [pool.submit(ask, address, name, {"max_tokens": 12, "ignore_eos": True}) for name in "abcde"]
+        while app.host.worker.num_waiting < len(asked):
+            assert not any(each.done() for each in asked)
+        gate.set()
+        assert all(each.result(60)["usage"]["completion_tokens"] == 12 for each in asked)
+    app.close()
+    assert max(seen) == expected

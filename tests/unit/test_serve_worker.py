@@ -59,6 +59,58 @@ def test_steps_alternate_and_the_queue_moves_up(log: list[str]) -> None:
     assert log == ["a0", "b0", "a1", "b1", "c0", "c1"]
 
 
+def test_where_alternating_is_of_no_use_requests_come_one_after_the_other(log: list[str]) -> None:
+    """None begins beside another; of those that run, the first goes on to its end."""
+    gate, is_of_use = threading.Event(), threading.Event()
+    worker = Worker(parallel=3, alternates=is_of_use.is_set)
+    jobs = [job(name, 3, log, gate) for name in "abcd"]
+    is_of_use.set()
+    for each in jobs[:2]:
+        worker.submit(each)
+    while worker.num_running < 2:
+        time.sleep(0.001)
+        gate.set()
+        gate.clear()
+    is_of_use.clear()
+    for each in jobs[2:]:
+        worker.submit(each)
+    gate.set()
+    assert worker.drain(LIMIT_S)
+    worker.close()
+    assert [name for name in log if name[0] in "cd"] == ["c0", "c1", "c2", "d0", "d1", "d2"]
+    assert log.index("c0") > max(log.index("a2"), log.index("b2"))
+
+
+def test_a_stopped_request_does_not_wait_for_the_first_one(log: list[str]) -> None:
+    gates, is_of_use = [threading.Event(), threading.Event()], threading.Event()
+    worker = Worker(parallel=2, alternates=is_of_use.is_set)
+    is_of_use.set()
+
+    def first(job: Job) -> Work:
+        yield
+        gates[0].wait(LIMIT_S)
+        is_of_use.clear()
+        worker.cancel(second)
+        yield
+        log.append("first goes on")
+        yield
+
+    def stopping(job: Job) -> Work:
+        gates[1].set()
+        while not job.stop.is_set():
+            yield
+        log.append("second stopped")
+
+    second = Job(stopping)
+    worker.submit(Job(first))
+    worker.submit(second)
+    assert gates[1].wait(LIMIT_S)
+    gates[0].set()
+    assert worker.drain(LIMIT_S)
+    worker.close()
+    assert log == ["second stopped", "first goes on"]
+
+
 def test_a_full_queue_refuses(log: list[str]) -> None:
     gate = threading.Event()
     worker = Worker(most_waiting=2)
