@@ -7,16 +7,19 @@ from transformers import Cache, PreTrainedModel
 
 from offload_moe.decode.cache import ROOMY
 from offload_moe.decode.dense import QuantLinear
-from offload_moe.decode.forward import DecoderForward
+from offload_moe.decode.forward import Seam
 from offload_moe.decode.rotation import rotation_keeper
 
 
 def why_no_rows(hf: PreTrainedModel) -> str:
     """Why a pass of several tokens does not have the bits of passes of each; empty where it has."""
-    if _forward_of(hf) is None:
+    forward = _forward_of(hf)
+    if forward is None:
         return "no layer of this model takes the fast path"
     if rotation_keeper(hf) is not None:
         return "this model rotates keys by the length of the sequence"
+    if forward.token_pass is not None:
+        return ""
     head = hf.get_output_embeddings()
     if not isinstance(head, QuantLinear) or not head.has_kernel:
         return "the output head is not quantized, so logits of several tokens round differently"
@@ -38,6 +41,6 @@ def roll_back(cache: Cache, num_tokens: int) -> None:
         layer.roll_back(num_tokens)
 
 
-def _forward_of(hf: PreTrainedModel) -> DecoderForward | None:
+def _forward_of(hf: PreTrainedModel) -> Seam | None:
     forward = vars(hf.get_decoder()).get("forward")
-    return forward if isinstance(forward, DecoderForward) else None
+    return forward if isinstance(forward, Seam) else None
