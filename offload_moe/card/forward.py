@@ -54,6 +54,10 @@ class CardForward(Seam):
             output = self._modules_forward(*args, **kwargs)
         return output
 
+    def takes(self, cache: Any, num_tokens: int) -> bool:
+        """As of every seam. Makes the graphs for so many rows at their first use, before anything is timed."""
+        return super().takes(cache, num_tokens) and self.plan.card.has_graphs(num_tokens)
+
     def _compute(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, positions: Tensor, cache: Any) -> Any:
         if input_ids is None or positions.dim() != 2:
             return None

@@ -5,6 +5,7 @@ the account; and where a pass stops because an expert is neither on the card nor
 """
 
 import ctypes
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -26,12 +27,14 @@ from offload_moe.card.stops import Stops
 from offload_moe.card.structs import constant, struct
 from offload_moe.card.tables import CardTables
 from offload_moe.decode.next_token import Draw, Wanted
-from offload_moe.errors import TransferError
+from offload_moe.errors import BudgetError, DevicePassUnavailable, TransferError
 from offload_moe.native.constants import GIVES_HIDDEN, GIVES_LOGITS, GIVES_TOKENS, MAX_ROWS, UNDER_WAY
 from offload_moe.native.library import load_library
 from offload_moe.native.session import Session
 from offload_moe.native.structs import CardOptionsStruct
 from offload_moe.residency.hierarchy import Hierarchy
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.05
 ROWS = (1, 2, 4, 8)  # that kernels are compiled for
@@ -60,6 +63,7 @@ class CardPass:
         self._session, self._compile, self._allocate, self._processors = session, compile_text, allocate, processors
         self._library = load_library()
         self._steps: dict[int, CardSteps] = {}
+        self._refused: set[int] = set()  # numbers of rows that there are no graphs for
         self._lock = threading.RLock()
         self.mode = ModeChoice()
         self.queued_s = 0.0
@@ -109,7 +113,7 @@ class CardPass:
         """
         with self.hierarchy.lifecycle, self._lock:
             called_s = time.thread_time()
-            steps = self._steps_of(next(rows for rows in ROWS if rows >= len(ids)))
+            steps = self._steps_for(len(ids))
             are_extended = self._prepare(positions, caches)
             is_stepwise = self.mode.choose()
             began_s = time.perf_counter()
@@ -143,6 +147,17 @@ class CardPass:
             self._session.download(self.tables.state.data_ptr() + struct("state").tokens.offset, token)
             self._state.chosen([token.value])
             return token.value
+
+    def has_graphs(self, num_rows: int) -> bool:
+        """Make those for so many rows, unless they are made. False: they cannot be. Raises: TransferError."""
+        with self._lock:
+            if num_rows not in self._refused:
+                try:
+                    self._steps_for(num_rows)
+                except (BudgetError, DevicePassUnavailable) as error:
+                    self._refused.update(range(num_rows, MAX_ROWS + 1))
+                    logger.warning("The device pass takes no %d tokens at once: %s", num_rows, error)
+            return num_rows not in self._refused
 
     def begin_other_forward(self) -> None:
         """A forward that is no pass: it may use the device's slots and change any cache."""
@@ -191,6 +206,9 @@ class CardPass:
                 self._library.om_card_close(self._handle)
                 self._handle = 0
                 self.tables.close()
+
+    def _steps_for(self, num_rows: int) -> CardSteps:
+        return self._steps_of(next(rows for rows in ROWS if rows >= num_rows))
 
     def _steps_of(self, rows: int) -> CardSteps:
         """The graphs for so many rows, made at their first use."""

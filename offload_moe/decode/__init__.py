@@ -24,7 +24,7 @@ from offload_moe.decode.norm import fuse_norms
 from offload_moe.decode.plan import Planned, plan_pass
 from offload_moe.decode.report import DENSE, LayerPath, layer_paths, tell_reasons
 from offload_moe.decode.router import shorten_routers
-from offload_moe.decode.rows import next_logits, roll_back, takes_rows, why_no_rows
+from offload_moe.decode.rows import next_logits, roll_back, takes_rows, takes_several, why_no_rows
 from offload_moe.decode.shorten import shorten_attention
 from offload_moe.residency.hierarchy import Hierarchy
 
@@ -37,6 +37,7 @@ __all__ = [
     "pass_rows",
     "roll_back",
     "takes_rows",
+    "takes_several",
     "why_no_rows",
 ]
 

@@ -71,6 +71,11 @@ class Seam:
                 return output
         return self._modules_forward(*args, **kwargs)
 
+    def takes(self, cache: Any, num_tokens: int) -> bool:
+        """Whether the next tokens of a sequence go through the plan now, with the bits of each alone."""
+        plan = self.plan
+        return num_tokens <= MAX_ROWS and self._is_usual({}) and plan.fits(cache, num_tokens) and plan.bypass.is_clear
+
     def _pass(
         self,
         input_ids: Tensor | None = None,
@@ -169,11 +174,6 @@ class DecoderForward(Seam):
             return None
         step = RowsStep(wiring, positions, [cache] * positions.shape[-1])
         return wiring.make_output(wiring.finish(plan(x, step)), cache)
-
-    def takes(self, cache: Any, num_tokens: int) -> bool:
-        """Whether the next tokens of a sequence go through the plan now, with the bits of each alone."""
-        plan = self.plan
-        return num_tokens <= MAX_ROWS and self._is_usual({}) and plan.fits(cache, num_tokens) and plan.bypass.is_clear
 
     def pass_rows(self, sequences: Sequence[NextTokens]) -> Tensor | None:
         """See `decode.pass_rows`."""

@@ -12,16 +12,19 @@ from transformers import Cache, PreTrainedModel
 
 from offload_moe.decode.cache import ROOMY
 from offload_moe.decode.dense import QuantLinear
-from offload_moe.decode.forward import DecoderForward, SeveralCaches
+from offload_moe.decode.forward import DecoderForward, Seam, SeveralCaches
 from offload_moe.decode.rotation import rotation_keeper
 
 
 def why_no_rows(hf: PreTrainedModel) -> str:
     """Why a pass of several tokens does not have the bits of passes of each; empty where it has."""
-    if _forward_of(hf) is None:
+    forward = _forward_of(hf)
+    if forward is None:
         return "no layer of this model takes the fast path"
     if rotation_keeper(hf) is not None:
         return "this model rotates keys by the length of the sequence"
+    if forward.token_pass is not None:
+        return ""
     head = hf.get_output_embeddings()
     if not isinstance(head, QuantLinear) or not head.has_kernel:
         return "the output head is not quantized, so logits of several tokens round differently"
@@ -36,6 +39,11 @@ def takes_rows(hf: PreTrainedModel, cache: Any, num_tokens: int) -> bool:
     )
 
 
+def takes_several(hf: PreTrainedModel, cache: Cache) -> bool:
+    """Whether `next_logits` takes the next token behind this cache; where `why_no_rows` is empty. Not on a card."""
+    return isinstance(_forward_of(hf), DecoderForward) and takes_rows(hf, cache, 1)
+
+
 @torch.inference_mode()
 def roll_back(cache: Cache, num_tokens: int) -> None:
     """Take back the last tokens of the last pass, for which `takes_rows` was true."""
@@ -47,7 +55,7 @@ def roll_back(cache: Cache, num_tokens: int) -> None:
 def next_logits(hf: PreTrainedModel, tokens: Sequence[int], caches: Sequence[Cache]) -> Tensor:
     """One pass for the next token of each of several sequences: the logits ``[T, V]`` behind them.
 
-    caches: of each sequence, which gets the token; different ones, `MAX_ROWS` at most, of which `takes_rows` is true.
+    caches: of each sequence, which gets the token; different ones, `MAX_ROWS` at most, of which `takes_several` is true.
     After an error they are as before. Raises: UnsupportedModelError, and what a forward of one token raises.
     """
     lengths = [[layer.get_seq_length() for layer in cache.layers] for cache in caches]
@@ -68,6 +76,6 @@ def _shorten(cache: Cache, lengths: Sequence[int]) -> None:
             layer.roll_back(excess)
 
 
-def _forward_of(hf: PreTrainedModel) -> DecoderForward | None:
+def _forward_of(hf: PreTrainedModel) -> Seam | None:
     forward = vars(hf.get_decoder()).get("forward")
-    return forward if isinstance(forward, DecoderForward) else None
+    return forward if isinstance(forward, Seam) else None

@@ -172,7 +172,7 @@ def test_other_systems(options: dict[str, int], card_store: Path, expected: Tens
         assert (model.card.num_stops > 2 * NUM_LAYERS) == ("lockable" in options)
 
 
-@pytest.mark.parametrize("num_rows", [2, 3, 8])
+@pytest.mark.parametrize("num_rows", [2, pytest.param(3, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("num_vram", [ALL, 8])
 def test_rows_of_one_sequence(num_rows: int, num_vram: int, card_store: Path, driver: fake.FakeDriver) -> None:
     ids, _ = tiny_prompt(1, NUM_PROMPT + num_rows, seed=1)

@@ -14,16 +14,21 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
 from offload_moe.card.model import decoder_parts
+from offload_moe.card.steps import CardSteps
 from offload_moe.card.stops import Stops
 from offload_moe.chat.steering import Steering
 from offload_moe.chat.stream import TokenStream
+from offload_moe.decode import takes_rows
 from offload_moe.decode.cache import give_room
-from offload_moe.errors import DevicePassUnavailable
+from offload_moe.errors import BudgetError, DevicePassUnavailable
+from offload_moe.speculate.governor import Governor
+from offload_moe.speculate.speculation import Speculation
+from offload_moe.speculate.speculator import Speculator
 from tests.unit import test_card_choose as definition
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
 
-NUM_PROMPT, NUM_NEW, NUM_LAYERS, ALL = 9, 8, 3, 24
+NUM_PROMPT, NUM_NEW, NUM_LAYERS, ALL = 9, 6, 3, 24
 SAMPLED = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9}
 
 
@@ -41,11 +46,17 @@ def model(card_store: Path) -> Iterator[CardModel]:
         yield model
 
 
-def tokens_of(hf: Any, seed: int | None = None, steering: Steering | None = None, **settings: Any) -> list[int]:
+def tokens_of(
+    hf: Any,
+    seed: int | None = None,
+    steering: Steering | None = None,
+    speculator: Speculator | None = None,
+    **settings: Any,
+) -> list[int]:
     settings = {"do_sample": False, "max_new_tokens": NUM_NEW, **settings}
     config = GenerationConfig(eos_token_id=None, pad_token_id=0, disable_compile=True, **settings)
     ids, _ = tiny_prompt(1, NUM_PROMPT)
-    with TokenStream(hf, ids, config, seed=seed, steering=steering or Steering()) as stream:
+    with TokenStream(hf, ids, config, seed=seed, steering=steering or Steering(), speculator=speculator) as stream:
         return list(stream)
 
 
@@ -69,7 +80,7 @@ def test_greedy_tokens_are_the_cpus_and_cost_no_call_of_torchs_head(
     assert model.driver.count("cuLaunchKernel") == 1  # edits: a token behind one that the card chose needs none
 
 
-@pytest.mark.parametrize("mode", ["queued", "stepwise"])
+@pytest.mark.parametrize("mode", ["queued", pytest.param("stepwise", marks=pytest.mark.slow)])
 def test_a_drawn_token_depends_on_logits_seed_and_position_alone(mode: Any, card_store: Path) -> None:
     draw = definition.Draw(temperature=0.7, top_k=20, top_p=0.9)
     with fake.FakeDriver() as driver, card_model(card_store, driver, 6, 5) as model:
@@ -95,17 +106,52 @@ def logits_before(hf: Any, tokens: list[int]) -> list[Tensor]:
     return rows[:-1]
 
 
+@pytest.mark.parametrize(
+    "settings", [{"do_sample": False}, pytest.param(SAMPLED | {"temperature": 0.4}, marks=pytest.mark.slow)]
+)
+def test_guesses_change_no_token(settings: dict[str, Any], model: CardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every guess is a row of a pass, whose token the card chooses, too."""
+    monkeypatch.setattr(Governor, "choose", lambda self, kind, most: min(most, 1))
+    plain = tokens_of(model.hf, 4, max_new_tokens=16, **settings)
+    counters = model.engine.hierarchy.counters
+    num_plain, speculation = counters.num_chosen_on_card, Speculation(model.hf, "ngram", counters)
+    assert speculation.why_off == ""
+    model.driver.forget_counts()
+    assert tokens_of(model.hf, 4, speculator=speculation.conversation(), max_new_tokens=16, **settings) == plain
+    assert 0 < counters.num_right_guesses < counters.num_guesses
+    assert counters.num_chosen_on_card == 2 * num_plain
+    num_waits = 3 + int(bool(settings["do_sample"]))  # behind the prompt: rows that are taken back keep their rooms
+    assert model.driver.count("cuCtxSynchronize") == num_waits
+
+
+def test_where_there_is_no_memory_for_more_rows_none_are_guessed(
+    model: CardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert model.card.has_graphs(1)
+    monkeypatch.setattr(CardSteps, "__init__", refuse)
+    assert not model.card.has_graphs(3)
+    assert not model.card.has_graphs(8)
+    cache = DynamicCache(config=model.hf.config)
+    give_room(cache, 512, torch.bfloat16)
+    with torch.inference_mode():
+        model.hf(input_ids=tiny_prompt(1, NUM_PROMPT)[0], past_key_values=cache)
+        assert takes_rows(model.hf, cache, 1)
+        assert not takes_rows(model.hf, cache, 3)
+
+
+def refuse(self: CardSteps, *_: Any) -> None:
+    raise BudgetError("The device refused it.")
+
+
 def test_without_a_seed_torchs_random_numbers_decide(model: CardModel) -> None:
     found = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        found.append(tokens_of(model.hf, **SAMPLED))
+        found.append(tokens_of(model.hf, **SAMPLED, max_new_tokens=3))
     assert found[0] == found[1] != found[2]
 
 
-@pytest.mark.parametrize(
-    "settings", [{"repetition_penalty": 1.6}, {"no_repeat_ngram_size": 1}, SAMPLED | {"min_p": 0.01}]
-)
+@pytest.mark.parametrize("settings", [{"repetition_penalty": 1.6}, SAMPLED | {"min_p": 0.01}])
 def test_other_processors_choose_from_logits_of_the_card(
     settings: dict[str, Any], model: CardModel, card_store: Path
 ) -> None:
