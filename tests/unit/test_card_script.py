@@ -11,7 +11,10 @@ from types import ModuleType
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "card"
-LONG = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+LONG = (
+    "import subprocess, sys; print('half', file=sys.stderr, flush=True); "
+    "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +39,20 @@ def test_a_part_says_what_it_found(script: ModuleType) -> None:
     [("raise SystemExit('no driver')", "no driver"), ("import os; os._exit(7)", "it ended with 7")],
 )
 def test_a_part_that_fails_is_recorded(program: str, reason: str, script: ModuleType) -> None:
-    assert script.run([sys.executable, "-c", program], 30, dict(os.environ)) == {"failed": reason}
+    assert script.run([sys.executable, "-c", program], 30, dict(os.environ))["failed"] == reason
+
+
+def test_what_a_part_has_said_is_kept_without_the_folder(script: ModuleType) -> None:
+    program = f"import sys; print('{script.ROOT}/scripts/card: line 3', file=sys.stderr); raise ValueError('no driver')"
+    found = script.run([sys.executable, "-c", program], 30, dict(os.environ))
+    assert found["failed"] == "ValueError: no driver"
+    assert found["until_then"].startswith("scripts/card: line 3")
 
 
 def test_a_part_that_hangs_is_ended_with_all_that_it_has_started(script: ModuleType) -> None:
     began = time.monotonic()
-    assert script.run([sys.executable, "-c", LONG], 0.5, dict(os.environ)) == {"failed": "not done after 0.5 s"}
+    found = script.run([sys.executable, "-c", LONG], 1.5, dict(os.environ))
+    assert found["failed"] == "not done after 1.5 s"
     assert time.monotonic() - began < 30
 
 
