@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from offload_moe.plan import Machine, Plan
+    from offload_moe.plan.mtp import MtpCost
     from offload_moe.plan.placement import Tier
 
 EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
@@ -124,6 +125,8 @@ def _print(plan: "Plan") -> None:
     out.print(_memory_table(plan))
     if plan.placement.warning:
         out.print(f"Warning: {plan.placement.warning}.", soft_wrap=True)
+    if plan.mtp is not None:
+        out.print(_mtp_line(plan.mtp), soft_wrap=True)
     for line in _speed_lines(plan) if plan.fits else map(explain, plan.shortfalls):
         out.print(line, soft_wrap=True)
 
@@ -142,6 +145,13 @@ def _summary(plan: "Plan") -> list[str]:
         f"active {format_size(fp16_bytes(shape.active_parameters))}",
         f"Checkpoint {about}{format_size(plan.checkpoint_bytes)}; store by codec of the experts: {stores}",
     ]
+
+
+def _mtp_line(cost: "MtpCost") -> str:
+    return (
+        f"Beside that, for multi-token prediction: {format_size(cost.store_bytes)} in the store, and where it guesses "
+        f"tokens on the CPU {format_size(cost.memory_bytes)} of RAM; its {cost.num_experts:,} experts share the slots."
+    )
 
 
 def _memory_table(plan: "Plan") -> "Table":

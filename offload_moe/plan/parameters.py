@@ -103,7 +103,7 @@ def describe_model(
     Raises:
         UnsupportedModelError: transformers cannot build it, or its experts cannot be bound.
     """
-    skeleton = build_skeleton(_with_dtype(config))
+    skeleton = build_skeleton(with_dtype(config))
     untie(skeleton, dense_names)
     return describe_skeleton(skeleton, is_fast_path=is_fast_path)
 
@@ -132,7 +132,7 @@ def describe_skeleton(model: "PreTrainedModel", *, is_fast_path: bool) -> ModelS
     )
 
 
-def _with_dtype(config: "PreTrainedConfig") -> "PreTrainedConfig":
+def with_dtype(config: "PreTrainedConfig") -> "PreTrainedConfig":
     """A config that names no dtype is taken to be in bf16, as published MoE checkpoints are."""
     if getattr(config, "dtype", None) is not None:
         return config

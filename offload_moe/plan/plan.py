@@ -10,6 +10,7 @@ from offload_moe.convert.jobs import LOSSLESS
 from offload_moe.errors import ConfigError
 from offload_moe.plan.advice import Change, Shortfall, best_changes, find_shortfalls
 from offload_moe.plan.machine import Machine
+from offload_moe.plan.mtp import MtpCost, mtp_cost
 from offload_moe.plan.outlook import Outlook, Task, look_ahead
 from offload_moe.plan.parameters import ModelShape, describe_model
 from offload_moe.plan.placement import DENSE_CODECS, Placement, Settings, why_no_device_pass
@@ -31,7 +32,8 @@ from offload_moe.store.in_place import GGUF
 class Plan:
     """Sizes, placement and speed of a model. `checkpoint_is_exact`: from the files or their index, not from the dtype.
 
-    store_bytes: codec of the experts -> bytes on disk. changes: faster settings, the most effective first.
+    store_bytes: codec of the experts -> bytes on disk. changes: faster settings, the most effective first. mtp: None
+    without a layer for multi-token prediction, which the other figures leave out.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Plan:
     speed: Speed | None
     changes: tuple[Change, ...]
     shortfalls: tuple[Shortfall, ...]
+    mtp: MtpCost | None
 
     @property
     def fits(self) -> bool:
@@ -138,6 +141,9 @@ def _plan(source: PlannedSource, shape: ModelShape, machine: Machine, settings: 
         speed=outlook.speed,
         changes=best_changes(task, outlook) if outlook.speed is not None else (),
         shortfalls=find_shortfalls(task, outlook),
+        mtp=mtp_cost(source.config, source.tensor_names, machine, settings, outlook.placement)
+        if source.has_mtp and settings.codec != GGUF
+        else None,
     )
 
 

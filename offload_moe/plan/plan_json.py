@@ -39,6 +39,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "shortfalls": [asdict(shortfall) | {"missing_bytes": shortfall.missing_bytes} for shortfall in plan.shortfalls],
         "speed": _speed(plan),
         "changes": [asdict(change) for change in plan.changes],
+        "multi_token_prediction": None if plan.mtp is None else asdict(plan.mtp),
     }
 
 

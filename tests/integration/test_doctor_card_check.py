@@ -32,8 +32,8 @@ def expected(model: SmallModel) -> Expected:
 
 
 @pytest.fixture
-def card() -> Iterator[CardDevice]:
-    with card_machine() as device:
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[CardDevice]:
+    with card_machine(monkeypatch) as device:
         yield device
 
 

@@ -20,9 +20,9 @@ VRAM = 4 << 30
 
 
 @contextmanager
-def card_machine(**options: int) -> Iterator[CardDevice]:
-    """options: of the fake driver."""
-    with fake.FakeDriver(adopts=1, **options) as driver, pytest.MonkeyPatch.context() as patch:
+def card_machine(patch: pytest.MonkeyPatch, **options: int) -> Iterator[CardDevice]:
+    """patch: undoing it ends the machine for what is loaded later. options: of the fake driver."""
+    with fake.FakeDriver(adopts=1, **options) as driver:
         device = CardDevice.open(driver.path, fake.nvrtc(), cubins=shim.CACHE / "cubins")
         measure, locks = engine_load.measure_load, PageLock(SessionLocks(device))
 

@@ -41,6 +41,7 @@ COMPLETE = {
     "shortfalls": list,
     "speed": dict,
     "changes": list,
+    "multi_token_prediction": type(None),
 }
 TIER = {"budget_bytes", "used_bytes", "missing_bytes", "parts", "num_slots", "slots_per_layer", "slot_bytes"}
 SPEED = {"basis", "low_tokens_per_s", "high_tokens_per_s", "bottleneck", "rates", "forecasts"}
