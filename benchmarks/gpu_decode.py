@@ -1,10 +1,11 @@
-"""Decode on a real card at several hit rates, hybrid off and auto, and a row where every expert is resident.
+"""Decode on a real card at several hit rates, each way that a token can take, and rows where every expert is resident.
 
-    python benchmarks/gpu_decode.py MODEL [--shares 0.125 0.25 0.5 1.0] [--tokens N] [--trials N] [--ram SIZE]
+    python benchmarks/gpu_decode.py MODEL [--shares 0.125 0.25 0.5 1.0] [--ways queued stepwise hybrid modules]
 
-For each share of the experts in VRAM: tokens/s, hit rate, bytes over the link per token, and the seconds the link needs
-for them at the rate measured beside it. At 100% hits nothing is moved: what is left is the device's and the scheduler's
-own time. Figures are measured; without a card nothing is printed but why. Last line: JSON.
+The ways: the device pass, queued and stepwise; transformers' modules with bitsandbytes' kernels, hybrid and not. For
+each share of the experts in VRAM: tokens/s, hit rate, bytes over the link per token, and the seconds that the link
+takes for them at the rate measured beside it. At 100% hits nothing is moved.
+Figures are measured; without a card nothing is printed but why. Last line: JSON.
 """
 
 import argparse
@@ -17,6 +18,12 @@ from harness import finish, spread
 
 PROMPT = "The history of the city begins with a river, a bridge and a market. In the first century"
 LINK_BYTES = 256 << 20
+WAYS: dict[str, dict[str, Any]] = {  # settings of `load`
+    "queued": {"device_pass": "auto"},
+    "stepwise": {"device_pass": "auto"},
+    "hybrid": {"device_pass": "off", "hybrid": "auto"},
+    "modules": {"device_pass": "off", "hybrid": "off"},
+}
 
 
 def main() -> int:
@@ -37,11 +44,11 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name(device)}, link {link / 1e9:.1f} GB/s from page-locked memory")
     rows = []
     for share in options.shares:
-        for hybrid in ("off", "auto") if share < 1 else ("off",):
-            row = measure(options, device, share, hybrid, link)
+        for way in options.ways:
+            row = measure(options, device, share, way, link)
             rows.append(row)
             print(
-                f"{share:6.1%} resident  hybrid {hybrid:4}  {row['tokens_per_s']['median']:7.2f} tokens/s  "
+                f"{share:6.1%} resident  {way:8}  {row['tokens_per_s']['median']:7.2f} tokens/s  "
                 f"hits {row['hit_rate']:.1%}  link {row['link_s_per_token'] * 1e3:.1f} ms per token",
                 flush=True,
             )
@@ -53,6 +60,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="store, checkpoint or hub id")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.125, 0.25, 0.5, 1.0])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--ram")
@@ -73,11 +81,12 @@ def link_bytes_per_s(device: Any) -> float:
     return LINK_BYTES / statistics.median(times[1:])
 
 
-def measure(options: argparse.Namespace, device: Any, share: float, hybrid: Any, link: float) -> dict[str, Any]:
+def measure(options: argparse.Namespace, device: Any, share: float, way: str, link: float) -> dict[str, Any]:
     """The model with that share of its experts in VRAM; the pool is shrunk to it, which needs no second load."""
     from offload_moe import load
 
-    with load(options.model, device=str(device), hybrid=hybrid, ram=options.ram) as model:
+    with load(options.model, device=str(device), ram=options.ram, **WAYS[way]) as model:
+        takes_pass = choose_mode(model, way)
         pools = model.engine.hierarchy.pools
         num_slots = model.engine.hierarchy.resize("vram", int(share * pools.keys.total))
         rates, bytes_per_token = [], []
@@ -91,12 +100,24 @@ def measure(options: argparse.Namespace, device: Any, share: float, hybrid: Any,
         return {
             "share_asked": share,
             "num_slots": num_slots,
-            "hybrid": hybrid,
+            "way": way,
+            "takes_device_pass": takes_pass,
             "tokens_per_s": spread(rates),
             "hit_rate": spent.hit_rate,
             "num_computed_on_cpu": spent.num_computed_on_cpu,
             "link_s_per_token": statistics.median(bytes_per_token) / link,
         }
+
+
+def choose_mode(model: Any, way: str) -> bool:
+    """Let all passes go that way. Returns whether decode takes the device pass."""
+    from offload_moe.card.forward import CardForward
+
+    forward = model.hf.get_decoder().forward
+    if not isinstance(forward, CardForward):
+        return False
+    forward.plan.card.mode.mode = way
+    return True
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from offload_moe.convert.repair import find_damage
+from offload_moe.doctor.card_check import check_card, pass_on_cpu
 from offload_moe.doctor.copiers import Copiers, copiers_for
 from offload_moe.doctor.demo_check import check_demo
 from offload_moe.doctor.outcome import Failed, Outcome, run_check
@@ -33,6 +34,7 @@ FAST_KERNELS = 0.05  # activations in 8 bits: 1.5e-2 measured
 ALL_SLOTS = NUM_LAYERS * NUM_EXPERTS
 POOLS = ((1, 1), (3, 2), (ALL_SLOTS, 5), (ALL_SLOTS, ALL_SLOTS))  # slots in RAM, and on the device
 SLEEP_CYCLES = 2_000_000
+QUANTIZED = ("nf4", "int8")  # codecs that the device pass has kernels for
 
 Check = Callable[[], str]
 
@@ -80,6 +82,9 @@ class Tests:
             yield f"{kind} against oracle, {codec}", partial(self._against_oracle, codec, self._on_device)
         for codec in CODECS:
             yield f"{kind} against CPU, {codec}", partial(self._against_cpu, codec)
+        if self._device.type == "cuda":
+            for codec in QUANTIZED:
+                yield f"device pass against CPU, {codec}", partial(self._device_pass, codec)
         yield "CPU, fast kernels", self._fast_kernels
         yield "CPU, any number of slots", partial(self._any_slots, self._on_cpu)
         yield f"{kind}, any number of slots", partial(self._any_slots, self._on_device)
@@ -100,6 +105,10 @@ class Tests:
         return _compare(
             self._logits(codec, self._on_device), self._logits(codec, self._on_cpu), _limit(self._on_device)
         )
+
+    def _device_pass(self, codec: str) -> str:
+        store = self._model.stores[codec].path
+        return check_card(store, pass_on_cpu(store))
 
     def _fast_kernels(self) -> str:
         """One layer alone, because a later router may choose differently after an allowed difference."""

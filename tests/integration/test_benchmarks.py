@@ -343,8 +343,9 @@ def test_gpu_decode_measures_a_simulated_device(files: Files, monkeypatch: pytes
     cpu = torch.device("cpu")
     link = gpu_decode.link_bytes_per_s(cpu)
     options = Namespace(model=files.store, ram=None, trials=1, tokens=6)
-    for hybrid in ("off", "auto"):
-        row = gpu_decode.measure(options, cpu, 0.25, hybrid, link)
+    for way in ("modules", "hybrid"):
+        row = gpu_decode.measure(options, cpu, 0.25, way, link)
+        assert not row["takes_device_pass"]
         assert row["num_slots"] == 12
         assert 0 < row["hit_rate"] < 1
         assert row["tokens_per_s"]["median"] > 0

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tests.support.cuda import attention_reference as reference
 from tests.support.cuda import shim
 from tests.support.cuda.bits import Floats, address, are_same, from_bf16, random_floats, to_bf16
-from tests.support.cuda.card import MODE, SOURCES
+from tests.support.cuda.card import load_program
 from tests.support.cuda.pages import STRUCTS, Cache, Sequence
 
 NORMS = {"none": "OM_NO_NORM", "head": "OM_NORM_OF_HEAD", "all heads": "OM_NORM_OF_ALL"}
@@ -98,7 +98,7 @@ def program(shapes: tuple[Grouped | Latent, ...]) -> shim.ShimLibrary:
 
 def load(header: str, lines: Iterable[str]) -> shim.ShimLibrary:
     text = "\n".join([f'#include "{header}"', *lines, ""])
-    return shim.ShimLibrary(shim.build(text, [f"-I{SOURCES}"], mode=MODE))
+    return load_program(text)
 
 
 class Pass:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from offload_moe.native.structs import MatrixStruct
-from tests.support.cuda import shim
+from tests.support.cuda import on_driver, shim
 from tests.support.cuda.params import structs_of
 
 SOURCES = Path(os.environ.get("OM_CARD_SOURCES", shim.KERNELS))  # of `scripts/card_mutations`, which changes them
@@ -73,7 +73,10 @@ class Card:
     ) -> None:
         """Launch a kernel. rows: of the matrices of a linear. y: the grid's second dimension."""
         name, compiled = name_of(kind, *sizes), _loaded(((kind, *sizes),) if MODE == "quick" else self._wanted)
-        threads, blocks = (ctypes.c_int * 2).in_dll(compiled.library, f"launch_{name}")
+        if isinstance(compiled, on_driver.DriverLibrary):
+            threads, blocks = (on_driver.evaluate(part.format(*sizes)) for part in KINDS[kind][1:])
+        else:
+            threads, blocks = (ctypes.c_int * 2).in_dll(compiled.library, f"launch_{name}")
         grid = sum(-(-count // blocks) for count in rows) if rows else blocks
         struct = STRUCTS[KINDS[kind][0]]()
         fill(struct, {"pass": {"stop": self.stop, "num_rows": self._rows}, **params})
@@ -132,8 +135,15 @@ def matrix(struct: MatrixStruct) -> dict[str, int]:
 
 
 @cache
-def _loaded(wanted: tuple[tuple[Any, ...], ...]) -> shim.ShimLibrary:
-    return shim.ShimLibrary(shim.build(program(wanted), [f"-I{SOURCES}"], mode=MODE))
+def _loaded(wanted: tuple[tuple[Any, ...], ...]) -> shim.ShimLibrary | on_driver.DriverLibrary:
+    return load_program(program(wanted))
+
+
+def load_program(text: str) -> shim.ShimLibrary | on_driver.DriverLibrary:
+    """Compiled for the CPU, or, where one is named, for a driver."""
+    if on_driver.is_wanted():
+        return on_driver.DriverLibrary(text)
+    return shim.ShimLibrary(shim.build(text, [f"-I{SOURCES}"], mode=MODE))
 
 
 def bits(values: np.ndarray) -> np.ndarray:
