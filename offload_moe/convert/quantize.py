@@ -30,7 +30,7 @@ from offload_moe.store.manifest_json import FORMAT_VERSION, manifest_to_json
 from offload_moe.store.plan import PlannedFile
 from offload_moe.store.writer import Payload, StoreWriter, describe_metadata, stored_files
 from offload_moe.system.names import split_gguf_name
-from offload_moe.system.paths import CONFIG_NAME
+from offload_moe.system.paths import CONFIG_NAME, user_path
 from offload_moe.system.progress import Progress, log_notice, silent
 
 DEFAULT = "nf4"
@@ -125,7 +125,7 @@ def quantize(
 
 def _parts_of(source: str | Path, codec: str | None, dense_codec: str) -> tuple[Path, ...]:
     """The parts of a source that is a GGUF file; none of another source. Raises: ConfigError, CheckpointError."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     if not is_gguf(path):
         return ()
     if codec is None and dense_codec != LOSSLESS:
