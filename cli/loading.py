@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from offload_moe.system.names import check_model
 
-from .options import load_arguments, sampling_arguments
+from .options import MEMORY, fill, load_arguments, sampling_arguments
 from .progress import reporter
 from .terminal import console
 
@@ -30,6 +30,7 @@ def loaded_model(options: argparse.Namespace) -> "Iterator[Model]":
 def load_model(options: argparse.Namespace) -> "Model":
     """The model that the flags select, which the caller closes."""
     check_model(options.model, options.revision)
+    fill(options, *MEMORY)
     with reporter() as report:
         report("Loading libraries")
         with _no_garbage_collection():

@@ -7,12 +7,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 import offload_moe
 from offload_moe.system.names import did_you_mean
 
 from .command_parser import CommandParser
 from .commands import COMMANDS
+from .completion import COMPLETE, SCRIPTS, candidates, install
 from .failures import one_line
 from .streams import discard_unwritten, flush_streams, prepare_streams, say_on_stderr
 from .terminal import quiet_libraries
@@ -45,6 +47,9 @@ def _run(arguments: Sequence[str]) -> int:
         if not arguments:
             parser.print_help()
             return EXIT_OK
+        if arguments[0] == COMPLETE:
+            print(*candidates(parser, arguments[1:]), sep="\n")
+            return EXIT_OK
         _check_command(parser, arguments[0])
         options = parser.parse_args(arguments)
         if not is_debugging:
@@ -70,6 +75,13 @@ def build_parser() -> argparse.ArgumentParser:
         description="Run large Mixture-of-Experts models: experts in 4 bits on disk, in RAM and on the GPU at once.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    parser.add_argument(
+        "--install-completion",
+        action=_InstallCompletion,
+        nargs="?",
+        metavar="SHELL",
+        help=f"complete words at the prompt of {', '.join(SCRIPTS)} (default: your shell), and exit",
+    )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=CommandParser)
     for name in COMMANDS:
         module = import_module(f".commands.{name}", __package__)
@@ -95,6 +107,13 @@ def _check_command(parser: argparse.ArgumentParser, word: str) -> None:
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(f"offload-moe {offload_moe.__version__}")
+        parser.exit()
+
+
+class _InstallCompletion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, _: object, shell: Any, *__: object) -> None:
+        path, hint = install(shell)
+        print(f"Wrote {path}. {hint}")
         parser.exit()
 
 

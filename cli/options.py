@@ -3,9 +3,9 @@
 import argparse
 from typing import Any, TypeAlias
 
-from offload_moe.errors import ConfigError
 from offload_moe.system.names import choice
-from offload_moe.system.sizes import parse_size
+from offload_moe.system.settings import read_settings
+from offload_moe.system.sizes import parse_size, parse_tokens
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 CODECS = ("nf4", "int8", "bf16", "mxfp4")
@@ -16,9 +16,9 @@ POLICIES = ("lru", "lfu", "decayed", "slru", "lru-2", "knn")
 GUESSES = ("auto", "off", "ngram", "mtp", "draft")
 REPLAYS = (*POLICIES, "belady", "all")  # a value of `profile --replay --policy`
 CODEC_HELP = "format of the experts (default: a GGUF file's own, mxfp4 for a checkpoint in MXFP4, nf4 for any other)"
-MOST_TOKENS = 1 << 31
 SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "seed": int, "max_new_tokens": int}
 SETTINGS = SAMPLING | {"speculate": str}  # of a chat
+MEMORY = ("vram", "ram", "context")  # of `offload-moe config`
 
 
 def add_display_flags(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--context",
-        type=context_tokens,
+        type=parse_tokens,
         metavar="TOKENS",
         help="memory for this many tokens (default: as many as fit, at most 8192)",
     )
@@ -103,16 +103,6 @@ def policy_name(text: str) -> str:
     return choice("policy", text, REPLAYS if text in REPLAYS else POLICIES)
 
 
-def context_tokens(text: str) -> int:
-    """A number of tokens, such as 8192 or 8,192. Raises: ConfigError."""
-    digits = text.replace(",", "").replace("_", "")
-    if not (digits.isascii() and digits.isdigit()) or not 0 < int(digits[:20]) < MOST_TOKENS:
-        raise ConfigError(
-            f"A context of {text!r} tokens is not usable. It must be a whole number from 1, such as 8192."
-        )
-    return int(digits)
-
-
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Flags for sampling; the defaults are the model's own."""
     group = parser.add_argument_group("sampling (defaults: the model's own)")
@@ -124,6 +114,14 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, metavar="N", help="seed of the random numbers, for repeatable answers")
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="limit of an answer's tokens")
     group.add_argument("--system", metavar="TEXT", help="system prompt")
+
+
+def fill(options: argparse.Namespace, *names: str) -> None:
+    """Set flags that were not given to the user's own defaults. Raises: ConfigError when one of these is not usable."""
+    chosen = read_settings()
+    for name in names:
+        if getattr(options, name) is None:
+            setattr(options, name, chosen[name].value)
 
 
 def load_arguments(options: argparse.Namespace) -> dict[str, Any]:

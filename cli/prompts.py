@@ -6,9 +6,9 @@ import select
 import stat
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from offload_moe.errors import ConfigError
+from offload_moe.system.paths import user_path
 from offload_moe.system.texts import decode, read_bounded, read_text, unescape
 
 from .streams import say_on_stderr
@@ -33,7 +33,7 @@ def read_stdin() -> str:
 
 def read_files(names: Sequence[str]) -> list[str]:
     """The texts of files, `-` for stdin. Raises: ConfigError when one cannot be read or decoded."""
-    return [read_stdin() if name == STDIN else read_text(Path(name).expanduser()) for name in names]
+    return [read_stdin() if name == STDIN else read_text(user_path(name)) for name in names]
 
 
 def read_argument(text: str, what: str) -> str:

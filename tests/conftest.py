@@ -1,6 +1,7 @@
 """Shared by all tests: tiny models are fastest, and timings steadiest, on one thread."""
 
 import gc
+import os
 import signal
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import torch
 from offload_moe.native import kernels
 
 torch.set_num_threads(1)
+os.environ["OFFLOAD_MOE_CONFIG"] = os.devnull  # no test depends on the defaults of who runs it
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offload_moe.errors import ConfigError
+from offload_moe.system.paths import user_path
 
 from ..options import SETTINGS
 from ..status import full_statistics, peak_rows
@@ -156,10 +157,7 @@ def _exit(talk: Talk, _: str) -> None:
 def _file(name: str, command: str) -> Path:
     if not name:
         raise ConfigError(f"{command} needs a file name, for example {command} talk.json.")
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:
-        raise ConfigError(f"{name} names the folder of a user who does not exist.") from None
+    return user_path(name)
 
 
 COMMANDS = {

@@ -13,5 +13,6 @@ COMMANDS = (
     "info",
     "verify",
     "rm",
+    "config",
     "doctor",
 )

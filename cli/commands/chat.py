@@ -3,8 +3,6 @@
 import argparse
 from contextlib import ExitStack, nullcontext
 
-from offload_moe.system.names import DEMO
-
 from ..chat.keyboard import quiet_keyboard
 from ..loading import loaded_model
 from ..options import (
@@ -12,6 +10,7 @@ from ..options import (
     add_display_flags,
     add_model_flags,
     add_sampling_flags,
+    fill,
     sampling_arguments,
 )
 from ..prompts import read_argument
@@ -28,8 +27,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "model",
         metavar="MODEL",
         nargs="?",
-        default=DEMO,
-        help="store, GGUF file, checkpoint folder or hub id (default: demo)",
+        help="store, GGUF file, checkpoint folder or hub id (default: that of `config`, else demo)",
     )
     add_sampling_flags(parser)
     add_model_flags(parser)
@@ -37,6 +35,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    fill(options, "model")
     if options.system is not None:
         options.system = read_argument(options.system, "--system")
     with ExitStack() as stack:

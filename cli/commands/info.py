@@ -3,10 +3,10 @@
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload_moe.system.names import check_installed
+from offload_moe.system.paths import user_path
 from offload_moe.system.sizes import format_size
 
 from ..installed import entry_to_json, origin_text, state_text
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     from offload_moe.convert.sources import ensure_view
     from offload_moe.store.installed import find, resume_advice
 
-    path = Path(options.store).expanduser()
+    path = user_path(options.store)
     entry = find(ensure_view(path, options.store) if is_gguf(path) else options.store)
     details = _details(entry) if entry.kind == "store" else {}
     if options.json:

@@ -6,9 +6,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from offload_moe.system.names import check_model
-from offload_moe.system.sizes import format_size, parse_size
+from offload_moe.system.sizes import format_size, parse_size, parse_tokens
 
-from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_device_pass, context_tokens
+from ..options import CODEC_HELP, CODECS, DENSE_CODECS, MEMORY, Subparsers, add_device_pass, fill
 from ..progress import reporter
 from ..terminal import console
 
@@ -54,7 +54,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--context",
-        type=context_tokens,
+        type=parse_tokens,
         metavar="TOKENS",
         help="tokens of the conversation (default: as many as fit, at most 8192)",
     )
@@ -70,6 +70,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     check_model(options.model, options.revision)
+    fill(options, *(name for name in MEMORY if name != "vram" or options.gpu is None))
     with reporter() as report:
         report("Loading libraries")
         from offload_moe.convert.sources import find_source

@@ -3,16 +3,16 @@
 import argparse
 import logging
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload_moe.errors import ConfigError
 from offload_moe.system.durations import parse_duration
-from offload_moe.system.names import DEMO
+from offload_moe.system.paths import user_path
+from offload_moe.system.sizes import parse_port
 from offload_moe.system.texts import read_text
 
 from ..loading import load_model
-from ..options import SAMPLING, Subparsers, add_model_flags
+from ..options import SAMPLING, Subparsers, add_model_flags, fill
 
 if TYPE_CHECKING:
     from offload_moe.serve.config import ServeConfig
@@ -33,8 +33,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "model",
         metavar="MODEL",
         nargs="?",
-        default=DEMO,
-        help="store, GGUF file, checkpoint folder or hub id (default: demo)",
+        help="store, GGUF file, checkpoint folder or hub id (default: that of `config`, else demo)",
     )
     _add_network_flags(parser)
     _add_engine_flags(parser)
@@ -47,7 +46,9 @@ def _add_network_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (default: this machine alone)"
     )
-    group.add_argument("--port", type=int, metavar="N", default=8000, help="port to listen on (default: 8000)")
+    group.add_argument(
+        "--port", type=parse_port, metavar="N", help="port to listen on (default: that of `config`, else 8000)"
+    )
     group.add_argument("--api-key-file", metavar="FILE", help="a file whose first line is the key that clients need")
     group.add_argument(
         "--cors", metavar="ORIGIN", action="append", default=[], help="pages of this origin may call; repeatable"
@@ -92,6 +93,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    fill(options, "model", "port")
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
@@ -102,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO if options.debug else logging.WARNING, format="%(levelname)s: %(message)s")
     config = ServeConfig(
         host=options.host,
-        port=_port(options.port),
+        port=options.port,
         parallel=options.parallel,
         queue=options.queue,
         cache_slots=0 if options.no_prefix_cache else options.cache_slots,
@@ -146,13 +148,7 @@ def _say(name: str, url: str, config: "ServeConfig") -> None:
     print(CURL.format(url=url, key=key, name=name), flush=True)
 
 
-def _port(port: int) -> int:
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"Port {port} is not usable. It must lie between 0 and 65535; 0 takes a free one.")
-    return port
-
-
 def _key(file: str | None) -> str | None:
     if file is None:
         return None
-    return next(iter(read_text(Path(file).expanduser()).splitlines()), "").strip()
+    return next(iter(read_text(user_path(file)).splitlines()), "").strip()

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from offload_moe.errors import ConfigError
 from offload_moe.system.names import check_model
-from offload_moe.system.sizes import format_size, parse_size
+from offload_moe.system.sizes import format_size, parse_size, parse_tokens
 
-from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_device_pass, context_tokens, policy_name
+from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_device_pass, policy_name
 from ..progress import reporter
 from ..terminal import console
 
@@ -49,7 +49,7 @@ def add_parser(subparsers: Subparsers) -> None:
     group.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens that are decoded")
     group = parser.add_argument_group("runtime")
     group.add_argument(
-        "--context", type=context_tokens, metavar="TOKENS", help="tokens of the conversation (default: 8192)"
+        "--context", type=parse_tokens, metavar="TOKENS", help="tokens of the conversation (default: 8192)"
     )
     group.add_argument("--policy", type=policy_name, metavar="NAME", help="which experts to keep, such as lru")
     group.add_argument("--no-prefetch", action="store_true", help="without lookahead")

@@ -18,7 +18,7 @@ from offload_moe.checkpoint.weight_files import (
 from offload_moe.errors import CheckpointError, ConfigError
 from offload_moe.system.names import check_source, hub_name
 from offload_moe.system.names import looks_like_hub_id as looks_like_hub_id
-from offload_moe.system.paths import MANIFEST_NAME, file_advice
+from offload_moe.system.paths import MANIFEST_NAME, file_advice, user_path
 from offload_moe.system.progress import Progress
 
 # Files of a model folder beside its weights: config, generation config, tokenizer, chat templates.
@@ -56,7 +56,7 @@ def resolve_source(
         TransferError: the download failed.
     """
     source, revision = hub_name(source, revision)
-    folder = Path(source).expanduser()
+    folder = user_path(source)
     if folder.is_dir():
         is_merged = adapter is not None and adapter.resolve() == folder.resolve()
         check_folder(folder, follow_links=follow_links, merges_adapter=is_merged)
@@ -99,7 +99,7 @@ def open_download(
     Raises: ConfigError for anything but a hub id, and what `Download` raises.
     """
     repo_id, revision = hub_name(repo_id, revision)
-    if Path(repo_id).expanduser().exists() or not looks_like_hub_id(str(repo_id)):
+    if user_path(repo_id).exists() or not looks_like_hub_id(str(repo_id)):
         raise ConfigError(
             f"{repo_id} is no hub id. Only shards that were downloaded for the conversion are deleted: convert a "
             "folder without --delete-source-shards."

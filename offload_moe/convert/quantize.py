@@ -30,6 +30,7 @@ from offload_moe.store.manifest import MergedAdapter
 from offload_moe.store.manifest_json import manifest_to_json
 from offload_moe.store.writer import Payload, StoreWriter
 from offload_moe.system.names import split_gguf_name
+from offload_moe.system.paths import user_path
 from offload_moe.system.progress import Progress, log_notice, silent
 
 DEFAULT = "nf4"
@@ -146,7 +147,7 @@ def quantize(
 
 def _parts_of(source: str | Path, codec: str | None, dense_codec: str, *, has_adapter: bool) -> tuple[Path, ...]:
     """The parts of a source that is a GGUF file; none of another source. Raises: ConfigError, CheckpointError."""
-    path = Path(source).expanduser()
+    path = user_path(source)
     if not is_gguf(path):
         return ()
     if codec is None and dense_codec != LOSSLESS:

@@ -55,7 +55,7 @@ def roll_back(cache: Cache, num_tokens: int) -> None:
 def next_logits(hf: PreTrainedModel, tokens: Sequence[int], caches: Sequence[Cache]) -> Tensor:
     """One pass for the next token of each of several sequences: the logits ``[T, V]`` behind them.
 
-    caches: of each sequence, which gets the token; different ones, `MAX_ROWS` at most, of which `takes_several` is true.
+    caches: of each sequence, which gets the token; different ones, `MAX_ROWS` at most, which `takes_several` allows.
     After an error they are as before. Raises: UnsupportedModelError, and what a forward of one token raises.
     """
     lengths = [[layer.get_seq_length() for layer in cache.layers] for cache in caches]

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from offload_moe.errors import CheckpointError, ConfigError, StoreError
-from offload_moe.system.paths import cache_dir
+from offload_moe.system.paths import cache_dir, user_path
 
 DEMO = "demo"
 STORES, DEMOS = "stores", "demo"  # folders of the cache
@@ -72,7 +72,7 @@ def resolve(name: str | Path, cache: Path | None = None) -> Path:
 
 def resolve_whole(name: str | Path, cache: Path | None = None) -> Path:
     """As `resolve`, for a complete name, such as the source in a store's manifest."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.exists() or not _is_name(name):
         return path
     root = cache_dir() if cache is None else cache
@@ -101,25 +101,30 @@ def check_model(name: str | Path, revision: str | None = None) -> None:
         return
     raise CheckpointError(
         f"{name} is neither a file or folder, nor a hub id like organisation/model, nor {DEMO!r}, nor a name that "
-        f"`offload-moe list` shows. {did_you_mean(str(name), (DEMO, *_all_entries()), otherwise='Check the path.')}"
+        f"`offload-moe list` shows. {did_you_mean(str(name), (DEMO, *all_names()), otherwise='Check the path.')}"
     )
 
 
 def check_source(source: str | Path) -> None:
     """Check that `source` can be converted. Raises: CheckpointError."""
     is_on_hub = looks_like_hub_id(str(source)) or split_gguf_name(str(source)) is not None
-    if not Path(source).expanduser().exists() and not is_on_hub:
+    if not user_path(source).exists() and not is_on_hub:
         raise CheckpointError(f"{source} is neither a folder nor a hub id like organisation/model. Check the path.")
 
 
 def check_installed(name: str | Path) -> None:
     """Check that `name` is a folder or an entry of the cache. Raises: StoreError."""
     if name != DEMO and not resolve(name).exists():
-        meant = did_you_mean(str(name), (DEMO, *_all_entries()), otherwise="")
+        meant = did_you_mean(str(name), (DEMO, *all_names()), otherwise="")
         raise StoreError(
             f"{name} is no folder, and no name in the cache. {meant}{' ' if meant else ''}"
             "`offload-moe list` shows what is installed."
         )
+
+
+def all_names() -> list[str]:
+    """The names that `offload-moe list` shows."""
+    return [entry for folder in (STORES, DEMOS) for entry in _entries(cache_dir() / folder)]
 
 
 def choice(what: str, name: str, choices: Collection[str]) -> str:
@@ -142,10 +147,6 @@ def did_you_mean(word: str, choices: Iterable[str], *, otherwise: str) -> str:
 def _likeness(word: str, known: str) -> float:
     """Similarity to the whole name, or to its beginning of the same length."""
     return max(SequenceMatcher(None, word, part).ratio() for part in (known, known[: len(word)]))
-
-
-def _all_entries() -> list[str]:
-    return [entry for folder in (STORES, DEMOS) for entry in _entries(cache_dir() / folder)]
 
 
 def _entries(folder: Path) -> list[str]:

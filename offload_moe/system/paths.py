@@ -5,7 +5,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from offload_moe.errors import ConfigError
+
 CACHE_VARIABLE = "OFFLOAD_MOE_CACHE"
+CONFIG_VARIABLE = "OFFLOAD_MOE_CONFIG"
 CONFIG_NAME = "config.json"  # of a model
 MANIFEST_NAME = "store.json"  # of a store
 
@@ -15,32 +18,71 @@ def cache_dir(environ: Mapping[str, str] | None = None, platform: str | None = N
 
     `OFFLOAD_MOE_CACHE` wins; then the platform's convention: `XDG_CACHE_HOME` or `~/.cache`, `~/Library/Caches` on
     macOS, `%LOCALAPPDATA%` on Windows.
+
+    Raises: ConfigError where there is no home folder.
     """
     environ = os.environ if environ is None else environ
     platform = sys.platform if platform is None else platform
     if chosen := environ.get(CACHE_VARIABLE):
-        return Path(chosen).expanduser()
+        return user_path(chosen)
     if platform == "win32":
         local = environ.get("LOCALAPPDATA")
-        return (Path(local) if local else Path.home() / "AppData" / "Local") / "offload_moe" / "cache"
+        return (Path(local) if local else _home() / "AppData" / "Local") / "offload_moe" / "cache"
     if platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "offload_moe"
+        return _home() / "Library" / "Caches" / "offload_moe"
     base = environ.get("XDG_CACHE_HOME", "")
     # The XDG specification says that a relative path is to be ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "offload_moe"
+    return (Path(base) if os.path.isabs(base) else _home() / ".cache") / "offload_moe"
 
 
 def state_dir(environ: Mapping[str, str] | None = None, platform: str | None = None) -> Path:
     """The folder for files that cannot be rebuilt, such as the chat history; it may not exist yet.
 
     On Linux `XDG_STATE_HOME` or `~/.local/state`; with `OFFLOAD_MOE_CACHE`, and elsewhere, the folder of the cache.
+
+    Raises: ConfigError where there is no home folder.
     """
     environ = os.environ if environ is None else environ
     platform = sys.platform if platform is None else platform
     if environ.get(CACHE_VARIABLE) or platform in ("win32", "darwin"):
         return cache_dir(environ, platform)
     base = environ.get("XDG_STATE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state") / "offload_moe"
+    return (Path(base) if os.path.isabs(base) else _home() / ".local" / "state") / "offload_moe"
+
+
+def config_file(environ: Mapping[str, str] | None = None, platform: str | None = None) -> Path | None:
+    """The file of the user's settings, which may not exist; None where there is no home folder.
+
+    `OFFLOAD_MOE_CONFIG` wins; then `offload_moe/config.toml` in `XDG_CONFIG_HOME` or `~/.config`, on macOS in
+    `~/Library/Application Support`, on Windows in `%APPDATA%`.
+    """
+    environ = os.environ if environ is None else environ
+    platform = sys.platform if platform is None else platform
+    if chosen := environ.get(CONFIG_VARIABLE):
+        return user_path(chosen)
+    base = environ.get({"win32": "APPDATA", "darwin": ""}.get(platform, "XDG_CONFIG_HOME"), "")
+    usual = {"win32": "AppData/Roaming", "darwin": "Library/Application Support"}.get(platform, ".config")
+    try:
+        folder = Path(base) if os.path.isabs(base) else _home() / usual
+    except ConfigError:
+        return None
+    return folder / "offload_moe" / "config.toml"
+
+
+def user_path(name: str | Path) -> Path:
+    """A path as a user writes it, with `~` for a home folder. Raises: ConfigError where there is no such home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        user = Path(name).parts[0][1:]
+        raise ConfigError(f"{name} names the folder of a user who does not exist." if user else _NO_HOME) from error
+
+
+_NO_HOME = "There is no home folder. Set HOME, or OFFLOAD_MOE_CACHE to a folder for models that can be written."
+
+
+def _home() -> Path:
+    return user_path("~")
 
 
 def file_advice(path: Path) -> str:

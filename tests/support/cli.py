@@ -32,6 +32,7 @@ def environment(folder: Path, **changes: str) -> dict[str, str]:
     return kept | {
         "PYTHONPATH": str(ROOT),
         "OFFLOAD_MOE_CACHE": str(folder),
+        "OFFLOAD_MOE_CONFIG": str(folder / "config.toml"),
         "OMP_NUM_THREADS": "1",
         "PYTHONUTF8": "1",
         "TERM": "xterm",

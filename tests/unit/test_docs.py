@@ -86,6 +86,7 @@ def test_every_command_that_is_shown_is_understood(shown: Shown, capsys: pytest.
 def folder_of_the_reader(small_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the commands of the pages find what they name: small models in place of large ones, the real configs."""
     monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OFFLOAD_MOE_CONFIG", str(tmp_path / "config.toml"))
     monkeypatch.chdir(tmp_path)
     for copy in (checkpoint_folder(tmp_path / "cache"), Path("mistralai/Mixtral-8x7B-Instruct-v0.1")):
         shutil.copytree(small_demo.with_name("model"), copy)
@@ -117,7 +118,7 @@ def test_every_command_that_is_shown_runs(
     assert status == ("Does not fit" in streams.out), streams.err
     if command.startswith("quantize"):
         assert Store.open("mixtral-store").num_experts == 4
-    else:
+    elif not command.startswith("config "):
         assert streams.out.strip()
 
 

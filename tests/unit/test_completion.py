@@ -1,0 +1,122 @@
+"""Completion in a shell, out of the parsers."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from offload_moe.system.names import STORES
+from tests.support.cli import ROOT, environment, load_cli
+
+main = load_cli()
+
+SHELLS = ("bash", "zsh", "fish")
+
+
+def candidates(*words: str) -> list[str]:
+    from offload_moe_cli.completion import candidates
+
+    found: list[str] = candidates(main.build_parser(), words)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["p"], ["plan", "profile"]),
+        (["--i"], ["--install-completion"]),
+        (["plan", "--v"], ["--vram"]),
+        (["plan", "x", "--dense-codec", "b"], ["bf16"]),
+        (["chat", "--temperature", "0", "--policy", "lru"], ["lru", "lru-2"]),
+        (["chat", "--speculate", ""], ["auto", "draft", "ngram", "off"]),
+        (["config", "c"], ["context"]),
+        (["run", "demo", "d"], []),  # a prompt
+        (["run", "--file", "d"], []),  # a file, which the shell completes
+        (["run", "--plain", "de"], ["demo"]),
+        (["nonesuch", ""], []),
+        (["frobnic"], []),
+    ],
+)
+def test_what_may_follow(
+    words: list[str], expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path))
+    assert candidates(*words) == expected
+
+
+def test_every_command_and_flag_is_offered() -> None:
+    from offload_moe_cli.commands import COMMANDS
+
+    assert candidates("") == sorted(COMMANDS)
+    assert {"--ram", "--help", "--debug", "--seed"} <= set(candidates("chat", "-"))
+
+
+def test_installed_models_are_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFLOAD_MOE_CACHE", str(tmp_path))
+    for name in ("mixtral-nf4", "mine"):
+        (tmp_path / STORES / name).mkdir(parents=True)
+    assert candidates("chat", "m") == ["mine", "mixtral-nf4"]
+    assert candidates("info", "") == ["demo", "mine", "mixtral-nf4"]
+    assert candidates("run", "--ram", "1GiB", "mix") == ["mixtral-nf4"]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_script_is_written_where_the_shell_finds_it(
+    shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("XDG_DATA_HOME", "XDG_CONFIG_HOME", "BASH_COMPLETION_USER_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SHELL", f"/usr/bin/{shell}")
+    with pytest.raises(SystemExit, match="0"):
+        main.main(["--install-completion"])
+    (path,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert str(path) in capsys.readouterr().out
+    assert "offload-moe --complete" in path.read_text()
+    by_shell = {
+        "bash": ".local/share/bash-completion/completions/offload-moe",
+        "zsh": ".local/share/zsh/site-functions/_offload-moe",
+        "fish": ".config/fish/completions/offload-moe.fish",
+    }
+    assert path == tmp_path / by_shell[shell]
+
+
+def test_another_shell_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SHELL", "/bin/tcsh")
+    assert main.main(["--install-completion"]) == 1
+    assert "Name it: --install-completion bash|zsh|fish" in capsys.readouterr().err
+    assert main.main(["--install-completion", "fihs"]) == 1
+    assert "There is no shell 'fihs'. Did you mean fish?" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [(["pl"], ["plan"]), (["chat", "my"], ["my model"]), (["chat", "--codec", "n"], ["nf4"])],
+)
+def test_bash_completes(words: list[str], expected: list[str], tmp_path: Path) -> None:
+    from offload_moe_cli.completion import install
+
+    script, _ = install("bash", {"XDG_DATA_HOME": str(tmp_path)})
+    (tmp_path / STORES / "my model").mkdir(parents=True)
+    program = tmp_path / "bin" / "offload-moe"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.support.cli "$@"\n')
+    program.chmod(0o755)
+    code = (
+        f"source {script}; COMP_WORDS=(offload-moe {' '.join(words)}); COMP_CWORD={len(words)};"
+        " $(complete -p offload-moe | grep -o '_[a-z_]*');"
+        ' printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
+    run = subprocess.run(
+        ["bash", "--norc", "-c", code],
+        env=environment(tmp_path, PATH=path),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.splitlines() == expected, run.stderr
