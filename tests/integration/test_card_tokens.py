@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.card_model import CardModel, card_model
+from support.card_model import CardModel, card_model, store_of
 from support.cuda import fake, shim
 from support.models import open_model
 from support.tiny_models import tiny_model, tiny_prompt
@@ -122,6 +122,20 @@ def test_guesses_change_no_token(settings: dict[str, Any], model: CardModel, mon
     assert counters.num_chosen_on_card == 2 * num_plain
     num_waits = 3 + int(bool(settings["do_sample"]))  # behind the prompt: rows that are taken back keep their rooms
     assert model.driver.count("cuCtxSynchronize") == num_waits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
+def test_guesses_behind_windows_and_latents(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Governor, "choose", lambda self, kind, most: min(most, 3))
+    store = store_of(family, tmp_path)
+    with open_model(store) as cpu:
+        wanted = tokens_of(cpu.hf, max_new_tokens=60)
+    with fake.FakeDriver() as driver, card_model(store, driver, 12, 9, shim_mode="quick") as model:
+        counters = model.engine.hierarchy.counters
+        speculator = Speculation(model.hf, "ngram", counters).conversation()
+        assert tokens_of(model.hf, speculator=speculator, max_new_tokens=60) == wanted
+    assert counters.num_guesses > 0
 
 
 def test_where_there_is_no_memory_for_more_rows_none_are_guessed(
