@@ -15,7 +15,7 @@ from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
 from offload_moe import load
-from offload_moe.chat import ahead
+from offload_moe.chat import ahead, sharing
 from offload_moe.chat.steering import Steering
 from offload_moe.chat.stream import TokenStream
 from offload_moe.convert.quantize import quantize
@@ -30,6 +30,8 @@ from offload_moe.speculate.costs import PassCosts
 from offload_moe.speculate.governor import EveryGuess
 from offload_moe.speculate.guess import MOST_GUESSES, NO_GUESS, Guess
 from offload_moe.speculate.mtp import FinalStates, MtpModule, MtpSource
+from offload_moe.speculate.row_governor import RowGovernor
+from offload_moe.speculate.speculation import Speculation
 from offload_moe.speculate.speculator import Speculator
 from offload_moe.store import Store
 from tests.support.mtp import FAMILIES, FIRST, write_mtp_checkpoint
@@ -270,3 +272,32 @@ def test_guesses_that_are_made_rarely_leave_gaps(
     source.begin([*PROMPT[0].tolist(), *tokens[:30], 5])
     assert followed.entries[-1] <= PROMPT.shape[1] + 28
     assert followed.cache.get_seq_length() == len(followed.entries) > PROMPT.shape[1]
+
+
+def test_passes_that_are_shared_with_another_answer_leave_gaps(
+    model: Model, states: FinalStates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [PROMPT, PROMPT.flip(1)[:, 4:] + 37]
+    expected = [list(stream_of(model, prompt=prompt, **SAMPLED)) for prompt in prompts]
+    passes, shared, guesses, compute = count(), count(), list[Guess](), sharing.next_logits
+
+    class Noting(MtpSource):
+        def guess(self, most: int) -> Guess:
+            guesses.append(super().guess(most))
+            return guesses[-1]
+
+    def counted(*arguments: Any) -> Tensor:
+        next(shared)
+        return compute(*arguments)
+
+    monkeypatch.setattr(Speculation, "may_share", True)  # `states` has hooks that were not there after the load
+    monkeypatch.setattr(sharing, "next_logits", counted)
+    monkeypatch.setattr(RowGovernor, "choose", lambda self, most: most if next(passes) % 12 > 5 else 1)
+    monkeypatch.setattr(RowGovernor, "rate", lambda self, num_rows: 100.0)
+    streams = [stream_of(model, Noting(module_of(model), states), prompt=prompt, **SAMPLED) for prompt in prompts]
+    while [next(stream, None) for stream in streams] != [None, None]:
+        pass
+    assert [stream.tokens for stream in streams] == expected
+    assert expected[0] != expected[1]
+    assert next(shared) > 10
+    assert sum(bool(guess.tokens) for guess in guesses) > 2
