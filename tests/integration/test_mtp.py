@@ -84,7 +84,7 @@ def assert_same(left: Contents, right: Contents) -> None:
 def stream_of(
     model: Model, source: Any = None, *, cache: Any = None, prompt: Tensor | None = None, **settings: Any
 ) -> TokenStream:
-    steering = settings.pop("steering", Steering())
+    steering, seed = settings.pop("steering", Steering()), settings.pop("seed", 5)
     defaults = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1000}
     speculator = None if source is None else Speculator(source, PassCosts(), Counters(), EveryGuess())
     return TokenStream(
@@ -92,7 +92,7 @@ def stream_of(
         PROMPT if prompt is None else prompt,
         GenerationConfig(disable_compile=True, **(defaults | settings)),
         past_key_values=DynamicCache(config=model.hf.config) if cache is None else cache,
-        seed=5,
+        seed=seed,
         steering=steering,
         speculator=speculator,
     )
@@ -277,8 +277,8 @@ def test_guesses_that_are_made_rarely_leave_gaps(
 def test_passes_that_are_shared_with_another_answer_leave_gaps(
     model: Model, states: FinalStates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts = [PROMPT, PROMPT.flip(1)[:, 4:] + 37]
-    expected = [list(stream_of(model, prompt=prompt, **SAMPLED)) for prompt in prompts]
+    choices = [SAMPLED | {"prompt": PROMPT, "seed": 5}, SAMPLED | {"prompt": PROMPT[:, 4:], "seed": 6}]
+    expected = [list(stream_of(model, **each)) for each in choices]
     passes, shared, guesses, compute = count(), count(), list[Guess](), sharing.next_logits
 
     class Noting(MtpSource):
@@ -294,7 +294,7 @@ def test_passes_that_are_shared_with_another_answer_leave_gaps(
     monkeypatch.setattr(sharing, "next_logits", counted)
     monkeypatch.setattr(RowGovernor, "choose", lambda self, most: most if next(passes) % 12 > 5 else 1)
     monkeypatch.setattr(RowGovernor, "rate", lambda self, num_rows: 100.0)
-    streams = [stream_of(model, Noting(module_of(model), states), prompt=prompt, **SAMPLED) for prompt in prompts]
+    streams = [stream_of(model, Noting(module_of(model), states), **each) for each in choices]
     while [next(stream, None) for stream in streams] != [None, None]:
         pass
     assert [stream.tokens for stream in streams] == expected
