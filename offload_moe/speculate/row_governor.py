@@ -37,11 +37,13 @@ class RowGovernor:
 
     def note(self, num_rows: int, seconds: float, num_misses: int) -> None:
         """A pass was computed, without guesses."""
-        self._costs.note(num_rows, seconds, num_misses)
         if num_rows == 1:
+            self._costs.note(1, seconds, num_misses)
             self._balance.note_plain(seconds)
             self._since_plain = 0
-        else:
-            plain_s = self._costs.plain_s
-            self._balance.note_rows(num_rows * plain_s - seconds, seconds, plain_s)
-            self._since_plain += 1
+            return
+        plain_s = self._costs.plain_s
+        # What seems faster than a plain pass is beside plain ones that waited for experts.
+        self._costs.note(num_rows, max(seconds, plain_s), num_misses)
+        self._balance.note_rows(num_rows * plain_s - seconds, seconds, plain_s)
+        self._since_plain += 1

@@ -333,6 +333,17 @@ def test_sharing_stops_once_it_pays_no_more() -> None:
     assert sum(again[-100:]) > 300
 
 
+def test_no_number_of_rows_is_cheaper_than_one() -> None:
+    governor = RowGovernor()
+    governor.note(1, PLAIN_S * 3, 40)  # it waited for experts
+    governor.note(4, PLAIN_S, 0)
+    assert governor.rate(4) == pytest.approx(4)
+    assert governor.pays
+    for _ in range(20):
+        governor.note(4, PLAIN_S * 12, 0)
+    assert not governor.pays
+
+
 @pytest.mark.parametrize(("num_ready", "expected"), [(1, 1), (3, 3), (8, 8), (30, 8)])
 def test_no_more_rows_than_a_pass_takes(num_ready: int, expected: int) -> None:
     _, made = shared(RowGovernor(), num_ready, 40, lambda rows: 1.0)
