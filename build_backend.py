@@ -24,7 +24,9 @@ AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512d
 AVX512_FLAGS += ["-mprefer-vector-width=512"]  # also in loops that the compiler vectorizes
 AVX512_VBMI_FLAGS = [*AVX512_FLAGS, "-mavx512vbmi"]
 AVX_VNNI_FLAGS = [*AVX2_FLAGS, "-mavxvnni"]  # since gcc 11 and clang 12: the set is left out before
-IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+# The processor that is compiled for: Python's variable _PYTHON_HOST_PLATFORM names another than this machine's.
+TARGET = sysconfig.get_platform().rpartition("-")[2].lower()
+IS_X86 = (platform.machine().lower() if TARGET == "universal2" else TARGET) in ("x86_64", "amd64")
 
 _PROBE = "#include <math.h>\n#include <pthread.h>\nfloat probe(float x) { return expf(x); }\n"
 

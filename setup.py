@@ -1,12 +1,14 @@
 """The native library, which the package cannot do without. Everything else about the package is in pyproject.toml."""
 
 import os
+import platform
 import shlex
 import sys
 import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError
 
@@ -17,7 +19,6 @@ from build_backend import (
     AVX512_VBMI_FLAGS,
     AVX_VNNI_FLAGS,
     IS_X86,
-    ZIG,
     accepts,
     choose_compiler,
     is_zig,
@@ -54,6 +55,9 @@ X86_FLAGS = {
 class BuildKernels(build_ext):
     """Compiles each instruction set with its own flags; the library is loaded through ctypes and imports no Python."""
 
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{os.path.join(*fullname.split('.'))}.so"
+
     def run(self) -> None:
         if sys.platform == "win32":
             raise CCompilerError("the native library needs POSIX threads: on Windows, install in WSL2")
@@ -62,6 +66,7 @@ class BuildKernels(build_ext):
         except RuntimeError as error:
             raise CCompilerError(str(error)) from error
         os.environ["CC"] = shlex.join(self.command)  # setuptools reads it
+        os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")  # on macOS: a Python for two processors
         with tempfile.TemporaryDirectory() as cache:
             os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", cache)
             os.environ.setdefault("ZIG_LOCAL_CACHE_DIR", cache)
@@ -71,8 +76,9 @@ class BuildKernels(build_ext):
         flags, link_flags = COMMON_FLAGS, []
         if is_zig(self.command):
             flags, link_flags = [*COMMON_FLAGS, *ZIG_FLAGS], ZIG_LINK_FLAGS
-        if self.command == ZIG:  # it knows few of the flags that Python was built with
-            self.compiler.set_executables(compiler_so=[*ZIG, "-fPIC"], linker_so=[*ZIG, *ZIG_FLAGS, "-shared"])
+            # It knows few of the flags that Python was built with.
+            linker = [*self.command, *ZIG_FLAGS, "-shared"]
+            self.compiler.set_executables(compiler_so=[*self.command, "-fPIC"], linker_so=linker)
         x86_flags = X86_FLAGS if IS_X86 else {}
         if IS_X86 and not accepts(self.command, AVX_VNNI_FLAGS):
             x86_flags = {**X86_FLAGS, "panel_avx_vnni.c": []}
@@ -91,6 +97,13 @@ class BuildKernels(build_ext):
         )
 
 
+class PlatformWheel(bdist_wheel):
+    """A wheel for any Python 3 of a platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
     ext_modules=[
         Extension(
@@ -99,5 +112,5 @@ setup(
             depends=[str(path) for path in sorted(SOURCES.glob("*.h"))],
         )
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
 )

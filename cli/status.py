@@ -75,6 +75,7 @@ def full_statistics(stats: "TurnStats | None", memory_bytes: Mapping[str, int]) 
     if stats is not None and stats.counters is not None:
         counters = stats.counters
         rows += [
+            ("tokens per pass", f"{counters.rows_per_pass:.2f} computed, {counters.num_passes:,} passes"),
             ("expert hits", f"{counters.num_hits:,} of {counters.num_accesses:,} ({counters.hit_rate:.1%})"),
             ("delayed hits", f"{counters.num_delayed_hits:,}"),
             ("misses", f"{counters.num_misses:,}, {counters.num_evictions:,} evictions"),

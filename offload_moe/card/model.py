@@ -1,16 +1,15 @@
 """The parts of a decoder that a pass computes, and which the device pass takes."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from offload_moe.card.linears import linear_of
 from offload_moe.decode.dense import NarrowEmbedding
-from offload_moe.decode.probe import Refused, Uncovered, answer
+from offload_moe.decode.head import gives_products
+from offload_moe.decode.probe import Uncovered
 from offload_moe.decode.wiring import Wiring, wiring_of
 from offload_moe.errors import DevicePassUnavailable
 from offload_moe.experts.attach import BoundExperts, bound_experts
@@ -106,43 +105,9 @@ def _final_norm(norm: Any) -> tuple[Tensor, float]:
 def _head(hf: Any, wiring: Wiring) -> tuple[Linear | None, str]:
     """The output head, or why a pass does not have it."""
     module = hf.get_output_embeddings()
-    if not isinstance(module, nn.Module) or not _gives_products(hf, module, wiring):
+    if not isinstance(module, nn.Module) or not gives_products(hf, module, wiring):
         return None, "its logits are other numbers than the products of its output head"
     try:
         return linear_of(module), ""
     except DevicePassUnavailable as error:
         return None, str(error)
-
-
-@torch.inference_mode()
-def _gives_products(hf: Any, head: nn.Module, wiring: Wiring) -> bool:
-    """Whether the model's logits are what its head gives for the decoder's hidden state, by a rehearsal with stand-ins
-    for both."""
-    decoder, given = hf.get_decoder(), []
-    hidden = torch.linspace(-1, 1, decoder.config.hidden_size, dtype=hf.dtype, device=hf.device)[None, None]
-    logits = torch.linspace(-90, 90, 64, dtype=hf.dtype, device=hf.device)[None, None]
-
-    def stand_in(x: Tensor) -> Tensor:
-        given.append(x)
-        return logits
-
-    with (
-        _replaced(decoder, lambda *_, **__: wiring.make_output(hidden, None)),
-        _replaced(head, stand_in),
-        suppress(Refused),
-    ):
-        found = answer(hf, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=hf.device), logits_to_keep=1).logits
-        return len(given) == 1 and torch.equal(given[0], hidden) and torch.equal(found, logits)
-    return False
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own

@@ -32,6 +32,10 @@ class InRoom:
     _parts: tuple[Tensor | None, Tensor | None] | None = (None, None)  # None: not cut out yet
     _addresses: tuple[int, ...] = ()  # of the room: keys, values, tokens between heads, bytes of a key and of a value
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy gets room of its own once it grows: addresses are those of this one's."""
+        return vars(self) | {"_parts": self._cut_out(), "_place": None, "_room": None, "_addresses": ()}
+
     @property
     def keys(self) -> Any:
         return self._cut_out()[0]

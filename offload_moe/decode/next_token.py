@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from offload_moe.decode.hooks import Bypass
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
@@ -54,4 +56,12 @@ def token_pass_of(hf: Any) -> TokenPass | None:
     """The pass of a model; None where its head is not in it."""
     forward = vars(hf.get_decoder()).get("forward")
     found: TokenPass | None = getattr(forward, "token_pass", None)
+    return found
+
+
+def head_alone_of(hf: Any) -> Bypass | None:
+    """While it is clear, the logits are those of the head behind the decoder, and the model's own forward can be left
+    out. None where that is another or unknown matter."""
+    forward = vars(hf.get_decoder()).get("forward")
+    found: Bypass | None = getattr(forward, "head_alone", None)
     return found

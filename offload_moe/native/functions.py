@@ -22,6 +22,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "om_encode_int8": (None, pointer, int32, int64, pointer, pointer),
     "om_search_nf4": (None, pointer, int32, int64, int64, *[pointer] * 4),
     "om_search_int8": (None, pointer, int32, int64, int64, *[pointer] * 3),
+    "om_feed_back_nf4": (None, pointer, pointer, pointer, int64, pointer),
     "om_encode_nested": (None, pointer, float32, int64, pointer, pointer),
     "om_repack": (None, pointer, int64, pointer, int32, pointer),
     "om_linear_forward": (integer, *[pointer] * 3, int64, pointer, int64, int32, int32),

@@ -1,7 +1,6 @@
 """The native library, which depends on neither torch nor Python. Its kernels: `offload_moe.native`."""
 
 import ctypes
-import sysconfig
 from functools import cache
 from pathlib import Path
 
@@ -37,4 +36,4 @@ def load_for_short_calls() -> ctypes.PyDLL:
 
 
 def _path() -> Path:
-    return Path(__file__).with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
+    return Path(__file__).with_name("_native.so")

@@ -23,7 +23,10 @@ from tests.support.gguf_models import write_model
 from tests.support.plan import CONFIGS
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 # A line of shell: what is piped in, and the command up to a comment, a pipe or a file it is written to.
 COMMAND = re.compile(
     r"^(?:    |\$ )+(?:printf '(?P<typed>.*)' \| )?(?:\S+ && )?(?:\S*/)?offload-moe "

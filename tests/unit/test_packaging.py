@@ -1,12 +1,18 @@
 """What the wheel holds is what the tree holds."""
 
+import runpy
+import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+from setuptools import Distribution
+
+from offload_moe.native import library
 
 ROOT = Path(__file__).parents[2]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -103,6 +109,39 @@ def test_cc_names_the_compiler_and_no_other_is_used(
     assert backend.get_requires_for_build_wheel() == ["wheel"]
     with pytest.raises(RuntimeError, match=r"CC=.*mycc does not compile a small C program: unknown flag"):
         backend.choose_compiler()
+
+
+@pytest.mark.parametrize(
+    ("platform", "is_x86"),
+    [("linux-x86_64", True), ("linux-aarch64", False), ("macosx-11.0-arm64", False), ("macosx-10.15-x86_64", True)],
+)
+def test_flags_follow_the_target_not_this_machine(
+    backend: ModuleType, monkeypatch: pytest.MonkeyPatch, platform: str, is_x86: bool
+) -> None:
+    monkeypatch.setenv("_PYTHON_HOST_PLATFORM", platform)
+    assert runpy.run_path(str(ROOT / "build_backend.py"))["IS_X86"] is is_x86
+
+
+def test_a_wheel_is_for_every_python_of_its_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library is loaded by ctypes. What a wheel holds is checked by `scripts/build_wheels`."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", given.update)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    runpy.run_path(str(ROOT / "setup.py"))
+    distribution = Distribution({"name": "offload-moe", "version": "1", "ext_modules": given["ext_modules"]})
+    wheel = given["cmdclass"]["bdist_wheel"](distribution)
+    wheel.ensure_finalized()
+    python, abi, platform = wheel.get_tag()
+    assert (python, abi) == ("py3", "none")
+    assert platform != "any"
+    built = given["cmdclass"]["build_ext"](distribution).get_ext_filename("offload_moe.native._native")
+    assert Path(built) == Path("offload_moe/native/_native.so")
+    assert Path(library.load_library()._name) == ROOT / built
+
+
+def test_c_sources_are_in_the_source_archive_only() -> None:
+    assert SETUPTOOLS["include-package-data"] is False
+    assert any("csrc *.c *.h" in line for line in (ROOT / "MANIFEST.in").read_text().splitlines())
 
 
 def test_the_build_backend_is_in_the_source_archive() -> None:

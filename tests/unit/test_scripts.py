@@ -4,7 +4,13 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.cli import load_cli
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,3 +81,29 @@ def test_every_change_of_a_kernel_has_its_text() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^\w+\.cuh:\d+: ", done.stdout, re.MULTILINE)) >= 200
+
+
+FORGE = sorted([*(ROOT / ".github").rglob("*.yml"), ROOT / ".pre-commit-config.yaml", ROOT / "CITATION.cff"])
+
+
+@pytest.mark.parametrize("path", FORGE, ids=lambda path: path.name)
+def test_files_of_the_forge_name_what_exists(path: Path) -> None:
+    text = path.read_text()
+    assert yaml.safe_load(text)
+    for name in re.findall(r"(?<![\w/])(?:scripts|tests|docs|\.ci)/[\w./]*\w", text):
+        assert (ROOT / name).exists(), name
+    for command in re.findall(r"offload-moe ((?:doctor|plan|run)[^`]*)`", text):
+        load_cli().build_parser().parse_args(command.split())
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert f'__version__ = "{version}"' in (ROOT / "offload_moe/__init__.py").read_text()
+
+
+def test_pythons_are_the_same_everywhere() -> None:
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
+    named = [found[1] for line in classifiers if (found := re.fullmatch(r".*Python :: (3\.\d+)", line))]
+    tests = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["tests"]
+    assert tests["strategy"]["matrix"]["python"] == named

@@ -271,6 +271,8 @@
              const float *importance, uint8_t *codes, uint8_t *scale_codes, float *scales)) \
     FUNCTION(void, om_search_int8, (const void *values, int32_t dtype, int64_t num_blocks, int64_t row_blocks, \
              const float *importance, int8_t *codes, float *scales)) \
+    FUNCTION(void, om_feed_back_nf4, (float *values, const float *scales, const float *feedback, int64_t num_rows, \
+             uint8_t *codes)) \
     FUNCTION(void, om_encode_nested, (const float *absmax, float offset, int64_t count, uint8_t *codes, float *scales)) \
     FUNCTION(void, om_repack, (const om_matrix *matrices, int64_t num_matrices, uint8_t *record, int32_t to_panels, \
                                uint8_t *scratch)) \
