@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from offload_moe.decode import next_logits, takes_several
+from offload_moe.decode import next_logits, takes_rows
 from offload_moe.errors import OffloadMoeError
 from offload_moe.residency.counters import Counters
 from offload_moe.speculate.row_governor import RowGovernor
@@ -151,9 +151,9 @@ class Sharing:
         ready = self._ready.copy()  # at one stroke: answers may end meanwhile, in other threads and as garbage
         number = self.governor.choose(1 + len(ready))
         rate = self.governor.rate(number)
-        if number == 1 or row.rate() > rate or not speculation_of(hf).may_share or not takes_several(hf, row.cache):
+        if number == 1 or row.rate() > rate or not speculation_of(hf).may_share or not takes_rows(hf, row.cache, 1):
             return []
-        fitting = (member for member, its in ready.items() if its.rate() <= rate and takes_several(hf, its.cache))
+        fitting = (member for member, its in ready.items() if its.rate() <= rate and takes_rows(hf, its.cache, 1))
         return [member for _, member in zip(range(number - 1), fitting, strict=False)]
 
     def _claim(self, members: Sequence[Member], under_way: _UnderWay) -> dict[Member, Row]:

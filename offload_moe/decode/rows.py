@@ -39,9 +39,9 @@ def takes_rows(hf: PreTrainedModel, cache: Any, num_tokens: int) -> bool:
     )
 
 
-def takes_several(hf: PreTrainedModel, cache: Cache) -> bool:
-    """Whether `next_logits` takes the next token behind this cache; where `why_no_rows` is empty. Not on a card."""
-    return isinstance(_forward_of(hf), DecoderForward) and takes_rows(hf, cache, 1)
+def takes_several(hf: PreTrainedModel) -> bool:
+    """Whether a pass may have rows of several sequences; not on a card."""
+    return isinstance(_forward_of(hf), DecoderForward)
 
 
 @torch.inference_mode()
@@ -55,8 +55,9 @@ def roll_back(cache: Cache, num_tokens: int) -> None:
 def next_logits(hf: PreTrainedModel, tokens: Sequence[int], caches: Sequence[Cache]) -> Tensor:
     """One pass for the next token of each of several sequences: the logits ``[T, V]`` behind them.
 
-    caches: of each sequence, which gets the token; different ones, `MAX_ROWS` at most, which `takes_several` allows.
-    After an error they are as before. Raises: UnsupportedModelError, and what a forward of one token raises.
+    caches: of each sequence, which gets the token; different ones, `MAX_ROWS` at most, of which `takes_rows` is true,
+    where `takes_several`. After an error they are as before. Raises: UnsupportedModelError, and what a forward of one
+    token raises.
     """
     lengths = [[layer.get_seq_length() for layer in cache.layers] for cache in caches]
     several: Any = SeveralCaches(caches)

@@ -149,7 +149,10 @@ def _speculate(model: Model, options: LoadOptions, draft: DraftFiles | None) -> 
             raise ConfigError(f"{model.no_tokenizer} Without one, its vocabulary cannot be compared with a draft's.")
         guessing = load_draft(draft, model.tokenizer.get_vocab(), model.placement.context)
         sources["draft"] = (partial(DraftSource, guessing, num_embeddings(hf)),)
-    set_speculation(hf, Speculation(hf, options.speculate, model.stats, sources))
+    why_off = ""
+    if options.speculate == "mtp" and "mtp" not in sources:
+        why_off = "the layer for multi-token prediction is computed on the CPU alone; --speculate ngram works here"
+    set_speculation(hf, Speculation(hf, options.speculate, model.stats, sources, why_off=why_off))
 
 
 def _plan(store: Store, options: LoadOptions, device: torch.device, draft: DraftFiles | None) -> Planned:

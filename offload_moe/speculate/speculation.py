@@ -7,7 +7,7 @@ from types import MappingProxyType
 from torch import nn
 from transformers import PreTrainedModel
 
-from offload_moe.decode import why_no_rows
+from offload_moe.decode import takes_several, why_no_rows
 from offload_moe.decode.hooks import hooks_of
 from offload_moe.errors import ConfigError
 from offload_moe.residency.counters import Counters
@@ -34,10 +34,16 @@ class Speculation:
         choice: Choice = "auto",
         counters: Counters | None = None,
         sources: Mapping[Choice, Makers] = MappingProxyType({}),
+        *,
+        why_off: str = "",
     ) -> None:
-        """sources: what makes those of a conversation, by choice, beside and in place of what every model has."""
+        """sources: what makes those of a conversation, by choice, beside and in place of what every model has.
+
+        why_off: a reason beside those of the model.
+        """
         self.choice: Choice = choice
-        self.why_off = why_no_rows(hf)
+        self.why_off = why_no_rows(hf) or why_off
+        self._takes_several = takes_several(hf)
         self.is_paused = False
         self._costs = PassCosts()
         head = hf.get_output_embeddings()
@@ -62,7 +68,7 @@ class Speculation:
     @property
     def may_share(self) -> bool:
         """Whether a pass may have tokens of several conversations now."""
-        return not self.why_off and not self.is_paused and not self._new_hooks
+        return self._takes_several and not self.why_off and not self.is_paused and not self._new_hooks
 
     @contextmanager
     def paused(self) -> Iterator[None]:
