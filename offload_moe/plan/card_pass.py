@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GRAPH_NODE_BYTES = 16 << 10  # of the card's memory, for one launch in an executable graph: assumed, never measured
-NODES_OF_ENDS = 3  # embedding; last norm, end of the pass
+NODES_OF_ENDS = 6  # embedding; last norm, head, choice of the next token in two steps, end of the pass
 NUM_BUFFERS = 40  # each begins at a multiple of `ALIGNMENT`
 FLOAT, ADDRESS, INT = 4, 8, 4
 ATTENTION_NODES = 6  # norm, projections, heads, sections, merge, output
@@ -41,8 +41,6 @@ class PassShape:
     late_nodes beside them, for what is missing. row_bytes: buffers of one row that graphs were made for; log_bytes: its
     log. kept_bytes: what each number of rows takes beside them, with numbers in fp32. position_bytes: tables of angles
     and lists of pages, by position. section_bytes: of one section of the context, all rows.
-
-    needs_quantized: it has MLPs that the pass computes only where dense weights are quantized.
     """
 
     attend_nodes: int
@@ -53,7 +51,6 @@ class PassShape:
     position_bytes: int
     section_bytes: int
     log_bytes: int
-    needs_quantized: bool
 
     @property
     def queued_nodes(self) -> int:
@@ -87,12 +84,13 @@ def describe_pass(model: "PreTrainedModel", experts: Sequence[ExpertsModule]) ->
         return reason
     num_experts = max(found.num_experts for found in experts)
     inner = max(found.shape.matrices[-1].in_features for found in experts)
+    vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
     layers = [_Layer(module, num_experts, inner) for module in model.get_decoder().layers]
     return PassShape(
         attend_nodes=sum(layer.attend_nodes for layer in layers),
         hit_nodes=sum(layer.hit_nodes for layer in layers),
         late_nodes=sum(layer.late_nodes for layer in layers),
-        row_bytes=max(layer.row_bytes for layer in layers),
+        row_bytes=max(layer.row_bytes for layer in layers) + FLOAT * vocabulary,
         kept_bytes=sum(layer.kept_bytes for layer in layers)
         + ctypes.sizeof(struct("fetches"))
         + NUM_BUFFERS * ALIGNMENT,
@@ -100,7 +98,6 @@ def describe_pass(model: "PreTrainedModel", experts: Sequence[ExpertsModule]) ->
         + -(-2 * ADDRESS * len(layers) // constant("OM_CARD_PAGE")),
         section_bytes=max(layer.section_bytes for layer in layers),
         log_bytes=len(layers) * max(layer.log_bytes for layer in layers),
-        needs_quantized=any(layer.spec.shared or layer.spec.dense for layer in layers),
     )
 
 

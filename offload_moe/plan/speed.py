@@ -199,13 +199,13 @@ def run_costs(shape: ModelShape, machine: Machine, settings: Settings, placement
         ask_host_s=rates.ask_s,
         account_host_s=rates.pass_layer_s,
         has_device=machine.has_device,
-        device_pass=_pass_costs(shape, machine, settings, placement),
+        device_pass=_pass_costs(shape, machine, settings),
     )
 
 
-def _pass_costs(shape: ModelShape, machine: Machine, settings: Settings, placement: Placement) -> PassCosts | None:
+def _pass_costs(shape: ModelShape, machine: Machine, settings: Settings) -> PassCosts | None:
     """The costs of the device pass, launches of all layers spread over the MoE layers; None without it."""
-    if why_no_device_pass(shape, machine, settings, placement.dense_codec):
+    if why_no_device_pass(shape, machine, settings):
         return None
     assert isinstance(shape.device_pass, PassShape)
     rates, record, num_layers = machine.rates, slot_bytes(shape, settings.codec), len(shape.layers)
