@@ -1,10 +1,10 @@
-"""Perplexity of the demo, or of another model, per codec, with exact and with int8 activations: what speed costs.
+"""Quality of the demo, or of another model, per codec, with exact and with int8 activations: what speed costs.
 
     python benchmarks/codec_quality.py [MODEL] [--tokens 2048] [--length 256]
 
 Texts come with Python: language reference topics, which the demo's calibration did not see. The prompt's path is
-measured (chunks of `--length` tokens at once); experts in bf16 give eager's own numbers. The last line of stdout is
-one JSON document.
+measured (chunks of `--length` tokens at once); experts in bf16 give eager's own numbers, and KL divergence and top-1
+agreement are with them. `quality.py` compares formats of weights alone. The last line of stdout is one JSON document.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 
 from harness import finish
 
-# Experts' codec, its scales, dense codec, exact activations.
+# Experts' codec, its scales (by "calibrated" with `calibrate="auto"`), dense codec, exact activations.
 CANDIDATES: tuple[tuple[str, str, str | None, bool], ...] = (
     ("bf16", "error", None, False),
     ("int8", "absmax", "bf16", True),
@@ -25,10 +25,12 @@ CANDIDATES: tuple[tuple[str, str, str | None, bool], ...] = (
     ("int8", "error", None, False),
     ("nf4", "absmax", "bf16", True),
     ("nf4", "error", "bf16", True),
+    ("nf4", "calibrated", "bf16", True),
     ("nf4", "error", "bf16", False),
     ("nf4", "error", None, False),
     ("nf4", "absmax", "nf4", False),
     ("nf4", "error", "nf4", False),
+    ("nf4", "calibrated", "nf4", False),
 )
 
 
@@ -43,16 +45,34 @@ def chunks(tokenizer: Any, num_tokens: int, length: int) -> Any:
     return torch.tensor(ids[: min(num_tokens, len(ids)) // length * length]).view(-1, length)
 
 
-def perplexity(hf: Any, ids: Any) -> float:
-    import torch
-    from torch.nn.functional import cross_entropy
+class Comparison:
+    """Distributions of the next token on a text, against those of the first model that it measures."""
 
-    total = 0.0
-    with torch.inference_mode():
-        for row in ids.split(1):
-            logits = hf(row, use_cache=False).logits[:, :-1].float()
-            total += float(cross_entropy(logits.flatten(0, 1), row[:, 1:].flatten(), reduction="sum"))
-    return math.exp(total / ids[:, 1:].numel())
+    def __init__(self, ids: Any) -> None:
+        self._ids = ids
+        self._expected: list[Any] = []
+
+    def measure(self, hf: Any) -> dict[str, float]:
+        """Perplexity, mean KL divergence from the first model, and the share of tokens with the same top choice."""
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        loss = divergence = same = 0.0
+        with torch.inference_mode():
+            for index, row in enumerate(self._ids.split(1)):
+                found = hf(row, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+                if index == len(self._expected):
+                    self._expected.append(found)
+                expected = self._expected[index]
+                loss += float(cross_entropy(found, row[0, 1:], reduction="sum"))
+                divergence += float((expected.exp() * (expected - found)).sum())
+                same += float((expected.argmax(-1) == found.argmax(-1)).sum())
+        count = self._ids[:, 1:].numel()
+        return {
+            "perplexity": math.exp(loss / count),
+            "kl_divergence": divergence / count,
+            "top1_agreement": same / count,
+        }
 
 
 def main() -> None:
@@ -68,18 +88,18 @@ def main() -> None:
     ids = None
     for codec, scales, dense_codec, is_exact in CANDIDATES:
         with tempfile.TemporaryDirectory() as folder:
-            store = quantize(
-                source, Path(folder) / "store", codec=codec, dense_codec=dense_codec or "bf16", scales=scales
-            )
+            chosen = {"calibrate": "auto"} if scales == "calibrated" else {"scales": scales}
+            store = quantize(source, Path(folder) / "store", codec=codec, dense_codec=dense_codec or "bf16", **chosen)
             with load(store, dense_codec=dense_codec, exact=is_exact) as model:
                 if ids is None:
                     ids = chunks(model.tokenizer, options.tokens, options.length)
+                    comparison = Comparison(ids)
                 row = {
                     "experts": codec,
                     "scales": scales,
                     "dense": dense_codec or ("bf16" if codec == "bf16" else "int8 in memory"),
                     "activations": "fp32" if is_exact or codec == "bf16" else "int8",
-                    "perplexity": perplexity(model.hf, ids),
+                    **comparison.measure(model.hf),
                     "dense_bytes": model.memory["dense weights"],
                 }
         rows.append(row)

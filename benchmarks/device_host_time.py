@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
-"""Host time of a token in the device pass, on the fake driver with kernels that do nothing.
+"""Host time of a token in the device pass, on the fake driver, whose calls return at once.
 
-Shapes of real models with tiny tensors: the number of layers, experts and launches is theirs, the matrices are not. The
-fake driver's calls are in it, a real one's are not. Seconds of the calling thread's processor, not of a clock. Nothing
-here runs on a card.
+Shapes of real models with tiny tensors: the number of layers, experts and launches is theirs, the matrices are not.
+Seconds of the calling thread's processor. A real driver's calls are in none of them: nothing here runs on a card.
 
     python benchmarks/device_host_time.py --trials 5 --tokens 100
 """
@@ -12,6 +11,7 @@ import argparse
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,6 @@ def main() -> None:
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     import torch
-    from support.card_model import card_model
-    from support.cuda import fake
     from support.tiny_models import tiny_model
 
     from offload_moe.convert.quantize import quantize
@@ -62,40 +60,52 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         checkpoint = Path(folder) / "checkpoint"
         tiny_model(family, **sizes).to(torch.bfloat16).save_pretrained(checkpoint)
         store = quantize(checkpoint, Path(folder) / "store", codec="nf4")
-        with fake.FakeDriver() as driver, card_model(store, driver, 512, 256) as model:
+        return {mode: measure_mode(store, mode, options) for mode in ("queued", "stepwise")}
+
+
+def measure_mode(store: Path, mode: str, options: argparse.Namespace) -> dict[str, Any]:
+    from support.card_model import card_model
+    from support.cuda import fake
+
+    with fake.FakeDriver(no_kernels=1) as driver:
+        with card_model(store, driver, 512, 256, shim_mode="plain") as model:
+            model.card.mode.mode = mode
             found = trials(model, driver, options)
-            driver.problems()
+        driver.problems()
     return found
 
 
 def trials(model: Any, driver: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of a token until all is queued, which is what a card waits for; and with loop, head and sampling.
+    """Milliseconds of a token: until all is queued; until the pass has ended; and with the product's step loop.
 
-    The account of a pass is made while the card computes the next one, and is not in these figures.
+    No log is written, so the account of each pass, which is made while the card computes the next one, is in none.
     """
     from transformers import DynamicCache
 
-    card, hf = model.card, model.hf
-    card.mode.mode = "queued"
+    from offload_moe.decode.next_token import Draw, Wanted
+
+    card, hf, count = model.card, model.hf, options.tokens
     cache = prompt(hf, DynamicCache(config=hf.config))
-    card.run([5], [cache.get_seq_length()], [cache])  # with kernels
-    driver.set(no_kernels=1)
-    queued, loop = [], []
+    wanted = partial(Wanted, draw=Draw())
+    driver.set(at_once=1)
+    card.run([5], [cache.get_seq_length()], [cache], wanted())
+    figures: dict[str, list[float]] = {"queued_ms": [], "pass_ms": [], "step_loop_ms": []}
     for _ in range(options.trials):
-        driver.forget_counts()
-        before = card.queued_s
-        for _ in range(options.tokens):
-            card.run([5], [cache.get_seq_length()], [cache])
-        queued.append(1e3 * (card.queued_s - before) / options.tokens)
-        launches = driver.count("cuGraphLaunch") / options.tokens
-        cache.crop(-options.tokens)
-        loop.append(1e3 * seconds_of_loop(hf, options.tokens) / options.tokens)
-    return {
-        "layers": len(card.parts.layers),
-        "graph_launches": launches,
-        "queued_ms": spread(queued),
-        "with_loop_head_and_sampling_ms": spread(loop),
-    }
+        before, began = card.queued_s, time.thread_time()
+        for _ in range(count):
+            card.run([5], [cache.get_seq_length()], [cache], wanted())
+        passed_s, queued_s = time.thread_time() - began, card.queued_s - before
+        looped_s = seconds_of_loop(hf, count)
+        cache = prompt(hf, DynamicCache(config=hf.config))
+        card.run([5], [cache.get_seq_length()], [cache], wanted())
+        if card.mode.mode == "queued":
+            figures["queued_ms"].append(1e3 * queued_s / count)
+        figures["pass_ms"].append(1e3 * passed_s / count)
+        figures["step_loop_ms"].append(1e3 * looped_s / count)
+    layers = len(card.parts.layers)
+    found: dict[str, Any] = {name: spread(values) for name, values in figures.items() if values}
+    per_layer = {f"{name}_us": 1e3 * found[f"{name}_ms"]["median"] / layers for name in ("pass", "step_loop")}
+    return {"layers": layers, **found, "per_layer": per_layer}
 
 
 def prompt(hf: Any, cache: Any) -> Any:
@@ -110,19 +120,21 @@ def prompt(hf: Any, cache: Any) -> Any:
 
 
 def seconds_of_loop(hf: Any, count: int) -> float:
-    """Greedy tokens through the product's own loop, its head on the CPU and stopping rules included."""
+    """Greedy tokens through the product's own loop, stopping rules included."""
     import torch
     from transformers import GenerationConfig
 
     from offload_moe.chat.stream import TokenStream
 
-    config = GenerationConfig(max_new_tokens=count + 1, do_sample=False, eos_token_id=None, disable_compile=True)
+    config = GenerationConfig(max_new_tokens=count + 2, do_sample=False, eos_token_id=2, disable_compile=True)
     with TokenStream(hf, torch.arange(3, 12)[None], config) as stream:
-        next(stream)
+        for _ in range(2):
+            next(stream)
         began = time.thread_time()
-        for _ in stream:
-            pass
-        return time.thread_time() - began
+        num_tokens = len(list(stream))
+        passed_s = time.thread_time() - began
+    assert num_tokens == count
+    return passed_s
 
 
 if __name__ == "__main__":

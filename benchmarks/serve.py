@@ -41,13 +41,14 @@ def ask_from_another_process(port: int, ids: list[int], num_tokens: int) -> dict
 
 
 @contextmanager
-def served(model: Any) -> Iterator[int]:
-    """The port of a server in a thread."""
+def served(model: Any, **settings: Any) -> Iterator[int]:
+    """The port of a server in a thread. settings: of its `ServeConfig`."""
     import uvicorn
 
     from offload_moe.serve import make_app
+    from offload_moe.serve.config import ServeConfig
 
-    app = make_app(model)
+    app = make_app(model, ServeConfig(**settings))
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -13,7 +13,7 @@ DENSE_CODECS = ("nf4", "int8", "bf16")
 SCALES = ("error", "absmax")
 DTYPES = ("fp32", "bf16", "fp16")
 POLICIES = ("lru", "lfu", "decayed", "slru", "lru-2", "knn")
-GUESSES = ("auto", "off", "ngram", "draft")
+GUESSES = ("auto", "off", "ngram", "mtp", "draft")
 REPLAYS = (*POLICIES, "belady", "all")  # a value of `profile --replay --policy`
 CODEC_HELP = "format of the experts (default: a GGUF file's own, mxfp4 for a checkpoint in MXFP4, nf4 for any other)"
 SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "seed": int, "max_new_tokens": int}
@@ -23,6 +23,14 @@ MEMORY = ("vram", "ram", "context")  # of `offload-moe config`
 
 def add_display_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plain", action="store_true", help="show answers unchanged: no Markdown on a terminal")
+
+
+def add_device_pass(group: "argparse._ActionsContainer") -> None:
+    group.add_argument(
+        "--device-pass",
+        choices=("auto", "off"),
+        help="on an NVIDIA card: decode by the project's own kernels where they fit (default: auto)",
+    )
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -48,11 +56,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         choices=("off", "auto", "on"),
         help="with a GPU: the CPU computes experts that it finishes before the link could copy them (default: auto)",
     )
-    group.add_argument(
-        "--device-pass",
-        choices=("auto", "off"),
-        help="on an NVIDIA card: decode by the project's own kernels where they fit (default: auto)",
-    )
+    add_device_pass(group)
     group.add_argument(
         "--device", metavar="NAME", help="device to compute on, such as cuda or cpu (default: a GPU if there is one)"
     )
@@ -60,7 +64,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--speculate",
         choices=GUESSES,
         help="guess tokens, to compute several at once; the answers stay the same (default: auto, while it pays); "
-        "draft is followed by a MODEL, see --draft",
+        "mtp takes the layer that some checkpoints bring for it; draft is followed by a MODEL, see --draft",
     )
     group.add_argument(
         "--draft",

@@ -75,10 +75,12 @@ def full_statistics(stats: "TurnStats | None", memory_bytes: Mapping[str, int]) 
     if stats is not None and stats.counters is not None:
         counters = stats.counters
         rows += [
+            ("tokens per pass", f"{counters.rows_per_pass:.2f} computed, {counters.num_passes:,} passes"),
             ("expert hits", f"{counters.num_hits:,} of {counters.num_accesses:,} ({counters.hit_rate:.1%})"),
             ("delayed hits", f"{counters.num_delayed_hits:,}"),
             ("misses", f"{counters.num_misses:,}, {counters.num_evictions:,} evictions"),
             *_hybrid_rows(counters),
+            *_choice_rows(counters),
             ("stall", f"{counters.stall_s:.2f} s"),
             ("read from disk", format_size(counters.disk_bytes)),
             ("sent to the device", format_size(counters.h2d_bytes)),
@@ -113,6 +115,18 @@ def _hybrid_rows(counters: "Counters") -> list[tuple[str, str]]:
         ("computed on the CPU", f"{counters.num_computed_on_cpu:,} of the misses"),
         ("CPU's share", f"{counters.cpu_s:.2f} s, {counters.cpu_predicted_s:.2f} s predicted"),
         ("link's share", f"{counters.link_s:.2f} s, {counters.link_predicted_s:.2f} s predicted"),
+    ]
+
+
+def _choice_rows(counters: "Counters") -> list[tuple[str, str]]:
+    """Where next tokens were chosen, where the card has the output head, and what choosing elsewhere took."""
+    on_card, from_logits = counters.num_chosen_on_card, counters.num_chosen_from_logits
+    if not on_card + from_logits:
+        return []
+    each_ms = 1e3 * counters.choice_s / from_logits if from_logits else 0.0
+    return [
+        ("chosen on the card", f"{on_card:,} tokens"),
+        ("chosen from its logits", f"{from_logits:,} tokens, {each_ms:.2f} ms each"),
     ]
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from offload_moe.system.names import check_installed
@@ -66,8 +67,11 @@ def _details(entry: "Installed") -> dict[str, Any]:
             for layer in store.layers
         ],
         "types": types_of(store),
+        "importances": asdict(store.importances) if store.importances is not None else None,
+        "adapter": store.adapter.name if store.adapter is not None else None,
         "experts_bytes": store.experts_bytes,
         "dense_bytes": store.dense_bytes,
+        "multi_token_prediction_bytes": store.mtp_bytes,
         "files_in_rows": [file.name for file in store.files_in_rows()],
         "num_dense_tensors": len(store.dense),
         "num_checksums": sum(1 for _ in store.pieces()),
@@ -82,6 +86,14 @@ def types_of(store: "Store") -> list[str]:
     return list(dict.fromkeys(kind.name for codec in codecs if codec is not None for kind in codec.kinds))
 
 
+def _importances(found: dict[str, str] | None) -> str:
+    if found is None:
+        return ""
+    return (
+        f"the importance matrix {found['name']}" if found["kind"] == "imatrix" else f"calibration text: {found['name']}"
+    )
+
+
 def _lines(entry: "Installed", details: dict[str, Any]) -> list[tuple[str, str]]:
     if not details:
         return [("codec", entry.codec or "")]
@@ -91,9 +103,13 @@ def _lines(entry: "Installed", details: dict[str, Any]) -> list[tuple[str, str]]
     types = f" ({', '.join(details['types'])})" if details["types"] else ""
     experts = f"{num_experts:,} in {len(layers)} layers, {entry.codec}{types}, {format_size(details['experts_bytes'])}"
     dense = f"{details['num_dense_tensors']:,} tensors, {entry.dense_codec}, {format_size(details['dense_bytes'])}"
+    guesses = details["multi_token_prediction_bytes"]
     return [
         ("experts", f"{experts}, {format_size(largest)} each"),
         ("rest", dense),
+        ("guesses", f"multi-token prediction, {format_size(guesses)}" if guesses else ""),
+        ("weighed by", _importances(details["importances"])),
+        ("adapter", details["adapter"] or ""),
         ("checksums", f"{details['num_checksums']:,}, fingerprint {details['fingerprint']}"),
         ("next", UPGRADE if details["files_in_rows"] else ""),
     ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from offload_moe.system.names import check_model
 from offload_moe.system.sizes import format_size, parse_size, parse_tokens
 
-from ..options import CODEC_HELP, CODECS, DENSE_CODECS, MEMORY, Subparsers, fill
+from ..options import CODEC_HELP, CODECS, DENSE_CODECS, MEMORY, Subparsers, add_device_pass, fill
 from ..progress import reporter
 from ..terminal import console
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from offload_moe.plan import Machine, Plan
+    from offload_moe.plan.mtp import MtpCost
     from offload_moe.plan.placement import Tier
 
 EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
@@ -23,6 +24,7 @@ EXIT_FITS, EXIT_DOES_NOT_FIT = 0, 1
 BOTTLENECKS = {
     "disk": "reading missed experts from disk",
     "link": "sending missed experts to the GPU",
+    "CPU": "computing missed experts on the CPU",
     "dense weights": "reading dense weights and the cache",
     "expert compute": "reading experts where they are computed",
     "layer overhead": "fixed costs of each layer",
@@ -60,6 +62,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--dense-codec", choices=DENSE_CODECS, help="format of the other weights (default: the most exact that fits)"
     )
+    add_device_pass(parser)
     parser.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
     parser.add_argument("--draft", metavar="MODEL", help="a draft model that is loaded beside it, see `run --draft`")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -83,6 +86,7 @@ def run(options: argparse.Namespace) -> int:
             dense_codec=options.dense_codec,
             revision=options.revision,
             draft_bytes=None if options.draft is None else find_draft(options.draft).num_bytes,
+            device_pass=options.device_pass != "off",
         )
     if notice := _notice_of_another_machine(options):
         print(notice, file=sys.stderr)
@@ -122,6 +126,8 @@ def _print(plan: "Plan") -> None:
     out.print(_memory_table(plan))
     if plan.placement.warning:
         out.print(f"Warning: {plan.placement.warning}.", soft_wrap=True)
+    if plan.mtp is not None:
+        out.print(_mtp_line(plan.mtp), soft_wrap=True)
     for line in _speed_lines(plan) if plan.fits else map(explain, plan.shortfalls):
         out.print(line, soft_wrap=True)
 
@@ -140,6 +146,13 @@ def _summary(plan: "Plan") -> list[str]:
         f"active {format_size(fp16_bytes(shape.active_parameters))}",
         f"Checkpoint {about}{format_size(plan.checkpoint_bytes)}; store by codec of the experts: {stores}",
     ]
+
+
+def _mtp_line(cost: "MtpCost") -> str:
+    return (
+        f"Beside that, for multi-token prediction: {format_size(cost.store_bytes)} in the store, and where it guesses "
+        f"tokens on the CPU {format_size(cost.memory_bytes)} of RAM; its {cost.num_experts:,} experts share the slots."
+    )
 
 
 def _memory_table(plan: "Plan") -> "Table":
@@ -180,6 +193,7 @@ def _speed_lines(plan: "Plan") -> list[str]:
         f"Experts found in {fast}: {_span(low.hit_rate, high.hit_rate, '.0%')}; "
         f"read from disk: {_span(high.disk_rate, low.disk_rate, '.0%')}.",
         f"Hit rates as in {' and '.join(f.trace for f in (low, high))}; GB/s assumed, not measured: {bandwidths}.",
+        *_way_lines(plan),
         f"A run differs where the machine does (`offload-moe doctor` measures it), and is faster while the "
         f"conversation is shorter than {plan.placement.context:,} tokens.",
         f"What binds: {BOTTLENECKS[plan.speed.bottleneck]}.",
@@ -191,6 +205,17 @@ def _speed_lines(plan: "Plan") -> list[str]:
             f"{best.tokens_per_s:.1f} tokens/s on average."
         )
     return lines
+
+
+def _way_lines(plan: "Plan") -> list[str]:
+    """How tokens are decoded on a card, and what is assumed of it."""
+    assert plan.speed is not None
+    if not plan.machine.has_device:
+        return []
+    if plan.why_no_device_pass:
+        return [f"Decode goes through transformers' modules, without the device pass: {plan.why_no_device_pass}."]
+    ways = " or ".join(dict.fromkeys(forecast.way for forecast in plan.speed.forecasts))
+    return [f"Decode takes the device pass, {ways}; it has never run on a card. {plan.machine.describe_pass()}"]
 
 
 def _span(one: float, other: float, form: str) -> str:

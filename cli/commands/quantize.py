@@ -31,6 +31,21 @@ def add_parser(subparsers: Subparsers) -> None:
         default="error",
         help="of nf4 and int8: error (default) is that of least squared error, absmax gives bitsandbytes' own bits",
     )
+    weighing = parser.add_mutually_exclusive_group()
+    weighing.add_argument(
+        "--imatrix",
+        metavar="FILE",
+        help="weigh the errors of nf4 and int8 by llama.cpp's importance matrix of this model, in GGUF form",
+    )
+    weighing.add_argument(
+        "--calibrate",
+        metavar="TEXT",
+        help="the model reads this text first, or a built-in one (auto); errors of nf4 and int8 are weighed by the "
+        "inputs of each matrix",
+    )
+    parser.add_argument(
+        "--adapter", metavar="FOLDER", help="merge a LoRA adapter in PEFT's files, which may lie beside the weights"
+    )
     parser.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
     parser.add_argument(
         "--delete-source-shards",
@@ -63,6 +78,9 @@ def _convert(options: argparse.Namespace) -> Path:
             codec=options.codec,
             dense_codec=options.dense_codec,
             scales=options.scales,
+            imatrix=options.imatrix,
+            calibrate=options.calibrate,
+            adapter=options.adapter,
             revision=revision,
             delete_source_shards=options.delete_source_shards,
             follow_links=bool(options.follow_links),

@@ -8,7 +8,7 @@ from offload_moe.errors import ConfigError
 from offload_moe.system.names import check_model
 from offload_moe.system.sizes import format_size, parse_size, parse_tokens
 
-from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, policy_name
+from ..options import CODEC_HELP, CODECS, DENSE_CODECS, Subparsers, add_device_pass, policy_name
 from ..progress import reporter
 from ..terminal import console
 
@@ -55,6 +55,7 @@ def add_parser(subparsers: Subparsers) -> None:
     group.add_argument("--no-prefetch", action="store_true", help="without lookahead")
     group.add_argument("--codec", choices=CODECS, help=f"{CODEC_HELP}; a store has its own")
     group.add_argument("--dense-codec", choices=DENSE_CODECS, help="format of the other weights")
+    add_device_pass(group)
     group.add_argument("--revision", metavar="REF", help="branch, tag or commit of a hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
@@ -86,6 +87,7 @@ def run(options: argparse.Namespace) -> int:
             codec=options.codec,
             dense_codec=options.dense_codec,
             revision=options.revision,
+            device_pass=options.device_pass != "off",
         )
         report("Simulating")
         simulation = simulate_plan(
@@ -159,6 +161,9 @@ def _print(simulation: "PlanSimulation") -> None:
     ]
     if machine.has_device:
         rows.append(("over the link per token", format_size(result.h2d_bytes)))
+    if result.stepwise_rate is not None:
+        rows.append(("computed by the CPU per token", f"{result.num_computed_on_cpu:.1f} experts"))
+        rows.append(("passes that go stepwise", f"{result.stepwise_rate:.0%}"))
     for row in rows:
         table.add_row(*row)
     out.print(table)
@@ -169,6 +174,8 @@ def _print(simulation: "PlanSimulation") -> None:
     recall = ", ".join(f"{value:.0%}" for value in simulation.recall) or "no prefetch"
     out.print(f"Routing: {simulation.workload}; lookahead recall {recall}; policy {pools.policy}.", soft_wrap=True)
     out.print(f"GB/s assumed: {', '.join(assumed)}. {python_s * 1e3:.2g} ms of Python per layer.", soft_wrap=True)
+    if simulation.costs.device_pass is not None:
+        out.print(f"Decode takes the device pass. {machine.describe_pass()}", soft_wrap=True)
 
 
 def _print_cards() -> None:

@@ -10,26 +10,14 @@ from torch import nn
 
 from offload_moe.card.frame import Added, Frame
 from offload_moe.card.launches import launch
-from offload_moe.card.linears import (
-    Inputs,
-    add_linears,
-    card_matrix,
-    in_features,
-    linear_of,
-    out_features,
-)
+from offload_moe.card.linears import Inputs, add_linears, card_matrix, out_features
+from offload_moe.card.mlp import Mlp
 from offload_moe.card.nodes import Node, Nodes
 from offload_moe.card.structs import struct
 from offload_moe.decode.dense import number_linear
-from offload_moe.decode.mlp import FusedMLP
-from offload_moe.errors import DevicePassUnavailable
 from offload_moe.experts.native import NativeArithmetic
 from offload_moe.families.layer_reference import tensor_at
-from offload_moe.families.layer_spec import LayerSpec, MLPSpec, RouterSpec
-from offload_moe.native.kernels import Linear
-from offload_moe.native.planes import VALUES
-
-ACTIVATIONS = {"silu": "SILU", "gelu": "GELU", "gelu_pytorch_tanh": "GELU_TANH", "gelu_tanh": "GELU_TANH"}
+from offload_moe.families.layer_spec import LayerSpec, RouterSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +48,11 @@ def add_dense(nodes: Nodes, frame: Frame, layer: nn.Module, spec: LayerSpec, add
     """The norm and the MLP of a layer without experts. Returns what it adds. Raises: DevicePassUnavailable."""
     assert spec.dense is not None
     mlp = Mlp(layer, spec.dense)
-    inputs = frame.inputs("block", {mlp.codec}, frame.hidden)
-    _add_norm(nodes, frame, layer, spec, added, inputs)
+    inputs = frame.inputs("block", mlp.codecs, frame.hidden)
+    normed = frame.floats("normed", frame.hidden) if mlp.is_plain else 0
+    _add_norm(nodes, frame, layer, spec, added, inputs, normed)
     out = frame.floats("dense out", frame.hidden)
-    mlp.add(nodes, frame, inputs, out=out, stride=1, shares=0)
+    mlp.add(nodes, frame, inputs, normed, out=out, stride=1, shares=0)
     return Added(address=out, num_parts=1, from_zero=False, scale=spec.residual_scale)
 
 
@@ -75,7 +64,7 @@ def add_routed(
     top_k, shared = spec.router.top_k, None if spec.shared is None else Mlp(layer, spec.shared)
     stride = top_k + (shared is not None)
     codec = experts.arithmetic.kernel.codec
-    inputs = frame.inputs("block", {codec} | ({shared.codec} if shared else set()), frame.hidden)
+    inputs = frame.inputs("block", {codec} | (shared.codecs if shared else set()), frame.hidden)
     normed = frame.floats("normed", frame.hidden)
     shares = _add_norm(nodes, frame, layer, spec, added, inputs, normed)
     ids, weights = _add_router(nodes, frame, layer, spec.router, normed)
@@ -88,7 +77,7 @@ def add_routed(
     if shared is not None:
         for graph in (queued, hits):
             out = maker.pairs + 4 * top_k * frame.hidden
-            shared.add(graph, frame, inputs, out=out, stride=stride, shares=shares, after=())
+            shared.add(graph, frame, inputs, normed, out=out, stride=stride, shares=shares, after=())
     block = RoutedBlock(
         experts=queued,
         hits=hits,
@@ -275,71 +264,3 @@ class _Maker:
             hidden=frame.hidden,
         )
         return Node(kernel="om_take", params=params, threads=launch("OM_TAKE_THREADS"), grid=(self.num_pairs, 1))
-
-
-def _mlp_parts(layer: nn.Module, spec: MLPSpec) -> tuple[str, Linear, Linear, Linear]:
-    """The activation, and the projections gate, up and down. Raises: DevicePassUnavailable."""
-    module = layer.get_submodule(spec.gate.rpartition(".")[0])
-    if isinstance(module, FusedMLP):
-        return module.activation, *module.projections
-    if spec.gate == spec.up:
-        raise DevicePassUnavailable("dense MLPs whose gate and up rows are one matrix have no kernel there")
-    gate, up, down = (linear_of(layer.get_submodule(path)) for path in (spec.gate, spec.up, spec.down))
-    return spec.activation, gate, up, down
-
-
-class Mlp:
-    """A gated MLP of quantized projections."""
-
-    def __init__(self, layer: nn.Module, spec: MLPSpec) -> None:
-        """Raises: DevicePassUnavailable."""
-        activation, self.gate, self.up, self.down = _mlp_parts(layer, spec)
-        self.codec = self.gate.codec
-        has_bias = any(linear.bias is not None for linear in (self.gate, self.up, self.down))
-        if self.codec in VALUES or self.up.codec != self.codec or has_bias:
-            raise DevicePassUnavailable("dense MLPs or shared experts that are not quantized have no kernel there")
-        if activation not in ACTIVATIONS:
-            raise DevicePassUnavailable(f"the activation {activation} of a dense MLP has no kernel there")
-        self.activation = f"OM_{ACTIVATIONS[activation]}"
-
-    def add(
-        self,
-        nodes: Nodes,
-        frame: Frame,
-        inputs: Inputs,
-        *,
-        out: int,
-        stride: int,
-        shares: int,
-        after: tuple[int, ...] | None = None,
-    ) -> int:
-        """Into rows of `out` at distances of `stride` rows."""
-        inner, rows = out_features(self.gate), frame.rows
-        hidden = frame.scratch.input("mlp", rows, inner)
-        first = struct("mlp_first_params")(**{"pass": frame.base}, input=inputs[self.codec], hidden=hidden)
-        for number, linear in enumerate((self.gate, self.up)):
-            first.matrices[number] = card_matrix(linear.struct())
-            first.records[number] = frame.keeper.address(linear.record)
-        codecs = f"OM_{self.codec.upper()}", f"OM_{self.down.codec.upper()}"
-        nodes.add(
-            frame.program.kernel("MLP_FIRST", *codecs, in_features(self.gate), inner, rows, self.activation),
-            first,
-            threads=launch("OM_FIRST_THREADS", frame.hidden, rows, 1),
-            grid=(launch("OM_FIRST_BLOCKS", inner),),
-            after=after,
-        )
-        second = struct("mlp_second_params")(
-            **{"pass": frame.base},
-            hidden=hidden,
-            matrix=card_matrix(self.down.struct()),
-            record=frame.keeper.address(self.down.record),
-            shares=shares,
-            out=out,
-            stride=stride,
-        )
-        return nodes.add(
-            frame.program.kernel("MLP_SECOND", codecs[1], inner, frame.hidden, rows),
-            second,
-            threads=launch("OM_SECOND_THREADS", inner, rows),
-            grid=(launch("OM_SECOND_BLOCKS", frame.hidden, inner),),
-        )

@@ -52,7 +52,8 @@ def install(
     hierarchy.before_release.append(card.close)
     hierarchy.before_counters = card.settle
     decoder = hf.get_decoder()
-    decoder.forward = CardForward(decoder, CardPlan(parts, card))
+    head = None if parts.head is None else hf.get_output_embeddings()
+    decoder.forward = CardForward(decoder, CardPlan(parts, card), hf, head)
     return card
 
 

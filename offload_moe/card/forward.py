@@ -1,13 +1,15 @@
 """The seam: a decoder's forward takes a few new tokens through the device pass, and all others through its modules."""
 
+import threading
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from offload_moe.card.model import DecoderParts
 from offload_moe.card.passes import CardPass
 from offload_moe.decode.forward import Seam
 from offload_moe.decode.hooks import Bypass
+from offload_moe.decode.next_token import Draw, TokenPass, Wanted
 
 
 class CardPlan:
@@ -33,15 +35,19 @@ class CardPlan:
 
 
 class CardForward(Seam):
-    """In place of the forward of one decoder."""
+    """In place of the forward of one decoder. Its argument `wanted`: see `offload_moe.decode.next_token`."""
 
     plan: CardPlan
 
-    def __init__(self, decoder: Any, plan: CardPlan) -> None:
+    def __init__(self, decoder: Any, plan: CardPlan, hf: nn.Module, head: nn.Module | None) -> None:
+        """head: the output head, where the pass has it."""
         super().__init__(decoder)
         self.plan = plan
+        self.token_pass = None if head is None else CardTokens(plan.card, Bypass([hf, head], ()))
+        self._thread = _Thread()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, wanted: Wanted | None = None, **kwargs: Any) -> Any:
+        self._thread.wanted = wanted
         output = None if args else self._pass(**kwargs)
         if output is None:
             self.plan.card.begin_other_forward()
@@ -54,7 +60,36 @@ class CardForward(Seam):
         places = positions[0].tolist()
         if places != list(range(places[0], places[0] + len(places))):
             return None
-        hidden = self.plan.card.run(input_ids[0].tolist(), places, [cache] * len(places))
-        dtype = next(self.plan.wiring.norm.parameters()).dtype
-        made = hidden.to(dtype, copy=True)[None]
-        return self.plan.wiring.make_output(made, cache)
+        wanted = self._thread.wanted
+        hidden = self.plan.card.run(input_ids[0].tolist(), places, [cache] * len(places), wanted)
+        if wanted is None:
+            hidden = hidden.to(next(self.plan.wiring.norm.parameters()).dtype, copy=True)
+        return self.plan.wiring.make_output(hidden[None], cache)
+
+
+class _Thread(threading.local):
+    """Of each thread: what its call wants."""
+
+    wanted: Wanted | None = None
+
+
+class CardTokens(TokenPass):
+    """Tokens that passes of the card choose."""
+
+    def __init__(self, card: CardPass, bypass: Bypass) -> None:
+        self._card, self._bypass = card, bypass
+
+    @property
+    def is_clear(self) -> bool:
+        return self._bypass.is_clear
+
+    def choose(self, logits: Tensor, position: int, draw: Draw) -> int:
+        return self._card.choose(logits, position, draw)
+
+    def count(self, choice_s: float | None = None) -> None:
+        counters = self._card.hierarchy.counters
+        if choice_s is None:
+            counters.num_chosen_on_card += 1
+        else:
+            counters.num_chosen_from_logits += 1
+            counters.choice_s += choice_s

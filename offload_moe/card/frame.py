@@ -58,6 +58,10 @@ class Frame:
     def tokens(self) -> int:
         return self.state + int(struct("state").tokens.offset)
 
+    @property
+    def draws(self) -> int:
+        return self.state + int(struct("state").draws.offset)
+
     def floats(self, name: str, columns: int) -> int:
         """The address of ``[R, columns]``."""
         return self.scratch.floats(name, self.rows, columns)

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from offload_moe.card.linears import linear_of
 from offload_moe.decode.dense import NarrowEmbedding
+from offload_moe.decode.head import gives_products
 from offload_moe.decode.probe import Uncovered
 from offload_moe.decode.wiring import Wiring, wiring_of
 from offload_moe.errors import DevicePassUnavailable
@@ -14,6 +16,8 @@ from offload_moe.experts.attach import BoundExperts, bound_experts
 from offload_moe.families.layer_spec import LayerSpec
 from offload_moe.families.limits import layer_limits
 from offload_moe.families.read_layer import layer_spec
+from offload_moe.native.kernels import Linear
+from offload_moe.native.planes import DTYPES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,13 +33,16 @@ class DecoderLayer:
 class DecoderParts:
     """A decoder whose layers the device pass knows.
 
-    table: of the embedding, ``[V, H]``. final_norm: weight and epsilon.
+    table: of the embedding, ``[V, H]``. final_norm: weight and epsilon. head: the output head, whose products are the
+    model's logits; None where they are not, or it has no kernel, for this reason.
     """
 
     wiring: Wiring
     layers: Sequence[DecoderLayer]
     table: Tensor
     final_norm: tuple[Tensor, float]
+    head: Linear | None
+    why_no_head: str
 
     @property
     def hidden(self) -> int:
@@ -68,11 +75,16 @@ def decoder_parts(hf: Any) -> DecoderParts:
     embedding: Any = wiring.embedding
     if type(embedding) not in (nn.Embedding, NarrowEmbedding):
         raise DevicePassUnavailable(f"an embedding that is a {type(embedding).__name__}")
+    if embedding.weight.dtype not in DTYPES:
+        raise DevicePassUnavailable(f"an embedding in {embedding.weight.dtype} has no kernel there")
+    head, why_no_head = _head(hf, wiring)
     return DecoderParts(
         wiring=wiring,
         layers=[_decoder_layer(module) for module in wiring.layers],
         table=embedding.weight.detach(),
         final_norm=_final_norm(wiring.norm),
+        head=head,
+        why_no_head=why_no_head,
     )
 
 
@@ -88,3 +100,14 @@ def _final_norm(norm: Any) -> tuple[Tensor, float]:
     if not epsilons or isinstance(norm, nn.LayerNorm):
         raise DevicePassUnavailable(f"a last norm that is a {type(norm).__name__}")
     return norm.weight.detach(), float(epsilons[0])
+
+
+def _head(hf: Any, wiring: Wiring) -> tuple[Linear | None, str]:
+    """The output head, or why a pass does not have it."""
+    module = hf.get_output_embeddings()
+    if not isinstance(module, nn.Module) or not gives_products(hf, module, wiring):
+        return None, "its logits are other numbers than the products of its output head"
+    try:
+        return linear_of(module), ""
+    except DevicePassUnavailable as error:
+        return None, str(error)

@@ -20,12 +20,14 @@ from offload_moe.card.mode import ModeChoice
 from offload_moe.card.model import DecoderParts
 from offload_moe.card.program import Compile
 from offload_moe.card.rooms import Rooms
+from offload_moe.card.state import CardState
 from offload_moe.card.steps import CardSteps
 from offload_moe.card.stops import Stops
 from offload_moe.card.structs import constant, struct
 from offload_moe.card.tables import CardTables
+from offload_moe.decode.next_token import Draw, Wanted
 from offload_moe.errors import TransferError
-from offload_moe.native.constants import MAX_ROWS, UNDER_WAY
+from offload_moe.native.constants import GIVES_HIDDEN, GIVES_LOGITS, GIVES_TOKENS, MAX_ROWS, UNDER_WAY
 from offload_moe.native.library import load_library
 from offload_moe.native.session import Session
 from offload_moe.native.structs import CardOptionsStruct
@@ -61,8 +63,7 @@ class CardPass:
         self._lock = threading.RLock()
         self.mode = ModeChoice()
         self.queued_s = 0.0
-        self._state: tuple[int, bool] = (0, False)  # rows and mode that the card has
-        self._positions: list[int] = []  # that it has
+        self._state = CardState(tables.edits)
         first = self._steps_of(1)
         head = constant("OM_CARD_LOG_HEAD")
         most_log_ints = (first.log_ints - head) * MAX_ROWS + head
@@ -97,8 +98,12 @@ class CardPass:
         """Device memory of the buffers of all graphs."""
         return sum(steps.num_bytes for steps in self._steps.values())
 
-    def run(self, ids: Sequence[int], positions: Sequence[int], caches: Sequence[Any]) -> Tensor:
+    def run(
+        self, ids: Sequence[int], positions: Sequence[int], caches: Sequence[Any], wanted: Wanted | None = None
+    ) -> Tensor:
         """The rows' hidden states behind the last norm, fp32 ``[T, H]`` on the device, valid until the next pass.
+
+        wanted: more that it gives, where it has the output head.
 
         Raises: TransferError, ModelClosed, BudgetError.
         """
@@ -109,7 +114,7 @@ class CardPass:
             is_stepwise = self.mode.choose()
             began_s = time.perf_counter()
             try:
-                self._begin(steps, ids, positions, is_stepwise=is_stepwise)
+                self._begin(steps, ids, positions, wanted, is_stepwise=is_stepwise)
                 self.queued_s += time.thread_time() - called_s
                 if not are_extended:
                     self.rooms.extend(caches)
@@ -124,7 +129,20 @@ class CardPass:
             num_missed = self._account.end(self._log, steps, len(ids))
             self._count_share()
             self.mode.measured(seconds, len(ids), num_missed=num_missed, is_stepwise=is_stepwise)
+            self._give(steps, len(ids), wanted)
             return steps.hidden[: len(ids)]
+
+    def choose(self, logits: Tensor, position: int, draw: Draw) -> int:
+        """The token that a pass would choose from logits ``[1, V]`` behind this position. Raises: TransferError."""
+        with self.hierarchy.lifecycle, self._lock:
+            steps, token = self._steps_of(1), ctypes.c_int32()
+            steps.logits.copy_(logits)
+            self._session.synchronize()
+            self._state.choose(position, draw)
+            self._run_between(steps.choose)
+            self._session.download(self.tables.state.data_ptr() + struct("state").tokens.offset, token)
+            self._state.chosen([token.value])
+            return token.value
 
     def begin_other_forward(self) -> None:
         """A forward that is no pass: it may use the device's slots and change any cache."""
@@ -140,9 +158,13 @@ class CardPass:
             self._apply_now()
 
     def _apply_now(self) -> None:
-        code = self._library.om_card_edit_tables(self._handle, self.tables.edits.take())
-        self._check(code, "change the tables of a pass")
+        self._run_between(0)
         self.tables.sources.applied()
+
+    def _run_between(self, graph: int) -> None:
+        """Apply the edits, run a graph unless it is 0, and wait."""
+        code = self._library.om_card_run_between(self._handle, self.tables.edits.take(), graph)
+        self._check(code, "change the tables of a pass")
 
     def recall(self) -> None:
         """Give the slots of the device back to the host's residency; waits for a pass of another thread."""
@@ -185,7 +207,7 @@ class CardPass:
         end = max(positions) + 1
         if end > self.rooms.angles.num_positions:
             raise TransferError(f"Position {end} is beyond the {self.rooms.angles.num_positions} that were planned.")
-        has_place = self.rooms.has_place(caches)
+        has_place = self.rooms.has_place(caches, positions)
         if not has_place:
             self._session.synchronize()
             self.rooms.attended.have(self.rooms.angles.num_positions)
@@ -197,23 +219,31 @@ class CardPass:
         self.tables.sources.publish(self.tables.edits)
         return not has_place
 
-    def _begin(self, steps: CardSteps, ids: Sequence[int], positions: Sequence[int], *, is_stepwise: bool) -> None:
-        edits, count = self.tables.edits, len(ids)
-        if (count, is_stepwise) != self._state:
-            edits.add("ROWS", count)
-            edits.add("MODE", int(is_stepwise))
-            for row in range(count):
-                edits.add("ADVANCE", count, row)
-            self._state = count, is_stepwise
-        if list(positions) != self._positions:
-            for row, position in enumerate(positions):
-                edits.add("POSITION", position, row)
-        for row, token in enumerate(ids):
-            edits.add("TOKEN", token, row)
+    def _begin(
+        self,
+        steps: CardSteps,
+        ids: Sequence[int],
+        positions: Sequence[int],
+        wanted: Wanted | None,
+        *,
+        is_stepwise: bool,
+    ) -> None:
+        draw = None if wanted is None else wanted.draw
+        gives = GIVES_HIDDEN if wanted is None else GIVES_LOGITS if draw is None else GIVES_TOKENS
+        self._state.begin(ids, positions, draw, is_stepwise=is_stepwise)
         self._account.begin(self._library.om_card_number(self._handle))
-        code = self._library.om_card_begin(self._handle, steps.address, count, edits.take(), int(is_stepwise))
+        code = self._library.om_card_begin(
+            self._handle, steps.address, len(ids), self.tables.edits.take(), int(is_stepwise), gives
+        )
         self._check(code, "begin a pass")
-        self._positions = [position + count for position in positions]
+
+    def _give(self, steps: CardSteps, num_rows: int, wanted: Wanted | None) -> None:
+        chosen: Sequence[int] = ()
+        if wanted is not None and wanted.draw is None:
+            wanted.logits = steps.logits[:num_rows]
+        elif wanted is not None:
+            wanted.tokens = chosen = self.tables.read_notice().tokens[:num_rows]
+        self._state.passed(chosen)
 
     def _follow(self, steps: CardSteps, num_rows: int, *, is_stepwise: bool) -> None:
         """Until the pass has ended; brings what it needs."""
@@ -226,7 +256,8 @@ class CardPass:
                 at = self._compute_waves(at, num_rows)
             else:
                 is_stepwise = self._stops.make_possible(at, num_rows, self._log, steps)
-                self._state = (0, False) if is_stepwise else self._state
+                if is_stepwise:
+                    self._state.forget("MODE")
                 code = self._library.om_card_continue(self._handle, self.tables.edits.take(), int(is_stepwise))
                 self._check(code, "continue a pass")
                 at = self._next(POLL_S)
@@ -246,7 +277,8 @@ class CardPass:
 
     def _give_up(self) -> None:
         """What was queued runs to its end, and the host reads what the card has left."""
-        self._forget_state()
+        self._state.forget()
+        self.rooms.forget()
         self._check(self._library.om_card_cancel(self._handle), "give a pass up")
         self.tables.edits.add("STOP", 0)
         self.tables.edits.add("PASS", self._library.om_card_number(self._handle))
@@ -258,10 +290,6 @@ class CardPass:
         counters = self.hierarchy.counters
         counters.num_computed_on_cpu += self._library.om_card_num_on_cpu(self._handle)
         counters.cpu_s += self._library.om_card_cpu_seconds(self._handle)
-
-    def _forget_state(self) -> None:
-        self._state, self._positions = (0, False), []
-        self.rooms.forget()
 
     def _check(self, result: int, what: str) -> None:
         if result == SHORT_OF_MEMORY:

@@ -15,7 +15,7 @@ from offload_moe.card.attention import Seen, value_width
 from offload_moe.card.memory import Allocate
 from offload_moe.card.model import DecoderParts
 from offload_moe.card.structs import constant, struct
-from offload_moe.decode.cache import ROOMY
+from offload_moe.decode.cache import ROOMY, RoomyLayer
 from offload_moe.native.constants import MAX_ROWS
 
 PAGE, SECTION = constant("OM_CARD_PAGE"), constant("OM_CARD_SECTION")
@@ -71,6 +71,41 @@ class Attended:
             self.capacity = capacity
 
 
+class _Held:
+    """Where the tokens of a sequence lie in each layer, behind an `extend`.
+
+    places: rooms of keys and of values, and the index of the last token. bases: positions of index 0.
+    """
+
+    def __init__(self, cache: Any, windows: Sequence[int | None], end: int) -> None:
+        """windows: of each layer. end: the position of the next token."""
+        layers = cache.layers[: len(windows)]
+        self.cache = cache  # kept alive: its id is not another's
+        self.places = [layer.place for layer in layers]
+        self.bases = [end - 1 - last for _, _, last in self.places]
+        self._layers = [(layer, layer.end[0]) for layer in layers]
+        self._needs_inference_mode = self.places[0][0].is_inference()
+        first_end = layers[0].end[1]
+        lefts = [
+            min(keys.shape[2], window if window is not None and type(layer) is RoomyLayer else keys.shape[2]) - 1 - last
+            for layer, window, (keys, _, last) in zip(layers, windows, self.places, strict=True)
+        ]
+        self._limit = first_end + min(lefts)
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether the rooms are the same, and take so many more tokens."""
+        if self._needs_inference_mode and not torch.is_inference_mode_enabled():
+            return False
+        now = zip(self.cache.layers, self._layers, strict=False)
+        if any(layer is not known or layer.end[0] is not room for layer, (known, room) in now):
+            return False
+        return bool(self._layers[0][0].end[1] + num_tokens <= self._limit)
+
+    def is_at(self, position: int) -> bool:
+        """Whether the next token of each layer is at the place of this position."""
+        return all(layer.end[1] + base == position for (layer, _), base in zip(self._layers, self.bases, strict=True))
+
+
 class Rooms:
     """The rooms of all layers for the rows of the next pass."""
 
@@ -79,11 +114,12 @@ class Rooms:
         self.angles = Angles(parts, num_positions, device)
         self.attended = Attended(parts, allocate)
         self._size = ctypes.sizeof(struct("room"))
-        self._structs = allocate(len(parts.layers) * MAX_ROWS * self._size)
+        self._described = (struct("room") * (len(parts.layers) * MAX_ROWS))()  # rows of a layer beside each other
+        self._structs = allocate(ctypes.sizeof(self._described))
         self._pages: dict[tuple[int, int], Tensor] = {}  # by address and capacity of a room: its pages' addresses
-        self._known: dict[int, tuple[int, ...]] = {}  # by place in `_structs`: what it was written from
-        self._last: tuple[list[Any], list[Tensor]] = ([], [])  # caches of the last pass, and the views of their layers
-        self._num_left = 0  # tokens for which the last caches' rooms suffice
+        self._known: dict[int, tuple[int, ...]] = {}  # by place in `_described`: what it was made from
+        self._held: dict[int, _Held] = {}  # by cache of the last rows that were prepared
+        self._rows: list[int] = []  # caches of these rows
 
     def seen(self, layer: int, processors: int) -> Seen:
         """What a layer's kernels read."""
@@ -101,61 +137,65 @@ class Rooms:
             return False
         if cache.get_seq_length() + num_tokens > self.angles.num_positions:
             return False
+        held = self._held.get(id(cache))
+        if held is not None and held.has_room(num_tokens):
+            return True
         return all(
             type(layer) in ROOMY and layer.takes(num_tokens, torch.bfloat16, each.spec.attention.sliding_window)
             for layer, each in zip(cache.layers, self._parts.layers, strict=False)
         )
 
-    def has_place(self, caches: Sequence[Any]) -> bool:
-        """Whether the rows follow those of the last pass, in the same rooms: nothing has to be prepared."""
-        last, views = self._last
-        if self._num_left < len(caches) or len(last) != len(caches):
+    def has_place(self, caches: Sequence[Any], positions: Sequence[int]) -> bool:
+        """Whether the rows are in the rooms that the card knows, at their places: nothing has to be prepared."""
+        if [id(cache) for cache in caches] != self._rows[: len(caches)]:
             return False
-        return all(a is b for a, b in zip(last, caches, strict=True)) and all(
-            layer.keys is view for layer, view in zip(_layers(caches, len(self._parts.layers)), views, strict=True)
+        firsts = dict(zip(reversed(self._rows[: len(caches)]), reversed(positions), strict=True))
+        return all(
+            held.has_room(len(positions)) and held.is_at(firsts[cache])
+            for cache, held in self._held.items()
+            if cache in firsts
         )
 
     def extend(self, caches: Sequence[Any]) -> None:
         """Let the caches count the rows."""
-        num_layers = len(self._parts.layers)
         for _, group in groupby(caches, key=id):
             rows = list(group)
-            for layer in rows[0].layers[:num_layers]:
-                layer.extend(len(rows))
-        self._last = list(caches), [layer.keys for layer in _layers(caches, num_layers)]
-        self._num_left -= len(caches)
+            for layer in rows[0].layers[: len(self._parts.layers)]:
+                layer.places(len(rows))
 
     def prepare(self, caches: Sequence[Any], positions: Sequence[int]) -> None:
-        """Extend the caches, and write where their rooms are; no pass may be under way."""
+        """Extend the caches, and write where their rooms are, for this row and later ones; no pass may be under way."""
+        self.forget()
         self.extend(caches)
-        places: dict[int, list[tuple[Tensor, Tensor, int]]] = {}
-        ends = {id(cache): position for cache, position in zip(caches, positions, strict=True)}
-        for index in range(len(self._parts.layers)):
-            for row, cache in enumerate(caches):
-                found = places.setdefault(id(cache), [layer.place for layer in cache.layers[: len(self._parts.layers)]])
-                self._write(index, row, found[index], ends[id(cache)])
-        self._num_left = min(keys.shape[2] - 1 - last for found in places.values() for keys, _, last in found)
+        ends = {id(cache): position + 1 for cache, position in zip(caches, positions, strict=True)}
+        windows = [layer.spec.attention.sliding_window for layer in self._parts.layers]
+        for cache in {id(cache): cache for cache in caches}.values():
+            self._held[id(cache)] = _Held(cache, windows, ends[id(cache)])
+        self._rows = [id(cache) for cache in caches]
+        self._rows += [self._rows[-1]] * (MAX_ROWS - len(caches))  # more rows of the last sequence may come
+        for row, cache in enumerate(self._rows):
+            held = self._held[cache]
+            for index, (keys, values, _) in enumerate(held.places):
+                self._describe(index * MAX_ROWS + row, keys, values, held.bases[index])
+        _write(self._structs, self._described)
         self._prune()
 
     def forget(self) -> None:
         """Something else may have changed the caches."""
-        self._last = [], []
+        self._held, self._rows = {}, []
 
-    def _write(self, index: int, row: int, place: tuple[Tensor, Tensor, int], position: int) -> None:
-        keys, values, last = place
-        base, at = position - last, index * MAX_ROWS + row
+    def _describe(self, at: int, keys: Tensor, values: Tensor, base: int) -> None:
         source = keys.data_ptr(), values.data_ptr(), keys.shape[2], base
         if self._known.get(at) == source:
             return
         self._known[at] = source
-        made = struct("room")(
+        self._described[at] = struct("room")(
             key_pages=self._pages_of(keys),
             value_pages=self._pages_of(values),
             key_stride=keys.shape[2] * keys.shape[3],
             value_stride=values.shape[2] * values.shape[3],
             base=base,
         )
-        _write(self._structs[at * self._size :], made)
 
     def _pages_of(self, room: Tensor) -> int:
         """The address of the list of a room's pages: ``[1, N, C, D]``, whose tokens follow each other."""
@@ -174,10 +214,6 @@ class Rooms:
             del self._pages[key]
 
 
-def _layers(caches: Sequence[Any], num_layers: int) -> list[Any]:
-    return [layer for _, group in groupby(caches, key=id) for layer in next(group).layers[:num_layers]]
-
-
-def _write(memory: Tensor, value: ctypes.Structure) -> None:
+def _write(memory: Tensor, value: "ctypes.Structure | ctypes.Array[Any]") -> None:
     content = torch.frombuffer(bytearray(bytes(value)), dtype=torch.uint8)
     memory[: len(content)] = content

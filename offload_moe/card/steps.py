@@ -11,7 +11,9 @@ from torch import Tensor
 from offload_moe.card.attention import Seen, add_attention
 from offload_moe.card.block import Experts, RoutedBlock, add_dense, add_routed
 from offload_moe.card.frame import Added, Frame
+from offload_moe.card.head import GIVEN, HIDDEN, LOGITS, add_choice, add_end
 from offload_moe.card.launches import launch
+from offload_moe.card.linears import out_features
 from offload_moe.card.memory import Allocate, Scratch
 from offload_moe.card.model import DecoderLayer, DecoderParts
 from offload_moe.card.nodes import Node, Nodes
@@ -53,7 +55,8 @@ class _Described:
 class CardSteps:
     """The graphs for up to `rows` rows.
 
-    log_ints: of each layer. hidden: fp32 ``[rows, H]``, what the last norm gives.
+    log_ints: of each layer. hidden: fp32 ``[rows, H]``, what the last norm gives. logits: fp32 ``[rows, V]`` of passes
+    that give them. choose: the graph that chooses from logits alone. The last two only where the pass has the head.
     """
 
     def __init__(
@@ -79,21 +82,22 @@ class CardSteps:
         self._describe()
         self._scratch.make(allocate)
         self._frame = self._new_frame()
-        begin, layers, end = self._describe()
+        begin, layers, ends, choice = self._describe()
         self._program.load(session, compile_text)
-        self._owned: list[object] = [begin, layers, end]
+        self._owned: list[object] = [begin, layers, ends, choice]
         self.executables: list[int] = []
         self._layers = (CardLayerStruct * self.num_layers)(*map(self._layer_struct, layers))
+        self.choose = self._executable(choice) if choice.nodes else 0
         self.struct = CardStepsStruct(
             layers=ctypes.addressof(self._layers),
             num_layers=self.num_layers,
             begin=self._executable(begin),
-            end=self._executable(end),
+            ends=(ctypes.c_void_p * len(GIVEN))(*map(self._executable, ends)),
             log=self._log.data_ptr(),
             log_bytes=self.num_layers * self.log_ints * LOG_INT,
         )
         self.address = ctypes.addressof(self.struct)
-        self.num_nodes = sum(len(each.nodes) for each in (begin, end)) + sum(
+        self.num_nodes = sum(len(each.nodes) for each in (begin, ends[0])) + sum(
             len(layer.attend.nodes) + (len(layer.block.experts.nodes) if layer.block else 0) for layer in layers
         )
 
@@ -104,9 +108,15 @@ class CardSteps:
 
     @property
     def hidden(self) -> Tensor:
-        return (
-            self._scratch.tensor("hidden out").view(torch.float32)[: self.rows * self._parts.hidden].view(self.rows, -1)
-        )
+        return self._numbers(HIDDEN, self._parts.hidden)
+
+    @property
+    def logits(self) -> Tensor:
+        assert self._parts.head is not None
+        return self._numbers(LOGITS, out_features(self._parts.head))
+
+    def _numbers(self, name: str, columns: int) -> Tensor:
+        return self._scratch.tensor(name).view(torch.float32)[: self.rows * columns].view(self.rows, columns)
 
     def apply_node(self, params: Any) -> CardNodeStruct:
         """The launch of the host's edits."""
@@ -136,7 +146,7 @@ class CardSteps:
             host_pairs=shared.host_pairs,
         )
 
-    def _describe(self) -> tuple[Nodes, list[_Described], Nodes]:
+    def _describe(self) -> tuple[Nodes, list[_Described], list[Nodes], Nodes]:
         begin = self._begin()
         added: Added | None = None
         layers = []
@@ -144,7 +154,8 @@ class CardSteps:
             described, added = self._describe_layer(layer, seen, experts, added)
             layers.append(described)
         assert added is not None
-        return begin, layers, self._end(added)
+        ends, choice = self._ends(added)
+        return begin, layers, ends, choice
 
     def _describe_layer(
         self, layer: DecoderLayer, seen: Seen, experts: Experts | None, added: Added | None
@@ -185,20 +196,16 @@ class CardSteps:
         )
         return nodes
 
-    def _end(self, added: Added) -> Nodes:
-        frame, nodes = self._frame, Nodes()
-        weight, epsilon = self._parts.final_norm
-        frame.add_norm(
-            nodes,
-            weight=frame.keeper.numbers(weight),
-            epsilon=epsilon,
-            added=added,
-            inputs={},
-            normed=frame.floats("hidden out", frame.hidden),
-        )
-        params = struct("finish_params")(**{"pass": frame.base}, state=frame.state, notice=frame.notice)
-        nodes.add("om_finish", params, threads=launch("OM_FINISH_THREADS"), grid=(1,))
-        return nodes
+    def _ends(self, added: Added) -> tuple[list[Nodes], Nodes]:
+        """By what a pass gives; and the choice alone. Without the head every pass gives the hidden state."""
+        frame, head, (weight, epsilon) = self._frame, self._parts.head, self._parts.final_norm
+        norm, ends, choice = (frame.keeper.numbers(weight), epsilon), [], Nodes()
+        for gives in GIVEN:
+            ends.append(Nodes())
+            add_end(ends[-1], frame, norm, head, added, gives=gives)
+        if head is not None:
+            add_choice(choice, frame, out_features(head))
+        return ends, choice
 
     def _layer_struct(self, layer: _Described) -> CardLayerStruct:
         made = CardLayerStruct(attend=self._executable(layer.attend))

@@ -75,10 +75,16 @@ class Answer:
         """Prompt tokens computed so far, and to be computed in all."""
         return self._generation.prompt_progress
 
-    def pieces(self) -> Iterator[Piece]:
-        """Yield the answer piece by piece. Closing the iterator stops the model; the cache stays consistent."""
-        with closing(self._generation.new_tokens()) as tokens:
-            for piece in self._split(tokens):
+    def steps(self) -> Iterator[Piece | None]:
+        """Yield the answer piece by piece, and None behind each step: a part of the prompt, or a token.
+
+        Closing the iterator stops the model; the cache stays consistent.
+        """
+        with closing(self._generation.steps()) as steps:
+            for piece in self._split(steps):
+                if piece is None:
+                    yield None
+                    continue
                 if piece.kind == "answer":
                     self.text += piece.text
                 else:
@@ -105,21 +111,24 @@ class Answer:
             guesses=generation.guesses,
         )
 
-    def _split(self, tokens: Iterable[int]) -> Iterator[Piece]:
+    def _split(self, steps: Iterable[int | None]) -> Iterator[Piece | None]:
         tokenizer, special_tokens = self._format.tokenizer, self._format.special_tokens
         splitter = make_splitter(
             template=self._format.template, prompt=self._prompt, unfinished=unfinished(self._messages)
         )
         text = IncrementalText(tokenizer, self._ids[-CONTEXT_TOKENS:])
         is_stopped_by_model = False
-        for token in tokens:
+        for token in steps:
             if is_stopped_by_model := token in self._format.stop_ids:
                 break
-            if (special := special_tokens.get(token)) is not None:
+            if token is None:
+                pass
+            elif (special := special_tokens.get(token)) is not None:
                 yield from splitter.text(text.flush())
                 yield from splitter.marker(special)
             else:
                 yield from splitter.text(text.push(token))
+            yield None
         yield from splitter.text(text.flush())
         yield from splitter.flush()
         self.finish = self._finish(is_stopped_by_model)

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from offload_moe.chat.prefix import PrefixCache
 from offload_moe.chat.prompt_chunks import prompt_chunk_tokens
 from offload_moe.chat.sampling import Sampling
+from offload_moe.chat.sharing import Share
 from offload_moe.chat.stats import Finish
 from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.chat.stream import TokenStream
@@ -100,6 +100,11 @@ class Generation:
         return self._request.speculator.tally if self._request.speculator is not None else None
 
     @property
+    def share(self) -> Share:
+        """See `TokenStream.share`."""
+        return self._stream.share if self._stream is not None else Share()
+
+    @property
     def is_stopped(self) -> bool:
         return self._stop_event is not None and self._stop_event.is_set()
 
@@ -111,13 +116,6 @@ class Generation:
             return 0, total
         done = self._num_in_cache - self.num_reused + int(self._prompt_stream.num_prompt_tokens)
         return min(done, total), total
-
-    def new_tokens(self) -> Generator[int, None, None]:
-        """See `steps`, without the parts of the prompt."""
-        with closing(self.steps()) as steps:
-            for token in steps:
-                if token is not None:
-                    yield token
 
     def steps(self) -> Generator[int | None, None, None]:
         """None for each part of the prompt, then the tokens. Closing it stops; the prefix is right in every case."""
@@ -135,7 +133,8 @@ class Generation:
                 tokens = self._stream.tokens
                 # The last token has been chosen but not computed.
                 in_cache = [*self._ids, *tokens][:-1] if tokens else self._ids[: self._num_in_cache]
-                self._prefix.commit(self._cache, in_cache, is_whole=not self._stream.interrupted_forward)
+                if not self._stream.has_lost_cache:
+                    self._prefix.commit(self._cache, in_cache, is_whole=not self._stream.interrupted_forward)
 
     def _limit_to(self, room: ContextRoom) -> None:
         """Refuse a prompt that does not fit in memory, and limit the answer to what fits behind it."""

@@ -4,7 +4,7 @@ import atexit
 import threading
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
@@ -28,7 +28,7 @@ from offload_moe.speculate.choice import Choice
 from offload_moe.speculate.speculation import speculation_of
 from offload_moe.speculate.speculator import Speculator
 
-_answers: WeakSet[Generator[Piece, None, None]] = WeakSet()
+_answers: WeakSet[Generator[Piece | None, None, None]] = WeakSet()
 
 
 class ChatSession:
@@ -97,6 +97,19 @@ class ChatSession:
             ConfigError: a setting is out of range, or the prompt is longer than the model's context.
             BudgetError: the prompt does not fit in memory, or the device ran out of memory.
         """
+        return _pieces(self.steps(message, stop_event=stop_event, **sampling))
+
+    def steps(
+        self,
+        message: str | Sequence[Mapping[str, str]],
+        *,
+        stop_event: threading.Event | None = None,
+        **sampling: Unpack[SamplingArguments],
+    ) -> Generator[Piece | None, None, None]:
+        """As `send`, with None behind each token and each part of the prompt, for callers that alternate answers.
+
+        Raises: ConfigError, BudgetError.
+        """
         settings = Sampling.of(sampling)
         if isinstance(message, str):
             messages = [*self.messages, {"role": "user", "content": message}]
@@ -128,7 +141,7 @@ class ChatSession:
         self._num_retries += 1
         if settings.seed is not None:
             settings = replace(settings, seed=(settings.seed + self._num_retries) % NUM_SEEDS)
-        return self._begin(messages, settings, stop_event)
+        return _pieces(self._begin(messages, settings, stop_event))
 
     def reset(self) -> None:
         """Drop the conversation and its cache; the system prompt stays."""
@@ -149,21 +162,21 @@ class ChatSession:
 
     def _begin(
         self, messages: list[Message], sampling: Sampling, stop_event: threading.Event | None
-    ) -> Generator[Piece, None, None]:
+    ) -> Generator[Piece | None, None, None]:
         answer = self._answer(messages, sampling, stop_event)
         _answers.add(answer)
         return answer
 
     def _answer(
         self, messages: list[Message], sampling: Sampling, stop_event: threading.Event | None
-    ) -> Generator[Piece, None, None]:
+    ) -> Generator[Piece | None, None, None]:
         prompt = messages if self.system is None else [{"role": "system", "content": self.system}, *messages]
         before = self._counters.copy() if self._counters is not None else None
         speculator = self._speculator(sampling.speculate)
         answer = Answer(self._hf, self._format, self._prefix, prompt, sampling, stop_event, self._room, speculator)
         self._answer_in_progress = answer
         try:
-            yield from answer.pieces()
+            yield from answer.steps()
         except torch.OutOfMemoryError as error:
             raise BudgetError(
                 f"Out of device memory at {answer.num_tokens:,} tokens of context. Leave more room: a smaller --vram, "
@@ -204,6 +217,11 @@ class ChatSession:
         elif messages[-1]["role"] == "user":
             # Two user messages in a row are refused by many templates.
             *self.messages, self._withdrawn_message = messages
+
+
+def _pieces(steps: Generator[Piece | None, None, None]) -> Generator[Piece, None, None]:
+    with closing(steps):
+        yield from (piece for piece in steps if piece is not None)
 
 
 @atexit.register

@@ -12,6 +12,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTok
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from offload_moe.chat.recompute import recompute_of
+from offload_moe.chat.sharing import Member, Share
 from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.chat.steps import steps
 from offload_moe.chat.turns import turns_of
@@ -58,6 +59,7 @@ class TokenStream(Iterator[int]):
         self._recompute = recompute_of(hf)
         self._layers = [module for module in hf.modules() if isinstance(module, GradientCheckpointingLayer)]
         self._interrupt = HeldInterrupt()
+        self._member = Member()
         self._steps = steps(
             hf,
             input_ids,
@@ -68,7 +70,18 @@ class TokenStream(Iterator[int]):
             watched=self._watched,
             steering=steering,
             speculator=speculator,
+            member=self._member,
         )
+
+    @property
+    def share(self) -> Share:
+        """What the experts did for it in the turns of other streams, less what they did for those in its own."""
+        return self._member.share
+
+    @property
+    def has_lost_cache(self) -> bool:
+        """Whether it was closed while a pass had to go on writing to its cache, which is of no use then."""
+        return self._member.is_lost
 
     def __next__(self) -> int:
         while (token := self.step()) is None:
@@ -104,7 +117,7 @@ class TokenStream(Iterator[int]):
             self._turns.turn(self._is_stopping),
         ):
             token = self._compute()
-            self._count(token, time.perf_counter() - start_s)
+            self._count(token, time.perf_counter() - start_s + self._member.take_seconds_before(start_s))
             return token
         return _END
 

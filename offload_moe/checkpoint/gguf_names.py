@@ -56,8 +56,19 @@ _IN_BLOCK_OF = {
         "ffn_gate_inp": "mlp.router",
     },
 }
+_ARCHITECTURE_OF = {
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "glm4_moe": "glm4moe",
+    "gpt_oss": "gpt-oss",
+}
 _UNUSED = re.compile(r"rope_freqs\.weight")
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+
+
+def architecture_of(model_type: str) -> str:
+    """llama.cpp's name of a model type whose tensors have names of their own; the type itself for any other."""
+    return _ARCHITECTURE_OF.get(model_type, model_type)
 
 
 def transformers_name(name: str, architecture: str) -> str | None:

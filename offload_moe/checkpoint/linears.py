@@ -17,6 +17,7 @@ PROJECTIONS = frozenset(
         "gate_up_proj",
         "down_proj",
         "lm_head",
+        "eh_proj",
     }
 )
 

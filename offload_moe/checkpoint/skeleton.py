@@ -109,6 +109,15 @@ def build_skeleton(config: "PreTrainedConfig") -> "PreTrainedModel":
     return model.eval()
 
 
+def skeleton_in(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    """The skeleton of a folder's model, computing in this dtype. The config is read anew: two models share nothing."""
+    config = load_config(folder)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if part is not None:  # a multimodal model's language model has a dtype of its own
+            part.dtype = dtype
+    return build_skeleton(config)
+
+
 def _rotate_far(model: "PreTrainedModel") -> None:
     """Use the second factors of LongRoPE once: a list that does not fit would fail in the middle of a long answer.
 

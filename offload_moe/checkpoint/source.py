@@ -39,11 +39,17 @@ class Source:
 
 
 def resolve_source(
-    source: str | Path, *, revision: str | None = None, token: str | None = None, follow_links: bool = False
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    follow_links: bool = False,
+    adapter: Path | None = None,
 ) -> Source:
     """The folder of a checkpoint, downloaded into the hub's own cache if necessary.
 
-    follow_links: also follow links to files of other users, see `check_links`.
+    follow_links: also follow links to files of other users, see `check_links`. adapter: the folder of one that is
+        merged, which may be this one.
 
     Raises:
     CheckpointError: neither a folder nor a hub id, or with an adapter or with links that are not followed.
@@ -52,7 +58,8 @@ def resolve_source(
     source, revision = hub_name(source, revision)
     folder = user_path(source)
     if folder.is_dir():
-        check_folder(folder, follow_links=follow_links)
+        is_merged = adapter is not None and adapter.resolve() == folder.resolve()
+        check_folder(folder, follow_links=follow_links, merges_adapter=is_merged)
         return Source(folder=folder, name=folder.resolve().name, revision=revision)
     if folder.exists():
         raise CheckpointError(file_advice(folder))
@@ -61,12 +68,13 @@ def resolve_source(
     return Source(folder=snapshot, name=str(source), revision=snapshot.name)
 
 
-def check_folder(folder: Path, *, follow_links: bool = False) -> None:
+def check_folder(folder: Path, *, follow_links: bool = False, merges_adapter: bool = False) -> None:
     """Run the checks that need no open file.
 
-    Raises: CheckpointError for an adapter, and for links that are not followed.
+    Raises: CheckpointError for an adapter that is not merged, and for links that are not followed.
     """
-    refuse_adapter(folder, file_names(folder))
+    if not merges_adapter:
+        refuse_adapter(folder, file_names(folder))
     small = [path.relative_to(folder).as_posix() for pattern in METADATA_PATTERNS for path in folder.glob(pattern)]
     check_links(folder, small, follow_links=follow_links)
     try:

@@ -86,10 +86,10 @@ def refuse_adapter(folder: Path | str, present: Iterable[str]) -> None:
     found = [name for name in ADAPTER_NAMES if name in set(present)]
     if found:
         raise CheckpointError(
-            f"{folder} holds a PEFT adapter such as LoRA ({', '.join(found)}), which is not applied here. Merge it "
-            "into the model first (in Python: peft's AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()"
-            ".save_pretrained(NEW_FOLDER)) and convert that folder; or remove these files to convert the base model "
-            "alone."
+            f"{folder} holds a PEFT adapter such as LoRA ({', '.join(found)}), which is not applied here. Merge it: "
+            "`offload-moe quantize MODEL STORE --adapter FOLDER`, or in Python peft's AutoPeftModelForCausalLM"
+            ".from_pretrained(...).merge_and_unload().save_pretrained(NEW_FOLDER); or remove these files to convert "
+            "the base model alone."
         )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,11 +11,14 @@ from torch import Tensor
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.linears import projection_linears
+from offload_moe.checkpoint.weights import ModelWeights
+from offload_moe.convert.weighing import Encoding, Unweighed, Weighing
 from offload_moe.errors import CheckpointError
-from offload_moe.native.kernels import fast_encoding, panel_order
+from offload_moe.native.kernels import panel_order
 from offload_moe.quant import LEAST_ERROR, Codec, ExpertShape, Matrix
 from offload_moe.quant.blockwise import BlockwiseCodec
 from offload_moe.quant.pieces import encode_pieces
+from offload_moe.store.manifest import MTP
 from offload_moe.store.order import Order, order_of_codec, reorder
 from offload_moe.store.plan import Blob, PlannedFile, plan_files, record_blob
 from offload_moe.store.writer import Payload
@@ -23,7 +26,7 @@ from offload_moe.store.writer import Payload
 MXFP4 = "mxfp4"
 LOSSLESS = "bf16"  # as a dense codec: every dense weight stays in the checkpoint's dtype
 WHOLE_BYTES = 1 << 26  # a larger dense matrix is read and encoded by runs of rows
-RUN_BYTES = 1 << 24  # read at a time of a dense tensor
+RUN_BYTES = 1 << 23  # read at a time of a dense tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,26 +47,39 @@ def plan_conversion(
     linears_codec: Codec,
     *,
     scales: str = LEAST_ERROR,
+    weighing: Weighing | None = None,
     by_shard: bool = False,
     order_of: OrderOf = lambda name: None,
 ) -> tuple[list[PlannedFile], list[Job]]:
     """The planned files of the store, and the jobs that fill them, in order.
 
-    scales: see `fast_encoding`.
+    scales: see `fast_encoding`. weighing: of errors; None weighs none.
     by_shard: parts that need only the first shard come first, in files of their own, then those that need the second.
     """
     number = {path: index for index, path in enumerate(checkpoint.tensors.paths)} if by_shard else {}
+    linears, experts = (
+        Encoding(codec=codec, scales=scales, weighing=weighing or Unweighed())
+        for codec in (linears_codec, experts_codec)
+    )
+    made_of = {
+        "dense": dense_jobs(checkpoint, linears, order_of),
+        "experts": expert_jobs(checkpoint, experts, order_of),
+        "mtp": [],
+    }
+    if checkpoint.mtp is not None:  # in files of its own, which are not read where it is not used
+        linears, experts = (replace(each, weighing=Unweighed()) for each in (linears, experts))  # by no known inputs
+        made_of["mtp"] = [
+            *expert_jobs(checkpoint.mtp, experts, order_of, first_layer=len(checkpoint.layers)),
+            *dense_jobs(checkpoint.mtp, linears, order_of, prefix=MTP),
+        ]
     stages: dict[int, dict[str, list[Job]]] = {}
-    for prefix, made in (
-        ("dense", dense_jobs(checkpoint, fast_encoding(linears_codec, scales), order_of)),
-        ("experts", expert_jobs(checkpoint, fast_encoding(experts_codec, scales), order_of)),
-    ):
+    for kind, made in made_of.items():
         for job in made:
             stage = max((number.get(path, 0) for path in job.paths), default=0)
-            stages.setdefault(stage, {"dense": [], "experts": []})[prefix].append(job)
+            stages.setdefault(stage, {kind: [] for kind in made_of})[kind].append(job)
     files: list[PlannedFile] = []
     jobs: list[Job] = []
-    first = {"dense": 1, "experts": 1}
+    first = dict.fromkeys(made_of, 1)
     for _, stage_jobs in sorted(stages.items()):
         for prefix, made in stage_jobs.items():
             planned = plan_files(prefix, (job.blob for job in made), first=first[prefix])
@@ -73,19 +89,21 @@ def plan_conversion(
     return files, jobs
 
 
-def expert_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list[Job]:
-    """Every expert in flat order."""
+def expert_jobs(checkpoint: ModelWeights, encoding: Encoding, order_of: OrderOf, *, first_layer: int = 0) -> list[Job]:
+    """Every expert in flat order. first_layer: the ordinal of the first layer in the store."""
+    codec = encoding.codec
     read = checkpoint.packed_expert if codec.name == MXFP4 and checkpoint.is_mxfp4 else checkpoint.expert
 
     def encode(ordinal: int, expert: int, order: Order) -> Payload:
         layer = checkpoint.layers[ordinal]
         with _errors_name(f"Expert {expert} of {layer.name}"):
-            record = codec.encode(layer.shape, read(ordinal, expert))
+            tensors = read(ordinal, expert)
+            record = encoding.of_expert(ordinal, expert, tensors).encode(layer.shape, tensors)
         reorder(record, panel_order(codec.name, layer.shape), "rows", order)
         return [as_bytes(record)]
 
     def job(ordinal: int, expert: int, record_bytes: int) -> Job:
-        name = expert_name(ordinal, expert)
+        name = expert_name(first_layer + ordinal, expert)
         order = order_of(name) or order_of_codec(codec.name)
         return Job(
             blob=record_blob(name, record_bytes, order=order),
@@ -100,9 +118,13 @@ def expert_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list
     ]
 
 
-def dense_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list[Job]:
-    """Records of quantized linears first, then wider dtypes before narrower ones, so that everything is aligned."""
-    shapes = {} if codec.name == LOSSLESS else _linear_shapes(checkpoint)
+def dense_jobs(checkpoint: ModelWeights, encoding: Encoding, order_of: OrderOf, *, prefix: str = "") -> list[Job]:
+    """Records of quantized linears first, then wider dtypes before narrower ones, so that everything is aligned.
+
+    prefix: of the names in the store.
+    """
+    codec = encoding.codec
+    shapes = {} if codec.name == LOSSLESS else linear_shapes(checkpoint)
 
     def encode(name: str, order: Order) -> Payload:
         shape = shapes[name]
@@ -110,32 +132,34 @@ def dense_jobs(checkpoint: Checkpoint, codec: Codec, order_of: OrderOf) -> list[
             return encode_runs(name, shape, order)
         tensors = {part: checkpoint.dense_tensor(f"{name}.{part}") for part in shape.module_shapes()}
         with _errors_name(f"{name}.weight"):
-            record = codec.encode(shape, tensors)
+            record = encoding.of_linear(name).encode(shape, tensors)
         reorder(record, panel_order(codec.name, shape), "rows", order)
         return [as_bytes(record)]
 
     def encode_runs(name: str, shape: ExpertShape, order: Order) -> Payload:
-        assert isinstance(codec, BlockwiseCodec)
+        weighed = encoding.of_linear(name)
+        assert isinstance(weighed, BlockwiseCodec)
         bias = checkpoint.dense_tensor(f"{name}.bias") if shape.biases else None
         rows = checkpoint.dense_rows(f"{name}.weight", RUN_BYTES)
         with _errors_name(f"{name}.weight"):
-            yield from map(as_bytes, encode_pieces(codec, shape, rows, bias, in_panels=order == "panels"))
+            yield from map(as_bytes, encode_pieces(weighed, shape, rows, bias, in_panels=order == "panels"))
 
     inside = {f"{name}.{part}" for name, shape in shapes.items() for part in shape.module_shapes()}
 
     def job(name: str, shape: ExpertShape) -> Job:
-        order = order_of(f"{name}.weight") or order_of_codec(codec.name)
+        stored = f"{prefix}{name}.weight"
+        order = order_of(stored) or order_of_codec(codec.name)
         return Job(
-            blob=record_blob(f"{name}.weight", codec.layout(shape).record_bytes, shape, order=order),
+            blob=record_blob(stored, codec.layout(shape).record_bytes, shape, order=order),
             make=partial(encode, name, order),
             paths=frozenset().union(*(checkpoint.dense_paths(f"{name}.{part}") for part in shape.module_shapes())),
         )
 
-    plain = copy_jobs(checkpoint, (name for name in checkpoint.dense if name not in inside))
+    plain = copy_jobs(checkpoint, (name for name in checkpoint.dense if name not in inside), prefix)
     return [job(name, shape) for name, shape in shapes.items()] + plain
 
 
-def copy_jobs(checkpoint: Checkpoint, names: Iterable[str]) -> list[Job]:
+def copy_jobs(checkpoint: ModelWeights, names: Iterable[str], prefix: str = "") -> list[Job]:
     """Dense tensors of these names as they are: wider dtypes before narrower ones, so that everything is aligned."""
 
     def copy(name: str) -> Payload:
@@ -144,7 +168,7 @@ def copy_jobs(checkpoint: Checkpoint, names: Iterable[str]) -> list[Job]:
 
     return [
         Job(
-            blob=Blob(name=t.name, dtype=t.dtype, shape=t.shape, num_bytes=t.num_bytes),
+            blob=Blob(name=prefix + t.name, dtype=t.dtype, shape=t.shape, num_bytes=t.num_bytes),
             make=partial(copy, t.name),
             paths=checkpoint.dense_paths(t.name),
         )
@@ -176,7 +200,7 @@ def _checked(name: str, data: Tensor, dtype: torch.dtype) -> Tensor:
     return data
 
 
-def _linear_shapes(checkpoint: Checkpoint) -> dict[str, ExpertShape]:
+def linear_shapes(checkpoint: ModelWeights) -> dict[str, ExpertShape]:
     """Module name -> the one-matrix shape of each linear that a dense codec quantizes, with its bias if it has one."""
     shapes = {}
     for name, linear in projection_linears(checkpoint.model).items():

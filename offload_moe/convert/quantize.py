@@ -1,14 +1,13 @@
 """`quantize`: from a Hugging Face checkpoint to an expert store, one expert at a time."""
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
+from offload_moe.checkpoint.adapter import Adapter
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.download import Download
 from offload_moe.checkpoint.formats import is_mxfp4
@@ -17,20 +16,21 @@ from offload_moe.checkpoint.gguf_split import is_gguf, parts_beside
 from offload_moe.checkpoint.gguf_view import write_small_files
 from offload_moe.checkpoint.small_files import SmallFiles, read_small_files
 from offload_moe.checkpoint.source import Source, open_download, resolve_source
+from offload_moe.convert.choose_weighing import WeighingOptions
+from offload_moe.convert.description import Chosen, manifest_of, settings_of
 from offload_moe.convert.gguf import plan_same_bits
-from offload_moe.convert.jobs import LOSSLESS, MXFP4, Job, expert_name, plan_conversion
+from offload_moe.convert.jobs import LOSSLESS, MXFP4, Job, plan_conversion
 from offload_moe.convert.source_shards import SourceShards
 from offload_moe.errors import ConfigError
 from offload_moe.native.kernels import use_torch_after_fork
-from offload_moe.quant import LEAST_ERROR, SCALES, Codec, get_codec
+from offload_moe.quant import LEAST_ERROR, Codec, get_codec
 from offload_moe.store.in_place import GGUF
 from offload_moe.store.journal import check_target
-from offload_moe.store.manifest import DenseEntry, Layer, Manifest
-from offload_moe.store.manifest_json import FORMAT_VERSION, manifest_to_json
-from offload_moe.store.plan import PlannedFile
-from offload_moe.store.writer import Payload, StoreWriter, describe_metadata, stored_files
+from offload_moe.store.manifest import MergedAdapter
+from offload_moe.store.manifest_json import manifest_to_json
+from offload_moe.store.writer import Payload, StoreWriter
 from offload_moe.system.names import split_gguf_name
-from offload_moe.system.paths import CONFIG_NAME, user_path
+from offload_moe.system.paths import user_path
 from offload_moe.system.progress import Progress, log_notice, silent
 
 DEFAULT = "nf4"
@@ -45,6 +45,9 @@ def quantize(
     codec: str | None = None,
     dense_codec: str = LOSSLESS,
     scales: str = LEAST_ERROR,
+    imatrix: str | Path | None = None,
+    calibrate: str | Path | None = None,
+    adapter: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
     delete_source_shards: bool = False,
@@ -58,6 +61,10 @@ def quantize(
         keeps, and nf4 for any other.
     dense_codec: of the large dense projections.
     scales: of nf4 and int8. "error" takes those of least squared error, "absmax" bitsandbytes' own bits.
+    imatrix: llama.cpp's importance matrix of this model in GGUF form, by which errors are weighed.
+    calibrate: a text, or "auto" for a built-in one. The model reads it first, layer by layer; errors are weighed by the
+        inputs of each matrix, and in nf4 later columns take up the errors of earlier ones.
+    adapter: the folder of a LoRA adapter in PEFT's files, which is merged into the weights.
     delete_source_shards: download a hub id shard by shard into a folder beside the store, and delete each once
         everything in it is safely in the store. Needs the disk for the store and about two shards.
     follow_links: also follow symbolic links in a folder to files of other users.
@@ -68,7 +75,7 @@ def quantize(
     memory. A conversion that was stopped, by whatever means, is resumed by the same call.
 
     Raises:
-        ConfigError: there is no such codec, it does not suit the source, or shards of a folder are to be deleted.
+        ConfigError: there is no such codec, it does not suit the source, or options exclude each other.
         CheckpointError, UnsupportedModelError: the source cannot be read or bound.
         StoreError: the target folder is in use for something else.
         BudgetError: the disk is too small, or became full.
@@ -76,16 +83,17 @@ def quantize(
     """
     use_torch_after_fork()
     linears_codec = get_dense_codec(dense_codec)
-    if scales not in SCALES:
-        raise ConfigError(f"Unknown scales {scales!r}. Choose one of: {', '.join(SCALES)}.")
+    options = WeighingOptions(imatrix=imatrix, calibrate=calibrate)
+    options.check(scales=scales, deletes_shards=delete_source_shards)
     if codec is not None:
         get_codec(codec)  # before a download
     target = Path(store)
     check_target(target)
+    lora = None if adapter is None else Adapter(user_path(adapter))
     if split_gguf_name(str(source)) is not None and not Path(source).exists():
         progress(f"Downloading {source}")
         source, revision = download_gguf(str(source), revision=revision, token=token), None
-    gguf = _parts_of(source, codec, dense_codec)
+    gguf = _parts_of(source, codec, dense_codec, has_adapter=lora is not None)
     with ExitStack() as stack:
         download = None
         if delete_source_shards:
@@ -93,16 +101,16 @@ def quantize(
             stack.callback(download.close)
             origin = Source(folder=download.folder, name=str(source), revision=download.commit)
         elif gguf:
-            folder = Path(stack.enter_context(TemporaryDirectory()))
-            write_small_files(gguf, folder)
-            origin = Source(folder=folder, name=str(source), revision=None)
+            origin = _small_files_of(gguf, source, stack)
         else:
-            origin = resolve_source(source, revision=revision, token=token, follow_links=follow_links)
-        checkpoint = stack.enter_context(Checkpoint(origin.folder, download, gguf))
+            beside = None if lora is None else lora.folder
+            origin = resolve_source(source, revision=revision, token=token, follow_links=follow_links, adapter=beside)
+        checkpoint = stack.enter_context(Checkpoint(origin.folder, download, gguf, lora))
         keeps_bits = bool(gguf) and codec is None
         codec = GGUF if keeps_bits else codec or default_codec(origin.folder)
         small_files = read_small_files(origin.folder, checkpoint.model)
         _report_notices(checkpoint, small_files, progress, on_notice)
+        weighing = options.open(checkpoint, codec, dense_codec, target, progress, on_notice)
         if keeps_bits:
             files, jobs = plan_same_bits(checkpoint)
             dense_codec = GGUF
@@ -110,20 +118,34 @@ def quantize(
             experts_codec = get_codec(codec)
             _check_codec(experts_codec, checkpoint)
             files, jobs = plan_conversion(
-                checkpoint, experts_codec, linears_codec, scales=scales, by_shard=download is not None
+                checkpoint,
+                experts_codec,
+                linears_codec,
+                scales=scales,
+                weighing=weighing,
+                by_shard=download is not None,
             )
-        settings = _settings(origin, checkpoint, codec, dense_codec, scales, files, is_download=download is not None)
+        chosen = Chosen(
+            codec=codec,
+            dense_codec=dense_codec,
+            scales=scales,
+            importances=weighing.importances,
+            adapter=None if lora is None else MergedAdapter(name=lora.name, sha256=lora.sha256),
+        )
+        settings = settings_of(origin, checkpoint, chosen, files, is_download=download is not None)
         with StoreWriter(target, files, settings) as writer:
             if writer.notice is not None:
                 on_notice(writer.notice)
+            if writer.num_done < len(jobs):
+                weighing.prepare(settings)
             _fill(writer, SourceShards(download, checkpoint.tensors, files, jobs), jobs, progress)
-            metadata = small_files.contents
-            manifest = _manifest(origin, checkpoint, codec, dense_codec, scales, files, writer, metadata)
-            writer.finish(manifest_to_json(manifest), metadata, download.remove if download is not None else None)
+            manifest = manifest_of(origin, checkpoint, chosen, files, writer, small_files.contents)
+            clean_up = weighing.remove if download is None else download.remove
+            writer.finish(manifest_to_json(manifest), small_files.contents, clean_up)
     return target
 
 
-def _parts_of(source: str | Path, codec: str | None, dense_codec: str) -> tuple[Path, ...]:
+def _parts_of(source: str | Path, codec: str | None, dense_codec: str, *, has_adapter: bool) -> tuple[Path, ...]:
     """The parts of a source that is a GGUF file; none of another source. Raises: ConfigError, CheckpointError."""
     path = user_path(source)
     if not is_gguf(path):
@@ -133,7 +155,16 @@ def _parts_of(source: str | Path, codec: str | None, dense_codec: str) -> tuple[
             f"A GGUF file keeps the types of all its matrices. Leave --dense-codec {dense_codec} out, or choose a "
             "--codec as well, to quantize everything anew."
         )
+    if codec is None and has_adapter:
+        raise ConfigError("A GGUF file keeps the bits of its matrices. Choose a --codec to merge an adapter.")
     return parts_beside(path.absolute())
+
+
+def _small_files_of(gguf: tuple[Path, ...], source: str | Path, stack: ExitStack) -> Source:
+    """A temporary folder with the config and the tokenizer of GGUF files."""
+    folder = Path(stack.enter_context(TemporaryDirectory()))
+    write_small_files(gguf, folder)
+    return Source(folder=folder, name=str(source), revision=None)
 
 
 def _begin_download(
@@ -205,81 +236,3 @@ def _ahead(makers: Iterable[Callable[[], Payload]]) -> Iterator[Payload]:
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _settings(
-    origin: Source,
-    checkpoint: Checkpoint,
-    codec: str,
-    dense_codec: str,
-    scales: str,
-    files: Iterable[PlannedFile],
-    *,
-    is_download: bool,
-) -> dict[str, Any]:
-    """Settings that must be equal to resume a conversion; the keys appear in the error message."""
-    plan = hashlib.sha256(b"".join(file.header for file in files)).hexdigest()
-    settings = {
-        "format version": FORMAT_VERSION,
-        "source": origin.name,
-        "revision": origin.revision,
-        "codec": codec,
-        "dense codec": dense_codec,
-        "scales": scales,
-        "layout": plan,
-    }
-    if is_download:  # a commit never changes, while its shards are downloaded and deleted
-        return settings | {"--delete-source-shards": True}
-    small = [path for path in (origin.folder / CONFIG_NAME,) if codec != GGUF]  # else it is made of metadata anew
-    stats = [(path.name, path.stat()) for path in (*checkpoint.tensors.paths, *small)]
-    state = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-    return settings | {"state of the source files": state}
-
-
-def _manifest(
-    origin: Source,
-    checkpoint: Checkpoint,
-    codec: str,
-    dense_codec: str,
-    scales: str,
-    files: Sequence[PlannedFile],
-    writer: StoreWriter,
-    metadata: dict[str, bytes],
-) -> Manifest:
-    blobs = {blob.name: blob for file in files for blob in file.blobs}
-    places = dict(zip(blobs, writer.places(), strict=True))
-    names = [expert_name(layer, e) for layer, found in enumerate(checkpoint.layers) for e in range(found.num_experts)]
-    experts = tuple(places.pop(name) for name in names)
-    first = [blobs[expert_name(index, 0)] for index in range(len(checkpoint.layers))]
-    return Manifest(
-        source=origin.name,
-        revision=origin.revision,
-        codec=codec,
-        dense_codec=dense_codec,
-        scales=scales,
-        layers=tuple(
-            Layer(
-                name=layer.name,
-                num_experts=layer.num_experts,
-                record_bytes=blob.num_bytes,
-                shape=layer.shape,
-                codec=blob.codec,
-            )
-            for layer, blob in zip(checkpoint.layers, first, strict=True)
-        ),
-        files=stored_files(files),
-        experts=experts,
-        dense=tuple(
-            DenseEntry(
-                name=name,
-                dtype=blobs[name].dtype,
-                shape=blobs[name].shape,
-                place=place,
-                quantized=blobs[name].quantized,
-                codec=blobs[name].codec,
-                is_lookup=blobs[name].is_lookup,
-            )
-            for name, place in places.items()
-        ),
-        metadata=describe_metadata(metadata),
-    )

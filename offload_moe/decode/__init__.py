@@ -17,13 +17,14 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from offload_moe.decode.cache import give_room
 from offload_moe.decode.forward import DecoderForward, NextTokens
+from offload_moe.decode.head import head_alone
 from offload_moe.decode.latent import absorb_latents
 from offload_moe.decode.mlp import fuse_mlps
 from offload_moe.decode.norm import fuse_norms
 from offload_moe.decode.plan import Planned, plan_pass
 from offload_moe.decode.report import DENSE, LayerPath, layer_paths, tell_reasons
 from offload_moe.decode.router import shorten_routers
-from offload_moe.decode.rows import roll_back, takes_rows, why_no_rows
+from offload_moe.decode.rows import next_logits, roll_back, takes_rows, why_no_rows
 from offload_moe.decode.shorten import shorten_attention
 from offload_moe.residency.hierarchy import Hierarchy
 
@@ -32,6 +33,7 @@ __all__ = [
     "LayerPath",
     "make_fast",
     "make_room",
+    "next_logits",
     "pass_rows",
     "roll_back",
     "takes_rows",
@@ -100,6 +102,7 @@ def make_fast(
     if planned.plan is not None:
         decoder = hf.get_decoder()
         decoder.forward = DecoderForward(decoder, planned.plan)
+        decoder.forward.head_alone = head_alone(hf, planned.plan.wiring)
     return FastPath(why_none=why_none, layers=layer_paths(hf, planned.paths))
 
 

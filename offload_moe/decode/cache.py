@@ -32,6 +32,10 @@ class InRoom:
     _parts: tuple[Tensor | None, Tensor | None] | None = (None, None)  # None: not cut out yet
     _addresses: tuple[int, ...] = ()  # of the room: keys, values, tokens between heads, bytes of a key and of a value
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy gets room of its own once it grows: addresses are those of this one's."""
+        return vars(self) | {"_parts": self._cut_out(), "_place": None, "_room": None, "_addresses": ()}
+
     @property
     def keys(self) -> Any:
         return self._cut_out()[0]
@@ -93,6 +97,11 @@ class InRoom:
         assert room is not None
         assert place is not None
         return (*room, place[1] - 1)
+
+    @property
+    def end(self) -> tuple[tuple[Tensor, Tensor] | None, int]:
+        """The room, and the index in it of the next token; None while other code's tensors were not looked up in it."""
+        return (None, 0) if self._place is None else (self._room, self._place[1])
 
     def give_room_up(self) -> None:
         """Use no place beside the present keys and values any more."""

@@ -6,6 +6,7 @@ step, a few tokens, or a prompt, where the plan takes prompts.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,13 +15,24 @@ from transformers import Cache
 
 from offload_moe.decode.hooks import Bypass, is_capturing
 from offload_moe.decode.layer import RowsStep
+from offload_moe.decode.next_token import TokenPass
 from offload_moe.decode.plan import PassPlan
 from offload_moe.decode.wiring import Wiring
+from offload_moe.errors import UnsupportedModelError
 from offload_moe.native.kernels import MAX_ROWS
 
 logger = logging.getLogger(__name__)
 
 NextTokens = tuple[Tensor, Any]  # ids ``[n]`` of one sequence, and the cache behind which they come
+
+
+@dataclass(frozen=True, slots=True)
+class SeveralCaches:
+    """In place of a cache where a forward is given ids ``[1, T]`` of T sequences: the next token behind each cache."""
+
+    caches: Sequence[Cache]
+
+
 CAPTURES = {  # arguments, and what the config has in their place
     "output_hidden_states": "output_hidden_states",
     "output_attentions": "_output_attentions",
@@ -43,6 +55,7 @@ class Seam:
     """In place of the forward of one decoder, whose hooks stay where they are."""
 
     plan: Plan
+    token_pass: TokenPass | None = None  # where the pass has the output head
 
     def __init__(self, decoder: Any) -> None:
         self._modules_forward = decoder.forward
@@ -125,10 +138,23 @@ class DecoderForward(Seam):
     """Native spans and layers on the CPU."""
 
     plan: PassPlan
+    head_alone: Bypass | None = None  # see `next_token.head_alone_of`
 
     def __init__(self, decoder: Any, plan: PassPlan) -> None:
         super().__init__(decoder)
         self.plan = plan
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        several = kwargs.get("past_key_values")
+        if isinstance(several, SeveralCaches):
+            return self._pass_several(kwargs["input_ids"], several)
+        return super().__call__(*args, **kwargs)
+
+    def _pass_several(self, input_ids: Tensor, several: SeveralCaches) -> Any:
+        hidden = self.pass_rows(list(zip(input_ids[0].split(1), several.caches, strict=True)))
+        if hidden is None:
+            raise UnsupportedModelError("These sequences cannot be computed in one pass. Compute each alone.")
+        return self.plan.wiring.make_output(hidden[None], several)
 
     def _has_place(self, cache: Any, num_tokens: int) -> bool:
         """A cache without tokens may get empty layers for that."""

@@ -1,13 +1,18 @@
-"""Several next tokens of one sequence in a pass, of which the last may be taken back."""
+"""Several tokens in a pass: of one sequence, of which the last may be taken back, or the next one of each of several.
 
+T rows, V vocabulary.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from offload_moe.decode.cache import ROOMY
 from offload_moe.decode.dense import QuantLinear
-from offload_moe.decode.forward import DecoderForward
+from offload_moe.decode.forward import DecoderForward, SeveralCaches
 from offload_moe.decode.rotation import rotation_keeper
 
 
@@ -36,6 +41,31 @@ def roll_back(cache: Cache, num_tokens: int) -> None:
     """Take back the last tokens of the last pass, for which `takes_rows` was true."""
     for layer in cache.layers:
         layer.roll_back(num_tokens)
+
+
+@torch.inference_mode()
+def next_logits(hf: PreTrainedModel, tokens: Sequence[int], caches: Sequence[Cache]) -> Tensor:
+    """One pass for the next token of each of several sequences: the logits ``[T, V]`` behind them.
+
+    caches: of each sequence, which gets the token; different ones, `MAX_ROWS` at most, of which `takes_rows` is true.
+    After an error they are as before. Raises: UnsupportedModelError, and what a forward of one token raises.
+    """
+    lengths = [[layer.get_seq_length() for layer in cache.layers] for cache in caches]
+    several: Any = SeveralCaches(caches)
+    try:
+        logits: Tensor = hf(torch.tensor([tokens]), past_key_values=several, use_cache=True, return_dict=True).logits
+    except BaseException:
+        for cache, before in zip(caches, lengths, strict=True):
+            _shorten(cache, before)
+        raise
+    return logits[0]
+
+
+def _shorten(cache: Cache, lengths: Sequence[int]) -> None:
+    """Take back what a pass that was not completed has counted in some layers."""
+    for layer, length in zip(cache.layers, lengths, strict=True):
+        if excess := layer.get_seq_length() - length:
+            layer.roll_back(excess)
 
 
 def _forward_of(hf: PreTrainedModel) -> DecoderForward | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
 from offload_moe.checkpoint.generation import load_generation_config
 from offload_moe.checkpoint.linears import projection_linears
-from offload_moe.checkpoint.skeleton import build_skeleton, load_config
+from offload_moe.checkpoint.skeleton import skeleton_in
 from offload_moe.checkpoint.ties import share_tied_weights, untie
 from offload_moe.decode.dense import NarrowEmbedding, QuantLinear, RecordEmbedding, lookup_tables, quantize_linear
 from offload_moe.errors import StoreError
@@ -47,12 +47,8 @@ class DtypePlan:
 
 
 def skeleton_of(store: Store, dtype: torch.dtype) -> Any:
-    """The store's model without weights. The config is read anew, so that two models of one store share nothing."""
-    config = load_config(store.path)
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        if part is not None:  # a multimodal model's language model has a dtype of its own
-            part.dtype = dtype
-    skeleton = build_skeleton(config)
+    """The store's model without weights. Two models of one store share nothing."""
+    skeleton = skeleton_in(store.path, dtype)
     untie(skeleton, store.dense)
     return skeleton
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from offload_moe.checkpoint.experts import ExpertsModule
-from offload_moe.engine.assemble import assemble
+from offload_moe.engine.assemble import Assembled, assemble
+from offload_moe.engine.mtp import assemble_mtp
 from offload_moe.engine.saving import refuse_saving
 from offload_moe.experts.arithmetic import Arithmetic, choose_arithmetic, keeps_eagers_bits, notice_without_kernel
 from offload_moe.experts.attach import BoundExperts, attach
@@ -53,7 +54,8 @@ class Blueprint:
 class Engine:
     """A model that computes, and the tiers of its experts, which are public for measurements.
 
-    layers, experts: one for each MoE layer, in order. notices: messages for the user.
+    layers, experts: one for each MoE layer, in order. notices: messages for the user. mtp: the layer for multi-token
+    prediction, where it was asked for.
     """
 
     hf: Any
@@ -61,6 +63,7 @@ class Engine:
     experts: list[BoundExperts]
     hierarchy: Hierarchy
     notices: tuple[str, ...] = ()
+    mtp: Any = None
 
     @property
     def lookahead(self) -> Lookahead | None:
@@ -75,10 +78,15 @@ def pools_of(
     num_ram_slots: int,
     num_device_slots: int = 0,
     policy: str = DEFAULT_POLICY,
+    has_mtp: bool = False,
 ) -> Pools:
-    """Slots for the experts of a store. slot_bytes: of the largest record; a policy is one of `POLICY_NAMES`."""
+    """Slots for the experts of a store. slot_bytes: of the largest record; a policy is one of `POLICY_NAMES`.
+
+    has_mtp: also for those for multi-token prediction.
+    """
+    layers = store.manifest.layers if has_mtp else store.layers
     return Pools(
-        keys=ExpertKeys(layer.num_experts for layer in store.layers),
+        keys=ExpertKeys(layer.num_experts for layer in layers),
         slot_bytes=slot_bytes,
         num_ram_slots=num_ram_slots,
         num_device_slots=num_device_slots,
@@ -86,8 +94,10 @@ def pools_of(
     )
 
 
-def build(store: Store, blueprint: Blueprint, skeleton: Any = None) -> Engine:
+def build(store: Store, blueprint: Blueprint, skeleton: Any = None, mtp: Any = None) -> Engine:
     """The store's model, ready to compute. skeleton: see `assemble`.
+
+    mtp: the layer for multi-token prediction without weights, on the CPU; the pools are for its experts, too.
 
     Raises:
         StoreError: the store does not hold what the model needs.
@@ -102,18 +112,23 @@ def build(store: Store, blueprint: Blueprint, skeleton: Any = None) -> Engine:
         in_panels=blueprint.in_panels,
         skeleton=skeleton,
     )
-    arithmetics = _arithmetics(assembled.layers, store, blueprint)
+    layers = assembled.layers
+    if mtp is not None:
+        of_mtp = assemble_mtp(store, mtp, assembled.hf, blueprint.dtype, blueprint.dense_codec)
+        layers = [*layers, *of_mtp.layers]
+    arithmetics = _arithmetics(layers, store, blueprint)
     with closed_on_error(_make_hierarchy(store, blueprint, arithmetics)) as hierarchy:
         _refuse_once_closed(assembled.hf, hierarchy)
         refuse_saving(assembled.hf)
-        experts = _bind_experts(assembled.hf, assembled.layers, arithmetics, store, hierarchy, blueprint)
-        attach(assembled.layers, experts)
+        experts = _bind_experts(assembled, layers, arithmetics, store, hierarchy, blueprint)
+        attach(layers, experts)
     return Engine(
         hf=assembled.hf,
         layers=assembled.layers,
-        experts=experts,
+        experts=experts[: len(assembled.layers)],
         hierarchy=hierarchy,
-        notices=(*assembled.notices, *_notices(assembled.layers, arithmetics, store, blueprint)),
+        notices=(*assembled.notices, *_notices(layers, arithmetics, store, blueprint)),
+        mtp=mtp,
     )
 
 
@@ -182,17 +197,17 @@ def _refuse_once_closed(hf: Any, hierarchy: Hierarchy) -> None:
 
 
 def _bind_experts(
-    hf: Any,
+    assembled: Assembled,
     layers: list[ExpertsModule],
     arithmetics: Sequence[Arithmetic],
     store: Store,
     hierarchy: Hierarchy,
     blueprint: Blueprint,
 ) -> list[BoundExperts]:
-    """The experts of each MoE layer."""
+    """The experts of each MoE layer. Lookahead is for those of the model itself."""
     lookahead = None
     if blueprint.prefetch and not hierarchy.holds_every_expert:
-        probes = find_probes(hf, layers)
+        probes = find_probes(assembled.hf, assembled.layers)
         lookahead = Lookahead(probes, hierarchy.scheduler, PrefetchGovernor(), blueprint.prefetch, hierarchy.ram)
     bind = (
         HybridBinder(hierarchy, get_codec(store.codec), blueprint.hybrid, lookahead)
@@ -202,8 +217,9 @@ def _bind_experts(
     bound = []
     for ordinal, (layer, arithmetic) in enumerate(zip(layers, arithmetics, strict=True)):
         split = bind(ordinal, layer, arithmetic) if bind is not None else None
+        ahead = lookahead if ordinal < len(assembled.layers) else None
         bound.append(
             split
-            or BoundExperts(ordinal, layer.num_experts, hierarchy.scheduler, hierarchy.record_of, arithmetic, lookahead)
+            or BoundExperts(ordinal, layer.num_experts, hierarchy.scheduler, hierarchy.record_of, arithmetic, ahead)
         )
     return bound

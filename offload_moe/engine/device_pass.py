@@ -35,9 +35,14 @@ class DevicePass:
         """Messages for the user."""
         if self.reason:
             return [f"The device pass does not serve this model: {self.reason}. Decode takes the path of prompts."]
+        found = []
+        if self.made is not None and (why := self.made.parts.why_no_head):
+            found.append(
+                f"The device pass ends before the output head: {why}. Torch computes the logits of each token."
+            )
         if self.made is not None and self.card is not None and self.card.num_cards > 1:
-            return [f"This machine has {self.card.num_cards} cards; the first one ({self.card.name}) is used."]
-        return []
+            found.append(f"This machine has {self.card.num_cards} cards; the first one ({self.card.name}) is used.")
+        return found
 
 
 def open_device_pass(store: Store, skeleton: Any, device: torch.device, *, why_off: str) -> DevicePass:

@@ -2,7 +2,7 @@
 
 import gc
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from offload_moe.engine.build import Blueprint, Engine, build, closed_on_error, 
 from offload_moe.engine.device_pass import DevicePass, install_device_pass, open_device_pass, report_of
 from offload_moe.engine.draft import DraftFiles, find_draft, load_draft
 from offload_moe.engine.model import Model
+from offload_moe.engine.mtp import find_module, place_mtp
 from offload_moe.engine.options import LoadKeywords, LoadOptions
 from offload_moe.engine.overflow import watch_overflow
 from offload_moe.errors import ConfigError
@@ -37,8 +38,9 @@ from offload_moe.plan.room import ContextRoom, may_borrow
 from offload_moe.residency.popularity import warm_start
 from offload_moe.speculate.choice import Choice
 from offload_moe.speculate.draft import DraftSource
-from offload_moe.speculate.guess import Source
-from offload_moe.speculate.speculation import Speculation, set_speculation, speculation_of
+from offload_moe.speculate.mtp import FinalStates, MtpModule, MtpSource
+from offload_moe.speculate.ngram import NgramSource
+from offload_moe.speculate.speculation import Makers, Speculation, set_speculation, speculation_of
 from offload_moe.store import Store
 from offload_moe.store.in_place import GGUF
 from offload_moe.system.lifecycle import has_loaded
@@ -69,7 +71,7 @@ def load(
     planned = _plan(store, chosen, device, draft)
     device_pass = _look_for_card(store, chosen, planned)
     progress("Loading dense weights")
-    engine = build(store, _blueprint(store, chosen, planned, device_pass), planned.skeleton)
+    engine = build(store, _blueprint(store, chosen, planned, device_pass), planned.skeleton, planned.mtp)
     with closed_on_error(engine.hierarchy):
         model = _make_model(store, chosen, planned, engine, device_pass, progress)
         _speculate(model, chosen, draft)
@@ -79,9 +81,13 @@ def load(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """A model still on the meta device, and the plan of its memory. keeps_bits: results have eager's bits."""
+    """A model still on the meta device, and the plan of its memory. keeps_bits: results have eager's bits.
+
+    mtp: its layer for multi-token prediction; None where that is not loaded.
+    """
 
     skeleton: Any
+    mtp: Any
     device: torch.device
     dtype: torch.dtype
     keeps_bits: bool
@@ -133,12 +139,16 @@ def _open_store(source: str | Path, options: LoadOptions, progress: Progress) ->
 def _speculate(model: Model, options: LoadOptions, draft: DraftFiles | None) -> None:
     """Choose how tokens are guessed. Raises: ConfigError where the draft has another vocabulary."""
     hf = model.hf
-    sources: dict[Choice, Callable[[], Source]] = {}
+    sources: dict[Choice, Makers] = {}
+    if model.engine.mtp is not None:
+        module = MtpModule(model.engine.mtp, num_embeddings(hf))
+        of_mtp = partial(MtpSource, module, FinalStates(hf.get_decoder()))
+        sources |= {"mtp": (of_mtp,), "auto": (NgramSource, of_mtp)}
     if draft is not None and not why_no_rows(hf):
         if model.tokenizer is None:
             raise ConfigError(f"{model.no_tokenizer} Without one, its vocabulary cannot be compared with a draft's.")
         guessing = load_draft(draft, model.tokenizer.get_vocab(), model.placement.context)
-        sources["draft"] = partial(DraftSource, guessing, num_embeddings(hf))
+        sources["draft"] = (partial(DraftSource, guessing, num_embeddings(hf)),)
     set_speculation(hf, Speculation(hf, options.speculate, model.stats, sources))
 
 
@@ -149,18 +159,31 @@ def _plan(store: Store, options: LoadOptions, device: torch.device, draft: Draft
     skeleton = skeleton_of(store, dtype)
     keeps_bits = keeps_eagers_bits(store.codec, device, dtype, is_exact=options.exact)
     shape = describe_skeleton(skeleton, is_fast_path=options.fast_path and not keeps_bits)
-    machine = measure_load(device, vram=options.vram_bytes, ram=options.ram_bytes, dtype=dtype)
-    placement = fit(
+    place = partial(
+        fit,
         store,
-        shape,
-        machine,
+        machine=measure_load(device, vram=options.vram_bytes, ram=options.ram_bytes, dtype=dtype),
         context=options.context,
         dense_codec=options.dense_codec,
         is_exact=options.exact,
         draft_bytes=None if draft is None else draft.num_bytes,
+        device_pass=options.device_pass != "off" and options.fast_path and not keeps_bits,
     )
+    # Elsewhere no tokens are guessed.
+    takes_guesses = device.type == "cpu" and dtype == torch.float32 and options.fast_path and not keeps_bits
+    mtp = find_module(store, options, dtype)
+    if mtp is not None and takes_guesses:
+        mtp, shape, placement = place_mtp(shape, mtp, options, place)
+    else:
+        mtp, placement = None, place(shape)
     return Planned(
-        skeleton=skeleton, device=device, dtype=dtype, keeps_bits=keeps_bits, shape=shape, placement=placement
+        skeleton=skeleton,
+        mtp=mtp,
+        device=device,
+        dtype=dtype,
+        keeps_bits=keeps_bits,
+        shape=shape,
+        placement=placement,
     )
 
 
@@ -172,6 +195,8 @@ def _look_for_card(store: Store, options: LoadOptions, planned: Planned) -> Devi
         why_off = "its numbers are kept bit for bit"
     elif planned.placement.vram is None:
         why_off = "its experts have no slots in VRAM"
+    elif planned.dtype == torch.float16:
+        why_off = "it computes in fp16, for which there are no kernels there"
     return open_device_pass(store, planned.skeleton, planned.device, why_off=why_off)
 
 
@@ -184,6 +209,7 @@ def _blueprint(store: Store, options: LoadOptions, planned: Planned, device_pass
             num_ram_slots=placement.ram.num_slots,
             num_device_slots=placement.vram.num_slots if placement.vram else 0,
             policy=options.policy,
+            has_mtp=planned.mtp is not None,
         ),
         device=planned.device,
         dtype=planned.dtype,
@@ -212,7 +238,10 @@ def _make_model(
     cache_dtype = torch.bfloat16 if device_pass.card is not None else placement.cache_dtype
     kept = cache_dtype if cache_dtype != planned.dtype else None
     if options.fast_path:
-        report = make_fast(hf, is_exact=planned.keeps_bits, context=placement.context, kept=kept, hierarchy=hierarchy)
+        fast = partial(make_fast, context=placement.context, kept=kept, hierarchy=hierarchy)
+        report = fast(hf, is_exact=planned.keeps_bits)
+        if engine.mtp is not None:
+            fast(engine.mtp, is_exact=planned.keeps_bits)
     elif kept is not None:
         make_room(hf, placement.context, kept)
     install_device_pass(device_pass, store, engine, placement.context, progress)
@@ -223,7 +252,8 @@ def _make_model(
     watch_ids(hf)
     recompute_of(hf)
     tokenizer, room = load_tokenizer(store.path), _make_room(planned, engine)
-    model = Model(store, engine, tokenizer, placement, room, summary(planned.shape, placement))
+    line = summary(planned.shape, placement) + ("" if engine.mtp is None else "; with multi-token prediction")
+    model = Model(store, engine, tokenizer, placement, room, line)
     model.fast_path = report
     return model
 
@@ -253,7 +283,7 @@ def _notify(model: Model, of_model: Iterable[str], of_machine: Iterable[str]) ->
     for notice in model.notices:
         warnings.warn(notice, UserWarning, stacklevel=3)
     speculation, report = speculation_of(model.hf), model.fast_path
-    if speculation.choice in ("ngram", "draft") and speculation.why_off:
+    if speculation.choice in ("ngram", "mtp", "draft") and speculation.why_off:
         model.notices.append(f"No tokens are guessed: {speculation.why_off}.")
     if report is not None and report.is_worth_a_notice:
         model.notices.append(str(report))  # the slow path is no fault, so it is no warning

@@ -1,6 +1,6 @@
 """`Model`: a loaded model, as `load` returns it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -8,13 +8,15 @@ from typing import Any, Self, Unpack
 import psutil
 
 from offload_moe.chat import ChatSession
+from offload_moe.chat.many import Many
 from offload_moe.chat.prompt import Prompt
-from offload_moe.chat.sampling import SamplingArguments
+from offload_moe.chat.sampling import Sampling, SamplingArguments
 from offload_moe.decode import FastPath
 from offload_moe.engine.build import Engine
 from offload_moe.engine.saving import refuse_to_save
 from offload_moe.errors import ConfigError
 from offload_moe.memory.copier import peak_device_memory
+from offload_moe.native.kernels import MAX_ROWS
 from offload_moe.plan.budget import peak_ram
 from offload_moe.plan.placement import Placement
 from offload_moe.plan.room import ContextRoom
@@ -52,7 +54,9 @@ class Model:
         self.hf = engine.hf
         self.tokenizer, self.no_tokenizer = tokenizer
         self.layers = engine.layers
-        self._dense_bytes = sum(t.nbytes for t in (*self.hf.parameters(), *self.hf.buffers()))
+        modules = [self.hf] if engine.mtp is None else [self.hf, engine.mtp]
+        tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+        self._dense_bytes = sum(t.nbytes for t in tensors.values())
 
     @property
     def stats(self) -> Counters:
@@ -100,14 +104,35 @@ class Model:
             if piece.kind == "answer":
                 yield piece.text
 
+    def generate_many(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        raw: bool = False,
+        parallel: int = MAX_ROWS,
+        **sampling: Unpack[SamplingArguments],
+    ) -> Iterator[str]:
+        """The answers to many prompts in their order, each the one that `generate` gives, a seed included.
+
+        prompts: texts or lists of messages; an iterator is read as it is needed. parallel: answers at once, at most,
+        which share passes while that pays. One that memory has no room for beside the others waits for an end.
+
+        Raises: ConfigError, ModelClosed; while iterating, what `generate` raises for a prompt, in its place.
+        """
+        Sampling.of(sampling)
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise ConfigError("The prompts are not a list. Give a list of texts, or generate one answer.")
+        if not isinstance(parallel, int) or isinstance(parallel, bool) or parallel < 1:
+            raise ConfigError(f"parallel is {parallel!r}. It must be a whole number from 1 on.")
+        self._check_chat()
+        return Many(lambda prompt: self.chat(raw=raw).steps(prompt, **sampling), prompts, parallel).answers()
+
     def chat(self, *, system: str | None = None, raw: bool = False) -> ChatSession:
         """A conversation whose earlier turns are not computed again.
 
         Raises: ConfigError without a tokenizer, ModelClosed.
         """
-        self.engine.hierarchy.lifecycle.check()
-        if self.tokenizer is None:
-            raise ConfigError(f"{self.no_tokenizer} model.hf.generate takes token ids.")
+        self._check_chat()
         return ChatSession(
             self.hf,
             self.tokenizer,
@@ -117,6 +142,11 @@ class Model:
             system=system,
             raw=raw,
         )
+
+    def _check_chat(self) -> None:
+        self.engine.hierarchy.lifecycle.check()
+        if self.tokenizer is None:
+            raise ConfigError(f"{self.no_tokenizer} model.hf.generate takes token ids.")
 
     @contextmanager
     def trace(self) -> Iterator[Recorder]:

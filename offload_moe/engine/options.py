@@ -47,8 +47,9 @@ class LoadOptions:
     prefetch: MoE layers to look ahead; 0 turns prefetch and warm starts off. It also turns itself off while it does not
     pay.
     speculate: which tokens are guessed, so that one pass computes several; it changes the speed and no token. "auto" is
-    "ngram", what followed the same text before, while it pays; "draft" takes the guesses of the model `draft`, a
-    checkpoint folder or hub id of the same vocabulary, which has memory of its own; "off" guesses none.
+    "ngram", what followed the same text before, and "mtp" where the store has it and it fits, while they pay; "mtp" is
+    the checkpoint's own layer for multi-token prediction; "draft" takes the guesses of the model `draft`, a checkpoint
+    folder or hub id of the same vocabulary, which has memory of its own; "off" guesses none.
     revision, token: of a hub id. follow_links: see `quantize`.
 
     Raises:

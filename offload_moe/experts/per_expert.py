@@ -5,7 +5,7 @@ codec on any device, is slow on quantized experts, and is the oracle of the fast
 T tokens, K top-k, H hidden, I intermediate, t tokens routed to one expert.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class ReferenceArithmetic:
             for expert, slot in wave:
                 pairs = routing.pairs(place_of[expert])
                 output = self.expert(hidden[tokens[pairs]], record_of(slot))
-                outputs[expert] = self._weighted(output, weights[tokens[pairs], places[pairs], None], hidden.dtype)
+                outputs[expert] = self.weighted(output, weights[tokens[pairs], places[pairs], None], hidden.dtype)
         total = torch.zeros_like(hidden)
         for index, expert in enumerate(routing.experts):
             total.index_add_(0, tokens[routing.pairs(index)], outputs[expert])
@@ -61,7 +61,7 @@ class ReferenceArithmetic:
             for expert, slot in wave:
                 place = place_of[expert]
                 output = self.expert(hidden, record_of(slot))
-                outputs[expert] = self._weighted(output, weights[:, place : place + 1], hidden.dtype)
+                outputs[expert] = self.weighted(output, weights[:, place : place + 1], hidden.dtype)
         total = torch.zeros_like(hidden)
         for expert in routing.experts:
             total += outputs[expert]
@@ -69,12 +69,22 @@ class ReferenceArithmetic:
 
     def expert(self, x: Tensor, record: Tensor) -> Tensor:
         """One expert on its tokens, ``[t, H] -> [t, H]``."""
-        tensors = self._codec.decode(self._shape, record, x.dtype)
-        first, last = self._shape.matrices
-        x = self._activate(self._project(x, tensors, first.name))
-        return self._finish(self._project(x, tensors, last.name))
+        return self.apply(x, self._codec.decode(self._shape, record, x.dtype))
 
-    def _weighted(self, output: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    def apply(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The same with the expert's tensors in the module's layout."""
+        return self.second_half(self.first_half(x, tensors), tensors)
+
+    def first_half(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Up to the inputs of the last projection, ``[t, H] -> [t, I]``."""
+        return self._activate(self._project(x, tensors, self._shape.matrices[0].name))
+
+    def second_half(self, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """From there on, ``[t, I] -> [t, H]``."""
+        return self._finish(self._project(x, tensors, self._shape.matrices[1].name))
+
+    def weighted(self, output: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """Outputs ``[t, H]`` times routing weights ``[t, 1]``."""
         output = output * weights
         if self._pair_scale != 1:
             output = output * self._pair_scale
@@ -87,7 +97,7 @@ class ReferenceArithmetic:
     def _finish(self, x: Tensor) -> Tensor:
         return self._module.post_expert_norm(x) if self._module.has_post_expert_norm else x
 
-    def _project(self, x: Tensor, tensors: dict[str, Tensor], name: str) -> Tensor:
+    def _project(self, x: Tensor, tensors: Mapping[str, Tensor], name: str) -> Tensor:
         weight = tensors[name]
         x = x @ weight if self._shape.is_transposed else nn.functional.linear(x, weight)
         bias = tensors.get(f"{name}_bias")

@@ -134,10 +134,8 @@ class DiskTransfers(Transfers):
         """Submit the read again, after a pause, if its error may pass; else give it up."""
         record = self._record_of(reading.key)
         path, _ = record.place_at(completion.start)
-        is_open = self._files.number(path) is not None
-        if completion.was_direct and completion.error in REFUSED and is_open:
-            self._files.refuse_direct(path, os.strerror(completion.error))
-            self._reads.use_file(*self._files.native(path))
+        is_refused = completion.was_direct and completion.error in REFUSED
+        if is_refused and self._files.refuse_direct(path, os.strerror(completion.error), self._reads.use_file):
             super().submit(reading)
         elif completion.error == WRONG_CHECKSUM:
             self.give_up(reading, _damaged(record))
@@ -190,8 +188,7 @@ class DiskTransfers(Transfers):
     def _open(self, key: int) -> None:
         """Open the files of a record that are not open, or again if others have taken their place. Raises: OSError."""
         for path in self._record_of(key).paths:
-            if self._files.open(path):
-                self._reads.use_file(*self._files.native(path))
+            self._files.open(path, self._reads.use_file)
         self._place(key)
 
     def _place(self, key: int) -> bool:

@@ -5,6 +5,7 @@ import mmap
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from offload_moe.native.kernels import FileStruct
 from offload_moe.store.positioned import open_for_reading
 from offload_moe.system.lifecycle import finalize
 from offload_moe.system.open_files import open_descriptor
+
+UseFile = Callable[[int, FileStruct], None]  # lets native threads read a file under its number
 
 logger = logging.getLogger(__name__)
 
@@ -74,31 +77,38 @@ class RecordFiles:
         self._files: dict[Path, RecordFile] = {}
         self._numbers: dict[Path, int] = {}
         self._replaced: list[RecordFile] = []  # threads may still be reading them
-        self._lock = threading.Lock()
+        self._opening = threading.Lock()  # may be held for long
+        self._lock = threading.Lock()  # of the files; taken inside `_opening`
 
     def number(self, path: Path) -> int | None:
-        """The number of an open file; None where it is not open."""
+        """The number of an open file, which native threads have; None where it is not open."""
         return self._numbers.get(path) if path in self._files else None
 
-    def open(self, path: Path) -> bool:
-        """Open a file that is not open, or whose place another has taken. Returns whether. Raises: OSError."""
-        with self._lock:
+    def open(self, path: Path, use: UseFile) -> None:
+        """Open a file that is not open, or whose place another has taken. It counts as open once it is in use.
+
+        Raises: OSError, MemoryError.
+        """
+        with self._opening:
             file = self._files.get(path)
             if file is not None:
                 if file.is_current():
-                    return False
-                self._replaced.append(self._files.pop(path))
-            self._files[path] = RecordFile(path)
-            self._numbers.setdefault(path, len(self._numbers))
-            return True
+                    return
+                with self._lock:
+                    self._replaced.append(self._files.pop(path))
+            opened = RecordFile(path)
+            with self._lock:
+                use(self._numbers.setdefault(path, len(self._numbers)), opened.native())
+                self._files[path] = opened
 
-    def native(self, path: Path) -> tuple[int, FileStruct]:
-        """The number of an open file, and the file for native threads."""
-        return self._numbers[path], self._files[path].native()
-
-    def refuse_direct(self, path: Path, why: str) -> None:
-        """Read this file through the page cache from now on."""
-        self._files[path].refuse_direct(why)
+    def refuse_direct(self, path: Path, why: str, use: UseFile) -> bool:
+        """Read this file through the page cache from now on. Returns whether it is open."""
+        with self._lock:
+            file = self._files.get(path)
+            if file is not None:
+                file.refuse_direct(why)
+                use(self._numbers[path], file.native())
+            return file is not None
 
     def close(self) -> None:
         for file in (*self._files.values(), *self._replaced):

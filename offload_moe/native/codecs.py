@@ -1,15 +1,18 @@
 """Codecs that encode on the native kernels: the same bytes many times as fast, or others with less error."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from offload_moe.native.encode import encode_int8, encode_nf4, search_int8, search_nf4
+from offload_moe.native.feedback import feed_back
 from offload_moe.quant import ABSMAX, LEAST_ERROR, Codec
-from offload_moe.quant.blockwise import BlockwiseCodec
+from offload_moe.quant.blockwise import BlockwiseCodec, pad_rows
 from offload_moe.quant.int8 import Int8Codec
+from offload_moe.quant.layout import Matrix
+from offload_moe.quant.moments import NO_MOMENTS, Moments, column_weights
 from offload_moe.quant.nf4 import BLOCK, NESTED_BLOCK, Nf4Codec
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,10 +33,24 @@ class NativeInt8Codec(Int8Codec):
 
 
 class SearchedNf4Codec(Nf4Codec):
-    """nf4 with the scales and codes of least squared error."""
+    """nf4 with the scales and codes of least squared error, weighed by the moments of a matrix's inputs.
+
+    Where the products of inputs are known, later columns take up the errors of earlier ones.
+    """
+
+    def __init__(self, moments: Moments = NO_MOMENTS) -> None:
+        self._moments = moments
 
     def encode_matrix(self, rows: Tensor) -> dict[str, Tensor]:
         return search_nf4(rows)
+
+    def encode_rows(self, matrix: Matrix, rows: Tensor) -> dict[str, Tensor]:
+        moments = self._moments.get(matrix.name)
+        if moments is None:
+            return super().encode_rows(matrix, rows)
+        rows = pad_rows(rows)
+        planes = search_nf4(rows, column_weights(moments, rows.shape[1]))
+        return feed_back(rows, planes, moments) if moments.dim() == 2 else planes
 
     def rows_together(self, padded_in: int) -> int:
         return NESTED_BLOCK // math.gcd(NESTED_BLOCK, padded_in // BLOCK)
@@ -46,22 +63,32 @@ class SearchedNf4Codec(Nf4Codec):
 
 
 class SearchedInt8Codec(Int8Codec):
-    """int8 with the scales of least squared error."""
+    """int8 with the scales of least squared error, weighed by the mean squares of a matrix's inputs."""
+
+    def __init__(self, moments: Moments = NO_MOMENTS) -> None:
+        self._moments = moments
 
     def encode_matrix(self, rows: Tensor) -> dict[str, Tensor]:
         return search_int8(rows)
 
+    def encode_rows(self, matrix: Matrix, rows: Tensor) -> dict[str, Tensor]:
+        rows, moments = pad_rows(rows), self._moments.get(matrix.name)
+        return search_int8(rows, None if moments is None else column_weights(moments, rows.shape[1]))
 
-def fast_encoding(codec: Codec, scales: str = ABSMAX) -> Codec:
+
+def fast_encoding(codec: Codec, scales: str = ABSMAX, moments: Moments = NO_MOMENTS) -> Codec:
     """The codec, encoding on the native kernels if it is nf4 or int8.
 
-    scales: `ABSMAX` writes the bytes of the codec itself, `LEAST_ERROR` others of the same form.
+    scales: `ABSMAX` writes the bytes of the codec itself, `LEAST_ERROR` others of the same form, with errors weighed by
+        the moments.
     """
-    return (_SEARCHING if scales == LEAST_ERROR else _NATIVE).get(codec.name, codec)
+    if scales == LEAST_ERROR and codec.name in _SEARCHING:
+        return _SEARCHING[codec.name](moments)
+    return _NATIVE.get(codec.name, codec)
 
 
 _NATIVE: dict[str, Codec] = {"nf4": NativeNf4Codec(), "int8": NativeInt8Codec()}
-_SEARCHING: dict[str, Codec] = {"nf4": SearchedNf4Codec(), "int8": SearchedInt8Codec()}
+_SEARCHING: dict[str, Callable[[Moments], Codec]] = {"nf4": SearchedNf4Codec, "int8": SearchedInt8Codec}
 
 
 def _is_native(rows: Tensor) -> bool:

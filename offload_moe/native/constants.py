@@ -12,6 +12,7 @@ SHORT_READ, WRONG_CHECKSUM = -1, -2  # errors of a read that are no errno
 HIT, ARRIVING, MISSING, FETCHED = 0, 1, 2, 3  # how an expert was found
 NEEDS_EXPERTS, NEEDS_SLOTS = 1, 2  # what a layer of a token pass needs
 UNDER_WAY = -2  # in place of a layer: no layer needs anything yet
+GIVES_HIDDEN, GIVES_LOGITS, GIVES_TOKENS = 0, 1, 2  # what a pass of a card gives
 BLOCK = 64  # weights that share a scale
 MAX_TOP_K = 64  # of the layers of a span
 MAX_ROWS = 8  # tokens that a span takes at once
@@ -41,6 +42,9 @@ CONSTANTS = {
     "OM_NEEDS_EXPERTS": NEEDS_EXPERTS,
     "OM_NEEDS_SLOTS": NEEDS_SLOTS,
     "OM_UNDER_WAY": UNDER_WAY,
+    "OM_GIVES_HIDDEN": GIVES_HIDDEN,
+    "OM_GIVES_LOGITS": GIVES_LOGITS,
+    "OM_GIVES_TOKENS": GIVES_TOKENS,
     "OM_BLOCK": BLOCK,
     "OM_MAX_TOP_K": MAX_TOP_K,
     "OM_MAX_ROWS": MAX_ROWS,

@@ -268,7 +268,8 @@ class CardStepsStruct(ctypes.Structure):
     _fields_ = (
         ("layers", ctypes.c_void_p),
         ("num_layers", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("begin", "end")),
+        ("begin", ctypes.c_void_p),
+        ("ends", ctypes.c_void_p * 3),
         ("log", ctypes.c_uint64),
         ("log_bytes", ctypes.c_int64),
     )

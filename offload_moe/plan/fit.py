@@ -60,8 +60,9 @@ def fit(
     dense_codec: str | None = None,
     is_exact: bool = False,
     draft_bytes: Callable[[int], int] | None = None,
+    device_pass: bool = False,
 ) -> Placement:
-    """The placement of a store on this machine. shape: of the store's model. draft_bytes: see `Settings`.
+    """The placement of a store on this machine. shape: of the store's model. draft_bytes, device_pass: see `Settings`.
 
     Raises:
     BudgetError: not even one expert slot fits; the message has the shortfall and remedies.
@@ -78,6 +79,7 @@ def fit(
         stored_dense_codec=store.dense_codec,
         is_exact=is_exact,
         draft_bytes=draft_bytes,
+        device_pass=device_pass,
     )
     task = Task(shape=shape, machine=replace(machine, disk_bytes=None), settings=settings, is_store=True)
     placement = place(shape, task.machine, settings, download_bytes=0, is_store=True)

@@ -29,6 +29,9 @@ class Rates:
     a layer. probe_s: evaluating a later router ahead. Latencies: per read, per copy.
     For decode steps in one native call: pass_layer_s: Python per layer; ask_s: per request for experts or slots.
     Measured on two cores of a Xeon, see docs/simulate.md.
+    For decode steps in the device pass, which has never run on a card: node_s: per launch of a graph; sampling_s: per
+    token, behind the pass; step_s: of the host per stepwise layer, published for a loop in C with a synchronization in
+    each layer; stop_s: of Python for a layer with an expert on disk.
     """
 
     vram: float = 360e9
@@ -44,13 +47,17 @@ class Rates:
     ask_s: float = 0.5e-3
     disk_latency_s: float = 0.1e-3
     link_latency_s: float = 30e-6
+    node_s: float = 2.5e-6
+    sampling_s: float = 1e-3
+    step_s: float = 40e-6
+    stop_s: float = 0.5e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """Bytes the process may use. vram_bytes: 0 without a device. disk_bytes: free, None if unknown.
 
-    chosen_dtype: the dtype to compute in; None takes `dtype`'s choice.
+    chosen_dtype: the dtype to compute in; None takes `dtype`'s choice. card: its name in the table, if one was named.
     """
 
     ram_bytes: int
@@ -58,6 +65,7 @@ class Machine:
     disk_bytes: int | None = None
     rates: Rates = field(default_factory=Rates)
     chosen_dtype: torch.dtype | None = None
+    card: str = ""
 
     @property
     def has_device(self) -> bool:
@@ -67,6 +75,17 @@ class Machine:
     def dtype(self) -> torch.dtype:
         """The dtype to compute in: bf16 on a device (exceptions in `default_dtype`) and fp32 on the CPU."""
         return self.chosen_dtype or (torch.bfloat16 if self.has_device else torch.float32)
+
+    def describe_pass(self) -> str:
+        """What is assumed of the device pass, as a sentence."""
+        rates = self.rates
+        share = f"{hardware.GPU_SHARE:.0%} of the card's bandwidth, " if self.card else ""
+        nodes, steps = (
+            f"{rates.node_s * 1e6:.2g} us per graph node",
+            f"{rates.step_s * 1e6:.2g} us more for a stepwise layer",
+        )
+        sampling, cpu = f"{rates.sampling_s * 1e3:.2g} ms for sampling", f"the CPU at {rates.ram / 1e9:.0f} GB/s"
+        return f"Assumed: {share}{nodes}, {sampling}, {cpu}, {steps}."
 
 
 def with_card(machine: Machine, name: str, *, vram: int | None = None, link: str | None = None) -> Machine:
@@ -86,7 +105,8 @@ def with_card(machine: Machine, name: str, *, vram: int | None = None, link: str
         device_flops=card.tflops * 1e12 * hardware.FLOPS_SHARE,
         link=hardware.link_bytes_per_s(link or card.link),
     )
-    return replace(machine, vram_bytes=int(card_bytes * SHARE_OF_FREE) if vram is None else vram, rates=rates)
+    usable = int(card_bytes * SHARE_OF_FREE) if vram is None else vram
+    return replace(machine, vram_bytes=usable, rates=rates, card=card.name)
 
 
 def compute_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:

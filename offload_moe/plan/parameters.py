@@ -19,6 +19,7 @@ from offload_moe.checkpoint.skeleton import build_skeleton
 from offload_moe.checkpoint.ties import untie
 from offload_moe.errors import UnsupportedModelError
 from offload_moe.plan.attention import AttentionShape, describe_attention
+from offload_moe.plan.card_pass import PassShape, describe_pass
 from offload_moe.quant import ExpertShape, Matrix
 from offload_moe.quant.layout import weight_shape
 
@@ -71,6 +72,7 @@ class ModelShape:
     tied_head: ExpertShape | None  # an output head that shares the embeddings: a copy if heads are quantized
     attention: AttentionShape
     vocabulary: int = 0  # entries of the tokenizer
+    device_pass: PassShape | str = "nothing describes it"  # or why there is none
 
     @property
     def num_experts(self) -> int:
@@ -101,7 +103,7 @@ def describe_model(
     Raises:
         UnsupportedModelError: transformers cannot build it, or its experts cannot be bound.
     """
-    skeleton = build_skeleton(_with_dtype(config))
+    skeleton = build_skeleton(with_dtype(config))
     untie(skeleton, dense_names)
     return describe_skeleton(skeleton, is_fast_path=is_fast_path)
 
@@ -126,10 +128,11 @@ def describe_skeleton(model: "PreTrainedModel", *, is_fast_path: bool) -> ModelS
         tied_head=_tied_head(model),
         attention=describe_attention(model, is_fast_path=is_fast_path),
         vocabulary=text_config.vocab_size,
+        device_pass=describe_pass(model, experts) if is_fast_path else "its numbers are kept bit for bit",
     )
 
 
-def _with_dtype(config: "PreTrainedConfig") -> "PreTrainedConfig":
+def with_dtype(config: "PreTrainedConfig") -> "PreTrainedConfig":
     """A config that names no dtype is taken to be in bf16, as published MoE checkpoints are."""
     if getattr(config, "dtype", None) is not None:
         return config

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from offload_moe.convert.jobs import LOSSLESS
+from offload_moe.native.planes import not_in_panels_reason
 from offload_moe.plan.budget import DEVICE_RESERVE_BYTES, runtime_bytes
+from offload_moe.plan.card_pass import GRAPH_NODE_BYTES, PassShape
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.parameters import ModelShape
 from offload_moe.plan.sizes import dense_memory_bytes, dense_store_bytes, experts_bytes, slot_bytes
 from offload_moe.plan.working import activation_bytes, cache_bytes, tile_bytes
+from offload_moe.system.sizes import format_size
 
 DENSE_CODECS = (LOSSLESS, "int8", "nf4")  # from the most exact to the smallest
 LAST_RESORT = "nf4"  # costs quality, see docs/decisions/060
@@ -27,6 +30,7 @@ class Settings:
     dense_codec: of dense weights in memory; None takes the most exact one that fits. stored_dense_codec: on disk.
     is_exact: the CPU rounds dense weights only if `dense_codec` is given, and no keys and values.
     draft_bytes: of a draft model by the length of the context, which takes RAM of its own; None without one.
+    device_pass: decode takes the device pass where the model has one.
     """
 
     codec: str
@@ -35,6 +39,7 @@ class Settings:
     stored_dense_codec: str = LOSSLESS
     is_exact: bool = False
     draft_bytes: Callable[[int], int] | None = None
+    device_pass: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,11 +147,25 @@ def cache_dtype(machine: Machine, settings: Settings) -> torch.dtype:
     return torch.bfloat16 if is_rounded and is_on_cpu else machine.dtype
 
 
-def dense_codecs(machine: Machine, settings: Settings) -> tuple[str, ...]:
+def why_no_device_pass(shape: ModelShape, machine: Machine, settings: Settings, dense_codec: str | None = None) -> str:
+    """Why decode does not take the device pass; empty where it does. dense_codec: None: any that it needs."""
+    if not machine.has_device:
+        return "there is no card"
+    if not settings.device_pass:
+        return "it is off"
+    if isinstance(shape.device_pass, str):
+        return shape.device_pass
+    if dense_codec == LOSSLESS and shape.device_pass.needs_quantized:
+        return "its dense MLPs or shared experts are not quantized"
+    return not_in_panels_reason(settings.codec) or ""
+
+
+def dense_codecs(shape: ModelShape, machine: Machine, settings: Settings) -> tuple[str, ...]:
     """The possible codecs of dense weights in memory, the most exact first.
 
     The CPU reads an fp32 copy of a bf16 weight at 4 bytes per token and an int8 record at 1, without a measurable
-    loss. A store whose experts are lossless stays lossless.
+    loss. A store whose experts are lossless stays lossless. On a device int8 is the most exact one where the device
+    pass needs it.
     """
     if settings.stored_dense_codec != LOSSLESS:
         return (settings.stored_dense_codec,)
@@ -155,7 +174,10 @@ def dense_codecs(machine: Machine, settings: Settings) -> tuple[str, ...]:
     if settings.codec == LOSSLESS:
         return (LOSSLESS,)
     if machine.has_device:
-        return DENSE_CODECS
+        takes_pass = not why_no_device_pass(shape, machine, settings)
+        return (
+            DENSE_CODECS[1:] if takes_pass and why_no_device_pass(shape, machine, settings, LOSSLESS) else DENSE_CODECS
+        )
     return DENSE_CODECS[1:] if not settings.is_exact else (LOSSLESS,)
 
 
@@ -164,7 +186,7 @@ def _settle(shape: ModelShape, machine: Machine, settings: Settings) -> tuple[Ti
 
     One order of steps for all machines: more memory gives neither a shorter context nor coarser weights.
     """
-    codecs, contexts = dense_codecs(machine, settings)[::-1], _contexts(shape, settings)
+    codecs, contexts = dense_codecs(shape, machine, settings)[::-1], _contexts(shape, settings)
     chosen = _Choice(shape, machine, settings, contexts[0], codecs[0])
     while steps := [_Choice(shape, machine, settings, *step) for step in _steps(chosen, contexts, codecs)]:
         step = min(steps, key=lambda step: step.needed_bytes)
@@ -182,7 +204,7 @@ class _Choice:
         self.vram, self.ram = _memories(shape, machine, settings, context, dense_codec)
         self.fast = self.vram or self.ram
         # Slots for the top-k experts of every layer are worth more than bf16 instead of int8.
-        is_luxury = dense_codec == LOSSLESS and len(dense_codecs(machine, settings)) > 1
+        is_luxury = dense_codec == LOSSLESS and len(dense_codecs(shape, machine, settings)) > 1
         top_k = sum(min(shape.top_k, layer.num_experts) for layer in shape.layers)
         self.needed_bytes = self.fast.bytes_with(top_k if is_luxury else 1)
 
@@ -212,10 +234,34 @@ def _memories(
     in_ram = (Part(name="runtime", num_bytes=runtime_bytes(shape.vocabulary)), *_draft_parts(settings, context))
     if not machine.has_device:
         return None, _fill("RAM", machine.ram_bytes, (*model, *in_ram), shape, settings.codec)
-    on_device = (Part(name="device context and workspaces", num_bytes=DEVICE_RESERVE_BYTES),)
+    on_device = (
+        Part(name="device context and workspaces", num_bytes=DEVICE_RESERVE_BYTES),
+        *_pass_parts(shape, machine, settings, context, dense_codec),
+    )
     return (
         _fill("VRAM", machine.vram_bytes, (*model, *on_device), shape, settings.codec),
         _fill("RAM", machine.ram_bytes, in_ram, shape, settings.codec),
+    )
+
+
+def _pass_parts(
+    shape: ModelShape, machine: Machine, settings: Settings, context: int, dense_codec: str
+) -> tuple[Part, ...]:
+    """Graphs and buffers of the device pass."""
+    if why_no_device_pass(shape, machine, settings, dense_codec):
+        return ()
+    assert isinstance(shape.device_pass, PassShape)
+    nodes = shape.device_pass.graph_nodes
+    return (
+        Part(
+            name="graphs of the device pass",
+            num_bytes=nodes * GRAPH_NODE_BYTES,
+            detail=f"{nodes:,} nodes of {format_size(GRAPH_NODE_BYTES)}",
+        ),
+        Part(
+            name="buffers of the device pass",
+            num_bytes=shape.device_pass.buffer_bytes(context, shape.num_experts),
+        ),
     )
 
 

@@ -10,9 +10,10 @@ from offload_moe.convert.jobs import LOSSLESS
 from offload_moe.errors import ConfigError
 from offload_moe.plan.advice import Change, Shortfall, best_changes, find_shortfalls
 from offload_moe.plan.machine import Machine
+from offload_moe.plan.mtp import MtpCost, mtp_cost
 from offload_moe.plan.outlook import Outlook, Task, look_ahead
 from offload_moe.plan.parameters import ModelShape, describe_model
-from offload_moe.plan.placement import DENSE_CODECS, Placement, Settings
+from offload_moe.plan.placement import DENSE_CODECS, Placement, Settings, why_no_device_pass
 from offload_moe.plan.sizes import (
     checkpoint_estimate,
     expert_codecs,
@@ -31,7 +32,8 @@ from offload_moe.store.in_place import GGUF
 class Plan:
     """Sizes, placement and speed of a model. `checkpoint_is_exact`: from the files or their index, not from the dtype.
 
-    store_bytes: codec of the experts -> bytes on disk. changes: faster settings, the most effective first.
+    store_bytes: codec of the experts -> bytes on disk. changes: faster settings, the most effective first. mtp: None
+    without a layer for multi-token prediction, which the other figures leave out.
     """
 
     name: str
@@ -45,10 +47,16 @@ class Plan:
     speed: Speed | None
     changes: tuple[Change, ...]
     shortfalls: tuple[Shortfall, ...]
+    mtp: MtpCost | None
 
     @property
     def fits(self) -> bool:
         return not self.shortfalls
+
+    @property
+    def why_no_device_pass(self) -> str:
+        """Why decode does not take the device pass; empty where it does."""
+        return why_no_device_pass(self.shape, self.machine, self.settings, self.placement.dense_codec)
 
 
 def make_plan(
@@ -61,10 +69,12 @@ def make_plan(
     revision: str | None = None,
     token: str | None = None,
     draft_bytes: Callable[[int], int] | None = None,
+    device_pass: bool = True,
 ) -> Plan:
     """Plan a store, a checkpoint folder, a config file or a hub id. Only a hub id's config is downloaded.
 
-    context: tokens; None takes as many as fit, at most 8,192 and the model's maximum. draft_bytes: see `Settings`.
+    context: tokens; None takes as many as fit, at most 8,192 and the model's maximum. draft_bytes, device_pass: see
+    `Settings`.
 
     Raises:
         ConfigError: a codec or the context is not usable, or contradicts the store.
@@ -85,7 +95,12 @@ def make_plan(
     shape = with_narrow_embeddings(shape, lambda weight: weight.dtype == torch.bfloat16)
     check_context(context, shape)
     settings = Settings(
-        codec=codec, context=context, dense_codec=dense_codec, stored_dense_codec=stored, draft_bytes=draft_bytes
+        codec=codec,
+        context=context,
+        dense_codec=dense_codec,
+        stored_dense_codec=stored,
+        draft_bytes=draft_bytes,
+        device_pass=device_pass,
     )
     return _plan(source, shape, machine, settings)
 
@@ -126,6 +141,9 @@ def _plan(source: PlannedSource, shape: ModelShape, machine: Machine, settings: 
         speed=outlook.speed,
         changes=best_changes(task, outlook) if outlook.speed is not None else (),
         shortfalls=find_shortfalls(task, outlook),
+        mtp=mtp_cost(source.config, source.tensor_names, machine, settings, outlook.placement)
+        if source.has_mtp and settings.codec != GGUF
+        else None,
     )
 
 

@@ -32,12 +32,14 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "context": placement.context,
         "codec": plan.settings.codec,
         "dense_codec": placement.dense_codec,
+        "why_no_device_pass": plan.why_no_device_pass,
         "compute_dtype": str(plan.machine.dtype).removeprefix("torch."),
         "memory": {name: _tier(tier, len(shape.layers)) for name, tier in tiers.items()},
         "fits": plan.fits,
         "shortfalls": [asdict(shortfall) | {"missing_bytes": shortfall.missing_bytes} for shortfall in plan.shortfalls],
         "speed": _speed(plan),
         "changes": [asdict(change) for change in plan.changes],
+        "multi_token_prediction": None if plan.mtp is None else asdict(plan.mtp),
     }
 
 

@@ -15,6 +15,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from offload_moe.decode.cache import STEP
+from offload_moe.decode.forward import SeveralCaches
 from offload_moe.decode.latent import NAME as LATENT_ATTENTION
 from offload_moe.errors import BudgetError, TransferError
 from offload_moe.native.kernels import MAX_ROWS
@@ -101,6 +102,9 @@ class ContextRoom:
             # A decode step of a few rows counts as one: slots must not come and go with guesses.
             is_step = batch == 1 and num_cached > 0 and num_new <= MAX_ROWS
             self._admit(cache, batch * (num_cached + num_new), 1 if is_step else batch * num_new)
+        elif isinstance(cache, SeveralCaches):
+            for each in cache.caches:
+                self._admit(each, each.get_seq_length() + 1, 1)
         else:
             self._pass(batch * num_new)
 

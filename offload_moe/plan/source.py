@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.gguf_split import is_gguf
+from offload_moe.checkpoint.header import read_header
+from offload_moe.checkpoint.mtp import brings_mtp
 from offload_moe.checkpoint.names import map_names
 from offload_moe.checkpoint.skeleton import build_skeleton, load_config
 from offload_moe.checkpoint.weight_files import INDEX_NAME, choose_weights, file_names, refuse_adapter
@@ -34,7 +36,8 @@ class PlannedSource:
 
     checkpoint_bytes: of the weight files, None if unknown. is_local: the files are on this disk.
     shard_bytes: of the largest file of a hub id, else None. dense_names: of the tensors that are loaded beside the
-    experts; empty if unknown, or irrelevant because the model ties no weights.
+    experts; empty if unknown, or irrelevant because the model ties no weights. tensor_names: of a checkpoint; empty if
+    unknown. has_mtp: False where it is known to have no layer for multi-token prediction.
     """
 
     name: str
@@ -45,6 +48,8 @@ class PlannedSource:
     codec: str | None = None
     dense_codec: str | None = None
     dense_names: Collection[str] = ()
+    tensor_names: Collection[str] = ()
+    has_mtp: bool = True
     store: Store | None = None  # where its records have codecs of their own
 
 
@@ -78,6 +83,7 @@ def open_source(model: str | Path, *, revision: str | None = None, token: str | 
             codec=store.codec,
             dense_codec=store.dense_codec,
             dense_names=store.dense.keys(),
+            has_mtp=store.mtp is not None,
             store=store if store.codec == GGUF else None,
         )
     if path.is_dir():
@@ -90,6 +96,7 @@ def open_source(model: str | Path, *, revision: str | None = None, token: str | 
             checkpoint_bytes=num_bytes,
             is_local=is_local,
             dense_names=_dense_names(path) if is_local and _may_tie(config) else (),
+            tensor_names=_tensor_names(path) if brings_mtp(config, ()) else (),
         )
     if path.is_file() and (path.suffix.lower() not in CONFIG_SUFFIXES or path.name == MANIFEST_NAME):
         raise CheckpointError(file_advice(path))
@@ -104,6 +111,7 @@ def open_source(model: str | Path, *, revision: str | None = None, token: str | 
         checkpoint_bytes=sum(hub.sizes) if hub.sizes else None,
         shard_bytes=max(hub.sizes) if hub.sizes else None,
         dense_names=_mapped(config, hub.tensor_names) if hub.tensor_names and _may_tie(config) else (),
+        tensor_names=hub.tensor_names,
     )
 
 
@@ -143,6 +151,16 @@ def _dense_names(folder: Path) -> Collection[str]:
         with Checkpoint(folder) as checkpoint:
             return checkpoint.dense.keys()
     except OffloadMoeError:  # a plan needs only the config; a conversion reports the error
+        return ()
+
+
+def _tensor_names(folder: Path) -> Collection[str]:
+    """By the index, or by the headers of the files; empty if neither can be read."""
+    try:
+        weights = choose_weights(folder)
+        paths = [folder / name for name in weights.names if (folder / name).is_file()]
+        return weights.promised.keys() or {name for path in paths for name in read_header(path)}
+    except OffloadMoeError:  # as above
         return ()
 
 

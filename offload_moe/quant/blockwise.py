@@ -60,7 +60,10 @@ class BlockwiseCodec(ABC):
 
     def planes_of(self, shape: ExpertShape, matrix: Matrix, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The planes of one matrix of an expert."""
-        rows = shape.to_kernel_rows(matrix.name, tensors[matrix.name])
+        return self.encode_rows(matrix, shape.to_kernel_rows(matrix.name, tensors[matrix.name]))
+
+    def encode_rows(self, matrix: Matrix, rows: Tensor) -> dict[str, Tensor]:
+        """The planes of rows ``[o, K]`` of a matrix, padded or not."""
         return self.encode_matrix(pad_rows(rows))
 
     @abstractmethod

@@ -34,7 +34,7 @@ def encode_pieces(
     def codes() -> Iterator[Tensor]:
         together = codec.rows_together(round_up(matrix.in_features, IN_ALIGNMENT))
         for rows in _in_multiples(map(pad_rows, pieces), together):
-            planes = codec.encode_matrix(rows)
+            planes = codec.encode_rows(matrix, rows)
             kept.append(codec.kept_of_piece(rows, planes))
             yield planes["codes"]
 

@@ -28,14 +28,24 @@ class Counters:
     prompt_s: float = 0.0
     num_decode_tokens: int = 0  # without the first of an answer, which counts as prompt time
     decode_s: float = 0.0
+    num_passes: int = 0  # of the decoder, behind the prompts
+    num_rows: int = 0  # tokens in them, of one answer or of several, guessed ones included
     num_guesses: int = 0  # tokens that were computed before they were chosen
     num_right_guesses: int = 0
     saved_by_guesses_s: float = 0.0  # more that plain passes would have taken; negative where guesses cost more
+    num_chosen_on_card: int = 0  # tokens
+    num_chosen_from_logits: int = 0  # by transformers, although the card has the output head
+    choice_s: float = 0.0  # that those took, behind the pass
 
     @property
     def num_accesses(self) -> int:
         """Routed experts at acquire, however they were found."""
         return self.num_hits + self.num_delayed_hits + self.num_misses
+
+    @property
+    def num_absent(self) -> int:
+        """Routed experts that were not resident at acquire."""
+        return self.num_delayed_hits + self.num_misses
 
     @property
     def hit_rate(self) -> float:
@@ -51,6 +61,11 @@ class Counters:
     def decode_tokens_per_s(self) -> float:
         """Decoded tokens per second; 0 before the first."""
         return self.num_decode_tokens / self.decode_s if self.decode_s else 0.0
+
+    @property
+    def rows_per_pass(self) -> float:
+        """Tokens that a pass computed on average, behind the prompts; 0 before the first."""
+        return self.num_rows / self.num_passes if self.num_passes else 0.0
 
     @property
     def guess_gain(self) -> float:

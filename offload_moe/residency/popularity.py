@@ -23,7 +23,9 @@ def read_popularity(store: Path, keys: ExpertKeys) -> dict[int, float]:
         document = json.loads((store / POPULARITY_NAME).read_text())
         if document["format version"] != FORMAT_VERSION:
             return {}
-        counts = {key: float(count) for key, count in keys.from_rows(document["uses"]).items()}
+        rows = document["uses"][: keys.num_layers]  # the last layer is there only in sessions that guess by it
+        rows += [[0.0] * number for number in keys.num_experts[len(rows) :]]
+        counts = {key: float(count) for key, count in keys.from_rows(rows).items()}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return {key: count for key, count in counts.items() if 0 < count < float("inf")}

@@ -255,8 +255,11 @@ class Answering:
                 self._board.first_token_s.add(time.monotonic() - self._asked_at)
 
     def _ended(self, generation: Generation, choice: ChoiceText) -> None:
-        cost, totals = self._cost, self._loaded.model.stats
+        cost, totals, share = self._cost, self._loaded.model.stats, generation.share
         num_new = len(generation.tokens)
+        cost.hits += share.num_hits
+        cost.misses += share.num_absent
+        cost.stall_s += share.stall_s
         cost.num_generated += num_new
         cost.num_reasoning += choice.num_reasoning
         cost.prompt_s += generation.prompt_s
@@ -268,7 +271,7 @@ class Answering:
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
-        """What the experts do in this step belongs to this request."""
+        """What the experts do in this step belongs to this request, but for its part in shared passes, see `_ended`."""
         counters, cost = self._loaded.model.stats, self._cost
         hits, accesses, stall_s = counters.num_hits, counters.num_accesses, counters.stall_s
         try:

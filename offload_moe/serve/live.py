@@ -61,6 +61,7 @@ def totals(host: Host) -> dict[str, Any]:
             "prefetches": counters.num_prefetches,
             "useful_prefetches": counters.num_useful_prefetches,
         },
+        "passes": {"number": counters.num_passes, "rows": counters.num_rows},
         "guesses": {
             "right": counters.num_right_guesses,
             "wrong": counters.num_guesses - counters.num_right_guesses,

@@ -30,6 +30,9 @@ def _lines(host: Host) -> Iterator[str]:
     yield from _head("experts_total", "counter", "Routed experts by how the fast tier had them, and its changes.")
     for kind, number in now["experts"].items():
         yield f'{PREFIX}experts_total{{kind="{kind}"}} {number}'
+    passes = now["passes"]
+    yield from _one("decode_passes_total", "counter", "Passes of the decoder behind the prompts.", passes["number"])
+    yield from _one("decode_rows_total", "counter", "Tokens in these passes, guessed ones included.", passes["rows"])
     yield from _head("guesses_total", "counter", "Tokens that were guessed and computed ahead, by whether they came.")
     for kind in ("right", "wrong"):
         yield f'{PREFIX}guesses_total{{kind="{kind}"}} {now["guesses"][kind]}'

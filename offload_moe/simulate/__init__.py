@@ -1,6 +1,6 @@
 """The runtime's own scheduler in virtual time: the speed of a described machine on a routing trace."""
 
-from offload_moe.simulate.costs import DiskModel, LinkModel, LookaheadModel, RunCosts
+from offload_moe.simulate.costs import DiskModel, LinkModel, LookaheadModel, PassCosts, RunCosts
 from offload_moe.simulate.result import Simulation, simulation_to_json
 from offload_moe.simulate.run import simulate
 from offload_moe.simulate.runtime import VirtualPools
@@ -12,6 +12,7 @@ __all__ = [
     "DiskModel",
     "LinkModel",
     "LookaheadModel",
+    "PassCosts",
     "RunCosts",
     "Simulation",
     "VirtualPools",

@@ -7,6 +7,36 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PassCosts:
+    """Decode by the device pass. Seconds; a layer is one with experts, and has its share of what others launch.
+
+    token_s: per token, outside of layers: the first and the last graph, and sampling.
+    queued_nodes_s, stepwise_nodes_s: launches of a layer; take_s: one more where the CPU has computed experts.
+    step_s: of the host for a layer that is waited for. stop_s: Python's part where an expert is on disk.
+    fetch_s: a record over the link. cpu_s: an expert on the CPU.
+    """
+
+    token_s: float = 0.0
+    queued_nodes_s: float = 0.0
+    stepwise_nodes_s: float = 0.0
+    take_s: float = 0.0
+    step_s: float = 0.0
+    stop_s: float = 0.0
+    fetch_s: float = 0.0
+    cpu_s: float = 0.0
+
+    def before_experts(self, num_missing: float, *, is_stepwise: bool) -> float:
+        """Seconds of a layer beside its dense weights and experts: launches, and the host's part."""
+        if not is_stepwise:
+            return self.queued_nodes_s
+        return self.stepwise_nodes_s + self.step_s + min(1.0, num_missing) * self.take_s
+
+    def missing(self, num_missing: float, expert_s: float, *, is_stepwise: bool) -> float:
+        """Seconds until what is missing is computed, beside the other experts. expert_s: of one on the card."""
+        return num_missing * (self.cpu_s if is_stepwise else self.fetch_s + expert_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunCosts:
     """Seconds. "Host" is the time of the calling thread; the rest is arithmetic, which on a device runs concurrently.
 
@@ -21,6 +51,7 @@ class RunCosts:
     `expert_host_s` apply to prompts only; ask_host_s: Python's part of each request of such a token pass;
     account_host_s: of each layer that is accounted for before the request.
     has_device: arithmetic is queued, and the host waits for it once per layer, for the routing.
+    device_pass: a decode step on a device takes the device pass; None: it goes through modules.
     """
 
     token_host_s: float = 0.0
@@ -39,6 +70,7 @@ class RunCosts:
     ask_host_s: float = 0.0
     account_host_s: float = 0.0
     has_device: bool = False
+    device_pass: PassCosts | None = None
 
     def dense(self, num_tokens: int) -> float:
         return max(self.dense_s, num_tokens * self.dense_token_s)

@@ -13,6 +13,8 @@ class Simulation:
     hit_rate: of the fast tier, without delayed hits; ram_hit_rate: of the RAM tier behind a device, None without one.
     device_wait_s: the host's wait for the device. num_prefetches, num_useful_prefetches: per token.
     prompt_tokens_per_s: 0 without prompts; first_token_s: the mean time of a prompt.
+    num_computed_on_cpu: missing experts that the CPU has computed, per token. stepwise_rate: share of the passes of a
+    device that went stepwise; None without such passes.
     """
 
     decode_tokens_per_s: float
@@ -31,6 +33,8 @@ class Simulation:
     h2d_bytes: float
     num_prefetches: float
     num_useful_prefetches: float
+    num_computed_on_cpu: float
+    stepwise_rate: float | None
 
 
 def simulation_to_json(simulation: Simulation) -> dict[str, Any]:

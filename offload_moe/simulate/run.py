@@ -26,6 +26,7 @@ class _Totals:
         self.num_prompt_tokens = 0
         self.fast, self.ram = Counters(), Counters()
         self.device_wait_s = 0.0
+        self.num_stepwise = 0
 
     def add(self, answer: Answer, chunk_tokens: int) -> None:
         runtime = self._runtime
@@ -34,12 +35,14 @@ class _Totals:
         if chunks:
             self.prompt_s.append(seconds)
             self.num_prompt_tokens += len(answer.prompt)
+        num_stepwise = runtime.card.num_stepwise if runtime.card is not None else 0
         fast, ram, waited = runtime.scheduler.counters.copy(), runtime.ram.counters.copy(), runtime.processor.waited_s
         for row in range(len(answer.decode)):
             self.token_s.append(self._forward(answer.decode[row : row + 1], len(answer.prompt) + row))
         self.fast = _add(self.fast, runtime.scheduler.counters.since(fast))
         self.ram = _add(self.ram, runtime.ram.counters.since(ram))
         self.device_wait_s += runtime.processor.waited_s - waited
+        self.num_stepwise += runtime.card.num_stepwise - num_stepwise if runtime.card is not None else 0
 
     def _forward(self, experts: NDArray[Any], num_before: int) -> float:
         """experts ``[T, L, K]``, after that many tokens of context. Returns the seconds."""
@@ -71,10 +74,10 @@ def simulate(
     totals = _Totals(runtime, slots_for)
     for answer in answers[num_warm_up:]:
         totals.add(answer, chunk_tokens)
-    return _summary(totals, has_device=pools.num_device_slots > 0)
+    return _summary(totals, has_device=pools.num_device_slots > 0, has_passes=runtime.card is not None)
 
 
-def _summary(totals: _Totals, *, has_device: bool) -> Simulation:
+def _summary(totals: _Totals, *, has_device: bool, has_passes: bool) -> Simulation:
     fast, ram, num_tokens = totals.fast, totals.ram, len(totals.token_s)
     prompt_s, decode_s = sum(totals.prompt_s), sum(totals.token_s)
     ordered = sorted(totals.token_s)
@@ -95,6 +98,8 @@ def _summary(totals: _Totals, *, has_device: bool) -> Simulation:
         h2d_bytes=fast.h2d_bytes / num_tokens,
         num_prefetches=fast.num_prefetches / num_tokens,
         num_useful_prefetches=fast.num_useful_prefetches / num_tokens,
+        num_computed_on_cpu=fast.num_computed_on_cpu / num_tokens,
+        stepwise_rate=totals.num_stepwise / num_tokens if has_passes else None,
     )
 
 

@@ -17,6 +17,7 @@ from offload_moe.residency.policy import DEFAULT_POLICY, policy_of_pool
 from offload_moe.residency.reserved import SLOTS_PER_CHOICE
 from offload_moe.residency.residency import Residency
 from offload_moe.residency.scheduler import Scheduler
+from offload_moe.simulate.card import VirtualCard
 from offload_moe.simulate.clock import VirtualClock, VirtualCondition
 from offload_moe.simulate.costs import DiskModel, LinkModel, LookaheadModel, RunCosts
 from offload_moe.simulate.disk import VirtualDisk
@@ -39,7 +40,10 @@ class VirtualPools:
 
 
 class VirtualRuntime:
-    """Forwards one after another: prompts as `experts.attach.BoundExperts` computes them, tokens as token passes."""
+    """Forwards one after another: prompts as `experts.attach.BoundExperts` computes them, tokens as passes.
+
+    card: passes of a device; None where tokens go another way.
+    """
 
     def __init__(
         self,
@@ -66,6 +70,9 @@ class VirtualRuntime:
             mover = VirtualLink(self.clock, link, self.ram, self.processor, pools.slot_bytes)
             table, changed = SlotTable(pools.keys.total, pools.num_device_slots), VirtualCondition(self.clock)
             self.scheduler = self._scheduler(table, mover, "h2d_bytes", changed)
+        self.card: VirtualCard | None = None
+        if pools.num_device_slots and costs.device_pass is not None:
+            self.card = VirtualCard(self.clock, costs, costs.device_pass, self.scheduler, self.ram, pools.slot_bytes)
         is_whole = self.scheduler.residency.num_slots >= pools.keys.total
         self._guesser = Guesser(self.clock, LookaheadModel() if lookahead is None or is_whole else lookahead)
 
@@ -81,8 +88,11 @@ class VirtualRuntime:
     def forward(self, experts: NDArray[Any]) -> float:
         """experts ``[T, L, K]``. Returns the seconds."""
         began = self.clock.now
-        self.processor.run(self._costs.token_host_s, self._costs.token_s)
         num_tokens, num_layers, top_k = experts.shape
+        if num_tokens == 1 and self.card is not None:
+            self.card.forward(experts[0])
+            return self.clock.now - began
+        self.processor.run(self._costs.token_host_s, self._costs.token_s)
         if num_tokens != 1:
             self._guesser.pause()
         passes = self._passes

@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 from offload_moe.system.names import choice
 
-Choice = Literal["auto", "off", "ngram", "draft"]
+Choice = Literal["auto", "off", "ngram", "mtp", "draft"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 
 

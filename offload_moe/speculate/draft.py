@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from offload_moe.speculate.guess import Guess
+from offload_moe.speculate.guess import Guess, num_alike
 
 CHUNK = 512  # tokens of a prompt that the draft computes at once
 
@@ -47,7 +47,7 @@ class DraftSource:
     def _catch_up(self) -> None:
         """The cache holds the sequence without its last token."""
         end = len(self._ids) - 1
-        kept = _num_alike(self._cached, self._ids[:end])
+        kept = num_alike(self._cached, self._ids[:end])
         if kept < len(self._cached):
             self._cache.crop(kept - len(self._cached))
             del self._cached[kept:]
@@ -60,10 +60,3 @@ class DraftSource:
         logits: Tensor = self._hf(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits
         self._cached += tokens
         return logits[0, -1]
-
-
-def _num_alike(left: Sequence[int], right: Sequence[int]) -> int:
-    """Tokens in which two sequences begin alike."""
-    if left == right[: len(left)]:
-        return len(left)
-    return next(at for at, (one, other) in enumerate(zip(left, [*right, -1], strict=False)) if one != other)

@@ -6,14 +6,13 @@ it were, and takes `PassCosts.ratio(1 + k)` times as long as a plain one.
 
 from collections.abc import Sequence
 
+from offload_moe.speculate.balance import Balance
 from offload_moe.speculate.costs import PassCosts
 from offload_moe.speculate.guess import MOST_GUESSES
 
 FORGET = 0.1  # weight of the newest guess, of those that are all compared
 FORGET_TRIED = 0.2  # of guesses that are compared only where they are computed
 LEAST_GAIN = 1.05  # expected, so that noise does not switch guessing on
-MOST_LOST = 0.015  # of all time so far that may be lost to wrong guesses
-CREDIT_PASSES = 1.0  # so many passes' time may be lost before anything was won, and won time covers no more than this
 CALIBRATE_AFTER = 64  # passes with guesses, then a plain one is measured
 RETRY_AFTER = 32  # tokens, for guesses that are compared only where they are computed
 
@@ -27,20 +26,24 @@ class Governor:
         self._forget = FORGET if is_free else FORGET_TRIED
         self._certainty = [[each] * MOST_GUESSES for each in certainties]  # p by kind and position
         self._guess_ratio = 0.0  # seconds of making one guess, over those of a plain pass
-        self._balance_s = 0.0  # won and lost by guesses
-        self._spent_s = 0.0
+        self._balance = Balance()
         self._since_plain = 0
         self._since_guess = 0
 
     def choose(self, kind: int, most: int) -> int:
         """How many guesses of this kind to compute, 0 for none."""
-        if not most or not self._costs.plain_s or self._since_plain >= CALIBRATE_AFTER or self._is_overdrawn:
+        plain_s = self._costs.plain_s
+        if not most or not plain_s or self._since_plain >= CALIBRATE_AFTER or self._balance.is_overdrawn(plain_s):
             return 0
         if not self._is_free and self._since_guess >= RETRY_AFTER:
             return 1  # what is known of these guesses is old
         rates = self._rates(kind, most)
         best = max(range(most), key=rates.__getitem__)
         return best + 1 if rates[best] >= LEAST_GAIN else 0
+
+    def rate(self, kind: int, num_guesses: int) -> float:
+        """Expected tokens per time of a plain pass."""
+        return self._rates(kind, num_guesses)[-1]
 
     def score(self, kind: int, num_right: int, num_guesses: int) -> None:
         """Of so many guesses of one kind the first `num_right` were right, and the next was not."""
@@ -50,7 +53,7 @@ class Governor:
 
     def note_plain(self, seconds: float) -> None:
         """A pass without guesses gave a token."""
-        self._spent_s += seconds
+        self._balance.note_plain(seconds)
         self._since_plain = 0
         self._since_guess += 1
 
@@ -60,8 +63,7 @@ class Governor:
         seconds: with those of making the guesses.
         """
         saved_s = (1 + num_right) * self._costs.plain_s - seconds
-        self._spent_s += seconds
-        self._balance_s = min(self._balance_s + saved_s, CREDIT_PASSES * self._costs.plain_s)
+        self._balance.note_rows(saved_s, seconds, self._costs.plain_s)
         self._since_plain += 1
         self._since_guess = 0
         return saved_s
@@ -71,10 +73,6 @@ class Governor:
         if num_guesses and self._costs.plain_s:
             ratio = seconds / num_guesses / self._costs.plain_s
             self._guess_ratio += (FORGET_TRIED if self._guess_ratio else 1.0) * (ratio - self._guess_ratio)
-
-    @property
-    def _is_overdrawn(self) -> bool:
-        return self._balance_s < -MOST_LOST * self._spent_s - CREDIT_PASSES * self._costs.plain_s
 
     def _rates(self, kind: int, most: int) -> list[float]:
         """Expected tokens per time of a plain pass, with 1, 2, ... guesses."""

@@ -1,8 +1,11 @@
 """What sources of guesses have in common."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+from transformers import Cache
 
 from offload_moe.native.kernels import MAX_ROWS
 
@@ -39,3 +42,21 @@ class Source(Protocol):
 
     def guess(self, most: int) -> Guess:
         """At most so many tokens; none where nothing can be said."""
+
+
+@runtime_checkable
+class StateSource(Source, Protocol):
+    """A source that needs what the model's decoder gives for each token."""
+
+    def attach(self, cache: Cache) -> None:
+        """Go on from what was kept with this cache, before `begin`."""
+
+    def passing(self, first: int, ids: Sequence[int]) -> AbstractContextManager[None]:
+        """Around the pass of tokens that stand from token `first` of the sequence on. The last may be guesses."""
+
+
+def num_alike(left: Sequence[int], right: Sequence[int]) -> int:
+    """Tokens in which two sequences begin alike."""
+    if left == right[: len(left)]:
+        return len(left)
+    return next(at for at, (one, other) in enumerate(zip(left, [*right, -1], strict=False)) if one != other)

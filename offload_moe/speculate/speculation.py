@@ -17,6 +17,7 @@ from offload_moe.speculate.guess import Source
 from offload_moe.speculate.ngram import NgramSource
 from offload_moe.speculate.speculator import Speculator
 
+Makers = Sequence[Callable[[], Source]]  # of the sources that are used beside each other
 _ATTRIBUTE = "_offload_moe_speculation"  # of a model
 
 
@@ -32,17 +33,17 @@ class Speculation:
         hf: PreTrainedModel,
         choice: Choice = "auto",
         counters: Counters | None = None,
-        sources: Mapping[Choice, Callable[[], Source]] = MappingProxyType({}),
+        sources: Mapping[Choice, Makers] = MappingProxyType({}),
     ) -> None:
-        """sources: what makes the source of a conversation, by choice, beside those that every model has."""
+        """sources: what makes those of a conversation, by choice, beside and in place of what every model has."""
         self.choice: Choice = choice
         self.why_off = why_no_rows(hf)
         self.is_paused = False
         self._costs = PassCosts()
         head = hf.get_output_embeddings()
         self._new_hooks = _NewHooks([hf, hf.get_decoder(), *([head] if isinstance(head, nn.Module) else [])])
-        self._counters = Counters() if counters is None else counters
-        self._sources: dict[Choice, Callable[[], Source]] = {"auto": NgramSource, "ngram": NgramSource, **sources}
+        self.counters = Counters() if counters is None else counters
+        self._sources: dict[Choice, Makers] = {"auto": (NgramSource,), "ngram": (NgramSource,), **sources}
 
     def conversation(self, choice: Choice | None = None) -> Speculator | None:
         """Guesses for one conversation; None where there are none. choice: None takes the model's.
@@ -53,8 +54,15 @@ class Speculation:
         if chosen == "off" or self.why_off or self.is_paused:
             return None
         if chosen not in self._sources:
-            raise ConfigError(f"The model was loaded without a {chosen} model. Load it with speculate={chosen!r}.")
-        return Speculator(self._sources[chosen](), self._costs, self._counters, may_guess=lambda: not self._new_hooks)
+            what = "a draft model" if chosen == "draft" else "its layer for multi-token prediction"
+            raise ConfigError(f"The model was loaded without {what}. Load it with speculate={chosen!r}.")
+        source, *beside = (make() for make in self._sources[chosen])
+        return Speculator(source, self._costs, self.counters, beside=beside, may_guess=lambda: not self._new_hooks)
+
+    @property
+    def may_share(self) -> bool:
+        """Whether a pass may have tokens of several conversations now."""
+        return not self.why_off and not self.is_paused and not self._new_hooks
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -1,13 +1,16 @@
 """The guesses of one conversation: its source, the governor, and what came of them."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+
+from transformers import Cache
 
 from offload_moe.residency.counters import Counters
 from offload_moe.speculate.costs import PassCosts
 from offload_moe.speculate.governor import Governor
-from offload_moe.speculate.guess import MOST_GUESSES, NO_GUESS, Guess, Source
+from offload_moe.speculate.guess import MOST_GUESSES, NO_GUESS, Guess, Source, StateSource
 from offload_moe.speculate.tally import Tally
 
 
@@ -21,10 +24,20 @@ class PassCost:
 
 
 @dataclass(slots=True)
+class _Way:
+    """A source of guesses and its governor. guess: the present one of a source that is free."""
+
+    source: Source
+    governor: Governor
+    guess: Guess = NO_GUESS
+
+
+@dataclass(slots=True)
 class _Compared:
     """A guess, and how many of its tokens have come."""
 
     guess: Guess
+    governor: Governor
     num_right: int = 0
 
 
@@ -38,72 +51,106 @@ class Speculator:
         counters: Counters,
         governor: Governor | None = None,
         *,
+        beside: Sequence[Source] = (),
         may_guess: Callable[[], bool] = lambda: True,
     ) -> None:
-        """costs, counters: of the model. governor: None makes one. may_guess: whether a pass may have guesses now."""
+        """costs, counters: of the model. governor: of `source`; None makes one.
+
+        beside: further sources: the guesses of the one that promises most are computed. may_guess: whether a pass may
+        have guesses now.
+        """
         self.tally = Tally()
         self._may_guess = may_guess
-        self._source, self._costs, self._counters = source, costs, counters
-        self._governor = governor or Governor(costs, source.certainties, is_free=source.is_free)
-        self._free_guess = NO_GUESS
+        self._costs, self._counters = costs, counters
+        self._ways = [_Way(each, Governor(costs, each.certainties, is_free=each.is_free)) for each in (source, *beside)]
+        if governor is not None:
+            self._ways[0].governor = governor
+        self._used = self._ways[0]  # for the last guesses
+        self._of_states = [each for each in (source, *beside) if isinstance(each, StateSource)]
         self._compared: list[_Compared] = []
         self._making_s = 0.0
 
-    def begin(self, ids: Sequence[int]) -> None:
-        """The prompt of an answer."""
+    def begin(self, ids: Sequence[int], cache: Cache | None = None) -> None:
+        """The prompt of an answer, before its first pass. cache: that the model computes it with."""
         self.tally = Tally()
         self._compared = []
-        self._source.begin(ids)
+        for source in self._of_states if cache is not None else ():
+            source.attach(cache)
+        for way in self._ways:
+            way.source.begin(ids)
+
+    @contextmanager
+    def passing(self, first: int, ids: Sequence[int]) -> Iterator[None]:
+        """Around every pass of the sequence, see `StateSource`."""
+        with ExitStack() as stack:
+            for source in self._of_states:
+                stack.enter_context(source.passing(first, ids))
+            yield
 
     def take(self, token: int) -> None:
         """The sequence has one more token."""
         self._compared = [each for each in self._compared if not self._is_decided(each, token)]
-        self._source.take(token)
-        if self._source.is_free:
-            self._free_guess = self._source.guess(MOST_GUESSES)
-            self._compare(self._free_guess)
+        for way in self._ways:
+            way.source.take(token)
+            if way.source.is_free:
+                way.guess = way.source.guess(MOST_GUESSES)
+                self._compare(way, way.guess)
 
     def guess(self, most: int) -> Sequence[int]:
         """The tokens to compute beside the next one, `most` or fewer."""
         self._making_s = 0.0
         if not self._may_guess():
             return ()
-        if self._source.is_free:
-            guess = self._free_guess
-            return guess.tokens[: self._governor.choose(guess.kind, min(most, len(guess.tokens)))]
-        number = self._governor.choose(0, most)
-        if not number:
+        chosen = self._chosen(most)
+        if not chosen:
             return ()
+        way, number = chosen[0] if len(chosen) == 1 else max(chosen, key=_rate)
+        self._used = way
+        if way.source.is_free:
+            return way.guess.tokens[:number]
         began = time.perf_counter()
-        guess = self._source.guess(number)
+        guess = way.source.guess(number)
         self._making_s = time.perf_counter() - began
-        self._governor.note_making(len(guess.tokens), self._making_s)
-        self._compare(guess)
+        way.governor.note_making(len(guess.tokens), self._making_s)
+        self._compare(way, guess)
         return guess.tokens
+
+    def rate(self, most: int) -> float:
+        """Expected tokens of the next pass per time of one without guesses, with `most` guesses or fewer."""
+        if not self._may_guess():
+            return 1.0
+        return max(map(_rate, self._chosen(most)), default=1.0)
 
     def note_plain(self, cost: PassCost) -> None:
         """A pass without guesses."""
         if cost.num_rows == 1:  # several are tokens that a grammar forced
             self._costs.note(1, cost.seconds, cost.num_misses)
-            self._governor.note_plain(cost.seconds)
+            for way in self._ways:
+                way.governor.note_plain(cost.seconds)
 
     def note_pass(self, cost: PassCost, num_guesses: int, num_right: int) -> None:
         """A pass with guesses, once it is known how many were right."""
         self._costs.note(cost.num_rows, cost.seconds, cost.num_misses)
-        saved_s = self._governor.note_guesses(num_right, cost.seconds + self._making_s)
+        saved_s = self._used.governor.note_guesses(num_right, cost.seconds + self._making_s)
         more_misses = cost.num_misses - (1 + num_right) * self._costs.plain_misses
         self.tally.note(num_guesses, num_right, saved_s, more_misses)
         self._counters.num_guesses += num_guesses
         self._counters.num_right_guesses += num_right
         self._counters.saved_by_guesses_s += saved_s
 
-    def count_misses(self) -> int:
-        """Experts that were missing so far."""
-        return self._counters.num_misses + self._counters.num_delayed_hits
+    def _chosen(self, most: int) -> list[tuple[_Way, int]]:
+        """The sources whose guesses pay, and how many of them do."""
+        return [(way, number) for way in self._ways if (number := self._choose(way, most))]
 
-    def _compare(self, guess: Guess) -> None:
+    @staticmethod
+    def _choose(way: _Way, most: int) -> int:
+        if way.source.is_free:
+            return way.governor.choose(way.guess.kind, min(most, len(way.guess.tokens)))
+        return way.governor.choose(0, most)
+
+    def _compare(self, way: _Way, guess: Guess) -> None:
         if guess.tokens:
-            self._compared.append(_Compared(guess))
+            self._compared.append(_Compared(guess, way.governor))
 
     def _is_decided(self, each: _Compared, token: int) -> bool:
         """Compare one more token."""
@@ -111,5 +158,10 @@ class Speculator:
         each.num_right += (is_right := tokens[each.num_right] == token)
         if is_right and each.num_right < len(tokens):
             return False
-        self._governor.score(each.guess.kind, each.num_right, len(tokens))
+        each.governor.score(each.guess.kind, each.num_right, len(tokens))
         return True
+
+
+def _rate(chosen: tuple[_Way, int]) -> float:
+    way, number = chosen
+    return way.governor.rate(way.guess.kind, number)

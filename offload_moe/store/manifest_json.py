@@ -9,6 +9,7 @@ import math
 import re
 import zlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,27 @@ from offload_moe.checkpoint.header import DTYPES
 from offload_moe.errors import StoreCorrupt, StoreError, StoreVersion
 from offload_moe.quant import ABSMAX, ExpertShape, Matrix
 from offload_moe.quant.layout import RECORD_ALIGNMENT
-from offload_moe.store.manifest import DATA_FILE, DataFile, DenseEntry, Layer, Manifest, Place, StoredFile
+from offload_moe.store.manifest import (
+    DATA_FILE,
+    MTP,
+    DataFile,
+    DenseEntry,
+    Importances,
+    Layer,
+    Manifest,
+    MergedAdapter,
+    Place,
+    StoredFile,
+)
 from offload_moe.store.order import Order
 from offload_moe.system.paths import MANIFEST_NAME
 
 FORMAT_NAME = "offload-moe expert store"
 FORMAT_VERSION = 2
 CODECS_VERSION = 3  # each layer and each linear has a codec of its own
+MTP_VERSION = 4  # with a layer for multi-token prediction
 ROWS_VERSION = 1  # the rows of all records are one after another, and files have no order
+VERSIONS = (ROWS_VERSION, FORMAT_VERSION, CODECS_VERSION, MTP_VERSION)
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SMALL_FILE = re.compile(r"(additional_chat_templates/)?[\w-][\w.-]*")
 MAX_NUMBER = 1 << 53  # larger JSON numbers are not exact in every reader, and no model has them
@@ -42,12 +56,14 @@ def manifest_to_json(manifest: Manifest) -> str:
     """The text of `store.json`: the same bytes for the same store."""
     document: dict[str, Any] = {
         "format": FORMAT_NAME,
-        "version": CODECS_VERSION if any(layer.codec for layer in manifest.layers) else FORMAT_VERSION,
+        "version": _version_of(manifest),
         "source": manifest.source,
         "revision": manifest.revision,
         "codec": manifest.codec,
         "dense_codec": manifest.dense_codec,
         "scales": manifest.scales,
+        **({} if manifest.importances is None else {"importances": asdict(manifest.importances)}),
+        **({} if manifest.adapter is None else {"adapter": asdict(manifest.adapter)}),
         "layers": [
             {
                 "name": layer.name,
@@ -75,6 +91,13 @@ def manifest_to_json(manifest: Manifest) -> str:
     }
     document["checksum"] = _checksum(document)
     return "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(value)}" for key, value in document.items()) + "\n}\n"
+
+
+def _version_of(manifest: Manifest) -> int:
+    """The oldest version that has all that is in it."""
+    if manifest.num_layers < len(manifest.layers):
+        return MTP_VERSION
+    return CODECS_VERSION if any(layer.codec for layer in manifest.layers) else FORMAT_VERSION
 
 
 def _checksum(document: dict[str, Any]) -> int:
@@ -107,10 +130,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise StoreCorrupt(f"{path} is damaged: {error}. Quantize the model again.") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT_NAME:
         raise StoreError(f"{path} does not describe an expert store.")
-    if document.get("version") not in (ROWS_VERSION, FORMAT_VERSION, CODECS_VERSION):
+    if document.get("version") not in VERSIONS:
         raise StoreVersion(
             f"{folder} is a store of format version {document.get('version')}, this program reads versions "
-            f"{ROWS_VERSION} to {CODECS_VERSION}. Quantize the model again, or use the program that wrote it."
+            f"{VERSIONS[0]} to {VERSIONS[-1]}. Quantize the model again, or use the program that wrote it."
         )
     if document.pop("checksum", None) != _checksum(document):
         raise StoreCorrupt(f"{path} does not match its own checksum. Quantize the model again.")
@@ -126,6 +149,9 @@ def _manifest(document: dict[str, Any]) -> Manifest:
     if len({file.name.replace("-panels", "") for file in files}) != len(files):
         raise ValueError("a data file is listed twice")
     layers = tuple(_layer(fields) for fields in document["layers"])
+    are_mtp = [layer.name.startswith(MTP) for layer in layers]
+    if are_mtp != sorted(are_mtp) or all(are_mtp):
+        raise ValueError("layers for multi-token prediction that are not behind the model's own")
     record_bytes = [layer.record_bytes for layer in layers for _ in range(layer.num_experts)]
     places = document["experts"]
     if not places or len(places) != len(record_bytes):
@@ -139,6 +165,8 @@ def _manifest(document: dict[str, Any]) -> Manifest:
         codec=_text(document["codec"]),
         dense_codec=_text(document["dense_codec"]),
         scales=_text(document.get("scales", ABSMAX)),
+        importances=_importances(document.get("importances")),
+        adapter=_adapter(document.get("adapter")),
         layers=layers,
         files=files,
         experts=tuple(
@@ -148,6 +176,16 @@ def _manifest(document: dict[str, Any]) -> Manifest:
         dense=dense,
         metadata=tuple(_small_file(fields) for fields in document["metadata"]),
     )
+
+
+def _importances(fields: dict[str, Any] | None) -> Importances | None:
+    if fields is None:
+        return None
+    return Importances(kind=_text(fields["kind"]), name=_text(fields["name"]), sha256=_text(fields["sha256"]))
+
+
+def _adapter(fields: dict[str, Any] | None) -> MergedAdapter | None:
+    return None if fields is None else MergedAdapter(name=_text(fields["name"]), sha256=_text(fields["sha256"]))
 
 
 def _layer(fields: dict[str, Any]) -> Layer:

@@ -12,7 +12,7 @@ from torch import Tensor
 from offload_moe.errors import ConfigError, StoreCorrupt, StoreError
 from offload_moe.native.kernels import PanelOrder, panel_order
 from offload_moe.quant import Codec, get_codec
-from offload_moe.store.manifest import DataFile, DenseEntry, Layer, Manifest, Place
+from offload_moe.store.manifest import MTP, DataFile, DenseEntry, Layer, Manifest, Place
 from offload_moe.store.manifest_json import read_manifest
 from offload_moe.store.order import Order, reorder
 from offload_moe.store.reading import check, read_checked, touch
@@ -75,6 +75,8 @@ def is_store(path: Path | str) -> bool:
 class Store:
     """A finished expert store, which is immutable.
 
+    `layers` and `dense` are the model's own. Experts for multi-token prediction are those of the layers behind them.
+
     open_view: opens a folder that stands for GGUF files; `in_place.py` sets it.
     """
 
@@ -87,10 +89,14 @@ class Store:
         self.codec = manifest.codec
         self.dense_codec = manifest.dense_codec
         self.scales = manifest.scales
-        self.layers: tuple[Layer, ...] = manifest.layers
-        self.dense: Mapping[str, DenseEntry] = {entry.name: entry for entry in manifest.dense}
+        self.importances, self.adapter = manifest.importances, manifest.adapter
+        self.layers: tuple[Layer, ...] = manifest.layers[: manifest.num_layers]
+        self._all_dense = {entry.name: entry for entry in manifest.dense}
+        self.dense: Mapping[str, DenseEntry] = {
+            name: entry for name, entry in self._all_dense.items() if not name.startswith(MTP)
+        }
         self.manifest = manifest
-        self._first = [sum(layer.num_experts for layer in self.layers[:i]) for i in range(len(self.layers))]
+        self._first = [sum(layer.num_experts for layer in manifest.layers[:i]) for i in range(len(manifest.layers))]
 
     @classmethod
     def open(cls, path: Path | str) -> "Store":
@@ -130,16 +136,28 @@ class Store:
         return any(n.startswith(("tokenizer", "vocab", "tekken")) or n.endswith((".model", ".tiktoken")) for n in names)
 
     @property
+    def mtp(self) -> "Store | None":
+        """What is kept for multi-token prediction, as a store of its own; None where that is nothing."""
+        part = self.manifest.mtp
+        return None if part is None else Store(self.path, part)
+
+    @property
     def experts_bytes(self) -> int:
-        return sum(place.num_bytes for place in self.manifest.experts)
+        return sum(layer.num_experts * layer.record_bytes for layer in self.layers)
 
     @property
     def dense_bytes(self) -> int:
         return sum(entry.place.num_bytes for entry in self.dense.values())
 
+    @property
+    def mtp_bytes(self) -> int:
+        """What is kept for multi-token prediction."""
+        part = self.mtp
+        return 0 if part is None else part.experts_bytes + part.dense_bytes
+
     def codec_of(self, layer: int) -> Codec:
         """The codec of a layer's experts."""
-        return get_codec(self.layers[layer].codec or self.codec)
+        return get_codec(self.manifest.layers[layer].codec or self.codec)
 
     def codec_of_dense(self, entry: DenseEntry) -> Codec:
         """The codec of the record of a quantized linear."""
@@ -222,38 +240,38 @@ class Store:
     def _places(self) -> Iterator[tuple[Place, str, PanelOrder | None]]:
         """Places in data files with their names and, of records, panels."""
         header_bytes = [file.num_bytes for file in self.manifest.files]
-        for place in (*self.manifest.experts, *(entry.place for entry in self.dense.values())):
+        for place in (*self.manifest.experts, *(entry.place for entry in self.manifest.dense)):
             header_bytes[place.file] = min(header_bytes[place.file], place.offset)
         for index, file in enumerate(self.manifest.files):
             place = Place(file=index, offset=0, num_bytes=header_bytes[index], checksum=file.checksum)
             yield place, "the header", None
-        for entry in self.dense.values():
+        for entry in self.manifest.dense:
             yield entry.place, entry.name, self._panels_of_linear(entry)
-        for layer, description in enumerate(self.layers):
+        for layer, description in enumerate(self.manifest.layers):
             panels = self._panels_of(layer)
             for expert in range(description.num_experts):
                 yield self._place(layer, expert), self._expert_name(layer, expert), panels
 
     def _place_of(self, name: str) -> Place | None:
-        if name in self.dense:
-            return self.dense[name].place
-        match = re.fullmatch(r"layers\.(\d{1,9})\.experts\.(\d{1,9})", name)
-        layer, expert = (int(match[1]), int(match[2])) if match else (len(self.layers), 0)
-        is_there = layer < len(self.layers) and expert < self.layers[layer].num_experts
+        if name in self._all_dense:
+            return self._all_dense[name].place
+        match, layers = re.fullmatch(r"layers\.(\d{1,9})\.experts\.(\d{1,9})", name), self.manifest.layers
+        layer, expert = (int(match[1]), int(match[2])) if match else (len(layers), 0)
+        is_there = layer < len(layers) and expert < layers[layer].num_experts
         return self._place(layer, expert) if is_there else None
 
     def _place(self, layer: int, expert: int) -> Place:
-        assert 0 <= expert < self.layers[layer].num_experts
+        assert 0 <= expert < self.manifest.layers[layer].num_experts
         return self.manifest.experts[self._first[layer] + expert]
 
     def _expert_name(self, layer: int, expert: int) -> str:
-        return f"expert {expert} of layer {layer} ({self.layers[layer].name})"
+        return f"expert {expert} of layer {layer} ({self.manifest.layers[layer].name})"
 
     def _order(self, place: Place) -> Order:
         return self.manifest.files[place.file].order
 
     def _panels_of(self, layer: int) -> PanelOrder | None:
-        return panel_order(self.codec_of(layer).name, self.layers[layer].shape)
+        return panel_order(self.codec_of(layer).name, self.manifest.layers[layer].shape)
 
     def _panels_of_linear(self, entry: DenseEntry) -> PanelOrder | None:
         if entry.quantized is None or entry.is_lookup:
@@ -268,11 +286,11 @@ class Store:
         try:
             sizes = [
                 (layer.name, layer.record_bytes, self.codec_of(index).layout(layer.shape))
-                for index, layer in enumerate(self.layers)
+                for index, layer in enumerate(self.manifest.layers)
             ]
             sizes += [
                 (entry.name, entry.place.num_bytes, self.codec_of_dense(entry).layout(entry.quantized))
-                for entry in self.dense.values()
+                for entry in self.manifest.dense
                 if entry.quantized
             ]
         except ConfigError as error:

@@ -18,7 +18,7 @@ from offload_moe.errors import TransferError
 from offload_moe.memory import disk
 from offload_moe.memory.arena import Arena
 from offload_moe.memory.disk import PART_BYTES, PREFETCH_PART_BYTES, DiskMover
-from offload_moe.memory.record_file import RecordFile
+from offload_moe.memory.record_file import RecordFile, RecordFiles
 from offload_moe.native import reads as native_reads
 from offload_moe.store import Record
 from offload_moe.store.manifest import Place
@@ -171,6 +171,19 @@ def uncached(file: Path) -> None:
     with closing(RecordFile(file)) as opened:
         if not opened.is_direct:
             pytest.skip("the file system of the temporary folder has no direct reads")
+
+
+def test_a_file_counts_as_open_once_native_threads_have_it(file: Path) -> None:
+    """Another thread that places a record in it meanwhile would let them read a file that they do not have."""
+    files, used = RecordFiles(), []
+    for _ in range(2):
+        files.open(file, lambda number, _: used.append((number, files.number(file))))
+    assert used == [(0, None)]
+    assert files.number(file) == 0
+    assert files.refuse_direct(file, "as a test wants", lambda number, native: used.append((number, native.direct)))
+    assert used[1:] == [(0, -1)]
+    assert not files.refuse_direct(file.parent / "another", "as a test wants", lambda *_: None)
+    files.close()
 
 
 @pytest.mark.usefixtures("uncached")

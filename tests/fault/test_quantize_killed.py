@@ -1,6 +1,7 @@
 """`quantize` killed with SIGKILL at random moments, then resumed: byte for byte the undisturbed store."""
 
 import contextlib
+import json
 import random
 import subprocess
 import sys
@@ -8,28 +9,30 @@ from pathlib import Path
 
 import pytest
 
+from offload_moe.convert.calibration_text import BUILT_IN
 from offload_moe.convert.quantize import quantize
 from offload_moe.store import is_store
+from tests.support.chat import byte_tokenizer
 from tests.support.checkpoints import write_checkpoint
 
 # Forks children that convert into store/0, store/1, ... and kills each after its delay; prints how long an undisturbed
 # conversion takes, then one status per child. Forking saves the seconds of imports that would dwarf the conversion.
 KILLER = """
-import os, random, signal, sys, time
+import json, os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
 from offload_moe.convert.quantize import quantize
 
-source, folder, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+source, folder, count, options = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 
 def start(name):
     child = os.fork()
     if child == 0:
-        quantize(source, f"{folder}/{name}", codec="bf16")
+        quantize(source, f"{folder}/{name}", **options)
         os._exit(0)
     return child
 
-quantize(source, f"{folder}/warm", codec="bf16")  # imports what is imported late
+quantize(source, f"{folder}/warm", **options)  # imports what is imported late
 begun = time.perf_counter()
 os.waitpid(start("undisturbed"), 0)
 whole = time.perf_counter() - begun
@@ -48,11 +51,12 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def kill_and_resume(tmp_path: Path, count: int) -> int:
+def kill_and_resume(tmp_path: Path, count: int, **options: str) -> int:
     """How many of the kills came before the conversion was over."""
-    write_checkpoint(tmp_path / "model", num_hidden_layers=4, num_experts=16)
+    write_checkpoint(tmp_path / "model", num_hidden_layers=4, num_experts=16, vocab_size=300)
+    byte_tokenizer().save_pretrained(tmp_path / "model")
     result = subprocess.run(
-        [sys.executable, "-c", KILLER, str(tmp_path / "model"), str(tmp_path), str(count)],
+        [sys.executable, "-c", KILLER, str(tmp_path / "model"), str(tmp_path), str(count), json.dumps(options)],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -68,7 +72,15 @@ def kill_and_resume(tmp_path: Path, count: int) -> int:
 
 @pytest.mark.slow
 def test_kill_9_at_fifty_random_points(tmp_path: Path) -> None:
-    assert kill_and_resume(tmp_path, 50) >= 25
+    assert kill_and_resume(tmp_path, 50, codec="bf16") >= 25
+
+
+@pytest.mark.slow
+def test_kill_9_of_a_calibration_at_thirty_random_points(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(BUILT_IN.read_text(encoding="utf-8")[:3000], encoding="utf-8")
+    assert kill_and_resume(tmp_path, 30, codec="nf4", dense_codec="nf4", calibrate=str(text)) >= 15
+    assert not list(tmp_path.glob("*.calibration"))
 
 
 class Stopped(BaseException):

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from starlette.testclient import TestClient
 
     from offload_moe.engine.model import Model
@@ -40,6 +42,14 @@ def say(model: "Model") -> Iterator[Callable[[str], None]]:
     yield lambda text: scripts.append(Scripted(model.hf, [*ids_of(model.tokenizer, text), END_OF_TEXT]))
     for script in scripts:
         script.remove()
+
+
+@pytest.fixture(scope="session")
+def card_store(tmp_path_factory: pytest.TempPathFactory) -> "Path":
+    """A tiny Qwen3-MoE, for tests of the device pass: three layers of eight experts, of which a token takes three."""
+    from tests.support.card_model import store_of
+
+    return store_of("qwen3_moe", tmp_path_factory.mktemp("stores"))
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,24 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ("results.*.portable.ms.median", "results.*.torch.ms.median", "results.*.portable.times_torch.median"),
     ),
     (
+        "card_table.py",
+        "--cards rtx-3060 --configs {config} --contexts 64",
+        ("inputs.node_s", "cells.0.forecasts.*.tokens_per_s", "cells.0.device_pass_off_tokens_per_s"),
+    ),
+    ("card_table.py", "--replay {trace} --tokens 8", ("curves.*.queued.0.1", "curves.*.stepwise.0.1")),
+    (
+        "batching.py",
+        "{store} --threads 1 --trials 1 --conversations 4 --tokens 16 --prompt-tokens 8 --clients 3",
+        (
+            "four_conversations_ratio.median",
+            "four_conversations_share_of_bound.min",
+            "four_conversations_disk_ratio.max",
+            "resident.rows_per_pass",
+            "resident.byte_bound",
+            "clients.p95_ms.*.median",
+        ),
+    ),
+    (
         "codec_error.py",
         "{checkpoint} --experts-per-layer 1",
         ("errors.nf4 down_proj.median", "errors.int8 down_proj.max"),
@@ -42,7 +60,12 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     (
         "codec_quality.py",
         "{checkpoint} --tokens 64 --length 32",
-        ("tokens", "rows.*.perplexity", "rows.*.dense_bytes"),
+        ("tokens", "rows.*.perplexity", "rows.*.top1_agreement", "rows.*.dense_bytes"),
+    ),
+    (
+        "quality.py",
+        "{checkpoint} --linears --tokens 128 --length 32 --formats nf4,nf4-calibrated,Q8_0",
+        ("rows.*.perplexity_ratio", "rows.*.top1_agreement", "rows.*.bits_per_weight"),
     ),
     (
         "decode_cpu.py",
@@ -208,7 +231,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     (
         "device_host_time.py",
         "--shapes Qwen3-30B-A3B --layers 1 --trials 1 --tokens 3",
-        ("host_time.Qwen3-30B-A3B.queued_ms.median", "host_time.Qwen3-30B-A3B.with_loop_head_and_sampling_ms.median"),
+        (
+            "host_time.Qwen3-30B-A3B.queued.queued_ms.median",
+            "host_time.Qwen3-30B-A3B.queued.step_loop_ms.median",
+            "host_time.Qwen3-30B-A3B.stepwise.per_layer.step_loop_us",
+        ),
     ),
     ("synthesize.py", "{config} {folder}/made --layers 1 --dense-codec int8", ("store_bytes",)),
     ("synthesize_checkpoint.py", "{config} {folder}/made --layers 1", ("checkpoint_bytes",)),

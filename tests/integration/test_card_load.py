@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from offload_moe_cli.status import full_statistics
 from support.card_model import SessionLocks
 from support.chat import chat_store
 from support.cuda import fake, shim
@@ -55,18 +56,54 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_text(store: Path, card: CardDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same answer as on the CPU, through chat, with the usual stops; greedy and sampled."""
+    """Through chat, with the usual stops: greedy the same answer as on the CPU; sampled one that its seed repeats."""
     phases: list[str] = []
     with load(store, **SETTINGS, progress=lambda phase, *_: phases.append(phase)) as model:
         assert str(model.fast_path).startswith("Decode takes the device pass through all")
         found = answers(model)
+        assert answers(model) == found
         counters = model.stats
         assert counters.num_acquires > 0
+        session = model.chat()
+        assert "".join(piece.text for piece in session.send("Hello", temperature=0, max_new_tokens=7)) == found[0]
+        rows = dict(full_statistics(session.last_stats, {}))
+        assert rows["chosen on the card"] == "6 tokens"
+        assert rows["chosen from its logits"].startswith("1 tokens, ")  # the first one, from those of the prompt
     assert {"Compiling the kernels of the device pass", "Locking RAM for the card"} <= set(phases)
     monkeypatch.undo()
     with load(store, **SETTINGS) as model:
         assert not str(model.fast_path).startswith("Decode takes the device pass")
-        assert answers(model) == found
+        assert answers(model)[0] == found[0]
+
+
+DEEPSEEK = {
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dense_codec", ["int8", "bf16"])
+def test_text_of_deepseek(dense_codec: str, card: CardDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents, a dense layer, groups and a shared expert, through the whole product."""
+    store, settings = chat_store(tmp_path, "deepseek_v3", **DEEPSEEK), SETTINGS | {"dense_codec": dense_codec}
+    with load(store, **settings) as model:
+        assert str(model.fast_path).startswith("Decode takes the device pass through all")
+        assert not [notice for notice in model.notices if "device pass" in notice]
+        found = answers(model)
+        assert model.stats.num_chosen_on_card > 10
+    monkeypatch.undo()
+    with load(store, **settings) as model:
+        assert answers(model)[0] == found[0]
 
 
 def answers(model: Model) -> list[str]:

@@ -7,49 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from support.card_model import CardModel, card_model
+from support.card_model import FAMILIES, CardModel, card_model, store_of
 from support.cuda import fake, shim
 from support.models import open_model
-from support.tiny_models import tiny_model, tiny_prompt
+from support.tiny_models import tiny_prompt
 from torch import Tensor
 from transformers import DynamicCache
 
 from offload_moe.card.stops import Stops
-from offload_moe.convert.quantize import quantize
 from offload_moe.decode.cache import give_room
 from offload_moe.errors import BudgetError, DevicePassUnavailable, TransferError
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
 
 NUM_PROMPT, NUM_NEW, NUM_LAYERS, TOP_K, ALL = 9, 6, 3, 3, 24
-FAMILIES: dict[str, dict[str, object]] = {
-    "qwen3_moe": {},
-    "mixtral": {},
-    "gpt_oss": {},  # windows, sinks, biases, the clamped activation
-    "qwen2_moe": {  # a shared expert with a gate
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 48,
-    },
-    "deepseek_v3": {"qk_rope_head_dim": 16},  # latents, a dense layer, groups, a shared expert
-}
-
-
-def store_of(family: str, folder: Path) -> Path:
-    checkpoint = folder / family
-    tiny_model(family, **FAMILIES[family]).to(torch.bfloat16).save_pretrained(checkpoint)
-    return quantize(checkpoint, folder / f"{family}-nf4", codec="nf4")
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return store_of("qwen3_moe", tmp_path_factory.mktemp("stores"))
-
-
-@pytest.fixture(scope="module")
-def expected(store: Path) -> Tensor:
-    with open_model(store) as model:
+def expected(card_store: Path) -> Tensor:
+    with open_model(card_store) as model:
         return logits(model.hf)
 
 
@@ -90,9 +66,9 @@ def check_tables(model: CardModel) -> None:
 @pytest.mark.parametrize("mode", ["queued", "stepwise"])
 @pytest.mark.parametrize(("num_ram", "num_vram"), [(ALL, ALL), (ALL, TOP_K + 1), (6, TOP_K + 1), (1, 5)])
 def test_the_bits_do_not_depend_on_where_experts_are(
-    num_ram: int, num_vram: int, mode: Any, store: Path, expected: Tensor, driver: fake.FakeDriver
+    num_ram: int, num_vram: int, mode: Any, card_store: Path, expected: Tensor, driver: fake.FakeDriver
 ) -> None:
-    with card_model(store, driver, num_ram, num_vram) as model:
+    with card_model(card_store, driver, num_ram, num_vram) as model:
         model.card.mode.mode = mode
         assert torch.equal(logits(model.hf), expected)
         check_tables(model)
@@ -121,11 +97,34 @@ def test_families(family: str, mode: Any, tmp_path: Path, driver: fake.FakeDrive
         check_tables(model)
 
 
+@pytest.mark.parametrize(
+    ("family", "shim_mode"),
+    [
+        ("deepseek_v3", "quick"),
+        *(pytest.param(name, "race", marks=pytest.mark.slow) for name in ("deepseek_v3", "glm4_moe", "qwen2_moe")),
+    ],
+)
+def test_dense_weights_that_are_not_quantized(
+    family: str, shim_mode: str, tmp_path: Path, driver: fake.FakeDriver
+) -> None:
+    """A dense layer, shared experts with and without a gate, projections and the head, in bf16."""
+    store = store_of(family, tmp_path)
+    with open_model(store, dense_codec="bf16") as model:
+        expected = logits(model.hf)
+    with card_model(store, driver, 12, 5, dense_codec=None, shim_mode=shim_mode) as model:
+        head = model.card.parts.head
+        assert head is not None
+        assert head.codec == "bf16"
+        found = logits(model.hf)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
 def test_tokens_beyond_the_planned_context_take_the_modules(
-    store: Path, expected: Tensor, driver: fake.FakeDriver, monkeypatch: pytest.MonkeyPatch
+    card_store: Path, expected: Tensor, driver: fake.FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_passed, passed = 2, []
-    with card_model(store, driver, ALL, ALL, context=NUM_PROMPT + num_passed) as model:
+    with card_model(card_store, driver, ALL, ALL, context=NUM_PROMPT + num_passed) as model:
         run = model.card.run
         monkeypatch.setattr(model.card, "run", lambda *rows: (passed.append(rows[1]), run(*rows))[1])
         found = logits(model.hf)
@@ -134,15 +133,15 @@ def test_tokens_beyond_the_planned_context_take_the_modules(
         assert passed == [[NUM_PROMPT], [NUM_PROMPT + 1]]
 
 
-def test_what_a_resident_token_costs(store: Path, driver: fake.FakeDriver) -> None:
-    """Two graphs a layer, one at either end, one launch for the token's id, one copy of the log; no synchronization."""
-    with card_model(store, driver, ALL, ALL) as model:
+def test_what_a_resident_token_costs(card_store: Path, driver: fake.FakeDriver) -> None:
+    """Two graphs a layer, one at either end, a launch for a new id, one copy of the log; no synchronization."""
+    with card_model(card_store, driver, ALL, ALL) as model:
         warm_up(model)
         driver.forget_counts()
         logits(model.hf, NUM_NEW)
         num_tokens = NUM_NEW - 1
         assert driver.count("cuGraphLaunch") == num_tokens * (2 * NUM_LAYERS + 2)
-        assert driver.count("cuLaunchKernel") == num_tokens
+        assert num_tokens / 2 < driver.count("cuLaunchKernel") <= num_tokens
         assert driver.count("copies") == num_tokens
         assert driver.count("cuStreamSynchronize") == 0
         assert driver.count("cuCtxSynchronize") == 3  # behind the prompt
@@ -163,10 +162,10 @@ def warm_up(model: CardModel) -> None:
 @pytest.mark.parametrize(
     "options", [{"lockable": 100_000}, {"aliases": 1, "batches": 1}, {"late_copies": 1, "order": 7}]
 )
-def test_other_systems(options: dict[str, int], store: Path, expected: Tensor, driver: fake.FakeDriver) -> None:
+def test_other_systems(options: dict[str, int], card_store: Path, expected: Tensor, driver: fake.FakeDriver) -> None:
     """Page locks refused, as on WSL2: then records are copied at stops. Addresses of the card's own. Any order."""
     driver.set(**options)
-    with card_model(store, driver, ALL, 5) as model:
+    with card_model(card_store, driver, ALL, 5) as model:
         model.card.mode.mode = "queued"
         assert torch.equal(logits(model.hf), expected)
         check_tables(model)
@@ -175,11 +174,11 @@ def test_other_systems(options: dict[str, int], store: Path, expected: Tensor, d
 
 @pytest.mark.parametrize("num_rows", [2, 3, 8])
 @pytest.mark.parametrize("num_vram", [ALL, 8])
-def test_rows_of_one_sequence(num_rows: int, num_vram: int, store: Path, driver: fake.FakeDriver) -> None:
+def test_rows_of_one_sequence(num_rows: int, num_vram: int, card_store: Path, driver: fake.FakeDriver) -> None:
     ids, _ = tiny_prompt(1, NUM_PROMPT + num_rows, seed=1)
-    with open_model(store) as model:
+    with open_model(card_store) as model:
         expected = two_forwards(model.hf, ids)
-    with card_model(store, driver, ALL, num_vram) as model:
+    with card_model(card_store, driver, ALL, num_vram) as model:
         assert torch.equal(two_forwards(model.hf, ids), expected)
         check_tables(model)
 
@@ -198,7 +197,7 @@ def two_forwards(hf: Any, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("layer", range(NUM_LAYERS))
 @pytest.mark.parametrize("mode", ["queued", "stepwise"])
 def test_a_pass_that_is_given_up_at_a_layer_leaves_nothing_behind(
-    layer: int, mode: Any, store: Path, expected: Tensor, driver: fake.FakeDriver, monkeypatch: pytest.MonkeyPatch
+    layer: int, mode: Any, card_store: Path, expected: Tensor, driver: fake.FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "make_possible" if mode == "queued" else "bring_to_ram"
     original: Callable[..., Any] = getattr(Stops, name)
@@ -211,7 +210,7 @@ def test_a_pass_that_is_given_up_at_a_layer_leaves_nothing_behind(
         return original(self, at, *args)
 
     monkeypatch.setattr(Stops, name, interrupt)
-    with card_model(store, driver, 6, 5) as model:
+    with card_model(card_store, driver, 6, 5) as model:
         model.card.mode.mode = mode
         with pytest.raises(KeyboardInterrupt):
             logits(model.hf, 20)
@@ -220,11 +219,11 @@ def test_a_pass_that_is_given_up_at_a_layer_leaves_nothing_behind(
         check_tables(model)
 
 
-def test_the_pool_shrinks_and_grows_between_tokens(store: Path, driver: fake.FakeDriver) -> None:
+def test_the_pool_shrinks_and_grows_between_tokens(card_store: Path, driver: fake.FakeDriver) -> None:
     ids, _ = tiny_prompt(1, NUM_PROMPT + 4, seed=2)
-    with open_model(store) as model:
+    with open_model(card_store) as model:
         expected = token_by_token(model.hf, ids, lambda: None)
-    with card_model(store, driver, ALL, 12, slots_per_chunk=4) as model:
+    with card_model(card_store, driver, ALL, 12, slots_per_chunk=4) as model:
         sizes = iter([8, 12, 4, 8])
         found = token_by_token(model.hf, ids, lambda: model.engine.hierarchy.resize("vram", next(sizes)))
         assert torch.equal(found, expected)
@@ -243,8 +242,8 @@ def token_by_token(hf: Any, ids: Tensor, between: Callable[[], object]) -> Tenso
     return torch.cat(found, dim=1)
 
 
-def test_a_lost_card_is_a_named_error(store: Path, driver: fake.FakeDriver) -> None:
-    with card_model(store, driver, ALL, ALL) as model:
+def test_a_lost_card_is_a_named_error(card_store: Path, driver: fake.FakeDriver) -> None:
+    with card_model(card_store, driver, ALL, ALL) as model:
         logits(model.hf, 2)
         driver.set(lost_after=40)
         with pytest.raises(TransferError, match="The card was lost"):
@@ -255,10 +254,12 @@ def test_a_lost_card_is_a_named_error(store: Path, driver: fake.FakeDriver) -> N
 
 
 @pytest.mark.parametrize("call", ["cuMemHostAlloc", "cuModuleLoadData", "cuGraphInstantiateWithFlags"])
-def test_what_the_driver_refuses_at_load_is_an_error_of_ours(call: str, store: Path, driver: fake.FakeDriver) -> None:
+def test_what_the_driver_refuses_at_load_is_an_error_of_ours(
+    call: str, card_store: Path, driver: fake.FakeDriver
+) -> None:
     driver.fail(call, 2)
     with (
         pytest.raises((BudgetError, TransferError, DevicePassUnavailable), match="CUDA_ERROR_OUT_OF_MEMORY"),
-        card_model(store, driver, ALL, ALL),
+        card_model(card_store, driver, ALL, ALL),
     ):
         pass

@@ -1,6 +1,5 @@
 """The rules that keep a pass of the card free of races: each test fails where its rule is taken away."""
 
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +10,10 @@ import torch
 from support.card_model import CardModel, card_model
 from support.cuda import fake, shim
 from support.models import open_model
-from support.tiny_models import tiny_model
 from torch import Tensor
 
 from offload_moe.card import cubins
-from offload_moe.convert.quantize import quantize
+from offload_moe.card.stops import Stops
 from offload_moe.native.constants import LOADING
 from tests.integration.test_card_pass import ALL, TOP_K, logits
 
@@ -23,21 +21,14 @@ pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stores")
-    tiny_model("qwen3_moe").to(torch.bfloat16).save_pretrained(folder / "model")
-    return quantize(folder / "model", folder / "store", codec="nf4")
-
-
-@pytest.fixture(scope="module")
-def expected(store: Path) -> Tensor:
-    with open_model(store) as model:
+def expected(card_store: Path) -> Tensor:
+    with open_model(card_store) as model:
         return logits(model.hf)
 
 
 @pytest.fixture
-def model(store: Path) -> Iterator[CardModel]:
-    with fake.FakeDriver() as driver, card_model(store, driver, 12, 6) as model:
+def model(card_store: Path) -> Iterator[CardModel]:
+    with fake.FakeDriver() as driver, card_model(card_store, driver, 12, 6) as model:
         model.card.mode.mode = "queued"
         yield model
 
@@ -77,15 +68,24 @@ def test_6_a_ram_slot_stays_leased_until_the_edit_has_run(model: CardModel) -> N
     assert ram.residency.num_leases(slot) == 0
 
 
-def test_11_a_fence_of_the_system_precedes_every_flag() -> None:
-    text = (cubins.KERNELS / "residency.cuh").read_text()
-    flags = list(re.finditer(r"p\.notice->(stamp|done) = ", text))
-    assert len(flags) == 2
-    for flag in flags:
-        body = text[text.rindex('extern "C"', 0, flag.start()) : flag.start()]
-        assert (
-            body.rstrip().endswith("__threadfence_system();") or "__threadfence_system();\n    __syncthreads();" in body
-        )
+def test_9_a_stopped_pass_goes_on_behind_its_router(
+    model: CardModel, expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A continuation launches the experts of the layer that stopped, and the graphs behind it: not its attention."""
+    original, stops = Stops.make_possible, []
+
+    def recorded(self: Stops, at: int, *args: Any) -> bool:
+        stops.append(at)
+        return original(self, at, *args)
+
+    monkeypatch.setattr(Stops, "make_possible", recorded)
+    model.driver.forget_counts()
+    assert torch.equal(logits(model.hf), expected)
+    assert len(stops) > 3
+    assert len(set(stops)) > 1
+    num_passes, num_layers = len(expected) - 1, len(model.card.parts.layers)
+    continued = sum(2 * (num_layers - at) for at in stops)
+    assert model.driver.count("cuGraphLaunch") == num_passes * (2 * num_layers + 2) + continued
 
 
 MUTATIONS = {
@@ -100,9 +100,9 @@ MUTATIONS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", list(MUTATIONS))
 def test_a_kernel_without_the_rule_is_noticed(
-    rule: str, store: Path, expected: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rule: str, card_store: Path, expected: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    misses = outcome(store, expected)
+    misses = outcome(card_store, expected)
     assert isinstance(misses, int)
     before, after = MUTATIONS[rule]
     shutil.copytree(cubins.KERNELS, tmp_path / "cuda")
@@ -110,14 +110,14 @@ def test_a_kernel_without_the_rule_is_noticed(
     assert text.count(before) == 1
     (tmp_path / "cuda" / "residency.cuh").write_text(text.replace(before, after))
     monkeypatch.setattr(cubins, "KERNELS", tmp_path / "cuda")
-    assert outcome(store, expected) != misses
+    assert outcome(card_store, expected) != misses
 
 
-def outcome(store: Path, expected: Tensor) -> Any:
+def outcome(card_store: Path, expected: Tensor) -> Any:
     """The number of misses and stops where all is well, else what is wrong."""
     driver = fake.FakeDriver()
     try:
-        with card_model(store, driver, 12, TOP_K + 1) as model:
+        with card_model(card_store, driver, 12, TOP_K + 1) as model:
             model.card.mode.mode = "queued"
             found = logits(model.hf)
             misses = model.engine.hierarchy.counters.num_misses

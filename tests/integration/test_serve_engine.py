@@ -208,7 +208,7 @@ def test_answers_go_on_between_the_parts_of_a_long_prompt(model: Model, monkeypa
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         sizes.append(kwargs["input_ids"].shape[1])
 
-    with listening(model, parallel=2) as address, begun(address) as first:
+    with slowly(model), listening(model, parallel=2) as address, begun(address) as first:
         first.read(100)
         handle = model.hf.register_forward_pre_hook(note, with_kwargs=True)
         ask(address, "y" * 1000, max_tokens=1)

@@ -11,6 +11,7 @@ import torch
 from offload_moe.card.build import install
 from offload_moe.card.device import CardDevice
 from offload_moe.card.passes import CardPass
+from offload_moe.convert.quantize import quantize
 from offload_moe.decode import make_fast
 from offload_moe.engine.build import Blueprint, Engine, build, pools_of
 from offload_moe.memory.page_lock import LockRuntime, PageLock
@@ -18,6 +19,37 @@ from offload_moe.memory.simulated import SimulatedCopier
 from offload_moe.quant import get_codec
 from offload_moe.store import Store
 from support.cuda import fake
+from support.tiny_models import tiny_model
+
+FAMILIES: dict[str, dict[str, object]] = {
+    "qwen3_moe": {},
+    "mixtral": {},
+    "gpt_oss": {},  # windows, sinks, biases, the clamped activation
+    "qwen2_moe": {  # a shared expert with a gate
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+    },
+    "deepseek_v3": {"qk_rope_head_dim": 16},  # latents, a dense layer, groups, a shared expert
+    "glm4_moe": {  # grouped queries, else the same
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "head_dim": 16,
+    },
+}
+
+
+def store_of(family: str, folder: Path) -> Path:
+    """Of a tiny model."""
+    checkpoint = folder / family
+    tiny_model(family, **FAMILIES[family]).to(torch.bfloat16).save_pretrained(checkpoint)
+    return quantize(checkpoint, folder / f"{family}-nf4", codec="nf4")
 
 
 class SessionLocks(LockRuntime):
@@ -52,11 +84,15 @@ def card_model(
     num_vram: int,
     *,
     context: int = 512,
-    dense_codec: str = "int8",
+    dense_codec: str | None = "int8",
     slots_per_chunk: int = 1000,
+    shim_mode: str = "race",
 ) -> Iterator[CardModel]:
-    """A store with so many slots in RAM and on the card."""
-    device = CardDevice.open(driver.path, fake.nvrtc(), cubins=fake.shim.CACHE / "cubins")
+    """A store with so many slots in RAM and on the card.
+
+    dense_codec: None keeps the store's. shim_mode: of `shim.py`.
+    """
+    device = CardDevice.open(driver.path, fake.nvrtc(shim_mode), cubins=fake.shim.CACHE / "cubins")
     store = Store.open(path)
     slot_bytes = store.record(0, 0).num_bytes
     pools = pools_of(store, slot_bytes=slot_bytes, num_ram_slots=num_ram, num_device_slots=num_vram)

@@ -93,10 +93,10 @@ def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def chat_store(folder: Path, **changes: object) -> Path:
-    """A store of a tiny Qwen3-MoE with eight experts per layer, two of them chosen, that can be chatted with."""
+def chat_store(folder: Path, family: str = "qwen3_moe", **changes: object) -> Path:
+    """A store of a tiny model with eight experts per layer, two of them chosen, that can be chatted with."""
     sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    model = chat_model("qwen3_moe", **(sizes | changes))
+    model = chat_model(family, **(sizes | changes))
     model.to(torch.bfloat16).save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
     return quantize(folder / "model", folder / "store")

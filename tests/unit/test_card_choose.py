@@ -51,21 +51,19 @@ def chosen(
     num_rows: int | None = None,
     stopped: Collection[str] = (),
 ) -> np.ndarray:
-    """The tokens of the rows; -7 where none is written. stopped: kernels that find the pass stopped."""
+    """The tokens of the rows, which are at this position and those behind it; -7 where none is written.
+
+    stopped: kernels that find the pass stopped.
+    """
     rows, num_tokens = logits.shape
     parts = min(-(-num_tokens // 1024), 256)
-    sampling = STRUCTS["om_card_sampling"]()
-    values = {
-        "temperature": draw.temperature,
-        "top_p": draw.top_p,
-        "top_k": draw.top_k,
-        "seed": SEED,
-        "position": position,
-    }
-    fill(sampling, values)
+    sampling = (STRUCTS["om_card_sampling"] * rows)()
+    for each in sampling:
+        fill(each, {"temperature": draw.temperature, "top_p": draw.top_p, "top_k": draw.top_k, "seed": SEED})
     memory, tokens = np.frombuffer(sampling, np.uint8), np.full(rows, -7, np.int32)
     params = {"logits": copied(logits), "greatest": np.zeros((rows, parts), np.uint64), "sampling": memory}
-    params |= {"tokens": tokens, "num_tokens": num_tokens}
+    positions = np.arange(position, position + rows, dtype=np.int32)
+    params |= {"positions": positions, "tokens": tokens, "num_tokens": num_tokens}
     card = Card(COMPILED, rows if num_rows is None else num_rows, seed=seed)
     for kind, grid, y in (("GREATEST", parts, rows), ("CHOOSE", rows, 1)):
         card.stop[0] = kind in stopped
@@ -99,7 +97,7 @@ def test_draws_are_those_of_the_definition(draw: Draw) -> None:
     logits = logits_of(2, 2500)
     logits[1, 3:9] = logits[1].max()  # several of the greatest
     for position in range(6):
-        expected = [drawn(row, draw, position, index) for index, row in enumerate(logits)]
+        expected = [drawn(row, draw, position + index) for index, row in enumerate(logits)]
         assert np.array_equal(chosen(logits, draw, position, seed=position), expected)
 
 
@@ -122,7 +120,7 @@ def test_the_definition_keeps_what_transformers_keeps(draw: Draw) -> None:
 
 def test_draws_follow_the_probabilities() -> None:
     logits = np.log(np.array([[0.5, 0.25, 0.125, 0.125]], np.float32))
-    tokens = [drawn(logits[0], Draw(), position, 0) for position in range(2000)]
+    tokens = [drawn(logits[0], Draw(), position) for position in range(2000)]
     counts = np.bincount(tokens, minlength=4) / 2000
     assert np.abs(counts - [0.5, 0.25, 0.125, 0.125]).max() < 0.04
     for position in range(20):
@@ -132,8 +130,8 @@ def test_draws_follow_the_probabilities() -> None:
 def test_tokens_far_below_the_greatest_are_drawn_too() -> None:
     logits = np.full((1, 2500), -11.0, np.float32)
     logits[0, 1200] = 0.0
-    position = next(n for n in range(400) if drawn(logits[0], Draw(), n, 0) != 1200)
-    assert chosen(logits, Draw(), position)[0] == drawn(logits[0], Draw(), position, 0)
+    position = next(n for n in range(400) if drawn(logits[0], Draw(), n) != 1200)
+    assert chosen(logits, Draw(), position)[0] == drawn(logits[0], Draw(), position)
 
 
 def kept(logits: np.ndarray, draw: Draw) -> np.ndarray:
@@ -168,14 +166,14 @@ def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return (np.float64(a) * np.float64(b) + np.float64(c)).astype(np.float32)
 
 
-def drawn(logits: np.ndarray, draw: Draw, position: int, row: int) -> int:
+def drawn(logits: np.ndarray, draw: Draw, position: int) -> int:
     masses = kept(logits, draw)
-    target = (random_bits(position, row) * int(masses.sum()) >> 64) + 1
+    target = (random_bits(position) * int(masses.sum()) >> 64) + 1
     return int(np.searchsorted(masses.cumsum(), target))
 
 
-def random_bits(position: int, row: int) -> int:
-    words = philox([position % 2**32, position >> 32, row, 0], [SEED % 2**32, SEED >> 32])
+def random_bits(position: int) -> int:
+    words = philox([position, 0, 0, 0], [SEED % 2**32, SEED >> 32])
     return words[1] << 32 | words[0]
 
 
@@ -192,3 +190,10 @@ def test_random_bits_are_philox() -> None:
     """Known answers of its authors (Random123, kat_vectors)."""
     assert philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     assert philox([2**32 - 1] * 4, [2**32 - 1] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+def test_a_token_depends_on_no_other_row_of_its_pass() -> None:
+    logits = logits_of(1, 300).repeat(4, 0)
+    together = chosen(logits, Draw(), 20)
+    assert together.tolist() == [chosen(logits[:1], Draw(), 20 + row)[0] for row in range(4)]
+    assert len(set(together.tolist())) > 1

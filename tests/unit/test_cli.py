@@ -223,6 +223,9 @@ def test_quantize_passes_everything_on(monkeypatch: pytest.MonkeyPatch, capsys: 
         "codec": "int8",
         "dense_codec": "bf16",
         "scales": "error",
+        "imatrix": None,
+        "calibrate": None,
+        "adapter": None,
         "revision": "v1",
         "delete_source_shards": False,
     }

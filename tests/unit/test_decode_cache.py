@@ -273,3 +273,22 @@ def test_gradients_flow_through_a_cache_in_bf16(make: Any) -> None:
         layer.update(*states(1, 1, 1))[0], torch.cat([*rounded((keys.detach(),) * 2), rounded(states(1, 1, 1))[0]], 2)
     )
     assert layer.extend()[0][0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("kind", [RoomyLayer, partial(RoomySlidingLayer, 64)])
+@pytest.mark.parametrize("num_cropped", [0, 3])
+def test_a_copy_is_written_to_in_a_room_of_its_own(make: Any, kind: Any, num_cropped: int) -> None:
+    """By addresses, as native calls write: the original's next token has another place than the copy's."""
+    layer = kind()
+    layer.update(*states(1, 9, 0))
+    layer.places(90)
+    twin = make(layer)
+    assert torch.equal(twin.keys, layer.keys)
+    if num_cropped and kind is RoomyLayer:
+        twin.crop(-num_cropped)
+    for grown, other in ((twin, layer), (layer, twin)):
+        keys_address, values_address, *_ = grown.places(1)
+        for address, room, foreign in zip((keys_address, values_address), grown.place, other.place, strict=False):
+            assert room.data_ptr() <= address < room.data_ptr() + room.nbytes
+            assert not foreign.data_ptr() <= address < foreign.data_ptr() + foreign.nbytes

@@ -61,7 +61,7 @@ def pieces_of(text: str, seed: int) -> list[str]:
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> FakeScreen:
     screen = FakeScreen(48, 24)
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_: os.terminal_size((screen.width, screen.height)))
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((screen.width, screen.height)))
     for name, value in {"TERM": "xterm-256color", "COLUMNS": str(screen.width), "LINES": str(screen.height)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("NO_COLOR", raising=False)

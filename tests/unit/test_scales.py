@@ -7,7 +7,9 @@ from torch import Tensor
 
 from offload_moe.errors import CheckpointError
 from offload_moe.native import kernels
+from offload_moe.native.feedback import feed_back
 from offload_moe.quant import CODECS, LEAST_ERROR, ExpertShape, Matrix, get_codec
+from offload_moe.quant.blockwise import BlockwiseCodec
 from offload_moe.quant.int8 import Int8Codec
 from offload_moe.quant.nf4 import NF4_TABLE, Nf4Codec, block_absmax
 from offload_moe.quant.pieces import encode_pieces
@@ -96,15 +98,70 @@ def test_an_important_column_has_less_error(search: object) -> None:
     assert of_weighed[64:72].sum() < (0.7 if search is kernels.search_nf4 else 0.95) * of_plain[64:72].sum()
 
 
+def correlated(num_columns: int, seed: int = 3) -> Tensor:
+    """Inputs of which some go together and some are larger than others."""
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(800, num_columns // 4, generator=generator) @ torch.randn(
+        num_columns // 4, num_columns, generator=generator
+    )
+    sizes = torch.rand(num_columns, generator=generator).mul(4).exp()
+    return (mixed / 10 + torch.randn(800, num_columns, generator=generator)) * sizes
+
+
+@pytest.mark.parametrize(("out_features", "in_features", "most"), [(64, 256, 0.8), (100, 200, 0.9), (3, 64, 0.99)])
+def test_columns_take_up_the_errors_of_others(out_features: int, in_features: int, most: float) -> None:
+    shape = ExpertShape(matrices=(Matrix(name="weight", out_features=out_features, in_features=in_features),))
+    rows = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(4))
+    inputs = correlated(in_features)
+    products = inputs.T @ inputs / len(inputs)
+    errors = []
+    for moments in ({}, {"weight": products.diagonal()}, {"weight": products}):
+        codec = kernels.fast_encoding(get_codec("nf4"), LEAST_ERROR, moments)
+        decoded = get_codec("nf4").decode(shape, codec.encode(shape, {"weight": rows}), torch.float32)["weight"]
+        errors.append(relative(inputs @ decoded.T, inputs @ rows.T))
+    plain, weighed, fed_back = errors
+    assert weighed < 0.97 * plain
+    assert 0 < fed_back < most * weighed
+
+
+def test_errors_of_inputs_that_are_independent_stay() -> None:
+    """Then the codes are the nearest ones, as without feedback."""
+    squares = torch.rand(256, generator=torch.Generator().manual_seed(5)) + 0.5
+    codec = kernels.fast_encoding(get_codec("nf4"), LEAST_ERROR, {"weight": squares})
+    fed_back = kernels.fast_encoding(get_codec("nf4"), LEAST_ERROR, {"weight": squares.diag()})
+    shape = ExpertShape(matrices=(Matrix(name="weight", out_features=256, in_features=256),))
+    tensors = {"weight": GAUSSIAN[:, :256].contiguous()}
+    assert torch.equal(codec.encode(shape, tensors), fed_back.encode(shape, tensors))
+
+
+@pytest.mark.parametrize("case", ["no inputs", "one input", "the same input"])
+def test_inputs_that_depend_on_each_other(case: str) -> None:
+    products = torch.zeros(128, 128)
+    if case == "one input":
+        products[5, 5] = 1e4
+    if case == "the same input":
+        products[:] = 1.0
+    shape = ExpertShape(matrices=(Matrix(name="weight", out_features=64, in_features=128),))
+    codec = kernels.fast_encoding(get_codec("nf4"), LEAST_ERROR, {"weight": products})
+    rows = GAUSSIAN[:64, :128].contiguous()
+    decoded = get_codec("nf4").decode(shape, codec.encode(shape, {"weight": rows}), torch.float32)["weight"]
+    assert relative(decoded, rows) < 0.2
+
+
 def test_every_kernel_set_finds_the_same() -> None:
     chosen = kernels.instruction_set()
     importance = torch.rand(512, generator=torch.Generator().manual_seed(1))
+    inputs = correlated(256)
+    products = inputs.T @ inputs
     found = []
     try:
         for name in PANEL_SETS:
             kernels.select_instruction_set(name)
             for values in (GAUSSIAN, HEAVY.bfloat16()):
                 planes = kernels.search_nf4(values, importance) | kernels.search_int8(values)
+                planes["fed back"] = feed_back(values[:, :256].float(), kernels.search_nf4(values[:, :256]), products)[
+                    "codes"
+                ]
                 found.append({plane: value.clone() for plane, value in planes.items()})
     finally:
         kernels.select_instruction_set(chosen)
@@ -116,10 +173,12 @@ def test_every_kernel_set_finds_the_same() -> None:
 @pytest.mark.parametrize("in_features", [100, 64, 2880])
 @pytest.mark.parametrize("name", ["nf4", "int8"])
 def test_pieces_are_the_bytes_of_the_whole(name: str, in_features: int) -> None:
-    """256 blocks that share a nested scale end inside of rows and pieces."""
+    """256 blocks that share a nested scale end inside of rows and pieces; weighed or not."""
     shape = ExpertShape(matrices=(Matrix(name="weight", out_features=300, in_features=in_features),))
     rows = torch.randn(300, in_features, generator=torch.Generator().manual_seed(2))
-    codec = kernels.fast_encoding(get_codec(name), LEAST_ERROR)
+    squares = torch.rand(in_features, generator=torch.Generator().manual_seed(6))
+    codec = kernels.fast_encoding(get_codec(name), LEAST_ERROR, {"weight": squares} if in_features == 100 else {})
+    assert isinstance(codec, BlockwiseCodec)
     whole = codec.encode(shape, {"weight": rows})
     for piece_rows in (1, 77, 300):
         assert torch.equal(torch.cat([*encode_pieces(codec, shape, rows.split(piece_rows))]), whole)

@@ -17,6 +17,7 @@ from offload_moe.speculate.costs import PassCosts
 from offload_moe.speculate.governor import Governor
 from offload_moe.speculate.guess import MOST_GUESSES, NO_GUESS, Guess
 from offload_moe.speculate.ngram import LONGEST, MOST_PLACES, NgramSource
+from offload_moe.speculate.row_governor import RowGovernor
 from offload_moe.speculate.speculator import PassCost, Speculator
 from offload_moe.speculate.tally import Tally
 
@@ -187,6 +188,33 @@ def test_a_source_that_is_always_right_is_used(is_free: bool) -> None:
     assert speculator.tally.gain(spent * PLAIN_S) == pytest.approx(400 / spent, rel=0.1)
 
 
+@pytest.mark.parametrize("cost", [0.1, 0.6])
+def test_two_sources_that_are_always_wrong_cost_little_more(cost: float) -> None:
+    sources = [Scripted(lambda at: False, is_free=is_free) for is_free in (True, False)]
+    speculator = Speculator(sources[0], PassCosts(), Counters(), beside=sources[1:])
+    spent, _ = decode(speculator, 400, per_row(cost))
+    assert spent < 400 * 1.035
+    assert speculator.tally.num_guessed > 0
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_of_two_sources_the_one_that_is_right_is_used(number: int) -> None:
+    sources = [Scripted(lambda at, is_right=at == number: is_right, is_free=at == 0) for at in range(2)]
+    speculator = Speculator(sources[0], PassCosts(), Counters(), beside=sources[1:])
+    spent, _ = decode(speculator, 400, per_row(0.1))
+    assert 400 / spent > 3
+
+
+def test_of_two_sources_the_better_one_is_used_at_each_token() -> None:
+    sources = [
+        Scripted(lambda at: at < 300 and at % 2 == 0, is_free=True),
+        Scripted(lambda at: at < 300 or at % 8 != 0, is_free=False),
+    ]
+    speculator = Speculator(sources[0], costs_with(1.3, 4), Counters(), beside=sources[1:])
+    decode(speculator, 600, per_row(0.1))
+    assert speculator.tally.num_right > 300
+
+
 @pytest.mark.parametrize("is_free", [True, False])
 def test_it_adapts_within_32_tokens(is_free: bool) -> None:
     source = Scripted(lambda at: at >= 200, is_free=is_free)
@@ -264,3 +292,48 @@ def test_a_recorded_answer_is_guessed_afterwards() -> None:
     assert [(kind.least, kind.num_passes) for kind in found.kinds] == [(1, 2)]
     assert found.kinds[0].right == [1, 1, 1, 1, 0, 0, 0]
     assert guesses(trace_of([1, 2], [])) is None
+
+
+def shared(governor: RowGovernor, num_ready: int, num_tokens: int, cost: Cost) -> tuple[float, list[int]]:
+    """Seconds of so many tokens of answers that are all ready, and the rows of each pass."""
+    spent, made = 0.0, list[int]()
+    while sum(made) < num_tokens:
+        number = governor.choose(num_ready)
+        seconds = PLAIN_S * cost(number)
+        governor.note(number, seconds, 0)
+        spent += seconds
+        made.append(number)
+    return spent, made
+
+
+@pytest.mark.parametrize("gain", [1.2, 1.6, 3.0])
+def test_rows_are_shared_while_that_pays(gain: float) -> None:
+    spent, made = shared(RowGovernor(), 4, 4_000, lambda rows: max(1.0, rows / gain))
+    assert spent < 4_000 * PLAIN_S / gain * 1.03
+    assert made[0] == 1  # the first pass is measured
+    assert 1 in made[10:200]  # and one again, now and then
+
+
+@pytest.mark.parametrize("ratio", [0.96, 1.01, 1.3, 2.0, 5.0])
+def test_where_sharing_does_not_pay_only_trials_cost(ratio: float) -> None:
+    """Misses of several answers may cost more than their passes one after another."""
+    spent, made = shared(RowGovernor(), 4, 4_000, lambda rows: rows * ratio if rows > 1 else 1.0)
+    assert spent < 4_000 * PLAIN_S * 1.02
+    assert 1 < max(made) <= 4
+
+
+def test_sharing_stops_once_it_pays_no_more() -> None:
+    governor = RowGovernor()
+    _, before = shared(governor, 4, 1_000, lambda rows: 1 + 0.2 * (rows - 1))
+    assert before[-1] == 4
+    spent, after = shared(governor, 4, 2_000, lambda rows: rows * 1.4 if rows > 1 else 1.0)
+    assert spent < 2_000 * PLAIN_S * 1.03
+    assert after[-1] == 1
+    _, again = shared(governor, 4, 2_000, lambda rows: 1 + 0.2 * (rows - 1))
+    assert sum(again[-100:]) > 300
+
+
+@pytest.mark.parametrize(("num_ready", "expected"), [(1, 1), (3, 3), (8, 8), (30, 8)])
+def test_no_more_rows_than_a_pass_takes(num_ready: int, expected: int) -> None:
+    _, made = shared(RowGovernor(), num_ready, 40, lambda rows: 1.0)
+    assert max(made) == expected

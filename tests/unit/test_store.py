@@ -129,8 +129,8 @@ def test_an_edit_that_changes_nothing_is_fine(store: Path) -> None:
 
 
 def test_another_version(store: Path) -> None:
-    edit(store, lambda document: document.update(version=4))
-    with pytest.raises(StoreVersion, match="format version 4, this program reads versions 1 to 3"):
+    edit(store, lambda document: document.update(version=5))
+    with pytest.raises(StoreVersion, match="format version 5, this program reads versions 1 to 4"):
         Store.open(store)
 
 

@@ -217,7 +217,7 @@
 /* A pass for up to so many rows as its kernels were compiled for. */
 #define OM_CARD_STEPS_FIELDS(FIELD, T) \
     FIELD(T, const om_card_layer *, layers, ) FIELD(T, int64_t, num_layers, ) \
-    FIELD(T, void *, begin, ) FIELD(T, void *, end, ) /* graphs */ \
+    FIELD(T, void *, begin, ) FIELD(T, void *, ends, [3]) /* graphs; the last one by what the pass gives */ \
     FIELD(T, uint64_t, log, ) FIELD(T, int64_t, log_bytes, ) /* on the card */
 
 #define OM_CARD_OPTIONS_FIELDS(FIELD, T) \
@@ -271,6 +271,8 @@
              const float *importance, uint8_t *codes, uint8_t *scale_codes, float *scales)) \
     FUNCTION(void, om_search_int8, (const void *values, int32_t dtype, int64_t num_blocks, int64_t row_blocks, \
              const float *importance, int8_t *codes, float *scales)) \
+    FUNCTION(void, om_feed_back_nf4, (float *values, const float *scales, const float *feedback, int64_t num_rows, \
+             uint8_t *codes)) \
     FUNCTION(void, om_encode_nested, (const float *absmax, float offset, int64_t count, uint8_t *codes, float *scales)) \
     FUNCTION(void, om_repack, (const om_matrix *matrices, int64_t num_matrices, uint8_t *record, int32_t to_panels, \
                                uint8_t *scratch)) \
@@ -356,10 +358,10 @@
     FUNCTION(om_device_pass *, om_card_open, (const om_card_options *options)) \
     FUNCTION(void, om_card_close, (om_device_pass *pass)) \
     FUNCTION(int64_t, om_card_begin, (om_device_pass *pass, const om_card_steps *steps, int64_t num_rows, int64_t num_edits, \
-                                      int32_t is_stepwise)) \
+                                      int32_t is_stepwise, int32_t gives)) \
     FUNCTION(int64_t, om_card_next, (om_device_pass *pass, double limit_s)) \
     FUNCTION(int64_t, om_card_continue, (om_device_pass *pass, int64_t num_edits, int32_t is_stepwise)) \
-    FUNCTION(int64_t, om_card_edit_tables, (om_device_pass *pass, int64_t num_edits)) \
+    FUNCTION(int64_t, om_card_run_between, (om_device_pass *pass, int64_t num_edits, void *graph)) \
     FUNCTION(int64_t, om_card_cancel, (om_device_pass *pass)) \
     FUNCTION(int32_t, om_card_number, (const om_device_pass *pass)) \
     FUNCTION(double, om_card_cpu_seconds, (const om_device_pass *pass)) \
@@ -382,6 +384,8 @@ enum { OM_HIT = 0, OM_ARRIVING = 1, OM_MISSING = 2, OM_FETCHED = 3 /* guessed, a
 enum { OM_NEEDS_EXPERTS = 1, OM_NEEDS_SLOTS = 2 };
 /* Results in place of a layer or a number of layers. */
 enum { OM_UNDER_WAY = -2 };
+/* What a pass of a card gives behind its last norm: what the norm gives alone, or logits, or the tokens that it chooses from them. */
+enum { OM_GIVES_HIDDEN = 0, OM_GIVES_LOGITS = 1, OM_GIVES_TOKENS = 2 };
 
 #define OM_BLOCK 64     /* weights that share an nf4 or int8 scale, and activations that share an int8 scale */
 #define OM_MAX_TOP_K 64 /* experts of one token and layer in a span */
@@ -403,6 +407,7 @@ enum { OM_UNDER_WAY = -2 };
     CONSTANT(OM_SHORT_READ) CONSTANT(OM_WRONG_CHECKSUM) \
     CONSTANT(OM_HIT) CONSTANT(OM_ARRIVING) CONSTANT(OM_MISSING) CONSTANT(OM_FETCHED) \
     CONSTANT(OM_NEEDS_EXPERTS) CONSTANT(OM_NEEDS_SLOTS) CONSTANT(OM_UNDER_WAY) \
+    CONSTANT(OM_GIVES_HIDDEN) CONSTANT(OM_GIVES_LOGITS) CONSTANT(OM_GIVES_TOKENS) \
     CONSTANT(OM_BLOCK) CONSTANT(OM_MAX_TOP_K) CONSTANT(OM_MAX_ROWS) CONSTANT(OM_MAX_SCORED) CONSTANT(OM_MAX_ROTATED)
 
 typedef struct om_slot_table om_slot_table; /* opaque to Python, which keeps their addresses */

@@ -51,7 +51,7 @@ static int apply(const om_device_pass *pass, int64_t num_edits) {
 
 int om_card_queue_end(om_device_pass *pass) {
     const om_card_options *o = pass->options;
-    const int code = om_card_run_graph(pass, pass->steps->end);
+    const int code = om_card_run_graph(pass, pass->end);
     if (code != 0) return code;
     return pass->driver->cuMemcpyDtoHAsync(o->host_log, pass->steps->log, (size_t)pass->steps->log_bytes, pass->session->stream);
 }
@@ -72,10 +72,11 @@ static int64_t began(om_device_pass *pass, int state, int code) {
     return code == 0 ? 0 : OM_CARD_ERROR(code);
 }
 
-/* Begin a pass: the edits, which include its rows, tokens and positions where they are not what the device has. Returns 0 or
- * OM_CARD_ERROR. */
-OM_EXPORT int64_t om_card_begin(om_device_pass *pass, const om_card_steps *steps, int64_t num_rows, int64_t num_edits, int32_t is_stepwise) {
-    pass->steps = steps, pass->num_rows = num_rows, pass->at = 0, pass->num_on_cpu = 0, pass->cpu_s = 0.0;
+/* Begin a pass: the edits, which include its rows, tokens and positions where they are not what the device has; gives:
+ * OM_GIVES_HIDDEN and on. Returns 0 or OM_CARD_ERROR. */
+OM_EXPORT int64_t om_card_begin(om_device_pass *pass, const om_card_steps *steps, int64_t num_rows, int64_t num_edits, int32_t is_stepwise,
+                                int32_t gives) {
+    pass->steps = steps, pass->end = steps->ends[gives], pass->num_rows = num_rows, pass->at = 0, pass->num_on_cpu = 0, pass->cpu_s = 0.0;
     pass->began_s = om_card_seconds();
     int code = apply(pass, num_edits);
     if (code == 0) code = om_card_run_graph(pass, steps->begin);
@@ -96,9 +97,10 @@ OM_EXPORT int64_t om_card_continue(om_device_pass *pass, int64_t num_edits, int3
     return began(pass, OM_CARD_RUNNING, queue_layers(pass, pass->at, 1));
 }
 
-/* Apply edits while no pass is under way, and wait for them. */
-OM_EXPORT int64_t om_card_edit_tables(om_device_pass *pass, int64_t num_edits) {
+/* Apply edits while no pass is under way, run a graph behind them unless it is NULL, and wait. */
+OM_EXPORT int64_t om_card_run_between(om_device_pass *pass, int64_t num_edits, void *graph) {
     int code = apply(pass, num_edits);
+    if (code == 0 && graph != NULL) code = om_card_run_graph(pass, graph);
     if (code == 0) code = pass->driver->cuStreamSynchronize(pass->session->stream);
     return code == 0 ? 0 : OM_CARD_ERROR(code);
 }

@@ -15,6 +15,7 @@ struct om_device_pass {
     const om_driver *driver;
     om_card_notice *notice; /* what the card tells, as of its options */
     const om_card_steps *steps;
+    void *end;           /* the last graph of this pass */
     int state;
     int64_t at;          /* layer */
     int64_t num_rows;

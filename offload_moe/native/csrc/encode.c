@@ -160,3 +160,26 @@ OM_EXPORT void om_search_int8(const void *values, int32_t dtype, int64_t num_blo
                       .importance = importance, .codes = (uint8_t *)codes, .scales = scales, .is_int8 = 1};
     search(&job);
 }
+
+typedef struct {
+    float *values;
+    const float *scales, *feedback;
+    int64_t num_rows;
+    uint8_t *codes;
+} feedback_job;
+
+static void feed_back_unit(void *context, int64_t unit, int64_t next, int thread) {
+    const feedback_job *job = context;
+    const int64_t first = unit * OM_BLOCK;
+    (void)next, (void)thread;
+    om_active_isa()->feed_back_nf4_tile(job->values + first, job->scales + first, job->feedback, job->num_rows, job->codes + first);
+}
+
+/* Codes of 64 columns [64, num_rows] with these scales, one byte each; num_rows is a multiple of 64. The error of a column is
+ * subtracted from later ones times feedback[column, later], and takes the place of its values. */
+OM_EXPORT void om_feed_back_nf4(float *values, const float *scales, const float *feedback, int64_t num_rows, uint8_t *codes) {
+    feedback_job job = {.values = values, .scales = scales, .feedback = feedback, .num_rows = num_rows, .codes = codes};
+    om_pool_begin();
+    om_pool_run(feed_back_unit, &job, num_rows / OM_BLOCK);
+    om_pool_end();
+}

@@ -68,6 +68,7 @@ typedef struct {
     float (*search_nf4_scale)(const float *values, const float *weights);
     int (*choose_nf4_scale)(const float *values, const float *weights, const float *scales, int count, uint8_t *codes);
     float (*search_int8_block)(const float *values, const float *weights, int8_t *codes);
+    void (*feed_back_nf4_tile)(float *values, const float *scales, const float *feedback, int64_t stride, uint8_t *codes);
     const om_panel_set *panels;
     const om_vector_set *vectors;
 } om_isa;

@@ -125,4 +125,36 @@ static float search_int8_block(const float *values, const float *weights, int8_t
     return scale;
 }
 
-#define OM_SEARCH_TABLE search_nf4_scale, choose_nf4_scale, search_int8_block
+/* Codes of OM_BLOCK columns of OM_BLOCK rows, one column after the other: the error of each is subtracted from later columns,
+ * times feedback[64 x 64]'s row of that column, and takes the place of its values. Columns lie `stride` elements apart. */
+static void feed_back_nf4_tile(float *values, const float *scales, const float *feedback, int64_t stride, uint8_t *codes) {
+    for (int j = 0; j < OM_BLOCK; j++) {
+        float *column = values + j * stride, errors[OM_BLOCK];
+        const float *column_scales = scales + j * stride;
+        float scaled[OM_BLOCK], levels[OM_BLOCK];
+        int32_t counts[OM_BLOCK] = {0};
+        for (int i = 0; i < OM_BLOCK; i++) {
+            scaled[i] = column_scales[i] == 0.0f ? 0.0f : column[i] / column_scales[i];
+            levels[i] = om_nf4_values[0];
+        }
+        for (int k = 0; k < 15; k++) {
+            const float boundary = (om_nf4_values[k] + om_nf4_values[k + 1]) / 2.0f, next = om_nf4_values[k + 1];
+            for (int i = 0; i < OM_BLOCK; i++) {
+                counts[i] += scaled[i] > boundary;
+                levels[i] = scaled[i] > boundary ? next : levels[i];
+            }
+        }
+        for (int i = 0; i < OM_BLOCK; i++) {
+            codes[j * stride + i] = (uint8_t)counts[i];
+            errors[i] = column[i] - column_scales[i] * levels[i];
+            column[i] = errors[i];
+        }
+        for (int k = j + 1; k < OM_BLOCK; k++) {
+            const float share = feedback[j * OM_BLOCK + k];
+            float *later = values + k * stride;
+            for (int i = 0; i < OM_BLOCK; i++) later[i] -= errors[i] * share;
+        }
+    }
+}
+
+#define OM_SEARCH_TABLE search_nf4_scale, choose_nf4_scale, search_int8_block, feed_back_nf4_tile

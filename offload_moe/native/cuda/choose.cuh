@@ -51,9 +51,9 @@ OM_DEVICE void greatest(const om_card_choose_params &p, u64 *partial) {
     if (threadIdx.x == 0) p.greatest[(long long)row * gridDim.x + blockIdx.x] = mine;
 }
 
-/* Philox 4x32-10: 64 random bits of a seed, a position and a row. Source: Salmon et al., "Parallel random numbers" (2011). */
-OM_DEVICE u64 random_bits(u64 seed, u64 position, u32 row) {
-    u32 counter[4] = {(u32)position, (u32)(position >> 32), row, 0}, key0 = (u32)seed, key1 = (u32)(seed >> 32);
+/* Philox 4x32-10: 64 random bits of a seed and a position. Source: Salmon et al., "Parallel random numbers" (2011). */
+OM_DEVICE u64 random_bits(u64 seed, u64 position) {
+    u32 counter[4] = {(u32)position, (u32)(position >> 32), 0, 0}, key0 = (u32)seed, key1 = (u32)(seed >> 32);
 #pragma unroll
     for (int round = 0; round < 10; round++) {
         const u64 first = (u64)0xd2511f53u * counter[0], second = (u64)0xcd9e8d57u * counter[2];
@@ -165,9 +165,9 @@ template <int GOAL> OM_DEVICE u32 select(const draw &d, const goal &g, choose_me
     return prefix;
 }
 
-OM_DEVICE int drawn(const om_card_sampling &s, draw &d, int row, choose_memory &m) {
+OM_DEVICE int drawn(const om_card_sampling &s, draw &d, int position, choose_memory &m) {
     const goal count = {(u64)(s.top_k > 0 ? s.top_k : 0)}, share = {(u64)__float2int_rn(__fmul_rn(s.top_p, 16777216.0f))};
-    const goal random = {random_bits(s.seed, s.position, row)};
+    const goal random = {random_bits(s.seed, (u64)position)};
     if (s.top_k > 0) d.depth = select<OM_BY_COUNT>(d, count, m);
     if (s.top_p < 1.0f) d.depth = select<OM_BY_SHARE>(d, share, m);
     return (int)select<OM_BY_DRAW>(d, random, m);
@@ -180,13 +180,13 @@ OM_DEVICE void choose(const om_card_choose_params &p, choose_memory &m) {
     const u64 mine = threadIdx.x < num_parts ? p.greatest[(long long)row * num_parts + threadIdx.x] : 0;
     const u64 greatest = greatest_of_block<OM_CHOOSE_THREADS>(mine, m.partial);
     int token = (int)(0xffffffffu - (u32)greatest);
-    const om_card_sampling &s = *p.sampling;
+    const om_card_sampling &s = p.sampling[row];
     draw d = {p.logits + (long long)row * p.num_tokens, p.num_tokens, 0.0f, 0.0f, 0xffffffffu};
     d.greatest = d.logits[token];
     const bool is_finite = (__float_as_uint(d.greatest) & 0x7fffffffu) < 0x7f800000u;
     if (s.temperature > 0.0f && is_finite) {
         d.inverse = __fdiv_rn(1.0f, s.temperature);
-        token = drawn(s, d, row, m);
+        token = drawn(s, d, p.positions[row], m);
     }
     if (threadIdx.x == 0) p.tokens[row] = token;
 }

@@ -8,6 +8,8 @@
  *   OM_DEFINE_SECOND(name, codec, intermediate, hidden, R)
  *   OM_DEFINE_MLP_FIRST(name, codec, next_codec, hidden, intermediate, R, activation)
  *   OM_DEFINE_MLP_SECOND(name, codec, intermediate, hidden, R)
+ *   OM_DEFINE_VALUES_FIRST(name, codec, hidden, intermediate, R, activation)   the same of plain numbers
+ *   OM_DEFINE_VALUES_SECOND(name, codec, intermediate, hidden, R)
  *   OM_DEFINE_EMBED(name, codec, hidden)
  *   OM_DEFINE_GREATEST(name)
  *   OM_DEFINE_CHOOSE(name)
@@ -20,4 +22,4 @@
 #include "experts.cuh"
 #include "linear.cuh"
 #include "norm.cuh"
-#include "values.cuh"
+#include "values_mlp.cuh"

@@ -112,6 +112,24 @@ typedef struct {
     int stride; /* in rows of H */
 } om_card_mlp_second_params;
 
+/* Both for a gated MLP of plain numbers. Grid: OM_VALUES_BLOCKS of I; of H. */
+typedef struct {
+    om_card_pass pass;
+    const float *x; /* [T, H] */
+    om_card_matrix matrices[2];
+    const unsigned char *records[2];
+    float *hidden; /* [T, I] */
+} om_card_values_first_params;
+typedef struct {
+    om_card_pass pass;
+    const float *x; /* [T, I] */
+    om_card_matrix matrix;
+    const unsigned char *record;
+    const float *shares;
+    float *out;
+    int stride; /* in rows of H */
+} om_card_values_second_params;
+
 /* x[T, H] = scale * table[tokens[T]]. Grid: OM_EMBED_BLOCKS, R. */
 typedef struct {
     om_card_pass pass;
@@ -122,13 +140,13 @@ typedef struct {
     int num_tokens; /* V */
 } om_card_embed_params;
 
-/* How tokens are chosen, in device memory. */
+/* How a row's token is chosen, in device memory. A draw depends on its seed and the row's position alone. */
 typedef struct {
     float temperature; /* 0: the greatest logit */
     float top_p;       /* 1: all tokens */
     int top_k;         /* 0: all tokens */
     int reserved;
-    unsigned long long seed, position; /* a draw depends on these and on the row alone */
+    unsigned long long seed;
 } om_card_sampling;
 
 /* The greatest logit of each part of a row. Grid: OM_GREATEST_BLOCKS(V), R. Then the next token of each row. Grid: R. */
@@ -136,8 +154,9 @@ typedef struct {
     om_card_pass pass;
     const float *logits;          /* [T, V] */
     unsigned long long *greatest; /* [T, OM_GREATEST_BLOCKS(V)] */
-    const om_card_sampling *sampling;
-    int *tokens; /* [T] */
+    const om_card_sampling *sampling; /* [T] */
+    const int *positions;             /* [T], in their sequences */
+    int *tokens;                      /* [T] */
     int num_tokens; /* V */
 } om_card_choose_params;
 

@@ -33,7 +33,8 @@ typedef struct {
     int reserved;
     int positions[OM_CARD_ROWS]; /* of each row in its sequence */
     int advance[OM_CARD_ROWS];   /* what the last kernel adds to them */
-    int tokens[OM_CARD_ROWS];
+    int tokens[OM_CARD_ROWS];    /* of the pass; behind it, those that it has chosen */
+    om_card_sampling draws[OM_CARD_ROWS];
 } om_card_state;
 
 /* Written by `apply`, `resolve` and `admit`, and by nothing else. */
@@ -80,6 +81,10 @@ typedef struct {
 #define OM_EDIT_OWNED 9
 #define OM_EDIT_STOP 10
 #define OM_EDIT_PASS 11 /* its number */
+#define OM_EDIT_TEMPERATURE 12 /* the bits of an fp32 number, as of the next one */
+#define OM_EDIT_TOP_P 13
+#define OM_EDIT_TOP_K 14
+#define OM_EDIT_SEED 15
 
 /* Grid: OM_CARD_UP(num_edits, OM_APPLY_THREADS). It runs when the pass is stopped, too. */
 typedef struct {

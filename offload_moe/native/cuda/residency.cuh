@@ -34,6 +34,10 @@ extern "C" __global__ void __launch_bounds__(OM_APPLY_THREADS) om_apply(const om
     if (kind == OM_EDIT_OWNED) p.state->num_owned = (int)value;
     if (kind == OM_EDIT_STOP) p.state->stop = (int)value;
     if (kind == OM_EDIT_PASS) p.state->token = (int)value;
+    if (kind == OM_EDIT_TEMPERATURE) p.state->draws[at].temperature = __uint_as_float((unsigned)value);
+    if (kind == OM_EDIT_TOP_P) p.state->draws[at].top_p = __uint_as_float((unsigned)value);
+    if (kind == OM_EDIT_TOP_K) p.state->draws[at].top_k = (int)value;
+    if (kind == OM_EDIT_SEED) p.state->draws[at].seed = value;
 }
 
 extern "C" __global__ void __launch_bounds__(OM_RESOLVE_THREADS) om_resolve(const om_card_resolve_params p) {

@@ -63,14 +63,11 @@ OM_DEVICE float sum_of_row(const float (&lanes)[4]) {
     return __fadd_rn(__fadd_rn(sum[0], sum[2]), __fadd_rn(sum[1], sum[3]));
 }
 
-template <int CODEC, int COLS, int R> OM_DEVICE void values(const om_card_linear_params &p) {
-    if (*p.pass.stop) return;
-    constexpr int ROWS = OM_VALUES_THREADS / 8, WHOLE = COLS / 32 * 32;
+/* sums[t]: row `row` of a plane times row t of x, by the eight threads of a row, which all have it. */
+template <int CODEC, int COLS, int R> OM_DEVICE void multiply_row(const u8 *plane, int row, const float *x, float (&sums)[R]) {
+    constexpr int WHOLE = COLS / 32 * 32;
     constexpr bool IS_BF16 = CODEC == OM_BF16;
-    int at = blockIdx.x;
-    const int which = find_matrix(p, ROWS, at), num_rows = *p.pass.num_rows, rows = p.matrices[which].rows;
-    const int wanted = at * ROWS + threadIdx.x / 8, row = wanted < rows ? wanted : rows - 1, part = threadIdx.x % 8;
-    const u8 *plane = p.records[which] + p.matrices[which].codes;
+    const int part = threadIdx.x % 8;
     const long long first = (long long)row * COLS;
     lanes_of_four<R> lanes;
 #pragma unroll
@@ -80,18 +77,34 @@ template <int CODEC, int COLS, int R> OM_DEVICE void values(const om_card_linear
 #pragma unroll 4
     for (int i = 4 * part; i < WHOLE; i += 32) {
         const four weights = COLS % 4 == 0 ? load_four(IS_BF16, plane, first + i) : load_some(IS_BF16, plane, first, i, COLS);
-        add_four<COLS, R>(weights, p.x, i, true, lanes);
+        add_four<COLS, R>(weights, x, i, true, lanes);
     }
     if (WHOLE < COLS) { /* lanes behind the last column add a product of zeros */
         const four weights = load_some(IS_BF16, plane, first, WHOLE + 4 * part, COLS);
-        add_four<COLS, R>(weights, p.x, WHOLE + 4 * part, false, lanes);
+        add_four<COLS, R>(weights, x, WHOLE + 4 * part, false, lanes);
     }
 #pragma unroll
+    for (int t = 0; t < R; t++) sums[t] = sum_of_row(lanes.of[t]);
+}
+
+/* With the bias in its record, or none: as the library does, no result is -0 then. */
+OM_DEVICE float with_own_bias(const u8 *record, const om_card_matrix &matrix, int row, float sum) {
+    return __fadd_rn(sum, matrix.bias < 0 ? 0.0f : bias_at(record, matrix, row));
+}
+
+template <int CODEC, int COLS, int R> OM_DEVICE void values(const om_card_linear_params &p) {
+    if (*p.pass.stop) return;
+    constexpr int ROWS = OM_VALUES_THREADS / 8;
+    int at = blockIdx.x;
+    const int which = find_matrix(p, ROWS, at), num_rows = *p.pass.num_rows, rows = p.matrices[which].rows;
+    const int wanted = at * ROWS + threadIdx.x / 8, row = wanted < rows ? wanted : rows - 1, part = threadIdx.x % 8;
+    float sums[R];
+    multiply_row<CODEC, COLS, R>(p.records[which] + p.matrices[which].codes, row, p.x, sums);
+#pragma unroll
     for (int t = 0; t < R; t++) {
-        float sum = sum_of_row(lanes.of[t]);
-        if (p.matrices[which].bias < 0) sum = __fadd_rn(sum, 0.0f); /* as the library does: no result is -0 */
-        if (part == 0 && wanted < rows && t < num_rows)
-            p.outs[which][(long long)t * rows + row] = with_biases(p, which, row, sum);
+        float value = with_own_bias(p.records[which], p.matrices[which], row, sums[t]);
+        if (p.biases[which]) value = __fadd_rn(value, p.biases[which][row]);
+        if (part == 0 && wanted < rows && t < num_rows) p.outs[which][(long long)t * rows + row] = value;
     }
 }
 

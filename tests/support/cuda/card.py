@@ -31,6 +31,8 @@ KINDS = {
     "SECOND": ("om_card_second_params", "OM_SECOND_THREADS({1}, {3})", "OM_SECOND_BLOCKS({2}, {1})"),
     "MLP_FIRST": ("om_card_mlp_first_params", "OM_FIRST_THREADS({2}, {4}, 1)", "OM_FIRST_BLOCKS({3})"),
     "MLP_SECOND": ("om_card_mlp_second_params", "OM_SECOND_THREADS({1}, {3})", "OM_SECOND_BLOCKS({2}, {1})"),
+    "VALUES_FIRST": ("om_card_values_first_params", "OM_VALUES_THREADS", "OM_VALUES_BLOCKS({2})"),
+    "VALUES_SECOND": ("om_card_values_second_params", "OM_VALUES_THREADS", "OM_VALUES_BLOCKS({2})"),
     "EMBED": ("om_card_embed_params", "OM_EMBED_THREADS", "OM_EMBED_BLOCKS({1})"),
     "GREATEST": ("om_card_choose_params", "OM_GREATEST_THREADS", "1"),
     "CHOOSE": ("om_card_choose_params", "OM_CHOOSE_THREADS", "1"),

@@ -85,6 +85,7 @@ def nvrtc(mode: str = "race") -> str:
 def library(source: str) -> Path:
     text = "".join(file.read_text() for file in sorted(shim.SHIM.glob("*.[ch]*")))
     text += "".join((CSRC / name).read_text() for name in ("card_driver.h", "om_kernels.h", "api.h"))
+    text += "".join((shim.KERNELS / name).read_text() for name in ("pass.h", "params.h"))
     path = shim.CACHE / f"{Path(source).stem}-{hashlib.sha256((text + ' '.join(FLAGS)).encode()).hexdigest()[:24]}.so"
     if not path.exists():
         shim.CACHE.mkdir(mode=0o700, exist_ok=True)

@@ -66,8 +66,11 @@ static void count_copy(size_t num_bytes) { counts["copies"]++, counts["copied_by
 
 using namespace fake;
 
-#define CALL(name, parameters, context, ...) \
+#define CALL(name, parameters, context, ...) CALL_OF_PASSES(name, parameters, context, , __VA_ARGS__)
+/* quick: first, without a lock or a count, for the option `at_once`. */
+#define CALL_OF_PASSES(name, parameters, context, quick, ...) \
     extern "C" __attribute__((visibility("default"))) int name parameters { \
+        quick \
         std::lock_guard<std::recursive_mutex> guard(fake::lock); \
         if (const int code = begin(#name, context)) return code; \
         __VA_ARGS__ \

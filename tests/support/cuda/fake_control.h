@@ -4,6 +4,7 @@
 
 #define CONTROL extern "C" __attribute__((visibility("default")))
 CONTROL void omHostAccess(const void *at, int64_t num_bytes, int kind) {
+    if (set.at_once) return;
     std::lock_guard<std::recursive_mutex> guard(fake::lock);
     const uint64_t begin = cards_memory.canonical((uint64_t)at);
     if (cards_memory.is_of_card(begin)) return report("the host touches " + cards_memory.words(begin));
@@ -26,6 +27,7 @@ CONTROL const char *omFakeProblem(int64_t number) { return number < (int64_t)pro
 CONTROL void omFakeReset() {
     operations.clear(), cards_memory.clear();
     streams.clear(), events.clear(), graphs.clear(), executables.clear(), modules.clear();
+    executable::pass = 1;
     fake::set = {}, failures.clear(), counts.clear(), problems.clear(), executed.clear();
     const auto place = std::move(orders.place);
     orders = {};

@@ -30,9 +30,9 @@ CALL(cuDeviceGetAttribute, (int *value, int attribute, int), false,
 CALL(cuDeviceTotalMem_v2, (size_t *num_bytes, int), false, *num_bytes = (size_t)set.vram; return 0;)
 CALL(cuDevicePrimaryCtxRetain, (void **made, int), false, *made = &context; return 0;)
 CALL(cuDevicePrimaryCtxRelease_v2, (int), false, return 0;)
-CALL(cuCtxSetCurrent, (void *wanted), false, current = wanted; return wanted && wanted != &context ? 201 : 0;)
+CALL_OF_PASSES(cuCtxSetCurrent, (void *wanted), false, if (set.at_once) { current = wanted; return 0; }, current = wanted; return wanted && wanted != &context ? 201 : 0;)
 CALL(cuCtxGetCurrent, (void **found), false, *found = current; return 0;)
-CALL(cuCtxSynchronize, (), true,
+CALL_OF_PASSES(cuCtxSynchronize, (), true, if (set.at_once) return 0;,
      counts["synchronizations"]++;
      operations.finish_all();
      for (void *s : streams) operations.finish(of(s).tail);
@@ -93,7 +93,7 @@ CALL(cuMemcpyHtoDAsync_v2, (uint64_t to, const void *from, size_t num_bytes, voi
          if (cards_memory.reaches(to, num_bytes)) std::memcpy((void *)to, staged.data(), num_bytes);
      }, true);
      return code;)
-CALL(cuMemcpyDtoHAsync_v2, (void *to, uint64_t from, size_t num_bytes, void *s), true,
+CALL_OF_PASSES(cuMemcpyDtoHAsync_v2, (void *to, uint64_t from, size_t num_bytes, void *s), true, if (set.at_once) return 0;,
      ALIVE(streams, s)
      count_copy(num_bytes);
      if (set.no_kernels) return 0;
@@ -119,7 +119,7 @@ CALL(cuStreamCreate, (void **made, unsigned flags), true,
      return 0;)
 CALL(cuStreamDestroy_v2, (void *s), true, ALIVE(streams, s) streams.erase(s); delete (stream *)s; return 0;)
 CALL(cuStreamSynchronize, (void *s), true, ALIVE(streams, s) return synchronize(of(s).tail);)
-CALL(cuStreamQuery, (void *s), true, ALIVE(streams, s) return operations.query(of(s).tail) ? 0 : 600;)
+CALL_OF_PASSES(cuStreamQuery, (void *s), true, if (set.at_once) return 0;, ALIVE(streams, s) return operations.query(of(s).tail) ? 0 : 600;)
 CALL(cuStreamWaitEvent, (void *s, void *e, unsigned), true,
      ALIVE(streams, s) ALIVE(events, e)
      if (!((event *)e)->is_recorded) report("a stream waits for an event that was never recorded: it does not wait");
@@ -149,7 +149,8 @@ CALL(cuModuleGetFunction, (void **made, void *m, const char *name), true,
          if (!std::strcmp(e->name, name)) return *made = new function{(module *)m, e}, 0;
      return 500;)
 CALL(cuFuncGetAttribute, (int *value, int attribute, void *), true, *value = attribute == 0 ? 1024 : attribute == 4 ? 64 : 0; return 0;)
-CALL(cuLaunchKernel, (void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned, void *s, void **params, void **), true,
+CALL_OF_PASSES(cuLaunchKernel, (void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned, void *s, void **params, void **), true,
+     if (set.at_once) return 0;,
      ALIVE(streams, s)
      counts["kernels"]++;
      if (set.no_kernels && !executed.count(((function *)f)->entry->name)) return 0;

@@ -1,5 +1,6 @@
 /* Kernels and graphs of the fake card. A module's image names a library that `shim.py` compiled. */
 #pragma once
+#include "../cuda/pass.h"
 #include "entries.h"
 #include "fake_queue.h"
 #include <dlfcn.h>
@@ -94,21 +95,43 @@ struct capture {
 struct executable {
     std::vector<node> nodes; /* copies: parameters of the graph that change later do not matter */
     std::map<const node *, size_t> numbers;
-    size_t num_kernels = 0, num_running = 0; /* of those: kernels that run in spite of `no_kernels` */
+    size_t num_kernels = 0;
     reference last; /* a launch follows the launch before it */
+    /* For the option `at_once`. */
+    volatile unsigned *stamp = nullptr; /* of the host, where the graph has a router */
+    unsigned layer = 0, num_layers = 0;
+    bool is_end = false; /* of a pass */
+    static inline unsigned pass = 1;
 
     explicit executable(const graph &g) : numbers(g.numbers) {
         for (const auto &n : g.nodes) {
             nodes.push_back(*n);
-            if (n->kind == node::KERNEL) num_kernels++, num_running += n->kernel.runs();
+            if (n->kind == node::KERNEL) note_for_launches_at_once(n->kernel);
+            if (n->kind == node::KERNEL) num_kernels++;
         }
         cards_memory.num_for_graphs += nodes.size() * (uint64_t)set.node_bytes;
     }
     ~executable() { cards_memory.num_for_graphs -= nodes.size() * (uint64_t)set.node_bytes; }
 
+    void note_for_launches_at_once(const launch &l) {
+        const std::string name = l.what->entry->name;
+        is_end = is_end || name == "om_finish";
+        if (name != "om_resolve") return;
+        const auto *p = (const om_card_resolve_params *)l.params.data();
+        stamp = &p->notice->stamp, layer = (unsigned)p->layer, num_layers = (unsigned)p->num_layers;
+    }
+
+    int launch_at_once() const {
+        if (stamp) *stamp = pass * num_layers + layer + 1;
+        if (is_end) pass++;
+        return 0;
+    }
+
     void launch_on(stream &s) {
+        if (is_end) pass++;
         counts["nodes"] += (int64_t)nodes.size(), counts["kernels"] += (int64_t)num_kernels;
-        if (set.no_kernels && num_running == 0) return;
+        const auto runs = [](const node &n) { return n.kind == node::KERNEL && n.kernel.runs(); };
+        if (set.no_kernels && (executed.empty() || std::none_of(nodes.begin(), nodes.end(), runs))) return;
         std::vector<reference> made;
         for (const node &n : nodes) {
             std::vector<reference> after;

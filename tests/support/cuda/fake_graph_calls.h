@@ -35,7 +35,8 @@ CALL(cuGraphInstantiateWithFlags, (void **made, void *g, unsigned long long), tr
      executables.insert(*made = new executable(*(graph *)g));
      return 0;)
 CALL(cuGraphUpload, (void *e, void *s), true, ALIVE(executables, e) ALIVE(streams, s) return 0;)
-CALL(cuGraphLaunch, (void *e, void *s), true, ALIVE(executables, e) ALIVE(streams, s) ((executable *)e)->launch_on(of(s)); return 0;)
+CALL_OF_PASSES(cuGraphLaunch, (void *e, void *s), true, if (set.at_once) return ((executable *)e)->launch_at_once();,
+     ALIVE(executables, e) ALIVE(streams, s) ((executable *)e)->launch_on(of(s)); return 0;)
 CALL(cuGraphExecKernelNodeSetParams_v2, (void *e, void *handle, const om_kernel_node *params), true,
      ALIVE(executables, e)
      auto *x = (executable *)e;

@@ -23,6 +23,7 @@ struct options {
     int64_t architecture = 86, num_cards = 1;
     int64_t adopts = 0;         /* memory of the process that is not declared the host's counts as the card's: torch's stands for it */
     int64_t node_bytes = 0;     /* VRAM that a node of an executable graph occupies */
+    int64_t at_once = 0;        /* calls of passes return at once, for measuring the host's: routers find all experts on the card */
 };
 
 struct failure {
@@ -44,7 +45,7 @@ inline int64_t *option(const std::string &name) {
         {"vram", &options::vram}, {"vram_elsewhere", &options::vram_elsewhere}, {"lockable", &options::lockable},
         {"lock_error", &options::lock_error}, {"lost_after", &options::lost_after}, {"lost_code", &options::lost_code},
         {"architecture", &options::architecture}, {"num_cards", &options::num_cards}, {"adopts", &options::adopts},
-        {"node_bytes", &options::node_bytes}};
+        {"node_bytes", &options::node_bytes}, {"at_once", &options::at_once}};
     const auto found = all.find(name);
     return found == all.end() ? nullptr : &(set.*found->second);
 }

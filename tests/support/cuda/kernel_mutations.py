@@ -16,6 +16,7 @@ TESTS = {
     "quantize.cuh": ["linear", "experts"],
     "segments.cuh": ["linear", "experts"],
     "values.cuh": ["linear"],
+    "values_mlp.cuh": ["values_mlp"],
 }
 # Tests of sizes and of what is not there.
 BOUNDS = [
@@ -62,7 +63,11 @@ BOUNDS = [
     ("values.cuh", "part == 0 && wanted < rows && t < num_rows", "part == 0 && wanted < rows"),
     ("values.cuh", "part == 0 && wanted < rows && t < num_rows", "part == 0 && t < num_rows"),
     ("values.cuh", "at + j < end ?", "true ?"),
-    ("values.cuh", "sum = __fadd_rn(sum, 0.0f);", ";"),
+    ("values_mlp.cuh", "wanted < INTERMEDIATE && t < num_rows", "t < num_rows"),
+    ("values_mlp.cuh", "wanted < INTERMEDIATE && t < num_rows", "wanted < INTERMEDIATE"),
+    ("values_mlp.cuh", "wanted >= ROWS || t >= num_rows", "t >= num_rows"),
+    ("values_mlp.cuh", "wanted >= ROWS || t >= num_rows", "wanted >= ROWS"),
+    ("values.cuh", "matrix.bias < 0 ? 0.0f :", "matrix.bias < 0 ? -0.0f :"),
 ]
 # Orders, roundings and operands.
 OPERATIONS = [
@@ -123,6 +128,8 @@ OPERATIONS = [
     ("segments.cuh", "__fadd_rn(total, part[s * T * 16])", "__fadd_rn(total, part[(count - 1 - s) * T * 16])"),
     ("segments.cuh", "row * BLOCKS + block) >> 8", "row * BLOCKS) >> 8"),
     ("values.cuh", "for (int d = 4; d; d >>= 1)", "for (int d = 1; d < 8; d *= 2)"),
+    ("values_mlp.cuh", "p.shares ? __fmul_rn(p.shares[t], value) : value", "value"),
+    ("values_mlp.cuh", "activation<ACTIVATION>(of_gate), of_up", "activation<ACTIVATION>(of_up), of_gate"),
     (
         "values.cuh",
         "__fadd_rn(__fadd_rn(sum[0], sum[2]), __fadd_rn(sum[1], sum[3]))",

@@ -84,6 +84,9 @@ def kernels(model: Model, rows: int) -> Iterator[Kernel]:
             yield _line("MLP_SECOND", f"OM_{codec}", width, hidden, rows)
         for columns in sorted({hidden, out_columns(model)}):
             yield _line("LINEAR", f"OM_{codec}", columns, rows)
+    for width in model.mlps:
+        yield _line("VALUES_FIRST", "OM_BF16", hidden, width, rows, activation)
+        yield _line("VALUES_SECOND", "OM_BF16", width, hidden, rows)
     yield _line("VALUES", "OM_BF16", hidden, rows)
     yield _line("VALUES", "OM_FP32", hidden, rows)
     if rows > 1:
@@ -139,5 +142,6 @@ def residency() -> tuple[str, dict[str, Kernel]]:
 
 def rows_of(kernel: Kernel | list[str]) -> int:
     """The rows that a kernel was compiled for; 1 where it has no number of them."""
-    at = {"FIRST": 4, "SECOND": 4, "MLP_FIRST": 5, "MLP_SECOND": 4, "LINEAR": 3, "VALUES": 3, "ABSORB": 8, "EXPAND": 6}
+    at = {"FIRST": 4, "SECOND": 4, "MLP_FIRST": 5, "MLP_SECOND": 4, "VALUES_FIRST": 4, "VALUES_SECOND": 4}
+    at |= {"LINEAR": 3, "VALUES": 3, "ABSORB": 8, "EXPAND": 6}
     return int(kernel[at[kernel[0]]]) if kernel[0] in at else 1

@@ -1,0 +1,235 @@
+"""Several conversations that share passes, beside the same ones one after another; and many clients of a server.
+
+    python benchmarks/batching.py [STORE] [--threads 2] [--trials 5] [--conversations 4] [--tokens 64] [--resident 0.25]
+
+Answers are drawn with a seed each, at a temperature that spreads the choice of experts; their prompts, of different
+lengths, are computed before the clock runs. `together`: a token of each in turn, in passes of as many rows as pay.
+`one after another`: first come, first served. The tokens are the same both ways, which is checked. Trials alternate.
+
+four_conversations_ratio           tokens per second together over one after another, every expert resident
+four_conversations_share_of_bound  that over the gain which the bytes read allow: dense weights once per pass, and each
+                                   expert that one of its rows chose
+four_conversations_disk_ratio      the ratio with so many of the experts in RAM (`--resident`), the rest read from disk
+
+The clients (`--clients`, 0 for none) are threads of another process, which stream answers of mixed lengths through the
+server, 8 at once; the others wait. `p95_ms`: of the time between two tokens, of all clients, and of one that is alone.
+The chunks of other prompts come between; `prompt_ms` is what the longest takes. The last line of stdout is one JSON
+document.
+"""
+
+import argparse
+import http.client
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+from harness import HOT_SAMPLING, alternate, bind_to_cores, finish, paired_ratio, prompt_ids, spread
+from run_store import fill
+from serve import served
+from speculation import Bound, Figures
+
+TOGETHER, APART = "together", "one after another"
+PARALLEL = 8
+
+
+class Conversations:
+    """Answers of one loaded model."""
+
+    def __init__(self, model: Any, options: argparse.Namespace) -> None:
+        self.model, self._options = model, options
+        self._size = model.hf.config.get_text_config(decoder=True).vocab_size
+        self._expected: dict[int, list[int]] = {}
+        self.last: dict[str, Figures] = {}
+
+    def apart(self) -> float:
+        return self._measured(APART, [[number] for number in range(self._options.conversations)])
+
+    def together(self) -> float:
+        return self._measured(TOGETHER, [range(self._options.conversations)])
+
+    def _measured(self, way: str, groups: Sequence[Sequence[int]]) -> float:
+        """Tokens per second of groups of conversations, behind the first token of each."""
+        from offload_moe.residency.counters import Counters
+
+        elapsed_s, seen, num_tokens = 0.0, Counters(), 0
+        for group in groups:
+            streams = {number: self._begun(number) for number in group}
+            before, began_s, left = self.model.stats.copy(), time.perf_counter(), list(streams.values())
+            while left:
+                left = [stream for stream in left if next(stream, None) is not None]
+            elapsed_s += time.perf_counter() - began_s
+            seen = seen.plus(self.model.stats.since(before))
+            for number, stream in streams.items():
+                num_tokens += len(stream.tokens) - 1
+                assert stream.tokens == self._expected.setdefault(number, stream.tokens), "an answer has changed"
+        figures = Figures(num_tokens / elapsed_s, seen.num_passes, seen.num_accesses / seen.num_acquires)
+        self.last[way] = figures
+        return figures.rate
+
+    def _begun(self, number: int) -> Any:
+        """A stream behind its first token."""
+        import torch
+
+        from offload_moe.chat.prompt import stream_tokens
+
+        length = self._options.prompt_tokens * (number + 1) // self._options.conversations
+        ids = [token % self._size for token in prompt_ids(number, max(1, length))]
+        sampling = HOT_SAMPLING | {"seed": number, "max_new_tokens": self._options.tokens, "speculate": "off"}
+        stream = stream_tokens(self.model.hf, None, torch.tensor([ids]), **sampling)
+        next(stream)
+        return stream
+
+
+def compared(model: Any, options: argparse.Namespace) -> dict[str, Any]:
+    conversations = Conversations(model, options)
+    ways: dict[str, Callable[[], float]] = {APART: conversations.apart, TOGETHER: conversations.together}
+    rates = alternate(ways, num_trials=options.trials)
+    last, ratio = conversations.last, paired_ratio(rates, TOGETHER, APART)
+    bound = Bound(model).gain(last[APART], last[TOGETHER])
+    return {
+        "tokens_per_s": {way: spread(values) for way, values in rates.items()},
+        "ratio": ratio,
+        "rows_per_pass": last[APART].num_passes / last[TOGETHER].num_passes,
+        "experts_per_pass": {way: figures.experts_per_pass for way, figures in last.items()},
+        "byte_bound": bound,
+        "share_of_bound": {name: value / bound for name, value in ratio.items()},
+    }
+
+
+@contextmanager
+def loaded(options: argparse.Namespace, share: float | None) -> Iterator[Any]:
+    """share: of the experts that have a slot; None for all."""
+    from offload_moe import load
+
+    # The plan is for one conversation, and all of them are to have room beside the slots.
+    context, ram = options.conversations * (options.prompt_tokens + options.tokens), None
+    if share is not None:
+        with load(options.store, context=context) as model:
+            ram = model.placement.ram.bytes_with(max(1, int(share * model.engine.hierarchy.pools.keys.total)))
+    with load(options.store, ram=ram, context=context) as model:
+        model.hf.generation_config.eos_token_id = None
+        if share is None:
+            fill(model)
+        yield model
+
+
+def gaps_ms(port: int, client: int, options: argparse.Namespace) -> list[float]:
+    """Milliseconds between the events of one stream, of which nearly each is a token."""
+    ids = [token % options.vocabulary for token in prompt_ids(client, 1 + options.prompt_tokens * (client % 4) // 4)]
+    body = {"model": "x", "prompt": ids, "max_tokens": options.tokens * (2 + client % 3) // 4, "seed": client}
+    body |= {
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": True,
+        "temperature": 2.0,
+        "top_k": 0,
+    }
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    times = [time.perf_counter() for line in connection.getresponse() if line.startswith(b"data: {")]
+    connection.close()
+    return [1e3 * (after - before) for before, after in pairwise(times)]
+
+
+def ask_many(port: int, num_clients: int, options: argparse.Namespace) -> list[float]:
+    """From another process."""
+    command = [sys.executable, __file__, "--port", str(port), "--clients", str(num_clients)]
+    command += ["--tokens", str(options.tokens), "--prompt-tokens", str(options.prompt_tokens)]
+    command += ["--vocabulary", str(options.vocabulary)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return list(json.loads(done.stdout))
+
+
+def p95(values: list[float]) -> float:
+    return sorted(values)[int(0.95 * len(values))]
+
+
+def prompt_s(model: Any, options: argparse.Namespace) -> float:
+    """Seconds of the longest prompt."""
+    import torch
+
+    from offload_moe.chat.prompt import stream_tokens
+
+    ids = [token % options.vocabulary for token in prompt_ids(0, options.prompt_tokens)]
+    with stream_tokens(model.hf, None, torch.tensor([ids]), max_new_tokens=1, temperature=0) as stream:
+        next(stream)
+        return stream.prompt_s
+
+
+def clients(model: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Between two tokens, at the 95th percentile."""
+    options.vocabulary = min(20_300, model.hf.config.get_text_config(decoder=True).vocab_size)
+    with served(model, parallel=PARALLEL, queue=options.clients) as port:
+        ways = {
+            str(number): lambda number=number: p95(ask_many(port, number, options)) for number in (1, options.clients)
+        }
+        found = alternate(ways, num_trials=options.trials)
+    return {
+        "p95_ms": {number: spread(values) for number, values in found.items()},
+        "ratio": paired_ratio(found, str(options.clients), "1"),
+        "prompt_ms": spread([1e3 * prompt_s(model, options) for _ in range(options.trials)]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", nargs="?", default="demo")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--trials", type=int, default=5)
+    parser.add_argument("--conversations", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="of the longest prompt")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--resident", type=float, default=0.25, help="share of the experts in RAM")
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--vocabulary", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.port is not None:
+        with ThreadPoolExecutor(options.clients) as pool:
+            found = pool.map(lambda client: gaps_ms(options.port, client, options), range(options.clients))
+            print(json.dumps([gap for gaps in found for gap in gaps]))
+        return
+    bind_to_cores(options.threads)
+    import torch
+
+    from offload_moe.native import kernels
+
+    torch.set_num_threads(options.threads)
+    kernels.set_threads(options.threads)
+    document: dict[str, Any] = {}
+    for name, share in (("resident", None), ("disk", options.resident)):
+        with loaded(options, share) as model:
+            document[name] = found = compared(model, options)
+            ratio, bound = found["ratio"], found["byte_bound"]
+            print(
+                f"{name}: {ratio['median']:.2f} times one after another ({ratio['min']:.2f} to {ratio['max']:.2f}), "
+                f"{found['rows_per_pass']:.2f} rows a pass, byte bound {bound:.2f}"
+            )
+            if share is None and options.clients:
+                document["clients"] = clients(model, options)
+    finish(
+        {
+            "benchmark": "batching",
+            "label": "measured",
+            "store": options.store,
+            "threads": options.threads,
+            "num_conversations": options.conversations,
+            "num_tokens": options.tokens,
+            "num_prompt_tokens": options.prompt_tokens,
+            "resident_share": options.resident,
+            "four_conversations_ratio": document["resident"]["ratio"],
+            "four_conversations_share_of_bound": document["resident"]["share_of_bound"],
+            "four_conversations_disk_ratio": document["disk"]["ratio"],
+            **document,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""LoRA adapters in PEFT's files, merged into the weights of a checkpoint as they are read.
+
+O out features, K in features, r rank. Source: peft, src/peft/tuners/lora/layer.py, `get_delta_weight`, and
+src/peft/utils/other.py, `get_pattern_key`.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from offload_moe.checkpoint.header import TensorEntry, read_header
+from offload_moe.checkpoint.tensors import TensorSource, row_chunks
+from offload_moe.errors import CheckpointError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+# Settings under which the two matrices are not all that the adapter does.
+REFUSED = (
+    *("use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "modules_to_save", "layer_replication"),
+    *("alora_invocation_tokens", "trainable_token_indices", "megatron_config"),
+)
+ADVICE = "Merge it with peft's merge_and_unload(), and convert that folder."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """The change of one weight: scale times up ``[O, r]`` times down ``[r, K]``."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.up.shape[0], self.down.shape[1]
+
+    def added(self, weight: Tensor, first_row: int) -> Tensor:
+        """Rows ``[o, K]`` of the weight, from the first one on, with the change, in their dtype."""
+        up = self.up[first_row : first_row + len(weight)].float()
+        return (weight.float() + self.scale * (up @ self.down.float())).to(weight.dtype)
+
+
+class Adapter:
+    """One adapter: the change of each weight, by the weight's name in the checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read all of it. Raises: CheckpointError naming what cannot be merged."""
+        self.folder = folder
+        self.name = folder.resolve().name
+        settings = _settings(folder)
+        path = folder / WEIGHTS
+        if not path.is_file():
+            raise CheckpointError(f"{folder} has no {WEIGHTS}. Pickled adapters (.bin) are never read: save it again.")
+        entries = read_header(path)
+        _check_is_lora(path, entries)
+        self.sha256 = hashlib.sha256(path.read_bytes() + json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        self.pairs = dict(_pairs(path, entries, settings))
+
+    def check(self, entries: Mapping[str, TensorEntry]) -> None:
+        """Check that every change has its weight. Raises: CheckpointError with the names and shapes."""
+        missing = [name for name in self.pairs if name not in entries]
+        if missing:
+            raise CheckpointError(
+                f"{self.folder}: the adapter changes {missing[0]} ({len(missing)} such weights), which the checkpoint "
+                f"does not have under that name. {ADVICE}"
+            )
+        for name, pair in self.pairs.items():
+            if entries[name].shape != pair.shape:
+                raise CheckpointError(
+                    f"{self.folder} is an adapter of another model: {name} is {list(entries[name].shape)}, its change "
+                    f"{list(pair.shape)}."
+                )
+
+
+class AdaptedTensors:
+    """A checkpoint's tensors with the changes of an adapter."""
+
+    def __init__(self, stored: TensorSource, adapter: Adapter) -> None:
+        """Compare names and shapes. Raises: CheckpointError where the adapter does not fit."""
+        adapter.check(stored.entries)
+        self.stored = stored
+        self._pairs = adapter.pairs
+        self.entries = stored.entries
+        self.paths = stored.paths
+        self.notices = stored.notices
+
+    def changes(self, names: Iterable[str]) -> bool:
+        """Whether any of these tensors is changed."""
+        return any(name in self._pairs for name in names)
+
+    def paths_of(self, name: str) -> frozenset[Path]:
+        return self.stored.paths_of(name)
+
+    def release(self, path: Path) -> None:
+        self.stored.release(path)
+
+    def read(self, name: str) -> Tensor:
+        value = self.stored.read(name)
+        return self._pairs[name].added(value, 0) if name in self._pairs else value
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        rows = self.stored.read_rows(name, start, stop)
+        return self._pairs[name].added(rows, start) if name in self._pairs else rows
+
+    def is_by_rows(self, name: str) -> bool:
+        return self.stored.is_by_rows(name)
+
+    def chunks(self, name: str, chunk_bytes: int) -> Iterator[Tensor]:
+        return row_chunks(self, name, chunk_bytes) if name in self._pairs else self.stored.chunks(name, chunk_bytes)
+
+    def close(self) -> None:
+        self.stored.close()
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is no PEFT adapter: it has no {CONFIG}.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Download it again.") from error
+    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+        kind = settings.get("peft_type") if isinstance(settings, dict) else None
+        raise CheckpointError(f"{path}: only LoRA adapters are merged, not {kind!r}. {ADVICE}")
+    found = [name for name in REFUSED if settings.get(name)]
+    if settings.get("bias", "none") != "none":
+        found.append("bias")
+    if found:
+        raise CheckpointError(f"{path}: an adapter with {', '.join(found)} is not merged here. {ADVICE}")
+    return settings
+
+
+def _check_is_lora(path: Path, entries: Mapping[str, TensorEntry]) -> None:
+    """Raises: CheckpointError naming a tensor that is no half of a pair."""
+    for name, entry in entries.items():
+        ending = next((ending for ending in (DOWN, UP) if name.endswith(ending)), None)
+        other = None if ending is None else name.removesuffix(ending) + (UP if ending == DOWN else DOWN)
+        if not name.startswith(PREFIX) or other not in entries or len(entry.shape) != 2:
+            raise CheckpointError(f"{path}: {name} is not merged here: no pair of lora_A and lora_B. {ADVICE}")
+    if not entries:
+        raise CheckpointError(f"{path} has no tensors.")
+
+
+def _pairs(path: Path, entries: Mapping[str, TensorEntry], settings: Mapping[str, Any]) -> Iterator[tuple[str, Pair]]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        for name in entries:
+            if not name.endswith(DOWN):
+                continue
+            module = name.removesuffix(DOWN)
+            down, up = file.get_tensor(name), file.get_tensor(module + UP)
+            if up.shape[1] != down.shape[0]:
+                raise CheckpointError(f"{path}: {module} has lora_A of rank {len(down)}, lora_B of {up.shape[1]}.")
+            if not (down.isfinite().all() and up.isfinite().all()):
+                raise CheckpointError(f"{path}: {module} has NaN or infinite weights.")
+            module = module.removeprefix(PREFIX)
+            yield f"{module}.weight", Pair(down=down, up=up, scale=_scale(path, module, len(down), settings))
+
+
+def _scale(path: Path, module: str, rank: int, settings: Mapping[str, Any]) -> float:
+    patterns = settings.get("alpha_pattern") or {}
+    found = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+    alpha = settings.get("lora_alpha") if found is None else patterns[found]
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise CheckpointError(f"{path.with_name(CONFIG)}: lora_alpha of {module} is {alpha!r}, which is no number.")
+    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank

@@ -1,0 +1,187 @@
+"""`quantize --adapter`: a store of base weights and a LoRA adapter is that of the merged checkpoint."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from offload_moe.convert.quantize import quantize
+from offload_moe.errors import CheckpointError, ConfigError
+from offload_moe.store import Store
+from tests.support.checkpoints import write_checkpoint
+from tests.support.gguf_files import write_gguf
+
+Q, EXPERT, DOWN = (
+    "model.layers.1.self_attn.q_proj",
+    "model.layers.0.mlp.experts.2.gate_proj",
+    "model.layers.2.mlp.experts.3.down_proj",
+)
+SETTINGS: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lora") / "base"
+    write_checkpoint(folder, "qwen3_moe", shard_size="1GB")
+    return folder
+
+
+def matrices(base: Path, modules: tuple[str, ...] = (Q, EXPERT, DOWN), rank: int = 4) -> dict[str, Tensor]:
+    """lora_A and lora_B of these modules, as PEFT names them."""
+    stored = load_file(base / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for module in modules:
+        rows, columns = stored[f"{module}.weight"].shape
+        found[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) / 4
+        found[f"base_model.model.{module}.lora_B.weight"] = torch.randn(rows, rank, generator=generator) / 4
+    return found
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], **settings: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(SETTINGS | settings))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def merged(base: Path, folder: Path, tensors: dict[str, Tensor], scales: dict[str, float]) -> Path:
+    """The checkpoint with the changes in its weights."""
+    shutil.copytree(base, folder)
+    stored = load_file(base / "model.safetensors")
+    for module, scale in scales.items():
+        down, up = (tensors[f"base_model.model.{module}.lora_{half}.weight"] for half in "AB")
+        weight = stored[f"{module}.weight"]
+        stored[f"{module}.weight"] = (weight.float() + scale * (up @ down)).to(weight.dtype)
+        assert not torch.equal(stored[f"{module}.weight"], weight)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def content(store: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in store.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "scales"),
+    [
+        ({}, {Q: 2.0, EXPERT: 2.0, DOWN: 2.0}),
+        ({"use_rslora": True}, {Q: 4.0, EXPERT: 4.0, DOWN: 4.0}),
+        ({"alpha_pattern": {"q_proj": 1, "layers.2.mlp.experts.3.down_proj": 16}}, {Q: 0.25, EXPERT: 2.0, DOWN: 4.0}),
+        ({"alpha_pattern": {"experts.*_proj": 2}, "lora_alpha": 4.0}, {Q: 1.0, EXPERT: 0.5, DOWN: 0.5}),
+    ],
+)
+def test_the_store_is_that_of_the_merged_checkpoint(
+    base: Path, tmp_path: Path, settings: dict[str, object], scales: dict[str, float]
+) -> None:
+    tensors = matrices(base)
+    adapter = write_adapter(tmp_path / "adapter", tensors, **settings)
+    for codecs in ({"codec": "nf4", "dense_codec": "int8"}, {"codec": "bf16"}):
+        name = codecs["codec"]
+        store = quantize(base, tmp_path / name, adapter=adapter, **codecs)
+        folder = tmp_path / "merged"
+        if not folder.exists():
+            merged(base, folder, tensors, scales)
+        assert content(store) == content(quantize(folder, tmp_path / f"{name}-merged", **codecs))
+    found = Store.open(tmp_path / "nf4").adapter
+    assert found is not None
+    assert (found.name, len(found.sha256)) == ("adapter", 64)
+    assert Store.open(tmp_path / "nf4-merged").adapter is None
+
+
+def test_an_adapter_beside_the_weights(base: Path, tmp_path: Path) -> None:
+    tensors = matrices(base)
+    write_adapter(Path(shutil.copytree(base, tmp_path / "both")), tensors)
+    store = quantize(tmp_path / "both", tmp_path / "store", adapter=tmp_path / "both")
+    folder = merged(base, tmp_path / "merged", tensors, {Q: 2.0, EXPERT: 2.0, DOWN: 2.0})
+    assert content(store) == content(quantize(folder, tmp_path / "merged-store"))
+    with pytest.raises(CheckpointError, match="--adapter FOLDER"):
+        quantize(tmp_path / "both", tmp_path / "other")
+
+
+def test_another_adapter_does_not_resume(base: Path, tmp_path: Path) -> None:
+    class Stopped(BaseException):
+        pass
+
+    def stop(phase: str, done: float = -1.0, total: float | None = None) -> None:
+        if done > 0:
+            raise Stopped
+
+    one = write_adapter(tmp_path / "one", matrices(base))
+    with pytest.raises(Stopped):
+        quantize(base, tmp_path / "store", adapter=one, progress=stop)
+    two = write_adapter(tmp_path / "two", matrices(base), lora_alpha=16)
+    with pytest.raises(Exception, match="begun with another adapter"):
+        quantize(base, tmp_path / "store", adapter=two)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "IA3"}, "only LoRA adapters are merged, not 'IA3'"),
+        ({"use_dora": True}, "an adapter with use_dora is not merged"),
+        ({"modules_to_save": ["lm_head"], "bias": "all"}, "an adapter with modules_to_save, bias"),
+        ({"lora_alpha": "eight"}, "lora_alpha of .* is 'eight'"),
+    ],
+)
+def test_other_adapters_are_refused_by_name(
+    base: Path, tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", matrices(base), **settings)
+    with pytest.raises(CheckpointError, match=message):
+        quantize(base, tmp_path / "store", adapter=adapter)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("base_model.model.lm_head.lora_embedding_A", (4, 64), "lora_embedding_A is not merged here"),
+        (f"base_model.model.{Q}.lora_magnitude_vector", (32,), "lora_magnitude_vector is not merged here"),
+        ("base_model.model.model.norm.weight", (32,), r"norm\.weight is not merged here"),
+        ("base_model.model.model.layers.0.mlp.gate.lora_A.weight", (4, 32), r"gate\.lora_A\.weight is not merged here"),
+    ],
+)
+def test_tensors_that_are_no_pair_are_refused_by_name(
+    base: Path, tmp_path: Path, name: str, shape: tuple[int, ...], message: str
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", matrices(base) | {name: torch.ones(shape)})
+    with pytest.raises(CheckpointError, match=message):
+        quantize(base, tmp_path / "store", adapter=adapter)
+
+
+def test_weights_that_the_checkpoint_does_not_have(base: Path, tmp_path: Path) -> None:
+    fused = {
+        "base_model.model.model.layers.0.mlp.experts.lora_A.weight": torch.ones(16, 32),
+        "base_model.model.model.layers.0.mlp.experts.lora_B.weight": torch.ones(48, 16),
+    }
+    adapter = write_adapter(tmp_path / "fused", fused)
+    with pytest.raises(CheckpointError, match=r"changes model\.layers\.0\.mlp\.experts\.weight \(1 such weights\)"):
+        quantize(base, tmp_path / "store", adapter=adapter)
+    tensors = {name: value[:, :16] if "lora_A" in name else value for name, value in matrices(base).items()}
+    adapter = write_adapter(tmp_path / "narrow", {name: value.contiguous() for name, value in tensors.items()})
+    with pytest.raises(
+        CheckpointError, match=r"of another model: .*gate_proj\.weight is \[24, 32\], its change \[24, 16\]"
+    ):
+        quantize(base, tmp_path / "store", adapter=adapter)
+
+
+def test_folders_that_hold_no_adapter(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is no PEFT adapter: it has no adapter_config\.json"):
+        quantize(base, tmp_path / "store", adapter=base)
+    adapter = write_adapter(tmp_path / "pickled", matrices(base))
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"Pickled adapters \(\.bin\) are never read"):
+        quantize(base, tmp_path / "store", adapter=adapter)
+
+
+def test_a_gguf_file_keeps_its_bits(base: Path, tmp_path: Path) -> None:
+    quantized, _ = write_gguf(tmp_path, "qwen3_moe")
+    adapter = write_adapter(tmp_path / "adapter", matrices(base))
+    with pytest.raises(ConfigError, match="Choose a --codec to merge an adapter"):
+        quantize(next(quantized.glob("*.gguf")), tmp_path / "store", adapter=adapter)

@@ -1,0 +1,283 @@
+"""`quantize --calibrate`: less error on the inputs of each matrix in the same bytes, stopped and resumed at will."""
+
+import contextlib
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from offload_moe import load
+from offload_moe.checkpoint.checkpoint import Checkpoint
+from offload_moe.convert import calibration_text
+from offload_moe.convert.calibration import Calibration
+from offload_moe.convert.calibration_text import BUILT_IN, read_calibration_text
+from offload_moe.convert.inputs_folder import InputsFolder
+from offload_moe.convert.layerwise import ids_name, record_inputs
+from offload_moe.convert.quantize import quantize
+from offload_moe.errors import ConfigError, OffloadMoeError, StoreError
+from offload_moe.quant import get_codec
+from offload_moe.store import Store, is_store
+from tests.integration.test_layerwise import Log
+from tests.support.chat import byte_tokenizer, chat_model
+from tests.support.checkpoints import write_checkpoint
+from tests.support.gguf_models import write_model
+
+LINEAR = "model.layers.1.self_attn.o_proj"
+HELD_OUT = Path(__file__).parents[2] / "benchmarks" / "heldout.txt"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a tokenizer, whose widths are several blocks, and a text beside it."""
+    folder = tmp_path_factory.mktemp("calibration") / "model"
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
+    chat_model("qwen3_moe", **sizes).to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    (folder.parent / "text.txt").write_text(BUILT_IN.read_text(encoding="utf-8")[:9000], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(model: Path) -> Path:
+    return model.parent / "text.txt"
+
+
+@pytest.fixture(scope="module")
+def stores(model: Path, text: Path) -> dict[str, Store]:
+    """The same model with and without."""
+    folder = model.parent
+    plain = quantize(model, folder / "plain", codec="nf4", dense_codec="nf4")
+    calibrated = quantize(model, folder / "calibrated", codec="nf4", dense_codec="nf4", calibrate=text)
+    return {"plain": Store.open(plain), "calibrated": Store.open(calibrated)}
+
+
+@pytest.fixture(scope="module")
+def inputs(model: Path, text: Path) -> dict[str, Tensor]:
+    log = Log()
+    with Checkpoint(model) as checkpoint:
+        record_inputs(checkpoint, read_calibration_text(text, model).ids, (LINEAR,), log)
+    return log.inputs
+
+
+def error_of(decoded: Tensor, weight: Tensor, rows: Tensor) -> float:
+    """Of the products with these inputs, relative."""
+    return float((rows @ (decoded - weight).T).norm() / (rows @ weight.T).norm())
+
+
+def test_experts_have_less_error_on_their_inputs(
+    model: Path, stores: dict[str, Store], inputs: dict[str, Tensor]
+) -> None:
+    with Checkpoint(model) as checkpoint:
+        layer = checkpoint.layers[1]
+        rows, ids = inputs[layer.name].float(), inputs[ids_name(layer.name)]
+        errors: dict[str, list[float]] = {name: [] for name in stores}
+        for expert in range(layer.num_experts):
+            tensors = checkpoint.expert(1, expert)
+            own = rows[(ids == expert).any(1)]
+            for name, store in stores.items():
+                record = store.read_expert(1, expert)
+                decoded = get_codec("nf4").decode(layer.shape, record, torch.float32)
+                if len(own) > 100:
+                    errors[name].append(error_of(decoded["gate_up_proj"], tensors["gate_up_proj"].float(), own))
+        assert len(errors["plain"]) > 3
+    for plain, calibrated in zip(errors["plain"], errors["calibrated"], strict=True):
+        assert 0 < calibrated < 0.9 * plain
+
+
+def test_linears_have_less_error_on_their_inputs(
+    model: Path, stores: dict[str, Store], inputs: dict[str, Tensor]
+) -> None:
+    with Checkpoint(model) as checkpoint:
+        weight = checkpoint.dense_tensor(f"{LINEAR}.weight").float()
+    errors = {}
+    for name, store in stores.items():
+        shape = store.dense[f"{LINEAR}.weight"].quantized
+        assert shape is not None
+        record = store.read_dense(f"{LINEAR}.weight")
+        decoded = get_codec("nf4").decode(shape, record, torch.float32)["weight"]
+        errors[name] = error_of(decoded, weight, inputs[LINEAR].float())
+    assert 0 < errors["calibrated"] < 0.9 * errors["plain"]
+
+
+def test_the_store_says_what_it_was_calibrated_on(stores: dict[str, Store], model: Path) -> None:
+    assert stores["plain"].importances is None
+    assert "importances" not in json.loads((stores["plain"].path / "store.json").read_text())
+    importances = stores["calibrated"].importances
+    assert importances is not None
+    assert (importances.kind, importances.name, len(importances.sha256)) == ("text", "text.txt", 64)
+    assert sorted(path.name for path in model.parent.iterdir()) == ["calibrated", "model", "plain", "text.txt"]
+
+
+def test_a_calibrated_store_answers(stores: dict[str, Store]) -> None:
+    assert stores["plain"].layers == stores["calibrated"].layers
+    with load(stores["calibrated"].path) as model:
+        assert model.generate("Hello", max_new_tokens=4, temperature=0)
+
+
+def test_int8_is_weighed_too(model: Path, text: Path, tmp_path: Path) -> None:
+    plain, calibrated = (
+        Store.open(quantize(model, tmp_path / name, codec="int8", calibrate=chosen))
+        for name, chosen in (("plain", None), ("calibrated", text))
+    )
+    assert not torch.equal(plain.read_expert(1, 0), calibrated.read_expert(1, 0))
+    assert plain.layers == calibrated.layers
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_calibrated_where_it_is_quantized_anew(text: Path, tmp_path: Path) -> None:
+    made = write_model(tmp_path / "model", "mixtral", "Q8_0")
+    with pytest.raises(ConfigError, match="experts are kept in gguf"):
+        quantize(made.path, tmp_path / "store", calibrate=text)
+    store = Store.open(quantize(made.path, tmp_path / "store", codec="nf4", calibrate=text))
+    assert store.importances is not None
+    plain = Store.open(quantize(made.path, tmp_path / "plain", codec="nf4"))
+    assert not torch.equal(store.read_expert(1, 2), plain.read_expert(1, 2))
+
+
+class Kept(InputsFolder):
+    """Inputs of which expert 0 has all, and the others none."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+
+    def has(self, name: str) -> bool:
+        return True
+
+    def read(self, name: str) -> Tensor:
+        return torch.zeros(len(self._rows), 2, dtype=torch.int32) if name.endswith(".ids") else self._rows
+
+
+def test_an_expert_without_tokens_has_the_moments_of_its_layer(model: Path, text: Path) -> None:
+    rows = torch.randn(400, 128, generator=torch.Generator().manual_seed(0)).bfloat16() * torch.arange(1, 129)
+    with Checkpoint(model) as checkpoint:
+        calibration = Calibration(
+            checkpoint, read_calibration_text(text, model), (), Kept(rows.bfloat16()), feeds_back=["experts"]
+        )
+        own, none = (calibration.of_expert(1, expert, checkpoint.expert(1, expert)) for expert in (0, 5))
+    expected = rows.bfloat16().float().T @ rows.bfloat16().float() / len(rows)
+    for moments in (own, none):
+        torch.testing.assert_close(moments["gate_up_proj"], expected, rtol=1e-3, atol=1.0)
+        assert moments["down_proj"].shape == (128, 128)
+        assert (moments["down_proj"].diagonal() > 0).all()
+    assert not torch.equal(own["down_proj"], none["down_proj"])  # what each makes of them
+
+
+class Stopped(BaseException):
+    """Ends a conversion from within its progress report."""
+
+
+class StopNowAndThen:
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+        self._random = random.Random(0)
+
+    def __call__(self, phase: str, done: float = -1.0, total: float | None = None) -> None:
+        is_first = phase == "Calibrating" and phase not in self.phases
+        if is_first or (self._random.random() < 0.1 and 0 <= done < (total or 1.0)):
+            self.phases.append(phase)
+            raise Stopped
+
+
+def test_stopped_in_either_phase_and_resumed(model: Path, text: Path, stores: dict[str, Store], tmp_path: Path) -> None:
+    stop, store = StopNowAndThen(), tmp_path / "store"
+    while not is_store(store):
+        with contextlib.suppress(Stopped):
+            quantize(model, store, codec="nf4", dense_codec="nf4", calibrate=text, progress=stop)
+    assert {"Calibrating", "Quantizing"} <= set(stop.phases)
+    undisturbed = stores["calibrated"].path
+    names = ["store.json", *(path.name for path in undisturbed.glob("*.safetensors"))]
+    for path in (undisturbed / name for name in names):
+        assert (store / path.name).read_bytes() == path.read_bytes(), path.name
+    assert len(names) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_another_text_does_not_resume(model: Path, text: Path, tmp_path: Path) -> None:
+    def stop(phase: str, done: float = -1.0, total: float | None = None) -> None:
+        if phase == "Calibrating":
+            raise Stopped
+
+    with contextlib.suppress(Stopped):
+        quantize(model, tmp_path / "store", calibrate=text, progress=stop)
+    with pytest.raises(StoreError, match="begun with another importances"):
+        quantize(model, tmp_path / "store", calibrate="auto")
+
+
+def test_a_damaged_calibration_begins_anew(model: Path, text: Path, stores: dict[str, Store], tmp_path: Path) -> None:
+    def stop(phase: str, done: float = -1.0, total: float | None = None) -> None:
+        if phase == "Quantizing" and done > 0:
+            raise Stopped
+
+    store = tmp_path / "store"
+    with contextlib.suppress(Stopped):
+        quantize(model, store, codec="nf4", dense_codec="nf4", calibrate=text, progress=stop)
+    next((tmp_path / "store.calibration").glob("inputs-*")).write_bytes(b"damaged")
+    quantize(model, store, codec="nf4", dense_codec="nf4", calibrate=text)
+    name = "experts-00001.safetensors"
+    assert (store / name).read_bytes() == (stores["calibrated"].path / name).read_bytes()
+
+
+def test_a_folder_of_someone_else_stays(model: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "store.calibration").mkdir()
+    (tmp_path / "store.calibration" / "letter.txt").write_text("mine")
+    with pytest.raises(StoreError, match=r"store\.calibration is not empty and not ours"):
+        quantize(model, tmp_path / "store", calibrate=text)
+    assert (tmp_path / "store.calibration" / "letter.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibrate": "no such text"}, r"no such text cannot be read: No such file"),
+        ({"calibrate": "auto", "imatrix": "some.gguf"}, "one of --imatrix and --calibrate"),
+        ({"calibrate": "auto", "scales": "absmax"}, "--scales absmax has no choice"),
+        ({"calibrate": "auto", "codec": "bf16"}, "experts are kept in bf16"),
+        ({"calibrate": "auto", "delete_source_shards": True}, "Leave --delete-source-shards out"),
+    ],
+)
+def test_refused(model: Path, tmp_path: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        quantize(model, tmp_path / "store", **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_text_that_is_too_short_or_no_text(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "short").write_text("a few words")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="has 11 tokens of this model; calibration needs at least 512"):
+        quantize(model, tmp_path / "store", calibrate=tmp_path / "short")
+    with pytest.raises(ConfigError, match="is not UTF-8"):
+        quantize(model, tmp_path / "store", calibrate=tmp_path / "binary")
+
+
+def test_a_model_without_a_tokenizer(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_text, "load_tokenizer", lambda folder: (None, "It needs a package."))
+    with pytest.raises(ConfigError, match=r"needs the model's tokenizer\. It needs a package"):
+        quantize(model, tmp_path / "store", calibrate="auto")
+
+
+def test_a_model_with_an_encoder(text: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "seq2seq", "switch_transformers", vocab_size=300)
+    byte_tokenizer().save_pretrained(tmp_path / "seq2seq")
+    with pytest.raises(OffloadMoeError, match="has an encoder"):
+        quantize(tmp_path / "seq2seq", tmp_path / "store2", calibrate=text)
+
+
+def test_sequences_are_spread_over_the_text(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_text, "NUM_POSITIONS", 4)
+    monkeypatch.setattr(calibration_text, "NUM_SEQUENCES", 3)
+    (tmp_path / "text").write_text("abcdefghijklmnop")
+    found = read_calibration_text(tmp_path / "text", model)
+    tokenizer = byte_tokenizer()
+    assert [tokenizer.decode(row) for row in found.ids] == ["abcd", "ghij", "mnop"]
+
+
+def test_the_built_in_text_holds_none_of_the_held_out_text() -> None:
+    words = BUILT_IN.read_text(encoding="utf-8").split()
+    runs = {tuple(words[at : at + 8]) for at in range(len(words) - 7)}
+    held_out = HELD_OUT.read_text(encoding="utf-8").split()
+    assert len(runs) > 4000
+    assert not any(tuple(held_out[at : at + 8]) in runs for at in range(len(held_out) - 7))
