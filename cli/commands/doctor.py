@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import offload_moe
+from offload_moe.system.paths import check_writable
 
 from ..options import Subparsers
 from ..progress import Reporter, reporter
@@ -39,6 +40,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.report:
+        check_writable(options.report)
     with reporter() as report:
         report("Loading libraries")
         from offload_moe.doctor import Redactor, examine

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offload_moe.errors import ConfigError
+from offload_moe.system.paths import check_writable
 from offload_moe.system.progress import Progress
 
 from ..loading import loaded_model
@@ -61,8 +61,8 @@ def run(options: argparse.Namespace) -> int:
             flag = f"--{name.replace('_', '-')}"
             options.usage_error(f"{flag} goes with {'a MODEL' if options.replay else '--replay'}")
     for path in (options.trace, options.html):
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise ConfigError(f"{path} cannot be written: its folder does not exist. Make it, or choose another.")
+        if path is not None:
+            check_writable(Path(path))
     return _replay(options) if options.replay else _record(options)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from offload_moe.checkpoint.tokenizer import load_tokenizer
 from offload_moe.errors import ConfigError
+from offload_moe.system.paths import user_path
 
 AUTO = "auto"
 BUILT_IN = Path(__file__).with_name("calibration.txt")
@@ -31,7 +32,7 @@ class CalibrationText:
 
 def read_calibration_text(text: str | Path, folder: Path) -> CalibrationText:
     """The tokens of a file, or of the built-in text for `AUTO`. folder: of the tokenizer. Raises: ConfigError."""
-    path = BUILT_IN if text == AUTO else Path(text).expanduser()
+    path = BUILT_IN if text == AUTO else user_path(text)
     try:
         content = path.read_text(encoding="utf-8")
     except OSError as error:

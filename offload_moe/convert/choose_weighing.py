@@ -13,6 +13,7 @@ from offload_moe.convert.jobs import linear_shapes
 from offload_moe.convert.weighing import WEIGHED, Unweighed, Weighing
 from offload_moe.errors import ConfigError
 from offload_moe.quant import LEAST_ERROR, SCALES
+from offload_moe.system.paths import user_path
 from offload_moe.system.progress import Progress
 
 INPUTS = ".calibration"  # suffix of the folder beside a store for the inputs of its matrices
@@ -66,7 +67,7 @@ class WeighingOptions:
             )
         linears = tuple(linear_shapes(checkpoint)) if dense_codec in WEIGHED else ()
         if self.imatrix is not None:
-            importances = ImportanceMatrix(Path(self.imatrix).expanduser(), checkpoint, linears)
+            importances = ImportanceMatrix(user_path(self.imatrix), checkpoint, linears)
             for notice in importances.notices:
                 on_notice(notice)
             return importances

@@ -89,7 +89,7 @@ def quantize(
         get_codec(codec)  # before a download
     target = Path(store)
     check_target(target)
-    lora = None if adapter is None else Adapter(Path(adapter).expanduser())
+    lora = None if adapter is None else Adapter(user_path(adapter))
     if split_gguf_name(str(source)) is not None and not Path(source).exists():
         progress(f"Downloading {source}")
         source, revision = download_gguf(str(source), revision=revision, token=token), None

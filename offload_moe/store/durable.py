@@ -9,6 +9,11 @@ from pathlib import Path
 from offload_moe.errors import BudgetError, TransferError
 
 PART = ".part"  # suffix of unfinished files
+ELSEWHERE = " Choose a folder that you can write; OFFLOAD_MOE_CACHE names another one for models."
+REMEDIES = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR), ELSEWHERE) | {
+    errno.EFBIG: " The file system, or `ulimit -f`, allows no larger file. What is converted is kept: raise the limit, "
+    "or choose another disk, and run the same command again to resume."
+}
 
 
 def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
@@ -63,7 +68,8 @@ def named_errors(folder: Path) -> Iterator[None]:
                 f"The disk of {folder} is full. What is converted is kept: free some space and run the same command "
                 "again to resume."
             ) from error
-        raise TransferError(f"Writing to {folder} failed: {error.strerror}.") from error
+        remedy = REMEDIES.get(error.errno or 0, "")
+        raise TransferError(f"Writing to {folder} failed: {error.strerror}.{remedy}") from error
 
 
 def _sync_folder(folder: Path) -> None:

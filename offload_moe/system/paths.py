@@ -69,6 +69,17 @@ def config_file(environ: Mapping[str, str] | None = None, platform: str | None =
     return folder / "offload_moe" / "config.toml"
 
 
+def check_writable(path: Path) -> None:
+    """Check that a file can be written, before the work whose result it takes. Raises: ConfigError."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"{path} cannot be written: its folder does not exist. Make it, or choose another.")
+    if path.is_dir():
+        raise ConfigError(f"{path} cannot be written: it is a folder. Name a file in it.")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigError(f"{path} cannot be written: the system refuses it. Choose another place.")
+
+
 def user_path(name: str | Path) -> Path:
     """A path as a user writes it, with `~` for a home folder. Raises: ConfigError where there is no such home."""
     try:

@@ -31,7 +31,7 @@ def candidates(*words: str) -> list[str]:
         (["plan", "--v"], ["--vram"]),
         (["plan", "x", "--dense-codec", "b"], ["bf16"]),
         (["chat", "--temperature", "0", "--policy", "lru"], ["lru", "lru-2"]),
-        (["chat", "--speculate", ""], ["auto", "draft", "mtp", "ngram", "off"]),
+        (["chat", "--hybrid", ""], ["auto", "off", "on"]),
         (["config", "c"], ["context"]),
         (["run", "demo", "d"], []),  # a prompt
         (["run", "--file", "d"], []),  # a file, which the shell completes
