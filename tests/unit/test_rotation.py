@@ -239,8 +239,8 @@ class Watched:
         self.answer: Any = None
         self._logits: list[Tensor] = []
         self.hf.register_forward_hook(lambda *args: self._logits.append(args[-1].logits[0, -1].clone()))
-        pieces = Answer.pieces
-        monkeypatch.setattr(Answer, "pieces", lambda answer: (setattr(self, "answer", answer), pieces(answer))[1])
+        steps = Answer.steps
+        monkeypatch.setattr(Answer, "steps", lambda answer: (setattr(self, "answer", answer), steps(answer))[1])
 
     def send(self, text: str | None, num_new: int, num_read: int | None = None, **settings: Any) -> Any:
         """Tokens in the context after one more turn, or another try of the last; stops behind `num_read` pieces."""
