@@ -97,7 +97,7 @@ class CardSteps:
             log_bytes=self.num_layers * self.log_ints * LOG_INT,
         )
         self.address = ctypes.addressof(self.struct)
-        self.num_nodes = sum(len(each.nodes) for each in (begin, ends[0])) + sum(
+        self.num_nodes = sum(len(each.nodes) for each in (begin, ends[-1])) + sum(
             len(layer.attend.nodes) + (len(layer.block.experts.nodes) if layer.block else 0) for layer in layers
         )
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GRAPH_NODE_BYTES = 16 << 10  # of the card's memory, for one launch in an executable graph: assumed, never measured
-NODES_OF_ENDS = 3  # embedding; last norm, end of the pass
+NODES_OF_ENDS = 6  # of a token: embedding; last norm, head, greatest logits, choice, end of the pass
+NODES_BESIDE_LAYERS = 13  # of all graphs: that, the ends of passes that give logits or less, the choice alone
 NUM_BUFFERS = 40  # each begins at a multiple of `ALIGNMENT`
 FLOAT, ADDRESS, INT = 4, 8, 4
 ATTENTION_NODES = 6  # norm, projections, heads, sections, merge, output
@@ -41,8 +42,6 @@ class PassShape:
     late_nodes beside them, for what is missing. row_bytes: buffers of one row that graphs were made for; log_bytes: its
     log. kept_bytes: what each number of rows takes beside them, with numbers in fp32. position_bytes: tables of angles
     and lists of pages, by position. section_bytes: of one section of the context, all rows.
-
-    needs_quantized: it has MLPs that the pass computes only where dense weights are quantized.
     """
 
     attend_nodes: int
@@ -53,7 +52,6 @@ class PassShape:
     position_bytes: int
     section_bytes: int
     log_bytes: int
-    needs_quantized: bool
 
     @property
     def queued_nodes(self) -> int:
@@ -68,7 +66,7 @@ class PassShape:
     @property
     def graph_nodes(self) -> int:
         """Nodes of all graphs, for every number of rows."""
-        return len(ROWS) * (self.queued_nodes + self.hit_nodes + NODES_OF_ENDS)
+        return len(ROWS) * (self.queued_nodes + self.hit_nodes + NODES_BESIDE_LAYERS)
 
     def buffer_bytes(self, context: int, num_experts: int) -> int:
         """Device memory beside graphs, weights and slots, with graphs for every number of rows.
@@ -92,7 +90,7 @@ def describe_pass(model: "PreTrainedModel", experts: Sequence[ExpertsModule]) ->
         attend_nodes=sum(layer.attend_nodes for layer in layers),
         hit_nodes=sum(layer.hit_nodes for layer in layers),
         late_nodes=sum(layer.late_nodes for layer in layers),
-        row_bytes=max(layer.row_bytes for layer in layers),
+        row_bytes=max(layer.row_bytes for layer in layers) + FLOAT * model.config.get_text_config().vocab_size,
         kept_bytes=sum(layer.kept_bytes for layer in layers)
         + ctypes.sizeof(struct("fetches"))
         + NUM_BUFFERS * ALIGNMENT,
@@ -100,7 +98,6 @@ def describe_pass(model: "PreTrainedModel", experts: Sequence[ExpertsModule]) ->
         + -(-2 * ADDRESS * len(layers) // constant("OM_CARD_PAGE")),
         section_bytes=max(layer.section_bytes for layer in layers),
         log_bytes=len(layers) * max(layer.log_bytes for layer in layers),
-        needs_quantized=any(layer.spec.shared or layer.spec.dense for layer in layers),
     )
 
 

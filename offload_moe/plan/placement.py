@@ -147,16 +147,14 @@ def cache_dtype(machine: Machine, settings: Settings) -> torch.dtype:
     return torch.bfloat16 if is_rounded and is_on_cpu else machine.dtype
 
 
-def why_no_device_pass(shape: ModelShape, machine: Machine, settings: Settings, dense_codec: str | None = None) -> str:
-    """Why decode does not take the device pass; empty where it does. dense_codec: None: any that it needs."""
+def why_no_device_pass(shape: ModelShape, machine: Machine, settings: Settings) -> str:
+    """Why decode does not take the device pass; empty where it does."""
     if not machine.has_device:
         return "there is no card"
     if not settings.device_pass:
         return "it is off"
     if isinstance(shape.device_pass, str):
         return shape.device_pass
-    if dense_codec == LOSSLESS and shape.device_pass.needs_quantized:
-        return "its dense MLPs or shared experts are not quantized"
     return not_in_panels_reason(settings.codec) or ""
 
 
@@ -164,8 +162,7 @@ def dense_codecs(shape: ModelShape, machine: Machine, settings: Settings) -> tup
     """The possible codecs of dense weights in memory, the most exact first.
 
     The CPU reads an fp32 copy of a bf16 weight at 4 bytes per token and an int8 record at 1, without a measurable
-    loss. A store whose experts are lossless stays lossless. On a device int8 is the most exact one where the device
-    pass needs it.
+    loss. A store whose experts are lossless stays lossless.
     """
     if settings.stored_dense_codec != LOSSLESS:
         return (settings.stored_dense_codec,)
@@ -174,10 +171,7 @@ def dense_codecs(shape: ModelShape, machine: Machine, settings: Settings) -> tup
     if settings.codec == LOSSLESS:
         return (LOSSLESS,)
     if machine.has_device:
-        takes_pass = not why_no_device_pass(shape, machine, settings)
-        return (
-            DENSE_CODECS[1:] if takes_pass and why_no_device_pass(shape, machine, settings, LOSSLESS) else DENSE_CODECS
-        )
+        return DENSE_CODECS
     return DENSE_CODECS[1:] if not settings.is_exact else (LOSSLESS,)
 
 
@@ -236,7 +230,7 @@ def _memories(
         return None, _fill("RAM", machine.ram_bytes, (*model, *in_ram), shape, settings.codec)
     on_device = (
         Part(name="device context and workspaces", num_bytes=DEVICE_RESERVE_BYTES),
-        *_pass_parts(shape, machine, settings, context, dense_codec),
+        *_pass_parts(shape, machine, settings, context),
     )
     return (
         _fill("VRAM", machine.vram_bytes, (*model, *on_device), shape, settings.codec),
@@ -244,11 +238,9 @@ def _memories(
     )
 
 
-def _pass_parts(
-    shape: ModelShape, machine: Machine, settings: Settings, context: int, dense_codec: str
-) -> tuple[Part, ...]:
+def _pass_parts(shape: ModelShape, machine: Machine, settings: Settings, context: int) -> tuple[Part, ...]:
     """Graphs and buffers of the device pass."""
-    if why_no_device_pass(shape, machine, settings, dense_codec):
+    if why_no_device_pass(shape, machine, settings):
         return ()
     assert isinstance(shape.device_pass, PassShape)
     nodes = shape.device_pass.graph_nodes

@@ -56,7 +56,7 @@ class Plan:
     @property
     def why_no_device_pass(self) -> str:
         """Why decode does not take the device pass; empty where it does."""
-        return why_no_device_pass(self.shape, self.machine, self.settings, self.placement.dense_codec)
+        return why_no_device_pass(self.shape, self.machine, self.settings)
 
 
 def make_plan(

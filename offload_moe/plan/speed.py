@@ -205,7 +205,7 @@ def run_costs(shape: ModelShape, machine: Machine, settings: Settings, placement
 
 def _pass_costs(shape: ModelShape, machine: Machine, settings: Settings, placement: Placement) -> PassCosts | None:
     """The costs of the device pass, launches of all layers spread over the MoE layers; None without it."""
-    if why_no_device_pass(shape, machine, settings, placement.dense_codec):
+    if why_no_device_pass(shape, machine, settings):
         return None
     assert isinstance(shape.device_pass, PassShape)
     rates, record, num_layers = machine.rates, slot_bytes(shape, settings.codec), len(shape.layers)
