@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GRAPH_NODE_BYTES = 16 << 10  # of the card's memory, for one launch in an executable graph: assumed, never measured
-NODES_OF_ENDS = 6  # embedding; last norm, head, choice of the next token in two steps, end of the pass
+NODES_OF_ENDS = 6  # of a token: embedding; last norm, head, greatest logits, choice, end of the pass
+NODES_BESIDE_LAYERS = 13  # of all graphs: that, the ends of passes that give logits or less, the choice alone
 NUM_BUFFERS = 40  # each begins at a multiple of `ALIGNMENT`
 FLOAT, ADDRESS, INT = 4, 8, 4
 ATTENTION_NODES = 6  # norm, projections, heads, sections, merge, output
@@ -65,7 +66,7 @@ class PassShape:
     @property
     def graph_nodes(self) -> int:
         """Nodes of all graphs, for every number of rows."""
-        return len(ROWS) * (self.queued_nodes + self.hit_nodes + NODES_OF_ENDS)
+        return len(ROWS) * (self.queued_nodes + self.hit_nodes + NODES_BESIDE_LAYERS)
 
     def buffer_bytes(self, context: int, num_experts: int) -> int:
         """Device memory beside graphs, weights and slots, with graphs for every number of rows.
@@ -84,13 +85,12 @@ def describe_pass(model: "PreTrainedModel", experts: Sequence[ExpertsModule]) ->
         return reason
     num_experts = max(found.num_experts for found in experts)
     inner = max(found.shape.matrices[-1].in_features for found in experts)
-    vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
     layers = [_Layer(module, num_experts, inner) for module in model.get_decoder().layers]
     return PassShape(
         attend_nodes=sum(layer.attend_nodes for layer in layers),
         hit_nodes=sum(layer.hit_nodes for layer in layers),
         late_nodes=sum(layer.late_nodes for layer in layers),
-        row_bytes=max(layer.row_bytes for layer in layers) + FLOAT * vocabulary,
+        row_bytes=max(layer.row_bytes for layer in layers) + FLOAT * model.config.get_text_config().vocab_size,
         kept_bytes=sum(layer.kept_bytes for layer in layers)
         + ctypes.sizeof(struct("fetches"))
         + NUM_BUFFERS * ALIGNMENT,
