@@ -48,7 +48,7 @@ def _run(arguments: Sequence[str]) -> int:
             parser.print_help()
             return EXIT_OK
         if arguments[0] == COMPLETE:
-            print(*candidates(parser, arguments[1:]), sep="\n")
+            sys.stdout.writelines(f"{word}\n" for word in candidates(parser, arguments[1:]))
             return EXIT_OK
         _check_command(parser, arguments[0])
         options = parser.parse_args(arguments)

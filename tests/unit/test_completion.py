@@ -47,6 +47,13 @@ def test_what_may_follow(
     assert candidates(*words) == expected
 
 
+def test_one_word_is_a_line_and_none_is_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["--complete", "config", "ram", "x"]) == 0
+    assert capsys.readouterr().out == ""
+    assert main.main(["--complete", "p"]) == 0
+    assert capsys.readouterr().out == "plan\nprofile\n"
+
+
 def test_every_command_and_flag_is_offered() -> None:
     from offload_moe_cli.commands import COMMANDS
 

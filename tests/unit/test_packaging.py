@@ -1,13 +1,16 @@
 """What the wheel holds is what the tree holds."""
 
+import re
 import runpy
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 from setuptools import Distribution
@@ -15,6 +18,7 @@ from setuptools import Distribution
 from offload_moe.native import library
 
 ROOT = Path(__file__).parents[2]
+BUILD_WHEELS = runpy.run_path(str(ROOT / "scripts/build_wheels"))
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 
 
@@ -137,6 +141,41 @@ def test_a_wheel_is_for_every_python_of_its_platform(monkeypatch: pytest.MonkeyP
     built = given["cmdclass"]["build_ext"](distribution).get_ext_filename("offload_moe.native._native")
     assert Path(built) == Path("offload_moe/native/_native.so")
     assert Path(library.load_library()._name) == ROOT / built
+
+
+def test_wheels_are_checked_for_every_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    flags = runpy.run_path(str(ROOT / "setup.py"))["X86_FLAGS"]
+    assert {Path(name).stem for name in flags} == set(BUILD_WHEELS["X86_INSTRUCTIONS"])
+    assert all((ROOT / BUILD_WHEELS["CSRC"] / f"{name}.c").exists() for name in BUILD_WHEELS["NEON_INSTRUCTIONS"])
+
+
+@pytest.mark.parametrize(
+    ("added", "left_out", "wrong"),
+    [
+        ([], [], ""),
+        (["tests/unit/test_x.py"], [], "tests/unit/test_x.py"),
+        (["offload_moe/native/csrc/abi.c"], [], "offload_moe/native/csrc/abi.c"),
+        ([], ["offload_moe/demo/split.safetensors"], "offload_moe/demo/split.safetensors"),
+        ([], ["offload_moe-1.dist-info/licenses/LICENSE"], "licenses/LICENSE"),
+        ([], ["offload_moe/native/_native.so"], "_native.so"),
+    ],
+)
+def test_a_wheel_has_the_package_and_nothing_else(
+    added: list[str], left_out: list[str], wrong: str, tmp_path: Path
+) -> None:
+    tracked = ["offload_moe/__init__.py", "offload_moe/demo/split.safetensors", "cli/main.py", "setup.py"]
+    check = BUILD_WHEELS["check_contents"]
+    check.__globals__["tracked"] = lambda: [*tracked, "offload_moe/native/csrc/abi.c"]
+    names = {*tracked[:2], "offload_moe_cli/main.py", "offload_moe/native/_native.so", *added}
+    names |= {f"offload_moe-1.dist-info/{name}" for name in BUILD_WHEELS["METADATA"]}
+    with ZipFile(tmp_path / "a.whl", "w") as archive:
+        for name in names - set(left_out):
+            archive.writestr(name, "")
+    expected = pytest.raises(BUILD_WHEELS["WheelError"], match=f"{re.escape(wrong)}$") if wrong else nullcontext()
+    with expected:
+        check(tmp_path / "a.whl")
 
 
 def test_c_sources_are_in_the_source_archive_only() -> None:
