@@ -128,7 +128,7 @@ def describe_skeleton(model: "PreTrainedModel", *, is_fast_path: bool) -> ModelS
         tied_head=_tied_head(model),
         attention=describe_attention(model, is_fast_path=is_fast_path),
         vocabulary=text_config.vocab_size,
-        device_pass=describe_pass(model, experts) if is_fast_path else "its numbers are kept bit for bit",
+        device_pass=describe_pass(model, experts),
     )
 
 

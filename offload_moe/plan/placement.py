@@ -153,6 +153,8 @@ def why_no_device_pass(shape: ModelShape, machine: Machine, settings: Settings) 
         return "there is no card"
     if not settings.device_pass:
         return "it is off"
+    if settings.is_exact:
+        return "its numbers are kept bit for bit"
     if isinstance(shape.device_pass, str):
         return shape.device_pass
     return not_in_panels_reason(settings.codec) or ""
