@@ -174,7 +174,7 @@ def _plan(store: Store, options: LoadOptions, device: torch.device, draft: Draft
     )
     # Elsewhere no tokens are guessed.
     takes_guesses = device.type == "cpu" and dtype == torch.float32 and options.fast_path and not keeps_bits
-    mtp = find_module(store, options, dtype)
+    mtp = find_module(store, options, dtype) if takes_guesses or options.speculate == "mtp" else None
     if mtp is not None and takes_guesses:
         mtp, shape, placement = place_mtp(shape, mtp, options, place)
     else:

@@ -165,6 +165,7 @@ def set_at(document: Any, path: list[Any], value: object) -> None:
         (["experts", 0], [0, 0]),
         (["experts"], []),
         (["layers"], []),
+        (["layers", 0, "name"], "mtp.model.layers.0.mlp.experts"),
         (["layers", 0, "num_experts"], 10**9),
         (["layers", 0, "num_experts"], 3),
         (["layers", 0, "record_bytes"], 0),
