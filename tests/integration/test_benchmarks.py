@@ -352,7 +352,7 @@ def test_gpu_decode_measures_a_simulated_device(files: Files, monkeypatch: pytes
         assert row["link_s_per_token"] > 0
 
 
-def _build_with_simulated_device(store: Store, blueprint: Blueprint, skeleton: Any) -> Engine:
+def _build_with_simulated_device(store: Store, blueprint: Blueprint, skeleton: Any, mtp: Any) -> Engine:
     """A slot for every expert in RAM and on the device."""
     num_records = blueprint.pools.keys.total
     pools = replace(
@@ -362,4 +362,4 @@ def _build_with_simulated_device(store: Store, blueprint: Blueprint, skeleton: A
         chunk_bytes=blueprint.pools.slot_bytes,
     )
     copier = partial(SimulatedCopier, latency_s=0)
-    return build(store, replace(blueprint, pools=pools, make_copier=copier), skeleton)
+    return build(store, replace(blueprint, pools=pools, make_copier=copier), skeleton, mtp)
