@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from contextlib import suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -85,12 +86,12 @@ def _pip_download(folder: Path, progress: Progress) -> None:
 
 
 def _bytes_under(folder: Path) -> int:
+    """Of the files below it, some of which may be removed meanwhile."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # pip moved it between the listing and the call of `stat`
-            continue
+    for parent, _, names in os.walk(folder):  # skips folders that are gone
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(parent, name)).st_size
     return total
 
 
