@@ -19,9 +19,8 @@ from transformers import (
 from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.decode.next_token import Draw, TokenPass
 
-Found = (
-    Tensor | int
-)  # what a pass gives behind a token: logits ``[1, V]``, or the next token, which the card has chosen
+# What a pass gives behind a token: logits ``[1, V]``, or the next token, which the card has chosen.
+Found = Tensor | int
 Process = Callable[[Tensor, Tensor], Tensor]
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)  # in the order in which the card applies them
 NUM_SEEDS = 2**62  # that torch draws from

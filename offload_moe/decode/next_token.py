@@ -60,8 +60,10 @@ def token_pass_of(hf: Any) -> TokenPass | None:
 
 
 def head_alone_of(hf: Any) -> Bypass | None:
-    """While it is clear, the logits are those of the head behind the decoder, and the model's own forward can be left
-    out. None where that is another or unknown matter."""
+    """While it is clear, the head behind the decoder gives the model's logits, without the model's own forward.
+
+    None where it does not, or that is not known.
+    """
     forward = vars(hf.get_decoder()).get("forward")
     found: Bypass | None = getattr(forward, "head_alone", None)
     return found
