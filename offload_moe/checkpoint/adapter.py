@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from offload_moe.checkpoint.header import TensorEntry, read_header
+from offload_moe.checkpoint.json_file import read_json
 from offload_moe.checkpoint.tensors import TensorSource, row_chunks
 from offload_moe.errors import CheckpointError
 
@@ -122,12 +123,7 @@ class AdaptedTensors:
 
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is no PEFT adapter: it has no {CONFIG}.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Download it again.") from error
+    settings = read_json(path, f"{folder} is no PEFT adapter: it has no {CONFIG}.")
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         kind = settings.get("peft_type") if isinstance(settings, dict) else None
         raise CheckpointError(f"{path}: only LoRA adapters are merged, not {kind!r}. {ADVICE}")

@@ -1,7 +1,6 @@
 """A transformers model without its weights: names, shapes and modules, with every parameter on `meta`."""
 
 import copy
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from offload_moe.checkpoint.json_file import read_json
 from offload_moe.errors import CheckpointError, UnsupportedModelError
 from offload_moe.system.paths import CONFIG_NAME
 
@@ -72,12 +72,7 @@ def _config_by_architecture(folder: Path, raw: dict[str, Any]) -> "PreTrainedCon
 def read_config_json(folder: Path) -> dict[str, Any]:
     """`config.json` as it is written. Raises: CheckpointError when this is not a model folder."""
     path = folder / CONFIG_NAME
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a model folder: it has no config.json.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Download it again.") from error
+    raw = read_json(path, f"{folder} is not a model folder: it has no config.json.")
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise CheckpointError(f"{path} is not a model config: it names no model_type.")
     return raw

@@ -16,14 +16,8 @@ from offload_moe.serve.board import Board
 from offload_moe.serve.config import ServeConfig
 from offload_moe.speculate.row_governor import RowGovernor
 from offload_moe.speculate.speculation import speculation_of
-from tests.support.serving import chat, open_tiny, running, served
+from tests.support.serving import SCHEMA_OF_NAMES, chat, open_tiny, running, served
 
-SCHEMA = {
-    "type": "object",
-    "properties": {"names": {"type": "array", "items": {"enum": ["red", "green"]}, "minItems": 6, "maxItems": 6}},
-    "required": ["names"],
-    "additionalProperties": False,
-}
 FIELDS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampled": {"temperature": 0.5, "seed": 5, "logit_bias": {"97": 6}},
@@ -31,7 +25,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     "penalties": {"frequency_penalty": 0.02, "presence_penalty": 0.1, "logit_bias": {"97": 2}},
     "log probabilities": {"logprobs": True, "top_logprobs": 3},
     "two choices": {"n": 2, "temperature": 1, "seed": 1, "max_tokens": 20},
-    "grammar": {"response_format": {"type": "json_schema", "json_schema": {"name": "names", "schema": SCHEMA}}},
+    "grammar": {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "names", "schema": SCHEMA_OF_NAMES}}
+    },
 }
 
 

@@ -20,6 +20,12 @@ from tests.support.models import open_model
 
 URL = "http://localhost"
 HELLO = [{"role": "user", "content": "Hello!"}]
+SCHEMA_OF_NAMES = {
+    "type": "object",
+    "properties": {"names": {"type": "array", "items": {"enum": ["red", "green"]}, "minItems": 6, "maxItems": 6}},
+    "required": ["names"],
+    "additionalProperties": False,
+}
 
 
 @contextmanager
