@@ -108,9 +108,12 @@ class StoreEngine:
         return stream_tokens(self.model.hf, None, torch.tensor([ids]), **sampling)
 
     def prompt(self, *, num_tokens: int, seed: int, all_cores: bool = False) -> dict[str, float]:
+        import torch
+
         self.end()
         room = self._context - num_tokens
-        self._tokens = self.stream(prompt_ids(seed, num_tokens), seed=seed, **HOT_SAMPLING, max_new_tokens=room)
+        torch.manual_seed(seed)
+        self._tokens = self.stream(prompt_ids(seed, num_tokens), **HOT_SAMPLING, max_new_tokens=room)
         began_cpu_s = time.process_time()
         with self.on_cores(len(self._cores) if all_cores else self._threads):
             next(self._tokens)

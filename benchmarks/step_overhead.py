@@ -17,6 +17,8 @@ from harness import alternate, finish, paired_ratio, spread
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "sampled": {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 0},
+    "unseeded": {"temperature": 0.8, "top_k": 40, "top_p": 0.9},
+    "top-p": {"temperature": 0.8, "top_k": 0, "top_p": 0.9},
 }
 NUM_PROMPT_TOKENS = 16
 

@@ -117,8 +117,8 @@ def main() -> None:
     model.hf.generation_config.eos_token_id = None
     ids, began_s = torch.tensor([prompt_ids(0, 16)]), 0.0
     for seed in range(2):
-        sampling = HOT_SAMPLING | {"seed": seed, "max_new_tokens": options.tokens}
-        with stream_tokens(model.hf, None, ids, **sampling) as tokens:
+        torch.manual_seed(seed)
+        with stream_tokens(model.hf, None, ids, **HOT_SAMPLING, max_new_tokens=options.tokens) as tokens:
             for count, _ in enumerate(tokens, 1):
                 if count == 1:
                     clock.reset()

@@ -17,7 +17,9 @@ from transformers import (
 )
 
 from offload_moe.chat.steering import NO_STEERING, Steering
+from offload_moe.chat.top_p import TopP
 from offload_moe.decode.next_token import Draw, TokenPass
+from offload_moe.errors import ConfigError
 
 # What a pass gives behind a token: logits ``[1, V]``, or the next token, which the card has chosen.
 Found = Tensor | int
@@ -40,12 +42,13 @@ class Choice:
         device: torch.device,
     ) -> None:
         """token_pass: of the model, where the request's tokens may go through it. seed: None draws one, or none."""
-        self._processors, self._observe = list(processors), steering.observe
+        self._processors = [TopP(each) if type(each) is TopPLogitsWarper else each for each in processors]
+        self._observe = steering.observe
         self._is_sampled, self._token_pass = is_sampled, token_pass
         self.draw: Draw | None = None
         self._random: torch.Generator | None = None
         if token_pass is not None and steering.observe is NO_STEERING.observe:
-            self.draw = _draw(self._processors, is_sampled=is_sampled, seed=seed)
+            self.draw = _draw(processors, is_sampled=is_sampled, seed=seed)
         if self.draw is None and seed is not None:
             self._random = torch.Generator(device).manual_seed(seed)
 
@@ -72,8 +75,26 @@ class Choice:
         for process in self._processors:  # calling the list itself inspects each one's signature, every time
             scores = process(ids(), scores)
         if self._is_sampled:
-            return int(torch.multinomial(scores.softmax(-1), num_samples=1, generator=self._random))
+            return drawn(scores.softmax(-1), self._random)
         return int(scores.argmax(-1))
+
+
+def drawn(probabilities: Tensor, seeded: torch.Generator | None) -> int:
+    """One of ``[1, V]`` by transformers' draw for a seed, and without one by a single one of torch's random numbers.
+
+    Raises:
+        ConfigError: they are NaN, which they all are where one logit is NaN or infinite.
+    """
+    if bool(probabilities[0, 0].isnan()):
+        raise ConfigError(
+            "The model gave logits that are NaN or infinite, so no token can be drawn from them. Check its files with "
+            "`offload-moe verify`; a model that was trained in bf16 may need --dtype fp32."
+        )
+    if seeded is None:
+        sums = probabilities[0].double().cumsum(0)
+        point = (1 - torch.rand((), dtype=sums.dtype, device=sums.device)) * sums[-1]  # above 0: impossible tokens
+        return int(torch.searchsorted(sums, point))
+    return int(torch.multinomial(probabilities, num_samples=1, generator=seeded))
 
 
 def _draw(processors: Sequence[LogitsProcessor], *, is_sampled: bool, seed: int | None) -> Draw | None:

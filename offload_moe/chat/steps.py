@@ -256,8 +256,9 @@ def _take(hf: Any, request: _Request, outputs: Any) -> Tensor:
 
 
 def _last_logits(request: _Request, logits: Tensor, num_rows: int = 1) -> Tensor:
-    """Of ``[1, T, V]`` a copy ``[num_rows, V]``: the logits of a whole prompt may be large."""
-    return logits[0, -num_rows:].to(copy=True, dtype=torch.float32, device=request.sequence.device)
+    """Of ``[1, T, V]`` the last ``[num_rows, V]``; a copy, where there are more: those of a prompt may be large."""
+    is_part = logits.shape[1] > num_rows
+    return logits[0, -num_rows:].to(copy=is_part, dtype=torch.float32, device=request.sequence.device)
 
 
 def _is_short(hf: Any, request: _Request) -> bool:
@@ -325,5 +326,5 @@ def _pass(hf: Any, request: _Request, inputs: dict[str, Any], wanted: Wanted, nu
     output = hf.get_decoder()(**inputs, wanted=wanted)
     if wanted.tokens:
         return list(wanted.tokens[-num_rows:])
-    logits = _behind(hf, output, num_rows) if wanted.logits is None else wanted.logits[None]
+    logits = _behind(hf, output, num_rows) if wanted.logits is None else wanted.logits[None].clone()
     return list(_last_logits(request, logits, num_rows).split(1))

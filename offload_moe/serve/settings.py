@@ -1,6 +1,5 @@
 """How the tokens of one answer are chosen, and when it ends."""
 
-import random
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -9,7 +8,6 @@ from transformers import GenerationConfig, PreTrainedModel
 from offload_moe.chat.sampling import LEAST_TEMPERATURE, NUM_SEEDS, Sampling
 
 LEAST_TOP_P = 1e-9
-_random = random.SystemRandom()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +31,9 @@ class Settings:
     top_logprobs: int | None = None
     ignores_end: bool = False
 
-    def seed_of(self, choice: int) -> int:
-        """Each choice draws for itself, repeatably with a seed."""
-        return _random.randrange(NUM_SEEDS) if self.seed is None else (self.seed + choice) % NUM_SEEDS
+    def seed_of(self, choice: int) -> int | None:
+        """With a seed, each choice draws for itself and repeatably."""
+        return None if self.seed is None else (self.seed + choice) % NUM_SEEDS
 
     def generation_config(
         self, hf: PreTrainedModel, *, stop_ids: Collection[int], max_new_tokens: int

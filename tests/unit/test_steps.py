@@ -147,7 +147,9 @@ def test_a_cache_is_continued(llama: PreTrainedModel) -> None:
 def test_the_callers_random_numbers_go_on_where_no_seed_is_given(llama: PreTrainedModel) -> None:
     config = config_of(llama, **SAMPLED)
     torch.manual_seed(5)
-    assert list(TokenStream(llama, PROMPT, config)) == expected(llama, config)
+    first, second = (list(TokenStream(llama, PROMPT, config)) for _ in range(2))
+    torch.manual_seed(5)
+    assert list(TokenStream(llama, PROMPT, config)) == first != second
 
 
 def test_a_usual_step_is_one_short_call(llama: PreTrainedModel) -> None:
