@@ -20,6 +20,7 @@ from offload_moe.plan import Machine, Plan, make_plan, with_card
 from offload_moe.plan.card_pass import GRAPH_NODE_BYTES
 from offload_moe.profile.trace import Trace, load_trace
 from offload_moe.residency.keys import ExpertKeys
+from offload_moe.residency.policy import DEFAULT_POLICY
 from offload_moe.simulate import DiskModel, LinkModel, PassCosts, RunCosts, VirtualPools, answers_of, simulate
 from offload_moe.simulate.hardware import GPU_SHARE, LINK_SHARE
 from offload_moe.system.sizes import parse_size
@@ -144,7 +145,7 @@ def hit_rate(trace: Trace, share: float, num_tokens: int, mode: str) -> float:
         slot_bytes=RECORD_BYTES,
         num_ram_slots=keys.total,
         num_device_slots=round(share * keys.total),
-        policy="lru",
+        policy=DEFAULT_POLICY,
     )
     return simulate(
         answers_of(trace, num_tokens=num_tokens),

@@ -4,6 +4,7 @@ import ctypes
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from offload_moe.card.structs import constant
 from offload_moe.native.session import Session, SharedMemory
@@ -21,6 +22,7 @@ class Edits:
         buffer = (ctypes.c_byte * (capacity * _EDIT.itemsize)).from_address(self._memory.host)
         self._list = np.frombuffer(memoryview(buffer), dtype=_EDIT)
         self._places: dict[tuple[str, int], int] = {}
+        self._many = np.empty(0, dtype=_EDIT)  # all of one kind
 
     @property
     def host(self) -> int:
@@ -35,14 +37,24 @@ class Edits:
         place = self._places.setdefault((kind, index), len(self._places))
         self._list[place] = (_kind(kind), index, value & _MASK)
 
+    def add_many(self, kind: str, indices: NDArray[np.int64], values: NDArray[np.uint64]) -> None:
+        """Change numbers of one kind, which is the same for all calls and which `add` never has."""
+        added = np.empty(len(indices), dtype=_EDIT)
+        added["kind"], added["index"], added["value"] = _kind(kind), indices, values
+        earlier = self._many[~np.isin(self._many["index"], indices)]
+        self._many = np.concatenate([earlier, added])
+
     def close(self) -> None:
         """Free the list."""
         self._memory.close()
 
     def take(self) -> int:
         """How many there are; the next list begins."""
-        count = len(self._places)
+        first = len(self._places)
+        count = first + len(self._many)
+        self._list[first:count] = self._many
         self._places.clear()
+        self._many = self._many[:0]
         return count
 
 

@@ -235,6 +235,7 @@ class CardPass:
             self.tables.pool.lend(self.tables.edits)
             self._session.synchronize()
         self.tables.sources.publish(self.tables.edits)
+        self.tables.pool.publish_worths(self.tables.edits)
         return not has_place
 
     def _begin(

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from offload_moe.card.edits import Edits
 from offload_moe.card.memory import Allocate
 from offload_moe.card.structs import constant, struct
+from offload_moe.card.worths import in_groups
 from offload_moe.native.constants import FREE, RESIDENT
 from offload_moe.residency.hierarchy import Hierarchy
+from offload_moe.residency.policy import Appraising
 
 EMPTY, HOSTS = -1, -2  # OM_CARD_EMPTY, OM_CARD_HOSTS
 FIRST_STAMP = 1  # of what the host brought: older than anything that a pass has used
@@ -33,8 +35,11 @@ class CardPool:
         self.slot_of: NDArray[np.int64] = np.full(num_keys, -1, dtype=np.int64)
         self.key_of: NDArray[np.int64] = np.full(self.num_slots, HOSTS, dtype=np.int64)
         self.num_owned = 0
+        self._worths: NDArray[np.uint64] = in_groups(np.zeros(num_keys, dtype=np.float32))  # as published
         self._device = [allocate(8 * num_keys) for _ in range(2)] + [allocate(8 * self.num_slots) for _ in range(3)]
         slots, sources, keys, used, memory = self._device
+        worth = allocate(self._worths.nbytes)
+        self._device.append(worth)
         slots.view(torch.int32).fill_(-1)
         keys.view(torch.int32).fill_(constant("OM_CARD_HOSTS"))
         self._memory = memory
@@ -43,6 +48,7 @@ class CardPool:
             slot_of=slots.data_ptr(),
             key_of=keys.data_ptr(),
             used=used.data_ptr(),
+            worth=worth.data_ptr(),
             memory=memory.data_ptr(),
             source=sources.data_ptr(),
             num_slots=self.num_slots,
@@ -64,6 +70,16 @@ class CardPool:
             self._place(count)
             self.is_lent = True
         self._publish(wanted, edits)
+
+    def publish_worths(self, edits: Edits) -> None:
+        """Give the card the worth of each expert by the host's policy, where that has a number for each."""
+        policy = self._scheduler.residency.policy
+        if not isinstance(policy, Appraising):
+            return
+        groups = in_groups(policy.worths)
+        changed = np.flatnonzero(groups != self._worths)
+        edits.add_many("WORTHS", changed, groups[changed])
+        self._worths = groups
 
     def recall(self) -> None:
         """Take the slots back; no pass may be under way, and the log of the last one has been read."""

@@ -7,9 +7,9 @@ the minimum for any reuse, and the share of the remaining experts that fits besi
 Sources of the traces: gpt-oss-20b, github AmanPriyanshu/GPT-OSS-MoE-ExpertFingerprinting @72b368f, Apache-2.0;
 ESFT law, shape of DeepSeek-V2-Lite, github deepseek-ai/ESFT @579a771, MIT.
 
-In the device pass the card evicts what it used longest ago, and a stepwise pass changes no slot: these curves are from
-2,000 tokens behind prompts through the passes of `offload_moe.simulate` (`benchmarks/card_table.py --replay TRACE`,
-2026-11-30).
+In the device pass the card evicts by the policy of one pass earlier, and a stepwise pass changes no slot: these curves
+are from 2,000 tokens behind prompts through the passes of `offload_moe.simulate`
+(`benchmarks/card_table.py --replay TRACE`, 2026-11-30).
 """
 
 from dataclasses import dataclass
@@ -73,16 +73,16 @@ CURVES = (
 )
 
 # Queued passes, which admit whatever they miss.
-STAMPED_CURVES = (
+QUEUED_CURVES = (
     HitCurve(
         trace="gpt-oss-20b decode",
         points=(
-            (0.125, 0.441),
-            (0.1875, 0.481),
-            (0.25, 0.625),
-            (0.375, 0.816),
-            (0.5, 0.932),
-            (0.625, 0.973),
+            (0.125, 0.454),
+            (0.1875, 0.607),
+            (0.25, 0.725),
+            (0.375, 0.875),
+            (0.5, 0.946),
+            (0.625, 0.977),
             (0.75, 0.992),
             (0.875, 0.998),
             (1.0, 1.0),
@@ -91,30 +91,30 @@ STAMPED_CURVES = (
     HitCurve(
         trace="ESFT law, teacher-forced",
         points=(
-            (0.09375, 0.277),
-            (0.1875, 0.382),
-            (0.25, 0.46),
-            (0.375, 0.587),
-            (0.5, 0.703),
-            (0.625, 0.807),
-            (0.75, 0.892),
-            (0.875, 0.958),
+            (0.09375, 0.265),
+            (0.1875, 0.439),
+            (0.25, 0.526),
+            (0.375, 0.663),
+            (0.5, 0.77),
+            (0.625, 0.855),
+            (0.75, 0.92),
+            (0.875, 0.97),
             (1.0, 1.0),
         ),
     ),
 )
 # Stepwise passes, of which one in 48 is queued.
-STILL_CURVES = (
+STEPWISE_CURVES = (
     HitCurve(
         trace="gpt-oss-20b decode",
         points=(
-            (0.125, 0.36),
-            (0.1875, 0.505),
-            (0.25, 0.614),
-            (0.375, 0.759),
-            (0.5, 0.854),
-            (0.625, 0.933),
-            (0.75, 0.989),
+            (0.125, 0.411),
+            (0.1875, 0.54),
+            (0.25, 0.646),
+            (0.375, 0.79),
+            (0.5, 0.883),
+            (0.625, 0.953),
+            (0.75, 0.987),
             (0.875, 0.997),
             (1.0, 1.0),
         ),
@@ -122,14 +122,14 @@ STILL_CURVES = (
     HitCurve(
         trace="ESFT law, teacher-forced",
         points=(
-            (0.09375, 0.136),
-            (0.1875, 0.253),
-            (0.25, 0.322),
-            (0.375, 0.447),
-            (0.5, 0.565),
-            (0.625, 0.687),
-            (0.75, 0.803),
-            (0.875, 0.921),
+            (0.09375, 0.17),
+            (0.1875, 0.311),
+            (0.25, 0.39),
+            (0.375, 0.529),
+            (0.5, 0.653),
+            (0.625, 0.763),
+            (0.75, 0.859),
+            (0.875, 0.944),
             (1.0, 1.0),
         ),
     ),

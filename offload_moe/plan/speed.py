@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from offload_moe.plan.card_pass import NODES_OF_ENDS, PassShape
-from offload_moe.plan.hit_rates import CURVES, STAMPED_CURVES, STILL_CURVES, HitCurve
+from offload_moe.plan.hit_rates import CURVES, QUEUED_CURVES, STEPWISE_CURVES, HitCurve
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.parameters import ModelShape
 from offload_moe.plan.placement import Placement, Settings, why_no_device_pass
@@ -94,7 +94,7 @@ def forecast_speed(shape: ModelShape, machine: Machine, settings: Settings, plac
     if costs.device_pass is None:
         forecasts = [_forecast(curve, shape, machine, settings, placement) for curve in CURVES]
     else:
-        curves = zip(CURVES, STAMPED_CURVES, STILL_CURVES, strict=True)
+        curves = zip(CURVES, QUEUED_CURVES, STEPWISE_CURVES, strict=True)
         forecasts = [_faster_pass(each, shape, machine, settings, placement, costs) for each in curves]
     return Speed(forecasts=tuple(sorted(forecasts, key=lambda forecast: forecast.tokens_per_s)))
 
@@ -128,9 +128,9 @@ def _faster_pass(
     costs: RunCosts,
 ) -> Forecast:
     """The device pass in the mode that is faster. curves: of one trace: the RAM tier's, and those of both modes."""
-    in_ram, stamped, still = (_hit_rates(curve, shape, placement) for curve in curves)
-    queued = _pass_forecast("queued", stamped[0], in_ram[1], shape, machine, settings, costs)
-    stepwise = _pass_forecast("stepwise", still[0], in_ram[1], shape, machine, settings, costs)
+    in_ram, if_queued, if_stepwise = (_hit_rates(curve, shape, placement) for curve in curves)
+    queued = _pass_forecast("queued", if_queued[0], in_ram[1], shape, machine, settings, costs)
+    stepwise = _pass_forecast("stepwise", if_stepwise[0], in_ram[1], shape, machine, settings, costs)
     return replace(min(queued, stepwise, key=lambda forecast: forecast.token_s), trace=curves[0].trace)
 
 

@@ -10,20 +10,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload_moe.card.mode import ModeChoice
+from offload_moe.card.worths import in_bytes
 from offload_moe.native.constants import FREE
 from offload_moe.native.kernels import HIT, MISSING
 from offload_moe.residency.accounts import Choice, note_passed
+from offload_moe.residency.policy import Appraising
 from offload_moe.residency.scheduler import Scheduler
 from offload_moe.simulate.clock import VirtualClock
 from offload_moe.simulate.costs import PassCosts, RunCosts
 
 EMPTY, BY_THE_HOST = 0, 1  # stamps of slots that no pass has used
+PER_WORTH = 1 << 32  # more than any stamp
+USED_NOW = 1 << 62
 
 
 class VirtualCard:
     """Tokens through all layers, queued or stepwise, as the runtime's own `ModeChoice` decides.
 
-    A queued pass puts what it misses into the slots that were used longest ago; a stepwise one changes no slot.
+    A queued pass puts what it misses into the slots that are worth least, by the host's policy as it was when the pass
+    before began; a stepwise one changes no slot.
 
     num_stepwise, num_passes: so far.
     """
@@ -38,12 +43,14 @@ class VirtualCard:
         self._used = np.zeros(num_slots, dtype=np.int64)
         self._key_of = np.full(num_slots, -1, dtype=np.int64)
         self._now = BY_THE_HOST
+        self._worths = self._next_worths = np.zeros(scheduler.keys.total + 1, dtype=np.int64)  # the last: of no key
         self.mode = ModeChoice()
         self.num_stepwise = self.num_passes = 0
 
     def forward(self, experts: NDArray[Any]) -> None:
         """experts ``[L, K]``, of one token."""
         self._lend()
+        self._appraise()
         is_stepwise, began = self.mode.choose(), self._clock.now
         choices = [self._layer(layer, sorted(chosen), is_stepwise) for layer, chosen in enumerate(experts.tolist())]
         self._scheduler.residency.end_lending()
@@ -79,10 +86,15 @@ class VirtualCard:
         self._clock.advance(max(hits_s, late_s))
         counters.stall_s += max(0.0, late_s - hits_s)
         for key in self._scheduler.keys.keys(layer, missing):
-            slot = int(self._used.argmin())
+            slot = self._least_slot()
             self._scheduler.residency.exchange(slot, key)
             self._used[slot], self._key_of[slot] = self._now, key
         counters.h2d_bytes += len(missing) * self._record_bytes
+
+    def _least_slot(self) -> int:
+        """That is worth least, of equals the one used longest ago, and none that this layer uses."""
+        ranks = self._worths[self._key_of] * PER_WORTH + self._used
+        return int(np.where(self._used == self._now, USED_NOW, ranks).argmin())
 
     def _compute_on_cpu(self, layer: int, missing: Sequence[int], hits_s: float) -> None:
         """Beside the hits, reads from disk included."""
@@ -104,6 +116,12 @@ class VirtualCard:
             for _ in lease:
                 pass
         return self._clock.now - began
+
+    def _appraise(self) -> None:
+        """The host enters a pass while the next one is under way, so its worths are one pass older."""
+        self._worths, policy = self._next_worths, self._scheduler.residency.policy
+        if isinstance(policy, Appraising):
+            self._next_worths = np.append(in_bytes(policy.worths), 0).astype(np.int64)
 
     def _lend(self) -> None:
         """Once nothing is on its way: see where the host has put what it brought meanwhile."""

@@ -1,5 +1,6 @@
 """The rules that keep a pass of the card free of races: each test fails where its rule is taken away."""
 
+import ctypes
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,12 @@ from support.models import open_model
 from torch import Tensor
 
 from offload_moe.card import cubins
+from offload_moe.card.edits import Edits
+from offload_moe.card.pool import CardPool
 from offload_moe.card.stops import Stops
+from offload_moe.card.worths import in_bytes
 from offload_moe.native.constants import LOADING
+from offload_moe.residency.policy import Appraising
 from tests.integration.test_card_pass import ALL, TOP_K, logits
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
@@ -66,6 +71,21 @@ def test_6_a_ram_slot_stays_leased_until_the_edit_has_run(model: CardModel) -> N
     assert ram.residency.num_leases(slot) == 1
     model.card.end_loans()
     assert ram.residency.num_leases(slot) == 0
+
+
+def test_the_card_has_the_worths_before_the_pass(model: CardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, known = model.engine.hierarchy.scheduler.residency.policy, []
+    assert isinstance(policy, Appraising)
+    original = CardPool.publish_worths
+
+    def recorded(pool: CardPool, edits: Edits) -> None:
+        known.append(in_bytes(policy.worths).tolist())
+        original(pool, edits)
+
+    monkeypatch.setattr(CardPool, "publish_worths", recorded)
+    logits(model.hf)
+    device = (ctypes.c_uint8 * ALL).from_address(model.card.tables.pool.tables.worth)
+    assert list(device) == known[-1] != known[-2]
 
 
 def test_9_a_stopped_pass_goes_on_behind_its_router(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from offload_moe.card.structs import constant, struct
+from offload_moe.card.worths import in_groups
 from tests.support.cuda import shim
 
 pytestmark = pytest.mark.skipif(not shim.has_compiler(), reason="no C++ compiler")
@@ -20,8 +21,9 @@ NUM_KEYS, NUM_SLOTS, TOP_K, LAYER, NUM_LAYERS, FIRST_KEY = 16, 6, 4, 1, 3, 8
 SLOT_BYTES, SOURCE = 4096, 1 << 20
 THREADS = (256,)
 RULES = {
-    "4: a slot that the host fills": ("tables.key_of[s] >= OM_CARD_EMPTY && ", ""),
+    "4: a slot that the host fills": ("key >= OM_CARD_EMPTY && ", ""),
     "4: a slot that this layer uses": ("tables.used[s] != now && ", ""),
+    "worth before age": ("key >= 0 ? tables.worth[key] : 0;", "0;"),
     "9: counted again": ("is_again = p.log[0] == p.state->token;", "is_again = 0;"),
 }
 
@@ -63,6 +65,7 @@ class Layer:
                 self.slot_of[key] = slot
         self.memory = (1 + np.arange(NUM_SLOTS, dtype=np.uint64)) * np.uint64(SLOT_BYTES)
         self.source = np.full(NUM_KEYS, SOURCE, np.uint64)
+        self.worth = np.zeros(NUM_KEYS, np.uint8)
         self.ids, self.weights = np.arange(TOP_K, dtype=np.int32), np.full(TOP_K, 0.25, np.float32)
         self.hits, self.fetched = np.zeros(TOP_K, np.uint64), np.zeros(TOP_K, np.uint64)
         self.log = np.full(HEAD + 6 * TOP_K, -1, np.int32)
@@ -70,7 +73,7 @@ class Layer:
 
     def run(self, kernel: str, **others: Any) -> None:
         tables = struct("tables")(num_slots=NUM_SLOTS)
-        for name in ("slot_of", "key_of", "used", "memory", "source"):
+        for name in ("slot_of", "key_of", "used", "worth", "memory", "source"):
             setattr(tables, name, getattr(self, name).ctypes.data)
         state = ctypes.addressof(self.state)
         kind = type(self.state)
@@ -126,6 +129,32 @@ def test_4_without_the_rule_other_slots_are_taken(without: Callable[[str], shim.
 def test_4_without_the_rule_a_slot_in_use_is_taken(without: Callable[[str], shim.ShimLibrary]) -> None:
     victims = with_stamps_that_have_begun_anew(without("4: a slot that this layer uses"))
     assert set(victims) & {0, 3}
+
+
+def with_worths(library: shim.ShimLibrary) -> list[int]:
+    """Three are missing: an empty slot, then the least worth, of equals the older. One slot is used by the layer."""
+    layer = Layer(library, [5, 7, FIRST_KEY, EMPTY, 4, 3], [4, 5, 1, 0, 7, 6], token=3)
+    layer.worth[[5, 7, FIRST_KEY, 4, 3]] = [9, 255, 0, 8, 8]
+    return layer.victims()
+
+
+def test_what_is_worth_least_goes_first(library: shim.ShimLibrary) -> None:
+    assert with_worths(library) == [3, 5, 4]
+
+
+def test_without_worths_what_was_used_longest_ago_goes_first(without: Callable[[str], shim.ShimLibrary]) -> None:
+    assert with_worths(without("worth before age")) == [3, 0, 1]
+
+
+def test_worths_come_as_groups(library: shim.ShimLibrary) -> None:
+    policy = np.array([0, 0.5, 1, 2.5, 1e-9, 0, 0, 0.999, 0.25, 1 / 255], np.float32)
+    edits = np.zeros(2, np.dtype([("kind", np.int32), ("index", np.int32), ("value", np.uint64)]))
+    edits["kind"], edits["index"], edits["value"] = constant("OM_EDIT_WORTHS"), [0, 1], in_groups(policy)
+    worth = np.full(24, 77, np.uint8)
+    tables = struct("tables")(worth=worth.ctypes.data)
+    params = struct("apply_params")(tables=tables, edits=edits.ctypes.data, num_edits=2)
+    library.launch("om_apply", (1,), THREADS, params)
+    assert worth.tolist() == [0, 127, 255, 255, 0, 0, 0, 254, 63, 1, *[0] * 6, *[77] * 8]
 
 
 def log_of_a_layer_that_stops(library: shim.ShimLibrary) -> list[int]:

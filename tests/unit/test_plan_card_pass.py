@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from offload_moe.plan.card_pass import GRAPH_NODE_BYTES, PassShape
-from offload_moe.plan.hit_rates import CURVES, STAMPED_CURVES, STILL_CURVES, HitCurve
+from offload_moe.plan.hit_rates import CURVES, QUEUED_CURVES, STEPWISE_CURVES, HitCurve
 from offload_moe.plan.machine import Machine, Rates
 from offload_moe.plan.outlook import look_ahead
 from offload_moe.plan.parameters import ModelShape
@@ -130,7 +130,7 @@ def test_dense_mlps_in_bf16_keep_the_pass() -> None:
     assert outlook.speed.forecasts[0].way in ("queued", "stepwise")
 
 
-@pytest.mark.parametrize("curve", [*STAMPED_CURVES, *STILL_CURVES], ids=lambda curve: curve.trace)
+@pytest.mark.parametrize("curve", [*QUEUED_CURVES, *STEPWISE_CURVES], ids=lambda curve: curve.trace)
 def test_more_slots_are_never_worse(curve: HitCurve) -> None:
     rates = [curve.at(slots, num_top_k=60, num_experts=640) for slots in range(641)]
     assert rates == sorted(rates)
@@ -138,6 +138,6 @@ def test_more_slots_are_never_worse(curve: HitCurve) -> None:
 
 
 def test_each_trace_has_a_curve_for_every_rule() -> None:
-    for curves in zip(CURVES, STAMPED_CURVES, STILL_CURVES, strict=True):
+    for curves in zip(CURVES, QUEUED_CURVES, STEPWISE_CURVES, strict=True):
         assert len({curve.trace for curve in curves}) == 1
         assert len({curve.points[0][0] for curve in curves}) == 1

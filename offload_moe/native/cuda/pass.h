@@ -11,6 +11,7 @@
 #define OM_CARD_PAIRS 512 /* 8 rows of 64 experts */
 #define OM_CARD_EMPTY (-1) /* a slot of the device without an expert */
 #define OM_CARD_HOSTS (-2) /* a slot that the host fills, or that is not there any more */
+#define OM_CARD_SLOT_BITS 24
 
 /* Why a pass has stopped. */
 #define OM_STOP_MISSING 1  /* an expert has no source */
@@ -42,6 +43,7 @@ typedef struct {
     int *slot_of;                  /* [keys]; -1: not resident */
     int *key_of;                   /* [slots]: a key, OM_CARD_EMPTY or OM_CARD_HOSTS */
     unsigned *used;                /* [slots]: the stamp of the layer that used it last */
+    unsigned char *worth;          /* [keys], whole groups of 8: by the host's policy */
     const om_card_address *memory; /* [slots] */
     om_card_address *source;       /* [keys]: a complete, checked record in page-locked memory; 0: none */
     int num_slots, reserved;
@@ -85,6 +87,7 @@ typedef struct {
 #define OM_EDIT_TOP_P 13
 #define OM_EDIT_TOP_K 14
 #define OM_EDIT_SEED 15
+#define OM_EDIT_WORTHS 16 /* a group of 8 keys */
 
 /* Grid: OM_CARD_UP(num_edits, OM_APPLY_THREADS). It runs when the pass is stopped, too. */
 typedef struct {
@@ -115,7 +118,7 @@ typedef struct {
     om_card_address source[OM_CARD_PAIRS], slot[OM_CARD_PAIRS];
 } om_card_fetches;
 
-/* Slots for those that are missing; victims are the ones used longest ago. Grid: 1. */
+/* Slots for those that are missing, of what is worth least; of equals, of what was used longest ago. Grid: 1. */
 typedef struct {
     om_card_pass pass;
     om_card_state *state;

@@ -38,6 +38,7 @@ extern "C" __global__ void __launch_bounds__(OM_APPLY_THREADS) om_apply(const om
     if (kind == OM_EDIT_TOP_P) p.state->draws[at].top_p = __uint_as_float((unsigned)value);
     if (kind == OM_EDIT_TOP_K) p.state->draws[at].top_k = (int)value;
     if (kind == OM_EDIT_SEED) p.state->draws[at].seed = value;
+    if (kind == OM_EDIT_WORTHS) ((om_card_address *)p.tables.worth)[at] = value;
 }
 
 extern "C" __global__ void __launch_bounds__(OM_RESOLVE_THREADS) om_resolve(const om_card_resolve_params p) {
@@ -87,18 +88,21 @@ extern "C" __global__ void __launch_bounds__(OM_RESOLVE_THREADS) om_resolve(cons
     }
 }
 
-/* The device's slot that was used longest ago, of equals the first, and not by this layer; as (stamp, slot). */
-static __device__ __forceinline__ unsigned long long oldest_slot(const om_card_tables &tables, unsigned now) {
-    unsigned long long oldest = ~0ull;
+/* The device's slot that is worth least, of equals the one used longest ago, of these the first, and none that this layer uses;
+ * as (worth, stamp, slot). */
+static __device__ __forceinline__ unsigned long long least_slot(const om_card_tables &tables, unsigned now) {
+    unsigned long long least = ~0ull;
     for (int s = (int)threadIdx.x; s < tables.num_slots; s += OM_ADMIT_THREADS) {
-        const unsigned long long age = (unsigned long long)tables.used[s] << 32 | (unsigned)s;
-        if (tables.key_of[s] >= OM_CARD_EMPTY && tables.used[s] != now && age < oldest) oldest = age;
+        const int key = tables.key_of[s];
+        const unsigned long long worth = key >= 0 ? tables.worth[key] : 0;
+        const unsigned long long rank = worth << 56 | (unsigned long long)tables.used[s] << OM_CARD_SLOT_BITS | (unsigned)s;
+        if (key >= OM_CARD_EMPTY && tables.used[s] != now && rank < least) least = rank;
     }
     for (int d = 16; d; d >>= 1) {
-        const unsigned long long other = __shfl_xor_sync(0xffffffffu, oldest, d);
-        oldest = other < oldest ? other : oldest;
+        const unsigned long long other = __shfl_xor_sync(0xffffffffu, least, d);
+        least = other < least ? other : least;
     }
-    return oldest;
+    return least;
 }
 
 /* Give slot s to the expert of a key, and note it (one thread). */
@@ -112,20 +116,20 @@ static __device__ __forceinline__ void take_slot(const om_card_admit_params &p, 
 }
 
 extern "C" __global__ void __launch_bounds__(OM_ADMIT_THREADS) om_admit(const om_card_admit_params p) {
-    __shared__ unsigned long long oldest[OM_ADMIT_THREADS / 32];
+    __shared__ unsigned long long least[OM_ADMIT_THREADS / 32];
     if (*p.pass.stop) return;
     const int t = (int)threadIdx.x, num_pairs = *p.pass.num_rows * p.top_k, most = p.max_rows * p.top_k;
     const unsigned now = stamp_of(p.state, p.layer, p.num_layers);
     if (t == 0) p.fetches->count = 0;
     for (int i = 0; i < num_pairs; i++) {
         if (p.hits[i] || !is_first(p.ids, i)) continue; /* the same for all threads */
-        const unsigned long long mine = oldest_slot(p.tables, now);
-        if (t % 32 == 0) oldest[t / 32] = mine;
+        const unsigned long long mine = least_slot(p.tables, now);
+        if (t % 32 == 0) least[t / 32] = mine;
         __syncthreads();
         if (t == 0) {
-            unsigned long long best = oldest[0];
-            for (int w = 1; w < OM_ADMIT_THREADS / 32; w++) best = oldest[w] < best ? oldest[w] : best;
-            take_slot(p, (int)(best & 0xffffffffu), p.first_key + p.ids[i], now);
+            unsigned long long best = least[0];
+            for (int w = 1; w < OM_ADMIT_THREADS / 32; w++) best = least[w] < best ? least[w] : best;
+            take_slot(p, (int)(best & ((1u << OM_CARD_SLOT_BITS) - 1)), p.first_key + p.ids[i], now);
         }
         __syncthreads();
     }

@@ -7,11 +7,20 @@ from offload_moe.residency.policy.frequency import LFU, DecayedFrequency
 from offload_moe.residency.policy.knn import KNN
 from offload_moe.residency.policy.lru import LRU, Unranked
 from offload_moe.residency.policy.lru_2 import LRU2
-from offload_moe.residency.policy.protocol import Policy
+from offload_moe.residency.policy.protocol import Appraising, Policy
 from offload_moe.residency.policy.slru import SLRU
 from offload_moe.system.names import choice
 
-__all__ = ["DEFAULT_POLICY", "LRU", "POLICY_NAMES", "Policy", "check_policy", "make_policy", "policy_of_pool"]
+__all__ = [
+    "DEFAULT_POLICY",
+    "LRU",
+    "POLICY_NAMES",
+    "Appraising",
+    "Policy",
+    "check_policy",
+    "make_policy",
+    "policy_of_pool",
+]
 
 _FACTORIES: dict[str, Callable[[ExpertKeys, range, int], Policy]] = {
     LRU.name: lambda keys, layers, num_slots: LRU(),

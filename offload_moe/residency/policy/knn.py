@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from offload_moe.residency.keys import ExpertKeys
 from offload_moe.residency.policy.ranking import Passed, Ranking
@@ -41,6 +42,11 @@ class KNN:
         self._is_chunk = False
         self._is_partial = False  # the layer accessed last is acquired expert by expert
         self._current: frozenset[int] = frozenset()
+
+    @property
+    def worths(self) -> NDArray[np.float32]:
+        """See `Appraising`, for a pool of all layers."""
+        return self.ranking.worth
 
     def access(
         self, layer: int, keys: Sequence[int], weights: Sequence[float] | None = None, num_tokens: int = 1

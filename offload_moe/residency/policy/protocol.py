@@ -1,7 +1,10 @@
 """The interface of a replacement policy, which the residency calls."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 class Policy(Protocol):
@@ -34,3 +37,12 @@ class Policy(Protocol):
 
     def victim(self, leased: Callable[[int], bool]) -> int | None:
         """The resident key worth least that is not leased, or None when all are leased. Changes no later decision."""
+
+
+@runtime_checkable
+class Appraising(Protocol):
+    """A policy that has a number for every expert, resident or not."""
+
+    @property
+    def worths(self) -> NDArray[np.float32]:
+        """``[X]``, by key, 0 and more: as of the moment when a token reaches the expert's layer. Not a copy."""
