@@ -7,17 +7,21 @@ from typing import Literal
 
 Mode = Literal["auto", "queued", "stepwise"]
 QUEUED, STEPWISE = 0, 1
-TRIAL_EVERY = 48  # passes, after which the slower way is tried again
-WEIGHT = 0.2  # of the last pass in a mean
+# Of the way that is slower, by way. Stepwise passes leave the slots as they are, which queued ones between them renew.
+TRIAL_EVERY = (16, 144)  # passes
+TRIAL_PASSES = (2, 1)  # of which the last is measured
+WEIGHT = 0.3  # of the last pass in a mean
 
 
 class ModeChoice:
-    """mode: "auto" measures."""
+    """mode: "auto" measures, and decides at the end of each trial: the first passes behind a prompt are slower."""
 
     def __init__(self, mode: Mode = "auto") -> None:
         self.mode: Mode = mode
         self.seconds: list[float | None] = [None, None]  # per row, of both ways, in passes that missed something
         self._num_missed = 0
+        self._better = QUEUED
+        self._trial, self._num_left = QUEUED, TRIAL_PASSES[QUEUED]  # the way that is tried, and passes that are left
         self._since_trial = 0
         self.now = QUEUED
 
@@ -29,9 +33,17 @@ class ModeChoice:
     def measured(self, seconds: float, num_rows: int, *, num_missed: int, is_stepwise: bool) -> None:
         """What a pass took, and how many experts it missed."""
         self._num_missed = num_missed
-        if num_missed:
-            before, now = self.seconds[is_stepwise], seconds / num_rows
-            self.seconds[is_stepwise] = now if before is None else before + WEIGHT * (now - before)
+        if not num_missed:
+            return
+        is_trial = self._num_left > 0 and is_stepwise == self._trial
+        self._num_left -= is_trial
+        if is_trial and self._num_left:
+            return
+        before, now = self.seconds[is_stepwise], seconds / num_rows
+        self.seconds[is_stepwise] = now if before is None else before + WEIGHT * (now - before)
+        if is_trial:
+            self._decide()
+        elif not self._num_left:
             self._since_trial += 1
 
     @property
@@ -44,11 +56,17 @@ class ModeChoice:
             return STEPWISE if self.mode == "stepwise" else QUEUED
         if not self._num_missed:
             return QUEUED
+        other = 1 - self._better
+        if not self._num_left and self._since_trial >= TRIAL_EVERY[other]:
+            self._begin_trial(other)
+        return self._trial if self._num_left else self._better
+
+    def _decide(self) -> None:
         queued, stepwise = self.seconds
         if queued is None or stepwise is None:
-            return QUEUED if queued is None else STEPWISE
-        better = QUEUED if queued <= stepwise else STEPWISE
-        if self._since_trial >= TRIAL_EVERY:
-            self._since_trial = 0
-            return 1 - better
-        return better
+            self._begin_trial(QUEUED if queued is None else STEPWISE)
+        else:
+            self._better = QUEUED if queued <= stepwise else STEPWISE
+
+    def _begin_trial(self, way: int) -> None:
+        self._trial, self._num_left, self._since_trial = way, TRIAL_PASSES[way], 0

@@ -91,8 +91,8 @@ def drawn(probabilities: Tensor, seeded: torch.Generator | None) -> int:
             "`offload-moe verify`; a model that was trained in bf16 may need --dtype fp32."
         )
     if seeded is None:
-        sums = probabilities[0].double().cumsum(0)
-        point = (1 - torch.rand((), dtype=sums.dtype, device=sums.device)) * sums[-1]  # above 0: impossible tokens
+        sums = probabilities[0].cumsum(0)  # in fp32: blocks of a megabyte go back to the system, and come empty
+        point = (1 - torch.rand((), device=sums.device)) * sums[-1]  # above 0: what has no probability is not found
         return int(torch.searchsorted(sums, point))
     return int(torch.multinomial(probabilities, num_samples=1, generator=seeded))
 

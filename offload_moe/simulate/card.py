@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offload_moe.card.mode import ModeChoice
-from offload_moe.card.worths import in_bytes
+from offload_moe.card.worths import MOST, in_bytes
 from offload_moe.native.constants import FREE
 from offload_moe.native.kernels import HIT, MISSING
 from offload_moe.residency.accounts import Choice, note_passed
@@ -42,7 +42,7 @@ class VirtualCard:
         num_slots = scheduler.residency.num_slots
         self._used = np.zeros(num_slots, dtype=np.int64)
         self._key_of = np.full(num_slots, -1, dtype=np.int64)
-        self._now = BY_THE_HOST
+        self._now, self._num_layers = BY_THE_HOST, scheduler.keys.num_layers
         self._worths = self._next_worths = np.zeros(scheduler.keys.total + 1, dtype=np.int64)  # the last: of no key
         self.mode = ModeChoice()
         self.num_stepwise = self.num_passes = 0
@@ -92,8 +92,9 @@ class VirtualCard:
         counters.h2d_bytes += len(missing) * self._record_bytes
 
     def _least_slot(self) -> int:
-        """That is worth least, of equals the one used longest ago, and none that this layer uses."""
-        ranks = self._worths[self._key_of] * PER_WORTH + self._used
+        """Worth least, of equals the one used longest ago, and none that this layer uses. Compare `om_admit`."""
+        is_fresh = (self._now - self._used < self._num_layers) & (self._key_of >= 0)
+        ranks = np.where(is_fresh, MOST, self._worths[self._key_of]) * PER_WORTH + self._used
         return int(np.where(self._used == self._now, USED_NOW, ranks).argmin())
 
     def _compute_on_cpu(self, layer: int, missing: Sequence[int], hits_s: float) -> None:

@@ -23,7 +23,8 @@ THREADS = (256,)
 RULES = {
     "4: a slot that the host fills": ("key >= OM_CARD_EMPTY && ", ""),
     "4: a slot that this layer uses": ("tables.used[s] != now && ", ""),
-    "worth before age": ("key >= 0 ? tables.worth[key] : 0;", "0;"),
+    "worth before age": ("is_fresh ? OM_CARD_MOST_WORTH : tables.worth[key];", "0;"),
+    "age before worth of late": ("is_fresh ? OM_CARD_MOST_WORTH : ", ""),
     "9: counted again": ("is_again = p.log[0] == p.state->token;", "is_again = 0;"),
 }
 
@@ -112,14 +113,14 @@ def with_a_slot_of_the_host(library: shim.ShimLibrary) -> list[int]:
 
 
 def with_stamps_that_have_begun_anew(library: shim.ShimLibrary) -> list[int]:
-    """The number of passes has passed 2^32: what this layer uses has the least stamp."""
-    key_of, used = [FIRST_KEY, 5, 2, FIRST_KEY + 1, 4, 3], [90, 97, 94, 99, 95, 96]
-    return Layer(library, key_of, used, token=0).victims()
+    """Stamps have passed 2^32: what this layer uses has the least one, and the others have been used of late, too."""
+    last, token = 2**32 - 1, 2**32 // NUM_LAYERS
+    return Layer(library, [FIRST_KEY, 5, 2, FIRST_KEY + 1, 4, 3], [90, *[last] * 5], token=token).victims()
 
 
 def test_4_victims_are_the_devices_and_unused_by_the_layer(library: shim.ShimLibrary) -> None:
     assert with_a_slot_of_the_host(library) == [3, 5]
-    assert with_stamps_that_have_begun_anew(library) == [2, 4]
+    assert with_stamps_that_have_begun_anew(library) == [1, 2]
 
 
 def test_4_without_the_rule_other_slots_are_taken(without: Callable[[str], shim.ShimLibrary]) -> None:
@@ -144,6 +145,23 @@ def test_what_is_worth_least_goes_first(library: shim.ShimLibrary) -> None:
 
 def test_without_worths_what_was_used_longest_ago_goes_first(without: Callable[[str], shim.ShimLibrary]) -> None:
     assert with_worths(without("worth before age")) == [3, 0, 1]
+
+
+def with_some_used_of_late(library: shim.ShimLibrary) -> list[int]:
+    """Slot 0 was used by the layer before, slot 4 by the last layer of the pass before: the host counts neither yet."""
+    layer = Layer(library, [5, 7, FIRST_KEY, HOSTS, 4, 3], [10, 5, 1, 0, 9, 4], token=3)
+    layer.worth[[5, 7, 4, 3]] = [0, 200, 0, 250]
+    return layer.victims()
+
+
+def test_what_was_used_of_late_goes_last(library: shim.ShimLibrary) -> None:
+    assert with_some_used_of_late(library) == [1, 5, 4]
+
+
+def test_without_the_rule_an_old_worth_counts_for_what_was_used_of_late(
+    without: Callable[[str], shim.ShimLibrary],
+) -> None:
+    assert with_some_used_of_late(without("age before worth of late")) == [4, 0, 1]
 
 
 def test_worths_come_as_groups(library: shim.ShimLibrary) -> None:

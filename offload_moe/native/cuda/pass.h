@@ -12,6 +12,7 @@
 #define OM_CARD_EMPTY (-1) /* a slot of the device without an expert */
 #define OM_CARD_HOSTS (-2) /* a slot that the host fills, or that is not there any more */
 #define OM_CARD_SLOT_BITS 24
+#define OM_CARD_MOST_WORTH 255
 
 /* Why a pass has stopped. */
 #define OM_STOP_MISSING 1  /* an expert has no source */

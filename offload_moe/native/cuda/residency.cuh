@@ -89,12 +89,14 @@ extern "C" __global__ void __launch_bounds__(OM_RESOLVE_THREADS) om_resolve(cons
 }
 
 /* The device's slot that is worth least, of equals the one used longest ago, of these the first, and none that this layer uses;
- * as (worth, stamp, slot). */
-static __device__ __forceinline__ unsigned long long least_slot(const om_card_tables &tables, unsigned now) {
+ * as (worth, stamp, slot). The host's worths are from before the passes of late: what was used since this layer's last turn is
+ * worth most. */
+static __device__ __forceinline__ unsigned long long least_slot(const om_card_tables &tables, unsigned now, int num_layers) {
     unsigned long long least = ~0ull;
     for (int s = (int)threadIdx.x; s < tables.num_slots; s += OM_ADMIT_THREADS) {
         const int key = tables.key_of[s];
-        const unsigned long long worth = key >= 0 ? tables.worth[key] : 0;
+        const int is_fresh = now - tables.used[s] < (unsigned)num_layers;
+        const unsigned long long worth = key < 0 ? 0 : is_fresh ? OM_CARD_MOST_WORTH : tables.worth[key];
         const unsigned long long rank = worth << 56 | (unsigned long long)tables.used[s] << OM_CARD_SLOT_BITS | (unsigned)s;
         if (key >= OM_CARD_EMPTY && tables.used[s] != now && rank < least) least = rank;
     }
@@ -123,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(OM_ADMIT_THREADS) om_admit(const om
     if (t == 0) p.fetches->count = 0;
     for (int i = 0; i < num_pairs; i++) {
         if (p.hits[i] || !is_first(p.ids, i)) continue; /* the same for all threads */
-        const unsigned long long mine = least_slot(p.tables, now);
+        const unsigned long long mine = least_slot(p.tables, now, p.num_layers);
         if (t % 32 == 0) least[t / 32] = mine;
         __syncthreads();
         if (t == 0) {
