@@ -17,6 +17,8 @@ from typing import Any
 
 from harness import finish
 
+import offload_moe  # noqa: F401  before torch, as the command does: it sets how OpenMP's threads wait
+
 # Experts' codec, its scales (by "calibrated" with `calibrate="auto"`), dense codec, exact activations.
 CANDIDATES: tuple[tuple[str, str, str | None, bool], ...] = (
     ("bf16", "error", None, False),

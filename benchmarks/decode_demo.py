@@ -18,6 +18,8 @@ from typing import Any
 
 from harness import alternate, finish, paired_ratio, pin_threads, spread
 
+import offload_moe  # noqa: F401  before torch, as the command does: it sets how OpenMP's threads wait
+
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 RESIDENT, PARTLY, BY_LAYER = "ours resident", "ours partly", "ours partly, by layer"
 PROMPT = "The history of the city begins with a river, a bridge and a market. In the first century"

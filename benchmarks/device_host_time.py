@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Host time of a token in the device pass, on the fake driver, whose calls return at once.
 
+import offload_moe  # noqa: F401  before torch, as the command does: it sets how OpenMP's threads wait
+
 Shapes of real models with tiny tensors: the number of layers, experts and launches is theirs, the matrices are not.
 Seconds of the calling thread's processor. A real driver's calls are in none of them: nothing here runs on a card.
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from harness import finish, spread
 
+import offload_moe  # noqa: F401  before torch, as the command does: it sets how OpenMP's threads wait
+
 PROMPT = "The history of the city begins with a river, a bridge and a market. In the first century"
 LINK_BYTES = 256 << 20
 WAYS: dict[str, dict[str, Any]] = {  # settings of `load`

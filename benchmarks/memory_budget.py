@@ -32,6 +32,8 @@ from harness import (
     run_json,
 )
 
+import offload_moe  # noqa: F401  before torch, as the command does: it sets how OpenMP's threads wait
+
 SAMPLES = 40  # of RSS during one answer
 
 

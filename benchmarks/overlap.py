@@ -31,6 +31,8 @@ from typing import Any
 from harness import finish, pin_threads
 from overlap_link import AlwaysOn, SameRecord, silent_link
 
+import offload_moe  # noqa: F401  before torch, as the command does: it sets how OpenMP's threads wait
+
 LAYERS, EXPERTS, TOP_K = 6, 32, 8
 SHARE_RESIDENT = 0.375
 MATRICES = 3  # of an expert: parts that could be computed one by one

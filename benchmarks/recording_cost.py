@@ -16,6 +16,8 @@ from typing import Any
 
 from harness import finish
 
+import offload_moe  # noqa: F401  before torch, as the command does: it sets how OpenMP's threads wait
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -19,6 +19,8 @@ from typing import Any
 from harness import bind_to_cores, finish, paired_ratio, prompt_ids, spread
 from run_store import fill
 
+import offload_moe  # noqa: F401  before torch, as the command does: it sets how OpenMP's threads wait
+
 KINDS = ("one_sequence", "several_sequences")
 
 

@@ -19,6 +19,8 @@ from typing import Any
 from harness import HOT_SAMPLING, bind_to_cores, finish, peak_rss_bytes, prompt_ids, runner_arguments
 from live import Answers, measured_runs
 
+import offload_moe  # noqa: F401  before torch, as the command does: it sets how OpenMP's threads wait
+
 SHORT_PROMPT = 4
 
 

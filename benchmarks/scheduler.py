@@ -15,6 +15,8 @@ from typing import Any
 
 from harness import alternate, finish, pin_threads, spread
 
+import offload_moe  # noqa: F401  before torch, as the command does: it sets how OpenMP's threads wait
+
 GOAL_US = 50.0
 SLOT_BYTES = 4096
 NUM_TOKENS = 200

@@ -14,6 +14,8 @@ from typing import Any
 
 from harness import alternate, finish, paired_ratio, spread
 
+import offload_moe  # noqa: F401  before torch, as the command does: it sets how OpenMP's threads wait
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "sampled": {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 0},

@@ -18,6 +18,8 @@ from typing import Any
 
 from harness import HOT_SAMPLING, bind_to_cores, finish, prompt_ids
 
+import offload_moe  # noqa: F401  before torch, as the command does: it sets how OpenMP's threads wait
+
 NATIVE_CALLS = (
     *("om_span_pass", "om_layer_step", "om_moe_forward", "om_linear_forward"),
     *("om_attention_step", "om_router_step", "om_rms_norm", "om_add_shared"),

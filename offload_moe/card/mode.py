@@ -7,10 +7,11 @@ from typing import Literal
 
 Mode = Literal["auto", "queued", "stepwise"]
 QUEUED, STEPWISE = 0, 1
-# Of the way that is slower, by way. Stepwise passes leave the slots as they are, which queued ones between them renew.
-TRIAL_EVERY = (16, 144)  # passes
+# Of the way that is tried. Stepwise passes leave the slots as they are, which queued ones between them renew.
+TRIAL_EVERY = (16, 144)  # passes between trials
 TRIAL_PASSES = (2, 1)  # of which the last is measured
-WEIGHT = 0.3  # of the last pass in a mean
+LEAST_BETWEEN_TRIALS = 16  # passes, where the present way has become slower than the other one was
+WEIGHT, TRIAL_WEIGHT = 0.3, 0.7  # of the last pass in a mean
 
 
 class ModeChoice:
@@ -40,7 +41,8 @@ class ModeChoice:
         if is_trial and self._num_left:
             return
         before, now = self.seconds[is_stepwise], seconds / num_rows
-        self.seconds[is_stepwise] = now if before is None else before + WEIGHT * (now - before)
+        weight = TRIAL_WEIGHT if is_trial else WEIGHT
+        self.seconds[is_stepwise] = now if before is None else before + weight * (now - before)
         if is_trial:
             self._decide()
         elif not self._num_left:
@@ -57,9 +59,17 @@ class ModeChoice:
         if not self._num_missed:
             return QUEUED
         other = 1 - self._better
-        if not self._num_left and self._since_trial >= TRIAL_EVERY[other]:
+        if not self._num_left and self._since_trial >= (
+            LEAST_BETWEEN_TRIALS if self._is_slower else TRIAL_EVERY[other]
+        ):
             self._begin_trial(other)
         return self._trial if self._num_left else self._better
+
+    @property
+    def _is_slower(self) -> bool:
+        """Whether the present way takes longer than the other one did."""
+        now, other = self.seconds[self._better], self.seconds[1 - self._better]
+        return now is not None and other is not None and now > other
 
     def _decide(self) -> None:
         queued, stepwise = self.seconds

@@ -123,6 +123,7 @@ class CardPass:
                 if not are_extended:
                     self.rooms.extend(caches)
                 self._account.settle()
+                self.tables.pool.publish_worths(self.tables.edits)  # for the next pass
                 self._follow(steps, len(ids), is_stepwise=is_stepwise)
             except BaseException:
                 with suppress(TransferError):  # of a lost card, whose error is raised already
@@ -199,6 +200,8 @@ class CardPass:
         """Free graphs and leases; no pass may be under way."""
         with self._lock:
             self.recall()
+            with suppress(TransferError):  # of a lost card
+                self._session.synchronize()  # what a pass that was given up has queued still reads the edits
             for steps in self._steps.values():
                 steps.close()
             self._steps.clear()
@@ -233,9 +236,9 @@ class CardPass:
             self._session.synchronize()
         if not self.tables.pool.is_lent:
             self.tables.pool.lend(self.tables.edits)
+            self.tables.pool.publish_worths(self.tables.edits)
             self._session.synchronize()
         self.tables.sources.publish(self.tables.edits)
-        self.tables.pool.publish_worths(self.tables.edits)
         return not has_place
 
     def _begin(

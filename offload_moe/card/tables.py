@@ -41,7 +41,7 @@ class CardTables:
         self.state[: ctypes.sizeof(first)] = torch.frombuffer(bytearray(bytes(first)), dtype=torch.uint8)
         self.pool = CardPool(hierarchy, allocate)
         num_keys, num_slots = hierarchy.scheduler.keys.total, self.pool.num_slots
-        self.edits = Edits(session, 4 * num_keys + 3 * num_slots + OTHER_EDITS)
+        self.edits = Edits(session, 3 * num_keys + 3 * num_slots + OTHER_EDITS)
         self.sources = Sources(hierarchy.ram, hierarchy.arena, hierarchy.is_direct, session)
         row_bytes = 4 * parts.hidden
         stride = max((layer.spec.router.top_k + 1 for layer in parts.layers if layer.spec.router), default=1)

@@ -19,7 +19,7 @@ from transformers import (
 from offload_moe.chat.steering import NO_STEERING, Steering
 from offload_moe.chat.top_p import TopP
 from offload_moe.decode.next_token import Draw, TokenPass
-from offload_moe.errors import ConfigError
+from offload_moe.errors import CheckpointError, ConfigError, OffloadMoeError
 
 # What a pass gives behind a token: logits ``[1, V]``, or the next token, which the card has chosen.
 Found = Tensor | int
@@ -41,7 +41,10 @@ class Choice:
         seed: int | None,
         device: torch.device,
     ) -> None:
-        """token_pass: of the model, where the request's tokens may go through it. seed: None draws one, or none."""
+        """token_pass: of the model, where the request's tokens may go through it.
+
+        seed: None takes torch's own random numbers.
+        """
         self._processors = [TopP(each) if type(each) is TopPLogitsWarper else each for each in processors]
         self._observe = steering.observe
         self._is_sampled, self._token_pass = is_sampled, token_pass
@@ -75,24 +78,33 @@ class Choice:
         for process in self._processors:  # calling the list itself inspects each one's signature, every time
             scores = process(ids(), scores)
         if self._is_sampled:
-            return drawn(scores.softmax(-1), self._random)
-        return int(scores.argmax(-1))
+            probabilities = scores.softmax(-1)
+            if bool(probabilities[0, 0].isnan()):  # then all are
+                raise _no_choice(logits)
+            return drawn(probabilities, self._random)
+        token = int(scores.argmax(-1))
+        if not bool(scores[0, token] > -torch.inf):
+            raise _no_choice(logits)
+        return token
+
+
+def _no_choice(logits: Tensor) -> OffloadMoeError:
+    """Why no token of ``[1, V]`` can be chosen."""
+    if bool((logits.isnan() | (logits == torch.inf)).any()):
+        return CheckpointError(
+            "The model gave logits that are NaN or infinite, so no token can be chosen from them. Check its files with "
+            "`offload-moe verify`; a model that was trained in bf16 may need --dtype fp32."
+        )
+    return ConfigError(
+        "No token may follow: the settings of this answer forbid every token. Relax its filters or grammar."
+    )
 
 
 def drawn(probabilities: Tensor, seeded: torch.Generator | None) -> int:
-    """One of ``[1, V]`` by transformers' draw for a seed, and without one by a single one of torch's random numbers.
-
-    Raises:
-        ConfigError: they are NaN, which they all are where one logit is NaN or infinite.
-    """
-    if bool(probabilities[0, 0].isnan()):
-        raise ConfigError(
-            "The model gave logits that are NaN or infinite, so no token can be drawn from them. Check its files with "
-            "`offload-moe verify`; a model that was trained in bf16 may need --dtype fp32."
-        )
-    if seeded is None:
-        sums = probabilities[0].cumsum(0)  # in fp32: blocks of a megabyte go back to the system, and come empty
-        point = (1 - torch.rand((), device=sums.device)) * sums[-1]  # above 0: what has no probability is not found
+    """One of ``[1, V]`` by transformers' draw for a seed, and without one by a single one of torch's random numbers."""
+    if seeded is None and probabilities.is_cpu:  # a card's sums are not ascending to the last bit
+        sums = probabilities[0].cumsum(0)  # in fp32: greater blocks than a megabyte are mapped anew each time
+        point = (1 - torch.rand(())) * sums[-1]  # above 0: what has no probability is not found
         return int(torch.searchsorted(sums, point))
     return int(torch.multinomial(probabilities, num_samples=1, generator=seeded))
 

@@ -326,5 +326,5 @@ def _pass(hf: Any, request: _Request, inputs: dict[str, Any], wanted: Wanted, nu
     output = hf.get_decoder()(**inputs, wanted=wanted)
     if wanted.tokens:
         return list(wanted.tokens[-num_rows:])
-    logits = _behind(hf, output, num_rows) if wanted.logits is None else wanted.logits[None].clone()
+    logits = _behind(hf, output, num_rows) if wanted.logits is None else wanted.logits[None, -num_rows:].clone()
     return list(_last_logits(request, logits, num_rows).split(1))

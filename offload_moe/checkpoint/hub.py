@@ -60,7 +60,8 @@ def hub_errors(doing: str, repo_id: str, revision: str | None, *, advice: str = 
     try:
         yield
     except GatedRepoError as error:
-        raise TransferError(f"{repo_id} is gated: accept its terms on the hub and pass a token.") from error
+        advice = "Accept its terms on its page, then `hf auth login`, or set HF_TOKEN."
+        raise TransferError(f"{repo_id} is gated. {advice}") from error
     except RevisionNotFoundError as error:
         raise TransferError(f"{repo_id} has no revision {revision!r}.") from error
     except RepositoryNotFoundError as error:

@@ -47,6 +47,11 @@ from offload_moe.system.lifecycle import has_loaded
 from offload_moe.system.names import DEMO
 from offload_moe.system.progress import Progress, silent
 
+TYPES_ON_THE_CPU = (
+    "The types of GGUF files are computed on the CPU so far: `offload-moe quantize FILE STORE --codec nf4` makes a "
+    "store that uses it."
+)
+
 
 def load(
     source: str | Path = DEMO,
@@ -75,7 +80,8 @@ def load(
     with closed_on_error(engine.hierarchy):
         model = _make_model(store, chosen, planned, engine, device_pass, progress)
         _speculate(model, chosen, draft)
-    _notify(model, [*conversion_notices, *engine.notices], [*_notices_of_machine(chosen, device), *device_pass.notices])
+    of_machine = [*_notices_of_machine(store, chosen, device), *device_pass.notices]
+    _notify(model, [*conversion_notices, *engine.notices], of_machine)
     return model
 
 
@@ -270,10 +276,11 @@ def _make_room(planned: Planned, engine: Engine) -> ContextRoom:
     return room
 
 
-def _notices_of_machine(options: LoadOptions, device: torch.device) -> list[str]:
+def _notices_of_machine(store: Store, options: LoadOptions, device: torch.device) -> list[str]:
     notices = notices_of_budget(device, vram=options.vram_bytes, ram=options.ram_bytes)
     if device.type == "cpu" and options.device is None and options.vram_bytes != 0:
-        notices += [notice] if (notice := notice_of_unused_card()) else []
+        why = TYPES_ON_THE_CPU if store.codec == GGUF else None
+        notices += [notice] if (notice := notice_of_unused_card(why=why)) else []
     return notices
 
 

@@ -42,9 +42,12 @@ def why_unused(build: str | None, system: str | None = None) -> str:
     )
 
 
-def notice_of_unused_card(nvidia: Nvidia | None = None) -> str | None:
-    """The notice for a model that is about to run on the CPU; None where there is no card, or it is hidden."""
+def notice_of_unused_card(nvidia: Nvidia | None = None, *, why: str | None = None) -> str | None:
+    """The notice for a model that is about to run on the CPU; None where there is no card, or it is hidden.
+
+    why: of the model; None where torch is the reason.
+    """
     nvidia = nvidia or find_nvidia()
     if nvidia is None or is_hidden():
         return None
-    return f"{nvidia.name or 'An NVIDIA GPU'} is not used. {why_unused(build_of_torch())}"
+    return f"{nvidia.name or 'An NVIDIA GPU'} is not used. {why or why_unused(build_of_torch())}"

@@ -42,15 +42,14 @@ class VirtualCard:
         num_slots = scheduler.residency.num_slots
         self._used = np.zeros(num_slots, dtype=np.int64)
         self._key_of = np.full(num_slots, -1, dtype=np.int64)
-        self._now, self._num_layers = BY_THE_HOST, scheduler.keys.num_layers
+        self._now = self._num_layers = scheduler.keys.num_layers  # the card's first pass has number 1
         self._worths = self._next_worths = np.zeros(scheduler.keys.total + 1, dtype=np.int64)  # the last: of no key
         self.mode = ModeChoice()
         self.num_stepwise = self.num_passes = 0
 
     def forward(self, experts: NDArray[Any]) -> None:
         """experts ``[L, K]``, of one token."""
-        self._lend()
-        self._appraise()
+        self._appraise(has_changed=self._lend())
         is_stepwise, began = self.mode.choose(), self._clock.now
         choices = [self._layer(layer, sorted(chosen), is_stepwise) for layer, chosen in enumerate(experts.tolist())]
         self._scheduler.residency.end_lending()
@@ -118,14 +117,15 @@ class VirtualCard:
                 pass
         return self._clock.now - began
 
-    def _appraise(self) -> None:
-        """The host enters a pass while the next one is under way, so its worths are one pass older."""
-        self._worths, policy = self._next_worths, self._scheduler.residency.policy
+    def _appraise(self, *, has_changed: bool) -> None:
+        """The host enters a pass while the next one is under way, so worths are one pass older, but behind a prompt."""
+        policy, before = self._scheduler.residency.policy, self._next_worths
         if isinstance(policy, Appraising):
             self._next_worths = np.append(in_bytes(policy.worths), 0).astype(np.int64)
+        self._worths = self._next_worths if has_changed else before
 
-    def _lend(self) -> None:
-        """Once nothing is on its way: see where the host has put what it brought meanwhile."""
+    def _lend(self) -> bool:
+        """Once nothing is on its way: see where the host has put what it brought meanwhile. Whether there is any."""
         scheduler = self._scheduler
         scheduler.drain_completions()
         while not scheduler.residency.is_quiet:
@@ -139,3 +139,4 @@ class VirtualCard:
         self._used[changed] = np.where(states[changed] == FREE, EMPTY, BY_THE_HOST)
         self._key_of[changed] = keys[changed]
         scheduler.residency.lend()
+        return bool(changed.any())

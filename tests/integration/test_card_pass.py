@@ -242,8 +242,10 @@ def token_by_token(hf: Any, ids: Tensor, between: Callable[[], object]) -> Tenso
     return torch.cat(found, dim=1)
 
 
-def test_a_lost_card_is_a_named_error(card_store: Path, driver: fake.FakeDriver) -> None:
+@pytest.mark.parametrize("mode", ["queued", "stepwise"])
+def test_a_lost_card_is_a_named_error(mode: Any, card_store: Path, driver: fake.FakeDriver) -> None:
     with card_model(card_store, driver, ALL, ALL) as model:
+        model.card.mode.mode = mode
         logits(model.hf, 2)
         driver.set(lost_after=40)
         with pytest.raises(TransferError, match="The card was lost"):

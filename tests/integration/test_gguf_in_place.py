@@ -14,6 +14,8 @@ from offload_moe.convert.quantize import quantize
 from offload_moe.convert.sources import ensure_view
 from offload_moe.engine.model import Model
 from offload_moe.errors import CheckpointError, ConfigError, StoreError
+from offload_moe.memory import unused_card
+from offload_moe.memory.nvidia import Nvidia
 from offload_moe.plan.machine import Machine
 from offload_moe.plan.plan import make_plan
 from offload_moe.quant.gguf import TYPES
@@ -169,6 +171,14 @@ def test_tied_embeddings(tmp_path: Path) -> None:
         expected = written.hf(IDS).logits
     assert errors_of(logits_of(written.path, exact=True), expected).max() < 1e-5
     assert errors_of(logits_of(written.path), expected).median() < ROUNDED
+
+
+def test_a_card_that_is_not_used_is_named_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(unused_card, "find_nvidia", lambda: Nvidia(driver="580.1", name="RTX 3060"))
+    path = write_model(tmp_path, "qwen3_moe").path
+    with pytest.warns(UserWarning, match=r"RTX 3060 is not used. The types of GGUF .* on the CPU"), load(path) as model:
+        assert not any("driver" in notice for notice in model.notices)
 
 
 def test_a_conversation(tmp_path: Path) -> None:

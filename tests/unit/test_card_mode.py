@@ -9,15 +9,17 @@ from offload_moe.card.mode import QUEUED, STEPWISE, TRIAL_EVERY, TRIAL_PASSES, M
 NUM_PASSES = 20 * TRIAL_EVERY[STEPWISE]
 
 
-def stepwise_share(seconds: Callable[[bool, int], float], choice: ModeChoice, num_missed: int = 3) -> float:
+def stepwise_share(
+    seconds: Callable[[bool, int], float], choice: ModeChoice, num_missed: int = 3, num_passes: int = NUM_PASSES
+) -> float:
     """seconds: of a pass, stepwise or not, behind so many queued ones."""
     num_queued = num_stepwise = 0
-    for _ in range(NUM_PASSES):
+    for _ in range(num_passes):
         is_stepwise = choice.choose()
         choice.measured(2 * seconds(is_stepwise, num_queued), 2, num_missed=num_missed, is_stepwise=is_stepwise)
         num_queued = 0 if is_stepwise else num_queued + 1
         num_stepwise += is_stepwise
-    return num_stepwise / NUM_PASSES
+    return num_stepwise / num_passes
 
 
 @pytest.mark.parametrize("behind", [0, 1])
@@ -35,8 +37,17 @@ def test_stepwise_passes_are_kept_where_they_are_faster() -> None:
 
 def test_the_way_changes_when_the_times_do() -> None:
     choice = ModeChoice()
+    assert stepwise_share(lambda is_stepwise, num: 2.0 if is_stepwise else 1.0, choice, num_passes=600) < 0.05
+    assert stepwise_share(lambda is_stepwise, num: 0.5 if is_stepwise else 1.0, choice, num_passes=600) > 0.6
+    choice = ModeChoice()
     assert stepwise_share(lambda is_stepwise, num: 1.0 if is_stepwise else 2.0, choice) > 0.8
     assert stepwise_share(lambda is_stepwise, num: 2.0 if is_stepwise else 1.0, choice) < 0.05
+
+
+def test_a_way_that_becomes_slower_than_the_other_was_is_left_soon() -> None:
+    choice = ModeChoice()
+    assert stepwise_share(lambda is_stepwise, num: 2.0 if is_stepwise else 1.0, choice, num_passes=60) < 0.1
+    assert stepwise_share(lambda is_stepwise, num: 2.0 if is_stepwise else 9.0, choice, num_passes=60) > 0.5
 
 
 def test_passes_that_miss_nothing_are_queued() -> None:

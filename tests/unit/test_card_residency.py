@@ -165,7 +165,7 @@ def test_without_the_rule_an_old_worth_counts_for_what_was_used_of_late(
 
 
 def test_worths_come_as_groups(library: shim.ShimLibrary) -> None:
-    policy = np.array([0, 0.5, 1, 2.5, 1e-9, 0, 0, 0.999, 0.25, 1 / 255], np.float32)
+    policy = np.array([0, 0.5, 1, 2.5, 1e-9, -0.002, -3, 0.999, 0.25, 1 / 255], np.float32)
     edits = np.zeros(2, np.dtype([("kind", np.int32), ("index", np.int32), ("value", np.uint64)]))
     edits["kind"], edits["index"], edits["value"] = constant("OM_EDIT_WORTHS"), [0, 1], in_groups(policy)
     worth = np.full(24, 77, np.uint8)

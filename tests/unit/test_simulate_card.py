@@ -9,6 +9,7 @@ import pytest
 from offload_moe.plan import Machine, make_plan
 from offload_moe.plan.simulation import simulate_plan
 from offload_moe.residency.keys import ExpertKeys
+from offload_moe.residency.policy import LRU
 from offload_moe.simulate import DiskModel, LinkModel, PassCosts, RunCosts, VirtualPools
 from offload_moe.simulate.runtime import VirtualRuntime
 from tests.support.plan import CONFIGS, GIB
@@ -65,6 +66,51 @@ def test_the_slot_that_was_used_longest_ago_is_taken() -> None:
     passed(made, "queued", token((0, 1), (0, 1)), token((0, 2), (0, 1)))
     resident = set(made.scheduler.residency.resident_keys())
     assert resident == {0, 2, 8, 9}  # expert 1 of the first layer went
+
+
+class Worths(LRU):
+    """Gives numbers that a test sets."""
+
+    def __init__(self, num_keys: int) -> None:
+        super().__init__()
+        self.worths = np.zeros(num_keys, np.float32)
+
+
+def with_worths(num_slots: int) -> tuple[VirtualRuntime, Worths]:
+    """A runtime whose policy gives worths, with experts 0 and 1 of both layers in its first four slots."""
+    made = runtime(num_slots)
+    policy = made.scheduler.residency.policy = Worths(LAYERS * EXPERTS)
+    for key in made.scheduler.residency.resident_keys():
+        policy.insert(key)
+    passed(made, "queued", token((0, 1), (0, 1)))
+    return made, policy
+
+
+def test_what_is_worth_least_goes_before_what_is_older() -> None:
+    made, policy = with_worths(6)
+    passed(made, "queued", token((2, 3), (0, 1)))  # 2 and 3 of layer 0 are the newest there
+    policy.worths[[0, 1, 8, 9]] = 0.9
+    policy.worths[[2, 3]] = [0.2, 0.1]
+    passed(made, "queued", *[token((0, 1), (0, 1))] * 2)  # one pass until they count, and neither is of late
+    passed(made, "queued", token((4, 0), (0, 1)))
+    assert set(made.scheduler.residency.resident_keys()) == {0, 1, 2, 4, 8, 9}
+
+
+def test_worths_count_one_pass_later() -> None:
+    made, policy = with_worths(6)
+    passed(made, "queued", token((2, 3), (0, 1)), *[token((0, 1), (0, 1))] * 2)
+    policy.worths[[0, 1, 2, 8, 9]] = 0.9
+    passed(made, "queued", token((4, 0), (0, 1)))
+    assert 2 not in made.scheduler.residency.resident_keys()  # the older one of 2 and 3, as all are worth nothing yet
+
+
+def test_what_was_used_since_the_layers_last_turn_goes_last() -> None:
+    made, policy = with_worths(5)
+    policy.worths[[8, 9]] = 0.9
+    policy.worths[[0, 1, 2]] = 0.1
+    passed(made, "queued", *[token((0, 1), (0, 1))] * 2)
+    passed(made, "queued", token((0, 1), (2, 3)))  # nothing but what this pass and the last one used is there
+    assert {0, 1, 10, 11} <= set(made.scheduler.residency.resident_keys())
 
 
 def test_the_cpu_computes_misses_and_changes_no_slot() -> None:

@@ -5,11 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from offload_moe.chat.choice import drawn
+from offload_moe.chat.choice import Choice, drawn
+from offload_moe.chat.steering import NO_STEERING
 from offload_moe.chat.top_p import NUM_LIKELIEST, TopP, likeliest
-from offload_moe.errors import ConfigError
+from offload_moe.errors import CheckpointError, ConfigError
 
 VOCABULARY = 20_000
 SHARES = (1e-6, 0.1, 0.5, 0.8, 0.95, 0.999, 1 - 1e-6)
@@ -70,9 +76,38 @@ def test_draws_without_a_seed_follow_the_probabilities() -> None:
     assert squares.sum() < 13.8, "chi square with two degrees of freedom, one in a thousand"
 
 
-@pytest.mark.parametrize("seeded", [None, torch.Generator()])
-def test_logits_that_are_no_numbers_are_a_named_error(seeded: torch.Generator | None) -> None:
+@pytest.mark.parametrize(("number", "token"), [(0.0, 998), (1 - 2**-24, 1)])
+def test_the_least_and_the_greatest_number_draw_tokens_that_are_possible(
+    number: float, token: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probabilities = torch.zeros(1, 1000)
+    probabilities[0, [1, 400, 998]] = torch.tensor([0.5, 0.2, 0.3])
+    monkeypatch.setattr(torch, "rand", lambda size: torch.tensor(number))
+    assert drawn(probabilities, None) == token
+
+
+def choose(scores: torch.Tensor, *processors: Any, is_sampled: bool) -> int:
+    choice = Choice(
+        LogitsProcessorList(processors), NO_STEERING, None, is_sampled=is_sampled, seed=None, device=scores.device
+    )
+    return choice.choose(lambda: NO_IDS, 0, scores)
+
+
+@pytest.mark.parametrize("is_sampled", [True, False])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_are_an_error_of_the_model(number: float, *, is_sampled: bool) -> None:
     scores = logits(0, 1.0)
-    scores[0, 7] = torch.nan
-    with pytest.raises(ConfigError, match="NaN or infinite"):
-        drawn(scores.softmax(-1), seeded)
+    scores[0, 7] = number
+    if number == torch.inf and not is_sampled:
+        assert choose(scores, is_sampled=False) == 7
+        return
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        choose(scores, is_sampled=is_sampled)
+
+
+@pytest.mark.parametrize("is_sampled", [True, False])
+def test_settings_that_forbid_every_token_are_an_error_of_theirs(*, is_sampled: bool) -> None:
+    scores = logits(0, 1.0)
+    scores[0, 7] = -torch.inf  # a model may rule tokens out itself
+    with pytest.raises(ConfigError, match="forbid every token"):
+        choose(scores, SuppressTokensLogitsProcessor(range(VOCABULARY)), is_sampled=is_sampled)

@@ -1,13 +1,13 @@
 /* The interface for Python: the structs that it fills in, the functions that it calls, and shared constants.
  *
  * Each is written once. `abi.c` exports the three lists, and Python compares them with its own when it loads the library.
- * Raise OM_ABI_VERSION when a meaning changes that the lists do not show. */
+ * Raise OM_ABI_VERSION when a meaning changes that the lists do not show, or a struct of `cuda/pass.h`. */
 #ifndef OM_API_H
 #define OM_API_H
 
 #include <stdint.h>
 
-#define OM_ABI_VERSION 1
+#define OM_ABI_VERSION 2
 
 /* Fields are FIELD(struct, type, name, array dimension or nothing). */
 

@@ -89,8 +89,7 @@ extern "C" __global__ void __launch_bounds__(OM_RESOLVE_THREADS) om_resolve(cons
 }
 
 /* The device's slot that is worth least, of equals the one used longest ago, of these the first, and none that this layer uses;
- * as (worth, stamp, slot). The host's worths are from before the passes of late: what was used since this layer's last turn is
- * worth most. */
+ * as (worth, stamp, slot). What was used since this layer's last turn is worth most: the host's worths are older. */
 static __device__ __forceinline__ unsigned long long least_slot(const om_card_tables &tables, unsigned now, int num_layers) {
     unsigned long long least = ~0ull;
     for (int s = (int)threadIdx.x; s < tables.num_slots; s += OM_ADMIT_THREADS) {

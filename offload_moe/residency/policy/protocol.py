@@ -45,4 +45,7 @@ class Appraising(Protocol):
 
     @property
     def worths(self) -> NDArray[np.float32]:
-        """``[X]``, by key, 0 and more: as of the moment when a token reaches the expert's layer. Not a copy."""
+        """``[X]``, by key: as of the moment when a token reaches the expert's layer. Not a copy.
+
+        Estimates of something from 0 to 1, which may lie beside that.
+        """

@@ -1,0 +1,57 @@
+"""Lists of edits: each number once, the last value of it, and the next list begins empty."""
+
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from offload_moe.card import edits as module
+from offload_moe.card.edits import Edits
+from offload_moe.card.structs import constant, struct
+from offload_moe.card.worths import in_groups
+
+CAPACITY = 12
+
+
+@pytest.fixture
+def edits(monkeypatch: pytest.MonkeyPatch) -> tuple[Edits, Any]:
+    """Edits, and the array that the card reads."""
+    memory = (struct("edit") * CAPACITY)()
+    address = ctypes.addressof(memory)
+    shared = SimpleNamespace(host=address, address=address, close=lambda: None)
+    monkeypatch.setattr(module, "SharedMemory", lambda session, num_bytes: shared)
+    session: Any = None
+    return Edits(session, CAPACITY), memory
+
+
+def taken(edits: Edits, memory: Any) -> list[tuple[int, int, int]]:
+    return [(edit.kind, edit.index, edit.value) for edit in memory[: edits.take()]]
+
+
+def many(edits: Edits, **values: int) -> None:
+    indices = np.array([int(name[1:]) for name in values])
+    edits.add_many("WORTHS", indices, np.array(list(values.values()), dtype=np.uint64))
+
+
+def test_many_edits_stand_behind_single_ones_and_replace_earlier_ones(edits: tuple[Edits, Any]) -> None:
+    listed, memory = edits
+    token, worths = constant("OM_EDIT_TOKEN"), constant("OM_EDIT_WORTHS")
+    many(listed, k0=5, k2=6)
+    listed.add("TOKEN", 7, 0)
+    many(listed, k2=8, k3=2**64 - 1)
+    listed.add("TOKEN", 9, 0)
+    assert taken(listed, memory) == [(token, 0, 9), (worths, 0, 5), (worths, 2, 8), (worths, 3, 2**64 - 1)]
+    assert taken(listed, memory) == []
+    many(listed, k2=1)
+    assert taken(listed, memory) == [(worths, 2, 1)]
+
+
+@pytest.mark.parametrize("num_keys", [1, 7, 8, 9])
+def test_groups_are_whole(num_keys: int) -> None:
+    worths = np.linspace(-1, 2, num_keys, dtype=np.float32)
+    groups = in_groups(worths)
+    assert len(groups) == -(-num_keys // 8)
+    assert groups.view(np.uint8)[:num_keys].tolist() == [int(min(max(float(w), 0), 1) * 255) for w in worths]
+    assert not groups.view(np.uint8)[num_keys:].any()
