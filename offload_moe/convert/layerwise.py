@@ -1,8 +1,8 @@
 """A checkpoint's own forward with the weights of one decoder layer in memory, for the inputs of its matrices.
 
 transformers' decoder runs once, on all sequences together. Each layer's weights are read from the checkpoint before the
-layer runs and dropped behind it, and experts are read one after another: memory holds the embedding, one layer without its
-experts, one expert, and the activations. T tokens, S sequences, L tokens per sequence, H hidden.
+layer runs and dropped behind it, and experts are read one after another: memory holds the embedding, one layer without
+its experts, one expert, and the activations. T tokens, S sequences, L tokens per sequence, H hidden.
 """
 
 from collections.abc import Callable, Iterable, Mapping

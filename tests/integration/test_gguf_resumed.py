@@ -40,7 +40,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("options", [{"codec": "nf4"}, {"codec": "int8", "dense_codec": "int8"}, {}])
-def test_a_stopped_conversion_is_resumed(source: Path, tmp_path: Path, options: dict[str, str]) -> None:
+def test_a_stopped_conversion_is_resumed(source: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     stopped(source, tmp_path / "store", **options)
     assert content(quantize(source, tmp_path / "store", **options)) == content(
         quantize(source, tmp_path / "undisturbed", **options)
