@@ -188,13 +188,18 @@ class _Layer:
             given = args[0] if args else kwargs["hidden_states"]
             return self.log.hidden if self.number == self.log.num_done - 1 else given
         self.weights.load(self.name)
+        result = self._run(args, kwargs)
+        self.weights.drop(self.name)
+        hidden = result if isinstance(result, Tensor) else None
+        kept = hidden if self.recorder.is_resumable else None
+        self.log.finish_layer(self.number, self.num_layers, self.recorder.take(), kept)
+        return result
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         before = _entries(args, kwargs)
         result = self.forward(*args, **kwargs)
-        self.weights.drop(self.name)
         if not isinstance(result, Tensor) or not _are_same(before, _entries(args, kwargs)):
             self.recorder.is_resumable = False
-        hidden = result if self.recorder.is_resumable else None
-        self.log.finish_layer(self.number, self.num_layers, self.recorder.take(), hidden)
         return result
 
 
