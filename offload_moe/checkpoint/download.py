@@ -151,8 +151,14 @@ class Download:
 
 
 def is_download(folder: Path) -> bool:
-    """Whether the folder is one of a download."""
-    return (folder / NOTE_NAME).is_file() and not folder.is_symlink()
+    """Whether the folder is one of a download, or what a kill at its end left of it."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:  # deleted meanwhile
+        return False
+    return NOTE_NAME in names or not names
 
 
 def remove_download(folder: Path) -> None:

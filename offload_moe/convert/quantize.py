@@ -30,7 +30,7 @@ from offload_moe.store.journal import check_target
 from offload_moe.store.manifest import MergedAdapter
 from offload_moe.store.manifest_json import manifest_to_json
 from offload_moe.store.writer import Payload, StoreWriter
-from offload_moe.system.names import DOWNLOAD, split_gguf_name
+from offload_moe.system.names import DOWNLOAD, hub_name, split_gguf_name
 from offload_moe.system.paths import user_path
 from offload_moe.system.progress import Progress, log_notice, silent
 
@@ -82,6 +82,7 @@ def quantize(
         TransferError: a download, a read or a write failed.
     """
     use_torch_after_fork()
+    source, revision = hub_name(source, revision)
     linears_codec = get_dense_codec(dense_codec)
     options = WeighingOptions(imatrix=imatrix, calibrate=calibrate)
     options.check(scales=scales, deletes_shards=delete_source_shards)

@@ -19,9 +19,10 @@ def beside(store: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
-def bytes_beside(store: Path) -> int:
-    """Bytes of the files that a conversion keeps beside a store."""
-    return sum(path.stat().st_size for folder in _folders(store) for path in folder.rglob("*") if path.is_file())
+def folders_beside(store: Path) -> list[Path]:
+    """The folders that a conversion keeps beside a store."""
+    inputs, download = beside(store, INPUTS), beside(store, DOWNLOAD)
+    return [folder for folder, is_ours in ((inputs, are_inputs), (download, is_download)) if is_ours(folder)]
 
 
 def remove_beside(store: Path) -> None:
@@ -37,12 +38,13 @@ def remove_beside(store: Path) -> None:
 def remove_inputs(folder: Path) -> None:
     """Delete a folder of inputs, except for foreign files; nothing of a folder that is not ours. Raises: TransferError.
 
-    The settings are deleted last, because they identify the folder after a kill.
+    After a kill the settings still identify the folder, and a conversion that is resumed misses no inputs: what says
+    that they are there is deleted before them.
     """
     if not are_inputs(folder):
         return
     with durable.named_errors(folder):
-        for name in (OF_MODULES, STATE, COMPLETE, SETTINGS):
+        for name in (COMPLETE, STATE, OF_MODULES, SETTINGS):
             for path in (*folder.glob(name + durable.PART), *folder.glob(name)):
                 path.unlink()
         if not any(folder.iterdir()):
@@ -53,9 +55,8 @@ def are_inputs(folder: Path) -> bool:
     """Whether the folder is one of inputs, or what a kill at its beginning or end left of it."""
     if not folder.is_dir() or folder.is_symlink():
         return False
-    return (folder / SETTINGS).is_file() or {path.name for path in folder.iterdir()} <= {SETTINGS + durable.PART}
-
-
-def _folders(store: Path) -> list[Path]:
-    inputs, download = beside(store, INPUTS), beside(store, DOWNLOAD)
-    return [folder for folder, is_ours in ((inputs, are_inputs), (download, is_download)) if is_ours(folder)]
+    try:
+        names = set(os.listdir(folder))
+    except FileNotFoundError:  # deleted meanwhile
+        return False
+    return SETTINGS in names or names <= {SETTINGS + durable.PART}

@@ -14,7 +14,7 @@ from offload_moe.demo import checkpoint_folder
 from offload_moe.demo.source import HUB_REPOSITORY, MODEL_NAME
 from offload_moe.errors import OffloadMoeError, StoreError
 from offload_moe.store import Store, is_store
-from offload_moe.store.beside import bytes_beside, remove_beside
+from offload_moe.store.beside import folders_beside, remove_beside
 from offload_moe.store.durable import PART
 from offload_moe.store.journal import JOURNAL_NAME, UPGRADE_LOCK, check_not_written
 from offload_moe.store.manifest import DATA_FILE
@@ -184,7 +184,7 @@ def _describe_conversion(path: Path) -> Installed:
         name=path.resolve().name,
         path=path,
         kind="conversion",
-        num_bytes=folder_bytes(path) + bytes_beside(path),
+        num_bytes=sum(map(folder_bytes, (path, *folders_beside(path)))),
         problem=None if keys.keys() <= begun.keys() else "its journal cannot be read",
         **texts,
     )

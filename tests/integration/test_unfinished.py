@@ -20,6 +20,7 @@ from offload_moe.store import is_store
 from offload_moe.store.beside import remove_inputs
 from offload_moe.store.installed import check_finished, find, remove
 from offload_moe.store.writer import StoreWriter
+from offload_moe.system.names import HUB_HOSTS
 from tests.integration.test_imatrix import importances, write_imatrix
 from tests.support.chat import byte_tokenizer, chat_model
 from tests.support.cli import load_cli
@@ -123,11 +124,11 @@ def test_the_command_resumes_it(source: str, options: dict[str, Any], named: lis
     assert content(store) == content(quantize(source, tmp_path / "undisturbed", **options))
 
 
-@pytest.mark.parametrize("deletes", [True, False])
-def test_the_command_resumes_a_download(hub: Hub, tmp_path: Path, deletes: bool) -> None:
+@pytest.mark.parametrize(("source", "deletes"), [(f"https://{HUB_HOSTS[0]}/org/tiny", True), ("org/tiny", False)])
+def test_the_command_resumes_a_download(hub: Hub, tmp_path: Path, source: str, deletes: bool) -> None:
     store = tmp_path / "store"
     with pytest.raises(Stopped):
-        quantize("org/tiny", store, delete_source_shards=deletes, progress=after("Quantizing"))
+        quantize(source, store, delete_source_shards=deletes, progress=after("Quantizing"))
     command = advised(store)
     assert command.endswith(f" --revision {COMMIT}{' --delete-source-shards' * deletes}")
     assert load_cli().main(shlex.split(command)) == 0
@@ -253,6 +254,26 @@ def test_a_deletion_of_inputs_that_is_killed_anywhere_can_be_done_again(
     assert num_killed > 2
 
 
+@pytest.mark.parametrize("num_deleted", [1, 2, 3])
+def test_a_conversion_goes_on_after_a_deletion_that_was_killed(
+    num_deleted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, unlink, left = tmp_path / "half", Path.unlink, [0] * num_deleted
+    begin("model", store, calibrate="some text.txt")
+
+    def delete_or_die(path: Path) -> None:
+        if not left:
+            raise Killed
+        left.pop()
+        unlink(path)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "unlink", delete_or_die)
+        remove(find(store))
+    quantize("model", store, calibrate="some text.txt")
+    assert content(store) == content(quantize("model", tmp_path / "undisturbed", calibrate="some text.txt"))
+
+
 def test_a_link_to_a_folder_of_inputs_is_refused(tmp_path: Path) -> None:
     """Nothing in it would be deleted, and what it has of another text would be taken for that of this one."""
     (tmp_path / "elsewhere").mkdir()
@@ -263,11 +284,12 @@ def test_a_link_to_a_folder_of_inputs_is_refused(tmp_path: Path) -> None:
         quantize("model", tmp_path / "half", calibrate="some text.txt")
 
 
-@pytest.mark.parametrize("left", ["", "calibration.json.part"])
+@pytest.mark.parametrize("left", ["calibration", "calibration/calibration.json.part", "download"])
 def test_what_a_kill_at_the_beginning_or_the_end_leaves_is_deleted(left: str, tmp_path: Path) -> None:
-    (tmp_path / "half.calibration").mkdir()
-    if left:
-        (tmp_path / "half.calibration" / left).touch()
+    folder, _, file = left.partition("/")
+    (tmp_path / f"half.{folder}").mkdir()
+    if file:
+        (tmp_path / f"half.{folder}" / file).touch()
     quantize("model", tmp_path / "half")
     remove(find(tmp_path / "half"))
     assert list(tmp_path.iterdir()) == []
