@@ -37,7 +37,8 @@ def run(options: argparse.Namespace) -> int:
     check_installed(options.store)
     from offload_moe.checkpoint.gguf_split import is_gguf
     from offload_moe.convert.sources import ensure_view
-    from offload_moe.store.installed import find, resume_advice
+    from offload_moe.store.installed import find
+    from offload_moe.store.resume import resume_advice
 
     path = user_path(options.store)
     entry = find(ensure_view(path, options.store) if is_gguf(path) else options.store)
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     lines = [("name", entry.name), ("path", str(entry.path)), ("what", state_text(entry))]
     lines += [("source", origin_text(entry)), ("size", format_size(entry.num_bytes)), *_lines(entry, details)]
     lines += [("problem", " ".join((entry.problem or "").split()))]
-    lines += [("next", resume_advice(entry) if entry.kind == "conversion" else "")]
+    lines += [("next", resume_advice(entry.path) if entry.kind == "conversion" else "")]
     for name, value in lines:
         if value:
             print(safe(f"{name:<12} {value}"))

@@ -42,7 +42,9 @@ class Download:
         self._progress = progress
         self._lock = _claim(folder)
         try:
-            note = _read_note(folder, {"repo_id": repo_id, "revision": revision})
+            note = _read_note(folder)
+            if note:
+                _check_is_of(folder, note, repo_id, revision)
             self.repository = (
                 Repository(
                     repo_id=repo_id,
@@ -124,20 +126,8 @@ class Download:
         path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Delete the folder of a finished conversion, except for foreign files.
-
-        The note is deleted last, because it identifies the folder after a kill.
-        """
-        ours = {*self.repository.files, *(name + PARTIAL for name in self.repository.files)} - {NOTE_NAME}
-        for path in sorted(self.folder.rglob("*"), reverse=True):  # a folder after its content
-            if path.is_dir() and not path.is_symlink():
-                with suppress(OSError):  # not empty
-                    path.rmdir()
-            elif path.parent == self.folder / HEADERS or path.relative_to(self.folder).as_posix() in ours:
-                path.unlink()
-        (self.folder / NOTE_NAME).unlink()
-        with suppress(OSError):
-            self.folder.rmdir()
+        """Delete the folder of a finished conversion, except for foreign files."""
+        _remove(self.folder, self.repository.files)
 
     def close(self) -> None:
         if self._lock >= 0:
@@ -160,6 +150,43 @@ class Download:
         return data[:needed] if needed <= len(data) else fetch_beginning(self.repository, path.name, needed)
 
 
+def is_download(folder: Path) -> bool:
+    """Whether the folder is one of a download, or what a kill at its end left of it."""
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:  # deleted meanwhile
+        return False
+    return NOTE_NAME in names or not names
+
+
+def remove_download(folder: Path) -> None:
+    """Delete the folder of an unfinished download, except for foreign files. Raises: StoreError, TransferError."""
+    lock = _claim(folder)
+    try:
+        note = _read_note(folder)
+        _remove(folder, note["files"] if note else ())
+    except OSError as error:
+        raise TransferError(f"{error.filename or folder} cannot be deleted: {error.strerror}.") from error
+    finally:
+        os.close(lock)
+
+
+def _remove(folder: Path, names: Collection[str]) -> None:
+    """Delete these files, the headers, and the note last, because it identifies the folder after a kill."""
+    ours = {*names, *(name + PARTIAL for name in names)} - {NOTE_NAME}
+    for path in sorted(folder.rglob("*"), reverse=True):  # a folder after its content
+        if path.is_dir() and not path.is_symlink():
+            with suppress(OSError):  # not empty
+                path.rmdir()
+        elif path.parent == folder / HEADERS or path.relative_to(folder).as_posix() in ours:
+            path.unlink()
+    (folder / NOTE_NAME).unlink()
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def _claim(folder: Path) -> int:
     """Lock a new, empty or earlier download folder. Raises: StoreError."""
     if folder.exists() and not (folder / NOTE_NAME).is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -175,27 +202,34 @@ def _claim(folder: Path) -> int:
     return lock
 
 
-def _read_note(folder: Path, wanted: dict[str, str | None]) -> dict[str, Any] | None:
+def _read_note(folder: Path) -> dict[str, Any] | None:
     """The note of an earlier download; None for a new one. Raises: StoreError."""
-    text = (folder / NOTE_NAME).read_text(encoding="utf-8")
+    text = (folder / NOTE_NAME).read_bytes()
     if not text:
         return None
     try:
         note: dict[str, Any] = json.loads(text)
-        begun = {key: note[key] for key in wanted}
-        complete = isinstance(note["commit"], str) and isinstance(note["files"], dict)
-    except (ValueError, KeyError, TypeError):
-        begun, complete = {}, False
+        complete = {"repo_id", "revision"} <= note.keys() and isinstance(note["commit"], str)
+        complete = complete and isinstance(note["files"], dict)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        complete = False
     if not complete and [path.name for path in folder.iterdir()] == [NOTE_NAME]:
         return None  # an incomplete write
     if not complete:
         raise StoreError(f"{folder / NOTE_NAME} is damaged. Delete that folder and start again.")
-    if begun != wanted:
+    return note
+
+
+def _check_is_of(folder: Path, note: dict[str, Any], repo_id: str, revision: str | None) -> None:
+    """Check that the download is of that revision, by the name that it was begun with or by its commit.
+
+    Raises: StoreError.
+    """
+    if note["repo_id"] != repo_id or revision not in (note["revision"], note["commit"]):
         raise StoreError(
-            f"{folder} holds a download of {begun['repo_id']} at {begun['revision'] or 'its newest revision'}. "
+            f"{folder} holds a download of {note['repo_id']} at {note['revision'] or 'its newest revision'}. "
             "Repeat that command to resume it, or delete the folder."
         )
-    return note
 
 
 def _write_note(folder: Path, repository: Repository, revision: str | None) -> None:

@@ -13,10 +13,10 @@ from offload_moe.convert.jobs import linear_shapes
 from offload_moe.convert.weighing import WEIGHED, Unweighed, Weighing
 from offload_moe.errors import ConfigError
 from offload_moe.quant import LEAST_ERROR, SCALES
+from offload_moe.store.beside import beside
+from offload_moe.system.names import INPUTS
 from offload_moe.system.paths import user_path
 from offload_moe.system.progress import Progress
-
-INPUTS = ".calibration"  # suffix of the folder beside a store for the inputs of its matrices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ class WeighingOptions:
             checkpoint,
             read_calibration_text(self.calibrate, checkpoint.folder),
             linears,
-            InputsFolder(target.with_name(target.name + INPUTS), progress),
+            InputsFolder(beside(target, INPUTS), progress),
             feeds_back=[kind for kind, name in _kinds(codec, dense_codec) if name == "nf4"],
         )
 

@@ -52,7 +52,7 @@ def settings_of(
         settings["adapter"] = asdict(chosen.adapter)
     if is_download:  # a commit never changes, while its shards are downloaded and deleted
         return settings | {"--delete-source-shards": True}
-    small = () if chosen.codec == GGUF else (origin.folder / CONFIG_NAME,)  # that one is made of metadata anew
+    small = (origin.folder / CONFIG_NAME,) if checkpoint.gguf is None else ()  # of a GGUF file it is made at each run
     stats = [(path.name, path.stat()) for path in (*checkpoint.tensors.paths, *small)]
     state = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     return settings | {"state of the source files": state}

@@ -11,14 +11,11 @@ from torch import Tensor
 
 from offload_moe.errors import StoreError
 from offload_moe.store import durable
+from offload_moe.store.beside import COMPLETE, OF_MODULES, SETTINGS, STATE, are_inputs, remove_inputs
 from offload_moe.system.progress import Progress
 
-SETTINGS = "calibration.json"
-STATE = "state.safetensors"
 LAYER = "inputs-{:05}.safetensors"
 HEAD = "inputs-head.safetensors"
-INPUTS = "inputs-*.safetensors"
-COMPLETE = "complete"
 DONE, HIDDEN = "num_done", "hidden"
 
 
@@ -72,24 +69,18 @@ class InputsFolder:
         self._write(self._folder / HEAD, inputs)
 
     def remove(self) -> None:
-        """Delete the folder if it is ours, which it is until the last file is gone."""
-        if not (self._folder / SETTINGS).is_file():
-            return
-        for path in self._folder.iterdir():
-            if path.name != SETTINGS:
-                path.unlink()
-        (self._folder / SETTINGS).unlink()
-        self._folder.rmdir()
+        """As `remove_inputs`."""
+        remove_inputs(self._folder)
 
     def _claim(self, settings: bytes) -> bool:
         """Whether there is something to continue."""
+        if self._folder.exists() and not are_inputs(self._folder):
+            raise StoreError(f"{self._folder} is not empty and not ours. Delete it, or choose another folder.")
         path = self._folder / SETTINGS
         if path.is_file():
             if path.read_bytes() == settings:
                 return True
             self.remove()
-        elif self._folder.exists() and {file.name for file in self._folder.iterdir()} - {SETTINGS + durable.PART}:
-            raise StoreError(f"{self._folder} is not empty and not ours. Delete it, or choose another folder.")
         self._folder.mkdir(parents=True, exist_ok=True)
         durable.write_file(path, settings)
         return False
@@ -101,7 +92,7 @@ class InputsFolder:
                 with safe_open(state, "pt") as file:
                     self.num_done, self.hidden = int(file.metadata()[DONE]), file.get_tensor(HIDDEN)
             done = (self._folder / LAYER.format(number) for number in range(self.num_done))
-            for path in self._folder.glob(INPUTS) if self.is_complete else done:
+            for path in self._folder.glob(OF_MODULES) if self.is_complete else done:
                 if path.is_file():
                     self._find(path)
         except (SafetensorError, KeyError, ValueError):  # damaged: the forward begins anew

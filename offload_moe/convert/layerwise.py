@@ -1,8 +1,8 @@
 """A checkpoint's own forward with the weights of one decoder layer in memory, for the inputs of its matrices.
 
 transformers' decoder runs once, on all sequences together. Each layer's weights are read from the checkpoint before the
-layer runs and dropped behind it, and experts are read one after another: memory holds one layer without its experts,
-one expert, and the activations. T tokens, S sequences, L tokens per sequence, H hidden.
+layer runs and dropped behind it, and experts are read one after another: memory holds the embedding, one layer without
+its experts, one expert, and the activations. T tokens, S sequences, L tokens per sequence, H hidden.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -93,6 +93,7 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.inputs: dict[str, Tensor] = {}
+        self.is_resumable = True  # until a layer passes on more than its output
         self._last: tuple[Tensor, Tensor] | None = None
 
     def add(self, name: str, values: Tensor) -> None:
@@ -187,11 +188,29 @@ class _Layer:
             given = args[0] if args else kwargs["hidden_states"]
             return self.log.hidden if self.number == self.log.num_done - 1 else given
         self.weights.load(self.name)
-        result = self.forward(*args, **kwargs)
+        result = self._run(args, kwargs)
         self.weights.drop(self.name)
         hidden = result if isinstance(result, Tensor) else None
-        self.log.finish_layer(self.number, self.num_layers, self.recorder.take(), hidden)
+        kept = hidden if self.recorder.is_resumable else None
+        self.log.finish_layer(self.number, self.num_layers, self.recorder.take(), kept)
         return result
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before = _entries(args, kwargs)
+        result = self.forward(*args, **kwargs)
+        if not isinstance(result, Tensor) or not _are_same(before, _entries(args, kwargs)):
+            self.recorder.is_resumable = False
+        return result
+
+
+def _entries(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[object]:
+    """What is in the mappings among a layer's arguments: in them some leave keys and values for later layers."""
+    given = (value for value in (*args, *kwargs.values()) if isinstance(value, Mapping))
+    return [entry for mapping in given for entry in mapping.values()]
+
+
+def _are_same(some: list[object], others: list[object]) -> bool:
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
 
 
 class _ReadExperts:

@@ -24,18 +24,18 @@ from offload_moe.convert.source_shards import SourceShards
 from offload_moe.errors import ConfigError
 from offload_moe.native.kernels import use_torch_after_fork
 from offload_moe.quant import LEAST_ERROR, Codec, get_codec
+from offload_moe.store.beside import beside
 from offload_moe.store.in_place import GGUF
 from offload_moe.store.journal import check_target
 from offload_moe.store.manifest import MergedAdapter
 from offload_moe.store.manifest_json import manifest_to_json
 from offload_moe.store.writer import Payload, StoreWriter
-from offload_moe.system.names import split_gguf_name
+from offload_moe.system.names import DOWNLOAD, hub_name, split_gguf_name
 from offload_moe.system.paths import user_path
 from offload_moe.system.progress import Progress, log_notice, silent
 
 DEFAULT = "nf4"
 NUM_WORKERS = 2  # one thread encodes while the other reads; more experts in memory would not be faster
-DOWNLOAD = ".download"  # suffix of the folder beside a store for downloaded source shards
 
 
 def quantize(
@@ -82,6 +82,7 @@ def quantize(
         TransferError: a download, a read or a write failed.
     """
     use_torch_after_fork()
+    source, revision = hub_name(source, revision)
     linears_codec = get_dense_codec(dense_codec)
     options = WeighingOptions(imatrix=imatrix, calibrate=calibrate)
     options.check(scales=scales, deletes_shards=delete_source_shards)
@@ -172,7 +173,7 @@ def _begin_download(
 ) -> Download:
     return open_download(
         source,
-        target.with_name(target.name + DOWNLOAD),
+        beside(target, DOWNLOAD),
         revision=revision,
         token=token,
         progress=progress,

@@ -18,6 +18,7 @@ from offload_moe.store.manifest_json import read_manifest
 from offload_moe.store.plan import Blob, header_of
 from offload_moe.store.reading import forget_cached
 from offload_moe.store.writer import Payload
+from offload_moe.system.paths import user_path
 from offload_moe.system.progress import Progress, silent
 
 NUM_READERS = 4  # a fast disk reads more than one thread can check
@@ -92,7 +93,8 @@ def repair(
         TransferError, BudgetError: writing failed.
     """
     name, revision = _origin(store, source)
-    origin = resolve_source(name, revision=revision, token=token, follow_links=follow_links)
+    merged = None if store.adapter is None else user_path(name)  # which may lie beside the weights
+    origin = resolve_source(name, revision=revision, token=token, follow_links=follow_links, adapter=merged)
     remaining = []
     total, done = sum(damage.piece.place.num_bytes for damage in damages), 0
     with Checkpoint(origin.folder) as checkpoint:

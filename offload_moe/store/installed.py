@@ -1,7 +1,6 @@
 """The entries of the cache folder: expert stores, demo builds and unfinished conversions."""
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -15,12 +14,14 @@ from offload_moe.demo import checkpoint_folder
 from offload_moe.demo.source import HUB_REPOSITORY, MODEL_NAME
 from offload_moe.errors import OffloadMoeError, StoreError
 from offload_moe.store import Store, is_store
+from offload_moe.store.beside import folders_beside, remove_beside
 from offload_moe.store.durable import PART
 from offload_moe.store.journal import JOURNAL_NAME, UPGRADE_LOCK, check_not_written
 from offload_moe.store.manifest import DATA_FILE
 from offload_moe.store.manifest_json import read_manifest
+from offload_moe.store.resume import begun_with, resume_advice
 from offload_moe.system.locks import lock_file
-from offload_moe.system.names import DEMO, DEMOS, STORES, check_installed, looks_like_hub_id, resolve
+from offload_moe.system.names import DEMO, DEMOS, STORES, check_installed, resolve
 from offload_moe.system.paths import MANIFEST_NAME, cache_dir, file_advice
 
 POPULARITY_NAME = "popularity.json"  # counts of each expert's use, kept beside a store
@@ -87,19 +88,8 @@ def resolve_installed(name: str | Path, cache: Path | None = None) -> Path:
 
 def check_finished(path: Path) -> None:
     """Check that the folder has no unfinished conversion. Raises: StoreError."""
-    found = _describe_conversion(path) if (path / JOURNAL_NAME).is_file() and not is_store(path) else None
-    if found is not None:
-        raise StoreError(f"{path} is an unfinished conversion. {resume_advice(found)}")
-
-
-def resume_advice(entry: Installed) -> str:
-    """The command that resumes an unfinished conversion."""
-    source = entry.source or "SOURCE"
-    flags = {"--codec": entry.codec, "--dense-codec": entry.dense_codec}
-    flags["--revision"] = entry.revision if looks_like_hub_id(source) else None
-    chosen = "".join(f" {flag} {value}" for flag, value in flags.items() if value)
-    folder = "" if looks_like_hub_id(source) else f" ({source}: the folder of the checkpoint)"
-    return f"Resume it with: offload-moe quantize {source} {entry.path}{chosen}{folder}"
+    if (path / JOURNAL_NAME).is_file() and not is_store(path):
+        raise StoreError(f"{path} is an unfinished conversion. {resume_advice(path)}")
 
 
 def find(name: str | Path, cache: Path | None = None) -> Installed:
@@ -117,7 +107,7 @@ def find(name: str | Path, cache: Path | None = None) -> Installed:
 
 
 def remove(entry: Installed) -> None:
-    """Delete an entry, but neither foreign files nor targets of links.
+    """Delete an entry and what its conversion keeps beside it, but neither foreign files nor targets of links.
 
     If a deletion is killed, the same call deletes the rest.
 
@@ -134,6 +124,7 @@ def remove(entry: Installed) -> None:
         raise StoreError(
             f"{path} holds {foreign[0]}, which no conversion writes ({len(foreign)} such entries). Move it and retry."
         )
+    remove_beside(path)
     last = {MANIFEST_NAME, JOURNAL_NAME}  # deleted last, because they identify the folder
     for child in sorted(path.iterdir(), key=lambda child: child.name in last):
         if child.is_dir() and not child.is_symlink():
@@ -186,23 +177,16 @@ def _describe_store(path: Path) -> Installed:
 
 
 def _describe_conversion(path: Path) -> Installed:
-    try:
-        with (path / JOURNAL_NAME).open("rb") as file:
-            begun = json.loads(file.readline())
-        settings = {key: begun[key] for key in ("source", "revision", "codec", "dense codec")}
-    except (OSError, ValueError, KeyError, TypeError):
-        settings = {}
-    texts = {key: value for key, value in settings.items() if isinstance(value, str)}
+    begun = begun_with(path)
+    keys = {"source": "source", "revision": "revision", "codec": "codec", "dense codec": "dense_codec"}
+    texts = {field: begun[key] for key, field in keys.items() if isinstance(begun.get(key), str)}
     return Installed(
         name=path.resolve().name,
         path=path,
         kind="conversion",
-        num_bytes=folder_bytes(path),
-        codec=texts.get("codec"),
-        dense_codec=texts.get("dense codec"),
-        source=texts.get("source"),
-        revision=texts.get("revision"),
-        problem=None if settings else "its journal cannot be read",
+        num_bytes=sum(map(folder_bytes, (path, *folders_beside(path)))),
+        problem=None if keys.keys() <= begun.keys() else "its journal cannot be read",
+        **texts,
     )
 
 

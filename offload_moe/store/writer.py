@@ -86,9 +86,8 @@ class StoreWriter:
                 (self._folder / name).parent.mkdir(exist_ok=True)
                 durable.write_file(self._folder / name, data)
             durable.write_file(self._folder / MANIFEST_NAME, manifest.encode())
-        if clean_up is not None:
-            clean_up()
-        with durable.named_errors(self._folder):
+            if clean_up is not None:
+                clean_up()
             self._journal.remove()
 
     def _write_file(self, file: PlannedFile, skip: int, payloads: Iterator[Payload]) -> Iterator[int]:

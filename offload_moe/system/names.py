@@ -11,6 +11,7 @@ from offload_moe.system.paths import cache_dir, user_path
 
 DEMO = "demo"
 STORES, DEMOS = "stores", "demo"  # folders of the cache
+INPUTS, DOWNLOAD = ".calibration", ".download"  # suffixes of folders beside a store while it is made
 HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 ALIKE = 0.7  # similarity of two names, 0 to 1, from which one is proposed for the other
 MOST_SHOWN = 10
@@ -152,7 +153,9 @@ def _likeness(word: str, known: str) -> float:
 def _entries(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    beside = {name + suffix for name in names for suffix in (INPUTS, DOWNLOAD)}
+    return sorted(names - beside)
 
 
 def _list(names: list[str]) -> str:

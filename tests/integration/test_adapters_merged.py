@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from offload_moe.convert.quantize import quantize
+from offload_moe.convert.repair import Damage, find_damage, repair
 from offload_moe.errors import CheckpointError, ConfigError
 from offload_moe.store import Store
 from tests.support.checkpoints import write_checkpoint
@@ -102,6 +103,32 @@ def test_an_adapter_beside_the_weights(base: Path, tmp_path: Path) -> None:
     assert content(store) == content(quantize(folder, tmp_path / "merged-store"))
     with pytest.raises(CheckpointError, match="--adapter FOLDER"):
         quantize(tmp_path / "both", tmp_path / "other")
+
+
+def test_what_an_adapter_beside_the_weights_leaves_as_it_was_is_repaired(base: Path, tmp_path: Path) -> None:
+    both = write_adapter(Path(shutil.copytree(base, tmp_path / "both")), matrices(base))
+    store = Store.open(quantize(both, tmp_path / "store", codec="nf4", dense_codec="int8", adapter=both))
+    before = {path.name: path.read_bytes() for path in store.path.iterdir()}
+
+    def damaged(*names: str) -> list[Damage]:
+        """Damage records of these names and a small file."""
+        places = [(store.path / "config.json", 2, 1), *map(store.place_of, names)]
+        for path, offset, _ in (place for place in places if place is not None):
+            data = bytearray(path.read_bytes())
+            data[offset + 64 * (path.suffix == ".safetensors")] ^= 4
+            path.write_bytes(data)
+        found = find_damage(store)
+        assert len(found) == len(places)
+        return found
+
+    unchanged = ("layers.0.experts.1", "layers.2.experts.0", f"{Q.replace('q_proj', 'k_proj')}.weight")
+    for source in (both, base):
+        assert repair(store, damaged(*unchanged), source) == []
+        assert {path.name: path.read_bytes() for path in store.path.iterdir()} == before
+    remaining = repair(store, damaged("layers.0.experts.2", "layers.2.experts.3", f"{Q}.weight"), both)
+    assert [damage.piece.name.partition(" (")[0] for damage in remaining] == [
+        *(f"{Q}.weight", "expert 2 of layer 0", "expert 3 of layer 2"),
+    ]
 
 
 def test_another_adapter_does_not_resume(base: Path, tmp_path: Path) -> None:

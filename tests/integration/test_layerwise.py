@@ -96,3 +96,27 @@ def test_a_forward_continues_behind_the_layers_that_are_done(tmp_path: Path) -> 
     last = checkpoint.layers[-1].name
     assert set(rest.inputs) == {last, ids_name(last)}
     assert torch.equal(rest.inputs[last], whole.inputs[last])
+
+
+def test_no_forward_continues_behind_a_layer_that_leaves_keys_for_later_ones(tmp_path: Path) -> None:
+    """Gemma 4: the last layers take keys and values from the last layer of their kind before them."""
+    kinds = [f"{kind}_attention" for kind in ("sliding", "sliding", "full", "sliding", "full")]
+    write_checkpoint(tmp_path, "gemma4_text", num_hidden_layers=5, layer_types=kinds, num_kv_shared_layers=2)
+    with Checkpoint(tmp_path) as checkpoint:
+        whole = Log()
+        record_inputs(checkpoint, IDS, (), whole)
+        assert [output is not None for output in whole.outputs] == [True, False, False, False, False]
+        rest = Log(1, whole.outputs[0])
+        record_inputs(checkpoint, IDS, (), rest)
+    later = [layer.name for layer in checkpoint.layers[1:]]
+    assert set(rest.inputs) == {*later, *map(ids_name, later)}
+    assert all(torch.equal(values, whole.inputs[name]) for name, values in rest.inputs.items())
+
+
+def test_a_forward_continues_behind_layers_that_only_read_what_all_are_given(tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    write_checkpoint(tmp_path, "gemma4_text", num_hidden_layers=2, layer_types=kinds, num_kv_shared_layers=0)
+    with Checkpoint(tmp_path) as checkpoint:
+        log = Log()
+        record_inputs(checkpoint, IDS, (), log)
+    assert all(output is not None for output in log.outputs)
