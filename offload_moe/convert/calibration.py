@@ -15,6 +15,7 @@ from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.convert.calibration_text import CalibrationText
 from offload_moe.convert.inputs_folder import InputsFolder
 from offload_moe.convert.layerwise import DTYPE, ids_name, record_inputs, reference_of
+from offload_moe.convert.numbers import check_finite
 from offload_moe.quant.moments import NO_MOMENTS, Moments
 from offload_moe.store.manifest import Importances
 
@@ -66,7 +67,9 @@ class Calibration:
         rows = torch.cat([own, others]).to(DTYPE)
         weights = torch.cat([torch.ones(len(own)), torch.full((len(others),), OTHERS_WEIGHT)])[:, None]
         first, last = self._checkpoint.layers[layer].shape.matrices
-        inner = self._arithmetics[layer].first_half(rows, {name: value.to(DTYPE) for name, value in tensors.items()})
+        wide = {name: value.to(DTYPE) for name, value in tensors.items()}
+        check_finite(wide)
+        inner = self._arithmetics[layer].first_half(rows, wide)
         return {
             matrix.name: self._moments("experts", inputs, weights) for matrix, inputs in ((first, rows), (last, inner))
         }

@@ -3,10 +3,12 @@
 import contextlib
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from offload_moe import load
@@ -17,7 +19,7 @@ from offload_moe.convert.calibration_text import BUILT_IN, read_calibration_text
 from offload_moe.convert.inputs_folder import InputsFolder
 from offload_moe.convert.layerwise import ids_name, record_inputs
 from offload_moe.convert.quantize import quantize
-from offload_moe.errors import ConfigError, OffloadMoeError, StoreError
+from offload_moe.errors import CheckpointError, ConfigError, OffloadMoeError, StoreError
 from offload_moe.quant import get_codec
 from offload_moe.store import Store, is_store
 from tests.integration.test_layerwise import Log
@@ -242,6 +244,41 @@ def test_refused(model: Path, tmp_path: Path, options: dict[str, object], messag
     with pytest.raises(ConfigError, match=message):
         quantize(model, tmp_path / "store", **options)  # type: ignore[arg-type]
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model.embed_tokens.weight", "nan", r"model\.embed_tokens\.weight: it has NaN weights"),
+        ("model.norm.weight", "nan", r"model\.norm\.weight: it has NaN weights"),
+        ("model.layers.1.self_attn.v_proj.weight", "nan", r"layers\.1\.self_attn\.v_proj\.weight: it has NaN weights"),
+        ("model.layers.1.input_layernorm.weight", "inf", r"model\.layers\.1 gives NaN or infinite numbers"),
+        ("model.layers.0.mlp.experts.3.up_proj.weight", "nan", r"Expert 3 of .*0\.mlp\.experts: gate_up_proj has NaN"),
+        ("model.layers.1.mlp.experts.5.down_proj.weight", "inf", r"Expert 5 of .*1\.mlp\.experts: down_proj has NaN"),
+        ("lm_head.weight", "nan", r"lm_head\.weight: weight has NaN or infinite weights"),
+    ],
+)
+def test_damaged_weights_are_named(
+    model: Path, text: Path, tmp_path: Path, name: str, value: str, message: str
+) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "damaged"))
+    stored = load_file(folder / "model.safetensors")
+    stored[name].view(-1)[77] = float(value)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        quantize(folder, tmp_path / "store", codec="nf4", dense_codec="nf4", calibrate=text)
+
+
+def test_a_damaged_expert_without_tokens_is_named(model: Path, text: Path) -> None:
+    rows = torch.randn(40, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with Checkpoint(model) as checkpoint:
+        calibration = Calibration(
+            checkpoint, read_calibration_text(text, model), (), Kept(rows), feeds_back=["experts"]
+        )
+        tensors = checkpoint.expert(1, 5)
+        tensors["gate_up_proj"][3, 4] = float("nan")
+        with pytest.raises(CheckpointError, match="gate_up_proj has NaN or infinite weights"):
+            calibration.of_expert(1, 5, tensors)
 
 
 def test_a_text_that_is_too_short_or_no_text(model: Path, tmp_path: Path) -> None:
