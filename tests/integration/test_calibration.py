@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -310,6 +311,73 @@ def test_sequences_are_spread_over_the_text(model: Path, tmp_path: Path, monkeyp
     found = read_calibration_text(tmp_path / "text", model)
     tokenizer = byte_tokenizer()
     assert [tokenizer.decode(row) for row in found.ids] == ["abcd", "ghij", "mnop"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("abcdefgh" + "-" * 30 + "ijklmnop" + "-" * 30 + "qrstuvwx", ["abcd", "klmn", "uvwx"]),
+        ("abcdefgé" + "-" * 30 + "ijklmnöp" + "-" * 30 + "ärstuvwx", ["abcd", "klmn", "uvwx"]),
+    ],
+)
+def test_of_a_large_file_windows_are_read(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, expected: list[str]
+) -> None:
+    """Whose ends may be inside of a character."""
+    for name, value in (("NUM_POSITIONS", 4), ("NUM_SEQUENCES", 3), ("WINDOW_BYTES", 8)):
+        monkeypatch.setattr(calibration_text, name, value)
+    (tmp_path / "text").write_text(content, encoding="utf-8")
+    found = read_calibration_text(tmp_path / "text", model)
+    tokenizer = byte_tokenizer()
+    assert [tokenizer.decode(row) for row in found.ids] == expected
+
+
+def test_a_text_of_any_length_takes_bounded_memory(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file with holes, of as many bytes as no memory has."""
+    monkeypatch.setattr(calibration_text, "WINDOW_BYTES", 2048)
+    with (tmp_path / "text").open("wb") as file:
+        file.write("Straße ".encode() * 9000)
+        file.truncate(1 << 42)
+    found = read_calibration_text(tmp_path / "text", model)
+    assert found.ids.shape == (16, 512)
+    assert found.ids[0].any()
+
+
+def test_a_large_file_that_is_no_text(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_text, "WINDOW_BYTES", 2048)
+    (tmp_path / "binary").write_bytes(b"\x80" * (2 << 20))
+    (tmp_path / "cut").write_bytes(b"a" * (2 << 20) + "ß".encode()[:1])
+    for name in ("binary", "cut"):
+        with pytest.raises(ConfigError, match="is not UTF-8"):
+            read_calibration_text(tmp_path / name, model)
+
+
+def test_lines_of_any_ending_and_pipes(model: Path, tmp_path: Path) -> None:
+    lines = [f"line {number} of this text" for number in range(50)]
+    for name, ending in (("unix", "\n"), ("windows", "\r\n"), ("mac", "\r")):
+        (tmp_path / name).write_bytes(ending.join(lines).encode())
+    reading, writing = os.pipe()
+    os.write(writing, "\n".join(lines).encode())
+    os.close(writing)
+    found = [read_calibration_text(tmp_path / name, model).ids for name in ("unix", "windows", "mac")]
+    found.append(read_calibration_text(f"/dev/fd/{reading}", model).ids)
+    os.close(reading)
+    assert found[0].shape == (2, 512)
+    for ids in found:
+        assert torch.equal(ids, found[0])
+
+
+@pytest.mark.parametrize("character", ["ä", "語"])
+def test_tokens_without_an_embedding_are_refused(tmp_path: Path, character: str) -> None:
+    num_rows = max(byte_tokenizer()(character).input_ids)
+    write_checkpoint(tmp_path / "model", vocab_size=num_rows)
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_text("some letters and " + character * 300, encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"calibration text text has token \({num_rows}\), .* has {num_rows} rows"):
+        quantize(tmp_path / "model", tmp_path / "store", codec="nf4", calibrate=tmp_path / "text")
+    assert not list(tmp_path.glob("store*"))
 
 
 def test_the_built_in_text_holds_none_of_the_held_out_text() -> None:
