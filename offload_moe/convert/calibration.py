@@ -63,7 +63,7 @@ class Calibration:
             return NO_MOMENTS
         hidden, ids = self._of_layer(layer)
         own = hidden[(ids == expert).any(dim=1)]
-        others = hidden[:: -(-len(hidden) // NUM_OTHERS)]
+        others = hidden[_spread(len(hidden))]
         rows = torch.cat([own, others]).to(DTYPE)
         weights = torch.cat([torch.ones(len(own)), torch.full((len(others),), OTHERS_WEIGHT)])[:, None]
         first, last = self._checkpoint.layers[layer].shape.matrices
@@ -89,3 +89,9 @@ class Calibration:
         if kind in self._feeds_back and rows.shape[1] <= MOST_COLUMNS:
             return (rows * weights).T @ rows / weights.sum()
         return (rows.square() * weights).sum(0) / weights.sum()
+
+
+def _spread(num_tokens: int) -> Tensor:
+    """Ascending numbers of tokens of which every position of a sequence has its share."""
+    mixed = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(0))
+    return mixed[:NUM_OTHERS].sort().values

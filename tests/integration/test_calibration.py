@@ -141,31 +141,82 @@ def test_a_gguf_file_is_calibrated_where_it_is_quantized_anew(text: Path, tmp_pa
 
 
 class Kept(InputsFolder):
-    """Inputs of which expert 0 has all, and the others none."""
+    """Given inputs, of which expert 0 has those of the given tokens, and experts 1 and 2 the others."""
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, of_first: Tensor) -> None:
         self._rows = rows
+        self._ids = torch.where(of_first, 0, 1)[:, None].int() * torch.tensor([[1, 2]], dtype=torch.int32)
 
     def has(self, name: str) -> bool:
         return True
 
     def read(self, name: str) -> Tensor:
-        return torch.zeros(len(self._rows), 2, dtype=torch.int32) if name.endswith(".ids") else self._rows
+        return self._ids if name.endswith(".ids") else self._rows
+
+
+def moments_of(model: Path, text: Path, kept: Kept, experts: tuple[int, ...]) -> list[dict[str, Tensor]]:
+    """The moments of these experts, each with the weights of expert 3."""
+    with Checkpoint(model) as checkpoint:
+        calibration = Calibration(checkpoint, read_calibration_text(text, model), (), kept, feeds_back=["experts"])
+        tensors = checkpoint.expert(1, 3)
+        return [dict(calibration.of_expert(1, expert, tensors)) for expert in experts]
+
+
+def weighed(rows: Tensor, weights: Tensor) -> Tensor:
+    """The means of products of inputs ``[t, K]``, in fp64."""
+    return (rows.double().T * weights.double() @ rows.double() / weights.double().sum()).float()
+
+
+def inner_of(model: Path, rows: Tensor) -> Tensor:
+    """What the last matrix of expert 3 is given."""
+    with Checkpoint(model) as checkpoint:
+        gate, up = (rows.float() @ checkpoint.expert(1, 3)["gate_up_proj"].float().T).chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def test_an_expert_is_weighed_by_its_own_tokens_and_a_tenth_of_others(model: Path, text: Path) -> None:
+    """All 400 tokens are among the others."""
+    generator = torch.Generator().manual_seed(0)
+    of_first = torch.arange(400) % 3 == 0
+    rows = (torch.randn(400, 128, generator=generator) * torch.where(of_first, 3.0, 1.0)[:, None]).bfloat16()
+    first, second, none = moments_of(model, text, Kept(rows, of_first), (0, 1, 5))
+    for found, own in ((first, of_first), (second, ~of_first), (none, torch.zeros(400))):
+        weights = own + 0.1
+        for matrix, inputs in (("gate_up_proj", rows), ("down_proj", inner_of(model, rows))):
+            expected = weighed(inputs, weights)
+            torch.testing.assert_close(found[matrix], expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
+            assert expected.any()
+    for matrix in ("gate_up_proj", "down_proj"):
+        assert first[matrix].trace() > 2 * none[matrix].trace() > 2 * second[matrix].trace()
 
 
 def test_an_expert_without_tokens_has_the_moments_of_its_layer(model: Path, text: Path) -> None:
-    rows = torch.randn(400, 128, generator=torch.Generator().manual_seed(0)).bfloat16() * torch.arange(1, 129)
-    with Checkpoint(model) as checkpoint:
-        calibration = Calibration(
-            checkpoint, read_calibration_text(text, model), (), Kept(rows.bfloat16()), feeds_back=["experts"]
-        )
-        own, none = (calibration.of_expert(1, expert, checkpoint.expert(1, expert)) for expert in (0, 5))
-    expected = rows.bfloat16().float().T @ rows.bfloat16().float() / len(rows)
-    for moments in (own, none):
-        torch.testing.assert_close(moments["gate_up_proj"], expected, rtol=1e-3, atol=1.0)
-        assert moments["down_proj"].shape == (128, 128)
-        assert (moments["down_proj"].diagonal() > 0).all()
-    assert not torch.equal(own["down_proj"], none["down_proj"])  # what each makes of them
+    """Of more tokens than are taken as others, of which half are of another size."""
+    of_first = torch.arange(2000) < 1000
+    rows = torch.randn(2000, 128, generator=torch.Generator().manual_seed(0)) * torch.where(of_first, 4.0, 1.0)[:, None]
+    first, none = moments_of(model, text, Kept(rows.bfloat16(), of_first), (0, 5))
+    assert none["gate_up_proj"].diagonal().mean() == pytest.approx((16 + 1) / 2, rel=0.1)
+    own, others = 1000 * 16, 0.1 * 512 * (16 + 1) / 2
+    assert first["gate_up_proj"].diagonal().mean() == pytest.approx((own + others) / (1000 + 51.2), rel=0.02)
+    inner = [float(inner_of(model, part.bfloat16()).square().mean()) for part in (rows[:1000], rows)]
+    assert none["down_proj"].diagonal().mean() == pytest.approx(inner[1], rel=0.15)
+    expected = (1000 * inner[0] + 51.2 * inner[1]) / 1051.2
+    assert first["down_proj"].diagonal().mean() == pytest.approx(expected, rel=0.02)
+    assert inner[0] > 1.5 * inner[1] > 0
+
+
+@pytest.mark.parametrize(("period", "least"), [(512, 0.0), (100, 0.5), (16, 0.5)])
+def test_first_tokens_are_no_larger_a_share_of_the_others_than_of_the_text(
+    model: Path, text: Path, period: int, least: float
+) -> None:
+    """The inputs of those at the begin of each sequence are enormous; a sample of 512 may have none of them."""
+    is_first = torch.arange(8192) % period == 0
+    rows = (
+        torch.randn(8192, 128, generator=torch.Generator().manual_seed(0)) * torch.where(is_first, 100.0, 1.0)[:, None]
+    )
+    (none,) = moments_of(model, text, Kept(rows.bfloat16(), is_first), (5,))
+    share = (float(none["gate_up_proj"].diagonal().mean()) - 1) / (100**2 - 1)
+    assert least < share * period < 2
 
 
 class Stopped(BaseException):
@@ -274,7 +325,7 @@ def test_a_damaged_expert_without_tokens_is_named(model: Path, text: Path) -> No
     rows = torch.randn(40, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     with Checkpoint(model) as checkpoint:
         calibration = Calibration(
-            checkpoint, read_calibration_text(text, model), (), Kept(rows), feeds_back=["experts"]
+            checkpoint, read_calibration_text(text, model), (), Kept(rows, rows[:, 0] > 0), feeds_back=["experts"]
         )
         tensors = checkpoint.expert(1, 5)
         tensors["gate_up_proj"][3, 4] = float("nan")
