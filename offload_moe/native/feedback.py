@@ -30,7 +30,7 @@ class Feedback:
 
 
 def feedback_of(moments: Tensor, padded: int) -> Feedback:
-    """moments: fp32 ``[K, K]``, the means of products of inputs. padded: P."""
+    """The feedback of a matrix. moments: fp32 ``[K, K]``, the means of products of its inputs. padded: P."""
     products = _damped(moments, padded)
     order = products.diagonal().argsort(descending=True, stable=True)
     return Feedback(order, _shares(products[order][:, order]))
