@@ -192,7 +192,8 @@ def _errors_name(what: str) -> Iterator[None]:
 
 def _checked(name: str, data: Tensor, dtype: torch.dtype) -> Tensor:
     """The bytes of numbers. Raises: CheckpointError for NaN."""
-    check_numbers(name, data.view(dtype))
+    if dtype.is_floating_point:
+        check_numbers(name, data.view(dtype))
     return data
 
 
