@@ -327,8 +327,9 @@ def test_refused(model: Path, tmp_path: Path, options: dict[str, object], messag
     ],
 )
 def test_damaged_weights_are_named(
-    model: Path, text: Path, tmp_path: Path, name: str, value: str, message: str
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
+    monkeypatch.setattr(calibration_text, "NUM_SEQUENCES", 2)
     folder = Path(shutil.copytree(model, tmp_path / "damaged"))
     stored = load_file(folder / "model.safetensors")
     stored[name].view(-1)[77] = float(value)
