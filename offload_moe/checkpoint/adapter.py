@@ -7,12 +7,13 @@ src/peft/utils/other.py, `get_pattern_key`.
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex
+import torch
 from torch import Tensor
 
 from offload_moe.checkpoint.header import TensorEntry, read_header
@@ -27,7 +28,12 @@ DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 REFUSED = (
     *("use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "lora_bias", "modules_to_save", "layer_replication"),
     *("alora_invocation_tokens", "trainable_token_indices", "megatron_config"),
+    *("kasa_config", "arrow_config", "monteclora_config"),
 )
+# The others, such as pissa, subtract their first values from the base weights, or quantize those.
+KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+PATTERN_SECONDS = 1.0  # of one comparison, which takes microseconds: an expression may need exponential time
 ADVICE = "Merge it with peft's merge_and_unload(), and convert that folder."
 
 
@@ -62,7 +68,10 @@ class Adapter:
             raise CheckpointError(f"{folder} has no {WEIGHTS}. Pickled adapters (.bin) are never read: save it again.")
         entries = read_header(path)
         _check_is_lora(path, entries)
-        self.sha256 = hashlib.sha256(path.read_bytes() + json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+        self.sha256 = digest.hexdigest()
         self.pairs = dict(_pairs(path, entries, settings))
 
     def check(self, entries: Mapping[str, TensorEntry]) -> None:
@@ -130,9 +139,19 @@ def _settings(folder: Path) -> dict[str, Any]:
     found = [name for name in REFUSED if settings.get(name)]
     if settings.get("bias", "none") != "none":
         found.append("bias")
+    if not _keeps_base(settings.get("init_lora_weights")):
+        found.append(f"init_lora_weights {settings['init_lora_weights']!r}")
     if found:
         raise CheckpointError(f"{path}: an adapter with {', '.join(found)} is not merged here. {ADVICE}")
+    patterns = settings.get("alpha_pattern")
+    if patterns and not isinstance(patterns, dict):
+        raise CheckpointError(f"{path}: alpha_pattern is {str(patterns)[:80]!r}, which is no object. {ADVICE}")
     return settings
+
+
+def _keeps_base(init: object) -> bool:
+    """Whether the two matrices are changes of the weights as they are in the checkpoint."""
+    return (init.lower() if isinstance(init, str) else init) in KEEPS_BASE
 
 
 def _check_is_lora(path: Path, entries: Mapping[str, TensorEntry]) -> None:
@@ -142,6 +161,8 @@ def _check_is_lora(path: Path, entries: Mapping[str, TensorEntry]) -> None:
         other = None if ending is None else name.removesuffix(ending) + (UP if ending == DOWN else DOWN)
         if not name.startswith(PREFIX) or other not in entries or len(entry.shape) != 2:
             raise CheckpointError(f"{path}: {name} is not merged here: no pair of lora_A and lora_B. {ADVICE}")
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(f"{path}: {name} is {entry.dtype}. Save the adapter in bfloat16 or float32.")
     if not entries:
         raise CheckpointError(f"{path} has no tensors.")
 
@@ -155,18 +176,31 @@ def _pairs(path: Path, entries: Mapping[str, TensorEntry], settings: Mapping[str
                 continue
             module = name.removesuffix(DOWN)
             down, up = file.get_tensor(name), file.get_tensor(module + UP)
-            if up.shape[1] != down.shape[0]:
+            if up.shape[1] != len(down) or not len(down):
                 raise CheckpointError(f"{path}: {module} has lora_A of rank {len(down)}, lora_B of {up.shape[1]}.")
             if not (down.isfinite().all() and up.isfinite().all()):
                 raise CheckpointError(f"{path}: {module} has NaN or infinite weights.")
             module = module.removeprefix(PREFIX)
-            yield f"{module}.weight", Pair(down=down, up=up, scale=_scale(path, module, len(down), settings))
+            scale = _scale(path.with_name(CONFIG), module, len(down), settings)
+            yield f"{module}.weight", Pair(down=down, up=up, scale=scale)
 
 
 def _scale(path: Path, module: str, rank: int, settings: Mapping[str, Any]) -> float:
     patterns = settings.get("alpha_pattern") or {}
-    found = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+    found = next((key for key in patterns if _matches(path, key, module)), None)
     alpha = settings.get("lora_alpha") if found is None else patterns[found]
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise CheckpointError(f"{path.with_name(CONFIG)}: lora_alpha of {module} is {alpha!r}, which is no number.")
-    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < math.inf:
+        raise CheckpointError(f"{path}: lora_alpha of {module} is {alpha!r}, which is no number.")
+    try:
+        return float(alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank)
+    except OverflowError:
+        raise CheckpointError(f"{path}: lora_alpha of {module} is too large.") from None
+
+
+def _matches(path: Path, key: str, module: str) -> bool:
+    """Whether an expression in the settings is about a module. Raises: CheckpointError for one that is none."""
+    try:
+        return regex.match(rf"(.*\.)?({key})$", module, timeout=PATTERN_SECONDS) is not None
+    except (regex.error, TimeoutError, RecursionError, OverflowError) as error:
+        reason = str(error) or "it takes too long"
+        raise CheckpointError(f"{path}: alpha_pattern {key[:80]!r} cannot be compared: {reason}. {ADVICE}") from error

@@ -23,6 +23,12 @@ class SquareSums:
     sums: Tensor
     counts: Tensor
 
+    def of_matrices(self, num_matrices: int) -> "SquareSums":
+        """The same sums by matrix; a file that was converted from the older form has one count for all matrices."""
+        if len(self.counts) > 1 or self.sums.numel() % num_matrices:
+            return self
+        return SquareSums(sums=self.sums.view(num_matrices, -1), counts=self.counts.expand(num_matrices))
+
     def means(self, prior: float) -> Tensor:
         """``[E, K]``: mean squares, with as many inputs more as `prior` says that have the mean of all experts."""
         counts = self.counts[:, None]

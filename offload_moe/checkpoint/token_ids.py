@@ -14,17 +14,17 @@ def num_embeddings(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def check_ids(ids: Sequence[int], num_rows: int, tokenizer: Any = None) -> None:
+def check_ids(ids: Sequence[int], num_rows: int, tokenizer: Any = None, text: str = "The prompt") -> None:
     """Check that every token id has an embedding.
 
-    num_rows: of the embedding. Raises: ConfigError for an id outside them.
+    num_rows: of the embedding. text: what has these ids. Raises: ConfigError for an id outside them.
     """
     wrong = next((token_id for token_id in ids if not 0 <= token_id < num_rows), None)
     if wrong is None:
         return
     token = f"{tokenizer.convert_ids_to_tokens(wrong)!r} " if tokenizer is not None and wrong >= 0 else ""
     raise ConfigError(
-        f"The prompt has token {token}({wrong}), but the model's embedding has {num_rows:,} rows, for tokens 0 to "
+        f"{text} has token {token}({wrong}), but the model's embedding has {num_rows:,} rows, for tokens 0 to "
         f"{num_rows - 1:,}. Leave it out, or use the tokenizer that belongs to these weights."
     )
 

@@ -15,6 +15,7 @@ from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.convert.calibration_text import CalibrationText
 from offload_moe.convert.inputs_folder import InputsFolder
 from offload_moe.convert.layerwise import DTYPE, ids_name, record_inputs, reference_of
+from offload_moe.convert.numbers import check_finite
 from offload_moe.quant.moments import NO_MOMENTS, Moments
 from offload_moe.store.manifest import Importances
 
@@ -62,11 +63,13 @@ class Calibration:
             return NO_MOMENTS
         hidden, ids = self._of_layer(layer)
         own = hidden[(ids == expert).any(dim=1)]
-        others = hidden[:: -(-len(hidden) // NUM_OTHERS)]
+        others = hidden[_spread(len(hidden))]
         rows = torch.cat([own, others]).to(DTYPE)
         weights = torch.cat([torch.ones(len(own)), torch.full((len(others),), OTHERS_WEIGHT)])[:, None]
         first, last = self._checkpoint.layers[layer].shape.matrices
-        inner = self._arithmetics[layer].first_half(rows, {name: value.to(DTYPE) for name, value in tensors.items()})
+        wide = {name: value.to(DTYPE) for name, value in tensors.items()}
+        check_finite(wide)
+        inner = self._arithmetics[layer].first_half(rows, wide)
         return {
             matrix.name: self._moments("experts", inputs, weights) for matrix, inputs in ((first, rows), (last, inner))
         }
@@ -86,3 +89,9 @@ class Calibration:
         if kind in self._feeds_back and rows.shape[1] <= MOST_COLUMNS:
             return (rows * weights).T @ rows / weights.sum()
         return (rows.square() * weights).sum(0) / weights.sum()
+
+
+def _spread(num_tokens: int) -> Tensor:
+    """Ascending numbers of tokens of which every position of a sequence has its share."""
+    mixed = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(0))
+    return mixed[:NUM_OTHERS].sort().values

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offload_moe.checkpoint.checkpoint import Checkpoint
+from offload_moe.checkpoint.token_ids import check_ids, num_embeddings
 from offload_moe.convert.calibration import Calibration, Kind
 from offload_moe.convert.calibration_text import read_calibration_text
 from offload_moe.convert.imatrix import ImportanceMatrix
@@ -56,7 +57,8 @@ class WeighingOptions:
     ) -> Weighing:
         """The weighing of one conversion.
 
-        Raises: ConfigError where nothing would be weighed; CheckpointError for importances of another model.
+        Raises: ConfigError where nothing would be weighed, and for a text with tokens that have no embedding;
+            CheckpointError for importances of another model.
         """
         if self._flag is None:
             return Unweighed()
@@ -72,9 +74,13 @@ class WeighingOptions:
                 on_notice(notice)
             return importances
         assert self.calibrate is not None
+        text = read_calibration_text(self.calibrate, checkpoint.folder)
+        check_ids(
+            text.ids.unique().tolist(), num_embeddings(checkpoint.model), text=f"The calibration text {text.name}"
+        )
         return Calibration(
             checkpoint,
-            read_calibration_text(self.calibrate, checkpoint.folder),
+            text,
             linears,
             InputsFolder(beside(target, INPUTS), progress),
             feeds_back=[kind for kind, name in _kinds(codec, dense_codec) if name == "nf4"],

@@ -76,13 +76,14 @@ class ImportanceMatrix:
                 f"{self._path} has no importances of {name}. Use the importance matrix of this model, or leave "
                 "--imatrix out."
             )
-        sums = found[name].sums
-        if sums.shape != (num_matrices, num_columns):
+        of_matrices = found[name].of_matrices(num_matrices)
+        num_rows, num_sums = of_matrices.sums.shape
+        if (num_rows, num_sums) != (num_matrices, num_columns):
             raise CheckpointError(
-                f"{self._path} is of another model: {name} has {sums.shape[0]} x {sums.shape[1]} importances, this "
-                f"model's matrices have {num_matrices} x {num_columns} inputs."
+                f"{self._path} is of another model: {name} has {num_rows} x {num_sums} importances, this model's "
+                f"matrices have {num_matrices} x {num_columns} inputs."
             )
-        return found[name].means(PRIOR)
+        return of_matrices.means(PRIOR)
 
 
 def _check_blocks(path: Path, found: Mapping[str, SquareSums], checkpoint: Checkpoint) -> None:

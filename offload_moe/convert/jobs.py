@@ -12,6 +12,7 @@ from torch import Tensor
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.linears import projection_linears
 from offload_moe.checkpoint.weights import ModelWeights
+from offload_moe.convert.numbers import check_numbers
 from offload_moe.convert.weighing import Encoding, Unweighed, Weighing
 from offload_moe.errors import CheckpointError
 from offload_moe.native.kernels import panel_order
@@ -137,11 +138,11 @@ def dense_jobs(checkpoint: ModelWeights, encoding: Encoding, order_of: OrderOf, 
         return [as_bytes(record)]
 
     def encode_runs(name: str, shape: ExpertShape, order: Order) -> Payload:
-        weighed = encoding.of_linear(name)
-        assert isinstance(weighed, BlockwiseCodec)
         bias = checkpoint.dense_tensor(f"{name}.bias") if shape.biases else None
         rows = checkpoint.dense_rows(f"{name}.weight", RUN_BYTES)
         with _errors_name(f"{name}.weight"):
+            weighed = encoding.of_linear(name)
+            assert isinstance(weighed, BlockwiseCodec)
             yield from map(as_bytes, encode_pieces(weighed, shape, rows, bias, in_panels=order == "panels"))
 
     inside = {f"{name}.{part}" for name, shape in shapes.items() for part in shape.module_shapes()}
@@ -190,13 +191,9 @@ def _errors_name(what: str) -> Iterator[None]:
 
 
 def _checked(name: str, data: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bytes of numbers. Infinite ones are allowed, since masks use them. Raises: CheckpointError for NaN."""
+    """The bytes of numbers. Raises: CheckpointError for NaN."""
     if dtype.is_floating_point:
-        values = data.view(dtype)
-        if values.sum().isnan() and values.isnan().any():
-            raise CheckpointError(
-                f"{name}: it has NaN weights, which would spoil every answer. Download the model again."
-            )
+        check_numbers(name, data.view(dtype))
     return data
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from offload_moe.checkpoint.checkpoint import Checkpoint
 from offload_moe.checkpoint.experts import ExpertsModule, find_experts
 from offload_moe.checkpoint.skeleton import skeleton_in
+from offload_moe.convert.numbers import check_finite, check_numbers
 from offload_moe.decode.dense import NarrowEmbedding
 from offload_moe.decode.report import decoder_layers
-from offload_moe.errors import UnsupportedModelError
+from offload_moe.errors import CheckpointError, UnsupportedModelError
 from offload_moe.experts.attach import detach_parameters
 from offload_moe.experts.per_expert import ReferenceArithmetic
 from offload_moe.experts.routing import group_by_expert
@@ -49,7 +50,8 @@ class InputsLog(Protocol):
 def record_inputs(checkpoint: Checkpoint, ids: Tensor, linears: Iterable[str], log: InputsLog) -> None:
     """Run the decoder on ids ``[S, L]``, and log the inputs of all experts modules and of these linears.
 
-    Raises: UnsupportedModelError where the model's layers cannot run one by one; CheckpointError, TransferError.
+    Raises: UnsupportedModelError where the model's layers cannot run one by one; CheckpointError for NaN weights and
+        for layers that give no finite numbers; TransferError.
     """
     hf: Any = skeleton_in(checkpoint.folder, DTYPE)
     if hf.config.is_encoder_decoder:
@@ -132,15 +134,15 @@ class _Weights:
         embedding = self._hf.get_input_embeddings()
         for name in (name for name in names if not name.startswith(inside)):
             if type(embedding) is nn.Embedding and self._owner(name)[0] is embedding:
-                table = NarrowEmbedding(self._checkpoint.dense_tensor(name), DTYPE)
+                table = NarrowEmbedding(self._read(name), DTYPE)
                 self._hf.set_submodule(name.rpartition(".")[0], table)
             else:
-                self._set(name, self._checkpoint.dense_tensor(name))
+                self._set(name, self._read(name))
 
     def load(self, layer: str) -> None:
         """All of a layer's but its experts. Raises: UnsupportedModelError."""
         for name in self._names(layer):
-            self._set(name, self._checkpoint.dense_tensor(name))
+            self._set(name, self._read(name))
         module = self._hf.get_submodule(layer)
         stranded = [name for name, value in module.named_parameters() if value.is_meta]
         if stranded:
@@ -154,6 +156,11 @@ class _Weights:
             owner, leaf = self._owner(name)
             if leaf in owner._parameters:
                 self._set(name, owner._parameters[leaf].to("meta"))
+
+    def _read(self, name: str) -> Tensor:
+        value = self._checkpoint.dense_tensor(name)
+        check_numbers(name, value)
+        return value
 
     def _names(self, layer: str) -> list[str]:
         return [name for name in self._checkpoint.dense if name.startswith(f"{layer}.")]
@@ -190,6 +197,12 @@ class _Layer:
         self.weights.load(self.name)
         result = self._run(args, kwargs)
         self.weights.drop(self.name)
+        output = result if isinstance(result, Tensor) else result[0]
+        if not output.isfinite().all():
+            raise CheckpointError(
+                f"{self.name} gives NaN or infinite numbers on the calibration text, as with damaged weights. Download "
+                "the model again."
+            )
         hidden = result if isinstance(result, Tensor) else None
         kept = hidden if self.recorder.is_resumable else None
         self.log.finish_layer(self.number, self.num_layers, self.recorder.take(), kept)
@@ -244,8 +257,10 @@ def reference_of(layer: ExpertsModule) -> ReferenceArithmetic:
 
 
 def read_expert(checkpoint: Checkpoint, layer: int, expert: int) -> dict[str, Tensor]:
-    """An expert's tensors in fp32."""
-    return {name: value.to(DTYPE) for name, value in checkpoint.expert(layer, expert).items()}
+    """An expert's tensors in fp32. Raises: CheckpointError where one is not finite."""
+    tensors = {name: value.to(DTYPE) for name, value in checkpoint.expert(layer, expert).items()}
+    check_finite(tensors, f"Expert {expert} of {checkpoint.layers[layer].name}: ")
+    return tensors
 
 
 def _bind(layer: ExpertsModule, experts: _ReadExperts) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from offload_moe.errors import CheckpointError
 from offload_moe.native.encode import encode_int8, encode_nf4, search_int8, search_nf4
-from offload_moe.native.feedback import feed_back
+from offload_moe.native.feedback import Feedback, feed_back, feedback_of
 from offload_moe.quant import ABSMAX, LEAST_ERROR, Codec
 from offload_moe.quant.blockwise import BlockwiseCodec, pad_rows
 from offload_moe.quant.int8 import Int8Codec
@@ -40,6 +41,7 @@ class SearchedNf4Codec(Nf4Codec):
 
     def __init__(self, moments: Moments = NO_MOMENTS) -> None:
         self._moments = moments
+        self._last: tuple[str, Feedback] | None = None  # of a matrix, whose rows may come in many runs
 
     def encode_matrix(self, rows: Tensor) -> dict[str, Tensor]:
         return search_nf4(rows)
@@ -50,7 +52,11 @@ class SearchedNf4Codec(Nf4Codec):
             return super().encode_rows(matrix, rows)
         rows = pad_rows(rows)
         planes = search_nf4(rows, column_weights(moments, rows.shape[1]))
-        return feed_back(rows, planes, moments) if moments.dim() == 2 else planes
+        if moments.dim() == 1:
+            return planes
+        if self._last is None or self._last[0] != matrix.name:
+            self._last = matrix.name, feedback_of(moments, rows.shape[1])
+        return feed_back(rows, planes, self._last[1])
 
     def rows_together(self, padded_in: int) -> int:
         return NESTED_BLOCK // math.gcd(NESTED_BLOCK, padded_in // BLOCK)
@@ -81,14 +87,26 @@ def fast_encoding(codec: Codec, scales: str = ABSMAX, moments: Moments = NO_MOME
 
     scales: `ABSMAX` writes the bytes of the codec itself, `LEAST_ERROR` others of the same form, with errors weighed by
         the moments.
+
+    Raises: CheckpointError for moments that are not finite.
     """
     if scales == LEAST_ERROR and codec.name in _SEARCHING:
+        _check_finite(moments)
         return _SEARCHING[codec.name](moments)
     return _NATIVE.get(codec.name, codec)
 
 
 _NATIVE: dict[str, Codec] = {"nf4": NativeNf4Codec(), "int8": NativeInt8Codec()}
 _SEARCHING: dict[str, Callable[[Moments], Codec]] = {"nf4": SearchedNf4Codec, "int8": SearchedInt8Codec}
+
+
+def _check_finite(moments: Moments) -> None:
+    for matrix, values in moments.items():
+        if not values.isfinite().all():
+            raise CheckpointError(
+                f"{matrix} has inputs that are NaN or too large to weigh its errors by. Download the model again, or "
+                "leave --calibrate and --imatrix out."
+            )
 
 
 def _is_native(rows: Tensor) -> bool:

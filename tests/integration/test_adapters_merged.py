@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from offload_moe.checkpoint.adapter import Adapter
 from offload_moe.convert.quantize import quantize
 from offload_moe.convert.repair import Damage, find_damage, repair
 from offload_moe.errors import CheckpointError, ConfigError
@@ -151,9 +152,38 @@ def test_another_adapter_does_not_resume(base: Path, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"peft_type": "IA3"}, "only LoRA adapters are merged, not 'IA3'"),
-        ({"use_dora": True}, "an adapter with use_dora is not merged"),
+        *(
+            ({name: value}, f"an adapter with {name} is not merged here. Merge it with peft")
+            for name, value in {
+                "use_dora": True,
+                "use_qalora": True,
+                "use_bdlora": {"nblocks": 2},
+                "fan_in_fan_out": True,
+                "lora_bias": True,
+                "modules_to_save": ["lm_head"],
+                "layer_replication": [[0, 2]],
+                "alora_invocation_tokens": [1, 2],
+                "trainable_token_indices": [5],
+                "megatron_config": {"hidden_size": 32},
+                "kasa_config": {"beta": 0.1},
+                "arrow_config": {"top_k": 2},
+                "monteclora_config": {"num_samples": 4},
+            }.items()
+        ),
         ({"modules_to_save": ["lm_head"], "bias": "all"}, "an adapter with modules_to_save, bias"),
+        *(
+            ({"init_lora_weights": init}, f"an adapter with init_lora_weights {init!r} is not merged here. Merge it")
+            for init in ("pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga", "not yet invented")
+        ),
         ({"lora_alpha": "eight"}, "lora_alpha of .* is 'eight'"),
+        ({"lora_alpha": None}, "lora_alpha of .* is None"),
+        ({"lora_alpha": 10**400}, "lora_alpha of .* is too large"),
+        ({"alpha_pattern": {"q_proj": -(10**400)}, "use_rslora": True}, "lora_alpha of .*q_proj is too large"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "lora_alpha of .*q_proj is inf"),
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is .* no object"),
+        ({"alpha_pattern": "q_proj"}, "alpha_pattern is 'q_proj', which is no object"),
+        ({"alpha_pattern": {"(q_proj": 1}}, r"alpha_pattern '\(q_proj' cannot be compared: missing \)"),
+        ({"alpha_pattern": {"*": 1}}, r"alpha_pattern '\*' cannot be compared"),
     ],
 )
 def test_other_adapters_are_refused_by_name(
@@ -163,6 +193,42 @@ def test_other_adapters_are_refused_by_name(
     with pytest.raises(CheckpointError, match=message):
         quantize(base, tmp_path / "store", adapter=adapter)
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"])
+def test_first_values_that_leave_the_base_weights_alone(base: Path, tmp_path: Path, init: object) -> None:
+    plain = Adapter(write_adapter(tmp_path / "plain", matrices(base)))
+    adapter = Adapter(write_adapter(tmp_path / "adapter", matrices(base), init_lora_weights=init))
+    assert adapter.pairs.keys() == plain.pairs.keys()
+    for name, pair in adapter.pairs.items():
+        weight = torch.ones(pair.shape)
+        assert torch.equal(pair.added(weight, 0), plain.pairs[name].added(weight, 0))
+        assert not torch.equal(pair.added(weight, 0), weight)
+
+
+def test_modules_of_other_ranks_are_scaled_by_theirs(base: Path, tmp_path: Path) -> None:
+    tensors = matrices(base, (EXPERT,)) | matrices(base, (Q,), rank=8) | matrices(base, (DOWN,), rank=2)
+    adapter = Adapter(write_adapter(tmp_path / "adapter", tensors, rank_pattern={"q_proj": 8, DOWN: 2}))
+    for module, scale in ((Q, 1.0), (EXPERT, 2.0), (DOWN, 4.0)):
+        down, up = (tensors[f"base_model.model.{module}.lora_{half}.weight"] for half in "AB")
+        change = adapter.pairs[f"{module}.weight"].added(torch.zeros(len(up), down.shape[1]), 0)
+        torch.testing.assert_close(change, scale * (up @ down))
+        assert change.any()
+
+
+def test_an_expression_that_takes_too_long(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload_moe.checkpoint.adapter.PATTERN_SECONDS", 0.02)
+    adapter = write_adapter(tmp_path / "adapter", matrices(base), alpha_pattern={r"(\w|\w\w|\.|\w\.)+[0-9]": 1})
+    with pytest.raises(CheckpointError, match=r"alpha_pattern .* cannot be compared: .*timed out"):
+        Adapter(adapter)
+
+
+@pytest.mark.parametrize(("rank", "dtype"), [(0, torch.float32), (4, torch.float8_e4m3fn), (4, torch.int8)])
+def test_matrices_of_no_rank_or_of_no_usual_numbers(base: Path, tmp_path: Path, rank: int, dtype: torch.dtype) -> None:
+    tensors = {name: value.to(dtype) for name, value in matrices(base, rank=rank).items()}
+    message = "has lora_A of rank 0" if rank == 0 else f"lora_[AB].weight is {dtype}. Save the adapter in bfloat16"
+    with pytest.raises(CheckpointError, match=message):
+        Adapter(write_adapter(tmp_path / "adapter", tensors))
 
 
 @pytest.mark.parametrize(

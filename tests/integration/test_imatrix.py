@@ -110,6 +110,50 @@ def test_an_expert_with_few_inputs_has_the_mean_of_its_layer(tmp_path: Path) -> 
     assert torch.allclose(means[0], torch.tensor([4.0, 1.0]), rtol=0.05)
 
 
+def as_converted(found: Sums) -> Sums:
+    """As llama.cpp converts its older form: all sums in one row, and one count."""
+    return {name: (sums.reshape(1, -1), counts[:1]) for name, (sums, counts) in found.items()}
+
+
+def test_a_file_converted_from_the_older_form_weighs_the_same(model: Path, tmp_path: Path) -> None:
+    found = importances()
+    for name, (sums, _) in found.items():
+        sums *= np.linspace(1, 9, sums.size, dtype=np.float32).reshape(sums.shape)  # every expert has its own
+        assert len(sums) == (1 if "attn" in name else 4)
+    now, old = write_imatrix(tmp_path / "now.gguf", found), write_imatrix(tmp_path / "old.gguf", as_converted(found))
+    stores = {
+        path.stem: quantize(model, tmp_path / path.stem, codec="nf4", dense_codec="int8", imatrix=path)
+        for path in (now, old)
+    }
+    for path in stores["now"].glob("*.safetensors"):
+        assert (stores["old"] / path.name).read_bytes() == path.read_bytes()
+    assert Store.open(stores["old"]).importances != Store.open(stores["now"]).importances
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_experts": 8}, r"blk\.0\.ffn_gate_exps\.weight has 4 x 256 importances, .* 4 x 128 inputs"),
+        ({"num_experts": 3, "hidden": 126}, r"blk\.0\.ffn_gate_exps\.weight has 1 x 378 importances"),
+    ],
+)
+def test_a_converted_file_of_another_model_is_refused(
+    model: Path, tmp_path: Path, sizes: dict[str, int], message: str
+) -> None:
+    path = write_imatrix(tmp_path / "old.gguf", as_converted(importances(**sizes)))
+    with pytest.raises(CheckpointError, match=message):
+        quantize(model, tmp_path / "store", imatrix=path)
+
+
+def test_experts_share_the_one_count_of_the_older_form(tmp_path: Path) -> None:
+    sums, counts = np.array([[3000.0, 1000.0, 0.0, 0.0, 500.0, 500.0]], np.float32), np.array([[1000.0]], np.float32)
+    found = read_imatrix(write_imatrix(tmp_path / "i.gguf", {"blk.0.ffn_down_exps.weight": (sums, counts)}))
+    means = found["blk.0.ffn_down_exps.weight"].of_matrices(3).means(prior=32)
+    of_all = torch.tensor([3.5, 1.5]) / 3
+    for row, own in zip(means, ([3.0, 1.0], [0.0, 0.0], [0.5, 0.5]), strict=True):
+        torch.testing.assert_close(row, (1000 * torch.tensor(own) + 32 * of_all) / 1032)
+
+
 def without(kind: str) -> Callable[[], Sums]:
     return lambda: {name: value for name, value in importances().items() if kind not in name}
 

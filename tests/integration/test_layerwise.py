@@ -17,6 +17,7 @@ from tests.support.checkpoints import FAMILIES, FEW, write_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # upstream's, of models outside their usual sizes
 REFUSED = ("switch_transformers", "nllb-moe", "diffusion_gemma")
+ONE_EXPERT = ("deepseek_v4", "zaya")  # is chosen for all tokens by the random weights
 REST = [family for family in FAMILIES if family not in (*FEW, *REFUSED)]
 IDS = torch.randint(3, 60, (3, 16), generator=torch.Generator().manual_seed(0))
 
@@ -50,9 +51,18 @@ def of_the_whole_model(folder: Path, names: list[str]) -> dict[str, Tensor]:
 
     for name in names:
         model.get_submodule(name).register_forward_pre_hook(watch(name))
+
+    def watch_ids(name: str) -> Any:
+        def keep(module: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            chosen = args[1] if len(args) > 1 else kwargs["top_k_index"]
+            found.setdefault(ids_name(name), chosen.reshape(-1, chosen.shape[-1]))
+
+        return keep
+
     for layer in find_experts(model):
         if layer.adapter is None:
             model.get_submodule(layer.name).register_forward_pre_hook(watch(layer.name))
+            model.get_submodule(layer.name).register_forward_pre_hook(watch_ids(layer.name), with_kwargs=True)
     with torch.no_grad():
         model(input_ids=IDS, use_cache=False)
     return found
@@ -70,6 +80,10 @@ def check_family(family: str, folder: Path) -> None:
             assert len(log.inputs[ids_name(name)]) == len(log.inputs[name]) >= IDS.numel()
     expected = of_the_whole_model(folder, [name for name in names if name in log.inputs])
     assert expected or family == "jetmoe"
+    chosen = {name: expected.pop(name).int() for name in map(ids_name, with_inputs) if name in expected}
+    for name, ids in chosen.items():
+        assert torch.equal(log.inputs[name].sort().values, ids.sort().values)
+    assert not chosen or family in ONE_EXPERT or any(len(ids.unique()) > 1 for ids in chosen.values())
     for name, values in expected.items():
         torch.testing.assert_close(log.inputs[name].float(), values.float(), rtol=2e-2, atol=1e-3)
         assert values.any()
