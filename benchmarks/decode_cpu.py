@@ -135,9 +135,9 @@ class Files:
 
 
 def best_settings(config: dict[str, Any]) -> str:
-    """Of llama.cpp on a CPU, see docs/benchmarks.md: its flash attention pays where several heads share their keys."""
-    is_shared = config["num_key_value_heads"] < config["num_attention_heads"] or bool(config.get("kv_lora_rank"))
-    return f"--flash-attention {'on' if is_shared else 'off'} --huge-pages"
+    """Of llama.cpp on a CPU, see docs/benchmarks.md: its flash attention pays for latents and for attention sinks."""
+    pays = bool(config.get("kv_lora_rank")) or config["model_type"] == "gpt_oss"
+    return f"--flash-attention {'on' if pays else 'off'} --huge-pages"
 
 
 def engine_commands(options: argparse.Namespace, files: Files, pythons: dict[str, str]) -> dict[str, list[str]]:
