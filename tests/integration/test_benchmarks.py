@@ -35,6 +35,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ("results.*.portable.ms.median", "results.*.torch.ms.median", "results.*.portable.times_torch.median"),
     ),
     (
+        "linear_attention.py",
+        "--threads 1 --layers 1 --tokens 2",
+        ("step_ms.median", "outside_ms.median", "bound_ms"),
+    ),
+    (
         "card_table.py",
         "--cards rtx-3060 --configs {config} --contexts 64",
         ("inputs.node_s", "cells.0.forecasts.*.tokens_per_s", "cells.0.device_pass_off_tokens_per_s"),
