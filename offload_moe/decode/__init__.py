@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from offload_moe.decode.cache import give_room
+from offload_moe.decode.delta import fuse_delta_rules
 from offload_moe.decode.forward import DecoderForward, NextTokens
 from offload_moe.decode.head import head_alone
 from offload_moe.decode.latent import absorb_latents
@@ -93,6 +94,8 @@ def make_fast(
         absorb_latents(hf)
     fuse_mlps(hf)
     fuse_norms(hf, is_exact=is_exact)
+    if not is_exact:
+        fuse_delta_rules(hf)
     cache_dtype = kept or torch.float32
     shorten_attention(hf, is_exact=is_exact, cache_dtype=cache_dtype)
     make_room(hf, context, kept)

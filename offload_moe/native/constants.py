@@ -18,6 +18,7 @@ MAX_TOP_K = 64  # of the layers of a span
 MAX_ROWS = 8  # tokens that a span takes at once
 MAX_SCORED = 1024  # experts of a router that scores all of them
 MAX_ROTATED = 256  # dims of latent attention
+MAX_DELTA_DIM = 256  # of a head of a gated delta rule
 
 _TABLES = (CODECS, GGUF_BLOCKS, GGUF_SUPERBLOCKS, ACTIVATIONS, ROTATIONS)
 CONSTANTS = {
@@ -50,4 +51,5 @@ CONSTANTS = {
     "OM_MAX_ROWS": MAX_ROWS,
     "OM_MAX_SCORED": MAX_SCORED,
     "OM_MAX_ROTATED": MAX_ROTATED,
+    "OM_MAX_DELTA_DIM": MAX_DELTA_DIM,
 }

@@ -26,6 +26,7 @@ from offload_moe.native.constants import (
     SHORT_READ,
     WRONG_CHECKSUM,
 )
+from offload_moe.native.delta import DeltaKernel, Projected
 from offload_moe.native.embedding import EmbeddingKernel
 from offload_moe.native.encode import encode_int8, encode_nf4, search_int8, search_nf4
 from offload_moe.native.experts import ExpertKernel, add_rows
@@ -66,6 +67,7 @@ __all__ = [
     "AttendKernel",
     "AttentionKernel",
     "Completion",
+    "DeltaKernel",
     "EmbeddingKernel",
     "ExpertKernel",
     "FileStruct",
@@ -79,6 +81,7 @@ __all__ = [
     "PanelOrder",
     "PieceStruct",
     "PlaceStruct",
+    "Projected",
     "ReadSizes",
     "Reads",
     "Repacking",

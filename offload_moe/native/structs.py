@@ -51,6 +51,25 @@ class AttentionStruct(ctypes.Structure):
     )
 
 
+class DeltaStruct(ctypes.Structure):
+    """`om_delta`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("conv_weight", "conv_bias", "decays", "time_biases", "norm")),
+        *((name, ctypes.c_int64) for name in ("num_heads", "num_key_heads", "key_dim", "value_dim", "conv_length")),
+        ("epsilon", ctypes.c_float),
+    )
+
+
+class DeltaInputsStruct(ctypes.Structure):
+    """`om_delta_inputs`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("queries", "keys", "values", "gates", "strengths", "times")),
+        ("strides", ctypes.c_int64 * 4),
+    )
+
+
 class LatentStruct(ctypes.Structure):
     """`om_latent`."""
 
@@ -291,6 +310,8 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "om_room": RoomStruct,
     "om_attention": AttentionStruct,
     "om_latent": LatentStruct,
+    "om_delta": DeltaStruct,
+    "om_delta_inputs": DeltaInputsStruct,
     "om_router": RouterStruct,
     "om_layer": LayerStruct,
     "om_mlp": MlpStruct,

@@ -230,12 +230,29 @@
     FIELD(T, int64_t, hidden, )
 
 /* In an order in which each uses only earlier ones. */
+/* A layer of gated delta rules behind its projections: H heads of values, fewer of keys. */
+#define OM_DELTA_FIELDS(FIELD, T) \
+    FIELD(T, const float *, conv_weight, ) FIELD(T, const float *, conv_bias, ) /* [channels, conv_length]; [channels] or NULL */ \
+    FIELD(T, const float *, decays, ) FIELD(T, const float *, time_biases, ) /* [H]: -exp(A_log); dt_bias */ \
+    FIELD(T, const float *, norm, ) /* [value_dim] */ \
+    FIELD(T, int64_t, num_heads, ) FIELD(T, int64_t, num_key_heads, ) \
+    FIELD(T, int64_t, key_dim, ) FIELD(T, int64_t, value_dim, ) /* multiples of 16, up to OM_MAX_DELTA_DIM */ \
+    FIELD(T, int64_t, conv_length, ) FIELD(T, float, epsilon, )
+
+/* A token's projections: of the first head of keys, and of the first of the heads that share it. */
+#define OM_DELTA_INPUTS_FIELDS(FIELD, T) \
+    FIELD(T, const float *, queries, ) FIELD(T, const float *, keys, ) FIELD(T, const float *, values, ) \
+    FIELD(T, const float *, gates, ) FIELD(T, const float *, strengths, ) FIELD(T, const float *, times, ) \
+    FIELD(T, int64_t, strides, [4]) /* to the next head of keys: queries and keys, values, gates, strengths and times */
+
 #define OM_STRUCTS(STRUCT) \
     STRUCT(om_matrix, OM_MATRIX_FIELDS) \
     STRUCT(om_moe_layer, OM_MOE_LAYER_FIELDS) \
     STRUCT(om_room, OM_ROOM_FIELDS) \
     STRUCT(om_attention, OM_ATTENTION_FIELDS) \
     STRUCT(om_latent, OM_LATENT_FIELDS) \
+    STRUCT(om_delta, OM_DELTA_FIELDS) \
+    STRUCT(om_delta_inputs, OM_DELTA_INPUTS_FIELDS) \
     STRUCT(om_router, OM_ROUTER_FIELDS) \
     STRUCT(om_layer, OM_LAYER_FIELDS) \
     STRUCT(om_mlp, OM_MLP_FIELDS) \
@@ -292,6 +309,7 @@
                                    const om_room *rooms, int64_t num_rows, float *out)) \
     FUNCTION(int, om_embed, (const void *table, int32_t codec, int64_t num_rows, int64_t hidden, const int64_t *ids, \
                              int64_t count, float scale, float *x)) \
+    FUNCTION(void, om_delta_step, (const om_delta *layer, const om_delta_inputs *projected, float *inputs, float *state, float *out)) \
     FUNCTION(void, om_rms_norm, (const float *values, const float *weight, int64_t num_rows, int64_t length, float epsilon, \
                                  float *result)) \
     FUNCTION(int, om_router_step, (const om_router *router, const float *x, int64_t num_rows, float *logits, \
@@ -391,6 +409,7 @@ enum { OM_GIVES_HIDDEN = 0, OM_GIVES_LOGITS = 1, OM_GIVES_TOKENS = 2 };
 #define OM_MAX_TOP_K 64 /* experts of one token and layer in a span */
 #define OM_MAX_ROWS 8   /* tokens that a span takes at once: `OM_TILE` */
 #define OM_MAX_ROTATED 256 /* dims that turn as pairs, or in latent attention */
+#define OM_MAX_DELTA_DIM 256
 #define OM_MAX_SCORED 1024 /* experts of a layer whose router scores all of them */
 
 #define OM_CONSTANTS(CONSTANT) \
@@ -408,7 +427,8 @@ enum { OM_GIVES_HIDDEN = 0, OM_GIVES_LOGITS = 1, OM_GIVES_TOKENS = 2 };
     CONSTANT(OM_HIT) CONSTANT(OM_ARRIVING) CONSTANT(OM_MISSING) CONSTANT(OM_FETCHED) \
     CONSTANT(OM_NEEDS_EXPERTS) CONSTANT(OM_NEEDS_SLOTS) CONSTANT(OM_UNDER_WAY) \
     CONSTANT(OM_GIVES_HIDDEN) CONSTANT(OM_GIVES_LOGITS) CONSTANT(OM_GIVES_TOKENS) \
-    CONSTANT(OM_BLOCK) CONSTANT(OM_MAX_TOP_K) CONSTANT(OM_MAX_ROWS) CONSTANT(OM_MAX_SCORED) CONSTANT(OM_MAX_ROTATED)
+    CONSTANT(OM_BLOCK) CONSTANT(OM_MAX_TOP_K) CONSTANT(OM_MAX_ROWS) CONSTANT(OM_MAX_SCORED) CONSTANT(OM_MAX_ROTATED) \
+    CONSTANT(OM_MAX_DELTA_DIM)
 
 typedef struct om_slot_table om_slot_table; /* opaque to Python, which keeps their addresses */
 typedef struct om_reads om_reads;

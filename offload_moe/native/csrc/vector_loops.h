@@ -16,5 +16,6 @@ OM_INLINE void prefetch_rows(const void *rows, int64_t num_bytes) {
 #include "sums.h"
 #include "attend.h"
 #include "value_rows.h"
+#include "delta.h"
 
-#define OM_VECTOR_TABLE {{bf16_rows, fp32_rows}, attend, merge_sections, dot, rms_norm, exponentials, sigmoids}
+#define OM_VECTOR_TABLE {{bf16_rows, fp32_rows}, attend, merge_sections, dot, rms_norm, exponentials, sigmoids, delta_heads}

@@ -33,6 +33,8 @@ struct om_vector_set {
     /* values[count] -> exponentials of their distances from the greatest; returns their sum. */
     float (*exponentials)(float *values, int64_t count);
     void (*sigmoids)(float *values, int64_t count);
+    /* Of a token, the heads of values that share head g of keys: inputs, state and out as of `om_delta_step`. */
+    void (*delta_heads)(const om_delta *layer, const om_delta_inputs *projected, int64_t g, float *inputs, float *state, float *out);
 };
 
 extern const om_vector_set om_vectors_portable;

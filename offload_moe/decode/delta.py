@@ -1,0 +1,124 @@
+"""Linear attention by gated delta rules: a decode step behind its projections in one native call.
+
+torch's operators go through a layer's state five times and make a new tensor of it each time. Prompts, batches and
+what is not fp32 on the CPU take the module's own forward. States are the cache's, and written in place by both.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.cache_utils import LinearAttentionLayer
+
+from offload_moe.decode.probe import Refused, agree, answer, structure
+from offload_moe.errors import ConfigError
+from offload_moe.native.kernels import DeltaKernel, Projected
+
+NUM_PROMPT, NUM_STEPS = 5, 2  # tokens of a check
+TOLERANCE = 1e-4  # relative: states are sums over all earlier tokens
+SILU = ("silu", "swish")
+
+
+class DeltaForward:
+    """The forward of one module, ``[B, S, hidden] -> [B, S, hidden]``."""
+
+    def __init__(self, module: Any) -> None:
+        """Keep the module's own forward for what the kernel does not take.
+
+        Raises: ConfigError, AttributeError for a module that is no layer of gated delta rules.
+        """
+        self._module, self._forward = module, module.forward
+        self._project = _projection_of(module)
+        weight = module.conv1d.weight
+        if module.activation not in SILU or weight.dtype != torch.float32 or not weight.is_cpu:
+            raise ConfigError("The kernel takes SiLU, and fp32 on the CPU.")
+        bias = module.conv1d.bias
+        self._kernel = DeltaKernel(
+            conv_weight=weight.detach().squeeze(1).contiguous(),
+            conv_bias=None if bias is None else bias.detach().float(),
+            decays=-module.A_log.detach().float().exp(),
+            time_biases=module.dt_bias.detach().float().contiguous(),
+            norm=module.norm.weight.detach().float().contiguous(),
+            num_key_heads=module.num_k_heads,
+            key_dim=module.head_k_dim,
+            epsilon=module.norm.variance_epsilon,
+        )
+        self._num_out = module.num_v_heads * module.head_v_dim
+
+    def __call__(self, hidden_states: Tensor, cache_params: Any = None, *args: Any, **kwargs: Any) -> Any:
+        states = self._states(hidden_states, cache_params)
+        if states is None:
+            return self._forward(hidden_states, cache_params, *args, **kwargs)
+        out = torch.empty(1, 1, self._num_out)
+        self._kernel.step(self._project(hidden_states), *states, out)
+        return self._module.out_proj(out)
+
+    def _states(self, x: Tensor, cache: Any) -> tuple[Tensor, Tensor] | None:
+        """Inputs of the convolution and the state, where the kernel may move them on by one token."""
+        if cache is None or x.shape[:2] != (1, 1) or x.dtype != torch.float32 or not x.is_cpu or x.requires_grad:
+            return None
+        index = self._module.layer_idx
+        if cache.is_recording_past(index):
+            return None
+        states = cache.get_conv_state(index, state_idx=0), cache.get_recurrent_state(index, state_idx=0)
+        if not all(
+            state is not None and state.dtype == torch.float32 and state.is_cpu and state.is_contiguous()
+            for state in states
+        ):
+            return None
+        return states
+
+
+def fuse_delta_rules(model: nn.Module) -> int:
+    """Give every layer of gated delta rules whose numbers agree the native step. Returns how many were recognized."""
+    agrees: dict[Hashable, bool] = {}
+    modules: list[Any] = [
+        module for module in model.modules() if hasattr(module, "A_log") and hasattr(module, "conv1d")
+    ]
+    num_fused = 0
+    for module in modules:
+        kind = structure(module)
+        if kind not in agrees:
+            agrees[kind] = _agrees(module)
+        if agrees[kind]:
+            module.forward = DeltaForward(module)
+            num_fused += 1
+    return num_fused
+
+
+def _projection_of(module: Any) -> Callable[[Tensor], Projected]:
+    if hasattr(module, "in_proj_qkvz"):
+        return lambda x: Projected(mixed=module.in_proj_qkvz(x), strengths=module.in_proj_ba(x))
+    return lambda x: Projected(
+        mixed=module.in_proj_qkv(x),
+        gates=module.in_proj_z(x),
+        strengths=module.in_proj_b(x),
+        times=module.in_proj_a(x),
+    )
+
+
+@torch.inference_mode()
+def _agrees(module: Any) -> bool:
+    """Whether some steps behind a prompt give the module's own results and states."""
+    try:
+        fused = DeltaForward(module)
+    except (ConfigError, AttributeError):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(NUM_PROMPT + NUM_STEPS, module.hidden_size, generator=generator)
+    caches = [Cache(layers=[LinearAttentionLayer() for _ in range(module.layer_idx + 1)]) for _ in range(2)]
+    try:
+        expected = _results(module.forward, x, caches[0], module.layer_idx)
+        got = _results(fused, x, caches[1], module.layer_idx)
+    except Refused:
+        return False
+    return all(agree(*pair, is_exact=False, tolerance=TOLERANCE) for pair in zip(got, expected, strict=True))
+
+
+def _results(forward: Callable[..., Any], x: Tensor, cache: Any, index: int) -> list[Tensor]:
+    """Of a prompt and the steps behind it, and the states at the end."""
+    pieces = [x[:NUM_PROMPT], *x[NUM_PROMPT:].split(1)]
+    found = [answer(forward, piece[None], cache_params=cache) for piece in pieces]
+    return [*found, cache.get_conv_state(index, state_idx=0), cache.get_recurrent_state(index, state_idx=0)]
