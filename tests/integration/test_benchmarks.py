@@ -37,7 +37,7 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     (
         "linear_attention.py",
         "--threads 1 --layers 1 --tokens 2",
-        ("step_ms.median", "outside_ms.median", "bound_ms"),
+        ("module.step_ms.median", "module.outside_ms.median", "native.outside_ms.median", "bound_ms"),
     ),
     (
         "card_table.py",
