@@ -62,13 +62,22 @@ class DeltaForward:
         index = self._module.layer_idx
         if cache.is_recording_past(index):
             return None
-        states = cache.get_conv_state(index, state_idx=0), cache.get_recurrent_state(index, state_idx=0)
-        if not all(
-            state is not None and state.dtype == torch.float32 and state.is_cpu and state.is_contiguous()
-            for state in states
-        ):
+        inputs = cache.get_conv_state(index, state_idx=0)
+        state = cache.get_recurrent_state(index, state_idx=0)
+        if not all(_is_in_place(each) for each in (inputs, state)) or inputs.shape[-1] != self._module.conv_kernel_size:
             return None
-        return states
+        return inputs, state
+
+
+def _is_in_place(state: Tensor | None) -> bool:
+    """Whether the kernel may write to what a cache holds of one sequence."""
+    return (
+        state is not None
+        and len(state) == 1
+        and state.dtype == torch.float32
+        and state.is_cpu
+        and state.is_contiguous()
+    )
 
 
 def fuse_delta_rules(model: nn.Module) -> int:
