@@ -8,9 +8,8 @@ from typing import Literal
 Mode = Literal["auto", "queued", "stepwise"]
 QUEUED, STEPWISE = 0, 1
 # Of the way that is tried. Stepwise passes leave the slots as they are, which queued ones between them renew.
-TRIAL_EVERY = (16, 144)  # passes between trials
+TRIAL_EVERY = (16, 144)  # passes between trials; the fewer where the present way is slower than the other one was
 TRIAL_PASSES = (2, 1)  # of which the last is measured
-LEAST_BETWEEN_TRIALS = 16  # passes, where the present way has become slower than the other one was
 WEIGHT, TRIAL_WEIGHT = 0.3, 0.7  # of the last pass in a mean
 
 
@@ -59,9 +58,8 @@ class ModeChoice:
         if not self._num_missed:
             return QUEUED
         other = 1 - self._better
-        if not self._num_left and self._since_trial >= (
-            LEAST_BETWEEN_TRIALS if self._is_slower else TRIAL_EVERY[other]
-        ):
+        most_passes = min(TRIAL_EVERY) if self._is_slower else TRIAL_EVERY[other]
+        if not self._num_left and self._since_trial >= most_passes:
             self._begin_trial(other)
         return self._trial if self._num_left else self._better
 

@@ -6,7 +6,7 @@ X keys.
 import numpy as np
 from numpy.typing import NDArray
 
-MOST = 255
+MOST = 255  # OM_CARD_MOST_WORTH
 AT_ONCE = 8
 
 

@@ -18,6 +18,7 @@ from offload_moe.checkpoint.hub import PARTIAL, HubFile, Repository, fetch, fetc
 from offload_moe.checkpoint.weight_files import choose_weights, require, safe_path
 from offload_moe.errors import BudgetError, CheckpointError, StoreError, TransferError
 from offload_moe.system.locks import try_lock
+from offload_moe.system.paths import names_in
 from offload_moe.system.progress import Progress
 from offload_moe.system.sizes import format_size
 
@@ -152,13 +153,8 @@ class Download:
 
 def is_download(folder: Path) -> bool:
     """Whether the folder is one of a download, or what a kill at its end left of it."""
-    if not folder.is_dir() or folder.is_symlink():
-        return False
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:  # deleted meanwhile
-        return False
-    return NOTE_NAME in names or not names
+    names = names_in(folder)
+    return names is not None and (NOTE_NAME in names or not names)
 
 
 def remove_download(folder: Path) -> None:

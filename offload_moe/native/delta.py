@@ -5,6 +5,7 @@ H heads of values, G heads of keys, K and V their dims, N channels: 2 G K + H V.
 
 import ctypes
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from offload_moe.native.constants import MAX_DELTA_DIM
 from offload_moe.native.structs import DeltaInputsStruct, DeltaStruct
 
 DIM_STEP = 16  # dims are multiples of the widest vector
+FLOAT = 4  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,18 @@ class Projected:
     strengths: Tensor
     gates: Tensor | None = None
     times: Tensor | None = None
+
+
+class _Places(NamedTuple):
+    """Numbers from the beginning of their tensor to the first key, value and gate.
+
+    strides: to queries and keys, values, and gates of the next head of keys.
+    """
+
+    keys: int
+    values: int
+    gates: int
+    strides: tuple[int, int, int]
 
 
 class DeltaKernel:
@@ -76,6 +90,11 @@ class DeltaKernel:
             epsilon=epsilon,
         )
         self._native = library().om_delta_step
+        shared, keys = num_heads // num_key_heads, num_key_heads * key_dim
+        values, together = shared * value_dim, 2 * key_dim + 2 * shared * value_dim
+        self._joined = _Places(key_dim, 2 * key_dim, 2 * key_dim + values, (together, together, together))
+        self._apart = _Places(keys, 2 * keys, 0, (key_dim, values, values))
+        self._num_shared = shared
 
     def step(self, projected: Projected, inputs: Tensor, state: Tensor, out: Tensor) -> None:
         """Move the states on by a token: inputs ``[N, taps]`` and state ``[H, K, V]``; set `out` ``[H V]``.
@@ -92,18 +111,16 @@ class DeltaKernel:
         )
 
     def _inputs(self, projected: Projected) -> DeltaInputsStruct:
-        layer, number = self._struct, 4  # bytes of one
-        shared, keys = layer.num_heads // layer.num_key_heads, layer.num_key_heads * layer.key_dim
-        values = shared * layer.value_dim
+        gates, times = projected.gates, projected.times
+        places = self._joined if gates is None else self._apart
         mixed, strengths = projected.mixed.data_ptr(), projected.strengths.data_ptr()
-        if projected.gates is None:
-            first_value, width = mixed + 2 * layer.key_dim * number, 2 * layer.key_dim + 2 * values
-            places = (mixed, mixed + layer.key_dim * number, first_value, first_value + values * number)
-            strides = [width, width, width]
-        else:
-            places = (mixed, mixed + keys * number, mixed + 2 * keys * number, projected.gates.data_ptr())
-            strides = [layer.key_dim, values, values]
-        is_joined = projected.times is None
-        times = strengths + shared * number if projected.times is None else projected.times.data_ptr()
-        strides.append(2 * shared if is_joined else shared)
-        return DeltaInputsStruct(*places, strengths, times, (ctypes.c_int64 * 4)(*strides))
+        first_gate = mixed if gates is None else gates.data_ptr()
+        return DeltaInputsStruct(
+            queries=mixed,
+            keys=mixed + FLOAT * places.keys,
+            values=mixed + FLOAT * places.values,
+            gates=first_gate + FLOAT * places.gates,
+            strengths=strengths,
+            times=strengths + FLOAT * self._num_shared if times is None else times.data_ptr(),
+            strides=(*places.strides, self._num_shared * (1 if times is not None else 2)),
+        )

@@ -6,6 +6,7 @@ from pathlib import Path
 from offload_moe.checkpoint.download import is_download, remove_download
 from offload_moe.store import durable
 from offload_moe.system.names import DOWNLOAD, INPUTS
+from offload_moe.system.paths import names_in
 
 SETTINGS = "calibration.json"  # identifies a folder of inputs
 STATE = "state.safetensors"
@@ -53,10 +54,5 @@ def remove_inputs(folder: Path) -> None:
 
 def are_inputs(folder: Path) -> bool:
     """Whether the folder is one of inputs, or what a kill at its beginning or end left of it."""
-    if not folder.is_dir() or folder.is_symlink():
-        return False
-    try:
-        names = set(os.listdir(folder))
-    except FileNotFoundError:  # deleted meanwhile
-        return False
-    return SETTINGS in names or names <= {SETTINGS + durable.PART}
+    names = names_in(folder)
+    return names is not None and (SETTINGS in names or names <= {SETTINGS + durable.PART})

@@ -50,6 +50,16 @@ def state_dir(environ: Mapping[str, str] | None = None, platform: str | None = N
     return (Path(base) if os.path.isabs(base) else _home() / ".local" / "state") / "offload_moe"
 
 
+def names_in(folder: Path) -> set[str] | None:
+    """What is in a folder; None where there is none, or a link to one."""
+    if not folder.is_dir() or folder.is_symlink():
+        return None
+    try:
+        return set(os.listdir(folder))
+    except FileNotFoundError:  # deleted meanwhile
+        return None
+
+
 def config_file(environ: Mapping[str, str] | None = None, platform: str | None = None) -> Path | None:
     """The file of the user's settings, which may not exist; None where there is no home folder.
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from support.models import open_model
-from support.tiny_models import tiny_model, tiny_prompt
-from torch import Tensor
+from support.tiny_models import tiny_model
 
 from offload_moe.convert.quantize import quantize
 from offload_moe.decode.delta import DeltaForward
+from tests.integration.test_card_pass import logits
 
 HEADS = {
     "num_hidden_layers": 4,
@@ -19,13 +19,6 @@ HEADS = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 32,
 }
-
-
-def logits(hf: Any) -> Tensor:
-    ids, _ = tiny_prompt(1, 9)
-    settings = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 8, "disable_compile": True}
-    found = hf.generate(input_ids=ids, return_dict_in_generate=True, output_logits=True, **settings)
-    return torch.stack(found.logits)
 
 
 def num_fused(hf: Any) -> int:
@@ -39,7 +32,7 @@ def test_decode_steps_give_the_modules_logits(family: str, tmp_path: Path) -> No
     with open_model(store) as fast, open_model(store, fast_path=False) as plain:
         assert num_fused(fast.hf) == 3
         assert num_fused(plain.hf) == 0
-        got, expected = logits(fast.hf), logits(plain.hf)
+        got, expected = logits(fast.hf, 8), logits(plain.hf, 8)
         assert torch.equal(got.argmax(-1), expected.argmax(-1))
         assert (got - expected).norm() <= 1e-2 * expected.norm()
         assert len(set(got.argmax(-1).flatten().tolist())) > 2

@@ -10,7 +10,7 @@ import pytest
 from offload_moe.card import edits as module
 from offload_moe.card.edits import Edits
 from offload_moe.card.structs import constant, struct
-from offload_moe.card.worths import in_groups
+from offload_moe.card.worths import MOST, in_bytes, in_groups
 
 CAPACITY = 12
 
@@ -46,6 +46,10 @@ def test_many_edits_stand_behind_single_ones_and_replace_earlier_ones(edits: tup
     assert taken(listed, memory) == []
     many(listed, k2=1)
     assert taken(listed, memory) == [(worths, 2, 1)]
+
+
+def test_the_greatest_worth_is_the_kernels() -> None:
+    assert constant("OM_CARD_MOST_WORTH") == MOST == in_bytes(np.ones(1, np.float32))[0]
 
 
 @pytest.mark.parametrize("num_keys", [1, 7, 8, 9])
