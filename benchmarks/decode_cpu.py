@@ -2,12 +2,14 @@
 
 Usage: python benchmarks/decode_cpu.py --config benchmarks/configs/OLMoE-1B-7B-0125.json --folder SCRATCH
        [--native PYTHON] [--wheel PYTHON] [--threads 2] [--trials 5] [--prompt-tokens 64 512] [--context 2000 8000]
-       [--tokens 32] [--layers N] [--codec mxfp4] [--peer-options="--keys q8_0"] [--reload] [--transformers]
+       [--tokens 32] [--layers N] [--codec mxfp4 | --same-file Q4_K_M] [--peer-options="--keys q8_0"] [--reload]
+       [--transformers]
 
 `--native`: the Python of an environment with llama.cpp built for this processor (docs/benchmarks.md), which is
 checked for the processor's instructions; `llama.cpp native` in the result. `--wheel`: one with the wheel `xllamacpp`,
 `llama.cpp wheel`; without either option, this Python's, where it has one. Files are made in SCRATCH with random weights
-when they are not there yet.
+when they are not there yet. `--same-file`: offload_moe is given the peer's GGUF file, of that mixture of types, and
+computes with its blocks as they lie.
 
 Every process loads once and is bound to as many cores as threads; in a trial, they compute in turn. For each of
 `--prompt-tokens`, a trial is a prompt and so many tokens; the first run is not counted. For each of `--context`, the
@@ -36,6 +38,7 @@ import token_bytes
 from harness import HERE, finish, make, paired_ratio, run_json, spread
 from live import Answer, Live
 from llamacpp_builds import RUNNER, add_options, chosen_pythons, describe_builds
+from peers.gguf_mixture import MIXTURES
 
 OURS, READ = "offload_moe", "plain read"
 WARM_UP_TOKENS = 4
@@ -64,6 +67,7 @@ def main() -> None:
             "benchmark": "decode_cpu",
             "shape": options.config.stem,
             "layers": options.layers,
+            "same_file": options.same_file,
             "threads": options.threads,
             "tokens": options.tokens,
             "peers": builds,
@@ -89,6 +93,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--transformers", action="store_true")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--codec", default="nf4", help="of our experts")
+    parser.add_argument(
+        "--same-file", choices=MIXTURES, metavar="MIXTURE", help="both run one GGUF file of these types"
+    )
     parser.add_argument("--peer-options", help="of run_llamacpp.py, as tune_llamacpp.py finds them")
     parser.add_argument("--reload", action="store_true")
     return parser.parse_args()
@@ -113,25 +120,32 @@ class Files:
             config["num_hidden_layers"] = options.layers
             if "layer_types" in config:
                 config["layer_types"] = config["layer_types"][: options.layers]
-        self.gguf, self.checkpoint = (options.folder / f"{name}{end}" for end in (".gguf", "-bf16"))
+        mixture = "" if options.same_file is None else f"-{options.same_file}"
+        self.gguf, self.checkpoint = (options.folder / f"{name}{end}" for end in (f"{mixture}.gguf", "-bf16"))
         if config["max_position_embeddings"] < room(options):
             name += "-long"
             config["max_position_embeddings"] = LONG
         self.shape, self.config = config, options.folder / f"{name}.json"
         self.store = options.folder / f"{name}{'' if options.codec == 'nf4' else f'-{options.codec}'}-store"
+        if options.same_file is not None:
+            self.store = self.gguf
 
     def make(self, *, has_peers: bool) -> None:
         self._options.folder.mkdir(parents=True, exist_ok=True)
         self.config.write_text(json.dumps(self.shape, indent=1))
-        make("synthesize.py", self.config, self.store, "--codec", self._options.codec)
+        if self._options.same_file is not None:
+            make("peers/make_random_gguf.py", self.config, self.gguf, "--mixture", self._options.same_file)
+        else:
+            make("synthesize.py", self.config, self.store, "--codec", self._options.codec)
         if has_peers:
             make("peers/make_random_gguf.py", self.config, self.gguf)
         if self._options.transformers:
             make("peers/make_random_checkpoint.py", self.config, self.checkpoint)
 
     def token_bytes(self, peers: list[str]) -> dict[str, dict[str, float]]:
-        of_peer = token_bytes.of_gguf(self.gguf, self.shape) if peers else {}
-        return {OURS: token_bytes.of_store(self.store)} | dict.fromkeys(peers, of_peer)
+        is_same = self.store == self.gguf
+        of_file = token_bytes.of_gguf(self.gguf, self.shape) if peers or is_same else {}
+        return {OURS: of_file if is_same else token_bytes.of_store(self.store)} | dict.fromkeys(peers, of_file)
 
 
 def best_settings(config: dict[str, Any]) -> str:
@@ -192,7 +206,7 @@ class Measured:
 
 def with_cache(sizes: dict[str, dict[str, float]], files: Files, measured: Measured) -> dict[str, float]:
     """Engine -> bytes that a token reads at that depth."""
-    cache = token_bytes.of_cache(files.store, measured.length)
+    cache = token_bytes.of_cache(files.config, measured.length)
     return {name: size["experts"] + size["dense"] + cache for name, size in sizes.items()}
 
 

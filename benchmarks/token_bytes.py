@@ -51,12 +51,12 @@ def _figures(experts: float, dense: float, expert_weights: float, dense_weights:
     }
 
 
-def of_cache(folder: Path, context: int) -> int:
-    """Keys and values of so many tokens, or latents, in 16 bits."""
+def of_cache(config: Path, context: int) -> int:
+    """Keys and values of so many tokens, or latents, in 16 bits. config: of the shape, in JSON."""
     import torch
+    from transformers import AutoConfig
 
-    from offload_moe.checkpoint.skeleton import load_config
     from offload_moe.plan.parameters import describe_model
     from offload_moe.plan.working import cache_bytes
 
-    return cache_bytes(describe_model(load_config(folder)), context, torch.bfloat16)
+    return cache_bytes(describe_model(AutoConfig.from_pretrained(config)), context, torch.bfloat16)

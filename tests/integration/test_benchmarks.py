@@ -93,6 +93,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ("results.*.decode_tokens_per_s.offload_moe.min", "bytes_per_token.offload_moe.bits_per_expert_weight"),
     ),
     (
+        "decode_cpu.py",
+        "--config {config} --folder {folder} --trials 1 --same-file Q4_K_M " + DECODE,
+        ("results.*.decode_tokens_per_s.offload_moe.min", "bytes_per_token.offload_moe.bits_per_expert_weight"),
+    ),
+    (
         "decode_demo.py",
         "--checkpoint {checkpoint} --threads 1 --tokens 4 --trials 1 --unpinned",
         ("rates.*.median", "ratios.ours nf4.median"),

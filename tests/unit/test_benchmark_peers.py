@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.support.benchmarks import BENCHMARKS
@@ -67,7 +68,7 @@ def test_deepseek_is_written_only_as_llamacpp_reads_it() -> None:
 def test_the_bytes_of_a_token_are_those_in_the_file(name: str, tmp_path: Path) -> None:
     config = config_of(name) | EVERYWHERE | SHRUNK[name]
     model = shapes().model_of(config)
-    import_module("make_random_gguf").RandomGguf(tmp_path / "model.gguf", model).write()
+    import_module("make_random_gguf").RandomGguf(tmp_path / "model.gguf", model, "Q4_0").write()
     sizes = import_module("token_bytes").of_gguf(tmp_path / "model.gguf", config)
     block_bytes = 17 if name.startswith("gpt") else 18  # 16 of codes, and a scale of one byte (MXFP4) or two (Q4_0)
     num_experts = next(tensor.shape[0] for tensor in model.tensors if tensor.kind == "expert")
@@ -82,6 +83,39 @@ def num_bytes(tensor: Any, block_bytes: int) -> int:
     """Of its weights, 32 to a block, or of fp32."""
     is_quantized = tensor.kind in ("expert", "dense")
     return math.prod(tensor.shape) // 32 * block_bytes if is_quantized else 4 * math.prod(tensor.shape)
+
+
+@pytest.mark.usefixtures("peers")
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q5_1", "Q8_0", "MXFP4"])
+def test_random_weights_have_their_spread_and_no_mean(kind: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    pool = import_module("make_random_gguf").BlockPool(kind, np.random.default_rng(0))
+    blocks = pool.take(1 << 18, 0.02).reshape(-1, pool.block_bytes)
+    weights = gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind])
+    assert weights.std() == pytest.approx(0.02, rel=0.35 if kind == "MXFP4" else 0.05)  # its scales are powers of two
+    assert abs(weights.mean()) < 0.07 * weights.std()
+
+
+@pytest.mark.usefixtures("peers")
+def test_the_mixture_is_llamacpps() -> None:
+    model = shapes().model_of(config_of("OLMoE-1B-7B-0125"))
+    types = {
+        each.name: import_module("peers.gguf_mixture").matrix_type("Q4_K_M", model, each) for each in model.tensors
+    }
+    better = [layer for layer in range(16) if types[f"blk.{layer}.ffn_down_exps.weight"] == "Q6_K"]
+    assert better == [0, 1, 4, 7, 10, 13, 14, 15]
+    assert {types[f"blk.{layer}.attn_v.weight"] for layer in better} == {"Q6_K"}
+    assert (types["blk.0.ffn_up_exps.weight"], types["output.weight"]) == ("Q4_K", "Q6_K")
+    assert (types["token_embd.weight"], types["blk.0.ffn_gate_inp.weight"]) == ("Q4_K", "F32")
+
+
+@pytest.mark.usefixtures("peers")
+def test_rows_of_no_whole_superblocks_have_other_types() -> None:
+    model = shapes().model_of(config_of("DeepSeek-V2-Lite"))
+    types = {
+        each.name: import_module("peers.gguf_mixture").matrix_type("Q4_K_M", model, each) for each in model.tensors
+    }
+    assert {types[f"blk.{layer}.ffn_down_exps.weight"] for layer in range(1, 27)} == {"Q5_0", "Q8_0"}
 
 
 X86 = "processor : 0\nflags\t\t: fpu avx avx2 fma f16c bmi2 avx512f avx512vbmi avx512_vnni\n"
