@@ -20,10 +20,8 @@ from offload_moe.native.kernels import DeltaKernel, Projected
 NUM_PROMPT, NUM_STEPS = 5, 2  # tokens of a check
 TOLERANCE = 1e-4  # relative: states are sums over all earlier tokens
 SILU = ("silu", "swish")
-PARTS = frozenset(
-    """A_log dt_bias conv1d norm out_proj activation hidden_size layer_idx conv_kernel_size
-    num_k_heads num_v_heads head_k_dim head_v_dim""".split()
-)
+SIZES = ("hidden_size", "conv_kernel_size", "num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim")
+PARTS = ("A_log", "dt_bias", "conv1d", "norm", "out_proj", "activation", "layer_idx", *SIZES)
 PROJECTIONS = (("in_proj_qkvz", "in_proj_ba"), ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
 
 

@@ -14,7 +14,7 @@ from support.models import open_model
 from support.tiny_models import tiny_model
 
 from offload_moe.convert.quantize import quantize
-from offload_moe.decode.delta import DeltaForward, DeltaKernel
+from offload_moe.decode.delta import DeltaForward, DeltaKernel, fuse_delta_rules
 from tests.integration.test_card_pass import logits
 
 HEADS = {
@@ -96,6 +96,21 @@ def test_a_step_calls_what_hooks_are_on(name: str, change: Any, next_store: Path
         with patch.object(DeltaKernel, "step", step), suppress(AssertionError):
             logits(model.hf, 3)
         assert step.called
+
+
+@pytest.mark.parametrize(("name", "error"), [("DeltaKernel", AttributeError), ("Projected", TypeError)])
+def test_an_error_of_our_own_is_no_refusal(name: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = Mock(side_effect=error("a fault of ours")) if error is AttributeError else None
+    monkeypatch.setattr(f"offload_moe.decode.delta.{name}", fault)
+    with pytest.raises(error):
+        fuse_delta_rules(tiny_model("qwen3_next", **HEADS))
+
+
+@pytest.mark.parametrize(("path", "name"), [("norm", "variance_epsilon"), ("", "head_k_dim"), ("", "in_proj_ba")])
+def test_a_layer_with_other_parts_keeps_its_forward(path: str, name: str) -> None:
+    hf: Any = tiny_model("qwen3_next", **HEADS)
+    delattr(hf.model.layers[1].linear_attn.get_submodule(path), name)
+    assert fuse_delta_rules(hf) == 2
 
 
 def test_a_lossless_store_keeps_the_modules_bits(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What the fast path recognizes, and what it must leave alone."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -280,6 +281,16 @@ def test_an_error_of_our_own_code_in_a_check_is_no_refusal(
     monkeypatch.setattr(FusedRMSNorm, "__call__", broken)
     with pytest.raises(error, match="a fault of ours"):
         fuse_norms(filled(LlamaRMSNorm(16)), is_exact=True)
+
+
+def test_an_error_of_torch_in_a_call_of_ours_is_no_refusal() -> None:
+    """Its innermost lines are those of torch's Python code; the module's own calls of the same are its refusals."""
+    weight = torch.ones(1, 1, 16)
+    ours = FusedRMSNorm(weight, 1e-6, is_exact=True)
+    with pytest.raises(ValueError, match="at least 3 dimensions"):
+        fuse_norms(filled(WithPart(16, ours)), is_exact=True)
+    theirs = partial(functional.rms_norm, normalized_shape=[1, 1, 16], weight=weight)
+    assert fuse_norms(filled(WithPart(16, theirs)), is_exact=True) == 0
 
 
 def test_an_error_in_a_part_of_ours_inside_of_a_module_is_no_refusal() -> None:
