@@ -67,7 +67,7 @@ def find_compiler() -> list[str] | None:
 
 
 def accepts(compiler: list[str], flags: list[str]) -> bool:
-    """Whether a compiler that works knows these flags too."""
+    """Whether a compiler that works takes these flags too."""
     return _failure(compiler, flags) is None
 
 
