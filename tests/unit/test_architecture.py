@@ -69,6 +69,11 @@ def test_streams_and_events_live_in_one_file() -> None:
             assert not any(word in file.read_text() for word in ("torch.Stream", "torch.Event", "torch.cuda.")), file
 
 
+def test_checksums_are_computed_in_one_file() -> None:
+    for file in (ROOT / "offload_moe").rglob("*.py"):
+        assert ("zlib.crc32" in file.read_text()) is (file.name == "checksum.py"), file
+
+
 def test_the_command_line_is_the_last_room() -> None:
     for file in (ROOT / "offload_moe").rglob("*.py"):
         assert "offload_moe_cli" not in packages_imported(file), file
