@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+NUM_CACHED = 5  # tokens in the cache of a probe
 SCALES = (1e-2, 1.0, 30.0)  # small enough that an epsilon counts, large enough to reach a clamp
 
 # What a module raises on a probe that it is not made for. Then it is of another kind, and loading goes on without it.
