@@ -13,13 +13,18 @@ def attention_limits(spec: AttentionSpec) -> list[str]:
         "an output gate": bool(spec.gate),
         "clamped queries, keys and values": spec.clip is not None,
         "norms of queries and keys after the rotation": spec.is_normed_rotated and spec.norm_span != "none",
+        "chunks": spec.chunk is not None,
+        "queries scaled by their position": spec.query_scale is not None,
     }
     return _phrase("attention", reasons)
 
 
 def router_limits(spec: RouterSpec) -> list[str]:
     """Limits of the kernel call for one router."""
-    reasons = {"a sparse mixer": spec.scoring == "sparsemixer"}
+    reasons = {
+        "a sparse mixer": spec.scoring == "sparsemixer",
+        "weights that scale the experts' inputs": spec.scales_inputs,
+    }
     return _phrase("a router", reasons)
 
 
