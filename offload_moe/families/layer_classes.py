@@ -180,7 +180,6 @@ LAYERS: Mapping[str, LayerClass] = {
         router=replace(OF_CHOSEN, weight="wg.weight"),
         attention=AttentionClass(norm_span="head", norms=("query_layernorm", "key_layernorm"), is_normed_rotated=True),
         shared="shared_mlp",
-        fast_path="no",
     ),
     "Llama4TextDecoderLayer": LayerClass(
         router=RouterClass(path="router", scoring="sigmoid", is_normalized=False, scales_inputs=True),

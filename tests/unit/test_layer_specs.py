@@ -10,7 +10,8 @@ import torch
 from support.checkpoints import tiny_config
 from torch import Tensor, nn
 
-from offload_moe.checkpoint.skeleton import auto_class
+from offload_moe.card.model import why_not
+from offload_moe.checkpoint.skeleton import auto_class, build_skeleton
 from offload_moe.families.layer_classes import LAYERS
 from offload_moe.families.layer_reference import layer_output
 from offload_moe.families.layer_spec import AttentionSpec, LayerSpec, NormSpec, QueryScale
@@ -156,6 +157,23 @@ def test_what_the_kernels_compute_of_a_class_follows_from_its_usual_spec(class_n
     assert sparse
     expected = "no" if any(layer_limits(spec) for spec in sparse) else "yes"
     assert LAYERS[class_name].fast_path == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reasons"),
+    [
+        ("hunyuan_v1_moe", {}, ["norms of queries and keys after the rotation"]),
+        ("llama4_text", {}, ["norms of queries and keys after the rotation", "chunks"]),
+        ("llama4_text", {"no_rope_layers": [0, 0, 0]}, ["queries scaled by their position"]),
+        ("qwen3_moe", {}, []),
+    ],
+)
+def test_the_device_pass_refuses_what_it_has_no_kernel_for(
+    family: str, changes: dict[str, Any], reasons: list[str]
+) -> None:
+    why = why_not(build_skeleton(tiny_config(family, **changes)))
+    assert all(reason in why for reason in reasons)
+    assert bool(why) == bool(reasons)
 
 
 def norm_mutants(spec: LayerSpec) -> Iterator[LayerSpec]:
