@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.checkpoints import write_checkpoint
 from support.kernels import PANEL_SETS
+from support.native_stores import LLAMA4
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -23,6 +24,7 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2_moe", {}),
     ("gpt_oss", {}),
     ("deepseek_v3", {"qk_rope_head_dim": 16}),
+    ("llama4_text", LLAMA4),
 ]
 
 
