@@ -57,12 +57,12 @@ class Governor:
         self._since_plain = 0
         self._since_guess += 1
 
-    def note_guesses(self, num_right: int, seconds: float) -> float:
+    def note_guesses(self, num_right: int, seconds: float, *, num_new: int = 1) -> float:
         """A pass with guesses, which gave one token more than were right. Returns the seconds that it saved.
 
-        seconds: with those of making the guesses.
+        seconds: with those of making the guesses. num_new: rows that the pass would have had without guesses.
         """
-        saved_s = (1 + num_right) * self._costs.plain_s - seconds
+        saved_s = (self._costs.ratio(num_new) + num_right) * self._costs.plain_s - seconds
         self._balance.note_rows(saved_s, seconds, self._costs.plain_s)
         self._since_plain += 1
         self._since_guess = 0

@@ -273,6 +273,19 @@ def test_prose_without_repeated_text_is_not_guessed_for_long() -> None:
     assert speculator.tally.num_passes < 0.05 * 600
 
 
+@pytest.mark.parametrize("num_forced", [0, 2, 5])
+def test_tokens_that_a_grammar_forced_are_no_loss_of_the_guesses(num_forced: int) -> None:
+    """Their rows would have been computed without guesses, too."""
+    costs, row = PassCosts(), per_row(0.5)
+    speculator = Speculator(Scripted(lambda at: True, is_free=True), costs, Counters())
+    speculator.note_plain(PassCost(1, PLAIN_S, 0))
+    for num_rows in range(2, MOST_GUESSES + 2):
+        costs.note(num_rows, row(num_rows) * PLAIN_S, 0)
+    num_new, saved_s = 1 + num_forced, 1 * PLAIN_S - 0.5 * PLAIN_S  # one plain pass less, one row more
+    speculator.note_pass(PassCost(num_new + 1, row(num_new + 1) * PLAIN_S, 0), num_guesses=1, num_right=1)
+    assert speculator.tally.saved_s == pytest.approx(saved_s)
+
+
 def trace_of(prompt: Sequence[int], answer: Sequence[int]) -> Trace:
     """Of several sequences that are alike; one layer of two experts."""
     ids = np.array([*prompt, *answer] * 2)
