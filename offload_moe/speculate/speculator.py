@@ -124,9 +124,9 @@ class Speculator:
     def note_plain(self, cost: PassCost) -> None:
         """A pass without guesses."""
         if cost.num_rows == 1:  # several are tokens that a grammar forced
-            self._costs.note(1, cost.seconds, cost.num_misses)
+            spent = self._costs.note(1, cost.seconds, cost.num_misses)
             for way in self._ways:
-                way.governor.note_plain(cost.seconds)
+                way.governor.note_plain(spent)
 
     def note_pass(self, cost: PassCost, num_guesses: int, num_right: int) -> None:
         """A pass with guesses, once it is known how many were right."""

@@ -229,6 +229,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ),
     ),
     (
+        "replay_rows.py",
+        "{trace} --tokens 30 --rows 2",
+        ("four_replayed_ratio.min", "replay_auto_worst_ratio", "traces.*.disk.guesses.2.always"),
+    ),
+    (
         "speculation.py",
         "{store} --threads 1 --trials 1 --tokens 24 --context 512 --characters 120 --prompts 1 --rows 2,4",
         (

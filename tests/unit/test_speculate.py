@@ -348,13 +348,38 @@ def test_sharing_stops_once_it_pays_no_more() -> None:
 
 def test_no_number_of_rows_is_cheaper_than_one() -> None:
     governor = RowGovernor()
-    governor.note(1, PLAIN_S * 3, 40)  # it waited for experts
+    for _ in range(17):
+        governor.note(1, PLAIN_S * 3, 40)  # they waited for experts
     governor.note(4, PLAIN_S, 0)
     assert governor.rate(4) == pytest.approx(4)
     assert governor.pays
     for _ in range(20):
         governor.note(4, PLAIN_S * 12, 0)
     assert not governor.pays
+
+
+def test_the_first_passes_which_read_every_expert_are_no_measure() -> None:
+    governor = RowGovernor()
+    for at in range(30):
+        misses = max(0, 12 - at)
+        governor.note(1, PLAIN_S * (1 + misses), misses)
+        assert not misses or governor.choose(4) == 1
+    assert governor.choose(4) == 4
+    assert governor.rate(4) == pytest.approx(4 / 1.36)
+
+
+def test_misses_that_rows_leave_behind_are_no_measure_either() -> None:
+    """Rows seem to pay beside passes of one row that miss what the rows have evicted, and beside the first ones."""
+    governor, spent, since_rows, made = RowGovernor(), 0.0, 0, list[int]()
+    while sum(made) < 4_000:
+        rows = governor.choose(4)
+        since_rows = 0 if rows > 1 else since_rows + 1
+        seconds = PLAIN_S * (5 if rows > 1 else 2 if since_rows < 12 else 1)
+        governor.note(rows, seconds, 1)
+        spent += seconds
+        made.append(rows)
+    assert 4 in made
+    assert spent < 4_000 * PLAIN_S * 1.04
 
 
 @pytest.mark.parametrize(("num_ready", "expected"), [(1, 1), (3, 3), (8, 8), (30, 8)])
