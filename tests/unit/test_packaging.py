@@ -10,9 +10,11 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 from zipfile import ZipFile
 
 import pytest
+from packaging.requirements import Requirement
 from setuptools import Distribution
 
 from offload_moe.native import library
@@ -141,6 +143,37 @@ def test_a_wheel_is_for_every_python_of_its_platform(monkeypatch: pytest.MonkeyP
     built = given["cmdclass"]["build_ext"](distribution).get_ext_filename("offload_moe.native._native")
     assert Path(built) == Path("offload_moe/native/_native.so")
     assert Path(library.load_library()._name) == ROOT / built
+
+
+def test_zig_compiles_for_every_processor(backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And not for the one that it runs on, which is its default; files of an instruction set have their own flags."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", given.update)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    runpy.run_path(str(ROOT / "setup.py"))
+    distribution = Distribution({"name": "offload-moe", "version": "1", "ext_modules": given["ext_modules"]})
+    build = given["cmdclass"]["build_ext"](distribution)
+    build.ensure_finalized()
+    build.build_lib, build.build_temp, build.command = str(tmp_path), str(tmp_path), backend.ZIG
+    build.compiler = Mock()
+    build.compiler.compile.side_effect = lambda sources, **_: sources
+    (extension,) = given["ext_modules"]
+    build.build_extension(extension)
+    flags = [call.kwargs["extra_postargs"] for call in build.compiler.compile.call_args_list]
+    assert len(flags) == len(extension.sources) > 10
+    assert all("-mcpu=baseline" in each for each in flags)
+    assert any("-mavx2" in each for each in flags) is backend.IS_X86
+    assert "-mcpu=baseline" in build.compiler.set_executables.call_args.kwargs["linker_so"]
+
+
+def test_the_compiler_that_is_fetched_is_one_that_builds_the_wheels() -> None:
+    """Earlier ones cannot compile all files."""
+    backend = runpy.run_path(str(ROOT / "build_backend.py"))
+    pinned = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["wheels"]
+    (version,) = (Requirement(each).specifier for each in pinned if each.startswith("ziglang"))
+    fetched = Requirement(backend["COMPILER_PACKAGE"]).specifier
+    assert str(version).removeprefix("==") in fetched
+    assert not any(earlier in fetched for earlier in ("0.14.0", "0.15.1", "0.16.0"))
 
 
 def test_wheels_are_checked_for_every_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
