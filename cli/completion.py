@@ -20,14 +20,21 @@ BASH = r"""_offload_moe() {
 }
 complete -o default -F _offload_moe offload-moe
 """
-ZSH = """\
-#compdef offload-moe
+ZSH = r"""#compdef offload-moe
 local -a found
-found=(${(f)"$(offload-moe --complete "${(@Q)words[2,CURRENT]}" 2>/dev/null)"})
+found=(${(f)"$(offload-moe --complete "${(@)words[2,CURRENT]//[\\\"\']/}" 2>/dev/null)"})
 if (( $#found )); then compadd -a found; else _files; fi
 """
-FISH = """\
-complete -c offload-moe -a '(offload-moe --complete (commandline -opc)[2..-1] (commandline -ct) 2>/dev/null)'
+FISH = r"""function __offload_moe_complete
+    set -l words (commandline -opc)[2..-1] (commandline -ct)
+    set -l found (offload-moe --complete (string replace --all --regex "[\\\\\"']" "" -- $words) 2>/dev/null)
+    if set -q found[1]
+        printf '%s\n' $found
+    else
+        __fish_complete_path (commandline -ct)
+    end
+end
+complete -c offload-moe -f -a '(__offload_moe_complete)'
 """
 SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 LOADED = "New shells complete the words of offload-moe."
