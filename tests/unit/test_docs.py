@@ -167,6 +167,15 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_every_page_is_in_the_menu_of_the_site() -> None:
+    """`scripts/docs` checks the links; the pages of the root and the decisions come from its hook."""
+    menu = [
+        name for _, name in re.findall(r"^ +- ([^:]+): (\S+)\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    ]
+    pages = [page.stem for page in PAGES if page.parent.name == "docs"]
+    assert sorted(menu) == sorted([*pages, "index", "changelog", "contributing", "security"])
+
+
 # A file or folder of ours, from the root of the project or of the package; transformers' own are left out.
 NAMED = re.compile(r"`((?!transformers/)(?:[a-z_]\w*/)+(?:[\w-]+\.(?:py|c|h))?)`")
 
