@@ -43,6 +43,17 @@ def test_the_reference_is_what_the_parsers_say() -> None:
     assert reference(load_cli().build_parser()) == said, "run scripts/cli_reference"
 
 
+def test_the_tables_are_what_the_results_say() -> None:
+    made = runpy.run_path(str(ROOT / "scripts" / "benchmark_tables"))["made"]
+    pages = [page.read_text(encoding="utf-8") for page in PAGES]
+    tables = [page for page in pages if "<!-- table " in page]
+    assert len(tables) >= 2
+    for page in tables:
+        without = re.sub(r"(?<=-->\n)\n\|.*?(?=<!-- end -->)", "", page, flags=re.DOTALL)
+        assert len(without) < len(page) - 500
+        assert made(without) == page, "run scripts/benchmark_tables"
+
+
 @dataclass(frozen=True)
 class Shown:
     """A command of a page, and what is piped into it."""
