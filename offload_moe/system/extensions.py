@@ -1,4 +1,4 @@
-"""Extensions: policies, layers, adapters and codecs that other packages register as entry points.
+"""Extensions: policies, models, layers, adapters and codecs that other packages register as entry points.
 
 Names are read from the metadata of the installed packages; a package is imported when one of its names is used. The
 owner of each kind looks among its built-in names first, so an extension cannot replace one of those.
@@ -15,9 +15,10 @@ from offload_moe.errors import ConfigError, OffloadMoeError
 if TYPE_CHECKING:
     from importlib.metadata import Distribution, EntryPoint
 
-Kind = Literal["policy", "layer", "adapter", "codec"]
+Kind = Literal["policy", "model", "layer", "adapter", "codec"]
 GROUPS: dict[str, Kind] = {
     "offload_moe.policies": "policy",
+    "offload_moe.models": "model",
     "offload_moe.layers": "layer",
     "offload_moe.adapters": "adapter",
     "offload_moe.codecs": "codec",

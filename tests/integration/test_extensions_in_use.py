@@ -1,14 +1,23 @@
 """Extensions in whole models: the tokens that they should give, and failures that end in an error at once."""
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.chat import chat_store
+from support.families import PROMPT, prompt_and_decode
 from support.models import open_model
+from support.tiny_models import COMMON
 
-from offload_moe.errors import ConfigError, ModelClosed
+from offload_moe import load
+from offload_moe.checkpoint.skeleton import load_config
+from offload_moe.doctor.extensions import check_extensions
+from offload_moe.engine.model import Model
+from offload_moe.errors import ConfigError, ModelClosed, UnsupportedModelError
 from tests.support.extensions import Site
 
 IDS = torch.tensor([[3, 17, 5, 80, 41]])
@@ -20,9 +29,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return chat_store(tmp_path_factory.mktemp("store"))
 
 
-def generate(model: object) -> list[int]:
-    hf = model.hf  # type: ignore[attr-defined]
-    tokens = hf.generate(IDS, max_new_tokens=6, do_sample=False, eos_token_id=None, disable_compile=True)
+def generate(model: Model) -> list[int]:
+    tokens = model.hf.generate(IDS, max_new_tokens=6, do_sample=False, eos_token_id=None, disable_compile=True)
     return list(tokens[0].tolist())
 
 
@@ -64,3 +72,93 @@ class Torn(LRU):
         assert len(sys.modules["torn"].calls) == 12
     with pytest.raises(ModelClosed):
         generate(model)
+
+
+def write_model(folder: Path) -> Any:
+    """A random model of the example in a folder. Returns it, in fp32."""
+    from moe_extension_example.modeling import ExampleMoeConfig, ExampleMoeForCausalLM
+
+    sizes = COMMON | {"num_local_experts": 6, "num_experts_per_tok": 2, "residual_multiplier": 0.3}
+    torch.manual_seed(0)
+    model = ExampleMoeForCausalLM._from_config(ExampleMoeConfig(**sizes), experts_implementation="eager").eval()
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            parameter.data.normal_(0, 0.2)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    kind = type(model)
+    return kind.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+
+
+@pytest.mark.usefixtures("example")
+class TestModelAndLayer:
+    def test_are_computed_as_by_their_own_code(self, tmp_path: Path) -> None:
+        own = write_model(tmp_path / "model")
+        with load(tmp_path / "model", codec="bf16") as model:
+            assert torch.equal(prompt_and_decode(model.hf), prompt_and_decode(own))
+
+    def test_take_the_fast_path(self, tmp_path: Path) -> None:
+        write_model(tmp_path / "model")
+        with load(tmp_path / "model") as model, load(tmp_path / "model", fast_path=False) as slow:
+            assert model.fast_path is not None
+            assert [layer.kind for layer in model.fast_path.layers] == ["span"] * 3
+            fast, expected = prompt_and_decode(model.hf, PROMPT[:1]), prompt_and_decode(slow.hf, PROMPT[:1])
+            assert (fast - expected).norm() < 0.05 * expected.norm()
+            assert not torch.equal(fast, expected)
+
+    def test_of_a_wrong_declaration_keep_their_numbers_and_say_so(self, tmp_path: Path, monkeypatch: Any) -> None:
+        import moe_extension_example.modeling as modeling
+
+        write_model(tmp_path / "model")
+        monkeypatch.setattr(modeling, "LAYER", replace(modeling.LAYER, residual_scale=1.0))
+        with load(tmp_path / "model") as model, load(tmp_path / "model", fast_path=False) as slow:
+            assert model.fast_path is not None
+            assert "span" not in [layer.kind for layer in model.fast_path.layers]
+            expected = prompt_and_decode(slow.hf, PROMPT[:1])
+            assert (prompt_and_decode(model.hf, PROMPT[:1]) - expected).norm() < 0.05 * expected.norm()
+
+    @pytest.mark.parametrize(
+        ("declared", "reason"),
+        [
+            ({"residual_scale": "residual_multiplyer"}, "failed: AttributeError: .*residual_multiplyer"),
+            (3, "is int, not a LayerClass"),
+        ],
+    )
+    def test_of_a_broken_declaration_are_refused_by_name(
+        self, tmp_path: Path, monkeypatch: Any, declared: Any, reason: str
+    ) -> None:
+        import moe_extension_example.modeling as modeling
+
+        write_model(tmp_path / "model")
+        made = declared if declared == 3 else replace(modeling.LAYER, **declared)
+        monkeypatch.setattr(modeling, "LAYER", made)
+        name = r"The layer 'ExampleMoeDecoderLayer' of moe-extension-example 1\.0 "
+        with pytest.raises(ConfigError, match=name + reason):
+            load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Model = int", "not a subclass of PreTrainedModel"),
+        ("from transformers import MixtralForCausalLM as Model", "failed: ValueError: .*not consistent"),
+        ("import nonesuch_module", "cannot be imported: ModuleNotFoundError"),
+    ],
+)
+def test_a_broken_model_is_refused_by_name(tmp_path: Path, site: Site, text: str, reason: str) -> None:
+    site.write("acme-moe", {"offload_moe.models": {"acme_moe": "acme:Model", "mixtral": "acme:Model"}}, acme=text)
+    config = {"model_type": "acme_moe"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=rf"The model 'acme_moe' of acme-moe 1\.0 .*{reason}"):
+        load_config(tmp_path)
+    checks = {check.found.split()[1]: check for check in check_extensions()}
+    assert {name: check.verdict for name, check in checks.items()} == {"acme_moe": "problem", "mixtral": "warning"}
+    config = {"model_type": "mixtral"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_config(tmp_path).model_type == "mixtral"
+
+
+def test_a_model_of_nobody_is_unsupported(tmp_path: Path, site: Site) -> None:
+    site.write("acme-moe", {"offload_moe.models": {"acme_moe": "acme:Model"}})
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "acme_mow"}))
+    with pytest.raises(UnsupportedModelError, match=r"'acme_mow' is neither in .* nor registered by an installed"):
+        load_config(tmp_path)

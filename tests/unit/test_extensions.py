@@ -20,6 +20,7 @@ from tests.support.extensions import Site
 
 main = load_cli()
 KEYS = ExpertKeys([4])
+EXAMPLES = ("policy least-weight", "model example_moe", "layer ExampleMoeDecoderLayer")
 POLICIES = "offload_moe.policies"
 MOST_RECENT = """
 from offload_moe.residency.policy.lru import LRU
@@ -183,5 +184,5 @@ def test_the_doctor_lists_the_example(site: Site) -> None:
     checks = check_extensions()
     assert {check.verdict for check in checks} == {"ok"}
     assert [check.found for check in checks] == [
-        f"policy least-weight of moe-extension-example 1.0, in {site.folder}",
+        f"{what} of moe-extension-example 1.0, in {site.folder}" for what in EXAMPLES
     ]
