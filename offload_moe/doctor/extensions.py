@@ -5,7 +5,9 @@ from collections.abc import Callable, Collection, Mapping
 from offload_moe.checkpoint.extended import register_model
 from offload_moe.doctor.check import Check, judge
 from offload_moe.errors import ConfigError
+from offload_moe.families import ADAPTERS
 from offload_moe.families.declared import declared_class
+from offload_moe.families.extended import extended_adapter
 from offload_moe.families.layer_classes import LAYERS
 from offload_moe.profile.belady import Belady
 from offload_moe.residency.policy import POLICY_NAMES, check_policy
@@ -46,4 +48,5 @@ def _kinds() -> Mapping[Kind, Built]:
         "policy": ((*POLICY_NAMES, Belady.name), check_policy),
         "model": (CONFIG_MAPPING_NAMES, register_model),
         "layer": (LAYERS, declared_class),
+        "adapter": ([adapter.class_name for adapter in ADAPTERS], extended_adapter),
     }

@@ -12,12 +12,16 @@ from support.chat import chat_store
 from support.families import PROMPT, prompt_and_decode
 from support.models import open_model
 from support.tiny_models import COMMON
+from transformers.models.dbrx import modeling_dbrx
 
 from offload_moe import load
+from offload_moe.checkpoint.experts import find_experts
 from offload_moe.checkpoint.skeleton import load_config
 from offload_moe.doctor.extensions import check_extensions
 from offload_moe.engine.model import Model
 from offload_moe.errors import ConfigError, ModelClosed, UnsupportedModelError
+from offload_moe.families import Bound, dbrx, find_adapter
+from offload_moe.families.shapes import gated_shape
 from tests.support.extensions import Site
 
 IDS = torch.tensor([[3, 17, 5, 80, 41]])
@@ -134,6 +138,74 @@ class TestModelAndLayer:
         name = r"The layer 'ExampleMoeDecoderLayer' of moe-extension-example 1\.0 "
         with pytest.raises(ConfigError, match=name + reason):
             load(tmp_path / "model")
+
+
+@pytest.mark.usefixtures("example")
+class TestAdapter:
+    """That the example's own gives the bits of eager is above."""
+
+    def test_with_a_forward_of_its_own_gives_the_same_bits(self, tmp_path: Path, monkeypatch: Any) -> None:
+        import moe_extension_example.modeling as modeling
+
+        calls = []
+
+        def forward(module: Any, bound: Bound) -> Any:
+            return lambda hidden, ids, weights: calls.append(len(ids)) or bound(hidden, ids, weights)
+
+        own = write_model(tmp_path / "model")
+        monkeypatch.setattr(modeling, "ADAPTER", replace(modeling.ADAPTER, forward=forward))
+        with load(tmp_path / "model", codec="bf16") as model:
+            del calls[:]
+            assert torch.equal(prompt_and_decode(model.hf), prompt_and_decode(own))
+        assert calls == [PROMPT.numel()] * 3 + [2] * 9
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ({"describe": lambda module: module.nonesuch}, "failed: AttributeError"),
+            ({"describe": lambda module: 3}, "failed: AttributeError"),
+            ({"shape": gated_shape(64, 95)}, "does not describe ExampleMoeExperts: an expert's gate_up_proj has 12160"),
+            ({"num_experts": 7}, "does not describe ExampleMoeExperts: there is no parameter 6.gate_proj.weight"),
+            ({"parts": {}}, "does not describe ExampleMoeExperts: an expert's gate_up_proj has 12288 weights, its.* 0"),
+            ({"forward": lambda module, bound: 1 / 0}, "failed: ZeroDivisionError"),
+            ({"forward": lambda module, bound: lambda *_: 1 / 0}, "failed: ZeroDivisionError"),
+            ({"class_name": "Others"}, "is about Others"),
+        ],
+    )
+    def test_that_is_broken_is_refused_by_name(
+        self, tmp_path: Path, monkeypatch: Any, change: dict[str, Any], reason: str
+    ) -> None:
+        import moe_extension_example.modeling as modeling
+
+        write_model(tmp_path / "model")
+        if change.keys() & {"shape", "num_experts", "parts"}:
+            changed = dict(change)
+            change = {"describe": lambda module: replace(modeling.describe(module), **changed)}
+        monkeypatch.setattr(modeling, "ADAPTER", replace(modeling.ADAPTER, **change))
+        name = r"The adapter 'ExampleMoeExperts' of moe-extension-example 1\.0 "
+        with pytest.raises(ConfigError, match=name + reason), load(tmp_path / "model") as model:
+            prompt_and_decode(model.hf)
+
+    def test_leaves_alone_what_it_says(self, monkeypatch: Any) -> None:
+        import moe_extension_example.modeling as modeling
+
+        class DenseExperts(torch.nn.Linear):
+            __module__ = "moe_extension_example.dense"
+
+        model = torch.nn.Module()
+        model.experts = modeling.ExampleMoeExperts(modeling.ExampleMoeConfig(**COMMON, num_local_experts=4))
+        model.others = DenseExperts(3, 3)
+        with pytest.raises(UnsupportedModelError, match=r"others \(DenseExperts\)"):
+            find_experts(model)
+        monkeypatch.setattr(modeling, "ADAPTER", replace(modeling.ADAPTER, left_alone=("DenseExperts",)))
+        assert [layer.name for layer in find_experts(model)] == ["experts"]
+
+
+def test_an_adapter_replaces_no_built_in_one(site: Site) -> None:
+    site.write("acme-moe", {"offload_moe.adapters": {"DbrxExperts": "absent:ADAPTER"}})
+    experts = modeling_dbrx.DbrxExperts.__new__(modeling_dbrx.DbrxExperts)
+    assert find_adapter(experts) is dbrx.ADAPTER
+    assert [check.verdict for check in check_extensions()] == ["warning"]
 
 
 @pytest.mark.parametrize(

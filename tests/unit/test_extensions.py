@@ -20,7 +20,7 @@ from tests.support.extensions import Site
 
 main = load_cli()
 KEYS = ExpertKeys([4])
-EXAMPLES = ("policy least-weight", "model example_moe", "layer ExampleMoeDecoderLayer")
+EXAMPLES = ("policy least-weight", "model example_moe", "layer ExampleMoeDecoderLayer", "adapter ExampleMoeExperts")
 POLICIES = "offload_moe.policies"
 MOST_RECENT = """
 from offload_moe.residency.policy.lru import LRU
