@@ -10,7 +10,7 @@ from offload_moe.system.names import DEMO, all_names, choice
 from offload_moe.system.paths import user_path
 from offload_moe.system.settings import SETTINGS
 
-from .options import POLICIES
+from .options import policies
 
 COMPLETE = "--complete"  # followed by the words behind `offload-moe`, the last of which is being written
 BASH = r"""_offload_moe() {
@@ -121,7 +121,7 @@ def _values(action: argparse.Action) -> Iterable[str]:
     if action.choices is not None:
         return map(str, action.choices)
     if action.dest == "policy":
-        return POLICIES
+        return policies()
     if action.metavar in ("MODEL", "STORE"):
         return _models()
     return SETTINGS if action.dest == "setting" else ()
