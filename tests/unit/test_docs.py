@@ -24,7 +24,7 @@ from tests.support.plan import CONFIGS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
-    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
+    *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 # A line of shell: what is piped in, and the command up to a comment, a pipe or a file it is written to.

@@ -177,14 +177,21 @@ def test_bits_do_not_depend_on_the_callers_treatment_of_subnormal_numbers() -> N
     linear, tiny = make_linear("fp32", 9, 40), torch.randn(40) * 1e-39
     norm, x = kernels.NormKernel(torch.full((40,), 1e-40), 1e-3), torch.randn(40)
     router = kernels.RouterKernel(linear, top_k=3, is_of_chosen=True, scale=1e-40)
+    tables = [torch.nn.Embedding.from_pretrained(torch.randn(3, 40).to(dtype) * 1e-10) for dtype in DTYPES]
+    pairs, ids = torch.randn(4, 40) * 1e-39, torch.tensor([[2, 0]])
 
     def results() -> list[Tensor]:
         normed, logits, shares = torch.empty(40), torch.empty(9), torch.empty(3)
+        added, rounded = torch.empty(1, 40), torch.empty(1, 40, dtype=torch.bfloat16)
         norm.step(x, normed)
         router.step(tiny, logits, shares, torch.empty(3, dtype=torch.int64))
-        return [normed, logits, shares]
+        kernels.add_rows(pairs, added)
+        kernels.add_rows(pairs, rounded)
+        embedded = [kernels.EmbeddingKernel(table, 1e-30).rows(ids) for table in tables]
+        return [normed, logits, shares, added, rounded, *(each for each in embedded if each is not None)]
 
     expected = results()
+    assert len(expected) == 7
     assert all(part.view(torch.int32).any() and (part.abs() < 1.2e-38).all() for part in expected)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor does not flush")
