@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from offload_moe.checkpoint.extended import register_model
@@ -102,11 +103,29 @@ def build_skeleton(config: "PreTrainedConfig") -> "PreTrainedModel":
             model = model_class.from_config(config, trust_remote_code=False)
     except Exception as error:  # a model class may raise anything for unexpected values
         raise UnsupportedModelError(f"transformers cannot build this {config.model_type} model: {error}") from error
+    _name_decoders(model)
     _rotate_far(model)
     stranded = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if stranded:
         raise UnsupportedModelError(f"{type(model).__name__}: buffer {stranded[0]} was left without a value.")
     return model.eval()
+
+
+def _name_decoders(model: nn.Module) -> None:
+    """Let `get_decoder` find Llama 4's decoder, which it otherwise takes the whole model for.
+
+    The name is an attribute beside the submodules, so that names of tensors stay as they are.
+    """
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        inner = getattr(module, "model", None)
+        if (
+            isinstance(module, PreTrainedModel)
+            and isinstance(inner, PreTrainedModel)
+            and module.get_decoder() is module
+        ):
+            vars(module)["decoder"] = inner
 
 
 def skeleton_in(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":

@@ -363,6 +363,7 @@ def test_another_attention_function_takes_the_modules(model: Model, plain: Model
         ),
         ("dots1", {"first_k_dense_replace": 1}),
         ("minimax_m2", {}),
+        ("hunyuan_v1_moe", {}),
         ("olmoe", {}),
         ("gpt_oss", {}),
         ("deepseek_v2", {"q_lora_rank": None, "qk_rope_head_dim": 16}),
