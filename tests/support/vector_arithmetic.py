@@ -20,6 +20,10 @@ def exp(t: float) -> F:
     return (fma(p, r * r, r) + F(1)) * F(2.0**n)
 
 
+def sigmoid(z: float) -> F:
+    return F(1) / (F(1) + exp(-z))
+
+
 def add_lanes(lanes: list[F]) -> F:
     while (count := len(lanes) // 2) > 0:
         lanes = [lanes[j] + lanes[j + count] for j in range(count)]
