@@ -14,7 +14,7 @@ from offload_moe.decode.wiring import Wiring, wiring_of
 from offload_moe.errors import DevicePassUnavailable
 from offload_moe.experts.attach import BoundExperts, bound_experts
 from offload_moe.families.layer_spec import LayerSpec
-from offload_moe.families.limits import layer_limits
+from offload_moe.families.limits import card_limits
 from offload_moe.families.read_layer import layer_spec
 from offload_moe.native.kernels import Linear
 from offload_moe.native.planes import DTYPES
@@ -22,7 +22,7 @@ from offload_moe.native.planes import DTYPES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderLayer:
-    """module: of transformers. bound: its experts; None for a dense MLP."""
+    """One layer. module: of transformers. bound: its experts; None for a dense MLP."""
 
     module: Any
     spec: LayerSpec
@@ -31,7 +31,7 @@ class DecoderLayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderParts:
-    """A decoder whose layers the device pass knows.
+    """A decoder whose layers the device pass takes.
 
     table: of the embedding, ``[V, H]``. final_norm: weight and epsilon. head: the output head, whose products are the
     model's logits; None where they are not, or it has no kernel, for this reason.
@@ -58,7 +58,7 @@ def why_not(hf: Any) -> str:
         spec = layer_spec(module)
         if spec is None:
             return f"a layer of a class that is not declared ({type(module).__name__})"
-        if limits := layer_limits(spec):
+        if limits := card_limits(spec):
             return " and ".join(limits)
     return ""
 

@@ -55,7 +55,7 @@ def kinds_in_place(model: Model) -> list[str]:
         ("minimax_m2", {"rotary_dim": 8}, ["span"] * 3, "yes", ""),
         ("glm4_moe", {}, ["span"] * 3, "yes", ""),
         ("ernie4_5_moe", {"moe_layer_start_index": 0}, ["span"] * 3, "yes", ""),
-        ("hunyuan_v1_moe", {}, ["modules"] * 3, "no", "norms of queries and keys after the rotation"),
+        ("hunyuan_v1_moe", {}, ["span"] * 3, "yes", ""),
         ("flex_olmo", {}, ["modules"] * 3, "no", "norms after attention and MLP"),
     ],
 )

@@ -102,11 +102,11 @@ VECTORS: dict[str, Change] = {
         "scaling * (1.0f / sqrtf(dot(values, values, dim) + 1e-6f))",
     ),
     "a logarithm's exponent is added before its polynomial": (
-        "delta.h",
+        "arithmetic.h",
         "om_fma(0.693359375f, (float)exponent, m + p)",
         "om_fma(0.693359375f, (float)exponent, m) + p",
     ),
-    "a softplus is divided last": ("delta.h", "logarithm(u) * (y / (u - 1.0f))", "logarithm(u) * y / (u - 1.0f)"),
+    "a softplus is divided last": ("delta.h", "om_log(u) * (y / (u - 1.0f))", "om_log(u) * y / (u - 1.0f)"),
     "what a state holds for a key is rounded before it is added": (
         "delta.h",
         "sums[w] = vec_fma(faded, key, sums[w]);",
