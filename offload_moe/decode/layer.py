@@ -25,10 +25,10 @@ from offload_moe.decode.hooks import Hooks
 from offload_moe.decode.latent_step import LatentStep, latent_step
 from offload_moe.decode.mlp import FusedMLP
 from offload_moe.decode.norm import FusedRMSNorm
-from offload_moe.decode.probe import Refused, Uncovered, agree, answer, probes
+from offload_moe.decode.probe import NUM_CACHED, Refused, Uncovered, agree, answer, probes
 from offload_moe.decode.rotary import Embeddings, Rotary, RotaryTable
 from offload_moe.decode.router import room_for_routed
-from offload_moe.decode.shorten import NUM_CACHED, STEP_TOLERANCE
+from offload_moe.decode.shorten import STEP_TOLERANCE
 from offload_moe.decode.step import AttentionStep, attention_step
 from offload_moe.decode.wiring import Wiring
 from offload_moe.experts.attach import AdaptedForward, bound_experts

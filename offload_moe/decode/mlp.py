@@ -13,9 +13,9 @@ from offload_moe.decode.dense import KERNEL_DTYPES, QuantLinear
 from offload_moe.decode.probe import Refused, agree, answer, probes, structure
 from offload_moe.experts.activation import Activation, recognize_activation
 from offload_moe.experts.contract import ExpertsContract
+from offload_moe.families.read_layer import GATED
 from offload_moe.native import kernels
 
-NAMES = ("gate_proj", "up_proj", "down_proj")
 TOLERANCE = 1e-2  # an activation that is rounded otherwise may be quantized otherwise
 
 
@@ -26,7 +26,7 @@ class FusedMLP(nn.Module):
         """The records are shared with the linears."""
         super().__init__()
         self.hidden_size = gate.in_features
-        for name, linear in zip(NAMES, (gate, up, down), strict=True):
+        for name, linear in zip(GATED, (gate, up, down), strict=True):
             self.register_buffer(name.replace("proj", "record"), linear.record, persistent=False)
         self.projections = gate.as_projection(), up.as_projection(), down.as_projection()
         self.activation = activation.name
@@ -62,7 +62,7 @@ def fuse_mlps(model: nn.Module) -> int:
 
 
 def _is_candidate(module: Any) -> bool:
-    linears: list[Any] = [getattr(module, name, None) for name in NAMES]
+    linears: list[Any] = [getattr(module, name, None) for name in GATED]
     return (
         all(isinstance(linear, QuantLinear) and linear.has_kernel and linear.bias is None for linear in linears)
         and callable(_activation_of(module))

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from offload_moe.decode.cache import ROOMY, RoomySlidingLayer, begin, give_room
 from offload_moe.decode.dense import QuantLinear
-from offload_moe.decode.hooks import are_watched, hooks_of
+from offload_moe.decode.hooks import Forwards, are_watched, hooks_of
 from offload_moe.decode.norm import FusedRMSNorm
 from offload_moe.decode.probe import Uncovered, probes
 from offload_moe.decode.projections import NAMES
@@ -92,15 +92,17 @@ class AttentionStep(CachedStep):
         super().__init__(attention.layer_idx, ((num_heads, attention.head_dim),) * 2, kernel.cache_dtype, chunk)
         self.kernel = kernel
         self._hooks = hooks_of(attention.modules())
+        self._parts = Forwards([module for module in attention.modules() if module is not attention])
 
     def fits(self, hidden_states: Tensor, cache: Any) -> bool:
-        """Whether this call is such a step, and no hook takes something from the module's parts."""
+        """Whether this call is such a step, and its parts have no hook and no other forward."""
         return (
             hidden_states.shape[:2] == (1, 1)
             and hidden_states.dtype == torch.float32
             and hidden_states.is_cpu
             and self.can_extend(cache)
             and not are_watched(self._hooks)
+            and self._parts.are_kept
         )
 
     def __call__(self, hidden_states: Tensor, cos: Tensor, signed_sin: Tensor, cache: Any) -> Tensor:

@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from offload_moe.families.layer_classes import LAYERS, AttentionClass, LayerClass, RouterClass, Setting
+from offload_moe.families.declared import declared_class, guard_of
+from offload_moe.families.layer_classes import AttentionClass, LayerClass, RouterClass, Setting
 from offload_moe.families.layer_spec import (
     AttentionSpec,
     LatentSpec,
@@ -25,14 +26,22 @@ FUSED = ("input_linear", "input_linear", "output_linear")  # gate rows above up 
 
 def layer_spec(layer: nn.Module) -> LayerSpec | None:
     """What this layer computes; None where its class is not declared."""
-    declared = LAYERS.get(type(layer).__name__)
-    return None if declared is None else _read(layer, declared)
+    name = type(layer).__name__
+    declared = declared_class(name)
+    if declared is None:
+        return None
+    with guard_of(name):
+        return _read(layer, declared)
 
 
 def embedding_scale(decoder: Any) -> float:
     """What a decoder multiplies its embeddings by; 1 where its layers' class is not declared."""
-    declared = LAYERS.get(type(decoder.layers[0]).__name__)
-    return 1.0 if declared is None else _number(decoder, declared.embedding_scale)
+    name = type(decoder.layers[0]).__name__
+    declared = declared_class(name)
+    if declared is None:
+        return 1.0
+    with guard_of(name):
+        return _number(decoder, declared.embedding_scale)
 
 
 def _read(layer: Any, declared: LayerClass) -> LayerSpec:

@@ -53,6 +53,8 @@ def kinds_in_place(model: Model) -> list[str]:
         ("granitemoe", {"residual_multiplier": 0.5}, ["span"] * 3, "yes", ""),
         ("olmoe", {"clip_qkv": 4.0}, ["modules"] * 3, "yes", "clamped queries, keys and values"),
         ("minimax_m2", {}, ["span"] * 3, "yes", ""),
+        ("minimax_m2", {"rotary_dim": 8}, ["span"] * 3, "yes", ""),
+        ("glm4_moe", {}, ["span"] * 3, "yes", ""),
         ("ernie4_5_moe", {"moe_layer_start_index": 0}, ["span"] * 3, "yes", ""),
         ("hunyuan_v1_moe", {}, ["span"] * 3, "yes", ""),
         ("llama4_text", {}, ["span"] * 3, "yes", ""),
