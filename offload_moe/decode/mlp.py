@@ -65,16 +65,21 @@ def _is_candidate(module: Any) -> bool:
     linears: list[Any] = [getattr(module, name, None) for name in GATED]
     return (
         all(isinstance(linear, QuantLinear) and linear.has_kernel and linear.bias is None for linear in linears)
-        and callable(getattr(module, "act_fn", None))
+        and callable(_activation_of(module))
         and kernels.shares_inputs((linears[0].codec.name, linears[1].codec.name))
         and len({linear.in_panels for linear in linears}) == 1
     )
 
 
+def _activation_of(module: Any) -> Any:
+    """None where it has none under a usual name."""
+    return getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
+
+
 @torch.inference_mode()
 def _recognized_activation(module: Any) -> Activation | None:
     """The activation with which the fused form gives the module's results."""
-    activation = recognize_activation(cast(ExpertsContract, _Gated(module.act_fn)), is_interleaved=False)
+    activation = recognize_activation(cast(ExpertsContract, _Gated(_activation_of(module))), is_interleaved=False)
     if activation is None:
         return None
     fused = FusedMLP(module.gate_proj, module.up_proj, module.down_proj, activation)

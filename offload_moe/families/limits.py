@@ -12,7 +12,7 @@ def attention_limits(spec: AttentionSpec) -> list[str]:
     reasons = {
         "an output gate": bool(spec.gate),
         "clamped queries, keys and values": spec.clip is not None,
-        "norms of queries and keys after the rotation": spec.is_normed_rotated and spec.norm_span != "none",
+        "queries scaled by their position and chunks": spec.query_scale is not None and spec.chunk is not None,
     }
     return _phrase("attention", reasons)
 
@@ -47,3 +47,15 @@ def layer_limits(spec: LayerSpec) -> list[str]:
     """All limits. Without any, one native thread takes a token through such layers, if their sizes allow it."""
     router = [] if spec.router is None else router_limits(spec.router)
     return [*attention_limits(spec.attention), *order_limits(spec), *router]
+
+
+def card_limits(spec: LayerSpec) -> list[str]:
+    """All limits of the device pass."""
+    attention = spec.attention
+    reasons = {
+        "norms of queries and keys after the rotation": attention.is_normed_rotated and attention.norm_span != "none",
+        "chunks": attention.chunk is not None,
+        "queries scaled by their position": attention.query_scale is not None,
+    }
+    router = {"weights that scale the experts' inputs": spec.router is not None and spec.router.scales_inputs}
+    return [*layer_limits(spec), *_phrase("attention", reasons), *_phrase("a router", router)]

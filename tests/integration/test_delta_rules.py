@@ -15,6 +15,7 @@ from support.tiny_models import tiny_model
 
 from offload_moe.convert.quantize import quantize
 from offload_moe.decode.delta import DeltaForward, DeltaKernel, fuse_delta_rules
+from offload_moe.decode.dense import QuantLinear
 from tests.integration.test_card_pass import logits
 
 HEADS = {
@@ -28,6 +29,12 @@ HEADS = {
 
 def num_fused(hf: Any) -> int:
     return sum(isinstance(vars(module).get("forward"), DeltaForward) for module in hf.modules())
+
+
+def output_projections(hf: Any) -> list[Any]:
+    found = [module for name, module in hf.named_modules() if name.endswith("linear_attn.out_proj")]
+    assert found
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +51,7 @@ def test_decode_steps_give_the_modules_logits(family: str, tmp_path: Path) -> No
     with open_model(store) as fast, open_model(store, fast_path=False) as plain:
         assert num_fused(fast.hf) == 3
         assert num_fused(plain.hf) == 0
+        assert all(isinstance(linear, QuantLinear) for linear in output_projections(fast.hf))
         got, expected = logits(fast.hf, 8), logits(plain.hf, 8)
         assert torch.equal(got.argmax(-1), expected.argmax(-1))
         assert (got - expected).norm() <= 1e-2 * expected.norm()

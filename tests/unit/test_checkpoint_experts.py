@@ -103,11 +103,32 @@ def test_not_even_zeros_are_allocated() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB on Linux
 
 
+@pytest.mark.parametrize("family", ["llama4_text", "llama4", "qwen3_moe"])
+def test_the_decoder_of_a_skeleton_has_its_layers(family: str) -> None:
+    """transformers takes the whole of a Llama 4 model for it."""
+    model = build_skeleton(tiny_config(family))
+    assert len(model.get_decoder().layers) == 3
+    assert model.get_decoder() is model.model
+    assert not [name for name in model.state_dict() if "decoder" in name]
+
+
 def test_projections_and_nothing_delicate() -> None:
     names = {name.rpartition(".")[2] for name in projection_linears(build_skeleton(tiny_config("deepseek_v3")))}
     assert names == {"q_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
     tied = projection_linears(build_skeleton(tiny_config("qwen3_moe", tie_word_embeddings=True)))
     assert "lm_head" not in tied
+
+
+@pytest.mark.parametrize(
+    ("family", "in_projections"),
+    [("qwen3_next", {"in_proj_qkvz"}), ("qwen3_5_moe_text", {"in_proj_qkv", "in_proj_z"}), ("jamba", set())],
+)
+def test_projections_of_gated_delta_rules_and_of_no_other_state(family: str, in_projections: set[str]) -> None:
+    """Mamba reads its `in_proj` and `out_proj` as matrices; the small ones of delta rules are their gates."""
+    linears = projection_linears(build_skeleton(tiny_config(family)))
+    found = {name.rpartition(".")[2] for name in linears if ".mlp." not in name and ".self_attn." not in name}
+    feed_forward = {"gate_proj", "up_proj", "down_proj"} if family == "jamba" else set()
+    assert found - {"lm_head"} - feed_forward == in_projections | ({"out_proj"} if in_projections else set())
 
 
 def test_an_operation_that_may_mix_experts_is_refused() -> None:

@@ -28,7 +28,7 @@ DOCUMENTS = [
     for folder in ("docs", "docs/decisions")
     for path in sorted((ROOT / folder).glob("*.md"))
     if path.name not in ("LOG.md", "cli.md")
-] + [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+] + [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
 # A program is no person, and names that were replaced must not return.
 BANNED = re.compile(
     r"\b(hears?|heard|told|whoever|nobody|somebody|himself|patience|onlookers?|rides?|lean|wants?|wanted|foretells?|"

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define OM_ABI_VERSION 2
+#define OM_ABI_VERSION 3
 
 /* Fields are FIELD(struct, type, name, array dimension or nothing). */
 
@@ -41,6 +41,8 @@
     FIELD(T, int64_t, norm_lengths, [2]) /* D: each head has its norm; more: one over all heads */ \
     FIELD(T, float, epsilons, [2]) \
     FIELD(T, float, scaling, ) \
+    FIELD(T, float, scale_step, ) FIELD(T, float, scale_strength, ) /* see `query_scale`; a step of 0: queries are not scaled */ \
+    FIELD(T, int32_t, is_normed_rotated, ) /* the norms come after the rotation */ \
     FIELD(T, int32_t, rotation, ) \
     FIELD(T, int32_t, cache_dtype, ) /* of keys and values */
 
@@ -96,7 +98,8 @@
     FIELD(T, const om_mlp *, dense, ) /* of a dense layer */ \
     FIELD(T, const om_shared *, shared, ) /* NULL if the layer has none */ \
     FIELD(T, int64_t, first_key, ) /* the key of the layer's first expert */ \
-    FIELD(T, float, weight_scale, )
+    FIELD(T, float, weight_scale, ) \
+    FIELD(T, int32_t, scales_inputs, ) /* weights multiply what experts are given, not what they give */
 
 #define OM_SPAN_FIELDS(FIELD, T) \
     FIELD(T, const om_span_layer *, layers, ) \
@@ -115,7 +118,7 @@
     FIELD(T, int64_t *, ids, ) /* [L, N, K] */ \
     FIELD(T, double *, times, ) /* [L, 2]: seconds since the start when the experts of a layer began and ended */ \
     FIELD(T, double *, stalls, ) /* [L]: seconds that a layer waited for experts */ \
-    FIELD(T, float *, pairs, ) /* [N, K, H] */ \
+    FIELD(T, float *, pairs, ) FIELD(T, float *, scaled, ) /* [N, K, H] each; what experts are given where it is scaled */ \
     FIELD(T, int64_t, num_ahead, ) /* following layers with experts whose routers are evaluated ahead, on the last row */ \
     FIELD(T, const int64_t *, ranks, ) /* [num_ahead]: how many of the likeliest guesses are fetched */ \
     FIELD(T, int64_t *, guesses, ) /* [L, num_ahead, K]: ids that these routers choose */ \
