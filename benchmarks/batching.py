@@ -4,7 +4,8 @@
            [--native PYTHON --gguf FILE [--peer-options="--huge-pages"]]
 
 Answers are drawn with a seed each, at a temperature that spreads the choice of experts; their prompts, of different
-lengths, are computed before the clock runs. `together`: a token of each in turn, in passes of as many rows as pay.
+lengths, are computed before the clock runs. `together`: a token of each in turn, in passes of as many rows as pay, and
+the first of them alone while none pay, as the server and `generate_many` do.
 `one after another`: first come, first served. The tokens are the same both ways, which is checked. Trials alternate.
 
 four_conversations_ratio           tokens per second together over one after another, every expert resident
@@ -62,14 +63,18 @@ class Conversations:
 
     def _measured(self, way: str, groups: Sequence[Sequence[int]]) -> float:
         """Tokens per second of groups of conversations, behind the first token of each."""
+        from offload_moe.chat.sharing import sharing_of
         from offload_moe.residency.counters import Counters
 
+        sharing = sharing_of(self.model.hf)
         elapsed_s, seen, num_tokens = 0.0, Counters(), 0
         for group in groups:
             streams = {number: self._begun(number) for number in group}
             before, began_s, left = self.model.stats.copy(), time.perf_counter(), list(streams.values())
             while left:
-                left = [stream for stream in left if next(stream, None) is not None]
+                turn = left if sharing.pays(self.model.hf) else left[:1]
+                ended = [stream for stream in turn if next(stream, None) is None]
+                left = [stream for stream in left if stream not in ended]
             elapsed_s += time.perf_counter() - began_s
             seen = seen.plus(self.model.stats.since(before))
             for number, stream in streams.items():

@@ -19,10 +19,7 @@ def attention_limits(spec: AttentionSpec) -> list[str]:
 
 def router_limits(spec: RouterSpec) -> list[str]:
     """Limits of the kernel call for one router."""
-    reasons = {
-        "a sparse mixer": spec.scoring == "sparsemixer",
-        "weights that scale the experts' inputs": spec.scales_inputs,
-    }
+    reasons = {"a sparse mixer": spec.scoring == "sparsemixer"}
     return _phrase("a router", reasons)
 
 
@@ -60,4 +57,5 @@ def card_limits(spec: LayerSpec) -> list[str]:
         "chunks": attention.chunk is not None,
         "queries scaled by their position": attention.query_scale is not None,
     }
-    return [*layer_limits(spec), *_phrase("attention", reasons)]
+    router = {"weights that scale the experts' inputs": spec.router is not None and spec.router.scales_inputs}
+    return [*layer_limits(spec), *_phrase("attention", reasons), *_phrase("a router", router)]
