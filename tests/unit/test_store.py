@@ -181,7 +181,6 @@ def set_at(document: Any, path: list[Any], value: object) -> None:
         (["dense", -1, "shape"], [-4, -8]),
         (["dense", 0, "quantized", "matrices", 0, 1], 10**6),
         (["dense", 1, "name"], "lm_head.weight"),
-        (["codec"], "nf5"),
         (["codec"], None),
         (["revision"], 7),
     ],
@@ -190,6 +189,13 @@ def test_a_manifest_that_lies_is_refused(store: Path, path: list[Any], value: ob
     edit(store, lambda document: set_at(document, path, value))
     with pytest.raises(StoreCorrupt):
         Store.open(store)
+
+
+def test_a_codec_that_nothing_has_is_named(store: Path) -> None:
+    edit(store, lambda document: set_at(document, ["codec"], "nf5"))
+    with pytest.raises(StoreError, match="is in the codec 'nf5', which is neither built in nor") as caught:
+        Store.open(store)
+    assert not isinstance(caught.value, StoreCorrupt)  # what is missing may be a package
 
 
 @pytest.mark.parametrize("key", ["source", "layers", "files", "experts", "dense", "metadata", "codec"])
