@@ -4,7 +4,6 @@ H hidden, N query heads, M key/value heads, D head dim, S cached tokens, C room 
 """
 
 from array import array
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +24,8 @@ from offload_moe.native import kernels
 class CachedStep:
     """What a decode step of attention reads and writes in one layer of a cache."""
 
+    takes_prompts = True  # many tokens at once
+
     def __init__(
         self, layer: int, cache_shapes: tuple[tuple[int, int], tuple[int, int]], cache_dtype: torch.dtype
     ) -> None:
@@ -40,11 +41,11 @@ class CachedStep:
         layer = cache.layers[self._layer]
         return type(layer) in ROOMY and layer.can_extend and layer.kept_dtype == self.cache_dtype
 
-    def takes(self, layers: Sequence[Any], window: int | None, num_tokens: int) -> bool:
+    def takes(self, cache: Any, window: int | None, num_tokens: int) -> bool:
         """Whether the cache can take the next tokens in place, of which each sees this window; None: all before it."""
-        if self._layer >= len(layers):
+        if self._layer >= len(cache.layers):
             return False
-        layer = layers[self._layer]
+        layer = cache.layers[self._layer]
         return type(layer) in ROOMY and layer.takes(num_tokens, self.cache_dtype, window)
 
     def places(self, cache: Any, num_tokens: int = 1) -> list[int]:
@@ -62,6 +63,11 @@ class CachedStep:
         layer = cache.layers[self._layer]
         if isinstance(layer, RoomySlidingLayer):
             layer.trim()
+
+    def kept(self, cache: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values in this layer of a cache."""
+        layer = cache.layers[self._layer]
+        return layer.keys, layer.values
 
     def probe_cache(self, num_tokens: int) -> DynamicCache:
         """A few random keys and values in this layer, on the CPU."""
@@ -108,10 +114,11 @@ def attention_step(
     *,
     norms: tuple[str, str] = ("q_norm", "k_norm"),
     rotation: str = "halves",
+    is_gated: bool = False,
 ) -> AttentionStep:
     """The step of this module. cache_dtype: of keys and values.
 
-    norms: names of its children that norm queries and keys, if it has them.
+    norms: names of its children that norm queries and keys, if it has them. is_gated: see `kernels.AttentionKernel`.
 
     Raises: Uncovered where a part is not one that the kernel takes.
     """
@@ -131,6 +138,7 @@ def attention_step(
             sinks=sinks,
             rotation=rotation,
             cache_dtype=cache_dtype,
+            is_gated=is_gated,
         )
     except ConfigError as error:  # such as heads that are no multiple of a vector
         raise Uncovered(f"attention of sizes without a kernel ({str(error).rstrip(chr(46))})") from error

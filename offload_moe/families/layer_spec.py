@@ -14,11 +14,15 @@ Rotary = Literal["halves", "pairs", "none"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormSpec:
-    """``x / rms(x) * weight``; is_centered: a layer norm, whose mean is removed and which has a bias."""
+    """``x / rms(x) * weight``; is_centered: a layer norm, whose mean is removed and which has a bias.
+
+    is_from_one: the weights that count are ``1 + weight``.
+    """
 
     path: str
     epsilon: float
     is_centered: bool = False
+    is_from_one: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,14 +67,30 @@ class LatentSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaSpec:
+    """Linear attention by a gated delta rule (arXiv:2412.06464), behind a convolution of so many taps.
+
+    num_key_heads: each is shared by as many heads of values. norm: of a head's output, which a gate then multiplies.
+    is_joined: one projection gives queries, keys, values and gates by heads of keys, one strengths and times.
+    """
+
+    num_key_heads: int
+    value_dims: int
+    num_taps: int
+    norm: NormSpec
+    is_joined: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
-    """Softmax attention. latent: None for grouped queries.
+    """Softmax attention. latent: None for grouped queries. delta: linear attention instead, of `num_heads` of values.
 
     head_dim: of a query and a key. rotated_dims: the first ones of a head, of latent attention the last ones.
     norm_span: what the norms of queries and keys extend over; is_normed_rotated: they come after the rotation.
     sliding_window: None sees all. sinks: a logit per head that takes a share and gives nothing. clip: queries, keys and
     values are clamped. keeps_pairs: dims that turn as pairs stay pairs; otherwise they are halves from then on. gate:
-    a projection whose sigmoid the heads' outputs are multiplied by.
+    a projection whose sigmoid the heads' outputs are multiplied by. is_query_gated: the query's projection gives, of
+    each head, its query and then such a gate.
     """
 
     path: str
@@ -81,6 +101,7 @@ class AttentionSpec:
     rotated_dims: int
     keeps_pairs: bool = False
     latent: LatentSpec | None = None
+    delta: DeltaSpec | None = None
     norm_span: NormSpan = "none"
     query_norm: NormSpec | None = None
     key_norm: NormSpec | None = None
@@ -91,6 +112,7 @@ class AttentionSpec:
     sinks: str = ""
     clip: float | None = None
     gate: str = ""
+    is_query_gated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from offload_moe.families.layer_spec import AttentionSpec, LayerSpec, RouterSpec
 
 def attention_limits(spec: AttentionSpec) -> list[str]:
     """Limits of the kernel call for one attention module."""
-    if spec.latent is not None:
+    if spec.latent is not None or spec.delta is not None:
         return []
     reasons = {
         "an output gate": bool(spec.gate),
@@ -36,6 +36,17 @@ def _order_limits(spec: LayerSpec) -> Iterator[str]:
         yield "layer norms"
     if spec.shared is not None and spec.experts.rpartition(".")[0] not in spec.shared.gate:
         yield "a shared expert outside the block of experts"
+
+
+def card_limits(spec: LayerSpec) -> list[str]:
+    """Limits of the device pass, which has kernels for fewer layers."""
+    norms = (spec.before_attention, spec.before_mlp, spec.attention.query_norm, spec.attention.key_norm)
+    reasons = {
+        "linear attention": spec.attention.delta is not None,
+        "attention with an output gate": spec.attention.is_query_gated,
+        "norms whose weights are added to one": any(norm is not None and norm.is_from_one for norm in norms),
+    }
+    return [*layer_limits(spec), *(reason for reason, is_so in reasons.items() if is_so)]
 
 
 def _phrase(part: str, reasons: Mapping[str, bool]) -> list[str]:

@@ -88,14 +88,18 @@ class AttentionKernel:
         sinks: Tensor | None = None,
         rotation: str = "halves",
         cache_dtype: torch.dtype = torch.float32,
+        is_gated: bool = False,
     ) -> None:
         """Settings of one layer. linears: query, key, value, output. norms: of query and key. Other tensors: fp32.
 
+        is_gated: the first projection gives, of each head, its query and a gate, ``[N, 2, D]``; the sigmoid of that
+        multiplies what the head attends to.
         rotated_dims: 0 rotates nothing. rotation: a key of `ROTATIONS`. cache_dtype: of keys and values, fp32 or bf16.
 
         Raises: ConfigError when the kernel lacks these dims.
         """
         outs = [linear.shape.matrices[0].out_features for linear in linears]
+        outs[0] //= 1 + is_gated
         if head_dim % HEAD_DIM_STEP or rotated_dims % 2 or rotated_dims > head_dim:
             raise ConfigError(f"The attention kernel takes no heads of {head_dim} with {rotated_dims} rotated.")
         if rotation != "halves" and rotated_dims > MAX_ROTATED:
@@ -120,6 +124,7 @@ class AttentionKernel:
             scaling=scaling,
             rotation=ROTATIONS[rotation],
             cache_dtype=DTYPES[cache_dtype],
+            is_gated=is_gated,
         )
         self.struct_address = ctypes.addressof(self._struct)
         self._native = library().om_attention_step
