@@ -29,8 +29,7 @@ class DeltaStep:
 
     def places(self, cache: Any, num_tokens: int = 1) -> list[int]:
         """The fields of `rooms_array`."""
-        inputs, state = self.kept(cache)
-        return [inputs.data_ptr(), state.data_ptr(), 0, 0]
+        return kernels.state_room(self.kept(cache))
 
     def begin(self, cache: Any) -> None:
         """States come with a prompt, which its module takes."""

@@ -1,6 +1,7 @@
 """The native call of linear attention."""
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -9,8 +10,14 @@ from offload_moe.errors import ConfigError
 from offload_moe.native.attention import Linear
 from offload_moe.native.bindings import library
 from offload_moe.native.delta import DeltaKernel
-from offload_moe.native.rooms import Rooms, rooms_array
 from offload_moe.native.structs import LinearAttentionStruct, MatrixStruct
+
+States = tuple[Tensor, Tensor]  # the inputs of a convolution [N, taps], and a rule's state [H, K, V]
+
+
+def state_room(states: States) -> list[int]:
+    """The fields of an `om_room`."""
+    return [states[0].data_ptr(), states[1].data_ptr(), 0, 0]
 
 
 class LinearAttentionKernel:
@@ -40,13 +47,12 @@ class LinearAttentionKernel:
         self.struct_address = ctypes.addressof(self._struct)
         self._native = library().om_linear_attention_step
 
-    def step(self, x: Tensor, rooms: Rooms, out: Tensor) -> None:
-        """x ``[..., hidden]`` of T rows -> out ``[..., hidden]``, fp32, contiguous; not checked.
+    def step(self, x: Tensor, states: Sequence[States], out: Tensor) -> None:
+        """x ``[T, hidden]`` -> out ``[T, hidden]``, fp32, contiguous; not checked.
 
-        rooms: of each row the inputs of its convolution ``[N, taps]`` and its state ``[H, K, V]``, which are moved on.
-        Raises: MemoryError.
+        states: of each row, which are moved on. Raises: MemoryError.
         """
-        places = rooms_array(rooms)
-        address, num_rows = places.buffer_info()[0], len(places) // 4
-        if self._native(self.struct_address, x.data_ptr(), address, num_rows, out.data_ptr()):
+        rooms = array("q", (field for each in states for field in state_room(each)))
+        address = rooms.buffer_info()[0]
+        if self._native(self.struct_address, x.data_ptr(), address, len(states), out.data_ptr()):
             raise MemoryError("No memory for the projections of linear attention.")

@@ -6,40 +6,185 @@ from typing import Any
 import pytest
 import torch
 from support.models import open_model
-from support.tiny_models import tiny_model
+from support.tiny_models import tiny_model, tiny_prompt
+from torch import Tensor
+from transformers import DynamicCache
 
+from offload_moe.card.model import why_not
 from offload_moe.convert.quantize import quantize
+from offload_moe.decode import pass_rows, takes_rows, why_no_rows
 from offload_moe.decode.delta import DeltaForward
+from offload_moe.decode.delta_step import delta_step
+from offload_moe.decode.plan import PassPlan
+from offload_moe.decode.probe import Uncovered
+from offload_moe.decode.span import LayerSpan
 from tests.integration.test_card_pass import logits
 
-HEADS = {
+FAMILIES = ("qwen3_next", "qwen3_5_moe_text")
+SIZES: dict[str, Any] = {
     "num_hidden_layers": 4,
+    "head_dim": 32,
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
 }
+NUM_STEPS = 7  # of `logits` behind a prompt, which gives the first token of eight
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("delta")
+    for family in FAMILIES:
+        tiny_model(family, **SIZES).to(torch.bfloat16).save_pretrained(root / family)
+    return {
+        family: quantize(root / family, root / f"{family}-store", codec="int8", dense_codec="int8")
+        for family in FAMILIES
+    }
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each pass through a plan of one span has."""
+    calls: list[int] = []
+    call = PassPlan.__call__
+
+    def counted(self: PassPlan, x: Tensor, *args: Any) -> Tensor:
+        assert [type(stage) for stage in self.stages] == [LayerSpan]
+        calls.append(x.shape[1])
+        return call(self, x, *args)
+
+    monkeypatch.setattr(PassPlan, "__call__", counted)
+    return calls
+
+
+def kinds(model: Any) -> list[str]:
+    return [layer.kind for layer in model.fast_path.layers]
 
 
 def num_fused(hf: Any) -> int:
     return sum(isinstance(vars(module).get("forward"), DeltaForward) for module in hf.modules())
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text"])
-def test_decode_steps_give_the_modules_logits(family: str, tmp_path: Path) -> None:
-    tiny_model(family, **HEADS).to(torch.bfloat16).save_pretrained(tmp_path / family)
-    store = quantize(tmp_path / family, tmp_path / "store", codec="int8", dense_codec="int8")
-    with open_model(store) as fast, open_model(store, fast_path=False) as plain:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_steps_give_the_modules_logits(family: str, stores: dict[str, Path], passes: list[int]) -> None:
+    with open_model(stores[family]) as fast, open_model(stores[family], fast_path=False) as plain:
+        assert kinds(fast) == ["span"] * 4
         assert num_fused(fast.hf) == 3
         assert num_fused(plain.hf) == 0
-        got, expected = logits(fast.hf, 8), logits(plain.hf, 8)
-        assert torch.equal(got.argmax(-1), expected.argmax(-1))
+        got, expected = logits(fast.hf, NUM_STEPS + 1), logits(plain.hf, NUM_STEPS + 1)
+    assert passes == [1] * NUM_STEPS
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+    assert (got - expected).norm() <= 1e-2 * expected.norm()
+    assert len(set(got.argmax(-1).flatten().tolist())) > 2
+
+
+@pytest.mark.parametrize(("family", "num_slots"), [("qwen3_next", 2), ("qwen3_5_moe_text", 7)])
+def test_few_slots_change_no_bit(family: str, num_slots: int, stores: dict[str, Path], passes: list[int]) -> None:
+    found = []
+    for number in (num_slots, 32):
+        with open_model(stores[family], num_slots=number) as model:
+            found.append(logits(model.hf, NUM_STEPS + 1))
+    assert passes == [1] * NUM_STEPS * 2
+    assert torch.equal(*found)
+
+
+@torch.inference_mode()
+def after_prompt(hf: Any, length: int = 9, batch: int = 1) -> Any:
+    ids, mask = tiny_prompt(batch, length)
+    cache = DynamicCache(config=hf.config)
+    hf(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def test_calls_that_states_do_not_allow_take_the_modules(stores: dict[str, Path], passes: list[int]) -> None:
+    """Several tokens, a batch, a first token, states that are recorded."""
+    found = []
+    for fast_path in (True, False):
+        with open_model(stores["qwen3_next"], fast_path=fast_path) as model, torch.inference_mode():
+            hf = model.hf
+            recorded = after_prompt(hf)
+            recorded.activate_past_recording()
+            calls = [
+                (torch.tensor([[5, 6, 7]]), after_prompt(hf)),
+                (torch.tensor([[5], [6]]), after_prompt(hf, batch=2)),
+                (torch.tensor([[5]]), DynamicCache(config=hf.config)),
+                (torch.tensor([[5]]), recorded),
+            ]
+            found += [[hf(ids, past_key_values=cache, use_cache=True).logits for ids, cache in calls]]
+            assert not passes
+            hf(torch.tensor([[5]]), past_key_values=calls[0][1], use_cache=True)
+            assert passes == [1] * fast_path
+            passes.clear()
+    for got, expected in zip(*found, strict=True):
+        assert expected.abs().max() > 0.1
         assert (got - expected).norm() <= 1e-2 * expected.norm()
-        assert len(set(got.argmax(-1).flatten().tolist())) > 2
+
+
+def test_tokens_of_several_sequences_pass_together_and_none_is_taken_back(
+    stores: dict[str, Path], passes: list[int]
+) -> None:
+    with open_model(stores["qwen3_next"]) as model, torch.inference_mode():
+        hf = model.hf
+        lengths = (4, 9, 6)
+        ids = [torch.tensor([token]) for token in (5, 6, 7)]
+        caches, others = ([after_prompt(hf, length) for length in lengths] for _ in range(2))
+        got = pass_rows(hf, list(zip(ids, caches, strict=True)))
+        assert got is not None
+        decoder = hf.get_decoder()
+        for row, token, cache in zip(got, ids, others, strict=True):
+            alone = decoder(input_ids=token[None], past_key_values=cache, use_cache=True).last_hidden_state
+            assert torch.equal(row, alone[0, 0])
+        assert passes == [3, 1, 1, 1]
+        assert pass_rows(hf, [(torch.tensor([5, 6]), caches[0])]) is None
+        assert not takes_rows(hf, caches[0], 1)
+        assert "taken back" in why_no_rows(hf)
+
+
+def test_linear_attention_without_a_kernel_is_called_as_a_module(
+    stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_model(stores["qwen3_next"]) as model:
+        expected = logits(model.hf, NUM_STEPS + 1)
+
+    def refuse_the_second(module: Any) -> Any:
+        if module.layer_idx == 1:
+            raise Uncovered("what a test says")
+        return delta_step(module)
+
+    monkeypatch.setattr("offload_moe.decode.layer.delta_step", refuse_the_second)
+    with open_model(stores["qwen3_next"]) as model:
+        assert kinds(model) == ["span", "modules", "span", "span"]
+        got = logits(model.hf, NUM_STEPS + 1)
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+    assert (got - expected).norm() <= 1e-2 * expected.norm()
+
+
+def test_sizes_that_no_rule_is_computed_in_are_modules_beside_native_attention(tmp_path: Path) -> None:
+    tiny_model("qwen3_next", **SIZES | {"linear_key_head_dim": 8}).to(torch.bfloat16).save_pretrained(
+        tmp_path / "plain"
+    )
+    store = quantize(tmp_path / "plain", tmp_path / "store", codec="int8", dense_codec="int8")
+    with open_model(store) as fast, open_model(store, fast_path=False) as plain:
+        assert kinds(fast) == ["modules", "modules", "modules", "span"]
+        assert "whose rule is not a kernel call" in str(fast.fast_path)
+        got, expected = logits(fast.hf, NUM_STEPS + 1), logits(plain.hf, NUM_STEPS + 1)
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+
+
+def test_the_device_pass_says_why_it_does_not_take_them() -> None:
+    assert "linear attention" in why_not(tiny_model("qwen3_next", **SIZES))
+    only = tiny_model("qwen3_next", **SIZES | {"num_hidden_layers": 1, "layer_types": ["full_attention"]})
+    assert "an output gate" in why_not(only)
+    assert "added to one" in why_not(only)
 
 
 def test_a_lossless_store_keeps_the_modules_bits(tmp_path: Path) -> None:
-    tiny_model("qwen3_next", **HEADS).to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint")
+    tiny_model("qwen3_next", **SIZES).to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint")
     store = quantize(tmp_path / "checkpoint", tmp_path / "store", codec="bf16", dense_codec="bf16")
     with open_model(store) as model:
         assert num_fused(model.hf) == 0
