@@ -47,7 +47,8 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("card_table.py", "--replay {trace} --tokens 8", ("curves.*.queued.0.1", "curves.*.stepwise.0.1")),
     (
         "batching.py",
-        "{store} --threads 1 --trials 1 --conversations 4 --tokens 16 --prompt-tokens 8 --clients 3",
+        "{store} --threads 1 --trials 1 --conversations 4 --tokens 16 --prompt-tokens 8 --clients 3 "
+        "--client-prompt-tokens 20",
         (
             "four_conversations_ratio.median",
             "four_conversations_share_of_bound.min",
@@ -55,6 +56,7 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
             "resident.rows_per_pass",
             "resident.byte_bound",
             "clients.p95_ms.*.median",
+            "clients.p95_over_goal.median",
         ),
     ),
     (
@@ -227,6 +229,11 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
         ),
     ),
     (
+        "replay_rows.py",
+        "{trace} --tokens 30 --rows 2",
+        ("four_replayed_ratio.min", "replay_auto_worst_ratio", "traces.*.disk.guesses.2.always"),
+    ),
+    (
         "speculation.py",
         "{store} --threads 1 --trials 1 --tokens 24 --context 512 --characters 120 --prompts 1 --rows 2,4",
         (
@@ -235,6 +242,7 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
             "ngram_edit_disk_ratio.max",
             "auto_prose_worst_ratio.median",
             "replay_share_of_bound.median",
+            "replay_auto_worst_ratio.min",
             "replay.*.byte_bound",
         ),
     ),

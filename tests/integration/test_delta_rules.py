@@ -15,6 +15,7 @@ from offload_moe.convert.quantize import quantize
 from offload_moe.decode import pass_rows, takes_rows, why_no_rows
 from offload_moe.decode.delta import DeltaForward
 from offload_moe.decode.delta_step import delta_step
+from offload_moe.decode.dense import QuantLinear
 from offload_moe.decode.plan import PassPlan
 from offload_moe.decode.probe import Uncovered
 from offload_moe.decode.span import LayerSpan
@@ -70,12 +71,19 @@ def num_fused(hf: Any) -> int:
     return sum(isinstance(vars(module).get("forward"), DeltaForward) for module in hf.modules())
 
 
+def output_projections(hf: Any) -> list[Any]:
+    found = [module for name, module in hf.named_modules() if name.endswith("linear_attn.out_proj")]
+    assert found
+    return found
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decode_steps_give_the_modules_logits(family: str, stores: dict[str, Path], passes: list[int]) -> None:
     with open_model(stores[family]) as fast, open_model(stores[family], fast_path=False) as plain:
         assert kinds(fast) == ["span"] * 4
         assert num_fused(fast.hf) == 3
         assert num_fused(plain.hf) == 0
+        assert all(isinstance(linear, QuantLinear) for linear in output_projections(fast.hf))
         got, expected = logits(fast.hf, NUM_STEPS + 1), logits(plain.hf, NUM_STEPS + 1)
     assert passes == [1] * NUM_STEPS
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
