@@ -18,7 +18,8 @@ the same prompts in as many slots, in the same trials; `four_conversations_vs_ll
 The clients (`--clients`, 0 for none) are threads of another process, which stream answers of mixed lengths through the
 server, as many at once as its default; the others wait. `p95_ms`: of the time between two tokens, of all clients, and
 of one that is alone. The chunks of other prompts come between, of which `chunk_ms` is one; `p95_over_goal`: over twice
-that of one client and a chunk. The last line of stdout is one JSON document.
+that of one client and a chunk. A store without a tokenizer streams no text, and has none of these figures. The last
+line of stdout is one JSON document.
 """
 
 import argparse
@@ -246,7 +247,7 @@ def main() -> None:
                 f"{name}: {ratio['median']:.2f} times one after another ({ratio['min']:.2f} to {ratio['max']:.2f}), "
                 f"{found['rows_per_pass']:.2f} rows a pass, byte bound {bound:.2f}"
             )
-            if share is None and options.clients:
+            if share is None and options.clients and model.tokenizer is not None:  # else no text, so no event, comes
                 document["clients"] = clients(model, options)
     finish(
         {

@@ -12,14 +12,17 @@ def attention_limits(spec: AttentionSpec) -> list[str]:
     reasons = {
         "an output gate": bool(spec.gate),
         "clamped queries, keys and values": spec.clip is not None,
-        "norms of queries and keys after the rotation": spec.is_normed_rotated and spec.norm_span != "none",
+        "queries scaled by their position and chunks": spec.query_scale is not None and spec.chunk is not None,
     }
     return _phrase("attention", reasons)
 
 
 def router_limits(spec: RouterSpec) -> list[str]:
     """Limits of the kernel call for one router."""
-    reasons = {"a sparse mixer": spec.scoring == "sparsemixer"}
+    reasons = {
+        "a sparse mixer": spec.scoring == "sparsemixer",
+        "weights that scale the experts' inputs": spec.scales_inputs,
+    }
     return _phrase("a router", reasons)
 
 
@@ -38,17 +41,6 @@ def _order_limits(spec: LayerSpec) -> Iterator[str]:
         yield "a shared expert outside the block of experts"
 
 
-def card_limits(spec: LayerSpec) -> list[str]:
-    """Limits of the device pass, which has kernels for fewer layers."""
-    norms = (spec.before_attention, spec.before_mlp, spec.attention.query_norm, spec.attention.key_norm)
-    reasons = {
-        "linear attention": spec.attention.delta is not None,
-        "attention with an output gate": spec.attention.is_query_gated,
-        "norms whose weights are added to one": any(norm is not None and norm.is_from_one for norm in norms),
-    }
-    return [*layer_limits(spec), *(reason for reason, is_so in reasons.items() if is_so)]
-
-
 def _phrase(part: str, reasons: Mapping[str, bool]) -> list[str]:
     found = [reason for reason, is_so in reasons.items() if is_so]
     return [f"{part} with {', '.join(found)}"] if found else []
@@ -58,3 +50,19 @@ def layer_limits(spec: LayerSpec) -> list[str]:
     """All limits. Without any, one native thread takes a token through such layers, if their sizes allow it."""
     router = [] if spec.router is None else router_limits(spec.router)
     return [*attention_limits(spec.attention), *order_limits(spec), *router]
+
+
+def card_limits(spec: LayerSpec) -> list[str]:
+    """All limits of the device pass."""
+    attention = spec.attention
+    norms = (spec.before_attention, spec.before_mlp, attention.query_norm, attention.key_norm)
+    reasons = {
+        "a delta rule": attention.delta is not None,
+        "gates beside its queries": attention.is_query_gated,
+        "norms of queries and keys after the rotation": attention.is_normed_rotated and attention.norm_span != "none",
+        "chunks": attention.chunk is not None,
+        "queries scaled by their position": attention.query_scale is not None,
+    }
+    are_from_one = any(norm is not None and norm.is_from_one for norm in norms)
+    added = ["norms whose weights are added to one"] if are_from_one else []
+    return [*layer_limits(spec), *_phrase("attention", reasons), *added]

@@ -1,10 +1,14 @@
 """Models with linear attention by gated delta rules decode natively where the store is quantized."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from support.models import open_model
 from support.tiny_models import tiny_model, tiny_prompt
 from torch import Tensor
@@ -13,7 +17,7 @@ from transformers import DynamicCache
 from offload_moe.card.model import why_not
 from offload_moe.convert.quantize import quantize
 from offload_moe.decode import pass_rows, takes_rows, why_no_rows
-from offload_moe.decode.delta import DeltaForward
+from offload_moe.decode.delta import DeltaForward, fuse_delta_rules
 from offload_moe.decode.delta_step import delta_step
 from offload_moe.decode.dense import QuantLinear
 from offload_moe.decode.plan import PassPlan
@@ -185,10 +189,72 @@ def test_sizes_that_no_rule_is_computed_in_are_modules_beside_native_attention(t
 
 
 def test_the_device_pass_says_why_it_does_not_take_them() -> None:
-    assert "linear attention" in why_not(tiny_model("qwen3_next", **SIZES))
+    assert "a delta rule" in why_not(tiny_model("qwen3_next", **SIZES))
     only = tiny_model("qwen3_next", **SIZES | {"num_hidden_layers": 1, "layer_types": ["full_attention"]})
-    assert "an output gate" in why_not(only)
+    assert "gates beside its queries" in why_not(only)
     assert "added to one" in why_not(only)
+
+
+class Calling(ModelHook):  # type: ignore[misc]
+    """A hook of accelerate that notes each call."""
+
+    def __init__(self, called: list[int]) -> None:
+        self.called = called
+
+    def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        self.called.append(1)
+        return args, kwargs
+
+
+def hooked(module: Any, called: list[int]) -> Callable[[], None]:
+    handle = module.register_forward_hook(lambda *_: called.append(1))
+    return cast(Callable[[], None], handle.remove)
+
+
+def replaced(module: Any, called: list[int]) -> Callable[[], None]:
+    own = module.forward
+    module.forward = lambda *args: (called.append(1), own(*args))[1]
+    return partial(setattr, module, "forward", own)
+
+
+def hooked_by_accelerate(module: Any, called: list[int]) -> Callable[[], None]:
+    add_hook_to_module(module, Calling(called))
+    return partial(remove_hook_from_module, module)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("norm", hooked), ("norm", replaced), ("norm", hooked_by_accelerate), ("conv1d", hooked_by_accelerate)],
+)
+def test_a_step_calls_what_hooks_are_on(name: str, change: Any, stores: dict[str, Path], passes: list[int]) -> None:
+    """And is native again without them."""
+    with open_model(stores["qwen3_next"]) as model:
+        expected, called = logits(model.hf, 3), list[int]()
+        undo = change(model.hf.model.layers[0].linear_attn.get_submodule(name), called)
+        passes.clear()
+        got = logits(model.hf, 3)
+        assert not passes
+        assert len(called) == 3  # the prompt and two steps
+        assert (got - expected).norm() <= 1e-2 * expected.norm()
+        undo()
+        assert torch.equal(logits(model.hf, 3), expected)
+        assert len(called) == 3
+        assert passes == [1, 1]
+
+
+@pytest.mark.parametrize(("name", "error"), [("DeltaKernel", AttributeError), ("Projected", TypeError)])
+def test_an_error_of_our_own_is_no_refusal(name: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = Mock(side_effect=error("a fault of ours")) if error is AttributeError else None
+    monkeypatch.setattr(f"offload_moe.decode.delta.{name}", fault)
+    with pytest.raises(error):
+        fuse_delta_rules(tiny_model("qwen3_next", **SIZES))
+
+
+@pytest.mark.parametrize(("path", "name"), [("norm", "variance_epsilon"), ("", "head_k_dim"), ("", "in_proj_ba")])
+def test_a_layer_with_other_parts_keeps_its_forward(path: str, name: str) -> None:
+    hf: Any = tiny_model("qwen3_next", **SIZES)
+    delattr(hf.model.layers[1].linear_attn.get_submodule(path), name)
+    assert fuse_delta_rules(hf) == 2
 
 
 def test_a_lossless_store_keeps_the_modules_bits(tmp_path: Path) -> None:
