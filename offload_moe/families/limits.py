@@ -19,10 +19,7 @@ def attention_limits(spec: AttentionSpec) -> list[str]:
 
 def router_limits(spec: RouterSpec) -> list[str]:
     """Limits of the kernel call for one router."""
-    reasons = {
-        "a sparse mixer": spec.scoring == "sparsemixer",
-        "weights that scale the experts' inputs": spec.scales_inputs,
-    }
+    reasons = {"a sparse mixer": spec.scoring == "sparsemixer"}
     return _phrase("a router", reasons)
 
 
@@ -63,6 +60,7 @@ def card_limits(spec: LayerSpec) -> list[str]:
         "chunks": attention.chunk is not None,
         "queries scaled by their position": attention.query_scale is not None,
     }
+    router = {"weights that scale the experts' inputs": spec.router is not None and spec.router.scales_inputs}
     are_from_one = any(norm is not None and norm.is_from_one for norm in norms)
     added = ["norms whose weights are added to one"] if are_from_one else []
-    return [*layer_limits(spec), *_phrase("attention", reasons), *added]
+    return [*layer_limits(spec), *_phrase("attention", reasons), *_phrase("a router", router), *added]

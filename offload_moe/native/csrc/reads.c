@@ -4,40 +4,16 @@
  * A read that fails is not repeated here, except for a wrong checksum: the expert counts as on its way until Python, which
  * drains the completion, has submitted it again or given it up. */
 #define _GNU_SOURCE
-#include "reads.h"
+#include "reads_state.h"
 
-#include "completions.h"
 #include "deadline.h"
-#include "fetches.h"
 #include "job.h"
 #include "pieces.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-#define MAX_SPARES 128
 #define MOST_HELPED (1 << 20) /* bytes: others arrive meanwhile */
-
-struct om_reads {
-    om_slot_table *slot_table;
-    om_reads_options options;
-    pthread_cond_t work, ended;
-    om_queue demands, prefetches; /* with parts to begin, the oldest first */
-    om_fetch **fetches;           /* by key, until they have ended */
-    om_file *files;
-    om_read_at *read_at;
-    om_completions completions;
-    uint8_t *scratch; /* a part for each thread */
-    int64_t num_files;
-    int32_t num_begun, num_threads, num_prefetching, num_spares, least_spares, is_closed, num_users;
-    struct {
-        uint8_t *record;
-        int32_t slot;
-    } spares[MAX_SPARES];
-};
-
-static void lock(om_reads *reads) { pthread_mutex_lock(&reads->slot_table->lock); }
-static void unlock(om_reads *reads) { pthread_mutex_unlock(&reads->slot_table->lock); }
 
 static om_queue *queue_of(om_reads *reads, const om_fetch *fetch) { return fetch->is_prefetch ? &reads->prefetches : &reads->demands; }
 
@@ -356,45 +332,4 @@ OM_EXPORT int32_t om_reads_reclaim(om_reads *reads) {
     const int32_t slot = reads->num_spares == 0 ? -1 : reads->spares[--reads->num_spares].slot;
     unlock(reads);
     return slot;
-}
-
-/* Take the completions since the last call, in their order. Returns their number, `room` at most. */
-OM_EXPORT int64_t om_reads_completions(om_reads *reads, om_completion *completions, int64_t room) {
-    lock(reads);
-    const int64_t count = om_completions_take(&reads->completions, completions, room);
-    unlock(reads);
-    return count;
-}
-
-/* Wait until a read has ended that is not drained, or `om_reads_wake` was called since `num_wakes` was counted. */
-OM_EXPORT void om_reads_wait(om_reads *reads, int64_t num_wakes, double limit_s) {
-    om_reads_use(reads);
-    lock(reads);
-    om_completions_wait(&reads->completions, &reads->slot_table->lock, num_wakes, limit_s);
-    unlock(reads);
-    om_reads_leave(reads);
-}
-
-/* End all calls of `om_reads_wait`. */
-OM_EXPORT void om_reads_wake(om_reads *reads) {
-    lock(reads);
-    om_completions_wake(&reads->completions);
-    unlock(reads);
-}
-
-/* Wait until completions need draining and no thread is in `om_reads_wait`, or for `om_reads_notice`. Returns 0 once closed. */
-OM_EXPORT int om_reads_attend(om_reads *reads, double limit_s) {
-    om_reads_use(reads);
-    lock(reads);
-    const int is_open = om_completions_attend(&reads->completions, &reads->slot_table->lock, limit_s);
-    unlock(reads);
-    om_reads_leave(reads);
-    return is_open;
-}
-
-/* Let `om_reads_attend` return. */
-OM_EXPORT void om_reads_notice(om_reads *reads) {
-    lock(reads);
-    om_completions_notice(&reads->completions);
-    unlock(reads);
 }
