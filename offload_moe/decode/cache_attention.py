@@ -57,7 +57,7 @@ class CacheAttention(CachedStep):
             return False
         if num_new > 1 and cache is not None:
             self.begin(cache)
-        if not hasattr(cache, "layers") or not self.takes(cache.layers, self._window, num_new):
+        if not hasattr(cache, "layers") or not self.takes(cache, self._window, num_new):
             return False
         num_cached = cache.layers[self._layer].keys.shape[2]
         if mask is None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from offload_moe.decode.hooks import Bypass
 from offload_moe.decode.probe import Refused, agree, answer, structure
@@ -39,7 +39,7 @@ class DeltaForward:
         if module.activation not in SILU or weight.dtype != torch.float32 or not weight.is_cpu:
             raise ConfigError("The kernel takes SiLU, and fp32 on the CPU.")
         bias = module.conv1d.bias
-        self._kernel = DeltaKernel(
+        self.kernel = DeltaKernel(
             conv_weight=weight.detach().squeeze(1).contiguous(),
             conv_bias=None if bias is None else bias.detach().float(),
             decays=-module.A_log.detach().float().exp(),
@@ -53,36 +53,36 @@ class DeltaForward:
         self._bypass = Bypass([module.conv1d, module.norm], ())
 
     def __call__(self, hidden_states: Tensor, cache_params: Any = None, *args: Any, **kwargs: Any) -> Any:
-        states = self._states(hidden_states, cache_params)
+        states = self.states(cache_params) if _is_step(hidden_states) and self._bypass.is_clear else None
         if states is None:
             return self._forward(hidden_states, cache_params, *args, **kwargs)
         out = torch.empty(1, 1, self._num_out)
-        self._kernel.step(self._project(hidden_states), *states, out)
+        self.kernel.step(self._project(hidden_states), *states, out)
         return self._module.out_proj(out)
 
-    def _states(self, x: Tensor, cache: Any) -> tuple[Tensor, Tensor] | None:
+    def states(self, cache: Any) -> tuple[Tensor, Tensor] | None:
         """Inputs of the convolution and the state, where the kernel may move them on by one token."""
-        if cache is None or x.shape[:2] != (1, 1) or x.dtype != torch.float32 or not x.is_cpu or x.requires_grad:
+        layers, index = getattr(cache, "layers", ()), self._module.layer_idx
+        layer = layers[index] if index < len(layers) else None
+        if (
+            not isinstance(layer, LinearAttentionCacheLayerMixin)
+            or layer.record_past
+            or not layer.has_previous_state[0]
+        ):
             return None
-        index = self._module.layer_idx
-        if cache.is_recording_past(index) or not self._bypass.is_clear:
+        inputs, state = layer.conv_states[0], layer.recurrent_states[0]
+        if inputs is None or state is None or not _is_in_place(inputs) or not _is_in_place(state):
             return None
-        inputs = cache.get_conv_state(index, state_idx=0)
-        state = cache.get_recurrent_state(index, state_idx=0)
-        if not all(_is_in_place(each) for each in (inputs, state)) or inputs.shape[-1] != self._module.conv_kernel_size:
-            return None
-        return inputs, state
+        return (inputs, state) if inputs.shape[-1] == self._module.conv_kernel_size else None
 
 
-def _is_in_place(state: Tensor | None) -> bool:
+def _is_step(x: Tensor) -> bool:
+    return x.shape[:2] == (1, 1) and x.dtype == torch.float32 and x.is_cpu and not x.requires_grad
+
+
+def _is_in_place(state: Tensor) -> bool:
     """Whether the kernel may write to what a cache holds of one sequence."""
-    return (
-        state is not None
-        and len(state) == 1
-        and state.dtype == torch.float32
-        and state.is_cpu
-        and state.is_contiguous()
-    )
+    return len(state) == 1 and state.dtype == torch.float32 and state.is_cpu and state.is_contiguous()
 
 
 def fuse_delta_rules(model: nn.Module) -> int:
@@ -110,6 +110,11 @@ def _is_candidate(module: Any) -> bool:
     )
 
 
+def projection_names(module: Any) -> tuple[str, ...]:
+    """Of its input, as `DeltaKernel.places` takes them."""
+    return next(names for names in PROJECTIONS if hasattr(module, names[0]))
+
+
 def _projection_of(module: Any) -> Callable[[Tensor], Projected]:
     if hasattr(module, "in_proj_qkvz"):
         return lambda x: Projected(mixed=module.in_proj_qkvz(x), strengths=module.in_proj_ba(x))
@@ -130,13 +135,18 @@ def _agrees(module: Any) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(NUM_PROMPT + NUM_STEPS, module.hidden_size, generator=generator)
-    caches = [Cache(layers=[LinearAttentionLayer() for _ in range(module.layer_idx + 1)]) for _ in range(2)]
+    caches = [empty_cache(module), empty_cache(module)]
     try:
         expected = _results(module.forward, x, caches[0], module.layer_idx)
         got = _results(fused, x, caches[1], module.layer_idx)
     except Refused:
         return False
     return all(agree(*pair, is_exact=False, tolerance=TOLERANCE) for pair in zip(got, expected, strict=True))
+
+
+def empty_cache(module: Any) -> Cache:
+    """With layers up to this module's."""
+    return Cache(layers=[LinearAttentionLayer() for _ in range(module.layer_idx + 1)])
 
 
 def _results(forward: Callable[..., Any], x: Tensor, cache: Any, index: int) -> list[Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from offload_moe.decode.attention import DecodeAttention
 from offload_moe.decode.block import plain_block
+from offload_moe.decode.delta_step import DeltaStep, delta_step
 from offload_moe.decode.hooks import Hooks
 from offload_moe.decode.latent_step import LatentStep, latent_step
 from offload_moe.decode.mlp import FusedMLP
@@ -36,6 +37,8 @@ from offload_moe.families import find_adapter
 from offload_moe.families.layer_spec import AttentionSpec, LayerSpec, NormSpec
 from offload_moe.families.limits import attention_limits, order_limits
 from offload_moe.native import kernels
+
+Step = AttentionStep | LatentStep | DeltaStep
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,13 @@ class RowsStep:
         """Whether they are a prompt's: more than a span takes at once."""
         return self.num_rows > kernels.MAX_ROWS
 
-    def trim(self, attention: AttentionStep | LatentStep) -> None:
+    def trim(self, attention: Step) -> None:
         """Let the caches of a prompt give back what it alone needed of one layer."""
         if self.are_many:
             for cache, _ in self._sequences:
                 attention.trim(cache)
 
-    def places(self, attentions: Iterable[AttentionStep | LatentStep]) -> "array[int]":
+    def places(self, attentions: Iterable[Step]) -> "array[int]":
         """The fields of `rooms_array` of each row in some layers, whose caches count the rows from now on."""
         fields: list[int] = []
         for attention in attentions:
@@ -142,7 +145,7 @@ class NativeLayer:
 
     def fits(self, cache: Any, num_tokens: int = 1) -> bool:
         """Whether this layer's part of the cache can take the next tokens in place."""
-        return self.attention.takes(cache.layers, self._window, num_tokens)
+        return self.attention.takes(cache, self._window, num_tokens)
 
     def __call__(self, x: Tensor, step: RowsStep) -> Tensor:
         """``[1, T, H] -> [1, T, H]``, fp32 and contiguous; the caches `fit`."""
@@ -197,9 +200,11 @@ class NativeLayer:
         return self._norm._forward_pre_hooks
 
 
-def _attention(layer: nn.Module, spec: AttentionSpec, cache_dtype: torch.dtype) -> AttentionStep | LatentStep:
+def _attention(layer: nn.Module, spec: AttentionSpec, cache_dtype: torch.dtype) -> Step:
     if spec.latent is not None:
         return latent_step(layer, spec, cache_dtype)
+    if spec.delta is not None:
+        return delta_step(layer.get_submodule(spec.path))
     module: Any = layer.get_submodule(spec.path)
     short = _forward(module)
     if isinstance(short, DecodeAttention) and short.step is not None and spec.rotary == "halves" and spec.chunk is None:
@@ -261,7 +266,7 @@ def _probe(forward: Callable[[Tensor, RowsStep], Any], native: NativeLayer, hidd
     """What a layer gives for one token, and what it leaves in the cache."""
     cache = native.attention.probe_cache(NUM_CACHED)
     out = forward(hidden, RowsStep(native.wiring, native.wiring.probe_position, [cache]))
-    return [out, cache.layers[-1].keys, cache.layers[-1].values]
+    return [out, *native.attention.kept(cache)]
 
 
 def _call_module(layer: nn.Module, hidden: Tensor, step: RowsStep) -> Any:

@@ -6,6 +6,7 @@ round twice. The kernel's are 1e-6 from them, and those of each row do not depen
 
 import inspect
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class FusedRMSNorm:
 
 def fuse_norms(model: nn.Module, *, is_exact: bool) -> int:
     """Give every RMS norm of the model the fused forward. Returns how many were recognized."""
-    eps_of: dict[Hashable, float | None] = {}
+    found: dict[Hashable, _Recognized | None] = {}
     num_fused = 0
     modules: list[Any] = list(model.modules())
     for module in modules:
@@ -48,22 +49,36 @@ def fuse_norms(model: nn.Module, *, is_exact: bool) -> int:
         if len(inspect.signature(module.forward).parameters) != 1:  # a gated norm, whose gate may be left out
             continue
         kind = structure(module)
-        if kind not in eps_of:
-            eps_of[kind] = _recognized_eps(module, module.weight, is_exact=is_exact)
-        eps = eps_of[kind]
-        if eps is not None:
-            module.forward = FusedRMSNorm(module.weight, eps, is_exact=is_exact)
+        if kind not in found:
+            found[kind] = _recognize(module, module.weight, is_exact=is_exact)
+        norm = found[kind]
+        if norm is not None:
+            module.forward = norm.fused(module.weight, is_exact=is_exact)
             num_fused += 1
     return num_fused
 
 
+@dataclass(frozen=True, slots=True)
+class _Recognized:
+    """is_from_one: the weights that count are ``1 + weight``."""
+
+    eps: float
+    is_from_one: bool
+
+    def fused(self, weight: Tensor, *, is_exact: bool) -> FusedRMSNorm:
+        return FusedRMSNorm(1.0 + weight.detach() if self.is_from_one else weight, self.eps, is_exact=is_exact)
+
+
 @torch.inference_mode()
-def _recognized_eps(module: nn.Module, weight: Tensor, *, is_exact: bool) -> float | None:
+def _recognize(module: nn.Module, weight: Tensor, *, is_exact: bool) -> _Recognized | None:
+    """Sums with one are made where a kernel reads them: in bf16 they would be rounded."""
     inputs = probes((3, len(weight)), weight.dtype, weight.device)
-    for eps in (value for value in vars(module).values() if isinstance(value, float)):
-        fused = FusedRMSNorm(weight, eps, is_exact=is_exact)
-        if all(_same(module, fused, x, is_exact=is_exact) for x in (*inputs, *(each[:1] for each in inputs))):
-            return eps
+    has_kernel = not is_exact and weight.dtype == torch.float32 and weight.is_cpu
+    epsilons = [value for value in vars(module).values() if isinstance(value, float)]
+    for each in (_Recognized(eps, is_from_one) for eps in epsilons for is_from_one in (False, True)[: 1 + has_kernel]):
+        fused = each.fused(weight, is_exact=is_exact)
+        if all(_same(module, fused, x, is_exact=is_exact) for x in (*inputs, *(part[:1] for part in inputs))):
+            return each
     return None
 
 

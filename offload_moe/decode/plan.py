@@ -1,7 +1,7 @@
 """The plan of a token pass: native spans of layers, native layers, and layers that are called as modules.
 
-A prompt takes the same plan, many rows at once, where no layer is called as a module: then each of its tokens has the
-bits that it has alone, however the prompt is cut.
+A prompt takes the same plan, many rows at once, where no layer is called as a module or has linear attention: then each
+of its tokens has the bits that it has alone, however the prompt is cut.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import LinearAttentionLayer
 
 from offload_moe.decode.cache import RoomyLayer
 from offload_moe.decode.hooks import Bypass
@@ -41,14 +42,15 @@ class Stage(Protocol):
 class ModuleLayer:
     """A layer that is called as a module, without a mask: its cache, which grows, holds all that it sees.
 
-    Row by row: more rows may change the bits of each.
+    Row by row: more rows may change the bits of each. Behind a cache of states one: it cannot be taken back.
     """
 
     def __init__(self, layer: Any, index: int) -> None:
         self._layer, self._index = layer, index
 
     def fits(self, cache: Any, num_tokens: int = 1) -> bool:
-        return self._index < len(cache.layers) and type(cache.layers[self._index]) is RoomyLayer
+        layer = cache.layers[self._index] if self._index < len(cache.layers) else None
+        return type(layer) is RoomyLayer or (type(layer) is LinearAttentionLayer and num_tokens == 1)
 
     def __call__(self, x: Tensor, step: RowsStep) -> Tensor:
         if step.num_rows == 1:
@@ -83,7 +85,8 @@ class PassPlan:
             [hooks for native in natives for hooks in native.observed()],
         )
         self.stages = stages
-        self.takes_prompts = not any(isinstance(stage, ModuleLayer) for stage in stages)
+        has_modules = any(isinstance(stage, ModuleLayer) for stage in stages)
+        self.takes_prompts = not has_modules and all(native.attention.takes_prompts for native in natives)
         self._natives = natives
 
     def begin(self, cache: Any) -> None:

@@ -14,6 +14,7 @@ from offload_moe.decode.cache import ROOMY
 from offload_moe.decode.dense import QuantLinear
 from offload_moe.decode.forward import DecoderForward, Seam, SeveralCaches
 from offload_moe.decode.rotation import rotation_keeper
+from offload_moe.families.read_layer import layer_spec
 
 
 def why_no_rows(hf: PreTrainedModel) -> str:
@@ -21,6 +22,8 @@ def why_no_rows(hf: PreTrainedModel) -> str:
     forward = _forward_of(hf)
     if forward is None:
         return "no layer of this model takes the fast path"
+    if _has_states(hf):
+        return "no token can be taken back from the states of this model's linear attention"
     if rotation_keeper(hf) is not None:
         return "this model rotates keys by the length of the sequence"
     if forward.token_pass is not None:
@@ -75,6 +78,11 @@ def _shorten(cache: Cache, lengths: Sequence[int]) -> None:
     for layer, length in zip(cache.layers, lengths, strict=True):
         if excess := layer.get_seq_length() - length:
             layer.roll_back(excess)
+
+
+def _has_states(hf: PreTrainedModel) -> bool:
+    specs = (layer_spec(layer) for layer in hf.get_decoder().layers)
+    return any(spec is not None and spec.attention.delta is not None for spec in specs)
 
 
 def _forward_of(hf: PreTrainedModel) -> Seam | None:

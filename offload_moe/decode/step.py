@@ -4,7 +4,6 @@ H hidden, N query heads, M key/value heads, D head dim, S cached tokens, C room 
 """
 
 from array import array
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +23,8 @@ from offload_moe.native import kernels
 
 class CachedStep:
     """What a decode step of attention reads and writes in one layer of a cache."""
+
+    takes_prompts = True  # many tokens at once
 
     def __init__(
         self,
@@ -47,11 +48,11 @@ class CachedStep:
         layer = cache.layers[self._layer]
         return type(layer) in ROOMY and layer.can_extend and layer.kept_dtype == self.cache_dtype
 
-    def takes(self, layers: Sequence[Any], window: int | None, num_tokens: int) -> bool:
+    def takes(self, cache: Any, window: int | None, num_tokens: int) -> bool:
         """Whether the cache can take the next tokens in place, of which each sees this window; None: all before it."""
-        if self._layer >= len(layers):
+        if self._layer >= len(cache.layers):
             return False
-        layer = layers[self._layer]
+        layer = cache.layers[self._layer]
         if type(layer) is RoomySlidingLayer and self._chunk is not None:
             window = self._chunk
         return type(layer) in ROOMY and layer.takes(num_tokens, self.cache_dtype, window)
@@ -71,6 +72,11 @@ class CachedStep:
         layer = cache.layers[self._layer]
         if isinstance(layer, RoomySlidingLayer):
             layer.trim()
+
+    def kept(self, cache: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values in this layer of a cache."""
+        layer = cache.layers[self._layer]
+        return layer.keys, layer.values
 
     def probe_cache(self, num_tokens: int) -> DynamicCache:
         """A few random keys and values in this layer, on the CPU."""
@@ -137,6 +143,7 @@ def attention_step(
             is_normed_rotated=spec is not None and spec.is_normed_rotated,
             query_scale=None if scale is None else (scale.step, scale.strength),
             cache_dtype=cache_dtype,
+            is_gated=spec is not None and spec.is_query_gated,
         )
     except ConfigError as error:  # such as heads that are no multiple of a vector
         raise Uncovered(f"attention of sizes without a kernel ({str(error).rstrip(chr(46))})") from error

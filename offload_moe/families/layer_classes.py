@@ -57,6 +57,7 @@ class AttentionClass:
     sinks: str = ""
     clip: Setting = None
     gate: str = ""
+    is_query_gated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +68,12 @@ class LayerClass:
     shared, shared_gate: children of the block; shared_beside: a child of the layer instead. embedding_scale: a setting
     of the decoder, which multiplies its embeddings by it before the first layer. fast_path: whether
     native decode kernels compute all of it with the family's usual settings, or its experts only.
+    delta: a child with a gated delta rule, which some instances have in place of attention.
     """
 
     router: RouterClass
     attention: AttentionClass = AttentionClass()
+    delta: str = ""
     norms: tuple[str, str, str, str] = ("input_layernorm", "", "post_attention_layernorm", "")
     block: str = "mlp"
     shared: str = ""
@@ -113,6 +116,14 @@ GRANITE = LayerClass(
     embedding_scale="embedding_multiplier",
 )
 WITH_SHARED = LayerClass(router=DEEPSEEK, shared="shared_experts")
+QWEN3_NEXT = LayerClass(
+    router=SOFTMAX,
+    attention=replace(NORMED_HEADS, is_query_gated=True),
+    delta="linear_attn",
+    shared="shared_expert",
+    shared_gate="shared_expert_gate",
+)
+NORMS_FROM_ONE = frozenset({"Qwen3NextRMSNorm", "Qwen3_5MoeRMSNorm"})  # classes whose weights are added to one
 
 LAYERS: Mapping[str, LayerClass] = {
     "AfmoeDecoderLayer": LayerClass(
@@ -212,6 +223,8 @@ LAYERS: Mapping[str, LayerClass] = {
         shared_gate="shared_expert_gate",
     ),
     "Qwen3MoeDecoderLayer": LayerClass(router=SOFTMAX, attention=replace(NORMED_HEADS, window="sliding_window")),
+    "Qwen3NextDecoderLayer": QWEN3_NEXT,
     "Qwen3VLMoeTextDecoderLayer": LayerClass(router=OF_CHOSEN, attention=NORMED_HEADS),
+    "Qwen3_5MoeDecoderLayer": replace(QWEN3_NEXT, router=OF_CHOSEN),
     "SolarOpenDecoderLayer": WITH_SHARED,
 }

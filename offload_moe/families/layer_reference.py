@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
+from offload_moe.families.delta_reference import delta_output
 from offload_moe.families.layer_spec import (
     AttentionSpec,
     LatentSpec,
@@ -94,6 +95,8 @@ def _sparsemixer(logits: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
 
 def attention_output(layer: nn.Module, spec: AttentionSpec, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``[B, T, H] -> [B, T, H]``: causal, over whole sequences."""
+    if spec.delta is not None:
+        return delta_output(layer.get_submodule(spec.path), spec, spec.delta, x)
     heads = _latent_heads if spec.latent is not None else _grouped_heads
     query, key, value = heads(layer, spec, x, cos, sin)
     scores = query @ key.transpose(2, 3) * spec.scaling
@@ -105,6 +108,8 @@ def attention_output(layer: nn.Module, spec: AttentionSpec, x: Tensor, cos: Tens
     out = (shares @ value).transpose(1, 2).flatten(2)
     if spec.gate:
         out = out * functional.linear(x, tensor_at(layer, f"{spec.gate}.weight")).sigmoid()
+    if spec.is_query_gated:
+        out = out * _query_and_gate(_linear(layer, f"{spec.path}.q_proj", x, has_bias=spec.has_bias), spec)[1].sigmoid()
     return _linear(layer, f"{spec.path}.o_proj", out, has_bias=spec.has_output_bias)
 
 
@@ -117,6 +122,12 @@ def _is_seen(num_tokens: int, window: int | None, chunk: int | None) -> Tensor:
     return seen if window is None else seen.triu(1 - window)
 
 
+def _query_and_gate(projected: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """``[B, T, N * 2 * D]`` -> queries and gates, each ``[B, T, N * D]``."""
+    query, gate = projected.unflatten(-1, (spec.num_heads, 2, -1)).unbind(-2)
+    return query.flatten(2), gate.flatten(2)
+
+
 def _grouped_heads(
     layer: nn.Module, spec: AttentionSpec, x: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,6 +135,8 @@ def _grouped_heads(
     query, key, value = (
         _linear(layer, f"{spec.path}.{name}", x, has_bias=spec.has_bias) for name in ("q_proj", "k_proj", "v_proj")
     )
+    if spec.is_query_gated:
+        query, _ = _query_and_gate(query, spec)
     if spec.norm_span == "all heads":
         query, key = _norm(layer, spec.query_norm, query), _norm(layer, spec.key_norm, key)
     if spec.clip is not None:
@@ -195,7 +208,7 @@ def _norm(layer: nn.Module, spec: NormSpec | None, x: Tensor) -> Tensor:
     weight = tensor_at(layer, f"{spec.path}.weight")
     if spec.is_centered:
         return functional.layer_norm(x, weight.shape, weight, tensor_at(layer, f"{spec.path}.bias"), spec.epsilon)
-    return x * (x.square().mean(-1, keepdim=True) + spec.epsilon).rsqrt() * weight
+    return x * (x.square().mean(-1, keepdim=True) + spec.epsilon).rsqrt() * (weight + float(spec.is_from_one))
 
 
 def _mlp(layer: nn.Module, spec: MLPSpec, x: Tensor) -> Tensor:

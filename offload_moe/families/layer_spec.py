@@ -16,12 +16,13 @@ Rotary = Literal["halves", "pairs", "none"]
 class NormSpec:
     """``x / rms(x) * weight``; is_centered: a layer norm, whose mean is removed and which has a bias.
 
-    has_weight: False is ``x / rms(x)``.
+    has_weight: False is ``x / rms(x)``. is_from_one: the weights that count are ``1 + weight``.
     """
 
     path: str
     epsilon: float
     is_centered: bool = False
+    is_from_one: bool = False
     has_weight: bool = True
 
 
@@ -69,6 +70,21 @@ class LatentSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaSpec:
+    """Linear attention by a gated delta rule (arXiv:2412.06464), behind a convolution of so many taps.
+
+    num_key_heads: each is shared by as many heads of values. norm: of a head's output, which a gate then multiplies.
+    is_joined: one projection gives queries, keys, values and gates by heads of keys, one strengths and times.
+    """
+
+    num_key_heads: int
+    value_dims: int
+    num_taps: int
+    norm: NormSpec
+    is_joined: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QueryScale:
     """Queries are multiplied by ``1 + strength * log(1 + floor((position + 1) / step))``.
 
@@ -81,14 +97,15 @@ class QueryScale:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
-    """Softmax attention. latent: None for grouped queries.
+    """Softmax attention. latent: None for grouped queries. delta: linear attention instead, of `num_heads` of values.
 
     head_dim: of a query and a key. rotated_dims: the first ones of a head, of latent attention the last ones.
     norm_span: what the norms of queries and keys extend over; is_normed_rotated: they come after the rotation.
     sliding_window: None sees all. chunk: positions are cut into chunks of so many, and a token sees its own alone.
     query_scale: None leaves queries as they are. sinks: a logit per head that takes a share and gives nothing. clip:
     queries, keys and values are clamped. keeps_pairs: dims that turn as pairs stay pairs; otherwise they are halves
-    from then on. gate: a projection whose sigmoid the heads' outputs are multiplied by.
+    from then on. gate: a projection whose sigmoid the heads' outputs are multiplied by. is_query_gated: the query's
+    projection gives, of each head, its query and then such a gate.
     """
 
     path: str
@@ -99,6 +116,7 @@ class AttentionSpec:
     rotated_dims: int
     keeps_pairs: bool = False
     latent: LatentSpec | None = None
+    delta: DeltaSpec | None = None
     norm_span: NormSpan = "none"
     query_norm: NormSpec | None = None
     key_norm: NormSpec | None = None
@@ -111,6 +129,7 @@ class AttentionSpec:
     sinks: str = ""
     clip: float | None = None
     gate: str = ""
+    is_query_gated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

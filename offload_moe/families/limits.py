@@ -7,7 +7,7 @@ from offload_moe.families.layer_spec import AttentionSpec, LayerSpec, RouterSpec
 
 def attention_limits(spec: AttentionSpec) -> list[str]:
     """Limits of the kernel call for one attention module."""
-    if spec.latent is not None:
+    if spec.latent is not None or spec.delta is not None:
         return []
     reasons = {
         "an output gate": bool(spec.gate),
@@ -52,10 +52,15 @@ def layer_limits(spec: LayerSpec) -> list[str]:
 def card_limits(spec: LayerSpec) -> list[str]:
     """All limits of the device pass."""
     attention = spec.attention
+    norms = (spec.before_attention, spec.before_mlp, attention.query_norm, attention.key_norm)
     reasons = {
+        "a delta rule": attention.delta is not None,
+        "gates beside its queries": attention.is_query_gated,
         "norms of queries and keys after the rotation": attention.is_normed_rotated and attention.norm_span != "none",
         "chunks": attention.chunk is not None,
         "queries scaled by their position": attention.query_scale is not None,
     }
     router = {"weights that scale the experts' inputs": spec.router is not None and spec.router.scales_inputs}
-    return [*layer_limits(spec), *_phrase("attention", reasons), *_phrase("a router", router)]
+    are_from_one = any(norm is not None and norm.is_from_one for norm in norms)
+    added = ["norms whose weights are added to one"] if are_from_one else []
+    return [*layer_limits(spec), *_phrase("attention", reasons), *_phrase("a router", router), *added]

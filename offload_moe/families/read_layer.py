@@ -5,9 +5,10 @@ from typing import Any
 from torch import nn
 
 from offload_moe.families.declared import declared_class, guard_of
-from offload_moe.families.layer_classes import AttentionClass, LayerClass, RouterClass, Setting
+from offload_moe.families.layer_classes import NORMS_FROM_ONE, AttentionClass, LayerClass, RouterClass, Setting
 from offload_moe.families.layer_spec import (
     AttentionSpec,
+    DeltaSpec,
     LatentSpec,
     LayerSpec,
     MLPSpec,
@@ -20,6 +21,7 @@ from offload_moe.families.layer_spec import (
 EXPERTS = "experts"
 CHUNKED = "chunked_attention"  # of transformers' layer types
 ATTENTION = "self_attn"
+JOINED = "in_proj_qkvz"
 GATED = ("gate_proj", "up_proj", "down_proj")
 FUSED = ("input_linear", "input_linear", "output_linear")  # gate rows above up rows
 
@@ -48,10 +50,11 @@ def _read(layer: Any, declared: LayerClass) -> LayerSpec:
     before_attention, after_attention, before_mlp, after_mlp = (_norm(layer, path) for path in declared.norms)
     block = getattr(layer, declared.block)
     is_sparse = hasattr(block, EXPERTS)
-    activation = layer.self_attn.config.hidden_act
+    delta = _child(layer, declared.delta)
+    activation = layer.self_attn.config.hidden_act if delta is None else delta.activation
     shared = _join(declared.block, declared.shared) if declared.shared else declared.shared_beside
     return LayerSpec(
-        attention=_attention(layer.self_attn, declared.attention),
+        attention=_attention(layer.self_attn, declared.attention) if delta is None else _delta(delta, declared.delta),
         before_attention=before_attention,
         after_attention=after_attention,
         before_mlp=before_mlp,
@@ -121,6 +124,27 @@ def _attention(module: Any, declared: AttentionClass) -> AttentionSpec:
         sinks=_join(ATTENTION, declared.sinks),
         clip=None if clip is None else float(clip),
         gate=_join(ATTENTION, declared.gate),
+        is_query_gated=declared.is_query_gated,
+    )
+
+
+def _delta(module: Any, path: str) -> AttentionSpec:
+    norm = _norm(module, "norm", path)
+    assert norm is not None
+    return AttentionSpec(
+        path=path,
+        num_heads=module.num_v_heads,
+        head_dim=module.head_k_dim,
+        scaling=module.head_k_dim**-0.5,
+        rotary="none",
+        rotated_dims=0,
+        delta=DeltaSpec(
+            num_key_heads=module.num_k_heads,
+            value_dims=module.head_v_dim,
+            num_taps=module.conv_kernel_size,
+            norm=norm,
+            is_joined=hasattr(module, JOINED),
+        ),
     )
 
 
@@ -177,8 +201,13 @@ def _norm(module: Any, name: str, below: str = "") -> NormSpec | None:
         return None
     epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
     path = _join(below, name) if below else name
-    is_centered = isinstance(norm, nn.LayerNorm)
-    return NormSpec(path=path, epsilon=epsilon, is_centered=is_centered, has_weight=hasattr(norm, "weight"))
+    return NormSpec(
+        path=path,
+        epsilon=epsilon,
+        is_centered=isinstance(norm, nn.LayerNorm),
+        has_weight=hasattr(norm, "weight"),
+        is_from_one=type(norm).__name__ in NORMS_FROM_ONE,
+    )
 
 
 def _child(module: Any, path: str) -> Any:

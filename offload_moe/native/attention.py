@@ -90,16 +90,20 @@ class AttentionKernel:
         is_normed_rotated: bool = False,
         query_scale: tuple[float, float] | None = None,
         cache_dtype: torch.dtype = torch.float32,
+        is_gated: bool = False,
     ) -> None:
         """Settings of one layer. linears: query, key, value, output. norms: of query and key. Other tensors: fp32.
 
         rotated_dims: 0 rotates nothing. rotation: a key of `ROTATIONS`. is_normed_rotated: the norms come after it.
         query_scale: step and strength, as of `QueryScale`; rooms have all tokens then. cache_dtype: of keys and values,
         fp32 or bf16.
+        is_gated: the first projection gives, of each head, its query and a gate, ``[N, 2, D]``; the sigmoid of that
+        multiplies what the head attends to.
 
         Raises: ConfigError when the kernel lacks these dims.
         """
         outs = [linear.shape.matrices[0].out_features for linear in linears]
+        outs[0] //= 1 + is_gated
         if head_dim % HEAD_DIM_STEP or rotated_dims % 2 or rotated_dims > head_dim:
             raise ConfigError(f"The attention kernel takes no heads of {head_dim} with {rotated_dims} rotated.")
         if rotation != "halves" and rotated_dims > MAX_ROTATED:
@@ -127,6 +131,7 @@ class AttentionKernel:
             is_normed_rotated=is_normed_rotated,
             rotation=ROTATIONS[rotation],
             cache_dtype=DTYPES[cache_dtype],
+            is_gated=is_gated,
         )
         self.struct_address = ctypes.addressof(self._struct)
         self._native = library().om_attention_step

@@ -32,16 +32,16 @@ class Projected:
     times: Tensor | None = None
 
 
-class _Places(NamedTuple):
-    """Numbers from the beginning of their tensor to the first key, value and gate.
+class Places(NamedTuple):
+    """Where a token's queries, keys, values, gates, strengths and times are among its projections.
 
-    strides: to queries and keys, values, and gates of the next head of keys.
+    sources: which projection has them; offsets: the first number of them there. strides: numbers to those of the next
+    head of keys: queries and keys, values, gates, strengths and times.
     """
 
-    keys: int
-    values: int
-    gates: int
-    strides: tuple[int, int, int]
+    sources: tuple[int, ...]
+    offsets: tuple[int, ...]
+    strides: tuple[int, int, int, int]
 
 
 class DeltaKernel:
@@ -91,9 +91,18 @@ class DeltaKernel:
         self._native = library().om_delta_step
         shared, keys = num_heads // num_key_heads, num_key_heads * key_dim
         values, together = shared * value_dim, 2 * key_dim + 2 * shared * value_dim
-        self._joined = _Places(key_dim, 2 * key_dim, 2 * key_dim + values, (together, together, together))
-        self._apart = _Places(keys, 2 * keys, 0, (key_dim, values, values))
-        self._num_shared = shared
+        offsets = (0, key_dim, 2 * key_dim, 2 * key_dim + values, 0, shared)
+        self._joined = Places((0, 0, 0, 0, 1, 1), offsets, (together, together, together, 2 * shared))
+        self._apart = Places((0, 0, 0, 1, 2, 3), (0, keys, 2 * keys, 0, 0, 0), (key_dim, values, values, shared))
+
+    @property
+    def struct(self) -> DeltaStruct:
+        """As calls of more than this read it."""
+        return self._struct
+
+    def places(self, num_projections: int) -> Places:
+        """Of two projections, by heads of keys: `mixed` and `strengths`; or of four: with `gates` and `times` apart."""
+        return self._joined if num_projections == 2 else self._apart
 
     def step(self, projected: Projected, inputs: Tensor, state: Tensor, out: Tensor) -> None:
         """Move the states on by a token: inputs ``[N, taps]`` and state ``[H, K, V]``; set `out` ``[H V]``.
@@ -110,16 +119,8 @@ class DeltaKernel:
         )
 
     def _inputs(self, projected: Projected) -> DeltaInputsStruct:
-        gates, times = projected.gates, projected.times
-        places = self._joined if gates is None else self._apart
-        mixed, strengths = projected.mixed.data_ptr(), projected.strengths.data_ptr()
-        first_gate = mixed if gates is None else gates.data_ptr()
-        return DeltaInputsStruct(
-            queries=mixed,
-            keys=mixed + FLOAT * places.keys,
-            values=mixed + FLOAT * places.values,
-            gates=first_gate + FLOAT * places.gates,
-            strengths=strengths,
-            times=strengths + FLOAT * self._num_shared if times is None else times.data_ptr(),
-            strides=(*places.strides, self._num_shared * (1 if times is not None else 2)),
-        )
+        tensors = (projected.mixed, projected.gates, projected.strengths, projected.times)
+        addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
+        sources, offsets, strides = self.places(len(addresses))
+        fields = (addresses[source] + FLOAT * offset for source, offset in zip(sources, offsets, strict=True))
+        return DeltaInputsStruct(*fields, strides)

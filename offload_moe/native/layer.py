@@ -7,6 +7,7 @@ from torch import Tensor
 from offload_moe.native.attention import AttentionKernel, NormKernel
 from offload_moe.native.bindings import library
 from offload_moe.native.latent import LatentKernel
+from offload_moe.native.linear_attention import LinearAttentionKernel
 from offload_moe.native.rooms import Rooms, rooms_array
 from offload_moe.native.router import RouterKernel
 from offload_moe.native.structs import LayerStruct
@@ -22,7 +23,7 @@ class LayerKernel:
     def __init__(
         self,
         norms: tuple[NormKernel, NormKernel],
-        attention: AttentionKernel | LatentKernel,
+        attention: AttentionKernel | LatentKernel | LinearAttentionKernel,
         router: RouterKernel | None,
         residual_scale: float = 1.0,
     ) -> None:
@@ -31,10 +32,9 @@ class LayerKernel:
         residual_scale: factor of what attention and experts add.
         """
         self._owned = (norms, attention, router)
-        is_latent = isinstance(attention, LatentKernel)
+        kinds = {"attention": AttentionKernel, "latent": LatentKernel, "linear": LinearAttentionKernel}
         self._struct = LayerStruct(
-            attention=None if is_latent else attention.struct_address,
-            latent=attention.struct_address if is_latent else None,
+            **{name: attention.struct_address for name, kind in kinds.items() if isinstance(attention, kind)},
             router=None if router is None else router.struct_address,
             norms=(ctypes.c_void_p * 2)(*(norm.weight_address for norm in norms)),
             epsilons=(ctypes.c_float * 2)(*(norm.epsilon for norm in norms)),

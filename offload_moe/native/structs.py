@@ -47,7 +47,7 @@ class AttentionStruct(ctypes.Structure):
         ("norm_lengths", ctypes.c_int64 * 2),
         ("epsilons", ctypes.c_float * 2),
         *((name, ctypes.c_float) for name in ("scaling", "scale_step", "scale_strength")),
-        *((name, ctypes.c_int32) for name in ("is_normed_rotated", "rotation", "cache_dtype")),
+        *((name, ctypes.c_int32) for name in ("is_normed_rotated", "rotation", "cache_dtype", "is_gated")),
     )
 
 
@@ -66,6 +66,21 @@ class DeltaInputsStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("queries", "keys", "values", "gates", "strengths", "times")),
+        ("strides", ctypes.c_int64 * 4),
+    )
+
+
+class LinearAttentionStruct(ctypes.Structure):
+    """`om_linear_attention`."""
+
+    _fields_ = (
+        ("rule", DeltaStruct),
+        ("inputs", MatrixStruct * 4),
+        ("records", ctypes.c_void_p * 4),
+        ("num_inputs", ctypes.c_int64),
+        ("output", MatrixStruct),
+        ("output_record", ctypes.c_void_p),
+        *((name, ctypes.c_int64 * 6) for name in ("sources", "offsets")),
         ("strides", ctypes.c_int64 * 4),
     )
 
@@ -101,7 +116,7 @@ class LayerStruct(ctypes.Structure):
     """`om_layer`."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("attention", "latent", "router")),
+        *((name, ctypes.c_void_p) for name in ("attention", "latent", "linear", "router")),
         ("norms", ctypes.c_void_p * 2),
         ("epsilons", ctypes.c_float * 2),
         ("residual_scale", ctypes.c_float),
@@ -313,6 +328,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "om_latent": LatentStruct,
     "om_delta": DeltaStruct,
     "om_delta_inputs": DeltaInputsStruct,
+    "om_linear_attention": LinearAttentionStruct,
     "om_router": RouterStruct,
     "om_layer": LayerStruct,
     "om_mlp": MlpStruct,

@@ -80,11 +80,12 @@ def describe_attention(model: "PreTrainedModel", *, is_fast_path: bool) -> Atten
 
 
 def _is_native(model: "PreTrainedModel") -> bool:
-    """Whether every layer of the decoder is declared, and has parts and sizes that the kernels compute."""
+    """Whether every layer of the decoder is declared, and has parts and sizes that the kernels compute of prompts."""
     layers = list(getattr(model.get_decoder(), "layers", ()))
     specs = [layer_spec(layer) for layer in layers]
     return bool(specs) and all(
         spec is not None
+        and spec.attention.delta is None
         and not attention_limits(spec.attention)
         and not order_limits(spec)
         and _has_sizes(spec.attention)

@@ -1,30 +1,74 @@
 """Models with linear attention by gated delta rules decode natively where the store is quantized."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
-from unittest.mock import Mock, patch
+from unittest.mock import Mock
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from support.models import open_model
-from support.tiny_models import tiny_model
+from support.tiny_models import tiny_model, tiny_prompt
+from torch import Tensor
+from transformers import DynamicCache
 
+from offload_moe.card.model import why_not
 from offload_moe.convert.quantize import quantize
-from offload_moe.decode.delta import DeltaForward, DeltaKernel, fuse_delta_rules
+from offload_moe.decode import pass_rows, takes_rows, why_no_rows
+from offload_moe.decode.delta import DeltaForward, fuse_delta_rules
+from offload_moe.decode.delta_step import delta_step
 from offload_moe.decode.dense import QuantLinear
+from offload_moe.decode.plan import PassPlan
+from offload_moe.decode.probe import Uncovered
+from offload_moe.decode.span import LayerSpan
 from tests.integration.test_card_pass import logits
 
-HEADS = {
+FAMILIES = ("qwen3_next", "qwen3_5_moe_text")
+SIZES: dict[str, Any] = {
     "num_hidden_layers": 4,
+    "head_dim": 32,
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
 }
+NUM_STEPS = 7  # of `logits` behind a prompt, which gives the first token of eight
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("delta")
+    for family in FAMILIES:
+        tiny_model(family, **SIZES).to(torch.bfloat16).save_pretrained(root / family)
+    return {
+        family: quantize(root / family, root / f"{family}-store", codec="int8", dense_codec="int8")
+        for family in FAMILIES
+    }
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each pass through a plan of one span has."""
+    calls: list[int] = []
+    call = PassPlan.__call__
+
+    def counted(self: PassPlan, x: Tensor, *args: Any) -> Tensor:
+        assert [type(stage) for stage in self.stages] == [LayerSpan]
+        calls.append(x.shape[1])
+        return call(self, x, *args)
+
+    monkeypatch.setattr(PassPlan, "__call__", counted)
+    return calls
+
+
+def kinds(model: Any) -> list[str]:
+    return [layer.kind for layer in model.fast_path.layers]
 
 
 def num_fused(hf: Any) -> int:
@@ -37,25 +81,118 @@ def output_projections(hf: Any) -> list[Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def next_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("next")
-    tiny_model("qwen3_next", **HEADS).to(torch.bfloat16).save_pretrained(root / "checkpoint")
-    return quantize(root / "checkpoint", root / "store", codec="int8", dense_codec="int8")
-
-
-@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text"])
-def test_decode_steps_give_the_modules_logits(family: str, tmp_path: Path) -> None:
-    tiny_model(family, **HEADS).to(torch.bfloat16).save_pretrained(tmp_path / family)
-    store = quantize(tmp_path / family, tmp_path / "store", codec="int8", dense_codec="int8")
-    with open_model(store) as fast, open_model(store, fast_path=False) as plain:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_steps_give_the_modules_logits(family: str, stores: dict[str, Path], passes: list[int]) -> None:
+    with open_model(stores[family]) as fast, open_model(stores[family], fast_path=False) as plain:
+        assert kinds(fast) == ["span"] * 4
         assert num_fused(fast.hf) == 3
         assert num_fused(plain.hf) == 0
         assert all(isinstance(linear, QuantLinear) for linear in output_projections(fast.hf))
-        got, expected = logits(fast.hf, 8), logits(plain.hf, 8)
-        assert torch.equal(got.argmax(-1), expected.argmax(-1))
+        got, expected = logits(fast.hf, NUM_STEPS + 1), logits(plain.hf, NUM_STEPS + 1)
+    assert passes == [1] * NUM_STEPS
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+    assert (got - expected).norm() <= 1e-2 * expected.norm()
+    assert len(set(got.argmax(-1).flatten().tolist())) > 2
+
+
+@pytest.mark.parametrize(("family", "num_slots"), [("qwen3_next", 2), ("qwen3_5_moe_text", 7)])
+def test_few_slots_change_no_bit(family: str, num_slots: int, stores: dict[str, Path], passes: list[int]) -> None:
+    found = []
+    for number in (num_slots, 32):
+        with open_model(stores[family], num_slots=number) as model:
+            found.append(logits(model.hf, NUM_STEPS + 1))
+    assert passes == [1] * NUM_STEPS * 2
+    assert torch.equal(*found)
+
+
+@torch.inference_mode()
+def after_prompt(hf: Any, length: int = 9, batch: int = 1) -> Any:
+    ids, mask = tiny_prompt(batch, length)
+    cache = DynamicCache(config=hf.config)
+    hf(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def test_calls_that_states_do_not_allow_take_the_modules(stores: dict[str, Path], passes: list[int]) -> None:
+    """Several tokens, a batch, a first token, states that are recorded."""
+    found = []
+    for fast_path in (True, False):
+        with open_model(stores["qwen3_next"], fast_path=fast_path) as model, torch.inference_mode():
+            hf = model.hf
+            recorded = after_prompt(hf)
+            recorded.activate_past_recording()
+            calls = [
+                (torch.tensor([[5, 6, 7]]), after_prompt(hf)),
+                (torch.tensor([[5], [6]]), after_prompt(hf, batch=2)),
+                (torch.tensor([[5]]), DynamicCache(config=hf.config)),
+                (torch.tensor([[5]]), recorded),
+            ]
+            found += [[hf(ids, past_key_values=cache, use_cache=True).logits for ids, cache in calls]]
+            assert not passes
+            hf(torch.tensor([[5]]), past_key_values=calls[0][1], use_cache=True)
+            assert passes == [1] * fast_path
+            passes.clear()
+    for got, expected in zip(*found, strict=True):
+        assert expected.abs().max() > 0.1
         assert (got - expected).norm() <= 1e-2 * expected.norm()
-        assert len(set(got.argmax(-1).flatten().tolist())) > 2
+
+
+def test_tokens_of_several_sequences_pass_together_and_none_is_taken_back(
+    stores: dict[str, Path], passes: list[int]
+) -> None:
+    with open_model(stores["qwen3_next"]) as model, torch.inference_mode():
+        hf = model.hf
+        lengths = (4, 9, 6)
+        ids = [torch.tensor([token]) for token in (5, 6, 7)]
+        caches, others = ([after_prompt(hf, length) for length in lengths] for _ in range(2))
+        got = pass_rows(hf, list(zip(ids, caches, strict=True)))
+        assert got is not None
+        decoder = hf.get_decoder()
+        for row, token, cache in zip(got, ids, others, strict=True):
+            alone = decoder(input_ids=token[None], past_key_values=cache, use_cache=True).last_hidden_state
+            assert torch.equal(row, alone[0, 0])
+        assert passes == [3, 1, 1, 1]
+        assert pass_rows(hf, [(torch.tensor([5, 6]), caches[0])]) is None
+        assert not takes_rows(hf, caches[0], 1)
+        assert "taken back" in why_no_rows(hf)
+
+
+def test_linear_attention_without_a_kernel_is_called_as_a_module(
+    stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_model(stores["qwen3_next"]) as model:
+        expected = logits(model.hf, NUM_STEPS + 1)
+
+    def refuse_the_second(module: Any) -> Any:
+        if module.layer_idx == 1:
+            raise Uncovered("what a test says")
+        return delta_step(module)
+
+    monkeypatch.setattr("offload_moe.decode.layer.delta_step", refuse_the_second)
+    with open_model(stores["qwen3_next"]) as model:
+        assert kinds(model) == ["span", "modules", "span", "span"]
+        got = logits(model.hf, NUM_STEPS + 1)
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+    assert (got - expected).norm() <= 1e-2 * expected.norm()
+
+
+def test_sizes_that_no_rule_is_computed_in_are_modules_beside_native_attention(tmp_path: Path) -> None:
+    tiny_model("qwen3_next", **SIZES | {"linear_key_head_dim": 8}).to(torch.bfloat16).save_pretrained(
+        tmp_path / "plain"
+    )
+    store = quantize(tmp_path / "plain", tmp_path / "store", codec="int8", dense_codec="int8")
+    with open_model(store) as fast, open_model(store, fast_path=False) as plain:
+        assert kinds(fast) == ["modules", "modules", "modules", "span"]
+        assert "whose rule is not a kernel call" in str(fast.fast_path)
+        got, expected = logits(fast.hf, NUM_STEPS + 1), logits(plain.hf, NUM_STEPS + 1)
+    assert torch.equal(got.argmax(-1), expected.argmax(-1))
+
+
+def test_the_device_pass_says_why_it_does_not_take_them() -> None:
+    assert "a delta rule" in why_not(tiny_model("qwen3_next", **SIZES))
+    only = tiny_model("qwen3_next", **SIZES | {"num_hidden_layers": 1, "layer_types": ["full_attention"]})
+    assert "gates beside its queries" in why_not(only)
+    assert "added to one" in why_not(only)
 
 
 class Calling(ModelHook):  # type: ignore[misc]
@@ -89,21 +226,20 @@ def hooked_by_accelerate(module: Any, called: list[int]) -> Callable[[], None]:
     ("name", "change"),
     [("norm", hooked), ("norm", replaced), ("norm", hooked_by_accelerate), ("conv1d", hooked_by_accelerate)],
 )
-def test_a_step_calls_what_hooks_are_on(name: str, change: Any, next_store: Path) -> None:
+def test_a_step_calls_what_hooks_are_on(name: str, change: Any, stores: dict[str, Path], passes: list[int]) -> None:
     """And is native again without them."""
-    with open_model(next_store) as model:
+    with open_model(stores["qwen3_next"]) as model:
         expected, called = logits(model.hf, 3), list[int]()
         undo = change(model.hf.model.layers[0].linear_attn.get_submodule(name), called)
+        passes.clear()
         got = logits(model.hf, 3)
+        assert not passes
         assert len(called) == 3  # the prompt and two steps
         assert (got - expected).norm() <= 1e-2 * expected.norm()
         undo()
         assert torch.equal(logits(model.hf, 3), expected)
         assert len(called) == 3
-        step = Mock(side_effect=AssertionError)
-        with patch.object(DeltaKernel, "step", step), suppress(AssertionError):
-            logits(model.hf, 3)
-        assert step.called
+        assert passes == [1, 1]
 
 
 @pytest.mark.parametrize(("name", "error"), [("DeltaKernel", AttributeError), ("Projected", TypeError)])
@@ -111,18 +247,18 @@ def test_an_error_of_our_own_is_no_refusal(name: str, error: type[Exception], mo
     fault = Mock(side_effect=error("a fault of ours")) if error is AttributeError else None
     monkeypatch.setattr(f"offload_moe.decode.delta.{name}", fault)
     with pytest.raises(error):
-        fuse_delta_rules(tiny_model("qwen3_next", **HEADS))
+        fuse_delta_rules(tiny_model("qwen3_next", **SIZES))
 
 
 @pytest.mark.parametrize(("path", "name"), [("norm", "variance_epsilon"), ("", "head_k_dim"), ("", "in_proj_ba")])
 def test_a_layer_with_other_parts_keeps_its_forward(path: str, name: str) -> None:
-    hf: Any = tiny_model("qwen3_next", **HEADS)
+    hf: Any = tiny_model("qwen3_next", **SIZES)
     delattr(hf.model.layers[1].linear_attn.get_submodule(path), name)
     assert fuse_delta_rules(hf) == 2
 
 
 def test_a_lossless_store_keeps_the_modules_bits(tmp_path: Path) -> None:
-    tiny_model("qwen3_next", **HEADS).to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint")
+    tiny_model("qwen3_next", **SIZES).to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint")
     store = quantize(tmp_path / "checkpoint", tmp_path / "store", codec="bf16", dense_codec="bf16")
     with open_model(store) as model:
         assert num_fused(model.hf) == 0

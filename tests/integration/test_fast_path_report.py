@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from support.checkpoints import write_checkpoint
+from support.checkpoints import FOUR_LAYERS, write_checkpoint
 
 from offload_moe import load, quantize
 from offload_moe.checkpoint.catalog import families
@@ -53,6 +53,8 @@ def kinds_in_place(model: Model) -> list[str]:
         ("granitemoe", {"residual_multiplier": 0.5}, ["span"] * 3, "yes", ""),
         ("olmoe", {"clip_qkv": 4.0}, ["modules"] * 3, "yes", "clamped queries, keys and values"),
         ("minimax_m2", {}, ["span"] * 3, "yes", ""),
+        ("qwen3_next", FOUR_LAYERS, ["span"] * 4, "yes", ""),
+        ("qwen3_5_moe_text", FOUR_LAYERS, ["span"] * 4, "yes", ""),
         ("minimax_m2", {"rotary_dim": 8}, ["span"] * 3, "yes", ""),
         ("glm4_moe", {}, ["span"] * 3, "yes", ""),
         ("ernie4_5_moe", {"moe_layer_start_index": 0}, ["span"] * 3, "yes", ""),
@@ -84,7 +86,7 @@ def test_every_place_says_the_same_of_a_declared_family(
         assert "0 of 3 layers" in examined.found
     else:
         assert not notices
-        assert examined.found == "3 of 3 layers decode natively on the CPU"
+        assert examined.found == f"{len(expected)} of {len(expected)} layers decode natively on the CPU"
     assert {entry.name: entry.fast_path for entry in families()}[family.removesuffix("_text")] == column
 
 

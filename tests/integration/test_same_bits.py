@@ -19,12 +19,21 @@ from offload_moe.native import kernels
 pytestmark = pytest.mark.usefixtures("best_kernels_afterwards")
 
 NUM_PROMPT, NUM_STEPS = 11, 3
+DELTA: dict[str, Any] = {  # of heads that the kernels take
+    "num_hidden_layers": 4,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+}
 SIZES: dict[str, Any] = {"head_dim": 16, "hidden_size": 64}
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3_moe", {}),
     ("qwen2_moe", {}),
     ("gpt_oss", {}),
     ("deepseek_v3", {"qk_rope_head_dim": 16}),
+    ("qwen3_next", DELTA),
+    ("qwen3_5_moe_text", DELTA),
     ("olmoe", {}),
     ("mixtral", {}),
     ("glm4_moe", {}),

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeRMSNorm
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 
 from offload_moe.decode.dense import QuantLinear, quantize_linear
 from offload_moe.decode.mlp import FusedMLP, fuse_mlps
@@ -61,12 +63,26 @@ class GatedNorm(LlamaRMSNorm):
         return super().forward(hidden_states) * gate.sigmoid()
 
 
-@pytest.mark.parametrize(
-    "norm", [ClippedNorm(64), CenteredNorm(64), GatedNorm(64), nn.LayerNorm(64, bias=False), Gemma3RMSNorm(64)]
-)
+@pytest.mark.parametrize("norm", [ClippedNorm(64), CenteredNorm(64), GatedNorm(64), nn.LayerNorm(64, bias=False)])
 def test_other_norms_stay_as_they_are(norm: nn.Module) -> None:
     assert fuse_norms(filled(norm), is_exact=False) == 0
     assert "forward" not in vars(norm)
+
+
+@pytest.mark.parametrize("make", [Qwen3NextRMSNorm, Qwen3_5MoeRMSNorm, Gemma3RMSNorm])
+def test_weights_that_are_added_to_one_are_added_once(make: Any) -> None:
+    norm, x = filled(make(96, eps=1e-3)), torch.randn(2, 5, 96)
+    expected = norm(x)
+    assert fuse_norms(norm, is_exact=False) == 1
+    assert isinstance(norm.forward, FusedRMSNorm)
+    assert norm.forward.kernel is not None
+    assert torch.equal(norm.forward.weight, 1.0 + norm.weight)
+    assert (norm(x) - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_weights_that_are_added_to_one_stay_where_no_bit_may_change_or_sums_round() -> None:
+    for norm in (filled(Qwen3NextRMSNorm(96)), filled(Qwen3NextRMSNorm(96)).to(torch.bfloat16)):
+        assert fuse_norms(norm, is_exact=norm.weight.dtype == torch.float32) == 0
 
 
 def test_norms_of_one_kind_keep_their_own_weights() -> None:

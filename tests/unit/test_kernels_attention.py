@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.kernels import SETS, decoded, make_linear
+from support.kernels import PANEL_SETS, SETS, decoded, make_linear
 from torch import Tensor
 from torch.nn import functional
 
@@ -32,10 +32,16 @@ class Case:
     def __init__(self, codec: str, heads: int, kv_heads: int, dim: int, rotated: int, length: int, norm: str) -> None:
         torch.manual_seed(heads * dim + length)
         self.heads, self.kv_heads, self.dim, self.rotated, self.length = heads, kv_heads, dim, rotated, length
-        sizes = [(heads * dim, HIDDEN), (kv_heads * dim, HIDDEN), (kv_heads * dim, HIDDEN), (HIDDEN, heads * dim)]
-        pairs = [linear(codec, *size, has_bias=norm == "head") for size in sizes]
+        self.is_gated = norm == "gated"
+        sizes = [
+            ((1 + self.is_gated) * heads * dim, HIDDEN),
+            (kv_heads * dim, HIDDEN),
+            (kv_heads * dim, HIDDEN),
+            (HIDDEN, heads * dim),
+        ]
+        pairs = [linear(codec, *size, has_bias=norm in ("head", "gated")) for size in sizes]
         self.linears, self.weights = [p[0] for p in pairs], [p[1] for p in pairs]
-        lengths = {"none": [], "head": [dim, dim], "all": [heads * dim, kv_heads * dim]}[norm]
+        lengths = {"none": [], "head": [dim, dim], "gated": [dim, dim], "all": [heads * dim, kv_heads * dim]}[norm]
         self.norms = [kernels.HeadNorm(weight=torch.rand(n) + 0.5, epsilon=1e-3) for n in lengths] or [None, None]
         self.sinks = torch.randn(heads) if norm == "head" else None
         self.x = torch.randn(1, 1, HIDDEN)
@@ -44,8 +50,8 @@ class Case:
         self.signed_sin = torch.cat((-angles.sin(), angles.sin()))
         self.cache = [torch.randn(1, kv_heads, CAPACITY, dim) for _ in range(2)]
 
-    def step(self, cache_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-        kernel = kernels.AttentionKernel(
+    def kernel(self, cache_dtype: torch.dtype = torch.float32) -> kernels.AttentionKernel:
+        return kernels.AttentionKernel(
             self.linears,
             head_dim=self.dim,
             rotated_dims=self.rotated,
@@ -53,18 +59,31 @@ class Case:
             norms=self.norms,
             sinks=self.sinks,
             cache_dtype=cache_dtype,
+            is_gated=self.is_gated,
         )
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x ``[T, H]`` of as many sequences, which have all seen the same."""
+        rooms = [(*(part.clone() for part in self.cache), self.length) for _ in x]
+        cos, signed_sin = (part.expand(len(x), -1).contiguous() for part in (self.cos, self.signed_sin))
+        out = torch.full_like(x, torch.nan)
+        self.kernel().step(x.contiguous(), cos, signed_sin, rooms, out)
+        return out
+
+    def step(self, cache_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
         keys, values = (part.to(cache_dtype, copy=True) for part in self.cache)
         out = torch.full_like(self.x, torch.nan)
-        kernel.step(self.x, self.cos, self.signed_sin, [(keys, values, self.length)], out)
+        self.kernel(cache_dtype).step(self.x, self.cos, self.signed_sin, [(keys, values, self.length)], out)
         return out, keys, values
 
     def expected(self, cache: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The result, and the cache afterwards. cache: that of a step, to attend to."""
-        projected = []
+        projected, gates = [], torch.tensor(1.0)
         for which in range(3):
             bias = self.linears[which].bias
             states = self.weights[which] @ self.x.flatten().double() + (0 if bias is None else bias)
+            if which == 0 and self.is_gated:
+                states, gates = states.view(self.heads, 2, self.dim).unbind(1)
             if which < 2 and (norm := self.norms[which]) is not None:
                 states = rms_norm(states, norm)
             states = states.view(-1, self.dim)
@@ -76,8 +95,8 @@ class Case:
         scores = torch.einsum("nd,nsd->ns", projected[0], k) * 0.3
         if self.sinks is not None:
             scores = torch.cat((scores, self.sinks[:, None]), 1)
-        mixed = torch.einsum("ns,nsd->nd", scores.softmax(1)[:, :end], v).flatten()
-        out = self.weights[3] @ mixed + (0 if self.linears[3].bias is None else self.linears[3].bias)
+        mixed = torch.einsum("ns,nsd->nd", scores.softmax(1)[:, :end], v) * (gates.sigmoid() if self.is_gated else 1)
+        out = self.weights[3] @ mixed.flatten() + (0 if self.linears[3].bias is None else self.linears[3].bias)
         return out.view(1, 1, -1), keys, values
 
     def turned(self, states: Tensor) -> Tensor:
@@ -90,6 +109,7 @@ CASES = [
     ("int8", 6, 2, 32, 16, 7, "head"),
     ("nf4", 4, 2, 80, 80, 33, "all"),
     ("int8", 8, 1, 64, 64, CAPACITY - 1, "none"),
+    ("int8", 4, 2, 32, 16, 9, "gated"),
 ]
 
 
@@ -123,6 +143,18 @@ def test_keys_and_values_are_rounded_to_bf16_once(case: tuple[str, int, int, int
         errors = (new - exact[:, :, made.length]).abs() / exact[:, :, made.length].abs()
         assert errors.max() <= 2**-8  # half a unit in the last place
         assert errors.max() > 2**-13
+
+
+def test_gated_heads_have_the_same_bits_in_every_set_and_number_of_rows() -> None:
+    """Some rows, and many: each the next token of a sequence of its own."""
+    made, found = Case("int8", 4, 2, 32, 16, 9, "gated"), []
+    made.linears = [in_panels(each) for each in made.linears]
+    x = torch.randn(20, HIDDEN)
+    for name in (*PANEL_SETS, "portable"):
+        kernels.select_instruction_set(name)
+        found += [torch.cat([made.rows(part) for part in x.split(num_rows)]) for num_rows in (1, 3, 20)]
+    assert found[0].abs().max() > 0.01
+    assert all(torch.equal(each, found[0]) for each in found)
 
 
 def test_heads_that_fit_no_vector_are_refused() -> None:

@@ -10,7 +10,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGatedDeltaNet
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
-from offload_moe.decode.delta import DeltaForward, fuse_delta_rules
+from offload_moe.decode.delta import DeltaForward, fuse_delta_rules, projection_names
 from offload_moe.errors import ConfigError
 from offload_moe.native import kernels
 from tests.support.kernels import PANEL_SETS
@@ -91,6 +91,44 @@ def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(kind: s
     kernels.set_threads(1)
     for each in found[1:]:
         assert all(torch.equal(got, first) for got, first in zip(each, found[0], strict=True))
+
+
+def moved_on(module: Any, xs: Tensor, num_rows: int) -> list[Tensor]:
+    """What the kernel of the module gives for a token of each of some sequences, so many at a time; their states."""
+    forward = DeltaForward(module)
+    parts = [getattr(module, name) for name in (*projection_names(module), "out_proj")]
+    *inputs, output = (kernels.Linear.of_numbers(part.weight.detach()) for part in parts)
+    kernel = kernels.LinearAttentionKernel(forward.kernel, inputs, output)
+    prompt = torch.randn(1, 7, 24, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        caches = [states_of(cache_of(module, prompt + at, module.forward)) for at in range(len(xs))]
+    outs = []
+    for first in range(0, len(xs), num_rows):
+        states = caches[first : first + num_rows]
+        out = torch.full((len(states), 24), torch.nan)
+        kernel.step(xs[first : first + num_rows].contiguous(), states, out)
+        outs.append(out)
+    return [torch.cat(outs), *(state for states in caches for state in states)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_several_sequences_have_the_bits_of_each_alone_in_every_set(kind: str) -> None:
+    module = module_of(kind, SHAPES[2])
+    xs = torch.randn(5, 24, generator=torch.Generator().manual_seed(4))
+    found = []
+    for name in (*PANEL_SETS, "portable"):
+        kernels.select_instruction_set(name)
+        found += [moved_on(module, xs, num_rows) for num_rows in (1, 3, 5)]
+    for each in found[1:]:
+        assert all(torch.equal(got, first) for got, first in zip(each, found[0], strict=True))
+    prompt = torch.randn(1, 7, 24, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        for at, x in enumerate(xs):
+            cache = cache_of(module, prompt + at, module.forward)
+            expected = [module.forward(x[None, None], cache_params=cache)[0, 0], *states_of(cache)]
+            for got, wanted in zip((found[0][0][at], *found[0][1 + 2 * at : 3 + 2 * at]), expected, strict=True):
+                assert wanted.abs().max() > 1e-3
+                assert (got - wanted).norm() <= 3e-6 * wanted.norm()
 
 
 def test_prompts_batches_and_calls_without_states_take_the_modules_own_forward() -> None:

@@ -22,6 +22,15 @@ TOLERANCE = 1e-5
 NUM_TOKENS = 9
 LAYERED: dict[str, Any] = {"num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 3}
 SLIDING: dict[str, Any] = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+DELTA: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "shared_expert_intermediate_size": 24,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+}
 # A family of each declared class, with settings that use what the class can do.
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "AfmoeDecoderLayer": ("afmoe", SLIDING | {"num_dense_layers": 1, "num_hidden_layers": 4, "route_scale": 1.7}),
@@ -55,7 +64,9 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "PhimoeDecoderLayer": ("phimoe", {"router_jitter_noise": 0.3, "num_experts_per_tok": 2, "attention_bias": True}),
     "Qwen2MoeDecoderLayer": ("qwen2_moe", {"qkv_bias": True, "shared_expert_intermediate_size": 24}),
     "Qwen3MoeDecoderLayer": ("qwen3_moe", {"norm_topk_prob": True, "attention_bias": True}),
+    "Qwen3NextDecoderLayer": ("qwen3_next", DELTA | {"norm_topk_prob": True, "attention_bias": True}),
     "Qwen3VLMoeTextDecoderLayer": ("qwen3_vl_moe", {}),
+    "Qwen3_5MoeDecoderLayer": ("qwen3_5_moe_text", DELTA),
     "SolarOpenDecoderLayer": ("solar_open", {"n_group": 4, "topk_group": 2}),
 }
 
@@ -185,6 +196,7 @@ def norm_mutants(spec: LayerSpec) -> Iterator[LayerSpec]:
             yield replace(spec, **{name: None})
             yield replace(spec, **{name: replace(norm, epsilon=norm.epsilon + 0.3)})
             if not norm.is_centered:
+                yield replace(spec, **{name: replace(norm, is_from_one=not norm.is_from_one)})
                 yield replace(spec, **{name: replace(norm, path=other_norm(spec, norm))})
 
 
@@ -216,6 +228,9 @@ def router_mutants(spec: LayerSpec) -> Iterator[LayerSpec]:
 
 def attention_mutants(spec: LayerSpec) -> Iterator[LayerSpec]:
     attention = spec.attention
+    if attention.delta is not None:
+        yield from delta_mutants(spec)
+        return
     changes: list[dict[str, Any]] = [{"scaling": attention.scaling * 1.1}]
     changes += [{"rotary": kind} for kind in ("halves", "pairs", "none") if kind != attention.rotary]
     changes += [{"sliding_window": (attention.sliding_window or attention.chunk or NUM_TOKENS) - 1}]
@@ -226,7 +241,7 @@ def attention_mutants(spec: LayerSpec) -> Iterator[LayerSpec]:
     if norm is not None:
         changes += [{"norm_span": "none"}, {"query_norm": replace(norm, epsilon=norm.epsilon + 0.3)}]
     if norm is not None and norm.has_weight:
-        changes += [{"query_norm": attention.key_norm}]
+        changes += [{"query_norm": attention.key_norm}, {"query_norm": replace(norm, is_from_one=not norm.is_from_one)}]
     if norm is not None and norm.has_weight and attention.norm_span == "head" and attention.rotary != "none":
         changes += [{"is_normed_rotated": not attention.is_normed_rotated}]
     changes += [{name: ""} for name in ("sinks", "gate") if getattr(attention, name)]
@@ -238,6 +253,14 @@ def attention_mutants(spec: LayerSpec) -> Iterator[LayerSpec]:
     for change in changes:
         if same_sizes or change.get("query_norm") != attention.key_norm:
             yield replace(spec, attention=replace(attention, **change))
+
+
+def delta_mutants(spec: LayerSpec) -> Iterator[LayerSpec]:
+    """The scaling of queries is none: the norm behind the rule takes it out again."""
+    attention, delta = spec.attention, spec.attention.delta
+    assert delta is not None
+    norm = replace(delta.norm, epsilon=delta.norm.epsilon + 0.3)
+    yield replace(spec, attention=replace(attention, delta=replace(delta, norm=norm)))
 
 
 def other_scale(attention: AttentionSpec) -> QueryScale:

@@ -27,7 +27,8 @@
 
 /* What one row of activations, a token, attends to in one layer: `length` tokens before it, and itself behind them. */
 #define OM_ROOM_FIELDS(FIELD, T) \
-    FIELD(T, void *, keys, ) FIELD(T, void *, values, ) /* [M, capacity, D]; or latents [C, R] and rotated keys [C, P] */ \
+    FIELD(T, void *, keys, ) FIELD(T, void *, values, ) /* [M, capacity, D]; or latents [C, R] and rotated keys [C, P]; or the \
+        inputs of a convolution and the state of `om_delta_step`, without a length */ \
     FIELD(T, int64_t, capacity, ) FIELD(T, int64_t, length, )
 
 #define OM_ATTENTION_FIELDS(FIELD, T) \
@@ -44,7 +45,8 @@
     FIELD(T, float, scale_step, ) FIELD(T, float, scale_strength, ) /* see `query_scale`; a step of 0: queries are not scaled */ \
     FIELD(T, int32_t, is_normed_rotated, ) /* the norms come after the rotation */ \
     FIELD(T, int32_t, rotation, ) \
-    FIELD(T, int32_t, cache_dtype, ) /* of keys and values */
+    FIELD(T, int32_t, cache_dtype, ) /* of keys and values */ \
+    FIELD(T, int32_t, is_gated, ) /* the first matrix gives of each head its query, and then a gate of what it attends to */
 
 /* Multi-head latent attention, absorbed: N heads of K unrotated and P rotated dims, values of V dims, latents of R. */
 #define OM_LATENT_FIELDS(FIELD, T) \
@@ -75,6 +77,7 @@
 #define OM_LAYER_FIELDS(FIELD, T) \
     FIELD(T, const om_attention *, attention, ) \
     FIELD(T, const om_latent *, latent, ) /* replaces `attention`, which is NULL then */ \
+    FIELD(T, const om_linear_attention *, linear, ) /* likewise */ \
     FIELD(T, const om_router *, router, ) /* NULL: the block after the second norm has its own router */ \
     FIELD(T, const float *, norms, [2]) /* [hidden]: before attention, and before the router */ \
     FIELD(T, float, epsilons, [2]) \
@@ -233,7 +236,7 @@
     FIELD(T, int64_t, hidden, )
 
 /* In an order in which each uses only earlier ones. */
-/* A layer of gated delta rules behind its projections: H heads of values, fewer of keys. */
+/* A gated delta rule behind its projections: H heads of values, fewer of keys. */
 #define OM_DELTA_FIELDS(FIELD, T) \
     FIELD(T, const float *, conv_weight, ) FIELD(T, const float *, conv_bias, ) /* [channels, conv_length]; [channels] or NULL */ \
     FIELD(T, const float *, decays, ) FIELD(T, const float *, time_biases, ) /* [H]: -exp(A_log); dt_bias */ \
@@ -248,6 +251,15 @@
     FIELD(T, const float *, gates, ) FIELD(T, const float *, strengths, ) FIELD(T, const float *, times, ) \
     FIELD(T, int64_t, strides, [4]) /* to the next head of keys: queries and keys, values, gates, strengths and times */
 
+/* Linear attention: projections of its input, its rule, and the projection of the output. */
+#define OM_LINEAR_ATTENTION_FIELDS(FIELD, T) \
+    FIELD(T, om_delta, rule, ) \
+    FIELD(T, om_matrix, inputs, [4]) FIELD(T, const uint8_t *, records, [4]) \
+    FIELD(T, int64_t, num_inputs, ) \
+    FIELD(T, om_matrix, output, ) FIELD(T, const uint8_t *, output_record, ) \
+    FIELD(T, int64_t, sources, [6]) FIELD(T, int64_t, offsets, [6]) /* of the fields of om_delta_inputs: the projection, the first row */ \
+    FIELD(T, int64_t, strides, [4])
+
 #define OM_STRUCTS(STRUCT) \
     STRUCT(om_matrix, OM_MATRIX_FIELDS) \
     STRUCT(om_moe_layer, OM_MOE_LAYER_FIELDS) \
@@ -256,6 +268,7 @@
     STRUCT(om_latent, OM_LATENT_FIELDS) \
     STRUCT(om_delta, OM_DELTA_FIELDS) \
     STRUCT(om_delta_inputs, OM_DELTA_INPUTS_FIELDS) \
+    STRUCT(om_linear_attention, OM_LINEAR_ATTENTION_FIELDS) \
     STRUCT(om_router, OM_ROUTER_FIELDS) \
     STRUCT(om_layer, OM_LAYER_FIELDS) \
     STRUCT(om_mlp, OM_MLP_FIELDS) \
@@ -313,6 +326,8 @@
     FUNCTION(int, om_embed, (const void *table, int32_t codec, int64_t num_rows, int64_t hidden, const int64_t *ids, \
                              int64_t count, float scale, float *x)) \
     FUNCTION(void, om_delta_step, (const om_delta *layer, const om_delta_inputs *projected, float *inputs, float *state, float *out)) \
+    FUNCTION(int, om_linear_attention_step, (const om_linear_attention *attention, const float *x, const om_room *rooms, \
+                                             int64_t num_rows, float *out)) \
     FUNCTION(void, om_rms_norm, (const float *values, const float *weight, int64_t num_rows, int64_t length, float epsilon, \
                                  float *result)) \
     FUNCTION(int, om_router_step, (const om_router *router, const float *x, int64_t num_rows, float *logits, \

@@ -5,6 +5,8 @@
 #include "arithmetic.h"
 #include "attend_job.h"
 
+#include <string.h>
+
 enum { QUERY = 0, KEY = 1, VALUE = 2, OUTPUT = 3 };
 
 typedef struct {
@@ -16,8 +18,24 @@ typedef struct {
     om_linear_job projections, output;
     om_attend attend;
     void *heads[3]; /* query [T, N, D], key and value [T, M, D] */
+    void *projected[3]; /* the same; of gated attention the first is [T, N, 2, D] */
+    float *gates; /* [T, N, D] of gated attention */
     void *out;
 } attention_job;
+
+/* A row's queries, and the sigmoids of its gates. */
+static void split_gates(const attention_job *job, int64_t row) {
+    const om_attention *a = job->attention;
+    const int64_t dim = a->head_dim, count = a->num_heads * dim;
+    float *from = (float *)job->projected[QUERY] + row * 2 * count, *gates = job->gates + row * count;
+    float *queries = (float *)job->heads[QUERY] + row * count;
+    om_add_bias(from, a->biases[QUERY], 2 * count);
+    for (int64_t at = 0; at < count; at += dim, from += 2 * dim) {
+        memcpy(queries + at, from, (size_t)dim * sizeof(float));
+        memcpy(gates + at, from + dim, (size_t)dim * sizeof(float));
+    }
+    om_active_isa()->vectors->sigmoids(gates, count);
+}
 
 static void norm_heads(const om_attention *a, int which, float *values, int64_t count) {
     const int64_t length = a->norm_lengths[which];
@@ -34,7 +52,8 @@ static void finish_heads(const attention_job *job, int which, int64_t num_heads,
     const om_attention *a = job->attention;
     const int64_t dim = a->head_dim, count = num_heads * dim, turn = row * a->rotated_dims;
     float *values = (float *)job->heads[which] + row * count;
-    om_add_bias(values, a->biases[which], count);
+    if (which == QUERY && a->is_gated) split_gates(job, row);
+    else om_add_bias(values, a->biases[which], count);
     if (which == VALUE) return;
     if (!a->is_normed_rotated) norm_heads(a, which, values, count);
     for (int64_t at = 0; at < count; at += dim)
@@ -96,8 +115,20 @@ static void lay_out(void *context, uintptr_t *cursor) {
     job->heads[QUERY] = om_take(cursor, query_bytes);
     job->heads[KEY] = om_take(cursor, key_bytes);
     job->heads[VALUE] = om_take(cursor, key_bytes);
+    for (int which = QUERY; which <= VALUE; which++) job->projected[which] = job->heads[which];
+    if (a->is_gated) {
+        job->projected[QUERY] = om_take(cursor, 2 * query_bytes);
+        job->gates = om_take(cursor, query_bytes);
+    }
     job->attend.queries = job->heads[QUERY];
     job->output.x = job->attend.out = om_take(cursor, query_bytes);
+}
+
+static void gate_unit(void *context, int64_t row, int64_t next, int thread) {
+    (void)next, (void)thread;
+    const attention_job *job = context;
+    const int64_t count = job->attention->num_heads * job->attention->head_dim;
+    for (int64_t i = row * count; i < (row + 1) * count; i++) job->attend.out[i] *= job->gates[i];
 }
 
 static void run(void *context) {
@@ -106,6 +137,7 @@ static void run(void *context) {
     om_run_linear(&job->projections);
     om_run_rows(row_unit, job, job->num_rows);
     attend_to_all(&job->attend);
+    if (a->is_gated) om_run_rows(gate_unit, job, job->num_rows);
     om_run_linear(&job->output);
     for (int64_t t = 0; t < job->num_rows; t++)
         om_add_bias((float *)job->out + t * a->matrices[OUTPUT].rows, a->biases[OUTPUT], a->matrices[OUTPUT].rows);
@@ -119,13 +151,14 @@ static om_attend attend_of(const om_attention *a, const om_room *rooms, int64_t 
 }
 
 static int64_t rows_at_once(const om_attention *a) {
-    return om_rows_at_once((2 * a->num_heads + 2 * a->num_kv_heads) * a->head_dim * (int64_t)sizeof(float));
+    const int64_t num_heads = (a->is_gated ? 5 : 2) * a->num_heads + 2 * a->num_kv_heads;
+    return om_rows_at_once(num_heads * a->head_dim * (int64_t)sizeof(float));
 }
 
 static int compute(attention_job job) {
     const om_attention *a = job.attention;
     job.attend = attend_of(a, job.rooms, job.num_rows);
-    job.projections = (om_linear_job){.matrices = a->matrices, .records = a->records, .outs = job.heads,
+    job.projections = (om_linear_job){.matrices = a->matrices, .records = a->records, .outs = job.projected,
                                       .x = job.x, .num_matrices = 3, .num_tokens = job.num_rows};
     job.output = (om_linear_job){.matrices = a->matrices + OUTPUT, .records = a->records + OUTPUT,
                                  .outs = &job.out, .num_matrices = 1, .num_tokens = job.num_rows};

@@ -13,12 +13,14 @@ OM_APART static void add_residual(const om_layer *layer, const float *x, int64_t
 }
 
 /* x[T, H] -> residual[T, H] = x + attention, normed[T, H]; and logits, weights, ids as in `om_router_step`. The rooms and the
- * rotary embedding are as in `om_attention_step` or `om_latent_step`. Returns 0, or -1 when memory is short. */
+ * rotary embedding are as in `om_attention_step`, `om_latent_step` or `om_linear_attention_step`. Returns 0, or -1 when memory is short. */
 OM_EXPORT int om_layer_step(const om_layer *layer, const float *x, const float *cos, const float *signed_sin,
                             const om_room *rooms, int64_t num_rows, float *residual, float *normed, float *logits,
                             float *weights, int64_t *ids) {
     norm_rows(layer, 0, x, num_rows, normed);
-    const int status = layer->latent != NULL
+    const int status = layer->linear != NULL
+        ? om_linear_attention_step(layer->linear, normed, rooms, num_rows, residual)
+        : layer->latent != NULL
         ? om_latent_step(layer->latent, normed, cos, signed_sin, rooms, num_rows, residual)
         : om_attention_step(layer->attention, normed, cos, signed_sin, rooms, num_rows, residual);
     if (status != 0) return -1;
