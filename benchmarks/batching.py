@@ -5,7 +5,7 @@
 
 Answers are drawn with a seed each, at a temperature that spreads the choice of experts; their prompts, of different
 lengths, are computed before the clock runs. `together`: a token of each in turn, in passes of as many rows as pay, and
-the first of them alone while none pay, as the server and `generate_many` do.
+the first of them alone, and no further one begun, while none pay: as the server and `generate_many` do.
 `one after another`: first come, first served. The tokens are the same both ways, which is checked. Trials alternate.
 
 four_conversations_ratio           tokens per second together over one after another, every expert resident
@@ -69,17 +69,20 @@ class Conversations:
         sharing = sharing_of(self.model.hf)
         elapsed_s, seen, num_tokens = 0.0, Counters(), 0
         for group in groups:
-            streams = {number: self._begun(number) for number in group}
-            before, began_s, left = self.model.stats.copy(), time.perf_counter(), list(streams.values())
-            while left:
-                turn = left if sharing.pays(self.model.hf) else left[:1]
-                ended = [stream for stream in turn if next(stream, None) is None]
-                left = [stream for stream in left if stream not in ended]
-            elapsed_s += time.perf_counter() - began_s
-            seen = seen.plus(self.model.stats.since(before))
-            for number, stream in streams.items():
-                num_tokens += len(stream.tokens) - 1
-                assert stream.tokens == self._expected.setdefault(number, stream.tokens), "an answer has changed"
+            waiting, running = list(group), dict[int, Any]()
+            while waiting or running:
+                while waiting and (not running or sharing.pays(self.model.hf)):
+                    number = waiting.pop(0)
+                    running[number] = self._begun(number)
+                before, began_s = self.model.stats.copy(), time.perf_counter()
+                turn = list(running) if sharing.pays(self.model.hf) else list(running)[:1]
+                ended = [number for number in turn if next(running[number], None) is None]
+                elapsed_s += time.perf_counter() - began_s
+                seen = seen.plus(self.model.stats.since(before))
+                for number in ended:
+                    tokens = running.pop(number).tokens
+                    num_tokens += len(tokens) - 1
+                    assert tokens == self._expected.setdefault(number, tokens), "an answer has changed"
         figures = Figures(num_tokens / elapsed_s, seen.num_passes, seen.num_accesses / seen.num_acquires)
         self.last[way] = figures
         return figures.rate

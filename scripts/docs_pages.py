@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,8 +33,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: object) -> str:
-    parts = CODE.split(_renamed("../", markdown))
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
+    root = "../" * (page.file.src_uri.count("/") + 1)
+    markdown = _renamed(root, markdown)
+    markdown = re.sub(rf"\[([^]]+)\]\({re.escape(root)}[^)]+\)", r"\1", markdown)  # what only a checkout has
+    parts = CODE.split(markdown)
     parts[::2] = [_as_python_markdown(part) for part in parts[::2]]
     return "".join(parts)
 
@@ -46,7 +50,7 @@ def _as_python_markdown(text: str) -> str:
 def _renamed(folder: str, text: str) -> str:
     """The text with its links to pages of the root as the site names these."""
     for name, page in ROOT_PAGES.items():
-        text = text.replace(f"]({folder}{name}.md", f"]({page}.md")
+        text = text.replace(f"]({folder}{name}.md", f"]({folder[3:]}{page}.md")
     return text
 
 

@@ -121,7 +121,7 @@ def faults(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("room", SOURCES.keys() - {"cli"})
+@pytest.mark.parametrize("room", [room for room in SOURCES if room != "cli"])
 def test_public_docstrings_have_purpose_and_errors(room: str) -> None:
     wrong = [(path, faults(path.read_text("utf-8"))) for path in SOURCES[room]]
     assert not [(path.relative_to(ROOT), each) for path, each in wrong if each]

@@ -1,5 +1,6 @@
 """What `scripts/` name is there: the scripts themselves take minutes, and `.ci/run` runs their short forms."""
 
+import ast
 import json
 import re
 import subprocess
@@ -113,6 +114,18 @@ def test_ci_installs_the_emulator_as_root_and_shows_what_fails(user: int, by: st
     *lines, last = done.stderr.splitlines()
     assert lines == [f"{by}apt-get update", f"{by}apt-get install", "no such package"]
     assert last.startswith("apt-get cannot install gcc-aarch64-linux-gnu")
+
+
+def test_cells_that_mount_run_as_root_every_night() -> None:
+    tree = ast.parse((ROOT / "tests/fault/test_users_machines.py").read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    mounting = {node.name for node in functions if "needs_mounts" in map(ast.unparse, node.decorator_list)}
+    chosen = re.search(
+        r'sudo .*test_users_machines\.py -m slow -k "(.+)"', (ROOT / ".github/workflows/nightly.yml").read_text()
+    )
+    assert chosen is not None
+    words = chosen[1].split(" or ")
+    assert {node.name for node in functions if any(word in node.name for word in words)} == mounting != set()
 
 
 def test_the_version_is_the_same_everywhere() -> None:
