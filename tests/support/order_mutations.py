@@ -145,11 +145,11 @@ SHARED: dict[str, tuple[Change, tuple[str, str]]] = {
             "for (int64_t i = 0; i < job->num_segments; i++) second_segment(",
             "for (int64_t i = job->num_segments; i-- > 0;) second_segment(",
         ),
-        ("tests/unit/test_panel_experts.py", "of_the_definition"),
+        ("tests/unit/test_panel_experts.py", "arrive"),
     ),
     "an expert's product is not rounded before it is added": (
         ("panel_moe.c", "out[r] += weight * values[r];", "out[r] = __builtin_fmaf(weight, values[r], out[r]);"),
-        ("tests/unit/test_panel_experts.py", "of_the_definition"),
+        ("tests/unit/test_panel_experts.py", "arrive"),
     ),
     "experts that were late are added in descending order": (
         (
