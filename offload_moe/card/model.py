@@ -14,7 +14,7 @@ from offload_moe.decode.wiring import Wiring, wiring_of
 from offload_moe.errors import DevicePassUnavailable
 from offload_moe.experts.attach import BoundExperts, bound_experts
 from offload_moe.families.layer_spec import LayerSpec
-from offload_moe.families.limits import layer_limits
+from offload_moe.families.limits import card_limits
 from offload_moe.families.read_layer import layer_spec
 from offload_moe.native.kernels import Linear
 from offload_moe.native.planes import DTYPES
@@ -58,7 +58,7 @@ def why_not(hf: Any) -> str:
         spec = layer_spec(module)
         if spec is None:
             return f"a layer of a class that is not declared ({type(module).__name__})"
-        if limits := layer_limits(spec):
+        if limits := card_limits(spec):
             return " and ".join(limits)
     return ""
 

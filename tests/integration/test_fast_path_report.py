@@ -52,6 +52,7 @@ def kinds_in_place(model: Model) -> list[str]:
         ("granitemoe", {"residual_multiplier": 0.5}, ["span"] * 3, "yes", ""),
         ("olmoe", {"clip_qkv": 4.0}, ["modules"] * 3, "yes", "clamped queries, keys and values"),
         ("minimax_m2", {}, ["span"] * 3, "yes", ""),
+        ("phimoe", {"attention_bias": True, "lm_head_bias": True}, ["span"] * 3, "yes", ""),
         ("ernie4_5_moe", {"moe_layer_start_index": 0}, ["span"] * 3, "yes", ""),
         ("hunyuan_v1_moe", {}, ["modules"] * 3, "no", "norms of queries and keys after the rotation"),
         ("flex_olmo", {}, ["modules"] * 3, "no", "norms after attention and MLP"),

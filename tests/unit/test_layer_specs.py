@@ -10,6 +10,7 @@ import torch
 from support.checkpoints import tiny_config
 from torch import Tensor, nn
 
+from offload_moe.card.model import why_not
 from offload_moe.checkpoint.skeleton import auto_class
 from offload_moe.families.layer_classes import LAYERS
 from offload_moe.families.layer_reference import layer_output
@@ -149,6 +150,18 @@ def test_what_the_kernels_compute_of_a_class_follows_from_its_usual_spec(class_n
     assert sparse
     expected = "no" if any(layer_limits(spec) for spec in sparse) else "yes"
     assert LAYERS[class_name].fast_path == expected
+
+
+@pytest.mark.parametrize(
+    ("class_name", "reason"),
+    [
+        ("PhimoeDecoderLayer", "layer norms and a sparse mixer"),
+        ("MixtralDecoderLayer", ""),
+        ("HunYuanMoEV1DecoderLayer", "attention with norms of queries and keys after the rotation"),
+    ],
+)
+def test_the_device_pass_refuses_what_it_has_no_kernel_for(class_name: str, reason: str) -> None:
+    assert why_not(usual_model(class_name)) == reason
 
 
 def norm_mutants(spec: LayerSpec) -> Iterator[LayerSpec]:
